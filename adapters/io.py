@@ -1,0 +1,71 @@
+"""Adapter folders as stock PEFT reads them: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from adapters.delta import AdaptedLinear, Delta, is_linear
+
+PREFIX = "base_model.model."  # PEFT's wrapper: PeftModel.base_model.model
+
+
+def delta_tensors(model: nn.Module, parts: Callable[[Any], dict[str, Tensor]]) -> tuple[dict[str, Tensor], list[str], bool]:
+    """PEFT's keys for each Delta's parts; the adapted layers' names; whether they are GPT-2's transposed Conv1D."""
+    tensors: dict[str, Tensor] = {}
+    names: list[str] = []
+    transposed = False
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            names.append(name)
+            transposed |= isinstance(module.base, Conv1D)
+            tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in parts(module.delta).items()}
+    return tensors, _short(names, model), transposed
+
+
+def _short(names: list[str], model: nn.Module) -> list[str]:
+    """Names' ends (q_proj, ...) where they mean just these layers, else the names as they are."""
+    ends = {name.rpartition(".")[2] for name in names}
+    meant = {
+        name
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in ends and (is_linear(module) or isinstance(module, AdaptedLinear))
+    }
+    return sorted(ends) if meant == set(names) else sorted(names)
+
+
+def trained_modules(model: nn.Module) -> list[str]:
+    """Modules outside the Deltas that are trained too, such as a classification head."""
+    inside = [f"{name}." for name, module in model.named_modules() if isinstance(module, Delta)]
+    names = (
+        name.rpartition(".")[0]
+        for name, p in model.named_parameters()
+        if p.requires_grad and not name.startswith(tuple(inside))
+    )
+    return sorted(set(names))
+
+
+def module_tensors(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """PEFT's keys for modules that are saved whole."""
+    return {f"{PREFIX}{name}.{key}": tensor for name in names for key, tensor in model.get_submodule(name).state_dict().items()}
+
+
+def write(folder: Path, config: Any, tensors: dict[str, Tensor]) -> None:
+    """Write a PEFT config and its tensors. The config comes last, so that a folder without it is known to be unfinished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    apart = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}  # safetensors refuses shared memory
+    save_file(apart, folder / "adapter_model.safetensors", {"format": "pt"})
+    fields = config.to_dict()
+    for key, value in fields.items():
+        if isinstance(value, set):
+            fields[key] = sorted(value)  # sets have no order, and the file should be the same each time
+    temporary = folder / "adapter_config.json.tmp"
+    temporary.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    os.replace(temporary, folder / "adapter_config.json")

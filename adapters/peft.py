@@ -1,0 +1,261 @@
+"""Every method of stock PEFT through one bridge: `adapter=peft adapter.peft_type=LOHA adapter.r=8 ...`.
+
+Field names and their defaults are PEFT's own; conf/adapter holds presets. What this file adds is what PEFT leaves to its
+caller: initialisations computed from data (EVA, CorDA, LoRA-GA) or from the unquantised weights (LoftQ), AdaLoRA's
+budget and penalty, and a state from which a run goes on exactly.
+
+PiSSA, OLoRA, CorDA and LoRA-GA move a part B₀A₀ of each weight into the adapter and leave W - s B₀A₀ behind. Here that
+remainder is always computed by `_take_out` from the stored A₀, B₀, so that it has the same bits after a resume, and
+the saved adapter is the difference B A - B₀A₀ at twice the rank, which fits the base as everyone else has it.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import itertools
+from collections.abc import Iterator
+from dataclasses import fields as dataclass_fields
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from adapters import io
+from adapters.delta import Adapter, AdapterError, Start, _to_own_dtype, copy_tensors, float_weight, freeze, is_linear, targets
+from adapters.peft_fields import CHANGES_BASE, OURS, PROMPT_LEARNING, classes, config_class
+
+NAME = "default"  # PEFT's name for the only adapter
+
+
+class Peft(Adapter):
+    """One of PEFT's methods, made from its own configuration class."""
+
+    def __init__(self, peft_type: str, data_batches: int, **fields: Any):
+        entry = config_class(peft_type)
+        if entry is None or entry.peft_type is None:
+            raise AdapterError(f"adapter.peft_type is {peft_type!r}, which PEFT {peft.__version__} does not have")
+        self.kind, self.config_name, self.data_batches = entry.peft_type, entry.name, data_batches
+        self.fields = {key: value for key, value in fields.items() if key not in OURS}
+        self.init = str(self.fields.get("init_lora_weights", ""))
+        self.changes_base = self.kind == "LORA" and self.init.startswith(CHANGES_BASE)
+        self.mergeable = self.kind not in PROMPT_LEARNING
+        self.initial: dict[str, Tensor] = {}  # A₀ and B₀ where changes_base
+        self.base_names: set[str] = set()  # tensors of the frozen base, by their names in the wrapped model
+
+    def attach(self, model: nn.Module, start: Start) -> nn.Module:
+        freeze(model)
+        base_tensors = {id(t) for t in itertools.chain(model.parameters(), model.buffers())}
+        config = self._config(model, start)
+        on_meta = next(model.parameters()).device.type == "meta"
+        computed = start.saved is None and not on_meta
+        if not computed and self.kind == "LORA":
+            config.init_lora_weights = True  # the saved tensors replace whatever is put there
+        if computed:
+            self._before_wrapping(model, config, start)
+        weights = {}
+        if computed and self.changes_base:
+            weights = {name: module.weight.detach().clone() for name, module in model.named_modules() if is_linear(module)}
+        try:
+            wrapped = peft.get_peft_model(model, config)
+        except (ValueError, TypeError, KeyError, NotImplementedError, ImportError) as error:
+            raise AdapterError(f"PEFT cannot put {self.config_name} on this model: {error}") from error
+        if computed:
+            self._after_wrapping(wrapped, start)
+        if weights:
+            self.initial = {name: tensor.detach().clone() for name, tensor in self._factors(wrapped)}
+            for name, linear in self._adapted(wrapped):
+                linear.get_base_layer().weight.data.copy_(weights[name])
+            self._take_out(wrapped)
+        for name in start.new_modules:  # PEFT trains a copy of them
+            trained = wrapped.get_base_model().get_submodule(name).modules_to_save[NAME].float()
+            trained.register_forward_pre_hook(_to_own_dtype)
+        self.base_names = {name for name, tensor in _own_tensors(wrapped) if id(tensor) in base_tensors}
+        return wrapped
+
+    def _config(self, model: nn.Module, start: Start) -> Any:
+        if start.saved is not None:
+            values = dict(start.saved["extra"]["config"])
+        else:
+            values = dict(self.fields)
+            if self.kind == "ADALORA" and values.get("total_step") is None:
+                values["total_step"] = start.steps
+            if "target_modules" in values and isinstance(values["target_modules"], list):
+                targets(model, values["target_modules"])  # names what there is, where PEFT would not
+        values["task_type"] = "SEQ_CLS" if start.new_modules else "CAUSAL_LM"
+        try:
+            return _build(self.config_name, values)
+        except (ValueError, TypeError) as error:
+            raise AdapterError(f"PEFT's {self.config_name} refuses these settings: {error}") from error
+
+    def _before_wrapping(self, model: nn.Module, config: Any, start: Start) -> None:
+        if self.kind != "LORA":
+            return
+        if self.init == "corda":
+            from peft.tuners.lora.corda import preprocess_corda
+
+            preprocess_corda(model, config, run_model=lambda: _forward(model, self._data(start, model)))
+        elif self.init == "lora_ga":
+            from peft.tuners.lora.loraga import preprocess_loraga
+
+            preprocess_loraga(model, config, train_step=lambda: _forward(model, self._data(start, model), backward=True))
+
+    def _after_wrapping(self, wrapped: Any, start: Start) -> None:
+        if self.init == "eva":
+            peft.initialize_lora_eva_weights(wrapped, list(self._data(start, wrapped)), show_progress_bar=False)
+        elif self.init == "loftq":
+            folder = Path(wrapped.config._name_or_path)
+            file = folder / "model.safetensors"
+            peft.replace_lora_weights_loftq(wrapped, str(file) if file.exists() else None)
+
+    def _data(self, start: Start, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+        if start.data is None:
+            raise AdapterError(f"adapter.init_lora_weights={self.init} is computed from training data, and there is none")
+        device = next(model.parameters()).device
+        for batch in itertools.islice(start.data(), self.data_batches):
+            yield {key: value.to(device) for key, value in batch.items()}
+
+    def _adapted(self, wrapped: Any) -> Iterator[tuple[str, Any]]:
+        for name, module in wrapped.get_base_model().named_modules():
+            if isinstance(module, peft.tuners.lora.LoraLayer):
+                yield name, module
+
+    def _factors(self, wrapped: Any) -> Iterator[tuple[str, Tensor]]:
+        for name, module in self._adapted(wrapped):
+            yield f"{name}.lora_A", module.lora_A[NAME].weight
+            yield f"{name}.lora_B", module.lora_B[NAME].weight
+
+    def _take_out(self, wrapped: Any) -> None:
+        with torch.no_grad():
+            for name, module in self._adapted(wrapped):
+                weight = module.get_base_layer().weight
+                part = module.scaling[NAME] * (self.initial[f"{name}.lora_B"] @ self.initial[f"{name}.lora_A"]).to(
+                    weight.device
+                )
+                weight.copy_((float_weight(module.get_base_layer()) - part).to(weight.dtype))
+
+    def state(self, model: nn.Module) -> dict[str, Any]:
+        live: Any = model
+        tensors = {name: tensor.detach() for name, tensor in _own_tensors(live) if name not in self.base_names}
+        config = {k: _plain(v) for k, v in live.peft_config[NAME].to_dict().items() if k in classes()[self.config_name].fields}
+        extra: dict[str, Any] = {"config": config, "initial": self.initial}
+        if self.kind == "SHIRA":  # its indices are no buffers
+            extra["indices"] = {n: m.shira_indices[NAME] for n, m in live.named_modules() if hasattr(m, "shira_indices")}
+        if self.kind == "ADALORA":
+            allocator = live.base_model.rankallocator
+            extra["importance"] = {key: dict(getattr(allocator, key)) for key in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
+        return {"tensors": tensors, "extra": extra}
+
+    def load_state(self, model: nn.Module, state: dict[str, Any]) -> None:
+        live: Any = model
+        copy_tensors(self.state(model)["tensors"], state["tensors"])
+        extra = state["extra"]
+        if extra["initial"] and not self.initial:
+            self.initial = dict(extra["initial"])
+            self._take_out(live)
+        for name, indices in extra.get("indices", {}).items():
+            live.get_submodule(name).shira_indices[NAME] = indices
+        for key, values in extra.get("importance", {}).items():
+            setattr(live.base_model.rankallocator, key, dict(values))
+        if self.kind == "ADALORA":
+            live.peft_config[NAME].rank_pattern = extra["config"].get("rank_pattern")
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        if self.kind != "ADALORA":
+            return None
+        # Zhang et al. 2023 (arXiv 2303.10512), eq. 4, averaged over the matrices as PEFT does in its own forward.
+        live: Any = model
+        terms = []
+        for name, p in live.named_parameters():
+            if f"lora_A.{NAME}" in name or f"lora_B.{NAME}" in name:
+                gram = p @ p.T if "lora_A" in name else p.T @ p
+                terms.append(torch.linalg.norm(gram - torch.eye(*gram.shape, device=gram.device, dtype=gram.dtype)))
+        return live.peft_config[NAME].orth_reg_weight * torch.stack(terms).mean()
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        live: Any = model
+        if self.kind == "ADALORA" and any(p.grad is not None for p in live.parameters()):
+            live.base_model.update_and_allocate(step)
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        live: Any = model
+        if not self.mergeable or not hasattr(live.base_model, "merge_and_unload"):
+            raise AdapterError(f"{self.kind} cannot be merged into weights: it works on activations. Export it with to=peft")
+        try:
+            return live.merge_and_unload()
+        except (ValueError, NotImplementedError, AttributeError, TypeError) as error:
+            raise AdapterError(f"PEFT cannot merge {self.kind}: {error}") from error
+
+    def save(self, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
+        live: Any = model
+        tensors = peft.get_peft_model_state_dict(live, save_embedding_layers=False)
+        config = copy.copy(live.peft_config[NAME])
+        if self.changes_base:
+            config, tensors = self._difference(config, tensors)
+        config.base_model_name_or_path, config.inference_mode = base_name, True
+        io.write(folder, config, tensors)
+
+    def _difference(self, config: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        doubled = {}
+        for key, tensor in tensors.items():
+            name = key.removeprefix(io.PREFIX).removesuffix(".weight")
+            if name not in self.initial:
+                doubled[key] = tensor
+            elif name.endswith("lora_A"):
+                doubled[key] = torch.cat([tensor, self.initial[name].to(tensor)], dim=0)
+            else:
+                doubled[key] = torch.cat([tensor, -self.initial[name].to(tensor)], dim=1)
+        factor = 2**0.5 if config.use_rslora else 2  # keeps alpha / r, or alpha / sqrt(r), at twice the rank
+        values = {k: _plain(v) for k, v in config.to_dict().items() if k in classes()[self.config_name].fields}
+        values |= {"r": 2 * config.r, "lora_alpha": factor * config.lora_alpha, "init_lora_weights": True}
+        values["rank_pattern"] = {k: 2 * v for k, v in (config.rank_pattern or {}).items()}
+        values["alpha_pattern"] = {k: factor * v for k, v in (config.alpha_pattern or {}).items()}
+        values |= {"corda_config": None, "lora_ga_config": None, "eva_config": None}
+        return _build(self.config_name, values), doubled
+
+    def disabled(self, model: nn.Module) -> Any:
+        live: Any = model
+        return live.disable_adapter()
+
+
+def _own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and saved buffers under all their names, tied ones included."""
+    yield from model.named_parameters(remove_duplicate=False)
+    for name, module in model.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            if key not in module._non_persistent_buffers_set:
+                yield f"{name}.{key}" if name else key, buffer
+
+
+def _build(class_name: str, values: dict[str, Any]) -> Any:
+    """One of PEFT's dataclasses from plain values, with nested dataclasses from mappings."""
+    cls = getattr(peft if hasattr(peft, class_name) else peft.tuners.lora.config, class_name)
+    annotations = classes()[class_name].fields
+    nested = {}
+    for key, value in values.items():
+        names = [node.id for node in ast.walk(annotations[key]) if isinstance(node, ast.Name)] if key in annotations else []
+        inner = next((name for name in names if name in classes()), None)
+        nested[key] = _build(inner, value) if inner and isinstance(value, dict) else value
+    known = {f.name for f in dataclass_fields(cls) if f.init}
+    return cls(**{key: value for key, value in nested.items() if key in known})
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclass_fields(value)}
+    if isinstance(value, set | list | tuple):
+        return sorted(map(_plain, value)) if isinstance(value, set) else [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return getattr(value, "value", value)
+
+
+def _forward(model: nn.Module, batches: Iterator[dict[str, Tensor]], backward: bool = False) -> None:
+    with torch.set_grad_enabled(backward):
+        for batch in batches:
+            output = model(**batch, use_cache=False)
+            if backward:
+                output.loss.backward()

@@ -1,0 +1,1 @@
+"""What a user chooses. A group's YAML file is its schema: a line's comment opens with the type that trainer/config.py checks."""

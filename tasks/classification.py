@@ -1,0 +1,79 @@
+"""Sequence classification: a text and its class.
+
+{"text": "hide new secretions from the parental units", "label": "negative"}
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+from tasks.reading import Bad, DataError
+from tasks.task import Labelled, Splits, column, text_of
+
+
+class Classification:
+    """Texts with one of a fixed set of classes."""
+
+    kind = "label"
+    metrics: list[str] = []  # accuracy and F1 are computed over the whole split, by torchmetrics
+    streaming = False
+
+    def __init__(
+        self, path: str | list[str], split: str, eval_path: str | list[str] | None, eval_split: str, eval_fraction: float,
+        limit: int | None, eval_limit: int | None, columns: dict[str, str], labels: list | None, on_bad: str,
+    ):  # fmt: skip
+        self.splits = Splits.of(path, split, eval_path, eval_split, eval_fraction, limit, eval_limit)
+        self.columns, self.given, self.on_bad = dict(columns), labels, on_bad
+
+    @functools.cached_property
+    def labels(self) -> list[str]:
+        """The classes in order.
+
+        Raises:
+            DataError: there are fewer than two.
+        """
+        if self.given is not None:
+            labels = [str(label) for label in self.given]
+        else:
+            found = {
+                self._label(row)
+                for _, row in self.splits.rows("train")
+                if not isinstance(row, Bad) and columns_has(row, self.columns)
+            }
+            labels = sorted(
+                found,
+                key=lambda label: (not label.lstrip("-").isdigit(), int(label) if label.lstrip("-").isdigit() else 0, label),
+            )
+        if len(labels) < 2:
+            raise DataError(
+                f"{self.splits.train.name} has {len(labels)} classes ({', '.join(labels) or 'none'}); classification needs two or more"
+            )
+        return labels
+
+    def _label(self, row: dict) -> str:
+        return str(column(row, self.columns, "label"))
+
+    def examples(self, split: str) -> Iterator[Labelled | Bad]:
+        for where, row in self.splits.rows(split):
+            if isinstance(row, Bad):
+                yield row
+                continue
+            try:
+                label = self._label(row)
+                if label not in self.labels:
+                    raise DataError(f"the class {label!r} is none of: {', '.join(self.labels)}")
+                yield Labelled(text_of(column(row, self.columns, "text"), "text"), label, where)
+            except DataError as error:
+                yield Bad(where, str(error))
+
+    def fingerprint(self, split: str) -> str:
+        return f"{self.splits.fingerprint(split)} {sorted(self.columns.items())} {self.labels}"
+
+    def grade(self, example: Labelled, completion: str) -> dict[str, float]:
+        return {}
+
+
+def columns_has(row: dict, columns: dict[str, str]) -> bool:
+    """Whether the row has a label at all; rows without one are reported where they are read."""
+    return columns.get("label", "label") in row

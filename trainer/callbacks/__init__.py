@@ -1,0 +1,34 @@
+"""What happens around the steps of a run. Each callback is made from conf/callbacks with the run's Context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from trainer.evaluate import HeldOut
+from trainer.folder import RunFolder
+from trainer.journal import Journal
+from trainer.signals import Signals
+
+
+@dataclass
+class Context:
+    """What callbacks share."""
+
+    folder: RunFolder
+    journal: Journal
+    signals: Signals
+    steps: int  # planned
+    held_out: HeldOut | None
+    rows_of: Callable[[list[int]], list[str]]  # sequences -> file and line of their rows
+    before: bool  # whether the base alone can answer for the evaluation before training
+    max_minutes: float | None = None
+    max_tokens: int | None = None  # processed; a plan of known length ends at them by itself
+    stopped: str | None = None  # why the run ends before its planned steps
+    paused: float = 0.0  # seconds since the last step row that were not training
+    improved: bool = False  # whether the evaluation of the step at hand was the best so far
+
+
+def every_steps(every: float | None, steps: int) -> int | None:
+    """A distance in steps: below 1 a fraction of the run; None is never."""
+    return None if every is None else max(1, round(every * steps) if every < 1 else int(every))

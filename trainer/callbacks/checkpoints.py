@@ -1,0 +1,58 @@
+"""When a run is saved, and which checkpoints stay."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import lightning
+
+from trainer import checkpoint
+from trainer.callbacks import Context, every_steps
+
+
+class Checkpoints(lightning.Callback):
+    """Saves every `every` steps, at the best evaluation, at the end and when the run is told to stop; keeps the `keep` newest
+    and the best. Only where a step ends: the middle of an accumulation window has gradients that no file holds."""
+
+    def __init__(self, context: Context, every: float | None, keep: int):
+        self.context, self.every, self.keep = context, every_steps(every, context.steps), keep
+        self.saved: int | None = None
+
+    def on_fit_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        if trainer.is_global_zero:
+            checkpoint.remove_leftovers(self.context.folder.checkpoints)
+
+    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        self.saved = module.step or None
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not module.step_done:
+            return
+        due = self.every is not None and module.step % self.every == 0
+        last = module.step >= self.context.steps or self.context.stopped is not None
+        if due or last or self.context.improved:
+            self.save(trainer, module)
+
+    def save(self, trainer: lightning.Trainer, module: Any) -> None:
+        """Save the step at hand, once."""
+        if self.saved == module.step:
+            return
+        started = time.monotonic()
+        folder = self.context.folder.checkpoints
+        trainer.save_checkpoint(checkpoint.path_of(folder, module.step))
+        self.saved = module.step
+        if trainer.is_global_zero:
+            if self.context.improved:
+                checkpoint.write_text(folder / "best.json", json.dumps({"step": module.step}))
+            self._prune()
+        self.context.paused += time.monotonic() - started
+
+    def _prune(self) -> None:
+        folder = self.context.folder.checkpoints
+        best_file = folder / "best.json"
+        best = json.loads(best_file.read_text())["step"] if best_file.exists() else None
+        for path in checkpoint.complete(folder)[: -self.keep]:
+            if best is None or path != checkpoint.path_of(folder, best):
+                checkpoint.remove(path)

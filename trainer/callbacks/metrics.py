@@ -1,0 +1,68 @@
+"""Numbers of each step, into the journal."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import lightning
+import torch
+
+from trainer.callbacks import Context
+
+
+class Metrics(lightning.Callback):
+    """Loss, rate, gradient norm and throughput of every `every`-th step; every skipped step with its rows."""
+
+    def __init__(self, context: Context, every: int):
+        self.context, self.every = context, every
+        self.last_time, self.last_processed, self.last_trained = 0.0, 0, 0
+        self.seconds = 0.0  # of training, over all starts of the run
+
+    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        self.last_time, self.context.paused = time.monotonic(), 0.0
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not module.step_done:
+            return
+        sums = module.sums
+        self.last_processed += int(sums["processed"])
+        self.last_trained += int(sums["tokens"])
+        if module.skipped_in_a_row:
+            # JSON has no NaN, so these two are text.
+            values = {"loss": str(float(sums["loss"])), "grad_norm": str(float(module.grad_norm))}
+            self.context.journal.write("skipped", module.step, values | {"rows": self.context.rows_of(sums["sequences"])})
+        if module.step % self.every and module.step < self.context.steps:
+            return
+        now = time.monotonic()
+        elapsed = max(now - self.last_time - self.context.paused, 1e-9)
+        self.seconds += elapsed
+        tokens = max(1, int(sums["tokens"]))
+        row = {
+            "loss": finite(float(sums["loss"]) / tokens),
+            "accuracy": float(sums["right"]) / tokens,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "grad_norm": finite(float(module.grad_norm)),
+            "tokens": module.tokens,
+            "skipped": module.skipped,
+            "tokens_per_s": self.last_processed / elapsed,
+            "trained_per_s": self.last_trained / elapsed,
+            "seconds": self.seconds,
+        }
+        if torch.cuda.is_available():
+            row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self.context.journal.write("step", module.step, row)
+        self.last_processed = self.last_trained = 0
+        self.last_time, self.context.paused = now, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds = state_dict["seconds"]
+
+
+def finite(value: float) -> float | None:
+    """The value, or None where JSON has no way to write it."""
+    return value if math.isfinite(value) else None

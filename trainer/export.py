@@ -1,0 +1,167 @@
+"""A run's result for use elsewhere, called done only after it was loaded back and gave the run's own logits.
+
+    python -m trainer.export run=FOLDER[@last|best|STEP] to=peft|merged [out=FOLDER] [dtype=float32|bfloat16|float16]
+
+peft is the adapter as stock PEFT loads it; merged is a model folder as transformers loads it, merged in fp32 and then cast to
+dtype. A quantised base is merged as its rounding left it, which is what the adapter was trained on.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from adapters.delta import Adapter
+from trainer import assembly
+from trainer.assembly import Trained
+from trainer.base import Base
+from trainer.checkpoint import CheckpointError
+
+log = logging.getLogger("trainer")
+
+TOLERANCE = 1e-3  # largest logit difference over the logits' spread that summing in another order makes in fp32
+
+
+class Mismatch(CheckpointError):
+    """What was exported answers differently from the run's own model."""
+
+
+def export(run: str, to: str, out: Path | None, dtype: str) -> tuple[Path, float]:
+    """Write, load back, compare; returns the folder and the largest logit difference over the logits' spread.
+
+    Raises:
+        Mismatch: the loaded export differs; nothing is left behind.
+    """
+    found = assembly.trained(run, exact=True, unpack=to == "merged")
+    out = out or found.folder / to
+    if out.exists():
+        raise CheckpointError(f"{out} exists. Remove it, or choose another place with out=FOLDER")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        if to == "peft":
+            save_adapter(found.adapter, found.model, found.base, found.task, temporary)
+            difference = verify_adapter(found, temporary)
+        else:
+            difference = _write_merged(found, temporary, getattr(torch, dtype))
+        temporary.chmod(0o755)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out, difference
+
+
+def save_adapter(adapter: Adapter, model: nn.Module, base: Base, task: Any, folder: Path) -> None:
+    """The adapter as stock PEFT reads it."""
+    adapter.save(model, folder, base.path, "SEQ_CLS" if task.kind == "label" else "CAUSAL_LM")
+
+
+@torch.no_grad()
+def verify_adapter(found: Trained, folder: Path) -> float:
+    """Load an adapter folder with stock PEFT onto a fresh base, and hold its logits against the run's model, in fp32.
+
+    Raises:
+        Mismatch: they differ.
+    """
+    wanted = _outputs(found.model, found)
+    fresh = found.base.load(torch.float32, found.task.labels if found.task.kind == "label" else None)
+    loaded = peft.PeftModel.from_pretrained(fresh, folder).eval()
+    difference = _compare(wanted, _outputs(loaded, found))
+    with found.adapter.disabled(found.model):
+        if not (wanted[-1] - _outputs(found.model, found)[-1]).abs().max() > 0:
+            log.warning("the adapter changes no logit: was it trained?")
+    return difference
+
+
+@torch.no_grad()
+def _write_merged(found: Trained, folder: Path, dtype: torch.dtype) -> float:
+    wanted = _outputs(found.model, found)
+    merged: Any = found.adapter.merge(found.model)
+    difference = _compare(wanted, _outputs(merged, found))
+    _cast(merged, dtype)
+    merged.config.dtype = dtype
+    merged.save_pretrained(folder)
+    # From its source again: the tokenizer in use had its length limit lifted.
+    AutoTokenizer.from_pretrained(found.base.path, trust_remote_code=found.base.trust_remote_code).save_pretrained(folder)
+    auto = AutoModelForSequenceClassification if found.task.kind == "label" else AutoModelForCausalLM
+    loaded = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=found.base.trust_remote_code).eval()
+    _cast(merged, torch.float32)
+    rounded = _outputs(merged, found)
+    _compare(rounded, _outputs(loaded, found))  # the folder holds exactly what was merged
+    if dtype != torch.float32:
+        agreement = float((wanted[-1].argmax(-1) == rounded[-1].argmax(-1)).float().mean())
+        log.warning(
+            "rounded to %s, the most likely token stays the same at %.1f %% of positions",
+            str(dtype).removeprefix("torch."),
+            100 * agreement,
+        )
+    return difference
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    # Parameters only: rotary frequencies are buffers, which a loaded model computes in fp32 again.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _outputs(model: nn.Module, found: Trained) -> list[torch.Tensor]:
+    """Hidden states after each layer, then the logits, of four rows of random tokens."""
+    draw = torch.Generator().manual_seed(0)
+    text = found.base.config.get_text_config()
+    ids = torch.randint(3, text.vocab_size, (4, min(32, found.base.longest)), generator=draw).to(
+        next(model.parameters()).device
+    )
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True, use_cache=False)
+    return [*(state.float() for state in output.hidden_states), output.logits.float()]
+
+
+def _compare(wanted: list[torch.Tensor], got: list[torch.Tensor]) -> float:
+    def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a - b).abs().max() / a.std().clamp_min(1e-6)) if a.shape == b.shape else float("inf")
+
+    difference = distance(wanted[-1], got[-1])
+    if difference <= TOLERANCE:
+        return difference
+    layers = [distance(a, b) for a, b in zip(wanted[:-1], got[:-1], strict=True)]
+    first = next((i for i, value in enumerate(layers) if value > TOLERANCE), None)
+    where = (
+        "only the logits do"
+        if first is None
+        else f"the first to do so is {'the embedding' if first == 0 else f'decoder layer {first - 1}'} (by {layers[first]:.3g})"
+    )
+    raise Mismatch(
+        f"the export, loaded back, differs from the run's model by {difference:.3g} of the logits' spread (at most {TOLERANCE:g}); {where}"
+    )
+
+
+def main(argv: list[str]) -> int:
+    """The verb; see the module's text."""
+    from trainer import config, failures
+
+    options = config.arguments(argv, {"run": ..., "to": ..., "out": None, "dtype": "float32"}, __doc__ or "")
+    for key, choices in (("to", ("peft", "merged")), ("dtype", ("float32", "bfloat16", "float16"))):
+        if options[key] not in choices:
+            print(f"{key}={options[key]}: choose one of {', '.join(choices)}", file=sys.stderr)
+            return config.EXIT_BAD_INPUT
+    assembly.quiet()
+    try:
+        out, difference = export(
+            options["run"], options["to"], Path(options["out"]) if options["out"] else None, options["dtype"]
+        )
+    except Exception as error:
+        return failures.told(error)
+    print(f"{out}\nloaded back and compared: logits differ by at most {difference:.2e} of their spread")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,72 @@
+"""Errors that a user can mend, in one message without a traceback; see README for the exit codes."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Any
+
+import torch
+
+from adapters.delta import AdapterError
+from tasks.reading import DataError
+from tasks.wheel import FetchError
+from trainer.base import BaseError
+from trainer.checkpoint import CheckpointError
+from trainer.config import EXIT_BAD_INPUT, ConfigError
+from trainer.finetune import NonFinite
+from trainer.folder import FolderError
+
+_BAD_INPUT = (ConfigError, BaseError, DataError, AdapterError, FetchError, FolderError)
+_FAULTS = (CheckpointError, NonFinite)
+
+
+def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] | None:
+    """(message, exit code) of an error that has an explanation; None for one that is ours to mend."""
+    if isinstance(error, _BAD_INPUT):
+        return str(error), EXIT_BAD_INPUT
+    if isinstance(error, _FAULTS):
+        return str(error), 1
+    if out_of_memory(error):
+        return f"out of memory: {str(error).splitlines()[0]}\n{_smaller(config)}", 1
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full: {error.filename or error}. Free some space, and go on with resume=auto", 1
+    return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the CPU or an accelerator."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or "can't allocate memory" in text
+        or "out of memory" in text.lower()
+    )
+
+
+def _smaller(c: dict[str, Any]) -> str:
+    """What would need less, for this config."""
+    ways = []
+    if c.get("batch_size", 1) > 1:
+        halves = c["batch_size"] // 2
+        ways.append(
+            f"batch_size={halves} accumulate={c['accumulate'] * -(-c['batch_size'] // halves)} (the same step in smaller parts)"
+        )
+    if not c.get("objective", {}).get("gradient_checkpointing"):
+        ways.append("objective.gradient_checkpointing=true")
+    if c.get("max_length", 0) > 256:
+        ways.append(f"max_length={c['max_length'] // 2}")
+    if c.get("precision") == "fp32":
+        ways.append("precision=bf16-true")
+    if c.get("base", {}).get("quantization") == "none":
+        ways.append("base.quantization=nf4")
+    return "What would need less: " + ", or ".join(ways) if ways else "Use a smaller base, or a machine with more memory."
+
+
+def told(error: Exception) -> int:
+    """Print an error's explanation and return the exit code, for the verbs; an unexplained one is raised again."""
+    explanation = explained(error, {})
+    if explanation is None:
+        raise error
+    print(explanation[0], file=sys.stderr)
+    return explanation[1]

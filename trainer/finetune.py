@@ -1,0 +1,140 @@
+"""FineTune: a frozen base with an adapter, trained on its task's loss.
+
+A step's loss is the mean over all its trained tokens, whichever micro-batch or rank they are in:
+
+    L = Σ_ranks Σ_micro-batches Σ_t loss_t / N          N = trained tokens of the step, known before it starts
+
+Lightning averages the micro-batches' losses, and DDP the ranks' gradients, so each sum is scaled by their numbers / N.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adapters.delta import Adapter
+from trainer.losses import CausalLoss, ClassLoss
+
+
+class NonFinite(RuntimeError):
+    """Too many steps in a row had a NaN or infinite loss or gradient."""
+
+
+class FineTune(lightning.LightningModule):
+    """Trains what `adapter` grafted onto `model`.
+
+    `schedule` gives the rate's factor for a 0-based step of the planned `steps`; `optimizer` makes the optimiser from parameter groups. A step whose
+    loss or gradient is not finite changes nothing and is counted; `nonfinite_limit` of them in a row raise NonFinite.
+    """
+
+    strict_loading = False  # checkpoints hold the adapter only; on_load_checkpoint compares the names itself
+
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        schedule: Callable[[int], float], steps: int, labelled: bool, accumulate: int, seed: int, max_grad_norm: float | None,
+        logits_chunk: int, gradient_checkpointing: bool, nonfinite_limit: int,
+    ):  # fmt: skip
+        super().__init__()
+        self.model, self.adapter = model, adapter
+        self.make_optimizer, self.schedule = optimizer, schedule
+        self.steps = steps
+        self.accumulate, self.seed, self.max_grad_norm, self.nonfinite_limit = accumulate, seed, max_grad_norm, nonfinite_limit
+        self.loss = ClassLoss(model) if labelled else CausalLoss(model, logits_chunk)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        self.step = 0  # optimiser steps done, skipped ones included: the run's clock
+        self.tokens = 0  # processed so far, over all ranks
+        self.skipped = self.skipped_in_a_row = 0
+        self.step_done = False  # whether the micro-batch at hand has ended a step
+        self.grad_norm: Tensor | None = None
+        self.sums: dict[str, Any] = {}  # of the step at hand
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = []
+        for group in self.adapter.parameter_groups(self.model):
+            matrices = [p for p in group["params"] if p.ndim > 1]
+            vectors = [p for p in group["params"] if p.ndim <= 1]
+            groups += [group | {"params": matrices}] if matrices else []
+            groups += [group | {"params": vectors, "weight_decay": 0.0}] if vectors else []
+        optimizer = self.make_optimizer(groups)
+        # A loaded optimiser state brings its old rates along; these are the config's.
+        self.peaks = [group["lr"] * group["lr_scale"] for group in optimizer.param_groups]
+        return optimizer
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        micro = batch_idx % self.accumulate
+        if micro == 0:
+            self.sums = {"loss": 0.0, "tokens": 0, "right": 0.0, "processed": 0, "sequences": []}
+            factor = self.schedule(self.step)
+            for group, peak in zip(self.trainer.optimizers[0].param_groups, self.peaks, strict=True):
+                group["lr"] = peak * factor
+        self.step_done = False
+        reseed(self.seed, self.global_rank, self.step, micro)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        summed, sums = self.loss(batch)
+        for key in ("loss", "tokens", "right"):
+            self.sums[key] = self.sums[key] + sums[key]
+        self.sums["processed"] += batch["tokens"]
+        self.sums["sequences"] += batch["sequences"]
+        loss = summed * (self.accumulate * self.trainer.world_size / max(1, batch["window_tokens"]))
+        penalty = self.adapter.penalty(self.model)
+        return loss if penalty is None else loss + penalty
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        limit = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
+        self.grad_norm = nn.utils.clip_grad_norm_(trained, limit)
+        if torch.isfinite(self.grad_norm) and torch.isfinite(torch.as_tensor(self.sums["loss"])):
+            self.skipped_in_a_row = 0
+            return
+        # Optimisers pass over parameters without a gradient, moments and all.
+        optimizer.zero_grad(set_to_none=True)
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.step += 1
+        self.step_done = True
+        self.adapter.after_step(self.model, self.step)
+        if self.trainer.world_size > 1:
+            counts = torch.tensor([float(self.sums[k]) for k in ("loss", "tokens", "right", "processed")], device=self.device)
+            counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
+            self.sums |= dict(zip(("loss", "tokens", "right", "processed"), counts.unbind(), strict=True))
+        self.tokens += int(self.sums["processed"])
+        if self.skipped_in_a_row >= self.nonfinite_limit:
+            raise NonFinite(
+                f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, had a loss or gradient that is not finite "
+                f"(loss {float(self.sums['loss']):.4g}, gradient norm {float(self.grad_norm or 0):.4g}). Nothing was learnt from them. "  # type: ignore[arg-type]
+                f"Lower optimizer.lr, raise the warm-up, or look at the rows of the last one: {self.sums['sequences'][:16]}"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {}  # Lightning's copy would hold the frozen base
+        checkpoint["adapter"] = self.adapter.state(self.model)
+        checkpoint["counters"] = {k: getattr(self, k) for k in ("step", "tokens", "skipped", "skipped_in_a_row")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.adapter.load_state(self.model, checkpoint["adapter"])
+        for key, value in checkpoint["counters"].items():
+            setattr(self, key, value)
+        # A finished run that was made longer goes on; Lightning would take its last micro-batch for the epoch's.
+        loops = checkpoint["loops"]["fit_loop"]
+        loops["epoch_loop.batch_progress"]["is_last_batch"] = self.step >= self.steps
+
+
+def reseed(seed: int, rank: int, step: int, micro: int) -> None:
+    """Put every random generator where this micro-batch has it in every run with this seed, resumed or not."""
+    mixed = int(np.random.SeedSequence([seed, rank, step, micro]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)

@@ -1,0 +1,175 @@
+"""The run folder: what a run was asked to do, with what, and what came of it.
+
+run.yaml            config, overrides, versions, git revision, identity; written before anything is trained
+trainer.log         what was said
+preflight.json      what was found in the data before training
+metrics.jsonl/.csv  every logged step, every evaluation
+samples.jsonl       generated answers before and after
+checkpoints/        to go on from
+adapter/            the result, as stock PEFT loads it
+report.html         all of it to look at
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer import config, schema
+from trainer.checkpoint import write_text
+
+PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "bitsandbytes", "hydra-core", "wandb")
+# What may differ when a run goes on: it changes neither what is trained nor in which order.
+FREE = (
+    "resume",
+    "runs",
+    "name",
+    "logger",
+    "callbacks",
+    "workers",
+    "tokenise_processes",
+    "lightning.profiler",
+    "threads",
+    "max_time",
+)
+LENGTHS = ("max_steps", "max_epochs", "max_tokens")  # free where the schedule's past stays what it was
+
+
+class FolderError(RuntimeError):
+    """The run folder cannot be used. The message says why and how to mend it."""
+
+
+class RunFolder:
+    """A run's folder, held by one process at a time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._lock: Any = None
+
+    @classmethod
+    def create(cls, path: Path) -> RunFolder:
+        """The folder, made and locked.
+
+        Raises:
+            FolderError: it cannot be written, or another process is running in it.
+        """
+        folder = cls(path)
+        try:
+            folder.checkpoints.mkdir(parents=True, exist_ok=True)
+            folder._lock = (path / ".lock").open("w")
+            fcntl.flock(folder._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderError(f"{path} is in use by another process. Wait for it, or choose another name=") from None
+        except OSError as error:
+            raise FolderError(f"{path} cannot be written: {error.strerror}. Choose another place with runs=FOLDER") from None
+        return folder
+
+    @property
+    def file(self) -> Path:
+        return self.path / "run.yaml"
+
+    def earlier(self) -> dict[str, Any] | None:
+        """run.yaml of an earlier start in this folder, if any.
+
+        Raises:
+            FolderError: there is one and it cannot be read.
+        """
+        if not self.file.exists():
+            return None
+        try:
+            return yaml.safe_load(self.file.read_text("utf-8"))
+        except yaml.YAMLError as error:
+            raise FolderError(f"{self.file} cannot be read: {error}") from None
+
+    def record(
+        self, plain: dict[str, Any], overrides: list[str], identity: dict[str, Any], earlier: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """Write run.yaml and return it. A run that goes on keeps its id and its list of starts."""
+        start = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": config.redact(shlex.join([Path(sys.argv[0]).parent.name or sys.argv[0], *sys.argv[1:]])),
+            "host": platform.node(),
+            "python": platform.python_version(),
+            "versions": {name: _version(name) for name in PACKAGES},
+            "git": _git_revision(),
+        }
+        content = {
+            "id": earlier["id"] if earlier else os.urandom(4).hex(),
+            "name": plain["name"],
+            "overrides": overrides,
+            "identity": identity,
+            "starts": [*(earlier["starts"] if earlier else []), start],
+            "config": plain,
+        }
+        write_text(self.file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        return content
+
+
+def differences(then: dict[str, Any], now: dict[str, Any], ignore: tuple[str, ...]) -> list[str]:
+    """Settings that are not the same in two plain configs, as lines for people; `ignore` lists dotted keys to pass over."""
+    first, second = dict(_flat(then)), dict(_flat(now))
+    return [
+        f"{key}: {json.dumps(first.get(key))} in the run, {json.dumps(second.get(key))} now"
+        for key in sorted(first.keys() | second.keys())
+        if first.get(key) != second.get(key) and not any(key == free or key.startswith(free + ".") for free in ignore)
+    ]
+
+
+def _flat(node: Any, prefix: str = "") -> Any:
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, node
+
+
+def read(path: str) -> tuple[Path, dict[str, Any], str]:
+    """(folder, run.yaml, which checkpoint) of `FOLDER` or `FOLDER@last|best|STEP`, as the verbs take it.
+
+    Raises:
+        FolderError: it is no run folder, or its config holds what this version does not make.
+    """
+    name, _, which = path.partition("@")
+    folder = RunFolder(Path(name).expanduser())
+    content = folder.earlier()
+    if content is None:
+        raise FolderError(f"{name} is no run folder: it has no run.yaml")
+    # A folder may come from a stranger: what it names is held against conf/ as a new config would be.
+    choices = content["identity"]["choices"]
+    faults = schema.problems(content["config"], config.root_schema(choices), "")
+    if faults:
+        raise FolderError(f"{folder.file} does not fit this version of Graft:\n" + "\n".join(faults))
+    return folder.path, content, which or "last"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    here = Path(__file__).resolve().parent.parent
+    try:
+        revision = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=5
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return f"{revision}{' with changes' if changed else ''}" if revision else None

@@ -1,0 +1,126 @@
+"""Ask a run's model.
+
+    python -m trainer.generate run=FOLDER[@last|best|STEP] prompt="..." [system="..."] [compare=true] [max_new_tokens=256]
+                               [temperature=0] [top_p=1] [seed=0]
+
+prompt=- reads standard input. The answer streams; compare=true shows the base's answer beside it. temperature=0 is greedy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich import get_console
+from rich.live import Live
+from rich.table import Table
+from transformers import GenerationConfig, TextStreamer
+
+from trainer import assembly
+from trainer.tokens import Renderer, stop_ids
+
+
+class _Told(TextStreamer):
+    """Hands text on as it comes."""
+
+    def __init__(self, tokenizer: Any, tell: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.tell = tell
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.tell(text)
+
+
+def answer(
+    model: Any, ids: list[int], tokenizer: Any, stops: list[int], options: dict[str, Any], tell: Callable[[str], None]
+) -> None:
+    """One answer to one prompt, told piece by piece."""
+    torch.manual_seed(options["seed"])
+    sampled = options["temperature"] > 0
+    chances = {"temperature": options["temperature"], "top_p": options["top_p"]} if sampled else {}
+    settings = GenerationConfig(
+        do_sample=sampled,
+        max_new_tokens=options["max_new_tokens"],
+        eos_token_id=stops,
+        pad_token_id=tokenizer.pad_token_id,
+        **chances,
+    )
+    prompt = torch.tensor([ids], device=next(model.parameters()).device)
+    model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, streamer=_Told(tokenizer, tell)
+    )
+
+
+def main(argv: list[str]) -> int:
+    """The verb; see the module's text."""
+    from trainer import config, failures
+
+    known = {
+        "run": ..., "prompt": ..., "system": None, "compare": False, "max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0, "seed": 0,
+    }  # fmt: skip
+    options = config.arguments(argv, known, __doc__ or "")
+    assembly.quiet()
+    try:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        found = assembly.trained(options["run"], device)
+        if found.task.kind == "label":
+            print("this run trained a classifier, which writes no text. Use: python -m trainer.evaluate", file=sys.stderr)
+            return config.EXIT_BAD_INPUT
+        tokenizer = found.base.tokenizer
+        prompt = sys.stdin.read() if options["prompt"] == "-" else str(options["prompt"])
+        if found.task.kind == "conversation":
+            system = [{"role": "system", "content": options["system"]}] if options["system"] else []
+            ids = Renderer(tokenizer, found.task).chat([*system, {"role": "user", "content": prompt}])
+        else:
+            ids = tokenizer(prompt)["input_ids"]
+        stops = stop_ids(tokenizer, found.model.generation_config.eos_token_id, [])  # type: ignore[union-attr]
+        if not options["compare"]:
+            answer(found.model, ids, tokenizer, stops, options, lambda text: print(text, end="", flush=True))
+            print()
+            return 0
+        _side_by_side(found, ids, tokenizer, stops, options)
+    except Exception as error:
+        return failures.told(error)
+    return 0
+
+
+def _side_by_side(found: assembly.Trained, ids: list[int], tokenizer: Any, stops: list[int], options: dict[str, Any]) -> None:
+    texts = {"base": "", "adapted": ""}
+
+    def shown() -> Table:
+        table = Table(*texts, expand=True)
+        table.add_row(*texts.values())
+        return table
+
+    console = get_console()
+    with Live(shown(), console=console) if console.is_terminal else contextlib.nullcontext() as live:
+        for name in texts:
+
+            def tell(text: str, name: str = name) -> None:
+                texts[name] += text
+                if live is not None:
+                    live.update(shown())
+
+            with _base_alone(found) if name == "base" else contextlib.nullcontext(found.model) as model:
+                answer(model, ids, tokenizer, stops, options, tell)
+    if not console.is_terminal:
+        console.print(shown())
+
+
+@contextlib.contextmanager
+def _base_alone(found: assembly.Trained) -> Any:
+    try:
+        switched = found.adapter.disabled(found.model)
+    except ValueError:  # full fine-tuning has no base to switch back to
+        dtype = next(found.model.parameters()).dtype
+        yield found.base.load(dtype, None, next(found.model.parameters()).device)
+        return
+    with switched:
+        yield found.model
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,93 @@
+"""The run's own record of numbers: one JSON object a line, copied to dashboards, never dependent on them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch.loggers as pl
+
+
+class Journal:
+    """Appends to metrics.jsonl and samples.jsonl. Rows are {kind, step, ...}; kinds are step, evaluation, skipped, stopped."""
+
+    def __init__(self, folder: Path, loggers: list[pl.Logger], writes: bool = True):
+        self.metrics, self.samples, self.csv = folder / "metrics.jsonl", folder / "samples.jsonl", folder / "metrics.csv"
+        self.loggers, self.writes = loggers, writes
+        self.last: dict[str, Any] = {}  # the newest row of kind step
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after `step`, and that the run was stopped: it goes on from there and writes it again. -1 forgets
+        all."""
+        for path in (self.metrics, self.samples):
+            if self.writes and path.exists():
+                kept = [
+                    line
+                    for line in path.read_text("utf-8").splitlines(keepends=True)
+                    if _step(line) <= step and '"kind": "stopped"' not in line
+                ]
+                temporary = path.with_name(path.name + ".tmp")
+                temporary.write_text("".join(kept), "utf-8")
+                os.replace(temporary, path)
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One row; its numbers go to the dashboards as train/NAME or eval/NAME."""
+        if kind == "step":
+            self.last = values
+        if not self.writes:
+            return
+        _append(self.metrics, {"kind": kind, "step": step, **values})
+        prefix = {"step": "train", "evaluation": "eval"}.get(kind, kind)
+        numbers = {f"{prefix}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
+        for logger in self.loggers:
+            logger.log_metrics(numbers, step)
+
+    def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Generated answers, each with its prompt, what was expected and its scores."""
+        for sample in samples if self.writes else []:
+            _append(self.samples, {"step": step, **sample})
+
+    def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """What was written so far."""
+        return [row for row in read(self.metrics) if kind is None or row["kind"] == kind]
+
+    def write_csv(self) -> None:
+        """metrics.csv anew from metrics.jsonl: a column for each name that occurs."""
+        if not self.writes:
+            return
+        rows = self.rows()
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        temporary = self.csv.with_name(self.csv.name + ".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.csv)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a journal file; a last line cut off by a kill is passed over."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")

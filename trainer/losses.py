@@ -1,0 +1,172 @@
+"""The loss of a causal language model, with logits only where a token is trained, and never more of them than a chunk.
+
+    L = - Σ_t log softmax(head(h_t))[x_{t+1}]        over the positions t whose next token is trained
+
+h (n, d) hidden states of those positions, V the vocabulary. Logits would be n V numbers, three times over with their
+gradients; here a chunk of c positions is computed, turned into its gradient at h (c, d), and dropped. With a frozen head the
+backward pass then costs one product with the stored gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Head = Callable[[Tensor], Tensor]  # (n, d) -> (n, V)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy and the number of right guesses, chunk by chunk.
+
+    Forward: for each chunk of rows, logits = head(h_c), its loss in fp32, and by autograd d loss_c / d h_c (and for
+    trained head parameters, summed over the chunks). Backward: those times the incoming scalar.
+    Shapes: hidden (n, d), targets (n,), parameters as they are; returns two scalars in fp32.
+    Notes: the logits of a chunk are dropped before the next one. No second derivative.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk: int, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        right = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden)
+        grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            with torch.enable_grad():
+                part = hidden[rows].detach().requires_grad_(True)
+                logits = head(part).float()
+                part_loss = F.cross_entropy(logits, targets[rows], reduction="sum")
+                found = torch.autograd.grad(part_loss, [part, *parameters])
+            grad_hidden[rows] = found[0]
+            for total, grad in zip(grads, found[1:], strict=True):
+                total += grad
+            loss += part_loss.detach()
+            right += (logits.detach().argmax(-1) == targets[rows]).sum()
+            del logits, part_loss, found
+        ctx.save_for_backward(grad_hidden, *grads)
+        ctx.dtypes = [p.dtype for p in parameters]
+        ctx.mark_non_differentiable(right)
+        return loss, right
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_hidden, *grads = ctx.saved_tensors
+        scaled = [(grad * grad_loss).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+        return (grad_hidden * grad_loss.to(grad_hidden.dtype), None, None, None, *scaled)
+
+
+def chunked_cross_entropy(
+    hidden: Float[Tensor, "n d"], targets: Int[Tensor, " n"], head: Head, chunk: int, parameters: tuple[Tensor, ...] = ()
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """(summed loss, right guesses) of next-token predictions; `parameters` are what the head trains. Zero for n = 0."""
+    if len(hidden) == 0:
+        return hidden.sum().float() * 0.0, hidden.new_zeros((), dtype=torch.float32)
+    if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
+        return _ChunkedCrossEntropy.apply(hidden, targets, head, chunk, *parameters)
+    loss = right = hidden.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(hidden), chunk):
+        logits = head(hidden[start : start + chunk]).float()
+        loss = loss + F.cross_entropy(logits, targets[start : start + chunk], reduction="sum")
+        right = right + (logits.argmax(-1) == targets[start : start + chunk]).sum()
+    return loss, right
+
+
+@contextlib.contextmanager
+def captured_hidden(output_layer: nn.Module) -> Iterator[list[Tensor]]:
+    """While open, the model's output layer keeps what it is given and computes no logits."""
+    kept: list[Tensor] = []
+
+    def keep(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        kept.append(hidden)
+        return hidden[..., :0]
+
+    output_layer.forward = keep  # type: ignore[method-assign]
+    try:
+        yield kept
+    finally:
+        del output_layer.forward
+
+
+def output_head(model: nn.Module) -> Head | None:
+    """From hidden states to logits as `model` does it: its output layer, then a scale or a soft cap where it has one.
+
+    Models differ in what follows the output layer (Gemma caps, Granite divides, Cohere multiplies). So what the config says is
+    tried on a few tokens against the model's own logits; None means that no known way reproduces them.
+    """
+    layer = model.get_output_embeddings()  # type: ignore[operator]
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    cap = getattr(config, "final_logit_softcapping", None)
+    factor = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+
+    def scaled(hidden: Tensor) -> Tensor:
+        logits = layer(hidden)
+        if factor != 1.0:
+            logits = logits * factor
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    was_training = model.training
+    model.eval()
+    probe = torch.arange(1, 7, device=next(model.parameters()).device).unsqueeze(0)
+    with torch.no_grad():
+        wanted = model(input_ids=probe, use_cache=False).logits[:, -4:].float()
+        with captured_hidden(layer) as kept:
+            model(input_ids=probe, use_cache=False)
+        found = scaled(kept[0][:, -4:]).float()
+    model.train(was_training)
+    tolerance = 3e-2 if kept[0].dtype in (torch.bfloat16, torch.float16) else 1e-4
+    return scaled if torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max())) else None
+
+
+class CausalLoss:
+    """The loss of a batch as trainer.plan.Collate makes it."""
+
+    def __init__(self, model: nn.Module, chunk: int):
+        self.model, self.chunk = model, chunk
+        self.layer: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        self.head = output_head(model)
+
+    def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(summed loss, {loss, tokens, right}) with the sums detached."""
+        inputs = {key: batch[key] for key in ("input_ids", "position_ids") if key in batch}
+        labels = batch["labels"][:, 1:]  # position t is asked for token t + 1
+        where = labels != -100
+        if self.head is None:
+            logits = self.model(**inputs, use_cache=False).logits[:, -batch["labels"].shape[1] :]
+            hidden = logits[:, :-1][where]
+            loss, right = chunked_cross_entropy(hidden, labels[where], _as_they_are, self.chunk)
+        else:
+            with captured_hidden(self.layer) as kept:
+                self.model(**inputs, use_cache=False)
+            # Virtual tokens of prompt learning stand before the row's own.
+            hidden = kept[0][:, -batch["labels"].shape[1] :][:, :-1][where]
+            parameters = tuple(p for p in self.layer.parameters() if p.requires_grad)
+            loss, right = chunked_cross_entropy(hidden, labels[where], self.head, self.chunk, parameters)
+        return loss, {"loss": loss.detach(), "tokens": where.sum(), "right": right.detach()}
+
+
+def _as_they_are(logits: Tensor) -> Tensor:
+    return logits
+
+
+class ClassLoss:
+    """Cross-entropy of a sequence classifier; a row counts as one token."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(summed loss, {loss, tokens, right, scores}) with the sums detached; scores (B, classes)."""
+        logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        classes = batch["classes"]
+        loss = F.cross_entropy(logits, classes, reduction="sum", ignore_index=-100)
+        right = (logits.argmax(-1) == classes).sum().float()
+        sums = {"loss": loss.detach(), "tokens": (classes != -100).sum(), "right": right, "scores": logits.detach()}
+        return loss, sums

@@ -1,0 +1,413 @@
+"""What can be known before weights are loaded: what becomes of the rows, what is trained, how long it takes, whether it fits.
+
+    python -m trainer.preflight +experiment=NAME ... [--json FILE] [--samples N]
+
+reads the whole data set and prints a table and a preview, trained tokens in one colour and masked ones in another. Errors make
+the exit code 2. Training runs the same checks before it loads anything.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich import get_console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from adapters.delta import Adapter, Start, features, targets
+from adapters.full import Nothing
+from trainer import assembly
+from trainer.base import Base, BaseError, compute
+from trainer.data import special_text
+from trainer.plan import Plan
+from trainer.tokens import Refused
+
+log = logging.getLogger("trainer")
+
+SAMPLE = 200  # conversations whose prompt is rendered a second time, as it will be at inference
+
+
+def inspect(
+    config: dict[str, Any], base: Base, adapter: Adapter, found: assembly.Data, plan: Plan | None, steps: int, folder: Path
+) -> dict[str, Any]:
+    """Everything that preflight reports, as plain data, with `errors` and `warnings` for people.
+
+    Raises:
+        AdapterError: the adapter does not fit the base.
+    """
+    errors: list[str] = []
+    warnings: list[str] = []
+    if config["max_length"] > base.longest:
+        errors.append(
+            f"max_length={config['max_length']} is more than the {base.longest} tokens that {base.path} was made for: set max_length={base.longest}"
+        )
+    result: dict[str, Any] = {"data": _data(config, found, warnings)}
+    if plan is not None:
+        result["run"] = _length(config, found, plan, steps)
+    result["schedule"] = _rates(config, steps)
+    result["model"] = _model(config, base, adapter, found, steps, folder, errors, warnings)
+    _check_names(config, found, errors)
+    return result | {"errors": errors, "warnings": warnings}
+
+
+def _data(config: dict[str, Any], found: assembly.Data, warnings: list[str]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    splits = {"train": found.train, "eval": found.held_out.sequences if found.held_out else None}
+    digests: dict[str, set[bytes]] = {}
+    for name, sequences in splits.items():
+        if sequences is None:
+            continue
+        report = sequences.rows.report
+        seen = list(sequences.rows.digests())
+        digests[name] = set(seen)
+        result[name] = {
+            **{key: value for key, value in vars(report).items() if key != "bad"},
+            "trained_share": report.trained_tokens / max(1, report.tokens),
+            "duplicates": len(seen) - len(digests[name]),
+            "bad": [f"{where}: {reason}" for where, reason in report.bad],
+        }
+        if found.renderer.kind == "conversation" and report.kept and report.ends_trained < report.kept:
+            share = 1 - report.ends_trained / report.kept
+            warnings.append(
+                f"{name}: {share:.0%} of the answers end without a trained end token, so the model does not learn to stop after them"
+            )
+        lost = report.dropped + report.answers_lost + report.skipped
+        if report.rows and lost / report.rows > 0.1:
+            warnings.append(f"{name}: {lost} of {report.rows} rows are left out ({report.summary()})")
+    if len(digests) == 2:
+        shared = len(digests["train"] & digests["eval"])
+        result["shared"] = shared
+        if shared:
+            warnings.append(f"{shared} rows of evaluation are in the training data too: its numbers are too good")
+    if found.renderer.kind == "conversation" and not found.task.streaming:
+        result["prompts"] = _prompts(found, warnings)
+        result["special_text"] = special_text(found.task.examples("train"), found.renderer.tokenizer)
+        if result["special_text"]:
+            warnings.append(
+                f"{result['special_text']} rows have the text of a special token in a message; it is read as that token"
+            )
+    return result
+
+
+def _prompts(found: assembly.Data, warnings: list[str]) -> dict[str, int]:
+    """Whether rows begin as the prompt that the model will be given at inference."""
+    renderer = found.renderer
+    tried = same = 0
+    for example in itertools.islice(found.task.examples("train"), SAMPLE):
+        try:
+            row, prompt = renderer(example), renderer.prompt(example)
+        except (Refused, AttributeError):
+            continue
+        tried += 1
+        same += row.ids[: len(prompt)] == prompt
+    if same < tried:
+        warnings.append(
+            f"in {tried - same} of {tried} rows the last answer is trained after other tokens than the generation prompt that the template "
+            "writes at inference"
+        )
+    return {"tried": tried, "as_at_inference": same}
+
+
+def _length(config: dict[str, Any], found: assembly.Data, plan: Plan, steps: int) -> dict[str, Any]:
+    lengths = plan.lengths
+    per_epoch = -(-len(lengths) // plan.per_step)
+    padded = sum(
+        max(lengths[pick.sequence] for pick in batch) * len(batch)
+        for step in range(min(steps, 50))
+        for batch in plan.micro_batches(step)
+    )
+    real: int = sum(
+        lengths[pick.sequence] for step in range(min(steps, 50)) for batch in plan.micro_batches(step) for pick in batch
+    )
+    result = {
+        "steps": steps,
+        "steps_per_epoch": per_epoch,
+        "epochs": plan.positions(steps) / max(1, len(lengths)),
+        "sequences": len(lengths),
+        "tokens_per_epoch": int(lengths.sum()),
+        "trained_tokens_per_epoch": int(plan.trained.sum()),
+        "padding_share": 1 - float(real) / float(padded) if padded else 0.0,
+    }
+    if config["packing"] and len(lengths):
+        result["packing_efficiency"] = float(lengths.sum()) / (len(lengths) * config["max_length"])
+    return result
+
+
+def _rates(config: dict[str, Any], steps: int) -> dict[str, Any]:
+    if not steps:
+        return {}
+    schedule = partial(assembly.instantiate(config["schedule"]), steps=steps)
+    points = sorted({round(i * (steps - 1) / 20) for i in range(21)})
+    return {"peak": config["optimizer"]["lr"], "rates": [[step, config["optimizer"]["lr"] * schedule(step)] for step in points]}
+
+
+def _model(
+    config: dict[str, Any],
+    base: Base,
+    adapter: Adapter,
+    found: assembly.Data,
+    steps: int,
+    folder: Path,
+    errors: list[str],
+    warnings: list[str],
+) -> dict[str, Any]:
+    labels = found.task.labels if found.task.kind == "label" else None
+    skeleton = base.skeleton(labels)
+    total = sum(p.numel() for p in skeleton.parameters())
+    linears = sum(math.prod(features(linear)) for _, linear in targets(skeleton, "all-linear"))
+    model = adapter.attach(skeleton, Start(assembly.new_modules(skeleton, labels), max(1, steps)))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not trainable and not isinstance(adapter, Nothing):
+        errors.append("the adapter has no trainable parameter")
+    cuda = torch.cuda.is_available() and config["lightning"]["accelerator"] != "cpu"
+    trains_base = trainable == total
+    dtype, _, precision = compute(config["precision"], config["base"]["dtype"], trains_base, cuda)
+    parts = _memory(config, base, dtype, total, linears, trainable, found)
+    needed = sum(parts.values())
+    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    if needed > free:
+        warnings.append(f"the run needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free")
+    checkpoint_bytes = trainable * (4 + 8 if not trains_base else dtype.itemsize * 3) if steps else 0
+    keep = (config["callbacks"].get("checkpoints") or {}).get("keep", 1)
+    disk = shutil.disk_usage(_existing(folder)).free
+    if checkpoint_bytes * (keep + 2) > disk:
+        errors.append(
+            f"{keep + 2} checkpoints of about {checkpoint_bytes / 1e6:.0f} MB do not fit on the disk of {folder}, "
+            f"which has {disk / 1e6:.0f} MB free: free some space, or choose another place with runs=FOLDER"
+        )
+    return {
+        "parameters": total, "trainable": trainable, "precision": precision, "dtype": str(dtype).removeprefix("torch."),
+        "memory_bytes": parts, "memory_needed": needed, "memory_free": free, "checkpoint_bytes": checkpoint_bytes, "disk_free": disk,
+    }  # fmt: skip
+
+
+def _memory(
+    config: dict[str, Any], base: Base, dtype: torch.dtype, total: int, linears: int, trainable: int, found: assembly.Data
+) -> dict[str, int]:
+    """An estimate, in bytes. Activations of a decoder layer are near 30 d + 5 m numbers a token (SmolLM2 with LoRA, measured)."""
+    text = base.config.get_text_config()
+    width, inner = getattr(text, "hidden_size", 0), getattr(text, "intermediate_size", 0) or 0
+    layers = getattr(text, "num_hidden_layers", 0)
+    packed = {"none": dtype.itemsize, "nf4": 0.53, "int8": 1.0}[base.quantization]
+    longest = min(config["max_length"], found.train.rows.report.longest) if found.train is not None else config["max_length"]
+    tokens = config["batch_size"] * (config["max_length"] if config["packing"] else longest)
+    per_layer = (30 * width + 5 * inner) * dtype.itemsize
+    kept = layers * width * dtype.itemsize + per_layer if config["objective"]["gradient_checkpointing"] else layers * per_layer
+    moments = 2 if "8bit" in config["optimizer"]["_target_"] else 8
+    return {
+        "weights": int(linears * packed + (total - linears) * dtype.itemsize),
+        "trained": trainable * (4 + 4 + moments),
+        "activations": int(tokens * kept),
+        "logits": config["objective"]["logits_chunk"] * getattr(text, "vocab_size", 0) * 12,
+    }
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _check_names(config: dict[str, Any], found: assembly.Data, errors: list[str]) -> None:
+    evaluation = config["callbacks"].get("evaluation")
+    if not evaluation or found.held_out is None:
+        return
+    known = ["loss", "accuracy", "f1" if found.task.kind == "label" else "perplexity"]
+    graded = found.task.metrics if evaluation["generate"] else []
+    monitor, place = evaluation["monitor"], "callbacks.evaluation"
+    if monitor not in known + graded:
+        hint = f" (set {place}.generate)" if monitor in found.task.metrics else ""
+        errors.append(f"{place}.monitor={monitor} is no metric of this task{hint}; there are: {', '.join(known + graded)}")
+    elif monitor in graded and evaluation["generate_every"] is None:
+        errors.append(f"{place}.monitor={monitor} is measured only where answers are generated: set {place}.generate_every=1")
+
+
+def parameters(model: nn.Module) -> str:
+    """How much of a model is trained, for people."""
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"
+
+
+@torch.no_grad()
+def refuse_contamination(model: nn.Module, base: Base) -> None:
+    """Try on a few tokens whether packed rows see only themselves in this model.
+
+    Raises:
+        BaseError: they do not.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    rows = [torch.arange(3, 11, device=device), torch.arange(5, 12, device=device)]
+    places = torch.cat([torch.arange(len(row), device=device) for row in rows])
+    packed = model(input_ids=torch.cat(rows)[None], position_ids=places[None], use_cache=False).logits[0].float()
+    alone = torch.cat([model(input_ids=row[None], use_cache=False).logits[0].float() for row in rows])
+    model.train(was_training)
+    difference, scale = float((packed - alone).abs().max()), float(alone.abs().max())
+    if difference > (0.05 if next(model.parameters()).dtype != torch.float32 else 1e-3) * max(scale, 1e-6):
+        raise BaseError(
+            f"in {base.path} packed rows see each other (logits differ by {difference:.3g} of {scale:.3g}): it carries state that attention masks "
+            "do not cut. Set packing=false"
+        )
+
+
+def quick(
+    config: dict[str, Any], base: Base, adapter: Adapter, found: assembly.Data, plan: Plan | None, steps: int, folder: Path
+) -> dict[str, Any]:
+    """`inspect` for a run that is about to start: warnings are said, errors end it.
+
+    Raises:
+        BaseError: with the errors.
+    """
+    result = inspect(config, base, adapter, found, plan, steps, folder)
+    for warning in result["warnings"]:
+        log.warning("%s", warning)
+    if result["errors"]:
+        raise BaseError("\n".join(result["errors"]))
+    return result
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The report for people."""
+    shown = Table(show_header=False, box=None, padding=(0, 2))
+    for split in ("train", "eval"):
+        for row in _split_lines(split, result["data"].get(split)):
+            shown.add_row(*row)
+    if "shared" in result["data"]:
+        shown.add_row("in train and eval", str(result["data"]["shared"]))
+    if "prompts" in result["data"]:
+        prompts = result["data"]["prompts"]
+        shown.add_row("prompts as at inference", f"{prompts['as_at_inference']} of {prompts['tried']} tried")
+    if run := result.get("run"):
+        shown.add_row("steps", f"{run['steps']:,} ({run['steps_per_epoch']:,} an epoch, {run['epochs']:.2f} epochs)")
+        shown.add_row("tokens an epoch", f"{run['tokens_per_epoch']:,}, {run['trained_tokens_per_epoch']:,} of them trained")
+        packing = f", packed sequences {run['packing_efficiency']:.1%} full" if "packing_efficiency" in run else ""
+        shown.add_row("padding", f"{run['padding_share']:.1%} of a batch{packing}")
+    if rates := result["schedule"]:
+        bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * rate / rates["peak"]))] if rate else " " for _, rate in rates["rates"])
+        shown.add_row("learning rate", f"{bars}  peak {rates['peak']:g}")
+    model = result["model"]
+    shown.add_row(
+        "parameters", f"{model['parameters']:,}, {model['trainable']:,} trained; {model['precision']}, base in {model['dtype']}"
+    )
+    parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in model["memory_bytes"].items())
+    shown.add_row("memory, about", f"{model['memory_needed'] / 1e9:.2f} GB ({parts}); {model['memory_free'] / 1e9:.1f} GB free")
+    shown.add_row(
+        "checkpoint, about", f"{model['checkpoint_bytes'] / 1e6:.1f} MB; {model['disk_free'] / 1e9:.1f} GB of disk free"
+    )
+    return shown
+
+
+def _split_lines(split: str, data: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if data is None:
+        return [(split, "none")] if split == "eval" else []
+    lost = [
+        f"{data[key]:,} {text}"
+        for key, text in (
+            ("dropped", "too long, dropped"),
+            ("truncated", "truncated"),
+            ("answers_lost", "lost their answer"),
+            ("skipped", "broken"),
+        )
+        if data[key]
+    ]
+    lines = [
+        (f"{split} rows", ", ".join([f"{data['rows']:,} read, {data['kept']:,} kept", *lost])),
+        (f"{split} tokens", f"{data['tokens']:,}, {data['trained_share']:.1%} trained; longest row {data['longest']:,}"),
+        (f"{split} answers that end", f"{data['ends_trained']:,} of {data['kept']:,} train their end token"),
+        (f"{split} duplicates", str(data["duplicates"])),
+    ]
+    return lines + [(f"{split} broken", line) for line in data["bad"][:5]]
+
+
+def preview(found: assembly.Data, count: int) -> list[Text]:
+    """The first rows as the model sees them: trained tokens green, masked ones dim."""
+    if found.train is None:
+        return []
+    rows = found.train.rows
+    texts = []
+    for index in range(min(count, len(rows))):
+        row = rows[index]
+        text = Text(f"{rows.where(index)}\n", style="bold")
+        for trained, group in itertools.groupby(zip(row.ids, row.trained, strict=True), key=lambda pair: pair[1]):
+            text.append(
+                found.renderer.tokenizer.decode([token for token, _ in group]), style="black on green" if trained else "dim"
+            )
+        texts.append(text)
+    return texts
+
+
+def main(argv: list[str]) -> int:
+    """The verb; see the module's text."""
+    from omegaconf import OmegaConf
+
+    from trainer import config as configs
+    from trainer import failures
+
+    options = {"--json": None, "--samples": "2"}
+    arguments = []
+    words = iter(argv)
+    for word in words:
+        if word in ("-h", "--help"):
+            print(__doc__)
+            return 0
+        if word in options:
+            options[word] = next(words, None)
+        else:
+            arguments.append(word)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        config: dict[str, Any] = OmegaConf.to_container(configs.compose(arguments), resolve=True)  # type: ignore[assignment]
+    except configs.ConfigError as error:
+        print(error, file=sys.stderr)
+        return configs.EXIT_BAD_INPUT
+    except Exception as error:  # Hydra's own: an unknown group or experiment
+        print(error, file=sys.stderr)
+        return configs.EXIT_BAD_INPUT
+    assembly.quiet()
+    try:
+        base: Base = assembly.instantiate(config["base"])
+        task = assembly.instantiate(config["task"])
+        adapter = assembly.instantiate(config["adapter"])
+        found = assembly.tokenised(config, base, task)
+        devices = config["lightning"]["devices"]
+        plan = (
+            assembly.plan(config, found, (devices if isinstance(devices, int) else 1) * config["lightning"]["num_nodes"])
+            if found.train
+            else None
+        )
+        steps = plan.steps(config["max_steps"], config["max_tokens"]) if plan else config["max_steps"]
+        steps = 0 if isinstance(adapter, Nothing) else steps
+        result = inspect(config, base, adapter, found, plan, steps, Path(config["runs"]) / config["name"])
+    except Exception as error:
+        explained = failures.explained(error, config)
+        if explained is None:
+            raise
+        print(explained[0], file=sys.stderr)
+        return configs.EXIT_BAD_INPUT
+    if options["--json"]:
+        Path(options["--json"]).write_text(json.dumps(result, indent=2) + "\n")
+    console = get_console()
+    console.print(table(result))
+    for text in preview(found, int(options["--samples"] or 0)):
+        console.print(text)
+    for kind in ("warnings", "errors"):
+        for line in result[kind]:
+            console.print(f"[{'yellow' if kind == 'warnings' else 'red'}]{kind[:-1]}[/]: ", line, sep="", markup=True)
+    return configs.EXIT_BAD_INPUT if result["errors"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

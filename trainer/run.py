@@ -1,0 +1,311 @@
+"""The program, top to bottom: open the folder, check, load, fit, export, report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import psutil
+import rich
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader
+
+from adapters.delta import Adapter, Start
+from adapters.full import Full, Nothing
+from trainer import assembly, checkpoint, export, folder, preflight, report
+from trainer.base import Base, compute
+from trainer.callbacks import Context
+from trainer.callbacks.evaluation import Evaluation
+from trainer.callbacks.metrics import Metrics
+from trainer.callbacks.stopping import Stopping
+from trainer.checkpoint import AtomicCheckpointIO, CheckpointError
+from trainer.finetune import FineTune
+from trainer.folder import RunFolder
+from trainer.journal import Journal
+from trainer.plan import Batches, Plan
+from trainer.signals import Signals
+from trainer.stream import Stream
+
+log = logging.getLogger("trainer")
+
+
+class Unfinished(RuntimeError):
+    """The run ended before its planned steps. `code` is the process's exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+def run(cfg: DictConfig) -> float | None:
+    """Run a composed, checked config; returns the last held-out loss, for sweeps.
+
+    Raises:
+        Unfinished: a signal ended it; it is saved. Others: see trainer.failures.
+    """
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    choices, overrides = dict(HydraConfig.get().runtime.choices), list(HydraConfig.get().overrides.task)
+    signals = Signals()
+    signals.install()
+    assembly.quiet()
+    place = RunFolder.create(Path(HydraConfig.get().runtime.output_dir))
+    log.info("run folder: %s", place.path)
+    if config["threads"] is not None:
+        torch.set_num_threads(config["threads"])
+
+    base: Base = assembly.instantiate(config["base"])
+    task = assembly.instantiate(config["task"])
+    adapter: Adapter = assembly.instantiate(config["adapter"])
+    lightning_ = _lightning(config, adapter, place)
+    device = lightning_.strategy.root_device
+    dtype, _, precision = compute(
+        config["precision"], config["base"]["dtype"], isinstance(adapter, Full), device.type == "cuda"
+    )
+
+    found = assembly.tokenised(config, base, task)
+    labels = task.labels if task.kind == "label" else None
+    plan = assembly.plan(config, found, lightning_.world_size) if found.train is not None else None
+    steps = plan.steps(config["max_steps"], config["max_tokens"]) if plan is not None else config["max_steps"]
+    steps = 0 if isinstance(adapter, Nothing) else steps
+    checked = preflight.quick(config, base, adapter, found, plan, steps, place.path)
+    checkpoint.write_text(place.path / "preflight.json", json.dumps(checked, indent=2))
+
+    identity = {
+        "choices": choices, "base": base.fingerprint, "data": found.keys, "precision": precision, "trains_base": isinstance(adapter, Full),
+        "labels": labels, "steps": steps, "ranks": lightning_.world_size,
+    }  # fmt: skip
+    earlier = place.earlier()
+    saved_path = _where_to_go_on(place, config, identity, earlier)
+    done = int(saved_path.stem[5:]) if saved_path else 0
+    journal = Journal(place.path, [], lightning_.is_global_zero)
+    if earlier is not None and (ended := _ended(place, journal, done, steps, config["max_time"])):
+        log.info("this run %s; nothing is left to do. Its report: %s", ended, place.path / "report.html")
+        return _last_loss(journal)
+    record = place.record(config, overrides, identity, earlier)
+    journal.rewind(done if saved_path else -1)
+
+    lightning.seed_everything(config["seed"], verbose=False)
+    log.info(
+        "loading %s in %s%s",
+        base.path,
+        str(dtype).removeprefix("torch."),
+        "" if base.quantization == "none" else f" as {base.quantization}",
+    )
+    model = base.load(dtype, labels, device)
+    saved = checkpoint.load(saved_path)["adapter"] if saved_path else None
+    lightning.seed_everything(config["seed"], verbose=False)  # loading may draw; a resumed start must not depend on it
+    start = Start(assembly.new_modules(model, labels), max(1, steps), partial(_calibration, found, plan), saved)
+    model = adapter.attach(model, start)
+    log.info("trained: %s", preflight.parameters(model))
+    if config["packing"]:
+        preflight.refuse_contamination(model, base)
+    module: FineTune = assembly.instantiate(config["objective"])(
+        model=model, adapter=adapter, optimizer=assembly.instantiate(config["optimizer"]), steps=steps, labelled=labels is not None,
+        schedule=partial(assembly.instantiate(config["schedule"]), steps=steps), accumulate=config["accumulate"], seed=config["seed"],
+    )  # fmt: skip
+    assembly.with_prompts(found, _prompts(config), model)
+    journal.loggers = lightning_.loggers = _loggers(config, place, record) if lightning_.is_global_zero else []
+    context = Context(
+        place,
+        journal,
+        signals,
+        steps,
+        found.held_out,
+        found.rows_of,
+        not isinstance(adapter, Full | Nothing),
+        config["max_time"],
+        config["max_tokens"],
+    )
+    lightning_.callbacks = _callbacks(config, context)  # type: ignore[attr-defined]
+
+    if isinstance(adapter, Nothing):
+        _evaluate_only(lightning_, module.to(device))
+    else:
+        loader = _loader(config, found, plan, steps, done, lightning_)
+        lightning_.fit(module.train(), loader, ckpt_path=str(saved_path) if saved_path else None)
+        _say_why_it_ended(context, module)
+        if adapter.exportable:
+            _export(place, module, base, task, adapter)
+    report.write(place.path)
+    _show(journal)
+    log.info("report: %s", place.path / "report.html")
+    return _last_loss(journal)
+
+
+def _lightning(config: dict[str, Any], adapter: Adapter, place: RunFolder) -> lightning.Trainer:
+    cuda = torch.cuda.is_available() and config["lightning"]["accelerator"] != "cpu"
+    _, precision, _ = compute(config["precision"], config["base"]["dtype"], isinstance(adapter, Full), cuda)
+    # One epoch for the whole run: the loader holds all its micro-batches, and its end is the run's.
+    return lightning.Trainer(
+        **config["lightning"], precision=precision,  # type: ignore[arg-type]
+        max_epochs=1, max_steps=-1, accumulate_grad_batches=config["accumulate"],
+        deterministic=config["deterministic"], plugins=[AtomicCheckpointIO()], default_root_dir=place.path, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        limit_val_batches=0, num_sanity_val_steps=0,
+    )  # fmt: skip
+
+
+def _where_to_go_on(
+    place: RunFolder, config: dict[str, Any], identity: dict[str, Any], earlier: dict[str, Any] | None
+) -> Path | None:
+    """The checkpoint to go on from, if the folder holds this very run.
+
+    Raises:
+        CheckpointError: it holds another one, or its checkpoints are damaged.
+    """
+    if earlier is None:
+        return None
+    then = earlier["identity"]
+    different = folder.differences(earlier["config"], config, folder.FREE + folder.LENGTHS)
+    different += folder.differences(then, identity, ("choices", "steps", "base", "data"))
+    if then["base"] != identity["base"]:
+        different.append("base: its weights are others now")
+    different += [
+        f"data: the rows of {split}, or how they are tokenised, have changed"
+        for split in then["data"]
+        if then["data"][split] != identity["data"].get(split)
+    ]
+    path = checkpoint.newest(place.checkpoints)
+    done, steps = int(path.stem[5:]) if path else 0, identity["steps"]
+    if steps != then["steps"]:
+        schedule = assembly.instantiate(config["schedule"])
+        if any(schedule(step, steps=steps) != schedule(step, steps=then["steps"]) for step in range(done)):
+            different.append(
+                f"steps: {then['steps']} in the run, {steps} now, with which its schedule would have had other rates so far"
+            )
+        if done > steps:
+            different.append(f"steps: {done} are done, {steps} are asked for")
+    if different:
+        raise CheckpointError(
+            f"{place.path} holds another run, which cannot go on as this one:\n  "
+            + "\n  ".join(different)
+            + "\nGive its settings, or another name="
+        )
+    if path is not None:
+        log.info("going on after step %d of %d", done, steps)
+    return path
+
+
+def _ended(place: RunFolder, journal: Journal, done: int, steps: int, max_time: float | None) -> str | None:
+    """How an earlier start of this run ended it for good, if it did."""
+    if not (place.path / "report.html").exists():
+        return None
+    if done >= steps:
+        return f"has done its {steps} steps"
+    for row in journal.rows("stopped"):
+        if row["reason"].startswith("max_time") and (max_time is None or max_time > row["minutes"]):
+            continue
+        return f"was stopped after step {row['step']}: {row['reason']}"
+    return None
+
+
+def _calibration(found: assembly.Data, plan: Plan | None) -> Iterator[dict[str, torch.Tensor]]:
+    """The run's first micro-batches as transformers' models take them, for adapters that are computed from data."""
+    if plan is None:
+        raise ValueError("this initialisation reads training data beforehand, which task.streaming=true does not allow")
+    assert found.train is not None
+    for step in range(plan.steps(None, None)):
+        for picks in plan.micro_batches(step):
+            items = [found.train[pick] for pick in picks]
+            batch = found.collate(items)
+            lengths = torch.tensor([[sum(len(row.ids) for row in rows)] for _, rows in items])
+            mask = (torch.arange(batch["input_ids"].shape[1]) < lengths).long()
+            yield {"input_ids": batch["input_ids"], "attention_mask": mask, "labels": batch.get("classes", batch["labels"])}
+
+
+def _prompts(config: dict[str, Any]) -> int:
+    evaluation = config["callbacks"].get("evaluation")
+    return max(evaluation["generate"], evaluation["samples"]) if evaluation else 0
+
+
+def _loggers(config: dict[str, Any], place: RunFolder, record: dict[str, Any]) -> list[Any]:
+    about = {"config": config, "git": record["starts"][-1]["git"], "versions": record["starts"][-1]["versions"]}
+    made = [assembly.instantiate(node) for node in config["logger"].values() if node is not None]
+    loggers = [make(folder=place.path, run_id=record["id"], name=config["name"], config=about) for make in made]
+    return [logger for logger in loggers if logger is not None]
+
+
+def _callbacks(config: dict[str, Any], context: Context) -> list[lightning.Callback]:
+    """In their order at the end of a step: metrics, evaluation, what decides to stop, what saves, what shows."""
+    nodes = config["callbacks"]
+    made = {name: assembly.instantiate(node)(context) for name, node in nodes.items() if node is not None}
+    every = nodes["progress"]["every"] if nodes.get("progress") else 1
+    evaluation = [made.pop("evaluation")] if "evaluation" in made else []
+    return [Metrics(context, every), *evaluation, Stopping(context), *made.values()]
+
+
+def _loader(
+    config: dict[str, Any], found: assembly.Data, plan: Plan | None, steps: int, done: int, lightning_: lightning.Trainer
+) -> DataLoader:
+    pinned = lightning_.strategy.root_device.type == "cuda"
+    rank, ranks = lightning_.global_rank, lightning_.world_size
+    if plan is None:
+        stream = Stream(found.task, found.renderer, found.collate, config, steps, done, rank, ranks)
+        return DataLoader(stream, batch_size=None, pin_memory=pinned)
+    assert found.train is not None
+    sampler = Batches(plan, done, steps, rank)
+    return DataLoader(
+        found.train, batch_sampler=sampler, collate_fn=found.collate, num_workers=config["workers"], pin_memory=pinned
+    )
+
+
+def _evaluate_only(lightning_: lightning.Trainer, module: FineTune) -> None:
+    for callback in lightning_.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Evaluation):
+            callback.run(lightning_, module, graded=True)
+
+
+def _say_why_it_ended(context: Context, module: FineTune) -> None:
+    context.journal.write_csv()
+    if context.signals.received is not None:
+        name = signal.Signals(context.signals.received).name
+        raise Unfinished(
+            f"{name}: saved after step {module.step} of {context.steps}. Go on with resume={context.folder.path}",
+            128 + context.signals.received,
+        )
+    if context.stopped is not None:
+        log.info("stopped after step %d of %d: %s", module.step, context.steps, context.stopped)
+    elif module.step != context.steps:
+        raise Unfinished(f"the run ended after step {module.step} of {context.steps} without a reason", 1)
+
+
+def _export(place: RunFolder, module: FineTune, base: Base, task: Any, adapter: Adapter) -> None:
+    """Write the adapter, and load it back to compare where the base fits into memory twice more."""
+    target = place.path / "adapter"
+    export.save_adapter(adapter, module.model, base, task, target)
+    needed = 2 * 4 * sum(p.numel() for p in module.model.parameters())
+    if needed > psutil.virtual_memory().available / 2:
+        log.info(
+            "adapter: %s. Not loaded back, which takes %.0f GB: python -m trainer.export run=%s to=peft does",
+            target,
+            needed / 1e9,
+            place.path,
+        )
+        return
+    difference = export.verify_adapter(assembly.trained(str(place.path), exact=True), target)
+    log.info("adapter: %s, loaded back by stock PEFT: logits differ by at most %.1e of their spread", target, difference)
+
+
+def _show(journal: Journal) -> None:
+    evaluations = journal.rows("evaluation")
+    if not evaluations:
+        return
+    shown = rich.table.Table("held out", "before", "after") if len(evaluations) > 1 else rich.table.Table("held out", "")
+    for name in evaluations[-1]:
+        if name not in ("kind", "step", "seconds"):
+            ends = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
+            shown.add_row(name, *(f"{row[name]:.4f}" if name in row else "" for row in ends))
+    rich.get_console().print(shown)
+
+
+def _last_loss(journal: Journal) -> float | None:
+    evaluations = journal.rows("evaluation")
+    return evaluations[-1].get("loss") if evaluations else None

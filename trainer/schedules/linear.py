@@ -1,0 +1,11 @@
+"""Linear decay after a linear warm-up."""
+
+from trainer.schedules import length, warmed_up
+
+
+def linear(step: int, steps: int, warmup: float, final: float) -> float:
+    """Factor of the peak rate at `step` (0-based) of `steps`: 1 - (1 - final) x, x the share of the decay that is done."""
+    rise = length(warmup, steps)
+    if step < rise:
+        return warmed_up(step, rise)
+    return 1 - (1 - final) * min(1.0, (step - rise) / max(1, steps - rise))

@@ -1,0 +1,36 @@
+"""Signals that ask a run to stop: noted when they come, acted upon where a step ends."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from types import FrameType
+
+log = logging.getLogger(__name__)
+
+
+class Signals:
+    """Notes SIGINT and SIGTERM. A second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.deferred = False  # while False a signal ends the process at once, since there is no step to finish
+
+    def install(self) -> None:
+        """Take the signals over, also from Lightning, which installs handlers of its own when training starts."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        again = self.received is not None
+        self.received = number
+        name = signal.Signals(number).name
+        if not self.deferred or (again and number == signal.SIGINT):
+            raise SystemExit(128 + number)
+        log.warning(
+            "%s: the step at hand is finished, then the run is saved and stops%s",
+            name,
+            "; press Ctrl-C again to stop at once" * (number == signal.SIGINT),
+        )

@@ -1,0 +1,235 @@
+"""From an example to token ids and to which of them are trained, exactly.
+
+A conversation is rendered to one text by the chat template. The answers' places in that text come from the template's
+own `{% generation %}` markers, or else from rendering prefixes: what stands before an answer is the conversation up to it
+with a generation prompt. Either way they are then checked token by token: the prompt tokenised alone, as it will be when
+the model answers, must be the first tokens of the whole. A row for which that fails is refused with the reason; nothing
+ever falls back to training on everything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from tasks.reading import DataError
+from tasks.task import Conversation, Example, Labelled, Text
+from trainer.base import CHATML
+
+Span = tuple[int, int]
+
+
+@dataclass
+class Tokens:
+    """A row: its ids, which of them are trained, and the index of its class where it has one."""
+
+    ids: list[int]
+    trained: list[bool]
+    label: int = -1
+
+
+class Refused(ValueError):
+    """This row cannot be rendered exactly. The message is the reason."""
+
+
+class Renderer:
+    """Examples to Tokens, for one tokenizer, template and choice of what is trained.
+
+    Raises:
+        DataError: conversations need a chat template, and there is none.
+    """
+
+    def __init__(self, tokenizer: Any, task: Any):
+        self.tokenizer, self.kind = tokenizer, task.kind
+        self.train_on = getattr(task, "train_on", "everything")
+        self.labels = {label: index for index, label in enumerate(task.labels)} if task.kind == "label" else {}
+        self.template = template(getattr(task, "chat_template", None), tokenizer) if task.kind == "conversation" else None
+        self.ends = set(tokenizer.all_special_ids) | {
+            index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+
+    def __call__(self, example: Example) -> Tokens:
+        """All tokens of an example, however many.
+
+        Raises:
+            Refused: the row cannot be rendered, or its answers cannot be placed exactly.
+        """
+        if isinstance(example, Labelled):
+            ids = self.tokenizer(example.text)["input_ids"]
+            return Tokens(ids, [False] * len(ids), self.labels[example.label])
+        if isinstance(example, Text):
+            ids = self.tokenizer(example.text)["input_ids"]
+            if ids[-1:] != [self.tokenizer.eos_token_id]:
+                ids.append(self.tokenizer.eos_token_id)
+            return Tokens(ids, [True] * len(ids))
+        if self.template is None:
+            return self._plain(example)
+        text, spans = self._spans(example)
+        ids, trained = self._aligned(text, spans)
+        if self.train_on == "everything":
+            trained = [True] * len(ids)
+        return Tokens(ids, trained)
+
+    def prompt(self, example: Conversation) -> list[int]:
+        """The ids after which the last answer is generated."""
+        before = example.messages[:-1]
+        if self.template is None:
+            return self.tokenizer("".join(m["content"] for m in before))["input_ids"]
+        return self._encode([self._render(before, example.tools, prompt=True)])[0][0]
+
+    def chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """The ids of a conversation that the model shall answer."""
+        return self.prompt(Conversation([*messages, {"role": "assistant", "content": ""}], "chat"))
+
+    def _plain(self, example: Conversation) -> Tokens:
+        # Without a template a row is prompt + answer + end, each tokenised as it will be when the model answers.
+        if sum(m["role"] == "assistant" for m in example.messages) > 1:
+            raise Refused("chat_template=none joins one prompt and one answer, and it has several answers")
+        prompt = self.prompt(example)
+        answer = self.tokenizer(example.messages[-1]["content"], add_special_tokens=False)["input_ids"]
+        answer.append(self.tokenizer.eos_token_id)
+        learns_prompt = self.train_on == "everything"
+        return Tokens(prompt + answer, [learns_prompt] * len(prompt) + [True] * len(answer))
+
+    def _render(self, messages: list[dict[str, Any]], tools: Any, prompt: bool = False) -> str:
+        try:
+            rendered, _ = self._jinja(messages, tools, prompt, False)
+        except Exception as error:
+            raise Refused(f"the chat template refuses it: {error}") from None
+        return rendered
+
+    def _jinja(self, messages: list[dict[str, Any]], tools: Any, prompt: bool, markers: bool) -> tuple[str, list[Span]]:
+        found: Any = render_jinja_template(
+            conversations=[messages],
+            tools=tools,
+            chat_template=self._template_for(tools),
+            return_assistant_tokens_mask=markers,
+            add_generation_prompt=prompt,
+            **self.tokenizer.special_tokens_map,
+        )
+        return found[0][0], [(start, end) for start, end in found[1][0]] if markers else []
+
+    def _template_for(self, tools: Any) -> str:
+        if isinstance(self.template, dict):
+            return self.template["tool_use"] if tools and "tool_use" in self.template else self.template["default"]
+        assert isinstance(self.template, str)
+        return self.template
+
+    def _spans(self, example: Conversation) -> tuple[str, list[Span]]:
+        """The rendered text, and where in it the answers to be trained stand."""
+        messages, tools = example.messages, example.tools
+        source = self._template_for(tools)
+        if tools and "tools" not in source:
+            raise Refused("it has tools, which the chat template does not show to the model")
+        if any(m.get("tool_calls") for m in messages) and "tool_calls" not in source:
+            raise Refused("it has tool_calls, which the chat template does not write")
+        if has_markers(source):
+            try:
+                text, spans = self._jinja(messages, tools, False, True)
+            except Exception as error:
+                raise Refused(f"the chat template refuses it: {error}") from None
+            if not spans:
+                raise Refused("the chat template's generation markers mark nothing in it")
+        else:
+            text = self._render(messages, tools)
+            spans = [self._prefix_span(messages, tools, i, text) for i, m in enumerate(messages) if m["role"] == "assistant"]
+        return text, spans[-1:] if self.train_on == "last" else spans
+
+    def _prefix_span(self, messages: list[dict[str, Any]], tools: Any, index: int, text: str) -> Span:
+        before = self._render(messages[:index], tools, prompt=True)
+        upto = self._render(messages[: index + 1], tools)
+        if not text.startswith(before):
+            raise Refused(_differs(f"rendered up to message {index + 1} with a generation prompt, it", before, text))
+        if not text.startswith(upto):
+            raise Refused(_differs(f"rendered up to message {index + 1}, it", upto, text))
+        return len(before), len(upto)
+
+    def _encode(self, texts: list[str]) -> tuple[list[list[int]], list[list[Span]]]:
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["input_ids"], encoded["offset_mapping"]
+
+    def _aligned(self, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
+        """Ids of the text and whether each lies in a span; every span's start is checked against its prompt alone."""
+        encoded, offsets = self._encode([text, *(text[:start] for start, _ in spans)])
+        ids, places = encoded[0], offsets[0]
+        trained = [False] * len(ids)
+        for (start, end), prompt in zip(spans, encoded[1:], strict=True):
+            first = len(prompt)
+            if ids[:first] != prompt:
+                at = next((i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), min(len(ids), first))
+                raise Refused(
+                    f"the answer at character {start} cannot be told from its prompt: the prompt alone ends in the tokens "
+                    f"{self.tokenizer.convert_ids_to_tokens(prompt[at:])}, before the answer in "
+                    f"{self.tokenizer.convert_ids_to_tokens(ids[at : first + 1])}"
+                )
+            last = first
+            while last < len(ids) and places[last][1] <= end:
+                last += 1
+            if last < len(ids) and places[last][0] < end:
+                raise Refused(f"a token reaches across the end of the answer at character {end}")
+            for i in range(first, self._without_tail(ids, first, last, text, places)):
+                trained[i] = True
+        return ids, trained
+
+    def _without_tail(self, ids: list[int], first: int, last: int, text: str, places: list[Span]) -> int:
+        # A template writes "\n" after the end token; the model stops at that token and never has to write the rest.
+        for i in range(last - 1, first - 1, -1):
+            if ids[i] in self.ends:
+                return i + 1
+            if text[places[i][0] : places[i][1]].strip():
+                break
+        return last
+
+
+def template(chosen: str | None, tokenizer: Any) -> str | dict[str, str] | None:
+    """The Jinja text that `task.chat_template` means; None joins prompt and answer without one.
+
+    Raises:
+        DataError: there is no such file, or the tokenizer has no template of its own.
+    """
+    if chosen == "none":
+        return None
+    if chosen == "chatml":
+        return CHATML
+    if chosen is not None:
+        file = Path(chosen).expanduser()
+        if not file.is_file():
+            raise DataError(f"task.chat_template={chosen!r}: there is no such file. Give a Jinja file, chatml, or none")
+        return file.read_text("utf-8")
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "the base's tokenizer has no chat template. Set task.chat_template=chatml, or to a Jinja file, or to none "
+            "(prompt and answer joined as they are)"
+        )
+    return tokenizer.chat_template
+
+
+def has_markers(source: str) -> bool:
+    """Whether a template marks what the model generates."""
+    return re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
+
+
+def stop_ids(tokenizer: Any, model_stops: Any, rows: Iterable[Tokens]) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, the model's, and the special token in which trained answers end."""
+    stops = {tokenizer.eos_token_id}
+    stops |= set(model_stops) if isinstance(model_stops, list | tuple) else {model_stops} - {None}
+    special = set(tokenizer.all_special_ids)
+    for row in rows:
+        last = next((i for i in range(len(row.ids) - 1, -1, -1) if row.trained[i]), None)
+        if last is not None and row.ids[last] in special:
+            stops.add(row.ids[last])
+    return sorted(stops)
+
+
+def _differs(what: str, part: str, whole: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), min(len(part), len(whole)))
+    return (
+        f"the chat template is not additive: {what} reads {part[max(0, at - 10) : at + 20]!r} where the whole has "
+        f"{whole[max(0, at - 10) : at + 20]!r}, so the answer's place is not known. Use train_on=last, or a template "
+        "with {% generation %} markers (task.chat_template)"
+    )
