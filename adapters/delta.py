@@ -260,6 +260,12 @@ def float_weight(linear: Any) -> Float[Tensor, "o i"]:
     return dense.t() if isinstance(linear, Conv1D) else dense
 
 
+def set_float_weight(linear: Any, dense: Float[Tensor, "o i"]) -> None:
+    """Put a dense (out, in) weight back into a linear layer, in place and in its dtype."""
+    with torch.no_grad():
+        linear.weight.copy_((dense.t() if isinstance(linear, Conv1D) else dense).to(linear.weight.dtype))
+
+
 def merge_linear(layer: AdaptedLinear) -> None:
     """Fold a Delta into its base's weight: corrected in fp32, rounded once.
 
@@ -270,8 +276,7 @@ def merge_linear(layer: AdaptedLinear) -> None:
     if not weight.is_floating_point() or type(weight).__name__ in ("Params4bit", "Int8Params"):
         raise AdapterError("the base is quantised: a merge would round the adapter away. Load it with base.quantization=none")
     with torch.no_grad():
-        merged = layer.delta.weight(float_weight(layer.base))
-        weight.copy_((merged.t() if isinstance(layer.base, Conv1D) else merged).to(weight.dtype))
+        set_float_weight(layer.base, layer.delta.weight(float_weight(layer.base)))
 
 
 @contextlib.contextmanager

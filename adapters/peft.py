@@ -12,6 +12,7 @@ the saved adapter is the difference B A - B₀A₀ at twice the rank, which fits
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import itertools
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters import io
-from adapters.delta import Adapter, AdapterError, Start, _to_own_dtype, copy_tensors, float_weight, freeze, is_linear, targets
+from adapters.delta import Adapter, AdapterError, Start, _to_own_dtype, copy_tensors, float_weight, freeze, is_linear, set_float_weight, targets
 from adapters.peft_fields import CHANGES_BASE, OURS, PROMPT_LEARNING, classes, config_class
 
 NAME = "default"  # PEFT's name for the only adapter
@@ -61,14 +62,19 @@ class Peft(Adapter):
             weights = {name: module.weight.detach().clone() for name, module in model.named_modules() if is_linear(module)}
         try:
             wrapped = peft.get_peft_model(model, config)
-        except (ValueError, TypeError, KeyError, NotImplementedError, ImportError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, TypeError, KeyError, NotImplementedError, ImportError, RuntimeError) as error:
             raise AdapterError(f"PEFT cannot put {self.config_name} on this model: {error}") from error
         if computed:
             self._after_wrapping(wrapped, start)
         if weights:
             self.initial = {name: tensor.detach().clone() for name, tensor in self._factors(wrapped)}
-            for name, linear in self._adapted(wrapped):
-                linear.get_base_layer().weight.data.copy_(weights[name])
+            for name, module in self._adapted(wrapped):
+                module.get_base_layer().weight.data.copy_(weights[name])
+                if self._part(name, module).shape != float_weight(module.get_base_layer()).shape:
+                    kind = type(module.get_base_layer()).__name__
+                    raise AdapterError(f"PEFT's initialisation {self.init} does not work on this model's {kind} layers, such as {name}")
             self._take_out(wrapped)
         for name in start.new_modules:  # PEFT trains a copy of them
             trained = wrapped.get_base_model().get_submodule(name).modules_to_save[NAME].float()
@@ -88,16 +94,16 @@ class Peft(Adapter):
         values["task_type"] = "SEQ_CLS" if start.new_modules else "CAUSAL_LM"
         try:
             return _build(self.config_name, values)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ImportError) as error:
             raise AdapterError(f"PEFT's {self.config_name} refuses these settings: {error}") from error
 
     def _before_wrapping(self, model: nn.Module, config: Any, start: Start) -> None:
-        if self.kind != "LORA":
-            return
+        if self.init in ("corda", "lora_ga") and config.target_modules == "all-linear":
+            config.target_modules = {name for name, _ in targets(model, "all-linear")}  # their preparation reads names only
         if self.init == "corda":
             from peft.tuners.lora.corda import preprocess_corda
 
-            preprocess_corda(model, config, run_model=lambda: _forward(model, self._data(start, model)))
+            preprocess_corda(model, config, run_model=lambda: _forward(model, _single(self._data(start, model))))
         elif self.init == "lora_ga":
             from peft.tuners.lora.loraga import preprocess_loraga
 
@@ -129,13 +135,12 @@ class Peft(Adapter):
             yield f"{name}.lora_B", module.lora_B[NAME].weight
 
     def _take_out(self, wrapped: Any) -> None:
-        with torch.no_grad():
-            for name, module in self._adapted(wrapped):
-                weight = module.get_base_layer().weight
-                part = module.scaling[NAME] * (self.initial[f"{name}.lora_B"] @ self.initial[f"{name}.lora_A"]).to(
-                    weight.device
-                )
-                weight.copy_((float_weight(module.get_base_layer()) - part).to(weight.dtype))
+        for name, module in self._adapted(wrapped):
+            set_float_weight(module.get_base_layer(), float_weight(module.get_base_layer()) - self._part(name, module))
+
+    def _part(self, name: str, module: Any) -> Tensor:
+        part = self.initial[f"{name}.lora_B"].float() @ self.initial[f"{name}.lora_A"].float()
+        return module.scaling[NAME] * part.to(module.get_base_layer().weight.device)
 
     def state(self, model: nn.Module) -> dict[str, Any]:
         live: Any = model
@@ -216,9 +221,19 @@ class Peft(Adapter):
         values |= {"corda_config": None, "lora_ga_config": None, "eva_config": None}
         return _build(self.config_name, values), doubled
 
-    def disabled(self, model: nn.Module) -> Any:
+    @contextlib.contextmanager
+    def disabled(self, model: nn.Module) -> Iterator[None]:
         live: Any = model
-        return live.disable_adapter()
+        adapted = list(self._adapted(live)) if self.initial else []
+        remainders = [module.get_base_layer().weight.detach().clone() for _, module in adapted]
+        for name, module in adapted:  # the base's own weights are the remainder and what was taken out of it
+            set_float_weight(module.get_base_layer(), float_weight(module.get_base_layer()) + self._part(name, module))
+        try:
+            with live.disable_adapter():
+                yield
+        finally:
+            for (_, module), remainder in zip(adapted, remainders, strict=True):
+                module.get_base_layer().weight.data.copy_(remainder)
 
 
 def _own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -251,6 +266,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return getattr(value, "value", value)
+
+
+def _single(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Row by row and without padding, as CorDA's covariance needs them."""
+    for batch in batches:
+        for i, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+            yield {key: value[i : i + 1, :length] for key, value in batch.items() if key != "labels"}
 
 
 def _forward(model: nn.Module, batches: Iterator[dict[str, Tensor]], backward: bool = False) -> None:
