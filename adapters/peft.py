@@ -26,7 +26,18 @@ import torch
 from torch import Tensor, nn
 
 from adapters import io
-from adapters.delta import Adapter, AdapterError, Start, _to_own_dtype, copy_tensors, float_weight, freeze, is_linear, set_float_weight, targets
+from adapters.delta import (
+    Adapter,
+    AdapterError,
+    Start,
+    _to_own_dtype,
+    copy_tensors,
+    float_weight,
+    freeze,
+    is_linear,
+    set_float_weight,
+    targets,
+)
 from adapters.peft_fields import CHANGES_BASE, OURS, PROMPT_LEARNING, classes, config_class
 
 NAME = "default"  # PEFT's name for the only adapter
@@ -74,7 +85,9 @@ class Peft(Adapter):
                 module.get_base_layer().weight.data.copy_(weights[name])
                 if self._part(name, module).shape != float_weight(module.get_base_layer()).shape:
                     kind = type(module.get_base_layer()).__name__
-                    raise AdapterError(f"PEFT's initialisation {self.init} does not work on this model's {kind} layers, such as {name}")
+                    raise AdapterError(
+                        f"PEFT's initialisation {self.init} does not work on this model's {kind} layers, such as {name}"
+                    )
             self._take_out(wrapped)
         for name in start.new_modules:  # PEFT trains a copy of them
             trained = wrapped.get_base_model().get_submodule(name).modules_to_save[NAME].float()

@@ -76,6 +76,12 @@ class RunFolder:
             raise FolderError(f"{path} cannot be written: {error.strerror}. Choose another place with runs=FOLDER") from None
         return folder
 
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._lock.close()
+
     @property
     def file(self) -> Path:
         return self.path / "run.yaml"

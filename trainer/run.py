@@ -52,12 +52,15 @@ def run(cfg: DictConfig) -> float | None:
         Unfinished: a signal ended it; it is saved. Others: see trainer.failures.
     """
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    choices, overrides = dict(HydraConfig.get().runtime.choices), list(HydraConfig.get().overrides.task)
-    signals = Signals()
-    signals.install()
     assembly.quiet()
-    place = RunFolder.create(Path(HydraConfig.get().runtime.output_dir))
-    log.info("run folder: %s", place.path)
+    with Signals() as signals, RunFolder.create(Path(HydraConfig.get().runtime.output_dir)) as place:
+        log.info("run folder: %s", place.path)
+        return _run(config, place, signals, dict(HydraConfig.get().runtime.choices), list(HydraConfig.get().overrides.task))
+
+
+def _run(
+    config: dict[str, Any], place: RunFolder, signals: Signals, choices: dict[str, Any], overrides: list[str]
+) -> float | None:
     if config["threads"] is not None:
         torch.set_num_threads(config["threads"])
 

@@ -6,8 +6,11 @@ import logging
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 log = logging.getLogger(__name__)
+
+NOTED = (signal.SIGINT, signal.SIGTERM)
 
 
 class Signals:
@@ -16,11 +19,22 @@ class Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self.deferred = False  # while False a signal ends the process at once, since there is no step to finish
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        self._before = {number: signal.getsignal(number) for number in NOTED}
+        self.install()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def install(self) -> None:
         """Take the signals over, also from Lightning, which installs handlers of its own when training starts."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in NOTED:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -1,0 +1,112 @@
+"""What tests share: a tiny base, a small chat file, and the real program, in this process or in one of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# One thread a process: OpenMP's spinning threads of several processes on few cores make steps many times slower.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ.pop("WANDB_API_KEY", None)
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of this session's own, so that no test depends on what the user's holds."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["GRAFT_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(cache: Path) -> Any:
+    """conf/base/tiny.yaml's base."""
+    from trainer import base
+
+    return base.tiny(0, 2, 16, 512, "auto", "sdpa", "none", True)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A JSON lines file."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def sums(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Chats that add two numbers."""
+    draw = random.Random(seed)
+    pairs = [(draw.randint(0, 99), draw.randint(0, 99)) for _ in range(count)]
+    return [
+        {"messages": [{"role": "user", "content": f"{a}+{b}="}, {"role": "assistant", "content": str(a + b)}]} for a, b in pairs
+    ]
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """Sixty short chats."""
+    return write_rows(tmp_path / "chats.jsonl", sums(60))
+
+
+@pytest.fixture
+def compose() -> Callable[..., DictConfig]:
+    """A checked config from overrides, as the program composes it, with Hydra's node."""
+
+    def composed(*overrides: str) -> DictConfig:
+        from hydra import compose as hydra_compose
+        from hydra import initialize_config_dir
+
+        from trainer import config
+
+        config.install()
+        with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3", job_name="trainer"):
+            return hydra_compose("config", overrides=config.rewrite(list(overrides)), return_hydra_config=True)
+
+    return composed
+
+
+@pytest.fixture
+def train(compose: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., Path]:
+    """Run the real program in this process on the smoke experiment; returns the run folder."""
+
+    def trained(*overrides: str) -> Path:
+        from hydra.core.hydra_config import HydraConfig
+        from omegaconf import OmegaConf, open_dict
+
+        from trainer.run import run
+
+        cfg = compose("+experiment=smoke", f"runs={tmp_path / 'runs'}", "precision=fp32", "threads=1", *overrides)
+        with open_dict(cfg):
+            cfg.hydra.runtime.output_dir = cfg.hydra.run.dir
+        HydraConfig.instance().set_config(cfg)
+        job = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+        run(job)
+        return Path(cfg.hydra.runtime.output_dir)
+
+    return trained
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `python -m trainer[.VERB] ...` as a user would, in a process of its own."""
+
+    def ran(*arguments: str, verb: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "trainer" + (f".{verb}" if verb else ""), *arguments]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300, **options)
+
+    return ran
