@@ -22,6 +22,10 @@ class AdapterError(ValueError):
     """The adapter does not fit the model. The message says what was asked for and what there is."""
 
 
+class NeedsWeights(AdapterError):
+    """What the adapter trains depends on the weights, which a model on the meta device does not have."""
+
+
 @dataclass(frozen=True)
 class Start:
     """What an adapter may need to know when it is attached."""
@@ -115,6 +119,7 @@ class Adapter:
 
     def merge(self, model: nn.Module) -> nn.Module:
         """Fold the adapter into the weights, in place and in their dtype, and return the model without it."""
+        untie(model)
         for name, module in list(model.named_modules()):
             if isinstance(module, AdaptedLinear):
                 merge_linear(module)
@@ -167,6 +172,16 @@ def output_layer(model: nn.Module) -> nn.Module | None:
     return getter() if getter is not None else None
 
 
+def untie(model: nn.Module) -> None:
+    """Give an adapted output layer a weight of its own: merged into a tied one, its update would change the embedding too."""
+    head: Any = output_layer(model)
+    embedding = model.get_input_embeddings() if head is not None else None  # type: ignore[operator]
+    linear = getattr(head, "base", None) or getattr(head, "base_layer", None)  # ours, or PEFT's
+    if isinstance(linear, nn.Linear) and isinstance(embedding, nn.Embedding) and linear.weight is embedding.weight:
+        linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr, assignment]
+
+
 def targets(
     model: nn.Module, wanted: str | list[str], exclude: Iterable[str] = (), new_modules: Iterable[str] = ()
 ) -> list[tuple[str, nn.Module]]:
@@ -176,14 +191,19 @@ def targets(
         AdapterError: some entry matches no linear layer; the message lists what there is.
     """
     head = output_layer(model)
-    fresh = tuple(new_modules)
+    fresh = tuple(f"{name}." for name in new_modules)
     linears = [
-        (name, module) for name, module in model.named_modules() if is_linear(module) and not name.startswith(fresh or ("\0",))
+        (name, module)
+        for name, module in model.named_modules()
+        if is_linear(module) and not f"{name}.".startswith(fresh or ("\0",))
     ]
     if wanted == "all-linear":
         chosen = [(name, module) for name, module in linears if module is not head]
     elif isinstance(wanted, str):
-        chosen = [(name, module) for name, module in linears if re.fullmatch(wanted, name)]
+        try:
+            chosen = [(name, module) for name, module in linears if re.fullmatch(wanted, name)]
+        except re.error as error:
+            raise AdapterError(f"adapter.target_modules={wanted!r} is no regular expression: {error}") from error
         if not chosen:
             raise AdapterError(f"adapter.target_modules={wanted!r} matches no linear layer. {_choices(linears)}")
     else:
@@ -266,15 +286,23 @@ def set_float_weight(linear: Any, dense: Float[Tensor, "o i"]) -> None:
         linear.weight.copy_((dense.t() if isinstance(linear, Conv1D) else dense).to(linear.weight.dtype))
 
 
+def refuse_quantised(linear: Any) -> None:
+    """
+    Raises:
+        AdapterError: the layer is quantised, where a merge would round what was trained away.
+    """
+    weight = linear.weight
+    if not weight.is_floating_point() or type(weight).__name__ in ("Params4bit", "Int8Params"):
+        raise AdapterError("the base is quantised: a merge would round the adapter away. Load it with base.quantization=none")
+
+
 def merge_linear(layer: AdaptedLinear) -> None:
     """Fold a Delta into its base's weight: corrected in fp32, rounded once.
 
     Raises:
-        AdapterError: the base is quantised, where a merge would round what was trained away.
+        AdapterError: the base is quantised.
     """
-    weight: Any = layer.base.weight
-    if not weight.is_floating_point() or type(weight).__name__ in ("Params4bit", "Int8Params"):
-        raise AdapterError("the base is quantised: a merge would round the adapter away. Load it with base.quantization=none")
+    refuse_quantised(layer.base)
     with torch.no_grad():
         set_float_weight(layer.base, layer.delta.weight(float_weight(layer.base)))
 

@@ -15,6 +15,8 @@ import ast
 import contextlib
 import copy
 import itertools
+import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
@@ -23,24 +25,31 @@ from typing import Any
 
 import peft
 import torch
+from peft.utils.loftq_utils import _low_rank_decomposition, _SafetensorLoader
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from adapters import io
 from adapters.delta import (
     Adapter,
     AdapterError,
+    NeedsWeights,
     Start,
+    _ends,
     _to_own_dtype,
     copy_tensors,
     float_weight,
     freeze,
     is_linear,
+    refuse_quantised,
     set_float_weight,
     targets,
+    untie,
 )
 from adapters.peft_fields import CHANGES_BASE, OURS, PROMPT_LEARNING, classes, config_class
 
 NAME = "default"  # PEFT's name for the only adapter
+ORDINARY_START = {"init_lora_weights": True, "corda_config": None, "lora_ga_config": None, "eva_config": None}
 
 
 class Peft(Adapter):
@@ -60,23 +69,31 @@ class Peft(Adapter):
 
     def attach(self, model: nn.Module, start: Start) -> nn.Module:
         freeze(model)
-        base_tensors = {id(t) for t in itertools.chain(model.parameters(), model.buffers())}
-        config = self._config(model, start)
+        base_tensors = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}  # held, so that no id is reused
         on_meta = next(model.parameters()).device.type == "meta"
         computed = start.saved is None and not on_meta
-        if not computed and self.kind == "LORA":
-            config.init_lora_weights = True  # the saved tensors replace whatever is put there
+        config = self._config(model, start, computed)
         if computed:
             self._before_wrapping(model, config, start)
         weights = {}
         if computed and self.changes_base:
             weights = {name: module.weight.detach().clone() for name, module in model.named_modules() if is_linear(module)}
+        torch.sparse.check_sparse_tensor_invariants.disable()  # as they are anyway: unsaid, torch warns at SHiRA and others
         try:
-            wrapped = peft.get_peft_model(model, config)
+            with _silent():
+                wrapped = peft.get_peft_model(model, config)
         except torch.OutOfMemoryError:
             raise
         except (ValueError, TypeError, KeyError, NotImplementedError, ImportError, RuntimeError) as error:
-            raise AdapterError(f"PEFT cannot put {self.config_name} on this model: {error}") from error
+            kind = (
+                NeedsWeights
+                if on_meta and (isinstance(error, NotImplementedError) or "meta tensor" in str(error))
+                else AdapterError
+            )
+            raise refusal(f"PEFT cannot put {self.config_name} on this model: {error}") from error
+        for name, parameter in wrapped.named_parameters():
+            if ".ranknum." in name:  # AdaLoRA's divisor, which PEFT makes a constant, then trains, and does not save
+                parameter.requires_grad_(False)
         if computed:
             self._after_wrapping(wrapped, start)
         if weights:
@@ -95,15 +112,22 @@ class Peft(Adapter):
         self.base_names = {name for name, tensor in _own_tensors(wrapped) if id(tensor) in base_tensors}
         return wrapped
 
-    def _config(self, model: nn.Module, start: Start) -> Any:
+    def _config(self, model: nn.Module, start: Start, computed: bool) -> Any:
         if start.saved is not None:
             values = dict(start.saved["extra"]["config"])
         else:
             values = dict(self.fields)
             if self.kind == "ADALORA" and values.get("total_step") is None:
                 values["total_step"] = start.steps
-            if "target_modules" in values and isinstance(values["target_modules"], list):
-                targets(model, values["target_modules"])  # names what there is, where PEFT would not
+            if self.kind not in PROMPT_LEARNING:
+                _refuse_unknown(model, values.get("target_modules") or "all-linear")
+        transposed = any(isinstance(module, Conv1D) for module in model.modules())
+        if transposed and "fan_in_fan_out" in classes()[self.config_name].fields:
+            values.setdefault("fan_in_fan_out", True)
+        if self.kind == "LORA" and (not computed or self.init == "loftq"):
+            values |= ORDINARY_START  # saved or later computed tensors replace whatever is put there
+        if self.kind == "ADALORA":
+            values["rank_pattern"] = None  # `load_state` brings it; PEFT would look for layers' ranks in it, as for a LoRA
         values["task_type"] = "SEQ_CLS" if start.new_modules else "CAUSAL_LM"
         try:
             return _build(self.config_name, values)
@@ -120,15 +144,28 @@ class Peft(Adapter):
         elif self.init == "lora_ga":
             from peft.tuners.lora.loraga import preprocess_loraga
 
-            preprocess_loraga(model, config, train_step=lambda: _forward(model, self._data(start, model), backward=True))
+            with _silent():
+                preprocess_loraga(model, config, train_step=lambda: _forward(model, self._data(start, model), backward=True))
 
     def _after_wrapping(self, wrapped: Any, start: Start) -> None:
         if self.init == "eva":
             peft.initialize_lora_eva_weights(wrapped, list(self._data(start, wrapped)), show_progress_bar=False)
         elif self.init == "loftq":
-            folder = Path(wrapped.config._name_or_path)
-            file = folder / "model.safetensors"
-            peft.replace_lora_weights_loftq(wrapped, str(file) if file.exists() else None)
+            self._fit_rounding(wrapped)
+
+    def _fit_rounding(self, wrapped: Any) -> None:
+        """LoftQ (Li et al. 2023, arXiv 2310.08659) in one iteration, as PEFT's own, which needs a GPU and a scale of 1."""
+        folder = Path(wrapped.config._name_or_path)
+        try:
+            stored = _SafetensorLoader(wrapped, str(folder) if folder.is_dir() else None)
+        except (ValueError, OSError) as error:
+            raise AdapterError(f"LoftQ reads the base's weights before rounding, which are not there: {error}") from error
+        for name, module in self._adapted(wrapped):
+            rounded = float_weight(module.get_base_layer())
+            lost = stored.get_tensor(f"{name}.weight").to(rounded) - rounded
+            factors = _low_rank_decomposition(lost / module.scaling[NAME], module.r[NAME])
+            module.lora_A[NAME].weight.data.copy_(factors["R"])
+            module.lora_B[NAME].weight.data.copy_(factors["L"])
 
     def _data(self, start: Start, model: nn.Module) -> Iterator[dict[str, Tensor]]:
         if start.data is None:
@@ -170,14 +207,15 @@ class Peft(Adapter):
     def load_state(self, model: nn.Module, state: dict[str, Any]) -> None:
         live: Any = model
         copy_tensors(self.state(model)["tensors"], state["tensors"])
-        extra = state["extra"]
+        extra, device = state["extra"], next(live.parameters()).device
         if extra["initial"] and not self.initial:
-            self.initial = dict(extra["initial"])
+            # Where they were at first: another device would multiply them with another rounding.
+            self.initial = {name: tensor.to(device) for name, tensor in extra["initial"].items()}
             self._take_out(live)
         for name, indices in extra.get("indices", {}).items():
             live.get_submodule(name).shira_indices[NAME] = indices
         for key, values in extra.get("importance", {}).items():
-            setattr(live.base_model.rankallocator, key, dict(values))
+            setattr(live.base_model.rankallocator, key, {name: tensor.to(device) for name, tensor in values.items()})
         if self.kind == "ADALORA":
             live.peft_config[NAME].rank_pattern = extra["config"].get("rank_pattern")
 
@@ -202,6 +240,10 @@ class Peft(Adapter):
         live: Any = model
         if not self.mergeable or not hasattr(live.base_model, "merge_and_unload"):
             raise AdapterError(f"{self.kind} cannot be merged into weights: it works on activations. Export it with to=peft")
+        for module in live.modules():
+            if is_linear(module):
+                refuse_quantised(module)
+        untie(live.get_base_model())
         try:
             return live.merge_and_unload()
         except (ValueError, NotImplementedError, AttributeError, TypeError) as error:
@@ -209,8 +251,11 @@ class Peft(Adapter):
 
     def save(self, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
         live: Any = model
-        tensors = peft.get_peft_model_state_dict(live, save_embedding_layers=False)
+        with _silent():
+            tensors = peft.get_peft_model_state_dict(live, save_embedding_layers=False)
         config = copy.copy(live.peft_config[NAME])
+        if self.kind == "LORA":
+            vars(config).update(ORDINARY_START)  # the tensors are there: whoever loads them has nothing to compute
         if self.changes_base:
             config, tensors = self._difference(config, tensors)
         config.base_model_name_or_path, config.inference_mode = base_name, True
@@ -228,10 +273,9 @@ class Peft(Adapter):
                 doubled[key] = torch.cat([tensor, -self.initial[name].to(tensor)], dim=1)
         factor = 2**0.5 if config.use_rslora else 2  # keeps alpha / r, or alpha / sqrt(r), at twice the rank
         values = {k: _plain(v) for k, v in config.to_dict().items() if k in classes()[self.config_name].fields}
-        values |= {"r": 2 * config.r, "lora_alpha": factor * config.lora_alpha, "init_lora_weights": True}
+        values |= {"r": 2 * config.r, "lora_alpha": factor * config.lora_alpha}
         values["rank_pattern"] = {k: 2 * v for k, v in (config.rank_pattern or {}).items()}
         values["alpha_pattern"] = {k: factor * v for k, v in (config.alpha_pattern or {}).items()}
-        values |= {"corda_config": None, "lora_ga_config": None, "eva_config": None}
         return _build(self.config_name, values), doubled
 
     @contextlib.contextmanager
@@ -247,6 +291,30 @@ class Peft(Adapter):
         finally:
             for (_, module), remainder in zip(adapted, remainders, strict=True):
                 module.get_base_layer().weight.data.copy_(remainder)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without what PEFT warns of and nobody can act upon."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*used with low_cpu_mem_usage=False.*")  # EVA
+        warnings.filterwarnings("ignore", message="Full backward hook is firing.*")  # LoRA-GA, at the first layer
+        warnings.filterwarnings("ignore", message=".*LoRA tensor.* have invalid shape.*")  # AdaLoRA's layers of rank 0
+        yield
+
+
+def _refuse_unknown(model: nn.Module, wanted: str | list[str]) -> None:
+    """PEFT passes over names that match nothing beside others that do, and names no choices."""
+    names = [name for name, _ in model.named_modules()]
+    if wanted == "all-linear":
+        return
+    if isinstance(wanted, str):
+        with contextlib.suppress(re.error):  # `targets` tells of it
+            if any(re.fullmatch(wanted, name) for name in names):
+                return
+        targets(model, wanted)
+    elif unknown := [entry for entry in wanted if not any(_ends(name, entry) for name in names)]:
+        targets(model, unknown)
 
 
 def _own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -266,7 +334,8 @@ def _build(class_name: str, values: dict[str, Any]) -> Any:
     for key, value in values.items():
         names = [node.id for node in ast.walk(annotations[key]) if isinstance(node, ast.Name)] if key in annotations else []
         inner = next((name for name in names if name in classes()), None)
-        nested[key] = _build(inner, value) if inner and isinstance(value, dict) else value
+        # PEFT's own default for some is {}, which is not the same as their class's defaults: it warns of those.
+        nested[key] = _build(inner, value) if inner and isinstance(value, dict) and value else value
     known = {f.name for f in dataclass_fields(cls) if f.init}
     return cls(**{key: value for key, value in nested.items() if key in known})
 

@@ -7,6 +7,7 @@ import ast
 import difflib
 import functools
 import importlib.util
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +128,8 @@ def _field_problems(place: str, key: str, value: Any, entry: ConfigClass) -> Ite
         yield f"{place}: PEFT's {entry.name} has no such field. {hint}"
     elif key in NOT_SETTABLE:
         yield f"{place} is set by the run itself"
+    elif key == "init_lora_weights" and re.fullmatch(r"pissa_niter_\d+|lora_ga", str(value)):
+        return  # PEFT takes these and annotates them as something else, or not at all
     elif value != "???" and not _fits(value, entry.fields[key]):
         yield f"{place} is {value!r}, but PEFT's {entry.name} takes {ast.unparse(entry.fields[key])}"
     elif isinstance(value, dict):
