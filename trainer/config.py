@@ -11,10 +11,12 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, grammar_parser
+from omegaconf.errors import OmegaConfBaseException
 
 from trainer import schema
 
@@ -40,12 +42,11 @@ def rewrite(argv: list[str]) -> list[str]:
     return result
 
 
-def install(exit_on_fault: bool = False) -> None:
+def install(incomplete: bool = False) -> None:
     """Make every composition of this process pass through `check`.
 
     Raises:
-        ConfigError: from within Hydra's composition; with `exit_on_fault`, SystemExit(2) after printing it, since Hydra
-            would answer an exception with a traceback.
+        ConfigError: from within Hydra's composition.
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
@@ -55,14 +56,19 @@ def install(exit_on_fault: bool = False) -> None:
         return
 
     @functools.wraps(compose)
-    def checked(*args: Any, **kwargs: Any) -> DictConfig:
-        config = compose(*args, **kwargs)
-        try:
-            check(config)
-        except ConfigError as error:
-            if not exit_on_fault:
-                raise
-            raise SystemExit(_bad(str(error))) from None
+    def checked(self: Any, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any) -> DictConfig:
+        for override in overrides:
+            # A package on the search path is imported, before there is a config to check.
+            if re.match(r"\W*hydra\.searchpath\b.*(pkg:|\$)", override, re.DOTALL):
+                raise ConfigError(f"{override}: only folders can be searched for configs")
+            group, _, value = override.partition("=")
+            if value == "null" and (schema.CONF / group).is_dir():
+                raise ConfigError(f"{override}: choose one of {', '.join(schema.options(group))}")
+        config = compose(self, config_name, overrides, *args, **kwargs)
+        noted = OmegaConf.to_container(config.hydra.overrides, resolve=False)
+        if sorted(noted["hydra"] + noted["task"]) != sorted(overrides):  # type: ignore[index, call-overload]
+            raise ConfigError("hydra.overrides is what the command line says, and is not taken from a config")
+        check(config, incomplete=incomplete)
         return config
 
     checked.checked = True  # type: ignore[attr-defined]
@@ -78,10 +84,12 @@ def run_folder(runs: str, name: str, resume: str) -> str:
     """RUNS/NAME, the first of NAME, NAME-2, NAME-3 ... that holds no run yet; with resume=auto the newest of them that
     does; with resume=FOLDER that folder."""
     if resume not in ("never", "auto"):
+        if not any((Path(resume) / file).exists() for file in ("run.yaml", "multirun.yaml")):
+            raise ConfigError(f"resume={resume}: that folder holds no run. Give one that does, or auto, or never")
         return resume
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise ConfigError(
-            f"name is {name!r}. A run's name has letters, digits, '.', '_' and '-', and starts with none of those three."
+            f"name is {name!r}. A run's name has at most 100 letters, digits, '.', '_' and '-', and starts with none of those three"
         )
     candidate, newest, number = Path(runs) / name, None, 2
     while (candidate / "run.yaml").exists() or (candidate / "multirun.yaml").exists():
@@ -89,36 +97,50 @@ def run_folder(runs: str, name: str, resume: str) -> str:
     return str(newest if resume == "auto" and newest else candidate)
 
 
-def check(config: DictConfig, choices: dict[str, Any] | None = None) -> None:
+def check(config: DictConfig, choices: dict[str, Any] | None = None, incomplete: bool = False) -> None:
     """Refuse a composed config that cannot be run. Which file each group took stands in Hydra's node, or in `choices`.
+    `incomplete` is for a config that is only shown: values may be missing.
 
     Raises:
         ConfigError: lists every fault found.
     """
-    faults = list(_foreign_targets(config)) + list(_looks_secret(config))
+    faults = [*_foreign_targets(config), *_looks_secret(config), *_remote_code(config)]
+    if not faults and choices is None:
+        if config.hydra.job.config_name is None:  # Hydra's own, for --hydra-help
+            return
+        choices = OmegaConf.to_container(config.hydra.runtime.choices)  # type: ignore[assignment]
     if not faults:
         plain = _plain(config)
-        if choices is None:
-            choices = OmegaConf.to_container(config.hydra.runtime.choices)  # type: ignore[assignment]
-        faults = schema.problems(plain, root_schema(choices or {}), "")
+        faults = schema.problems(plain, root_schema(choices or {}), "", incomplete)
         if not faults:
             faults = list(combinations(plain))
     if faults:
-        raise ConfigError("\n".join(faults))
+        # An override stands in Hydra's node once more.
+        raise ConfigError("\n".join([fault for fault in faults if not fault.startswith("hydra.overrides.")] or faults))
 
 
 def root_schema(choices: dict[str, Any]) -> schema.Table:
-    """The schema of the whole config, given which file each group took."""
+    """The schema of the whole config, given which file each group took.
+
+    Raises:
+        ConfigError: a group took a file that is not in conf/.
+    """
     root = schema.load("config")
     children = dict(root.children)
-    for group, chosen in choices.items():
-        if "/" in group or group == "experiment" or chosen is None:
+    for group in sorted(path.name for path in schema.CONF.iterdir() if any(path.glob("*.yaml"))):
+        if group == "experiment":
             continue
-        tables = [schema.load(f"{group}/{name}") for name in ([chosen] if isinstance(chosen, str) else chosen)]
+        known, chosen = schema.options(group), choices.get(group)
+        if chosen is not None and chosen not in known:
+            raise ConfigError(f"{group}={chosen}: conf/{group} has {', '.join(known)}. To add one, put its file there")
+        # Hydra does not say which files a list such as logger=[wandb,tensorboard] took.
+        tables = [schema.load(f"{group}/{name}") for name in ([chosen] if chosen is not None else known)]
+        if len({table.target for table in tables}) > 1:
+            raise ConfigError(f"{group}: choose one of {', '.join(known)}")
         merged: dict[str, Any] = {}
         for table in tables:
             merged |= table.children
-        children[group] = schema.Table(merged, tables[-1].target, tables[-1].file, any(table.open for table in tables))
+        children[group] = replace(tables[-1], children=merged)
     return schema.Table(children, None, root.file)
 
 
@@ -151,6 +173,8 @@ _HYDRA_TARGETS = {
     "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
 }
 _LOGGING_CLASSES = {"logging.StreamHandler", "logging.FileHandler", "rich.logging.RichHandler"}
+_LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+_LOG_FILE = "${hydra.runtime.output_dir}/${hydra.job.name}.log"
 _RESOLVERS = {"run_folder", "hydra", "now", "oc.select", "oc.env"}
 _PUBLIC_VARIABLES = re.compile(r"(SLURM_\w+|USER|HOME|HOSTNAME|TMPDIR|SCRATCH|CUDA_VISIBLE_DEVICES)")
 
@@ -164,35 +188,65 @@ def shipped_targets() -> frozenset[str]:
 
 def _foreign_targets(config: DictConfig) -> Iterator[str]:
     """A config from a stranger runs nothing: every name that anything would import, over the whole composed config."""
-    allowed = shipped_targets() | _HYDRA_TARGETS
     for path, value in _strings(OmegaConf.to_container(config, resolve=False)):
         place, key = ".".join(path), path[-1] if path else ""
+        allowed = _HYDRA_TARGETS if path[:1] == ("hydra",) else shipped_targets()
         if "_target_" in path and value not in allowed:
             yield f"{place} is {value!r}. Only what the files of conf/ name may be made; to add a method, put its file there."
-        elif key == "_args_" or "_args_" in path:
+        elif "_args_" in path:
             yield f"{place}: positional arguments are not taken from a config."
-        elif path[:1] == ("hydra",) and "logging" in place:
-            if (key == "class" and value not in _LOGGING_CLASSES) or "()" in path:
-                yield f"{place} is {value!r}. Log handlers are one of: {', '.join(sorted(_LOGGING_CLASSES))}."
-            elif (
-                isinstance(value, str)
-                and re.match(r"(ext|cfg)://", value)
-                and value not in ("ext://sys.stdout", "ext://sys.stderr")
-            ):
-                yield f"{place} is {value!r}. Only ext://sys.stdout and ext://sys.stderr may stand there."
-        if isinstance(value, str):
-            for name in re.findall(r"\$\{\s*([\w.]+)\s*:", value):
-                if name not in _RESOLVERS:
-                    yield f"{place} uses the resolver {name!r}; known: {', '.join(sorted(_RESOLVERS))}."
-            for variable in re.findall(r"\$\{\s*oc\.env\s*:\s*([^,}\s]+)", value):
-                if not _PUBLIC_VARIABLES.fullmatch(variable):
-                    yield f"{place} reads the environment variable {variable}, which would end up in logs. Export it where it is used."
+        elif path[:1] == ("hydra",):
+            yield from _hydra_faults(path[1:], place, key, value)
+        if isinstance(value, str) and "${" in value:
+            yield from _interpolation_faults(place, value)
+
+
+def _hydra_faults(path: tuple[str, ...], place: str, key: str, value: Any) -> Iterator[str]:
+    """What may not stand in Hydra's own node, whose settings reach beyond the run folder."""
+    if path[:2] in (("job", "env_set"), ("job", "env_copy")):
+        yield f"{place}: the environment is not set from a config, since it decides what other programs run. Export it instead."
+    elif path == ("output_subdir",) and not (value is None or re.fullmatch(r"\.?\w+", str(value))):
+        yield f"{place} is {value!r}. It is a folder's name within the run folder, or null."
+    elif path == ("job", "name") and not re.fullmatch(r"\w+", str(value)):
+        yield f"{place} is {value!r}. It names the log file, and has letters, digits and '_' only."
+    elif path[:1] in (("job_logging",), ("hydra_logging",)):
+        if (key == "class" and value not in _LOGGING_CLASSES) or "()" in path or "." in path:
+            yield f"{place} is {value!r}. Log handlers are one of: {', '.join(sorted(_LOGGING_CLASSES))}."
+        elif key == "filename" and value != _LOG_FILE:
+            yield f"{place} is {value!r}, but the log is always {_LOG_FILE}."
+        elif re.match(r"(ext|cfg)://", str(value)) and value not in _LOG_STREAMS:
+            yield f"{place} is {value!r}. Only {' and '.join(_LOG_STREAMS)} may stand there."
+
+
+def _interpolation_faults(place: str, text: str) -> Iterator[str]:
+    """Resolvers that a config may not call, found by OmegaConf's own parser: their names can hold interpolations, too."""
+    nodes: list[Any] = [grammar_parser.parse(text)]
+    while nodes:
+        node = nodes.pop()
+        nodes += getattr(node, "children", None) or []
+        if type(node).__name__ != "InterpolationResolverContext":
+            continue
+        name = node.resolverName().getText()
+        first = re.split(r"[\s,]", node.sequence().getText().strip())[0] if node.sequence() else ""
+        if name not in _RESOLVERS:
+            yield f"{place} uses the resolver {name!r}; known: {', '.join(sorted(_RESOLVERS))}."
+        elif name == "oc.env" and not _PUBLIC_VARIABLES.fullmatch(first):
+            yield f"{place} reads the environment variable {first}, which would end up in logs. Export it where it is used."
+
+
+def _remote_code(config: DictConfig) -> Iterator[str]:
+    """A model's own code runs only where the person who starts the run says so, not where a file does."""
+    asked = OmegaConf.select(config, "base.trust_remote_code")
+    given = OmegaConf.select(config, "hydra.overrides.task")  # not there in a run.yaml
+    if asked and given is not None and not any(re.fullmatch(r"(?i)\+*base\.trust_remote_code=true", o) for o in given):
+        yield "base.trust_remote_code=true is taken from the command line only, since it lets the model's repository run code."
 
 
 _SECRET_VALUE = re.compile(
-    r"(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])|wandb_v\d_\w{20,}|gh[pousr]_\w{30,})"
+    # 40 hex digits are a W&B key, but as a folder's name a commit in the hub's cache.
+    r"(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|(?<![0-9a-f/])[0-9a-f]{40}(?![0-9a-f])|wandb_v\d_\w{20,}|gh[pousr]_\w{30,})"
 )
-_SECRET_KEY = re.compile(r"(^|_)(api_?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
+_SECRET_KEY = re.compile(r"(^|_)((api|access|private|secret)_?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
 
 
 def _looks_secret(config: DictConfig) -> Iterator[str]:
@@ -214,6 +268,10 @@ def redact(text: str) -> str:
 
 def combinations(c: dict[str, Any]) -> Iterator[str]:
     """Settings that are right one by one and wrong together. `c` is the plain config."""
+    try:
+        run_folder(c["runs"], c["name"], c["resume"])
+    except ConfigError as error:
+        yield str(error)
     adapter = c["adapter"]["_target_"]
     task = c["task"]["_target_"]
     quantized = c["base"].get("quantization", "none") != "none"
@@ -245,7 +303,7 @@ def combinations(c: dict[str, Any]) -> Iterator[str]:
 
 
 def _peft_combinations(c: dict[str, Any], quantized: bool) -> Iterator[str]:
-    if c["adapter"]["_target_"] != "adapters.peft.Peft":
+    if c["adapter"]["_target_"] != "adapters.peft.Peft" or c["adapter"]["peft_type"] == "???":
         return
     from adapters import peft_fields
 
@@ -280,14 +338,14 @@ def arguments(argv: list[str], known: dict[str, Any], usage: str) -> dict[str, A
         key, equals, value = word.partition("=")
         if not equals or key not in known:
             fault = schema.nearest(key, known) if equals else "Arguments are written key=value."
-            raise SystemExit(_bad(f"{word}: not an argument. {fault}\n\n{usage}"))
+            raise SystemExit(bad(f"{word}: not an argument. {fault}\n\n{usage}"))
         try:
             given[key] = _typed(value, known[key])
         except ValueError:
-            raise SystemExit(_bad(f"{word}: {key} takes {type(known[key]).__name__}\n\n{usage}")) from None
+            raise SystemExit(bad(f"{word}: {key} takes {type(known[key]).__name__}\n\n{usage}")) from None
     missing = [key for key, default in known.items() if default is ... and key not in given]
     if missing:
-        raise SystemExit(_bad(f"missing: {', '.join(missing)}\n\n{usage}"))
+        raise SystemExit(bad(f"missing: {', '.join(missing)}\n\n{usage}"))
     return {**known, **given}
 
 
@@ -299,6 +357,18 @@ def _typed(value: str, default: Any) -> Any:
     return type(default)(value) if isinstance(default, int | float) else value
 
 
-def _bad(message: str) -> int:
+def told(error: Exception) -> str:
+    """What is wrong, without a traceback, when composing a config or making the run folder fails."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename} cannot be written: {error.strerror}. Choose another place with runs=FOLDER"
+    text = str(error).partition("\nConfig search path:")[0]
+    override = getattr(error, "override", None)  # of an OverrideParseException, which does not always name it
+    if override is not None and override not in text:
+        text = f"{override}: {text}"
+    return f"{text}\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else text
+
+
+def bad(message: str) -> int:
+    """Say what is wrong with what was asked for; returns the exit code."""
     print(message, file=sys.stderr)
     return EXIT_BAD_INPUT

@@ -25,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from trainer import config, schema
+from trainer import config
 from trainer.checkpoint import write_text
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "bitsandbytes", "hydra-core", "wandb")
@@ -34,6 +36,7 @@ PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "tokenizer
 FREE = (
     "resume",
     "runs",
+    "export",
     "name",
     "logger",
     "callbacks",
@@ -44,6 +47,9 @@ FREE = (
     "max_time",
 )
 LENGTHS = ("max_steps", "max_epochs", "max_tokens")  # free where the schedule's past stays what it was
+
+
+_WRITTEN = {"id", "name", "overrides", "identity", "starts", "config"}
 
 
 class FolderError(RuntimeError):
@@ -71,6 +77,7 @@ class RunFolder:
             folder._lock = (path / ".lock").open("w")
             fcntl.flock(folder._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            folder._lock.close()
             raise FolderError(f"{path} is in use by another process. Wait for it, or choose another name=") from None
         except OSError as error:
             raise FolderError(f"{path} cannot be written: {error.strerror}. Choose another place with runs=FOLDER") from None
@@ -95,9 +102,12 @@ class RunFolder:
         if not self.file.exists():
             return None
         try:
-            return yaml.safe_load(self.file.read_text("utf-8"))
-        except yaml.YAMLError as error:
+            content = yaml.safe_load(self.file.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise FolderError(f"{self.file} cannot be read: {error}") from None
+        if not isinstance(content, dict) or not content.keys() >= _WRITTEN:
+            raise FolderError(f"{self.file} is not what a run writes: it has to hold {', '.join(sorted(_WRITTEN))}")
+        return content
 
     def record(
         self, plain: dict[str, Any], overrides: list[str], identity: dict[str, Any], earlier: dict[str, Any] | None
@@ -147,16 +157,21 @@ def read(path: str) -> tuple[Path, dict[str, Any], str]:
     Raises:
         FolderError: it is no run folder, or its config holds what this version does not make.
     """
-    name, _, which = path.partition("@")
+    name, _, which = path.rpartition("@")
+    if not name or (Path(path).expanduser() / "run.yaml").exists():  # a folder's own name may have an @
+        name, which = path, "last"
     folder = RunFolder(Path(name).expanduser())
     content = folder.earlier()
     if content is None:
         raise FolderError(f"{name} is no run folder: it has no run.yaml")
     # A folder may come from a stranger: what it names is held against conf/ as a new config would be.
-    choices = content["identity"]["choices"]
-    faults = schema.problems(content["config"], config.root_schema(choices), "")
-    if faults:
-        raise FolderError(f"{folder.file} does not fit this version of Graft:\n" + "\n".join(faults))
+    try:
+        settings = OmegaConf.create(content["config"] | {"resume": "never"})  # a folder may have been moved since
+        config.check(settings, content["identity"]["choices"])
+    except config.ConfigError as error:
+        raise FolderError(f"{folder.file} does not fit this version of Graft:\n{error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError, OmegaConfBaseException) as error:
+        raise FolderError(f"{folder.file} is not what a run writes: {type(error).__name__}: {error}") from None
     return folder.path, content, which or "last"
 
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class Table:
     target: str | None
     file: str
     open: bool = False  # further keys are checked elsewhere: the file says `# open: ...`
+    partial: bool = False  # its `_partial_`
 
 
 def options(group: str) -> list[str]:
@@ -58,13 +60,15 @@ def load(relative: str) -> Table:
     text = path.read_text("utf-8")
     table = _table(yaml.compose(text), text.splitlines(), f"conf/{relative}.yaml")
     if re.search(r"^# open: ", text, re.MULTILINE):
-        table = Table(table.children, table.target, table.file, open=True)
+        table = replace(table, open=True)
     content: Any = OmegaConf.to_container(OmegaConf.load(path))
     for entry in content.get("defaults") or []:
         if isinstance(entry, str) and entry != "_self_":
             inherited = load(str(Path(relative).parent / entry))
-            children = _merged(inherited.children, table.children)
-            table = Table(children, table.target or inherited.target, table.file, table.open or inherited.open)
+            table = Table(
+                _merged(inherited.children, table.children), table.target or inherited.target, table.file,
+                table.open or inherited.open, table.partial or inherited.partial,
+            )  # fmt: skip
     return table
 
 
@@ -73,7 +77,7 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     for key, value in above.items():
         old = result.get(key)
         if isinstance(old, Table) and isinstance(value, Table):
-            value = Table(_merged(old.children, value.children), value.target or old.target, value.file)
+            value = replace(value, children=_merged(old.children, value.children), target=value.target or old.target)
         elif isinstance(old, Leaf) and isinstance(value, Leaf) and not value.type:
             value = Leaf(old.type, old.doc, value.file)  # a variant changes the value only
         result[key] = value
@@ -82,12 +86,14 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _table(node: yaml.MappingNode | None, lines: list[str], file: str) -> Table:
     children: dict[str, Any] = {}
-    target = None
+    target, partial = None, False
     for key_node, value_node in node.value if node is not None else []:
         key = key_node.value
         comment = _comment(lines[key_node.start_mark.line], value_node, key_node.start_mark.line)
         if key == "_target_":
             target = value_node.value
+        elif key == "_partial_":
+            partial = value_node.value == "true"
         elif key in INSTANTIATE_KEYS or key in ("defaults", "hydra"):
             continue
         elif isinstance(value_node, yaml.MappingNode) and not comment.startswith("mapping"):
@@ -95,7 +101,7 @@ def _table(node: yaml.MappingNode | None, lines: list[str], file: str) -> Table:
         else:
             type_, _, doc = comment.partition(":")
             children[key] = Leaf(type_.strip(), doc.strip(), file)
-    return Table(children, target, file)
+    return Table(children, target, file, partial=partial)
 
 
 def _comment(line: str, value_node: yaml.Node, row: int) -> str:
@@ -104,35 +110,51 @@ def _comment(line: str, value_node: yaml.Node, row: int) -> str:
     return found.group(1) if found else ""
 
 
-def problems(value: Any, schema: Any, where: str) -> list[str]:
-    """What is wrong with a plain value at the dotted place `where`: unknown keys, missing ones, wrong types."""
+def problems(value: Any, schema: Any, where: str, incomplete: bool = False) -> list[str]:
+    """What is wrong with a plain value at the dotted place `where`: unknown keys, missing ones, wrong types. `incomplete`
+    lets values be missing that a user still has to give."""
     if isinstance(schema, Leaf):
         if value == "???":
-            return [f"{where} is missing. It must be set: {where}=... ({schema.doc})"]
+            return [] if incomplete else [f"{where} is missing. It must be set: {where}=... ({schema.doc})"]
+        if holds_object(value):
+            return [f"{where} is {value!r}, and nothing may be made there ({schema.file})"]
         if accepts(value, schema.type):
             return []
         choices = [a for a in _alternatives(schema.type) if not re.match(r"(int|float|str|bool|list|mapping|null)\b", a)]
         close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.6)
         hint = f" Did you mean {close[0]}?" if close else ""
         return [f"{where} is {value!r}, but must be {schema.type}.{hint} ({schema.doc}; {schema.file})"]
-    if value is None and schema.target:
+    if value is None and schema.target and "." in where:
         return []  # callbacks.NAME=null takes an entry out
     if not isinstance(value, dict):
         return [f"{where} is {value!r}, but must be a mapping with the keys {_listed(schema.children)} ({schema.file})"]
+    prefix = f"{where}." if where else ""
     found = []
+    fixed = {"_target_": schema.target, "_partial_": schema.partial or None, "_recursive_": None, "_convert_": None}
+    for key, item in fixed.items():
+        if value.get(key) != item:
+            found.append(f"{prefix}{key} is {value.get(key)!r}. {schema.file} has {item!r}, and only that may stand there")
     for key, item in value.items():
-        place = f"{where}.{key}" if where else str(key)
-        if key in INSTANTIATE_KEYS:
-            if key == "_target_" and item != schema.target:
-                found.append(f"{place} is {item!r}. {schema.file} names {schema.target!r}, and only that may be made there")
-        elif key in schema.children:
-            found += problems(item, schema.children[key], place)
+        if key in fixed:
+            continue
+        if key in schema.children:
+            found += problems(item, schema.children[key], f"{prefix}{key}", incomplete)
         elif not schema.open:
-            found.append(f"{place}: there is no such key. {nearest(str(key), schema.children)} ({schema.file})")
-    for key in schema.children:
-        if key not in value:
-            found.append(f"{where + '.' if where else ''}{key} is missing ({schema.file})")
+            found.append(f"{prefix}{key}: there is no such key. {nearest(str(key), schema.children)} ({schema.file})")
+        elif holds_object(item):
+            found.append(f"{prefix}{key} is {item!r}, and nothing may be made there ({schema.file})")
+    for key, child in schema.children.items():
+        entry = bool(where) and isinstance(child, Table) and child.target  # ~callbacks.NAME takes an entry out, too
+        if key not in value and not entry:
+            found.append(f"{prefix}{key} is missing ({schema.file})")
     return found
+
+
+def holds_object(value: Any) -> bool:
+    """Whether hydra.utils.instantiate would make something of a value, or of a part of it."""
+    if isinstance(value, dict):
+        return bool(INSTANTIATE_KEYS & value.keys()) or any(map(holds_object, value.values()))
+    return isinstance(value, list) and any(map(holds_object, value))
 
 
 def nearest(word: str, known: Any) -> str:
@@ -163,11 +185,13 @@ def _fits(value: Any, type_: str) -> bool:
     if type_ == "mapping":
         return isinstance(value, dict)
     if name == "list":
-        inner = rest.strip("[]")
-        return isinstance(value, list) and (not inner or all(_fits(item, inner) for item in value))
+        inner = rest[1:-1]
+        return isinstance(value, list) and (not inner or all(accepts(item, inner) for item in value))
     if name not in _SCALARS or not (rest == "" or re.match(r"(>|<|in\b)", rest)):
         return isinstance(value, str | int | float | bool) and str(value) == type_  # a literal choice
     if not isinstance(value, _SCALARS[name]) or (isinstance(value, bool) and name != "bool"):
+        return False
+    if isinstance(value, float) and not math.isfinite(value):
         return False
     return _within(value, rest)
 

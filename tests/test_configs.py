@@ -1,0 +1,161 @@
+"""Every file of conf/: it describes itself, composes, and fits what it names."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from trainer import schema
+
+FILES = sorted(str(path.relative_to(schema.CONF).with_suffix("")) for path in schema.CONF.rglob("*.yaml"))
+GROUPED = [name for name in FILES if "/" in name and not name.startswith(("experiment/", "hydra/"))]
+EXPERIMENTS = [name.partition("/")[2] for name in FILES if name.startswith("experiment/")]
+
+# What a file leaves to the user.
+NEEDED = {
+    "base/hf": ["base.path=ORG/NAME"],
+    "adapter/peft": ["adapter.peft_type=LOHA"],
+    "adapter/loftq": ["base.quantization=nf4"],
+    "experiment/smoke": ["task.path=rows.jsonl"],
+}
+# What code gives when it calls what a file names; the first comments say so.
+GIVEN = {
+    "objective": {"model", "adapter", "optimizer", "schedule", "steps", "labelled", "accumulate", "seed"},
+    "optimizer": {"params"},
+    "schedule": {"step", "steps"},
+    "callbacks": {"context"},
+    "logger": {"folder", "run_id", "name", "config"},
+}
+
+BOUND = r"( (>|>=|<|<=) \S+| in [\[(]\S+, \S+[\])])?"
+SCALAR = rf"(null|str|bool|(int|float){BOUND}|(?!int |float |list |mapping )[\w.-]+)"
+TYPE = re.compile(rf"({SCALAR}|mapping|list|list\[{SCALAR}( \| {SCALAR})*\])")
+
+
+def content(name):
+    """A file's values, those of the file that it varies included."""
+    own = OmegaConf.to_container(OmegaConf.load(schema.CONF / f"{name}.yaml"))
+    result = {}
+    for entry in own.pop("defaults", []):
+        if isinstance(entry, str) and entry != "_self_":
+            result |= content(f"{name.rpartition('/')[0]}/{entry}")
+    own.pop("hydra", None)
+    return result | own
+
+
+def leaves(table, values, where=""):
+    """(place, leaf, the file's own value) of every knob."""
+    for key, child in table.children.items():
+        if isinstance(child, schema.Leaf):
+            yield where + key, child, values[key]
+        else:
+            yield from leaves(child, values[key], f"{where}{key}.")
+
+
+def nodes(name):
+    """(place, values) of everything that a file makes."""
+    values = content(name)
+    entries = {name: values} | {f"{name}.{key}": value for key, value in values.items()}
+    return [(place, node) for place, node in entries.items() if isinstance(node, dict) and "_target_" in node]
+
+
+@pytest.mark.parametrize("name", ["config", *GROUPED])
+def test_every_knob_says_its_type_and_meaning(name):
+    values = content(name)
+    for place, leaf, value in leaves(schema.load(name), values):
+        assert leaf.doc, f"{place} has no comment"
+        for alternative in schema._alternatives(leaf.type):
+            assert TYPE.fullmatch(alternative), f"{place}: {alternative!r} is not in the grammar of trainer/schema.py"
+        assert value == "???" or schema.accepts(value, leaf.type), f"{place} is {value!r}, but must be {leaf.type}"
+
+
+@pytest.mark.parametrize(
+    "written", ["int>= 1", "floats in [0, 1)", "float in [0 1)", "one of these", "int or null", "list[int"]
+)
+def test_a_type_outside_the_grammar_is_noticed(written):
+    assert not all(TYPE.fullmatch(part) for part in schema._alternatives(written))
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_every_option_composes_and_passes_the_checks(compose, name):
+    group, _, option = name.partition("/")
+    task = [] if name in ("task/bfcl",) else ["task.path=rows.jsonl"]
+    cfg = compose(f"{group}={option}", *task, *NEEDED.get(name, []))
+    assert cfg.hydra.runtime.choices[group] == option
+    assert all(OmegaConf.select(cfg, f"{group}.{key}") is not None for key, value in content(name).items() if value == "???")
+
+
+@pytest.mark.parametrize("name", [name for name in GROUPED if nodes(name)])
+def test_every_target_takes_the_keys_of_its_file(name):
+    given = GIVEN.get(name.partition("/")[0], set())
+    for place, node in nodes(name):
+        module, _, attribute = node["_target_"].rpartition(".")
+        target = getattr(importlib.import_module(module), attribute)
+        keys = {key: value for key, value in node.items() if key not in schema.INSTANTIATE_KEYS}
+        signature = inspect.signature(target)
+        signature.bind_partial(**keys)
+        assert not keys.keys() & given, f"{place} sets what code gives"
+        signature.bind(**keys, **dict.fromkeys(given))  # nothing without a default is missing
+        assert bool(node.get("_partial_")) == bool(given), f"{place} is called by code, or is not"
+
+
+@pytest.mark.parametrize("name", [name for name in GROUPED if nodes(name)])
+def test_no_knob_has_a_second_default_in_python(name):
+    for place, node in nodes(name):
+        module, _, attribute = node["_target_"].rpartition(".")
+        if module.split(".")[0] not in ("adapters", "tasks", "trainer"):
+            continue
+        parameters = inspect.signature(getattr(importlib.import_module(module), attribute)).parameters
+        twice = [key for key in node if key in parameters and parameters[key].default is not inspect.Parameter.empty]
+        assert twice == [], f"{place}: the file has the default of {twice}"
+
+
+@pytest.mark.parametrize("name", [name for name in GROUPED if "_partial_: true" in (schema.CONF / f"{name}.yaml").read_text()])
+def test_a_partial_says_what_it_is_called_with(name):
+    first = (schema.CONF / f"{name}.yaml").read_text().splitlines()[0]
+    assert re.match(r"# .*\bcalled with (the|its) \w+", first), first
+
+
+def test_all_that_vary_a_file_change_something_in_it():
+    for name in GROUPED:
+        text = (schema.CONF / f"{name}.yaml").read_text()
+        if parents := re.findall(r"^defaults: \[(\w+), _self_\]$", text, re.MULTILINE):
+            assert content(name) != content(f"{name.rpartition('/')[0]}/{parents[0]}")
+        else:
+            assert "defaults" not in yaml.safe_load(text), f"{name} has a defaults list that this test does not read"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_has_its_files_name_and_composes_either_way(compose, name):
+    needed = NEEDED.get(f"experiment/{name}", [])
+    plus, plain = compose(f"+experiment={name}", *needed), compose(f"experiment={name}", *needed)
+    assert plus.name == name
+    assert OmegaConf.masked_copy(plus, [k for k in plus if k != "hydra"]) == OmegaConf.masked_copy(
+        plain, [k for k in plain if k != "hydra"]
+    )
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_repeats_no_default(compose, name):
+    own = OmegaConf.to_container(OmegaConf.load(schema.CONF / f"experiment/{name}.yaml"))
+    choices = {k: v for entry in own.pop("defaults", []) if isinstance(entry, dict) for k, v in entry.items()}
+    groups = [f"{key.removeprefix('override /')}={value}" for key, value in choices.items()]
+    default = compose("task.path=x", *groups) if "task=bfcl" not in groups else compose(*groups)
+
+    def values(node, where=""):
+        for key, value in node.items():
+            yield from values(value, f"{where}{key}.") if isinstance(value, dict) else [(where + key, value)]
+
+    repeated = [place for place, value in values(own) if value != "???" and OmegaConf.select(default, place) == value]
+    assert repeated == []
+    assert "# @package _global_" in (schema.CONF / f"experiment/{name}.yaml").read_text().splitlines()[0]
+
+
+def test_every_file_is_looked_at():
+    assert set(FILES) == {"config", *GROUPED, *(f"experiment/{name}" for name in EXPERIMENTS), "hydra/job_logging/graft"}
+    assert len(GROUPED) > 30
