@@ -63,7 +63,9 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")  # the sampler starts where the run stopped
+    warnings.filterwarnings("ignore", message=".*IterableDataset. has .__len__. defined.*")  # a stream has one reader
     warnings.filterwarnings("ignore", message=".*modules? in eval mode.*")
+    warnings.filterwarnings("ignore", message="Position ids are not supported.*")  # PEFT's prompts; it drops generate's own
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT asks for it
 
@@ -109,11 +111,11 @@ def with_prompts(found: Data, count: int, model: nn.Module | None) -> None:
     if held_out is None or found.task.kind != "conversation" or not count:
         return
     rows: Rows = held_out.sequences.rows
-    kept = {rows.where(i) for i in range(len(rows))}
-    for example in found.task.examples("eval"):
+    kept = set(rows.examples())
+    for index, example in enumerate(found.task.examples("eval")):
         if len(held_out.prompts) >= count:
             break
-        if example.where in kept:
+        if index in kept:
             held_out.prompts.append((example, found.renderer.prompt(example)))
     held_out.grade = found.task.grade
     model_stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

@@ -124,6 +124,11 @@ class Base:
             )
         if self.quantization == "none":
             model.to(device)
+        for module in model.modules():
+            # On a CPU with AVX512-BF16 bitsandbytes repacks a 4-bit weight at its first use in eval mode, for a kernel without a
+            # backward pass: training after an evaluation would then go on with wrong gradients.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         return model.eval()
 
     def skeleton(self, labels: list[str] | None = None) -> nn.Module:

@@ -12,6 +12,7 @@ import errno
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import time
@@ -119,7 +120,7 @@ def fault(path: Path) -> str | None:
             return "its content has changed since it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return "its manifest cannot be read"
     return None
 
@@ -154,7 +155,11 @@ def load(path: Path) -> dict[str, Any]:
     reason = fault(path)
     if reason is not None:
         raise CheckpointError(f"{path} cannot be used: {reason}")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        first = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} cannot be used: it is no checkpoint of tensors and plain data ({first})") from None
 
 
 def remove(path: Path) -> None:
@@ -183,7 +188,7 @@ def chosen(folder: Path, which: str) -> Path:
     elif which == "best":
         file = folder / "best.json"
         path = path_of(folder, json.loads(file.read_text())["step"]) if file.exists() else newest(folder)
-    elif which.isdigit():
+    elif which.isdecimal():
         path = path_of(folder, int(which))
     else:
         raise CheckpointError(f"{which!r} names no checkpoint: give last, best, or one of the steps {steps}")

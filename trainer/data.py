@@ -38,6 +38,7 @@ _FEATURES = datasets.Features(
         "ids": datasets.List(datasets.Value("int32")),
         "trained": datasets.List(datasets.Value("bool")),
         "label": datasets.Value("int32"),
+        "index": datasets.Value("int64"),  # of the example in its split
         "where": datasets.Value("string"),
     }
 )
@@ -100,8 +101,12 @@ class Rows:
         counts = [np.fromiter((sum(row[1:]) for row in batch), dtype=np.int64) for batch in _batches(self.table, "trained")]
         return np.concatenate(counts) if counts else np.zeros(0, np.int64)
 
+    def examples(self) -> list[int]:
+        """For each row, which of the split's examples it was made from."""
+        return self.table.data.column("index").to_pylist()
+
     def where(self, index: int) -> str:
-        """File and line of a row."""
+        """File and line of a row, as they were when it was tokenised."""
         return self.table[int(index)]["where"]
 
     def digests(self) -> Iterator[bytes]:
@@ -168,7 +173,7 @@ def cache_key(task: Any, split: str, renderer: Renderer, max_length: int, overlo
         tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else json.dumps(tokenizer.get_vocab())
     )
     parts = [
-        *code, backend, json.dumps(tokenizer.special_tokens_map, default=str), json.dumps(renderer.template), renderer.train_on,
+        *code, str(_FEATURES), backend, json.dumps(tokenizer.special_tokens_map, default=str), json.dumps(renderer.template), renderer.train_on,
         task.fingerprint(split), task.on_bad, max_length, overlong, tokenizers.__version__, transformers.__version__,
     ]  # fmt: skip
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
@@ -177,11 +182,11 @@ def cache_key(task: Any, split: str, renderer: Renderer, max_length: int, overlo
 def _kept(
     task: Any, split: str, renderer: Renderer, max_length: int, overlong: str, processes: int, report: Report
 ) -> Iterator[dict[str, Any]]:
-    for where, outcome in rendered(task.examples(split), renderer, processes):
+    for index, (where, outcome) in enumerate(rendered(task.examples(split), renderer, processes)):
         report.rows += 1
         row = take(where, outcome, renderer, max_length, overlong, task.on_bad, report)
         if row is not None:
-            yield {"ids": row.ids, "trained": row.trained, "label": row.label, "where": where}
+            yield {"ids": row.ids, "trained": row.trained, "label": row.label, "index": index, "where": where}
     if report.bad and task.on_bad == "raise":
         raise DataError(_listing(report))
     if report.rows and not report.kept:

@@ -47,7 +47,7 @@ class FineTune(lightning.LightningModule):
         self.accumulate, self.seed, self.max_grad_norm, self.nonfinite_limit = accumulate, seed, max_grad_norm, nonfinite_limit
         self.loss = ClassLoss(model) if labelled else CausalLoss(model, logits_chunk)
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.step = 0  # optimiser steps done, skipped ones included: the run's clock
         self.tokens = 0  # processed so far, over all ranks
         self.skipped = self.skipped_in_a_row = 0
@@ -90,6 +90,10 @@ class FineTune(lightning.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
+        if self.trainer.world_size > 1:  # before a step is judged by its loss: all ranks must pass over the same ones
+            counts = torch.tensor([float(self.sums[k]) for k in ("loss", "tokens", "right", "processed")], device=self.device)
+            counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
+            self.sums |= dict(zip(("loss", "tokens", "right", "processed"), counts.unbind(), strict=True))
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         limit = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
         self.grad_norm = nn.utils.clip_grad_norm_(trained, limit)
@@ -106,10 +110,6 @@ class FineTune(lightning.LightningModule):
         self.step += 1
         self.step_done = True
         self.adapter.after_step(self.model, self.step)
-        if self.trainer.world_size > 1:
-            counts = torch.tensor([float(self.sums[k]) for k in ("loss", "tokens", "right", "processed")], device=self.device)
-            counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
-            self.sums |= dict(zip(("loss", "tokens", "right", "processed"), counts.unbind(), strict=True))
         self.tokens += int(self.sums["processed"])
         if self.skipped_in_a_row >= self.nonfinite_limit:
             raise NonFinite(

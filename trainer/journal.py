@@ -24,13 +24,9 @@ class Journal:
         all."""
         for path in (self.metrics, self.samples):
             if self.writes and path.exists():
-                kept = [
-                    line
-                    for line in path.read_text("utf-8").splitlines(keepends=True)
-                    if _step(line) <= step and '"kind": "stopped"' not in line
-                ]
+                kept = [line for line in _lines(path) if _step(line) <= step and '"kind": "stopped"' not in line]
                 temporary = path.with_name(path.name + ".tmp")
-                temporary.write_text("".join(kept), "utf-8")
+                temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
                 os.replace(temporary, path)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -73,12 +69,17 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text("utf-8").splitlines():
+    for line in _lines(path):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def _lines(path: Path) -> list[str]:
+    # Not splitlines: an answer may hold U+2028 and its like, which JSON leaves as they are. A kill can cut a character in two.
+    return path.read_text("utf-8", errors="replace").split("\n")
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ the exit code 2. Training runs the same checks before it loads anything.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import logging
@@ -25,12 +26,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from adapters.delta import Adapter, Start, features, targets
+from adapters.delta import Adapter, NeedsWeights, Start, features, targets
 from adapters.full import Nothing
 from trainer import assembly
 from trainer.base import Base, BaseError, compute
 from trainer.data import special_text
 from trainer.plan import Plan
+from trainer.report import counted
 from trainer.tokens import Refused
 
 log = logging.getLogger("trainer")
@@ -166,19 +168,25 @@ def _model(
     skeleton = base.skeleton(labels)
     total = sum(p.numel() for p in skeleton.parameters())
     linears = sum(math.prod(features(linear)) for _, linear in targets(skeleton, "all-linear"))
-    model = adapter.attach(skeleton, Start(assembly.new_modules(skeleton, labels), max(1, steps)))
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if not trainable and not isinstance(adapter, Nothing):
+    try:
+        model = adapter.attach(skeleton, Start(assembly.new_modules(skeleton, labels), max(1, steps)))
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    except NeedsWeights:
+        trainable = None
+        warnings.append(
+            "how many parameters are trained is known only when the base is loaded; memory and checkpoint leave them out"
+        )
+    if trainable == 0 and not isinstance(adapter, Nothing):
         errors.append("the adapter has no trainable parameter")
     cuda = torch.cuda.is_available() and config["lightning"]["accelerator"] != "cpu"
-    trains_base = trainable == total
+    trains_base, known = trainable == total, trainable or 0
     dtype, _, precision = compute(config["precision"], config["base"]["dtype"], trains_base, cuda)
-    parts = _memory(config, base, dtype, total, linears, trainable, found)
+    parts = _memory(config, base, dtype, total, linears, known, found)
     needed = sum(parts.values())
     free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
     if needed > free:
         warnings.append(f"the run needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free")
-    checkpoint_bytes = trainable * (4 + 8 if not trains_base else dtype.itemsize * 3) if steps else 0
+    checkpoint_bytes = known * (4 + 8 if not trains_base else dtype.itemsize * 3) if steps else 0
     keep = (config["callbacks"].get("checkpoints") or {}).get("keep", 1)
     disk = shutil.disk_usage(_existing(folder)).free
     if checkpoint_bytes * (keep + 2) > disk:
@@ -283,8 +291,8 @@ def table(result: dict[str, Any]) -> Table:
     """The report for people."""
     shown = Table(show_header=False, box=None, padding=(0, 2))
     for split in ("train", "eval"):
-        for row in _split_lines(split, result["data"].get(split)):
-            shown.add_row(*row)
+        for name, text in _split_lines(split, result["data"].get(split)):
+            shown.add_row(name, Text(text))  # a broken row's reason may hold [brackets]
     if "shared" in result["data"]:
         shown.add_row("in train and eval", str(result["data"]["shared"]))
     if "prompts" in result["data"]:
@@ -300,7 +308,8 @@ def table(result: dict[str, Any]) -> Table:
         shown.add_row("learning rate", f"{bars}  peak {rates['peak']:g}")
     model = result["model"]
     shown.add_row(
-        "parameters", f"{model['parameters']:,}, {model['trainable']:,} trained; {model['precision']}, base in {model['dtype']}"
+        "parameters",
+        f"{model['parameters']:,}, {counted(model['trainable'])} trained; {model['precision']}, base in {model['dtype']}",
     )
     parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in model["memory_bytes"].items())
     shown.add_row("memory, about", f"{model['memory_needed'] / 1e9:.2f} GB ({parts}); {model['memory_free'] / 1e9:.1f} GB free")
@@ -356,26 +365,19 @@ def main(argv: list[str]) -> int:
     from trainer import config as configs
     from trainer import failures
 
-    options = {"--json": None, "--samples": "2"}
-    arguments = []
-    words = iter(argv)
-    for word in words:
-        if word in ("-h", "--help"):
-            print(__doc__)
-            return 0
-        if word in options:
-            options[word] = next(words, None)
-        else:
-            arguments.append(word)
+    parser = argparse.ArgumentParser("python -m trainer.preflight", add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--samples", metavar="N", type=int, default=2)
+    options, arguments = parser.parse_known_args(argv)
+    if options.help:
+        print(__doc__)
+        return 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         config: dict[str, Any] = OmegaConf.to_container(configs.compose(arguments), resolve=True)  # type: ignore[assignment]
-    except configs.ConfigError as error:
-        print(error, file=sys.stderr)
-        return configs.EXIT_BAD_INPUT
-    except Exception as error:  # Hydra's own: an unknown group or experiment
-        print(error, file=sys.stderr)
-        return configs.EXIT_BAD_INPUT
+    except Exception as error:  # a ConfigError, or Hydra's own: an unknown group or experiment
+        return configs.bad(configs.told(error))
     assembly.quiet()
     try:
         base: Base = assembly.instantiate(config["base"])
@@ -396,16 +398,16 @@ def main(argv: list[str]) -> int:
         if explained is None:
             raise
         print(explained[0], file=sys.stderr)
-        return configs.EXIT_BAD_INPUT
-    if options["--json"]:
-        Path(options["--json"]).write_text(json.dumps(result, indent=2) + "\n")
+        return explained[1]
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
     console = get_console()
     console.print(table(result))
-    for text in preview(found, int(options["--samples"] or 0)):
+    for text in preview(found, options.samples):
         console.print(text)
-    for kind in ("warnings", "errors"):
+    for kind, style in (("warnings", "yellow"), ("errors", "red")):
         for line in result[kind]:
-            console.print(f"[{'yellow' if kind == 'warnings' else 'red'}]{kind[:-1]}[/]: ", line, sep="", markup=True)
+            console.print(Text.assemble((kind[:-1], style), f": {line}"))
     return configs.EXIT_BAD_INPUT if result["errors"] else 0
 
 

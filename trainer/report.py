@@ -118,6 +118,11 @@ def _data(checked: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"name": name, **{key: _number(split[key]) for key, _ in _DATA_ROWS}} for name, split in splits if split]
 
 
+def counted(number: int | None) -> str:
+    """A count for people; None where it cannot be known yet."""
+    return "unknown" if number is None else f"{number:,}"
+
+
 def _facts(record: dict[str, Any], rows: dict[str, list[dict[str, Any]]], checked: dict[str, Any]) -> list[tuple[str, str]]:
     start = record["starts"][-1]
     model = checked.get("model", {})
@@ -128,7 +133,7 @@ def _facts(record: dict[str, Any], rows: dict[str, list[dict[str, Any]]], checke
         ("precision", record["identity"]["precision"]),
     ]  # fmt: skip
     if model:
-        facts.append(("parameters", f"{model['parameters']:,}, {model['trainable']:,} trained"))
+        facts.append(("parameters", f"{model['parameters']:,}, {counted(model['trainable'])} trained"))
     if rows["step"]:
         steps = rows["step"]
         speeds = sorted(row["tokens_per_s"] for row in steps)

@@ -136,7 +136,7 @@ def _run(
         lightning_.fit(module.train(), loader, ckpt_path=str(saved_path) if saved_path else None)
         _say_why_it_ended(context, module)
         if adapter.exportable:
-            _export(place, module, base, task, adapter)
+            _export(place, module, base, task, adapter, config["export"])
     report.write(place.path)
     _show(journal)
     log.info("report: %s", place.path / "report.html")
@@ -152,7 +152,7 @@ def _lightning(config: dict[str, Any], adapter: Adapter, place: RunFolder) -> li
         max_epochs=1, max_steps=-1, accumulate_grad_batches=config["accumulate"],
         deterministic=config["deterministic"], plugins=[AtomicCheckpointIO()], default_root_dir=place.path, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        limit_val_batches=0, num_sanity_val_steps=0,
+        limit_val_batches=0, log_every_n_steps=1, num_sanity_val_steps=0,
     )  # fmt: skip
 
 
@@ -264,6 +264,8 @@ def _evaluate_only(lightning_: lightning.Trainer, module: FineTune) -> None:
     for callback in lightning_.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Evaluation):
             callback.run(lightning_, module, graded=True)
+    for logger in lightning_.loggers:
+        logger.finalize("success")
 
 
 def _say_why_it_ended(context: Context, module: FineTune) -> None:
@@ -280,9 +282,13 @@ def _say_why_it_ended(context: Context, module: FineTune) -> None:
         raise Unfinished(f"the run ended after step {module.step} of {context.steps} without a reason", 1)
 
 
-def _export(place: RunFolder, module: FineTune, base: Base, task: Any, adapter: Adapter) -> None:
+def _export(place: RunFolder, module: FineTune, base: Base, task: Any, adapter: Adapter, which: str) -> None:
     """Write the adapter, and load it back to compare where the base fits into memory twice more."""
     target = place.path / "adapter"
+    chosen = checkpoint.chosen(place.checkpoints, which)
+    if int(chosen.stem[5:]) != module.step:
+        log.info("the best evaluation was after step %d: that is what becomes the adapter", int(chosen.stem[5:]))
+        adapter.load_state(module.model, checkpoint.load(chosen)["adapter"])
     export.save_adapter(adapter, module.model, base, task, target)
     needed = 2 * 4 * sum(p.numel() for p in module.model.parameters())
     if needed > psutil.virtual_memory().available / 2:
@@ -293,7 +299,7 @@ def _export(place: RunFolder, module: FineTune, base: Base, task: Any, adapter: 
             place.path,
         )
         return
-    difference = export.verify_adapter(assembly.trained(str(place.path), exact=True), target)
+    difference = export.verify_adapter(assembly.trained(f"{place.path}@{which}", exact=True), target)
     log.info("adapter: %s, loaded back by stock PEFT: logits differ by at most %.1e of their spread", target, difference)
 
 

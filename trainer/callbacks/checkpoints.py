@@ -35,6 +35,10 @@ class Checkpoints(lightning.Callback):
         if due or last or self.context.improved:
             self.save(trainer, module)
 
+    def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        if module.step_done and self.context.signals.received is None:
+            self.save(trainer, module)  # a stream's last step is known only when nothing comes after it
+
     def save(self, trainer: lightning.Trainer, module: Any) -> None:
         """Save the step at hand, once."""
         if self.saved == module.step:

@@ -13,6 +13,14 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 log = logging.getLogger(__name__)
 
 
+class _Wandb(WandbLogger):
+    """Ends the W&B run with the fit, not with the process: a sweep's next run is one of its own, and its file is whole."""
+
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        self.experiment.finish(exit_code=0 if status == "success" else 1)
+
+
 def wandb_logger(
     folder: Path, run_id: str, name: str, config: dict[str, Any], project: str, entity: str | None, mode: str, group: str | None,
     tags: list[str], notes: str | None, init_timeout: float,
@@ -54,7 +62,7 @@ def wandb_logger(
                 config=config,
                 settings=settings,
             )
-            return WandbLogger(experiment=run)
+            return _Wandb(experiment=run)
         except Exception as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             if mode == "online" or chosen == "offline":

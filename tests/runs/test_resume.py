@@ -1,0 +1,199 @@
+"""A run that was cut off and goes on ends with the same bits as one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, sums, write_rows
+from trainer import checkpoint, journal
+from trainer.checkpoint import CheckpointError
+from trainer.finetune import FineTune
+
+TIMES = ("seconds", "tokens_per_s", "trained_per_s")
+COMMON = (
+    "max_steps=11",
+    "batch_size=4",
+    "callbacks.checkpoints.every=3",
+    "callbacks.evaluation.every=4",
+    "callbacks.evaluation.generate=1",
+)
+
+
+class PowerCut(Exception):
+    """Stands for a process that ends without a chance to save."""
+
+
+def cut_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the run break off when it is about to do a step."""
+    whole = FineTune.on_train_batch_start
+
+    def broken(self, batch, batch_idx):
+        if self.step == step and batch_idx % self.accumulate == self.accumulate - 1:
+            raise PowerCut
+        whole(self, batch, batch_idx)
+
+    monkeypatch.setattr(FineTune, "on_train_batch_start", broken)
+
+
+def outcome(run):
+    """(final trained tensors, logged rows without times)."""
+    last = checkpoint.load(checkpoint.chosen(run / "checkpoints", "last"))
+    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in journal.read(run / "metrics.jsonl")]
+    return last["adapter"]["tensors"], rows, last["counters"]
+
+
+CASES = {
+    "lora with dropout": ("adapter.dropout=0.3",),
+    "accumulation": ("accumulate=3", "batch_size=2", "adapter.dropout=0.3"),
+    "loading in a process": ("workers=1",),
+    "packing": ("packing=true", "max_length=64"),
+    "length groups": ("group_by_length=true",),
+    "several epochs": ("max_epochs=null", "task.limit=20"),
+    "adalora": ("adapter=adalora", "adapter.tfinal=2"),
+    "pissa": ("adapter=pissa", "adapter.r=4"),
+    "shira": ("adapter=shira", "adapter.r=2"),
+    "prompt tuning": ("adapter=prompt_tuning", "adapter.num_virtual_tokens=4"),
+    "8-bit optimiser": ("optimizer=adamw_8bit", "base.hidden_size=64"),
+    "full": ("adapter=full", "optimizer.lr=1e-3"),
+    "bf16": ("precision=bf16-true",),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_ends_as_uninterrupted(train, chats, monkeypatch, case):
+    settings = (f"task.path={chats}", *COMMON, *CASES[case])
+    wanted = outcome(train(*settings, "name=alone"))
+    for step in (5, 8):
+        with monkeypatch.context() as patch:
+            cut_at(patch, step)
+            with pytest.raises(PowerCut):
+                train(*settings, "name=cut", "resume=auto")
+    found = outcome(train(*settings, "name=cut", "resume=auto"))
+    assert found[1] == wanted[1]
+    assert found[2] == wanted[2]
+    assert found[0].keys() == wanted[0].keys()
+    assert all(torch.equal(found[0][name], wanted[0][name]) for name in wanted[0])
+    assert wanted[1][-1]["loss"] != wanted[1][0]["loss"]
+
+
+def test_a_stream_goes_on_where_it_stopped(train, chats, monkeypatch):
+    settings = (f"task.path={chats}", f"task.eval_path={chats}", "task.streaming=true", "task.shuffle_block=16", *COMMON)
+    wanted = outcome(train(*settings, "name=alone"))
+    with monkeypatch.context() as patch:
+        cut_at(patch, 7)
+        with pytest.raises(PowerCut):
+            train(*settings, "name=cut", "resume=auto")
+    found = outcome(train(*settings, "name=cut", "resume=auto"))
+    assert found[1] == wanted[1]
+    assert all(torch.equal(found[0][name], wanted[0][name]) for name in wanted[0])
+
+
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(train, chats, monkeypatch, caplog):
+    settings = (f"task.path={chats}", *COMMON)
+    wanted = outcome(train(*settings, "name=alone"))
+    with monkeypatch.context() as patch:
+        cut_at(patch, 8)
+        with pytest.raises(PowerCut):
+            train(*settings, "name=cut")
+    folder = (chats.parent / "runs" / "cut" / "checkpoints").resolve()
+    newest = checkpoint.complete(folder)[-1]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    found = outcome(train(*settings, "name=cut", "resume=auto"))
+    assert "is damaged" in caplog.text
+    assert all(torch.equal(found[0][name], wanted[0][name]) for name in wanted[0])
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ("adapter.rank=4", "adapter.rank: 16 in the run, 4 now"),
+        ("optimizer.lr=1e-3", "optimizer.lr"),
+        ("seed=1", "seed"),
+        ("base.seed=1", "base"),
+        ("batch_size=2", "batch_size"),
+        ("max_steps=10", "steps: 11 in the run, 10 now"),  # a cooldown's rates depend on the length
+    ],
+)
+def test_another_config_is_refused(train, chats, monkeypatch, changed, named):
+    settings = (f"task.path={chats}", *COMMON)
+    with monkeypatch.context() as patch:
+        cut_at(patch, 10)
+        with pytest.raises(PowerCut):
+            train(*settings)
+    with pytest.raises(CheckpointError, match="cannot go on as this one") as refusal:
+        train(*settings, changed, "resume=auto")
+    assert named in str(refusal.value)
+
+
+def test_other_data_is_refused(train, tmp_path, monkeypatch):
+    rows = write_rows(tmp_path / "rows.jsonl", sums(40))
+    with monkeypatch.context() as patch:
+        cut_at(patch, 6)
+        with pytest.raises(PowerCut):
+            train(f"task.path={rows}", *COMMON)
+    write_rows(rows, sums(40, seed=1))
+    with pytest.raises(CheckpointError, match="data: the rows of train"):
+        train(f"task.path={rows}", *COMMON, "resume=auto")
+
+
+def test_a_constant_run_can_be_made_longer(train, chats):
+    settings = (f"task.path={chats}", *COMMON, "schedule=constant", "schedule.warmup=2")
+    whole = outcome(train(*settings, "max_steps=9", "name=alone"))
+    train(*settings, "max_steps=6", "name=longer")
+    longer = outcome(train(*settings, "max_steps=9", "name=longer", "resume=auto"))
+    assert longer[2]["step"] == 9
+    assert all(torch.equal(longer[0][name], whole[0][name]) for name in whole[0])
+
+
+def test_a_finished_run_is_left_alone(train, chats):
+    run = train(f"task.path={chats}", *COMMON)
+    before = (run / "metrics.jsonl").read_text()
+    assert train(f"task.path={chats}", *COMMON, "resume=auto") == run
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def start(tmp_path, rows, *extra):
+    command = [
+        sys.executable, "-m", "trainer", "+experiment=smoke", f"task.path={rows}", f"runs={tmp_path / 'runs'}", "max_steps=4000",
+        "precision=fp32", "resume=auto", "callbacks.checkpoints.every=null", *extra,
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=tmp_path)
+
+
+def wait_for_steps(run, process):
+    until = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < until:
+        if any(row["kind"] == "step" and row["step"] > 3 for row in journal.read(run / "metrics.jsonl")):
+            return
+        time.sleep(0.05)
+    raise AssertionError(process.communicate()[0])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_step_and_says_how_to_go_on(tmp_path, chats, number, code):
+    run = tmp_path / "runs" / "smoke"
+    process = start(tmp_path, chats)
+    try:
+        wait_for_steps(run, process)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert "Go on with resume=" in said
+    saved = checkpoint.newest(run / "checkpoints")
+    steps = [row["step"] for row in journal.read(run / "metrics.jsonl") if row["kind"] == "step"]
+    assert int(saved.stem[5:]) == steps[-1]  # no step is lost
+    again = start(tmp_path, chats, f"max_steps={steps[-1] + 2}", "schedule=constant", "schedule.warmup=0")
+    assert again.wait(timeout=120) != 0  # another schedule: refused
+    again.stdout.close()
+    assert not json.loads((run / "preflight.json").read_text())["errors"]
