@@ -85,7 +85,7 @@ class Peft(Adapter):
         except torch.OutOfMemoryError:
             raise
         except (ValueError, TypeError, KeyError, NotImplementedError, ImportError, RuntimeError) as error:
-            kind = (
+            refusal = (
                 NeedsWeights
                 if on_meta and (isinstance(error, NotImplementedError) or "meta tensor" in str(error))
                 else AdapterError
