@@ -14,6 +14,7 @@ import hydra
 import numpy as np
 import rich
 import torch
+from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -72,7 +73,12 @@ def quiet() -> None:
 
 def instantiate(node: dict[str, Any], **arguments: Any) -> Any:
     """An object from a plain config node; its `_target_` was checked when the config was composed."""
-    return hydra.utils.instantiate(OmegaConf.create(node), _convert_="all", **arguments)
+    try:
+        return hydra.utils.instantiate(OmegaConf.create(node), _convert_="all", **arguments)
+    except InstantiationException as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None  # what the part itself says, which failures.py knows to explain
 
 
 def tokenised(config: dict[str, Any], base: Base, task: Any, train: bool = True) -> Data:

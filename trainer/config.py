@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,9 @@ def run_folder(runs: str, name: str, resume: str) -> str:
         raise ConfigError(
             f"name is {name!r}. A run's name has at most 100 letters, digits, '.', '_' and '-', and starts with none of those three"
         )
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if rank != "0":  # started by torchrun or srun: the first process says where the run lives, see trainer.run
+        return str(Path(tempfile.gettempdir()) / f"graft-{os.getpid()}-rank-{rank}")
     candidate, newest, number = Path(runs) / name, None, 2
     while (candidate / "run.yaml").exists() or (candidate / "multirun.yaml").exists():
         newest, candidate, number = candidate, Path(runs) / f"{name}-{number}", number + 1

@@ -65,13 +65,15 @@ class RunFolder:
         self._lock: Any = None
 
     @classmethod
-    def create(cls, path: Path) -> RunFolder:
-        """The folder, made and locked.
+    def create(cls, path: Path, owner: bool = True) -> RunFolder:
+        """The folder, made and locked. Without `owner` it is another process of the same run that writes there.
 
         Raises:
             FolderError: it cannot be written, or another process is running in it.
         """
         folder = cls(path)
+        if not owner:
+            return folder
         try:
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
             folder._lock = (path / ".lock").open("w")
@@ -87,7 +89,8 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     @property
     def file(self) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -15,6 +16,7 @@ import psutil
 import rich
 import torch
 from hydra.core.hydra_config import HydraConfig
+from lightning.fabric.plugins.environments import LightningEnvironment
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
@@ -53,21 +55,39 @@ def run(cfg: DictConfig) -> float | None:
     """
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     assembly.quiet()
-    with Signals() as signals, RunFolder.create(Path(HydraConfig.get().runtime.output_dir)) as place:
+    adapter: Adapter = assembly.instantiate(config["adapter"])
+    path = Path(HydraConfig.get().runtime.output_dir)
+    lightning_ = _lightning(config, adapter, path)
+    if lightning_.world_size > 1:
+        path = _agreed(lightning_, path)
+    with Signals() as signals, RunFolder.create(path, lightning_.is_global_zero) as place:
         log.info("run folder: %s", place.path)
-        return _run(config, place, signals, dict(HydraConfig.get().runtime.choices), list(HydraConfig.get().overrides.task))
+        choices, overrides = dict(HydraConfig.get().runtime.choices), list(HydraConfig.get().overrides.task)
+        return _run(config, adapter, lightning_, place, signals, choices, overrides)
+
+
+def _agreed(lightning_: lightning.Trainer, path: Path) -> Path:
+    """The first process's folder. Processes that Lightning starts are given it; those of torchrun and srun ask for it."""
+    if not lightning_.is_global_zero:
+        log.setLevel(logging.WARNING)  # the first process speaks for all
+    if isinstance(lightning_._accelerator_connector.cluster_environment, LightningEnvironment):
+        return path
+    lightning_.strategy.setup_environment()
+    agreed = Path(lightning_.strategy.broadcast(str(path)))
+    if agreed != path:
+        shutil.rmtree(path, ignore_errors=True)
+    return agreed
 
 
 def _run(
-    config: dict[str, Any], place: RunFolder, signals: Signals, choices: dict[str, Any], overrides: list[str]
-) -> float | None:
+    config: dict[str, Any], adapter: Adapter, lightning_: lightning.Trainer, place: RunFolder, signals: Signals,
+    choices: dict[str, Any], overrides: list[str],
+) -> float | None:  # fmt: skip
     if config["threads"] is not None:
         torch.set_num_threads(config["threads"])
 
     base: Base = assembly.instantiate(config["base"])
     task = assembly.instantiate(config["task"])
-    adapter: Adapter = assembly.instantiate(config["adapter"])
-    lightning_ = _lightning(config, adapter, place)
     device = lightning_.strategy.root_device
     dtype, _, precision = compute(
         config["precision"], config["base"]["dtype"], isinstance(adapter, Full), device.type == "cuda"
@@ -79,7 +99,8 @@ def _run(
     steps = plan.steps(config["max_steps"], config["max_tokens"]) if plan is not None else config["max_steps"]
     steps = 0 if isinstance(adapter, Nothing) else steps
     checked = preflight.quick(config, base, adapter, found, plan, steps, place.path)
-    checkpoint.write_text(place.path / "preflight.json", json.dumps(checked, indent=2))
+    if lightning_.is_global_zero:
+        checkpoint.write_text(place.path / "preflight.json", json.dumps(checked, indent=2))
 
     identity = {
         "choices": choices, "base": base.fingerprint, "data": found.keys, "precision": precision, "trains_base": isinstance(adapter, Full),
@@ -92,7 +113,7 @@ def _run(
     if earlier is not None and (ended := _ended(place, journal, done, steps, config["max_time"])):
         log.info("this run %s; nothing is left to do. Its report: %s", ended, place.path / "report.html")
         return _last_loss(journal)
-    record = place.record(config, overrides, identity, earlier)
+    record = place.record(config, overrides, identity, earlier) if lightning_.is_global_zero else {}
     journal.rewind(done if saved_path else -1)
 
     lightning.seed_everything(config["seed"], verbose=False)
@@ -135,6 +156,8 @@ def _run(
         loader = _loader(config, found, plan, steps, done, lightning_)
         lightning_.fit(module.train(), loader, ckpt_path=str(saved_path) if saved_path else None)
         _say_why_it_ended(context, module)
+        if not lightning_.is_global_zero:
+            return _last_loss(journal)
         if adapter.exportable:
             _export(place, module, base, task, adapter, config["export"])
     report.write(place.path)
@@ -143,14 +166,15 @@ def _run(
     return _last_loss(journal)
 
 
-def _lightning(config: dict[str, Any], adapter: Adapter, place: RunFolder) -> lightning.Trainer:
+def _lightning(config: dict[str, Any], adapter: Adapter, path: Path) -> lightning.Trainer:
     cuda = torch.cuda.is_available() and config["lightning"]["accelerator"] != "cpu"
     _, precision, _ = compute(config["precision"], config["base"]["dtype"], isinstance(adapter, Full), cuda)
+    settings = config["lightning"] | ({"devices": 1, "strategy": "auto"} if isinstance(adapter, Nothing) else {})
     # One epoch for the whole run: the loader holds all its micro-batches, and its end is the run's.
     return lightning.Trainer(
-        **config["lightning"], precision=precision,  # type: ignore[arg-type]
+        **settings, precision=precision,  # type: ignore[arg-type]
         max_epochs=1, max_steps=-1, accumulate_grad_batches=config["accumulate"],
-        deterministic=config["deterministic"], plugins=[AtomicCheckpointIO()], default_root_dir=place.path, logger=False,
+        deterministic=config["deterministic"], plugins=[AtomicCheckpointIO()], default_root_dir=path, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
         limit_val_batches=0, log_every_n_steps=1, num_sanity_val_steps=0,
     )  # fmt: skip

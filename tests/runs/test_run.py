@@ -170,3 +170,15 @@ def test_rows_held_out_are_never_trained(train, tmp_path):
     run = train(f"task.path={rows}", "task.eval_fraction=0.2", "max_steps=1")
     checked = json.loads((run / "preflight.json").read_text())["data"]
     assert (checked["train"]["rows"], checked["eval"]["rows"]) == (40, 10)
+
+
+def test_two_processes_are_one_run(program, chats):
+    settings = ["+experiment=smoke", f"task.path={chats}", "max_steps=4", "precision=fp32", "lightning=cpu"]
+    alone = program(*settings, "batch_size=4", "name=alone")
+    both = program(*settings, "batch_size=2", "name=both", "lightning.devices=2", "lightning.strategy=ddp")
+    assert alone.returncode == both.returncode == 0, alone.stderr + both.stderr
+    runs = chats.parent / "runs"
+    assert sorted(path.name for path in runs.iterdir()) == ["alone", "both"]
+    assert both.stdout.count("run folder:") == 1  # the first process speaks for all
+    for one, other in zip(journal.read(runs / "alone/metrics.jsonl"), journal.read(runs / "both/metrics.jsonl"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
