@@ -111,7 +111,8 @@ class Splits:
 
     def fingerprint(self, split: str) -> str:
         source = self.eval if split == "eval" and self.eval is not None else self.train
-        return f"{source.fingerprint()} {sorted(self.held_out)} {split} {self.limit} {self.eval_limit}"
+        apart = self.eval is not None
+        return f"{source.fingerprint()} {apart} {sorted(self.held_out)} {split} {self.limit} {self.eval_limit}"
 
 
 def column(row: dict[str, Any], columns: dict[str, str], name: str) -> Any:

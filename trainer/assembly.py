@@ -144,7 +144,7 @@ def new_modules(model: nn.Module, labels: list[str] | None) -> tuple[str, ...]:
     """Modules that the base brings no weights for: the head of a classifier."""
     if labels is None:
         return ()
-    return tuple(name for name in ("score", "classifier") if hasattr(model, name))
+    return tuple(name for name in bases.HEADS if hasattr(model, name))
 
 
 @dataclass

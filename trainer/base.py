@@ -40,6 +40,9 @@ CHATML = (
 )
 
 
+HEADS = ("score", "classifier")  # what transformers calls the new head of a classifier
+
+
 class BaseError(ValueError):
     """The base cannot be used. The message says why and how to mend it."""
 
@@ -113,11 +116,13 @@ class Base:
                 model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
             else:
                 names = dict(enumerate(labels))
-                model = AutoModelForSequenceClassification.from_pretrained(
-                    self.path, num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()}, **arguments
-                )
+                loaded = AutoModelForSequenceClassification.from_pretrained(
+                    self.path, num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()},
+                    output_loading_info=True, **arguments,
+                )  # fmt: skip
+                model = loaded[0]
                 model.config.pad_token_id = self.tokenizer.pad_token_id
-                missing = []
+                missing = sorted(name for name in loaded[1]["missing_keys"] if name.partition(".")[0] not in HEADS)
         if missing:
             raise BaseError(
                 f"the weights of {self.path} lack {len(missing)} tensors, such as {missing[:3]}: the files are not of this model"

@@ -67,7 +67,7 @@ def path_of(folder: Path, step: int) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all, even after a power cut."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

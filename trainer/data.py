@@ -134,6 +134,8 @@ def tokenise(task: Any, split: str, renderer: Renderer, max_length: int, overlon
     Raises:
         DataError: a broken row (with on_bad=raise) or an over-long one (with overlong=raise), or no row is left.
     """
+    if next(iter(task.examples(split)), None) is None:  # nothing is held out, and datasets cannot write a table without rows
+        return Rows(datasets.Dataset.from_dict({name: [] for name in _FEATURES}, features=_FEATURES), Report())
     key = cache_key(task, split, renderer, max_length, overlong)
     folder = wheel.cache_dir() / "tokens"
     folder.mkdir(parents=True, exist_ok=True)

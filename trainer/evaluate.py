@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from tasks.reading import DataError
 from trainer.plan import Pick, Sequences
 
 
@@ -152,13 +153,18 @@ def main(argv: list[str]) -> int:
 
     known = {"run": ..., "compare": False, "generate": 0, "batch_size": 16, "max_new_tokens": 128, "json": None}
     options = config.arguments(argv, known, __doc__ or "")
+    for name, least in (("generate", 0), ("batch_size", 1), ("max_new_tokens", 1)):
+        if options[name] < least:
+            return config.bad(f"{name}={options[name]}: at least {least}")
+    if options["json"] and not Path(options["json"]).parent.is_dir():
+        return config.bad(f"json={options['json']}: there is no such folder")
     assembly.quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = assembly.trained(options["run"], device)
         data = assembly.tokenised(found.config, found.base, found.task, train=False)
         if data.held_out is None:
-            raise ValueError("this run's task has no held-out rows: it had task.eval_fraction=0 and no task.eval_path")
+            raise DataError("this run's task has no held-out rows: it had task.eval_fraction=0 and no task.eval_path")
         assembly.with_prompts(data, options["generate"], found.model)
         labelled = found.task.kind == "label"
         loss = ClassLoss(found.model) if labelled else CausalLoss(found.model, found.config["objective"]["logits_chunk"])

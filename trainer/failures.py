@@ -28,7 +28,8 @@ def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] |
     if isinstance(error, _FAULTS):
         return str(error), 1
     if out_of_memory(error):
-        return f"out of memory: {str(error).splitlines()[0]}\n{_smaller(config)}", 1
+        first = str(error).partition("\n")[0] or type(error).__name__
+        return f"out of memory: {first}\n{_smaller(config)}", 1
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full: {error.filename or error}. Free some space, and go on with resume=auto", 1
     return None
@@ -47,18 +48,17 @@ def out_of_memory(error: BaseException) -> bool:
 def _smaller(c: dict[str, Any]) -> str:
     """What would need less, for this config."""
     ways = []
-    if c.get("batch_size", 1) > 1:
-        halves = c["batch_size"] // 2
-        ways.append(
-            f"batch_size={halves} accumulate={c['accumulate'] * -(-c['batch_size'] // halves)} (the same step in smaller parts)"
-        )
+    if (size := c.get("batch_size", 1)) > 1:
+        part = max(part for part in range(1, size // 2 + 1) if size % part == 0)
+        ways.append(f"batch_size={part} accumulate={c['accumulate'] * size // part} (the same step in smaller parts)")
     if not c.get("objective", {}).get("gradient_checkpointing"):
         ways.append("objective.gradient_checkpointing=true")
     if c.get("max_length", 0) > 256:
         ways.append(f"max_length={c['max_length'] // 2}")
     if c.get("precision") == "fp32":
         ways.append("precision=bf16-true")
-    if c.get("base", {}).get("quantization") == "none":
+    trains_base = c.get("adapter", {}).get("_target_") == "adapters.full.Full"
+    if c.get("base", {}).get("quantization") == "none" and not trains_base:
         ways.append("base.quantization=nf4")
     return "What would need less: " + ", or ".join(ways) if ways else "Use a smaller base, or a machine with more memory."
 

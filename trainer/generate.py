@@ -17,6 +17,7 @@ import torch
 from rich import get_console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 from transformers import GenerationConfig, TextStreamer
 
 from trainer import assembly
@@ -40,7 +41,8 @@ def answer(
     """One answer to one prompt, told piece by piece."""
     torch.manual_seed(options["seed"])
     sampled = options["temperature"] > 0
-    chances = {"temperature": options["temperature"], "top_p": options["top_p"]} if sampled else {}
+    # transformers would draw from the 50 likeliest tokens only.
+    chances = {"temperature": options["temperature"], "top_p": options["top_p"], "top_k": 0} if sampled else {}
     settings = GenerationConfig(
         do_sample=sampled,
         max_new_tokens=options["max_new_tokens"],
@@ -62,6 +64,13 @@ def main(argv: list[str]) -> int:
         "run": ..., "prompt": ..., "system": None, "compare": False, "max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0, "seed": 0,
     }  # fmt: skip
     options = config.arguments(argv, known, __doc__ or "")
+    for name, fits, said in (
+        ("max_new_tokens", options["max_new_tokens"] >= 1, "at least 1"),
+        ("temperature", options["temperature"] >= 0, "at least 0"),
+        ("top_p", 0 < options["top_p"] <= 1, "above 0, at most 1"),
+    ):
+        if not fits:
+            return config.bad(f"{name}={options[name]}: {said}")
     assembly.quiet()
     try:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,6 +85,8 @@ def main(argv: list[str]) -> int:
             ids = Renderer(tokenizer, found.task).chat([*system, {"role": "user", "content": prompt}])
         else:
             ids = tokenizer(prompt)["input_ids"]
+        if not ids:
+            return config.bad("the prompt is empty, and this model starts from at least one token")
         stops = stop_ids(tokenizer, found.model.generation_config.eos_token_id, [])  # type: ignore[union-attr]
         if not options["compare"]:
             answer(found.model, ids, tokenizer, stops, options, lambda text: print(text, end="", flush=True))
@@ -92,7 +103,7 @@ def _side_by_side(found: assembly.Trained, ids: list[int], tokenizer: Any, stops
 
     def shown() -> Table:
         table = Table(*texts, expand=True)
-        table.add_row(*texts.values())
+        table.add_row(*map(Text, texts.values()))  # an answer may hold [brackets]
         return table
 
     console = get_console()

@@ -57,7 +57,7 @@ class Journal:
         rows = self.rows()
         names = list(dict.fromkeys(name for row in rows for name in row))
         temporary = self.csv.with_name(self.csv.name + ".tmp")
-        with temporary.open("w", newline="") as file:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(rows)

@@ -1,6 +1,6 @@
 """What can be known before weights are loaded: what becomes of the rows, what is trained, how long it takes, whether it fits.
 
-    python -m trainer.preflight +experiment=NAME ... [--json FILE] [--samples N]
+    python -m trainer.preflight +experiment=NAME ... [--config-dir FOLDER] [--json FILE] [--samples N]
 
 reads the whole data set and prints a table and a preview, trained tokens in one colour and masked ones in another. Errors make
 the exit code 2. Training runs the same checks before it loads anything.
@@ -367,12 +367,17 @@ def main(argv: list[str]) -> int:
 
     parser = argparse.ArgumentParser("python -m trainer.preflight", add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--config-dir", metavar="FOLDER")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--samples", metavar="N", type=int, default=2)
     options, arguments = parser.parse_known_args(argv)
     if options.help:
         print(__doc__)
         return 0
+    if options.json and not Path(options.json).parent.is_dir():
+        return configs.bad(f"--json {options.json}: there is no such folder")
+    if options.config_dir:
+        arguments.append(f"hydra.searchpath=['file://{Path(options.config_dir).resolve()}']")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         config: dict[str, Any] = OmegaConf.to_container(configs.compose(arguments), resolve=True)  # type: ignore[assignment]

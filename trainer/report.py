@@ -185,7 +185,7 @@ def _plots(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
                 axes.plot(*zip(*points, strict=True), style, label=label or None, linewidth=1.2, markersize=3)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("step")
-        if logarithmic and axes.has_data():
+        if logarithmic and axes.has_data() and axes.dataLim.y1 > 0:
             axes.set_yscale("log")
         if any(label for label, *_ in lines) and axes.has_data():
             axes.legend(frameon=False)

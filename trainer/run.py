@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from adapters.delta import Adapter, Start
 from adapters.full import Full, Nothing
+from tasks.reading import DataError
 from trainer import assembly, checkpoint, export, folder, preflight, report
 from trainer.base import Base, compute
 from trainer.callbacks import Context
@@ -237,7 +238,7 @@ def _ended(place: RunFolder, journal: Journal, done: int, steps: int, max_time: 
 def _calibration(found: assembly.Data, plan: Plan | None) -> Iterator[dict[str, torch.Tensor]]:
     """The run's first micro-batches as transformers' models take them, for adapters that are computed from data."""
     if plan is None:
-        raise ValueError("this initialisation reads training data beforehand, which task.streaming=true does not allow")
+        raise DataError("this initialisation reads training data beforehand, which task.streaming=true does not allow")
     assert found.train is not None
     for step in range(plan.steps(None, None)):
         for picks in plan.micro_batches(step):
@@ -324,7 +325,7 @@ def _export(place: RunFolder, module: FineTune, base: Base, task: Any, adapter: 
         )
         return
     difference = export.verify_adapter(assembly.trained(f"{place.path}@{which}", exact=True), target)
-    log.info("adapter: %s, loaded back by stock PEFT: logits differ by at most %.1e of their spread", target, difference)
+    log.info("adapter: %s, loaded back by stock PEFT: logits differ by %.1e of their spread", target, difference)
 
 
 def _show(journal: Journal) -> None:

@@ -126,6 +126,8 @@ def problems(value: Any, schema: Any, where: str, incomplete: bool = False) -> l
         return [f"{where} is {value!r}, but must be {schema.type}.{hint} ({schema.doc}; {schema.file})"]
     if value is None and schema.target and "." in where:
         return []  # callbacks.NAME=null takes an entry out
+    if value is None and "none" in (options(where) if (CONF / where).is_dir() else ()):
+        return [f"{where} is null. To go without: {where}=none, or in a file `override /{where}: none` under `defaults`"]
     if not isinstance(value, dict):
         return [f"{where} is {value!r}, but must be a mapping with the keys {_listed(schema.children)} ({schema.file})"]
     prefix = f"{where}." if where else ""

@@ -213,7 +213,7 @@ def test_what_is_there_is_not_overwritten(train, chats, tmp_path):
 def test_the_verb(train, chats, tmp_path, capsys):
     run = run_with(train, chats, chats, "lora")
     assert export.main([f"run={run}", "to=peft", f"out={tmp_path / 'out'}"]) == 0
-    assert "loaded back and compared: logits differ by at most" in capsys.readouterr().out
+    assert "loaded back and compared: logits differ by" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     assert oct((tmp_path / "out").stat().st_mode)[-3:] == "755"
     for wrong, message in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from typing import Any
 
@@ -39,8 +40,9 @@ class ProgressBar(lightning.Callback):
         if not module.step_done or module.step % self.every or not trainer.is_global_zero:
             return
         row = self.context.journal.last
+        loss = math.nan if row.get("loss") is None else row["loss"]
         text = (
-            f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tokens/s ({row['trained_per_s']:,.0f} trained)"
+            f"loss {loss:.4f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tokens/s ({row['trained_per_s']:,.0f} trained)"
             if row
             else ""
         )

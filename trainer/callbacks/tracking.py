@@ -10,6 +10,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
+from trainer.config import ConfigError
+
 log = logging.getLogger(__name__)
 
 
@@ -89,9 +91,9 @@ def tensorboard_logger(folder: Path, run_id: str, name: str, config: dict[str, A
     """Event files in the run folder.
 
     Raises:
-        ImportError: TensorBoard is not installed; the message says how.
+        ConfigError: TensorBoard is not installed; the message says how.
     """
     try:
         return TensorBoardLogger(save_dir=folder, name="tensorboard", version="")
     except ModuleNotFoundError:
-        raise ImportError("logger=tensorboard needs a package that is not installed: pip install tensorboard") from None
+        raise ConfigError("logger=tensorboard needs a package that is not installed: pip install tensorboard") from None
