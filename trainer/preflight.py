@@ -191,8 +191,8 @@ def _model(
     disk = shutil.disk_usage(_existing(folder)).free
     if checkpoint_bytes * (keep + 2) > disk:
         errors.append(
-            f"{keep + 2} checkpoints of about {checkpoint_bytes / 1e6:.0f} MB do not fit on the disk of {folder}, "
-            f"which has {disk / 1e6:.0f} MB free: free some space, or choose another place with runs=FOLDER"
+            f"{keep + 2} checkpoints of about {checkpoint_bytes / 1e6:.3g} MB do not fit on the disk of {folder}, "
+            f"which has {disk / 1e6:.3g} MB free: free some space, or choose another place with runs=FOLDER"
         )
     return {
         "parameters": total, "trainable": trainable, "precision": precision, "dtype": str(dtype).removeprefix("torch."),
