@@ -1,6 +1,9 @@
 # make quickstart   install, and teach the default base to call functions
 # make test         install, and run all tests
-PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,$(shell command -v $(name) 2>/dev/null)))
+# The first that runs: a name on the PATH may be a version manager's that is not installed.
+ifndef PYTHON
+PYTHON := $(shell for name in python3 python3.13 python3.12 python3.11; do $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
+endif
 VENV ?= .venv
 BIN := $(VENV)/bin
 
