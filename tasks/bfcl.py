@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tasks import wheel
-from tasks.reading import Bad
+from tasks.reading import Bad, DataError
 from tasks.task import Conversation
 
 SYSTEM = 'Answer with one function call as JSON: {"name": ..., "arguments": {...}}. The functions:\n'
@@ -64,7 +64,11 @@ class BFCL:
 
 def _rows(archive: Any, categories: list[str]) -> Iterator[Conversation]:
     with zipfile.ZipFile(archive) as files:
+        shipped = [name for name in files.namelist() if "/possible_answer/" in name]
+        known = sorted(name.partition("BFCL_v4_")[2].removesuffix(".json") for name in shipped)
         for category in categories:
+            if category not in known:
+                raise DataError(f"task.categories: {category!r} is none of: {', '.join(known)}")
             answers = {
                 row["id"]: row["ground_truth"]
                 for row in _lines(files, f"bfcl_eval/data/possible_answer/BFCL_v4_{category}.json")
@@ -107,7 +111,7 @@ def parsed_call(completion: str) -> tuple[str, dict[str, Any]] | None:
         return None
     try:
         call, _ = json.JSONDecoder().raw_decode(completion[start:])
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError too for numbers of thousands of digits
         return None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not isinstance(call.get("arguments"), dict):
         return None

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import re
 from collections.abc import Iterator
+from typing import Any
 
 from tasks.reading import Bad, DataError
 from tasks.task import Labelled, Splits, column, text_of
@@ -36,23 +39,24 @@ class Classification:
         if self.given is not None:
             labels = [str(label) for label in self.given]
         else:
-            found = {
-                self._label(row)
-                for _, row in self.splits.rows("train")
-                if not isinstance(row, Bad) and columns_has(row, self.columns)
-            }
-            labels = sorted(
-                found,
-                key=lambda label: (not label.lstrip("-").isdigit(), int(label) if label.lstrip("-").isdigit() else 0, label),
-            )
+            labels = sorted(set(self._found()), key=_place)
         if len(labels) < 2:
             raise DataError(
                 f"{self.splits.train.name} has {len(labels)} classes ({', '.join(labels) or 'none'}); classification needs two or more"
             )
         return labels
 
-    def _label(self, row: dict) -> str:
-        return str(column(row, self.columns, "label"))
+    def _found(self) -> Iterator[str]:
+        for _, row in self.splits.rows("train"):
+            if not isinstance(row, Bad):
+                with contextlib.suppress(DataError):  # rows without a label are reported where they are read
+                    yield self._label(row)
+
+    def _label(self, row: dict[str, Any]) -> str:
+        label = column(row, self.columns, "label")
+        if not isinstance(label, str | int | float) or not str(label).strip():
+            raise DataError(f"label must be a class's name or number, and is {type(label).__name__}: {str(label)[:60]!r}")
+        return str(label)
 
     def examples(self, split: str) -> Iterator[Labelled | Bad]:
         for where, row in self.splits.rows(split):
@@ -74,6 +78,7 @@ class Classification:
         return {}
 
 
-def columns_has(row: dict, columns: dict[str, str]) -> bool:
-    """Whether the row has a label at all; rows without one are reported where they are read."""
-    return columns.get("label", "label") in row
+def _place(label: str) -> tuple[bool, int, str]:
+    """Numbers by their value, and then names."""
+    number = re.fullmatch(r"-?\d+", label) is not None
+    return not number, int(label) if number else 0, label

@@ -107,7 +107,7 @@ def _message(item: Any, number: int) -> dict[str, Any]:
 def _sharegpt(item: Any, number: int) -> dict[str, Any]:
     if not isinstance(item, dict) or "from" not in item or "value" not in item:
         raise DataError(f"turn {number} must be an object with from and value, and is {str(item)[:60]!r}")
-    if item["from"] not in _SHAREGPT:
+    if item["from"] not in list(_SHAREGPT):  # a list, since JSON's values need not be hashable
         raise DataError(f"turn {number} is from {item['from']!r}; known: {', '.join(_SHAREGPT)}")
     if not isinstance(item["value"], str):
         raise DataError(f"turn {number}: value must be text, and is {type(item['value']).__name__}")

@@ -12,12 +12,14 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 KINDS = ("jsonl", "json", "csv", "tsv", "parquet", "txt")
+csv.field_size_limit(2**31 - 1)  # long texts too; Python's own limit is 131072 characters
 
 
 class DataError(ValueError):
@@ -42,12 +44,16 @@ class Source:
     def __init__(self, path: str | list[str], split: str, streaming: bool, key: str):
         self.split, self.streaming = split, streaming
         patterns = [path] if isinstance(path, str) else list(path)
+        if not all(patterns) or not patterns:
+            raise DataError(f"{key} is empty: it must name files, or a data set on the hub")
         self.name = patterns[0] if len(patterns) == 1 else f"{patterns[0]} and {len(patterns) - 1} more"
         self.files: list[Path] = []
         self.hub: str | None = None
         for pattern in patterns:
             expanded = Path(pattern).expanduser()
             found = sorted(Path(name) for name in glob.glob(str(expanded), recursive=True) if Path(name).is_file())
+            if expanded.is_file():  # its name may hold brackets
+                found = [expanded]
             if found:
                 self.files += found
             elif _looks_local(pattern):
@@ -68,7 +74,10 @@ class Source:
         if self.hub is not None:
             yield from _hub_rows(self.hub, self.split, self.streaming)
         for file in self.files:
-            yield from _READERS[_kind(file)](file)
+            try:
+                yield from _READERS[_kind(file)](file)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise DataError(f"{file}: not readable as gzip: {error}") from None
 
     def fingerprint(self) -> str:
         """A digest of the files' contents, or of the hub data set's version."""
@@ -109,7 +118,7 @@ def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
 
 def _parsed(line: bytes, where: str) -> dict[str, Any] | Bad:
     try:
-        text = line.decode("utf-8")
+        text = line.decode("utf-8").rstrip("\r\n")  # an error at the line's end shall have its column
     except UnicodeDecodeError as error:
         return Bad(where, f"not UTF-8 at byte {error.start + 1} of the line ({error.object[error.start]:#04x})")
     try:
@@ -120,23 +129,19 @@ def _parsed(line: bytes, where: str) -> dict[str, Any] | Bad:
         return Bad(where, f"not usable JSON: {error}")
     if not isinstance(row, dict):
         return Bad(where, f"a row must be a JSON object, and is {type(row).__name__}")
-    if "\\u" in text and _has_surrogate(text, row):
-        return Bad(where, "it holds half of a surrogate pair, which is no character")
-    return row
+    return _encodable(row, where) if "\\ud" in text.lower() else row
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _has_surrogate(text: str, row: dict[str, Any]) -> bool:
-    if "\\ud" not in text.lower():
-        return False
+def _encodable(row: dict[str, Any], where: str) -> dict[str, Any] | Bad:
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        return True
-    return False
+        return Bad(where, "it holds half of a surrogate pair, which is no character")
+    return row
 
 
 def _json(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
@@ -149,13 +154,17 @@ def _json(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
     except json.JSONDecodeError as error:
         hint = " It has several JSON values, one a line: name it .jsonl" if error.msg == "Extra data" else ""
         raise DataError(f"{file}:{error.lineno}: not JSON: {error.msg} at column {error.colno}.{hint}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: {error}") from None
     if not isinstance(rows, list):
         raise DataError(f"{file}: a .json file must hold a list of objects, and holds {type(rows).__name__}")
+    escaped = b"\\ud" in content.lower()
     for number, row in enumerate(rows, 1):
         where = f"{file}:row {number}"
-        yield where, row if isinstance(row, dict) else Bad(where, f"a row must be a JSON object, and is {type(row).__name__}")
+        if isinstance(row, dict):
+            yield where, _encodable(row, where) if escaped else row
+        else:
+            yield where, Bad(where, f"a row must be a JSON object, and is {type(row).__name__}")
 
 
 def _separated(file: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
@@ -166,7 +175,9 @@ def _separated(file: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]
             lines, delimiter=delimiter, strict=True, quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
         )
         try:
-            header = next(reader)
+            header = next(reader, [])
+            if not header:
+                raise DataError(f"{file}:1: no header; the first line must name the columns")
             if len(set(header)) != len(header):
                 raise DataError(f"{file}:1: the header names a column twice: {', '.join(header)}")
             for values in reader:
@@ -229,15 +240,15 @@ _READERS: dict[str, Any] = {
 
 
 def _hub_rows(name: str, split: str, streaming: bool) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
-    for number, row in enumerate(_load_hub(name, split, streaming), 1):
+    for number, row in enumerate(_load_hub("load_dataset", name, split=split, streaming=streaming), 1):
         yield f"{name}[{split}]:row {number}", dict(row)
 
 
-def _load_hub(name: str, split: str, streaming: bool) -> Any:
+def _load_hub(loader: str, name: str, **settings: Any) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(name, split=split, streaming=streaming)
+        return getattr(datasets, loader)(name, **settings)
     except ValueError as error:
         raise DataError(f"data set {name!r}: {error}") from error
     except Exception as error:
@@ -246,5 +257,4 @@ def _load_hub(name: str, split: str, streaming: bool) -> Any:
 
 
 def _hub_fingerprint(name: str, split: str) -> str:
-    loaded = _load_hub(name, split, streaming=True)
-    return f"{name} {split} {getattr(loaded.info, 'download_checksums', None)} {getattr(loaded.info, 'version', None)}"
+    return f"{name} {split} {_load_hub('load_dataset_builder', name).hash}"  # of the commit

@@ -63,8 +63,13 @@ def score(metric: str, completion: str, reference: str) -> float:
         return float(found == wanted)
     if metric == "contains":
         return float(wanted in found)
+    if not found or not wanted:
+        return float(found == wanted)
     from torchmetrics.functional import text
 
+    # No n-grams longer than the texts: with BLEU's four words, a right answer of three would score 0.
+    words = min(len(found.split()), len(wanted.split()))
     if metric == "bleu":
-        return float(text.sacre_bleu_score([found], [[wanted]], smooth=True))
-    return float(text.chrf_score([found], [[wanted]]))  # type: ignore[arg-type]
+        return float(text.sacre_bleu_score([found], [[wanted]], n_gram=min(4, words), smooth=True))
+    letters = min(len(found.replace(" ", "")), len(wanted.replace(" ", "")))
+    return float(text.chrf_score([found], [[wanted]], n_char_order=min(6, letters), n_word_order=min(2, words)))  # type: ignore[arg-type]

@@ -92,7 +92,7 @@ class Splits:
                 raise DataError(
                     f"{source.name} has {rows} rows, too few to hold some out: set task.eval_fraction=0 or task.eval_path"
                 )
-            splits.held_out = set(random.Random(rows).sample(range(rows), max(1, round(rows * eval_fraction))))
+            splits.held_out = set(random.Random(rows).sample(range(rows), min(rows - 1, max(1, round(rows * eval_fraction)))))
         return splits
 
     def rows(self, split: str) -> Iterator[tuple[str, Any]]:
@@ -112,7 +112,8 @@ class Splits:
     def fingerprint(self, split: str) -> str:
         source = self.eval if split == "eval" and self.eval is not None else self.train
         apart = self.eval is not None
-        return f"{source.fingerprint()} {apart} {sorted(self.held_out)} {split} {self.limit} {self.eval_limit}"
+        limit = self.eval_limit if split == "eval" else self.limit
+        return f"{source.fingerprint()} {apart} {sorted(self.held_out)} {split} {limit}"
 
 
 def column(row: dict[str, Any], columns: dict[str, str], name: str) -> Any:
