@@ -291,6 +291,8 @@ def combinations(c: dict[str, Any]) -> Iterator[str]:
     if c["task"].get("streaming"):
         if c["max_steps"] is None:
             yield "task.streaming=true has no known length: set max_steps (max_epochs and max_tokens may stay)"
+        if c["max_epochs"] is not None and c["max_epochs"] % 1:
+            yield f"task.streaming=true does not know where half an epoch ends: max_epochs={c['max_epochs']} must be whole, or null"
         for key in ("packing", "group_by_length"):
             if c[key]:
                 yield f"task.streaming=true sees one row at a time, {key}=true needs them all: set {key}=false"

@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -135,6 +136,8 @@ def tokenise(task: Any, split: str, renderer: Renderer, max_length: int, overlon
         DataError: a broken row (with on_bad=raise) or an over-long one (with overlong=raise), or no row is left.
     """
     if next(iter(task.examples(split)), None) is None:  # nothing is held out, and datasets cannot write a table without rows
+        if split == "train":
+            raise DataError("the training data has no row")
         return Rows(datasets.Dataset.from_dict({name: [] for name in _FEATURES}, features=_FEATURES), Report())
     key = cache_key(task, split, renderer, max_length, overlong)
     folder = wheel.cache_dir() / "tokens"
@@ -144,9 +147,12 @@ def tokenise(task: Any, split: str, renderer: Renderer, max_length: int, overlon
         if report_file.exists():
             with contextlib.suppress(Exception):  # a damaged cache is made again
                 report = Report(**json.loads(report_file.read_text()))
-                return Rows(_table(key, folder, None), report)
+                table = _table(key, folder, None)
+                if len(table) == report.kept:
+                    return Rows(table, report)
         report = Report()
         report_file.unlink(missing_ok=True)
+        shutil.rmtree(folder / key, ignore_errors=True)  # datasets would take what lies there, and count nothing
         try:
             table = _table(key, folder, lambda: _kept(task, split, renderer, max_length, overlong, processes, report))
         except datasets.exceptions.DatasetGenerationError as error:
@@ -163,7 +169,7 @@ def _table(key: str, folder: Path, generate: Any) -> datasets.Dataset:
         yield {}
 
     generator = generate or missing
-    return datasets.Dataset.from_generator(generator, features=_FEATURES, cache_dir=str(folder), fingerprint=key)  # type: ignore[return-value]
+    return datasets.Dataset.from_generator(generator, features=_FEATURES, cache_dir=str(folder / key), fingerprint=key)  # type: ignore[return-value]
 
 
 def cache_key(task: Any, split: str, renderer: Renderer, max_length: int, overlong: str) -> str:

@@ -185,7 +185,7 @@ class Collate:
             "input_ids": input_ids,
             "labels": labels,
             "window_tokens": items[0][0].window_tokens,
-            "tokens": int(attention_mask.sum()) if all(pick.counts for pick, _ in items) else 0,
+            "tokens": sum(len(row.ids) for pick, rows in items if pick.counts for row in rows),
             "sequences": [pick.sequence for pick, _ in items],
         }
         if self.packed:

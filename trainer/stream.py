@@ -71,6 +71,8 @@ class Stream(IterableDataset):
             yield rows[index]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.start >= self.steps:
+            return
         size = self.config["batch_size"]
         per_step = size * self.config["accumulate"] * self.ranks
         window: list[tuple[str, Tokens]] = []

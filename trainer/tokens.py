@@ -137,7 +137,9 @@ class Renderer:
                 raise Refused("the chat template's generation markers mark nothing in it")
         else:
             text = self._render(messages, tools)
-            spans = [self._prefix_span(messages, tools, i, text) for i, m in enumerate(messages) if m["role"] == "assistant"]
+            answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+            answers = answers[-1:] if self.train_on == "last" else answers  # a template may rewrite the earlier ones
+            spans = [self._prefix_span(messages, tools, i, text) for i in answers]
         return text, spans[-1:] if self.train_on == "last" else spans
 
     def _prefix_span(self, messages: list[dict[str, Any]], tools: Any, index: int, text: str) -> Span:

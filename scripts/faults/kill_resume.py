@@ -1,7 +1,7 @@
 """Kill a training run with SIGKILL at random moments, go on with it each time, and compare what comes out with a run that
 was left alone: weights by digest, and every logged number that is not a time.
 
-    python -m scripts.faults.kill_resume kills=20 steps=60
+    python -m scripts.faults.kill_resume kills=20 steps=80
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 TIMES = ("seconds", "tokens_per_s", "trained_per_s")
 DEFAULTS = {
     "kills": 20,
-    "steps": 60,
+    "steps": 80,
     "seed": 0,
     "extra": [],  # further overrides, as [adapter=dora,accumulate=2]
 }

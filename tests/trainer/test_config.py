@@ -24,6 +24,7 @@ COMBINATIONS = {
     "a stream in length groups": (["task.streaming=true", "group_by_length=true", f"task.eval_{TASK[5:]}"], "set group_by_length=false"),
     "a stream with workers": (["task.streaming=true", "workers=2", f"task.eval_{TASK[5:]}"], "set workers=0"),
     "rows held out of a stream": (["task.streaming=true"], "set task.eval_path, or task.eval_fraction=0"),
+    "half an epoch of a stream": (["task.streaming=true", "max_epochs=1.5", f"task.eval_{TASK[5:]}"], "must be whole"),
     "fp16 on a CPU": (["precision=16-mixed", "lightning=cpu", "optimizer.fused=false"], "use precision=bf16-true or fp32"),
     "fp16 with a fused optimiser": (["precision=16-mixed", "lightning=gpu"], "set optimizer.fused=false"),
     "a method that cannot be quantised": (["adapter=peft", "adapter.peft_type=LOHA", "base.quantization=int8"], "LOHA cannot sit on"),
