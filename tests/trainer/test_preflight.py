@@ -253,7 +253,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_an_error(check, rows, monkeypat
     assert disk(5 * size)[0] == 0
     code, found = disk(5 * size - 1)
     assert code == 2
-    assert found["errors"][0].startswith(f"5 checkpoints of about {size / 1e6:.0f} MB do not fit on the disk of")
+    assert found["errors"][0].startswith(f"5 checkpoints of about {size / 1e6:.3g} MB do not fit on the disk of")
     assert asked[0] == tmp_path  # the nearest folder that is there
 
 
