@@ -310,6 +310,10 @@ def _say_why_it_ended(context: Context, module: FineTune) -> None:
 def _export(place: RunFolder, module: FineTune, base: Base, task: Any, adapter: Adapter, which: str) -> None:
     """Write the adapter, and load it back to compare where the base fits into memory twice more."""
     target = place.path / "adapter"
+    if not checkpoint.complete(place.checkpoints):  # callbacks.checkpoints=null
+        export.save_adapter(adapter, module.model, base, task, target)
+        log.info("adapter: %s. Not loaded back, since the run kept no checkpoint to compare it with", target)
+        return
     chosen = checkpoint.chosen(place.checkpoints, which)
     if int(chosen.stem[5:]) != module.step:
         log.info("the best evaluation was after step %d: that is what becomes the adapter", int(chosen.stem[5:]))

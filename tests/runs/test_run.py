@@ -182,3 +182,9 @@ def test_two_processes_are_one_run(program, chats):
     assert both.stdout.count("run folder:") == 1  # the first process speaks for all
     for one, other in zip(journal.read(runs / "alone/metrics.jsonl"), journal.read(runs / "both/metrics.jsonl"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_a_run_without_checkpoints_still_leaves_its_adapter(train, chats):
+    run = train(f"task.path={chats}", "callbacks.checkpoints=null", "max_steps=2")
+    assert load_file(run / "adapter" / "adapter_model.safetensors")
+    assert not list((run / "checkpoints").iterdir())
