@@ -18,7 +18,7 @@ TASKS = {"datasets", "pyarrow", "filelock", "torchmetrics"}
 # At import time each may use those before it. Verbs reach for what comes later inside their main.
 ORDER = [
     "schema", "config", "schedules", "signals", "journal", "losses", "base", "checkpoint", "tokens", "data", "plan", "stream", "finetune",
-    "folder", "evaluate", "callbacks", "assembly", "export", "report", "preflight", "generate", "failures", "run", "__main__",
+    "folder", "evaluate", "callbacks", "assembly", "export", "report", "preview", "preflight", "generate", "failures", "run", "__main__",
 ]  # fmt: skip
 BEFORE_TORCH = {"schema", "config", "__main__"}
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from adapters.delta import Start
 from tests.conftest import write_rows
-from trainer import assembly, checkpoint, journal, preflight
+from trainer import assembly, checkpoint, journal, preflight, preview
 from trainer.base import Base, BaseError
 
 AROUND = 21  # tokens of tiny's chat template around a question and its answer
@@ -351,7 +351,7 @@ def test_the_preview_marks_exactly_what_is_trained(found, tmp_path, train_on):
     turns = [("user", "one [b]?"), ("assistant", "zwei é"), ("user", "three?"), ("assistant", "vier")]
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}] * 2)
     data = found(f"task.path={path}", f"task.eval_path={path}", f"task.train_on={train_on}")
-    first, *others = preflight.preview(data, 1)
+    first, *others = preview.samples(data, 1)
     assert others == []
     whole = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
     assert first.plain == f"{path}:1\n{whole}"
@@ -370,8 +370,8 @@ def test_the_preview_marks_exactly_what_is_trained(found, tmp_path, train_on):
 
 def test_a_preview_of_more_than_there_is(found, rows):
     data = found(f"task.path={rows}", f"task.eval_path={rows}")
-    assert len(preflight.preview(data, 99)) == 10
-    assert preflight.preview(data, 0) == []
+    assert len(preview.samples(data, 99)) == 10
+    assert preview.samples(data, 0) == []
 
 
 def test_a_stream_is_checked_without_being_read(check, rows):
