@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from safetensors.torch import load_file
 
-from tests.conftest import sums, write_rows
+from tests.conftest import ROOT, sums, write_rows
 from trainer import journal
 
 
@@ -188,3 +194,31 @@ def test_a_run_without_checkpoints_still_leaves_its_adapter(train, chats):
     run = train(f"task.path={chats}", "callbacks.checkpoints=null", "max_steps=2")
     assert load_file(run / "adapter" / "adapter_model.safetensors")
     assert not list((run / "checkpoints").iterdir())
+
+
+def test_torchruns_processes_share_the_first_ones_folder(tmp_path, chats):
+    leftovers = set(Path(tempfile.gettempdir()).glob("graft-*"))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "trainer", "+experiment=smoke",
+        f"task.path={chats}", "max_steps=2", "batch_size=2", "precision=fp32", "lightning=cpu", "lightning.devices=2",
+        "lightning.strategy=ddp",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["smoke"]
+    assert done.stdout.count("run folder:") == 1
+    assert [row["step"] for row in journal.read(tmp_path / "runs/smoke/metrics.jsonl") if row["kind"] == "evaluation"][-1] == 2
+    assert set(Path(tempfile.gettempdir()).glob("graft-*")) == leftovers
+
+
+def test_a_wandb_run_ends_with_its_fit(train, chats):
+    train(f"task.path={chats}", "logger=wandb", "logger.wandb.mode=offline", "max_steps=1")
+    assert wandb.run is None  # else a sweep's next run would go on in it
+
+
+def test_a_missing_file_is_told_without_a_traceback(program):
+    done = program("+experiment=smoke", "task.path=nothere.jsonl")
+    assert done.returncode == 2
+    assert "there is no such file" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
