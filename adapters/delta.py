@@ -33,12 +33,16 @@ class Start:
     new_modules: tuple[str, ...] = ()  # modules without trained weights (a classification head), trained beside the adapter
     steps: int = 1  # planned optimiser steps of the run
     data: Batches | None = None  # the training data, for what is computed from it before training
+    folder: Path | None = None  # where files for the user go, on the process that writes them
     saved: dict[str, Any] | None = None  # an earlier `Adapter.state`: nothing is computed anew then
 
 
 class Delta(nn.Module):
     """A trainable correction of one frozen linear layer. `forward` and `weight` must be the same correction:
-    forward(x, x Wᵀ) = x weight(W)ᵀ, which every adapter is tested for."""
+    forward(x, x Wᵀ) = x weight(W)ᵀ, which every adapter is tested for.
+
+    A delta may keep a part of itself in the base's weight while it is attached: `hold` puts it there, and `release` gives
+    the base its own weight back, bit for bit. Whoever wants the base alone, or merges, releases first."""
 
     def forward(self, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         """The corrected output, given the layer's input x and its frozen output y."""
@@ -47,6 +51,16 @@ class Delta(nn.Module):
     def weight(self, w: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
         """The corrected weight, in w's dtype."""
         raise NotImplementedError
+
+    def linear(self, base: Any, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+        """The corrected layer; overridden where the frozen product is not the base's own forward."""
+        return self.forward(x, base(x))
+
+    def hold(self, base: Any) -> None:
+        """Put what this delta keeps in the base's weight there, if it is not there yet."""
+
+    def release(self, base: Any) -> None:
+        """Give the base its own weight back, bit for bit."""
 
 
 class AdaptedLinear(nn.Module):
@@ -58,7 +72,7 @@ class AdaptedLinear(nn.Module):
         self.delta = delta
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.delta(x, self.base(x))
+        return self.delta.linear(self.base, x)
 
     # Models read these of their linear layers.
     @property
@@ -76,6 +90,7 @@ class Adapter:
     target_modules: str | list[str] = "all-linear"
     exclude_modules: list[str] = []
     exportable = True  # whether `save` can write a folder for stock PEFT
+    restart = 0  # the step at which the schedule of rates begins anew, for methods with a phase before the one that counts
 
     def make(self, linear: nn.Module) -> Delta:
         """The Delta of one linear layer; called once per target."""
@@ -95,8 +110,17 @@ class Adapter:
         return model
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Trainable parameters, in groups with an `lr_scale` on the optimiser's rate."""
+        """Trainable parameters, in groups with an `lr_scale` on the optimiser's rate. Vectors are not decayed, unless their
+        group says its own `weight_decay`."""
         return [{"params": [p for p in model.parameters() if p.requires_grad], "lr_scale": 1.0}]
+
+    def optimizer(self, groups: list[dict[str, Any]], make: Any) -> torch.optim.Optimizer:
+        """The optimiser of the groups; `make` is the configured class with its settings, a functools.partial.
+
+        Raises:
+            AdapterError: the method needs another optimiser.
+        """
+        return make(groups)
 
     def state(self, model: nn.Module) -> dict[str, Any]:
         """What a checkpoint holds of the adapter: `tensors` by name, and `extra`, which is plain data and tensors."""
@@ -114,8 +138,12 @@ class Adapter:
         """A term to add to the loss, once per step."""
         return None
 
-    def after_step(self, model: nn.Module, step: int) -> None:
-        """Called after each optimiser step, with the gradients still there."""
+    def before_step(self, model: nn.Module) -> None:
+        """Called before each optimiser step and before gradients are clipped, also for steps that will be passed over."""
+
+    def after_step(self, model: nn.Module, step: int) -> dict[str, float] | None:
+        """Called after each optimiser step, with the gradients still there; `step` of them are done. Returns numbers to log."""
+        return None
 
     def merge(self, model: nn.Module) -> nn.Module:
         """Fold the adapter into the weights, in place and in their dtype, and return the model without it."""
@@ -303,6 +331,7 @@ def merge_linear(layer: AdaptedLinear) -> None:
         AdapterError: the base is quantised.
     """
     refuse_quantised(layer.base)
+    layer.delta.release(layer.base)
     with torch.no_grad():
         set_float_weight(layer.base, layer.delta.weight(float_weight(layer.base)))
 
@@ -312,9 +341,11 @@ def switched_off(model: nn.Module) -> Iterator[None]:
     """The base alone answers: every AdaptedLinear passes its frozen output on."""
     layers = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
     for layer in layers:
+        layer.delta.release(layer.base)
         layer.forward = layer.base.forward  # type: ignore[method-assign]
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward
+            layer.delta.hold(layer.base)

@@ -178,7 +178,7 @@ def trained(path: str, device: torch.device | str = "cpu", exact: bool = False, 
     if unpack and base.quantization != "none":
         model = unpacked(model)
     adapter: Adapter = instantiate(config["adapter"])
-    start = Start(new_modules(model, identity["labels"]), identity["steps"], None, saved["adapter"])
+    start = Start(new_modules(model, identity["labels"]), identity["steps"], saved=saved["adapter"])
     model = adapter.attach(model, start)
     if exact and identity["trains_base"]:
         saved["adapter"]["tensors"] = {name: tensor.float() for name, tensor in saved["adapter"]["tensors"].items()}

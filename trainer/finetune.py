@@ -29,7 +29,7 @@ class NonFinite(RuntimeError):
 class FineTune(lightning.LightningModule):
     """Trains what `adapter` grafted onto `model`.
 
-    `schedule` gives the rate's factor for a 0-based step of the planned `steps`; `optimizer` makes the optimiser from parameter groups. A step whose
+    `schedule(step, steps=...)` gives the rate's factor for a 0-based step of the planned ones; `optimizer` makes the optimiser from parameter groups. A step whose
     loss or gradient is not finite changes nothing and is counted; `nonfinite_limit` of them in a row raise NonFinite.
     """
 
@@ -37,7 +37,7 @@ class FineTune(lightning.LightningModule):
 
     def __init__(
         self, model: nn.Module, adapter: Adapter, optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
-        schedule: Callable[[int], float], steps: int, labelled: bool, accumulate: int, seed: int, max_grad_norm: float | None,
+        schedule: Callable[..., float], steps: int, labelled: bool, accumulate: int, seed: int, max_grad_norm: float | None,
         logits_chunk: int, gradient_checkpointing: bool, nonfinite_limit: int,
     ):  # fmt: skip
         super().__init__()
@@ -53,16 +53,20 @@ class FineTune(lightning.LightningModule):
         self.skipped = self.skipped_in_a_row = 0
         self.step_done = False  # whether the micro-batch at hand has ended a step
         self.grad_norm: Tensor | None = None
+        self.news: dict[str, float] = {}  # what the adapter had to say after the step
         self.sums: dict[str, Any] = {}  # of the step at hand
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = []
         for group in self.adapter.parameter_groups(self.model):
+            if "weight_decay" in group:
+                groups.append(group)
+                continue
             matrices = [p for p in group["params"] if p.ndim > 1]
             vectors = [p for p in group["params"] if p.ndim <= 1]
             groups += [group | {"params": matrices}] if matrices else []
             groups += [group | {"params": vectors, "weight_decay": 0.0}] if vectors else []
-        optimizer = self.make_optimizer(groups)
+        optimizer = self.adapter.optimizer(groups, self.make_optimizer)
         # A loaded optimiser state brings its old rates along; these are the config's.
         self.peaks = [group["lr"] * group["lr_scale"] for group in optimizer.param_groups]
         return optimizer
@@ -71,11 +75,14 @@ class FineTune(lightning.LightningModule):
         micro = batch_idx % self.accumulate
         if micro == 0:
             self.sums = {"loss": 0.0, "tokens": 0, "right": 0.0, "processed": 0, "sequences": []}
-            factor = self.schedule(self.step)
+            factor = self.schedule(self.step - self._restarted(), steps=self.steps - self._restarted())
             for group, peak in zip(self.trainer.optimizers[0].param_groups, self.peaks, strict=True):
                 group["lr"] = peak * factor
         self.step_done = False
         reseed(self.seed, self.global_rank, self.step, micro)
+
+    def _restarted(self) -> int:
+        return self.adapter.restart if self.step >= self.adapter.restart else 0
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         summed, sums = self.loss(batch)
@@ -94,6 +101,7 @@ class FineTune(lightning.LightningModule):
             counts = torch.tensor([float(self.sums[k]) for k in ("loss", "tokens", "right", "processed")], device=self.device)
             counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
             self.sums |= dict(zip(("loss", "tokens", "right", "processed"), counts.unbind(), strict=True))
+        self.adapter.before_step(self.model)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         limit = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
         self.grad_norm = nn.utils.clip_grad_norm_(trained, limit)
@@ -109,7 +117,7 @@ class FineTune(lightning.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.step += 1
         self.step_done = True
-        self.adapter.after_step(self.model, self.step)
+        self.news = self.adapter.after_step(self.model, self.step) or {}
         self.tokens += int(self.sums["processed"])
         if self.skipped_in_a_row >= self.nonfinite_limit:
             raise NonFinite(

@@ -12,7 +12,7 @@ import lightning.pytorch.loggers as pl
 
 
 class Journal:
-    """Appends to metrics.jsonl and samples.jsonl. Rows are {kind, step, ...}; kinds are step, evaluation, skipped, stopped."""
+    """Appends to metrics.jsonl and samples.jsonl. Rows are {kind, step, ...}; kinds are step, evaluation, adapter, skipped, stopped."""
 
     def __init__(self, folder: Path, loggers: list[pl.Logger], writes: bool = True):
         self.metrics, self.samples, self.csv = folder / "metrics.jsonl", folder / "samples.jsonl", folder / "metrics.csv"

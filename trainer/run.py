@@ -127,14 +127,17 @@ def _run(
     model = base.load(dtype, labels, device)
     saved = checkpoint.load(saved_path)["adapter"] if saved_path else None
     lightning.seed_everything(config["seed"], verbose=False)  # loading may draw; a resumed start must not depend on it
-    start = Start(assembly.new_modules(model, labels), max(1, steps), partial(_calibration, found, plan), saved)
+    start = Start(
+        assembly.new_modules(model, labels), max(1, steps), partial(_calibration, found, plan),
+        place.path if lightning_.is_global_zero else None, saved,
+    )  # fmt: skip
     model = adapter.attach(model, start)
     log.info("trained: %s", preflight.parameters(model))
     if config["packing"]:
         preflight.refuse_contamination(model, base)
     module: FineTune = assembly.instantiate(config["objective"])(
         model=model, adapter=adapter, optimizer=assembly.instantiate(config["optimizer"]), steps=steps, labelled=labels is not None,
-        schedule=partial(assembly.instantiate(config["schedule"]), steps=steps), accumulate=config["accumulate"], seed=config["seed"],
+        schedule=assembly.instantiate(config["schedule"]), accumulate=config["accumulate"], seed=config["seed"],
     )  # fmt: skip
     assembly.with_prompts(found, _prompts(config), model)
     journal.loggers = lightning_.loggers = _loggers(config, place, record) if lightning_.is_global_zero else []

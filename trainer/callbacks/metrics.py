@@ -33,6 +33,8 @@ class Metrics(lightning.Callback):
             # JSON has no NaN, so these two are text.
             values = {"loss": str(float(sums["loss"])), "grad_norm": str(float(module.grad_norm))}
             self.context.journal.write("skipped", module.step, values | {"rows": self.context.rows_of(sums["sequences"])})
+        if module.news:
+            self.context.journal.write("adapter", module.step, module.news)
         if module.step % self.every and module.step < self.context.steps:
             return
         now = time.monotonic()
