@@ -138,8 +138,9 @@ class Adapter:
         """A term to add to the loss, once per step."""
         return None
 
-    def before_step(self, model: nn.Module) -> None:
-        """Called before each optimiser step and before gradients are clipped, also for steps that will be passed over."""
+    def before_step(self, model: nn.Module, loss_scale: float) -> None:
+        """Called before each optimiser step and before gradients are clipped, also for steps that will be passed over. What a
+        backward hook saw is `loss_scale` times too large; parameters' gradients are not."""
 
     def after_step(self, model: nn.Module, step: int) -> dict[str, float] | None:
         """Called after each optimiser step, with the gradients still there; `step` of them are done. Returns numbers to log."""
@@ -158,6 +159,12 @@ class Adapter:
     def save(self, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
         """Write the adapter as stock PEFT loads it."""
         raise AdapterError(f"{type(self).__name__} has no layout that PEFT reads. Export the merged model: to=merged")
+
+    def load_stock(self, base: nn.Module, folder: Path) -> nn.Module:
+        """What stock PEFT makes of a folder that `save` wrote, on a plain base."""
+        import peft
+
+        return peft.PeftModel.from_pretrained(base, folder)  # type: ignore[arg-type]
 
     def disabled(self, model: nn.Module) -> Any:
         """A context in which the adapter is switched off, so that the base alone answers."""

@@ -17,6 +17,11 @@ from adapters.delta import AdaptedLinear, Delta, is_linear
 PREFIX = "base_model.model."  # PEFT's wrapper: PeftModel.base_model.model
 
 
+def deltas(model: nn.Module) -> list[tuple[str, Any]]:
+    """Every Delta, by its layer's name."""
+    return [(name, module.delta) for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
+
+
 def delta_tensors(model: nn.Module, parts: Callable[[Any], dict[str, Tensor]]) -> tuple[dict[str, Tensor], list[str], bool]:
     """PEFT's keys for each Delta's parts; the adapted layers' names; whether they are GPT-2's transposed Conv1D."""
     tensors: dict[str, Tensor] = {}

@@ -31,8 +31,8 @@ class LoRA(Delta):
         i, o = features(linear)
         device = linear.weight.device
         self.A = nn.Parameter(torch.empty(rank, i, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.zeros(o, rank, device=device, dtype=dtype))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as nn.Linear, and as PEFT
+        self.B = nn.Parameter(torch.empty(o, rank, device=device, dtype=dtype))
+        start(self.A, self.B)
         self.scale = scale
         self.dropout = dropout
 
@@ -45,6 +45,17 @@ class LoRA(Delta):
 
     def weight(self, w: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
         return w + self.scale * (self.B.to(w.dtype) @ self.A.to(w.dtype))
+
+
+def start(A: Tensor, B: Tensor, generator: torch.Generator | None = None) -> None:
+    """Put A and B where they start, in place."""
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # as nn.Linear, and as PEFT
+    nn.init.zeros_(B)
+
+
+def scaling(rank: int, alpha: float, rslora: bool) -> float:
+    """s of the module's text."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
 
 
 class LoRAAdapter(Adapter):
@@ -65,12 +76,8 @@ class LoRAAdapter(Adapter):
         self.target_modules, self.exclude_modules, self.lr_ratio = target_modules, list(exclude_modules), lr_ratio
         self.dtype = getattr(torch, dtype)
 
-    @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
     def make(self, linear: nn.Module) -> LoRA:
-        return LoRA(linear, self.rank, self.scale, self.dropout, self.dtype)
+        return LoRA(linear, self.rank, scaling(self.rank, self.alpha, self.rslora), self.dropout, self.dtype)
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns lr_ratio times as fast as A.

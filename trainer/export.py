@@ -16,12 +16,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from adapters.delta import Adapter
+from adapters.delta import AdapterError
 from trainer import assembly
 from trainer.assembly import Trained
 from trainer.base import Base
@@ -45,14 +44,16 @@ def export(run: str, to: str, out: Path | None, dtype: str) -> tuple[Path, float
         Mismatch: the loaded export differs; nothing is left behind.
     """
     found = assembly.trained(run, exact=True, unpack=to == "merged")
+    if to == "shira" and not hasattr(found.adapter, "save_pair"):
+        raise AdapterError(f"to=shira is for adapters with a sparse part, and this run's is {type(found.adapter).__name__}: to=peft")
     out = out or found.folder / to
     if out.exists():
         raise CheckpointError(f"{out} exists. Remove it, or choose another place with out=FOLDER")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        if to == "peft":
-            save_adapter(found.adapter, found.model, found.base, found.task, temporary)
+        if to != "merged":
+            save_adapter(found.adapter, found.model, found.base, found.task, temporary, pair=to == "shira")
             difference = verify_adapter(found, temporary)
         else:
             difference = _write_merged(found, temporary, getattr(torch, dtype))
@@ -63,9 +64,10 @@ def export(run: str, to: str, out: Path | None, dtype: str) -> tuple[Path, float
     return out, difference
 
 
-def save_adapter(adapter: Adapter, model: nn.Module, base: Base, task: Any, folder: Path) -> None:
-    """The adapter as stock PEFT reads it."""
-    adapter.save(model, folder, base.path, "SEQ_CLS" if task.kind == "label" else "CAUSAL_LM")
+def save_adapter(adapter: Any, model: nn.Module, base: Base, task: Any, folder: Path, pair: bool = False) -> None:
+    """The adapter as stock PEFT reads it; a sparse one as a `pair` of SHiRA and LoRA where that is asked for."""
+    save = adapter.save_pair if pair else adapter.save
+    save(model, folder, base.path, "SEQ_CLS" if task.kind == "label" else "CAUSAL_LM")
 
 
 @torch.no_grad()
@@ -79,7 +81,7 @@ def verify_adapter(found: Trained, folder: Path) -> float:
     fresh = found.base.load(torch.float32, found.task.labels if found.task.kind == "label" else None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The following rank_pattern keys.*lora_E")  # of every AdaLoRA
-        loaded = peft.PeftModel.from_pretrained(fresh, folder).eval()
+        loaded = found.adapter.load_stock(fresh, folder).eval()
     difference = _compare(wanted, _outputs(loaded, found))
     with found.adapter.disabled(found.model):
         alone = _outputs(found.model, found)[-1]
@@ -155,7 +157,7 @@ def main(argv: list[str]) -> int:
     from trainer import config, failures
 
     options = config.arguments(argv, {"run": ..., "to": ..., "out": None, "dtype": "float32"}, __doc__ or "")
-    for key, choices in (("to", ("peft", "merged")), ("dtype", ("float32", "bfloat16", "float16"))):
+    for key, choices in (("to", ("peft", "merged", "shira")), ("dtype", ("float32", "bfloat16", "float16"))):
         if options[key] not in choices:
             print(f"{key}={options[key]}: choose one of {', '.join(choices)}", file=sys.stderr)
             return config.EXIT_BAD_INPUT

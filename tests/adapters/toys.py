@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,7 +82,8 @@ def batches() -> Iterator[dict[str, Tensor]]:
 def optimiser(adapter: Any, model: nn.Module, lr: float = 1e-2) -> torch.optim.Optimizer:
     """AdamW with the adapter's own rates."""
     groups = [group | {"lr": lr * group["lr_scale"]} for group in adapter.parameter_groups(model)]
-    return torch.optim.AdamW(groups, lr, weight_decay=0.0)
+    make = partial(torch.optim.AdamW, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    return adapter.optimizer(groups, make)
 
 
 def train(adapter: Any, model: nn.Module, steps: range = range(3), optimizer: Any = None, lr: float = 1e-2) -> nn.Module:
@@ -93,6 +95,7 @@ def train(adapter: Any, model: nn.Module, steps: range = range(3), optimizer: An
         total = loss(model) if penalty is None else loss(model) + penalty
         optimizer.zero_grad()
         total.backward()
+        adapter.before_step(model, 1.0)
         optimizer.step()
         adapter.after_step(model, step + 1)
     optimizer.zero_grad()

@@ -1,0 +1,122 @@
+"""Sparse and low-rank deltas in stock PEFT's own containers, so that they load, merge and train further without us.
+
+    Super-Tuning   values, int32 indices, and A, B where there is a low-rank part; one adapter, unquantised nn.Linear only
+    SHiRA + LoRA   two adapters for a PeftMixedModel, SHiRA loaded first; also on 4- and 8-bit bases
+
+Super-Tuning has one density for all layers and SHiRA one budget r (in + out): layers with fewer entries are padded with
+value 0 at index 0, which adds nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adapters import io
+from adapters.delta import AdapterError
+
+
+def save_supertuning(adapter: Any, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
+    """One folder in Super-Tuning's layout."""
+    from peft import SupertuningConfig
+
+    sparsity = 1 - adapter.densest
+
+    def parts(delta: Any) -> dict[str, Tensor]:
+        k = int(delta.o * delta.i * (1 - sparsity))  # PEFT's own expression
+        tensors = {
+            "supertuning_values": _padded(delta.values.detach().float(), k),
+            "supertuning_indices": _padded(delta.indices, k),
+        }
+        if adapter.rank:
+            tensors |= {"supertuning_lora_A.weight": delta.A, "supertuning_lora_B.weight": delta.B}
+        return tensors
+
+    low_rank: dict[str, Any] = {}
+    if adapter.rank:  # PEFT scales by alpha / r here, whatever ours is
+        alpha = io.deltas(model)[0][1].scale * adapter.rank
+        low_rank = {"r": adapter.rank, "lora_alpha": alpha, "lora_dropout": adapter.dropout}
+    _write(adapter, model, folder, parts, SupertuningConfig, base_name, task_type, {"sparsity": sparsity} | low_rank)
+
+
+def save_shira(adapter: Any, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
+    """The sparse part alone, in SHiRA's layout.
+
+    Raises:
+        AdapterError: the support is too dense for SHiRA's budget of r (in + out) entries.
+    """
+    from peft import ShiraConfig
+
+    deltas = [delta for _, delta in io.deltas(model)]
+    budget = max(math.ceil(len(delta.indices) / (delta.o + delta.i)) for delta in deltas)
+    for name, delta in io.deltas(model):
+        if budget * (delta.o + delta.i) > delta.o * delta.i:
+            raise AdapterError(
+                f"SHiRA holds r (in + out) entries of each layer, and r={budget}, which this support needs, is more than {name} "
+                f"({delta.o} x {delta.i}) has. Export it with to=merged"
+            )
+
+    def parts(delta: Any) -> dict[str, Tensor]:
+        k = budget * (delta.o + delta.i)
+        flat = _padded(delta.indices, k).long()
+        return {
+            "shira_weight": _padded(delta.values.detach().float(), k),
+            "shira_indices": torch.stack([flat // delta.i, flat % delta.i]).int(),
+        }
+
+    # A mask type that PEFT does not know makes it take the indices from the file.
+    settings = {"r": budget, "mask_type": "saved", "random_seed": 0}
+    _write(adapter, model, folder, parts, ShiraConfig, base_name, task_type, settings, heads=not adapter.rank)
+
+
+def save_low_rank(adapter: Any, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
+    """The low-rank part alone, in LoRA's layout."""
+    from peft import LoraConfig
+
+    def parts(delta: Any) -> dict[str, Tensor]:
+        return {"lora_A.weight": delta.A, "lora_B.weight": delta.B}
+
+    settings = {
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.rslora,
+        "fan_in_fan_out": io.delta_tensors(model, lambda _: {})[2],
+    }
+    _write(adapter, model, folder, parts, LoraConfig, base_name, task_type, settings)
+
+
+def load_pair(base: nn.Module, folder: Path) -> nn.Module:
+    """A pair as stock PEFT runs it. SHiRA comes first: it does not go around another adapter's layers."""
+    from peft import PeftMixedModel
+
+    model = PeftMixedModel.from_pretrained(base, folder / "shira", adapter_name="shira")  # type: ignore[arg-type]
+    model.load_adapter(folder / "lora", adapter_name="lora")
+    model.set_adapter(["shira", "lora"])
+    return model
+
+
+def _padded(tensor: Tensor, k: int) -> Tensor:
+    return F.pad(tensor, (0, k - len(tensor)))
+
+
+def _write(
+    adapter: Any, model: nn.Module, folder: Path, parts: Any, config_class: Any, base_name: str, task_type: str,
+    settings: dict[str, Any], heads: bool = True,
+) -> None:  # fmt: skip
+    tensors, names, _ = io.delta_tensors(model, parts)
+    whole = io.trained_modules(model) if heads else []
+    config = config_class(
+        target_modules=names,
+        modules_to_save=whole or None,
+        base_model_name_or_path=base_name,
+        task_type=task_type,
+        inference_mode=True,
+        **settings,
+    )
+    io.write(folder, config, tensors | io.module_tensors(model, whole))
