@@ -245,10 +245,13 @@ def _hub_rows(name: str, split: str, streaming: bool) -> Iterator[tuple[str, dic
 
 
 def _load_hub(loader: str, name: str, **settings: Any) -> Any:
+    """`name` may end in a configuration of the data set: ORG/NAME:CONFIG."""
     import datasets
 
+    repository, _, configuration = name.partition(":")
+
     try:
-        return getattr(datasets, loader)(name, **settings)
+        return getattr(datasets, loader)(repository, configuration or None, **settings)
     except ValueError as error:
         raise DataError(f"data set {name!r}: {error}") from error
     except Exception as error:
