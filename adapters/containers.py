@@ -1,7 +1,7 @@
 """Sparse and low-rank deltas in stock PEFT's own containers, so that they load, merge and train further without us.
 
     Super-Tuning   values, int32 indices, and A, B where there is a low-rank part; one adapter, unquantised nn.Linear only
-    SHiRA + LoRA   two adapters for a PeftMixedModel, SHiRA loaded first; also on 4- and 8-bit bases
+    SHiRA + LoRA   two adapters, SHiRA loaded first; also on 4-bit bases, and SHiRA alone on 8-bit ones
 
 Super-Tuning has one density for all layers and SHiRA one budget r (in + out): layers with fewer entries are padded with
 value 0 at index 0, which adds nothing.
@@ -10,6 +10,7 @@ value 0 at index 0, which adds nothing.
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,15 @@ def save_low_rank(adapter: Any, model: nn.Module, folder: Path, base_name: str, 
 
 
 def load_pair(base: nn.Module, folder: Path) -> nn.Module:
-    """A pair as stock PEFT runs it. SHiRA comes first: it does not go around another adapter's layers."""
-    from peft import PeftMixedModel
+    """A pair as stock PEFT runs it: LoRA's layers around SHiRA's, which do not go around others. A PeftMixedModel does the
+    same, but refuses models that transformers has loaded in 4 bits."""
+    from peft import PeftModel
 
-    model = PeftMixedModel.from_pretrained(base, folder / "shira", adapter_name="shira")  # type: ignore[arg-type]
-    model.load_adapter(folder / "lora", adapter_name="lora")
-    model.set_adapter(["shira", "lora"])
-    return model
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*modify a model with PEFT for a second time.*")
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute.*")
+        inner = PeftModel.from_pretrained(base, folder / "shira", adapter_name="shira").get_base_model()  # type: ignore[arg-type]
+        return PeftModel.from_pretrained(inner, folder / "lora")  # type: ignore[arg-type]
 
 
 def _padded(tensor: Tensor, k: int) -> Tensor:

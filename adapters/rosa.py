@@ -159,24 +159,31 @@ class RoSAAdapter(SparseAdapter):
                 f"{start.steps}: lower adapter.warmup_steps, or train for longer"
             )
         self.folder = start.folder
-        return super().attach(model, start)
+        model = super().attach(model, start)
+        if next(model.parameters()).device.type == "meta":
+            self._chosen(model)  # a mask file that does not fit is found before weights are loaded
+        return model
 
     def begin(self, model: nn.Module, start: Start) -> None:
         if self.schedule == "lora_only":
             return
         if self.mask_step:
             self._watch(model)
-            return
-        attached = dict(layers(model))
-        if self.source not in ("magnitude", "random"):
-            sizes = {name: ((layer.delta.o, layer.delta.i), len(layer.delta.indices)) for name, layer in attached.items()}
-            chosen = mask.load(Path(self.source), sizes)  # type: ignore[arg-type]
-        elif self.source == "random":
-            draw = torch.Generator().manual_seed(self.mask_seed)
-            chosen = {n: mask.random(x.delta.o, x.delta.i, len(x.delta.indices), draw) for n, x in attached.items()}
         else:
-            chosen = {n: mask.top(float_weight(x.base).abs(), len(x.delta.indices), n) for n, x in attached.items()}
-        self._settle(model, chosen)
+            self._settle(model, self._chosen(model))
+
+    def _chosen(self, model: nn.Module) -> dict[str, Tensor]:
+        """The supports that need no gradients."""
+        deltas: dict[str, Any] = {name: layer.delta for name, layer in layers(model) if layer.delta.values is not None}
+        if self.source not in ("gradient", "magnitude", "random"):
+            return mask.load(Path(self.source), {n: ((d.o, d.i), len(d.indices)) for n, d in deltas.items()})
+        if next(model.parameters()).device.type == "meta":
+            return {}
+        if self.source == "random":
+            draw = torch.Generator().manual_seed(self.mask_seed)
+            return {n: mask.random(d.o, d.i, len(d.indices), draw) for n, d in deltas.items()}
+        bases = {name: layer.base for name, layer in layers(model)}
+        return {n: mask.top(float_weight(bases[n]).abs(), len(d.indices), n) for n, d in deltas.items()}
 
     def _watch(self, model: nn.Module) -> None:
         """Collect gradients in the steps before the mask."""

@@ -240,7 +240,10 @@ class SparseAdapter(Adapter):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, AdaptedLinear(linear, self.new_delta(linear, sizes[name])))
         train_modules(model, start.new_modules)
-        self.exportable = not any(isinstance(linear, Conv1D) for _, linear in found)
+        if any(layer.delta.values is not None for _, layer in layers(model)):
+            # PEFT has neither a sparse method for Conv1D, nor a LoRA that goes around SHiRA's 8-bit layers.
+            eight_bit = self.rank is not None and any(type(linear.weight).__name__ == "Int8Params" for _, linear in found)
+            self.exportable = not eight_bit and not any(isinstance(linear, Conv1D) for _, linear in found)
         self.ways = dict(start.saved["extra"]["ways"]) if start.saved is not None else {}
         if next(model.parameters()).device.type == "meta":
             return model
@@ -309,6 +312,8 @@ class SparseAdapter(Adapter):
 
     def save(self, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
         attached = list(layers(model))
+        if not self.exportable:
+            raise AdapterError("stock PEFT cannot load this adapter: export the merged model with to=merged")
         if not any(layer.delta.settled for _, layer in attached):
             if self.rank is None:
                 raise AdapterError("the adapter has no support yet, so there is nothing to save: the run ended before its mask")
@@ -319,7 +324,7 @@ class SparseAdapter(Adapter):
             containers.save_supertuning(self, model, folder, base_name, task_type)
 
     def save_pair(self, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
-        """Write the sparse part as SHiRA and the low-rank part as LoRA, two adapters that stock PEFT also puts on quantised bases."""
+        """Write the sparse part as SHiRA and the low-rank part as LoRA, two adapters that stock PEFT also puts on 4-bit bases."""
         containers.save_shira(self, model, folder / "shira" if self.rank else folder, base_name, task_type)
         if self.rank:
             containers.save_low_rank(self, model, folder / "lora", base_name, task_type)

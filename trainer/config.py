@@ -284,6 +284,8 @@ def combinations(c: dict[str, Any]) -> Iterator[str]:
         yield "the run has no end: set one of max_epochs, max_steps, max_tokens, max_time"
     if adapter == "adapters.full.Full" and quantized:
         yield "adapter=full trains the base's own weights, which quantisation has rounded: set base.quantization=none, or use an adapter"
+    if adapter == "adapters.spiel.SpIEL" and c["optimizer"]["_target_"] != "torch.optim.AdamW":
+        yield "adapter=spiel keeps an age for each entry, or SM3's sums, which other optimisers do not: set optimizer=adamw"
     if c["packing"] and c["group_by_length"]:
         yield "packing=true already fills every sequence: set group_by_length=false"
     if c["packing"] and task.startswith("tasks.classification"):
