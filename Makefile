@@ -13,7 +13,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python -m trainer +experiment=quickstart
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed-dev
