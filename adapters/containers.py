@@ -3,8 +3,8 @@
     Super-Tuning   values, int32 indices, and A, B where there is a low-rank part; one adapter, unquantised nn.Linear only
     SHiRA + LoRA   two adapters, SHiRA loaded first; also on 4-bit bases, and SHiRA alone on 8-bit ones
 
-Super-Tuning has one density for all layers and SHiRA one budget r (in + out): layers with fewer entries are padded with
-value 0 at index 0, which adds nothing.
+Super-Tuning has one density for all layers and SHiRA one budget r (in + out): layers with fewer entries have more of them,
+of value 0, which add nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def save_supertuning(adapter: Any, model: nn.Module, folder: Path, base_name: st
         k = int(delta.o * delta.i * (1 - sparsity))  # PEFT's own expression
         tensors = {
             "supertuning_values": _padded(delta.values.detach().float(), k),
-            "supertuning_indices": _padded(delta.indices, k),
+            "supertuning_indices": _filled(delta.indices, k),
         }
         if adapter.rank:
             tensors |= {"supertuning_lora_A.weight": delta.A, "supertuning_lora_B.weight": delta.B}
@@ -64,7 +64,7 @@ def save_shira(adapter: Any, model: nn.Module, folder: Path, base_name: str, tas
 
     def parts(delta: Any) -> dict[str, Tensor]:
         k = budget * (delta.o + delta.i)
-        flat = _padded(delta.indices, k).long()
+        flat = _filled(delta.indices, k).long()
         return {
             "shira_weight": _padded(delta.values.detach().float(), k),
             "shira_indices": torch.stack([flat // delta.i, flat % delta.i]).int(),
@@ -104,8 +104,14 @@ def load_pair(base: nn.Module, folder: Path) -> nn.Module:
         return PeftModel.from_pretrained(inner, folder / "lora")  # type: ignore[arg-type]
 
 
-def _padded(tensor: Tensor, k: int) -> Tensor:
-    return F.pad(tensor, (0, k - len(tensor)))
+def _padded(values: Tensor, k: int) -> Tensor:
+    return F.pad(values, (0, k - len(values)))
+
+
+def _filled(indices: Tensor, k: int) -> Tensor:
+    """The support and the first entries that are not in it, up to k: where PEFT trains on, each moves by itself."""
+    first = torch.arange(k, dtype=indices.dtype, device=indices.device)
+    return torch.cat([indices, first[~torch.isin(first, indices)][: k - len(indices)]])
 
 
 def _write(
@@ -118,7 +124,7 @@ def _write(
         target_modules=names,
         modules_to_save=whole or None,
         base_model_name_or_path=base_name,
-        task_type=task_type,
+        task_type=task_type if heads else None,  # of a SEQ_CLS folder PEFT expects a head
         inference_mode=True,
         **settings,
     )

@@ -311,20 +311,29 @@ class SparseAdapter(Adapter):
                 layer.delta.hold(layer.base)
 
     def save(self, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
-        attached = list(layers(model))
-        if not self.exportable:
-            raise AdapterError("stock PEFT cannot load this adapter: export the merged model with to=merged")
-        if not any(layer.delta.settled for _, layer in attached):
-            if self.rank is None:
-                raise AdapterError("the adapter has no support yet, so there is nothing to save: the run ended before its mask")
+        if not self._has_support(model):
             containers.save_low_rank(self, model, folder, base_name, task_type)
-        elif any(layer.delta.packed for _, layer in attached):
+        elif any(layer.delta.packed for _, layer in layers(model)):
             self.save_pair(model, folder, base_name, task_type)
         else:
             containers.save_supertuning(self, model, folder, base_name, task_type)
 
+    def _has_support(self, model: nn.Module) -> bool:
+        """
+        Raises:
+            AdapterError: stock PEFT has nothing for this adapter.
+        """
+        if not self.exportable:
+            raise AdapterError("stock PEFT cannot load this adapter: export the merged model with to=merged")
+        settled = any(layer.delta.settled for _, layer in layers(model))
+        if not settled and self.rank is None:
+            raise AdapterError("the adapter has no support yet, so there is nothing to save: the run ended before its mask")
+        return settled
+
     def save_pair(self, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
         """Write the sparse part as SHiRA and the low-rank part as LoRA, two adapters that stock PEFT also puts on 4-bit bases."""
+        if not self._has_support(model):
+            raise AdapterError("the adapter has no sparse part, so there is no pair to write: export it with to=peft")
         containers.save_shira(self, model, folder / "shira" if self.rank else folder, base_name, task_type)
         if self.rank:
             containers.save_low_rank(self, model, folder / "lora", base_name, task_type)

@@ -126,7 +126,7 @@ class SpielAdamW(torch.optim.Optimizer):
 
 
 class SM3(torch.optim.Optimizer):
-    """SM3-I (Anil et al. 2019, arXiv 1901.11150): second moments by row and column, which only grow.
+    """SM3-II (Anil et al. 2019, arXiv 1901.11150): second moments by row and column, which only grow.
 
     `supports` gives a sparse delta's vector of values its rows and columns; other matrices have their own, and other
     vectors one number for each entry.
@@ -338,13 +338,14 @@ class SpIEL(SparseAdapter):
     def state(self, model: nn.Module) -> dict[str, Any]:
         state = super().state(model)
         found = {name: candidates.state() for name, candidates in self.candidates.items()}
-        state["extra"] |= {"step": self.step, "candidates": found, "first": self.first}
+        state["extra"] |= {"step": self.step, "steps": self.steps, "candidates": found, "first": self.first}
         return state
 
     def load_state(self, model: nn.Module, state: dict[str, Any]) -> None:
         super().load_state(model, state)
         extra, device = state["extra"], next(model.parameters()).device
-        self.step = extra["step"]
+        # A run that is made longer keeps to the replacements that it was planned with.
+        self.step, self.steps = extra["step"], extra["steps"]
         self.first = {name: tensor.to(device) for name, tensor in extra["first"].items()}
         self._unwatch(model)
         self._watch(model)

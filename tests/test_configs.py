@@ -25,7 +25,8 @@ NEEDED = {
 }
 # What code gives when it calls what a file names; the first comments say so.
 GIVEN = {
-    "objective": {"model", "adapter", "optimizer", "schedule", "steps", "labelled", "accumulate", "seed"},
+    "objective": {"model", "adapter", "optimizer", "schedule", "steps", "labelled", "accumulate", "seed", "penalty"},
+    "penalty": {"model"},
     "optimizer": {"params"},
     "schedule": {"step", "steps"},
     "callbacks": {"context"},
@@ -124,7 +125,7 @@ def test_a_partial_says_what_it_is_called_with(name):
 def test_all_that_vary_a_file_change_something_in_it():
     for name in GROUPED:
         text = (schema.CONF / f"{name}.yaml").read_text()
-        if parents := re.findall(r"^defaults: \[(\w+), _self_\]$", text, re.MULTILINE):
+        if parents := re.findall(r"^defaults: \[(\w+), (?:\{override /\S+: \w+\}, )?_self_\]$", text, re.MULTILINE):
             assert content(name) != content(f"{name.rpartition('/')[0]}/{parents[0]}")
         else:
             assert "defaults" not in yaml.safe_load(text), f"{name} has a defaults list that this test does not read"

@@ -17,8 +17,10 @@ ADAPTERS = {"torch", "peft", "transformers", "safetensors", "jaxtyping", "bitsan
 TASKS = {"datasets", "pyarrow", "filelock", "torchmetrics"}
 # At import time each may use those before it. Verbs reach for what comes later inside their main.
 ORDER = [
-    "schema", "config", "schedules", "signals", "journal", "losses", "base", "checkpoint", "tokens", "data", "plan", "stream", "finetune",
-    "folder", "evaluate", "callbacks", "assembly", "export", "report", "preview", "preflight", "generate", "failures", "run", "__main__",
+    "schema", "config", "schedules", "signals", "journal", "losses", "base", "checkpoint", "tokens", "data", "plan", "stream", "penalties",
+    "finetune",
+    "folder", "evaluate", "callbacks", "assembly", "export", "compress", "sizes", "report", "preview", "preflight", "generate", "density", "failures",
+    "run", "__main__",
 ]  # fmt: skip
 BEFORE_TORCH = {"schema", "config", "__main__"}
 

@@ -10,7 +10,7 @@ Lightning averages the micro-batches' losses, and DDP the ranks' gradients, so e
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from adapters.delta import Adapter
 from trainer.losses import CausalLoss, ClassLoss
+from trainer.penalties.deft import DensityDEFT
+from trainer.schedules import factor
 
 
 class NonFinite(RuntimeError):
@@ -27,10 +29,11 @@ class NonFinite(RuntimeError):
 
 
 class FineTune(lightning.LightningModule):
-    """Trains what `adapter` grafted onto `model`.
+    """Trains what `adapter` grafted onto `model`, with a `penalty` on its activations where there is one.
 
-    `schedule(step, steps=...)` gives the rate's factor for a 0-based step of the planned ones; `optimizer` makes the optimiser from parameter groups. A step whose
-    loss or gradient is not finite changes nothing and is counted; `nonfinite_limit` of them in a row raise NonFinite.
+    `schedule(step, steps=...)` gives the rate's factor for a 0-based step of the planned ones; `optimizer` makes the optimiser from
+    parameter groups. A step whose loss or gradient is not finite changes nothing and is counted; `nonfinite_limit` of them in a row
+    raise NonFinite.
     """
 
     strict_loading = False  # checkpoints hold the adapter only; on_load_checkpoint compares the names itself
@@ -39,9 +42,10 @@ class FineTune(lightning.LightningModule):
         self, model: nn.Module, adapter: Adapter, optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         schedule: Callable[..., float], steps: int, labelled: bool, accumulate: int, seed: int, max_grad_norm: float | None,
         logits_chunk: int, gradient_checkpointing: bool, nonfinite_limit: int,
+        penalty: DensityDEFT | None = None,
     ):  # fmt: skip
         super().__init__()
-        self.model, self.adapter = model, adapter
+        self.model, self.adapter, self.penalty = model, adapter, penalty
         self.make_optimizer, self.schedule = optimizer, schedule
         self.steps = steps
         self.accumulate, self.seed, self.max_grad_norm, self.nonfinite_limit = accumulate, seed, max_grad_norm, nonfinite_limit
@@ -53,6 +57,7 @@ class FineTune(lightning.LightningModule):
         self.skipped = self.skipped_in_a_row = 0
         self.step_done = False  # whether the micro-batch at hand has ended a step
         self.grad_norm: Tensor | None = None
+        self.density: float | None = None  # of the step at hand, as the penalty measures it, over all layers
         self.news: dict[str, float] = {}  # what the adapter had to say after the step
         self.sums: dict[str, Any] = {}  # of the step at hand
 
@@ -75,24 +80,41 @@ class FineTune(lightning.LightningModule):
         micro = batch_idx % self.accumulate
         if micro == 0:
             self.sums = {"loss": 0.0, "tokens": 0, "right": 0.0, "processed": 0, "sequences": []}
-            factor = self.schedule(self.step - self._restarted(), steps=self.steps - self._restarted())
+            now = factor(self.schedule, self.step, self.steps, self.adapter.restart)
             for group, peak in zip(self.trainer.optimizers[0].param_groups, self.peaks, strict=True):
-                group["lr"] = peak * factor
+                group["lr"] = peak * now
         self.step_done = False
         reseed(self.seed, self.global_rank, self.step, micro)
 
-    def _restarted(self) -> int:
-        return self.adapter.restart if self.step >= self.adapter.restart else 0
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        if self.penalty is not None:
+            self.penalty.open(real_tokens(batch))
         summed, sums = self.loss(batch)
         for key in ("loss", "tokens", "right"):
             self.sums[key] = self.sums[key] + sums[key]
         self.sums["processed"] += batch["tokens"]
         self.sums["sequences"] += batch["sequences"]
         loss = summed * (self.accumulate * self.trainer.world_size / max(1, batch["window_tokens"]))
+        if self.penalty is not None:
+            term, densities, measured = self.penalty.term()
+            tokens = batch["lengths"].sum()
+            self.sums["density"] = self.sums.get("density", 0.0) + torch.stack([densities, measured]) * tokens
+            loss = loss + term
         penalty = self.adapter.penalty(self.model)
         return loss if penalty is None else loss + penalty
+
+    def on_after_backward(self) -> None:
+        if self.penalty is not None:
+            self.penalty.close()
+
+    def calibrate(self, batches: Iterable[dict[str, Any]]) -> None:
+        """Let the penalty measure what it needs on the run's first micro-batches, as the model is before training."""
+        if self.penalty is None:
+            return
+        was_training = self.model.training
+        self.model.eval()
+        self.penalty.calibrate(self.loss, ((batch, real_tokens(batch)) for batch in batches))
+        self.model.train(was_training)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -101,12 +123,22 @@ class FineTune(lightning.LightningModule):
             counts = torch.tensor([float(self.sums[k]) for k in ("loss", "tokens", "right", "processed")], device=self.device)
             counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
             self.sums |= dict(zip(("loss", "tokens", "right", "processed"), counts.unbind(), strict=True))
-        self.adapter.before_step(self.model)
+            if self.penalty is not None:
+                self.sums["density"] = self.trainer.strategy.reduce(self.sums["density"], reduce_op="sum")
+        if self.penalty is not None:
+            densities, tokens = self.sums["density"].tolist()
+            densities = [density / count if count else float("nan") for density, count in zip(densities, tokens, strict=True)]
+            known = [density for density in densities if density == density]
+            self.density = sum(known) / len(known) if known else None
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        self.adapter.before_step(self.model, scaler.get_scale() if scaler is not None else 1.0)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         limit = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
         self.grad_norm = nn.utils.clip_grad_norm_(trained, limit)
         if torch.isfinite(self.grad_norm) and torch.isfinite(torch.as_tensor(self.sums["loss"])):
             self.skipped_in_a_row = 0
+            if self.penalty is not None:
+                self.penalty.update(densities)
             return
         # Optimisers pass over parameters without a gradient, moments and all.
         optimizer.zero_grad(set_to_none=True)
@@ -129,15 +161,25 @@ class FineTune(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {}  # Lightning's copy would hold the frozen base
         checkpoint["adapter"] = self.adapter.state(self.model)
+        if self.penalty is not None:
+            checkpoint["penalty"] = self.penalty.state()
         checkpoint["counters"] = {k: getattr(self, k) for k in ("step", "tokens", "skipped", "skipped_in_a_row")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.adapter.load_state(self.model, checkpoint["adapter"])
+        if self.penalty is not None:
+            self.penalty.load_state(checkpoint["penalty"])
         for key, value in checkpoint["counters"].items():
             setattr(self, key, value)
         # A finished run that was made longer goes on; Lightning would take its last micro-batch for the epoch's.
         loops = checkpoint["loops"]["fit_loop"]
         loops["epoch_loop.batch_progress"]["is_last_batch"] = self.step >= self.steps
+
+
+def real_tokens(batch: dict[str, Any]) -> Tensor:
+    """Which tokens of a batch are of a row that counts (B, T), as opposed to padding."""
+    ids = batch["input_ids"]
+    return torch.arange(ids.shape[1], device=ids.device) < batch["lengths"].to(ids.device).unsqueeze(1)
 
 
 def reseed(seed: int, rank: int, step: int, micro: int) -> None:

@@ -152,7 +152,8 @@ class Collate:
 
     input_ids (B, T) int64, padded to the right; labels (B, T) int64, the id where a token is trained and -100 elsewhere;
     packed: position_ids (B, T) int64, from 0 for each row, by which transformers keeps the rows apart; labelled:
-    attention_mask (B, T) int64 and classes (B,) int64. window_tokens and sequences are plain numbers.
+    attention_mask (B, T) int64 and classes (B,) int64. lengths (B,) int64: tokens before the padding, 0 for a sequence that only
+    fills a rank's share. window_tokens and sequences are plain numbers.
     """
 
     pad: int
@@ -184,6 +185,7 @@ class Collate:
         batch: dict[str, Any] = {
             "input_ids": input_ids,
             "labels": labels,
+            "lengths": torch.tensor([sum(len(row.ids) for row in rows) if pick.counts else 0 for pick, rows in items]),
             "window_tokens": items[0][0].window_tokens,
             "tokens": sum(len(row.ids) for pick, rows in items if pick.counts for row in rows),
             "sequences": [pick.sequence for pick, _ in items],

@@ -15,7 +15,6 @@ import logging
 import math
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,9 @@ from adapters.full import Nothing
 from trainer import assembly, preview
 from trainer.base import Base, BaseError, compute
 from trainer.data import special_text
+from trainer.penalties.deft import PenaltyError
 from trainer.plan import Plan
+from trainer.schedules import factor
 from trainer.tokens import Refused
 
 log = logging.getLogger("trainer")
@@ -55,7 +56,7 @@ def inspect(
     result: dict[str, Any] = {"data": _data(config, found, warnings)}
     if plan is not None:
         result["run"] = _length(config, found, plan, steps)
-    result["schedule"] = _rates(config, steps)
+    result["schedule"] = _rates(config, steps, adapter.restart)
     result["model"] = _model(config, base, adapter, found, steps, folder, errors, warnings)
     _check_names(config, found, errors)
     return result | {"errors": errors, "warnings": warnings}
@@ -144,12 +145,12 @@ def _length(config: dict[str, Any], found: assembly.Data, plan: Plan, steps: int
     return result
 
 
-def _rates(config: dict[str, Any], steps: int) -> dict[str, Any]:
+def _rates(config: dict[str, Any], steps: int, restart: int) -> dict[str, Any]:
     if not steps:
         return {}
-    schedule = partial(assembly.instantiate(config["schedule"]), steps=steps)
+    schedule, peak = assembly.instantiate(config["schedule"]), config["optimizer"]["lr"]
     points = sorted({round(i * (steps - 1) / 20) for i in range(21)})
-    return {"peak": config["optimizer"]["lr"], "rates": [[step, config["optimizer"]["lr"] * schedule(step)] for step in points]}
+    return {"peak": peak, "rates": [[step, peak * factor(schedule, step, steps, restart)] for step in points]}
 
 
 def _model(
@@ -170,12 +171,13 @@ def _model(
         model = adapter.attach(skeleton, Start(assembly.new_modules(skeleton, labels), max(1, steps)))
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     except NeedsWeights:
-        trainable = None
+        model, trainable = skeleton, None
         warnings.append(
             "how many parameters are trained is known only when the base is loaded; memory and checkpoint leave them out"
         )
     if trainable == 0 and not isinstance(adapter, Nothing):
         errors.append("the adapter has no trainable parameter")
+    _penalty(config, adapter, model, errors)
     cuda = torch.cuda.is_available() and config["lightning"]["accelerator"] != "cpu"
     trains_base, known = trainable == total, trainable or 0
     dtype, _, precision = compute(config["precision"], config["base"]["dtype"], trains_base, cuda)
@@ -196,6 +198,22 @@ def _model(
         "parameters": total, "trainable": trainable, "precision": precision, "dtype": str(dtype).removeprefix("torch."),
         "memory_bytes": parts, "memory_needed": needed, "memory_free": free, "checkpoint_bytes": checkpoint_bytes, "disk_free": disk,
     }  # fmt: skip
+
+
+def _penalty(config: dict[str, Any], adapter: Adapter, model: nn.Module, errors: list[str]) -> None:
+    if not config["penalty"]:
+        return
+    if isinstance(adapter, Nothing):
+        errors.append("adapter=none trains nothing, so that a penalty has no effect: set penalty=none")
+        return
+    if config["penalty"]["eps"] == "auto" and config["task"].get("streaming"):
+        errors.append(
+            "penalty.eps=auto is measured on training data beforehand, which task.streaming=true does not allow: set penalty.eps to a number"
+        )
+    try:
+        assembly.instantiate(config["penalty"])(model=model)
+    except PenaltyError as error:
+        errors.append(str(error))
 
 
 def _memory(

@@ -17,6 +17,7 @@ import rich
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
@@ -30,10 +31,13 @@ from trainer.callbacks.evaluation import Evaluation
 from trainer.callbacks.metrics import Metrics
 from trainer.callbacks.stopping import Stopping
 from trainer.checkpoint import AtomicCheckpointIO, CheckpointError
+from trainer.evaluate import to_device
 from trainer.finetune import FineTune
 from trainer.folder import RunFolder
 from trainer.journal import Journal
+from trainer.penalties.deft import DensityDEFT
 from trainer.plan import Batches, Plan
+from trainer.schedules import factor
 from trainer.signals import Signals
 from trainer.stream import Stream
 
@@ -108,7 +112,7 @@ def _run(
         "labels": labels, "steps": steps, "ranks": lightning_.world_size,
     }  # fmt: skip
     earlier = place.earlier()
-    saved_path = _where_to_go_on(place, config, identity, earlier)
+    saved_path = _where_to_go_on(place, config, identity, earlier, adapter.restart)
     done = int(saved_path.stem[5:]) if saved_path else 0
     journal = Journal(place.path, [], lightning_.is_global_zero)
     if earlier is not None and (ended := _ended(place, journal, done, steps, config["max_time"])):
@@ -135,12 +139,16 @@ def _run(
     log.info("trained: %s", preflight.parameters(model))
     if config["packing"]:
         preflight.refuse_contamination(model, base)
+    penalty = assembly.instantiate(config["penalty"])(model=model) if config["penalty"] else None
     module: FineTune = assembly.instantiate(config["objective"])(
         model=model, adapter=adapter, optimizer=assembly.instantiate(config["optimizer"]), steps=steps, labelled=labels is not None,
         schedule=assembly.instantiate(config["schedule"]), accumulate=config["accumulate"], seed=config["seed"],
+        penalty=penalty,
     )  # fmt: skip
     assembly.with_prompts(found, _prompts(config), model)
     journal.loggers = lightning_.loggers = _loggers(config, place, record) if lightning_.is_global_zero else []
+    if penalty is not None and saved_path is None:
+        _calibrate(module, penalty, found, plan, device, journal)
     context = Context(
         place,
         journal,
@@ -175,17 +183,21 @@ def _lightning(config: dict[str, Any], adapter: Adapter, path: Path) -> lightnin
     _, precision, _ = compute(config["precision"], config["base"]["dtype"], isinstance(adapter, Full), cuda)
     settings = config["lightning"] | ({"devices": 1, "strategy": "auto"} if isinstance(adapter, Nothing) else {})
     # One epoch for the whole run: the loader holds all its micro-batches, and its end is the run's.
-    return lightning.Trainer(
+    lightning_ = lightning.Trainer(
         **settings, precision=precision,  # type: ignore[arg-type]
         max_epochs=1, max_steps=-1, accumulate_grad_batches=config["accumulate"],
         deterministic=config["deterministic"], plugins=[AtomicCheckpointIO()], default_root_dir=path, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
         limit_val_batches=0, log_every_n_steps=1, num_sanity_val_steps=0,
     )  # fmt: skip
+    if isinstance(lightning_.strategy, DDPStrategy):
+        # No buffer here differs between processes, and a sparse adapter's are as large as itself, for each forward pass.
+        lightning_.strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
+    return lightning_
 
 
 def _where_to_go_on(
-    place: RunFolder, config: dict[str, Any], identity: dict[str, Any], earlier: dict[str, Any] | None
+    place: RunFolder, config: dict[str, Any], identity: dict[str, Any], earlier: dict[str, Any] | None, restart: int
 ) -> Path | None:
     """The checkpoint to go on from, if the folder holds this very run.
 
@@ -208,7 +220,7 @@ def _where_to_go_on(
     done, steps = int(path.stem[5:]) if path else 0, identity["steps"]
     if steps != then["steps"]:
         schedule = assembly.instantiate(config["schedule"])
-        if any(schedule(step, steps=steps) != schedule(step, steps=then["steps"]) for step in range(done)):
+        if any(factor(schedule, step, steps, restart) != factor(schedule, step, then["steps"], restart) for step in range(done)):
             different.append(
                 f"steps: {then['steps']} in the run, {steps} now, with which its schedule would have had other rates so far"
             )
@@ -250,6 +262,19 @@ def _calibration(found: assembly.Data, plan: Plan | None) -> Iterator[dict[str, 
             lengths = torch.tensor([[sum(len(row.ids) for row in rows)] for _, rows in items])
             mask = (torch.arange(batch["input_ids"].shape[1]) < lengths).long()
             yield {"input_ids": batch["input_ids"], "attention_mask": mask, "labels": batch.get("classes", batch["labels"])}
+
+
+def _calibrate(
+    module: FineTune, penalty: DensityDEFT, found: assembly.Data, plan: Plan | None, device: torch.device, journal: Journal
+) -> None:
+    """Let the penalty measure on the run's first micro-batches, the same on every rank, what it keeps from then on."""
+    if plan is not None and found.train is not None:
+        rows = found.train
+        picked = (picks for step in range(plan.steps(None, None)) for picks in plan.micro_batches(step))
+        module.calibrate(to_device(found.collate([rows[pick] for pick in picks]), device) for picks in picked)
+    taus = {f"tau/{name}": tau for (name, _), tau in zip(penalty.layers, penalty.tau or [], strict=True)}
+    log.info("penalty: the density of %d MLPs, tau from %.3g to %.3g", len(taus), min(taus.values()), max(taus.values()))
+    journal.write("penalty", 0, taus)
 
 
 def _prompts(config: dict[str, Any]) -> int:

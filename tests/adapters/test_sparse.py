@@ -418,7 +418,7 @@ def test_it_keeps_no_more_than_lora_and_its_input_once(tmp_path, case, dropout):
         base: Any = toys.quantised(tmp_path, case).model.layers[0].mlp.up_proj
     else:
         base = nn.Linear(64, 128, dtype=dtype).requires_grad_(False)
-    o, i, r, t = 128, 64, 4, 30
+    i, r, t = 64, 4, 30
     x = torch.randn(3, 10, i, dtype=dtype, requires_grad=True)
     delta = RoSA(base, 80, r, SCALE, dropout, torch.float32, torch.float32)
     rosa = AdaptedLinear(base, delta).train()
@@ -735,7 +735,9 @@ def test_a_quantised_model_trains_and_switches_off(tmp_path, kind):
     for _, adapted in sparse.layers(model):
         delta: Any = adapted.delta
         largest = float_weight(adapted.base).abs().flatten().sort(descending=True).values[: len(delta.indices)]
-        assert torch.equal(float_weight(adapted.base).flatten()[delta.indices.long()].abs().sort(descending=True).values, largest)
+        assert torch.equal(
+            float_weight(adapted.base).flatten()[delta.indices.long()].abs().sort(descending=True).values, largest
+        )
     before = toys.logits(model)
     start = toys.loss(model).item()
     toys.train(adapter, model, range(3))

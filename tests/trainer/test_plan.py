@@ -260,6 +260,7 @@ def test_collated_tensors_equal_plain_loops(packed, labelled):
     assert batch["input_ids"].tolist() == ids
     assert batch["labels"].tolist() == labels
     assert (batch["window_tokens"], batch["sequences"]) == (17, [0, 2, 1])
+    assert batch["lengths"].tolist() == [sum(one) * pick.counts for one, pick in zip(mask, picks, strict=True)]
     assert ("position_ids" in batch, "attention_mask" in batch, "classes" in batch) == (packed, labelled, labelled)
     if packed:
         assert batch["position_ids"].tolist() == positions

@@ -13,7 +13,8 @@ from trainer.callbacks import Context
 
 
 class Metrics(lightning.Callback):
-    """Loss, rate, gradient norm and throughput of every `every`-th step; every skipped step with its rows."""
+    """Loss, rate, gradient norm and throughput of every `every`-th step, with the density where it is penalised; every skipped
+    step with its rows."""
 
     def __init__(self, context: Context, every: int):
         self.context, self.every = context, every
@@ -52,6 +53,8 @@ class Metrics(lightning.Callback):
             "trained_per_s": self.last_trained / elapsed,
             "seconds": self.seconds,
         }
+        if module.density is not None:
+            row["density"] = module.density
         if torch.cuda.is_available():
             row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.context.journal.write("step", module.step, row)

@@ -1,0 +1,381 @@
+"""Where sparse adapters meet other processes, loss scales and products that overflow: plain float64 references, no second training."""
+
+from __future__ import annotations
+
+import copy
+import math
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor, nn
+
+from adapters import sparse
+from adapters.delta import AdapterError, Start
+from adapters.rosa import RoSAAdapter, Scores
+from adapters.sparse import SparseDelta
+from adapters.spiel import SpIEL
+from tests.adapters import toys
+from tests.trainer import test_finetune
+from trainer.base import Base
+
+LR, BETAS, EPS, DECAY = 0.05, (0.9, 0.99), 1e-8, 0.3
+ADAMW = partial(torch.optim.AdamW, lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0)
+
+
+def rosa(**changes: Any) -> RoSAAdapter:
+    settings = {
+        "rank": 2, "alpha": 2.0, "rslora": False, "dropout": 0.0, "density": 0.2, "density_pattern": {}, "schedule": "wl",
+        "warmup_steps": 0, "mask_steps": 2, "restart_after_mask": False, "mask": "gradient", "score": "squared", "scores": "exact",
+        "mask_seed": 0, "sparse_lr_ratio": 1.0, "sparse_weight_decay": 0.0, "target_modules": "all-linear", "exclude_modules": [],
+        "gradient": "gathered", "dtype": "float64", "sparse_dtype": "float64",
+    }  # fmt: skip
+    return RoSAAdapter(**settings | changes)
+
+
+def spiel(**changes: Any) -> SpIEL:
+    settings = {
+        "variant": "AG", "density": 0.25, "density_pattern": {}, "weight_decay": DECAY, "reselection_steps": 5,
+        "accumulation_steps": 3, "initial_rate": 0.6, "policy": "linear", "momentum": 0.0, "support_seed": 0,
+        "target_modules": "all-linear", "exclude_modules": [], "gradient": "gathered", "sparse_dtype": "float64",
+    }  # fmt: skip
+    return SpIEL(**settings | changes)
+
+
+def net() -> Any:
+    """One layer in float64, the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 7, dtype=torch.float64))
+
+
+def rows(step: int, rank: int, micro: int) -> tuple[Tensor, Tensor]:
+    """A micro-batch; one number of its target, far from what can be learnt, makes it differ from the others."""
+    draw = torch.Generator().manual_seed(100 * step + 10 * rank + micro)
+    x, t = torch.randn(3, 8, generator=draw, dtype=torch.float64), torch.randn(3, 7, generator=draw, dtype=torch.float64)
+    return x, t + 4 * torch.randn(3, 7, generator=draw, dtype=torch.float64).tanh()
+
+
+def half_loss(y: Tensor, t: Tensor) -> Tensor:
+    """Of one of a step's two micro-batches."""
+    return (y - t).square().mean() / 2
+
+
+def gradient(w: Tensor, bias: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """dL/dW of a micro-batch, from the loss's definition."""
+    y = x @ w.T + bias
+    return (y - t).T @ x / y.numel()
+
+
+def step(adapter: Any, model: Any, optimizer: Any, done: int, broken: bool = False) -> Any:
+    """One step of two micro-batches in this process, gradients averaged over processes as DDP does; broken ones change nothing."""
+    rank = torch.distributed.get_rank()
+    optimizer.zero_grad()
+    for micro in range(2):
+        x, t = rows(done, rank, micro)
+        (half_loss(model(x), t) * (math.nan if broken and rank == 0 else 1)).backward()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= 2
+    adapter.before_step(model, 1.0)
+    if broken:
+        optimizer.zero_grad()
+    optimizer.step()
+    return adapter.after_step(model, done)
+
+
+# two processes
+
+
+BROKEN = 6  # the step in which the first process has nothing finite, which opens SpIEL's second window
+
+
+def _rank(rank: int, port: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    found: dict[str, Any] = {"masks": {}, "spiel": []}
+
+    for score in ("squared", "mean"):
+        torch.manual_seed(rank)  # nothing may depend on what a process draws for itself
+        adapter = rosa(score=score)
+        model = adapter.attach(net(), Start(steps=9))
+        optimizer = toys.optimiser(adapter, model, lr=0.0)
+        step(adapter, model, optimizer, 1)
+        torch.save(adapter.state(model), folder / f"{score}{rank}.pt")
+        step(adapter, model, optimizer, 2)
+        found["masks"][score] = sparse.supports(model)["0"].tolist()
+        torch.distributed.barrier()
+        saved = torch.load(folder / f"{score}0.pt", weights_only=True)  # the first process writes a run's checkpoints
+        adapter = rosa(score=score)
+        model = adapter.attach(net(), Start(steps=9, saved=saved))
+        optimizer = toys.optimiser(adapter, model, lr=0.0)
+        adapter.load_state(model, saved)
+        step(adapter, model, optimizer, 2)
+        found["masks"][f"{score}, resumed"] = sparse.supports(model)["0"].tolist()
+
+    for cut in (None, 1, 2, 8, 9):
+        ag = spiel()
+        model = ag.attach(net(), Start(steps=12))
+        live = ag.optimizer(ag.parameter_groups(model), ADAMW)
+        news = []
+        for done in range(1, 10):
+            news.append(step(ag, model, live, done, done == BROKEN))
+            if done == cut:
+                if rank == 0:
+                    torch.save((ag.state(model), live.state_dict()), folder / "cut.pt")
+                torch.distributed.barrier()
+                saved, moments = torch.load(folder / "cut.pt", weights_only=True)
+                ag = spiel()
+                model = ag.attach(net(), Start(steps=12, saved=saved))
+                live = ag.optimizer(ag.parameter_groups(model), ADAMW)
+                ag.load_state(model, saved)
+                live.load_state_dict(moments)
+                torch.distributed.barrier()
+        delta: Any = model[0].delta
+        state = live.state[delta.values]
+        numbers = {key: state[key].double() for key in ("exp_avg", "exp_avg_sq", "age")} | {"value": delta.values.detach()}
+        found["spiel"].append((delta.indices.tolist(), {key: tensor.tolist() for key, tensor in numbers.items()}, news))
+
+    ag = spiel(accumulation_steps=1)
+    model = ag.attach(net(), Start(steps=12))
+    try:
+        step(ag, model, ag.optimizer(ag.parameter_groups(model), ADAMW), 1)
+    except AdapterError as error:
+        found["one step"] = str(error)
+    torch.save(found, folder / f"found{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes came to."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (port, folder), nprocs=2)
+    return [torch.load(folder / f"found{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def mask_of(score: str, processes: tuple[int, ...] = (0, 1)) -> list[int]:
+    """The mask of two steps, two micro-batches and so many processes, while no weight moves."""
+    layer = net()[0]
+    found = [
+        gradient(layer.weight, layer.bias, *rows(done, rank, micro)).detach()
+        for done in (1, 2)
+        for rank in processes
+        for micro in (0, 1)
+    ]
+    total = sum(g**2 for g in found) if score == "squared" else sum(found).abs()  # type: ignore[union-attr]
+    order = sorted(range(56), key=lambda e: -total.flatten()[e])  # type: ignore[union-attr, return-value]
+    return sorted(order[: int(0.2 * 56)])
+
+
+@pytest.mark.parametrize("score", ["squared", "mean"])
+def test_a_mask_is_of_all_processes_gradients(ranks, score):
+    assert len({tuple(mask_of(score, of)) for of in ((0, 1), (0,), (1,))}) == 3
+    assert ranks[0]["masks"][score] == ranks[1]["masks"][score] == mask_of(score)
+
+
+@pytest.mark.parametrize("score", ["squared", "mean"])
+def test_a_mask_that_was_cut_off_between_its_steps_is_of_all_processes_too(ranks, score):
+    found = [rank["masks"][f"{score}, resumed"] for rank in ranks]
+    assert found[0] == found[1] == mask_of(score)
+
+
+def reference() -> tuple[dict[int, dict[str, float]], list[dict[str, float] | None]]:
+    """Nine steps of SpIEL-AG in two processes, entry by entry, from the seeded first support."""
+    layer, first = net()[0], spiel().attach(net(), Start(steps=12))[0].delta.indices.tolist()
+    entries = {e: {"value": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0, "age": 0.0} for e in first}
+    k, sums, news, start = len(first), {}, [], set()
+    for done in range(1, 10):
+        w = layer.weight.detach().clone()
+        for e, entry in entries.items():
+            w[e // 8, e % 8] += entry["value"]
+        seen = {
+            (rank, micro): gradient(w, layer.bias, *rows(done, rank, micro)).flatten().tolist() for rank in (0, 1) for micro in (0, 1)
+        }
+        total = [sum(parts) / 2 for parts in zip(*seen.values(), strict=True)]
+        # The first process's first finite micro-batch finds the candidates, and its step is not counted.
+        if done in (1, BROKEN + 1):
+            largest = sorted(range(56), key=lambda e: -abs(seen[0, 0][e]))[:k]  # noqa: B023
+            sums = {e: [] for e in largest}
+        elif (done - 1) % 5 < 3 and done != BROKEN:
+            for e in sums:
+                sums[e].append(total[e])
+        if done != BROKEN:
+            for e, entry in entries.items():
+                entry["age"] += 1
+                entry["exp_avg"] = BETAS[0] * entry["exp_avg"] + (1 - BETAS[0]) * total[e]
+                entry["exp_avg_sq"] = BETAS[1] * entry["exp_avg_sq"] + (1 - BETAS[1]) * total[e] ** 2
+                m, v = entry["exp_avg"] / (1 - BETAS[0] ** entry["age"]), entry["exp_avg_sq"] / (1 - BETAS[1] ** entry["age"])
+                entry["value"] -= LR * DECAY * entry["value"] + LR * m / (math.sqrt(v) + EPS)
+        if done % 5 != 3:
+            news.append(None)
+            continue
+        rate = 1.0 if done == 3 else 0.6 * (1 - done / 12)
+        order = sorted(entries, key=lambda e: abs(entries[e]["value"]))
+        n = int(k * rate)
+        free = sorted((e for e in sums if e not in order[n:]), key=lambda e: -abs(sum(sums[e])))  # noqa: B023
+        n = min(n, len(free))
+        new = [e for e in free[:n] if e not in entries]
+        for e in [e for e in order[:n] if e not in free[:n]]:
+            del entries[e]
+        for e in new:
+            count = len(sums[e])
+            mean, mean2 = sum(sums[e]) / count, sum(g**2 for g in sums[e]) / count
+            entries[e] = {
+                "value": 0.0, "exp_avg": mean * (1 - BETAS[0] ** count), "exp_avg_sq": mean2 * (1 - BETAS[1] ** count), "age": count
+            }  # fmt: skip
+        start = start or set(entries)
+        news.append(
+            {"replaced": len(new), "replaced_share": len(new) / k, "rate": rate, "still_of_first": len(start & set(entries)) / k}
+        )
+    return entries, news
+
+
+@pytest.mark.parametrize("number", range(5), ids=["whole", "cut after 1", "cut after 2", "cut after 8", "cut after 9"])
+def test_a_support_moves_by_all_processes_gradients(ranks, number):
+    entries, news = reference()
+    assert news[2] is not None
+    assert news[7] is not None
+    assert 0 < news[7]["replaced"] < news[2]["replaced"]
+    for rank in ranks:
+        indices, numbers, told = rank["spiel"][number]
+        assert indices == sorted(entries)
+        for key, found in numbers.items():
+            assert found == pytest.approx([entries[e][key] for e in indices], rel=1e-4, abs=1e-6), key
+        assert [row if row is None else pytest.approx(row) for row in news] == told
+    assert ranks[0]["spiel"][number][:2] == ranks[1]["spiel"][number][:2] == ranks[0]["spiel"][0][:2]  # bit for bit
+
+
+def test_a_window_of_one_step_is_refused_in_two_processes(ranks):
+    assert all("set adapter.accumulation_steps=2" in rank["one step"] for rank in ranks)
+
+
+# fp16
+
+
+@pytest.fixture
+def half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """precision=16-mixed, which Lightning has for GPUs only, on the CPU."""
+    whole = test_finetune._lightning
+
+    def trainer(*given: Any) -> Any:
+        made = whole(*given)
+        made.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=256.0))  # type: ignore[attr-defined]
+        return made
+
+    monkeypatch.setattr(test_finetune, "_lightning", trainer)
+
+
+def fitted(folder: Path, adapter: Any, dtype: torch.dtype = torch.float32) -> Any:
+    model = adapter.attach(toys.llama(dtype), Start(steps=5))
+    run = test_finetune.Run(folder, ["optimizer.fused=false", "batch_size=2", "accumulate=2"])
+    assert run.fit(adapter, model, steps=5).skipped == 0
+    return model
+
+
+@pytest.mark.parametrize("schedule", ["wl", "spa_only"])
+def test_rosa_trains_in_16_mixed(tmp_path, half, schedule):
+    model = fitted(tmp_path, rosa(schedule=schedule, density=0.05, dtype="float32", sparse_dtype="float32"))
+    assert all(layer.delta.values.any() for _, layer in sparse.layers(model))
+
+
+@pytest.mark.parametrize("variant", ["AG", "MA"])
+def test_spiel_trains_in_16_mixed_as_without(tmp_path, half, monkeypatch, variant):
+    """The seeded moments are of the gradients without the loss scale; fp16 rounds them by a part in a thousand."""
+
+    def trained(folder: str) -> Any:
+        adapter = spiel(variant=variant, density=0.05, reselection_steps=4, accumulation_steps=3, sparse_dtype="float32")
+        model = fitted(tmp_path / folder, adapter)
+        return [(layer.delta, adapter.live_optimizer.state[layer.delta.values]) for _, layer in sparse.layers(model)]
+
+    found = trained("half")
+    monkeypatch.undo()
+    for (delta, state), (wanted, right) in zip(found, trained("whole"), strict=True):
+        both = torch.isin(delta.indices, wanted.indices), torch.isin(wanted.indices, delta.indices)
+        assert both[0].float().mean() > 0.8
+        for key in ("exp_avg_sq",) if variant == "AG" else ():
+            a, b = state[key][both[0]], right[key][both[1]]
+            assert (a - b).norm() < 0.1 * b.norm()
+        assert state.keys() == right.keys()
+
+
+def test_a_mask_is_the_same_whatever_the_loss_scales_are():
+    """A scaler halves its scale after a step that overflowed; micro-batches count alike all the same."""
+    layer, chosen = net()[0], []
+    for scales in ((1.0, 1.0), (1024.0, 64.0)):
+        adapter = rosa()
+        model: Any = adapter.attach(net(), Start(steps=9))
+        optimizer = toys.optimiser(adapter, model, lr=0.0)
+        for done, scale in enumerate(scales, 1):
+            optimizer.zero_grad()
+            for micro in (0, 1):
+                x, t = rows(done, 0, micro)
+                (half_loss(model(x), t) * scale).backward()
+            adapter.before_step(model, scale)
+            optimizer.step()
+            adapter.after_step(model, done)
+        chosen.append(sparse.supports(model)["0"].tolist())
+    assert layer.weight.numel() == 56
+    assert chosen[0] == mask_of("squared", (0,))
+    assert chosen[1] == chosen[0]
+
+
+@pytest.mark.parametrize("kind", ["exact", "candidates", "first"])
+@pytest.mark.parametrize("squared", [False, True])
+def test_a_finite_micro_batch_whose_product_is_not_does_not_count(kind, squared):
+    """fp16's largest number is 65504: a gradient may be beyond it while its factors are not."""
+    linear = nn.Linear(5, 4).half()
+    draw = torch.Generator().manual_seed(1)
+    found, alone = (Scores(SparseDelta(linear, 3, torch.float32), kind, squared, "layer") for _ in range(2))
+    dy, x = torch.randn(6, 4, generator=draw).half(), torch.randn(6, 5, generator=draw).half()
+    loud = dy.clone(), x.clone()
+    loud[0][:, 1], loud[1][:, 2] = 3e3, 3e3
+    for sign in (1, -1):
+        found(sign * loud[0], loud[1])
+    for scores in (found, alone):
+        scores(dy, x)
+    assert found.support(dy.device).tolist() == alone.support(dy.device).tolist()
+
+
+# through the real program
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("adapter=rosa adapter.density_pattern={up_porj:0.1}", "density_pattern has 'up_porj', which is the end of no adapted layer's name"),
+        ("adapter=sparse adapter.density_pattern={up_proj:2}", r"density of model\.layers\.0\.mlp\.up_proj is 2: expected"),
+        ("adapter=spiel adapter.density_pattern={mlp:0.1}", "density_pattern has 'mlp'"),
+        ("adapter=spiel adapter.density=1e-4", "density 0.0001 of model.* is less than one of its 256 entries: raise it"),
+        ("adapter=spiel_ma adapter.accumulation_steps=20", "accumulation_steps=20 must be less than adapter.reselection_steps=20"),
+        ("adapter=spiel adapter.momentum=0.5", "adapter.momentum=0.5 is of variant=MA"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_told_before_the_base_is_loaded(train, chats, monkeypatch, settings, message):
+    monkeypatch.setattr(Base, "load", None)
+    with pytest.raises(AdapterError, match=message):
+        train(f"task.path={chats}", "adapter.warmup_steps=0" if "rosa" in settings else "seed=0", *settings.split())
+
+
+def test_lora_only_through_the_program_is_lora(train, chats):
+    """The same weights from the same seed, but for what a sum in another order rounds."""
+    settings = (f"task.path={chats}", "max_steps=4", "batch_size=2", "callbacks.evaluation.every=null", "adapter.rank=2")
+    both = [
+        train(*settings, *adapter) for adapter in (("adapter=lora",), ("adapter=rosa", "adapter.schedule=lora_only"))
+    ]  # fmt: skip
+    from safetensors.torch import load_file
+
+    wanted, found = (load_file(run / "adapter" / "adapter_model.safetensors") for run in both)
+    assert found.keys() == wanted.keys()
+    assert not (both[1] / "masks.safetensors").exists()
+    for name, tensor in wanted.items():
+        assert tensor.any()
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
