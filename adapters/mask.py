@@ -84,7 +84,9 @@ def load(file: Path, wanted: dict[str, tuple[tuple[int, int], int]]) -> dict[str
     """
     where = f"adapter.mask={file}"
     if file.is_dir():
-        file = next((file / name for name in ("masks.safetensors", "adapter_model.safetensors") if (file / name).exists()), file)
+        file = next(
+            (file / name for name in ("masks.safetensors", "adapter_model.safetensors") if (file / name).exists()), file
+        )
     if not file.is_file():
         raise AdapterError(f"{where}: there is no such file. Give masks.safetensors of a run, or an exported adapter's folder")
     try:

@@ -41,7 +41,9 @@ ROWS = 1 << 22  # numbers that go to the CPU's sums at one time
 class RoSA(SparseDelta):
     """The sparse and low-rank update of one linear layer."""
 
-    def __init__(self, linear: Any, k: int, rank: int, scale: float, dropout: float, dtype: torch.dtype, sparse_dtype: torch.dtype):
+    def __init__(
+        self, linear: Any, k: int, rank: int, scale: float, dropout: float, dtype: torch.dtype, sparse_dtype: torch.dtype
+    ):
         super().__init__(linear, k, sparse_dtype)
         device = linear.weight.device
         self.scale, self.dropout = scale, dropout
@@ -198,7 +200,7 @@ class RoSAAdapter(SparseAdapter):
             support = chosen[name].to(layer.base.weight.device)
             for key, value in mask.statistics(support, float_weight(layer.base)).items():
                 found.setdefault(f"mask_{key}", []).append(value)
-            layer.delta.settle(support, layer.base)  # type: ignore[operator]
+            layer.delta.settle(support, layer.base)
         if self.folder is not None:
             shapes = {name: (layer.delta.o, layer.delta.i) for name, layer in layers(model)}
             mask.save(self.folder / "masks.safetensors", supports(model), shapes)  # type: ignore[arg-type]
@@ -219,7 +221,9 @@ class RoSAAdapter(SparseAdapter):
 
     def before_step(self, model: nn.Module, loss_scale: float) -> None:
         if self.scores_kind != "exact" and self.scores and mask.processes() > 1:
-            raise AdapterError(f"adapter.scores={self.scores_kind} is for one process: several have other candidates. Set scores=exact")
+            raise AdapterError(
+                f"adapter.scores={self.scores_kind} is for one process: several have other candidates. Set scores=exact"
+            )
         # DDP makes zeros where there was no gradient. Without one, an optimiser's count of steps begins when S does.
         if self.step < self.mask_step:
             for values in sparse_values(model):
@@ -237,7 +241,7 @@ class RoSAAdapter(SparseAdapter):
         device = next(model.parameters()).device
         chosen = {}
         for name, layer in layers(model):
-            layer.delta.watch = None  # type: ignore[assignment]
+            layer.delta.watch = None
             chosen[name] = self.scores.pop(name).support(device)
         news = self._settle(model, chosen)
         mask.refuse_divergence(supports(model))
@@ -268,7 +272,7 @@ class RoSAAdapter(SparseAdapter):
         self.step = state["extra"]["step"]
         self.scores.clear()
         for _, layer in layers(model):
-            layer.delta.watch = None  # type: ignore[assignment]
+            layer.delta.watch = None
         self._watch(model)
         for name, layer in layers(model):
             if name in self.scores:

@@ -53,6 +53,13 @@ Watcher = Callable[[Tensor, Tensor], None]  # is given dy (t, o) and x (t, i) of
 class SparseDelta(Delta):
     """The sparse, and possibly low-rank, update of one linear layer. It has no support until `settle` gives it one."""
 
+    values: Any  # (k,), the trained entries; None where there are none
+    indices: Any  # (k,) int32, sorted row · i + column
+    A: Any  # (r, i), and B (o, r), of methods with a low-rank part; else None
+    B: Any
+    kept: Any  # (k,) the base's own entries while this is held
+    crow: Any  # (o + 1,) and col (k,) int32: the support in CSR
+    col: Any
     scale = 0.0
     dropout = 0.0
 
@@ -62,9 +69,9 @@ class SparseDelta(Delta):
         device = linear.weight.device
         self.values = nn.Parameter(torch.zeros(k, device=device, dtype=dtype)) if k else None
         self.register_buffer("indices", torch.zeros(k, device=device, dtype=torch.int32) if k else None)
-        self.register_parameter("A", None)  # (r, i), and B (o, r), of methods with a low-rank part
+        self.register_parameter("A", None)
         self.register_parameter("B", None)
-        for name in ("kept", "crow", "col"):  # the base's entries at the support, and the support in CSR
+        for name in ("kept", "crow", "col"):
             self.register_buffer(name, None, persistent=False)
         self.settled = False  # whether the indices are a support
         self.way = "gathered"  # of sddmm
@@ -75,7 +82,7 @@ class SparseDelta(Delta):
 
     def settle(self, indices: Int[Tensor, " k"], base: Any) -> None:
         """Take sorted flat indices for the support; values stay as they are. The base must not hold this delta."""
-        assert self.kept is None and self.indices is not None
+        assert self.kept is None
         self.indices.copy_(indices)
         self.settled = True
         self.hold(base)
@@ -169,7 +176,12 @@ class _Linear(torch.autograd.Function):
                 y.addmm_(low, B.to(dtype).t(), alpha=delta.scale)
         # A reference to the weight, by which autograd notices a change before the backward pass.
         ctx.save_for_backward(flat, A, B, low, kept, None if delta.packed else base.weight)
-        ctx.base, ctx.delta, ctx.shape, ctx.dtypes = base, delta, x.shape, (x.dtype, values.dtype if values is not None else None)
+        ctx.base, ctx.delta, ctx.shape, ctx.dtypes = (
+            base,
+            delta,
+            x.shape,
+            (x.dtype, values.dtype if values is not None else None),
+        )
         return y.view(*x.shape[:-1], delta.o)
 
     @staticmethod
@@ -285,8 +297,8 @@ class SparseAdapter(Adapter):
 
     def after_step(self, model: nn.Module, step: int) -> dict[str, float] | None:
         for _, layer in layers(model):
-            layer.delta.written = None  # type: ignore[assignment]  # optimisers of other libraries do not count versions
-            layer.delta.write(layer.base)  # type: ignore[operator]
+            layer.delta.written = None  # optimisers of other libraries do not count versions
+            layer.delta.write(layer.base)
         if step == 1:
             mask.refuse_divergence(supports(model))
         return None
@@ -305,7 +317,7 @@ class SparseAdapter(Adapter):
             super().load_state(model, state)
             settled = set(state["extra"]["settled"])
             for name, layer in attached:
-                layer.delta.settled = name in settled  # type: ignore[assignment]
+                layer.delta.settled = name in settled
         finally:
             for _, layer in attached:
                 layer.delta.hold(layer.base)
@@ -342,7 +354,7 @@ class SparseAdapter(Adapter):
         return containers.load_pair(base, folder) if (folder / "shira").exists() else super().load_stock(base, folder)
 
 
-def layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
+def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Adapted layers with a sparse delta, by name."""
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear) and isinstance(module.delta, SparseDelta):
@@ -351,12 +363,12 @@ def layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
 
 def supports(model: nn.Module) -> dict[str, Tensor]:
     """The supports of all layers that have one."""
-    return {name: layer.delta.indices for name, layer in layers(model) if layer.delta.settled}  # type: ignore[misc]
+    return {name: layer.delta.indices for name, layer in layers(model) if layer.delta.settled}
 
 
 def sparse_values(model: nn.Module) -> list[nn.Parameter]:
     """The values of all sparse deltas."""
-    return [layer.delta.values for _, layer in layers(model) if layer.delta.values is not None]  # type: ignore[misc]
+    return [layer.delta.values for _, layer in layers(model) if layer.delta.values is not None]
 
 
 def _own_weights(model: nn.Module, found: list[tuple[str, nn.Module]]) -> None:

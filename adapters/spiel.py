@@ -133,7 +133,13 @@ class SM3(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Any, lr: float, momentum: float, eps: float, weight_decay: float, supports: dict[nn.Parameter, SparseDelta]
+        self,
+        params: Any,
+        lr: float,
+        momentum: float,
+        eps: float,
+        weight_decay: float,
+        supports: dict[nn.Parameter, SparseDelta],
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "eps": eps, "weight_decay": weight_decay})
         self.supports = supports
@@ -221,13 +227,13 @@ class SpIEL(SparseAdapter):
         if self.variant != "AG" or self.step % self.every >= self.window:
             return
         for name, layer in layers(model):
-            found = self.candidates.setdefault(name, Candidates(len(layer.delta.indices), name))  # type: ignore[arg-type]
-            layer.delta.watch = found  # type: ignore[assignment]
+            found = self.candidates.setdefault(name, Candidates(len(layer.delta.indices), name))
+            layer.delta.watch = found
 
     def _unwatch(self, model: nn.Module) -> None:
         self.candidates.clear()
         for _, layer in layers(model):
-            layer.delta.watch = None  # type: ignore[assignment]
+            layer.delta.watch = None
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         sparse = sparse_values(model)
@@ -249,7 +255,9 @@ class SpIEL(SparseAdapter):
 
     def before_step(self, model: nn.Module, loss_scale: float) -> None:
         if self.candidates and self.window < 2 and mask.processes() > 1:
-            raise AdapterError("with several processes the first step of a window finds candidates: set adapter.accumulation_steps=2")
+            raise AdapterError(
+                "with several processes the first step of a window finds candidates: set adapter.accumulation_steps=2"
+            )
         for found in self.candidates.values():
             found.end_step(loss_scale, next(model.parameters()).device)
 

@@ -45,7 +45,9 @@ def export(run: str, to: str, out: Path | None, dtype: str) -> tuple[Path, float
     """
     found = assembly.trained(run, exact=True, unpack=to == "merged")
     if to == "shira" and not hasattr(found.adapter, "save_pair"):
-        raise AdapterError(f"to=shira is for adapters with a sparse part, and this run's is {type(found.adapter).__name__}: to=peft")
+        raise AdapterError(
+            f"to=shira is for adapters with a sparse part, and this run's is {type(found.adapter).__name__}: to=peft"
+        )
     out = out or found.folder / to
     if out.exists():
         raise CheckpointError(f"{out} exists. Remove it, or choose another place with out=FOLDER")

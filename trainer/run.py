@@ -220,7 +220,9 @@ def _where_to_go_on(
     done, steps = int(path.stem[5:]) if path else 0, identity["steps"]
     if steps != then["steps"]:
         schedule = assembly.instantiate(config["schedule"])
-        if any(factor(schedule, step, steps, restart) != factor(schedule, step, then["steps"], restart) for step in range(done)):
+        if any(
+            factor(schedule, step, steps, restart) != factor(schedule, step, then["steps"], restart) for step in range(done)
+        ):
             different.append(
                 f"steps: {then['steps']} in the run, {steps} now, with which its schedule would have had other rates so far"
             )

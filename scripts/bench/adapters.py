@@ -88,7 +88,9 @@ def adapted(method: str, model: Any, options: dict[str, Any]) -> tuple[Any, Any]
         "peft_supra": lambda: peft.SupertuningConfig(
             sparsity=1 - density / 2, r=rank // 2, lora_alpha=rank // 2, target_modules="all-linear"
         ),
-        "peft_shira": lambda: peft.ShiraConfig(r=rank, random_seed=0, target_modules=[n for n, _ in targets(model, "all-linear")]),
+        "peft_shira": lambda: peft.ShiraConfig(
+            r=rank, random_seed=0, target_modules=[n for n, _ in targets(model, "all-linear")]
+        ),
     }
     return peft.get_peft_model(model, configs[method]()), None
 
@@ -116,7 +118,11 @@ def measured(method: str, options: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     cuda = options["device"] == "cuda"
     model = loaded(options)
-    before = torch.cuda.memory_allocated() / 1e6 if cuda else int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+    before = (
+        torch.cuda.memory_allocated() / 1e6
+        if cuda
+        else int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+    )
     model, adapter = adapted(method, model, options)
     model.train()
     loss_of = CausalLoss(model if adapter is not None else model.get_base_model(), 512)
@@ -145,7 +151,13 @@ def measured(method: str, options: dict[str, Any]) -> dict[str, Any]:
     peak.going = False
     most = torch.cuda.max_memory_allocated() / 1e6 if cuda else peak.most
     ways = sorted(set(getattr(adapter, "ways", {}).values()))
-    return {"steps": times[2:], "mb": most - before, "trained": sum(p.numel() for p in trained), "ways": ways, "loss": float(sums["loss"] / sums["tokens"])}
+    return {
+        "steps": times[2:],
+        "mb": most - before,
+        "trained": sum(p.numel() for p in trained),
+        "ways": ways,
+        "loss": float(sums["loss"] / sums["tokens"]),
+    }
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ further is tried, at most twice. RoSA's ratio of rates is the paper's. The chose
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -48,7 +49,12 @@ def adapter(method: str, options: dict[str, Any], density: float, steps: int) ->
         "lora": ["adapter=lora", f"adapter.rank={rank}"],
         "dora": ["adapter=dora", f"adapter.r={rank}"],
         "rslora": ["adapter=rslora", f"adapter.rank={rank}"],
-        "rosa": ["adapter=rosa", f"adapter.rank={rank // 2}", f"adapter.density={density / 2}", f"adapter.warmup_steps={warmup}"],
+        "rosa": [
+            "adapter=rosa",
+            f"adapter.rank={rank // 2}",
+            f"adapter.density={density / 2}",
+            f"adapter.warmup_steps={warmup}",
+        ],
         "sparse": ["adapter=sparse", f"adapter.density={density}"],
         "spiel_ag": ["adapter=spiel", f"adapter.density={density}", *every],
         "spiel_ma": ["adapter=spiel_ma", f"adapter.density={density}", *every],
@@ -85,7 +91,9 @@ def split(options: dict[str, Any]) -> dict[str, list[str]]:
     }
 
 
-def piece(method: str, part: str, rate: float, seed: int, options: dict[str, Any], rows: list[str], density: float) -> dict[str, Any]:
+def piece(
+    method: str, part: str, rate: float, seed: int, options: dict[str, Any], rows: list[str], density: float
+) -> dict[str, Any]:
     """One run, in a process of its own: its held-out loss and scores, step time, memory and adapter size."""
     search = part == "search"
     steps, name = options["search_steps"] if search else options["steps"], f"{part}-{method}-{rate:g}-{seed}"
@@ -108,7 +116,7 @@ def piece(method: str, part: str, rate: float, seed: int, options: dict[str, Any
     seconds = [row["seconds"] for row in found if row["kind"] == "step"]
     result = {
         "method": method, "part": part, "rate": rate, "seed": seed, "steps": steps, "batch_size": options["batch_size"], "base": options["base"],
-        "step_seconds": statistics.median(b - a for a, b in zip(seconds[1:], seconds[2:], strict=False)),
+        "step_seconds": statistics.median(b - a for a, b in itertools.pairwise(seconds[1:])),
         "parameters": trained_parameters(folder),
     }  # fmt: skip
     result |= json.loads((folder / "scores.json").read_text())["adapted"]
@@ -154,7 +162,9 @@ def next_rate(method: str, rates: list[float], done: list[dict[str, Any]]) -> fl
 
 def best_rate(method: str, done: list[dict[str, Any]]) -> float:
     """The searched rate of lowest loss."""
-    return min((row for row in done if row["method"] == method and row["part"] == "search"), key=lambda row: row["loss"])["rate"]
+    return min((row for row in done if row["method"] == method and row["part"] == "search"), key=lambda row: row["loss"])[
+        "rate"
+    ]
 
 
 def table(options: dict[str, Any], done: list[dict[str, Any]]) -> str:
@@ -163,7 +173,10 @@ def table(options: dict[str, Any], done: list[dict[str, Any]]) -> str:
     for task in options["tasks"]:
         names = ["loss", *SCORES[task]]
         lines += [f"\n{task}: held out, mean ± standard deviation over seeds\n"]
-        lines += ["| method | rate | seeds | trained | " + " | ".join(names) + " | step s | adapter MB |", "|---" * (6 + len(names)) + "|"]
+        lines += [
+            "| method | rate | seeds | trained | " + " | ".join(names) + " | step s | adapter MB |",
+            "|---" * (6 + len(names)) + "|",
+        ]
         for method in options["methods"]:
             rows = [row for row in done if row["method"] == method and row["part"] == task]
             if not rows:

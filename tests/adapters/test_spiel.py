@@ -417,6 +417,19 @@ def test_without_a_finite_gradient_nothing_moves():
     assert news["replaced"] > 0  # the next window finds candidates again
 
 
+def test_a_state_brings_its_planned_steps_along():
+    adapter, model, optimizer = attached(8)
+    for done in range(1, 6):
+        one_step(adapter, model, optimizer, done, rows(2))
+    longer, other, _ = attached(80, support_seed=1)
+    longer.load_state(other, copy.deepcopy(adapter.state(model)))
+    assert (longer.step, longer.rate(6)) == (5, adapter.rate(6))
+    for name, found in adapter.candidates.items():
+        assert torch.equal(longer.candidates[name].flat, found.flat)
+        assert torch.equal(longer.candidates[name].g, found.g)
+        assert torch.equal(longer.first[name], adapter.first[name])
+
+
 def test_nothing_is_collected_between_windows():
     adapter, model, optimizer = attached(20)
     watched = []
