@@ -96,6 +96,10 @@ def load(file: Path, wanted: dict[str, tuple[tuple[int, int], int]]) -> dict[str
     except (SafetensorError, ValueError, OSError) as error:
         raise AdapterError(f"{where} cannot be read as masks: {error}") from error
     found = {key.removesuffix(EXPORTED).removeprefix("base_model.model."): indices for key, indices in found.items()}
+    if not found:
+        raise AdapterError(
+            f"{where} holds no masks. Give masks.safetensors of a run, or an adapter that was exported with to=peft"
+        )
     missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or unknown:
         raise AdapterError(
@@ -106,6 +110,8 @@ def load(file: Path, wanted: dict[str, tuple[tuple[int, int], int]]) -> dict[str
         indices, numel = found[name], shape[0] * shape[1]
         if tuple(shapes.get(name, shape)) != shape:
             raise AdapterError(f"{where} is of another model: {name} is {tuple(shapes[name])} there and {shape} here")
+        if len(indices) > k and indices[k] < indices[k - 1]:  # an export to one density: the rest fills it up
+            indices = indices[:k]
         if len(indices) != k:
             raise AdapterError(
                 f"{where} has {len(indices)} entries for {name} (density {len(indices) / numel:g}) where the settings ask for {k} "

@@ -67,7 +67,11 @@ class Scores:
 
     def __call__(self, dy: Tensor, x: Tensor) -> None:
         """Take in one micro-batch; one whose gradient is not finite counts for nothing, as its step does."""
-        if (self.kind == "first" and self.count) or not (torch.isfinite(dy).all() and torch.isfinite(x).all()):
+        if self.kind == "first" and self.count:
+            return
+        wide = torch.promote_types(x.dtype, torch.float32)
+        gradient = dy.to(wide).t() @ x.to(wide)
+        if not torch.isfinite(gradient).all():
             return
         o, i = self.shape
         self.count += 1
@@ -76,9 +80,9 @@ class Scores:
                 self.sums = torch.zeros(o, i)
             rows = max(1, ROWS // i)
             for start in range(0, o, rows):
-                self.sums[start : start + rows] += self._score(dy[:, start : start + rows].t() @ x).cpu()
+                self.sums[start : start + rows] += self._score(gradient[start : start + rows]).cpu()
             return
-        scores = self._score(dy.t() @ x).view(-1)
+        scores = self._score(gradient).view(-1)
         if self.flat is None:
             most = self.k if self.kind == "first" else min(CANDIDATES * self.k, o * i)
             self.flat = mask.top(scores.abs(), most, self.name)
@@ -145,6 +149,7 @@ class RoSAAdapter(SparseAdapter):
         self.step = 0
         self.folder: Path | None = None
         self.scores: dict[str, Scores] = {}
+        self.found: dict[str, float] | None = None  # statistics of a mask that is there from the start, until they are logged
         self.live_optimizer: torch.optim.Optimizer | None = None
 
     def new_delta(self, linear: Any, k: int) -> SparseDelta:
@@ -162,7 +167,7 @@ class RoSAAdapter(SparseAdapter):
             )
         self.folder = start.folder
         model = super().attach(model, start)
-        if next(model.parameters()).device.type == "meta":
+        if next(model.parameters()).device.type == "meta" and self.schedule != "lora_only":
             self._chosen(model)  # a mask file that does not fit is found before weights are loaded
         return model
 
@@ -172,7 +177,7 @@ class RoSAAdapter(SparseAdapter):
         if self.mask_step:
             self._watch(model)
         else:
-            self._settle(model, self._chosen(model))
+            self.found = self._settle(model, self._chosen(model))
 
     def _chosen(self, model: nn.Module) -> dict[str, Tensor]:
         """The supports that need no gradients."""
@@ -220,7 +225,7 @@ class RoSAAdapter(SparseAdapter):
         return self.live_optimizer
 
     def before_step(self, model: nn.Module, loss_scale: float) -> None:
-        if self.scores_kind != "exact" and self.scores and mask.processes() > 1:
+        if self.scores_kind != "exact" and self.step < self.mask_step and mask.processes() > 1:
             raise AdapterError(
                 f"adapter.scores={self.scores_kind} is for one process: several have other candidates. Set scores=exact"
             )
@@ -232,7 +237,10 @@ class RoSAAdapter(SparseAdapter):
     def after_step(self, model: nn.Module, step: int) -> dict[str, float] | None:
         super().after_step(model, step)
         self.step = step
-        if not self.mask_step or step > self.mask_step:
+        if not self.mask_step:
+            news, self.found = self.found, None
+            return news
+        if step > self.mask_step:
             return None
         if step < self.mask_step:
             if step == self.warmup_steps:

@@ -50,9 +50,9 @@ class Candidates:
 
     def __call__(self, dy: Tensor, x: Tensor) -> None:
         """Take in one micro-batch; one that is not finite counts for nothing."""
-        if not (torch.isfinite(dy).all() and torch.isfinite(x).all()):
-            return
         gradient = (dy.t() @ x).float().view(-1)
+        if not torch.isfinite(gradient).all():  # also where only the product is too large for fp16
+            return
         if self.flat is None:
             self.flat = mask.top(gradient.abs(), self.k, self.name)
             self.g, self.g2 = torch.zeros_like(gradient[: self.k]), torch.zeros_like(gradient[: self.k])
@@ -94,7 +94,19 @@ class Candidates:
             setattr(self, key, value.to(device) if isinstance(value, Tensor) else value)
 
 
-class SpielAdamW(torch.optim.Optimizer):
+class Fp32State(torch.optim.Optimizer):
+    """Keeps a loaded state in fp32: torch casts it to the parameters' dtype, in which an age would stop at 256."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        names = [name for group in state_dict["param_groups"] for name in group["params"]]
+        for p, name in zip(parameters, names, strict=True):
+            if name in state_dict["state"]:
+                self.state[p] = {key: tensor.to(p.device, copy=True) for key, tensor in state_dict["state"][name].items()}
+
+
+class SpielAdamW(Fp32State):
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with an age for each entry, by which its moments are corrected.
 
     With equal ages it is torch.optim.AdamW. The moments and ages are fp32: in bf16 an age would stop at 256.
@@ -125,7 +137,7 @@ class SpielAdamW(torch.optim.Optimizer):
         return loss
 
 
-class SM3(torch.optim.Optimizer):
+class SM3(Fp32State):
     """SM3-II (Anil et al. 2019, arXiv 1901.11150): second moments by row and column, which only grow.
 
     `supports` gives a sparse delta's vector of values its rows and columns; other matrices have their own, and other
@@ -302,13 +314,12 @@ class SpIEL(SparseAdapter):
         dropped = torch.zeros_like(delta.indices, dtype=torch.bool)
         dropped[order[:n]] = True
         scored, scores = self._scores(delta, found, delta.indices[~dropped])
-        n = min(n, len(scored))  # fewer candidates than places
-        dropped[order[n:]] = False
-        best = torch.topk(scores, n, sorted=False).indices
+        best = torch.topk(scores, min(n, len(scored)), sorted=False).indices
         grown = scored[best]
-        back = torch.isin(delta.indices, grown) & dropped  # dropped and grown at once: as they were
-        keep = ~dropped | back
-        new = ~torch.isin(grown, delta.indices[back])
+        new = ~torch.isin(grown, delta.indices)  # the others were dropped and grown at once: as they were
+        dropped &= ~torch.isin(delta.indices, grown)
+        keep = torch.ones_like(dropped)
+        keep[order[dropped[order]][: int(new.sum())]] = False  # as many leave as enter, also where few can grow
         flat = torch.cat([delta.indices[keep], grown[new]])
         by_place = torch.argsort(flat)
         result = {"flat": flat[by_place]}

@@ -520,3 +520,13 @@ def test_the_program_has_no_shira_of_a_lora(train, chats, tmp_path, capsys):
     assert export.main([f"run={run}", "to=shira", f"out={tmp_path / 'out'}"]) == 2
     assert "to=shira is for adapters with a sparse part, and this run's is LoRAAdapter: to=peft" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_padded_export_is_a_mask_too(tmp_path):
+    adapter, model = attached("rosa", toys.llama(), density=0.02, density_pattern={"down_proj": 0.05}, mask="random")
+    adapter.save(model, tmp_path, "base", "CAUSAL_LM")
+    wanted = sparse.supports(model)
+    _, again = attached("rosa", toys.llama(), density=0.02, density_pattern={"down_proj": 0.05}, mask=str(tmp_path))
+    assert all(torch.equal(support, wanted[name]) for name, support in sparse.supports(again).items())
+    with pytest.raises(AdapterError, match="Set adapter.density to the mask's"):
+        attached("rosa", toys.llama(), density=0.01, density_pattern={"down_proj": 0.05}, mask=str(tmp_path))

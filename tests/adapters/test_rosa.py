@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48}
 
 
 def make(**changes: Any) -> RoSAAdapter:
-    settings = {
+    settings: dict[str, Any] = {
         "rank": 4, "alpha": 6.0, "rslora": False, "dropout": 0.0, "density": DENSITY, "density_pattern": {}, "schedule": "wl",
         "warmup_steps": 1, "mask_steps": 1, "restart_after_mask": False, "mask": "gradient", "score": "squared", "scores": "exact",
         "mask_seed": 0, "sparse_lr_ratio": 0.3, "sparse_weight_decay": 0.0, "target_modules": "all-linear", "exclude_modules": [],
@@ -144,7 +144,7 @@ def collected(plain: Any, layers: dict[str, Dense], micro: list[Tensor]) -> dict
         before = {name: layer.W.grad.clone() if layer.W.grad is not None else 0.0 for name, layer in layers.items()}
         (toys.loss(plain, ids) / len(micro)).backward()
         for name, layer in layers.items():
-            found[name].append(layer.W.grad - before[name])  # type: ignore[operator]
+            found[name].append(layer.W.grad - before[name])  # type: ignore[operator, arg-type]
     return found
 
 
@@ -202,9 +202,7 @@ def same(found: dict[str, dict[str, Tensor]], right: dict[str, dict[str, Tensor]
         assert found[name].keys() == tensors.keys()
         for key, wanted in tensors.items():
             assert wanted.abs().max() > 0.1 * LR, (name, key)
-            torch.testing.assert_close(
-                found[name][key], wanted, rtol=0, atol=1e-8 * LR, msg=lambda text, at=(name, key): f"{at} {text}"
-            )
+            assert (found[name][key] - wanted).abs().max() < 1e-8 * LR, (name, key)
 
 
 # the mask
@@ -435,6 +433,7 @@ def test_other_masks_are_live_from_the_first_step(tmp_path, mask, schedule):
     assert torch.equal(toys.logits(model), toys.logits(llama()))
     found = masks(model)
     assert len(found) == 14
+    spread: list[float] = []
     for name, entries in found.items():
         weight = llama().get_submodule(name).weight.detach()
         assert len(set(entries)) == len(entries) == int(DENSITY * weight.numel())
@@ -443,8 +442,9 @@ def test_other_masks_are_live_from_the_first_step(tmp_path, mask, schedule):
         elif mask == "file":
             assert entries == sorted(given[name].tolist())
         else:
-            counts = torch.histc(torch.tensor(entries).float(), 4, 0, weight.numel())
-            assert counts.min() > 0.12 * len(entries)  # of a quarter
+            spread += [entry / weight.numel() for entry in entries]
+    if mask == "random":
+        assert torch.histc(torch.tensor(spread), 4, 0, 1).min() > 0.2 * len(spread)
     saved = load_file(tmp_path / "masks.safetensors")
     assert {name: tensor.tolist() for name, tensor in saved.items()} == found
     assert {tensor.dtype for tensor in saved.values()} == {torch.int32}
@@ -519,7 +519,7 @@ def test_what_is_no_mask_is_refused(tmp_path):
         ("nothere", "no such file"),
         ("folder", "no such file"),
         ("garbage", "cannot be read"),
-        ("other", "14 layers"),
+        ("other", "holds no masks"),
     ):
         with pytest.raises(AdapterError, match=message):
             make(mask=str(tmp_path / name)).attach(meta(), Start(steps=1))

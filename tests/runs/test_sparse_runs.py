@@ -137,7 +137,9 @@ def _rank(rank: int, port: int, folder: Path) -> None:
                 torch.distributed.barrier()
         delta: Any = model[0].delta
         state = live.state[delta.values]
-        numbers = {key: state[key].double() for key in ("exp_avg", "exp_avg_sq", "age")} | {"value": delta.values.detach().double()}
+        numbers = {key: state[key].double() for key in ("exp_avg", "exp_avg_sq", "age")} | {
+            "value": delta.values.detach().double()
+        }
         found["spiel"].append((delta.indices.tolist(), {key: tensor.tolist() for key, tensor in numbers.items()}, news))
 
     ag = spiel(accumulation_steps=1)
@@ -274,16 +276,18 @@ def half(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def trainer(*given: Any) -> Any:
         made = whole(*given)
-        made.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=256.0))  # type: ignore[attr-defined]
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_factor=8.0, growth_interval=1)
+        made.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
         return made
 
     monkeypatch.setattr(test_finetune, "_lightning", trainer)
 
 
-def fitted(folder: Path, adapter: Any, dtype: torch.dtype = torch.float32) -> Any:
-    model = adapter.attach(toys.llama(dtype), Start(steps=5))
-    run = test_finetune.Run(folder, ["optimizer.fused=false", "batch_size=2", "accumulate=2"])
-    assert run.fit(adapter, model, steps=5).skipped == 0
+def fitted(folder: Path, adapter: Any, *overrides: str, steps: int = 5) -> Any:
+    model = adapter.attach(toys.llama(torch.float32), Start(steps=steps))
+    run = test_finetune.Run(folder, ["optimizer.fused=false", "batch_size=2", "accumulate=2", *overrides])
+    skipped = run.fit(adapter, model, steps=steps).skipped
+    assert skipped == 0
     return model
 
 
@@ -293,9 +297,22 @@ def test_rosa_trains_in_16_mixed(tmp_path, half, schedule):
     assert all(layer.delta.values.any() for _, layer in sparse.layers(model))
 
 
+def test_steps_count_alike_in_a_mask_whatever_their_loss_scales(tmp_path, half, monkeypatch):
+    """The second step's scale is 8 times that of the first; fp16 rounds gradients by a part in a thousand."""
+
+    def chosen(folder: str) -> dict[str, Tensor]:
+        adapter = rosa(density=0.05, dtype="float32", sparse_dtype="float32")
+        return sparse.supports(fitted(tmp_path / folder, adapter, "optimizer.lr=1e-9", steps=2))
+
+    found = chosen("half")
+    monkeypatch.undo()
+    for name, wanted in chosen("whole").items():
+        assert torch.isin(found[name], wanted).float().mean() > 0.95
+
+
 @pytest.mark.parametrize("variant", ["AG", "MA"])
 def test_spiel_trains_in_16_mixed_as_without(tmp_path, half, monkeypatch, variant):
-    """The seeded moments are of the gradients without the loss scale; fp16 rounds them by a part in a thousand."""
+    """The same entries grow, and seeded moments are of gradients without the loss scale."""
 
     def trained(folder: str) -> Any:
         adapter = spiel(variant=variant, density=0.05, reselection_steps=4, accumulation_steps=3, sparse_dtype="float32")
@@ -306,32 +323,12 @@ def test_spiel_trains_in_16_mixed_as_without(tmp_path, half, monkeypatch, varian
     monkeypatch.undo()
     for (delta, state), (wanted, right) in zip(found, trained("whole"), strict=True):
         both = torch.isin(delta.indices, wanted.indices), torch.isin(wanted.indices, delta.indices)
-        assert both[0].float().mean() > 0.8
-        for key in ("exp_avg_sq",) if variant == "AG" else ():
+        assert both[0].float().mean() > 0.9
+        for key in right.keys() & {"exp_avg", "exp_avg_sq"}:
             a, b = state[key][both[0]], right[key][both[1]]
             assert (a - b).norm() < 0.1 * b.norm()
-        assert state.keys() == right.keys()
-
-
-def test_a_mask_is_the_same_whatever_the_loss_scales_are():
-    """A scaler halves its scale after a step that overflowed; micro-batches count alike all the same."""
-    layer, chosen = net()[0], []
-    for scales in ((1.0, 1.0), (1024.0, 64.0)):
-        adapter = rosa()
-        model: Any = adapter.attach(net(), Start(steps=9))
-        optimizer = toys.optimiser(adapter, model, lr=0.0)
-        for done, scale in enumerate(scales, 1):
-            optimizer.zero_grad()
-            for micro in (0, 1):
-                x, t = rows(done, 0, micro)
-                (half_loss(model(x), t) * scale).backward()
-            adapter.before_step(model, scale)
-            optimizer.step()
-            adapter.after_step(model, done)
-        chosen.append(sparse.supports(model)["0"].tolist())
-    assert layer.weight.numel() == 56
-    assert chosen[0] == mask_of("squared", (0,))
-    assert chosen[1] == chosen[0]
+        for key in right.keys() & {"rows", "columns"}:
+            assert (state[key] - right[key]).norm() < 0.2 * right[key].norm()
 
 
 @pytest.mark.parametrize("kind", ["exact", "candidates", "first"])
@@ -344,7 +341,7 @@ def test_a_finite_micro_batch_whose_product_is_not_does_not_count(kind, squared)
     dy, x = torch.randn(6, 4, generator=draw).half(), torch.randn(6, 5, generator=draw).half()
     loud = dy.clone(), x.clone()
     loud[0][:, 1], loud[1][:, 2] = 3e3, 3e3
-    for sign in (1, -1):
+    for sign in (1, -1):  # whose sum is NaN
         found(sign * loud[0], loud[1])
     for scores in (found, alone):
         scores(dy, x)
@@ -373,7 +370,14 @@ def test_what_cannot_be_is_told_before_the_base_is_loaded(train, chats, monkeypa
 
 def test_lora_only_through_the_program_is_lora(train, chats):
     """The same weights from the same seed, but for what a sum in another order rounds."""
-    settings = (f"task.path={chats}", "max_steps=4", "batch_size=2", "callbacks.evaluation.every=null", "adapter.rank=2")
+    settings = (
+        f"task.path={chats}",
+        "max_steps=4",
+        "batch_size=2",
+        "callbacks.evaluation.every=null",
+        "adapter.rank=2",
+        "adapter.alpha=4",
+    )
     both = [
         train(*settings, *adapter) for adapter in (("adapter=lora",), ("adapter=rosa", "adapter.density=0.1", "adapter.schedule=lora_only"))
     ]  # fmt: skip
