@@ -62,59 +62,67 @@ class Scores:
     def __init__(self, delta: SparseDelta, kind: str, squared: bool, name: str):
         self.shape, self.k, self.kind, self.squared, self.name = (delta.o, delta.i), len(delta.indices), kind, squared, name
         self.sums: Tensor | None = None
+        self.step_sums: Tensor | None = None  # of the step at hand, whose loss scale is known when it ends
         self.flat: Tensor | None = None  # the candidates
-        self.count = 0
+        self.count = self.step_count = 0
 
     def __call__(self, dy: Tensor, x: Tensor) -> None:
         """Take in one micro-batch; one whose gradient is not finite counts for nothing, as its step does."""
-        if self.kind == "first" and self.count:
+        if self.kind == "first" and self.count + self.step_count:
             return
         wide = torch.promote_types(x.dtype, torch.float32)
         gradient = dy.to(wide).t() @ x.to(wide)
         if not torch.isfinite(gradient).all():
             return
         o, i = self.shape
-        self.count += 1
+        self.step_count += 1
         if self.kind == "exact":
-            if self.sums is None:
-                self.sums = torch.zeros(o, i)
+            if self.step_sums is None:
+                self.step_sums = torch.zeros(o, i)
             rows = max(1, ROWS // i)
             for start in range(0, o, rows):
-                self.sums[start : start + rows] += self._score(gradient[start : start + rows]).cpu()
+                self.step_sums[start : start + rows] += self._score(gradient[start : start + rows]).cpu()
             return
         scores = self._score(gradient).view(-1)
         if self.flat is None:
             most = self.k if self.kind == "first" else min(CANDIDATES * self.k, o * i)
             self.flat = mask.top(scores.abs(), most, self.name)
-            self.sums = torch.zeros(len(self.flat), device=scores.device)
-        self.sums += scores.index_select(0, self.flat)  # type: ignore[operator]
+        found = scores.index_select(0, self.flat)
+        self.step_sums = found if self.step_sums is None else self.step_sums + found
+
+    def end_step(self, loss_scale: float, device: torch.device) -> None:
+        """Add the step at hand to the sums, over all processes, since only one of them writes checkpoints, and without the loss
+        scale of 16-mixed, which changes from step to step."""
+        if mask.processes() > 1:
+            total = torch.zeros(self.shape, device=device) if self.step_sums is None else self.step_sums.to(device)
+            count = torch.tensor(self.step_count, device=device)
+            torch.distributed.all_reduce(total)
+            torch.distributed.all_reduce(count)
+            self.step_sums, self.step_count = total.cpu(), int(count)
+        if self.step_sums is not None:
+            self.step_sums /= loss_scale**2 if self.squared else loss_scale
+            self.sums = self.step_sums if self.sums is None else self.sums.add_(self.step_sums)
+            self.step_sums = None
+            self.count, self.step_count = self.count + self.step_count, 0
 
     def _score(self, gradient: Tensor) -> Tensor:
         return gradient.float().square() if self.squared else gradient.float()
 
     def support(self, device: torch.device) -> Tensor:
-        """The k entries of largest score over all processes.
+        """The k entries of largest score.
 
         Raises:
             AdapterError: no micro-batch had a finite gradient, or the scores are not finite.
         """
-        if mask.processes() > 1:
-            self._add_up(device)
-        if not self.count or self.sums is None:
+        if self.step_sums is not None:
+            self.end_step(1.0, device)
+        if self.sums is None or not self.count:
             raise AdapterError(
                 f"no micro-batch of the mask's steps had a finite gradient at {self.name}: lower optimizer.lr, raise the warm-up, or "
                 "look at the rows"
             )
         chosen = mask.top(self.sums.abs().to(device), self.k, self.name)
         return chosen if self.flat is None else self.flat.to(device).index_select(0, chosen)
-
-    def _add_up(self, device: torch.device) -> None:
-        if self.sums is None:
-            self.sums = torch.zeros(self.shape)
-        total, count = self.sums.to(device), torch.tensor(self.count, device=device)
-        torch.distributed.all_reduce(total)
-        torch.distributed.all_reduce(count)
-        self.sums, self.count = total.cpu(), int(count)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint between two of the mask's steps."""
@@ -229,6 +237,8 @@ class RoSAAdapter(SparseAdapter):
             raise AdapterError(
                 f"adapter.scores={self.scores_kind} is for one process: several have other candidates. Set scores=exact"
             )
+        for scores in self.scores.values():
+            scores.end_step(loss_scale, next(model.parameters()).device)
         # DDP makes zeros where there was no gradient. Without one, an optimiser's count of steps begins when S does.
         if self.step < self.mask_step:
             for values in sparse_values(model):
