@@ -528,5 +528,5 @@ def test_a_padded_export_is_a_mask_too(tmp_path):
     wanted = sparse.supports(model)
     _, again = attached("rosa", toys.llama(), density=0.02, density_pattern={"down_proj": 0.05}, mask=str(tmp_path))
     assert all(torch.equal(support, wanted[name]) for name, support in sparse.supports(again).items())
-    with pytest.raises(AdapterError, match="Set adapter.density to the mask's"):
+    with pytest.raises(AdapterError, match=r"Set adapter\.density to the mask's"):
         attached("rosa", toys.llama(), density=0.01, density_pattern={"down_proj": 0.05}, mask=str(tmp_path))
