@@ -164,8 +164,10 @@ class RoSAAdapter(SparseAdapter):
         if self.rank is None:
             return super().new_delta(linear, k)
         scale = lora.scaling(self.rank, self.alpha, self.rslora)
-        k = 0 if self.schedule == "lora_only" else k
         return RoSA(linear, k, self.rank, scale, self.dropout, self.dtype, self.sparse_dtype)
+
+    def _sizes(self, found: list[tuple[str, nn.Module]]) -> dict[str, int]:
+        return {name: 0 for name, _ in found} if self.schedule == "lora_only" else super()._sizes(found)
 
     def attach(self, model: nn.Module, start: Start) -> nn.Module:
         if self.mask_step > start.steps and start.saved is None:

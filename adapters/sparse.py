@@ -196,8 +196,8 @@ class _Linear(torch.autograd.Function):
                 delta.watch(dy, x)
             if delta.settled and ctx.needs_input_grad[1]:
                 dvalues = delta.gradient(dy, x).to(ctx.dtypes[1])
-            elif A is None:  # before there is a support nothing else has a gradient, and 16-mixed wants to see one
-                dvalues = torch.zeros_like(delta.values)
+            elif A is None:  # before there is a support nothing else has a gradient, and 16-mixed looks there for infinities
+                dvalues = torch.zeros_like(delta.values) + 0 * dy.float().sum()
             if ctx.needs_input_grad[0]:
                 dx = dy @ delta.dense(ctx.base, x.dtype)
             if A is not None and B is not None:

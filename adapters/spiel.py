@@ -18,7 +18,7 @@
 An entry that is dropped and grown at once stays as it was. Weight decay is decoupled and pulls S, so W + S, back to the base.
 
 A window of accumulation is exactly accumulation_steps steps, from each multiple of reselection_steps; the reference code
-opens it one micro-batch earlier. Σ g and Σ g² are over whole steps, as the optimiser sees them, summed over micro-batches and
+opens it one micro-batch earlier. Σ g and Σ g² are over whole steps, before clipping, summed over micro-batches and
 averaged over processes; the reference sums micro-batches of one process. With several processes the candidates are the first
 one's, and the step that finds them is not counted.
 """

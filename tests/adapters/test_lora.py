@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from adapters.delta import AdaptedLinear, Start, float_weight
-from adapters.lora import LoRA, LoRAAdapter
+from adapters.lora import LoRA, LoRAAdapter, scaling
 from tests.adapters import toys
 
 # PEFT's own, on a tied output layer that is adapted: it says that merging would be wrong, which ours mends.
@@ -219,13 +219,18 @@ def test_quantised_bases_answer_as_their_dequantised_weights_and_the_update(tmp_
     y.backward(upstream)
     w = float_weight(adapted.base).double()
     a, b = adapted.delta.A.detach().double(), adapted.delta.B.detach().double()
-    dense = w + adapter.scale * b @ a
+    dense = w + scaling(adapter.rank, adapter.alpha, adapter.rslora) * b @ a
     wanted = x.detach().double() @ dense.T
     assert (y - wanted).abs().max() < tolerance * wanted.abs().max()
     wanted_x = upstream.double() @ dense
     assert (x.grad - wanted_x).abs().max() < tolerance * wanted_x.abs().max()
     rows, gradients = x.detach().double().reshape(12, 64), upstream.double().reshape(12, 128)
-    torch.testing.assert_close(adapted.delta.B.grad.double(), adapter.scale * gradients.T @ (rows @ a.T), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        adapted.delta.B.grad.double(),
+        scaling(adapter.rank, adapter.alpha, adapter.rslora) * gradients.T @ (rows @ a.T),
+        rtol=1e-4,
+        atol=1e-4,
+    )
     plain = toys.llama(torch.float32).model.layers[0].mlp.up_proj.weight
     assert 0 < (w - plain).abs().max() < 0.3 * plain.abs().max()  # it was rounded, and is the same weight still
 

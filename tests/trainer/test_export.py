@@ -138,7 +138,7 @@ def test_an_export_that_answers_differently_is_refused_and_leaves_nothing(train,
     run = run_with(train, chats, chats, "lora")
     save, write = export.save_adapter, type(of_run(run).model).save_pretrained
 
-    def spoilt_adapter(adapter: Any, model: Any, base: Any, task: Any, folder: Path) -> None:
+    def spoilt_adapter(adapter: Any, model: Any, base: Any, task: Any, folder: Path, pair: bool = False) -> None:
         save(adapter, model, base, task, folder)
         file = folder / "adapter_model.safetensors"
         tensors = load_file(file)
@@ -167,7 +167,7 @@ def test_an_export_with_nan_is_refused(train, chats, tmp_path, monkeypatch):
     run = run_with(train, chats, chats, "lora")
     save = export.save_adapter
 
-    def spoilt(adapter: Any, model: Any, base: Any, task: Any, folder: Path) -> None:
+    def spoilt(adapter: Any, model: Any, base: Any, task: Any, folder: Path, pair: bool = False) -> None:
         save(adapter, model, base, task, folder)
         tensors = load_file(folder / "adapter_model.safetensors")
         next(iter(tensors.values())).fill_(torch.nan)
