@@ -10,11 +10,11 @@ taught the #### can be right by the second alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from decimal import Decimal
+from typing import Any
 
-from tasks.reading import Bad, DataError
-from tasks.task import Conversation, Splits, column, text_of
+from tasks.reading import DataError
+from tasks.task import Chats, Conversation
 
 # A minus after a digit or a bracket subtracts, and so does one before a blank: the last number of "7-5" and of "7 - 5" is 5.
 _NUMBER = (
@@ -26,40 +26,16 @@ _ANYWHERE = re.compile(_NUMBER)
 _MARKED = re.compile(rf"####[^\S\n]*\$?{_NUMBER}(?![,./]?[0-9])")
 
 
-class GSM8K:
+class GSM8K(Chats):
     """Questions and worked answers."""
 
-    kind = "conversation"
     metrics = ["exact_match", "flexible"]
-    streaming = False
-    train_on = "all"
 
-    def __init__(
-        self, path: str | list[str], split: str, eval_path: str | list[str] | None, eval_split: str, eval_fraction: float,
-        limit: int | None, eval_limit: int | None, columns: dict[str, str], system: str | None, chat_template: str | None, on_bad: str,
-    ):  # fmt: skip
-        self.splits = Splits.of(path, split, eval_path, eval_split, eval_fraction, limit, eval_limit)
-        self.columns, self.system, self.chat_template, self.on_bad = dict(columns), system, chat_template, on_bad
-
-    def examples(self, split: str) -> Iterator[Conversation | Bad]:
-        for where, row in self.splits.rows(split):
-            if isinstance(row, Bad):
-                yield row
-                continue
-            try:
-                question = text_of(column(row, self.columns, "question"), "question")
-                answer = text_of(column(row, self.columns, "answer"), "answer")
-                if marked(answer) is None:
-                    raise DataError(f"the answer must hold its number after ####, and ends in {answer[-40:]!r}")
-            except DataError as error:
-                yield Bad(where, str(error))
-                continue
-            messages = [{"role": "system", "content": self.system}] if self.system is not None else []
-            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            yield Conversation(messages, where, reference=answer)
-
-    def fingerprint(self, split: str) -> str:
-        return f"{self.splits.fingerprint(split)} {sorted(self.columns.items())} {self.system}"
+    def conversation(self, row: dict[str, Any], where: str) -> Conversation:
+        question, answer = self.text(row, "question"), self.text(row, "answer")
+        if marked(answer) is None:
+            raise DataError(f"the answer must hold its number after ####, and ends in {answer[-40:]!r}")
+        return self.pair(question, answer, where)
 
     def grade(self, example: Conversation, completion: str) -> dict[str, float]:
         right = marked(example.reference)

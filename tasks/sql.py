@@ -19,12 +19,11 @@ import random
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 from tasks import conversation
-from tasks.reading import Bad, DataError
-from tasks.task import Conversation, Splits, column, text_of
+from tasks.reading import DataError
+from tasks.task import Chats, Conversation, text_of
 
 PROMPT = "Write a SQL query to answer the question based on the table schema.\n\n context: {context}\n\n question: {question}"
 Schema = dict[str, dict[str, str]]  # table -> column -> type
@@ -46,39 +45,17 @@ _CONSTRAINTS = {"primary", "foreign", "unique", "constraint", "check", "key"}
 _NONDETERMINISTIC = {"random", "randomblob", "load_extension"}
 
 
-class SQL:
+class SQL(Chats):
     """Questions over tables, and queries."""
 
-    kind = "conversation"
     metrics = ["exact_match", "same_result"]
-    streaming = False
-    train_on = "all"
 
-    def __init__(
-        self, path: str | list[str], split: str, eval_path: str | list[str] | None, eval_split: str, eval_fraction: float,
-        limit: int | None, eval_limit: int | None, columns: dict[str, str], system: str | None, chat_template: str | None, on_bad: str,
-    ):  # fmt: skip
-        self.splits = Splits.of(path, split, eval_path, eval_split, eval_fraction, limit, eval_limit)
-        self.columns, self.system, self.chat_template, self.on_bad = dict(columns), system, chat_template, on_bad
-
-    def examples(self, split: str) -> Iterator[Conversation | Bad]:
-        for where, row in self.splits.rows(split):
-            if isinstance(row, Bad):
-                yield row
-                continue
-            try:
-                yield self._conversation(row, where)
-            except DataError as error:
-                yield Bad(where, str(error))
-
-    def _conversation(self, row: dict[str, Any], where: str) -> Conversation:
+    def conversation(self, row: dict[str, Any], where: str) -> Conversation:
         names = {name: self.columns.get(name, name) for name in ("messages", "question", "context", "answer")}
         if names["messages"] in row:
             example = conversation.convert(row, "messages", self.columns, self.system, where)
         elif all(names[name] in row for name in ("question", "context", "answer")):
-            question, context, answer = (
-                text_of(column(row, self.columns, name), name) for name in ("question", "context", "answer")
-            )
+            question, context, answer = (self.text(row, name) for name in ("question", "context", "answer"))
             pair = {"prompt": PROMPT.format(context=context, question=question), "completion": answer}
             example = conversation.convert(pair, "prompt_completion", {}, self.system, where)
         else:
@@ -92,9 +69,6 @@ class SQL:
             raise DataError("no CREATE TABLE statement with columns stands before the answer")
         example.reference = (tables, example.reference)
         return example
-
-    def fingerprint(self, split: str) -> str:
-        return f"{self.splits.fingerprint(split)} {sorted(self.columns.items())} {self.system}"
 
     def grade(self, example: Conversation, completion: str) -> dict[str, float]:
         tables, right = example.reference

@@ -116,6 +116,52 @@ class Splits:
         return f"{source.fingerprint()} {apart} {sorted(self.held_out)} {split} {limit}"
 
 
+class Chats:
+    """A data set whose rows become conversations one by one. Its file says how (`conversation`) and grades them."""
+
+    kind = "conversation"
+    streaming = False
+    train_on = "all"
+
+    def __init__(
+        self, path: str | list[str], split: str, eval_path: str | list[str] | None, eval_split: str, eval_fraction: float,
+        limit: int | None, eval_limit: int | None, columns: dict[str, str], system: str | None, chat_template: str | None, on_bad: str,
+    ):  # fmt: skip
+        self.splits = Splits.of(path, split, eval_path, eval_split, eval_fraction, limit, eval_limit)
+        self.columns, self.system, self.chat_template, self.on_bad = dict(columns), system, chat_template, on_bad
+
+    def conversation(self, row: dict[str, Any], where: str) -> Conversation:
+        """One row's conversation.
+
+        Raises:
+            DataError: the row cannot be used.
+        """
+        raise NotImplementedError
+
+    def examples(self, split: str) -> Iterator[Conversation | Bad]:
+        for where, row in self.splits.rows(split):
+            if isinstance(row, Bad):
+                yield row
+                continue
+            try:
+                yield self.conversation(row, where)
+            except DataError as error:
+                yield Bad(where, str(error))
+
+    def pair(self, prompt: str, answer: str, where: str) -> Conversation:
+        """A prompt and its answer, behind the task's system prompt, if it has one."""
+        messages = [{"role": "system", "content": self.system}] if self.system is not None else []
+        messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        return Conversation(messages, where, reference=answer)
+
+    def text(self, row: dict[str, Any], name: str) -> str:
+        """A row's text by our name for the column; see `column` and `text_of`."""
+        return text_of(column(row, self.columns, name), name)
+
+    def fingerprint(self, split: str) -> str:
+        return f"{self.splits.fingerprint(split)} {sorted(self.columns.items())} {self.system}"
+
+
 def column(row: dict[str, Any], columns: dict[str, str], name: str) -> Any:
     """A row's value by our name for the column.
 

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from tasks.reading import Bad, DataError
-from tasks.task import Conversation, Splits, column, text_of
+from tasks.reading import DataError
+from tasks.task import Chats, Conversation
 
 LISTS = ("genres", "platforms", "player_perspective")  # elsewhere a comma belongs to the value: exp_release_date[June 29, 2018]
 
@@ -35,42 +35,16 @@ class Meaning:
     pairs: Counter[tuple[str, str]]
 
 
-class ViGGO:
+class ViGGO(Chats):
     """Sentences and what they mean."""
 
-    kind = "conversation"
     metrics = ["exact_match", "function", "slots_f1"]
-    streaming = False
-    train_on = "all"
 
-    def __init__(
-        self, path: str | list[str], split: str, eval_path: str | list[str] | None, eval_split: str, eval_fraction: float,
-        limit: int | None, eval_limit: int | None, columns: dict[str, str], system: str | None, chat_template: str | None, on_bad: str,
-    ):  # fmt: skip
-        self.splits = Splits.of(path, split, eval_path, eval_split, eval_fraction, limit, eval_limit)
-        self.columns, self.system, self.chat_template, self.on_bad = dict(columns), system, chat_template, on_bad
-
-    def examples(self, split: str) -> Iterator[Conversation | Bad]:
-        for where, row in self.splits.rows(split):
-            if isinstance(row, Bad):
-                yield row
-                continue
-            try:
-                sentence = text_of(column(row, self.columns, "target"), "target")
-                meaning = text_of(column(row, self.columns, "meaning_representation"), "meaning_representation")
-                if parsed(meaning) is None:
-                    raise DataError(
-                        f"meaning_representation must be written as function(slot[value], ...), and is {meaning[:60]!r}"
-                    )
-            except DataError as error:
-                yield Bad(where, str(error))
-                continue
-            messages = [{"role": "system", "content": self.system}] if self.system is not None else []
-            messages += [{"role": "user", "content": sentence}, {"role": "assistant", "content": meaning}]
-            yield Conversation(messages, where, reference=meaning)
-
-    def fingerprint(self, split: str) -> str:
-        return f"{self.splits.fingerprint(split)} {sorted(self.columns.items())} {self.system}"
+    def conversation(self, row: dict[str, Any], where: str) -> Conversation:
+        sentence, meaning = self.text(row, "target"), self.text(row, "meaning_representation")
+        if parsed(meaning) is None:
+            raise DataError(f"meaning_representation must be written as function(slot[value], ...), and is {meaning[:60]!r}")
+        return self.pair(sentence, meaning, where)
 
     def grade(self, example: Conversation, completion: str) -> dict[str, float]:
         wanted, found = parsed(example.reference), parsed(completion)
