@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import subprocess
@@ -31,6 +32,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["GRAFT_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_closed_logs() -> None:
+    """Without handlers that a test before has left with a stream of its own, now closed: they would tell of it in this one."""
+    for name in (None, "trainer", "adapters", "tasks"):
+        logger = logging.getLogger(name)
+        for handler in [h for h in logger.handlers if getattr(getattr(h, "stream", None), "closed", False)]:
+            logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
