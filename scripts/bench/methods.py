@@ -25,6 +25,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,16 +109,15 @@ def piece(
         sys.executable, "-m", "trainer.evaluate", f"run={folder}", f"generate={0 if search else options['generate']}",
         "max_new_tokens=120", f"json={folder}/scores.json",
     ]  # fmt: skip
-    for each in (command, graded):
-        done = subprocess.run(each, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{name} failed:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
+    peak = run(command)
+    run(graded)
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seconds = [row["seconds"] for row in found if row["kind"] == "step"]
     result = {
         "method": method, "part": part, "rate": rate, "seed": seed, "steps": steps, "batch_size": options["batch_size"], "base": options["base"],
         "step_seconds": statistics.median(b - a for a, b in itertools.pairwise(seconds[1:])),
         "parameters": trained_parameters(folder),
+        "peak_bytes": peak,
     }  # fmt: skip
     result |= json.loads((folder / "scores.json").read_text())["adapted"]
     exported = folder / "adapter" / "adapter_model.safetensors"
@@ -125,6 +125,18 @@ def piece(
     for path in (folder / "checkpoints").glob("step-*"):
         path.unlink()  # a full fine-tuning has gigabytes
     return result
+
+
+def run(command: list[str]) -> int:
+    """Run a command; returns its peak resident memory in bytes."""
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{log.read()[-4000:]}")
+    return usage.ru_maxrss * 1024
 
 
 def trained_parameters(folder: Path) -> int:
@@ -174,8 +186,8 @@ def table(options: dict[str, Any], done: list[dict[str, Any]]) -> str:
         names = ["loss", *SCORES[task]]
         lines += [f"\n{task}: held out, mean ± standard deviation over seeds\n"]
         lines += [
-            "| method | rate | seeds | trained | " + " | ".join(names) + " | step s | adapter MB |",
-            "|---" * (6 + len(names)) + "|",
+            "| method | rate | seeds | trained | " + " | ".join(names) + " | step s | peak MB | adapter MB |",
+            "|---" * (7 + len(names)) + "|",
         ]
         for method in options["methods"]:
             rows = [row for row in done if row["method"] == method and row["part"] == task]
@@ -187,7 +199,8 @@ def table(options: dict[str, Any], done: list[dict[str, Any]]) -> str:
                 spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.3f}{spread}")
             size = rows[0]["adapter_bytes"]
-            cells += [f"{statistics.median(row['step_seconds'] for row in rows):.2f}", f"{size / 1e6:.1f}" if size else ""]
+            cells += [f"{statistics.median(row['step_seconds'] for row in rows):.2f}"]
+            cells += [f"{statistics.median(row['peak_bytes'] for row in rows) / 1e6:.0f}", f"{size / 1e6:.1f}" if size else ""]
             lines.append(f"| {method} | {rows[0]['rate']:g} | {len(rows)} | {rows[0]['parameters']:,} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
