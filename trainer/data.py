@@ -12,7 +12,10 @@ import os
 import re
 import shutil
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -296,10 +299,23 @@ def rendered(examples: Iterable[Example | Bad], renderer: Renderer, processes: i
         for example in examples:
             yield render_one(example, renderer)
         return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(processes, _start_worker, (renderer,)) as pool:
-        for chunk in pool.imap(_render_chunk, _chunks(examples, 256)):
-            yield from chunk
+    # Not multiprocessing.Pool: it waits for ever for the share of a process that was killed.
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker, (renderer,))
+    shares: deque[Future[list[tuple[str, Tokens | str]]]] = deque()
+    try:
+        for chunk in _chunks(examples, 256):
+            shares.append(pool.submit(_render_chunk, chunk))
+            if len(shares) > 2 * processes:
+                yield from shares.popleft().result()
+        while shares:
+            yield from shares.popleft().result()
+    except BrokenProcessPool:
+        raise DataError(
+            f"one of the {processes} processes that tokenise the rows was ended from outside, most likely for want of memory: "
+            "set tokenise_processes=1, or give the job more memory"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

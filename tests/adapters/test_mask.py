@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -266,8 +265,8 @@ def test_statistics_are_those_of_plain_loops(o, i, k):
 # several processes
 
 
-def _agreement(rank: int, port: int, folder: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _agreement(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     other = SUPPORTS | {"layers.0.up_proj": torch.tensor([1, 2, 46], dtype=torch.int32)}
     cases: dict[str, dict[str, Any]] = {
         "equal": dict(reversed(SUPPORTS.items())) if rank else SUPPORTS,
@@ -289,10 +288,7 @@ def _agreement(rank: int, port: int, folder: Path) -> None:
 
 
 def test_processes_with_other_supports_are_stopped(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_agreement, (port, tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(_agreement, (tmp_path,), nprocs=2)
     refused = "the processes of this run have different supports, so their values would not belong together"
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {

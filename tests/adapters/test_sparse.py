@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -329,8 +328,8 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _rank(rank: int, port: int, folder: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _rank(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     for mask_of in ("random", "gradient"):
         _, model = attached(toys.llama(), mask=mask_of)
         ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
@@ -341,10 +340,7 @@ def _rank(rank: int, port: int, folder: Path) -> None:
 
 
 def test_two_processes_have_the_gradient_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, tmp_path), nprocs=2)  # a fork hangs in threads that earlier tests have left
+    torch.multiprocessing.spawn(_rank, (tmp_path,), nprocs=2)  # a fork hangs in threads that earlier tests have left
     for mask_of in ("random", "gradient"):
         _, model = attached(toys.llama(), mask=mask_of)
         toys.loss(model).backward()

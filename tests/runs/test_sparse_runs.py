@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,8 +95,8 @@ def step(adapter: Any, model: Any, optimizer: Any, done: int, broken: bool = Fal
 BROKEN = 6  # the step in which the first process has nothing finite, which opens SpIEL's second window
 
 
-def _rank(rank: int, port: int, folder: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _rank(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found: dict[str, Any] = {"masks": {}, "spiel": []}
 
     for score in ("squared", "mean"):
@@ -157,10 +156,7 @@ def _rank(rank: int, port: int, folder: Path) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes came to."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, folder), nprocs=2)
+    torch.multiprocessing.spawn(_rank, (folder,), nprocs=2)
     return [torch.load(folder / f"found{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

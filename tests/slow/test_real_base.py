@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 from trainer import assembly, config, export, journal
 from trainer.losses import CausalLoss
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,11 @@ SHORT = {
     "deft_sst2": ("sst2_train.tsv", []),
 }
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not there")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not there"),
+]
 
 
 @pytest.mark.parametrize("name", SHORT)

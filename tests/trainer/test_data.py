@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import shutil
+import signal
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -220,6 +222,19 @@ def test_several_processes_give_what_one_gives(tiny, tmp_path, own_cache):
     one = made(tiny, task, 10_000)
     assert found == (listed(one), one.report, one.examples())
     assert found[2] == [i for i in range(600) if i != 300]
+
+
+class Killed:
+    """A renderer whose process the system ends, as for want of memory."""
+
+    def __call__(self, example: Any) -> Tokens:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+def test_a_killed_process_is_said_and_not_waited_for(chats):
+    with pytest.raises(DataError, match="one of the 2 processes that tokenise the rows was ended from outside"):
+        list(rendered(sft(chats).examples("train"), cast(Renderer, Killed()), 2))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
