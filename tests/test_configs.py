@@ -25,8 +25,9 @@ NEEDED = {
 }
 # What code gives when it calls what a file names; the first comments say so.
 GIVEN = {
-    "objective": {"model", "adapter", "optimizer", "schedule", "steps", "labelled", "accumulate", "seed", "penalty"},
+    "objective": {"model", "adapter", "optimizer", "schedule", "steps", "labelled", "accumulate", "seed", "penalty", "drafter"},
     "penalty": {"model"},
+    "drafter": {"model"},
     "optimizer": {"params"},
     "schedule": {"step", "steps"},
     "callbacks": {"context"},

@@ -18,7 +18,7 @@ TASKS = {"datasets", "pyarrow", "filelock", "torchmetrics"}
 # At import time each may use those before it. Verbs reach for what comes later inside their main.
 ORDER = [
     "schema", "config", "schedules", "signals", "journal", "losses", "base", "checkpoint", "tokens", "data", "plan", "stream", "penalties",
-    "finetune",
+    "drafters", "finetune",
     "folder", "evaluate", "callbacks", "assembly", "export", "compress", "sizes", "report", "preview", "preflight", "generate", "density", "failures",
     "run", "__main__",
 ]  # fmt: skip

@@ -23,6 +23,7 @@ from trainer import base as bases
 from trainer import checkpoint, data, folder
 from trainer.base import Base
 from trainer.data import Rows
+from trainer.drafters import Drafter
 from trainer.evaluate import HeldOut
 from trainer.plan import Collate, Plan, Sequences
 from trainer.tokens import Renderer, stop_ids
@@ -158,6 +159,7 @@ class Trained:
     adapter: Adapter
     model: nn.Module
     step: int
+    drafter: Drafter | None = None
 
 
 def trained(path: str, device: torch.device | str = "cpu", exact: bool = False, unpack: bool = False) -> Trained:
@@ -177,15 +179,17 @@ def trained(path: str, device: torch.device | str = "cpu", exact: bool = False, 
     model = base.load(torch.float32 if exact else dtype, identity["labels"], device)
     if unpack and base.quantization != "none":
         model = unpacked(model)
+    drafter = instantiate(config["drafter"])(model=model).to(device).eval() if config["drafter"] else None
     adapter: Adapter = instantiate(config["adapter"])
     start = Start(new_modules(model, identity["labels"]), identity["steps"], saved=saved["adapter"])
     model = adapter.attach(model, start)
     if exact and identity["trains_base"]:
         saved["adapter"]["tensors"] = {name: tensor.float() for name, tensor in saved["adapter"]["tensors"].items()}
     adapter.load_state(model, saved["adapter"])
-    return Trained(
-        place, config, base, instantiate(config["task"]), adapter, model.to(device).eval(), saved["counters"]["step"]
-    )
+    if drafter is not None:
+        drafter.load_state(saved["drafter"])
+    task = instantiate(config["task"])
+    return Trained(place, config, base, task, adapter, model.to(device).eval(), saved["counters"]["step"], drafter)
 
 
 def unpacked(model: Any) -> nn.Module:

@@ -84,7 +84,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _refuse_nonfinite(checkpoint: dict[str, Any], path: Path) -> None:
-    for name, tensor in checkpoint["adapter"]["tensors"].items():
+    for name, tensor in (checkpoint["adapter"]["tensors"] | checkpoint.get("drafter", {})).items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(
                 f"{name} holds NaN or infinite values, so {path.name} was not written. The checkpoints before it are untouched"

@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tasks.reading import DataError
+from trainer import drafters
 from trainer.plan import Pick, Sequences
 
 
@@ -52,6 +53,7 @@ def losses(
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     picks = [[Pick(int(sequence), True, 1) for sequence in batch] for batch in batches[rank::ranks]]
     sums = torch.zeros(3, dtype=torch.float64, device=device)
+    offsets: torch.Tensor | None = None
     scores: list[torch.Tensor] = []
     classes: list[torch.Tensor] = []
     for batch in DataLoader(held_out.sequences, batch_sampler=picks, collate_fn=held_out.collate):  # type: ignore[arg-type]
@@ -59,6 +61,8 @@ def losses(
             return {}
         _, found = loss(to_device(batch, device))
         sums += torch.stack([found[key].double() for key in ("loss", "tokens", "right")])
+        if "offsets" in found:
+            offsets = found["offsets"].double() if offsets is None else offsets + found["offsets"]
         if "scores" in found:
             scores.append(found["scores"].cpu())
             classes.append(batch["classes"])
@@ -68,6 +72,8 @@ def losses(
     result = {"loss": total / tokens, "accuracy": right / tokens}
     if held_out.labels is None:
         result["perplexity"] = math.exp(min(total / tokens, 700))
+        if offsets is not None:
+            result |= drafters.metrics(reduce(offsets))
     elif ranks == 1:
         from torchmetrics.functional.classification import multiclass_f1_score
 
@@ -167,7 +173,9 @@ def main(argv: list[str]) -> int:
             raise DataError("this run's task has no held-out rows: it had task.eval_fraction=0 and no task.eval_path")
         assembly.with_prompts(data, options["generate"], found.model)
         labelled = found.task.kind == "label"
-        loss = ClassLoss(found.model) if labelled else CausalLoss(found.model, found.config["objective"]["logits_chunk"])
+        target = drafters.Target(found.model) if found.drafter is not None else None
+        chunk = found.config["objective"]["logits_chunk"]
+        loss = ClassLoss(found.model) if labelled else CausalLoss(found.model, chunk, found.drafter, target)
         results: dict[str, dict[str, float]] = {}
         for name in ["base", "adapted"] if options["compare"] else ["adapted"]:
             with found.adapter.disabled(found.model) if name == "base" else contextlib.nullcontext():

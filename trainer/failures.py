@@ -14,10 +14,11 @@ from tasks.wheel import FetchError
 from trainer.base import BaseError
 from trainer.checkpoint import CheckpointError
 from trainer.config import EXIT_BAD_INPUT, ConfigError
+from trainer.drafters import DrafterError
 from trainer.finetune import NonFinite
 from trainer.folder import FolderError
 
-_BAD_INPUT = (ConfigError, BaseError, DataError, AdapterError, FetchError, FolderError)
+_BAD_INPUT = (ConfigError, BaseError, DataError, AdapterError, DrafterError, FetchError, FolderError)
 _FAULTS = (CheckpointError, NonFinite)
 
 

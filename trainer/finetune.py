@@ -1,4 +1,4 @@
-"""FineTune: a frozen base with an adapter, trained on its task's loss.
+"""FineTune: a frozen base with an adapter, a drafter or both, trained on its task's loss.
 
 A step's loss is the mean over all its trained tokens, whichever micro-batch or rank they are in:
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.delta import Adapter
+from trainer.drafters import Drafter, Target
 from trainer.losses import CausalLoss, ClassLoss
 from trainer.penalties.deft import DensityDEFT
 from trainer.schedules import factor
@@ -29,7 +30,7 @@ class NonFinite(RuntimeError):
 
 
 class FineTune(lightning.LightningModule):
-    """Trains what `adapter` grafted onto `model`, with a `penalty` on its activations where there is one.
+    """Trains what `adapter` grafted onto `model`, with a `penalty` on its activations and a `drafter` beside it where there is one.
 
     `schedule(step, steps=...)` gives the rate's factor for a 0-based step of the planned ones; `optimizer` makes the optimiser from
     parameter groups. A step whose loss or gradient is not finite changes nothing and is counted; `nonfinite_limit` of them in a row
@@ -42,14 +43,15 @@ class FineTune(lightning.LightningModule):
         self, model: nn.Module, adapter: Adapter, optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         schedule: Callable[..., float], steps: int, labelled: bool, accumulate: int, seed: int, max_grad_norm: float | None,
         logits_chunk: int, gradient_checkpointing: bool, nonfinite_limit: int,
-        penalty: DensityDEFT | None = None,
+        penalty: DensityDEFT | None = None, drafter: Drafter | None = None,
     ):  # fmt: skip
         super().__init__()
-        self.model, self.adapter, self.penalty = model, adapter, penalty
+        self.model, self.adapter, self.penalty, self.drafter = model, adapter, penalty, drafter
         self.make_optimizer, self.schedule = optimizer, schedule
         self.steps = steps
         self.accumulate, self.seed, self.max_grad_norm, self.nonfinite_limit = accumulate, seed, max_grad_norm, nonfinite_limit
-        self.loss = ClassLoss(model) if labelled else CausalLoss(model, logits_chunk)
+        target = Target(model) if drafter is not None else None
+        self.loss = ClassLoss(model) if labelled else CausalLoss(model, logits_chunk, drafter, target)
         if gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.step = 0  # optimiser steps done, skipped ones included: the run's clock
@@ -63,7 +65,8 @@ class FineTune(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = []
-        for group in self.adapter.parameter_groups(self.model):
+        own = self.drafter.parameter_groups() if self.drafter is not None else []
+        for group in [*self.adapter.parameter_groups(self.model), *own]:
             if "weight_decay" in group:
                 groups.append(group)
                 continue
@@ -90,8 +93,9 @@ class FineTune(lightning.LightningModule):
         if self.penalty is not None:
             self.penalty.open(real_tokens(batch))
         summed, sums = self.loss(batch)
-        for key in ("loss", "tokens", "right"):
-            self.sums[key] = self.sums[key] + sums[key]
+        for key in ("loss", "tokens", "right", "offsets"):
+            if key in sums:
+                self.sums[key] = self.sums.get(key, 0.0) + sums[key]
         self.sums["processed"] += batch["tokens"]
         self.sums["sequences"] += batch["sequences"]
         loss = summed * (self.accumulate * self.trainer.world_size / max(1, batch["window_tokens"]))
@@ -123,6 +127,8 @@ class FineTune(lightning.LightningModule):
             counts = torch.tensor([float(self.sums[k]) for k in ("loss", "tokens", "right", "processed")], device=self.device)
             counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
             self.sums |= dict(zip(("loss", "tokens", "right", "processed"), counts.unbind(), strict=True))
+            if "offsets" in self.sums:
+                self.sums["offsets"] = self.trainer.strategy.reduce(self.sums["offsets"], reduce_op="sum")
             if self.penalty is not None:
                 self.sums["density"] = self.trainer.strategy.reduce(self.sums["density"], reduce_op="sum")
         if self.penalty is not None:
@@ -163,12 +169,16 @@ class FineTune(lightning.LightningModule):
         checkpoint["adapter"] = self.adapter.state(self.model)
         if self.penalty is not None:
             checkpoint["penalty"] = self.penalty.state()
+        if self.drafter is not None:
+            checkpoint["drafter"] = self.drafter.state()
         checkpoint["counters"] = {k: getattr(self, k) for k in ("step", "tokens", "skipped", "skipped_in_a_row")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.adapter.load_state(self.model, checkpoint["adapter"])
         if self.penalty is not None:
             self.penalty.load_state(checkpoint["penalty"])
+        if self.drafter is not None:
+            self.drafter.load_state(checkpoint["drafter"])
         for key, value in checkpoint["counters"].items():
             setattr(self, key, value)
         # A finished run that was made longer goes on; Lightning would take its last micro-batch for the epoch's.

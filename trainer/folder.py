@@ -167,6 +167,10 @@ def read(path: str) -> tuple[Path, dict[str, Any], str]:
     content = folder.earlier()
     if content is None:
         raise FolderError(f"{name} is no run folder: it has no run.yaml")
+    # Groups that did not exist yet when an older version wrote it.
+    for group in ("penalty", "drafter"):
+        content["config"].setdefault(group, {})
+        content["identity"]["choices"].setdefault(group, "none")
     # A folder may come from a stranger: what it names is held against conf/ as a new config would be.
     try:
         settings = OmegaConf.create(content["config"] | {"resume": "never"})  # a folder may have been moved since

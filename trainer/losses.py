@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,20 +22,21 @@ Head = Callable[[Tensor], Tensor]  # (n, d) -> (n, V)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy and the number of right guesses, chunk by chunk.
+    """Summed cross-entropy, and for each row whether the best and one of the `top` best guesses was right, chunk by chunk.
 
     Forward: for each chunk of rows, logits = head(h_c), its loss in fp32, and by autograd d loss_c / d h_c (and for
     trained head parameters, summed over the chunks). Backward: those times the incoming scalar.
-    Shapes: hidden (n, d), targets (n,), parameters as they are; returns two scalars in fp32.
+    Shapes: hidden (n, d), targets (n,), parameters as they are; returns a scalar in fp32 and two (n,) of bool.
     Notes: the logits of a chunk are dropped before the next one. No second derivative.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk: int, *parameters: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk: int, top: int, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         loss = hidden.new_zeros((), dtype=torch.float32)
-        right = hidden.new_zeros((), dtype=torch.float32)
+        best = torch.zeros_like(targets, dtype=torch.bool)
+        among = torch.zeros_like(best)
         grad_hidden = torch.empty_like(hidden)
         grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         for start in range(0, len(hidden), chunk):
@@ -49,34 +50,58 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for total, grad in zip(grads, found[1:], strict=True):
                 total += grad
             loss += part_loss.detach()
-            right += (logits.detach().argmax(-1) == targets[rows]).sum()
+            best[rows], among[rows] = _right(logits.detach(), targets[rows], top)
             del logits, part_loss, found
         ctx.save_for_backward(grad_hidden, *grads)
         ctx.dtypes = [p.dtype for p in parameters]
-        ctx.mark_non_differentiable(right)
-        return loss, right
+        ctx.mark_non_differentiable(best, among)
+        return loss, best, among
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, *grads = ctx.saved_tensors
         scaled = [(grad * grad_loss).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return (grad_hidden * grad_loss.to(grad_hidden.dtype), None, None, None, *scaled)
+        return (grad_hidden * grad_loss.to(grad_hidden.dtype), None, None, None, None, *scaled)
 
 
 def chunked_cross_entropy(
     hidden: Float[Tensor, "n d"], targets: Int[Tensor, " n"], head: Head, chunk: int, parameters: tuple[Tensor, ...] = ()
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """(summed loss, right guesses) of next-token predictions; `parameters` are what the head trains. Zero for n = 0."""
+    loss, best, _ = chunked_predictions(hidden, targets, head, chunk, parameters)
+    return loss, best.sum().float()
+
+
+def chunked_predictions(
+    hidden: Float[Tensor, "n d"],
+    targets: Int[Tensor, " n"],
+    head: Head,
+    chunk: int,
+    parameters: tuple[Tensor, ...] = (),
+    top: int = 1,
+) -> tuple[Float[Tensor, ""], Bool[Tensor, " n"], Bool[Tensor, " n"]]:
+    """(summed loss, whether the best guess was right, whether one of the `top` best was); `parameters` are what the head
+    trains. The loss is summed in fp32, whatever the hidden states are. Zero for n = 0."""
     if len(hidden) == 0:
-        return hidden.sum().float() * 0.0, hidden.new_zeros((), dtype=torch.float32)
+        none = torch.zeros_like(targets, dtype=torch.bool)
+        return hidden.sum().float() * 0.0, none, none
     if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
-        return _ChunkedCrossEntropy.apply(hidden, targets, head, chunk, *parameters)
-    loss = right = hidden.new_zeros((), dtype=torch.float32)
+        return _ChunkedCrossEntropy.apply(hidden, targets, head, chunk, top, *parameters)
+    loss = hidden.new_zeros((), dtype=torch.float32)
+    found = []
     for start in range(0, len(hidden), chunk):
         logits = head(hidden[start : start + chunk]).float()
         loss = loss + F.cross_entropy(logits, targets[start : start + chunk], reduction="sum")
-        right = right + (logits.argmax(-1) == targets[start : start + chunk]).sum()
-    return loss, right
+        found.append(_right(logits, targets[start : start + chunk], top))
+    best, among = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return loss, best, among
+
+
+def _right(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    best = logits.argmax(-1) == targets
+    if top == 1:
+        return best, best
+    return best, (logits.topk(min(top, logits.shape[-1]), dim=-1).indices == targets.unsqueeze(-1)).any(-1)
 
 
 @contextlib.contextmanager
@@ -135,15 +160,15 @@ def output_head(model: nn.Module) -> Head | None:
 
 
 class CausalLoss:
-    """The loss of a batch as trainer.plan.Collate makes it."""
+    """The loss of a batch as trainer.plan.Collate makes it; with a drafter (trainer.drafters) its own is added."""
 
-    def __init__(self, model: nn.Module, chunk: int):
-        self.model, self.chunk = model, chunk
+    def __init__(self, model: nn.Module, chunk: int, drafter: Any = None, target: Any = None):
+        self.model, self.chunk, self.drafter, self.target = model, chunk, drafter, target
         self.layer: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         self.head = output_head(model)
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(summed loss, {loss, tokens, right}) with the sums detached."""
+        """(summed loss, {loss, tokens, right}) with the sums detached; with a drafter also `offsets`, see Drafter.loss."""
         inputs = {key: batch[key] for key in ("input_ids", "position_ids") if key in batch}
         labels = batch["labels"][:, 1:]  # position t is asked for token t + 1
         where = labels != -100
@@ -152,13 +177,25 @@ class CausalLoss:
             hidden = logits[:, :-1][where]
             loss, right = chunked_cross_entropy(hidden, labels[where], _as_they_are, self.chunk)
         else:
+            length = batch["labels"].shape[1]
+            more = self.drafter.inputs(batch, self.target) if self.drafter is not None and torch.is_grad_enabled() else None
             with captured_hidden(self.layer) as kept:
-                self.model(**inputs, use_cache=False)
-            # Virtual tokens of prompt learning stand before the row's own.
-            hidden = kept[0][:, -batch["labels"].shape[1] :][:, :-1][where]
+                self.model(**(inputs if more is None else more), use_cache=False)
+            # Virtual tokens of prompt learning stand before the row's own, a drafter's after them.
+            states, extra = (
+                (kept[0][:, :length], kept[0][:, length:]) if more is not None else (kept[0][:, -length:], kept[0][:, :0])
+            )
             parameters = tuple(p for p in self.layer.parameters() if p.requires_grad)
-            loss, right = chunked_cross_entropy(hidden, labels[where], self.head, self.chunk, parameters)
-        return loss, {"loss": loss.detach(), "tokens": where.sum(), "right": right.detach()}
+            loss, right = chunked_cross_entropy(states[:, :-1][where], labels[where], self.head, self.chunk, parameters)
+        sums = {"loss": loss.detach(), "tokens": where.sum(), "right": right.detach()}
+        if self.drafter is not None:
+            positions = batch.get("position_ids")
+            if positions is None:
+                positions = torch.arange(length, device=labels.device).expand_as(batch["labels"])
+            seen = self.drafter.seen(states, batch["input_ids"], batch["labels"], positions, extra)
+            term, sums["offsets"] = self.drafter.loss(seen, self.target, self.chunk)
+            loss = self.drafter.main_weight * loss + term
+        return loss, sums
 
 
 def _as_they_are(logits: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from adapters.full import Nothing
 from trainer import assembly, preview
 from trainer.base import Base, BaseError, compute
 from trainer.data import special_text
+from trainer.drafters import Drafter, DrafterError
 from trainer.penalties.deft import PenaltyError
 from trainer.plan import Plan
 from trainer.schedules import factor
@@ -167,9 +168,10 @@ def _model(
     skeleton = base.skeleton(labels)
     total = sum(p.numel() for p in skeleton.parameters())
     linears = sum(math.prod(features(linear)) for _, linear in targets(skeleton, "all-linear"))
+    drafted = _drafter(config, skeleton, found, errors)
     try:
         model = adapter.attach(skeleton, Start(assembly.new_modules(skeleton, labels), max(1, steps)))
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trainable = drafted + sum(p.numel() for p in model.parameters() if p.requires_grad)
     except NeedsWeights:
         model, trainable = skeleton, None
         warnings.append(
@@ -214,6 +216,27 @@ def _penalty(config: dict[str, Any], adapter: Adapter, model: nn.Module, errors:
         assembly.instantiate(config["penalty"])(model=model)
     except PenaltyError as error:
         errors.append(str(error))
+
+
+def _drafter(config: dict[str, Any], skeleton: nn.Module, found: assembly.Data, errors: list[str]) -> int:
+    """The number of parameters that the drafter trains."""
+    if not config["drafter"]:
+        return 0
+    if found.task.kind == "label":
+        errors.append("a drafter predicts tokens, and this task gives one label to each row: set drafter=none")
+        return 0
+    try:
+        drafter: Drafter = assembly.instantiate(config["drafter"])(model=skeleton)
+    except DrafterError as error:
+        errors.append(str(error))
+        return 0
+    longest = found.train.rows.report.longest if found.train is not None else config["max_length"]
+    if longest < drafter.offsets + 2:
+        errors.append(
+            f"the longest row has {longest} tokens, and a drafter of {drafter.offsets} offsets needs {drafter.offsets + 2}: "
+            f"set drafter.offsets={max(1, longest - 2)}, or give longer rows"
+        )
+    return sum(p.numel() for p in drafter.parameters() if p.requires_grad)
 
 
 def _memory(

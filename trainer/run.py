@@ -31,6 +31,8 @@ from trainer.callbacks.evaluation import Evaluation
 from trainer.callbacks.metrics import Metrics
 from trainer.callbacks.stopping import Stopping
 from trainer.checkpoint import AtomicCheckpointIO, CheckpointError
+from trainer.drafters import Drafter
+from trainer.drafters import io as drafter_io
 from trainer.evaluate import to_device
 from trainer.finetune import FineTune
 from trainer.folder import RunFolder
@@ -102,7 +104,8 @@ def _run(
     labels = task.labels if task.kind == "label" else None
     plan = assembly.plan(config, found, lightning_.world_size) if found.train is not None else None
     steps = plan.steps(config["max_steps"], config["max_tokens"]) if plan is not None else config["max_steps"]
-    steps = 0 if isinstance(adapter, Nothing) else steps
+    trains = not isinstance(adapter, Nothing) or bool(config["drafter"])
+    steps = steps if trains else 0
     checked = preflight.quick(config, base, adapter, found, plan, steps, place.path)
     if lightning_.is_global_zero:
         checkpoint.write_text(place.path / "preflight.json", json.dumps(checked, indent=2))
@@ -129,6 +132,8 @@ def _run(
         "" if base.quantization == "none" else f" as {base.quantization}",
     )
     model = base.load(dtype, labels, device)
+    lightning.seed_everything(config["seed"], verbose=False)
+    drafter = assembly.instantiate(config["drafter"])(model=model) if config["drafter"] else None
     saved = checkpoint.load(saved_path)["adapter"] if saved_path else None
     lightning.seed_everything(config["seed"], verbose=False)  # loading may draw; a resumed start must not depend on it
     start = Start(
@@ -137,13 +142,15 @@ def _run(
     )  # fmt: skip
     model = adapter.attach(model, start)
     log.info("trained: %s", preflight.parameters(model))
+    if drafter is not None:
+        log.info("drafter: %s", preflight.parameters(drafter))
     if config["packing"]:
         preflight.refuse_contamination(model, base)
     penalty = assembly.instantiate(config["penalty"])(model=model) if config["penalty"] else None
     module: FineTune = assembly.instantiate(config["objective"])(
         model=model, adapter=adapter, optimizer=assembly.instantiate(config["optimizer"]), steps=steps, labelled=labels is not None,
         schedule=assembly.instantiate(config["schedule"]), accumulate=config["accumulate"], seed=config["seed"],
-        penalty=penalty,
+        penalty=penalty, drafter=drafter,
     )  # fmt: skip
     assembly.with_prompts(found, _prompts(config), model)
     journal.loggers = lightning_.loggers = _loggers(config, place, record) if lightning_.is_global_zero else []
@@ -162,7 +169,7 @@ def _run(
     )
     lightning_.callbacks = _callbacks(config, context)  # type: ignore[attr-defined]
 
-    if isinstance(adapter, Nothing):
+    if not trains:
         _evaluate_only(lightning_, module.to(device))
     else:
         loader = _loader(config, found, plan, steps, done, lightning_)
@@ -170,7 +177,9 @@ def _run(
         _say_why_it_ended(context, module)
         if not lightning_.is_global_zero:
             return _last_loss(journal)
-        if adapter.exportable:
+        if drafter is not None:
+            _save_drafter(place, drafter, base, config, module.step)
+        if adapter.exportable and not isinstance(adapter, Nothing):
             _export(place, module, base, task, adapter, config["export"])
     report.write(place.path)
     _show(journal)
@@ -181,7 +190,8 @@ def _run(
 def _lightning(config: dict[str, Any], adapter: Adapter, path: Path) -> lightning.Trainer:
     cuda = torch.cuda.is_available() and config["lightning"]["accelerator"] != "cpu"
     _, precision, _ = compute(config["precision"], config["base"]["dtype"], isinstance(adapter, Full), cuda)
-    settings = config["lightning"] | ({"devices": 1, "strategy": "auto"} if isinstance(adapter, Nothing) else {})
+    idle = isinstance(adapter, Nothing) and not config["drafter"]
+    settings = config["lightning"] | ({"devices": 1, "strategy": "auto"} if idle else {})
     # One epoch for the whole run: the loader holds all its micro-batches, and its end is the run's.
     lightning_ = lightning.Trainer(
         **settings, precision=precision,  # type: ignore[arg-type]
@@ -321,6 +331,17 @@ def _evaluate_only(lightning_: lightning.Trainer, module: FineTune) -> None:
             callback.run(lightning_, module, graded=True)
     for logger in lightning_.loggers:
         logger.finalize("success")
+
+
+def _save_drafter(place: RunFolder, drafter: Drafter, base: Base, config: dict[str, Any], step: int) -> None:
+    """Write the drafter as it is after the last step."""
+    sizes = base.config.get_text_config()
+    target = {
+        "base": base.path, "fingerprint": base.fingerprint, "run": str(place.path), "step": step,
+        "hidden_size": sizes.hidden_size, "vocab_size": sizes.vocab_size,
+    }  # fmt: skip
+    drafter_io.save(drafter, config["drafter"], target, place.path / "drafter")
+    log.info("drafter: %s", place.path / "drafter")
 
 
 def _say_why_it_ended(context: Context, module: FineTune) -> None:

@@ -10,6 +10,7 @@ import lightning
 import torch
 
 from trainer.callbacks import Context
+from trainer.drafters import metrics
 
 
 class Metrics(lightning.Callback):
@@ -55,6 +56,8 @@ class Metrics(lightning.Callback):
         }
         if module.density is not None:
             row["density"] = module.density
+        if "offsets" in sums:
+            row |= metrics(sums["offsets"])
         if torch.cuda.is_available():
             row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.context.journal.write("step", module.step, row)
