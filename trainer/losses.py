@@ -180,7 +180,7 @@ class CausalLoss:
             length = batch["labels"].shape[1]
             more = self.drafter.inputs(batch, self.target) if self.drafter is not None and torch.is_grad_enabled() else None
             with captured_hidden(self.layer) as kept:
-                self.model(**(inputs if more is None else more), use_cache=False)
+                self.model(**(inputs if more is None else more), use_cache=False)  # type: ignore[arg-type]
             # Virtual tokens of prompt learning stand before the row's own, a drafter's after them.
             states, extra = (
                 (kept[0][:, :length], kept[0][:, length:]) if more is not None else (kept[0][:, -length:], kept[0][:, :0])
