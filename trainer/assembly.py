@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from adapters.delta import Adapter, Start, float_weight, is_linear
 from trainer import base as bases
 from trainer import checkpoint, data, folder
 from trainer.base import Base
+from trainer.config import ConfigError
 from trainer.data import Rows
 from trainer.drafters import Drafter
 from trainer.evaluate import HeldOut
@@ -139,6 +143,24 @@ def plan(config: dict[str, Any], found: Data, ranks: int) -> Plan:
         lengths, trained, config["seed"], config["batch_size"], config["accumulate"], ranks, config["group_by_length"],
         config["max_epochs"],
     )  # fmt: skip
+
+
+def schedule(config: dict[str, Any], plan: Plan | None) -> Callable[..., float]:
+    """The schedule, `step, steps -> factor`, with a cooldown of so many tokens turned into steps.
+
+    Raises:
+        ConfigError: the tokens of each step are not known beforehand.
+    """
+    node = config["schedule"]
+    tokens = node.get("cooldown_tokens")
+    if tokens is None:
+        return instantiate(node)
+    if plan is None:
+        raise ConfigError(
+            f"schedule.cooldown_tokens={tokens}: a stream's tokens are not known beforehand. Give schedule.cooldown in steps"
+        )
+    made, down = instantiate(node | {"cooldown_tokens": None}), functools.cache(partial(plan.last_steps, tokens))
+    return lambda step, steps: made(step, steps=steps, cooldown=down(steps))
 
 
 def new_modules(model: nn.Module, labels: list[str] | None) -> tuple[str, ...]:

@@ -59,6 +59,14 @@ class Plan:
             limit = step
         return limit
 
+    def last_steps(self, tokens: int, steps: int) -> int:
+        """How many of the last of `steps` steps have at least `tokens` tokens together; all if even those have less."""
+        seen = count = 0
+        while seen < tokens and count < steps:
+            count += 1
+            seen += int(self.lengths[[sequence for sequence, counts in self.window(steps - count) if counts]].sum())
+        return count
+
     def _make_order(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self.lengths))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from tests.conftest import ROOT
@@ -83,6 +84,52 @@ def test_cooldown_holds_the_peak_and_then_falls_as_its_shape(steps, cooldown, of
         x = i / down
         wanted = {"1-sqrt": 1 - x**0.5, "linear": 1 - x, "cosine": math.cos(math.pi * x / 2) ** 2}[shape]
         assert factor(steps - down + i, steps=steps) == pytest.approx(final + (1 - final) * wanted)
+
+
+@pytest.mark.parametrize("steps", [10, 100, 1000])
+@pytest.mark.parametrize("final", [0.01, 0.5, 1.0])
+def test_an_exponential_cooldown_falls_by_the_same_share_in_each_step(steps, final):
+    factor, down = make("cooldown", warmup=0, cooldown=0.3, shape="exponential", final=final), round(0.3 * steps)
+    wanted = 1.0
+    for step in range(steps - down, steps + 1):
+        assert factor(step, steps=steps) == pytest.approx(wanted)
+        wanted *= math.exp(math.log(final) / down)
+    assert factor(steps, steps=steps) == pytest.approx(final)  # not a share of 1 - final on top of it
+
+
+@pytest.mark.parametrize(("warmup", "timescale", "tau"), [(5, None, 5), (0, None, 1), (5, 40, 40), (5, 0.1, 10), (0, 0.001, 1)])
+def test_inverse_sqrt(warmup, timescale, tau):
+    factor = make("inverse_sqrt", warmup=warmup, timescale=timescale)
+    for after in range(100 - warmup):
+        assert factor(warmup + after, steps=100) == pytest.approx((1 + after / tau) ** -0.5)
+    assert factor(warmup + 3 * tau, steps=100) == pytest.approx(0.5)
+
+
+def test_inverse_sqrt_is_transformers_one_after_the_warm_up():
+    from transformers import get_inverse_sqrt_schedule
+
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    theirs = get_inverse_sqrt_schedule(optimizer, num_warmup_steps=10, timescale=25)
+    factor = make("inverse_sqrt", warmup=10, timescale=25)
+    for step in range(100):
+        if step >= 10:
+            assert factor(step, steps=100) == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize("milestones", [[0.8, 0.9], [80, 90]])
+def test_multistep_holds_each_factor_from_its_milestone_on(milestones):
+    factor = make("multistep", warmup=0, milestones=milestones, factors=[0.316, 0.1])
+    assert [factor(step, steps=100) for step in range(100)] == [1.0] * 80 + [0.316] * 10 + [0.1] * 10
+
+
+def test_multistep_without_milestones_is_constant_and_a_milestone_may_come_before_the_warm_up_ends():
+    factor = make("multistep", warmup=4, milestones=[], factors=[])
+    assert [factor(step, steps=6) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    factor = make("multistep", warmup=4, milestones=[2], factors=[0.5])
+    assert [factor(step, steps=6) for step in range(6)] == [0.25, 0.5, 0.375, 0.5, 0.5, 0.5]
 
 
 def test_a_cooldown_longer_than_the_run_starts_within_it():

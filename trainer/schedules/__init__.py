@@ -2,6 +2,7 @@
 or branches, inherits no state. A length below 1 is a fraction of the run's steps."""
 
 from collections.abc import Callable
+from typing import Any
 
 
 def length(value: float, steps: int) -> int:
@@ -14,6 +15,9 @@ def warmed_up(step: int, warmup: int) -> float:
     return min(1.0, (step + 1) / warmup) if warmup else 1.0
 
 
-def factor(schedule: Callable[..., float], step: int, steps: int, restart: int) -> float:
-    """The factor at a step of a run whose schedule begins anew at the step `restart`, 0 for one that does not."""
+def factor(schedule: Callable[..., float], step: int, steps: int, restart: int, cooling: Any = None) -> float:
+    """The factor at a step of a run whose schedule begins anew at the step `restart`, 0 for one that does not. `cooling` is the
+    cooldown.Cooling that takes over from the schedule, if one does."""
+    if cooling is not None and step >= cooling.start:
+        return cooling.factor(step)
     return schedule(step - restart, steps=steps - restart) if step >= restart else schedule(step, steps=steps)

@@ -1,6 +1,7 @@
 """Constant, then a cooldown at the end (Hägele et al. 2024, arXiv 2405.18392, section 3)."""
 
 import math
+from dataclasses import dataclass
 
 from trainer.schedules import length, warmed_up
 
@@ -11,12 +12,37 @@ SHAPES = {
 }
 
 
-def cooldown(step: int, steps: int, warmup: float, cooldown: float, shape: str, final: float) -> float:
+def cooldown(
+    step: int, steps: int, warmup: float, cooldown: float, cooldown_tokens: int | None, shape: str, final: float
+) -> float:
     """Factor of the peak rate at `step` (0-based) of `steps`: final + (1 - final) f(x) over the last steps, x from 0 to
-    just below 1, f one of SHAPES."""
+    just below 1, f one of SHAPES; or final^x, see `fall`."""
+    assert cooldown_tokens is None, "assembly.schedule, which knows the tokens of each step, turns them into steps"
     down = length(cooldown, steps)
     start = steps - down
     if step < start:
         return warmed_up(step, length(warmup, steps))
     x = min(1.0, (step - start) / down) if down else 0.0
+    return fall(x, shape, final)
+
+
+@dataclass(frozen=True)
+class Cooling:
+    """A cooldown that was begun at run time, or in a run that branched off another one's checkpoint."""
+
+    start: int  # the step (0-based) from which the rate falls
+    steps: int
+    level: float  # the factor of the peak rate that it falls from
+    shape: str
+    final: float  # where it ends, as a fraction of `level`
+
+    def factor(self, step: int) -> float:
+        """Factor of the peak rate at `step`, from `start` on."""
+        return self.level * fall(min(1.0, (step - self.start) / self.steps), self.shape, self.final)
+
+
+def fall(x: float, shape: str, final: float) -> float:
+    """From 1 at x = 0 to `final` at x = 1; exponential is final^x, and needs final > 0 (MiniCPM, arXiv 2404.06395, has 0.5^x)."""
+    if shape == "exponential":
+        return final**x
     return final + (1 - final) * SHAPES[shape](x)
