@@ -18,14 +18,29 @@ EXPERIMENTS = [name.partition("/")[2] for name in FILES if name.startswith("expe
 
 # What a file leaves to the user.
 NEEDED = {
+    "branch/cooldown": ["branch.run=runs/x", "branch.step=8", "branch.steps=2", "max_steps=10"],
     "base/hf": ["base.path=ORG/NAME"],
     "adapter/peft": ["adapter.peft_type=LOHA"],
     "adapter/loftq": ["base.quantization=nf4"],
+    "optimizer/schedulefree": ["schedule=constant"],
     "experiment/smoke": ["task.path=rows.jsonl"],
+    "experiment/mtp_bytes": ["task.path=rows.jsonl"],
 }
 # What code gives when it calls what a file names; the first comments say so.
 GIVEN = {
-    "objective": {"model", "adapter", "optimizer", "schedule", "steps", "labelled", "accumulate", "seed", "penalty", "drafter"},
+    "objective": {
+        "model",
+        "adapter",
+        "optimizer",
+        "schedule",
+        "steps",
+        "labelled",
+        "accumulate",
+        "seed",
+        "penalty",
+        "drafter",
+        "cooling",
+    },
     "penalty": {"model"},
     "drafter": {"model"},
     "optimizer": {"params"},

@@ -18,8 +18,9 @@ TASKS = {"datasets", "pyarrow", "filelock", "torchmetrics"}
 # At import time each may use those before it. Verbs reach for what comes later inside their main.
 ORDER = [
     "schema", "config", "schedules", "signals", "journal", "losses", "base", "checkpoint", "tokens", "data", "plan", "stream", "penalties",
-    "drafters", "finetune",
-    "folder", "evaluate", "callbacks", "assembly", "export", "compress", "sizes", "report", "preview", "preflight", "generate", "density", "failures",
+    "drafters", "decoding", "finetune",
+    "folder", "branch", "evaluate", "callbacks", "assembly", "export", "compress", "sizes", "report", "preview", "preflight", "generate", "speculate",
+    "cooldown", "density", "failures",
     "run", "__main__",
 ]  # fmt: skip
 BEFORE_TORCH = {"schema", "config", "__main__"}

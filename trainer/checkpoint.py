@@ -175,6 +175,12 @@ def remove_leftovers(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def marked(folder: Path, name: str) -> Path | None:
+    """The checkpoint that NAME.json marks, as best or as the last of the constant phase; None if none is."""
+    file = folder / f"{name}.json"
+    return path_of(folder, json.loads(file.read_text())["step"]) if file.exists() else None
+
+
 def chosen(folder: Path, which: str) -> Path:
     """The checkpoint that `last`, `best` or a step's number means.
 
@@ -186,8 +192,7 @@ def chosen(folder: Path, which: str) -> Path:
     if which == "last":
         path = newest(folder)
     elif which == "best":
-        file = folder / "best.json"
-        path = path_of(folder, json.loads(file.read_text())["step"]) if file.exists() else newest(folder)
+        path = marked(folder, "best") or newest(folder)
     elif which.isdecimal():
         path = path_of(folder, int(which))
     else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any
 
 import lightning
@@ -23,6 +24,7 @@ from trainer.drafters import Drafter, Target
 from trainer.losses import CausalLoss, ClassLoss
 from trainer.penalties.deft import DensityDEFT
 from trainer.schedules import factor
+from trainer.schedules.cooldown import Cooling
 
 
 class NonFinite(RuntimeError):
@@ -32,7 +34,8 @@ class NonFinite(RuntimeError):
 class FineTune(lightning.LightningModule):
     """Trains what `adapter` grafted onto `model`, with a `penalty` on its activations and a `drafter` beside it where there is one.
 
-    `schedule(step, steps=...)` gives the rate's factor for a 0-based step of the planned ones; `optimizer` makes the optimiser from
+    `schedule(step, steps=...)` gives the rate's factor for a 0-based step of the planned ones, until a
+    `cooling` takes over; `optimizer` makes the optimiser from
     parameter groups. A step whose loss or gradient is not finite changes nothing and is counted; `nonfinite_limit` of them in a row
     raise NonFinite.
     """
@@ -43,12 +46,13 @@ class FineTune(lightning.LightningModule):
         self, model: nn.Module, adapter: Adapter, optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         schedule: Callable[..., float], steps: int, labelled: bool, accumulate: int, seed: int, max_grad_norm: float | None,
         logits_chunk: int, gradient_checkpointing: bool, nonfinite_limit: int,
-        penalty: DensityDEFT | None = None, drafter: Drafter | None = None,
+        penalty: DensityDEFT | None = None, drafter: Drafter | None = None, cooling: Cooling | None = None,
     ):  # fmt: skip
         super().__init__()
         self.model, self.adapter, self.penalty, self.drafter = model, adapter, penalty, drafter
         self.make_optimizer, self.schedule = optimizer, schedule
-        self.steps = steps
+        self.steps, self.cooling = steps, cooling
+        self.constant_again = False  # whether a checkpoint from the start of a cooldown goes on without it
         self.accumulate, self.seed, self.max_grad_norm, self.nonfinite_limit = accumulate, seed, max_grad_norm, nonfinite_limit
         target = Target(model) if drafter is not None else None
         self.loss = ClassLoss(model) if labelled else CausalLoss(model, logits_chunk, drafter, target)
@@ -83,7 +87,7 @@ class FineTune(lightning.LightningModule):
         micro = batch_idx % self.accumulate
         if micro == 0:
             self.sums = {"loss": 0.0, "tokens": 0, "right": 0.0, "processed": 0, "sequences": []}
-            now = factor(self.schedule, self.step, self.steps, self.adapter.restart)
+            now = factor(self.schedule, self.step, self.steps, self.adapter.restart, self.cooling)
             for group, peak in zip(self.trainer.optimizers[0].param_groups, self.peaks, strict=True):
                 group["lr"] = peak * now
         self.step_done = False
@@ -140,7 +144,11 @@ class FineTune(lightning.LightningModule):
         self.adapter.before_step(self.model, scaler.get_scale() if scaler is not None else 1.0)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         limit = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
-        self.grad_norm = nn.utils.clip_grad_norm_(trained, limit)
+        # A drafter that is kept out of the adapter's gradients is kept out of their norm, too.
+        apart = set(self.drafter.parameters()) if self.drafter is not None and self.drafter.detach else set()
+        parts = [part for part in ([p for p in trained if p not in apart], [p for p in trained if p in apart]) if part]
+        norms = [nn.utils.clip_grad_norm_(part, limit) for part in parts]
+        self.grad_norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         if torch.isfinite(self.grad_norm) and torch.isfinite(torch.as_tensor(self.sums["loss"])):
             self.skipped_in_a_row = 0
             if self.penalty is not None:
@@ -171,6 +179,8 @@ class FineTune(lightning.LightningModule):
             checkpoint["penalty"] = self.penalty.state()
         if self.drafter is not None:
             checkpoint["drafter"] = self.drafter.state()
+        if self.cooling is not None:
+            checkpoint["cooling"] = asdict(self.cooling)
         checkpoint["counters"] = {k: getattr(self, k) for k in ("step", "tokens", "skipped", "skipped_in_a_row")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -179,6 +189,8 @@ class FineTune(lightning.LightningModule):
             self.penalty.load_state(checkpoint["penalty"])
         if self.drafter is not None:
             self.drafter.load_state(checkpoint["drafter"])
+        if self.cooling is None and "cooling" in checkpoint and not self.constant_again:
+            self.cooling = Cooling(**checkpoint["cooling"])
         for key, value in checkpoint["counters"].items():
             setattr(self, key, value)
         # A finished run that was made longer goes on; Lightning would take its last micro-batch for the epoch's.

@@ -113,9 +113,14 @@ class RunFolder:
         return content
 
     def record(
-        self, plain: dict[str, Any], overrides: list[str], identity: dict[str, Any], earlier: dict[str, Any] | None
+        self,
+        plain: dict[str, Any],
+        overrides: list[str],
+        identity: dict[str, Any],
+        earlier: dict[str, Any] | None,
+        parent: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Write run.yaml and return it. A run that goes on keeps its id and its list of starts."""
+        """Write run.yaml and return it. A run that goes on keeps its id, its list of starts and the parent that it branched off."""
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": config.redact(shlex.join([Path(sys.argv[0]).parent.name or sys.argv[0], *sys.argv[1:]])),
@@ -127,6 +132,7 @@ class RunFolder:
         content = {
             "id": earlier["id"] if earlier else os.urandom(4).hex(),
             "name": plain["name"],
+            "parent": earlier.get("parent") if earlier else parent,
             "overrides": overrides,
             "identity": identity,
             "starts": [*(earlier["starts"] if earlier else []), start],
@@ -168,7 +174,7 @@ def read(path: str) -> tuple[Path, dict[str, Any], str]:
     if content is None:
         raise FolderError(f"{name} is no run folder: it has no run.yaml")
     # Groups that did not exist yet when an older version wrote it.
-    for group in ("penalty", "drafter"):
+    for group in ("penalty", "drafter", "branch"):
         content["config"].setdefault(group, {})
         content["identity"]["choices"].setdefault(group, "none")
     # A folder may come from a stranger: what it names is held against conf/ as a new config would be.

@@ -12,19 +12,21 @@ import lightning.pytorch.loggers as pl
 
 
 class Journal:
-    """Appends to metrics.jsonl and samples.jsonl. Rows are {kind, step, ...}; kinds are step, evaluation, adapter, skipped, stopped."""
+    """Appends to metrics.jsonl and samples.jsonl. Rows are {kind, step, ...}; kinds are step, evaluation,
+    average, adapter, penalty, cooldown, skipped, stopped."""
 
     def __init__(self, folder: Path, loggers: list[pl.Logger], writes: bool = True):
         self.metrics, self.samples, self.csv = folder / "metrics.jsonl", folder / "samples.jsonl", folder / "metrics.csv"
         self.loggers, self.writes = loggers, writes
         self.last: dict[str, Any] = {}  # the newest row of kind step
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, cooled: bool = True) -> None:
         """Forget what came after `step`, and that the run was stopped: it goes on from there and writes it again. -1 forgets
-        all."""
+        all; without `cooled` also that a cooldown began at `step`."""
         for path in (self.metrics, self.samples):
             if self.writes and path.exists():
-                kept = [line for line in _lines(path) if _step(line) <= step and '"kind": "stopped"' not in line]
+                forgotten = ('"kind": "stopped"',) if cooled else ('"kind": "stopped"', '"kind": "cooldown"')
+                kept = [line for line in _lines(path) if _step(line) <= step and not any(kind in line for kind in forgotten)]
                 temporary = path.with_name(path.name + ".tmp")
                 temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
                 os.replace(temporary, path)

@@ -28,11 +28,12 @@ from adapters.delta import Adapter, NeedsWeights, Start, features, targets
 from adapters.full import Nothing
 from trainer import assembly, preview
 from trainer.base import Base, BaseError, compute
+from trainer.callbacks import every_steps
 from trainer.data import special_text
 from trainer.drafters import Drafter, DrafterError
 from trainer.penalties.deft import PenaltyError
 from trainer.plan import Plan
-from trainer.schedules import factor
+from trainer.schedules import factor, length
 from trainer.tokens import Refused
 
 log = logging.getLogger("trainer")
@@ -57,7 +58,15 @@ def inspect(
     result: dict[str, Any] = {"data": _data(config, found, warnings)}
     if plan is not None:
         result["run"] = _length(config, found, plan, steps)
-    result["schedule"] = _rates(config, steps, adapter.restart)
+    result["schedule"] = _rates(config, plan, steps, adapter.restart)
+    planned = [
+        length(schedule[key], steps) for key in ("warmup", "cooldown") if (schedule := config["schedule"]).get(key) is not None
+    ]
+    if steps and len(planned) > 1 and not config["branch"] and sum(planned) > steps:
+        errors.append(
+            f"a warm-up of {planned[0]} steps and a cooldown of {planned[1]} take more than the run's {steps} steps: give fewer, or "
+            "fractions of the run"
+        )
     result["model"] = _model(config, base, adapter, found, steps, folder, errors, warnings)
     _check_names(config, found, errors)
     return result | {"errors": errors, "warnings": warnings}
@@ -146,10 +155,10 @@ def _length(config: dict[str, Any], found: assembly.Data, plan: Plan, steps: int
     return result
 
 
-def _rates(config: dict[str, Any], steps: int, restart: int) -> dict[str, Any]:
+def _rates(config: dict[str, Any], plan: Plan | None, steps: int, restart: int) -> dict[str, Any]:
     if not steps:
         return {}
-    schedule, peak = assembly.instantiate(config["schedule"]), config["optimizer"]["lr"]
+    schedule, peak = assembly.schedule(config, plan), config["optimizer"]["lr"]
     points = sorted({round(i * (steps - 1) / 20) for i in range(21)})
     return {"peak": peak, "rates": [[step, peak * factor(schedule, step, steps, restart)] for step in points]}
 
@@ -189,7 +198,7 @@ def _model(
     if needed > free:
         warnings.append(f"the run needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free")
     checkpoint_bytes = known * (4 + 8 if not trains_base else dtype.itemsize * 3) if steps else 0
-    keep = (config["callbacks"].get("checkpoints") or {}).get("keep", 1)
+    keep = _checkpoints(config["callbacks"].get("checkpoints") or {}, steps)
     disk = shutil.disk_usage(_existing(folder)).free
     if checkpoint_bytes * (keep + 2) > disk:
         errors.append(
@@ -200,6 +209,13 @@ def _model(
         "parameters": total, "trainable": trainable, "precision": precision, "dtype": str(dtype).removeprefix("torch."),
         "memory_bytes": parts, "memory_needed": needed, "memory_free": free, "checkpoint_bytes": checkpoint_bytes, "disk_free": disk,
     }  # fmt: skip
+
+
+def _checkpoints(settings: dict[str, Any], steps: int) -> int:
+    """How many checkpoints the run will hold, beside the best one."""
+    if settings.get("keep", 1) is not None:
+        return settings.get("keep", 1)
+    return steps // (every_steps(settings["every"], steps) or max(1, steps))
 
 
 def _penalty(config: dict[str, Any], adapter: Adapter, model: nn.Module, errors: list[str]) -> None:
@@ -234,7 +250,7 @@ def _drafter(config: dict[str, Any], skeleton: nn.Module, found: assembly.Data, 
     if longest < drafter.offsets + 2:
         errors.append(
             f"the longest row has {longest} tokens, and a drafter of {drafter.offsets} offsets needs {drafter.offsets + 2}: "
-            f"set drafter.offsets={max(1, longest - 2)}, or give longer rows"
+            f"set fewer drafter.{'d_max' if 'd_max' in config['drafter'] else 'offsets'}, or give longer rows"
         )
     return sum(p.numel() for p in drafter.parameters() if p.requires_grad)
 

@@ -24,13 +24,16 @@ from torch.utils.data import DataLoader
 from adapters.delta import Adapter, Start
 from adapters.full import Full, Nothing
 from tasks.reading import DataError
-from trainer import assembly, checkpoint, export, folder, preflight, report
+from trainer import assembly, branch, checkpoint, export, folder, preflight, report
 from trainer.base import Base, compute
 from trainer.callbacks import Context
+from trainer.callbacks.averaging import Averaging
 from trainer.callbacks.evaluation import Evaluation
 from trainer.callbacks.metrics import Metrics
+from trainer.callbacks.schedulefree import ScheduleFree
 from trainer.callbacks.stopping import Stopping
 from trainer.checkpoint import AtomicCheckpointIO, CheckpointError
+from trainer.config import schedule_free
 from trainer.drafters import Drafter
 from trainer.drafters import io as drafter_io
 from trainer.evaluate import to_device
@@ -39,7 +42,7 @@ from trainer.folder import RunFolder
 from trainer.journal import Journal
 from trainer.penalties.deft import DensityDEFT
 from trainer.plan import Batches, Plan
-from trainer.schedules import factor
+from trainer.schedules import factor, length
 from trainer.signals import Signals
 from trainer.stream import Stream
 
@@ -115,14 +118,20 @@ def _run(
         "labels": labels, "steps": steps, "ranks": lightning_.world_size,
     }  # fmt: skip
     earlier = place.earlier()
-    saved_path = _where_to_go_on(place, config, identity, earlier, adapter.restart)
+    parent, saved_path, longer = None, None, False
+    if earlier is not None:
+        saved_path, longer = _where_to_go_on(place, config, plan, identity, earlier, adapter.restart)
+    elif config["branch"]:
+        parent, saved_path = branch.fork(place, config, identity, lightning_.is_global_zero)
     done = int(saved_path.stem[5:]) if saved_path else 0
     journal = Journal(place.path, [], lightning_.is_global_zero)
     if earlier is not None and (ended := _ended(place, journal, done, steps, config["max_time"])):
         log.info("this run %s; nothing is left to do. Its report: %s", ended, place.path / "report.html")
         return _last_loss(journal)
-    record = place.record(config, overrides, identity, earlier) if lightning_.is_global_zero else {}
-    journal.rewind(done if saved_path else -1)
+    record = place.record(config, overrides, identity, earlier, parent) if lightning_.is_global_zero else {}
+    journal.rewind(done if saved_path else -1, cooled=not longer)
+    if longer and earlier is not None and lightning_.is_global_zero:
+        _leave_out(place, done, earlier["identity"]["steps"])
 
     lightning.seed_everything(config["seed"], verbose=False)
     log.info(
@@ -149,8 +158,8 @@ def _run(
     penalty = assembly.instantiate(config["penalty"])(model=model) if config["penalty"] else None
     module: FineTune = assembly.instantiate(config["objective"])(
         model=model, adapter=adapter, optimizer=assembly.instantiate(config["optimizer"]), steps=steps, labelled=labels is not None,
-        schedule=assembly.instantiate(config["schedule"]), accumulate=config["accumulate"], seed=config["seed"],
-        penalty=penalty, drafter=drafter,
+        schedule=assembly.schedule(config, plan), accumulate=config["accumulate"], seed=config["seed"],
+        penalty=penalty, drafter=drafter, cooling=branch.cooling(config["branch"]) if config["branch"] else None,
     )  # fmt: skip
     assembly.with_prompts(found, _prompts(config), model)
     journal.loggers = lightning_.loggers = _loggers(config, place, record) if lightning_.is_global_zero else []
@@ -167,6 +176,7 @@ def _run(
         config["max_time"],
         config["max_tokens"],
     )
+    context.constant_until, module.constant_again = _constant_until(config, plan, steps), longer
     lightning_.callbacks = _callbacks(config, context)  # type: ignore[attr-defined]
 
     if not trains:
@@ -177,9 +187,12 @@ def _run(
         _say_why_it_ended(context, module)
         if not lightning_.is_global_zero:
             return _last_loss(journal)
-        if drafter is not None:
+        if drafter is not None and drafter.proposes:
             _save_drafter(place, drafter, base, config, module.step)
         if adapter.exportable and not isinstance(adapter, Nothing):
+            for callback in lightning_.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, Averaging):  # before _export, which may load another checkpoint's weights
+                    callback.save(partial(export.save_adapter, adapter, module.model, base, task))
             _export(place, module, base, task, adapter, config["export"])
     report.write(place.path)
     _show(journal)
@@ -207,15 +220,14 @@ def _lightning(config: dict[str, Any], adapter: Adapter, path: Path) -> lightnin
 
 
 def _where_to_go_on(
-    place: RunFolder, config: dict[str, Any], identity: dict[str, Any], earlier: dict[str, Any] | None, restart: int
-) -> Path | None:
-    """The checkpoint to go on from, if the folder holds this very run.
+    place: RunFolder, config: dict[str, Any], plan: Plan | None, identity: dict[str, Any], earlier: dict[str, Any], restart: int
+) -> tuple[Path | None, bool]:
+    """The checkpoint to go on from, if the folder holds this very run; and whether it is the one from before a cooldown, which a
+    run that was made longer leaves out.
 
     Raises:
         CheckpointError: it holds another one, or its checkpoints are damaged.
     """
-    if earlier is None:
-        return None
     then = earlier["identity"]
     different = folder.differences(earlier["config"], config, folder.FREE + folder.LENGTHS)
     different += folder.differences(then, identity, ("choices", "steps", "base", "data"))
@@ -227,17 +239,19 @@ def _where_to_go_on(
         if then["data"][split] != identity["data"].get(split)
     ]
     path = checkpoint.newest(place.checkpoints)
-    done, steps = int(path.stem[5:]) if path else 0, identity["steps"]
-    if steps != then["steps"]:
-        schedule = assembly.instantiate(config["schedule"])
-        if any(
-            factor(schedule, step, steps, restart) != factor(schedule, step, then["steps"], restart) for step in range(done)
-        ):
+    done, steps, longer = int(path.stem[5:]) if path else 0, identity["steps"], False
+    same = _same_until(place, config, plan, then["steps"], steps, done, restart)
+    if same < done:
+        before = checkpoint.marked(place.checkpoints, "constant")
+        if before is not None and int(before.stem[5:]) <= same:
+            path, done, longer = before, int(before.stem[5:]), True
+        else:
             different.append(
-                f"steps: {then['steps']} in the run, {steps} now, with which its schedule would have had other rates so far"
+                f"steps: {then['steps']} in the run, {steps} now, with which its schedule would have had other rates from step {same} "
+                "on. What is a fraction of the run, as a warm-up may be, changes with its length: give it in steps from the start"
             )
-        if done > steps:
-            different.append(f"steps: {done} are done, {steps} are asked for")
+    if done > steps:
+        different.append(f"steps: {done} are done, {steps} are asked for")
     if different:
         raise CheckpointError(
             f"{place.path} holds another run, which cannot go on as this one:\n  "
@@ -245,8 +259,57 @@ def _where_to_go_on(
             + "\nGive its settings, or another name="
         )
     if path is not None:
-        log.info("going on after step %d of %d", done, steps)
-    return path
+        log.info("going on after step %d of %d%s", done, steps, ", from before the cooldown" * longer)
+    return path, longer
+
+
+def _same_until(
+    place: RunFolder, config: dict[str, Any], plan: Plan | None, then: int, now: int, done: int, restart: int
+) -> int:
+    """The first of the `done` steps whose rate would be another one in a run of `now` steps, `done` if there is none."""
+    began = [row["step"] for row in Journal(place.path, [], False).rows("cooldown")]
+    ended = [row for row in Journal(place.path, [], False).rows("stopped") if row["reason"].startswith("cooled down")]
+    if began and ended and _made_longer(ended[-1], now, config["max_time"]):
+        return began[-1]
+    if now == then:
+        return done
+    schedule = assembly.schedule(config, plan)
+    cooling = branch.cooling(config["branch"]) if config["branch"] else None
+    others = (
+        step
+        for step in range(done)
+        if factor(schedule, step, now, restart, cooling) != factor(schedule, step, then, restart, cooling)
+    )
+    return next(others, done)
+
+
+def _made_longer(stopped: dict[str, Any], steps: int, max_time: float | None) -> bool:
+    """Whether a run that stopped is given more than it had."""
+    had = stopped.get("max_time")
+    return steps > stopped.get("steps", steps) or (had is not None and (max_time is None or max_time > had))
+
+
+def _leave_out(place: RunFolder, done: int, steps: int) -> None:
+    """Take away what a run that goes on from before its cooldown trains anew; the adapter stays under the name of its step."""
+    for path in checkpoint.complete(place.checkpoints):
+        if int(path.stem[5:]) > done:
+            checkpoint.remove(path)
+    best = checkpoint.marked(place.checkpoints, "best")
+    if best is not None and not best.exists():
+        (place.checkpoints / "best.json").unlink()
+    kept = place.path / f"adapter-{steps}"
+    if (place.path / "adapter").exists() and not kept.exists():
+        (place.path / "adapter").rename(kept)
+        log.info("the cooled-down adapter stays in %s", kept)
+
+
+def _constant_until(config: dict[str, Any], plan: Plan | None, steps: int) -> int | None:
+    """The steps before the cooldown of the schedule, if it has one."""
+    if config["branch"] or "cooldown" not in config["schedule"]:
+        return None
+    tokens = config["schedule"]["cooldown_tokens"]
+    down = length(config["schedule"]["cooldown"], steps) if tokens is None or plan is None else plan.last_steps(tokens, steps)
+    return (steps - down) or None
 
 
 def _ended(place: RunFolder, journal: Journal, done: int, steps: int, max_time: float | None) -> str | None:
@@ -256,6 +319,8 @@ def _ended(place: RunFolder, journal: Journal, done: int, steps: int, max_time: 
     if done >= steps:
         return f"has done its {steps} steps"
     for row in journal.rows("stopped"):
+        if row["reason"].startswith("cooled down") and _made_longer(row, steps, max_time):
+            continue
         if row["reason"].startswith("max_time") and (max_time is None or max_time > row["minutes"]):
             continue
         return f"was stopped after step {row['step']}: {row['reason']}"
@@ -302,12 +367,13 @@ def _loggers(config: dict[str, Any], place: RunFolder, record: dict[str, Any]) -
 
 
 def _callbacks(config: dict[str, Any], context: Context) -> list[lightning.Callback]:
-    """In their order at the end of a step: metrics, evaluation, what decides to stop, what saves, what shows."""
+    """In their order at the end of a step: metrics, evaluation, what decides to cool down and stop, what saves, what shows."""
     nodes = config["callbacks"]
     made = {name: assembly.instantiate(node)(context) for name, node in nodes.items() if node is not None}
     every = nodes["progress"]["every"] if nodes.get("progress") else 1
-    evaluation = [made.pop("evaluation")] if "evaluation" in made else []
-    return [Metrics(context, every), *evaluation, Stopping(context), *made.values()]
+    before = [made.pop(name) for name in ("evaluation", "averaging", "cooldown") if name in made]
+    free = [ScheduleFree()] if schedule_free(config) else []  # first: what comes behind it sees the average
+    return [*free, Metrics(context, every), *before, Stopping(context), *made.values()]
 
 
 def _loader(

@@ -13,6 +13,8 @@ from trainer import config
 from trainer.config import ConfigError
 
 TASK = "task.path=rows.jsonl"
+AVERAGING = "callbacks=[default,averaging]"
+FREE = ("optimizer=schedulefree", "schedule=constant")
 
 COMBINATIONS = {
     "no end": (["max_steps=null"], "the run has no end: set one of max_epochs, max_steps, max_tokens, max_time"),
@@ -43,6 +45,24 @@ COMBINATIONS = {
     "a name that hides": (["name=.run"], "name is '.run'"),
     "an endless name": ([f"name={'a' * 101}"], "at most 100"),
     "a folder without a run": (["resume=no/such/folder"], "resume=no/such/folder: that folder holds no run"),
+    "an exponential cooldown to zero": (["schedule.shape=exponential"], "schedule.final is 0: set schedule.final=0.1, or another shape"),
+    "a triggered cooldown to zero": (
+        ["callbacks=[default,cooldown]", "callbacks.cooldown.shape=exponential"], "set callbacks.cooldown.final=0.1"),
+    "milestones without factors": (["schedule=multistep", "schedule.factors=[0.1]"], "has 2 entries and schedule.factors 1"),
+    "milestones out of order": (["schedule=multistep", "schedule.milestones=[0.9,0.8]"], "do not rise: give them in their order"),
+    "a milestone twice": (["schedule=multistep", "schedule.milestones=[0.9,0.9]"], "do not rise: give them in their order"),
+    "milestones of two kinds": (["schedule=multistep", "schedule.milestones=[0.9,15]"], "mix fractions of the run with steps"),
+    "averages of spiel": (["adapter=spiel", AVERAGING], "average entries of adapter=spiel that stand for other positions"),
+    "averages of adalora": (["adapter=adalora", AVERAGING], "bring back ranks that adapter=adalora has taken away"),
+    "averages that never start": ([AVERAGING, "callbacks.averaging.start=20"], "start=20 is not before the end of max_steps=20"),
+    "averages of averages": ([AVERAGING, *FREE], "optimizer=schedulefree averages its weights itself"),
+    "schedule-free with a schedule": (["optimizer=schedulefree"], "set schedule=constant"),
+    "schedule-free with a cooldown": (["callbacks=[default,cooldown]", *FREE], "leave callbacks.cooldown out"),
+    "schedule-free spiel": (["adapter=spiel", *FREE], "set optimizer=adamw"),
+    "schedule-free adalora": (["adapter=adalora", *FREE], "takes ranks away, which optimizer=schedulefree's average brings back"),
+    "schedule-free rosa that starts anew": (["adapter=rosa", "adapter.restart_after_mask=true", *FREE], "set it to false"),
+    "schedule-free in bf16": (["adapter=full", "precision=bf16-true", *FREE], "and precision is too coarse for that"),
+    "schedule-free on a bf16 adapter": (["adapter.dtype=bfloat16", *FREE], "and adapter.dtype is too coarse for that"),
 }  # fmt: skip
 
 
@@ -110,6 +130,27 @@ def test_two_loggers_at_once(compose):
     assert list(cfg.logger) == ["wandb", "tensorboard"]
     with pytest.raises(ConfigError, match=r"logger\.wandb\.porject: there is no such key. Did you mean project\?"):
         compose("experiment=smoke", TASK, "logger=[wandb,tensorboard]", "logger.wandb.porject=p")
+
+
+def test_a_callback_beside_the_default_ones(compose):
+    cfg = compose("experiment=smoke", TASK, AVERAGING, "callbacks.averaging.kind=swa", "callbacks.checkpoints.keep=3")
+    assert set(cfg.callbacks) == {"evaluation", "checkpoints", "progress", "averaging"}
+    assert (cfg.callbacks.averaging.kind, cfg.callbacks.checkpoints.keep) == ("swa", 3)
+    with pytest.raises(ConfigError, match=r"callbacks.averaging.knid: there is no such key. Did you mean kind\?"):
+        compose("experiment=smoke", TASK, AVERAGING, "callbacks.averaging.knid=swa")
+
+
+def test_a_package_that_is_not_installed_is_named_before_anything_is_loaded(compose, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    with pytest.raises(ConfigError, match="needs a package that is not installed: pip install schedulefree"):
+        compose("experiment=smoke", TASK, *FREE)
+
+
+def test_a_run_of_a_package_that_is_not_installed_can_be_read(compose, monkeypatch):
+    cfg = compose("experiment=smoke", TASK, *FREE)
+    choices = OmegaConf.to_container(cfg.hydra.runtime.choices)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    config.check(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), choices)
 
 
 def test_a_hub_commit_in_a_path_is_no_secret(compose):

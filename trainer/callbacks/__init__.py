@@ -26,6 +26,9 @@ class Context:
     max_tokens: int | None = None  # processed; a plan of known length ends at them by itself
     stopped: str | None = None  # why the run ends before its planned steps
     paused: float = 0.0  # seconds since the last step row that were not training
+    constant_until: int | None = None  # the steps before the cooldown, whose checkpoint stays: longer runs go on from it
+    minutes: float = 0.0  # of training, over all starts, up to the step before
+    without: int = 0  # evaluations since the best one
     improved: bool = False  # whether the evaluation of the step at hand was the best so far
 
 

@@ -13,10 +13,11 @@ from trainer.callbacks import Context, every_steps
 
 
 class Checkpoints(lightning.Callback):
-    """Saves every `every` steps, at the best evaluation, at the end and when the run is told to stop; keeps the `keep` newest
-    and the best. Only where a step ends: the middle of an accumulation window has gradients that no file holds."""
+    """Saves every `every` steps, at the best evaluation, before a cooldown, at the end and when the run is told to stop; keeps
+    the `keep` newest, the best and the one before the cooldown. Only where a step ends: the middle of an
+    accumulation window has gradients that no file holds."""
 
-    def __init__(self, context: Context, every: float | None, keep: int):
+    def __init__(self, context: Context, every: float | None, keep: int | None):
         self.context, self.every, self.keep = context, every_steps(every, context.steps), keep
         self.saved: int | None = None
 
@@ -32,7 +33,7 @@ class Checkpoints(lightning.Callback):
             return
         due = self.every is not None and module.step % self.every == 0
         last = module.step >= self.context.steps or self.context.stopped is not None
-        if due or last or self.context.improved:
+        if due or last or self.context.improved or module.step == self.context.constant_until:
             self.save(trainer, module)
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
@@ -50,13 +51,16 @@ class Checkpoints(lightning.Callback):
         if trainer.is_global_zero:
             if self.context.improved:
                 checkpoint.write_text(folder / "best.json", json.dumps({"step": module.step}))
+            if module.step == self.context.constant_until:
+                checkpoint.write_text(folder / "constant.json", json.dumps({"step": module.step}))
             self._prune()
         self.context.paused += time.monotonic() - started
 
     def _prune(self) -> None:
+        if self.keep is None:
+            return
         folder = self.context.folder.checkpoints
-        best_file = folder / "best.json"
-        best = json.loads(best_file.read_text())["step"] if best_file.exists() else None
+        kept = [checkpoint.marked(folder, name) for name in ("best", "constant")]
         for path in checkpoint.complete(folder)[: -self.keep]:
-            if best is None or path != checkpoint.path_of(folder, best):
+            if path not in kept:
                 checkpoint.remove(path)

@@ -97,13 +97,15 @@ class Evaluation(lightning.Callback):
             self.context.improved = step > 0
         elif step > 0:
             self.state["without"] += 1
-            if self.patience is not None and self.state["without"] >= self.patience:
-                self.context.stopped = (
-                    f"no better {self.monitor} in {self.patience} evaluations; the best was at step {self.state['best_step']}"
-                )
+        self.context.without = self.state["without"]
+        if self.patience is not None and self.state["without"] >= self.patience:
+            self.context.stopped = (
+                f"no better {self.monitor} in {self.patience} evaluations; the best was at step {self.state['best_step']}"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.state = dict(state_dict)
+        self.context.without = self.state["without"]

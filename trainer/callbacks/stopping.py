@@ -30,6 +30,7 @@ class Stopping(lightning.Callback):
             return
         now = time.monotonic()
         self.minutes += (now - self.since) / 60
+        self.context.minutes = self.minutes
         self.since = now
         number = self.context.signals.received or 0
         over = self.context.max_minutes is not None and self.minutes >= self.context.max_minutes
@@ -50,7 +51,8 @@ class Stopping(lightning.Callback):
         if self.context.stopped is not None and not trainer.should_stop:
             trainer.should_stop = True
             if not number:
-                self.context.journal.write("stopped", module.step, {"reason": self.context.stopped, "minutes": self.minutes})
+                had = {"minutes": self.minutes, "steps": self.context.steps, "max_time": self.context.max_minutes}
+                self.context.journal.write("stopped", module.step, {"reason": self.context.stopped, **had})
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
         if self.context.stopped is None and module.step < self.context.steps:  # a stream came to its end
@@ -61,4 +63,4 @@ class Stopping(lightning.Callback):
         return {"minutes": self.minutes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.minutes = state_dict["minutes"]
+        self.minutes = self.context.minutes = state_dict["minutes"]
