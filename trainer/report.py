@@ -163,8 +163,9 @@ def _plots(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
         }
     )
     steps, evaluations = rows["step"], rows["evaluation"]
+    averaged = ("averaged", rows["average"], "loss", "s-")
     curves: list[tuple[str, list[tuple[str, list[dict[str, Any]], str, str]], bool]] = [
-        ("loss", [("training", steps, "loss", "-"), ("held out", evaluations, "loss", "o-")], False),
+        ("loss", [("training", steps, "loss", "-"), ("held out", evaluations, "loss", "o-"), averaged], False),
         ("learning rate", [("", steps, "lr", "-")], False),
         ("tokens per second", [("processed", steps, "tokens_per_s", "-"), ("trained", steps, "trained_per_s", "-")], False),
         ("gradient norm", [("", steps, "grad_norm", "-")], True),

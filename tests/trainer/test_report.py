@@ -210,6 +210,13 @@ def test_a_metrics_odd_name_spoils_no_picture(folder, end):
         assert not [node for node in picture.iter() if node.tag.endswith("script")]
 
 
+def test_averaged_weights_have_a_curve_beside_the_others(folder):
+    rows = [step(1), evaluation(0), evaluation(4)]
+    for averages, shown in (([], False), ([{"kind": "average", "step": 4, "loss": 0.9, "updates": 3, "seconds": 0.5}], True)):
+        picture = folder([*rows, *averages]).addresses[0]
+        assert ("averaged" in "".join(ElementTree.fromstring(base64.b64decode(picture.partition(",")[2])).itertext())) is shown
+
+
 def test_a_run_that_did_nothing_has_a_page(folder):
     page = folder()
     assert "a run" in page.shown
