@@ -8,6 +8,8 @@
 own, and its numbers are a line of OUT/results.jsonl: the script can be stopped at any time and goes on where it was; after
 `minutes` it starts no further piece. Then it writes OUT/methods.md and OUT/methods.svg from the lines that there are.
 
+`methods=[lora,registers]` compares plain LoRA with one that is trained with register tokens (MuToR), at equal steps.
+
 Equal trainable parameters: LoRA of `rank` on all linear layers; DoRA and rsLoRA of the same rank (DoRA has its magnitudes on
 top); sparse methods with the density that gives as many values; RoSA with half of the rank and half of that density; full
 fine-tuning trains everything.
@@ -57,6 +59,7 @@ def adapter(method: str, options: dict[str, Any], density: float, steps: int) ->
             f"adapter.warmup_steps={warmup}",
         ],
         "sparse": ["adapter=sparse", f"adapter.density={density}"],
+        "registers": ["adapter=lora", f"adapter.rank={rank}", "drafter=registers"],
         "spiel_ag": ["adapter=spiel", f"adapter.density={density}", *every],
         "spiel_ma": ["adapter=spiel_ma", f"adapter.density={density}", *every],
         "full": ["adapter=full"],

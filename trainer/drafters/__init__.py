@@ -9,7 +9,7 @@ hidden states h (B, T, d) that the output head reads, and gives for each offset 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ class Drafter(nn.Module):
     offsets: int  # K
     weights: list[float]  # of the offsets' losses
     main_weight = 1.0  # of the target's own next-token loss beside them
+    proposes = True  # whether it is of use after training: a method that only shapes the adapter is not saved
     detach = True  # whether gradients stop at the target's hidden states
 
     seen = Seen  # what CausalLoss gives to `loss`
@@ -87,12 +88,15 @@ class Drafter(nn.Module):
         """(weighted loss, numbers): the sum over offsets of weight times summed cross-entropy; and in fp32 (K, 5), for each
         offset the summed loss, the number of targets, how often the best and one of the five best guesses was right, and how
         often it and those of all offsets before were. Never more than `chunk` positions' logits of one offset exist."""
-        seen = Seen(seen.hidden.detach(), seen.ids, seen.labels, seen.positions, seen.extra) if self.detach else seen
+        seen = replace(seen, hidden=seen.hidden.detach()) if self.detach else seen
+        # With adapter=full the shared head is trained, too.
+        layer = target.model.get_output_embeddings()
+        trained = () if self.detach else tuple(p for p in layer.parameters() if p.requires_grad)
         total = seen.hidden.new_zeros((), dtype=torch.float32)
         numbers, unbroken = [], torch.ones_like(seen.ids, dtype=torch.bool)
         for k, hidden in enumerate(self.states(seen, target), 1):
             where, targets = targets_of(k, seen.labels, seen.positions)
-            summed, best, among = chunked_predictions(hidden[where], targets, target.head, chunk, top=5)
+            summed, best, among = chunked_predictions(hidden[where], targets, target.head, chunk, trained, top=5)
             total = total + self.weights[k - 1] * summed
             right = torch.zeros_like(unbroken)
             right[where] = best

@@ -1,0 +1,190 @@
+"""What drafters that are trained on a target's hidden states share: their knobs, and decoder layers of the target's own family.
+
+A layer of a drafter is of the class, the sizes and the kind of attention (full, or sliding over the same window) of the target's
+last one. Rotary embeddings are the target's. Rows of a packed sequence are told apart by positions that do not go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from adapters.delta import float_weight, is_linear
+from trainer.drafters import Draft, Drafter, DrafterError, Target
+
+_NORMS = ("norm", "final_layernorm", "final_layer_norm")
+_TAKEN = {"attention_mask", "position_ids", "past_key_values", "position_embeddings"}
+_MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+
+
+class Heads(Drafter):
+    """The knobs of all methods: `weights` of the offsets' losses or, where they are None, `default`; `weight` multiplies them all.
+
+    Raises:
+        DrafterError: `offsets` is less than 1, or there is not one weight for each of them.
+    """
+
+    def __init__(
+        self, offsets: int, weights: list[float] | None, default: list[float], weight: float, detach: bool, lr_scale: float
+    ):
+        super().__init__()
+        if offsets < 1:
+            raise DrafterError(f"drafter.offsets={offsets}, but a drafter predicts at least 1 token beyond the next")
+        if weights is not None and len(weights) != offsets:
+            raise DrafterError(
+                f"drafter.weights={list(weights)} are {len(weights)}, and drafter.offsets={offsets}: give one for each, or null"
+            )
+        self.offsets = offsets
+        self.weights = [weight * float(one) for one in (default if weights is None else weights)]
+        self.detach, self.lr_scale = detach, lr_scale
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [group | {"lr_scale": self.lr_scale} for group in super().parameter_groups()]
+
+
+def decayed(beta: float, count: int) -> list[float]:
+    """beta^(k-1) for k = 1 .. count, divided by their sum."""
+    powers = [beta**k for k in range(count)]
+    return [power / sum(powers) for power in powers]
+
+
+def decoder_layer(model: Any, init: str) -> nn.Module:
+    """A trained fp32 layer of the class of the model's last one, keeping its keys and values as a cache's layer 0.
+
+    `init` is random, as transformers starts the model's own, or last_layer, a copy of the weights, dequantised where they are
+    packed. On the meta device where the model is.
+
+    Raises:
+        DrafterError: the model's layers cannot be built and called that way; the message says why.
+    """
+    layers = _layers(model)
+    last, config = layers[-1], model.config.get_text_config()
+
+    make: Any = type(last)
+    layer = _fresh(model, lambda: make(config, layer_idx=len(layers) - 1))
+    for module in layer.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = 0
+    if init == "last_layer":
+        _copy_weights(last, layer)
+    return layer
+
+
+def final_norm(model: Any, init: str) -> nn.Module:
+    """A trained fp32 norm of the class of the model's last one: as transformers starts it, or with `init` last_layer a copy.
+
+    Raises:
+        DrafterError: the norm is not where transformers' decoders have it, or its layers are not as `decoder_layer` needs them.
+    """
+    _layers(model)
+    decoder = model.get_decoder()
+    own = next((norm for name in _NORMS if (norm := getattr(decoder, name, None)) is not None), None)
+    if own is None:
+        raise DrafterError(f"{type(decoder).__name__} has no final norm that is called {', '.join(_NORMS)}: {_INSTEAD}")
+    norm = _fresh(model, lambda: copy.deepcopy(own))
+    if init == "last_layer":
+        _copy_weights(own, norm)
+    return norm
+
+
+def projection(model: Any, inputs: int, outputs: int) -> nn.Linear:
+    """A trained fp32 linear layer without a bias, random as transformers starts the model's own."""
+    return _fresh(model, lambda: nn.Linear(inputs, outputs, bias=False))
+
+
+_INSTEAD = "set drafter=mtp_medusa, whose heads need none of it, or drafter=none"
+
+
+def _layers(model: Any) -> nn.ModuleList:
+    decoder, name = model.get_decoder(), type(model).__name__
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise DrafterError(f"{name} has no get_decoder().layers, so a head of decoder layers cannot be built: {_INSTEAD}")
+    if getattr(decoder, "rotary_emb", None) is None:
+        raise DrafterError(f"{name}'s positions are not rotary embeddings that its layers are given: {_INSTEAD}")
+    missing = _TAKEN - inspect.signature(type(layers[-1]).forward).parameters.keys()
+    if missing:
+        raise DrafterError(f"{type(layers[-1]).__name__} does not take {', '.join(sorted(missing))}: {_INSTEAD}")
+    kind = _kind(model.config.get_text_config())
+    if kind not in _MASKS:
+        raise DrafterError(f"{name}'s last layer is of the kind {kind}, and heads are built of {', '.join(_MASKS)}: {_INSTEAD}")
+    return layers
+
+
+def _kind(config: Any) -> str:
+    """The attention of the last layer, as transformers' `layer_types` calls it."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return kinds[-1]
+    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+
+
+def _fresh(model: Any, build: Callable[[], Any]) -> Any:
+    """What `build` makes, in fp32, started as transformers starts the model's own, and trained."""
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        with torch.device("meta"):
+            return build().float().requires_grad_(True)
+    module = build().to("cpu", torch.float32)
+    with torch.no_grad():
+        for part in module.modules():
+            model._init_weights(part)
+    return module.to(device).requires_grad_(True)
+
+
+def _copy_weights(source: nn.Module, into: nn.Module) -> None:
+    if next(into.parameters()).device.type == "meta":
+        return
+    with torch.no_grad():
+        for name, module in into.named_modules():
+            own: Any = source.get_submodule(name)
+            for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                packed = key == "weight" and is_linear(own)
+                tensor.copy_(float_weight(own) if packed else getattr(own, key))
+
+
+def around(
+    target: Target, hidden: Float[Tensor, "B T d"], positions: Int[Tensor, "B T"], cache: DynamicCache | None = None
+) -> Any:
+    """What a `decoder_layer` is given beside `hidden`, of which only the shape, dtype and device count. Without a cache, rows of a
+    packed sequence do not see each other; with one it is a single row, and `positions` follow what the cache holds."""
+    config, rotary = target.config, target.decoder.rotary_emb
+    kind = _kind(config)
+    mask: Any = _MASKS[kind](
+        config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=cache, position_ids=positions
+    )
+    by_kind = "layer_type" in inspect.signature(rotary.forward).parameters
+    rotations = rotary(hidden, positions, kind) if by_kind else rotary(hidden, positions)
+    return {
+        "attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": cache is not None,
+        "position_embeddings": rotations,
+    }  # fmt: skip
+
+
+def through(layer: nn.Module, hidden: Float[Tensor, "B T d"], surroundings: Any) -> Float[Tensor, "B T d"]:
+    """The output of a `decoder_layer`, given what `around` makes."""
+    out = layer(hidden, **surroundings)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def precision(hidden: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Where fp32 weights compute in the dtype of half-precision hidden states."""
+    if hidden.dtype in (torch.bfloat16, torch.float16):
+        return torch.autocast(hidden.device.type, hidden.dtype)
+    return contextlib.nullcontext()
+
+
+def drafted(picks: list[tuple[Tensor, Tensor | None]], ids: Int[Tensor, " n"]) -> Draft:
+    """What `choose` has given for one offset after another; `ids` are of the wanted dtype and device."""
+    tokens = torch.stack([token.to(ids) for token, _ in picks]) if picks else ids[:0]
+    drawn = [probabilities for _, probabilities in picks if probabilities is not None]
+    return Draft(tokens, torch.stack(drawn) if drawn else None)
