@@ -1,0 +1,250 @@
+"""Drafters side by side at equal training time, on the base's own text: how much of what they draft is taken, and how much faster it is.
+
+    python -m scripts.bench.heads prompts=FILE.jsonl out=FOLDER [field=null] [base=smollm2_135m] [rows=600] [held_out=32]
+        [max_new_tokens=96] [generate_batch=16] [drafters=[mtp_parallel,mtp_shared,mtp_medusa]] [offsets=3] [minutes=20]
+        [rates=[1e-3]] [batch_size=8] [overrides=[]] [budget=null]
+    python -m scripts.bench.heads out=FOLDER table=true
+
+1. The base answers the first `rows` and the last `held_out` prompts of the file greedily, to OUT/responses.jsonl and OUT/held_out.jsonl.
+   A prompt is a row's `field`, or without one its messages up to the last answer, or its prompt, question or first turn.
+2. Each drafter is trained alone on the frozen base (adapter=none) on those answers, `minutes` for each of `rates`, with a warm-up of
+   twenty steps and a constant rate, since the number of steps is not known before. `overrides` go to these runs.
+3. python -m trainer.speculate decodes the held-out prompts greedily: with the drafter, without it, and by transformers' generate.
+
+Every piece is a process of its own and a line of OUT/results.jsonl: the script can be stopped at any time and goes on where it was;
+after `budget` minutes it starts no further piece. Then it writes OUT/heads.md and OUT/heads.svg from the lines that there are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from scripts.bench.methods import run, trained_parameters
+
+DEFAULTS: dict[str, Any] = {
+    "prompts": None, "out": None, "field": None, "base": "smollm2_135m", "rows": 600, "held_out": 32, "max_new_tokens": 96,
+    "generate_batch": 16, "drafters": ["mtp_parallel", "mtp_shared", "mtp_medusa"], "offsets": 3, "minutes": 20, "rates": [1e-3],
+    "batch_size": 8, "overrides": [], "budget": None, "table": False,
+}  # fmt: skip
+
+
+def messages_of(row: dict[str, Any], field: str | None) -> list[dict[str, Any]]:
+    """A row's conversation up to the answer that is asked for."""
+    if field is None and "messages" in row:
+        messages = row["messages"]
+        return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    name = field or next(name for name in ("prompt", "question", "turns") if name in row)
+    text = row[name][0] if isinstance(row[name], list) else row[name]
+    return [{"role": "user", "content": text}]
+
+
+def responses(options: dict[str, Any]) -> None:
+    """The base's greedy answers as chats, for training and held out; what is there already is kept."""
+    import torch
+
+    from trainer import assembly, base, config, evaluate
+    from trainer.tokens import Renderer, stop_ids
+
+    out = Path(options["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    lines = Path(options["prompts"]).read_text("utf-8").splitlines()
+    if len(lines) < options["rows"] + options["held_out"]:
+        raise SystemExit(f"{options['prompts']} has {len(lines)} rows, fewer than rows + held_out")
+    parts = {"responses": lines[: options["rows"]], "held_out": lines[-options["held_out"] :]}
+    missing = {name: rows[len(complete(out / f"{name}.jsonl")) :] for name, rows in parts.items()}
+    if not any(missing.values()):
+        return
+    assembly.quiet()
+    plain: Any = OmegaConf.to_container(
+        config.compose(
+            [
+                f"base={options['base']}",
+                "task=sft",
+                f"task.path={options['prompts']}",
+                "task.eval_fraction=0",
+                *options["overrides"],
+            ]
+        ),
+        resolve=True,
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    described = assembly.instantiate(plain["base"])
+    dtype, _, _ = base.compute(plain["precision"], plain["base"]["dtype"], False, device.type == "cuda")
+    model = described.load(dtype, None, device).eval()
+    renderer = Renderer(described.tokenizer, assembly.instantiate(plain["task"]))
+    stops = stop_ids(described.tokenizer, model.generation_config.eos_token_id, [])
+    for name, rows in missing.items():
+        for start in range(0, len(rows), options["generate_batch"]):
+            chats = [messages_of(json.loads(row), options["field"]) for row in rows[start : start + options["generate_batch"]]]
+            with torch.no_grad():
+                texts = evaluate.generate(
+                    model,
+                    [renderer.chat(chat) for chat in chats],
+                    described.tokenizer,
+                    stops,
+                    options["max_new_tokens"],
+                    device,
+                )
+            with (out / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+                file.write("".join(
+                    json.dumps({"messages": [*chat, {"role": "assistant", "content": text}]}, ensure_ascii=False) + "\n"
+                    for chat, text in zip(chats, texts, strict=True)
+                ))  # fmt: skip
+            print(f"{name}: {len(complete(out / f'{name}.jsonl'))} answers", flush=True)
+
+
+def complete(file: Path) -> list[str]:
+    """The whole lines of a file; half a line that a killed process left is taken out of it."""
+    if not file.exists():
+        return []
+    text = file.read_text("utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        file.write_text(whole, "utf-8")
+    return whole.split("\n")[:-1]
+
+
+def answered(file: Path) -> Path:
+    """The rows with an answer, in a file beside: an empty one cannot be trained on."""
+    chosen = file.with_suffix(".answered.jsonl")
+    rows = [line for line in complete(file) if json.loads(line)["messages"][-1]["content"].strip()]
+    if not rows:
+        raise SystemExit(f"{file}: all answers of the base are empty, so there is nothing to train on")
+    chosen.write_text("".join(f"{line}\n" for line in rows), "utf-8")
+    return chosen
+
+
+def piece(drafter: str, rate: float, options: dict[str, Any]) -> dict[str, Any]:
+    """Train one drafter, and decode with it."""
+    out, name = Path(options["out"]), f"{drafter}-{rate:g}-{options['minutes']:g}min"
+    folder = out / "runs" / name
+    run([
+        sys.executable, "-m", "trainer", f"base={options['base']}", "adapter=none", f"drafter={drafter}",
+        f"drafter.offsets={options['offsets']}", "task=sft", f"task.path={answered(out / 'responses.jsonl')}",
+        f"task.eval_path={answered(out / 'held_out.jsonl')}", f"name={name}", f"runs={out}/runs", "logger=none", "max_epochs=null",
+        f"max_time={options['minutes']}", f"batch_size={options['batch_size']}", f"optimizer.lr={rate}", "schedule=constant",
+        "schedule.warmup=20", "callbacks.evaluation=null", "resume=auto", *options["overrides"],
+    ])  # fmt: skip
+    run([
+        sys.executable, "-m", "trainer.speculate", f"run={folder}", f"heldout={options['held_out']}",
+        f"max_new_tokens={options['max_new_tokens']}", f"json={folder}/speculate.json",
+    ])  # fmt: skip
+    run([sys.executable, "-m", "trainer.evaluate", f"run={folder}", f"json={folder}/scores.json"])
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "drafter": drafter, "rate": rate, "minutes": options["minutes"], "base": options["base"], "offsets": options["offsets"],
+        "rows": len(complete(out / "responses.answered.jsonl")), "steps": max(row["step"] for row in steps if row["kind"] == "step"),
+        "parameters": trained_parameters(folder), "decoding": json.loads((folder / "speculate.json").read_text()),
+        "held_out": json.loads((folder / "scores.json").read_text())["adapted"],
+    }  # fmt: skip
+
+
+def table(done: list[dict[str, Any]]) -> str:
+    """One line for each piece."""
+    most = max(len(row["decoding"]["positions"]) for row in done)
+    heads = [
+        "drafter",
+        "rate",
+        "min",
+        "steps",
+        "rows",
+        "parameters",
+        "tokens a step",
+        *(f"taken {k}" for k in range(1, most + 1)),
+    ]
+    heads += ["transformers tokens/s", "own loop", "with the drafter", "ratio", "texts that differ"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in done:
+        found = row["decoding"]
+        taken = [f"{place['taken'] / place['proposed']:.1%}" for place in found["positions"]]
+        cells = [
+            row["drafter"],
+            f"{row['rate']:g}",
+            f"{row['minutes']:g}",
+            f"{row['steps']}",
+            f"{row['rows']}",
+            f"{row['parameters']:,}",
+        ]
+        cells += [f"{found['accepted']:.2f}", *taken, *[""] * (most - len(taken))]
+        cells += [f"{found[way]['tokens_per_second']:.1f}" for way in ("transformers", "plain", "drafter")]
+        cells += [f"{found['drafter']['ratio']:.2f}", f"{found['drafter']['different_texts']} of {found['prompts']}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return (
+        "\n".join(lines)
+        + "\n\n`taken k`: how often the k-th drafted token was taken, with all before it, of how often it was proposed.\n"
+    )
+
+
+def plot(done: list[dict[str, Any]], file: Path) -> None:
+    """Of each drafter at its best rate: how much of each position is taken, and tokens a second over transformers'."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    best: dict[str, dict[str, Any]] = {}
+    for row in done:
+        kept = best.get(row["drafter"])
+        if kept is None or row["decoding"]["accepted"] > kept["decoding"]["accepted"]:
+            best[row["drafter"]] = row
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    for name, row in best.items():
+        taken = [place["taken"] / place["proposed"] for place in row["decoding"]["positions"]]
+        left.plot(range(1, len(taken) + 1), taken, "o-", label=f"{name}, {row['decoding']['accepted']:.2f} tokens a step")
+    left.set(xlabel="draft position", ylabel="taken", ylim=(0, 1))
+    left.xaxis.get_major_locator().set_params(integer=True)
+    left.legend()
+    right.bar(list(best), [row["decoding"]["drafter"]["ratio"] for row in best.values()])
+    right.axhline(1, color="black", linewidth=1)
+    right.set(ylabel="tokens/s over transformers' generate")
+    figure.tight_layout()
+    figure.savefig(file)
+
+
+def main() -> int:
+    """Run what is missing, then write table and plot."""
+    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(sys.argv[1:]))
+    options = {**DEFAULTS, **given}
+    if given.keys() - DEFAULTS.keys() or options["out"] is None or (options["prompts"] is None and not options["table"]):
+        print(__doc__, file=sys.stderr)
+        return 2
+    out, started = Path(options["out"]), time.monotonic()
+    results = out / "results.jsonl"
+    if not options["table"]:
+        responses(options)
+        have = {(row["drafter"], row["rate"], row["minutes"]) for row in map(json.loads, complete(results))}
+        for drafter, rate in ((drafter, rate) for rate in options["rates"] for drafter in options["drafters"]):
+            if options["budget"] is not None and time.monotonic() - started > 60 * options["budget"]:
+                break
+            if (drafter, rate, options["minutes"]) in have:
+                continue
+            result = piece(drafter, rate, options)
+            with results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+            found = result["decoding"]
+            print(
+                f"{drafter} {rate:g}: {found['accepted']:.2f} tokens a step, {found['drafter']['ratio']:.2f} as fast",
+                flush=True,
+            )
+    done = [json.loads(line) for line in complete(results)]
+    if not done:
+        print(f"{results} has no lines yet", file=sys.stderr)
+        return 1
+    text = table(done)
+    (out / "heads.md").write_text(text, "utf-8")
+    plot(done, out / "heads.svg")
+    versions = f"torch {__import__('torch').__version__}, transformers {__import__('transformers').__version__}"
+    print(f"{text}\n{os.cpu_count()} cores, {platform.machine()}, {versions}; {out / 'heads.svg'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

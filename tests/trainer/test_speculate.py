@@ -1,0 +1,176 @@
+"""The verb: what its numbers count, what it compares, and what it refuses before a model is loaded."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import rich
+from rich.console import Console
+
+from tests.conftest import sums, write_rows
+from trainer import assembly, speculate
+from trainer.decoding.speculative import Result
+from trainer.tokens import Renderer
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def trained(train, kept):
+    """A run of a kind, made once."""
+
+    def made(kind="mtp_medusa"):
+        note = kept / kind
+        if not note.exists():
+            rows = write_rows(kept / f"{kind}.jsonl", sums(40))
+            drafter, task = f"drafter={kind}", "sft"
+            if kind == "text":
+                rows = write_rows(kept / "text.jsonl", [{"text": "abc " * (1 + i % 9)} for i in range(40)])
+                drafter, task = "drafter=mtp_medusa", "completion"
+            settings = ["callbacks.evaluation=null", f"runs={kept}", f"name={kind}-run", "max_steps=6", drafter]
+            note.write_text(str(train(f"task={task}", f"task.path={rows}", f"task.eval_path={rows}", *settings)))
+        return note.read_text()
+
+    return made
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    page = io.StringIO()
+    monkeypatch.setattr(rich, "_console", Console(file=page, force_terminal=False, width=140))
+    return page
+
+
+def test_a_run_is_decoded_three_ways_and_counted(trained, shown, tmp_path):
+    file = tmp_path / "found.json"
+    arguments = [f"run={trained()}", "heldout=3", "max_new_tokens=14", "count=2", f"json={file}"]
+    assert speculate.main(arguments) == 0
+    found = json.loads(file.read_text())
+    assert (found["prompts"], found["count"], found["temperature"]) == (3, 2, 0.0)
+    assert found["plain"]["different_texts"] == found["drafter"]["different_texts"] == 0
+    assert found["transformers"]["tokens"] == found["plain"]["tokens"] == found["drafter"]["tokens"] == found["plain"]["steps"]
+    assert found["transformers"]["ratio"] == 1
+    assert 1 <= found["accepted"] <= 3
+    assert len(found["positions"]) == 2
+    steps = found["drafter"]["steps"] - 3
+    assert sum(found["histogram"]) == steps
+    assert steps + sum(place["taken"] for place in found["positions"]) >= found["drafter"]["tokens"] - 3
+    page = shown.getvalue()
+    assert "All 3 texts are those of transformers' greedy decoding" in page
+    assert "with the drafter" in page
+
+
+def test_one_prompt_and_a_file_of_prompts_are_asked_as_rows_were_trained(trained, tmp_path):
+    found = assembly.trained(trained())
+    chat = [{"role": "user", "content": "1+2="}]
+    lines = [{"prompt": "1+2="}, {"messages": chat}, {"messages": [*chat, {"role": "assistant", "content": "3"}]}]
+    file = write_rows(tmp_path / "prompts.jsonl", lines)
+    none = {"prompt": None, "prompts": None, "heldout": 0}
+    ids, stops = speculate.asked(none | {"prompts": str(file)}, found)
+    assert ids == [Renderer(found.base.tokenizer, found.task).chat(chat)] * 3
+    assert stops == [found.base.tokenizer.eos_token_id]
+    assert speculate.asked(none | {"prompt": "1+2="}, found)[0] == ids[:1]
+    held, _ = speculate.asked(none | {"heldout": 5}, found)
+    assert len(held) == 5
+
+
+def test_sampled_texts_repeat_with_their_seed_and_are_not_compared(trained, shown, monkeypatch):
+    texts = []
+    whole = speculate.summary
+    monkeypatch.setattr(
+        speculate, "summary", lambda results, options: (texts.append(results["drafter"][0].tokens), whole(results, options))[1]
+    )
+    for seed in (1, 1, 2):
+        arguments = ["prompt=abc", "max_new_tokens=16", "temperature=0.9", "top_p=0.95", f"seed={seed}"]
+        assert speculate.main([f"run={trained('text')}", *arguments]) == 0
+    assert texts[0] == texts[1] != texts[2]
+    assert "not compared" in shown.getvalue()
+
+
+def test_the_numbers_are_means_over_texts():
+    ways = {
+        "transformers": [Result([1] * 6, [(0, 0)] * 5, 2.0, 0), Result([1] * 4, [(0, 0)] * 3, 3.0, 0)],
+        "plain": [Result([1] * 6, [(0, 0)] * 5, 1.0, 0), Result([1, 2, 1, 1], [(0, 0)] * 3, 1.0, 0)],
+        "drafter": [Result([1] * 6, [(2, 2), (2, 1)], 0.5, 0), Result([1] * 4, [(2, 0), (1, 1)], 0.5, 0)],
+    }
+    options = {"max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0, "seed": 0, "count": None}
+    found = speculate.summary(ways, options)
+    assert found["transformers"] == {"tokens": 10, "steps": 10, "seconds": 5.0, "tokens_per_second": 2.0, "ratio": 1.0}
+    assert (found["drafter"]["steps"], found["drafter"]["ratio"], found["drafter"]["different_texts"]) == (6, 5.0, 0)
+    assert found["plain"]["different_texts"] == 1
+    assert found["accepted"] == 8 / 4
+    assert found["histogram"] == [1, 2, 1]
+    assert found["positions"] == [{"proposed": 4, "reached": 4, "taken": 3}, {"proposed": 3, "reached": 2, "taken": 1}]
+
+
+def test_texts_that_differ_are_told_and_no_error(shown):
+    ways = {way: [Result([1, 2], [(1, 0)], 1.0, 0)] for way in speculate.WAYS}
+    ways["drafter"] = [Result([1, 3], [(1, 0)], 1.0, 0)]
+    options = {"max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0, "seed": 0, "count": None}
+    speculate.show(speculate.summary(ways, options))
+    assert "1 of 1 texts differ from transformers' (0 without the drafter)" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "said"),
+    [
+        ("mtp_medusa", [], "give one of prompt, prompts and heldout"),
+        ("mtp_medusa", ["prompt=x", "heldout=2"], "give one of prompt, prompts and heldout"),
+        ("mtp_medusa", ["prompt=x", "count=0"], "count=0: a number of at least 1, or null"),
+        ("mtp_medusa", ["prompt=x", "top_p=0"], "top_p=0.0: above 0, at most 1"),
+        ("mtp_medusa", ["prompt=x", "json=/nowhere/at/all.json"], "there is no such folder"),
+        ("mtp_medusa", ["prompts=/nowhere.jsonl"], "prompts=/nowhere.jsonl cannot be read"),
+        ("text", ["prompt="], "a prompt is empty"),
+        ("text", ["heldout=2"], "this run continues plain text"),
+    ],
+)
+def test_what_cannot_be_decoded_says_why(trained, capsys, kind, arguments, said):
+    run = trained(kind)
+    capsys.readouterr()
+    assert speculate.main([f"run={run}", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert said in err
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            {"config": {"drafter": {}}, "identity": {"labels": None}},
+            "has no drafter. Train one beside the adapter: python -m trainer ... drafter=mtp_shared",
+        ),
+        (
+            {"config": {"drafter": {}}, "identity": {"labels": ["a", "b"]}},
+            "this run trained a classifier, which writes no text",
+        ),
+    ],
+)
+def test_a_run_that_cannot_draft_is_refused_before_its_model_is_loaded(monkeypatch, capsys, content, said):
+    monkeypatch.setattr(speculate.folder, "read", lambda path: (None, content, "best"))
+    monkeypatch.setattr(assembly, "trained", None)
+    assert speculate.main(["run=somewhere", "prompt=x"]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "prompts.jsonl:1 is no JSON"),
+        ("[1]", 'a line is {"prompt": "..."}'),
+        ('{"messages": []}', 'a line is {"prompt": "..."}'),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "has no prompt"),
+        ("", "is empty"),
+    ],
+)
+def test_a_bad_file_of_prompts_names_the_line(tmp_path, line, said):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(line + "\n")
+    with pytest.raises(speculate.DataError) as raised:
+        speculate.prompts_of(str(file))
+    assert said in str(raised.value)

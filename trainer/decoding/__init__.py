@@ -1,0 +1,1 @@
+"""Ways for a target to write with a drafter."""

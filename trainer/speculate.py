@@ -1,0 +1,272 @@
+"""Decode with a run's drafter, and measure it against decoding without.
+
+    python -m trainer.speculate run=FOLDER[@last|best|STEP] prompt="..."|prompts=FILE.jsonl|heldout=N [max_new_tokens=128]
+                                [temperature=0] [top_p=1] [seed=0] [count=null] [json=FILE]
+
+prompts=FILE.jsonl has one {"prompt": "..."} or {"messages": [...]} a line; of messages the last answer is left out. heldout=N takes
+the first N held-out conversations of the run's task. count=N drafts N tokens at a time instead of all that the drafter can.
+
+Each prompt is decoded three times, one sequence at a time: by transformers' generate, by the same loop without the drafter, and
+with it. temperature=0 is greedy, where all three write the same text: how many differ is told. In bf16 some may, where two tokens
+are equally likely up to rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import get_console
+from rich.table import Table
+from transformers import GenerationConfig
+
+from tasks.reading import DataError
+from trainer import assembly, folder
+from trainer.decoding import speculative
+from trainer.decoding.speculative import Result
+from trainer.drafters import DrafterError, Target
+from trainer.tokens import Renderer, stop_ids
+
+WAYS = {"transformers": "transformers' generate", "plain": "without the drafter", "drafter": "with the drafter"}
+
+
+def prompts_of(path: str) -> list[list[dict[str, Any]]]:
+    """The conversations of a file, each up to the answer that is asked for.
+
+    Raises:
+        DataError: the file cannot be read, or a line is of neither form.
+    """
+    try:
+        lines = Path(path).expanduser().read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"prompts={path} cannot be read: {error}") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number} is no JSON: {error}") from None
+        prompt, messages = (row.get("prompt"), row.get("messages")) if isinstance(row, dict) else (None, None)
+        if isinstance(prompt, str):
+            messages = [{"role": "user", "content": prompt}]
+        elif not (isinstance(messages, list) and messages and all(isinstance(m, dict) and "content" in m for m in messages)):
+            raise DataError(
+                f'{path}:{number}: a line is {{"prompt": "..."}} or {{"messages": [...]}} with at least one message'
+            )
+        found.append(messages[:-1] if messages[-1].get("role") == "assistant" else messages)
+    if not all(found):
+        raise DataError(f"{path}: a conversation of one answer has no prompt")
+    if not found:
+        raise DataError(f"prompts={path} is empty")
+    return found
+
+
+def asked(options: dict[str, Any], found: assembly.Trained) -> tuple[list[list[int]], list[int]]:
+    """(prompts, stops) as token ids.
+
+    Raises:
+        DataError: the task has no such prompts.
+    """
+    tokenizer = found.base.tokenizer
+    stops = stop_ids(tokenizer, found.model.generation_config.eos_token_id, [])  # type: ignore[union-attr]
+    if options["heldout"]:
+        if found.task.kind != "conversation":
+            raise DataError(
+                "heldout takes the prompts of conversations, and this run continues plain text: give prompt or prompts"
+            )
+        data = assembly.tokenised(found.config, found.base, found.task, train=False)
+        if data.held_out is None:
+            raise DataError("this run's task has no held-out rows: it had task.eval_fraction=0 and no task.eval_path")
+        assembly.with_prompts(data, options["heldout"], found.model)
+        return [ids for _, ids in data.held_out.prompts], data.held_out.stops
+    chats = prompts_of(options["prompts"]) if options["prompts"] else [[{"role": "user", "content": str(options["prompt"])}]]
+    if found.task.kind == "conversation":
+        renderer = Renderer(tokenizer, found.task)
+        ids = [renderer.chat(messages) for messages in chats]
+    else:
+        ids = [tokenizer(messages[-1]["content"])["input_ids"] for messages in chats]
+    if not all(ids):
+        raise DataError("a prompt is empty, and this model starts from at least one token")
+    return ids, stops
+
+
+@torch.no_grad()
+def by_transformers(model: Any, ids: torch.Tensor, stops: list[int], pad: int, options: dict[str, Any]) -> Result:
+    """One text by transformers' own loop."""
+    torch.manual_seed(options["seed"])
+    sampled = options["temperature"] > 0
+    # transformers would draw from the 50 likeliest tokens only.
+    chances = {"temperature": options["temperature"], "top_p": options["top_p"], "top_k": 0} if sampled else {}
+    settings = GenerationConfig(
+        do_sample=sampled,
+        max_new_tokens=options["max_new_tokens"],
+        eos_token_id=stops,
+        pad_token_id=pad,
+        repetition_penalty=1.0,  # a base's own settings may have one, which no drafter is verified with
+        **chances,
+    )
+    started = speculative.now(ids.device)
+    out = model.generate(input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), generation_config=settings)
+    tokens = out[0, len(ids) :].tolist()
+    return Result(tokens, [(0, 0)] * (len(tokens) - 1), time.perf_counter() - started, 0.0)
+
+
+def decoded(
+    found: assembly.Trained, prompts: list[list[int]], stops: list[int], options: dict[str, Any]
+) -> dict[str, list[Result]]:
+    """Each prompt's text by each of WAYS.
+
+    Raises:
+        DrafterError: the run's drafter cannot draft for its target.
+    """
+    target = Target(found.model)
+    device = next(found.model.parameters()).device
+
+    def one(way: str, ids: torch.Tensor, limit: int) -> Result:
+        if way == "transformers":
+            return by_transformers(
+                found.model, ids, stops, found.base.tokenizer.pad_token_id, options | {"max_new_tokens": limit}
+            )
+        return speculative.generate(
+            target,
+            found.drafter if way == "drafter" else None,
+            ids,
+            limit,
+            stops,
+            options["temperature"],
+            options["top_p"],
+            torch.Generator(device).manual_seed(options["seed"]),
+            options["count"],
+        )
+
+    results: dict[str, list[Result]] = {way: [] for way in WAYS}
+    for number, prompt in enumerate(prompts):
+        ids = torch.tensor(prompt, device=device)
+        for way in reversed(WAYS):  # a drafter that cannot draft says so first
+            if number == 0:
+                one(way, ids, min(8, options["max_new_tokens"]))  # what happens once only is not measured
+            results[way].append(one(way, ids, options["max_new_tokens"]))
+    return results
+
+
+def summary(results: dict[str, list[Result]], options: dict[str, Any]) -> dict[str, Any]:
+    """What was found, as plain numbers: of each way tokens, target steps, seconds and tokens a second; of the drafter how many
+    tokens its steps gave, how often each draft position was proposed, reached and taken, and how many steps took 0, 1 ...
+    tokens; and, greedy, how many texts differ from transformers'."""
+    found: dict[str, Any] = {"prompts": len(results["drafter"]), "max_new_tokens": options["max_new_tokens"]}
+    found |= {key: options[key] for key in ("temperature", "top_p", "seed", "count")}
+    for way, texts in results.items():
+        tokens, seconds = sum(len(text.tokens) for text in texts), sum(text.seconds for text in texts)
+        found[way] = {
+            "tokens": tokens,
+            "steps": sum(1 + text.steps for text in texts),
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+    rate = found["transformers"]["tokens_per_second"]
+    for way in results:
+        found[way]["ratio"] = found[way]["tokens_per_second"] / rate
+    drafts = [draft for text in results["drafter"] for draft in text.drafts]
+    taken = [count for _, count in drafts]
+    found["accepted"] = (found["drafter"]["tokens"] - found["prompts"]) / len(drafts) if drafts else None
+    found["histogram"] = [taken.count(count) for count in range(max(taken, default=0) + 1)]
+    found["positions"] = [
+        {"proposed": place.proposed, "reached": place.reached, "taken": place.taken}
+        for place in speculative.places(results["drafter"])
+    ]
+    if options["temperature"] == 0:
+        for way in ("plain", "drafter"):
+            found[way]["different_texts"] = sum(
+                text.tokens != wanted.tokens for text, wanted in zip(results[way], results["transformers"], strict=True)
+            )
+    return found
+
+
+def show(found: dict[str, Any]) -> None:
+    """The summary as tables."""
+    console = get_console()
+    table = Table("", "tokens", "target steps", "tokens/s", "ratio")
+    for way, name in WAYS.items():
+        row = found[way]
+        table.add_row(name, f"{row['tokens']}", f"{row['steps']}", f"{row['tokens_per_second']:.1f}", f"{row['ratio']:.2f}")
+    console.print(table)
+    if found["accepted"] is not None:
+        console.print(f"tokens a step with the drafter: {found['accepted']:.2f}, the target's own among them")
+        table = Table("draft position", "proposed", "taken", "taken of those after right ones")
+        for k, place in enumerate(found["positions"], 1):
+            table.add_row(
+                f"{k}",
+                f"{place['proposed']}",
+                f"{place['taken'] / place['proposed']:.1%}",
+                f"{place['taken'] / place['reached']:.1%}" if place["reached"] else "-",
+            )
+        console.print(table)
+    if found["temperature"] > 0:
+        console.print("Sampled texts are the target's in distribution, and are not compared one by one.")
+    elif found["drafter"]["different_texts"]:
+        console.print(
+            f"{found['drafter']['different_texts']} of {found['prompts']} texts differ from transformers' "
+            f"({found['plain']['different_texts']} without the drafter): rounding decides between tokens that are equally likely."
+        )
+    else:
+        console.print(f"All {found['prompts']} texts are those of transformers' greedy decoding, token by token.")
+
+
+def main(argv: list[str]) -> int:
+    """The verb; see the module's text."""
+    from trainer import config, failures
+
+    known = {
+        "run": ..., "prompt": None, "prompts": None, "heldout": 0, "max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0, "seed": 0,
+        "count": None, "json": None,
+    }  # fmt: skip
+    options = config.arguments(argv, known, __doc__ or "")
+    if sum((options["prompt"] is not None, options["prompts"] is not None, options["heldout"] != 0)) != 1:
+        return config.bad("give one of prompt, prompts and heldout")
+    if options["count"] in (None, "null"):
+        options["count"] = None
+    elif not options["count"].isdecimal() or int(options["count"]) < 1:
+        return config.bad(f"count={options['count']}: a number of at least 1, or null")
+    else:
+        options["count"] = int(options["count"])
+    for name, fits, said in (
+        ("heldout", options["heldout"] >= 0, "at least 1"),
+        ("max_new_tokens", options["max_new_tokens"] >= 1, "at least 1"),
+        ("temperature", options["temperature"] >= 0, "at least 0"),
+        ("top_p", 0 < options["top_p"] <= 1, "above 0, at most 1"),
+    ):
+        if not fits:
+            return config.bad(f"{name}={options[name]}: {said}")
+    if options["json"] and not Path(options["json"]).parent.is_dir():
+        return config.bad(f"json={options['json']}: there is no such folder")
+    assembly.quiet()
+    try:
+        _, content, _ = folder.read(options["run"])
+        if content["identity"]["labels"] is not None:
+            return config.bad("this run trained a classifier, which writes no text. Use: python -m trainer.evaluate")
+        if not content["config"].get("drafter"):
+            raise DrafterError(
+                f"run={options['run']} has no drafter. Train one beside the adapter: python -m trainer ... drafter=mtp_shared"
+            )
+        if options["prompts"]:
+            prompts_of(options["prompts"])
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        found = assembly.trained(options["run"], device)
+        prompts, stops = asked(options, found)
+        result = summary(decoded(found, prompts, stops, options), options)
+    except Exception as error:
+        return failures.told(error)
+    show(result)
+    if options["json"]:
+        Path(options["json"]).write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
