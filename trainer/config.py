@@ -365,6 +365,14 @@ def _cooldown_combinations(c: dict[str, Any]) -> Iterator[str]:
             f"{c['max_time'] or 'null'}"
         )
     schedule, steps = c["schedule"], c["max_steps"]
+    if c["max_time"] is not None and steps is None and c["max_epochs"] is None and c["max_tokens"] is None:
+        open_ended = schedule["_target_"].endswith((".constant", ".inverse_sqrt"))
+        if not open_ended or 0 < schedule["warmup"] < 1:
+            yield (
+                "a run that ends by max_time alone has no known number of steps, which this schedule's rates are fractions of: set "
+                "schedule=constant schedule.warmup=20 (in steps), and callbacks=[default,cooldown] callbacks.cooldown.deadline=max_time "
+                "for a cooldown at its end"
+            )
     planned = [schedule[key] for key in ("warmup", "cooldown") if schedule.get(key) is not None]
     if (
         not branch

@@ -1,9 +1,14 @@
 """A run's result for use elsewhere, called done only after it was loaded back and gave the run's own logits.
 
-    python -m trainer.export run=FOLDER[@last|best|STEP] to=peft|merged [out=FOLDER] [dtype=float32|bfloat16|float16]
+    python -m trainer.export run=FOLDER[@last|best|STEP] to=peft|merged|shira|drafter|mtp [out=FOLDER]
+                             [dtype=float32|bfloat16|float16]
 
 peft is the adapter as stock PEFT loads it; merged is a model folder as transformers loads it, merged in fp32 and then cast to
-dtype. A quantised base is merged as its rounding left it, which is what the adapter was trained on.
+dtype. A quantised base is merged as its rounding left it, which is what the adapter was trained on. MTP layers in the files of a
+base, which transformers does not load, are copied into a merged folder as they are. shira is for adapters with a sparse part.
+
+drafter is the run's drafter as a folder, as the run itself writes it after its last step. mtp is merged with the drafter as the MTP
+layer of the base's own family: for generate(use_mtp=True), vLLM and SGLang; trainer/drafters/native.py says for which bases.
 """
 
 from __future__ import annotations
@@ -16,7 +21,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -25,6 +32,8 @@ from trainer import assembly
 from trainer.assembly import Trained
 from trainer.base import Base
 from trainer.checkpoint import CheckpointError
+from trainer.drafters import DrafterError, io, native
+from trainer.folder import read
 
 log = logging.getLogger("trainer")
 
@@ -42,23 +51,29 @@ def export(run: str, to: str, out: Path | None, dtype: str) -> tuple[Path, float
 
     Raises:
         Mismatch: the loaded export differs; nothing is left behind.
+        DrafterError: the run has no drafter, or one that is no MTP layer of its base's family.
     """
-    found = assembly.trained(run, exact=True, unpack=to == "merged")
+    if to in ("drafter", "mtp"):
+        _check_drafter(run, to)
+    found = assembly.trained(run, exact=True, unpack=to in ("merged", "mtp"))
     if to == "shira" and not hasattr(found.adapter, "save_pair"):
         raise AdapterError(
             f"to=shira is for adapters with a sparse part, and this run's is {type(found.adapter).__name__}: to=peft"
         )
-    out = out or found.folder / to
+    # The run has its own folder called drafter, of its last step.
+    out = out or found.folder / (f"drafter-step-{found.step}" if to == "drafter" else to)
     if out.exists():
         raise CheckpointError(f"{out} exists. Remove it, or choose another place with out=FOLDER")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        if to != "merged":
+        if to == "drafter":
+            difference = _write_drafter(found, temporary)
+        elif to in ("peft", "shira"):
             save_adapter(found.adapter, found.model, found.base, found.task, temporary, pair=to == "shira")
             difference = verify_adapter(found, temporary)
         else:
-            difference = _write_merged(found, temporary, getattr(torch, dtype))
+            difference = _write_merged(found, temporary, getattr(torch, dtype), mtp=to == "mtp")
         temporary.chmod(0o755)
         temporary.rename(out)
     finally:
@@ -92,21 +107,56 @@ def verify_adapter(found: Trained, folder: Path) -> float:
     return difference
 
 
+def _check_drafter(run: str, to: str) -> None:
+    """Before any weights are loaded."""
+    _, content, _ = read(run)
+    config, labels = content["config"], content["identity"]["labels"]
+    if not config["drafter"]:
+        raise DrafterError(f"run={run} has no drafter. Train one beside the adapter: python -m trainer ... drafter=mtp_shared")
+    if to == "mtp":
+        skeleton = assembly.instantiate(config["base"]).skeleton(labels)
+        native.check(assembly.instantiate(config["drafter"])(model=skeleton), skeleton)
+
+
+def _write_drafter(found: Trained, place: Path) -> float:
+    assert found.drafter is not None
+    io.save(found.drafter, found.config["drafter"], io.trained_for(found.base, found.folder, found.step), place)
+    again = io.load(place, found.base.load(torch.float32), found.base.fingerprint).state()
+    different = [name for name, tensor in found.drafter.state().items() if not torch.equal(tensor, again[name])]
+    if different:
+        raise Mismatch(f"the drafter, loaded back, differs from the run's in {', '.join(different[:5])}")
+    return 0.0
+
+
 @torch.no_grad()
-def _write_merged(found: Trained, folder: Path, dtype: torch.dtype) -> float:
+def _write_merged(found: Trained, folder: Path, dtype: torch.dtype, mtp: bool) -> float:
     wanted = _outputs(found.model, found)
     merged: Any = found.adapter.merge(found.model)
     difference = _compare(wanted, _outputs(merged, found))
+    if mtp:
+        native.check(found.drafter, merged)
     _cast(merged, dtype)
     merged.config.dtype = dtype
     merged.save_pretrained(folder)
     # From its source again: the tokenizer in use had its length limit lifted.
     AutoTokenizer.from_pretrained(found.base.path, trust_remote_code=found.base.trust_remote_code).save_pretrained(folder)
-    auto = AutoModelForSequenceClassification if found.task.kind == "label" else AutoModelForCausalLM
-    loaded = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=found.base.trust_remote_code).eval()
+    if mtp:
+        drafter: Any = found.drafter
+        native.append(folder, native.tensors(drafter, merged, dtype), {})
+    elif found.task.kind != "label":
+        _keep_mtp(found.base, merged, folder)
+    auto: Any = AutoModelForSequenceClassification if found.task.kind == "label" else AutoModelForCausalLM
+    loaded, notes = auto.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=found.base.trust_remote_code, output_loading_info=True
+    )
+    if notes["missing_keys"]:
+        raise Mismatch(f"the export lacks {', '.join(sorted(notes['missing_keys'])[:5])}")
+    loaded.eval()
     _cast(merged, torch.float32)
     rounded = _outputs(merged, found)
     _compare(rounded, _outputs(loaded, found))  # the folder holds exactly what was merged
+    if mtp:
+        _compare_mtp(found, merged, loaded, dtype)
     if dtype != torch.float32:
         agreement = float((wanted[-1].argmax(-1) == rounded[-1].argmax(-1)).float().mean())
         log.warning(
@@ -117,6 +167,46 @@ def _write_merged(found: Trained, folder: Path, dtype: torch.dtype) -> float:
     return difference
 
 
+def _keep_mtp(base: Base, merged: Any, folder: Path) -> None:
+    """Copy the MTP layers in the base's files, which transformers has not loaded, into the folder."""
+    place = Path(base.path)
+    if not place.is_dir():
+        try:
+            place = Path(
+                huggingface_hub.snapshot_download(
+                    base.path, revision=base.revision, local_files_only=True, allow_patterns=["*.safetensors", "*.json"]
+                )
+            )
+        except LocalEntryNotFoundError:
+            return
+    extra, settings = native.of_files(place, merged.config.get_text_config().num_hidden_layers)
+    if not extra:
+        return
+    if getattr(base.config, "quantization_config", None) is not None:
+        log.warning("the base's MTP layers (%d tensors) are quantised, and this export is not: they are left out", len(extra))
+        return
+    native.append(folder, extra, settings)
+    log.warning(
+        "the base's MTP layers (%d tensors) were copied as they are: they were trained for the base, and the adapter's model takes "
+        "fewer of their tokens",
+        len(extra),
+    )
+
+
+def _compare_mtp(found: Trained, merged: Any, loaded: Any, dtype: torch.dtype) -> None:
+    """Hold what transformers' MTP layer says, loaded from the export, against the drafter with its weights rounded likewise."""
+    ids = _rows(merged, found)
+    drafter: Any = found.drafter
+    _cast(drafter, dtype)
+    _cast(drafter, torch.float32)
+    wanted, got = native.own_logits(drafter, merged, ids), native.transformers_logits(loaded, ids)
+    difference = _distance(wanted.float(), got.float())
+    if not difference <= TOLERANCE:
+        raise Mismatch(
+            f"the MTP layer, loaded back, differs from the run's drafter by {difference:.3g} of the logits' spread (at most {TOLERANCE:g})"
+        )
+
+
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     # Parameters only: rotary frequencies are buffers, which a loaded model computes in fp32 again.
     for parameter in model.parameters():
@@ -124,25 +214,30 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _outputs(model: nn.Module, found: Trained) -> list[torch.Tensor]:
-    """Hidden states after each layer, then the logits, of four rows of random tokens."""
-    draw = torch.Generator().manual_seed(0)
-    text = found.base.config.get_text_config()
-    ids = torch.randint(3, text.vocab_size, (4, min(32, found.base.longest)), generator=draw).to(
-        next(model.parameters()).device
-    )
+    """Hidden states after each layer, then the logits, of `_rows`."""
+    ids = _rows(model, found)
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True, use_cache=False)
     return [*(state.float() for state in output.hidden_states), output.logits.float()]
 
 
-def _compare(wanted: list[torch.Tensor], got: list[torch.Tensor]) -> float:
-    def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-        # Its root mean square: at single positions rounding alone grows a thousandfold on its way through the layers.
-        return float((a - b).square().mean().sqrt() / a.std().clamp_min(1e-6)) if a.shape == b.shape else float("inf")
+def _rows(model: nn.Module, found: Trained) -> torch.Tensor:
+    """Four rows of random tokens."""
+    draw = torch.Generator().manual_seed(0)
+    text = found.base.config.get_text_config()
+    ids = torch.randint(3, text.vocab_size, (4, min(32, found.base.longest)), generator=draw)
+    return ids.to(next(model.parameters()).device)
 
-    difference = distance(wanted[-1], got[-1])
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    # Its root mean square: at single positions rounding alone grows a thousandfold on its way through the layers.
+    return float((a - b).square().mean().sqrt() / a.std().clamp_min(1e-6)) if a.shape == b.shape else float("inf")
+
+
+def _compare(wanted: list[torch.Tensor], got: list[torch.Tensor]) -> float:
+    difference = _distance(wanted[-1], got[-1])
     if difference <= TOLERANCE:
         return difference
-    layers = [distance(a, b) for a, b in zip(wanted[:-1], got[:-1], strict=True)]
+    layers = [_distance(a, b) for a, b in zip(wanted[:-1], got[:-1], strict=True)]
     first = next((i for i, value in enumerate(layers) if value > TOLERANCE), None)
     where = (
         "only the logits do"
@@ -159,7 +254,7 @@ def main(argv: list[str]) -> int:
     from trainer import config, failures
 
     options = config.arguments(argv, {"run": ..., "to": ..., "out": None, "dtype": "float32"}, __doc__ or "")
-    for key, choices in (("to", ("peft", "merged", "shira")), ("dtype", ("float32", "bfloat16", "float16"))):
+    for key, choices in (("to", ("peft", "merged", "shira", "drafter", "mtp")), ("dtype", ("float32", "bfloat16", "float16"))):
         if options[key] not in choices:
             print(f"{key}={options[key]}: choose one of {', '.join(choices)}", file=sys.stderr)
             return config.EXIT_BAD_INPUT

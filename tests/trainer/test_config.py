@@ -18,6 +18,25 @@ FREE = ("optimizer=schedulefree", "schedule=constant")
 
 COMBINATIONS = {
     "no end": (["max_steps=null"], "the run has no end: set one of max_epochs, max_steps, max_tokens, max_time"),
+    "no steps": (["max_epochs=null", "max_steps=null", "max_time=5"], "a run that ends by max_time alone has no known number of steps"),
+    "a warm-up and a cooldown longer than the run": (
+        ["max_steps=10", "schedule.warmup=4", "schedule.cooldown=7"], "schedule.warmup=4 and schedule.cooldown=7 take more than the run's 10 steps",
+    ),
+    "a branch of another length": (
+        ["branch=cooldown", "branch.run=runs/x", "branch.step=8", "branch.steps=2", "max_steps=11"],
+        "max_steps=11 is not branch.step + branch.steps = 10",
+    ),
+    "a trigger on a falling rate": (["callbacks=[default,cooldown]", "schedule=cosine"], "this schedule falls by itself: set schedule=constant"),
+    "a deadline that is none": (
+        ["callbacks=[default,cooldown]", "schedule=constant", "callbacks.cooldown.deadline=max_time"],
+        "needs a max_time above callbacks.cooldown.reserve=2",
+    ),
+    "patience without evaluations": (
+        ["callbacks=[default,cooldown]", "schedule=constant", "callbacks.cooldown.patience=2", "callbacks.evaluation.every=null"],
+        "callbacks.cooldown.patience counts evaluations, and there are none",
+    ),
+    "registers without an adapter": (["drafter=registers", "adapter=none"], "adapter=none has none: choose an adapter"),
+    "registers and a penalty": (["drafter=registers", "penalty=deft"], "which penalty=deft would measure in their place"),
     "full on a quantised base": (["adapter=full", "base.quantization=nf4"], "set base.quantization=none, or use an adapter"),
     "packing and length groups": (["packing=true", "group_by_length=true"], "set group_by_length=false"),
     "packing a classifier": (["task=classification", "packing=true"], "which reads one label per sequence: set packing=false"),
@@ -212,7 +231,7 @@ def no_torch(tmp_path):
         (["experiment=smoke", TASK, "adapter.rnak=3"], 2, "Did you mean rank?"),
         (["experiment=smoke", TASK, "adapter=dora", "adapter.lora_alhpa=3"], 2, "Did you mean lora_alpha?"),
         (["--cfg", "job", "adapter.rnak=3"], 2, "Did you mean rank?"),
-        (["experiment=smok", TASK], 2, "Available options in 'experiment':\n\tdeft_sst2\n\tquickstart"),
+        (["experiment=smok", TASK], 2, "Available options in 'experiment':\n\tdeft_sst2\n\tmtp_bytes\n\tquickstart"),
         (["adapter=lroa", TASK], 2, "Available options in 'adapter':"),
         (["adapter=null", TASK], 2, "adapter=null: choose one of adalora,"),
         (["~adapter", TASK], 2, "adapter: choose one of adalora,"),

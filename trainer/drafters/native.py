@@ -1,0 +1,210 @@
+"""A drafter as the MTP layer that its target's family has of its own, in the names and config keys of the family's released files.
+
+    layers   model.layers.{N}.{enorm,hnorm,eh_proj,shared_head.norm}.weight, and the block beside them; N = num_hidden_layers
+    mtp      mtp.{pre_fc_norm_embedding,pre_fc_norm_hidden,fc,norm}.weight, and the block as mtp.layers.0.
+
+Both hold one module: a `shared` one, which servers run again for each further token, or the only one. Several modules of their own are
+refused, since transformers hands norm_k(h_k) to the next depth, where ours hands on h_k, and finds no second layer by these names.
+
+Known how: transformers 5.23 was run, which loads these names for all of FAMILIES and gives the drafter's own logits. It decodes with
+them, generate(use_mtp=True), for glm4_moe, deepseek_v3 and mellum, one token ahead; models with linear attention (qwen3_next, qwen3_5)
+it does not let draft at all. Of vLLM and SGLang the loaders' sources were read and nothing was run: vLLM's {glm4_moe,qwen3_next,
+qwen3_5}_mtp.py, with config/speculative.py for the config keys, and SGLang's {glm4_moe_nextn,qwen3_next_mtp}.py take these names;
+deepseek_v3's differ from glm4_moe's in nothing; of mellum neither was looked at. In a repetition both keep one sequence of keys and
+values where we keep one for each depth, and the Qwen families hand on norm(h): tokens after the first are accepted less often than
+ours, and stay the target's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.cache_utils import MtpCache
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_layers import MtpModel
+
+from trainer.drafters import Drafter, DrafterError, Seen, Target
+from trainer.drafters.sequential import SequentialModules
+
+# model_type: the names, and the config's key for the number of layers where servers read another than transformers' num_mtp_layers.
+FAMILIES: dict[str, tuple[str, str | None]] = {
+    "deepseek_v3": ("layers", None),
+    "glm4_moe": ("layers", None),
+    "mellum": ("mtp", None),
+    "qwen3_5_moe_text": ("mtp", "mtp_num_hidden_layers"),
+    "qwen3_5_text": ("mtp", "mtp_num_hidden_layers"),
+    "qwen3_next": ("mtp", "num_nextn_predict_layers"),
+}
+_NAMES = {
+    "layers": {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "post_norm": "shared_head.norm"},
+    "mtp": {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc", "post_norm": "norm"},
+}
+_INSTEAD = "Use to=drafter, and decode with python -m trainer.speculate"
+_INDEX = "model.safetensors.index.json"
+
+
+def check(drafter: Drafter | None, model: Any) -> None:
+    """Refuse what cannot be written as the family's MTP layer; both may be on the meta device. Sets the model's config keys.
+
+    Raises:
+        DrafterError: there is no drafter, it is of another kind or of several modules, or transformers has no such layer for the
+            model. The message says which.
+    """
+    if not isinstance(drafter, SequentialModules):
+        found = (
+            "no drafter" if drafter is None else f"{type(drafter).__name__}, which is none of decoder layers one after another"
+        )
+        raise DrafterError(f"to=mtp writes what drafter=mtp_sequential and mtp_shared train; this run has {found}. {_INSTEAD}")
+    if len(drafter.layers) > 1:
+        raise DrafterError(
+            f"to=mtp writes one module, and this drafter has {len(drafter.layers)}: transformers' further layers read normed states, "
+            f"which these were not trained on. Train drafter=mtp_shared or drafter.offsets=1. {_INSTEAD}"
+        )
+    config, name = model.config.get_text_config(), type(model).__name__
+    if config.model_type not in FAMILIES:
+        raise DrafterError(
+            f"{name} ({config.model_type}) has no MTP layers in transformers; of the families that have, to=mtp knows "
+            f"{', '.join(FAMILIES)}. {_INSTEAD}"
+        )
+    if getattr(config, "tie_last_hidden_states", True) is False:
+        raise DrafterError(
+            f"{name}'s config has tie_last_hidden_states=false, and MTP layers read other states then. {_INSTEAD}"
+        )
+    configure(config)
+    layout = FAMILIES[config.model_type][0]
+    pattern = MtpModel.get_mtp_weights_regex
+    try:
+        seen = pattern(model).search(f"model.layers.{config.num_hidden_layers}.x" if layout == "layers" else "mtp.x")
+    except ValueError:
+        seen = None
+    if seen is None:
+        known = ", ".join(sorted(str(one) for one in model._keys_to_ignore_on_load_unexpected or []))
+        raise DrafterError(
+            f"transformers looks for {name}'s MTP weights under {known} only, and this model has {config.num_hidden_layers} "
+            f"layers. {_INSTEAD}"
+        )
+    with torch.device("meta"):
+        theirs = {key: t.shape for key, t in MtpModel(model, 1).state_dict().items() if key.startswith("layers.")}
+    if theirs != {key: t.shape for key, t in drafter.state_dict().items()}:
+        raise DrafterError(
+            f"{name}'s last layer, which the drafter is made of, is not what its MTP layers are made of. {_INSTEAD}"
+        )
+
+
+def configure(config: Any) -> None:
+    """Set the keys of a text config that say that there is one MTP layer, of the kind of the last layer."""
+    config.num_mtp_layers = 1
+    if other := FAMILIES[config.model_type][1]:
+        setattr(config, other, 1)
+    for kinds in ("layer_types", "mlp_layer_types"):
+        if own := getattr(config, kinds, None):
+            setattr(config, f"mtp_{kinds}", [own[-1]])
+
+
+def tensors(drafter: SequentialModules, model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The drafter's tensors as the family's files have them, with experts one by one. Parameters are in `dtype`; buffers keep
+    theirs. For the names `layers`, embedding and head stand there once more, as in DeepSeek-V3's and GLM-4.5's own files: some
+    servers take them from nowhere else."""
+    config = model.config.get_text_config()
+    layout, number = FAMILIES[config.model_type][0], config.num_hidden_layers
+    module: Any = drafter.layers[0]
+    cast = {name for name, _ in module.named_parameters()}
+    block, around = {}, {}
+    for name, tensor in module.state_dict().items():
+        part, _, rest = name.partition(".")
+        tensor = tensor.detach().to("cpu", dtype if name in cast else tensor.dtype)
+        if part == "mtp_block":
+            block[f"model.layers.{number}.{rest}"] = tensor
+        else:
+            around[f"{_NAMES[layout][part]}.{rest}"] = tensor
+    # As a further layer of the model, so that it is renamed and split as the model's own layers are.
+    written = {
+        re.sub(rf"^.*?layers\.{number}\.", "mtp.layers.0.", name) if layout == "mtp" else name: tensor
+        for name, tensor in revert_weight_conversion(model, block).items()
+    }
+    prefix = "mtp." if layout == "mtp" else f"model.layers.{number}."
+    if layout == "layers":
+        around["embed_tokens.weight"] = model.get_input_embeddings().weight.detach().to("cpu", dtype)
+        around["shared_head.head.weight"] = model.get_output_embeddings().weight.detach().to("cpu", dtype)
+    return written | {prefix + name: tensor for name, tensor in around.items()}
+
+
+def of_files(folder: Path, layers: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, config keys) of MTP layers in a model's folder: what stands behind layer `layers - 1` or under mtp, as it is, and
+    the keys of its text config that speak of them. Nothing where the folder has none, or no safetensors."""
+    files = _files(folder)
+    names = {name: file for name, file in files.items() if _is_mtp(name, layers)}
+    found: dict[str, Tensor] = {}
+    for file in sorted(set(names.values())):
+        with safe_open(folder / file, "pt") as stream:
+            found |= {name: stream.get_tensor(name) for name, of in names.items() if of == file}
+    config = json.loads((folder / "config.json").read_text("utf-8")) if found else {}
+    config = config.get("text_config") or config
+    return found, {key: value for key, value in config.items() if re.search("mtp|nextn", key)}
+
+
+def append(folder: Path, extra: dict[str, Tensor], settings: dict[str, Any]) -> None:
+    """Add tensors in a shard of their own, and config keys, to a folder that transformers has saved."""
+    index, single = folder / _INDEX, folder / "model.safetensors"
+    shard = "model-mtp.safetensors"
+    if index.exists():
+        content = json.loads(index.read_text("utf-8"))
+    else:
+        # A file of the plain name would be read in place of the index.
+        first, shard = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+        with single.open("rb") as stream:
+            header = 8 + int.from_bytes(stream.read(8), "little")
+        content = {
+            "metadata": {"total_size": single.stat().st_size - header}, "weight_map": dict.fromkeys(_files(folder), first),
+        }  # fmt: skip
+        single.rename(folder / first)
+    save_file({name: tensor.contiguous().clone() for name, tensor in extra.items()}, folder / shard, {"format": "pt"})
+    content["weight_map"] |= dict.fromkeys(extra, shard)
+    content["metadata"]["total_size"] += sum(tensor.nbytes for tensor in extra.values())
+    index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | settings, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+@torch.no_grad()
+def transformers_logits(model: Any, ids: Tensor) -> Tensor:
+    """(B, T - 1, V): what the MTP layer of a model that was loaded from its folder says of x_{t+2} at each t, as transformers runs it."""
+    layer = MtpModel.from_pretrained(model)
+    states = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[-1]
+    positions = torch.arange(1, ids.shape[1], device=ids.device).expand(len(ids), -1)
+    cache = MtpCache(config=model.config.get_mtp_config())
+    read = layer.eval().forward_layer(0, states[:, :-1], positions, cache, input_ids=ids[:, 1:])
+    return layer._project_to_logits(read)
+
+
+@torch.no_grad()
+def own_logits(drafter: Drafter, model: Any, ids: Tensor) -> Tensor:
+    """(B, T - 1, V): the same as `transformers_logits`, of the drafter on its target."""
+    target = Target(model)
+    hidden = target.decoder(input_ids=ids, use_cache=False).last_hidden_state
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+    seen = Seen(hidden, ids, ids, positions, hidden[:, :0])
+    read = next(iter(drafter.states(seen, target)))[:, :-1]
+    return target.head(read.flatten(0, 1)).unflatten(0, read.shape[:2])
+
+
+def _is_mtp(name: str, layers: int) -> bool:
+    numbered = re.match(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.", name)
+    return int(numbered.group(1)) >= layers if numbered else bool(re.search(r"(^|\.)mtp(_\w+)?\.", name))
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """The safetensors file of each tensor of a folder."""
+    if (folder / _INDEX).exists():
+        return json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"]
+    if not (folder / "model.safetensors").exists():
+        return {}
+    with safe_open(folder / "model.safetensors", "pt") as stream:
+        return dict.fromkeys(stream.keys(), "model.safetensors")
