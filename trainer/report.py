@@ -64,7 +64,11 @@ def _subtitle(record: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) -> 
 
 
 def _notes(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
-    notes = [f"Stopped after step {row['step']}: {row['reason']}." for row in rows["stopped"]]
+    notes = [
+        f"The rate cools down from step {row['step']} on, over {row['steps']} steps: {row['reason']}."
+        for row in rows["cooldown"]
+    ]
+    notes += [f"Stopped after step {row['step']}: {row['reason']}." for row in rows["stopped"]]
     if rows["skipped"]:
         notes.append(f"{len(rows['skipped'])} steps were skipped because their loss or gradient was not finite.")
     return notes
@@ -132,6 +136,8 @@ def _facts(record: dict[str, Any], rows: dict[str, list[dict[str, Any]]], checke
         ("versions", ", ".join(f"{name} {version}" for name, version in start["versions"].items() if version)), ("run id", record["id"]),
         ("precision", record["identity"]["precision"]),
     ]  # fmt: skip
+    if parent := record.get("parent"):
+        facts.append(("branched off", f"{parent['run']} after step {parent['step']}"))
     if model:
         facts.append(("parameters", f"{model['parameters']:,}, {counted(model['trainable'])} trained"))
     if rows["step"]:
@@ -173,8 +179,15 @@ def _plots(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
     graded = [
         name
         for name in (evaluations[-1] if evaluations else {})
-        if name not in ("kind", "step", "seconds", "loss", "perplexity")
+        if name not in ("kind", "step", "seconds", "loss", "perplexity", "accepted") and not name.startswith("offset")
     ]
+    drafted = sorted({name for row in evaluations for name in row if name.startswith("offset") and name.endswith("/top1")})
+    if drafted:
+        curves.append(
+            ("held out, top-1 by offset", [(name.partition("/")[0], evaluations, name, "o-") for name in drafted], False)
+        )
+        if any(row.get("accepted", 1) > 1 for row in evaluations):
+            curves.append(("held out, tokens a step", [("", evaluations, "accepted", "o-")], False))
     if graded:
         curves.append(("held out", [(name, evaluations, name, "o-") for name in graded], False))
     plots = []

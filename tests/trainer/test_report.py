@@ -217,6 +217,28 @@ def test_averaged_weights_have_a_curve_beside_the_others(folder):
         assert ("averaged" in "".join(ElementTree.fromstring(base64.b64decode(picture.partition(",")[2])).itertext())) is shown
 
 
+def test_offsets_have_a_picture_of_their_own(folder):
+    def drawn(page):
+        return ["".join(ElementTree.fromstring(base64.b64decode(a.partition(",")[2])).itertext()) for a in page.addresses]
+
+    rows = [
+        evaluation(at, **{"offset1/loss": 2.0, "offset1/top1": 0.1 * at, "offset2/top1": 0.1, "accepted": 1.2}) for at in (0, 4)
+    ]
+    pictures = drawn(folder([step(1), *rows]))
+    (offsets,) = (text for text in pictures if "top-1 by offset" in text)
+    assert "offset1" in offsets
+    assert "offset2" in offsets
+    assert sum("tokens a step" in text for text in pictures) == 1
+    assert not any("offset" in text for text in drawn(folder([step(1), evaluation(0), evaluation(4)])))
+
+
+def test_a_cooldown_is_said(folder):
+    page = folder(
+        [step(3), {"kind": "cooldown", "step": 3, "steps": 2, "level": 1.0, "reason": "SIGUSR2 was received"}, step(4)]
+    )
+    assert "The rate cools down from step 3 on, over 2 steps: SIGUSR2 was received." in page.shown
+
+
 def test_a_run_that_did_nothing_has_a_page(folder):
     page = folder()
     assert "a run" in page.shown
