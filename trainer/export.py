@@ -24,6 +24,7 @@ from typing import Any
 import huggingface_hub
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from hydra.utils import get_class
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -113,6 +114,11 @@ def _check_drafter(run: str, to: str) -> None:
     config, labels = content["config"], content["identity"]["labels"]
     if not config["drafter"]:
         raise DrafterError(f"run={run} has no drafter. Train one beside the adapter: python -m trainer ... drafter=mtp_shared")
+    kind: Any = get_class(config["drafter"]["_target_"])
+    if not kind.proposes:
+        raise DrafterError(
+            f"run={run} has a drafter ({kind.__name__}) that only shapes the adapter: to=peft or to=merged is all of it"
+        )
     if to == "mtp":
         skeleton = assembly.instantiate(config["base"]).skeleton(labels)
         native.check(assembly.instantiate(config["drafter"])(model=skeleton), skeleton)
@@ -179,7 +185,7 @@ def _keep_mtp(base: Base, merged: Any, folder: Path) -> None:
             )
         except LocalEntryNotFoundError:
             return
-    extra, settings = native.of_files(place, merged.config.get_text_config().num_hidden_layers)
+    extra, settings = native.left_out(place, merged.config.get_text_config().num_hidden_layers, folder)
     if not extra:
         return
     if getattr(base.config, "quantization_config", None) is not None:

@@ -401,12 +401,7 @@ def _evaluate_only(lightning_: lightning.Trainer, module: FineTune) -> None:
 
 def _save_drafter(place: RunFolder, drafter: Drafter, base: Base, config: dict[str, Any], step: int) -> None:
     """Write the drafter as it is after the last step."""
-    sizes = base.config.get_text_config()
-    target = {
-        "base": base.path, "fingerprint": base.fingerprint, "run": str(place.path), "step": step,
-        "hidden_size": sizes.hidden_size, "vocab_size": sizes.vocab_size,
-    }  # fmt: skip
-    drafter_io.save(drafter, config["drafter"], target, place.path / "drafter")
+    drafter_io.save(drafter, config["drafter"], drafter_io.trained_for(base, place.path, step), place.path / "drafter")
     log.info("drafter: %s", place.path / "drafter")
 
 

@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from adapters.delta import AdapterError
 from tests.conftest import write_rows
+from tests.trainer.drafters.test_heads import make, stirred
+from tests.trainer.drafters.test_native import names_of, tiny_of
 from trainer import assembly, export
 from trainer.checkpoint import CheckpointError
+from trainer.drafters import DrafterError, io, native
 from trainer.export import Mismatch
 
 SHORT = ["max_steps=4", "callbacks.evaluation.every=null", "optimizer.lr=3e-2"]
@@ -217,8 +220,146 @@ def test_the_verb(train, chats, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     assert oct((tmp_path / "out").stat().st_mode)[-3:] == "755"
     for wrong, message in (
-        (["to=gguf"], "choose one of peft, merged"),
+        (["to=gguf"], "choose one of peft, merged, shira, drafter, mtp"),
         (["to=peft", "dtype=int4"], "float32, bfloat16, float16"),
     ):
         assert export.main([f"run={run}", *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+def base_of(kind: str, tiny: Any, place: Path) -> Path:
+    """A random model of a family, in a folder, with a tokenizer."""
+    tiny.tokenizer.save_pretrained(place)
+    if kind == "llama":
+        AutoModelForCausalLM.from_pretrained(tiny.path).save_pretrained(place)
+    else:
+        model = tiny_of(kind, vocab_size=len(tiny.tokenizer), max_position_embeddings=512, bos_token_id=1, eos_token_id=2)
+        model.save_pretrained(place)
+    return place
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def test_a_drafter_goes_into_its_bases_own_mtp_layer_or_a_folder(train, chats, tiny, tmp_path):
+    base = base_of("mellum", tiny, tmp_path / "base")
+    run = train(
+        *SHORT, f"task.path={chats}", "base=hf", f"base.path={base}", "drafter=mtp_shared", "drafter.offsets=2", "drafter.init=random",
+        "callbacks.checkpoints.every=2", "callbacks.checkpoints.keep=5",
+    )  # fmt: skip
+    out, difference = export.export(str(run), "mtp", tmp_path / "mtp", "float32")
+    assert difference < 1e-4
+    loaded, notes = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not notes["missing_keys"]
+    found = of_run(run)
+    assert found.drafter is not None
+    torch.testing.assert_close(outputs(loaded), outputs(found.model), rtol=0, atol=1e-4)
+    ids = torch.randint(3, 259, (1, 20), generator=torch.Generator().manual_seed(5))
+    merged = found.adapter.merge(found.model)
+    torch.testing.assert_close(
+        native.transformers_logits(loaded, ids), native.own_logits(found.drafter, merged, ids), rtol=0, atol=1e-4
+    )
+    limits = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(loaded.generate(ids, use_mtp=True, **limits), loaded.generate(ids, **limits))
+    half, _ = export.export(str(run), "mtp", tmp_path / "half", "bfloat16")
+    whole = tensors_of(out)
+    assert any(name.startswith("mtp.") for name in whole)
+    assert all(torch.equal(tensor, whole[name].to(torch.bfloat16)) for name, tensor in tensors_of(half).items())
+
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    for which in (2, 4):
+        place, difference = export.export(f"{run}@{which}", "drafter", None, "float32")
+        assert (place, difference) == (run / f"drafter-step-{which}", 0.0)
+        again = io.load(place, plain, found.base.fingerprint).state()
+        wanted = of_run(run, str(which)).drafter.state()
+        assert wanted.keys() == again.keys()
+        assert all(torch.equal(tensor, again[name]) for name, tensor in wanted.items())
+    last, own = tensors_of(place), tensors_of(run / "drafter")  # what the run itself wrote at its end
+    assert last.keys() == own.keys()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in last.items())
+    assert json.loads((place / "config.json").read_text()) == json.loads((run / "drafter" / "config.json").read_text())
+    assert any(not torch.equal(tensor, tensors_of(run / "drafter-step-2")[name]) for name, tensor in last.items())
+
+
+def test_an_mtp_layer_that_answers_differently_is_refused(train, chats, tiny, tmp_path, monkeypatch):
+    base = base_of("mellum", tiny, tmp_path / "base")
+    run = train(*SHORT, f"task.path={chats}", "base=hf", f"base.path={base}", "drafter=mtp_sequential", "drafter.offsets=1")
+    write = native.tensors
+
+    def spoilt(*arguments: Any) -> dict[str, Tensor]:
+        tensors = write(*arguments)
+        tensors["mtp.fc.weight"] = tensors["mtp.fc.weight"].roll(16, dims=1)  # hidden state first
+        return tensors
+
+    monkeypatch.setattr(native, "tensors", spoilt)
+    with pytest.raises(Mismatch, match="the MTP layer, loaded back, differs from the run's drafter by"):
+        export.export(str(run), "mtp", tmp_path / "out" / "mtp", "float32")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_has_no_native_form_is_refused_before_weights_load(train, chats, capsys, monkeypatch):
+    run = train("max_steps=1", "callbacks.evaluation=null", f"task.path={chats}", "drafter=mtp_shared", "name=llama")
+    bare = train("max_steps=1", "callbacks.evaluation=null", f"task.path={chats}", "name=bare")
+    registers = train("max_steps=1", "callbacks.evaluation=null", f"task.path={chats}", "drafter=registers", "name=registers")
+    monkeypatch.setattr(assembly, "trained", lambda *_, **__: pytest.fail("was loaded"))
+    assert export.main([f"run={run}", "to=mtp"]) == 2
+    assert "Use to=drafter, and decode with python -m trainer.speculate" in capsys.readouterr().err
+    for to in ("drafter", "mtp"):
+        with pytest.raises(DrafterError, match=r"has no drafter. Train one beside the adapter"):
+            export.export(str(bare), to, None, "float32")
+        with pytest.raises(DrafterError, match=r"drafter \(Registers\) that only shapes the adapter"):
+            export.export(str(registers), to, None, "float32")
+
+
+@pytest.mark.parametrize("kind", ["mellum", "llama"])
+def test_mtp_layers_of_a_base_survive_a_merged_export(train, chats, tiny, tmp_path, kind):
+    base = base_of(kind, tiny, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    draw = torch.Generator().manual_seed(2)
+    if kind == "mellum":
+        drafter: Any = stirred(make("shared", model, offsets=1))
+        native.check(drafter, model)
+        extra, keys = native.tensors(drafter, model, torch.bfloat16), {"num_nextn_predict_layers": 1}
+    else:
+        # Of a family that transformers knows no MTP layers of.
+        names = ("enorm.weight", "mlp.up_proj.weight", "self_attn.q_proj.weight")
+        extra = {f"model.layers.2.{name}": torch.randn(4, 3, generator=draw).bfloat16() for name in names}
+        keys = {"num_nextn_predict_layers": 1, "mtp_extra": [1, 2]}
+    native.append(base, extra, keys)
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "again")
+    assert not tensors_of(tmp_path / "again").keys() & extra.keys()  # transformers alone drops them
+    run = train(*SHORT, f"task.path={chats}", "base=hf", f"base.path={base}")
+    out, difference = export.export(str(run), "merged", None, "float32")
+    assert difference < 1e-4
+    kept = {name: tensor for name, tensor in tensors_of(out).items() if name in extra}
+    assert kept.keys() == extra.keys()
+    assert all(tensor.dtype == torch.bfloat16 and torch.equal(tensor, extra[name]) for name, tensor in kept.items())
+    assert {file for name, file in names_of(out).items() if name in extra} == {"model-00002-of-00002.safetensors"}
+    config = json.loads((out / "config.json").read_text())
+    assert {key: config[key] for key in keys} == keys
+    loaded, notes = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not notes["missing_keys"]
+    torch.testing.assert_close(outputs(loaded), outputs(of_run(run).model), rtol=0, atol=1e-4)
+    if kind == "mellum":
+        ids = torch.randint(3, 259, (1, 20), generator=draw)
+        limits = {"max_new_tokens": 8, "do_sample": False}
+        assert torch.equal(loaded.generate(ids, use_mtp=True, **limits), loaded.generate(ids, **limits))
+
+
+def test_a_base_in_shards_gets_one_more(tiny, tmp_path):
+    folder = base_of("llama", tiny, tmp_path / "base")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="8KB")
+    before = names_of(folder)
+    assert len(set(before.values())) > 1
+    extra = {"mtp.fc.weight": torch.randn(4, 8)}
+    native.append(folder, extra, {"num_nextn_predict_layers": 1})
+    assert names_of(folder) == before | {"mtp.fc.weight": "model-mtp.safetensors"}
+    loaded, notes = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not notes["missing_keys"]
+    assert torch.equal(outputs(loaded), outputs(model))
+    found, settings = native.left_out(folder, 2, tmp_path)
+    assert torch.equal(found["mtp.fc.weight"], extra["mtp.fc.weight"])
+    assert settings == {"num_nextn_predict_layers": 1}

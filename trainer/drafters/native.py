@@ -8,11 +8,12 @@ refused, since transformers hands norm_k(h_k) to the next depth, where ours hand
 
 Known how: transformers 5.23 was run, which loads these names for all of FAMILIES and gives the drafter's own logits. It decodes with
 them, generate(use_mtp=True), for glm4_moe, deepseek_v3 and mellum, one token ahead; models with linear attention (qwen3_next, qwen3_5)
-it does not let draft at all. Of vLLM and SGLang the loaders' sources were read and nothing was run: vLLM's {glm4_moe,qwen3_next,
-qwen3_5}_mtp.py, with config/speculative.py for the config keys, and SGLang's {glm4_moe_nextn,qwen3_next_mtp}.py take these names;
-deepseek_v3's differ from glm4_moe's in nothing; of mellum neither was looked at. In a repetition both keep one sequence of keys and
-values where we keep one for each depth, and the Qwen families hand on norm(h): tokens after the first are accepted less often than
-ours, and stay the target's.
+it does not let draft at all. Of vLLM and SGLang the loaders were read and nothing was run: vLLM's {deepseek,glm4_moe,qwen3_next,
+qwen3_5}_mtp.py, with config/speculative.py for the config keys, and SGLang's glm4_moe_nextn.py and qwen3_next_mtp.py, with the
+load_weights of their models, take these names, this order in the projection, and states after the final norm. SGLang's for deepseek_v3
+and qwen3_5, and both's for mellum, were not read. What they do otherwise costs accepted tokens and never changes the text: in a
+repetition both keep one sequence of keys and values where we keep one for each depth, those of the names `mtp` and SGLang's hand on
+norm(h), and vLLM's of the names `layers` zero the embedding at the first position.
 """
 
 from __future__ import annotations
@@ -136,11 +137,11 @@ def tensors(drafter: SequentialModules, model: Any, dtype: torch.dtype) -> dict[
     return written | {prefix + name: tensor for name, tensor in around.items()}
 
 
-def of_files(folder: Path, layers: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, config keys) of MTP layers in a model's folder: what stands behind layer `layers - 1` or under mtp, as it is, and
-    the keys of its text config that speak of them. Nothing where the folder has none, or no safetensors."""
-    files = _files(folder)
-    names = {name: file for name, file in files.items() if _is_mtp(name, layers)}
+def left_out(folder: Path, layers: int, export: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, config keys) of MTP layers in a model's folder that an export of it lacks: what stands behind layer `layers - 1` or
+    under mtp, as it is, and the keys of its text config that speak of them. Nothing where the folder has none, or no safetensors."""
+    there = _files(export)
+    names = {name: file for name, file in _files(folder).items() if _is_mtp(name, layers) and name not in there}
     found: dict[str, Tensor] = {}
     for file in sorted(set(names.values())):
         with safe_open(folder / file, "pt") as stream:
