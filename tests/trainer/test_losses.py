@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -26,6 +27,8 @@ from adapters.full import Full
 from adapters.lora import LoRAAdapter
 from adapters.peft import Peft
 from tests.adapters import toys
+from trainer.drafters import Target
+from trainer.drafters.parallel import ParallelHeads
 from trainer.losses import CausalLoss, ClassLoss, captured_hidden, chunked_cross_entropy, output_head
 from trainer.plan import Collate, Pick
 from trainer.tokens import Tokens
@@ -211,6 +214,78 @@ def test_the_logits_never_exist_all_at_once(trained):
     with Largest() as seen:
         model(input_ids=here["input_ids"], labels=here["labels"]).loss.backward()
     assert seen.most >= 40 * 2000  # as it would be
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_reported_loss_is_exact_over_bfloat16_logits(trains):
+    # A sum of about 1900: in bf16 its neighbours are 8 away.
+    torch.manual_seed(0)
+    weight = torch.randn(500, 16).bfloat16()
+    hidden = torch.randn(150, 16).bfloat16().requires_grad_(trains)
+    targets = torch.randint(0, 500, (150,))
+    given = []
+
+    def head(part: Tensor) -> Tensor:
+        logits = part @ weight.T
+        given.append(logits.detach())
+        return logits
+
+    loss, _ = chunked_cross_entropy(hidden, targets, head, 8)
+    logits = torch.cat(given)
+    assert logits.dtype == torch.bfloat16
+    exact = sum(float(torch.log(torch.exp(row).sum()) - row[t]) for row, t in zip(logits.double(), targets, strict=True))
+    assert float(loss.detach()) == pytest.approx(exact, rel=1e-5)
+    assert float(loss.detach().bfloat16()) != pytest.approx(exact, rel=1e-5)
+
+
+class Alive(TorchDispatchMode):
+    """Which of the tensors that operations gave, `width` numbers wide, still have memory of their own."""
+
+    def __init__(self, width: int, model: nn.Module):
+        super().__init__()
+        self.width = width
+        self.weights = {StorageWeakRef(p.untyped_storage()) for p in model.parameters()}
+        self.refs: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == self.width:
+                self.refs[StorageWeakRef(value.untyped_storage())] = len(value)
+        return result
+
+    def rows(self) -> list[int]:
+        return [rows for ref, rows in self.refs.items() if not ref.expired() and ref not in self.weights]
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_one_chunk_of_one_heads_logits_is_alive_at_a_time(trains):
+    model: Any = adapted(toys.llama(torch.float32, vocab_size=97), dtype="float32", target_modules=["q_proj"]).to(
+        torch.bfloat16
+    )
+    drafter = ParallelHeads(model, 3, None, 1.0, "random", False, 1.0)
+    target, loss = Target(model), CausalLoss(model, 4)
+    loss.drafter, loss.target = drafter, target
+    chunks, head = [], target.head
+    seen = Alive(97, model)
+
+    def watched(hidden: Tensor) -> Tensor:
+        assert seen.rows() == []
+        logits = head(hidden)
+        assert seen.rows() == [len(hidden)]
+        chunks.append(len(hidden))
+        return logits
+
+    loss.head = target.head = watched
+    with seen, torch.set_grad_enabled(trains):
+        summed, sums = loss(batch(rows(17), rows(9)))
+        assert seen.rows() == []
+        if trains:
+            summed.backward()
+    asked = [int(sums["tokens"]), *sums["offsets"][:, 1].int().tolist()]
+    assert chunks == [size for n in asked for size in [4] * (n // 4) + [n % 4] * (n % 4 > 0)]
+    assert len(chunks) >= 4 * 3
+    assert any(gradient.any() for gradient in gradients(drafter)) if trains else not summed.requires_grad
 
 
 # heads
