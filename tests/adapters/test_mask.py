@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +267,9 @@ def test_statistics_are_those_of_plain_loops(o, i, k):
 
 
 def _agreement(rank: int, folder: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(minutes=2)
+    )
     other = SUPPORTS | {"layers.0.up_proj": torch.tensor([1, 2, 46], dtype=torch.int32)}
     cases: dict[str, dict[str, Any]] = {
         "equal": dict(reversed(SUPPORTS.items())) if rank else SUPPORTS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -329,7 +330,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _rank(rank: int, folder: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(minutes=2)
+    )
     for mask_of in ("random", "gradient"):
         _, model = attached(toys.llama(), mask=mask_of)
         ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,9 @@ BROKEN = 6  # the step in which the first process has nothing finite, which open
 
 
 def _rank(rank: int, folder: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(minutes=2)
+    )
     found: dict[str, Any] = {"masks": {}, "spiel": []}
 
     for score in ("squared", "mean"):
