@@ -173,12 +173,11 @@ def read(path: str) -> tuple[Path, dict[str, Any], str]:
     content = folder.earlier()
     if content is None:
         raise FolderError(f"{name} is no run folder: it has no run.yaml")
-    # Groups that did not exist yet when an older version wrote it.
-    for group in ("penalty", "drafter", "branch"):
-        content["config"].setdefault(group, {})
-        content["identity"]["choices"].setdefault(group, "none")
     # A folder may come from a stranger: what it names is held against conf/ as a new config would be.
     try:
+        for group in ("penalty", "drafter", "branch"):  # which did not exist yet when an older version wrote it
+            content["config"].setdefault(group, {})
+            content["identity"]["choices"].setdefault(group, "none")
         settings = OmegaConf.create(content["config"] | {"resume": "never"})  # a folder may have been moved since
         config.check(settings, content["identity"]["choices"])
     except config.ConfigError as error:

@@ -243,7 +243,7 @@ def _where_to_go_on(
     same = _same_until(place, config, plan, then["steps"], steps, done, restart)
     if same < done:
         before = checkpoint.marked(place.checkpoints, "constant")
-        if before is not None and int(before.stem[5:]) <= same:
+        if before is not None and int(before.stem[5:]) <= same and steps >= then["steps"]:
             path, done, longer = before, int(before.stem[5:]), True
         else:
             different.append(

@@ -19,6 +19,7 @@ from trainer import checkpoint, cooldown, journal
 from trainer.callbacks.cooldown import CooldownTrigger
 from trainer.callbacks.metrics import Metrics
 from trainer.checkpoint import CheckpointError
+from trainer.folder import FolderError
 from trainer.schedules.cooldown import SHAPES
 
 CONSTANT = (
@@ -124,7 +125,7 @@ def test_a_falling_rate_is_branched_off_only_by_force(train, chats):
     assert [forced[step] for step in range(9, 13)] == pytest.approx(
         [0.01 * (1 - (2 / 6) ** 0.5) * (1 - k / 4) for k in range(4)]
     )
-    with pytest.raises(ValueError, match="is itself a cooldown"):
+    with pytest.raises(FolderError, match="is itself a cooldown"):
         branched(train, f"{run.parent / 'down-cooldown-4-2'}@4", steps="4")
 
 

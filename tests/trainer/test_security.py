@@ -450,7 +450,9 @@ def test_the_targets_are_those_of_conf():
         "trainer.base.tiny",
         "trainer.callbacks.tracking.wandb_logger",
     } <= targets
-    assert all(name.split(".")[0] in ("adapters", "tasks", "trainer", "torch", "bitsandbytes") for name in targets)
+    assert all(
+        name.split(".")[0] in ("adapters", "tasks", "trainer", "torch", "bitsandbytes", "schedulefree") for name in targets
+    )
     assert len(targets) < 60
 
 

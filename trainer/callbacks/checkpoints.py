@@ -33,7 +33,9 @@ class Checkpoints(lightning.Callback):
             return
         due = self.every is not None and module.step % self.every == 0
         last = module.step >= self.context.steps or self.context.stopped is not None
-        if due or last or self.context.improved or module.step == self.context.constant_until:
+        # With every=null a cooldown that was planned keeps none of its own.
+        constant = module.step == self.context.constant_until and (self.every is not None or module.cooling is not None)
+        if due or last or self.context.improved or constant:
             self.save(trainer, module)
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
