@@ -30,8 +30,8 @@ SWEPT = ("from", "fraction", "steps", "shape", "final")
 _OWN = ("resume", "name", "runs", "max_steps", "max_epochs", "max_tokens", "max_time", "branch")
 
 
-def commands(options: dict[str, str], more: list[str]) -> list[tuple[str, list[str]]]:
-    """(name, arguments of `python -m trainer`) of the branches that single values ask for.
+def arguments(options: dict[str, str], more: list[str]) -> tuple[str, list[str]]:
+    """(name, arguments of `python -m trainer`) of the branch that single values ask for.
 
     Raises:
         ConfigError, FolderError, CheckpointError: what is asked for does not fit the run.
@@ -66,19 +66,13 @@ def commands(options: dict[str, str], more: list[str]) -> list[tuple[str, list[s
             f"after step {step} of {path} the rate is already falling ({rates[-1]:.3g} of the peak, {max(rates):.3g} before): a cooldown "
             "branches off the constant phase. Give an earlier checkpoint, or force=true to cool down from there"
         )
-    name = options["name"] or f"{content['name']}-cooldown-{step}-{length}" + (
-        f"-{options['shape']}" if options["shape"] != "1-sqrt" else ""
-    )
-    # The same file of the run's folder name for every start of it, also where the run was named name-2.
-    if options["name"] is None and path.name != content["name"]:
-        name = name.replace(content["name"], path.name, 1)
+    shape = "" if options["shape"] == "1-sqrt" else f"-{options['shape']}"
+    name = options["name"] or f"{path.name}-cooldown-{step}-{length}{shape}"
     kept = [override for override in content["overrides"] if _key(override) not in (*_OWN, *map(_key, more))]
-    return [
-        (name, [
-            *kept, f"name={name}", f"runs={path.parent}", "branch=cooldown", f"branch.run={path}", f"branch.step={step}",
-            f"branch.steps={length}", f"branch.level={rates[-1]!r}", f"branch.shape={options['shape']}", f"branch.final={options['final']}",
-            f"max_steps={step + length}", "max_epochs=null", "max_tokens=null", "max_time=null", *more,
-        ])
+    return name, [
+        *kept, f"name={name}", f"runs={path.parent}", "branch=cooldown", f"branch.run={path}", f"branch.step={step}",
+        f"branch.steps={length}", f"branch.level={rates[-1]!r}", f"branch.shape={options['shape']}", f"branch.final={options['final']}",
+        f"max_steps={step + length}", "max_epochs=null", "max_tokens=null", "max_time=null", *more,
     ]  # fmt: skip
 
 
@@ -133,12 +127,15 @@ def family(run: str) -> tuple[str, Path]:
     from trainer.checkpoint import write_text
 
     path, content, _ = folder.read(run)
-    trunk = _member(path, content)
+    trunk = _member(path)
     members = []
     for file in sorted(path.parent.glob("*/run.yaml")):
-        other, found, _ = folder.read(str(file.parent))
-        if (found.get("parent") or {}).get("id") == content["id"]:
-            members.append(_member(other, found) | {"at": found["parent"]["step"]})
+        try:
+            found = folder.RunFolder(file.parent).earlier()
+        except folder.FolderError:  # another run's, which says nothing about this family
+            continue
+        if found is not None and (found.get("parent") or {}).get("id") == content["id"]:
+            members.append(_member(file.parent) | {"at": found["parent"]["step"]})
     members.sort(key=lambda member: (member["at"], member["steps"]))
     lines = ["| run | branched after | cooldown steps | steps | tokens | held-out loss |", "|---|---|---|---|---|---|"]
     for member in [trunk, *members]:
@@ -160,7 +157,7 @@ def family(run: str) -> tuple[str, Path]:
     return text, path / "family.md"
 
 
-def _member(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+def _member(path: Path) -> dict[str, Any]:
     """What a run of the family did so far."""
     from trainer.journal import read
 
@@ -172,7 +169,7 @@ def _member(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         (tokens.get(row["step"], max(t for s, t in tokens.items() if s <= row["step"])), row["loss"]) for row in evaluated
     ]
     return {
-        "name": content["name"] if path.name == content["name"] else path.name,
+        "name": path.name,
         "steps": steps[-1]["step"] if steps else 0,
         "tokens": steps[-1]["tokens"] if steps else 0,
         "loss": evaluated[-1]["loss"] if evaluated else None,
@@ -209,14 +206,17 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     options, more = dict(KNOWN), []
+    settings = {*schema.load("config").children, *(path.name for path in schema.CONF.iterdir() if path.is_dir())}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
             return config.bad(f"{word}: not an argument. Arguments are written key=value.\n\n{__doc__}")
         if key in KNOWN:
             options[key] = value
-        else:
+        elif key.lstrip("+~").partition(".")[0] in settings:
             more.append(word)
+        else:
+            return config.bad(f"{word}: not an argument. {schema.nearest(key, [*KNOWN, *settings])}\n\n{__doc__}")
     for key in ("force", "dry"):
         if options[key] not in ("true", "false"):
             return config.bad(f"{key}={options[key]}: true or false")
@@ -236,17 +236,16 @@ def main(argv: list[str]) -> int:
         if unknown := [shape for shape in several["shape"] if shape not in shapes]:
             return config.bad(f"shape={unknown[0]}: one of {', '.join(shapes)}")
         branches = [
-            command
+            arguments(options | dict(zip(several, values, strict=True)), more)
             for values in itertools.product(*several.values())
-            for command in commands(options | dict(zip(several, values, strict=True)), more)
         ]
     except Exception as error:
         return failures.told(error)
     if options["name"] is not None and len(branches) > 1:
         return config.bad(f"name={options['name']}: {len(branches)} branches cannot share a name; leave it out")
-    for name, arguments in branches:
-        command = [sys.executable, "-m", "trainer", *arguments]
-        print("python -m trainer", shlex.join(arguments), flush=True)
+    for name, given in branches:
+        command = [sys.executable, "-m", "trainer", *given]
+        print("python -m trainer", shlex.join(given), flush=True)
         if options["dry"] == "false" and (code := subprocess.run(command).returncode):
             print(f"{name} ended with {code}", file=sys.stderr)
             return code

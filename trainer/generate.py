@@ -35,21 +35,22 @@ class _Told(TextStreamer):
         self.tell(text)
 
 
+def sampling(options: dict[str, Any], stops: list[int], pad: int, **more: Any) -> GenerationConfig:
+    """transformers' settings for a verb's temperature, top_p and max_new_tokens."""
+    sampled = options["temperature"] > 0
+    # transformers would draw from the 50 likeliest tokens only.
+    chances = {"temperature": options["temperature"], "top_p": options["top_p"], "top_k": 0} if sampled else {}
+    return GenerationConfig(
+        do_sample=sampled, max_new_tokens=options["max_new_tokens"], eos_token_id=stops, pad_token_id=pad, **chances, **more
+    )
+
+
 def answer(
     model: Any, ids: list[int], tokenizer: Any, stops: list[int], options: dict[str, Any], tell: Callable[[str], None]
 ) -> None:
     """One answer to one prompt, told piece by piece."""
     torch.manual_seed(options["seed"])
-    sampled = options["temperature"] > 0
-    # transformers would draw from the 50 likeliest tokens only.
-    chances = {"temperature": options["temperature"], "top_p": options["top_p"], "top_k": 0} if sampled else {}
-    settings = GenerationConfig(
-        do_sample=sampled,
-        max_new_tokens=options["max_new_tokens"],
-        eos_token_id=stops,
-        pad_token_id=tokenizer.pad_token_id,
-        **chances,
-    )
+    settings = sampling(options, stops, tokenizer.pad_token_id)
     prompt = torch.tensor([ids], device=next(model.parameters()).device)
     model.generate(
         input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, streamer=_Told(tokenizer, tell)

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from rich import get_console
 from rich.table import Table
-from transformers import GenerationConfig
 
 from tasks.reading import DataError
 from trainer import assembly, folder
 from trainer.decoding import speculative
 from trainer.decoding.speculative import Result
 from trainer.drafters import DrafterError, Target
+from trainer.generate import sampling
 from trainer.tokens import Renderer, stop_ids
 
 WAYS = {"transformers": "transformers' generate", "plain": "without the drafter", "drafter": "with the drafter"}
@@ -100,17 +100,8 @@ def asked(options: dict[str, Any], found: assembly.Trained) -> tuple[list[list[i
 def by_transformers(model: Any, ids: torch.Tensor, stops: list[int], pad: int, options: dict[str, Any]) -> Result:
     """One text by transformers' own loop."""
     torch.manual_seed(options["seed"])
-    sampled = options["temperature"] > 0
-    # transformers would draw from the 50 likeliest tokens only.
-    chances = {"temperature": options["temperature"], "top_p": options["top_p"], "top_k": 0} if sampled else {}
-    settings = GenerationConfig(
-        do_sample=sampled,
-        max_new_tokens=options["max_new_tokens"],
-        eos_token_id=stops,
-        pad_token_id=pad,
-        repetition_penalty=1.0,  # a base's own settings may have one, which no drafter is verified with
-        **chances,
-    )
+    # A base's own settings may have a penalty, which no drafter is verified with.
+    settings = sampling(options, stops, pad, repetition_penalty=1.0)
     started = speculative.now(ids.device)
     out = model.generate(input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), generation_config=settings)
     tokens = out[0, len(ids) :].tolist()

@@ -37,7 +37,7 @@ def constant(train: Any, chats: Path) -> Path:
 
 def branched(train: Any, run: str, *more: str, **options: str) -> Path:
     """The run that the verb asks for, in this process."""
-    ((_, arguments),) = cooldown.commands(OPTIONS | {"from": run} | options, list(more))
+    _, arguments = cooldown.arguments(OPTIONS | {"from": run} | options, list(more))
     return train(*(argument for argument in arguments if not argument.startswith("+experiment")))
 
 
@@ -84,7 +84,7 @@ def test_a_branch_that_was_cut_off_goes_on(train, constant, monkeypatch):
         cut_at(patch, 13)
         with pytest.raises(PowerCut):
             branched(train, f"{constant}@8", steps="6", name="cut")
-    ((_, arguments),) = cooldown.commands(OPTIONS | {"from": f"{constant}@8", "steps": "6", "name": "cut"}, [])
+    _, arguments = cooldown.arguments(OPTIONS | {"from": f"{constant}@8", "steps": "6", "name": "cut"}, [])
     found = outcome(train(*(a for a in arguments if not a.startswith("+experiment")), "resume=auto"))
     assert same(found[0], wanted[0])
     assert found[1] == wanted[1]
@@ -187,6 +187,7 @@ REFUSED = [
     (["from=nowhere", "steps=3"], "nowhere is no run folder"),
     (["family=nowhere"], "nowhere is no run folder"),
     (["steps"], "steps: not an argument"),
+    (["from={run}@4", "fractoin=0.5"], "fractoin=0.5: not an argument. Did you mean fraction?"),
 ]
 
 

@@ -44,6 +44,8 @@ class CooldownTrigger(lightning.Callback):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGUSR2, self._ask)
         self.began, self.steps_before = time.monotonic(), module.step
+        if module.cooling is not None:
+            self.context.constant_until = None  # a planned cooldown does not begin within this one
         if module.constant_again:
             self.passed = self.context.without  # what the left out cooldown was the answer to
 
