@@ -33,7 +33,7 @@ from trainer.callbacks.metrics import Metrics
 from trainer.callbacks.schedulefree import ScheduleFree
 from trainer.callbacks.stopping import Stopping
 from trainer.checkpoint import AtomicCheckpointIO, CheckpointError
-from trainer.config import schedule_free
+from trainer.combinations import schedule_free
 from trainer.drafters import Drafter
 from trainer.drafters import io as drafter_io
 from trainer.evaluate import to_device
