@@ -18,9 +18,9 @@ TASKS = {"datasets", "pyarrow", "filelock", "torchmetrics"}
 # At import time each may use those before it. Verbs reach for what comes later inside their main.
 ORDER = [
     "schema", "combinations", "config", "schedules", "signals", "journal", "losses", "base", "checkpoint", "tokens", "data", "plan", "stream",
-    "penalties", "drafters", "decoding", "features", "finetune", "distill",
-    "folder", "branch", "evaluate", "callbacks", "assembly", "layouts", "export", "compress", "sizes", "report", "preview", "preflight", "generate", "speculate", "speculation",
-    "respond", "realign", "cooldown", "density", "failures",
+    "penalties", "drafters", "decoding", "finetune",
+    "folder", "branch", "evaluate", "callbacks", "assembly", "export", "compress", "sizes", "report", "preview", "preflight", "generate", "speculate",
+    "cooldown", "density", "failures",
     "run", "__main__",
 ]  # fmt: skip
 BEFORE_TORCH = {"schema", "combinations", "config", "__main__"}

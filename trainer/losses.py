@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -114,6 +115,153 @@ def _right(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, Tensor]:
     return best, (logits.topk(min(top, logits.shape[-1]), dim=-1).indices == targets.unsqueeze(-1)).any(-1)
 
 
+KINDS = ("ce", "kl", "tv", "lk_alpha", "lk_hybrid")
+
+
+class _ChunkedDistillation(torch.autograd.Function):
+    """Weighted sum of distillation losses of K predictions for each of n teacher's positions, chunk by chunk of positions.
+
+    Forward: for each chunk, the teacher's probabilities once, and for each of the K the loss and its slope at the logits by hand, in
+    fp32; then by autograd through the head the slopes at h_c and at the head's parameters. Backward: those times the incoming scalar.
+    Shapes: hidden (K, n, d), teacher (n, d), weights (K, n); returns a scalar in fp32 and (4, K, n): loss, whether the teacher's best
+    guess was the best and among the `top` best guesses, Σ min(p, q).
+    Notes: the teacher's (c, V) and one head's (c, v) logits are all that is alive. No second derivative.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, teacher: Tensor, weights: Tensor, how: Distillation, chunk: int, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        found = hidden.new_zeros(4, *weights.shape, dtype=torch.float32)
+        wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[5:])
+        grad_hidden = torch.zeros_like(hidden) if wanted else None
+        grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        for start in range(0, teacher.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            if not weights[:, rows].any():
+                continue
+            p, best, inside = how.truth(teacher[rows])
+            for k in range(len(hidden)):
+                scale = weights[k, rows] * inside
+                with torch.enable_grad():
+                    part = hidden[k, rows].detach().requires_grad_(wanted)
+                    logits = how.heads[k % len(how.heads)](part)
+                log_q = F.log_softmax(logits.detach().float(), dim=-1)
+                loss, slopes, acceptance = how.loss(p, log_q)
+                total += (scale * loss).sum()
+                guesses = log_q.topk(min(how.top, log_q.shape[-1]), dim=-1).indices
+                guesses = guesses if how.vocabulary is None else how.vocabulary[guesses]
+                right = guesses == best.unsqueeze(-1)
+                found[:, k, rows] = torch.stack([loss * inside, right[:, 0].float(), right.any(-1).float(), acceptance])
+                if grad_hidden is not None:
+                    slopes *= scale.unsqueeze(-1)
+                    slope, *others = torch.autograd.grad(
+                        logits, [part, *parameters], slopes.to(logits.dtype), allow_unused=True
+                    )
+                    grad_hidden[k, rows] = slope
+                    for grad, other in zip(grads, others, strict=True):
+                        if other is not None:
+                            grad += other
+                del logits, log_q, slopes
+        if grad_hidden is not None:
+            ctx.save_for_backward(grad_hidden, *grads)
+        ctx.dtypes = [p.dtype for p in parameters]
+        ctx.mark_non_differentiable(found)
+        return total, found
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_hidden, *grads = ctx.saved_tensors
+        scaled = [(grad * grad_loss).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+        return (grad_hidden * grad_loss.to(grad_hidden.dtype), None, None, None, None, *scaled)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How drafters learn a teacher's distributions p with their own, q.
+
+        ce = - Σ p log q      kl = Σ p log (p / q)      tv = 1 - α      lk_alpha = - log α      lk_hybrid = w kl + (1 - w) tv
+        α = Σ min(p, q), the chance that a token drawn from q is taken        w = exp(- eta α), a constant for the slope
+
+    (LK losses: arXiv 2602.23881.) With a draft `vocabulary` q is over those tokens. Then ce and kl take p over them only, renormalised,
+    α takes it as it is, and positions whose best token is not among them do not count (EAGLE-3's reference).
+    """
+
+    kind: str
+    head: Head  # the teacher's, (n, d) -> (n, V)
+    heads: tuple[Head, ...]  # the drafter's: one for each of the K, or one for all; (n, d) -> (n, v)
+    vocabulary: Int[Tensor, " v"] | None = None  # target ids, ascending
+    eta: float = 3.0
+    top: int = 5
+
+    def truth(self, teacher: Float[Tensor, "c d"]) -> tuple[Float[Tensor, "c v"], Int[Tensor, " c"], Float[Tensor, " c"]]:
+        """(the teacher's probabilities of the drafter's tokens, its best tokens, 1 where those are among the drafter's)."""
+        with torch.no_grad():
+            p = self.head(teacher).float().softmax(-1)
+            best = p.argmax(-1)
+            if self.vocabulary is None:
+                return p, best, torch.ones_like(p[:, 0])
+            place = torch.searchsorted(self.vocabulary, best).clamp_max(len(self.vocabulary) - 1)
+            return p[:, self.vocabulary], best, (self.vocabulary[place] == best).float()
+
+    def loss(self, p: Float[Tensor, "c v"], log_q: Float[Tensor, "c v"]) -> tuple[Tensor, Float[Tensor, "c v"], Tensor]:
+        """(loss (c,), its slope at the drafter's logits (c, v), α (c,))."""
+        q = log_q.exp()
+        acceptance = torch.minimum(p, q).sum(-1)
+        whole = p if self.vocabulary is None else p / p.sum(-1, keepdim=True)
+        if self.kind in ("ce", "kl", "lk_hybrid"):
+            ce = -(whole * log_q).sum(-1)
+            kl = ce + torch.xlogy(whole, whole).sum(-1)
+            if self.kind != "lk_hybrid":
+                return (ce if self.kind == "ce" else kl), q - whole, acceptance
+        below = (q < p).float()  # where more of q is more of α
+        rise = q * (below - (below * q).sum(-1, keepdim=True))
+        if self.kind == "tv":
+            return 1 - acceptance, -rise, acceptance
+        if self.kind == "lk_alpha":
+            safe = acceptance.clamp_min(torch.finfo(acceptance.dtype).tiny)
+            return -safe.log(), -rise / safe.unsqueeze(-1), acceptance
+        w = torch.exp(-self.eta * acceptance)
+        return w * kl + (1 - w) * (1 - acceptance), w.unsqueeze(-1) * (q - whole) - (1 - w).unsqueeze(-1) * rise, acceptance
+
+
+def chunked_distillation(
+    hidden: Float[Tensor, "K n d"], teacher: Float[Tensor, "n d"], weights: Float[Tensor, "K n"], how: Distillation, chunk: int,
+    parameters: tuple[Tensor, ...] = (),
+) -> tuple[Float[Tensor, ""], Float[Tensor, "4 K n"]]:  # fmt: skip
+    """(Σ_k Σ_i weights[k, i] loss[k, i], numbers): K drafted distributions, from `hidden`, for each token that the teacher's `hidden`
+    states predict; `parameters` are what the drafter's heads train. `numbers` are for each of them its loss, 1 where the drafter's best
+    guess is the teacher's, 1 where the teacher's is among the `top` best, and α; zeros where a chunk has no weights."""
+    return _ChunkedDistillation.apply(hidden, teacher.detach(), weights.float(), how, chunk, *parameters)
+
+
+@contextlib.contextmanager
+def captured_layers(decoder: nn.Module, layers: tuple[int, ...]) -> Iterator[list[Tensor]]:
+    """While open, the decoder keeps in ascending order of `layers` the states (B, T, d) that transformers calls hidden_states: i is
+    what layer i is given, and L what the last one gives, before the final norm."""
+    kept: list[Tensor] = []
+    blocks: Any = decoder.layers if layers else ()
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kept.append(args[0] if args else kwargs["hidden_states"])
+
+    def after(_: nn.Module, __: Any, out: Any) -> None:
+        kept.append(out[0] if isinstance(out, tuple) else out)
+
+    handles = [
+        blocks[i].register_forward_pre_hook(before, with_kwargs=True)
+        if i < len(blocks)
+        else blocks[-1].register_forward_hook(after)
+        for i in sorted(layers)
+    ]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @contextlib.contextmanager
 def captured_hidden(output_layer: nn.Module) -> Iterator[list[Tensor]]:
     """While open, the model's output layer keeps what it is given and computes no logits."""
@@ -189,7 +337,9 @@ class CausalLoss:
         else:
             length = batch["labels"].shape[1]
             more = self.drafter.inputs(batch, self.target) if self.drafter is not None and torch.is_grad_enabled() else None
-            with captured_hidden(self.layer) as kept:
+            layers = self.drafter.layers if self.drafter is not None else ()
+            decoder = self.target.decoder if self.drafter is not None else self.model
+            with captured_hidden(self.layer) as kept, captured_layers(decoder, layers) as between:
                 self.model(**(inputs if more is None else more), use_cache=False)  # type: ignore[arg-type]
             # Virtual tokens of prompt learning stand before the row's own, a drafter's after them.
             states, extra = (
@@ -202,7 +352,8 @@ class CausalLoss:
             positions = batch.get("position_ids")
             if positions is None:
                 positions = torch.arange(length, device=labels.device).expand_as(batch["labels"])
-            seen = self.drafter.seen(states, batch["input_ids"], batch["labels"], positions, extra)
+            features = torch.cat([layer[:, -length:].detach() for layer in between], dim=-1) if between else None
+            seen = self.drafter.seen(states, batch["input_ids"], batch["labels"], positions, extra, features)
             term, sums["offsets"] = self.drafter.loss(seen, self.target, self.chunk)
             loss = self.drafter.main_weight * loss + term
         return loss, sums

@@ -4,13 +4,17 @@
 
 A target is the base with its adapter. A drafter shares the target's embedding and output head, which it never trains, reads the
 hidden states h (B, T, d) that the output head reads, and gives for each offset the hidden states that the head turns into logits.
+
+While decoding a drafter proposes a tree of tokens (Draft) that a decoder verifies in one pass of the target. Most drafters only give
+distributions node by node (Growth), and a strategy of trainer.decoding.trees makes the tree; one that drafts a whole block at once
+overrides `propose`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -43,6 +47,11 @@ class Target:
             )
         self.head: Head = head
 
+    @property
+    def depth(self) -> int:
+        """L, the number of the target's decoder layers."""
+        return len(self.decoder.layers)
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -53,14 +62,63 @@ class Seen:
     labels: Int[Tensor, "B T"]  # the id where a token is trained, -100 elsewhere, at each row's first token too
     positions: Int[Tensor, "B T"]  # from 0 in each row
     extra: Float[Tensor, "B R d"]  # hidden states of what `inputs` put after the sequence; R is 0 without
+    features: Float[Tensor, "B T f"] | None = None  # the states of `Drafter.layers`, side by side; None without any
+
+
+@dataclass(frozen=True)
+class News:
+    """What the target has computed since the last proposal for one sequence: its states at the n positions p .. p+n-1 that were
+    accepted since, from position 0 on over all proposals."""
+
+    hidden: Float[Tensor, "n d"]  # what the output head read
+    features: Float[Tensor, "n f"]  # the states of `Drafter.layers`, side by side; f is 0 without any
+    ids: Int[Tensor, " n"]  # x_{p+1} .. x_{p+n}, the token after each of them: the last one's own state is not known yet
+    first: Int[Tensor, ""] | None = None  # x_0, at the first proposal
+    tried: tuple[Int[Tensor, " m"], Float[Tensor, "m V"]] | None = (
+        None  # tokens of the last pass, refused ones too, and logits after each
+    )
 
 
 @dataclass(frozen=True)
 class Draft:
-    """Proposed tokens, one after another, with the distributions that they were drawn from."""
+    """A tree of proposed tokens. Nodes stand after their parents, and siblings in the order in which they were drawn.
+
+    `rows` gives for each node the row of `probabilities` that it was drawn from, the same for all siblings: the distribution as it was
+    before the first of them was drawn.
+    """
 
     tokens: Int[Tensor, " n"]
-    probabilities: Float[Tensor, "n V"] | None  # None for greedy proposals: all of it on the token
+    parents: Int[Tensor, " n"]  # -1: the newest token
+    probabilities: Float[Tensor, "r V"] | None = None  # None: chosen without chance
+    rows: Int[Tensor, " n"] | None = None
+    replaced: bool = False  # whether siblings were drawn with replacement; else without
+
+
+def chain(tokens: Int[Tensor, " n"], probabilities: Float[Tensor, "n V"] | None = None) -> Draft:
+    """The tree in which each token follows the one before."""
+    places = torch.arange(len(tokens), device=tokens.device)
+    return Draft(tokens, places - 1, probabilities, None if probabilities is None else places)
+
+
+class Growth(Protocol):
+    """A drafter's distributions over one tree, as a strategy grows it."""
+
+    depth: int  # how many tokens may follow one another
+    branches: bool  # whether a node may have more than one child
+    vocabulary: Int[Tensor, " v"] | None  # target ids of the logits' places; None where they are the target's own
+    confidence: (
+        Float[Tensor, " m"] | None
+    )  # of the nodes that `below` was last given, where the drafter predicts that they are taken
+
+    def first(self) -> Float[Tensor, " v"]:
+        """Logits of the token after the newest one."""
+
+    def below(self, tokens: Int[Tensor, " m"], parents: Int[Tensor, " m"]) -> Float[Tensor, "m v"]:
+        """Add m nodes of one depth to the tree, with target ids and the numbers of their parents (nodes count from 0 in the order
+        in which they were added; -1 is the newest token). Gives the logits of the token after each."""
+
+
+Strategy = Callable[[Growth], Draft]
 
 
 class Drafter(nn.Module):
@@ -71,8 +129,17 @@ class Drafter(nn.Module):
     main_weight = 1.0  # of the target's own next-token loss beside them
     proposes = True  # whether it is of use after training: a method that only shapes the adapter is not saved
     detach = True  # whether gradients stop at the target's hidden states
+    layers: tuple[int, ...] = ()  # further states of the target that it reads, as transformers counts hidden_states: 0 .. L
 
     seen = Seen  # what CausalLoss gives to `loss`
+
+    def calibrate(self, counts: Callable[[], Int[Tensor, " V"]]) -> None:
+        """Called once before a run's first step, not where one goes on: `counts` says how often each token is trained in the run's rows.
+        What is made from it belongs into `state`.
+
+        Raises:
+            DrafterError: the rows do not suit the settings.
+        """
 
     def inputs(self, batch: dict[str, Any], target: Target) -> dict[str, Tensor] | None:
         """The target's inputs for training, where they are not the batch's own `input_ids` and `position_ids`: the batch's T
@@ -108,17 +175,14 @@ class Drafter(nn.Module):
         """What `propose` remembers of one sequence, empty."""
         raise NotImplementedError
 
-    def propose(
-        self, memory: Any, target: Target, hidden: Float[Tensor, "n d"], ids: Int[Tensor, " n"], count: int,
-        choose: Callable[[Float[Tensor, " V"]], tuple[Tensor, Tensor | None]],
-    ) -> Draft:  # fmt: skip
-        """Up to `count` tokens, at most K, to follow x_{p+n}.
-
-        `hidden` are the target's states at the n positions p .. p+n-1 that were accepted since the last call, from position 0
-        on over all calls, and `ids` the tokens x_{p+1} .. x_{p+n} after them: the last one's own state is not known yet.
-        `choose` turns logits into a token (scalar) and the distribution it was drawn from (V,), None when greedy.
-        """
+    def grow(self, memory: Any, target: Target, news: News) -> Growth:
+        """Take in what the target has computed, and open a tree after the newest token. `memory` keeps only what was computed from
+        the target's states; a tree's own entries are gone with it."""
         raise NotImplementedError
+
+    def propose(self, memory: Any, target: Target, news: News, strategy: Strategy) -> Draft:
+        """The tokens to verify next, none at all if there is nothing to say. Every call's `news` must be taken in."""
+        return strategy(self.grow(memory, target, news))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters, with an `lr_scale` on the optimiser's rate."""
@@ -149,17 +213,23 @@ class Drafter(nn.Module):
                 tensor.copy_(state[name])
 
 
-def metrics(numbers: Float[Tensor, "K 5"]) -> dict[str, float]:
+def metrics(numbers: Float[Tensor, "K n"]) -> dict[str, float]:
     """What Drafter.loss counts, as means: for each offset its loss, top-1 and top-5 accuracy, and `accepted`, the tokens that a
     step of greedy decoding would take if the rows were its own text: 1 + sum over offsets of how often all guesses up to it
-    were right."""
+    were right. Where the target's distributions are known (Distilled), also each offset's `acceptance` Σ min(p, q), and `expected`,
+    the tokens of a step of sampling: 1 + sum over offsets of the mean product of the acceptances up to it."""
     found: dict[str, float] = {}
-    accepted = 1.0
-    for k, (loss, count, best, among, unbroken) in enumerate(numbers.tolist(), 1):
+    accepted = expected = 1.0
+    for k, (loss, count, best, among, unbroken, *chances) in enumerate(numbers.tolist(), 1):
         if count:
             found |= {f"offset{k}/loss": loss / count, f"offset{k}/top1": best / count, f"offset{k}/top5": among / count}
             accepted += unbroken / count
-    return found | {"accepted": accepted} if found else found
+        if count and chances:
+            found[f"offset{k}/acceptance"] = chances[0] / count
+            expected += chances[1] / count
+    if not found:
+        return found
+    return found | {"accepted": accepted} | ({"expected": expected} if numbers.shape[1] == 7 else {})
 
 
 def targets_of(offset: int, labels: Int[Tensor, "B T"], positions: Int[Tensor, "B T"]) -> tuple[Tensor, Int[Tensor, " n"]]:
