@@ -20,6 +20,7 @@ EXPERIMENTS = [name.partition("/")[2] for name in FILES if name.startswith("expe
 NEEDED = {
     "branch/cooldown": ["branch.run=runs/x", "branch.step=8", "branch.steps=2", "max_steps=10"],
     "base/hf": ["base.path=ORG/NAME"],
+    "task/mixture": ["task.parts={a: {path: rows.jsonl}}"],
     "adapter/peft": ["adapter.peft_type=LOHA"],
     "adapter/loftq": ["base.quantization=nf4"],
     "optimizer/schedulefree": ["schedule=constant"],
@@ -101,7 +102,7 @@ def test_a_type_outside_the_grammar_is_noticed(written):
 @pytest.mark.parametrize("name", GROUPED)
 def test_every_option_composes_and_passes_the_checks(compose, name):
     group, _, option = name.partition("/")
-    task = [] if name in ("task/bfcl",) else ["task.path=rows.jsonl"]
+    task = [] if name in ("task/bfcl", "task/mixture") else ["task.path=rows.jsonl"]
     cfg = compose(f"{group}={option}", *task, *NEEDED.get(name, []))
     assert cfg.hydra.runtime.choices[group] == option
     assert all(OmegaConf.select(cfg, f"{group}.{key}") is not None for key, value in content(name).items() if value == "???")
