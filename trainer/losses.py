@@ -94,7 +94,8 @@ def chunked_predictions(
     trains. The loss is summed in fp32, whatever the hidden states are. Zero for n = 0."""
     if len(hidden) == 0:
         none = torch.zeros_like(targets, dtype=torch.bool)
-        return hidden.sum().float() * 0.0, none, none
+        # Ranks without targets give all parameters a gradient, as DDP needs.
+        return sum((p.sum().float() for p in parameters), hidden.sum().float()) * 0.0, none, none
     if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
         return _ChunkedCrossEntropy.apply(hidden, targets, head, chunk, top, *parameters)
     loss = hidden.new_zeros((), dtype=torch.float32)
@@ -130,11 +131,11 @@ class _ChunkedDistillation(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, teacher: Tensor, weights: Tensor, how: Distillation, chunk: int, *parameters: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, teacher: Tensor, weights: Tensor, how: Distillation, chunk: int, wanted: bool,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         total = hidden.new_zeros((), dtype=torch.float32)
         found = hidden.new_zeros(4, *weights.shape, dtype=torch.float32)
-        wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[5:])
         grad_hidden = torch.zeros_like(hidden) if wanted else None
         grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         for start in range(0, teacher.shape[0], chunk):
@@ -174,7 +175,7 @@ class _ChunkedDistillation(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, *grads = ctx.saved_tensors
         scaled = [(grad * grad_loss).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return (grad_hidden * grad_loss.to(grad_hidden.dtype), None, None, None, None, *scaled)
+        return (grad_hidden * grad_loss.to(grad_hidden.dtype), None, None, None, None, None, *scaled)
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,8 @@ class Distillation:
         """(loss (c,), its slope at the drafter's logits (c, v), α (c,))."""
         q = log_q.exp()
         acceptance = torch.minimum(p, q).sum(-1)
-        whole = p if self.vocabulary is None else p / p.sum(-1, keepdim=True)
+        # Where the drafter's tokens have no chance at all, the position does not count, and must not be NaN either.
+        whole = p if self.vocabulary is None else p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
         if self.kind in ("ce", "kl", "lk_hybrid"):
             ce = -(whole * log_q).sum(-1)
             kl = ce + torch.xlogy(whole, whole).sum(-1)
@@ -233,7 +235,8 @@ def chunked_distillation(
     """(Σ_k Σ_i weights[k, i] loss[k, i], numbers): K drafted distributions, from `hidden`, for each token that the teacher's `hidden`
     states predict; `parameters` are what the drafter's heads train. `numbers` are for each of them its loss, 1 where the drafter's best
     guess is the teacher's, 1 where the teacher's is among the `top` best, and α; zeros where a chunk has no weights."""
-    return _ChunkedDistillation.apply(hidden, teacher.detach(), weights.float(), how, chunk, *parameters)
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or bool(parameters))
+    return _ChunkedDistillation.apply(hidden, teacher.detach(), weights.float(), how, chunk, wanted, *parameters)
 
 
 @contextlib.contextmanager
@@ -282,6 +285,19 @@ def captured_hidden(output_layer: nn.Module) -> Iterator[list[Tensor]]:
             output_layer.forward = before  # type: ignore[method-assign]
 
 
+def after_output(config: Any) -> Callable[[Tensor], Tensor]:
+    """What follows a model's output layer, as far as its config says it: a scale, a soft cap, or nothing."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    factor = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+
+    def finish(logits: Tensor) -> Tensor:
+        if factor != 1.0:
+            logits = logits * factor
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    return finish
+
+
 def output_head(model: nn.Module) -> Head | None:
     """From hidden states to logits as `model` does it: its output layer, then a scale or a soft cap where it has one.
 
@@ -289,15 +305,10 @@ def output_head(model: nn.Module) -> Head | None:
     tried on a few tokens against the model's own logits; None means that no known way reproduces them.
     """
     layer = model.get_output_embeddings()  # type: ignore[operator]
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    cap = getattr(config, "final_logit_softcapping", None)
-    factor = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    finish = after_output(model.config.get_text_config())  # type: ignore[operator, union-attr]
 
     def scaled(hidden: Tensor) -> Tensor:
-        logits = layer(hidden)
-        if factor != 1.0:
-            logits = logits * factor
-        return cap * torch.tanh(logits / cap) if cap else logits
+        return finish(layer(hidden))
 
     was_training, reproduced = model.training, False
     model.eval()
@@ -327,36 +338,56 @@ class CausalLoss:
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """(summed loss, {loss, tokens, right}) with the sums detached; with a drafter also `offsets`, see Drafter.loss."""
-        inputs = {key: batch[key] for key in ("input_ids", "position_ids") if key in batch}
         labels = batch["labels"][:, 1:]  # position t is asked for token t + 1
         where = labels != -100
         if self.head is None:
-            logits = self.model(**inputs, use_cache=False).logits[:, -batch["labels"].shape[1] :]
-            hidden = logits[:, :-1][where]
-            loss, right = chunked_cross_entropy(hidden, labels[where], _as_they_are, self.chunk)
+            logits = self.model(**_inputs(batch), use_cache=False).logits[:, -batch["labels"].shape[1] :]
+            loss, right = chunked_cross_entropy(logits[:, :-1][where], labels[where], _as_they_are, self.chunk)
         else:
-            length = batch["labels"].shape[1]
             more = self.drafter.inputs(batch, self.target) if self.drafter is not None and torch.is_grad_enabled() else None
-            layers = self.drafter.layers if self.drafter is not None else ()
-            decoder = self.target.decoder if self.drafter is not None else self.model
-            with captured_hidden(self.layer) as kept, captured_layers(decoder, layers) as between:
-                self.model(**(inputs if more is None else more), use_cache=False)  # type: ignore[arg-type]
-            # Virtual tokens of prompt learning stand before the row's own, a drafter's after them.
-            states, extra = (
-                (kept[0][:, :length], kept[0][:, length:]) if more is not None else (kept[0][:, -length:], kept[0][:, :0])
-            )
+            hidden, features, extra = self.forward(batch, more)
             parameters = tuple(p for p in self.layer.parameters() if p.requires_grad)
-            loss, right = chunked_cross_entropy(states[:, :-1][where], labels[where], self.head, self.chunk, parameters)
+            loss, right = chunked_cross_entropy(hidden[:, :-1][where], labels[where], self.head, self.chunk, parameters)
         sums = {"loss": loss.detach(), "tokens": where.sum(), "right": right.detach()}
         if self.drafter is not None:
-            positions = batch.get("position_ids")
-            if positions is None:
-                positions = torch.arange(length, device=labels.device).expand_as(batch["labels"])
-            features = torch.cat([layer[:, -length:].detach() for layer in between], dim=-1) if between else None
-            seen = self.drafter.seen(states, batch["input_ids"], batch["labels"], positions, extra, features)
-            term, sums["offsets"] = self.drafter.loss(seen, self.target, self.chunk)
+            term, sums["offsets"] = self.drafted(batch, hidden, features, extra)
             loss = self.drafter.main_weight * loss + term
         return loss, sums
+
+    def forward(
+        self, batch: dict[str, Any], more: dict[str, Tensor] | None = None
+    ) -> tuple[Float[Tensor, "B T d"], Float[Tensor, "B T f"] | None, Float[Tensor, "B m d"]]:
+        """What the model's pass over a batch, or over `Drafter.inputs`, gives without computing logits: the states that the output head
+        reads, those of the drafter's `layers` side by side, and the former of what the drafter has put behind the batch's positions."""
+        length = batch["input_ids"].shape[1]
+        layers = self.drafter.layers if self.drafter is not None else ()
+        decoder = self.target.decoder if self.drafter is not None else self.model
+        with captured_hidden(self.layer) as kept, captured_layers(decoder, layers) as between:
+            self.model(**(_inputs(batch) if more is None else more), use_cache=False)
+        # Virtual tokens of prompt learning stand before the row's own, a drafter's after them.
+        hidden, extra = (
+            (kept[0][:, :length], kept[0][:, length:]) if more is not None else (kept[0][:, -length:], kept[0][:, :0])
+        )
+        features = torch.cat([states[:, -length:].detach() for states in between], dim=-1) if between else None
+        return hidden, features, extra
+
+    def drafted(
+        self,
+        batch: dict[str, Any],
+        hidden: Float[Tensor, "B T d"],
+        features: Float[Tensor, "B T f"] | None,
+        extra: Float[Tensor, "B m d"],
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, numbers) of the drafter, see Drafter.loss, on what `forward` gives."""
+        positions = batch.get("position_ids")
+        if positions is None:
+            positions = torch.arange(hidden.shape[1], device=hidden.device).expand_as(batch["input_ids"])
+        seen = self.drafter.seen(hidden, batch["input_ids"], batch["labels"], positions, extra, features)
+        return self.drafter.loss(seen, self.target, self.chunk)
+
+
+def _inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
+    return {key: batch[key] for key in ("input_ids", "position_ids") if key in batch}
 
 
 def _as_they_are(logits: Tensor) -> Tensor:

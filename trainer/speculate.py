@@ -1,14 +1,23 @@
 """Decode with a run's drafter, and measure it against decoding without.
 
     python -m trainer.speculate run=FOLDER[@last|best|STEP] prompt="..."|prompts=FILE.jsonl|heldout=N [max_new_tokens=128]
-                                [temperature=0] [top_p=1] [seed=0] [count=null] [json=FILE]
+                                [temperature=0] [top_p=1] [seed=0] [batch_size=1] [json=FILE]
+                                [tree=chain|static|eagle2|dyspec] [count=null] [size=59] [top_k=10] [paths=FILE.json]
+                                [policy=fixed|confidence:0.6|refusal:0.7] [siblings=without|with|spectr|best]
 
 prompts=FILE.jsonl has one {"prompt": "..."} or {"messages": [...]} a line; of messages the last answer is left out. heldout=N takes
-the first N held-out conversations of the run's task. count=N drafts N tokens at a time instead of all that the drafter can.
+the first N held-out conversations of the run's task.
 
-Each prompt is decoded three times, one sequence at a time: by transformers' generate, by the same loop without the drafter, and
-with it. temperature=0 is greedy, where all three write the same text: how many differ is told. In bf16 some may, where two tokens
-are equally likely up to rounding.
+What is drafted at a time: a chain of tokens, or a tree of `size` of them. static is EAGLE-1's tree, or that of paths=FILE.json, a list
+of its nodes' paths as [[0], [1], [0, 0]]; eagle2 is EAGLE-2's, which goes on below the top_k likeliest nodes of each level; dyspec is
+DySpec's, which goes on wherever the next node is likeliest. count=N drafts N tokens after one another, instead of as many as the drafter
+can. A policy stops early: confidence:P where the drafter gives no next token the probability P, refusal:P where it expects a refusal with
+more than P. When sampling, siblings of static trees are drawn without or with replacement (spectr: verified by SpecTr's rule), or are
+the best tokens; eagle2 and dyspec take the best. A drafter that makes trees of its own is not asked for another.
+
+Each prompt is decoded three times: by transformers' generate, one at a time, by the decoder without the drafter, and with it, both
+batch_size at a time. temperature=0 is greedy, where all three write the same text: how many differ is told. In bf16 some may, where two
+tokens are equally likely up to rounding.
 """
 
 from __future__ import annotations
@@ -25,8 +34,9 @@ from rich.table import Table
 
 from tasks.reading import DataError
 from trainer import assembly, folder
-from trainer.decoding import speculative
+from trainer.decoding import speculative, trees
 from trainer.decoding.speculative import Result
+from trainer.decoding.trees import Shape
 from trainer.drafters import DrafterError, Target
 from trainer.generate import sampling
 from trainer.tokens import Renderer, stop_ids
@@ -119,12 +129,13 @@ def decoded(
     target = Target(found.model)
     device = next(found.model.parameters()).device
 
-    def one(way: str, ids: torch.Tensor, limit: int) -> Result:
+    shape = shape_of(options)
+
+    def some(way: str, ids: list[torch.Tensor], limit: int) -> list[Result]:
         if way == "transformers":
-            return by_transformers(
-                found.model, ids, stops, found.base.tokenizer.pad_token_id, options | {"max_new_tokens": limit}
-            )
-        return speculative.generate(
+            pad = found.base.tokenizer.pad_token_id
+            return [by_transformers(found.model, one, stops, pad, options | {"max_new_tokens": limit}) for one in ids]
+        return speculative.generate_batch(
             target,
             found.drafter if way == "drafter" else None,
             ids,
@@ -133,17 +144,37 @@ def decoded(
             options["temperature"],
             options["top_p"],
             torch.Generator(device).manual_seed(options["seed"]),
-            options["count"],
+            shape=shape,
+            rule="spectr" if options["siblings"] == "spectr" else "recursive",
         )
 
     results: dict[str, list[Result]] = {way: [] for way in WAYS}
-    for number, prompt in enumerate(prompts):
-        ids = torch.tensor(prompt, device=device)
+    for start in range(0, len(prompts), options["batch_size"]):
+        ids = [torch.tensor(prompt, device=device) for prompt in prompts[start : start + options["batch_size"]]]
         for way in reversed(WAYS):  # a drafter that cannot draft says so first
-            if number == 0:
-                one(way, ids, min(8, options["max_new_tokens"]))  # what happens once only is not measured
-            results[way].append(one(way, ids, options["max_new_tokens"]))
+            if start == 0:
+                some(way, ids, min(8, options["max_new_tokens"]))  # what happens once only is not measured
+            results[way] += some(way, ids, options["max_new_tokens"])
     return results
+
+
+def shape_of(options: dict[str, Any]) -> Shape:
+    """The trees that the options ask for.
+
+    Raises:
+        DrafterError, DataError: an option is out of its range, or paths cannot be read.
+    """
+    paths = None
+    if options["paths"] is not None:
+        try:
+            paths = json.loads(Path(options["paths"]).expanduser().read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DataError(f"paths={options['paths']} cannot be read: {error}") from None
+        if not isinstance(paths, list) or not all(isinstance(p, list) and all(type(i) is int for i in p) for p in paths):
+            raise DataError(f"paths={options['paths']}: it holds the paths of a tree's nodes, as [[0], [1], [0, 0]]")
+    return trees.named(
+        options["tree"], options["count"], options["top_k"], options["size"], options["policy"], options["siblings"], paths
+    )
 
 
 def summary(results: dict[str, list[Result]], options: dict[str, Any]) -> dict[str, Any]:
@@ -151,9 +182,9 @@ def summary(results: dict[str, list[Result]], options: dict[str, Any]) -> dict[s
     tokens its steps gave, how often each draft position was proposed, reached and taken, and how many steps took 0, 1 ...
     tokens; and, greedy, how many texts differ from transformers'."""
     found: dict[str, Any] = {"prompts": len(results["drafter"]), "max_new_tokens": options["max_new_tokens"]}
-    found |= {key: options[key] for key in ("temperature", "top_p", "seed", "count")}
+    found |= {key: options[key] for key in ("temperature", "top_p", "seed", "count", "tree", "policy", "batch_size")}
     for way, texts in results.items():
-        tokens, seconds = sum(len(text.tokens) for text in texts), sum(text.seconds for text in texts)
+        tokens, seconds = sum(len(text.tokens) for text in texts), sum(longest(texts, options["batch_size"], way))
         found[way] = {
             "tokens": tokens,
             "steps": sum(1 + text.steps for text in texts),
@@ -177,6 +208,12 @@ def summary(results: dict[str, list[Result]], options: dict[str, Any]) -> dict[s
                 text.tokens != wanted.tokens for text, wanted in zip(results[way], results["transformers"], strict=True)
             )
     return found
+
+
+def longest(texts: list[Result], batch_size: int, way: str) -> list[float]:
+    """The seconds of each batch, which are those of its last text; of transformers' texts each one's."""
+    size = 1 if way == "transformers" else batch_size
+    return [max(text.seconds for text in texts[start : start + size]) for start in range(0, len(texts), size)]
 
 
 def show(found: dict[str, Any]) -> None:
@@ -215,7 +252,8 @@ def main(argv: list[str]) -> int:
 
     known = {
         "run": ..., "prompt": None, "prompts": None, "heldout": 0, "max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0, "seed": 0,
-        "count": None, "json": None,
+        "batch_size": 1, "tree": "chain", "count": None, "size": 59, "top_k": 10, "paths": None, "policy": "fixed",
+        "siblings": "without", "json": None,
     }  # fmt: skip
     options = config.arguments(argv, known, __doc__ or "")
     if sum((options["prompt"] is not None, options["prompts"] is not None, options["heldout"] != 0)) != 1:
@@ -228,6 +266,7 @@ def main(argv: list[str]) -> int:
         options["count"] = int(options["count"])
     for name, fits, said in (
         ("heldout", options["heldout"] >= 0, "at least 1"),
+        ("batch_size", options["batch_size"] >= 1, "at least 1"),
         ("max_new_tokens", options["max_new_tokens"] >= 1, "at least 1"),
         ("temperature", options["temperature"] >= 0, "at least 0"),
         ("top_p", 0 < options["top_p"] <= 1, "above 0, at most 1"),
@@ -238,6 +277,7 @@ def main(argv: list[str]) -> int:
         return config.bad(f"json={options['json']}: there is no such folder")
     assembly.quiet()
     try:
+        shape_of(options)
         _, content, _ = folder.read(options["run"])
         if content["identity"]["labels"] is not None:
             return config.bad("this run trained a classifier, which writes no text. Use: python -m trainer.evaluate")

@@ -65,6 +65,38 @@ def test_a_run_is_decoded_three_ways_and_counted(trained, shown, tmp_path):
     assert "with the drafter" in page
 
 
+@pytest.mark.parametrize("tree", ["static", "eagle2", "dyspec"])
+def test_trees_and_batches_write_the_same(trained, shown, tmp_path, tree):
+    file, paths = tmp_path / "found.json", tmp_path / "tree.json"
+    paths.write_text("[[0], [1], [0, 0]]")
+    asked = [f"tree={tree}", "batch_size=2", *([f"paths={paths}"] if tree == "static" else ["top_k=3", "size=6"])]
+    assert (
+        speculate.main([f"run={trained()}", "heldout=3", "max_new_tokens=10", "policy=refusal:0.999", f"json={file}", *asked])
+        == 0
+    )
+    found = json.loads(file.read_text())
+    assert found["plain"]["different_texts"] == found["drafter"]["different_texts"] == 0
+    assert (found["tree"], found["batch_size"]) == (tree, 2)
+    if tree == "static":
+        assert len(found["positions"]) <= 2
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[[0, 0]]", "has no parent: add"),
+        ("[[0], [0]]", "each once"),
+        ("{}", "it holds the paths"),
+        ("[[0.5]]", "it holds the paths"),
+    ],
+)
+def test_a_bad_tree_says_what_is_wrong(tmp_path, capsys, content, said):
+    file = tmp_path / "tree.json"
+    file.write_text(content)
+    assert speculate.main(["run=somewhere", "prompt=x", "tree=static", f"paths={file}"]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_one_prompt_and_a_file_of_prompts_are_asked_as_rows_were_trained(trained, tmp_path):
     found = assembly.trained(trained())
     chat = [{"role": "user", "content": "1+2="}]
@@ -98,7 +130,16 @@ def test_the_numbers_are_means_over_texts():
         "plain": [Result([1] * 6, [(0, 0)] * 5, 1.0, 0), Result([1, 2, 1, 1], [(0, 0)] * 3, 1.0, 0)],
         "drafter": [Result([1] * 6, [(2, 2), (2, 1)], 0.5, 0), Result([1] * 4, [(2, 0), (1, 1)], 0.5, 0)],
     }
-    options = {"max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0, "seed": 0, "count": None}
+    options = {
+        "max_new_tokens": 6,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "seed": 0,
+        "count": None,
+        "tree": "chain",
+        "policy": "fixed",
+        "batch_size": 1,
+    }
     found = speculate.summary(ways, options)
     assert found["transformers"] == {"tokens": 10, "steps": 10, "seconds": 5.0, "tokens_per_second": 2.0, "ratio": 1.0}
     assert (found["drafter"]["steps"], found["drafter"]["ratio"], found["drafter"]["different_texts"]) == (6, 5.0, 0)
@@ -111,7 +152,16 @@ def test_the_numbers_are_means_over_texts():
 def test_texts_that_differ_are_told_and_no_error(shown):
     ways = {way: [Result([1, 2], [(1, 0)], 1.0, 0)] for way in speculate.WAYS}
     ways["drafter"] = [Result([1, 3], [(1, 0)], 1.0, 0)]
-    options = {"max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0, "seed": 0, "count": None}
+    options = {
+        "max_new_tokens": 6,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "seed": 0,
+        "count": None,
+        "tree": "chain",
+        "policy": "fixed",
+        "batch_size": 1,
+    }
     speculate.show(speculate.summary(ways, options))
     assert "1 of 1 texts differ from transformers' (0 without the drafter)" in shown.getvalue()
 
@@ -123,6 +173,14 @@ def test_texts_that_differ_are_told_and_no_error(shown):
         ("mtp_medusa", ["prompt=x", "heldout=2"], "give one of prompt, prompts and heldout"),
         ("mtp_medusa", ["prompt=x", "count=0"], "count=0: a number of at least 1, or null"),
         ("mtp_medusa", ["prompt=x", "top_p=0"], "top_p=0.0: above 0, at most 1"),
+        ("mtp_medusa", ["prompt=x", "batch_size=0"], "batch_size=0: at least 1"),
+        ("mtp_medusa", ["prompt=x", "tree=oak"], "tree=oak: one of chain, static, eagle2, dyspec"),
+        ("mtp_medusa", ["prompt=x", "tree=eagle2", "size=0"], "size=0: a number of at least 1"),
+        ("mtp_medusa", ["prompt=x", "siblings=some"], "siblings=some: one of without"),
+        ("mtp_medusa", ["prompt=x", "policy=hope"], "policy=hope: one of fixed, confidence:THRESHOLD, refusal:THRESHOLD"),
+        ("mtp_medusa", ["prompt=x", "policy=refusal"], "policy=refusal: a threshold from 0 to 1 belongs to it"),
+        ("mtp_medusa", ["prompt=x", "policy=refusal:2"], "its threshold is a probability"),
+        ("mtp_medusa", ["prompt=x", "paths=/nowhere.json"], "paths=/nowhere.json cannot be read"),
         ("mtp_medusa", ["prompt=x", "json=/nowhere/at/all.json"], "there is no such folder"),
         ("mtp_medusa", ["prompts=/nowhere.jsonl"], "prompts=/nowhere.jsonl cannot be read"),
         ("text", ["prompt="], "a prompt is empty"),

@@ -84,7 +84,7 @@ class Draft:
     """A tree of proposed tokens. Nodes stand after their parents, and siblings in the order in which they were drawn.
 
     `rows` gives for each node the row of `probabilities` that it was drawn from, the same for all siblings: the distribution as it was
-    before the first of them was drawn.
+    before the first of them was drawn. `parents` and `rows` are best on the CPU, where the decoder reads them.
     """
 
     tokens: Int[Tensor, " n"]
@@ -96,7 +96,7 @@ class Draft:
 
 def chain(tokens: Int[Tensor, " n"], probabilities: Float[Tensor, "n V"] | None = None) -> Draft:
     """The tree in which each token follows the one before."""
-    places = torch.arange(len(tokens), device=tokens.device)
+    places = torch.arange(len(tokens))
     return Draft(tokens, places - 1, probabilities, None if probabilities is None else places)
 
 
@@ -133,6 +133,11 @@ class Drafter(nn.Module):
 
     seen = Seen  # what CausalLoss gives to `loss`
 
+    @property
+    def depth(self) -> int:
+        """How many tokens may follow one another in a draft: K, unless the method can go on."""
+        return self.offsets
+
     def calibrate(self, counts: Callable[[], Int[Tensor, " V"]]) -> None:
         """Called once before a run's first step, not where one goes on: `counts` says how often each token is trained in the run's rows.
         What is made from it belongs into `state`.
@@ -151,19 +156,26 @@ class Drafter(nn.Module):
         its own row; positions for which those do not exist may hold anything finite."""
         raise NotImplementedError
 
+    def head_of(self, offset: int, target: Target) -> tuple[Head, tuple[nn.Parameter, ...]]:
+        """(what turns an offset's states into logits (n, V), what of it is trained): the target's own output head by default."""
+        # With adapter=full the shared head is trained, too.
+        layer = target.model.get_output_embeddings()
+        return target.head, () if self.detach else tuple(p for p in layer.parameters() if p.requires_grad)
+
+    def at(self, step: int, steps: int) -> None:
+        """Called before each of a run's micro-batches with the 0-based step that it belongs to, of the planned ones."""
+
     def loss(self, seen: Seen, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
         """(weighted loss, numbers): the sum over offsets of weight times summed cross-entropy; and in fp32 (K, 5), for each
         offset the summed loss, the number of targets, how often the best and one of the five best guesses was right, and how
         often it and those of all offsets before were. Never more than `chunk` positions' logits of one offset exist."""
         seen = replace(seen, hidden=seen.hidden.detach()) if self.detach else seen
-        # With adapter=full the shared head is trained, too.
-        layer = target.model.get_output_embeddings()
-        trained = () if self.detach else tuple(p for p in layer.parameters() if p.requires_grad)
         total = seen.hidden.new_zeros((), dtype=torch.float32)
         numbers, unbroken = [], torch.ones_like(seen.ids, dtype=torch.bool)
         for k, hidden in enumerate(self.states(seen, target), 1):
             where, targets = targets_of(k, seen.labels, seen.positions)
-            summed, best, among = chunked_predictions(hidden[where], targets, target.head, chunk, trained, top=5)
+            head, trained = self.head_of(k, target)
+            summed, best, among = chunked_predictions(hidden[where], targets, head, chunk, trained, top=5)
             total = total + self.weights[k - 1] * summed
             right = torch.zeros_like(unbroken)
             right[where] = best

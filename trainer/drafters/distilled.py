@@ -28,8 +28,6 @@ class Distilled(Heads):
         DrafterError: an unknown `loss`.
     """
 
-    vocabulary: Int[Tensor, " v"] | None = None  # target ids of the logits' places, ascending; None for all
-
     def __init__(
         self,
         offsets: int,
@@ -44,6 +42,11 @@ class Distilled(Heads):
         if loss not in KINDS:
             raise DrafterError(f"drafter.loss={loss}: one of {', '.join(KINDS)}")
         self.kind, self.eta = loss, eta
+
+    @property
+    def vocabulary(self) -> Int[Tensor, " v"] | None:
+        """Target ids of the logits' places, ascending; None for all."""
+        return None
 
     def draft_heads(self, target: Target) -> tuple[Head, ...]:
         """From `states` to logits (n, v): one for all offsets, or one for each. The target's own by default."""

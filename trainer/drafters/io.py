@@ -1,11 +1,12 @@
 """Drafters as folders.
 
-config.json         the settings, the target's sizes, and the base and run that the drafter was trained for
+config.json         the settings, and what it was trained for: base, adapter and sizes of the target, and the run that trained it
 model.safetensors   its own weights in fp32; embedding and output head are the target's and not among them
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,11 @@ from trainer.checkpoint import write_text
 from trainer.drafters import Drafter, DrafterError
 
 FORMAT = 1
+# Settings that say how a drafter is trained, and not what its weights mean. Where they change the weights' shapes those are refused.
+_OF_TRAINING = {
+    "offsets", "depth", "weights", "beta", "weight", "ramp", "loss", "eta", "lr_scale", "detach", "init", "noise", "feature_weight",
+    "token_weight", "dropout", "train_head", "coverage",
+}  # fmt: skip
 
 
 def save(drafter: Drafter, settings: dict[str, Any], target: dict[str, Any], folder: Path) -> None:
@@ -34,13 +40,80 @@ def save(drafter: Drafter, settings: dict[str, Any], target: dict[str, Any], fol
     write_text(folder / "config.json", json.dumps({"format": FORMAT, "drafter": settings, "target": target}, indent=2) + "\n")
 
 
-def trained_for(base: Base, run: Path, step: int) -> dict[str, Any]:
-    """What a drafter's folder notes of its target."""
+def trained_for(base: Base, run: Path, step: int, adapter: dict[str, Any] | None) -> dict[str, Any]:
+    """What a drafter's folder notes of its target. `adapter` says which run, step and checkpoint its adapter is of; None is the base
+    alone."""
     sizes = base.config.get_text_config()
     return {
-        "base": base.path, "fingerprint": base.fingerprint, "run": str(run), "step": step,
-        "hidden_size": sizes.hidden_size, "vocab_size": sizes.vocab_size,
+        "base": base.path, "fingerprint": base.fingerprint, "tokenizer": _digest(base.tokenizer), "adapter": adapter,
+        "run": str(run), "step": step, "hidden_size": sizes.hidden_size, "vocab_size": sizes.vocab_size,
     }  # fmt: skip
+
+
+def _digest(tokenizer: Any) -> str:
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def folder_of(path: str) -> Path:
+    """A drafter's folder, given itself or the folder of the run that trained it.
+
+    Raises:
+        DrafterError: there is none.
+    """
+    place = Path(path).expanduser()
+    run = (place / "run.yaml").exists()
+    folder = place / "drafter" if run else place
+    if not (folder / "config.json").exists():
+        why = "that run has no drafter, or has not ended yet" if run else "it is no drafter's folder: it has no config.json"
+        raise DrafterError(f"target.draft={path}: {why}")
+    return folder
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(settings, what it was trained for) of a drafter's folder.
+
+    Raises:
+        DrafterError: the folder is not what `save` writes, or of another version.
+    """
+    content = _content(folder / "config.json")
+    _check_settings(content["drafter"], folder / "config.json")
+    return content["drafter"], content["target"]
+
+
+def check(folder: Path, base: Base, settings: dict[str, Any] | None = None) -> None:
+    """Refuse a folder whose drafter is not of this base, or was made with other `settings`, before anything is loaded.
+
+    Raises:
+        DrafterError: with what differs.
+    """
+    own, target = read(folder)
+    _check_target(folder, target, base.config.get_text_config(), base.fingerprint)
+    if target.get("tokenizer", digest := _digest(base.tokenizer)) != digest:
+        raise DrafterError(f"{folder} was trained for the tokens of another tokenizer than {base.path} has")
+    wanted = own if settings is None else settings
+    different = [
+        f"drafter.{key}: {own.get(key)!r} there, {wanted.get(key)!r} here"
+        for key in sorted(own.keys() | wanted.keys())
+        if key not in _OF_TRAINING and own.get(key) != wanted.get(key)
+    ]
+    if different:
+        raise DrafterError(f"{folder} is a drafter of other settings: {'; '.join(different)}")
+
+
+def fill(drafter: Drafter, folder: Path) -> None:
+    """Put a folder's weights into a drafter of the same settings.
+
+    Raises:
+        DrafterError: they do not fit it, are incomplete or not finite.
+    """
+    tensors = _tensors(folder / "model.safetensors")
+    for tensor in drafter.state().values():
+        if tensor.is_floating_point():
+            tensor.fill_(torch.nan)  # what is not loaded is seen
+    drafter.load_state(tensors)
+    spoilt = [name for name, tensor in drafter.state().items() if not torch.isfinite(tensor).all()]
+    if spoilt:
+        raise DrafterError(f"{folder / 'model.safetensors'} holds NaN or infinite values in {', '.join(spoilt[:5])}")
 
 
 def load(folder: Path, model: Any, fingerprint: str | None = None) -> Drafter:
@@ -52,10 +125,16 @@ def load(folder: Path, model: Any, fingerprint: str | None = None) -> Drafter:
     Raises:
         DrafterError: the folder is not what `save` writes, is not of this model, or its weights are incomplete or not finite.
     """
-    content = _content(folder / "config.json")
-    settings, target = content["drafter"], content["target"]
-    _check_settings(settings, folder / "config.json")
-    sizes = model.config.get_text_config()
+    settings, target = read(folder)
+    _check_target(folder, target, model.config.get_text_config(), fingerprint)
+    drafter: Drafter = get_class(settings["_target_"])(
+        model=model, **{key: value for key, value in settings.items() if key not in schema.INSTANTIATE_KEYS}
+    )
+    fill(drafter, folder)
+    return drafter.eval()
+
+
+def _check_target(folder: Path, target: dict[str, Any], sizes: Any, fingerprint: str | None) -> None:
     for name in ("hidden_size", "vocab_size"):
         if target.get(name) != (own := getattr(sizes, name)):
             raise DrafterError(
@@ -63,17 +142,6 @@ def load(folder: Path, model: Any, fingerprint: str | None = None) -> Drafter:
             )
     if fingerprint is not None and target.get("fingerprint") != fingerprint:
         raise DrafterError(f"{folder} was trained for {target.get('base')}, and this base's weights are others")
-    tensors = _tensors(folder / "model.safetensors")
-    drafter: Drafter = get_class(settings["_target_"])(
-        model=model, **{key: value for key, value in settings.items() if key not in schema.INSTANTIATE_KEYS}
-    )
-    for tensor in drafter.state().values():
-        tensor.fill_(torch.nan)  # what is not loaded is seen
-    drafter.load_state(tensors)
-    spoilt = [name for name, tensor in drafter.state().items() if not torch.isfinite(tensor).all()]
-    if spoilt:
-        raise DrafterError(f"{folder / 'model.safetensors'} holds NaN or infinite values in {', '.join(spoilt[:5])}")
-    return drafter.eval()
 
 
 def _content(file: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from adapters.delta import float_weight, is_linear
-from trainer.drafters import Draft, Drafter, DrafterError, Target
+from adapters.delta import features, float_weight, is_linear
+from trainer.drafters import Drafter, DrafterError, Seen, Target
+from trainer.losses import Head, after_output
 
 _NORMS = ("norm", "final_layernorm", "final_layer_norm")
 _TAKEN = {"attention_mask", "position_ids", "past_key_values", "position_embeddings"}
@@ -101,6 +103,26 @@ def projection(model: Any, inputs: int, outputs: int) -> nn.Linear:
     return _fresh(model, lambda: nn.Linear(inputs, outputs, bias=False))
 
 
+def output_layer(model: Any) -> nn.Linear:
+    """A trained fp32 copy of the model's output layer, (V, d), dequantised where it is packed."""
+    own = model.get_output_embeddings()
+    inputs, outputs = features(own)
+    layer = _fresh(model, lambda: nn.Linear(inputs, outputs, bias=getattr(own, "bias", None) is not None))
+    _copy_weights(own, layer)
+    return layer
+
+
+def read_by(layer: nn.Linear, target: Target) -> Head:
+    """From hidden states (n, d) to logits (n, V) by an `output_layer`, with the scale or the cap that follows the target's own."""
+    finish = after_output(target.config)
+
+    def head(hidden: Tensor) -> Tensor:
+        with precision(hidden):
+            return finish(layer(hidden.to(layer.weight.dtype)))
+
+    return head
+
+
 _INSTEAD = "set drafter=mtp_medusa, whose heads need none of it, or drafter=none"
 
 
@@ -157,23 +179,40 @@ def around(
 ) -> Any:
     """What a `decoder_layer` is given beside `hidden`, of which only the shape, dtype and device count. Without a cache, rows of a
     packed sequence do not see each other; with one it is a single row, and `positions` follow what the cache holds."""
-    config, rotary = target.config, target.decoder.rotary_emb
-    kind = _kind(config)
-    mask: Any = _MASKS[kind](
-        config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=cache, position_ids=positions
+    mask: Any = _MASKS[_kind(target.config)](
+        config=target.config, inputs_embeds=hidden, attention_mask=None, past_key_values=cache, position_ids=positions
     )
-    by_kind = "layer_type" in inspect.signature(rotary.forward).parameters
-    rotations = rotary(hidden, positions, kind) if by_kind else rotary(hidden, positions)
     return {
         "attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": cache is not None,
-        "position_embeddings": rotations,
+        "position_embeddings": rotations(target, hidden, positions),
     }  # fmt: skip
+
+
+def rotations(target: Target, hidden: Float[Tensor, "B T d"], positions: Int[Tensor, "B T"]) -> Any:
+    """The rotary embeddings that a `decoder_layer` is given, in the dtype of `hidden`."""
+    rotary = target.decoder.rotary_emb
+    if "layer_type" in inspect.signature(rotary.forward).parameters:
+        return rotary(hidden, positions, _kind(target.config))
+    return rotary(hidden, positions)
+
+
+def window(target: Target) -> int | None:
+    """How many positions a `decoder_layer` sees, its own among them; None for all before it."""
+    return target.config.sliding_window if _kind(target.config) == "sliding_attention" else None
 
 
 def through(layer: nn.Module, hidden: Float[Tensor, "B T d"], surroundings: Any) -> Float[Tensor, "B T d"]:
     """The output of a `decoder_layer`, given what `around` makes."""
     out = layer(hidden, **surroundings)
     return out[0] if isinstance(out, tuple) else out
+
+
+def ahead(k: int, seen: Seen, target: Target) -> Float[Tensor, "B T d"]:
+    """The target's embeddings of x_{t+k}, zeros where that is not of t's row; no gradient reaches them."""
+    same = seen.positions.roll(-k, dims=1) == seen.positions + k  # what rolls over has too small a position
+    with torch.no_grad():
+        embedded = target.embed(seen.ids.roll(-k, dims=1))
+    return embedded.masked_fill(~same.unsqueeze(-1), 0.0)
 
 
 def precision(hidden: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -183,8 +222,23 @@ def precision(hidden: Tensor) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def drafted(picks: list[tuple[Tensor, Tensor | None]], ids: Int[Tensor, " n"]) -> Draft:
-    """What `choose` has given for one offset after another; `ids` are of the wanted dtype and device."""
-    tokens = torch.stack([token.to(ids) for token, _ in picks]) if picks else ids[:0]
-    drawn = [probabilities for _, probabilities in picks if probabilities is not None]
-    return Draft(tokens, torch.stack(drawn) if drawn else None)
+class Independent:
+    """The growth of heads that know nothing of drafted tokens: all nodes of a depth have the same logits. `logits` gives those of an
+    offset (V,), and is asked once for each that a strategy comes to."""
+
+    branches = True
+    vocabulary: Int[Tensor, " v"] | None = None
+    confidence: Float[Tensor, " m"] | None = None
+
+    def __init__(self, offsets: int, logits: Callable[[int], Float[Tensor, " V"]]):
+        self.depth, self._logits = offsets, functools.cache(torch.no_grad()(logits))
+        self._depths: list[int] = []  # of the nodes so far
+
+    def first(self) -> Float[Tensor, " V"]:
+        return self._logits(1)
+
+    def below(self, tokens: Int[Tensor, " m"], parents: Int[Tensor, " m"]) -> Float[Tensor, "m V"]:
+        parent = int(parents[0])
+        depth = 1 + (self._depths[parent] if parent >= 0 else 0)
+        self._depths += [depth] * len(tokens)
+        return self._logits(depth + 1).expand(len(tokens), -1)

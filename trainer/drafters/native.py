@@ -63,9 +63,9 @@ def check(drafter: Drafter | None, model: Any) -> None:
             "no drafter" if drafter is None else f"{type(drafter).__name__}, which is none of decoder layers one after another"
         )
         raise DrafterError(f"to=mtp writes what drafter=mtp_sequential and mtp_shared train; this run has {found}. {_INSTEAD}")
-    if len(drafter.layers) > 1:
+    if len(drafter.depths) > 1:
         raise DrafterError(
-            f"to=mtp writes one module, and this drafter has {len(drafter.layers)}: transformers' further layers read normed states, "
+            f"to=mtp writes one module, and this drafter has {len(drafter.depths)}: transformers' further layers read normed states, "
             f"which these were not trained on. Train drafter=mtp_shared or drafter.offsets=1. {_INSTEAD}"
         )
     config, name = model.config.get_text_config(), type(model).__name__
@@ -115,7 +115,7 @@ def tensors(drafter: SequentialModules, model: Any, dtype: torch.dtype) -> dict[
     servers take them from nowhere else."""
     config = model.config.get_text_config()
     layout, number = FAMILIES[config.model_type][0], config.num_hidden_layers
-    module: Any = drafter.layers[0]
+    module: Any = drafter.depths[0]
     cast = {name for name, _ in module.named_parameters()}
     block, around = {}, {}
     for name, tensor in module.state_dict().items():

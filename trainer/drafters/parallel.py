@@ -10,16 +10,16 @@ Heads know nothing of each other's tokens, so a draft of several of them need no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from trainer.drafters import Draft, Seen, Target
-from trainer.drafters.layers import Heads, around, decoder_layer, drafted, final_norm, precision, through
+from trainer.drafters import News, Seen, Target
+from trainer.drafters.layers import Heads, Independent, around, decoder_layer, final_norm, precision, through
 
 
 class Head(nn.Module):
@@ -60,21 +60,17 @@ class ParallelHeads(Heads):
         return [DynamicCache() for _ in self.heads]
 
     @torch.no_grad()
-    def propose(
-        self, memory: list[DynamicCache], target: Target, hidden: Float[Tensor, "n d"], ids: Int[Tensor, " n"], count: int,
-        choose: Callable[[Float[Tensor, " V"]], tuple[Tensor, Tensor | None]],
-    ) -> Draft:  # fmt: skip
-        entering = self._entering(hidden.unsqueeze(0))
+    def grow(self, memory: list[DynamicCache], target: Target, news: News) -> Independent:
+        entering = self._entering(news.hidden.unsqueeze(0))
         before = memory[0].get_seq_length()
-        positions = torch.arange(before, before + len(hidden), device=hidden.device).unsqueeze(0)
-        picks = []
-        for k, (head, cache) in enumerate(zip(self.heads, memory, strict=True), 1):
-            # Heads beyond `count` run too: their caches must know these positions.
-            with precision(hidden):
+        positions = torch.arange(before, before + len(news.hidden), device=entering.device).unsqueeze(0)
+        newest = []
+        for head, cache in zip(self.heads, memory, strict=True):
+            # Heads that are asked for nothing run too: their caches must know these positions.
+            with precision(news.hidden):
                 states = head(entering, around(target, entering, positions, cache))
-            if k <= count:
-                picks.append(choose(target.head(states[0, -1:].to(hidden.dtype))[0]))
-        return drafted(picks, ids)
+            newest.append(states[0, -1:].to(news.hidden.dtype))
+        return Independent(self.offsets, lambda k: target.head(newest[k - 1])[0])
 
     def _entering(self, hidden: Tensor) -> Tensor:
         return hidden.to(next(self.parameters()).dtype)

@@ -22,7 +22,7 @@ What implementations differ in, and what holds here, in training and decoding al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +31,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from trainer.drafters import Draft, Seen, Target
+from trainer.drafters import News, Seen, Target
 from trainer.drafters.layers import (
     Heads,
     around,
     decayed,
     decoder_layer,
-    drafted,
     final_norm,
     precision,
     projection,
@@ -70,15 +69,15 @@ class Module(nn.Module):
 
 @dataclass
 class Memory:
-    """What is known of one sequence of which the target's states at `length` positions were seen.
+    """What is known of one sequence: `ids` are x_1 .. x_n, and the target's states at positions 0 .. n-1 were seen.
 
-    Depth k's cache holds the positions whose x_{i+k} is known, max(0, length + 1 - k) of them; `last[k]` (0 or 1, d) is h_k at those
-    of them that depth k + 1 does not know yet.
+    Depth k's cache holds positions from 0 on whose x_{i+k} is known, at most max(0, n + 1 - k) of them; `waiting[k - 1]` (m, d) is
+    h_{k-1} from the first position on that depth k does not know yet.
     """
 
     caches: list[DynamicCache]
-    last: list[Tensor | None]
-    length: int = 0
+    ids: Int[Tensor, " n"]
+    waiting: list[Float[Tensor, "m d"]]
 
 
 class SequentialModules(Heads):
@@ -93,7 +92,8 @@ class SequentialModules(Heads):
         detach: bool, lr_scale: float,
     ):  # fmt: skip
         super().__init__(offsets, weights, decayed(beta, offsets), weight, detach, lr_scale)
-        self.layers = nn.ModuleList(Module(model, init) for _ in range(1 if shared else offsets))
+        # Tensors are named as transformers' MtpModel names them; `layers` itself is the target's states that a drafter reads.
+        self._modules["layers"] = nn.ModuleList(Module(model, init) for _ in range(1 if shared else offsets))
 
     def states(self, seen: Seen, target: Target) -> Iterator[Float[Tensor, "B T d"]]:
         hidden = self._entering(seen.hidden)
@@ -107,46 +107,106 @@ class SequentialModules(Heads):
             yield read.to(seen.hidden.dtype)
 
     def start(self, target: Target) -> Memory:
-        return Memory([DynamicCache() for _ in range(self.offsets)], [None] * self.offsets)
+        some = next(self.parameters())
+        none = some.new_empty(0, target.config.hidden_size)
+        return Memory([DynamicCache() for _ in range(self.offsets)], none[:, 0].long(), [none] * self.offsets)
+
+    def grow(self, memory: Memory, target: Target, news: News) -> Growing:
+        memory.ids = torch.cat([memory.ids, news.ids])
+        memory.waiting[0] = torch.cat([memory.waiting[0], self._entering(news.hidden)])
+        return Growing(self, memory, target, news.hidden)
 
     @torch.no_grad()
-    def propose(
-        self, memory: Memory, target: Target, hidden: Float[Tensor, "n d"], ids: Int[Tensor, " n"], count: int,
-        choose: Callable[[Float[Tensor, " V"]], tuple[Tensor, Tensor | None]],
-    ) -> Draft:  # fmt: skip
-        old, new = memory.length, memory.length + len(hidden)
-        tokens, picks = ids, []  # x_{old+1} ..: those known, then those drafted
-        below = self._entering(hidden)  # h_{k-1} from position old + 1 - (k - 1), or 0, on
-        for k in range(1, self.offsets + 1):
-            module, cache = self._module(k), memory.caches[k - 1]
-            known, settled = max(0, old + 1 - k), max(0, new + 1 - k)  # positions whose x_{i+k} is known, before and now
-            end = new if k <= count else settled  # a depth that drafts also needs those with drafted tokens
-            states = below[:0]
-            if end > known:
-                positions = torch.arange(known, end, device=hidden.device).unsqueeze(0)
-                embedded = self._entering(target.embed(tokens[known + k - old - 1 : end + k - old - 1])).unsqueeze(0)
-                entering = below[: end - known].unsqueeze(0)
-                with precision(hidden):
-                    states = module(embedded, entering, around(target, entering, positions, cache))[0]
-                    read = module.post_norm(states[-1:])
-                cache.crop(settled - end)
-            if k <= count:
-                pick = choose(target.head(read.to(hidden.dtype))[0])
-                picks.append(pick)
-                tokens = torch.cat([tokens, pick[0].reshape(1).to(tokens)])
-            held = memory.last[k - 1]
-            states = states if held is None else torch.cat([held, states])
-            first = known if held is None else known - len(held)  # the position of states[0]
-            below = states
-            memory.last[k - 1] = states[max(0, new - k) - first : settled - first]
-        memory.length = new
-        return drafted(picks, ids)
+    def run(
+        self, k: int, memory: Memory, target: Target, paths: Int[Tensor, "m t"], below: Float[Tensor, "m s d"], like: Tensor
+    ) -> tuple[Float[Tensor, "m V"], Float[Tensor, "m r d"]]:
+        """Depth k after each of m paths of t = k - 1 drafted tokens: the logits of the token after each, in the dtype of `like`, and
+        h_k at the last r = min(t, n) of the n positions. `below` is h_{k-1} at the last s = min(t - 1, n)."""
+        length, many = len(memory.ids), len(paths)
+        settled = max(0, length + 1 - k)  # positions whose x_{i+k} is known
+        if many > 1 and memory.caches[k - 1].get_seq_length() < settled:
+            self._step(k, memory, target, settled, memory.ids[None], below[:1, :0], like)
+        tokens = torch.cat([memory.ids.expand(many, -1), paths], dim=1)
+        states, read = self._step(k, memory, target, length, tokens, below, like)
+        return target.head(read.to(like.dtype)), states[:, states.shape[1] - (length - settled) :]
+
+    def _step(
+        self, k: int, memory: Memory, target: Target, end: int, tokens: Tensor, below: Tensor, like: Tensor
+    ) -> tuple[Float[Tensor, "m p d"], Float[Tensor, "m d"]]:
+        """(h_k at the p positions up to `end` that depth k did not know, what the head reads at the last of them). Keeps those whose
+        tokens are known."""
+        module, cache, many = self._module(k), memory.caches[k - 1], len(tokens)
+        settled = max(0, len(memory.ids) + 1 - k)
+        known = cache.get_seq_length()
+        if many > 1:
+            cache = widened(cache, many)
+        positions = torch.arange(known, end, device=tokens.device).expand(many, -1)
+        embedded = self._entering(target.embed(tokens[:, known + k - 1 : end + k - 1]))
+        waiting = memory.waiting[k - 1].expand(many, -1, -1)
+        entering = torch.cat([waiting, below], dim=1)[:, : end - known]
+        with precision(like):
+            states = module(embedded, entering, around(target, entering, positions, cache))
+            read = module.post_norm(states[:, -1])
+        if many == 1:
+            cache.crop(min(0, settled - end))
+            if settled > known:
+                memory.waiting[k - 1] = memory.waiting[k - 1][settled - known :]
+                if k < self.offsets:
+                    memory.waiting[k] = torch.cat([memory.waiting[k], states[0, : settled - known]])
+        return states, read
+
+    @property
+    def depths(self) -> Any:
+        """The modules: K of them, or the shared one."""
+        return self._modules["layers"]
 
     def _module(self, k: int) -> Any:
-        return self.layers[min(k, len(self.layers)) - 1]
+        return self.depths[min(k, len(self.depths)) - 1]
 
     def _entering(self, hidden: Tensor) -> Tensor:
         return hidden.to(next(self.parameters()).dtype)
+
+
+class Growing:
+    """What the modules say over one tree; nodes of one depth are a batch, and each works on the positions that its own tokens change."""
+
+    branches = True
+    vocabulary: Tensor | None = None
+    confidence: Tensor | None = None
+
+    def __init__(self, drafter: SequentialModules, memory: Memory, target: Target, like: Tensor):
+        self.depth = drafter.offsets
+        self._rest = drafter, memory, target, like
+        none = memory.waiting[0][:0]
+        self._paths: list[Tensor] = []  # of the nodes, the tokens up to each (t,)
+        self._states: list[Tensor] = []  # and h at the positions that they change, as `SequentialModules.run` gives it
+        self._root = memory.ids[:0], none
+
+    def first(self) -> Float[Tensor, " V"]:
+        return self._run(1, self._root[0][None], self._root[1][None])[0][0]
+
+    def below(self, tokens: Int[Tensor, " m"], parents: Int[Tensor, " m"]) -> Float[Tensor, "m V"]:
+        above = parents.tolist() if self._paths else [-1] * len(tokens)
+        paths = torch.stack([self._paths[i] if i >= 0 else self._root[0] for i in above])
+        states = torch.stack([self._states[i] if i >= 0 else self._root[1] for i in above])
+        paths = torch.cat([paths, tokens.unsqueeze(1)], dim=1)
+        logits, states = self._run(paths.shape[1] + 1, paths, states)
+        self._paths += paths.unbind()
+        self._states += states.unbind()
+        return logits
+
+    def _run(self, k: int, paths: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+        drafter, memory, target, like = self._rest
+        return drafter.run(k, memory, target, paths, below, like)
+
+
+def widened(cache: DynamicCache, rows: int) -> DynamicCache:
+    """A copy of a cache of one layer and one row, for several rows."""
+    wide = DynamicCache()
+    layer: Any = cache.layers[0] if cache.layers else None
+    if layer is not None and layer.is_initialized:
+        wide.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), 0)
+    return wide
 
 
 def _ahead(k: int, seen: Seen, target: Target) -> Float[Tensor, "B T d"]:

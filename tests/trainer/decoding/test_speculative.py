@@ -8,15 +8,17 @@ import pytest
 import torch
 import transformers
 from omegaconf import OmegaConf
+from torch.nn import functional as F
 from transformers import GenerationConfig, TemperatureLogitsWarper, TopPLogitsWarper
 
 from adapters.delta import Start
 from tests.adapters import toys
 from tests.conftest import ROOT
 from trainer import assembly, config
-from trainer.decoding import speculative
-from trainer.decoding.speculative import Place, Result, generate, places
-from trainer.drafters import Draft, Drafter, DrafterError, Target
+from trainer.decoding import verify
+from trainer.decoding.speculative import Place, Result, generate, generate_batch, places
+from trainer.decoding.trees import Levels, chain, confident, dyspec, eagle2, hopeful
+from trainer.drafters import Drafter, DrafterError, Target
 
 SIZES = {
     "vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -60,24 +62,42 @@ def alone(model, ids, count, stops=(), **settings):
 class Toy(Drafter):
     """Proposes what `guess(index of the token in the text, how many)` says, and keeps what it was told."""
 
-    offsets = 4
+    offsets, tokens = 4, 41
 
     def __init__(self, guess):
         super().__init__()
         self.guess = guess
 
     def start(self, target):
-        self.hidden, self.ids, self.asked = [], [], []
+        self.news, self.asked = [], []
         return self
 
-    def propose(self, memory, target, hidden, ids, count, choose):
+    def grow(self, memory, target, news):
         assert memory is self
-        assert len(hidden) == len(ids) >= 1
-        self.hidden.append(hidden)
-        self.ids.append(ids)
-        self.asked.append(count)
-        found = self.guess(sum(map(len, self.ids)) + 1, count)
-        return Draft(torch.tensor(found, dtype=torch.long)[:count], None)
+        assert len(news.hidden) == len(news.ids) >= 1
+        self.news.append(news)
+        self.asked.append(0)
+        found = self.guess(sum(len(one.ids) for one in self.news) + 1, self.offsets)
+        return Told(self, [F.one_hot(torch.tensor(token), self.tokens).float() for token in found[: self.offsets]])
+
+
+class Told:
+    """The growth of a list of logits, one for each depth."""
+
+    branches, vocabulary, confidence = True, None, None
+
+    def __init__(self, drafter, logits):
+        self.drafter, self.logits, self.depth, self.depths = drafter, logits, len(logits), []
+
+    def first(self):
+        self.drafter.asked[-1] = 1
+        return self.logits[0]
+
+    def below(self, tokens, parents):
+        depth = 1 + (self.depths[parents[0]] if parents[0] >= 0 else 0)
+        self.depths += [depth] * len(tokens)
+        self.drafter.asked[-1] = depth + 1
+        return self.logits[depth].expand(len(tokens), -1)
 
 
 def oracle(ids, text, wrong=lambda place: False):
@@ -125,6 +145,7 @@ def test_greedy_with_an_adapter(name):
     )
     adapter = assembly.instantiate(OmegaConf.to_container(node.adapter))
     base = toys.llama(torch.float32, tie_word_embeddings=False)
+    base.generation_config.eos_token_id = None
     plain = alone(base, PROMPT, 25)
     model = adapter.attach(base, Start(steps=3, data=toys.batches))
     toys.train(adapter, model, range(2))
@@ -138,7 +159,13 @@ def test_greedy_with_an_adapter(name):
     assert len(set(text)) > 4
     target = Target(model)
     for which in ("half", "random", "none"):
-        assert generate(target, drafters(PROMPT, text)[which], PROMPT, 25, []).tokens == text, which
+        drafter = drafters(PROMPT, text)[which]
+        if drafter is not None:
+            drafter.tokens = 64
+        assert generate(target, drafter, PROMPT, 25, []).tokens == text, which
+        assert generate(target, drafter, PROMPT, 25, [], shape=Levels(FORM) if drafter else None).tokens == text, which
+    short = alone(model, PROMPT[:3], 25)
+    assert [found.tokens for found in generate_batch(target, None, [PROMPT, PROMPT[:3]], 25, [])] == [text, short]
 
 
 def made(name, model):
@@ -159,7 +186,7 @@ def test_greedy_with_each_drafter(name):
     drafter = made(name, model)
     found = generate(Target(model), drafter, PROMPT, 20, [])
     assert found.tokens == text
-    assert found.drafts[0][0] == drafter.offsets
+    assert found.drafts[0][0] >= drafter.offsets
     drawn = [
         generate(Target(model), drafter, PROMPT, 20, [], 1.0, 0.9, torch.Generator().manual_seed(seed)).tokens
         for seed in (0, 0, 1)
@@ -180,13 +207,19 @@ def test_a_drafter_is_told_each_accepted_state_once_with_the_token_after_it(kind
     drafter = oracle(PROMPT, text, lambda place: place % 3 == 0)
     found = generate(Target(model), drafter, PROMPT, 20, [])
     whole = torch.tensor([*PROMPT.tolist(), *text])
-    told = torch.cat(drafter.ids)
+    told = torch.cat([news.ids for news in drafter.news])
     assert torch.equal(told, whole[1 : 1 + len(told)])
     assert len(told) > 20
     with torch.no_grad():
         states = model.get_decoder()(input_ids=whole.unsqueeze(0)).last_hidden_state[0]
-    assert torch.allclose(torch.cat(drafter.hidden), states[: len(told)], atol=1e-4)
-    assert [len(ids) for ids in drafter.ids[1:]] == [taken + 1 for _, taken in found.drafts[: len(drafter.ids) - 1]]
+    assert torch.allclose(torch.cat([news.hidden for news in drafter.news]), states[: len(told)], atol=1e-4)
+    assert [len(news.ids) for news in drafter.news[1:]] == [taken + 1 for _, taken in found.drafts[: len(drafter.news) - 1]]
+    assert int(drafter.news[0].first) == PROMPT[0]
+    assert all(news.first is None for news in drafter.news[1:])
+    for news in drafter.news:
+        tokens, logits = news.tried
+        assert len(tokens) == len(logits) >= 1
+        assert news.ids[-1] in logits.argmax(-1)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 4, 5, 8])
@@ -209,7 +242,7 @@ def test_the_number_of_new_tokens_is_exact(limit):
     text = alone(model, PROMPT, 12)
     drafter = oracle(PROMPT, text)
     assert generate(Target(model), drafter, PROMPT, limit, []).tokens == text[:limit]
-    assert all(asked >= 1 for asked in drafter.asked)
+    assert all(asked <= max(0, limit - 2) for asked in drafter.asked)
 
 
 @pytest.mark.parametrize(("count", "asked"), [(1, 1), (3, 3), (9, 4), (None, 4), (0, None)])
@@ -217,7 +250,7 @@ def test_as_many_are_asked_for_as_wanted_and_known(count, asked):
     model = tiny()
     drafter = oracle(PROMPT, alone(model, PROMPT, 12))
     generate(Target(model), drafter, PROMPT, 12, [], count=count)
-    assert max(drafter.asked, default=None) == asked
+    assert max(getattr(drafter, "asked", []), default=None) == asked
 
 
 def test_logits_are_made_where_they_are_needed_only():
@@ -248,32 +281,39 @@ def test_a_cache_without_a_way_back_is_refused(monkeypatch):
     assert len(generate(target, None, PROMPT, 4, []).tokens) == 4
 
 
-# Sampling from five tokens, each drawn given the last one: the chances of all texts of three can be worked out.
+# Sampling from five tokens, each drawn given the last one: the chances of all texts of four can be worked out.
 
-TOKENS, LENGTH, DRAWS = 5, 3, 1000
+TOKENS, LENGTH, DRAWS = 5, 4, 1500
 
 
 @pytest.fixture
-def chain(monkeypatch):
+def table(monkeypatch):
     """A target that is a table: the next token's logits given the last token."""
     table = torch.randn(TOKENS, TOKENS, generator=torch.Generator().manual_seed(5)) * 1.5
     target = Target.__new__(Target)
     target.model, target.head = None, lambda hidden: hidden @ table
 
     class Read:
-        def __init__(self, target):
+        def __init__(self, target, layers, whole):
             pass
 
-        def read(self, ids):
-            return torch.nn.functional.one_hot(ids, TOKENS).float()
+        def open(self, prompts):
+            return [(F.one_hot(ids, TOKENS).float(), torch.zeros(len(ids), 0)) for ids in prompts]
+
+        def read(self, tokens, parents):
+            return self.open(tokens)
 
         def may_forget(self):
             pass
 
-        def forget(self, count):
+        def keep(self, paths):
             pass
 
-    monkeypatch.setattr("trainer.decoding.speculative._Text", Read)
+        def only(self, rows):
+            pass
+
+    monkeypatch.setattr("trainer.decoding.speculative.Texts", Read)
+    monkeypatch.setattr("trainer.decoding.speculative.allow_trees", lambda target: None)
     target.table = table
     return target
 
@@ -301,33 +341,42 @@ def joint(table, first, temperature, top_p):
 
 
 class Sampler(Drafter):
-    """Drafts from a table of its own, or by its best guess, with or without saying from what."""
+    """Drafts from a table of its own, which may know some tokens only."""
 
     offsets = 2
 
-    def __init__(self, table, greedy=False, few=False):
+    def __init__(self, table, vocabulary=None):
         super().__init__()
-        self.table, self.greedy, self.few = table, greedy, few
+        self.table, self.vocabulary = table, vocabulary
 
     def start(self, target):
         return None
 
-    def propose(self, memory, target, hidden, ids, count, choose):
-        last, tokens, given = ids[-1], [], []
-        for _ in range(min(count, 1) if self.few else count):
-            token, q = (self.table[last].argmax(), None) if self.greedy else choose(self.table[last])
-            tokens.append(token)
-            given.append(q)
-            last = token
-        return Draft(torch.stack(tokens), None if self.greedy else torch.stack(given))
+    def grow(self, memory, target, news):
+        return Rows(self, news.ids[-1])
 
 
-def counted(target, drafter, temperature, top_p):
+class Rows:
+    depth, branches, confidence = 2, True, None
+
+    def __init__(self, drafter, last):
+        self.drafter, self.last, self.vocabulary = drafter, last, drafter.vocabulary
+
+    def first(self):
+        return self.below(self.last.view(1), None)[0]
+
+    def below(self, tokens, parents):
+        rows = self.drafter.table[tokens]
+        return rows if self.vocabulary is None else rows[:, self.vocabulary]
+
+
+def counted(target, drafter, temperature, top_p, **more):
     generator = torch.Generator().manual_seed(11)
     found = torch.zeros([TOKENS] * LENGTH, dtype=torch.float64)
-    ids = torch.tensor([1, 3])
-    for _ in range(DRAWS):
-        found[tuple(generate(target, drafter, ids, LENGTH, [], temperature, top_p, generator).tokens)] += 1
+    prompts = [torch.tensor([1, 3])] * 250
+    for _ in range(DRAWS // 250):
+        for result in generate_batch(target, drafter, prompts, LENGTH, [], temperature, top_p, generator, **more):
+            found[tuple(result.tokens)] += 1
     return found
 
 
@@ -343,58 +392,78 @@ def p_value(found, wanted):
     return float(torch.special.gammaincc(torch.tensor((len(a) - 1) / 2).double(), ((a - b) ** 2 / b).sum() / 2))
 
 
+OTHER = torch.randn(TOKENS, TOKENS, generator=torch.Generator().manual_seed(6)) * 2
+FORM = [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0)]
+SAMPLED = {
+    "chain": {},
+    "chain, one at a time": {"count": 1},
+    "chain of the best": {"shape": chain(2, best=True)},
+    "chain that ends early": {"shape": chain(2, confident(0.6))},
+    "chain that gives up": {"shape": chain(2, hopeful(0.5))},
+    "tree without replacement": {"shape": Levels(FORM)},
+    "tree without replacement that ends early": {"shape": Levels(FORM, confident(0.85))},
+    "tree with replacement": {"shape": Levels(FORM, replaced=True)},
+    "SpecTr": {"shape": Levels(FORM, replaced=True), "rule": "spectr"},
+    "tree of the best": {"shape": Levels(FORM, best=True)},
+    "EAGLE-2": {"shape": eagle2(2, 2, 4)},
+    "DySpec": {"shape": dyspec(4)},
+}
+
+
 def drafting(table):
-    other = torch.randn(TOKENS, TOKENS, generator=torch.Generator().manual_seed(6)) * 2
     return {
-        "as the target": Sampler(table),
-        "otherwise": Sampler(other),
-        "against": Sampler(-table),
-        "by its best guess": Sampler(other, greedy=True),
-        "by the target's best guess": Sampler(table, greedy=True),
-        "one at a time": Sampler(other, few=True),
-    }
+        "as the target": Sampler(table), "otherwise": Sampler(OTHER), "against": Sampler(-table),
+        "some tokens only": Sampler(OTHER, torch.tensor([0, 2, 3])),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("name", "temperature", "top_p"),
+    ("how", "name", "temperature", "top_p"),
     [
-        *((name, 1.0, 1.0) for name in drafting(torch.zeros(TOKENS, TOKENS))),
-        ("otherwise", 0.7, 0.8),
+        *(("chain", name, 1.0, 1.0) for name in ("as the target", "against", "some tokens only")),
+        *((how, "otherwise", 1.0, 1.0) for how in SAMPLED),
+        ("chain", "otherwise", 0.7, 0.8),
+        ("tree without replacement", "otherwise", 0.7, 0.8),
+        ("tree without replacement", "some tokens only", 1.0, 1.0),
     ],
 )
-def test_sampled_texts_are_distributed_as_the_targets(chain, name, temperature, top_p):
-    found = counted(chain, drafting(chain.table)[name], temperature, top_p)
-    assert p_value(found, joint(chain.table, 3, temperature, top_p)) > 0.01
-    assert p_value(found, joint(chain.table, 3, 1.3, 1.0)) < 1e-6
+def test_sampled_texts_are_distributed_as_the_targets(table, how, name, temperature, top_p):
+    found = counted(table, drafting(table.table)[name], temperature, top_p, **SAMPLED[how])
+    assert p_value(found, joint(table.table, 3, temperature, top_p)) > 1e-3
+    assert p_value(found, joint(table.table, 3, 1.3, 1.0)) < 1e-6
 
 
-def test_a_rule_that_refills_from_p_is_noticed(chain, monkeypatch):
-    right = speculative._sampled
+@pytest.mark.parametrize("how", ["chain", "tree without replacement", "tree with replacement"])
+def test_a_rule_that_refills_from_p_is_noticed(table, monkeypatch, how):
+    right = verify._in_turn
 
-    def from_p(p, draft, generator):
-        """Behind a refused token a draw from p, not from what is left of it."""
-        found, following = right(p, draft, generator)
-        own = torch.multinomial(p[len(found) - 1], 1, generator=generator)
-        return [*found[:-1], int(own)], torch.cat([following[:-1], own])
+    def from_p(p, *rest):
+        """Behind refused tokens a draw from p, not from what is left of it."""
+        return right(p, *rest)[0], p
 
-    monkeypatch.setattr(speculative, "_sampled", from_p)
-    found = counted(chain, drafting(chain.table)["otherwise"], 1.0, 1.0)
-    assert p_value(found, joint(chain.table, 3, 1.0, 1.0)) < 1e-6
+    monkeypatch.setattr(verify, "_in_turn", lambda *given, replaced: from_p(*given, replaced))
+    found = counted(table, Sampler(OTHER), 1.0, 1.0, **SAMPLED[how])
+    assert p_value(found, joint(table.table, 3, 1.0, 1.0)) < 1e-6
 
 
-def test_a_draft_of_the_targets_own_distribution_is_always_taken(chain):
+def test_typical_acceptance_writes_otherwise(table):
+    found = counted(table, Sampler(OTHER), 1.0, 1.0, shape=Levels(FORM, best=True), rule="typical_lossy")
+    assert p_value(found, joint(table.table, 3, 1.0, 1.0)) < 1e-6
+
+
+def test_a_draft_of_the_targets_own_distribution_is_always_taken(table):
     for seed in range(50):
         generator = torch.Generator().manual_seed(seed)
-        found = generate(chain, Sampler(chain.table), torch.tensor([1]), 9, [], 0.9, 0.95, generator)
+        found = generate(table, Sampler(table.table), torch.tensor([1]), 9, [], 0.9, 0.95, generator)
         assert all(proposed == taken for proposed, taken in found.drafts)
 
 
-def test_how_often_a_draft_is_taken_is_what_p_and_q_share(chain):
+def test_how_often_a_draft_is_taken_is_what_p_and_q_share(table):
     other = Sampler(torch.randn(TOKENS, TOKENS, generator=torch.Generator().manual_seed(6)) * 2)
     generator = torch.Generator().manual_seed(0)
-    results = [generate(chain, other, torch.tensor([2, 3]), 3, [], 1.0, 1.0, generator, count=1) for _ in range(1000)]
+    results = [generate(table, other, torch.tensor([2, 3]), 3, [], 1.0, 1.0, generator, count=1) for _ in range(1000)]
     firsts = [result.drafts[0] for result in results]
-    p, q = chain.table.softmax(-1).double(), other.table.softmax(-1).double()
+    p, q = table.table.softmax(-1).double(), other.table.softmax(-1).double()
     shared = float((p[3] * torch.minimum(p, q).sum(-1)).sum())
     assert abs(sum(taken for _, taken in firsts) / 1000 - shared) < 4 * (shared * (1 - shared) / 1000) ** 0.5
 

@@ -10,7 +10,6 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional as F
 
 from adapters.delta import freeze
 from tests.adapters import toys
@@ -18,7 +17,8 @@ from tests.runs.test_resume import PowerCut, cut_at, outcome
 from tests.trainer.test_finetune import adapted
 from trainer import assembly, journal
 from trainer import base as bases
-from trainer.drafters import DrafterError, Seen, Target, metrics
+from trainer.decoding.trees import Drawing, chain
+from trainer.drafters import DrafterError, News, Seen, Target, metrics
 from trainer.drafters.layers import around, decoder_layer, final_norm, through
 from trainer.drafters.medusa import MedusaHeads
 from trainer.drafters.parallel import ParallelHeads
@@ -463,7 +463,7 @@ def test_a_packed_base_is_unpacked_for_a_start_and_stepped_on(kind):
     freeze(model)
     for of in ("parallel", "shared"):
         drafter = make(of, model, init="last_layer").train()
-        copied = drafter.get_submodule("heads.0.block" if of == "parallel" else "layers.0.mtp_block").mlp.up_proj.weight
+        copied = (drafter.heads[0].block if of == "parallel" else drafter.depths[0].mtp_block).mlp.up_proj.weight
         original = plain.get_decoder().layers[-1].mlp.up_proj.weight
         difference = float((copied - original).detach().norm() / original.detach().norm())
         assert 1e-4 < difference < 0.15
@@ -492,9 +492,8 @@ def test_half_precision_is_computed_from_whole_weights(kind):
     total.backward()
     assert {p.grad.dtype for p in drafter.parameters()} == {torch.float32}
     memory = drafter.start(Target(model))
-    draft = drafter.propose(
-        memory, Target(model), seen.hidden[1, :4], seen.ids[1, 1:5], 3, lambda logits: (logits.argmax(), None)
-    )
+    news = News(seen.hidden[1, :4], seen.hidden[1, :4, :0], seen.ids[1, 1:5])
+    draft = drafter.propose(memory, Target(model), news, lambda growth: chain(3)(growth, Drawing(64, 9)))
     assert draft.tokens.shape == (3,)
 
 
@@ -502,10 +501,10 @@ def test_half_precision_is_computed_from_whole_weights(kind):
 
 
 def check_decoding(drafter, model, steps, rtol=1e-5):
-    """Propose along a known text and compare all logits with what training computes for the text up to there and the draft.
+    """Grow trees along a known text and compare all logits with what training computes for the text up to there and a path.
 
-    A step is (n, count, which): n states become known, `count` tokens are asked for, and the offsets named in `which` guess the
-    text's own token, as if they would be accepted.
+    A step is (n, count, which): n states become known, `count` levels are asked for, and the offsets named in `which` guess the
+    text's own token, as if they would be accepted. Each level has two nodes below each of the one before, added in two calls.
     """
     target, draw = Target(model), torch.Generator().manual_seed(13)
     length = sum(n for n, _, _ in steps)
@@ -513,24 +512,32 @@ def check_decoding(drafter, model, steps, rtol=1e-5):
     hidden = torch.randn(length, model.config.get_text_config().hidden_size, generator=draw)
     memory, known = drafter.start(target), 0
     for n, count, which in steps:
-        logits = []
-
-        def choose(found, now=known + n, right=which, kept=logits):
-            kept.append(found)
-            k = len(kept)
-            token = text[now + k] if str(k) in right else (found.argmax() + 1) % 64
-            return token, torch.full((64,), 1 / 64)
-
-        draft = drafter.propose(memory, target, hidden[known : known + n], text[known + 1 : known + n + 1], count, choose)
+        new = slice(known, known + n)
+        growth = drafter.grow(memory, target, News(hidden[new], hidden[new, :0], text[known + 1 : known + n + 1]))
         known += n
-        assert len(logits) == len(draft.tokens) == min(count, drafter.offsets)
-        assert draft.probabilities is None or draft.probabilities.shape == (len(logits), 64)
-        ids = torch.cat([text[: known + 1], draft.tokens, text[:8]])[None]
-        states = torch.cat([hidden[:known], torch.randn(ids.shape[1] - known, hidden.shape[1])])[None]
-        positions = torch.arange(ids.shape[1])[None]
-        wanted = list(drafter.states(Seen(states, ids, ids, positions, states[:, :0]), target))
-        for k, found in enumerate(logits):
-            torch.testing.assert_close(found, target.head(wanted[k][0, known - 1]), rtol=rtol, atol=rtol)
+        assert growth.branches
+        assert growth.depth == drafter.offsets
+        found, above, numbers = {}, [()], {(): -1}
+        if count:
+            found[()] = growth.first()
+        for k in range(1, min(count, drafter.offsets)):
+            level = []
+            for which_child in range(2):
+                own = int(text[known + k]) if str(k) in which and not which_child else 3 + 7 * k + which_child
+                paths = [(*path, own) for path in above]
+                parents = torch.tensor([numbers[path[:-1]] for path in paths])
+                rows = growth.below(torch.tensor([own] * len(paths)), parents)
+                numbers |= {path: len(numbers) - 1 + i for i, path in enumerate(paths)}
+                found |= dict(zip(paths, rows, strict=True))
+                level += paths
+            above = level
+        assert len(found) == 2 ** min(count, drafter.offsets) - 1
+        for path, logits in found.items():
+            ids = torch.cat([text[: known + 1], torch.tensor(path, dtype=torch.long), text[:8]])[None]
+            states = torch.cat([hidden[:known], torch.randn(ids.shape[1] - known, hidden.shape[1])])[None]
+            positions = torch.arange(ids.shape[1])[None]
+            wanted = list(drafter.states(Seen(states, ids, ids, positions, states[:, :0]), target))
+            torch.testing.assert_close(logits, target.head(wanted[len(path)][0, known - 1]), rtol=rtol, atol=rtol)
 
 
 PATTERNS = {
@@ -561,9 +568,8 @@ def test_a_step_works_on_new_positions_only(kind):
     memory = drafter.start(target)
     for n in (9, 1, 2, 1):
         sizes.clear()
-        drafter.propose(
-            memory, target, torch.randn(n, SIZE), torch.randint(0, 64, (n,)), 3, lambda logits: (logits.argmax(), None)
-        )
+        news = News(torch.randn(n, SIZE), torch.zeros(n, 0), torch.randint(0, 64, (n,)))
+        drafter.propose(memory, target, news, lambda growth: chain(3)(growth, Drawing(64, 9)))
         again = 0 if kind == "parallel" else 1  # depth k: the k - 1 positions whose tokens were drafted
         assert sizes == [min(9, n + again * k) if n < 9 else 9 for k in range(3)]
 
@@ -572,17 +578,19 @@ def test_greedy_drafts_have_no_distributions():
     model = llama()
     for kind in KINDS:
         drafter, target = make(kind, model).eval(), Target(model)
-        some = torch.randn(4, SIZE), torch.randint(0, 64, (4,))
-        draft = drafter.propose(drafter.start(target), target, *some, 2, lambda logits: (logits.argmax(), None))
+        news = News(torch.randn(4, SIZE), torch.zeros(4, 0), torch.randint(0, 64, (4,)))
+
+        def drafted(depth, chances=None, of=drafter, to=target, what=news):
+            return of.propose(of.start(to), to, what, lambda growth: chain(2)(growth, Drawing(64, depth, chances)))
+
+        draft = drafted(2)
         assert draft.probabilities is None
         assert draft.tokens.dtype == torch.int64
-        drawn = drafter.propose(
-            drafter.start(target), target, *some, 2, lambda logits: (logits.argmax(), F.softmax(logits, -1))
-        )
+        drawn = drafted(2, lambda logits: (100 * logits).softmax(-1))
         assert torch.equal(drawn.tokens, draft.tokens)
         torch.testing.assert_close(drawn.probabilities.sum(-1), torch.ones(2))
         assert torch.equal(drawn.probabilities.argmax(-1), drawn.tokens)
-        assert drafter.propose(drafter.start(target), target, *some, 0, None).tokens.shape == (0,)
+        assert drafted(0).tokens.shape == (0,)
 
 
 # what is refused

@@ -1,0 +1,186 @@
+"""Hydra's heads, each given the drafted tokens before its own, and Hydra++ (Ankner et al. 2024, arXiv 2402.05109).
+
+    z_k = B_{k,n}( .. B_{k,1}([s_t ; e(x_{t+1}) ; .. ; e(x_{t+k})]) .. )        logits_k[t] = U_k z_k[t] predict x_{t+1+k}
+    B_{k,1}(v) = R v + c + SiLU(W v + b)        B_{k,j}(z) = z + SiLU(W z + b)        L = w Σ_k Σ_t loss
+
+s (B, T, d) are the hidden states h that the target's output head reads, or with a `prefix` layer norm(Block(h)), where Block is one
+decoder layer of the target's family over h_1 .. h_t. e is the target's embedding and not trained; U_k (V, d) is a trained
+copy of the target's output layer for each head (`own_head`), or the target's own for all. Hydra++ has four blocks a head, the prefix
+layer, and learns the target's distributions (loss=ce) in place of the rows' tokens (loss=labels).
+
+Heads start with W = 0 and b = c = 0, as the authors' do but for b, and with R = [I | 0 | .. ], which reads s_t: without a prefix layer as
+the target's own next-token head. Theirs start with a random R, so that their copied U_k reads nothing it knows; they also run one block
+n - 1 times where n - 1 blocks are meant. Dropout is on what each block and U_k are given.
+
+Tensors are named heads.{k}.0.linear, heads.{k}.0.res_connection, heads.{k}.{j}.linear and heads.{k}.{n} (U_k), k and j from 0, and
+prefix.block and prefix.norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from trainer.drafters import Drafter, DrafterError, News, Seen, Target
+from trainer.drafters.distilled import Distilled
+from trainer.drafters.layers import ahead, around, decoder_layer, final_norm, output_layer, precision, read_by, through
+from trainer.drafters.medusa import ResidualBlock
+from trainer.losses import KINDS, Head
+
+
+class FirstBlock(nn.Module):
+    """R v + c + SiLU(W v + b), from `count` vectors of `size` side by side to one, in fp32; the first of them at the start."""
+
+    def __init__(self, size: int, count: int, device: torch.device):
+        super().__init__()
+        self.linear = nn.Linear(count * size, size, device=device, dtype=torch.float32)
+        self.res_connection = nn.Linear(count * size, size, device=device, dtype=torch.float32)
+        for tensor in (self.linear.weight, self.linear.bias, self.res_connection.bias):
+            nn.init.zeros_(tensor)
+        nn.init.eye_(self.res_connection.weight)
+
+    def forward(self, beside: Tensor) -> Tensor:
+        return self.res_connection(beside) + F.silu(self.linear(beside))
+
+
+class Prefix(nn.Module):
+    """norm(Block(h)): a decoder layer and a norm, (B, T, d) to (B, T, d), both in fp32.
+
+    A random layer adds little to h, and with the mean of the target's final norm's weights in each place of the norm s is about as large
+    as h. At SmolLM2-135M a head then starts with 77% of the target's next-token probability in common (Σ min(p, q)), with ones for the
+    norm 28%, with copies of the last layer and the norm 2%.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.block = decoder_layer(model, "random")
+        self.norm = final_norm(model, "last_layer")
+        with torch.no_grad():
+            for parameter in self.norm.parameters():
+                parameter.copy_(parameter.mean())
+
+    def forward(self, hidden: Tensor, surroundings: Any) -> Tensor:
+        return self.norm(through(self.block, hidden, surroundings))
+
+
+@dataclass
+class Memory:
+    """What is known of one sequence: the prefix layer's keys and values at the target's states. Drafted tokens never reach it."""
+
+    cache: DynamicCache
+
+
+class Hydra(Distilled):
+    """K heads of `layers` blocks; conf/drafter/hydra.yaml says what the knobs mean.
+
+    Raises:
+        DrafterError: an unknown `loss`, weights that are not of K offsets, less than one block, or a prefix layer that
+            cannot be built of the model's.
+    """
+
+    def __init__(
+        self, model: Any, offsets: int, layers: int, own_head: bool, prefix: bool, dropout: float, loss: str, eta: float,
+        weights: list[float] | None, weight: float, lr_scale: float,
+    ):  # fmt: skip
+        if loss not in (choices := ("labels", *KINDS)):
+            raise DrafterError(f"drafter.loss={loss}: one of {', '.join(choices)}")
+        super().__init__(offsets, weights, [1.0] * offsets, weight, lr_scale, "ce" if loss == "labels" else loss, eta)
+        if layers < 1:
+            raise DrafterError(f"drafter.layers={layers}, but a head without a block reads no drafted token: set at least 1")
+        if not 0 <= dropout < 1:
+            raise DrafterError(f"drafter.dropout={dropout}, and it is a share from 0 to below 1")
+        self.hard, self.dropout, self.own_head, self.blocks = loss == "labels", dropout, own_head, layers
+        output: Any = model.get_output_embeddings()
+        size, device = model.config.get_text_config().hidden_size, output.weight.device
+        self.prefix = Prefix(model) if prefix else None
+        self.heads = nn.ModuleList()
+        for k in range(1, offsets + 1):
+            blocks = [FirstBlock(size, k + 1, device), *(ResidualBlock(size, device) for _ in range(layers - 1))]
+            self.heads.append(nn.Sequential(*blocks, *([output_layer(model)] if own_head else [])))
+
+    def head_of(self, offset: int, target: Target) -> tuple[Head, tuple[nn.Parameter, ...]]:
+        if not self.own_head:
+            return super().head_of(offset, target)
+        blocks: Any = self.heads[offset - 1]
+        return read_by(blocks[-1], target), tuple(blocks[-1].parameters())
+
+    def draft_heads(self, target: Target) -> tuple[Head, ...]:
+        return tuple(self.head_of(k, target)[0] for k in range(1, self.offsets + 1))
+
+    def head_parameters(self) -> tuple[nn.Parameter, ...]:
+        heads: Any = self.heads
+        return tuple(p for blocks in heads for p in blocks[-1].parameters()) if self.own_head else ()
+
+    def states(self, seen: Seen, target: Target) -> Iterator[Float[Tensor, "B T d"]]:
+        hidden = self._entering(seen.hidden)
+        if self.prefix is not None:
+            with precision(seen.hidden):
+                hidden = self._entering(self.prefix(hidden, around(target, hidden, seen.positions)))
+        beside = hidden
+        for k in range(1, self.offsets + 1):
+            beside = torch.cat([beside, self._entering(ahead(k, seen, target))], dim=-1)
+            yield self.read(k, beside, seen.hidden)
+
+    def loss(self, seen: Seen, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
+        return Drafter.loss(self, seen, target, chunk) if self.hard else super().loss(seen, target, chunk)
+
+    def start(self, target: Target) -> Memory:
+        return Memory(DynamicCache())
+
+    @torch.no_grad()
+    def grow(self, memory: Memory, target: Target, news: News) -> Paths:
+        hidden = self._entering(news.hidden)
+        if self.prefix is not None:
+            before = memory.cache.get_seq_length()
+            positions = torch.arange(before, before + len(hidden), device=hidden.device).unsqueeze(0)
+            entering = hidden.unsqueeze(0)
+            with precision(news.hidden):
+                hidden = self._entering(self.prefix(entering, around(target, entering, positions, memory.cache))[0])
+        newest = self._entering(target.embed(news.ids[-1:]))
+        return Paths(self, target, torch.cat([hidden[-1:], newest], dim=-1), news.hidden)
+
+    def read(self, k: int, beside: Float[Tensor, "... c"], like: Tensor) -> Float[Tensor, "... d"]:
+        """What U_k reads, of s_t and k embeddings beside each other, c = (k + 1) d; computed and given in the dtype of `like`."""
+        blocks: Any = self.heads[k - 1]
+        with precision(like):
+            for block in blocks[: self.blocks]:
+                beside = block(F.dropout(beside, self.dropout, self.training))
+        return F.dropout(beside, self.dropout, self.training).to(like.dtype)
+
+    def _entering(self, hidden: Tensor) -> Tensor:
+        first: Any = self.heads[0]
+        return hidden.to(first[0].linear.weight.dtype)
+
+
+class Paths:
+    """The growth of Hydra's heads: what a node's is given are the embeddings of its path, those of a call together."""
+
+    branches = True
+    vocabulary: Int[Tensor, " v"] | None = None
+    confidence: Float[Tensor, " m"] | None = None
+
+    def __init__(self, drafter: Hydra, target: Target, root: Float[Tensor, "1 c"], like: Tensor):
+        self.depth = drafter.offsets
+        self._drafter, self._target, self._like = drafter, target, like
+        self._beside = [root[0]]  # for the newest token, then each node: s_t and the embeddings up to its own
+
+    @torch.no_grad()
+    def first(self) -> Float[Tensor, " V"]:
+        return self._logits(1, self._beside[0].unsqueeze(0))[0]
+
+    @torch.no_grad()
+    def below(self, tokens: Int[Tensor, " m"], parents: Int[Tensor, " m"]) -> Float[Tensor, "m V"]:
+        above = torch.stack([self._beside[parent + 1] for parent in parents.tolist()])
+        beside = torch.cat([above, self._target.embed(tokens).to(above.dtype)], dim=-1)
+        self._beside += beside.unbind()
+        return self._logits(beside.shape[-1] // self._target.config.hidden_size - 1, beside)
+
+    def _logits(self, k: int, beside: Float[Tensor, "m c"]) -> Float[Tensor, "m V"]:
+        return self._drafter.head_of(k, self._target)[0](self._drafter.read(k, beside, self._like))
