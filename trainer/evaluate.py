@@ -3,7 +3,7 @@
     python -m trainer.evaluate run=FOLDER[@last|best|STEP] [compare=true] [generate=N] [batch_size=16] [max_new_tokens=128] [json=FILE]
 
 evaluates a run's model on its task's held-out rows; compare=true does the base alone too. During training the Evaluation
-callback does the same.
+callback does the same. With task=speculation the run's drafter is evaluated instead: python -m trainer.evaluate task=speculation --help
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def losses(
     loss: Callable[[dict[str, Any]], Any], held_out: HeldOut, batch_size: int, device: torch.device, rank: int = 0, ranks: int = 1,
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums, stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:  # fmt: skip
-    """Loss per trained token, perplexity and accuracy; macro F1 for classes. Each rank takes every ranks-th batch.
+    """Loss per trained token, perplexity and accuracy, unless it is a drafter's alone; macro F1 for classes; trainer.drafters.metrics
+    with a drafter. Each rank takes every ranks-th batch.
 
     `stop` is asked between batches; when it says yes, the sums so far are given up and {} comes back.
     """
@@ -53,6 +54,7 @@ def losses(
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     picks = [[Pick(int(sequence), True, 1) for sequence in batch] for batch in batches[rank::ranks]]
     sums = torch.zeros(3, dtype=torch.float64, device=device)
+    guesses = True  # whether the loss is that of next tokens
     offsets: torch.Tensor | None = None
     scores: list[torch.Tensor] = []
     classes: list[torch.Tensor] = []
@@ -60,7 +62,8 @@ def losses(
         if stop():
             return {}
         _, found = loss(to_device(batch, device))
-        sums += torch.stack([found[key].double() for key in ("loss", "tokens", "right")])
+        guesses = "right" in found
+        sums += torch.stack([found[key].double() for key in ("loss", "tokens", "right" if guesses else "tokens")])
         if "offsets" in found:
             offsets = found["offsets"].double() if offsets is None else offsets + found["offsets"]
         if "scores" in found:
@@ -69,9 +72,10 @@ def losses(
     total, tokens, right = reduce(sums).tolist()
     if not tokens:
         return {}
-    result = {"loss": total / tokens, "accuracy": right / tokens}
+    result = {"loss": total / tokens} | ({"accuracy": right / tokens} if guesses else {})
     if held_out.labels is None:
-        result["perplexity"] = math.exp(min(total / tokens, 700))
+        if guesses:
+            result["perplexity"] = math.exp(min(total / tokens, 700))
         if offsets is not None:
             result |= drafters.metrics(reduce(offsets))
     elif ranks == 1:
@@ -120,15 +124,24 @@ def generate(
     model: nn.Module, prompts: list[list[int]], tokenizer: Any, stops: list[int], max_new_tokens: int, device: torch.device
 ) -> list[str]:
     """Greedy continuations of several prompts, padded to the left, without special tokens."""
+    found = continuations(model, prompts, tokenizer.pad_token_id, stops, max_new_tokens, device)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in found]
+
+
+def continuations(
+    model: nn.Module, prompts: list[list[int]], pad: int, stops: list[int], max_new_tokens: int, device: torch.device, choose: Any = None
+) -> list[list[int]]:  # fmt: skip
+    """The ids that follow several prompts, with the token that ended them, and after that `pad`. Greedy over what `choose`, a
+    transformers LogitsProcessorList, makes of the scores."""
     from transformers import GenerationConfig
 
     longest = max(map(len, prompts))
-    pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad)
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)  # type: ignore[operator]
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in output[:, longest:].tolist()]
+    more = {} if choose is None else {"logits_processor": choose}
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **more)  # type: ignore[operator]
+    return output[:, longest:].tolist()
 
 
 def means(graded: list[dict[str, Any]]) -> dict[str, float]:
@@ -157,6 +170,12 @@ def main(argv: list[str]) -> int:
     from trainer import assembly, config, failures
     from trainer.losses import CausalLoss, ClassLoss
 
+    if others := [word for word in argv if word.startswith("task=")]:
+        from trainer import speculation
+
+        if others != ["task=speculation"]:
+            return config.bad(f"{others[-1]}: a run is evaluated on its own task, or with task=speculation")
+        return speculation.main([word for word in argv if word != "task=speculation"])
     known = {"run": ..., "compare": False, "generate": 0, "batch_size": 16, "max_new_tokens": 128, "json": None}
     options = config.arguments(argv, known, __doc__ or "")
     for name, least in (("generate", 0), ("batch_size", 1), ("max_new_tokens", 1)):

@@ -5,8 +5,9 @@
         [rates=[1e-3]] [batch_size=8] [overrides=[]] [budget=null]
     python -m scripts.bench.heads out=FOLDER table=true
 
-1. The base answers the first `rows` and the last `held_out` prompts of the file greedily, to OUT/responses.jsonl and OUT/held_out.jsonl.
-   A prompt is a row's `field`, or without one its messages up to the last answer, or its prompt, question or first turn.
+1. The base answers the first `rows` and the last `held_out` prompts of the file greedily (python -m trainer.respond), to
+   OUT/responses and OUT/held_out. A prompt is a row's `field`, or without one its messages up to the last answer, or its prompt,
+   question or turns.
 2. Each drafter is trained alone on the frozen base (adapter=none) on those answers, `minutes` for each of `rates`, with a warm-up of
    twenty steps and a constant rate, since the number of steps is not known before. `overrides` go to these runs.
 3. python -m trainer.speculate decodes the held-out prompts greedily: with the drafter, without it, and by transformers' generate.
@@ -28,6 +29,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from scripts.bench.methods import run, trained_parameters
+from tasks import reading
 
 DEFAULTS: dict[str, Any] = {
     "prompts": None, "out": None, "field": None, "base": "smollm2_135m", "rows": 600, "held_out": 32, "max_new_tokens": 96,
@@ -36,69 +38,19 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def messages_of(row: dict[str, Any], field: str | None) -> list[dict[str, Any]]:
-    """A row's conversation up to the answer that is asked for."""
-    if field is None and "messages" in row:
-        messages = row["messages"]
-        return messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    name = field or next(name for name in ("prompt", "question", "turns") if name in row)
-    text = row[name][0] if isinstance(row[name], list) else row[name]
-    return [{"role": "user", "content": text}]
-
-
 def responses(options: dict[str, Any]) -> None:
     """The base's greedy answers as chats, for training and held out; what is there already is kept."""
-    import torch
-
-    from trainer import assembly, base, config, evaluate
-    from trainer.tokens import Renderer, stop_ids
-
-    out = Path(options["out"])
-    out.mkdir(parents=True, exist_ok=True)
-    lines = Path(options["prompts"]).read_text("utf-8").splitlines()
-    if len(lines) < options["rows"] + options["held_out"]:
-        raise SystemExit(f"{options['prompts']} has {len(lines)} rows, fewer than rows + held_out")
-    parts = {"responses": lines[: options["rows"]], "held_out": lines[-options["held_out"] :]}
-    missing = {name: rows[len(complete(out / f"{name}.jsonl")) :] for name, rows in parts.items()}
-    if not any(missing.values()):
-        return
-    assembly.quiet()
-    plain: Any = OmegaConf.to_container(
-        config.compose(
-            [
-                f"base={options['base']}",
-                "task=sft",
-                f"task.path={options['prompts']}",
-                "task.eval_fraction=0",
-                *options["overrides"],
-            ]
-        ),
-        resolve=True,
-    )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    described = assembly.instantiate(plain["base"])
-    dtype, _, _ = base.compute(plain["precision"], plain["base"]["dtype"], False, device.type == "cuda")
-    model = described.load(dtype, None, device).eval()
-    renderer = Renderer(described.tokenizer, assembly.instantiate(plain["task"]))
-    stops = stop_ids(described.tokenizer, model.generation_config.eos_token_id, [])
-    for name, rows in missing.items():
-        for start in range(0, len(rows), options["generate_batch"]):
-            chats = [messages_of(json.loads(row), options["field"]) for row in rows[start : start + options["generate_batch"]]]
-            with torch.no_grad():
-                texts = evaluate.generate(
-                    model,
-                    [renderer.chat(chat) for chat in chats],
-                    described.tokenizer,
-                    stops,
-                    options["max_new_tokens"],
-                    device,
-                )
-            with (out / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-                file.write("".join(
-                    json.dumps({"messages": [*chat, {"role": "assistant", "content": text}]}, ensure_ascii=False) + "\n"
-                    for chat, text in zip(chats, texts, strict=True)
-                ))  # fmt: skip
-            print(f"{name}: {len(complete(out / f'{name}.jsonl'))} answers", flush=True)
+    count = sum(1 for _ in reading.Source(options["prompts"], "train", False, "prompts"))
+    if count < options["rows"] + options["held_out"]:
+        raise SystemExit(f"{options['prompts']} has {count} rows, fewer than rows + held_out")
+    parts = {"responses": (0, options["rows"]), "held_out": (count - options["held_out"], options["held_out"])}
+    for name, (skip, rows) in parts.items():
+        run([
+            sys.executable, "-m", "trainer.respond", f"base={options['base']}", f"prompts={options['prompts']}", f"skip={skip}",
+            f"rows={rows}", f"out={Path(options['out']) / name}", f"max_new_tokens={options['max_new_tokens']}",
+            f"batch_size={options['generate_batch']}", *([f"field={options['field']}"] if options["field"] else []),
+            *(word for word in options["overrides"] if word.startswith(("base.", "precision=", "task.chat_template=", "task.system="))),
+        ])  # fmt: skip
 
 
 def complete(file: Path) -> list[str]:
@@ -112,24 +64,14 @@ def complete(file: Path) -> list[str]:
     return whole.split("\n")[:-1]
 
 
-def answered(file: Path) -> Path:
-    """The rows with an answer, in a file beside: an empty one cannot be trained on."""
-    chosen = file.with_suffix(".answered.jsonl")
-    rows = [line for line in complete(file) if json.loads(line)["messages"][-1]["content"].strip()]
-    if not rows:
-        raise SystemExit(f"{file}: all answers of the base are empty, so there is nothing to train on")
-    chosen.write_text("".join(f"{line}\n" for line in rows), "utf-8")
-    return chosen
-
-
 def piece(drafter: str, rate: float, options: dict[str, Any]) -> dict[str, Any]:
     """Train one drafter, and decode with it."""
     out, name = Path(options["out"]), f"{drafter}-{rate:g}-{options['minutes']:g}min"
     folder = out / "runs" / name
     run([
         sys.executable, "-m", "trainer", f"base={options['base']}", "adapter=none", f"drafter={drafter}",
-        f"drafter.offsets={options['offsets']}", "task=sft", f"task.path={answered(out / 'responses.jsonl')}",
-        f"task.eval_path={answered(out / 'held_out.jsonl')}", f"name={name}", f"runs={out}/runs", "logger=none", "max_epochs=null",
+        f"drafter.offsets={options['offsets']}", "task=sft", f"task.path={out / 'responses' / 'rows.jsonl'}",
+        f"task.eval_path={out / 'held_out' / 'rows.jsonl'}", f"name={name}", f"runs={out}/runs", "logger=none", "max_epochs=null",
         f"max_time={options['minutes']}", f"batch_size={options['batch_size']}", f"optimizer.lr={rate}", "schedule=constant",
         "schedule.warmup=20", "callbacks.evaluation=null", "resume=auto", *options["overrides"],
     ])  # fmt: skip
@@ -141,7 +83,7 @@ def piece(drafter: str, rate: float, options: dict[str, Any]) -> dict[str, Any]:
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         "drafter": drafter, "rate": rate, "minutes": options["minutes"], "base": options["base"], "offsets": options["offsets"],
-        "rows": len(complete(out / "responses.answered.jsonl")), "steps": max(row["step"] for row in steps if row["kind"] == "step"),
+        "rows": len(complete(out / "responses" / "rows.jsonl")), "steps": max(row["step"] for row in steps if row["kind"] == "step"),
         "parameters": trained_parameters(folder), "decoding": json.loads((folder / "speculate.json").read_text()),
         "held_out": json.loads((folder / "scores.json").read_text())["adapted"],
     }  # fmt: skip
