@@ -1,7 +1,7 @@
 """A run's result for use elsewhere, called done only after it was loaded back and gave the run's own logits.
 
-    python -m trainer.export run=FOLDER[@last|best|STEP] to=peft|merged|shira|drafter|mtp [out=FOLDER]
-                             [dtype=float32|bfloat16|float16]
+    python -m trainer.export run=FOLDER[@last|best|STEP] to=peft|merged|shira|drafter|mtp|speculators|sglang|medusa [out=FOLDER]
+                             [dtype=float32|bfloat16|float16] [verifier=ORG/NAME] [unembedding=shared|copied]
 
 peft is the adapter as stock PEFT loads it; merged is a model folder as transformers loads it, merged in fp32 and then cast to
 dtype. A quantised base is merged as its rounding left it, which is what the adapter was trained on. MTP layers in the files of a
@@ -9,6 +9,10 @@ base, which transformers does not load, are copied into a merged folder as they 
 
 drafter is the run's drafter as a folder, as the run itself writes it after its last step. mtp is merged with the drafter as the MTP
 layer of the base's own family: for generate(use_mtp=True), vLLM and SGLang; trainer/drafters/native.py says for which bases.
+
+speculators (EAGLE-3) and sglang (EAGLE-1, EAGLE-3) are drafters as vLLM and SGLang load them, medusa is Medusa's own file;
+trainer/layouts.py says which fits what. verifier is the model that a config names as the one drafted for, by default the base.
+unembedding=copied gives each of Medusa's heads a copy of the target's output layer, as its first version has them.
 """
 
 from __future__ import annotations
@@ -19,21 +23,21 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from hydra.utils import get_class
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from adapters.delta import AdapterError
-from trainer import assembly
+from trainer import assembly, layouts
 from trainer.assembly import Trained
 from trainer.base import Base
 from trainer.checkpoint import CheckpointError
-from trainer.drafters import DrafterError, io, native
+from trainer.drafters import Drafter, DrafterError, News, Target, io, native
 from trainer.folder import read
 
 log = logging.getLogger("trainer")
@@ -47,14 +51,16 @@ class Mismatch(CheckpointError):
     """What was exported answers differently from the run's own model."""
 
 
-def export(run: str, to: str, out: Path | None, dtype: str) -> tuple[Path, float]:
+def export(
+    run: str, to: str, out: Path | None, dtype: str, verifier: str | None = None, unembedding: str = "shared"
+) -> tuple[Path, float]:
     """Write, load back, compare; returns the folder and the largest logit difference over the logits' spread.
 
     Raises:
         Mismatch: the loaded export differs; nothing is left behind.
-        DrafterError: the run has no drafter, or one that is no MTP layer of its base's family.
+        DrafterError: the run has no drafter, or one that is no MTP layer of its base's family or that the layout does not fit.
     """
-    if to in ("drafter", "mtp"):
+    if to in ("drafter", "mtp", *layouts.LAYOUTS):
         _check_drafter(run, to)
     found = assembly.trained(run, exact=True, unpack=to in ("merged", "mtp"))
     if to == "shira" and not hasattr(found.adapter, "save_pair"):
@@ -70,6 +76,8 @@ def export(run: str, to: str, out: Path | None, dtype: str) -> tuple[Path, float
     try:
         if to == "drafter":
             difference = _write_drafter(found, temporary)
+        elif to in layouts.LAYOUTS:
+            difference = _write_head(found, temporary, to, getattr(torch, dtype), verifier, unembedding == "copied")
         elif to in ("peft", "shira"):
             save_adapter(found.adapter, found.model, found.base, found.task, temporary, pair=to == "shira")
             difference = verify_adapter(found, temporary)
@@ -119,19 +127,64 @@ def _check_drafter(run: str, to: str) -> None:
         raise DrafterError(
             f"run={run} has a drafter ({kind.__name__}) that only shapes the adapter: to=peft or to=merged is all of it"
         )
-    if to == "mtp":
+    if to != "drafter":
         skeleton = assembly.instantiate(config["base"]).skeleton(labels)
-        native.check(assembly.instantiate(config["drafter"])(model=skeleton), skeleton)
+        drafter = assembly.instantiate(config["drafter"])(model=skeleton)
+        native.check(drafter, skeleton) if to == "mtp" else layouts.check(drafter, to, skeleton)
 
 
 def _write_drafter(found: Trained, place: Path) -> float:
     assert found.drafter is not None
-    io.save(found.drafter, found.config["drafter"], io.trained_for(found.base, found.folder, found.step), place)
+    io.save(found.drafter, found.config["drafter"], io.trained_for(found.base, found.folder, found.step, found.adapted), place)
     again = io.load(place, found.base.load(torch.float32), found.base.fingerprint).state()
     different = [name for name, tensor in found.drafter.state().items() if not torch.equal(tensor, again[name])]
     if different:
         raise Mismatch(f"the drafter, loaded back, differs from the run's in {', '.join(different[:5])}")
     return 0.0
+
+
+@torch.no_grad()
+def _write_head(found: Trained, folder: Path, to: str, dtype: torch.dtype, verifier: str | None, copied: bool) -> float:
+    """A drafter in an engine's layout, its files held against tables of names, and what they compute against the drafter itself."""
+    drafter, model = found.drafter, cast(Any, found.model)
+    assert drafter is not None
+    head = layouts.canonical(drafter, model, copied)
+    layouts.write(head, to, folder, dtype, verifier or found.base.path)
+    if wrong := layouts.faults(folder, to, head, dtype, model):
+        raise Mismatch(f"the export is not what to={to} should have written: {'; '.join(wrong[:5])}")
+    for part in (drafter, model.get_input_embeddings(), model.get_output_embeddings()):
+        _cast(part, dtype)
+        _cast(part, torch.float32)
+    # The names that the files have are read by another program than the one that wrote them.
+    draw, count, sizes = torch.Generator().manual_seed(0), 12, model.config.get_text_config()
+    states = torch.randn(count, max(1, len(head.layers)) * sizes.hidden_size, generator=draw)
+    ids = torch.randint(3, sizes.vocab_size, (count + 1 + head.drafts,), generator=draw)
+    drafted = ids[count + 1 : count + (head.drafts if to == "medusa" else min(head.drafts, 4))]
+    wanted = _drafted(drafter, Target(model), states, ids[: count + 1], drafted)
+    difference = _distance(wanted, layouts.logits(folder, to, model, states, ids[1 : count + 1], drafted))
+    if not difference <= TOLERANCE:
+        raise Mismatch(
+            f"the files give other logits than the run's drafter, by {difference:.3g} of their spread (at most {TOLERANCE:g})"
+        )
+    if head.method == "eagle" and "fc.bias" in head.own:
+        log.warning("SGLang adds the bias of this drafter's fc, and vLLM drops it: train with drafter.bias=false for vLLM")
+    if verifier is None:
+        log.warning(
+            "the config names %s as the model drafted for. Where that is a folder, or the run's adapter is merged into another, "
+            "say verifier=ORG/NAME: `vllm serve FOLDER` looks for it on the hub",
+            found.base.path,
+        )
+    return difference
+
+
+def _drafted(drafter: Drafter, target: Target, states: Tensor, ids: Tensor, drafted: Tensor) -> Tensor:
+    """The drafter's own logits after `ids`, whose first token has no state, and after each drafted one."""
+    read, other = (states, states[:, :0]) if not drafter.layers else (states.new_zeros(len(states), 1), states)
+    growth = drafter.grow(drafter.start(target), target, News(read, other, ids[1:], ids[0]))
+    rows = [growth.first()]
+    for place, token in enumerate(drafted):
+        rows.append(growth.below(token[None], torch.tensor([place - 1]))[0])
+    return torch.stack(rows).float()
 
 
 @torch.no_grad()
@@ -259,16 +312,22 @@ def main(argv: list[str]) -> int:
     """The verb; see the module's text."""
     from trainer import config, failures
 
-    options = config.arguments(argv, {"run": ..., "to": ..., "out": None, "dtype": "float32"}, __doc__ or "")
-    for key, choices in (("to", ("peft", "merged", "shira", "drafter", "mtp")), ("dtype", ("float32", "bfloat16", "float16"))):
+    taken = {"run": ..., "to": ..., "out": None, "dtype": "float32", "verifier": None, "unembedding": "shared"}
+    options = config.arguments(argv, taken, __doc__ or "")
+    choice = {
+        "to": ("peft", "merged", "shira", "drafter", "mtp", *layouts.LAYOUTS), "dtype": ("float32", "bfloat16", "float16"),
+        "unembedding": ("shared", "copied"),
+    }  # fmt: skip
+    for key, choices in choice.items():
         if options[key] not in choices:
             print(f"{key}={options[key]}: choose one of {', '.join(choices)}", file=sys.stderr)
             return config.EXIT_BAD_INPUT
     assembly.quiet()
     try:
         out, difference = export(
-            options["run"], options["to"], Path(options["out"]) if options["out"] else None, options["dtype"]
-        )
+            options["run"], options["to"], Path(options["out"]) if options["out"] else None, options["dtype"],
+            options["verifier"], options["unembedding"],
+        )  # fmt: skip
     except Exception as error:
         return failures.told(error)
     print(f"{out}\nloaded back and compared: logits differ by {difference:.2e} of their spread")
