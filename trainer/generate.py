@@ -1,9 +1,13 @@
 """Ask a run's model.
 
     python -m trainer.generate run=FOLDER[@last|best|STEP] prompt="..." [system="..."] [compare=true] [max_new_tokens=256]
-                               [temperature=0] [top_p=1] [seed=0]
+                               [temperature=0] [top_p=1] [seed=0] [draft=true] [drafter=run] [small=null]
 
 prompt=- reads standard input. The answer streams; compare=true shows the base's answer beside it. temperature=0 is greedy.
+
+The run's drafter, where it has one, drafts what the model then verifies: the same text in less time, or sampled, one of the same
+distribution; draft=false does without. drafter=lookup copies from the text so far, drafter=recycling proposes what the model nearly
+said before, and drafter=small small=PATH asks a smaller model of the same tokens: none of them needs training.
 """
 
 from __future__ import annotations
@@ -21,7 +25,14 @@ from rich.text import Text
 from transformers import GenerationConfig, TextStreamer
 
 from trainer import assembly
+from trainer.decoding.plugin import assist, refusal
+from trainer.drafters import Drafter, DrafterError
+from trainer.drafters.lookup import PromptLookup
+from trainer.drafters.recycling import TokenRecycling
+from trainer.drafters.small import small_model
 from trainer.tokens import Renderer, stop_ids
+
+DRAFTERS = ("run", "lookup", "recycling", "small")
 
 
 class _Told(TextStreamer):
@@ -45,6 +56,31 @@ def sampling(options: dict[str, Any], stops: list[int], pad: int, **more: Any) -
     )
 
 
+def unknown_drafter(options: dict[str, Any]) -> str | None:
+    """What is wrong with a verb's options drafter and small."""
+    if options["drafter"] not in DRAFTERS:
+        return f"drafter={options['drafter']}: one of {', '.join(DRAFTERS)}"
+    if (options["drafter"] == "small") != (options["small"] is not None):
+        return "drafter=small and small=PATH, the small model's folder or its name on the hub, are given together"
+    return None
+
+
+def drafter_of(found: assembly.Trained, options: dict[str, Any]) -> Drafter | None:
+    """What a verb's options drafter and small ask for; None where the run has no drafter that proposes.
+
+    Raises:
+        BaseError, DrafterError: the small model cannot be loaded, or has other tokens.
+    """
+    if options["drafter"] == "run":
+        return found.drafter if found.drafter is not None and found.drafter.proposes else None
+    if options["drafter"] == "lookup":
+        return PromptLookup()
+    if options["drafter"] == "recycling":
+        return TokenRecycling(found.model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+    weight = next(found.model.parameters())
+    return small_model(options["small"], found.base, weight.dtype, weight.device)
+
+
 def answer(
     model: Any, ids: list[int], tokenizer: Any, stops: list[int], options: dict[str, Any], tell: Callable[[str], None]
 ) -> None:
@@ -63,6 +99,7 @@ def main(argv: list[str]) -> int:
 
     known = {
         "run": ..., "prompt": ..., "system": None, "compare": False, "max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0, "seed": 0,
+        "draft": True, "drafter": "run", "small": None,
     }  # fmt: skip
     options = config.arguments(argv, known, __doc__ or "")
     for name, fits, said in (
@@ -72,6 +109,8 @@ def main(argv: list[str]) -> int:
     ):
         if not fits:
             return config.bad(f"{name}={options[name]}: {said}")
+    if fault := unknown_drafter(options):
+        return config.bad(fault)
     assembly.quiet()
     try:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,7 +129,8 @@ def main(argv: list[str]) -> int:
             return config.bad("the prompt is empty, and this model starts from at least one token")
         stops = stop_ids(tokenizer, found.model.generation_config.eos_token_id, [])  # type: ignore[union-attr]
         if not options["compare"]:
-            answer(found.model, ids, tokenizer, stops, options, lambda text: print(text, end="", flush=True))
+            with _drafting(found, options):
+                answer(found.model, ids, tokenizer, stops, options, lambda text: print(text, end="", flush=True))
             print()
             return 0
         _side_by_side(found, ids, tokenizer, stops, options)
@@ -116,10 +156,24 @@ def _side_by_side(found: assembly.Trained, ids: list[int], tokenizer: Any, stops
                 if live is not None:
                     live.update(shown())
 
-            with _base_alone(found) if name == "base" else contextlib.nullcontext(found.model) as model:
+            with _base_alone(found) if name == "base" else _drafting(found, options) as model:
                 answer(model, ids, tokenizer, stops, options, tell)
     if not console.is_terminal:
         console.print(shown())
+
+
+@contextlib.contextmanager
+def _drafting(found: assembly.Trained, options: dict[str, Any]) -> Any:
+    """The model, drafting where it can."""
+    drafter = drafter_of(found, options) if options["draft"] else None
+    fault = refusal(found.model)
+    if drafter is not None and fault and options["drafter"] != "run":
+        raise DrafterError(fault)
+    if drafter is None or fault:
+        yield found.model
+        return
+    with assist(found.model, drafter):
+        yield found.model
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import sums, write_rows
 from trainer import assembly, generate
+from trainer.decoding.plugin import Candidates
 from trainer.tokens import Renderer
 
 
@@ -40,7 +41,9 @@ def trained(train, kept):
                 )
                 settings[-1] = "max_steps=1"
             task = kind if kind in ("completion", "classification") else "sft"
-            adapter = ["adapter=full"] if kind == "full" else []
+            adapter = {"full": ["adapter=full"], "drafter": ["drafter=mtp_medusa"], "prompts": ["adapter=prompt_tuning"]}.get(
+                kind, []
+            )
             note.write_text(str(train(f"task={task}", f"task.path={rows}", f"task.eval_path={rows}", *settings, *adapter)))
         return note.read_text()
 
@@ -146,6 +149,44 @@ def test_an_answer_ends_at_its_end_token(trained):
     assert len(said([first])) < len(whole)
 
 
+@pytest.fixture
+def proposals(monkeypatch):
+    """How often a drafter was asked."""
+    seen, propose = [], Candidates.get_candidates
+
+    def counted(self, *arguments, **more):
+        seen.append(type(self.drafter).__name__)
+        return propose(self, *arguments, **more)
+
+    monkeypatch.setattr(Candidates, "get_candidates", counted)
+    return seen
+
+
+def test_a_drafter_changes_nothing_but_the_way(ask, trained, proposals, tiny):
+    common = ("prompt=3+4=", "max_new_tokens=20")
+    wanted = ask(*common, "draft=false", kind="drafter")
+    assert not proposals
+    assert ask(*common, kind="drafter") == wanted
+    assert set(proposals) == {"MedusaHeads"}
+    for name, made, more in (
+        ("lookup", "PromptLookup", ()), ("recycling", "TokenRecycling", ()), ("small", "SmallModel", (f"small={tiny.path}",))
+    ):  # fmt: skip
+        proposals.clear()
+        assert ask(*common, f"drafter={name}", *more, kind="drafter") == wanted
+        assert set(proposals) == {made}
+    sampled = [ask(*common, "temperature=1", f"seed={seed}", kind="drafter") for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_what_cannot_be_drafted_for_is_decoded_plainly(trained, proposals, capsys):
+    run = trained("prompts")
+    capsys.readouterr()
+    assert generate.main([f"run={run}", "prompt=3+4=", "max_new_tokens=4"]) == 0
+    assert generate.main([f"run={run}", "prompt=3+4=", "max_new_tokens=4", "drafter=lookup"]) == 2
+    assert "virtual tokens" in capsys.readouterr().err
+    assert not proposals
+
+
 @pytest.mark.parametrize("settings", [("temperature=1",), ("temperature=0.7", "top_p=0.9")])
 def test_sampling_repeats_with_its_seed_and_differs_with_another(ask, settings):
     common = ("prompt=3+4=", "max_new_tokens=24", *settings)
@@ -207,6 +248,10 @@ def test_an_earlier_checkpoint_can_be_asked(train, chats, capsys):
         ("sft", ["prompt=x", "temperature=-1"], "temperature=-1.0: at least 0"),
         ("sft", ["prompt=x", "temperature=1", "top_p=0"], "top_p=0.0: above 0, at most 1"),
         ("sft", ["prompt=x", "temperature=1", "top_p=1.5"], "top_p=1.5: above 0, at most 1"),
+        ("sft", ["prompt=x", "drafter=looky"], "drafter=looky: one of run, lookup, recycling, small"),
+        ("sft", ["prompt=x", "drafter=small"], "drafter=small and small=PATH"),
+        ("sft", ["prompt=x", "small=there"], "drafter=small and small=PATH"),
+        ("sft", ["prompt=x", "drafter=small", "small=no/such/place"], "no/such/place"),
         ("completion", ["prompt="], "the prompt is empty"),
         ("classification", ["prompt=x"], "this run trained a classifier, which writes no text"),
     ],

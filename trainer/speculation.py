@@ -1,0 +1,419 @@
+"""Evaluation of speculation: what a drafter gives on a set of prompts, against the target alone, in one run.
+
+    python -m trainer.evaluate run=FOLDER[@last|best|STEP] task=speculation [prompts=FILE.jsonl] [heldout=16] [each=0]
+                               [max_new_tokens=128] [temperature=0] [top_p=1] [seed=0] [drafter=run] [small=null]
+                               [tree=chain] [count=null] [size=59] [top_k=10] [paths=FILE.json] [policy=fixed] [siblings=without]
+                               [json=FILE] [plot=FILE.svg]
+
+prompts=FILE.jsonl has Spec-Bench's layout, {"question_id": 81, "category": "writing", "turns": ["...", "..."]} a line, or that of
+python -m trainer.speculate; each=N takes the first N of each category, 0 all. Without it the first `heldout` conversations that the run holds
+out are asked. A later turn follows the target's own answers to those before. drafter and small are as in python -m trainer.generate,
+and what says how a draft grows, from tree to siblings, as in python -m trainer.speculate.
+
+Each prompt is decoded three times, one sequence at a time: by transformers' generate, by the decoder without the drafter, and with it.
+
+    tau            tokens of a target pass, the target's own among them: new tokens after each answer's first / target passes after
+                   the prompt's
+    conditional    how often a k-th drafted token was taken where one was proposed and those before it were taken; of trees, any of
+                   the k-th level
+    survival       how often a k-th drafted token was taken, of all passes that verified a draft: unconditional, as vLLM counts it
+    speed-up       new tokens a second over another way's, with the prompt's pass
+
+Intervals are 95 % of bootstraps over the prompts, all turns of a question together.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import get_console
+from rich.table import Table
+
+from tasks.reading import DataError
+from trainer import assembly, folder
+from trainer.decoding import speculative
+from trainer.decoding.speculative import Result
+from trainer.drafters import Drafter, DrafterError, Target
+from trainer.generate import drafter_of, unknown_drafter
+from trainer.speculate import WAYS, by_transformers, prompts_of, shape_of
+from trainer.tokens import Renderer, stop_ids
+
+RESAMPLES = 2000
+# How a draft grows, as speculate.shape_of reads it.
+GROWTH: dict[str, Any] = {
+    "tree": "chain", "count": None, "size": 59, "top_k": 10, "paths": None, "policy": "fixed", "siblings": "without",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and what is asked after its answer."""
+
+    category: str
+    messages: list[dict[str, Any]]
+    further: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One turn, decoded by each of speculate.WAYS."""
+
+    question: int
+    turn: int  # from 0
+    category: str
+    results: dict[str, Result]
+
+
+def questions(path: str, each: int | None = None) -> list[Question]:
+    """The questions of a file, the first `each` of each category.
+
+    Raises:
+        DataError: the file cannot be read, or a line is of no known form.
+    """
+    try:
+        lines = [line for line in Path(path).expanduser().read_text("utf-8").splitlines() if line.strip()]
+        first = json.loads(lines[0]) if lines else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"prompts={path} cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:1 is no JSON: {error}") from None
+    if not (isinstance(first, dict) and "turns" in first):
+        return _first([Question("all", messages) for messages in prompts_of(path)], each)
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number} is no JSON: {error}") from None
+        turns = row.get("turns") if isinstance(row, dict) else None
+        if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns)):
+            raise DataError(
+                f'{path}:{number}: a line is {{"question_id": ..., "category": "...", "turns": ["...", ...]}} with at least one turn'
+            )
+        found.append(Question(str(row.get("category", "all")), [{"role": "user", "content": turns[0]}], turns[1:]))
+    return _first(found, each)
+
+
+def _first(found: list[Question], each: int | None) -> list[Question]:
+    kept: dict[str, list[Question]] = {}
+    for question in found:
+        kept.setdefault(question.category, []).append(question)
+    return [question for of_one in kept.values() for question in of_one[:each]]
+
+
+def held_out(found: assembly.Trained, count: int) -> list[Question]:
+    """The first conversations that a run holds out, up to the last answer.
+
+    Raises:
+        DataError: the run has none.
+    """
+    if found.task.kind != "conversation":
+        raise DataError("this run continues plain text and holds out no conversations: give prompts=FILE.jsonl")
+    data = assembly.tokenised(found.config, found.base, found.task, train=False)
+    if data.held_out is None:
+        raise DataError(
+            "this run's task has no held-out rows: it had task.eval_fraction=0 and no task.eval_path. Give prompts=FILE.jsonl"
+        )
+    assembly.with_prompts(data, count, found.model)
+    return [Question("held out", example.messages[:-1]) for example, _ in data.held_out.prompts]
+
+
+def asked(
+    found: assembly.Trained, drafter: Drafter, chosen: Sequence[Question], options: dict[str, Any], tell: Callable[[str], None]
+) -> tuple[list[Answer], int]:
+    """(each turn's answer by each way, how many turns were left out because they do not fit the model).
+
+    Raises:
+        DataError: a question cannot be asked of this run.
+        DrafterError: the drafter cannot draft for the target.
+    """
+    model, tokenizer = found.model, found.base.tokenizer
+    target, shape, device = Target(model), shape_of(options), next(model.parameters()).device
+    stops = stop_ids(tokenizer, model.generation_config.eos_token_id, [])  # type: ignore[union-attr]
+    renderer = Renderer(tokenizer, found.task) if found.task.kind == "conversation" else None
+
+    def one(way: str, ids: torch.Tensor, limit: int) -> Result:
+        if way == "transformers":
+            return by_transformers(model, ids, stops, tokenizer.pad_token_id, options | {"max_new_tokens": limit})
+        return speculative.generate(
+            target, drafter if way == "drafter" else None, ids, limit, stops, options["temperature"], options["top_p"],
+            torch.Generator(device).manual_seed(options["seed"]), shape=shape,
+            rule="spectr" if options["siblings"] == "spectr" else "recursive",
+        )  # fmt: skip
+
+    answers: list[Answer] = []
+    left_out = 0
+    for number, question in enumerate(chosen):
+        if renderer is None and question.further:
+            raise DataError("this run continues plain text, and a question of several turns asks for a chat")
+        messages = list(question.messages)
+        for turn, text in enumerate((None, *question.further)):
+            messages += [] if text is None else [{"role": "user", "content": text}]
+            prompt = tokenizer(messages[-1]["content"])["input_ids"] if renderer is None else renderer.chat(messages)
+            if not prompt:
+                raise DataError("a prompt is empty, and this model starts from at least one token")
+            if len(prompt) + options["max_new_tokens"] > found.base.longest:
+                left_out += len(question.further) + 1 - turn
+                break
+            ids, ways = torch.tensor(prompt, device=device), list(reversed(WAYS))  # a drafter that cannot draft says so first
+            for way in ways if not answers else ():
+                one(way, ids, min(8, options["max_new_tokens"]))  # what happens once only is not measured
+            turned = len(answers) % len(ways)  # who comes first finds the processor as others have left it
+            results = {way: one(way, ids, options["max_new_tokens"]) for way in ways[turned:] + ways[:turned]}
+            answers.append(Answer(number, turn, question.category, results))
+            said = tokenizer.decode(results["transformers"].tokens, skip_special_tokens=True)
+            messages.append({"role": "assistant", "content": said})
+        tell(f"{number + 1} of {len(chosen)} questions")
+    if not answers:
+        raise DataError(
+            f"no prompt fits the model: it takes {found.base.longest} tokens, {options['max_new_tokens']} of them new"
+        )
+    return answers, left_out
+
+
+def interval(
+    answers: Sequence[Answer], above: Callable[[Answer], float], below: Callable[[Answer], float], seed: int = 0
+) -> dict[str, float | None]:
+    """Σ above / Σ below over the answers as `value`, with `low` and `high` of 95 % of bootstraps over the questions: None of one only."""
+    sums: dict[int, list[float]] = {}
+    for answer in answers:
+        pair = sums.setdefault(answer.question, [0.0, 0.0])
+        pair[0] += above(answer)
+        pair[1] += below(answer)
+    both = np.array(list(sums.values()))
+    total = both.sum(0)
+    if total[1] <= 0:
+        return {"value": None, "low": None, "high": None}
+    low = high = None
+    if len(both) > 1:
+        drawn = both[np.random.default_rng(seed).integers(len(both), size=(RESAMPLES, len(both)))].sum(1)
+        drawn = drawn[drawn[:, 1] > 0]
+        low, high = (float(x) for x in np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5]))
+    return {"value": float(total[0] / total[1]), "low": low, "high": high}
+
+
+def speed_up(answers: Sequence[Answer], way: str, over: str) -> dict[str, float | None]:
+    """Tokens a second of one way over another's, with its interval."""
+    rate = sum(len(answer.results[over].tokens) for answer in answers) / sum(answer.results[over].seconds for answer in answers)
+    if all(len(answer.results[way].tokens) == len(answer.results[over].tokens) for answer in answers):
+        # The same texts: prompts are compared with themselves, so that how fast a prompt is in itself widens no interval.
+        return interval(answers, lambda a: a.results[over].seconds, lambda a: a.results[way].seconds)
+    return interval(answers, lambda a: len(a.results[way].tokens) / rate, lambda a: a.results[way].seconds)
+
+
+def figures(answers: Sequence[Answer]) -> dict[str, Any]:
+    """What some answers say: of each way tokens, target passes and seconds; of the drafter tau, speed-ups, what became of the drafted
+    tokens position by position, and milliseconds of a pass."""
+    found: dict[str, Any] = {"questions": len({answer.question for answer in answers}), "answers": len(answers), "ways": {}}
+    for way in WAYS:
+        results = [answer.results[way] for answer in answers]
+        tokens, seconds = sum(len(r.tokens) for r in results), sum(r.seconds for r in results)
+        found["ways"][way] = {
+            "tokens": tokens, "target_passes": sum(1 + r.steps for r in results), "seconds": seconds, "tokens_per_second": tokens / seconds,
+        }  # fmt: skip
+    drafted = [answer.results["drafter"] for answer in answers]
+    found["tau"] = interval(answers, lambda a: len(a.results["drafter"].tokens) - 1, lambda a: a.results["drafter"].steps)
+    found["speed_up"] = {over: speed_up(answers, "drafter", over) for over in ("transformers", "plain")}
+    verified = sum(proposed > 0 for result in drafted for proposed, _ in result.drafts)
+    found["positions"] = [
+        {
+            "proposed": place.proposed, "reached": place.reached, "taken": place.taken,
+            "conditional": place.taken / place.reached if place.reached else None, "survival": place.taken / verified,
+        }
+        for place in speculative.places(drafted)
+    ]  # fmt: skip
+    steps = sum(result.steps for result in drafted)
+    plain = [answer.results["plain"] for answer in answers]
+    alone = sum(result.steps for result in plain)
+    found["pass"] = {
+        "nodes": sum(result.nodes for result in drafted) / steps if steps else None,
+        "draft_ms": 1000 * sum(result.draft_seconds for result in drafted) / steps if steps else None,
+        "verify_ms": 1000 * sum(result.verify_seconds for result in drafted) / steps if steps else None,
+        "plain_ms": 1000 * sum(result.verify_seconds for result in plain) / alone if alone else None,
+    }
+    return found
+
+
+def summary(answers: Sequence[Answer], left_out: int, options: dict[str, Any]) -> dict[str, Any]:
+    """All that was found, as plain data: `figures` of all answers and of each category, and what each answer took."""
+    found = {key: options[key] for key in ("drafter", "max_new_tokens", "temperature", "top_p", "seed", *GROWTH)}
+    found |= figures(answers) | {"left_out": left_out}
+    if options["temperature"] == 0:
+        found["different_texts"] = {
+            way: sum(answer.results[way].tokens != answer.results["transformers"].tokens for answer in answers)
+            for way in ("plain", "drafter")
+        }
+    names = list(dict.fromkeys(answer.category for answer in answers))
+    found["categories"] = {name: figures([answer for answer in answers if answer.category == name]) for name in names}
+    found["each"] = [
+        {
+            "question": answer.question, "turn": answer.turn, "category": answer.category,
+            **{
+                way: {"tokens": len(r.tokens), "steps": r.steps, "seconds": r.seconds, "prompt_seconds": r.prompt_seconds}
+                for way, r in answer.results.items()
+            },
+        }
+        for answer in answers
+    ]  # fmt: skip
+    return found
+
+
+def _with(value: dict[str, float | None]) -> str:
+    if value["value"] is None:
+        return "-"
+    return f"{value['value']:.2f}" + (f" ({value['low']:.2f} to {value['high']:.2f})" if value["low"] is not None else "")
+
+
+def show(found: dict[str, Any]) -> None:
+    """The summary as tables."""
+    console = get_console()
+    table = Table("", "tokens", "target passes", "tokens/s", "speed-up of the drafter")
+    for way, name in WAYS.items():
+        row = found["ways"][way]
+        against = _with(found["speed_up"][way]) if way in found["speed_up"] else ""
+        table.add_row(name, f"{row['tokens']}", f"{row['target_passes']}", f"{row['tokens_per_second']:.1f}", against)
+    console.print(table)
+    table = Table("draft position", "proposed", "conditional acceptance", "survival")
+    for k, place in enumerate(found["positions"], 1):
+        conditional = "-" if place["conditional"] is None else f"{place['conditional']:.1%}"
+        table.add_row(f"{k}", f"{place['proposed']}", conditional, f"{place['survival']:.1%}")
+    console.print(table)
+    table = Table("", "answers", "tau", "speed-up over transformers", "over the same decoder")
+    rows = {"all": found} | (found["categories"] if len(found["categories"]) > 1 else {})
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            f"{row['answers']}",
+            _with(row["tau"]),
+            _with(row["speed_up"]["transformers"]),
+            _with(row["speed_up"]["plain"]),
+        )
+    console.print(table)
+    times = found["pass"]
+    if times["draft_ms"] is not None and times["plain_ms"] is not None:
+        console.print(
+            f"A pass: {times['draft_ms']:.1f} ms to draft {times['nodes']:.1f} tokens, {times['verify_ms']:.1f} ms to verify them; "
+            f"{times['plain_ms']:.1f} ms without a draft."
+        )
+    if found["left_out"]:
+        console.print(f"{found['left_out']} turns were left out: with max_new_tokens they are longer than the model takes.")
+    if found["temperature"] > 0:
+        console.print("Sampled texts are the target's in distribution, and are not compared one by one.")
+    elif different := found["different_texts"]["drafter"]:
+        console.print(
+            f"{different} of {found['answers']} texts differ from transformers' ({found['different_texts']['plain']} without the drafter): "
+            "rounding decides between tokens that are equally likely."
+        )
+    else:
+        console.print(f"All {found['answers']} texts are those of transformers' greedy decoding, token by token.")
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Acceptance by position; tau and speed-up by category with their intervals."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    rows = {"all": found} | (found["categories"] if len(found["categories"]) > 1 else {})
+    with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}):
+        figure, (left, middle, right) = pyplot.subplots(
+            1, 3, figsize=(11, 1.6 + 0.22 * max(6, len(rows))), layout="constrained"
+        )
+        numbers = range(1, len(found["positions"]) + 1)
+        for key in ("conditional", "survival"):
+            values = [np.nan if place[key] is None else place[key] for place in found["positions"]]
+            left.plot(numbers, values, "o-", label=key, linewidth=1.2, markersize=3)
+        left.set(xlabel="draft position", ylim=(0, 1))
+        left.xaxis.get_major_locator().set_params(integer=True)
+        left.set_title("acceptance", loc="left", fontsize=10)
+        left.legend(frameon=False)
+        _bars(middle, {name: row["tau"] for name, row in rows.items()}, "tau: tokens of a target pass")
+        speeds = {name: row["speed_up"]["transformers"] for name, row in rows.items()}
+        _bars(right, speeds, "tokens/s over transformers' generate")
+        right.axvline(1, color="black", linewidth=0.8)
+        right.set_yticklabels([])
+        figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def _bars(panel: Any, values: dict[str, dict[str, float | None]], title: str) -> None:
+    shown = {name: value for name, value in values.items() if value["value"] is not None}
+    middles = np.array([value["value"] for value in shown.values()], dtype=float)
+    ends = [
+        (v["value"] if v["low"] is None else v["low"], v["value"] if v["high"] is None else v["high"]) for v in shown.values()
+    ]
+    around = np.abs(np.array(ends, dtype=float).reshape(-1, 2).T - middles)
+    panel.barh(list(shown), middles, xerr=around, height=0.6, error_kw={"linewidth": 0.8})
+    panel.invert_yaxis()
+    panel.set_title(title, loc="left", fontsize=10)
+
+
+def _faults(options: dict[str, Any]) -> Iterable[str]:
+    for name, fits, said in (
+        ("heldout", options["heldout"] >= 1, "at least 1"),
+        ("each", options["each"] >= 0, "at least 1, or 0 for all"),
+        ("max_new_tokens", options["max_new_tokens"] >= 2, "at least 2"),
+        ("temperature", options["temperature"] >= 0, "at least 0"),
+        ("top_p", 0 < options["top_p"] <= 1, "above 0, at most 1"),
+    ):
+        if not fits:
+            yield f"{name}={options[name]}: {said}"
+    if options["count"] not in (None, "null") and not (str(options["count"]).isdecimal() and int(options["count"]) >= 1):
+        yield f"count={options['count']}: a number of at least 1, or null"
+    for name in ("json", "plot"):
+        if options[name] and not Path(options[name]).parent.is_dir():
+            yield f"{name}={options[name]}: there is no such folder"
+    if fault := unknown_drafter(options):
+        yield fault
+
+
+def main(argv: list[str]) -> int:
+    """python -m trainer.evaluate with task=speculation; see the module's text."""
+    from trainer import config, failures
+
+    known = {
+        "run": ..., "prompts": None, "heldout": 16, "each": 0, "max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0, "seed": 0,
+        "drafter": "run", "small": None, **GROWTH, "json": None, "plot": None,
+    }  # fmt: skip
+    options = config.arguments(argv, known, __doc__ or "")
+    for fault in _faults(options):
+        return config.bad(fault)
+    options["count"] = None if options["count"] in (None, "null") else int(options["count"])
+    assembly.quiet()
+    try:
+        shape_of(options)
+        _, content, _ = folder.read(options["run"])
+        if content["identity"]["labels"] is not None:
+            return config.bad(
+                "this run trained a classifier, which writes no text. Use: python -m trainer.evaluate without task"
+            )
+        if options["drafter"] == "run" and not content["config"].get("drafter"):
+            raise DrafterError(
+                f"run={options['run']} has no drafter. Train one beside the adapter, python -m trainer ... drafter=mtp_shared, or give "
+                "one that needs no training, drafter=lookup or drafter=recycling"
+            )
+        chosen = questions(options["prompts"], options["each"] or None) if options["prompts"] else None
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        found = assembly.trained(options["run"], device)
+        drafter = drafter_of(found, options)
+        if drafter is None:
+            raise DrafterError(f"the drafter of run={options['run']} only shapes the adapter, and proposes no tokens")
+        chosen = held_out(found, options["heldout"]) if chosen is None else chosen
+        answers, left_out = asked(found, drafter, chosen, options, lambda text: print(text, file=sys.stderr, flush=True))
+        result = summary(answers, left_out, options)
+    except Exception as error:
+        return failures.told(error)
+    show(result)
+    if options["json"]:
+        Path(options["json"]).write_text(json.dumps(result, indent=2) + "\n")
+    if options["plot"]:
+        plot(result, Path(options["plot"]))
+    return 0
