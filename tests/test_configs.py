@@ -24,8 +24,13 @@ NEEDED = {
     "adapter/peft": ["adapter.peft_type=LOHA"],
     "adapter/loftq": ["base.quantization=nf4"],
     "optimizer/schedulefree": ["schedule=constant"],
+    "objective/distill": ["adapter=none", "drafter=mtp_shared"],
     "experiment/smoke": ["task.path=rows.jsonl"],
     "experiment/mtp_bytes": ["task.path=rows.jsonl"],
+    **{
+        f"experiment/{head}_chat": ["task.path=rows.jsonl"]
+        for head in ("eagle", "eagle3", "medusa", "medusa2", "hydra", "hydra_plus")
+    },
 }
 # What code gives when it calls what a file names; the first comments say so.
 GIVEN = {

@@ -17,13 +17,15 @@ ADAPTERS = {"torch", "peft", "transformers", "safetensors", "jaxtyping", "bitsan
 TASKS = {"datasets", "pyarrow", "filelock", "torchmetrics"}
 # At import time each may use those before it. Verbs reach for what comes later inside their main.
 ORDER = [
-    "schema", "combinations", "config", "schedules", "signals", "journal", "losses", "base", "checkpoint", "tokens", "data", "plan", "stream",
-    "penalties", "drafters", "decoding", "finetune",
-    "folder", "branch", "evaluate", "callbacks", "assembly", "export", "compress", "sizes", "report", "preview", "preflight", "generate", "speculate",
-    "cooldown", "density", "failures",
-    "run", "__main__",
+    "schema", "combinations", "target", "config", "schedules", "signals", "journal", "losses", "base", "checkpoint", "tokens", "data", "plan",
+    "features", "stream",
+    "penalties", "drafters", "decoding", "finetune", "distill",
+    "folder", "branch", "evaluate", "callbacks", "assembly", "layouts", "export", "compress", "sizes", "report", "preview", "preflight",
+    "generate", "respond", "speculate", "speculation",
+    "cooldown", "realign", "density", "failures",
+    "resume", "run", "__main__",
 ]  # fmt: skip
-BEFORE_TORCH = {"schema", "combinations", "config", "__main__"}
+BEFORE_TORCH = {"schema", "combinations", "target", "config", "__main__"}
 
 
 def files(package):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import logging
 import os
 import warnings
@@ -21,7 +22,8 @@ from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from torch import nn
 
-from adapters.delta import Adapter, Start, float_weight, is_linear
+from adapters.delta import Adapter, Start, float_weight, freeze, is_linear
+from adapters.full import Nothing
 from trainer import base as bases
 from trainer import checkpoint, data, folder
 from trainer.base import Base
@@ -70,7 +72,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")  # the sampler starts where the run stopped
     warnings.filterwarnings("ignore", message=".*IterableDataset. has .__len__. defined.*")  # a stream has one reader
-    warnings.filterwarnings("ignore", message=".*modules? in eval mode.*")
+    warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode.*")  # a frozen target stays in it
     warnings.filterwarnings("ignore", message="Position ids are not supported.*")  # PEFT's prompts; it drops generate's own
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT asks for it
@@ -170,9 +172,67 @@ def new_modules(model: nn.Module, labels: list[str] | None) -> tuple[str, ...]:
     return tuple(name for name in bases.HEADS if hasattr(model, name))
 
 
+def token_counts(found: Data, vocabulary: int) -> torch.Tensor:
+    """How often each token is trained in the training rows, (V,) int64.
+
+    Raises:
+        ConfigError: the rows are not known before training.
+    """
+    if found.train is None:
+        raise ConfigError("this drafter counts the training data's tokens beforehand, which task.streaming=true does not allow")
+    return torch.from_numpy(found.train.rows.counts(vocabulary))
+
+
+@dataclass
+class Tuned:
+    """The adapter of a fine-tuning run, as it was at one of its checkpoints, to make a target of its base."""
+
+    about: dict[str, Any]  # which run, step and checkpoint that is: what is recorded of it
+    content: dict[str, Any]  # the run's run.yaml
+    adapter: Adapter
+    saved: dict[str, Any]  # Adapter.state
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """The model with the adapter, un-merged and frozen, in eval mode."""
+        model = _attached(model, self.adapter, self.content["identity"], self.saved)
+        freeze(model)
+        return model.eval()
+
+
+def tuned(path: str, sha256: str | None = None) -> Tuned:
+    """The adapter of `FOLDER` or `FOLDER@last|best|STEP`; with `sha256`, of that very checkpoint.
+
+    Raises:
+        FolderError, CheckpointError: the folder or its checkpoint cannot be used, or is another one.
+    """
+    place, content, which = folder.read(path)
+    source = checkpoint.chosen(place / "checkpoints", which)
+    about = about_checkpoint(place, content["id"], source)
+    if sha256 is not None and about["sha256"] != sha256:
+        raise checkpoint.CheckpointError(
+            f"{source} is not the checkpoint that the drafter was trained for: it has changed since"
+        )
+    return Tuned(about, content, instantiate(content["config"]["adapter"]), checkpoint.load(source)["adapter"])
+
+
+def about_checkpoint(run: Path, run_id: str, source: Path) -> dict[str, Any]:
+    """What is recorded of a checkpoint that something else depends on."""
+    file = source.with_suffix(".json")
+    sha256 = json.loads(file.read_text())["sha256"] if file.exists() else None  # callbacks.checkpoints=null
+    return {"run": str(run.resolve()), "id": run_id, "step": int(source.stem[5:]), "sha256": sha256}
+
+
+def tuned_as_recorded(about: dict[str, Any], beside: Path) -> Tuned:
+    """What `tuned` found when a drafter was trained for it; its folder may have been moved together with its neighbour `beside`."""
+    place = Path(about["run"])
+    if not (place / "run.yaml").exists() and (beside.parent / place.name / "run.yaml").exists():
+        place = beside.parent / place.name
+    return tuned(f"{place}@{about['step']}", about["sha256"])
+
+
 @dataclass
 class Trained:
-    """A run's model with its adapter, as it was at one of its checkpoints."""
+    """A run's model as it was at one of its checkpoints, with its adapter: its own, or its target's where it trained a drafter for it."""
 
     folder: Path
     config: dict[str, Any]
@@ -182,6 +242,9 @@ class Trained:
     model: nn.Module
     step: int
     drafter: Drafter | None = None
+    adapted: dict[str, Any] | None = (
+        None  # the run, step and checkpoint that the target's adapter is from; None for the base alone
+    )
 
 
 def trained(path: str, device: torch.device | str = "cpu", exact: bool = False, unpack: bool = False) -> Trained:
@@ -196,22 +259,34 @@ def trained(path: str, device: torch.device | str = "cpu", exact: bool = False, 
     base: Base = instantiate(config["base"])
     if base.fingerprint != identity["base"]:
         raise bases.BaseError(f"{base.path} is not the model that this run was trained on: its weights have changed")
-    saved = checkpoint.load(checkpoint.chosen(place / "checkpoints", which))
+    source = checkpoint.chosen(place / "checkpoints", which)
+    saved = checkpoint.load(source)
     dtype, _, _ = bases.compute(identity["precision"], config["base"]["dtype"], identity["trains_base"], False)
     model = base.load(torch.float32 if exact else dtype, identity["labels"], device)
     if unpack and base.quantization != "none":
         model = unpacked(model)
     drafter = instantiate(config["drafter"])(model=model).to(device).eval() if config["drafter"] else None
-    adapter: Adapter = instantiate(config["adapter"])
-    start = Start(new_modules(model, identity["labels"]), identity["steps"], saved=saved["adapter"])
-    model = adapter.attach(model, start)
-    if exact and identity["trains_base"]:
-        saved["adapter"]["tensors"] = {name: tensor.float() for name, tensor in saved["adapter"]["tensors"].items()}
-    adapter.load_state(model, saved["adapter"])
+    if identity.get("target") is not None:
+        target = tuned_as_recorded(identity["target"], place)
+        adapter, model = target.adapter, target.attach(model)
+        adapted: dict[str, Any] | None = target.about
+    else:
+        adapter = instantiate(config["adapter"])
+        adapted = None if isinstance(adapter, Nothing) else about_checkpoint(place, content["id"], source)
+        model = _attached(model, adapter, identity, saved["adapter"])
     if drafter is not None:
         drafter.load_state(saved["drafter"])
     task = instantiate(config["task"])
-    return Trained(place, config, base, task, adapter, model.to(device).eval(), saved["counters"]["step"], drafter)
+    return Trained(place, config, base, task, adapter, model.to(device).eval(), saved["counters"]["step"], drafter, adapted)
+
+
+def _attached(model: nn.Module, adapter: Adapter, identity: dict[str, Any], saved: dict[str, Any]) -> nn.Module:
+    if identity["trains_base"]:  # what was trained in another precision than this model computes in
+        dtype = next(model.parameters()).dtype
+        saved = saved | {"tensors": {name: tensor.to(dtype) for name, tensor in saved["tensors"].items()}}
+    model = adapter.attach(model, Start(new_modules(model, identity["labels"]), identity["steps"], saved=saved))
+    adapter.load_state(model, saved)
+    return model
 
 
 def unpacked(model: Any) -> nn.Module:

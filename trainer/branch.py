@@ -39,7 +39,7 @@ def fork(place: RunFolder, config: dict[str, Any], identity: dict[str, Any], own
     source = checkpoint.chosen(path / "checkpoints", str(step))
     then = content["identity"]
     different = folder.differences(content["config"], config, (*folder.FREE, *folder.LENGTHS, "branch", "task"))
-    different += folder.differences(then, identity, ("choices", "steps", "base", "data"))
+    different += folder.differences(then, identity, ("choices", "steps", "base", "data", "target.run"))
     if then["base"] != identity["base"]:
         different.append("base: its weights are others now")
     if different:

@@ -13,7 +13,13 @@ def combinations(c: dict[str, Any]) -> Iterator[str]:
     task = c["task"]["_target_"]
     quantized = c["base"].get("quantization", "none") != "none"
     trains = adapter != "adapters.full.Nothing"
-    if trains and c["max_epochs"] is None and c["max_steps"] is None and c["max_tokens"] is None and c["max_time"] is None:
+    if (
+        (trains or c.get("drafter"))
+        and c["max_epochs"] is None
+        and c["max_steps"] is None
+        and c["max_tokens"] is None
+        and c["max_time"] is None
+    ):
         yield "the run has no end: set one of max_epochs, max_steps, max_tokens, max_time"
     if adapter == "adapters.full.Full" and quantized:
         yield "adapter=full trains the base's own weights, which quantisation has rounded: set base.quantization=none, or use an adapter"
@@ -43,6 +49,7 @@ def combinations(c: dict[str, Any]) -> Iterator[str]:
     yield from _peft_combinations(c, quantized)
     yield from _schedule_combinations(c)
     yield from _cooldown_combinations(c)
+    yield from _drafter_combinations(c, trains)
     drafter = (c.get("drafter") or {}).get("_target_", "")
     if drafter.endswith(".Registers") and c["penalty"]:
         yield "drafter=registers puts tokens behind the rows' own, which penalty=deft would measure in their place: set penalty=none"
@@ -51,6 +58,35 @@ def combinations(c: dict[str, Any]) -> Iterator[str]:
     yield from _averaging_combinations(c)
     if schedule_free(c):
         yield from _schedule_free_combinations(c)
+
+
+def _drafter_combinations(c: dict[str, Any], trains: bool) -> Iterator[str]:
+    drafter, target = c.get("drafter"), c.get("target") or {}
+    if c["objective"]["_target_"] == "trainer.distill.Distill":
+        if not drafter:
+            yield "objective=distill trains a drafter, and drafter=none is none: choose one, as in drafter=eagle3"
+        if trains:
+            yield (
+                "objective=distill trains the drafter only: set adapter=none (target.run=FOLDER is for the adapter of another run), or "
+                "objective=finetune to train an adapter beside it"
+            )
+        if c["objective"]["gradient_checkpointing"]:
+            yield "objective=distill sends no gradient through the target: set objective.gradient_checkpointing=false"
+    if target.get("run") is not None and trains:
+        yield f"target.run={target['run']} brings that run's adapter, frozen: set adapter=none"
+    if target.get("draft") is not None and not drafter:
+        yield f"target.draft={target['draft']} is what a drafter starts from, and drafter=none is none: choose that drafter's own file"
+    if target.get("features") is not None:
+        if c["objective"]["_target_"] != "trainer.distill.Distill":
+            yield "target.features holds the states of a frozen target, which only objective=distill trains on: set it, or leave them out"
+        if c["task"].get("streaming"):
+            yield "target.features holds the states of all rows, which task.streaming=true does not know: leave one of them out"
+        if c["precision"].endswith("-mixed"):
+            yield f"target.features holds states in the target's own dtype, not in that of precision={c['precision']}: use bf16-true or fp32"
+    evaluation = c["callbacks"].get("evaluation") or {}
+    monitor, better = str(evaluation.get("monitor")), ("accepted", "expected", "/top1", "/top5", "/acceptance")
+    if drafter and monitor.endswith(better) and evaluation["mode"] == "min":
+        yield f"callbacks.evaluation.monitor={monitor} is better the more it is: set callbacks.evaluation.mode=max"
 
 
 def _schedule_combinations(c: dict[str, Any]) -> Iterator[str]:

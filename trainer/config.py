@@ -17,10 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, grammar_parser
+from omegaconf import DictConfig, OmegaConf, grammar_parser, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer import schema
+from trainer import schema, target
 from trainer.combinations import combinations, schedule_free
 
 EXIT_BAD_INPUT = 2  # config or data; see README, exit codes
@@ -71,11 +71,42 @@ def install(incomplete: bool = False) -> None:
         noted = OmegaConf.to_container(config.hydra.overrides, resolve=False)
         if sorted(noted["hydra"] + noted["task"]) != sorted(overrides):  # type: ignore[index, call-overload]
             raise ConfigError("hydra.overrides is what the command line says, and is not taken from a config")
+        _take_base(config)
         check(config, incomplete=incomplete)
         return config
 
     checked.checked = True  # type: ignore[attr-defined]
     ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
+
+
+def _take_base(config: DictConfig) -> None:
+    """Where the config names a run as the target, put that run's base into it.
+
+    Raises:
+        ConfigError: the run is no target, or another base was asked for.
+    """
+    path = OmegaConf.select(config, "target.run")
+    if not isinstance(path, str):
+        return  # none, or one that `check` refuses
+    try:
+        theirs, choice = target.base_of(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    given: Any = OmegaConf.to_container(config.base, resolve=False)
+    if not isinstance(given, dict):
+        return
+    asked = [override.lstrip("+") for override in config.hydra.overrides.task]
+    usual = next(entry["base"] for entry in OmegaConf.load(schema.CONF / "config.yaml").defaults if "base" in entry)
+    free = [f"base.{key}" for key in target.FREE]
+    named = {override.partition("=")[0] for override in asked if re.match(r"base\b", override)}
+    own = [place.partition(".")[2] for place in named & {*free}]
+    if config.hydra.runtime.choices.base != usual or named - {*free}:
+        own = list(target.FREE)
+        if fault := target.other_base(path, theirs, given):
+            raise ConfigError(fault)
+    with open_dict(config):
+        config.base = theirs | {key: given[key] for key in own if key in given}
+        config.hydra.runtime.choices.base = choice
 
 
 def register_resolvers() -> None:

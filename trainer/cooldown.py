@@ -113,7 +113,7 @@ def _places(values: list[str]) -> list[str]:
     return [value if not value.isdecimal() else f"{run}@{value}" for value in values]
 
 
-def _finished(command: list[str]) -> int:
+def finished(command: list[str]) -> int:
     """Run a branch; returns its exit code. Ctrl-C reaches the branch too, which saves its step and ends by itself."""
     process = subprocess.Popen(command)
     while True:
@@ -256,7 +256,7 @@ def main(argv: list[str]) -> int:
     for name, given in branches:
         command = [sys.executable, "-m", "trainer", *given]
         print("python -m trainer", shlex.join(given), flush=True)
-        if options["dry"] == "false" and (code := _finished(command)):
+        if options["dry"] == "false" and (code := finished(command)):
             print(f"{name} ended with {code}", file=sys.stderr)
             return code
     if options["dry"] == "false":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import multiprocessing
@@ -104,6 +105,14 @@ class Rows:
         """Trained tokens of each row that a model can be asked for: the first token of a row follows nothing."""
         counts = [np.fromiter((sum(row[1:]) for row in batch), dtype=np.int64) for batch in _batches(self.table, "trained")]
         return np.concatenate(counts) if counts else np.zeros(0, np.int64)
+
+    def counts(self, vocabulary: int) -> np.ndarray:
+        """How often each of the vocabulary's tokens is trained, (V,) int64."""
+        found = np.zeros(vocabulary, np.int64)
+        for ids, trained in zip(_batches(self.table, "ids"), _batches(self.table, "trained"), strict=True):
+            asked = [token for row, flags in zip(ids, trained, strict=True) for token in itertools.compress(row[1:], flags[1:])]
+            found += np.bincount(np.asarray(asked, np.int64), minlength=vocabulary)
+        return found
 
     def examples(self) -> list[int]:
         """For each row, which of the split's examples it was made from."""

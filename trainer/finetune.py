@@ -41,6 +41,7 @@ class FineTune(lightning.LightningModule):
     """
 
     strict_loading = False  # checkpoints hold the adapter only; on_load_checkpoint compares the names itself
+    counted: tuple[str, ...] = ("loss", "tokens", "right")  # what the loss counts of a batch
 
     def __init__(
         self, model: nn.Module, adapter: Adapter, optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
@@ -54,8 +55,7 @@ class FineTune(lightning.LightningModule):
         self.steps, self.cooling = steps, cooling
         self.constant_again = False  # whether a checkpoint from the start of a cooldown goes on without it
         self.accumulate, self.seed, self.max_grad_norm, self.nonfinite_limit = accumulate, seed, max_grad_norm, nonfinite_limit
-        target = Target(model) if drafter is not None else None
-        self.loss = ClassLoss(model) if labelled else CausalLoss(model, logits_chunk, drafter, target)
+        self.loss = ClassLoss(model) if labelled else self.make_loss(logits_chunk)
         if gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.step = 0  # optimiser steps done, skipped ones included: the run's clock
@@ -66,6 +66,17 @@ class FineTune(lightning.LightningModule):
         self.density: float | None = None  # of the step at hand, as the penalty measures it, over all layers
         self.news: dict[str, float] = {}  # what the adapter had to say after the step
         self.sums: dict[str, Any] = {}  # of the step at hand
+
+    def make_loss(self, chunk: int) -> CausalLoss:
+        """The loss of a batch, with never more than `chunk` positions' logits at one time."""
+        return CausalLoss(self.model, chunk, self.drafter, Target(self.model) if self.drafter is not None else None)
+
+    def train(self, mode: bool = True) -> FineTune:
+        """As nn.Module's; a model in which nothing is trained stays in eval mode, without dropout."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            self.model.eval()
+        return self
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = []
@@ -86,18 +97,20 @@ class FineTune(lightning.LightningModule):
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         micro = batch_idx % self.accumulate
         if micro == 0:
-            self.sums = {"loss": 0.0, "tokens": 0, "right": 0.0, "processed": 0, "sequences": []}
+            self.sums = dict.fromkeys(self.counted, 0.0) | {"processed": 0, "sequences": []}
             now = factor(self.schedule, self.step, self.steps, self.adapter.restart, self.cooling)
             for group, peak in zip(self.trainer.optimizers[0].param_groups, self.peaks, strict=True):
                 group["lr"] = peak * now
         self.step_done = False
+        if self.drafter is not None:
+            self.drafter.at(self.step, self.steps)
         reseed(self.seed, self.global_rank, self.step, micro)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         if self.penalty is not None:
             self.penalty.open(real_tokens(batch))
         summed, sums = self.loss(batch)
-        for key in ("loss", "tokens", "right", "offsets"):
+        for key in (*self.counted, "offsets"):
             if key in sums:
                 self.sums[key] = self.sums.get(key, 0.0) + sums[key]
         self.sums["processed"] += batch["tokens"]
@@ -128,9 +141,9 @@ class FineTune(lightning.LightningModule):
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         if self.trainer.world_size > 1:  # before a step is judged by its loss: all ranks must pass over the same ones
-            counts = torch.tensor([float(self.sums[k]) for k in ("loss", "tokens", "right", "processed")], device=self.device)
-            counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
-            self.sums |= dict(zip(("loss", "tokens", "right", "processed"), counts.unbind(), strict=True))
+            names = (*self.counted, "processed")
+            counts = torch.tensor([float(self.sums[name]) for name in names], device=self.device)
+            self.sums |= dict(zip(names, self.trainer.strategy.reduce(counts, reduce_op="sum").unbind(), strict=True))
             if "offsets" in self.sums:
                 self.sums["offsets"] = self.trainer.strategy.reduce(self.sums["offsets"], reduce_op="sum")
             if self.penalty is not None:

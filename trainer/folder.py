@@ -7,6 +7,7 @@ metrics.jsonl/.csv  every logged step, every evaluation
 samples.jsonl       generated answers before and after
 checkpoints/        to go on from
 adapter/            the result, as stock PEFT loads it
+drafter/            what drafts for it, where one was trained (trainer.drafters.io)
 report.html         all of it to look at
 """
 
@@ -28,7 +29,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer import config
+from trainer import config, target
 from trainer.checkpoint import write_text
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "bitsandbytes", "hydra-core", "wandb")
@@ -45,6 +46,8 @@ FREE = (
     "lightning.profiler",
     "threads",
     "max_time",
+    "target.run",  # which step of which run it means is in the identity
+    "target.features",
 )
 LENGTHS = ("max_steps", "max_epochs", "max_tokens")  # free where the schedule's past stays what it was
 
@@ -166,25 +169,25 @@ def read(path: str) -> tuple[Path, dict[str, Any], str]:
     Raises:
         FolderError: it is no run folder, or its config holds what this version does not make.
     """
-    name, _, which = path.rpartition("@")
-    if not name or (Path(path).expanduser() / "run.yaml").exists():  # a folder's own name may have an @
-        name, which = path, "last"
-    folder = RunFolder(Path(name).expanduser())
+    place, which = target.split(path)
+    folder = RunFolder(place)
     content = folder.earlier()
     if content is None:
-        raise FolderError(f"{name} is no run folder: it has no run.yaml")
+        raise FolderError(f"{place} is no run folder: it has no run.yaml")
     # A folder may come from a stranger: what it names is held against conf/ as a new config would be.
     try:
         for group in ("penalty", "drafter", "branch"):  # which did not exist yet when an older version wrote it
             content["config"].setdefault(group, {})
             content["identity"]["choices"].setdefault(group, "none")
+        content["config"].setdefault("target", {"run": None, "features": None, "draft": None})
+        content["identity"]["choices"].setdefault("target", "run")
         settings = OmegaConf.create(content["config"] | {"resume": "never"})  # a folder may have been moved since
         config.check(settings, content["identity"]["choices"])
     except config.ConfigError as error:
         raise FolderError(f"{folder.file} does not fit this version of Graft:\n{error}") from None
     except (AttributeError, KeyError, TypeError, ValueError, OmegaConfBaseException) as error:
         raise FolderError(f"{folder.file} is not what a run writes: {type(error).__name__}: {error}") from None
-    return folder.path, content, which or "last"
+    return folder.path, content, which
 
 
 def _version(name: str) -> str | None:

@@ -26,11 +26,11 @@ from torch import nn
 
 from adapters.delta import Adapter, NeedsWeights, Start, features, targets
 from adapters.full import Nothing
-from trainer import assembly, preview
+from trainer import assembly, folder, preview
 from trainer.base import Base, BaseError, compute
 from trainer.callbacks import every_steps
 from trainer.data import special_text
-from trainer.drafters import Drafter, DrafterError
+from trainer.drafters import Drafter, DrafterError, io
 from trainer.penalties.deft import PenaltyError
 from trainer.plan import Plan
 from trainer.schedules import factor, length
@@ -42,7 +42,7 @@ SAMPLE = 200  # conversations whose prompt is rendered a second time, as it will
 
 
 def inspect(
-    config: dict[str, Any], base: Base, adapter: Adapter, found: assembly.Data, plan: Plan | None, steps: int, folder: Path
+    config: dict[str, Any], base: Base, adapter: Adapter, found: assembly.Data, plan: Plan | None, steps: int, place: Path
 ) -> dict[str, Any]:
     """Everything that preflight reports, as plain data, with `errors` and `warnings` for people.
 
@@ -67,7 +67,8 @@ def inspect(
             f"a warm-up of {planned[0]} steps and a cooldown of {planned[1]} take more than the run's {steps} steps: give fewer, or "
             "fractions of the run"
         )
-    result["model"] = _model(config, base, adapter, found, steps, folder, errors, warnings)
+    _target(config, base, errors)
+    result["model"] = _model(config, base, adapter, found, steps, place, errors, warnings)
     _check_names(config, found, errors)
     return result | {"errors": errors, "warnings": warnings}
 
@@ -169,7 +170,7 @@ def _model(
     adapter: Adapter,
     found: assembly.Data,
     steps: int,
-    folder: Path,
+    place: Path,
     errors: list[str],
     warnings: list[str],
 ) -> dict[str, Any]:
@@ -199,10 +200,10 @@ def _model(
         warnings.append(f"the run needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free")
     checkpoint_bytes = known * (4 + 8 if not trains_base else dtype.itemsize * 3) if steps else 0
     keep = _checkpoints(config["callbacks"].get("checkpoints") or {}, steps)
-    disk = shutil.disk_usage(_existing(folder)).free
+    disk = shutil.disk_usage(_existing(place)).free
     if checkpoint_bytes * (keep + 2) > disk:
         errors.append(
-            f"{keep + 2} checkpoints of about {checkpoint_bytes / 1e6:.3g} MB do not fit on the disk of {folder}, "
+            f"{keep + 2} checkpoints of about {checkpoint_bytes / 1e6:.3g} MB do not fit on the disk of {place}, "
             f"which has {disk / 1e6:.3g} MB free: free some space, or choose another place with runs=FOLDER"
         )
     return {
@@ -231,6 +232,19 @@ def _penalty(config: dict[str, Any], adapter: Adapter, model: nn.Module, errors:
     try:
         assembly.instantiate(config["penalty"])(model=model)
     except PenaltyError as error:
+        errors.append(str(error))
+
+
+def _target(config: dict[str, Any], base: Base, errors: list[str]) -> None:
+    """Whether the run and the drafter that this one builds on are of its base."""
+    try:
+        if (run := config["target"]["run"]) is not None and folder.read(run)[1]["identity"]["base"] != base.fingerprint:
+            errors.append(
+                f"target.run={run}: {base.path} is not the model that this run was trained on: its weights have changed"
+            )
+        if config["target"]["draft"] is not None and config["drafter"]:
+            io.check(io.folder_of(config["target"]["draft"]), base, config["drafter"])
+    except (folder.FolderError, DrafterError) as error:
         errors.append(str(error))
 
 
@@ -266,7 +280,11 @@ def _memory(
     longest = min(config["max_length"], found.train.rows.report.longest) if found.train is not None else config["max_length"]
     tokens = config["batch_size"] * (config["max_length"] if config["packing"] else longest)
     per_layer = (30 * width + 5 * inner) * dtype.itemsize
-    kept = layers * width * dtype.itemsize + per_layer if config["objective"]["gradient_checkpointing"] else layers * per_layer
+    if config["objective"]["_target_"] == "trainer.distill.Distill":  # the target keeps nothing for a backward pass
+        kept = config["drafter"]["offsets"] * per_layer
+    else:
+        checkpointed = config["objective"]["gradient_checkpointing"]
+        kept = layers * width * dtype.itemsize + per_layer if checkpointed else layers * per_layer
     moments = 2 if "8bit" in config["optimizer"]["_target_"] else 8
     return {
         "weights": int(linears * packed + (total - linears) * dtype.itemsize),
@@ -276,10 +294,10 @@ def _memory(
     }
 
 
-def _existing(folder: Path) -> Path:
-    while not folder.exists():
-        folder = folder.parent
-    return folder
+def _existing(place: Path) -> Path:
+    while not place.exists():
+        place = place.parent
+    return place
 
 
 def _check_names(config: dict[str, Any], found: assembly.Data, errors: list[str]) -> None:
@@ -287,6 +305,8 @@ def _check_names(config: dict[str, Any], found: assembly.Data, errors: list[str]
     if not evaluation or found.held_out is None:
         return
     known = ["loss", "accuracy", "f1" if found.task.kind == "label" else "perplexity"]
+    known = ["loss"] if config["objective"]["_target_"] == "trainer.distill.Distill" else known
+    known += _drafted(config["drafter"])
     graded = found.task.metrics if evaluation["generate"] else []
     monitor, place = evaluation["monitor"], "callbacks.evaluation"
     if monitor not in known + graded:
@@ -294,6 +314,17 @@ def _check_names(config: dict[str, Any], found: assembly.Data, errors: list[str]
         errors.append(f"{place}.monitor={monitor} is no metric of this task{hint}; there are: {', '.join(known + graded)}")
     elif monitor in graded and evaluation["generate_every"] is None:
         errors.append(f"{place}.monitor={monitor} is measured only where answers are generated: set {place}.generate_every=1")
+
+
+def _drafted(drafter: dict[str, Any]) -> list[str]:
+    """The names of what trainer.drafters.metrics finds."""
+    if not drafter:
+        return []
+    distilled = drafter.get("loss", "labels") != "labels"  # taught by the target's distributions
+    of_each = ["loss", "top1", "top5", *(["acceptance"] if distilled else [])]
+    offsets = drafter["offsets"] if "offsets" in drafter else drafter["d_max"] - 1
+    names = [f"offset{k}/{name}" for k in range(1, offsets + 1) for name in of_each]
+    return ["accepted", *(["expected"] if distilled else []), *names]
 
 
 def parameters(model: nn.Module) -> str:
@@ -327,14 +358,14 @@ def refuse_contamination(model: nn.Module, base: Base) -> None:
 
 
 def quick(
-    config: dict[str, Any], base: Base, adapter: Adapter, found: assembly.Data, plan: Plan | None, steps: int, folder: Path
+    config: dict[str, Any], base: Base, adapter: Adapter, found: assembly.Data, plan: Plan | None, steps: int, place: Path
 ) -> dict[str, Any]:
     """`inspect` for a run that is about to start: warnings are said, errors end it.
 
     Raises:
         BaseError: with the errors.
     """
-    result = inspect(config, base, adapter, found, plan, steps, folder)
+    result = inspect(config, base, adapter, found, plan, steps, place)
     for warning in result["warnings"]:
         log.warning("%s", warning)
     if result["errors"]:
@@ -380,7 +411,7 @@ def main(argv: list[str]) -> int:
             else None
         )
         steps = plan.steps(config["max_steps"], config["max_tokens"]) if plan else config["max_steps"]
-        steps = 0 if isinstance(adapter, Nothing) else steps
+        steps = 0 if isinstance(adapter, Nothing) and not config["drafter"] else steps
         result = inspect(config, base, adapter, found, plan, steps, Path(config["runs"]) / config["name"])
     except Exception as error:
         explained = failures.explained(error, config)

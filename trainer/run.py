@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from adapters.delta import Adapter, Start
 from adapters.full import Full, Nothing
 from tasks.reading import DataError
-from trainer import assembly, branch, checkpoint, export, folder, preflight, report
+from trainer import assembly, branch, checkpoint, export, features, preflight, report, resume
 from trainer.base import Base, compute
 from trainer.callbacks import Context
 from trainer.callbacks.averaging import Averaging
@@ -32,8 +32,9 @@ from trainer.callbacks.evaluation import Evaluation
 from trainer.callbacks.metrics import Metrics
 from trainer.callbacks.schedulefree import ScheduleFree
 from trainer.callbacks.stopping import Stopping
-from trainer.checkpoint import AtomicCheckpointIO, CheckpointError
+from trainer.checkpoint import AtomicCheckpointIO
 from trainer.combinations import schedule_free
+from trainer.distill import DraftLoss
 from trainer.drafters import Drafter
 from trainer.drafters import io as drafter_io
 from trainer.evaluate import to_device
@@ -42,7 +43,7 @@ from trainer.folder import RunFolder
 from trainer.journal import Journal
 from trainer.penalties.deft import DensityDEFT
 from trainer.plan import Batches, Plan
-from trainer.schedules import factor, length
+from trainer.schedules import length
 from trainer.signals import Signals
 from trainer.stream import Stream
 
@@ -98,6 +99,7 @@ def _run(
 
     base: Base = assembly.instantiate(config["base"])
     task = assembly.instantiate(config["task"])
+    tuned = assembly.tuned(path) if (path := config["target"]["run"]) is not None else None
     device = lightning_.strategy.root_device
     dtype, _, precision = compute(
         config["precision"], config["base"]["dtype"], isinstance(adapter, Full), device.type == "cuda"
@@ -115,23 +117,23 @@ def _run(
 
     identity = {
         "choices": choices, "base": base.fingerprint, "data": found.keys, "precision": precision, "trains_base": isinstance(adapter, Full),
-        "labels": labels, "steps": steps, "ranks": lightning_.world_size,
+        "labels": labels, "steps": steps, "ranks": lightning_.world_size, "target": tuned.about if tuned is not None else None,
     }  # fmt: skip
     earlier = place.earlier()
     parent, saved_path, longer = None, None, False
     if earlier is not None:
-        saved_path, longer = _where_to_go_on(place, config, plan, identity, earlier, adapter.restart)
+        saved_path, longer = resume.where_to_go_on(place, config, plan, identity, earlier, adapter.restart)
     elif config["branch"]:
         parent, saved_path = branch.fork(place, config, identity, lightning_.is_global_zero)
     done = int(saved_path.stem[5:]) if saved_path else 0
     journal = Journal(place.path, [], lightning_.is_global_zero)
-    if earlier is not None and (ended := _ended(place, journal, done, steps, config["max_time"])):
+    if earlier is not None and (ended := resume.ended(place, journal, done, steps, config["max_time"])):
         log.info("this run %s; nothing is left to do. Its report: %s", ended, place.path / "report.html")
         return _last_loss(journal)
     record = place.record(config, overrides, identity, earlier, parent) if lightning_.is_global_zero else {}
     journal.rewind(done if saved_path else -1, cooled=not longer)
     if longer and earlier is not None and lightning_.is_global_zero:
-        _leave_out(place, done, earlier["identity"]["steps"])
+        resume.leave_out(place, done, earlier["identity"]["steps"])
 
     lightning.seed_everything(config["seed"], verbose=False)
     log.info(
@@ -142,7 +144,10 @@ def _run(
     )
     model = base.load(dtype, labels, device)
     lightning.seed_everything(config["seed"], verbose=False)
-    drafter = assembly.instantiate(config["drafter"])(model=model) if config["drafter"] else None
+    drafter = _drafter(config, found, model, new=saved_path is None) if config["drafter"] else None
+    if tuned is not None:
+        model = tuned.attach(model)
+        log.info("target: %s after step %d, %s", tuned.about["run"], tuned.about["step"], type(tuned.adapter).__name__)
     saved = checkpoint.load(saved_path)["adapter"] if saved_path else None
     lightning.seed_everything(config["seed"], verbose=False)  # loading may draw; a resumed start must not depend on it
     start = Start(
@@ -161,6 +166,8 @@ def _run(
         schedule=assembly.schedule(config, plan), accumulate=config["accumulate"], seed=config["seed"],
         penalty=penalty, drafter=drafter, cooling=branch.cooling(config["branch"]) if config["branch"] else None,
     )  # fmt: skip
+    if config["target"]["features"] is not None:
+        _read_states(module, config, base, tuned, found, dtype, device)
     assembly.with_prompts(found, _prompts(config), model)
     journal.loggers = lightning_.loggers = _loggers(config, place, record) if lightning_.is_global_zero else []
     if penalty is not None and saved_path is None:
@@ -188,7 +195,7 @@ def _run(
         if not lightning_.is_global_zero:
             return _last_loss(journal)
         if drafter is not None and drafter.proposes:
-            _save_drafter(place, drafter, base, config, module.step)
+            _save_drafter(place, drafter, base, config, record, module.step)
         if adapter.exportable and not isinstance(adapter, Nothing):
             for callback in lightning_.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, Averaging):  # before _export, which may load another checkpoint's weights
@@ -219,90 +226,6 @@ def _lightning(config: dict[str, Any], adapter: Adapter, path: Path) -> lightnin
     return lightning_
 
 
-def _where_to_go_on(
-    place: RunFolder, config: dict[str, Any], plan: Plan | None, identity: dict[str, Any], earlier: dict[str, Any], restart: int
-) -> tuple[Path | None, bool]:
-    """The checkpoint to go on from, if the folder holds this very run; and whether it is the one from before a cooldown, which a
-    run that was made longer leaves out.
-
-    Raises:
-        CheckpointError: it holds another one, or its checkpoints are damaged.
-    """
-    then = earlier["identity"]
-    different = folder.differences(earlier["config"], config, folder.FREE + folder.LENGTHS)
-    different += folder.differences(then, identity, ("choices", "steps", "base", "data"))
-    if then["base"] != identity["base"]:
-        different.append("base: its weights are others now")
-    different += [
-        f"data: the rows of {split}, or how they are tokenised, have changed"
-        for split in then["data"]
-        if then["data"][split] != identity["data"].get(split)
-    ]
-    path = checkpoint.newest(place.checkpoints)
-    done, steps, longer = int(path.stem[5:]) if path else 0, identity["steps"], False
-    same = _same_until(place, config, plan, then["steps"], steps, done, restart)
-    if same < done:
-        before = checkpoint.marked(place.checkpoints, "constant")
-        if before is not None and int(before.stem[5:]) <= same and steps >= then["steps"]:
-            path, done, longer = before, int(before.stem[5:]), True
-        else:
-            different.append(
-                f"steps: {then['steps']} in the run, {steps} now, with which its schedule would have had other rates from step {same} "
-                "on. What is a fraction of the run, as a warm-up may be, changes with its length: give it in steps from the start"
-            )
-    if done > steps:
-        different.append(f"steps: {done} are done, {steps} are asked for")
-    if different:
-        raise CheckpointError(
-            f"{place.path} holds another run, which cannot go on as this one:\n  "
-            + "\n  ".join(different)
-            + "\nGive its settings, or another name="
-        )
-    if path is not None:
-        log.info("going on after step %d of %d%s", done, steps, ", from before the cooldown" * longer)
-    return path, longer
-
-
-def _same_until(
-    place: RunFolder, config: dict[str, Any], plan: Plan | None, then: int, now: int, done: int, restart: int
-) -> int:
-    """The first of the `done` steps whose rate would be another one in a run of `now` steps, `done` if there is none."""
-    began = [row["step"] for row in Journal(place.path, [], False).rows("cooldown")]
-    ended = [row for row in Journal(place.path, [], False).rows("stopped") if row["reason"].startswith("cooled down")]
-    if began and ended and _made_longer(ended[-1], now, config["max_time"]):
-        return began[-1]
-    if now == then:
-        return done
-    schedule = assembly.schedule(config, plan)
-    cooling = branch.cooling(config["branch"]) if config["branch"] else None
-    others = (
-        step
-        for step in range(done)
-        if factor(schedule, step, now, restart, cooling) != factor(schedule, step, then, restart, cooling)
-    )
-    return next(others, done)
-
-
-def _made_longer(stopped: dict[str, Any], steps: int, max_time: float | None) -> bool:
-    """Whether a run that stopped is given more than it had."""
-    had = stopped.get("max_time")
-    return steps > stopped.get("steps", steps) or (had is not None and (max_time is None or max_time > had))
-
-
-def _leave_out(place: RunFolder, done: int, steps: int) -> None:
-    """Take away what a run that goes on from before its cooldown trains anew; the adapter stays under the name of its step."""
-    for path in checkpoint.complete(place.checkpoints):
-        if int(path.stem[5:]) > done:
-            checkpoint.remove(path)
-    best = checkpoint.marked(place.checkpoints, "best")
-    if best is not None and not best.exists():
-        (place.checkpoints / "best.json").unlink()
-    kept = place.path / f"adapter-{steps}"
-    if (place.path / "adapter").exists() and not kept.exists():
-        (place.path / "adapter").rename(kept)
-        log.info("the cooled-down adapter stays in %s", kept)
-
-
 def _constant_until(config: dict[str, Any], plan: Plan | None, steps: int) -> int | None:
     """The steps before the cooldown of the schedule, if it has one."""
     if config["branch"] or "cooldown" not in config["schedule"]:
@@ -312,19 +235,30 @@ def _constant_until(config: dict[str, Any], plan: Plan | None, steps: int) -> in
     return (steps - down) or None
 
 
-def _ended(place: RunFolder, journal: Journal, done: int, steps: int, max_time: float | None) -> str | None:
-    """How an earlier start of this run ended it for good, if it did."""
-    if not (place.path / "report.html").exists():
-        return None
-    if done >= steps:
-        return f"has done its {steps} steps"
-    for row in journal.rows("stopped"):
-        if row["reason"].startswith("cooled down") and _made_longer(row, steps, max_time):
-            continue
-        if row["reason"].startswith("max_time") and (max_time is None or max_time > row["minutes"]):
-            continue
-        return f"was stopped after step {row['step']}: {row['reason']}"
-    return None
+def _drafter(config: dict[str, Any], found: assembly.Data, model: torch.nn.Module, new: bool) -> Drafter:
+    """The drafter as it is before a run's first step: calibrated on its rows, or as an earlier run left it."""
+    drafter: Drafter = assembly.instantiate(config["drafter"])(model=model)
+    if new and config["target"]["draft"] is not None:
+        drafter_io.fill(drafter, drafter_io.folder_of(config["target"]["draft"]))
+    elif new:
+        drafter.calibrate(lambda: assembly.token_counts(found, model.config.get_text_config().vocab_size))  # type: ignore[operator, union-attr]
+    return drafter
+
+
+def _read_states(
+    module: FineTune, config: dict[str, Any], base: Base, tuned: assembly.Tuned | None, found: assembly.Data, dtype: torch.dtype,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Let a drafter learn from its target's states on disk, which are made first where they are missing."""
+    assert isinstance(module.loss, DraftLoss)
+    assert module.drafter is not None
+    assert found.train is not None
+    loss, width = module.loss, base.config.get_text_config().hidden_size
+    key = features.key_of(base, dtype, None if tuned is None else tuned.saved, found.keys["train"], module.drafter.layers)
+    loss.states = features.prepared(
+        Path(config["target"]["features"]).expanduser(), key, found.train, lambda batch: loss.forward(batch)[:2], width,
+        base.tokenizer.pad_token_id, config["batch_size"], device,
+    ).states  # fmt: skip
 
 
 def _calibration(found: assembly.Data, plan: Plan | None) -> Iterator[dict[str, torch.Tensor]]:
@@ -399,9 +333,20 @@ def _evaluate_only(lightning_: lightning.Trainer, module: FineTune) -> None:
         logger.finalize("success")
 
 
-def _save_drafter(place: RunFolder, drafter: Drafter, base: Base, config: dict[str, Any], step: int) -> None:
-    """Write the drafter as it is after the last step."""
-    drafter_io.save(drafter, config["drafter"], drafter_io.trained_for(base, place.path, step), place.path / "drafter")
+def _save_drafter(
+    place: RunFolder, drafter: Drafter, base: Base, config: dict[str, Any], record: dict[str, Any], step: int
+) -> None:
+    """Write the drafter as it is after the last step, or after the best one."""
+    chosen = checkpoint.chosen(place.checkpoints, config["export"]) if checkpoint.complete(place.checkpoints) else None
+    if chosen is not None and int(chosen.stem[5:]) != step:
+        step = int(chosen.stem[5:])
+        log.info("the best evaluation was after step %d: that is what becomes the drafter", step)
+        drafter.load_state(checkpoint.load(chosen)["drafter"])
+    adapter = record["identity"]["target"]
+    if config["adapter"]["_target_"] != "adapters.full.Nothing":
+        adapter = assembly.about_checkpoint(place.path, record["id"], checkpoint.path_of(place.checkpoints, step))
+    about = drafter_io.trained_for(base, place.path, step, adapter)
+    drafter_io.save(drafter, config["drafter"], about, place.path / "drafter")
     log.info("drafter: %s", place.path / "drafter")
 
 

@@ -231,7 +231,7 @@ def no_torch(tmp_path):
         (["experiment=smoke", TASK, "adapter.rnak=3"], 2, "Did you mean rank?"),
         (["experiment=smoke", TASK, "adapter=dora", "adapter.lora_alhpa=3"], 2, "Did you mean lora_alpha?"),
         (["--cfg", "job", "adapter.rnak=3"], 2, "Did you mean rank?"),
-        (["experiment=smok", TASK], 2, "Available options in 'experiment':\n\tdeft_sst2\n\tmtp_bytes\n\tquickstart"),
+        (["experiment=smok", TASK], 2, "Available options in 'experiment':\n\tdeft_sst2\n\teagle3_chat\n\teagle_chat"),
         (["adapter=lroa", TASK], 2, "Available options in 'adapter':"),
         (["adapter=null", TASK], 2, "adapter=null: choose one of adalora,"),
         (["~adapter", TASK], 2, "adapter: choose one of adalora,"),

@@ -45,7 +45,7 @@ class Metrics(lightning.Callback):
         tokens = max(1, int(sums["tokens"]))
         row = {
             "loss": finite(float(sums["loss"]) / tokens),
-            "accuracy": float(sums["right"]) / tokens,
+            **({"accuracy": float(sums["right"]) / tokens} if "right" in sums else {}),
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "grad_norm": finite(float(module.grad_norm)),
             "tokens": module.tokens,
