@@ -65,6 +65,19 @@ def unknown_drafter(options: dict[str, Any]) -> str | None:
     return None
 
 
+def check_drafter(config: dict[str, Any], options: dict[str, Any]) -> None:
+    """Before a run's model is loaded, whether it has the drafter that is asked for.
+
+    Raises:
+        DrafterError: it has none.
+    """
+    if options["drafter"] == "run" and not config.get("drafter"):
+        raise DrafterError(
+            f"run={options['run']} has no drafter. Train one beside the adapter, python -m trainer ... drafter=mtp_shared, or give "
+            "one that needs no training, drafter=lookup or drafter=recycling"
+        )
+
+
 def drafter_of(found: assembly.Trained, options: dict[str, Any]) -> Drafter | None:
     """What a verb's options drafter and small ask for; None where the run has no drafter that proposes.
 
@@ -72,7 +85,10 @@ def drafter_of(found: assembly.Trained, options: dict[str, Any]) -> Drafter | No
         BaseError, DrafterError: the small model cannot be loaded, or has other tokens.
     """
     if options["drafter"] == "run":
-        return found.drafter if found.drafter is not None and found.drafter.proposes else None
+        if found.drafter is None or not found.drafter.proposes:
+            return None
+        # In the target's dtype: autocast would convert fp32 weights anew for every draft.
+        return found.drafter.to(found.model.get_input_embeddings().weight.dtype)  # type: ignore[operator, union-attr]
     if options["drafter"] == "lookup":
         return PromptLookup()
     if options["drafter"] == "recycling":

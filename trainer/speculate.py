@@ -4,6 +4,7 @@
                                 [temperature=0] [top_p=1] [seed=0] [batch_size=1] [json=FILE]
                                 [tree=chain|static|eagle2|dyspec] [count=null] [size=59] [top_k=10] [paths=FILE.json]
                                 [policy=fixed|confidence:0.6|refusal:0.7] [siblings=without|with|spectr|best]
+                                [drafter=run|lookup|recycling|small] [small=PATH]
 
 prompts=FILE.jsonl has one {"prompt": "..."} or {"messages": [...]} a line; of messages the last answer is left out. heldout=N takes
 the first N held-out conversations of the run's task.
@@ -13,7 +14,8 @@ of its nodes' paths as [[0], [1], [0, 0]]; eagle2 is EAGLE-2's, which goes on be
 DySpec's, which goes on wherever the next node is likeliest. count=N drafts N tokens after one another, instead of as many as the drafter
 can. A policy stops early: confidence:P where the drafter gives no next token the probability P, refusal:P where it expects a refusal with
 more than P. When sampling, siblings of static trees are drawn without or with replacement (spectr: verified by SpecTr's rule), or are
-the best tokens; eagle2 and dyspec take the best. A drafter that makes trees of its own is not asked for another.
+the best tokens; eagle2 and dyspec take the best. A drafter that makes trees of its own is not asked for another: lookup, n-grams of the
+text so far, and recycling, Token Recycling, which need no training; small is a small model of the same tokenizer.
 
 Each prompt is decoded three times: by transformers' generate, one at a time, by the decoder without the drafter, and with it, both
 batch_size at a time. temperature=0 is greedy, where all three write the same text: how many differ is told. In bf16 some may, where two
@@ -37,8 +39,8 @@ from trainer import assembly, folder
 from trainer.decoding import speculative, trees
 from trainer.decoding.speculative import Result
 from trainer.decoding.trees import Shape
-from trainer.drafters import DrafterError, Target
-from trainer.generate import sampling
+from trainer.drafters import Drafter, DrafterError, Target
+from trainer.generate import check_drafter, drafter_of, sampling, unknown_drafter
 from trainer.tokens import Renderer, stop_ids
 
 WAYS = {"transformers": "transformers' generate", "plain": "without the drafter", "drafter": "with the drafter"}
@@ -119,12 +121,12 @@ def by_transformers(model: Any, ids: torch.Tensor, stops: list[int], pad: int, o
 
 
 def decoded(
-    found: assembly.Trained, prompts: list[list[int]], stops: list[int], options: dict[str, Any]
+    found: assembly.Trained, drafter: Drafter, prompts: list[list[int]], stops: list[int], options: dict[str, Any]
 ) -> dict[str, list[Result]]:
     """Each prompt's text by each of WAYS.
 
     Raises:
-        DrafterError: the run's drafter cannot draft for its target.
+        DrafterError: the drafter cannot draft for its target.
     """
     target = Target(found.model)
     device = next(found.model.parameters()).device
@@ -137,7 +139,7 @@ def decoded(
             return [by_transformers(found.model, one, stops, pad, options | {"max_new_tokens": limit}) for one in ids]
         return speculative.generate_batch(
             target,
-            found.drafter if way == "drafter" else None,
+            drafter if way == "drafter" else None,
             ids,
             limit,
             stops,
@@ -253,7 +255,7 @@ def main(argv: list[str]) -> int:
     known = {
         "run": ..., "prompt": None, "prompts": None, "heldout": 0, "max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0, "seed": 0,
         "batch_size": 1, "tree": "chain", "count": None, "size": 59, "top_k": 10, "paths": None, "policy": "fixed",
-        "siblings": "without", "json": None,
+        "siblings": "without", "drafter": "run", "small": None, "json": None,
     }  # fmt: skip
     options = config.arguments(argv, known, __doc__ or "")
     if sum((options["prompt"] is not None, options["prompts"] is not None, options["heldout"] != 0)) != 1:
@@ -275,22 +277,24 @@ def main(argv: list[str]) -> int:
             return config.bad(f"{name}={options[name]}: {said}")
     if options["json"] and not Path(options["json"]).parent.is_dir():
         return config.bad(f"json={options['json']}: there is no such folder")
+    if fault := unknown_drafter(options):
+        return config.bad(fault)
     assembly.quiet()
     try:
         shape_of(options)
         _, content, _ = folder.read(options["run"])
         if content["identity"]["labels"] is not None:
             return config.bad("this run trained a classifier, which writes no text. Use: python -m trainer.evaluate")
-        if not content["config"].get("drafter"):
-            raise DrafterError(
-                f"run={options['run']} has no drafter. Train one beside the adapter: python -m trainer ... drafter=mtp_shared"
-            )
+        check_drafter(content["config"], options)
         if options["prompts"]:
             prompts_of(options["prompts"])
         device = "cuda" if torch.cuda.is_available() else "cpu"
         found = assembly.trained(options["run"], device)
+        drafter = drafter_of(found, options)
+        if drafter is None:
+            raise DrafterError(f"the drafter of run={options['run']} only shapes the adapter, and proposes no tokens")
         prompts, stops = asked(options, found)
-        result = summary(decoded(found, prompts, stops, options), options)
+        result = summary(decoded(found, drafter, prompts, stops, options), options)
     except Exception as error:
         return failures.told(error)
     show(result)

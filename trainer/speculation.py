@@ -41,7 +41,7 @@ from trainer import assembly, folder
 from trainer.decoding import speculative
 from trainer.decoding.speculative import Result
 from trainer.drafters import Drafter, DrafterError, Target
-from trainer.generate import drafter_of, unknown_drafter
+from trainer.generate import check_drafter, drafter_of, unknown_drafter
 from trainer.speculate import WAYS, by_transformers, prompts_of, shape_of
 from trainer.tokens import Renderer, stop_ids
 
@@ -395,11 +395,7 @@ def main(argv: list[str]) -> int:
             return config.bad(
                 "this run trained a classifier, which writes no text. Use: python -m trainer.evaluate without task"
             )
-        if options["drafter"] == "run" and not content["config"].get("drafter"):
-            raise DrafterError(
-                f"run={options['run']} has no drafter. Train one beside the adapter, python -m trainer ... drafter=mtp_shared, or give "
-                "one that needs no training, drafter=lookup or drafter=recycling"
-            )
+        check_drafter(content["config"], options)
         chosen = questions(options["prompts"], options["each"] or None) if options["prompts"] else None
         device = "cuda" if torch.cuda.is_available() else "cpu"
         found = assembly.trained(options["run"], device)

@@ -201,7 +201,7 @@ def test_what_cannot_be_decoded_says_why(trained, capsys, kind, arguments, said)
     [
         (
             {"config": {"drafter": {}}, "identity": {"labels": None}},
-            "has no drafter. Train one beside the adapter: python -m trainer ... drafter=mtp_shared",
+            "has no drafter. Train one beside the adapter, python -m trainer ... drafter=mtp_shared",
         ),
         (
             {"config": {"drafter": {}}, "identity": {"labels": ["a", "b"]}},

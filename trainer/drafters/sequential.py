@@ -34,6 +34,7 @@ from transformers import DynamicCache
 from trainer.drafters import News, Seen, Target
 from trainer.drafters.layers import (
     Heads,
+    ahead,
     around,
     decayed,
     decoder_layer,
@@ -100,7 +101,7 @@ class SequentialModules(Heads):
         surroundings = around(target, hidden, seen.positions)
         for k in range(1, self.offsets + 1):
             module = self._module(k)
-            embedded = self._entering(_ahead(k, seen, target))
+            embedded = self._entering(ahead(k, seen, target))
             with precision(seen.hidden):
                 hidden = module(embedded, hidden, surroundings)
                 read = module.post_norm(hidden)
@@ -207,11 +208,3 @@ def widened(cache: DynamicCache, rows: int) -> DynamicCache:
     if layer is not None and layer.is_initialized:
         wide.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), 0)
     return wide
-
-
-def _ahead(k: int, seen: Seen, target: Target) -> Float[Tensor, "B T d"]:
-    """The embeddings of x_{i+k}, zeros where that is not of i's row."""
-    same = seen.positions.roll(-k, dims=1) == seen.positions + k  # what rolls over has too small a position
-    with torch.no_grad():
-        embedded = target.embed(seen.ids.roll(-k, dims=1))
-    return embedded.masked_fill(~same.unsqueeze(-1), 0.0)
