@@ -42,7 +42,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import (
@@ -62,20 +61,18 @@ from trainer import assembly, evaluate
 from trainer import base as bases
 from trainer.base import Base
 from trainer.checkpoint import write_text
-from trainer.folder import FolderError
 from trainer.signals import Signals
 from trainer.tokens import Refused, Renderer, stop_ids
+from trainer.written import Written
 
 KNOWN: dict[str, Any] = {
     "base": None, "run": None, "prompts": None, "task": None, "out": ..., "split": "train", "field": None, "answers": "last", "skip": 0,
     "rows": None, "batch_size": 16, "max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0, "cut": "keep",
     "per": "conversation",
 }  # fmt: skip
-FREE = ("batch_size", "rows")  # what may change when a command goes on
 _ROWS = ("system", "columns", "format", "chat_template")  # of conf/task/sft, what has a meaning for the prompts of a file
 TELL = 10  # seconds between lines that say how far it is
 SPAN = 50  # batches' worth of rows, within which those of similar length share a batch
-REASONS = ("empty", "cut", "long", "refused")
 
 
 @dataclass(frozen=True)
@@ -311,109 +308,6 @@ def template_with(source: str | dict[str, str] | None, options: dict[str, Any]) 
     # repr, since Jinja writes its constants as Python does.
     head = "".join(f"{{%- set {name} = {value!r} -%}}" for name, value in options.items())
     return head + source if isinstance(source, str) else {name: head + text for name, text in source.items()}
-
-
-class Written:
-    """The folder of answers, held by one process: which rows are in it, and the way to add some.
-
-    Raises:
-        FolderError: another process writes there, it holds something else, or it was begun with other settings.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any], described: dict[str, Any]):
-        self.path, self.settings, self.described = path, settings, described
-        self.have: set[tuple[int, int]] = set()  # (row, answer)
-        self.done: set[int] = set()
-        self.counts: dict[str, int] = {}
-        self.rows, self.left_out, self.record = path / "rows.jsonl", path / "left_out.jsonl", path / "provenance.json"
-
-    def __enter__(self) -> Written:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path / ".lock", timeout=0)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise FolderError(f"{self.path} is in use by another process. Wait for it, or choose another out=") from None
-        try:
-            self._refuse_others()
-            for file in (self.rows, self.left_out):
-                for number, line in enumerate(whole_lines(file), 1):
-                    try:
-                        self._note(json.loads(line))
-                    except (ValueError, KeyError, TypeError):
-                        raise FolderError(f"{file}:{number} is not what this verb writes: take the line out") from None
-            self.describe()
-        except BaseException:
-            self._lock.release()
-            raise
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        try:
-            self.describe()
-        finally:
-            self._lock.release()
-
-    def _note(self, line: dict[str, Any]) -> None:
-        row, of = line["row"], line.get("of", 1)
-        self.have.add((row, line.get("answer", 1)))
-        if all((row, number) in self.have for number in range(1, of + 1)):
-            self.done.add(row)
-
-    def _refuse_others(self) -> None:
-        if not self.record.exists():
-            if self.rows.exists():
-                raise FolderError(f"{self.rows} is there, but not how it was made ({self.record.name}): choose another out=")
-            return
-        try:
-            then = json.loads(self.record.read_text("utf-8"))["settings"]
-        except (ValueError, KeyError, TypeError):
-            raise FolderError(f"{self.record} cannot be read: choose another out=") from None
-        different = [
-            f"{key}: {json.dumps(then.get(key))} then, {json.dumps(self.settings.get(key))} now"
-            for key in sorted(then.keys() | self.settings.keys())
-            if key not in FREE and then.get(key) != self.settings.get(key)
-        ]
-        if different:
-            listed = "\n".join(different)
-            raise FolderError(f"{self.path} was begun with other settings. Go on with those, or choose another out=\n{listed}")
-
-    def add(self, lines: list[dict[str, Any]]) -> None:
-        """Lines of rows that are not there yet."""
-        for file, chosen in ((self.rows, False), (self.left_out, True)):
-            new = [
-                line for line in lines if ("why" in line) == chosen and (line["row"], line.get("answer", 1)) not in self.have
-            ]
-            with file.open("a", encoding="utf-8") as stream:
-                stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new))
-        for line in lines:
-            self._note(line)
-
-    def describe(self) -> None:
-        """Count what there is, and write provenance.json."""
-        counts = self.counts = {"rows": 0, "cut": 0, "inexact": 0, **dict.fromkeys((f"left out: {why}" for why in REASONS), 0)}
-        for line in map(json.loads, whole_lines(self.rows)):
-            counts["rows"] += 1
-            counts["cut"] += line.get("cut", False)
-            counts["inexact"] += line.get("inexact", False)
-        for line in map(json.loads, whole_lines(self.left_out)):
-            counts[f"left out: {line['why']}"] += 1
-        content = {"settings": self.settings, **self.described, "counts": counts}
-        write_text(self.record, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def whole_lines(file: Path) -> Iterator[str]:
-    """The lines of a file; half a line that a killed process left is taken out of it."""
-    if not file.exists():
-        return
-    with file.open("rb+") as stream:
-        end = 0
-        for line in stream:
-            if not line.endswith(b"\n"):
-                stream.truncate(end)
-                return
-            end += len(line)
-            yield line.decode("utf-8")
 
 
 def batches(found: list[Ask], size: int, done: set[int]) -> Iterator[list[Ask]]:
