@@ -12,6 +12,7 @@ not know. `faults` reads a written folder and says what is wrong with it; `logit
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from trainer.drafters import Drafter, DrafterError, Target
 from trainer.drafters.eagle import Eagle
 from trainer.drafters.eagle3 import Eagle3
 from trainer.drafters.medusa import Medusa, MedusaHeads
+
+log = logging.getLogger("trainer")
 
 _METHODS: dict[type, str] = {Eagle: "eagle", Eagle3: "eagle3", Medusa: "medusa", MedusaHeads: "medusa"}
 LAYOUTS = ("speculators", "sglang", "medusa")
@@ -119,7 +122,8 @@ def _unlike_llama(config: Any, drafter: Drafter) -> str | None:
 
 def canonical(drafter: Any, model: Any, copied: bool = False) -> Head:
     """A drafter's tensors and those that it shares with the target, in fp32: speculators' names, or Medusa's own. `copied` gives each
-    of Medusa's heads the target's output layer, where it has none of its own.
+    of Medusa's heads the target's output layer, where it has none of its own. A head that predicts acceptance is left out, and that is
+    logged.
 
     Raises:
         DrafterError: the target's logits are not its output layer's weight times the hidden states, or `copied` does not apply.
@@ -127,8 +131,13 @@ def canonical(drafter: Any, model: Any, copied: bool = False) -> Head:
     _check_plain(model)
     config, method, drafts = model.config.get_text_config(), _METHODS[type(drafter)], drafter.depth
     target = getattr(model.config, "architectures", None) or [type(model).__name__]
-    tensors = {name.removeprefix("heads."): tensor.detach().float().cpu() for name, tensor in drafter.state().items()}
-    tensors |= {name: drafter.state()[name].cpu() for name in ("d2t", "t2d") if name in tensors}
+    state = {name: tensor.detach().cpu() for name, tensor in drafter.state().items() if not name.startswith("confidence.")}
+    if len(state) < len(drafter.state()):
+        log.warning(
+            "the head that predicts acceptance (drafter.confidence) is left out: engines have no place for it. to=drafter keeps it"
+        )
+    tensors = {name.removeprefix("heads."): tensor.float() for name, tensor in state.items()}
+    tensors |= {name: state[name] for name in ("d2t", "t2d") if name in state}
     own = frozenset(tensors)
     if method == "medusa":
         last = {f"{i}.{drafter.blocks}.weight" for i in range(drafts)}

@@ -229,7 +229,8 @@ def metrics(numbers: Float[Tensor, "K n"]) -> dict[str, float]:
     """What Drafter.loss counts, as means: for each offset its loss, top-1 and top-5 accuracy, and `accepted`, the tokens that a
     step of greedy decoding would take if the rows were its own text: 1 + sum over offsets of how often all guesses up to it
     were right. Where the target's distributions are known (Distilled), also each offset's `acceptance` Σ min(p, q), and `expected`,
-    the tokens of a step of sampling: 1 + sum over offsets of the mean product of the acceptances up to it."""
+    the tokens of a step of sampling: 1 + sum over offsets of the mean product of the acceptances up to it. Where a drafter predicts its
+    acceptance, `confidence_error` is the mean |predicted - Σ min(p, q)|."""
     found: dict[str, float] = {}
     accepted = expected = 1.0
     for k, (loss, count, best, among, unbroken, *chances) in enumerate(numbers.tolist(), 1):
@@ -239,9 +240,11 @@ def metrics(numbers: Float[Tensor, "K n"]) -> dict[str, float]:
         if count and chances:
             found[f"offset{k}/acceptance"] = chances[0] / count
             expected += chances[1] / count
+            if len(chances) > 2:
+                found[f"offset{k}/confidence_error"] = chances[2] / count
     if not found:
         return found
-    return found | {"accepted": accepted} | ({"expected": expected} if numbers.shape[1] == 7 else {})
+    return found | {"accepted": accepted} | ({"expected": expected} if numbers.shape[1] > 5 else {})
 
 
 def targets_of(offset: int, labels: Int[Tensor, "B T"], positions: Int[Tensor, "B T"]) -> tuple[Tensor, Int[Tensor, " n"]]:

@@ -194,7 +194,7 @@ class Tree:
     """A trainer.drafters.Growth: nodes see the row, the nodes above them and themselves."""
 
     branches = True
-    confidence = None
+    confidence: Float[Tensor, " m"] | None = None
 
     def __init__(self, drafter: Unrolled, target: Target, memory: Entries, out: Float[Tensor, "1 1 d"], like: Tensor):
         self.drafter, self.target = drafter, target
@@ -204,7 +204,8 @@ class Tree:
         self.entries = Entries(memory.keys, memory.values)
         self.above = torch.zeros(0, 0, dtype=torch.bool, device=out.device)  # which nodes each node sees
         self.depths = torch.zeros(1, dtype=torch.long, device=out.device)  # the newest token's, then the nodes'
-        self.root = self._logits(out)[0]
+        self.read = self._read(out)  # what the head reads for the newest token, then for each node
+        self.root = self._logits(self.read)[0]
         self.given = drafter.handed(out)  # (1, 1 + nodes, d)
 
     def first(self) -> Float[Tensor, " v"]:
@@ -229,12 +230,17 @@ class Tree:
             around = drafter.around(target, embedded, positions, sees.unsqueeze(0), self.entries)
             out = drafter.step(embedded, self.given[:, parents + 1], around)
             self.given = torch.cat([self.given, drafter.handed(out)], dim=1)
-        return self._logits(out)
+        self.confidence = drafter.predicted(1, self.read[parents + 1])
+        read = self._read(out)
+        self.read = torch.cat([self.read, read])
+        return self._logits(read)
 
-    def _logits(self, out: Float[Tensor, "1 m d"]) -> Float[Tensor, "m v"]:
+    def _read(self, out: Float[Tensor, "1 m d"]) -> Float[Tensor, "m d"]:
         with precision(self.like):
-            read = self.drafter.read(out)[0]
-        return self.drafter.draft_heads(self.target)[0](read.to(self.like.dtype))
+            return self.drafter.read(out)[0].to(self.like.dtype)
+
+    def _logits(self, read: Float[Tensor, "m d"]) -> Float[Tensor, "m v"]:
+        return self.drafter.draft_heads(self.target)[0](read)
 
 
 class Eagle(Unrolled):
@@ -246,7 +252,8 @@ class Eagle(Unrolled):
 
     def __init__(
         self, model: Any, offsets: int, depth: int | None, init: str, bias: bool, noise: float, feature_weight: float,
-        token_weight: float, weights: list[float] | None, weight: float, loss: str, eta: float, lr_scale: float,
+        token_weight: float, weights: list[float] | None, weight: float, loss: str, eta: float, confidence: float | None,
+        lr_scale: float,
     ):  # fmt: skip
         super().__init__(offsets, depth, weights, [1.0] * offsets, weight, lr_scale, loss, eta)
         self.noise, self.feature_weight, self.token_weight = noise, feature_weight, token_weight
@@ -259,6 +266,7 @@ class Eagle(Unrolled):
                 self.fc.bias = nn.Parameter(torch.zeros_like(self.fc.weight[:, 0]))
             if init == "last_layer":
                 self.fc.weight.copy_(torch.eye(size, 2 * size).roll(size, dims=1))
+        self.predict_acceptance(model, confidence, 1)
 
     def entering(self, hidden: Tensor, features: Tensor | None) -> Tensor:
         if self.training and self.noise:
@@ -273,7 +281,7 @@ class Eagle(Unrolled):
         return out.detach()
 
     def loss(self, seen: Seen, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
-        total, numbers, drafts = self.distilled(seen, target, chunk, self.states(seen, target))
+        total, beside, numbers, drafts = self.distilled(seen, target, chunk, self.states(seen, target))
         taught = where_taught(seen)
         wanted = seen.hidden.detach()[taught].float()
         features = total.new_zeros(())
@@ -282,7 +290,7 @@ class Eagle(Unrolled):
             counts = where.roll(k, dims=1)[taught]
             apart = F.smooth_l1_loss(drafts[k - 1].float(), wanted, reduction="none").mean(-1)
             features = features + weight * (apart * counts).sum()
-        return self.feature_weight * features + self.token_weight * total, numbers
+        return self.feature_weight * features + self.token_weight * total + beside, numbers
 
 
 def masked_layer(model: Any, init: str) -> Any:

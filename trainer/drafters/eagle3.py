@@ -47,7 +47,7 @@ class Eagle3(Unrolled):
     def __init__(
         self, model: Any, offsets: int, depth: int | None, aux_layers: list[int] | None, draft_vocab_size: int | None,
         coverage: float, train_head: bool, norm_output: bool, fc_norm: bool, init: str, weights: list[float] | None, beta: float,
-        weight: float, loss: str, eta: float, lr_scale: float,
+        weight: float, loss: str, eta: float, confidence: float | None, lr_scale: float,
     ):  # fmt: skip
         super().__init__(offsets, depth, weights, [beta**k for k in range(offsets)], weight, lr_scale, loss, eta)
         config = model.config.get_text_config()
@@ -69,6 +69,7 @@ class Eagle3(Unrolled):
         with torch.no_grad():
             if init == "last_layer":
                 self.fc.weight.copy_(torch.eye(self.fc.in_features, size).roll(-size, dims=0).t())
+        self.predict_acceptance(model, confidence, 1)
 
     @property
     def vocabulary(self) -> Int[Tensor, " v"] | None:

@@ -81,19 +81,24 @@ class Hydra(Distilled):
     """K heads of `layers` blocks; conf/drafter/hydra.yaml says what the knobs mean.
 
     Raises:
-        DrafterError: an unknown `loss`, weights that are not of K offsets, less than one block, or a prefix layer that
-            cannot be built of the model's.
+        DrafterError: an unknown `loss`, weights that are not of K offsets, less than one block, `confidence` that is not above 0 or
+            with loss=labels, or a prefix layer that cannot be built of the model's.
     """
 
     def __init__(
         self, model: Any, offsets: int, layers: int, own_head: bool, prefix: bool, dropout: float, loss: str, eta: float,
-        weights: list[float] | None, weight: float, lr_scale: float,
+        confidence: float | None, weights: list[float] | None, weight: float, lr_scale: float,
     ):  # fmt: skip
         if loss not in (choices := ("labels", *KINDS)):
             raise DrafterError(f"drafter.loss={loss}: one of {', '.join(choices)}")
         super().__init__(offsets, weights, [1.0] * offsets, weight, lr_scale, "ce" if loss == "labels" else loss, eta)
         if layers < 1:
             raise DrafterError(f"drafter.layers={layers}, but a head without a block reads no drafted token: set at least 1")
+        if loss == "labels" and confidence is not None:
+            raise DrafterError(
+                f"drafter.confidence={confidence}, and with drafter.loss=labels no acceptance is known to learn from: set drafter.loss=ce "
+                "or another distance from the target's distributions, or leave drafter.confidence out"
+            )
         if not 0 <= dropout < 1:
             raise DrafterError(f"drafter.dropout={dropout}, and it is a share from 0 to below 1")
         self.hard, self.dropout, self.own_head, self.blocks = loss == "labels", dropout, own_head, layers
@@ -104,6 +109,7 @@ class Hydra(Distilled):
         for k in range(1, offsets + 1):
             blocks = [FirstBlock(size, k + 1, device), *(ResidualBlock(size, device) for _ in range(layers - 1))]
             self.heads.append(nn.Sequential(*blocks, *([output_layer(model)] if own_head else [])))
+        self.predict_acceptance(model, confidence, offsets)
 
     def head_of(self, offset: int, target: Target) -> tuple[Head, tuple[nn.Parameter, ...]]:
         if not self.own_head:
@@ -170,17 +176,23 @@ class Paths:
         self.depth = drafter.offsets
         self._drafter, self._target, self._like = drafter, target, like
         self._beside = [root[0]]  # for the newest token, then each node: s_t and the embeddings up to its own
+        self._read = [drafter.read(1, root, like)[0]]  # and what the head reads of it
 
     @torch.no_grad()
     def first(self) -> Float[Tensor, " V"]:
-        return self._logits(1, self._beside[0].unsqueeze(0))[0]
+        return self._logits(1, self._read[0].unsqueeze(0))[0]
 
     @torch.no_grad()
     def below(self, tokens: Int[Tensor, " m"], parents: Int[Tensor, " m"]) -> Float[Tensor, "m V"]:
-        above = torch.stack([self._beside[parent + 1] for parent in parents.tolist()])
+        places = [parent + 1 for parent in parents.tolist()]
+        above = torch.stack([self._beside[place] for place in places])
         beside = torch.cat([above, self._target.embed(tokens).to(above.dtype)], dim=-1)
+        k = beside.shape[-1] // self._target.config.hidden_size - 1
+        self.confidence = self._drafter.predicted(k - 1, torch.stack([self._read[place] for place in places]))
+        read = self._drafter.read(k, beside, self._like)
         self._beside += beside.unbind()
-        return self._logits(beside.shape[-1] // self._target.config.hidden_size - 1, beside)
+        self._read += read.unbind()
+        return self._logits(k, read)
 
-    def _logits(self, k: int, beside: Float[Tensor, "m c"]) -> Float[Tensor, "m V"]:
-        return self._drafter.head_of(k, self._target)[0](self._drafter.read(k, beside, self._like))
+    def _logits(self, k: int, read: Float[Tensor, "m d"]) -> Float[Tensor, "m V"]:
+        return self._drafter.head_of(k, self._target)[0](read)

@@ -26,7 +26,7 @@ FORMAT = 1
 # Settings that say how a drafter is trained, and not what its weights mean. Where they change the weights' shapes those are refused.
 _OF_TRAINING = {
     "offsets", "depth", "weights", "beta", "weight", "ramp", "loss", "eta", "lr_scale", "detach", "init", "noise", "feature_weight",
-    "token_weight", "dropout", "train_head", "coverage",
+    "token_weight", "dropout", "train_head", "coverage", "confidence",
 }  # fmt: skip
 
 
