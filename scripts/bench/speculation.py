@@ -8,7 +8,7 @@
     python -m scripts.bench.speculation out=FOLDER table=true
 
 1. costs: a pass of the base over 1 .. 64 new tokens after `context` ones, as a chain and as siblings of a tree, in turns, with the
-   output head: the medians, over the pass of one token. It is what trainer.decoding.trees.search asks for.
+   output head: the medians, over the pass of one token. python -m trainer.speculate tree=search searches a tree with the least ones.
 2. The base answers the first `rows` and the last `held_out` prompts of the file greedily, as scripts.bench.heads has it.
 3. Each drafter is trained alone on the frozen base on those answers, `minutes` each, with a warm-up of twenty steps and a constant rate.
    settings.NAME=[optimizer.lr=3e-4,drafter.offsets=5] go to that drafter's run, `overrides` to all.
@@ -52,8 +52,7 @@ def costs(options: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from trainer import assembly, base, config
-    from trainer.decoding.speculative import now
-    from trainer.decoding.texts import Texts
+    from trainer.decoding.calibration import verifying
     from trainer.drafters import Target
 
     assembly.quiet()
@@ -66,31 +65,12 @@ def costs(options: dict[str, Any]) -> dict[str, Any]:
     target = Target(described.load(dtype, None, device).eval())
     vocabulary = target.config.vocab_size
     prompt = torch.randint(vocabulary, (options["context"],), generator=torch.Generator().manual_seed(0)).to(device)
-    shapes = {"chain": lambda n: list(range(-1, n - 2)), "tree": lambda n: [-1] * (n - 1)}
-    took: dict[tuple[str, int], list[float]] = {(shape, n): [] for shape in shapes for n in options["widths"]}
-    with torch.no_grad():
-        texts = {}
-        for shape in shapes:
-            texts[shape] = Texts(target, (), whole=shape == "tree")
-            texts[shape].open([prompt])
-            texts[shape].may_forget()
-        for repeat in range(-2, options["repeats"]):  # the first two warm up
-            for (shape, n), seconds in took.items():
-                text, tokens = texts[shape], prompt[:n]
-                started = now(device)
-                hidden, _ = text.read([tokens], [shapes[shape](n)])[0]
-                target.head(hidden).argmax(-1).tolist()
-                if repeat >= 0:
-                    seconds.append(now(device) - started)
-                text.keep([[]])
-                # The newest token is read anew by the next pass, so that all passes come after the same context.
-                text.cache.crop(-1)
-                text.lengths[0] -= 1
+    took = verifying(target, prompt, options["widths"], options["repeats"])
     found: dict[str, Any] = {"kind": "costs", "base": options["base"], "context": options["context"], "dtype": str(dtype)}
-    for shape in shapes:
-        medians = {n: 1000 * statistics.median(took[shape, n]) for n in options["widths"]}
+    for shape, passes in took.items():
+        medians = {n: 1000 * statistics.median(seconds) for n, seconds in passes.items()}
         found[shape] = {
-            str(n): {"ms": ms, "least_ms": 1000 * min(took[shape, n]), "ratio": ms / medians[min(medians)]}
+            str(n): {"ms": ms, "least_ms": 1000 * min(passes[n]), "ratio": ms / medians[min(medians)]}
             for n, ms in medians.items()
         }
     return found

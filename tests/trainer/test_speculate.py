@@ -81,6 +81,66 @@ def test_trees_and_batches_write_the_same(trained, shown, tmp_path, tree):
         assert len(found["positions"]) <= 2
 
 
+@pytest.fixture
+def costs(monkeypatch):
+    """Passes and drafts that take what is told."""
+
+    def told(more, draft):
+        def verifying(target, context, widths, trees, layers):
+            return {shape: {n: [1 + more * n] for n in widths} for shape in (("chain", "tree") if trees else ("chain",))}
+
+        monkeypatch.setattr(speculate.calibration, "verifying", verifying)
+        monkeypatch.setattr(speculate.calibration, "drafting", lambda target, drafter, text, trees: [draft] * len(trees))
+
+    return told
+
+
+def test_a_searched_tree_is_one_to_decode_with_and_gives_what_was_expected(trained, shown, tmp_path, costs):
+    costs(1e-9, 0.0)
+    file, searched, found = (tmp_path / name for name in ("tree.json", "searched.json", "found.json"))
+    asked = [f"run={trained()}", "heldout=4", "max_new_tokens=12", f"paths={file}"]
+    assert speculate.main([*asked, "tree=search", "size=12", "top_k=4", f"json={searched}"]) == 0
+    expected = json.loads(searched.read_text())
+    assert json.loads(file.read_text()) == expected["paths"] != []
+    assert len(expected["paths"]) <= 12
+    assert max(max(path) for path in expected["paths"]) < 4
+    assert f"tree=static paths={file}" in shown.getvalue()
+    assert speculate.main([*asked, "tree=static", f"json={found}"]) == 0
+    assert json.loads(found.read_text())["accepted"] == pytest.approx(expected["tokens"])
+    assert expected["ratio"] == pytest.approx(expected["tokens"])
+
+
+def test_where_drafting_does_not_pay_no_tree_is_written(trained, shown, tmp_path, costs):
+    costs(0.0, 99.0)
+    file = tmp_path / "tree.json"
+    assert speculate.main([f"run={trained()}", "heldout=2", "max_new_tokens=9", "tree=search", f"paths={file}"]) == 0
+    assert not file.exists()
+    page = " ".join(shown.getvalue().split())
+    assert "Drafting does not pay here" in page
+    assert "is not written" in page
+
+
+def test_a_target_that_reads_no_trees_gets_a_chain(trained, shown, monkeypatch, costs):
+    costs(1e-9, 0.0)
+
+    def refused(target):
+        raise speculate.DrafterError("it reads no trees")
+
+    monkeypatch.setattr(speculate, "allow_trees", refused)
+    assert speculate.main([f"run={trained()}", "heldout=4", "max_new_tokens=12", "tree=search"]) == 0
+    page = shown.getvalue()
+    assert "Chains only: it reads no trees" in page
+    assert json.loads(page.strip().splitlines()[-1]) in ([[0]], [[0], [0, 0]], [[0], [0, 0], [0, 0, 0]])
+
+
+def test_a_search_measures_this_machine(trained, shown, tmp_path):
+    file = tmp_path / "searched.json"
+    assert speculate.main([f"run={trained()}", "heldout=2", "max_new_tokens=12", "tree=search", "size=3", f"json={file}"]) == 0
+    found = json.loads(file.read_text())
+    assert all(list(took) == ["1", "2", "3", "4"] and min(took.values()) > 0 for took in found["passes_ms"].values())
+    assert set(found["passes_ms"]) == {"chain", "tree"}
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -182,6 +242,17 @@ def test_texts_that_differ_are_told_and_no_error(shown):
         ("mtp_medusa", ["prompt=x", "policy=refusal:2"], "its threshold is a probability"),
         ("mtp_medusa", ["prompt=x", "paths=/nowhere.json"], "paths=/nowhere.json cannot be read"),
         ("mtp_medusa", ["prompt=x", "json=/nowhere/at/all.json"], "there is no such folder"),
+        ("mtp_medusa", ["prompt=x", "tree=search", "paths=/nowhere/at/all.json"], "there is no such folder"),
+        ("mtp_medusa", ["prompt=x", "tree=search", "temperature=1"], "temperature=1.0: tree=search measures greedy decoding"),
+        (
+            "mtp_medusa",
+            ["prompt=x", "tree=search", "batch_size=2"],
+            "batch_size=2: tree=search measures greedy decoding of one",
+        ),
+        ("mtp_medusa", ["prompt=x", "tree=search", "policy=refusal:0.7"], "policy=refusal:0.7: tree=search measures"),
+        ("mtp_medusa", ["prompt=x", "tree=search", "drafter=lookup"], "drafter=lookup makes trees of its own"),
+        ("mtp_medusa", ["prompt=x", "tree=search", "size=0"], "size=0: a number of at least 1"),
+        ("mtp_medusa", ["prompt=x", "tree=search", "max_new_tokens=1"], "no answer to these prompts has a second token"),
         ("mtp_medusa", ["prompts=/nowhere.jsonl"], "prompts=/nowhere.jsonl cannot be read"),
         ("text", ["prompt="], "a prompt is empty"),
         ("text", ["heldout=2"], "this run continues plain text"),

@@ -226,13 +226,15 @@ def dyspec(size: int, depth: int = LONGEST, policy: Policy | None = None) -> Bes
     return Best(size, depth, None, policy)
 
 
-def search(acceptance: Sequence[Sequence[float]], cost: Sequence[float]) -> list[Path]:
+def search(
+    acceptance: Sequence[Sequence[float]], cost: Sequence[float], tokens: Callable[[Sequence[Path]], float] | None = None
+) -> list[Path]:
     """The fixed tree of the most tokens for its cost.
 
     `acceptance[d][r]` is how often the child of rank r is right below a right node of depth d; cost[n] is what it takes, in any unit, to
     draft and verify n tokens beside the newest one, n = 0 .. N. Nodes are added by their chance of being reached, at most N of them
     (Medusa, arXiv 2401.10774, section 2.3.3); of these trees the one with the largest (1 + Σ chances) / cost is given, which may be
-    empty: then drafting does not pay.
+    empty: then drafting does not pay. `tokens` says what a tree gives where that is known better than by Σ chances.
     """
     nodes: list[Path] = []
     waiting: list[tuple[float, Path]] = [(-chance, (rank,)) for rank, chance in enumerate(acceptance[0])]
@@ -242,8 +244,8 @@ def search(acceptance: Sequence[Sequence[float]], cost: Sequence[float]) -> list
         chance, path = heapq.heappop(waiting)
         nodes.append(path)
         expected -= chance
-        if expected / cost[len(nodes)] > best:
-            best, size = expected / cost[len(nodes)], len(nodes)
+        if (rate := (expected if tokens is None else tokens(nodes)) / cost[len(nodes)]) > best:
+            best, size = rate, len(nodes)
         if len(path) < len(acceptance):
             for rank, more in enumerate(acceptance[len(path)]):
                 heapq.heappush(waiting, (chance * more, (*path, rank)))

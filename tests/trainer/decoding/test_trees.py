@@ -261,6 +261,38 @@ def test_a_search_finds_the_tree_of_the_most_tokens_for_its_cost():
     Levels(search(acceptance, [1.0] * 9))  # closed under parents
 
 
+def closed(paths):
+    """All sets of these nodes that hold the parent of each."""
+    for keep in itertools.product([False, True], repeat=len(paths)):
+        tree = {path for path, kept in zip(paths, keep, strict=True) if kept}
+        if all(len(path) == 1 or path[:-1] in tree for path in tree):
+            yield tree
+
+
+@pytest.mark.parametrize("acceptance", [[[0.6, 0.2], [0.5, 0.3], [0.4]], [[0.3, 0.25], [0.9, 0.05]], [[0.7], [0.2], [0.9]]])
+@pytest.mark.parametrize("slope", [0.02, 0.15, 0.3, 0.9])
+def test_no_small_tree_is_better_than_the_one_found(acceptance, slope):
+    ranks = [range(len(row)) for row in acceptance]
+    paths = [path for length in range(1, len(ranks) + 1) for path in itertools.product(*ranks[:length])]
+    cost = [1 + slope * n for n in range(len(paths) + 1)]
+
+    def rate(tree):
+        return (1 + sum(math.prod(acceptance[d][r] for d, r in enumerate(path)) for path in tree)) / cost[len(tree)]
+
+    found = search(acceptance, cost)
+    assert rate(found) == pytest.approx(max(map(rate, closed(paths))))
+    assert bool(found) == (rate(found) > 1)
+    assert not found or slope < 0.9
+
+
+def test_what_a_tree_gives_may_be_told():
+    acceptance, cost = [[0.6, 0.2], [0.5]], [1 + 0.1 * n for n in range(5)]
+    asked = []
+    found = search(acceptance, cost, lambda nodes: (asked.append(list(nodes)), 5.0 if len(nodes) == 3 else 1.0)[1])
+    assert asked == [[(0,)], [(0,), (0, 0)], [(0,), (0, 0), (1,)], [(0,), (0, 0), (1,), (1, 0)]]
+    assert found == [(0,), (1,), (0, 0)]
+
+
 def test_options_make_the_shapes_they_name():
     assert len(paths_of(named("chain", 2)(Table(), Drawing(V, 9)))) == 2
     assert not named("chain").branches
