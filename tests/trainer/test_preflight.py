@@ -434,3 +434,24 @@ def test_a_model_that_attends_can_be_packed_and_is_left_as_it_was(tiny, attentio
     model = Base(tiny.path, "auto", attention, "none", True).load(dtype).train()
     preflight.refuse_contamination(model, tiny)
     assert model.training
+
+
+class Counting(Carrying):
+    """Rows of their own, but for positions that count on where a row begins: with `often` all of them, else one."""
+
+    def __init__(self, often: bool):
+        super().__init__(0.0)
+        self.often = often
+
+    def forward(self, input_ids, position_ids=None, use_cache=False):
+        logits = super().forward(input_ids).logits
+        shift = torch.full_like(logits, float(input_ids.shape[1]))
+        if not self.often:
+            shift[:, :-1] = 0.0
+        return namedtuple("Output", "logits")(logits + shift)
+
+
+def test_one_token_that_rounding_turns_over_is_no_other_row(tiny):
+    preflight.refuse_contamination(Counting(False), tiny)
+    with pytest.raises(BaseError, match="packed rows see each other"):
+        preflight.refuse_contamination(Counting(True), tiny)
