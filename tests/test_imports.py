@@ -21,7 +21,7 @@ ORDER = [
     "features", "stream",
     "penalties", "drafters", "decoding", "finetune", "distill",
     "folder", "branch", "evaluate", "callbacks", "assembly", "layouts", "export", "compress", "sizes", "report", "preview", "preflight",
-    "generate", "written", "respond", "speculate", "speculation",
+    "generate", "written", "respond", "treesearch", "speculate", "speculation",
     "cooldown", "realign", "density", "failures",
     "resume", "run", "__main__",
 ]  # fmt: skip

@@ -482,6 +482,8 @@ def main(argv: list[str]) -> int:
     count = 0
     try:
         with Signals():
+            if options["prompts"] is not None:
+                reading.Source(options["prompts"], "train", False, "prompts")  # before the task, which would call it task.path
             task = assembly.instantiate(plain["task"])
             found, key = _found(options, plain, task)
             count = len(found)

@@ -8,8 +8,9 @@ from torch import nn
 
 from tests.adapters import toys
 from trainer.drafters import DrafterError, Seen, Target, metrics
+from trainer.drafters.distillation import KINDS, Distillation, chunked_distillation
 from trainer.drafters.distilled import Distilled
-from trainer.losses import KINDS, Distillation, captured_layers, chunked_distillation
+from trainer.losses import captured_layers
 from trainer.plan import Collate, Pick
 from trainer.tokens import Tokens
 

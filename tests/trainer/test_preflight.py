@@ -451,6 +451,20 @@ class Counting(Carrying):
         return namedtuple("Output", "logits")(logits + shift)
 
 
+class Leaking(Carrying):
+    """Only a row's first token sees what stands before it, as in a short convolution that forgets no row."""
+
+    def forward(self, input_ids, position_ids=None, use_cache=False):
+        x = super().forward(input_ids).logits
+        begins = torch.zeros(x.shape[:2], dtype=torch.bool) if position_ids is None else position_ids == 0
+        return namedtuple("Output", "logits")(x + (begins.unsqueeze(-1) * x.roll(1, dims=1)))
+
+
+def test_a_row_that_leaks_into_one_token_is_noticed(tiny):
+    with pytest.raises(BaseError, match="packed rows see each other"):
+        preflight.refuse_contamination(Leaking(0.0), tiny)
+
+
 def test_one_token_that_rounding_turns_over_is_no_other_row(tiny):
     preflight.refuse_contamination(Counting(False), tiny)
     with pytest.raises(BaseError, match="packed rows see each other"):

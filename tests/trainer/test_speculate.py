@@ -10,7 +10,8 @@ import rich
 from rich.console import Console
 
 from tests.conftest import sums, write_rows
-from trainer import assembly, speculate
+from trainer import assembly, speculate, treesearch
+from trainer.decoding import calibration
 from trainer.decoding.speculative import Result
 from trainer.tokens import Renderer
 
@@ -89,8 +90,8 @@ def costs(monkeypatch):
         def verifying(target, context, widths, trees, layers):
             return {shape: {n: [1 + more * n] for n in widths} for shape in (("chain", "tree") if trees else ("chain",))}
 
-        monkeypatch.setattr(speculate.calibration, "verifying", verifying)
-        monkeypatch.setattr(speculate.calibration, "drafting", lambda target, drafter, text, trees: [draft] * len(trees))
+        monkeypatch.setattr(calibration, "verifying", verifying)
+        monkeypatch.setattr(calibration, "drafting", lambda target, drafter, text, trees: [draft] * len(trees))
 
     return told
 
@@ -126,7 +127,7 @@ def test_a_target_that_reads_no_trees_gets_a_chain(trained, shown, monkeypatch, 
     def refused(target):
         raise speculate.DrafterError("it reads no trees")
 
-    monkeypatch.setattr(speculate, "allow_trees", refused)
+    monkeypatch.setattr(treesearch, "allow_trees", refused)
     assert speculate.main([f"run={trained()}", "heldout=4", "max_new_tokens=12", "tree=search"]) == 0
     page = shown.getvalue()
     assert "Chains only: it reads no trees" in page

@@ -2,7 +2,7 @@
 
     L = Σ_k w_k Σ_t loss(p_{t+k}, q_k[t])        p_t = softmax(head(h_t)), the target's for x_{t+1}        q_k[t] the k-th draft's
 
-The losses are trainer.losses.Distillation's. A position counts for offset k where x_{t+1+k} is trained and of t's row, as for all
+The losses are trainer.drafters.distillation's. A position counts for offset k where x_{t+1+k} is trained and of t's row, as for all
 drafters. With tokens that the target wrote itself, greedily, the target's best guess is the row's token.
 
 A drafter may also predict whether its tokens are taken, for a policy that ends drafts early (trainer.decoding.trees.hopeful):
@@ -34,9 +34,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.drafters import DrafterError, Seen, Target, targets_of
+from trainer.drafters.distillation import KINDS, Distillation, chunked_distillation
 from trainer.drafters.layers import Heads, precision
 from trainer.drafters.medusa import ResidualBlock
-from trainer.losses import KINDS, Distillation, Head, chunked_distillation
+from trainer.losses import Head
 
 
 class Distilled(Heads):

@@ -29,10 +29,11 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from trainer.drafters import Drafter, DrafterError, News, Seen, Target
+from trainer.drafters.distillation import KINDS
 from trainer.drafters.distilled import Distilled
 from trainer.drafters.layers import ahead, around, decoder_layer, final_norm, output_layer, precision, read_by, through
 from trainer.drafters.medusa import ResidualBlock
-from trainer.losses import KINDS, Head
+from trainer.losses import Head
 
 
 class FirstBlock(nn.Module):
@@ -54,8 +55,8 @@ class Prefix(nn.Module):
     """norm(Block(h)): a decoder layer and a norm, (B, T, d) to (B, T, d), both in fp32.
 
     A random layer adds little to h, and with the mean of the target's final norm's weights in each place of the norm s is about as large
-    as h. At SmolLM2-135M a head then starts with 77% of the target's next-token probability in common (Σ min(p, q)), with ones for the
-    norm 28%, with copies of the last layer and the norm 2%.
+    as h, so that heads start near the target's own. On one text of 400 tokens at SmolLM2-135M they then had 77 % of its next-token
+    probability in common (Σ min(p, q)), with ones for the norm 28 %, with copies of the last layer and the norm 2 %.
     """
 
     def __init__(self, model: Any):
