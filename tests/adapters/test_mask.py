@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from adapters import mask
 from adapters.delta import AdapterError
+from tests.ranks import spawn
 
 WANTED = {"layers.0.q_proj": ((4, 6), 5), "layers.0.up_proj": ((8, 6), 3)}
 SHAPES = {name: shape for name, (shape, _) in WANTED.items()}
@@ -267,9 +267,6 @@ def test_statistics_are_those_of_plain_loops(o, i, k):
 
 
 def _agreement(rank: int, folder: Path) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(minutes=2)
-    )
     other = SUPPORTS | {"layers.0.up_proj": torch.tensor([1, 2, 46], dtype=torch.int32)}
     cases: dict[str, dict[str, Any]] = {
         "equal": dict(reversed(SUPPORTS.items())) if rank else SUPPORTS,
@@ -287,11 +284,10 @@ def _agreement(rank: int, folder: Path) -> None:
         except AdapterError as error:
             said[case] = str(error)
     (folder / f"{rank}.json").write_text(json.dumps(said))
-    torch.distributed.destroy_process_group()
 
 
 def test_processes_with_other_supports_are_stopped(tmp_path):
-    torch.multiprocessing.spawn(_agreement, (tmp_path,), nprocs=2)
+    spawn(_agreement, tmp_path)
     refused = "the processes of this run have different supports, so their values would not belong together"
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {

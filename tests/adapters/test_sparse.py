@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from adapters.lora import LoRA
 from adapters.rosa import RoSA, RoSAAdapter
 from adapters.sparse import SparseDelta
 from tests.adapters import toys
+from tests.ranks import spawn
 
 PATHS = ("sparse", "both", "before", "low")  # before: a low-rank part and no support yet; low: there will be none
 SCALE = 0.7
@@ -330,20 +330,16 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _rank(rank: int, folder: Path) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(minutes=2)
-    )
     for mask_of in ("random", "gradient"):
         _, model = attached(toys.llama(), mask=mask_of)
         ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
         for rows in (slice(2 * rank, 2 * rank + 1), slice(2 * rank + 1, 2 * rank + 2)):  # two micro-batches
             (toys.loss(ddp, toys.IDS[rows]) / 2).backward()
         torch.save(gradients(model), folder / f"{mask_of}{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_have_the_gradient_of_one(tmp_path):
-    torch.multiprocessing.spawn(_rank, (tmp_path,), nprocs=2)  # a fork hangs in threads that earlier tests have left
+    spawn(_rank, tmp_path)
     for mask_of in ("random", "gradient"):
         _, model = attached(toys.llama(), mask=mask_of)
         toys.loss(model).backward()

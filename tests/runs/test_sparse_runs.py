@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from adapters.rosa import RoSAAdapter, Scores
 from adapters.sparse import SparseDelta
 from adapters.spiel import SpIEL
 from tests.adapters import toys
+from tests.ranks import spawn
 from tests.trainer import test_finetune
 from trainer.base import Base
 
@@ -97,9 +97,6 @@ BROKEN = 6  # the step in which the first process has nothing finite, which open
 
 
 def _rank(rank: int, folder: Path) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(minutes=2)
-    )
     found: dict[str, Any] = {"masks": {}, "spiel": []}
 
     for score in ("squared", "mean"):
@@ -152,14 +149,13 @@ def _rank(rank: int, folder: Path) -> None:
     except AdapterError as error:
         found["one step"] = str(error)
     torch.save(found, folder / f"found{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes came to."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_rank, (folder,), nprocs=2)
+    spawn(_rank, folder)
     return [torch.load(folder / f"found{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
