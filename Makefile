@@ -15,6 +15,7 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slurm
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

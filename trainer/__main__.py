@@ -1,5 +1,6 @@
 """`python -m trainer +experiment=NAME`: Hydra's entry. Everything heavy is imported inside `_job`, after the checks."""
 
+import atexit
 import logging
 import os
 import sys
@@ -11,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from trainer import config
+from trainer import config, requeue
+from trainer.signals import Signals
 
 # What composing a config and making the run folder raise; what comes later ends in _job.
 _BAD_INPUT = (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError)
@@ -23,11 +25,33 @@ def _job(cfg: DictConfig) -> float | None:
 
     # Again: a launcher's worker has not passed through config.install.
     config.check(cfg, OmegaConf.to_container(HydraConfig.get().runtime.choices))  # type: ignore[arg-type]
+    if (fault := requeue.other_tasks(OmegaConf.to_container(cfg.lightning))) is not None:  # type: ignore[arg-type]
+        sys.exit(config.bad(fault))
+    with Signals() as signals:
+        number, folder, step = None, None, None
+        try:
+            return _run(cfg, signals)
+        except requeue.Stopped as stop:
+            logging.getLogger("trainer").warning("%s", stop)
+            number, folder, step = stop.number, stop.folder, stop.step
+        except SystemExit as end:
+            if signals.received is None or end.code != 128 + signals.received:
+                raise
+            number = signals.received  # before there was a folder
+        signals.ignore()
+        settings = {"requeue": cfg.requeue, "max_requeues": cfg.max_requeues}
+        sys.exit(requeue.exit_code(settings, number, folder, step))
+
+
+def _run(cfg: DictConfig, signals: Signals) -> float | None:
+    """The run, with what goes wrong told in one message and an exit code."""
     from trainer import failures
     from trainer.run import Unfinished, run
 
     try:
-        return run(cfg)
+        return run(cfg, signals)
+    except requeue.Stopped:
+        raise
     except Exception as error:
         log = logging.getLogger("trainer")
         if isinstance(error, Unfinished):
@@ -42,6 +66,17 @@ def _job(cfg: DictConfig) -> float | None:
         sys.exit(explained[1])
 
 
+def _leave_the_group(code: object) -> None:
+    """Exit now where a group of processes has not been ended: one of them is gone, and torch, which ends the group as the interpreter
+    goes, can wait for it for ever."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
+
+
 def main() -> None:
     """Run, or with Hydra's flags print the config (--cfg job), sweep (--multirun) or help."""
     flags = get_args_parser().parse_args()
@@ -53,12 +88,22 @@ def main() -> None:
                 "conf/ is the schema of all configs. Add your own with --config-dir=FOLDER, as FOLDER/experiment/NAME.yaml"
             )
         )
+    launcher = next((word for word in flags.overrides if word.startswith("hydra/launcher=")), "hydra/launcher=basic")
+    if launcher != "hydra/launcher=basic" and not flags.multirun:
+        sys.exit(
+            config.bad(
+                f"{launcher} starts the runs of a sweep: add --multirun. One run as a SLURM job: python -m trainer.submit"
+            )
+        )
     sys.argv[1:] = config.rewrite(sys.argv[1:])
     config.install(incomplete=bool(flags.help or flags.hydra_help or flags.cfg or flags.info))
     traced = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on then, and prints none itself
     try:
         _job()
+    except SystemExit as end:
+        _leave_the_group(end.code)
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
     except _BAD_INPUT as error:

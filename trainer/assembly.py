@@ -70,10 +70,14 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # on a login node it may well not be meant
     warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")  # the sampler starts where the run stopped
     warnings.filterwarnings("ignore", message=".*IterableDataset. has .__len__. defined.*")  # a stream has one reader
     warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode.*")  # a frozen target stays in it
     warnings.filterwarnings("ignore", message="Position ids are not supported.*")  # PEFT's prompts; it drops generate's own
+    warnings.filterwarnings(
+        "ignore", message="(?s).*FSDP2-wrapped module .* returned a view tensor.*"
+    )  # of logits that nobody asks for
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT asks for it
 

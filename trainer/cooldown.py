@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,9 @@ def arguments(options: dict[str, str], more: list[str]) -> tuple[str, list[str]]
         )
     shape = "" if options["shape"] == "1-sqrt" else f"-{options['shape']}"
     name = options["name"] or f"{path.name}-cooldown-{step}-{length}{shape}"
-    kept = [override for override in content["overrides"] if _key(override) not in (*_OWN, *map(_key, more))]
+    # folder.read has asked whether the base's own code may run by the config; the overrides are as the folder has them.
+    trust = () if config["base"].get("trust_remote_code") else ("base.trust_remote_code",)
+    kept = [override for override in content["overrides"] if _key(override) not in (*_OWN, *trust, *map(_key, more))]
     return name, [
         *kept, f"name={name}", f"runs={path.parent}", "branch=cooldown", f"branch.run={path}", f"branch.step={step}",
         f"branch.steps={length}", f"branch.level={rates[-1]!r}", f"branch.shape={options['shape']}", f"branch.final={options['final']}",
@@ -114,13 +117,22 @@ def _places(values: list[str]) -> list[str]:
 
 
 def finished(command: list[str]) -> int:
-    """Run a branch; returns its exit code. Ctrl-C reaches the branch too, which saves its step and ends by itself."""
+    """Run a branch; returns its exit code. What asks a run to stop is handed on to the branch, which saves its step and ends by itself;
+    Ctrl-C reaches it anyway."""
     process = subprocess.Popen(command)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue
+    before = {
+        number: signal.signal(number, lambda number, frame: process.send_signal(number))
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    }
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _key(override: str) -> str:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,7 +27,7 @@ import datasets
 import numpy as np
 import tokenizers
 import transformers
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from tasks import conversation, reading, wheel
 from tasks import task as tasks_task
@@ -38,6 +39,7 @@ from trainer.tokens import Refused, Renderer, Tokens
 log = logging.getLogger(__name__)
 
 SHOWN = 20  # broken rows that an error or a report lists
+WAIT = 30  # seconds between two messages of a process that waits for another one's rows
 _FEATURES = datasets.Features(
     {
         "ids": datasets.List(datasets.Value("int32")),
@@ -144,6 +146,9 @@ def _list_lengths(table: datasets.Dataset, name: str) -> np.ndarray:
 def tokenise(task: Any, split: str, renderer: Renderer, max_length: int, overlong: str, processes: int) -> Rows:
     """All rows of a split as tokens, from the cache where nothing has changed that they depend on.
 
+    Of several processes that share the cache one makes it, and the others wait at its lock, which goes with its process: for as
+    long as it takes, and with no message of torch's in between that could be late.
+
     Raises:
         DataError: a broken row (with on_bad=raise) or an over-long one (with overlong=raise), or no row is left.
     """
@@ -155,12 +160,16 @@ def tokenise(task: Any, split: str, renderer: Renderer, max_length: int, overlon
     folder = wheel.cache_dir() / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
     report_file = folder / f"{key}.json"
-    with FileLock(folder / f"{key}.lock"):
+    error_file = folder / f"{key}.error"
+    before = _text(error_file)
+    with _locked(folder / f"{key}.lock", split) as waited:
+        if waited and (told := _text(error_file)) not in ("", before):
+            raise DataError(told.partition("\n")[2])  # of the process that was waited for
         if report_file.exists():
             with contextlib.suppress(Exception):  # a damaged cache is made again
-                report = Report(**json.loads(report_file.read_text()))
-                table = _table(key, folder, None)
-                if len(table) == report.kept:
+                made = json.loads(report_file.read_text())
+                report, table = Report(**made["report"]), _table(key, folder, None)
+                if len(table) == report.kept and _digest(table) == made["sha256"]:
                     return Rows(table, report)
         report = Report()
         report_file.unlink(missing_ok=True)
@@ -168,11 +177,42 @@ def tokenise(task: Any, split: str, renderer: Renderer, max_length: int, overlon
         try:
             table = _table(key, folder, lambda: _kept(task, split, renderer, max_length, overlong, processes, report))
         except datasets.exceptions.DatasetGenerationError as error:
-            raise (error.__cause__ if isinstance(error.__cause__, DataError) else error) from None
+            if isinstance(error.__cause__, DataError):
+                error_file.write_text(f"{uuid.uuid4()}\n{error.__cause__}")
+                raise error.__cause__ from None
+            raise
         temporary = report_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(report)))
+        temporary.write_text(json.dumps({"report": asdict(report), "sha256": _digest(table)}))
         os.replace(temporary, report_file)
+        error_file.unlink(missing_ok=True)
     return Rows(table, report)
+
+
+def _digest(table: datasets.Dataset) -> str:
+    """A sha256 of a table's files: a bit that turns on the disk would train other tokens without a word."""
+    return " ".join(wheel.sha256(Path(file["filename"])) for file in table.cache_files)
+
+
+def _text(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
+
+
+@contextlib.contextmanager
+def _locked(path: Path, split: str) -> Iterator[bool]:
+    """Hold a lock; gives whether another process had it before."""
+    lock, waited = FileLock(path), 0
+    while True:
+        try:
+            lock.acquire(timeout=WAIT if waited else 0)
+            break
+        except Timeout:
+            if waited:
+                log.info("%s: another process has been tokenising the rows for %d s; waiting for it", split, waited * WAIT)
+            waited += 1
+    try:
+        yield waited > 0
+    finally:
+        lock.release()
 
 
 def _table(key: str, folder: Path, generate: Any) -> datasets.Dataset:

@@ -48,16 +48,19 @@ def losses(
     """Loss per trained token, perplexity and accuracy, unless it is a drafter's alone; macro F1 for classes; trainer.drafters.metrics
     with a drafter. Each rank takes every ranks-th batch.
 
-    `stop` is asked between batches; when it says yes, the sums so far are given up and {} comes back.
+    `stop` is asked as often on each rank, between batches; when it says yes, the sums so far are given up and {} comes back.
     """
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
     order = np.argsort(-held_out.sequences.sizes()[0], kind="stable")  # long rows first: memory runs out at once or not at all
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     picks = [[Pick(int(sequence), True, 1) for sequence in batch] for batch in batches[rank::ranks]]
+    # A rank with a batch less computes one that counts for nothing: what ranks do together, they do equally often.
+    picks += [[Pick(int(order[-1]), False, 1)]] * (-(-len(batches) // ranks) - len(picks))
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     guesses = True  # whether the loss is that of next tokens
     offsets: torch.Tensor | None = None
-    scores: list[torch.Tensor] = []
-    classes: list[torch.Tensor] = []
+    confusion = torch.zeros(len(held_out.labels or ()), len(held_out.labels or ()), device=device)
     for batch in DataLoader(held_out.sequences, batch_sampler=picks, collate_fn=held_out.collate):  # type: ignore[arg-type]
         if stop():
             return {}
@@ -67,8 +70,9 @@ def losses(
         if "offsets" in found:
             offsets = found["offsets"].double() if offsets is None else offsets + found["offsets"]
         if "scores" in found:
-            scores.append(found["scores"].cpu())
-            classes.append(batch["classes"])
+            confusion += multiclass_confusion_matrix(
+                found["scores"], batch["classes"].to(device), found["scores"].shape[-1], ignore_index=-100
+            )
     total, tokens, right = reduce(sums).tolist()
     if not tokens:
         return {}
@@ -78,11 +82,10 @@ def losses(
             result["perplexity"] = math.exp(min(total / tokens, 700))
         if offsets is not None:
             result |= drafters.metrics(reduce(offsets))
-    elif ranks == 1:
-        from torchmetrics.functional.classification import multiclass_f1_score
-
-        f1 = multiclass_f1_score(torch.cat(scores), torch.cat(classes), num_classes=len(held_out.labels), average="macro")
-        result["f1"] = float(f1)
+    else:
+        confusion = reduce(confusion)
+        marked = confusion.sum(0) + confusion.sum(1)  # as a class by its row or by the guess
+        result["f1"] = float((2 * confusion.diagonal() / marked)[marked > 0].mean())
     return result
 
 

@@ -13,13 +13,14 @@ from tasks.reading import DataError
 from tasks.wheel import FetchError
 from trainer.base import BaseError
 from trainer.checkpoint import CheckpointError
-from trainer.config import EXIT_BAD_INPUT, ConfigError
+from trainer.config import EXIT_BAD_INPUT, ConfigError, redact
 from trainer.drafters import DrafterError
 from trainer.finetune import NonFinite
 from trainer.folder import FolderError
+from trainer.loading import LoadingError, killed
 
 _BAD_INPUT = (ConfigError, BaseError, DataError, AdapterError, DrafterError, FetchError, FolderError)
-_FAULTS = (CheckpointError, NonFinite)
+_FAULTS = (CheckpointError, LoadingError, NonFinite)
 
 
 def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] | None:
@@ -28,12 +29,30 @@ def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] |
         return str(error), EXIT_BAD_INPUT
     if isinstance(error, _FAULTS):
         return str(error), 1
+    if lost(error):
+        first = str(error).strip().partition("\n")[0]
+        return (
+            f"another process of this run has ended, or has not answered for lightning.timeout minutes: look for its own message, and go on "
+            f"with resume=auto. What this one saw of it: {first[:300]}"
+        ), 1
+    if (text := killed(error)) is not None:
+        return text, 1
     if out_of_memory(error):
         first = str(error).partition("\n")[0] or type(error).__name__
         return f"out of memory: {first}\n{_smaller(config)}", 1
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full: {error.filename or error}. Free some space, and go on with resume=auto", 1
     return None
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that the processes of a run cannot reach each other any more."""
+    text = str(error)
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError)
+        and ("gloo" in text or "by peer" in text)
+        and any(word in text for word in ("Connection", "Timed out", "timed out", "Broken pipe", "Socket"))
+    )
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -69,5 +88,5 @@ def told(error: Exception) -> int:
     explanation = explained(error, {})
     if explanation is None:
         raise error
-    print(explanation[0], file=sys.stderr)
+    print(redact(explanation[0]), file=sys.stderr)
     return explanation[1]

@@ -129,7 +129,10 @@ class Features:
             if changed:
                 raise FeaturesError(_remade(self.folder / name, "its content has changed since it was written"))
             self._whole.add(name)
-        return safe_open(self.folder / name, framework="pt")
+        try:
+            return safe_open(self.folder / name, framework="pt")
+        except SafetensorError as error:
+            raise FeaturesError(_remade(self.folder / name, f"it holds no tensors ({error})")) from None
 
     def row(self, row: int) -> tuple[Float[Tensor, "T d"], Float[Tensor, "T f"] | None]:
         """One row's states."""

@@ -25,6 +25,7 @@ from trainer.losses import CausalLoss, ClassLoss
 from trainer.penalties.deft import DensityDEFT
 from trainer.schedules import factor
 from trainer.schedules.cooldown import Cooling
+from trainer.sharding import Sharded, average_whole, clip_grad_norm, share_of
 
 
 class NonFinite(RuntimeError):
@@ -64,6 +65,7 @@ class FineTune(lightning.LightningModule):
         self.step_done = False  # whether the micro-batch at hand has ended a step
         self.grad_norm: Tensor | None = None
         self.density: float | None = None  # of the step at hand, as the penalty measures it, over all layers
+        self.densities: dict[str, float] = {}  # the same, of each layer that saw a token
         self.news: dict[str, float] = {}  # what the adapter had to say after the step
         self.sums: dict[str, Any] = {}  # of the step at hand
 
@@ -77,6 +79,10 @@ class FineTune(lightning.LightningModule):
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             self.model.eval()
         return self
+
+    def configure_model(self) -> None:
+        if isinstance(strategy := self.trainer.strategy, Sharded):
+            strategy.shard(self.model)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = []
@@ -120,6 +126,11 @@ class FineTune(lightning.LightningModule):
             term, densities, measured = self.penalty.term()
             tokens = batch["lengths"].sum()
             self.sums["density"] = self.sums.get("density", 0.0) + torch.stack([densities, measured]) * tokens
+            if (
+                self.trainer.world_size > 1
+            ):  # a token counts the same, whichever rank it is on, and DDP takes the mean over ranks
+                every = self.trainer.strategy.reduce(tokens.float(), reduce_op="sum")
+                term = term * (tokens * self.trainer.world_size / every.clamp(min=1))
             loss = loss + term
         penalty = self.adapter.penalty(self.model)
         return loss if penalty is None else loss + penalty
@@ -153,14 +164,17 @@ class FineTune(lightning.LightningModule):
             densities = [density / count if count else float("nan") for density, count in zip(densities, tokens, strict=True)]
             known = [density for density in densities if density == density]
             self.density = sum(known) / len(known) if known else None
+            self.densities = {name: d for (name, _), d in zip(self.penalty.layers, densities, strict=True) if d == d}
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         self.adapter.before_step(self.model, scaler.get_scale() if scaler is not None else 1.0)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         limit = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
+        if isinstance(self.trainer.strategy, Sharded):
+            average_whole(trained)
         # A drafter that is kept out of the adapter's gradients is kept out of their norm, too.
         apart = set(self.drafter.parameters()) if self.drafter is not None and self.drafter.detach else set()
         parts = [part for part in ([p for p in trained if p not in apart], [p for p in trained if p in apart]) if part]
-        norms = [nn.utils.clip_grad_norm_(part, limit) for part in parts]
+        norms = [clip_grad_norm(part, limit) for part in parts]
         self.grad_norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         if torch.isfinite(self.grad_norm) and torch.isfinite(torch.as_tensor(self.sums["loss"])):
             self.skipped_in_a_row = 0
@@ -182,7 +196,8 @@ class FineTune(lightning.LightningModule):
             raise NonFinite(
                 f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, had a loss or gradient that is not finite "
                 f"(loss {float(self.sums['loss']):.4g}, gradient norm {float(self.grad_norm or 0):.4g}). Nothing was learnt from them. "  # type: ignore[arg-type]
-                f"Lower optimizer.lr, raise the warm-up, or look at the rows of the last one: {self.sums['sequences'][:16]}"
+                f"Lower optimizer.lr, raise the warm-up, or look at the rows of the last one: {self.sums['sequences'][:16]}. "
+                "metrics.jsonl has file and line of each, under skipped"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -197,7 +212,11 @@ class FineTune(lightning.LightningModule):
         checkpoint["counters"] = {k: getattr(self, k) for k in ("step", "tokens", "skipped", "skipped_in_a_row")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.adapter.load_state(self.model, checkpoint["adapter"])
+        saved = checkpoint["adapter"]
+        if isinstance(self.trainer.strategy, Sharded):
+            own = self.adapter.state(self.model)["tensors"]
+            saved = saved | {"tensors": {name: share_of(own.get(name), tensor) for name, tensor in saved["tensors"].items()}}
+        self.adapter.load_state(self.model, saved)
         if self.penalty is not None:
             self.penalty.load_state(checkpoint["penalty"])
         if self.drafter is not None:

@@ -3,6 +3,7 @@
 run.yaml            config, overrides, versions, git revision, identity; written before anything is trained
 trainer.log         what was said
 preflight.json      what was found in the data before training
+job                 the SLURM job that started it last, where one did
 metrics.jsonl/.csv  every logged step, every evaluation
 samples.jsonl       generated answers before and after
 checkpoints/        to go on from
@@ -29,21 +30,25 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer import config, target
+from trainer import config, requeue, target, untrusted
 from trainer.checkpoint import write_text
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "bitsandbytes", "hydra-core", "wandb")
 # What may differ when a run goes on: it changes neither what is trained nor in which order.
 FREE = (
     "resume",
+    "requeue",
+    "max_requeues",
     "runs",
     "export",
     "name",
     "logger",
     "callbacks",
     "workers",
+    "loading_timeout",
     "tokenise_processes",
     "lightning.profiler",
+    "lightning.timeout",
     "threads",
     "max_time",
     "target.run",  # which step of which run it means is in the identity
@@ -51,6 +56,8 @@ FREE = (
 )
 LENGTHS = ("max_steps", "max_epochs", "max_tokens")  # free where the schedule's past stays what it was
 
+
+TRUSTED = "GRAFT_TRUST_REMOTE_CODE"  # how the verbs are told that a model's own code may run
 
 _WRITTEN = {"id", "name", "overrides", "identity", "starts", "config"}
 
@@ -77,10 +84,13 @@ class RunFolder:
         folder = cls(path)
         if not owner:
             return folder
+        folder.refuse_links()
         try:
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
             folder._lock = (path / ".lock").open("w")
             fcntl.flock(folder._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (number := requeue.job()) is not None:
+                (path / "job").write_text(number)
         except BlockingIOError:
             folder._lock.close()
             raise FolderError(f"{path} is in use by another process. Wait for it, or choose another name=") from None
@@ -95,6 +105,16 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
 
+    def refuse_links(self) -> None:
+        """Refuse a folder with a symbolic link that leads out of it: what is written here would be written there.
+
+        Raises:
+            FolderError: names the link.
+        """
+        # W&B links its logs to those in the user's cache; a run never writes below an earlier run's folder there.
+        if (link := untrusted.link_outside(self.path, "wandb")) is not None:
+            raise FolderError(f"{link} is a link that leads out of the run folder. Put what it leads to in its place")
+
     @property
     def file(self) -> Path:
         return self.path / "run.yaml"
@@ -108,8 +128,8 @@ class RunFolder:
         if not self.file.exists():
             return None
         try:
-            content = yaml.safe_load(self.file.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            content = untrusted.load_yaml(self.file)
+        except (OSError, UnicodeDecodeError, untrusted.TooMuch, yaml.YAMLError) as error:
             raise FolderError(f"{self.file} cannot be read: {error}") from None
         if not isinstance(content, dict) or not content.keys() >= _WRITTEN:
             raise FolderError(f"{self.file} is not what a run writes: it has to hold {', '.join(sorted(_WRITTEN))}")
@@ -174,6 +194,7 @@ def read(path: str) -> tuple[Path, dict[str, Any], str]:
     content = folder.earlier()
     if content is None:
         raise FolderError(f"{place} is no run folder: it has no run.yaml")
+    folder.refuse_links()
     # A folder may come from a stranger: what it names is held against conf/ as a new config would be.
     try:
         for group in ("penalty", "drafter", "branch"):  # which did not exist yet when an older version wrote it
@@ -181,6 +202,12 @@ def read(path: str) -> tuple[Path, dict[str, Any], str]:
             content["identity"]["choices"].setdefault(group, "none")
         content["config"].setdefault("target", {"run": None, "features": None, "draft": None})
         content["identity"]["choices"].setdefault("target", "run")
+        content["config"]["lightning"].setdefault("timeout", 30)
+        if content["config"]["base"].get("trust_remote_code") and os.environ.get(TRUSTED, "").lower() != "true":
+            raise FolderError(
+                f"{folder.file}: base.trust_remote_code is on, so that the model's repository runs code, and a folder may come from "
+                f"anyone. If you trust {content['config']['base'].get('path')}, export {TRUSTED}=true"
+            )
         settings = OmegaConf.create(content["config"] | {"resume": "never"})  # a folder may have been moved since
         config.check(settings, content["identity"]["choices"])
     except config.ConfigError as error:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch.loggers as pl
+log = logging.getLogger(__name__)
 
 
 class Journal:
     """Appends to metrics.jsonl and samples.jsonl. Rows are {kind, step, ...}; kinds are step, evaluation,
-    average, adapter, penalty, cooldown, skipped, stopped."""
+    average, adapter, penalty, density, cooldown, skipped, stopped."""
 
-    def __init__(self, folder: Path, loggers: list[pl.Logger], writes: bool = True):
+    def __init__(self, folder: Path, loggers: list[Any], writes: bool = True):
         self.metrics, self.samples, self.csv = folder / "metrics.jsonl", folder / "samples.jsonl", folder / "metrics.csv"
-        self.loggers, self.writes = loggers, writes
+        self.loggers, self.writes = loggers, writes  # each a callbacks.tracking.Dashboard
+        self.failed: set[int] = set()  # dashboards whose first fault was told
+        self.tokens: int | None = None  # processed until the step at hand
         self.last: dict[str, Any] = {}  # the newest row of kind step
 
     def rewind(self, step: int, cooled: bool = True) -> None:
@@ -32,21 +35,32 @@ class Journal:
                 os.replace(temporary, path)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One row; its numbers go to the dashboards as train/NAME or eval/NAME."""
+        """One row, of which the dashboards are told."""
         if kind == "step":
             self.last = values
         if not self.writes:
             return
         _append(self.metrics, {"kind": kind, "step": step, **values})
-        prefix = {"step": "train", "evaluation": "eval"}.get(kind, kind)
-        numbers = {f"{prefix}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
-        for logger in self.loggers:
-            logger.log_metrics(numbers, step)
+        self._tell("log", kind, step, self.tokens, values)
 
     def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Generated answers, each with its prompt, what was expected and its scores."""
         for sample in samples if self.writes else []:
             _append(self.samples, {"step": step, **sample})
+        if self.writes and samples:
+            self._tell("log_samples", step, samples)
+
+    def _tell(self, what: str, *of: Any) -> None:
+        for index, logger in enumerate(self.loggers):
+            try:
+                getattr(logger, what)(*of)
+            except Exception as error:
+                if index not in self.failed:
+                    self.failed.add(index)
+                    first = str(error).partition("\n")[0] or type(error).__name__
+                    log.warning(
+                        "%s: %s. The run goes on; %s holds all that it logs", logger.name, first.rstrip("."), self.metrics
+                    )
 
     def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
         """What was written so far."""

@@ -57,7 +57,7 @@ from tasks import conversation, reading
 from tasks.reading import Bad, DataError
 from tasks.task import Conversation
 from tasks.wheel import sha256
-from trainer import assembly, evaluate
+from trainer import assembly, evaluate, requeue
 from trainer import base as bases
 from trainer.base import Base
 from trainer.checkpoint import write_text
@@ -479,9 +479,9 @@ def main(argv: list[str]) -> int:
         return config.bad(config.told(error))
     assembly.quiet()
     written: Written | None = None
-    count = 0
+    count, signals = 0, Signals()
     try:
-        with Signals():
+        with signals:
             if options["prompts"] is not None:
                 reading.Source(options["prompts"], "train", False, "prompts")  # before the task, which would call it task.path
             task = assembly.instantiate(plain["task"])
@@ -497,6 +497,8 @@ def main(argv: list[str]) -> int:
         if written is not None:
             said = f"stopped with {len(written.done)} of {count} conversations in {written.path}"
             print(f"{said}: the same command goes on", file=sys.stderr)
+        if signals.received is not None:
+            return requeue.exit_code(plain, signals.received, None, None)
         return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
     except Exception as error:
         return failures.told(error)

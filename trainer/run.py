@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import os
 import shutil
-import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from torch.utils.data import DataLoader
 from adapters.delta import Adapter, Start
 from adapters.full import Full, Nothing
 from tasks.reading import DataError
-from trainer import assembly, branch, checkpoint, export, features, preflight, report, resume
+from trainer import assembly, branch, checkpoint, export, features, preflight, report, requeue, resume
 from trainer.base import Base, compute
 from trainer.callbacks import Context
 from trainer.callbacks.averaging import Averaging
@@ -32,8 +35,10 @@ from trainer.callbacks.evaluation import Evaluation
 from trainer.callbacks.metrics import Metrics
 from trainer.callbacks.schedulefree import ScheduleFree
 from trainer.callbacks.stopping import Stopping
+from trainer.callbacks.tracking import Dashboards
 from trainer.checkpoint import AtomicCheckpointIO
 from trainer.combinations import schedule_free
+from trainer.config import ConfigError
 from trainer.distill import DraftLoss
 from trainer.drafters import Drafter
 from trainer.drafters import io as drafter_io
@@ -41,13 +46,17 @@ from trainer.evaluate import to_device
 from trainer.finetune import FineTune
 from trainer.folder import RunFolder
 from trainer.journal import Journal
+from trainer.loading import Loader
 from trainer.penalties.deft import DensityDEFT
 from trainer.plan import Batches, Plan
 from trainer.schedules import length
+from trainer.sharding import Sharded
 from trainer.signals import Signals
 from trainer.stream import Stream
 
 log = logging.getLogger("trainer")
+
+_DECIDED = "GRAFT_DECIDED"  # what the first process tells those that Lightning starts for it
 
 
 class Unfinished(RuntimeError):
@@ -58,11 +67,11 @@ class Unfinished(RuntimeError):
         self.code = code
 
 
-def run(cfg: DictConfig) -> float | None:
+def run(cfg: DictConfig, signals: Signals) -> float | None:
     """Run a composed, checked config; returns the last held-out loss, for sweeps.
 
     Raises:
-        Unfinished: a signal ended it; it is saved. Others: see trainer.failures.
+        requeue.Stopped: a signal ended it. Others: see trainer.failures.
     """
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     assembly.quiet()
@@ -71,10 +80,17 @@ def run(cfg: DictConfig) -> float | None:
     lightning_ = _lightning(config, adapter, path)
     if lightning_.world_size > 1:
         path = _agreed(lightning_, path)
-    with Signals() as signals, RunFolder.create(path, lightning_.is_global_zero) as place:
+    with RunFolder.create(path, lightning_.is_global_zero) as place:
         log.info("run folder: %s", place.path)
         choices, overrides = dict(HydraConfig.get().runtime.choices), list(HydraConfig.get().overrides.task)
-        return _run(config, adapter, lightning_, place, signals, choices, overrides)
+        try:
+            with Dashboards() as dashboards:
+                return _run(config, adapter, lightning_, place, signals, dashboards, choices, overrides)
+        except SystemExit:
+            if signals.received is None:
+                raise
+            saved = checkpoint.complete(place.checkpoints)
+            raise requeue.Stopped(signals.received, place.path, int(saved[-1].stem[5:]) if saved else None, None) from None
 
 
 def _agreed(lightning_: lightning.Trainer, path: Path) -> Path:
@@ -82,6 +98,11 @@ def _agreed(lightning_: lightning.Trainer, path: Path) -> Path:
     if not lightning_.is_global_zero:
         log.setLevel(logging.WARNING)  # the first process speaks for all
     if isinstance(lightning_._accelerator_connector.cluster_environment, LightningEnvironment):
+        if lightning_.num_nodes > 1:
+            raise ConfigError(
+                f"lightning.num_nodes={lightning_.num_nodes}: processes of several machines find each other by torchrun or srun. Start "
+                "python -m torch.distributed.run --nnodes=... --nproc-per-node=... -m trainer ... on each of them, or srun python -m trainer ..."
+            )
         return path
     lightning_.strategy.setup_environment()
     agreed = Path(lightning_.strategy.broadcast(str(path)))
@@ -90,9 +111,64 @@ def _agreed(lightning_: lightning.Trainer, path: Path) -> Path:
     return agreed
 
 
+def _first_decides(lightning_: lightning.Trainer, decide: Callable[[], Any]) -> Any:
+    """What the first process decides about the run's folder, in all of them. It changes the folder at once, and another one that looks
+    there a moment later would begin elsewhere."""
+    if lightning_.world_size == 1:
+        return decide()
+    if isinstance(lightning_._accelerator_connector.cluster_environment, LightningEnvironment):
+        if lightning_.is_global_zero:  # its children begin with the fit, and with its environment
+            made = earlier, parent, saved_path, longer = decide()
+            os.environ[_DECIDED] = json.dumps([earlier is not None, parent, saved_path and str(saved_path), longer])
+            return made
+        begun, parent, saved_path, longer = json.loads(os.environ[_DECIDED])
+        return ({} if begun else None), parent, saved_path and Path(saved_path), longer
+    made, error = None, None
+    if lightning_.is_global_zero:
+        try:
+            made = decide()
+        except Exception as caught:
+            error = caught
+    made, error = lightning_.strategy.broadcast((made, error))
+    if error is not None:
+        raise error
+    return made
+
+
+def _where_to_begin(
+    place: RunFolder, config: dict[str, Any], plan: Plan | None, identity: dict[str, Any], restart: int
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None, Path | None, bool]:
+    """(run.yaml of an earlier start, what the run branches off, the checkpoint to go on from, whether a cooldown is left out)."""
+    earlier = place.earlier()
+    if earlier is not None:
+        return earlier, None, *resume.where_to_go_on(place, config, plan, identity, earlier, restart)
+    if config["branch"]:
+        return None, *branch.fork(place, config, identity, True), False
+    return None, None, None, False
+
+
+def _part(lightning_: lightning.Trainer) -> None:
+    """End the group of processes while all of them are there: what the first one does from now on nobody waits for.
+
+    torch's Reducer holds the group, and where it is the last to, it ends gloo's threads with the GIL in its hand, for which one of them
+    may wait. So it has to be gone before the group is.
+    """
+    strategy = lightning_.strategy
+    if not torch.distributed.is_initialized() or lightning_.joined:  # type: ignore[attr-defined]
+        return
+    strategy.model = strategy.lightning_module
+    gc.collect()
+    torch.distributed.destroy_process_group()
+    for thread in threading.enumerate():
+        if (
+            thread.name == "child-process-observer"
+        ):  # Lightning's; it kills this process when a child's code is not 0, as after a signal
+            thread._child_processes = []  # type: ignore[attr-defined]
+
+
 def _run(
     config: dict[str, Any], adapter: Adapter, lightning_: lightning.Trainer, place: RunFolder, signals: Signals,
-    choices: dict[str, Any], overrides: list[str],
+    dashboards: Dashboards, choices: dict[str, Any], overrides: list[str],
 ) -> float | None:  # fmt: skip
     if config["threads"] is not None:
         torch.set_num_threads(config["threads"])
@@ -100,6 +176,7 @@ def _run(
     base: Base = assembly.instantiate(config["base"])
     task = assembly.instantiate(config["task"])
     tuned = assembly.tuned(path) if (path := config["target"]["run"]) is not None else None
+    sharded = isinstance(lightning_.strategy, Sharded)
     device = lightning_.strategy.root_device
     dtype, _, precision = compute(
         config["precision"], config["base"]["dtype"], isinstance(adapter, Full), device.type == "cuda"
@@ -119,12 +196,8 @@ def _run(
         "choices": choices, "base": base.fingerprint, "data": found.keys, "precision": precision, "trains_base": isinstance(adapter, Full),
         "labels": labels, "steps": steps, "ranks": lightning_.world_size, "target": tuned.about if tuned is not None else None,
     }  # fmt: skip
-    earlier = place.earlier()
-    parent, saved_path, longer = None, None, False
-    if earlier is not None:
-        saved_path, longer = resume.where_to_go_on(place, config, plan, identity, earlier, adapter.restart)
-    elif config["branch"]:
-        parent, saved_path = branch.fork(place, config, identity, lightning_.is_global_zero)
+    begin = partial(_where_to_begin, place, config, plan, identity, adapter.restart)
+    earlier, parent, saved_path, longer = _first_decides(lightning_, begin)
     done = int(saved_path.stem[5:]) if saved_path else 0
     journal = Journal(place.path, [], lightning_.is_global_zero)
     if earlier is not None and (ended := resume.ended(place, journal, done, steps, config["max_time"])):
@@ -142,7 +215,8 @@ def _run(
         str(dtype).removeprefix("torch."),
         "" if base.quantization == "none" else f" as {base.quantization}",
     )
-    model = base.load(dtype, labels, device)
+    # A model that is shared out may be larger than one device's memory.
+    model = base.load(dtype, labels, torch.device("cpu") if sharded else device)
     lightning.seed_everything(config["seed"], verbose=False)
     drafter = _drafter(config, found, model, new=saved_path is None) if config["drafter"] else None
     if tuned is not None:
@@ -169,7 +243,7 @@ def _run(
     if config["target"]["features"] is not None:
         _read_states(module, config, base, tuned, found, dtype, device)
     assembly.with_prompts(found, _prompts(config), model)
-    journal.loggers = lightning_.loggers = _loggers(config, place, record) if lightning_.is_global_zero else []
+    journal.loggers = dashboards.all = _loggers(config, place, record) if lightning_.is_global_zero else []
     if penalty is not None and saved_path is None:
         _calibrate(module, penalty, found, plan, device, journal)
     context = Context(
@@ -191,9 +265,13 @@ def _run(
     else:
         loader = _loader(config, found, plan, steps, done, lightning_)
         lightning_.fit(module.train(), loader, ckpt_path=str(saved_path) if saved_path else None)
+        _part(lightning_)
         _say_why_it_ended(context, module)
         if not lightning_.is_global_zero:
             return _last_loss(journal)
+        if sharded:
+            result = assembly.trained(f"{place.path}@last")
+            module.model, module.adapter, adapter = result.model, result.adapter, result.adapter
         if drafter is not None and drafter.proposes:
             _save_drafter(place, drafter, base, config, record, module.step)
         if adapter.exportable and not isinstance(adapter, Nothing):
@@ -212,6 +290,9 @@ def _lightning(config: dict[str, Any], adapter: Adapter, path: Path) -> lightnin
     _, precision, _ = compute(config["precision"], config["base"]["dtype"], isinstance(adapter, Full), cuda)
     idle = isinstance(adapter, Nothing) and not config["drafter"]
     settings = config["lightning"] | ({"devices": 1, "strategy": "auto"} if idle else {})
+    timeout = timedelta(minutes=settings.pop("timeout"))
+    if settings["strategy"] == "fsdp2":
+        settings["strategy"] = Sharded(timeout=timeout)
     # One epoch for the whole run: the loader holds all its micro-batches, and its end is the run's.
     lightning_ = lightning.Trainer(
         **settings, precision=precision,  # type: ignore[arg-type]
@@ -222,7 +303,9 @@ def _lightning(config: dict[str, Any], adapter: Adapter, path: Path) -> lightnin
     )  # fmt: skip
     if isinstance(lightning_.strategy, DDPStrategy):
         # No buffer here differs between processes, and a sparse adapter's are as large as itself, for each forward pass.
-        lightning_.strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
+        lightning_.strategy._ddp_kwargs.setdefault("forward_sync_buffers", False)
+        lightning_.strategy._timeout = timeout
+    lightning_.joined = torch.distributed.is_initialized()  # type: ignore[attr-defined]
     return lightning_
 
 
@@ -294,9 +377,9 @@ def _prompts(config: dict[str, Any]) -> int:
 
 
 def _loggers(config: dict[str, Any], place: RunFolder, record: dict[str, Any]) -> list[Any]:
-    about = {"config": config, "git": record["starts"][-1]["git"], "versions": record["starts"][-1]["versions"]}
+    start = record["starts"][-1] | {"number": len(record["starts"])}
     made = [assembly.instantiate(node) for node in config["logger"].values() if node is not None]
-    loggers = [make(folder=place.path, run_id=record["id"], name=config["name"], config=about) for make in made]
+    loggers = [make(folder=place.path, run_id=record["id"], name=config["name"], config=config, start=start) for make in made]
     return [logger for logger in loggers if logger is not None]
 
 
@@ -320,17 +403,16 @@ def _loader(
         return DataLoader(stream, batch_size=None, pin_memory=pinned)
     assert found.train is not None
     sampler = Batches(plan, done, steps, rank)
-    return DataLoader(
-        found.train, batch_sampler=sampler, collate_fn=found.collate, num_workers=config["workers"], pin_memory=pinned
-    )
+    return Loader(
+        found.train, batch_sampler=sampler, collate_fn=found.collate, num_workers=config["workers"], pin_memory=pinned,
+        minutes=config["loading_timeout"],
+    )  # fmt: skip
 
 
 def _evaluate_only(lightning_: lightning.Trainer, module: FineTune) -> None:
     for callback in lightning_.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Evaluation):
             callback.run(lightning_, module, graded=True)
-    for logger in lightning_.loggers:
-        logger.finalize("success")
 
 
 def _save_drafter(
@@ -353,11 +435,7 @@ def _save_drafter(
 def _say_why_it_ended(context: Context, module: FineTune) -> None:
     context.journal.write_csv()
     if context.signals.received is not None:
-        name = signal.Signals(context.signals.received).name
-        raise Unfinished(
-            f"{name}: saved after step {module.step} of {context.steps}. Go on with resume={context.folder.path}",
-            128 + context.signals.received,
-        )
+        raise requeue.Stopped(context.signals.received, context.folder.path, module.step, context.steps)
     if context.stopped is not None:
         log.info("stopped after step %d of %d: %s", module.step, context.steps, context.stopped)
     elif module.step != context.steps:

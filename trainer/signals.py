@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 log = logging.getLogger(__name__)
 
-NOTED = (signal.SIGINT, signal.SIGTERM)
+NOTED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Signals:
-    """Notes SIGINT and SIGTERM. A second SIGINT interrupts at once."""
+    """Notes SIGINT, SIGTERM, SIGUSR1 and SIGUSR2. A second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.deferred = False  # while False a signal ends the process at once, since there is no step to finish
+        self.cool: Callable[[], None] | None = None  # what SIGUSR2 asks for instead of stopping
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -32,12 +34,22 @@ class Signals:
                 signal.signal(number, handler)
 
     def install(self) -> None:
-        """Take the signals over, also from Lightning, which installs handlers of its own when training starts."""
+        """Take the signals over, also from Lightning and submitit, which install handlers of their own."""
         if threading.current_thread() is threading.main_thread():
             for number in NOTED:
                 signal.signal(number, self._note)
 
+    def ignore(self) -> None:
+        """Hear nothing more: the run is saved, and the queue sends another signal when the job is put into it again."""
+        if threading.current_thread() is threading.main_thread():
+            for number in NOTED:
+                signal.signal(number, signal.SIG_IGN)
+            self._before = {}  # for good
+
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGUSR2 and self.cool is not None:
+            self.cool()
+            return
         again = self.received is not None
         self.received = number
         name = signal.Signals(number).name

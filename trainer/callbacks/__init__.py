@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from trainer.evaluate import HeldOut
 from trainer.folder import RunFolder
@@ -30,6 +33,14 @@ class Context:
     minutes: float = 0.0  # of training, over all starts, up to the step before
     without: int = 0  # evaluations since the best one
     improved: bool = False  # whether the evaluation of the step at hand was the best so far
+
+
+def told_to_stop(lightning_: Any, module: Any, context: Context) -> bool:
+    """Whether a signal has come to any process, of which each then knows; all of them have to ask."""
+    if lightning_.world_size > 1:
+        told = torch.tensor([context.signals.received or 0], device=module.device)
+        context.signals.received = int(lightning_.strategy.reduce(told, reduce_op="max")[0]) or None
+    return context.signals.received is not None
 
 
 def every_steps(every: float | None, steps: int) -> int | None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from adapters.delta import Delta
-from trainer.callbacks import Context
+from trainer.callbacks import Context, told_to_stop
 from trainer.callbacks.evaluation import Evaluation
 from trainer.evaluate import evaluating, losses
 from trainer.schedules import length
@@ -87,7 +87,7 @@ class Averaging(lightning.Callback):
         self._evaluate(trainer, module)
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        if self.context.signals.received is None:
+        if not told_to_stop(trainer, module, self.context):
             self._evaluate(trainer, module)
 
     @property
@@ -123,11 +123,10 @@ class Averaging(lightning.Callback):
             return
         assert self.context.held_out is not None
         started = time.monotonic()
-        stop = lambda: self.context.signals.received is not None and trainer.world_size == 1  # noqa: E731
         with self.in_place(), evaluating(module), trainer.precision_plugin.forward_context():
             values = losses(
                 module.loss, self.context.held_out, evaluation.batch_size, module.device, trainer.global_rank, trainer.world_size,
-                lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"), stop,
+                lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"), lambda: told_to_stop(trainer, module, self.context),
             )  # fmt: skip
         if not values:
             return

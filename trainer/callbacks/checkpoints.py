@@ -9,7 +9,7 @@ from typing import Any
 import lightning
 
 from trainer import checkpoint
-from trainer.callbacks import Context, every_steps
+from trainer.callbacks import Context, every_steps, told_to_stop
 
 
 class Checkpoints(lightning.Callback):
@@ -39,7 +39,7 @@ class Checkpoints(lightning.Callback):
             self.save(trainer, module)
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        if module.step_done and self.context.signals.received is None:
+        if module.step_done and not told_to_stop(trainer, module, self.context):
             self.save(trainer, module)  # a stream's last step is known only when nothing comes after it
 
     def save(self, trainer: lightning.Trainer, module: Any) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import lightning
 import torch
 
+from trainer import requeue
 from trainer.callbacks import Context
 from trainer.schedules import factor
 from trainer.schedules.cooldown import Cooling
@@ -39,17 +37,20 @@ class CooldownTrigger(lightning.Callback):
         self.asked = False  # by the signal
         self.passed = 0  # evaluations without a better one that a cooldown which was left out has answered
         self.began, self.steps_before = 0.0, 0
+        self.job_ends: float | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGUSR2, self._ask)
+        self.context.signals.cool = self._ask
+        end = requeue.end_time() if self.deadline == "slurm" and trainer.is_global_zero else None
+        # From here on by a clock that nobody sets.
+        self.job_ends = None if end is None else time.monotonic() + end - time.time()
         self.began, self.steps_before = time.monotonic(), module.step
         if module.cooling is not None:
             self.context.constant_until = None  # a planned cooldown does not begin within this one
         if module.constant_again:
             self.passed = self.context.without  # what the left out cooldown was the answer to
 
-    def _ask(self, number: int, frame: Any) -> None:
+    def _ask(self) -> None:
         self.asked = True
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -88,8 +89,8 @@ class CooldownTrigger(lightning.Callback):
         """Until the deadline, without what is reserved for the end."""
         if self.deadline == "max_time" and self.context.max_minutes is not None:
             return 60 * (self.context.max_minutes - self.context.minutes - self.reserve)
-        if self.deadline == "slurm" and "SLURM_JOB_END_TIME" in os.environ:
-            return float(os.environ["SLURM_JOB_END_TIME"]) - time.time() - 60 * self.reserve
+        if self.job_ends is not None:
+            return self.job_ends - time.monotonic() - 60 * self.reserve
         return None
 
     def _begin(self, module: Any, steps: int, reason: str) -> None:

@@ -6,12 +6,14 @@ import contextlib
 import logging
 import math
 import time
+from functools import partial
 from typing import Any
 
 import lightning
 
-from trainer.callbacks import Context, every_steps
+from trainer.callbacks import Context, every_steps, told_to_stop
 from trainer.evaluate import answers, evaluating, losses, means
+from trainer.sharding import Sharded, given_back
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ class Evaluation(lightning.Callback):
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
         # The run ended before its planned steps: it stopped early, or its time was up.
-        if self.context.signals.received is None and self.state["evaluated"] < module.step:
+        if self.state["evaluated"] < module.step and not told_to_stop(trainer, module, self.context):
             self.run(trainer, module, graded=True)
 
     def due(self, step: int) -> bool:
@@ -63,23 +65,32 @@ class Evaluation(lightning.Callback):
             return
         started = time.monotonic()
         strategy = trainer.strategy
-        stop = lambda: self.context.signals.received is not None and trainer.world_size == 1  # noqa: E731
         with evaluating(module), trainer.precision_plugin.forward_context():
             values = losses(
                 module.loss, held_out, self.batch_size, module.device, trainer.global_rank, trainer.world_size,
-                lambda sums: strategy.reduce(sums, reduce_op="sum"), stop,
+                lambda sums: strategy.reduce(sums, reduce_op="sum"), lambda: told_to_stop(trainer, module, self.context),
             )  # fmt: skip
             if not values:
                 return
+            found: list[dict[str, Any]] | None = []
             count = self.state["count"] + 1
             graded = graded or (self.generate_every is not None and count % self.generate_every == 0)
-            if graded and held_out.prompts and (self.generate or self.samples) and trainer.is_global_zero:
+            sharded = isinstance(strategy, Sharded)  # no process has the weights alone
+            if graded and held_out.prompts and (self.generate or self.samples) and (trainer.is_global_zero or sharded):
+                all_ask = partial(told_to_stop, trainer, module, self.context)
+                stop = all_ask if sharded else lambda: self.context.signals.received is not None
                 found = answers(module.model, held_out, self.batch_size, self.max_new_tokens, module.device, stop)
-                if found is None:
-                    return
-                values |= means(found[: self.generate]) if self.generate else {}
-                self.context.journal.write_samples(module.step, found[: self.samples])
-        strategy.barrier("evaluation")
+            if sharded:
+                given_back(module.model)
+        if found and self.generate:
+            values |= means(found[: self.generate])
+        # The others wait here while the first one generates, and learn what came of it: all have to judge alike.
+        agreed = strategy.broadcast([] if found is None else [values])
+        if not agreed:
+            return
+        values = agreed[0]
+        if found:
+            self.context.journal.write_samples(module.step, found[: self.samples])
         values["seconds"] = time.monotonic() - started
         self.context.paused += values["seconds"]
         self.state |= {"evaluated": module.step, "count": count}

@@ -11,6 +11,7 @@ import torch
 
 from trainer.callbacks import Context
 from trainer.drafters import metrics
+from trainer.finetune import NonFinite
 
 
 class Metrics(lightning.Callback):
@@ -24,17 +25,17 @@ class Metrics(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self.last_time, self.context.paused = time.monotonic(), 0.0
+        self.context.journal.tokens = module.tokens
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not module.step_done:
             return
         sums = module.sums
+        self.context.journal.tokens = module.tokens
         self.last_processed += int(sums["processed"])
         self.last_trained += int(sums["tokens"])
         if module.skipped_in_a_row:
-            # JSON has no NaN, so these two are text.
-            values = {"loss": str(float(sums["loss"])), "grad_norm": str(float(module.grad_norm))}
-            self.context.journal.write("skipped", module.step, values | {"rows": self.context.rows_of(sums["sequences"])})
+            self._skipped(module)
         if module.news:
             self.context.journal.write("adapter", module.step, module.news)
         if module.step % self.every and module.step < self.context.steps:
@@ -61,8 +62,19 @@ class Metrics(lightning.Callback):
         if torch.cuda.is_available():
             row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.context.journal.write("step", module.step, row)
+        if module.densities and module.step % max(self.every, self.context.steps // 100) == 0:
+            self.context.journal.write("density", module.step, module.densities)
         self.last_processed = self.last_trained = 0
         self.last_time, self.context.paused = now, 0.0
+
+    def _skipped(self, module: Any) -> None:
+        # JSON has no NaN, so these two are text.
+        values = {"loss": str(float(module.sums["loss"])), "grad_norm": str(float(module.grad_norm))}
+        self.context.journal.write("skipped", module.step, values | {"rows": self.context.rows_of(module.sums["sequences"])})
+
+    def on_exception(self, trainer: lightning.Trainer, module: Any, exception: BaseException) -> None:
+        if isinstance(exception, NonFinite):  # raised before the end of its step
+            self._skipped(module)
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}

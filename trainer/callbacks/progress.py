@@ -15,6 +15,8 @@ from trainer.callbacks import Context
 
 log = logging.getLogger(__name__)
 
+UNLIMITED = 1 << 40  # steps that no run comes to
+
 
 class ProgressBar(lightning.Callback):
     """Loss, rate, processed and trained tokens/s, and the time left."""
@@ -33,7 +35,7 @@ class ProgressBar(lightning.Callback):
             TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), console=get_console(),
         )  # fmt: skip
-        self.task = self.bar.add_task("", total=self.context.steps, completed=module.step)
+        self.task = self.bar.add_task("", total=self._total(), completed=module.step)
         self.bar.start()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -52,7 +54,14 @@ class ProgressBar(lightning.Callback):
             self.said = time.monotonic()
             done = module.step - self.first_step
             left = (time.monotonic() - self.began) / max(1, done) * (self.context.steps - module.step)
-            log.info("step %d/%d  %s  left %d:%02d", module.step, self.context.steps, text, left // 60, left % 60)
+            if self.context.max_minutes is not None:
+                left = min(left, max(0.0, 60 * (self.context.max_minutes - self.context.minutes)))
+            of = f"/{self.context.steps}" if self._total() is not None else ""
+            log.info("step %d%s  %s  left %d:%02d", module.step, of, text, left // 60, left % 60)
+
+    def _total(self) -> int | None:
+        """The planned steps; None where only the time limits them."""
+        return self.context.steps if self.context.steps < UNLIMITED else None
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
         self._close()

@@ -15,7 +15,7 @@ import torch
 from trainer import checkpoint, journal
 from trainer.callbacks import every_steps
 from trainer.callbacks.metrics import finite
-from trainer.callbacks.tracking import tensorboard_logger, wandb_logger
+from trainer.callbacks.tracking import wandb_logger
 from trainer.finetune import FineTune
 
 COMMON = ("schedule=constant", "schedule.warmup=0", "callbacks.evaluation.samples=0")
@@ -309,21 +309,32 @@ def test_tokens_end_a_stream_after_the_step_that_reaches_them(train, chats, limi
 # tracking
 
 
+class Run:
+    """W&B's run, that keeps what it is told."""
+
+    def __init__(self, folder):
+        self.dir, self.id, self.told = str(folder / "wandb" / "run-1-abcd" / "files"), "abcd", []
+
+    def __getattr__(self, name):
+        return lambda *of, **named: self.told.append((name, *of, named))
+
+
 class Refusing:
     """W&B's init as it fails for some modes; notes what it is asked for."""
 
-    def __init__(self, failing):
-        self.failing, self.asked = failing, []
+    def __init__(self, failing, folder=None):
+        self.failing, self.asked, self.folder = failing, [], folder
+        self.runs = []
 
     def __call__(self, **settings):
         self.asked.append(settings)
         if settings["mode"] in self.failing:
             raise RuntimeError("no route to host\nmore")
-        import wandb.sdk.wandb_run
+        self.runs.append(Run(self.folder))
+        return self.runs[-1]
 
-        made = object.__new__(wandb.sdk.wandb_run.Run)
-        made.__dict__["mode"] = settings["mode"]
-        return made
+
+START = {"git": "0" * 8, "number": 1}
 
 
 @pytest.fixture
@@ -331,15 +342,37 @@ def dashboard(tmp_path, monkeypatch):
     """Starts W&B's logger with some modes failing; returns the modes tried and whether there is a logger."""
     import wandb
 
-    def started(mode, failing, key=True):
+    def started(mode, failing, key=True, netrc=tmp_path / "none"):
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40) if key else monkeypatch.delenv("WANDB_API_KEY", raising=False)
-        monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-        monkeypatch.setenv("HOME", str(tmp_path))
-        init = Refusing(failing)
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+        monkeypatch.setenv("NETRC", str(netrc))
+        init = Refusing(failing, tmp_path)
         monkeypatch.setattr(wandb, "init", init)
-        logger = wandb_logger(tmp_path, "abcd", "name", {"a": 1}, "graft", None, mode, None, ["t"], None, 1.0)
+        monkeypatch.setattr(wandb, "teardown", lambda: None)
+        logger = wandb_logger(
+            tmp_path,
+            "abcd",
+            "name",
+            {"a": 1},
+            START,
+            None,
+            "graft",
+            None,
+            mode,
+            None,
+            None,
+            ["t"],
+            None,
+            3,
+            False,
+            True,
+            15.0,
+            1.0,
+            1.0,
+        )
         assert all((asked["id"], asked["resume"], asked["dir"]) == ("abcd", "allow", tmp_path) for asked in init.asked)
-        assert all(asked["config"] == {"a": 1} for asked in init.asked)
+        assert all(asked["config"]["a"] == 1 and asked["config"]["start"]["git"] == "0" * 8 for asked in init.asked)
         return [asked["mode"] for asked in init.asked], logger is not None
 
     return started
@@ -352,7 +385,8 @@ def dashboard(tmp_path, monkeypatch):
         ("auto", True, ["online"], ["online", "offline"], True, "no route to host, so this run is logged offline"),
         ("auto", True, ["online", "offline"], ["online", "offline"], False, "the run goes on without it"),
         ("auto", False, [], ["offline"], True, "no API key, so this run is logged offline"),
-        ("online", True, ["online"], ["online"], False, "W&B could not be started (no route to host)"),
+        ("online", True, ["online"], ["online", "offline"], True, "no route to host, so this run is logged offline"),
+        ("online", False, [], ["offline"], True, "no API key, so this run is logged offline"),
         ("offline", False, [], ["offline"], True, None),
         ("offline", True, ["offline"], ["offline"], False, "the run goes on without it"),
         ("disabled", True, [], [], False, None),
@@ -367,17 +401,17 @@ def test_a_dashboard_that_fails_costs_the_copy_and_not_the_run(dashboard, caplog
         assert "wandb sync" in caplog.text
 
 
-def test_a_key_in_the_netrc_file_is_a_key(dashboard, tmp_path, monkeypatch):
+def test_a_key_in_the_netrc_file_is_a_key(dashboard, tmp_path):
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password 0123456789\n")
     (tmp_path / ".netrc").chmod(0o600)
-    assert dashboard("auto", [], key=False) == (["online"], True)
+    assert dashboard("auto", [], False, tmp_path / ".netrc") == (["online"], True)
 
 
 @pytest.mark.parametrize("content", ["machine api.wandb.ai login\nnonsense here", "machine elsewhere.org login a password b\n"])
 def test_a_netrc_file_without_a_key_is_none(dashboard, tmp_path, content):
     (tmp_path / ".netrc").write_text(content)
     (tmp_path / ".netrc").chmod(0o600)
-    assert dashboard("auto", [], key=False) == (["offline"], True)
+    assert dashboard("auto", [], False, tmp_path / ".netrc") == (["offline"], True)
 
 
 def test_a_run_without_its_dashboard_is_whole(train, chats, monkeypatch, caplog):
@@ -399,7 +433,6 @@ def test_tensorboard_holds_the_journals_numbers(train, chats):
         events = found.Scalars(f"{prefix}/loss")
         assert [event.step for event in events] == of(run, kind, "step")
         assert [event.value for event in events] == pytest.approx(of(run, kind, "loss"), rel=1e-5)
-    assert tensorboard_logger(run, "id", "name", {}).log_dir.rstrip("/") == str(run / "tensorboard")
 
 
 # progress

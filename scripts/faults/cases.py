@@ -1,0 +1,243 @@
+"""The runs that faults are injected into: small, of every kind of training state, and what two of them are compared by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scripts.faults import warm
+from scripts.faults.warm import Child
+
+TIMES = ("seconds", "tokens_per_s", "trained_per_s", "minutes")
+EVERY = 3  # steps between checkpoints: what a kill may cost
+STEPS = 22
+SHARD = 300_000  # bytes of a shard of features, so that there are several
+
+COMMON = (
+    "+experiment=smoke", f"max_steps={STEPS}", "precision=fp32", "threads=1", "accumulate=2", "batch_size=4", "task.eval_fraction=0.1",
+    "callbacks.evaluation.every=7", "callbacks.evaluation.generate=2", "callbacks.evaluation.max_new_tokens=8",
+    f"callbacks.checkpoints.every={EVERY}", "resume=auto",
+)  # fmt: skip
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "lora": ("adapter.dropout=0.1",),
+    "rosa": ("adapter=rosa", "adapter.density=0.05", "adapter.warmup_steps=4", "adapter.mask_steps=5", "adapter.dropout=0.1"),
+    "spiel": ("adapter=spiel", "adapter.density=0.1", "adapter.reselection_steps=6", "adapter.accumulation_steps=3"),
+    "mtp": ("drafter=mtp_shared", "drafter.offsets=2"),
+    "eagle3": (
+        "adapter=none", "drafter=eagle3", "objective=distill", "base.layers=8", "drafter.draft_vocab_size=64", "drafter.offsets=2",
+        "drafter.coverage=0", "callbacks.evaluation.generate=0", "callbacks.evaluation.samples=0",
+    ),
+}  # fmt: skip
+SPECIAL = {  # what is worth more kills than its share of the time
+    "lora": ("saving", "training"),
+    "rosa": ("saving", "making the mask"),
+    "spiel": ("saving", "reselecting"),
+    "mtp": ("saving", "training"),
+    "eagle3": ("saving", "caching features"),
+    "cooldown": ("saving", "cooling down"),
+    "respond": ("regenerating",),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the harness works. `elsewhere` is on another file system, for $TMPDIR."""
+
+    path: Path
+    elsewhere: Path
+
+    @property
+    def rows(self) -> Path:
+        return self.path / "rows.jsonl"
+
+    @property
+    def runs(self) -> Path:
+        return self.path / "runs"
+
+    def cache(self, name: str) -> dict[str, str]:
+        """An environment with a cache of its own."""
+        return {"GRAFT_CACHE": str(self.path / "cache" / name), "TMPDIR": str(self.elsewhere)}
+
+
+def prepare(path: Path) -> Place:
+    """Make the folder and its rows."""
+    memory = Path("/dev/shm")
+    elsewhere = (
+        memory if os.access(memory, os.W_OK) else path
+    ) / f"graft-faults-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    for folder in (path / "runs", path / "logs", path / "cache", elsewhere):
+        folder.mkdir(parents=True, exist_ok=True)
+    place = Place(path.resolve(), elsewhere)
+    draw = random.Random(0)
+    pairs = [(draw.randint(0, 99), draw.randint(0, 99)) for _ in range(120)]
+    rows = (
+        {"messages": [{"role": "user", "content": f"{a}+{b}="}, {"role": "assistant", "content": str(a + b)}]} for a, b in pairs
+    )
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if not place.rows.exists() or place.rows.read_text() != text:
+        place.rows.write_text(text)
+    return place
+
+
+def words(place: Place, case: str, name: str, *more: str) -> list[str]:
+    """The arguments of a case's run."""
+    states = [f"target.features={place.path / 'features' / name}"] if case == "eagle3" else []
+    return [*COMMON, f"task.path={place.rows}", f"runs={place.runs}", f"name={name}", *SETTINGS[case], *states, *more]
+
+
+def small_shards() -> None:
+    """Cache features in several shards. Must be called in a child."""
+    from trainer import features
+
+    whole = features.prepared
+
+    def prepared(*given: Any, **named: Any) -> Any:
+        return whole(*given, **named | {"shard_bytes": SHARD})
+
+    features.prepared = prepared
+
+
+def start(
+    place: Place, case: str, name: str, *more: str, before: Callable[[], None] | None = None, module: str = "trainer"
+) -> Child:
+    """Start a case's run under a name: of a trainer's, of the cooldown of `constant`, or of `respond`."""
+
+    def broken() -> None:
+        small_shards()
+        if before is not None:
+            before()
+
+    log = place.path / "logs" / f"{name}.log"
+    if case == "cooldown":
+        module = "trainer.cooldown"
+        given = [
+            f"from={place.runs / 'constant'}@9",
+            "steps=10",
+            f"name={name}",
+            "resume=auto",
+            f"callbacks.checkpoints.every={EVERY}",
+            *more,
+        ]
+    elif case == "respond":
+        module = "trainer.respond"
+        given = [
+            "base=tiny", f"prompts={place.rows}", f"out={place.path / 'answers' / name}", "max_new_tokens=12", "batch_size=5",
+            "temperature=1", "precision=fp32", *more,
+        ]  # fmt: skip
+    else:
+        given = words(place, case, name, *more)
+    return warm.start(module, given, log, place.cache(name), broken)
+
+
+def constant(place: Place) -> None:
+    """The run of a constant rate whose cooldowns are killed."""
+    settings = ("schedule=constant", "schedule.warmup=2", "callbacks.checkpoints.keep=null", "max_steps=12")
+    if not (place.runs / "constant" / "report.html").exists():
+        finish(start(place, "lora", "constant", *settings))
+
+
+def reference(place: Place, case: str) -> dict[str, Any]:
+    """The outcome of a case's run that nothing happened to."""
+    name = f"{case}-alone"
+    if case == "cooldown":
+        constant(place)
+    if not is_done(place, case, name):
+        finish(start(place, case, name))
+    return outcome(place, case, name)
+
+
+def plainly(place: Place, case: str, name: str) -> None:
+    """A case's run in a process of its own, started as a user would."""
+    given = [sys.executable, "-m", "trainer", *words(place, case, name)]
+    environment = os.environ | warm.ENVIRONMENT | place.cache(name)
+    ended = subprocess.run(given, capture_output=True, text=True, env=environment, timeout=600)
+    if ended.returncode:
+        raise Failed(f"exit code {ended.returncode}: {ended.stderr[-3000:]}")
+
+
+class Failed(RuntimeError):
+    """A run that had to end well did not."""
+
+
+def finish(child: Child, seconds: float = 300.0) -> None:
+    """Wait for a run that has to end well.
+
+    Raises:
+        Failed: it did not.
+    """
+    if (code := child.wait(seconds)) != 0:
+        raise Failed(f"exit code {code}: {child.said()[-3000:]}")
+
+
+def anew(place: Place, name: str) -> str:
+    """The name, with nothing left of an injection that was stopped half way."""
+    for folder in (
+        place.runs / name,
+        place.path / "cache" / name,
+        place.path / "features" / name,
+        place.path / "answers" / name,
+    ):
+        shutil.rmtree(folder, ignore_errors=True)
+    (place.path / "logs" / f"{name}.log").unlink(missing_ok=True)
+    return name
+
+
+def is_done(place: Place, case: str, name: str) -> bool:
+    if case == "respond":
+        return (place.path / "answers" / name / "ended").exists()
+    return (place.runs / name / "report.html").exists()
+
+
+def outcome(place: Place, case: str, name: str) -> dict[str, Any]:
+    """Digests of all weights that a run leaves, and of every number and text it logged but times."""
+    from trainer import journal
+
+    if case == "respond":
+        folder = place.path / "answers" / name
+        (folder / "ended").touch()
+        return {"weights": "", "logged": digest(*(folder / file for file in ("rows.jsonl", "left_out.jsonl")))}
+    run = place.runs / name
+    weights = digest(*sorted(run.glob("**/*.safetensors")))
+    states = place.path / "features" / name
+    rows = [
+        {key: Path(value).name if key == "where" else value for key, value in row.items() if key not in TIMES}
+        for file in ("metrics.jsonl", "samples.jsonl")
+        for row in journal.read(run / file)
+    ]
+    shards = digest(*sorted(states.glob("*.safetensors")))
+    return {"weights": weights + shards, "logged": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()}
+
+
+def digest(*files: Path) -> str:
+    """A sha256 over the names and contents of files."""
+    found = hashlib.sha256()
+    for file in files:
+        content = file.read_bytes() if file.exists() else b""
+        folder = f"{file.parent.name}/" if file.parent.name in ("adapter", "drafter") else ""  # others bear a run's own name
+        found.update(f"{folder}{file.name} {len(content)}\0".encode() + content)
+    return found.hexdigest()
+
+
+def same(place: Place, case: str, name: str) -> dict[str, Any]:
+    """How a run that something happened to compares with the one left alone."""
+    wanted, found = reference(place, case), outcome(place, case, name)
+    return {"weights": wanted["weights"] == found["weights"], "logged": wanted["logged"] == found["logged"]}
+
+
+def lost(place: Place, name: str) -> int:
+    """Steps that a run which was just ended has logged and not saved."""
+    from trainer import checkpoint, journal
+
+    run = place.runs / name
+    logged = [row["step"] for row in journal.read(run / "metrics.jsonl") if row["kind"] == "step"]
+    saved = checkpoint.complete(run / "checkpoints")
+    return max(logged, default=0) - (int(saved[-1].stem[5:]) if saved else 0)

@@ -1,0 +1,138 @@
+"""Files that were cut off, or of which one bit has turned: checkpoints, caches, data, and what a run wrote about itself."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from scripts.faults import cases
+from scripts.faults.cases import STEPS, Place
+from scripts.faults.ledger import Ledger
+from scripts.faults.points import POINTS
+
+
+def cut(path: Path) -> None:
+    """cut off"""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])
+
+
+def flip(path: Path) -> None:
+    """with a bit flipped"""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES = (cut, flip)
+
+
+def inject(place: Place, ledger: Ledger) -> None:
+    """Each kind of file, each kind of damage, found when a run that was killed goes on."""
+    for damage in DAMAGES:
+        cuts = damage is cut
+        for case in ("lora", "rosa"):
+            one(place, ledger, case, "the newest checkpoint", damage, newest, "is damaged")
+        one(place, ledger, "lora", "the newest checkpoint's manifest", damage, manifest, "is damaged" if cuts else None)
+        one(place, ledger, "lora", "every checkpoint", damage, every, "every checkpoint of this run is damaged", (1,))
+        one(place, ledger, "lora", "the cache of tokens", damage, tokens, None)
+        one(place, ledger, "lora", "metrics.jsonl", damage, journal_end, None)
+        one(place, ledger, "lora", "run.yaml", damage, record, None, (1, 2) if cuts else (0, 1, 2))
+        one(place, ledger, "lora", "the data file", damage, rows, "rows.jsonl:" if cuts else None, (2,) if cuts else (1, 2))
+        one(place, ledger, "eagle3", "a shard of features", damage, shard, None if cuts else "shard-", (0,) if cuts else (2,))
+
+
+def newest(place: Place, name: str) -> list[Path]:
+    """The newest checkpoint."""
+    return every(place, name)[-1:]
+
+
+def manifest(place: Place, name: str) -> list[Path]:
+    """The newest checkpoint's manifest."""
+    return [newest(place, name)[0].with_suffix(".json")]
+
+
+def every(place: Place, name: str) -> list[Path]:
+    """All checkpoints."""
+    from trainer import checkpoint
+
+    return checkpoint.complete(place.runs / name / "checkpoints")
+
+
+def tokens(place: Place, name: str) -> list[Path]:
+    """The tokenised training rows: the largest table of the run's own cache."""
+    return [max((place.path / "cache" / name / "tokens").glob("**/*.arrow"), key=lambda path: path.stat().st_size)]
+
+
+def journal_end(place: Place, name: str) -> list[Path]:
+    """What was logged."""
+    return [place.runs / name / "metrics.jsonl"]
+
+
+def record(place: Place, name: str) -> list[Path]:
+    """What the run was asked to do."""
+    return [place.runs / name / "run.yaml"]
+
+
+def rows(place: Place, name: str) -> list[Path]:
+    """The data, a copy of the run's own."""
+    return [place.path / name / "rows.jsonl"]
+
+
+def shard(place: Place, name: str) -> list[Path]:
+    """One of the shards of features."""
+    return sorted((place.path / "features" / name).glob("shard-*.safetensors"))[1:2]
+
+
+def one(
+    place: Place, ledger: Ledger, case: str, what: str, damage: Callable[[Path], None], files: Callable[[Place, str], list[Path]],
+    wanted: str | None, codes: tuple[int, ...] = (0,),
+) -> None:  # fmt: skip
+    """Kill a run, damage `files`, and start it again: it has to say `wanted` and end with one of `codes`. Where that is no 0, they are
+    mended, as the message asks, and it has to end as if nothing had been.
+
+    Journals are left out of the comparison where they were what was damaged.
+    """
+    fault = f"{what} {damage.__doc__}"
+    if not ledger.due("damage", case, fault):
+        return
+    cases.reference(place, case)
+    name = cases.anew(place, f"{case}-{damage.__name__}-{files.__name__}")
+    own = place.path / name / "rows.jsonl"
+    own.parent.mkdir(exist_ok=True)
+    shutil.copyfile(place.rows, own)
+    path = [f"task.path={own}"] if files is rows else []
+    cases.start(place, case, name, *path, before=POINTS["mid_window"]).wait()
+    found = files(place, name)
+    kept = {file: file.read_bytes() for file in found}
+    for file in found:
+        damage(file)
+    child = cases.start(place, case, name, *path)
+    ended, said = child.wait(), child.said()
+    line = child.told(wanted) if wanted else child.told("ERROR")
+    traced = "Traceback" in said
+    ok = (wanted is None or bool(line)) and ended in codes and not traced
+    if ended != 0:
+        for file in found:
+            if files is shard:
+                file.unlink()  # as the message says
+            else:
+                file.write_bytes(kept[file])
+        cases.finish(cases.start(place, case, name, *path))
+    same = cases.same(place, case, name)
+    identical = same["weights"] and (files is journal_end or same["logged"])
+    if traced:
+        line = "a traceback: " + said.strip().splitlines()[-1]
+    ledger.add(
+        "damage",
+        case,
+        fault,
+        code=ended,
+        said=line or (f"exit code {ended}" if ended else ""),
+        same=identical,
+        ok=ok and identical,
+    )
+
+
+assert STEPS > 11

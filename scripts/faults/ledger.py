@@ -1,0 +1,114 @@
+"""What was injected and what came of it: faults.jsonl, a line for each, and faults.md, the table."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+LONGEST = 280  # characters of a message that the table shows
+
+HEADS = {
+    "kills": "SIGKILL at random moments",
+    "points": "SIGKILL at every point of a save, and in the middle of an accumulation window",
+    "disk": "Full disk",
+    "damage": "Damaged files",
+    "ranks": "A killed process of two",
+    "loader": "A hung data loader",
+    "clock": "A clock that jumps",
+    "nonfinite": "NaN in a gradient",
+    "memory": "No memory",
+}
+
+
+class Ledger:
+    """Rows of faults.jsonl; a line that a kill cut off is passed over."""
+
+    def __init__(self, folder: Path, only: list[str] | None = None):
+        self.folder, self.file = folder, folder / "faults.jsonl"
+        self.only = [entry.split(":") for entry in only or HEADS]
+        self.rows: list[Row] = []
+        if self.file.exists():
+            whole = [line for line in self.file.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+            self.file.write_text("".join(whole), "utf-8")
+            self.rows = [json.loads(line) for line in whole]
+
+    def add(self, family: str, case: str, fault: str, **values: Any) -> Row:
+        """Append what came of an injection and say it."""
+        row = {"family": family, "case": case, "fault": fault, **values}
+        self.rows.append(row)
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+        return row
+
+    def asked(self, family: str, case: str, fault: str = "") -> bool:
+        """Whether an injection is among those asked for."""
+        given = (family, case, fault)
+        return any(all(part in value for part, value in zip(entry, given, strict=False)) for entry in self.only)
+
+    def due(self, family: str, case: str, fault: str) -> bool:
+        """Whether an injection is asked for and still to be done."""
+        return self.asked(family, case, fault) and not self.of(family, case, fault)
+
+    def of(self, family: str, case: str | None = None, fault: str | None = None) -> list[Row]:
+        return [
+            row
+            for row in self.rows
+            if row["family"] == family and case in (None, row["case"]) and fault in (None, row["fault"])
+        ]
+
+    def write(self, places: list[Path]) -> bool:
+        """faults.md; returns whether everything came out as it should."""
+        text, good = table(self.rows)
+        for place in places:
+            text = text.replace(str(place), "FOLDER")
+        (self.folder / "faults.md").write_text(text, "utf-8")
+        return good
+
+
+def table(rows: list[Row]) -> tuple[str, bool]:
+    """The table, and whether everything came out as it should."""
+    import torch
+
+    killed, left_out = sum(1 for row in rows if row.get("killed")), sum(1 for row in rows if row.get("skipped"))
+    bad = [row for row in rows if not row["ok"] and not row.get("skipped")]
+    lines = [
+        "# Faults that were injected, and what came of them", "",
+        f"{len(rows)} lines of faults.jsonl: {killed} SIGKILLs, {left_out} skipped, {len(bad)} not as they should be. "
+        f"Tiny base, fp32 on the CPU, one thread; a checkpoint every 3 steps; torch {torch.__version__}, Python {platform.python_version()}.",
+        "`python -m scripts.faults out=FOLDER` writes this table. Steps lost: logged and not saved when the process ended. Same weights: every "
+        "file of weights, and every logged number and text but times, are those of the run that was left alone, bit for bit.",
+    ]  # fmt: skip
+    for family, head in HEADS.items():
+        found = [row for row in rows if row["family"] == family]
+        if not found:
+            continue
+        lines += [
+            "",
+            f"## {head}",
+            "",
+            "| run | injected | times | steps lost, at most | what was said | same weights | as it should be |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for row in found:
+            groups.setdefault((row["case"], row["fault"]), []).append(row)
+        lines += [_line(case, fault, group) for (case, fault), group in groups.items()]
+    return "\n".join(lines) + "\n", not bad
+
+
+def _line(case: str, fault: str, group: list[Row]) -> str:
+    lost = [row["lost"] for row in group if row.get("lost") is not None]
+    same = [row["same"] for row in group if row.get("same") is not None]
+    said = next((row["said"] for row in group if row.get("said")), "")
+    told = re.sub(r"\s+", " ", said).replace("|", "\\|")
+    told = told if len(told) <= LONGEST else f"{told[:LONGEST]}…"
+    if group[0].get("skipped"):
+        return f"| {case} | {fault} | skipped | | {told} | | |"
+    identical = "" if not same else "yes" if all(same) else f"**no** ({same.count(False)} of {len(same)})"
+    good = "yes" if all(row["ok"] for row in group) else "**no**"
+    return f"| {case} | {fault} | {sum(row.get('times', 1) for row in group)} | {max(lost) if lost else ''} | {told} | {identical} | {good} |"

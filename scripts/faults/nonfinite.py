@@ -1,0 +1,163 @@
+"""NaN in one element of a gradient at chosen steps, against runs that pass over the same steps by other means."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from scripts.faults import cases
+from scripts.faults.cases import EVERY, Place
+from scripts.faults.ledger import Ledger
+
+STEP = 10
+
+
+def inject(place: Place, ledger: Ledger) -> None:
+    """One bad step, which is passed over; as many in a row as are allowed, and none allowed, which end the run."""
+    for case in ("lora", "rosa", "mtp", "eagle3"):
+        if ledger.due("nonfinite", case, "one step of NaN, nonfinite_limit=3"):
+            passed_over(place, ledger, case)
+    for limit in (1, 3):
+        fault = f"{limit} step{'s' * (limit > 1)} of NaN in a row, nonfinite_limit={limit}"
+        if ledger.due("nonfinite", "lora", fault):
+            ended(place, ledger, fault, limit)
+
+
+def passed_over(place: Place, ledger: Ledger, case: str) -> None:
+    """One step of NaN against a run whose optimiser does nothing at that step."""
+    names = [cases.anew(place, f"{case}-nan"), cases.anew(place, f"{case}-idle")]
+    for name, patch in zip(names, (spoiling(1), idle(1)), strict=True):
+        cases.finish(cases.start(place, case, name, before=both(patch, watch_base)))
+    wanted, found = (cases.outcome(place, case, name) for name in reversed(names))
+    rows = skipped(place, names[0])
+    kept = unchanged(place, names[0])
+    same = wanted["weights"] == found["weights"]
+    named = len(rows) == 1 and rows[0]["step"] == STEP + 1 and len(rows[0]["rows"]) == 8
+    ledger.add(
+        "nonfinite", case, "one step of NaN, nonfinite_limit=3", same=same, ok=same and named and kept,
+        said=f"counted; {len(rows[0]['rows']) if rows else 0} rows named in metrics.jsonl; the base's weights {'untouched' if kept else 'CHANGED'}",
+    )  # fmt: skip
+
+
+def ended(place: Place, ledger: Ledger, fault: str, limit: int) -> None:
+    """So many steps of NaN that the run ends; without them it goes on to the end it would have had."""
+    name = cases.anew(place, f"lora-nan-{limit}")
+    setting = f"objective.nonfinite_limit={limit}"
+    like = cases.anew(
+        place, f"lora-idle-{limit}"
+    )  # a checkpoint may lie between the bad steps: those before it stay passed over
+    cases.finish(cases.start(place, "lora", like, setting, before=idle(saved_of(limit))))
+    child = cases.start(place, "lora", name, setting, before=both(spoiling(limit), watch_base))
+    code, gone = child.wait(), cases.lost(place, name)
+    said = child.told("in a row", "ERROR")
+    rows, kept = skipped(place, name), unchanged(place, name)
+    cases.finish(cases.start(place, "lora", name, setting))
+    same = cases.outcome(place, "lora", like)["weights"] == cases.outcome(place, "lora", name)["weights"]
+    named = [row["step"] for row in rows] == list(range(STEP + 1, STEP + 1 + limit)) and all(row["rows"] for row in rows)
+    ok = code == 1 and bool(said) and named and kept and same
+    said += (
+        f" [{len(rows)} of {limit} steps' rows are in metrics.jsonl; the base's weights {'untouched' if kept else 'CHANGED'}]"
+    )
+    ledger.add("nonfinite", "lora", fault, code=code, lost=gone, said=said, same=same, ok=ok)
+
+
+def skipped(place: Place, name: str) -> list[dict[str, Any]]:
+    """What was written of the steps that were passed over."""
+    from trainer import journal
+
+    return [row for row in journal.read(place.runs / name / "metrics.jsonl") if row["kind"] == "skipped"]
+
+
+def unchanged(place: Place, name: str) -> bool:
+    """Whether the last start of a run left the base's weights as they were."""
+    found = [
+        json.loads(line.partition("BASE ")[2])
+        for line in (place.path / "logs" / f"{name}.log").read_text().splitlines()
+        if line.startswith("BASE ")
+    ]
+    return bool(found) and all(before[key] == after[key] for before, after in found for key in before.keys() & after.keys())
+
+
+def both(*patches: Callable[[], None]) -> Callable[[], None]:
+    def patch() -> None:
+        for each in patches:
+            each()
+
+    return patch
+
+
+def spoiling(steps: int) -> Callable[[], None]:
+    """A patch that puts a NaN into the gradients of so many steps from STEP on."""
+
+    def patch() -> None:
+        from trainer.finetune import FineTune
+
+        whole = FineTune.on_after_backward
+
+        def spoiled(self: Any) -> None:
+            whole(self)
+            if STEP <= self.step < STEP + steps:
+                next(p for p in self.parameters() if p.grad is not None).grad.flatten()[3] = float("nan")
+
+        FineTune.on_after_backward = spoiled  # type: ignore[method-assign, assignment]
+
+    return patch
+
+
+def saved_of(steps: int) -> int:
+    """How many of so many bad steps the last checkpoint before the run's end has seen."""
+    return max(0, (STEP + steps - 1) // EVERY * EVERY - STEP)
+
+
+def idle(steps: int) -> Callable[[], None]:
+    """A patch under which the optimiser does nothing at so many steps from STEP on: gradients are taken away just before its step,
+    whatever they are."""
+
+    def patch() -> None:
+        from trainer.finetune import FineTune
+
+        whole = FineTune.configure_gradient_clipping
+
+        def without(self: Any, optimizer: Any, *given: Any, **named: Any) -> None:
+            whole(self, optimizer, *given, **named)
+            if STEP <= self.step < STEP + steps:
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.grad = None
+
+        FineTune.configure_gradient_clipping = without  # type: ignore[method-assign, assignment]
+
+    return patch
+
+
+def watch_base() -> None:
+    """Print a digest of everything that is not trained, before and after training."""
+    import lightning
+
+    whole = lightning.Trainer.fit
+
+    def fit(self: Any, module: Any, *given: Any, **named: Any) -> None:
+        before = frozen(module)
+        try:
+            whole(self, module, *given, **named)
+        finally:
+            print("BASE", json.dumps([before, frozen(module)]), flush=True)
+
+    lightning.Trainer.fit = fit  # type: ignore[method-assign, assignment]
+
+
+def frozen(module: Any) -> dict[str, str]:
+    """A digest of each parameter that is not trained, without what a sparse adapter has written into it."""
+    from adapters.sparse import layers
+
+    held = {id(layer.base.weight): layer for _, layer in layers(module.model) if getattr(layer.delta, "kept", None) is not None}
+    found = {}
+    for name, parameter in module.model.named_parameters():
+        if not parameter.requires_grad and parameter.numel():
+            plain = parameter.detach().clone()
+            if (layer := held.get(id(parameter))) is not None:
+                plain.view(-1).index_copy_(0, layer.delta._stored(), layer.delta.kept)
+            found[name] = hashlib.sha256(plain.numpy().tobytes()).hexdigest()
+    return found

@@ -1,0 +1,120 @@
+"""Two processes of DDP, one of which is killed or stops answering: the other has to end, and soon."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+
+from scripts.faults import cases, warm
+from scripts.faults.cases import EVERY, Place
+from scripts.faults.ledger import Ledger
+
+TIMEOUT = 1.0  # minutes: lightning.timeout, where it is what ends the run
+LIMIT = 60 * TIMEOUT + 60.0  # seconds in which the run has to end
+FAULTS = (("the second process is killed", 1, signal.SIGKILL), ("the first process is killed", 0, signal.SIGKILL),
+          ("the second process stops answering", 1, signal.SIGSTOP))  # fmt: skip
+
+
+def inject(place: Place, ledger: Ledger) -> None:
+    """Each fault in runs that Lightning starts, and one in a run of torchrun."""
+    torchrun = ("the second process is killed, under torchrun", 1, signal.SIGKILL)
+    for fault, rank, number in (*FAULTS, torchrun):
+        if not ledger.due("ranks", "lora", fault):
+            continue
+        one(place, ledger, fault, rank, number, fault.endswith("torchrun"))
+
+
+def one(place: Place, ledger: Ledger, fault: str, rank: int, number: int, torchrun: bool) -> None:
+    """Strike one of the processes in the middle of training; the others' end, and what the run comes to when it goes on."""
+    if not (place.runs / "ranks-alone" / "report.html").exists():
+        started(place, "ranks-alone", False).communicate(timeout=600)
+    name = cases.anew(place, f"ranks-{fault.replace(' ', '-').replace(',', '')}")
+    run = place.runs / name
+    process = started(place, name, torchrun, *([f"lightning.timeout={TIMEOUT}"] if number == signal.SIGSTOP else []))
+    members: list[psutil.Process] = []
+    while process.poll() is None and not (len(members) == 2 and _logged(run) > EVERY + 1):
+        members = _members(process.pid)
+        time.sleep(0.02)
+    if process.poll() is not None:
+        ledger.add("ranks", "lora", fault, said=f"it ended by itself: {process.communicate()[0][-800:]}", ok=False)
+        return
+    members[rank].send_signal(number)
+    began = time.monotonic()
+    other = members[1 - rank]
+    while other.is_running() and other.status() != psutil.STATUS_ZOMBIE and time.monotonic() - began < LIMIT:
+        time.sleep(0.05)
+    seconds = time.monotonic() - began
+    for member in _members(process.pid) + members:
+        if member.is_running():
+            member.kill()
+    text = process.communicate(timeout=60)[0]
+    code, gone = process.returncode, cases.lost(place, name)
+    again = started(place, name, torchrun)
+    text_again = again.communicate(timeout=600)[0]
+    same = again.returncode == 0 and cases.outcome(place, "lora", name) == cases.outcome(place, "lora", "ranks-alone")
+    told = "Traceback" not in text or "another process" in text
+    said = next(
+        (line.strip() for line in text.splitlines() if "another process" in line or "process of this run" in line),
+        text.strip().splitlines()[-1][:200],
+    )
+    if again.returncode:
+        said += " | going on: " + text_again[-500:]
+    # The process that is struck first may be the one that is waited for: then the code is a signal's.
+    ok = seconds < LIMIT and code != 0 and same and gone <= EVERY and told
+    ledger.add(
+        "ranks",
+        "lora",
+        fault,
+        code=code,
+        seconds=round(seconds, 1),
+        lost=gone,
+        said=f"after {seconds:.0f} s: {said}",
+        same=same,
+        ok=ok,
+    )
+
+
+def started(place: Place, name: str, torchrun: bool, *given: str) -> subprocess.Popen[str]:
+    """A run of two processes."""
+    more = [
+        "lightning=cpu", "lightning.strategy=ddp", "lightning.devices=2", "accumulate=1", "callbacks.evaluation.generate=0",
+        "callbacks.evaluation.samples=0",
+    ]  # fmt: skip
+    head = (
+        ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611", "-m", "trainer"]
+        if torchrun
+        else ["-m", "trainer"]
+    )
+    command = [sys.executable, *head, *cases.words(place, "lora", name, *more, *given)]
+    environment = os.environ | warm.ENVIRONMENT | place.cache("ranks")
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+
+
+def _members(pid: int) -> list[psutil.Process]:
+    """The processes of a run in the order of their ranks."""
+    found = {}
+    try:
+        parent = psutil.Process(pid)
+        for process in (parent, *parent.children(recursive=True)):
+            words = process.cmdline()
+            if "torch.distributed.run" in words or not {"trainer", "trainer.__main__"} & {*words}:
+                continue
+            found[int(process.environ().get("LOCAL_RANK", "0"))] = process
+    except psutil.Error:
+        return []
+    return [found[rank] for rank in sorted(found)]
+
+
+def _logged(run: os.PathLike[str]) -> int:
+    from pathlib import Path
+
+    from trainer import journal
+
+    return max((row["step"] for row in journal.read(Path(run) / "metrics.jsonl") if row["kind"] == "step"), default=0)

@@ -1,0 +1,225 @@
+"""The real programs, started by forking this process once everything is imported: a start costs what the program does, not the
+seconds that imports take. Nothing of torch's has run before the fork, and no thread of its own exists, so that a fork computes what a
+new process would; the harness holds the two against each other (trial `process`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import mmap
+import os
+import re
+import runpy
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+IMPORTED = (
+    "trainer.run", "trainer.respond", "trainer.cooldown", "trainer.distill", "trainer.failures", "trainer.callbacks.averaging",
+    "trainer.callbacks.cooldown", "trainer.callbacks.progress", "trainer.callbacks.checkpoints", "trainer.drafters.eagle3",
+    "trainer.drafters.sequential", "trainer.schedules.cooldown", "adapters.lora", "adapters.rosa", "adapters.spiel", "tasks.sft", "torch._dynamo",
+    "transformers.models.llama.modeling_llama", "peft", "safetensors.torch", "matplotlib.pyplot", "trainer.report",
+)  # fmt: skip
+PHASES = (
+    "starting", "tokenising", "caching features", "training", "making the mask", "reselecting", "cooling down", "saving",
+    "evaluating", "exporting", "regenerating",
+)  # fmt: skip
+
+
+class Marks:
+    """What a child is doing and how often it began to, in memory that it shares with this process and that outlives it."""
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, 4 * (len(PHASES) + 1))
+
+    def _get(self, place: int) -> int:
+        return struct.unpack_from("I", self.memory, 4 * place)[0]
+
+    @property
+    def phase(self) -> str:
+        return PHASES[self._get(0)]
+
+    def count(self, phase: str) -> int:
+        return self._get(1 + PHASES.index(phase))
+
+    def enter(self, phase: str) -> None:
+        place = PHASES.index(phase)
+        struct.pack_into("I", self.memory, 4 * (1 + place), self._get(1 + place) + 1)
+        struct.pack_into("I", self.memory, 0, place)
+
+
+class Child:
+    """A program that was started: `wait` for its exit code, which is -N for signal N, or `kill` it with all that it started."""
+
+    def __init__(self, pid: int, log: Path, marks: Marks, before: int):
+        self.pid, self.log, self.marks, self.before = pid, log, marks, before
+        self.code: int | None = None
+
+    def poll(self) -> int | None:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code
+
+    def wait(self, seconds: float = 300.0, every: float = 0.01) -> int | None:
+        """The exit code; None, and the child is killed, if it takes longer."""
+        until = time.monotonic() + seconds
+        while self.poll() is None:
+            if time.monotonic() > until:
+                self.kill()
+                return None
+            time.sleep(every)
+        return self.code
+
+    def kill(self) -> None:
+        for end in (os.killpg, os.kill):  # the group is its own as soon as the child has run its first lines
+            with contextlib.suppress(ProcessLookupError):
+                end(self.pid, signal.SIGKILL)
+        while self.poll() is None:
+            time.sleep(0.001)
+
+    def said(self) -> str:
+        if not self.log.exists():
+            return ""
+        return self.log.read_bytes()[self.before :].decode("utf-8", errors="replace")
+
+    def told(self, *parts: str) -> str:
+        """The message, in one line, that holds all these parts; "" if there is none."""
+        messages = re.split(r"^(?=(?:DEBUG|INFO|WARNING|ERROR|CRITICAL|Traceback) )", self.said(), flags=re.MULTILINE)
+        unfolded = (" ".join(message.split()) for message in messages)
+        return next((message for message in unfolded if all(part in message for part in parts)), "")
+
+
+def ready() -> None:
+    """Import what the programs need.
+
+    Raises:
+        RuntimeError: a library has started threads, which a fork would lose.
+    """
+    os.environ |= ENVIRONMENT
+    import torch
+
+    torch.set_num_threads(1)
+    for name in IMPORTED:
+        importlib.import_module(name)
+    names = [(Path("/proc/self/task") / thread / "comm").read_text().strip() for thread in os.listdir("/proc/self/task")]
+    # jemalloc, which pyarrow brings, takes care of its own over a fork.
+    if others := [name for name in names if not name.startswith(("python", "jemalloc", "pytest", "gpy"))]:
+        raise RuntimeError(f"this process has threads that a fork would lose: {', '.join(others)}")
+
+
+def start(
+    module: str, arguments: list[str], log: Path, environment: dict[str, str] | None = None, before: Callable[[], None] | None = None,
+) -> Child:  # fmt: skip
+    """`python -m MODULE ARGUMENTS` in a fork; `before` is called in it, to break something there and nowhere else."""
+    marks = Marks()
+    said = log.stat().st_size if log.exists() else 0  # by earlier starts
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return Child(pid, log, marks, said)
+    code = 70
+    try:
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(descriptor, stream)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        os.environ |= environment or {}
+        tempfile.tempdir = None  # which the first use has settled
+        note(marks)
+        if before is not None:
+            before()
+        code = ran(module, arguments)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise AssertionError
+
+
+def ran(module: str, arguments: list[str]) -> int:
+    """Run a program here; returns what it would exit with."""
+    sys.argv = [module, *arguments]
+    try:
+        if module != "trainer":  # a verb: run as __main__ it would be a second copy, without what `note` puts in
+            return importlib.import_module(module).main(arguments)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            return end.code
+        if end.code is not None:
+            print(end.code, file=sys.stderr)
+        return 0 if end.code is None else 1
+    return 0
+
+
+def note(marks: Marks) -> None:
+    """Let this process tell what it is doing. Must be called in a child."""
+    from adapters import rosa, spiel
+    from trainer import assembly, cooldown, data, features, finetune, respond, run
+    from trainer.callbacks import checkpoints, evaluation
+
+    def within(owner: Any, name: str, phase: str) -> None:
+        whole = getattr(owner, name)
+
+        def noted(*given: Any, **named: Any) -> Any:
+            before = marks.phase
+            marks.enter(phase)
+            try:
+                return whole(*given, **named)
+            finally:
+                struct.pack_into("I", marks.memory, 0, PHASES.index(before))
+
+        setattr(owner, name, noted)
+
+    for owner, name, phase in (
+        (data, "tokenise", "tokenising"), (features, "write", "caching features"), (rosa.RoSAAdapter, "_settle", "making the mask"),
+        (spiel.SpIEL, "_reselect", "reselecting"), (checkpoints.Checkpoints, "_prune", "saving"),
+        (run.AtomicCheckpointIO, "save_checkpoint", "saving"), (evaluation.Evaluation, "run", "evaluating"),
+        (run, "_export", "exporting"), (run, "_save_drafter", "exporting"), (run.report, "write", "exporting"),
+        (respond, "_write", "regenerating"), (respond, "respond", "regenerating"),
+    ):  # fmt: skip
+        within(owner, name, phase)
+    whole = finetune.FineTune.on_train_batch_start
+
+    def step(self: Any, batch: Any, batch_idx: int) -> None:
+        marks.enter(phase_of(self))
+        whole(self, batch, batch_idx)
+
+    finetune.FineTune.on_train_batch_start = step  # type: ignore[method-assign]
+
+    def finished(command: list[str]) -> int:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(ran(command[2], command[3:]))
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    cooldown.finished = finished
+    assert assembly.data is data
+
+
+def phase_of(module: Any) -> str:
+    """What a step of training is about."""
+    from adapters.rosa import RoSAAdapter
+    from adapters.spiel import SpIEL
+
+    adapter = module.adapter
+    if isinstance(adapter, RoSAAdapter) and adapter.warmup_steps <= module.step < adapter.mask_step:
+        return "making the mask"
+    if isinstance(adapter, SpIEL) and adapter.candidates:
+        return "reselecting"
+    return "training" if module.cooling is None else "cooling down"

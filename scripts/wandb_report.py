@@ -1,0 +1,59 @@
+"""The layout of docs/dashboard.md as a report at W&B, over the runs of a project.
+
+    pip install wandb-workspaces
+    python -m scripts.wandb_report project=graft [entity=TEAM] [title=TEXT] [dry=true]
+
+prints the address of the report, which is saved as a draft; with dry=true what would be sent. Either asks the server for the project.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from trainer import config
+
+SECTIONS: dict[str, list[tuple[str, list[str], bool]]] = {  # section -> (title, metrics, logarithmic)
+    "Learning": [
+        ("held out", ["eval/loss", "eval_average/loss"], False),
+        ("training", ["train/loss"], False),
+        ("learning rate", ["train/lr"], False),
+    ],
+    "Health": [("gradient norm", ["train/grad_norm"], True), ("skipped steps", ["train/skipped"], False)],
+    "Method": [
+        ("mean density of the MLPs", ["train/density"], False),
+        ("share of the support replaced", ["mask/replaced_share"], False),
+        ("held out, top-1 by head", [f"heads_eval/offset{k}/top1" for k in range(1, 5)], False),
+    ],
+    "Speed": [("tokens a second", ["speed/tokens_per_s"], False), ("memory, GB", ["speed/memory_gb"], False)],
+}
+
+
+def made(project: str, entity: str, title: str) -> Any:
+    """The report; nothing is sent."""
+    import wandb_workspaces.reports.v2 as wr
+
+    blocks: list[Any] = [wr.TableOfContents()]
+    for name, panels in SECTIONS.items():
+        lines = [wr.LinePlot(title=panel, x="global_step", y=metrics, log_y=log or None) for panel, metrics, log in panels]
+        runs = wr.Runset(project=project, entity=entity)
+        blocks += [wr.H1(text=name), wr.PanelGrid(runsets=[runs], panels=lines)]
+    return wr.Report(project=project, entity=entity, title=title, blocks=blocks)
+
+
+def main(argv: list[str]) -> int:
+    """The script; see the module's text."""
+    options = config.arguments(argv, {"project": ..., "entity": "", "title": "Fine-tuning", "dry": False}, __doc__ or "")
+    try:
+        report = made(options["project"], options["entity"], options["title"])
+    except ModuleNotFoundError:
+        return config.bad("this needs a package that is not installed: pip install wandb-workspaces")
+    if options["dry"]:
+        print(report._to_model().model_dump_json(indent=1))
+    else:
+        print(report.save(draft=True).url)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

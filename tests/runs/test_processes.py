@@ -1,0 +1,388 @@
+"""Several processes are one run: the gradients, weights, masks and numbers of one process with the whole batch."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from tasks.reading import DataError
+from tests.conftest import ROOT, sums, write_rows
+from tests.ranks import spawn
+from trainer import data, failures, journal
+from trainer.checkpoint import CheckpointError
+from trainer.config import ConfigError
+from trainer.sharding import whole
+
+
+class Recorder(lightning.Callback):
+    """What each step's optimiser was given and which rows were in it; the weights and supports after the last one."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, Tensor]] = []
+        self.sequences: list[list[Any]] = []
+        self.weights: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        clip = module.configure_gradient_clipping
+
+        def recorded(*given: Any, **named: Any) -> None:
+            clip(*given, **named)
+            found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+            self.gradients.append({name: grad.detach().clone() for name, grad in whole(found).items()})
+
+        module.configure_gradient_clipping = recorded
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        real = batch["lengths"] > 0
+        self.sequences.append([name for name, counts in zip(batch["sequences"], real.tolist(), strict=True) if counts])
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        found = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.weights = {name: p.detach().clone() for name, p in whole(found).items()}
+        self.buffers = {name: b.clone() for name, b in module.named_buffers() if name.endswith("delta.indices")}
+
+
+def start(folder: Path, *overrides: str) -> dict[str, Any]:
+    """Run the real program in this process, and give what a Recorder saw with the rows of its journal."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf, open_dict
+
+    from trainer import config, run
+    from trainer.signals import Signals
+
+    common = [
+        "+experiment=smoke",
+        f"runs={folder}",
+        "precision=fp32",
+        "threads=1",
+        "lightning=cpu",
+        "callbacks.evaluation.samples=0",
+    ]
+    config.install()
+    with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3", job_name="trainer"):
+        cfg = compose("config", overrides=config.rewrite([*common, *overrides]), return_hydra_config=True)
+    with open_dict(cfg):
+        cfg.hydra.runtime.output_dir = cfg.hydra.run.dir
+    HydraConfig.instance().set_config(cfg)
+    recorder = Recorder()
+    callbacks = run._callbacks
+    run._callbacks = lambda *given: [recorder, *callbacks(*given)]  # type: ignore[assignment]
+    try:
+        run.run(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), Signals())
+    finally:
+        run._callbacks = callbacks
+    rows = journal.read(folder / "smoke/metrics.jsonl")
+    return {name: getattr(recorder, name) for name in ("gradients", "sequences", "weights", "buffers")} | {"rows": rows}
+
+
+# As torchrun sets it up; the group is there already.
+ENVIRONMENT = {
+    "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1",
+}  # fmt: skip
+
+EAGLE3 = [
+    "adapter=none",
+    "objective=distill",
+    "drafter=eagle3",
+    "drafter.draft_vocab_size=64",
+    "drafter.coverage=0",
+    "drafter.offsets=2",
+]
+SHORT = ["max_epochs=0.2", "max_steps=null"]  # 12 rows: in the second step the second process has none that counts
+# Settings beside a batch of 8 in one process and of 4 in each of two.
+CASES = {
+    "lora": ["max_epochs=1", "max_steps=null", "accumulate=2"],  # 60 rows: the last step has 12
+    "packing": ["task=completion", "packing=true", "max_length=64", "max_steps=2", "task.path={texts}"],
+    "classes": ["task=classification", "task.eval_fraction=0.2", "max_steps=2", "task.path={labels}"],
+    "stream": ["task.streaming=true", "task.eval_fraction=0", "max_epochs=1", "max_steps=9", "task.shuffle_block=16"],
+    "rosa": ["adapter=rosa", "adapter.density=0.1", "adapter.warmup_steps=1", "adapter.score=mean", "max_steps=3"],
+    "medusa": ["drafter=medusa", "drafter.offsets=2", *SHORT],
+    "eagle3": [*EAGLE3, "drafter.aux_layers=[0,1,2]", *SHORT],
+}  # fmt: skip
+SHARDED = {
+    "fsdp2 lora": ["max_steps=3", "accumulate=2"],
+    "fsdp2 full": ["adapter=full", "max_steps=3"],
+}
+
+
+def given(folder: Path, name: str, settings: list[str]) -> list[str]:
+    """The settings of a case with the paths of its rows."""
+    files = {kind: folder / f"{kind}.jsonl" for kind in ("chats", "texts", "labels", "broken")}
+    own = [setting.format(**files, folder=folder) if "{" in setting else setting for setting in settings]
+    return own if any(setting.startswith("task.path") for setting in own) else [f"task.path={files['chats']}", *own]
+
+
+def _member(rank: int, folder: Path) -> None:
+    os.environ |= ENVIRONMENT | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    asked = json.loads((folder / "cases.json").read_text())
+    tokenised = data._kept
+
+    def kept(task: Any, split: str, renderer: Any, *rest: Any) -> Any:
+        with (folder / "tokenised").open("a") as file:
+            file.write(f"{data.cache_key(task, split, renderer, *rest[:2])}\n")
+        time.sleep(1.0 if "broken" in str(vars(task.splits)) else 0.0)
+        return tokenised(task, split, renderer, *rest)
+
+    data._kept = kept
+    for name, settings in asked.items():
+        faulthandler.dump_traceback_later(200, exit=True)
+        both = ["lightning.devices=2", f"lightning.strategy={'fsdp2' if name.startswith('fsdp2') else 'ddp'}", "batch_size=4"]
+        try:
+            torch.save(start(folder / name.removesuffix(" on") / "both", *settings, *both), folder / f"{name}.{rank}.pt")
+        except (DataError, CheckpointError) as error:
+            torch.distributed.barrier()
+            (folder / f"{name}.{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+    if "broken" not in asked:
+        return
+    # A process that does not answer.
+    group = torch.distributed.new_group(timeout=timedelta(seconds=2))
+    if rank == 0:
+        try:
+            torch.distributed.all_reduce(torch.ones(1), group=group)
+        except RuntimeError as error:
+            (folder / "lost.txt").write_text(str(failures.explained(error, {})))
+    torch.distributed.destroy_process_group(group)
+
+
+def pair(folder: Path, cases: dict[str, list[str]]) -> dict[str, dict[str, list[str]]]:
+    """Go through cases with two processes."""
+    write_rows(folder / "chats.jsonl", sums(60))
+    write_rows(folder / "texts.jsonl", [{"text": "abc " * (3 + i % 9)} for i in range(60)])
+    write_rows(
+        folder / "labels.jsonl",
+        [{"text": ("good " if i % 2 else "bad ") * (1 + i % 5), "label": str(i % 2)} for i in range(60)],
+    )
+    (folder / "broken.jsonl").write_text("{}\n" * 3)
+    cases = {name: given(folder, name, settings) for name, settings in cases.items()}
+    (folder / "cases.json").write_text(json.dumps(cases))
+    spawn(_member, folder)
+    return cases
+
+
+REFUSED = {
+    "broken": ["task.path={broken}"],
+    "lora again": ["max_epochs=1", "max_steps=null", "accumulate=2", "seed=1", "resume={folder}/lora/both/smoke"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes have gone through the cases of the default suite."""
+    made = tmp_path_factory.mktemp("processes")
+    pair(made, CASES | SHARDED | REFUSED)
+    return made
+
+
+def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """The largest relative difference of a tensor's norm."""
+    assert found.keys() == wanted.keys()
+    assert wanted
+    far = []
+    for name, tensor in wanted.items():
+        apart, size = (found[name].double() - tensor.double()).norm(), tensor.double().norm()
+        assert torch.isfinite(apart)
+        far.append(float(apart / size) if size else float(apart))
+    return max(far)
+
+
+def compare(folder: Path, name: str, settings: list[str]) -> tuple[float, float]:
+    """Hold a case of two processes against the same in one; gives the largest relative differences of gradients and weights."""
+    first, second = (torch.load(folder / f"{name}.{rank}.pt", weights_only=True) for rank in (0, 1))
+    alone = start(folder / name / "alone", *given(folder, name, settings), "batch_size=8")
+    for kind in ("weights", "buffers"):
+        assert first[kind].keys() == second[kind].keys()
+        assert all(torch.equal(tensor, second[kind][key]) for key, tensor in first[kind].items()), (
+            f"{kind} differ between processes"
+        )
+    assert first["buffers"].keys() == alone["buffers"].keys()
+    assert all(torch.equal(tensor, alone["buffers"][key]) for key, tensor in first["buffers"].items()), "another support"
+    together = [sorted(map(str, a + b)) for a, b in zip(first["sequences"], second["sequences"], strict=True)]
+    assert together == [sorted(map(str, rows)) for rows in alone["sequences"]], "rows were lost or repeated"
+    assert len(first["rows"]) == len(alone["rows"])
+    for found, wanted in zip(first["rows"], alone["rows"], strict=True):
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            if key not in ("seconds", "time", "tokens_per_s", "trained_per_s", "minutes"):
+                same = pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value
+                assert found[key] == same, (found["kind"], found["step"], key)
+    assert len(first["gradients"]) == len(alone["gradients"])
+    far = max(map(difference, first["gradients"], alone["gradients"]))
+    return far, difference(first["weights"], alone["weights"])
+
+
+@pytest.mark.parametrize("name", CASES | SHARDED)
+def test_two_processes_are_one_with_the_whole_batch(folder, name):
+    """4 rows of each of two processes are 8 of one: gradients, weights, supports, rows, and the numbers in the journal."""
+    gradients, weights = compare(folder, name, (CASES | SHARDED)[name])
+    # Sums in another order; in the weights, Adam's steps turn on gradients that are zero but for rounding.
+    assert gradients < 1e-4
+    assert weights < 1e-4
+
+
+def test_one_process_tokenises_for_all(folder):
+    keys = (folder / "tokenised").read_text().split()
+    assert len(keys) > 4
+    assert sorted(keys) == sorted(set(keys))
+
+
+def test_what_stops_one_process_stops_all_with_its_message(folder):
+    for name, message in (("broken", "DataError: "), ("lora again", "CheckpointError: ")):
+        told = [(folder / f"{name}.{rank}.txt").read_text() for rank in (0, 1)]
+        assert told[0] == told[1]
+        assert told[0].startswith(message)
+    assert "seed: 0 in the run, 1 now" in told[0]
+
+
+def test_a_process_that_does_not_answer_is_told_of(folder):
+    said = (folder / "lost.txt").read_text()
+    assert "another process of this run has ended, or has not answered" in said
+    assert said.endswith(", 1)")
+
+
+def test_a_run_of_two_processes_does_not_go_on_in_one(folder):
+    """Not with the same global batch either: the sums' order and dropout would be others."""
+    with pytest.raises(CheckpointError, match="ranks: 2 in the run, 1 now"):
+        start(folder / "lora/both", *given(folder, "lora", CASES["lora"]), "batch_size=8", "resume=auto")
+
+
+FSDP2 = "lightning.strategy=fsdp2 lightning.devices=2"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("lightning.strategy=deepspeed_stage_2 lightning.devices=2", "DeepSpeed writes checkpoints of its own"),
+        ("lightning.strategy=fsdp lightning.devices=2", "set lightning.strategy=fsdp2"),
+        ("lightning.strategy=ddp_spawn lightning.devices=2", "set it to auto, ddp or fsdp2"),
+        ("lightning.strategy=fsdp2", "and there is one"),
+        (f"{FSDP2} base.quantization=nf4", "are blocks with constants"),
+        (f"{FSDP2} adapter=rosa", "into which RoSAAdapter writes single entries"),
+        (f"{FSDP2} adapter=spiel", "into which SpIEL writes single entries"),
+        (f"{FSDP2} adapter=dora", "PEFT's methods have not been tried"),
+        (f"{FSDP2} adapter=deft", "penalty=deft reads activations"),
+        (f"{FSDP2} callbacks=[default,averaging]", "callbacks.averaging keeps whole weights"),
+        (f"{FSDP2} callbacks.checkpoints=null", "callbacks.checkpoints is null"),
+        (f"{FSDP2} optimizer=adamw_8bit", "set optimizer=adamw"),
+        (f"{FSDP2} drafter=registers", "not been tried with drafter=registers"),
+        (f"{FSDP2} adapter=full drafter=mtp_medusa", "not been tried with a drafter beside adapter=full"),
+        ("adapter=rosa adapter.scores=candidates lightning.devices=2", "Set adapter.scores=exact"),
+        ("adapter=spiel adapter.accumulation_steps=1 lightning.devices=[0,1]", "set adapter.accumulation_steps=2"),
+    ],
+)  # fmt: skip
+def test_what_several_processes_cannot_do_is_told_before_launch(compose, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        compose("+experiment=smoke", "task.path=rows.jsonl", *settings.split())
+
+
+# Every file of conf/adapter and conf/drafter. What draws at random does so in each process for itself, so it is switched off here.
+SPIEL = ["adapter.density=0.1", "adapter.reselection_steps=3", "adapter.accumulation_steps=2"]
+ADAPTERS: dict[str, list[str]] = {
+    "adalora": ["adapter.init_r=4", "adapter.target_r=2"], "corda": ["adapter.r=4", "adapter.data_batches=2"],
+    "deft": ["adapter.dropout=0", "penalty.eps=0.01"],
+    "dora": ["adapter.r=4"], "eva": ["adapter.r=4", "adapter.data_batches=2"], "full": [], "ia3": [],
+    "loftq": ["adapter.r=4", "base.quantization=nf4", "base.hidden_size=64"], "lora": ["base.quantization=nf4", "base.hidden_size=64"],
+    "loraplus": [], "peft": ["adapter.peft_type=LOHA", "+adapter.r=4"], "pissa": ["adapter.r=4"], "prefix_tuning": [],
+    "prompt_tuning": [], "rosa": CASES["rosa"][1:], "rslora": [], "shira": ["adapter.r=4"],
+    "sparse": ["adapter.density=0.1", "adapter.score=mean"], "spiel_ma": SPIEL,
+    "spiel": SPIEL, "supertuning": [],
+}  # fmt: skip
+DRAFTERS: dict[str, list[str]] = {
+    "eagle": ["drafter.noise=0", "drafter.offsets=2"], "eagle3": ["drafter.aux_layers=[0,1,2]", *EAGLE3[3:]], "hydra": ["drafter.offsets=2"],
+    "hydra_plus": ["drafter.offsets=2", "drafter.dropout=0"], "medusa": ["drafter.offsets=2"], "mtp_medusa": [], "mtp_parallel": [],
+    "mtp_sequential": [], "mtp_shared": [], "registers": ["drafter.share=1"],
+}  # fmt: skip
+# They begin from the first batches of a process's rows, or choose entries by the first process's; all processes then have the same.
+OF_FIRST = {"corda", "eva", "spiel"}
+WIDE = {f"adapter {name}": [f"adapter={name}", "max_steps=3", *more] for name, more in ADAPTERS.items()}
+WIDE |= {f"{name} beside": [f"drafter={name}", "max_steps=2", *more] for name, more in DRAFTERS.items()}
+WIDE |= {
+    f"{name} alone": ["adapter=none", "objective=distill", f"drafter={name}", "max_steps=2", *more]
+    for name, more in DRAFTERS.items()
+    if name != "registers"
+}
+WIDE |= {f"fsdp2 {name}": CASES[name] for name in ("classes", "medusa", "eagle3")}
+# A run, the same cut off after its second step, and that one gone on with.
+RESUMED = {}
+for _name, _more in {"ddp": ["accumulate=2"], "fsdp2": [], "fsdp2 full": ["adapter=full"]}.items():
+    _common = [*_more, "schedule=constant", "callbacks.checkpoints.every=1"]
+    RESUMED |= {f"{_name} whole": [*_common, "max_steps=4"], f"{_name} cut": [*_common, "max_steps=2"]}
+    RESUMED |= {f"{_name} cut on": [*_common, "max_steps=4", "resume=auto"]}
+
+
+def test_the_wide_cases_are_all_of_conf():
+    for group, found in (("adapter", ADAPTERS), ("drafter", DRAFTERS)):
+        assert {*found, "none"} == {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("wide")
+    pair(made, WIDE | RESUMED)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", WIDE)
+def test_any_method_in_two_processes(wide, name):
+    first, second = (torch.load(wide / f"{name}.{rank}.pt", weights_only=True) for rank in (0, 1))
+    for kind in ("weights", "buffers"):
+        assert all(torch.equal(tensor, second[kind][key]) for key, tensor in first[kind].items())
+    if name.removeprefix("adapter ") in OF_FIRST:
+        return
+    gradients, weights = compare(wide, name, WIDE[name])
+    assert gradients < 1e-3
+    assert weights < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2 full"])
+def test_two_processes_go_on_bit_for_bit(wide, name):
+    for rank in (0, 1):
+        whole, on = (torch.load(wide / f"{name} {kind}.{rank}.pt", weights_only=True) for kind in ("whole", "cut on"))
+        assert len(on["gradients"]) == 2
+        assert whole["weights"].keys() == on["weights"].keys()
+        assert all(torch.equal(tensor, on["weights"][key]) for key, tensor in whole["weights"].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_other(tmp_path, chats, rank):
+    settings = [f"task.path={chats}", "max_steps=100000", "lightning=cpu", "lightning.devices=2", "lightning.timeout=1"]
+    command = [sys.executable, "-m", "trainer", "+experiment=smoke", *settings, "callbacks.evaluation.every=null"]
+    first = psutil.Popen(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    rows = tmp_path / "runs/smoke/metrics.jsonl"
+    while not (rows.exists() and len(rows.read_text().splitlines()) > 4):
+        assert first.poll() is None, first.stdout.read()
+        time.sleep(0.1)
+    (second,) = (child for child in first.children() if "trainer" in " ".join(child.cmdline()))
+    (first, second)[rank].kill()
+    began = time.monotonic()
+    (second, first)[rank].wait(timeout=100)
+    assert time.monotonic() - began < 90
+    first.wait(timeout=10)
+    assert first.returncode != 0
+    assert "another process of this run has ended" in first.stdout.read()
