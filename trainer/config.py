@@ -55,8 +55,11 @@ def install(incomplete: bool = False) -> None:
         ConfigError: from within Hydra's composition.
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+    from hydra._internal.sources_registry import SourcesRegistry
+    from hydra.core.plugins import Plugins
 
+    Plugins.instance()  # loads the sources' modules anew, and with them the class that is asked for here
+    file_source: Any = SourcesRegistry.instance().resolve("file")
     register_resolvers()
     redact_logs()
     compose = ConfigLoaderImpl.load_configuration
@@ -80,7 +83,7 @@ def install(incomplete: bool = False) -> None:
         check(config, incomplete=incomplete)
         return config
 
-    read = FileConfigSource.load_config
+    read = file_source.load_config
 
     @functools.wraps(read)
     def bounded(self: Any, config_path: str) -> Any:
@@ -94,7 +97,7 @@ def install(incomplete: bool = False) -> None:
 
     checked.checked = True  # type: ignore[attr-defined]
     ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
-    FileConfigSource.load_config = bounded  # type: ignore[method-assign]
+    file_source.load_config = bounded
 
 
 def _take_base(config: DictConfig) -> None:
