@@ -128,7 +128,7 @@ def given(folder: Path, name: str, settings: list[str]) -> list[str]:
 
 
 def _member(rank: int, folder: Path) -> None:
-    os.environ |= ENVIRONMENT | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= ENVIRONMENT | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GRAFT_CACHE": str(folder / "cache")}
     asked = json.loads((folder / "cases.json").read_text())
     tokenised = data._kept
 

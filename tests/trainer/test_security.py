@@ -51,7 +51,7 @@ def refused(canary, monkeypatch, capsys):
     def ran(*arguments):
         monkeypatch.setattr(sys, "argv", ["trainer", *arguments])
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        monkeypatch.setattr("trainer.run.run", lambda cfg: pytest.fail(f"not refused: {arguments}"))
+        monkeypatch.setattr("trainer.run.run", lambda cfg, signals: pytest.fail(f"not refused: {arguments}"))
         with pytest.raises(SystemExit) as end:
             __main__.main()
         said = capsys.readouterr().err
@@ -133,7 +133,7 @@ HOSTILE = {
     "the environment": (["adapter._target_=os.environ.update"], ONLY),
     "a repository's attention": (["base.attn_implementation=evil/kernel"], "Attention is one of transformers' own"),
     "a repository's attention at a version": (["base.attn_implementation=paged|evil/kernel@main:f"], "Attention is one of"),
-    "a secret for Hydra": (["hydra.run.dir=runs/hf_canaryCANARYcanaryCANARYcanary"], "hydra.run.dir looks like a secret"),
+    "a secret for Hydra": (["hydra.run.dir=runs/hf_c4n4ryc4n4ryc4n4ryc4n4ry"], "hydra.run.dir looks like a secret"),
     "Hydra's log in a file": (
         ["+hydra.hydra_logging.handlers.a={class: logging.FileHandler, filename: CANARY}"], "but the log is always",
     ),
@@ -581,7 +581,9 @@ def test_the_targets_are_those_of_conf():
         "trainer.callbacks.tracking.wandb_logger",
     } <= targets
     assert all(
-        name.split(".")[0] in ("adapters", "tasks", "trainer", "torch", "bitsandbytes", "schedulefree") for name in targets
+        name.split(".")[0] in ("adapters", "tasks", "trainer", "torch", "bitsandbytes", "schedulefree")
+        or name == "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+        for name in targets
     )
     assert len(targets) < 60
 
