@@ -309,13 +309,24 @@ def test_a_cooldown_is_done_by_the_deadline(tmp_path, monkeypatch, length, done,
 
 
 def test_the_deadline_of_a_slurm_job(tmp_path, monkeypatch):
+    clock = {"time": 970.0, "monotonic": 0.0}
+    for name in clock:
+        monkeypatch.setattr(f"trainer.callbacks.cooldown.time.{name}", lambda name=name: clock[name])
     folder: Any = types.SimpleNamespace(path=tmp_path)
-    context: Any = types.SimpleNamespace(folder=folder, steps=100, without=0, max_minutes=None, minutes=0.0)
+    context: Any = types.SimpleNamespace(
+        folder=folder, steps=100, without=0, max_minutes=None, minutes=0.0, signals=types.SimpleNamespace()
+    )
+    module: Any = types.SimpleNamespace(step=0, cooling=None, constant_again=False)
     trigger = CooldownTrigger(context, 5, "1-sqrt", 0.0, None, "slurm", 0.0)
-    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    for name in ("SLURM_JOB_END_TIME", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    trigger.on_train_start(types.SimpleNamespace(is_global_zero=True), module)  # type: ignore[arg-type]
     assert trigger._seconds_left() is None
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1000")
-    monkeypatch.setattr("trainer.callbacks.cooldown.time.time", lambda: 970.0)
+    trigger.on_train_start(types.SimpleNamespace(is_global_zero=True), module)  # type: ignore[arg-type]
     assert trigger._seconds_left() == 30.0
-    monkeypatch.setattr("trainer.callbacks.cooldown.time.monotonic", lambda: trigger.began + 60.0)  # 6 s a step
-    assert trigger._due(10)[0] == 4
+    clock |= {"time": 0.0, "monotonic": 12.0}  # 1.2 s a step; a clock that was set back changes nothing
+    assert trigger._seconds_left() == 18.0
+    assert trigger._due(10)[0] == 0
+    clock["monotonic"] = 24.0  # 2.4 s a step
+    assert trigger._due(10)[0] == 2

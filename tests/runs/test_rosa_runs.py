@@ -210,6 +210,7 @@ def test_cut_off_in_each_phase_it_ends_as_uninterrupted(train, chats, monkeypatc
         assert wanted[0][f"{name}.delta.values"].any()
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_mask_and_the_weights_of_one(train, program, chats):
     """What two processes do at once is what one does in twice the micro-batches."""
     settings = (f"task.path={chats}", *ROSA, NO_CHECKPOINTS, "max_steps=6")

@@ -76,6 +76,7 @@ def test_it_resumes_to_the_same_bits_wherever_it_is_cut(train, chats, monkeypatc
     assert all(torch.equal(now[name], support(whole, 11)[name]) for name in now)
 
 
+@pytest.mark.slow
 def test_two_processes_have_one_support(program, chats):
     settings = ["+experiment=smoke", f"task.path={chats}", "adapter=spiel", *SETTINGS, "max_steps=7", "precision=fp32"]
     done = program(*settings, "name=both", "lightning=cpu", "lightning.devices=2", "lightning.strategy=ddp")
