@@ -30,7 +30,9 @@ def _job(cfg: DictConfig) -> float | None:
     with Signals() as signals:
         number, folder, step = None, None, None
         try:
-            return _run(cfg, signals)
+            last = _run(cfg, signals)
+            signals.ignore()  # all is done: what comes while the interpreter ends must not make a failure of it
+            return last
         except requeue.Stopped as stop:
             logging.getLogger("trainer").warning("%s", stop)
             number, folder, step = stop.number, stop.folder, stop.step

@@ -124,6 +124,17 @@ def test_a_signal_before_there_is_a_folder_asks_too(slurm, compose, monkeypatch,
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # the queue's own would make another exit code
 
 
+def test_a_signal_after_the_end_makes_no_failure_of_it(slurm, compose, monkeypatch, tmp_path):
+    from hydra.core.hydra_config import HydraConfig
+
+    cfg = compose("+experiment=smoke", "task.path=rows", f"runs={tmp_path}")
+    HydraConfig.instance().set_config(cfg)
+    monkeypatch.setattr("trainer.run.run", lambda cfg, signals: 0.5)
+    assert __main__._job.__wrapped__(cfg) == 0.5
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert asked(slurm) == []
+
+
 def test_the_end_of_the_job(slurm, monkeypatch):
     assert requeue.end_time() == time.mktime((2026, 1, 2, 3, 4, 5, 0, 0, -1))
     (slurm / "job").write_text("JobState=RUNNING EndTime=Unknown")
