@@ -385,4 +385,5 @@ def test_a_killed_process_ends_the_other(tmp_path, chats, rank):
     assert time.monotonic() - began < 90
     first.wait(timeout=10)
     assert first.returncode != 0
-    assert "another process of this run has ended" in first.stdout.read()
+    with first.stdout as said:
+        assert "another process of this run has ended" in said.read()
