@@ -126,9 +126,8 @@ class FineTune(lightning.LightningModule):
             term, densities, measured = self.penalty.term()
             tokens = batch["lengths"].sum()
             self.sums["density"] = self.sums.get("density", 0.0) + torch.stack([densities, measured]) * tokens
-            if (
-                self.trainer.world_size > 1
-            ):  # a token counts the same, whichever rank it is on, and DDP takes the mean over ranks
+            if self.trainer.world_size > 1:
+                # A token counts the same, whichever rank it is on, and DDP takes the mean over ranks.
                 every = self.trainer.strategy.reduce(tokens.float(), reduce_op="sum")
                 term = term * (tokens * self.trainer.world_size / every.clamp(min=1))
             loss = loss + term

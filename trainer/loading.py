@@ -64,9 +64,8 @@ def _end(batches: Any, late: threading.Event) -> None:
 
 def _wait(batches: Any) -> None:
     for process in batches._workers:
-        with contextlib.suppress(
-            RuntimeError
-        ):  # torch's word for the end of a process, which may come later than that of its pipe
+        # torch's word for the end of a process may come later than that of its pipe.
+        with contextlib.suppress(RuntimeError):
             process.join()
 
 
