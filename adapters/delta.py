@@ -37,6 +37,23 @@ class Start:
     saved: dict[str, Any] | None = None  # an earlier `Adapter.state`: nothing is computed anew then
 
 
+@dataclass(frozen=True)
+class Again:
+    """How a tensor is made again from others that are kept anyhow. Whoever makes one puts this at its attribute `again`."""
+
+    make: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+
+
+def kept(x: Tensor) -> Again:
+    """What to keep of a tensor for a backward pass: what it can be made from, or else itself."""
+    return getattr(x, "again", None) or Again(_itself, (x.detach(),))
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
 class Delta(nn.Module):
     """A trainable correction of one frozen linear layer. `forward` and `weight` must be the same correction:
     forward(x, x Wᵀ) = x weight(W)ᵀ, which every adapter is tested for.

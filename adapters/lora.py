@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapters import io
-from adapters.delta import Adapter, Delta, features
+from adapters.delta import Adapter, Delta, features, kept
 
 
 class LoRA(Delta):
     """The low-rank update of one linear layer."""
 
-    def __init__(self, linear: Any, rank: int, scale: float, dropout: float, dtype: torch.dtype):
+    def __init__(self, linear: Any, rank: int, scale: float, dropout: float, dtype: torch.dtype, fused: bool = True):
         super().__init__()
         i, o = features(linear)
         device = linear.weight.device
@@ -35,6 +35,15 @@ class LoRA(Delta):
         start(self.A, self.B)
         self.scale = scale
         self.dropout = dropout
+        self.fused = fused
+
+    def linear(self, base: Any, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+        if self.fused and type(base) is nn.Linear and not base.weight.requires_grad and not (self.dropout and self.training):
+            dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else base.weight.dtype
+            with torch.autocast(x.device.type, enabled=False):
+                again = kept(x)
+                return _Linear.apply(x, base.weight, base.bias, self.A, self.B, self.scale, dtype, again.make, *again.tensors)
+        return super().linear(base, x)
 
     def forward(self, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         # Under autocast the products are cast by it; y has the dtype in which the frozen product was computed.
@@ -45,6 +54,47 @@ class LoRA(Delta):
 
     def weight(self, w: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
         return w + self.scale * (self.B.to(w.dtype) @ self.A.to(w.dtype))
+
+
+class _Linear(torch.autograd.Function):
+    """A frozen linear layer with its update, as one operation.
+
+    Forward    y = x Wᵀ + b + s (x Aᵀ) Bᵀ
+    Backward   l = s dy B        dx = dy W + l A        dA = lᵀ x        dB = s dyᵀ (x Aᵀ)
+    Shapes     x (*b, i), W (o, i), b (o,), A (r, i), B (o, r)
+    Dtypes     products in `dtype`; dA and dB in A's and B's
+    Notes      of x is kept what it can be made from, where it says so; sums are added up in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype, make: Any,
+        *of: Tensor,
+    ) -> Tensor:  # fmt: skip
+        flat = x.to(dtype).reshape(-1, x.shape[-1])
+        y = F.linear(flat, W.to(dtype), bias.to(dtype) if bias is not None else None)
+        low = F.linear(flat, A.to(dtype))
+        y.addmm_(low, B.to(dtype).t(), alpha=scale)
+        ctx.save_for_backward(W, A, B, low, *of)
+        ctx.scale, ctx.dtype, ctx.make, ctx.shape, ctx.came = scale, dtype, make, x.shape, x.dtype
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        W, A, B, low, *of = ctx.saved_tensors
+        dtype: torch.dtype = ctx.dtype
+        dx = dA = dB = None
+        with torch.autocast(dy.device.type, enabled=False):
+            dy = dy.to(dtype).reshape(-1, dy.shape[-1])
+            dlow = (dy @ B.to(dtype)).mul_(ctx.scale)
+            if ctx.needs_input_grad[0]:
+                dx = (dy @ W.to(dtype)).addmm_(dlow, A.to(dtype)).view(ctx.shape).to(ctx.came)
+            if ctx.needs_input_grad[3]:
+                dA = (dlow.t() @ ctx.make(*of).to(dtype).reshape(len(dlow), -1)).to(A.dtype)
+            if ctx.needs_input_grad[4]:
+                dB = (dy.t() @ low).mul_(ctx.scale).to(B.dtype)
+        return dx, None, None, dA, dB, None, None, None, *(None for _ in of)
 
 
 def start(A: Tensor, B: Tensor, generator: torch.Generator | None = None) -> None:
@@ -71,13 +121,15 @@ class LoRAAdapter(Adapter):
         exclude_modules: list[str],
         lr_ratio: float,
         dtype: str,
+        fused: bool,
     ):
+        self.fused = fused
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
         self.target_modules, self.exclude_modules, self.lr_ratio = target_modules, list(exclude_modules), lr_ratio
         self.dtype = getattr(torch, dtype)
 
     def make(self, linear: nn.Module) -> LoRA:
-        return LoRA(linear, self.rank, scaling(self.rank, self.alpha, self.rslora), self.dropout, self.dtype)
+        return LoRA(linear, self.rank, scaling(self.rank, self.alpha, self.rslora), self.dropout, self.dtype, self.fused)
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns lr_ratio times as fast as A.

@@ -17,13 +17,14 @@ ADAPTERS = {"torch", "peft", "transformers", "safetensors", "jaxtyping", "bitsan
 TASKS = {"datasets", "pyarrow", "filelock", "torchmetrics"}
 # At import time each may use those before it. Verbs reach for what comes later inside their main.
 ORDER = [
-    "schema", "combinations", "untrusted", "target", "requeue", "config", "schedules", "signals", "journal", "losses",
+    "schema", "combinations", "untrusted", "target", "requeue", "imports",
+    "config", "schedules", "signals", "allocator", "journal", "fused", "losses",
     "base", "checkpoint", "tokens", "data", "plan", "features", "stream", "loading", "penalties", "drafters", "decoding",
     "sharding", "finetune", "distill", "folder", "branch", "evaluate", "callbacks", "assembly", "layouts", "export",
     "compress", "sizes", "report", "preview", "preflight", "generate", "written", "respond", "treesearch", "speculate",
     "speculation", "submit", "cooldown", "realign", "density", "failures", "resume", "run", "__main__",
 ]  # fmt: skip
-BEFORE_TORCH = {"schema", "combinations", "untrusted", "target", "requeue", "signals", "config", "submit", "__main__"}
+BEFORE_TORCH = {"schema", "combinations", "untrusted", "target", "requeue", "imports", "signals", "config", "submit", "__main__"}
 
 
 def files(package):

@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader
 from adapters.delta import Adapter, Start
 from adapters.full import Full, Nothing
 from tasks.reading import DataError
-from trainer import assembly, branch, checkpoint, export, features, preflight, report, requeue, resume
+from trainer import allocator, assembly, branch, checkpoint, export, features, fused, preflight, report, requeue, resume
 from trainer.base import Base, compute
-from trainer.callbacks import Context
+from trainer.callbacks import Context, progress
 from trainer.callbacks.averaging import Averaging
 from trainer.callbacks.evaluation import Evaluation
 from trainer.callbacks.metrics import Metrics
@@ -172,6 +172,8 @@ def _run(
 ) -> float | None:  # fmt: skip
     if config["threads"] is not None:
         torch.set_num_threads(config["threads"])
+    if config["fused"]:
+        allocator.keep_freed()
 
     base: Base = assembly.instantiate(config["base"])
     task = assembly.instantiate(config["task"])
@@ -217,6 +219,8 @@ def _run(
     )
     # A model that is shared out may be larger than one device's memory.
     model = base.load(dtype, labels, torch.device("cpu") if sharded else device)
+    if config["fused"]:
+        fused.fuse(model)
     lightning.seed_everything(config["seed"], verbose=False)
     drafter = _drafter(config, found, model, new=saved_path is None) if config["drafter"] else None
     if tuned is not None:
@@ -437,7 +441,7 @@ def _say_why_it_ended(context: Context, module: FineTune) -> None:
     if context.signals.received is not None:
         raise requeue.Stopped(context.signals.received, context.folder.path, module.step, context.steps)
     if context.stopped is not None:
-        log.info("stopped after step %d of %d: %s", module.step, context.steps, context.stopped)
+        log.info("stopped after step %d%s: %s", module.step, progress.of(context.steps), context.stopped)
     elif module.step != context.steps:
         raise Unfinished(f"the run ended after step {module.step} of {context.steps} without a reason", 1)
 

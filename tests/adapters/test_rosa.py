@@ -386,7 +386,7 @@ def test_lora_only_is_lora(tmp_path, changes):
     settings = {"rank": 4, "alpha": 6.0, "rslora": False, "dropout": 0.0, "target_modules": "all-linear", "exclude_modules": []}
     assert set(names) == {*settings, "dtype"}
     torch.manual_seed(3)
-    lora = LoRAAdapter(**settings | changes, lr_ratio=1.0, dtype="float64")
+    lora = LoRAAdapter(**settings | changes, lr_ratio=1.0, dtype="float64", fused=True)
     its = lora.attach(llama(), Start(steps=3))
     rosa, model = attached(schedule="lora_only", restart_after_mask=True, warmup_steps=64, **changes)
     assert rosa.restart == 0

@@ -176,6 +176,7 @@ def lora():
         exclude_modules=[],
         lr_ratio=1.0,
         dtype="float32",
+        fused=True,
     )
 
 

@@ -24,6 +24,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trainer.drafters import DrafterError, Target
+from trainer.fused import BLOCKED
 from trainer.losses import captured_hidden, captured_layers
 
 States = tuple[
@@ -118,6 +119,28 @@ class Texts:
             return
         total = self.cache.get_seq_length()
         start = total - 1 - max(map(len, self.parents))
+        if len(paths) == 1:
+            self._keep_one(paths[0], start)
+        else:
+            self._keep_several(paths, start)
+        self.cache.crop(max(self.lengths) - total)
+
+    def _keep_one(self, path: Sequence[int], start: int) -> None:
+        length = self.lengths[0]
+        self.lengths[0] += 1 + len(path)
+        same = next((i for i, node in enumerate(path) if node != i), len(path))  # so many are where they belong
+        if same == len(path):
+            return  # the newest token always is, as there is no padding
+        first, count = length + 1 + same, len(path) - same
+        at = torch.tensor([start + 1 + node for node in path[same:]])
+        layer: Any
+        for layer in self.cache.layers:
+            if layer.is_initialized:
+                at = at.to(layer.keys.device, non_blocking=True)
+                for entries in (layer.keys, layer.values):
+                    entries.narrow(2, first, count).copy_(entries.index_select(2, at))
+
+    def _keep_several(self, paths: Sequence[Sequence[int]], start: int) -> None:
         rows: list[int] = []
         places_from: list[int] = []
         places_to: list[int] = []
@@ -134,7 +157,6 @@ class Texts:
             row, source, goal = at.to(layer.keys.device, non_blocking=True)
             for entries in (layer.keys, layer.values):
                 entries[row, :, goal] = entries[row, :, source]
-        self.cache.crop(max(self.lengths) - total)
 
     def only(self, rows: Sequence[int]) -> None:
         """Go on with these sequences."""
@@ -165,13 +187,13 @@ def is_chain(parents: Sequence[int]) -> bool:
 
 def places(trees: Sequence[Sequence[int]], most: int) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N N"]]:
     """(depths, who sees whom) of the newest token, N = `most` - 1 nodes and, in shorter trees, fillers that see themselves."""
-    depths = torch.zeros(len(trees), most, dtype=torch.long)
-    sees = torch.eye(most, dtype=torch.bool).repeat(len(trees), 1, 1)
-    for row, parents in enumerate(trees):
+    depths = [[0] * most for _ in trees]
+    sees = [[[place == other for other in range(most)] for place in range(most)] for _ in trees]
+    for depth, seen, parents in zip(depths, sees, trees, strict=True):
         for node, parent in enumerate(parents, 1):
-            depths[row, node] = depths[row, parent + 1] + 1
-            sees[row, node] |= sees[row, parent + 1]
-    return depths, sees
+            depth[node] = depth[parent + 1] + 1
+            seen[node] = [*seen[parent + 1][:node], True, *seen[node][node + 1 :]]
+    return torch.tensor(depths), torch.tensor(sees)
 
 
 def merged(caches: Sequence[DynamicCache], target: Target) -> DynamicCache:
@@ -211,7 +233,7 @@ def allow_trees(target: Target) -> None:
     if target in _tried:
         return
     config = target.config
-    if (attention := config._attn_implementation) not in ("sdpa", "eager"):
+    if (attention := config._attn_implementation) not in ("sdpa", "eager", BLOCKED):
         raise DrafterError(
             _no_trees(target, f"attn_implementation={attention} takes no mask of one's own, as sdpa and eager do")
         )

@@ -31,6 +31,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from trainer.drafters import Drafter, DrafterError, Seen, Target
+from trainer.fused import BLOCKED
 from trainer.losses import chunked_predictions
 
 _FULL = {"full_attention", "mlp", "moe"}  # transformers' names of layers that attend to all of a row, or to nothing
@@ -189,7 +190,7 @@ def refuse(model: Any) -> None:
     """Raise DrafterError where the config of a model, loaded or not, says that registers would not be apart from its tokens."""
     config, kind = model.config.get_text_config(), type(model).__name__
     attention = config._attn_implementation
-    if attention not in ("sdpa", "eager"):
+    if attention not in ("sdpa", "eager", BLOCKED):
         raise DrafterError(
             f"drafter=registers needs a mask of its own, which attn_implementation={attention} does not take: "
             "set base.attn_implementation=sdpa, or drafter=none"

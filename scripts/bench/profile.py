@@ -1,0 +1,151 @@
+"""Where the time and the memory of a training step go: by operation, and what the forward pass keeps for the backward one.
+
+    python -m scripts.bench.profile [batch_size=4] [length=256] [supervised=1.0] [steps=4] [rows=20] [overrides=[...]] [threads=null]
+        [device=cpu] [base=smollm2_135m]
+
+The run's own model, adapter and loss on random tokens; `overrides` go to the config (adapter=rosa, precision=fp32).
+`supervised` is the share of each row, its end, that is trained. It prints the median step with its parts, the operations that take the
+most of the processor's own time, and the tensors that wait for the backward pass, by the module that made them.
+"""
+
+from __future__ import annotations
+
+import collections
+import statistics
+import sys
+import time
+from typing import Any
+
+from omegaconf import OmegaConf
+
+DEFAULTS: dict[str, Any] = {
+    "batch_size": 4, "length": 256, "supervised": 1.0, "steps": 4, "rows": 20, "overrides": [], "threads": None, "device": "cpu",
+    "base": "smollm2_135m",
+}  # fmt: skip
+
+
+def prepared(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """(training module, optimiser, batch)."""
+    import torch
+
+    from adapters.delta import Start
+    from trainer import allocator, assembly, base, config, fused
+
+    assembly.quiet()
+    words = [f"base={options['base']}", "task=completion", "task.path=x", *options["overrides"]]
+    plain: Any = OmegaConf.to_container(config.compose(words), resolve=True)
+    device = torch.device(options["device"])
+    described, adapter = assembly.instantiate(plain["base"]), assembly.instantiate(plain["adapter"])
+    dtype, _, _ = base.compute(plain["precision"], plain["base"]["dtype"], False, device.type == "cuda")
+    torch.manual_seed(plain["seed"])
+    model = described.load(dtype, None, device)
+    if plain["fused"]:
+        allocator.keep_freed()
+        print(f"fused: {fused.fuse(model)}")
+    model = adapter.attach(model, Start())
+    module = assembly.instantiate(plain["objective"])(
+        model=model, adapter=adapter, optimizer=assembly.instantiate(plain["optimizer"]), schedule=lambda *_, **__: 1.0, steps=1,
+        labelled=False, accumulate=1, seed=0,
+    )  # fmt: skip
+    B, T = options["batch_size"], options["length"]
+    ids = torch.randint(10, model.config.vocab_size, (B, T), generator=torch.Generator().manual_seed(1)).to(device)
+    labels = ids.clone()
+    labels[:, : T - round(T * options["supervised"])] = -100
+    return module.train(), module.configure_optimizers(), {"input_ids": ids, "labels": labels}
+
+
+def step(module: Any, optimizer: Any, batch: dict[str, Any], took: dict[str, list[float]] | None = None) -> None:
+    """One step; `took` gets the seconds of its parts."""
+    import torch
+
+    def part(name: str, since: float) -> float:
+        if batch["input_ids"].is_cuda:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if took is not None:
+            took.setdefault(name, []).append(now - since)
+        return now
+
+    began = at = time.perf_counter()
+    loss, sums = module.loss(batch)
+    at = part("forward and loss", at)
+    (loss / sums["tokens"]).backward()
+    at = part("backward", at)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    part("clip and optimiser", at)
+    part("step", began)
+
+
+def kept(module: Any, batch: dict[str, Any]) -> list[tuple[int, str, str]]:
+    """(bytes, the module that saved it, shape and dtype) of what a forward pass keeps, each storage once, without parameters."""
+    import torch
+
+    weights = {p.untyped_storage().data_ptr() for p in [*module.parameters(), *module.buffers()]}
+    inside: list[str] = []
+    seen: dict[int, tuple[int, str, str]] = {}
+    alive: list[Any] = []
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and storage.data_ptr() not in seen:
+            seen[storage.data_ptr()] = (storage.nbytes(), inside[-1] if inside else "", f"{tuple(tensor.shape)} {tensor.dtype}")
+            alive.append(tensor)  # or another tensor may take its place
+        return tensor
+
+    handles = []
+    for _, child in module.model.named_modules():
+        handles.append(child.register_forward_pre_hook(lambda m, *_: inside.append(type(m).__name__)))
+        handles.append(child.register_forward_hook(lambda *_: inside.pop() and None))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        module.loss(batch)
+    for handle in handles:
+        handle.remove()
+    return list(seen.values())
+
+
+def main() -> int:
+    """Prints the tables."""
+    options = {**DEFAULTS, **OmegaConf.to_container(OmegaConf.from_dotlist(sys.argv[1:]))}  # type: ignore[dict-item]
+    if unknown := set(options) - set(DEFAULTS):
+        print(f"no option {', '.join(sorted(unknown))}\n\n{__doc__}", file=sys.stderr)
+        return 2
+    import torch
+
+    if options["threads"] is not None:
+        torch.set_num_threads(options["threads"])
+    module, optimizer, batch = prepared(options)
+    step(module, optimizer, batch)
+    took: dict[str, list[float]] = {}
+    for _ in range(options["steps"]):
+        step(module, optimizer, batch, took)
+    whole = statistics.median(took["step"])
+    print(f"{batch['input_ids'].numel() / whole:.0f} tokens/s; median seconds of {options['steps']} steps")
+    for name, seconds in took.items():
+        print(f"  {name:20}{statistics.median(seconds):8.3f}  {statistics.median(seconds) / whole:6.1%}")
+
+    cuda = options["device"] != "cpu"
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
+    with torch.profiler.profile(activities=activities) as profile:
+        step(module, optimizer, batch)
+    own = "self_device_time_total" if cuda else "self_cpu_time_total"
+    events = sorted(profile.key_averages(), key=lambda event: -getattr(event, own))
+    total = sum(getattr(event, own) for event in events)
+    print(f"\none step by operation, own time: {total / 1e6:.3f} s")
+    for event in events[: options["rows"]]:
+        print(f"  {event.key[:60]:60}{getattr(event, own) / 1e6:8.3f}  {getattr(event, own) / total:6.1%}{event.count:8}")
+
+    found = kept(module, batch)
+    print(f"\nkept for the backward pass: {sum(size for size, _, _ in found) / 1e6:.0f} MB")
+    sizes: collections.Counter[tuple[str, str]] = collections.Counter()
+    for size, where, what in found:
+        sizes[where, what] += size
+    for (where, what), size in sizes.most_common(options["rows"]):
+        print(f"  {size / 1e6:8.1f} MB  {where:28}{what}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
