@@ -45,13 +45,10 @@ class Again:
     tensors: tuple[Tensor, ...]
 
 
-def kept(x: Tensor) -> Again:
-    """What to keep of a tensor for a backward pass: what it can be made from, or else itself."""
-    return getattr(x, "again", None) or Again(_itself, (x.detach(),))
-
-
-def _itself(x: Tensor) -> Tensor:
-    return x
+def made_of(x: Tensor) -> tuple[Callable[..., Tensor] | None, *tuple[Tensor, ...]]:
+    """How `x` is made again and the tensors of which, or None alone: what a backward pass keeps of it then is itself."""
+    again: Again | None = getattr(x, "again", None)
+    return (None,) if again is None else (again.make, *again.tensors)
 
 
 class Delta(nn.Module):

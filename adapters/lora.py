@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapters import io
-from adapters.delta import Adapter, Delta, features, kept
+from adapters.delta import Adapter, Delta, features, made_of
 
 
 class LoRA(Delta):
@@ -41,8 +41,7 @@ class LoRA(Delta):
         if self.fused and type(base) is nn.Linear and not base.weight.requires_grad and not (self.dropout and self.training):
             dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else base.weight.dtype
             with torch.autocast(x.device.type, enabled=False):
-                again = kept(x)
-                return _Linear.apply(x, base.weight, base.bias, self.A, self.B, self.scale, dtype, again.make, *again.tensors)
+                return _Linear.apply(x, base.weight, base.bias, self.A, self.B, self.scale, dtype, *made_of(x))
         return super().linear(base, x)
 
     def forward(self, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
@@ -75,7 +74,7 @@ class _Linear(torch.autograd.Function):
         y = F.linear(flat, W.to(dtype), bias.to(dtype) if bias is not None else None)
         low = F.linear(flat, A.to(dtype))
         y.addmm_(low, B.to(dtype).t(), alpha=scale)
-        ctx.save_for_backward(W, A, B, low, *of)
+        ctx.save_for_backward(W, A, B, low, *(of if make is not None else (flat,)))
         ctx.scale, ctx.dtype, ctx.make, ctx.shape, ctx.came = scale, dtype, make, x.shape, x.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -91,7 +90,8 @@ class _Linear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dx = (dy @ W.to(dtype)).addmm_(dlow, A.to(dtype)).view(ctx.shape).to(ctx.came)
             if ctx.needs_input_grad[3]:
-                dA = (dlow.t() @ ctx.make(*of).to(dtype).reshape(len(dlow), -1)).to(A.dtype)
+                flat = of[0] if ctx.make is None else ctx.make(*of).to(dtype).reshape(-1, ctx.shape[-1])
+                dA = (dlow.t() @ flat).to(A.dtype)
             if ctx.needs_input_grad[4]:
                 dB = (dy.t() @ low).mul_(ctx.scale).to(B.dtype)
         return dx, None, None, dA, dB, None, None, None, *(None for _ in of)

@@ -14,7 +14,7 @@ multiplied, and that is done again in the backward pass.
 Forward    y = x (W + S)ᵀ + s (x̃ Aᵀ) Bᵀ + b          x̃ = D(x)
 Backward   dx = dy (W + S) + D'(s (dy B) A)     dA = s (dy B)ᵀ x̃     dB = s dyᵀ (x̃ Aᵀ)     dS_j = Σ_t dy[t, row_j] x[t, col_j]
 Shapes     x (t, i), dy (t, o), A (r, i), B (o, r), S and dS (k,)
-Notes      x is kept once for all three parts, and x̃ Aᵀ (t, r); D's mask only where its rate is not 0.
+Notes      x, or what it can be made from, is kept once for all three parts, and x̃ Aᵀ (t, r); D's mask only where its rate is not 0.
 
 The formulas are those of RoSA (Nikdan et al. 2024, arXiv 2401.04679); its reference code rebuilds W + S in each forward and
 each backward pass.
@@ -42,6 +42,7 @@ from adapters.delta import (
     features,
     float_weight,
     freeze,
+    made_of,
     output_layer,
     targets,
     train_modules,
@@ -123,7 +124,7 @@ class SparseDelta(Delta):
     def linear(self, base: Any, x: Tensor) -> Tensor:
         if self.values is not None and self.settled:
             self.write(base)
-        return _Linear.apply(x, self.values, self.A, self.B, base, self)
+        return _Linear.apply(x, self.values, self.A, self.B, base, self, *made_of(x))
 
     def dense(self, base: Any, dtype: torch.dtype) -> Float[Tensor, "o i"]:
         """W + S in a dtype: the held weight itself where it has that dtype, else a new tensor."""
@@ -159,8 +160,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, values: Tensor | None, A: Tensor | None, B: Tensor | None, base: Any, delta: SparseDelta
-    ) -> Tensor:
+        ctx: Any, x: Tensor, values: Tensor | None, A: Tensor | None, B: Tensor | None, base: Any, delta: SparseDelta, make: Any,
+        *of: Tensor,
+    ) -> Tensor:  # fmt: skip
         dtype = _compute_dtype(x, base)
         with torch.autocast(x.device.type, enabled=False):
             flat = x.to(dtype).reshape(-1, x.shape[-1])
@@ -175,23 +177,20 @@ class _Linear(torch.autograd.Function):
                 low = dropped @ A.to(dtype).t()
                 y.addmm_(low, B.to(dtype).t(), alpha=delta.scale)
         # A reference to the weight, by which autograd notices a change before the backward pass.
-        ctx.save_for_backward(flat, A, B, low, kept, None if delta.packed else base.weight)
-        ctx.base, ctx.delta, ctx.shape, ctx.dtypes = (
-            base,
-            delta,
-            x.shape,
-            (x.dtype, values.dtype if values is not None else None),
-        )
+        ctx.save_for_backward(A, B, low, kept, None if delta.packed else base.weight, *(of if make is not None else (flat,)))
+        ctx.base, ctx.delta, ctx.make, ctx.dtype, ctx.shape = base, delta, make, dtype, x.shape
+        ctx.dtypes = (x.dtype, values.dtype if values is not None else None)
         return y.view(*x.shape[:-1], delta.o)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, A, B, low, kept, _ = ctx.saved_tensors
+        A, B, low, kept, _, *of = ctx.saved_tensors
         delta: SparseDelta = ctx.delta
         dx = dvalues = dA = dB = None
         with torch.autocast(dy.device.type, enabled=False):
-            dy = dy.to(x.dtype).reshape(-1, delta.o)
+            dy = dy.to(ctx.dtype).reshape(-1, delta.o)
+            x = of[0] if ctx.make is None else ctx.make(*of).to(ctx.dtype).reshape(-1, ctx.shape[-1])
             if delta.watch is not None:
                 delta.watch(dy, x)
             if delta.settled and ctx.needs_input_grad[1]:
@@ -211,7 +210,16 @@ class _Linear(torch.autograd.Function):
                     dx.addmm_(dlow, A.to(x.dtype))
                 elif dx is not None:
                     dx += (dlow @ A.to(x.dtype)) * kept / (1 - delta.dropout)
-        return (dx.view(ctx.shape).to(ctx.dtypes[0]) if dx is not None else None, dvalues, dA, dB, None, None)
+        return (
+            dx.view(ctx.shape).to(ctx.dtypes[0]) if dx is not None else None,
+            dvalues,
+            dA,
+            dB,
+            None,
+            None,
+            None,
+            *(None for _ in of),
+        )
 
 
 def _compute_dtype(x: Tensor, base: Any) -> torch.dtype:

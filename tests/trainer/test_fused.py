@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Qwen3Config
 
-from adapters.delta import Start, kept
-from adapters.lora import LoRAAdapter
+from adapters.delta import AdaptedLinear, Start, made_of
+from adapters.lora import LoRA, LoRAAdapter
+from adapters.rosa import RoSA
 from tests.adapters import toys
 from trainer import allocator, fused
 from trainer.losses import CausalLoss
@@ -241,10 +242,10 @@ def test_nothing_below_the_lowest_adapted_layer_has_a_backward_pass():
 def test_a_lora_keeps_what_its_input_is_made_of():
     gate, up = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
     h = fused.swiglu(gate, up)
-    again = kept(h)
-    torch.testing.assert_close(again.make(*again.tensors), h.detach(), rtol=0, atol=0)
-    assert {t.data_ptr() for t in again.tensors} == {gate.data_ptr(), up.data_ptr()}
-    assert kept(gate).tensors[0].data_ptr() == gate.data_ptr()
+    make, *tensors = made_of(h)
+    torch.testing.assert_close(make(*tensors), h.detach(), rtol=0, atol=0)
+    assert [t.data_ptr() for t in tensors] == [gate.data_ptr(), up.data_ptr()]
+    assert made_of(gate) == (None,)
 
 
 def test_whoever_sets_the_allocator_decides(monkeypatch):
@@ -265,3 +266,26 @@ def test_whoever_sets_the_allocator_decides(monkeypatch):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
     assert not allocator.keep_freed()
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("kind", ["lora", "rosa"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layers_behind_a_gate_train_the_same(kind, autocast):
+    torch.manual_seed(0)
+    base = nn.Linear(12, 5).requires_grad_(False)
+    if kind == "lora":
+        delta: Any = LoRA(base, 3, 0.5, 0.0, torch.float32)
+    else:
+        delta = RoSA(base, 20, 3, 0.5, 0.0, torch.float32, torch.float32)
+        delta.settle(torch.arange(20) * 3, base)
+    layer = AdaptedLinear(base, delta).train()
+    nn.init.normal_(delta.B)
+    inputs = [torch.randn(2, 7, 12, requires_grad=True) for _ in range(2)]
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    found = []
+    for gated in (fused.swiglu, lambda gate, up: nn.functional.silu(gate) * up):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = layer(gated(*inputs))
+        found.append([out, *torch.autograd.grad(out.float().square().sum(), [*inputs, *trained])])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
