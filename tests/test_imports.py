@@ -24,7 +24,18 @@ ORDER = [
     "compress", "sizes", "report", "preview", "preflight", "generate", "written", "respond", "treesearch", "speculate",
     "speculation", "submit", "cooldown", "realign", "density", "failures", "resume", "run", "__main__",
 ]  # fmt: skip
-BEFORE_TORCH = {"schema", "combinations", "untrusted", "target", "requeue", "imports", "signals", "config", "submit", "__main__"}
+BEFORE_TORCH = {
+    "schema",
+    "combinations",
+    "untrusted",
+    "target",
+    "requeue",
+    "imports",
+    "signals",
+    "config",
+    "submit",
+    "__main__",
+}
 
 
 def files(package):

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from trainer import config, requeue
+from trainer import config, imports, requeue
 from trainer.signals import Signals
 
 # What composing a config and making the run folder raise; what comes later ends in _job.
@@ -47,8 +47,9 @@ def _job(cfg: DictConfig) -> float | None:
 
 def _run(cfg: DictConfig, signals: Signals) -> float | None:
     """The run, with what goes wrong told in one message and an exit code."""
-    from trainer import failures
-    from trainer.run import Unfinished, run
+    with imports.swift():
+        from trainer import failures
+        from trainer.run import Unfinished, run
 
     try:
         return run(cfg, signals)

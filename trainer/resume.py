@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import assembly, branch, checkpoint, folder
+from trainer.callbacks import progress
 from trainer.checkpoint import CheckpointError
 from trainer.folder import RunFolder
 from trainer.journal import Journal
@@ -56,7 +57,7 @@ def where_to_go_on(
             + "\nGive its settings, or another name="
         )
     if path is not None:
-        log.info("going on after step %d of %d%s", done, steps, ", from before the cooldown" * longer)
+        log.info("going on after step %d%s%s", done, progress.of(steps), ", from before the cooldown" * longer)
     return path, longer
 
 

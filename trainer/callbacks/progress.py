@@ -31,9 +31,10 @@ class ProgressBar(lightning.Callback):
         self.began, self.first_step = time.monotonic(), module.step
         if not trainer.is_global_zero or not get_console().is_terminal:
             return
+        known = [TextColumn("left"), TimeRemainingColumn()] if self._total() is not None else []
         self.bar = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), console=get_console(),
+            TextColumn("step"), MofNCompleteColumn() if known else TextColumn("{task.completed:.0f}"), BarColumn(bar_width=24),
+            TextColumn("{task.description}"), TimeElapsedColumn(), *known, console=get_console(),
         )  # fmt: skip
         self.task = self.bar.add_task("", total=self._total(), completed=module.step)
         self.bar.start()
@@ -49,15 +50,29 @@ class ProgressBar(lightning.Callback):
             else ""
         )
         if self.bar is not None:
+            if self._total() is None and (left := self._left(0.0, module.step)) is not None:
+                text = f"{text}  left {clock(left)}"  # the bar's own column needs a number of steps
             self.bar.update(self.task, completed=module.step, description=text)
         elif time.monotonic() - self.said > 15 or module.step >= self.context.steps:
             self.said = time.monotonic()
             done = module.step - self.first_step
-            left = (time.monotonic() - self.began) / max(1, done) * (self.context.steps - module.step)
-            if self.context.max_minutes is not None:
-                left = min(left, max(0.0, 60 * (self.context.max_minutes - self.context.minutes)))
-            of = f"/{self.context.steps}" if self._total() is not None else ""
-            log.info("step %d%s  %s  left %d:%02d", module.step, of, text, left // 60, left % 60)
+            left = self._left((time.monotonic() - self.began) / max(1, done), module.step)
+            log.info(
+                "step %d%s  %s%s",
+                module.step,
+                of(self.context.steps, "/"),
+                text,
+                "" if left is None else f"  left {clock(left)}",
+            )
+
+    def _left(self, step_seconds: float, step: int) -> float | None:
+        """Seconds until the planned steps or the time are used up, whichever is first; None where nothing known limits the run."""
+        limits = []
+        if self._total() is not None:
+            limits.append(step_seconds * (self.context.steps - step))
+        if self.context.max_minutes is not None:
+            limits.append(max(0.0, 60 * (self.context.max_minutes - self.context.minutes)))
+        return min(limits, default=None)
 
     def _total(self) -> int | None:
         """The planned steps; None where only the time limits them."""
@@ -73,3 +88,13 @@ class ProgressBar(lightning.Callback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, as 12:05."""
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def of(steps: int, word: str = " of ") -> str:
+    """`word` and the planned steps; nothing where there is no number of them."""
+    return f"{word}{steps}" if steps < UNLIMITED else ""

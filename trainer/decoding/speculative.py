@@ -283,5 +283,5 @@ def chances_of(temperature: float, top_k: int = 0, top_p: float = 1.0) -> Chance
 
 def _first(logits: Float[Tensor, "B V"], chances: Chances | None, generator: torch.Generator | None) -> Int[Tensor, " B"]:
     if chances is None:
-        return logits.argmax(-1)
+        return logits.max(-1).indices
     return torch.multinomial(chances(logits), 1, generator=generator)[:, 0]

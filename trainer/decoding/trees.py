@@ -322,7 +322,7 @@ class _Drawn:
             raise DrafterError(f"the tree has {width} children of a node, and the drafter knows {logits.shape[-1]} tokens")
         if self.drawing.chances is None or best:
             self.q = None
-            return logits.topk(width, dim=-1).indices if width > 1 else logits.argmax(-1, keepdim=True)
+            return logits.topk(width, dim=-1).indices if width > 1 else logits.max(-1, keepdim=True).indices
         self.q = self.drawing.chances(logits)
         if width > 1 and not replaced:
             # An exponential race gives the draws in their order, those of no chance last.

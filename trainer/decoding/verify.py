@@ -43,7 +43,7 @@ class Verdict:
 
 def greedy(logits: Float[Tensor, "places V"], drafts: Sequence[Draft]) -> Verdict:
     """Children that are the target's best guess."""
-    own = logits.argmax(-1)
+    own = logits.max(-1).indices  # as argmax, which takes five times as long in bf16 on a CPU
     tokens, above = nodes_of(drafts, own.device)
     return Verdict(own, own[above] == tokens)
 

@@ -461,6 +461,41 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(train, chats, monkeypatch, 
             assert lines[-1].endswith("left 0:00")
 
 
+def test_a_run_that_only_time_ends_is_told_without_a_number_of_steps(monkeypatch, caplog):
+    import io
+    from types import SimpleNamespace
+
+    import rich
+    from rich.console import Console
+
+    from trainer.callbacks.progress import ProgressBar
+
+    row = {"loss": 1.5, "lr": 1e-3, "tokens_per_s": 100.0, "trained_per_s": 50.0}
+    for minutes, wanted in ((13, "left 10:30"), (None, "")):
+        context = SimpleNamespace(steps=1 << 61, max_minutes=minutes, minutes=2.5, journal=SimpleNamespace(last=row))
+        trainer, module = SimpleNamespace(is_global_zero=True), SimpleNamespace(step=0, step_done=True)
+        for terminal in (False, True):
+            caplog.clear()
+            shown = io.StringIO()
+            with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+                patch.setattr(rich, "_console", Console(file=shown, force_terminal=terminal, width=200))
+                progress = ProgressBar(context, 1)
+                module.step = 0
+                progress.on_train_start(trainer, module)
+                module.step = 297
+                progress.on_train_batch_end(trainer, module, None, None, 0)
+                progress.on_train_end(trainer, module)
+            if terminal:
+                said = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", shown.getvalue())
+                assert re.search(r"step 297 .*loss 1\.5000", said)
+                assert ("left" in said) == bool(wanted)
+                assert wanted in said
+            else:
+                line = caplog.records[-1].getMessage()
+                assert line == f"step 297  loss 1.5000  lr 1.00e-03  100 tokens/s (50 trained){'  ' if wanted else ''}{wanted}"
+            assert str(1 << 61) not in shown.getvalue() + caplog.text
+
+
 def test_a_bar_goes_away_when_the_run_breaks_off(train, chats, monkeypatch):
     import io
 
