@@ -1,5 +1,6 @@
 # make quickstart   install, and teach the default base to call functions
 # make test         install, and run all tests
+# make bench        install, and compare training speed with peers, in 10 minutes or so: tables and plots in runs/bench
 # The first that runs: a name on the PATH may be a version manager's that is not installed.
 ifndef PYTHON
 PYTHON := $(shell for name in python3 python3.13 python3.12 python3.11; do $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
@@ -7,7 +8,7 @@ endif
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test bench lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m trainer +experiment=quickstart
@@ -16,6 +17,11 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python -m pytest -m slurm
+
+bench: $(VENV)/.installed-dev
+	-$(BIN)/python -m scripts.bench.train --install
+	$(BIN)/python -m scripts.bench.train out=runs/bench/chat data=chat batch_size=4 steps=7 warm=2 rounds=2 minutes=3
+	$(BIN)/python -m scripts.bench.train out=runs/bench/packed data=packed batch_size=4 steps=7 warm=2 rounds=2 minutes=3
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
