@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
-import itertools
 import json
 import logging
 import multiprocessing
@@ -25,6 +24,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.ipc
 import tokenizers
 import transformers
 from filelock import FileLock, Timeout
@@ -39,6 +40,7 @@ from trainer.tokens import Refused, Renderer, Tokens
 log = logging.getLogger(__name__)
 
 SHOWN = 20  # broken rows that an error or a report lists
+WRITTEN = 1000  # rows that are written at once
 WAIT = 30  # seconds between two messages of a process that waits for another one's rows
 _FEATURES = datasets.Features(
     {
@@ -105,15 +107,22 @@ class Rows:
     @cached_property
     def trained(self) -> np.ndarray:
         """Trained tokens of each row that a model can be asked for: the first token of a row follows nothing."""
-        counts = [np.fromiter((sum(row[1:]) for row in batch), dtype=np.int64) for batch in _batches(self.table, "trained")]
+        counts = []
+        for flags, starts in _flat(self.table, "trained"):
+            firsts = starts[:-1][np.diff(starts) > 0]
+            before = np.concatenate([[0], np.cumsum(flags)])
+            asked = before[starts[1:]] - before[starts[:-1]]
+            asked[np.diff(starts) > 0] -= flags[firsts]
+            counts.append(asked)
         return np.concatenate(counts) if counts else np.zeros(0, np.int64)
 
     def counts(self, vocabulary: int) -> np.ndarray:
         """How often each of the vocabulary's tokens is trained, (V,) int64."""
         found = np.zeros(vocabulary, np.int64)
-        for ids, trained in zip(_batches(self.table, "ids"), _batches(self.table, "trained"), strict=True):
-            asked = [token for row, flags in zip(ids, trained, strict=True) for token in itertools.compress(row[1:], flags[1:])]
-            found += np.bincount(np.asarray(asked, np.int64), minlength=vocabulary)
+        for (ids, starts), (flags, _) in zip(_flat(self.table, "ids"), _flat(self.table, "trained"), strict=True):
+            asked = flags.astype(bool)
+            asked[starts[:-1][np.diff(starts) > 0]] = False
+            found += np.bincount(ids[asked], minlength=vocabulary)
         return found
 
     def examples(self) -> list[int]:
@@ -126,15 +135,16 @@ class Rows:
 
     def digests(self) -> Iterator[bytes]:
         """A digest of each row's tokens and label, to find duplicates."""
-        for batch, labels in zip(_batches(self.table, "ids"), _batches(self.table, "label"), strict=True):
-            for ids, label in zip(batch, labels, strict=True):
-                yield hashlib.blake2b(np.asarray(ids, np.int32).tobytes() + str(label).encode(), digest_size=16).digest()
+        for (ids, starts), labels in zip(_flat(self.table, "ids"), self.table.data.column("label").chunks, strict=True):
+            for start, end, label in zip(starts[:-1].tolist(), starts[1:].tolist(), labels.to_pylist(), strict=True):
+                yield hashlib.blake2b(ids[start:end].tobytes() + str(label).encode(), digest_size=16).digest()
 
 
-def _batches(table: datasets.Dataset, name: str) -> Iterator[Any]:
-    column = table.data.column(name)
-    for chunk in column.chunks:
-        yield chunk.to_pylist()
+def _flat(table: datasets.Dataset, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each chunk of a column of lists, its values (m,) one list after another, and where each of n lists starts, (n + 1,)."""
+    for chunk in table.data.column(name).chunks:
+        starts = chunk.offsets.to_numpy()
+        yield chunk.flatten().to_numpy(zero_copy_only=False), starts - starts[0]
 
 
 def _list_lengths(table: datasets.Dataset, name: str) -> np.ndarray:
@@ -168,19 +178,18 @@ def tokenise(task: Any, split: str, renderer: Renderer, max_length: int, overlon
         if report_file.exists():
             with contextlib.suppress(Exception):  # a damaged cache is made again
                 made = json.loads(report_file.read_text())
-                report, table = Report(**made["report"]), _table(key, folder, None)
+                report, table = Report(**made["report"]), _table(key, folder)
                 if len(table) == report.kept and _digest(table) == made["sha256"]:
                     return Rows(table, report)
         report = Report()
         report_file.unlink(missing_ok=True)
-        shutil.rmtree(folder / key, ignore_errors=True)  # datasets would take what lies there, and count nothing
+        shutil.rmtree(folder / key, ignore_errors=True)
         try:
-            table = _table(key, folder, lambda: _kept(task, split, renderer, max_length, overlong, processes, report))
-        except datasets.exceptions.DatasetGenerationError as error:
-            if isinstance(error.__cause__, DataError):
-                error_file.write_text(f"{uuid.uuid4()}\n{error.__cause__}")
-                raise error.__cause__ from None
+            _write(key, folder, _kept(task, split, renderer, max_length, overlong, processes, report))
+        except DataError as error:
+            error_file.write_text(f"{uuid.uuid4()}\n{error}")
             raise
+        table = _table(key, folder)
         temporary = report_file.with_suffix(".tmp")
         temporary.write_text(json.dumps({"report": asdict(report), "sha256": _digest(table)}))
         os.replace(temporary, report_file)
@@ -215,13 +224,16 @@ def _locked(path: Path, split: str) -> Iterator[bool]:
         lock.release()
 
 
-def _table(key: str, folder: Path, generate: Any) -> datasets.Dataset:
-    def missing() -> Iterator[dict[str, Any]]:
-        raise RuntimeError("not in the cache")
-        yield {}
+def _write(key: str, folder: Path, rows: Iterator[dict[str, Any]]) -> None:
+    """As datasets would; its own writer looks at each token of each row, which takes as long as rendering them."""
+    (folder / key).mkdir()
+    with pyarrow.ipc.new_stream(folder / key / "rows.arrow", _FEATURES.arrow_schema) as stream:
+        for chunk in _chunks(rows, WRITTEN):
+            stream.write_batch(pyarrow.RecordBatch.from_pylist(chunk, _FEATURES.arrow_schema))
 
-    generator = generate or missing
-    return datasets.Dataset.from_generator(generator, features=_FEATURES, cache_dir=str(folder / key), fingerprint=key)  # type: ignore[return-value]
+
+def _table(key: str, folder: Path) -> datasets.Dataset:
+    return datasets.Dataset.from_file(str(folder / key / "rows.arrow"))
 
 
 def cache_key(task: Any, split: str, renderer: Renderer, max_length: int, overlong: str) -> str:

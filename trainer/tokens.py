@@ -10,7 +10,8 @@ ever falls back to training on everything.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from trainer.base import CHATML
 
 Span = tuple[int, int]
 RENDERED_WITHIN = 10.0  # seconds of computing for one row: a template may be anyone's
+TAILS = 1000  # ends of prompts whose tokens are kept; with most templates there is one
 
 
 @dataclass
@@ -54,9 +56,17 @@ class Renderer:
         self.template = template(getattr(task, "chat_template", None), tokenizer) if task.kind == "conversation" else None
         for source in self.template.values() if isinstance(self.template, dict) else [self.template or ""]:
             _refuse_powers(source)
-        self.ends = set(tokenizer.all_special_ids) | {
-            index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+        added = tokenizer.added_tokens_decoder
+        self.ends = set(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
+        self.special = dict(tokenizer.special_tokens_map)
+        # Such a token's text is cut out before anything else is done, so that what stands before it and what follows it are
+        # tokenised each for itself. Without any of them prompts are tokenised whole.
+        self.anchors = {
+            index: token.content
+            for index, token in added.items()
+            if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
         }
+        self._tails: dict[str, list[int]] = {}
 
     def __call__(self, example: Example) -> Tokens:
         """All tokens of an example, however many.
@@ -85,7 +95,7 @@ class Renderer:
         before = example.messages[:-1]
         if self.template is None:
             return self.tokenizer("".join(m["content"] for m in before))["input_ids"]
-        return self._encode([self._render(before, example.tools, prompt=True)])[0][0]
+        return self._encode(self._render(before, example.tools, prompt=True))[0]
 
     def chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """The ids of a conversation that the model shall answer."""
@@ -113,7 +123,7 @@ class Renderer:
                     chat_template=self._template_for(tools),
                     return_assistant_tokens_mask=markers,
                     add_generation_prompt=prompt,
-                    **self.tokenizer.special_tokens_map,
+                    **self.special,
                 )
         except untrusted.TooMuch as error:  # each further row would take as long
             raise DataError(f"the chat template cannot be used: {error}") from None
@@ -148,23 +158,24 @@ class Renderer:
 
     def _prefix_span(self, messages: list[dict[str, Any]], tools: Any, index: int, text: str) -> Span:
         before = self._render(messages[:index], tools, prompt=True)
-        upto = self._render(messages[: index + 1], tools)
+        upto = self._render(messages[: index + 1], tools) if index + 1 < len(messages) else text
         if not text.startswith(before):
             raise Refused(_differs(f"rendered up to message {index + 1} with a generation prompt, it", before, text))
         if not text.startswith(upto):
             raise Refused(_differs(f"rendered up to message {index + 1}, it", upto, text))
         return len(before), len(upto)
 
-    def _encode(self, texts: list[str]) -> tuple[list[list[int]], list[list[Span]]]:
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        return encoded["input_ids"], encoded["offset_mapping"]
+    def _encode(self, text: str) -> tuple[list[int], Callable[[int], Span]]:
+        """Ids, and the place in the text of the i-th of them. The places of all would take half as long as tokenising."""
+        encoded = self.tokenizer([text], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+        return encoded["input_ids"][0], encoded.encodings[0].token_to_chars
 
     def _aligned(self, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
         """Ids of the text and whether each lies in a span; every span's start is checked against its prompt alone."""
-        encoded, offsets = self._encode([text, *(text[:start] for start, _ in spans)])
-        ids, places = encoded[0], offsets[0]
+        ids, place = self._encode(text)
         trained = [False] * len(ids)
-        for (start, end), prompt in zip(spans, encoded[1:], strict=True):
+        for start, end in spans:
+            prompt = self._beginning(text, start, ids, place)
             first = len(prompt)
             if ids[:first] != prompt:
                 at = next((i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), min(len(ids), first))
@@ -173,21 +184,38 @@ class Renderer:
                     f"{self.tokenizer.convert_ids_to_tokens(prompt[at:])}, before the answer in "
                     f"{self.tokenizer.convert_ids_to_tokens(ids[at : first + 1])}"
                 )
-            last = first
-            while last < len(ids) and places[last][1] <= end:
-                last += 1
-            if last < len(ids) and places[last][0] < end:
+            last = bisect_right(range(len(ids)), end, lo=first, key=lambda i: place(i)[1]) if end < len(text) else len(ids)
+            if last < len(ids) and place(last)[0] < end:
                 raise Refused(f"a token reaches across the end of the answer at character {end}")
-            for i in range(first, self._without_tail(ids, first, last, text, places)):
-                trained[i] = True
+            stop = self._without_tail(ids, first, last, text, place)
+            trained[first:stop] = [True] * (stop - first)
         return ids, trained
 
-    def _without_tail(self, ids: list[int], first: int, last: int, text: str, places: list[Span]) -> int:
+    def _beginning(self, text: str, start: int, ids: list[int], place: Callable[[int], Span]) -> list[int]:
+        """The ids of text[:start] alone: those of the whole up to the last anchor in it, and from there on its own."""
+        for i in range(bisect_left(range(len(ids)), start, key=lambda i: place(i)[0]) - 1, -1, -1):
+            if (anchor := self.anchors.get(ids[i])) is None:
+                continue
+            begin, end = place(i)
+            if end > start or text[begin:end] != anchor:  # some models give an unknown word the id of a special token
+                continue
+            rest = text[begin:start]
+            if (tail := self._tails.get(rest)) is None:
+                if len(self._tails) >= TAILS:
+                    self._tails.clear()
+                tail = self._tails[rest] = self._encode(rest)[0]
+            if tail[0] == ids[i]:
+                return ids[:i] + tail
+            break
+        return self._encode(text[:start])[0]
+
+    def _without_tail(self, ids: list[int], first: int, last: int, text: str, place: Callable[[int], Span]) -> int:
         # A template writes "\n" after the end token; the model stops at that token and never has to write the rest.
         for i in range(last - 1, first - 1, -1):
             if ids[i] in self.ends:
                 return i + 1
-            if text[places[i][0] : places[i][1]].strip():
+            begin, end = place(i)
+            if text[begin:end].strip():
                 break
         return last
 

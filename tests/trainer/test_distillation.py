@@ -52,6 +52,39 @@ def material(count, heads, vocabulary, seed=0):
 
 @pytest.mark.parametrize("chunk", [4, 50])
 @pytest.mark.parametrize("vocabulary", [None, SOME], ids=["all", "some"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["ce", "kl"])
+def test_the_quick_way_gives_what_the_plain_one_gives(kind, dtype, vocabulary, chunk):
+    hidden, teacher, weights, table, own = material(11, 1, vocabulary)
+    results = []
+    for fast in (True, False):
+        weight, leaf = nn.Parameter(own[0].clone()), hidden.to(dtype).requires_grad_(True)
+        head = lambda h, w=weight: h @ w.to(h.dtype).T  # noqa: E731
+        how = Distillation(kind, lambda h: h @ table.to(h.dtype).T, (head,), vocabulary, fast=fast)
+        assert how.quick is fast
+        total, found = chunked_distillation(leaf, teacher.to(dtype), weights, how, chunk, (weight,))
+        total.backward()
+        results.append((total.detach(), found, leaf.grad, weight.grad))
+    for quick, plain in zip(*results, strict=True):
+        torch.testing.assert_close(quick, plain, **({} if dtype is torch.float32 else {"rtol": 1e-2, "atol": 1e-3}))
+    assert torch.equal(results[0][1][1:3], results[1][1][1:3])
+    assert float(results[0][1][3].min()) >= 0
+
+
+def test_the_quick_way_holds_where_probabilities_vanish():
+    logits = torch.tensor([[0.0, 200.0, -200.0, 5.0], [3.0, 3.0, 3.0, 3.0], [-1e4, 1e4, 0.0, 0.0]])
+    teacher = torch.tensor([[300.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 300.0], [-1e4, 1e4, 0.0, 0.0]])
+    for vocabulary in (None, torch.tensor([0, 1, 3])):
+        how = Distillation("kl", lambda h: h, (lambda h: h,), vocabulary, top=2)
+        truth = how.truth(teacher)
+        drafted = logits if vocabulary is None else logits[:, vocabulary]
+        quick = how.quickly(truth, drafted, [])[:3]
+        for found, wanted in zip(quick, how.loss(truth.p, drafted.log_softmax(-1)), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [4, 50])
+@pytest.mark.parametrize("vocabulary", [None, SOME], ids=["all", "some"])
 @pytest.mark.parametrize(("kind", "heads"), [*((kind, 1) for kind in KINDS), ("ce", 3), ("lk_hybrid", 3)])
 def test_value_and_gradient_are_those_of_whole_distributions(kind, heads, vocabulary, chunk):
     hidden, teacher, weights, table, own = material(11, heads, vocabulary)

@@ -218,6 +218,12 @@ MARKED_PLAIN = (
 )
 
 
+SEPARATED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}<e>{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
 @pytest.mark.parametrize("source", [MARKED_PLAIN, re.sub(r"\{% (end)?generation %\}", "", MARKED_PLAIN)])
 @pytest.mark.parametrize(
     ("contents", "reason"),
@@ -347,3 +353,50 @@ def test_markers_are_found_however_they_are_written(source, marked):
 )
 def test_stops_are_the_tokenizers_the_models_and_the_trained_end(tiny, model_stops, rows, wanted):
     assert stop_ids(tiny.tokenizer, model_stops, rows) == sorted(wanted)
+
+
+def outcome(renderer: Renderer, example: Conversation) -> Tokens | str:
+    try:
+        return renderer(example)
+    except Refused as refusal:
+        return str(refusal)
+
+
+@pytest.fixture(scope="module")
+def unknowing() -> PreTrainedTokenizerFast:
+    """Words, of which those that it does not know get the id of the special token <e>, as BERT's get that of [UNK]."""
+    inner = Tokenizer(models.WordLevel({"<e>": 0, "a": 1, "b": 2, ":": 3}, unk_token="<e>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<e>", unk_token="<e>", pad_token="<e>")
+
+
+@pytest.mark.parametrize("train_on", ["all", "last"])
+@pytest.mark.parametrize("shape", [*SHAPES, "merging", "unknowing"])
+def test_prompts_that_are_not_tokenised_again_give_what_those_that_are_give(request, tiny, shape, train_on):
+    if shape in SHAPES:
+        quick, whole = (made(tiny.tokenizer, SHAPES[shape][0], train_on) for _ in range(2))
+    else:
+        quick, whole = (made(request.getfixturevalue(shape), SEPARATED, train_on) for _ in range(2))
+    assert quick.anchors
+    whole.anchors = {}
+    draw = random.Random(0)
+    examples = [conversation(seed, 1 + seed % 4, seed % 2 == 0) for seed in range(20)]
+    letters = ["a", ":", "b", "<e>", "c", " ", "<", "e>", "<|im_", "start|>"]
+    examples += [chat(*("".join(draw.choices(letters, k=1 + draw.randrange(5))) for _ in range(4))) for _ in range(40)]
+    found = [outcome(quick, example) for example in examples]
+    assert found == [outcome(whole, example) for example in examples]
+    assert sum(isinstance(one, Tokens) for one in found) > 10
+    if shape == "merging":
+        assert any(isinstance(one, str) for one in found)
+
+
+def test_a_prompt_is_tokenised_from_its_last_special_token_on_and_once(tiny, monkeypatch):
+    renderer = made(tiny.tokenizer, UNMARKED)
+    asked: list[str] = []
+    encode = renderer._encode
+    monkeypatch.setattr(renderer, "_encode", lambda text: asked.append(text) or encode(text))
+    examples = [chat("1", "2", "3", "4"), chat("5", "6")]
+    rows = [renderer(example) for example in examples]
+    texts = [renderer.tokenizer.apply_chat_template(example.messages, tokenize=False) for example in examples]
+    assert asked == [texts[0], "<|im_start|>assistant\n", texts[1]]
+    assert all(any(row.trained) for row in rows)

@@ -4,11 +4,16 @@
 
 K drafted distributions stand against each of the teacher's, which is computed once for all of them. As in trainer.losses, a chunk's
 slopes at the logits are written out and taken through the head at once, so that no softmax outlives its chunk.
+
+With half-precision products what is done to each logit takes longer than the products themselves, and most of that time goes into
+memory that is taken anew. So for ce and kl, whose slope is q - p, `Distillation.quickly` works in two tensors that are kept over all
+chunks, and what is of the teacher alone is computed once for the K.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainer.drafters.layers import precision
 from trainer.losses import Head
 
 KINDS = ("ce", "kl", "tv", "lk_alpha", "lk_hybrid")
@@ -28,7 +34,7 @@ class _ChunkedDistillation(torch.autograd.Function):
     fp32; then by autograd through the head the slopes at h_c and at the head's parameters. Backward: those times the incoming scalar.
     Shapes: hidden (K, n, d), teacher (n, d), weights (K, n); returns a scalar in fp32 and (4, K, n): loss, whether the teacher's best
     guess was the best and among the `top` best guesses, Σ min(p, q).
-    Notes: the teacher's (c, V) and one head's (c, v) logits are all that is alive. No second derivative.
+    Notes: of the teacher's (c, V) and one head's (c, v) logits there are never more than a chunk's. No second derivative.
     """
 
     @staticmethod
@@ -40,33 +46,46 @@ class _ChunkedDistillation(torch.autograd.Function):
         found = hidden.new_zeros(4, *weights.shape, dtype=torch.float32)
         grad_hidden = torch.zeros_like(hidden) if wanted else None
         grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-        for start in range(0, teacher.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            if not weights[:, rows].any():
-                continue
-            p, best, inside = how.truth(teacher[rows])
-            for k in range(len(hidden)):
-                scale = weights[k, rows] * inside
-                with torch.enable_grad():
-                    part = hidden[k, rows].detach().requires_grad_(wanted)
-                    logits = how.heads[k % len(how.heads)](part)
-                log_q = F.log_softmax(logits.detach().float(), dim=-1)
-                loss, slopes, acceptance = how.loss(p, log_q)
-                total += (scale * loss).sum()
-                guesses = log_q.topk(min(how.top, log_q.shape[-1]), dim=-1).indices
-                guesses = guesses if how.vocabulary is None else how.vocabulary[guesses]
-                right = guesses == best.unsqueeze(-1)
-                found[:, k, rows] = torch.stack([loss * inside, right[:, 0].float(), right.any(-1).float(), acceptance])
-                if grad_hidden is not None:
-                    slopes *= scale.unsqueeze(-1)
-                    slope, *others = torch.autograd.grad(
-                        logits, [part, *parameters], slopes.to(logits.dtype), allow_unused=True
-                    )
-                    grad_hidden[k, rows] = slope
-                    for grad, other in zip(grads, others, strict=True):
-                        if other is not None:
-                            grad += other
-                del logits, log_q, slopes
+        kept: list[Tensor] = []
+        # Around all heads: fp32 weights that compute in half precision are cast once, and not for each of them.
+        with precision(hidden):
+            for start in range(0, teacher.shape[0], chunk):
+                rows = slice(start, start + chunk)
+                if not weights[:, rows].any():
+                    continue
+                logits = how.head(teacher[rows])
+                with torch.autocast(hidden.device.type, enabled=False):
+                    truth = how.truth(logits)
+                del logits
+                for k in range(len(hidden)):
+                    with torch.enable_grad():
+                        part = hidden[k, rows].detach().requires_grad_(wanted)
+                        logits = how.heads[k % len(how.heads)](part)
+                    scale = weights[k, rows] * truth.inside
+                    with torch.autocast(hidden.device.type, enabled=False):
+                        if how.quick:
+                            loss, slopes, acceptance, guesses = how.quickly(truth, logits.detach(), kept)
+                        else:
+                            log_q = F.log_softmax(logits.detach().float(), dim=-1)
+                            loss, slopes, acceptance = how.loss(truth.p, log_q)
+                            guesses = log_q.topk(min(how.top, log_q.shape[-1]), dim=-1).indices
+                            del log_q
+                        total += (scale * loss).sum()
+                        guesses = guesses if how.vocabulary is None else how.vocabulary[guesses]
+                        right = guesses == truth.best.unsqueeze(-1)
+                        found[:, k, rows] = torch.stack(
+                            [loss * truth.inside, right[:, 0].float(), right.any(-1).float(), acceptance]
+                        )
+                        if grad_hidden is not None:
+                            slopes *= scale.unsqueeze(-1)
+                            slope, *others = torch.autograd.grad(
+                                logits, [part, *parameters], slopes.to(logits.dtype), allow_unused=True
+                            )
+                            grad_hidden[k, rows] = slope
+                            for grad, other in zip(grads, others, strict=True):
+                                if other is not None:
+                                    grad += other
+                    del logits, slopes
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden, *grads)
         ctx.dtypes = [p.dtype for p in parameters]
@@ -78,6 +97,21 @@ class _ChunkedDistillation(torch.autograd.Function):
         grad_hidden, *grads = ctx.saved_tensors
         scaled = [(grad * grad_loss).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
         return (grad_hidden * grad_loss.to(grad_hidden.dtype), None, None, None, None, None, *scaled)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a teacher says of c positions."""
+
+    p: Float[Tensor, "c v"]  # its probabilities of the drafter's tokens
+    whole: Float[Tensor, "c v"]  # the same, renormalised
+    best: Int[Tensor, " c"]  # its best tokens
+    inside: Float[Tensor, " c"]  # 1 where those are among the drafter's
+
+    @cached_property
+    def entropy(self) -> Float[Tensor, " c"]:
+        """Σ p log p of the renormalised ones."""
+        return torch.xlogy(self.whole, self.whole).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -97,23 +131,50 @@ class Distillation:
     vocabulary: Int[Tensor, " v"] | None = None  # target ids, ascending
     eta: float = 3.0
     top: int = 5
+    fast: bool = True  # whether ce and kl may take `quickly` instead of `loss`
 
-    def truth(self, teacher: Float[Tensor, "c d"]) -> tuple[Float[Tensor, "c v"], Int[Tensor, " c"], Float[Tensor, " c"]]:
-        """(the teacher's probabilities of the drafter's tokens, its best tokens, 1 where those are among the drafter's)."""
-        with torch.no_grad():
-            p = self.head(teacher).float().softmax(-1)
-            best = p.argmax(-1)
-            if self.vocabulary is None:
-                return p, best, torch.ones_like(p[:, 0])
-            place = torch.searchsorted(self.vocabulary, best).clamp_max(len(self.vocabulary) - 1)
-            return p[:, self.vocabulary], best, (self.vocabulary[place] == best).float()
+    @property
+    def quick(self) -> bool:
+        """Whether `quickly` is taken."""
+        return self.fast and self.kind in ("ce", "kl")
+
+    @torch.no_grad()
+    def truth(self, logits: Float[Tensor, "c V"]) -> Truth:
+        """What the teacher's logits say of the drafter's tokens."""
+        p = logits.float().softmax(-1)
+        best = p.argmax(-1)
+        if self.vocabulary is None:
+            return Truth(p, p, best, torch.ones_like(p[:, 0]))
+        place = torch.searchsorted(self.vocabulary, best).clamp_max(len(self.vocabulary) - 1)
+        p = p.index_select(1, self.vocabulary)
+        return Truth(p, _renormalised(p), best, (self.vocabulary[place] == best).float())
+
+    def quickly(
+        self, truth: Truth, logits: Float[Tensor, "c v"], kept: list[Tensor]
+    ) -> tuple[Tensor, Float[Tensor, "c v"], Tensor, Int[Tensor, "c top"]]:
+        """(loss, its slope, α, best guesses) of ce or kl, as `loss` has them up to rounding. `kept` is an empty list at first; slopes are
+        good until the next call with it.
+
+            log q = x - max x - log Σ exp(x - max x)
+        """
+        if not kept:
+            kept += [torch.empty_like(truth.p), torch.empty_like(truth.p)]
+        q, spare = (tensor[: len(logits)] for tensor in kept)
+        highest, guesses = q.copy_(logits).topk(min(self.top, q.shape[-1]), dim=-1)
+        q -= highest[:, :1]
+        ce = -torch.mul(truth.whole, q, out=spare).sum(-1)
+        total = q.exp_().sum(-1, keepdim=True)
+        ce += total[:, 0].log()
+        q /= total
+        acceptance = torch.minimum(truth.p, q, out=spare).sum(-1)
+        q -= truth.whole
+        return (ce if self.kind == "ce" else ce + truth.entropy), q, acceptance, guesses
 
     def loss(self, p: Float[Tensor, "c v"], log_q: Float[Tensor, "c v"]) -> tuple[Tensor, Float[Tensor, "c v"], Tensor]:
         """(loss (c,), its slope at the drafter's logits (c, v), α (c,))."""
         q = log_q.exp()
         acceptance = torch.minimum(p, q).sum(-1)
-        # Where the drafter's tokens have no chance at all, the position does not count, and must not be NaN either.
-        whole = p if self.vocabulary is None else p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+        whole = p if self.vocabulary is None else _renormalised(p)
         if self.kind in ("ce", "kl", "lk_hybrid"):
             ce = -(whole * log_q).sum(-1)
             kl = ce + torch.xlogy(whole, whole).sum(-1)
@@ -128,6 +189,11 @@ class Distillation:
             return -safe.log(), -rise / safe.unsqueeze(-1), acceptance
         w = torch.exp(-self.eta * acceptance)
         return w * kl + (1 - w) * (1 - acceptance), w.unsqueeze(-1) * (q - whole) - (1 - w).unsqueeze(-1) * rise, acceptance
+
+
+def _renormalised(p: Tensor) -> Tensor:
+    """p / Σ p. Where the drafter's tokens have no chance at all, the position does not count, and must not be NaN either."""
+    return p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
 
 
 def chunked_distillation(
