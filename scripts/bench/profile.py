@@ -4,8 +4,9 @@
         [device=cpu] [base=smollm2_135m]
 
 The run's own model, adapter and loss on random tokens; `overrides` go to the config (adapter=rosa, precision=fp32).
-`supervised` is the share of each row, its end, that is trained. It prints the median step with its parts, the operations that take the
-most of the processor's own time, and the tensors that wait for the backward pass, by the module that made them.
+`supervised` is the share of each row, its end, that is trained. It prints the median step with its parts and what the
+machine's products and copies would allow, the operations that take most of the processor's own time, and the tensors that wait for
+the backward pass, by the module that made them.
 """
 
 from __future__ import annotations
@@ -106,6 +107,34 @@ def kept(module: Any, batch: dict[str, Any]) -> list[tuple[int, str, str]]:
     return list(seen.values())
 
 
+def limits(module: Any, batch: dict[str, Any]) -> tuple[float, float, float]:
+    """(products a second of the machine for such a model, bytes a second of a large copy, products that a step of a LoRA cannot do
+    without: each frozen weight once forward and once backward, the output layer's at supervised positions)."""
+    import torch
+
+    model, ids = module.model, batch["input_ids"]
+    config = model.config.get_text_config()
+    weight = torch.randn(config.intermediate_size, config.hidden_size, device=ids.device).to(model.dtype)
+    x = torch.randn(ids.numel(), config.hidden_size, device=ids.device).to(model.dtype)
+    large = torch.empty(256 << 20, dtype=torch.uint8, device=ids.device)
+
+    def least(call: Any) -> float:
+        seconds = []
+        for _ in range(8):
+            started = time.perf_counter()
+            call()
+            if ids.is_cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+
+    head = model.get_output_embeddings().weight.numel()
+    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) - head
+    needed = 2 * linears * ids.numel() + 2 * head * int((batch["labels"][:, 1:] != -100).sum())
+    rate = x.numel() * config.intermediate_size / least(lambda: x @ weight.t())
+    return rate, 2 * large.numel() / least(lambda: large.clone()), needed
+
+
 def main() -> int:
     """Prints the tables."""
     options = {**DEFAULTS, **OmegaConf.to_container(OmegaConf.from_dotlist(sys.argv[1:]))}  # type: ignore[dict-item]
@@ -125,6 +154,12 @@ def main() -> int:
     print(f"{batch['input_ids'].numel() / whole:.0f} tokens/s; median seconds of {options['steps']} steps")
     for name, seconds in took.items():
         print(f"  {name:20}{statistics.median(seconds):8.3f}  {statistics.median(seconds) / whole:6.1%}")
+
+    rate, bandwidth, needed = limits(module, batch)
+    print(
+        f"this machine: {2 * rate / 1e12:.2f} TFLOP/s in products of the model's shape, {bandwidth / 1e9:.1f} GB/s copied. "
+        f"The step's {2 * needed / 1e9:.0f} GFLOP of products with frozen weights would take {needed / rate:.2f} s, {needed / rate / whole:.0%} of it"
+    )
 
     cuda = options["device"] != "cpu"
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
