@@ -58,18 +58,13 @@ def test_products_are_those_of_plain_loops():
         assert (counts["attention"] > counts["layers"] + counts["head"]) is more
 
 
-def test_chunks_hold_as_many_numbers_whatever_the_vocabulary():
-    assert [growth.chunk_of("ours", 512, v, 1000) for v in (500, 1000, 4000)] == [512] * 3
-    assert [growth.chunk_of("ours_even", 512, v, 1000) for v in (500, 1000, 4000, 10**7)] == [1024, 512, 128, 1]
-
-
 def test_exponents_are_told_for_each_way_with_the_larger_half():
     rows = [
         {"sweep": "length", "way": way, "length": n, "cpu_seconds": n**power, "seconds": n, "peak_bytes": 7}
         for way, power in (("full", 2), ("ours", 1))
         for n in (1, 2, 4, 8)
     ]
-    first, second = growth.exponents(rows, "length", ["full", "ours", "ours_even"])
+    first, second = growth.exponents(rows, "length", ["full", "ours", "ours_fixed"])
     assert first.startswith("full       over length: processor time 2.00, 2.00 from 4 on; wall clock 1.00")
     assert "memory above the weights 0.00" in second
 

@@ -27,7 +27,7 @@ class DraftLoss(CausalLoss):
     """The drafter's loss of a batch. `states` gives what the target has computed for a training batch; None runs it, as evaluation
     always does."""
 
-    def __init__(self, model: nn.Module, chunk: int, drafter: Drafter, target: Target, states: States | None = None):
+    def __init__(self, model: nn.Module, chunk: int | None, drafter: Drafter, target: Target, states: States | None = None):
         super().__init__(model, chunk, drafter, target)
         self.states = states
 
@@ -50,7 +50,7 @@ class Distill(FineTune):
 
     counted = ("loss", "tokens")
 
-    def make_loss(self, chunk: int) -> DraftLoss:
+    def make_loss(self, chunk: int | None) -> DraftLoss:
         if self.drafter is None:
             raise DrafterError("objective=distill trains a drafter, and there is none: choose one, as in drafter=eagle3")
         if any(parameter.requires_grad for parameter in self.model.parameters()):

@@ -47,7 +47,7 @@ class FineTune(lightning.LightningModule):
     def __init__(
         self, model: nn.Module, adapter: Adapter, optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         schedule: Callable[..., float], steps: int, labelled: bool, accumulate: int, seed: int, max_grad_norm: float | None,
-        logits_chunk: int, gradient_checkpointing: bool, nonfinite_limit: int,
+        logits_chunk: int | None, gradient_checkpointing: bool, nonfinite_limit: int,
         penalty: DensityDEFT | None = None, drafter: Drafter | None = None, cooling: Cooling | None = None,
     ):  # fmt: skip
         super().__init__()
@@ -69,7 +69,7 @@ class FineTune(lightning.LightningModule):
         self.news: dict[str, float] = {}  # what the adapter had to say after the step
         self.sums: dict[str, Any] = {}  # of the step at hand
 
-    def make_loss(self, chunk: int) -> CausalLoss:
+    def make_loss(self, chunk: int | None) -> CausalLoss:
         """The loss of a batch, with never more than `chunk` positions' logits at one time."""
         return CausalLoss(self.model, chunk, self.drafter, Target(self.model) if self.drafter is not None else None)
 

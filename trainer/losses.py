@@ -23,6 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Head = Callable[[Tensor], Tensor]  # (n, d) -> (n, V)
+LOGITS = {"cpu": 12 << 20}  # numbers of a chunk's logits: 256 positions of a vocabulary of 49152
+ON_GPU = 48 << 20  # a weight that is read once a chunk from a GPU's memory wants more positions
+
+
+def positions(vocabulary: int, device: str) -> int:
+    """How many positions' logits exist at one time where nobody has said it: the larger the vocabulary the fewer, so that their
+    memory hardly grows with it."""
+    return max(16, LOGITS.get(device, ON_GPU) // max(1, vocabulary))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -209,8 +217,10 @@ def output_head(model: nn.Module) -> Head | None:
 class CausalLoss:
     """The loss of a batch as trainer.plan.Collate makes it; with a drafter (trainer.drafters) its own is added."""
 
-    def __init__(self, model: nn.Module, chunk: int, drafter: Any = None, target: Any = None):
-        self.model, self.chunk, self.drafter, self.target = model, chunk, drafter, target
+    def __init__(self, model: nn.Module, chunk: int | None, drafter: Any = None, target: Any = None):
+        vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
+        self.chunk = chunk or positions(vocabulary, next(model.parameters()).device.type)
+        self.model, self.drafter, self.target = model, drafter, target
         self.layer: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         self.head = output_head(model)
 

@@ -1,15 +1,15 @@
 """How a step's cost grows with the row's length and with the vocabulary: ours against stock PEFT with all logits at once.
 
     python -m scripts.bench.growth [lengths=[128,...,4096]] [vocabularies=[8192,...,262144]] [length=1024] [vocabulary=32768]
-        [ways=[full,ours,ours_even]] [layers=8] [width=256] [rank=16] [chunk=512] [dtype=float32] [steps=3] [seconds=20] [device=cpu]
+        [ways=[full,ours,ours_fixed]] [layers=8] [width=256] [rank=16] [chunk=512] [dtype=float32] [steps=3] [seconds=20] [device=cpu]
         [threads=1] [out=FOLDER]
 
 Random Llama-shaped weights with tied embeddings, LoRA on all linear layers, AdamW, one row, every position supervised; each case in a
 process of its own. First the length grows at one vocabulary, then the vocabulary at one length. Ways:
 
     full        peft.get_peft_model, model(input_ids, labels=...): logits of all positions
-    ours        our LoRA and trainer.losses.CausalLoss with objective.logits_chunk = `chunk`
-    ours_even   the same with as many positions as hold chunk x vocabulary numbers: half of `chunk` where the vocabulary is twice as large
+    ours        our LoRA, fused, and trainer.losses.CausalLoss as a run has it: the larger the vocabulary, the fewer positions' logits at once
+    ours_fixed  the same with objective.logits_chunk = `chunk`
 
 Columns: processor and wall seconds of a step (the median, first of all left out; no further one is begun after `seconds`), and the peak
 memory of the steps above what weights and libraries take. An exponent is the slope of log cost over log size: 1 is linear, 0 constant.
@@ -35,7 +35,7 @@ from omegaconf import OmegaConf
 
 DEFAULTS: dict[str, Any] = {
     "lengths": [128, 256, 512, 1024, 2048, 4096], "vocabularies": [8192, 16384, 32768, 65536, 131072, 262144], "length": 1024,
-    "vocabulary": 32768, "ways": ["full", "ours", "ours_even"], "layers": 8, "width": 256, "rank": 16, "chunk": 512, "dtype": "float32",
+    "vocabulary": 32768, "ways": ["full", "ours", "ours_fixed"], "layers": 8, "width": 256, "rank": 16, "chunk": 512, "dtype": "float32",
     "steps": 3, "seconds": 20, "device": "cpu", "threads": 1, "out": None,
 }  # fmt: skip
 HEAD = 64  # width of an attention head
@@ -67,11 +67,6 @@ def exponent(sizes: list[float], costs: list[float]) -> float:
     x, y = [math.log(size) for size in sizes], [math.log(cost) for cost in costs]
     mean = statistics.fmean(x)
     return sum((a - mean) * b for a, b in zip(x, y, strict=True)) / sum((a - mean) ** 2 for a in x)
-
-
-def chunk_of(way: str, chunk: int, vocabulary: int, usual: int) -> int:
-    """Positions whose logits ours has at one time."""
-    return max(1, chunk * usual // vocabulary) if way == "ours_even" else chunk
 
 
 def memory(device: str, reset: bool) -> int:
@@ -115,14 +110,16 @@ def case(options: dict[str, Any], way: str, length: int, vocabulary: int) -> dic
 
     else:
         from adapters.delta import Start
-        from trainer import assembly
+        from trainer import allocator, assembly, fused
         from trainer.config import compose
         from trainer.losses import CausalLoss
 
         words = [f"adapter.rank={options['rank']}", f"adapter.alpha={2 * options['rank']}", "task.path=x"]
         plain: Any = OmegaConf.to_container(compose(words), resolve=True)
+        allocator.keep_freed()
+        fused.fuse(model)
         model = assembly.instantiate(plain["adapter"]).attach(model, Start()).train()
-        counted = CausalLoss(model, chunk_of(way, options["chunk"], vocabulary, options["vocabulary"]))
+        counted = CausalLoss(model, options["chunk"] if way == "ours_fixed" else None)
 
         def loss_of(batch: dict[str, Any]) -> Any:
             return counted(batch)[0] / (batch["labels"].shape[1] - 1)

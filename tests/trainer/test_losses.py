@@ -29,7 +29,7 @@ from adapters.peft import Peft
 from tests.adapters import toys
 from trainer.drafters import Target
 from trainer.drafters.parallel import ParallelHeads
-from trainer.losses import CausalLoss, ClassLoss, captured_hidden, chunked_cross_entropy, output_head
+from trainer.losses import CausalLoss, ClassLoss, captured_hidden, chunked_cross_entropy, output_head, positions
 from trainer.plan import Collate, Pick
 from trainer.tokens import Tokens
 
@@ -458,3 +458,14 @@ def test_the_class_loss_is_cross_entropy_at_each_rows_last_token():
     assert float(sums["right"]) == sum(int(sums["scores"][i].argmax()) == label for i, label in ((0, 2), (2, 1)))
     summed.backward()
     assert model.score.weight.grad.abs().max() > 0
+
+
+def test_a_larger_vocabulary_has_fewer_positions_at_once():
+    assert positions(49152, "cpu") == 256
+    assert positions(49152, "cuda") == 4 * positions(49152, "cpu")
+    numbers = [positions(size, "cpu") * size for size in (8192, 32768, 131072, 262144)]
+    assert max(numbers) <= 1.01 * min(numbers)
+    assert positions(10**7, "cpu") == 16
+    model = toys.llama(torch.float32, vocab_size=97)
+    assert CausalLoss(model, None).chunk == positions(97, "cpu")
+    assert CausalLoss(model, 5).chunk == 5
