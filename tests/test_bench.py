@@ -7,7 +7,7 @@ import json
 import pytest
 
 from scripts.bench import train
-from scripts.bench.peers import measuring
+from scripts.bench.peers import contestants, measuring, table
 
 
 def run(name, seconds, memory, losses=(3.0, 2.0, 1.0), processed=(10, 20, 30), supervised=(1, 2, 3), first=8.0):
@@ -19,7 +19,7 @@ def run(name, seconds, memory, losses=(3.0, 2.0, 1.0), processed=(10, 20, 30), s
 
 
 def options(*arguments):
-    return train.parsed(["steps=3", "warm=1", *arguments])
+    return contestants.parsed(["steps=3", "warm=1", *arguments])
 
 
 RESULTS = {
@@ -53,13 +53,13 @@ def test_wrong_options(argument, text):
 
 
 def test_contestants():
-    found = train.contestants(
+    found = contestants.contestants(
         options("variants.a=[compile=true]", "variants.b=[hf,autocast=true]", "variants.c=[ours_packed,x=1]")
     )
     assert found["a"] == ("ours", ["compile=true"])
     assert found["b"] == ("hf", ["autocast=true"])
     assert found["c"] == ("ours_packed", ["x=1"])
-    assert "ours_packed" not in train.contestants(options("data=packed"))
+    assert "ours_packed" not in contestants.contestants(options("data=packed"))
 
 
 def test_a_result_is_of_its_settings():
@@ -99,24 +99,24 @@ def test_padding():
 
 
 def test_the_warm_steps_are_counted():
-    found = train.summary(RESULTS["hf"], 1, cuda=False)
+    found = table.summary(RESULTS["hf"], 1, cuda=False)
     assert found["step"] == [2.5, 4.0]
     assert found["processed"] == [50 / 5, 50 / 8]
     assert found["supervised"] == [1.0, 5 / 8]
     assert found["memory"] == [200.0, 200.0]
-    assert train.summary(RESULTS["hf"], 2, cuda=True)["step"] == [2.0, 5.0]
-    assert train.summary(RESULTS["hf"], 2, cuda=True)["memory"] == [7.0, 7.0]
+    assert table.summary(RESULTS["hf"], 2, cuda=True)["step"] == [2.0, 5.0]
+    assert table.summary(RESULTS["hf"], 2, cuda=True)["memory"] == [7.0, 7.0]
 
 
 def test_curves_are_compared_where_the_batches_are_the_same():
     ours = RESULTS["ours"][0]
-    assert train.difference(RESULTS["hf"][0], ours) == 0.25
-    assert train.difference(RESULTS["ours_packed"][0], ours) is None
-    assert train.difference(ours, None) is None
+    assert table.difference(RESULTS["hf"][0], ours) == 0.25
+    assert table.difference(RESULTS["ours_packed"][0], ours) is None
+    assert table.difference(ours, None) is None
 
 
 def test_the_table():
-    text = train.table(options("contestants=[ours,ours_packed,bare,hf]"), RESULTS, {"bare": "no such package"}, "about")
+    text = table.table(options("contestants=[ours,ours_packed,bare,hf]"), RESULTS, {"bare": "no such package"}, "about")
     lines = {line.split(" |")[0].strip("| "): line for line in text.splitlines()[:8] if line.startswith("|")}
     assert text.startswith("about\n")
     numbers = "1.500 (1.000-2.000) | 18.8 (12.5-25.0) | 1.9 (1.2-2.5) | 110 (100-120) | 5.00 (4.00-6.00) | 1.0000 | 0.0e+00 | 2"
@@ -125,12 +125,12 @@ def test_the_table():
     assert "skipped: no such package" in lines["bare"]
     # Over hf in the two rounds: 2.5 and 2 times the speed, 0.5 and 0.6 of the memory, 0.5 and 0.75 of the time to the first step.
     assert "\n| hf | 2.25x, 0.55x, 0.62x | " in text
-    pairs = train.ratios({name: train.summary(runs, 1, False) for name, runs in RESULTS.items() if runs}, "ours", "hf")
+    pairs = table.ratios({name: table.summary(runs, 1, False) for name, runs in RESULTS.items() if runs}, "ours", "hf")
     assert pairs == pytest.approx({"speed": 2.25, "memory": 0.55, "start": 0.625})
 
 
 def test_what_the_plot_shows():
-    panels = train.bars(options("contestants=[ours,bare,hf]"), RESULTS)
+    panels = table.bars(options("contestants=[ours,bare,hf]"), RESULTS)
     assert panels["peak memory, MB"] == (["ours", "hf"], [[100.0, 120.0], [200.0, 200.0]])
     assert panels["seconds to the first step"][1][0] == [4.0, 6.0]
 
@@ -139,7 +139,7 @@ def test_what_was_measured_is_told(tmp_path):
     rows = [[{"input_ids": [1] * 9, "labels": [-100] * 7 + [1, 1]}, {"input_ids": [1, 2], "labels": [-100, 2]}]] * 3
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     spec = {"rows": str(tmp_path / "rows.json"), "precision": "bf16-true", "dtype": "bfloat16"}
-    text = train.described(options(), spec, RESULTS, "the command")
+    text = table.described(options(), spec, RESULTS, "the command")
     assert "2 rows, 32 positions, 11 of them tokens, 3 of these supervised" in text
     assert "torch 2.13.0" in text
     assert "adapters in float32 (LitGPT: bfloat16)" in text

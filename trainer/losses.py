@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Head = Callable[[Tensor], Tensor]  # (n, d) -> (n, V)
-LOGITS = {"cpu": 12 << 20}  # numbers of a chunk's logits: 256 positions of a vocabulary of 49152
-ON_GPU = 48 << 20  # a weight that is read once a chunk from a GPU's memory wants more positions
+LOGITS = 12 << 20  # numbers of a chunk's logits: 256 positions of a vocabulary of 49152
+ON_GPU = 4 * LOGITS  # a weight that is read once a chunk from a GPU's memory wants more positions
 
 
 def positions(vocabulary: int, device: str) -> int:
     """How many positions' logits exist at one time where nobody has said it: the larger the vocabulary the fewer, so that their
     memory hardly grows with it."""
-    return max(16, LOGITS.get(device, ON_GPU) // max(1, vocabulary))
+    return max(16, (LOGITS if device == "cpu" else ON_GPU) // max(1, vocabulary))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -25,6 +25,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from scripts.bench.options import given
+
 DEFAULTS: dict[str, Any] = {
     "rank": 16, "batch_size": 4, "length": 256, "steps": 8, "repeats": 3, "dtype": "bfloat16", "base": "smollm2_135m", "shape": None,
     "supervised": 1.0, "fused": True, "gradient": "auto", "device": "cpu",
@@ -165,7 +167,7 @@ def measured(method: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> int:
     """Each method `repeats` times in turn; a table of medians and of ratios to stock PEFT's LoRA."""
-    options = {**DEFAULTS, **OmegaConf.to_container(OmegaConf.from_dotlist([a for a in sys.argv[1:] if "=" in a]))}  # type: ignore[dict-item]
+    options = given(DEFAULTS, __doc__)
     if "--worker" in sys.argv:
         name, out = sys.argv[sys.argv.index("--worker") + 1 :][:2]
         Path(out).write_text(json.dumps(measured(name, options)))

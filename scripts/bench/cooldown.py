@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from scripts.bench.options import given
 
 DEFAULTS: dict[str, Any] = {
     "data": None, "out": None, "lengths": [40, 80, 160], "fraction": 0.2, "rates": [1e-3, 3e-3, 1e-2], "task": "viggo", "adapter": "lora",
@@ -140,7 +140,7 @@ def plot(found: dict[str, Any], file: Path) -> None:
 
 def main() -> int:
     """Run what is missing, then write table and plot."""
-    options = {**DEFAULTS, **OmegaConf.to_container(OmegaConf.from_dotlist([a for a in sys.argv[1:] if "=" in a]))}  # type: ignore[dict-item]
+    options = given(DEFAULTS, __doc__)
     if options["out"] is None or (options["data"] is None and not options["table"]):
         print(__doc__, file=sys.stderr)
         return 2

@@ -31,6 +31,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from scripts.bench.options import given
+
 DEFAULTS: dict[str, Any] = {
     "drafters": ["eagle3", "medusa"], "supervised": [1.0, 0.5], "batch_size": 2, "length": 512, "steps": 3, "repeats": 3,
     "base": "smollm2_135m", "precision": "auto", "extra": [], "threads": 1, "device": "cpu", "json": None, "sides": ["plain", "ours"],
@@ -165,10 +167,10 @@ def case(options: dict[str, Any], side: str, drafter: str, share: float) -> dict
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach()) / count, batch["labels"].numel()
 
-    given = batches(options, model.get_output_embeddings().weight.shape[0], share)
+    made_batches = batches(options, model.get_output_embeddings().weight.shape[0], share)
     before = memory(options["device"], reset=True)
     times, losses = [], []
-    for batch in given:
+    for batch in made_batches:
         started = time.perf_counter(), time.process_time()
         loss, tokens = step(batch)
         if options["device"] != "cpu":
@@ -178,7 +180,7 @@ def case(options: dict[str, Any], side: str, drafter: str, share: float) -> dict
     peak = memory(options["device"], reset=False) - before
     if options["profile"]:
         with torch.profiler.profile() as profile:
-            step(given[0])
+            step(made_batches[0])
         print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25), file=sys.stderr)
     wall, processor = (statistics.median(values) for values in zip(*times[1:], strict=True))
     return {
@@ -213,10 +215,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     """Each case in turn; a table of what was measured."""
-    options = {**DEFAULTS, **OmegaConf.to_container(OmegaConf.from_dotlist([a for a in sys.argv[1:] if "=" in a]))}  # type: ignore[dict-item]
-    if unknown := set(options) - set(DEFAULTS):
-        print(f"no option {', '.join(sorted(unknown))}\n\n{__doc__}", file=sys.stderr)
-        return 2
+    options = given(DEFAULTS, __doc__)
     if "--worker" in sys.argv:
         side, drafter, share, file = sys.argv[sys.argv.index("--worker") + 1 :]
         Path(file).write_text(json.dumps(case(options, side, drafter, float(share))))

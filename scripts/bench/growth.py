@@ -33,6 +33,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from scripts.bench.options import given
+
 DEFAULTS: dict[str, Any] = {
     "lengths": [128, 256, 512, 1024, 2048, 4096], "vocabularies": [8192, 16384, 32768, 65536, 131072, 262144], "length": 1024,
     "vocabulary": 32768, "ways": ["full", "ours", "ours_fixed"], "layers": 8, "width": 256, "rank": 16, "chunk": 512, "dtype": "float32",
@@ -213,10 +215,7 @@ def plot(rows: list[dict[str, Any]], ways: list[str], file: Path) -> None:
 
 def main() -> int:
     """Each case in turn; a table, exponents and a plot."""
-    options = {**DEFAULTS, **OmegaConf.to_container(OmegaConf.from_dotlist([a for a in sys.argv[1:] if "=" in a]))}  # type: ignore[dict-item]
-    if unknown := set(options) - set(DEFAULTS):
-        print(f"no option {', '.join(sorted(unknown))}\n\n{__doc__}", file=sys.stderr)
-        return 2
+    options = given(DEFAULTS, __doc__)
     if "--worker" in sys.argv:
         way, length, vocabulary, file = sys.argv[sys.argv.index("--worker") + 1 :]
         Path(file).write_text(json.dumps(case(options, way, int(length), int(vocabulary))))

@@ -32,7 +32,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from scripts.bench.options import given
 
 DEFAULTS: dict[str, Any] = {
     "positions": [1024, 2048], "heads": [1, 4], "dtypes": ["bfloat16", "float32"], "repeats": 3, "seconds": 30, "threads": 1,
@@ -147,10 +147,7 @@ def worker(*arguments: str) -> None:
 
 def main() -> int:
     """Each case in turn; a table of what was measured."""
-    options = {**DEFAULTS, **OmegaConf.to_container(OmegaConf.from_dotlist([a for a in sys.argv[1:] if "=" in a]))}  # type: ignore[dict-item]
-    if unknown := set(options) - set(DEFAULTS):
-        print(f"no option {', '.join(sorted(unknown))}\n\n{__doc__}", file=sys.stderr)
-        return 2
+    options = given(DEFAULTS, __doc__)
     if "--worker" in sys.argv:
         import torch
 

@@ -35,6 +35,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from scripts.bench.options import given
+
 DEFAULTS: dict[str, Any] = {
     "data": None, "out": None, "tasks": ["viggo", "sql"], "rank": 16, "steps": 60, "batch_size": 8, "seeds": [0, 1, 2],
     "rates": [1e-4, 3e-4, 1e-3], "search_steps": 30, "held_out": 160, "generate": 48, "base": "smollm2_135m", "minutes": None,
@@ -230,7 +232,7 @@ def plot(options: dict[str, Any], done: list[dict[str, Any]], file: Path) -> Non
 
 def main() -> int:
     """Run what is missing, then write table and plot."""
-    options = {**DEFAULTS, **OmegaConf.to_container(OmegaConf.from_dotlist([a for a in sys.argv[1:] if "=" in a]))}  # type: ignore[dict-item]
+    options = given(DEFAULTS, __doc__)
     if options["out"] is None or (options["data"] is None and not options["table"]):
         print(__doc__, file=sys.stderr)
         return 2

@@ -22,6 +22,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from scripts.bench.options import given
+
 DEFAULTS: dict[str, Any] = {
     "steps": 14, "warm": 4, "repeats": 3, "batch_size": 8, "precision": "auto", "experiment": "quickstart", "extra": [],
 }  # fmt: skip
@@ -135,7 +137,7 @@ CONTESTANTS = {"ours": ours, "bare": bare, "hf": hf}
 
 def main() -> int:
     """Each contestant `repeats` times in turn; a table of medians and ratios."""
-    options = {**DEFAULTS, **OmegaConf.to_container(OmegaConf.from_dotlist([a for a in sys.argv[1:] if "=" in a]))}  # type: ignore[dict-item]
+    options = given(DEFAULTS, __doc__)
     if "--worker" in sys.argv:
         name, out = sys.argv[sys.argv.index("--worker") + 1 :][:2]
         import resource

@@ -38,6 +38,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from scripts.bench.options import given
+
 DEFAULTS: dict[str, Any] = {
     "prompts": None, "rows": 20000, "repeats": 1, "plain_rows": 5000, "max_length": 1024, "extra": [], "json": None,
     "ways": ["cold", "warm", "stages", "encode", "map_rows", "map_batch", "map_masked"],
@@ -254,7 +256,7 @@ def worker(options: dict[str, Any], way: str, folder: str) -> None:
 
 def main() -> int:
     """All ways in turn; a table of what was measured."""
-    options = {**DEFAULTS, **OmegaConf.to_container(OmegaConf.from_dotlist([a for a in sys.argv[1:] if "=" in a]))}  # type: ignore[dict-item]
+    options = given(DEFAULTS, __doc__)
     if (unknown := set(options) - set(DEFAULTS)) or options["prompts"] is None:
         print(
             f"no option {', '.join(sorted(unknown))}" if unknown else "prompts=FILE is missing",

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import collections
 import statistics
-import sys
 import time
 from typing import Any
 
 from omegaconf import OmegaConf
+
+from scripts.bench.options import given
 
 DEFAULTS: dict[str, Any] = {
     "batch_size": 4, "length": 256, "supervised": 1.0, "steps": 4, "rows": 20, "overrides": [], "threads": None, "device": "cpu",
@@ -137,10 +138,7 @@ def limits(module: Any, batch: dict[str, Any]) -> tuple[float, float, float]:
 
 def main() -> int:
     """Prints the tables."""
-    options = {**DEFAULTS, **OmegaConf.to_container(OmegaConf.from_dotlist(sys.argv[1:]))}  # type: ignore[dict-item]
-    if unknown := set(options) - set(DEFAULTS):
-        print(f"no option {', '.join(sorted(unknown))}\n\n{__doc__}", file=sys.stderr)
-        return 2
+    options = given(DEFAULTS, __doc__)
     import torch
 
     if options["threads"] is not None:

@@ -42,14 +42,10 @@ in our cache by then, and the peers read them from a file.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
-import re
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -60,78 +56,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-ROOT = Path(__file__).resolve().parents[2]
-DEFAULTS: dict[str, Any] = {
-    "out": None, "data": "chat", "task": ["task=bfcl"], "base": "smollm2_135m", "shape": None, "vocabulary": 128256, "length": None,
-    "batch_size": 8, "steps": 14, "warm": 4, "rounds": 3, "group_by_length": False, "precision": "auto", "adapter_dtype": "float32",
-    "autocast": False, "gradient_checkpointing": False, "rank": 16, "alpha": 32, "lr": 2e-4, "seed": 0, "device": "cpu", "threads": None,
-    "contestants": ["ours", "ours_packed", "bare", "hf", "trl", "litgpt"], "variants": {}, "extra": [], "envs": "~/.cache/graft/bench",
-    "minutes": None,
-}  # fmt: skip
-BIG = {"data": "packed", "batch_size": 2, "length": 2048}  # with a shape
-PEERS = {"bare": "bare.py", "hf": "hf_trainer.py", "trl": "trl_sft.py", "litgpt": "litgpt_lora.py"}
-ENVIRONMENTS = {"bare": "trl", "hf": "trl", "trl": "trl", "litgpt": "litgpt"}
-REQUIREMENTS = {
-    "trl": ["transformers", "peft", "accelerate", "datasets", "trl==1.16.0"],
-    "litgpt": ["litgpt==0.5.13"],
-}
+from scripts.bench.peers.contestants import OF_A_PEER, PEERS, ROOT, contestants, environment, interpreter, parsed
+from scripts.bench.peers.table import described, plot, summary, table
+
 # What the rows and the start depend on.
 WORK = (
     "data", "task", "base", "shape", "vocabulary", "length", "batch_size", "steps", "group_by_length", "precision", "rank", "alpha", "lr",
     "seed", "device",
 )  # fmt: skip
-NOT_INSTALLED: dict[Path, str] = {}
-OF_A_PEER = ("adapter_dtype", "autocast", "gradient_checkpointing")
-
-
-def parsed(arguments: list[str]) -> dict[str, Any]:
-    """The options, from KEY=VALUE arguments.
-
-    Raises:
-        ValueError: an option or one of its values is unknown.
-    """
-    given: dict[str, Any] = OmegaConf.to_container(OmegaConf.from_dotlist(arguments))  # type: ignore[assignment]
-    options = DEFAULTS | (BIG if given.get("shape") else {}) | given
-    if unknown := sorted(set(options) - set(DEFAULTS)):
-        raise ValueError(f"no option {', '.join(unknown)}")
-    allowed = {
-        "data": ("chat", "packed"), "shape": (None, "1b", "8b"), "precision": ("auto", "fp32", "bf16"), "device": ("cpu", "cuda"),
-        "adapter_dtype": ("float32", "bfloat16"),
-    }  # fmt: skip
-    for name, values in allowed.items():
-        if options[name] not in values:
-            raise ValueError(f"{name}={options[name]}: it is one of {', '.join(map(str, values))}")
-    if not 1 <= options["warm"] < options["steps"]:
-        raise ValueError(
-            f"warm={options['warm']}: at least one step is left out, and of steps={options['steps']} one must remain"
-        )
-    if options["length"] is None:
-        options["length"] = 256 if options["data"] == "packed" else 1024
-    contestants(options)
-    return options
-
-
-def contestants(options: dict[str, Any]) -> dict[str, tuple[str, list[str]]]:
-    """Name -> (ours, ours_packed or a peer, what it is given), in their order.
-
-    Raises:
-        ValueError: a name is unknown.
-    """
-    found: dict[str, tuple[str, list[str]]] = {}
-    for name in options["contestants"]:
-        if name not in ("ours", "ours_packed", *PEERS):
-            raise ValueError(
-                f"no contestant {name}; there are ours, ours_packed, {', '.join(PEERS)}; others are variants.NAME=[...]"
-            )
-        if name != "ours_packed" or options["data"] == "chat":
-            found[name] = name, []
-    for name, given in options["variants"].items():
-        kind, rest = (given[0], given[1:]) if given and given[0] in ("ours_packed", *PEERS) else ("ours", given)
-        for item in rest if kind in PEERS else []:
-            if item.partition("=")[0] not in OF_A_PEER:
-                raise ValueError(f"variants.{name}: {item}: of a peer one can set {', '.join(OF_A_PEER)}")
-        found[name] = kind, list(rest)
-    return found
 
 
 def digest(*parts: Any) -> str:
@@ -149,9 +81,6 @@ def result_key(options: dict[str, Any], kind: str, given: list[str]) -> str:
     own = {name: options[name] for name in (*OF_A_PEER, "threads")}
     ours = options["extra"] if kind not in PEERS else []
     return digest(work_key(options), own, kind, given, ours)
-
-
-# The work, in a process that has our packages
 
 
 def overrides(options: dict[str, Any], work: Path) -> list[str]:
@@ -269,75 +198,6 @@ def random_llama(options: dict[str, Any], folder: Path) -> None:
     (folder / "done").touch()
 
 
-# The contestants, each in a process of its own
-
-
-def interpreter(peer: str, envs: str) -> str:
-    """The Python that a peer runs in; its environment is made where it is missing.
-
-    Raises:
-        RuntimeError: it cannot be made.
-    """
-    if envs == "here":
-        return sys.executable
-    name = ENVIRONMENTS[peer]
-    folder = Path(envs).expanduser() / name
-    python, marker = folder / "bin" / "python", folder / "installed.txt"
-    torch = importlib.metadata.version("torch")
-    wanted = [f"torch=={torch}", *REQUIREMENTS[name]]
-    if marker.exists() and marker.read_text() == "\n".join(wanted):
-        return str(python)
-    if folder in NOT_INSTALLED:  # for another peer of this environment
-        raise RuntimeError(NOT_INSTALLED[folder])
-    print(f"installing {', '.join(wanted)} into {folder}", flush=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RuntimeError(f"not installed: envs={envs}: {error}") from None
-    constraints = (ROOT / "constraints.txt").read_text().splitlines()
-    # LitGPT holds an older huggingface_hub: of ours it is only given what it computes with.
-    shared = (
-        constraints
-        if name == "trl"
-        else [line for line in constraints if re.match("(torch|lightning|numpy|safetensors)==", line)]
-    )
-    (folder / "constraints.txt").write_text("\n".join(shared) + "\n")
-    pip = [
-        str(python),
-        "-m",
-        "pip",
-        "install",
-        "--disable-pip-version-check",
-        "-q",
-        "-c",
-        str(folder / "constraints.txt"),
-        *wanted,
-    ]
-    index = [
-        "--extra-index-url",
-        "https://download.pytorch.org/whl/cpu",
-    ]  # where torch's CPU builds are, if nobody nearer has them
-    attempts = [[sys.executable, "-m", "venv", str(folder)], pip]
-    for number, command in enumerate(attempts):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode and number == 1 and "+cpu" in torch:
-            done = subprocess.run([*command, *index], capture_output=True, text=True)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()
-            NOT_INSTALLED[folder] = f"not installed: {lines[-1][:200] if lines else shlex.join(command)}"
-            raise RuntimeError(NOT_INSTALLED[folder])
-    marker.write_text("\n".join(wanted))
-    return str(python)
-
-
-def environment(options: dict[str, Any]) -> dict[str, str]:
-    """The variables of a contestant's process."""
-    threads = {"OMP_NUM_THREADS": str(options["threads"])} if options["threads"] else {}
-    # One GPU or none: transformers' Trainer would take all that it sees.
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0] if options["device"] == "cuda" else ""
-    return os.environ | threads | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": seen}
-
-
 def waited(command: list[str], env: dict[str, str], watch: Callable[[], bool] | None = None) -> tuple[float, float | None]:
     """(when a command began, when `watch` first held), wall-clock times.
 
@@ -420,162 +280,6 @@ def run_peer(options: dict[str, Any], spec: dict[str, Any], kind: str, given: li
 def turns(names: list[str], rounds: int) -> list[tuple[int, str]]:
     """(round, name) of all runs: each round begins with another one, since who runs first finds files that are not in memory yet."""
     return [(number, names[(number + at) % len(names)]) for number in range(rounds) for at in range(len(names))]
-
-
-# What is made of the results
-
-
-def summary(runs: list[dict[str, Any]], warm: int, cuda: bool) -> dict[str, list[float]]:
-    """Of each round: the median warm step, tokens/s of all warm steps, peak memory in MB, seconds to the first step, the last loss."""
-    found: dict[str, list[float]] = {name: [] for name in ("step", "processed", "supervised", "memory", "first", "loss")}
-    for run in runs:
-        seconds = run["seconds"][warm - 1 :]
-        found["step"].append(statistics.median(seconds))
-        for name in ("processed", "supervised"):
-            found[name].append(sum(run[name][warm:]) / sum(seconds))
-        found["memory"].append((run["peak_gpu"] if cuda else run["peak_rss"]) / 1e6)
-        found["first"].append(run["first"])
-        found["loss"].append(run["losses"][-1])
-    return found
-
-
-def difference(run: dict[str, Any], ours: dict[str, Any] | None) -> float | None:
-    """The largest difference of two loss curves; None where their steps did not have the same tokens."""
-    if ours is None or any(run[name] != ours[name] for name in ("processed", "supervised")):
-        return None
-    return max(abs(a - b) for a, b in zip(run["losses"], ours["losses"], strict=True))
-
-
-def ratios(names: dict[str, dict[str, list[float]]], ours: str, peer: str) -> dict[str, float]:
-    """Medians over the rounds of both: our supervised tokens/s, memory and seconds to the first step, each over the peer's."""
-    pairs = {"supervised": "speed", "memory": "memory", "first": "start"}
-    return {
-        label: statistics.median(a / b for a, b in zip(names[ours][key], names[peer][key], strict=False))
-        for key, label in pairs.items()
-    }
-
-
-def cell(values: list[float], form: str) -> str:
-    """A median, with the least and the greatest behind it."""
-    text = format(statistics.median(values), form)
-    return text if len(values) == 1 else f"{text} ({min(values):{form}}-{max(values):{form}})"
-
-
-def table(options: dict[str, Any], results: dict[str, list[dict[str, Any]]], skipped: dict[str, str], about: str) -> str:
-    """train.md."""
-    cuda, who = options["device"] == "cuda", contestants(options)
-    found = {name: summary(runs, options["warm"], cuda) for name, runs in results.items() if runs}
-    ours = results["ours"][0] if results.get("ours") else None
-    memory = "peak GPU MB" if cuda else "peak RSS MB"
-    lines = [
-        about,
-        "",
-        f"| contestant | step s | processed tokens/s | supervised tokens/s | {memory} | first step s | last loss | loss from ours | rounds |",
-        "|---" * 9 + "|",
-    ]
-    for name in who:
-        if name not in found:
-            lines.append(f"| {name} | skipped: {skipped.get(name, 'not run yet')} |" + " |" * 7)
-            continue
-        numbers, apart = found[name], difference(results[name][0], ours)
-        lines.append(
-            f"| {name} | {cell(numbers['step'], '.3f')} | {cell(numbers['processed'], '.1f')} | {cell(numbers['supervised'], '.1f')} "
-            f"| {cell(numbers['memory'], '.0f')} | {cell(numbers['first'], '.2f')} | {statistics.median(numbers['loss']):.4f} "
-            f"| {'other batches' if apart is None else f'{apart:.1e}'} | {len(numbers['step'])} |"
-        )
-    peers = [name for name, (kind, _) in who.items() if kind in PEERS and name in found]
-    mine = [name for name, (kind, _) in who.items() if kind not in PEERS and name in found]
-    if peers and mine:
-        lines += [
-            "", "Ours over the peer's, medians of the rounds: supervised tokens/s (more is better), peak memory and time to the first step "
-            "(less is better).", "", "| | " + " | ".join(f"{name}: speed, memory, start" for name in mine) + " |", "|---" * (1 + len(mine)) + "|",
-        ]  # fmt: skip
-        for peer in peers:
-            cells = [", ".join(f"{value:.2f}x" for value in ratios(found, name, peer).values()) for name in mine]
-            lines.append(f"| {peer} | {' | '.join(cells)} |")
-    changed = [f"{name}: {' '.join(given)}" for name, (_, given) in who.items() if given]
-    lines += ["", *(f"- {line}" for line in changed)] if changed else []
-    return "\n".join(lines) + "\n"
-
-
-def bars(options: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> dict[str, tuple[list[str], list[list[float]]]]:
-    """What the plot shows: title -> (contestants, each one's values of the rounds)."""
-    cuda = options["device"] == "cuda"
-    found = {name: summary(runs, options["warm"], cuda) for name, runs in results.items() if runs}
-    names = [name for name in contestants(options) if name in found]
-    titles = {"supervised tokens/s": "supervised", "peak memory, MB": "memory", "seconds to the first step": "first"}
-    return {title: (names, [found[name][key] for name in names]) for title, key in titles.items()}
-
-
-def plot(options: dict[str, Any], results: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """train.svg: medians as bars, from the least to the greatest as lines."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    panels = bars(options, results)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6))
-    for axis, (title, (names, values)) in zip(axes, panels.items(), strict=True):
-        medians = [statistics.median(each) for each in values]
-        spread = [
-            [m - min(v) for m, v in zip(medians, values, strict=True)],
-            [max(v) - m for m, v in zip(medians, values, strict=True)],
-        ]
-        kinds = contestants(options)
-        axis.bar(
-            names,
-            medians,
-            yerr=spread,
-            capsize=3,
-            color=["#888888" if kinds[name][0] in PEERS else "#2b6cb0" for name in names],
-        )
-        axis.set_title(title)
-        axis.tick_params(axis="x", rotation=45)
-    figure.tight_layout()
-    figure.savefig(file)
-
-
-def described(options: dict[str, Any], spec: dict[str, Any], results: dict[str, list[dict[str, Any]]], command: str) -> str:
-    """Machine, versions, work and command."""
-    import psutil
-
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        cpu = next(
-            (line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu
-        )
-    every = [run for runs in results.values() for run in runs]
-    versions = {
-        name: sorted({run["versions"][name] for run in every if name in run["versions"]})
-        for name in ("torch", "transformers", "peft", "trl", "litgpt")
-    }
-    gpus, threads = (
-        sorted({run["gpu"] for run in every if run["gpu"]}),
-        sorted({run["threads"] for run in every if run["threads"]}),
-    )
-    steps = json.loads(Path(spec["rows"]).read_text("utf-8"))[options["warm"] :]
-    real = statistics.mean(sum(len(row["input_ids"]) for row in rows) for rows in steps)
-    trained = statistics.mean(sum(label != -100 for row in rows for label in row["labels"]) for rows in steps)
-    wide = statistics.mean(len(rows) * (-(-max(len(row["input_ids"]) for row in rows) // 8) * 8) for rows in steps)
-    model = f"a Llama of {options['shape']} with random weights" if options["shape"] else options["base"]
-    lines = [
-        f"# Training speed: {options['data']}, {model}",
-        "",
-        f"{cpu}, {os.cpu_count()} cores, {'/'.join(map(str, threads)) or '?'} threads, {psutil.virtual_memory().total / 2**30:.0f} GiB"
-        + (f"; {', '.join(gpus)}" if gpus and options["device"] == "cuda" else "")
-        + f"; Python {platform.python_version()}, "
-        + ", ".join(f"{name} {'/'.join(found)}" for name, found in versions.items() if found)
-        + ".",
-        f"A warm step: {len(steps[0])} rows, {wide:.0f} positions, {real:.0f} of them tokens, {trained:.0f} of these supervised. "
-        f"{spec['precision']}, adapters in {options['adapter_dtype'] if spec['dtype'] == 'bfloat16' else 'float32'}"
-        + (" (LitGPT: bfloat16)" if spec["dtype"] == "bfloat16" and not options["autocast"] else "")
-        + f"; LoRA r={options['rank']} alpha={options['alpha']} on all linear layers, fused AdamW at {options['lr']:g}, clip 1.0; "
-        f"{options['steps']} steps, the first {options['warm']} left out.",
-        "",
-        f"    {command}",
-    ]
-    return "\n".join(lines)
 
 
 def main() -> int:

@@ -36,14 +36,6 @@ def names(*arguments: Any) -> list[str]:
     return [name for name, _ in targets(*arguments)]
 
 
-def lora(**changes: Any) -> LoRAAdapter:
-    settings = {
-        "rank": 4, "alpha": 8.0, "rslora": False, "dropout": 0.0, "target_modules": "all-linear", "exclude_modules": [],
-        "lr_ratio": 1.0, "dtype": "float32", "fused": True,
-    }  # fmt: skip
-    return LoRAAdapter(**settings | changes)
-
-
 def classifier(dtype: torch.dtype = torch.bfloat16) -> Any:
     """A Llama with a new head of three classes."""
     config = copy.deepcopy(toys.llama().config)
@@ -147,7 +139,7 @@ def test_a_deltas_buffers_are_part_of_its_state():
             self.register_buffer("indices", torch.arange(3))
             self.register_buffer("scratch", torch.zeros(2), persistent=False)
 
-    adapter = lora(target_modules=["lm_head"])
+    adapter = toys.lora(target_modules=["lm_head"])
     adapter.make = Counted
     model = adapter.attach(toys.llama(), Start())
     state = copy.deepcopy(adapter.state(model))
@@ -230,7 +222,7 @@ def test_a_merge_rounds_once():
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_merge_into_a_quantised_base_is_refused(folder, kind):
-    adapter = lora()
+    adapter = toys.lora()
     model = adapter.attach(toys.quantised(folder, kind), Start())
     with pytest.raises(AdapterError, match=r"base is quantised.*base.quantization=none"):
         adapter.merge(model)
@@ -241,7 +233,7 @@ def test_a_merge_into_a_quantised_base_is_refused(folder, kind):
 
 
 def test_a_failure_while_switched_off_switches_it_on_again():
-    adapter = lora(dtype="float64")
+    adapter = toys.lora(dtype="float64")
     model = adapter.attach(toys.llama(), Start())
     toys.train(adapter, model)
     wanted = toys.logits(model)
@@ -267,7 +259,7 @@ def test_models_still_find_weight_and_bias():
 # new modules
 
 
-@pytest.mark.parametrize("adapter", [lora(), Nothing()])
+@pytest.mark.parametrize("adapter", [toys.lora(), Nothing()])
 def test_a_new_head_is_trained_in_fp32_on_a_half_precision_base(adapter):
     model: Any = adapter.attach(classifier(), Start(new_modules=("score",)))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -286,7 +278,7 @@ def test_a_new_head_is_trained_in_fp32_on_a_half_precision_base(adapter):
 
 
 def test_a_new_head_is_saved_for_stock_peft(tmp_path):
-    adapter = lora()
+    adapter = toys.lora()
     model: Any = adapter.attach(classifier(torch.float32), Start(new_modules=("score",)))
     with torch.no_grad():
         for p in model.parameters():
@@ -307,7 +299,7 @@ def test_a_new_head_on_a_quantised_base_is_not_quantised(folder):
         folder, num_labels=3, pad_token_id=0, device_map={"": "cpu"},
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     )  # fmt: skip
-    lora().attach(model, Start(new_modules=("score",)))
+    toys.lora().attach(model, Start(new_modules=("score",)))
     assert type(model.score) is nn.Linear
     assert model.score.weight.dtype == torch.float32
     model.train()(input_ids=toys.IDS).logits.sum().backward()

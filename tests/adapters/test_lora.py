@@ -24,11 +24,7 @@ TIED = pytest.mark.filterwarnings("ignore:Model.*tie_word_embeddings=True.*:User
 
 
 def make(**changes: Any) -> LoRAAdapter:
-    settings = {
-        "rank": 4, "alpha": 6.0, "rslora": False, "dropout": 0.0, "target_modules": "all-linear", "exclude_modules": [],
-        "lr_ratio": 1.0, "dtype": "float64", "fused": True,
-    }  # fmt: skip
-    return LoRAAdapter(**settings | changes)
+    return toys.lora(**{"alpha": 6.0, "dtype": "float64"} | changes)
 
 
 def attached(adapter: LoRAAdapter, model: Any) -> Any:

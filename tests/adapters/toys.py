@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from adapters.lora import LoRAAdapter
 from trainer.base import Base
 
 VOCABULARY = 64
@@ -39,6 +40,15 @@ def exact(model: Any) -> Any:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, norm)
     return model
+
+
+def lora(**changes: Any) -> LoRAAdapter:
+    """A LoRA of rank 4 on all linear layers."""
+    settings = {
+        "rank": 4, "alpha": 8.0, "rslora": False, "dropout": 0.0, "target_modules": "all-linear", "exclude_modules": [],
+        "lr_ratio": 1.0, "dtype": "float32", "fused": True,
+    }  # fmt: skip
+    return LoRAAdapter(**settings | changes)
 
 
 def gpt2(dtype: torch.dtype = torch.float64, **changes: Any) -> GPT2LMHeadModel:

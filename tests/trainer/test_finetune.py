@@ -89,11 +89,7 @@ def trained(module: Any) -> list[nn.Parameter]:
 
 
 def lora(**changes: Any) -> LoRAAdapter:
-    settings = {
-        "rank": 4, "alpha": 8.0, "rslora": False, "dropout": 0.0, "target_modules": ["q_proj", "up_proj"], "exclude_modules": [],
-        "lr_ratio": 1.0, "dtype": "float64", "fused": True,
-    }  # fmt: skip
-    return LoRAAdapter(**settings | changes)
+    return toys.lora(**{"target_modules": ["q_proj", "up_proj"], "dtype": "float64"} | changes)
 
 
 def adapted(adapter: Any = None, model: Any = None) -> tuple[Any, Any]:

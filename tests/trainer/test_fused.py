@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Qwen3Config
 
 from adapters.delta import AdaptedLinear, Start, made_of
-from adapters.lora import LoRA, LoRAAdapter
+from adapters.lora import LoRA
 from adapters.rosa import RoSA
 from tests.adapters import toys
 from trainer import allocator, fused
@@ -116,18 +116,10 @@ def test_norms_and_gates_by_gradcheck():
     torch.testing.assert_close(fused.swiglu(gate, up), gate / (1 + (-gate).exp()) * up)
 
 
-def adapter(**changes: Any) -> LoRAAdapter:
-    settings = {
-        "rank": 4, "alpha": 6.0, "rslora": False, "dropout": 0.0, "target_modules": "all-linear", "exclude_modules": [],
-        "lr_ratio": 1.0, "dtype": "float32", "fused": True,
-    }  # fmt: skip
-    return LoRAAdapter(**settings | changes)
-
-
 def grads(model: Any, batch: dict[str, Any], **changes: Any) -> tuple[float, dict[str, torch.Tensor], int]:
     """(loss, gradients, bytes that wait for the backward pass) of a LoRA on a model."""
     torch.manual_seed(1)
-    model = adapter(**changes).attach(model, Start()).train()
+    model = toys.lora(**changes).attach(model, Start()).train()
     for name, parameter in model.named_parameters():
         if name.endswith(".B"):
             nn.init.normal_(parameter, std=0.1)
@@ -230,7 +222,7 @@ def test_nothing_below_the_lowest_adapted_layer_has_a_backward_pass():
     model: Any = toys.llama(torch.float32, vocab_size=97)
     fused.fuse(model)
     last = len(model.model.layers) - 1
-    adapter(target_modules=rf".*layers\.{last}\..*_proj").attach(model, Start()).train()
+    toys.lora(target_modules=rf".*layers\.{last}\..*_proj").attach(model, Start()).train()
     needs: dict[str, bool] = {}
     for name, module in model.named_modules():
         if name.endswith("down_proj"):

@@ -75,11 +75,7 @@ MODELS = models()
 
 
 def lora(**changes: Any) -> LoRAAdapter:
-    settings = {
-        "rank": 4, "alpha": 8.0, "rslora": False, "dropout": 0.0, "target_modules": "all-linear", "exclude_modules": [],
-        "lr_ratio": 1.0, "dtype": "float64", "fused": True,
-    }  # fmt: skip
-    return LoRAAdapter(**settings | changes)
+    return toys.lora(**{"dtype": "float64"} | changes)
 
 
 def adapted(model: Any, **changes: Any) -> Any:

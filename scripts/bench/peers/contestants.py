@@ -1,0 +1,148 @@
+"""Who is compared by scripts/bench/train.py, with which options, and the environments in which peers run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parents[3]
+DEFAULTS: dict[str, Any] = {
+    "out": None, "data": "chat", "task": ["task=bfcl"], "base": "smollm2_135m", "shape": None, "vocabulary": 128256, "length": None,
+    "batch_size": 8, "steps": 14, "warm": 4, "rounds": 3, "group_by_length": False, "precision": "auto", "adapter_dtype": "float32",
+    "autocast": False, "gradient_checkpointing": False, "rank": 16, "alpha": 32, "lr": 2e-4, "seed": 0, "device": "cpu", "threads": None,
+    "contestants": ["ours", "ours_packed", "bare", "hf", "trl", "litgpt"], "variants": {}, "extra": [], "envs": "~/.cache/graft/bench",
+    "minutes": None,
+}  # fmt: skip
+BIG = {"data": "packed", "batch_size": 2, "length": 2048}  # with a shape
+PEERS = {"bare": "bare.py", "hf": "hf_trainer.py", "trl": "trl_sft.py", "litgpt": "litgpt_lora.py"}
+ENVIRONMENTS = {"bare": "trl", "hf": "trl", "trl": "trl", "litgpt": "litgpt"}
+REQUIREMENTS = {
+    "trl": ["transformers", "peft", "accelerate", "datasets", "trl==1.16.0"],
+    "litgpt": ["litgpt==0.5.13"],
+}
+NOT_INSTALLED: dict[Path, str] = {}
+OF_A_PEER = ("adapter_dtype", "autocast", "gradient_checkpointing")
+
+
+def parsed(arguments: list[str]) -> dict[str, Any]:
+    """The options, from KEY=VALUE arguments.
+
+    Raises:
+        ValueError: an option or one of its values is unknown.
+    """
+    given: dict[str, Any] = OmegaConf.to_container(OmegaConf.from_dotlist(arguments))  # type: ignore[assignment]
+    options = DEFAULTS | (BIG if given.get("shape") else {}) | given
+    if unknown := sorted(set(options) - set(DEFAULTS)):
+        raise ValueError(f"no option {', '.join(unknown)}")
+    allowed = {
+        "data": ("chat", "packed"), "shape": (None, "1b", "8b"), "precision": ("auto", "fp32", "bf16"), "device": ("cpu", "cuda"),
+        "adapter_dtype": ("float32", "bfloat16"),
+    }  # fmt: skip
+    for name, values in allowed.items():
+        if options[name] not in values:
+            raise ValueError(f"{name}={options[name]}: it is one of {', '.join(map(str, values))}")
+    if not 1 <= options["warm"] < options["steps"]:
+        raise ValueError(
+            f"warm={options['warm']}: at least one step is left out, and of steps={options['steps']} one must remain"
+        )
+    if options["length"] is None:
+        options["length"] = 256 if options["data"] == "packed" else 1024
+    contestants(options)
+    return options
+
+
+def contestants(options: dict[str, Any]) -> dict[str, tuple[str, list[str]]]:
+    """Name -> (ours, ours_packed or a peer, what it is given), in their order.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    found: dict[str, tuple[str, list[str]]] = {}
+    for name in options["contestants"]:
+        if name not in ("ours", "ours_packed", *PEERS):
+            raise ValueError(
+                f"no contestant {name}; there are ours, ours_packed, {', '.join(PEERS)}; others are variants.NAME=[...]"
+            )
+        if name != "ours_packed" or options["data"] == "chat":
+            found[name] = name, []
+    for name, given in options["variants"].items():
+        kind, rest = (given[0], given[1:]) if given and given[0] in ("ours_packed", *PEERS) else ("ours", given)
+        for item in rest if kind in PEERS else []:
+            if item.partition("=")[0] not in OF_A_PEER:
+                raise ValueError(f"variants.{name}: {item}: of a peer one can set {', '.join(OF_A_PEER)}")
+        found[name] = kind, list(rest)
+    return found
+
+
+def interpreter(peer: str, envs: str) -> str:
+    """The Python that a peer runs in; its environment is made where it is missing.
+
+    Raises:
+        RuntimeError: it cannot be made.
+    """
+    if envs == "here":
+        return sys.executable
+    name = ENVIRONMENTS[peer]
+    folder = Path(envs).expanduser() / name
+    python, marker = folder / "bin" / "python", folder / "installed.txt"
+    torch = importlib.metadata.version("torch")
+    wanted = [f"torch=={torch}", *REQUIREMENTS[name]]
+    if marker.exists() and marker.read_text() == "\n".join(wanted):
+        return str(python)
+    if folder in NOT_INSTALLED:  # for another peer of this environment
+        raise RuntimeError(NOT_INSTALLED[folder])
+    print(f"installing {', '.join(wanted)} into {folder}", flush=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeError(f"not installed: envs={envs}: {error}") from None
+    constraints = (ROOT / "constraints.txt").read_text().splitlines()
+    # LitGPT holds an older huggingface_hub: of ours it is only given what it computes with.
+    shared = (
+        constraints
+        if name == "trl"
+        else [line for line in constraints if re.match("(torch|lightning|numpy|safetensors)==", line)]
+    )
+    (folder / "constraints.txt").write_text("\n".join(shared) + "\n")
+    pip = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        "-q",
+        "-c",
+        str(folder / "constraints.txt"),
+        *wanted,
+    ]
+    index = [
+        "--extra-index-url",
+        "https://download.pytorch.org/whl/cpu",
+    ]  # where torch's CPU builds are, if nobody nearer has them
+    attempts = [[sys.executable, "-m", "venv", str(folder)], pip]
+    for number, command in enumerate(attempts):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode and number == 1 and "+cpu" in torch:
+            done = subprocess.run([*command, *index], capture_output=True, text=True)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()
+            NOT_INSTALLED[folder] = f"not installed: {lines[-1][:200] if lines else shlex.join(command)}"
+            raise RuntimeError(NOT_INSTALLED[folder])
+    marker.write_text("\n".join(wanted))
+    return str(python)
+
+
+def environment(options: dict[str, Any]) -> dict[str, str]:
+    """The variables of a contestant's process."""
+    threads = {"OMP_NUM_THREADS": str(options["threads"])} if options["threads"] else {}
+    # One GPU or none: transformers' Trainer would take all that it sees.
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0] if options["device"] == "cuda" else ""
+    return os.environ | threads | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": seen}
