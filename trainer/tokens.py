@@ -204,7 +204,7 @@ class Renderer:
                 if len(self._tails) >= TAILS:
                     self._tails.clear()
                 tail = self._tails[rest] = self._encode(rest)[0]
-            if tail[0] == ids[i]:
+            if tail[0] == ids[i]:  # else something is put before a text's beginning
                 return ids[:i] + tail
             break
         return self._encode(text[:start])[0]

@@ -400,3 +400,9 @@ def test_a_prompt_is_tokenised_from_its_last_special_token_on_and_once(tiny, mon
     texts = [renderer.tokenizer.apply_chat_template(example.messages, tokenize=False) for example in examples]
     assert asked == [texts[0], "<|im_start|>assistant\n", texts[1]]
     assert all(any(row.trained) for row in rows)
+
+
+def test_a_tail_that_begins_otherwise_on_its_own_is_not_taken(tiny):
+    wanted, renderer = made(tiny.tokenizer, UNMARKED)(chat("1", "2")), made(tiny.tokenizer, UNMARKED)
+    renderer._tails["<|im_start|>assistant\n"] = [5, *renderer._encode("<|im_start|>assistant\n")[0]]
+    assert renderer(chat("1", "2")) == wanted
