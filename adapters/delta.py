@@ -104,6 +104,7 @@ class Adapter:
     target_modules: str | list[str] = "all-linear"
     exclude_modules: list[str] = []
     exportable = True  # whether `save` can write a folder for stock PEFT
+    compiles = True  # whether torch.compile may take what it grafts on together with the layers around
     restart = 0  # the step at which the schedule of rates begins anew, for methods with a phase before the one that counts
 
     def make(self, linear: nn.Module) -> Delta:

@@ -145,9 +145,10 @@ class SparseDelta(Delta):
 
     def gradient(self, dy: Float[Tensor, "t o"], x: Float[Tensor, "t i"]) -> Float[Tensor, " k"]:
         """The loss's gradient at the support."""
-        if self.way == "sampled":
-            return sddmm.sampled(dy, x, self.crow, self.col)
-        return sddmm.gathered(dy, x, self.indices)
+        if self.way == "gathered":
+            return sddmm.gathered(dy, x, self.indices)
+        native = self.way == "native" and x.dtype in sddmm.NATIVE  # autocast's fp16 is not
+        return (sddmm.native if native else sddmm.sampled)(dy, x, self.crow, self.col)
 
 
 def is_packed(linear: Any) -> bool:
@@ -231,6 +232,7 @@ def _compute_dtype(x: Tensor, base: Any) -> torch.dtype:
 class SparseAdapter(Adapter):
     """What RoSA and SpIEL share: attaching sparse deltas, holding them in the weights, their state and their files."""
 
+    compiles = False
     rank: int | None = None
     alpha = 0.0
     rslora = False
@@ -267,6 +269,11 @@ class SparseAdapter(Adapter):
             eight_bit = self.rank is not None and any(type(linear.weight).__name__ == "Int8Params" for _, linear in found)
             self.exportable = not eight_bit and not any(isinstance(linear, Conv1D) for _, linear in found)
         self.ways = dict(start.saved["extra"]["ways"]) if start.saved is not None else {}
+        if self.way == "native" and sddmm.library() is None:
+            raise AdapterError(
+                "adapter.gradient=native needs a C compiler (gcc 12, clang, or another that $CC names), and none here compiles "
+                "adapters/sddmm.c: install one, or set gradient=auto"
+            )
         if next(model.parameters()).device.type == "meta":
             return model
         for _, layer in layers(model):
@@ -304,6 +311,8 @@ class SparseAdapter(Adapter):
             measured = (delta.o, delta.i, len(delta.values), dtype, weight.device)
             self.ways[key] = sddmm.fastest(*measured) if self.way == "auto" else self.way
         delta.way = self.ways[key]
+        if delta.way == "native" and not sddmm.possible(torch.float32, layer.base.weight.device):
+            delta.way = "sampled"  # the same sums in another order
 
     def after_step(self, model: nn.Module, step: int) -> dict[str, float] | None:
         for _, layer in layers(model):

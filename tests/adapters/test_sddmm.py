@@ -146,7 +146,7 @@ def test_the_fastest_is_one_of_the_ways(dtype):
         assert sddmm.fastest(o, i, k, dtype, torch.device("cpu"), tokens=16) in sddmm.WAYS
 
 
-@pytest.mark.parametrize("slow", sddmm.WAYS)
+@pytest.mark.parametrize("slow", ["sampled", "gathered"])
 def test_the_fastest_is_the_one_that_takes_less_time(monkeypatch, slow):
     plain = getattr(sddmm, slow)
 
@@ -155,5 +155,95 @@ def test_the_fastest_is_the_one_that_takes_less_time(monkeypatch, slow):
         return plain(*arguments)
 
     monkeypatch.setattr(sddmm, slow, slowed)
-    fast = next(way for way in sddmm.WAYS if way != slow)
+    fast = "gathered" if slow == "sampled" else "sampled"
+    for k in (77, 768) if sddmm.library() is not None else (10, 77, 768):
+        assert sddmm.fastest.__wrapped__(24, 32, k, torch.float32, torch.device("cpu"), tokens=8) == fast
+    monkeypatch.setattr(sddmm, "library", lambda: None)
     assert sddmm.fastest.__wrapped__(24, 32, 10, torch.float32, torch.device("cpu"), tokens=8) == fast
+
+
+def native(case: dict[str, Tensor]) -> Tensor:
+    return sddmm.native(case["dy"], case["x"], case["crow"], case["col"])
+
+
+compiled = pytest.mark.skipif(sddmm.library() is None, reason="no C compiler")
+
+
+# Around blocks of 16 and 32 tokens, tiles of 128 and 256, and 16 columns; 4 products are taken at a time.
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sizes", [*SIZES, (0, 3, 5, 7), (15, 16, 32, 300), (33, 17, 31, 527), (128, 33, 48, 9), (257, 15, 17, 30), (609, 16, 1, 16)]
+)
+def test_native_is_the_loop(sizes, dtype):
+    case = drawn(*sizes, dtype)
+    before = {name: tensor.clone() for name, tensor in case.items()}
+    found, wanted = native(case), naive(case)
+    assert found.dtype == torch.float32
+    # Products of bf16 numbers are exact in fp32, those of fp32 are rounded once; and sums of t of them are.
+    bound = naive(case | {"dy": case["dy"].abs(), "x": case["x"].abs()}) * (sizes[0] + 1) * 2**-24
+    assert ((found.double() - wanted).abs() <= bound).all()
+    assert torch.equal(found, native(case))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in case.items())
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_takes_transposed_and_sliced_inputs_and_passes_on_what_is_not_finite(dtype):
+    case = drawn(40, 7, 21, 60, dtype)
+    apart = case | {"dy": case["dy"].t().contiguous().t(), "x": torch.stack([case["x"]] * 2, -1)[..., 0]}
+    assert torch.equal(native(apart), native(case))
+    case["x"][3, 5] = float("nan")
+    case["x"][4, 6] = float("inf")
+    wanted = sampled(case)
+    assert not torch.isfinite(wanted).all()
+    torch.testing.assert_close(native(case), wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@compiled
+@pytest.mark.parametrize(("threads", "tokens"), [(2, 600), (3, 600), (5, 257), (2, 256)])
+def test_native_on_several_threads(monkeypatch, threads, tokens):
+    case = drawn(tokens, 9, 18, 50, torch.bfloat16)
+    alone = native(case)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.testing.assert_close(native(case), alone, rtol=1e-5, atol=1e-5)
+    assert torch.equal(native(case), native(case))
+
+
+@compiled
+def test_where_it_is_native_nothing_is_measured(monkeypatch):
+    monkeypatch.setattr(sddmm, "_time", lambda *_: pytest.fail("two runs could take two ways"))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert sddmm.fastest.__wrapped__(24, 32, 76, dtype, torch.device("cpu")) == "native"
+
+
+@compiled
+def test_it_is_compiled_once_for_a_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
+    sddmm.library.cache_clear()
+    try:
+        assert sddmm.library() is not None
+        (built,) = (tmp_path / "native").iterdir()
+        monkeypatch.setattr(sddmm.subprocess, "run", lambda *_, **__: pytest.fail("it is there"))
+        sddmm.library.cache_clear()
+        assert sddmm.library() is not None
+        monkeypatch.setattr(sddmm, "_processor", lambda: "another machine of the same home")
+        monkeypatch.setattr(sddmm.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(OSError("no compiler there")))
+        sddmm.library.cache_clear()
+        assert sddmm.library() is None
+        assert [*(tmp_path / "native").iterdir()] == [built]
+    finally:
+        sddmm.library.cache_clear()
+
+
+def test_without_a_compiler_the_others_are_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
+    for given in (str(tmp_path / "none"), "false", "true"):  # true makes no library
+        monkeypatch.setenv("CC", given)
+        sddmm.library.cache_clear()
+        try:
+            assert sddmm.library() is None
+            assert not sddmm.possible(torch.float32, torch.device("cpu"))
+            assert sddmm.fastest.__wrapped__(8, 8, 4, torch.float32, torch.device("cpu"), tokens=4) in ("sampled", "gathered")
+        finally:
+            sddmm.library.cache_clear()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from adapters import mask, sparse
+from adapters import mask, sddmm, sparse
 from adapters.delta import AdaptedLinear, AdapterError, Start, float_weight, merge_linear, switched_off
 from adapters.lora import LoRA
 from adapters.rosa import RoSA, RoSAAdapter
@@ -21,6 +21,7 @@ from adapters.sparse import SparseDelta
 from tests.adapters import toys
 from tests.ranks import spawn
 
+WAYS = [way for way in sddmm.WAYS if way != "native" or sddmm.library() is not None]
 PATHS = ("sparse", "both", "before", "low")  # before: a low-rank part and no support yet; low: there will be none
 SCALE = 0.7
 
@@ -207,7 +208,7 @@ def test_another_gradient_of_the_gradient_is_refused():
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("way", ["sampled", "gathered"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_half_precision(path, way, dtype):
     adapted = layer(path, 48, 64, 150, dtype=dtype, way=way)
@@ -231,7 +232,7 @@ def test_bf16_values_collect_their_gradient_in_bf16():
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("way", ["sampled", "gathered"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("conv", [False, True])
 def test_under_autocast_the_products_are_bf16_and_gradients_fp32(path, way, conv):
     adapted = layer(path, 48, 64, 150, dtype=torch.float32, way=way, conv=conv)
@@ -254,6 +255,24 @@ def test_a_held_weight_answers_as_a_plain_layer_of_that_weight():
         adapted = layer("sparse", 48, 64, 150, dtype=dtype)
         x, _ = inputs(adapted, 3, 10, dtype=dtype)
         assert torch.equal(adapted(x), adapted.base(x))
+
+
+def test_native_is_refused_without_a_compiler_and_a_run_that_had_one_goes_on(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", str(tmp_path / "none"))
+    sddmm.library.cache_clear()
+    try:
+        adapter = make(gradient="native")
+        with torch.device("meta"):
+            model = toys.llama()
+        with pytest.raises(AdapterError, match=r"adapter.gradient=native needs a C compiler .*gradient=auto"):
+            adapter.attach(model, Start(folder=tmp_path))
+        delta = layer("sparse", way="native").delta
+        other = make()
+        other.ways = {f"{delta.o} {delta.i} {len(delta.values)}": "native"}
+        other._choose_way(AdaptedLinear(nn.Linear(delta.i, delta.o), delta))
+        assert delta.way == "sampled"
+    finally:
+        sddmm.library.cache_clear()
 
 
 # the ways of training

@@ -272,7 +272,7 @@ def test_a_window_of_one_step_is_refused_in_two_processes(ranks):
 @pytest.fixture
 def half(monkeypatch: pytest.MonkeyPatch) -> None:
     """precision=16-mixed, which Lightning has for GPUs only, on the CPU."""
-    whole = test_finetune._lightning
+    whole = test_finetune.make_trainer
 
     def trainer(*given: Any) -> Any:
         made = whole(*given)
@@ -280,7 +280,7 @@ def half(monkeypatch: pytest.MonkeyPatch) -> None:
         made.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
         return made
 
-    monkeypatch.setattr(test_finetune, "_lightning", trainer)
+    monkeypatch.setattr(test_finetune, "make_trainer", trainer)
 
 
 def fitted(folder: Path, adapter: Any, *overrides: str, steps: int = 5) -> Any:
