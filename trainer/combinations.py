@@ -46,6 +46,12 @@ def combinations(c: dict[str, Any]) -> Iterator[str]:
             yield "precision=16-mixed needs a GPU: use precision=bf16-true or fp32 with lightning.accelerator=cpu"
         if c["optimizer"].get("fused"):
             yield "precision=16-mixed unscales gradients before they are clipped, which a fused optimiser does not allow: set optimizer.fused=false"
+    if c["fused"] == "liger" and c["lightning"]["accelerator"] == "cpu":
+        yield "fused=liger is for a GPU with CUDA: set fused=true with lightning.accelerator=cpu"
+    if c["fused"] == "liger" and c["compile"]:
+        yield "compile=true has not been tried with Liger's kernels: set fused=true, or compile=false"
+    if c["compile"]:
+        yield from _compile_combinations(c, trains, quantized)
     yield from _peft_combinations(c, quantized)
     yield from _schedule_combinations(c)
     yield from _cooldown_combinations(c)
@@ -59,6 +65,17 @@ def combinations(c: dict[str, Any]) -> Iterator[str]:
     yield from _process_combinations(c, quantized)
     if schedule_free(c):
         yield from _schedule_free_combinations(c)
+
+
+def _compile_combinations(c: dict[str, Any], trains: bool, quantized: bool) -> Iterator[str]:
+    if not trains:
+        yield "compile=true compiles the layers that are trained, and adapter=none trains none: set compile=false"
+    if quantized:
+        yield f"compile=true cannot compile the layers of a base with base.quantization={c['base']['quantization']}: set compile=false"
+    if c["penalty"]:
+        yield "compile=true would hide the activations that penalty=deft measures: set compile=false"
+    if c["fused"] == "liger":
+        yield "compile=true has not been tried with fused=liger: set fused=true, or compile=false"
 
 
 def _drafter_combinations(c: dict[str, Any], trains: bool) -> Iterator[str]:
@@ -229,6 +246,10 @@ def _fsdp2_combinations(c: dict[str, Any], quantized: bool) -> Iterator[str]:
         yield f"lightning.strategy=fsdp2 divides moments, which {c['optimizer']['_target_']} does not know: set optimizer=adamw"
     if c["precision"] == "16-mixed":
         yield f"lightning.strategy=fsdp2 has not been tried with precision=16-mixed{end}, or precision=bf16-true or fp32"
+    if c["fused"] == "liger":
+        yield f"lightning.strategy=fsdp2 has not been tried with fused=liger{end}, or fused=true"
+    if c["compile"]:
+        yield f"lightning.strategy=fsdp2 has not been tried with compile=true{end}, or compile=false"
     drafter = (c.get("drafter") or {}).get("_target_", "").rpartition(".")[2]
     if drafter and (drafter == "Registers" or adapter == "adapters.full.Full"):
         what = "drafter=registers" if drafter == "Registers" else "a drafter beside adapter=full"

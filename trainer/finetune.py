@@ -47,7 +47,7 @@ class FineTune(lightning.LightningModule):
     def __init__(
         self, model: nn.Module, adapter: Adapter, optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         schedule: Callable[..., float], steps: int, labelled: bool, accumulate: int, seed: int, max_grad_norm: float | None,
-        logits_chunk: int | None, gradient_checkpointing: bool, nonfinite_limit: int,
+        logits_chunk: int | None, gradient_checkpointing: bool | int, nonfinite_limit: int,
         penalty: DensityDEFT | None = None, drafter: Drafter | None = None, cooling: Cooling | None = None,
     ):  # fmt: skip
         super().__init__()
@@ -58,7 +58,8 @@ class FineTune(lightning.LightningModule):
         self.accumulate, self.seed, self.max_grad_norm, self.nonfinite_limit = accumulate, seed, max_grad_norm, nonfinite_limit
         self.loss = ClassLoss(model) if labelled else self.make_loss(logits_chunk)
         if gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            # True is every layer, N every N-th.
+            model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=int(gradient_checkpointing))  # type: ignore[operator]
         self.step = 0  # optimiser steps done, skipped ones included: the run's clock
         self.tokens = 0  # processed so far, over all ranks
         self.skipped = self.skipped_in_a_row = 0
@@ -175,7 +176,8 @@ class FineTune(lightning.LightningModule):
         parts = [part for part in ([p for p in trained if p not in apart], [p for p in trained if p in apart]) if part]
         norms = [clip_grad_norm(part, limit) for part in parts]
         self.grad_norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-        if torch.isfinite(self.grad_norm) and torch.isfinite(torch.as_tensor(self.sums["loss"])):
+        # This waits for a GPU: what comes next depends on it.
+        if torch.isfinite(self.grad_norm) & torch.isfinite(torch.as_tensor(self.sums["loss"], device=self.grad_norm.device)):
             self.skipped_in_a_row = 0
             if self.penalty is not None:
                 self.penalty.update(densities)

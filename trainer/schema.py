@@ -12,11 +12,13 @@ Needs PyYAML and OmegaConf only, so that a wrong key or value is named before to
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import math
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,12 @@ _SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "
 
 @dataclass(frozen=True)
 class Leaf:
-    """One knob: its type as the comment states it, the comment's text, and its file."""
+    """One knob: its type as the comment states it, the comment's text, its file, and the value there, `???` for none."""
 
     type: str
     doc: str
     file: str
+    default: Any = field(default="???", compare=False)
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,10 @@ def load(relative: str) -> Table:
     """The schema of one file of conf/, with the files of its own defaults list merged in."""
     path = CONF / f"{relative}.yaml"
     text = path.read_text("utf-8")
-    table = _table(yaml.compose(text), text.splitlines(), f"conf/{relative}.yaml")
+    content: Any = OmegaConf.to_container(OmegaConf.load(path))
+    table = _table(yaml.compose(text), text.splitlines(), f"conf/{relative}.yaml", content)
     if re.search(r"^# open: ", text, re.MULTILINE):
         table = replace(table, open=True)
-    content: Any = OmegaConf.to_container(OmegaConf.load(path))
     for entry in content.get("defaults") or []:
         if isinstance(entry, str) and entry != "_self_":
             inherited = load(str(Path(relative).parent / entry))
@@ -79,12 +82,12 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         if isinstance(old, Table) and isinstance(value, Table):
             value = replace(value, children=_merged(old.children, value.children), target=value.target or old.target)
         elif isinstance(old, Leaf) and isinstance(value, Leaf) and not value.type:
-            value = Leaf(old.type, old.doc, value.file)  # a variant changes the value only
+            value = replace(value, type=old.type, doc=old.doc)  # a variant changes the value only
         result[key] = value
     return result
 
 
-def _table(node: yaml.MappingNode | None, lines: list[str], file: str) -> Table:
+def _table(node: yaml.MappingNode | None, lines: list[str], file: str, values: dict[str, Any]) -> Table:
     children: dict[str, Any] = {}
     target, partial = None, False
     for key_node, value_node in node.value if node is not None else []:
@@ -97,10 +100,10 @@ def _table(node: yaml.MappingNode | None, lines: list[str], file: str) -> Table:
         elif key in INSTANTIATE_KEYS or key in ("defaults", "hydra"):
             continue
         elif isinstance(value_node, yaml.MappingNode) and not comment.startswith("mapping"):
-            children[key] = _table(value_node, lines, file)
+            children[key] = _table(value_node, lines, file, values[key])
         else:
             type_, _, doc = comment.partition(":")
-            children[key] = Leaf(type_.strip(), doc.strip(), file)
+            children[key] = Leaf(type_.strip(), doc.strip(), file, values[key])
     return Table(children, target, file, partial=partial)
 
 
@@ -145,11 +148,44 @@ def problems(value: Any, schema: Any, where: str, incomplete: bool = False) -> l
             found.append(f"{prefix}{key}: there is no such key. {nearest(str(key), schema.children)} ({schema.file})")
         elif holds_object(item):
             found.append(f"{prefix}{key} is {item!r}, and nothing may be made there ({schema.file})")
-    for key, child in schema.children.items():
-        entry = bool(where) and isinstance(child, Table) and child.target  # ~callbacks.NAME takes an entry out, too
-        if key not in value and not entry:
-            found.append(f"{prefix}{key} is missing ({schema.file})")
+    found += [f"{prefix}{key} is missing ({schema.file})" for key in _missing(value, schema, where)]
     return found
+
+
+def _missing(value: dict[str, Any], schema: Table, where: str) -> list[str]:
+    """Keys that a mapping lacks and has to have. ~callbacks.NAME takes an entry out, too."""
+    entries = [key for key, child in schema.children.items() if where and isinstance(child, Table) and child.target]
+    return [key for key in schema.children if key not in value and key not in entries]
+
+
+def complete(value: dict[str, Any], schema: Table, where: str = "") -> list[str]:
+    """Give a plain mapping, in place, the keys that it lacks and the schema's files have a value for. Returns their dotted places."""
+    prefix = f"{where}." if where else ""
+    missing, places = _missing(value, schema, where), []
+    for key, child in schema.children.items():
+        if isinstance(child, Leaf):
+            if key in missing and child.default != "???":
+                value[key] = copy.deepcopy(child.default)
+                places.append(f"{prefix}{key}")
+        elif key in missing:
+            value[key] = ({"_target_": child.target} if child.target else {}) | ({"_partial_": True} if child.partial else {})
+            complete(value[key], child, f"{prefix}{key}")
+            places.append(f"{prefix}{key}")
+        elif isinstance(value.get(key), dict):
+            places += complete(value[key], child, f"{prefix}{key}")
+    return places
+
+
+def leaves(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """All values of a plain config with their paths."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from leaves(value, (*path, str(key)))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from leaves(value, (*path, str(index)))
+    else:
+        yield path, node
 
 
 def holds_object(value: Any) -> bool:

@@ -31,7 +31,7 @@ def prepared(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     import torch
 
     from adapters.delta import Start
-    from trainer import allocator, assembly, base, config, fused
+    from trainer import allocator, assembly, base, config, fused, liger
 
     assembly.quiet()
     words = [f"base={options['base']}", "task=completion", "task.path=x", *options["overrides"]]
@@ -43,7 +43,7 @@ def prepared(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     model = described.load(dtype, None, device)
     if plain["fused"]:
         allocator.keep_freed()
-        print(f"fused: {fused.fuse(model)}")
+        print(f"fused: {liger.put_in(model) if plain['fused'] == 'liger' else fused.fuse(model)}")
     model = adapter.attach(model, Start())
     module = assembly.instantiate(plain["objective"])(
         model=model, adapter=adapter, optimizer=assembly.instantiate(plain["optimizer"]), schedule=lambda *_, **__: 1.0, steps=1,
@@ -82,30 +82,39 @@ def step(module: Any, optimizer: Any, batch: dict[str, Any], took: dict[str, lis
 
 
 def kept(module: Any, batch: dict[str, Any]) -> list[tuple[int, str, str]]:
-    """(bytes, the module that saved it, shape and dtype) of what a forward pass keeps, each storage once, without parameters."""
+    """(bytes, the module that made it, shape and dtype) of what is there after a forward pass and was not before, each storage once.
+
+    What autograd's hooks for saved tensors see would leave out what checkpoints keep.
+    """
     import torch
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_iter
 
-    weights = {p.untyped_storage().data_ptr() for p in [*module.parameters(), *module.buffers()]}
+    weights = {tensor.untyped_storage()._cdata for tensor in [*module.parameters(), *module.buffers()]}
     inside: list[str] = []
-    seen: dict[int, tuple[int, str, str]] = {}
-    alive: list[Any] = []
+    made: dict[int, tuple[StorageWeakRef, tuple[int, str, str]]] = {}
 
-    def pack(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and storage.data_ptr() not in seen:
-            seen[storage.data_ptr()] = (storage.nbytes(), inside[-1] if inside else "", f"{tuple(tensor.shape)} {tensor.dtype}")
-            alive.append(tensor)  # or another tensor may take its place
-        return tensor
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for tensor in tree_iter(out):
+                if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in weights:
+                    told = storage.nbytes(), inside[-1] if inside else "", f"{tuple(tensor.shape)} {tensor.dtype}"
+                    made[storage._cdata] = StorageWeakRef(storage), told
+            return out
 
     handles = []
     for _, child in module.model.named_modules():
         handles.append(child.register_forward_pre_hook(lambda m, *_: inside.append(type(m).__name__)))
         handles.append(child.register_forward_hook(lambda *_: inside.pop() and None))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        module.loss(batch)
+    with Noted():
+        loss = module.loss(batch)  # whose graph holds them
     for handle in handles:
         handle.remove()
-    return list(seen.values())
+    found = [told for storage, told in made.values() if not storage.expired()]
+    del loss
+    return found
 
 
 def limits(module: Any, batch: dict[str, Any]) -> tuple[float, float, float]:

@@ -27,7 +27,7 @@ from tests.adapters import toys
 from trainer import assembly, config
 from trainer.finetune import FineTune, NonFinite, reseed
 from trainer.plan import Batches, Collate, Plan, Sequences
-from trainer.run import _lightning
+from trainer.processes import make_trainer
 from trainer.tokens import Tokens
 
 
@@ -125,7 +125,7 @@ class Run:
         self, adapter: Any, model: Any, *callbacks: lightning.Callback, steps: int = 3, resumed: str | None = None
     ) -> FineTune:
         c = self.config
-        lightning_ = _lightning(c, adapter, self.folder)
+        lightning_ = make_trainer(c, adapter, self.folder)
         lightning_.callbacks = list(callbacks)
         module: FineTune = assembly.instantiate(c["objective"])(
             model=model, adapter=adapter, optimizer=assembly.instantiate(c["optimizer"]), steps=steps, labelled=False,

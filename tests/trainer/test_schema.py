@@ -98,6 +98,7 @@ def test_a_file_is_its_own_schema(conf):
     }  # fmt: skip
     assert thing.children["names"].doc == "with a # in it"
     assert thing.children["inner"].children["depth"] == schema.Leaf("int", "of it", "conf/group/thing.yaml")
+    assert (thing.children["names"].default, thing.children["path"].default) == (["a", "# b"], "???")
     assert schema.problems(GOOD, thing, "thing") == []
 
 
@@ -151,6 +152,38 @@ def test_a_config_that_is_only_shown_may_lack_values(conf):
     assert schema.problems(GOOD | {"path": "???", "rank": 0}, thing, "thing", incomplete=True)
 
 
+def test_what_an_older_version_lacks_is_what_the_file_has(conf):
+    thing = conf("group/thing", TEXT)
+    older = {"_target_": "some.where.Thing", "_partial_": True, "rank": 4, "inner": {}, "gone": 1}
+    places = schema.complete(older, thing, "thing")
+    assert places == [f"thing.{name}" for name in ("dropout", "shape", "names", "every", "options", "inner.depth")]
+    assert older == {
+        "_target_": "some.where.Thing", "_partial_": True, "rank": 4, "inner": {"depth": 1}, "gone": 1, "dropout": 0.0,
+        "shape": "linear", "names": ["a", "# b"], "every": None, "options": {"a": 1},
+    }  # fmt: skip
+    faults = schema.problems(older, thing, "thing")
+    assert [fault.split(" (")[0] for fault in faults][1:] == ["thing.path is missing"]  # it has no default
+    assert faults[0].startswith("thing.gone: there is no such key")
+    older["options"]["a"] = 2
+    schema.complete(another := dict(older, inner=None), thing)  # what is no mapping stays as it is
+    assert another["inner"] is None
+    del another["options"]
+    schema.complete(another, thing)
+    assert another["options"] == {"a": 1}
+
+
+def test_a_whole_group_that_is_missing_is_made_and_an_entry_is_not(conf):
+    entries = conf("group/entries", "first:\n  _target_: a.B\n  _partial_: true\n  every: 1e-3  # float: steps\n")
+    root = schema.Table({"callbacks": entries, "thing": conf("group/thing", TEXT)}, None, "conf/config.yaml")
+    older = {"callbacks": {}}
+    assert schema.complete(older, root) == ["thing"]
+    assert schema.problems(older, root, "") == ["thing.path is missing (conf/group/thing.yaml)"]
+    assert older["callbacks"] == {}
+    older["callbacks"]["first"] = {"_target_": "a.B", "_partial_": True}
+    assert schema.complete(older, root) == ["callbacks.first.every"]
+    assert older["callbacks"]["first"]["every"] == 0.001
+
+
 def test_null_takes_an_entry_out_of_a_group_and_not_the_group(conf):
     entries = conf("group/entries", "first:\n  _target_: a.B\n  every: 1  # int: steps\n")
     assert schema.problems({"first": None}, entries, "callbacks") == []
@@ -164,6 +197,7 @@ def test_a_variant_inherits_types_and_changes_values(conf):
     assert variant.target == "a.Lora"
     assert variant.children["rank"] == schema.Leaf("int >= 1", "inner dimension", "conf/group/wide.yaml")
     assert variant.children["inner"].children["depth"].type == "int"
+    assert (variant.children["rank"].default, variant.children["inner"].children["depth"].default) == (64, 2)
     given = {"_target_": "a.Lora", "rank": 0, "own": 1, "inner": {"depth": 1}}
     assert schema.problems(given | {"rank": 8}, variant, "x") == []
     assert "int >= 1" in schema.problems(given, variant, "x")[0]

@@ -20,7 +20,8 @@ class Metrics(lightning.Callback):
 
     def __init__(self, context: Context, every: int):
         self.context, self.every = context, every
-        self.last_time, self.last_processed, self.last_trained = 0.0, 0, 0
+        self.last_time, self.last_processed = 0.0, 0
+        self.last_trained: Any = 0  # a tensor, whose number is asked for when a row is written, since a GPU would be waited for
         self.seconds = 0.0  # of training, over all starts of the run
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
@@ -33,7 +34,7 @@ class Metrics(lightning.Callback):
         sums = module.sums
         self.context.journal.tokens = module.tokens
         self.last_processed += int(sums["processed"])
-        self.last_trained += int(sums["tokens"])
+        self.last_trained = self.last_trained + sums["tokens"]
         if module.skipped_in_a_row:
             self._skipped(module)
         if module.news:
@@ -52,7 +53,7 @@ class Metrics(lightning.Callback):
             "tokens": module.tokens,
             "skipped": module.skipped,
             "tokens_per_s": self.last_processed / elapsed,
-            "trained_per_s": self.last_trained / elapsed,
+            "trained_per_s": int(self.last_trained) / elapsed,
             "seconds": self.seconds,
         }
         if module.density is not None:

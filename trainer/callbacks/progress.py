@@ -76,7 +76,7 @@ class ProgressBar(lightning.Callback):
 
     def _total(self) -> int | None:
         """The planned steps; None where only the time limits them."""
-        return self.context.steps if self.context.steps < UNLIMITED else None
+        return planned(self.context.steps)
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
         self._close()
@@ -93,6 +93,11 @@ class ProgressBar(lightning.Callback):
 def clock(seconds: float) -> str:
     """Minutes and seconds, as 12:05."""
     return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def planned(steps: int) -> int | None:
+    """The planned steps; None where there is no number of them, as with max_time alone."""
+    return steps if steps < UNLIMITED else None
 
 
 def of(steps: int, word: str = " of ") -> str:

@@ -109,8 +109,12 @@ class Distilled(Heads):
 
     def loss(self, seen: Seen, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
         seen = replace(seen, hidden=seen.hidden.detach())
-        total, beside, numbers, _ = self.distilled(seen, target, chunk, self.states(seen, target))
+        total, beside, numbers, _ = self.distilled(seen, target, chunk, self.counted_states(seen, target))
         return total + beside, numbers
+
+    def counted_states(self, seen: Seen, target: Target) -> Iterator[Float[Tensor, "B T d"]]:
+        """`states` of which a loss uses an offset's targets only (`targets_of`): anything finite may stand at other positions."""
+        return self.states(seen, target)
 
     def distilled(
         self, seen: Seen, target: Target, chunk: int, states: Iterator[Float[Tensor, "B T d"]]

@@ -14,7 +14,8 @@ HASS (arXiv 2408.15766), without its top-k loss: pass k gets the features that p
 How the passes of a row are computed at once, here and in trainer.drafters.eagle3 ("training-time test", arXiv 2503.01840): pass k of slot t
 has the token x_{t+k}, the place t + k - 1, and what pass k - 1 of slot t gave. It sees the first pass's slots up to t, which are made of the
 target's own features, and the later passes of slot t: keys [K_1 | K_2 | .. | K_k] under the mask [causal | I | .. | I]. That is what a
-draft of k tokens after x_{t+1} sees while decoding. A pass costs the attention of one over the row (`attend`).
+draft of k tokens after x_{t+1} sees while decoding. A pass costs the attention of one over the row (`attend`). No slot but t itself sees
+the later passes of slot t, so that a loss has them only for slots that count from the second pass on (`counted_states`).
 
 What differs from the reference: noise on the features is uniform in ±std/2 at every length, where the reference multiplies it by 512 over
 the row's length, which drowns short rows; fc has no bias unless `bias` says so, since engines disagree on one (vLLM drops it).
@@ -60,10 +61,10 @@ def attend(
     module: nn.Module, query: Float[Tensor, "B H T c"], key: Float[Tensor, "B G S c"], value: Float[Tensor, "B G S c"],
     attention_mask: Bool[Tensor, "B 1 T M"], dropout: float = 0.0, scaling: float | None = None, **more: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' sdpa attention where the mask is of all keys, M = S. Else S = n T and M = T: each place t sees the first T keys by the
-    mask, and t + T, t + 2 T, .. besides, without n times the cost of T keys.
+    """transformers' sdpa attention where the mask is of all keys, M = S. Else S = M + n T: place t of T sees the first M keys by the
+    mask, and M + t, M + T + t, .. besides, without the cost of all S keys.
 
-    Those n - 1 keys of a place are summed up as one with the score s = log Σ exp(q·k): all places see one key more, whose value is zero,
+    Those n keys of a place are summed up as one with the score s = log Σ exp(q·k): all places see one key more, whose value is zero,
     and whose score is s since queries carry s in channels that only this key reads. A channel of the values that only this key has
     brings out its weight w, and w Σ softmax(q·k) v is added.
     """
@@ -72,7 +73,9 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)  # type: ignore[return-value]
     scale = size**-0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
-    keys, values = (later[:, :, length:].unflatten(2, (-1, length)).repeat_interleave(groups, dim=1) for later in (key, value))
+    keys, values = (
+        later[:, :, length:].unflatten(2, (-1, query.shape[2])).repeat_interleave(groups, dim=1) for later in (key, value)
+    )
     scores = (query.unsqueeze(2) * keys).sum(-1, dtype=torch.float32) * scale
     mixed = (scores.softmax(2).unsqueeze(-1) * values).sum(2)
     # In half precision one channel would round the score by more than the scores themselves are off.
@@ -99,6 +102,7 @@ class Unrolled(Distilled):
     """
 
     midlayer: Any  # what holds the decoder layer, called layers.0 in a `state`
+    sparing = True  # whether a loss leaves slots that count for no later pass out of those passes
 
     def __init__(
         self, offsets: int, depth: int | None, weights: list[float] | None, default: list[float], weight: float, lr_scale: float,
@@ -129,27 +133,40 @@ class Unrolled(Distilled):
         """What the next pass is given of it."""
         return out
 
-    def states(self, seen: Seen, target: Target) -> Iterator[Float[Tensor, "B T d"]]:
+    def states(self, seen: Seen, target: Target, later: Bool[Tensor, "B T"] | None = None) -> Iterator[Float[Tensor, "B T d"]]:
+        """As Drafter.states; from the second pass on only at the slots `later`, and anything finite at others. None is all."""
         with precision(seen.hidden):
             hidden = self.entering(self.own(seen.hidden), None if seen.features is None else self.own(seen.features))
-        entries, known = Entries(), seen.positions
+        entries, known, slots = Entries(), seen.positions, None
         at = torch.arange(known.shape[1], device=known.device)
         first = at - known  # where each position's row begins
         same = (first.unsqueeze(1) == first.unsqueeze(2)) & (at <= at.unsqueeze(1))
-        back = at.unsqueeze(1) - at
+        back = (at.unsqueeze(1) - at).expand_as(same)
         reach = window(target)
         for k in range(self.offsets):
+            embedded = ahead(k + 1, seen, target)
+            if k == 1 and later is not None and (slots := _chosen(later)) is not None:
+                hidden, known, same, back = (one[slots] for one in (hidden, known, same, back))
+            if slots is not None:
+                embedded = embedded[slots]
             sees = same if reach is None else same & (back + k < reach)
             if self.midlayer.self_attn.config._attn_implementation != DIAGONAL or (reach is not None and reach <= k):
-                eye = torch.eye(len(at), dtype=torch.bool, device=at.device).expand_as(same)
+                eye = torch.eye(known.shape[1], dtype=torch.bool, device=at.device).expand(len(known), -1, -1)
                 near = [eye if reach is None or k - j < reach else torch.zeros_like(eye) for j in range(1, k + 1)]
                 sees = torch.cat([sees, *near], dim=2)
-            embedded = self.own(ahead(k + 1, seen, target))
+            embedded = self.own(embedded)
             around = self.around(target, embedded, known + k, sees, entries)
             with precision(seen.hidden):
                 out = self.step(embedded, hidden, around)
                 read, hidden = self.read(out), self.handed(out)
-            yield read.to(seen.hidden.dtype)
+            read = read.to(seen.hidden.dtype)
+            yield read if slots is None else torch.zeros_like(seen.hidden).index_put(slots, read)
+
+    def counted_states(self, seen: Seen, target: Target) -> Iterator[Float[Tensor, "B T d"]]:
+        if not self.sparing or self.offsets == 1:
+            return self.states(seen, target)
+        counts = [targets_of(k, seen.labels, seen.positions)[0] for k in range(2, self.offsets + 1)]
+        return self.states(seen, target, torch.stack(counts).any(0))
 
     def around(
         self, target: Target, hidden: Tensor, positions: Int[Tensor, "B T"], sees: Bool[Tensor, "B T S"], entries: Entries
@@ -188,6 +205,17 @@ class Unrolled(Distilled):
 
     def state(self) -> dict[str, Tensor]:
         return {name.replace("midlayer.", "layers.0.", 1): tensor for name, tensor in super().state().items()}
+
+
+def _chosen(where: Bool[Tensor, "B T"]) -> tuple[Int[Tensor, "B 1"], Int[Tensor, "B n"]] | None:
+    """The index of n slots of each row: its own of `where`, and further ones until all rows have the same number. None where that
+    would be all."""
+    count = max(1, int(where.sum(1).max()))
+    count += -count % 16  # what matrix products are quickest with
+    if count >= where.shape[1]:
+        return None
+    slots = where.byte().sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return torch.arange(len(where), device=where.device).unsqueeze(1), slots
 
 
 class Tree:
@@ -281,7 +309,7 @@ class Eagle(Unrolled):
         return out.detach()
 
     def loss(self, seen: Seen, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
-        total, beside, numbers, drafts = self.distilled(seen, target, chunk, self.states(seen, target))
+        total, beside, numbers, drafts = self.distilled(seen, target, chunk, self.counted_states(seen, target))
         taught = where_taught(seen)
         wanted = seen.hidden.detach()[taught].float()
         features = total.new_zeros(())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -15,6 +17,7 @@ from tests.trainer.drafters.test_eagle import (
     attended,
     by_row,
     drafts_as_it_trains,
+    eagle,
     fed,
     knobs,
     llama,
@@ -24,7 +27,7 @@ from tests.trainer.drafters.test_eagle import (
     weights_of,
 )  # fmt: skip
 from tests.trainer.test_distillation import APART, PACKED, ROWS, numbers_of, seen_of
-from trainer.drafters import DrafterError, News, Seen, Target, io
+from trainer.drafters import DrafterError, News, Seen, Target, io, targets_of
 from trainer.drafters.eagle3 import Eagle3, read_layers
 from trainer.losses import CausalLoss
 
@@ -310,3 +313,60 @@ def test_it_can_be_made_without_weights():
     drafter = Eagle3(model, **knobs("eagle3", draft_vocab_size=20))
     assert drafter.lm_head.weight.is_meta
     assert drafter.lm_head.weight.shape == (20, SIZE)
+
+
+# slots that count
+
+
+def partly_trained(dtype, length=80):
+    """Three rows of `length`: a prompt and its answer; two of those packed, and padding; one that nothing is trained of."""
+    draw = torch.Generator().manual_seed(4)
+    ids = torch.randint(0, 64, (3, length), generator=draw)
+    labels, at = torch.full_like(ids, -100), torch.arange(length).expand(3, -1).clone()
+    at[1] = torch.cat([torch.arange(30), torch.arange(35), torch.arange(15)])
+    for row, span in ((0, slice(60, 80)), (1, slice(24, 30)), (1, slice(55, 65))):
+        labels[row, span] = ids[row, span]
+    hidden, features = (torch.randn(3, length, size, generator=draw).to(dtype) for size in (SIZE, FEATURES))
+    return Seen(hidden, ids, labels, at, hidden[:, :0], features)
+
+
+@pytest.mark.parametrize("make", [eagle, eagle3])
+@pytest.mark.parametrize(("kind", "tolerance"), [("llama", 1e-5), ("mistral", 1e-5), ("eager", 1e-5), ("dense", 1e-11)])
+def test_later_passes_of_the_slots_that_count_are_those_of_all_slots(make, kind, tolerance):
+    """In float64, but for some of attention unless it is sdpa's under a dense mask, and for the losses of chunks."""
+    model = MODELS.get(kind, llama)().double()
+    drafter, target, seen = make(model, offsets=5, confidence=0.3).double(), Target(model), partly_trained(torch.float64)
+    if kind == "dense":
+        drafter.midlayer.self_attn.config._attn_implementation = "sdpa"
+    where = [targets_of(k, seen.labels, seen.positions)[0] for k in range(1, 6)]
+    pull = torch.randn(5, 3, 80, SIZE, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    lengths, results = [], []
+    drafter.midlayer.mlp.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
+    for sparing in (True, False):
+        drafter.sparing = sparing
+        states = list(drafter.counted_states(seen, target))
+        assert all(one.shape == seen.hidden.shape and one.isfinite().all() for one in states)
+        found = [one[counts] for one, counts in zip(states, where, strict=True)]
+        moved = sum((one * pull[k][where[k]]).sum() for k, one in enumerate(found))
+        trained = [p for name, p in drafter.named_parameters() if not name.startswith(("confidence", "lm_head"))]
+        results.append([*(one.detach() for one in found), *torch.autograd.grad(moved, trained)])
+        total, numbers = drafter.loss(seen, target, 7)
+        total.backward()
+        results.append([total.detach().double(), numbers.double(), *(p.grad for p in drafter.parameters())])
+        drafter.zero_grad()
+    assert lengths == 2 * [80, 32, 32, 32, 32] + 2 * [80] * 5
+    for spared, whole, apart in ((results[0], results[2], tolerance), (results[1], results[3], 1e-5)):
+        for one, other in zip(spared, whole, strict=True):
+            assert other.abs().max() > 0
+            torch.testing.assert_close(one, other, rtol=apart, atol=apart * float(other.abs().max()))
+
+
+def test_nothing_trained_has_no_gradient_of_later_passes():
+    model = llama()
+    drafter, seen = eagle3(model), partly_trained(torch.float32)
+    seen = replace(seen, labels=torch.full_like(seen.labels, -100))
+    total, numbers = drafter.loss(seen, Target(model), 7)
+    total.backward()
+    assert not total
+    assert not numbers.any()
+    assert all(p.grad is None or not p.grad.any() for p in drafter.parameters())
