@@ -119,6 +119,7 @@ def program(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     def ran(*arguments: str, verb: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "trainer" + (f".{verb}" if verb else ""), *arguments]
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300, **options)
+        options = {"timeout": 300} | options
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, **options)
 
     return ran

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 
 from scripts.bench import decoding, startup
-from trainer import imports
 from trainer.decoding.texts import Texts, places
 
 
@@ -142,17 +139,3 @@ def test_the_entries_of_one_sequence_are_kept_as_those_of_several(path):
     assert torch.equal(one[1], several[1])
     wanted = [*range(7), *(7 + node for node in path)]
     assert torch.equal(one[0], torch.arange(2 * 12 * 3.0).view(1, 2, 12, 3)[:, :, wanted])
-
-
-def test_swift_imports_collect_no_garbage(monkeypatch):
-    frozen = gc.get_freeze_count()
-    try:
-        with imports.swift():
-            assert not gc.isenabled()
-        assert gc.isenabled()
-        assert gc.get_freeze_count() > frozen
-    finally:
-        gc.unfreeze()
-    monkeypatch.setenv("GRAFT_PLAIN_IMPORTS", "1")
-    with imports.swift():
-        assert gc.isenabled()

@@ -56,7 +56,7 @@ GIVEN = {
 }
 
 BOUND = r"( (>|>=|<|<=) \S+| in [\[(]\S+, \S+[\])])?"
-SCALAR = rf"(null|str|bool|(int|float){BOUND}|(?!int |float |list |mapping )[\w.-]+)"
+SCALAR = rf"(null|str|bool|(int|float){BOUND}|(?!int |float |list |mapping |(true|false)\b)[\w.-]+)"  # true and false are no words: bool
 TYPE = re.compile(rf"({SCALAR}|mapping|list|list\[{SCALAR}( \| {SCALAR})*\])")
 
 
@@ -98,7 +98,7 @@ def test_every_knob_says_its_type_and_meaning(name):
 
 
 @pytest.mark.parametrize(
-    "written", ["int>= 1", "floats in [0, 1)", "float in [0 1)", "one of these", "int or null", "list[int"]
+    "written", ["int>= 1", "floats in [0, 1)", "float in [0 1)", "one of these", "int or null", "list[int", "auto | true"]
 )
 def test_a_type_outside_the_grammar_is_noticed(written):
     assert not all(TYPE.fullmatch(part) for part in schema._alternatives(written))

@@ -50,6 +50,8 @@ class AtomicCheckpointIO(CheckpointIO):
             write_text(path.with_suffix(".json"), json.dumps(manifest | {"written": time.time()}))
         except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
+            if str(error).startswith("DataLoader worker"):  # torch says it of a lost process wherever the run is
+                raise
             raise CheckpointError(_cannot_write(path, error)) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:

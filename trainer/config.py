@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 import os
 import re
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, grammar_parser, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer import requeue, schema, target, untrusted
+from trainer import foreign, redaction, requeue, schema, target, untrusted
 from trainer.combinations import combinations, schedule_free
 
 EXIT_BAD_INPUT = 2  # config or data; see README, exit codes
@@ -61,7 +59,7 @@ def install(incomplete: bool = False) -> None:
     Plugins.instance()  # loads the sources' modules anew, and with them the class that is asked for here
     file_source: Any = SourcesRegistry.instance().resolve("file")
     register_resolvers()
-    redact_logs()
+    redaction.redact_logs()
     compose = ConfigLoaderImpl.load_configuration
     if getattr(compose, "checked", False):
         return
@@ -113,15 +111,16 @@ def _take_base(config: DictConfig) -> None:
         theirs, choice = target.base_of(path)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if choice in schema.options("base") and isinstance(theirs, dict):
+        schema.complete(theirs, schema.load(f"base/{choice}"), "base")
     given: Any = OmegaConf.to_container(config.base, resolve=False)
     if not isinstance(given, dict):
         return
     asked = [override.lstrip("+") for override in config.hydra.overrides.task]
-    usual = next(entry["base"] for entry in OmegaConf.load(schema.CONF / "config.yaml").defaults if "base" in entry)
     free = [f"base.{key}" for key in target.FREE]
     named = {override.partition("=")[0] for override in asked if re.match(r"base\b", override)}
     own = [place.partition(".")[2] for place in named & {*free}]
-    if config.hydra.runtime.choices.base != usual or named - {*free}:
+    if config.hydra.runtime.choices.base != usual()["base"] or named - {*free}:
         own = list(target.FREE)
         if fault := target.other_base(path, theirs, given):
             raise ConfigError(fault)
@@ -174,7 +173,7 @@ def check(config: DictConfig, choices: dict[str, Any] | None = None, incomplete:
     Raises:
         ConfigError: lists every fault found.
     """
-    faults = [*_foreign_targets(config), *_looks_secret(config), *_remote_code(config)]
+    faults = [*foreign.faults(config), *redaction.faults(config)]
     composed = choices is None  # a run folder's config is only read: it asks for no package of its training
     if not faults and choices is None:
         if config.hydra.job.config_name is None:  # Hydra's own, for --hydra-help
@@ -223,6 +222,25 @@ def root_schema(choices: dict[str, Any]) -> schema.Table:
     return schema.Table(children, None, root.file)
 
 
+def complete(plain: dict[str, Any], choices: dict[str, Any]) -> list[str]:
+    """Give a config that an older version recorded, in place, what has come since: keys as the files have them that its groups took,
+    groups as conf/config.yaml takes them. Returns the dotted places. `check` refuses what is missing still."""
+    for group, name in usual().items():
+        if group not in plain:
+            choices.setdefault(group, name)
+    try:
+        known = root_schema(choices)
+    except ConfigError:  # which `check` raises again
+        return []
+    return schema.complete(plain, known)
+
+
+def usual() -> dict[str, str]:
+    """Which file of each group conf/config.yaml takes."""
+    entries: Any = OmegaConf.to_container(OmegaConf.load(schema.CONF / "config.yaml").defaults)
+    return {group: name for entry in entries if isinstance(entry, dict) for group, name in entry.items() if " " not in group}
+
+
 def _plain(config: DictConfig) -> dict[str, Any]:
     """The config without Hydra's node as plain containers; `???` stays."""
     bare = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
@@ -231,177 +249,6 @@ def _plain(config: DictConfig) -> dict[str, Any]:
             return OmegaConf.to_container(bare, resolve=True)  # type: ignore[return-value]
     except Exception as error:
         raise ConfigError(f"an interpolation of the config cannot be resolved: {error}") from None
-
-
-def _strings(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """All leaves with their paths; interpolations stay unresolved, since their text is what matters here."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _strings(value, (*path, str(key)))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _strings(value, (*path, str(index)))
-    else:
-        yield path, node
-
-
-# What Hydra itself may make: its sweeper and launchers. What logging.config may make: the handlers that our files name.
-_HYDRA_TARGETS = {
-    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
-    "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
-    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
-    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
-}
-_LOGGING_CLASSES = {"logging.StreamHandler", "logging.FileHandler", "rich.logging.RichHandler"}
-_LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
-_LOG_FILE = "${hydra.runtime.output_dir}/${hydra.job.name}.log"
-_RESOLVERS = {"run_folder", "hydra", "now", "oc.select", "oc.env"}
-_PUBLIC_VARIABLES = re.compile(r"(SLURM_\w+|USER|HOME|HOSTNAME|TMPDIR|SCRATCH|CUDA_VISIBLE_DEVICES)")
-
-
-@functools.cache
-def shipped_targets() -> frozenset[str]:
-    """The exact `_target_` names in the YAML files of conf/: nothing else is ever instantiated."""
-    pattern = re.compile(r"^\s*_target_:\s*([\w.]+)\s*(?:#.*)?$", re.MULTILINE)
-    return frozenset(name for path in schema.CONF.rglob("*.yaml") for name in pattern.findall(path.read_text("utf-8")))
-
-
-def _foreign_targets(config: DictConfig) -> Iterator[str]:
-    """A config from a stranger runs nothing: every name that anything would import, over the whole composed config."""
-    for path, value in _strings(OmegaConf.to_container(config, resolve=False)):
-        place, key = ".".join(path), path[-1] if path else ""
-        allowed = _HYDRA_TARGETS if path[:1] == ("hydra",) else shipped_targets()
-        if "_target_" in path and value not in allowed:
-            yield f"{place} is {value!r}. Only what the files of conf/ name may be made; to add a method, put its file there."
-        elif "_args_" in path:
-            yield f"{place}: positional arguments are not taken from a config."
-        elif path[:1] == ("hydra",):
-            yield from _hydra_faults(path[1:], place, key, value)
-        if isinstance(value, str) and "${" in value:
-            yield from _interpolation_faults(place, value)
-
-
-def _hydra_faults(path: tuple[str, ...], place: str, key: str, value: Any) -> Iterator[str]:
-    """What may not stand in Hydra's own node, whose settings reach beyond the run folder."""
-    if path[:2] in (("job", "env_set"), ("job", "env_copy")):
-        yield f"{place}: the environment is not set from a config, since it decides what other programs run. Export it instead."
-    elif path == ("output_subdir",) and not (value is None or re.fullmatch(r"\.?\w+", str(value))):
-        yield f"{place} is {value!r}. It is a folder's name within the run folder, or null."
-    elif path == ("job", "name") and not re.fullmatch(r"\w+", str(value)):
-        yield f"{place} is {value!r}. It names the log file, and has letters, digits and '_' only."
-    elif path[:1] in (("job_logging",), ("hydra_logging",)):
-        if (key == "class" and value not in _LOGGING_CLASSES) or "()" in path or "." in path:
-            yield f"{place} is {value!r}. Log handlers are one of: {', '.join(sorted(_LOGGING_CLASSES))}."
-        elif key == "filename" and value != _LOG_FILE:
-            yield f"{place} is {value!r}, but the log is always {_LOG_FILE}."
-        elif re.match(r"(ext|cfg)://", str(value)) and value not in _LOG_STREAMS:
-            yield f"{place} is {value!r}. Only {' and '.join(_LOG_STREAMS)} may stand there."
-
-
-def _interpolation_faults(place: str, text: str) -> Iterator[str]:
-    """Resolvers that a config may not call, found by OmegaConf's own parser: their names can hold interpolations, too."""
-    nodes: list[Any] = [grammar_parser.parse(text)]
-    while nodes:
-        node = nodes.pop()
-        nodes += getattr(node, "children", None) or []
-        if type(node).__name__ != "InterpolationResolverContext":
-            continue
-        name = node.resolverName().getText()
-        first = re.split(r"[\s,]", node.sequence().getText().strip())[0] if node.sequence() else ""
-        if name not in _RESOLVERS:
-            yield f"{place} uses the resolver {name!r}; known: {', '.join(sorted(_RESOLVERS))}."
-        elif name == "oc.env" and not _PUBLIC_VARIABLES.fullmatch(first):
-            yield f"{place} reads the environment variable {first}, which would end up in logs. Export it where it is used."
-
-
-def _remote_code(config: DictConfig) -> Iterator[str]:
-    """What runs code that is not in conf/ nor in the packages: only where the person who starts the run says so, not where a file does."""
-    asked = OmegaConf.select(config, "base.trust_remote_code")
-    given = OmegaConf.select(config, "hydra.overrides.task")  # not there in a run.yaml
-    if asked and given is not None and not any(re.fullmatch(r"(?i)\+*base\.trust_remote_code=true", o) for o in given):
-        yield "base.trust_remote_code=true is taken from the command line only, since it lets the model's repository run code."
-    computed = str(OmegaConf.select(config, "base.attn_implementation"))
-    if not re.fullmatch(r"\w+", computed):
-        # transformers takes a repository's name here, and fetches its code.
-        yield f"base.attn_implementation is {computed!r}. Attention is one of transformers' own: sdpa, eager, flash_attention_2 ..."
-    yield from _launched(config)
-
-
-# What a launcher hands to a shell, or to another program as options.
-_SHELL = ("setup", "python", "srun_args", "additional_parameters", "additional_pip_args")
-
-
-def _launched(config: DictConfig) -> Iterator[str]:
-    given = OmegaConf.select(config, "hydra.overrides.hydra")
-    launcher = OmegaConf.select(config, "hydra.launcher") if given is not None else None
-    for path, value in _strings(OmegaConf.to_container(launcher, resolve=False) if isinstance(launcher, DictConfig) else {}):
-        place = ".".join(("hydra", "launcher", *path))
-        if path and path[0] in _SHELL and value and not any(re.match(rf"\+*hydra\.launcher\.{path[0]}\b", o) for o in given):
-            yield f"{place} runs commands, and is taken from the command line only."
-        elif isinstance(value, str) and not value.isprintable():
-            yield f"{place} is {value!r}: a line of its own would be one of the job's script."
-
-
-_SECRET_VALUE = re.compile(
-    # 40 hex digits are a W&B key, but as a folder's name a commit in the hub's cache.
-    r"(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|(?<![0-9a-f/])[0-9a-f]{40}(?![0-9a-f])|wandb_v\d_\w{20,}|gh[pousr]_\w{30,}"
-    r"|github_pat_\w{20,}|glpat-[\w-]{20,}|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}"
-    r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)|-----BEGIN [A-Z ]*PRIVATE KEY-----)"
-)
-_SECRET_KEY = re.compile(r"(^|_)((api|access|private|secret)_?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
-
-
-def _looks_secret(config: DictConfig) -> Iterator[str]:
-    """Secrets come from the environment: what stands in a config is logged, stored and sent to dashboards."""
-    exported = list(_exported())
-    for path, value in _strings(OmegaConf.to_container(config, resolve=False)):
-        place = ".".join(path)
-        if not isinstance(value, str) or not value or re.match(r"hydra\.(overrides|runtime|job\.override_dirname)\b", place):
-            continue  # what Hydra notes of the others
-        named = any(_SECRET_KEY.search(key) for key in path) and path[:1] != ("hydra",)
-        if named or (_SECRET_VALUE.search(value) and path[-1] not in ("sha256", "revision")):
-            yield f"{place} looks like a secret. Configs are logged: export it (WANDB_API_KEY, HF_TOKEN) instead."
-        for name in (name for name, secret in exported if secret in value):
-            yield f"{place} holds the value of the environment variable {name}, which is a secret by its name. Configs are logged: take it out."
-
-
-def _exported() -> Iterator[tuple[str, str]]:
-    """(name, value) of the environment's secrets, by their names."""
-    for name, value in os.environ.items():
-        if _SECRET_KEY.search(name) and len(value) >= 8:
-            yield name, value
-
-
-def redact(text: str) -> str:
-    """The text with everything that looks like a secret, and every secret of the environment, taken out."""
-    for _, value in _exported():
-        text = text.replace(value, "[redacted]")
-    return _SECRET_VALUE.sub("[redacted]", text)
-
-
-def redact_logs() -> None:
-    """Make every log record of this process pass through `redact`, its traceback too."""
-    make = logging.getLogRecordFactory()
-    if getattr(make, "redacts", False):
-        return
-
-    @functools.wraps(make)
-    def redacting(*args: Any, **kwargs: Any) -> logging.LogRecord:
-        record = make(*args, **kwargs)
-        try:
-            said = record.getMessage()
-        except Exception:  # its arguments do not fit, which logging tells itself
-            return record
-        if (kept := redact(said)) != said:
-            record.msg, record.args = kept, ()
-        if record.exc_info and record.exc_info[1] is not None:
-            trace = "".join(traceback.format_exception(record.exc_info[1])).rstrip()
-            if (kept := redact(trace)) != trace:
-                record.exc_text, record.exc_info = kept, None
-        return record
-
-    redacting.redacts = True  # type: ignore[attr-defined]
-    logging.setLogRecordFactory(redacting)
 
 
 def compose(argv: list[str]) -> DictConfig:
@@ -441,6 +288,8 @@ def arguments(argv: list[str], known: dict[str, Any], usage: str) -> dict[str, A
 
 
 def _typed(value: str, default: Any) -> Any:
+    if value == "null" and default is None:
+        return None
     if isinstance(default, bool):
         if value.lower() not in ("true", "false"):
             raise ValueError(value)
@@ -461,5 +310,5 @@ def told(error: Exception) -> str:
 
 def bad(message: str) -> int:
     """Say what is wrong with what was asked for; returns the exit code."""
-    print(redact(message), file=sys.stderr)
+    print(redaction.redact(message), file=sys.stderr)
     return EXIT_BAD_INPUT

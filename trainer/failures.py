@@ -13,11 +13,12 @@ from tasks.reading import DataError
 from tasks.wheel import FetchError
 from trainer.base import BaseError
 from trainer.checkpoint import CheckpointError
-from trainer.config import EXIT_BAD_INPUT, ConfigError, redact
+from trainer.config import EXIT_BAD_INPUT, ConfigError
 from trainer.drafters import DrafterError
 from trainer.finetune import NonFinite
 from trainer.folder import FolderError
 from trainer.loading import LoadingError, killed
+from trainer.redaction import redact
 
 _BAD_INPUT = (ConfigError, BaseError, DataError, AdapterError, DrafterError, FetchError, FolderError)
 _FAULTS = (CheckpointError, LoadingError, NonFinite)
@@ -71,7 +72,7 @@ def _smaller(c: dict[str, Any]) -> str:
     if (size := c.get("batch_size", 1)) > 1:
         part = max(part for part in range(1, size // 2 + 1) if size % part == 0)
         ways.append(f"batch_size={part} accumulate={c['accumulate'] * size // part} (the same step in smaller parts)")
-    if not c.get("objective", {}).get("gradient_checkpointing"):
+    if c.get("objective", {}).get("gradient_checkpointing") is not True:
         ways.append("objective.gradient_checkpointing=true")
     if c.get("max_length", 0) > 256:
         ways.append(f"max_length={c['max_length'] // 2}")
@@ -83,9 +84,9 @@ def _smaller(c: dict[str, Any]) -> str:
     return "What would need less: " + ", or ".join(ways) if ways else "Use a smaller base, or a machine with more memory."
 
 
-def told(error: Exception) -> int:
+def told(error: Exception, config: dict[str, Any] | None = None) -> int:
     """Print an error's explanation and return the exit code, for the verbs; an unexplained one is raised again."""
-    explanation = explained(error, {})
+    explanation = explained(error, config or {})
     if explanation is None:
         raise error
     print(redact(explanation[0]), file=sys.stderr)

@@ -15,7 +15,9 @@ report.html         all of it to look at
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
+import logging
 import os
 import platform
 import shlex
@@ -30,8 +32,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer import config, requeue, target, untrusted
+from trainer import config, redaction, requeue, target, untrusted
 from trainer.checkpoint import write_text
+
+log = logging.getLogger("trainer")
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "bitsandbytes", "hydra-core", "wandb")
 # What may differ when a run goes on: it changes neither what is trained nor in which order.
@@ -50,6 +54,8 @@ FREE = (
     "lightning.profiler",
     "lightning.timeout",
     "threads",
+    "fused",
+    "compile",
     "max_time",
     "target.run",  # which step of which run it means is in the identity
     "target.features",
@@ -146,7 +152,7 @@ class RunFolder:
         """Write run.yaml and return it. A run that goes on keeps its id, its list of starts and the parent that it branched off."""
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": config.redact(shlex.join([Path(sys.argv[0]).parent.name or sys.argv[0], *sys.argv[1:]])),
+            "command": redaction.redact(shlex.join([Path(sys.argv[0]).parent.name or sys.argv[0], *sys.argv[1:]])),
             "host": platform.node(),
             "python": platform.python_version(),
             "versions": {name: _version(name) for name in PACKAGES},
@@ -195,14 +201,9 @@ def read(path: str) -> tuple[Path, dict[str, Any], str]:
     if content is None:
         raise FolderError(f"{place} is no run folder: it has no run.yaml")
     folder.refuse_links()
+    complete(content, folder.file)
     # A folder may come from a stranger: what it names is held against conf/ as a new config would be.
     try:
-        for group in ("penalty", "drafter", "branch"):  # which did not exist yet when an older version wrote it
-            content["config"].setdefault(group, {})
-            content["identity"]["choices"].setdefault(group, "none")
-        content["config"].setdefault("target", {"run": None, "features": None, "draft": None})
-        content["identity"]["choices"].setdefault("target", "run")
-        content["config"]["lightning"].setdefault("timeout", 30)
         if content["config"]["base"].get("trust_remote_code") and os.environ.get(TRUSTED, "").lower() != "true":
             raise FolderError(
                 f"{folder.file}: base.trust_remote_code is on, so that the model's repository runs code, and a folder may come from "
@@ -215,6 +216,25 @@ def read(path: str) -> tuple[Path, dict[str, Any], str]:
     except (AttributeError, KeyError, TypeError, ValueError, OmegaConfBaseException) as error:
         raise FolderError(f"{folder.file} is not what a run writes: {type(error).__name__}: {error}") from None
     return folder.path, content, which
+
+
+def complete(content: dict[str, Any], file: Path) -> None:
+    """Give the config of a run.yaml that an older version wrote, in place, what has come since, with the defaults of conf/, and say so.
+
+    Raises:
+        FolderError: it is not what a run writes.
+    """
+    try:
+        places = config.complete(content["config"], content["identity"]["choices"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FolderError(f"{file} is not what a run writes: {type(error).__name__}: {error}") from None
+    if places:
+        _say_completed(file, ", ".join(places))
+
+
+@functools.cache  # a program may read a folder several times
+def _say_completed(file: Path, places: str) -> None:
+    log.warning("%s is of an older version, and has no %s: taken as conf/ has it", file, places)
 
 
 def _version(name: str) -> str | None:

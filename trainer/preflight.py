@@ -12,27 +12,20 @@ import argparse
 import itertools
 import json
 import logging
-import math
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from rich import get_console
 from rich.text import Text
-from torch import nn
 
-from adapters.delta import Adapter, NeedsWeights, Start, features, targets
+from adapters.delta import Adapter
 from adapters.full import Nothing
-from trainer import assembly, folder, preview
-from trainer.base import Base, BaseError, compute
-from trainer.callbacks import every_steps
+from tasks.reading import Bad
+from trainer import assembly, folder, footprint, liger, preview
+from trainer.base import Base, BaseError
 from trainer.data import special_text
-from trainer.drafters import Drafter, DrafterError, io
-from trainer.losses import positions
-from trainer.penalties.deft import PenaltyError
+from trainer.drafters import DrafterError, io
 from trainer.plan import Plan
 from trainer.schedules import factor, length
 from trainer.tokens import Refused
@@ -69,7 +62,10 @@ def inspect(
             "fractions of the run"
         )
     _target(config, base, errors)
-    result["model"] = _model(config, base, adapter, found, steps, place, errors, warnings)
+    # The device is the run's to see: this may be another machine.
+    fault = liger.fault(base.config.model_type) if config["fused"] == "liger" else None
+    errors += [fault] if fault is not None else []
+    result["model"] = footprint.estimate(config, base, adapter, found, steps, place, errors, warnings)
     _check_names(config, found, errors)
     return result | {"errors": errors, "warnings": warnings}
 
@@ -118,9 +114,11 @@ def _prompts(found: assembly.Data, warnings: list[str]) -> dict[str, int]:
     renderer = found.renderer
     tried = same = 0
     for example in itertools.islice(found.task.examples("train"), SAMPLE):
+        if isinstance(example, Bad):
+            continue
         try:
             row, prompt = renderer(example), renderer.prompt(example)
-        except (Refused, AttributeError):
+        except Refused:
             continue
         tried += 1
         same += row.ids[: len(prompt)] == prompt
@@ -135,14 +133,9 @@ def _prompts(found: assembly.Data, warnings: list[str]) -> dict[str, int]:
 def _length(config: dict[str, Any], found: assembly.Data, plan: Plan, steps: int) -> dict[str, Any]:
     lengths = plan.lengths
     per_epoch = -(-len(lengths) // plan.per_step)
-    padded = sum(
-        max(lengths[pick.sequence] for pick in batch) * len(batch)
-        for step in range(min(steps, 50))
-        for batch in plan.micro_batches(step)
-    )
-    real: int = sum(
-        lengths[pick.sequence] for step in range(min(steps, 50)) for batch in plan.micro_batches(step) for pick in batch
-    )
+    sizes = [[lengths[pick.sequence] for pick in batch] for step in range(min(steps, 50)) for batch in plan.micro_batches(step)]
+    padded = sum(max(batch) * len(batch) for batch in sizes)
+    real: int = sum(sum(batch) for batch in sizes)
     result = {
         "steps": steps,
         "steps_per_epoch": per_epoch,
@@ -165,77 +158,6 @@ def _rates(config: dict[str, Any], plan: Plan | None, steps: int, restart: int) 
     return {"peak": peak, "rates": [[step, peak * factor(schedule, step, steps, restart)] for step in points]}
 
 
-def _model(
-    config: dict[str, Any],
-    base: Base,
-    adapter: Adapter,
-    found: assembly.Data,
-    steps: int,
-    place: Path,
-    errors: list[str],
-    warnings: list[str],
-) -> dict[str, Any]:
-    labels = found.task.labels if found.task.kind == "label" else None
-    skeleton = base.skeleton(labels)
-    total = sum(p.numel() for p in skeleton.parameters())
-    linears = sum(math.prod(features(linear)) for _, linear in targets(skeleton, "all-linear"))
-    drafted = _drafter(config, skeleton, found, errors)
-    try:
-        model = adapter.attach(skeleton, Start(assembly.new_modules(skeleton, labels), max(1, steps)))
-        trainable = drafted + sum(p.numel() for p in model.parameters() if p.requires_grad)
-    except NeedsWeights:
-        model, trainable = skeleton, None
-        warnings.append(
-            "how many parameters are trained is known only when the base is loaded; memory and checkpoint leave them out"
-        )
-    if trainable == 0 and not isinstance(adapter, Nothing):
-        errors.append("the adapter has no trainable parameter")
-    _penalty(config, adapter, model, errors)
-    cuda = torch.cuda.is_available() and config["lightning"]["accelerator"] != "cpu"
-    trains_base, known = trainable == total, trainable or 0
-    dtype, _, precision = compute(config["precision"], config["base"]["dtype"], trains_base, cuda)
-    parts = _memory(config, base, dtype, total, linears, known, found)
-    needed = sum(parts.values())
-    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
-    if needed > free:
-        warnings.append(f"the run needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free")
-    checkpoint_bytes = known * (4 + 8 if not trains_base else dtype.itemsize * 3) if steps else 0
-    keep = _checkpoints(config["callbacks"].get("checkpoints") or {}, steps)
-    disk = shutil.disk_usage(_existing(place)).free
-    if checkpoint_bytes * (keep + 2) > disk:
-        errors.append(
-            f"{keep + 2} checkpoints of about {checkpoint_bytes / 1e6:.3g} MB do not fit on the disk of {place}, "
-            f"which has {disk / 1e6:.3g} MB free: free some space, or choose another place with runs=FOLDER"
-        )
-    return {
-        "parameters": total, "trainable": trainable, "precision": precision, "dtype": str(dtype).removeprefix("torch."),
-        "memory_bytes": parts, "memory_needed": needed, "memory_free": free, "checkpoint_bytes": checkpoint_bytes, "disk_free": disk,
-    }  # fmt: skip
-
-
-def _checkpoints(settings: dict[str, Any], steps: int) -> int:
-    """How many checkpoints the run will hold, beside the best one."""
-    if settings.get("keep", 1) is not None:
-        return settings.get("keep", 1)
-    return steps // (every_steps(settings["every"], steps) or max(1, steps))
-
-
-def _penalty(config: dict[str, Any], adapter: Adapter, model: nn.Module, errors: list[str]) -> None:
-    if not config["penalty"]:
-        return
-    if isinstance(adapter, Nothing):
-        errors.append("adapter=none trains nothing, so that a penalty has no effect: set penalty=none")
-        return
-    if config["penalty"]["eps"] == "auto" and config["task"].get("streaming"):
-        errors.append(
-            "penalty.eps=auto is measured on training data beforehand, which task.streaming=true does not allow: set penalty.eps to a number"
-        )
-    try:
-        assembly.instantiate(config["penalty"])(model=model)
-    except PenaltyError as error:
-        errors.append(str(error))
-
-
 def _target(config: dict[str, Any], base: Base, errors: list[str]) -> None:
     """Whether the run and the drafter that this one builds on are of its base."""
     try:
@@ -247,60 +169,6 @@ def _target(config: dict[str, Any], base: Base, errors: list[str]) -> None:
             io.check(io.folder_of(config["target"]["draft"]), base, config["drafter"])
     except (folder.FolderError, DrafterError) as error:
         errors.append(str(error))
-
-
-def _drafter(config: dict[str, Any], skeleton: nn.Module, found: assembly.Data, errors: list[str]) -> int:
-    """The number of parameters that the drafter trains."""
-    if not config["drafter"]:
-        return 0
-    if found.task.kind == "label":
-        errors.append("a drafter predicts tokens, and this task gives one label to each row: set drafter=none")
-        return 0
-    try:
-        drafter: Drafter = assembly.instantiate(config["drafter"])(model=skeleton)
-    except DrafterError as error:
-        errors.append(str(error))
-        return 0
-    longest = found.train.rows.report.longest if found.train is not None else config["max_length"]
-    if longest < drafter.offsets + 2:
-        errors.append(
-            f"the longest row has {longest} tokens, and a drafter of {drafter.offsets} offsets needs {drafter.offsets + 2}: "
-            f"set fewer drafter.{'d_max' if 'd_max' in config['drafter'] else 'offsets'}, or give longer rows"
-        )
-    return sum(p.numel() for p in drafter.parameters() if p.requires_grad)
-
-
-def _memory(
-    config: dict[str, Any], base: Base, dtype: torch.dtype, total: int, linears: int, trainable: int, found: assembly.Data
-) -> dict[str, int]:
-    """An estimate, in bytes. Activations of a decoder layer are near 30 d + 5 m numbers a token, fused ones 12 d + 3 m (SmolLM2 with
-    LoRA, measured)."""
-    text = base.config.get_text_config()
-    width, inner = getattr(text, "hidden_size", 0), getattr(text, "intermediate_size", 0) or 0
-    layers = getattr(text, "num_hidden_layers", 0)
-    packed = {"none": dtype.itemsize, "nf4": 0.53, "int8": 1.0}[base.quantization]
-    longest = min(config["max_length"], found.train.rows.report.longest) if found.train is not None else config["max_length"]
-    tokens = config["batch_size"] * (config["max_length"] if config["packing"] else longest)
-    per_layer = (12 * width + 3 * inner if config["fused"] else 30 * width + 5 * inner) * dtype.itemsize
-    vocabulary, device = getattr(text, "vocab_size", 0), "cuda" if torch.cuda.is_available() else "cpu"
-    if config["objective"]["_target_"] == "trainer.distill.Distill":  # the target keeps nothing for a backward pass
-        kept = config["drafter"]["offsets"] * per_layer
-    else:
-        checkpointed = config["objective"]["gradient_checkpointing"]
-        kept = layers * width * dtype.itemsize + per_layer if checkpointed else layers * per_layer
-    moments = 2 if "8bit" in config["optimizer"]["_target_"] else 8
-    return {
-        "weights": int(linears * packed + (total - linears) * dtype.itemsize),
-        "trained": trainable * (4 + 4 + moments),
-        "activations": int(tokens * kept),
-        "logits": (config["objective"]["logits_chunk"] or positions(vocabulary, device)) * vocabulary * 12,
-    }
-
-
-def _existing(place: Path) -> Path:
-    while not place.exists():
-        place = place.parent
-    return place
 
 
 def _check_names(config: dict[str, Any], found: assembly.Data, errors: list[str]) -> None:
@@ -328,46 +196,6 @@ def _drafted(drafter: dict[str, Any]) -> list[str]:
     offsets = drafter["offsets"] if "offsets" in drafter else drafter["d_max"] - 1
     names = [f"offset{k}/{name}" for k in range(1, offsets + 1) for name in of_each]
     return ["accepted", *(["expected"] if distilled else []), *names]
-
-
-def parameters(model: nn.Module) -> str:
-    """How much of a model is trained, for people."""
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"
-
-
-@torch.no_grad()
-def refuse_contamination(model: nn.Module, base: Base) -> None:
-    """Try on a few tokens whether packed rows see only themselves in this model: what stands behind another row does not change with
-    that row, and is what it is alone. The second is held for most positions only: in bf16 rounding alone, which differs between lengths,
-    can turn a token's logits over.
-
-    Raises:
-        BaseError: they do not.
-    """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    row = torch.arange(5, 12, device=device)
-    firsts = [torch.arange(start, start + 8, device=device) for start in (3, 13)]
-    places = torch.cat([torch.arange(len(part), device=device) for part in (firsts[0], row)])
-    behind = [
-        model(input_ids=torch.cat([first, row])[None], position_ids=places[None], use_cache=False)
-        .logits[0, -len(row) :]
-        .float()
-        for first in firsts
-    ]
-    alone = model(input_ids=row[None], use_cache=False).logits[0].float()
-    model.train(was_training)
-    scale = max(float(alone.abs().max()), 1e-6)
-    apart = (behind[0] - alone).abs().amax(-1).median()
-    difference = max(float((behind[0] - behind[1]).abs().max()), float(apart))
-    if difference > (0.05 if next(model.parameters()).dtype != torch.float32 else 1e-3) * scale:
-        raise BaseError(
-            f"in {base.path} packed rows see each other (logits differ by {difference:.3g} of {scale:.3g}): it carries state that attention masks "
-            "do not cut. Set packing=false"
-        )
 
 
 def quick(
@@ -427,11 +255,7 @@ def main(argv: list[str]) -> int:
         steps = 0 if isinstance(adapter, Nothing) and not config["drafter"] else steps
         result = inspect(config, base, adapter, found, plan, steps, Path(config["runs"]) / config["name"])
     except Exception as error:
-        explained = failures.explained(error, config)
-        if explained is None:
-            raise
-        print(explained[0], file=sys.stderr)
-        return explained[1]
+        return failures.told(error, config)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
     console = get_console()

@@ -83,13 +83,13 @@ def _as_there(record: dict[str, Any], asked: set[str]) -> list[str]:
     """Overrides that make a config as a run's, where it differs from the files of conf/; nothing that was `asked` for otherwise."""
     from omegaconf import OmegaConf
 
-    from trainer import schema
+    from trainer import config, schema
 
     settings, choices = record["config"], record["identity"]["choices"]
     given: list[str] = []
     asked = asked | {"callbacks.evaluation.monitor", "callbacks.evaluation.mode", "callbacks.evaluation.generate"}
     root: Any = OmegaConf.to_container(OmegaConf.load(schema.CONF / "config.yaml"))
-    usual = {group: str(file) for entry in root["defaults"] if isinstance(entry, dict) for group, file in entry.items()}
+    usual = config.usual()
     for group in TAKEN:
         if group in asked:
             continue  # the file of the group is another one, and the run's values may not fit it

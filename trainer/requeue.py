@@ -24,12 +24,13 @@ FRUITLESS = 3  # starts in a row that may gain no step
 
 
 class Stopped(RuntimeError):
-    """A signal ended the run. `step` is the last one that is saved in `folder`, None where there is none."""
+    """A signal ended the run. `step` is the last one that is saved in `folder`, None where there is none; `steps` are the planned ones,
+    None where their number is not known."""
 
     def __init__(self, number: int, folder: Path, step: int | None, steps: int | None):
         name = signal.Signals(number).name
         saved = (
-            f"saved after step {step} of {steps}"
+            f"saved after step {step}" + (f" of {steps}" if steps is not None else "")
             if step is not None
             else "stopped before anything was trained that could be saved"
         )

@@ -24,8 +24,9 @@ def where_to_go_on(
     run that was made longer leaves out.
 
     Raises:
-        CheckpointError: it holds another one, or its checkpoints are damaged.
+        CheckpointError, FolderError: it holds another one, or its checkpoints or its record are damaged.
     """
+    folder.complete(earlier, place.file)
     then = earlier["identity"]
     different = folder.differences(earlier["config"], config, folder.FREE + folder.LENGTHS)
     different += folder.differences(then, identity, ("choices", "steps", "base", "data", "target.run"))

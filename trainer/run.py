@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
-import os
-import shutil
-import threading
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
-import psutil
-import rich
 import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from adapters.delta import Adapter, Start
 from adapters.full import Full, Nothing
 from tasks.reading import DataError
-from trainer import allocator, assembly, branch, checkpoint, export, features, fused, preflight, report, requeue, resume
+from trainer import (
+    allocator,
+    assembly,
+    branch,
+    checkpoint,
+    compiled,
+    cores,
+    export,
+    features,
+    fused,
+    liger,
+    outcome,
+    preflight,
+    processes,
+    report,
+    requeue,
+    resume,
+)
 from trainer.base import Base, compute
 from trainer.callbacks import Context, progress
 from trainer.callbacks.averaging import Averaging
@@ -36,15 +44,16 @@ from trainer.callbacks.metrics import Metrics
 from trainer.callbacks.schedulefree import ScheduleFree
 from trainer.callbacks.stopping import Stopping
 from trainer.callbacks.tracking import Dashboards
-from trainer.checkpoint import AtomicCheckpointIO
 from trainer.combinations import schedule_free
 from trainer.config import ConfigError
+from trainer.contamination import refuse_contamination
 from trainer.distill import DraftLoss
 from trainer.drafters import Drafter
 from trainer.drafters import io as drafter_io
 from trainer.evaluate import to_device
 from trainer.finetune import FineTune
 from trainer.folder import RunFolder
+from trainer.footprint import parameters
 from trainer.journal import Journal
 from trainer.loading import Loader
 from trainer.penalties.deft import DensityDEFT
@@ -55,8 +64,6 @@ from trainer.signals import Signals
 from trainer.stream import Stream
 
 log = logging.getLogger("trainer")
-
-_DECIDED = "GRAFT_DECIDED"  # what the first process tells those that Lightning starts for it
 
 
 class Unfinished(RuntimeError):
@@ -77,9 +84,9 @@ def run(cfg: DictConfig, signals: Signals) -> float | None:
     assembly.quiet()
     adapter: Adapter = assembly.instantiate(config["adapter"])
     path = Path(HydraConfig.get().runtime.output_dir)
-    lightning_ = _lightning(config, adapter, path)
+    lightning_ = processes.make_trainer(config, adapter, path)
     if lightning_.world_size > 1:
-        path = _agreed(lightning_, path)
+        path = processes.agreed_folder(lightning_, path)
     with RunFolder.create(path, lightning_.is_global_zero) as place:
         log.info("run folder: %s", place.path)
         choices, overrides = dict(HydraConfig.get().runtime.choices), list(HydraConfig.get().overrides.task)
@@ -91,48 +98,6 @@ def run(cfg: DictConfig, signals: Signals) -> float | None:
                 raise
             saved = checkpoint.complete(place.checkpoints)
             raise requeue.Stopped(signals.received, place.path, int(saved[-1].stem[5:]) if saved else None, None) from None
-
-
-def _agreed(lightning_: lightning.Trainer, path: Path) -> Path:
-    """The first process's folder. Processes that Lightning starts are given it; those of torchrun and srun ask for it."""
-    if not lightning_.is_global_zero:
-        log.setLevel(logging.WARNING)  # the first process speaks for all
-    if isinstance(lightning_._accelerator_connector.cluster_environment, LightningEnvironment):
-        if lightning_.num_nodes > 1:
-            raise ConfigError(
-                f"lightning.num_nodes={lightning_.num_nodes}: processes of several machines find each other by torchrun or srun. Start "
-                "python -m torch.distributed.run --nnodes=... --nproc-per-node=... -m trainer ... on each of them, or srun python -m trainer ..."
-            )
-        return path
-    lightning_.strategy.setup_environment()
-    agreed = Path(lightning_.strategy.broadcast(str(path)))
-    if agreed != path:
-        shutil.rmtree(path, ignore_errors=True)
-    return agreed
-
-
-def _first_decides(lightning_: lightning.Trainer, decide: Callable[[], Any]) -> Any:
-    """What the first process decides about the run's folder, in all of them. It changes the folder at once, and another one that looks
-    there a moment later would begin elsewhere."""
-    if lightning_.world_size == 1:
-        return decide()
-    if isinstance(lightning_._accelerator_connector.cluster_environment, LightningEnvironment):
-        if lightning_.is_global_zero:  # its children begin with the fit, and with its environment
-            made = earlier, parent, saved_path, longer = decide()
-            os.environ[_DECIDED] = json.dumps([earlier is not None, parent, saved_path and str(saved_path), longer])
-            return made
-        begun, parent, saved_path, longer = json.loads(os.environ[_DECIDED])
-        return ({} if begun else None), parent, saved_path and Path(saved_path), longer
-    made, error = None, None
-    if lightning_.is_global_zero:
-        try:
-            made = decide()
-        except Exception as caught:
-            error = caught
-    made, error = lightning_.strategy.broadcast((made, error))
-    if error is not None:
-        raise error
-    return made
 
 
 def _where_to_begin(
@@ -147,29 +112,11 @@ def _where_to_begin(
     return None, None, None, False
 
 
-def _part(lightning_: lightning.Trainer) -> None:
-    """End the group of processes while all of them are there: what the first one does from now on nobody waits for.
-
-    torch's Reducer holds the group, and where it is the last to, it ends gloo's threads with the GIL in its hand, for which one of them
-    may wait. So it has to be gone before the group is.
-    """
-    strategy = lightning_.strategy
-    if not torch.distributed.is_initialized() or lightning_.joined:  # type: ignore[attr-defined]
-        return
-    strategy.model = strategy.lightning_module
-    gc.collect()
-    torch.distributed.destroy_process_group()
-    for thread in threading.enumerate():
-        if (
-            thread.name == "child-process-observer"
-        ):  # Lightning's; it kills this process when a child's code is not 0, as after a signal
-            thread._child_processes = []  # type: ignore[attr-defined]
-
-
 def _run(
     config: dict[str, Any], adapter: Adapter, lightning_: lightning.Trainer, place: RunFolder, signals: Signals,
     dashboards: Dashboards, choices: dict[str, Any], overrides: list[str],
 ) -> float | None:  # fmt: skip
+    before = cores.seconds()
     if config["threads"] is not None:
         torch.set_num_threads(config["threads"])
     if config["fused"]:
@@ -180,6 +127,12 @@ def _run(
     tuned = assembly.tuned(path) if (path := config["target"]["run"]) is not None else None
     sharded = isinstance(lightning_.strategy, Sharded)
     device = lightning_.strategy.root_device
+    if config["fused"] == "liger":
+        fault = liger.fault(base.config.model_type, device.type == "cuda", config["lightning"]["accelerator"])
+        if fault is not None:
+            raise ConfigError(fault)
+    if config["compile"]:
+        compiled.refuse(adapter, device)
     dtype, _, precision = compute(
         config["precision"], config["base"]["dtype"], isinstance(adapter, Full), device.type == "cuda"
     )
@@ -199,12 +152,12 @@ def _run(
         "labels": labels, "steps": steps, "ranks": lightning_.world_size, "target": tuned.about if tuned is not None else None,
     }  # fmt: skip
     begin = partial(_where_to_begin, place, config, plan, identity, adapter.restart)
-    earlier, parent, saved_path, longer = _first_decides(lightning_, begin)
+    earlier, parent, saved_path, longer = processes.first_decides(lightning_, begin)
     done = int(saved_path.stem[5:]) if saved_path else 0
     journal = Journal(place.path, [], lightning_.is_global_zero)
     if earlier is not None and (ended := resume.ended(place, journal, done, steps, config["max_time"])):
         log.info("this run %s; nothing is left to do. Its report: %s", ended, place.path / "report.html")
-        return _last_loss(journal)
+        return outcome.last_loss(journal)
     record = place.record(config, overrides, identity, earlier, parent) if lightning_.is_global_zero else {}
     journal.rewind(done if saved_path else -1, cooled=not longer)
     if longer and earlier is not None and lightning_.is_global_zero:
@@ -219,7 +172,9 @@ def _run(
     )
     # A model that is shared out may be larger than one device's memory.
     model = base.load(dtype, labels, torch.device("cpu") if sharded else device)
-    if config["fused"]:
+    if config["fused"] == "liger":
+        log.info("Liger-Kernel: %s", ", ".join(f"{count} {kind}" for kind, count in liger.put_in(model).items()))
+    elif config["fused"]:
         fused.fuse(model)
     lightning.seed_everything(config["seed"], verbose=False)
     drafter = _drafter(config, found, model, new=saved_path is None) if config["drafter"] else None
@@ -233,11 +188,13 @@ def _run(
         place.path if lightning_.is_global_zero else None, saved,
     )  # fmt: skip
     model = adapter.attach(model, start)
-    log.info("trained: %s", preflight.parameters(model))
+    log.info("trained: %s", parameters(model))
     if drafter is not None:
-        log.info("drafter: %s", preflight.parameters(drafter))
+        log.info("drafter: %s", parameters(drafter))
     if config["packing"]:
-        preflight.refuse_contamination(model, base)
+        refuse_contamination(model, base)
+    if config["compile"]:
+        log.info("compiled in training: %d layers, when the first batches come", compiled.compile_layers(model))
     penalty = assembly.instantiate(config["penalty"])(model=model) if config["penalty"] else None
     module: FineTune = assembly.instantiate(config["objective"])(
         model=model, adapter=adapter, optimizer=assembly.instantiate(config["optimizer"]), steps=steps, labelled=labels is not None,
@@ -268,49 +225,29 @@ def _run(
         _evaluate_only(lightning_, module.to(device))
     else:
         loader = _loader(config, found, plan, steps, done, lightning_)
+        if device.type == "cpu" and lightning_.world_size == 1:
+            advice = cores.crowded(before, cores.seconds(), torch.get_num_threads(), cores.available())
+            if advice is not None:
+                log.warning("%s", advice)
         lightning_.fit(module.train(), loader, ckpt_path=str(saved_path) if saved_path else None)
-        _part(lightning_)
+        processes.part(lightning_)
         _say_why_it_ended(context, module)
         if not lightning_.is_global_zero:
-            return _last_loss(journal)
+            return outcome.last_loss(journal)
         if sharded:
             result = assembly.trained(f"{place.path}@last")
             module.model, module.adapter, adapter = result.model, result.adapter, result.adapter
         if drafter is not None and drafter.proposes:
-            _save_drafter(place, drafter, base, config, record, module.step)
+            outcome.save_drafter(place, drafter, base, config, record, module.step)
         if adapter.exportable and not isinstance(adapter, Nothing):
             for callback in lightning_.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, Averaging):  # before _export, which may load another checkpoint's weights
+                if isinstance(callback, Averaging):  # before save_adapter, which may load another checkpoint's weights
                     callback.save(partial(export.save_adapter, adapter, module.model, base, task))
-            _export(place, module, base, task, adapter, config["export"])
+            outcome.save_adapter(place, module, base, task, adapter, config["export"])
     report.write(place.path)
-    _show(journal)
+    outcome.show(journal)
     log.info("report: %s", place.path / "report.html")
-    return _last_loss(journal)
-
-
-def _lightning(config: dict[str, Any], adapter: Adapter, path: Path) -> lightning.Trainer:
-    cuda = torch.cuda.is_available() and config["lightning"]["accelerator"] != "cpu"
-    _, precision, _ = compute(config["precision"], config["base"]["dtype"], isinstance(adapter, Full), cuda)
-    idle = isinstance(adapter, Nothing) and not config["drafter"]
-    settings = config["lightning"] | ({"devices": 1, "strategy": "auto"} if idle else {})
-    timeout = timedelta(minutes=settings.pop("timeout"))
-    if settings["strategy"] == "fsdp2":
-        settings["strategy"] = Sharded(timeout=timeout)
-    # One epoch for the whole run: the loader holds all its micro-batches, and its end is the run's.
-    lightning_ = lightning.Trainer(
-        **settings, precision=precision,  # type: ignore[arg-type]
-        max_epochs=1, max_steps=-1, accumulate_grad_batches=config["accumulate"],
-        deterministic=config["deterministic"], plugins=[AtomicCheckpointIO()], default_root_dir=path, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        limit_val_batches=0, log_every_n_steps=1, num_sanity_val_steps=0,
-    )  # fmt: skip
-    if isinstance(lightning_.strategy, DDPStrategy):
-        # No buffer here differs between processes, and a sparse adapter's are as large as itself, for each forward pass.
-        lightning_.strategy._ddp_kwargs.setdefault("forward_sync_buffers", False)
-        lightning_.strategy._timeout = timeout
-    lightning_.joined = torch.distributed.is_initialized()  # type: ignore[attr-defined]
-    return lightning_
+    return outcome.last_loss(journal)
 
 
 def _constant_until(config: dict[str, Any], plan: Plan | None, steps: int) -> int | None:
@@ -419,70 +356,11 @@ def _evaluate_only(lightning_: lightning.Trainer, module: FineTune) -> None:
             callback.run(lightning_, module, graded=True)
 
 
-def _save_drafter(
-    place: RunFolder, drafter: Drafter, base: Base, config: dict[str, Any], record: dict[str, Any], step: int
-) -> None:
-    """Write the drafter as it is after the last step, or after the best one."""
-    chosen = checkpoint.chosen(place.checkpoints, config["export"]) if checkpoint.complete(place.checkpoints) else None
-    if chosen is not None and int(chosen.stem[5:]) != step:
-        step = int(chosen.stem[5:])
-        log.info("the best evaluation was after step %d: that is what becomes the drafter", step)
-        drafter.load_state(checkpoint.load(chosen)["drafter"])
-    adapter = record["identity"]["target"]
-    if config["adapter"]["_target_"] != "adapters.full.Nothing":
-        adapter = assembly.about_checkpoint(place.path, record["id"], checkpoint.path_of(place.checkpoints, step))
-    about = drafter_io.trained_for(base, place.path, step, adapter)
-    drafter_io.save(drafter, config["drafter"], about, place.path / "drafter")
-    log.info("drafter: %s", place.path / "drafter")
-
-
 def _say_why_it_ended(context: Context, module: FineTune) -> None:
     context.journal.write_csv()
     if context.signals.received is not None:
-        raise requeue.Stopped(context.signals.received, context.folder.path, module.step, context.steps)
+        raise requeue.Stopped(context.signals.received, context.folder.path, module.step, progress.planned(context.steps))
     if context.stopped is not None:
         log.info("stopped after step %d%s: %s", module.step, progress.of(context.steps), context.stopped)
     elif module.step != context.steps:
-        raise Unfinished(f"the run ended after step {module.step} of {context.steps} without a reason", 1)
-
-
-def _export(place: RunFolder, module: FineTune, base: Base, task: Any, adapter: Adapter, which: str) -> None:
-    """Write the adapter, and load it back to compare where the base fits into memory twice more."""
-    target = place.path / "adapter"
-    if not checkpoint.complete(place.checkpoints):  # callbacks.checkpoints=null
-        export.save_adapter(adapter, module.model, base, task, target)
-        log.info("adapter: %s. Not loaded back, since the run kept no checkpoint to compare it with", target)
-        return
-    chosen = checkpoint.chosen(place.checkpoints, which)
-    if int(chosen.stem[5:]) != module.step:
-        log.info("the best evaluation was after step %d: that is what becomes the adapter", int(chosen.stem[5:]))
-        adapter.load_state(module.model, checkpoint.load(chosen)["adapter"])
-    export.save_adapter(adapter, module.model, base, task, target)
-    needed = 2 * 4 * sum(p.numel() for p in module.model.parameters())
-    if needed > psutil.virtual_memory().available / 2:
-        log.info(
-            "adapter: %s. Not loaded back, which takes %.0f GB: python -m trainer.export run=%s to=peft does",
-            target,
-            needed / 1e9,
-            place.path,
-        )
-        return
-    difference = export.verify_adapter(assembly.trained(f"{place.path}@{which}", exact=True), target)
-    log.info("adapter: %s, loaded back by stock PEFT: logits differ by %.1e of their spread", target, difference)
-
-
-def _show(journal: Journal) -> None:
-    evaluations = journal.rows("evaluation")
-    if not evaluations:
-        return
-    shown = rich.table.Table("held out", "before", "after") if len(evaluations) > 1 else rich.table.Table("held out", "")
-    for name in evaluations[-1]:
-        if name not in ("kind", "step", "seconds"):
-            ends = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
-            shown.add_row(name, *(f"{row[name]:.4f}" if name in row else "" for row in ends))
-    rich.get_console().print(shown)
-
-
-def _last_loss(journal: Journal) -> float | None:
-    evaluations = journal.rows("evaluation")
-    return evaluations[-1].get("loss") if evaluations else None
+        raise Unfinished(f"the run ended after step {module.step}{progress.of(context.steps)} without a reason", 1)

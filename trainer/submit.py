@@ -30,7 +30,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer import config, schema
+from trainer import config, redaction, schema
 from trainer.config import ConfigError
 
 TEMPLATE = Path(__file__).with_name("job.sbatch")
@@ -357,7 +357,7 @@ def prepared(argv: list[str], sweep: bool) -> Job:
         shared = [word for word in shared if _key(word) not in ("name", "resume")]
     logs = (runs / "slurm").absolute()
     text = script(name, logs, asked, needs, [*([f"--config-dir={folder}"] if folder else []), *shared], own)
-    if config.redact(text) != text:
+    if redaction.redact(text) != text:
         raise ConfigError("the script would hold what looks like a secret. Export it instead: jobs are given the environment")
     run = str(runs / name) if resumed == "auto" else resumed
     return Job(text, name, logs, run, resumed == "auto", sweep, options["dry"] == "true")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from trainer import assembly
 from trainer.decoding import calibration, speculative, trees
 from trainer.decoding.texts import allow_trees
 from trainer.drafters import Drafter, DrafterError, Target
+
+ALIKE = 1.2  # times that the pass over one token may take longer as a chain than as a tree, or the reverse: it is the same work
+STEADY = 1.5  # times the least that half of a pass's repetitions may take
 
 
 def searched(
@@ -60,8 +65,23 @@ def searched(
         "verify_ms": 1000 * best.verify, "plain_ms": 1000 * verify["chain"][0],
         "ratio": best.tokens * verify["chain"][0] / best.seconds, "acceptance": calibration.acceptance(ranks, max(widths.values())),
         "passes_ms": {shape: {f"{n}": 1000 * verify[shape][n - 1] for n in took} for shape, took in passes.items()},
-        "no_trees": no_trees,
+        "no_trees": no_trees, "busy": busy(passes),
     }  # fmt: skip
+
+
+def busy(passes: Mapping[str, Mapping[int, Sequence[float]]]) -> str | None:
+    """What in the seconds of passes (`calibration.verifying`) says that something else ran on the machine; None for nothing."""
+    alone = {shape: 1000 * min(took[1]) for shape, took in passes.items()}
+    if max(alone.values()) > ALIKE * min(alone.values()):
+        return "the pass over one token took at least " + " and ".join(
+            f"{ms:.3g} ms as a {shape}" for shape, ms in alone.items()
+        )
+    every = [(median(took) / min(took), shape, n, took) for shape, widths in passes.items() for n, took in widths.items()]
+    spread, shape, n, took = max(every, key=lambda one: one[0])
+    if spread <= STEADY:
+        return None
+    tokens = "one token" if n == 1 else f"{n} tokens"
+    return f"the pass over {tokens} as a {shape} took {1000 * min(took):.3g} ms at least and {1000 * median(took):.3g} ms as a rule"
 
 
 def show_searched(found: dict[str, Any], file: str | None) -> None:
@@ -80,6 +100,10 @@ def show_searched(found: dict[str, Any], file: str | None) -> None:
     for shape, took in found["passes_ms"].items():
         table.add_row(f"{shape}, ms", *(f"{ms:.3g}" for ms in took.values()))
     console.print(table)
+    if found["busy"]:
+        console.print(
+            f"Warning: the machine seems busy, and this may not be the best tree. {found['busy'].capitalize()}. Measure again."
+        )
     if found["no_trees"]:
         console.print(f"Chains only: {found['no_trees']}.")
     if not found["paths"]:

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+import yaml
 
 from tests.conftest import ROOT, sums, write_rows
 from trainer import checkpoint, journal
@@ -131,6 +132,27 @@ def test_another_config_is_refused(train, chats, monkeypatch, changed, named):
     with pytest.raises(CheckpointError, match="cannot go on as this one") as refusal:
         train(*settings, changed, "resume=auto")
     assert named in str(refusal.value)
+
+
+def test_a_run_of_an_older_version_goes_on(train, chats, monkeypatch, caplog):
+    caplog.set_level("INFO", "trainer")
+    settings = (f"task.path={chats}", *COMMON)
+    with monkeypatch.context() as patch:
+        cut_at(patch, 3)
+        with pytest.raises(PowerCut):
+            train(*settings)
+    (file,) = chats.parent.rglob("run.yaml")
+    older = yaml.safe_load(file.read_text())
+    del older["config"]["fused"], older["config"]["adapter"]["rank"], older["config"]["requeue"]
+    file.write_text(yaml.safe_dump(older))
+    with pytest.raises(CheckpointError, match=r"adapter\.rank: 16 in the run, 4 now"):
+        train(*settings, "adapter.rank=4", "resume=auto")
+    with monkeypatch.context() as patch:
+        cut_at(patch, 4)
+        with pytest.raises(PowerCut):
+            train(*settings, "fused=false", "resume=auto")
+    assert "is of an older version, and has no requeue, fused, adapter.rank" in caplog.text
+    assert "going on after step 3" in caplog.text
 
 
 def test_other_data_is_refused(train, tmp_path, monkeypatch):

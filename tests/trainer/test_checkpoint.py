@@ -322,3 +322,18 @@ def test_a_larger_adapter_takes_as_much_more(train, chats):
     numbers, size = (sizes[1024][i] - sizes[16][i] for i in (0, 1))
     assert numbers > 400_000
     assert size == pytest.approx(12 * numbers, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("word", "kind", "said"),
+    [
+        ("DataLoader worker (pid 3) is killed by signal: Killed. ", RuntimeError, "^DataLoader worker"),
+        ("something else", CheckpointError, "could not be written: something else"),
+    ],
+)
+def test_a_loading_process_that_is_lost_meanwhile_is_no_fault_of_the_disk(tmp_path, monkeypatch, word, kind, said):
+    save(tmp_path, 3)
+    monkeypatch.setattr(torch, "save", lambda *_, **__: (_ for _ in ()).throw(RuntimeError(word)))
+    with pytest.raises(kind, match=said):
+        save(tmp_path, 6)
+    assert names(tmp_path) == ["step-00000003.ckpt", "step-00000003.json"]

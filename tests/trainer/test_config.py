@@ -46,6 +46,10 @@ COMBINATIONS = {
     "a stream with workers": (["task.streaming=true", "workers=2", f"task.eval_{TASK[5:]}"], "set workers=0"),
     "rows held out of a stream": (["task.streaming=true"], "set task.eval_path, or task.eval_fraction=0"),
     "half an epoch of a stream": (["task.streaming=true", "max_epochs=1.5", f"task.eval_{TASK[5:]}"], "must be whole"),
+    "a compiled target": (["compile=true", "adapter=none"], "adapter=none trains none: set compile=false"),
+    "a compiled quantised base": (["compile=true", "base.quantization=nf4"], "base.quantization=nf4: set compile=false"),
+    "a compiled penalty": (["compile=true", "penalty=deft"], "activations that penalty=deft measures"),
+    "compiled and shared out": (["compile=true", "lightning.strategy=fsdp2", "lightning.devices=2"], "not been tried with compile=true"),
     "fp16 on a CPU": (["precision=16-mixed", "lightning=cpu", "optimizer.fused=false"], "use precision=bf16-true or fp32"),
     "fp16 with a fused optimiser": (["precision=16-mixed", "lightning=gpu"], "set optimizer.fused=false"),
     "a method that cannot be quantised": (["adapter=peft", "adapter.peft_type=LOHA", "base.quantization=int8"], "LOHA cannot sit on"),
@@ -170,6 +174,73 @@ def test_a_run_of_a_package_that_is_not_installed_can_be_read(compose, monkeypat
     choices = OmegaConf.to_container(cfg.hydra.runtime.choices)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     config.check(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), choices)
+
+
+def recorded(cfg):
+    """(config, choices) as a run folder has them."""
+    bare = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    return OmegaConf.to_container(bare, resolve=True), OmegaConf.to_container(cfg.hydra.runtime.choices)
+
+
+def test_what_has_come_since_a_run_is_as_conf_has_it(compose):
+    cfg = compose(
+        "experiment=smoke",
+        TASK,
+        AVERAGING,
+        "logger=wandb",
+        "adapter=rslora",
+        "adapter.rank=4",
+        "callbacks.evaluation=null",
+        "~callbacks.progress",
+    )
+    wanted, choices = recorded(cfg)
+    older, made = recorded(cfg)
+    lacks = [
+        "adapter.rslora",
+        "callbacks.averaging.export",
+        "fused",
+        "lightning.timeout",
+        "logger.wandb.system",
+        "penalty",
+        "requeue",
+        "target",
+    ]
+    for place in lacks:
+        *path, last = place.split(".")
+        node = older
+        for key in path:
+            node = node[key]
+        del node[last]
+    del made["penalty"], made["target"]
+    places = config.complete(older, made)
+    assert sorted(places) == lacks
+    assert older == wanted
+    assert made == choices
+    assert config.complete(older, made) == []
+    config.check(OmegaConf.create(older), made)
+
+
+def test_what_is_asked_for_has_no_default(compose):
+    older, choices = recorded(compose("experiment=smoke", TASK))
+    del older["task"]["path"], older["adapter"]["rank"]
+    older["gone"] = 1
+    assert config.complete(older, choices) == ["adapter.rank"]
+    with pytest.raises(ConfigError) as refusal:
+        config.check(OmegaConf.create(older), choices)
+    missing, unknown = sorted(str(refusal.value).splitlines(), reverse=True)
+    assert missing.startswith("task.path is missing")
+    assert unknown.startswith("gone: there is no such key")
+    assert config.complete(older, choices | {"adapter": "of long ago"}) == []  # `check` refuses it
+
+
+def test_a_targets_base_of_an_older_version(compose, tmp_path):
+    plain, choices = recorded(compose("experiment=smoke", TASK, "base=tiny", "base.seed=3"))
+    del plain["base"]["double_quant"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"config": plain, "identity": {"labels": None, "choices": choices}}))
+    cfg = compose(
+        TASK, "logger=none", "adapter=none", "drafter=mtp_shared", "base=tiny", "base.seed=3", f"target.run={tmp_path}"
+    )
+    assert (cfg.base.seed, cfg.base.double_quant) == (3, True)
 
 
 def test_a_hub_commit_in_a_path_is_no_secret(compose):
@@ -315,6 +386,9 @@ def test_a_verbs_arguments():
     found = config.arguments(["run=a=b", "n=4", "share=1", "compare=TRUE", "out=x"], KNOWN, "usage")
     assert found == {"run": "a=b", "n": 4, "share": 1.0, "compare": True, "out": "x"}
     assert config.arguments(["run=a"], KNOWN, "usage") == KNOWN | {"run": "a"}
+    unset = KNOWN | {"rows": None}
+    assert config.arguments(["run=null", "rows=null"], unset, "usage") == unset | {"run": "null"}
+    assert config.arguments(["run=a", "rows=3"], unset, "usage")["rows"] == "3"
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,14 @@ def test_a_verb_says_the_same_on_standard_error(capsys, case):
     assert err.count("\n") <= 2
 
 
+def test_a_verb_that_has_a_config_proposes_what_needs_less(capsys, monkeypatch):
+    monkeypatch.setenv("SERVICE_TOKEN", "hunter2-hunter2")
+    assert failures.told(MemoryError("for hunter2-hunter2"), {"batch_size": 8, "accumulate": 1}) == 1
+    err = capsys.readouterr().err
+    assert "What would need less: batch_size=4 accumulate=2" in err
+    assert "hunter2" not in err
+
+
 @pytest.mark.parametrize("error", UNEXPLAINED, ids=repr)
 def test_a_verb_hands_on_what_it_cannot_explain(error):
     with pytest.raises(type(error)) as raised:

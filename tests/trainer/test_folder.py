@@ -255,6 +255,26 @@ def test_a_record_of_another_version_says_what_does_not_fit(recorded, change, sa
     assert said in str(refusal.value)
 
 
+def test_a_record_of_an_older_version_is_completed_and_that_is_said_once(recorded, caplog):
+    place = recorded("run")
+    content = yaml.safe_load((place / "run.yaml").read_text("utf-8"))
+    older = yaml.safe_load((place / "run.yaml").read_text("utf-8"))
+    for key in ("fused", "requeue", "penalty"):
+        del older["config"][key]
+    del older["config"]["adapter"]["rank"], older["identity"]["choices"]["penalty"]
+    (place / "run.yaml").write_text(yaml.safe_dump(older))
+    assert folder.read(str(place))[1] == folder.read(str(place))[1] == content
+    (said,) = caplog.messages
+    assert (
+        said
+        == f"{place / 'run.yaml'} is of an older version, and has no requeue, fused, adapter.rank, penalty: taken as conf/ has it"
+    )
+    del older["config"]["task"]["path"]
+    (place / "run.yaml").write_text(yaml.safe_dump(older))
+    with pytest.raises(FolderError, match=r"does not fit this version of Graft:\ntask.path is missing"):
+        folder.read(str(place))
+
+
 def test_a_run_folder_may_be_moved(recorded, tmp_path):
     place = recorded("run", resume=str(tmp_path / "gone"))
     assert folder.read(str(place.rename(tmp_path / "moved")))[0] == tmp_path / "moved"

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections import namedtuple
 
-import psutil
 import pytest
-import torch
 from omegaconf import OmegaConf
-from torch import nn
 
-from adapters.delta import Start
 from tests.conftest import write_rows
-from trainer import assembly, checkpoint, journal, preflight, preview
+from trainer import assembly, journal, preflight, preview
 from trainer.base import Base, BaseError
 
 AROUND = 21  # tokens of tiny's chat template around a question and its answer
@@ -159,102 +154,6 @@ def test_the_rates_are_those_that_training_has(check, train, chats, schedule, mo
     for name in ("memory_free", "disk_free"):
         del inside["model"][name], found["model"][name]
     assert inside == found  # a run checks the same
-
-
-VIRTUAL = "adapter.num_virtual_tokens=4"
-PARTS = [
-    ("sft", "lora"), ("sft", "dora"), ("sft", "adalora", "adapter.tfinal=2"), ("sft", "ia3"), ("sft", "full"), ("sft", "none"),
-    ("sft", "prompt_tuning", VIRTUAL), ("sft", "prefix_tuning", VIRTUAL), ("classification", "lora"), ("classification", "full"),
-    ("classification", "none"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("task", "adapter", "more"), [(task, adapter, more) for task, adapter, *more in PARTS])
-def test_parameters_are_those_of_the_model_that_is_trained(compose, tmp_path, chats, task, adapter, more):
-    rows = (
-        chats
-        if task == "sft"
-        else write_rows(tmp_path / "c.jsonl", [{"text": "a" * i, "label": str(i % 3)} for i in range(1, 9)])
-    )
-    file = tmp_path / "found.json"
-    settings = [
-        f"task={task}",
-        f"adapter={adapter}",
-        *more,
-        f"task.path={rows}",
-        f"task.eval_path={rows}",
-        "max_steps=5",
-    ]
-    common = ["+experiment=smoke", "precision=fp32", "lightning=cpu"]
-    assert preflight.main([*common, *settings, "--json", str(file)]) == 0
-    found = json.loads(file.read_text())["model"]
-    config = OmegaConf.to_container(compose(*common, *settings), resolve=False)
-    labels = ["0", "1", "2"] if task == "classification" else None
-    model = assembly.instantiate(config["base"]).load(torch.float32, labels)
-    assert found["parameters"] == sum(p.numel() for p in model.parameters())
-    start = Start(assembly.new_modules(model, labels), 5)
-    model = assembly.instantiate(config["adapter"]).attach(model, start)
-    assert found["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    shown = preflight.parameters(model)
-    assert shown.startswith(f"{found['trainable']:,} of ")
-
-
-@pytest.mark.parametrize("settings", [("adapter.rank=256",), ("adapter=full", "base.hidden_size=64")])
-def test_a_checkpoints_size_is_about_as_told(train, chats, settings):
-    run = train(f"task.path={chats}", "max_steps=1", "callbacks.evaluation=null", *settings)
-    (path,) = checkpoint.complete(run / "checkpoints")
-    told = json.loads((run / "preflight.json").read_text())["model"]["checkpoint_bytes"]
-    assert 0.8 < told / path.stat().st_size < 1.25
-
-
-def test_memory_grows_with_what_takes_it(check, rows):
-    def needed(*overrides):
-        return check(f"task.path={rows}", f"task.eval_path={rows}", *overrides)[1]["model"]
-
-    plain = needed()
-    assert plain["memory_needed"] == sum(plain["memory_bytes"].values())
-    assert plain["memory_bytes"]["weights"] == 4 * plain["parameters"]
-    assert plain["memory_bytes"]["trained"] == 16 * plain["trainable"]  # weight, gradient, two moments
-    half = needed("precision=bf16-true")
-    assert half["memory_bytes"]["weights"] == 2 * half["parameters"]
-    for name, override, factor in (
-        ("activations", "batch_size=16", 2),
-        ("activations", "base.layers=4", 2),
-        ("logits", "objective.logits_chunk=2048", None),
-        ("trained", "adapter.rank=32", 2),
-    ):
-        other = needed(override)["memory_bytes"][name]
-        assert other == (factor * plain["memory_bytes"][name] if factor else other)
-        assert other > plain["memory_bytes"][name] or factor is None
-    wide = ("base.hidden_size=256",)
-    assert needed(*wide, "base.quantization=nf4")["memory_bytes"]["weights"] < 0.4 * needed(*wide)["memory_bytes"]["weights"]
-    less = needed("objective.gradient_checkpointing=true", "base.layers=8")["memory_bytes"]["activations"]
-    assert less < needed("base.layers=8")["memory_bytes"]["activations"]
-
-
-def test_too_little_memory_is_a_warning(check, rows, monkeypatch):
-    Memory = namedtuple("Memory", "available total")
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(1000, 1000))
-    code, found = check(f"task.path={rows}", f"task.eval_path={rows}")
-    assert code == 0
-    assert any("of memory, and 0.0 GB are free" in line for line in found["warnings"])
-
-
-def test_a_disk_too_small_for_the_checkpoints_is_an_error(check, rows, monkeypatch, tmp_path):
-    Disk = namedtuple("Disk", "total used free")
-    _, found = check(f"task.path={rows}", f"task.eval_path={rows}", "callbacks.checkpoints.keep=3")
-    asked = []
-
-    def disk(free):
-        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: asked.append(path) or Disk(1, 1, free))
-        return check(f"task.path={rows}", f"task.eval_path={rows}", "callbacks.checkpoints.keep=3")
-
-    size = found["model"]["checkpoint_bytes"]
-    assert disk(5 * size)[0] == 0
-    code, found = disk(5 * size - 1)
-    assert code == 2
-    assert found["errors"][0].startswith(f"5 checkpoints of about {size / 1e6:.3g} MB do not fit on the disk of")
-    assert asked[0] == tmp_path  # the nearest folder that is there
 
 
 FAULTS = {
@@ -403,69 +302,3 @@ def test_the_text_of_a_special_token_is_noticed(check, tmp_path):
     _, found = check(f"task.path={path}", f"task.eval_path={path}")
     assert found["data"]["special_text"] == 2
     assert any("2 rows have the text of a special token in a message" in line for line in found["warnings"])
-
-
-# packed rows that see each other
-
-
-class Carrying(nn.Module):
-    """Logits from a running sum over all tokens before, whatever the positions say."""
-
-    def __init__(self, carries: float):
-        super().__init__()
-        self.embedding, self.carries = nn.Embedding(32, 8), carries
-        torch.nn.init.normal_(self.embedding.weight, generator=torch.Generator().manual_seed(0))
-
-    def forward(self, input_ids, position_ids=None, use_cache=False):
-        x = self.embedding(input_ids)
-        return namedtuple("Output", "logits")(x + self.carries * x.cumsum(1))
-
-
-def test_a_model_that_carries_state_across_rows_is_not_packed(tiny):
-    preflight.refuse_contamination(Carrying(0.0), tiny)
-    model = Carrying(1.0).train()
-    with pytest.raises(BaseError, match=r"packed rows see each other .* Set packing=false"):
-        preflight.refuse_contamination(model, tiny)
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_that_attends_can_be_packed_and_is_left_as_it_was(tiny, attention, dtype):
-    model = Base(tiny.path, "auto", attention, "none", True).load(dtype).train()
-    preflight.refuse_contamination(model, tiny)
-    assert model.training
-
-
-class Counting(Carrying):
-    """Rows of their own, but for positions that count on where a row begins: with `often` all of them, else one."""
-
-    def __init__(self, often: bool):
-        super().__init__(0.0)
-        self.often = often
-
-    def forward(self, input_ids, position_ids=None, use_cache=False):
-        logits = super().forward(input_ids).logits
-        shift = torch.full_like(logits, float(input_ids.shape[1]))
-        if not self.often:
-            shift[:, :-1] = 0.0
-        return namedtuple("Output", "logits")(logits + shift)
-
-
-class Leaking(Carrying):
-    """Only a row's first token sees what stands before it, as in a short convolution that forgets no row."""
-
-    def forward(self, input_ids, position_ids=None, use_cache=False):
-        x = super().forward(input_ids).logits
-        begins = torch.zeros(x.shape[:2], dtype=torch.bool) if position_ids is None else position_ids == 0
-        return namedtuple("Output", "logits")(x + (begins.unsqueeze(-1) * x.roll(1, dims=1)))
-
-
-def test_a_row_that_leaks_into_one_token_is_noticed(tiny):
-    with pytest.raises(BaseError, match="packed rows see each other"):
-        preflight.refuse_contamination(Leaking(0.0), tiny)
-
-
-def test_one_token_that_rounding_turns_over_is_no_other_row(tiny):
-    preflight.refuse_contamination(Counting(False), tiny)
-    with pytest.raises(BaseError, match="packed rows see each other"):
-        preflight.refuse_contamination(Counting(True), tiny)

@@ -8,7 +8,9 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from trainer import __main__, config, requeue
@@ -111,6 +113,32 @@ def test_starts_that_gain_nothing_end(slurm, caplog):
     assert "have gained no step beyond 4" in caplog.text
 
 
+@pytest.mark.parametrize(("step", "steps", "said"), [
+    (3, 9, "SIGTERM: saved after step 3 of 9. Go on with resume=x"),
+    (3, None, "SIGTERM: saved after step 3. Go on with resume=x"),
+    (None, None, "SIGTERM: stopped before anything was trained that could be saved. Go on with resume=x"),
+])  # fmt: skip
+def test_a_stop_says_how_far_it_came(step, steps, said):
+    assert str(requeue.Stopped(15, Path("x"), step, steps)) == said
+
+
+@pytest.mark.parametrize(("epochs", "said"), [(1, "step 3 of 8"), (None, "step 3")])
+def test_a_run_that_only_time_ends_has_no_number_of_steps(epochs, said):
+    from trainer.plan import Plan
+    from trainer.run import Unfinished, _say_why_it_ended
+
+    steps = Plan(np.ones(64, int), np.ones(64, int), 0, 4, 2, epochs=epochs).steps(None, None)
+    journal, module = SimpleNamespace(write_csv=lambda: None), SimpleNamespace(step=3)
+    context = SimpleNamespace(
+        journal=journal, signals=SimpleNamespace(received=15), folder=SimpleNamespace(path=Path("x")), stopped=None, steps=steps
+    )
+    with pytest.raises(requeue.Stopped, match=f"saved after {said}. Go on"):
+        _say_why_it_ended(context, module)
+    context.signals.received = None
+    with pytest.raises(Unfinished, match=f"the run ended after {said} without a reason"):
+        _say_why_it_ended(context, module)
+
+
 def test_a_signal_before_there_is_a_folder_asks_too(slurm, compose, monkeypatch, tmp_path, caplog):
     from hydra.core.hydra_config import HydraConfig
 
@@ -184,3 +212,10 @@ def test_the_program_refuses_other_tasks_before_torch(slurm, program, monkeypatc
     ended = program("+experiment=smoke", "task.path=rows", f"runs={slurm}")
     assert ended.returncode == 2
     assert "srun has started 2. Ask for as many: --nodes=1 --ntasks-per-node=1" in ended.stderr
+
+
+@pytest.mark.parametrize("asked", ["true", "false", "auto"])
+def test_each_of_its_values_can_be_asked_for(compose, asked):
+    assert compose("+experiment=smoke", "task.path=x", f"requeue={asked}").requeue == {"true": True, "false": False}.get(
+        asked, asked
+    )

@@ -17,10 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.sft import SFT
 from tests.conftest import sums, write_rows
-from trainer import assembly, evaluate, generate, respond
+from trainer import assembly, evaluate, generate, respond, rollout
 from trainer.tokens import Renderer
 
-READ = {"columns": {}, "format": "auto", "system": None}
 ASKED = [
     "Say a.",
     "2+3=",
@@ -174,23 +173,6 @@ def test_answers_are_those_of_each_row_alone(ask, naive, options):
     assert {"ended", "cut"} <= kinds
 
 
-def test_a_drawn_token_has_the_chance_that_it_should_have():
-    scores = torch.tensor([[0.3, -torch.inf, 1.5, -2.0, 0.3]])
-    count = 20000
-    u = (np.arange(count)[:, None] + 0.5) / count
-    drawn = respond.Drawn(u, 4)(torch.zeros(count, 4, dtype=torch.int64), scores.expand(count, -1)).argmax(-1)
-    share = torch.bincount(drawn, minlength=5) / count
-    torch.testing.assert_close(share, scores[0].softmax(-1), rtol=0, atol=1.0 / count)
-
-
-@pytest.mark.parametrize("u", [0.0, 1.0 - 2**-53])
-def test_the_ends_of_the_unit_interval_draw_what_can_be_drawn(u):
-    scores = torch.tensor([[-torch.inf, 0.1, 0.2, -torch.inf]])
-    drawn = respond.Drawn(np.full((1, 1), u), 2)(torch.zeros(1, 2, dtype=torch.int64), scores)
-    assert drawn.argmax().item() == (1 if u == 0 else 2)
-    assert drawn.isfinite().sum() == 1
-
-
 def test_the_text_of_a_row_does_not_depend_on_its_batch(ask):
     first = by_row(ask(prompts(), "temperature=1", "batch_size=1", out="one"))
     assert by_row(ask(prompts(), "temperature=1", "batch_size=8", out="eight")) == first
@@ -250,42 +232,6 @@ def test_which_answers_are_written_anew(ask, naive):
         assert not any(message["content"] == "given" for message in whole[row]["messages"])
     asked_last = [{"messages": chat["messages"][:-1]} for chat in chats]  # rows that end in a question
     assert by_row(ask(asked_last, out="questions")) == last
-
-
-@pytest.mark.parametrize(
-    ("row", "messages"),
-    [
-        ({"prompt": "a"}, ["a", None]),
-        ({"question": "a", "answer": "b"}, ["a", None]),
-        (
-            {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}], "completion": "b"},
-            ["s", "a", None],
-        ),
-        ({"instruction": "a", "input": "b", "output": "c"}, ["a\n\nb", None]),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, ["a", None]),
-        ({"turns": ["a", "b"]}, ["a", None, "b", None]),
-    ],
-)
-def test_the_shapes_of_a_row(row, messages):
-    (found,) = respond.asks(iter([("x:1", row)]), READ, None, False, 0, None)
-    assert [message["content"] for message in found.messages] == messages
-    (renamed,) = respond.asks(
-        iter([("x:1", {"q": "a", "r": "b"})]), READ | {"columns": {"prompt": "q", "completion": "r"}}, None, False, 0, None
-    )
-    assert [message["content"] for message in renamed.messages] == ["a", None]
-    (named,) = respond.asks(iter([("x:1", {"other": "q"})]), READ | {"system": "sys"}, "other", False, 0, None)
-    assert [message["content"] for message in named.messages] == ["sys", "q", None]
-
-
-def test_calls_of_tools_stay_as_they_are():
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
-    row = {"messages": [
-        {"role": "user", "content": "a"}, call, {"role": "tool", "content": "1"}, {"role": "assistant", "content": "b"}
-    ], "tools": [{"name": "f"}]}  # fmt: skip
-    (found,) = respond.asks(iter([("x:1", row)]), READ, None, True, 0, None)
-    assert found.messages[1] == call
-    assert [message["content"] for message in found.messages] == ["a", "", "1", None]
-    assert found.tools == [{"name": "f"}]
 
 
 def test_a_row_trains_the_tokens_that_were_generated(ask, folder, naive):
@@ -428,8 +374,8 @@ def test_a_template_is_given_what_serving_gives_it(ask, folder, naive, tmp_path,
     )
     assert template != naive.tokenizer.chat_template
     (tmp_path / "t.jinja").write_text(template, "utf-8")
-    seen, whole = [], respond.answers
-    monkeypatch.setattr(respond, "answers", lambda speaker, asked, *rest: (seen.extend(asked), whole(speaker, asked, *rest))[1])
+    seen, whole = [], rollout.answers
+    monkeypatch.setattr(rollout, "answers", lambda speaker, asked, *rest: (seen.extend(asked), whole(speaker, asked, *rest))[1])
     found = ask(prompts()[:1], f"task.chat_template={tmp_path / 't.jinja'}", "template.think=false")
     assert found.code in (0, 1)
     assert naive.tokenizer.decode(seen[0]).endswith("assistant\n<t></t>")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import io as io_
 import json
-import logging
 import pickle
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from tasks import reading, wheel
 from tasks.reading import DataError
 from tasks.task import Conversation
 from tests.conftest import ROOT, write_rows
+from tests.trainer.test_redaction import SECRETS
 from trainer import __main__, base, checkpoint, config, evaluate, export, generate, report, submit
 from trainer.checkpoint import CheckpointError, path_of
 from trainer.config import ConfigError
@@ -491,14 +491,6 @@ def test_a_page_from_a_strangers_folder_runs_no_script(folder, canary):
     assert page.count("&lt;script&gt;") >= 5
 
 
-SECRETS = {
-    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
-    "HF_TOKEN": "hf_canaryCANARYcanaryCANARYcanary",
-    "AWS_SECRET_ACCESS_KEY": "aws/canary+canary/canary+canary/canary+1",
-    "SOME_PASSWORD": "correct horse battery staple",
-}
-
-
 def test_no_byte_of_a_run_holds_a_secret(program, tmp_path):
     write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{i}", "completion": "x"} for i in range(20)])
     remote = "https://me:ghp_remoteCANARYremoteCANARYremoteCANARY@host/a/b.git"
@@ -559,33 +551,6 @@ def test_what_looks_like_a_secret_is_refused_before_anything_is_written(refused,
 
 def test_what_is_no_secret_is_taken(compose):
     assert compose(*COMMON, "max_tokens=10", "task=bfcl", "~task.path").max_tokens == 10
-
-
-def test_redaction(monkeypatch):
-    for name, value in SECRETS.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("EMPTY_TOKEN", "")
-    monkeypatch.setenv("SHORT_TOKEN", "ab")
-    text = f"train about={' '.join(SECRETS.values())} key=sk-abcdefghijklmnopqrstuvwx ab {'0' * 64}"
-    redacted = config.redact(text)
-    assert redacted == f"train about={' '.join(['[redacted]'] * 4)} key=[redacted] ab {'0' * 64}"
-    assert config.redact("nothing here") == "nothing here"
-
-
-def test_the_targets_are_those_of_conf():
-    targets = config.shipped_targets()
-    assert {
-        "torch.optim.AdamW",
-        "adapters.lora.LoRAAdapter",
-        "trainer.base.tiny",
-        "trainer.callbacks.tracking.wandb_logger",
-    } <= targets
-    assert all(
-        name.split(".")[0] in ("adapters", "tasks", "trainer", "torch", "bitsandbytes", "schedulefree")
-        or name == "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
-        for name in targets
-    )
-    assert len(targets) < 60
 
 
 def test_a_check_without_hydras_node_refuses_as_well():
@@ -783,26 +748,6 @@ def test_a_run_folder_whose_links_lead_out_is_refused(folder, canary, capsys):
         with pytest.raises(FolderError, match="leads out of the run folder"):
             RunFolder.create(place)
         (place / name).unlink()
-
-
-def test_logs_and_messages_hold_no_secret(monkeypatch, capsys):
-    for name, value in SECRETS.items():
-        monkeypatch.setenv(name, value)
-    config.redact_logs()
-    stream = io_.StringIO()
-    handler = logging.StreamHandler(stream)
-    log = logging.Logger("one of its own")
-    log.addHandler(handler)
-    log.info("asked %s of %s", SECRETS["HF_TOKEN"], "it")
-    try:
-        raise ValueError(SECRETS["SOME_PASSWORD"])
-    except ValueError:
-        log.exception("failed")
-    config.bad(f"it has {SECRETS['AWS_SECRET_ACCESS_KEY']}")
-    said = stream.getvalue() + capsys.readouterr().err
-    assert said.count("[redacted]") == 3
-    assert "Traceback" in said
-    assert not any(secret in said for secret in SECRETS.values())
 
 
 def test_a_jobs_script_holds_no_secret(canary, monkeypatch, capsys):

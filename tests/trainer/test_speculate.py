@@ -121,6 +121,42 @@ def test_where_drafting_does_not_pay_no_tree_is_written(trained, shown, tmp_path
     assert "is not written" in page
 
 
+@pytest.mark.parametrize(
+    ("chain", "tree", "said"),
+    [
+        ([1.0, 1.4, 1.4], [1.1, 1.2, 1.3], None),
+        (
+            [1.0, 1.0, 1.0],
+            [1.3, 1.3, 1.3],
+            "the pass over one token took at least 1e+03 ms as a chain and 1.3e+03 ms as a tree",
+        ),
+        (
+            [1.3, 1.3, 1.3],
+            [1.0, 1.0, 1.0],
+            "the pass over one token took at least 1.3e+03 ms as a chain and 1e+03 ms as a tree",
+        ),
+        (
+            [1.0, 1.6, 1.7],
+            [1.0, 1.0, 9.0],
+            "the pass over one token as a chain took 1e+03 ms at least and 1.6e+03 ms as a rule",
+        ),
+    ],
+)
+def test_a_busy_machine_is_noticed(chain, tree, said):
+    assert treesearch.busy({"chain": {1: chain, 2: [2.0] * 3}, "tree": {1: tree, 2: [2.0] * 3}}) == said
+    assert treesearch.busy({"chain": {1: [1.0, 1.1, 1.2]}}) is None
+
+
+def test_a_busy_machine_is_told_and_recorded(trained, shown, tmp_path, monkeypatch, costs):
+    costs(1e-9, 0.0)
+    file, took = tmp_path / "found.json", calibration.verifying
+    monkeypatch.setattr(calibration, "verifying", lambda *given, **more: took(*given, **more) | {"tree": {1: [9.0], 2: [9.0]}})
+    assert speculate.main([f"run={trained()}", "heldout=2", "max_new_tokens=9", "tree=search", "size=1", f"json={file}"]) == 0
+    page = " ".join(shown.getvalue().split())
+    assert "Warning: the machine seems busy, and this may not be the best tree. The pass over one token took at least" in page
+    assert "9e+03 ms as a tree" in json.loads(file.read_text())["busy"]
+
+
 def test_a_target_that_reads_no_trees_gets_a_chain(trained, shown, monkeypatch, costs):
     costs(1e-9, 0.0)
 

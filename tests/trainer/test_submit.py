@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from trainer import config, submit
+from trainer import config, foreign, submit
 
 SMOKE = ("+experiment=smoke", "task.path=rows.jsonl", "lightning=cpu")
 
@@ -277,7 +277,7 @@ def test_hydras_launcher_asks_for_what_the_config_says(compose, monkeypatch):
     launcher = cfg.hydra.launcher
     assert (launcher.nodes, launcher.tasks_per_node, launcher.name, launcher.qos) == (2, 3, "mine", "long")
     assert launcher.max_num_timeout >= 1  # with 0 submitit fails the job at its first signal
-    assert launcher._target_ in config._HYDRA_TARGETS
+    assert launcher._target_ in foreign._HYDRA_TARGETS
     fields = pytest.importorskip("hydra_plugins.hydra_submitit_launcher.config").SlurmQueueConf.__dataclass_fields__
     assert set(launcher) <= set(fields)
 
