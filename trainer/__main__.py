@@ -82,6 +82,7 @@ def _leave_the_group(code: object) -> None:
 
 def main() -> None:
     """Run, or with Hydra's flags print the config (--cfg job), sweep (--multirun) or help."""
+    requeue.yield_to_the_error()
     flags = get_args_parser().parse_args()
     if flags.experimental_rerun is not None:
         sys.exit(config.bad("--experimental-rerun loads a pickle, which could run anything. Use resume=RUN_FOLDER."))
@@ -105,6 +106,7 @@ def main() -> None:
     try:
         _job()
     except SystemExit as end:
+        requeue.leave_after_the_first(end.code)
         _leave_the_group(end.code)
         raise
     except KeyboardInterrupt:

@@ -53,6 +53,27 @@ def first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
 
 
+def together() -> bool:
+    """Whether srun has started several processes, so that it ends all with SIGTERM when one leaves with an error. Its exit code is the
+    highest of theirs."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def yield_to_the_error() -> None:
+    """Let SIGTERM end this process with 1 from now on, below the code of the process that has found what is wrong: for as long as there
+    is nothing to save, it would be 143 for a mistake in the config."""
+    if together():
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
+
+
+def leave_after_the_first(code: object) -> None:
+    """Before a process leaves with an error: the first one has found the same, tells of it, and must not take the end of this one for
+    a wish of SLURM's to have the run stopped and queued again."""
+    if together() and not first_process() and code not in (None, 0):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(LEAVE)
+
+
 def about(number: str) -> dict[str, str]:
     """What `scontrol show job` tells, {} where it cannot be asked."""
     try:
@@ -108,8 +129,7 @@ def exit_code(settings: dict[str, Any], number: int, folder: Path | None, step: 
     if name is None or number == signal.SIGINT or settings["requeue"] is False:
         return 128 + number
     if not first_process():
-        time.sleep(LEAVE)  # the first one asks, and srun --kill-on-bad-exit ends it when another one has left
-        return AGAIN
+        return 1  # the first one asks; srun's code is the highest, which is that one's
     refused = _refused(settings, about(name), folder, step)
     if refused is None:
         asked = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True)

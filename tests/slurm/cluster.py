@@ -73,7 +73,8 @@ class Cluster:
         values = {
             "ClusterName": "graft", "SlurmctldHost": f"{host}(127.0.0.1)", "SlurmctldPort": ports[0], "SlurmUser": user, "SlurmdUser": user,
             "AuthType": "auth/munge", "CommunicationParameters": "NoCtldInAddrAny,NoInAddrAny",
-            # A job that is queued again waits for as long as its credential lives. Shorter ones than 5 seconds count as 120.
+            # A job that is queued again waits for as long as its credential lives; one that is started sooner can be refused by its node,
+            # which has just been told to end it. Lives shorter than 5 seconds count as 120.
             "AuthInfo": f"socket={folder}/munge/sock,cred_expire=5", "KillWait": 10,
             "StateSaveLocation": folder / "state", "SlurmdSpoolDir": folder / "spool-%n", "SlurmctldPidFile": folder / "slurmctld.pid",
             "SlurmdPidFile": folder / "slurmd-%n.pid", "SlurmctldLogFile": folder / "log/slurmctld", "SlurmdLogFile": folder / "log/slurmd-%n",
@@ -127,10 +128,6 @@ class Cluster:
     def state(self, number: str) -> str:
         return self.job(number).get("JobState", "")
 
-    def hasten(self, number: str) -> None:
-        """Let a job that was queued again begin at once."""
-        self.ask("scontrol", "update", f"jobid={number}", "StartTime=now")
-
     def ended(self, number: str, timeout: float = 400) -> dict[str, str]:
         """Wait for a job's end, however often it is queued again; returns what SLURM tells of it."""
 
@@ -138,10 +135,7 @@ class Cluster:
 
         def over() -> bool:
             nonlocal since
-            found = self.job(number)
-            if found.get("Reason") == "BeginTime":
-                self.hasten(number)
-            if found.get("JobState") not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"):
+            if self.state(number) not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"):
                 since = None
             elif since is None:
                 since = time.monotonic()

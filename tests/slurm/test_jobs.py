@@ -103,6 +103,14 @@ def test_tasks_that_are_not_the_runs_processes_are_refused(lab, outcome, scenari
     assert not (lab.run(found["job"]) / "run.yaml").exists()
 
 
+@pytest.mark.parametrize("scenario", ["mistaken"])
+def test_a_mistake_that_all_processes_find_is_not_queued_again(lab, outcome, scenario):
+    found = outcome(scenario)
+    log = lab.log(found["job"])
+    assert (found["state"], found["exit"], found["restarts"]) == ("FAILED", "2:0", 0), log
+    assert "nowhere" in log
+
+
 @pytest.mark.parametrize("scenario", ["launcher"])
 def test_the_launchers_runs_are_saved_at_its_signal_and_go_on(lab, outcome, scenario):
     if os.environ.get("GRAFT_REQUIRE_SLURM") != "1":

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tests.conftest import ROOT
 from trainer import __main__, config, requeue
 from trainer.signals import NOTED
 
@@ -65,9 +68,27 @@ def test_a_task_of_an_array_is_asked_back_by_its_own_name(slurm, monkeypatch):
 
 def test_one_process_asks_for_all(slurm, monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "1")
-    monkeypatch.setattr(requeue, "LEAVE", 0)
-    assert requeue.exit_code(SETTINGS, signal.SIGUSR1, slurm, 4) == 75
+    assert requeue.exit_code(SETTINGS, signal.SIGUSR1, slurm, 4) == 1
     assert asked(slurm) == []
+
+
+@pytest.mark.parametrize(("tasks", "code"), [("2", 1), ("1", -signal.SIGTERM)])
+def test_who_is_ended_for_anothers_mistake_has_the_lower_code(monkeypatch, tasks, code):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
+    ended = "import os, signal; from trainer import requeue; requeue.yield_to_the_error(); os.kill(os.getpid(), signal.SIGTERM)"
+    assert subprocess.run([sys.executable, "-c", ended], cwd=ROOT).returncode == code
+
+
+@pytest.mark.parametrize(
+    ("rank", "tasks", "code", "waits"), [("1", "2", 2, True), ("0", "2", 2, False), ("1", "2", 0, False), ("0", "1", 2, False)]
+)
+def test_the_others_leave_after_the_first(monkeypatch, rank, tasks, code, waits):
+    monkeypatch.setenv("SLURM_PROCID", rank)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
+    slept = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: slept.append((seconds, signal.getsignal(signal.SIGTERM))))
+    requeue.leave_after_the_first(code)
+    assert slept == ([(requeue.LEAVE, signal.SIG_IGN)] if waits else [])
 
 
 @pytest.mark.parametrize(
