@@ -19,7 +19,7 @@ TASKS = {"datasets", "pyarrow", "filelock", "torchmetrics"}
 ORDER = [
     "schema", "combinations", "untrusted", "target", "requeue", "imports",
     "foreign", "redaction", "config", "schedules", "signals", "allocator", "cores", "journal", "fused", "liger", "compiled", "losses",
-    "base", "checkpoint", "tokens", "data", "plan", "features", "stream", "loading", "penalties", "drafters", "decoding",
+    "attention", "base", "checkpoint", "tokens", "data", "plan", "features", "stream", "loading", "penalties", "drafters", "decoding",
     "contamination", "sharding", "processes", "finetune", "distill", "folder", "branch", "evaluate", "callbacks", "assembly", "layouts", "export",
     "compress", "sizes", "report", "preview", "footprint", "preflight", "generate", "written", "prompts", "rollout", "respond", "treesearch",
     "speculate", "speculation", "submit", "cooldown", "realign", "density", "failures", "resume", "outcome", "run", "__main__",

@@ -31,6 +31,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
 
 from tasks import wheel
+from trainer.attention import keep_rows_apart
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,10 @@ class Base:
         Raises:
             BaseError: as `config`, or the weights are incomplete, or the quantisation cannot be had.
         """
-        arguments: dict[str, Any] = self._source() | {"dtype": dtype, "attn_implementation": self.attn_implementation}
+        attention = "sdpa" if self.attn_implementation == "auto" else self.attn_implementation
+        if attention.startswith("flash"):
+            keep_rows_apart()
+        arguments: dict[str, Any] = self._source() | {"dtype": dtype, "attn_implementation": attention}
         if self.quantization != "none":
             arguments |= {"quantization_config": self._quantization(dtype), "device_map": {"": device}}
         with _explained(self):
@@ -236,6 +240,8 @@ def _explained(base: Base) -> Iterator[None]:
             raise
         if "trust_remote_code" in text:
             reason = "it brings its own Python code. If you trust that code, set base.trust_remote_code=true"
+        elif "FlashAttention" in text:
+            reason = f"base.attn_implementation={base.attn_implementation} cannot be had here: {first} Set base.attn_implementation=auto"
         elif Path(path).is_dir():
             reason = f"the folder cannot be loaded as a language model: {first}"
         elif path.count("/") > 1 or path.startswith((".", "/", "~")):

@@ -56,6 +56,7 @@ FREE = (
     "threads",
     "fused",
     "compile",
+    "base.attn_implementation",
     "max_time",
     "target.run",  # which step of which run it means is in the identity
     "target.features",

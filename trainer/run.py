@@ -21,6 +21,7 @@ from tasks.reading import DataError
 from trainer import (
     allocator,
     assembly,
+    attention,
     branch,
     checkpoint,
     compiled,
@@ -172,6 +173,9 @@ def _run(
     )
     # A model that is shared out may be larger than one device's memory.
     model = base.load(dtype, labels, torch.device("cpu") if sharded else device)
+    flash = base.attn_implementation == "auto" and config["packing"] and not config["drafter"] and not config["deterministic"]
+    if flash and attention.prefer_flash(model, device, dtype):
+        log.info("attention of packed rows by flash-attn; base.attn_implementation=sdpa leaves it to torch")
     if config["fused"] == "liger":
         log.info("Liger-Kernel: %s", ", ".join(f"{count} {kind}" for kind, count in liger.put_in(model).items()))
     elif config["fused"]:
