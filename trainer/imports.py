@@ -1,26 +1,60 @@
 """What makes the program's imports cost less: on two cores half of the time to the first optimiser step is importing libraries.
 
 Importing trainer.run takes 5.4 to 6.5 seconds of a processor as Python does it, and 3.8 to 4.7 without the cyclic garbage collector,
-which walks through all that the libraries define again and again and finds nothing. $GRAFT_PLAIN_IMPORTS=1 leaves it on.
+which walks through all that the libraries define again and again and finds nothing. bitsandbytes decorates four functions with
+torch.compile, which imports the compiler, 0.8 seconds of it, for kernels that most runs never call. $GRAFT_PLAIN_IMPORTS=1 changes nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
 def swift() -> Iterator[None]:
-    """Import without garbage collections; what was imported is left to itself by later ones."""
+    """Import without garbage collections, and functions that torch.compile decorates without the compiler, which comes when they are
+    called; what was imported is left to itself by later collections."""
     if os.environ.get("GRAFT_PLAIN_IMPORTS") == "1" or not gc.isenabled():
         yield
         return
     gc.disable()
+    import torch
+
+    plain, importing = torch.compile, True
+
+    @functools.wraps(plain)
+    def compile(model: Any = None, **options: Any) -> Any:
+        if not importing:
+            return plain(model, **options)
+        if model is None:
+            return functools.partial(compile, **options)
+        return _when_called(plain, model, options) if inspect.isfunction(model) else plain(model, **options)
+
+    torch.compile = compile
     try:
         yield
     finally:
+        importing = False
+        if torch.compile is compile:  # Lightning puts one of its own around what it finds
+            torch.compile = plain
         gc.freeze()
         gc.enable()
+
+
+def _when_called(compile: Callable[..., Any], function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """What `compile` makes of a function, at its first call."""
+    made: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        if not made:
+            made.append(compile(function, **options))
+        return made[0](*args, **kwargs)
+
+    return compiled
