@@ -52,7 +52,8 @@ def _run(cfg: DictConfig, signals: Signals) -> float | None:
         from trainer.run import Unfinished, run
 
     try:
-        return run(cfg, signals)
+        with imports.compiler_when_called():
+            return run(cfg, signals)
     except requeue.Stopped:
         raise
     except Exception as error:

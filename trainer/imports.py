@@ -1,8 +1,9 @@
 """What makes the program's imports cost less: on two cores half of the time to the first optimiser step is importing libraries.
 
 Importing trainer.run takes 5.4 to 6.5 seconds of a processor as Python does it, and 3.8 to 4.7 without the cyclic garbage collector,
-which walks through all that the libraries define again and again and finds nothing. bitsandbytes decorates four functions with
-torch.compile, which imports the compiler, 0.8 seconds of it, for kernels that most runs never call. $GRAFT_PLAIN_IMPORTS=1 changes nothing.
+which walks through all that the libraries define again and again and finds nothing. bitsandbytes, which PEFT imports, decorates four
+functions with torch.compile: that imports the compiler, 0.8 seconds of it, for kernels that most runs never call.
+$GRAFT_PLAIN_IMPORTS=1 leaves all as Python does it.
 """
 
 from __future__ import annotations
@@ -18,19 +19,31 @@ from typing import Any
 
 @contextlib.contextmanager
 def swift() -> Iterator[None]:
-    """Import without garbage collections, and functions that torch.compile decorates without the compiler, which comes when they are
-    called; what was imported is left to itself by later collections."""
-    if os.environ.get("GRAFT_PLAIN_IMPORTS") == "1" or not gc.isenabled():
+    """Import without garbage collections; what was imported is left to itself by later ones."""
+    if _plain() or not gc.isenabled():
         yield
         return
     gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@contextlib.contextmanager
+def compiler_when_called() -> Iterator[None]:
+    """While open, a function that torch.compile is given is compiled when it is called first, and until then needs no compiler."""
+    if _plain():
+        yield
+        return
     import torch
 
-    plain, importing = torch.compile, True
+    plain, waits = torch.compile, True
 
     @functools.wraps(plain)
     def compile(model: Any = None, **options: Any) -> Any:
-        if not importing:
+        if not waits:
             return plain(model, **options)
         if model is None:
             return functools.partial(compile, **options)
@@ -40,11 +53,9 @@ def swift() -> Iterator[None]:
     try:
         yield
     finally:
-        importing = False
+        waits = False
         if torch.compile is compile:  # Lightning puts one of its own around what it finds
             torch.compile = plain
-        gc.freeze()
-        gc.enable()
 
 
 def _when_called(compile: Callable[..., Any], function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
@@ -58,3 +69,7 @@ def _when_called(compile: Callable[..., Any], function: Callable[..., Any], opti
         return made[0](*args, **kwargs)
 
     return compiled
+
+
+def _plain() -> bool:
+    return os.environ.get("GRAFT_PLAIN_IMPORTS") == "1"
