@@ -2,7 +2,7 @@
 
 Importing trainer.run takes 5.4 to 6.5 seconds of a processor as Python does it, and 3.8 to 4.7 without the cyclic garbage collector,
 which walks through all that the libraries define again and again and finds nothing. bitsandbytes, which PEFT imports, decorates four
-functions with torch.compile: that imports the compiler, 0.8 seconds of it, for kernels that most runs never call.
+functions with torch.compile: that imports the compiler, 0.5 to 0.8 seconds of it, for kernels that most runs never call.
 $GRAFT_PLAIN_IMPORTS=1 leaves all as Python does it.
 """
 
