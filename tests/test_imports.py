@@ -18,11 +18,11 @@ TASKS = {"datasets", "pyarrow", "filelock", "torchmetrics"}
 # At import time each may use those before it. Verbs reach for what comes later inside their main.
 ORDER = [
     "schema", "combinations", "untrusted", "target", "requeue", "imports",
-    "foreign", "redaction", "config", "schedules", "signals", "allocator", "cores", "journal", "fused", "liger", "compiled", "losses",
+    "foreign", "redaction", "config", "schedules", "signals", "allocator", "cores", "journal", "fused", "liger", "compiled", "precision", "losses",
     "attention", "base", "checkpoint", "tokens", "data", "plan", "features", "stream", "loading", "penalties", "drafters", "decoding",
     "contamination", "sharding", "processes", "finetune", "distill", "folder", "branch", "evaluate", "callbacks", "assembly", "layouts", "export",
     "compress", "sizes", "report", "preview", "footprint", "preflight", "generate", "written", "prompts", "rollout", "respond", "treesearch",
-    "speculate", "speculation", "submit", "cooldown", "realign", "density", "failures", "resume", "outcome", "run", "__main__",
+    "speculate", "speedup", "speculation", "submit", "cooldown", "realign", "density", "failures", "resume", "outcome", "run", "__main__",
 ]  # fmt: skip
 BEFORE_TORCH = {
     "schema",

@@ -24,14 +24,14 @@ from torch import nn
 
 from adapters.delta import Adapter, Start, float_weight, freeze, is_linear
 from adapters.full import Nothing
-from trainer import base as bases
 from trainer import checkpoint, data, folder
-from trainer.base import Base
+from trainer.base import HEADS, Base, BaseError
 from trainer.config import ConfigError
 from trainer.data import Rows
 from trainer.drafters import Drafter
 from trainer.evaluate import HeldOut
 from trainer.plan import Collate, Plan, Sequences
+from trainer.precision import compute
 from trainer.tokens import Renderer, stop_ids
 
 log = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def new_modules(model: nn.Module, labels: list[str] | None) -> tuple[str, ...]:
     """Modules that the base brings no weights for: the head of a classifier."""
     if labels is None:
         return ()
-    return tuple(name for name in bases.HEADS if hasattr(model, name))
+    return tuple(name for name in HEADS if hasattr(model, name))
 
 
 def token_counts(found: Data, vocabulary: int) -> torch.Tensor:
@@ -262,10 +262,10 @@ def trained(path: str, device: torch.device | str = "cpu", exact: bool = False, 
     config, identity = content["config"], content["identity"]
     base: Base = instantiate(config["base"])
     if base.fingerprint != identity["base"]:
-        raise bases.BaseError(f"{base.path} is not the model that this run was trained on: its weights have changed")
+        raise BaseError(f"{base.path} is not the model that this run was trained on: its weights have changed")
     source = checkpoint.chosen(place / "checkpoints", which)
     saved = checkpoint.load(source)
-    dtype, _, _ = bases.compute(identity["precision"], config["base"]["dtype"], identity["trains_base"], False)
+    dtype, _, _ = compute(identity["precision"], config["base"]["dtype"], identity["trains_base"], False)
     model = base.load(torch.float32 if exact else dtype, identity["labels"], device)
     if unpack and base.quantization != "none":
         model = unpacked(model)

@@ -14,11 +14,12 @@ from torch import nn
 from adapters.delta import Adapter, NeedsWeights, Start, features, targets
 from adapters.full import Full, Nothing
 from trainer import assembly
-from trainer.base import Base, compute
+from trainer.base import Base
 from trainer.callbacks import every_steps
 from trainer.drafters import Drafter, DrafterError
 from trainer.losses import positions
 from trainer.penalties.deft import PenaltyError
+from trainer.precision import compute
 
 
 def estimate(

@@ -20,9 +20,9 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from adapters.delta import Adapter
 from adapters.full import Full, Nothing
-from trainer.base import compute
 from trainer.checkpoint import AtomicCheckpointIO
 from trainer.config import ConfigError
+from trainer.precision import compute
 from trainer.sharding import Sharded
 
 log = logging.getLogger("trainer")

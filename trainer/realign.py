@@ -159,11 +159,11 @@ def measure(run: Path, draft: Path, batch_size: int) -> list[dict[str, Any]]:
 
     from tasks.reading import DataError
     from trainer import assembly, folder
-    from trainer.base import compute
     from trainer.checkpoint import CheckpointError
     from trainer.distill import DraftLoss
     from trainer.drafters import Target, io
     from trainer.evaluate import losses
+    from trainer.precision import compute
 
     place, content, _ = folder.read(str(run))
     config, identity = content["config"], content["identity"]

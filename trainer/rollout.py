@@ -22,8 +22,8 @@ from transformers import (
 from tasks.reading import DataError
 from tasks.task import Conversation
 from trainer import assembly, evaluate
-from trainer import base as bases
 from trainer.base import Base
+from trainer.precision import compute
 from trainer.prompts import Ask
 from trainer.tokens import Refused, Renderer, stop_ids
 
@@ -60,7 +60,7 @@ def speaker_of(
             task.chat_template = found.task.chat_template
     else:
         base = assembly.instantiate(plain["base"])
-        computed, _, _ = bases.compute(plain["precision"], plain["base"]["dtype"], False, device.type == "cuda")
+        computed, _, _ = compute(plain["precision"], plain["base"]["dtype"], False, device.type == "cuda")
         model, weights = base.load(computed, None, device).eval(), {"run": None, "step": None, "adapter": None}
     renderer = Renderer(base.tokenizer, task)
     renderer.template, renderer.train_on = template_with(renderer.template, jinja), "last"

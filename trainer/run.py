@@ -37,7 +37,7 @@ from trainer import (
     requeue,
     resume,
 )
-from trainer.base import Base, compute
+from trainer.base import Base
 from trainer.callbacks import Context, progress
 from trainer.callbacks.averaging import Averaging
 from trainer.callbacks.evaluation import Evaluation
@@ -59,6 +59,7 @@ from trainer.journal import Journal
 from trainer.loading import Loader
 from trainer.penalties.deft import DensityDEFT
 from trainer.plan import Batches, Plan
+from trainer.precision import compute
 from trainer.schedules import length
 from trainer.sharding import Sharded
 from trainer.signals import Signals

@@ -44,7 +44,7 @@ def prepared(options: dict[str, Any], drafter: str) -> tuple[Any, Any, dict[str,
     """(model, drafter, config) with the frozen target on its device."""
     import torch
 
-    from trainer import assembly, base, config
+    from trainer import assembly, config, precision
 
     assembly.quiet()
     own = [word for word in options["extra"] if not word.startswith("drafter.") or drafter == "eagle3"]
@@ -57,7 +57,7 @@ def prepared(options: dict[str, Any], drafter: str) -> tuple[Any, Any, dict[str,
     ]
     plain: Any = OmegaConf.to_container(config.compose([*words, "task.path=x", *own]), resolve=True)
     device = torch.device(options["device"])
-    dtype, _, _ = base.compute(plain["precision"], plain["base"]["dtype"], False, device.type == "cuda")
+    dtype, _, _ = precision.compute(plain["precision"], plain["base"]["dtype"], False, device.type == "cuda")
     torch.manual_seed(plain["seed"])
     model = assembly.instantiate(plain["base"]).load(dtype, None, device).eval().requires_grad_(False)
     made = assembly.instantiate(plain["drafter"])(model=model).to(device).train()

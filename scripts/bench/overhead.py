@@ -54,7 +54,7 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
 def prepared(options: dict[str, Any], masks: bool = False) -> tuple[dict[str, Any], Any, Any, list[dict[str, Any]]]:
     """(config, base, dtype, the run's batches) for the loops that are not the program."""
     from trainer import assembly, config
-    from trainer.base import compute
+    from trainer.precision import compute
 
     assembly.quiet()
     plain: dict[str, Any] = OmegaConf.to_container(config.compose(overrides(options)), resolve=True)  # type: ignore[assignment]

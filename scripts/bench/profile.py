@@ -31,14 +31,14 @@ def prepared(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     import torch
 
     from adapters.delta import Start
-    from trainer import allocator, assembly, base, config, fused, liger
+    from trainer import allocator, assembly, config, fused, liger, precision
 
     assembly.quiet()
     words = [f"base={options['base']}", "task=completion", "task.path=x", *options["overrides"]]
     plain: Any = OmegaConf.to_container(config.compose(words), resolve=True)
     device = torch.device(options["device"])
     described, adapter = assembly.instantiate(plain["base"]), assembly.instantiate(plain["adapter"])
-    dtype, _, _ = base.compute(plain["precision"], plain["base"]["dtype"], False, device.type == "cuda")
+    dtype, _, _ = precision.compute(plain["precision"], plain["base"]["dtype"], False, device.type == "cuda")
     torch.manual_seed(plain["seed"])
     model = described.load(dtype, None, device)
     if plain["fused"]:

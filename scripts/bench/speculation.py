@@ -51,7 +51,7 @@ def costs(options: dict[str, Any]) -> dict[str, Any]:
     """Median milliseconds of a pass over so many new tokens, of a chain and of siblings."""
     import torch
 
-    from trainer import assembly, base, config
+    from trainer import assembly, config, precision
     from trainer.decoding.calibration import verifying
     from trainer.drafters import Target
 
@@ -61,7 +61,7 @@ def costs(options: dict[str, Any]) -> dict[str, Any]:
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     described = assembly.instantiate(plain["base"])
-    dtype, _, _ = base.compute(plain["precision"], plain["base"]["dtype"], False, device.type == "cuda")
+    dtype, _, _ = precision.compute(plain["precision"], plain["base"]["dtype"], False, device.type == "cuda")
     target = Target(described.load(dtype, None, device).eval())
     vocabulary = target.config.vocab_size
     prompt = torch.randint(vocabulary, (options["context"],), generator=torch.Generator().manual_seed(0)).to(device)

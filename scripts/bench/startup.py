@@ -187,7 +187,7 @@ def program(options: dict[str, Any], folder: str, rows: Path, runs: str) -> list
 
 def described(options: dict[str, Any]) -> tuple[str, str]:
     """(folder of the base, the dtype that `precision` gives it)."""
-    from trainer import assembly, base, config
+    from trainer import assembly, config, precision
 
     plain: Any = OmegaConf.to_container(
         config.compose([f"base={options['base']}", "task=sft", "task.path=x", f"precision={options['precision']}"]),
@@ -195,7 +195,7 @@ def described(options: dict[str, Any]) -> tuple[str, str]:
     )
     import torch
 
-    dtype, _, _ = base.compute(plain["precision"], plain["base"]["dtype"], False, torch.cuda.is_available())
+    dtype, _, _ = precision.compute(plain["precision"], plain["base"]["dtype"], False, torch.cuda.is_available())
     return assembly.instantiate(plain["base"]).path, str(dtype).removeprefix("torch.")
 
 

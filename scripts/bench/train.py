@@ -110,7 +110,7 @@ def prepare(options: dict[str, Any], work: Path) -> None:
 
     from adapters.delta import Start
     from trainer import assembly, config
-    from trainer.base import compute
+    from trainer.precision import compute
 
     assembly.quiet()
     work.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,7 @@ def test_parameters_are_those_of_the_model_that_is_trained(estimated, tmp_path, 
     ],
 )
 def test_the_precision_of_auto_is_that_of_the_run(estimated, monkeypatch, adapter, drafter, precision, dtype):
-    monkeypatch.setattr("trainer.base.bf16_is_fast", lambda cuda: True)
+    monkeypatch.setattr("trainer.precision.bf16_is_fast", lambda cuda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = estimated(f"adapter={adapter}", f"drafter={drafter}", "precision=auto").model
     assert (found["precision"], found["dtype"]) == (precision, dtype)
