@@ -51,18 +51,22 @@ def keep_rows_apart() -> None:
 def _apart(attend: Callable[..., Any]) -> Callable[..., Any]:
     last: tuple[Any, dict[str, Any]] = (lambda: None, {})  # all layers of a pass are given the same positions
 
+    @torch.compiler.disable
+    def rows(positions: Tensor) -> dict[str, Any]:
+        nonlocal last
+        if last[0]() is not positions:
+            last = weakref.ref(positions), rows_of(positions)
+        return last[1]
+
     def attend_within_rows(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> Any:
-        nonlocal last
         batch, length = query.shape[0], query.shape[2]
         positions: Tensor | None = options.get("position_ids")
         told = attention_mask is not None or "cu_seq_lens_q" in options
         whole = batch > 1 and length > 1 and key.shape[2] == length
         if whole and not told and positions is not None and positions.shape == (batch, length):
-            if last[0]() is not positions:
-                last = weakref.ref(positions), rows_of(positions)
-            options |= last[1]
+            options |= rows(positions)
         return attend(module, query, key, value, attention_mask, **options)
 
     attend_within_rows.keeps_rows_apart = True  # type: ignore[attr-defined]

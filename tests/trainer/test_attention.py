@@ -124,6 +124,20 @@ def test_another_batch_has_its_own_rows():
     assert seen == [[0, 4, 6, 8]] * 2 + [[0, 3, 4, 8]] * 2
 
 
+def test_a_compiled_layer_has_the_rows_too():
+    attend = attention._apart(
+        lambda module, query, *_, cu_seq_lens_q, max_length_q, **__: query * max_length_q + cu_seq_lens_q.sum()
+    )
+
+    def layer(states, positions):
+        return attend(None, states, states, states, None, position_ids=positions) + 1
+
+    compiled = torch.compile(layer, backend="eager", dynamic=True)
+    for length in (4, 6):
+        states, positions = torch.ones(2, 1, length, 8), torch.arange(length).remainder(3).expand(2, length).clone()
+        assert compiled(states, positions).equal(layer(states, positions))
+
+
 def test_rows_begin_where_positions_do_not_go_on():
     positions = packed()["position_ids"]
     found = attention.rows_of(positions)
