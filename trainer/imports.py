@@ -42,30 +42,30 @@ def compiler_when_called() -> Iterator[None]:
     plain, waits = torch.compile, True
 
     @functools.wraps(plain)
-    def compile(model: Any = None, **options: Any) -> Any:
+    def later(model: Any = None, **options: Any) -> Any:
         if not waits:
             return plain(model, **options)
         if model is None:
-            return functools.partial(compile, **options)
+            return functools.partial(later, **options)
         return _when_called(plain, model, options) if inspect.isfunction(model) else plain(model, **options)
 
-    torch.compile = compile
+    torch.compile = later
     try:
         yield
     finally:
         waits = False
-        if torch.compile is compile:  # Lightning puts one of its own around what it finds
+        if torch.compile is later:  # Lightning puts one of its own around what it finds
             torch.compile = plain
 
 
-def _when_called(compile: Callable[..., Any], function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    """What `compile` makes of a function, at its first call."""
+def _when_called(plain: Callable[..., Any], function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """What `plain`, torch.compile, makes of a function, at its first call."""
     made: list[Callable[..., Any]] = []
 
     @functools.wraps(function)
     def compiled(*args: Any, **kwargs: Any) -> Any:
         if not made:
-            made.append(compile(function, **options))
+            made.append(plain(function, **options))
         return made[0](*args, **kwargs)
 
     return compiled
