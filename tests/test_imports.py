@@ -108,6 +108,14 @@ def test_what_trains_knows_nothing_of_configs_and_runs(name):
     assert not imported(ROOT / "trainer" / f"{name}.py") & forbidden
 
 
+def test_the_verbs_wait_for_no_trainer_of_lightnings():
+    """It takes two seconds or more to import."""
+    verbs = "assembly, evaluate, export, failures, generate, preflight, report, respond, speculate"
+    program = f"import sys; from trainer import {verbs}; print([n for n in ('lightning', 'peft', 'bitsandbytes') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_only_the_program_imports_the_run():
     importers = {
         str(path.relative_to(ROOT)) for package in PACKAGES for path in files(package) if "trainer.run" in imported(path)

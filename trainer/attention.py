@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
 FLASH = "flash_attention_2"
@@ -42,6 +41,9 @@ def prefer_flash(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
 
 def keep_rows_apart() -> None:
     """Have transformers' flash attention tell the rows of packed sequences apart in batches of any size, for all models."""
+    # Here, as it takes a second or two, and not everybody who describes a base loads it.
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     for name in NAMES:
         attend = ALL_ATTENTION_FUNCTIONS.get(name)
         if attend is not None and not hasattr(attend, "keeps_rows_apart"):

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
 
 from tasks.wheel import sha256
 
@@ -31,34 +30,29 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read. The message says which, why, and what is left."""
 
 
-class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's way to the disk: see the module's text."""
+def save(content: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint as the module's text says.
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _refuse_nonfinite(checkpoint, path)
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            manifest = {"step": checkpoint["counters"]["step"], "bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
-            write_text(path.with_suffix(".json"), json.dumps(manifest | {"written": time.time()}))
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            if str(error).startswith("DataLoader worker"):  # torch says it of a lost process wherever the run is
-                raise
-            raise CheckpointError(_cannot_write(path, error)) from error
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return load(Path(path))
-
-    def remove_checkpoint(self, path: Any) -> None:
-        remove(Path(path))
+    Raises:
+        CheckpointError: it holds numbers that are not finite, or cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _refuse_nonfinite(content, path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        manifest = {"step": content["counters"]["step"], "bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+        write_text(path.with_suffix(".json"), json.dumps(manifest | {"written": time.time()}))
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        if str(error).startswith("DataLoader worker"):  # torch says it of a lost process wherever the run is
+            raise
+        raise CheckpointError(_cannot_write(path, error)) from error
 
 
 def path_of(folder: Path, step: int) -> Path:

@@ -15,9 +15,9 @@ from trainer.base import BaseError
 from trainer.checkpoint import CheckpointError
 from trainer.config import EXIT_BAD_INPUT, ConfigError
 from trainer.drafters import DrafterError
-from trainer.finetune import NonFinite
 from trainer.folder import FolderError
 from trainer.loading import LoadingError, killed
+from trainer.losses import NonFinite
 from trainer.redaction import redact
 
 _BAD_INPUT = (ConfigError, BaseError, DataError, AdapterError, DrafterError, FetchError, FolderError)

@@ -21,15 +21,11 @@ from torch import Tensor, nn
 
 from adapters.delta import Adapter
 from trainer.drafters import Drafter, Target
-from trainer.losses import CausalLoss, ClassLoss
+from trainer.losses import CausalLoss, ClassLoss, NonFinite
 from trainer.penalties.deft import DensityDEFT
 from trainer.schedules import factor
 from trainer.schedules.cooldown import Cooling
 from trainer.sharding import Sharded, average_whole, clip_grad_norm, share_of
-
-
-class NonFinite(RuntimeError):
-    """Too many steps in a row had a NaN or infinite loss or gradient."""
 
 
 class FineTune(lightning.LightningModule):

@@ -27,6 +27,10 @@ LOGITS = 12 << 20  # numbers of a chunk's logits: 256 positions of a vocabulary 
 ON_GPU = 4 * LOGITS  # a weight that is read once a chunk from a GPU's memory wants more positions
 
 
+class NonFinite(RuntimeError):
+    """Too many steps in a row had a NaN or infinite loss or gradient."""
+
+
 def positions(vocabulary: int, device: str) -> int:
     """How many positions' logits exist at one time where nobody has said it: the larger the vocabulary the fewer, so that their
     memory hardly grows with it."""

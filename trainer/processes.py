@@ -15,12 +15,13 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
 from adapters.delta import Adapter
 from adapters.full import Full, Nothing
-from trainer.checkpoint import AtomicCheckpointIO
+from trainer.checkpoint import load, remove, save
 from trainer.config import ConfigError
 from trainer.precision import compute
 from trainer.sharding import Sharded
@@ -28,6 +29,19 @@ from trainer.sharding import Sharded
 log = logging.getLogger("trainer")
 
 _DECIDED = "GRAFT_DECIDED"  # what the first process tells those that Lightning starts for it
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning's way to the disk: trainer.checkpoint."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        save(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return load(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        remove(Path(path))
 
 
 def make_trainer(config: dict[str, Any], adapter: Adapter, path: Path) -> lightning.Trainer:

@@ -87,7 +87,7 @@ def fill(folder: Path) -> None:
 
 def before_save(run: Path) -> None:
     """the disk is full when a save begins"""
-    from trainer.checkpoint import AtomicCheckpointIO
+    from trainer.processes import AtomicCheckpointIO
 
     whole = AtomicCheckpointIO.save_checkpoint
 

@@ -66,7 +66,7 @@ def _target(ending: str) -> Callable[..., bool]:
 
 def before_write() -> None:
     """Nothing of the save is on the disk."""
-    from trainer.checkpoint import AtomicCheckpointIO
+    from trainer.processes import AtomicCheckpointIO
 
     wrapped(AtomicCheckpointIO, "save_checkpoint", lambda self, content, path, *_: content["counters"]["step"] == SAVE)
 

@@ -170,7 +170,7 @@ def ran(module: str, arguments: list[str]) -> int:
 def note(marks: Marks) -> None:
     """Let this process tell what it is doing. Must be called in a child."""
     from adapters import rosa, spiel
-    from trainer import assembly, checkpoint, cooldown, data, features, finetune, outcome, respond, rollout, run
+    from trainer import assembly, cooldown, data, features, finetune, outcome, processes, respond, rollout, run
     from trainer.callbacks import checkpoints, evaluation
 
     def within(owner: Any, name: str, phase: str) -> None:
@@ -189,7 +189,7 @@ def note(marks: Marks) -> None:
     for owner, name, phase in (
         (data, "tokenise", "tokenising"), (features, "write", "caching features"), (rosa.RoSAAdapter, "_settle", "making the mask"),
         (spiel.SpIEL, "_reselect", "reselecting"), (checkpoints.Checkpoints, "_prune", "saving"),
-        (checkpoint.AtomicCheckpointIO, "save_checkpoint", "saving"), (evaluation.Evaluation, "run", "evaluating"),
+        (processes.AtomicCheckpointIO, "save_checkpoint", "saving"), (evaluation.Evaluation, "run", "evaluating"),
         (outcome, "save_adapter", "exporting"), (outcome, "save_drafter", "exporting"), (run.report, "write", "exporting"),
         (respond, "_write", "regenerating"), (rollout, "respond", "regenerating"),
     ):  # fmt: skip

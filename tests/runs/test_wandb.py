@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT
 from tests.wandb_stub import Stub
 from trainer.callbacks.tracking import Dashboards, numbers, wandb_logger
-from trainer.finetune import NonFinite
 from trainer.journal import Journal
+from trainer.losses import NonFinite
 from trainer.requeue import Stopped
 
 KEY = "0123456789" * 4

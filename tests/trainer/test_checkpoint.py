@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from trainer import checkpoint
-from trainer.checkpoint import AtomicCheckpointIO, CheckpointError, complete, newest, path_of
+from trainer.checkpoint import CheckpointError, complete, newest, path_of
+from trainer.processes import AtomicCheckpointIO
 
 
 def content(step, numbers=4):

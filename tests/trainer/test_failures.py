@@ -20,8 +20,8 @@ from trainer import __main__, failures
 from trainer.base import BaseError
 from trainer.checkpoint import CheckpointError
 from trainer.config import ConfigError
-from trainer.finetune import NonFinite
 from trainer.folder import FolderError
+from trainer.losses import NonFinite
 from trainer.run import Unfinished
 
 

@@ -25,7 +25,8 @@ from adapters.lora import LoRAAdapter
 from adapters.peft import Peft
 from tests.adapters import toys
 from trainer import assembly, config
-from trainer.finetune import FineTune, NonFinite, reseed
+from trainer.finetune import FineTune, reseed
+from trainer.losses import NonFinite
 from trainer.plan import Batches, Collate, Plan, Sequences
 from trainer.processes import make_trainer
 from trainer.tokens import Tokens

@@ -11,7 +11,7 @@ import torch
 
 from trainer.callbacks import Context
 from trainer.drafters import metrics
-from trainer.finetune import NonFinite
+from trainer.losses import NonFinite
 
 
 class Metrics(lightning.Callback):

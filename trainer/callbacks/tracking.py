@@ -25,7 +25,7 @@ import psutil
 from trainer import redaction
 from trainer.checkpoint import write_text
 from trainer.config import ConfigError
-from trainer.finetune import NonFinite
+from trainer.losses import NonFinite
 
 log = logging.getLogger(__name__)
 
