@@ -48,8 +48,6 @@ def combinations(c: dict[str, Any]) -> Iterator[str]:
             yield "precision=16-mixed unscales gradients before they are clipped, which a fused optimiser does not allow: set optimizer.fused=false"
     if c["fused"] == "liger" and c["lightning"]["accelerator"] == "cpu":
         yield "fused=liger is for a GPU with CUDA: set fused=true with lightning.accelerator=cpu"
-    if c["fused"] == "liger" and c["compile"]:
-        yield "compile=true has not been tried with Liger's kernels: set fused=true, or compile=false"
     if c["compile"]:
         yield from _compile_combinations(c, trains, quantized)
     yield from _peft_combinations(c, quantized)

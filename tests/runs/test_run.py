@@ -58,6 +58,24 @@ def test_plain_text_and_packing(train, tmp_path):
     assert checked["run"]["packing_efficiency"] > 0.9
 
 
+@pytest.mark.parametrize(
+    ("overrides", "asks"),
+    [
+        ([], True),
+        (["packing=false"], False),
+        (["deterministic=true"], False),
+        (["drafter=mtp_shared"], False),
+        (["base.attn_implementation=sdpa"], False),
+    ],
+    ids=str,
+)
+def test_flash_attention_is_asked_for_where_rows_are_packed(train, chats, monkeypatch, overrides, asks):
+    asked = []
+    monkeypatch.setattr("trainer.attention.prefer_flash", lambda *given: asked.append(given) or False)
+    train(f"task.path={chats}", "packing=true", "max_steps=1", *overrides)
+    assert bool(asked) is asks
+
+
 def test_classification_with_a_new_head(train, tmp_path):
     rows = [{"text": "good " * (1 + i % 5) if i % 2 else "bad " * (1 + i % 5), "label": str(i % 2)} for i in range(120)]
     path = write_rows(tmp_path / "labels.jsonl", rows)
