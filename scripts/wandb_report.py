@@ -11,7 +11,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from trainer import config
+from trainer.config.errors import bad
+from trainer.config.options import arguments
 
 SECTIONS: dict[str, list[tuple[str, list[str], bool]]] = {  # section -> (title, metrics, logarithmic)
     "Learning": [
@@ -43,11 +44,11 @@ def made(project: str, entity: str, title: str) -> Any:
 
 def main(argv: list[str]) -> int:
     """The script; see the module's text."""
-    options = config.arguments(argv, {"project": ..., "entity": "", "title": "Fine-tuning", "dry": False}, __doc__ or "")
+    options = arguments(argv, {"project": ..., "entity": "", "title": "Fine-tuning", "dry": False}, __doc__ or "")
     try:
         report = made(options["project"], options["entity"], options["title"])
     except ModuleNotFoundError:
-        return config.bad("this needs a package that is not installed: pip install wandb-workspaces")
+        return bad("this needs a package that is not installed: pip install wandb-workspaces")
     if options["dry"]:
         print(report._to_model().model_dump_json(indent=1))
     else:

@@ -46,9 +46,9 @@ def no_closed_logs() -> None:
 @pytest.fixture(scope="session")
 def tiny(cache: Path) -> Any:
     """conf/base/tiny.yaml's base."""
-    from trainer import base
+    from trainer.models import tiny as tiny_module
 
-    return base.tiny(0, 2, 16, 512, "auto", "sdpa", "none", True)
+    return tiny_module.tiny(0, 2, 16, 512, "auto", "sdpa", "none", True)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -80,11 +80,11 @@ def compose() -> Callable[..., DictConfig]:
         from hydra import compose as hydra_compose
         from hydra import initialize_config_dir
 
-        from trainer import config
+        from trainer.config.compose import install, rewrite
 
-        config.install()
+        install()
         with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3", job_name="trainer"):
-            return hydra_compose("config", overrides=config.rewrite(list(overrides)), return_hydra_config=True)
+            return hydra_compose("config", overrides=rewrite(list(overrides)), return_hydra_config=True)
 
     return composed
 
@@ -97,8 +97,8 @@ def train(compose: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., P
         from hydra.core.hydra_config import HydraConfig
         from omegaconf import OmegaConf, open_dict
 
+        from trainer.cluster.signals import Signals
         from trainer.run import run
-        from trainer.signals import Signals
 
         cfg = compose("+experiment=smoke", f"runs={tmp_path / 'runs'}", "precision=fp32", "threads=1", *overrides)
         with open_dict(cfg):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from trainer import schema
+from trainer.config import schema
 
 FILES = sorted(str(path.relative_to(schema.CONF).with_suffix("")) for path in schema.CONF.rglob("*.yaml"))
 GROUPED = [name for name in FILES if "/" in name and not name.startswith(("experiment/", "hydra/"))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -15,29 +16,12 @@ PACKAGES = ("adapters", "tasks", "trainer")
 # What a package may import besides the standard library and, for adapters and tasks, itself.
 ADAPTERS = {"torch", "peft", "transformers", "safetensors", "jaxtyping", "bitsandbytes"}
 TASKS = {"datasets", "pyarrow", "filelock", "torchmetrics"}
-# At import time each may use those before it. Verbs reach for what comes later inside their main.
+# The folders of trainer/: each imports only what stands before it. A file directly in trainer/ is a command.
 ORDER = [
-    "schema", "combinations", "untrusted", "target", "requeue", "imports",
-    "foreign", "redaction", "config", "schedules", "signals", "allocator", "cores", "journal", "fused", "liger", "compiled", "precision", "losses",
-    "attention", "base", "checkpoint", "tokens", "data", "plan", "features", "stream", "loading", "penalties", "drafters", "decoding",
-    "contamination", "sharding", "processes", "finetune", "distill", "folder", "branch", "evaluate", "callbacks", "assembly", "layouts", "export",
-    "compress", "sizes", "report", "preview", "footprint", "preflight", "generate", "written", "prompts", "rollout", "respond", "treesearch",
-    "speculate", "speedup", "speculation", "submit", "cooldown", "realign", "density", "failures", "resume", "outcome", "run", "__main__",
+    "config", "schedules", "speed", "cluster", "storage", "models", "data", "penalties", "drafters", "decoding", "training",
+    "assembly", "evaluation", "exporting", "callbacks", "session",
 ]  # fmt: skip
-BEFORE_TORCH = {
-    "schema",
-    "combinations",
-    "untrusted",
-    "target",
-    "foreign",
-    "redaction",
-    "requeue",
-    "imports",
-    "signals",
-    "config",
-    "submit",
-    "__main__",
-}
+BEFORE_TORCH = ("config", "cluster")  # these answer before torch is imported, which takes seconds
 
 
 def files(package):
@@ -63,9 +47,27 @@ def tops(path):
     return {name.partition(".")[0] for name in imported(path)}
 
 
-def part(path):
-    """The module, or the folder, of trainer/ that a file belongs to."""
-    return path.relative_to(ROOT / "trainer").parts[0].removesuffix(".py")
+def folder_of(path):
+    """The folder of trainer/ that a file belongs to, None for a command."""
+    parts = path.relative_to(ROOT / "trainer").parts
+    return parts[0] if len(parts) > 1 else None
+
+
+def modules():
+    """Dotted name -> file of everything in trainer/."""
+    named = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files("trainer")}
+    return {name.removesuffix(".__init__"): path for path, name in named.items()}
+
+
+def modules_imported(path, known, whole=True):
+    """The files of trainer/ that a file imports, by dotted name."""
+    names = set()
+    tree = ast.parse(path.read_text("utf-8"))
+    for node in ast.walk(tree) if whole else tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "trainer":
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in known else node.module for name in full}
+    return names
 
 
 @pytest.mark.parametrize(("package", "allowed"), [("adapters", ADAPTERS), ("tasks", TASKS)])
@@ -84,43 +86,58 @@ def test_schedules_import_nothing_heavy():
         assert imported(path) <= {"trainer.schedules"}, path
 
 
-def test_the_config_is_checked_by_what_is_light():
-    for name in BEFORE_TORCH:
+@pytest.mark.parametrize("folder", BEFORE_TORCH)
+def test_the_config_is_checked_before_torch_is_imported(folder):
+    for path in files(f"trainer/{folder}"):
+        names = imported(path, whole=False)
         light = {"hydra", "omegaconf", "yaml", "trainer", "adapters"}
-        names = imported(ROOT / "trainer" / f"{name}.py", whole=False)
-        assert {imported_name.partition(".")[0] for imported_name in names} <= light
-        assert {n for n in names if n.startswith("trainer.")} <= {f"trainer.{n}" for n in BEFORE_TORCH}
+        assert {name.partition(".")[0] for name in names} <= light, path
+        ours = {name.split(".")[1] for name in names if name.startswith("trainer.")}
+        assert ours <= {*BEFORE_TORCH, "schedules"}, path
     assert tops(ROOT / "adapters" / "peft_fields.py") == set()
 
 
-def test_inside_the_trainer_imports_go_one_way():
-    assert {part(path) for path in files("trainer")} == {*ORDER, "__init__"}
-    for path in files("trainer"):
-        here = part(path)
-        for name in imported(path, whole=False):
-            if name.startswith("trainer.") and (there := name.split(".")[1]) != here:
-                assert ORDER.index(there) < ORDER.index(here), f"{path} imports {name}"
+def test_every_folder_has_a_place_in_the_order():
+    assert {folder_of(path) for path in files("trainer")} == {*ORDER, None}
 
 
-@pytest.mark.parametrize("name", ["losses", "finetune", "plan", "tokens", "data"])
-def test_what_trains_knows_nothing_of_configs_and_runs(name):
-    forbidden = {f"trainer.{other}" for other in ("run", "assembly", "folder", "config", "preflight", "export", "report")}
-    assert not imported(ROOT / "trainer" / f"{name}.py") & forbidden
+@pytest.mark.parametrize("folder", ORDER)
+def test_a_folder_imports_only_what_stands_before_it(folder):
+    allowed = {f"trainer.{name}" for name in ORDER[: ORDER.index(folder) + 1]}
+    known = modules()
+    for path in files(f"trainer/{folder}"):
+        for name in modules_imported(path, known):
+            assert ".".join(name.split(".")[:2]) in allowed, f"{path} imports {name}"
+
+
+def test_nobody_imports_a_command():
+    known = modules()
+    commands = {name for name, path in known.items() if folder_of(path) is None} - {"trainer"}
+    for path in [path for package in PACKAGES for path in files(package)]:
+        if path != ROOT / "trainer" / "__main__.py":  # it runs them
+            assert not modules_imported(path, known) & commands, path
+
+
+def test_files_import_each_other_in_no_circle():
+    known = modules()
+    graph = {name: modules_imported(path, known) - {name, "trainer"} for name, path in known.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("folder", ["data", "models", "training"])
+def test_what_trains_knows_nothing_of_configs_and_runs(folder):
+    known = modules()
+    for path in files(f"trainer/{folder}"):
+        parts = {name.split(".")[1] for name in modules_imported(path, known) if "." in name}
+        assert not parts & {"assembly", "session", "exporting", "callbacks"}, path
 
 
 def test_the_verbs_wait_for_no_trainer_of_lightnings():
     """It takes two seconds or more to import."""
-    verbs = "assembly, evaluate, export, failures, generate, preflight, report, respond, speculate"
+    verbs = "evaluate, export, generate, preflight, report, respond, speculate"
     program = f"import sys; from trainer import {verbs}; print([n for n in ('lightning', 'peft', 'bitsandbytes') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
-
-
-def test_only_the_program_imports_the_run():
-    importers = {
-        str(path.relative_to(ROOT)) for package in PACKAGES for path in files(package) if "trainer.run" in imported(path)
-    }
-    assert importers == {"trainer/__main__.py"}
 
 
 def test_no_file_is_named_after_nothing():

@@ -12,8 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from trainer import config, imports, requeue
-from trainer.signals import Signals
+from trainer.cluster import slurm_job
+from trainer.cluster.signals import Signals
+from trainer.config import compose
+from trainer.config.errors import bad, told
+from trainer.speed import fast_imports
 
 # What composing a config and making the run folder raise; what comes later ends in _job.
 _BAD_INPUT = (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError)
@@ -24,16 +27,16 @@ def _job(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     # Again: a launcher's worker has not passed through config.install.
-    config.check(cfg, OmegaConf.to_container(HydraConfig.get().runtime.choices))  # type: ignore[arg-type]
-    if (fault := requeue.other_tasks(OmegaConf.to_container(cfg.lightning))) is not None:  # type: ignore[arg-type]
-        sys.exit(config.bad(fault))
+    compose.check(cfg, OmegaConf.to_container(HydraConfig.get().runtime.choices))  # type: ignore[arg-type]
+    if (fault := slurm_job.other_tasks(OmegaConf.to_container(cfg.lightning))) is not None:  # type: ignore[arg-type]
+        sys.exit(bad(fault))
     with Signals() as signals:
         number, folder, step = None, None, None
         try:
             last = _run(cfg, signals)
             signals.ignore()  # all is done: what comes while the interpreter ends must not make a failure of it
             return last
-        except requeue.Stopped as stop:
+        except slurm_job.Stopped as stop:
             logging.getLogger("trainer").warning("%s", stop)
             number, folder, step = stop.number, stop.folder, stop.step
         except SystemExit as end:
@@ -42,19 +45,19 @@ def _job(cfg: DictConfig) -> float | None:
             number = signals.received  # before there was a folder
         signals.ignore()
         settings = {"requeue": cfg.requeue, "max_requeues": cfg.max_requeues}
-        sys.exit(requeue.exit_code(settings, number, folder, step))
+        sys.exit(slurm_job.exit_code(settings, number, folder, step))
 
 
 def _run(cfg: DictConfig, signals: Signals) -> float | None:
     """The run, with what goes wrong told in one message and an exit code."""
-    with imports.swift():
-        from trainer import failures
+    with fast_imports.swift():
         from trainer.run import Unfinished, run
+        from trainer.session import failures
 
     try:
-        with imports.compiler_when_called():
+        with fast_imports.compiler_when_called():
             return run(cfg, signals)
-    except requeue.Stopped:
+    except slurm_job.Stopped:
         raise
     except Exception as error:
         log = logging.getLogger("trainer")
@@ -83,31 +86,27 @@ def _leave_the_group(code: object) -> None:
 
 def main() -> None:
     """Run, or with Hydra's flags print the config (--cfg job), sweep (--multirun) or help."""
-    requeue.yield_to_the_error()
+    slurm_job.yield_to_the_error()
     flags = get_args_parser().parse_args()
     if flags.experimental_rerun is not None:
-        sys.exit(config.bad("--experimental-rerun loads a pickle, which could run anything. Use resume=RUN_FOLDER."))
+        sys.exit(bad("--experimental-rerun loads a pickle, which could run anything. Use resume=RUN_FOLDER."))
     if flags.config_path is not None or flags.config_name is not None:
         sys.exit(
-            config.bad(
-                "conf/ is the schema of all configs. Add your own with --config-dir=FOLDER, as FOLDER/experiment/NAME.yaml"
-            )
+            bad("conf/ is the schema of all configs. Add your own with --config-dir=FOLDER, as FOLDER/experiment/NAME.yaml")
         )
     launcher = next((word for word in flags.overrides if word.startswith("hydra/launcher=")), "hydra/launcher=basic")
     if launcher != "hydra/launcher=basic" and not flags.multirun:
         sys.exit(
-            config.bad(
-                f"{launcher} starts the runs of a sweep: add --multirun. One run as a SLURM job: python -m trainer.submit"
-            )
+            bad(f"{launcher} starts the runs of a sweep: add --multirun. One run as a SLURM job: python -m trainer.submit")
         )
-    sys.argv[1:] = config.rewrite(sys.argv[1:])
-    config.install(incomplete=bool(flags.help or flags.hydra_help or flags.cfg or flags.info))
+    sys.argv[1:] = compose.rewrite(sys.argv[1:])
+    compose.install(incomplete=bool(flags.help or flags.hydra_help or flags.cfg or flags.info))
     traced = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on then, and prints none itself
     try:
         _job()
     except SystemExit as end:
-        requeue.leave_after_the_first(end.code)
+        slurm_job.leave_after_the_first(end.code)
         _leave_the_group(end.code)
         raise
     except KeyboardInterrupt:
@@ -115,7 +114,7 @@ def main() -> None:
     except _BAD_INPUT as error:
         if traced:
             raise
-        sys.exit(config.bad(config.told(error)))
+        sys.exit(bad(told(error)))
 
 
 if __name__ == "__main__":

@@ -22,271 +22,50 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
 
 from tasks.reading import DataError
-from trainer import assembly, checkpoint, folder
-from trainer.evaluate import HeldOut, losses
-from trainer.finetune import real_tokens
-from trainer.losses import CausalLoss, ClassLoss
-from trainer.penalties.deft import medians, mlp_inputs, own_tokens
-
-SAMPLE = 512  # tokens that CETT thresholds are taken from
-LEVELS = 1024  # thresholds of a layer, at equal distances in share of active neurons
-PRECISION = 1e-6  # of the CETT value that is searched for
-MEDIAN_BATCHES = 4
-
-Layers = list[tuple[str, nn.Module]]
-Change = Callable[[int, Tensor, Tensor], Tensor | None]  # (layer, its input, the real tokens) -> what it is given instead
-
-
-class Rows:
-    """The held-out rows, asked for their loss while the MLPs' inputs are looked at or changed."""
-
-    def __init__(self, loss: Callable[[dict[str, Any]], Any], held_out: HeldOut, batch_size: int, device: torch.device):
-        self.loss, self.held_out, self.batch_size, self.device = loss, held_out, batch_size, device
-
-    def loss_with(self, layers: Layers, change: Change) -> float:
-        """Mean loss per trained token. `change` is called with every layer's input."""
-        now: dict[str, Tensor] = {}
-
-        def loss(batch: dict[str, Any]) -> Any:
-            now["real"] = real_tokens(batch)
-            return self.loss(batch)
-
-        def hook(index: int) -> Callable[..., Any]:
-            def changed(_: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-                other = change(index, inputs[0], now["real"])
-                return None if other is None else (other, *inputs[1:])
-
-            return changed
-
-        with contextlib.ExitStack() as stack:
-            for index, (_, module) in enumerate(layers):
-                stack.callback(module.register_forward_pre_hook(hook(index)).remove)
-            found = losses(loss, self.held_out, self.batch_size, self.device)
-        if not found:
-            raise DataError("the held-out rows have no trained token")
-        return found["loss"]
-
-    def medians(self, layers: Layers) -> list[float]:
-        """Median |h| of each layer where h is not 0."""
-        seen: list[tuple[dict[str, Any], Tensor]] = []
-
-        def keep(batch: dict[str, Any]) -> Any:
-            seen.append((batch, real_tokens(batch)))
-            zero = torch.zeros(())
-            return zero, {"loss": zero, "tokens": zero, "right": zero}
-
-        losses(keep, self.held_out, self.batch_size, self.device, stop=lambda: len(seen) == MEDIAN_BATCHES)
-        return [median for _, median in medians(layers, self.loss, seen)]
-
-
-@dataclass
-class Sampled:
-    """One MLP's activations of some tokens, h (N, F), with what leaving out their smallest would do."""
-
-    module: nn.Module
-    h: Float[Tensor, "N F"]
-
-    def __post_init__(self) -> None:
-        self.norms = column_norms(self.module, self.h)
-        self.scores = self.h.float().abs() * self.norms
-        self.output = self.contribution(self.h)
-        ordered = self.scores.flatten().sort().values
-        places = [max(1, level * len(ordered) // LEVELS) for level in range(1, LEVELS)]
-        # Between two scores, so that rounding moves no neuron over it.
-        self.thresholds = [0.0, *((ordered[place - 1] + ordered[place]).item() / 2 for place in places), math.inf]
-        self.known = {0: 0.0, LEVELS: 1.0}  # of nothing and of everything
-
-    def contribution(self, h: Float[Tensor, "N F"]) -> Float[Tensor, "N d"]:
-        """What the down projection makes of h, without its bias."""
-        return linear_part(self.module, h).float()
-
-    def cett(self, level: int) -> float:
-        """Mean over tokens of the length of what is left out below a threshold, over that of the output."""
-        if level not in self.known:
-            left_out = self.contribution(self.h.where(self.scores < self.thresholds[level], 0))
-            tiny = torch.finfo(torch.float32).tiny
-            self.known[level] = float((left_out.norm(dim=-1) / self.output.norm(dim=-1).clamp(min=tiny)).mean())
-        return self.known[level]
-
-    def level(self, cett: float) -> int:
-        """The highest threshold that leaves out no more than this; CETT rises with the threshold."""
-        low, high = 0, LEVELS + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.cett(middle) <= cett else (low, middle)
-        return low
-
-
-def linear_part(module: nn.Module, x: Float[Tensor, "N F"]) -> Float[Tensor, "N d"]:
-    """W x of a layer, adapted or not, by calling it."""
-    return module(x) - module(torch.zeros_like(x[:1]))
-
-
-def column_norms(module: nn.Module, like: Float[Tensor, "N F"]) -> Float[Tensor, " F"]:
-    """‖W_j‖ of what each neuron is multiplied by, of an adapted or quantised layer too: its outputs for unit vectors."""
-    width = like.shape[1]
-    norms = []
-    for start in range(0, width, 256):
-        rows = torch.arange(start, min(start + 256, width), device=like.device)
-        units = torch.zeros(len(rows), width, dtype=like.dtype, device=like.device)
-        units[torch.arange(len(rows)), rows] = 1
-        norms.append(linear_part(module, units).float().norm(dim=-1))
-    return torch.cat(norms)
-
-
-@torch.no_grad()
-def measured(layers: Layers, rows: Rows, taus: list[float], percent: float) -> dict[str, Any]:
-    """Everything that is reported of one model: `layers` by name, their `mean`, `loss`, and with `percent` the search's `ppl`."""
-    sizes = rows.held_out.sequences.sizes()[0]
-    every = max(1, int(sizes.sum()) // SAMPLE)
-    counts = torch.zeros(len(layers), 3, dtype=torch.float64)
-    kept: list[list[Tensor]] = [[] for _ in layers]
-    seen = [0] * len(layers)
-
-    def count(index: int, h: Tensor, real: Tensor) -> None:
-        own = own_tokens(h, real)[real]
-        nonzero, above = own.count_nonzero(), (own.abs() > taus[index]).sum()
-        counts[index] += torch.tensor([float(nonzero), float(above), own.numel()], dtype=torch.float64)
-        kept[index].append(own[-seen[index] % every :: every])
-        seen[index] += len(own)
-
-    dense = rows.loss_with(layers, count)
-    sampled = [Sampled(module, torch.cat(parts)) for (_, module), parts in zip(layers, kept, strict=True)]
-    found: dict[str, Any] = {
-        name: {
-            "non_zero": float(nonzero / total),
-            "above_tau": float(above / total),
-            "cett_half": one.cett(LEVELS // 2),
-            "tau": tau,
-        }
-        for (name, _), (nonzero, above, total), one, tau in zip(layers, counts, sampled, taus, strict=True)
-    }
-    result: dict[str, Any] = {"loss": dense, "layers": found}
-    if percent:
-        result["ppl"], sparsity = search(layers, rows, sampled, dense, percent)
-        for (name, _), share in zip(layers, sparsity, strict=True):
-            found[name]["ppl_sparsity"] = share
-    metrics = next(iter(found.values()))
-    result["mean"] = {key: sum(layer[key] for layer in found.values()) / len(found) for key in metrics}
-    return result
-
-
-def search(
-    layers: Layers, rows: Rows, sampled: list[Sampled], dense: float, percent: float
-) -> tuple[dict[str, float], list[float]]:
-    """(the largest CETT value at which exp(loss - `dense`) is at most 1 + `percent` / 100, with that ratio; each layer's share of
-    neurons that were 0 then). The loss is taken to rise with CETT."""
-    known: dict[tuple[int, ...], tuple[float, list[float]]] = {}
-
-    def ratio(cett: float) -> tuple[float, list[float]]:
-        levels = tuple(one.level(cett) for one in sampled)
-        if levels not in known:
-            loss, sparsity = loss_without(layers, rows, sampled, levels)
-            known[levels] = math.exp(min(loss - dense, 700.0)), sparsity
-        return known[levels]
-
-    low, high = 0.0, 1.0
-    if ratio(high)[0] <= 1 + percent / 100:
-        low = high
-    while high - low > PRECISION:
-        middle = (low + high) / 2
-        low, high = (middle, high) if ratio(middle)[0] <= 1 + percent / 100 else (low, middle)
-    return {"percent": percent, "cett": low, "ratio": ratio(low)[0]}, ratio(low)[1]
-
-
-@torch.no_grad()
-def loss_without(layers: Layers, rows: Rows, sampled: list[Sampled], levels: tuple[int, ...]) -> tuple[float, list[float]]:
-    """(loss, each layer's share of zeros) where neurons with |h_j| ‖W_j‖ below the layer's threshold are set to 0."""
-    zeros, totals = [0.0] * len(layers), [0] * len(layers)
-
-    def zeroed(index: int, h: Tensor, real: Tensor) -> Tensor:
-        one = sampled[index]
-        h = h.where(h.float().abs() * one.norms >= one.thresholds[levels[index]], 0)
-        own = own_tokens(h, real)[real]
-        zeros[index] += float((own == 0).sum())
-        totals[index] += own.numel()
-        return h
-
-    loss = rows.loss_with(layers, zeroed)
-    return loss, [zero / total for zero, total in zip(zeros, totals, strict=True)]
-
-
-COLUMNS = {"non_zero": "non-zero", "above_tau": "above tau", "cett_half": "CETT at 50%", "ppl_sparsity": "PPL-{:g}%"}
-
-
-def shown(results: dict[str, dict[str, Any]], percent: float) -> Any:
-    """The table, a column for each number and model."""
-    from rich.table import Table
-
-    first = next(iter(results.values()))
-    columns = [(key, title.format(percent)) for key, title in COLUMNS.items() if key in first["mean"]]
-    table = Table("MLP", "tau", *(f"{title}\n{name}" for _, title in columns for name in results))
-    for layer in [*first["layers"], "mean"]:
-        values = [result["mean"] if layer == "mean" else result["layers"][layer] for result in results.values()]
-        numbers = [f"{value[key]:.4f}" for key, _ in columns for value in values]
-        table.add_row(layer, f"{values[0]['tau']:.3g}", *numbers, end_section=layer == list(first["layers"])[-1])
-    return table
-
-
-def plot(results: dict[str, dict[str, Any]], percent: float, path: Path) -> None:
-    """Each number by layer, a line for each model."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    first = next(iter(results.values()))
-    columns = [(key, title.format(percent)) for key, title in COLUMNS.items() if key in first["mean"]]
-    with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}):
-        figure, axes = pyplot.subplots(1, len(columns), figsize=(3.2 * len(columns), 2.9), squeeze=False)
-        for (key, title), panel in zip(columns, axes[0], strict=True):
-            for name, result in results.items():
-                panel.plot([layer[key] for layer in result["layers"].values()], "o-", label=name, linewidth=1.2, markersize=3)
-            panel.set_title(title, loc="left", fontsize=10)
-            panel.set_xlabel("MLP")
-            panel.set_ylim(bottom=0)
-            panel.grid(alpha=0.25)
-        axes[0][0].legend(frameon=False)
-        figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None})
-        pyplot.close(figure)
+from trainer.assembly import quiet
+from trainer.assembly.rows import tokenised
+from trainer.assembly.trained import trained
+from trainer.evaluation.mlp_density import Rows, measured, plot, shown
+from trainer.models.losses import CausalLoss, ClassLoss
+from trainer.penalties.deft import mlp_inputs
+from trainer.storage import atomic, checkpoints, run_folder
 
 
 def main(argv: list[str]) -> int:
     """The verb; see the module's text."""
     from rich import get_console
 
-    from trainer import config, failures
+    from trainer.config.errors import bad
+    from trainer.config.options import arguments
+    from trainer.session import failures
 
     known = {"run": ..., "compare": True, "tau": None, "ppl": 1.0, "batch_size": 16, "json": None}
-    options = config.arguments(argv, known, __doc__ or "")
+    options = arguments(argv, known, __doc__ or "")
     if options["batch_size"] < 1:
-        return config.bad(f"batch_size={options['batch_size']}: at least 1")
+        return bad(f"batch_size={options['batch_size']}: at least 1")
     if not 0 <= options["ppl"] < math.inf:
-        return config.bad(f"ppl={options['ppl']}: a percentage of at least 0")
+        return bad(f"ppl={options['ppl']}: a percentage of at least 0")
     try:
         tau = None if options["tau"] is None else float(options["tau"])
     except ValueError:
         tau = -1.0
     if tau is not None and not 0 <= tau < math.inf:
-        return config.bad(f"tau={options['tau']}: a number of at least 0")
+        return bad(f"tau={options['tau']}: a number of at least 0")
     if options["json"] and not Path(options["json"]).parent.is_dir():
-        return config.bad(f"json={options['json']}: there is no such folder")
-    assembly.quiet()
+        return bad(f"json={options['json']}: there is no such folder")
+    quiet.quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = assembly.trained(options["run"], device)
+        found = trained(options["run"], device)
         layers = mlp_inputs(found.model, (found.config.get("penalty") or {}).get("modules", "auto"))
-        data = assembly.tokenised(found.config, found.base, found.task, train=False)
+        data = tokenised(found.config, found.base, found.task, train=False)
         if data.held_out is None:
             raise DataError("this run's task has no held-out rows: it had task.eval_fraction=0 and no task.eval_path")
         labelled = found.task.kind == "label"
@@ -305,7 +84,7 @@ def main(argv: list[str]) -> int:
         for line in _told(name, result):
             print(line)
     text = json.dumps({"step": found.step, **results}, indent=2) + "\n"
-    checkpoint.write_text(Path(options["json"]) if options["json"] else found.folder / "density.json", text)
+    atomic.write_text(Path(options["json"]) if options["json"] else found.folder / "density.json", text)
     plot(results, options["ppl"], found.folder / "density.svg")
     print(found.folder / "density.svg")
     return 0
@@ -313,8 +92,8 @@ def main(argv: list[str]) -> int:
 
 def _of_the_penalty(run: str) -> list[float] | None:
     """What the run's penalty was calibrated to, if it had one."""
-    place, _, which = folder.read(run)
-    saved = checkpoint.load(checkpoint.chosen(place / "checkpoints", which))
+    place, _, which = run_folder.read(run)
+    saved = checkpoints.load(checkpoints.chosen(place / "checkpoints", which))
     return saved["penalty"]["tau"] if "penalty" in saved else None
 
 

@@ -22,17 +22,14 @@ from rich import get_console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from transformers import GenerationConfig, TextStreamer
+from transformers import TextStreamer
 
-from trainer import assembly
+from trainer.assembly import quiet
+from trainer.assembly.chosen_drafter import drafter_of, sampling, unknown_drafter
+from trainer.assembly.trained import Trained, trained
+from trainer.data.render import Renderer, stop_ids
 from trainer.decoding.plugin import assist, refusal
-from trainer.drafters import Drafter, DrafterError
-from trainer.drafters.lookup import PromptLookup
-from trainer.drafters.recycling import TokenRecycling
-from trainer.drafters.small import small_model
-from trainer.tokens import Renderer, stop_ids
-
-DRAFTERS = ("run", "lookup", "recycling", "small")
+from trainer.drafters import DrafterError
 
 
 class _Told(TextStreamer):
@@ -44,57 +41,6 @@ class _Told(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.tell(text)
-
-
-def sampling(options: dict[str, Any], stops: list[int], pad: int, **more: Any) -> GenerationConfig:
-    """transformers' settings for a verb's temperature, top_p and max_new_tokens."""
-    sampled = options["temperature"] > 0
-    # transformers would draw from the 50 likeliest tokens only.
-    chances = {"temperature": options["temperature"], "top_p": options["top_p"], "top_k": 0} if sampled else {}
-    return GenerationConfig(
-        do_sample=sampled, max_new_tokens=options["max_new_tokens"], eos_token_id=stops, pad_token_id=pad, **chances, **more
-    )
-
-
-def unknown_drafter(options: dict[str, Any]) -> str | None:
-    """What is wrong with a verb's options drafter and small."""
-    if options["drafter"] not in DRAFTERS:
-        return f"drafter={options['drafter']}: one of {', '.join(DRAFTERS)}"
-    if (options["drafter"] == "small") != (options["small"] is not None):
-        return "drafter=small and small=PATH, the small model's folder or its name on the hub, are given together"
-    return None
-
-
-def check_drafter(config: dict[str, Any], options: dict[str, Any]) -> None:
-    """Before a run's model is loaded, whether it has the drafter that is asked for.
-
-    Raises:
-        DrafterError: it has none.
-    """
-    if options["drafter"] == "run" and not config.get("drafter"):
-        raise DrafterError(
-            f"run={options['run']} has no drafter. Train one beside the adapter, python -m trainer ... drafter=mtp_shared, or give "
-            "one that needs no training, drafter=lookup or drafter=recycling"
-        )
-
-
-def drafter_of(found: assembly.Trained, options: dict[str, Any]) -> Drafter | None:
-    """What a verb's options drafter and small ask for; None where the run has no drafter that proposes.
-
-    Raises:
-        BaseError, DrafterError: the small model cannot be loaded, or has other tokens.
-    """
-    if options["drafter"] == "run":
-        if found.drafter is None or not found.drafter.proposes:
-            return None
-        # In the target's dtype: autocast would convert fp32 weights anew for every draft.
-        return found.drafter.to(found.model.get_input_embeddings().weight.dtype)  # type: ignore[operator, union-attr]
-    if options["drafter"] == "lookup":
-        return PromptLookup()
-    if options["drafter"] == "recycling":
-        return TokenRecycling(found.model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
-    weight = next(found.model.parameters())
-    return small_model(options["small"], found.base, weight.dtype, weight.device)
 
 
 def answer(
@@ -111,29 +57,31 @@ def answer(
 
 def main(argv: list[str]) -> int:
     """The verb; see the module's text."""
-    from trainer import config, failures
+    from trainer.config.errors import EXIT_BAD_INPUT, bad
+    from trainer.config.options import arguments
+    from trainer.session import failures
 
     known = {
         "run": ..., "prompt": ..., "system": None, "compare": False, "max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0, "seed": 0,
         "draft": True, "drafter": "run", "small": None,
     }  # fmt: skip
-    options = config.arguments(argv, known, __doc__ or "")
+    options = arguments(argv, known, __doc__ or "")
     for name, fits, said in (
         ("max_new_tokens", options["max_new_tokens"] >= 1, "at least 1"),
         ("temperature", options["temperature"] >= 0, "at least 0"),
         ("top_p", 0 < options["top_p"] <= 1, "above 0, at most 1"),
     ):
         if not fits:
-            return config.bad(f"{name}={options[name]}: {said}")
+            return bad(f"{name}={options[name]}: {said}")
     if fault := unknown_drafter(options):
-        return config.bad(fault)
-    assembly.quiet()
+        return bad(fault)
+    quiet.quiet()
     try:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        found = assembly.trained(options["run"], device)
+        found = trained(options["run"], device)
         if found.task.kind == "label":
             print("this run trained a classifier, which writes no text. Use: python -m trainer.evaluate", file=sys.stderr)
-            return config.EXIT_BAD_INPUT
+            return EXIT_BAD_INPUT
         tokenizer = found.base.tokenizer
         prompt = sys.stdin.read() if options["prompt"] == "-" else str(options["prompt"])
         if found.task.kind == "conversation":
@@ -142,7 +90,7 @@ def main(argv: list[str]) -> int:
         else:
             ids = tokenizer(prompt)["input_ids"]
         if not ids:
-            return config.bad("the prompt is empty, and this model starts from at least one token")
+            return bad("the prompt is empty, and this model starts from at least one token")
         stops = stop_ids(tokenizer, found.model.generation_config.eos_token_id, [])  # type: ignore[union-attr]
         if not options["compare"]:
             with _drafting(found, options):
@@ -155,7 +103,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _side_by_side(found: assembly.Trained, ids: list[int], tokenizer: Any, stops: list[int], options: dict[str, Any]) -> None:
+def _side_by_side(found: Trained, ids: list[int], tokenizer: Any, stops: list[int], options: dict[str, Any]) -> None:
     texts = {"base": "", "adapted": ""}
 
     def shown() -> Table:
@@ -179,7 +127,7 @@ def _side_by_side(found: assembly.Trained, ids: list[int], tokenizer: Any, stops
 
 
 @contextlib.contextmanager
-def _drafting(found: assembly.Trained, options: dict[str, Any]) -> Any:
+def _drafting(found: Trained, options: dict[str, Any]) -> Any:
     """The model, drafting where it can."""
     drafter = drafter_of(found, options) if options["draft"] else None
     fault = refusal(found.model)
@@ -193,7 +141,7 @@ def _drafting(found: assembly.Trained, options: dict[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _base_alone(found: assembly.Trained) -> Any:
+def _base_alone(found: Trained) -> Any:
     try:
         switched = found.adapter.disabled(found.model)
     except ValueError:  # full fine-tuning has no base to switch back to

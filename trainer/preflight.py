@@ -9,7 +9,6 @@ the exit code 2. Training runs the same checks before it loads anything.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
 import sys
@@ -19,207 +18,22 @@ from typing import Any
 from rich import get_console
 from rich.text import Text
 
-from adapters.delta import Adapter
 from adapters.full import Nothing
-from tasks.reading import Bad
-from trainer import assembly, folder, footprint, liger, preview
-from trainer.base import Base, BaseError
-from trainer.data import special_text
-from trainer.drafters import DrafterError, io
-from trainer.plan import Plan
-from trainer.schedules import factor, length
-from trainer.tokens import Refused
-
-log = logging.getLogger("trainer")
-
-SAMPLE = 200  # conversations whose prompt is rendered a second time, as it will be at inference
-
-
-def inspect(
-    config: dict[str, Any], base: Base, adapter: Adapter, found: assembly.Data, plan: Plan | None, steps: int, place: Path
-) -> dict[str, Any]:
-    """Everything that preflight reports, as plain data, with `errors` and `warnings` for people.
-
-    Raises:
-        AdapterError: the adapter does not fit the base.
-    """
-    errors: list[str] = []
-    warnings: list[str] = []
-    if config["max_length"] > base.longest:
-        errors.append(
-            f"max_length={config['max_length']} is more than the {base.longest} tokens that {base.path} was made for: set max_length={base.longest}"
-        )
-    result: dict[str, Any] = {"data": _data(config, found, warnings)}
-    if plan is not None:
-        result["run"] = _length(config, found, plan, steps)
-    result["schedule"] = _rates(config, plan, steps, adapter.restart)
-    planned = [
-        length(schedule[key], steps) for key in ("warmup", "cooldown") if (schedule := config["schedule"]).get(key) is not None
-    ]
-    if steps and len(planned) > 1 and not config["branch"] and sum(planned) > steps:
-        errors.append(
-            f"a warm-up of {planned[0]} steps and a cooldown of {planned[1]} take more than the run's {steps} steps: give fewer, or "
-            "fractions of the run"
-        )
-    _target(config, base, errors)
-    # The device is the run's to see: this may be another machine.
-    fault = liger.fault(base.config.model_type) if config["fused"] == "liger" else None
-    errors += [fault] if fault is not None else []
-    result["model"] = footprint.estimate(config, base, adapter, found, steps, place, errors, warnings)
-    _check_names(config, found, errors)
-    return result | {"errors": errors, "warnings": warnings}
-
-
-def _data(config: dict[str, Any], found: assembly.Data, warnings: list[str]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    splits = {"train": found.train, "eval": found.held_out.sequences if found.held_out else None}
-    digests: dict[str, set[bytes]] = {}
-    for name, sequences in splits.items():
-        if sequences is None:
-            continue
-        report = sequences.rows.report
-        seen = list(sequences.rows.digests())
-        digests[name] = set(seen)
-        result[name] = {
-            **{key: value for key, value in vars(report).items() if key != "bad"},
-            "trained_share": report.trained_tokens / max(1, report.tokens),
-            "duplicates": len(seen) - len(digests[name]),
-            "bad": [f"{where}: {reason}" for where, reason in report.bad],
-        }
-        if found.renderer.kind == "conversation" and report.kept and report.ends_trained < report.kept:
-            share = 1 - report.ends_trained / report.kept
-            warnings.append(
-                f"{name}: {share:.0%} of the answers end without a trained end token, so the model does not learn to stop after them"
-            )
-        lost = report.dropped + report.answers_lost + report.skipped
-        if report.rows and lost / report.rows > 0.1:
-            warnings.append(f"{name}: {lost} of {report.rows} rows are left out ({report.summary()})")
-    if len(digests) == 2:
-        shared = len(digests["train"] & digests["eval"])
-        result["shared"] = shared
-        if shared:
-            warnings.append(f"{shared} rows of evaluation are in the training data too: its numbers are too good")
-    if found.renderer.kind == "conversation" and not found.task.streaming:
-        result["prompts"] = _prompts(found, warnings)
-        result["special_text"] = special_text(found.task.examples("train"), found.renderer.tokenizer)
-        if result["special_text"]:
-            warnings.append(
-                f"{result['special_text']} rows have the text of a special token in a message; it is read as that token"
-            )
-    return result
-
-
-def _prompts(found: assembly.Data, warnings: list[str]) -> dict[str, int]:
-    """Whether rows begin as the prompt that the model will be given at inference."""
-    renderer = found.renderer
-    tried = same = 0
-    for example in itertools.islice(found.task.examples("train"), SAMPLE):
-        if isinstance(example, Bad):
-            continue
-        try:
-            row, prompt = renderer(example), renderer.prompt(example)
-        except Refused:
-            continue
-        tried += 1
-        same += row.ids[: len(prompt)] == prompt
-    if same < tried:
-        warnings.append(
-            f"in {tried - same} of {tried} rows the last answer is trained after other tokens than the generation prompt that the template "
-            "writes at inference"
-        )
-    return {"tried": tried, "as_at_inference": same}
-
-
-def _length(config: dict[str, Any], found: assembly.Data, plan: Plan, steps: int) -> dict[str, Any]:
-    lengths = plan.lengths
-    per_epoch = -(-len(lengths) // plan.per_step)
-    sizes = [[lengths[pick.sequence] for pick in batch] for step in range(min(steps, 50)) for batch in plan.micro_batches(step)]
-    padded = sum(max(batch) * len(batch) for batch in sizes)
-    real: int = sum(sum(batch) for batch in sizes)
-    result = {
-        "steps": steps,
-        "steps_per_epoch": per_epoch,
-        "epochs": plan.positions(steps) / max(1, len(lengths)),
-        "sequences": len(lengths),
-        "tokens_per_epoch": int(lengths.sum()),
-        "trained_tokens_per_epoch": int(plan.trained.sum()),
-        "padding_share": 1 - float(real) / float(padded) if padded else 0.0,
-    }
-    if config["packing"] and len(lengths):
-        result["packing_efficiency"] = float(lengths.sum()) / (len(lengths) * config["max_length"])
-    return result
-
-
-def _rates(config: dict[str, Any], plan: Plan | None, steps: int, restart: int) -> dict[str, Any]:
-    if not steps:
-        return {}
-    schedule, peak = assembly.schedule(config, plan), config["optimizer"]["lr"]
-    points = sorted({round(i * (steps - 1) / 20) for i in range(21)})
-    return {"peak": peak, "rates": [[step, peak * factor(schedule, step, steps, restart)] for step in points]}
-
-
-def _target(config: dict[str, Any], base: Base, errors: list[str]) -> None:
-    """Whether the run and the drafter that this one builds on are of its base."""
-    try:
-        if (run := config["target"]["run"]) is not None and folder.read(run)[1]["identity"]["base"] != base.fingerprint:
-            errors.append(
-                f"target.run={run}: {base.path} is not the model that this run was trained on: its weights have changed"
-            )
-        if config["target"]["draft"] is not None and config["drafter"]:
-            io.check(io.folder_of(config["target"]["draft"]), base, config["drafter"])
-    except (folder.FolderError, DrafterError) as error:
-        errors.append(str(error))
-
-
-def _check_names(config: dict[str, Any], found: assembly.Data, errors: list[str]) -> None:
-    evaluation = config["callbacks"].get("evaluation")
-    if not evaluation or found.held_out is None:
-        return
-    known = ["loss", "accuracy", "f1" if found.task.kind == "label" else "perplexity"]
-    known = ["loss"] if config["objective"]["_target_"] == "trainer.distill.Distill" else known
-    known += _drafted(config["drafter"])
-    graded = found.task.metrics if evaluation["generate"] else []
-    monitor, place = evaluation["monitor"], "callbacks.evaluation"
-    if monitor not in known + graded:
-        hint = f" (set {place}.generate)" if monitor in found.task.metrics else ""
-        errors.append(f"{place}.monitor={monitor} is no metric of this task{hint}; there are: {', '.join(known + graded)}")
-    elif monitor in graded and evaluation["generate_every"] is None:
-        errors.append(f"{place}.monitor={monitor} is measured only where answers are generated: set {place}.generate_every=1")
-
-
-def _drafted(drafter: dict[str, Any]) -> list[str]:
-    """The names of what trainer.drafters.metrics finds."""
-    if not drafter:
-        return []
-    distilled = drafter.get("loss", "labels") != "labels"  # taught by the target's distributions
-    of_each = ["loss", "top1", "top5", *(["acceptance"] if distilled else [])]
-    offsets = drafter["offsets"] if "offsets" in drafter else drafter["d_max"] - 1
-    names = [f"offset{k}/{name}" for k in range(1, offsets + 1) for name in of_each]
-    return ["accepted", *(["expected"] if distilled else []), *names]
-
-
-def quick(
-    config: dict[str, Any], base: Base, adapter: Adapter, found: assembly.Data, plan: Plan | None, steps: int, place: Path
-) -> dict[str, Any]:
-    """`inspect` for a run that is about to start: warnings are said, errors end it.
-
-    Raises:
-        BaseError: with the errors.
-    """
-    result = inspect(config, base, adapter, found, plan, steps, place)
-    for warning in result["warnings"]:
-        log.warning("%s", warning)
-    if result["errors"]:
-        raise BaseError("\n".join(result["errors"]))
-    return result
+from trainer.assembly import quiet
+from trainer.assembly import rows as rows_module
+from trainer.assembly.build import instantiate
+from trainer.models.base import Base
+from trainer.session import preview
+from trainer.session.inspect import inspect
 
 
 def main(argv: list[str]) -> int:
     """The verb; see the module's text."""
     from omegaconf import OmegaConf
 
-    from trainer import config as configs
-    from trainer import failures
+    from trainer.config import compose as configs
+    from trainer.config.errors import EXIT_BAD_INPUT, bad, told
+    from trainer.session import failures
 
     parser = argparse.ArgumentParser("python -m trainer.preflight", add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
@@ -231,23 +45,23 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     if options.json and not Path(options.json).parent.is_dir():
-        return configs.bad(f"--json {options.json}: there is no such folder")
+        return bad(f"--json {options.json}: there is no such folder")
     if options.config_dir:
         arguments.append(f"hydra.searchpath=['file://{Path(options.config_dir).resolve()}']")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         config: dict[str, Any] = OmegaConf.to_container(configs.compose(arguments), resolve=True)  # type: ignore[assignment]
     except Exception as error:  # a ConfigError, or Hydra's own: an unknown group or experiment
-        return configs.bad(configs.told(error))
-    assembly.quiet()
+        return bad(told(error))
+    quiet.quiet()
     try:
-        base: Base = assembly.instantiate(config["base"])
-        task = assembly.instantiate(config["task"])
-        adapter = assembly.instantiate(config["adapter"])
-        found = assembly.tokenised(config, base, task)
+        base: Base = instantiate(config["base"])
+        task = instantiate(config["task"])
+        adapter = instantiate(config["adapter"])
+        found = rows_module.tokenised(config, base, task)
         devices = config["lightning"]["devices"]
         plan = (
-            assembly.plan(config, found, (devices if isinstance(devices, int) else 1) * config["lightning"]["num_nodes"])
+            rows_module.plan(config, found, (devices if isinstance(devices, int) else 1) * config["lightning"]["num_nodes"])
             if found.train
             else None
         )
@@ -265,7 +79,7 @@ def main(argv: list[str]) -> int:
     for kind, style in (("warnings", "yellow"), ("errors", "red")):
         for line in result[kind]:
             console.print(Text.assemble((kind[:-1], style), f": {line}"))
-    return configs.EXIT_BAD_INPUT if result["errors"] else 0
+    return EXIT_BAD_INPUT if result["errors"] else 0
 
 
 if __name__ == "__main__":

@@ -38,12 +38,16 @@ from pathlib import Path
 from typing import Any
 
 from tasks import reading
-from trainer import assembly, prompts, requeue, rollout
-from trainer.checkpoint import write_text
-from trainer.prompts import Ask
-from trainer.rollout import Speaker
-from trainer.signals import Signals
-from trainer.written import Written
+from trainer.assembly import quiet
+from trainer.assembly.build import instantiate
+from trainer.cluster import slurm_job
+from trainer.cluster.signals import Signals
+from trainer.data import prompts
+from trainer.data.prompts import Ask
+from trainer.evaluation import responses
+from trainer.evaluation.responses import Speaker
+from trainer.storage.answers import Written
+from trainer.storage.atomic import write_text
 
 KNOWN: dict[str, Any] = {
     "base": None, "run": None, "prompts": None, "task": None, "out": ..., "split": "train", "field": None, "answers": "last", "skip": 0,
@@ -58,11 +62,12 @@ def _arguments(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any], list[st
     """(the verb's own options, those of the chat template, settings of conf/).
 
     Raises:
-        SystemExit: as trainer.config.arguments.
+        SystemExit: as trainer.config.options.arguments.
     """
     import yaml
 
-    from trainer import config
+    from trainer.config.errors import bad
+    from trainer.config.options import arguments
 
     jinja: dict[str, Any] = {}
     given, own = [], []
@@ -74,7 +79,7 @@ def _arguments(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any], list[st
             given.append(word)
         else:
             own.append(word)
-    options = config.arguments(own, KNOWN, __doc__ or "")
+    options = arguments(own, KNOWN, __doc__ or "")
     faults = []
     if (options["base"] is None) == (options["run"] is None):
         faults.append("give the target: either base=NAME, of conf/base, or run=FOLDER")
@@ -115,7 +120,7 @@ def _arguments(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any], list[st
     if options["temperature"] == 0 and (options["top_p"] < 1 or options["top_k"]):
         faults.append("top_p and top_k do nothing with temperature=0, which is greedy")
     if faults:
-        raise SystemExit(config.bad("\n".join(faults)))
+        raise SystemExit(bad("\n".join(faults)))
     return options, jinja, given
 
 
@@ -123,38 +128,39 @@ def _composed(options: dict[str, Any], given: list[str]) -> dict[str, Any]:
     """The settings of base, task and precision."""
     from omegaconf import OmegaConf
 
-    from trainer import config
+    from trainer.config import compose
 
     words = [f"task={options['task'] or 'sft'}", *given]
     if options["base"] is not None:
         words.insert(0, f"base={options['base']}")
     if options["prompts"] is not None:
         words += [f"task.path={json.dumps(options['prompts'], ensure_ascii=False)}", "task.eval_fraction=0"]
-    plain: Any = OmegaConf.to_container(config.compose(words), resolve=True)
+    plain: Any = OmegaConf.to_container(compose.compose(words), resolve=True)
     return plain
 
 
 def main(argv: list[str]) -> int:
     """The verb; see the module's text."""
-    from trainer import config, failures
+    from trainer.config import errors as errors_module
+    from trainer.session import failures
 
     options, jinja, given = _arguments(argv)
     try:
         plain = _composed(options, given)
     except Exception as error:  # a ConfigError, or Hydra's own: an unknown base or task
-        return config.bad(config.told(error))
-    assembly.quiet()
+        return errors_module.bad(errors_module.told(error))
+    quiet.quiet()
     written: Written | None = None
     count, signals = 0, Signals()
     try:
         with signals:
             if options["prompts"] is not None:
                 reading.Source(options["prompts"], "train", False, "prompts")  # before the task, which would call it task.path
-            task = assembly.instantiate(plain["task"])
+            task = instantiate(plain["task"])
             found, key = prompts.load(options, plain, task)
             count = len(found)
             keeps_template = any(word.startswith("task.chat_template=") for word in given)
-            speaker = rollout.speaker_of(options, plain, task, keeps_template, jinja)
+            speaker = responses.speaker_of(options, plain, task, keeps_template, jinja)
             with Written(Path(options["out"]).expanduser(), *_described(options, speaker, key, jinja)) as written:
                 if isinstance(speaker.renderer.template, str):
                     write_text(written.path / "chat_template.jinja", speaker.renderer.template)
@@ -164,7 +170,7 @@ def main(argv: list[str]) -> int:
             said = f"stopped with {len(written.done)} of {count} conversations in {written.path}"
             print(f"{said}: the same command goes on", file=sys.stderr)
         if signals.received is not None:
-            return requeue.exit_code(plain, signals.received, None, None)
+            return slurm_job.exit_code(plain, signals.received, None, None)
         return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
     except Exception as error:
         return failures.told(error)
@@ -195,7 +201,7 @@ def _described(
 def _write(speaker: Speaker, found: list[Ask], written: Written, options: dict[str, Any]) -> None:
     told = time.monotonic()
     for batch in prompts.batches(found, options["batch_size"], written.done):
-        written.add(rollout.respond(speaker, batch, options))
+        written.add(responses.respond(speaker, batch, options))
         if time.monotonic() - told > TELL:
             print(f"{len(written.done)} of {len(found)} conversations", flush=True)
             told = time.monotonic()

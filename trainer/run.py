@@ -18,26 +18,10 @@ from torch.utils.data import DataLoader
 from adapters.delta import Adapter, Start
 from adapters.full import Full, Nothing
 from tasks.reading import DataError
-from trainer import (
-    allocator,
-    assembly,
-    attention,
-    branch,
-    checkpoint,
-    compiled,
-    cores,
-    export,
-    features,
-    fused,
-    liger,
-    outcome,
-    preflight,
-    processes,
-    report,
-    requeue,
-    resume,
-)
-from trainer.base import Base
+from trainer.assembly import quiet
+from trainer.assembly import rows as rows_module
+from trainer.assembly import trained as trained_module
+from trainer.assembly.build import instantiate, new_modules, schedule
 from trainer.callbacks import Context, progress
 from trainer.callbacks.averaging import Averaging
 from trainer.callbacks.evaluation import Evaluation
@@ -45,25 +29,37 @@ from trainer.callbacks.metrics import Metrics
 from trainer.callbacks.schedulefree import ScheduleFree
 from trainer.callbacks.stopping import Stopping
 from trainer.callbacks.tracking import Dashboards
-from trainer.combinations import schedule_free
-from trainer.config import ConfigError
-from trainer.contamination import refuse_contamination
-from trainer.distill import DraftLoss
+from trainer.cluster import slurm_job
+from trainer.cluster.signals import Signals
+from trainer.config.conflicts import schedule_free
+from trainer.config.errors import ConfigError
+from trainer.data import hidden_states
+from trainer.data.batches import Batches, Plan
+from trainer.data.held_out import to_device
+from trainer.data.loader import Loader
+from trainer.data.streaming import Stream
 from trainer.drafters import Drafter
 from trainer.drafters import io as drafter_io
-from trainer.evaluate import to_device
-from trainer.finetune import FineTune
-from trainer.folder import RunFolder
-from trainer.footprint import parameters
-from trainer.journal import Journal
-from trainer.loading import Loader
+from trainer.exporting.adapter import save_adapter
+from trainer.models.base import Base
+from trainer.models.packing_check import refuse_contamination
+from trainer.models.precision import compute
 from trainer.penalties.deft import DensityDEFT
-from trainer.plan import Batches, Plan
-from trainer.precision import compute
 from trainer.schedules import length
-from trainer.sharding import Sharded
-from trainer.signals import Signals
-from trainer.stream import Stream
+from trainer.session import fork, report_html, results, resume
+from trainer.session.footprint import parameters
+from trainer.session.inspect import quick
+from trainer.speed import cpu_load, fused, liger, malloc
+from trainer.speed.compile import compile_layers, refuse
+from trainer.speed.flash import prefer_flash
+from trainer.storage import atomic, checkpoints
+from trainer.storage.journal import Journal
+from trainer.storage.run_folder import RunFolder
+from trainer.training import lightning_trainer
+from trainer.training.distill import DraftLoss
+from trainer.training.finetune import FineTune
+from trainer.training.fsdp import Sharded
+from trainer.training.ranks import agreed_folder, first_decides, part
 
 log = logging.getLogger("trainer")
 
@@ -80,15 +76,15 @@ def run(cfg: DictConfig, signals: Signals) -> float | None:
     """Run a composed, checked config; returns the last held-out loss, for sweeps.
 
     Raises:
-        requeue.Stopped: a signal ended it. Others: see trainer.failures.
+        requeue.Stopped: a signal ended it. Others: see trainer.session.failures.
     """
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    assembly.quiet()
-    adapter: Adapter = assembly.instantiate(config["adapter"])
+    quiet.quiet()
+    adapter: Adapter = instantiate(config["adapter"])
     path = Path(HydraConfig.get().runtime.output_dir)
-    lightning_ = processes.make_trainer(config, adapter, path)
+    lightning_ = lightning_trainer.make_trainer(config, adapter, path)
     if lightning_.world_size > 1:
-        path = processes.agreed_folder(lightning_, path)
+        path = agreed_folder(lightning_, path)
     with RunFolder.create(path, lightning_.is_global_zero) as place:
         log.info("run folder: %s", place.path)
         choices, overrides = dict(HydraConfig.get().runtime.choices), list(HydraConfig.get().overrides.task)
@@ -98,8 +94,8 @@ def run(cfg: DictConfig, signals: Signals) -> float | None:
         except SystemExit:
             if signals.received is None:
                 raise
-            saved = checkpoint.complete(place.checkpoints)
-            raise requeue.Stopped(signals.received, place.path, int(saved[-1].stem[5:]) if saved else None, None) from None
+            saved = checkpoints.complete(place.checkpoints)
+            raise slurm_job.Stopped(signals.received, place.path, int(saved[-1].stem[5:]) if saved else None, None) from None
 
 
 def _where_to_begin(
@@ -110,7 +106,7 @@ def _where_to_begin(
     if earlier is not None:
         return earlier, None, *resume.where_to_go_on(place, config, plan, identity, earlier, restart)
     if config["branch"]:
-        return None, *branch.fork(place, config, identity, True), False
+        return None, *fork.fork(place, config, identity, True), False
     return None, None, None, False
 
 
@@ -118,15 +114,15 @@ def _run(
     config: dict[str, Any], adapter: Adapter, lightning_: lightning.Trainer, place: RunFolder, signals: Signals,
     dashboards: Dashboards, choices: dict[str, Any], overrides: list[str],
 ) -> float | None:  # fmt: skip
-    before = cores.seconds()
+    before = cpu_load.seconds()
     if config["threads"] is not None:
         torch.set_num_threads(config["threads"])
     if config["fused"]:
-        allocator.keep_freed()
+        malloc.keep_freed()
 
-    base: Base = assembly.instantiate(config["base"])
-    task = assembly.instantiate(config["task"])
-    tuned = assembly.tuned(path) if (path := config["target"]["run"]) is not None else None
+    base: Base = instantiate(config["base"])
+    task = instantiate(config["task"])
+    tuned = trained_module.tuned(path) if (path := config["target"]["run"]) is not None else None
     sharded = isinstance(lightning_.strategy, Sharded)
     device = lightning_.strategy.root_device
     if config["fused"] == "liger":
@@ -134,32 +130,32 @@ def _run(
         if fault is not None:
             raise ConfigError(fault)
     if config["compile"]:
-        compiled.refuse(adapter, device)
+        refuse(adapter, device)
     dtype, _, precision = compute(
         config["precision"], config["base"]["dtype"], isinstance(adapter, Full), device.type == "cuda"
     )
 
-    found = assembly.tokenised(config, base, task)
+    found = rows_module.tokenised(config, base, task)
     labels = task.labels if task.kind == "label" else None
-    plan = assembly.plan(config, found, lightning_.world_size) if found.train is not None else None
+    plan = rows_module.plan(config, found, lightning_.world_size) if found.train is not None else None
     steps = plan.steps(config["max_steps"], config["max_tokens"]) if plan is not None else config["max_steps"]
     trains = not isinstance(adapter, Nothing) or bool(config["drafter"])
     steps = steps if trains else 0
-    checked = preflight.quick(config, base, adapter, found, plan, steps, place.path)
+    checked = quick(config, base, adapter, found, plan, steps, place.path)
     if lightning_.is_global_zero:
-        checkpoint.write_text(place.path / "preflight.json", json.dumps(checked, indent=2))
+        atomic.write_text(place.path / "preflight.json", json.dumps(checked, indent=2))
 
     identity = {
         "choices": choices, "base": base.fingerprint, "data": found.keys, "precision": precision, "trains_base": isinstance(adapter, Full),
         "labels": labels, "steps": steps, "ranks": lightning_.world_size, "target": tuned.about if tuned is not None else None,
     }  # fmt: skip
     begin = partial(_where_to_begin, place, config, plan, identity, adapter.restart)
-    earlier, parent, saved_path, longer = processes.first_decides(lightning_, begin)
+    earlier, parent, saved_path, longer = first_decides(lightning_, begin)
     done = int(saved_path.stem[5:]) if saved_path else 0
     journal = Journal(place.path, [], lightning_.is_global_zero)
     if earlier is not None and (ended := resume.ended(place, journal, done, steps, config["max_time"])):
         log.info("this run %s; nothing is left to do. Its report: %s", ended, place.path / "report.html")
-        return outcome.last_loss(journal)
+        return results.last_loss(journal)
     record = place.record(config, overrides, identity, earlier, parent) if lightning_.is_global_zero else {}
     journal.rewind(done if saved_path else -1, cooled=not longer)
     if longer and earlier is not None and lightning_.is_global_zero:
@@ -175,7 +171,7 @@ def _run(
     # A model that is shared out may be larger than one device's memory.
     model = base.load(dtype, labels, torch.device("cpu") if sharded else device)
     flash = base.attn_implementation == "auto" and config["packing"] and not config["drafter"] and not config["deterministic"]
-    if flash and attention.prefer_flash(model, device, dtype):
+    if flash and prefer_flash(model, device, dtype):
         log.info("attention of packed rows by flash-attn; base.attn_implementation=sdpa leaves it to torch")
     if config["fused"] == "liger":
         log.info("Liger-Kernel: %s", ", ".join(f"{count} {kind}" for kind, count in liger.put_in(model).items()))
@@ -186,10 +182,10 @@ def _run(
     if tuned is not None:
         model = tuned.attach(model)
         log.info("target: %s after step %d, %s", tuned.about["run"], tuned.about["step"], type(tuned.adapter).__name__)
-    saved = checkpoint.load(saved_path)["adapter"] if saved_path else None
+    saved = checkpoints.load(saved_path)["adapter"] if saved_path else None
     lightning.seed_everything(config["seed"], verbose=False)  # loading may draw; a resumed start must not depend on it
     start = Start(
-        assembly.new_modules(model, labels), max(1, steps), partial(_calibration, found, plan),
+        new_modules(model, labels), max(1, steps), partial(_calibration, found, plan),
         place.path if lightning_.is_global_zero else None, saved,
     )  # fmt: skip
     model = adapter.attach(model, start)
@@ -199,16 +195,16 @@ def _run(
     if config["packing"]:
         refuse_contamination(model, base)
     if config["compile"]:
-        log.info("compiled in training: %d layers, when the first batches come", compiled.compile_layers(model))
-    penalty = assembly.instantiate(config["penalty"])(model=model) if config["penalty"] else None
-    module: FineTune = assembly.instantiate(config["objective"])(
-        model=model, adapter=adapter, optimizer=assembly.instantiate(config["optimizer"]), steps=steps, labelled=labels is not None,
-        schedule=assembly.schedule(config, plan), accumulate=config["accumulate"], seed=config["seed"],
-        penalty=penalty, drafter=drafter, cooling=branch.cooling(config["branch"]) if config["branch"] else None,
+        log.info("compiled in training: %d layers, when the first batches come", compile_layers(model))
+    penalty = instantiate(config["penalty"])(model=model) if config["penalty"] else None
+    module: FineTune = instantiate(config["objective"])(
+        model=model, adapter=adapter, optimizer=instantiate(config["optimizer"]), steps=steps, labelled=labels is not None,
+        schedule=schedule(config, plan), accumulate=config["accumulate"], seed=config["seed"],
+        penalty=penalty, drafter=drafter, cooling=fork.cooling(config["branch"]) if config["branch"] else None,
     )  # fmt: skip
     if config["target"]["features"] is not None:
         _read_states(module, config, base, tuned, found, dtype, device)
-    assembly.with_prompts(found, _prompts(config), model)
+    rows_module.with_prompts(found, _prompts(config), model)
     journal.loggers = dashboards.all = _loggers(config, place, record) if lightning_.is_global_zero else []
     if penalty is not None and saved_path is None:
         _calibrate(module, penalty, found, plan, device, journal)
@@ -231,28 +227,28 @@ def _run(
     else:
         loader = _loader(config, found, plan, steps, done, lightning_)
         if device.type == "cpu" and lightning_.world_size == 1:
-            advice = cores.crowded(before, cores.seconds(), torch.get_num_threads(), cores.available())
+            advice = cpu_load.crowded(before, cpu_load.seconds(), torch.get_num_threads(), cpu_load.available())
             if advice is not None:
                 log.warning("%s", advice)
         lightning_.fit(module.train(), loader, ckpt_path=str(saved_path) if saved_path else None)
-        processes.part(lightning_)
+        part(lightning_)
         _say_why_it_ended(context, module)
         if not lightning_.is_global_zero:
-            return outcome.last_loss(journal)
+            return results.last_loss(journal)
         if sharded:
-            result = assembly.trained(f"{place.path}@last")
+            result = trained_module.trained(f"{place.path}@last")
             module.model, module.adapter, adapter = result.model, result.adapter, result.adapter
         if drafter is not None and drafter.proposes:
-            outcome.save_drafter(place, drafter, base, config, record, module.step)
+            results.save_drafter(place, drafter, base, config, record, module.step)
         if adapter.exportable and not isinstance(adapter, Nothing):
             for callback in lightning_.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, Averaging):  # before save_adapter, which may load another checkpoint's weights
-                    callback.save(partial(export.save_adapter, adapter, module.model, base, task))
-            outcome.save_adapter(place, module, base, task, adapter, config["export"])
-    report.write(place.path)
-    outcome.show(journal)
+                    callback.save(partial(save_adapter, adapter, module.model, base, task))
+            results.save_adapter(place, module, base, task, adapter, config["export"])
+    report_html.write(place.path)
+    results.show(journal)
     log.info("report: %s", place.path / "report.html")
-    return outcome.last_loss(journal)
+    return results.last_loss(journal)
 
 
 def _constant_until(config: dict[str, Any], plan: Plan | None, steps: int) -> int | None:
@@ -264,18 +260,18 @@ def _constant_until(config: dict[str, Any], plan: Plan | None, steps: int) -> in
     return (steps - down) or None
 
 
-def _drafter(config: dict[str, Any], found: assembly.Data, model: torch.nn.Module, new: bool) -> Drafter:
+def _drafter(config: dict[str, Any], found: rows_module.Data, model: torch.nn.Module, new: bool) -> Drafter:
     """The drafter as it is before a run's first step: calibrated on its rows, or as an earlier run left it."""
-    drafter: Drafter = assembly.instantiate(config["drafter"])(model=model)
+    drafter: Drafter = instantiate(config["drafter"])(model=model)
     if new and config["target"]["draft"] is not None:
         drafter_io.fill(drafter, drafter_io.folder_of(config["target"]["draft"]))
     elif new:
-        drafter.calibrate(lambda: assembly.token_counts(found, model.config.get_text_config().vocab_size))  # type: ignore[operator, union-attr]
+        drafter.calibrate(lambda: rows_module.token_counts(found, model.config.get_text_config().vocab_size))  # type: ignore[operator, union-attr]
     return drafter
 
 
 def _read_states(
-    module: FineTune, config: dict[str, Any], base: Base, tuned: assembly.Tuned | None, found: assembly.Data, dtype: torch.dtype,
+    module: FineTune, config: dict[str, Any], base: Base, tuned: trained_module.Tuned | None, found: rows_module.Data, dtype: torch.dtype,
     device: torch.device,
 ) -> None:  # fmt: skip
     """Let a drafter learn from its target's states on disk, which are made first where they are missing."""
@@ -283,14 +279,14 @@ def _read_states(
     assert module.drafter is not None
     assert found.train is not None
     loss, width = module.loss, base.config.get_text_config().hidden_size
-    key = features.key_of(base, dtype, None if tuned is None else tuned.saved, found.keys["train"], module.drafter.layers)
-    loss.states = features.prepared(
+    key = hidden_states.key_of(base, dtype, None if tuned is None else tuned.saved, found.keys["train"], module.drafter.layers)
+    loss.states = hidden_states.prepared(
         Path(config["target"]["features"]).expanduser(), key, found.train, lambda batch: loss.forward(batch)[:2], width,
         base.tokenizer.pad_token_id, config["batch_size"], device,
     ).states  # fmt: skip
 
 
-def _calibration(found: assembly.Data, plan: Plan | None) -> Iterator[dict[str, torch.Tensor]]:
+def _calibration(found: rows_module.Data, plan: Plan | None) -> Iterator[dict[str, torch.Tensor]]:
     """The run's first micro-batches as transformers' models take them, for adapters that are computed from data."""
     if plan is None:
         raise DataError("this initialisation reads training data beforehand, which task.streaming=true does not allow")
@@ -305,7 +301,7 @@ def _calibration(found: assembly.Data, plan: Plan | None) -> Iterator[dict[str, 
 
 
 def _calibrate(
-    module: FineTune, penalty: DensityDEFT, found: assembly.Data, plan: Plan | None, device: torch.device, journal: Journal
+    module: FineTune, penalty: DensityDEFT, found: rows_module.Data, plan: Plan | None, device: torch.device, journal: Journal
 ) -> None:
     """Let the penalty measure on the run's first micro-batches, the same on every rank, what it keeps from then on."""
     if plan is not None and found.train is not None:
@@ -324,7 +320,7 @@ def _prompts(config: dict[str, Any]) -> int:
 
 def _loggers(config: dict[str, Any], place: RunFolder, record: dict[str, Any]) -> list[Any]:
     start = record["starts"][-1] | {"number": len(record["starts"])}
-    made = [assembly.instantiate(node) for node in config["logger"].values() if node is not None]
+    made = [instantiate(node) for node in config["logger"].values() if node is not None]
     loggers = [make(folder=place.path, run_id=record["id"], name=config["name"], config=config, start=start) for make in made]
     return [logger for logger in loggers if logger is not None]
 
@@ -332,7 +328,7 @@ def _loggers(config: dict[str, Any], place: RunFolder, record: dict[str, Any]) -
 def _callbacks(config: dict[str, Any], context: Context) -> list[lightning.Callback]:
     """In their order at the end of a step: metrics, evaluation, what decides to cool down and stop, what saves, what shows."""
     nodes = config["callbacks"]
-    made = {name: assembly.instantiate(node)(context) for name, node in nodes.items() if node is not None}
+    made = {name: instantiate(node)(context) for name, node in nodes.items() if node is not None}
     every = nodes["progress"]["every"] if nodes.get("progress") else 1
     before = [made.pop(name) for name in ("evaluation", "averaging", "cooldown") if name in made]
     free = [ScheduleFree()] if schedule_free(config) else []  # first: what comes behind it sees the average
@@ -340,7 +336,7 @@ def _callbacks(config: dict[str, Any], context: Context) -> list[lightning.Callb
 
 
 def _loader(
-    config: dict[str, Any], found: assembly.Data, plan: Plan | None, steps: int, done: int, lightning_: lightning.Trainer
+    config: dict[str, Any], found: rows_module.Data, plan: Plan | None, steps: int, done: int, lightning_: lightning.Trainer
 ) -> DataLoader:
     pinned = lightning_.strategy.root_device.type == "cuda"
     rank, ranks = lightning_.global_rank, lightning_.world_size
@@ -364,7 +360,7 @@ def _evaluate_only(lightning_: lightning.Trainer, module: FineTune) -> None:
 def _say_why_it_ended(context: Context, module: FineTune) -> None:
     context.journal.write_csv()
     if context.signals.received is not None:
-        raise requeue.Stopped(context.signals.received, context.folder.path, module.step, progress.planned(context.steps))
+        raise slurm_job.Stopped(context.signals.received, context.folder.path, module.step, progress.planned(context.steps))
     if context.stopped is not None:
         log.info("stopped after step %d%s: %s", module.step, progress.of(context.steps), context.stopped)
     elif module.step != context.steps:

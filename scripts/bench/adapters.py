@@ -43,9 +43,11 @@ def loaded(options: dict[str, Any]) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from trainer import assembly, config
+    from trainer.assembly import quiet
+    from trainer.assembly.build import instantiate
+    from trainer.config import compose
 
-    assembly.quiet()
+    quiet.quiet()
     dtype = getattr(torch, options["dtype"])
     if options["shape"] is not None:
         settings = LlamaConfig(vocab_size=32000, tie_word_embeddings=True, **SHAPES[options["shape"]])
@@ -54,8 +56,8 @@ def loaded(options: dict[str, Any]) -> Any:
             model = LlamaForCausalLM(settings)
             torch.set_default_dtype(torch.float32)
         return model
-    plain: Any = OmegaConf.to_container(config.compose([f"base={options['base']}", "task=viggo", "task.path=x"]), resolve=True)
-    return assembly.instantiate(plain["base"]).load(dtype, device=torch.device(options["device"]))
+    plain: Any = OmegaConf.to_container(compose.compose([f"base={options['base']}", "task=viggo", "task.path=x"]), resolve=True)
+    return instantiate(plain["base"]).load(dtype, device=torch.device(options["device"]))
 
 
 def adapted(method: str, model: Any, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -65,7 +67,8 @@ def adapted(method: str, model: Any, options: dict[str, Any]) -> tuple[Any, Any]
     from adapters import mask
     from adapters.delta import Start, features, targets
     from adapters.sparse import layers
-    from trainer import assembly, config
+    from trainer.assembly.build import instantiate
+    from trainer.config import compose
 
     found = [features(linear) for _, linear in targets(model, "all-linear")]
     rank = options["rank"]
@@ -77,8 +80,8 @@ def adapted(method: str, model: Any, options: dict[str, Any]) -> tuple[Any, Any]
     }
     if method in ours:
         extra = [] if method == "lora" else ["adapter.mask=random", f"adapter.gradient={options['gradient']}"]
-        plain: Any = OmegaConf.to_container(config.compose([*ours[method], *extra, "task=viggo", "task.path=x"]), resolve=True)
-        adapter = assembly.instantiate(plain["adapter"])
+        plain: Any = OmegaConf.to_container(compose.compose([*ours[method], *extra, "task=viggo", "task.path=x"]), resolve=True)
+        adapter = instantiate(plain["adapter"])
         model = adapter.attach(model, Start(steps=1000))
         for name, layer in layers(model):
             assert len(layer.delta.indices) == mask.entries(layer.delta.o, layer.delta.i, adapter.density, name)  # type: ignore[arg-type]
@@ -114,8 +117,8 @@ def measured(method: str, options: dict[str, Any]) -> dict[str, Any]:
     """Seconds of each step, and the peak memory above the loaded model."""
     import torch
 
-    from trainer import allocator, fused
-    from trainer.losses import CausalLoss
+    from trainer.models.losses import CausalLoss
+    from trainer.speed import fused, malloc
 
     torch.manual_seed(0)
     cuda = options["device"] == "cuda"
@@ -126,7 +129,7 @@ def measured(method: str, options: dict[str, Any]) -> dict[str, Any]:
         else int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
     )
     if options["fused"] and not method.startswith("peft_"):
-        allocator.keep_freed()
+        malloc.keep_freed()
         fused.fuse(model)
     model, adapter = adapted(method, model, options)
     model.train()

@@ -175,19 +175,20 @@ def main() -> int:
         return 2
     import torch
 
-    from trainer import assembly
+    from trainer.assembly import quiet
+    from trainer.assembly.chosen_drafter import drafter_of
+    from trainer.assembly.trained import trained
     from trainer.decoding import trees
     from trainer.drafters import Drafter, Target
-    from trainer.generate import drafter_of
-    from trainer.speculate import asked
+    from trainer.evaluation.decode_ways import asked
 
-    assembly.quiet()
+    quiet.quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shapes = {"chain": trees.chain(options["chain"]), "tree": trees.eagle2(options["top_k"], options["depth"], options["tree"])}
     rows: list[dict[str, Any]] = []
     for place, path in enumerate(options["runs"]):
         for dtype in options["dtypes"]:
-            found = assembly.trained(path, device, exact=dtype == "fp32")
+            found = trained(path, device, exact=dtype == "fp32")
             prompts, stops = asked({"heldout": options["prompts"]}, found)
             ids, target = [torch.tensor(prompt, device=device) for prompt in prompts], Target(found.model)
             names = ["run", *(["plain", *options["untrained"]] if place == 0 else [])]

@@ -6,11 +6,11 @@
 Both start from the same weights and train on the same batches of random tokens with the same AdamW. `supervised` is the share of each
 row, its end, that is trained. Each side in a process of its own, in turn; the ratios are of pairs. Sides:
 
-    ours    objective=distill: trainer.distill.DraftLoss with the program's settings
+    ours    objective=distill: trainer.training.distill.DraftLoss with the program's settings
     plain   the same forward passes, then softmax over the teacher's logits of all positions (eagle3), logits of all positions for each
             offset, and the loss by autograd: cross-entropy with the teacher's distribution renormalised over the draft vocabulary (eagle3),
             or with the tokens (medusa)
-    kept    plain with the program's setting of malloc (trainer.allocator), which is no part of the method
+    kept    plain with the program's setting of malloc (trainer.speed.malloc), which is no part of the method
 
 plain counts the best guess that is right, and nothing else; ours also counts the five best, acceptance and runs of right guesses.
 A step is forward, backward and optimiser; the first is left out. Loss is the mean of all steps', which must agree.
@@ -44,9 +44,12 @@ def prepared(options: dict[str, Any], drafter: str) -> tuple[Any, Any, dict[str,
     """(model, drafter, config) with the frozen target on its device."""
     import torch
 
-    from trainer import assembly, config, precision
+    from trainer.assembly import quiet
+    from trainer.assembly.build import instantiate
+    from trainer.config import compose
+    from trainer.models import precision
 
-    assembly.quiet()
+    quiet.quiet()
     own = [word for word in options["extra"] if not word.startswith("drafter.") or drafter == "eagle3"]
     words = [
         f"base={options['base']}",
@@ -55,12 +58,12 @@ def prepared(options: dict[str, Any], drafter: str) -> tuple[Any, Any, dict[str,
         "objective=distill",
         f"precision={options['precision']}",
     ]
-    plain: Any = OmegaConf.to_container(config.compose([*words, "task.path=x", *own]), resolve=True)
+    plain: Any = OmegaConf.to_container(compose.compose([*words, "task.path=x", *own]), resolve=True)
     device = torch.device(options["device"])
     dtype, _, _ = precision.compute(plain["precision"], plain["base"]["dtype"], False, device.type == "cuda")
     torch.manual_seed(plain["seed"])
-    model = assembly.instantiate(plain["base"]).load(dtype, None, device).eval().requires_grad_(False)
-    made = assembly.instantiate(plain["drafter"])(model=model).to(device).train()
+    model = instantiate(plain["base"]).load(dtype, None, device).eval().requires_grad_(False)
+    made = instantiate(plain["drafter"])(model=model).to(device).train()
     vocabulary = model.get_output_embeddings().weight.shape[0]
     made.calibrate(lambda: 10**12 // torch.arange(1, vocabulary + 1) ** 2)  # the draft vocabulary is of the smallest ids
     return model, made, plain
@@ -89,8 +92,8 @@ class Plain:
     """The drafter's loss with all logits."""
 
     def __init__(self, model: Any, drafter: Any):
-        from trainer.distill import DraftLoss
         from trainer.drafters import Target
+        from trainer.training.distill import DraftLoss
 
         self.target = Target(model)
         self.drafter = drafter
@@ -144,13 +147,13 @@ def case(options: dict[str, Any], side: str, drafter: str, share: float) -> dict
 
     torch.set_num_threads(options["threads"])
     if side != "plain":
-        from trainer.allocator import keep_freed
+        from trainer.speed.malloc import keep_freed
 
         keep_freed()  # as the program does
     model, made, plain = prepared(options, drafter)
     if side == "ours":
-        from trainer.distill import DraftLoss
         from trainer.drafters import Target
+        from trainer.training.distill import DraftLoss
 
         loss_of: Any = DraftLoss(model, plain["objective"]["logits_chunk"], made, Target(model))
     else:

@@ -8,7 +8,7 @@ Random Llama-shaped weights with tied embeddings, LoRA on all linear layers, Ada
 process of its own. First the length grows at one vocabulary, then the vocabulary at one length. Ways:
 
     full        peft.get_peft_model, model(input_ids, labels=...): logits of all positions
-    ours        our LoRA, fused, and trainer.losses.CausalLoss as a run has it: the larger the vocabulary, the fewer positions' logits at once
+    ours        our LoRA, fused, and trainer.models.losses.CausalLoss as a run has it: the larger the vocabulary, the fewer positions' logits at once
     ours_fixed  the same with objective.logits_chunk = `chunk`
 
 Columns: processor and wall seconds of a step (the median, first of all left out; no further one is begun after `seconds`), and the peak
@@ -112,15 +112,16 @@ def case(options: dict[str, Any], way: str, length: int, vocabulary: int) -> dic
 
     else:
         from adapters.delta import Start
-        from trainer import allocator, assembly, fused
-        from trainer.config import compose
-        from trainer.losses import CausalLoss
+        from trainer.assembly.build import instantiate
+        from trainer.config.compose import compose
+        from trainer.models.losses import CausalLoss
+        from trainer.speed import fused, malloc
 
         words = [f"adapter.rank={options['rank']}", f"adapter.alpha={2 * options['rank']}", "task.path=x"]
         plain: Any = OmegaConf.to_container(compose(words), resolve=True)
-        allocator.keep_freed()
+        malloc.keep_freed()
         fused.fuse(model)
-        model = assembly.instantiate(plain["adapter"]).attach(model, Start()).train()
+        model = instantiate(plain["adapter"]).attach(model, Start()).train()
         counted = CausalLoss(model, options["chunk"] if way == "ours_fixed" else None)
 
         def loss_of(batch: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ backward down to those states, as the main loss and a drafter's offsets ask for 
 same in each dtype, rounded to bf16 before. Ways:
 
     materialised   every head's logits, then F.cross_entropy(logits.float())
-    ours_C         trainer.losses.chunked_predictions with chunks of C positions; it also says which guesses were right
+    ours_C         trainer.models.losses.chunked_predictions with chunks of C positions; it also says which guesses were right
     torch_C        F.linear_cross_entropy(reduction="mean") with LinearCrossEntropyOptions(batch_chunk_size=C)
     torch_auto     the same with the chunk that torch chooses
     torch_none_C   reduction="none", and the mean in fp32
@@ -83,7 +83,7 @@ def means(way: str, hidden: Any, weight: Any, targets: Any) -> list[Any]:
     import torch
     from torch.nn import functional as F
 
-    from trainer.losses import chunked_predictions
+    from trainer.models.losses import chunked_predictions
 
     name, _, chunk = way.rpartition("_")
     pairs = list(zip(hidden, targets, strict=True))

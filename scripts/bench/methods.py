@@ -71,12 +71,13 @@ def adapter(method: str, options: dict[str, Any], density: float, steps: int) ->
 def density_of(options: dict[str, Any]) -> float:
     """The density at which a sparse delta has as many values as a LoRA of `rank` has parameters."""
     from adapters.delta import features, targets
-    from trainer import assembly, config
+    from trainer.assembly.build import instantiate
+    from trainer.config import compose
 
     plain: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
-        config.compose([f"base={options['base']}", "task=viggo", "task.path=x"]), resolve=True
+        compose.compose([f"base={options['base']}", "task=viggo", "task.path=x"]), resolve=True
     )
-    found = [features(linear) for _, linear in targets(assembly.instantiate(plain["base"]).skeleton(), "all-linear")]
+    found = [features(linear) for _, linear in targets(instantiate(plain["base"]).skeleton(), "all-linear")]
     return options["rank"] * sum(i + o for i, o in found) / sum(i * o for i, o in found)
 
 

@@ -53,14 +53,17 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
 
 def prepared(options: dict[str, Any], masks: bool = False) -> tuple[dict[str, Any], Any, Any, list[dict[str, Any]]]:
     """(config, base, dtype, the run's batches) for the loops that are not the program."""
-    from trainer import assembly, config
-    from trainer.precision import compute
+    from trainer.assembly import quiet
+    from trainer.assembly import rows as rows_module
+    from trainer.assembly.build import instantiate
+    from trainer.config import compose
+    from trainer.models.precision import compute
 
-    assembly.quiet()
-    plain: dict[str, Any] = OmegaConf.to_container(config.compose(overrides(options)), resolve=True)  # type: ignore[assignment]
-    base = assembly.instantiate(plain["base"])
-    found = assembly.tokenised(plain, base, assembly.instantiate(plain["task"]))
-    plan = assembly.plan(plain, found, 1)
+    quiet.quiet()
+    plain: dict[str, Any] = OmegaConf.to_container(compose.compose(overrides(options)), resolve=True)  # type: ignore[assignment]
+    base = instantiate(plain["base"])
+    found = rows_module.tokenised(plain, base, instantiate(plain["task"]))
+    plan = rows_module.plan(plain, found, 1)
     found.collate.labelled = masks  # which makes attention masks too
     assert found.train is not None
     picks = [batch for step in range(options["steps"]) for batch in plan.micro_batches(step)]
@@ -74,12 +77,12 @@ def bare(options: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from adapters.delta import Start
-    from trainer import assembly
-    from trainer.losses import CausalLoss
+    from trainer.assembly.build import instantiate
+    from trainer.models.losses import CausalLoss
 
     plain, base, dtype, batches = prepared(options)
     torch.manual_seed(plain["seed"])
-    model = assembly.instantiate(plain["adapter"]).attach(base.load(dtype), Start()).train()
+    model = instantiate(plain["adapter"]).attach(base.load(dtype), Start()).train()
     loss_of = CausalLoss(model, plain["objective"]["logits_chunk"])
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=plain["optimizer"]["lr"], weight_decay=0.0, fused=True)

@@ -135,14 +135,19 @@ def overrides(options: dict[str, Any], file: str) -> list[str]:
 
 def ours(options: dict[str, Any], file: str, stages: Stages | None = None) -> dict[str, Any]:
     """Preflight of the rows, without printing. {seconds, cpu_seconds, rows, tokens, and the stages' if they are watched}."""
-    from trainer import assembly, config, data, preflight
-    from trainer.tokens import Renderer
+    from trainer.assembly import quiet
+    from trainer.assembly import rows as rows_module
+    from trainer.assembly.build import instantiate
+    from trainer.config import compose
+    from trainer.data import rows as data_rows
+    from trainer.data.render import Renderer
+    from trainer.session.inspect import inspect
 
-    assembly.quiet()
+    quiet.quiet()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    plain: dict[str, Any] = OmegaConf.to_container(config.compose(overrides(options, file)), resolve=True)  # type: ignore[assignment]
-    base = assembly.instantiate(plain["base"])
-    adapter = assembly.instantiate(plain["adapter"])
+    plain: dict[str, Any] = OmegaConf.to_container(compose.compose(overrides(options, file)), resolve=True)  # type: ignore[assignment]
+    base = instantiate(plain["base"])
+    adapter = instantiate(plain["adapter"])
     base.tokenizer("loaded")
     base.skeleton(None)
     watch = stages or Stages()
@@ -152,19 +157,19 @@ def ours(options: dict[str, Any], file: str, stages: Stages | None = None) -> di
         for owner, method, name, wrap in (
             (SFT, "examples", "read", watch.each), (Renderer, "_jinja", "render", watch.watched),
             (Renderer, "_spans", "render", watch.watched), (Renderer, "_encode", "tokenise", watch.watched),
-            (Renderer, "_aligned", "mask", watch.watched), (data, "take", "count", watch.watched),
-            (data, "_write", "write", watch.watched),
+            (Renderer, "_aligned", "mask", watch.watched), (data_rows, "take", "count", watch.watched),
+            (data_rows, "_write", "write", watch.watched),
         ):  # fmt: skip
             setattr(owner, method, wrap(name, getattr(owner, method)))
     started = time.perf_counter(), time.process_time()
     with watch.within("read"):
-        task = assembly.instantiate(plain["task"])
+        task = instantiate(plain["task"])
     with watch.within("rest"):
-        found = assembly.tokenised(plain, base, task)
+        found = rows_module.tokenised(plain, base, task)
     with watch.within("plan"):
-        plan = assembly.plan(plain, found, 1)
+        plan = rows_module.plan(plain, found, 1)
     with watch.within("check"):
-        result = preflight.inspect(plain, base, adapter, found, plan, plan.steps(None, None), Path(file).parent)
+        result = inspect(plain, base, adapter, found, plan, plan.steps(None, None), Path(file).parent)
     wall, processor = time.perf_counter() - started[0], time.process_time() - started[1]
     if result["errors"]:
         raise SystemExit("\n".join(result["errors"]))
@@ -178,12 +183,14 @@ def plain(options: dict[str, Any], file: str, way: str) -> dict[str, Any]:
     """What `ours` tells, of datasets.map; `encode` without even that."""
     import datasets
 
-    from trainer import assembly, config
+    from trainer.assembly import quiet
+    from trainer.assembly.build import instantiate
+    from trainer.config import compose
 
-    assembly.quiet()
+    quiet.quiet()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    found: dict[str, Any] = OmegaConf.to_container(config.compose(overrides(options, file)), resolve=True)  # type: ignore[assignment]
-    tokenizer = assembly.instantiate(found["base"]).tokenizer
+    found: dict[str, Any] = OmegaConf.to_container(compose.compose(overrides(options, file)), resolve=True)  # type: ignore[assignment]
+    tokenizer = instantiate(found["base"]).tokenizer
     tokenizer.apply_chat_template([{"role": "user", "content": "loaded"}], tokenize=True)
 
     def row(one: dict[str, Any]) -> dict[str, Any]:
@@ -244,10 +251,10 @@ def worker(options: dict[str, Any], way: str, folder: str) -> None:
 
     file = f"{folder}/rows.jsonl"
     if way in ("cold", "warm", "stages"):
-        from trainer import data
+        from trainer.data import rows as data_rows
 
         cache = Path(os.environ["GRAFT_CACHE_TOKENS"])
-        data.wheel = type("Cache", (), {"cache_dir": staticmethod(lambda: cache), "sha256": staticmethod(wheel.sha256)})  # type: ignore[assignment]
+        data_rows.wheel = type("Cache", (), {"cache_dir": staticmethod(lambda: cache), "sha256": staticmethod(wheel.sha256)})  # type: ignore[assignment]
         result = ours(options, file, Stages() if way == "stages" else None)
     else:
         result = plain(options, file, way)

@@ -31,22 +31,26 @@ def prepared(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     import torch
 
     from adapters.delta import Start
-    from trainer import allocator, assembly, config, fused, liger, precision
+    from trainer.assembly import quiet
+    from trainer.assembly.build import instantiate
+    from trainer.config import compose
+    from trainer.models import precision
+    from trainer.speed import fused, liger, malloc
 
-    assembly.quiet()
+    quiet.quiet()
     words = [f"base={options['base']}", "task=completion", "task.path=x", *options["overrides"]]
-    plain: Any = OmegaConf.to_container(config.compose(words), resolve=True)
+    plain: Any = OmegaConf.to_container(compose.compose(words), resolve=True)
     device = torch.device(options["device"])
-    described, adapter = assembly.instantiate(plain["base"]), assembly.instantiate(plain["adapter"])
+    described, adapter = instantiate(plain["base"]), instantiate(plain["adapter"])
     dtype, _, _ = precision.compute(plain["precision"], plain["base"]["dtype"], False, device.type == "cuda")
     torch.manual_seed(plain["seed"])
     model = described.load(dtype, None, device)
     if plain["fused"]:
-        allocator.keep_freed()
+        malloc.keep_freed()
         print(f"fused: {liger.put_in(model) if plain['fused'] == 'liger' else fused.fuse(model)}")
     model = adapter.attach(model, Start())
-    module = assembly.instantiate(plain["objective"])(
-        model=model, adapter=adapter, optimizer=assembly.instantiate(plain["optimizer"]), schedule=lambda *_, **__: 1.0, steps=1,
+    module = instantiate(plain["objective"])(
+        model=model, adapter=adapter, optimizer=instantiate(plain["optimizer"]), schedule=lambda *_, **__: 1.0, steps=1,
         labelled=False, accumulate=1, seed=0,
     )  # fmt: skip
     B, T = options["batch_size"], options["length"]

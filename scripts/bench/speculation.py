@@ -51,16 +51,19 @@ def costs(options: dict[str, Any]) -> dict[str, Any]:
     """Median milliseconds of a pass over so many new tokens, of a chain and of siblings."""
     import torch
 
-    from trainer import assembly, config, precision
+    from trainer.assembly import quiet
+    from trainer.assembly.build import instantiate
+    from trainer.config import compose
     from trainer.decoding.calibration import verifying
     from trainer.drafters import Target
+    from trainer.models import precision
 
-    assembly.quiet()
+    quiet.quiet()
     plain: Any = OmegaConf.to_container(
-        config.compose([f"base={options['base']}", "task=sft", "task.path=x", *options["overrides"]]), resolve=True
+        compose.compose([f"base={options['base']}", "task=sft", "task.path=x", *options["overrides"]]), resolve=True
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    described = assembly.instantiate(plain["base"])
+    described = instantiate(plain["base"])
     dtype, _, _ = precision.compute(plain["precision"], plain["base"]["dtype"], False, device.type == "cuda")
     target = Target(described.load(dtype, None, device).eval())
     vocabulary = target.config.vocab_size

@@ -187,16 +187,18 @@ def program(options: dict[str, Any], folder: str, rows: Path, runs: str) -> list
 
 def described(options: dict[str, Any]) -> tuple[str, str]:
     """(folder of the base, the dtype that `precision` gives it)."""
-    from trainer import assembly, config, precision
+    from trainer.assembly.build import instantiate
+    from trainer.config import compose
+    from trainer.models import precision
 
     plain: Any = OmegaConf.to_container(
-        config.compose([f"base={options['base']}", "task=sft", "task.path=x", f"precision={options['precision']}"]),
+        compose.compose([f"base={options['base']}", "task=sft", "task.path=x", f"precision={options['precision']}"]),
         resolve=True,
     )
     import torch
 
     dtype, _, _ = precision.compute(plain["precision"], plain["base"]["dtype"], False, torch.cuda.is_available())
-    return assembly.instantiate(plain["base"]).path, str(dtype).removeprefix("torch.")
+    return instantiate(plain["base"]).path, str(dtype).removeprefix("torch.")
 
 
 def medians(results: list[dict[str, Any]], key: str = "wall") -> dict[str, float]:

@@ -109,22 +109,25 @@ def prepare(options: dict[str, Any], work: Path) -> None:
     import torch
 
     from adapters.delta import Start
-    from trainer import assembly, config
-    from trainer.precision import compute
+    from trainer.assembly import quiet
+    from trainer.assembly import rows as rows_module
+    from trainer.assembly.build import instantiate
+    from trainer.config import compose
+    from trainer.models.precision import compute
 
-    assembly.quiet()
+    quiet.quiet()
     work.mkdir(parents=True, exist_ok=True)
     if options["shape"]:
         random_llama(options, work.parent / llama_name(options))
     (work / "text.jsonl").write_text("\n", "utf-8")  # composing asks for no more than the name
-    plain: dict[str, Any] = OmegaConf.to_container(config.compose(overrides(options, work)), resolve=True)  # type: ignore[assignment]
-    base = assembly.instantiate(plain["base"])
+    plain: dict[str, Any] = OmegaConf.to_container(compose.compose(overrides(options, work)), resolve=True)  # type: ignore[assignment]
+    base = instantiate(plain["base"])
     if options["data"] == "packed":
         rows = texts(base.tokenizer, options["length"])
         (work / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows), "utf-8")
-    found = assembly.tokenised(plain, base, assembly.instantiate(plain["task"]))
+    found = rows_module.tokenised(plain, base, instantiate(plain["task"]))
     assert found.train is not None
-    plan = assembly.plan(plain, found, 1)
+    plan = rows_module.plan(plain, found, 1)
     steps = []
     for step in range(options["steps"]):
         (picks,) = plan.micro_batches(step)
@@ -139,7 +142,7 @@ def prepare(options: dict[str, Any], work: Path) -> None:
     dtype, _, precision = compute(plain["precision"], "auto", False, options["device"] == "cuda")
     model = base.load(dtype, device=torch.device(options["device"]))
     lightning.seed_everything(options["seed"], verbose=False)  # as trainer.run does before it attaches the adapter
-    adapter = assembly.instantiate(plain["adapter"])
+    adapter = instantiate(plain["adapter"])
     adapter.save(adapter.attach(model, Start(steps=options["steps"])), work / "start", base.path, "CAUSAL_LM")
     spec = {
         "model": str(Path(base.path).resolve()), "rows": str(work / "rows.json"), "start": str(work / "start/adapter_model.safetensors"),
@@ -180,9 +183,10 @@ def random_llama(options: dict[str, Any], folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from scripts.bench.adapters import SHAPES
-    from trainer import assembly, config
+    from trainer.assembly.build import instantiate
+    from trainer.config import compose
 
-    plain: Any = OmegaConf.to_container(config.compose(["base=tiny", "task=viggo", "task.path=x"]), resolve=True)
+    plain: Any = OmegaConf.to_container(compose.compose(["base=tiny", "task=viggo", "task.path=x"]), resolve=True)
     sizes: Any = SHAPES[options["shape"]]
     settings = LlamaConfig(
         vocab_size=options["vocabulary"], tie_word_embeddings=True, max_position_embeddings=8192, pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -194,7 +198,7 @@ def random_llama(options: dict[str, Any], folder: Path) -> None:
         model = LlamaForCausalLM(settings)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
-    assembly.instantiate(plain["base"]).tokenizer.save_pretrained(folder)
+    instantiate(plain["base"]).tokenizer.save_pretrained(folder)
     (folder / "done").touch()
 
 

@@ -96,14 +96,14 @@ def words(place: Place, case: str, name: str, *more: str) -> list[str]:
 
 def small_shards() -> None:
     """Cache features in several shards. Must be called in a child."""
-    from trainer import features
+    from trainer.data import hidden_states
 
-    whole = features.prepared
+    whole = hidden_states.prepared
 
     def prepared(*given: Any, **named: Any) -> Any:
         return whole(*given, **named | {"shard_bytes": SHARD})
 
-    features.prepared = prepared
+    hidden_states.prepared = prepared
 
 
 def start(
@@ -199,7 +199,7 @@ def is_done(place: Place, case: str, name: str) -> bool:
 
 def outcome(place: Place, case: str, name: str) -> dict[str, Any]:
     """Digests of all weights that a run leaves, and of every number and text it logged but times."""
-    from trainer import journal
+    from trainer.storage import journal
 
     if case == "respond":
         folder = place.path / "answers" / name
@@ -235,9 +235,9 @@ def same(place: Place, case: str, name: str) -> dict[str, Any]:
 
 def lost(place: Place, name: str) -> int:
     """Steps that a run which was just ended has logged and not saved."""
-    from trainer import checkpoint, journal
+    from trainer.storage import checkpoints, journal
 
     run = place.runs / name
     logged = [row["step"] for row in journal.read(run / "metrics.jsonl") if row["kind"] == "step"]
-    saved = checkpoint.complete(run / "checkpoints")
+    saved = checkpoints.complete(run / "checkpoints")
     return max(logged, default=0) - (int(saved[-1].stem[5:]) if saved else 0)

@@ -55,9 +55,9 @@ def manifest(place: Place, name: str) -> list[Path]:
 
 def every(place: Place, name: str) -> list[Path]:
     """All checkpoints."""
-    from trainer import checkpoint
+    from trainer.storage import checkpoints
 
-    return checkpoint.complete(place.runs / name / "checkpoints")
+    return checkpoints.complete(place.runs / name / "checkpoints")
 
 
 def tokens(place: Place, name: str) -> list[Path]:

@@ -32,7 +32,7 @@ def inject(place: Place, ledger: Ledger) -> None:
 
 def one(place: Place, ledger: Ledger, case: str, fault: Callable[[Path], None]) -> None:
     """Fill a run's disk, hold what it says against what it should, free the space, let it go on, and compare."""
-    from trainer import checkpoint
+    from trainer.storage import checkpoints
 
     told = fault.__doc__ or ""
     cases.reference(place, case)
@@ -43,8 +43,8 @@ def one(place: Place, ledger: Ledger, case: str, fault: Callable[[Path], None]) 
         with mounted(run):
             child = cases.start(place, case, name, before=lambda: fault(run))
             code, gone = child.wait(), cases.lost(place, name)
-            saved = checkpoint.complete(run / "checkpoints")
-            intact = bool(saved) and checkpoint.fault(saved[-1]) is None
+            saved = checkpoints.complete(run / "checkpoints")
+            intact = bool(saved) and checkpoints.fault(saved[-1]) is None
             said = child.told("disk is full")
             (run / "filler").unlink(missing_ok=True)
             cases.finish(cases.start(place, case, name))
@@ -87,7 +87,7 @@ def fill(folder: Path) -> None:
 
 def before_save(run: Path) -> None:
     """the disk is full when a save begins"""
-    from trainer.processes import AtomicCheckpointIO
+    from trainer.training.lightning_trainer import AtomicCheckpointIO
 
     whole = AtomicCheckpointIO.save_checkpoint
 
@@ -113,7 +113,7 @@ def within_save(run: Path) -> None:
 
 def before_log(run: Path) -> None:
     """the disk is full when a step is logged"""
-    from trainer import journal
+    from trainer.storage import journal
 
     whole = journal._append
 

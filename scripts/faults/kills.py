@@ -59,7 +59,7 @@ def control(place: Place, ledger: Ledger) -> None:
 
 def other_draws() -> None:
     """Draw dropout by another seed. Must be called in a child."""
-    from trainer import finetune
+    from trainer.training import finetune
 
     whole = finetune.reseed
     finetune.reseed = lambda seed, *given: whole(seed + 1, *given)

@@ -15,7 +15,7 @@ STEP, MARGIN, ASKED = 10, 64 << 20, 512 << 20  # bytes over what is in use, and 
 
 def inject(place: Place, ledger: Ledger) -> None:
     """An allocation that fails, in a step of each kind; the run goes on where there is memory."""
-    from trainer import checkpoint
+    from trainer.storage import checkpoints
 
     for case, fault in (("lora", by_torch), ("spiel", by_torch), ("eagle3", by_torch), ("lora", by_python)):
         told = fault.__doc__ or ""
@@ -25,8 +25,8 @@ def inject(place: Place, ledger: Ledger) -> None:
         name = cases.anew(place, f"{case}-memory-{fault.__name__}")
         child = cases.start(place, case, name, before=fault)
         code, gone = child.wait(), cases.lost(place, name)
-        saved = checkpoint.complete(place.runs / name / "checkpoints")
-        intact = bool(saved) and checkpoint.fault(saved[-1]) is None
+        saved = checkpoints.complete(place.runs / name / "checkpoints")
+        intact = bool(saved) and checkpoints.fault(saved[-1]) is None
         said = child.told("out of memory")
         cases.finish(cases.start(place, case, name))
         same = all(cases.same(place, case, name).values())
@@ -47,7 +47,7 @@ def by_python() -> None:
 
 
 def _limited(ask: Callable[[], Any]) -> None:
-    from trainer.finetune import FineTune
+    from trainer.training.finetune import FineTune
 
     whole = FineTune.training_step
 

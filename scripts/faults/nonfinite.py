@@ -65,7 +65,7 @@ def ended(place: Place, ledger: Ledger, fault: str, limit: int) -> None:
 
 def skipped(place: Place, name: str) -> list[dict[str, Any]]:
     """What was written of the steps that were passed over."""
-    from trainer import journal
+    from trainer.storage import journal
 
     return [row for row in journal.read(place.runs / name / "metrics.jsonl") if row["kind"] == "skipped"]
 
@@ -92,7 +92,7 @@ def spoiling(steps: int) -> Callable[[], None]:
     """A patch that puts a NaN into the gradients of so many steps from STEP on."""
 
     def patch() -> None:
-        from trainer.finetune import FineTune
+        from trainer.training.finetune import FineTune
 
         whole = FineTune.on_after_backward
 
@@ -116,7 +116,7 @@ def idle(steps: int) -> Callable[[], None]:
     whatever they are."""
 
     def patch() -> None:
-        from trainer.finetune import FineTune
+        from trainer.training.finetune import FineTune
 
         whole = FineTune.configure_gradient_clipping
 

@@ -66,7 +66,7 @@ def _target(ending: str) -> Callable[..., bool]:
 
 def before_write() -> None:
     """Nothing of the save is on the disk."""
-    from trainer.processes import AtomicCheckpointIO
+    from trainer.training.lightning_trainer import AtomicCheckpointIO
 
     wrapped(AtomicCheckpointIO, "save_checkpoint", lambda self, content, path, *_: content["counters"]["step"] == SAVE)
 
@@ -114,9 +114,9 @@ def after_manifest() -> None:
 
 def between_removals() -> None:
     """An old checkpoint has lost its manifest and is still there."""
-    from trainer import checkpoint
+    from trainer.storage import checkpoints
 
-    whole = checkpoint.remove
+    whole = checkpoints.remove
 
     def half(path: Path) -> None:
         if path.with_suffix(".json").exists() and int(path.stem[5:]) >= EVERY:
@@ -124,12 +124,12 @@ def between_removals() -> None:
             die()
         whole(path)
 
-    checkpoint.remove = half
+    checkpoints.remove = half
 
 
 def mid_window() -> None:
     """Half of a step's gradients are there."""
-    from trainer.finetune import FineTune
+    from trainer.training.finetune import FineTune
 
     wrapped(
         FineTune,
@@ -140,7 +140,7 @@ def mid_window() -> None:
 
 def before_journal() -> None:
     """A step is done, and half of the line about it is written."""
-    from trainer import journal
+    from trainer.storage import journal
 
     whole = journal._append
 

@@ -115,6 +115,6 @@ def _members(pid: int) -> list[psutil.Process]:
 def _logged(run: os.PathLike[str]) -> int:
     from pathlib import Path
 
-    from trainer import journal
+    from trainer.storage import journal
 
     return max((row["step"] for row in journal.read(Path(run) / "metrics.jsonl") if row["kind"] == "step"), default=0)

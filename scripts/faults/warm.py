@@ -23,7 +23,7 @@ from typing import Any
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 IMPORTED = (
-    "trainer.run", "trainer.respond", "trainer.cooldown", "trainer.distill", "trainer.failures", "trainer.callbacks.averaging",
+    "trainer.run", "trainer.respond", "trainer.cooldown", "trainer.training.distill", "trainer.session.failures", "trainer.callbacks.averaging",
     "trainer.callbacks.cooldown", "trainer.callbacks.progress", "trainer.callbacks.checkpoints", "trainer.drafters.eagle3",
     "trainer.drafters.sequential", "trainer.schedules.cooldown", "adapters.lora", "adapters.rosa", "adapters.spiel", "tasks.sft", "torch._dynamo",
     "transformers.models.llama.modeling_llama", "peft", "safetensors.torch", "matplotlib.pyplot", "trainer.report",
@@ -170,8 +170,14 @@ def ran(module: str, arguments: list[str]) -> int:
 def note(marks: Marks) -> None:
     """Let this process tell what it is doing. Must be called in a child."""
     from adapters import rosa, spiel
-    from trainer import assembly, cooldown, data, features, finetune, outcome, processes, respond, rollout, run
+    from trainer import respond, run
+    from trainer.assembly import trained as trained_module
     from trainer.callbacks import checkpoints, evaluation
+    from trainer.data import hidden_states
+    from trainer.data import rows as rows_module
+    from trainer.evaluation import responses
+    from trainer.session import branches, results
+    from trainer.training import finetune, lightning_trainer
 
     def within(owner: Any, name: str, phase: str) -> None:
         whole = getattr(owner, name)
@@ -187,11 +193,11 @@ def note(marks: Marks) -> None:
         setattr(owner, name, noted)
 
     for owner, name, phase in (
-        (data, "tokenise", "tokenising"), (features, "write", "caching features"), (rosa.RoSAAdapter, "_settle", "making the mask"),
+        (rows_module, "tokenise", "tokenising"), (hidden_states, "write", "caching features"), (rosa.RoSAAdapter, "_settle", "making the mask"),
         (spiel.SpIEL, "_reselect", "reselecting"), (checkpoints.Checkpoints, "_prune", "saving"),
-        (processes.AtomicCheckpointIO, "save_checkpoint", "saving"), (evaluation.Evaluation, "run", "evaluating"),
-        (outcome, "save_adapter", "exporting"), (outcome, "save_drafter", "exporting"), (run.report, "write", "exporting"),
-        (respond, "_write", "regenerating"), (rollout, "respond", "regenerating"),
+        (lightning_trainer.AtomicCheckpointIO, "save_checkpoint", "saving"), (evaluation.Evaluation, "run", "evaluating"),
+        (results, "save_adapter", "exporting"), (results, "save_drafter", "exporting"), (run.report, "write", "exporting"),
+        (respond, "_write", "regenerating"), (responses, "respond", "regenerating"),
     ):  # fmt: skip
         within(owner, name, phase)
     whole = finetune.FineTune.on_train_batch_start
@@ -208,8 +214,8 @@ def note(marks: Marks) -> None:
             os._exit(ran(command[2], command[3:]))
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-    cooldown.finished = finished
-    assert assembly.data is data
+    branches.finished = finished
+    assert trained_module.data is rows_module
 
 
 def phase_of(module: Any) -> str:

@@ -29,7 +29,7 @@ from adapters.delta import (
 from adapters.full import Full, Nothing
 from adapters.lora import LoRA, LoRAAdapter
 from tests.adapters import toys
-from trainer.base import Base
+from trainer.models.base import Base
 
 
 def names(*arguments: Any) -> list[str]:

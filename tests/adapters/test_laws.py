@@ -20,7 +20,8 @@ from adapters.delta import Adapter, AdapterError, Start
 from adapters.peft_fields import config_class
 from tests.adapters import toys
 from tests.conftest import ROOT
-from trainer import assembly, config
+from trainer.assembly.build import instantiate
+from trainer.config import compose
 
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "adapter").glob("*.yaml"))
 STEPS = 3
@@ -73,12 +74,12 @@ class Case:
 
 @cache
 def node(name: str) -> Any:
-    group = config.compose([f"adapter={name}", "base=tiny", "task.path=rows.jsonl", *SETTINGS.get(name, [])])
+    group = compose.compose([f"adapter={name}", "base=tiny", "task.path=rows.jsonl", *SETTINGS.get(name, [])])
     return OmegaConf.to_container(group.adapter)
 
 
 def make(name: str, **changes: Any) -> Any:
-    return assembly.instantiate(node(name) | changes)
+    return instantiate(node(name) | changes)
 
 
 @pytest.fixture(scope="module")

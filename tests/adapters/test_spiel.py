@@ -15,7 +15,7 @@ from adapters import sparse
 from adapters.delta import AdapterError, Start
 from adapters.sparse import SparseDelta
 from adapters.spiel import SM3, Candidates, SpIEL, SpielAdamW
-from trainer.config import ConfigError
+from trainer.config.errors import ConfigError
 
 LR, BETAS, EPS = 0.05, (0.9, 0.99), 1e-8
 ADAM = {"lr": LR, "betas": BETAS, "eps": EPS}

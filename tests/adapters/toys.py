@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from adapters.lora import LoRAAdapter
-from trainer.base import Base
+from trainer.models.base import Base
 
 VOCABULARY = 64
 IDS = torch.randint(0, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(0))

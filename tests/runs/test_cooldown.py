@@ -15,18 +15,20 @@ import yaml
 
 from tasks.wheel import sha256
 from tests.runs.test_resume import PowerCut, cut_at, outcome
-from trainer import checkpoint, cooldown, journal
+from trainer import cooldown
 from trainer.callbacks.cooldown import CooldownTrigger
 from trainer.callbacks.metrics import Metrics
-from trainer.checkpoint import CheckpointError
-from trainer.folder import FolderError
 from trainer.schedules.cooldown import SHAPES
+from trainer.session import branches
+from trainer.storage import checkpoints, journal
+from trainer.storage.checkpoints import CheckpointError
+from trainer.storage.run_folder import FolderError
 
 CONSTANT = (
     "schedule=constant", "schedule.warmup=3", "batch_size=4", "callbacks.checkpoints.every=4", "callbacks.checkpoints.keep=null",
     "callbacks.evaluation.every=4", "max_epochs=null", "adapter.dropout=0.3",
 )  # fmt: skip
-OPTIONS = cooldown.KNOWN | {"shape": "1-sqrt", "final": "0"}
+OPTIONS = branches.KNOWN | {"shape": "1-sqrt", "final": "0"}
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def constant(train: Any, chats: Path) -> Path:
 
 def branched(train: Any, run: str, *more: str, **options: str) -> Path:
     """The run that the verb asks for, in this process."""
-    _, arguments = cooldown.arguments(OPTIONS | {"from": run} | options, list(more))
+    _, arguments = branches.arguments(OPTIONS | {"from": run} | options, list(more))
     return train(*(argument for argument in arguments if not argument.startswith("+experiment")))
 
 
@@ -62,7 +64,7 @@ def test_a_branch_that_does_not_fall_is_the_run_itself(train, chats, constant):
     assert outcome(branch)[1] == outcome(constant)[1]
     assert contents(constant) == before
     record = yaml.safe_load((branch / "run.yaml").read_text())
-    saved = checkpoint.path_of(constant / "checkpoints", 4)
+    saved = checkpoints.path_of(constant / "checkpoints", 4)
     assert record["parent"] == {
         "id": yaml.safe_load((constant / "run.yaml").read_text())["id"], "run": str(constant.resolve()), "step": 4, "sha256": sha256(saved),
     }  # fmt: skip
@@ -84,7 +86,7 @@ def test_a_branch_that_was_cut_off_goes_on(train, constant, monkeypatch):
         cut_at(patch, 13)
         with pytest.raises(PowerCut):
             branched(train, f"{constant}@8", steps="6", name="cut")
-    _, arguments = cooldown.arguments(OPTIONS | {"from": f"{constant}@8", "steps": "6", "name": "cut"}, [])
+    _, arguments = branches.arguments(OPTIONS | {"from": f"{constant}@8", "steps": "6", "name": "cut"}, [])
     found = outcome(train(*(a for a in arguments if not a.startswith("+experiment")), "resume=auto"))
     assert same(found[0], wanted[0])
     assert found[1] == wanted[1]
@@ -102,7 +104,7 @@ def test_a_branch_may_see_other_rows(train, chats, constant, caplog):
 def test_a_branch_with_other_settings_is_refused(train, constant):
     with pytest.raises(CheckpointError, match=r"optimizer.lr: 0.01 in the run, 0.5 now"):
         branched(train, f"{constant}@8", "optimizer.lr=0.5", steps="4")
-    damaged = checkpoint.path_of(constant / "checkpoints", 8)
+    damaged = checkpoints.path_of(constant / "checkpoints", 8)
     damaged.write_bytes(damaged.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="instead of"):
         branched(train, f"{constant}@8", steps="4", name="damaged")

@@ -21,10 +21,12 @@ from torch import Tensor
 from tasks.reading import DataError
 from tests.conftest import ROOT, sums, write_rows
 from tests.ranks import spawn
-from trainer import data, failures, journal
-from trainer.checkpoint import CheckpointError
-from trainer.config import ConfigError
-from trainer.sharding import whole
+from trainer.config.errors import ConfigError
+from trainer.data import rows as rows_module
+from trainer.session import failures
+from trainer.storage import journal
+from trainer.storage.checkpoints import CheckpointError
+from trainer.training.fsdp import whole
 
 
 class Recorder(lightning.Callback):
@@ -62,8 +64,9 @@ def start(folder: Path, *overrides: str) -> dict[str, Any]:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf, open_dict
 
-    from trainer import config, run
-    from trainer.signals import Signals
+    from trainer import run
+    from trainer.cluster.signals import Signals
+    from trainer.config.compose import install, rewrite
 
     common = [
         "+experiment=smoke",
@@ -73,9 +76,9 @@ def start(folder: Path, *overrides: str) -> dict[str, Any]:
         "lightning=cpu",
         "callbacks.evaluation.samples=0",
     ]
-    config.install()
+    install()
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3", job_name="trainer"):
-        cfg = compose("config", overrides=config.rewrite([*common, *overrides]), return_hydra_config=True)
+        cfg = compose("config", overrides=rewrite([*common, *overrides]), return_hydra_config=True)
     with open_dict(cfg):
         cfg.hydra.runtime.output_dir = cfg.hydra.run.dir
     HydraConfig.instance().set_config(cfg)
@@ -130,15 +133,15 @@ def given(folder: Path, name: str, settings: list[str]) -> list[str]:
 def _member(rank: int, folder: Path) -> None:
     os.environ |= ENVIRONMENT | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GRAFT_CACHE": str(folder / "cache")}
     asked = json.loads((folder / "cases.json").read_text())
-    tokenised = data._kept
+    tokenised = rows_module._kept
 
     def kept(task: Any, split: str, renderer: Any, *rest: Any) -> Any:
         with (folder / "tokenised").open("a") as file:
-            file.write(f"{data.cache_key(task, split, renderer, *rest[:2])}\n")
+            file.write(f"{rows_module.cache_key(task, split, renderer, *rest[:2])}\n")
         time.sleep(1.0 if "broken" in str(vars(task.splits)) else 0.0)
         return tokenised(task, split, renderer, *rest)
 
-    data._kept = kept
+    rows_module._kept = kept
     for name, settings in asked.items():
         faulthandler.dump_traceback_later(200, exit=True)
         both = ["lightning.devices=2", f"lightning.strategy={'fsdp2' if name.startswith('fsdp2') else 'ddp'}", "batch_size=4"]

@@ -14,9 +14,9 @@ import torch
 import yaml
 
 from tests.conftest import ROOT, sums, write_rows
-from trainer import checkpoint, journal
-from trainer.checkpoint import CheckpointError
-from trainer.finetune import FineTune
+from trainer.storage import checkpoints, journal
+from trainer.storage.checkpoints import CheckpointError
+from trainer.training.finetune import FineTune
 
 TIMES = ("seconds", "tokens_per_s", "trained_per_s")
 COMMON = (
@@ -46,7 +46,7 @@ def cut_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 def outcome(run):
     """(final trained tensors, logged rows without times)."""
-    last = checkpoint.load(checkpoint.chosen(run / "checkpoints", "last"))
+    last = checkpoints.load(checkpoints.chosen(run / "checkpoints", "last"))
     rows = [{k: v for k, v in row.items() if k not in TIMES} for row in journal.read(run / "metrics.jsonl")]
     return last["adapter"]["tensors"], rows, last["counters"]
 
@@ -105,7 +105,7 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(train, chats, monkeypa
         with pytest.raises(PowerCut):
             train(*settings, "name=cut")
     folder = (chats.parent / "runs" / "cut" / "checkpoints").resolve()
-    newest = checkpoint.complete(folder)[-1]
+    newest = checkpoints.complete(folder)[-1]
     newest.write_bytes(newest.read_bytes()[:-100])
     found = outcome(train(*settings, "name=cut", "resume=auto"))
     assert "is damaged" in caplog.text
@@ -212,7 +212,7 @@ def test_a_signal_saves_the_step_and_says_how_to_go_on(tmp_path, chats, number, 
         process.kill()
     assert process.returncode == code
     assert "Go on with resume=" in said
-    saved = checkpoint.newest(run / "checkpoints")
+    saved = checkpoints.newest(run / "checkpoints")
     steps = [row["step"] for row in journal.read(run / "metrics.jsonl") if row["kind"] == "step"]
     assert int(saved.stem[5:]) == steps[-1]  # no step is lost
     again = start(tmp_path, chats, f"max_steps={steps[-1] + 2}", "schedule=constant", "schedule.warmup=0")

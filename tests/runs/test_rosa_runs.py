@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from adapters.delta import AdapterError
 from tests.runs.test_resume import PowerCut, cut_at, outcome
-from trainer import journal
-from trainer.base import Base
-from trainer.config import ConfigError
-from trainer.finetune import FineTune
+from trainer.config.errors import ConfigError
+from trainer.models.base import Base
+from trainer.storage import journal
+from trainer.training.finetune import FineTune
 
 ROSA = (
     "adapter=rosa", "adapter.rank=2", "adapter.density=0.1", "adapter.warmup_steps=2", "adapter.mask_steps=2", "max_steps=7",
@@ -27,7 +27,7 @@ NO_CHECKPOINTS = "callbacks.checkpoints=null"  # and so nothing to load back and
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing a report takes as long as the rest of such a run."""
-    monkeypatch.setattr("trainer.report.write", lambda _: None)
+    monkeypatch.setattr("trainer.session.report_html.write", lambda _: None)
 
 
 def rows(run: Path, kind: str) -> list[dict[str, Any]]:

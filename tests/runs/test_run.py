@@ -16,7 +16,7 @@ import wandb
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, sums, write_rows
-from trainer import journal
+from trainer.storage import journal
 
 
 def evaluations(run):
@@ -71,7 +71,7 @@ def test_plain_text_and_packing(train, tmp_path):
 )
 def test_flash_attention_is_asked_for_where_rows_are_packed(train, chats, monkeypatch, overrides, asks):
     asked = []
-    monkeypatch.setattr("trainer.attention.prefer_flash", lambda *given: asked.append(given) or False)
+    monkeypatch.setattr("trainer.speed.flash.prefer_flash", lambda *given: asked.append(given) or False)
     train(f"task.path={chats}", "packing=true", "max_steps=1", *overrides)
     assert bool(asked) is asks
 

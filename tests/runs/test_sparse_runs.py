@@ -20,8 +20,8 @@ from adapters.sparse import SparseDelta
 from adapters.spiel import SpIEL
 from tests.adapters import toys
 from tests.ranks import spawn
-from tests.trainer import test_finetune
-from trainer.base import Base
+from tests.training import test_finetune
+from trainer.models.base import Base
 
 LR, BETAS, EPS, DECAY = 0.05, (0.9, 0.99), 1e-8, 0.3
 ADAMW = partial(torch.optim.AdamW, lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0)

@@ -7,8 +7,8 @@ import torch
 
 from adapters.delta import AdapterError
 from tests.runs.test_resume import PowerCut, cut_at, outcome
-from trainer import checkpoint, journal
-from trainer.base import Base
+from trainer.models.base import Base
+from trainer.storage import checkpoints, journal
 
 SETTINGS = (
     "adapter.density=0.1",
@@ -36,7 +36,7 @@ def reselections(run):
 
 
 def support(run, step):
-    tensors = checkpoint.load(run / "checkpoints" / f"step-{step:08d}.ckpt")["adapter"]["tensors"]
+    tensors = checkpoints.load(run / "checkpoints" / f"step-{step:08d}.ckpt")["adapter"]["tensors"]
     return {name: tensor for name, tensor in tensors.items() if name.endswith(".indices")}
 
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT
 from tests.wandb_stub import Stub
 from trainer.callbacks.tracking import Dashboards, numbers, wandb_logger
-from trainer.journal import Journal
-from trainer.losses import NonFinite
-from trainer.requeue import Stopped
+from trainer.cluster.slurm_job import Stopped
+from trainer.models.losses import NonFinite
+from trainer.storage.journal import Journal
 
 KEY = "0123456789" * 4
 SECRETS = {"WANDB_API_KEY": KEY, "SOME_PASSWORD": "correct-horse-battery", "HF_TOKEN": "hf_canaryCANARYcanaryCANARYcanary"}

@@ -19,8 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adapters.delta import Start
 from adapters.lora import LoRAAdapter
 from tests.conftest import ROOT
-from trainer import assembly, config, export, journal
-from trainer.losses import CausalLoss
+from trainer import export
+from trainer.assembly import trained as trained_module
+from trainer.assembly.build import instantiate
+from trainer.config import compose
+from trainer.models.losses import CausalLoss
+from trainer.storage import journal
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -28,8 +32,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 @pytest.fixture(scope="module")
 def base(cache):
     """conf/base/smollm2_135m.yaml's base."""
-    composed = config.compose(["base=smollm2_135m", "task.path=rows.jsonl"])
-    return assembly.instantiate(dict(composed.base))
+    composed = compose.compose(["base=smollm2_135m", "task.path=rows.jsonl"])
+    return instantiate(dict(composed.base))
 
 
 def padded(tokenizer, texts):
@@ -130,7 +134,7 @@ def test_its_checkpoints_hold_no_base(run):
 
 
 def test_its_exports_answer_as_it_does(run, tmp_path):
-    found = assembly.trained(str(run), exact=True)
+    found = trained_module.trained(str(run), exact=True)
     rows, _ = padded(found.base.tokenizer, TEXTS)
     with torch.no_grad():
         wanted = found.model(input_ids=rows).logits

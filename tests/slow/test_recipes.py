@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
-from trainer import journal
+from trainer.storage import journal
 
 DATA = ROOT.parent / "shared" / "data"
 SHORT = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, sums, write_rows
-from trainer import journal
+from trainer.storage import journal
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

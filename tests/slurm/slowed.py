@@ -44,6 +44,6 @@ class Slowed:
 
 
 if "PAUSE" in os.environ:
-    sys.meta_path.insert(0, Slowed("trainer.finetune", "FineTune.training_step", float(os.environ["PAUSE"])))
+    sys.meta_path.insert(0, Slowed("trainer.training.finetune", "FineTune.training_step", float(os.environ["PAUSE"])))
 if "LATE" in os.environ and os.environ.get("SLURM_PROCID") == "0":
-    sys.meta_path.insert(0, Slowed("trainer.failures", "explained", float(os.environ["LATE"])))
+    sys.meta_path.insert(0, Slowed("trainer.session.failures", "explained", float(os.environ["LATE"])))

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from trainer.evaluate import HeldOut
-from trainer.folder import RunFolder
-from trainer.journal import Journal
-from trainer.signals import Signals
+from trainer.cluster.signals import Signals
+from trainer.data.held_out import HeldOut
+from trainer.storage.journal import Journal
+from trainer.storage.run_folder import RunFolder
 
 
 @dataclass

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 from adapters.delta import Delta
 from trainer.callbacks import Context, told_to_stop
 from trainer.callbacks.evaluation import Evaluation
-from trainer.evaluate import evaluating, losses
+from trainer.evaluation.loss import evaluating, losses
 from trainer.schedules import length
 
 log = logging.getLogger(__name__)

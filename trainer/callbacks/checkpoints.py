@@ -8,8 +8,8 @@ from typing import Any
 
 import lightning
 
-from trainer import checkpoint
 from trainer.callbacks import Context, every_steps, told_to_stop
+from trainer.storage import atomic, checkpoints
 
 
 class Checkpoints(lightning.Callback):
@@ -23,7 +23,7 @@ class Checkpoints(lightning.Callback):
 
     def on_fit_start(self, trainer: lightning.Trainer, module: Any) -> None:
         if trainer.is_global_zero:
-            checkpoint.remove_leftovers(self.context.folder.checkpoints)
+            checkpoints.remove_leftovers(self.context.folder.checkpoints)
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self.saved = module.step or None
@@ -48,13 +48,13 @@ class Checkpoints(lightning.Callback):
             return
         started = time.monotonic()
         folder = self.context.folder.checkpoints
-        trainer.save_checkpoint(checkpoint.path_of(folder, module.step))
+        trainer.save_checkpoint(checkpoints.path_of(folder, module.step))
         self.saved = module.step
         if trainer.is_global_zero:
             if self.context.improved:
-                checkpoint.write_text(folder / "best.json", json.dumps({"step": module.step}))
+                atomic.write_text(folder / "best.json", json.dumps({"step": module.step}))
             if module.step == self.context.constant_until:
-                checkpoint.write_text(folder / "constant.json", json.dumps({"step": module.step}))
+                atomic.write_text(folder / "constant.json", json.dumps({"step": module.step}))
             self._prune()
         self.context.paused += time.monotonic() - started
 
@@ -62,7 +62,7 @@ class Checkpoints(lightning.Callback):
         if self.keep is None:
             return
         folder = self.context.folder.checkpoints
-        kept = [checkpoint.marked(folder, name) for name in ("best", "constant")]
-        for path in checkpoint.complete(folder)[: -self.keep]:
+        kept = [checkpoints.marked(folder, name) for name in ("best", "constant")]
+        for path in checkpoints.complete(folder)[: -self.keep]:
             if path not in kept:
-                checkpoint.remove(path)
+                checkpoints.remove(path)

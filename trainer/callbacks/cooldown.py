@@ -10,8 +10,8 @@ from typing import Any
 import lightning
 import torch
 
-from trainer import requeue
 from trainer.callbacks import Context
+from trainer.cluster import slurm_job
 from trainer.schedules import factor
 from trainer.schedules.cooldown import Cooling
 
@@ -41,7 +41,7 @@ class CooldownTrigger(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self.context.signals.cool = self._ask
-        end = requeue.end_time() if self.deadline == "slurm" and trainer.is_global_zero else None
+        end = slurm_job.end_time() if self.deadline == "slurm" and trainer.is_global_zero else None
         # From here on by a clock that nobody sets.
         self.job_ends = None if end is None else time.monotonic() + end - time.time()
         self.began, self.steps_before = time.monotonic(), module.step

@@ -12,8 +12,9 @@ from typing import Any
 import lightning
 
 from trainer.callbacks import Context, every_steps, told_to_stop
-from trainer.evaluate import answers, evaluating, losses, means
-from trainer.sharding import Sharded, given_back
+from trainer.evaluation.answers import answers, means
+from trainer.evaluation.loss import evaluating, losses
+from trainer.training.fsdp import Sharded, given_back
 
 log = logging.getLogger(__name__)
 

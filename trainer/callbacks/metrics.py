@@ -11,7 +11,7 @@ import torch
 
 from trainer.callbacks import Context
 from trainer.drafters import metrics
-from trainer.losses import NonFinite
+from trainer.models.losses import NonFinite
 
 
 class Metrics(lightning.Callback):

@@ -22,10 +22,10 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from trainer import redaction
-from trainer.checkpoint import write_text
-from trainer.config import ConfigError
-from trainer.losses import NonFinite
+from trainer.config.errors import ConfigError
+from trainer.config.secrets import redact
+from trainer.models.losses import NonFinite
+from trainer.storage.atomic import write_text
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Dashboards:
 
 def first_line(error: BaseException) -> str:
     """The beginning of an error's text, without secrets."""
-    return redaction.redact(str(error)).partition("\n")[0] or type(error).__name__
+    return redact(str(error)).partition("\n")[0] or type(error).__name__
 
 
 def numbers(kind: str, values: dict[str, Any]) -> dict[str, float]:
@@ -277,7 +277,7 @@ def _services() -> Iterator[psutil.Process]:
 def _public_arguments() -> Iterator[None]:
     """The command line without what looks like a secret."""
     had = list(sys.argv)
-    sys.argv[:] = [redaction.redact(word) for word in had]
+    sys.argv[:] = [redact(word) for word in had]
     try:
         yield
     finally:

@@ -26,7 +26,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from trainer.decoding import trees
 from trainer.drafters import Draft, Drafter, DrafterError, News, Target
-from trainer.losses import captured_layers
+from trainer.models.heads import captured_layers
 
 
 def refusal(model: Any) -> str | None:

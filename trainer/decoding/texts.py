@@ -24,8 +24,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trainer.drafters import DrafterError, Target
-from trainer.fused import BLOCKED
-from trainer.losses import captured_hidden, captured_layers
+from trainer.models.heads import captured_hidden, captured_layers
+from trainer.speed.fused import BLOCKED
 
 States = tuple[
     Float[Tensor, "n d"], Float[Tensor, "n f"]

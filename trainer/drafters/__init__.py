@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trainer.losses import Head, chunked_predictions, output_head
+from trainer.models.heads import Head, output_head
+from trainer.models.losses import chunked_predictions
 
 
 class DrafterError(ValueError):

@@ -2,7 +2,7 @@
 
     L = Σ_k Σ_i w[k, i] loss(p_i, q_k,i)        p_i = softmax(head(h_i))        q_k,i a drafter's for the same token
 
-K drafted distributions stand against each of the teacher's, which is computed once for all of them. As in trainer.losses, a chunk's
+K drafted distributions stand against each of the teacher's, which is computed once for all of them. As in trainer.models.losses, a chunk's
 slopes at the logits are written out and taken through the head at once, so that no softmax outlives its chunk.
 
 With half-precision products what is done to each logit takes longer than the products themselves, and most of that time goes into
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.drafters.layers import precision
-from trainer.losses import Head
+from trainer.models.heads import Head
 
 KINDS = ("ce", "kl", "tv", "lk_alpha", "lk_hybrid")
 

@@ -37,7 +37,7 @@ from trainer.drafters import DrafterError, Seen, Target, targets_of
 from trainer.drafters.distillation import KINDS, Distillation, chunked_distillation
 from trainer.drafters.layers import Heads, precision
 from trainer.drafters.medusa import ResidualBlock
-from trainer.losses import Head
+from trainer.models.heads import Head
 
 
 class Distilled(Heads):

@@ -31,7 +31,7 @@ from adapters.delta import features, float_weight
 from trainer.drafters import DrafterError, Target
 from trainer.drafters.eagle import Unrolled, masked_layer
 from trainer.drafters.layers import final_norm, precision, projection
-from trainer.losses import Head
+from trainer.models.heads import Head
 
 
 class Eagle3(Unrolled):

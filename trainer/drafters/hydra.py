@@ -33,7 +33,7 @@ from trainer.drafters.distillation import KINDS
 from trainer.drafters.distilled import Distilled
 from trainer.drafters.layers import ahead, around, decoder_layer, final_norm, output_layer, precision, read_by, through
 from trainer.drafters.medusa import ResidualBlock
-from trainer.losses import Head
+from trainer.models.heads import Head
 
 
 class FirstBlock(nn.Module):

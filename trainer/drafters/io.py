@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer import schema
-from trainer.base import Base
-from trainer.checkpoint import write_text
+from trainer.config import schema
 from trainer.drafters import Drafter, DrafterError
+from trainer.models.base import Base
+from trainer.storage.atomic import write_text
 
 FORMAT = 1
 # Settings that say how a drafter is trained, and not what its weights mean. Where they change the weights' shapes those are refused.

@@ -21,7 +21,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from adapters.delta import features, float_weight, is_linear
 from trainer.drafters import Drafter, DrafterError, Seen, Target
-from trainer.losses import Head, after_output
+from trainer.models.heads import Head, after_output
 
 _NORMS = ("norm", "final_layernorm", "final_layer_norm")
 _TAKEN = {"attention_mask", "position_ids", "past_key_values", "position_embeddings"}

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from trainer.drafters import DrafterError, News, Seen, Target
 from trainer.drafters.layers import Heads, Independent, output_layer, precision, read_by
-from trainer.losses import Head
+from trainer.models.heads import Head
 
 
 class ResidualBlock(nn.Module):

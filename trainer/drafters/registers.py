@@ -31,8 +31,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from trainer.drafters import Drafter, DrafterError, Seen, Target
-from trainer.fused import BLOCKED
-from trainer.losses import chunked_predictions
+from trainer.models.losses import chunked_predictions
+from trainer.speed.fused import BLOCKED
 
 _FULL = {"full_attention", "mlp", "moe"}  # transformers' names of layers that attend to all of a row, or to nothing
 
@@ -236,7 +236,7 @@ def probe(model: Any) -> None:
     finally:
         model.train(was_training)
     wanted = torch.cat([plain, plain[:, 1:]], 1)
-    # As for the output head in trainer.losses: rounding of bf16 on the way through all layers, or of fp32.
+    # As for the output head in trainer.models.losses: rounding of bf16 on the way through all layers, or of fp32.
     tolerance = 3e-2 if embed.weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
     if found.shape != wanted.shape or not torch.allclose(
         found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max())

@@ -32,17 +32,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from trainer.drafters import News, Seen, Target
-from trainer.drafters.layers import (
-    Heads,
-    ahead,
-    around,
-    decayed,
-    decoder_layer,
-    final_norm,
-    precision,
-    projection,
-    through,
-)
+from trainer.drafters.layers import Heads, ahead, around, decayed, decoder_layer, final_norm, precision, projection, through
 
 
 class Module(nn.Module):

@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from trainer.base import Base
 from trainer.drafters import DrafterError, Growth, News, Target
 from trainer.drafters.untrained import Untrained
+from trainer.models.base import Base
 
 
 @dataclass

@@ -32,7 +32,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trainer.base import BaseError
+from trainer.models.base import BaseError
 
 # Ends of names of down projections, as transformers has them.
 _DOWN = re.compile(

@@ -1,0 +1,124 @@
+"""Signals are noted while a step is at hand, end the process where there is none, and are given back afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from trainer.cluster import slurm_job
+from trainer.cluster.signals import NOTED, Signals
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """The handlers of before, and a check that they are back."""
+    before = {number: signal.getsignal(number) for number in NOTED}
+    yield before
+    after = {number: signal.getsignal(number) for number in NOTED}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert after == before
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", NOTED)
+def test_a_signal_within_a_step_is_noted_and_said(caplog, number):
+    with Signals() as signals:
+        signals.deferred = True
+        assert signals.received is None
+        send(number)
+        assert signals.received == number
+    assert f"{number.name}: the step at hand is finished, then the run is saved and stops" in caplog.text
+    assert ("press Ctrl-C again to stop at once" in caplog.text) == (number == signal.SIGINT)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_without_a_step_a_signal_ends_the_process(number, code):
+    with pytest.raises(SystemExit) as end, Signals() as signals:
+        send(number)
+    assert end.value.code == code
+    assert signals.received == number
+
+
+@pytest.mark.parametrize("first", NOTED)
+def test_a_ctrl_c_after_another_signal_ends_the_process_within_a_step(first):
+    with Signals() as signals:
+        signals.deferred = True
+        send(first)
+        assert signals.received == first
+        with pytest.raises(SystemExit) as end:
+            send(signal.SIGINT)
+    assert end.value.code == 130
+
+
+def test_a_scheduler_that_asks_twice_is_still_given_the_step():
+    with Signals() as signals:
+        signals.deferred = True
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+
+
+def test_handlers_come_back_also_after_an_error(handlers):
+    with pytest.raises(KeyError), Signals():
+        raise KeyError
+    assert {number: signal.getsignal(number) for number in NOTED} == handlers
+
+
+def test_ones_own_handlers_come_back():
+    seen = []
+    before = {number: signal.signal(number, lambda number, frame: seen.append(number)) for number in NOTED}
+    try:
+        with Signals() as signals:
+            signals.deferred = True
+            send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        assert (signals.received, seen) == (signal.SIGTERM, [signal.SIGTERM])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_signals_are_taken_back_from_who_took_them_in_between():
+    taken = []
+    with Signals() as signals:
+        signals.deferred = True
+        signal.signal(signal.SIGTERM, lambda number, frame: taken.append(number))
+        signals.install()
+        send(signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+    assert taken == []
+
+
+def test_in_another_thread_no_handler_is_touched(handlers):
+    found = []
+
+    def inside():
+        with Signals() as signals:
+            found.append((signals.received, {number: signal.getsignal(number) for number in NOTED}))
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert found == [(None, handlers)]
+
+
+def test_a_run_gives_the_signals_back(train, chats, handlers):
+    train(f"task.path={chats}", "max_steps=1", "callbacks.evaluation=null")
+    assert {number: signal.getsignal(number) for number in NOTED} == handlers
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_the_base_loads_ends_the_run_at_once(train, chats, monkeypatch, number, code):
+    from trainer.models.base import Base
+
+    monkeypatch.setattr(Base, "load", lambda *arguments, **named: send(number))
+    with pytest.raises(slurm_job.Stopped, match="stopped before anything was trained") as end:
+        train(f"task.path={chats}", "max_steps=1")
+    assert slurm_job.exit_code({"requeue": "auto"}, end.value.number, end.value.folder, end.value.step) == code

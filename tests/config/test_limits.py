@@ -1,0 +1,116 @@
+"""YAML beyond its limits, links that lead out, and work without end are refused; what is within them is taken."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+
+import pytest
+import yaml
+
+from trainer.config.limits import TooMuch, limited, link_outside, load_yaml, refuse_bomb
+
+
+def bomb(levels):
+    """Nine aliases a level: 9**levels values when they are written out."""
+    lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, levels + 1)]
+    return "\n".join(lines)
+
+
+def written_out(node):
+    """The number of values of a parsed file, each counted as often as it is reached."""
+    if isinstance(node, dict):
+        return 1 + sum(written_out(part) for pair in node.items() for part in pair)
+    return 1 + sum(map(written_out, node)) if isinstance(node, list) else 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (bomb(9), "more than 10,000 values"),
+        (bomb(60), "more than 10,000 values"),
+        ("x: &x {a: 1}\ny: &y {<<: *x, b: [*x, *x]}\n" + "\n".join(f"z{i}: [{', '.join(['*y'] * 30)}]" for i in range(40)), "more than 10,000"),
+        ("a: &a [*a]", "stands within itself"),
+        ("a: &a {b: {c: *a}}", "stands within itself"),
+        ("[" * 65 + "]" * 65, "more than 64 levels"),
+        ("[" * 100_000, "more than 64 levels"),
+        ("- " * 5000 + "x", "more than 64 levels"),
+        ("a: " + "x" * (1 << 20), "at most 1,048,576"),
+        ("[" + "1," * 10_000 + "]", "more than 10,000 values"),
+    ],
+    ids=["bomb", "high", "merged", "itself", "its part", "deep", "deeper", "dashes", "long", "many"],
+)  # fmt: skip
+def test_what_grows_is_refused_at_once(text, said):
+    started = time.process_time()
+    with pytest.raises(TooMuch, match=said):
+        refuse_bomb(text, "it")
+    assert time.process_time() - started < 3
+
+
+def test_the_count_is_of_what_is_written_out():
+    text = bomb(3) + "\nb: {c: *a2, d: [*a0, 1, {e: f}]}\n"
+    count = written_out(yaml.safe_load(text))
+    refuse_bomb(text, "it", (1 << 20, count))
+    with pytest.raises(TooMuch):
+        refuse_bomb(text, "it", (1 << 20, count - 1))
+
+
+def test_a_record_of_many_starts_is_read(tmp_path):
+    start = {"time": "t", "command": "c", "versions": {f"package {i}": "1" for i in range(9)}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"starts": [start] * 300 + [dict(start, n=i) for i in range(500)]}))
+    assert len(load_yaml(tmp_path / "run.yaml")["starts"]) == 800
+
+
+def test_links_that_lead_out(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    (run / "wandb" / "offline-1").mkdir(parents=True)
+    (run / "deep" / "er").mkdir(parents=True)
+    other.mkdir()
+    (run / "wandb" / "latest-run").symlink_to("offline-1")
+    (run / "wandb" / "offline-1" / "debug.log").symlink_to(other / "debug.log")  # as W&B makes one
+    (tmp_path / "by another name").symlink_to(run)
+    assert link_outside(run, "wandb") is None
+    assert link_outside(tmp_path / "by another name", "wandb") is None
+    assert link_outside(tmp_path / "missing", "wandb") is None
+    for place, leads in (
+        ("checkpoints", other),
+        ("deep/gone", tmp_path / "missing"),
+        ("deep/er/up", "../../.."),
+        ("run-2", f"{run}-2"),
+    ):
+        (run / place).symlink_to(leads)
+        assert link_outside(run, "wandb") == run / place
+        (run / place).unlink()
+    (run / "wandb").rename(run / "before")
+    (run / "before" / "offline-1" / "debug.log").unlink()
+    (run / "wandb").symlink_to(other)
+    assert link_outside(run, "wandb") == run / "wandb"
+
+
+def endless():
+    while True:
+        pass
+
+
+def test_work_without_end_is_stopped_and_the_signal_given_back():
+    handler = signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(TooMuch, match=r"counting has not ended after 0\.1 s"), limited(0.1, "counting"):
+        endless()
+    assert signal.getsignal(signal.SIGVTALRM) == handler
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+    with limited(0.1, "waiting"):
+        time.sleep(0.3)  # that is no computing
+
+
+def test_elsewhere_than_in_the_main_thread_nothing_is_limited():
+    found = []
+
+    def work():
+        with limited(0.01, "it"):
+            found.append(sum(range(100_000)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(found) == 1

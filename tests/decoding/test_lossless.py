@@ -1,0 +1,229 @@
+"""Trees and batches on real models: the text is transformers' token by token, and drafters are told what the target computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.decoding.test_speculative import PROMPT, alone, made, tiny
+from trainer.decoding import texts
+from trainer.decoding.speculative import generate, generate_batch
+from trainer.decoding.texts import Texts
+from trainer.decoding.trees import EAGLE1, Levels, chain, confident, dyspec, eagle2, hopeful
+from trainer.drafters import Draft, Drafter, DrafterError, Target
+
+V, LENGTH = 41, 14
+SHAPES = {
+    "chain": chain(4),
+    "chain that ends early": chain(5, confident(0.4)),
+    "chain that gives up": chain(5, hopeful(0.7)),
+    "static": Levels(EAGLE1),
+    "static that ends early": Levels(EAGLE1, confident(0.5)),
+    "eagle2": eagle2(3, 5, 12),
+    "dyspec": dyspec(10),
+    "dyspec that gives up": dyspec(10, 6, hopeful(0.6)),
+}
+FAMILIES = ("llama", "qwen2", "mistral, a window of 6", "gemma2, a cap and a window of 5", "gpt2")
+
+
+class Partly(Drafter):
+    """Likes the right token more often than not, of a text that it was given for its prompt's first tokens."""
+
+    offsets, layers = 5, ()
+
+    def __init__(self, whole, seed=0):
+        super().__init__()
+        self.whole, self.draw, self.told = whole, torch.Generator().manual_seed(seed), {}
+
+    def start(self, target):
+        return []
+
+    def grow(self, memory, target, news):
+        if news.first is not None:
+            memory += [int(news.first)]
+            self.told[len(self.told)] = (memory, [])
+        memory += news.ids.tolist()
+        next(news_of for of, news_of in self.told.values() if of is memory).append(news)
+        text = next(text for text in self.whole if text[: len(memory)] == memory)
+        return Liked(self, text[len(memory) :])
+
+
+class Liked:
+    depth, branches, vocabulary, confidence = 5, True, None, None
+
+    def __init__(self, drafter, rest):
+        self.drafter, self.rest, self.depths = drafter, rest, []
+
+    def logits(self, k):
+        found = torch.randn(V, generator=self.drafter.draw)
+        if k < len(self.rest) and torch.rand((), generator=self.drafter.draw) < 0.6:
+            found[self.rest[k]] += 3
+        return found
+
+    def first(self):
+        return self.logits(0)
+
+    def below(self, tokens, parents):
+        new = [1 + (self.depths[i] if i >= 0 else 0) for i in parents.tolist()]
+        self.depths += new
+        return torch.stack([self.logits(k) for k in new])
+
+
+def prompts_of(count, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, V, (2 + 3 * i % 10,), generator=draw) for i in range(count)]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_shape_writes_transformers_text_alone_and_together(kind):
+    model = tiny(kind)
+    target, prompts = Target(model), prompts_of(4)
+    wanted = [alone(model, ids, LENGTH) for ids in prompts]
+    whole = [[*ids.tolist(), *text, 0] for ids, text in zip(prompts, wanted, strict=True)]
+    shapes = (
+        SHAPES
+        if kind in ("llama", "gemma2, a cap and a window of 5")
+        else {name: SHAPES[name] for name in ("static", "eagle2")}
+    )
+    for number, (name, shape) in enumerate(shapes.items()):
+        one = generate(target, Partly(whole, number), prompts[number % 4], LENGTH, [], shape=shape)
+        assert one.tokens == wanted[number % 4], name
+        assert one.nodes > 0
+        together = generate_batch(target, Partly(whole, number), prompts[:3], LENGTH, [], shape=shape)
+        assert [found.tokens for found in together] == wanted[:3], name
+        assert min(len(found.drafts) for found in together) < LENGTH - 1
+        for found in together:
+            assert 1 + len(found.drafts) + sum(taken for _, taken in found.drafts) == LENGTH
+    assert [found.tokens for found in generate_batch(target, None, prompts, LENGTH, [])] == wanted
+
+
+def test_rows_end_at_their_own_stops():
+    model = tiny()
+    target, prompts = Target(model), prompts_of(5, seed=4)
+    whole = [[*ids.tolist(), *alone(model, ids, LENGTH), 0] for ids in prompts]
+    stops = [whole[0][len(prompts[0]) + 3], whole[2][len(prompts[2]) + 9]]
+    wanted = [alone(model, ids, LENGTH, stops) for ids in prompts]
+    assert len(set(map(len, wanted))) > 1
+    for shape in (chain(3), Levels(EAGLE1)):
+        found = generate_batch(target, Partly(whole), prompts, LENGTH, stops, shape=shape)
+        assert [one.tokens for one in found] == wanted
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2, a cap and a window of 5"])
+def test_a_drafter_is_told_the_states_and_features_of_what_was_accepted(kind):
+    model = tiny(kind)
+    target, prompts = Target(model), prompts_of(3, seed=1)
+    whole = [[*ids.tolist(), *alone(model, ids, LENGTH), 0] for ids in prompts]
+    drafter = Partly(whole)
+    drafter.layers = (0, 1, 2)
+    generate_batch(target, drafter, prompts, LENGTH, [], shape=Levels(EAGLE1))
+    for (memory, news), text in zip(drafter.told.values(), whole, strict=True):
+        assert memory == text[: len(memory)]
+        ids = torch.tensor(memory[:-1])
+        with torch.no_grad(), texts.captured_layers(model.get_decoder(), (0, 1, 2)) as kept:
+            states = model.get_decoder()(input_ids=ids[None]).last_hidden_state[0]
+        told = torch.cat([one.hidden for one in news])
+        torch.testing.assert_close(told, states[: len(told)], rtol=1e-3, atol=1e-4)
+        features = torch.cat([one.features for one in news])
+        torch.testing.assert_close(features, torch.cat([layer[0] for layer in kept], dim=-1), rtol=1e-3, atol=1e-4)
+        for one in news[1:]:
+            tokens, logits = one.tried
+            assert len(tokens) == len(logits)
+            assert int(one.ids[-1]) in logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("name", ["mtp_parallel", "mtp_sequential", "mtp_shared", "mtp_medusa"])
+def test_heads_draft_trees(name):
+    model = tiny()
+    drafter = made(name, model)
+    prompts = prompts_of(3, seed=2)
+    wanted = [alone(model, ids, LENGTH) for ids in prompts]
+    for shape in (Levels([(0,), (1,), (0, 0), (1, 0), (1, 1)]), eagle2(3, 3, 9), dyspec(9)):
+        found = generate_batch(Target(model), drafter, prompts, LENGTH, [], shape=shape)
+        assert [one.tokens for one in found] == wanted
+
+
+class Own(Drafter):
+    """Makes trees itself, whatever shape is asked for."""
+
+    offsets = 2
+
+    def __init__(self, trees):
+        super().__init__()
+        self.trees = trees
+
+    def start(self, target):
+        return []
+
+    def propose(self, memory, target, news, strategy):
+        memory += [0]
+        tokens, parents = self.trees[len(memory) % len(self.trees)]
+        return Draft(torch.tensor(tokens, dtype=torch.long), torch.tensor(parents, dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2, a cap and a window of 5"])
+def test_a_drafter_may_make_chains_and_trees_in_turn(kind):
+    model = tiny(kind)
+    text = alone(model, PROMPT, 20)
+    trees = [([text[3], 5, 7], [-1, 0, 1]), ([5, text[4], 9, text[5]], [-1, -1, 0, 1]), ([], []), ([7, 7], [-1, -1])]
+    assert generate(Target(model), Own(trees), PROMPT, 20, []).tokens == text
+
+
+def test_a_chain_asks_nothing_of_a_model_that_cannot_read_trees(monkeypatch):
+    model = tiny()
+    text = alone(model, PROMPT, 10)
+    target = Target(model)
+    monkeypatch.setattr(target.config, "_attn_implementation", "flash_attention_2")
+    monkeypatch.setattr(Texts, "_pass", lambda self, *_, **__: pytest.fail("a pass before the refusal"))
+    for many, shape in ((1, Levels(EAGLE1)), (2, chain(2))):
+        with pytest.raises(DrafterError, match=r"flash_attention_2 takes no mask.*tree=chain with batch_size=1"):
+            generate_batch(target, Partly([[*PROMPT.tolist(), *text]]), [PROMPT] * many, 10, [], shape=shape)
+    monkeypatch.undo()
+    monkeypatch.setattr(target.config, "_attn_implementation", "sdpa")
+    monkeypatch.setattr(texts, "allow_trees", lambda target: pytest.fail("asked for trees"))
+    assert generate(target, Own([([1, 2], [-1, 0])]), PROMPT, 10, []).tokens == text
+
+
+def test_layers_that_see_in_chunks_and_models_without_positions_are_refused(monkeypatch):
+    model = tiny()
+    target = Target(model)
+    monkeypatch.setattr(target.config, "layer_types", ["chunked_attention"] * 2, raising=False)
+    with pytest.raises(DrafterError, match="layers of the kind chunked_attention"):
+        texts.allow_trees(target)
+
+
+def test_a_model_that_does_not_keep_siblings_apart_is_refused(monkeypatch):
+    model = tiny()
+    target = Target(model)
+    monkeypatch.setattr(
+        texts, "places", lambda trees, most: (torch.arange(most)[None], torch.ones(1, most, most, dtype=torch.bool))
+    )
+    with pytest.raises(DrafterError, match="a token does not stay apart from its sibling"):
+        texts.allow_trees(target)
+    assert target not in texts._tried
+
+
+def test_who_sees_whom():
+    depths, sees = texts.places([[-1, -1, 0, 2], [-1]], 5)
+    assert depths.tolist() == [[0, 1, 1, 2, 3], [0, 1, 0, 0, 0]]
+    assert [[j for j in range(5) if row[j]] for row in sees[0]] == [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 3, 4]]
+    assert [[j for j in range(5) if row[j]] for row in sees[1]] == [[0], [0, 1], [2], [3], [4]]
+
+
+def test_many_prompts_through_trees():
+    """Dozens of texts in one pass at a time, on the family with most kinds of layers."""
+    model = tiny("gemma2, a cap and a window of 5")
+    target, prompts = Target(model), prompts_of(30, seed=9)
+    plain = [found.tokens for found in generate_batch(target, None, prompts, LENGTH, [])]
+    assert plain[:3] == [alone(model, ids, LENGTH) for ids in prompts[:3]]
+    whole = [[*ids.tolist(), *text, 0] for ids, text in zip(prompts, plain, strict=True)]
+    found = generate_batch(target, Partly(whole), prompts, LENGTH, [], shape=eagle2(3, 4, 10))
+    assert [one.tokens for one in found] == plain
+
+
+def test_seconds_are_told_apart():
+    model = tiny()
+    found = generate(Target(model), made("mtp_medusa", model), PROMPT, 12, [])
+    assert found.draft_seconds > 0
+    assert found.verify_seconds > 0
+    assert found.prompt_seconds + found.draft_seconds + found.verify_seconds <= found.seconds * 1.01

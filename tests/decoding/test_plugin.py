@@ -1,0 +1,209 @@
+"""transformers' generate with our drafters writes what it writes without: a second decoder that verifies them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from omegaconf import OmegaConf
+
+from tests.adapters import toys
+from tests.conftest import ROOT
+from tests.decoding.test_speculative import p_value
+from trainer.assembly.build import instantiate
+from trainer.config import compose
+from trainer.decoding.plugin import assist, drafting, first_path
+from trainer.drafters import Draft, DrafterError, chain
+from trainer.drafters.lookup import PromptLookup
+from trainer.drafters.recycling import TokenRecycling
+from trainer.drafters.small import SmallModel
+from trainer.drafters.untrained import Untrained
+
+PROMPT = torch.tensor([[5, 9, 13, 7, 30, 22, 11]])
+TRAINED = sorted({path.stem for path in (ROOT / "conf" / "drafter").glob("*.yaml")} - {"none", "registers"})
+
+
+@pytest.fixture
+def model():
+    return toys.llama(torch.float32, tie_word_embeddings=False, pad_token_id=0, eos_token_id=None)
+
+
+def text(model, count=30, **settings):
+    torch.manual_seed(0)
+    settings = {"do_sample": False, "max_new_tokens": count} | settings
+    return model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **settings)[0, PROMPT.shape[1] :].tolist()
+
+
+def passes(model):
+    """Counts the target's passes."""
+    seen = []
+    model.register_forward_hook(lambda module, args, kwargs, out: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    return seen
+
+
+class Told(Untrained):
+    """Proposes a text that it was given, wrong at some places, and keeps what it is told."""
+
+    layers = (0, 2)
+
+    def __init__(self, whole, wrong=lambda place: False, tree=False):
+        super().__init__(4)
+        self.whole, self.wrong, self.tree, self.news = whole, wrong, tree, []
+
+    def start(self, target):
+        return None
+
+    def propose(self, memory, target, news, strategy):
+        self.news.append(news)
+        at = sum(len(told.ids) for told in self.news) + 1
+        tokens = [(t + self.wrong(i)) % 64 for i, t in enumerate(self.whole[at : at + 4], at)]
+        if self.tree:  # a sibling before each node but the first child, which is the right one
+            tokens = [token for right in tokens for token in (right, (right + 1) % 64)]
+            return Draft(torch.tensor(tokens, dtype=torch.long), torch.tensor([-1, -1, 0, 0, 2, 2, 4, 4][: len(tokens)]))
+        return chain(torch.tensor(tokens, dtype=torch.long))
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_it_is_told_each_accepted_state_once_and_the_text_stays(model, tree):
+    plain = text(model)
+    whole = PROMPT[0].tolist() + plain
+    told = Told(whole, lambda place: place % 5 == 3, tree)
+    seen = passes(model)
+    with assist(model, told):
+        assert text(model) == plain
+    assert len(seen) < 20
+    assert "generate" not in vars(model)
+    news = told.news
+    ids = torch.cat([news[0].first.view(1), *(one.ids for one in news)])
+    assert ids.tolist() == whole[: len(ids)]
+    assert len(ids) > 25
+    assert all(one.first is None for one in news[1:])
+    with torch.no_grad():
+        out = model.model(input_ids=ids[None, :-1], output_hidden_states=True)
+        logits = model(input_ids=ids[None, :-1]).logits[0]
+    torch.testing.assert_close(torch.cat([one.hidden for one in news]), out.last_hidden_state[0], atol=1e-4, rtol=1e-4)
+    between = torch.cat([out.hidden_states[0], out.hidden_states[1]], dim=-1)[0]
+    assert torch.cat([one.features for one in news]).shape == between.shape
+    torch.testing.assert_close(torch.cat([one.features for one in news])[:, :64], between[:, :64], atol=1e-4, rtol=1e-4)
+    position = 0
+    for one in news:
+        position += len(one.ids)
+        tokens, given = one.tried
+        taken = position - len(one.ids)  # the pass read from here on
+        taken = position - 1 if taken == 0 else taken
+        assert int(tokens[0]) == whole[taken]
+        torch.testing.assert_close(given[0], logits[taken], atol=1e-4, rtol=1e-4)
+
+
+def drafters(model):
+    torch.manual_seed(3)
+    other = toys.llama(torch.float32, num_hidden_layers=1, tie_word_embeddings=False)
+    return {
+        "lookup": PromptLookup(4),
+        "recycling": TokenRecycling(64, 20),
+        "small": SmallModel(other, 3),
+        "itself": SmallModel(toys.llama(torch.float32, tie_word_embeddings=False), 3),
+    }
+
+
+def test_greedy_is_plain_greedy(model):
+    seen = passes(model)
+    plain = text(model, 24)
+    assert len(set(plain)) > 4
+    for name, drafter in drafters(model).items():
+        seen.clear()
+        for count in (None, 2):
+            assert text(model, 24, custom_generate=drafting(drafter, count)) == plain, name
+        if name == "itself":
+            assert len(seen) == 1 + 6 + 1 + 8 + 2 * 2  # Target looks twice how the model makes its logits
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_greedy_with_each_trained_drafter(model, name):
+    node = OmegaConf.to_container(compose.compose([f"drafter={name}", "base=tiny", "task.path=x"]).drafter)
+    drafter = instantiate(node)(model=model).eval()
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.1)
+    plain = text(model, 12)
+    with assist(model, drafter):
+        assert text(model, 12) == plain
+
+
+def test_stops_and_processors_are_generates_own(model):
+    plain = text(model)
+    stop = plain[7]
+    wanted = text(model, eos_token_id=stop)
+    assert wanted == plain[: plain.index(stop) + 1]
+    penalised = text(model, repetition_penalty=1.3)
+    assert penalised != plain
+    whole = PROMPT[0].tolist() + plain
+    with assist(model, Told(whole)):
+        assert text(model, eos_token_id=stop) == wanted
+    with assist(model, Told(PROMPT[0].tolist() + penalised)):
+        assert text(model, repetition_penalty=1.3) == penalised
+    for limit in (1, 2, 5, 6):
+        with assist(model, Told(whole)):
+            assert text(model, limit) == plain[:limit]
+
+
+def test_what_is_accepted_streams(model):
+    class Streamer(transformers.generation.streamers.BaseStreamer):
+        told = []
+
+        def put(self, value):
+            self.told += value.flatten().tolist()
+
+        def end(self):
+            self.told.append("end")
+
+    plain, streamer = text(model), Streamer()
+    with assist(model, Told(PROMPT[0].tolist() + plain)):
+        text(model, streamer=streamer)
+    assert streamer.told == [*PROMPT[0].tolist(), *plain, "end"]
+
+
+def test_a_sampled_token_is_the_targets_whatever_is_drafted():
+    model = toys.llama(torch.float32, vocab_size=7, num_hidden_layers=1, hidden_size=16, intermediate_size=16, pad_token_id=0)
+    prompt = torch.tensor([[1, 3]])
+    with torch.no_grad():
+        first = model(input_ids=prompt).logits[0, -1].double().softmax(-1)
+        after = model(input_ids=torch.tensor([[1, 3, v] for v in range(7)])).logits[:, -1].double().softmax(-1)
+    wanted = first @ after
+    often = int(wanted.argmax())
+    drafter = Told([often] * 9)
+    found = torch.zeros(7, dtype=torch.float64)
+    torch.manual_seed(4)
+    seen = passes(model)
+    decode = drafting(drafter)
+    for _ in range(150):
+        drafter.news.clear()
+        out = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0, max_new_tokens=3, eos_token_id=None,
+            custom_generate=decode,
+        )  # fmt: skip
+        found[out[0, 3]] += 1
+    assert 2 * 150 < len(seen) < 3 * 150  # some were taken, not all
+    assert p_value(found, wanted) > 0.01
+    assert p_value(found, (wanted + torch.nn.functional.one_hot(torch.tensor(often), 7)) / 2) < 1e-3
+
+
+def test_what_it_cannot_do_is_refused(model):
+    with pytest.raises(DrafterError, match="num_beams=2"), assist(model, PromptLookup()):
+        text(model, num_beams=2)
+    with pytest.raises(ValueError, match="batch_size = 1"), assist(model, PromptLookup()):
+        model.generate(PROMPT.repeat(2, 1), max_new_tokens=4)
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=PROMPT[:, :3], past_key_values=cache)
+    with pytest.raises(DrafterError, match="past_key_values holds tokens"), assist(model, PromptLookup()):
+        text(model, past_key_values=cache)
+    assert "generate" not in vars(model)
+    assert "_get_candidate_generator" not in vars(model)
+
+
+def test_the_first_path_of_a_tree():
+    draft = Draft(torch.tensor([1, 2, 3, 4, 5]), torch.tensor([-1, -1, 1, 0, 3]))
+    assert first_path(draft).tolist() == [1, 4, 5]
+    assert first_path(chain(torch.tensor([], dtype=torch.long))).tolist() == []

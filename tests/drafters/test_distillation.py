@@ -1,0 +1,331 @@
+"""Distillation in chunks against plain float64 autograd over whole distributions, one position at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.adapters import toys
+from trainer.data.batches import Collate, Pick
+from trainer.data.render import Tokens
+from trainer.drafters import DrafterError, Seen, Target, metrics
+from trainer.drafters.distillation import KINDS, Distillation, chunked_distillation
+from trainer.drafters.distilled import Distilled
+from trainer.models.heads import captured_layers
+
+SIZE, VOCABULARY = 6, 24
+SOME = torch.tensor([0, 2, 3, 5, 7, 8, 11, 12, 13, 17, 20, 21])  # a draft vocabulary
+
+
+def numbers_of(kind, p, q, vocabulary, eta):
+    """(loss, α, whether it counts) of one position from whole distributions, in plain autograd."""
+    best = int(p.argmax())
+    if vocabulary is not None:
+        if best not in vocabulary.tolist():
+            return None, torch.minimum(p[vocabulary], q).sum(), best
+        p = p[vocabulary]
+    whole = p / p.sum()
+    accepted = torch.minimum(p, q).sum()
+    ce = -(whole * torch.log(q)).sum()
+    kl = (whole * torch.log(whole / q)).sum()
+    if kind == "lk_hybrid":
+        share = torch.exp(-eta * accepted.detach())
+        return share * kl + (1 - share) * (1 - accepted), accepted, best
+    return {"ce": ce, "kl": kl, "tv": 1 - accepted, "lk_alpha": -torch.log(accepted)}[kind], accepted, best
+
+
+def material(count, heads, vocabulary, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    width = VOCABULARY if vocabulary is None else len(vocabulary)
+    hidden = torch.randn(3, count, SIZE, generator=draw)
+    teacher = torch.randn(count, SIZE, generator=draw)
+    weights = torch.rand(3, count, generator=draw) * (torch.rand(3, count, generator=draw) < 0.8)
+    return (
+        hidden,
+        teacher,
+        weights,
+        torch.randn(VOCABULARY, SIZE, generator=draw),
+        torch.randn(heads, width, SIZE, generator=draw),
+    )
+
+
+@pytest.mark.parametrize("chunk", [4, 50])
+@pytest.mark.parametrize("vocabulary", [None, SOME], ids=["all", "some"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["ce", "kl"])
+def test_the_quick_way_gives_what_the_plain_one_gives(kind, dtype, vocabulary, chunk):
+    hidden, teacher, weights, table, own = material(11, 1, vocabulary)
+    results = []
+    for fast in (True, False):
+        weight, leaf = nn.Parameter(own[0].clone()), hidden.to(dtype).requires_grad_(True)
+        head = lambda h, w=weight: h @ w.to(h.dtype).T  # noqa: E731
+        how = Distillation(kind, lambda h: h @ table.to(h.dtype).T, (head,), vocabulary, fast=fast)
+        assert how.quick is fast
+        total, found = chunked_distillation(leaf, teacher.to(dtype), weights, how, chunk, (weight,))
+        total.backward()
+        results.append((total.detach(), found, leaf.grad, weight.grad))
+    for quick, plain in zip(*results, strict=True):
+        torch.testing.assert_close(quick, plain, **({} if dtype is torch.float32 else {"rtol": 1e-2, "atol": 1e-3}))
+    assert torch.equal(results[0][1][1:3], results[1][1][1:3])
+    assert float(results[0][1][3].min()) >= 0
+
+
+def test_the_quick_way_holds_where_probabilities_vanish():
+    logits = torch.tensor([[0.0, 200.0, -200.0, 5.0], [3.0, 3.0, 3.0, 3.0], [-1e4, 1e4, 0.0, 0.0]])
+    teacher = torch.tensor([[300.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 300.0], [-1e4, 1e4, 0.0, 0.0]])
+    for vocabulary in (None, torch.tensor([0, 1, 3])):
+        how = Distillation("kl", lambda h: h, (lambda h: h,), vocabulary, top=2)
+        truth = how.truth(teacher)
+        drafted = logits if vocabulary is None else logits[:, vocabulary]
+        quick = how.quickly(truth, drafted, [])[:3]
+        for found, wanted in zip(quick, how.loss(truth.p, drafted.log_softmax(-1)), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [4, 50])
+@pytest.mark.parametrize("vocabulary", [None, SOME], ids=["all", "some"])
+@pytest.mark.parametrize(("kind", "heads"), [*((kind, 1) for kind in KINDS), ("ce", 3), ("lk_hybrid", 3)])
+def test_value_and_gradient_are_those_of_whole_distributions(kind, heads, vocabulary, chunk):
+    hidden, teacher, weights, table, own = material(11, heads, vocabulary)
+    tables = [nn.Parameter(one) for one in own.clone()]
+    how = Distillation(kind, lambda h: h @ table.T, tuple(lambda h, w=w: h @ w.T for w in tables), vocabulary, eta=2.0, top=5)
+    leaf = hidden.clone().requires_grad_(True)
+    total, found = chunked_distillation(leaf, teacher, weights, how, chunk, tuple(tables))
+    (3.0 * total).backward()
+
+    plain, exact = hidden.double().requires_grad_(True), own.double().requires_grad_(True)
+    expected, counts = torch.zeros((), dtype=torch.float64), torch.zeros(4, 3, 11, dtype=torch.float64)
+    left_out = 0
+    for k in range(3):
+        for i in range(11):
+            p = torch.softmax(table.double() @ teacher[i].double(), 0)
+            logits = exact[k % heads] @ plain[k, i]
+            loss, accepted, best = numbers_of(kind, p, torch.softmax(logits, 0), vocabulary, 2.0)
+            left_out += loss is None
+            if loss is not None:
+                expected = expected + weights[k, i].double() * loss
+            ranked = logits.argsort(descending=True)
+            ranked = (ranked if vocabulary is None else vocabulary[ranked]).tolist()
+            counts[:, k, i] = torch.tensor(
+                [0.0 if loss is None else float(loss.detach()), ranked[0] == best, best in ranked[:5], accepted.detach()]
+            )
+    (3.0 * expected).backward()
+    assert left_out == 0 if vocabulary is None else 0 < left_out < 33
+
+    torch.testing.assert_close(total.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(leaf.grad.double(), plain.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.stack([w.grad for w in tables]).double(), exact.grad, rtol=1e-4, atol=2e-5)
+    skipped = torch.stack([(weights[:, i // chunk * chunk : (i // chunk + 1) * chunk] == 0).all() for i in range(11)])
+    torch.testing.assert_close(found.double(), counts * ~skipped, rtol=1e-5, atol=1e-5)
+    assert not found.requires_grad
+
+
+def test_what_is_not_trained_gets_no_gradient_and_costs_none():
+    hidden, teacher, weights, table, own = material(5, 1, None)
+    asked = []
+
+    def head(h):
+        asked.append(h.requires_grad)
+        return h @ own[0].T
+
+    how = Distillation("kl", lambda h: h @ table.T, (head,))
+    total, _ = chunked_distillation(hidden, teacher, weights, how, 2)
+    assert not total.requires_grad
+    leaf = hidden.clone().requires_grad_(True)
+    with torch.no_grad():
+        again, _ = chunked_distillation(leaf, teacher, weights, how, 2, (nn.Parameter(own),))
+    assert not again.requires_grad
+    assert not any(asked)
+    assert float(total) == float(again)
+
+
+def test_without_positions_there_is_a_gradient_of_zero():
+    how = Distillation("ce", lambda h: h @ torch.ones(SIZE, VOCABULARY), (lambda h: h @ torch.ones(SIZE, VOCABULARY),))
+    leaf, parameter = torch.zeros(2, 0, SIZE, requires_grad=True), nn.Parameter(torch.ones(3))
+    total, found = chunked_distillation(leaf, torch.zeros(0, SIZE), torch.zeros(2, 0), how, 4, (parameter,))
+    total.backward()
+    assert float(total.detach()) == 0.0
+    assert found.shape == (4, 2, 0)
+    assert leaf.grad.shape == leaf.shape
+    assert parameter.grad.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_that_gives_the_draft_vocabulary_no_chance_leaves_no_nan(kind):
+    """exp(-200) is 0 in fp32."""
+    table = torch.zeros(VOCABULARY, SIZE)
+    table[1, 0] = 200.0  # token 1 is not of the draft vocabulary
+    how = Distillation(kind, lambda h: h @ table.T, (lambda h: h @ torch.ones(SIZE, len(SOME)),), SOME)
+    teacher = torch.eye(SIZE)[:2]  # the second position's chances are equal, and token 0, the first of them, is of it
+    leaf = torch.zeros(1, 2, SIZE, requires_grad=True)
+    total, found = chunked_distillation(leaf, teacher, torch.ones(1, 2), how, 8)
+    total.backward()
+    assert found.isfinite().all()
+    assert leaf.grad.isfinite().all()
+    assert found[0, 0, 0] == found[3, 0, 0] == 0
+    assert float(found[3, 0, 1]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("kind", ["ce", "kl"])
+def test_the_teacher_itself_is_a_stationary_point(kind):
+    _, teacher, _, table, _ = material(4, 1, None)
+    leaf = teacher.expand(1, -1, -1).clone().requires_grad_(True)
+    how = Distillation(kind, lambda h: h @ table.T, (lambda h: h @ table.T,))
+    total, found = chunked_distillation(leaf, teacher, torch.ones(1, 4), how, 3)
+    total.backward()
+    assert found[3].min() > 1 - 1e-6
+    assert leaf.grad.abs().max() < 1e-5
+    if kind == "kl":
+        assert float(total.detach()) == pytest.approx(0, abs=1e-5)
+
+
+# drafters
+
+
+class Lines(Distilled):
+    """States are the target's, times a matrix for each offset."""
+
+    def __init__(self, offsets=3, weights=None, kind="kl"):
+        super().__init__(offsets, weights, [0.5**k for k in range(offsets)], 2.0, 1.0, kind, 3.0)
+        draw = torch.Generator().manual_seed(1)
+        near = torch.eye(SIZE) + 0.15 * torch.randn(offsets, SIZE, SIZE, generator=draw)
+        self.matrices = nn.Parameter(near)
+
+    def states(self, seen, target):
+        for matrix in self.matrices:
+            yield seen.hidden @ matrix
+
+
+class Voiced(Lines):
+    """With a head of its own, over a draft vocabulary."""
+
+    def __init__(self, **knobs):
+        super().__init__(**knobs)
+        self.table = nn.Parameter(torch.randn(len(SOME), SIZE, generator=torch.Generator().manual_seed(3)))
+
+    @property
+    def vocabulary(self):
+        return SOME
+
+    def draft_heads(self, target):
+        return (lambda hidden: hidden @ self.table.T,)
+
+    def head_parameters(self):
+        return (self.table,)
+
+
+ROWS = [([5, 9, 3, 7, 11, 13, 2, 8], 3), ([17, 12], 1), ([8, 2, 6, 4, 12, 3], 5), ([4, 21, 13, 3, 17, 12, 6, 9, 1, 5], 1)]
+APART, PACKED = [[r] for r in ROWS], [ROWS[:3], [ROWS[3]]]
+
+
+def seen_of(packs, size, features=0):
+    """(seen, states by row): a batch as the trainer collates it, whose states depend on the row alone."""
+    items = [
+        (Pick(i, True, 1), [Tokens(ids, [at >= first for at in range(len(ids))]) for ids, first in pack])
+        for i, pack in enumerate(packs)
+    ]
+    batch = Collate(0, any(len(pack) > 1 for pack in packs), False)(items)
+    draw = torch.Generator().manual_seed(11)
+    by_row = [
+        torch.randn(size + features, generator=draw) + 0.4 * torch.randn(len(ids), size + features, generator=draw)
+        for ids, _ in ROWS
+    ]
+    states = torch.randn(*batch["input_ids"].shape, size + features, generator=draw)
+    for i, pack in enumerate(packs):
+        at = 0
+        for row in pack:
+            states[i, at : at + len(row[0])] = by_row[ROWS.index(row)]
+            at += len(row[0])
+    positions = batch.get("position_ids", torch.arange(states.shape[1]).expand(len(packs), -1))
+    hidden, more = states.split([size, features], dim=-1)
+    seen = Seen(hidden, batch["input_ids"], batch["labels"], positions, hidden[:, :0], more if features else None)
+    return seen, [one.split([size, features], dim=-1) for one in by_row]
+
+
+def target_of(size=SIZE, vocabulary=VOCABULARY):
+    return Target(toys.llama(torch.float32, hidden_size=size, intermediate_size=8, num_attention_heads=1,
+                             num_key_value_heads=1, vocab_size=vocabulary))  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+@pytest.mark.parametrize("packs", [APART, PACKED], ids=["apart", "packed"])
+@pytest.mark.parametrize("make", [Lines, Voiced])
+@pytest.mark.parametrize("kind", ["kl", "lk_hybrid"])
+def test_a_drafters_loss_and_numbers_are_those_of_plain_loops(make, kind, packs, chunk):
+    target, drafter = target_of(), make(kind=kind)
+    with torch.no_grad():
+        table = target.model.get_output_embeddings().weight.mul_(5)
+        if make is Voiced:
+            drafter.table.mul_(0.5).add_(table[SOME])
+    seen, states = seen_of(packs, SIZE)
+    total, numbers = drafter.loss(seen, target, chunk)
+    total.backward()
+
+    table = target.model.get_output_embeddings().weight.detach().double()
+    matrices = drafter.matrices.detach().double().requires_grad_(True)
+    own = drafter.table.detach().double() if make is Voiced else table
+    expected, counted = torch.zeros((), dtype=torch.float64), torch.zeros(3, 7, dtype=torch.float64)
+    for (ids, first), (hidden, _) in zip(ROWS, states, strict=True):
+        hidden = hidden.double()
+        for t in range(len(ids)):
+            unbroken, product = 1.0, 1.0
+            for k in (1, 2, 3):
+                if t + k + 1 >= len(ids) or t + k + 1 < first:
+                    unbroken = product = 0.0
+                    continue
+                logits = own @ (hidden[t] @ matrices[k - 1])
+                p = torch.softmax(table @ hidden[t + k], 0)
+                loss, accepted, best = numbers_of(kind, p, torch.softmax(logits, 0), drafter.vocabulary, 3.0)
+                ranked = logits.argsort(descending=True)
+                ranked = (ranked if drafter.vocabulary is None else SOME[ranked]).tolist()
+                unbroken *= ranked[0] == best
+                product *= float(accepted.detach())
+                expected = expected + (0 if loss is None else 2.0 * 0.5 ** (k - 1) * loss)
+                right = [ranked[0] == best, best in ranked[:5]]
+                one = [0 if loss is None else float(loss.detach()), 1, *right, unbroken, float(accepted.detach()), product]
+                counted[k - 1] += torch.tensor(one, dtype=torch.float64)
+    expected.backward()
+    assert counted[0, 2] > 0
+    assert (counted[:, 5:] > 0).all()
+    assert make is Voiced or counted[1, 4] > 0
+    torch.testing.assert_close(numbers.double(), counted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(drafter.matrices.grad.double(), matrices.grad, rtol=1e-4, atol=1e-4)
+    found = metrics(numbers)
+    assert found["offset2/acceptance"] == pytest.approx(float(counted[1, 5] / counted[1, 1]), rel=1e-5)
+    assert found["expected"] == pytest.approx(1 + sum(float(n[6] / n[1]) for n in counted), rel=1e-5)
+
+
+def test_no_trained_position_and_rows_shorter_than_the_offsets():
+    target, drafter = target_of(), Lines()
+    ids = torch.tensor([[1, 2]])
+    seen = Seen(torch.randn(1, 2, SIZE), ids, torch.full_like(ids, -100), torch.arange(2)[None], torch.zeros(1, 0, SIZE))
+    total, numbers = drafter.loss(seen, target, 4)
+    total.backward()
+    assert float(total.detach()) == 0
+    assert (numbers == 0).all()
+    assert drafter.matrices.grad is not None
+    assert metrics(numbers) == {}
+
+
+def test_an_unknown_loss_is_named_with_the_choices():
+    with pytest.raises(DrafterError, match=r"drafter\.loss=mse: one of ce, kl, tv"):
+        Lines(kind="mse")
+
+
+@pytest.mark.parametrize("layers", [(0, 1, 3), (2,), ()])
+def test_captured_layers_are_what_transformers_calls_hidden_states(layers):
+    model = toys.llama(torch.float32, num_hidden_layers=3)
+    model.model.norm.weight.data += torch.randn(64)
+    last = []
+    handle = model.model.norm.register_forward_pre_hook(lambda _, args: last.append(args[0]))
+    with captured_layers(model.get_decoder(), layers) as kept, torch.no_grad():
+        wanted = model(toys.IDS, output_hidden_states=True).hidden_states
+    handle.remove()
+    assert len(kept) == len(layers)
+    for layer, found in zip(layers, kept, strict=True):
+        assert torch.equal(found, last[0] if layer == 3 else wanted[layer])  # transformers' last one is after the norm
+    with torch.no_grad():
+        model(toys.IDS)
+    assert len(kept) == len(layers)

@@ -1,0 +1,381 @@
+"""EAGLE-1's head against a plain float64 reference with one dense mask, while training and while decoding."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import transformers
+from omegaconf import OmegaConf
+from torch import nn
+
+from tests.adapters import toys
+from tests.conftest import ROOT
+from tests.drafters.test_distillation import APART, PACKED, ROWS, seen_of
+from trainer.decoding import trees
+from trainer.decoding.speculative import generate
+from trainer.drafters import DrafterError, News, Seen, Target
+from trainer.drafters.eagle import Eagle, attend
+from trainer.models.losses import CausalLoss
+
+SIZE = 32
+TINY = {"hidden_size": SIZE, "intermediate_size": 48, "rms_norm_eps": 1e-3, "initializer_range": 0.12}
+
+
+def stirred(module, seed=5):
+    """With weights of which none is zero, nor any norm's one."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            scale = 0.2 if parameter.ndim == 1 else 0.05
+            parameter += scale * torch.randn(parameter.shape, generator=draw, dtype=parameter.dtype)
+    return module.eval()
+
+
+def llama(dtype=torch.float32, **changes):
+    return stirred(toys.llama(dtype, **TINY | changes))
+
+
+def mistral():
+    """Like toys.llama, but that it sees four positions only."""
+    settings = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return stirred(transformers.MistralForCausalLM(transformers.MistralConfig(**TINY | settings, sliding_window=4)))
+
+
+def qwen3():
+    """With norms on queries and keys."""
+    settings = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return stirred(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TINY | settings)))
+
+
+MODELS = {"llama": llama, "mistral": mistral, "qwen3": qwen3, "eager": lambda: llama(attn_implementation="eager")}
+
+
+def knobs(name, **changes):
+    """The file of conf/drafter, with changes."""
+    settings = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "drafter" / f"{name}.yaml"))
+    return {key: value for key, value in settings.items() if not key.startswith("_")} | changes
+
+
+def eagle(model, **changes):
+    return made(Eagle, model, **knobs("eagle", **changes))
+
+
+def made(method, model, **settings):
+    """A drafter with the same weights every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return stirred(method(model, **settings), 7)
+
+
+# the reference: one row, whole matrices, one mask over the keys of all passes
+
+
+def rms(x, weight, eps):
+    return weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
+
+
+def rotated(x, places, theta):
+    """(H, T, c), each pair of halves' entries turned by its place."""
+    half = x.shape[-1] // 2
+    angles = torch.tensor([[place * theta ** (-j / half) for j in range(half)] for place in places], dtype=x.dtype)
+    a, b = x.split(half, -1)
+    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
+
+
+def attended(w, config, inputs, k, keys, values, window):
+    """Attention of pass k on `inputs` (T, ..): the keys of all passes so far are visible as [causal | I | .. | I]."""
+    length, theta = len(inputs), config.rope_parameters["rope_theta"]
+    heads, groups = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
+    places = [t + k for t in range(length)]
+
+    def by_head(name):
+        projected = inputs @ w[f"layers.0.self_attn.{name}.weight"].T
+        if (bias := w.get(f"layers.0.self_attn.{name}.bias")) is not None:
+            projected = projected + bias
+        return projected.view(length, -1, SIZE // heads).transpose(0, 1)
+
+    query = rotated(by_head("q_proj"), places, theta)
+    keys.append(rotated(by_head("k_proj"), places, theta).repeat_interleave(groups, 0))
+    values.append(by_head("v_proj").repeat_interleave(groups, 0))
+    mask = torch.full((length, (k + 1) * length), -math.inf, dtype=torch.float64)
+    for t in range(length):
+        for s in range(t + 1):
+            if window is None or t + k - s < window:
+                mask[t, s] = 0
+        for j in range(1, k + 1):
+            if window is None or k - j < window:
+                mask[t, j * length + t] = 0
+    scores = query @ torch.cat(keys, 1).transpose(1, 2) / math.sqrt(SIZE // heads) + mask
+    mixed = torch.softmax(scores, -1) @ torch.cat(values, 1)
+    return mixed.transpose(0, 1).reshape(length, -1) @ w["layers.0.self_attn.o_proj.weight"].T
+
+
+def fed(w, x):
+    gate, up = (x @ w[f"layers.0.mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+    return (gate / (1 + torch.exp(-gate)) * up) @ w["layers.0.mlp.down_proj.weight"].T
+
+
+def token_of(embedding, ids, at):
+    return embedding[ids[at]] if at < len(ids) else torch.zeros_like(embedding[0])
+
+
+def naive(w, model, hidden, ids, passes, window=None):
+    """What each pass gives for the T slots of a row."""
+    config, embedding = model.config, model.get_input_embeddings().weight.detach().double()
+    keys, values, found = [], [], []
+    for k in range(passes):
+        embedded = torch.stack([token_of(embedding, ids, t + 1 + k) for t in range(len(ids))])
+        entering = torch.cat([embedded, hidden], 1) @ w["fc.weight"].T + w.get("fc.bias", 0)
+        states = entering + attended(w, config, entering, k, keys, values, window)
+        states = states + fed(w, rms(states, w["layers.0.post_attention_layernorm.weight"], config.rms_norm_eps))
+        found.append(states)
+        hidden = states.detach()
+    return found
+
+
+def weights_of(drafter):
+    return {name: tensor.double().requires_grad_(tensor.is_floating_point()) for name, tensor in drafter.state().items()}
+
+
+def by_row(packs, tensor):
+    """The parts of a (B, T, ..) tensor in the order of ROWS."""
+    found = [None] * len(ROWS)
+    for i, pack in enumerate(packs):
+        at = 0
+        for row in pack:
+            found[ROWS.index(row)] = tensor[i, at : at + len(row[0])]
+            at += len(row[0])
+    return found
+
+
+def smooth_l1(a, b):
+    apart = (a - b).abs()
+    return torch.where(apart < 1, apart**2 / 2, apart - 0.5).mean()
+
+
+@pytest.mark.parametrize("packs", [APART, PACKED], ids=["apart", "packed"])
+@pytest.mark.parametrize(
+    ("kind", "passes", "bias"), [("llama", 1, True), ("llama", 3, False), ("mistral", 3, True), ("eager", 3, False)]
+)
+def test_states_loss_and_gradient_are_those_of_the_reference(kind, passes, bias, packs):
+    model = MODELS[kind]()
+    drafter = eagle(model, offsets=passes, bias=bias, weights=[1.0, 0.5, 0.25][:passes], weight=0.7)
+    target = Target(model)
+    seen, rows = seen_of(packs, SIZE)
+    w, window = weights_of(drafter), getattr(model.config, "sliding_window", None)
+    wanted = [naive(w, model, hidden.double(), ids, passes, window) for (hidden, _), (ids, _) in zip(rows, ROWS, strict=True)]
+
+    for k, states in enumerate(drafter.states(seen, target)):
+        assert states.isfinite().all()
+        for row, found in enumerate(by_row(packs, states)):
+            there = max(0, len(found) - 1 - k)
+            torch.testing.assert_close(found[:there].double(), wanted[row][k][:there], rtol=1e-4, atol=1e-4)
+
+    total, numbers = drafter.loss(seen, target, 4)
+    total.backward()
+    table = model.get_output_embeddings().weight.detach().double()
+    expected, counts = torch.zeros((), dtype=torch.float64), [0] * passes
+    for (hidden, _), states, (ids, first) in zip(rows, wanted, ROWS, strict=True):
+        for k in range(passes):
+            for t in range(len(ids)):
+                if t + k + 2 < len(ids) and t + k + 2 >= first:
+                    feature = hidden[t + k + 1].double()
+                    p = torch.softmax(table @ feature, 0)
+                    ce = -(p * torch.log_softmax(table @ states[k][t], 0)).sum()
+                    expected = expected + 0.7 * 0.5**k * (smooth_l1(states[k][t], feature) + 0.1 * ce)
+                    counts[k] += 1
+    expected.backward()
+    assert numbers[:, 1].tolist() == counts
+    torch.testing.assert_close(total.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    own = {name.replace("midlayer.", "layers.0."): p.grad for name, p in drafter.named_parameters()}
+    assert own.keys() == w.keys()
+    for name, gradient in own.items():
+        torch.testing.assert_close(gradient.double(), w[name].grad, rtol=1e-3, atol=1e-3 * float(w[name].grad.abs().max()))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_keys_of_one_place_only_are_attended_to_as_with_a_mask_for_all(dtype, tolerance):
+    """Value and gradient, with scores of some ten, where rounding one by 2^-8 of itself would show."""
+    draw, length, later = torch.Generator().manual_seed(2), 7, 3
+    query = 3 * torch.randn(2, 4, length, 8, generator=draw)
+    key, value = (size * torch.randn(2, 2, length * (1 + later), 8, generator=draw) for size in (3, 1))
+    mask = torch.rand(2, 1, length, length, generator=draw) < 0.6
+    mask[..., 0] = True
+    tensors = [one.to(dtype).requires_grad_(True) for one in (query, key, value)]
+    layer = nn.Module()
+    layer.num_key_value_groups = 2
+    found, _ = attend(layer, *tensors, mask, scaling=0.3)
+    found.float().pow(2).sum().backward()
+
+    exact = [one.detach().double().requires_grad_(True) for one in tensors]
+    whole = torch.cat([mask, *[torch.eye(length, dtype=torch.bool).expand(2, 1, -1, -1)] * later], -1)
+    keys, values = (one.repeat_interleave(2, 1) for one in exact[1:])
+    scores = (0.3 * exact[0] @ keys.transpose(2, 3)).masked_fill(~whole, -math.inf)
+    wanted = (scores.softmax(-1) @ values).transpose(1, 2)
+    wanted.pow(2).sum().backward()
+    assert scores.detach().max() > 10
+    torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
+    for one, other in zip(tensors, exact, strict=True):
+        largest = float(other.grad.abs().max())
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=0, atol=2 * tolerance * largest)
+
+
+def news_of(hidden, features, ids, start, end):
+    """What the target says of positions start .. end - 1 of a row whose tokens `ids` are known up to the one after those."""
+    return News(hidden[start:end], features[start:end], ids[start + 1 : end + 1], ids[0] if start == 0 else None)
+
+
+TREE = [([-1, -1, -1], [3, 9, 4]), ([0, 0, 2], [7, 1, 7]), ([4, 3, 3, 5], [2, 5, 8, 9])]  # (parents, tokens) of each depth
+
+
+def drafts_as_it_trains(drafter, model, features=0):
+    """A tree's logits are those of training's passes on rows whose last tokens are a path's, and the memory holds nothing of trees."""
+    target, known, draw = Target(model), 6, torch.Generator().manual_seed(3)
+    hidden = torch.randn(known, SIZE, generator=draw)
+    more = torch.randn(known, features, generator=draw)
+    ids = torch.randint(0, 64, (known + 1,), generator=draw)
+    memory = drafter.start(target)
+    for start, end in ((0, 3), (3, 4), (4, known)):
+        tree = drafter.grow(memory, target, news_of(hidden, more, ids, start, end))
+        found, paths, number = [tree.first()], [[]], 0
+        for parents, tokens in TREE:
+            found += list(tree.below(torch.tensor(tokens), torch.tensor(parents)))
+            paths += [[*paths[parent + 1], token] for parent, token in zip(parents, tokens, strict=True)]
+            number += len(tokens)
+        assert memory.get_seq_length() == end
+    fresh = drafter.start(target)
+    again = drafter.grow(fresh, target, news_of(hidden, more, ids, 0, known))
+    torch.testing.assert_close(memory.keys, fresh.keys, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(memory.values, fresh.values, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again.first(), found[0], rtol=1e-4, atol=1e-4)
+    assert tree.branches
+    assert tree.depth == drafter.depth
+
+    apart = 0.0
+    head = drafter.draft_heads(target)[0]
+    for path, logits in zip(paths, found, strict=True):
+        row = torch.cat([ids, torch.tensor(path, dtype=torch.long)])[None]
+        later = torch.full((len(path) + 1, SIZE + features), 100.0)  # what comes after the last known state is not looked at
+        states = torch.cat([torch.cat([hidden, more], 1), later]).split([SIZE, features], 1)
+        at = torch.arange(row.shape[1])[None]
+        seen = Seen(states[0][None], row, row, at, states[0][None, :0], states[1][None] if features else None)
+        trained = head(list(drafter.states(seen, target))[len(path)][0, known - 1 : known])[0]
+        torch.testing.assert_close(logits, trained, rtol=1e-4, atol=1e-4)
+        apart = max(apart, float((logits - found[0]).abs().max()))
+    assert apart > 0.1
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_tree_is_drafted_as_passes_are_trained(kind):
+    model = MODELS[kind]()
+    with torch.no_grad():
+        drafts_as_it_trains(eagle(model, offsets=4), model)
+
+
+@pytest.mark.parametrize("shape", [None, trees.eagle2(3, 4, 12)], ids=["chain", "tree"])
+def test_decoding_with_it_gives_the_targets_text(shape):
+    model = llama()
+    ids = torch.tensor([3, 1, 4, 1, 5])
+    plain = generate(Target(model), None, ids, 12, [])
+    found = generate(Target(model), eagle(model), ids, 12, [], shape=shape)
+    assert found.tokens == plain.tokens
+    assert max(proposed for proposed, _ in found.drafts) > 1
+
+
+def test_depth_is_a_knob_of_its_own():
+    model = llama()
+    assert (eagle(model, depth=5).depth, eagle(model, offsets=2, depth=None).depth) == (5, 2)
+    with pytest.raises(DrafterError, match=r"drafter\.depth=0"):
+        eagle(model, depth=0)
+
+
+def test_noise_is_there_while_training_only_and_of_the_generator():
+    model = llama()
+    drafter, target = eagle(model, noise=0.5), Target(model)
+    seen, _ = seen_of(APART, SIZE)
+
+    def drawn(seed, training):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return next(iter(drafter.train(training).states(seen, target)))
+
+    assert torch.equal(drawn(1, True), drawn(1, True))
+    assert not torch.allclose(drawn(1, True), drawn(2, True))
+    assert torch.equal(drawn(1, False), drawn(2, False))
+    zeros = torch.zeros(100, 40)
+    noise = drafter.train().entering(zeros, None)
+    assert 0.24 < float(noise.abs().max()) <= 0.25
+    assert abs(float(noise.mean())) < 0.01
+
+
+def test_from_the_last_layer_it_starts_as_that_without_its_first_norm():
+    model = llama()
+    drafter, target = Eagle(model, **knobs("eagle", init="last_layer")).eval(), Target(model)
+    seen, rows = seen_of(APART, SIZE)
+    layer = model.model.layers[-1]
+    layer.input_layernorm = nn.Identity()
+    with torch.no_grad():
+        states = next(iter(drafter.states(seen, target)))
+        for found, (hidden, _) in zip(by_row(APART, states), rows, strict=True):
+            hidden = hidden[None]
+            at = torch.arange(hidden.shape[1])[None]
+            wanted = layer(hidden, position_embeddings=model.model.rotary_emb(hidden, at), attention_mask=None)
+            torch.testing.assert_close(found, (wanted if isinstance(wanted, torch.Tensor) else wanted[0])[0])
+
+
+def test_bf16_states_train_fp32_weights():
+    model = llama().bfloat16()
+    drafter, target = eagle(model, offsets=2), Target(model)
+    seen, _ = seen_of(PACKED, SIZE)
+    seen = Seen(seen.hidden.bfloat16(), seen.ids, seen.labels, seen.positions, seen.extra.bfloat16())
+    total, _ = drafter.loss(seen, target, 5)
+    total.backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in drafter.parameters())
+    tree = drafter.grow(drafter.start(target), target, News(seen.hidden[0, :4], seen.hidden[0, :4, :0], seen.ids[0, 1:5]))
+    assert tree.below(torch.tensor([1, 2]), torch.tensor([-1, -1])).dtype == tree.first().dtype == torch.bfloat16
+
+
+def test_it_learns_what_the_target_does_next():
+    """A row of a few tokens again and again: the next feature is soon known from the token."""
+    model = llama()
+    drafter = eagle(model, noise=0.0).train()
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6] * 4])
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    loss = CausalLoss(model.requires_grad_(False), 64, drafter, Target(model))
+    optimizer = torch.optim.AdamW(drafter.parameters(), 3e-3)
+    found = []
+    for _ in range(25):
+        total, sums = loss(batch)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        found.append(sums["offsets"])
+    assert float(found[-1][0, 2]) > float(found[0][0, 2])
+    assert float(found[-1][0, 5]) > float(found[0][0, 5])
+
+
+def test_its_state_is_named_as_engines_name_it_and_comes_back():
+    model = llama()
+    drafter, other = eagle(model), stirred(eagle(model), 9)
+    state = {name: tensor.clone() for name, tensor in drafter.state().items()}
+    names = (
+        [f"self_attn.{n}_proj" for n in "qkvo"]
+        + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
+        + ["post_attention_layernorm"]
+    )
+    assert state.keys() == {"fc.weight"} | {f"layers.0.{name}.weight" for name in names}
+    other.load_state(state)
+    assert all(torch.equal(other.state()[name], tensor) for name, tensor in state.items())
+    with pytest.raises(DrafterError, match=r"of another model or of other settings: fc\.weight"):
+        other.load_state(state | {"fc.weight": torch.zeros(1)})
+
+
+def test_models_that_it_cannot_be_built_for_are_named():
+    with pytest.raises(DrafterError, match="drafter=none"):
+        eagle(toys.gpt2(torch.float32))

@@ -1,0 +1,173 @@
+"""A head of the base, continued on the fine-tuned model: what the new run is told, and the three numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.conftest import sums, write_rows
+from trainer import realign
+from trainer.assembly.build import instantiate
+from trainer.drafters import DrafterError, io
+from trainer.evaluation import realigned
+from trainer.storage import checkpoints, journal
+
+HEAD = (
+    "adapter=none", "objective=distill", "drafter=eagle3", "drafter.offsets=2", "drafter.aux_layers=[0,1,2]", "drafter.coverage=0",
+    "drafter.draft_vocab_size=64", "drafter.init=last_layer", "batch_size=4", "task.eval_fraction=0.2", "max_steps=4",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def rows(kept):
+    return write_rows(kept / "chats.jsonl", sums(60))
+
+
+@pytest.fixture
+def started(train, kept, rows):
+    """(a head of the base, a fine-tuning run), made once and never written to."""
+    if not (kept / "tuned").exists():
+        train(f"task.path={rows}", *HEAD, f"runs={kept}", "name=head", "optimizer.lr=3e-3")
+        train(f"task.path={rows}", f"runs={kept}", "name=tuned", "max_steps=3", "optimizer.lr=0.1")
+    return kept / "head", kept / "tuned"
+
+
+@pytest.fixture
+def here(train, monkeypatch):
+    """What the verb starts as processes, run in this one."""
+    told = []
+
+    def run(command):
+        told.append(command[3:])
+        train(*(word for word in command[3:]))
+        return 0
+
+    monkeypatch.setattr("trainer.session.branches.finished", run)
+    return told
+
+
+def test_a_head_goes_on_where_it_was(started, here, tmp_path, capsys):
+    head, tuned = started
+    before = {file: file.read_bytes() for place in started for file in place.rglob("*") if file.is_file()}
+    assert realign.main([f"draft={head}", f"target.run={tuned}", "max_steps=2", "logger=none", f"runs={tmp_path}"]) == 0
+    run = tmp_path / "head-tuned"
+    record = yaml.safe_load((run / "run.yaml").read_text())
+    config, there = record["config"], yaml.safe_load((head / "run.yaml").read_text())["config"]
+    for key in ("task", "drafter", "objective", "batch_size", "seed", "precision", "schedule"):
+        assert config[key] == there[key], key
+    assert config["optimizer"]["lr"] == there["optimizer"]["lr"] == 3e-3
+    assert config["max_steps"] == 2
+    assert config["export"] == "best"
+    evaluation = config["callbacks"]["evaluation"]
+    assert (evaluation["monitor"], evaluation["mode"], evaluation["batch_size"]) == ("expected", "max", 16)
+    assert record["identity"]["target"]["run"] == str(tuned)
+
+    found = json.loads((run / "realign.json").read_text())
+    assert [row["stage"] for row in found] == list(realigned.STAGES)
+    assert [row["target"].partition(" + ")[2] for row in found] == ["", "tuned@3", "tuned@3"]
+    first, last = (
+        [row for row in journal.read(place / "metrics.jsonl") if row["kind"] == "evaluation"] for place in (head, run)
+    )
+    best = json.loads((run / "drafter" / "config.json").read_text())["target"]["step"]
+    wanted = [first[-1], last[0], next(row for row in last if row["step"] == best)]
+    for row, logged in zip(found, wanted, strict=True):
+        for key in ("accepted", "expected", "loss", "offset1/acceptance", "offset2/top1"):
+            assert row[key] == pytest.approx(logged[key], abs=1e-5), (row["stage"], key)
+    assert found[0]["expected"] != pytest.approx(found[1]["expected"], abs=1e-4)
+    text = (run / "realign.md").read_text()
+    assert text in capsys.readouterr().out
+    lines = text.splitlines()
+    assert lines[0] == "| | target | accepted | expected | 1 | 2 |"
+    names = ("accepted", "expected", "offset1/acceptance", "offset2/acceptance")
+    assert lines[4].endswith("".join(f" {found[2][name]:.3f} |" for name in names))
+    # The weights and the draft vocabulary are the head's, and neither it nor the target was touched.
+    earlier, own = (load_file(place / "drafter" / "model.safetensors") for place in (head, run))
+    assert torch.equal(earlier["d2t"], own["d2t"])
+    assert torch.equal(earlier["t2d"], own["t2d"])
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_the_weights_are_the_drafts_and_the_moments_are_not(started, train, rows):
+    head, tuned = started
+    run = train(
+        f"task.path={rows}",
+        *HEAD,
+        f"target.run={tuned}",
+        f"target.draft={head}",
+        "name=on",
+        "max_steps=1",
+        "optimizer.lr=1e-12",
+    )
+    wanted = load_file(head / "drafter" / "model.safetensors")
+    saved = checkpoints.load(checkpoints.chosen(run / "checkpoints", "last"))
+    assert all(torch.allclose(tensor, wanted[name], atol=1e-6) for name, tensor in saved["drafter"].items())
+    assert all(float(state["step"]) == 1 for state in saved["optimizer_states"][0]["state"].values())
+
+
+def test_heads_that_do_not_fit_are_refused(started, rows, tmp_path, capsys):
+    head, tuned = started
+
+    def said(draft, target=tuned, *more):
+        assert realign.main([f"draft={draft}", f"target.run={target}", "dry=true", *more]) == 2
+        return capsys.readouterr().err
+
+    assert "that run has no drafter, or has not ended yet" in said(tuned)
+    assert "it is no drafter's folder" in said(tmp_path)
+    assert "is no run folder" in said(head, tmp_path)
+    assert "a head that is re-aligned stays what it is" in said(head, tuned, "drafter=mtp_medusa")
+    assert "Did you mean draft?" in said(head, tuned, "drift=3")
+    folder = tmp_path / "copy"
+    shutil.copytree(head / "drafter", folder)
+    content = json.loads((folder / "config.json").read_text())
+
+    def changed(**values):
+        (folder / "config.json").write_text(json.dumps(content | {"target": content["target"] | values}))
+        return folder
+
+    assert "whose hidden_size is 32; this model's is 16" in said(changed(hidden_size=32))
+    assert "this base's weights are others" in said(changed(fingerprint="another"))
+    assert "the tokens of another tokenizer" in said(changed(tokenizer="another"))
+    assert realign.main([f"draft={changed()}", f"target.run={tuned}", "dry=true"]) == 0
+    given = capsys.readouterr().out
+    assert f"target.draft={folder}" in given
+    assert "drafter=eagle3 drafter.offsets=2" in given
+    assert f"task.path={json.dumps(str(rows))}" in given
+    base = instantiate(yaml.safe_load((tuned / "run.yaml").read_text())["config"]["base"])
+    settings = content["drafter"]
+    io.check(changed(), base, settings | {"eta": 1.0, "lr_scale": 2.0})
+    with pytest.raises(DrafterError, match=r"of other settings: drafter\.norm_output: False there, True here"):
+        io.check(folder, base, settings | {"norm_output": True})
+
+
+def test_a_target_that_is_gone_is_told(started, train, rows, tmp_path):
+    """Heads that are not taught by distributions have no expected tokens."""
+    _, tuned = started
+    medusa = (
+        f"task.path={rows}",
+        "adapter=none",
+        "objective=distill",
+        "drafter=mtp_medusa",
+        "max_steps=1",
+        "task.eval_fraction=0.2",
+    )
+    other = shutil.copytree(tuned, tmp_path / "other")
+    head = train(*medusa, f"target.run={other}", "name=head")
+    shutil.rmtree(other)
+    run = train(*medusa, f"target.run={tuned}", f"target.draft={head}", "name=on")
+    found = realigned.measure(run, head / "drafter", 4)
+    assert "is no run folder" in found[0]["not_measured"]
+    assert "accepted" in found[1]
+    assert "expected" not in found[1]
+    text = realigned.table(found)
+    assert "before fine-tuning: not measured, since" in text
+    assert text.splitlines()[2].endswith("other@3 |  |  |  |  |  |  |")

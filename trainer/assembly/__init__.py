@@ -1,0 +1,1 @@
+"""From a config, or from a run folder, to objects."""

@@ -1,0 +1,52 @@
+"""Objects from config nodes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import hydra
+from hydra.errors import InstantiationException
+from omegaconf import OmegaConf
+from torch import nn
+
+from trainer.config.errors import ConfigError
+from trainer.data.batches import Plan
+from trainer.models.base import HEADS
+
+
+def instantiate(node: dict[str, Any], **arguments: Any) -> Any:
+    """An object from a plain config node; its `_target_` was checked when the config was composed."""
+    try:
+        return hydra.utils.instantiate(OmegaConf.create(node), _convert_="all", **arguments)
+    except InstantiationException as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None  # what the part itself says, which failures.py knows to explain
+
+
+def schedule(config: dict[str, Any], plan: Plan | None) -> Callable[..., float]:
+    """The schedule, `step, steps -> factor`, with a cooldown of so many tokens turned into steps.
+
+    Raises:
+        ConfigError: the tokens of each step are not known beforehand.
+    """
+    node = config["schedule"]
+    tokens = node.get("cooldown_tokens")
+    if tokens is None:
+        return instantiate(node)
+    if plan is None:
+        raise ConfigError(
+            f"schedule.cooldown_tokens={tokens}: a stream's tokens are not known beforehand. Give schedule.cooldown in steps"
+        )
+    made, down = instantiate(node | {"cooldown_tokens": None}), functools.cache(partial(plan.last_steps, tokens))
+    return lambda step, steps: made(step, steps=steps, cooldown=down(steps))
+
+
+def new_modules(model: nn.Module, labels: list[str] | None) -> tuple[str, ...]:
+    """Modules that the base brings no weights for: the head of a classifier."""
+    if labels is None:
+        return ()
+    return tuple(name for name in HEADS if hasattr(model, name))

@@ -1,0 +1,66 @@
+"""The drafter that a command line names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationConfig
+
+from trainer.assembly.trained import Trained
+from trainer.drafters import Drafter, DrafterError
+from trainer.drafters.lookup import PromptLookup
+from trainer.drafters.recycling import TokenRecycling
+from trainer.drafters.small import small_model
+
+DRAFTERS = ("run", "lookup", "recycling", "small")
+
+
+def sampling(options: dict[str, Any], stops: list[int], pad: int, **more: Any) -> GenerationConfig:
+    """transformers' settings for a verb's temperature, top_p and max_new_tokens."""
+    sampled = options["temperature"] > 0
+    # transformers would draw from the 50 likeliest tokens only.
+    chances = {"temperature": options["temperature"], "top_p": options["top_p"], "top_k": 0} if sampled else {}
+    return GenerationConfig(
+        do_sample=sampled, max_new_tokens=options["max_new_tokens"], eos_token_id=stops, pad_token_id=pad, **chances, **more
+    )
+
+
+def unknown_drafter(options: dict[str, Any]) -> str | None:
+    """What is wrong with a verb's options drafter and small."""
+    if options["drafter"] not in DRAFTERS:
+        return f"drafter={options['drafter']}: one of {', '.join(DRAFTERS)}"
+    if (options["drafter"] == "small") != (options["small"] is not None):
+        return "drafter=small and small=PATH, the small model's folder or its name on the hub, are given together"
+    return None
+
+
+def check_drafter(config: dict[str, Any], options: dict[str, Any]) -> None:
+    """Before a run's model is loaded, whether it has the drafter that is asked for.
+
+    Raises:
+        DrafterError: it has none.
+    """
+    if options["drafter"] == "run" and not config.get("drafter"):
+        raise DrafterError(
+            f"run={options['run']} has no drafter. Train one beside the adapter, python -m trainer ... drafter=mtp_shared, or give "
+            "one that needs no training, drafter=lookup or drafter=recycling"
+        )
+
+
+def drafter_of(found: Trained, options: dict[str, Any]) -> Drafter | None:
+    """What a verb's options drafter and small ask for; None where the run has no drafter that proposes.
+
+    Raises:
+        BaseError, DrafterError: the small model cannot be loaded, or has other tokens.
+    """
+    if options["drafter"] == "run":
+        if found.drafter is None or not found.drafter.proposes:
+            return None
+        # In the target's dtype: autocast would convert fp32 weights anew for every draft.
+        return found.drafter.to(found.model.get_input_embeddings().weight.dtype)  # type: ignore[operator, union-attr]
+    if options["drafter"] == "lookup":
+        return PromptLookup()
+    if options["drafter"] == "recycling":
+        return TokenRecycling(found.model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+    weight = next(found.model.parameters())
+    return small_model(options["small"], found.base, weight.dtype, weight.device)

@@ -1,0 +1,1 @@
+"""SLURM jobs and signals. Nothing here imports torch."""

@@ -1,0 +1,42 @@
+"""The groups of conf/: the file that each takes by default, and the schema of what they compose."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from trainer.config import schema
+from trainer.config.errors import ConfigError
+
+
+def root_schema(choices: dict[str, Any]) -> schema.Table:
+    """The schema of the whole config, given which file each group took.
+
+    Raises:
+        ConfigError: a group took a file that is not in conf/.
+    """
+    root = schema.load("config")
+    children = dict(root.children)
+    for group in sorted(path.name for path in schema.CONF.iterdir() if any(path.glob("*.yaml"))):
+        if group == "experiment":
+            continue
+        known, chosen = schema.options(group), choices.get(group)
+        if chosen is not None and chosen not in known:
+            raise ConfigError(f"{group}={chosen}: conf/{group} has {', '.join(known)}. To add one, put its file there")
+        # Hydra does not say which files a list such as logger=[wandb,tensorboard] took.
+        tables = [schema.load(f"{group}/{name}") for name in ([chosen] if chosen is not None else known)]
+        if len({table.target for table in tables}) > 1:
+            raise ConfigError(f"{group}: choose one of {', '.join(known)}")
+        merged: dict[str, Any] = {}
+        for table in tables:
+            merged |= table.children
+        children[group] = replace(tables[-1], children=merged)
+    return schema.Table(children, None, root.file)
+
+
+def usual() -> dict[str, str]:
+    """Which file of each group conf/config.yaml takes."""
+    entries: Any = OmegaConf.to_container(OmegaConf.load(schema.CONF / "config.yaml").defaults)
+    return {group: name for entry in entries if isinstance(entry, dict) for group, name in entry.items() if " " not in group}

@@ -1,0 +1,249 @@
+"""The YAML files of conf/ as a schema: which keys exist, and which values each may take.
+
+A leaf's line ends in a comment that opens with its type, up to the first colon: `rank: 16  # int >= 1: rank of B A`. The
+grammar is alternatives divided by `|`, each one of
+
+    int  float  str  bool  null  list  list[int|float|str]  mapping        (a mapping takes any keys)
+    int >= 1    float > 0    float in [0, 1)                               (bounds)
+    anything else                                                          (a literal choice)
+
+Needs PyYAML and OmegaConf only, so that a wrong key or value is named before torch is imported.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+CONF = Path(__file__).resolve().parent.parent.parent / "conf"
+INSTANTIATE_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}  # hydra.utils.instantiate's own
+_SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One knob: its type as the comment states it, the comment's text, its file, and the value there, `???` for none."""
+
+    type: str
+    doc: str
+    file: str
+    default: Any = field(default="???", compare=False)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A mapping of knobs: `target` is its `_target_`, `children` its keys."""
+
+    children: dict[str, Any]
+    target: str | None
+    file: str
+    open: bool = False  # further keys are checked elsewhere: the file says `# open: ...`
+    partial: bool = False  # its `_partial_`
+
+
+def options(group: str) -> list[str]:
+    """Names that may stand after `group=`: the files of conf/GROUP."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@functools.cache
+def load(relative: str) -> Table:
+    """The schema of one file of conf/, with the files of its own defaults list merged in."""
+    path = CONF / f"{relative}.yaml"
+    text = path.read_text("utf-8")
+    content: Any = OmegaConf.to_container(OmegaConf.load(path))
+    table = _table(yaml.compose(text), text.splitlines(), f"conf/{relative}.yaml", content)
+    if re.search(r"^# open: ", text, re.MULTILINE):
+        table = replace(table, open=True)
+    for entry in content.get("defaults") or []:
+        if isinstance(entry, str) and entry != "_self_":
+            inherited = load(str(Path(relative).parent / entry))
+            table = Table(
+                _merged(inherited.children, table.children), table.target or inherited.target, table.file,
+                table.open or inherited.open, table.partial or inherited.partial,
+            )  # fmt: skip
+    return table
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        if isinstance(old, Table) and isinstance(value, Table):
+            value = replace(value, children=_merged(old.children, value.children), target=value.target or old.target)
+        elif isinstance(old, Leaf) and isinstance(value, Leaf) and not value.type:
+            value = replace(value, type=old.type, doc=old.doc)  # a variant changes the value only
+        result[key] = value
+    return result
+
+
+def _table(node: yaml.MappingNode | None, lines: list[str], file: str, values: dict[str, Any]) -> Table:
+    children: dict[str, Any] = {}
+    target, partial = None, False
+    for key_node, value_node in node.value if node is not None else []:
+        key = key_node.value
+        comment = _comment(lines[key_node.start_mark.line], value_node, key_node.start_mark.line)
+        if key == "_target_":
+            target = value_node.value
+        elif key == "_partial_":
+            partial = value_node.value == "true"
+        elif key in INSTANTIATE_KEYS or key in ("defaults", "hydra"):
+            continue
+        elif isinstance(value_node, yaml.MappingNode) and not comment.startswith("mapping"):
+            children[key] = _table(value_node, lines, file, values[key])
+        else:
+            type_, _, doc = comment.partition(":")
+            children[key] = Leaf(type_.strip(), doc.strip(), file, values[key])
+    return Table(children, target, file, partial=partial)
+
+
+def _comment(line: str, value_node: yaml.Node, row: int) -> str:
+    end = value_node.end_mark.column if value_node.end_mark.line == row else len(line)
+    found = re.search(r"#\s*(.*)$", line[end:]) or re.search(r"\s#\s+(.*)$", line)
+    return found.group(1) if found else ""
+
+
+def problems(value: Any, schema: Any, where: str, incomplete: bool = False) -> list[str]:
+    """What is wrong with a plain value at the dotted place `where`: unknown keys, missing ones, wrong types. `incomplete`
+    lets values be missing that a user still has to give."""
+    if isinstance(schema, Leaf):
+        if value == "???":
+            return [] if incomplete else [f"{where} is missing. It must be set: {where}=... ({schema.doc})"]
+        if holds_object(value):
+            return [f"{where} is {value!r}, and nothing may be made there ({schema.file})"]
+        if accepts(value, schema.type):
+            return []
+        choices = [a for a in _alternatives(schema.type) if not re.match(r"(int|float|str|bool|list|mapping|null)\b", a)]
+        close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.6)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        return [f"{where} is {value!r}, but must be {schema.type}.{hint} ({schema.doc}; {schema.file})"]
+    if value is None and schema.target and "." in where:
+        return []  # callbacks.NAME=null takes an entry out
+    if value is None and "none" in (options(where) if (CONF / where).is_dir() else ()):
+        return [f"{where} is null. To go without: {where}=none, or in a file `override /{where}: none` under `defaults`"]
+    if not isinstance(value, dict):
+        return [f"{where} is {value!r}, but must be a mapping with the keys {_listed(schema.children)} ({schema.file})"]
+    prefix = f"{where}." if where else ""
+    found = []
+    fixed = {"_target_": schema.target, "_partial_": schema.partial or None, "_recursive_": None, "_convert_": None}
+    for key, item in fixed.items():
+        if value.get(key) != item:
+            found.append(f"{prefix}{key} is {value.get(key)!r}. {schema.file} has {item!r}, and only that may stand there")
+    for key, item in value.items():
+        if key in fixed:
+            continue
+        if key in schema.children:
+            found += problems(item, schema.children[key], f"{prefix}{key}", incomplete)
+        elif not schema.open:
+            found.append(f"{prefix}{key}: there is no such key. {nearest(str(key), schema.children)} ({schema.file})")
+        elif holds_object(item):
+            found.append(f"{prefix}{key} is {item!r}, and nothing may be made there ({schema.file})")
+    found += [f"{prefix}{key} is missing ({schema.file})" for key in _missing(value, schema, where)]
+    return found
+
+
+def _missing(value: dict[str, Any], schema: Table, where: str) -> list[str]:
+    """Keys that a mapping lacks and has to have. ~callbacks.NAME takes an entry out, too."""
+    entries = [key for key, child in schema.children.items() if where and isinstance(child, Table) and child.target]
+    return [key for key in schema.children if key not in value and key not in entries]
+
+
+def complete(value: dict[str, Any], schema: Table, where: str = "") -> list[str]:
+    """Give a plain mapping, in place, the keys that it lacks and the schema's files have a value for. Returns their dotted places."""
+    prefix = f"{where}." if where else ""
+    missing, places = _missing(value, schema, where), []
+    for key, child in schema.children.items():
+        if isinstance(child, Leaf):
+            if key in missing and child.default != "???":
+                value[key] = copy.deepcopy(child.default)
+                places.append(f"{prefix}{key}")
+        elif key in missing:
+            value[key] = ({"_target_": child.target} if child.target else {}) | ({"_partial_": True} if child.partial else {})
+            complete(value[key], child, f"{prefix}{key}")
+            places.append(f"{prefix}{key}")
+        elif isinstance(value.get(key), dict):
+            places += complete(value[key], child, f"{prefix}{key}")
+    return places
+
+
+def leaves(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """All values of a plain config with their paths."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from leaves(value, (*path, str(key)))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from leaves(value, (*path, str(index)))
+    else:
+        yield path, node
+
+
+def holds_object(value: Any) -> bool:
+    """Whether hydra.utils.instantiate would make something of a value, or of a part of it."""
+    if isinstance(value, dict):
+        return bool(INSTANTIATE_KEYS & value.keys()) or any(map(holds_object, value.values()))
+    return isinstance(value, list) and any(map(holds_object, value))
+
+
+def nearest(word: str, known: Any) -> str:
+    """A sentence that suggests what `word` was meant to be."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"Did you mean {close[0]}?" if close else f"Known: {_listed(known)}."
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(names) or "none"
+
+
+def accepts(value: Any, type_: str) -> bool:
+    """Whether a value fits a type of the grammar above."""
+    return any(_fits(value, alternative.strip()) for alternative in _alternatives(type_))
+
+
+def _alternatives(type_: str) -> list[str]:
+    return re.split(r"\s*\|\s*(?![^\[(]*[\])])", type_)
+
+
+def _fits(value: Any, type_: str) -> bool:
+    word = re.match(r"[a-z]+", type_)
+    name = word.group(0) if word else ""
+    rest = type_[len(name) :].strip()
+    if type_ == "null":
+        return value is None
+    if type_ == "mapping":
+        return isinstance(value, dict)
+    if name == "list":
+        inner = rest[1:-1]
+        return isinstance(value, list) and (not inner or all(accepts(item, inner) for item in value))
+    if name not in _SCALARS or not (rest == "" or re.match(r"(>|<|in\b)", rest)):
+        return isinstance(value, str | int | float | bool) and str(value) == type_  # a literal choice
+    if not isinstance(value, _SCALARS[name]) or (isinstance(value, bool) and name != "bool"):
+        return False
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    return _within(value, rest)
+
+
+def _within(value: Any, bound: str) -> bool:
+    if not bound:
+        return True
+    if match := re.fullmatch(r"(>=|<=|>|<)\s*(\S+)", bound):
+        limit = float(match.group(2))
+        return {">=": value >= limit, "<=": value <= limit, ">": value > limit, "<": value < limit}[match.group(1)]
+    match = re.fullmatch(r"in\s*([\[(])\s*(\S+)\s*,\s*(\S+?)\s*([\])])", bound)
+    if match is None:
+        raise ValueError(f"the bound {bound!r} cannot be read; see trainer/schema.py")
+    opening, low, high, closing = match.groups()
+    above = value >= float(low) if opening == "[" else value > float(low)
+    below = value <= float(high) if closing == "]" else value < float(high)
+    return above and below

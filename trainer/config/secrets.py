@@ -1,0 +1,76 @@
+"""Secrets: refused where a config holds one, and taken out of all that is said."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from trainer.config import schema
+
+_SECRET_VALUE = re.compile(
+    # 40 hex digits are a W&B key, but as a folder's name a commit in the hub's cache.
+    r"(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|(?<![0-9a-f/])[0-9a-f]{40}(?![0-9a-f])|wandb_v\d_\w{20,}|gh[pousr]_\w{30,}"
+    r"|github_pat_\w{20,}|glpat-[\w-]{20,}|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}"
+    r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)|-----BEGIN [A-Z ]*PRIVATE KEY-----)"
+)
+_SECRET_KEY = re.compile(r"(^|_)((api|access|private|secret)_?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
+
+
+def faults(config: DictConfig) -> Iterator[str]:
+    """Secrets come from the environment: what stands in a config is logged, stored and sent to dashboards."""
+    exported = list(_exported())
+    for path, value in schema.leaves(OmegaConf.to_container(config, resolve=False)):
+        place = ".".join(path)
+        if not isinstance(value, str) or not value or re.match(r"hydra\.(overrides|runtime|job\.override_dirname)\b", place):
+            continue  # what Hydra notes of the others
+        named = any(_SECRET_KEY.search(key) for key in path) and path[:1] != ("hydra",)
+        if named or (_SECRET_VALUE.search(value) and path[-1] not in ("sha256", "revision")):
+            yield f"{place} looks like a secret. Configs are logged: export it (WANDB_API_KEY, HF_TOKEN) instead."
+        for name in (name for name, secret in exported if secret in value):
+            yield f"{place} holds the value of the environment variable {name}, which is a secret by its name. Configs are logged: take it out."
+
+
+def _exported() -> Iterator[tuple[str, str]]:
+    """(name, value) of the environment's secrets, by their names."""
+    for name, value in os.environ.items():
+        if _SECRET_KEY.search(name) and len(value) >= 8:
+            yield name, value
+
+
+def redact(text: str) -> str:
+    """The text with everything that looks like a secret, and every secret of the environment, taken out."""
+    for _, value in _exported():
+        text = text.replace(value, "[redacted]")
+    return _SECRET_VALUE.sub("[redacted]", text)
+
+
+def redact_logs() -> None:
+    """Make every log record of this process pass through `redact`, its traceback too."""
+    make = logging.getLogRecordFactory()
+    if getattr(make, "redacts", False):
+        return
+
+    @functools.wraps(make)
+    def redacting(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        try:
+            said = record.getMessage()
+        except Exception:  # its arguments do not fit, which logging tells itself
+            return record
+        if (kept := redact(said)) != said:
+            record.msg, record.args = kept, ()
+        if record.exc_info and record.exc_info[1] is not None:
+            trace = "".join(traceback.format_exception(record.exc_info[1])).rstrip()
+            if (kept := redact(trace)) != trace:
+                record.exc_text, record.exc_info = kept, None
+        return record
+
+    redacting.redacts = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(redacting)

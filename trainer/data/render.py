@@ -1,0 +1,281 @@
+"""From an example to token ids and to which of them are trained, exactly.
+
+A conversation is rendered to one text by the chat template. The answers' places in that text come from the template's
+own `{% generation %}` markers, or else from rendering prefixes: what stands before an answer is the conversation up to it
+with a generation prompt. Either way they are then checked token by token: the prompt tokenised alone, as it will be when
+the model answers, must be the first tokens of the whole. A row for which that fails is refused with the reason; nothing
+ever falls back to training on everything.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, TemplateSyntaxError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from tasks.reading import DataError
+from tasks.task import Conversation, Example, Labelled, Text
+from trainer.config import limits
+from trainer.models.tiny import CHATML
+
+Span = tuple[int, int]
+RENDERED_WITHIN = 10.0  # seconds of computing for one row: a template may be anyone's
+TAILS = 1000  # ends of prompts whose tokens are kept; with most templates there is one
+
+
+@dataclass
+class Tokens:
+    """A row: its ids, which of them are trained, and the index of its class where it has one."""
+
+    ids: list[int]
+    trained: list[bool]
+    label: int = -1
+
+
+class Refused(ValueError):
+    """This row cannot be rendered exactly. The message is the reason."""
+
+
+class Renderer:
+    """Examples to Tokens, for one tokenizer, template and choice of what is trained.
+
+    Raises:
+        DataError: conversations need a chat template, and there is none.
+    """
+
+    def __init__(self, tokenizer: Any, task: Any):
+        self.tokenizer, self.kind = tokenizer, task.kind
+        self.train_on = getattr(task, "train_on", "everything")
+        self.labels = {label: index for index, label in enumerate(task.labels)} if task.kind == "label" else {}
+        self.template = template(getattr(task, "chat_template", None), tokenizer) if task.kind == "conversation" else None
+        for source in self.template.values() if isinstance(self.template, dict) else [self.template or ""]:
+            _refuse_powers(source)
+        added = tokenizer.added_tokens_decoder
+        self.ends = set(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
+        self.special = dict(tokenizer.special_tokens_map)
+        # Such a token's text is cut out before anything else is done, so that what stands before it and what follows it are
+        # tokenised each for itself. Without any of them prompts are tokenised whole.
+        self.anchors = {
+            index: token.content
+            for index, token in added.items()
+            if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+        }
+        self._tails: dict[str, list[int]] = {}
+
+    def __call__(self, example: Example) -> Tokens:
+        """All tokens of an example, however many.
+
+        Raises:
+            Refused: the row cannot be rendered, or its answers cannot be placed exactly.
+        """
+        if isinstance(example, Labelled):
+            ids = self.tokenizer(example.text)["input_ids"]
+            return Tokens(ids, [False] * len(ids), self.labels[example.label])
+        if isinstance(example, Text):
+            ids = self.tokenizer(example.text)["input_ids"]
+            if ids[-1:] != [self.tokenizer.eos_token_id]:
+                ids.append(self.tokenizer.eos_token_id)
+            return Tokens(ids, [True] * len(ids))
+        if self.template is None:
+            return self._plain(example)
+        text, spans = self._spans(example)
+        ids, trained = self._aligned(text, spans)
+        if self.train_on == "everything":
+            trained = [True] * len(ids)
+        return Tokens(ids, trained)
+
+    def prompt(self, example: Conversation) -> list[int]:
+        """The ids after which the last answer is generated."""
+        before = example.messages[:-1]
+        if self.template is None:
+            return self.tokenizer("".join(m["content"] for m in before))["input_ids"]
+        return self._encode(self._render(before, example.tools, prompt=True))[0]
+
+    def chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """The ids of a conversation that the model shall answer."""
+        return self.prompt(Conversation([*messages, {"role": "assistant", "content": ""}], "chat"))
+
+    def _plain(self, example: Conversation) -> Tokens:
+        # Without a template a row is prompt + answer + end, each tokenised as it will be when the model answers.
+        if sum(m["role"] == "assistant" for m in example.messages) > 1:
+            raise Refused("chat_template=none joins one prompt and one answer, and it has several answers")
+        prompt = self.prompt(example)
+        answer = self.tokenizer(example.messages[-1]["content"], add_special_tokens=False)["input_ids"]
+        answer.append(self.tokenizer.eos_token_id)
+        learns_prompt = self.train_on == "everything"
+        return Tokens(prompt + answer, [learns_prompt] * len(prompt) + [True] * len(answer))
+
+    def _render(self, messages: list[dict[str, Any]], tools: Any, prompt: bool = False) -> str:
+        return self._jinja(messages, tools, prompt, False)[0]
+
+    def _jinja(self, messages: list[dict[str, Any]], tools: Any, prompt: bool, markers: bool) -> tuple[str, list[Span]]:
+        try:
+            with limits.limited(RENDERED_WITHIN, "rendering a row"):
+                found: Any = render_jinja_template(
+                    conversations=[messages],
+                    tools=tools,
+                    chat_template=self._template_for(tools),
+                    return_assistant_tokens_mask=markers,
+                    add_generation_prompt=prompt,
+                    **self.special,
+                )
+        except limits.TooMuch as error:  # each further row would take as long
+            raise DataError(f"the chat template cannot be used: {error}") from None
+        except Exception as error:
+            raise Refused(f"the chat template refuses it: {error}") from None
+        return found[0][0], [(start, end) for start, end in found[1][0]] if markers else []
+
+    def _template_for(self, tools: Any) -> str:
+        if isinstance(self.template, dict):
+            return self.template["tool_use"] if tools and "tool_use" in self.template else self.template["default"]
+        assert isinstance(self.template, str)
+        return self.template
+
+    def _spans(self, example: Conversation) -> tuple[str, list[Span]]:
+        """The rendered text, and where in it the answers to be trained stand."""
+        messages, tools = example.messages, example.tools
+        source = self._template_for(tools)
+        if tools and "tools" not in source:
+            raise Refused("it has tools, which the chat template does not show to the model")
+        if any(m.get("tool_calls") for m in messages) and "tool_calls" not in source:
+            raise Refused("it has tool_calls, which the chat template does not write")
+        if has_markers(source):
+            text, spans = self._jinja(messages, tools, False, True)
+            if not spans:
+                raise Refused("the chat template's generation markers mark nothing in it")
+        else:
+            text = self._render(messages, tools)
+            answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+            answers = answers[-1:] if self.train_on == "last" else answers  # a template may rewrite the earlier ones
+            spans = [self._prefix_span(messages, tools, i, text) for i in answers]
+        return text, spans[-1:] if self.train_on == "last" else spans
+
+    def _prefix_span(self, messages: list[dict[str, Any]], tools: Any, index: int, text: str) -> Span:
+        before = self._render(messages[:index], tools, prompt=True)
+        upto = self._render(messages[: index + 1], tools) if index + 1 < len(messages) else text
+        if not text.startswith(before):
+            raise Refused(_differs(f"rendered up to message {index + 1} with a generation prompt, it", before, text))
+        if not text.startswith(upto):
+            raise Refused(_differs(f"rendered up to message {index + 1}, it", upto, text))
+        return len(before), len(upto)
+
+    def _encode(self, text: str) -> tuple[list[int], Callable[[int], Span]]:
+        """Ids, and the place in the text of the i-th of them. The places of all would take half as long as tokenising."""
+        encoded = self.tokenizer([text], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+        return encoded["input_ids"][0], encoded.encodings[0].token_to_chars
+
+    def _aligned(self, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
+        """Ids of the text and whether each lies in a span; every span's start is checked against its prompt alone."""
+        ids, place = self._encode(text)
+        trained = [False] * len(ids)
+        for start, end in spans:
+            prompt = self._beginning(text, start, ids, place)
+            first = len(prompt)
+            if ids[:first] != prompt:
+                at = next((i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), min(len(ids), first))
+                raise Refused(
+                    f"the answer at character {start} cannot be told from its prompt: the prompt alone ends in the tokens "
+                    f"{self.tokenizer.convert_ids_to_tokens(prompt[at:])}, before the answer in "
+                    f"{self.tokenizer.convert_ids_to_tokens(ids[at : first + 1])}"
+                )
+            last = bisect_right(range(len(ids)), end, lo=first, key=lambda i: place(i)[1]) if end < len(text) else len(ids)
+            if last < len(ids) and place(last)[0] < end:
+                raise Refused(f"a token reaches across the end of the answer at character {end}")
+            stop = self._without_tail(ids, first, last, text, place)
+            trained[first:stop] = [True] * (stop - first)
+        return ids, trained
+
+    def _beginning(self, text: str, start: int, ids: list[int], place: Callable[[int], Span]) -> list[int]:
+        """The ids of text[:start] alone: those of the whole up to the last anchor in it, and from there on its own."""
+        for i in range(bisect_left(range(len(ids)), start, key=lambda i: place(i)[0]) - 1, -1, -1):
+            if (anchor := self.anchors.get(ids[i])) is None:
+                continue
+            begin, end = place(i)
+            if end > start or text[begin:end] != anchor:  # some models give an unknown word the id of a special token
+                continue
+            rest = text[begin:start]
+            if (tail := self._tails.get(rest)) is None:
+                if len(self._tails) >= TAILS:
+                    self._tails.clear()
+                tail = self._tails[rest] = self._encode(rest)[0]
+            if tail[0] == ids[i]:  # else something is put before a text's beginning
+                return ids[:i] + tail
+            break
+        return self._encode(text[:start])[0]
+
+    def _without_tail(self, ids: list[int], first: int, last: int, text: str, place: Callable[[int], Span]) -> int:
+        # A template writes "\n" after the end token; the model stops at that token and never has to write the rest.
+        for i in range(last - 1, first - 1, -1):
+            if ids[i] in self.ends:
+                return i + 1
+            begin, end = place(i)
+            if text[begin:end].strip():
+                break
+        return last
+
+
+def template(chosen: str | None, tokenizer: Any) -> str | dict[str, str] | None:
+    """The Jinja text that `task.chat_template` means; None joins prompt and answer without one.
+
+    Raises:
+        DataError: there is no such file, or the tokenizer has no template of its own.
+    """
+    if chosen == "none":
+        return None
+    if chosen == "chatml":
+        return CHATML
+    if chosen is not None:
+        file = Path(chosen).expanduser()
+        if not file.is_file():
+            raise DataError(f"task.chat_template={chosen!r}: there is no such file. Give a Jinja file, chatml, or none")
+        return file.read_text("utf-8")
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "the base's tokenizer has no chat template. Set task.chat_template=chatml, or to a Jinja file, or to none "
+            "(prompt and answer joined as they are)"
+        )
+    return tokenizer.chat_template
+
+
+def _refuse_powers(source: str) -> None:
+    # 9**9**9 is one operation, which no limit of time can stop, and is computed when a template is compiled. `round` takes powers of 10.
+    before = ""
+    try:
+        for _, kind, word in Environment().lex(source):
+            if (word == "**" and kind == "operator") or (word == "round" and kind == "name" and before == "|"):
+                raise DataError(f"the chat template uses {word!r}, which could compute without end. Take it out")
+            before = before if kind == "whitespace" else word
+    except TemplateSyntaxError:
+        return  # told when a row is rendered
+
+
+def has_markers(source: str) -> bool:
+    """Whether a template marks what the model generates."""
+    return re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
+
+
+def stop_ids(tokenizer: Any, model_stops: Any, rows: Iterable[Tokens]) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, the model's, and the special token in which trained answers end."""
+    stops = {tokenizer.eos_token_id}
+    stops |= set(model_stops) if isinstance(model_stops, list | tuple) else {model_stops} - {None}
+    special = set(tokenizer.all_special_ids)
+    for row in rows:
+        last = next((i for i in range(len(row.ids) - 1, -1, -1) if row.trained[i]), None)
+        if last is not None and row.ids[last] in special:
+            stops.add(row.ids[last])
+    return sorted(stops)
+
+
+def _differs(what: str, part: str, whole: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), min(len(part), len(whole)))
+    return (
+        f"the chat template is not additive: {what} reads {part[max(0, at - 10) : at + 20]!r} where the whole has "
+        f"{whole[max(0, at - 10) : at + 20]!r}, so the answer's place is not known. Use train_on=last, or a template "
+        "with {% generation %} markers (task.chat_template)"
+    )

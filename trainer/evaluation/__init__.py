@@ -1,0 +1,1 @@
+"""Measures what a model is worth: loss, answers, speed of decoding, density."""

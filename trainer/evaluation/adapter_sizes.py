@@ -1,0 +1,134 @@
+"""Sizes of what a run has trained: parameters, ranks, bytes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from torch import Tensor
+
+from adapters import io
+from adapters.delta import AdaptedLinear, AdapterError, float_weight
+from trainer.assembly.trained import Trained
+
+
+@dataclass
+class Size:
+    """One layer; what cannot be said of it is None."""
+
+    module: str
+    bytes: int  # in the adapter's file
+    parameters: int  # trained
+    density: float | None = None  # share of the update's entries that are not zero
+    norm: float | None = None  # of the update, over the base weight's
+    rank: float | None = None  # effective
+
+
+@torch.no_grad()
+def sizes(found: Trained, spectrum: bool) -> list[Size]:
+    """Every layer with an update, then the modules that are saved whole; one row for all of an adapter without such layers.
+
+    Raises:
+        AdapterError: the run has no adapter, but a model.
+    """
+    if not found.adapter.exportable:
+        raise AdapterError(f"adapter={type(found.adapter).__name__.lower()} leaves no adapter whose size could be told")
+    stored = _stored(found)
+    parameters = {name: p.numel() for name, p in found.model.named_parameters() if p.requires_grad}
+    layers = []
+    for name, saved_as, base, update, factors in _updates(found):
+        size = Size(saved_as, _take(stored, saved_as), _take(parameters, name))
+        size.density = float((update != 0).double().mean())
+        size.norm = float(update.norm() / base.double().norm())
+        if spectrum:
+            values = low_rank_svdvals(*factors) if factors else torch.linalg.svdvals(update.float())
+            size.rank = effective_rank(values)
+        layers.append(size)
+    if not layers:  # prompts, whose parameters are not what is saved
+        return [Size("all", sum(stored.values()), sum(parameters.values()))]
+    rest = sorted({key.rpartition(".")[0] for key in stored})
+    names = {name: _own_name(name) for name in parameters}
+    for module in rest:
+        own = sum(count for name, count in parameters.items() if names[name].rpartition(".")[0] == module)
+        layers.append(Size(module, sum(size for key, size in stored.items() if key.rpartition(".")[0] == module), own))
+    return layers
+
+
+def effective_rank(values: Float[Tensor, " n"]) -> float:
+    """exp of the entropy of singular values over their sum; 0 where all are zero."""
+    total = values.double().sum()
+    if not total:
+        return 0.0
+    shares = values.double() / total
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def low_rank_svdvals(B: Float[Tensor, "o r"], A: Float[Tensor, "r i"]) -> Float[Tensor, " n"]:
+    """Singular values of B A, from those of an r x r matrix."""
+    left, right = torch.linalg.qr(B.double())[1], torch.linalg.qr(A.double().t())[1]
+    return torch.linalg.svdvals(left @ right.t())
+
+
+def _updates(found: Trained) -> Iterator[tuple[str, str, Tensor, Tensor, tuple[Tensor, Tensor] | None]]:
+    """(name, name in the file, W, D, factors of D up to its scale where it is B A) of each adapted layer, in fp64."""
+    for name, module in list(found.model.named_modules()):
+        if isinstance(module, AdaptedLinear):
+            delta: Any = module.delta
+            delta.release(module.base)
+            base = float_weight(module.base).double()
+            update = delta.weight(base) - base
+            delta.hold(module.base)
+            alone = hasattr(delta, "A") and getattr(delta, "values", None) is None
+            yield name, name, base, update, (delta.B, delta.A) if alone else None
+        elif isinstance(module, BaseTunerLayer):
+            yield name, name.removeprefix(io.PREFIX), *_merged(found.adapter, name.removeprefix(io.PREFIX), module)
+
+
+def _merged(adapter: Any, name: str, module: Any) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Of PEFT's layers, what merging changes: some methods have no update that is added."""
+    linear = module.get_base_layer()
+    kept = linear.weight.detach().clone()
+    base = float_weight(linear).double()
+    # PiSSA and its like have taken a part out of the weight.
+    base = base + adapter._part(name, module).double() if adapter.initial else base.clone()
+    try:
+        module.merge()
+    except (NotImplementedError, ValueError, RuntimeError) as error:
+        raise AdapterError(f"PEFT cannot merge {name}, so its update cannot be told: {error}") from error
+    update = float_weight(linear).double() - base
+    module.merged_adapters.clear()
+    linear.weight.data.copy_(kept)
+    plain = not adapter.initial and hasattr(module, "lora_A") and not getattr(module, "lora_variant", {})
+    if not plain or "default" not in module.lora_A:
+        return base, update, None
+    return base, update, (module.lora_B["default"].weight, module.lora_A["default"].weight)
+
+
+def _stored(found: Trained) -> dict[str, int]:
+    """Bytes of each tensor of the adapter's file, by its key without PEFT's prefix."""
+    stored = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        kind = "SEQ_CLS" if found.task.kind == "label" else "CAUSAL_LM"
+        found.adapter.save(found.model, Path(temporary), found.base.path, kind)
+        for path in Path(temporary).rglob("adapter_model.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - it is no dict
+                    tensor = file.get_tensor(key)
+                    stored[key.removeprefix(io.PREFIX)] = tensor.numel() * tensor.element_size()
+    return stored
+
+
+def _take(counts: dict[str, int], module: str) -> int:
+    return sum(counts.pop(key) for key in list(counts) if key.startswith(f"{module}."))
+
+
+def _own_name(name: str) -> str:
+    """A live parameter's name as the file has it."""
+    return name.removeprefix(io.PREFIX).replace(".default", "").replace("modules_to_save.", "")

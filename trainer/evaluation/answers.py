@@ -1,0 +1,70 @@
+"""Generated answers to held-out prompts, and their grades."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.data.held_out import HeldOut
+
+
+@torch.no_grad()
+def answers(
+    model: nn.Module, held_out: HeldOut, batch_size: int, max_new_tokens: int, device: torch.device,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[dict[str, Any]] | None:  # fmt: skip
+    """Greedy answers to the held-out prompts, in their order, each with its prompt, reference text and scores. None if
+    `stop` said yes between batches."""
+    by_length = sorted(range(len(held_out.prompts)), key=lambda i: -len(held_out.prompts[i][1]))
+    found: dict[int, dict[str, Any]] = {}
+    for start in range(0, len(by_length), batch_size):
+        if stop():
+            return None
+        chosen = by_length[start : start + batch_size]
+        texts = generate(
+            model, [held_out.prompts[i][1] for i in chosen], held_out.tokenizer, held_out.stops, max_new_tokens, device
+        )
+        for i, text in zip(chosen, texts, strict=True):
+            example, prompt = held_out.prompts[i]
+            assert held_out.grade is not None
+            found[i] = {
+                "where": example.where,
+                "prompt": held_out.tokenizer.decode(prompt),
+                "expected": example.messages[-1]["content"],
+                "answer": text,
+                "scores": held_out.grade(example, text),
+            }
+    return [found[i] for i in range(len(held_out.prompts))]
+
+
+def generate(
+    model: nn.Module, prompts: list[list[int]], tokenizer: Any, stops: list[int], max_new_tokens: int, device: torch.device
+) -> list[str]:
+    """Greedy continuations of several prompts, padded to the left, without special tokens."""
+    found = continuations(model, prompts, tokenizer.pad_token_id, stops, max_new_tokens, device)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in found]
+
+
+def continuations(
+    model: nn.Module, prompts: list[list[int]], pad: int, stops: list[int], max_new_tokens: int, device: torch.device, choose: Any = None
+) -> list[list[int]]:  # fmt: skip
+    """The ids that follow several prompts, with the token that ended them, and after that `pad`. Greedy over what `choose`, a
+    transformers LogitsProcessorList, makes of the scores."""
+    from transformers import GenerationConfig
+
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad)
+    more = {} if choose is None else {"logits_processor": choose}
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **more)  # type: ignore[operator]
+    return output[:, longest:].tolist()
+
+
+def means(graded: list[dict[str, Any]]) -> dict[str, float]:
+    """The mean of each score over graded answers."""
+    names = graded[0]["scores"] if graded else {}
+    return {name: sum(row["scores"][name] for row in graded) / len(graded) for name in names}

@@ -1,0 +1,315 @@
+"""Compressed adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from adapters import compress as coding
+from adapters import io
+from adapters.delta import AdapterError
+from adapters.peft_fields import CHANGES_BASE, config_class
+from trainer.assembly.rows import Data, tokenised
+from trainer.assembly.trained import Trained, trained
+from trainer.data.batches import Sequences
+from trainer.data.held_out import HeldOut
+from trainer.evaluation.loss import losses
+from trainer.exporting.adapter import save_adapter, verify_adapter
+from trainer.exporting.compare import _compare, _outputs
+from trainer.models.losses import CausalLoss, ClassLoss
+from trainer.storage import run_folder
+from trainer.storage.checkpoints import CheckpointError
+
+METHODS = {"compeft": ("keep", "alpha"), "dare": ("drop", "seed"), "darex_q": ("drop", "q", "seed")}
+KINDS = ("LORA", "SHIRA", "SUPERTUNING")  # of PEFT's methods, those whose tensors are an update that starts at zero
+ALPHAS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)  # as far as ComPEFT's authors search
+Q_STEPS = 8  # from 1 - drop to 1, each the same factor further
+SEARCH_ROWS = 64
+BATCH_SIZE = 16
+WEIGHTS = "adapter_model.safetensors"
+
+Files = dict[str, dict[str, Tensor]]  # tensors by PEFT's keys, by the subfolder they are in: "" or those of a pair
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to do with the tensors; `strength` is alpha or what is divided by, and None searches for it. `factors` is both or B:
+    which of a low-rank pair."""
+
+    method: str
+    factors: str
+    keep: float = 1.0
+    drop: float = 0.0
+    strength: float | None = None
+    seed: int = 0
+
+    @property
+    def grid(self) -> list[float]:
+        """What a search tries."""
+        if self.method == "compeft":
+            return list(ALPHAS)
+        return [(1 - self.drop) ** (1 - step / Q_STEPS) for step in range(Q_STEPS + 1)]
+
+
+@dataclass
+class Compressed:
+    """What `compress` has done. Sizes are in bytes, losses per trained token."""
+
+    out: Path
+    strength: float
+    difference: float  # of logits, loaded back and not, over their spread
+    parameters: int
+    before: int
+    after: int
+    loss_before: float | None = None
+    loss_after: float | None = None
+    searched: dict[float, float] = field(default_factory=dict)  # loss by strength
+    searched_on: str = ""
+
+
+def compress(run: str, choice: Choice, out: Path | None, evaluate: bool) -> Compressed:
+    """Compress a run's adapter, write it, load it back and compare.
+
+    Raises:
+        AdapterError: there is nothing to compress, or compressing it makes no sense.
+        Mismatch: the loaded adapter answers differently; nothing is left behind.
+    """
+    home, content, _ = run_folder.read(run)
+    refuse(content["config"]["adapter"])
+    out = out or home / choice.method
+    quantised = content["config"]["base"].get("quantization", "none") != "none"
+    device = torch.device("cuda" if torch.cuda.is_available() and not quantised else "cpu")
+    with _appearing(out) as temporary:
+        found = trained(run, device, exact=True)
+        save_adapter(found.adapter, found.model, found.base, found.task, temporary)
+        files = {place: load_file(temporary / place / WEIGHTS) for place in _places(temporary, WEIGHTS)}
+        before = sum((temporary / place / WEIGHTS).stat().st_size for place in files)
+        searching = choice.strength is None
+        data = tokenised(found.config, found.base, found.task, train=searching) if evaluate or searching else None
+        loss = _loss(found, device)
+        held_out = data.held_out if data is not None and evaluate else None
+        result = Compressed(out, 0.0, 0.0, _parameters(files), before, 0)
+        result.loss_before = loss(held_out)
+        if choice.method == "compeft" and choice.factors == "both":
+            files = _balanced(found, files)
+        if searching:
+            assert data is not None
+            rows, result.searched_on = _search_rows(data)
+            for strength in choice.grid:
+                put(found.model, compressed(files, choice, strength))
+                result.searched[strength] = loss(rows) or 0.0
+            result.strength = min(result.searched, key=lambda strength: result.searched[strength])
+        else:
+            result.strength = choice.strength  # type: ignore[assignment]
+        small = compressed(files, choice, result.strength)
+        put(found.model, small)
+        result.loss_after = loss(held_out)
+        for place, tensors in small.items():
+            compact = temporary / place / coding.FILE
+            coding.write(compact, tensors, coding.updates(tensors, choice.factors))
+            save_file(coding.read(compact), temporary / place / WEIGHTS, {"format": "pt"})
+            result.after += compact.stat().st_size
+        found.model.to("cpu")
+        result.difference = verify_adapter(found, temporary)
+    return result
+
+
+def expand(source: Path, out: Path) -> None:
+    """An ordinary adapter of a folder's compact.safetensors and adapter_config.json.
+
+    Raises:
+        AdapterError: one of them is missing or damaged.
+    """
+    places = _places(source, coding.FILE) if source.is_dir() else []
+    if not places:
+        raise AdapterError(f"{source} has no {coding.FILE}: give a folder that python -m trainer.compress run=... wrote")
+    with _appearing(out) as temporary:
+        for place in places:
+            config = source / place / "adapter_config.json"
+            if not config.is_file():
+                raise AdapterError(f"there is no {config}, which goes with {coding.FILE}")
+            tensors = coding.read(source / place / coding.FILE)
+            (temporary / place).mkdir(exist_ok=True)
+            save_file(tensors, temporary / place / WEIGHTS, {"format": "pt"})
+            shutil.copyfile(config, temporary / place / config.name)
+
+
+def refuse(adapter: dict[str, Any]) -> None:
+    """
+    Raises:
+        AdapterError: this adapter, as configured, has no update that could be compressed.
+    """
+    allowed = f"Compression is for LoRA, RoSA and sparse adapters, and for PEFT's {', '.join(KINDS)}"
+    if adapter["_target_"].startswith("adapters.full."):
+        raise AdapterError(f"adapter={adapter['_target_'].rpartition('.')[2].lower()} leaves no adapter to compress. {allowed}")
+    if adapter["_target_"] != "adapters.peft.Peft":
+        return
+    entry = config_class(adapter["peft_type"])
+    kind = entry.peft_type if entry else adapter["peft_type"]
+    if kind not in KINDS:
+        raise AdapterError(f"{kind} is no sum of its weights and an update that starts at zero. {allowed}")
+    init = str(adapter.get("init_lora_weights", ""))
+    if kind == "LORA" and init.startswith(CHANGES_BASE):
+        raise AdapterError(
+            f"init_lora_weights={init} is saved as the difference of two products, which large parts cancel in: compressed, they "
+            f"would not. {allowed} with another initialisation"
+        )
+
+
+def compressed(files: Files, choice: Choice, strength: float) -> Files:
+    """The tensors with their updates compressed, from one seed for all."""
+    draw = torch.Generator().manual_seed(choice.seed)
+    result: Files = {}
+    for place, tensors in files.items():
+        result[place] = dict(tensors)
+        for key in sorted(coding.updates(tensors, choice.factors)):
+            result[place][key] = (
+                coding.compeft(tensors[key], choice.keep, strength)
+                if choice.method == "compeft"
+                else coding.dare(tensors[key], choice.drop, strength, draw)
+            )
+    return result
+
+
+@torch.no_grad()
+def put(model: nn.Module, files: Files) -> None:
+    """Let the live adapter have the values of an adapter folder's updates."""
+    live = _live(model)
+    for tensors in files.values():
+        for key in coding.updates(tensors, "both"):
+            # Sparse values may be padded in the file.
+            live[key].copy_(tensors[key][: len(live[key])] if live[key].ndim == 1 else tensors[key])
+
+
+def _live(model: nn.Module) -> dict[str, Tensor]:
+    """Live tensors by the keys they are saved under."""
+    tensors: dict[str, Tensor] = {
+        name.replace(".default", ""): p for name, p in model.named_parameters()
+    }  # PEFT's name for its only adapter
+    for name, delta in io.deltas(model):
+        values = getattr(delta, "values", None)
+        parts = {
+            "lora_A.weight": getattr(delta, "A", None),
+            "lora_B.weight": getattr(delta, "B", None),
+            "supertuning_values": values,
+            "shira_weight": values,
+        }
+        parts |= {f"supertuning_{key}": part for key, part in parts.items() if key.startswith("lora_")}
+        tensors |= {f"{io.PREFIX}{name}.{key}": part for key, part in parts.items() if part is not None}
+    return tensors
+
+
+@torch.no_grad()
+def _balanced(found: Trained, files: Files) -> Files:
+    """Low-rank pairs as `coding.balanced` writes them, after it was seen that the model answers as before."""
+    wanted = _outputs(found.model, found)
+    result = {place: dict(tensors) for place, tensors in files.items()}
+    for tensors in result.values():
+        for a, b in coding.low_rank_pairs(tensors):
+            tensors[b], tensors[a] = coding.balanced(tensors[b], tensors[a])
+    put(found.model, result)
+    _compare(wanted, _outputs(found.model, found))
+    return result
+
+
+def _search_rows(data: Data) -> tuple[HeldOut, str]:
+    """A few rows to search on, and what to call them."""
+    if data.train is None and data.held_out is None:  # a stream's rows are not at hand
+        raise AdapterError(
+            "there are no rows to search on: this run's task streams and has no held-out rows. Give alpha= or q= a number"
+        )
+    name = "training" if data.train is not None else "held-out"
+    rows = (data.train or data.held_out.sequences).rows  # type: ignore[union-attr]
+    labels = data.task.labels if data.task.kind == "label" else None
+    collate = replace(data.collate, packed=False)
+    count = min(SEARCH_ROWS, len(rows))
+    return HeldOut(Sequences(rows, [[row] for row in range(count)]), collate, labels), f"the first {count} {name} rows"
+
+
+def _loss(found: Trained, device: torch.device) -> Callable[[HeldOut | None], float | None]:
+    labelled = found.task.kind == "label"
+    loss = ClassLoss(found.model) if labelled else CausalLoss(found.model, found.config["objective"]["logits_chunk"])
+    return lambda rows: losses(loss, rows, BATCH_SIZE, device).get("loss") if rows is not None else None
+
+
+def _parameters(files: Files) -> int:
+    return sum(t.numel() for tensors in files.values() for t in tensors.values() if t.is_floating_point())
+
+
+def _places(root: Path, name: str) -> list[str]:
+    """The subfolders with a file of this name, the folder itself being ""."""
+    found = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
+    return [str(path.relative_to(root)) if path != root else "" for path in found if (path / name).is_file()]
+
+
+@contextlib.contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A folder that takes its name only when nothing went wrong.
+
+    Raises:
+        CheckpointError: there is something of that name.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out} exists. Remove it, or choose another place with out=FOLDER")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _choice(options: dict[str, Any]) -> Choice:
+    """
+    Raises:
+        ValueError: a number is out of range, or has no effect with this method.
+    """
+    method = options["method"]
+    if method not in METHODS:
+        raise ValueError(f"method={method}: choose one of {', '.join(METHODS)}")
+    for key in ("keep", "alpha", "drop", "q", "seed"):
+        if options[key] is not None and key not in METHODS[method]:
+            raise ValueError(
+                f"{key}={options[key]} has no effect with method={method}, which takes {', '.join(METHODS[method])}"
+            )
+    factors = options["factors"] or ("both" if method == "compeft" else "B")
+    if factors not in ("both", "B"):
+        raise ValueError(f"factors={factors}: choose one of both, B")
+    keep = _number(options, "keep", 0.2, lambda x: 0 < x <= 1, "above 0 and at most 1")
+    drop = _number(options, "drop", 0.9, lambda x: 0 <= x < 1, "at least 0 and below 1")
+    seed = _number(options, "seed", 0, lambda x: x >= 0 and x == int(x), "a whole number of at least 0")
+    if method == "compeft":
+        strength = (
+            None if options["alpha"] in (None, "auto") else _number(options, "alpha", 0, lambda x: x > 0, "auto, or above 0")
+        )
+    elif method == "dare":
+        strength = 1 - drop
+    else:
+        least = 1 - drop
+        within = f"auto, or from 1 - drop = {least:g} to 1"
+        strength = None if options["q"] in (None, "auto") else _number(options, "q", 0, lambda x: least <= x <= 1, within)
+    return Choice(method, factors, keep, drop, strength, int(seed))
+
+
+def _number(options: dict[str, Any], key: str, default: float, fits: Callable[[float], bool], expected: str) -> float:
+    if options[key] is None:
+        return default
+    try:
+        value = float(options[key])
+        right = fits(value)
+    except (ValueError, OverflowError):
+        right = False
+    if not right:
+        raise ValueError(f"{key}={options[key]}: expected {expected}")
+    return value

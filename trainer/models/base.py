@@ -1,0 +1,233 @@
+"""The frozen base model: where it comes from, what it computes in, and its tokenizer.
+
+`Base` describes a model without holding its weights, so that everything that can be checked is checked before they load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import os
+import re
+import socket
+import urllib.parse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
+
+from trainer.speed.flash import keep_rows_apart
+
+HEADS = ("score", "classifier")  # what transformers calls the new head of a classifier
+
+
+class BaseError(ValueError):
+    """The base cannot be used. The message says why and how to mend it."""
+
+
+@dataclass
+class Base:
+    """A model as transformers loads it: `path` is a folder or a hub name."""
+
+    path: str
+    dtype: str
+    attn_implementation: str
+    quantization: str
+    double_quant: bool
+    revision: str | None = None
+    trust_remote_code: bool = False
+    max_length: int | None = None  # where the model's own config does not tell
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """transformers' config.
+
+        Raises:
+            BaseError: there is no such model, or it cannot be reached, or it brings code along.
+        """
+        with _explained(self):
+            self._refuse_fetched_code()
+            return AutoConfig.from_pretrained(self.path, **self._source())
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, with a pad token (never a new one: it may be eos, since padding is masked by length).
+
+        Raises:
+            BaseError: there is none, it has no end token, or it has more tokens than the model.
+        """
+        with _explained(self):
+            tokenizer = AutoTokenizer.from_pretrained(self.path, **self._source())
+        if tokenizer.eos_token_id is None:
+            raise BaseError(
+                f"the tokenizer of {self.path} has no end-of-sequence token, so that a model trained with it would never stop. "
+                "Set eos_token in its tokenizer_config.json."
+            )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.model_max_length = 1 << 30  # lengths are checked here, row by row; its own warning would name none
+        vocabulary = self.config.get_text_config().vocab_size
+        if len(tokenizer) > vocabulary:
+            raise BaseError(
+                f"the tokenizer of {self.path} has {len(tokenizer)} tokens, the model {vocabulary}: they do not belong together, "
+                "or tokens were added without resizing the model's embeddings."
+            )
+        return tokenizer
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the model was made for."""
+        known = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return min(filter(None, (known, self.max_length)), default=1 << 30)
+
+    def load(self, dtype: torch.dtype, labels: list[str] | None = None, device: torch.device | str = "cpu") -> nn.Module:
+        """The model in eval mode, its weights in `dtype` or quantised; with `labels`, a sequence classifier.
+
+        Raises:
+            BaseError: as `config`, or the weights are incomplete, or the quantisation cannot be had.
+        """
+        attention = "sdpa" if self.attn_implementation == "auto" else self.attn_implementation
+        if attention.startswith("flash"):
+            keep_rows_apart()
+        arguments: dict[str, Any] = self._source() | {"dtype": dtype, "attn_implementation": attention}
+        if self.quantization != "none":
+            arguments |= {"quantization_config": self._quantization(dtype), "device_map": {"": device}}
+        with _explained(self):
+            self._refuse_fetched_code()
+            if labels is None:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(self.path, output_loading_info=True, **arguments)
+                model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
+            else:
+                names = dict(enumerate(labels))
+                loaded = AutoModelForSequenceClassification.from_pretrained(
+                    self.path, num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()},
+                    output_loading_info=True, **arguments,
+                )  # fmt: skip
+                model = loaded[0]
+                model.config.pad_token_id = self.tokenizer.pad_token_id
+                missing = sorted(name for name in loaded[1]["missing_keys"] if name.partition(".")[0] not in HEADS)
+        if missing:
+            raise BaseError(
+                f"the weights of {self.path} lack {len(missing)} tensors, such as {missing[:3]}: the files are not of this model"
+            )
+        if self.quantization == "none":
+            model.to(device)
+        for module in model.modules():
+            # On a CPU with AVX512-BF16 bitsandbytes repacks a 4-bit weight at its first use in eval mode, for a kernel without a
+            # backward pass: training after an evaluation would then go on with wrong gradients.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        return model.eval()
+
+    def skeleton(self, labels: list[str] | None = None) -> nn.Module:
+        """The model's shape without its weights, on the meta device."""
+        config = copy.deepcopy(self.config)
+        if labels is not None:
+            config.num_labels = len(labels)
+        auto: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+        with torch.device("meta"), _explained(self):
+            model: nn.Module = auto.from_config(config, trust_remote_code=self.trust_remote_code)
+        return model
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Tells this model's weights from others': the hub's commit, or a digest over samples of local files."""
+        commit = getattr(self.config, "_commit_hash", None)
+        if not Path(self.path).is_dir():
+            return f"{self.path}@{commit}"
+        digest = hashlib.sha256((Path(self.path) / "config.json").read_bytes())
+        for file in sorted(Path(self.path).glob("*.safetensors")) + sorted(Path(self.path).glob("*.bin")):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as stream:  # 17 samples of 64 KiB: 14 GB of weights take milliseconds
+                for sixteenth in range(17):
+                    stream.seek(max(0, size - 65536) * sixteenth // 16)
+                    digest.update(stream.read(65536))
+        return digest.hexdigest()
+
+    def _refuse_fetched_code(self) -> None:
+        if fetched := _repositories(PretrainedConfig.get_config_dict(self.path, **self._source())[0]):
+            raise BaseError(
+                f"config.json of {self.path} has {fetched}: transformers would fetch code from there. Take the key out; "
+                "attention is chosen by base.attn_implementation"
+            )
+
+    def _source(self) -> dict[str, Any]:
+        where = {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+        if not Path(self.path).is_dir() and not _hub_answers():
+            where["local_files_only"] = True  # the hub's client would retry for most of a minute
+        return where
+
+    def _quantization(self, dtype: torch.dtype) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        if self.quantization == "int8":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+
+
+def _repositories(node: Any) -> str | None:
+    """The first implementation, of attention or others, that a config.json takes from a repository."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if re.search("implementation", str(key)):
+            named = [
+                str(each)
+                for each in (value.values() if isinstance(value, dict) else [value])
+                if not re.fullmatch(r"\w+", str(each))
+            ]
+            if named:
+                return f"{key}={named[0]!r}"
+        elif found := _repositories(value):
+            return found
+    return None
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    address = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # the proxy knows
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _explained(base: Base) -> Iterator[None]:
+    """transformers' errors for a base in words that say what to do."""
+    try:
+        yield
+    except BaseError:
+        raise
+    except Exception as error:
+        path, text = base.path, str(error)
+        first = text.splitlines()[0] if text else type(error).__name__
+        if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "allocate memory" in text:
+            raise
+        if "trust_remote_code" in text:
+            reason = "it brings its own Python code. If you trust that code, set base.trust_remote_code=true"
+        elif "FlashAttention" in text:
+            reason = f"base.attn_implementation={base.attn_implementation} cannot be had here: {first} Set base.attn_implementation=auto"
+        elif Path(path).is_dir():
+            reason = f"the folder cannot be loaded as a language model: {first}"
+        elif path.count("/") > 1 or path.startswith((".", "/", "~")):
+            reason = "there is no such folder. base.path is a folder, a .gguf file or a name on the hub, as ORG/NAME"
+        else:
+            reason = f"it could not be had from the hub, and is not in its cache: {first}"
+        raise BaseError(f"base {path!r}: {reason}") from error

@@ -1,0 +1,28 @@
+"""Bases from a local folder, a GGUF file or a name on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import huggingface_hub
+
+from tasks import wheel
+from trainer.models.base import Base, BaseError
+from trainer.models.gguf import converted
+
+
+def from_hub(
+    path: str, revision: str | None, gguf_file: str | None, dtype: str, attn_implementation: str, quantization: str, double_quant: bool,
+    trust_remote_code: bool,
+) -> Base:  # fmt: skip
+    """A hub name, a folder or a GGUF file."""
+    if gguf_file is not None:
+        path = huggingface_hub.hf_hub_download(path, gguf_file, revision=revision)
+    if path.endswith(".gguf"):
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise BaseError(f"base.path={path!r}: there is no such file")
+        path, revision = str(converted(file, wheel.sha256(file))), None
+    elif Path(path).expanduser().is_dir():
+        path = str(Path(path).expanduser().resolve())
+    return Base(path, dtype, attn_implementation, quantization, double_quant, revision, trust_remote_code)

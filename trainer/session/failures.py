@@ -1,0 +1,93 @@
+"""Errors that a user can mend, in one message without a traceback; see README for the exit codes."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Any
+
+import torch
+
+from adapters.delta import AdapterError
+from tasks.reading import DataError
+from tasks.wheel import FetchError
+from trainer.config.errors import EXIT_BAD_INPUT, ConfigError
+from trainer.config.secrets import redact
+from trainer.data.loader import LoadingError, killed
+from trainer.drafters import DrafterError
+from trainer.models.base import BaseError
+from trainer.models.losses import NonFinite
+from trainer.storage.checkpoints import CheckpointError
+from trainer.storage.run_folder import FolderError
+
+_BAD_INPUT = (ConfigError, BaseError, DataError, AdapterError, DrafterError, FetchError, FolderError)
+_FAULTS = (CheckpointError, LoadingError, NonFinite)
+
+
+def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] | None:
+    """(message, exit code) of an error that has an explanation; None for one that is ours to mend."""
+    if isinstance(error, _BAD_INPUT):
+        return str(error), EXIT_BAD_INPUT
+    if isinstance(error, _FAULTS):
+        return str(error), 1
+    if lost(error):
+        first = str(error).strip().partition("\n")[0]
+        return (
+            f"another process of this run has ended, or has not answered for lightning.timeout minutes: look for its own message, and go on "
+            f"with resume=auto. What this one saw of it: {first[:300]}"
+        ), 1
+    if (text := killed(error)) is not None:
+        return text, 1
+    if out_of_memory(error):
+        first = str(error).partition("\n")[0] or type(error).__name__
+        return f"out of memory: {first}\n{_smaller(config)}", 1
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full: {error.filename or error}. Free some space, and go on with resume=auto", 1
+    return None
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that the processes of a run cannot reach each other any more."""
+    text = str(error)
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError)
+        and ("gloo" in text or "by peer" in text)
+        and any(word in text for word in ("Connection", "Timed out", "timed out", "Broken pipe", "Socket"))
+    )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the CPU or an accelerator."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or "can't allocate memory" in text
+        or "out of memory" in text.lower()
+    )
+
+
+def _smaller(c: dict[str, Any]) -> str:
+    """What would need less, for this config."""
+    ways = []
+    if (size := c.get("batch_size", 1)) > 1:
+        part = max(part for part in range(1, size // 2 + 1) if size % part == 0)
+        ways.append(f"batch_size={part} accumulate={c['accumulate'] * size // part} (the same step in smaller parts)")
+    if c.get("objective", {}).get("gradient_checkpointing") is not True:
+        ways.append("objective.gradient_checkpointing=true")
+    if c.get("max_length", 0) > 256:
+        ways.append(f"max_length={c['max_length'] // 2}")
+    if c.get("precision") == "fp32":
+        ways.append("precision=bf16-true")
+    trains_base = c.get("adapter", {}).get("_target_") == "adapters.full.Full"
+    if c.get("base", {}).get("quantization") == "none" and not trains_base:
+        ways.append("base.quantization=nf4")
+    return "What would need less: " + ", or ".join(ways) if ways else "Use a smaller base, or a machine with more memory."
+
+
+def told(error: Exception, config: dict[str, Any] | None = None) -> int:
+    """Print an error's explanation and return the exit code, for the verbs; an unexplained one is raised again."""
+    explanation = explained(error, config or {})
+    if explanation is None:
+        raise error
+    print(redact(explanation[0]), file=sys.stderr)
+    return explanation[1]

@@ -1,0 +1,66 @@
+"""torch.compile over the decoder layers, one after another, in training.
+
+A graph is compiled for each kind of layer, and all layers of that kind share it. Lengths and batch sizes are symbols in it, so that batches
+of other lengths, and a run that goes on from its checkpoint, use the same code. Attention on a CPU (trainer.speed.fused) stays outside, since
+its blocks follow each batch's mask. Evaluation and generation run the plain layers.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from adapters.delta import Adapter
+from trainer.config.errors import ConfigError
+from trainer.speed import fused
+
+GRAPHS = 64  # of one function at most: kinds of layers, and batches of one row
+
+
+def refuse(adapter: Adapter, device: torch.device) -> None:
+    """
+    Raises:
+        ConfigError: this adapter, or this machine, cannot have compiled layers.
+    """
+    if not adapter.compiles:
+        raise ConfigError(
+            f"compile=true: {type(adapter).__name__} changes weights and gradients by code that cannot be compiled: set compile=false"
+        )
+    name = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(name) is None:
+        raise ConfigError(
+            f"compile=true: a CPU's code needs a C++ compiler, and {name} is not there: install it, name another in $CXX, or set compile=false"
+        )
+
+
+def compile_layers(model: nn.Module) -> int:
+    """Compile the decoder layers of `model`, in place, when all that trains is attached; how many there are.
+
+    The first one stays plain: its input has no gradient, and would need graphs of its own, half of all that is to be compiled.
+
+    Raises:
+        ConfigError: the model does not tell which its layers are.
+    """
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [module for module in model.modules() if type(module).__name__ in kinds]
+    if not layers:
+        raise ConfigError(f"compile=true: {type(model).__name__} does not tell which its layers are: set compile=false")
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    ALL_ATTENTION_FUNCTIONS.register(fused.BLOCKED, torch.compiler.disable(fused.blocked_attention_forward))
+    for layer in layers[1:]:
+        layer.forward = _in_training(layer, layer.forward)  # type: ignore[method-assign]
+    return len(layers) - 1
+
+
+def _in_training(layer: nn.Module, plain: Any) -> Any:
+    compiled = torch.compile(plain, dynamic=True)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if layer.training else plain)(*args, **kwargs)
+
+    return forward

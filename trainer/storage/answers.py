@@ -1,0 +1,119 @@
+"""The folder of rows that a target has written (trainer.respond): complete lines only, no row twice, and how they were made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from trainer.storage.atomic import write_text
+from trainer.storage.run_folder import FolderError
+
+FREE = ("batch_size", "rows")  # settings that may change when a command goes on
+REASONS = ("empty", "cut", "long", "refused")  # why a row is left out
+
+
+class Written:
+    """The folder of answers, held by one process: which rows are in it, and the way to add some.
+
+    Raises:
+        FolderError: another process writes there, it holds something else, or it was begun with other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], described: dict[str, Any]):
+        self.path, self.settings, self.described = path, settings, described
+        self.have: set[tuple[int, int]] = set()  # (row, answer)
+        self.done: set[int] = set()
+        self.counts: dict[str, int] = {}
+        self.rows, self.left_out, self.record = path / "rows.jsonl", path / "left_out.jsonl", path / "provenance.json"
+
+    def __enter__(self) -> Written:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise FolderError(f"{self.path} is in use by another process. Wait for it, or choose another out=") from None
+        try:
+            self._refuse_others()
+            for file in (self.rows, self.left_out):
+                for number, line in enumerate(whole_lines(file), 1):
+                    try:
+                        self._note(json.loads(line))
+                    except (ValueError, KeyError, TypeError):
+                        raise FolderError(f"{file}:{number} is not what this verb writes: take the line out") from None
+            self.describe()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        try:
+            self.describe()
+        finally:
+            self._lock.release()
+
+    def _note(self, line: dict[str, Any]) -> None:
+        row, of = line["row"], line.get("of", 1)
+        self.have.add((row, line.get("answer", 1)))
+        if all((row, number) in self.have for number in range(1, of + 1)):
+            self.done.add(row)
+
+    def _refuse_others(self) -> None:
+        if not self.record.exists():
+            if self.rows.exists():
+                raise FolderError(f"{self.rows} is there, but not how it was made ({self.record.name}): choose another out=")
+            return
+        try:
+            then = json.loads(self.record.read_text("utf-8"))["settings"]
+        except (ValueError, KeyError, TypeError):
+            raise FolderError(f"{self.record} cannot be read: choose another out=") from None
+        different = [
+            f"{key}: {json.dumps(then.get(key))} then, {json.dumps(self.settings.get(key))} now"
+            for key in sorted(then.keys() | self.settings.keys())
+            if key not in FREE and then.get(key) != self.settings.get(key)
+        ]
+        if different:
+            listed = "\n".join(different)
+            raise FolderError(f"{self.path} was begun with other settings. Go on with those, or choose another out=\n{listed}")
+
+    def add(self, lines: list[dict[str, Any]]) -> None:
+        """Lines of rows that are not there yet."""
+        for file, chosen in ((self.rows, False), (self.left_out, True)):
+            new = [
+                line for line in lines if ("why" in line) == chosen and (line["row"], line.get("answer", 1)) not in self.have
+            ]
+            with file.open("a", encoding="utf-8") as stream:
+                stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new))
+        for line in lines:
+            self._note(line)
+
+    def describe(self) -> None:
+        """Count what there is, and write provenance.json."""
+        counts = self.counts = {"rows": 0, "cut": 0, "inexact": 0, **dict.fromkeys((f"left out: {why}" for why in REASONS), 0)}
+        for line in map(json.loads, whole_lines(self.rows)):
+            counts["rows"] += 1
+            counts["cut"] += line.get("cut", False)
+            counts["inexact"] += line.get("inexact", False)
+        for line in map(json.loads, whole_lines(self.left_out)):
+            counts[f"left out: {line['why']}"] += 1
+        content = {"settings": self.settings, **self.described, "counts": counts}
+        write_text(self.record, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def whole_lines(file: Path) -> Iterator[str]:
+    """The lines of a file; half a line that a killed process left is taken out of it."""
+    if not file.exists():
+        return
+    with file.open("rb+") as stream:
+        end = 0
+        for line in stream:
+            if not line.endswith(b"\n"):
+                stream.truncate(end)
+                return
+            end += len(line)
+            yield line.decode("utf-8")

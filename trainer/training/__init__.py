@@ -1,0 +1,1 @@
+"""The module that Lightning trains, and Lightning's trainer."""

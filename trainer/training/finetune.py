@@ -1,0 +1,241 @@
+"""FineTune: a frozen base with an adapter, a drafter or both, trained on its task's loss.
+
+A step's loss is the mean over all its trained tokens, whichever micro-batch or rank they are in:
+
+    L = Σ_ranks Σ_micro-batches Σ_t loss_t / N          N = trained tokens of the step, known before it starts
+
+Lightning averages the micro-batches' losses, and DDP the ranks' gradients, so each sum is scaled by their numbers / N.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adapters.delta import Adapter
+from trainer.drafters import Drafter, Target
+from trainer.models.losses import CausalLoss, ClassLoss, NonFinite
+from trainer.penalties.deft import DensityDEFT
+from trainer.schedules import factor
+from trainer.schedules.cooldown import Cooling
+from trainer.training.fsdp import Sharded, average_whole, clip_grad_norm, share_of
+
+
+class FineTune(lightning.LightningModule):
+    """Trains what `adapter` grafted onto `model`, with a `penalty` on its activations and a `drafter` beside it where there is one.
+
+    `schedule(step, steps=...)` gives the rate's factor for a 0-based step of the planned ones, until a
+    `cooling` takes over; `optimizer` makes the optimiser from
+    parameter groups. A step whose loss or gradient is not finite changes nothing and is counted; `nonfinite_limit` of them in a row
+    raise NonFinite.
+    """
+
+    strict_loading = False  # checkpoints hold the adapter only; on_load_checkpoint compares the names itself
+    counted: tuple[str, ...] = ("loss", "tokens", "right")  # what the loss counts of a batch
+
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        schedule: Callable[..., float], steps: int, labelled: bool, accumulate: int, seed: int, max_grad_norm: float | None,
+        logits_chunk: int | None, gradient_checkpointing: bool | int, nonfinite_limit: int,
+        penalty: DensityDEFT | None = None, drafter: Drafter | None = None, cooling: Cooling | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.model, self.adapter, self.penalty, self.drafter = model, adapter, penalty, drafter
+        self.make_optimizer, self.schedule = optimizer, schedule
+        self.steps, self.cooling = steps, cooling
+        self.constant_again = False  # whether a checkpoint from the start of a cooldown goes on without it
+        self.accumulate, self.seed, self.max_grad_norm, self.nonfinite_limit = accumulate, seed, max_grad_norm, nonfinite_limit
+        self.loss = ClassLoss(model) if labelled else self.make_loss(logits_chunk)
+        if gradient_checkpointing:
+            # True is every layer, N every N-th.
+            model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=int(gradient_checkpointing))  # type: ignore[operator]
+        self.step = 0  # optimiser steps done, skipped ones included: the run's clock
+        self.tokens = 0  # processed so far, over all ranks
+        self.skipped = self.skipped_in_a_row = 0
+        self.step_done = False  # whether the micro-batch at hand has ended a step
+        self.grad_norm: Tensor | None = None
+        self.density: float | None = None  # of the step at hand, as the penalty measures it, over all layers
+        self.densities: dict[str, float] = {}  # the same, of each layer that saw a token
+        self.news: dict[str, float] = {}  # what the adapter had to say after the step
+        self.sums: dict[str, Any] = {}  # of the step at hand
+
+    def make_loss(self, chunk: int | None) -> CausalLoss:
+        """The loss of a batch, with never more than `chunk` positions' logits at one time."""
+        return CausalLoss(self.model, chunk, self.drafter, Target(self.model) if self.drafter is not None else None)
+
+    def train(self, mode: bool = True) -> FineTune:
+        """As nn.Module's; a model in which nothing is trained stays in eval mode, without dropout."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            self.model.eval()
+        return self
+
+    def configure_model(self) -> None:
+        if isinstance(strategy := self.trainer.strategy, Sharded):
+            strategy.shard(self.model)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = []
+        own = self.drafter.parameter_groups() if self.drafter is not None else []
+        for group in [*self.adapter.parameter_groups(self.model), *own]:
+            if "weight_decay" in group:
+                groups.append(group)
+                continue
+            matrices = [p for p in group["params"] if p.ndim > 1]
+            vectors = [p for p in group["params"] if p.ndim <= 1]
+            groups += [group | {"params": matrices}] if matrices else []
+            groups += [group | {"params": vectors, "weight_decay": 0.0}] if vectors else []
+        optimizer = self.adapter.optimizer(groups, self.make_optimizer)
+        # A loaded optimiser state brings its old rates along; these are the config's.
+        self.peaks = [group["lr"] * group["lr_scale"] for group in optimizer.param_groups]
+        return optimizer
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        micro = batch_idx % self.accumulate
+        if micro == 0:
+            self.sums = dict.fromkeys(self.counted, 0.0) | {"processed": 0, "sequences": []}
+            now = factor(self.schedule, self.step, self.steps, self.adapter.restart, self.cooling)
+            for group, peak in zip(self.trainer.optimizers[0].param_groups, self.peaks, strict=True):
+                group["lr"] = peak * now
+        self.step_done = False
+        if self.drafter is not None:
+            self.drafter.at(self.step, self.steps)
+        reseed(self.seed, self.global_rank, self.step, micro)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        if self.penalty is not None:
+            self.penalty.open(real_tokens(batch))
+        summed, sums = self.loss(batch)
+        for key in (*self.counted, "offsets"):
+            if key in sums:
+                self.sums[key] = self.sums.get(key, 0.0) + sums[key]
+        self.sums["processed"] += batch["tokens"]
+        self.sums["sequences"] += batch["sequences"]
+        loss = summed * (self.accumulate * self.trainer.world_size / max(1, batch["window_tokens"]))
+        if self.penalty is not None:
+            term, densities, measured = self.penalty.term()
+            tokens = batch["lengths"].sum()
+            self.sums["density"] = self.sums.get("density", 0.0) + torch.stack([densities, measured]) * tokens
+            if self.trainer.world_size > 1:
+                # A token counts the same, whichever rank it is on, and DDP takes the mean over ranks.
+                every = self.trainer.strategy.reduce(tokens.float(), reduce_op="sum")
+                term = term * (tokens * self.trainer.world_size / every.clamp(min=1))
+            loss = loss + term
+        penalty = self.adapter.penalty(self.model)
+        return loss if penalty is None else loss + penalty
+
+    def on_after_backward(self) -> None:
+        if self.penalty is not None:
+            self.penalty.close()
+
+    def calibrate(self, batches: Iterable[dict[str, Any]]) -> None:
+        """Let the penalty measure what it needs on the run's first micro-batches, as the model is before training."""
+        if self.penalty is None:
+            return
+        was_training = self.model.training
+        self.model.eval()
+        self.penalty.calibrate(self.loss, ((batch, real_tokens(batch)) for batch in batches))
+        self.model.train(was_training)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        if self.trainer.world_size > 1:  # before a step is judged by its loss: all ranks must pass over the same ones
+            names = (*self.counted, "processed")
+            counts = torch.tensor([float(self.sums[name]) for name in names], device=self.device)
+            self.sums |= dict(zip(names, self.trainer.strategy.reduce(counts, reduce_op="sum").unbind(), strict=True))
+            if "offsets" in self.sums:
+                self.sums["offsets"] = self.trainer.strategy.reduce(self.sums["offsets"], reduce_op="sum")
+            if self.penalty is not None:
+                self.sums["density"] = self.trainer.strategy.reduce(self.sums["density"], reduce_op="sum")
+        if self.penalty is not None:
+            densities, tokens = self.sums["density"].tolist()
+            densities = [density / count if count else float("nan") for density, count in zip(densities, tokens, strict=True)]
+            known = [density for density in densities if density == density]
+            self.density = sum(known) / len(known) if known else None
+            self.densities = {name: d for (name, _), d in zip(self.penalty.layers, densities, strict=True) if d == d}
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        self.adapter.before_step(self.model, scaler.get_scale() if scaler is not None else 1.0)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        limit = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
+        if isinstance(self.trainer.strategy, Sharded):
+            average_whole(trained)
+        # A drafter that is kept out of the adapter's gradients is kept out of their norm, too.
+        apart = set(self.drafter.parameters()) if self.drafter is not None and self.drafter.detach else set()
+        parts = [part for part in ([p for p in trained if p not in apart], [p for p in trained if p in apart]) if part]
+        norms = [clip_grad_norm(part, limit) for part in parts]
+        self.grad_norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        # This waits for a GPU: what comes next depends on it.
+        if torch.isfinite(self.grad_norm) & torch.isfinite(torch.as_tensor(self.sums["loss"], device=self.grad_norm.device)):
+            self.skipped_in_a_row = 0
+            if self.penalty is not None:
+                self.penalty.update(densities)
+            return
+        # Optimisers pass over parameters without a gradient, moments and all.
+        optimizer.zero_grad(set_to_none=True)
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.step += 1
+        self.step_done = True
+        self.news = self.adapter.after_step(self.model, self.step) or {}
+        self.tokens += int(self.sums["processed"])
+        if self.skipped_in_a_row >= self.nonfinite_limit:
+            raise NonFinite(
+                f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, had a loss or gradient that is not finite "
+                f"(loss {float(self.sums['loss']):.4g}, gradient norm {float(self.grad_norm or 0):.4g}). Nothing was learnt from them. "  # type: ignore[arg-type]
+                f"Lower optimizer.lr, raise the warm-up, or look at the rows of the last one: {self.sums['sequences'][:16]}. "
+                "metrics.jsonl has file and line of each, under skipped"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {}  # Lightning's copy would hold the frozen base
+        checkpoint["adapter"] = self.adapter.state(self.model)
+        if self.penalty is not None:
+            checkpoint["penalty"] = self.penalty.state()
+        if self.drafter is not None:
+            checkpoint["drafter"] = self.drafter.state()
+        if self.cooling is not None:
+            checkpoint["cooling"] = asdict(self.cooling)
+        checkpoint["counters"] = {k: getattr(self, k) for k in ("step", "tokens", "skipped", "skipped_in_a_row")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint["adapter"]
+        if isinstance(self.trainer.strategy, Sharded):
+            own = self.adapter.state(self.model)["tensors"]
+            saved = saved | {"tensors": {name: share_of(own.get(name), tensor) for name, tensor in saved["tensors"].items()}}
+        self.adapter.load_state(self.model, saved)
+        if self.penalty is not None:
+            self.penalty.load_state(checkpoint["penalty"])
+        if self.drafter is not None:
+            self.drafter.load_state(checkpoint["drafter"])
+        if self.cooling is None and "cooling" in checkpoint and not self.constant_again:
+            self.cooling = Cooling(**checkpoint["cooling"])
+        for key, value in checkpoint["counters"].items():
+            setattr(self, key, value)
+        # A finished run that was made longer goes on; Lightning would take its last micro-batch for the epoch's.
+        loops = checkpoint["loops"]["fit_loop"]
+        loops["epoch_loop.batch_progress"]["is_last_batch"] = self.step >= self.steps
+
+
+def real_tokens(batch: dict[str, Any]) -> Tensor:
+    """Which tokens of a batch are of a row that counts (B, T), as opposed to padding."""
+    ids = batch["input_ids"]
+    return torch.arange(ids.shape[1], device=ids.device) < batch["lengths"].to(ids.device).unsqueeze(1)
+
+
+def reseed(seed: int, rank: int, step: int, micro: int) -> None:
+    """Put every random generator where this micro-batch has it in every run with this seed, resumed or not."""
+    mixed = int(np.random.SeedSequence([seed, rank, step, micro]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
