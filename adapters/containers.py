@@ -1,10 +1,11 @@
-"""Sparse and low-rank deltas in stock PEFT's own containers, so that they load, merge and train further without us.
+"""Sparse and low-rank deltas in stock PEFT's own containers, so that they load, merge and train
+further without us.
 
     Super-Tuning   values, int32 indices, and A, B where there is a low-rank part; one adapter, unquantised nn.Linear only
     SHiRA + LoRA   two adapters, SHiRA loaded first; also on 4-bit bases, and SHiRA alone on 8-bit ones
 
-Super-Tuning has one density for all layers and SHiRA one budget r (in + out): layers with fewer entries have more of them,
-of value 0, which add nothing.
+Super-Tuning has one density for all layers and SHiRA one budget r (in + out): layers with fewer
+entries have more of them, of value 0, which add nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from adapters import io
 from adapters.delta import AdapterError
 
 
-def save_supertuning(adapter: Any, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
+def save_supertuning(
+    adapter: Any, model: nn.Module, folder: Path, base_name: str, task_type: str
+) -> None:
     """One folder in Super-Tuning's layout."""
     from peft import SupertuningConfig
 
@@ -42,10 +45,21 @@ def save_supertuning(adapter: Any, model: nn.Module, folder: Path, base_name: st
     if adapter.rank:  # PEFT scales by alpha / r here, whatever ours is
         alpha = io.deltas(model)[0][1].scale * adapter.rank
         low_rank = {"r": adapter.rank, "lora_alpha": alpha, "lora_dropout": adapter.dropout}
-    _write(adapter, model, folder, parts, SupertuningConfig, base_name, task_type, {"sparsity": sparsity} | low_rank)
+    _write(
+        adapter,
+        model,
+        folder,
+        parts,
+        SupertuningConfig,
+        base_name,
+        task_type,
+        {"sparsity": sparsity} | low_rank,
+    )
 
 
-def save_shira(adapter: Any, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
+def save_shira(
+    adapter: Any, model: nn.Module, folder: Path, base_name: str, task_type: str
+) -> None:
     """The sparse part alone, in SHiRA's layout.
 
     Raises:
@@ -58,8 +72,9 @@ def save_shira(adapter: Any, model: nn.Module, folder: Path, base_name: str, tas
     for name, delta in io.deltas(model):
         if budget * (delta.o + delta.i) > delta.o * delta.i:
             raise AdapterError(
-                f"SHiRA holds r (in + out) entries of each layer, and r={budget}, which this support needs, is more than {name} "
-                f"({delta.o} x {delta.i}) has. Export it with to=merged"
+                f"SHiRA holds r (in + out) entries of each layer, and r={budget}, which this"
+                f" support needs, is more than {name} ({delta.o} x {delta.i}) has. Export it with"
+                " to=merged"
             )
 
     def parts(delta: Any) -> dict[str, Tensor]:
@@ -72,10 +87,22 @@ def save_shira(adapter: Any, model: nn.Module, folder: Path, base_name: str, tas
 
     # A mask type that PEFT does not know makes it take the indices from the file.
     settings = {"r": budget, "mask_type": "saved", "random_seed": 0}
-    _write(adapter, model, folder, parts, ShiraConfig, base_name, task_type, settings, heads=not adapter.rank)
+    _write(
+        adapter,
+        model,
+        folder,
+        parts,
+        ShiraConfig,
+        base_name,
+        task_type,
+        settings,
+        heads=not adapter.rank,
+    )
 
 
-def save_low_rank(adapter: Any, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
+def save_low_rank(
+    adapter: Any, model: nn.Module, folder: Path, base_name: str, task_type: str
+) -> None:
     """The low-rank part alone, in LoRA's layout."""
     from peft import LoraConfig
 
@@ -93,14 +120,16 @@ def save_low_rank(adapter: Any, model: nn.Module, folder: Path, base_name: str, 
 
 
 def load_pair(base: nn.Module, folder: Path) -> nn.Module:
-    """A pair as stock PEFT runs it: LoRA's layers around SHiRA's, which do not go around others. A PeftMixedModel does the
-    same, but refuses models that transformers has loaded in 4 bits."""
+    """A pair as stock PEFT runs it: LoRA's layers around SHiRA's, which do not go around others. A
+    PeftMixedModel does the same, but refuses models that transformers has loaded in 4 bits."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*modify a model with PEFT for a second time.*")
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute.*")
-        inner = PeftModel.from_pretrained(base, folder / "shira", adapter_name="shira").get_base_model()  # type: ignore[arg-type]
+        inner = PeftModel.from_pretrained(
+            base, folder / "shira", adapter_name="shira"
+        ).get_base_model()  # type: ignore[arg-type]
         return PeftModel.from_pretrained(inner, folder / "lora")  # type: ignore[arg-type]
 
 
@@ -109,15 +138,23 @@ def _padded(values: Tensor, k: int) -> Tensor:
 
 
 def _filled(indices: Tensor, k: int) -> Tensor:
-    """The support and the first entries that are not in it, up to k: where PEFT trains on, each moves by itself."""
+    """The support and the first entries that are not in it, up to k: where PEFT trains on, each
+    moves by itself."""
     first = torch.arange(k, dtype=indices.dtype, device=indices.device)
     return torch.cat([indices, first[~torch.isin(first, indices)][: k - len(indices)]])
 
 
 def _write(
-    adapter: Any, model: nn.Module, folder: Path, parts: Any, config_class: Any, base_name: str, task_type: str,
-    settings: dict[str, Any], heads: bool = True,
-) -> None:  # fmt: skip
+    adapter: Any,
+    model: nn.Module,
+    folder: Path,
+    parts: Any,
+    config_class: Any,
+    base_name: str,
+    task_type: str,
+    settings: dict[str, Any],
+    heads: bool = True,
+) -> None:
     tensors, names, _ = io.delta_tensors(model, parts)
     whole = io.trained_modules(model) if heads else []
     config = config_class(

@@ -1,4 +1,5 @@
-"""The contract of an adapter, and how deltas are attached to a model's linear layers and merged into their weights."""
+"""The contract of an adapter, and how deltas are attached to a model's linear layers and merged
+into their weights."""
 
 from __future__ import annotations
 
@@ -23,14 +24,16 @@ class AdapterError(ValueError):
 
 
 class NeedsWeights(AdapterError):
-    """What the adapter trains depends on the weights, which a model on the meta device does not have."""
+    """What the adapter trains depends on the weights, which a model on the meta device does not
+    have."""
 
 
 @dataclass(frozen=True)
 class Start:
     """What an adapter may need to know when it is attached."""
 
-    new_modules: tuple[str, ...] = ()  # modules without trained weights (a classification head), trained beside the adapter
+    # modules without trained weights (a classification head), trained beside the adapter
+    new_modules: tuple[str, ...] = ()
     steps: int = 1  # planned optimiser steps of the run
     data: Batches | None = None  # the training data, for what is computed from it before training
     folder: Path | None = None  # where files for the user go, on the process that writes them
@@ -39,24 +42,27 @@ class Start:
 
 @dataclass(frozen=True)
 class Again:
-    """How a tensor is made again from others that are kept anyhow. Whoever makes one puts this at its attribute `again`."""
+    """How a tensor is made again from others that are kept anyhow. Whoever makes one puts this at
+    its attribute `again`."""
 
     make: Callable[..., Tensor]
     tensors: tuple[Tensor, ...]
 
 
 def made_of(x: Tensor) -> tuple[Callable[..., Tensor] | None, *tuple[Tensor, ...]]:
-    """How `x` is made again and the tensors of which, or None alone: what a backward pass keeps of it then is itself."""
+    """How `x` is made again and the tensors of which, or None alone: what a backward pass keeps of
+    it then is itself."""
     again: Again | None = getattr(x, "again", None)
     return (None,) if again is None else (again.make, *again.tensors)
 
 
 class Delta(nn.Module):
-    """A trainable correction of one frozen linear layer. `forward` and `weight` must be the same correction:
-    forward(x, x Wᵀ) = x weight(W)ᵀ, which every adapter is tested for.
+    """A trainable correction of one frozen linear layer. `forward` and `weight` must be the same
+    correction: forward(x, x Wᵀ) = x weight(W)ᵀ, which every adapter is tested for.
 
-    A delta may keep a part of itself in the base's weight while it is attached: `hold` puts it there, and `release` gives
-    the base its own weight back, bit for bit. Whoever wants the base alone, or merges, releases first."""
+    A delta may keep a part of itself in the base's weight while it is attached: `hold` puts it
+    there, and `release` gives the base its own weight back, bit for bit. Whoever wants the base
+    alone, or merges, releases first."""
 
     def forward(self, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         """The corrected output, given the layer's input x and its frozen output y."""
@@ -67,7 +73,8 @@ class Delta(nn.Module):
         raise NotImplementedError
 
     def linear(self, base: Any, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-        """The corrected layer; overridden where the frozen product is not the base's own forward."""
+        """The corrected layer; overridden where the frozen product is not the base's own
+        forward."""
         return self.forward(x, base(x))
 
     def hold(self, base: Any) -> None:
@@ -99,13 +106,17 @@ class AdaptedLinear(nn.Module):
 
 
 class Adapter:
-    """A method, configured for one run. Methods made of Deltas override `make`; others override the rest."""
+    """A method, configured for one run. Methods made of Deltas override `make`; others override the
+    rest."""
 
     target_modules: str | list[str] = "all-linear"
     exclude_modules: list[str] = []
     exportable = True  # whether `save` can write a folder for stock PEFT
-    compiles = True  # whether torch.compile may take what it grafts on together with the layers around
-    restart = 0  # the step at which the schedule of rates begins anew, for methods with a phase before the one that counts
+    # whether torch.compile may take what it grafts on together with the layers around
+    compiles = True
+    # the step at which the schedule of rates begins anew, for methods with a phase before the one
+    # that counts
+    restart = 0
 
     def make(self, linear: nn.Module) -> Delta:
         """The Delta of one linear layer; called once per target."""
@@ -118,19 +129,22 @@ class Adapter:
             AdapterError: a target matches nothing, or the adapter cannot sit there.
         """
         freeze(model)
-        for name, linear in targets(model, self.target_modules, self.exclude_modules, start.new_modules):
+        for name, linear in targets(
+            model, self.target_modules, self.exclude_modules, start.new_modules
+        ):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, AdaptedLinear(linear, self.make(linear)))
         train_modules(model, start.new_modules)
         return model
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Trainable parameters, in groups with an `lr_scale` on the optimiser's rate. Vectors are not decayed, unless their
-        group says its own `weight_decay`."""
+        """Trainable parameters, in groups with an `lr_scale` on the optimiser's rate. Vectors are
+        not decayed, unless their group says its own `weight_decay`."""
         return [{"params": [p for p in model.parameters() if p.requires_grad], "lr_scale": 1.0}]
 
     def optimizer(self, groups: list[dict[str, Any]], make: Any) -> torch.optim.Optimizer:
-        """The optimiser of the groups; `make` is the configured class with its settings, a functools.partial.
+        """The optimiser of the groups; `make` is the configured class with its settings, a
+        functools.partial.
 
         Raises:
             AdapterError: the method needs another optimiser.
@@ -138,7 +152,8 @@ class Adapter:
         return make(groups)
 
     def state(self, model: nn.Module) -> dict[str, Any]:
-        """What a checkpoint holds of the adapter: `tensors` by name, and `extra`, which is plain data and tensors."""
+        """What a checkpoint holds of the adapter: `tensors` by name, and `extra`, which is plain
+        data and tensors."""
         return {"tensors": trainable_tensors(model), "extra": {}}
 
     def load_state(self, model: nn.Module, state: dict[str, Any]) -> None:
@@ -154,15 +169,18 @@ class Adapter:
         return None
 
     def before_step(self, model: nn.Module, loss_scale: float) -> None:
-        """Called before each optimiser step and before gradients are clipped, also for steps that will be passed over. What a
-        backward hook saw is `loss_scale` times too large; parameters' gradients are not."""
+        """Called before each optimiser step and before gradients are clipped, also for steps that
+        will be passed over. What a backward hook saw is `loss_scale` times too large; parameters'
+        gradients are not."""
 
     def after_step(self, model: nn.Module, step: int) -> dict[str, float] | None:
-        """Called after each optimiser step, with the gradients still there; `step` of them are done. Returns numbers to log."""
+        """Called after each optimiser step, with the gradients still there; `step` of them are
+        done. Returns numbers to log."""
         return None
 
     def merge(self, model: nn.Module) -> nn.Module:
-        """Fold the adapter into the weights, in place and in their dtype, and return the model without it."""
+        """Fold the adapter into the weights, in place and in their dtype, and return the model
+        without it."""
         untie(model)
         for name, module in list(model.named_modules()):
             if isinstance(module, AdaptedLinear):
@@ -173,7 +191,10 @@ class Adapter:
 
     def save(self, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
         """Write the adapter as stock PEFT loads it."""
-        raise AdapterError(f"{type(self).__name__} has no layout that PEFT reads. Export the merged model: to=merged")
+        raise AdapterError(
+            f"{type(self).__name__} has no layout that PEFT reads. Export the merged model:"
+            " to=merged"
+        )
 
     def load_stock(self, base: nn.Module, folder: Path) -> nn.Module:
         """What stock PEFT makes of a folder that `save` wrote, on a plain base."""
@@ -193,7 +214,8 @@ def freeze(model: nn.Module) -> None:
 
 
 def train_modules(model: nn.Module, names: Iterable[str]) -> None:
-    """Train the named modules in fp32, whatever the base computes in; their inputs are cast on the way in."""
+    """Train the named modules in fp32, whatever the base computes in; their inputs are cast on the
+    way in."""
     for name in names:
         module = model.get_submodule(name).float().requires_grad_(True)
         module.register_forward_pre_hook(_to_own_dtype)
@@ -223,19 +245,28 @@ def output_layer(model: nn.Module) -> nn.Module | None:
 
 
 def untie(model: nn.Module) -> None:
-    """Give an adapted output layer a weight of its own: merged into a tied one, its update would change the embedding too."""
+    """Give an adapted output layer a weight of its own: merged into a tied one, its update would
+    change the embedding too."""
     head: Any = output_layer(model)
     embedding = model.get_input_embeddings() if head is not None else None  # type: ignore[operator]
     linear = getattr(head, "base", None) or getattr(head, "base_layer", None)  # ours, or PEFT's
-    if isinstance(linear, nn.Linear) and isinstance(embedding, nn.Embedding) and linear.weight is embedding.weight:
+    if (
+        isinstance(linear, nn.Linear)
+        and isinstance(embedding, nn.Embedding)
+        and linear.weight is embedding.weight
+    ):
         linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = False  # type: ignore[union-attr, assignment]
 
 
 def targets(
-    model: nn.Module, wanted: str | list[str], exclude: Iterable[str] = (), new_modules: Iterable[str] = ()
+    model: nn.Module,
+    wanted: str | list[str],
+    exclude: Iterable[str] = (),
+    new_modules: Iterable[str] = (),
 ) -> list[tuple[str, nn.Module]]:
-    """Linear layers by name: `all-linear` is all but the output layer, a list holds names' ends, a string is a pattern.
+    """Linear layers by name: `all-linear` is all but the output layer, a list holds names' ends, a
+    string is a pattern.
 
     Raises:
         AdapterError: some entry matches no linear layer; the message lists what there is.
@@ -253,21 +284,40 @@ def targets(
         try:
             chosen = [(name, module) for name, module in linears if re.fullmatch(wanted, name)]
         except re.error as error:
-            raise AdapterError(f"adapter.target_modules={wanted!r} is no regular expression: {error}") from error
+            raise AdapterError(
+                f"adapter.target_modules={wanted!r} is no regular expression: {error}"
+            ) from error
         if not chosen:
-            raise AdapterError(f"adapter.target_modules={wanted!r} matches no linear layer. {_choices(linears)}")
+            raise AdapterError(
+                f"adapter.target_modules={wanted!r} matches no linear layer. {_choices(linears)}"
+            )
     else:
         for entry in wanted:
             if not any(_ends(name, entry) for name, _ in linears):
-                raise AdapterError(f"adapter.target_modules has {entry!r}, which matches no linear layer. {_choices(linears)}")
-        chosen = [(name, module) for name, module in linears if any(_ends(name, entry) for entry in wanted)]
+                raise AdapterError(
+                    f"adapter.target_modules has {entry!r}, which matches no linear layer."
+                    f" {_choices(linears)}"
+                )
+        chosen = [
+            (name, module)
+            for name, module in linears
+            if any(_ends(name, entry) for entry in wanted)
+        ]
     for entry in exclude:
         if not any(_ends(name, entry) for name, _ in linears):
-            raise AdapterError(f"adapter.exclude_modules has {entry!r}, which matches no linear layer. {_choices(linears)}")
-    chosen = [(name, module) for name, module in chosen if not any(_ends(name, entry) for entry in exclude)]
+            raise AdapterError(
+                f"adapter.exclude_modules has {entry!r}, which matches no linear layer."
+                f" {_choices(linears)}"
+            )
+    chosen = [
+        (name, module)
+        for name, module in chosen
+        if not any(_ends(name, entry) for entry in exclude)
+    ]
     if not chosen:
         raise AdapterError(
-            f"adapter.target_modules={wanted!r} without {list(exclude)!r} leaves no linear layer. {_choices(linears)}"
+            f"adapter.target_modules={wanted!r} without {list(exclude)!r} leaves no linear layer."
+            f" {_choices(linears)}"
         )
     return chosen
 
@@ -280,7 +330,9 @@ def _choices(linears: list[tuple[str, nn.Module]]) -> str:
     counts: dict[str, int] = {}
     for name, _ in linears:
         counts[name.rpartition(".")[2]] = counts.get(name.rpartition(".")[2], 0) + 1
-    return "The model's linear layers: " + ", ".join(f"{name} ({count}x)" for name, count in counts.items())
+    return "The model's linear layers: " + ", ".join(
+        f"{name} ({count}x)" for name, count in counts.items()
+    )
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -288,7 +340,11 @@ def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     for name, module in model.named_modules():
         if isinstance(module, Delta):
-            tensors |= {f"{name}.{key}": b for key, b in module.named_buffers() if key in module.state_dict()}
+            tensors |= {
+                f"{name}.{key}": b
+                for key, b in module.named_buffers()
+                if key in module.state_dict()
+            }
     return tensors
 
 
@@ -301,14 +357,16 @@ def copy_tensors(into: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
     missing, unknown = sorted(into.keys() - saved.keys()), sorted(saved.keys() - into.keys())
     if missing or unknown:
         raise AdapterError(
-            f"the saved adapter does not fit this model: {len(missing)} tensors are missing {missing[:3]}, "
-            f"{len(unknown)} are unknown {unknown[:3]}. It was trained with another adapter or base."
+            f"the saved adapter does not fit this model: {len(missing)} tensors are missing"
+            f" {missing[:3]}, {len(unknown)} are unknown {unknown[:3]}. It was trained with another"
+            " adapter or base."
         )
     for name, tensor in into.items():
         if (tensor.shape, tensor.dtype) != (saved[name].shape, saved[name].dtype):
             raise AdapterError(
-                f"the saved adapter does not fit this model: {name} is {tuple(saved[name].shape)} {saved[name].dtype} there "
-                f"and {tuple(tensor.shape)} {tensor.dtype} here. It was trained with another adapter or base."
+                f"the saved adapter does not fit this model: {name} is {tuple(saved[name].shape)}"
+                f" {saved[name].dtype} there and {tuple(tensor.shape)} {tensor.dtype} here. It was"
+                " trained with another adapter or base."
             )
     with torch.no_grad():
         for name, tensor in into.items():
@@ -333,7 +391,9 @@ def float_weight(linear: Any) -> Float[Tensor, "o i"]:
 def set_float_weight(linear: Any, dense: Float[Tensor, "o i"]) -> None:
     """Put a dense (out, in) weight back into a linear layer, in place and in its dtype."""
     with torch.no_grad():
-        linear.weight.copy_((dense.t() if isinstance(linear, Conv1D) else dense).to(linear.weight.dtype))
+        linear.weight.copy_(
+            (dense.t() if isinstance(linear, Conv1D) else dense).to(linear.weight.dtype)
+        )
 
 
 def refuse_quantised(linear: Any) -> None:
@@ -343,7 +403,10 @@ def refuse_quantised(linear: Any) -> None:
     """
     weight = linear.weight
     if not weight.is_floating_point() or type(weight).__name__ in ("Params4bit", "Int8Params"):
-        raise AdapterError("the base is quantised: a merge would round the adapter away. Load it with base.quantization=none")
+        raise AdapterError(
+            "the base is quantised: a merge would round the adapter away. Load it with"
+            " base.quantization=none"
+        )
 
 
 def merge_linear(layer: AdaptedLinear) -> None:

@@ -12,7 +12,8 @@ from adapters.delta import Adapter, AdapterError, Start, freeze, train_modules
 
 
 class Full(Adapter):
-    """Full fine-tuning: every parameter of the base is trained. Its checkpoints hold the whole model."""
+    """Full fine-tuning: every parameter of the base is trained. Its checkpoints hold the whole
+    model."""
 
     exportable = False
 
@@ -22,10 +23,15 @@ class Full(Adapter):
         return model
 
     def disabled(self, model: nn.Module) -> Any:
-        raise AdapterError("adapter=full changes the base itself, so there is no base to switch back to")
+        raise AdapterError(
+            "adapter=full changes the base itself, so there is no base to switch back to"
+        )
 
     def save(self, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
-        raise AdapterError("adapter=full has trained the whole model, which is no adapter. Export it with to=merged")
+        raise AdapterError(
+            "adapter=full has trained the whole model, which is no adapter. Export it with"
+            " to=merged"
+        )
 
 
 class Nothing(Adapter):

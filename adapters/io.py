@@ -19,11 +19,18 @@ PREFIX = "base_model.model."  # PEFT's wrapper: PeftModel.base_model.model
 
 def deltas(model: nn.Module) -> list[tuple[str, Any]]:
     """Every Delta, by its layer's name."""
-    return [(name, module.delta) for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
+    return [
+        (name, module.delta)
+        for name, module in model.named_modules()
+        if isinstance(module, AdaptedLinear)
+    ]
 
 
-def delta_tensors(model: nn.Module, parts: Callable[[Any], dict[str, Tensor]]) -> tuple[dict[str, Tensor], list[str], bool]:
-    """PEFT's keys for each Delta's parts; the adapted layers' names; whether they are GPT-2's transposed Conv1D."""
+def delta_tensors(
+    model: nn.Module, parts: Callable[[Any], dict[str, Tensor]]
+) -> tuple[dict[str, Tensor], list[str], bool]:
+    """PEFT's keys for each Delta's parts; the adapted layers' names; whether they are GPT-2's
+    transposed Conv1D."""
     tensors: dict[str, Tensor] = {}
     names: list[str] = []
     transposed = False
@@ -31,7 +38,9 @@ def delta_tensors(model: nn.Module, parts: Callable[[Any], dict[str, Tensor]]) -
         if isinstance(module, AdaptedLinear):
             names.append(name)
             transposed |= isinstance(module.base, Conv1D)
-            tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in parts(module.delta).items()}
+            tensors |= {
+                f"{PREFIX}{name}.{key}": tensor for key, tensor in parts(module.delta).items()
+            }
     return tensors, _short(names, model), transposed
 
 
@@ -41,7 +50,8 @@ def _short(names: list[str], model: nn.Module) -> list[str]:
     meant = {
         name
         for name, module in model.named_modules()
-        if name.rpartition(".")[2] in ends and (is_linear(module) or isinstance(module, AdaptedLinear))
+        if name.rpartition(".")[2] in ends
+        and (is_linear(module) or isinstance(module, AdaptedLinear))
     }
     return sorted(ends) if meant == set(names) else sorted(names)
 
@@ -59,18 +69,25 @@ def trained_modules(model: nn.Module) -> list[str]:
 
 def module_tensors(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
     """PEFT's keys for modules that are saved whole."""
-    return {f"{PREFIX}{name}.{key}": tensor for name in names for key, tensor in model.get_submodule(name).state_dict().items()}
+    return {
+        f"{PREFIX}{name}.{key}": tensor
+        for name in names
+        for key, tensor in model.get_submodule(name).state_dict().items()
+    }
 
 
 def write(folder: Path, config: Any, tensors: dict[str, Tensor]) -> None:
-    """Write a PEFT config and its tensors. The config comes last, so that a folder without it is known to be unfinished."""
+    """Write a PEFT config and its tensors. The config comes last, so that a folder without it is
+    known to be unfinished."""
     folder.mkdir(parents=True, exist_ok=True)
-    apart = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}  # safetensors refuses shared memory
+    # safetensors refuses shared memory
+    apart = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     save_file(apart, folder / "adapter_model.safetensors", {"format": "pt"})
     fields = config.to_dict()
     for key, value in fields.items():
         if isinstance(value, set):
-            fields[key] = sorted(value)  # sets have no order, and the file should be the same each time
+            # sets have no order, and the file should be the same each time
+            fields[key] = sorted(value)
     temporary = folder / "adapter_config.json.tmp"
     temporary.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     os.replace(temporary, folder / "adapter_config.json")

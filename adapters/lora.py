@@ -4,8 +4,9 @@
 
     W  (o, i)  frozen        A  (r, i)  uniform at the start        B  (o, r)  zero at the start, so y starts as W x
 
-A and B keep their own dtype (fp32) and are cast to the activations' for the product: on a bf16 base this costs next to
-nothing, where casting the activations to fp32 instead costs 17 % of a step. Saved in PEFT's own layout.
+A and B keep their own dtype (fp32) and are cast to the activations' for the product: on a bf16 base
+this costs next to nothing, where casting the activations to fp32 instead costs 17 % of a step.
+Saved in PEFT's own layout.
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ from adapters.delta import Adapter, Delta, features, made_of
 class LoRA(Delta):
     """The low-rank update of one linear layer."""
 
-    def __init__(self, linear: Any, rank: int, scale: float, dropout: float, dtype: torch.dtype, fused: bool = True):
+    def __init__(
+        self,
+        linear: Any,
+        rank: int,
+        scale: float,
+        dropout: float,
+        dtype: torch.dtype,
+        fused: bool = True,
+    ):
         super().__init__()
         i, o = features(linear)
         device = linear.weight.device
@@ -38,17 +47,34 @@ class LoRA(Delta):
         self.fused = fused
 
     def linear(self, base: Any, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-        if self.fused and type(base) is nn.Linear and not base.weight.requires_grad and not (self.dropout and self.training):
-            dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else base.weight.dtype
+        if (
+            self.fused
+            and type(base) is nn.Linear
+            and not base.weight.requires_grad
+            and not (self.dropout and self.training)
+        ):
+            dtype = (
+                torch.get_autocast_dtype(x.device.type)
+                if torch.is_autocast_enabled(x.device.type)
+                else base.weight.dtype
+            )
             with torch.autocast(x.device.type, enabled=False):
-                return _Linear.apply(x, base.weight, base.bias, self.A, self.B, self.scale, dtype, *made_of(x))
+                return _Linear.apply(
+                    x, base.weight, base.bias, self.A, self.B, self.scale, dtype, *made_of(x)
+                )
         return super().linear(base, x)
 
     def forward(self, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        # Under autocast the products are cast by it; y has the dtype in which the frozen product was computed.
+        # Under autocast the products are cast by it; y has the dtype in which the frozen product
+        # was computed.
         x = F.dropout(x, self.dropout, self.training).to(y.dtype)
         low: Tensor = F.linear(x, self.A.to(y.dtype))
-        flat = torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), self.B.to(y.dtype).t(), alpha=self.scale)
+        flat = torch.addmm(
+            y.reshape(-1, y.shape[-1]),
+            low.reshape(-1, low.shape[-1]),
+            self.B.to(y.dtype).t(),
+            alpha=self.scale,
+        )
         return flat.view(y.shape)
 
     def weight(self, w: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
@@ -67,9 +93,17 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype, make: Any,
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        dtype: torch.dtype,
+        make: Any,
         *of: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         flat = x.to(dtype).reshape(-1, x.shape[-1])
         y = F.linear(flat, W.to(dtype), bias.to(dtype) if bias is not None else None)
         low = F.linear(flat, A.to(dtype))
@@ -90,7 +124,11 @@ class _Linear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dx = (dy @ W.to(dtype)).addmm_(dlow, A.to(dtype)).view(ctx.shape).to(ctx.came)
             if ctx.needs_input_grad[3]:
-                flat = of[0] if ctx.make is None else ctx.make(*of).to(dtype).reshape(-1, ctx.shape[-1])
+                flat = (
+                    of[0]
+                    if ctx.make is None
+                    else ctx.make(*of).to(dtype).reshape(-1, ctx.shape[-1])
+                )
                 dA = (dlow.t() @ flat).to(A.dtype)
             if ctx.needs_input_grad[4]:
                 dB = (dy.t() @ low).mul_(ctx.scale).to(B.dtype)
@@ -125,11 +163,22 @@ class LoRAAdapter(Adapter):
     ):
         self.fused = fused
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
-        self.target_modules, self.exclude_modules, self.lr_ratio = target_modules, list(exclude_modules), lr_ratio
+        self.target_modules, self.exclude_modules, self.lr_ratio = (
+            target_modules,
+            list(exclude_modules),
+            lr_ratio,
+        )
         self.dtype = getattr(torch, dtype)
 
     def make(self, linear: nn.Module) -> LoRA:
-        return LoRA(linear, self.rank, scaling(self.rank, self.alpha, self.rslora), self.dropout, self.dtype, self.fused)
+        return LoRA(
+            linear,
+            self.rank,
+            scaling(self.rank, self.alpha, self.rslora),
+            self.dropout,
+            self.dtype,
+            self.fused,
+        )
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns lr_ratio times as fast as A.

@@ -1,4 +1,5 @@
-"""Which entries of a weight a sparse delta may move: its support, as sorted flat int32 indices row · in + column.
+"""Which entries of a weight a sparse delta may move: its support, as sorted flat int32 indices row
+· in + column.
 
     masks.safetensors   one tensor of indices for each adapted layer, by the layer's name; metadata: {"shapes": JSON}
 
@@ -24,22 +25,28 @@ EXPORTED = ".supertuning_indices"  # PEFT's key of them in an adapter folder
 
 
 def entries(o: int, i: int, density: float, name: str) -> int:
-    """How many entries of an (o, i) weight a density is. The expression is that of PEFT's Super-Tuning, roundings included.
+    """How many entries of an (o, i) weight a density is. The expression is that of PEFT's
+    Super-Tuning, roundings included.
 
     Raises:
-        AdapterError: the density is not in (0, 1], it leaves no entry, or the weight is too large for int32 indices.
+        AdapterError: the density is not in (0, 1], it leaves no entry, or the weight is too large
+        for int32 indices.
     """
     if not 0 < density <= 1:
-        raise AdapterError(f"the density of {name} is {density}: expected more than 0 and at most 1, as 0.006 for 0.6 %")
+        raise AdapterError(
+            f"the density of {name} is {density}: expected more than 0 and at most 1, as 0.006 for"
+            " 0.6 %"
+        )
     if o * i >= INT32:
         raise AdapterError(
-            f"{name} has {o} x {i} entries, and indices are int32, below {INT32}: leave it out with adapter.exclude_modules"
+            f"{name} has {o} x {i} entries, and indices are int32, below {INT32}: leave it out with"
+            " adapter.exclude_modules"
         )
     k = int(o * i * (1 - (1 - density)))
     if k < 1:
         raise AdapterError(
-            f"density {density:g} of {name} is less than one of its {o * i} entries: raise it, or leave the layer out with "
-            "adapter.exclude_modules"
+            f"density {density:g} of {name} is less than one of its {o * i} entries: raise it, or"
+            " leave the layer out with adapter.exclude_modules"
         )
     return k
 
@@ -64,7 +71,9 @@ def random(o: int, i: int, k: int, generator: torch.Generator) -> Int[Tensor, " 
         return torch.randperm(o * i, generator=generator)[:k].sort().values.int()
     drawn = torch.zeros(0, dtype=torch.int64)
     while len(drawn) < k:  # without a permutation of all entries
-        drawn = torch.cat([drawn, torch.randint(o * i, (k + k // 8 + 8,), generator=generator)]).unique()
+        drawn = torch.cat(
+            [drawn, torch.randint(o * i, (k + k // 8 + 8,), generator=generator)]
+        ).unique()
     return drawn[torch.randperm(len(drawn), generator=generator)[:k]].sort().values.int()
 
 
@@ -85,47 +94,71 @@ def load(file: Path, wanted: dict[str, tuple[tuple[int, int], int]]) -> dict[str
     where = f"adapter.mask={file}"
     if file.is_dir():
         file = next(
-            (file / name for name in ("masks.safetensors", "adapter_model.safetensors") if (file / name).exists()), file
+            (
+                file / name
+                for name in ("masks.safetensors", "adapter_model.safetensors")
+                if (file / name).exists()
+            ),
+            file,
         )
     if not file.is_file():
-        raise AdapterError(f"{where}: there is no such file. Give masks.safetensors of a run, or an exported adapter's folder")
+        raise AdapterError(
+            f"{where}: there is no such file. Give masks.safetensors of a run, or an exported"
+            " adapter's folder"
+        )
     try:
         with safe_open(file, "pt") as opened:
             shapes = json.loads((opened.metadata() or {}).get("shapes", "{}"))
-            found = {key: opened.get_tensor(key) for key in opened.keys() if key.endswith(EXPORTED) or key in shapes}  # noqa: SIM118
+            found = {
+                key: opened.get_tensor(key)
+                for key in opened.keys()  # noqa: SIM118
+                if key.endswith(EXPORTED) or key in shapes
+            }
     except (SafetensorError, ValueError, OSError) as error:
         raise AdapterError(f"{where} cannot be read as masks: {error}") from error
-    found = {key.removesuffix(EXPORTED).removeprefix("base_model.model."): indices for key, indices in found.items()}
+    found = {
+        key.removesuffix(EXPORTED).removeprefix("base_model.model."): indices
+        for key, indices in found.items()
+    }
     if not found:
         raise AdapterError(
-            f"{where} holds no masks. Give masks.safetensors of a run, or an adapter that was exported with to=peft"
+            f"{where} holds no masks. Give masks.safetensors of a run, or an adapter that was"
+            " exported with to=peft"
         )
     missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or unknown:
         raise AdapterError(
-            f"{where} is of another model or other target modules: {len(missing)} layers are missing {missing[:2]}, "
-            f"{len(unknown)} are not adapted here {unknown[:2]}"
+            f"{where} is of another model or other target modules: {len(missing)} layers are"
+            f" missing {missing[:2]}, {len(unknown)} are not adapted here {unknown[:2]}"
         )
     for name, (shape, k) in wanted.items():
         indices, numel = found[name], shape[0] * shape[1]
         if tuple(shapes.get(name, shape)) != shape:
-            raise AdapterError(f"{where} is of another model: {name} is {tuple(shapes[name])} there and {shape} here")
-        if len(indices) > k and indices[k] < indices[k - 1]:  # an export to one density: the rest fills it up
+            raise AdapterError(
+                f"{where} is of another model: {name} is {tuple(shapes[name])} there and {shape}"
+                " here"
+            )
+        # an export to one density: the rest fills it up
+        if len(indices) > k and indices[k] < indices[k - 1]:
             indices = indices[:k]
         if len(indices) != k:
             raise AdapterError(
-                f"{where} has {len(indices)} entries for {name} (density {len(indices) / numel:g}) where the settings ask for {k} "
-                f"({k / numel:g}). Set adapter.density to the mask's"
+                f"{where} has {len(indices)} entries for {name} (density {len(indices) / numel:g})"
+                f" where the settings ask for {k} ({k / numel:g}). Set adapter.density to the"
+                " mask's"
             )
         sorted_ = indices.long().sort().values
         if sorted_[0] < 0 or sorted_[-1] >= numel or (sorted_[1:] == sorted_[:-1]).any():
-            raise AdapterError(f"{where}: the indices of {name} leave the weight's {numel} entries, or repeat")
+            raise AdapterError(
+                f"{where}: the indices of {name} leave the weight's {numel} entries, or repeat"
+            )
         found[name] = sorted_.int()
     return found
 
 
 def statistics(support: Int[Tensor, " k"], weight: Float[Tensor, "o i"]) -> dict[str, float]:
-    """Shares of rows and of columns that a support touches, and of it that is among the k largest weights."""
+    """Shares of rows and of columns that a support touches, and of it that is among the k largest
+    weights."""
     o, i = weight.shape
     flat = support.long()
     largest = torch.zeros(o * i, dtype=torch.bool, device=weight.device)
@@ -158,4 +191,7 @@ def refuse_divergence(supports: dict[str, Tensor]) -> None:
     digests: list[str | None] = [None] * processes()
     torch.distributed.all_gather_object(digests, digest.hexdigest())
     if len(set(digests)) > 1:
-        raise AdapterError("the processes of this run have different supports, so their values would not belong together")
+        raise AdapterError(
+            "the processes of this run have different supports, so their values would not belong"
+            " together"
+        )

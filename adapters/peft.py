@@ -1,12 +1,15 @@
-"""Every method of stock PEFT through one bridge: `adapter=peft adapter.peft_type=LOHA adapter.r=8 ...`.
+"""Every method of stock PEFT through one bridge: `adapter=peft adapter.peft_type=LOHA adapter.r=8
+...`.
 
-Field names and their defaults are PEFT's own; conf/adapter holds presets. What this file adds is what PEFT leaves to its
-caller: initialisations computed from data (EVA, CorDA, LoRA-GA) or from the unquantised weights (LoftQ), AdaLoRA's
-budget and penalty, and a state from which a run goes on exactly.
+Field names and their defaults are PEFT's own; conf/adapter holds presets. What this file adds is
+what PEFT leaves to its caller: initialisations computed from data (EVA, CorDA, LoRA-GA) or from the
+unquantised weights (LoftQ), AdaLoRA's budget and penalty, and a state from which a run goes on
+exactly.
 
-PiSSA, OLoRA, CorDA and LoRA-GA move a part B₀A₀ of each weight into the adapter and leave W - s B₀A₀ behind. Here that
-remainder is always computed by `_take_out` from the stored A₀, B₀, so that it has the same bits after a resume, and
-the saved adapter is the difference B A - B₀A₀ at twice the rank, which fits the base as everyone else has it.
+PiSSA, OLoRA, CorDA and LoRA-GA move a part B₀A₀ of each weight into the adapter and leave W - s
+B₀A₀ behind. Here that remainder is always computed by `_take_out` from the stored A₀, B₀, so that
+it has the same bits after a resume, and the saved adapter is the difference B A - B₀A₀ at twice the
+rank, which fits the base as everyone else has it.
 """
 
 from __future__ import annotations
@@ -49,7 +52,12 @@ from adapters.delta import (
 from adapters.peft_fields import CHANGES_BASE, OURS, PROMPT_LEARNING, classes, config_class
 
 NAME = "default"  # PEFT's name for the only adapter
-ORDINARY_START = {"init_lora_weights": True, "corda_config": None, "lora_ga_config": None, "eva_config": None}
+ORDINARY_START = {
+    "init_lora_weights": True,
+    "corda_config": None,
+    "lora_ga_config": None,
+    "eva_config": None,
+}
 
 
 class Peft(Adapter):
@@ -58,18 +66,22 @@ class Peft(Adapter):
     def __init__(self, peft_type: str, data_batches: int, **fields: Any):
         entry = config_class(peft_type)
         if entry is None or entry.peft_type is None:
-            raise AdapterError(f"adapter.peft_type is {peft_type!r}, which PEFT {peft.__version__} does not have")
+            raise AdapterError(
+                f"adapter.peft_type is {peft_type!r}, which PEFT {peft.__version__} does not have"
+            )
         self.kind, self.config_name, self.data_batches = entry.peft_type, entry.name, data_batches
         self.fields = {key: value for key, value in fields.items() if key not in OURS}
         self.init = str(self.fields.get("init_lora_weights", ""))
         self.changes_base = self.kind == "LORA" and self.init.startswith(CHANGES_BASE)
         self.mergeable = self.kind not in PROMPT_LEARNING
         self.initial: dict[str, Tensor] = {}  # A₀ and B₀ where changes_base
-        self.base_names: set[str] = set()  # tensors of the frozen base, by their names in the wrapped model
+        # tensors of the frozen base, by their names in the wrapped model
+        self.base_names: set[str] = set()
 
     def attach(self, model: nn.Module, start: Start) -> nn.Module:
         freeze(model)
-        base_tensors = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}  # held, so that no id is reused
+        # held, so that no id is reused
+        base_tensors = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
         on_meta = next(model.parameters()).device.type == "meta"
         computed = start.saved is None and not on_meta
         config = self._config(model, start, computed)
@@ -77,39 +89,58 @@ class Peft(Adapter):
             self._before_wrapping(model, config, start)
         weights = {}
         if computed and self.changes_base:
-            weights = {name: module.weight.detach().clone() for name, module in model.named_modules() if is_linear(module)}
-        torch.sparse.check_sparse_tensor_invariants.disable()  # as they are anyway: unsaid, torch warns at SHiRA and others
+            weights = {
+                name: module.weight.detach().clone()
+                for name, module in model.named_modules()
+                if is_linear(module)
+            }
+        # as they are anyway: unsaid, torch warns at SHiRA and others
+        torch.sparse.check_sparse_tensor_invariants.disable()
         try:
             with _silent():
                 wrapped = peft.get_peft_model(model, config)
         except torch.OutOfMemoryError:
             raise
-        except (ValueError, TypeError, KeyError, NotImplementedError, ImportError, RuntimeError) as error:
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            NotImplementedError,
+            ImportError,
+            RuntimeError,
+        ) as error:
             refusal = (
                 NeedsWeights
-                if on_meta and (isinstance(error, NotImplementedError) or "meta tensor" in str(error))
+                if on_meta
+                and (isinstance(error, NotImplementedError) or "meta tensor" in str(error))
                 else AdapterError
             )
             raise refusal(f"PEFT cannot put {self.config_name} on this model: {error}") from error
         for name, parameter in wrapped.named_parameters():
-            if ".ranknum." in name:  # AdaLoRA's divisor, which PEFT makes a constant, then trains, and does not save
+            # AdaLoRA's divisor, which PEFT makes a constant, then trains, and does not save
+            if ".ranknum." in name:
                 parameter.requires_grad_(False)
         if computed:
             self._after_wrapping(wrapped, start)
         if weights:
-            self.initial = {name: tensor.detach().clone() for name, tensor in self._factors(wrapped)}
+            self.initial = {
+                name: tensor.detach().clone() for name, tensor in self._factors(wrapped)
+            }
             for name, module in self._adapted(wrapped):
                 module.get_base_layer().weight.data.copy_(weights[name])
                 if self._part(name, module).shape != float_weight(module.get_base_layer()).shape:
                     kind = type(module.get_base_layer()).__name__
                     raise AdapterError(
-                        f"PEFT's initialisation {self.init} does not work on this model's {kind} layers, such as {name}"
+                        f"PEFT's initialisation {self.init} does not work on this model's {kind}"
+                        f" layers, such as {name}"
                     )
             self._take_out(wrapped)
         for name in start.new_modules:  # PEFT trains a copy of them
             trained = wrapped.get_base_model().get_submodule(name).modules_to_save[NAME].float()
             trained.register_forward_pre_hook(_to_own_dtype)
-        self.base_names = {name for name, tensor in _own_tensors(wrapped) if id(tensor) in base_tensors}
+        self.base_names = {
+            name for name, tensor in _own_tensors(wrapped) if id(tensor) in base_tensors
+        }
         return wrapped
 
     def _config(self, model: nn.Module, start: Start, computed: bool) -> Any:
@@ -125,41 +156,57 @@ class Peft(Adapter):
         if transposed and "fan_in_fan_out" in classes()[self.config_name].fields:
             values.setdefault("fan_in_fan_out", True)
         if self.kind == "LORA" and (not computed or self.init == "loftq"):
-            values |= ORDINARY_START  # saved or later computed tensors replace whatever is put there
+            # saved or later computed tensors replace whatever is put there
+            values |= ORDINARY_START
         if self.kind == "ADALORA":
-            values["rank_pattern"] = None  # `load_state` brings it; PEFT would look for layers' ranks in it, as for a LoRA
+            # `load_state` brings it; PEFT would look for layers' ranks in it, as for a LoRA
+            values["rank_pattern"] = None
         values["task_type"] = "SEQ_CLS" if start.new_modules else "CAUSAL_LM"
         try:
             return _build(self.config_name, values)
         except (ValueError, TypeError, ImportError) as error:
-            raise AdapterError(f"PEFT's {self.config_name} refuses these settings: {error}") from error
+            raise AdapterError(
+                f"PEFT's {self.config_name} refuses these settings: {error}"
+            ) from error
 
     def _before_wrapping(self, model: nn.Module, config: Any, start: Start) -> None:
         if self.init in ("corda", "lora_ga") and config.target_modules == "all-linear":
-            config.target_modules = {name for name, _ in targets(model, "all-linear")}  # their preparation reads names only
+            # their preparation reads names only
+            config.target_modules = {name for name, _ in targets(model, "all-linear")}
         if self.init == "corda":
             from peft.tuners.lora.corda import preprocess_corda
 
-            preprocess_corda(model, config, run_model=lambda: _forward(model, _single(self._data(start, model))))
+            preprocess_corda(
+                model, config, run_model=lambda: _forward(model, _single(self._data(start, model)))
+            )
         elif self.init == "lora_ga":
             from peft.tuners.lora.loraga import preprocess_loraga
 
             with _silent():
-                preprocess_loraga(model, config, train_step=lambda: _forward(model, self._data(start, model), backward=True))
+                preprocess_loraga(
+                    model,
+                    config,
+                    train_step=lambda: _forward(model, self._data(start, model), backward=True),
+                )
 
     def _after_wrapping(self, wrapped: Any, start: Start) -> None:
         if self.init == "eva":
-            peft.initialize_lora_eva_weights(wrapped, list(self._data(start, wrapped)), show_progress_bar=False)
+            peft.initialize_lora_eva_weights(
+                wrapped, list(self._data(start, wrapped)), show_progress_bar=False
+            )
         elif self.init == "loftq":
             self._fit_rounding(wrapped)
 
     def _fit_rounding(self, wrapped: Any) -> None:
-        """LoftQ (Li et al. 2023, arXiv 2310.08659) in one iteration, as PEFT's own, which needs a GPU and a scale of 1."""
+        """LoftQ (Li et al. 2023, arXiv 2310.08659) in one iteration, as PEFT's own, which needs a
+        GPU and a scale of 1."""
         folder = Path(wrapped.config._name_or_path)
         try:
             stored = _SafetensorLoader(wrapped, str(folder) if folder.is_dir() else None)
         except (ValueError, OSError) as error:
-            raise AdapterError(f"LoftQ reads the base's weights before rounding, which are not there: {error}") from error
+            raise AdapterError(
+                f"LoftQ reads the base's weights before rounding, which are not there: {error}"
+            ) from error
         for name, module in self._adapted(wrapped):
             rounded = float_weight(module.get_base_layer())
             lost = stored.get_tensor(f"{name}.weight").to(rounded) - rounded
@@ -169,7 +216,10 @@ class Peft(Adapter):
 
     def _data(self, start: Start, model: nn.Module) -> Iterator[dict[str, Tensor]]:
         if start.data is None:
-            raise AdapterError(f"adapter.init_lora_weights={self.init} is computed from training data, and there is none")
+            raise AdapterError(
+                f"adapter.init_lora_weights={self.init} is computed from training data, and there"
+                " is none"
+            )
         device = next(model.parameters()).device
         for batch in itertools.islice(start.data(), self.data_batches):
             yield {key: value.to(device) for key, value in batch.items()}
@@ -186,7 +236,10 @@ class Peft(Adapter):
 
     def _take_out(self, wrapped: Any) -> None:
         for name, module in self._adapted(wrapped):
-            set_float_weight(module.get_base_layer(), float_weight(module.get_base_layer()) - self._part(name, module))
+            set_float_weight(
+                module.get_base_layer(),
+                float_weight(module.get_base_layer()) - self._part(name, module),
+            )
 
     def _part(self, name: str, module: Any) -> Tensor:
         part = self.initial[f"{name}.lora_B"].float() @ self.initial[f"{name}.lora_A"].float()
@@ -194,14 +247,28 @@ class Peft(Adapter):
 
     def state(self, model: nn.Module) -> dict[str, Any]:
         live: Any = model
-        tensors = {name: tensor.detach() for name, tensor in _own_tensors(live) if name not in self.base_names}
-        config = {k: _plain(v) for k, v in live.peft_config[NAME].to_dict().items() if k in classes()[self.config_name].fields}
+        tensors = {
+            name: tensor.detach()
+            for name, tensor in _own_tensors(live)
+            if name not in self.base_names
+        }
+        config = {
+            k: _plain(v)
+            for k, v in live.peft_config[NAME].to_dict().items()
+            if k in classes()[self.config_name].fields
+        }
         extra: dict[str, Any] = {"config": config, "initial": self.initial}
         if self.kind == "SHIRA":  # its indices are no buffers
-            extra["indices"] = {n: m.shira_indices[NAME] for n, m in live.named_modules() if hasattr(m, "shira_indices")}
+            extra["indices"] = {
+                n: m.shira_indices[NAME]
+                for n, m in live.named_modules()
+                if hasattr(m, "shira_indices")
+            }
         if self.kind == "ADALORA":
             allocator = live.base_model.rankallocator
-            extra["importance"] = {key: dict(getattr(allocator, key)) for key in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
+            extra["importance"] = {
+                key: dict(getattr(allocator, key)) for key in ("ipt", "exp_avg_ipt", "exp_avg_unc")
+            }
         return {"tensors": tensors, "extra": extra}
 
     def load_state(self, model: nn.Module, state: dict[str, Any]) -> None:
@@ -215,20 +282,29 @@ class Peft(Adapter):
         for name, indices in extra.get("indices", {}).items():
             live.get_submodule(name).shira_indices[NAME] = indices
         for key, values in extra.get("importance", {}).items():
-            setattr(live.base_model.rankallocator, key, {name: tensor.to(device) for name, tensor in values.items()})
+            setattr(
+                live.base_model.rankallocator,
+                key,
+                {name: tensor.to(device) for name, tensor in values.items()},
+            )
         if self.kind == "ADALORA":
             live.peft_config[NAME].rank_pattern = extra["config"].get("rank_pattern")
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         if self.kind != "ADALORA":
             return None
-        # Zhang et al. 2023 (arXiv 2303.10512), eq. 4, averaged over the matrices as PEFT does in its own forward.
+        # Zhang et al. 2023 (arXiv 2303.10512), eq. 4, averaged over the matrices as PEFT does in
+        # its own forward.
         live: Any = model
         terms = []
         for name, p in live.named_parameters():
             if f"lora_A.{NAME}" in name or f"lora_B.{NAME}" in name:
                 gram = p @ p.T if "lora_A" in name else p.T @ p
-                terms.append(torch.linalg.norm(gram - torch.eye(*gram.shape, device=gram.device, dtype=gram.dtype)))
+                terms.append(
+                    torch.linalg.norm(
+                        gram - torch.eye(*gram.shape, device=gram.device, dtype=gram.dtype)
+                    )
+                )
         return live.peft_config[NAME].orth_reg_weight * torch.stack(terms).mean()
 
     def after_step(self, model: nn.Module, step: int) -> None:
@@ -239,7 +315,10 @@ class Peft(Adapter):
     def merge(self, model: nn.Module) -> nn.Module:
         live: Any = model
         if not self.mergeable or not hasattr(live.base_model, "merge_and_unload"):
-            raise AdapterError(f"{self.kind} cannot be merged into weights: it works on activations. Export it with to=peft")
+            raise AdapterError(
+                f"{self.kind} cannot be merged into weights: it works on activations. Export it"
+                " with to=peft"
+            )
         for module in live.modules():
             if is_linear(module):
                 refuse_quantised(module)
@@ -255,7 +334,8 @@ class Peft(Adapter):
             tensors = peft.get_peft_model_state_dict(live, save_embedding_layers=False)
         config = copy.copy(live.peft_config[NAME])
         if self.kind == "LORA":
-            vars(config).update(ORDINARY_START)  # the tensors are there: whoever loads them has nothing to compute
+            # the tensors are there: whoever loads them has nothing to compute
+            vars(config).update(ORDINARY_START)
         if self.changes_base:
             config, tensors = self._difference(config, tensors)
         config.base_model_name_or_path, config.inference_mode = base_name, True
@@ -271,8 +351,13 @@ class Peft(Adapter):
                 doubled[key] = torch.cat([tensor, self.initial[name].to(tensor)], dim=0)
             else:
                 doubled[key] = torch.cat([tensor, -self.initial[name].to(tensor)], dim=1)
-        factor = 2**0.5 if config.use_rslora else 2  # keeps alpha / r, or alpha / sqrt(r), at twice the rank
-        values = {k: _plain(v) for k, v in config.to_dict().items() if k in classes()[self.config_name].fields}
+        # keeps alpha / r, or alpha / sqrt(r), at twice the rank
+        factor = 2**0.5 if config.use_rslora else 2
+        values = {
+            k: _plain(v)
+            for k, v in config.to_dict().items()
+            if k in classes()[self.config_name].fields
+        }
         values |= {"r": 2 * config.r, "lora_alpha": factor * config.lora_alpha}
         values["rank_pattern"] = {k: 2 * v for k, v in (config.rank_pattern or {}).items()}
         values["alpha_pattern"] = {k: factor * v for k, v in (config.alpha_pattern or {}).items()}
@@ -283,8 +368,12 @@ class Peft(Adapter):
         live: Any = model
         adapted = list(self._adapted(live)) if self.initial else []
         remainders = [module.get_base_layer().weight.detach().clone() for _, module in adapted]
-        for name, module in adapted:  # the base's own weights are the remainder and what was taken out of it
-            set_float_weight(module.get_base_layer(), float_weight(module.get_base_layer()) + self._part(name, module))
+        # the base's own weights are the remainder and what was taken out of it
+        for name, module in adapted:
+            set_float_weight(
+                module.get_base_layer(),
+                float_weight(module.get_base_layer()) + self._part(name, module),
+            )
         try:
             with live.disable_adapter():
                 yield
@@ -298,8 +387,10 @@ def _silent() -> Iterator[None]:
     """Without what PEFT warns of and nobody can act upon."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*used with low_cpu_mem_usage=False.*")  # EVA
-        warnings.filterwarnings("ignore", message="Full backward hook is firing.*")  # LoRA-GA, at the first layer
-        warnings.filterwarnings("ignore", message=".*LoRA tensor.* have invalid shape.*")  # AdaLoRA's layers of rank 0
+        # LoRA-GA, at the first layer
+        warnings.filterwarnings("ignore", message="Full backward hook is firing.*")
+        # AdaLoRA's layers of rank 0
+        warnings.filterwarnings("ignore", message=".*LoRA tensor.* have invalid shape.*")
         yield
 
 
@@ -332,9 +423,14 @@ def _build(class_name: str, values: dict[str, Any]) -> Any:
     annotations = classes()[class_name].fields
     nested = {}
     for key, value in values.items():
-        names = [node.id for node in ast.walk(annotations[key]) if isinstance(node, ast.Name)] if key in annotations else []
+        names = (
+            [node.id for node in ast.walk(annotations[key]) if isinstance(node, ast.Name)]
+            if key in annotations
+            else []
+        )
         inner = next((name for name in names if name in classes()), None)
-        # PEFT's own default for some is {}, which is not the same as their class's defaults: it warns of those.
+        # PEFT's own default for some is {}, which is not the same as their class's defaults: it
+        # warns of those.
         nested[key] = _build(inner, value) if inner and isinstance(value, dict) and value else value
     known = {f.name for f in dataclass_fields(cls) if f.init}
     return cls(**{key: value for key, value in nested.items() if key in known})
@@ -354,10 +450,14 @@ def _single(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]
     """Row by row and without padding, as CorDA's covariance needs them."""
     for batch in batches:
         for i, length in enumerate(batch["attention_mask"].sum(1).tolist()):
-            yield {key: value[i : i + 1, :length] for key, value in batch.items() if key != "labels"}
+            yield {
+                key: value[i : i + 1, :length] for key, value in batch.items() if key != "labels"
+            }
 
 
-def _forward(model: nn.Module, batches: Iterator[dict[str, Tensor]], backward: bool = False) -> None:
+def _forward(
+    model: nn.Module, batches: Iterator[dict[str, Tensor]], backward: bool = False
+) -> None:
     with torch.set_grad_enabled(backward):
         for batch in batches:
             output = model(**batch, use_cache=False)

@@ -1,5 +1,5 @@
-"""Which fields each of PEFT's configuration classes has, read from its source without importing it: importing PEFT imports
-torch, and a misspelt field should be named in milliseconds."""
+"""Which fields each of PEFT's configuration classes has, read from its source without importing it:
+importing PEFT imports torch, and a misspelt field should be named in milliseconds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-OURS = {"_target_", "_partial_", "peft_type", "data_batches"}  # arguments of adapters.peft.Peft, not PEFT's
-NOT_SETTABLE = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
+# arguments of adapters.peft.Peft, not PEFT's
+OURS = {"_target_", "_partial_", "peft_type", "data_batches"}
+NOT_SETTABLE = {
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+}
 UNUSABLE = {
     "POLY": "it needs a task id with every row",
     "MULTITASK_PROMPT_TUNING": "it needs a task id with every row",
@@ -23,9 +31,23 @@ UNUSABLE = {
     "SHADOW": "it trains a second model with its own loss",
     "CARTRIDGE": "it distils a document's key-value cache, which is another objective",
 }
-ON_QUANTIZED = {"LORA", "ADALORA", "IA3", "HIRA", "PVERA", "RANDLORA", "ROAD", "SHIRA", "BOFT", "OFT", "MISS", "VERA"}
+ON_QUANTIZED = {
+    "LORA",
+    "ADALORA",
+    "IA3",
+    "HIRA",
+    "PVERA",
+    "RANDLORA",
+    "ROAD",
+    "SHIRA",
+    "BOFT",
+    "OFT",
+    "MISS",
+    "VERA",
+}
 PROMPT_LEARNING = {"PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "ADAPTION_PROMPT"}
-CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")  # LoRA initialisations that take their part out of the base's weights
+# LoRA initialisations that take their part out of the base's weights
+CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
 @dataclass
@@ -46,7 +68,11 @@ def classes() -> dict[str, ConfigClass]:
     assert spec.submodule_search_locations is not None
     root = Path(spec.submodule_search_locations[0])
     found: dict[str, ConfigClass] = {}
-    for path in [root / "config.py", *sorted(root.glob("tuners/*/config.py")), root / "tuners/lycoris_utils.py"]:
+    for path in [
+        root / "config.py",
+        *sorted(root.glob("tuners/*/config.py")),
+        root / "tuners/lycoris_utils.py",
+    ]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.ClassDef):
                 fields = {
@@ -62,7 +88,9 @@ def classes() -> dict[str, ConfigClass]:
                     and isinstance(n.value, ast.Attribute)
                 ]
                 bases = [ast.unparse(base) for base in node.bases]
-                found[node.name] = ConfigClass(node.name, types[-1] if types else None, fields, bases)
+                found[node.name] = ConfigClass(
+                    node.name, types[-1] if types else None, fields, bases
+                )
     for entry in found.values():
         entry.fields = dict(_inherited(entry, found))
     return found
@@ -85,11 +113,17 @@ def config_class(peft_type: str) -> ConfigClass | None:
 
 def usable() -> list[str]:
     """The PeftTypes that a run may take."""
-    return sorted(c.peft_type for c in classes().values() if c.peft_type and c.peft_type not in UNUSABLE)
+    return sorted(
+        c.peft_type for c in classes().values() if c.peft_type and c.peft_type not in UNUSABLE
+    )
 
 
 def problems(
-    adapter: dict[str, Any], quantized: bool, packing: bool, classification: bool, checkpointing: bool
+    adapter: dict[str, Any],
+    quantized: bool,
+    packing: bool,
+    classification: bool,
+    checkpointing: bool,
 ) -> Iterator[str]:
     """What is wrong with the `adapter` node of a config that names PEFT's bridge."""
     entry = config_class(str(adapter["peft_type"]))
@@ -98,40 +132,70 @@ def problems(
         return
     kind = entry.peft_type
     if kind in UNUSABLE:
-        yield f"adapter.peft_type={kind} cannot be trained here: {UNUSABLE[kind]}. Known: {', '.join(usable())}"
+        yield (
+            f"adapter.peft_type={kind} cannot be trained here: {UNUSABLE[kind]}. Known:"
+            f" {', '.join(usable())}"
+        )
     for key, value in adapter.items():
         if key not in OURS:
             yield from _field_problems(f"adapter.{key}", key, value, entry)
     if quantized and kind not in ON_QUANTIZED | PROMPT_LEARNING:
         able = ", ".join(sorted(ON_QUANTIZED | PROMPT_LEARNING))
-        yield f"adapter.peft_type={kind} cannot sit on a quantised base. These can: {able}; or set base.quantization=none"
+        yield (
+            f"adapter.peft_type={kind} cannot sit on a quantised base. These can: {able}; or set"
+            " base.quantization=none"
+        )
     init = str(adapter.get("init_lora_weights"))
     if quantized and init.startswith(CHANGES_BASE):
-        yield f"adapter.init_lora_weights={init} changes the base's weights, which cannot be done to a quantised base: set base.quantization=none"
+        yield (
+            f"adapter.init_lora_weights={init} changes the base's weights, which cannot be done to"
+            " a quantised base: set base.quantization=none"
+        )
     if init.startswith(CHANGES_BASE) and adapter.get("use_dora"):
-        yield f"adapter.init_lora_weights={init} with use_dora=true cannot be turned into an adapter for the original base: choose one"
+        yield (
+            f"adapter.init_lora_weights={init} with use_dora=true cannot be turned into an adapter"
+            " for the original base: choose one"
+        )
     if init == "loftq" and not quantized:
-        yield "adapter.init_lora_weights=loftq fits an adapter to a quantised base's rounding error: set base.quantization=nf4"
+        yield (
+            "adapter.init_lora_weights=loftq fits an adapter to a quantised base's rounding error:"
+            " set base.quantization=nf4"
+        )
     if kind in PROMPT_LEARNING and packing:
-        yield f"adapter.peft_type={kind} puts virtual tokens before a row, packing=true puts several rows in one sequence: set packing=false"
+        yield (
+            f"adapter.peft_type={kind} puts virtual tokens before a row, packing=true puts several"
+            " rows in one sequence: set packing=false"
+        )
     if kind == "PREFIX_TUNING" and checkpointing:
         hint = "set objective.gradient_checkpointing=false"
-        yield f"adapter.peft_type={kind} keeps its prefix in the key-value cache, which gradient checkpointing drops: {hint}"
+        yield (
+            f"adapter.peft_type={kind} keeps its prefix in the key-value cache, which gradient"
+            f" checkpointing drops: {hint}"
+        )
     if kind == "ADAPTION_PROMPT" and classification:
-        yield "adapter.peft_type=ADAPTION_PROMPT is made for causal language models, not for classification"
+        yield (
+            "adapter.peft_type=ADAPTION_PROMPT is made for causal language models, not for"
+            " classification"
+        )
 
 
 def _field_problems(place: str, key: str, value: Any, entry: ConfigClass) -> Iterator[str]:
     if key not in entry.fields:
         close = difflib.get_close_matches(key, entry.fields, n=1)
-        hint = f"Did you mean {close[0]}?" if close else f"It has: {', '.join(sorted(entry.fields.keys() - NOT_SETTABLE))}."
+        hint = (
+            f"Did you mean {close[0]}?"
+            if close
+            else f"It has: {', '.join(sorted(entry.fields.keys() - NOT_SETTABLE))}."
+        )
         yield f"{place}: PEFT's {entry.name} has no such field. {hint}"
     elif key in NOT_SETTABLE:
         yield f"{place} is set by the run itself"
     elif key == "init_lora_weights" and re.fullmatch(r"pissa_niter_\d+|lora_ga", str(value)):
         return  # PEFT takes these and annotates them as something else, or not at all
     elif value != "???" and not _fits(value, entry.fields[key]):
-        yield f"{place} is {value!r}, but PEFT's {entry.name} takes {ast.unparse(entry.fields[key])}"
+        yield (
+            f"{place} is {value!r}, but PEFT's {entry.name} takes {ast.unparse(entry.fields[key])}"
+        )
     elif isinstance(value, dict):
         for name in (n.id for n in ast.walk(entry.fields[key]) if isinstance(n, ast.Name)):
             if name in classes():
@@ -140,16 +204,20 @@ def _field_problems(place: str, key: str, value: Any, entry: ConfigClass) -> Ite
 
 
 def _fits(value: Any, annotation: ast.expr) -> bool:
-    """Whether a plain value fits an annotation; names that are not plain types take mappings, strings and null."""
+    """Whether a plain value fits an annotation; names that are not plain types take mappings,
+    strings and null."""
     if isinstance(annotation, ast.Constant):
         return annotation.value is value or (
-            isinstance(annotation.value, str) and _fits(value, ast.parse(annotation.value, mode="eval").body)
+            isinstance(annotation.value, str)
+            and _fits(value, ast.parse(annotation.value, mode="eval").body)
         )
     if isinstance(annotation, ast.BinOp):  # X | Y
         return _fits(value, annotation.left) or _fits(value, annotation.right)
     if isinstance(annotation, ast.Subscript):
         outer = ast.unparse(annotation.value).rpartition(".")[2]
-        inner = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+        inner = (
+            annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+        )
         if outer == "Optional":
             return value is None or _fits(value, inner[0])
         if outer == "Union":

@@ -1,14 +1,16 @@
-"""A sparse delta of frozen linear layers, on a support that stays or changes, alone or beside a low-rank one.
+"""A sparse delta of frozen linear layers, on a support that stays or changes, alone or beside a
+low-rank one.
 
     y = (W + S) x + s B A D(x) + b
 
     W (o, i)  frozen      S  k values at flat indices row · i + col, zero at the start      s B A  low rank, if there is one
     D  dropout, on the low-rank branch only
 
-A dense weight *holds* W + S while it is attached: W's own entries at the support are kept aside, and the sum is written
-anew when the values have changed. So the forward pass is one dense product, nothing dense is copied or kept for the backward
-pass, and the base comes back bit for bit. On a bf16 base W + S is rounded to bf16, as it is wherever such weights are
-served; the values themselves are fp32 and collect what rounding hides. A 4- or 8-bit weight is dequantised, added to and
+A dense weight *holds* W + S while it is attached: W's own entries at the support are kept aside,
+and the sum is written anew when the values have changed. So the forward pass is one dense product,
+nothing dense is copied or kept for the backward pass, and the base comes back bit for bit. On a
+bf16 base W + S is rounded to bf16, as it is wherever such weights are served; the values themselves
+are fp32 and collect what rounding hides. A 4- or 8-bit weight is dequantised, added to and
 multiplied, and that is done again in the backward pass.
 
 Forward    y = x (W + S)ᵀ + s (x̃ Aᵀ) Bᵀ + b          x̃ = D(x)
@@ -16,8 +18,8 @@ Backward   dx = dy (W + S) + D'(s (dy B) A)     dA = s (dy B)ᵀ x̃     dB = s 
 Shapes     x (t, i), dy (t, o), A (r, i), B (o, r), S and dS (k,)
 Notes      x, or what it can be made from, is kept once for all three parts, and x̃ Aᵀ (t, r); D's mask only where its rate is not 0.
 
-The formulas are those of RoSA (Nikdan et al. 2024, arXiv 2401.04679); its reference code rebuilds W + S in each forward and
-each backward pass.
+The formulas are those of RoSA (Nikdan et al. 2024, arXiv 2401.04679); its reference code rebuilds W
++ S in each forward and each backward pass.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ Watcher = Callable[[Tensor, Tensor], None]  # is given dy (t, o) and x (t, i) of
 
 
 class SparseDelta(Delta):
-    """The sparse, and possibly low-rank, update of one linear layer. It has no support until `settle` gives it one."""
+    """The sparse, and possibly low-rank, update of one linear layer. It has no support until
+    `settle` gives it one."""
 
     values: Any  # (k,), the trained entries; None where there are none
     indices: Any  # (k,) int32, sorted row · i + column
@@ -69,7 +72,9 @@ class SparseDelta(Delta):
         self.i, self.o = features(linear)
         device = linear.weight.device
         self.values = nn.Parameter(torch.zeros(k, device=device, dtype=dtype)) if k else None
-        self.register_buffer("indices", torch.zeros(k, device=device, dtype=torch.int32) if k else None)
+        self.register_buffer(
+            "indices", torch.zeros(k, device=device, dtype=torch.int32) if k else None
+        )
         self.register_parameter("A", None)
         self.register_parameter("B", None)
         for name in ("kept", "crow", "col"):
@@ -77,12 +82,14 @@ class SparseDelta(Delta):
         self.settled = False  # whether the indices are a support
         self.way = "gathered"  # of sddmm
         self.watch: Watcher | None = None
-        self.written: tuple[int, int] | None = None  # the version of the values that the base's weight holds
+        # the version of the values that the base's weight holds
+        self.written: tuple[int, int] | None = None
         self.packed = is_packed(linear)
         self.transposed = isinstance(linear, Conv1D)
 
     def settle(self, indices: Int[Tensor, " k"], base: Any) -> None:
-        """Take sorted flat indices for the support; values stay as they are. The base must not hold this delta."""
+        """Take sorted flat indices for the support; values stay as they are. The base must not hold
+        this delta."""
         assert self.kept is None
         self.indices.copy_(indices)
         self.settled = True
@@ -92,7 +99,9 @@ class SparseDelta(Delta):
         if not self.settled or self.kept is not None or self.indices.device.type == "meta":
             return
         flat = self.indices.long()
-        self.crow = torch.searchsorted(flat // self.i, torch.arange(self.o + 1, device=flat.device)).int()
+        self.crow = torch.searchsorted(
+            flat // self.i, torch.arange(self.o + 1, device=flat.device)
+        ).int()
         self.col = (flat % self.i).int()
         if self.packed:
             return
@@ -113,7 +122,9 @@ class SparseDelta(Delta):
             return
         with torch.no_grad():
             wide = torch.promote_types(self.kept.dtype, self.values.dtype)
-            base.weight.view(-1).index_copy_(0, self._stored(), (self.kept.to(wide) + self.values).to(self.kept.dtype))
+            base.weight.view(-1).index_copy_(
+                0, self._stored(), (self.kept.to(wide) + self.values).to(self.kept.dtype)
+            )
         self.written = version
 
     def _stored(self) -> Tensor:
@@ -153,7 +164,10 @@ class SparseDelta(Delta):
 
 def is_packed(linear: Any) -> bool:
     """Whether a linear layer's weight is quantised."""
-    return not linear.weight.is_floating_point() or type(linear.weight).__name__ in ("Params4bit", "Int8Params")
+    return not linear.weight.is_floating_point() or type(linear.weight).__name__ in (
+        "Params4bit",
+        "Int8Params",
+    )
 
 
 class _Linear(torch.autograd.Function):
@@ -161,9 +175,16 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, values: Tensor | None, A: Tensor | None, B: Tensor | None, base: Any, delta: SparseDelta, make: Any,
+        ctx: Any,
+        x: Tensor,
+        values: Tensor | None,
+        A: Tensor | None,
+        B: Tensor | None,
+        base: Any,
+        delta: SparseDelta,
+        make: Any,
         *of: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         dtype = _compute_dtype(x, base)
         with torch.autocast(x.device.type, enabled=False):
             flat = x.to(dtype).reshape(-1, x.shape[-1])
@@ -178,7 +199,14 @@ class _Linear(torch.autograd.Function):
                 low = dropped @ A.to(dtype).t()
                 y.addmm_(low, B.to(dtype).t(), alpha=delta.scale)
         # A reference to the weight, by which autograd notices a change before the backward pass.
-        ctx.save_for_backward(A, B, low, kept, None if delta.packed else base.weight, *(of if make is not None else (flat,)))
+        ctx.save_for_backward(
+            A,
+            B,
+            low,
+            kept,
+            None if delta.packed else base.weight,
+            *(of if make is not None else (flat,)),
+        )
         ctx.base, ctx.delta, ctx.make, ctx.dtype, ctx.shape = base, delta, make, dtype, x.shape
         ctx.dtypes = (x.dtype, values.dtype if values is not None else None)
         return y.view(*x.shape[:-1], delta.o)
@@ -191,12 +219,18 @@ class _Linear(torch.autograd.Function):
         dx = dvalues = dA = dB = None
         with torch.autocast(dy.device.type, enabled=False):
             dy = dy.to(ctx.dtype).reshape(-1, delta.o)
-            x = of[0] if ctx.make is None else ctx.make(*of).to(ctx.dtype).reshape(-1, ctx.shape[-1])
+            x = (
+                of[0]
+                if ctx.make is None
+                else ctx.make(*of).to(ctx.dtype).reshape(-1, ctx.shape[-1])
+            )
             if delta.watch is not None:
                 delta.watch(dy, x)
             if delta.settled and ctx.needs_input_grad[1]:
                 dvalues = delta.gradient(dy, x).to(ctx.dtypes[1])
-            elif A is None:  # before there is a support nothing else has a gradient, and 16-mixed looks there for infinities
+            # before there is a support nothing else has a gradient, and 16-mixed looks there for
+            # infinities
+            elif A is None:
                 dvalues = torch.zeros_like(delta.values) + 0 * dy.float().sum()
             if ctx.needs_input_grad[0]:
                 dx = dy @ delta.dense(ctx.base, x.dtype)
@@ -230,7 +264,8 @@ def _compute_dtype(x: Tensor, base: Any) -> torch.dtype:
 
 
 class SparseAdapter(Adapter):
-    """What RoSA and SpIEL share: attaching sparse deltas, holding them in the weights, their state and their files."""
+    """What RoSA and SpIEL share: attaching sparse deltas, holding them in the weights, their state
+    and their files."""
 
     compiles = False
     rank: int | None = None
@@ -239,11 +274,22 @@ class SparseAdapter(Adapter):
     dropout = 0.0
 
     def __init__(
-        self, density: float, density_pattern: dict[str, float], target_modules: str | list[str], exclude_modules: list[str],
-        gradient: str, sparse_dtype: str,
-    ):  # fmt: skip
-        if wrong := [f"{end}: {value!r}" for end, value in density_pattern.items() if not isinstance(value, int | float)]:
-            raise AdapterError(f"adapter.density_pattern has {wrong[0]}: expected a number, as {{down_proj: 0.01}}")
+        self,
+        density: float,
+        density_pattern: dict[str, float],
+        target_modules: str | list[str],
+        exclude_modules: list[str],
+        gradient: str,
+        sparse_dtype: str,
+    ):
+        if wrong := [
+            f"{end}: {value!r}"
+            for end, value in density_pattern.items()
+            if not isinstance(value, int | float)
+        ]:
+            raise AdapterError(
+                f"adapter.density_pattern has {wrong[0]}: expected a number, as {{down_proj: 0.01}}"
+            )
         self.density, self.density_pattern = density, dict(density_pattern)
         self.target_modules, self.exclude_modules = target_modules, list(exclude_modules)
         self.way, self.sparse_dtype = gradient, getattr(torch, sparse_dtype)
@@ -253,7 +299,8 @@ class SparseAdapter(Adapter):
         return SparseDelta(linear, k, self.sparse_dtype)
 
     def begin(self, model: nn.Module, start: Start) -> None:
-        """Called when all deltas are attached and nothing is saved: choose supports, or prepare to."""
+        """Called when all deltas are attached and nothing is saved: choose supports, or prepare
+        to."""
 
     def attach(self, model: nn.Module, start: Start) -> nn.Module:
         freeze(model)
@@ -262,17 +309,27 @@ class SparseAdapter(Adapter):
         _own_weights(model, found)
         for name, linear in found:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, AdaptedLinear(linear, self.new_delta(linear, sizes[name])))
+            setattr(
+                model.get_submodule(parent),
+                child,
+                AdaptedLinear(linear, self.new_delta(linear, sizes[name])),
+            )
         train_modules(model, start.new_modules)
         if any(layer.delta.values is not None for _, layer in layers(model)):
-            # PEFT has neither a sparse method for Conv1D, nor a LoRA that goes around SHiRA's 8-bit layers.
-            eight_bit = self.rank is not None and any(type(linear.weight).__name__ == "Int8Params" for _, linear in found)
-            self.exportable = not eight_bit and not any(isinstance(linear, Conv1D) for _, linear in found)
+            # PEFT has neither a sparse method for Conv1D, nor a LoRA that goes around SHiRA's 8-bit
+            # layers.
+            eight_bit = self.rank is not None and any(
+                type(linear.weight).__name__ == "Int8Params" for _, linear in found
+            )
+            self.exportable = not eight_bit and not any(
+                isinstance(linear, Conv1D) for _, linear in found
+            )
         self.ways = dict(start.saved["extra"]["ways"]) if start.saved is not None else {}
         if self.way == "native" and sddmm.library() is None:
             raise AdapterError(
-                "adapter.gradient=native needs a C compiler (gcc 12, clang, or another that $CC names), and none here compiles "
-                "adapters/sddmm.c: install one, or set gradient=auto"
+                "adapter.gradient=native needs a C compiler (gcc 12, clang, or another that $CC"
+                " names), and none here compiles adapters/sddmm.c: install one, or set"
+                " gradient=auto"
             )
         if next(model.parameters()).device.type == "meta":
             return model
@@ -283,11 +340,15 @@ class SparseAdapter(Adapter):
         return model
 
     def _sizes(self, found: list[tuple[str, nn.Module]]) -> dict[str, int]:
-        """Entries of each layer's support; the first pattern that a name ends with gives its density."""
+        """Entries of each layer's support; the first pattern that a name ends with gives its
+        density."""
         used, sizes = set(), {}
         self.densest = 0.0
         for name, linear in found:
-            pattern = next((end for end in self.density_pattern if name == end or name.endswith("." + end)), None)
+            pattern = next(
+                (end for end in self.density_pattern if name == end or name.endswith("." + end)),
+                None,
+            )
             used.add(pattern)
             i, o = features(linear)
             density = self.density if pattern is None else self.density_pattern[pattern]
@@ -295,12 +356,14 @@ class SparseAdapter(Adapter):
             self.densest = max(self.densest, density)
         if unused := sorted(set(self.density_pattern) - used):  # type: ignore[type-var]
             raise AdapterError(
-                f"adapter.density_pattern has {unused[0]!r}, which is the end of no adapted layer's name, such as {found[0][0]}"
+                f"adapter.density_pattern has {unused[0]!r}, which is the end of no adapted layer's"
+                f" name, such as {found[0][0]}"
             )
         return sizes
 
     def _choose_way(self, layer: AdaptedLinear) -> None:
-        """How the gradient is computed. A resumed run takes the same, since the other one rounds otherwise."""
+        """How the gradient is computed. A resumed run takes the same, since the other one rounds
+        otherwise."""
         delta: Any = layer.delta
         if delta.values is None:
             return
@@ -355,22 +418,37 @@ class SparseAdapter(Adapter):
             AdapterError: stock PEFT has nothing for this adapter.
         """
         if not self.exportable:
-            raise AdapterError("stock PEFT cannot load this adapter: export the merged model with to=merged")
+            raise AdapterError(
+                "stock PEFT cannot load this adapter: export the merged model with to=merged"
+            )
         settled = any(layer.delta.settled for _, layer in layers(model))
         if not settled and self.rank is None:
-            raise AdapterError("the adapter has no support yet, so there is nothing to save: the run ended before its mask")
+            raise AdapterError(
+                "the adapter has no support yet, so there is nothing to save: the run ended before"
+                " its mask"
+            )
         return settled
 
     def save_pair(self, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
-        """Write the sparse part as SHiRA and the low-rank part as LoRA, two adapters that stock PEFT also puts on 4-bit bases."""
+        """Write the sparse part as SHiRA and the low-rank part as LoRA, two adapters that stock
+        PEFT also puts on 4-bit bases."""
         if not self._has_support(model):
-            raise AdapterError("the adapter has no sparse part, so there is no pair to write: export it with to=peft")
-        containers.save_shira(self, model, folder / "shira" if self.rank else folder, base_name, task_type)
+            raise AdapterError(
+                "the adapter has no sparse part, so there is no pair to write: export it with"
+                " to=peft"
+            )
+        containers.save_shira(
+            self, model, folder / "shira" if self.rank else folder, base_name, task_type
+        )
         if self.rank:
             containers.save_low_rank(self, model, folder / "lora", base_name, task_type)
 
     def load_stock(self, base: nn.Module, folder: Path) -> nn.Module:
-        return containers.load_pair(base, folder) if (folder / "shira").exists() else super().load_stock(base, folder)
+        return (
+            containers.load_pair(base, folder)
+            if (folder / "shira").exists()
+            else super().load_stock(base, folder)
+        )
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -391,7 +469,8 @@ def sparse_values(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _own_weights(model: nn.Module, found: list[tuple[str, nn.Module]]) -> None:
-    """Give targets that share their weight one of their own: what is held there must not change the others."""
+    """Give targets that share their weight one of their own: what is held there must not change the
+    others."""
     users: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         users[id(parameter)] = users.get(id(parameter), 0) + 1

@@ -1,4 +1,5 @@
-"""SpIEL: sparse fine-tuning whose support moves to where the gradient is (Ansell et al. 2024, arXiv 2401.16405).
+"""SpIEL: sparse fine-tuning whose support moves to where the gradient is (Ansell et al. 2024, arXiv
+2401.16405).
 
     y = (W + S) x        S  k values at entries that are dropped and grown again and again
 
@@ -9,18 +10,22 @@
     p      linear  1 the first time, since the first support is random, then initial_rate (1 - step / steps)
            cosine  initial_rate (1 + cos(π step / steps)) / 2, always
 
-    AG  score: |Σ g| over the accumulation_steps steps before, kept for candidates only: the k entries whose gradient is
-        largest in the first micro-batch of them. Adam's moments of a grown entry are what its bias correction turns into
-        the mean of g and of g², and every entry has an age of its own.
-    MA  score: r_i c_j of SM3's accumulators (Anil et al. 2019, arXiv 1901.11150), which take o + i numbers for each layer:
+    AG  score: |Σ g| over the accumulation_steps steps before, kept for candidates only: the k
+    entries whose gradient is
+        largest in the first micro-batch of them. Adam's moments of a grown entry are what its bias
+        correction turns into the mean of g and of g², and every entry has an age of its own.
+    MA  score: r_i c_j of SM3's accumulators (Anil et al. 2019, arXiv 1901.11150), which take o + i
+    numbers for each layer:
         ν = min(r_i, c_j) + g²,  r_i = max(r_i, ν),  c_j = max(c_j, ν)
 
-An entry that is dropped and grown at once stays as it was. Weight decay is decoupled and pulls S, so W + S, back to the base.
+An entry that is dropped and grown at once stays as it was. Weight decay is decoupled and pulls S,
+so W + S, back to the base.
 
-A window of accumulation is exactly accumulation_steps steps, from each multiple of reselection_steps; the reference code
-opens it one micro-batch earlier. Σ g and Σ g² are over whole steps, before clipping, summed over micro-batches and
-averaged over processes; the reference sums micro-batches of one process. With several processes the candidates are the first
-one's, and the step that finds them is not counted.
+A window of accumulation is exactly accumulation_steps steps, from each multiple of
+reselection_steps; the reference code opens it one micro-batch earlier. Σ g and Σ g² are over whole
+steps, before clipping, summed over micro-batches and averaged over processes; the reference sums
+micro-batches of one process. With several processes the candidates are the first one's, and the
+step that finds them is not counted.
 """
 
 from __future__ import annotations
@@ -55,7 +60,10 @@ class Candidates:
             return
         if self.flat is None:
             self.flat = mask.top(gradient.abs(), self.k, self.name)
-            self.g, self.g2 = torch.zeros_like(gradient[: self.k]), torch.zeros_like(gradient[: self.k])
+            self.g, self.g2 = (
+                torch.zeros_like(gradient[: self.k]),
+                torch.zeros_like(gradient[: self.k]),
+            )
         found = gradient.index_select(0, self.flat)
         self.step_sum = found if self.step_sum is None else self.step_sum + found
 
@@ -66,7 +74,9 @@ class Candidates:
             self._agree(device)
             return
         if ranks > 1:
-            self.step_sum = torch.zeros(self.k, device=device) if self.step_sum is None else self.step_sum
+            self.step_sum = (
+                torch.zeros(self.k, device=device) if self.step_sum is None else self.step_sum
+            )
             torch.distributed.all_reduce(self.step_sum)
         if self.step_sum is None:
             return
@@ -82,7 +92,11 @@ class Candidates:
         torch.distributed.broadcast(flat, 0)
         self.agreed = bool((flat >= 0).all())
         self.flat = flat if self.agreed else None
-        self.g, self.g2, self.step_sum = torch.zeros(self.k, device=device), torch.zeros(self.k, device=device), None
+        self.g, self.g2, self.step_sum = (
+            torch.zeros(self.k, device=device),
+            torch.zeros(self.k, device=device),
+            None,
+        )
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint between two steps of a window."""
@@ -95,7 +109,8 @@ class Candidates:
 
 
 class Fp32State(torch.optim.Optimizer):
-    """Keeps a loaded state in fp32: torch casts it to the parameters' dtype, in which an age would stop at 256."""
+    """Keeps a loaded state in fp32: torch casts it to the parameters' dtype, in which an age would
+    stop at 256."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -103,17 +118,26 @@ class Fp32State(torch.optim.Optimizer):
         names = [name for group in state_dict["param_groups"] for name in group["params"]]
         for p, name in zip(parameters, names, strict=True):
             if name in state_dict["state"]:
-                self.state[p] = {key: tensor.to(p.device, copy=True) for key, tensor in state_dict["state"][name].items()}
+                self.state[p] = {
+                    key: tensor.to(p.device, copy=True)
+                    for key, tensor in state_dict["state"][name].items()
+                }
 
 
 class SpielAdamW(Fp32State):
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with an age for each entry, by which its moments are corrected.
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with an age for each entry, by which its
+    moments are corrected.
 
-    With equal ages it is torch.optim.AdamW. The moments and ages are fp32: in bf16 an age would stop at 256.
+    With equal ages it is torch.optim.AdamW. The moments and ages are fp32: in bf16 an age would
+    stop at 256.
     """
 
-    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+    def __init__(
+        self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    ):
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -126,8 +150,16 @@ class SpielAdamW(Fp32State):
                     continue
                 state = self.state[p]
                 if not state:
-                    state |= {key: torch.zeros_like(p, dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq", "age")}
-                grad, m, v, age = p.grad.float(), state["exp_avg"], state["exp_avg_sq"], state["age"]
+                    state |= {
+                        key: torch.zeros_like(p, dtype=torch.float32)
+                        for key in ("exp_avg", "exp_avg_sq", "age")
+                    }
+                grad, m, v, age = (
+                    p.grad.float(),
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    state["age"],
+                )
                 age += 1
                 m.lerp_(grad, 1 - beta1)
                 v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -138,10 +170,11 @@ class SpielAdamW(Fp32State):
 
 
 class SM3(Fp32State):
-    """SM3-II (Anil et al. 2019, arXiv 1901.11150): second moments by row and column, which only grow.
+    """SM3-II (Anil et al. 2019, arXiv 1901.11150): second moments by row and column, which only
+    grow.
 
-    `supports` gives a sparse delta's vector of values its rows and columns; other matrices have their own, and other
-    vectors one number for each entry.
+    `supports` gives a sparse delta's vector of values its rows and columns; other matrices have
+    their own, and other vectors one number for each entry.
     """
 
     def __init__(
@@ -153,7 +186,9 @@ class SM3(Fp32State):
         weight_decay: float,
         supports: dict[nn.Parameter, SparseDelta],
     ):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "eps": eps, "weight_decay": weight_decay}
+        )
         self.supports = supports
 
     def accumulators(self, p: nn.Parameter) -> dict[str, Any]:
@@ -179,9 +214,15 @@ class SM3(Fp32State):
                 state, grad = self.accumulators(p), p.grad.float().flatten()
                 r, c = state["rows"], state["columns"]
                 delta = self.supports.get(p)
-                flat = delta.indices.long() if delta is not None else torch.arange(p.numel(), device=p.device)
+                flat = (
+                    delta.indices.long()
+                    if delta is not None
+                    else torch.arange(p.numel(), device=p.device)
+                )
                 row, column = flat // len(c), flat % len(c)
-                least = r[row] if p.ndim == 1 and delta is None else torch.minimum(r[row], c[column])
+                least = (
+                    r[row] if p.ndim == 1 and delta is None else torch.minimum(r[row], c[column])
+                )
                 nu = least + grad.square()
                 r.scatter_reduce_(0, row, nu, "amax")
                 c.scatter_reduce_(0, column, nu, "amax")
@@ -197,36 +238,59 @@ class SpIEL(SparseAdapter):
     """SpIEL-AG and SpIEL-MA, and their quantised forms, on the linear layers of a model."""
 
     def __init__(
-        self, variant: str, density: float, density_pattern: dict[str, float], weight_decay: float, reselection_steps: int,
-        accumulation_steps: int, initial_rate: float, policy: str, momentum: float, support_seed: int,
-        target_modules: str | list[str], exclude_modules: list[str], gradient: str, sparse_dtype: str,
-    ):  # fmt: skip
-        super().__init__(density, density_pattern, target_modules, exclude_modules, gradient, sparse_dtype)
+        self,
+        variant: str,
+        density: float,
+        density_pattern: dict[str, float],
+        weight_decay: float,
+        reselection_steps: int,
+        accumulation_steps: int,
+        initial_rate: float,
+        policy: str,
+        momentum: float,
+        support_seed: int,
+        target_modules: str | list[str],
+        exclude_modules: list[str],
+        gradient: str,
+        sparse_dtype: str,
+    ):
+        super().__init__(
+            density, density_pattern, target_modules, exclude_modules, gradient, sparse_dtype
+        )
         if accumulation_steps >= reselection_steps:
             raise AdapterError(
-                f"adapter.accumulation_steps={accumulation_steps} must be less than adapter.reselection_steps={reselection_steps}"
+                f"adapter.accumulation_steps={accumulation_steps} must be less than"
+                f" adapter.reselection_steps={reselection_steps}"
             )
         if momentum and variant == "AG":
-            raise AdapterError(f"adapter.momentum={momentum:g} is of variant=MA; AG has optimizer.betas")
+            raise AdapterError(
+                f"adapter.momentum={momentum:g} is of variant=MA; AG has optimizer.betas"
+            )
         self.variant, self.weight_decay, self.momentum = variant, weight_decay, momentum
         self.every, self.window = reselection_steps, accumulation_steps
         self.initial_rate, self.policy, self.support_seed = initial_rate, policy, support_seed
         self.step, self.steps = 0, 1
-        self.first: dict[str, Tensor] = {}  # the supports after the first replacement, from which the present ones have moved
+        # the supports after the first replacement, from which the present ones have moved
+        self.first: dict[str, Tensor] = {}
         self.candidates: dict[str, Candidates] = {}
         self.live_optimizer: Any = None
 
     def attach(self, model: nn.Module, start: Start) -> nn.Module:
         self.steps = start.steps
         model = super().attach(model, start)
-        self.owners: dict[Any, Any] = {layer.delta.values: layer.delta for _, layer in layers(model)}
+        self.owners: dict[Any, Any] = {
+            layer.delta.values: layer.delta for _, layer in layers(model)
+        }
         return model
 
     def begin(self, model: nn.Module, start: Start) -> None:
         draw = torch.Generator().manual_seed(self.support_seed)
         for _, layer in layers(model):
             delta: Any = layer.delta
-            delta.settle(mask.random(delta.o, delta.i, len(delta.indices), draw).to(delta.indices.device), layer.base)
+            delta.settle(
+                mask.random(delta.o, delta.i, len(delta.indices), draw).to(delta.indices.device),
+                layer.base,
+            )
         self._watch(model)
 
     def rate(self, step: int) -> float:
@@ -251,24 +315,34 @@ class SpIEL(SparseAdapter):
         sparse = sparse_values(model)
         apart = {id(p) for p in sparse}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
-        groups: list[dict[str, Any]] = [{"params": sparse, "lr_scale": 1.0, "weight_decay": self.weight_decay}]
+        groups: list[dict[str, Any]] = [
+            {"params": sparse, "lr_scale": 1.0, "weight_decay": self.weight_decay}
+        ]
         return groups + ([{"params": others, "lr_scale": 1.0}] if others else [])
 
     def optimizer(self, groups: list[dict[str, Any]], make: Any) -> torch.optim.Optimizer:
         if getattr(make, "func", None) is not torch.optim.AdamW:
             name = getattr(getattr(make, "func", make), "__name__", make)
-            raise AdapterError(f"adapter=spiel keeps an age for each entry, which {name} does not: set optimizer=adamw")
+            raise AdapterError(
+                f"adapter=spiel keeps an age for each entry, which {name} does not: set"
+                " optimizer=adamw"
+            )
         settings = {key: make.keywords[key] for key in ("lr", "eps", "weight_decay")}
         if self.variant == "AG":
-            self.live_optimizer = SpielAdamW(groups, **settings, betas=tuple(make.keywords["betas"]))
+            self.live_optimizer = SpielAdamW(
+                groups, **settings, betas=tuple(make.keywords["betas"])
+            )
         else:
-            self.live_optimizer = SM3(groups, **settings, momentum=self.momentum, supports=self.owners)
+            self.live_optimizer = SM3(
+                groups, **settings, momentum=self.momentum, supports=self.owners
+            )
         return self.live_optimizer
 
     def before_step(self, model: nn.Module, loss_scale: float) -> None:
         if self.candidates and self.window < 2 and mask.processes() > 1:
             raise AdapterError(
-                "with several processes the first step of a window finds candidates: set adapter.accumulation_steps=2"
+                "with several processes the first step of a window finds candidates: set"
+                " adapter.accumulation_steps=2"
             )
         for found in self.candidates.values():
             found.end_step(loss_scale, next(model.parameters()).device)
@@ -300,14 +374,23 @@ class SpIEL(SparseAdapter):
             first = self.first.setdefault(name, delta.indices.clone())
             stayed += int(torch.isin(delta.indices, first).sum())
         mask.refuse_divergence(supports(model))
-        return {"replaced": replaced, "replaced_share": replaced / total, "rate": rate, "still_of_first": stayed / total}
+        return {
+            "replaced": replaced,
+            "replaced_share": replaced / total,
+            "rate": rate,
+            "still_of_first": stayed / total,
+        }
 
     def _moments(self, delta: Any) -> dict[str, Tensor]:
         """The optimiser's vectors that go along with the values."""
         state = self.live_optimizer.state[delta.values]
-        return {key: state[key] for key in ("exp_avg", "exp_avg_sq", "age", "momentum") if key in state}
+        return {
+            key: state[key] for key in ("exp_avg", "exp_avg_sq", "age", "momentum") if key in state
+        }
 
-    def _grown(self, delta: Any, found: Candidates | None, rate: float, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _grown(
+        self, delta: Any, found: Candidates | None, rate: float, state: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """The support after dropping and growing, sorted, with its values and moments."""
         n = int(len(delta.indices) * rate)
         order = torch.argsort(delta.values.abs(), stable=True)  # smallest first
@@ -316,10 +399,12 @@ class SpIEL(SparseAdapter):
         scored, scores = self._scores(delta, found, delta.indices[~dropped])
         best = torch.topk(scores, min(n, len(scored)), sorted=False).indices
         grown = scored[best]
-        new = ~torch.isin(grown, delta.indices)  # the others were dropped and grown at once: as they were
+        # the others were dropped and grown at once: as they were
+        new = ~torch.isin(grown, delta.indices)
         dropped &= ~torch.isin(delta.indices, grown)
         keep = torch.ones_like(dropped)
-        keep[order[dropped[order]][: int(new.sum())]] = False  # as many leave as enter, also where few can grow
+        # as many leave as enter, also where few can grow
+        keep[order[dropped[order]][: int(new.sum())]] = False
         flat = torch.cat([delta.indices[keep], grown[new]])
         by_place = torch.argsort(flat)
         result = {"flat": flat[by_place]}
@@ -328,24 +413,38 @@ class SpIEL(SparseAdapter):
             result[key] = torch.cat([tensor[keep].to(fresh[key].dtype), fresh[key]])[by_place]
         return result
 
-    def _scores(self, delta: Any, found: Candidates | None, active: Tensor) -> tuple[Tensor, Tensor]:
+    def _scores(
+        self, delta: Any, found: Candidates | None, active: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Entries that may grow, and their scores."""
         if self.variant == "AG":
             if found is None or found.flat is None or found.g is None or not found.steps:
-                return delta.indices[:0], delta.values.detach()[:0].float()  # no finite gradient was seen: nothing moves
+                # no finite gradient was seen: nothing moves
+                return delta.indices[:0], delta.values.detach()[:0].float()
             free = ~torch.isin(found.flat, active)
             return found.flat[free], found.g[free].abs()
         state = self.live_optimizer.accumulators(delta.values)
         scores = torch.outer(state["rows"], state["columns"]).view(-1)
         scores[active.long()] = -1.0
-        best = torch.topk(scores, min(len(delta.indices), int((scores > 0).sum())), sorted=False).indices
+        best = torch.topk(
+            scores, min(len(delta.indices), int((scores > 0).sum())), sorted=False
+        ).indices
         return best.int(), scores[best]
 
-    def _fresh(self, found: Candidates | None, grown: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Values and moments of grown entries. Corrected for its bias, a seeded moment is the window's mean."""
+    def _fresh(
+        self, found: Candidates | None, grown: Tensor, state: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Values and moments of grown entries. Corrected for its bias, a seeded moment is the
+        window's mean."""
         zeros = torch.zeros(len(grown), device=grown.device)
         fresh = {"values": zeros, **dict.fromkeys(state, zeros)}
-        if self.variant == "AG" and state and found is not None and found.flat is not None and found.steps:
+        if (
+            self.variant == "AG"
+            and state
+            and found is not None
+            and found.flat is not None
+            and found.steps
+        ):
             at = torch.searchsorted(found.flat, grown)
             beta1, beta2 = self.live_optimizer.param_groups[0]["betas"]
             steps = found.steps
@@ -357,7 +456,12 @@ class SpIEL(SparseAdapter):
     def state(self, model: nn.Module) -> dict[str, Any]:
         state = super().state(model)
         found = {name: candidates.state() for name, candidates in self.candidates.items()}
-        state["extra"] |= {"step": self.step, "steps": self.steps, "candidates": found, "first": self.first}
+        state["extra"] |= {
+            "step": self.step,
+            "steps": self.steps,
+            "candidates": found,
+            "first": self.first,
+        }
         return state
 
     def load_state(self, model: nn.Module, state: dict[str, Any]) -> None:

@@ -1,1 +1,2 @@
-"""What a user chooses. A group's YAML file is its schema: a line's comment opens with the type that trainer/config.py checks."""
+"""What a user chooses. A group's YAML file is its schema: a line's comment opens with the type that
+trainer/config.py checks."""

@@ -3,7 +3,8 @@
     pip install wandb-workspaces
     python -m scripts.wandb_report project=graft [entity=TEAM] [title=TEXT] [dry=true]
 
-prints the address of the report, which is saved as a draft; with dry=true what would be sent. Either asks the server for the project.
+prints the address of the report, which is saved as a draft; with dry=true what would be sent.
+Either asks the server for the project.
 """
 
 from __future__ import annotations
@@ -14,19 +15,26 @@ from typing import Any
 from trainer.config.errors import bad
 from trainer.config.options import arguments
 
-SECTIONS: dict[str, list[tuple[str, list[str], bool]]] = {  # section -> (title, metrics, logarithmic)
+# section -> (title, metrics, logarithmic)
+SECTIONS: dict[str, list[tuple[str, list[str], bool]]] = {
     "Learning": [
         ("held out", ["eval/loss", "eval_average/loss"], False),
         ("training", ["train/loss"], False),
         ("learning rate", ["train/lr"], False),
     ],
-    "Health": [("gradient norm", ["train/grad_norm"], True), ("skipped steps", ["train/skipped"], False)],
+    "Health": [
+        ("gradient norm", ["train/grad_norm"], True),
+        ("skipped steps", ["train/skipped"], False),
+    ],
     "Method": [
         ("mean density of the MLPs", ["train/density"], False),
         ("share of the support replaced", ["mask/replaced_share"], False),
         ("held out, top-1 by head", [f"heads_eval/offset{k}/top1" for k in range(1, 5)], False),
     ],
-    "Speed": [("tokens a second", ["speed/tokens_per_s"], False), ("memory, GB", ["speed/memory_gb"], False)],
+    "Speed": [
+        ("tokens a second", ["speed/tokens_per_s"], False),
+        ("memory, GB", ["speed/memory_gb"], False),
+    ],
 }
 
 
@@ -36,7 +44,10 @@ def made(project: str, entity: str, title: str) -> Any:
 
     blocks: list[Any] = [wr.TableOfContents()]
     for name, panels in SECTIONS.items():
-        lines = [wr.LinePlot(title=panel, x="global_step", y=metrics, log_y=log or None) for panel, metrics, log in panels]
+        lines = [
+            wr.LinePlot(title=panel, x="global_step", y=metrics, log_y=log or None)
+            for panel, metrics, log in panels
+        ]
         runs = wr.Runset(project=project, entity=entity)
         blocks += [wr.H1(text=name), wr.PanelGrid(runsets=[runs], panels=lines)]
     return wr.Report(project=project, entity=entity, title=title, blocks=blocks)
@@ -44,7 +55,9 @@ def made(project: str, entity: str, title: str) -> Any:
 
 def main(argv: list[str]) -> int:
     """The script; see the module's text."""
-    options = arguments(argv, {"project": ..., "entity": "", "title": "Fine-tuning", "dry": False}, __doc__ or "")
+    options = arguments(
+        argv, {"project": ..., "entity": "", "title": "Fine-tuning", "dry": False}, __doc__ or ""
+    )
     try:
         report = made(options["project"], options["entity"], options["title"])
     except ModuleNotFoundError:

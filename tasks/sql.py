@@ -1,14 +1,18 @@
-"""Text to SQL: a question and the CREATE TABLE statements of its tables (b-mc2/sql-create-context, CC BY 4.0).
+"""Text to SQL: a question and the CREATE TABLE statements of its tables (b-mc2/sql-create-context,
+CC BY 4.0).
 
     {"messages": [
-      {"role": "user", "content": "Write a SQL query to answer the question based on the table schema.\n\n
+      {"role": "user", "content": "Write a SQL query to answer the question based on the table
+      schema.\n\n
         context: CREATE TABLE table_name_52 (score VARCHAR, visitor VARCHAR, date VARCHAR)\n\n
         question: What was the score for the December 11 game against the Ottawa Senators?"},
-      {"role": "assistant", "content": "SELECT score FROM table_name_52 WHERE visitor = 'ottawa senators' AND date = 'december 11'"}]}
+      {"role": "assistant", "content": "SELECT score FROM table_name_52 WHERE visitor = 'ottawa
+      senators' AND date = 'december 11'"}]}
 
-Rows with `question`, `context` and `answer` become the same chat. `exact_match` compares the queries' tokens. `same_result` runs
-both queries on a few small tables of seeded random rows, whose values come from the queries' own literals: equal results there
-show that a query is not plainly wrong, and prove no equality. Where the right query does not run in SQLite, or finds nothing in
+Rows with `question`, `context` and `answer` become the same chat. `exact_match` compares the
+queries' tokens. `same_result` runs both queries on a few small tables of seeded random rows, whose
+values come from the queries' own literals: equal results there show that a query is not plainly
+wrong, and prove no equality. Where the right query does not run in SQLite, or finds nothing in
 these tables, `same_result` is `exact_match`.
 """
 
@@ -25,12 +29,16 @@ from tasks import conversation
 from tasks.reading import DataError
 from tasks.task import Chats, Conversation, text_of
 
-PROMPT = "Write a SQL query to answer the question based on the table schema.\n\n context: {context}\n\n question: {question}"
+PROMPT = (
+    "Write a SQL query to answer the question based on the table schema.\n\n context: {context}\n\n"
+    " question: {question}"
+)
 Schema = dict[str, dict[str, str]]  # table -> column -> type
 
 DATABASES = 3  # each query runs on so many
 ROWS = 24  # of each table
-STEPS = 500_000  # of SQLite's virtual machine, per query: a join of three tables needs a third of that
+# of SQLite's virtual machine, per query: a join of three tables needs a third of that
+STEPS = 500_000
 RESULT_ROWS = 20_000  # a query that gives more is not compared
 BYTES = 5_000  # of one value
 
@@ -51,17 +59,26 @@ class SQL(Chats):
     metrics = ["exact_match", "same_result"]
 
     def conversation(self, row: dict[str, Any], where: str) -> Conversation:
-        names = {name: self.columns.get(name, name) for name in ("messages", "question", "context", "answer")}
+        names = {
+            name: self.columns.get(name, name)
+            for name in ("messages", "question", "context", "answer")
+        }
         if names["messages"] in row:
             example = conversation.convert(row, "messages", self.columns, self.system, where)
         elif all(names[name] in row for name in ("question", "context", "answer")):
-            question, context, answer = (self.text(row, name) for name in ("question", "context", "answer"))
-            pair = {"prompt": PROMPT.format(context=context, question=question), "completion": answer}
+            question, context, answer = (
+                self.text(row, name) for name in ("question", "context", "answer")
+            )
+            pair = {
+                "prompt": PROMPT.format(context=context, question=question),
+                "completion": answer,
+            }
             example = conversation.convert(pair, "prompt_completion", {}, self.system, where)
         else:
             raise DataError(
-                f"neither a column {names['messages']!r} nor all of {names['question']!r}, {names['context']!r} and "
-                f"{names['answer']!r}; the row has: {', '.join(map(str, row))}; set task.columns={{OURS: YOURS}}"
+                f"neither a column {names['messages']!r} nor all of {names['question']!r},"
+                f" {names['context']!r} and {names['answer']!r}; the row has:"
+                f" {', '.join(map(str, row))}; set task.columns={{OURS: YOURS}}"
             )
         text_of(example.reference, "the answer")
         tables = schema("\n".join(message["content"] for message in example.messages[:-1]))
@@ -85,7 +102,8 @@ def bare(text: str) -> str:
 
 
 def tokens(query: str, tables: Schema) -> list[str]:
-    """A query's tokens as they are compared: names and keywords in lower case, strings as they stand, in single quotes."""
+    """A query's tokens as they are compared: names and keywords in lower case, strings as they
+    stand, in single quotes."""
     return [_plain(token, _names(tables)) for token in _TOKEN.findall(query)]
 
 
@@ -106,7 +124,8 @@ def _names(tables: Schema) -> set[str]:
 
 
 def schema(text: str) -> Schema:
-    """The tables of a text's CREATE TABLE statements. A table that is created twice has the columns of both."""
+    """The tables of a text's CREATE TABLE statements. A table that is created twice has the columns
+    of both."""
     tables: Schema = {}
     for found in _CREATE.finditer(text):
         columns = _same_name(tables, found[1].strip('"`[]'), {})
@@ -138,9 +157,11 @@ def _parts(text: str) -> list[str]:
 
 
 def same_result(query: str, right: str, tables: Schema) -> bool:
-    """Whether two queries give the same rows, in the same order where the right one orders them, in each of some databases.
+    """Whether two queries give the same rows, in the same order where the right one orders them, in
+    each of some databases.
 
-    False too where `query` fails, or where the right query fails or finds nothing but NULL, zeros and empty strings.
+    False too where `query` fails, or where the right query fails or finds nothing but NULL, zeros
+    and empty strings.
     """
     names = _names(tables)
     literals = _literals(right, names)
@@ -155,7 +176,8 @@ def same_result(query: str, right: str, tables: Schema) -> bool:
                 wanted = _answers(database, _runnable(right, names), ordered)
                 if wanted != _answers(database, _runnable(query, names), ordered):
                     return False
-        except (sqlite3.Error, sqlite3.Warning, ValueError, _Endless):  # ValueError for characters that SQLite does not take
+        # ValueError for characters that SQLite does not take
+        except (sqlite3.Error, sqlite3.Warning, ValueError, _Endless):
             return False
         said = said or any(value for row in wanted for value in row)
     return said
@@ -166,12 +188,17 @@ class _Endless(Exception):
 
 
 def _runnable(query: str, names: set[str]) -> str:
-    """The query with strings in single quotes: whether SQLite takes others depends on how it was built."""
-    return _TOKEN.sub(lambda found: _plain(found[0], names) if _plain(found[0], names)[0] == "'" else found[0], query)
+    """The query with strings in single quotes: whether SQLite takes others depends on how it was
+    built."""
+    return _TOKEN.sub(
+        lambda found: _plain(found[0], names) if _plain(found[0], names)[0] == "'" else found[0],
+        query,
+    )
 
 
 def _literals(query: str, names: set[str]) -> dict[str | None, list[Any]]:
-    """Each column's literals: those after its name, with an operator between; under None those of all."""
+    """Each column's literals: those after its name, with an operator between; under None those of
+    all."""
     found: dict[str | None, list[Any]] = {None: []}
     name = None
     for token in (_plain(token, names) for token in _TOKEN.findall(query)):
@@ -190,16 +217,27 @@ def _literals(query: str, names: set[str]) -> dict[str | None, list[Any]]:
     return found
 
 
-def fill(database: sqlite3.Connection, tables: Schema, literals: dict[str | None, list[Any]], draw: random.Random) -> None:
+def fill(
+    database: sqlite3.Connection,
+    tables: Schema,
+    literals: dict[str | None, list[Any]],
+    draw: random.Random,
+) -> None:
     """Create the tables, with random rows.
 
-    A value is one of the literals that the column is compared with, or near one if it is a number, else one of the small
-    numbers that all columns share, so that joins find something. There is no NULL: COUNT(a) and COUNT(*) are one here.
+    A value is one of the literals that the column is compared with, or near one if it is a number,
+    else one of the small numbers that all columns share, so that joins find something. There is no
+    NULL: COUNT(a) and COUNT(*) are one here.
     """
     for name, columns in tables.items():
-        declared = ", ".join(f"{_quoted(column)} {_affinity(type_)}" for column, type_ in columns.items())
+        declared = ", ".join(
+            f"{_quoted(column)} {_affinity(type_)}" for column, type_ in columns.items()
+        )
         database.execute(f"CREATE TABLE {_quoted(name)} ({declared})")
-        rows = [[_value(literals.get(column.lower(), []), literals[None], draw) for column in columns] for _ in range(ROWS)]
+        rows = [
+            [_value(literals.get(column.lower(), []), literals[None], draw) for column in columns]
+            for _ in range(ROWS)
+        ]
         marks = ", ".join("?" * len(columns))
         database.executemany(f"INSERT INTO {_quoted(name)} VALUES ({marks})", rows)
     database.commit()
@@ -239,7 +277,11 @@ def _quoted(name: str) -> str:
 def _allowed(action: int, first: str | None, second: str | None, *_: Any) -> int:
     """SQLite's authoriser: reading, and functions that give the same each time."""
     if action == sqlite3.SQLITE_FUNCTION:
-        return sqlite3.SQLITE_DENY if (second or "").lower() in _NONDETERMINISTIC else sqlite3.SQLITE_OK
+        return (
+            sqlite3.SQLITE_DENY
+            if (second or "").lower() in _NONDETERMINISTIC
+            else sqlite3.SQLITE_OK
+        )
     reads = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE)
     return sqlite3.SQLITE_OK if reads else sqlite3.SQLITE_DENY
 
@@ -251,5 +293,8 @@ def _answers(database: sqlite3.Connection, query: str, ordered: bool) -> Any:
     rows = database.execute(query).fetchmany(RESULT_ROWS + 1)
     if len(rows) > RESULT_ROWS:
         raise _Endless
-    plain = [tuple(float(f"{value:.9g}") if isinstance(value, float) else value for value in row) for row in rows]
+    plain = [
+        tuple(float(f"{value:.9g}") if isinstance(value, float) else value for value in row)
+        for row in rows
+    ]
     return plain if ordered else Counter(plain)

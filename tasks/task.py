@@ -13,7 +13,8 @@ from tasks.reading import Bad, DataError
 
 @dataclass
 class Conversation:
-    """Messages as OpenAI writes them. `reference` is what grading compares a generated last answer with."""
+    """Messages as OpenAI writes them. `reference` is what grading compares a generated last answer
+    with."""
 
     messages: list[dict[str, Any]]
     where: str
@@ -64,7 +65,8 @@ class Task(Protocol):
 
 @dataclass
 class Splits:
-    """Two splits of files or hub data sets: given apart, or `eval_fraction` held out of one by a fixed draw."""
+    """Two splits of files or hub data sets: given apart, or `eval_fraction` held out of one by a
+    fixed draw."""
 
     train: reading.Source
     eval: reading.Source | None
@@ -75,24 +77,40 @@ class Splits:
 
     @classmethod
     def of(
-        cls, path: Any, split: str, eval_path: Any, eval_split: str, eval_fraction: float, limit: int | None, eval_limit: int | None,
+        cls,
+        path: Any,
+        split: str,
+        eval_path: Any,
+        eval_split: str,
+        eval_fraction: float,
+        limit: int | None,
+        eval_limit: int | None,
         streaming: bool = False,
-    ) -> Splits:  # fmt: skip
+    ) -> Splits:
         """From the keys that the tasks' YAML files share.
 
         Raises:
             DataError: a file is missing, or of an unknown kind.
         """
         source = reading.Source(path, split, streaming, "task.path")
-        other = reading.Source(eval_path, eval_split, streaming, "task.eval_path") if eval_path is not None else None
+        other = (
+            reading.Source(eval_path, eval_split, streaming, "task.eval_path")
+            if eval_path is not None
+            else None
+        )
         splits = cls(source, other, eval_fraction, limit, eval_limit)
         if other is None and eval_fraction > 0 and not streaming:
             rows = sum(1 for _ in splits.train)
             if rows < 2:
                 raise DataError(
-                    f"{source.name} has {rows} rows, too few to hold some out: set task.eval_fraction=0 or task.eval_path"
+                    f"{source.name} has {rows} rows, too few to hold some out: set"
+                    " task.eval_fraction=0 or task.eval_path"
                 )
-            splits.held_out = set(random.Random(rows).sample(range(rows), min(rows - 1, max(1, round(rows * eval_fraction)))))
+            splits.held_out = set(
+                random.Random(rows).sample(
+                    range(rows), min(rows - 1, max(1, round(rows * eval_fraction)))
+                )
+            )
         return splits
 
     def rows(self, split: str) -> Iterator[tuple[str, Any]]:
@@ -117,18 +135,36 @@ class Splits:
 
 
 class Chats:
-    """A data set whose rows become conversations one by one. Its file says how (`conversation`) and grades them."""
+    """A data set whose rows become conversations one by one. Its file says how (`conversation`) and
+    grades them."""
 
     kind = "conversation"
     streaming = False
     train_on = "all"
 
     def __init__(
-        self, path: str | list[str], split: str, eval_path: str | list[str] | None, eval_split: str, eval_fraction: float,
-        limit: int | None, eval_limit: int | None, columns: dict[str, str], system: str | None, chat_template: str | None, on_bad: str,
-    ):  # fmt: skip
-        self.splits = Splits.of(path, split, eval_path, eval_split, eval_fraction, limit, eval_limit)
-        self.columns, self.system, self.chat_template, self.on_bad = dict(columns), system, chat_template, on_bad
+        self,
+        path: str | list[str],
+        split: str,
+        eval_path: str | list[str] | None,
+        eval_split: str,
+        eval_fraction: float,
+        limit: int | None,
+        eval_limit: int | None,
+        columns: dict[str, str],
+        system: str | None,
+        chat_template: str | None,
+        on_bad: str,
+    ):
+        self.splits = Splits.of(
+            path, split, eval_path, eval_split, eval_fraction, limit, eval_limit
+        )
+        self.columns, self.system, self.chat_template, self.on_bad = (
+            dict(columns),
+            system,
+            chat_template,
+            on_bad,
+        )
 
     def conversation(self, row: dict[str, Any], where: str) -> Conversation:
         """One row's conversation.

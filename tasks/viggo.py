@@ -1,17 +1,21 @@
 """ViGGO: sentences about video games into meaning representations (ACL W19-8623; CC BY-SA 4.0).
 
-    {"target": "Dirt: Showdown from 2012 is a sport racing game for the PlayStation, Xbox, PC rated E 10+ (for Everyone 10 and
+    {"target": "Dirt: Showdown from 2012 is a sport racing game for the PlayStation, Xbox, PC rated
+    E 10+ (for Everyone 10 and
                 Older). It's not available on Steam, Linux, or Mac.",
-     "meaning_representation": "inform(name[Dirt: Showdown], release_year[2012], esrb[E 10+ (for Everyone 10 and Older)],
-                genres[driving/racing, sport], platforms[PlayStation, Xbox, PC], available_on_steam[no], has_linux_release[no],
-                has_mac_release[no])"}
+     "meaning_representation": "inform(name[Dirt: Showdown], release_year[2012], esrb[E 10+ (for
+     Everyone 10 and Older)],
+                genres[driving/racing, sport], platforms[PlayStation, Xbox, PC],
+                available_on_steam[no], has_linux_release[no], has_mac_release[no])"}
 
-The data set was made for the other direction; this one, from `target` to `meaning_representation`, is that of RoSA (arXiv
-2401.04679). `exact_match` compares the whole, `function` its outermost name, and `slots_f1` the pairs of slot and value, in any
-order; a slot that lists values makes a pair of each.
+The data set was made for the other direction; this one, from `target` to `meaning_representation`,
+is that of RoSA (arXiv 2401.04679). `exact_match` compares the whole, `function` its outermost name,
+and `slots_f1` the pairs of slot and value, in any order; a slot that lists values makes a pair of
+each.
 
-A meaning stands in several rows, each with another sentence: rows that are held out at random have meanings that were trained.
-Take the data set's own validation or test rows (`eval_path`) for a number that says more.
+A meaning stands in several rows, each with another sentence: rows that are held out at random have
+meanings that were trained. Take the data set's own validation or test rows (`eval_path`) for a
+number that says more.
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ from typing import Any
 from tasks.reading import DataError
 from tasks.task import Chats, Conversation
 
-LISTS = ("genres", "platforms", "player_perspective")  # elsewhere a comma belongs to the value: exp_release_date[June 29, 2018]
+# elsewhere a comma belongs to the value: exp_release_date[June 29, 2018]
+LISTS = ("genres", "platforms", "player_perspective")
 
 
 @dataclass
@@ -43,7 +48,10 @@ class ViGGO(Chats):
     def conversation(self, row: dict[str, Any], where: str) -> Conversation:
         sentence, meaning = self.text(row, "target"), self.text(row, "meaning_representation")
         if parsed(meaning) is None:
-            raise DataError(f"meaning_representation must be written as function(slot[value], ...), and is {meaning[:60]!r}")
+            raise DataError(
+                "meaning_representation must be written as function(slot[value], ...), and is"
+                f" {meaning[:60]!r}"
+            )
         return self.pair(sentence, meaning, where)
 
     def grade(self, example: Conversation, completion: str) -> dict[str, float]:
@@ -59,10 +67,11 @@ class ViGGO(Chats):
 
 
 def parsed(text: str) -> Meaning | None:
-    """A text as a meaning representation, None if it is not written as one from its first letter to its closing bracket.
+    """A text as a meaning representation, None if it is not written as one from its first letter to
+    its closing bracket.
 
-    Values run to the bracket that closes theirs, so they may hold commas, parentheses and pairs of brackets. What follows the
-    last parenthesis is not read.
+    Values run to the bracket that closes theirs, so they may hold commas, parentheses and pairs of
+    brackets. What follows the last parenthesis is not read.
     """
     opening = re.match(r"\s*(\w+)\s*\(", text)
     if opening is None:

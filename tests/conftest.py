@@ -1,4 +1,5 @@
-"""What tests share: a tiny base, a small chat file, and the real program, in this process or in one of its own."""
+"""What tests share: a tiny base, a small chat file, and the real program, in this process or in one
+of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# One thread a process: OpenMP's spinning threads of several processes on few cores make steps many times slower.
+# One thread a process: OpenMP's spinning threads of several processes on few cores make steps many
+# times slower.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -36,10 +38,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_closed_logs() -> None:
-    """Without handlers that a test before has left with a stream of its own, now closed: they would tell of it in this one."""
+    """Without handlers that a test before has left with a stream of its own, now closed: they would
+    tell of it in this one."""
     for name in (None, "trainer", "adapters", "tasks"):
         logger = logging.getLogger(name)
-        for handler in [h for h in logger.handlers if getattr(getattr(h, "stream", None), "closed", False)]:
+        for handler in [
+            h for h in logger.handlers if getattr(getattr(h, "stream", None), "closed", False)
+        ]:
             logger.removeHandler(handler)
 
 
@@ -62,7 +67,13 @@ def sums(count: int, seed: int = 0) -> list[dict[str, Any]]:
     draw = random.Random(seed)
     pairs = [(draw.randint(0, 99), draw.randint(0, 99)) for _ in range(count)]
     return [
-        {"messages": [{"role": "user", "content": f"{a}+{b}="}, {"role": "assistant", "content": str(a + b)}]} for a, b in pairs
+        {
+            "messages": [
+                {"role": "user", "content": f"{a}+{b}="},
+                {"role": "assistant", "content": str(a + b)},
+            ]
+        }
+        for a, b in pairs
     ]
 
 
@@ -83,8 +94,12 @@ def compose() -> Callable[..., DictConfig]:
         from trainer.config.compose import install, rewrite
 
         install()
-        with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3", job_name="trainer"):
-            return hydra_compose("config", overrides=rewrite(list(overrides)), return_hydra_config=True)
+        with initialize_config_dir(
+            config_dir=str(ROOT / "conf"), version_base="1.3", job_name="trainer"
+        ):
+            return hydra_compose(
+                "config", overrides=rewrite(list(overrides)), return_hydra_config=True
+            )
 
     return composed
 
@@ -100,7 +115,13 @@ def train(compose: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., P
         from trainer.cluster.signals import Signals
         from trainer.run import run
 
-        cfg = compose("+experiment=smoke", f"runs={tmp_path / 'runs'}", "precision=fp32", "threads=1", *overrides)
+        cfg = compose(
+            "+experiment=smoke",
+            f"runs={tmp_path / 'runs'}",
+            "precision=fp32",
+            "threads=1",
+            *overrides,
+        )
         with open_dict(cfg):
             cfg.hydra.runtime.output_dir = cfg.hydra.run.dir
         HydraConfig.instance().set_config(cfg)
@@ -120,6 +141,8 @@ def program(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         command = [sys.executable, "-m", "trainer" + (f".{verb}" if verb else ""), *arguments]
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
         options = {"timeout": 300} | options
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, **options)
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment, **options
+        )
 
     return ran

@@ -12,7 +12,8 @@ import torch
 
 
 def spawn(work: Callable[[int, Path], None], folder: Path, processes: int = 2) -> None:
-    """Call work(rank, folder) in so many new processes of one gloo group; raises what one of them raised.
+    """Call work(rank, folder) in so many new processes of one gloo group; raises what one of them
+    raised.
 
     They are spawned: a fork hangs in threads that earlier tests have left.
     """
@@ -23,11 +24,16 @@ def _member(rank: int, work: Callable[[int, Path], None], folder: Path, processe
     faulthandler.dump_traceback_later(200, exit=True)
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes, timeout=timedelta(minutes=2)
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=processes,
+        timeout=timedelta(minutes=2),
     )
     work(rank, folder)
-    # torch's Reducer holds the group and, where it is the last to, ends the group's threads with the GIL in its hand, for which
-    # one of them may wait. So what work has left must be gone before the group is.
+    # torch's Reducer holds the group and, where it is the last to, ends the group's threads with
+    # the GIL in its hand, for which one of them may wait. So what work has left must be gone before
+    # the group is.
     gc.collect()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -10,12 +10,29 @@ from scripts.bench import train
 from scripts.bench.peers import contestants, measuring, table
 
 
-def run(name, seconds, memory, losses=(3.0, 2.0, 1.0), processed=(10, 20, 30), supervised=(1, 2, 3), first=8.0):
+def run(
+    name,
+    seconds,
+    memory,
+    losses=(3.0, 2.0, 1.0),
+    processed=(10, 20, 30),
+    supervised=(1, 2, 3),
+    first=8.0,
+):
     """A contestant's result of three steps."""
     return {
-        "name": name, "seconds": list(seconds), "losses": list(losses), "processed": list(processed), "supervised": list(supervised),
-        "peak_rss": memory, "peak_gpu": 7e6, "gpu": None, "threads": 2, "first": first, "versions": {"torch": "2.13.0"},
-    }  # fmt: skip
+        "name": name,
+        "seconds": list(seconds),
+        "losses": list(losses),
+        "processed": list(processed),
+        "supervised": list(supervised),
+        "peak_rss": memory,
+        "peak_gpu": 7e6,
+        "gpu": None,
+        "threads": 2,
+        "first": first,
+        "versions": {"torch": "2.13.0"},
+    }
 
 
 def options(*arguments):
@@ -54,7 +71,11 @@ def test_wrong_options(argument, text):
 
 def test_contestants():
     found = contestants.contestants(
-        options("variants.a=[compile=true]", "variants.b=[hf,autocast=true]", "variants.c=[ours_packed,x=1]")
+        options(
+            "variants.a=[compile=true]",
+            "variants.b=[hf,autocast=true]",
+            "variants.c=[ours_packed,x=1]",
+        )
     )
     assert found["a"] == ("ours", ["compile=true"])
     assert found["b"] == ("hf", ["autocast=true"])
@@ -76,7 +97,14 @@ def test_a_result_is_of_its_settings():
 
 
 def test_each_round_begins_with_another_one():
-    assert train.turns(["a", "b"], 3) == [(0, "a"), (0, "b"), (1, "b"), (1, "a"), (2, "a"), (2, "b")]
+    assert train.turns(["a", "b"], 3) == [
+        (0, "a"),
+        (0, "b"),
+        (1, "b"),
+        (1, "a"),
+        (2, "a"),
+        (2, "b"),
+    ]
 
 
 def test_packing_keeps_the_tokens_of_a_step():
@@ -85,7 +113,10 @@ def test_packing_keeps_the_tokens_of_a_step():
 
 
 def test_a_row_predicts_from_its_second_token_on():
-    assert train.labelled([5, 6, 7], [True, False, True]) == {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}
+    assert train.labelled([5, 6, 7], [True, False, True]) == {
+        "input_ids": [5, 6, 7],
+        "labels": [-100, -100, 7],
+    }
 
 
 def test_padding():
@@ -116,16 +147,33 @@ def test_curves_are_compared_where_the_batches_are_the_same():
 
 
 def test_the_table():
-    text = table.table(options("contestants=[ours,ours_packed,bare,hf]"), RESULTS, {"bare": "no such package"}, "about")
-    lines = {line.split(" |")[0].strip("| "): line for line in text.splitlines()[:8] if line.startswith("|")}
+    text = table.table(
+        options("contestants=[ours,ours_packed,bare,hf]"),
+        RESULTS,
+        {"bare": "no such package"},
+        "about",
+    )
+    lines = {
+        line.split(" |")[0].strip("| "): line
+        for line in text.splitlines()[:8]
+        if line.startswith("|")
+    }
     assert text.startswith("about\n")
-    numbers = "1.500 (1.000-2.000) | 18.8 (12.5-25.0) | 1.9 (1.2-2.5) | 110 (100-120) | 5.00 (4.00-6.00) | 1.0000 | 0.0e+00 | 2"
+    numbers = (
+        "1.500 (1.000-2.000) | 18.8 (12.5-25.0) | 1.9 (1.2-2.5) | 110 (100-120) | 5.00 (4.00-6.00)"
+        " | 1.0000 | 0.0e+00 | 2"
+    )
     assert lines["ours"] == f"| ours | {numbers} |"
     assert "other batches" in lines["ours_packed"]
     assert "skipped: no such package" in lines["bare"]
-    # Over hf in the two rounds: 2.5 and 2 times the speed, 0.5 and 0.6 of the memory, 0.5 and 0.75 of the time to the first step.
+    # Over hf in the two rounds: 2.5 and 2 times the speed, 0.5 and 0.6 of the memory, 0.5 and 0.75
+    # of the time to the first step.
     assert "\n| hf | 2.25x, 0.55x, 0.62x | " in text
-    pairs = table.ratios({name: table.summary(runs, 1, False) for name, runs in RESULTS.items() if runs}, "ours", "hf")
+    pairs = table.ratios(
+        {name: table.summary(runs, 1, False) for name, runs in RESULTS.items() if runs},
+        "ours",
+        "hf",
+    )
     assert pairs == pytest.approx({"speed": 2.25, "memory": 0.55, "start": 0.625})
 
 
@@ -136,7 +184,12 @@ def test_what_the_plot_shows():
 
 
 def test_what_was_measured_is_told(tmp_path):
-    rows = [[{"input_ids": [1] * 9, "labels": [-100] * 7 + [1, 1]}, {"input_ids": [1, 2], "labels": [-100, 2]}]] * 3
+    rows = [
+        [
+            {"input_ids": [1] * 9, "labels": [-100] * 7 + [1, 1]},
+            {"input_ids": [1, 2], "labels": [-100, 2]},
+        ]
+    ] * 3
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     spec = {"rows": str(tmp_path / "rows.json"), "precision": "bf16-true", "dtype": "bfloat16"}
     text = table.described(options(), spec, RESULTS, "the command")

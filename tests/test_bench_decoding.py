@@ -30,7 +30,8 @@ def test_each_step_is_split_into_what_its_forwards_took():
         return run
 
     inner = meter.timed("drafter", takes(2.0))
-    outer = meter.timed("target", lambda: (takes(1.0)(), inner()))  # what is within another's forward is its
+    # what is within another's forward is its
+    outer = meter.timed("target", lambda: (takes(1.0)(), inner()))
     for text in range(2):
         meter.restart()
         for _ in range(3):
@@ -41,10 +42,24 @@ def test_each_step_is_split_into_what_its_forwards_took():
             meter.lap()
     assert meter.steps == [{"step": 10.0, "target": 3.0, "drafter": 2.0}] * 4
     found = decoding.figures(meter.steps)
-    assert found == {"step": 10_000.0, "target": 3_000.0, "drafter": 2_000.0, "rest": 5_000.0, "share": 0.5, "steps": 4}
-    row = found | {"drafter": "Eagle3", "shape": "tree", "dtype": "float32", "tokens": 2.5, "drafter_ms": found["drafter"]}
-    assert decoding.table([row]).splitlines()[-1] == (
-        "| Eagle3 | tree | float32 | 4 | 2.50 | 10000.00 | 3000.00 | 2000.00 | 5000.00 | 50.0% |"
+    assert found == {
+        "step": 10_000.0,
+        "target": 3_000.0,
+        "drafter": 2_000.0,
+        "rest": 5_000.0,
+        "share": 0.5,
+        "steps": 4,
+    }
+    row = found | {
+        "drafter": "Eagle3",
+        "shape": "tree",
+        "dtype": "float32",
+        "tokens": 2.5,
+        "drafter_ms": found["drafter"],
+    }
+    assert (
+        decoding.table([row]).splitlines()[-1]
+        == "| Eagle3 | tree | float32 | 4 | 2.50 | 10000.00 | 3000.00 | 2000.00 | 5000.00 | 50.0% |"
     )
 
 
@@ -71,10 +86,15 @@ def test_processor_seconds_count_children_that_have_ended():
 
 def test_ratios_are_taken_round_by_round():
     def of(*walls):
-        return [{stage: {"wall": wall, "processor": 2 * wall} for stage in startup.STAGES} for wall in walls]
+        return [
+            {stage: {"wall": wall, "processor": 2 * wall} for stage in startup.STAGES}
+            for wall in walls
+        ]
 
     found = {"cold": {"ours": of(4.0, 9.0, 6.0), "hf": of(8.0, 10.0, 10.0)}}
-    assert startup.ratios(found["cold"]["ours"], found["cold"]["hf"]) == pytest.approx([0.5, 0.9, 0.6])
+    assert startup.ratios(found["cold"]["ours"], found["cold"]["hf"]) == pytest.approx(
+        [0.5, 0.9, 0.6]
+    )
     shown = startup.table(found)
     assert "| cold | ours | 6.00 (12.00) | 6.00 (12.00) | 6.00 (12.00) |" in shown
     assert "ours / hf to the first step: 0.600 wall (0.500, 0.900, 0.600), 0.600 processor" in shown
@@ -94,7 +114,9 @@ def test_the_plain_scripts_are_python():
 
 
 def test_the_largest_is_the_first_of_equals_as_argmax_has_it():
-    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0], [0.0, -1.0, 5.0, 5.0]]).repeat(1, 500)
+    logits = torch.tensor(
+        [[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0], [0.0, -1.0, 5.0, 5.0]]
+    ).repeat(1, 500)
     for dtype in (torch.float32, torch.bfloat16):
         x = logits.to(dtype)
         assert torch.equal(x.max(-1).indices, x.float().argmax(-1))

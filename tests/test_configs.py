@@ -12,7 +12,9 @@ from omegaconf import OmegaConf
 
 from trainer.config import schema
 
-FILES = sorted(str(path.relative_to(schema.CONF).with_suffix("")) for path in schema.CONF.rglob("*.yaml"))
+FILES = sorted(
+    str(path.relative_to(schema.CONF).with_suffix("")) for path in schema.CONF.rglob("*.yaml")
+)
 GROUPED = [name for name in FILES if "/" in name and not name.startswith(("experiment/", "hydra/"))]
 EXPERIMENTS = [name.partition("/")[2] for name in FILES if name.startswith("experiment/")]
 
@@ -56,7 +58,8 @@ GIVEN = {
 }
 
 BOUND = r"( (>|>=|<|<=) \S+| in [\[(]\S+, \S+[\])])?"
-SCALAR = rf"(null|str|bool|(int|float){BOUND}|(?!int |float |list |mapping |(true|false)\b)[\w.-]+)"  # true and false are no words: bool
+# true and false are no words: bool
+SCALAR = rf"(null|str|bool|(int|float){BOUND}|(?!int |float |list |mapping |(true|false)\b)[\w.-]+)"
 TYPE = re.compile(rf"({SCALAR}|mapping|list|list\[{SCALAR}( \| {SCALAR})*\])")
 
 
@@ -84,7 +87,11 @@ def nodes(name):
     """(place, values) of everything that a file makes."""
     values = content(name)
     entries = {name: values} | {f"{name}.{key}": value for key, value in values.items()}
-    return [(place, node) for place, node in entries.items() if isinstance(node, dict) and "_target_" in node]
+    return [
+        (place, node)
+        for place, node in entries.items()
+        if isinstance(node, dict) and "_target_" in node
+    ]
 
 
 @pytest.mark.parametrize("name", ["config", "slurm", *GROUPED])
@@ -93,12 +100,25 @@ def test_every_knob_says_its_type_and_meaning(name):
     for place, leaf, value in leaves(schema.load(name), values):
         assert leaf.doc, f"{place} has no comment"
         for alternative in schema._alternatives(leaf.type):
-            assert TYPE.fullmatch(alternative), f"{place}: {alternative!r} is not in the grammar of trainer/schema.py"
-        assert value == "???" or schema.accepts(value, leaf.type), f"{place} is {value!r}, but must be {leaf.type}"
+            assert TYPE.fullmatch(alternative), (
+                f"{place}: {alternative!r} is not in the grammar of trainer/schema.py"
+            )
+        assert value == "???" or schema.accepts(value, leaf.type), (
+            f"{place} is {value!r}, but must be {leaf.type}"
+        )
 
 
 @pytest.mark.parametrize(
-    "written", ["int>= 1", "floats in [0, 1)", "float in [0 1)", "one of these", "int or null", "list[int", "auto | true"]
+    "written",
+    [
+        "int>= 1",
+        "floats in [0, 1)",
+        "float in [0 1)",
+        "one of these",
+        "int or null",
+        "list[int",
+        "auto | true",
+    ],
 )
 def test_a_type_outside_the_grammar_is_noticed(written):
     assert not all(TYPE.fullmatch(part) for part in schema._alternatives(written))
@@ -110,7 +130,11 @@ def test_every_option_composes_and_passes_the_checks(compose, name):
     task = [] if name in ("task/bfcl", "task/mixture") else ["task.path=rows.jsonl"]
     cfg = compose(f"{group}={option}", *task, *NEEDED.get(name, []))
     assert cfg.hydra.runtime.choices[group] == option
-    assert all(OmegaConf.select(cfg, f"{group}.{key}") is not None for key, value in content(name).items() if value == "???")
+    assert all(
+        OmegaConf.select(cfg, f"{group}.{key}") is not None
+        for key, value in content(name).items()
+        if value == "???"
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in GROUPED if nodes(name)])
@@ -133,12 +157,21 @@ def test_no_knob_has_a_second_default_in_python(name):
         module, _, attribute = node["_target_"].rpartition(".")
         if module.split(".")[0] not in ("adapters", "tasks", "trainer"):
             continue
-        parameters = inspect.signature(getattr(importlib.import_module(module), attribute)).parameters
-        twice = [key for key in node if key in parameters and parameters[key].default is not inspect.Parameter.empty]
+        parameters = inspect.signature(
+            getattr(importlib.import_module(module), attribute)
+        ).parameters
+        twice = [
+            key
+            for key in node
+            if key in parameters and parameters[key].default is not inspect.Parameter.empty
+        ]
         assert twice == [], f"{place}: the file has the default of {twice}"
 
 
-@pytest.mark.parametrize("name", [name for name in GROUPED if "_partial_: true" in (schema.CONF / f"{name}.yaml").read_text()])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in GROUPED if "_partial_: true" in (schema.CONF / f"{name}.yaml").read_text()],
+)
 def test_a_partial_says_what_it_is_called_with(name):
     first = (schema.CONF / f"{name}.yaml").read_text().splitlines()[0]
     assert re.match(r"# .*\bcalled with (the|its) \w+", first), first
@@ -147,10 +180,14 @@ def test_a_partial_says_what_it_is_called_with(name):
 def test_all_that_vary_a_file_change_something_in_it():
     for name in GROUPED:
         text = (schema.CONF / f"{name}.yaml").read_text()
-        if parents := re.findall(r"^defaults: \[(\w+), (?:\{override /\S+: \w+\}, )?_self_\]$", text, re.MULTILINE):
+        if parents := re.findall(
+            r"^defaults: \[(\w+), (?:\{override /\S+: \w+\}, )?_self_\]$", text, re.MULTILINE
+        ):
             assert content(name) != content(f"{name.rpartition('/')[0]}/{parents[0]}")
         else:
-            assert "defaults" not in yaml.safe_load(text), f"{name} has a defaults list that this test does not read"
+            assert "defaults" not in yaml.safe_load(text), (
+                f"{name} has a defaults list that this test does not read"
+            )
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -166,20 +203,42 @@ def test_an_experiment_has_its_files_name_and_composes_either_way(compose, name)
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_repeats_no_default(compose, name):
     own = OmegaConf.to_container(OmegaConf.load(schema.CONF / f"experiment/{name}.yaml"))
-    choices = {k: v for entry in own.pop("defaults", []) if isinstance(entry, dict) for k, v in entry.items()}
+    choices = {
+        k: v
+        for entry in own.pop("defaults", [])
+        if isinstance(entry, dict)
+        for k, v in entry.items()
+    }
     groups = [f"{key.removeprefix('override /')}={value}" for key, value in choices.items()]
     default = compose("task.path=x", *groups) if "task=bfcl" not in groups else compose(*groups)
 
     def values(node, where=""):
         for key, value in node.items():
-            yield from values(value, f"{where}{key}.") if isinstance(value, dict) else [(where + key, value)]
+            yield from (
+                values(value, f"{where}{key}.")
+                if isinstance(value, dict)
+                else [(where + key, value)]
+            )
 
-    repeated = [place for place, value in values(own) if value != "???" and OmegaConf.select(default, place) == value]
+    repeated = [
+        place
+        for place, value in values(own)
+        if value != "???" and OmegaConf.select(default, place) == value
+    ]
     assert repeated == []
-    assert "# @package _global_" in (schema.CONF / f"experiment/{name}.yaml").read_text().splitlines()[0]
+    assert (
+        "# @package _global_"
+        in (schema.CONF / f"experiment/{name}.yaml").read_text().splitlines()[0]
+    )
 
 
 def test_every_file_is_looked_at():
     hydra = {"hydra/job_logging/graft", "hydra/launcher/slurm"}
-    assert set(FILES) == {"config", "slurm", *GROUPED, *(f"experiment/{name}" for name in EXPERIMENTS), *hydra}
+    assert set(FILES) == {
+        "config",
+        "slurm",
+        *GROUPED,
+        *(f"experiment/{name}" for name in EXPERIMENTS),
+        *hydra,
+    }
     assert len(GROUPED) > 30

@@ -16,7 +16,8 @@ PACKAGES = ("adapters", "tasks", "trainer")
 # What a package may import besides the standard library and, for adapters and tasks, itself.
 ADAPTERS = {"torch", "peft", "transformers", "safetensors", "jaxtyping", "bitsandbytes"}
 TASKS = {"datasets", "pyarrow", "filelock", "torchmetrics"}
-# The folders of trainer/: each imports only what stands before it. A file directly in trainer/ is a command.
+# The folders of trainer/: each imports only what stands before it. A file directly in trainer/ is a
+# command.
 ORDER = [
     "config", "schedules", "speed", "cluster", "storage", "models", "data", "penalties", "drafters", "decoding", "training",
     "assembly", "evaluation", "exporting", "callbacks", "session",
@@ -29,7 +30,8 @@ def files(package):
 
 
 def imported(path, whole=True):
-    """Dotted names that a file imports; without `whole` only those that importing the file imports."""
+    """Dotted names that a file imports; without `whole` only those that importing the file
+    imports."""
     tree = ast.parse(path.read_text("utf-8"))
     nodes = ast.walk(tree) if whole else tree.body
     names = set()
@@ -39,7 +41,10 @@ def imported(path, whole=True):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative"
             # `from trainer import config` names a module, `from torch import nn` need not.
-            names |= {f"{node.module}.{alias.name}" if node.module in PACKAGES else node.module for alias in node.names}
+            names |= {
+                f"{node.module}.{alias.name}" if node.module in PACKAGES else node.module
+                for alias in node.names
+            }
     return {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names}
 
 
@@ -55,7 +60,9 @@ def folder_of(path):
 
 def modules():
     """Dotted name -> file of everything in trainer/."""
-    named = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files("trainer")}
+    named = {
+        path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files("trainer")
+    }
     return {name.removesuffix(".__init__"): path for path, name in named.items()}
 
 
@@ -120,8 +127,11 @@ def test_nobody_imports_a_command():
 
 def test_files_import_each_other_in_no_circle():
     known = modules()
-    graph = {name: modules_imported(path, known) - {name, "trainer"} for name, path in known.items()}
-    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+    graph = {
+        name: modules_imported(path, known) - {name, "trainer"} for name, path in known.items()
+    }
+    # raises CycleError, which names the circle
+    list(graphlib.TopologicalSorter(graph).static_order())
 
 
 @pytest.mark.parametrize("folder", ["data", "models", "training"])
@@ -135,21 +145,32 @@ def test_what_trains_knows_nothing_of_configs_and_runs(folder):
 def test_the_verbs_wait_for_no_trainer_of_lightnings():
     """It takes two seconds or more to import."""
     verbs = "evaluate, export, generate, preflight, report, respond, speculate"
-    program = f"import sys; from trainer import {verbs}; print([n for n in ('lightning', 'peft', 'bitsandbytes') if n in sys.modules])"
+    program = (
+        f"import sys; from trainer import {verbs}; print([n for n in ('lightning', 'peft',"
+        " 'bitsandbytes') if n in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_no_file_is_named_after_nothing():
     for folder in (*PACKAGES, "scripts", "tests", "conf"):
-        names = {path.stem for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml", ".sh")}
+        names = {
+            path.stem
+            for path in (ROOT / folder).rglob("*")
+            if path.suffix in (".py", ".yaml", ".sh")
+        }
         assert not names & {"utils", "util", "common", "helpers", "helper", "misc", "core"}, folder
 
 
 def python(code, *paths):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT)))}
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
     )
 
 
@@ -188,13 +209,18 @@ print(seen, "torch" in sys.modules)
 def test_importing_starts_no_process_and_opens_no_socket():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", WATCHED + EVERYTHING], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, "-c", WATCHED + EVERYTHING],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
     )
     assert done.stdout.strip() == "[] True", done.stderr
 
 
 def test_that_a_process_and_a_socket_are_noticed():
     done = python(
-        WATCHED + "import socket, subprocess\nsubprocess.run(['true'])\nsocket.socket().close()\nprint(len(seen) > 1)"
+        WATCHED + "import socket,"
+        " subprocess\nsubprocess.run(['true'])\nsocket.socket().close()\nprint(len(seen) > 1)"
     )
     assert done.stdout.strip() == "True"

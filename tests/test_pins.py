@@ -1,4 +1,5 @@
-"""The versions that are tested, and the oldest that may be installed, are not below those that mend known weaknesses."""
+"""The versions that are tested, and the oldest that may be installed, are not below those that mend
+known weaknesses."""
 
 from __future__ import annotations
 
@@ -28,10 +29,21 @@ NEVER = {
     "pytorch-lightning": ("2.6.2", "2.6.3"),
 }  # malware: CVE-2026-44484, GHSA-w37p-236h-pfx3
 
-LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
-PINS = {name.lower().replace("_", "-"): version for name, _, version in (line.partition("==") for line in LINES)}
+LINES = [
+    line
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+PINS = {
+    name.lower().replace("_", "-"): version
+    for name, _, version in (line.partition("==") for line in LINES)
+}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-ASKED = [Requirement(text) for texts in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()) for text in texts]
+ASKED = [
+    Requirement(text)
+    for texts in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    for text in texts
+]
 
 
 def test_every_pin_is_of_one_version():
@@ -46,9 +58,13 @@ def test_no_version_with_a_known_weakness(name):
     if name in PINS:
         assert Version(PINS[name]) >= Version(floor), advisory
     for each in asked:
-        lowest = [Version(part.version) for part in each.specifier if part.operator in (">=", "==", "~=")]
+        lowest = [
+            Version(part.version) for part in each.specifier if part.operator in (">=", "==", "~=")
+        ]
         assert name in PINS
-        assert (lowest and max(lowest) >= Version(floor)) or (not lowest and name == "jinja2"), f"{each}: {advisory}"
+        assert (lowest and max(lowest) >= Version(floor)) or (not lowest and name == "jinja2"), (
+            f"{each}: {advisory}"
+        )
         for bad in NEVER.get(name, ()):
             assert bad not in each.specifier
     try:

@@ -1,12 +1,14 @@
-"""W&B's server on the loopback interface, as far as wandb-core asks for it: a run's life, its files, its resuming and `wandb sync`.
+"""W&B's server on the loopback interface, as far as wandb-core asks for it: a run's life, its
+files, its resuming and `wandb sync`.
 
     with Stub() as server:
         ... WANDB_BASE_URL=server.url ...
         server.history("RUN_ID")
 
-`server.mode` is how it answers from then on: well, refuse (no connection), error (500), hang (the connection is taken, and no answer
-ever comes). What it was sent is kept: `received` holds every body, `runs` what they amount to. Artifacts, and whatever else of the
-schema wandb-core asks for, are answered with an error, as an older server would.
+`server.mode` is how it answers from then on: well, refuse (no connection), error (500), hang (the
+connection is taken, and no answer ever comes). What it was sent is kept: `received` holds every
+body, `runs` what they amount to. Artifacts, and whatever else of the schema wandb-core asks for,
+are answered with an error, as an older server would.
 """
 
 from __future__ import annotations
@@ -101,7 +103,9 @@ class Stub:
             do_GET = do_PUT = do_POST
 
         server = _Server(("127.0.0.1", port), Handler)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return server
 
     def _close(self) -> None:
@@ -112,14 +116,19 @@ class Stub:
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         if request.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
-        if self.dies_after is not None and len(self.received) >= self.dies_after and self.mode == "well":
+        if (
+            self.dies_after is not None
+            and len(self.received) >= self.dies_after
+            and self.mode == "well"
+        ):
             threading.Thread(target=self.become, args=("refuse",)).start()
             self.mode = "error"
         if self.mode == "hang":
             self._released.wait()
             request.close_connection = True
             return
-        if self.mode in ("error", "refuse"):  # a connection from before outlives the listening socket
+        # a connection from before outlives the listening socket
+        if self.mode in ("error", "refuse"):
             return self._send(request, 500, {"error": "out of order"}, close=self.mode == "refuse")
         with self._lock:
             self.received.append(body)
@@ -137,7 +146,9 @@ class Stub:
                 status = 404
         return self._send(request, status, answer)
 
-    def _send(self, request: BaseHTTPRequestHandler, status: int, answer: Any, close: bool = False) -> None:
+    def _send(
+        self, request: BaseHTTPRequestHandler, status: int, answer: Any, close: bool = False
+    ) -> None:
         text = json.dumps(answer).encode()
         try:
             request.send_response(status)
@@ -157,20 +168,38 @@ class Stub:
         name = named[1] if named else ""
         self.operations.append(name)
         if name == "Viewer":
-            return {"data": {"viewer": {"id": "v", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}}
+            return {
+                "data": {
+                    "viewer": {
+                        "id": "v",
+                        "entity": "me",
+                        "username": "me",
+                        "flags": "{}",
+                        "teams": {"edges": []},
+                    }
+                }
+            }
         if name == "ServerFeaturesQuery":
             return {"data": {"serverInfo": {"features": []}}}
         if name == "RunResumeStatus":
             return {
                 "data": {
-                    "model": {"id": "p", "name": "graft", "entity": {"id": "e", "name": "me"}, "bucket": self._bucket(given)}
+                    "model": {
+                        "id": "p",
+                        "name": "graft",
+                        "entity": {"id": "e", "name": "me"},
+                        "bucket": self._bucket(given),
+                    }
                 }
             }
         if name == "UpsertBucket":
             return {"data": {"upsertBucket": {"bucket": self._upsert(given), "inserted": True}}}
         if name == "CreateRunFiles":
             run = given.get("run") or given.get("runName")
-            files = [{"name": file, "uploadUrl": f"{self.url}/upload/{run}/{file}"} for file in given["files"]]
+            files = [
+                {"name": file, "uploadUrl": f"{self.url}/upload/{run}/{file}"}
+                for file in given["files"]
+            ]
             return {"data": {"createRunFiles": {"runID": run, "uploadHeaders": [], "files": files}}}
         if name in (
             "ArtifactType",
@@ -200,22 +229,43 @@ class Stub:
         run.tags = given.get("tags") or run.tags
         run.config |= json.loads(given.get("config") or "{}")
         return {
-            "id": base64.b64encode(given["name"].encode()).decode(), "name": given["name"], "displayName": run.display, "description": None,
-            "config": json.dumps(run.config), "sweepName": None, "historyLineCount": self._count(run, "wandb-history.jsonl"),
-            "project": {"id": "p", "name": given.get("project") or "graft", "entity": {"id": "e", "name": "me"}},
-        }  # fmt: skip
+            "id": base64.b64encode(given["name"].encode()).decode(),
+            "name": given["name"],
+            "displayName": run.display,
+            "description": None,
+            "config": json.dumps(run.config),
+            "sweepName": None,
+            "historyLineCount": self._count(run, "wandb-history.jsonl"),
+            "project": {
+                "id": "p",
+                "name": given.get("project") or "graft",
+                "entity": {"id": "e", "name": "me"},
+            },
+        }
 
     def _bucket(self, given: dict[str, Any]) -> dict[str, Any] | None:
         run = self.runs.get(given["name"])
         if run is None:
             return None
-        history, events = run.lines.get("wandb-history.jsonl", []), run.lines.get("wandb-events.jsonl", [])
+        history, events = (
+            run.lines.get("wandb-history.jsonl", []),
+            run.lines.get("wandb-events.jsonl", []),
+        )
         return {
-            "id": given["name"], "name": given["name"], "summaryMetrics": json.dumps(run.summary), "displayName": run.display, "logLineCount": 0,
-            "historyLineCount": len(history), "eventsLineCount": len(events), "historyTail": json.dumps(history[-1:]),
-            "eventsTail": json.dumps(events[-1:]), "config": json.dumps(run.config), "tags": run.tags, "wandbConfig": '{"t": 1}',
+            "id": given["name"],
+            "name": given["name"],
+            "summaryMetrics": json.dumps(run.summary),
+            "displayName": run.display,
+            "logLineCount": 0,
+            "historyLineCount": len(history),
+            "eventsLineCount": len(events),
+            "historyTail": json.dumps(history[-1:]),
+            "eventsTail": json.dumps(events[-1:]),
+            "config": json.dumps(run.config),
+            "tags": run.tags,
+            "wandbConfig": '{"t": 1}',
             "stopped": False,
-        }  # fmt: skip
+        }
 
     def _artifact(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
         asked = given.get("input") or given
@@ -223,25 +273,42 @@ class Stub:
             return {"project": {"artifact": None}}
         if name == "CreateArtifact":
             number = str(len(self.artifacts))
-            made = {"name": asked["artifactCollectionName"], "type": asked["artifactTypeName"], "run": asked["runName"]}
+            made = {
+                "name": asked["artifactCollectionName"],
+                "type": asked["artifactTypeName"],
+                "run": asked["runName"],
+            }
             self.artifacts.append(made | {"files": {}, "committed": False})
-            latest = {"id": number, "state": "PENDING", "artifactSequence": {"latestArtifact": None}}
+            latest = {
+                "id": number,
+                "state": "PENDING",
+                "artifactSequence": {"latestArtifact": None},
+            }
             return {"createArtifact": {"artifact": latest}}
         if name in ("CreateArtifactManifest", "UpdateArtifactManifest"):
             number = asked.get("artifactID") or asked["artifactManifestID"]
             kind = name[0].lower() + name[1:]
-            file = {"id": number, "uploadUrl": f"{self.url}/artifact/{number}/manifest.json", "uploadHeaders": []}
+            file = {
+                "id": number,
+                "uploadUrl": f"{self.url}/artifact/{number}/manifest.json",
+                "uploadHeaders": [],
+            }
             return {kind: {"artifactManifest": {"id": number, "file": file}}}
         if name == "CommitArtifact":
             self.artifacts[int(asked["artifactID"])]["committed"] = True
             return {"commitArtifact": {"artifact": {"id": asked["artifactID"], "digest": "d"}}}
         files = [
-            {"node": {
-                "storagePath": None, "uploadUrl": f"{self.url}/artifact/{file['artifactID']}/{file['name']}", "uploadHeaders": [],
-                "uploadMultipartUrls": None, "artifact": {"id": file["artifactID"]},
-            }}
+            {
+                "node": {
+                    "storagePath": None,
+                    "uploadUrl": f"{self.url}/artifact/{file['artifactID']}/{file['name']}",
+                    "uploadHeaders": [],
+                    "uploadMultipartUrls": None,
+                    "artifact": {"id": file["artifactID"]},
+                }
+            }
             for file in asked["artifactFiles"]
-        ]  # fmt: skip
+        ]
         return {"createArtifactFiles": {"files": {"edges": files}}}
 
     @staticmethod

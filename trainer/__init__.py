@@ -1,4 +1,5 @@
-"""Graft: parameter-efficient fine-tuning from one Hydra config. `python -m trainer +experiment=NAME` is the program."""
+"""Graft: parameter-efficient fine-tuning from one Hydra config. `python -m trainer
++experiment=NAME` is the program."""
 
 import logging
 from importlib import metadata
@@ -6,14 +7,15 @@ from importlib import metadata
 # bitsandbytes warns at import of an optional kernel package, at every start.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-# PyPI has other projects that install packages of these names. pip overwrites one with the other without a word, and
-# uninstalling theirs removes our files, so no run starts beside them.
+# PyPI has other projects that install packages of these names. pip overwrites one with the other
+# without a word, and uninstalling theirs removes our files, so no run starts beside them.
 for _name in ("adapters", "trainer", "tasks"):
     try:
         _version = metadata.version(_name)
     except metadata.PackageNotFoundError:
         continue
     raise ImportError(
-        f"the package {_name} {_version} from PyPI is installed and puts its files where Graft's own package "
-        f"'{_name}' belongs. Remove it with: pip uninstall -y {_name}  and then install Graft again."
+        f"the package {_name} {_version} from PyPI is installed and puts its files where Graft's"
+        f" own package '{_name}' belongs. Remove it with: pip uninstall -y {_name}  and then"
+        " install Graft again."
     )

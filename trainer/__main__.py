@@ -1,4 +1,5 @@
-"""`python -m trainer +experiment=NAME`: Hydra's entry. Everything heavy is imported inside `_job`, after the checks."""
+"""`python -m trainer +experiment=NAME`: Hydra's entry. Everything heavy is imported inside `_job`,
+after the checks."""
 
 import atexit
 import logging
@@ -34,7 +35,8 @@ def _job(cfg: DictConfig) -> float | None:
         number, folder, step = None, None, None
         try:
             last = _run(cfg, signals)
-            signals.ignore()  # all is done: what comes while the interpreter ends must not make a failure of it
+            # all is done: what comes while the interpreter ends must not make a failure of it
+            signals.ignore()
             return last
         except slurm_job.Stopped as stop:
             logging.getLogger("trainer").warning("%s", stop)
@@ -66,7 +68,9 @@ def _run(cfg: DictConfig, signals: Signals) -> float | None:
             sys.exit(error.code)
         explained = failures.explained(error, OmegaConf.to_container(cfg))  # type: ignore[arg-type]
         if explained is None:
-            log.exception("an error that Graft has no explanation for; please report it with this traceback")
+            log.exception(
+                "an error that Graft has no explanation for; please report it with this traceback"
+            )
             sys.exit(1)
         log.error("%s", explained[0])
         log.debug("", exc_info=error)
@@ -74,8 +78,8 @@ def _run(cfg: DictConfig, signals: Signals) -> float | None:
 
 
 def _leave_the_group(code: object) -> None:
-    """Exit now where a group of processes has not been ended: one of them is gone, and torch, which ends the group as the interpreter
-    goes, can wait for it for ever."""
+    """Exit now where a group of processes has not been ended: one of them is gone, and torch, which
+    ends the group as the interpreter goes, can wait for it for ever."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
         atexit._run_exitfuncs()
@@ -89,15 +93,29 @@ def main() -> None:
     slurm_job.yield_to_the_error()
     flags = get_args_parser().parse_args()
     if flags.experimental_rerun is not None:
-        sys.exit(bad("--experimental-rerun loads a pickle, which could run anything. Use resume=RUN_FOLDER."))
+        sys.exit(
+            bad(
+                "--experimental-rerun loads a pickle, which could run anything. Use"
+                " resume=RUN_FOLDER."
+            )
+        )
     if flags.config_path is not None or flags.config_name is not None:
         sys.exit(
-            bad("conf/ is the schema of all configs. Add your own with --config-dir=FOLDER, as FOLDER/experiment/NAME.yaml")
+            bad(
+                "conf/ is the schema of all configs. Add your own with --config-dir=FOLDER, as"
+                " FOLDER/experiment/NAME.yaml"
+            )
         )
-    launcher = next((word for word in flags.overrides if word.startswith("hydra/launcher=")), "hydra/launcher=basic")
+    launcher = next(
+        (word for word in flags.overrides if word.startswith("hydra/launcher=")),
+        "hydra/launcher=basic",
+    )
     if launcher != "hydra/launcher=basic" and not flags.multirun:
         sys.exit(
-            bad(f"{launcher} starts the runs of a sweep: add --multirun. One run as a SLURM job: python -m trainer.submit")
+            bad(
+                f"{launcher} starts the runs of a sweep: add --multirun. One run as a SLURM job:"
+                " python -m trainer.submit"
+            )
         )
     sys.argv[1:] = compose.rewrite(sys.argv[1:])
     compose.install(incomplete=bool(flags.help or flags.hydra_help or flags.cfg or flags.info))

@@ -1,20 +1,22 @@
-"""A run's adapter in few bits: what is left of it, what that costs in held-out loss, and a file that says only that.
+"""A run's adapter in few bits: what is left of it, what that costs in held-out loss, and a file
+that says only that.
 
-    python -m trainer.compress run=FOLDER[@last|best|STEP] method=compeft [keep=0.2] [alpha=auto|FLOAT] [OPTIONS]
+    python -m trainer.compress run=FOLDER[@last|best|STEP] method=compeft [keep=0.2]
+    [alpha=auto|FLOAT] [OPTIONS]
     python -m trainer.compress run=FOLDER[@last|best|STEP] method=dare    [drop=0.9] [seed=0] [OPTIONS]
     python -m trainer.compress run=FOLDER[@last|best|STEP] method=darex_q [drop=0.9] [seed=0] [q=auto|FLOAT] [OPTIONS]
     python -m trainer.compress expand=FOLDER out=FOLDER
 
     OPTIONS  [factors=both|B] [out=FOLDER] [evaluate=true]
 
-compeft keeps the signs of the largest entries of each tensor and one scale; dare drops entries at random and divides the
-others by 1 - drop, darex_q by q (adapters/compress.py has the formulas and papers). auto tries a grid on training rows and
-takes the one of least loss. Of a low-rank pair compeft compresses both factors and the others B alone, unless factors= says
-otherwise.
+compeft keeps the signs of the largest entries of each tensor and one scale; dare drops entries at
+random and divides the others by 1 - drop, darex_q by q (adapters/compress.py has the formulas and
+papers). auto tries a grid on training rows and takes the one of least loss. Of a low-rank pair
+compeft compresses both factors and the others B alone, unless factors= says otherwise.
 
-OUT is an adapter that stock PEFT loads, at full size, called done only after it was loaded back and gave the compressed
-model's own logits. Beside it, compact.safetensors holds the same in few bits; with adapter_config.json it is all that expand=
-needs to write that adapter again, without a base.
+OUT is an adapter that stock PEFT loads, at full size, called done only after it was loaded back and
+gave the compressed model's own logits. Beside it, compact.safetensors holds the same in few bits;
+with adapter_config.json it is all that expand= needs to write that adapter again, without a base.
 """
 
 from __future__ import annotations
@@ -31,14 +33,23 @@ def _told(result: Compressed, choice: Choice) -> None:
     from rich.table import Table
 
     table = Table("", "before", "after")
-    table.add_row("bytes", f"{result.before:,}", f"{result.after:,} ({result.before / result.after:.1f}x smaller)")
-    table.add_row("bits per parameter", *(f"{8 * size / result.parameters:.2f}" for size in (result.before, result.after)))
+    table.add_row(
+        "bytes",
+        f"{result.before:,}",
+        f"{result.after:,} ({result.before / result.after:.1f}x smaller)",
+    )
+    table.add_row(
+        "bits per parameter",
+        *(f"{8 * size / result.parameters:.2f}" for size in (result.before, result.after)),
+    )
     if result.loss_before is not None and result.loss_after is not None:
         table.add_row("held-out loss", f"{result.loss_before:.4f}", f"{result.loss_after:.4f}")
     get_console().print(table)
     name = "alpha" if choice.method == "compeft" else "q"
     if result.searched:
-        tried = ", ".join(f"{strength:.3g}: {loss:.4f}" for strength, loss in result.searched.items())
+        tried = ", ".join(
+            f"{strength:.3g}: {loss:.4f}" for strength, loss in result.searched.items()
+        )
         print(f"{name}={result.strength:.4g}, of least loss on {result.searched_on} ({tried})")
         if "held-out" in result.searched_on:
             print("searched on held-out rows: the held-out loss after is better than on others")
@@ -48,7 +59,10 @@ def _told(result: Compressed, choice: Choice) -> None:
                 if name == "alpha"
                 else "that is as little as q scales"
             )
-    print(f"{result.out}\nloaded back and compared: logits differ by {result.difference:.2e} of their spread")
+    print(
+        f"{result.out}\nloaded back and compared: logits differ by {result.difference:.2e} of their"
+        " spread"
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -57,14 +71,18 @@ def main(argv: list[str]) -> int:
     from trainer.config.options import arguments
     from trainer.session import failures
 
-    known = dict.fromkeys(("run", "expand", "method", "keep", "drop", "q", "alpha", "factors", "seed", "out")) | {
-        "evaluate": True
-    }
+    known = dict.fromkeys(
+        ("run", "expand", "method", "keep", "drop", "q", "alpha", "factors", "seed", "out")
+    ) | {"evaluate": True}
     options = arguments(argv, known, __doc__ or "")
     if (options["run"] is None) == (options["expand"] is None):
         return bad(f"give either run=FOLDER or expand=FOLDER\n\n{__doc__}")
     if options["expand"] is not None:
-        others = [key for key in known if key not in ("expand", "out", "evaluate") and options[key] is not None]
+        others = [
+            key
+            for key in known
+            if key not in ("expand", "out", "evaluate") and options[key] is not None
+        ]
         if others or options["out"] is None:
             return bad("expand=FOLDER takes out=FOLDER and nothing else")
         try:
@@ -79,7 +97,12 @@ def main(argv: list[str]) -> int:
         return bad(str(error))
     quiet.quiet()
     try:
-        result = compress(options["run"], choice, Path(options["out"]) if options["out"] else None, options["evaluate"])
+        result = compress(
+            options["run"],
+            choice,
+            Path(options["out"]) if options["out"] else None,
+            options["evaluate"],
+        )
     except Exception as error:
         return failures.told(error)
     _told(result, choice)

@@ -1,14 +1,17 @@
 """Cooldowns that branch off the checkpoints of a run, and what the family of runs came to.
 
-    python -m trainer.cooldown from=RUN[@STEP|last|best] fraction=F|steps=N [shape=1-sqrt] [final=0] [name=NAME] [force=false]
+    python -m trainer.cooldown from=RUN[@STEP|last|best] fraction=F|steps=N [shape=1-sqrt] [final=0]
+    [name=NAME] [force=false]
                                [dry=false] [KEY=VALUE ...] [--multirun]
     python -m trainer.cooldown family=RUN
 
-Each branch is a run of its own beside RUN, with its settings, weights, optimiser, data position and random draws; only the rate
-falls, to `final` of what it was. fraction=0.2 makes the cooldown a fifth of all its steps. With --multirun from, fraction, steps,
-shape and final take several values, separated by commas, and every combination is run. KEY=VALUE changes the rows that the
-cooldown sees (task=..., task.path=...) or what is free in a run (callbacks, logger, max_time). RUN itself may still be training;
-keep its checkpoints with callbacks.checkpoints.keep=null. family= writes family.md and family.svg into RUN's folder.
+Each branch is a run of its own beside RUN, with its settings, weights, optimiser, data position and
+random draws; only the rate falls, to `final` of what it was. fraction=0.2 makes the cooldown a
+fifth of all its steps. With --multirun from, fraction, steps, shape and final take several values,
+separated by commas, and every combination is run. KEY=VALUE changes the rows that the cooldown sees
+(task=..., task.path=...) or what is free in a run (callbacks, logger, max_time). RUN itself may
+still be training; keep its checkpoints with callbacks.checkpoints.keep=null. family= writes
+family.md and family.svg into RUN's folder.
 """
 
 from __future__ import annotations
@@ -25,12 +28,18 @@ def main(argv: list[str]) -> int:
     from trainer.config import schema
     from trainer.config.errors import bad
 
-    sweep, words = "--multirun" in argv or "-m" in argv, [word for word in argv if word not in ("--multirun", "-m")]
+    sweep, words = (
+        "--multirun" in argv or "-m" in argv,
+        [word for word in argv if word not in ("--multirun", "-m")],
+    )
     if any(word in ("-h", "--help") for word in words):
         print(__doc__)
         return 0
     options, more = dict(KNOWN), []
-    settings = {*schema.load("config").children, *(path.name for path in schema.CONF.iterdir() if path.is_dir())}
+    settings = {
+        *schema.load("config").children,
+        *(path.name for path in schema.CONF.iterdir() if path.is_dir()),
+    }
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
@@ -40,7 +49,9 @@ def main(argv: list[str]) -> int:
         elif key.lstrip("+~").partition(".")[0] in settings:
             more.append(word)
         else:
-            return bad(f"{word}: not an argument. {schema.nearest(key, [*KNOWN, *settings])}\n\n{__doc__}")
+            return bad(
+                f"{word}: not an argument. {schema.nearest(key, [*KNOWN, *settings])}\n\n{__doc__}"
+            )
     for key in ("force", "dry"):
         if options[key] not in ("true", "false"):
             return bad(f"{key}={options[key]}: true or false")
@@ -66,7 +77,9 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         return failures.told(error)
     if options["name"] is not None and len(branches) > 1:
-        return bad(f"name={options['name']}: {len(branches)} branches cannot share a name; leave it out")
+        return bad(
+            f"name={options['name']}: {len(branches)} branches cannot share a name; leave it out"
+        )
     for name, given in branches:
         command = [sys.executable, "-m", "trainer", *given]
         print("python -m trainer", shlex.join(given), flush=True)

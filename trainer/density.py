@@ -1,19 +1,26 @@
-"""How dense a run's activations are, per MLP and in mean, and what it costs to leave out the small ones.
+"""How dense a run's activations are, per MLP and in mean, and what it costs to leave out the small
+ones.
 
-    python -m trainer.density run=FOLDER[@last|best|STEP] [compare=true] [tau=NUMBER] [ppl=1.0] [batch_size=16] [json=FILE]
+    python -m trainer.density run=FOLDER[@last|best|STEP] [compare=true] [tau=NUMBER] [ppl=1.0]
+    [batch_size=16] [json=FILE]
 
-measures the input of each down projection on the task's held-out rows, for the base and with the adapter (compare=false: with it
-only), prints a table, and writes density.json and density.svg into the run folder.
+measures the input of each down projection on the task's held-out rows, for the base and with the
+adapter (compare=false: with it only), prints a table, and writes density.json and density.svg into
+the run folder.
 
     non-zero    share of activations that are not exactly 0. A SiLU is never exactly 0, and a GELU only far below it: look on
     above tau   share with |h| > tau. tau is what the run's penalty was calibrated to, else the layer's median |h| before training,
-                the same for both models. A model can make h small and the weights behind it large, so look on
-    CETT at 50% mean over tokens of ‖Σ_inactive h_j W_j‖ / ‖W h‖ where half of the neurons, those with the least |h_j| ‖W_j‖,
+                the same for both models. A model can make h small and the weights behind it large,
+                so look on
+    CETT at 50% mean over tokens of ‖Σ_inactive h_j W_j‖ / ‖W h‖ where half of the neurons, those
+    with the least |h_j| ‖W_j‖,
                 are inactive (CETT: ReLU² Wins, arXiv 2402.03804); no scale of h changes it
     PPL-p%      share of neurons that are really set to 0 in every MLP while the loss rises by no more than ln(1 + p/100): one CETT
-                value for all layers, found by halving (Sparsing Law, arXiv 2411.02335); ppl=0 leaves it out
+                value for all layers, found by halving (Sparsing Law, arXiv 2411.02335); ppl=0
+                leaves it out
 
-W is what the adapted layer applies. Thresholds come from a sample of the tokens; shares and losses are of all held-out rows.
+W is what the adapted layer applies. Thresholds come from a sample of the tokens; shares and losses
+are of all held-out rows.
 """
 
 from __future__ import annotations
@@ -67,14 +74,23 @@ def main(argv: list[str]) -> int:
         layers = mlp_inputs(found.model, (found.config.get("penalty") or {}).get("modules", "auto"))
         data = tokenised(found.config, found.base, found.task, train=False)
         if data.held_out is None:
-            raise DataError("this run's task has no held-out rows: it had task.eval_fraction=0 and no task.eval_path")
+            raise DataError(
+                "this run's task has no held-out rows: it had task.eval_fraction=0 and no"
+                " task.eval_path"
+            )
         labelled = found.task.kind == "label"
-        loss = ClassLoss(found.model) if labelled else CausalLoss(found.model, found.config["objective"]["logits_chunk"])
+        loss = (
+            ClassLoss(found.model)
+            if labelled
+            else CausalLoss(found.model, found.config["objective"]["logits_chunk"])
+        )
         rows = Rows(loss, data.held_out, options["batch_size"], device)
         taus = [tau] * len(layers) if tau is not None else _of_the_penalty(options["run"])
         results: dict[str, dict[str, Any]] = {}
         for name in ["base", "adapted"] if options["compare"] else ["adapted"]:
-            with found.adapter.disabled(found.model) if name == "base" else contextlib.nullcontext():
+            with (
+                found.adapter.disabled(found.model) if name == "base" else contextlib.nullcontext()
+            ):
                 taus = taus or rows.medians(layers)
                 results[name] = measured(layers, rows, taus, options["ppl"])
     except Exception as error:
@@ -84,7 +100,9 @@ def main(argv: list[str]) -> int:
         for line in _told(name, result):
             print(line)
     text = json.dumps({"step": found.step, **results}, indent=2) + "\n"
-    atomic.write_text(Path(options["json"]) if options["json"] else found.folder / "density.json", text)
+    atomic.write_text(
+        Path(options["json"]) if options["json"] else found.folder / "density.json", text
+    )
     plot(results, options["ppl"], found.folder / "density.svg")
     print(found.folder / "density.svg")
     return 0
@@ -102,8 +120,8 @@ def _told(name: str, result: dict[str, Any]) -> Iterator[str]:
     if "ppl" in result:
         ppl = result["ppl"]
         yield (
-            f"{name}: with {result['mean']['ppl_sparsity']:.1%} of the neurons set to 0 (CETT {ppl['cett']:.4f}) "
-            f"exp(loss) is {ppl['ratio']:.4f} times as large"
+            f"{name}: with {result['mean']['ppl_sparsity']:.1%} of the neurons set to 0 (CETT"
+            f" {ppl['cett']:.4f}) exp(loss) is {ppl['ratio']:.4f} times as large"
         )
 
 

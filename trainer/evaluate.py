@@ -1,9 +1,12 @@
-"""Evaluation: loss, perplexity and accuracy over the held-out rows, and generated answers graded by the task.
+"""Evaluation: loss, perplexity and accuracy over the held-out rows, and generated answers graded by
+the task.
 
-    python -m trainer.evaluate run=FOLDER[@last|best|STEP] [compare=true] [generate=N] [batch_size=16] [max_new_tokens=128] [json=FILE]
+    python -m trainer.evaluate run=FOLDER[@last|best|STEP] [compare=true] [generate=N]
+    [batch_size=16] [max_new_tokens=128] [json=FILE]
 
-evaluates a run's model on its task's held-out rows; compare=true does the base alone too. During training the Evaluation
-callback does the same. With task=speculation the run's drafter is evaluated instead: python -m trainer.evaluate task=speculation --help
+evaluates a run's model on its task's held-out rows; compare=true does the base alone too. During
+training the Evaluation callback does the same. With task=speculation the run's drafter is evaluated
+instead: python -m trainer.evaluate task=speculation --help
 """
 
 from __future__ import annotations
@@ -38,12 +41,21 @@ def main(argv: list[str]) -> int:
         from trainer.evaluation import speculation
 
         if others != ["task=speculation"]:
-            return bad(f"{others[-1]}: a run is evaluated on its own task, or with task=speculation")
+            return bad(
+                f"{others[-1]}: a run is evaluated on its own task, or with task=speculation"
+            )
         try:
             return speculation.main([word for word in argv if word != "task=speculation"])
         except Exception as error:
             return failures.told(error)
-    known = {"run": ..., "compare": False, "generate": 0, "batch_size": 16, "max_new_tokens": 128, "json": None}
+    known = {
+        "run": ...,
+        "compare": False,
+        "generate": 0,
+        "batch_size": 16,
+        "max_new_tokens": 128,
+        "json": None,
+    }
     options = arguments(argv, known, __doc__ or "")
     for name, least in (("generate", 0), ("batch_size", 1), ("max_new_tokens", 1)):
         if options[name] < least:
@@ -56,18 +68,33 @@ def main(argv: list[str]) -> int:
         found = trained(options["run"], device)
         data = tokenised(found.config, found.base, found.task, train=False)
         if data.held_out is None:
-            raise DataError("this run's task has no held-out rows: it had task.eval_fraction=0 and no task.eval_path")
+            raise DataError(
+                "this run's task has no held-out rows: it had task.eval_fraction=0 and no"
+                " task.eval_path"
+            )
         with_prompts(data, options["generate"], found.model)
         labelled = found.task.kind == "label"
         target = drafters.Target(found.model) if found.drafter is not None else None
         chunk = found.config["objective"]["logits_chunk"]
-        loss = ClassLoss(found.model) if labelled else CausalLoss(found.model, chunk, found.drafter, target)
+        loss = (
+            ClassLoss(found.model)
+            if labelled
+            else CausalLoss(found.model, chunk, found.drafter, target)
+        )
         results: dict[str, dict[str, float]] = {}
         for name in ["base", "adapted"] if options["compare"] else ["adapted"]:
-            with found.adapter.disabled(found.model) if name == "base" else contextlib.nullcontext():
+            with (
+                found.adapter.disabled(found.model) if name == "base" else contextlib.nullcontext()
+            ):
                 results[name] = losses(loss, data.held_out, options["batch_size"], device)
                 if data.held_out.prompts:
-                    graded = answers(found.model, data.held_out, options["batch_size"], options["max_new_tokens"], device)
+                    graded = answers(
+                        found.model,
+                        data.held_out,
+                        options["batch_size"],
+                        options["max_new_tokens"],
+                        device,
+                    )
                     results[name] |= means(graded or [])
     except Exception as error:
         return failures.told(error)

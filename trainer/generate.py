@@ -1,13 +1,17 @@
 """Ask a run's model.
 
-    python -m trainer.generate run=FOLDER[@last|best|STEP] prompt="..." [system="..."] [compare=true] [max_new_tokens=256]
-                               [temperature=0] [top_p=1] [seed=0] [draft=true] [drafter=run] [small=null]
+    python -m trainer.generate run=FOLDER[@last|best|STEP] prompt="..." [system="..."]
+    [compare=true] [max_new_tokens=256]
+                               [temperature=0] [top_p=1] [seed=0] [draft=true] [drafter=run]
+                               [small=null]
 
-prompt=- reads standard input. The answer streams; compare=true shows the base's answer beside it. temperature=0 is greedy.
+prompt=- reads standard input. The answer streams; compare=true shows the base's answer beside it.
+temperature=0 is greedy.
 
-The run's drafter, where it has one, drafts what the model then verifies: the same text in less time, or sampled, one of the same
-distribution; draft=false does without. drafter=lookup copies from the text so far, drafter=recycling proposes what the model nearly
-said before, and drafter=small small=PATH asks a smaller model of the same tokens: none of them needs training.
+The run's drafter, where it has one, drafts what the model then verifies: the same text in less
+time, or sampled, one of the same distribution; draft=false does without. drafter=lookup copies from
+the text so far, drafter=recycling proposes what the model nearly said before, and drafter=small
+small=PATH asks a smaller model of the same tokens: none of them needs training.
 """
 
 from __future__ import annotations
@@ -44,14 +48,22 @@ class _Told(TextStreamer):
 
 
 def answer(
-    model: Any, ids: list[int], tokenizer: Any, stops: list[int], options: dict[str, Any], tell: Callable[[str], None]
+    model: Any,
+    ids: list[int],
+    tokenizer: Any,
+    stops: list[int],
+    options: dict[str, Any],
+    tell: Callable[[str], None],
 ) -> None:
     """One answer to one prompt, told piece by piece."""
     torch.manual_seed(options["seed"])
     settings = sampling(options, stops, tokenizer.pad_token_id)
     prompt = torch.tensor([ids], device=next(model.parameters()).device)
     model.generate(
-        input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, streamer=_Told(tokenizer, tell)
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        generation_config=settings,
+        streamer=_Told(tokenizer, tell),
     )
 
 
@@ -62,9 +74,18 @@ def main(argv: list[str]) -> int:
     from trainer.session import failures
 
     known = {
-        "run": ..., "prompt": ..., "system": None, "compare": False, "max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0, "seed": 0,
-        "draft": True, "drafter": "run", "small": None,
-    }  # fmt: skip
+        "run": ...,
+        "prompt": ...,
+        "system": None,
+        "compare": False,
+        "max_new_tokens": 256,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "seed": 0,
+        "draft": True,
+        "drafter": "run",
+        "small": None,
+    }
     options = arguments(argv, known, __doc__ or "")
     for name, fits, said in (
         ("max_new_tokens", options["max_new_tokens"] >= 1, "at least 1"),
@@ -80,13 +101,19 @@ def main(argv: list[str]) -> int:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         found = trained(options["run"], device)
         if found.task.kind == "label":
-            print("this run trained a classifier, which writes no text. Use: python -m trainer.evaluate", file=sys.stderr)
+            print(
+                "this run trained a classifier, which writes no text. Use: python -m"
+                " trainer.evaluate",
+                file=sys.stderr,
+            )
             return EXIT_BAD_INPUT
         tokenizer = found.base.tokenizer
         prompt = sys.stdin.read() if options["prompt"] == "-" else str(options["prompt"])
         if found.task.kind == "conversation":
             system = [{"role": "system", "content": options["system"]}] if options["system"] else []
-            ids = Renderer(tokenizer, found.task).chat([*system, {"role": "user", "content": prompt}])
+            ids = Renderer(tokenizer, found.task).chat(
+                [*system, {"role": "user", "content": prompt}]
+            )
         else:
             ids = tokenizer(prompt)["input_ids"]
         if not ids:
@@ -94,7 +121,14 @@ def main(argv: list[str]) -> int:
         stops = stop_ids(tokenizer, found.model.generation_config.eos_token_id, [])  # type: ignore[union-attr]
         if not options["compare"]:
             with _drafting(found, options):
-                answer(found.model, ids, tokenizer, stops, options, lambda text: print(text, end="", flush=True))
+                answer(
+                    found.model,
+                    ids,
+                    tokenizer,
+                    stops,
+                    options,
+                    lambda text: print(text, end="", flush=True),
+                )
             print()
             return 0
         _side_by_side(found, ids, tokenizer, stops, options)
@@ -103,7 +137,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _side_by_side(found: Trained, ids: list[int], tokenizer: Any, stops: list[int], options: dict[str, Any]) -> None:
+def _side_by_side(
+    found: Trained, ids: list[int], tokenizer: Any, stops: list[int], options: dict[str, Any]
+) -> None:
     texts = {"base": "", "adapted": ""}
 
     def shown() -> Table:
@@ -112,7 +148,9 @@ def _side_by_side(found: Trained, ids: list[int], tokenizer: Any, stops: list[in
         return table
 
     console = get_console()
-    with Live(shown(), console=console) if console.is_terminal else contextlib.nullcontext() as live:
+    with (
+        Live(shown(), console=console) if console.is_terminal else contextlib.nullcontext()
+    ) as live:
         for name in texts:
 
             def tell(text: str, name: str = name) -> None:

@@ -1,9 +1,12 @@
-"""What can be known before weights are loaded: what becomes of the rows, what is trained, how long it takes, whether it fits.
+"""What can be known before weights are loaded: what becomes of the rows, what is trained, how long
+it takes, whether it fits.
 
-    python -m trainer.preflight +experiment=NAME ... [--config-dir FOLDER] [--json FILE] [--samples N]
+    python -m trainer.preflight +experiment=NAME ... [--config-dir FOLDER] [--json FILE] [--samples
+    N]
 
-reads the whole data set and prints a table and a preview, trained tokens in one colour and masked ones in another. Errors make
-the exit code 2. Training runs the same checks before it loads anything.
+reads the whole data set and prints a table and a preview, trained tokens in one colour and masked
+ones in another. Errors make the exit code 2. Training runs the same checks before it loads
+anything.
 """
 
 from __future__ import annotations
@@ -35,7 +38,9 @@ def main(argv: list[str]) -> int:
     from trainer.config.errors import EXIT_BAD_INPUT, bad, told
     from trainer.session import failures
 
-    parser = argparse.ArgumentParser("python -m trainer.preflight", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "python -m trainer.preflight", add_help=False, allow_abbrev=False
+    )
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config-dir", metavar="FOLDER")
     parser.add_argument("--json", metavar="FILE")
@@ -61,13 +66,21 @@ def main(argv: list[str]) -> int:
         found = rows_module.tokenised(config, base, task)
         devices = config["lightning"]["devices"]
         plan = (
-            rows_module.plan(config, found, (devices if isinstance(devices, int) else 1) * config["lightning"]["num_nodes"])
+            rows_module.plan(
+                config,
+                found,
+                (devices if isinstance(devices, int) else 1) * config["lightning"]["num_nodes"],
+            )
             if found.train
             else None
         )
-        steps = plan.steps(config["max_steps"], config["max_tokens"]) if plan else config["max_steps"]
+        steps = (
+            plan.steps(config["max_steps"], config["max_tokens"]) if plan else config["max_steps"]
+        )
         steps = 0 if isinstance(adapter, Nothing) and not config["drafter"] else steps
-        result = inspect(config, base, adapter, found, plan, steps, Path(config["runs"]) / config["name"])
+        result = inspect(
+            config, base, adapter, found, plan, steps, Path(config["runs"]) / config["name"]
+        )
     except Exception as error:
         return failures.told(error, config)
     if options.json:

@@ -1,14 +1,17 @@
 """Continue a draft head on the model that its base has become, and measure what that gave.
 
-    python -m trainer.realign draft=RUN|FOLDER target.run=FOLDER[@last|best|STEP] [name=NAME] [runs=FOLDER] [dry=false] [KEY=VALUE ...]
+    python -m trainer.realign draft=RUN|FOLDER target.run=FOLDER[@last|best|STEP] [name=NAME]
+    [runs=FOLDER] [dry=false] [KEY=VALUE ...]
 
-draft is a drafter's folder or that of the run that trained it; target.run is a fine-tuning run on the same base. A new run starts from
-the head's weights with its settings, on the rows and with the rates of the run that trained it; KEY=VALUE changes them, as in
-task=sql max_epochs=1 optimizer.lr=1e-4. With +experiment=NAME all but the head is the experiment's. The new run is made beside the
-target's, and called NAME or DRAFT-TARGET.
+draft is a drafter's folder or that of the run that trained it; target.run is a fine-tuning run on
+the same base. A new run starts from the head's weights with its settings, on the rows and with the
+rates of the run that trained it; KEY=VALUE changes them, as in task=sql max_epochs=1
+optimizer.lr=1e-4. With +experiment=NAME all but the head is the experiment's. The new run is made
+beside the target's, and called NAME or DRAFT-TARGET.
 
-Its folder gets realign.md and realign.json, which are printed: the head's acceptance on the held-out rows of the new run, on the target
-that it was trained for, on the new one, and on the new one after it was re-aligned.
+Its folder gets realign.md and realign.json, which are printed: the head's acceptance on the
+held-out rows of the new run, on the target that it was trained for, on the new one, and on the new
+one after it was re-aligned.
 """
 
 from __future__ import annotations
@@ -29,7 +32,11 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     options, more = dict(KNOWN), []
-    settings = {"experiment", *schema.load("config").children, *(path.name for path in schema.CONF.iterdir() if path.is_dir())}
+    settings = {
+        "experiment",
+        *schema.load("config").children,
+        *(path.name for path in schema.CONF.iterdir() if path.is_dir()),
+    }
     for word in argv:
         key, equals, value = word.partition("=")
         if equals and key in KNOWN:
@@ -37,15 +44,24 @@ def main(argv: list[str]) -> int:
         elif equals and key.lstrip("+~").partition(".")[0] in settings:
             more.append(word)
         else:
-            fault = schema.nearest(key, [*KNOWN, *settings]) if equals else "Arguments are written key=value."
+            fault = (
+                schema.nearest(key, [*KNOWN, *settings])
+                if equals
+                else "Arguments are written key=value."
+            )
             return bad(f"{word}: not an argument. {fault}\n\n{__doc__}")
     if missing := [key for key, value in options.items() if value is ...]:
         return bad(f"missing: {', '.join(missing)}\n\n{__doc__}")
     if options["dry"] not in ("true", "false"):
         return bad(f"dry={options['dry']}: true or false")
     kept = ("target", "adapter", "base", "objective", "penalty", "branch", "resume")
-    if fixed := [word for word in more if _key(word) == "drafter" or _key(word).partition(".")[0] in kept]:
-        return bad(f"{fixed[0]}: a head that is re-aligned stays what it is, on the base and the adapter of target.run")
+    if fixed := [
+        word for word in more if _key(word) == "drafter" or _key(word).partition(".")[0] in kept
+    ]:
+        return bad(
+            f"{fixed[0]}: a head that is re-aligned stays what it is, on the base and the adapter"
+            " of target.run"
+        )
     from trainer.assembly import quiet
     from trainer.drafters import io
     from trainer.session import failures

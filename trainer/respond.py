@@ -1,29 +1,38 @@
-"""Conversations whose answers the target writes itself: what a drafter is distilled on, and what is measured with.
+"""Conversations whose answers the target writes itself: what a drafter is distilled on, and what is
+measured with.
 
-    python -m trainer.respond base=NAME|run=FOLDER[@last|best|STEP] prompts=FILE|task=NAME out=FOLDER [split=train] [field=null]
-                              [answers=last|all] [per=conversation|answer] [skip=0] [rows=null] [batch_size=16] [max_new_tokens=512]
-                              [temperature=0] [top_p=1] [top_k=0] [seed=0] [cut=keep|drop] [template.OPTION=VALUE ...]
+    python -m trainer.respond base=NAME|run=FOLDER[@last|best|STEP] prompts=FILE|task=NAME
+    out=FOLDER [split=train] [field=null]
+                              [answers=last|all] [per=conversation|answer] [skip=0] [rows=null]
+                              [batch_size=16] [max_new_tokens=512] [temperature=0] [top_p=1]
+                              [top_k=0] [seed=0] [cut=keep|drop] [template.OPTION=VALUE ...]
                               [base.KEY=VALUE task.KEY=VALUE precision=...]
 
-The target is a base of conf/base, or a run's base with its adapter as it is, unmerged. prompts= is a file that task=sft would read, or
-one with a `prompt`, `question` or `turns` (Spec-Bench; each turn is answered in turn), or any `field`; task= takes a task's own rows.
-answers=last writes the last answer anew, all every one but those with tool calls: only what the target wrote should train a drafter,
-so train with task.train_on=last after answers=last. per=answer writes a row for every answer, to train with task.train_on=last where the
-template takes the reasoning out of earlier answers. `skip` and `rows` count rows of the file.
+The target is a base of conf/base, or a run's base with its adapter as it is, unmerged. prompts= is
+a file that task=sft would read, or one with a `prompt`, `question` or `turns` (Spec-Bench; each
+turn is answered in turn), or any `field`; task= takes a task's own rows. answers=last writes the
+last answer anew, all every one but those with tool calls: only what the target wrote should train a
+drafter, so train with task.train_on=last after answers=last. per=answer writes a row for every
+answer, to train with task.train_on=last where the template takes the reasoning out of earlier
+answers. `skip` and `rows` count rows of the file.
 
-temperature=0 is greedy. Else every answer is drawn with random numbers of its own, from (seed, row, turn): its text depends neither
-on the rows beside it nor on where a stopped command went on, but for near ties that batched products round differently. The
-model's own generation settings (a repetition penalty, say) are not used, since a decoder does not verify against them.
+temperature=0 is greedy. Else every answer is drawn with random numbers of its own, from (seed, row,
+turn): its text depends neither on the rows beside it nor on where a stopped command went on, but
+for near ties that batched products round differently. The model's own generation settings (a
+repetition penalty, say) are not used, since a decoder does not verify against them.
 
-template.enable_thinking=false and the like are what the chat template is given, as the server will give it; OUT/chat_template.jinja is
-the template with those set, to train with: task.chat_template=OUT/chat_template.jinja.
+template.enable_thinking=false and the like are what the chat template is given, as the server will
+give it; OUT/chat_template.jinja is the template with those set, to train with:
+task.chat_template=OUT/chat_template.jinja.
 
 OUT/rows.jsonl         {"messages": [...], "row": 7}, as task=sft reads it, batch by batch; "cut": true where the last answer met
-                       max_new_tokens before its end; "inexact": true where the text, tokenised again, is not what was generated
+                       max_new_tokens before its end; "inexact": true where the text, tokenised
+                       again, is not what was generated
 OUT/left_out.jsonl     rows that have no answer, and why: empty, cut (cut=drop), long (no room in the model), refused (by the template)
 OUT/provenance.json    target, settings, template, versions, the prompts' digest, counts
 
-The same command goes on where it was stopped, with other settings it is refused; batch_size and rows may change.
+The same command goes on where it was stopped, with other settings it is refused; batch_size and
+rows may change.
 """
 
 from __future__ import annotations
@@ -50,11 +59,27 @@ from trainer.storage.answers import Written
 from trainer.storage.atomic import write_text
 
 KNOWN: dict[str, Any] = {
-    "base": None, "run": None, "prompts": None, "task": None, "out": ..., "split": "train", "field": None, "answers": "last", "skip": 0,
-    "rows": None, "batch_size": 16, "max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0, "cut": "keep",
+    "base": None,
+    "run": None,
+    "prompts": None,
+    "task": None,
+    "out": ...,
+    "split": "train",
+    "field": None,
+    "answers": "last",
+    "skip": 0,
+    "rows": None,
+    "batch_size": 16,
+    "max_new_tokens": 512,
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "seed": 0,
+    "cut": "keep",
     "per": "conversation",
-}  # fmt: skip
-_ROWS = ("system", "columns", "format", "chat_template")  # of conf/task/sft, what has a meaning for the prompts of a file
+}
+# of conf/task/sft, what has a meaning for the prompts of a file
+_ROWS = ("system", "columns", "format", "chat_template")
 TELL = 10  # seconds between lines that say how far it is
 
 
@@ -85,7 +110,9 @@ def _arguments(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any], list[st
         faults.append("give the target: either base=NAME, of conf/base, or run=FOLDER")
     if (options["prompts"] is None) == (options["task"] is None):
         faults.append("give what is answered: either prompts=FILE or task=NAME, of conf/task")
-    if options["run"] is not None and (own_base := [word for word in given if not word.startswith("task.")]):
+    if options["run"] is not None and (
+        own_base := [word for word in given if not word.startswith("task.")]
+    ):
         faults.append(f"{own_base[0]}: a run brings its base and precision along")
     if options["prompts"] is not None:
         keys = [word.partition("=")[0] for word in given]
@@ -134,7 +161,10 @@ def _composed(options: dict[str, Any], given: list[str]) -> dict[str, Any]:
     if options["base"] is not None:
         words.insert(0, f"base={options['base']}")
     if options["prompts"] is not None:
-        words += [f"task.path={json.dumps(options['prompts'], ensure_ascii=False)}", "task.eval_fraction=0"]
+        words += [
+            f"task.path={json.dumps(options['prompts'], ensure_ascii=False)}",
+            "task.eval_fraction=0",
+        ]
     plain: Any = OmegaConf.to_container(compose.compose(words), resolve=True)
     return plain
 
@@ -155,13 +185,16 @@ def main(argv: list[str]) -> int:
     try:
         with signals:
             if options["prompts"] is not None:
-                reading.Source(options["prompts"], "train", False, "prompts")  # before the task, which would call it task.path
+                # before the task, which would call it task.path
+                reading.Source(options["prompts"], "train", False, "prompts")
             task = instantiate(plain["task"])
             found, key = prompts.load(options, plain, task)
             count = len(found)
             keeps_template = any(word.startswith("task.chat_template=") for word in given)
             speaker = responses.speaker_of(options, plain, task, keeps_template, jinja)
-            with Written(Path(options["out"]).expanduser(), *_described(options, speaker, key, jinja)) as written:
+            with Written(
+                Path(options["out"]).expanduser(), *_described(options, speaker, key, jinja)
+            ) as written:
                 if isinstance(speaker.renderer.template, str):
                     write_text(written.path / "chat_template.jinja", speaker.renderer.template)
                 _write(speaker, found, written, options)
@@ -175,7 +208,10 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         return failures.told(error)
     if not written.counts["rows"]:
-        print(f"{written.rows}: no conversation has an answer ({_listed(written.counts)})", file=sys.stderr)
+        print(
+            f"{written.rows}: no conversation has an answer ({_listed(written.counts)})",
+            file=sys.stderr,
+        )
         return 1
     print(f"{written.rows}: {_listed(written.counts)}")
     return 0
@@ -186,15 +222,27 @@ def _described(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the rows depend on, and what is recorded besides."""
     settings = {
-        **{name: value for name, value in options.items() if name not in ("out", "run", "base", "prompts", "task")},
-        "prompts": key, "target": speaker.described, "stops": speaker.stops,
-        "template": hashlib.sha256(json.dumps(speaker.renderer.template).encode()).hexdigest(), "template_options": jinja,
-    }  # fmt: skip
+        **{
+            name: value
+            for name, value in options.items()
+            if name not in ("out", "run", "base", "prompts", "task")
+        },
+        "prompts": key,
+        "target": speaker.described,
+        "stops": speaker.stops,
+        "template": hashlib.sha256(json.dumps(speaker.renderer.template).encode()).hexdigest(),
+        "template_options": jinja,
+    }
     described = {
-        "base": speaker.base.path, "run": options["run"], "prompts": options["prompts"] or f"task={options['task']}",
-        "device": speaker.device.type, "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
-    }  # fmt: skip
+        "base": speaker.base.path,
+        "run": options["run"],
+        "prompts": options["prompts"] or f"task={options['task']}",
+        "device": speaker.device.type,
+        "python": platform.python_version(),
+        "versions": {
+            name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")
+        },
+    }
     return settings, described
 
 
@@ -208,7 +256,9 @@ def _write(speaker: Speaker, found: list[Ask], written: Written, options: dict[s
 
 
 def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items() if count or name == "rows")
+    return ", ".join(
+        f"{name} {count:,}" for name, count in counts.items() if count or name == "rows"
+    )
 
 
 if __name__ == "__main__":

@@ -87,33 +87,55 @@ def run(cfg: DictConfig, signals: Signals) -> float | None:
         path = agreed_folder(lightning_, path)
     with RunFolder.create(path, lightning_.is_global_zero) as place:
         log.info("run folder: %s", place.path)
-        choices, overrides = dict(HydraConfig.get().runtime.choices), list(HydraConfig.get().overrides.task)
+        choices, overrides = (
+            dict(HydraConfig.get().runtime.choices),
+            list(HydraConfig.get().overrides.task),
+        )
         try:
             with Dashboards() as dashboards:
-                return _run(config, adapter, lightning_, place, signals, dashboards, choices, overrides)
+                return _run(
+                    config, adapter, lightning_, place, signals, dashboards, choices, overrides
+                )
         except SystemExit:
             if signals.received is None:
                 raise
             saved = checkpoints.complete(place.checkpoints)
-            raise slurm_job.Stopped(signals.received, place.path, int(saved[-1].stem[5:]) if saved else None, None) from None
+            raise slurm_job.Stopped(
+                signals.received, place.path, int(saved[-1].stem[5:]) if saved else None, None
+            ) from None
 
 
 def _where_to_begin(
-    place: RunFolder, config: dict[str, Any], plan: Plan | None, identity: dict[str, Any], restart: int
+    place: RunFolder,
+    config: dict[str, Any],
+    plan: Plan | None,
+    identity: dict[str, Any],
+    restart: int,
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None, Path | None, bool]:
-    """(run.yaml of an earlier start, what the run branches off, the checkpoint to go on from, whether a cooldown is left out)."""
+    """(run.yaml of an earlier start, what the run branches off, the checkpoint to go on from,
+    whether a cooldown is left out)."""
     earlier = place.earlier()
     if earlier is not None:
-        return earlier, None, *resume.where_to_go_on(place, config, plan, identity, earlier, restart)
+        return (
+            earlier,
+            None,
+            *resume.where_to_go_on(place, config, plan, identity, earlier, restart),
+        )
     if config["branch"]:
         return None, *fork.fork(place, config, identity, True), False
     return None, None, None, False
 
 
 def _run(
-    config: dict[str, Any], adapter: Adapter, lightning_: lightning.Trainer, place: RunFolder, signals: Signals,
-    dashboards: Dashboards, choices: dict[str, Any], overrides: list[str],
-) -> float | None:  # fmt: skip
+    config: dict[str, Any],
+    adapter: Adapter,
+    lightning_: lightning.Trainer,
+    place: RunFolder,
+    signals: Signals,
+    dashboards: Dashboards,
+    choices: dict[str, Any],
+    overrides: list[str],
+) -> float | None:
     before = cpu_load.seconds()
     if config["threads"] is not None:
         torch.set_num_threads(config["threads"])
@@ -126,19 +148,30 @@ def _run(
     sharded = isinstance(lightning_.strategy, Sharded)
     device = lightning_.strategy.root_device
     if config["fused"] == "liger":
-        fault = liger.fault(base.config.model_type, device.type == "cuda", config["lightning"]["accelerator"])
+        fault = liger.fault(
+            base.config.model_type, device.type == "cuda", config["lightning"]["accelerator"]
+        )
         if fault is not None:
             raise ConfigError(fault)
     if config["compile"]:
         refuse(adapter, device)
     dtype, _, precision = compute(
-        config["precision"], config["base"]["dtype"], isinstance(adapter, Full), device.type == "cuda"
+        config["precision"],
+        config["base"]["dtype"],
+        isinstance(adapter, Full),
+        device.type == "cuda",
     )
 
     found = rows_module.tokenised(config, base, task)
     labels = task.labels if task.kind == "label" else None
-    plan = rows_module.plan(config, found, lightning_.world_size) if found.train is not None else None
-    steps = plan.steps(config["max_steps"], config["max_tokens"]) if plan is not None else config["max_steps"]
+    plan = (
+        rows_module.plan(config, found, lightning_.world_size) if found.train is not None else None
+    )
+    steps = (
+        plan.steps(config["max_steps"], config["max_tokens"])
+        if plan is not None
+        else config["max_steps"]
+    )
     trains = not isinstance(adapter, Nothing) or bool(config["drafter"])
     steps = steps if trains else 0
     checked = quick(config, base, adapter, found, plan, steps, place.path)
@@ -146,17 +179,32 @@ def _run(
         atomic.write_text(place.path / "preflight.json", json.dumps(checked, indent=2))
 
     identity = {
-        "choices": choices, "base": base.fingerprint, "data": found.keys, "precision": precision, "trains_base": isinstance(adapter, Full),
-        "labels": labels, "steps": steps, "ranks": lightning_.world_size, "target": tuned.about if tuned is not None else None,
-    }  # fmt: skip
+        "choices": choices,
+        "base": base.fingerprint,
+        "data": found.keys,
+        "precision": precision,
+        "trains_base": isinstance(adapter, Full),
+        "labels": labels,
+        "steps": steps,
+        "ranks": lightning_.world_size,
+        "target": tuned.about if tuned is not None else None,
+    }
     begin = partial(_where_to_begin, place, config, plan, identity, adapter.restart)
     earlier, parent, saved_path, longer = first_decides(lightning_, begin)
     done = int(saved_path.stem[5:]) if saved_path else 0
     journal = Journal(place.path, [], lightning_.is_global_zero)
-    if earlier is not None and (ended := resume.ended(place, journal, done, steps, config["max_time"])):
-        log.info("this run %s; nothing is left to do. Its report: %s", ended, place.path / "report.html")
+    if earlier is not None and (
+        ended := resume.ended(place, journal, done, steps, config["max_time"])
+    ):
+        log.info(
+            "this run %s; nothing is left to do. Its report: %s", ended, place.path / "report.html"
+        )
         return results.last_loss(journal)
-    record = place.record(config, overrides, identity, earlier, parent) if lightning_.is_global_zero else {}
+    record = (
+        place.record(config, overrides, identity, earlier, parent)
+        if lightning_.is_global_zero
+        else {}
+    )
     journal.rewind(done if saved_path else -1, cooled=not longer)
     if longer and earlier is not None and lightning_.is_global_zero:
         resume.leave_out(place, done, earlier["identity"]["steps"])
@@ -170,24 +218,44 @@ def _run(
     )
     # A model that is shared out may be larger than one device's memory.
     model = base.load(dtype, labels, torch.device("cpu") if sharded else device)
-    flash = base.attn_implementation == "auto" and config["packing"] and not config["drafter"] and not config["deterministic"]
+    flash = (
+        base.attn_implementation == "auto"
+        and config["packing"]
+        and not config["drafter"]
+        and not config["deterministic"]
+    )
     if flash and prefer_flash(model, device, dtype):
-        log.info("attention of packed rows by flash-attn; base.attn_implementation=sdpa leaves it to torch")
+        log.info(
+            "attention of packed rows by flash-attn; base.attn_implementation=sdpa leaves it to"
+            " torch"
+        )
     if config["fused"] == "liger":
-        log.info("Liger-Kernel: %s", ", ".join(f"{count} {kind}" for kind, count in liger.put_in(model).items()))
+        log.info(
+            "Liger-Kernel: %s",
+            ", ".join(f"{count} {kind}" for kind, count in liger.put_in(model).items()),
+        )
     elif config["fused"]:
         fused.fuse(model)
     lightning.seed_everything(config["seed"], verbose=False)
     drafter = _drafter(config, found, model, new=saved_path is None) if config["drafter"] else None
     if tuned is not None:
         model = tuned.attach(model)
-        log.info("target: %s after step %d, %s", tuned.about["run"], tuned.about["step"], type(tuned.adapter).__name__)
+        log.info(
+            "target: %s after step %d, %s",
+            tuned.about["run"],
+            tuned.about["step"],
+            type(tuned.adapter).__name__,
+        )
     saved = checkpoints.load(saved_path)["adapter"] if saved_path else None
-    lightning.seed_everything(config["seed"], verbose=False)  # loading may draw; a resumed start must not depend on it
+    # loading may draw; a resumed start must not depend on it
+    lightning.seed_everything(config["seed"], verbose=False)
     start = Start(
-        new_modules(model, labels), max(1, steps), partial(_calibration, found, plan),
-        place.path if lightning_.is_global_zero else None, saved,
-    )  # fmt: skip
+        new_modules(model, labels),
+        max(1, steps),
+        partial(_calibration, found, plan),
+        place.path if lightning_.is_global_zero else None,
+        saved,
+    )
     model = adapter.attach(model, start)
     log.info("trained: %s", parameters(model))
     if drafter is not None:
@@ -195,17 +263,29 @@ def _run(
     if config["packing"]:
         refuse_contamination(model, base)
     if config["compile"]:
-        log.info("compiled in training: %d layers, when the first batches come", compile_layers(model))
+        log.info(
+            "compiled in training: %d layers, when the first batches come", compile_layers(model)
+        )
     penalty = instantiate(config["penalty"])(model=model) if config["penalty"] else None
     module: FineTune = instantiate(config["objective"])(
-        model=model, adapter=adapter, optimizer=instantiate(config["optimizer"]), steps=steps, labelled=labels is not None,
-        schedule=schedule(config, plan), accumulate=config["accumulate"], seed=config["seed"],
-        penalty=penalty, drafter=drafter, cooling=fork.cooling(config["branch"]) if config["branch"] else None,
-    )  # fmt: skip
+        model=model,
+        adapter=adapter,
+        optimizer=instantiate(config["optimizer"]),
+        steps=steps,
+        labelled=labels is not None,
+        schedule=schedule(config, plan),
+        accumulate=config["accumulate"],
+        seed=config["seed"],
+        penalty=penalty,
+        drafter=drafter,
+        cooling=fork.cooling(config["branch"]) if config["branch"] else None,
+    )
     if config["target"]["features"] is not None:
         _read_states(module, config, base, tuned, found, dtype, device)
     rows_module.with_prompts(found, _prompts(config), model)
-    journal.loggers = dashboards.all = _loggers(config, place, record) if lightning_.is_global_zero else []
+    journal.loggers = dashboards.all = (
+        _loggers(config, place, record) if lightning_.is_global_zero else []
+    )
     if penalty is not None and saved_path is None:
         _calibrate(module, penalty, found, plan, device, journal)
     context = Context(
@@ -227,7 +307,9 @@ def _run(
     else:
         loader = _loader(config, found, plan, steps, done, lightning_)
         if device.type == "cpu" and lightning_.world_size == 1:
-            advice = cpu_load.crowded(before, cpu_load.seconds(), torch.get_num_threads(), cpu_load.available())
+            advice = cpu_load.crowded(
+                before, cpu_load.seconds(), torch.get_num_threads(), cpu_load.available()
+            )
             if advice is not None:
                 log.warning("%s", advice)
         lightning_.fit(module.train(), loader, ckpt_path=str(saved_path) if saved_path else None)
@@ -242,7 +324,8 @@ def _run(
             results.save_drafter(place, drafter, base, config, record, module.step)
         if adapter.exportable and not isinstance(adapter, Nothing):
             for callback in lightning_.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, Averaging):  # before save_adapter, which may load another checkpoint's weights
+                # before save_adapter, which may load another checkpoint's weights
+                if isinstance(callback, Averaging):
                     callback.save(partial(save_adapter, adapter, module.model, base, task))
             results.save_adapter(place, module, base, task, adapter, config["export"])
     report_html.write(place.path)
@@ -256,40 +339,71 @@ def _constant_until(config: dict[str, Any], plan: Plan | None, steps: int) -> in
     if config["branch"] or "cooldown" not in config["schedule"]:
         return None
     tokens = config["schedule"]["cooldown_tokens"]
-    down = length(config["schedule"]["cooldown"], steps) if tokens is None or plan is None else plan.last_steps(tokens, steps)
+    down = (
+        length(config["schedule"]["cooldown"], steps)
+        if tokens is None or plan is None
+        else plan.last_steps(tokens, steps)
+    )
     return (steps - down) or None
 
 
-def _drafter(config: dict[str, Any], found: rows_module.Data, model: torch.nn.Module, new: bool) -> Drafter:
-    """The drafter as it is before a run's first step: calibrated on its rows, or as an earlier run left it."""
+def _drafter(
+    config: dict[str, Any], found: rows_module.Data, model: torch.nn.Module, new: bool
+) -> Drafter:
+    """The drafter as it is before a run's first step: calibrated on its rows, or as an earlier run
+    left it."""
     drafter: Drafter = instantiate(config["drafter"])(model=model)
     if new and config["target"]["draft"] is not None:
         drafter_io.fill(drafter, drafter_io.folder_of(config["target"]["draft"]))
     elif new:
-        drafter.calibrate(lambda: rows_module.token_counts(found, model.config.get_text_config().vocab_size))  # type: ignore[operator, union-attr]
+        drafter.calibrate(
+            lambda: rows_module.token_counts(found, model.config.get_text_config().vocab_size)
+        )  # type: ignore[operator, union-attr]
     return drafter
 
 
 def _read_states(
-    module: FineTune, config: dict[str, Any], base: Base, tuned: trained_module.Tuned | None, found: rows_module.Data, dtype: torch.dtype,
+    module: FineTune,
+    config: dict[str, Any],
+    base: Base,
+    tuned: trained_module.Tuned | None,
+    found: rows_module.Data,
+    dtype: torch.dtype,
     device: torch.device,
-) -> None:  # fmt: skip
-    """Let a drafter learn from its target's states on disk, which are made first where they are missing."""
+) -> None:
+    """Let a drafter learn from its target's states on disk, which are made first where they are
+    missing."""
     assert isinstance(module.loss, DraftLoss)
     assert module.drafter is not None
     assert found.train is not None
     loss, width = module.loss, base.config.get_text_config().hidden_size
-    key = hidden_states.key_of(base, dtype, None if tuned is None else tuned.saved, found.keys["train"], module.drafter.layers)
+    key = hidden_states.key_of(
+        base,
+        dtype,
+        None if tuned is None else tuned.saved,
+        found.keys["train"],
+        module.drafter.layers,
+    )
     loss.states = hidden_states.prepared(
-        Path(config["target"]["features"]).expanduser(), key, found.train, lambda batch: loss.forward(batch)[:2], width,
-        base.tokenizer.pad_token_id, config["batch_size"], device,
-    ).states  # fmt: skip
+        Path(config["target"]["features"]).expanduser(),
+        key,
+        found.train,
+        lambda batch: loss.forward(batch)[:2],
+        width,
+        base.tokenizer.pad_token_id,
+        config["batch_size"],
+        device,
+    ).states
 
 
 def _calibration(found: rows_module.Data, plan: Plan | None) -> Iterator[dict[str, torch.Tensor]]:
-    """The run's first micro-batches as transformers' models take them, for adapters that are computed from data."""
+    """The run's first micro-batches as transformers' models take them, for adapters that are
+    computed from data."""
     if plan is None:
-        raise DataError("this initialisation reads training data beforehand, which task.streaming=true does not allow")
+        raise DataError(
+            "this initialisation reads training data beforehand, which task.streaming=true does not"
+            " allow"
+        )
     assert found.train is not None
     for step in range(plan.steps(None, None)):
         for picks in plan.micro_batches(step):
@@ -297,19 +411,40 @@ def _calibration(found: rows_module.Data, plan: Plan | None) -> Iterator[dict[st
             batch = found.collate(items)
             lengths = torch.tensor([[sum(len(row.ids) for row in rows)] for _, rows in items])
             mask = (torch.arange(batch["input_ids"].shape[1]) < lengths).long()
-            yield {"input_ids": batch["input_ids"], "attention_mask": mask, "labels": batch.get("classes", batch["labels"])}
+            yield {
+                "input_ids": batch["input_ids"],
+                "attention_mask": mask,
+                "labels": batch.get("classes", batch["labels"]),
+            }
 
 
 def _calibrate(
-    module: FineTune, penalty: DensityDEFT, found: rows_module.Data, plan: Plan | None, device: torch.device, journal: Journal
+    module: FineTune,
+    penalty: DensityDEFT,
+    found: rows_module.Data,
+    plan: Plan | None,
+    device: torch.device,
+    journal: Journal,
 ) -> None:
-    """Let the penalty measure on the run's first micro-batches, the same on every rank, what it keeps from then on."""
+    """Let the penalty measure on the run's first micro-batches, the same on every rank, what it
+    keeps from then on."""
     if plan is not None and found.train is not None:
         rows = found.train
-        picked = (picks for step in range(plan.steps(None, None)) for picks in plan.micro_batches(step))
-        module.calibrate(to_device(found.collate([rows[pick] for pick in picks]), device) for picks in picked)
-    taus = {f"tau/{name}": tau for (name, _), tau in zip(penalty.layers, penalty.tau or [], strict=True)}
-    log.info("penalty: the density of %d MLPs, tau from %.3g to %.3g", len(taus), min(taus.values()), max(taus.values()))
+        picked = (
+            picks for step in range(plan.steps(None, None)) for picks in plan.micro_batches(step)
+        )
+        module.calibrate(
+            to_device(found.collate([rows[pick] for pick in picks]), device) for picks in picked
+        )
+    taus = {
+        f"tau/{name}": tau for (name, _), tau in zip(penalty.layers, penalty.tau or [], strict=True)
+    }
+    log.info(
+        "penalty: the density of %d MLPs, tau from %.3g to %.3g",
+        len(taus),
+        min(taus.values()),
+        max(taus.values()),
+    )
     journal.write("penalty", 0, taus)
 
 
@@ -321,22 +456,34 @@ def _prompts(config: dict[str, Any]) -> int:
 def _loggers(config: dict[str, Any], place: RunFolder, record: dict[str, Any]) -> list[Any]:
     start = record["starts"][-1] | {"number": len(record["starts"])}
     made = [instantiate(node) for node in config["logger"].values() if node is not None]
-    loggers = [make(folder=place.path, run_id=record["id"], name=config["name"], config=config, start=start) for make in made]
+    loggers = [
+        make(
+            folder=place.path, run_id=record["id"], name=config["name"], config=config, start=start
+        )
+        for make in made
+    ]
     return [logger for logger in loggers if logger is not None]
 
 
 def _callbacks(config: dict[str, Any], context: Context) -> list[lightning.Callback]:
-    """In their order at the end of a step: metrics, evaluation, what decides to cool down and stop, what saves, what shows."""
+    """In their order at the end of a step: metrics, evaluation, what decides to cool down and stop,
+    what saves, what shows."""
     nodes = config["callbacks"]
     made = {name: instantiate(node)(context) for name, node in nodes.items() if node is not None}
     every = nodes["progress"]["every"] if nodes.get("progress") else 1
     before = [made.pop(name) for name in ("evaluation", "averaging", "cooldown") if name in made]
-    free = [ScheduleFree()] if schedule_free(config) else []  # first: what comes behind it sees the average
+    # first: what comes behind it sees the average
+    free = [ScheduleFree()] if schedule_free(config) else []
     return [*free, Metrics(context, every), *before, Stopping(context), *made.values()]
 
 
 def _loader(
-    config: dict[str, Any], found: rows_module.Data, plan: Plan | None, steps: int, done: int, lightning_: lightning.Trainer
+    config: dict[str, Any],
+    found: rows_module.Data,
+    plan: Plan | None,
+    steps: int,
+    done: int,
+    lightning_: lightning.Trainer,
 ) -> DataLoader:
     pinned = lightning_.strategy.root_device.type == "cuda"
     rank, ranks = lightning_.global_rank, lightning_.world_size
@@ -346,9 +493,13 @@ def _loader(
     assert found.train is not None
     sampler = Batches(plan, done, steps, rank)
     return Loader(
-        found.train, batch_sampler=sampler, collate_fn=found.collate, num_workers=config["workers"], pin_memory=pinned,
+        found.train,
+        batch_sampler=sampler,
+        collate_fn=found.collate,
+        num_workers=config["workers"],
+        pin_memory=pinned,
         minutes=config["loading_timeout"],
-    )  # fmt: skip
+    )
 
 
 def _evaluate_only(lightning_: lightning.Trainer, module: FineTune) -> None:
@@ -360,8 +511,18 @@ def _evaluate_only(lightning_: lightning.Trainer, module: FineTune) -> None:
 def _say_why_it_ended(context: Context, module: FineTune) -> None:
     context.journal.write_csv()
     if context.signals.received is not None:
-        raise slurm_job.Stopped(context.signals.received, context.folder.path, module.step, progress.planned(context.steps))
+        raise slurm_job.Stopped(
+            context.signals.received,
+            context.folder.path,
+            module.step,
+            progress.planned(context.steps),
+        )
     if context.stopped is not None:
-        log.info("stopped after step %d%s: %s", module.step, progress.of(context.steps), context.stopped)
+        log.info(
+            "stopped after step %d%s: %s", module.step, progress.of(context.steps), context.stopped
+        )
     elif module.step != context.steps:
-        raise Unfinished(f"the run ended after step {module.step}{progress.of(context.steps)} without a reason", 1)
+        raise Unfinished(
+            f"the run ended after step {module.step}{progress.of(context.steps)} without a reason",
+            1,
+        )

@@ -2,9 +2,10 @@
 
     python -m trainer.sizes run=FOLDER[@last|best|STEP] [spectrum=true] [json=FILE]
 
-Per adapted layer: bytes in the adapter's file, trained parameters, and of the merged update D = W' - W the share of entries
-that are not zero, |D| / |W| in Frobenius norm, and the effective rank exp(-Σ p log p), p the singular values over their sum
-(Roy and Vetterli 2007). spectrum=false leaves the rank out, which takes a singular value decomposition of each dense D.
+Per adapted layer: bytes in the adapter's file, trained parameters, and of the merged update D = W'
+- W the share of entries that are not zero, |D| / |W| in Frobenius norm, and the effective rank
+exp(-Σ p log p), p the singular values over their sum (Roy and Vetterli 2007). spectrum=false leaves
+the rank out, which takes a singular value decomposition of each dense D.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ def _told(layers: list[Size]) -> None:
         )
         table.add_row(size.module, f"{size.bytes:,}", f"{size.parameters:,}", *told)
     table.add_section()
-    table.add_row("all", *(f"{sum(getattr(size, key) for size in layers):,}" for key in ("bytes", "parameters")))
+    table.add_row(
+        "all",
+        *(f"{sum(getattr(size, key) for size in layers):,}" for key in ("bytes", "parameters")),
+    )
     get_console().print(table)
 
 
@@ -53,7 +57,9 @@ def main(argv: list[str]) -> int:
         return failures.told(error)
     _told(layers)
     if options["json"]:
-        Path(options["json"]).write_text(json.dumps([asdict(size) for size in layers], indent=2) + "\n")
+        Path(options["json"]).write_text(
+            json.dumps([asdict(size) for size in layers], indent=2) + "\n"
+        )
     return 0
 
 

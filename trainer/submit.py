@@ -1,13 +1,16 @@
 """A run as a SLURM job: the config is composed and checked here, before anything waits in a queue.
 
-    python -m trainer.submit +experiment=NAME [KEY=VALUE ...] [slurm.KEY=VALUE ...] [slurm=FILE] [dry=false] [--multirun]
+    python -m trainer.submit +experiment=NAME [KEY=VALUE ...] [slurm.KEY=VALUE ...] [slurm=FILE]
+    [dry=false] [--multirun]
 
-What stands for `python -m trainer` stands here too. The job asks for lightning.num_nodes nodes with lightning.devices processes
-each. slurm.KEY=VALUE are the settings of conf/slurm.yaml (partition, time, memory ...); slurm=FILE takes them from a YAML file of
-yours. dry=true prints the script and queues nothing. With --multirun several values of a key, separated by commas, become an array
-of jobs with one task for each combination, and slurm.parallel=N runs N of them at once.
+What stands for `python -m trainer` stands here too. The job asks for lightning.num_nodes nodes with
+lightning.devices processes each. slurm.KEY=VALUE are the settings of conf/slurm.yaml (partition,
+time, memory ...); slurm=FILE takes them from a YAML file of yours. dry=true prints the script and
+queues nothing. With --multirun several values of a key, separated by commas, become an array of
+jobs with one task for each combination, and slurm.parallel=N runs N of them at once.
 
-The run is named by the job, RUNS/NAME-JOB, and goes on there when the job is started again. Script and log are in RUNS/slurm.
+The run is named by the job, RUNS/NAME-JOB, and goes on there when the job is started again. Script
+and log are in RUNS/slurm.
 """
 
 from __future__ import annotations
@@ -36,7 +39,10 @@ def main(argv: list[str]) -> int:
     print(f"job {number}")
     print(f"run:              {job.run}{f'-{number}{task}' if job.numbered else ''}")
     print(f"script:           {file}")
-    print(f"watch:            tail -F {job.logs / f'{job.name}-{number}{task}.log'}, squeue --job={number}")
+    print(
+        f"watch:            tail -F {job.logs / f'{job.name}-{number}{task}.log'}, squeue"
+        f" --job={number}"
+    )
     print(f"save and requeue: scancel --signal=USR1 {number}")
     print(f"cancel:           scancel {number}")
     return 0

@@ -1,12 +1,17 @@
-"""Step time and peak memory of our LoRA, RoSA and sparse layers against stock PEFT's LoRA, SHiRA and Super-Tuning.
+"""Step time and peak memory of our LoRA, RoSA and sparse layers against stock PEFT's LoRA, SHiRA
+and Super-Tuning.
 
-    python -m scripts.bench.adapters [rank=16] [batch_size=4] [length=256] [steps=8] [repeats=3] [dtype=bfloat16] [base=smollm2_135m]
-        [shape=null|1b|8b] [supervised=1.0] [methods=[...]] [fused=true] [gradient=auto] [device=cpu]
+    python -m scripts.bench.adapters [rank=16] [batch_size=4] [length=256] [steps=8] [repeats=3]
+    [dtype=bfloat16] [base=smollm2_135m]
+        [shape=null|1b|8b] [supervised=1.0] [methods=[...]] [fused=true] [gradient=auto]
+        [device=cpu]
 
-The same model, random tokens, loss (ours, logits in chunks) and optimiser for all, at equal trainable parameters; each in a
-process of its own, in turn. `shape` takes a Llama of that size with random weights instead of a base, for a GPU. `supervised`
-is the share of positions that are trained; `fused` is for ours, as in conf/config.yaml. Ratios are to the first of `methods`.
-Memory is the peak above what the process had when the model was loaded: activations, gradients, adapter and optimiser.
+The same model, random tokens, loss (ours, logits in chunks) and optimiser for all, at equal
+trainable parameters; each in a process of its own, in turn. `shape` takes a Llama of that size with
+random weights instead of a base, for a GPU. `supervised` is the share of positions that are
+trained; `fused` is for ours, as in conf/config.yaml. Ratios are to the first of `methods`. Memory
+is the peak above what the process had when the model was loaded: activations, gradients, adapter
+and optimiser.
 """
 
 from __future__ import annotations
@@ -28,14 +33,44 @@ from omegaconf import OmegaConf
 from scripts.bench.options import given
 
 DEFAULTS: dict[str, Any] = {
-    "rank": 16, "batch_size": 4, "length": 256, "steps": 8, "repeats": 3, "dtype": "bfloat16", "base": "smollm2_135m", "shape": None,
-    "supervised": 1.0, "fused": True, "gradient": "auto", "device": "cpu",
-    "methods": ["peft_lora", "lora", "rosa", "sparse", "peft_supertuning", "peft_supra", "peft_shira"],
-}  # fmt: skip
+    "rank": 16,
+    "batch_size": 4,
+    "length": 256,
+    "steps": 8,
+    "repeats": 3,
+    "dtype": "bfloat16",
+    "base": "smollm2_135m",
+    "shape": None,
+    "supervised": 1.0,
+    "fused": True,
+    "gradient": "auto",
+    "device": "cpu",
+    "methods": [
+        "peft_lora",
+        "lora",
+        "rosa",
+        "sparse",
+        "peft_supertuning",
+        "peft_supra",
+        "peft_shira",
+    ],
+}
 SHAPES = {
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
-}  # fmt: skip
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
 
 
 def loaded(options: dict[str, Any]) -> Any:
@@ -50,13 +85,17 @@ def loaded(options: dict[str, Any]) -> Any:
     quiet.quiet()
     dtype = getattr(torch, options["dtype"])
     if options["shape"] is not None:
-        settings = LlamaConfig(vocab_size=32000, tie_word_embeddings=True, **SHAPES[options["shape"]])
+        settings = LlamaConfig(
+            vocab_size=32000, tie_word_embeddings=True, **SHAPES[options["shape"]]
+        )
         with torch.device(options["device"]):
             torch.set_default_dtype(dtype)
             model = LlamaForCausalLM(settings)
             torch.set_default_dtype(torch.float32)
         return model
-    plain: Any = OmegaConf.to_container(compose.compose([f"base={options['base']}", "task=viggo", "task.path=x"]), resolve=True)
+    plain: Any = OmegaConf.to_container(
+        compose.compose([f"base={options['base']}", "task=viggo", "task.path=x"]), resolve=True
+    )
     return instantiate(plain["base"]).load(dtype, device=torch.device(options["device"]))
 
 
@@ -79,16 +118,26 @@ def adapted(method: str, model: Any, options: dict[str, Any]) -> tuple[Any, Any]
         "sparse": ["adapter=sparse", f"adapter.density={density}"],
     }
     if method in ours:
-        extra = [] if method == "lora" else ["adapter.mask=random", f"adapter.gradient={options['gradient']}"]
-        plain: Any = OmegaConf.to_container(compose.compose([*ours[method], *extra, "task=viggo", "task.path=x"]), resolve=True)
+        extra = (
+            []
+            if method == "lora"
+            else ["adapter.mask=random", f"adapter.gradient={options['gradient']}"]
+        )
+        plain: Any = OmegaConf.to_container(
+            compose.compose([*ours[method], *extra, "task=viggo", "task.path=x"]), resolve=True
+        )
         adapter = instantiate(plain["adapter"])
         model = adapter.attach(model, Start(steps=1000))
         for name, layer in layers(model):
-            assert len(layer.delta.indices) == mask.entries(layer.delta.o, layer.delta.i, adapter.density, name)  # type: ignore[arg-type]
+            assert len(layer.delta.indices) == mask.entries(
+                layer.delta.o, layer.delta.i, adapter.density, name
+            )  # type: ignore[arg-type]
         return model, adapter
     configs: dict[str, Any] = {
         "peft_lora": lambda: peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"),
-        "peft_supertuning": lambda: peft.SupertuningConfig(sparsity=1 - density, target_modules="all-linear"),
+        "peft_supertuning": lambda: peft.SupertuningConfig(
+            sparsity=1 - density, target_modules="all-linear"
+        ),
         "peft_supra": lambda: peft.SupertuningConfig(
             sparsity=1 - density / 2, r=rank // 2, lora_alpha=rank // 2, target_modules="all-linear"
         ),
@@ -100,7 +149,8 @@ def adapted(method: str, model: Any, options: dict[str, Any]) -> tuple[Any, Any]
 
 
 class Peak(threading.Thread):
-    """The largest resident memory, in MB, while it runs: the process's own maximum may lie before."""
+    """The largest resident memory, in MB, while it runs: the process's own maximum may lie
+    before."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -139,7 +189,9 @@ def measured(method: str, options: dict[str, Any]) -> dict[str, Any]:
     draw = torch.Generator().manual_seed(0)
     shape = (options["batch_size"], options["length"])
     ids = torch.randint(0, 32000, shape, generator=draw).to(options["device"])
-    labels = torch.where(torch.rand(shape, generator=draw).to(ids.device) < options["supervised"], ids, -100)
+    labels = torch.where(
+        torch.rand(shape, generator=draw).to(ids.device) < options["supervised"], ids, -100
+    )
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     peak, times = Peak(), []
@@ -169,7 +221,8 @@ def measured(method: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Each method `repeats` times in turn; a table of medians and of ratios to stock PEFT's LoRA."""
+    """Each method `repeats` times in turn; a table of medians and of ratios to stock PEFT's
+    LoRA."""
     options = given(DEFAULTS, __doc__)
     if "--worker" in sys.argv:
         name, out = sys.argv[sys.argv.index("--worker") + 1 :][:2]
@@ -179,23 +232,40 @@ def main() -> int:
     for repeat in range(options["repeats"]):
         for name in options["methods"]:
             with tempfile.NamedTemporaryFile(suffix=".json") as out:
-                command = [sys.executable, "-m", "scripts.bench.adapters", *sys.argv[1:], "--worker", name, out.name]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "scripts.bench.adapters",
+                    *sys.argv[1:],
+                    "--worker",
+                    name,
+                    out.name,
+                ]
                 done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
                 if done.returncode:
                     print(done.stdout[-2000:], done.stderr[-4000:], file=sys.stderr)
                     return 1
                 results[name].append(json.loads(Path(out.name).read_text()))
-            print(f"round {repeat + 1} {name}: {statistics.median(results[name][-1]['steps']):.3f} s a step", flush=True)
+            print(
+                f"round {repeat + 1} {name}: {statistics.median(results[name][-1]['steps']):.3f} s"
+                " a step",
+                flush=True,
+            )
     reference = options["methods"][0]
-    medians = {name: [statistics.median(r["steps"]) for r in runs] for name, runs in results.items()}
-    print(f"\n{'':17}{'trained':>11}{'step s':>9}{'/ ' + reference:>13}{'(rounds)':>24}{'peak MB':>10}{'/':>7}  gradient")
+    medians = {
+        name: [statistics.median(r["steps"]) for r in runs] for name, runs in results.items()
+    }
+    print(
+        f"\n{'':17}{'trained':>11}{'step s':>9}{'/ ' + reference:>13}{'(rounds)':>24}{'peak MB':>10}{'/':>7}"
+        "  gradient"
+    )
     memory = {name: statistics.median(r["mb"] for r in runs) for name, runs in results.items()}
     for name, values in medians.items():
         ratios = [a / b for a, b in zip(values, medians[reference], strict=True)]
         shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
         print(
-            f"{name:17}{results[name][0]['trained']:11,}{statistics.median(values):9.3f}{statistics.median(ratios):13.3f}{shown:>24}"
-            f"{memory[name]:10.0f}{memory[name] / memory[reference]:7.2f}  {'+'.join(results[name][0]['ways'])}"
+            f"{name:17}{results[name][0]['trained']:11,}{statistics.median(values):9.3f}{statistics.median(ratios):13.3f}{shown:>24}{memory[name]:10.0f}{memory[name] / memory[reference]:7.2f}"
+            f"  {'+'.join(results[name][0]['ways'])}"
         )
     return 0
 

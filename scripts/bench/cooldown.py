@@ -1,13 +1,18 @@
-"""One constant run with a cooldown for each length, against a cosine run of each length: what they reach, and what they cost.
+"""One constant run with a cooldown for each length, against a cosine run of each length: what they
+reach, and what they cost.
 
-    python -m scripts.bench.cooldown data=FOLDER out=FOLDER [lengths=[40,80,160]] [fraction=0.2] [rates=[1e-3,3e-3,1e-2]]
-        [task=viggo] [adapter=lora] [batch_size=4] [held_out=100] [base=smollm2_135m] [seed=0] [averages=true]
+    python -m scripts.bench.cooldown data=FOLDER out=FOLDER [lengths=[40,80,160]] [fraction=0.2]
+    [rates=[1e-3,3e-3,1e-2]]
+        [task=viggo] [adapter=lora] [batch_size=4] [held_out=100] [base=smollm2_135m] [seed=0]
+        [averages=true]
     python -m scripts.bench.cooldown out=FOLDER table=true
 
-As in Hägele et al. 2024 (arXiv 2405.18392): the peak rate of the cosine, which decays to a tenth of it, is searched on the shortest
-length among `rates`, by the held-out loss; the constant rate is half of it. The branches cool down by 1 - sqrt over `fraction` of
-their length. With `averages` the constant run also keeps an average of its weights (SWA), the paper's other comparison. Every run is
-one of the program in a process of its own, and goes on where the script was stopped. Writes OUT/cooldown.md and OUT/cooldown.svg.
+As in Hägele et al. 2024 (arXiv 2405.18392): the peak rate of the cosine, which decays to a tenth of
+it, is searched on the shortest length among `rates`, by the held-out loss; the constant rate is
+half of it. The branches cool down by 1 - sqrt over `fraction` of their length. With `averages` the
+constant run also keeps an average of its weights (SWA), the paper's other comparison. Every run is
+one of the program in a process of its own, and goes on where the script was stopped. Writes
+OUT/cooldown.md and OUT/cooldown.svg.
 """
 
 from __future__ import annotations
@@ -23,14 +28,29 @@ from typing import Any
 from scripts.bench.options import given
 
 DEFAULTS: dict[str, Any] = {
-    "data": None, "out": None, "lengths": [40, 80, 160], "fraction": 0.2, "rates": [1e-3, 3e-3, 1e-2], "task": "viggo", "adapter": "lora",
-    "batch_size": 4, "held_out": 100, "base": "smollm2_135m", "seed": 0, "averages": True, "table": False,
-}  # fmt: skip
-FILES = {"viggo": ("viggo_train.jsonl", "viggo_valid.jsonl"), "sql": ("sql_train.jsonl", "sql_train.jsonl")}
+    "data": None,
+    "out": None,
+    "lengths": [40, 80, 160],
+    "fraction": 0.2,
+    "rates": [1e-3, 3e-3, 1e-2],
+    "task": "viggo",
+    "adapter": "lora",
+    "batch_size": 4,
+    "held_out": 100,
+    "base": "smollm2_135m",
+    "seed": 0,
+    "averages": True,
+    "table": False,
+}
+FILES = {
+    "viggo": ("viggo_train.jsonl", "viggo_valid.jsonl"),
+    "sql": ("sql_train.jsonl", "sql_train.jsonl"),
+}
 
 
 def trained(options: dict[str, Any], name: str, *overrides: str, verb: str = "") -> dict[str, Any]:
-    """The run of a name, trained if it is not there yet: its steps, tokens, and held-out loss after the last step."""
+    """The run of a name, trained if it is not there yet: its steps, tokens, and held-out loss after
+    the last step."""
     folder = Path(options["out"]) / "runs" / name
     if not (folder / "report.html").exists():
         command = [sys.executable, "-m", "trainer" + (f".{verb}" if verb else ""), *overrides]
@@ -40,7 +60,12 @@ def trained(options: dict[str, Any], name: str, *overrides: str, verb: str = "")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     steps = [row for row in rows if row["kind"] == "step"]
     result = {"name": name, "steps": steps[-1]["step"], "tokens": steps[-1]["tokens"]}
-    result |= {kind: row["loss"] for kind in ("evaluation", "average") for row in rows if row["kind"] == kind}
+    result |= {
+        kind: row["loss"]
+        for kind in ("evaluation", "average")
+        for row in rows
+        if row["kind"] == kind
+    }
     print(f"{name}: {result['steps']} steps, held-out loss {result['evaluation']:.4f}", flush=True)
     return result
 
@@ -54,11 +79,25 @@ def common(options: dict[str, Any], name: str, steps: int, rate: float) -> list[
         else [f"task.path={train}", "task.eval_fraction=0.2"]
     )
     return [
-        f"base={options['base']}", f"task={options['task']}", *rows, f"task.eval_limit={options['held_out']}", f"adapter={options['adapter']}",
-        f"name={name}", f"runs={options['out']}/runs", "resume=auto", "logger=none", f"seed={options['seed']}", f"max_steps={steps}",
-        "max_epochs=null", "max_length=384", f"batch_size={options['batch_size']}", f"optimizer.lr={rate}", "callbacks.evaluation.every=null",
-        "callbacks.evaluation.samples=0", "schedule.warmup=3",
-    ]  # fmt: skip
+        f"base={options['base']}",
+        f"task={options['task']}",
+        *rows,
+        f"task.eval_limit={options['held_out']}",
+        f"adapter={options['adapter']}",
+        f"name={name}",
+        f"runs={options['out']}/runs",
+        "resume=auto",
+        "logger=none",
+        f"seed={options['seed']}",
+        f"max_steps={steps}",
+        "max_epochs=null",
+        "max_length=384",
+        f"batch_size={options['batch_size']}",
+        f"optimizer.lr={rate}",
+        "callbacks.evaluation.every=null",
+        "callbacks.evaluation.samples=0",
+        "schedule.warmup=3",
+    ]
 
 
 def measured(options: dict[str, Any]) -> dict[str, Any]:
@@ -76,30 +115,56 @@ def measured(options: dict[str, Any]) -> dict[str, Any]:
     }
     peak = min(searched, key=lambda rate: searched[rate]["evaluation"])
     cosines = [searched[peak]] + [
-        trained(options, f"cosine-{n}-{peak:g}", *common(options, f"cosine-{n}-{peak:g}", n, peak), *cosine)
+        trained(
+            options,
+            f"cosine-{n}-{peak:g}",
+            *common(options, f"cosine-{n}-{peak:g}", n, peak),
+            *cosine,
+        )
         for n in lengths[1:]
     ]
     starts = [n - round(options["fraction"] * n) for n in lengths]
-    average = ["callbacks=[default,averaging]", "callbacks.averaging.kind=swa"] if options["averages"] else []
+    average = (
+        ["callbacks=[default,averaging]", "callbacks.averaging.kind=swa"]
+        if options["averages"]
+        else []
+    )
     trunk = trained(
-        options, "constant", *common(options, "constant", starts[-1], peak / 2), "schedule=constant", *average,
-        f"callbacks.checkpoints.every={math.gcd(*starts)}", "callbacks.checkpoints.keep=null",
-    )  # fmt: skip
+        options,
+        "constant",
+        *common(options, "constant", starts[-1], peak / 2),
+        "schedule=constant",
+        *average,
+        f"callbacks.checkpoints.every={math.gcd(*starts)}",
+        "callbacks.checkpoints.keep=null",
+    )
     constant = f"{options['out']}/runs/constant"
     branches = [
-        trained(options, f"constant-cooldown-{start}-{n - start}", f"from={constant}@{start}", f"steps={n - start}", "resume=auto", verb="cooldown")
+        trained(
+            options,
+            f"constant-cooldown-{start}-{n - start}",
+            f"from={constant}@{start}",
+            f"steps={n - start}",
+            "resume=auto",
+            verb="cooldown",
+        )
         for n, start in zip(lengths, starts, strict=True)
-    ]  # fmt: skip
+    ]
     return {
-        "peak": peak, "searched": {f"{rate:g}": run["evaluation"] for rate, run in searched.items()}, "cosine": cosines, "constant": trunk,
-        "branches": branches, "options": options,
-    }  # fmt: skip
+        "peak": peak,
+        "searched": {f"{rate:g}": run["evaluation"] for rate, run in searched.items()},
+        "cosine": cosines,
+        "constant": trunk,
+        "branches": branches,
+        "options": options,
+    }
 
 
 def table(found: dict[str, Any]) -> str:
     """The lengths side by side, and what both ways cost."""
     lines = [
-        f"Peak of the cosine {found['peak']:g} (held-out loss at {found['cosine'][0]['steps']} steps: "
+        f"Peak of the cosine {found['peak']:g} (held-out loss at {found['cosine'][0]['steps']}"
+        " steps: "
         + ", ".join(f"{rate}: {loss:.4f}" for rate, loss in found["searched"].items())
         + f"), constant rate {found['peak'] / 2:g}.\n",
         "| steps | cosine | cooldown | difference |",
@@ -129,8 +194,13 @@ def plot(found: dict[str, Any], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5, 3.4))
-    for name, runs in (("cosine, a run each", found["cosine"]), ("cooldowns of one constant run", found["branches"])):
-        axes.plot([run["steps"] for run in runs], [run["evaluation"] for run in runs], "o-", label=name)
+    for name, runs in (
+        ("cosine, a run each", found["cosine"]),
+        ("cooldowns of one constant run", found["branches"]),
+    ):
+        axes.plot(
+            [run["steps"] for run in runs], [run["evaluation"] for run in runs], "o-", label=name
+        )
     axes.set_xlabel("steps")
     axes.set_ylabel("held-out loss")
     axes.legend(frameon=False)

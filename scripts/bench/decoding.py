@@ -1,10 +1,14 @@
-"""Where a step of speculative decoding spends its time: the target's forward passes, the drafter's, and all the rest.
+"""Where a step of speculative decoding spends its time: the target's forward passes, the drafter's,
+and all the rest.
 
-    python -m scripts.bench.decoding runs=[FOLDER,...] [untrained=[lookup]] [shapes=[chain,tree]] [dtypes=[run,fp32]] [chain=3] [tree=8]
-                                     [top_k=4] [depth=4] [prompts=4] [max_new_tokens=48] [clock=wall] [profile=0] [json=FILE]
+    python -m scripts.bench.decoding runs=[FOLDER,...] [untrained=[lookup]] [shapes=[chain,tree]]
+    [dtypes=[run,fp32]] [chain=3] [tree=8]
+                                     [top_k=4] [depth=4] [prompts=4] [max_new_tokens=48]
+                                     [clock=wall] [profile=0] [json=FILE]
 
-Each run's drafter, and those without training on the first run's base, draft a chain of `chain` tokens and, where they can branch,
-EAGLE-2's tree of `tree` nodes for the run's first held-out prompts, greedily, one sequence at a time; `plain` is the same loop without a
+Each run's drafter, and those without training on the first run's base, draft a chain of `chain`
+tokens and, where they can branch, EAGLE-2's tree of `tree` nodes for the run's first held-out
+prompts, greedily, one sequence at a time; `plain` is the same loop without a
 drafter. Medians over all steps but each text's first, in milliseconds:
 
     target     the model's forward, its output head, and its embedding and rotary embeddings where a drafter asks for them
@@ -12,9 +16,10 @@ drafter. Medians over all steps but each text's first, in milliseconds:
     rest       the step less both: growing trees, masks, verification, what is kept of caches, News, Python
     share      of each step the rest over the step
 
-clock=processor counts processor instead of wall seconds: the same on a quiet machine with one thread, and steady on a busy one. On a GPU
-each forward is waited for, so that the rest is what it would be with nothing overlapping. profile=N prints the N functions in which most
-of the rest's time goes, by cProfile.
+clock=processor counts processor instead of wall seconds: the same on a quiet machine with one
+thread, and steady on a busy one. On a GPU each forward is waited for, so that the rest is what it
+would be with nothing overlapping. profile=N prints the N functions in which most of the rest's time
+goes, by cProfile.
 """
 
 from __future__ import annotations
@@ -35,9 +40,20 @@ from typing import Any
 from omegaconf import OmegaConf
 
 DEFAULTS: dict[str, Any] = {
-    "runs": [], "untrained": ["lookup"], "shapes": ["chain", "tree"], "dtypes": ["run", "fp32"], "chain": 3, "tree": 8, "top_k": 4,
-    "depth": 4, "prompts": 4, "max_new_tokens": 48, "clock": "wall", "profile": 0, "json": None,
-}  # fmt: skip
+    "runs": [],
+    "untrained": ["lookup"],
+    "shapes": ["chain", "tree"],
+    "dtypes": ["run", "fp32"],
+    "chain": 3,
+    "tree": 8,
+    "top_k": 4,
+    "depth": 4,
+    "prompts": 4,
+    "max_new_tokens": 48,
+    "clock": "wall",
+    "profile": 0,
+    "json": None,
+}
 
 
 @dataclass
@@ -79,18 +95,30 @@ class Meter:
 
 
 def figures(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Medians over steps in milliseconds, and the median share of what is neither the target's nor the drafter's."""
+    """Medians over steps in milliseconds, and the median share of what is neither the target's nor
+    the drafter's."""
     rest = [step["step"] - step["target"] - step["drafter"] for step in steps]
-    found = {name: 1000 * statistics.median(step[name] for step in steps) for name in ("step", "target", "drafter")}
+    found = {
+        name: 1000 * statistics.median(step[name] for step in steps)
+        for name in ("step", "target", "drafter")
+    }
     found["rest"] = 1000 * statistics.median(rest)
-    found["share"] = statistics.median(one / step["step"] for one, step in zip(rest, steps, strict=True))
+    found["share"] = statistics.median(
+        one / step["step"] for one, step in zip(rest, steps, strict=True)
+    )
     return found | {"steps": len(steps)}
 
 
 def measured(
-    target: Any, drafter: Any, prompts: list[Any], shape: Any, stops: list[int], options: dict[str, Any]
+    target: Any,
+    drafter: Any,
+    prompts: list[Any],
+    shape: Any,
+    stops: list[int],
+    options: dict[str, Any],
 ) -> dict[str, Any]:
-    """`figures` of decoding with one drafter in one shape, and its tokens a step; None for the drafter is plain decoding."""
+    """`figures` of decoding with one drafter in one shape, and its tokens a step; None for the
+    drafter is plain decoding."""
     import torch
 
     from trainer.decoding import speculative
@@ -118,7 +146,11 @@ def measured(
         forward(module, "target")
     own = {id(module) for module in target.model.modules()}
     for module in drafter.modules() if drafter is not None else ():
-        if module is not drafter and id(module) not in own and type(module).forward is not torch.nn.Module.forward:
+        if (
+            module is not drafter
+            and id(module) not in own
+            and type(module).forward is not torch.nn.Module.forward
+        ):
             forward(module, "drafter")
     step = speculative.step
 
@@ -134,7 +166,8 @@ def measured(
             meter.restart()
             if profile is not None and number:
                 profile.enable()
-            limit = options["max_new_tokens"] if number else 8  # what happens once only is not measured
+            # what happens once only is not measured
+            limit = options["max_new_tokens"] if number else 8
             result = speculative.generate(target, drafter, ids, limit, stops, shape=shape)
             if profile is not None:
                 profile.disable()
@@ -155,12 +188,16 @@ def measured(
 def table(rows: list[dict[str, Any]]) -> str:
     """One line for each drafter, shape and dtype."""
     lines = [
-        "| drafter | draft | dtype | steps | tokens a step | step ms | target ms | drafter ms | rest ms | share |",
+        (
+            "| drafter | draft | dtype | steps | tokens a step | step ms | target ms | drafter ms |"
+            " rest ms | share |"
+        ),
         "|---" * 10 + "|",
     ]
     lines += [
-        f"| {row['drafter']} | {row['shape']} | {row['dtype']} | {row['steps']} | {row['tokens']:.2f} | {row['step']:.2f} | "
-        f"{row['target']:.2f} | {row['drafter_ms']:.2f} | {row['rest']:.2f} | {row['share']:.1%} |"
+        f"| {row['drafter']} | {row['shape']} | {row['dtype']} | {row['steps']} |"
+        f" {row['tokens']:.2f} | {row['step']:.2f} | {row['target']:.2f} | {row['drafter_ms']:.2f}"
+        f" | {row['rest']:.2f} | {row['share']:.1%} |"
         for row in rows
     ]
     return "\n".join(lines)
@@ -184,33 +221,45 @@ def main() -> int:
 
     quiet.quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shapes = {"chain": trees.chain(options["chain"]), "tree": trees.eagle2(options["top_k"], options["depth"], options["tree"])}
+    shapes = {
+        "chain": trees.chain(options["chain"]),
+        "tree": trees.eagle2(options["top_k"], options["depth"], options["tree"]),
+    }
     rows: list[dict[str, Any]] = []
     for place, path in enumerate(options["runs"]):
         for dtype in options["dtypes"]:
             found = trained(path, device, exact=dtype == "fp32")
             prompts, stops = asked({"heldout": options["prompts"]}, found)
-            ids, target = [torch.tensor(prompt, device=device) for prompt in prompts], Target(found.model)
+            ids, target = (
+                [torch.tensor(prompt, device=device) for prompt in prompts],
+                Target(found.model),
+            )
             names = ["run", *(["plain", *options["untrained"]] if place == 0 else [])]
             for name in names:
-                drafter = None if name == "plain" else drafter_of(found, {"drafter": name, "small": None})
+                drafter = (
+                    None if name == "plain" else drafter_of(found, {"drafter": name, "small": None})
+                )
                 for shape in options["shapes"]:
-                    own = drafter is None or type(drafter).propose is not Drafter.propose  # no shape is asked for
+                    # no shape is asked for
+                    own = drafter is None or type(drafter).propose is not Drafter.propose
                     if own and shape != options["shapes"][0]:
                         continue
                     result = measured(target, drafter, ids, shapes[shape], stops, options)
                     rows.append(
                         result
                         | {
-                            "drafter_ms": result["drafter"], "drafter": type(drafter).__name__ if drafter is not None else "plain",
-                            "shape": "own" if own else shape, "dtype": str(found.model.dtype).removeprefix("torch."),
+                            "drafter_ms": result["drafter"],
+                            "drafter": type(drafter).__name__ if drafter is not None else "plain",
+                            "shape": "own" if own else shape,
+                            "dtype": str(found.model.dtype).removeprefix("torch."),
                         }
-                    )  # fmt: skip
+                    )
                     print(table(rows[-1:]).splitlines()[-1], flush=True)
             del found, target
     print(f"\n{table(rows)}\n")
     print(
-        f"{options['clock']} time, {platform.machine()}, {torch.get_num_threads()} threads, {device.type}, torch {torch.__version__}"
+        f"{options['clock']} time, {platform.machine()}, {torch.get_num_threads()} threads,"
+        f" {device.type}, torch {torch.__version__}"
     )
     if options["json"]:
         Path(options["json"]).write_text(json.dumps({"options": options, "rows": rows}))

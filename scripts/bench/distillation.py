@@ -1,19 +1,25 @@
-"""Training a draft head on a frozen target: ours against a straightforward implementation with all logits.
+"""Training a draft head on a frozen target: ours against a straightforward implementation with all
+logits.
 
-    python -m scripts.bench.distillation [drafters=[eagle3,medusa]] [supervised=[1.0,0.5]] [batch_size=2] [length=512] [steps=3] [repeats=3]
-        [base=smollm2_135m] [precision=auto] [extra=[drafter.draft_vocab_size=8192]] [threads=1] [device=cpu] [json=FILE]
+    python -m scripts.bench.distillation [drafters=[eagle3,medusa]] [supervised=[1.0,0.5]]
+    [batch_size=2] [length=512] [steps=3] [repeats=3]
+        [base=smollm2_135m] [precision=auto] [extra=[drafter.draft_vocab_size=8192]] [threads=1]
+        [device=cpu] [json=FILE]
 
-Both start from the same weights and train on the same batches of random tokens with the same AdamW. `supervised` is the share of each
-row, its end, that is trained. Each side in a process of its own, in turn; the ratios are of pairs. Sides:
+Both start from the same weights and train on the same batches of random tokens with the same AdamW.
+`supervised` is the share of each
+row, its end, that is trained. Each side in a process of its own, in turn; the ratios are of pairs.
+Sides:
 
     ours    objective=distill: trainer.training.distill.DraftLoss with the program's settings
     plain   the same forward passes, then softmax over the teacher's logits of all positions (eagle3), logits of all positions for each
-            offset, and the loss by autograd: cross-entropy with the teacher's distribution renormalised over the draft vocabulary (eagle3),
-            or with the tokens (medusa)
+            offset, and the loss by autograd: cross-entropy with the teacher's distribution
+            renormalised over the draft vocabulary (eagle3), or with the tokens (medusa)
     kept    plain with the program's setting of malloc (trainer.speed.malloc), which is no part of the method
 
-plain counts the best guess that is right, and nothing else; ours also counts the five best, acceptance and runs of right guesses.
-A step is forward, backward and optimiser; the first is left out. Loss is the mean of all steps', which must agree.
+plain counts the best guess that is right, and nothing else; ours also counts the five best,
+acceptance and runs of right guesses. A step is forward, backward and optimiser; the first is left
+out. Loss is the mean of all steps', which must agree.
 """
 
 from __future__ import annotations
@@ -34,10 +40,21 @@ from omegaconf import OmegaConf
 from scripts.bench.options import given
 
 DEFAULTS: dict[str, Any] = {
-    "drafters": ["eagle3", "medusa"], "supervised": [1.0, 0.5], "batch_size": 2, "length": 512, "steps": 3, "repeats": 3,
-    "base": "smollm2_135m", "precision": "auto", "extra": [], "threads": 1, "device": "cpu", "json": None, "sides": ["plain", "ours"],
+    "drafters": ["eagle3", "medusa"],
+    "supervised": [1.0, 0.5],
+    "batch_size": 2,
+    "length": 512,
+    "steps": 3,
+    "repeats": 3,
+    "base": "smollm2_135m",
+    "precision": "auto",
+    "extra": [],
+    "threads": 1,
+    "device": "cpu",
+    "json": None,
+    "sides": ["plain", "ours"],
     "profile": False,
-}  # fmt: skip
+}
 
 
 def prepared(options: dict[str, Any], drafter: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -50,7 +67,9 @@ def prepared(options: dict[str, Any], drafter: str) -> tuple[Any, Any, dict[str,
     from trainer.models import precision
 
     quiet.quiet()
-    own = [word for word in options["extra"] if not word.startswith("drafter.") or drafter == "eagle3"]
+    own = [
+        word for word in options["extra"] if not word.startswith("drafter.") or drafter == "eagle3"
+    ]
     words = [
         f"base={options['base']}",
         "adapter=none",
@@ -58,14 +77,19 @@ def prepared(options: dict[str, Any], drafter: str) -> tuple[Any, Any, dict[str,
         "objective=distill",
         f"precision={options['precision']}",
     ]
-    plain: Any = OmegaConf.to_container(compose.compose([*words, "task.path=x", *own]), resolve=True)
+    plain: Any = OmegaConf.to_container(
+        compose.compose([*words, "task.path=x", *own]), resolve=True
+    )
     device = torch.device(options["device"])
-    dtype, _, _ = precision.compute(plain["precision"], plain["base"]["dtype"], False, device.type == "cuda")
+    dtype, _, _ = precision.compute(
+        plain["precision"], plain["base"]["dtype"], False, device.type == "cuda"
+    )
     torch.manual_seed(plain["seed"])
     model = instantiate(plain["base"]).load(dtype, None, device).eval().requires_grad_(False)
     made = instantiate(plain["drafter"])(model=model).to(device).train()
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    made.calibrate(lambda: 10**12 // torch.arange(1, vocabulary + 1) ** 2)  # the draft vocabulary is of the smallest ids
+    # the draft vocabulary is of the smallest ids
+    made.calibrate(lambda: 10**12 // torch.arange(1, vocabulary + 1) ** 2)
     return model, made, plain
 
 
@@ -76,10 +100,14 @@ def batches(options: dict[str, Any], vocabulary: int, share: float) -> list[dict
     draw = torch.Generator().manual_seed(1)
     found = []
     for _ in range(options["steps"] + 1):
-        ids = torch.randint(10, vocabulary, (options["batch_size"], options["length"]), generator=draw)
+        ids = torch.randint(
+            10, vocabulary, (options["batch_size"], options["length"]), generator=draw
+        )
         labels = ids.clone()
         labels[:, : masked(options["length"], share)] = -100
-        found.append({"input_ids": ids.to(options["device"]), "labels": labels.to(options["device"])})
+        found.append(
+            {"input_ids": ids.to(options["device"]), "labels": labels.to(options["device"])}
+        )
     return found
 
 
@@ -108,24 +136,33 @@ class Plain:
         drafter, target = self.drafter, self.target
         with torch.no_grad():
             hidden, features, extra = self.forward(batch)
-            positions = torch.arange(hidden.shape[1], device=hidden.device).expand_as(batch["input_ids"])
-            teacher = target.head(hidden).float().softmax(-1) if isinstance(drafter, Distilled) else None
+            positions = torch.arange(hidden.shape[1], device=hidden.device).expand_as(
+                batch["input_ids"]
+            )
+            teacher = (
+                target.head(hidden).float().softmax(-1) if isinstance(drafter, Distilled) else None
+            )
         seen = drafter.seen(hidden, batch["input_ids"], batch["labels"], positions, extra, features)
         total, right = hidden.new_zeros((), dtype=torch.float32), 0
         if teacher is not None:
             best, vocabulary = teacher.argmax(-1), drafter.vocabulary
-            inside = torch.ones_like(best, dtype=torch.bool) if vocabulary is None else torch.isin(best, vocabulary)
+            inside = (
+                torch.ones_like(best, dtype=torch.bool)
+                if vocabulary is None
+                else torch.isin(best, vocabulary)
+            )
             if vocabulary is not None:
                 teacher = teacher[..., vocabulary]
                 teacher = teacher / teacher.sum(-1, keepdim=True)
         for k, states in enumerate(drafter.states(seen, target), 1):
-            labels = F.pad(batch["labels"][:, k + 1 :], (0, k + 1), value=-100)  # of the token that offset k predicts
+            # of the token that offset k predicts
+            labels = F.pad(batch["labels"][:, k + 1 :], (0, k + 1), value=-100)
             counted = labels != -100
             if teacher is None:
                 logits = drafter.head_of(k, target)[0](states).float()
-                each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100).view_as(
-                    labels
-                )
+                each = F.cross_entropy(
+                    logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100
+                ).view_as(labels)
                 right = right + ((logits.argmax(-1) == labels) & counted).sum()
             else:
                 log_q = drafter.draft_heads(target)[0](states).float().log_softmax(-1)
@@ -184,16 +221,24 @@ def case(options: dict[str, Any], side: str, drafter: str, share: float) -> dict
     if options["profile"]:
         with torch.profiler.profile() as profile:
             step(made_batches[0])
-        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25), file=sys.stderr)
+        print(
+            profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25),
+            file=sys.stderr,
+        )
     wall, processor = (statistics.median(values) for values in zip(*times[1:], strict=True))
     return {
-        "seconds": wall, "cpu_seconds": processor, "tokens": tokens, "peak_bytes": peak, "losses": losses,
+        "seconds": wall,
+        "cpu_seconds": processor,
+        "tokens": tokens,
+        "peak_bytes": peak,
+        "losses": losses,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-    }  # fmt: skip
+    }
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
-    """For each drafter and share the ratios of ours over the other sides, and how far the losses are apart."""
+    """For each drafter and share the ratios of ours over the other sides, and how far the losses
+    are apart."""
     lines = []
     for key in dict.fromkeys((row["drafter"], row["supervised"]) for row in rows):
         sides: dict[str, list[dict[str, Any]]] = {}
@@ -207,11 +252,17 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
             speed = [b["cpu_seconds"] / a["cpu_seconds"] for a, b in pairs]
             wall = [b["seconds"] / a["seconds"] for a, b in pairs]
             peak = [a["peak_bytes"] / b["peak_bytes"] for a, b in pairs]
-            apart = max(abs(x / y - 1) for a, b in pairs for x, y in zip(a["losses"], b["losses"], strict=True))
+            apart = max(
+                abs(x / y - 1)
+                for a, b in pairs
+                for x, y in zip(a["losses"], b["losses"], strict=True)
+            )
             lines.append(
-                f"{key[0]}, {key[1]:.0%} supervised: ours / {other}, tokens a second {statistics.median(speed):.2f} by processor time "
-                f"({', '.join(f'{ratio:.2f}' for ratio in speed)}), {statistics.median(wall):.2f} by wall clock; peak "
-                f"{statistics.median(peak):.2f}; losses apart by at most {apart:.1e}"
+                f"{key[0]}, {key[1]:.0%} supervised: ours / {other}, tokens a second"
+                f" {statistics.median(speed):.2f} by processor time"
+                f" ({', '.join(f'{ratio:.2f}' for ratio in speed)}), {statistics.median(wall):.2f}"
+                f" by wall clock; peak {statistics.median(peak):.2f}; losses apart by at most"
+                f" {apart:.1e}"
             )
     return lines
 
@@ -224,32 +275,51 @@ def main() -> int:
         Path(file).write_text(json.dumps(case(options, side, drafter, float(share))))
         return 0
     rows: list[dict[str, Any]] = []
-    print(f"{options['threads']} threads of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {options['device']}\n")
     print(
-        f"{'drafter':8}{'supervised':>11}  {'side':6}{'cpu s/step':>11}{'s/step':>8}{'tokens/s':>10}{'peak MB':>9}  {'losses'}"
+        f"{options['threads']} threads of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f},"
+        f" {options['device']}\n"
+    )
+    print(
+        f"{'drafter':8}{'supervised':>11} "
+        f" {'side':6}{'cpu s/step':>11}{'s/step':>8}{'tokens/s':>10}{'peak MB':>9}  {'losses'}"
     )
     with tempfile.TemporaryDirectory() as folder:
         for _, drafter, share, side in itertools.product(
             range(options["repeats"]), options["drafters"], options["supervised"], options["sides"]
         ):
-            command = [sys.executable, "-m", "scripts.bench.distillation", *sys.argv[1:], "--worker", side, drafter, str(share)]
+            command = [
+                sys.executable,
+                "-m",
+                "scripts.bench.distillation",
+                *sys.argv[1:],
+                "--worker",
+                side,
+                drafter,
+                str(share),
+            ]
             done = subprocess.run([*command, f"{folder}/case.json"], capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(
-                    f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+                    f"{' '.join(command)} ended with"
+                    f" {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
                 )
-            row = {"drafter": drafter, "supervised": share, "side": side} | json.loads(Path(folder, "case.json").read_text())
+            row = {"drafter": drafter, "supervised": share, "side": side} | json.loads(
+                Path(folder, "case.json").read_text()
+            )
             rows.append(row)
             print(
-                f"{drafter:8}{share:11.0%}  {side:6}{row['cpu_seconds']:11.2f}{row['seconds']:8.2f}{row['tokens'] / row['cpu_seconds']:10.1f}"
-                f"{row['peak_bytes'] / 1e6:9.0f}  {' '.join(f'{loss:.5f}' for loss in row['losses'])}",
+                f"{drafter:8}{share:11.0%} "
+                f" {side:6}{row['cpu_seconds']:11.2f}{row['seconds']:8.2f}{row['tokens'] / row['cpu_seconds']:10.1f}{row['peak_bytes'] / 1e6:9.0f}"
+                f"  {' '.join(f'{loss:.5f}' for loss in row['losses'])}",
                 flush=True,
             )
             if options["profile"]:
                 print(done.stderr)
     print("\n" + "\n".join(summary(rows)) + f"\n{rows[-1]['dtype']}; tokens/s by processor time")
     if options["json"] is not None:
-        Path(options["json"]).write_text(json.dumps({"options": options, "rows": rows}, indent=1) + "\n", "utf-8")
+        Path(options["json"]).write_text(
+            json.dumps({"options": options, "rows": rows}, indent=1) + "\n", "utf-8"
+        )
     return 0
 
 

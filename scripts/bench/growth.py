@@ -1,20 +1,25 @@
-"""How a step's cost grows with the row's length and with the vocabulary: ours against stock PEFT with all logits at once.
+"""How a step's cost grows with the row's length and with the vocabulary: ours against stock PEFT
+with all logits at once.
 
-    python -m scripts.bench.growth [lengths=[128,...,4096]] [vocabularies=[8192,...,262144]] [length=1024] [vocabulary=32768]
-        [ways=[full,ours,ours_fixed]] [layers=8] [width=256] [rank=16] [chunk=512] [dtype=float32] [steps=3] [seconds=20] [device=cpu]
-        [threads=1] [out=FOLDER]
+    python -m scripts.bench.growth [lengths=[128,...,4096]] [vocabularies=[8192,...,262144]]
+    [length=1024] [vocabulary=32768]
+        [ways=[full,ours,ours_fixed]] [layers=8] [width=256] [rank=16] [chunk=512] [dtype=float32]
+        [steps=3] [seconds=20] [device=cpu] [threads=1] [out=FOLDER]
 
-Random Llama-shaped weights with tied embeddings, LoRA on all linear layers, AdamW, one row, every position supervised; each case in a
-process of its own. First the length grows at one vocabulary, then the vocabulary at one length. Ways:
+Random Llama-shaped weights with tied embeddings, LoRA on all linear layers, AdamW, one row, every
+position supervised; each case in a
+process of its own. First the length grows at one vocabulary, then the vocabulary at one length.
+Ways:
 
     full        peft.get_peft_model, model(input_ids, labels=...): logits of all positions
     ours        our LoRA, fused, and trainer.models.losses.CausalLoss as a run has it: the larger the vocabulary, the fewer positions' logits at once
     ours_fixed  the same with objective.logits_chunk = `chunk`
 
-Columns: processor and wall seconds of a step (the median, first of all left out; no further one is begun after `seconds`), and the peak
-memory of the steps above what weights and libraries take. An exponent is the slope of log cost over log size: 1 is linear, 0 constant.
-Attention's own products are quadratic in the length, so `attention` says which share of all products they are, and the last line from
-where on they are the most.
+Columns: processor and wall seconds of a step (the median, first of all left out; no further one is
+begun after `seconds`), and the peak memory of the steps above what weights and libraries take. An
+exponent is the slope of log cost over log size: 1 is linear, 0 constant. Attention's own products
+are quadratic in the length, so `attention` says which share of all products they are, and the last
+line from where on they are the most.
 """
 
 from __future__ import annotations
@@ -36,12 +41,28 @@ from omegaconf import OmegaConf
 from scripts.bench.options import given
 
 DEFAULTS: dict[str, Any] = {
-    "lengths": [128, 256, 512, 1024, 2048, 4096], "vocabularies": [8192, 16384, 32768, 65536, 131072, 262144], "length": 1024,
-    "vocabulary": 32768, "ways": ["full", "ours", "ours_fixed"], "layers": 8, "width": 256, "rank": 16, "chunk": 512, "dtype": "float32",
-    "steps": 3, "seconds": 20, "device": "cpu", "threads": 1, "out": None,
-}  # fmt: skip
+    "lengths": [128, 256, 512, 1024, 2048, 4096],
+    "vocabularies": [8192, 16384, 32768, 65536, 131072, 262144],
+    "length": 1024,
+    "vocabulary": 32768,
+    "ways": ["full", "ours", "ours_fixed"],
+    "layers": 8,
+    "width": 256,
+    "rank": 16,
+    "chunk": 512,
+    "dtype": "float32",
+    "steps": 3,
+    "seconds": 20,
+    "device": "cpu",
+    "threads": 1,
+    "out": None,
+}
 HEAD = 64  # width of an attention head
-COSTS = {"cpu_seconds": "processor time", "seconds": "wall clock", "peak_bytes": "peak memory above the weights"}
+COSTS = {
+    "cpu_seconds": "processor time",
+    "seconds": "wall clock",
+    "peak_bytes": "peak memory above the weights",
+}
 
 
 def inner(width: int) -> int:
@@ -50,10 +71,12 @@ def inner(width: int) -> int:
 
 
 def products(width: int, layers: int, vocabulary: int, length: int) -> dict[str, int]:
-    """Multiplications of a forward pass over one row: of the layers' matrices, of attention (a causal mask's half), of the head."""
+    """Multiplications of a forward pass over one row: of the layers' matrices, of attention (a
+    causal mask's half), of the head."""
     return {
         "layers": length * layers * (4 * width**2 + 3 * width * inner(width)),
-        "attention": layers * length * (length + 1) * width,  # q kᵀ and the sum of values, each over (length + 1) / 2 keys
+        # q kᵀ and the sum of values, each over (length + 1) / 2 keys
+        "attention": layers * length * (length + 1) * width,
         "head": length * width * vocabulary,
     }
 
@@ -94,16 +117,27 @@ def case(options: dict[str, Any], way: str, length: int, vocabulary: int) -> dic
     torch.manual_seed(0)
     width = options["width"]
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=inner(width), num_hidden_layers=options["layers"],
-        num_attention_heads=width // HEAD, num_key_value_heads=width // HEAD, max_position_embeddings=max(length, *options["lengths"]),
-        tie_word_embeddings=True, attn_implementation="sdpa",
-    )  # fmt: skip
-    model: Any = transformers.LlamaForCausalLM(config).to(options["device"], getattr(torch, options["dtype"]))
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner(width),
+        num_hidden_layers=options["layers"],
+        num_attention_heads=width // HEAD,
+        num_key_value_heads=width // HEAD,
+        max_position_embeddings=max(length, *options["lengths"]),
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+    )
+    model: Any = transformers.LlamaForCausalLM(config).to(
+        options["device"], getattr(torch, options["dtype"])
+    )
     if way == "full":
         import peft
 
         settings = peft.LoraConfig(
-            r=options["rank"], lora_alpha=2 * options["rank"], target_modules="all-linear", task_type="CAUSAL_LM"
+            r=options["rank"],
+            lora_alpha=2 * options["rank"],
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
         )
         model = peft.get_peft_model(model, settings).train()
 
@@ -117,7 +151,11 @@ def case(options: dict[str, Any], way: str, length: int, vocabulary: int) -> dic
         from trainer.models.losses import CausalLoss
         from trainer.speed import fused, malloc
 
-        words = [f"adapter.rank={options['rank']}", f"adapter.alpha={2 * options['rank']}", "task.path=x"]
+        words = [
+            f"adapter.rank={options['rank']}",
+            f"adapter.alpha={2 * options['rank']}",
+            "task.path=x",
+        ]
         plain: Any = OmegaConf.to_container(compose(words), resolve=True)
         malloc.keep_freed()
         fused.fuse(model)
@@ -143,13 +181,21 @@ def case(options: dict[str, Any], way: str, length: int, vocabulary: int) -> dic
     before = memory(options["device"], reset=True)
     times: list[tuple[float, float]] = []
     began = time.perf_counter()
-    while len(times) < 2 or (len(times) <= options["steps"] and time.perf_counter() - began < options["seconds"]):
+    while len(times) < 2 or (
+        len(times) <= options["steps"] and time.perf_counter() - began < options["seconds"]
+    ):
         started = time.perf_counter(), time.process_time()
         loss = step(length)
         times.append((time.perf_counter() - started[0], time.process_time() - started[1]))
     wall, processor = (statistics.median(values) for values in zip(*times[1:], strict=True))
     peak = memory(options["device"], reset=False) - before
-    return {"seconds": wall, "cpu_seconds": processor, "peak_bytes": peak, "steps": len(times), "loss": loss}
+    return {
+        "seconds": wall,
+        "cpu_seconds": processor,
+        "peak_bytes": peak,
+        "steps": len(times),
+        "loss": loss,
+    }
 
 
 def worker(*arguments: str) -> None:
@@ -157,11 +203,15 @@ def worker(*arguments: str) -> None:
     command = [sys.executable, "-m", "scripts.bench.growth", *sys.argv[1:], "--worker", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+        raise SystemExit(
+            f"{' '.join(command)} ended with"
+            f" {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+        )
 
 
 def exponents(rows: list[dict[str, Any]], sweep: str, ways: list[str]) -> list[str]:
-    """A line for each way, with the slope of each cost over all sizes of a sweep and over the larger half of them."""
+    """A line for each way, with the slope of each cost over all sizes of a sweep and over the
+    larger half of them."""
     lines = []
     for way in ways:
         found = [row for row in rows if row["sweep"] == sweep and row["way"] == way]
@@ -171,7 +221,11 @@ def exponents(rows: list[dict[str, Any]], sweep: str, ways: list[str]) -> list[s
         parts = []
         for cost in COSTS:
             values = [max(1e-9, row[cost]) for row in found]
-            upper = f", {exponent(sizes[-half:], values[-half:]):.2f} from {sizes[-half]} on" if half > 1 else ""
+            upper = (
+                f", {exponent(sizes[-half:], values[-half:]):.2f} from {sizes[-half]} on"
+                if half > 1
+                else ""
+            )
             parts.append(f"{COSTS[cost]} {exponent(sizes, values):.2f}{upper}")
         lines.append(f"{way:10} over {sweep}: " + "; ".join(parts))
     return lines
@@ -180,8 +234,9 @@ def exponents(rows: list[dict[str, Any]], sweep: str, ways: list[str]) -> list[s
 def line(row: dict[str, Any]) -> str:
     """A case's line of the table."""
     return (
-        f"| {row['length']:6} | {row['vocabulary']:10} | {row['way']:9} | {row['cpu_seconds']:9.3f} | {row['seconds']:7.3f} "
-        f"| {row['peak_bytes'] / 1e6:7.0f} | {row['attention']:9.1%} | {row['loss']:7.4f} |"
+        f"| {row['length']:6} | {row['vocabulary']:10} | {row['way']:9} | {row['cpu_seconds']:9.3f}"
+        f" | {row['seconds']:7.3f} | {row['peak_bytes'] / 1e6:7.0f} | {row['attention']:9.1%} |"
+        f" {row['loss']:7.4f} |"
     )
 
 
@@ -206,7 +261,12 @@ def plot(rows: list[dict[str, Any]], ways: list[str], file: Path) -> None:
             axis = axes[place, column]
             for way in ways:
                 found = [row for row in rows if row["sweep"] == sweep and row["way"] == way]
-                axis.plot([row[sweep] for row in found], [row[cost] * scale for row in found], marker="o", label=way)
+                axis.plot(
+                    [row[sweep] for row in found],
+                    [row[cost] * scale for row in found],
+                    marker="o",
+                    label=way,
+                )
             axis.set(xscale="log", yscale="log", xlabel=sweep, ylabel=unit)
             axis.grid(True, which="both", alpha=0.3)
     axes[0, 0].legend()
@@ -226,25 +286,43 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     shape = f"{options['layers']} layers of {options['width']}, {options['dtype']}"
     print(
-        f"{shape}; {options['threads']} threads of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {options['device']}\n\n{HEADER}"
+        f"{shape}; {options['threads']} threads of {os.cpu_count()} cores, load"
+        f" {os.getloadavg()[0]:.1f}, {options['device']}\n\n{HEADER}"
     )
     with tempfile.TemporaryDirectory() as folder:
         for sweep, length, vocabulary in cases:
             counts = products(options["width"], options["layers"], vocabulary, length)
             for way in options["ways"]:
                 # Where both sweeps cross a case is measured once.
-                known = next((r for r in rows if (r["way"], r["length"], r["vocabulary"]) == (way, length, vocabulary)), None)
+                known = next(
+                    (
+                        r
+                        for r in rows
+                        if (r["way"], r["length"], r["vocabulary"]) == (way, length, vocabulary)
+                    ),
+                    None,
+                )
                 if known is None:
                     worker(way, str(length), str(vocabulary), f"{folder}/case.json")
                     found = json.loads(Path(folder, "case.json").read_text())
                     share = counts["attention"] / sum(counts.values())
-                    known = {"length": length, "vocabulary": vocabulary, "way": way, "attention": share} | found
+                    known = {
+                        "length": length,
+                        "vocabulary": vocabulary,
+                        "way": way,
+                        "attention": share,
+                    } | found
                 rows.append({**known, "sweep": sweep})
                 print(line(rows[-1]), flush=True)
     from_ = crossing(options["width"], options["layers"], options["vocabulary"])
-    closing = [text for sweep in ("length", "vocabulary") for text in exponents(rows, sweep, options["ways"])]
+    closing = [
+        text
+        for sweep in ("length", "vocabulary")
+        for text in exponents(rows, sweep, options["ways"])
+    ]
     closing.append(
-        f"attention's products are more than all others from a length of {from_} at {options['vocabulary']} tokens on"
+        f"attention's products are more than all others from a length of {from_} at"
+        f" {options['vocabulary']} tokens on"
     )
     print("\n" + "\n".join(closing))
     if options["out"] is not None:
@@ -254,11 +332,16 @@ def main() -> int:
         import torch
 
         machine = (
-            f"{shape}; {options['threads']} threads of {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
+            f"{shape}; {options['threads']} threads of {os.cpu_count()} cores,"
+            f" {platform.machine()}, torch {torch.__version__}"
         )
         table = "\n".join([HEADER, *map(line, rows)])
-        (out / "growth.md").write_text(f"{machine}\n\n{table}\n\n" + "\n".join(f"- {text}" for text in closing) + "\n", "utf-8")
-        (out / "growth.json").write_text(json.dumps({"options": options, "rows": rows}, indent=1) + "\n", "utf-8")
+        (out / "growth.md").write_text(
+            f"{machine}\n\n{table}\n\n" + "\n".join(f"- {text}" for text in closing) + "\n", "utf-8"
+        )
+        (out / "growth.json").write_text(
+            json.dumps({"options": options, "rows": rows}, indent=1) + "\n", "utf-8"
+        )
         print(f"{out / 'growth.md'}, growth.svg")
     return 0
 

@@ -1,19 +1,26 @@
-"""Drafters side by side at equal training time, on the base's own text: how much of what they draft is taken, and how much faster it is.
+"""Drafters side by side at equal training time, on the base's own text: how much of what they draft
+is taken, and how much faster it is.
 
-    python -m scripts.bench.heads prompts=FILE.jsonl out=FOLDER [field=null] [base=smollm2_135m] [rows=600] [held_out=32]
-        [max_new_tokens=96] [generate_batch=16] [drafters=[mtp_parallel,mtp_shared,mtp_medusa]] [offsets=3] [minutes=20]
-        [rates=[1e-3]] [batch_size=8] [overrides=[]] [budget=null]
+    python -m scripts.bench.heads prompts=FILE.jsonl out=FOLDER [field=null] [base=smollm2_135m]
+    [rows=600] [held_out=32]
+        [max_new_tokens=96] [generate_batch=16] [drafters=[mtp_parallel,mtp_shared,mtp_medusa]]
+        [offsets=3] [minutes=20] [rates=[1e-3]] [batch_size=8] [overrides=[]] [budget=null]
     python -m scripts.bench.heads out=FOLDER table=true
 
-1. The base answers the first `rows` and the last `held_out` prompts of the file greedily (python -m trainer.respond), to
-   OUT/responses and OUT/held_out. A prompt is a row's `field`, or without one its messages up to the last answer, or its prompt,
-   question or turns.
-2. Each drafter is trained alone on the frozen base (adapter=none) on those answers, `minutes` for each of `rates`, with a warm-up of
-   twenty steps and a constant rate, since the number of steps is not known before. `overrides` go to these runs.
-3. python -m trainer.speculate decodes the held-out prompts greedily: with the drafter, without it, and by transformers' generate.
+1. The base answers the first `rows` and the last `held_out` prompts of the file greedily (python -m
+trainer.respond), to
+   OUT/responses and OUT/held_out. A prompt is a row's `field`, or without one its messages up to
+   the last answer, or its prompt, question or turns.
+2. Each drafter is trained alone on the frozen base (adapter=none) on those answers, `minutes` for
+each of `rates`, with a warm-up of
+   twenty steps and a constant rate, since the number of steps is not known before. `overrides` go
+   to these runs.
+3. python -m trainer.speculate decodes the held-out prompts greedily: with the drafter, without it,
+and by transformers' generate.
 
-Every piece is a process of its own and a line of OUT/results.jsonl: the script can be stopped at any time and goes on where it was;
-after `budget` minutes it starts no further piece. Then it writes OUT/heads.md and OUT/heads.svg from the lines that there are.
+Every piece is a process of its own and a line of OUT/results.jsonl: the script can be stopped at
+any time and goes on where it was; after `budget` minutes it starts no further piece. Then it writes
+OUT/heads.md and OUT/heads.svg from the lines that there are.
 """
 
 from __future__ import annotations
@@ -32,25 +39,58 @@ from scripts.bench.methods import run, trained_parameters
 from tasks import reading
 
 DEFAULTS: dict[str, Any] = {
-    "prompts": None, "out": None, "field": None, "base": "smollm2_135m", "rows": 600, "held_out": 32, "max_new_tokens": 96,
-    "generate_batch": 16, "drafters": ["mtp_parallel", "mtp_shared", "mtp_medusa"], "offsets": 3, "minutes": 20, "rates": [1e-3],
-    "batch_size": 8, "overrides": [], "budget": None, "table": False,
-}  # fmt: skip
+    "prompts": None,
+    "out": None,
+    "field": None,
+    "base": "smollm2_135m",
+    "rows": 600,
+    "held_out": 32,
+    "max_new_tokens": 96,
+    "generate_batch": 16,
+    "drafters": ["mtp_parallel", "mtp_shared", "mtp_medusa"],
+    "offsets": 3,
+    "minutes": 20,
+    "rates": [1e-3],
+    "batch_size": 8,
+    "overrides": [],
+    "budget": None,
+    "table": False,
+}
 
 
 def responses(options: dict[str, Any]) -> None:
-    """The base's greedy answers as chats, for training and held out; what is there already is kept."""
+    """The base's greedy answers as chats, for training and held out; what is there already is
+    kept."""
     count = sum(1 for _ in reading.Source(options["prompts"], "train", False, "prompts"))
     if count < options["rows"] + options["held_out"]:
         raise SystemExit(f"{options['prompts']} has {count} rows, fewer than rows + held_out")
-    parts = {"responses": (0, options["rows"]), "held_out": (count - options["held_out"], options["held_out"])}
+    parts = {
+        "responses": (0, options["rows"]),
+        "held_out": (count - options["held_out"], options["held_out"]),
+    }
     for name, (skip, rows) in parts.items():
-        run([
-            sys.executable, "-m", "trainer.respond", f"base={options['base']}", f"prompts={options['prompts']}", f"skip={skip}",
-            f"rows={rows}", f"out={Path(options['out']) / name}", f"max_new_tokens={options['max_new_tokens']}",
-            f"batch_size={options['generate_batch']}", *([f"field={options['field']}"] if options["field"] else []),
-            *(word for word in options["overrides"] if word.startswith(("base.", "precision=", "task.chat_template=", "task.system="))),
-        ])  # fmt: skip
+        run(
+            [
+                sys.executable,
+                "-m",
+                "trainer.respond",
+                f"base={options['base']}",
+                f"prompts={options['prompts']}",
+                f"skip={skip}",
+                f"rows={rows}",
+                f"out={Path(options['out']) / name}",
+                f"max_new_tokens={options['max_new_tokens']}",
+                f"batch_size={options['generate_batch']}",
+                *([f"field={options['field']}"] if options["field"] else []),
+                *(
+                    word
+                    for word in options["overrides"]
+                    if word.startswith(
+                        ("base.", "precision=", "task.chat_template=", "task.system=")
+                    )
+                ),
+            ]
+        )
 
 
 def complete(file: Path) -> list[str]:
@@ -68,25 +108,57 @@ def piece(drafter: str, rate: float, options: dict[str, Any]) -> dict[str, Any]:
     """Train one drafter, and decode with it."""
     out, name = Path(options["out"]), f"{drafter}-{rate:g}-{options['minutes']:g}min"
     folder = out / "runs" / name
-    run([
-        sys.executable, "-m", "trainer", f"base={options['base']}", "adapter=none", f"drafter={drafter}",
-        f"drafter.offsets={options['offsets']}", "task=sft", f"task.path={out / 'responses' / 'rows.jsonl'}",
-        f"task.eval_path={out / 'held_out' / 'rows.jsonl'}", f"name={name}", f"runs={out}/runs", "logger=none", "max_epochs=null",
-        f"max_time={options['minutes']}", f"batch_size={options['batch_size']}", f"optimizer.lr={rate}", "schedule=constant",
-        "schedule.warmup=20", "callbacks.evaluation=null", "resume=auto", *options["overrides"],
-    ])  # fmt: skip
-    run([
-        sys.executable, "-m", "trainer.speculate", f"run={folder}", f"heldout={options['held_out']}",
-        f"max_new_tokens={options['max_new_tokens']}", f"json={folder}/speculate.json",
-    ])  # fmt: skip
+    run(
+        [
+            sys.executable,
+            "-m",
+            "trainer",
+            f"base={options['base']}",
+            "adapter=none",
+            f"drafter={drafter}",
+            f"drafter.offsets={options['offsets']}",
+            "task=sft",
+            f"task.path={out / 'responses' / 'rows.jsonl'}",
+            f"task.eval_path={out / 'held_out' / 'rows.jsonl'}",
+            f"name={name}",
+            f"runs={out}/runs",
+            "logger=none",
+            "max_epochs=null",
+            f"max_time={options['minutes']}",
+            f"batch_size={options['batch_size']}",
+            f"optimizer.lr={rate}",
+            "schedule=constant",
+            "schedule.warmup=20",
+            "callbacks.evaluation=null",
+            "resume=auto",
+            *options["overrides"],
+        ]
+    )
+    run(
+        [
+            sys.executable,
+            "-m",
+            "trainer.speculate",
+            f"run={folder}",
+            f"heldout={options['held_out']}",
+            f"max_new_tokens={options['max_new_tokens']}",
+            f"json={folder}/speculate.json",
+        ]
+    )
     run([sys.executable, "-m", "trainer.evaluate", f"run={folder}", f"json={folder}/scores.json"])
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
-        "drafter": drafter, "rate": rate, "minutes": options["minutes"], "base": options["base"], "offsets": options["offsets"],
-        "rows": len(complete(out / "responses" / "rows.jsonl")), "steps": max(row["step"] for row in steps if row["kind"] == "step"),
-        "parameters": trained_parameters(folder), "decoding": json.loads((folder / "speculate.json").read_text()),
+        "drafter": drafter,
+        "rate": rate,
+        "minutes": options["minutes"],
+        "base": options["base"],
+        "offsets": options["offsets"],
+        "rows": len(complete(out / "responses" / "rows.jsonl")),
+        "steps": max(row["step"] for row in steps if row["kind"] == "step"),
+        "parameters": trained_parameters(folder),
+        "decoding": json.loads((folder / "speculate.json").read_text()),
         "held_out": json.loads((folder / "scores.json").read_text())["adapted"],
-    }  # fmt: skip
+    }
 
 
 def table(done: list[dict[str, Any]]) -> str:
@@ -116,17 +188,24 @@ def table(done: list[dict[str, Any]]) -> str:
             f"{row['parameters']:,}",
         ]
         cells += [f"{found['accepted']:.2f}", *taken, *[""] * (most - len(taken))]
-        cells += [f"{found[way]['tokens_per_second']:.1f}" for way in ("transformers", "plain", "drafter")]
-        cells += [f"{found['drafter']['ratio']:.2f}", f"{found['drafter']['different_texts']} of {found['prompts']}"]
+        cells += [
+            f"{found[way]['tokens_per_second']:.1f}" for way in ("transformers", "plain", "drafter")
+        ]
+        cells += [
+            f"{found['drafter']['ratio']:.2f}",
+            f"{found['drafter']['different_texts']} of {found['prompts']}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return (
         "\n".join(lines)
-        + "\n\n`taken k`: how often the k-th drafted token was taken, with all before it, of how often it was proposed.\n"
+        + "\n\n`taken k`: how often the k-th drafted token was taken, with all before it, of how"
+        " often it was proposed.\n"
     )
 
 
 def plot(done: list[dict[str, Any]], file: Path) -> None:
-    """Of each drafter at its best rate: how much of each position is taken, and tokens a second over transformers'."""
+    """Of each drafter at its best rate: how much of each position is taken, and tokens a second
+    over transformers'."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -140,7 +219,12 @@ def plot(done: list[dict[str, Any]], file: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     for name, row in best.items():
         taken = [place["taken"] / place["proposed"] for place in row["decoding"]["positions"]]
-        left.plot(range(1, len(taken) + 1), taken, "o-", label=f"{name}, {row['decoding']['accepted']:.2f} tokens a step")
+        left.plot(
+            range(1, len(taken) + 1),
+            taken,
+            "o-",
+            label=f"{name}, {row['decoding']['accepted']:.2f} tokens a step",
+        )
     left.set(xlabel="draft position", ylabel="taken", ylim=(0, 1))
     left.xaxis.get_major_locator().set_params(integer=True)
     left.legend()
@@ -155,16 +239,28 @@ def main() -> int:
     """Run what is missing, then write table and plot."""
     given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(sys.argv[1:]))
     options = {**DEFAULTS, **given}
-    if given.keys() - DEFAULTS.keys() or options["out"] is None or (options["prompts"] is None and not options["table"]):
+    if (
+        given.keys() - DEFAULTS.keys()
+        or options["out"] is None
+        or (options["prompts"] is None and not options["table"])
+    ):
         print(__doc__, file=sys.stderr)
         return 2
     out, started = Path(options["out"]), time.monotonic()
     results = out / "results.jsonl"
     if not options["table"]:
         responses(options)
-        have = {(row["drafter"], row["rate"], row["minutes"]) for row in map(json.loads, complete(results))}
-        for drafter, rate in ((drafter, rate) for rate in options["rates"] for drafter in options["drafters"]):
-            if options["budget"] is not None and time.monotonic() - started > 60 * options["budget"]:
+        have = {
+            (row["drafter"], row["rate"], row["minutes"])
+            for row in map(json.loads, complete(results))
+        }
+        for drafter, rate in (
+            (drafter, rate) for rate in options["rates"] for drafter in options["drafters"]
+        ):
+            if (
+                options["budget"] is not None
+                and time.monotonic() - started > 60 * options["budget"]
+            ):
                 break
             if (drafter, rate, options["minutes"]) in have:
                 continue
@@ -173,7 +269,8 @@ def main() -> int:
                 file.write(json.dumps(result) + "\n")
             found = result["decoding"]
             print(
-                f"{drafter} {rate:g}: {found['accepted']:.2f} tokens a step, {found['drafter']['ratio']:.2f} as fast",
+                f"{drafter} {rate:g}: {found['accepted']:.2f} tokens a step,"
+                f" {found['drafter']['ratio']:.2f} as fast",
                 flush=True,
             )
     done = [json.loads(line) for line in complete(results)]
@@ -183,7 +280,10 @@ def main() -> int:
     text = table(done)
     (out / "heads.md").write_text(text, "utf-8")
     plot(done, out / "heads.svg")
-    versions = f"torch {__import__('torch').__version__}, transformers {__import__('transformers').__version__}"
+    versions = (
+        f"torch {__import__('torch').__version__}, transformers"
+        f" {__import__('transformers').__version__}"
+    )
     print(f"{text}\n{os.cpu_count()} cores, {platform.machine()}, {versions}; {out / 'heads.svg'}")
     return 0
 

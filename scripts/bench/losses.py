@@ -1,10 +1,13 @@
-"""The vocabulary's loss three ways: all logits at once, ours chunk by chunk, torch's own fused operation; each case in a process of its own.
+"""The vocabulary's loss three ways: all logits at once, ours chunk by chunk, torch's own fused
+operation; each case in a process of its own.
 
-    python -m scripts.bench.losses [positions=[1024,2048]] [heads=[1,4]] [dtypes=[bfloat16,float32]] [ways=[...]] [repeats=3] [seconds=30]
+    python -m scripts.bench.losses [positions=[1024,2048]] [heads=[1,4]] [dtypes=[bfloat16,float32]]
+    [ways=[...]] [repeats=3] [seconds=30]
         [threads=1] [device=cpu] [width=576] [vocabulary=49152] [json=FILE]
 
-A case is the summed mean cross-entropy of `heads` sets of `positions` hidden states under one frozen output head, forward and
-backward down to those states, as the main loss and a drafter's offsets ask for it; the shapes are SmolLM2's. The numbers are the
+A case is the summed mean cross-entropy of `heads` sets of `positions` hidden states under one
+frozen output head, forward and backward down to those states, as the main loss and a drafter's
+offsets ask for it; the shapes are SmolLM2's. The numbers are the
 same in each dtype, rounded to bf16 before. Ways:
 
     materialised   every head's logits, then F.cross_entropy(logits.float())
@@ -13,9 +16,10 @@ same in each dtype, rounded to bf16 before. Ways:
     torch_auto     the same with the chunk that torch chooses
     torch_none_C   reduction="none", and the mean in fp32
 
-Columns: median seconds of wall clock and of processor time (the first of several passes left out; no further pass is begun after
-`seconds`), peak memory above the inputs, the largest error of a head's reported mean loss against float64, and the relative error
-of the gradient (on every sixteenth position).
+Columns: median seconds of wall clock and of processor time (the first of several passes left out;
+no further pass is begun after `seconds`), peak memory above the inputs, the largest error of a
+head's reported mean loss against float64, and the relative error of the gradient (on every
+sixteenth position).
 """
 
 from __future__ import annotations
@@ -35,15 +39,24 @@ from typing import Any
 from scripts.bench.options import given
 
 DEFAULTS: dict[str, Any] = {
-    "positions": [1024, 2048], "heads": [1, 4], "dtypes": ["bfloat16", "float32"], "repeats": 3, "seconds": 30, "threads": 1,
-    "device": "cpu", "width": 576, "vocabulary": 49152, "json": None,
+    "positions": [1024, 2048],
+    "heads": [1, 4],
+    "dtypes": ["bfloat16", "float32"],
+    "repeats": 3,
+    "seconds": 30,
+    "threads": 1,
+    "device": "cpu",
+    "width": 576,
+    "vocabulary": 49152,
+    "json": None,
     "ways": ["materialised", "ours_256", "ours_512", "torch_256", "torch_auto", "torch_none_256"],
-}  # fmt: skip
+}
 SAMPLE = 16  # the gradient is held against float64 on every so many positions
 
 
 def inputs(options: dict[str, Any], dtype: Any, device: str) -> tuple[Any, Any, Any]:
-    """(hidden (K, n, d), weight (V, d), targets (K, n)) of the most heads and positions; a smaller case has the first of them."""
+    """(hidden (K, n, d), weight (V, d), targets (K, n)) of the most heads and positions; a smaller
+    case has the first of them."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
@@ -57,11 +70,16 @@ def inputs(options: dict[str, Any], dtype: Any, device: str) -> tuple[Any, Any, 
 
     weight = filled(0.1, options["vocabulary"], options["width"])
     hidden = filled(1.0, max(options["heads"]), max(options["positions"]), options["width"])
-    return hidden, weight, torch.randint(0, len(weight), hidden.shape[:2], generator=draw).to(device)
+    return (
+        hidden,
+        weight,
+        torch.randint(0, len(weight), hidden.shape[:2], generator=draw).to(device),
+    )
 
 
 def exact(options: dict[str, Any], file: str) -> None:
-    """Write each position's loss (K, n) and every sixteenth's d loss / d hidden (K, n / 16, d), in float64."""
+    """Write each position's loss (K, n) and every sixteenth's d loss / d hidden (K, n / 16, d), in
+    float64."""
     import torch
 
     hidden, weight, targets = inputs(options, torch.float64, "cpu")
@@ -90,21 +108,35 @@ def means(way: str, hidden: Any, weight: Any, targets: Any) -> list[Any]:
     if way == "materialised":
         return [F.cross_entropy(F.linear(h, weight).float(), t) for h, t in pairs]
     if name == "ours":
-        return [chunked_predictions(h, t, lambda part: F.linear(part, weight), int(chunk))[0] / len(h) for h, t in pairs]
+        return [
+            chunked_predictions(h, t, lambda part: F.linear(part, weight), int(chunk))[0] / len(h)
+            for h, t in pairs
+        ]
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise NotImplementedError(f"torch {torch.__version__} has no F.linear_cross_entropy")
-    settings = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=None if chunk == "auto" else int(chunk))
+    settings = torch.nn.LinearCrossEntropyOptions(
+        batch_chunk_size=None if chunk == "auto" else int(chunk)
+    )
     reduction = "none" if name == "torch_none" else "mean"
-    return [F.linear_cross_entropy(h, weight, t, reduction=reduction, options=settings).float().mean() for h, t in pairs]
+    return [
+        F.linear_cross_entropy(h, weight, t, reduction=reduction, options=settings).float().mean()
+        for h, t in pairs
+    ]
 
 
-def case(options: dict[str, Any], way: str, dtype: str, positions: int, heads: int, file: str) -> dict[str, Any]:
-    """One case in this process; `file` is what `exact` wrote. {skipped: why} where this torch has no such operation."""
+def case(
+    options: dict[str, Any], way: str, dtype: str, positions: int, heads: int, file: str
+) -> dict[str, Any]:
+    """One case in this process; `file` is what `exact` wrote. {skipped: why} where this torch has
+    no such operation."""
     import torch
 
     cuda = options["device"] != "cpu"
     hidden, weight, targets = inputs(options, getattr(torch, dtype), options["device"])
-    hidden, targets = hidden[:heads, :positions].clone().requires_grad_(True), targets[:heads, :positions].contiguous()
+    hidden, targets = (
+        hidden[:heads, :positions].clone().requires_grad_(True),
+        targets[:heads, :positions].contiguous(),
+    )
     try:  # small: what is loaded on first use is not the loss's memory
         sum(means(way, hidden[:, :2], weight[:8], targets[:, :2] % 8)).backward()  # type: ignore[union-attr]
     except NotImplementedError as error:
@@ -116,7 +148,9 @@ def case(options: dict[str, Any], way: str, dtype: str, positions: int, heads: i
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     times: list[tuple[float, float]] = []
     began = time.perf_counter()
-    while not times or (len(times) <= options["repeats"] and time.perf_counter() - began < options["seconds"]):
+    while not times or (
+        len(times) <= options["repeats"] and time.perf_counter() - began < options["seconds"]
+    ):
         hidden.grad = None
         started = time.perf_counter(), time.process_time()
         reported = means(way, hidden, weight, targets)
@@ -124,17 +158,29 @@ def case(options: dict[str, Any], way: str, dtype: str, positions: int, heads: i
         if cuda:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - started[0], time.process_time() - started[1]))
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if cuda
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     losses, gradients = torch.load(file)
     assert hidden.grad is not None
     found = hidden.grad[:, ::SAMPLE].double().cpu() * positions
     wanted = gradients[:heads, : found.shape[1]]
-    wall, processor = (statistics.median(values) for values in zip(*(times[1:] or times), strict=True))
+    wall, processor = (
+        statistics.median(values) for values in zip(*(times[1:] or times), strict=True)
+    )
     return {
-        "seconds": wall, "cpu_seconds": processor, "passes": len(times), "peak_bytes": peak - before,
-        "loss_error": max(abs(float(r) - float(w)) for r, w in zip(reported, losses[:heads, :positions].mean(1), strict=True)),
+        "seconds": wall,
+        "cpu_seconds": processor,
+        "passes": len(times),
+        "peak_bytes": peak - before,
+        "loss_error": max(
+            abs(float(r) - float(w))
+            for r, w in zip(reported, losses[:heads, :positions].mean(1), strict=True)
+        ),
         "gradient_error": float((found - wanted).norm() / wanted.norm()),
-    }  # fmt: skip
+    }
 
 
 def worker(*arguments: str) -> None:
@@ -142,7 +188,10 @@ def worker(*arguments: str) -> None:
     command = [sys.executable, "-m", "scripts.bench.losses", *sys.argv[1:], "--worker", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+        raise SystemExit(
+            f"{' '.join(command)} ended with"
+            f" {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+        )
 
 
 def main() -> int:
@@ -162,21 +211,33 @@ def main() -> int:
         return 0
     rows: list[dict[str, Any]] = []
     print(
-        f"{options['threads']} threads of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {options['device']}",
+        f"{options['threads']} threads of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f},"
+        f" {options['device']}",
         flush=True,
     )
     print(
-        f"\n{'dtype':10}{'n':>6}{'heads':>6}  {'way':16}{'s':>8}{'cpu s':>8}{'passes':>7}{'peak MB':>9}{'loss error':>12}{'gradient':>10}"
+        f"\n{'dtype':10}{'n':>6}{'heads':>6} "
+        f" {'way':16}{'s':>8}{'cpu s':>8}{'passes':>7}{'peak MB':>9}{'loss error':>12}{'gradient':>10}"
     )
     with tempfile.TemporaryDirectory() as folder:
         worker(f"{folder}/exact.pt")
-        for dtype, n, heads, way in itertools.product(*(options[key] for key in ("dtypes", "positions", "heads", "ways"))):
+        for dtype, n, heads, way in itertools.product(
+            *(options[key] for key in ("dtypes", "positions", "heads", "ways"))
+        ):
             worker(f"{folder}/exact.pt", way, dtype, str(n), str(heads), f"{folder}/case.json")
-            row = {"dtype": dtype, "positions": n, "heads": heads, "way": way, "load": os.getloadavg()[0]}
+            row = {
+                "dtype": dtype,
+                "positions": n,
+                "heads": heads,
+                "way": way,
+                "load": os.getloadavg()[0],
+            }
             rows.append(row | json.loads(Path(folder, "case.json").read_text()))
             print(f"{dtype:10}{n:6}{heads:6}  {way:16}" + line(rows[-1]), flush=True)
             if options["json"] is not None:
-                Path(options["json"]).write_text(json.dumps({"options": options, "rows": rows}, indent=1) + "\n", "utf-8")
+                Path(options["json"]).write_text(
+                    json.dumps({"options": options, "rows": rows}, indent=1) + "\n", "utf-8"
+                )
     print(f"\ntorch {rows[-1]['torch']}, load {os.getloadavg()[0]:.1f} at the end")
     return 0
 

@@ -1,22 +1,28 @@
-"""Adaptation methods side by side at equal trainable parameters, on real data: what each reaches, and how far that spreads.
+"""Adaptation methods side by side at equal trainable parameters, on real data: what each reaches,
+and how far that spreads.
 
-    python -m scripts.bench.methods data=FOLDER out=FOLDER [tasks=[viggo,sql]] [methods=[...]] [rank=16] [steps=60] [batch_size=8]
-        [seeds=[0,1,2]] [rates=[1e-4,3e-4,1e-3]] [search_steps=30] [held_out=160] [generate=48] [base=smollm2_135m] [minutes=null]
+    python -m scripts.bench.methods data=FOLDER out=FOLDER [tasks=[viggo,sql]] [methods=[...]]
+    [rank=16] [steps=60] [batch_size=8]
+        [seeds=[0,1,2]] [rates=[1e-4,3e-4,1e-3]] [search_steps=30] [held_out=160] [generate=48]
+        [base=smollm2_135m] [minutes=null]
     python -m scripts.bench.methods out=FOLDER table=true
 
-`data` holds viggo_train.jsonl, viggo_valid.jsonl and sql_train.jsonl. Every piece is a run of the program in a process of its
-own, and its numbers are a line of OUT/results.jsonl: the script can be stopped at any time and goes on where it was; after
-`minutes` it starts no further piece. Then it writes OUT/methods.md and OUT/methods.svg from the lines that there are.
+`data` holds viggo_train.jsonl, viggo_valid.jsonl and sql_train.jsonl. Every piece is a run of the
+program in a process of its own, and its numbers are a line of OUT/results.jsonl: the script can be
+stopped at any time and goes on where it was; after `minutes` it starts no further piece. Then it
+writes OUT/methods.md and OUT/methods.svg from the lines that there are.
 
-`methods=[lora,registers]` compares plain LoRA with one that is trained with register tokens (MuToR), at equal steps.
+`methods=[lora,registers]` compares plain LoRA with one that is trained with register tokens
+(MuToR), at equal steps.
 
-Equal trainable parameters: LoRA of `rank` on all linear layers; DoRA and rsLoRA of the same rank (DoRA has its magnitudes on
-top); sparse methods with the density that gives as many values; RoSA with half of the rank and half of that density; full
-fine-tuning trains everything.
+Equal trainable parameters: LoRA of `rank` on all linear layers; DoRA and rsLoRA of the same rank
+(DoRA has its magnitudes on top); sparse methods with the density that gives as many values; RoSA
+with half of the rank and half of that density; full fine-tuning trains everything.
 
-Learning rates are searched equally for each method: the same `rates`, one seed, `search_steps` steps on a training part of
-ViGGO that leaves 160 rows out, chosen by the loss on those; while the best is at an end of the grid, one more rate three times
-further is tried, at most twice. RoSA's ratio of rates is the paper's. The chosen rate is used for all seeds and tasks.
+Learning rates are searched equally for each method: the same `rates`, one seed, `search_steps`
+steps on a training part of ViGGO that leaves 160 rows out, chosen by the loss on those; while the
+best is at an end of the grid, one more rate three times further is tried, at most twice. RoSA's
+ratio of rates is the paper's. The chosen rate is used for all seeds and tasks.
 """
 
 from __future__ import annotations
@@ -38,18 +44,34 @@ from omegaconf import OmegaConf
 from scripts.bench.options import given
 
 DEFAULTS: dict[str, Any] = {
-    "data": None, "out": None, "tasks": ["viggo", "sql"], "rank": 16, "steps": 60, "batch_size": 8, "seeds": [0, 1, 2],
-    "rates": [1e-4, 3e-4, 1e-3], "search_steps": 30, "held_out": 160, "generate": 48, "base": "smollm2_135m", "minutes": None,
-    "table": False, "methods": ["lora", "dora", "rslora", "rosa", "sparse", "spiel_ag", "spiel_ma", "full"],
-}  # fmt: skip
+    "data": None,
+    "out": None,
+    "tasks": ["viggo", "sql"],
+    "rank": 16,
+    "steps": 60,
+    "batch_size": 8,
+    "seeds": [0, 1, 2],
+    "rates": [1e-4, 3e-4, 1e-3],
+    "search_steps": 30,
+    "held_out": 160,
+    "generate": 48,
+    "base": "smollm2_135m",
+    "minutes": None,
+    "table": False,
+    "methods": ["lora", "dora", "rslora", "rosa", "sparse", "spiel_ag", "spiel_ma", "full"],
+}
 SCORES = {"viggo": ("exact_match", "slots_f1"), "sql": ("exact_match", "same_result")}
 
 
 def adapter(method: str, options: dict[str, Any], density: float, steps: int) -> list[str]:
     """The overrides that make a method, at the budget of a LoRA of `rank`."""
     rank, warmup = options["rank"], max(1, steps // 8)
-    # Replacements every eighth of the run: with the 20 steps of the paper's long runs there would be next to none.
-    every = [f"adapter.reselection_steps={max(4, steps // 8)}", f"adapter.accumulation_steps={max(2, steps // 24)}"]
+    # Replacements every eighth of the run: with the 20 steps of the paper's long runs there would
+    # be next to none.
+    every = [
+        f"adapter.reselection_steps={max(4, steps // 8)}",
+        f"adapter.accumulation_steps={max(2, steps // 24)}",
+    ]
     return {
         "lora": ["adapter=lora", f"adapter.rank={rank}"],
         "dora": ["adapter=dora", f"adapter.r={rank}"],
@@ -77,54 +99,111 @@ def density_of(options: dict[str, Any]) -> float:
     plain: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
         compose.compose([f"base={options['base']}", "task=viggo", "task.path=x"]), resolve=True
     )
-    found = [features(linear) for _, linear in targets(instantiate(plain["base"]).skeleton(), "all-linear")]
+    found = [
+        features(linear)
+        for _, linear in targets(instantiate(plain["base"]).skeleton(), "all-linear")
+    ]
     return options["rank"] * sum(i + o for i, o in found) / sum(i * o for i, o in found)
 
 
 def split(options: dict[str, Any]) -> dict[str, list[str]]:
-    """Files of rows: for the search a part of ViGGO's training rows, for the results rows that no rate was chosen by."""
+    """Files of rows: for the search a part of ViGGO's training rows, for the results rows that no
+    rate was chosen by."""
     data, out = Path(options["data"]), Path(options["out"])
     out.mkdir(parents=True, exist_ok=True)
-    viggo, sql = ((data / f"{name}_train.jsonl").read_text("utf-8").splitlines(True) for name in ("viggo", "sql"))
+    viggo, sql = (
+        (data / f"{name}_train.jsonl").read_text("utf-8").splitlines(True)
+        for name in ("viggo", "sql")
+    )
     # Rows of one meaning stand together, so the end of the file has meanings that the rest has not.
     (out / "search_train.jsonl").write_text("".join(viggo[:-300]), "utf-8")
     (out / "search_eval.jsonl").write_text("".join(viggo[-300:]), "utf-8")
     (out / "sql_train.jsonl").write_text("".join(sql[:600]), "utf-8")
     (out / "sql_eval.jsonl").write_text("".join(sql[600:]), "utf-8")
     return {
-        "search": ["task=viggo", f"task.path={out}/search_train.jsonl", f"task.eval_path={out}/search_eval.jsonl"],
-        "viggo": ["task=viggo", f"task.path={data}/viggo_train.jsonl", f"task.eval_path={data}/viggo_valid.jsonl"],
-        "sql": ["task=sql", f"task.path={out}/sql_train.jsonl", f"task.eval_path={out}/sql_eval.jsonl"],
+        "search": [
+            "task=viggo",
+            f"task.path={out}/search_train.jsonl",
+            f"task.eval_path={out}/search_eval.jsonl",
+        ],
+        "viggo": [
+            "task=viggo",
+            f"task.path={data}/viggo_train.jsonl",
+            f"task.eval_path={data}/viggo_valid.jsonl",
+        ],
+        "sql": [
+            "task=sql",
+            f"task.path={out}/sql_train.jsonl",
+            f"task.eval_path={out}/sql_eval.jsonl",
+        ],
     }
 
 
 def piece(
-    method: str, part: str, rate: float, seed: int, options: dict[str, Any], rows: list[str], density: float
+    method: str,
+    part: str,
+    rate: float,
+    seed: int,
+    options: dict[str, Any],
+    rows: list[str],
+    density: float,
 ) -> dict[str, Any]:
-    """One run, in a process of its own: its held-out loss and scores, step time, memory and adapter size."""
+    """One run, in a process of its own: its held-out loss and scores, step time, memory and adapter
+    size."""
     search = part == "search"
-    steps, name = options["search_steps"] if search else options["steps"], f"{part}-{method}-{rate:g}-{seed}"
+    steps, name = (
+        options["search_steps"] if search else options["steps"],
+        f"{part}-{method}-{rate:g}-{seed}",
+    )
     command = [
-        sys.executable, "-m", "trainer", f"base={options['base']}", *rows, *adapter(method, options, density, steps), f"name={name}",
-        f"runs={options['out']}/runs", "logger=none", f"seed={seed}", f"max_steps={steps}", "max_epochs=null", "max_length=384",
-        f"batch_size={options['batch_size']}", f"optimizer.lr={rate}", "schedule=linear", f"schedule.warmup={max(1, steps // 20)}",
-        f"task.eval_limit={options['held_out']}", "callbacks.evaluation=null", "callbacks.checkpoints.every=null", "resume=auto",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "trainer",
+        f"base={options['base']}",
+        *rows,
+        *adapter(method, options, density, steps),
+        f"name={name}",
+        f"runs={options['out']}/runs",
+        "logger=none",
+        f"seed={seed}",
+        f"max_steps={steps}",
+        "max_epochs=null",
+        "max_length=384",
+        f"batch_size={options['batch_size']}",
+        f"optimizer.lr={rate}",
+        "schedule=linear",
+        f"schedule.warmup={max(1, steps // 20)}",
+        f"task.eval_limit={options['held_out']}",
+        "callbacks.evaluation=null",
+        "callbacks.checkpoints.every=null",
+        "resume=auto",
+    ]
     folder = Path(options["out"]) / "runs" / name
     graded = [
-        sys.executable, "-m", "trainer.evaluate", f"run={folder}", f"generate={0 if search else options['generate']}",
-        "max_new_tokens=120", f"json={folder}/scores.json",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "trainer.evaluate",
+        f"run={folder}",
+        f"generate={0 if search else options['generate']}",
+        "max_new_tokens=120",
+        f"json={folder}/scores.json",
+    ]
     peak = run(command)
     run(graded)
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seconds = [row["seconds"] for row in found if row["kind"] == "step"]
     result = {
-        "method": method, "part": part, "rate": rate, "seed": seed, "steps": steps, "batch_size": options["batch_size"], "base": options["base"],
+        "method": method,
+        "part": part,
+        "rate": rate,
+        "seed": seed,
+        "steps": steps,
+        "batch_size": options["batch_size"],
+        "base": options["base"],
         "step_seconds": statistics.median(b - a for a, b in itertools.pairwise(seconds[1:])),
         "parameters": trained_parameters(folder),
         "peak_bytes": peak,
-    }  # fmt: skip
+    }
     result |= json.loads((folder / "scores.json").read_text())["adapted"]
     exported = folder / "adapter" / "adapter_model.safetensors"
     result["adapter_bytes"] = exported.stat().st_size if exported.exists() else None
@@ -141,7 +220,9 @@ def run(command: list[str]) -> int:
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             log.seek(0)
-            raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{log.read()[-4000:]}")
+            raise SystemExit(
+                f"{' '.join(command)} ended with {process.returncode}:\n{log.read()[-4000:]}"
+            )
     return usage.ru_maxrss * 1024
 
 
@@ -150,8 +231,11 @@ def trained_parameters(folder: Path) -> int:
     return json.loads((folder / "preflight.json").read_text())["model"]["trainable"]
 
 
-def pieces(options: dict[str, Any], done: list[dict[str, Any]]) -> Iterator[tuple[str, str, float, int]]:
-    """What is still to be run: the search of each method, then its seeds, so that early results are whole ones."""
+def pieces(
+    options: dict[str, Any], done: list[dict[str, Any]]
+) -> Iterator[tuple[str, str, float, int]]:
+    """What is still to be run: the search of each method, then its seeds, so that early results are
+    whole ones."""
     have = {(row["method"], row["part"], row["rate"], row["seed"]) for row in done}
     for method in options["methods"]:
         while (rate := next_rate(method, options["rates"], done)) is not None:
@@ -166,7 +250,11 @@ def pieces(options: dict[str, Any], done: list[dict[str, Any]]) -> Iterator[tupl
 
 def next_rate(method: str, rates: list[float], done: list[dict[str, Any]]) -> float | None:
     """The search's next rate, None when it has ended."""
-    tried = {row["rate"]: row["loss"] for row in done if row["method"] == method and row["part"] == "search"}
+    tried = {
+        row["rate"]: row["loss"]
+        for row in done
+        if row["method"] == method and row["part"] == "search"
+    }
     missing = [rate for rate in rates if rate not in tried]
     if missing or len(tried) >= len(rates) + 2:
         return missing[0] if missing else None
@@ -180,20 +268,23 @@ def next_rate(method: str, rates: list[float], done: list[dict[str, Any]]) -> fl
 
 def best_rate(method: str, done: list[dict[str, Any]]) -> float:
     """The searched rate of lowest loss."""
-    return min((row for row in done if row["method"] == method and row["part"] == "search"), key=lambda row: row["loss"])[
-        "rate"
-    ]
+    return min(
+        (row for row in done if row["method"] == method and row["part"] == "search"),
+        key=lambda row: row["loss"],
+    )["rate"]
 
 
 def table(options: dict[str, Any], done: list[dict[str, Any]]) -> str:
-    """Means and standard deviations over the seeds, from the lines that there are. Step times are the lowest of the seeds' medians,
-    since whatever else a machine does only adds to them."""
+    """Means and standard deviations over the seeds, from the lines that there are. Step times are
+    the lowest of the seeds' medians, since whatever else a machine does only adds to them."""
     lines = []
     for task in options["tasks"]:
         names = ["loss", *SCORES[task]]
         lines += [f"\n{task}: held out, mean ± standard deviation over seeds\n"]
         lines += [
-            "| method | rate | seeds | trained | " + " | ".join(names) + " | step s | peak MB | adapter MB |",
+            "| method | rate | seeds | trained | "
+            + " | ".join(names)
+            + " | step s | peak MB | adapter MB |",
             "|---" * (7 + len(names)) + "|",
         ]
         for method in options["methods"]:
@@ -207,8 +298,14 @@ def table(options: dict[str, Any], done: list[dict[str, Any]]) -> str:
                 cells.append(f"{statistics.mean(values):.3f}{spread}")
             size = rows[0]["adapter_bytes"]
             cells += [f"{min(row['step_seconds'] for row in rows):.2f}"]
-            cells += [f"{statistics.median(row['peak_bytes'] for row in rows) / 1e6:.0f}", f"{size / 1e6:.1f}" if size else ""]
-            lines.append(f"| {method} | {rows[0]['rate']:g} | {len(rows)} | {rows[0]['parameters']:,} | {' | '.join(cells)} |")
+            cells += [
+                f"{statistics.median(row['peak_bytes'] for row in rows) / 1e6:.0f}",
+                f"{size / 1e6:.1f}" if size else "",
+            ]
+            lines.append(
+                f"| {method} | {rows[0]['rate']:g} | {len(rows)} | {rows[0]['parameters']:,} |"
+                f" {' | '.join(cells)} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -219,13 +316,17 @@ def plot(options: dict[str, Any], done: list[dict[str, Any]], file: Path) -> Non
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, len(options["tasks"]), figsize=(5 * len(options["tasks"]), 6), squeeze=False)
+    figure, axes = pyplot.subplots(
+        2, len(options["tasks"]), figsize=(5 * len(options["tasks"]), 6), squeeze=False
+    )
     for column, task in enumerate(options["tasks"]):
         for row, name in enumerate(("loss", SCORES[task][0])):
             for place, method in enumerate(options["methods"]):
                 values = [r[name] for r in done if r["method"] == method and r["part"] == task]
                 axes[row][column].plot([place] * len(values), values, "o", alpha=0.7)
-            axes[row][column].set_xticks(range(len(options["methods"])), options["methods"], rotation=45, ha="right")
+            axes[row][column].set_xticks(
+                range(len(options["methods"])), options["methods"], rotation=45, ha="right"
+            )
             axes[row][column].set_title(f"{task}: {name}")
     figure.tight_layout()
     figure.savefig(file)
@@ -241,7 +342,11 @@ def main() -> int:
     results = out / "results.jsonl"
 
     def done() -> list[dict[str, Any]]:
-        return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+        return (
+            [json.loads(line) for line in results.read_text().splitlines()]
+            if results.exists()
+            else []
+        )
 
     if not options["table"]:
         rows, density = split(options), density_of(options)
@@ -253,11 +358,16 @@ def main() -> int:
             result = piece(method, part, rate, seed, options, rows[part], density)
             with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
-            print(f"{part} {method} rate {rate:g} seed {seed}: loss {result['loss']:.4f}", flush=True)
+            print(
+                f"{part} {method} rate {rate:g} seed {seed}: loss {result['loss']:.4f}", flush=True
+            )
     text = table(options, done())
     (out / "methods.md").write_text(text, "utf-8")
     plot(options, done(), out / "methods.svg")
-    print(text + f"\n{os.cpu_count()} cores, torch {__import__('torch').__version__}; {out / 'methods.svg'}")
+    print(
+        text + f"\n{os.cpu_count()} cores, torch {__import__('torch').__version__};"
+        f" {out / 'methods.svg'}"
+    )
     return 0
 
 

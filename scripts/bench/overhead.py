@@ -1,10 +1,13 @@
-"""What our fit costs over a bare PyTorch loop, and against Hugging Face's Trainer with stock PEFT: the same model, rows, batches,
-adapter, optimiser and precision, each in a process of its own, in turn.
+"""What our fit costs over a bare PyTorch loop, and against Hugging Face's Trainer with stock PEFT:
+the same model, rows, batches, adapter, optimiser and precision, each in a process of its own, in
+turn.
 
-    python -m scripts.bench.overhead [steps=14] [warm=4] [repeats=3] [batch_size=8] [precision=auto] [experiment=quickstart]
+    python -m scripts.bench.overhead [steps=14] [warm=4] [repeats=3] [batch_size=8] [precision=auto]
+    [experiment=quickstart]
 
-Prints the median step of each and the ratios pair by pair. The rows are the quickstart's, whose prompts are long and answers
-short. ours: the program, with its journal and progress. bare: our model and loss in a plain loop. hf: Trainer + LoraConfig.
+Prints the median step of each and the ratios pair by pair. The rows are the quickstart's, whose
+prompts are long and answers short. ours: the program, with its journal and progress. bare: our
+model and loss in a plain loop. hf: Trainer + LoraConfig.
 """
 
 from __future__ import annotations
@@ -25,17 +28,28 @@ from omegaconf import OmegaConf
 from scripts.bench.options import given
 
 DEFAULTS: dict[str, Any] = {
-    "steps": 14, "warm": 4, "repeats": 3, "batch_size": 8, "precision": "auto", "experiment": "quickstart", "extra": [],
-}  # fmt: skip
+    "steps": 14,
+    "warm": 4,
+    "repeats": 3,
+    "batch_size": 8,
+    "precision": "auto",
+    "experiment": "quickstart",
+    "extra": [],
+}
 
 
 def overrides(options: dict[str, Any]) -> list[str]:
     """The run that is measured: training only."""
     return [
-        f"+experiment={options['experiment']}", f"max_steps={options['steps']}", f"batch_size={options['batch_size']}",
-        f"precision={options['precision']}", "callbacks.evaluation=null", "callbacks.checkpoints=null", "logger=none",
+        f"+experiment={options['experiment']}",
+        f"max_steps={options['steps']}",
+        f"batch_size={options['batch_size']}",
+        f"precision={options['precision']}",
+        "callbacks.evaluation=null",
+        "callbacks.checkpoints=null",
+        "logger=none",
         *options["extra"],
-    ]  # fmt: skip
+    ]
 
 
 def ours(options: dict[str, Any]) -> dict[str, Any]:
@@ -45,13 +59,23 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
         from trainer.__main__ import main
 
         main()
-        rows = [json.loads(line) for line in (Path(runs) / options["experiment"] / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (
+                (Path(runs) / options["experiment"] / "metrics.jsonl").read_text().splitlines()
+            )
+        ]
     rows = [row for row in rows if row["kind"] == "step"]
     seconds = [row["seconds"] for row in rows]
-    return {"steps": [after - before for before, after in itertools.pairwise(seconds)], "losses": [row["loss"] for row in rows]}
+    return {
+        "steps": [after - before for before, after in itertools.pairwise(seconds)],
+        "losses": [row["loss"] for row in rows],
+    }
 
 
-def prepared(options: dict[str, Any], masks: bool = False) -> tuple[dict[str, Any], Any, Any, list[dict[str, Any]]]:
+def prepared(
+    options: dict[str, Any], masks: bool = False
+) -> tuple[dict[str, Any], Any, Any, list[dict[str, Any]]]:
     """(config, base, dtype, the run's batches) for the loops that are not the program."""
     from trainer.assembly import quiet
     from trainer.assembly import rows as rows_module
@@ -60,7 +84,9 @@ def prepared(options: dict[str, Any], masks: bool = False) -> tuple[dict[str, An
     from trainer.models.precision import compute
 
     quiet.quiet()
-    plain: dict[str, Any] = OmegaConf.to_container(compose.compose(overrides(options)), resolve=True)  # type: ignore[assignment]
+    plain: dict[str, Any] = OmegaConf.to_container(
+        compose.compose(overrides(options)), resolve=True
+    )  # type: ignore[assignment]
     base = instantiate(plain["base"])
     found = rows_module.tokenised(plain, base, instantiate(plain["task"]))
     plan = rows_module.plan(plain, found, 1)
@@ -85,7 +111,9 @@ def bare(options: dict[str, Any]) -> dict[str, Any]:
     model = instantiate(plain["adapter"]).attach(base.load(dtype), Start()).train()
     loss_of = CausalLoss(model, plain["objective"]["logits_chunk"])
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=plain["optimizer"]["lr"], weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        trained, lr=plain["optimizer"]["lr"], weight_decay=0.0, fused=True
+    )
     times, losses = [], []
     for batch in batches:
         started = time.perf_counter()
@@ -108,7 +136,9 @@ def hf(options: dict[str, Any]) -> dict[str, Any]:
     plain, base, dtype, batches = prepared(options, masks=True)
     torch.manual_seed(plain["seed"])
     lora = plain["adapter"]
-    settings = peft.LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(
+        r=lora["rank"], lora_alpha=lora["alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     model = peft.get_peft_model(base.load(dtype), settings)
     times: list[float] = []
 
@@ -119,15 +149,32 @@ def hf(options: dict[str, Any]) -> dict[str, Any]:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             times.append(time.perf_counter() - self.started)
 
-    rows = [{key: batch[key] for key in ("input_ids", "labels", "attention_mask")} for batch in batches]
+    rows = [
+        {key: batch[key] for key in ("input_ids", "labels", "attention_mask")} for batch in batches
+    ]
     with tempfile.TemporaryDirectory() as out:
         arguments = transformers.TrainingArguments(
-            out, per_device_train_batch_size=1, max_steps=len(rows), learning_rate=plain["optimizer"]["lr"], lr_scheduler_type="constant",
-            optim="adamw_torch_fused", max_grad_norm=1.0, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
-            remove_unused_columns=False, dataloader_num_workers=0,
-        )  # fmt: skip
+            out,
+            per_device_train_batch_size=1,
+            max_steps=len(rows),
+            learning_rate=plain["optimizer"]["lr"],
+            lr_scheduler_type="constant",
+            optim="adamw_torch_fused",
+            max_grad_norm=1.0,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            remove_unused_columns=False,
+            dataloader_num_workers=0,
+        )
         trainer_ = transformers.Trainer(
-            model, arguments, train_dataset=rows, data_collator=lambda items: items[0], callbacks=[Clock()]
+            model,
+            arguments,
+            train_dataset=rows,
+            data_collator=lambda items: items[0],
+            callbacks=[Clock()],
         )
         trainer_.get_train_dataloader = lambda: torch.utils.data.DataLoader(rows, batch_size=None)  # type: ignore[method-assign]
         trainer_.train()
@@ -153,7 +200,15 @@ def main() -> int:
     for repeat in range(options["repeats"]):
         for name in CONTESTANTS:
             with tempfile.NamedTemporaryFile(suffix=".json") as out:
-                command = [sys.executable, "-m", "scripts.bench.overhead", *sys.argv[1:], "--worker", name, out.name]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "scripts.bench.overhead",
+                    *sys.argv[1:],
+                    "--worker",
+                    name,
+                    out.name,
+                ]
                 done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
                 if done.returncode:
                     print(done.stdout[-2000:], done.stderr[-4000:], file=sys.stderr)
@@ -161,17 +216,27 @@ def main() -> int:
                 results[name].append(json.loads(Path(out.name).read_text()))
             median = statistics.median(results[name][-1]["steps"][options["warm"] - 1 :])
             print(
-                f"round {repeat + 1} {name}: {median:.3f} s a step, last loss {results[name][-1]['losses'][-1]:.4f}", flush=True
+                f"round {repeat + 1} {name}: {median:.3f} s a step, last loss"
+                f" {results[name][-1]['losses'][-1]:.4f}",
+                flush=True,
             )
-    medians = {n: [statistics.median(r["steps"][options["warm"] - 1 :]) for r in runs] for n, runs in results.items()}
+    medians = {
+        n: [statistics.median(r["steps"][options["warm"] - 1 :]) for r in runs]
+        for n, runs in results.items()
+    }
     print(f"\n{'':6}{'step s':>9}{'min':>9}{'max':>9}{'peak MB':>10}{'last loss':>11}")
     for name, values in medians.items():
         peak = statistics.median(r["peak_mb"] for r in results[name])
         loss = results[name][-1]["losses"][-1]
-        print(f"{name:6}{statistics.median(values):9.3f}{min(values):9.3f}{max(values):9.3f}{peak:10.0f}{loss:11.4f}")
+        print(
+            f"{name:6}{statistics.median(values):9.3f}{min(values):9.3f}{max(values):9.3f}{peak:10.0f}{loss:11.4f}"
+        )
     for other in ("bare", "hf"):
         ratios = [a / b for a, b in zip(medians["ours"], medians[other], strict=True)]
-        print(f"ours / {other}: {statistics.median(ratios):.3f}  ({', '.join(f'{ratio:.3f}' for ratio in ratios)})")
+        print(
+            f"ours / {other}: {statistics.median(ratios):.3f} "
+            f" ({', '.join(f'{ratio:.3f}' for ratio in ratios)})"
+        )
     return 0
 
 

@@ -1,12 +1,15 @@
-"""Where the time and the memory of a training step go: by operation, and what the forward pass keeps for the backward one.
+"""Where the time and the memory of a training step go: by operation, and what the forward pass
+keeps for the backward one.
 
-    python -m scripts.bench.profile [batch_size=4] [length=256] [supervised=1.0] [steps=4] [rows=20] [overrides=[...]] [threads=null]
+    python -m scripts.bench.profile [batch_size=4] [length=256] [supervised=1.0] [steps=4] [rows=20]
+    [overrides=[...]] [threads=null]
         [device=cpu] [base=smollm2_135m]
 
-The run's own model, adapter and loss on random tokens; `overrides` go to the config (adapter=rosa, precision=fp32).
-`supervised` is the share of each row, its end, that is trained. It prints the median step with its parts and what the
-machine's products and copies would allow, the operations that take most of the processor's own time, and the tensors that wait for
-the backward pass, by the module that made them.
+The run's own model, adapter and loss on random tokens; `overrides` go to the config (adapter=rosa,
+precision=fp32). `supervised` is the share of each row, its end, that is trained. It prints the
+median step with its parts and what the machine's products and copies would allow, the operations
+that take most of the processor's own time, and the tensors that wait for the backward pass, by the
+module that made them.
 """
 
 from __future__ import annotations
@@ -21,9 +24,16 @@ from omegaconf import OmegaConf
 from scripts.bench.options import given
 
 DEFAULTS: dict[str, Any] = {
-    "batch_size": 4, "length": 256, "supervised": 1.0, "steps": 4, "rows": 20, "overrides": [], "threads": None, "device": "cpu",
+    "batch_size": 4,
+    "length": 256,
+    "supervised": 1.0,
+    "steps": 4,
+    "rows": 20,
+    "overrides": [],
+    "threads": None,
+    "device": "cpu",
     "base": "smollm2_135m",
-}  # fmt: skip
+}
 
 
 def prepared(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
@@ -42,7 +52,9 @@ def prepared(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     plain: Any = OmegaConf.to_container(compose.compose(words), resolve=True)
     device = torch.device(options["device"])
     described, adapter = instantiate(plain["base"]), instantiate(plain["adapter"])
-    dtype, _, _ = precision.compute(plain["precision"], plain["base"]["dtype"], False, device.type == "cuda")
+    dtype, _, _ = precision.compute(
+        plain["precision"], plain["base"]["dtype"], False, device.type == "cuda"
+    )
     torch.manual_seed(plain["seed"])
     model = described.load(dtype, None, device)
     if plain["fused"]:
@@ -50,17 +62,27 @@ def prepared(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
         print(f"fused: {liger.put_in(model) if plain['fused'] == 'liger' else fused.fuse(model)}")
     model = adapter.attach(model, Start())
     module = instantiate(plain["objective"])(
-        model=model, adapter=adapter, optimizer=instantiate(plain["optimizer"]), schedule=lambda *_, **__: 1.0, steps=1,
-        labelled=False, accumulate=1, seed=0,
-    )  # fmt: skip
+        model=model,
+        adapter=adapter,
+        optimizer=instantiate(plain["optimizer"]),
+        schedule=lambda *_, **__: 1.0,
+        steps=1,
+        labelled=False,
+        accumulate=1,
+        seed=0,
+    )
     B, T = options["batch_size"], options["length"]
-    ids = torch.randint(10, model.config.vocab_size, (B, T), generator=torch.Generator().manual_seed(1)).to(device)
+    ids = torch.randint(
+        10, model.config.vocab_size, (B, T), generator=torch.Generator().manual_seed(1)
+    ).to(device)
     labels = ids.clone()
     labels[:, : T - round(T * options["supervised"])] = -100
     return module.train(), module.configure_optimizers(), {"input_ids": ids, "labels": labels}
 
 
-def step(module: Any, optimizer: Any, batch: dict[str, Any], took: dict[str, list[float]] | None = None) -> None:
+def step(
+    module: Any, optimizer: Any, batch: dict[str, Any], took: dict[str, list[float]] | None = None
+) -> None:
     """One step; `took` gets the seconds of its parts."""
     import torch
 
@@ -86,7 +108,8 @@ def step(module: Any, optimizer: Any, batch: dict[str, Any], took: dict[str, lis
 
 
 def kept(module: Any, batch: dict[str, Any]) -> list[tuple[int, str, str]]:
-    """(bytes, the module that made it, shape and dtype) of what is there after a forward pass and was not before, each storage once.
+    """(bytes, the module that made it, shape and dtype) of what is there after a forward pass and
+    was not before, each storage once.
 
     What autograd's hooks for saved tensors see would leave out what checkpoints keep.
     """
@@ -95,22 +118,35 @@ def kept(module: Any, batch: dict[str, Any]) -> list[tuple[int, str, str]]:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_iter
 
-    weights = {tensor.untyped_storage()._cdata for tensor in [*module.parameters(), *module.buffers()]}
+    weights = {
+        tensor.untyped_storage()._cdata for tensor in [*module.parameters(), *module.buffers()]
+    }
     inside: list[str] = []
     made: dict[int, tuple[StorageWeakRef, tuple[int, str, str]]] = {}
 
     class Noted(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             out = func(*args, **(kwargs or {}))
             for tensor in tree_iter(out):
-                if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in weights:
-                    told = storage.nbytes(), inside[-1] if inside else "", f"{tuple(tensor.shape)} {tensor.dtype}"
+                if (
+                    isinstance(tensor, torch.Tensor)
+                    and (storage := tensor.untyped_storage())._cdata not in weights
+                ):
+                    told = (
+                        storage.nbytes(),
+                        inside[-1] if inside else "",
+                        f"{tuple(tensor.shape)} {tensor.dtype}",
+                    )
                     made[storage._cdata] = StorageWeakRef(storage), told
             return out
 
     handles = []
     for _, child in module.model.named_modules():
-        handles.append(child.register_forward_pre_hook(lambda m, *_: inside.append(type(m).__name__)))
+        handles.append(
+            child.register_forward_pre_hook(lambda m, *_: inside.append(type(m).__name__))
+        )
         handles.append(child.register_forward_hook(lambda *_: inside.pop() and None))
     with Noted():
         loss = module.loss(batch)  # whose graph holds them
@@ -122,13 +158,16 @@ def kept(module: Any, batch: dict[str, Any]) -> list[tuple[int, str, str]]:
 
 
 def limits(module: Any, batch: dict[str, Any]) -> tuple[float, float, float]:
-    """(products a second of the machine for such a model, bytes a second of a large copy, products that a step of a LoRA cannot do
-    without: each frozen weight once forward and once backward, the output layer's at supervised positions)."""
+    """(products a second of the machine for such a model, bytes a second of a large copy, products
+    that a step of a LoRA cannot do without: each frozen weight once forward and once backward, the
+    output layer's at supervised positions)."""
     import torch
 
     model, ids = module.model, batch["input_ids"]
     config = model.config.get_text_config()
-    weight = torch.randn(config.intermediate_size, config.hidden_size, device=ids.device).to(model.dtype)
+    weight = torch.randn(config.intermediate_size, config.hidden_size, device=ids.device).to(
+        model.dtype
+    )
     x = torch.randn(ids.numel(), config.hidden_size, device=ids.device).to(model.dtype)
     large = torch.empty(256 << 20, dtype=torch.uint8, device=ids.device)
 
@@ -143,7 +182,9 @@ def limits(module: Any, batch: dict[str, Any]) -> tuple[float, float, float]:
         return min(seconds)
 
     head = model.get_output_embeddings().weight.numel()
-    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) - head
+    linears = (
+        sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) - head
+    )
     needed = 2 * linears * ids.numel() + 2 * head * int((batch["labels"][:, 1:] != -100).sum())
     rate = x.numel() * config.intermediate_size / least(lambda: x @ weight.t())
     return rate, 2 * large.numel() / least(lambda: large.clone()), needed
@@ -162,18 +203,28 @@ def main() -> int:
     for _ in range(options["steps"]):
         step(module, optimizer, batch, took)
     whole = statistics.median(took["step"])
-    print(f"{batch['input_ids'].numel() / whole:.0f} tokens/s; median seconds of {options['steps']} steps")
+    print(
+        f"{batch['input_ids'].numel() / whole:.0f} tokens/s; median seconds of {options['steps']}"
+        " steps"
+    )
     for name, seconds in took.items():
-        print(f"  {name:20}{statistics.median(seconds):8.3f}  {statistics.median(seconds) / whole:6.1%}")
+        print(
+            f"  {name:20}{statistics.median(seconds):8.3f} "
+            f" {statistics.median(seconds) / whole:6.1%}"
+        )
 
     rate, bandwidth, needed = limits(module, batch)
     print(
-        f"this machine: {2 * rate / 1e12:.2f} TFLOP/s in products of the model's shape, {bandwidth / 1e9:.1f} GB/s copied. "
-        f"The step's {2 * needed / 1e9:.0f} GFLOP of products with frozen weights would take {needed / rate:.2f} s, {needed / rate / whole:.0%} of it"
+        f"this machine: {2 * rate / 1e12:.2f} TFLOP/s in products of the model's shape,"
+        f" {bandwidth / 1e9:.1f} GB/s copied. The step's {2 * needed / 1e9:.0f} GFLOP of products"
+        f" with frozen weights would take {needed / rate:.2f} s, {needed / rate / whole:.0%} of it"
     )
 
     cuda = options["device"] != "cpu"
-    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
+    activities = [
+        torch.profiler.ProfilerActivity.CPU,
+        *([torch.profiler.ProfilerActivity.CUDA] if cuda else []),
+    ]
     with torch.profiler.profile(activities=activities) as profile:
         step(module, optimizer, batch)
     own = "self_device_time_total" if cuda else "self_cpu_time_total"
@@ -181,7 +232,10 @@ def main() -> int:
     total = sum(getattr(event, own) for event in events)
     print(f"\none step by operation, own time: {total / 1e6:.3f} s")
     for event in events[: options["rows"]]:
-        print(f"  {event.key[:60]:60}{getattr(event, own) / 1e6:8.3f}  {getattr(event, own) / total:6.1%}{event.count:8}")
+        print(
+            f"  {event.key[:60]:60}{getattr(event, own) / 1e6:8.3f} "
+            f" {getattr(event, own) / total:6.1%}{event.count:8}"
+        )
 
     found = kept(module, batch)
     print(f"\nkept for the backward pass: {sum(size for size, _, _ in found) / 1e6:.0f} MB")

@@ -1,16 +1,22 @@
-"""Time from the command to the first optimiser step: the program against plain scripts of transformers' Trainer and of TRL's
-SFTTrainer, each with stock PEFT's LoRA on the same model, rows, batch size and precision, each in a process of its own, in turn.
+"""Time from the command to the first optimiser step: the program against plain scripts of
+transformers' Trainer and of TRL's SFTTrainer, each with stock PEFT's LoRA on the same model, rows,
+batch size and precision, each in a process of its own, in turn.
 
-    python -m scripts.bench.startup [repeats=3] [rows=1000] [length=128] [batch_size=2] [precision=auto] [base=smollm2_135m]
-                                    [contestants=[ours,hf]] [caches=[cold,warm]] [trl=PYTHON] [short=true] [json=FILE] [extra=[]]
+    python -m scripts.bench.startup [repeats=3] [rows=1000] [length=128] [batch_size=2]
+    [precision=auto] [base=smollm2_135m]
+                                    [contestants=[ours,hf]] [caches=[cold,warm]] [trl=PYTHON]
+                                    [short=true] [json=FILE] [extra=[]]
 
-Prints medians of wall and, in brackets, processor seconds from the start of the process to: rows as tokens (data), the model in memory
-with its adapter (model), the first optimiser step done (step); and the ratios round by round. cold: rows are tokenised; warm: an earlier
-start has left them in the cache. trl=PYTHON is the python of an environment that has trl; contestants then need not name it. short: also
-what --help and a wrong key take. What an operating system keeps of the files is warm for all: a start that is not counted comes first.
+Prints medians of wall and, in brackets, processor seconds from the start of the process to: rows as
+tokens (data), the model in memory with its adapter (model), the first optimiser step done (step);
+and the ratios round by round. cold: rows are tokenised; warm: an earlier start has left them in the
+cache. trl=PYTHON is the python of an environment that has trl; contestants then need not name it.
+short: also what --help and a wrong key take. What an operating system keeps of the files is warm
+for all: a start that is not counted comes first.
 
-The rows are chats of `length` words or so, made from a seed. The plain scripts load, tokenise by the chat template, mask nothing and log
-nowhere, as the program does with task.train_on=everything and logger=none; they make no checkpoint before their first step, nor does it.
+The rows are chats of `length` words or so, made from a seed. The plain scripts load, tokenise by
+the chat template, mask nothing and log nowhere, as the program does with task.train_on=everything
+and logger=none; they make no checkpoint before their first step, nor does it.
 """
 
 from __future__ import annotations
@@ -32,12 +38,23 @@ from typing import Any
 from omegaconf import OmegaConf
 
 DEFAULTS: dict[str, Any] = {
-    "repeats": 3, "rows": 1000, "length": 128, "batch_size": 2, "precision": "auto", "base": "smollm2_135m", "contestants": ["ours", "hf"],
-    "caches": ["cold", "warm"], "trl": None, "short": True, "json": None, "extra": [],
-}  # fmt: skip
+    "repeats": 3,
+    "rows": 1000,
+    "length": 128,
+    "batch_size": 2,
+    "precision": "auto",
+    "base": "smollm2_135m",
+    "contestants": ["ours", "hf"],
+    "caches": ["cold", "warm"],
+    "trl": None,
+    "short": True,
+    "json": None,
+    "extra": [],
+}
 STAGES = ("data", "model", "step")
 MARK = "reached: "  # what the plain scripts print before a stage's name
-# The program's log lines that end a stage; `data` is the last thing said before the model is asked for.
+# The program's log lines that end a stage; `data` is the last thing said before the model is asked
+# for.
 SAID = {
     "data": re.compile(r"INFO\s+loading "),
     "model": re.compile(r"INFO\s+trained: "),
@@ -119,9 +136,14 @@ def chats(rows: int, length: int, seed: int = 0) -> list[dict[str, Any]]:
         return " ".join(draw.choice(words) for _ in range(max(1, count)))
 
     return [
-        {"messages": [{"role": "user", "content": text(length // 2)}, {"role": "assistant", "content": text(length - length // 2)}]}
+        {
+            "messages": [
+                {"role": "user", "content": text(length // 2)},
+                {"role": "assistant", "content": text(length - length // 2)},
+            ]
+        }
         for _ in range(rows)
-    ]  # fmt: skip
+    ]
 
 
 def stage_of(line: str) -> str | None:
@@ -132,13 +154,15 @@ def stage_of(line: str) -> str | None:
 
 
 def processor_seconds(stat: str, ticks: int) -> float:
-    """User and system seconds of a process and of its children that have ended, from its /proc/PID/stat."""
+    """User and system seconds of a process and of its children that have ended, from its
+    /proc/PID/stat."""
     fields = stat.rpartition(")")[2].split()  # from the third field on; a name may have spaces
     return sum(int(fields[i]) for i in (11, 12, 13, 14)) / ticks
 
 
 def timed(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """Stages and what they took since the start of `command`, whose end is not waited for once it has made its first step.
+    """Stages and what they took since the start of `command`, whose end is not waited for once it
+    has made its first step.
 
     Raises:
         SystemExit: it ended before.
@@ -146,7 +170,12 @@ def timed(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     ticks, reached, lines = os.sysconf("SC_CLK_TCK"), dict[str, tuple[float, float]](), list[str]()
     started = time.perf_counter()
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, errors="replace"
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        errors="replace",
     )
     guard = threading.Timer(550, process.kill)
     guard.start()
@@ -171,18 +200,36 @@ def short(command: list[str], environment: dict[str, str]) -> dict[str, float]:
     before, started = os.times(), time.perf_counter()
     subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     wall, after = time.perf_counter() - started, os.times()
-    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    spent = (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
     return {"wall": wall, "processor": spent}
 
 
 def program(options: dict[str, Any], folder: str, rows: Path, runs: str) -> list[str]:
     """The command of our run."""
     return [
-        sys.executable, "-m", "trainer", "base=hf", f"base.path={folder}", "task=sft", f"task.path={rows}", "task.eval_fraction=0",
-        "task.train_on=everything", "max_steps=2", f"batch_size={options['batch_size']}", f"precision={options['precision']}",
-        "adapter.rank=16", "adapter.alpha=32", "optimizer.lr=1e-4", "callbacks.evaluation=null", "callbacks.checkpoints=null", "logger=none",
-        f"runs={runs}", *options["extra"],
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "trainer",
+        "base=hf",
+        f"base.path={folder}",
+        "task=sft",
+        f"task.path={rows}",
+        "task.eval_fraction=0",
+        "task.train_on=everything",
+        "max_steps=2",
+        f"batch_size={options['batch_size']}",
+        f"precision={options['precision']}",
+        "adapter.rank=16",
+        "adapter.alpha=32",
+        "optimizer.lr=1e-4",
+        "callbacks.evaluation=null",
+        "callbacks.checkpoints=null",
+        "logger=none",
+        f"runs={runs}",
+        *options["extra"],
+    ]
 
 
 def described(options: dict[str, Any]) -> tuple[str, str]:
@@ -192,12 +239,21 @@ def described(options: dict[str, Any]) -> tuple[str, str]:
     from trainer.models import precision
 
     plain: Any = OmegaConf.to_container(
-        compose.compose([f"base={options['base']}", "task=sft", "task.path=x", f"precision={options['precision']}"]),
+        compose.compose(
+            [
+                f"base={options['base']}",
+                "task=sft",
+                "task.path=x",
+                f"precision={options['precision']}",
+            ]
+        ),
         resolve=True,
     )
     import torch
 
-    dtype, _, _ = precision.compute(plain["precision"], plain["base"]["dtype"], False, torch.cuda.is_available())
+    dtype, _, _ = precision.compute(
+        plain["precision"], plain["base"]["dtype"], False, torch.cuda.is_available()
+    )
     return instantiate(plain["base"]).path, str(dtype).removeprefix("torch.")
 
 
@@ -206,24 +262,34 @@ def medians(results: list[dict[str, Any]], key: str = "wall") -> dict[str, float
     return {stage: statistics.median(result[stage][key] for result in results) for stage in STAGES}
 
 
-def ratios(ours: list[dict[str, Any]], other: list[dict[str, Any]], key: str = "wall") -> list[float]:
+def ratios(
+    ours: list[dict[str, Any]], other: list[dict[str, Any]], key: str = "wall"
+) -> list[float]:
     """Ours over another's time to the first step, round by round."""
     return [a["step"][key] / b["step"][key] for a, b in zip(ours, other, strict=True)]
 
 
 def table(found: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
     """The medians of each cache and contestant, and the ratios."""
-    lines = ["| cache | | " + " | ".join(f"{stage}, s" for stage in STAGES) + " |", "|---" * (2 + len(STAGES)) + "|"]
+    lines = [
+        "| cache | | " + " | ".join(f"{stage}, s" for stage in STAGES) + " |",
+        "|---" * (2 + len(STAGES)) + "|",
+    ]
     said = []
     for cache, of in found.items():
         for name, results in of.items():
             wall, spent = medians(results), medians(results, "processor")
-            lines.append(f"| {cache} | {name} | " + " | ".join(f"{wall[s]:.2f} ({spent[s]:.2f})" for s in STAGES) + " |")
+            lines.append(
+                f"| {cache} | {name} | "
+                + " | ".join(f"{wall[s]:.2f} ({spent[s]:.2f})" for s in STAGES)
+                + " |"
+            )
             if name != "ours" and "ours" in of:
                 both = [ratios(of["ours"], results, key) for key in ("wall", "processor")]
                 said.append(
-                    f"{cache}, ours / {name} to the first step: {statistics.median(both[0]):.3f} wall "
-                    f"({', '.join(f'{one:.3f}' for one in both[0])}), {statistics.median(both[1]):.3f} processor"
+                    f"{cache}, ours / {name} to the first step: {statistics.median(both[0]):.3f}"
+                    f" wall ({', '.join(f'{one:.3f}' for one in both[0])}),"
+                    f" {statistics.median(both[1]):.3f} processor"
                 )
     return "\n".join([*lines, "", *said])
 
@@ -235,14 +301,18 @@ def main() -> int:
     if given.keys() - DEFAULTS.keys():
         print(__doc__, file=sys.stderr)
         return 2
-    names = list(options["contestants"]) + (["trl"] if options["trl"] and "trl" not in options["contestants"] else [])
+    names = list(options["contestants"]) + (
+        ["trl"] if options["trl"] and "trl" not in options["contestants"] else []
+    )
     folder, dtype = described(options)
     found: dict[str, Any] = {cache: {name: [] for name in names} for cache in options["caches"]}
     quick: dict[str, list[dict[str, float]]] = {"--help": [], "a wrong key": []}
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         rows, script = place / "rows.jsonl", place / "peer.py"
-        rows.write_text("".join(json.dumps(row) + "\n" for row in chats(options["rows"], options["length"])))
+        rows.write_text(
+            "".join(json.dumps(row) + "\n" for row in chats(options["rows"], options["length"]))
+        )
         script.write_text(PEER)
 
         def once(name: str, cache: str) -> dict[str, Any]:
@@ -268,19 +338,34 @@ def main() -> int:
                     with tempfile.TemporaryDirectory(dir=place) as cold:
                         result = once(name, f"{place}/warm" if cache == "warm" else cold)
                     found[cache][name].append(result)
-                    steps = "  ".join(f"{s} {result[s]['wall']:.2f} ({result[s]['processor']:.2f})" for s in STAGES)
+                    steps = "  ".join(
+                        f"{s} {result[s]['wall']:.2f} ({result[s]['processor']:.2f})"
+                        for s in STAGES
+                    )
                     print(f"round {repeat + 1} {cache} {name}: {steps}", flush=True)
             if options["short"]:
-                for what, more in (("--help", ["--help"]), ("a wrong key", ["task=sft", "task.path=x", "no_such_key=1"])):
-                    quick[what].append(short([sys.executable, "-m", "trainer", *more], dict(os.environ)))
+                for what, more in (
+                    ("--help", ["--help"]),
+                    ("a wrong key", ["task=sft", "task.path=x", "no_such_key=1"]),
+                ):
+                    quick[what].append(
+                        short([sys.executable, "-m", "trainer", *more], dict(os.environ))
+                    )
     print(f"\n{table(found)}")
     for what, took in quick.items():
         if took:
-            wall, spent = (statistics.median(one[key] for one in took) for key in ("wall", "processor"))
+            wall, spent = (
+                statistics.median(one[key] for one in took) for key in ("wall", "processor")
+            )
             print(f"{what}: {wall:.2f} s ({spent:.2f})")
-    print(f"{os.cpu_count()} cores, {platform.machine()}, {dtype}, {options['rows']} rows of about {options['length']} words")
+    print(
+        f"{os.cpu_count()} cores, {platform.machine()}, {dtype}, {options['rows']} rows of about"
+        f" {options['length']} words"
+    )
     if options["json"]:
-        Path(options["json"]).write_text(json.dumps({"options": options, "found": found, "short": quick}))
+        Path(options["json"]).write_text(
+            json.dumps({"options": options, "found": found, "short": quick})
+        )
     return 0
 
 

@@ -2,10 +2,10 @@
 
     python -m scripts.faults out=FOLDER [only=[kills,disk:lora]] [kills=100] [seed=0]
 
-Families: kills, points, disk, damage, ranks, loader, clock, nonfinite, memory; each is a file beside this one, which says what it does;
-only=[FAMILY:RUN:FAULT] does those whose names hold these parts. FOLDER/faults.jsonl gets a line for each injection, FOLDER/faults.md the
-table. The same command goes on where it was stopped.
-The exit code is 1 if anything came out as it should not.
+Families: kills, points, disk, damage, ranks, loader, clock, nonfinite, memory; each is a file
+beside this one, which says what it does; only=[FAMILY:RUN:FAULT] does those whose names hold these
+parts. FOLDER/faults.jsonl gets a line for each injection, FOLDER/faults.md the table. The same
+command goes on where it was stopped. The exit code is 1 if anything came out as it should not.
 """
 
 from __future__ import annotations
@@ -19,13 +19,32 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from scripts.faults import cases, clock, damage, disk, kills, loader, memory, nonfinite, points, ranks, warm
+from scripts.faults import (
+    cases,
+    clock,
+    damage,
+    disk,
+    kills,
+    loader,
+    memory,
+    nonfinite,
+    points,
+    ranks,
+    warm,
+)
 from scripts.faults.ledger import HEADS, Ledger
 
 FAMILIES: dict[str, Any] = {
-    "kills": kills, "points": points, "disk": disk, "damage": damage, "ranks": ranks, "loader": loader, "clock": clock,
-    "nonfinite": nonfinite, "memory": memory,
-}  # fmt: skip
+    "kills": kills,
+    "points": points,
+    "disk": disk,
+    "damage": damage,
+    "ranks": ranks,
+    "loader": loader,
+    "clock": clock,
+    "nonfinite": nonfinite,
+    "memory": memory,
+}
 DEFAULTS = {"out": None, "only": list(HEADS), "kills": 100, "seed": 0}
 
 
@@ -38,12 +57,16 @@ def main(argv: list[str]) -> int:
     ]
     options = DEFAULTS | options
     if unknown or options["out"] is None:
-        print(f"{', '.join(unknown) or 'out'}: {'unknown' if unknown else 'missing'}\n\n{__doc__}", file=sys.stderr)
+        print(
+            f"{', '.join(unknown) or 'out'}: {'unknown' if unknown else 'missing'}\n\n{__doc__}",
+            file=sys.stderr,
+        )
         return 2
     place = cases.prepare(Path(options["out"]))
     ledger = Ledger(place.path, options["only"])
     warm.ready()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every `finally`, so that nothing stays mounted
+    # through every `finally`, so that nothing stays mounted
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for name in dict.fromkeys(entry.partition(":")[0] for entry in options["only"]):
         began = time.monotonic()
         if name == "kills":

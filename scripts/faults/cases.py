@@ -1,4 +1,5 @@
-"""The runs that faults are injected into: small, of every kind of training state, and what two of them are compared by."""
+"""The runs that faults are injected into: small, of every kind of training state, and what two of
+them are compared by."""
 
 from __future__ import annotations
 
@@ -23,20 +24,47 @@ STEPS = 22
 SHARD = 300_000  # bytes of a shard of features, so that there are several
 
 COMMON = (
-    "+experiment=smoke", f"max_steps={STEPS}", "precision=fp32", "threads=1", "accumulate=2", "batch_size=4", "task.eval_fraction=0.1",
-    "callbacks.evaluation.every=7", "callbacks.evaluation.generate=2", "callbacks.evaluation.max_new_tokens=8",
-    f"callbacks.checkpoints.every={EVERY}", "resume=auto",
-)  # fmt: skip
+    "+experiment=smoke",
+    f"max_steps={STEPS}",
+    "precision=fp32",
+    "threads=1",
+    "accumulate=2",
+    "batch_size=4",
+    "task.eval_fraction=0.1",
+    "callbacks.evaluation.every=7",
+    "callbacks.evaluation.generate=2",
+    "callbacks.evaluation.max_new_tokens=8",
+    f"callbacks.checkpoints.every={EVERY}",
+    "resume=auto",
+)
 SETTINGS: dict[str, tuple[str, ...]] = {
     "lora": ("adapter.dropout=0.1",),
-    "rosa": ("adapter=rosa", "adapter.density=0.05", "adapter.warmup_steps=4", "adapter.mask_steps=5", "adapter.dropout=0.1"),
-    "spiel": ("adapter=spiel", "adapter.density=0.1", "adapter.reselection_steps=6", "adapter.accumulation_steps=3"),
+    "rosa": (
+        "adapter=rosa",
+        "adapter.density=0.05",
+        "adapter.warmup_steps=4",
+        "adapter.mask_steps=5",
+        "adapter.dropout=0.1",
+    ),
+    "spiel": (
+        "adapter=spiel",
+        "adapter.density=0.1",
+        "adapter.reselection_steps=6",
+        "adapter.accumulation_steps=3",
+    ),
     "mtp": ("drafter=mtp_shared", "drafter.offsets=2"),
     "eagle3": (
-        "adapter=none", "drafter=eagle3", "objective=distill", "base.layers=8", "drafter.draft_vocab_size=64", "drafter.offsets=2",
-        "drafter.coverage=0", "callbacks.evaluation.generate=0", "callbacks.evaluation.samples=0",
+        "adapter=none",
+        "drafter=eagle3",
+        "objective=distill",
+        "base.layers=8",
+        "drafter.draft_vocab_size=64",
+        "drafter.offsets=2",
+        "drafter.coverage=0",
+        "callbacks.evaluation.generate=0",
+        "callbacks.evaluation.samples=0",
     ),
-}  # fmt: skip
+}
 SPECIAL = {  # what is worth more kills than its share of the time
     "lora": ("saving", "training"),
     "rosa": ("saving", "making the mask"),
@@ -80,7 +108,13 @@ def prepare(path: Path) -> Place:
     draw = random.Random(0)
     pairs = [(draw.randint(0, 99), draw.randint(0, 99)) for _ in range(120)]
     rows = (
-        {"messages": [{"role": "user", "content": f"{a}+{b}="}, {"role": "assistant", "content": str(a + b)}]} for a, b in pairs
+        {
+            "messages": [
+                {"role": "user", "content": f"{a}+{b}="},
+                {"role": "assistant", "content": str(a + b)},
+            ]
+        }
+        for a, b in pairs
     )
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if not place.rows.exists() or place.rows.read_text() != text:
@@ -91,7 +125,15 @@ def prepare(path: Path) -> Place:
 def words(place: Place, case: str, name: str, *more: str) -> list[str]:
     """The arguments of a case's run."""
     states = [f"target.features={place.path / 'features' / name}"] if case == "eagle3" else []
-    return [*COMMON, f"task.path={place.rows}", f"runs={place.runs}", f"name={name}", *SETTINGS[case], *states, *more]
+    return [
+        *COMMON,
+        f"task.path={place.rows}",
+        f"runs={place.runs}",
+        f"name={name}",
+        *SETTINGS[case],
+        *states,
+        *more,
+    ]
 
 
 def small_shards() -> None:
@@ -107,9 +149,15 @@ def small_shards() -> None:
 
 
 def start(
-    place: Place, case: str, name: str, *more: str, before: Callable[[], None] | None = None, module: str = "trainer"
+    place: Place,
+    case: str,
+    name: str,
+    *more: str,
+    before: Callable[[], None] | None = None,
+    module: str = "trainer",
 ) -> Child:
-    """Start a case's run under a name: of a trainer's, of the cooldown of `constant`, or of `respond`."""
+    """Start a case's run under a name: of a trainer's, of the cooldown of `constant`, or of
+    `respond`."""
 
     def broken() -> None:
         small_shards()
@@ -130,9 +178,15 @@ def start(
     elif case == "respond":
         module = "trainer.respond"
         given = [
-            "base=tiny", f"prompts={place.rows}", f"out={place.path / 'answers' / name}", "max_new_tokens=12", "batch_size=5",
-            "temperature=1", "precision=fp32", *more,
-        ]  # fmt: skip
+            "base=tiny",
+            f"prompts={place.rows}",
+            f"out={place.path / 'answers' / name}",
+            "max_new_tokens=12",
+            "batch_size=5",
+            "temperature=1",
+            "precision=fp32",
+            *more,
+        ]
     else:
         given = words(place, case, name, *more)
     return warm.start(module, given, log, place.cache(name), broken)
@@ -140,7 +194,12 @@ def start(
 
 def constant(place: Place) -> None:
     """The run of a constant rate whose cooldowns are killed."""
-    settings = ("schedule=constant", "schedule.warmup=2", "callbacks.checkpoints.keep=null", "max_steps=12")
+    settings = (
+        "schedule=constant",
+        "schedule.warmup=2",
+        "callbacks.checkpoints.keep=null",
+        "max_steps=12",
+    )
     if not (place.runs / "constant" / "report.html").exists():
         finish(start(place, "lora", "constant", *settings))
 
@@ -198,23 +257,34 @@ def is_done(place: Place, case: str, name: str) -> bool:
 
 
 def outcome(place: Place, case: str, name: str) -> dict[str, Any]:
-    """Digests of all weights that a run leaves, and of every number and text it logged but times."""
+    """Digests of all weights that a run leaves, and of every number and text it logged but
+    times."""
     from trainer.storage import journal
 
     if case == "respond":
         folder = place.path / "answers" / name
         (folder / "ended").touch()
-        return {"weights": "", "logged": digest(*(folder / file for file in ("rows.jsonl", "left_out.jsonl")))}
+        return {
+            "weights": "",
+            "logged": digest(*(folder / file for file in ("rows.jsonl", "left_out.jsonl"))),
+        }
     run = place.runs / name
     weights = digest(*sorted(run.glob("**/*.safetensors")))
     states = place.path / "features" / name
     rows = [
-        {key: Path(value).name if key == "where" else value for key, value in row.items() if key not in TIMES}
+        {
+            key: Path(value).name if key == "where" else value
+            for key, value in row.items()
+            if key not in TIMES
+        }
         for file in ("metrics.jsonl", "samples.jsonl")
         for row in journal.read(run / file)
     ]
     shards = digest(*sorted(states.glob("*.safetensors")))
-    return {"weights": weights + shards, "logged": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()}
+    return {
+        "weights": weights + shards,
+        "logged": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
+    }
 
 
 def digest(*files: Path) -> str:
@@ -222,7 +292,8 @@ def digest(*files: Path) -> str:
     found = hashlib.sha256()
     for file in files:
         content = file.read_bytes() if file.exists() else b""
-        folder = f"{file.parent.name}/" if file.parent.name in ("adapter", "drafter") else ""  # others bear a run's own name
+        # others bear a run's own name
+        folder = f"{file.parent.name}/" if file.parent.name in ("adapter", "drafter") else ""
         found.update(f"{folder}{file.name} {len(content)}\0".encode() + content)
     return found.hexdigest()
 
@@ -230,7 +301,10 @@ def digest(*files: Path) -> str:
 def same(place: Place, case: str, name: str) -> dict[str, Any]:
     """How a run that something happened to compares with the one left alone."""
     wanted, found = reference(place, case), outcome(place, case, name)
-    return {"weights": wanted["weights"] == found["weights"], "logged": wanted["logged"] == found["logged"]}
+    return {
+        "weights": wanted["weights"] == found["weights"],
+        "logged": wanted["logged"] == found["logged"],
+    }
 
 
 def lost(place: Place, name: str) -> int:

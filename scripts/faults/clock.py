@@ -1,4 +1,5 @@
-"""A wall clock that is put forward or back by hours while a run is on: nothing may depend on it but the times that are shown."""
+"""A wall clock that is put forward or back by hours while a run is on: nothing may depend on it but
+the times that are shown."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ HOUR = 3600.0
 
 
 def jumping(*hours: float) -> Callable[[], None]:
-    """A patch under which every reading of the clock is off by the next of some hours, over and over. Must be called in a child."""
+    """A patch under which every reading of the clock is off by the next of some hours, over and
+    over. Must be called in a child."""
 
     def patch() -> None:
         whole, offsets = time.time, itertools.cycle(hours)
@@ -24,7 +26,11 @@ def jumping(*hours: float) -> Callable[[], None]:
     return patch
 
 
-FAULTS = {"back and forth by hours": (0, -5, 3, -48), "a day forward": (0, 24), "a year back": (0, -8760)}
+FAULTS = {
+    "back and forth by hours": (0, -5, 3, -48),
+    "a day forward": (0, 24),
+    "a year back": (0, -8760),
+}
 LIMITS = ("max_time=60",)
 
 
@@ -39,4 +45,12 @@ def inject(place: Place, ledger: Ledger) -> None:
                 child = cases.start(place, case, name, *limits, before=jumping(*hours))
                 code = child.wait()
                 same = all(cases.same(place, case, name).values()) if code == 0 else False
-                ledger.add("clock", case, fault, code=code, said="" if code == 0 else child.said()[-800:], same=same, ok=same)
+                ledger.add(
+                    "clock",
+                    case,
+                    fault,
+                    code=code,
+                    said="" if code == 0 else child.said()[-800:],
+                    same=same,
+                    ok=same,
+                )

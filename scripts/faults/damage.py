@@ -1,4 +1,5 @@
-"""Files that were cut off, or of which one bit has turned: checkpoints, caches, data, and what a run wrote about itself."""
+"""Files that were cut off, or of which one bit has turned: checkpoints, caches, data, and what a
+run wrote about itself."""
 
 from __future__ import annotations
 
@@ -34,13 +35,48 @@ def inject(place: Place, ledger: Ledger) -> None:
         cuts = damage is cut
         for case in ("lora", "rosa"):
             one(place, ledger, case, "the newest checkpoint", damage, newest, "is damaged")
-        one(place, ledger, "lora", "the newest checkpoint's manifest", damage, manifest, "is damaged" if cuts else None)
-        one(place, ledger, "lora", "every checkpoint", damage, every, "every checkpoint of this run is damaged", (1,))
+        one(
+            place,
+            ledger,
+            "lora",
+            "the newest checkpoint's manifest",
+            damage,
+            manifest,
+            "is damaged" if cuts else None,
+        )
+        one(
+            place,
+            ledger,
+            "lora",
+            "every checkpoint",
+            damage,
+            every,
+            "every checkpoint of this run is damaged",
+            (1,),
+        )
         one(place, ledger, "lora", "the cache of tokens", damage, tokens, None)
         one(place, ledger, "lora", "metrics.jsonl", damage, journal_end, None)
         one(place, ledger, "lora", "run.yaml", damage, record, None, (1, 2) if cuts else (0, 1, 2))
-        one(place, ledger, "lora", "the data file", damage, rows, "rows.jsonl:" if cuts else None, (2,) if cuts else (1, 2))
-        one(place, ledger, "eagle3", "a shard of features", damage, shard, None if cuts else "shard-", (0,) if cuts else (2,))
+        one(
+            place,
+            ledger,
+            "lora",
+            "the data file",
+            damage,
+            rows,
+            "rows.jsonl:" if cuts else None,
+            (2,) if cuts else (1, 2),
+        )
+        one(
+            place,
+            ledger,
+            "eagle3",
+            "a shard of features",
+            damage,
+            shard,
+            None if cuts else "shard-",
+            (0,) if cuts else (2,),
+        )
 
 
 def newest(place: Place, name: str) -> list[Path]:
@@ -62,7 +98,12 @@ def every(place: Place, name: str) -> list[Path]:
 
 def tokens(place: Place, name: str) -> list[Path]:
     """The tokenised training rows: the largest table of the run's own cache."""
-    return [max((place.path / "cache" / name / "tokens").glob("**/*.arrow"), key=lambda path: path.stat().st_size)]
+    return [
+        max(
+            (place.path / "cache" / name / "tokens").glob("**/*.arrow"),
+            key=lambda path: path.stat().st_size,
+        )
+    ]
 
 
 def journal_end(place: Place, name: str) -> list[Path]:
@@ -86,11 +127,18 @@ def shard(place: Place, name: str) -> list[Path]:
 
 
 def one(
-    place: Place, ledger: Ledger, case: str, what: str, damage: Callable[[Path], None], files: Callable[[Place, str], list[Path]],
-    wanted: str | None, codes: tuple[int, ...] = (0,),
-) -> None:  # fmt: skip
-    """Kill a run, damage `files`, and start it again: it has to say `wanted` and end with one of `codes`. Where that is no 0, they are
-    mended, as the message asks, and it has to end as if nothing had been.
+    place: Place,
+    ledger: Ledger,
+    case: str,
+    what: str,
+    damage: Callable[[Path], None],
+    files: Callable[[Place, str], list[Path]],
+    wanted: str | None,
+    codes: tuple[int, ...] = (0,),
+) -> None:
+    """Kill a run, damage `files`, and start it again: it has to say `wanted` and end with one of
+    `codes`. Where that is no 0, they are mended, as the message asks, and it has to end as if
+    nothing had been.
 
     Journals are left out of the comparison where they were what was damaged.
     """

@@ -1,4 +1,5 @@
-"""A disk that is full when a run wants to save, or to log: a file system of a few megabytes, which takes root to mount."""
+"""A disk that is full when a run wants to save, or to log: a file system of a few megabytes, which
+takes root to mount."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ SIZE = "8m"
 
 
 def inject(place: Place, ledger: Ledger) -> None:
-    """A disk that fills up before a save, within one, and before a line of the log; space is freed, and the run goes on."""
+    """A disk that fills up before a save, within one, and before a line of the log; space is freed,
+    and the run goes on."""
     for case, fault in (
         ("lora", before_save),
         ("rosa", before_save),
@@ -31,7 +33,8 @@ def inject(place: Place, ledger: Ledger) -> None:
 
 
 def one(place: Place, ledger: Ledger, case: str, fault: Callable[[Path], None]) -> None:
-    """Fill a run's disk, hold what it says against what it should, free the space, let it go on, and compare."""
+    """Fill a run's disk, hold what it says against what it should, free the space, let it go on,
+    and compare."""
     from trainer.storage import checkpoints
 
     told = fault.__doc__ or ""
@@ -69,7 +72,11 @@ def mounted(folder: Path) -> Iterator[None]:
     """
     if os.geteuid() != 0:
         raise Unmounted("mounting a file system takes root")
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", folder], capture_output=True, text=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", folder],
+        capture_output=True,
+        text=True,
+    )
     if made.returncode:
         raise Unmounted(f"a file system cannot be mounted here: {made.stderr.strip()}")
     try:

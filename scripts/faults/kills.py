@@ -1,7 +1,8 @@
 """SIGKILL at random moments, in everything that a run and its verbs do.
 
-Each start is killed in a phase drawn beforehand, some milliseconds after it has begun; the same command goes on. A run that
-came to its end is held against one that was left alone, and the next begins.
+Each start is killed in a phase drawn beforehand, some milliseconds after it has begun; the same
+command goes on. A run that came to its end is held against one that was left alone, and the next
+begins.
 """
 
 from __future__ import annotations
@@ -17,10 +18,18 @@ from scripts.faults.warm import PHASES, Child
 
 # (how often it may have begun before the kill, seconds after that), at most
 MOMENTS = {
-    "starting": (0, 1.5), "tokenising": (2, 0.05), "caching features": (1, 0.4), "training": (12, 0.03), "making the mask": (8, 0.03),
-    "reselecting": (6, 0.03), "cooling down": (12, 0.03), "saving": (3, 0.02), "evaluating": (2, 0.1), "exporting": (2, 0.1),
+    "starting": (0, 1.5),
+    "tokenising": (2, 0.05),
+    "caching features": (1, 0.4),
+    "training": (12, 0.03),
+    "making the mask": (8, 0.03),
+    "reselecting": (6, 0.03),
+    "cooling down": (12, 0.03),
+    "saving": (3, 0.02),
+    "evaluating": (2, 0.1),
+    "exporting": (2, 0.1),
     "regenerating": (16, 0.03),
-}  # fmt: skip
+}
 ALONE = "nothing, in a process of its own"
 CONTROL = "no fault but other random draws after going on"
 USUAL = ("starting", "tokenising", "training", "evaluating", "exporting")
@@ -48,7 +57,8 @@ def process(place: Place, ledger: Ledger) -> None:
 
 
 def control(place: Place, ledger: Ledger) -> None:
-    """A run that goes on with other random draws: the comparison has to see it, and this is what shows that it can."""
+    """A run that goes on with other random draws: the comparison has to see it, and this is what
+    shows that it can."""
     name = cases.anew(place, "lora-control")
     cases.start(place, "lora", name, before=POINTS["mid_window"]).wait()
     cases.finish(cases.start(place, "lora", name, before=other_draws))
@@ -80,7 +90,8 @@ def _open(ledger: Ledger, case: str) -> bool:
 
 
 def one_round(place: Place, ledger: Ledger, case: str, wanted: int, draw: random.Random) -> None:
-    """Start a run over and over, killing it until `wanted` kills are done, to its end, and compare."""
+    """Start a run over and over, killing it until `wanted` kills are done, to its end, and
+    compare."""
     cases.reference(place, case)
     number = _ended(ledger, case)
     name = f"{case}-killed-{number}"
@@ -94,7 +105,13 @@ def one_round(place: Place, ledger: Ledger, case: str, wanted: int, draw: random
             worst = max(worst, gone)
             if child.code == -9:
                 ledger.add(
-                    "kills", case, f"SIGKILL while {child.marks.phase}", killed=True, round=number, lost=gone, ok=gone <= EVERY
+                    "kills",
+                    case,
+                    f"SIGKILL while {child.marks.phase}",
+                    killed=True,
+                    round=number,
+                    lost=gone,
+                    ok=gone <= EVERY,
                 )
         code = child.wait()
         if code == 0:
@@ -105,7 +122,9 @@ def one_round(place: Place, ledger: Ledger, case: str, wanted: int, draw: random
     same = cases.same(place, case, name)
     left = sorted(path.name for path in place.elsewhere.iterdir())
     said = f"{len(left)} files left in $TMPDIR" if left else ""
-    in_round = sum(1 for row in ledger.of("kills", case) if row.get("round") == number and row.get("killed"))
+    in_round = sum(
+        1 for row in ledger.of("kills", case) if row.get("round") == number and row.get("killed")
+    )
     ledger.add(
         "kills",
         case,
@@ -120,7 +139,11 @@ def one_round(place: Place, ledger: Ledger, case: str, wanted: int, draw: random
 
 def aim(case: str, draw: random.Random) -> str:
     """The phase in which to kill: more often one that this case is about."""
-    return draw.choice(SPECIAL[case]) if draw.random() < 0.7 or case == "respond" else draw.choice(USUAL)
+    return (
+        draw.choice(SPECIAL[case])
+        if draw.random() < 0.7 or case == "respond"
+        else draw.choice(USUAL)
+    )
 
 
 def wait_for(child: Child, phase: str, draw: random.Random, seconds: float = 120.0) -> bool:

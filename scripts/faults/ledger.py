@@ -1,4 +1,5 @@
-"""What was injected and what came of it: faults.jsonl, a line for each, and faults.md, the table."""
+"""What was injected and what came of it: faults.jsonl, a line for each, and faults.md, the
+table."""
 
 from __future__ import annotations
 
@@ -32,7 +33,11 @@ class Ledger:
         self.only = [entry.split(":") for entry in only or HEADS]
         self.rows: list[Row] = []
         if self.file.exists():
-            whole = [line for line in self.file.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+            whole = [
+                line
+                for line in self.file.read_text("utf-8").splitlines(keepends=True)
+                if line.endswith("\n")
+            ]
             self.file.write_text("".join(whole), "utf-8")
             self.rows = [json.loads(line) for line in whole]
 
@@ -48,7 +53,10 @@ class Ledger:
     def asked(self, family: str, case: str, fault: str = "") -> bool:
         """Whether an injection is among those asked for."""
         given = (family, case, fault)
-        return any(all(part in value for part, value in zip(entry, given, strict=False)) for entry in self.only)
+        return any(
+            all(part in value for part, value in zip(entry, given, strict=False))
+            for entry in self.only
+        )
 
     def due(self, family: str, case: str, fault: str) -> bool:
         """Whether an injection is asked for and still to be done."""
@@ -58,7 +66,9 @@ class Ledger:
         return [
             row
             for row in self.rows
-            if row["family"] == family and case in (None, row["case"]) and fault in (None, row["fault"])
+            if row["family"] == family
+            and case in (None, row["case"])
+            and fault in (None, row["fault"])
         ]
 
     def write(self, places: list[Path]) -> bool:
@@ -74,15 +84,25 @@ def table(rows: list[Row]) -> tuple[str, bool]:
     """The table, and whether everything came out as it should."""
     import torch
 
-    killed, left_out = sum(1 for row in rows if row.get("killed")), sum(1 for row in rows if row.get("skipped"))
+    killed, left_out = (
+        sum(1 for row in rows if row.get("killed")),
+        sum(1 for row in rows if row.get("skipped")),
+    )
     bad = [row for row in rows if not row["ok"] and not row.get("skipped")]
     lines = [
-        "# Faults that were injected, and what came of them", "",
-        f"{len(rows)} lines of faults.jsonl: {killed} SIGKILLs, {left_out} skipped, {len(bad)} not as they should be. "
-        f"Tiny base, fp32 on the CPU, one thread; a checkpoint every 3 steps; torch {torch.__version__}, Python {platform.python_version()}.",
-        "`python -m scripts.faults out=FOLDER` writes this table. Steps lost: logged and not saved when the process ended. Same weights: every "
-        "file of weights, and every logged number and text but times, are those of the run that was left alone, bit for bit.",
-    ]  # fmt: skip
+        "# Faults that were injected, and what came of them",
+        "",
+        (
+            f"{len(rows)} lines of faults.jsonl: {killed} SIGKILLs, {left_out} skipped, {len(bad)}"
+            " not as they should be. Tiny base, fp32 on the CPU, one thread; a checkpoint every 3"
+            f" steps; torch {torch.__version__}, Python {platform.python_version()}."
+        ),
+        (
+            "`python -m scripts.faults out=FOLDER` writes this table. Steps lost: logged and not"
+            " saved when the process ended. Same weights: every file of weights, and every logged"
+            " number and text but times, are those of the run that was left alone, bit for bit."
+        ),
+    ]
     for family, head in HEADS.items():
         found = [row for row in rows if row["family"] == family]
         if not found:
@@ -91,7 +111,10 @@ def table(rows: list[Row]) -> tuple[str, bool]:
             "",
             f"## {head}",
             "",
-            "| run | injected | times | steps lost, at most | what was said | same weights | as it should be |",
+            (
+                "| run | injected | times | steps lost, at most | what was said | same weights | as"
+                " it should be |"
+            ),
             "|---|---|---|---|---|---|---|",
         ]
         groups: dict[tuple[str, str], list[Row]] = {}
@@ -109,6 +132,11 @@ def _line(case: str, fault: str, group: list[Row]) -> str:
     told = told if len(told) <= LONGEST else f"{told[:LONGEST]}…"
     if group[0].get("skipped"):
         return f"| {case} | {fault} | skipped | | {told} | | |"
-    identical = "" if not same else "yes" if all(same) else f"**no** ({same.count(False)} of {len(same)})"
+    identical = (
+        "" if not same else "yes" if all(same) else f"**no** ({same.count(False)} of {len(same)})"
+    )
     good = "yes" if all(row["ok"] for row in group) else "**no**"
-    return f"| {case} | {fault} | {sum(row.get('times', 1) for row in group)} | {max(lost) if lost else ''} | {told} | {identical} | {good} |"
+    return (
+        f"| {case} | {fault} | {sum(row.get('times', 1) for row in group)} |"
+        f" {max(lost) if lost else ''} | {told} | {identical} | {good} |"
+    )

@@ -1,4 +1,5 @@
-"""A data loading process that stops answering, or is killed: the run has to say so and end, and go on to the same end."""
+"""A data loading process that stops answering, or is killed: the run has to say so and end, and go
+on to the same end."""
 
 from __future__ import annotations
 
@@ -12,7 +13,10 @@ from scripts.faults.cases import EVERY, Place
 from scripts.faults.ledger import Ledger
 
 LIMIT = 60.0  # seconds in which the run has to end
-FAULTS = (("its process stops answering", signal.SIGSTOP), ("its process is killed", signal.SIGKILL))
+FAULTS = (
+    ("its process stops answering", signal.SIGSTOP),
+    ("its process is killed", signal.SIGKILL),
+)
 SETTINGS = ("workers=1", "loading_timeout=0.05")
 
 
@@ -30,10 +34,18 @@ def one(place: Place, ledger: Ledger, fault: str, number: int) -> None:
     child = cases.start(place, "lora", name, *SETTINGS, before=slowly)
     loader = None
     while child.poll() is None and (loader is None or child.marks.count("training") < 12):
-        loader = next(iter(psutil.Process(child.pid).children()), None) if child.poll() is None else None
+        loader = (
+            next(iter(psutil.Process(child.pid).children()), None) if child.poll() is None else None
+        )
         time.sleep(0.005)
     if loader is None:
-        ledger.add("loader", "lora", fault, said=f"no loading process was seen: {child.said()[-500:]}", ok=False)
+        ledger.add(
+            "loader",
+            "lora",
+            fault,
+            said=f"no loading process was seen: {child.said()[-500:]}",
+            ok=False,
+        )
         return
     loader.send_signal(number)
     began = time.monotonic()

@@ -1,4 +1,5 @@
-"""Memory that is refused: a limit on the process's address space, met by torch or by Python in the middle of a step."""
+"""Memory that is refused: a limit on the process's address space, met by torch or by Python in the
+middle of a step."""
 
 from __future__ import annotations
 
@@ -10,14 +11,20 @@ from scripts.faults import cases
 from scripts.faults.cases import EVERY, Place
 from scripts.faults.ledger import Ledger
 
-STEP, MARGIN, ASKED = 10, 64 << 20, 512 << 20  # bytes over what is in use, and of the allocation that meets the limit
+# bytes over what is in use, and of the allocation that meets the limit
+STEP, MARGIN, ASKED = 10, 64 << 20, 512 << 20
 
 
 def inject(place: Place, ledger: Ledger) -> None:
     """An allocation that fails, in a step of each kind; the run goes on where there is memory."""
     from trainer.storage import checkpoints
 
-    for case, fault in (("lora", by_torch), ("spiel", by_torch), ("eagle3", by_torch), ("lora", by_python)):
+    for case, fault in (
+        ("lora", by_torch),
+        ("spiel", by_torch),
+        ("eagle3", by_torch),
+        ("lora", by_python),
+    ):
         told = fault.__doc__ or ""
         if not ledger.due("memory", case, told):
             continue

@@ -1,4 +1,5 @@
-"""NaN in one element of a gradient at chosen steps, against runs that pass over the same steps by other means."""
+"""NaN in one element of a gradient at chosen steps, against runs that pass over the same steps by
+other means."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ STEP = 10
 
 
 def inject(place: Place, ledger: Ledger) -> None:
-    """One bad step, which is passed over; as many in a row as are allowed, and none allowed, which end the run."""
+    """One bad step, which is passed over; as many in a row as are allowed, and none allowed, which
+    end the run."""
     for case in ("lora", "rosa", "mtp", "eagle3"):
         if ledger.due("nonfinite", case, "one step of NaN, nonfinite_limit=3"):
             passed_over(place, ledger, case)
@@ -36,13 +38,21 @@ def passed_over(place: Place, ledger: Ledger, case: str) -> None:
     same = wanted["weights"] == found["weights"]
     named = len(rows) == 1 and rows[0]["step"] == STEP + 1 and len(rows[0]["rows"]) == 8
     ledger.add(
-        "nonfinite", case, "one step of NaN, nonfinite_limit=3", same=same, ok=same and named and kept,
-        said=f"counted; {len(rows[0]['rows']) if rows else 0} rows named in metrics.jsonl; the base's weights {'untouched' if kept else 'CHANGED'}",
-    )  # fmt: skip
+        "nonfinite",
+        case,
+        "one step of NaN, nonfinite_limit=3",
+        same=same,
+        ok=same and named and kept,
+        said=(
+            f"counted; {len(rows[0]['rows']) if rows else 0} rows named in metrics.jsonl; the"
+            f" base's weights {'untouched' if kept else 'CHANGED'}"
+        ),
+    )
 
 
 def ended(place: Place, ledger: Ledger, fault: str, limit: int) -> None:
-    """So many steps of NaN that the run ends; without them it goes on to the end it would have had."""
+    """So many steps of NaN that the run ends; without them it goes on to the end it would have
+    had."""
     name = cases.anew(place, f"lora-nan-{limit}")
     setting = f"objective.nonfinite_limit={limit}"
     like = cases.anew(
@@ -54,11 +64,17 @@ def ended(place: Place, ledger: Ledger, fault: str, limit: int) -> None:
     said = child.told("in a row", "ERROR")
     rows, kept = skipped(place, name), unchanged(place, name)
     cases.finish(cases.start(place, "lora", name, setting))
-    same = cases.outcome(place, "lora", like)["weights"] == cases.outcome(place, "lora", name)["weights"]
-    named = [row["step"] for row in rows] == list(range(STEP + 1, STEP + 1 + limit)) and all(row["rows"] for row in rows)
+    same = (
+        cases.outcome(place, "lora", like)["weights"]
+        == cases.outcome(place, "lora", name)["weights"]
+    )
+    named = [row["step"] for row in rows] == list(range(STEP + 1, STEP + 1 + limit)) and all(
+        row["rows"] for row in rows
+    )
     ok = code == 1 and bool(said) and named and kept and same
     said += (
-        f" [{len(rows)} of {limit} steps' rows are in metrics.jsonl; the base's weights {'untouched' if kept else 'CHANGED'}]"
+        f" [{len(rows)} of {limit} steps' rows are in metrics.jsonl; the base's weights"
+        f" {'untouched' if kept else 'CHANGED'}]"
     )
     ledger.add("nonfinite", "lora", fault, code=code, lost=gone, said=said, same=same, ok=ok)
 
@@ -67,7 +83,9 @@ def skipped(place: Place, name: str) -> list[dict[str, Any]]:
     """What was written of the steps that were passed over."""
     from trainer.storage import journal
 
-    return [row for row in journal.read(place.runs / name / "metrics.jsonl") if row["kind"] == "skipped"]
+    return [
+        row for row in journal.read(place.runs / name / "metrics.jsonl") if row["kind"] == "skipped"
+    ]
 
 
 def unchanged(place: Place, name: str) -> bool:
@@ -77,7 +95,9 @@ def unchanged(place: Place, name: str) -> bool:
         for line in (place.path / "logs" / f"{name}.log").read_text().splitlines()
         if line.startswith("BASE ")
     ]
-    return bool(found) and all(before[key] == after[key] for before, after in found for key in before.keys() & after.keys())
+    return bool(found) and all(
+        before[key] == after[key] for before, after in found for key in before.keys() & after.keys()
+    )
 
 
 def both(*patches: Callable[[], None]) -> Callable[[], None]:
@@ -99,7 +119,9 @@ def spoiling(steps: int) -> Callable[[], None]:
         def spoiled(self: Any) -> None:
             whole(self)
             if STEP <= self.step < STEP + steps:
-                next(p for p in self.parameters() if p.grad is not None).grad.flatten()[3] = float("nan")
+                next(p for p in self.parameters() if p.grad is not None).grad.flatten()[3] = float(
+                    "nan"
+                )
 
         FineTune.on_after_backward = spoiled  # type: ignore[method-assign, assignment]
 
@@ -112,8 +134,8 @@ def saved_of(steps: int) -> int:
 
 
 def idle(steps: int) -> Callable[[], None]:
-    """A patch under which the optimiser does nothing at so many steps from STEP on: gradients are taken away just before its step,
-    whatever they are."""
+    """A patch under which the optimiser does nothing at so many steps from STEP on: gradients are
+    taken away just before its step, whatever they are."""
 
     def patch() -> None:
         from trainer.training.finetune import FineTune
@@ -149,10 +171,15 @@ def watch_base() -> None:
 
 
 def frozen(module: Any) -> dict[str, str]:
-    """A digest of each parameter that is not trained, without what a sparse adapter has written into it."""
+    """A digest of each parameter that is not trained, without what a sparse adapter has written
+    into it."""
     from adapters.sparse import layers
 
-    held = {id(layer.base.weight): layer for _, layer in layers(module.model) if getattr(layer.delta, "kept", None) is not None}
+    held = {
+        id(layer.base.weight): layer
+        for _, layer in layers(module.model)
+        if getattr(layer.delta, "kept", None) is not None
+    }
     found = {}
     for name, parameter in module.model.named_parameters():
         if not parameter.requires_grad and parameter.numel():

@@ -1,4 +1,5 @@
-"""SIGKILL at each point of a save, and in the middle of an accumulation window: what chance leaves out.
+"""SIGKILL at each point of a save, and in the middle of an accumulation window: what chance leaves
+out.
 
 The points are patched into a forked child; the program itself knows nothing of them.
 """
@@ -15,7 +16,9 @@ from scripts.faults import cases
 from scripts.faults.cases import EVERY, SETTINGS, Place
 from scripts.faults.ledger import Ledger
 
-SAVE = 9  # the step whose save is hit: with RoSA's mask made, SpIEL's support moved, and checkpoints before it
+# the step whose save is hit: with RoSA's mask made, SpIEL's support moved, and checkpoints before
+# it
+SAVE = 9
 FEW = ("before_write", "after_rename")  # of the cases beside the first
 
 
@@ -36,7 +39,15 @@ def one(place: Place, ledger: Ledger, case: str, point: str) -> None:
     gone = cases.lost(place, name)
     cases.finish(cases.start(place, case, name))
     same = all(cases.same(place, case, name).values())
-    ledger.add("points", case, point, killed=code == -9, lost=gone, same=same, ok=same and code == -9 and gone <= EVERY)
+    ledger.add(
+        "points",
+        case,
+        point,
+        killed=code == -9,
+        lost=gone,
+        same=same,
+        ok=same and code == -9 and gone <= EVERY,
+    )
 
 
 def die() -> NoReturn:
@@ -46,7 +57,8 @@ def die() -> NoReturn:
 
 
 def wrapped(owner: Any, name: str, hit: Callable[..., bool], after: bool = False) -> None:
-    """End this process before a call for which `hit(*arguments)` is true, or after it. Must be called in a child."""
+    """End this process before a call for which `hit(*arguments)` is true, or after it. Must be
+    called in a child."""
     whole = getattr(owner, name)
 
     def patched(*given: Any, **named: Any) -> Any:
@@ -68,7 +80,11 @@ def before_write() -> None:
     """Nothing of the save is on the disk."""
     from trainer.training.lightning_trainer import AtomicCheckpointIO
 
-    wrapped(AtomicCheckpointIO, "save_checkpoint", lambda self, content, path, *_: content["counters"]["step"] == SAVE)
+    wrapped(
+        AtomicCheckpointIO,
+        "save_checkpoint",
+        lambda self, content, path, *_: content["counters"]["step"] == SAVE,
+    )
 
 
 def mid_write() -> None:
@@ -134,7 +150,9 @@ def mid_window() -> None:
     wrapped(
         FineTune,
         "on_train_batch_start",
-        lambda self, batch, at: self.step == SAVE + 1 and at % self.accumulate == self.accumulate - 1,
+        lambda self, batch, at: (
+            self.step == SAVE + 1 and at % self.accumulate == self.accumulate - 1
+        ),
     )
 
 
@@ -157,6 +175,14 @@ def before_journal() -> None:
 POINTS: dict[str, Callable[[], None]] = {
     point.__name__: point
     for point in (
-        before_write, mid_write, before_rename, after_rename, before_manifest, after_manifest, between_removals, mid_window, before_journal,
+        before_write,
+        mid_write,
+        before_rename,
+        after_rename,
+        before_manifest,
+        after_manifest,
+        between_removals,
+        mid_window,
+        before_journal,
     )
-}  # fmt: skip
+}

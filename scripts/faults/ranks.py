@@ -1,4 +1,5 @@
-"""Two processes of DDP, one of which is killed or stops answering: the other has to end, and soon."""
+"""Two processes of DDP, one of which is killed or stops answering: the other has to end, and
+soon."""
 
 from __future__ import annotations
 
@@ -16,8 +17,11 @@ from scripts.faults.ledger import Ledger
 
 TIMEOUT = 1.0  # minutes: lightning.timeout, where it is what ends the run
 LIMIT = 60 * TIMEOUT + 60.0  # seconds in which the run has to end
-FAULTS = (("the second process is killed", 1, signal.SIGKILL), ("the first process is killed", 0, signal.SIGKILL),
-          ("the second process stops answering", 1, signal.SIGSTOP))  # fmt: skip
+FAULTS = (
+    ("the second process is killed", 1, signal.SIGKILL),
+    ("the first process is killed", 0, signal.SIGKILL),
+    ("the second process stops answering", 1, signal.SIGSTOP),
+)
 
 
 def inject(place: Place, ledger: Ledger) -> None:
@@ -30,23 +34,39 @@ def inject(place: Place, ledger: Ledger) -> None:
 
 
 def one(place: Place, ledger: Ledger, fault: str, rank: int, number: int, torchrun: bool) -> None:
-    """Strike one of the processes in the middle of training; the others' end, and what the run comes to when it goes on."""
+    """Strike one of the processes in the middle of training; the others' end, and what the run
+    comes to when it goes on."""
     if not (place.runs / "ranks-alone" / "report.html").exists():
         started(place, "ranks-alone", False).communicate(timeout=600)
     name = cases.anew(place, f"ranks-{fault.replace(' ', '-').replace(',', '')}")
     run = place.runs / name
-    process = started(place, name, torchrun, *([f"lightning.timeout={TIMEOUT}"] if number == signal.SIGSTOP else []))
+    process = started(
+        place,
+        name,
+        torchrun,
+        *([f"lightning.timeout={TIMEOUT}"] if number == signal.SIGSTOP else []),
+    )
     members: list[psutil.Process] = []
     while process.poll() is None and not (len(members) == 2 and _logged(run) > EVERY + 1):
         members = _members(process.pid)
         time.sleep(0.02)
     if process.poll() is not None:
-        ledger.add("ranks", "lora", fault, said=f"it ended by itself: {process.communicate()[0][-800:]}", ok=False)
+        ledger.add(
+            "ranks",
+            "lora",
+            fault,
+            said=f"it ended by itself: {process.communicate()[0][-800:]}",
+            ok=False,
+        )
         return
     members[rank].send_signal(number)
     began = time.monotonic()
     other = members[1 - rank]
-    while other.is_running() and other.status() != psutil.STATUS_ZOMBIE and time.monotonic() - began < LIMIT:
+    while (
+        other.is_running()
+        and other.status() != psutil.STATUS_ZOMBIE
+        and time.monotonic() - began < LIMIT
+    ):
         time.sleep(0.05)
     seconds = time.monotonic() - began
     for member in _members(process.pid) + members:
@@ -56,15 +76,22 @@ def one(place: Place, ledger: Ledger, fault: str, rank: int, number: int, torchr
     code, gone = process.returncode, cases.lost(place, name)
     again = started(place, name, torchrun)
     text_again = again.communicate(timeout=600)[0]
-    same = again.returncode == 0 and cases.outcome(place, "lora", name) == cases.outcome(place, "lora", "ranks-alone")
+    same = again.returncode == 0 and cases.outcome(place, "lora", name) == cases.outcome(
+        place, "lora", "ranks-alone"
+    )
     told = "Traceback" not in text or "another process" in text
     said = next(
-        (line.strip() for line in text.splitlines() if "another process" in line or "process of this run" in line),
+        (
+            line.strip()
+            for line in text.splitlines()
+            if "another process" in line or "process of this run" in line
+        ),
         text.strip().splitlines()[-1][:200],
     )
     if again.returncode:
         said += " | going on: " + text_again[-500:]
-    # The process that is struck first may be the one that is waited for: then the code is a signal's.
+    # The process that is struck first may be the one that is waited for: then the code is a
+    # signal's.
     ok = seconds < LIMIT and code != 0 and same and gone <= EVERY and told
     ledger.add(
         "ranks",
@@ -82,18 +109,34 @@ def one(place: Place, ledger: Ledger, fault: str, rank: int, number: int, torchr
 def started(place: Place, name: str, torchrun: bool, *given: str) -> subprocess.Popen[str]:
     """A run of two processes."""
     more = [
-        "lightning=cpu", "lightning.strategy=ddp", "lightning.devices=2", "accumulate=1", "callbacks.evaluation.generate=0",
+        "lightning=cpu",
+        "lightning.strategy=ddp",
+        "lightning.devices=2",
+        "accumulate=1",
+        "callbacks.evaluation.generate=0",
         "callbacks.evaluation.samples=0",
-    ]  # fmt: skip
+    ]
     head = (
-        ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611", "-m", "trainer"]
+        [
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--master_port=29611",
+            "-m",
+            "trainer",
+        ]
         if torchrun
         else ["-m", "trainer"]
     )
     command = [sys.executable, *head, *cases.words(place, "lora", name, *more, *given)]
     environment = os.environ | warm.ENVIRONMENT | place.cache("ranks")
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
     )
 
 
@@ -117,4 +160,7 @@ def _logged(run: os.PathLike[str]) -> int:
 
     from trainer.storage import journal
 
-    return max((row["step"] for row in journal.read(Path(run) / "metrics.jsonl") if row["kind"] == "step"), default=0)
+    return max(
+        (row["step"] for row in journal.read(Path(run) / "metrics.jsonl") if row["kind"] == "step"),
+        default=0,
+    )

@@ -1,6 +1,7 @@
-"""The real programs, started by forking this process once everything is imported: a start costs what the program does, not the
-seconds that imports take. Nothing of torch's has run before the fork, and no thread of its own exists, so that a fork computes what a
-new process would; the harness holds the two against each other (trial `process`).
+"""The real programs, started by forking this process once everything is imported: a start costs
+what the program does, not the seconds that imports take. Nothing of torch's has run before the
+fork, and no thread of its own exists, so that a fork computes what a new process would; the harness
+holds the two against each other (trial `process`).
 """
 
 from __future__ import annotations
@@ -23,19 +24,47 @@ from typing import Any
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 IMPORTED = (
-    "trainer.run", "trainer.respond", "trainer.cooldown", "trainer.training.distill", "trainer.session.failures", "trainer.callbacks.averaging",
-    "trainer.callbacks.cooldown", "trainer.callbacks.progress", "trainer.callbacks.checkpoints", "trainer.drafters.eagle3",
-    "trainer.drafters.sequential", "trainer.schedules.cooldown", "adapters.lora", "adapters.rosa", "adapters.spiel", "tasks.sft", "torch._dynamo",
-    "transformers.models.llama.modeling_llama", "peft", "safetensors.torch", "matplotlib.pyplot", "trainer.report",
-)  # fmt: skip
+    "trainer.run",
+    "trainer.respond",
+    "trainer.cooldown",
+    "trainer.training.distill",
+    "trainer.session.failures",
+    "trainer.callbacks.averaging",
+    "trainer.callbacks.cooldown",
+    "trainer.callbacks.progress",
+    "trainer.callbacks.checkpoints",
+    "trainer.drafters.eagle3",
+    "trainer.drafters.sequential",
+    "trainer.schedules.cooldown",
+    "adapters.lora",
+    "adapters.rosa",
+    "adapters.spiel",
+    "tasks.sft",
+    "torch._dynamo",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    "safetensors.torch",
+    "matplotlib.pyplot",
+    "trainer.report",
+)
 PHASES = (
-    "starting", "tokenising", "caching features", "training", "making the mask", "reselecting", "cooling down", "saving",
-    "evaluating", "exporting", "regenerating",
-)  # fmt: skip
+    "starting",
+    "tokenising",
+    "caching features",
+    "training",
+    "making the mask",
+    "reselecting",
+    "cooling down",
+    "saving",
+    "evaluating",
+    "exporting",
+    "regenerating",
+)
 
 
 class Marks:
-    """What a child is doing and how often it began to, in memory that it shares with this process and that outlives it."""
+    """What a child is doing and how often it began to, in memory that it shares with this process
+    and that outlives it."""
 
     def __init__(self) -> None:
         self.memory = mmap.mmap(-1, 4 * (len(PHASES) + 1))
@@ -57,7 +86,8 @@ class Marks:
 
 
 class Child:
-    """A program that was started: `wait` for its exit code, which is -N for signal N, or `kill` it with all that it started."""
+    """A program that was started: `wait` for its exit code, which is -N for signal N, or `kill` it
+    with all that it started."""
 
     def __init__(self, pid: int, log: Path, marks: Marks, before: int):
         self.pid, self.log, self.marks, self.before = pid, log, marks, before
@@ -81,7 +111,8 @@ class Child:
         return self.code
 
     def kill(self) -> None:
-        for end in (os.killpg, os.kill):  # the group is its own as soon as the child has run its first lines
+        # the group is its own as soon as the child has run its first lines
+        for end in (os.killpg, os.kill):
             with contextlib.suppress(ProcessLookupError):
                 end(self.pid, signal.SIGKILL)
         while self.poll() is None:
@@ -94,7 +125,11 @@ class Child:
 
     def told(self, *parts: str) -> str:
         """The message, in one line, that holds all these parts; "" if there is none."""
-        messages = re.split(r"^(?=(?:DEBUG|INFO|WARNING|ERROR|CRITICAL|Traceback) )", self.said(), flags=re.MULTILINE)
+        messages = re.split(
+            r"^(?=(?:DEBUG|INFO|WARNING|ERROR|CRITICAL|Traceback) )",
+            self.said(),
+            flags=re.MULTILINE,
+        )
         unfolded = (" ".join(message.split()) for message in messages)
         return next((message for message in unfolded if all(part in message for part in parts)), "")
 
@@ -111,16 +146,26 @@ def ready() -> None:
     torch.set_num_threads(1)
     for name in IMPORTED:
         importlib.import_module(name)
-    names = [(Path("/proc/self/task") / thread / "comm").read_text().strip() for thread in os.listdir("/proc/self/task")]
+    names = [
+        (Path("/proc/self/task") / thread / "comm").read_text().strip()
+        for thread in os.listdir("/proc/self/task")
+    ]
     # jemalloc, which pyarrow brings, takes care of its own over a fork.
-    if others := [name for name in names if not name.startswith(("python", "jemalloc", "pytest", "gpy"))]:
+    if others := [
+        name for name in names if not name.startswith(("python", "jemalloc", "pytest", "gpy"))
+    ]:
         raise RuntimeError(f"this process has threads that a fork would lose: {', '.join(others)}")
 
 
 def start(
-    module: str, arguments: list[str], log: Path, environment: dict[str, str] | None = None, before: Callable[[], None] | None = None,
-) -> Child:  # fmt: skip
-    """`python -m MODULE ARGUMENTS` in a fork; `before` is called in it, to break something there and nowhere else."""
+    module: str,
+    arguments: list[str],
+    log: Path,
+    environment: dict[str, str] | None = None,
+    before: Callable[[], None] | None = None,
+) -> Child:
+    """`python -m MODULE ARGUMENTS` in a fork; `before` is called in it, to break something there
+    and nowhere else."""
     marks = Marks()
     said = log.stat().st_size if log.exists() else 0  # by earlier starts
     sys.stdout.flush()
@@ -155,7 +200,8 @@ def ran(module: str, arguments: list[str]) -> int:
     """Run a program here; returns what it would exit with."""
     sys.argv = [module, *arguments]
     try:
-        if module != "trainer":  # a verb: run as __main__ it would be a second copy, without what `note` puts in
+        # a verb: run as __main__ it would be a second copy, without what `note` puts in
+        if module != "trainer":
             return importlib.import_module(module).main(arguments)
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
@@ -193,12 +239,19 @@ def note(marks: Marks) -> None:
         setattr(owner, name, noted)
 
     for owner, name, phase in (
-        (rows_module, "tokenise", "tokenising"), (hidden_states, "write", "caching features"), (rosa.RoSAAdapter, "_settle", "making the mask"),
-        (spiel.SpIEL, "_reselect", "reselecting"), (checkpoints.Checkpoints, "_prune", "saving"),
-        (lightning_trainer.AtomicCheckpointIO, "save_checkpoint", "saving"), (evaluation.Evaluation, "run", "evaluating"),
-        (results, "save_adapter", "exporting"), (results, "save_drafter", "exporting"), (run.report, "write", "exporting"),
-        (respond, "_write", "regenerating"), (responses, "respond", "regenerating"),
-    ):  # fmt: skip
+        (rows_module, "tokenise", "tokenising"),
+        (hidden_states, "write", "caching features"),
+        (rosa.RoSAAdapter, "_settle", "making the mask"),
+        (spiel.SpIEL, "_reselect", "reselecting"),
+        (checkpoints.Checkpoints, "_prune", "saving"),
+        (lightning_trainer.AtomicCheckpointIO, "save_checkpoint", "saving"),
+        (evaluation.Evaluation, "run", "evaluating"),
+        (results, "save_adapter", "exporting"),
+        (results, "save_drafter", "exporting"),
+        (run.report, "write", "exporting"),
+        (respond, "_write", "regenerating"),
+        (responses, "respond", "regenerating"),
+    ):
         within(owner, name, phase)
     whole = finetune.FineTune.on_train_batch_start
 

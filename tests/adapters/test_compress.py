@@ -19,7 +19,8 @@ def drawn(*shape, seed=0):
 
 
 def golomb_bits(positions, m):
-    """Golomb's own order: of each gap the unary part and then the remainder in truncated binary, as a string."""
+    """Golomb's own order: of each gap the unary part and then the remainder in truncated binary, as
+    a string."""
     code, last = [], -1
     for position in positions:
         gap, last = position - last - 1, position
@@ -75,13 +76,21 @@ def test_golombs_code_is_the_naive_one_and_comes_back(positions, m):
 @pytest.mark.parametrize("density", [0.003, 0.02, 0.1, 0.2, 0.37, 0.49])
 def test_random_positions_take_little_more_than_their_entropy(density):
     n = 200_000
-    positions = torch.nonzero(torch.rand(n, generator=torch.Generator().manual_seed(1)) < density).flatten()
+    positions = torch.nonzero(
+        torch.rand(n, generator=torch.Generator().manual_seed(1)) < density
+    ).flatten()
     m = compress.golomb_parameter(len(positions), n)
     size = 8 * len(compress.golomb_encode(positions, m))
     bound = compress.entropy(len(positions), n)
     assert bound <= size < 1.045 * bound
     # No other parameter is better by more than chance.
-    assert min(8 * len(compress.golomb_encode(positions, other)) for other in range(max(1, m - 3), m + 4)) > 0.998 * size
+    assert (
+        min(
+            8 * len(compress.golomb_encode(positions, other))
+            for other in range(max(1, m - 3), m + 4)
+        )
+        > 0.998 * size
+    )
 
 
 def test_the_parameter_at_its_ends():
@@ -95,7 +104,9 @@ def test_the_parameter_at_its_ends():
 def test_a_code_that_is_cut_off_is_named(m):
     code = compress.golomb_encode(torch.arange(0, 900, 9), m)
     for length in (0, 10, len(code) - 1):
-        with pytest.raises(AdapterError, match=f"code of 100 positions is cut off after {length} bytes"):
+        with pytest.raises(
+            AdapterError, match=f"code of 100 positions is cut off after {length} bytes"
+        ):
             compress.golomb_decode(code[:length], 100, m)
 
 
@@ -107,8 +118,13 @@ def test_compeft_is_its_formula(keep, kept):
     mean = sum(values) / len(values)
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
     largest = sorted(range(len(values)), key=lambda i: -abs(values[i]))[:kept]
-    wanted = [2.5 * deviation * math.copysign(1, values[i]) if i in largest else 0.0 for i in range(len(values))]
-    torch.testing.assert_close(found.double().flatten(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=0)
+    wanted = [
+        2.5 * deviation * math.copysign(1, values[i]) if i in largest else 0.0
+        for i in range(len(values))
+    ]
+    torch.testing.assert_close(
+        found.double().flatten(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=0
+    )
 
 
 def test_compeft_keeps_no_zeros_and_the_dtype():
@@ -139,8 +155,16 @@ def test_dare_in_one_factor_keeps_the_product_on_average_with_the_noise_that_is_
     noise = (tries - B @ A).square().sum((1, 2)).mean()
     wanted = drop / (1 - drop) * (B.square().sum(0) * A.square().sum(1)).sum()
     assert float(noise) == pytest.approx(float(wanted), rel=0.05)
-    both = torch.stack([compress.dare(B, drop, 1 - drop, draw) @ compress.dare(A, drop, 1 - drop, draw) for _ in range(1500)])
-    assert float((both - B @ A).square().sum((1, 2)).mean()) == pytest.approx(float(wanted) * 5, rel=0.1)  # 1 / 0.25² - 1 = 15
+    both = torch.stack(
+        [
+            compress.dare(B, drop, 1 - drop, draw) @ compress.dare(A, drop, 1 - drop, draw)
+            for _ in range(1500)
+        ]
+    )
+    # 1 / 0.25² - 1 = 15
+    assert float((both - B @ A).square().sum((1, 2)).mean()) == pytest.approx(
+        float(wanted) * 5, rel=0.1
+    )
 
 
 @pytest.mark.parametrize(("o", "r", "i"), [(7, 3, 5), (2, 4, 9), (9, 4, 2), (4, 4, 4)])
@@ -171,8 +195,13 @@ TENSORS = {
 
 def test_what_is_an_update():
     assert compress.updates(TENSORS, "B") == ["x.lora_B.weight", "x.supertuning_values"]
-    assert compress.updates(TENSORS, "both") == ["x.lora_A.weight", "x.lora_B.weight", "x.supertuning_values"]
-    assert compress.updates({"x.lora_B.weight": drawn(2, 2)}, "both") == []  # no pair, so no LoRA that we know
+    assert compress.updates(TENSORS, "both") == [
+        "x.lora_A.weight",
+        "x.lora_B.weight",
+        "x.supertuning_values",
+    ]
+    # no pair, so no LoRA that we know
+    assert compress.updates({"x.lora_B.weight": drawn(2, 2)}, "both") == []
 
 
 @pytest.mark.parametrize("kind", ["compeft", "dare", "zeros", "whole"])
@@ -208,7 +237,9 @@ def test_another_file_is_refused(tmp_path):
     with pytest.raises(AdapterError, match="there is no"):
         compress.read(tmp_path / "none")
     save_file({"a": drawn(2)}, tmp_path / "other")
-    with pytest.raises(AdapterError, match=r"other: its format is None, expected 'graft-compact-1'"):
+    with pytest.raises(
+        AdapterError, match=r"other: its format is None, expected 'graft-compact-1'"
+    ):
         compress.read(tmp_path / "other")
     (tmp_path / "noise").write_bytes(b"\x10" * 100)
     with pytest.raises(AdapterError, match="noise is damaged"):
@@ -242,7 +273,11 @@ def test_a_damaged_file_is_named(tmp_path, about):
     with pytest.raises(AdapterError, match=r"f( is|: .*) (damaged|cut off)"):
         compress.read(tmp_path / "f")
     good = zlib.compress(b'[["x",[9],"float32","values",2,1,2]]')
-    save_file(stored | {":about": torch.tensor(list(good), dtype=torch.uint8)}, tmp_path / "f", {"format": compress.FORMAT})
+    save_file(
+        stored | {":about": torch.tensor(list(good), dtype=torch.uint8)},
+        tmp_path / "f",
+        {"format": compress.FORMAT},
+    )
     assert torch.nonzero(compress.read(tmp_path / "f")["x"]).flatten().tolist() == [1, 8]
 
 
@@ -251,4 +286,6 @@ def test_hundreds_of_small_tensors_take_few_bytes_each(tmp_path):
     tensors = {key: compress.compeft(drawn(64, 4, seed=i), 0.2, 1.0) for i, key in enumerate(keys)}
     compress.write(tmp_path / "f", tensors, keys)
     assert (tmp_path / "f").stat().st_size < 300 * (256 * 0.94 / 8 + 4 + 12)
-    assert all(torch.equal(tensor, tensors[key]) for key, tensor in compress.read(tmp_path / "f").items())
+    assert all(
+        torch.equal(tensor, tensors[key]) for key, tensor in compress.read(tmp_path / "f").items()
+    )

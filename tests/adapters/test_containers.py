@@ -1,4 +1,5 @@
-"""Sparse adapters in stock PEFT's files: what they answer there, merged, trained further and saved again, and what is refused."""
+"""Sparse adapters in stock PEFT's files: what they answer there, merged, trained further and saved
+again, and what is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +22,10 @@ from tests.adapters import toys
 from tests.adapters.test_sparse import make
 from trainer import export
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")  # of PEFT's SHiRA
+# of PEFT's SHiRA
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Sparse invariant checks are implicitly disabled:UserWarning"
+)
 
 KINDS = ("rosa", "sparse", "spiel")
 FP32 = {"dtype": "float32", "sparse_dtype": "float32"}
@@ -31,15 +35,28 @@ EXACT = 1e-11  # in float64; logits go up to 6
 def adapter_of(kind: str, **changes: Any) -> Any:
     if kind == "spiel":
         settings: dict[str, Any] = {
-            "variant": "AG", "density": 0.02, "density_pattern": {}, "weight_decay": 0.0, "reselection_steps": 4,
-            "accumulation_steps": 1, "initial_rate": 0.2, "policy": "linear", "momentum": 0.0, "support_seed": 0,
-            "target_modules": "all-linear", "exclude_modules": [], "gradient": "sampled", "sparse_dtype": "float32",
-        }  # fmt: skip
+            "variant": "AG",
+            "density": 0.02,
+            "density_pattern": {},
+            "weight_decay": 0.0,
+            "reselection_steps": 4,
+            "accumulation_steps": 1,
+            "initial_rate": 0.2,
+            "policy": "linear",
+            "momentum": 0.0,
+            "support_seed": 0,
+            "target_modules": "all-linear",
+            "exclude_modules": [],
+            "gradient": "sampled",
+            "sparse_dtype": "float32",
+        }
         return SpIEL(**settings | changes)
     return make(**FP32 | {"schedule": "spa_only" if kind == "sparse" else "wl"} | changes)
 
 
-def attached(kind: str, model: Any, new_modules: tuple[str, ...] = (), **changes: Any) -> tuple[Any, Any]:
+def attached(
+    kind: str, model: Any, new_modules: tuple[str, ...] = (), **changes: Any
+) -> tuple[Any, Any]:
     """The model with all of S, A and B random."""
     torch.manual_seed(3)
     adapter = adapter_of(kind, **changes)
@@ -110,7 +127,9 @@ def test_stock_peft_answers_and_merges_alike(tmp_path, kind, dtype):
     config = config_of(tmp_path)
     assert config["peft_type"] == "SUPERTUNING"
     assert config["base_model_name_or_path"] == "base"
-    assert config["target_modules"] == sorted(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    assert config["target_modules"] == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
     assert (config["r"], config["lora_alpha"]) == ((4, 6.0) if kind == "rosa" else (None, None))
 
     loaded: Any = peft.PeftModel.from_pretrained(toys.llama(dtype), tmp_path).eval()
@@ -127,24 +146,34 @@ def test_stock_peft_answers_and_merges_alike(tmp_path, kind, dtype):
 def test_stock_peft_has_our_gradient_and_trains_nothing_else(tmp_path, low_cpu_mem_usage):
     adapter, model = attached("rosa", toys.llama())
     adapter.save(model, tmp_path, "base", "CAUSAL_LM")
-    loaded: Any = peft.PeftModel.from_pretrained(toys.llama(), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
+    loaded: Any = peft.PeftModel.from_pretrained(
+        toys.llama(), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
+    )
     toys.loss(model).backward()
     toys.loss(loaded).backward()
     theirs = {name: p for name, p in loaded.named_parameters() if p.requires_grad}
     assert len(theirs) == 14 * 3
     for name, adapted in sparse.layers(model):
-        for own, their in (("values", "values.default"), ("A", "lora_A.default.weight"), ("B", "lora_B.default.weight")):
+        for own, their in (
+            ("values", "values.default"),
+            ("A", "lora_A.default.weight"),
+            ("B", "lora_B.default.weight"),
+        ):
             gradient = getattr(adapted.delta, own).grad
             assert gradient.abs().max() > 0
             found = theirs[f"base_model.model.{name}.supertuning_{their}"].grad
-            torch.testing.assert_close(found.float(), gradient.float(), rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
+            torch.testing.assert_close(
+                found.float(), gradient.float(), rtol=1e-4, atol=1e-6 * float(gradient.abs().max())
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stock_peft_trains_further_on_the_support_alone(tmp_path, folder, kind):
     adapter, model = attached(kind, toys.llama(torch.float32))
     adapter.save(model, tmp_path / "first", str(folder), "CAUSAL_LM")
-    loaded: Any = peft.PeftModel.from_pretrained(toys.llama(torch.float32), tmp_path / "first", is_trainable=True).train()
+    loaded: Any = peft.PeftModel.from_pretrained(
+        toys.llama(torch.float32), tmp_path / "first", is_trainable=True
+    ).train()
     trained = [p for p in loaded.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(trained, lr=1e-2)
     start = toys.loss(loaded).item()
@@ -172,12 +201,19 @@ def test_stock_peft_trains_further_on_the_support_alone(tmp_path, folder, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_again_by_stock_peft_the_tensors_are_the_same(tmp_path, folder, kind):
-    adapter, model = attached(kind, toys.llama(torch.float32), **{"dropout": 0.25} if kind == "rosa" else {})
+    adapter, model = attached(
+        kind, toys.llama(torch.float32), **{"dropout": 0.25} if kind == "rosa" else {}
+    )
     adapter.save(model, tmp_path / "ours", str(folder), "CAUSAL_LM")
-    peft.PeftModel.from_pretrained(toys.llama(torch.float32), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    peft.PeftModel.from_pretrained(toys.llama(torch.float32), tmp_path / "ours").save_pretrained(
+        tmp_path / "theirs"
+    )
     ours, theirs = tensors(tmp_path / "ours"), tensors(tmp_path / "theirs")
     assert ours.keys() == theirs.keys()
-    assert all(tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert all(
+        tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name])
+        for name, tensor in ours.items()
+    )
     first, second = config_of(tmp_path / "ours"), config_of(tmp_path / "theirs")
     for config in (first, second):
         config["target_modules"] = sorted(config["target_modules"])
@@ -192,14 +228,19 @@ PATTERN = {"layers.1.mlp.up_proj": 0.29, "up_proj": 0.1, "q_proj": 0.005}
 @pytest.mark.parametrize("pair", [False, True])
 def test_other_densities_are_padded_and_exact(tmp_path, kind, pair):
     adapter, model = attached(kind, toys.llama(), density_pattern=PATTERN)
-    for _, adapted in sparse.layers(model):  # the place that padding has is in every support, as its worst case
+    # the place that padding has is in every support, as its worst case
+    for _, adapted in sparse.layers(model):
         delta: Any = adapted.delta
         delta.release(adapted.base)
         delta.settle(torch.cat([delta.indices.new_zeros(1), delta.indices[1:]]), adapted.base)
     wanted = toys.logits(model)
     if pair:
         adapter.save_pair(model, tmp_path, "base", "CAUSAL_LM")
-        folder, key, values_key = tmp_path / ("shira" if kind == "rosa" else ""), "shira_indices", "shira_weight"
+        folder, key, values_key = (
+            tmp_path / ("shira" if kind == "rosa" else ""),
+            "shira_indices",
+            "shira_weight",
+        )
     else:
         adapter.save(model, tmp_path, "base", "CAUSAL_LM")
         folder, key, values_key = tmp_path, "supertuning_indices", "supertuning_values"
@@ -216,7 +257,10 @@ def test_other_densities_are_padded_and_exact(tmp_path, kind, pair):
         assert len(flat.unique()) == k  # so that each entry moves by itself where PEFT trains on
         assert not values[count:].any()
     if pair:
-        least = max(math.ceil(len(s) / (d.o + d.i)) for (_, d), s in zip(deltas(model), supports.values(), strict=True))
+        least = max(
+            math.ceil(len(s) / (d.o + d.i))
+            for (_, d), s in zip(deltas(model), supports.values(), strict=True)
+        )
         assert budget == least
     loaded: Any = adapter.load_stock(toys.llama(), tmp_path).eval()
     equal(loaded, wanted, EXACT)
@@ -230,10 +274,18 @@ def deltas(model: Any) -> list[tuple[str, Any]]:
 
 @pytest.mark.parametrize("pair", [False, True])
 def test_a_density_of_one_and_layers_left_out(tmp_path, pair):
-    changes = {"density": 0.3 if pair else 1.0, "target_modules": ["q_proj", "layers.1.mlp.down_proj"]}
-    adapter, model = attached("sparse", toys.llama(), exclude_modules=["layers.0.self_attn.q_proj"], **changes)
+    changes = {
+        "density": 0.3 if pair else 1.0,
+        "target_modules": ["q_proj", "layers.1.mlp.down_proj"],
+    }
+    adapter, model = attached(
+        "sparse", toys.llama(), exclude_modules=["layers.0.self_attn.q_proj"], **changes
+    )
     (adapter.save_pair if pair else adapter.save)(model, tmp_path, "base", "CAUSAL_LM")
-    assert config_of(tmp_path)["target_modules"] == ["model.layers.1.mlp.down_proj", "model.layers.1.self_attn.q_proj"]
+    assert config_of(tmp_path)["target_modules"] == [
+        "model.layers.1.mlp.down_proj",
+        "model.layers.1.self_attn.q_proj",
+    ]
     equal(peft.PeftModel.from_pretrained(toys.llama(), tmp_path), toys.logits(model), 1e-12)
 
 
@@ -255,7 +307,8 @@ def test_rsloras_scale_is_kept(tmp_path, rank, pair):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_bf16_base_the_two_round_elsewhere(tmp_path, kind):
-    """Ours rounds W + S once. PEFT rounds S to bf16, then W + S, and B A x is in fp32 there: as far from what is right."""
+    """Ours rounds W + S once. PEFT rounds S to bf16, then W + S, and B A x is in fp32 there: as far
+    from what is right."""
     adapter, model = attached(kind, toys.llama(torch.bfloat16))
     wanted = toys.logits(model)
     adapter.save(model, tmp_path, "base", "CAUSAL_LM")
@@ -263,7 +316,8 @@ def test_on_a_bf16_base_the_two_round_elsewhere(tmp_path, kind):
     theirs = toys.logits(loaded)
     right = toys.logits(written(toys.exact(toys.llama(torch.bfloat16).double()), model))
     ours_off, off, merged_off = (
-        (each.double() - right).abs().mean() for each in (wanted, theirs, toys.logits(loaded.merge_and_unload(safe_merge=True)))
+        (each.double() - right).abs().mean()
+        for each in (wanted, theirs, toys.logits(loaded.merge_and_unload(safe_merge=True)))
     )
     assert 0 < ours_off < 4 * 2**-8 * right.abs().max()
     assert off < 1.5 * ours_off
@@ -277,22 +331,32 @@ def test_values_in_bf16_are_exported_as_they_are(tmp_path, kind):
     changes = {"dtype": "bfloat16"} if kind == "rosa" else {}
     adapter, model = attached(kind, toys.llama(torch.float32), sparse_dtype="bfloat16", **changes)
     adapter.save(model, tmp_path, "base", "CAUSAL_LM")
-    equal(peft.PeftModel.from_pretrained(toys.llama(torch.float32), tmp_path), toys.logits(model), 1e-4)
+    equal(
+        peft.PeftModel.from_pretrained(toys.llama(torch.float32), tmp_path),
+        toys.logits(model),
+        1e-4,
+    )
 
 
 # SHiRA and LoRA
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("rosa", torch.float64), ("rosa", torch.float32), ("sparse", torch.float64)])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("rosa", torch.float64), ("rosa", torch.float32), ("sparse", torch.float64)]
+)
 def test_as_shira_and_lora_it_answers_alike(tmp_path, kind, dtype):
     adapter, model = attached(kind, toys.llama(dtype))
     wanted, most = toys.logits(model), EXACT if dtype == torch.float64 else 1e-4
     adapter.save_pair(model, tmp_path, "base", "CAUSAL_LM")
     assert sorted(path.name for path in tmp_path.iterdir()) == (
-        ["lora", "shira"] if kind == "rosa" else ["adapter_config.json", "adapter_model.safetensors"]
+        ["lora", "shira"]
+        if kind == "rosa"
+        else ["adapter_config.json", "adapter_model.safetensors"]
     )
     equal(adapter.load_stock(toys.llama(dtype), tmp_path).eval(), wanted, most)
-    alone = peft.PeftModel.from_pretrained(toys.llama(dtype), tmp_path / ("shira" if kind == "rosa" else "")).eval()
+    alone = peft.PeftModel.from_pretrained(
+        toys.llama(dtype), tmp_path / ("shira" if kind == "rosa" else "")
+    ).eval()
     if kind == "rosa":  # each part alone is that part
         for _, delta in deltas(model):
             delta.B.data.zero_()
@@ -333,7 +397,11 @@ def test_from_an_int8_base_it_is_shira(tmp_path, folder, kind):
     assert config_of(tmp_path)["peft_type"] == "SHIRA"
     wanted = toys.logits(model)
     equal(written(dequantised(toys.quantised(folder, "int8")), model), wanted, 1e-4)
-    equal(peft.PeftModel.from_pretrained(toys.quantised(folder, "int8"), tmp_path).eval(), wanted, 1e-4)
+    equal(
+        peft.PeftModel.from_pretrained(toys.quantised(folder, "int8"), tmp_path).eval(),
+        wanted,
+        1e-4,
+    )
     assert (toys.logits(toys.quantised(folder, "int8")) - wanted).abs().mean() > 0.3
 
 
@@ -348,7 +416,10 @@ def nothing_in(folder: Path) -> bool:
 def test_rosa_on_an_int8_base_has_none(tmp_path, folder, way):
     adapter, model = attached("rosa", toys.quantised(folder, "int8"))
     assert not adapter.exportable
-    with pytest.raises(AdapterError, match="stock PEFT cannot load this adapter: export the merged model with to=merged"):
+    with pytest.raises(
+        AdapterError,
+        match="stock PEFT cannot load this adapter: export the merged model with to=merged",
+    ):
         getattr(adapter, way)(model, tmp_path, "base", "CAUSAL_LM")
     assert nothing_in(tmp_path)
 
@@ -358,7 +429,10 @@ def test_rosa_on_an_int8_base_has_none(tmp_path, folder, way):
 def test_on_conv1d_there_is_none(tmp_path, kind, way):
     adapter, model = attached(kind, toys.gpt2())
     assert not adapter.exportable
-    with pytest.raises(AdapterError, match="stock PEFT cannot load this adapter: export the merged model with to=merged"):
+    with pytest.raises(
+        AdapterError,
+        match="stock PEFT cannot load this adapter: export the merged model with to=merged",
+    ):
         getattr(adapter, way)(model, tmp_path, "base", "CAUSAL_LM")
     assert nothing_in(tmp_path)
 
@@ -388,7 +462,10 @@ def test_before_its_support_rosa_is_a_lora(tmp_path, folder):
 @pytest.mark.parametrize("way", ["save", "save_pair"])
 def test_before_its_support_a_sparse_adapter_has_nothing_to_save(tmp_path, way):
     adapter, model = attached("sparse", toys.llama(), mask="gradient")
-    with pytest.raises(AdapterError, match="has no support yet, so there is nothing to save: the run ended before its mask"):
+    with pytest.raises(
+        AdapterError,
+        match="has no support yet, so there is nothing to save: the run ended before its mask",
+    ):
         getattr(adapter, way)(model, tmp_path, "base", "CAUSAL_LM")
     assert nothing_in(tmp_path)
 
@@ -403,14 +480,21 @@ def test_without_a_sparse_part_there_is_no_pair(tmp_path, schedule):
 
 def test_too_dense_for_shira(tmp_path):
     # k_proj is 32 x 64: r (32 + 64) entries are at most its 2048 for r = 21, which is 2016 of them.
-    adapter, model = attached("rosa", toys.llama(), target_modules=["k_proj"], density=2016.5 / 2048)
+    adapter, model = attached(
+        "rosa", toys.llama(), target_modules=["k_proj"], density=2016.5 / 2048
+    )
     adapter.save_pair(model, tmp_path / "fits", "base", "CAUSAL_LM")
     assert config_of(tmp_path / "fits" / "shira")["r"] == 21
     equal(adapter.load_stock(toys.llama(), tmp_path / "fits").eval(), toys.logits(model), EXACT)
-    adapter, model = attached("rosa", toys.llama(), target_modules=["k_proj"], density=2017.5 / 2048)
+    adapter, model = attached(
+        "rosa", toys.llama(), target_modules=["k_proj"], density=2017.5 / 2048
+    )
     with pytest.raises(
         AdapterError,
-        match=r"r=22, which this support needs, is more than model.layers.0.self_attn.k_proj \(32 x 64\) has. .*to=merged",
+        match=(
+            r"r=22, which this support needs, is more than model.layers.0.self_attn.k_proj \(32 x"
+            r" 64\) has. .*to=merged"
+        ),
     ):
         adapter.save_pair(model, tmp_path / "dense", "base", "CAUSAL_LM")
     assert nothing_in(tmp_path / "dense")
@@ -421,7 +505,9 @@ def test_too_dense_for_shira(tmp_path):
 
 def classifier() -> Any:
     labels = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
-    config = toys.llama().config.to_dict() | labels | {"pad_token_id": 0, "tie_word_embeddings": False}
+    config = (
+        toys.llama().config.to_dict() | labels | {"pad_token_id": 0, "tie_word_embeddings": False}
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForSequenceClassification(LlamaConfig(**config)).eval()
@@ -440,8 +526,14 @@ def test_a_classification_head_goes_along(tmp_path, kind, pair):
         for _, adapted in sparse.layers(model):
             adapted.delta.release(adapted.base)
         assert (classifier()(input_ids=ids).logits - wanted).abs().mean() > 0.3
-    heads = [path for path in tmp_path.rglob("adapter_model.safetensors") if any("score" in name for name in load_file(path))]
-    assert heads == [tmp_path / ("lora" if pair and kind == "rosa" else "") / "adapter_model.safetensors"]
+    heads = [
+        path
+        for path in tmp_path.rglob("adapter_model.safetensors")
+        if any("score" in name for name in load_file(path))
+    ]
+    assert heads == [
+        tmp_path / ("lora" if pair and kind == "rosa" else "") / "adapter_model.safetensors"
+    ]
 
 
 # masks of them
@@ -456,8 +548,13 @@ def test_an_exported_adapter_is_a_mask(tmp_path, kind):
     found, wanted = sparse.supports(other), sparse.supports(model)
     assert len(found) == 14
     assert all(torch.equal(indices, wanted[name]) for name, indices in found.items())
-    assert not any(torch.equal(indices, wanted[name]) for name, indices in sparse.supports(elsewhere).items())
-    with pytest.raises(AdapterError, match=r"has 81 entries for .* \(density 0.0197754\) where the settings ask for 40 \("):
+    assert not any(
+        torch.equal(indices, wanted[name]) for name, indices in sparse.supports(elsewhere).items()
+    )
+    with pytest.raises(
+        AdapterError,
+        match=r"has 81 entries for .* \(density 0.0197754\) where the settings ask for 40 \(",
+    ):
         attached("rosa", toys.llama(), mask=str(tmp_path), density=0.01)
     with pytest.raises(AdapterError, match=r"0 layers are missing .*, 7 are not adapted here"):
         attached("rosa", toys.llama(num_hidden_layers=1), mask=str(tmp_path))
@@ -481,13 +578,17 @@ def test_processes_compare_their_supports_at_the_first_step(kind, monkeypatch):
     adapter, model = attached(kind, toys.llama())
     wanted = {name: indices.clone() for name, indices in sparse.supports(model).items()}
     monkeypatch.setattr(
-        mask, "refuse_divergence", lambda found: seen.append({n: indices.clone() for n, indices in found.items()})
+        mask,
+        "refuse_divergence",
+        lambda found: seen.append({n: indices.clone() for n, indices in found.items()}),
     )
     toys.train(adapter, model, range(2))
     assert len(seen) == (2 if kind == "spiel" else 1)  # SpIEL's support moves after its first step
     assert len(wanted) == len(seen[0]) == 14
     assert all(torch.equal(indices, wanted[name]) for name, indices in seen[0].items())
-    assert all(torch.equal(indices, sparse.supports(model)[name]) for name, indices in seen[-1].items())
+    assert all(
+        torch.equal(indices, sparse.supports(model)[name]) for name, indices in seen[-1].items()
+    )
 
 
 # the program
@@ -497,7 +598,14 @@ RUN = ["max_steps=3", "callbacks.evaluation=null", "optimizer.lr=3e-2", "adapter
 
 
 def test_the_program_exports_rosa_as_each(train, chats, tmp_path, capsys):
-    run = train(*RUN, f"task.path={chats}", "adapter=rosa", "adapter.rank=2", "adapter.alpha=2", "adapter.warmup_steps=1")
+    run = train(
+        *RUN,
+        f"task.path={chats}",
+        "adapter=rosa",
+        "adapter.rank=2",
+        "adapter.alpha=2",
+        "adapter.warmup_steps=1",
+    )
     for to in ("peft", "shira", "merged"):
         assert export.main([f"run={run}", f"to={to}"]) == 0
         assert "loaded back and compared: logits differ by" in capsys.readouterr().out
@@ -512,21 +620,39 @@ def test_the_program_exports_rosa_as_each(train, chats, tmp_path, capsys):
     assert all(each.any() for each in values)
     saved = load_file(run / "masks.safetensors")
     assert len(saved) == 14
-    assert all(torch.equal(indices, own[f"base_model.model.{name}.supertuning_indices"]) for name, indices in saved.items())
+    assert all(
+        torch.equal(indices, own[f"base_model.model.{name}.supertuning_indices"])
+        for name, indices in saved.items()
+    )
 
 
 def test_the_program_has_no_shira_of_a_lora(train, chats, tmp_path, capsys):
     run = train("max_steps=1", "callbacks.evaluation=null", f"task.path={chats}")
     assert export.main([f"run={run}", "to=shira", f"out={tmp_path / 'out'}"]) == 2
-    assert "to=shira is for adapters with a sparse part, and this run's is LoRAAdapter: to=peft" in capsys.readouterr().err
+    assert (
+        "to=shira is for adapters with a sparse part, and this run's is LoRAAdapter: to=peft"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_a_padded_export_is_a_mask_too(tmp_path):
-    adapter, model = attached("rosa", toys.llama(), density=0.02, density_pattern={"down_proj": 0.05}, mask="random")
+    adapter, model = attached(
+        "rosa", toys.llama(), density=0.02, density_pattern={"down_proj": 0.05}, mask="random"
+    )
     adapter.save(model, tmp_path, "base", "CAUSAL_LM")
     wanted = sparse.supports(model)
-    _, again = attached("rosa", toys.llama(), density=0.02, density_pattern={"down_proj": 0.05}, mask=str(tmp_path))
-    assert all(torch.equal(support, wanted[name]) for name, support in sparse.supports(again).items())
+    _, again = attached(
+        "rosa", toys.llama(), density=0.02, density_pattern={"down_proj": 0.05}, mask=str(tmp_path)
+    )
+    assert all(
+        torch.equal(support, wanted[name]) for name, support in sparse.supports(again).items()
+    )
     with pytest.raises(AdapterError, match=r"Set adapter\.density to the mask's"):
-        attached("rosa", toys.llama(), density=0.01, density_pattern={"down_proj": 0.05}, mask=str(tmp_path))
+        attached(
+            "rosa",
+            toys.llama(),
+            density=0.01,
+            density_pattern={"down_proj": 0.05},
+            mask=str(tmp_path),
+        )

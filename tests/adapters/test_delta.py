@@ -1,4 +1,5 @@
-"""The contract's own parts: which layers are meant, states, weights in and out, new modules, everything and nothing."""
+"""The contract's own parts: which layers are meant, states, weights in and out, new modules,
+everything and nothing."""
 
 from __future__ import annotations
 
@@ -54,14 +55,24 @@ def folder(tmp_path: Path) -> Path:
 # targets
 
 
-@pytest.mark.parametrize("model", [toys.llama(), toys.llama(tie_word_embeddings=False), toys.gpt2(), classifier()])
+@pytest.mark.parametrize(
+    "model", [toys.llama(), toys.llama(tie_word_embeddings=False), toys.gpt2(), classifier()]
+)
 def test_all_linear_layers_are_those_of_stock_peft(model):
     new = ("score",) if hasattr(model, "score") else ()
     found = names(model, "all-linear", (), new)
     task = "SEQ_CLS" if new else "CAUSAL_LM"
-    config = peft.LoraConfig(target_modules="all-linear", task_type=task, fan_in_fan_out=isinstance(model, type(toys.gpt2())))
+    config = peft.LoraConfig(
+        target_modules="all-linear",
+        task_type=task,
+        fan_in_fan_out=isinstance(model, type(toys.gpt2())),
+    )
     wrapped: Any = peft.get_peft_model(copy.deepcopy(model), config)
-    theirs = [n for n, module in wrapped.get_base_model().named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    theirs = [
+        n
+        for n, module in wrapped.get_base_model().named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    ]
     assert found == theirs
     assert len(found) in (8, 14)
 
@@ -84,18 +95,28 @@ def test_names_ends_patterns_and_exceptions(wanted, exclude, count):
     assert len(found) == len(set(found)) == count
     for name in found:
         assert not any(name.endswith("." + entry) for entry in exclude)
-        assert wanted == "all-linear" or isinstance(wanted, str) or any(f".{name}".endswith("." + entry) for entry in wanted)
+        assert (
+            wanted == "all-linear"
+            or isinstance(wanted, str)
+            or any(f".{name}".endswith("." + entry) for entry in wanted)
+        )
 
 
 @pytest.mark.parametrize(
     ("wanted", "exclude", "message"),
     [
-        (["q_proj", "proj"], [], r"target_modules has 'proj', which matches no linear layer"),  # ends of names, not of words
+        # ends of names, not of words
+        (["q_proj", "proj"], [], r"target_modules has 'proj', which matches no linear layer"),
         (["q_proj", "embed_tokens"], [], "target_modules has 'embed_tokens', which matches"),
-        ("q_proj", [], "target_modules='q_proj' matches no linear layer"),  # a pattern is for the whole name
+        # a pattern is for the whole name
+        ("q_proj", [], "target_modules='q_proj' matches no linear layer"),
         ("(q_proj", [], r"target_modules='\(q_proj' is no regular expression: missing \)"),
         ("all-linear", ["q_porj"], "exclude_modules has 'q_porj', which matches no linear layer"),
-        (["q_proj"], ["self_attn.q_proj"], r"\['q_proj'\] without \['self_attn.q_proj'\] leaves no linear layer"),
+        (
+            ["q_proj"],
+            ["self_attn.q_proj"],
+            r"\['q_proj'\] without \['self_attn.q_proj'\] leaves no linear layer",
+        ),
     ],
 )
 def test_what_matches_nothing_is_named_with_the_choices(wanted, exclude, message):
@@ -108,7 +129,11 @@ def test_what_matches_nothing_is_named_with_the_choices(wanted, exclude, message
 
 def test_a_new_module_is_no_target_and_its_namesakes_are():
     model = nn.ModuleDict(
-        {"score": nn.Linear(2, 2), "scores": nn.Linear(2, 2), "body": nn.ModuleDict({"score": nn.Linear(2, 2)})}
+        {
+            "score": nn.Linear(2, 2),
+            "scores": nn.Linear(2, 2),
+            "body": nn.ModuleDict({"score": nn.Linear(2, 2)}),
+        }
     )
     assert names(model, "all-linear", (), ("score",)) == ["scores", "body.score"]
 
@@ -122,7 +147,10 @@ def test_tensors_are_copied_all_or_none():
     for wrong, message in (
         ({"a": good["a"]}, r"1 tensors are missing \['b'\], 0 are unknown"),
         (good | {"c": torch.ones(1)}, r"0 tensors are missing \[\], 1 are unknown \['c'\]"),
-        (good | {"b": torch.ones(5)}, r"b is \(5,\) torch.float32 there and \(4,\) torch.float32 here"),
+        (
+            good | {"b": torch.ones(5)},
+            r"b is \(5,\) torch.float32 there and \(4,\) torch.float32 here",
+        ),
         (good | {"b": torch.ones(4, dtype=torch.float64)}, r"b is \(4,\) torch.float64 there"),
     ):
         with pytest.raises(AdapterError, match=message):
@@ -153,13 +181,20 @@ def test_a_deltas_buffers_are_part_of_its_state():
 
 
 def test_an_nf4_weight_is_its_table_times_its_scales(folder):
-    linear: Any = Base(str(folder), "auto", "sdpa", "nf4", False).load(torch.float32).model.layers[0].self_attn.k_proj
+    linear: Any = (
+        Base(str(folder), "auto", "sdpa", "nf4", False)
+        .load(torch.float32)
+        .model.layers[0]
+        .self_attn.k_proj
+    )
     state = linear.weight.quant_state
     packed = linear.weight.data.flatten().tolist()
     values = []
     for byte in packed:
         for code in (byte >> 4, byte & 15):
-            values.append(float(state.code[code]) * float(state.absmax[len(values) // state.blocksize]))
+            values.append(
+                float(state.code[code]) * float(state.absmax[len(values) // state.blocksize])
+            )
     found = float_weight(linear)
     assert found.shape == features(linear)[::-1] == (32, 64)
     assert found.dtype == torch.float32
@@ -180,8 +215,13 @@ def test_an_int8_weight_is_its_integers_times_their_rows_scales(folder):
     for used in (False, True):  # bitsandbytes moves the scales at the first use
         if used:
             linear(torch.randn(3, 64))
-        integers, scales = linear.weight.data, linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB
-        wanted = torch.stack([row.double() * float(scale) / 127 for row, scale in zip(integers, scales, strict=True)])
+        integers, scales = (
+            linear.weight.data,
+            linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB,
+        )
+        wanted = torch.stack(
+            [row.double() * float(scale) / 127 for row, scale in zip(integers, scales, strict=True)]
+        )
         torch.testing.assert_close(float_weight(linear).double(), wanted, rtol=1e-6, atol=0)
     plain = toys.llama(torch.float32).model.layers[0].self_attn.k_proj.weight
     assert 0 < (float_weight(linear) - plain).abs().max() <= plain.abs().max() / 127
@@ -190,7 +230,11 @@ def test_an_int8_weight_is_its_integers_times_their_rows_scales(folder):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_dense_weights_go_out_and_in(dtype, transposed):
-    linear: Any = toys.gpt2(dtype).transformer.h[0].mlp.c_fc if transposed else toys.llama(dtype).model.layers[0].mlp.up_proj
+    linear: Any = (
+        toys.gpt2(dtype).transformer.h[0].mlp.c_fc
+        if transposed
+        else toys.llama(dtype).model.layers[0].mlp.up_proj
+    )
     held, address = linear.weight.detach().clone(), linear.weight.data_ptr()
     dense = float_weight(linear)
     o, i = dense.shape
@@ -199,7 +243,9 @@ def test_dense_weights_go_out_and_in(dtype, transposed):
     x = torch.randn(2, i, dtype=dtype)
     bias = linear.bias if transposed else torch.zeros(o, dtype=dtype)
     wanted = x.double() @ dense.double().T + bias.double()
-    assert (linear(x).double() - wanted).abs().max() < 2 * torch.finfo(dtype).eps * 64 * wanted.abs().max()
+    assert (linear(x).double() - wanted).abs().max() < 2 * torch.finfo(
+        dtype
+    ).eps * 64 * wanted.abs().max()
     set_float_weight(linear, dense)
     assert torch.equal(linear.weight, held)
     set_float_weight(linear, 2 * dense)
@@ -213,7 +259,9 @@ def test_a_merge_rounds_once():
     delta = LoRA(linear, 4, 0.5, 0.0, torch.float32)
     nn.init.normal_(delta.B, std=0.01)
     before = linear.weight.clone()
-    wanted = (before.double() + 0.5 * delta.B.detach().double() @ delta.A.detach().double()).to(torch.bfloat16)
+    wanted = (before.double() + 0.5 * delta.B.detach().double() @ delta.A.detach().double()).to(
+        torch.bfloat16
+    )
     merge_linear(AdaptedLinear(linear, delta))
     different = linear.weight != wanted
     assert different.float().mean() < 0.001  # fp32 may fall on the other side of a tie
@@ -296,9 +344,12 @@ def test_a_new_head_is_saved_for_stock_peft(tmp_path):
 
 def test_a_new_head_on_a_quantised_base_is_not_quantised(folder):
     model = LlamaForSequenceClassification.from_pretrained(
-        folder, num_labels=3, pad_token_id=0, device_map={"": "cpu"},
+        folder,
+        num_labels=3,
+        pad_token_id=0,
+        device_map={"": "cpu"},
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-    )  # fmt: skip
+    )
     toys.lora().attach(model, Start(new_modules=("score",)))
     assert type(model.score) is nn.Linear
     assert model.score.weight.dtype == torch.float32
@@ -319,7 +370,10 @@ def test_full_trains_every_weight_and_holds_a_tied_one_once():
     assert "lm_head.weight" not in state["tensors"]
     before = {name: tensor.clone() for name, tensor in state["tensors"].items()}
     toys.train(adapter, model)
-    assert all(not torch.equal(before[name], tensor) for name, tensor in adapter.state(model)["tensors"].items())
+    assert all(
+        not torch.equal(before[name], tensor)
+        for name, tensor in adapter.state(model)["tensors"].items()
+    )
     wanted = toys.logits(model)
     again = Full()
     other = again.attach(toys.llama(), Start())

@@ -1,4 +1,5 @@
-"""What holds for every method: each file of conf/adapter is put through all of these by being there."""
+"""What holds for every method: each file of conf/adapter is put through all of these by being
+there."""
 
 from __future__ import annotations
 
@@ -41,15 +42,20 @@ ON_NF4 = {"loftq"}  # it corrects the rounding of an NF4 base, so there has to b
 STARTS_ELSEWHERE = {
     "prompt_tuning": "its virtual tokens are attended to from the first step",
     "prefix_tuning": "its prefix is attended to from the first step",
-    "loftq": "it starts nearer to the base before rounding; test_loftq_starts_nearer_to_the_unrounded_base",
+    "loftq": (
+        "it starts nearer to the base before rounding;"
+        " test_loftq_starts_nearer_to_the_unrounded_base"
+    ),
 }
 UNMERGEABLE = {
     "prompt_tuning": "works on activations",
     "prefix_tuning": "works on activations",
     "loftq": "the base is quantised",
 }
-WORKING = (".delta.kept", ".delta.crow", ".delta.col")  # what a sparse delta works out anew from its support and the base
-# These take their part out of the base's weights, and PEFT finds it by an SVD or an inverse in fp32.
+# what a sparse delta works out anew from its support and the base
+WORKING = (".delta.kept", ".delta.crow", ".delta.col")
+# These take their part out of the base's weights, and PEFT finds it by an SVD or an inverse in
+# fp32.
 PART_TAKEN_OUT = {"pissa", "corda"}
 FP32 = {
     "corda": "PEFT refuses to initialise it in float64",
@@ -68,13 +74,17 @@ class Case:
     base_logits: Tensor
     start_logits: Tensor
     logits: Tensor
-    before: dict[int, Tensor] = field(default_factory=dict)  # the base's tensors before anything was attached, by their ids
-    attached: dict[str, Tensor] = field(default_factory=dict)  # all tensors before training, by name
+    # the base's tensors before anything was attached, by their ids
+    before: dict[int, Tensor] = field(default_factory=dict)
+    # all tensors before training, by name
+    attached: dict[str, Tensor] = field(default_factory=dict)
 
 
 @cache
 def node(name: str) -> Any:
-    group = compose.compose([f"adapter={name}", "base=tiny", "task.path=rows.jsonl", *SETTINGS.get(name, [])])
+    group = compose.compose(
+        [f"adapter={name}", "base=tiny", "task.path=rows.jsonl", *SETTINGS.get(name, [])]
+    )
     return OmegaConf.to_container(group.adapter)
 
 
@@ -96,7 +106,9 @@ def base_of(name: str, folder: Path) -> Any:
 
 
 def tensors(model: Any) -> dict[str, Tensor]:
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
 
 
 @pytest.fixture(scope="module", params=PRESETS)
@@ -117,7 +129,8 @@ def case(request: pytest.FixtureRequest, folder: Path) -> Case:
 
 
 def tolerance(case: Case) -> float:
-    # Logits go up to 6, and sums of a hundred products are taken in another order, in each of two layers.
+    # Logits go up to 6, and sums of a hundred products are taken in another order, in each of two
+    # layers.
     return 1e-4 if case.name in FP32 else 1e-12
 
 
@@ -155,7 +168,10 @@ def test_merged_weights_give_the_adapters_outputs(case):
             case.adapter.merge(model)
         return
     merged = case.adapter.merge(model)
-    assert {type(module).__module__.partition(".")[0] for module in merged.modules()} <= {"torch", "transformers"}
+    assert {type(module).__module__.partition(".")[0] for module in merged.modules()} <= {
+        "torch",
+        "transformers",
+    }
     assert close(case, toys.logits(merged), case.logits)
 
 
@@ -163,14 +179,22 @@ def test_only_the_adapter_trains(case):
     trained = {name for name, tensor in tensors(case.model).items() if tensor.requires_grad}
     assert bool(trained) != (case.name in NOTHING_TRAINED)
     frozen_state = set(case.adapter.state(case.model)["tensors"]) - trained  # counters and the like
-    of_the_base = {name for name, tensor in tensors(case.model).items() if id(tensor) in case.before}
+    of_the_base = {
+        name for name, tensor in tensors(case.model).items() if id(tensor) in case.before
+    }
     if case.name not in WHOLE_BASE:
         assert of_the_base.isdisjoint(trained)
     alone = case.name not in WHOLE_BASE | PART_TAKEN_OUT
     # What is held in the base's weights is taken out of them here.
     with case.adapter.disabled(case.model) if alone else contextlib.nullcontext():
-        now = {name: tensor for name, tensor in tensors(case.model).items() if not name.endswith(WORKING)}
-        changed = {name for name, tensor in now.items() if not torch.equal(tensor, case.attached[name])}
+        now = {
+            name: tensor
+            for name, tensor in tensors(case.model).items()
+            if not name.endswith(WORKING)
+        }
+        changed = {
+            name for name, tensor in now.items() if not torch.equal(tensor, case.attached[name])
+        }
         assert changed <= trained | frozen_state
         if alone:
             assert len({id(now[name]) for name in of_the_base}) == len(case.before)
@@ -213,7 +237,8 @@ def test_a_state_of_another_shape_is_refused_and_changes_nothing(case):
     assert torch.equal(toys.logits(case.model), case.logits)
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys.*lora_E:RuntimeWarning")  # of PEFT's own AdaLoRA files
+# of PEFT's own AdaLoRA files
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys.*lora_E:RuntimeWarning")
 def test_stock_peft_loads_what_is_saved(case, folder, tmp_path):
     if not case.adapter.exportable:
         with pytest.raises(AdapterError, match="xport"):
@@ -245,7 +270,10 @@ def test_a_state_holds_nothing_of_the_base(case):
     addresses = {tensor.data_ptr() for tensor in base}
     assert all(tensor.data_ptr() not in addresses for tensor in held)
     for tensor in held:
-        assert not any(tensor.shape == other.shape and torch.equal(tensor, other) for other in [*base, *case.before.values()])
+        assert not any(
+            tensor.shape == other.shape and torch.equal(tensor, other)
+            for other in [*base, *case.before.values()]
+        )
 
 
 def test_loftq_starts_nearer_to_the_unrounded_base(folder):

@@ -19,7 +19,8 @@ from adapters.delta import AdaptedLinear, Start, float_weight
 from adapters.lora import LoRA, LoRAAdapter, scaling
 from tests.adapters import toys
 
-# PEFT's own, on a tied output layer that is adapted: it says that merging would be wrong, which ours mends.
+# PEFT's own, on a tied output layer that is adapted: it says that merging would be wrong, which
+# ours mends.
 TIED = pytest.mark.filterwarnings("ignore:Model.*tie_word_embeddings=True.*:UserWarning")
 
 
@@ -40,13 +41,21 @@ def attached(adapter: LoRAAdapter, model: Any) -> Any:
 def stock(adapter: LoRAAdapter, model: Any, base: Any, **settings: Any) -> Any:
     """Stock PEFT with the same A and B on `base`."""
     config = peft.LoraConfig(
-        r=adapter.rank, lora_alpha=adapter.alpha, use_rslora=adapter.rslora, target_modules=adapter.target_modules, **settings
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        use_rslora=adapter.rslora,
+        target_modules=adapter.target_modules,
+        **settings,
     )
     wrapped = peft.get_peft_model(base, config)
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:
-            own = name.removeprefix("base_model.model.").replace(".lora_A.default.weight", ".delta.A")
-            parameter.data.copy_(model.get_parameter(own.replace(".lora_B.default.weight", ".delta.B")).data)
+            own = name.removeprefix("base_model.model.").replace(
+                ".lora_A.default.weight", ".delta.A"
+            )
+            parameter.data.copy_(
+                model.get_parameter(own.replace(".lora_B.default.weight", ".delta.B")).data
+            )
     return wrapped
 
 
@@ -58,10 +67,19 @@ def pairs(model: Any, wrapped: Any) -> list[tuple[nn.Parameter, nn.Parameter]]:
     return list(zip(ours, theirs, strict=True))
 
 
-def layer(o: int = 5, i: int = 7, rank: int = 3, bias: bool = True, dropout: float = 0.0, dtype=torch.float64) -> AdaptedLinear:
+def layer(
+    o: int = 5,
+    i: int = 7,
+    rank: int = 3,
+    bias: bool = True,
+    dropout: float = 0.0,
+    dtype=torch.float64,
+) -> AdaptedLinear:
     torch.manual_seed(4)
     linear = nn.Linear(i, o, bias=bias, dtype=dtype).requires_grad_(False)
-    delta = LoRA(linear, rank, 0.7, dropout, torch.float64 if dtype == torch.float64 else torch.float32)
+    delta = LoRA(
+        linear, rank, 0.7, dropout, torch.float64 if dtype == torch.float64 else torch.float32
+    )
     nn.init.normal_(delta.B)
     return AdaptedLinear(linear, delta)
 
@@ -126,14 +144,17 @@ def test_five_steps_of_training_are_stock_pefts(bias):
     wrapped = stock(adapter, model, toys.llama(torch.float32, attention_bias=bias))
     before = [ours.detach().clone() for ours, _ in pairs(model, wrapped)]
     for trained in (model, wrapped):
-        optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(
+            [p for p in trained.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
+        )
         for _ in range(5):
             toys.loss(trained).backward()
             optimizer.step()
             optimizer.zero_grad()
     for (ours, theirs), old in zip(pairs(model, wrapped), before, strict=True):
         assert (ours - old).abs().mean() > 1e-2  # AdamW moves by its rate in each step
-        # Adam divides by the gradient's size, so that an entry with a gradient near 0 may turn rounding into a visible move.
+        # Adam divides by the gradient's size, so that an entry with a gradient near 0 may turn
+        # rounding into a visible move.
         assert (ours - theirs).abs().max() < 1e-3
         assert (ours - theirs).abs().mean() < 1e-6
 
@@ -150,8 +171,13 @@ def test_a_half_precision_base_keeps_a_and_b_in_fp32():
     wanted.backward(upstream.double())
     assert y.dtype == torch.bfloat16
     assert adapted.delta.A.grad.dtype == adapted.delta.B.grad.dtype == torch.float32
-    # bf16 keeps 8 bits, and a result passes through at most four such roundings: of A or B, of x Aᵀ, of the sum, of the result.
-    for got, right in ((y, wanted), (adapted.delta.A.grad, exact.delta.A.grad), (adapted.delta.B.grad, exact.delta.B.grad)):
+    # bf16 keeps 8 bits, and a result passes through at most four such roundings: of A or B, of x
+    # Aᵀ, of the sum, of the result.
+    for got, right in (
+        (y, wanted),
+        (adapted.delta.A.grad, exact.delta.A.grad),
+        (adapted.delta.B.grad, exact.delta.B.grad),
+    ):
         assert right.abs().max() > 0
         assert (got.double() - right).abs().max() < 4 * 2**-8 * right.abs().max()
 
@@ -180,7 +206,9 @@ def test_dropout_falls_on_the_adapters_input_only():
     kept = F.dropout(x, 0.5)
     torch.testing.assert_close(y, frozen + 0.7 * kept @ adapted.delta.A.T @ adapted.delta.B.T)
     assert not torch.equal(adapted(x), y)
-    torch.testing.assert_close(adapted.eval()(x), frozen + 0.7 * x @ adapted.delta.A.T @ adapted.delta.B.T)
+    torch.testing.assert_close(
+        adapted.eval()(x), frozen + 0.7 * x @ adapted.delta.A.T @ adapted.delta.B.T
+    )
     assert torch.equal(adapted(x), adapted(x))
 
 
@@ -194,7 +222,9 @@ def test_gpt2s_transposed_layers(tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
     loaded = peft.PeftModel.from_pretrained(toys.gpt2(), tmp_path)
     torch.testing.assert_close(toys.logits(loaded), toys.logits(model), rtol=0, atol=1e-12)
-    torch.testing.assert_close(toys.logits(adapter.merge(model)), toys.logits(loaded), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        toys.logits(adapter.merge(model)), toys.logits(loaded), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,7 +234,9 @@ def test_gpt2s_transposed_layers(tmp_path):
         ("int8", 0.02),  # inputs are rounded to 8 bits too, 1/127 of each row's largest
     ],
 )
-def test_quantised_bases_answer_as_their_dequantised_weights_and_the_update(tmp_path, kind, tolerance):
+def test_quantised_bases_answer_as_their_dequantised_weights_and_the_update(
+    tmp_path, kind, tolerance
+):
     toys.llama(torch.float32).save_pretrained(tmp_path)
     adapter = make(dtype="float32")
     model = attached(adapter, toys.quantised(tmp_path, kind))
@@ -228,7 +260,8 @@ def test_quantised_bases_answer_as_their_dequantised_weights_and_the_update(tmp_
         atol=1e-4,
     )
     plain = toys.llama(torch.float32).model.layers[0].mlp.up_proj.weight
-    assert 0 < (w - plain).abs().max() < 0.3 * plain.abs().max()  # it was rounded, and is the same weight still
+    # it was rounded, and is the same weight still
+    assert 0 < (w - plain).abs().max() < 0.3 * plain.abs().max()
 
 
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
@@ -242,15 +275,17 @@ def test_lora_plus_rates_are_stock_pefts(ratio):
         if any(p is q for q in group["params"])
     }
     wrapped = stock(adapter, model, toys.llama())
-    optimizer = create_loraplus_optimizer(wrapped, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=ratio)
+    optimizer = create_loraplus_optimizer(
+        wrapped, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=ratio
+    )
     theirs = {
-        name.removeprefix("base_model.model.").replace(".lora_A.default.weight", ".delta.A").replace(
-            ".lora_B.default.weight", ".delta.B"
-        ): group["lr"]
+        name.removeprefix("base_model.model.")
+        .replace(".lora_A.default.weight", ".delta.A")
+        .replace(".lora_B.default.weight", ".delta.B"): group["lr"]
         for group in optimizer.param_groups
         for name, p in wrapped.named_parameters()
         if any(p is q for q in group["params"])
-    }  # fmt: skip
+    }
     assert rates == pytest.approx(theirs)
     assert set(rates.values()) == {1e-3, 1e-3 * ratio}
     assert len(rates) == 2 * 2 * 7
@@ -260,7 +295,10 @@ def test_lora_plus_rates_are_stock_pefts(ratio):
     ("wanted", "saved"),
     [
         (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
-        ("all-linear", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+        (
+            "all-linear",
+            ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+        ),
         (r"model\.layers\.1\..*\.q_proj", ["model.layers.1.self_attn.q_proj"]),
         (["layers.0.mlp.up_proj", "lm_head"], ["lm_head", "model.layers.0.mlp.up_proj"]),
     ],
@@ -275,7 +313,9 @@ def test_saved_names_mean_the_adapted_layers_and_no_others(tmp_path, wanted, sav
     adapted = {name for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
     loaded = peft.PeftModel.from_pretrained(toys.llama(), tmp_path)
     layers = {
-        name for name, module in loaded.get_base_model().named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)
+        name
+        for name, module in loaded.get_base_model().named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
     }
     assert layers == adapted
     torch.testing.assert_close(toys.logits(loaded), toys.logits(model), rtol=0, atol=1e-12)
@@ -303,9 +343,14 @@ def test_the_saved_files_are_the_same_each_time(tmp_path: Path):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
     config = json.loads((first / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["task_type"], config["r"]) == ("base", "CAUSAL_LM", 4)
+    assert (config["base_model_name_or_path"], config["task_type"], config["r"]) == (
+        "base",
+        "CAUSAL_LM",
+        4,
+    )
     saved = load_file(first / "adapter_model.safetensors")
     assert len(saved) == 2 * 2 * 7
     assert torch.equal(
-        saved["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"], model.model.layers[0].mlp.up_proj.delta.B
+        saved["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"],
+        model.model.layers[0].mlp.up_proj.delta.B,
     )

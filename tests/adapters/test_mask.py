@@ -28,17 +28,26 @@ SUPPORTS = {
 # how many
 
 
-@pytest.mark.parametrize("density", [1e-4, 0.001, 0.005, 0.006, 0.01, 0.018, 0.05, 0.1, 1 / 3, 0.29, 0.57, 0.7, 0.99, 1, 1.0])
+@pytest.mark.parametrize(
+    "density",
+    [1e-4, 0.001, 0.005, 0.006, 0.01, 0.018, 0.05, 0.1, 1 / 3, 0.29, 0.57, 0.7, 0.99, 1, 1.0],
+)
 def test_entries_are_as_many_as_peft_trains(density):
-    from peft.tuners.supertuning.layer import SupertuningLayer  # the processes below import this file, and PEFT takes seconds
+    # the processes below import this file, and PEFT takes seconds
+    from peft.tuners.supertuning.layer import SupertuningLayer
 
     for o in (1, 3, 64, 100, 576, 1536, 4096, 14336):
         for i in (1, 7, 64, 100, 576, 1536, 4096, 14336):
-            written = json.loads(json.dumps({"sparsity": 1 - density}))["sparsity"]  # as it comes out of adapter_config.json
+            # as it comes out of adapter_config.json
+            written = json.loads(json.dumps({"sparsity": 1 - density}))["sparsity"]
             theirs = SupertuningLayer._num_trainable(None, o * i, written)  # type: ignore[arg-type]
             if theirs < 1:
                 with pytest.raises(
-                    AdapterError, match=f"density {density:g} of x is less than one of its {o * i} entries: raise it"
+                    AdapterError,
+                    match=(
+                        f"density {density:g} of x is less than one of its {o * i} entries:"
+                        " raise it"
+                    ),
                 ):
                     mask.entries(o, i, density, "x")
                 continue
@@ -55,7 +64,8 @@ def test_their_rounding_is_not_that_of_the_product():
 @pytest.mark.parametrize("density", [0, 0.0, -0.1, 1.0001, 6, math.nan, math.inf])
 def test_a_density_that_is_no_share(density):
     with pytest.raises(
-        AdapterError, match=rf"density of x is {density}: expected more than 0 and at most 1, as 0.006 for 0.6 %"
+        AdapterError,
+        match=rf"density of x is {density}: expected more than 0 and at most 1, as 0.006 for 0.6 %",
     ):
         mask.entries(64, 64, density, "x")
 
@@ -63,7 +73,11 @@ def test_a_density_that_is_no_share(density):
 def test_indices_stay_below_int32():
     assert mask.entries(2**16, 2**15 - 1, 1e-3, "x") == int((2**31 - 2**16) * (1 - (1 - 1e-3)))
     with pytest.raises(
-        AdapterError, match=r"lm_head has 65536 x 32768 entries, and indices are int32, below 2147483648: leave it out"
+        AdapterError,
+        match=(
+            r"lm_head has 65536 x 32768 entries, and indices are int32, below 2147483648: leave"
+            r" it out"
+        ),
     ):
         mask.entries(2**16, 2**15, 1e-3, "lm_head")
 
@@ -72,11 +86,18 @@ def test_indices_stay_below_int32():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("o", "i", "k"), [(5, 7, 1), (5, 7, 6), (5, 7, 35), (1, 9, 4), (8, 1, 3), (1, 1, 1), (40, 50, 300)])
+@pytest.mark.parametrize(
+    ("o", "i", "k"),
+    [(5, 7, 1), (5, 7, 6), (5, 7, 35), (1, 9, 4), (8, 1, 3), (1, 1, 1), (40, 50, 300)],
+)
 def test_the_top_is_that_of_a_plain_sort(dtype, o, i, k):
     draw = torch.Generator().manual_seed(o * k)
     ranks = torch.randperm(o * i, generator=draw)
-    scores = (ranks - o * i // 2).to(dtype).view(o, i) if o * i < 256 else torch.randn(o, i, generator=draw).to(dtype)
+    scores = (
+        (ranks - o * i // 2).to(dtype).view(o, i)
+        if o * i < 256
+        else torch.randn(o, i, generator=draw).to(dtype)
+    )
     found = mask.top(scores, k, "x")
     assert found.dtype == torch.int32
     assert found.shape == (k,)
@@ -87,7 +108,9 @@ def test_the_top_is_that_of_a_plain_sort(dtype, o, i, k):
     assert sorted(plain[e] for e in found.tolist()) == sorted(plain[e] for e in order[:k])
     if len(set(plain)) == o * i:
         assert found.tolist() == sorted(order[:k])
-    assert torch.equal(mask.top(scores.t().contiguous().t(), k, "x"), found) or len(set(plain)) < o * i
+    assert (
+        torch.equal(mask.top(scores.t().contiguous().t(), k, "x"), found) or len(set(plain)) < o * i
+    )
 
 
 def test_equal_scores_give_k_entries():
@@ -101,15 +124,20 @@ def test_equal_scores_give_k_entries():
 
 def test_scores_that_choose_nothing():
     scores = torch.ones(3, 4)
-    with pytest.raises(AdapterError, match="up_proj has 12 entries, and 13 of them are to be chosen"):
+    with pytest.raises(
+        AdapterError, match="up_proj has 12 entries, and 13 of them are to be chosen"
+    ):
         mask.top(scores, 13, "up_proj")
     scores[2, 1] = torch.nan
-    with pytest.raises(AdapterError, match="the scores of up_proj hold NaN, so no mask can be made from them"):
+    with pytest.raises(
+        AdapterError, match="the scores of up_proj hold NaN, so no mask can be made from them"
+    ):
         mask.top(scores, 2, "up_proj")
 
 
 @pytest.mark.parametrize(
-    ("o", "i", "k"), [(6, 7, 1), (6, 7, 10), (6, 7, 11), (6, 7, 41), (6, 7, 42), (1, 1, 1), (300, 200, 600)]
+    ("o", "i", "k"),
+    [(6, 7, 1), (6, 7, 10), (6, 7, 11), (6, 7, 41), (6, 7, 42), (1, 1, 1), (300, 200, 600)],
 )
 def test_random_entries_are_sorted_and_of_their_seed(o, i, k):
     found = [mask.random(o, i, k, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
@@ -124,7 +152,8 @@ def test_random_entries_are_sorted_and_of_their_seed(o, i, k):
     draw = torch.Generator().manual_seed(1)
     assert torch.equal(mask.random(o, i, k, draw), found[0])
     if 1 < k < o * i:
-        assert not torch.equal(mask.random(o, i, k, draw), found[0])  # a generator goes on from layer to layer
+        # a generator goes on from layer to layer
+        assert not torch.equal(mask.random(o, i, k, draw), found[0])
     before = torch.get_rng_state()
     mask.random(o, i, k, draw)
     assert torch.equal(torch.get_rng_state(), before)
@@ -158,15 +187,22 @@ def test_what_is_saved_is_loaded(tmp_path):
             assert torch.equal(indices, SUPPORTS[name])
     assert [path.name for path in tmp_path.iterdir()] == ["masks.safetensors"]
     with safe_open(file, "pt") as opened:
-        assert json.loads(opened.metadata()["shapes"]) == {"layers.0.q_proj": [4, 6], "layers.0.up_proj": [8, 6]}
+        assert json.loads(opened.metadata()["shapes"]) == {
+            "layers.0.q_proj": [4, 6],
+            "layers.0.up_proj": [8, 6],
+        }
         assert sorted(opened.keys()) == sorted(SUPPORTS)
-    mask.save(file, {name: indices[:1] for name, indices in SUPPORTS.items()}, SHAPES)  # over what was there
+    # over what was there
+    mask.save(file, {name: indices[:1] for name, indices in SUPPORTS.items()}, SHAPES)
     assert len(load_file(file)["layers.0.q_proj"]) == 1
 
 
 def test_unsorted_indices_are_sorted(tmp_path):
     mask.save(tmp_path / "m", {name: indices.flip(0) for name, indices in SUPPORTS.items()}, SHAPES)
-    assert all(torch.equal(indices, SUPPORTS[name]) for name, indices in mask.load(tmp_path / "m", WANTED).items())
+    assert all(
+        torch.equal(indices, SUPPORTS[name])
+        for name, indices in mask.load(tmp_path / "m", WANTED).items()
+    )
 
 
 def changed(indices: list[int]) -> dict[str, Tensor]:
@@ -179,7 +215,10 @@ def changed(indices: list[int]) -> dict[str, Tensor]:
         (
             {"layers.0.q_proj": SUPPORTS["layers.0.q_proj"]},
             {"layers.0.q_proj": (4, 6)},
-            r"of another model or other target modules: 1 layers are missing \['layers.0.up_proj'\], 0 are not adapted here \[\]",
+            (
+                r"of another model or other target modules: 1 layers are missing"
+                r" \['layers.0.up_proj'\], 0 are not adapted here \[\]"
+            ),
         ),
         (
             SUPPORTS | {"layers.1.q_proj": torch.tensor([1])},
@@ -194,13 +233,26 @@ def changed(indices: list[int]) -> dict[str, Tensor]:
         (
             changed([0, 3, 9]),
             SHAPES,
-            r"has 3 entries for layers.0.q_proj \(density 0.125\) where the settings ask for 5 \(0.208333\)\. "
+            r"has 3 entries for layers.0.q_proj \(density 0.125\) where the settings ask for 5"
+            r" \(0.208333\)\. "
             "Set adapter.density to the mask's",
         ),
         (changed([]), SHAPES, "has 0 entries for layers.0.q_proj"),
-        (changed([0, 3, 9, 17, 24]), SHAPES, "the indices of layers.0.q_proj leave the weight's 24 entries, or repeat"),
-        (changed([-1, 3, 9, 17, 23]), SHAPES, "the indices of layers.0.q_proj leave the weight's 24 entries, or repeat"),
-        (changed([23, 3, 9, 17, 3]), SHAPES, "the indices of layers.0.q_proj leave the weight's 24 entries, or repeat"),
+        (
+            changed([0, 3, 9, 17, 24]),
+            SHAPES,
+            "the indices of layers.0.q_proj leave the weight's 24 entries, or repeat",
+        ),
+        (
+            changed([-1, 3, 9, 17, 23]),
+            SHAPES,
+            "the indices of layers.0.q_proj leave the weight's 24 entries, or repeat",
+        ),
+        (
+            changed([23, 3, 9, 17, 3]),
+            SHAPES,
+            "the indices of layers.0.q_proj leave the weight's 24 entries, or repeat",
+        ),
     ],
     ids=["missing", "unknown", "shape", "density", "empty", "above", "below", "repeated"],
 )
@@ -226,12 +278,18 @@ def test_a_file_that_is_no_mask_is_refused(tmp_path, content):
 
 def test_a_file_that_is_not_there(tmp_path):
     for place in (tmp_path / "masks.safetensors", tmp_path):
-        with pytest.raises(AdapterError, match=f"adapter.mask={place}: there is no such file. Give masks.safetensors of a run"):
+        with pytest.raises(
+            AdapterError,
+            match=f"adapter.mask={place}: there is no such file. Give masks.safetensors of a run",
+        ):
             mask.load(place, WANTED)
 
 
 def test_another_methods_adapter_has_no_mask(tmp_path):
-    save_file({"base_model.model.layers.0.q_proj.lora_A.weight": torch.zeros(2, 6)}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.layers.0.q_proj.lora_A.weight": torch.zeros(2, 6)},
+        tmp_path / "adapter_model.safetensors",
+    )
     with pytest.raises(AdapterError, match="holds no masks"):
         mask.load(tmp_path, WANTED)
 
@@ -239,14 +297,22 @@ def test_another_methods_adapter_has_no_mask(tmp_path):
 # what is said of one
 
 
-@pytest.mark.parametrize(("o", "i", "k"), [(5, 7, 1), (5, 7, 6), (13, 11, 40), (4, 4, 16), (1, 9, 4)])
+@pytest.mark.parametrize(
+    ("o", "i", "k"), [(5, 7, 1), (5, 7, 6), (13, 11, 40), (4, 4, 16), (1, 9, 4)]
+)
 def test_statistics_are_those_of_plain_loops(o, i, k):
     draw = torch.Generator().manual_seed(k)
     weight = torch.randn(o, i, generator=draw, dtype=torch.float64)
     support = mask.random(o, i, k, draw)
     if k > 2:
-        support[: k // 2] = mask.top(weight.abs(), k // 2, "x")  # so that some are among the largest
-        support = torch.cat([support.unique(), support.new_tensor([e for e in range(o * i) if e not in support.tolist()])])[:k]
+        # so that some are among the largest
+        support[: k // 2] = mask.top(weight.abs(), k // 2, "x")
+        support = torch.cat(
+            [
+                support.unique(),
+                support.new_tensor([e for e in range(o * i) if e not in support.tolist()]),
+            ]
+        )[:k]
         support = support.sort().values
     rows, columns = set(), set()
     for entry in support.tolist():
@@ -256,7 +322,9 @@ def test_statistics_are_those_of_plain_loops(o, i, k):
     largest = sorted(sizes, key=lambda entry: -sizes[entry])[:k]
     among = sum(entry in largest for entry in support.tolist()) / k
     found = mask.statistics(support, weight)
-    assert found == pytest.approx({"rows": len(rows) / o, "columns": len(columns) / i, "among_largest": among}, abs=1e-6)
+    assert found == pytest.approx(
+        {"rows": len(rows) / o, "columns": len(columns) / i, "among_largest": among}, abs=1e-6
+    )
     assert mask.statistics(mask.top(weight.abs(), k, "x"), weight)["among_largest"] == 1
     assert mask.statistics(support, -weight) == found
     if k > 2:
@@ -288,11 +356,20 @@ def _agreement(rank: int, folder: Path) -> None:
 
 def test_processes_with_other_supports_are_stopped(tmp_path):
     spawn(_agreement, tmp_path)
-    refused = "the processes of this run have different supports, so their values would not belong together"
+    refused = (
+        "the processes of this run have different supports, so their values would not belong"
+        " together"
+    )
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
-            "processes": "2", "equal": "", "none": "", "entry": refused, "layer": refused, "name": refused, "equal again": "",
-        }  # fmt: skip
+            "processes": "2",
+            "equal": "",
+            "none": "",
+            "entry": refused,
+            "layer": refused,
+            "name": refused,
+            "equal again": "",
+        }
 
 
 def test_one_process_agrees_with_itself():

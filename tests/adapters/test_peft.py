@@ -1,4 +1,5 @@
-"""PEFT's methods through the bridge: each of them, what the bridge adds to some, and what it refuses."""
+"""PEFT's methods through the bridge: each of them, what the bridge adds to some, and what it
+refuses."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "P_TUNING": {"num_virtual_tokens": 4},
     "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 1},
 }
-OWN_TARGETS = {"ADAPTION_PROMPT", "IA3", "LILY", "LN_TUNING", "TRAINABLE_TOKENS"}  # their defaults know what to adapt
+# their defaults know what to adapt
+OWN_TARGETS = {"ADAPTION_PROMPT", "IA3", "LILY", "LN_TUNING", "TRAINABLE_TOKENS"}
 WHY_NOT_MERGED = {
     "BEFT": "Base layer has no bias",
     "LILY": "not supported for Lily",
@@ -78,9 +80,12 @@ def attach(adapter: Peft, model: Any, state: dict[str, Any] | None = None, steps
     return wrapped
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys.*lora_E:RuntimeWarning")  # of PEFT's own AdaLoRA files
-@pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias term:UserWarning")  # BEFT, which adds one
-@pytest.mark.filterwarnings("ignore:Unsupported layer type.*RMSNorm:UserWarning")  # LN tuning, of any norm but LayerNorm
+# of PEFT's own AdaLoRA files
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys.*lora_E:RuntimeWarning")
+# BEFT, which adds one
+@pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias term:UserWarning")
+# LN tuning, of any norm but LayerNorm
+@pytest.mark.filterwarnings("ignore:Unsupported layer type.*RMSNorm:UserWarning")
 @NO_KERNEL
 @pytest.mark.parametrize("kind", peft_fields.usable())
 def test_every_method_trains_reloads_is_saved_and_merges_or_says_why_not(kind, tmp_path):
@@ -129,7 +134,10 @@ def test_on_an_nf4_base(kind, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(packed, before, strict=True))
     again = attach(make(kind), toys.quantised(tmp_path, "nf4"), adapter.state(model))
     assert torch.equal(toys.logits(again), toys.logits(model))
-    with pytest.raises(AdapterError, match="works on activations" if kind in peft_fields.PROMPT_LEARNING else "is quantised"):
+    with pytest.raises(
+        AdapterError,
+        match="works on activations" if kind in peft_fields.PROMPT_LEARNING else "is quantised",
+    ):
         adapter.merge(model)
 
 
@@ -138,7 +146,15 @@ def test_on_an_nf4_base(kind, tmp_path):
 
 def adalora(**changes: Any) -> Peft:
     return Peft(
-        "ADALORA", 1, **{"init_r": 6, "target_r": 3, "orth_reg_weight": 0.3, "target_modules": ["q_proj", "v_proj"]} | changes
+        "ADALORA",
+        1,
+        **{
+            "init_r": 6,
+            "target_r": 3,
+            "orth_reg_weight": 0.3,
+            "target_modules": ["q_proj", "v_proj"],
+        }
+        | changes,
     )
 
 
@@ -185,7 +201,8 @@ def test_adaloras_ranks_fall_to_their_target():
     assert sum(int((p != 0).sum()) for p in singular) == 4 * 3
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys.*lora_E:RuntimeWarning")  # of PEFT's own AdaLoRA files
+# of PEFT's own AdaLoRA files
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys.*lora_E:RuntimeWarning")
 def test_a_layer_that_adalora_has_left_no_rank_is_saved_too(tmp_path):
     adapter = adalora(target_r=1)
     model = attach(adapter, toys.llama())
@@ -222,8 +239,14 @@ def test_adalora_goes_on_as_if_it_had_not_been_stopped(stopped):
     toys.train(second, model_2, range(stopped, 8), optimizer_2)
 
     wanted, found = through.state(model), second.state(model_2)
-    assert all(torch.equal(found["tensors"][name], tensor) for name, tensor in wanted["tensors"].items())
-    assert found["extra"]["config"]["rank_pattern"] == wanted["extra"]["config"]["rank_pattern"] is not None
+    assert all(
+        torch.equal(found["tensors"][name], tensor) for name, tensor in wanted["tensors"].items()
+    )
+    assert (
+        found["extra"]["config"]["rank_pattern"]
+        == wanted["extra"]["config"]["rank_pattern"]
+        is not None
+    )
     assert torch.equal(toys.logits(model_2), toys.logits(model))
     assert not torch.equal(toys.logits(model_1), toys.logits(model)) or stopped == 8
 
@@ -235,7 +258,15 @@ def test_adalora_goes_on_as_if_it_had_not_been_stopped(stopped):
 @pytest.mark.parametrize("init", CHANGES_BASE)
 def test_what_is_taken_out_of_the_base_comes_back(init, base, tmp_path):
     def made() -> Peft:
-        return Peft("LORA", 4, r=4, lora_alpha=8, init_lora_weights=init, target_modules="all-linear", **CHANGES_BASE[init])
+        return Peft(
+            "LORA",
+            4,
+            r=4,
+            lora_alpha=8,
+            init_lora_weights=init,
+            target_modules="all-linear",
+            **CHANGES_BASE[init],
+        )
 
     adapter, plain = made(), base(torch.float32)
     weights = {name: p.detach().clone() for name, p in plain.named_parameters()}
@@ -247,7 +278,11 @@ def test_what_is_taken_out_of_the_base_comes_back(init, base, tmp_path):
     model = attach(adapter, plain)
     started = toys.logits(model)
     torch.testing.assert_close(started, alone, rtol=0, atol=FP32)
-    changed = [name for name, p in base(torch.float32).named_parameters() if not torch.equal(p, _plainly(model, name))]
+    changed = [
+        name
+        for name, p in base(torch.float32).named_parameters()
+        if not torch.equal(p, _plainly(model, name))
+    ]
     assert len(changed) == (14 if base is toys.llama else 8)
 
     toys.train(adapter, model)
@@ -288,15 +323,26 @@ def _plainly(model: Any, name: str) -> torch.Tensor:
     ],
 )
 def test_the_saved_difference_is_the_same_update_at_twice_the_rank(settings, tmp_path):
-    adapter = Peft("LORA", 1, init_lora_weights="pissa", target_modules=["q_proj", "v_proj", "up_proj"], **settings)
+    adapter = Peft(
+        "LORA",
+        1,
+        init_lora_weights="pissa",
+        target_modules=["q_proj", "v_proj", "up_proj"],
+        **settings,
+    )
     model = attach(adapter, toys.llama(torch.float32))
     toys.train(adapter, model)
     adapter.save(model, tmp_path, "base", "CAUSAL_LM")
-    saved = {name: tensor.double() for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items()}
+    saved = {
+        name: tensor.double()
+        for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items()
+    }
     stock: Any = peft.PeftModel.from_pretrained(toys.llama(torch.float32), tmp_path)
     for name, module in adapter._adapted(model):
         a, b = module.lora_A[NAME].weight.double(), module.lora_B[NAME].weight.double()
-        alpha = settings.get("alpha_pattern", {}).get(name.rpartition(".")[2], settings["lora_alpha"])
+        alpha = settings.get("alpha_pattern", {}).get(
+            name.rpartition(".")[2], settings["lora_alpha"]
+        )
         scale = alpha / len(a) ** (0.5 if settings.get("use_rslora") else 1)
         whole = float_weight(toys.llama(torch.float32).get_submodule(name)).double()
         wanted = float_weight(module.get_base_layer()).double() + scale * b @ a - whole
@@ -309,7 +355,9 @@ def test_the_saved_difference_is_the_same_update_at_twice_the_rank(settings, tmp
 
 
 def test_pissa_starts_from_the_weights_largest_components():
-    adapter = Peft("LORA", 1, r=4, lora_alpha=8, init_lora_weights="pissa", target_modules=["q_proj"])
+    adapter = Peft(
+        "LORA", 1, r=4, lora_alpha=8, init_lora_weights="pissa", target_modules=["q_proj"]
+    )
     model = attach(adapter, toys.llama(torch.float32))
     for name, module in adapter._adapted(model):
         w = toys.llama().get_submodule(name).weight
@@ -317,37 +365,61 @@ def test_pissa_starts_from_the_weights_largest_components():
         largest = sum(s[i] * torch.outer(u[:, i], v[i]) for i in range(4))
         taken = 2 * (module.lora_B[NAME].weight @ module.lora_A[NAME].weight).double()
         torch.testing.assert_close(taken, largest, rtol=0, atol=1e-5)
-        torch.testing.assert_close(module.get_base_layer().weight.double(), w - largest, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            module.get_base_layer().weight.double(), w - largest, rtol=0, atol=1e-5
+        )
 
 
 def test_eva_spans_the_layers_inputs(tmp_path):
     adapter = Peft(
-        "LORA", 8, r=4, init_lora_weights="eva", eva_config={"rho": 2.0, "whiten": False}, target_modules=["q_proj", "up_proj"]
+        "LORA",
+        8,
+        r=4,
+        init_lora_weights="eva",
+        eva_config={"rho": 2.0, "whiten": False},
+        target_modules=["q_proj", "up_proj"],
     )
     model = attach(adapter, toys.llama(torch.float32))
     assert torch.equal(toys.logits(model), toys.logits(toys.llama(torch.float32)))
     inputs: list[torch.Tensor] = []
     plain = toys.llama(torch.float32)
-    plain.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    plain.model.layers[0].self_attn.q_proj.register_forward_pre_hook(
+        lambda _, args: inputs.append(args[0])
+    )
     for batch in list(toys.batches())[:8]:
         plain(**batch)
     rows = torch.cat([x.flatten(0, 1) for x in inputs]).double()
-    a = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").lora_A[NAME].weight.double()
-    # EVA stops once its directions hold still, not after all data: they hold nearly as much as the best ones of all data.
+    a = (
+        model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+        .lora_A[NAME]
+        .weight.double()
+    )
+    # EVA stops once its directions hold still, not after all data: they hold nearly as much as the
+    # best ones of all data.
     best = torch.linalg.svdvals(rows)[: len(a)].square().sum()
     held = (rows @ torch.linalg.qr(a.T)[0]).square().sum()
-    random_ = (rows @ torch.linalg.qr(torch.randn(64, len(a), dtype=torch.float64))[0]).square().sum()
+    random_ = (
+        (rows @ torch.linalg.qr(torch.randn(64, len(a), dtype=torch.float64))[0]).square().sum()
+    )
     assert held > 0.9 * best > 2 * random_
     ranks = {len(module.lora_A[NAME].weight) for _, module in adapter._adapted(model)}
     assert len(ranks) > 1  # rho moves them
-    again = Peft("LORA", 8, r=4, init_lora_weights="eva", eva_config={"rho": 2.0}, target_modules=["q_proj", "up_proj"])
+    again = Peft(
+        "LORA",
+        8,
+        r=4,
+        init_lora_weights="eva",
+        eva_config={"rho": 2.0},
+        target_modules=["q_proj", "up_proj"],
+    )
     toys.train(adapter, model)
     once = attach(again, toys.llama(torch.float32), adapter.state(model))
     twice = attach(copy.copy(again), toys.llama(torch.float32), again.state(once))
     assert torch.equal(toys.logits(twice), toys.logits(model))
     again.save(twice, tmp_path, "base", "CAUSAL_LM")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["init_lora_weights"], config["eva_config"]) == (True, None)  # whoever loads it computes nothing anew
+    # whoever loads it computes nothing anew
+    assert (config["init_lora_weights"], config["eva_config"]) == (True, None)
     stock = peft.PeftModel.from_pretrained(toys.llama(torch.float32), tmp_path).eval()
     assert torch.equal(toys.logits(stock), toys.logits(model))
 
@@ -355,10 +427,15 @@ def test_eva_spans_the_layers_inputs(tmp_path):
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_loftq_is_the_best_update_of_its_rank_for_what_rounding_lost(kind, tmp_path):
     toys.llama(torch.float32).save_pretrained(tmp_path)
-    adapter = Peft("LORA", 1, r=8, lora_alpha=16, init_lora_weights="loftq", target_modules="all-linear")
+    adapter = Peft(
+        "LORA", 1, r=8, lora_alpha=16, init_lora_weights="loftq", target_modules="all-linear"
+    )
     model = attach(adapter, toys.quantised(tmp_path, kind))
     for name, module in adapter._adapted(model.requires_grad_(False)):
-        lost = toys.llama().get_submodule(name).weight.detach() - float_weight(module.get_base_layer()).double()
+        lost = (
+            toys.llama().get_submodule(name).weight.detach()
+            - float_weight(module.get_base_layer()).double()
+        )
         update = 2 * (module.lora_B[NAME].weight @ module.lora_A[NAME].weight).double()
         left = torch.linalg.svdvals(lost)[8:].square().sum()  # Eckart and Young 1936
         assert (lost - update).square().sum() == pytest.approx(float(left), rel=1e-3)
@@ -373,8 +450,13 @@ def test_loftq_says_that_it_needs_the_bases_file():
 
 @pytest.mark.parametrize("init", ["eva", "corda", "lora_ga"])
 def test_an_initialisation_from_data_needs_data(init):
-    adapter = Peft("LORA", 1, r=4, init_lora_weights=init, target_modules=["q_proj"], **{f"{init}_config": {}})
-    with pytest.raises(AdapterError, match=f"init_lora_weights={init} is computed from training data, and there is none"):
+    adapter = Peft(
+        "LORA", 1, r=4, init_lora_weights=init, target_modules=["q_proj"], **{f"{init}_config": {}}
+    )
+    with pytest.raises(
+        AdapterError,
+        match=f"init_lora_weights={init} is computed from training data, and there is none",
+    ):
         adapter.attach(toys.llama(torch.float32), Start())
 
 
@@ -420,7 +502,10 @@ def test_a_new_head_is_trained_and_saved_with_the_adapter(tmp_path):
     assert stock.peft_config[NAME].task_type == "SEQ_CLS"
     # Stock PEFT computes the head in bf16, with 8 bits.
     torch.testing.assert_close(
-        stock(input_ids=toys.IDS).logits.float(), trained.float(), rtol=0, atol=4 * 2**-8 * float(trained.abs().max())
+        stock(input_ids=toys.IDS).logits.float(),
+        trained.float(),
+        rtol=0,
+        atol=4 * 2**-8 * float(trained.abs().max()),
     )
 
 
@@ -431,29 +516,109 @@ def test_a_new_head_is_trained_and_saved_with_the_adapter(tmp_path):
     ("adapter", "state", "message"),
     [
         ({"peft_type": "LORAA"}, {}, r"adapter.peft_type is 'LORAA'. Known: ADALORA, .*LOHA"),
-        ({"peft_type": "XLORA"}, {}, "XLORA cannot be trained here: it mixes adapters.*Known: ADALORA"),
-        ({"peft_type": "LORA", "lora_alhpa": 8}, {}, r"adapter.lora_alhpa: PEFT's LoraConfig has no such field. Did you mean lora_alpha\?"),
-        ({"peft_type": "LORA", "zzzzz": 8}, {}, r"adapter.zzzzz: .* It has: .*alora_invocation_tokens, .*, use_rslora"),
-        ({"peft_type": "LORA", "task_type": "CAUSAL_LM"}, {}, "adapter.task_type is set by the run itself"),
-        ({"peft_type": "LORA", "r": "four"}, {}, r"adapter.r is 'four', but PEFT's LoraConfig takes int"),
-        ({"peft_type": "LORA", "r": True}, {}, r"adapter.r is True, but PEFT's LoraConfig takes int"),
-        ({"peft_type": "LORA", "target_modules": 5}, {}, r"adapter.target_modules is 5, but .* takes .*list\[str\]"),
-        ({"peft_type": "LORA", "bias": "some"}, {}, r"adapter.bias is 'some', but .* takes Literal\['none', 'all', 'lora_only'\]"),
-        ({"peft_type": "LORA", "init_lora_weights": "pisa"}, {}, "adapter.init_lora_weights is 'pisa', but .* 'pissa'"),
-        ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_many"}, {}, "adapter.init_lora_weights is 'pissa_niter_many', but"),
-        ({"peft_type": "LORA", "eva_config": {"rhoo": 1.0}}, {}, r"adapter.eva_config.rhoo: PEFT's EvaConfig has no such field. Did you mean rho\?"),
-        ({"peft_type": "LORA", "eva_config": {"rho": "big"}}, {}, "adapter.eva_config.rho is 'big', but PEFT's EvaConfig takes float"),
-        ({"peft_type": "LOHA"}, {"quantized": True}, r"LOHA cannot sit on a quantised base. These can: ADALORA, .*; or set base.quantization=none"),
-        ({"peft_type": "LORA", "init_lora_weights": "pissa"}, {"quantized": True}, "init_lora_weights=pissa changes the base's weights"),
-        ({"peft_type": "LORA", "init_lora_weights": "lora_ga", "use_dora": True}, {}, "lora_ga with use_dora=true cannot be turned"),
+        (
+            {"peft_type": "XLORA"},
+            {},
+            "XLORA cannot be trained here: it mixes adapters.*Known: ADALORA",
+        ),
+        (
+            {"peft_type": "LORA", "lora_alhpa": 8},
+            {},
+            r"adapter.lora_alhpa: PEFT's LoraConfig has no such field. Did you mean lora_alpha\?",
+        ),
+        (
+            {"peft_type": "LORA", "zzzzz": 8},
+            {},
+            r"adapter.zzzzz: .* It has: .*alora_invocation_tokens, .*, use_rslora",
+        ),
+        (
+            {"peft_type": "LORA", "task_type": "CAUSAL_LM"},
+            {},
+            "adapter.task_type is set by the run itself",
+        ),
+        (
+            {"peft_type": "LORA", "r": "four"},
+            {},
+            r"adapter.r is 'four', but PEFT's LoraConfig takes int",
+        ),
+        (
+            {"peft_type": "LORA", "r": True},
+            {},
+            r"adapter.r is True, but PEFT's LoraConfig takes int",
+        ),
+        (
+            {"peft_type": "LORA", "target_modules": 5},
+            {},
+            r"adapter.target_modules is 5, but .* takes .*list\[str\]",
+        ),
+        (
+            {"peft_type": "LORA", "bias": "some"},
+            {},
+            r"adapter.bias is 'some', but .* takes Literal\['none', 'all', 'lora_only'\]",
+        ),
+        (
+            {"peft_type": "LORA", "init_lora_weights": "pisa"},
+            {},
+            "adapter.init_lora_weights is 'pisa', but .* 'pissa'",
+        ),
+        (
+            {"peft_type": "LORA", "init_lora_weights": "pissa_niter_many"},
+            {},
+            "adapter.init_lora_weights is 'pissa_niter_many', but",
+        ),
+        (
+            {"peft_type": "LORA", "eva_config": {"rhoo": 1.0}},
+            {},
+            r"adapter.eva_config.rhoo: PEFT's EvaConfig has no such field. Did you mean rho\?",
+        ),
+        (
+            {"peft_type": "LORA", "eva_config": {"rho": "big"}},
+            {},
+            "adapter.eva_config.rho is 'big', but PEFT's EvaConfig takes float",
+        ),
+        (
+            {"peft_type": "LOHA"},
+            {"quantized": True},
+            (
+                r"LOHA cannot sit on a quantised base. These can: ADALORA, .*; or set"
+                r" base.quantization=none"
+            ),
+        ),
+        (
+            {"peft_type": "LORA", "init_lora_weights": "pissa"},
+            {"quantized": True},
+            "init_lora_weights=pissa changes the base's weights",
+        ),
+        (
+            {"peft_type": "LORA", "init_lora_weights": "lora_ga", "use_dora": True},
+            {},
+            "lora_ga with use_dora=true cannot be turned",
+        ),
         ({"peft_type": "LORA", "init_lora_weights": "loftq"}, {}, "set base.quantization=nf4"),
-        ({"peft_type": "P_TUNING"}, {"packing": True}, "P_TUNING puts virtual tokens before a row.*set packing=false"),
-        ({"peft_type": "PREFIX_TUNING"}, {"checkpointing": True}, "set objective.gradient_checkpointing=false"),
-        ({"peft_type": "ADAPTION_PROMPT"}, {"classification": True}, "ADAPTION_PROMPT is made for causal language models"),
+        (
+            {"peft_type": "P_TUNING"},
+            {"packing": True},
+            "P_TUNING puts virtual tokens before a row.*set packing=false",
+        ),
+        (
+            {"peft_type": "PREFIX_TUNING"},
+            {"checkpointing": True},
+            "set objective.gradient_checkpointing=false",
+        ),
+        (
+            {"peft_type": "ADAPTION_PROMPT"},
+            {"classification": True},
+            "ADAPTION_PROMPT is made for causal language models",
+        ),
     ],
-)  # fmt: skip
+)
 def test_each_fault_is_named(adapter, state, message):
-    settings = {"quantized": False, "packing": False, "classification": False, "checkpointing": False} | state
+    settings = {
+        "quantized": False,
+        "packing": False,
+        "classification": False,
+        "checkpointing": False,
+    } | state
     (found,) = peft_fields.problems(adapter, **settings)
     assert re.search(message, found), found
 
@@ -461,11 +626,32 @@ def test_each_fault_is_named(adapter, state, message):
 @pytest.mark.parametrize(
     "adapter",
     [
-        {"_target_": "adapters.peft.Peft", "peft_type": "LoraConfig", "data_batches": 3, "r": 8, "lora_dropout": 0},
-        {"peft_type": "lora", "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 4}, "use_dora": True, "r": "???"},
+        {
+            "_target_": "adapters.peft.Peft",
+            "peft_type": "LoraConfig",
+            "data_batches": 3,
+            "r": 8,
+            "lora_dropout": 0,
+        },
+        {
+            "peft_type": "lora",
+            "target_modules": ["q_proj"],
+            "rank_pattern": {"q_proj": 4},
+            "use_dora": True,
+            "r": "???",
+        },
         {"peft_type": "LORA", "init_lora_weights": "pissa_niter_16"},
-        {"peft_type": "LORA", "init_lora_weights": "lora_ga", "lora_ga_config": {"direction": "ArB2r"}},
-        {"peft_type": "LORA", "init_lora_weights": False, "modules_to_save": None, "layers_to_transform": [0, 1]},
+        {
+            "peft_type": "LORA",
+            "init_lora_weights": "lora_ga",
+            "lora_ga_config": {"direction": "ArB2r"},
+        },
+        {
+            "peft_type": "LORA",
+            "init_lora_weights": False,
+            "modules_to_save": None,
+            "layers_to_transform": [0, 1],
+        },
         {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "prompt_tuning_init": "RANDOM"},
         {"peft_type": "ADALORA", "init_r": 12, "tinit": 0, "beta1": 0.85},
     ],
@@ -484,23 +670,45 @@ def test_the_fields_read_from_source_are_pefts_own():
         cls.__name__ for cls in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.values()
     }
     for kind, cls in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items():
-        assert peft_fields.config_class(kind.value) is peft_fields.config_class(cls.__name__) is found[cls.__name__]
-    assert {kind.value for kind in peft.PeftType} == set(peft_fields.usable()) | set(peft_fields.UNUSABLE)
+        assert (
+            peft_fields.config_class(kind.value)
+            is peft_fields.config_class(cls.__name__)
+            is found[cls.__name__]
+        )
+    assert {kind.value for kind in peft.PeftType} == set(peft_fields.usable()) | set(
+        peft_fields.UNUSABLE
+    )
 
 
 def test_pefts_own_defaults_fit_what_is_read_of_their_types():
     for cls in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.values():
         entry = peft_fields.classes()[cls.__name__]
         for field in dataclasses.fields(cls):
-            default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-            if default not in (None, dataclasses.MISSING) and field.init:  # some say str and mean str | None
-                assert peft_fields._fits(_plain(default), entry.fields[field.name]), (cls.__name__, field.name, default)
+            default = (
+                field.default_factory()
+                if field.default_factory is not dataclasses.MISSING
+                else field.default
+            )
+            # some say str and mean str | None
+            if default not in (None, dataclasses.MISSING) and field.init:
+                assert peft_fields._fits(_plain(default), entry.fields[field.name]), (
+                    cls.__name__,
+                    field.name,
+                    default,
+                )
 
 
 def test_the_bridge_refuses_what_peft_does_not_have():
     with pytest.raises(AdapterError, match=r"peft_type is 'LORRA', which PEFT .* does not have"):
         Peft("LORRA", 1)
-    with pytest.raises(AdapterError, match=r"adapter.target_modules='\*proj' is no regular expression"):
+    with pytest.raises(
+        AdapterError, match=r"adapter.target_modules='\*proj' is no regular expression"
+    ):
         attach(make("LORA", target_modules="*proj"), toys.llama(torch.float32))
-    with pytest.raises(AdapterError, match=r"PEFT's LoraConfig refuses these settings.*layers_to_transform"):
-        attach(make("LORA", target_modules=".*q_proj", layers_to_transform=[0]), toys.llama(torch.float32))
+    with pytest.raises(
+        AdapterError, match=r"PEFT's LoraConfig refuses these settings.*layers_to_transform"
+    ):
+        attach(
+            make("LORA", target_modules=".*q_proj", layers_to_transform=[0]),
+            toys.llama(torch.float32),
+        )

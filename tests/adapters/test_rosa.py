@@ -1,4 +1,5 @@
-"""RoSA against plain loops in float64: whole weights that have a gradient for the mask, a dense S whose gradient is masked after."""
+"""RoSA against plain loops in float64: whole weights that have a gradient for the mask, a dense S
+whose gradient is masked after."""
 
 from __future__ import annotations
 
@@ -26,11 +27,28 @@ SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48}
 
 def make(**changes: Any) -> RoSAAdapter:
     settings: dict[str, Any] = {
-        "rank": 4, "alpha": 6.0, "rslora": False, "dropout": 0.0, "density": DENSITY, "density_pattern": {}, "schedule": "wl",
-        "warmup_steps": 1, "mask_steps": 1, "restart_after_mask": False, "mask": "gradient", "score": "squared", "scores": "exact",
-        "mask_seed": 0, "sparse_lr_ratio": 0.3, "sparse_weight_decay": 0.0, "target_modules": "all-linear", "exclude_modules": [],
-        "gradient": "sampled", "dtype": "float64", "sparse_dtype": "float64",
-    }  # fmt: skip
+        "rank": 4,
+        "alpha": 6.0,
+        "rslora": False,
+        "dropout": 0.0,
+        "density": DENSITY,
+        "density_pattern": {},
+        "schedule": "wl",
+        "warmup_steps": 1,
+        "mask_steps": 1,
+        "restart_after_mask": False,
+        "mask": "gradient",
+        "score": "squared",
+        "scores": "exact",
+        "mask_seed": 0,
+        "sparse_lr_ratio": 0.3,
+        "sparse_weight_decay": 0.0,
+        "target_modules": "all-linear",
+        "exclude_modules": [],
+        "gradient": "sampled",
+        "dtype": "float64",
+        "sparse_dtype": "float64",
+    }
     return RoSAAdapter(**settings | changes)
 
 
@@ -38,7 +56,9 @@ def llama() -> Any:
     return toys.llama(**SMALL)
 
 
-def attached(start: Start | None = None, model: Any = None, **changes: Any) -> tuple[RoSAAdapter, Any]:
+def attached(
+    start: Start | None = None, model: Any = None, **changes: Any
+) -> tuple[RoSAAdapter, Any]:
     torch.manual_seed(3)
     adapter = make(**changes)
     return adapter, adapter.attach(model or llama(), start or Start(steps=9))
@@ -47,13 +67,22 @@ def attached(start: Start | None = None, model: Any = None, **changes: Any) -> t
 def data(steps: int, micro: int) -> list[list[Tensor]]:
     """Micro-batches of two rows for each step."""
     draw = torch.Generator().manual_seed(5)
-    return [[torch.randint(0, toys.VOCABULARY, (2, 10), generator=draw) for _ in range(micro)] for _ in range(steps)]
+    return [
+        [torch.randint(0, toys.VOCABULARY, (2, 10), generator=draw) for _ in range(micro)]
+        for _ in range(steps)
+    ]
 
 
 def train(
-    adapter: Any, model: Any, steps: list[list[Tensor]], first: int = 0, optimizer: Any = None, broken: tuple[Any, ...] = ()
+    adapter: Any,
+    model: Any,
+    steps: list[list[Tensor]],
+    first: int = 0,
+    optimizer: Any = None,
+    broken: tuple[Any, ...] = (),
 ) -> torch.optim.Optimizer:
-    """Steps as FineTune makes them; micro-batches (step, number) of `broken` have a loss that is NaN, and their steps change nothing."""
+    """Steps as FineTune makes them; micro-batches (step, number) of `broken` have a loss that is
+    NaN, and their steps change nothing."""
     optimizer = optimizer or toys.optimiser(adapter, model, LR)
     for step, micro in enumerate(steps, first):
         for number, ids in enumerate(micro):
@@ -77,7 +106,11 @@ def parts(model: Any) -> dict[str, dict[str, Tensor]]:
         if delta.settled:
             for entry, value in zip(delta.indices.tolist(), delta.values.tolist(), strict=True):
                 s[entry // delta.i, entry % delta.i] = value
-        found[name] = {"S": s} | ({"A": delta.A.detach().clone(), "B": delta.B.detach().clone()} if delta.A is not None else {})
+        found[name] = {"S": s} | (
+            {"A": delta.A.detach().clone(), "B": delta.B.detach().clone()}
+            if delta.A is not None
+            else {}
+        )
     return found
 
 
@@ -96,8 +129,16 @@ class Dense(nn.Module):
         low = layer.delta.A is not None
         self.W = nn.Parameter(layer.base.weight.detach().clone())
         self.S = nn.Parameter(torch.zeros_like(self.W))
-        self.A = nn.Parameter(layer.delta.A.detach().clone() if low else torch.zeros(1, self.W.shape[1], dtype=torch.float64))
-        self.B = nn.Parameter(layer.delta.B.detach().clone() if low else torch.zeros(self.W.shape[0], 1, dtype=torch.float64))
+        self.A = nn.Parameter(
+            layer.delta.A.detach().clone()
+            if low
+            else torch.zeros(1, self.W.shape[1], dtype=torch.float64)
+        )
+        self.B = nn.Parameter(
+            layer.delta.B.detach().clone()
+            if low
+            else torch.zeros(self.W.shape[0], 1, dtype=torch.float64)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.W + self.S + SCALE * self.B @ self.A)
@@ -137,11 +178,15 @@ class Adam:
 
 
 def collected(plain: Any, layers: dict[str, Dense], micro: list[Tensor]) -> dict[str, list[Tensor]]:
-    """dL/dW of each micro-batch of a step; gradients of all matrices stay in them, summed over the step."""
+    """dL/dW of each micro-batch of a step; gradients of all matrices stay in them, summed over the
+    step."""
     plain.zero_grad()
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
     for ids in micro:
-        before = {name: layer.W.grad.clone() if layer.W.grad is not None else 0.0 for name, layer in layers.items()}
+        before = {
+            name: layer.W.grad.clone() if layer.W.grad is not None else 0.0
+            for name, layer in layers.items()
+        }
         (toys.loss(plain, ids) / len(micro)).backward()
         for name, layer in layers.items():
             found[name].append(layer.W.grad - before[name])  # type: ignore[operator, arg-type]
@@ -164,10 +209,18 @@ def chosen(gradients: list[Tensor], k: int, score: str, scores: str = "exact") -
 
 
 def reference(
-    model: Any, steps: list[list[Tensor]], warmup: int, mask_steps: int, ratio: float, decay: float, low: bool = True,
-    fresh: Any = None, fixed: Any = None,
-) -> dict[str, dict[str, Tensor]]:  # fmt: skip
-    """The whole of RoSA's training from where `model` is. `fresh` gives A after the mask, `fixed` a mask that is there from the start."""
+    model: Any,
+    steps: list[list[Tensor]],
+    warmup: int,
+    mask_steps: int,
+    ratio: float,
+    decay: float,
+    low: bool = True,
+    fresh: Any = None,
+    fixed: Any = None,
+) -> dict[str, dict[str, Tensor]]:
+    """The whole of RoSA's training from where `model` is. `fresh` gives A after the mask, `fixed` a
+    mask that is there from the start."""
     plain, layers = dense(model)
     moments = {name: {key: Adam() for key in "SAB"} for name in layers}
     support: dict[str, Any] = dict(fixed or {})
@@ -181,7 +234,9 @@ def reference(
             if name in support:
                 entries = torch.zeros(layer.W.numel(), dtype=torch.float64)
                 entries[support[name]] = 1
-                moments[name]["S"].step(layer.S, layer.S.grad * entries.view(layer.S.shape), LR * ratio, decay)  # type: ignore[operator]
+                moments[name]["S"].step(
+                    layer.S, layer.S.grad * entries.view(layer.S.shape), LR * ratio, decay
+                )  # type: ignore[operator]
             elif warmup <= step:
                 seen[name] += gradients[name]
             if fixed is None and step + 1 == warmup + mask_steps:
@@ -190,7 +245,10 @@ def reference(
                     layer.A.data, layer.B.data = fresh[name].clone(), torch.zeros_like(layer.B)
                     moments[name]["A"], moments[name]["B"] = Adam(), Adam()
     return {
-        name: {"S": layer.S.detach()} | ({"A": layer.A.detach(), "B": layer.B.detach()} if low else {})
+        name: (
+            {"S": layer.S.detach()}
+            | ({"A": layer.A.detach(), "B": layer.B.detach()} if low else {})
+        )
         for name, layer in layers.items()
     }
 
@@ -212,10 +270,16 @@ def same(found: dict[str, dict[str, Tensor]], right: dict[str, dict[str, Tensor]
 @pytest.mark.parametrize(
     ("scores", "density", "micro", "mask_steps"),
     [
-        ("exact", 0.05, 1, 1), ("exact", 0.05, 3, 1), ("exact", 0.05, 1, 2), ("exact", 0.05, 3, 2),
-        ("candidates", 0.05, 3, 1), ("candidates", 0.05, 1, 2), ("candidates", 0.3, 3, 2), ("first", 0.05, 3, 2),
+        ("exact", 0.05, 1, 1),
+        ("exact", 0.05, 3, 1),
+        ("exact", 0.05, 1, 2),
+        ("exact", 0.05, 3, 2),
+        ("candidates", 0.05, 3, 1),
+        ("candidates", 0.05, 1, 2),
+        ("candidates", 0.3, 3, 2),
+        ("first", 0.05, 3, 2),
     ],
-)  # fmt: skip
+)
 def test_the_mask_is_of_the_largest_gradients(micro, mask_steps, score, scores, density):
     adapter, model = attached(mask_steps=mask_steps, score=score, scores=scores, density=density)
     steps = data(1 + mask_steps, micro)
@@ -235,9 +299,13 @@ def test_the_mask_is_of_the_largest_gradients(micro, mask_steps, score, scores, 
         assert found[name] == chosen(gradients, k, score, scores)
         if scores == "candidates" and density >= 0.25:
             assert found[name] == chosen(gradients, k, score)
-    if scores == "exact" and micro * mask_steps > 1:  # the two differ, so that neither is tested by the other's right answer
+    # the two differ, so that neither is tested by the other's right answer
+    if scores == "exact" and micro * mask_steps > 1:
         other = "mean" if score == "squared" else "squared"
-        assert any(found[name] != chosen(gradients, len(found[name]), other) for name, gradients in seen.items())
+        assert any(
+            found[name] != chosen(gradients, len(found[name]), other)
+            for name, gradients in seen.items()
+        )
 
 
 def test_micro_batches_are_squared_one_by_one():
@@ -254,7 +322,13 @@ def test_micro_batches_are_squared_one_by_one():
 
 @pytest.mark.parametrize(
     ("schedule", "changes"),
-    [("wl", {}), ("wl", {"score": "mean"}), ("wl", {"scores": "candidates"}), ("wl", {"scores": "first"}), ("spa_only", {})],
+    [
+        ("wl", {}),
+        ("wl", {"score": "mean"}),
+        ("wl", {"scores": "candidates"}),
+        ("wl", {"scores": "first"}),
+        ("spa_only", {}),
+    ],
 )
 def test_micro_batches_that_are_not_finite_do_not_count(changes, schedule):
     steps = data(2, 3)
@@ -269,19 +343,29 @@ def test_micro_batches_that_are_not_finite_do_not_count(changes, schedule):
     found = masks(model)
     assert len(found) == 14
     for name, finite in gradients.items():
-        wanted = chosen(finite, len(found[name]), changes.get("score", "squared"), changes.get("scores", "exact"))
+        wanted = chosen(
+            finite,
+            len(found[name]),
+            changes.get("score", "squared"),
+            changes.get("scores", "exact"),
+        )
         assert found[name] == wanted
 
 
 @pytest.mark.parametrize("scores", ["exact", "candidates", "first"])
 def test_no_finite_micro_batch_is_an_error(scores):
     adapter, model = attached(warmup_steps=0, scores=scores)
-    with pytest.raises(AdapterError, match=r"no micro-batch .* finite gradient at model\.layers\.0\.self_attn\.q_proj: lower"):
+    with pytest.raises(
+        AdapterError,
+        match=r"no micro-batch .* finite gradient at model\.layers\.0\.self_attn\.q_proj: lower",
+    ):
         train(adapter, model, data(1, 2), broken=((0, 0), (0, 1)))
 
 
 def test_densities_by_pattern():
-    adapter, model = attached(density_pattern={"down_proj": 0.25, "layers.1.self_attn.q_proj": 0.01}, warmup_steps=0)
+    adapter, model = attached(
+        density_pattern={"down_proj": 0.25, "layers.1.self_attn.q_proj": 0.01}, warmup_steps=0
+    )
     steps = data(1, 2)
     plain, layers = dense(model)
     gradients = collected(plain, layers, steps[0])
@@ -318,11 +402,19 @@ def test_what_the_mask_is_like_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("micro", "warmup", "mask_steps", "gradient"), [(1, 0, 1, "sampled"), (3, 2, 1, "gathered"), (2, 1, 2, "sampled")]
+    ("micro", "warmup", "mask_steps", "gradient"),
+    [(1, 0, 1, "sampled"), (3, 2, 1, "gathered"), (2, 1, 2, "sampled")],
 )
 @pytest.mark.parametrize("restart", [False, True])
-def test_training_is_that_of_a_dense_s_with_a_masked_gradient(micro, warmup, mask_steps, restart, gradient):
-    changes = {"warmup_steps": warmup, "mask_steps": mask_steps, "restart_after_mask": restart, "gradient": gradient}
+def test_training_is_that_of_a_dense_s_with_a_masked_gradient(
+    micro, warmup, mask_steps, restart, gradient
+):
+    changes = {
+        "warmup_steps": warmup,
+        "mask_steps": mask_steps,
+        "restart_after_mask": restart,
+        "gradient": gradient,
+    }
     adapter, model = attached(sparse_weight_decay=0.5, **changes)
     _, untouched = attached(**changes)
     start = parts(model)
@@ -337,14 +429,16 @@ def test_training_is_that_of_a_dense_s_with_a_masked_gradient(micro, warmup, mas
         assert b.any() != restart
         assert (a in optimizer.state) != restart
         if restart:
-            limit, a = a.shape[1] ** -0.5, a.detach()  # Kaiming-uniform with a = sqrt 5 is uniform between ± 1 / sqrt i
+            # Kaiming-uniform with a = sqrt 5 is uniform between ± 1 / sqrt i
+            limit, a = a.shape[1] ** -0.5, a.detach()
             assert (a - start[name]["A"]).abs().mean() > 0.4 * limit
             assert 0.9 * limit < a.abs().max() <= limit
             assert abs(float(a.std()) - limit / 3**0.5) < 0.15 * limit
     train(adapter, model, steps[until:], until, optimizer)
     assert all(int(optimizer.state[value]["step"]) == 3 for value in values)
     assert all(
-        int(optimizer.state[layer.delta.A]["step"]) == 3 + (0 if restart else until) for _, layer in sparse.layers(model)
+        int(optimizer.state[layer.delta.A]["step"]) == 3 + (0 if restart else until)
+        for _, layer in sparse.layers(model)
     )
     same(parts(model), reference(untouched, steps, warmup, mask_steps, 0.3, 0.5, fresh=fresh))
 
@@ -352,16 +446,26 @@ def test_training_is_that_of_a_dense_s_with_a_masked_gradient(micro, warmup, mas
 @pytest.mark.parametrize("mask_steps", [1, 2])
 def test_s_alone(mask_steps):
     adapter, model = attached(
-        schedule="spa_only", warmup_steps=64, restart_after_mask=True, mask_steps=mask_steps, sparse_lr_ratio=1.0
+        schedule="spa_only",
+        warmup_steps=64,
+        restart_after_mask=True,
+        mask_steps=mask_steps,
+        sparse_lr_ratio=1.0,
     )
     _, untouched = attached(schedule="spa_only")
     assert adapter.restart == 0
-    assert all(name.endswith("delta.values") for name, p in model.named_parameters() if p.requires_grad)
+    assert all(
+        name.endswith("delta.values") for name, p in model.named_parameters() if p.requires_grad
+    )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     steps = data(mask_steps + 3, 2)
     optimizer = train(adapter, model, steps[:mask_steps])
     after = model.state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if not name.endswith("indices"))
+    assert all(
+        torch.equal(after[name], tensor)
+        for name, tensor in before.items()
+        if not name.endswith("indices")
+    )
     assert not optimizer.state
     assert torch.equal(toys.logits(model), toys.logits(llama()))
     assert len(masks(model)) == 14
@@ -380,15 +484,26 @@ def test_the_mask_waits_for_the_warm_up():
     assert not adapter.scores
 
 
-@pytest.mark.parametrize("changes", [{}, {"rslora": True, "alpha": 3.0}, {"target_modules": ["q_proj", "down_proj"]}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"rslora": True, "alpha": 3.0}, {"target_modules": ["q_proj", "down_proj"]}]
+)
 def test_lora_only_is_lora(tmp_path, changes):
     names = ("rank", "alpha", "rslora", "dropout", "target_modules", "exclude_modules", "dtype")
-    settings = {"rank": 4, "alpha": 6.0, "rslora": False, "dropout": 0.0, "target_modules": "all-linear", "exclude_modules": []}
+    settings = {
+        "rank": 4,
+        "alpha": 6.0,
+        "rslora": False,
+        "dropout": 0.0,
+        "target_modules": "all-linear",
+        "exclude_modules": [],
+    }
     assert set(names) == {*settings, "dtype"}
     torch.manual_seed(3)
     lora = LoRAAdapter(**settings | changes, lr_ratio=1.0, dtype="float64", fused=True)
     its = lora.attach(llama(), Start(steps=3))
-    rosa, model = attached(schedule="lora_only", restart_after_mask=True, warmup_steps=64, **changes)
+    rosa, model = attached(
+        schedule="lora_only", restart_after_mask=True, warmup_steps=64, **changes
+    )
     assert rosa.restart == 0
     deltas = [module.delta for module in its.modules() if isinstance(module, AdaptedLinear)]
     ours = [layer.delta for _, layer in sparse.layers(model)]
@@ -398,8 +513,12 @@ def test_lora_only_is_lora(tmp_path, changes):
         adapter.save(trained, tmp_path / type(adapter).__name__, "base", "CAUSAL_LM")
     torch.testing.assert_close(toys.logits(model), toys.logits(its), rtol=0, atol=1e-9)
     one, other = (tmp_path / name for name in ("RoSAAdapter", "LoRAAdapter"))
-    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in other.iterdir())
-    config, wanted = (json.loads((folder / "adapter_config.json").read_text()) for folder in (one, other))
+    assert sorted(path.name for path in one.iterdir()) == sorted(
+        path.name for path in other.iterdir()
+    )
+    config, wanted = (
+        json.loads((folder / "adapter_config.json").read_text()) for folder in (one, other)
+    )
     assert config == wanted
     tensors, right = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
     assert tensors.keys() == right.keys()
@@ -411,7 +530,10 @@ def test_lora_only_is_lora(tmp_path, changes):
 # masks that are there from the start
 
 
-@pytest.mark.parametrize(("mask", "schedule"), [("magnitude", "wl"), ("random", "wl"), ("file", "wl"), ("file", "spa_only")])
+@pytest.mark.parametrize(
+    ("mask", "schedule"),
+    [("magnitude", "wl"), ("random", "wl"), ("file", "wl"), ("file", "spa_only")],
+)
 def test_other_masks_are_live_from_the_first_step(tmp_path, mask, schedule):
     file = tmp_path / "given.safetensors"
     if mask == "file":
@@ -419,8 +541,17 @@ def test_other_masks_are_live_from_the_first_step(tmp_path, mask, schedule):
         given = {}
         for name, layer in sparse.layers(attached()[1]):
             k = int(DENSITY * layer.base.weight.numel())
-            given[name] = torch.randperm(layer.base.weight.numel(), generator=draw)[:k].int()  # not in order
-        save_file(given, file, {"shapes": json.dumps({name: list(llama().get_submodule(name).weight.shape) for name in given})})
+            # not in order
+            given[name] = torch.randperm(layer.base.weight.numel(), generator=draw)[:k].int()
+        save_file(
+            given,
+            file,
+            {
+                "shapes": json.dumps(
+                    {name: list(llama().get_submodule(name).weight.shape) for name in given}
+                )
+            },
+        )
     changes = {
         "schedule": schedule,
         "mask": str(file) if mask == "file" else mask,
@@ -451,7 +582,9 @@ def test_other_masks_are_live_from_the_first_step(tmp_path, mask, schedule):
     steps = data(3, 2)
     train(adapter, model, steps)
     assert masks(model) == found
-    same(parts(model), reference(untouched, steps, 0, 0, 0.3, 0.0, low=schedule == "wl", fixed=found))
+    same(
+        parts(model), reference(untouched, steps, 0, 0, 0.3, 0.0, low=schedule == "wl", fixed=found)
+    )
 
 
 def test_random_masks_are_their_seeds():
@@ -479,15 +612,37 @@ def meta(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("spoil", "changes", "message"),
     [
-        (lambda found: None, {"density": 0.06}, r"51 entries for .*q_proj \(density 0\.0498\d+\) where .* ask for 61"),
-        (lambda found: None, {"target_modules": ["q_proj"]}, "0 layers are missing .*, 12 are not adapted here"),
+        (
+            lambda found: None,
+            {"density": 0.06},
+            r"51 entries for .*q_proj \(density 0\.0498\d+\) where .* ask for 61",
+        ),
+        (
+            lambda found: None,
+            {"target_modules": ["q_proj"]},
+            "0 layers are missing .*, 12 are not adapted here",
+        ),
         (lambda found: found.popitem(), {}, "1 layers are missing"),
-        (lambda found: next(iter(found.values())).fill_(1), {}, "leave the weight's .* entries, or repeat"),
-        (lambda found: next(iter(found.values())).add_(1 << 20), {}, "leave the weight's .* entries, or repeat"),
-        (lambda found: next(iter(found.values())).neg_(), {}, "leave the weight's .* entries, or repeat"),
+        (
+            lambda found: next(iter(found.values())).fill_(1),
+            {},
+            "leave the weight's .* entries, or repeat",
+        ),
+        (
+            lambda found: next(iter(found.values())).add_(1 << 20),
+            {},
+            "leave the weight's .* entries, or repeat",
+        ),
+        (
+            lambda found: next(iter(found.values())).neg_(),
+            {},
+            "leave the weight's .* entries, or repeat",
+        ),
     ],
 )
-def test_a_mask_that_does_not_fit_is_refused_before_there_are_weights(tmp_path, spoil, changes, message):
+def test_a_mask_that_does_not_fit_is_refused_before_there_are_weights(
+    tmp_path, spoil, changes, message
+):
     attached(Start(steps=1, folder=tmp_path), mask="random")
     file = tmp_path / "masks.safetensors"
     make(mask=str(file)).attach(meta(), Start(steps=1))
@@ -504,7 +659,11 @@ def test_a_mask_of_another_model_is_refused(tmp_path):
     attached(Start(steps=1, folder=tmp_path), mask="random")
     file = tmp_path / "masks.safetensors"
     with pytest.raises(
-        AdapterError, match=r"another model: model\.layers\.0\.mlp\.gate_proj is \(48, 32\) there and \(64, 32\) here"
+        AdapterError,
+        match=(
+            r"another model: model\.layers\.0\.mlp\.gate_proj is \(48, 32\) there and \(64, 32\)"
+            r" here"
+        ),
     ):
         make(mask=str(file)).attach(meta(intermediate_size=64), Start(steps=1))
     with pytest.raises(AdapterError, match="7 layers are missing"):
@@ -539,7 +698,9 @@ def test_a_warm_up_longer_than_the_run_is_refused(model):
     make(warmup_steps=64, mask_steps=2, schedule="lora_only").attach(model(), Start(steps=1))
 
 
-@pytest.mark.parametrize(("scores", "restart"), [("exact", True), ("candidates", False), ("first", False)])
+@pytest.mark.parametrize(
+    ("scores", "restart"), [("exact", True), ("candidates", False), ("first", False)]
+)
 def test_a_state_of_each_phase_goes_on(tmp_path, restart, scores):
     """Adapter and optimiser through files after each step, into a model that was attached anew."""
     changes = {"warmup_steps": 1, "mask_steps": 2, "restart_after_mask": restart, "scores": scores}

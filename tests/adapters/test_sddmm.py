@@ -12,7 +12,15 @@ from torch import Tensor
 from adapters import sddmm
 
 # t, o, i, k: prime sizes, one row, one column, one token, all entries, one entry.
-SIZES = [(5, 7, 11, 13), (3, 1, 17, 4), (4, 19, 1, 6), (1, 5, 3, 8), (6, 5, 7, 35), (2, 13, 3, 1), (7, 1, 1, 1)]
+SIZES = [
+    (5, 7, 11, 13),
+    (3, 1, 17, 4),
+    (4, 19, 1, 6),
+    (1, 5, 3, 8),
+    (6, 5, 7, 35),
+    (2, 13, 3, 1),
+    (7, 1, 1, 1),
+]
 
 
 def drawn(t: int, o: int, i: int, k: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -23,7 +31,9 @@ def drawn(t: int, o: int, i: int, k: int, dtype: torch.dtype = torch.float64) ->
         "dy": torch.randn(t, o, generator=draw, dtype=torch.float64).to(dtype),
         "x": torch.randn(t, i, generator=draw, dtype=torch.float64).to(dtype),
         "flat": flat.int(),
-        "crow": torch.tensor([sum(row < r for row in rows) for r in range(o + 1)], dtype=torch.int32),
+        "crow": torch.tensor(
+            [sum(row < r for row in rows) for r in range(o + 1)], dtype=torch.int32
+        ),
         "col": (flat % i).int(),
     }
 
@@ -66,7 +76,9 @@ def test_rows_are_taken_some_at_a_time(sizes, rows):
     case = drawn(*sizes)
     i = sizes[2]
     torch.testing.assert_close(gathered(case, rows * i), naive(case), rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(gathered(case, rows * i + i - 1), naive(case), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        gathered(case, rows * i + i - 1), naive(case), rtol=1e-12, atol=1e-13
+    )
 
 
 def test_a_chunk_smaller_than_a_row_is_one_row():
@@ -76,8 +88,13 @@ def test_a_chunk_smaller_than_a_row_is_one_row():
 
 @pytest.mark.parametrize("flat", [[0, 1, 2], [74, 75, 76], [0, 76], [33, 34, 43]])
 def test_rows_without_an_entry_cost_and_give_nothing(flat):
-    case = drawn(5, 7, 11, 1) | {"flat": torch.tensor(flat, dtype=torch.int32), "col": torch.tensor(flat).int() % 11}
-    case["crow"] = torch.tensor([sum(entry // 11 < row for entry in flat) for row in range(8)], dtype=torch.int32)
+    case = drawn(5, 7, 11, 1) | {
+        "flat": torch.tensor(flat, dtype=torch.int32),
+        "col": torch.tensor(flat).int() % 11,
+    }
+    case["crow"] = torch.tensor(
+        [sum(entry // 11 < row for entry in flat) for row in range(8)], dtype=torch.int32
+    )
     for found in (sampled(case), gathered(case), gathered(case, 11), gathered(case, 22)):
         torch.testing.assert_close(found, naive(case), rtol=1e-12, atol=1e-13)
 
@@ -87,7 +104,9 @@ def test_no_more_of_the_dense_gradient_exists_than_was_said():
     sizes: list[int] = []
 
     class Recorded(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
+        ) -> Any:
             result = function(*arguments, **keywords or {})
             if function is torch.ops.aten.mm.default:
                 sizes.append(result.numel())
@@ -112,7 +131,9 @@ def test_half_precision(dtype):
         found = gathered(case, rows * 17)
         assert found.dtype == dtype
         # Sums are fp32 inside of the product, and the result is rounded once.
-        assert (found.double() - wanted).abs().max() < (torch.finfo(dtype).eps + 37 * 2**-24) * wanted.abs().max()
+        assert (found.double() - wanted).abs().max() < (
+            torch.finfo(dtype).eps + 37 * 2**-24
+        ) * wanted.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -124,7 +145,10 @@ def test_no_tokens_give_zeros(dtype):
 
 def test_transposed_and_sliced_inputs():
     case = drawn(5, 7, 11, 13)
-    apart = case | {"dy": case["dy"].t().contiguous().t(), "x": torch.stack([case["x"]] * 2, -1)[..., 0]}
+    apart = case | {
+        "dy": case["dy"].t().contiguous().t(),
+        "x": torch.stack([case["x"]] * 2, -1)[..., 0],
+    }
     assert not apart["dy"].is_contiguous()
     assert not apart["x"].is_contiguous()
     for found in (sampled(apart), gathered(apart), gathered(apart, 11)):
@@ -157,9 +181,14 @@ def test_the_fastest_is_the_one_that_takes_less_time(monkeypatch, slow):
     monkeypatch.setattr(sddmm, slow, slowed)
     fast = "gathered" if slow == "sampled" else "sampled"
     for k in (77, 768) if sddmm.library() is not None else (10, 77, 768):
-        assert sddmm.fastest.__wrapped__(24, 32, k, torch.float32, torch.device("cpu"), tokens=8) == fast
+        assert (
+            sddmm.fastest.__wrapped__(24, 32, k, torch.float32, torch.device("cpu"), tokens=8)
+            == fast
+        )
     monkeypatch.setattr(sddmm, "library", lambda: None)
-    assert sddmm.fastest.__wrapped__(24, 32, 10, torch.float32, torch.device("cpu"), tokens=8) == fast
+    assert (
+        sddmm.fastest.__wrapped__(24, 32, 10, torch.float32, torch.device("cpu"), tokens=8) == fast
+    )
 
 
 def native(case: dict[str, Tensor]) -> Tensor:
@@ -169,18 +198,29 @@ def native(case: dict[str, Tensor]) -> Tensor:
 compiled = pytest.mark.skipif(sddmm.library() is None, reason="no C compiler")
 
 
-# Around blocks of 16 and 32 tokens, tiles of 128 and 256, and 16 columns; 4 products are taken at a time.
+# Around blocks of 16 and 32 tokens, tiles of 128 and 256, and 16 columns; 4 products are taken at a
+# time.
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "sizes", [*SIZES, (0, 3, 5, 7), (15, 16, 32, 300), (33, 17, 31, 527), (128, 33, 48, 9), (257, 15, 17, 30), (609, 16, 1, 16)]
+    "sizes",
+    [
+        *SIZES,
+        (0, 3, 5, 7),
+        (15, 16, 32, 300),
+        (33, 17, 31, 527),
+        (128, 33, 48, 9),
+        (257, 15, 17, 30),
+        (609, 16, 1, 16),
+    ],
 )
 def test_native_is_the_loop(sizes, dtype):
     case = drawn(*sizes, dtype)
     before = {name: tensor.clone() for name, tensor in case.items()}
     found, wanted = native(case), naive(case)
     assert found.dtype == torch.float32
-    # Products of bf16 numbers are exact in fp32, those of fp32 are rounded once; and sums of t of them are.
+    # Products of bf16 numbers are exact in fp32, those of fp32 are rounded once; and sums of t of
+    # them are.
     bound = naive(case | {"dy": case["dy"].abs(), "x": case["x"].abs()}) * (sizes[0] + 1) * 2**-24
     assert ((found.double() - wanted).abs() <= bound).all()
     assert torch.equal(found, native(case))
@@ -191,7 +231,10 @@ def test_native_is_the_loop(sizes, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_native_takes_transposed_and_sliced_inputs_and_passes_on_what_is_not_finite(dtype):
     case = drawn(40, 7, 21, 60, dtype)
-    apart = case | {"dy": case["dy"].t().contiguous().t(), "x": torch.stack([case["x"]] * 2, -1)[..., 0]}
+    apart = case | {
+        "dy": case["dy"].t().contiguous().t(),
+        "x": torch.stack([case["x"]] * 2, -1)[..., 0],
+    }
     assert torch.equal(native(apart), native(case))
     case["x"][3, 5] = float("nan")
     case["x"][4, 6] = float("inf")
@@ -228,7 +271,11 @@ def test_it_is_compiled_once_for_a_machine(monkeypatch, tmp_path):
         sddmm.library.cache_clear()
         assert sddmm.library() is not None
         monkeypatch.setattr(sddmm, "_processor", lambda: "another machine of the same home")
-        monkeypatch.setattr(sddmm.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(OSError("no compiler there")))
+        monkeypatch.setattr(
+            sddmm.subprocess,
+            "run",
+            lambda *_, **__: (_ for _ in ()).throw(OSError("no compiler there")),
+        )
         sddmm.library.cache_clear()
         assert sddmm.library() is None
         assert [*(tmp_path / "native").iterdir()] == [built]
@@ -244,6 +291,8 @@ def test_without_a_compiler_the_others_are_there(monkeypatch, tmp_path):
         try:
             assert sddmm.library() is None
             assert not sddmm.possible(torch.float32, torch.device("cpu"))
-            assert sddmm.fastest.__wrapped__(8, 8, 4, torch.float32, torch.device("cpu"), tokens=4) in ("sampled", "gathered")
+            assert sddmm.fastest.__wrapped__(
+                8, 8, 4, torch.float32, torch.device("cpu"), tokens=4
+            ) in ("sampled", "gathered")
         finally:
             sddmm.library.cache_clear()

@@ -1,4 +1,5 @@
-"""One sparse layer against a dense delta times a mask, its gradients, and what it holds in the base's weight."""
+"""One sparse layer against a dense delta times a mask, its gradients, and what it holds in the
+base's weight."""
 
 from __future__ import annotations
 
@@ -14,7 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from adapters import mask, sddmm, sparse
-from adapters.delta import AdaptedLinear, AdapterError, Start, float_weight, merge_linear, switched_off
+from adapters.delta import (
+    AdaptedLinear,
+    AdapterError,
+    Start,
+    float_weight,
+    merge_linear,
+    switched_off,
+)
 from adapters.lora import LoRA
 from adapters.rosa import RoSA, RoSAAdapter
 from adapters.sparse import SparseDelta
@@ -22,15 +30,25 @@ from tests.adapters import toys
 from tests.ranks import spawn
 
 WAYS = [way for way in sddmm.WAYS if way != "native" or sddmm.library() is not None]
-PATHS = ("sparse", "both", "before", "low")  # before: a low-rank part and no support yet; low: there will be none
+# before: a low-rank part and no support yet; low: there will be none
+PATHS = ("sparse", "both", "before", "low")
 SCALE = 0.7
 
 
 def layer(
-    path: str = "both", o: int = 5, i: int = 7, k: int = 6, bias: bool = True, conv: bool = False, dropout: float = 0.0,
-    way: str = "sampled", dtype: torch.dtype = torch.float64, std: float = 1.0,
-) -> AdaptedLinear:  # fmt: skip
-    """An adapted layer whose values, A and B are all random, so that nothing is hidden behind a zero."""
+    path: str = "both",
+    o: int = 5,
+    i: int = 7,
+    k: int = 6,
+    bias: bool = True,
+    conv: bool = False,
+    dropout: float = 0.0,
+    way: str = "sampled",
+    dtype: torch.dtype = torch.float64,
+    std: float = 1.0,
+) -> AdaptedLinear:
+    """An adapted layer whose values, A and B are all random, so that nothing is hidden behind a
+    zero."""
     torch.manual_seed(4)
     own = torch.float64 if dtype == torch.float64 else torch.float32
     linear: Any = Conv1D(o, i) if conv else nn.Linear(i, o, bias=bias)
@@ -38,7 +56,11 @@ def layer(
         nn.init.normal_(parameter)
     linear.to(dtype).requires_grad_(False)
     k = 0 if path == "low" else k
-    delta: Any = SparseDelta(linear, k, own) if path == "sparse" else RoSA(linear, k, 3, SCALE, dropout, own, own)
+    delta: Any = (
+        SparseDelta(linear, k, own)
+        if path == "sparse"
+        else RoSA(linear, k, 3, SCALE, dropout, own, own)
+    )
     delta.way = way
     if path != "sparse":
         nn.init.normal_(delta.B)
@@ -54,8 +76,11 @@ def parts(adapted: Any) -> dict[str, nn.Parameter]:
     return {name: p for name, p in adapted.delta.named_parameters() if p.requires_grad}
 
 
-def reference(adapted: Any, x: Tensor, upstream: Tensor, kept: Tensor | None = None) -> dict[str, Tensor]:
-    """y and all gradients in float64 by autograd: W + S M with a dense S and a mask M, and the low-rank branch beside it."""
+def reference(
+    adapted: Any, x: Tensor, upstream: Tensor, kept: Tensor | None = None
+) -> dict[str, Tensor]:
+    """y and all gradients in float64 by autograd: W + S M with a dense S and a mask M, and the
+    low-rank branch beside it."""
     delta = adapted.delta
     copied = copy.deepcopy(adapted)
     copied.delta.release(copied.base)
@@ -75,9 +100,13 @@ def reference(adapted: Any, x: Tensor, upstream: Tensor, kept: Tensor | None = N
         dropped = x if kept is None else x * kept.double().view(x.shape) / (1 - delta.dropout)
         y = y + SCALE * (dropped @ found["A"].T) @ found["B"].T
     y.backward(upstream.double())
-    right = {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in found.items() if name != "values"}
+    right = {"y": y.detach(), "x": x.grad} | {
+        name: p.grad for name, p in found.items() if name != "values"
+    }
     if delta.settled:
-        right["values"] = torch.stack([s.grad[e // delta.i, e % delta.i] for e in delta.indices.tolist()])
+        right["values"] = torch.stack(
+            [s.grad[e // delta.i, e % delta.i] for e in delta.indices.tolist()]
+        )
     return right  # type: ignore[return-value]
 
 
@@ -94,7 +123,9 @@ def results(adapted: Any, x: Tensor, upstream: Tensor) -> dict[str, Tensor]:
 def inputs(adapted: Any, *shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(8)
     x = torch.randn(*shape, adapted.delta.i, generator=draw, dtype=torch.float64)
-    return x.to(dtype), torch.randn(*shape, adapted.delta.o, generator=draw, dtype=torch.float64).to(dtype)
+    return x.to(dtype), torch.randn(
+        *shape, adapted.delta.o, generator=draw, dtype=torch.float64
+    ).to(dtype)
 
 
 def same(found: dict[str, Tensor], right: dict[str, Tensor], rounding: float = 1e-12) -> None:
@@ -104,7 +135,9 @@ def same(found: dict[str, Tensor], right: dict[str, Tensor], rounding: float = 1
         assert found[name].shape == wanted.shape
         if wanted.numel():
             assert wanted.abs().max() > 0, name
-            assert (found[name].double() - wanted.double()).abs().max() <= rounding * wanted.abs().max(), name
+            assert (
+                found[name].double() - wanted.double()
+            ).abs().max() <= rounding * wanted.abs().max(), name
 
 
 # the layer
@@ -115,15 +148,20 @@ def same(found: dict[str, Tensor], right: dict[str, Tensor], rounding: float = 1
 @pytest.mark.parametrize("kind", ["bias", "plain", "Conv1D"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_its_gradient_is_that_of_its_value(path, way, kind, dropout):
-    adapted = layer(path, o=3, i=4, k=5, bias=kind == "bias", conv=kind == "Conv1D", dropout=dropout, way=way).train()
+    adapted = layer(
+        path, o=3, i=4, k=5, bias=kind == "bias", conv=kind == "Conv1D", dropout=dropout, way=way
+    ).train()
     names = [name for name in parts(adapted) if name != "values" or adapted.delta.settled]
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
 
     def of(x, *given):
         torch.manual_seed(5)  # the same dropout each time
-        apart = copy.deepcopy(adapted)  # gradcheck goes back through the first output after computing others
+        # gradcheck goes back through the first output after computing others
+        apart = copy.deepcopy(adapted)
         apart.delta.written = None
-        return torch.func.functional_call(apart, {f"delta.{n}": p for n, p in zip(names, given, strict=True)}, (x,))
+        return torch.func.functional_call(
+            apart, {f"delta.{n}": p for n, p in zip(names, given, strict=True)}, (x,)
+        )
 
     assert torch.autograd.gradcheck(of, (x, *(parts(adapted)[name] for name in names)))
 
@@ -133,8 +171,16 @@ def test_its_gradient_is_that_of_its_value(path, way, kind, dropout):
 @pytest.mark.parametrize("kind", ["bias", "plain", "Conv1D"])
 @pytest.mark.parametrize(
     ("o", "i", "k", "shape"),
-    [(5, 7, 6, (2, 3)), (1, 9, 4, (4,)), (8, 1, 3, (3, 1)), (13, 11, 143, ()), (13, 11, 1, (2, 2, 3)), (3, 5, 4, (0,)), (1, 1, 1, (1,))],
-)  # fmt: skip
+    [
+        (5, 7, 6, (2, 3)),
+        (1, 9, 4, (4,)),
+        (8, 1, 3, (3, 1)),
+        (13, 11, 143, ()),
+        (13, 11, 1, (2, 2, 3)),
+        (3, 5, 4, (0,)),
+        (1, 1, 1, (1,)),
+    ],
+)
 def test_it_is_a_dense_delta_times_a_mask(path, way, kind, o, i, k, shape):
     adapted = layer(path, o, i, k, bias=kind == "bias", conv=kind == "Conv1D", way=way)
     x, upstream = inputs(adapted, *shape)
@@ -173,8 +219,12 @@ def test_inputs_that_are_no_block_of_memory():
     adapted = layer()
     x, upstream = inputs(adapted, 4, 3)
     right = reference(adapted, x, upstream)
-    same(results(adapted, x.transpose(0, 1).contiguous().transpose(0, 1), upstream.flip(0).flip(0)), right)
-    spread = torch.zeros_like(upstream[..., :1]).expand(upstream.shape)  # as the gradient of a sum is
+    same(
+        results(adapted, x.transpose(0, 1).contiguous().transpose(0, 1), upstream.flip(0).flip(0)),
+        right,
+    )
+    # as the gradient of a sum is
+    spread = torch.zeros_like(upstream[..., :1]).expand(upstream.shape)
     same(results(adapted, x, spread + 1), reference(adapted, x, torch.ones_like(upstream)))
     adapted.zero_grad()
     adapted(x).sum().backward()
@@ -191,7 +241,10 @@ def test_what_needs_no_gradient_has_none():
             p.grad = None
         adapted(x).backward(upstream)
         assert adapted.base.weight.grad is None
-        same({n: p.grad for n, p in adapted.delta.named_parameters() if p.grad is not None}, {alone: right[alone]})
+        same(
+            {n: p.grad for n, p in adapted.delta.named_parameters() if p.grad is not None},
+            {alone: right[alone]},
+        )
         for p in adapted.delta.parameters():
             p.requires_grad_()
 
@@ -216,7 +269,8 @@ def test_half_precision(path, way, dtype):
     found = results(adapted, x, upstream)
     assert found.pop("y").dtype == found.pop("x").dtype == dtype
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
-    # A result passes through at most four roundings to the dtype: of W + S, A or B, of x Aᵀ, of the sum, of the result.
+    # A result passes through at most four roundings to the dtype: of W + S, A or B, of x Aᵀ, of the
+    # sum, of the result.
     same(results(adapted, x, upstream), reference(adapted, x, upstream), 4 * torch.finfo(dtype).eps)
 
 
@@ -242,7 +296,9 @@ def test_under_autocast_the_products_are_bf16_and_gradients_fp32(path, way, conv
         y = adapted(given)
         plain = nn.functional.linear(x, float_weight(adapted.base), adapted.bias)
     y.backward(upstream.to(y.dtype))
-    found = {"y": y.detach(), "x": given.grad} | {n: p.grad for n, p in parts(adapted).items() if p.grad is not None}
+    found = {"y": y.detach(), "x": given.grad} | {
+        n: p.grad for n, p in parts(adapted).items() if p.grad is not None
+    }
     assert y.dtype == plain.dtype == torch.bfloat16
     assert {gradient.dtype for name, gradient in found.items() if name != "y"} == {torch.float32}
     same(found, reference(adapted, x, upstream), 4 * 2**-8)
@@ -264,7 +320,9 @@ def test_native_is_refused_without_a_compiler_and_a_run_that_had_one_goes_on(mon
         adapter = make(gradient="native")
         with torch.device("meta"):
             model = toys.llama()
-        with pytest.raises(AdapterError, match=r"adapter.gradient=native needs a C compiler .*gradient=auto"):
+        with pytest.raises(
+            AdapterError, match=r"adapter.gradient=native needs a C compiler .*gradient=auto"
+        ):
             adapter.attach(model, Start(folder=tmp_path))
         delta = layer("sparse", way="native").delta
         other = make()
@@ -324,11 +382,28 @@ def test_a_step_between_forward_and_backward_is_noticed():
 
 def make(**changes: Any) -> RoSAAdapter:
     settings = {
-        "rank": 4, "alpha": 6.0, "rslora": False, "dropout": 0.0, "density": 0.02, "density_pattern": {}, "schedule": "wl",
-        "warmup_steps": 0, "mask_steps": 1, "restart_after_mask": False, "mask": "random", "score": "squared", "scores": "exact",
-        "mask_seed": 0, "sparse_lr_ratio": 1.0, "sparse_weight_decay": 0.0, "target_modules": "all-linear", "exclude_modules": [],
-        "gradient": "sampled", "dtype": "float64", "sparse_dtype": "float64",
-    }  # fmt: skip
+        "rank": 4,
+        "alpha": 6.0,
+        "rslora": False,
+        "dropout": 0.0,
+        "density": 0.02,
+        "density_pattern": {},
+        "schedule": "wl",
+        "warmup_steps": 0,
+        "mask_steps": 1,
+        "restart_after_mask": False,
+        "mask": "random",
+        "score": "squared",
+        "scores": "exact",
+        "mask_seed": 0,
+        "sparse_lr_ratio": 1.0,
+        "sparse_weight_decay": 0.0,
+        "target_modules": "all-linear",
+        "exclude_modules": [],
+        "gradient": "sampled",
+        "dtype": "float64",
+        "sparse_dtype": "float64",
+    }
     return RoSAAdapter(**settings | changes)
 
 
@@ -352,7 +427,8 @@ def _rank(rank: int, folder: Path) -> None:
     for mask_of in ("random", "gradient"):
         _, model = attached(toys.llama(), mask=mask_of)
         ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-        for rows in (slice(2 * rank, 2 * rank + 1), slice(2 * rank + 1, 2 * rank + 2)):  # two micro-batches
+        # two micro-batches
+        for rows in (slice(2 * rank, 2 * rank + 1), slice(2 * rank + 1, 2 * rank + 2)):
             (toys.loss(ddp, toys.IDS[rows]) / 2).backward()
         torch.save(gradients(model), folder / f"{mask_of}{rank}.pt")
 
@@ -367,7 +443,9 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
         for rank in (0, 1):
             found = torch.load(tmp_path / f"{mask_of}{rank}.pt")
             if mask_of == "gradient":  # no support yet: what DDP makes up for values is not a move
-                assert not any(gradient.any() for name, gradient in found.items() if name not in wanted)
+                assert not any(
+                    gradient.any() for name, gradient in found.items() if name not in wanted
+                )
             for name, gradient in wanted.items():
                 torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12)
 
@@ -393,7 +471,9 @@ def test_in_a_model_it_is_a_dense_delta_times_a_mask(way, transposed):
         delta = adapted.delta
         gradient = plain.get_submodule(name).weight.grad
         gradient = gradient.T if transposed else gradient
-        torch.testing.assert_close(delta.values.grad, gradient.flatten()[delta.indices.long()], rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(
+            delta.values.grad, gradient.flatten()[delta.indices.long()], rtol=1e-8, atol=1e-12
+        )
         torch.testing.assert_close(delta.A.grad, 1.5 * delta.B.T @ gradient, rtol=1e-8, atol=1e-12)
         torch.testing.assert_close(delta.B.grad, 1.5 * gradient @ delta.A.T, rtol=1e-8, atol=1e-12)
     _, checkpointed = attached((toys.gpt2 if transposed else toys.llama)(), gradient="sampled")
@@ -476,7 +556,9 @@ def held(adapted: Any) -> Tensor:
     copied = copy.deepcopy(adapted)
     copied.delta.release(copied.base)
     dense = float_weight(copied.base).double().clone()
-    for value, entry in zip(adapted.delta.values.tolist(), adapted.delta.indices.tolist(), strict=True):
+    for value, entry in zip(
+        adapted.delta.values.tolist(), adapted.delta.indices.tolist(), strict=True
+    ):
         dense[entry // adapted.delta.i, entry % adapted.delta.i] += value
     return (dense.T if adapted.delta.transposed else dense).to(adapted.base.weight.dtype)
 
@@ -560,7 +642,9 @@ def test_after_a_step_of_an_optimiser_that_goes_behind_versions_too():
         assert adapted.delta.values._version == version
         wanted[name] = held(adapted)
     adapter.after_step(model, 2)
-    assert all(torch.equal(adapted.base.weight, wanted[name]) for name, adapted in sparse.layers(model))
+    assert all(
+        torch.equal(adapted.base.weight, wanted[name]) for name, adapted in sparse.layers(model)
+    )
 
 
 def test_another_parameter_in_the_values_place_is_noticed():
@@ -598,7 +682,10 @@ def test_switched_off_and_on(dtype):
     for _ in range(2):
         with adapter.disabled(model):
             plain = dict(toys.llama(dtype).named_parameters())
-            assert all(torch.equal(x.base.weight, plain[f"{name}.weight"]) for name, x in sparse.layers(model))
+            assert all(
+                torch.equal(x.base.weight, plain[f"{name}.weight"])
+                for name, x in sparse.layers(model)
+            )
             assert torch.equal(toys.logits(model), toys.logits(toys.llama(dtype)))
         assert torch.equal(toys.logits(model), wanted)
     with torch.inference_mode(), adapter.disabled(model):
@@ -632,22 +719,30 @@ def test_a_new_support_gives_the_old_one_back():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("schedule", ["wl", "spa_only"])
 def test_merged_it_gives_the_same_logits(dtype, schedule):
-    adapter, model = attached(toys.llama(dtype), schedule=schedule, dtype="float32", sparse_dtype="float32")
+    adapter, model = attached(
+        toys.llama(dtype), schedule=schedule, dtype="float32", sparse_dtype="float32"
+    )
     wanted = toys.logits(model)
     weights = {name: adapted.base.weight.clone() for name, adapted in sparse.layers(model)}
     merged: Any = adapter.merge(copy.deepcopy(model))
     assert not list(sparse.layers(merged))
     if schedule == "spa_only":
         # What is held is what is merged, so that not even the rounding differs.
-        assert all(torch.equal(merged.get_submodule(name).weight, weight) for name, weight in weights.items())
+        assert all(
+            torch.equal(merged.get_submodule(name).weight, weight)
+            for name, weight in weights.items()
+        )
         assert torch.equal(toys.logits(merged), wanted)
     else:
-        # The merge rounds W + S + B A, where the adapter rounds W + S, A, B and products: as far from what is right, elsewhere.
+        # The merge rounds W + S + B A, where the adapter rounds W + S, A, B and products: as far
+        # from what is right, elsewhere.
         right = copy.deepcopy(model)
         with adapter.disabled(right):
             right = toys.exact(right.double())
         right = toys.logits(adapter.merge(right))
-        off, merged_off = ((found.double() - right).abs() for found in (wanted, toys.logits(merged)))
+        off, merged_off = (
+            (found.double() - right).abs() for found in (wanted, toys.logits(merged))
+        )
         assert merged_off.mean() < 1.5 * off.mean()
         assert 0 < off.mean() < 4 * torch.finfo(dtype).eps * right.abs().max()
     assert (toys.logits(toys.llama(dtype)) - wanted).abs().mean() > 0.3
@@ -657,11 +752,14 @@ def test_a_merge_rounds_once():
     adapted: Any = layer("both", 48, 64, 150, dtype=torch.bfloat16, std=0.01)
     nn.init.normal_(adapted.delta.B, std=0.01)
     plain = layer("low", 48, 64, dtype=torch.bfloat16).base.weight.double()
-    for value, entry in zip(adapted.delta.values.tolist(), adapted.delta.indices.tolist(), strict=True):
+    for value, entry in zip(
+        adapted.delta.values.tolist(), adapted.delta.indices.tolist(), strict=True
+    ):
         plain[entry // 64, entry % 64] += value
     plain += SCALE * adapted.delta.B.detach().double() @ adapted.delta.A.detach().double()
     merge_linear(adapted)
-    assert (adapted.base.weight != plain.to(torch.bfloat16)).float().mean() < 0.001  # fp32 may fall on the other side of a tie
+    # fp32 may fall on the other side of a tie
+    assert (adapted.base.weight != plain.to(torch.bfloat16)).float().mean() < 0.001
 
 
 # shared weights
@@ -692,7 +790,10 @@ def test_layers_that_share_a_weight(wanted):
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second = nn.Linear(16, 16, dtype=torch.float64), nn.Linear(16, 16, dtype=torch.float64)
+            self.first, self.second = (
+                nn.Linear(16, 16, dtype=torch.float64),
+                nn.Linear(16, 16, dtype=torch.float64),
+            )
             self.second.weight = self.first.weight
 
     torch.manual_seed(2)
@@ -707,7 +808,10 @@ def test_layers_that_share_a_weight(wanted):
             y = y + x @ dense.view(16, 16).T + 1.5 * x @ adapted.delta.A.T @ adapted.delta.B.T
         torch.testing.assert_close(adapted(x), y, rtol=0, atol=1e-12)
     with adapter.disabled(model):
-        assert all(torch.equal(model.get_submodule(n)(x), plain.get_submodule(n)(x)) for n in ("first", "second"))
+        assert all(
+            torch.equal(model.get_submodule(n)(x), plain.get_submodule(n)(x))
+            for n in ("first", "second")
+        )
 
 
 # quantised bases
@@ -748,9 +852,20 @@ def test_a_quantised_model_trains_and_switches_off(tmp_path, kind):
     adapter, model = attached(base, dtype="float32", sparse_dtype="float32", mask="magnitude")
     for _, adapted in sparse.layers(model):
         delta: Any = adapted.delta
-        largest = float_weight(adapted.base).abs().flatten().sort(descending=True).values[: len(delta.indices)]
+        largest = (
+            float_weight(adapted.base)
+            .abs()
+            .flatten()
+            .sort(descending=True)
+            .values[: len(delta.indices)]
+        )
         assert torch.equal(
-            float_weight(adapted.base).flatten()[delta.indices.long()].abs().sort(descending=True).values, largest
+            float_weight(adapted.base)
+            .flatten()[delta.indices.long()]
+            .abs()
+            .sort(descending=True)
+            .values,
+            largest,
         )
     before = toys.logits(model)
     start = toys.loss(model).item()
@@ -769,10 +884,20 @@ def test_a_quantised_model_trains_and_switches_off(tmp_path, kind):
     [
         ({"density": 0.0}, r"density of .*q_proj is 0.0: expected more than 0 and at most 1"),
         ({"density": 1.5}, r"density of .*q_proj is 1.5: expected"),
-        ({"density": 3e-4}, r"density 0.0003 of .*k_proj is less than one of its 2048 entries: raise it"),
-        ({"density_pattern": {"up_porj": 0.1}}, r"density_pattern has 'up_porj', which is the end of no adapted layer's name"),
-        ({"density_pattern": {"proj": 0.1}}, r"density_pattern has 'proj', which is the end of no"),  # of names, not of words
-        ({"density_pattern": {"layers.1.mlp.up_proj": 2}}, r"density of model.layers.1.mlp.up_proj is 2: expected"),
+        (
+            {"density": 3e-4},
+            r"density 0.0003 of .*k_proj is less than one of its 2048 entries: raise it",
+        ),
+        (
+            {"density_pattern": {"up_porj": 0.1}},
+            r"density_pattern has 'up_porj', which is the end of no adapted layer's name",
+        ),
+        # of names, not of words
+        ({"density_pattern": {"proj": 0.1}}, r"density_pattern has 'proj', which is the end of no"),
+        (
+            {"density_pattern": {"layers.1.mlp.up_proj": 2}},
+            r"density of model.layers.1.mlp.up_proj is 2: expected",
+        ),
     ],
 )
 def test_a_wrong_density_is_found_before_anything_is_attached(changes, message):
@@ -783,13 +908,20 @@ def test_a_wrong_density_is_found_before_anything_is_attached(changes, message):
 
 
 def test_a_pattern_without_a_number_is_refused():
-    plain: Any = inspect.unwrap(sparse.SparseAdapter.__init__)  # tests check types, the program does not
-    with pytest.raises(AdapterError, match="density_pattern has up_proj: 'many': expected a number"):
-        plain(make(), 0.1, {"q_proj": 0.2, "up_proj": "many"}, "all-linear", [], "sampled", "float32")
+    # tests check types, the program does not
+    plain: Any = inspect.unwrap(sparse.SparseAdapter.__init__)
+    with pytest.raises(
+        AdapterError, match="density_pattern has up_proj: 'many': expected a number"
+    ):
+        plain(
+            make(), 0.1, {"q_proj": 0.2, "up_proj": "many"}, "all-linear", [], "sampled", "float32"
+        )
 
 
 def test_patterns_give_densities_by_names_ends():
-    _, model = attached(toys.llama(), density_pattern={"layers.1.mlp.up_proj": 0.5, "up_proj": 0.25, "q_proj": 1})
+    _, model = attached(
+        toys.llama(), density_pattern={"layers.1.mlp.up_proj": 0.5, "up_proj": 0.25, "q_proj": 1}
+    )
     for name, adapted in sparse.layers(model):
         o, i = adapted.base.weight.shape
         density = 0.02
@@ -797,7 +929,11 @@ def test_patterns_give_densities_by_names_ends():
             density = 1
         if name.endswith("up_proj"):
             density = 0.5 if name == "model.layers.1.mlp.up_proj" else 0.25
-        assert len(adapted.delta.indices) == len(adapted.delta.values) == mask.entries(o, i, density, name)
+        assert (
+            len(adapted.delta.indices)
+            == len(adapted.delta.values)
+            == mask.entries(o, i, density, name)
+        )
         assert abs(len(adapted.delta.indices) - density * o * i) <= 1
 
 

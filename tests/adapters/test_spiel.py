@@ -29,7 +29,10 @@ class Net(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.first, self.last = nn.Linear(6, 7, dtype=torch.float64), nn.Linear(7, 5, dtype=torch.float64)
+            self.first, self.last = (
+                nn.Linear(6, 7, dtype=torch.float64),
+                nn.Linear(7, 5, dtype=torch.float64),
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.first(x).tanh())
@@ -37,10 +40,21 @@ class Net(nn.Module):
 
 def make(**changes: Any) -> SpIEL:
     settings: dict[str, Any] = {
-        "variant": "AG", "density": 0.3, "density_pattern": {}, "weight_decay": 0.3, "reselection_steps": 4, "accumulation_steps": 2,
-        "initial_rate": 0.6, "policy": "linear", "momentum": 0.0, "support_seed": 0, "target_modules": "all-linear",
-        "exclude_modules": [], "gradient": "gathered", "sparse_dtype": "float32",
-    }  # fmt: skip
+        "variant": "AG",
+        "density": 0.3,
+        "density_pattern": {},
+        "weight_decay": 0.3,
+        "reselection_steps": 4,
+        "accumulation_steps": 2,
+        "initial_rate": 0.6,
+        "policy": "linear",
+        "momentum": 0.0,
+        "support_seed": 0,
+        "target_modules": "all-linear",
+        "exclude_modules": [],
+        "gradient": "gathered",
+        "sparse_dtype": "float32",
+    }
     return SpIEL(**settings | changes)
 
 
@@ -56,7 +70,10 @@ def rows(count: int, features: int = 6) -> list[tuple[Tensor, Tensor]]:
     draw = torch.Generator().manual_seed(3)
     found = []
     for _ in range(count):
-        x, t = torch.randn(4, 6, generator=draw, dtype=torch.float64), torch.randn(4, 5, generator=draw, dtype=torch.float64)
+        x, t = (
+            torch.randn(4, 6, generator=draw, dtype=torch.float64),
+            torch.randn(4, 5, generator=draw, dtype=torch.float64),
+        )
         x[:, features:] = 0
         found.append((x, t))
     return found
@@ -68,7 +85,12 @@ def half_loss(y: Tensor, t: Tensor) -> Tensor:
 
 
 def one_step(
-    adapter: SpIEL, model: Any, optimizer: Any, step: int, micro: list[tuple[Tensor, Tensor]], scale: float = 1.0
+    adapter: SpIEL,
+    model: Any,
+    optimizer: Any,
+    step: int,
+    micro: list[tuple[Tensor, Tensor]],
+    scale: float = 1.0,
 ) -> Any:
     """One step of two micro-batches, as FineTune makes it with a loss scale."""
     optimizer.zero_grad()
@@ -86,21 +108,31 @@ def one_step(
 
 
 class Naive:
-    """SpIEL in plain Python: for each layer a dict from an entry to its value and what its optimiser keeps of it."""
+    """SpIEL in plain Python: for each layer a dict from an entry to its value and what its
+    optimiser keeps of it."""
 
     def __init__(self, adapter: SpIEL, model: Any, steps: int, momentum: float = 0.0):
         plain = Net()
         self.layers = {name: plain.get_submodule(name) for name in ("first", "last")}
-        self.variant, self.policy, self.decay, self.steps = adapter.variant, adapter.policy, adapter.weight_decay, steps
+        self.variant, self.policy, self.decay, self.steps = (
+            adapter.variant,
+            adapter.policy,
+            adapter.weight_decay,
+            steps,
+        )
         self.momentum = momentum
         self.entries = {
-            name: {e: {"value": 0.0, "m": 0.0, "v": 0.0, "age": 0.0, "momentum": 0.0} for e in layer.delta.indices.tolist()}
+            name: {
+                e: {"value": 0.0, "m": 0.0, "v": 0.0, "age": 0.0, "momentum": 0.0}
+                for e in layer.delta.indices.tolist()
+            }
             for name, layer in sparse.layers(model)
         }
         self.r = {name: [0.0] * layer.out_features for name, layer in self.layers.items()}
         self.c = {name: [0.0] * layer.in_features for name, layer in self.layers.items()}
         self.first: dict[str, set[int]] = {}
-        self.as_they_were = 0  # entries that were dropped and grown at once, while others were replaced
+        # entries that were dropped and grown at once, while others were replaced
+        self.as_they_were = 0
         self.open: dict[str, dict[str, Any]] = {}
 
     def gradients(self, x: Tensor, t: Tensor) -> dict[str, list[float]]:
@@ -122,8 +154,13 @@ class Naive:
             total = [sum(parts) for parts in zip(*(found[name] for found in seen), strict=True)]
             if (done - 1) % 4 == 0:
                 start = seen[0][name]
-                largest = sorted(range(len(start)), key=lambda e: -abs(start[e]))[: len(self.entries[name])]
-                self.open[name] = {"g": dict.fromkeys(largest, 0.0), "g2": dict.fromkeys(largest, 0.0)}
+                largest = sorted(range(len(start)), key=lambda e: -abs(start[e]))[
+                    : len(self.entries[name])
+                ]
+                self.open[name] = {
+                    "g": dict.fromkeys(largest, 0.0),
+                    "g2": dict.fromkeys(largest, 0.0),
+                }
             if (done - 1) % 4 < 2:
                 for e in self.open[name]["g"]:
                     self.open[name]["g"][e] += total[e]
@@ -136,7 +173,10 @@ class Naive:
             entry["age"] += 1
             entry["m"] = BETAS[0] * entry["m"] + (1 - BETAS[0]) * g[e]
             entry["v"] = BETAS[1] * entry["v"] + (1 - BETAS[1]) * g[e] ** 2
-            m, v = entry["m"] / (1 - BETAS[0] ** entry["age"]), entry["v"] / (1 - BETAS[1] ** entry["age"])
+            m, v = (
+                entry["m"] / (1 - BETAS[0] ** entry["age"]),
+                entry["v"] / (1 - BETAS[1] ** entry["age"]),
+            )
             entry["value"] -= LR * self.decay * entry["value"] + LR * m / (math.sqrt(v) + EPS)
 
     def sm3(self, name: str, g: list[float]) -> None:
@@ -171,25 +211,37 @@ class Naive:
                 entries[e] = {"value": 0.0, "m": 0.0, "v": 0.0, "age": 0.0, "momentum": 0.0}
                 if self.variant == "AG":
                     mean, mean2 = self.open[name]["g"][e] / 2, self.open[name]["g2"][e] / 2
-                    entries[e] |= {"m": mean * (1 - BETAS[0] ** 2), "v": mean2 * (1 - BETAS[1] ** 2), "age": 2.0}
+                    entries[e] |= {
+                        "m": mean * (1 - BETAS[0] ** 2),
+                        "v": mean2 * (1 - BETAS[1] ** 2),
+                        "age": 2.0,
+                    }
             replaced, total = replaced + len(new), total + len(entries)
             stayed += len(self.first.setdefault(name, set(entries)) & set(entries))
         return {
-            "replaced": replaced, "replaced_share": replaced / total, "rate": self.rate(done), "still_of_first": stayed / total
-        }  # fmt: skip
+            "replaced": replaced,
+            "replaced_share": replaced / total,
+            "rate": self.rate(done),
+            "still_of_first": stayed / total,
+        }
 
     def best(self, name: str, active: list[int], n: int) -> list[int]:
         if self.variant == "AG":
             scores = {e: abs(g) for e, g in self.open[name]["g"].items()}
         else:
             width = len(self.c[name])
-            scores = {i * width + j: ri * cj for i, ri in enumerate(self.r[name]) for j, cj in enumerate(self.c[name])}
+            scores = {
+                i * width + j: ri * cj
+                for i, ri in enumerate(self.r[name])
+                for j, cj in enumerate(self.c[name])
+            }
             scores = {e: score for e, score in scores.items() if score > 0}
         return sorted((e for e in scores if e not in active), key=lambda e: -scores[e])[:n]
 
 
 def agree(adapter: SpIEL, model: Any, optimizer: Any, naive: Naive) -> None:
-    """The supports are the same and sorted, with the same numbers, and the base's weights hold W and W + S."""
+    """The supports are the same and sorted, with the same numbers, and the base's weights hold W
+    and W + S."""
     plain = Net()
     for name, layer in sparse.layers(model):
         delta: Any = layer.delta
@@ -207,18 +259,26 @@ def agree(adapter: SpIEL, model: Any, optimizer: Any, naive: Naive) -> None:
             same(state["exp_avg_sq"], "v")
             assert state["age"].tolist() == [entry["age"] for entry in wanted]
         else:
-            torch.testing.assert_close(state["rows"], torch.tensor(naive.r[name]), rtol=2e-4, atol=1e-6)
-            torch.testing.assert_close(state["columns"], torch.tensor(naive.c[name]), rtol=2e-4, atol=1e-6)
+            torch.testing.assert_close(
+                state["rows"], torch.tensor(naive.r[name]), rtol=2e-4, atol=1e-6
+            )
+            torch.testing.assert_close(
+                state["columns"], torch.tensor(naive.c[name]), rtol=2e-4, atol=1e-6
+            )
             if naive.momentum:
                 same(state["momentum"], "momentum")
         w = plain.get_submodule(name).weight.detach().flatten()
         elsewhere = torch.ones_like(w, dtype=torch.bool)
         elsewhere[delta.indices.long()] = False
         assert torch.equal(layer.base.weight.flatten()[elsewhere], w[elsewhere])
-        assert torch.equal(layer.base.weight.flatten()[~elsewhere], w[~elsewhere] + delta.values.detach())
+        assert torch.equal(
+            layer.base.weight.flatten()[~elsewhere], w[~elsewhere] + delta.values.detach()
+        )
 
 
-def follow(steps: int, features: int = 6, momentum: float = 0.0, **changes: Any) -> tuple[Naive, list[dict[str, float]]]:
+def follow(
+    steps: int, features: int = 6, momentum: float = 0.0, **changes: Any
+) -> tuple[Naive, list[dict[str, float]]]:
     """Both side by side; returns the reference after the run and what was reported."""
     adapter, model, optimizer = attached(steps, momentum=momentum, **changes)
     naive, data, news = Naive(adapter, model, steps, momentum), rows(2 * steps, features), []
@@ -240,7 +300,8 @@ def follow(steps: int, features: int = 6, momentum: float = 0.0, **changes: Any)
 @pytest.mark.parametrize(("variant", "momentum"), [("AG", 0.0), ("MA", 0.0), ("MA", 0.7)])
 def test_a_run_is_that_of_plain_loops(variant, momentum, policy):
     naive, news = follow(18, momentum=momentum, variant=variant, policy=policy)
-    assert len(news) == 4  # after 2, 6, 10 and 14 steps, and no more at the end of the run, where nothing could be learnt
+    # after 2, 6, 10 and 14 steps, and no more at the end of the run, where nothing could be learnt
+    assert len(news) == 4
     assert naive.as_they_were > 0
     assert all(row["replaced"] > 0 for row in news[:2])
     assert (news[0]["rate"] == 1) == (policy == "linear")
@@ -263,7 +324,9 @@ def test_the_rates_are_the_papers():
 
 def test_the_first_support_is_of_its_seed():
     def of(seed):
-        return torch.cat([layer.delta.indices for _, layer in sparse.layers(attached(support_seed=seed)[1])])
+        return torch.cat(
+            [layer.delta.indices for _, layer in sparse.layers(attached(support_seed=seed)[1])]
+        )
 
     torch.manual_seed(5)
     one = of(1)
@@ -282,8 +345,13 @@ def test_values_and_moments_stay_with_their_entries_bit_by_bit():
         def seen(*_: Any, taken: Any = taken) -> None:
             for name, layer in sparse.layers(model):
                 keys = ("exp_avg", "exp_avg_sq", "age")
-                state = {key: optimizer.state[layer.delta.values][key] for key in keys} | {"values": layer.delta.values}
-                taken[name] = (layer.delta.indices.tolist(), {key: tensor.tolist() for key, tensor in state.items()})
+                state = {key: optimizer.state[layer.delta.values][key] for key in keys} | {
+                    "values": layer.delta.values
+                }
+                taken[name] = (
+                    layer.delta.indices.tolist(),
+                    {key: tensor.tolist() for key, tensor in state.items()},
+                )
 
         handle = optimizer.register_step_post_hook(seen)
         news = one_step(adapter, model, optimizer, done, data[2 * done - 2 : 2 * done])
@@ -298,12 +366,17 @@ def test_values_and_moments_stay_with_their_entries_bit_by_bit():
                 state = optimizer.state[layer.delta.values] | {"values": layer.delta.values}
                 if e in before:
                     survived += 1
-                    assert all(state[key][place].item() == numbers[key][before.index(e)] for key in numbers)
+                    assert all(
+                        state[key][place].item() == numbers[key][before.index(e)] for key in numbers
+                    )
                 else:
                     assert state["values"][place].item() == 0
                     assert state["age"][place].item() == 2
             for e in set(before) - set(now):
-                assert layer.base.weight.flatten()[e].item() == plain.get_submodule(name).weight.flatten()[e].item()
+                assert (
+                    layer.base.weight.flatten()[e].item()
+                    == plain.get_submodule(name).weight.flatten()[e].item()
+                )
     assert survived > 10
 
 
@@ -317,7 +390,9 @@ def test_a_bf16_base_comes_back_bit_by_bit():
         w = plain.get_submodule(name).weight.detach()
         apart = (layer.base.weight != w).flatten()
         assert apart.any()
-        assert not apart[[e for e in range(w.numel()) if e not in layer.delta.indices.tolist()]].any()
+        assert not apart[
+            [e for e in range(w.numel()) if e not in layer.delta.indices.tolist()]
+        ].any()
         layer.delta.release(layer.base)
         assert torch.equal(layer.base.weight, w)
 
@@ -348,7 +423,10 @@ def test_a_grown_entrys_corrected_moments_are_its_means():
         g = torch.stack(seen[name])[:, layer.delta.indices.long()].float()
         grown = torch.tensor([e not in starts[name] for e in layer.delta.indices.tolist()])
         assert grown.any()
-        m, v = state["exp_avg"] / (1 - BETAS[0] ** state["age"]), state["exp_avg_sq"] / (1 - BETAS[1] ** state["age"])
+        m, v = (
+            state["exp_avg"] / (1 - BETAS[0] ** state["age"]),
+            state["exp_avg_sq"] / (1 - BETAS[1] ** state["age"]),
+        )
         torch.testing.assert_close(m[grown], g.mean(0)[grown], rtol=1e-4, atol=1e-8)
         torch.testing.assert_close(v[grown], g.square().mean(0)[grown], rtol=1e-4, atol=1e-10)
 
@@ -358,7 +436,9 @@ def test_a_loss_scale_is_taken_out():
     for scale in (1.0, 1024.0):
         adapter, model, optimizer = attached()
         one_step(adapter, model, optimizer, 1, rows(2), scale)
-        sums.append({name: (found.flat, found.g, found.g2) for name, found in adapter.candidates.items()})
+        sums.append(
+            {name: (found.flat, found.g, found.g2) for name, found in adapter.candidates.items()}
+        )
     for name, (flat, g, g2) in sums[0].items():
         assert torch.equal(sums[1][name][0], flat)
         torch.testing.assert_close(sums[1][name][1], g)
@@ -376,7 +456,8 @@ def test_a_micro_batch_that_is_not_finite_counts_for_nothing():
                 broken = spoilt.clone()
                 broken[1, 2] = value
                 yield (broken, x) if spoilt is dy else (dy, broken)
-        yield dy * 1e30, x * 1e30  # finite, and its product is not, as that of a loss scale which is too large
+        # finite, and its product is not, as that of a loss scale which is too large
+        yield dy * 1e30, x * 1e30
 
     found = Candidates(4, "layer")
     for broken in bad():
@@ -409,7 +490,9 @@ def test_without_a_finite_gradient_nothing_moves():
         optimizer.step()
         news = adapter.after_step(model, done)
     assert news["replaced"] == 0
-    assert all(torch.equal(layer.delta.indices, start[name]) for name, layer in sparse.layers(model))
+    assert all(
+        torch.equal(layer.delta.indices, start[name]) for name, layer in sparse.layers(model)
+    )
     assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())
     data = rows(8)
     for done in range(3, 7):
@@ -463,14 +546,21 @@ def test_with_equal_ages_it_is_adamw():
             optimizer.step()
         for p, wanted in zip(made[1][0], made[0][0], strict=True):
             torch.testing.assert_close(p, wanted, rtol=1e-5, atol=1e-6)
-    assert all((p - start).abs().min() > 1e-3 for p, start in zip(made[1][0], gradients(shapes), strict=True))
+    assert all(
+        (p - start).abs().min() > 1e-3
+        for p, start in zip(made[1][0], gradients(shapes), strict=True)
+    )
 
 
 def test_moments_are_corrected_by_each_entrys_age():
     p = nn.Parameter(torch.zeros(3))
     optimizer = SpielAdamW([p], **ADAM, weight_decay=0.0)
     values, m, v, age = [0.0] * 3, [0.0, 0.02, -0.3], [0.0, 0.001, 0.2], [0.0, 3.0, 1000.0]
-    optimizer.state[p] |= {"exp_avg": torch.tensor(m), "exp_avg_sq": torch.tensor(v), "age": torch.tensor(age)}
+    optimizer.state[p] |= {
+        "exp_avg": torch.tensor(m),
+        "exp_avg_sq": torch.tensor(v),
+        "age": torch.tensor(age),
+    }
     for (g,) in (gradients([(3,)], seed) for seed in range(4)):
         p.grad = g
         optimizer.step()
@@ -527,7 +617,9 @@ def test_weight_decay_pulls_to_the_base(which):
         sparse.SparseAdapter.after_step(adapter, model, done)
         for name, layer in sparse.layers(model):
             wanted = starts[name] * (1 - LR * 2.0) ** done
-            torch.testing.assert_close(layer.delta.values.detach().double(), wanted, rtol=1e-4, atol=1e-9)
+            torch.testing.assert_close(
+                layer.delta.values.detach().double(), wanted, rtol=1e-4, atol=1e-9
+            )
             w = plain.get_submodule(name).weight.detach().flatten()[layer.delta.indices.long()]
             held = layer.base.weight.detach().flatten()[layer.delta.indices.long()]
             torch.testing.assert_close(held, w + wanted, rtol=0, atol=1e-3)
@@ -541,13 +633,24 @@ def test_sm3_is_that_of_plain_loops(momentum):
     assert delta.indices is not None
     assert delta.values is not None
     delta.indices.copy_(torch.randperm(24, generator=draw)[:9].sort().values)
-    params = [delta.values, nn.Parameter(torch.randn(3, 5, generator=draw)), nn.Parameter(torch.randn(4, generator=draw))]
+    params = [
+        delta.values,
+        nn.Parameter(torch.randn(3, 5, generator=draw)),
+        nn.Parameter(torch.randn(4, generator=draw)),
+    ]
     groups = [{"params": params[:1], "weight_decay": 0.4}, {"params": params[1:], "lr": 0.3}]
-    optimizer = SM3(groups, lr=LR, momentum=momentum, eps=1e-3, weight_decay=0.1, supports={delta.values: delta})
-    width = [6, 5, 1]  # a vector is a matrix of one column, whose accumulator would only repeat the largest row's
+    optimizer = SM3(
+        groups, lr=LR, momentum=momentum, eps=1e-3, weight_decay=0.1, supports={delta.values: delta}
+    )
+    # a vector is a matrix of one column, whose accumulator would only repeat the largest row's
+    width = [6, 5, 1]
     places = [delta.indices.tolist(), list(range(15)), list(range(4))]
     values = [p.detach().flatten().double().tolist() for p in params]
-    r, c, m = [[0.0] * 4, [0.0] * 3, [0.0] * 4], [[0.0] * 6, [0.0] * 5, [math.inf]], [[0.0] * 9, [0.0] * 15, [0.0] * 4]
+    r, c, m = (
+        [[0.0] * 4, [0.0] * 3, [0.0] * 4],
+        [[0.0] * 6, [0.0] * 5, [math.inf]],
+        [[0.0] * 9, [0.0] * 15, [0.0] * 4],
+    )
     for step in range(6):
         for n, (p, g) in enumerate(zip(params, gradients([(9,), (3, 5), (4,)], step), strict=True)):
             p.grad = g
@@ -562,10 +665,16 @@ def test_sm3_is_that_of_plain_loops(momentum):
             r[n], c[n] = rows, columns
         optimizer.step()
         for n, p in enumerate(params):
-            torch.testing.assert_close(p.detach().flatten(), torch.tensor(values[n]), rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(optimizer.state[p]["rows"], torch.tensor(r[n]), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                p.detach().flatten(), torch.tensor(values[n]), rtol=1e-5, atol=1e-6
+            )
+            torch.testing.assert_close(
+                optimizer.state[p]["rows"], torch.tensor(r[n]), rtol=1e-5, atol=1e-6
+            )
             if n < 2:
-                torch.testing.assert_close(optimizer.state[p]["columns"], torch.tensor(c[n]), rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(
+                    optimizer.state[p]["columns"], torch.tensor(c[n]), rtol=1e-5, atol=1e-6
+                )
     assert [optimizer.state[params[0]][key].numel() for key in ("rows", "columns")] == [4, 6]
     assert ("momentum" in optimizer.state[params[0]]) == bool(momentum)
 
@@ -575,29 +684,46 @@ def test_sm3_is_that_of_plain_loops(momentum):
 
 def test_a_window_that_does_not_end_is_refused():
     for window in (4, 5):
-        with pytest.raises(AdapterError, match=f"accumulation_steps={window} must be less than adapter.reselection_steps=4"):
+        with pytest.raises(
+            AdapterError,
+            match=f"accumulation_steps={window} must be less than adapter.reselection_steps=4",
+        ):
             make(accumulation_steps=window)
     make(accumulation_steps=3)
 
 
 def test_adam_takes_no_momentum():
-    with pytest.raises(AdapterError, match=r"adapter.momentum=0.9 is of variant=MA; AG has optimizer.betas"):
+    with pytest.raises(
+        AdapterError, match=r"adapter.momentum=0.9 is of variant=MA; AG has optimizer.betas"
+    ):
         make(momentum=0.9)
     assert make(momentum=0.9, variant="MA").momentum == 0.9
 
 
 @pytest.mark.parametrize("variant", ["AG", "MA"])
-@pytest.mark.parametrize("other", [partial(torch.optim.SGD, lr=0.1), torch.optim.AdamW, partial(torch.optim.Adam, lr=0.1)])
+@pytest.mark.parametrize(
+    "other",
+    [partial(torch.optim.SGD, lr=0.1), torch.optim.AdamW, partial(torch.optim.Adam, lr=0.1)],
+)
 def test_an_optimiser_without_ages_is_refused(variant, other):
     adapter = make(variant=variant)
     model = adapter.attach(Net(), Start(steps=10))
-    with pytest.raises(AdapterError, match=r"adapter=spiel keeps an age for each entry, .*: set optimizer=adamw"):
+    with pytest.raises(
+        AdapterError, match=r"adapter=spiel keeps an age for each entry, .*: set optimizer=adamw"
+    ):
         adapter.optimizer(adapter.parameter_groups(model), other)
 
 
 @pytest.mark.parametrize("name", ["spiel", "spiel_ma"])
 def test_the_config_asks_for_adamw(compose, name):
-    assert compose("+experiment=smoke", "task.path=rows.jsonl", f"adapter={name}").adapter._target_ == "adapters.spiel.SpIEL"
+    assert (
+        compose("+experiment=smoke", "task.path=rows.jsonl", f"adapter={name}").adapter._target_
+        == "adapters.spiel.SpIEL"
+    )
     for other in ("adamw_8bit", "paged_adamw_8bit"):
-        with pytest.raises(ConfigError, match=r"adapter=spiel keeps an age .*: set optimizer=adamw"):
-            compose("+experiment=smoke", "task.path=rows.jsonl", f"adapter={name}", f"optimizer={other}")
+        with pytest.raises(
+            ConfigError, match=r"adapter=spiel keeps an age .*: set optimizer=adamw"
+        ):
+            compose(
+                "+experiment=smoke", "task.path=rows.jsonl", f"adapter={name}", f"optimizer={other}"
+            )

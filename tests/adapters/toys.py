@@ -22,9 +22,16 @@ IDS = torch.randint(0, VOCABULARY, (4, 12), generator=torch.Generator().manual_s
 def llama(dtype: torch.dtype = torch.float64, **changes: Any) -> LlamaForCausalLM:
     """Always the same random Llama, its embeddings tied."""
     settings = {
-        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": True, "initializer_range": 0.2,
-    }  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**settings | changes)).to(dtype)
@@ -32,10 +39,13 @@ def llama(dtype: torch.dtype = torch.float64, **changes: Any) -> LlamaForCausalL
 
 
 def exact(model: Any) -> Any:
-    """The model with norms that compute in float64: transformers' round to fp32 whatever they are given."""
+    """The model with norms that compute in float64: transformers' round to fp32 whatever they are
+    given."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LlamaRMSNorm):
-            norm = nn.RMSNorm(len(module.weight), module.variance_epsilon, dtype=module.weight.dtype)
+            norm = nn.RMSNorm(
+                len(module.weight), module.variance_epsilon, dtype=module.weight.dtype
+            )
             norm.weight = module.weight
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, norm)
@@ -45,18 +55,33 @@ def exact(model: Any) -> Any:
 def lora(**changes: Any) -> LoRAAdapter:
     """A LoRA of rank 4 on all linear layers."""
     settings = {
-        "rank": 4, "alpha": 8.0, "rslora": False, "dropout": 0.0, "target_modules": "all-linear", "exclude_modules": [],
-        "lr_ratio": 1.0, "dtype": "float32", "fused": True,
-    }  # fmt: skip
+        "rank": 4,
+        "alpha": 8.0,
+        "rslora": False,
+        "dropout": 0.0,
+        "target_modules": "all-linear",
+        "exclude_modules": [],
+        "lr_ratio": 1.0,
+        "dtype": "float32",
+        "fused": True,
+    }
     return LoRAAdapter(**settings | changes)
 
 
 def gpt2(dtype: torch.dtype = torch.float64, **changes: Any) -> GPT2LMHeadModel:
     """Always the same random GPT-2, whose linear layers are Conv1D, without its dropout."""
     settings = {
-        "vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "loss_type": "ForCausalLM",
-    }  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "initializer_range": 0.2,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "loss_type": "ForCausalLM",
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return GPT2LMHeadModel(GPT2Config(**settings | changes)).to(dtype).eval()
@@ -96,8 +121,11 @@ def optimiser(adapter: Any, model: nn.Module, lr: float = 1e-2) -> torch.optim.O
     return adapter.optimizer(groups, make)
 
 
-def train(adapter: Any, model: nn.Module, steps: range = range(3), optimizer: Any = None, lr: float = 1e-2) -> nn.Module:
-    """Training steps as FineTune makes them: the loss and the adapter's penalty, then its word after the step."""
+def train(
+    adapter: Any, model: nn.Module, steps: range = range(3), optimizer: Any = None, lr: float = 1e-2
+) -> nn.Module:
+    """Training steps as FineTune makes them: the loss and the adapter's penalty, then its word
+    after the step."""
     optimizer = optimizer or optimiser(adapter, model, lr)
     model.train()
     for step in steps:

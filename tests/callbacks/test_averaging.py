@@ -1,4 +1,5 @@
-"""Averages of the weights: what they are, that they go in and out without a trace, and that a run that goes on has the same."""
+"""Averages of the weights: what they are, that they go in and out without a trace, and that a run
+that goes on has the same."""
 
 from __future__ import annotations
 
@@ -24,7 +25,12 @@ from trainer.models.losses import CausalLoss
 from trainer.storage import checkpoints, journal
 
 AVERAGING = "callbacks=[default,averaging]"
-SHORT = ("max_steps=8", "batch_size=4", "callbacks.evaluation.every=4", "callbacks.evaluation.samples=0")
+SHORT = (
+    "max_steps=8",
+    "batch_size=4",
+    "callbacks.evaluation.every=4",
+    "callbacks.evaluation.samples=0",
+)
 
 
 class Toy(nn.Module):
@@ -40,7 +46,10 @@ class Toy(nn.Module):
 
 def callback(steps: int = 20, **settings: Any) -> Averaging:
     context: Any = SimpleNamespace(steps=steps, signals=SimpleNamespace(received=None))
-    return Averaging(context, **{"kind": "ema", "decay": 0.9, "start": 0.0, "every": 1, "export": True} | settings)
+    return Averaging(
+        context,
+        **{"kind": "ema", "decay": 0.9, "start": 0.0, "every": 1, "export": True} | settings,
+    )
 
 
 def started(averaging: Averaging, module: Toy) -> Any:
@@ -78,7 +87,13 @@ def test_an_average_is_its_formula(kind, start, every, dtype):
         if step >= first and (step - first) % every == 0:
             for name, p in module.named_parameters():
                 history.setdefault(name, []).append(p.detach().double().flatten().tolist())
-    assert set(state(averaging)) == {"model.1.weight", "model.1.bias", "drafter.weight", "drafter.bias"}  # not the base's
+    # not the base's
+    assert set(state(averaging)) == {
+        "model.1.weight",
+        "model.1.bias",
+        "drafter.weight",
+        "drafter.bias",
+    }
     for name, found in state(averaging).items():
         assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         for entry, values in enumerate(zip(*history[name], strict=True)):
@@ -116,7 +131,10 @@ def test_averages_go_in_and_out_bit_by_bit(dtype):
         assert torch.equal(module.model[0].weight, before["model.0.weight"])
     with pytest.raises(KeyError), averaging.in_place():
         raise KeyError
-    assert all(torch.equal(p, before[name]) and p.data_ptr() == places[name] for name, p in module.named_parameters())
+    assert all(
+        torch.equal(p, before[name]) and p.data_ptr() == places[name]
+        for name, p in module.named_parameters()
+    )
 
 
 def test_an_average_starts_anew_where_positions_are_chosen(caplog):
@@ -171,19 +189,31 @@ def saved_average(run):
 
 def test_a_run_evaluates_saves_and_exports_its_average(train, chats):
     run = train(
-        f"task.path={chats}", *SHORT, AVERAGING, "callbacks.averaging.start=3", "callbacks.averaging.decay=0.7",
-        "callbacks.averaging.every=2", "callbacks.checkpoints.every=1", "callbacks.checkpoints.keep=20",
-    )  # fmt: skip
+        f"task.path={chats}",
+        *SHORT,
+        AVERAGING,
+        "callbacks.averaging.start=3",
+        "callbacks.averaging.decay=0.7",
+        "callbacks.averaging.every=2",
+        "callbacks.checkpoints.every=1",
+        "callbacks.checkpoints.keep=20",
+    )
     wanted: dict[str, torch.Tensor] = {}
     for step in (3, 5, 7):
-        tensors = checkpoints.load(checkpoints.chosen(run / "checkpoints", str(step)))["adapter"]["tensors"]
+        tensors = checkpoints.load(checkpoints.chosen(run / "checkpoints", str(step)))["adapter"][
+            "tensors"
+        ]
         for name, tensor in tensors.items():
-            wanted[name] = 0.7 * wanted[name] + 0.3 * tensor.double() if name in wanted else tensor.double()
+            wanted[name] = (
+                0.7 * wanted[name] + 0.3 * tensor.double() if name in wanted else tensor.double()
+            )
     saved = saved_average(run)
     assert saved["count"] == 3
     assert {name.removeprefix("model.") for name in saved["averages"]} == set(wanted)
     for name, tensor in saved["averages"].items():
-        torch.testing.assert_close(tensor.double(), wanted[name.removeprefix("model.")], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            tensor.double(), wanted[name.removeprefix("model.")], rtol=1e-5, atol=1e-7
+        )
     found = rows(run, "average")
     assert [(row["step"], row["updates"]) for row in found] == [(4, 1), (8, 3)]
 
@@ -195,13 +225,24 @@ def test_a_run_evaluates_saves_and_exports_its_average(train, chats):
     again = losses(CausalLoss(trained.model, 64), data.held_out, 7, torch.device("cpu"))
     assert found[-1]["loss"] == pytest.approx(again["loss"], rel=1e-5)
     assert found[-1]["loss"] != pytest.approx(rows(run, "evaluation")[-1]["loss"], rel=1e-5)
-    assert verify_adapter(trained, run / "adapter-averaged") < TOLERANCE  # stock PEFT, on a fresh base
-    names = [load_file(run / name / "adapter_model.safetensors").keys() for name in ("adapter", "adapter-averaged")]
+    # stock PEFT, on a fresh base
+    assert verify_adapter(trained, run / "adapter-averaged") < TOLERANCE
+    names = [
+        load_file(run / name / "adapter_model.safetensors").keys()
+        for name in ("adapter", "adapter-averaged")
+    ]
     assert names[0] == names[1]
 
 
-def test_an_average_changes_nothing_and_has_the_same_bits_in_a_resumed_run(train, chats, monkeypatch):
-    settings = (f"task.path={chats}", *SHORT, "adapter.dropout=0.3", "callbacks.checkpoints.every=3")
+def test_an_average_changes_nothing_and_has_the_same_bits_in_a_resumed_run(
+    train, chats, monkeypatch
+):
+    settings = (
+        f"task.path={chats}",
+        *SHORT,
+        "adapter.dropout=0.3",
+        "callbacks.checkpoints.every=3",
+    )
     averaging = (AVERAGING, "callbacks.averaging.kind=swa", "callbacks.averaging.start=2")
     plain, alone = train(*settings, "name=plain"), train(*settings, *averaging, "name=alone")
     with monkeypatch.context() as patch:
@@ -210,10 +251,16 @@ def test_an_average_changes_nothing_and_has_the_same_bits_in_a_resumed_run(train
             train(*settings, *averaging, "name=cut")
     cut = train(*settings, *averaging, "name=cut", "resume=auto")
     assert outcome(cut)[1] == outcome(alone)[1]  # logged rows, those of averages among them
-    (wanted, found) = saved_average(alone), saved_average(cut)
+    wanted, found = saved_average(alone), saved_average(cut)
     assert (found["count"], found["evaluated"]) == (wanted["count"], wanted["evaluated"]) == (7, 8)
-    assert all(torch.equal(found["averages"][name], wanted["averages"][name]) for name in wanted["averages"])
-    files = [(run / "adapter-averaged" / "adapter_model.safetensors").read_bytes() for run in (alone, cut)]
+    assert all(
+        torch.equal(found["averages"][name], wanted["averages"][name])
+        for name in wanted["averages"]
+    )
+    files = [
+        (run / "adapter-averaged" / "adapter_model.safetensors").read_bytes()
+        for run in (alone, cut)
+    ]
     assert files[0] == files[1]
     tensors = outcome(plain)[0]
     assert all(torch.equal(outcome(alone)[0][name], tensors[name]) for name in tensors)
@@ -222,9 +269,17 @@ def test_an_average_changes_nothing_and_has_the_same_bits_in_a_resumed_run(train
 
 def test_rosas_average_begins_with_its_mask(train, chats):
     run = train(
-        f"task.path={chats}", *SHORT, AVERAGING, "adapter=rosa", "adapter.warmup_steps=2", "adapter.mask_steps=1",
-        "adapter.density=0.05", "adapter.rank=2", "callbacks.averaging.start=0", "callbacks.averaging.export=false",
-    )  # fmt: skip
+        f"task.path={chats}",
+        *SHORT,
+        AVERAGING,
+        "adapter=rosa",
+        "adapter.warmup_steps=2",
+        "adapter.mask_steps=1",
+        "adapter.density=0.05",
+        "adapter.rank=2",
+        "callbacks.averaging.start=0",
+        "callbacks.averaging.export=false",
+    )
     assert [(row["step"], row["updates"]) for row in rows(run, "average")] == [(4, 2), (8, 6)]
     assert not (run / "adapter-averaged").exists()
 

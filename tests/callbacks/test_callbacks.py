@@ -1,4 +1,5 @@
-"""What happens around the steps: the numbers of each, when a run is evaluated, saved and stopped, and what is shown."""
+"""What happens around the steps: the numbers of each, when a run is evaluated, saved and stopped,
+and what is shown."""
 
 from __future__ import annotations
 
@@ -53,14 +54,22 @@ def test_below_one_a_distance_is_a_share_of_the_run(every, steps, wanted):
 def test_each_steps_numbers_are_those_of_its_rows(train, chats, tiny):
     started = time.monotonic()
     run = train(
-        f"task.path={chats}", *COMMON, "max_steps=7", "batch_size=3", "accumulate=2", "callbacks.evaluation.every=null",
-        "schedule.warmup=4", "optimizer.lr=1e-3",
-    )  # fmt: skip
+        f"task.path={chats}",
+        *COMMON,
+        "max_steps=7",
+        "batch_size=3",
+        "accumulate=2",
+        "callbacks.evaluation.every=null",
+        "schedule.warmup=4",
+        "optimizer.lr=1e-3",
+    )
     wall = time.monotonic() - started
     found = rows(run, "step")
     assert [row["step"] for row in found] == list(range(1, 8))
     checked = json.loads((run / "preflight.json").read_text())["data"]["train"]
-    assert [row["lr"] for row in found] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3, 1e-3])
+    assert [row["lr"] for row in found] == pytest.approx(
+        [0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3, 1e-3]
+    )
     tokens = [0, *of(run, "step", "tokens")]
     grown = [b - a for a, b in itertools.pairwise(tokens)]
     assert all(6 * 10 <= n <= 6 * checked["longest"] for n in grown)
@@ -79,7 +88,13 @@ def test_each_steps_numbers_are_those_of_its_rows(train, chats, tiny):
 
 
 def test_the_first_steps_loss_is_the_bases_on_its_rows(train, chats, tiny):
-    settings = (f"task.path={chats}", f"task.eval_path={chats}", "batch_size=60", "max_steps=1", "callbacks.evaluation.every=1")
+    settings = (
+        f"task.path={chats}",
+        f"task.eval_path={chats}",
+        "batch_size=60",
+        "max_steps=1",
+        "callbacks.evaluation.every=1",
+    )
     run = train(*settings, *COMMON)
     before, after = rows(run, "evaluation")
     (step,) = rows(run, "step")
@@ -92,7 +107,9 @@ def test_rows_of_several_steps_have_the_tokens_of_all(train, chats):
     each = train(f"task.path={chats}", *COMMON, "max_steps=7")
     some = train(f"task.path={chats}", *COMMON, "max_steps=7", "callbacks.progress.every=3")
     assert of(some, "step", "step") == [3, 6, 7]
-    assert of(some, "step", "tokens") == [of(each, "step", "tokens")[step - 1] for step in (3, 6, 7)]
+    assert of(some, "step", "tokens") == [
+        of(each, "step", "tokens")[step - 1] for step in (3, 6, 7)
+    ]
     tokens, seconds = [0, *of(some, "step", "tokens")], [0.0, *of(some, "step", "seconds")]
     rates = [(tokens[i + 1] - tokens[i]) / (seconds[i + 1] - seconds[i]) for i in range(3)]
     assert of(some, "step", "tokens_per_s") == pytest.approx(rates, rel=1e-6)
@@ -124,10 +141,18 @@ def spoilt(monkeypatch, steps, value=math.nan):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_step_that_is_passed_over_is_written_with_its_rows_as_json(train, chats, monkeypatch, caplog, value):
+def test_a_step_that_is_passed_over_is_written_with_its_rows_as_json(
+    train, chats, monkeypatch, caplog, value
+):
     spoilt(monkeypatch, {1, 3}, value)
     with caplog.at_level(logging.INFO):
-        run = train(f"task.path={chats}", *COMMON, "max_steps=4", "batch_size=2", "task.eval_path=" + str(chats))
+        run = train(
+            f"task.path={chats}",
+            *COMMON,
+            "max_steps=4",
+            "batch_size=2",
+            "task.eval_path=" + str(chats),
+        )
 
     def strict(name):
         raise AssertionError(f"{name} is not JSON")
@@ -145,7 +170,10 @@ def test_a_step_that_is_passed_over_is_written_with_its_rows_as_json(train, chat
     assert (run / "report.html").exists()
 
 
-@pytest.mark.parametrize(("value", "wanted"), [(1.5, 1.5), (0.0, 0.0), (math.nan, None), (math.inf, None), (-math.inf, None)])
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [(1.5, 1.5), (0.0, 0.0), (math.nan, None), (math.inf, None), (-math.inf, None)],
+)
 def test_json_has_no_word_for_what_is_not_finite(value, wanted):
     assert finite(value) == wanted
 
@@ -163,20 +191,35 @@ def test_a_run_is_evaluated_before_between_and_after(train, chats, every, steps)
 
 
 def test_answers_are_graded_at_both_ends_and_where_asked_between(train, chats):
-    settings = (f"task.path={chats}", f"task.eval_path={chats}", "callbacks.evaluation.max_new_tokens=2", "max_steps=5")
+    settings = (
+        f"task.path={chats}",
+        f"task.eval_path={chats}",
+        "callbacks.evaluation.max_new_tokens=2",
+        "max_steps=5",
+    )
     run = train(
-        *settings, "callbacks.evaluation.generate=3", "callbacks.evaluation.every=1", "callbacks.evaluation.generate_every=2"
+        *settings,
+        "callbacks.evaluation.generate=3",
+        "callbacks.evaluation.every=1",
+        "callbacks.evaluation.generate_every=2",
     )
     graded = {row["step"]: "exact_match" in row for row in rows(run, "evaluation")}
     # Of the evaluations 1 2 3 4 5 6, every second one, and both ends.
     assert graded == {0: True, 1: True, 2: False, 3: True, 4: False, 5: True}
     kept = journal.read(run / "samples.jsonl")
-    assert [row["step"] for row in kept] == [step for step, yes in graded.items() if yes for _ in range(3)]
+    assert [row["step"] for row in kept] == [
+        step for step, yes in graded.items() if yes for _ in range(3)
+    ]
     assert len({row["where"] for row in kept}) == 3
 
 
 def test_fewer_answers_are_kept_than_graded(train, chats):
-    settings = (f"task.path={chats}", f"task.eval_path={chats}", "callbacks.evaluation.max_new_tokens=1", "max_steps=1")
+    settings = (
+        f"task.path={chats}",
+        f"task.eval_path={chats}",
+        "callbacks.evaluation.max_new_tokens=1",
+        "max_steps=1",
+    )
     run = train(*settings, "callbacks.evaluation.generate=5", "callbacks.evaluation.samples=2")
     assert [row["step"] for row in journal.read(run / "samples.jsonl")] == [0, 0, 1, 1]
     other = train(*settings, "callbacks.evaluation.generate=0", "callbacks.evaluation.samples=2")
@@ -187,9 +230,14 @@ def test_fewer_answers_are_kept_than_graded(train, chats):
 def test_the_evaluation_before_training_is_of_the_base_alone(train, chats):
     settings = (f"task.path={chats}", "max_steps=1", *COMMON)
     alone = of(train(*settings, "adapter=none"), "evaluation", "loss")[0]
-    with_adapter = of(train(*settings, "adapter=prompt_tuning", "adapter.num_virtual_tokens=4"), "evaluation", "loss")
+    with_adapter = of(
+        train(*settings, "adapter=prompt_tuning", "adapter.num_virtual_tokens=4"),
+        "evaluation",
+        "loss",
+    )
     assert with_adapter[0] == pytest.approx(alone, rel=1e-5)
-    assert with_adapter[1] != pytest.approx(alone, rel=1e-5)  # virtual tokens disturb from the start
+    # virtual tokens disturb from the start
+    assert with_adapter[1] != pytest.approx(alone, rel=1e-5)
 
 
 def scripted(monkeypatch, values, name="loss"):
@@ -211,12 +259,20 @@ def scripted(monkeypatch, values, name="loss"):
         ([1.0, 5.0, 4.0, 6.0], "min", 2, 2, None),  # never better than the base
     ],
 )
-def test_patience_counts_evaluations_without_a_better_one(train, chats, monkeypatch, values, mode, patience, stopped, best):
+def test_patience_counts_evaluations_without_a_better_one(
+    train, chats, monkeypatch, values, mode, patience, stopped, best
+):
     scripted(monkeypatch, values)
     run = train(
-        f"task.path={chats}", *COMMON, "max_steps=6", "callbacks.evaluation.every=1", f"callbacks.evaluation.patience={patience}",
-        f"callbacks.evaluation.mode={mode}", "callbacks.checkpoints.every=null", "callbacks.checkpoints.keep=1",
-    )  # fmt: skip
+        f"task.path={chats}",
+        *COMMON,
+        "max_steps=6",
+        "callbacks.evaluation.every=1",
+        f"callbacks.evaluation.patience={patience}",
+        f"callbacks.evaluation.mode={mode}",
+        "callbacks.checkpoints.every=null",
+        "callbacks.checkpoints.keep=1",
+    )
     reasons = rows(run, "stopped")
     assert [row["step"] for row in reasons] == ([] if stopped is None else [stopped])
     assert all(f"no better loss in {patience} evaluations" in row["reason"] for row in reasons)
@@ -243,7 +299,11 @@ def test_a_run_is_left_as_it_was_by_an_evaluation(train, chats):
     [("null", 3, [9]), ("3", 1, [6, 9]), ("2", 3, [6, 8, 9]), ("0.34", 9, [3, 6, 9])],
 )
 def test_the_newest_stay_and_the_one_before_the_cooldown(train, chats, every, keep, steps):
-    settings = ("max_steps=9", f"callbacks.checkpoints.every={every}", f"callbacks.checkpoints.keep={keep}")
+    settings = (
+        "max_steps=9",
+        f"callbacks.checkpoints.every={every}",
+        f"callbacks.checkpoints.keep={keep}",
+    )
     run = train(f"task.path={chats}", *settings, "callbacks.evaluation=null")
     assert [int(path.stem[5:]) for path in checkpoints.complete(run / "checkpoints")] == steps
     files = [f"step-{step:08d}.{end}" for step in steps for end in ("ckpt", "json")]
@@ -256,24 +316,46 @@ def test_the_best_stays_however_old_and_becomes_the_adapter(train, chats, monkey
 
     scripted(monkeypatch, [9.0, 8.0, 2.0, 5.0, 4.0, 3.0, 6.0])
     run = train(
-        f"task.path={chats}", *COMMON, "max_steps=6", "callbacks.evaluation.every=1", "callbacks.checkpoints.every=1",
-        "callbacks.checkpoints.keep=2", "export=best",
-    )  # fmt: skip
+        f"task.path={chats}",
+        *COMMON,
+        "max_steps=6",
+        "callbacks.evaluation.every=1",
+        "callbacks.checkpoints.every=1",
+        "callbacks.checkpoints.keep=2",
+        "export=best",
+    )
     assert [int(path.stem[5:]) for path in checkpoints.complete(run / "checkpoints")] == [2, 5, 6]
     assert checkpoints.chosen(run / "checkpoints", "best").stem == "step-00000002"
     saved = load_file(run / "adapter" / "adapter_model.safetensors")
-    parts = {step: checkpoints.load(checkpoints.path_of(run / "checkpoints", step))["adapter"]["tensors"] for step in (2, 6)}
-    sums = {step: sum(float(tensor.abs().sum()) for tensor in tensors.values()) for step, tensors in parts.items()}
-    assert sum(float(tensor.abs().sum()) for tensor in saved.values()) == pytest.approx(sums[2], rel=1e-6)
+    parts = {
+        step: checkpoints.load(checkpoints.path_of(run / "checkpoints", step))["adapter"]["tensors"]
+        for step in (2, 6)
+    }
+    sums = {
+        step: sum(float(tensor.abs().sum()) for tensor in tensors.values())
+        for step, tensors in parts.items()
+    }
+    assert sum(float(tensor.abs().sum()) for tensor in saved.values()) == pytest.approx(
+        sums[2], rel=1e-6
+    )
     assert sums[2] != pytest.approx(sums[6], rel=1e-4)
 
 
 def test_accumulation_is_never_cut(train, chats):
-    run = train(f"task.path={chats}", *COMMON, "max_steps=5", "accumulate=3", "batch_size=2", "callbacks.checkpoints.every=2")
+    run = train(
+        f"task.path={chats}",
+        *COMMON,
+        "max_steps=5",
+        "accumulate=3",
+        "batch_size=2",
+        "callbacks.checkpoints.every=2",
+    )
     for path in checkpoints.complete(run / "checkpoints"):
         saved = checkpoints.load(path)
         assert saved["counters"]["step"] == int(path.stem[5:])
-        assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 3 * int(path.stem[5:])
+        assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 3 * int(
+            path.stem[5:]
+        )
 
 
 # stopping
@@ -294,12 +376,19 @@ def test_the_time_of_all_starts_counts(train, chats):
     train(*settings, f"max_time={first['minutes'] + 0.0005}", "resume=auto")
     (second,) = rows(run, "stopped")
     assert second["minutes"] >= first["minutes"] + 0.0005
-    assert 0 < second["step"] - first["step"] < first["step"] / 2  # a twentieth of the first start's time
+    # a twentieth of the first start's time
+    assert 0 < second["step"] - first["step"] < first["step"] / 2
 
 
 @pytest.mark.parametrize("limit", [1, 300])
 def test_tokens_end_a_stream_after_the_step_that_reaches_them(train, chats, limit):
-    settings = ("task.streaming=true", f"task.eval_path={chats}", "max_steps=9", "batch_size=4", "callbacks.evaluation=null")
+    settings = (
+        "task.streaming=true",
+        f"task.eval_path={chats}",
+        "max_steps=9",
+        "batch_size=4",
+        "callbacks.evaluation=null",
+    )
     run = train(f"task.path={chats}", *settings, f"max_tokens={limit}")
     tokens = [0, *of(run, "step", "tokens")]
     assert tokens[-1] >= limit > tokens[-2]
@@ -339,11 +428,16 @@ START = {"git": "0" * 8, "number": 1}
 
 @pytest.fixture
 def dashboard(tmp_path, monkeypatch):
-    """Starts W&B's logger with some modes failing; returns the modes tried and whether there is a logger."""
+    """Starts W&B's logger with some modes failing; returns the modes tried and whether there is a
+    logger."""
     import wandb
 
     def started(mode, failing, key=True, netrc=tmp_path / "none"):
-        monkeypatch.setenv("WANDB_API_KEY", "0" * 40) if key else monkeypatch.delenv("WANDB_API_KEY", raising=False)
+        (
+            monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+            if key
+            else monkeypatch.delenv("WANDB_API_KEY", raising=False)
+        )
         monkeypatch.delenv("WANDB_MODE", raising=False)
         monkeypatch.delenv("WANDB_BASE_URL", raising=False)
         monkeypatch.setenv("NETRC", str(netrc))
@@ -371,8 +465,14 @@ def dashboard(tmp_path, monkeypatch):
             1.0,
             1.0,
         )
-        assert all((asked["id"], asked["resume"], asked["dir"]) == ("abcd", "allow", tmp_path) for asked in init.asked)
-        assert all(asked["config"]["a"] == 1 and asked["config"]["start"]["git"] == "0" * 8 for asked in init.asked)
+        assert all(
+            (asked["id"], asked["resume"], asked["dir"]) == ("abcd", "allow", tmp_path)
+            for asked in init.asked
+        )
+        assert all(
+            asked["config"]["a"] == 1 and asked["config"]["start"]["git"] == "0" * 8
+            for asked in init.asked
+        )
         return [asked["mode"] for asked in init.asked], logger is not None
 
     return started
@@ -382,17 +482,40 @@ def dashboard(tmp_path, monkeypatch):
     ("mode", "key", "failing", "tried", "logged", "said"),
     [
         ("auto", True, [], ["online"], True, None),
-        ("auto", True, ["online"], ["online", "offline"], True, "no route to host, so this run is logged offline"),
-        ("auto", True, ["online", "offline"], ["online", "offline"], False, "the run goes on without it"),
+        (
+            "auto",
+            True,
+            ["online"],
+            ["online", "offline"],
+            True,
+            "no route to host, so this run is logged offline",
+        ),
+        (
+            "auto",
+            True,
+            ["online", "offline"],
+            ["online", "offline"],
+            False,
+            "the run goes on without it",
+        ),
         ("auto", False, [], ["offline"], True, "no API key, so this run is logged offline"),
-        ("online", True, ["online"], ["online", "offline"], True, "no route to host, so this run is logged offline"),
+        (
+            "online",
+            True,
+            ["online"],
+            ["online", "offline"],
+            True,
+            "no route to host, so this run is logged offline",
+        ),
         ("online", False, [], ["offline"], True, "no API key, so this run is logged offline"),
         ("offline", False, [], ["offline"], True, None),
         ("offline", True, ["offline"], ["offline"], False, "the run goes on without it"),
         ("disabled", True, [], [], False, None),
     ],
 )
-def test_a_dashboard_that_fails_costs_the_copy_and_not_the_run(dashboard, caplog, mode, key, failing, tried, logged, said):
+def test_a_dashboard_that_fails_costs_the_copy_and_not_the_run(
+    dashboard, caplog, mode, key, failing, tried, logged, said
+):
     with caplog.at_level(logging.INFO):
         assert dashboard(mode, failing, key) == (tried, logged)
     assert "more" not in caplog.text
@@ -407,7 +530,10 @@ def test_a_key_in_the_netrc_file_is_a_key(dashboard, tmp_path):
     assert dashboard("auto", [], False, tmp_path / ".netrc") == (["online"], True)
 
 
-@pytest.mark.parametrize("content", ["machine api.wandb.ai login\nnonsense here", "machine elsewhere.org login a password b\n"])
+@pytest.mark.parametrize(
+    "content",
+    ["machine api.wandb.ai login\nnonsense here", "machine elsewhere.org login a password b\n"],
+)
 def test_a_netrc_file_without_a_key_is_none(dashboard, tmp_path, content):
     (tmp_path / ".netrc").write_text(content)
     (tmp_path / ".netrc").chmod(0o600)
@@ -449,12 +575,25 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(train, chats, monkeypatch, 
         shown = io.StringIO()
         with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
             patch.setattr(rich, "_console", Console(file=shown, force_terminal=terminal, width=200))
-            train(f"task.path={chats}", *COMMON, "max_steps=3", "optimizer.lr=1e-3", "callbacks.evaluation.every=null")
-        lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("step ")]
+            train(
+                f"task.path={chats}",
+                *COMMON,
+                "max_steps=3",
+                "optimizer.lr=1e-3",
+                "callbacks.evaluation.every=null",
+            )
+        lines = [
+            record.getMessage()
+            for record in caplog.records
+            if record.getMessage().startswith("step ")
+        ]
         if terminal:
             assert lines == []
             assert "3/3" in shown.getvalue()
-            assert re.search(r"loss \d\.\d{4}  lr 1\.00e-03  [\d,]+ tokens/s \([\d,]+ trained\)", shown.getvalue())
+            assert re.search(
+                r"loss \d\.\d{4}  lr 1\.00e-03  [\d,]+ tokens/s \([\d,]+ trained\)",
+                shown.getvalue(),
+            )
         else:
             assert lines[0].startswith("step 1/3  loss 5.")
             assert lines[-1].startswith("step 3/3  ")
@@ -472,13 +611,20 @@ def test_a_run_that_only_time_ends_is_told_without_a_number_of_steps(monkeypatch
 
     row = {"loss": 1.5, "lr": 1e-3, "tokens_per_s": 100.0, "trained_per_s": 50.0}
     for minutes, wanted in ((13, "left 10:30"), (None, "")):
-        context = SimpleNamespace(steps=1 << 61, max_minutes=minutes, minutes=2.5, journal=SimpleNamespace(last=row))
-        trainer, module = SimpleNamespace(is_global_zero=True), SimpleNamespace(step=0, step_done=True)
+        context = SimpleNamespace(
+            steps=1 << 61, max_minutes=minutes, minutes=2.5, journal=SimpleNamespace(last=row)
+        )
+        trainer, module = (
+            SimpleNamespace(is_global_zero=True),
+            SimpleNamespace(step=0, step_done=True),
+        )
         for terminal in (False, True):
             caplog.clear()
             shown = io.StringIO()
             with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
-                patch.setattr(rich, "_console", Console(file=shown, force_terminal=terminal, width=200))
+                patch.setattr(
+                    rich, "_console", Console(file=shown, force_terminal=terminal, width=200)
+                )
                 progress = ProgressBar(context, 1)
                 module.step = 0
                 progress.on_train_start(trainer, module)
@@ -492,7 +638,10 @@ def test_a_run_that_only_time_ends_is_told_without_a_number_of_steps(monkeypatch
                 assert wanted in said
             else:
                 line = caplog.records[-1].getMessage()
-                assert line == f"step 297  loss 1.5000  lr 1.00e-03  100 tokens/s (50 trained){'  ' if wanted else ''}{wanted}"
+                assert (
+                    line == "step 297  loss 1.5000  lr 1.00e-03  100 tokens/s (50"
+                    f" trained){'  ' if wanted else ''}{wanted}"
+                )
             assert str(1 << 61) not in shown.getvalue() + caplog.text
 
 

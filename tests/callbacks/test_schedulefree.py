@@ -1,4 +1,5 @@
-"""The schedule-free optimiser: the library's, with the average in the weights wherever something looks at them."""
+"""The schedule-free optimiser: the library's, with the average in the weights wherever something
+looks at them."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ from trainer.schedules.constant import constant
 from trainer.storage import checkpoints, journal
 
 SETTINGS = {"betas": (0.95, 0.99), "weight_decay": 0.1}
-FREE = ("optimizer=schedulefree", "schedule=constant", "max_steps=8", "batch_size=4", "callbacks.evaluation.samples=0")
+FREE = (
+    "optimizer=schedulefree",
+    "schedule=constant",
+    "max_steps=8",
+    "batch_size=4",
+    "callbacks.evaluation.samples=0",
+)
 X, Y = torch.randn(2, 16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
@@ -37,7 +44,8 @@ def learn(model: nn.Linear, optimizer: Any) -> None:
 
 
 def with_callback(steps: int, warmup: int) -> tuple[nn.Linear, list[torch.Tensor]]:
-    """The toy as a run trains it, with two micro-batches in a step, and what a callback sees after each step."""
+    """The toy as a run trains it, with two micro-batches in a step, and what a callback sees after
+    each step."""
     model, optimizer = toy()
     trainer: Any = SimpleNamespace(optimizers=[optimizer])
     callback, seen = ScheduleFree(), []
@@ -76,7 +84,11 @@ def test_what_is_seen_between_steps_is_the_papers_x():
     model = nn.Linear(3, 3).double()
     _, seen = with_callback(12, 4)
     z = x = torch.cat([model.weight, model.bias[:, None]], 1).detach()
-    v, total, inputs = torch.zeros_like(z), 0.0, torch.cat([X, torch.ones(16, 1, dtype=torch.float64)], 1)
+    v, total, inputs = (
+        torch.zeros_like(z),
+        0.0,
+        torch.cat([X, torch.ones(16, 1, dtype=torch.float64)], 1),
+    )
     for t in range(1, 13):
         rate = 0.1 * min(1, t / 4)
         y = 0.05 * z + 0.95 * x
@@ -96,7 +108,9 @@ def test_checkpoints_and_evaluations_have_the_average(train, chats):
     found = trained(str(run), exact=True)
     data = tokenised(found.config, found.base, found.task, train=False)
     again = losses(CausalLoss(found.model, 64), data.held_out, 7, torch.device("cpu"))
-    evaluations = [row for row in journal.read(run / "metrics.jsonl") if row["kind"] == "evaluation"]
+    evaluations = [
+        row for row in journal.read(run / "metrics.jsonl") if row["kind"] == "evaluation"
+    ]
     assert evaluations[-1]["loss"] == pytest.approx(again["loss"], rel=1e-5)
     assert evaluations[-1]["loss"] < evaluations[0]["loss"] - 0.1
     content = checkpoints.load(checkpoints.chosen(run / "checkpoints", "last"))
@@ -105,15 +119,31 @@ def test_checkpoints_and_evaluations_have_the_average(train, chats):
     assert {group["k"] for group in optimizer["param_groups"]} == {8}
     moved = [
         torch.equal(state["z"], tensor)
-        for state, tensor in zip(optimizer["state"].values(), content["adapter"]["tensors"].values(), strict=True)
+        for state, tensor in zip(
+            optimizer["state"].values(), content["adapter"]["tensors"].values(), strict=True
+        )
     ]
     assert not any(moved)
     assert (run / "adapter").is_dir()
 
 
-def test_a_schedule_free_run_goes_on_with_the_same_bits_wherever_it_is_looked_at(train, chats, monkeypatch):
-    settings = (f"task.path={chats}", *FREE, "adapter.dropout=0.3", "accumulate=2", "batch_size=2", "name=cut")
-    alone = train(*settings, "name=alone", "callbacks.checkpoints.every=null", "callbacks.evaluation.every=null")
+def test_a_schedule_free_run_goes_on_with_the_same_bits_wherever_it_is_looked_at(
+    train, chats, monkeypatch
+):
+    settings = (
+        f"task.path={chats}",
+        *FREE,
+        "adapter.dropout=0.3",
+        "accumulate=2",
+        "batch_size=2",
+        "name=cut",
+    )
+    alone = train(
+        *settings,
+        "name=alone",
+        "callbacks.checkpoints.every=null",
+        "callbacks.evaluation.every=null",
+    )
     looked = ("callbacks.checkpoints.every=3", "callbacks.evaluation.every=2")
     with monkeypatch.context() as patch:
         cut_at(patch, 5)
@@ -128,9 +158,15 @@ def test_a_schedule_free_run_goes_on_with_the_same_bits_wherever_it_is_looked_at
 
 def test_a_sparse_adapter_is_held_as_the_average(train, chats):
     run = train(
-        f"task.path={chats}", *FREE, "adapter=rosa", "adapter.warmup_steps=2", "adapter.mask_steps=1", "adapter.density=0.05",
-        "adapter.rank=2", "adapter.restart_after_mask=false",
-    )  # fmt: skip
+        f"task.path={chats}",
+        *FREE,
+        "adapter=rosa",
+        "adapter.warmup_steps=2",
+        "adapter.mask_steps=1",
+        "adapter.density=0.05",
+        "adapter.rank=2",
+        "adapter.restart_after_mask=false",
+    )
     found = trained(str(run), exact=True)
     data = tokenised(found.config, found.base, found.task, train=False)
     again = losses(CausalLoss(found.model, 64), data.held_out, 7, torch.device("cpu"))

@@ -1,4 +1,5 @@
-"""Signals are noted while a step is at hand, end the process where there is none, and are given back afterwards."""
+"""Signals are noted while a step is at hand, end the process where there is none, and are given
+back afterwards."""
 
 from __future__ import annotations
 
@@ -34,7 +35,10 @@ def test_a_signal_within_a_step_is_noted_and_said(caplog, number):
         assert signals.received is None
         send(number)
         assert signals.received == number
-    assert f"{number.name}: the step at hand is finished, then the run is saved and stops" in caplog.text
+    assert (
+        f"{number.name}: the step at hand is finished, then the run is saved and stops"
+        in caplog.text
+    )
     assert ("press Ctrl-C again to stop at once" in caplog.text) == (number == signal.SIGINT)
 
 
@@ -73,7 +77,9 @@ def test_handlers_come_back_also_after_an_error(handlers):
 
 def test_ones_own_handlers_come_back():
     seen = []
-    before = {number: signal.signal(number, lambda number, frame: seen.append(number)) for number in NOTED}
+    before = {
+        number: signal.signal(number, lambda number, frame: seen.append(number)) for number in NOTED
+    }
     try:
         with Signals() as signals:
             signals.deferred = True
@@ -115,10 +121,15 @@ def test_a_run_gives_the_signals_back(train, chats, handlers):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_while_the_base_loads_ends_the_run_at_once(train, chats, monkeypatch, number, code):
+def test_a_signal_while_the_base_loads_ends_the_run_at_once(
+    train, chats, monkeypatch, number, code
+):
     from trainer.models.base import Base
 
     monkeypatch.setattr(Base, "load", lambda *arguments, **named: send(number))
     with pytest.raises(slurm_job.Stopped, match="stopped before anything was trained") as end:
         train(f"task.path={chats}", "max_steps=1")
-    assert slurm_job.exit_code({"requeue": "auto"}, end.value.number, end.value.folder, end.value.step) == code
+    assert (
+        slurm_job.exit_code({"requeue": "auto"}, end.value.number, end.value.folder, end.value.step)
+        == code
+    )

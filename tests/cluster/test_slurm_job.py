@@ -1,4 +1,5 @@
-"""What a SLURM job tells the run, and when it is asked back. A scontrol of the tests' own stands in; tests/slurm has the real one."""
+"""What a SLURM job tells the run, and when it is asked back. A scontrol of the tests' own stands
+in; tests/slurm has the real one."""
 
 from __future__ import annotations
 
@@ -35,13 +36,15 @@ def slurm(monkeypatch, tmp_path):
     folder.mkdir()
     program = folder / "scontrol"
     program.write_text(
-        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n[ "$1" = show ] && cat {tmp_path}/job && exit 0\n'
-        f"cat {tmp_path}/refusal >&2 2>/dev/null && exit 1\nexit 0\n"
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n[ "$1" = show ] && cat {tmp_path}/job && exit'
+        f" 0\ncat {tmp_path}/refusal >&2 2>/dev/null && exit 1\nexit 0\n"
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    (tmp_path / "job").write_text("JobId=77 JobName=x JobState=RUNNING Requeue=1 Restarts=0 EndTime=2026-01-02T03:04:05\n")
+    (tmp_path / "job").write_text(
+        "JobId=77 JobName=x JobState=RUNNING Requeue=1 Restarts=0 EndTime=2026-01-02T03:04:05\n"
+    )
     before = {number: signal.getsignal(number) for number in NOTED}
     yield tmp_path
     for number, handler in before.items():
@@ -50,7 +53,11 @@ def slurm(monkeypatch, tmp_path):
 
 def asked(folder: Path) -> list[str]:
     file = folder / "asked"
-    return [line for line in file.read_text().splitlines() if line.startswith("requeue")] if file.exists() else []
+    return (
+        [line for line in file.read_text().splitlines() if line.startswith("requeue")]
+        if file.exists()
+        else []
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
@@ -77,18 +84,24 @@ def test_one_process_asks_for_all(slurm, monkeypatch):
 @pytest.mark.parametrize(("tasks", "code"), [("2", 1), ("1", -signal.SIGTERM)])
 def test_who_is_ended_for_anothers_mistake_has_the_lower_code(monkeypatch, tasks, code):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
-    ended = "import os, signal; from trainer import requeue; requeue.yield_to_the_error(); os.kill(os.getpid(), signal.SIGTERM)"
+    ended = (
+        "import os, signal; from trainer import requeue; requeue.yield_to_the_error();"
+        " os.kill(os.getpid(), signal.SIGTERM)"
+    )
     assert subprocess.run([sys.executable, "-c", ended], cwd=ROOT).returncode == code
 
 
 @pytest.mark.parametrize(
-    ("rank", "tasks", "code", "waits"), [("1", "2", 2, True), ("0", "2", 2, False), ("1", "2", 0, False), ("0", "1", 2, False)]
+    ("rank", "tasks", "code", "waits"),
+    [("1", "2", 2, True), ("0", "2", 2, False), ("1", "2", 0, False), ("0", "1", 2, False)],
 )
 def test_the_others_leave_after_the_first(monkeypatch, rank, tasks, code, waits):
     monkeypatch.setenv("SLURM_PROCID", rank)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
     slept = []
-    monkeypatch.setattr(time, "sleep", lambda seconds: slept.append((seconds, signal.getsignal(signal.SIGTERM))))
+    monkeypatch.setattr(
+        time, "sleep", lambda seconds: slept.append((seconds, signal.getsignal(signal.SIGTERM)))
+    )
     slurm_job.leave_after_the_first(code)
     assert slept == ([(slurm_job.LEAVE, signal.SIG_IGN)] if waits else [])
 
@@ -131,16 +144,25 @@ def test_ctrl_c_and_other_places_ask_nobody(slurm, monkeypatch):
 
 
 def test_starts_that_gain_nothing_end(slurm, caplog):
-    assert [slurm_job.exit_code(SETTINGS, signal.SIGUSR1, slurm, step) for step in (2, 4, 4, 4)] == [75] * 4
+    assert [
+        slurm_job.exit_code(SETTINGS, signal.SIGUSR1, slurm, step) for step in (2, 4, 4, 4)
+    ] == [75] * 4
     assert slurm_job.exit_code(SETTINGS, signal.SIGUSR1, slurm, 4) == 138
     assert "have gained no step beyond 4" in caplog.text
 
 
-@pytest.mark.parametrize(("step", "steps", "said"), [
-    (3, 9, "SIGTERM: saved after step 3 of 9. Go on with resume=x"),
-    (3, None, "SIGTERM: saved after step 3. Go on with resume=x"),
-    (None, None, "SIGTERM: stopped before anything was trained that could be saved. Go on with resume=x"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("step", "steps", "said"),
+    [
+        (3, 9, "SIGTERM: saved after step 3 of 9. Go on with resume=x"),
+        (3, None, "SIGTERM: saved after step 3. Go on with resume=x"),
+        (
+            None,
+            None,
+            "SIGTERM: stopped before anything was trained that could be saved. Go on with resume=x",
+        ),
+    ],
+)
 def test_a_stop_says_how_far_it_came(step, steps, said):
     assert str(slurm_job.Stopped(15, Path("x"), step, steps)) == said
 
@@ -153,7 +175,11 @@ def test_a_run_that_only_time_ends_has_no_number_of_steps(epochs, said):
     steps = Plan(np.ones(64, int), np.ones(64, int), 0, 4, 2, epochs=epochs).steps(None, None)
     journal, module = SimpleNamespace(write_csv=lambda: None), SimpleNamespace(step=3)
     context = SimpleNamespace(
-        journal=journal, signals=SimpleNamespace(received=15), folder=SimpleNamespace(path=Path("x")), stopped=None, steps=steps
+        journal=journal,
+        signals=SimpleNamespace(received=15),
+        folder=SimpleNamespace(path=Path("x")),
+        stopped=None,
+        steps=steps,
     )
     with pytest.raises(slurm_job.Stopped, match=f"saved after {said}. Go on"):
         _say_why_it_ended(context, module)
@@ -167,12 +193,15 @@ def test_a_signal_before_there_is_a_folder_asks_too(slurm, compose, monkeypatch,
 
     cfg = compose("+experiment=smoke", "task.path=rows", f"runs={tmp_path}")
     HydraConfig.instance().set_config(cfg)
-    monkeypatch.setattr("trainer.run.run", lambda cfg, signals: os.kill(os.getpid(), signal.SIGUSR1))
+    monkeypatch.setattr(
+        "trainer.run.run", lambda cfg, signals: os.kill(os.getpid(), signal.SIGUSR1)
+    )
     with caplog.at_level(logging.INFO), pytest.raises(SystemExit) as end:
         __main__._job.__wrapped__(cfg)
     assert end.value.code == 75
     assert asked(slurm) == ["requeue 77"]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # the queue's own would make another exit code
+    # the queue's own would make another exit code
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
 
 
 def test_a_signal_after_the_end_makes_no_failure_of_it(slurm, compose, monkeypatch, tmp_path):
@@ -211,9 +240,17 @@ def test_a_job_that_starts_again_finds_its_folder(slurm, monkeypatch):
 
 @pytest.mark.parametrize(
     ("devices", "nodes", "tasks", "fits"),
-    [(1, 1, None, True), (1, 1, 1, True), (2, 2, 4, True), ([0, 1], 1, 2, True), (2, 1, None, False), (1, 1, 2, False),
-     (2, 1, 1, False), ("auto", 1, 4, True)],
-)  # fmt: skip
+    [
+        (1, 1, None, True),
+        (1, 1, 1, True),
+        (2, 2, 4, True),
+        ([0, 1], 1, 2, True),
+        (2, 1, None, False),
+        (1, 1, 2, False),
+        (2, 1, 1, False),
+        ("auto", 1, 4, True),
+    ],
+)
 def test_processes_are_the_tasks(slurm, monkeypatch, devices, nodes, tasks, fits):
     if tasks is not None:
         monkeypatch.setenv("SLURM_STEP_NUM_TASKS", str(tasks))
@@ -239,6 +276,7 @@ def test_the_program_refuses_other_tasks_before_torch(slurm, program, monkeypatc
 
 @pytest.mark.parametrize("asked", ["true", "false", "auto"])
 def test_each_of_its_values_can_be_asked_for(compose, asked):
-    assert compose("+experiment=smoke", "task.path=x", f"requeue={asked}").requeue == {"true": True, "false": False}.get(
-        asked, asked
-    )
+    assert compose("+experiment=smoke", "task.path=x", f"requeue={asked}").requeue == {
+        "true": True,
+        "false": False,
+    }.get(asked, asked)

@@ -33,13 +33,18 @@ def asked(tmp_path, monkeypatch, capsys):
 
 def options(text):
     """What the #SBATCH lines of a script say."""
-    lines = [shlex.split(line.removeprefix("#SBATCH --"))[0] for line in text.splitlines() if line.startswith("#SBATCH --")]
+    lines = [
+        shlex.split(line.removeprefix("#SBATCH --"))[0]
+        for line in text.splitlines()
+        if line.startswith("#SBATCH --")
+    ]
     assert len({line.partition("=")[0] for line in lines}) == len(lines)
     return {key: value for key, _, value in (line.partition("=") for line in lines)}
 
 
 def given(text, tmp_path, **variables):
-    """The command that a script's last line runs, with programs of SLURM that only say what they are given."""
+    """The command that a script's last line runs, with programs of SLURM that only say what they
+    are given."""
     programs = tmp_path / "programs"
     programs.mkdir(exist_ok=True)
     (programs / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nenv >&2\n')
@@ -47,33 +52,73 @@ def given(text, tmp_path, **variables):
     for program in programs.iterdir():
         program.chmod(0o755)
     environment = {
-        "PATH": f"{programs}:{os.environ['PATH']}", "HOME": str(tmp_path), "SLURM_JOB_ID": "41234", "SLURM_JOB_NODELIST": "n[7-8]",
-        "SLURM_JOB_NAME": "mine", "SLURM_CPUS_PER_TASK": "3",
-    }  # fmt: skip
-    done = subprocess.run(["bash", "-c", text, "script"], capture_output=True, text=True, env=environment | variables)
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+        "SLURM_JOB_ID": "41234",
+        "SLURM_JOB_NODELIST": "n[7-8]",
+        "SLURM_JOB_NAME": "mine",
+        "SLURM_CPUS_PER_TASK": "3",
+    }
+    done = subprocess.run(
+        ["bash", "-c", text, "script"], capture_output=True, text=True, env=environment | variables
+    )
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines(), dict(line.partition("=")[::2] for line in done.stderr.splitlines())
+    return done.stdout.splitlines(), dict(
+        line.partition("=")[::2] for line in done.stderr.splitlines()
+    )
 
 
 def test_nodes_tasks_and_gpus_are_the_configs(asked, tmp_path):
     code, text, err = asked(
-        "+experiment=smoke", "task.path=rows.jsonl", "lightning=gpu", "lightning.devices=4", "lightning.num_nodes=2", "name=mine",
-        "slurm.time=1-12", "slurm.partition=a100", "slurm.account=42", "slurm.qos=long", "slurm.memory=64G", "slurm.cpus_per_task=8",
-        "slurm.gpu_type=a100", "slurm.constraint=nvlink&ib", "slurm.exclude=n[1-3],n7", "slurm.mail=me@example.org",
-        "slurm.signal_before=300", "slurm.extra=[--reservation=maint]",
-    )  # fmt: skip
+        "+experiment=smoke",
+        "task.path=rows.jsonl",
+        "lightning=gpu",
+        "lightning.devices=4",
+        "lightning.num_nodes=2",
+        "name=mine",
+        "slurm.time=1-12",
+        "slurm.partition=a100",
+        "slurm.account=42",
+        "slurm.qos=long",
+        "slurm.memory=64G",
+        "slurm.cpus_per_task=8",
+        "slurm.gpu_type=a100",
+        "slurm.constraint=nvlink&ib",
+        "slurm.exclude=n[1-3],n7",
+        "slurm.mail=me@example.org",
+        "slurm.signal_before=300",
+        "slurm.extra=[--reservation=maint]",
+    )
     assert (code, err) == (0, "")
     assert options(text) == {
-        "job-name": "mine", "output": f"{tmp_path}/runs/slurm/mine-%j.log", "open-mode": "append", "chdir": str(tmp_path), "nodes": "2",
-        "ntasks-per-node": "4", "cpus-per-task": "8", "gpus-per-node": "a100:4", "mem": "64G", "time": "1-12", "partition": "a100",
-        "account": "42", "qos": "long", "constraint": "nvlink&ib", "exclude": "n[1-3],n7", "mail-user": "me@example.org",
-        "mail-type": "END,FAIL,REQUEUE", "signal": "USR1@300", "requeue": "", "reservation": "maint",
-    }  # fmt: skip
+        "job-name": "mine",
+        "output": f"{tmp_path}/runs/slurm/mine-%j.log",
+        "open-mode": "append",
+        "chdir": str(tmp_path),
+        "nodes": "2",
+        "ntasks-per-node": "4",
+        "cpus-per-task": "8",
+        "gpus-per-node": "a100:4",
+        "mem": "64G",
+        "time": "1-12",
+        "partition": "a100",
+        "account": "42",
+        "qos": "long",
+        "constraint": "nvlink&ib",
+        "exclude": "n[1-3],n7",
+        "mail-user": "me@example.org",
+        "mail-type": "END,FAIL,REQUEUE",
+        "signal": "USR1@300",
+        "requeue": "",
+        "reservation": "maint",
+    }
     assert not (tmp_path / "runs").exists()
 
 
 def test_what_the_script_runs(asked, tmp_path):
-    code, text, _ = asked(*SMOKE, "name=mine", "optimizer.lr=0.002", "task.path='my rows.jsonl'", "resume=auto")
+    code, text, _ = asked(
+        *SMOKE, "name=mine", "optimizer.lr=0.002", "task.path='my rows.jsonl'", "resume=auto"
+    )
     assert code == 0
     words, variables = given(text, tmp_path)
     arguments = [
@@ -83,9 +128,20 @@ def test_what_the_script_runs(asked, tmp_path):
         "optimizer.lr=0.002",
         "task.path='my rows.jsonl'",
     ]
-    assert words == ["--kill-on-bad-exit=1", sys.executable, "-m", "trainer", *arguments, "name=mine-41234", "resume=auto"]
+    assert words == [
+        "--kill-on-bad-exit=1",
+        sys.executable,
+        "-m",
+        "trainer",
+        *arguments,
+        "name=mine-41234",
+        "resume=auto",
+    ]
     assert variables["SRUN_CPUS_PER_TASK"] == variables["OMP_NUM_THREADS"] == "3"
-    assert (variables["MASTER_ADDR"], variables["MASTER_PORT"]) == ("n7", str(10000 + 41234 % 20000))
+    assert (variables["MASTER_ADDR"], variables["MASTER_PORT"]) == (
+        "n7",
+        str(10000 + 41234 % 20000),
+    )
     assert variables["WANDB_MODE"] == "offline"
     assert "WANDB_MODE" not in given(text, tmp_path, WANDB_API_KEY="set")[1]
     (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n")
@@ -121,7 +177,9 @@ def test_a_job_of_a_run_that_is_there(asked, tmp_path):
 
 
 def test_an_array_has_a_task_for_each_combination(asked, tmp_path):
-    code, text, err = asked("--multirun", *SMOKE, "optimizer.lr=1e-3,1e-2", "seed=1,2", "slurm.parallel=2")
+    code, text, err = asked(
+        "--multirun", *SMOKE, "optimizer.lr=1e-3,1e-2", "seed=1,2", "slurm.parallel=2"
+    )
     assert (code, err) == (0, "")
     assert options(text)["array"] == "0-3%2"
     assert options(text)["output"].endswith("/runs/slurm/smoke-%A-%a.log")
@@ -130,7 +188,9 @@ def test_an_array_has_a_task_for_each_combination(asked, tmp_path):
         words, _ = given(text, tmp_path, SLURM_ARRAY_JOB_ID="41000", SLURM_ARRAY_TASK_ID=str(task))
         assert words[-2:] == [f"name=mine-41000-{task}", "resume=auto"]
         seen.append(words[-4:-2])
-    assert seen == [[f"optimizer.lr={lr}", f"seed={seed}"] for lr in ("0.001", "0.01") for seed in (1, 2)]
+    assert seen == [
+        [f"optimizer.lr={lr}", f"seed={seed}"] for lr in ("0.001", "0.01") for seed in (1, 2)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -139,25 +199,46 @@ def test_an_array_has_a_task_for_each_combination(asked, tmp_path):
         (["slurm.partitoin=x"], "slurm.partitoin: there is no such key. Did you mean partition?"),
         (["slurm.time=soon"], "slurm.time=soon is no time limit. Write MINUTES"),
         (["slurm.time=1-2:3:4:5"], "is no time limit"),
-        (["slurm.time=2"], "slurm.signal_before=120 seconds leave nothing of slurm.time=2 (120 seconds)"),
+        (
+            ["slurm.time=2"],
+            "slurm.signal_before=120 seconds leave nothing of slurm.time=2 (120 seconds)",
+        ),
         (["slurm.cpus_per_task=0"], "slurm.cpus_per_task is 0, but must be int >= 1"),
         (["slurm.memory=much"], "slurm.memory=much is no memory"),
         (["slurm.partition=a\n#SBATCH --uid=0"], "slurm.partition holds a line break"),
         (["slurm.qos=maybe\x1b[2J"], "slurm.qos holds a line break or another character"),
-        (["slurm.extra=[reservation=x]"], "slurm.extra has 'reservation=x', but holds options of sbatch"),
-        (["slurm.extra=[--signal=B:USR1@10]"], "slurm.extra has --signal=B:USR1@10, which slurm.signal_before sets"),
+        (
+            ["slurm.extra=[reservation=x]"],
+            "slurm.extra has 'reservation=x', but holds options of sbatch",
+        ),
+        (
+            ["slurm.extra=[--signal=B:USR1@10]"],
+            "slurm.extra has --signal=B:USR1@10, which slurm.signal_before sets",
+        ),
         (["slurm.extra=[-N 4]"], "slurm.extra has -N 4, which lightning.num_nodes sets"),
         (["slurm.parallel=2"], "slurm.parallel=2 is for arrays, which --multirun makes"),
         (["slurm.gpus=-1"], "slurm.gpus is -1, but must be auto | int >= 0"),
         (["slurm=nowhere.yaml"], "slurm=nowhere.yaml cannot be read"),
-        (["lightning=auto"], "lightning.accelerator=auto: SLURM has to be asked for GPUs. Say lightning=gpu"),
-        (["lightning=gpu", "lightning.devices=4", "slurm.gpus=2"], "slurm.gpus=2, but lightning.devices=4 needs 4"),
+        (
+            ["lightning=auto"],
+            "lightning.accelerator=auto: SLURM has to be asked for GPUs. Say lightning=gpu",
+        ),
+        (
+            ["lightning=gpu", "lightning.devices=4", "slurm.gpus=2"],
+            "slurm.gpus=2, but lightning.devices=4 needs 4",
+        ),
         (["lightning.devices=auto"], "lightning.devices=auto: SLURM has to be told"),
         (["seed=1,2"], "seed=1,2: several values need --multirun"),
         (["--multirun"], "--multirun, but no key has several values"),
         (["--multirun", "name=a,b"], "name=a,b: the tasks of an array differ in other things"),
-        (["--multirun", "seed=interval(0,9)"], "seed=interval(0,9): an array has a task for each value"),
-        (["--multirun", "lightning.num_nodes=1,2"], "the tasks of an array ask for the same nodes and GPUs"),
+        (
+            ["--multirun", "seed=interval(0,9)"],
+            "seed=interval(0,9): an array has a task for each value",
+        ),
+        (
+            ["--multirun", "lightning.num_nodes=1,2"],
+            "the tasks of an array ask for the same nodes and GPUs",
+        ),
         (["--multirun", "seed=1,x"], "seed=x: seed is 'x', but must be int >= 0"),
         (["optimiser.lr=1"], "optimiser: there is no such key. Did you mean optimizer?"),
         (["+experiment=smoek"], "smoek"),
@@ -166,7 +247,10 @@ def test_an_array_has_a_task_for_each_combination(asked, tmp_path):
         (["resume=nowhere"], "resume=nowhere: that folder holds no run"),
         (["name=" + "n" * 90], "the job's numbers are added to it"),
         (["name=../x"], "A run's name has at most"),
-        (["hydra.run.dir=x"], "hydra.run.dir=x: the job has its folder and its launcher from SLURM"),
+        (
+            ["hydra.run.dir=x"],
+            "hydra.run.dir=x: the job has its folder and its launcher from SLURM",
+        ),
         (["hydra/launcher=slurm"], "hydra/launcher=slurm: the job has its folder"),
         (["smoke"], "smoke: not an argument"),
         (["--config-dir=nowhere"], "nowhere is no folder"),
@@ -182,25 +266,36 @@ def test_what_cannot_run_is_told_before_anything_waits(asked, words, said):
 @pytest.mark.parametrize(
     ("limit", "expected"),
     [
-        ("90", 5400), ("1:30", 90), ("1:30:00", 5400), ("2-12", 216000), ("2-12:30", 217800), ("2-12:30:15", 217815), ("0", float("inf")),
+        ("90", 5400),
+        ("1:30", 90),
+        ("1:30:00", 5400),
+        ("2-12", 216000),
+        ("2-12:30", 217800),
+        ("2-12:30:15", 217815),
+        ("0", float("inf")),
     ],
-)  # fmt: skip
+)
 def test_limits_are_read_as_sbatch_reads_them(limit, expected):
     assert submission.seconds(limit) == expected
 
 
 def test_a_file_for_a_cluster(asked, tmp_path):
     (tmp_path / "cluster.yaml").write_text(
-        "time: 1:30:00\npartition: 7\ncpus_per_task: 2\nsetup: [module load cuda, 'source env/bin/activate']\nqos: null\n"
+        "time: 1:30:00\npartition: 7\ncpus_per_task: 2\nsetup: [module load cuda, 'source"
+        " env/bin/activate']\nqos: null\n"
     )
     code, text, _ = asked(*SMOKE, "slurm=cluster.yaml", "slurm.cpus_per_task=3")
     assert code == 0
     found = options(text)
-    assert (found["time"], found["partition"], found["cpus-per-task"]) == ("1:30:00", "7", "3")  # YAML alone reads 5400
+    # YAML alone reads 5400
+    assert (found["time"], found["partition"], found["cpus-per-task"]) == ("1:30:00", "7", "3")
     assert "qos" not in found
     assert "\nmodule load cuda\nsource env/bin/activate\n" in text
     (tmp_path / "cluster.yaml").write_text("tiem: 3\n")
-    assert "slurm.tiem: there is no such key. Did you mean time?" in asked(*SMOKE, "slurm=cluster.yaml")[2]
+    assert (
+        "slurm.tiem: there is no such key. Did you mean time?"
+        in asked(*SMOKE, "slurm=cluster.yaml")[2]
+    )
     (tmp_path / "cluster.yaml").write_text("- 3\n")
     assert "a file of KEY: VALUE is expected" in asked(*SMOKE, "slurm=cluster.yaml")[2]
 
@@ -209,12 +304,16 @@ def test_experiments_of_ones_own(asked, tmp_path):
     folder = tmp_path / "my experiments/experiment"
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text(
-        "# @package _global_\ndefaults: [override /base: tiny, override /lightning: cpu]\nname: mine\ntask: {path: rows.jsonl}\n"
+        "# @package _global_\ndefaults: [override /base: tiny, override /lightning: cpu]\nname:"
+        " mine\ntask: {path: rows.jsonl}\n"
     )
     for words in (["--config-dir", "my experiments"], ["--config-dir=my experiments"]):
         code, text, err = asked(*words, "+experiment=mine")
         assert (code, err) == (0, "")
-        assert given(text, tmp_path)[0][4:6] == [f"--config-dir={tmp_path}/my experiments", "+experiment=mine"]
+        assert given(text, tmp_path)[0][4:6] == [
+            f"--config-dir={tmp_path}/my experiments",
+            "+experiment=mine",
+        ]
 
 
 TOKEN = "hf_" + "A1b2" * 8
@@ -222,9 +321,16 @@ TOKEN = "hf_" + "A1b2" * 8
 
 @pytest.mark.parametrize(
     "word",
-    [f"base.path={TOKEN}", f"logger.wandb.notes={TOKEN}", f"slurm.setup=[export HF_TOKEN={TOKEN}]", f"slurm.mail={TOKEN}",
-     f"slurm.time={TOKEN}", f"hf_token={TOKEN}", "slurm.setup=[export WANDB_API_KEY=canary-0123456789]"],
-)  # fmt: skip
+    [
+        f"base.path={TOKEN}",
+        f"logger.wandb.notes={TOKEN}",
+        f"slurm.setup=[export HF_TOKEN={TOKEN}]",
+        f"slurm.mail={TOKEN}",
+        f"slurm.time={TOKEN}",
+        f"hf_token={TOKEN}",
+        "slurm.setup=[export WANDB_API_KEY=canary-0123456789]",
+    ],
+)
 def test_no_secret_is_written_or_told(asked, monkeypatch, word):
     monkeypatch.setenv("WANDB_API_KEY", "canary-0123456789")
     code, out, err = asked(*SMOKE, "logger=wandb", word)
@@ -265,9 +371,16 @@ def test_what_sbatch_says_is_told(tmp_path, monkeypatch, capsys):
 
 
 def test_torch_is_not_imported():
-    code = f"import sys\nfrom trainer import submit\nsubmit.main({[*SMOKE, 'dry=true']})\nprint('torch' in sys.modules, file=sys.stderr)"
+    code = (
+        "import sys\nfrom trainer import"
+        f" submit\nsubmit.main({[*SMOKE, 'dry=true']})\nprint('torch' in sys.modules,"
+        " file=sys.stderr)"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.stderr == "False\n"
 
@@ -275,17 +388,31 @@ def test_torch_is_not_imported():
 def test_hydras_launcher_asks_for_what_the_config_says(compose, monkeypatch):
     monkeypatch.setattr("trainer.config.compose.importlib.util.find_spec", lambda name: object())
     cfg = compose(
-        *SMOKE, "hydra/launcher=slurm", "lightning.num_nodes=2", "lightning.devices=3", "name=mine", "hydra.launcher.qos=long"
+        *SMOKE,
+        "hydra/launcher=slurm",
+        "lightning.num_nodes=2",
+        "lightning.devices=3",
+        "name=mine",
+        "hydra.launcher.qos=long",
     )
     launcher = cfg.hydra.launcher
-    assert (launcher.nodes, launcher.tasks_per_node, launcher.name, launcher.qos) == (2, 3, "mine", "long")
+    assert (launcher.nodes, launcher.tasks_per_node, launcher.name, launcher.qos) == (
+        2,
+        3,
+        "mine",
+        "long",
+    )
     assert launcher.max_num_timeout >= 1  # with 0 submitit fails the job at its first signal
     assert launcher._target_ in forbidden._HYDRA_TARGETS
-    fields = pytest.importorskip("hydra_plugins.hydra_submitit_launcher.config").SlurmQueueConf.__dataclass_fields__
+    fields = pytest.importorskip(
+        "hydra_plugins.hydra_submitit_launcher.config"
+    ).SlurmQueueConf.__dataclass_fields__
     assert set(launcher) <= set(fields)
 
 
 def test_without_hydras_launcher_it_says_how_to_get_it(compose, monkeypatch):
     monkeypatch.setattr("trainer.config.compose.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"hydra/launcher=slurm needs .* pip install 'hydra-submitit-launcher"):
+    with pytest.raises(
+        ConfigError, match=r"hydra/launcher=slurm needs .* pip install 'hydra-submitit-launcher"
+    ):
         compose(*SMOKE, "hydra/launcher=slurm")

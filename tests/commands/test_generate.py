@@ -1,4 +1,5 @@
-"""What a run's model says is what transformers' own generation says, token by token, beside the base where asked."""
+"""What a run's model says is what transformers' own generation says, token by token, beside the
+base where asked."""
 
 from __future__ import annotations
 
@@ -34,19 +35,39 @@ def trained(train, kept):
         note = kept / kind
         if not note.exists():
             rows = write_rows(kept / f"{kind}.jsonl", sums(40))
-            settings = ["callbacks.evaluation=null", f"runs={kept}", f"name={kind}-run", "max_steps=15"]
+            settings = [
+                "callbacks.evaluation=null",
+                f"runs={kept}",
+                f"name={kind}-run",
+                "max_steps=15",
+            ]
             if kind == "completion":
-                rows = write_rows(kept / "text.jsonl", [{"text": "abc " * (1 + i % 9)} for i in range(40)])
+                rows = write_rows(
+                    kept / "text.jsonl", [{"text": "abc " * (1 + i % 9)} for i in range(40)]
+                )
             if kind == "classification":
                 rows = write_rows(
-                    kept / "labels.jsonl", [{"text": "abc " * (1 + i % 9), "label": str(i % 2)} for i in range(40)]
+                    kept / "labels.jsonl",
+                    [{"text": "abc " * (1 + i % 9), "label": str(i % 2)} for i in range(40)],
                 )
                 settings[-1] = "max_steps=1"
             task = kind if kind in ("completion", "classification") else "sft"
-            adapter = {"full": ["adapter=full"], "drafter": ["drafter=mtp_medusa"], "prompts": ["adapter=prompt_tuning"]}.get(
-                kind, []
+            adapter = {
+                "full": ["adapter=full"],
+                "drafter": ["drafter=mtp_medusa"],
+                "prompts": ["adapter=prompt_tuning"],
+            }.get(kind, [])
+            note.write_text(
+                str(
+                    train(
+                        f"task={task}",
+                        f"task.path={rows}",
+                        f"task.eval_path={rows}",
+                        *settings,
+                        *adapter,
+                    )
+                )
             )
-            note.write_text(str(train(f"task={task}", f"task.path={rows}", f"task.eval_path={rows}", *settings, *adapter)))
         return note.read_text()
 
     return made
@@ -73,7 +94,11 @@ def chat(text, system=None):
 @torch.no_grad()
 def spoken(model, tokenizer, prompt, count, **settings):
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    settings = {"do_sample": False, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id} | settings
+    settings = {
+        "do_sample": False,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    } | settings
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **settings)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
@@ -82,7 +107,9 @@ def loaded(run, base=False):
     """The exported adapter on its base, by PEFT and transformers alone."""
     described = instantiate(trained_module.folder.read(run)[1]["config"]["base"])
     model = AutoModelForCausalLM.from_pretrained(described.path)
-    return (model if base else peft.PeftModel.from_pretrained(model, f"{run}/adapter")).eval(), described.tokenizer
+    return (
+        model if base else peft.PeftModel.from_pretrained(model, f"{run}/adapter")
+    ).eval(), described.tokenizer
 
 
 @pytest.mark.parametrize("prompt", ["3+4=", "größe 🦙?", "{{ x }} [b]"])
@@ -102,7 +129,11 @@ def test_plain_text_is_continued_as_it_is(ask, trained):
 def test_a_system_prompt_stands_before_the_question(ask, trained, monkeypatch):
     seen = []
     whole = generate.answer
-    monkeypatch.setattr(generate, "answer", lambda model, ids, *rest: (seen.append(ids), whole(model, ids, *rest))[1])
+    monkeypatch.setattr(
+        generate,
+        "answer",
+        lambda model, ids, *rest: (seen.append(ids), whole(model, ids, *rest))[1],
+    )
     ask("prompt=3+4=", "system=be brief", "max_new_tokens=2")
     tokenizer = loaded(trained())[1]
     assert tokenizer.decode(seen[0]) == chat("3+4=", "be brief")
@@ -126,9 +157,13 @@ def test_text_streams_word_by_word_and_is_the_whole_when_it_ends(trained):
     found = trained_module.trained(trained())
     tokenizer, pieces = found.base.tokenizer, []
     options = {"seed": 3, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 300}
-    generate.answer(found.model, tokenizer("abc 12 ")["input_ids"], tokenizer, [], options, pieces.append)
+    generate.answer(
+        found.model, tokenizer("abc 12 ")["input_ids"], tokenizer, [], options, pieces.append
+    )
     torch.manual_seed(3)
-    wanted = spoken(found.model, tokenizer, "abc 12 ", 300, do_sample=True, top_k=0, eos_token_id=None)
+    wanted = spoken(
+        found.model, tokenizer, "abc 12 ", 300, do_sample=True, top_k=0, eos_token_id=None
+    )
     assert "".join(pieces) == wanted
     assert len([piece for piece in pieces if piece]) > 1
     assert len(set(wanted)) > 60  # all tokens are drawn from, not the likeliest fifty
@@ -171,8 +206,10 @@ def test_a_drafter_changes_nothing_but_the_way(ask, trained, proposals, tiny):
     assert ask(*common, kind="drafter") == wanted
     assert set(proposals) == {"MedusaHeads"}
     for name, made, more in (
-        ("lookup", "PromptLookup", ()), ("recycling", "TokenRecycling", ()), ("small", "SmallModel", (f"small={tiny.path}",))
-    ):  # fmt: skip
+        ("lookup", "PromptLookup", ()),
+        ("recycling", "TokenRecycling", ()),
+        ("small", "SmallModel", (f"small={tiny.path}",)),
+    ):
         proposals.clear()
         assert ask(*common, f"drafter={name}", *more, kind="drafter") == wanted
         assert set(proposals) == {made}
@@ -198,7 +235,9 @@ def test_sampling_repeats_with_its_seed_and_differs_with_another(ask, settings):
 
 
 def test_a_narrow_top_p_is_greedy(ask):
-    assert ask("prompt=3+4=", "max_new_tokens=8", "temperature=1", "top_p=0.000001") == ask("prompt=3+4=", "max_new_tokens=8")
+    assert ask("prompt=3+4=", "max_new_tokens=8", "temperature=1", "top_p=0.000001") == ask(
+        "prompt=3+4=", "max_new_tokens=8"
+    )
 
 
 @pytest.mark.parametrize("kind", ["sft", "full"])
@@ -210,7 +249,11 @@ def test_the_base_stands_beside_the_model(ask, trained, monkeypatch, kind):
     adapted = ask("prompt=1+1=", "max_new_tokens=3", kind=kind).rstrip("\n")
     assert alone != adapted
     ask("prompt=1+1=", "max_new_tokens=3", "compare=true", kind=kind)
-    cells = [re.split(r"[┃│]", line)[1:3] for line in shown.getvalue().splitlines() if re.match("[┃│]", line)]
+    cells = [
+        re.split(r"[┃│]", line)[1:3]
+        for line in shown.getvalue().splitlines()
+        if re.match("[┃│]", line)
+    ]
     assert [cell.strip() for cell in cells[0]] == ["base", "adapted"]
     visible = lambda text: re.sub(r"[\s\x00-\x1f\x7f]", "", text)  # noqa: E731
     columns = ["".join(visible(row[i]) for row in cells[1:]) for i in (0, 1)]
@@ -227,13 +270,20 @@ def test_a_terminal_shows_both_as_they_come(ask, monkeypatch):
 def test_brackets_in_an_answer_are_no_markup(trained, monkeypatch):
     shown = io.StringIO()
     monkeypatch.setattr(rich, "_console", Console(file=shown, force_terminal=False, width=120))
-    monkeypatch.setattr(generate, "answer", lambda *arguments: arguments[-1]("[bold]x[/bold] [/nothing] [link=a]"))
+    monkeypatch.setattr(
+        generate, "answer", lambda *arguments: arguments[-1]("[bold]x[/bold] [/nothing] [link=a]")
+    )
     assert generate.main([f"run={trained()}", "prompt=x", "compare=true"]) == 0
     assert shown.getvalue().count("[bold]x[/bold] [/nothing] [link=a]") == 2
 
 
 def test_an_earlier_checkpoint_can_be_asked(train, chats, capsys):
-    settings = ("max_steps=12", "callbacks.checkpoints.every=1", "callbacks.checkpoints.keep=12", "callbacks.evaluation=null")
+    settings = (
+        "max_steps=12",
+        "callbacks.checkpoints.every=1",
+        "callbacks.checkpoints.keep=12",
+        "callbacks.evaluation=null",
+    )
     run = train(f"task.path={chats}", *settings, "schedule=constant")
     capsys.readouterr()
     said = []
@@ -250,7 +300,11 @@ def test_an_earlier_checkpoint_can_be_asked(train, chats, capsys):
         ("sft", ["prompt=x", "temperature=-1"], "temperature=-1.0: at least 0"),
         ("sft", ["prompt=x", "temperature=1", "top_p=0"], "top_p=0.0: above 0, at most 1"),
         ("sft", ["prompt=x", "temperature=1", "top_p=1.5"], "top_p=1.5: above 0, at most 1"),
-        ("sft", ["prompt=x", "drafter=looky"], "drafter=looky: one of run, lookup, recycling, small"),
+        (
+            "sft",
+            ["prompt=x", "drafter=looky"],
+            "drafter=looky: one of run, lookup, recycling, small",
+        ),
         ("sft", ["prompt=x", "drafter=small"], "drafter=small and small=PATH"),
         ("sft", ["prompt=x", "small=there"], "drafter=small and small=PATH"),
         ("sft", ["prompt=x", "drafter=small", "small=no/such/place"], "no/such/place"),

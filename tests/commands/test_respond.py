@@ -1,4 +1,5 @@
-"""Answers of a target are those of transformers' own generation, row by row, whatever stops the command in between."""
+"""Answers of a target are those of transformers' own generation, row by row, whatever stops the
+command in between."""
 
 from __future__ import annotations
 
@@ -38,14 +39,18 @@ ASKED = [
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory):
     """The tiny base with weights that say different things to different prompts, and often end."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny.path), AutoTokenizer.from_pretrained(tiny.path)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny.path),
+        AutoTokenizer.from_pretrained(tiny.path),
+    )
     torch.manual_seed(9)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
                 parameter.normal_(std=0.5 if "layers" in name else 0.3)
         model.get_input_embeddings().weight[2] *= 2
-        model.get_input_embeddings().weight[97:] *= 0.45  # bytes that are not ASCII, which alone are no text
+        # bytes that are not ASCII, which alone are no text
+        model.get_input_embeddings().weight[97:] *= 0.45
     place = tmp_path_factory.mktemp("speaker")
     model.save_pretrained(place)
     tokenizer.save_pretrained(place)
@@ -56,7 +61,8 @@ def folder(tiny, tmp_path_factory):
 def naive(folder):
     """transformers alone on the same folder."""
     return SimpleNamespace(
-        model=AutoModelForCausalLM.from_pretrained(folder).eval(), tokenizer=AutoTokenizer.from_pretrained(folder)
+        model=AutoModelForCausalLM.from_pretrained(folder).eval(),
+        tokenizer=AutoTokenizer.from_pretrained(folder),
     )
 
 
@@ -79,7 +85,11 @@ def ask(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(respond, "_composed", composed)
 
     def asked(rows, *arguments, out="out", target=True):
-        prompts = rows if isinstance(rows, str) else f"prompts={write_rows(tmp_path / 'asked.jsonl', rows)}"
+        prompts = (
+            rows
+            if isinstance(rows, str)
+            else f"prompts={write_rows(tmp_path / 'asked.jsonl', rows)}"
+        )
         base = ["base=hf", f"base.path={folder}", "precision=fp32"] if target else []
         words = [
             prompts,
@@ -95,11 +105,18 @@ def ask(folder, tmp_path, capsys, monkeypatch):
 
 
 def lines(file):
-    return [json.loads(line) for line in file.read_text("utf-8").split("\n")[:-1]] if file.exists() else []
+    return (
+        [json.loads(line) for line in file.read_text("utf-8").split("\n")[:-1]]
+        if file.exists()
+        else []
+    )
 
 
 def by_row(found):
-    return {line["row"]: line for line in lines(found.folder / "rows.jsonl") + lines(found.folder / "left_out.jsonl")}
+    return {
+        line["row"]: line
+        for line in lines(found.folder / "rows.jsonl") + lines(found.folder / "left_out.jsonl")
+    }
 
 
 def prompts():
@@ -143,7 +160,10 @@ def spoken(naive, messages, count, options=None, seed=None):
         if token == naive.tokenizer.eos_token_id:
             break
     model.float()
-    return naive.tokenizer.decode(said, skip_special_tokens=True), said[-1] == naive.tokenizer.eos_token_id
+    return (
+        naive.tokenizer.decode(said, skip_special_tokens=True),
+        said[-1] == naive.tokenizer.eos_token_id,
+    )
 
 
 def compared(found, row, messages, text, ended):
@@ -172,7 +192,14 @@ def test_answers_are_those_of_each_row_alone(ask, naive, options):
     assert sorted(rows) == list(range(len(ASKED)))
     for row, text in enumerate(ASKED):
         messages = [{"role": "user", "content": text}]
-        kinds.add(compared(rows[row], row, messages, *spoken(naive, messages, 12, options, [7, row, 0] if options else None)))
+        kinds.add(
+            compared(
+                rows[row],
+                row,
+                messages,
+                *spoken(naive, messages, 12, options, [7, row, 0] if options else None),
+            )
+        )
     assert {"ended", "cut"} <= kinds
 
 
@@ -211,11 +238,16 @@ def test_a_row_for_each_answer(ask):
     kept = [row for row in whole.values() if "why" not in row]
     assert len(rows) == sum(len(row["messages"]) // 2 for row in kept) > len(kept)
     for row in kept:
-        own = sorted((line for line in rows if line["row"] == row["row"]), key=lambda line: line["answer"])
-        assert [line["messages"] for line in own] == [row["messages"][: 2 * n] for n in range(1, len(own) + 1)]
+        own = sorted(
+            (line for line in rows if line["row"] == row["row"]), key=lambda line: line["answer"]
+        )
+        assert [line["messages"] for line in own] == [
+            row["messages"][: 2 * n] for n in range(1, len(own) + 1)
+        ]
         assert row.get("cut", False) == own[-1].get("cut", False)
         assert row.get("inexact", False) == any(line.get("inexact", False) for line in own)
-    part = [line for line in rows if not (line["of"] > 1 and line["answer"] == 2)]  # as a kill in the middle of a write
+    # as a kill in the middle of a write
+    part = [line for line in rows if not (line["of"] > 1 and line["answer"] == 2)]
     write_rows(found.folder / "rows.jsonl", part)
     ask(turns, "max_new_tokens=30", "temperature=1", "per=answer")
     again = lines(found.folder / "rows.jsonl")
@@ -225,23 +257,41 @@ def test_a_row_for_each_answer(ask):
 
 def test_which_answers_are_written_anew(ask, naive):
     chats = [
-        {"messages": [{"role": "system", "content": "Be brief."}, *(m for text in (first, "Why?") for m in (
-            {"role": "user", "content": text}, {"role": "assistant", "content": "given"}))]}
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                *(
+                    m
+                    for text in (first, "Why?")
+                    for m in (
+                        {"role": "user", "content": text},
+                        {"role": "assistant", "content": "given"},
+                    )
+                ),
+            ]
+        }
         for first in ASKED
-    ]  # fmt: skip
+    ]
     last, whole = by_row(ask(chats, out="last")), by_row(ask(chats, "answers=all", out="all"))
     for row, chat in enumerate(chats):
         compared(last[row], row, chat["messages"][:-1], *spoken(naive, chat["messages"][:-1], 12))
         assert not any(message["content"] == "given" for message in whole[row]["messages"])
-    asked_last = [{"messages": chat["messages"][:-1]} for chat in chats]  # rows that end in a question
+    # rows that end in a question
+    asked_last = [{"messages": chat["messages"][:-1]} for chat in chats]
     assert by_row(ask(asked_last, out="questions")) == last
 
 
 def test_a_row_trains_the_tokens_that_were_generated(ask, folder, naive):
-    found = ask([{"prompt": f"{text} {i}"} for i in range(4) for text in ASKED], "temperature=1", "max_new_tokens=30")
+    found = ask(
+        [{"prompt": f"{text} {i}"} for i in range(4) for text in ASKED],
+        "temperature=1",
+        "max_new_tokens=30",
+    )
     rows, exact = lines(found.folder / "rows.jsonl"), 0
     for line in rows:
-        ids = naive.tokenizer.apply_chat_template(line["messages"][:-1], add_generation_prompt=True, return_dict=False)
+        ids = naive.tokenizer.apply_chat_template(
+            line["messages"][:-1], add_generation_prompt=True, return_dict=False
+        )
         u = np.random.default_rng([0, line["row"], 0]).random(30)
         said = []
         with torch.no_grad():
@@ -257,8 +307,27 @@ def test_a_row_trains_the_tokens_that_were_generated(ask, folder, naive):
     counts = json.loads((found.folder / "provenance.json").read_text())["counts"]
     assert counts["inexact"] == len(rows) - exact
     file = str(found.folder / "rows.jsonl")
-    task = SFT(file, "train", None, "test", 0.0, None, None, "auto", {}, None, None, "all", "exact_match", False, 1, "raise")
-    assert [example.messages for example in task.examples("train")] == [line["messages"] for line in rows]
+    task = SFT(
+        file,
+        "train",
+        None,
+        "test",
+        0.0,
+        None,
+        None,
+        "auto",
+        {},
+        None,
+        None,
+        "all",
+        "exact_match",
+        False,
+        1,
+        "raise",
+    )
+    assert [example.messages for example in task.examples("train")] == [
+        line["messages"] for line in rows
+    ]
 
 
 def test_what_has_no_answer_is_counted_and_told_apart(ask, naive):
@@ -266,16 +335,31 @@ def test_what_has_no_answer_is_counted_and_told_apart(ask, naive):
     kept = ask(rows, out="kept")
     left = lines(kept.folder / "left_out.jsonl")
     assert {(line["row"], line["why"]) for line in left if line["why"] == "long"} == {(8, "long")}
-    empty = [row for row in range(8) if not spoken(naive, [{"role": "user", "content": ASKED[row]}], 12)[0].strip()]
-    assert [line["row"] for line in sorted(left, key=lambda line: line["row"]) if line["why"] == "empty"] == empty
+    empty = [
+        row
+        for row in range(8)
+        if not spoken(naive, [{"role": "user", "content": ASKED[row]}], 12)[0].strip()
+    ]
+    assert [
+        line["row"] for line in sorted(left, key=lambda line: line["row"]) if line["why"] == "empty"
+    ] == empty
     cut = {line["row"] for line in lines(kept.folder / "rows.jsonl") if line.get("cut")}
     dropped = ask(rows, "cut=drop", out="dropped")
-    assert {line["row"] for line in lines(dropped.folder / "left_out.jsonl") if line["why"] == "cut"} == cut != set()
+    assert (
+        {line["row"] for line in lines(dropped.folder / "left_out.jsonl") if line["why"] == "cut"}
+        == cut
+        != set()
+    )
     assert by_row(dropped).keys() == set(range(9))
     counts = json.loads((dropped.folder / "provenance.json").read_text())["counts"]
     whole = len(lines(dropped.folder / "rows.jsonl"))
     assert (counts["rows"], counts["cut"]) == (whole, 0)
-    assert [counts[f"left out: {why}"] for why in ("empty", "cut", "long", "refused")] == [len(empty), len(cut), 1, 0]
+    assert [counts[f"left out: {why}"] for why in ("empty", "cut", "long", "refused")] == [
+        len(empty),
+        len(cut),
+        1,
+        0,
+    ]
     assert whole + len(empty) + len(cut) + 1 == 9
     assert f"rows {whole}" in dropped.out
 
@@ -300,13 +384,16 @@ def test_a_stopped_command_goes_on_to_the_same_rows(ask, monkeypatch, number):
     kept = {name: (stopped.folder / name).read_bytes() for name in ("rows.jsonl", "left_out.jsonl")}
     assert all(content == b"" or content.endswith(b"\n") for content in kept.values())
     with (stopped.folder / "rows.jsonl").open("ab") as file:
-        file.write('{"messages": [{"role": "user", "content": "grö'.encode()[:-1])  # as a kill would leave it
+        # as a kill would leave it
+        file.write('{"messages": [{"role": "user", "content": "grö'.encode()[:-1])
     went_on = ask(prompts(), "temperature=1")
     assert went_on.code == 0
     assert by_row(went_on) == wanted
     rows = [line["row"] for name in kept for line in lines(went_on.folder / name)]
     assert sorted(rows) == list(range(8))
-    assert all((went_on.folder / name).read_bytes().startswith(content) for name, content in kept.items())
+    assert all(
+        (went_on.folder / name).read_bytes().startswith(content) for name, content in kept.items()
+    )
     monkeypatch.setattr(answers_module, "continuations", lambda *_: pytest.fail("asked again"))
     assert ask(prompts(), "temperature=1").code == 0
 
@@ -318,7 +405,9 @@ def test_a_row_of_a_batch_that_was_half_written_is_asked_among_the_same_rows(ask
     file.write_text("\n".join(content[1:]), "utf-8")
     widths, whole = [], answers_module.continuations
     monkeypatch.setattr(
-        answers_module, "continuations", lambda model, asked, *rest: (widths.append(len(asked)), whole(model, asked, *rest))[1]
+        answers_module,
+        "continuations",
+        lambda model, asked, *rest: (widths.append(len(asked)), whole(model, asked, *rest))[1],
     )
     assert by_row(ask(prompts(), "temperature=1")) == wanted
     assert widths in ([3], [2])
@@ -373,13 +462,16 @@ def test_two_processes_do_not_share_a_folder(ask, tmp_path):
 
 def test_a_template_is_given_what_serving_gives_it(ask, folder, naive, tmp_path, monkeypatch):
     template = naive.tokenizer.chat_template.replace(
-        "assistant\n' }}", "assistant\n' }}{% if think is defined and not think %}<t></t>{% endif %}"
+        "assistant\n' }}",
+        "assistant\n' }}{% if think is defined and not think %}<t></t>{% endif %}",
     )
     assert template != naive.tokenizer.chat_template
     (tmp_path / "t.jinja").write_text(template, "utf-8")
     seen, whole = [], responses.answers
     monkeypatch.setattr(
-        responses, "answers", lambda speaker, asked, *rest: (seen.extend(asked), whole(speaker, asked, *rest))[1]
+        responses,
+        "answers",
+        lambda speaker, asked, *rest: (seen.extend(asked), whole(speaker, asked, *rest))[1],
     )
     found = ask(prompts()[:1], f"task.chat_template={tmp_path / 't.jinja'}", "template.think=false")
     assert found.code in (0, 1)
@@ -394,7 +486,9 @@ def test_a_template_is_given_what_serving_gives_it(ask, folder, naive, tmp_path,
 
 def test_a_run_answers_with_its_adapter(ask, train, tmp_path, capsys):
     rows = write_rows(tmp_path / "sums.jsonl", sums(20))
-    run = train(f"task.path={rows}", f"task.eval_path={rows}", "callbacks.evaluation=null", "max_steps=8")
+    run = train(
+        f"task.path={rows}", f"task.eval_path={rows}", "callbacks.evaluation=null", "max_steps=8"
+    )
     words = ("prompt=3+4=", "max_new_tokens=9")
     found = ask([{"prompt": "3+4="}], f"run={run}@last", "max_new_tokens=9", target=False)
     (line,) = by_row(found).values()
@@ -422,8 +516,15 @@ def test_the_record_says_what_made_the_rows(ask, tmp_path, folder):
     found = ask(prompts(), "temperature=0.5", "top_p=0.9", "seed=3")
     record = json.loads((found.folder / "provenance.json").read_text())
     settings = record["settings"]
-    assert settings["prompts"] == hashlib.sha256((tmp_path / "asked.jsonl").read_bytes()).hexdigest()
-    assert (settings["temperature"], settings["top_p"], settings["seed"], settings["stops"]) == (0.5, 0.9, 3, [2])
+    assert (
+        settings["prompts"] == hashlib.sha256((tmp_path / "asked.jsonl").read_bytes()).hexdigest()
+    )
+    assert (settings["temperature"], settings["top_p"], settings["seed"], settings["stops"]) == (
+        0.5,
+        0.9,
+        3,
+        [2],
+    )
     assert settings["target"]["dtype"] == "float32"
     assert record["base"] == str(folder)
     assert record["versions"].keys() == {"torch", "transformers", "tokenizers"}
@@ -435,7 +536,15 @@ def test_the_model_s_own_generation_settings_do_not_count(ask, folder, tmp_path)
     file = folder / "generation_config.json"
     before = file.read_text()
     file.write_text(
-        json.dumps(json.loads(before) | {"repetition_penalty": 50.0, "do_sample": True, "temperature": 0.1, "top_k": 2})
+        json.dumps(
+            json.loads(before)
+            | {
+                "repetition_penalty": 50.0,
+                "do_sample": True,
+                "temperature": 0.1,
+                "top_k": 2,
+            }
+        )
     )
     try:
         assert by_row(ask(prompts(), "temperature=1", out="other")) == wanted
@@ -454,7 +563,10 @@ def test_the_model_s_own_generation_settings_do_not_count(ask, folder, tmp_path)
         (["answers=some"], "answers=some: last or all"),
         (["rows=x"], "rows=x: a whole number"),
         (["seed=-1"], "seed=-1: at least 0"),
-        (["base.dtype=float32", "run=x"], "base.dtype=float32: a run brings its base and precision along"),
+        (
+            ["base.dtype=float32", "run=x"],
+            "base.dtype=float32: a run brings its base and precision along",
+        ),
         (["task.limit=3"], "task.limit does nothing to prompts=x.jsonl"),
         (["bach_size=3"], "Did you mean batch_size?"),
     ],

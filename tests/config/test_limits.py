@@ -1,4 +1,5 @@
-"""YAML beyond its limits, links that lead out, and work without end are refused; what is within them is taken."""
+"""YAML beyond its limits, links that lead out, and work without end are refused; what is within
+them is taken."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from trainer.config.limits import TooMuch, limited, link_outside, load_yaml, ref
 
 def bomb(levels):
     """Nine aliases a level: 9**levels values when they are written out."""
-    lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, levels + 1)]
+    lines = ["a0: &a0 [x]"] + [
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, levels + 1)
+    ]
     return "\n".join(lines)
 
 
@@ -30,7 +33,11 @@ def written_out(node):
     [
         (bomb(9), "more than 10,000 values"),
         (bomb(60), "more than 10,000 values"),
-        ("x: &x {a: 1}\ny: &y {<<: *x, b: [*x, *x]}\n" + "\n".join(f"z{i}: [{', '.join(['*y'] * 30)}]" for i in range(40)), "more than 10,000"),
+        (
+            "x: &x {a: 1}\ny: &y {<<: *x, b: [*x, *x]}\n"
+            + "\n".join(f"z{i}: [{', '.join(['*y'] * 30)}]" for i in range(40)),
+            "more than 10,000",
+        ),
         ("a: &a [*a]", "stands within itself"),
         ("a: &a {b: {c: *a}}", "stands within itself"),
         ("[" * 65 + "]" * 65, "more than 64 levels"),
@@ -39,8 +46,19 @@ def written_out(node):
         ("a: " + "x" * (1 << 20), "at most 1,048,576"),
         ("[" + "1," * 10_000 + "]", "more than 10,000 values"),
     ],
-    ids=["bomb", "high", "merged", "itself", "its part", "deep", "deeper", "dashes", "long", "many"],
-)  # fmt: skip
+    ids=[
+        "bomb",
+        "high",
+        "merged",
+        "itself",
+        "its part",
+        "deep",
+        "deeper",
+        "dashes",
+        "long",
+        "many",
+    ],
+)
 def test_what_grows_is_refused_at_once(text, said):
     started = time.process_time()
     with pytest.raises(TooMuch, match=said):
@@ -58,7 +76,9 @@ def test_the_count_is_of_what_is_written_out():
 
 def test_a_record_of_many_starts_is_read(tmp_path):
     start = {"time": "t", "command": "c", "versions": {f"package {i}": "1" for i in range(9)}}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"starts": [start] * 300 + [dict(start, n=i) for i in range(500)]}))
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump({"starts": [start] * 300 + [dict(start, n=i) for i in range(500)]})
+    )
     assert len(load_yaml(tmp_path / "run.yaml")["starts"]) == 800
 
 
@@ -95,7 +115,10 @@ def endless():
 
 def test_work_without_end_is_stopped_and_the_signal_given_back():
     handler = signal.getsignal(signal.SIGVTALRM)
-    with pytest.raises(TooMuch, match=r"counting has not ended after 0\.1 s"), limited(0.1, "counting"):
+    with (
+        pytest.raises(TooMuch, match=r"counting has not ended after 0\.1 s"),
+        limited(0.1, "counting"),
+    ):
         endless()
     assert signal.getsignal(signal.SIGVTALRM) == handler
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)

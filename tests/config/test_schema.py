@@ -84,43 +84,87 @@ inner:
   depth: 1             # int: of it
 """
 GOOD = {
-    "_target_": "some.where.Thing", "_partial_": True, "rank": 1, "dropout": 0.5, "shape": "cosine", "names": [], "every": None,
-    "options": {"b": 2}, "path": "x", "inner": {"depth": 3},
-}  # fmt: skip
+    "_target_": "some.where.Thing",
+    "_partial_": True,
+    "rank": 1,
+    "dropout": 0.5,
+    "shape": "cosine",
+    "names": [],
+    "every": None,
+    "options": {"b": 2},
+    "path": "x",
+    "inner": {"depth": 3},
+}
 
 
 def test_a_file_is_its_own_schema(conf):
     thing = conf("group/thing", TEXT)
     assert thing.target == "some.where.Thing"
-    assert {name: leaf.type for name, leaf in thing.children.items() if isinstance(leaf, schema.Leaf)} == {
-        "rank": "int >= 1", "dropout": "float in [0, 1)", "shape": "linear | cosine | 1-sqrt", "names": "list[str]",
-        "every": "int >= 1 | null", "options": "mapping", "path": "str",
-    }  # fmt: skip
+    assert {
+        name: leaf.type for name, leaf in thing.children.items() if isinstance(leaf, schema.Leaf)
+    } == {
+        "rank": "int >= 1",
+        "dropout": "float in [0, 1)",
+        "shape": "linear | cosine | 1-sqrt",
+        "names": "list[str]",
+        "every": "int >= 1 | null",
+        "options": "mapping",
+        "path": "str",
+    }
     assert thing.children["names"].doc == "with a # in it"
-    assert thing.children["inner"].children["depth"] == schema.Leaf("int", "of it", "conf/group/thing.yaml")
-    assert (thing.children["names"].default, thing.children["path"].default) == (["a", "# b"], "???")
+    assert thing.children["inner"].children["depth"] == schema.Leaf(
+        "int", "of it", "conf/group/thing.yaml"
+    )
+    assert (thing.children["names"].default, thing.children["path"].default) == (
+        ["a", "# b"],
+        "???",
+    )
     assert schema.problems(GOOD, thing, "thing") == []
 
 
 FAULTS = {
     "unknown key": ({"rnak": 3}, "thing.rnak: there is no such key. Did you mean rank?"),
     "unknown key like none": ({"zzz": 3}, "thing.zzz: there is no such key. Known: rank, dropout,"),
-    "unknown key within": ({"inner": {"depth": 1, "dept": 2}}, "thing.inner.dept: there is no such key. Did you mean depth?"),
+    "unknown key within": (
+        {"inner": {"depth": 1, "dept": 2}},
+        "thing.inner.dept: there is no such key. Did you mean depth?",
+    ),
     "wrong type": ({"rank": "four"}, "thing.rank is 'four', but must be int >= 1."),
     "out of bounds": ({"rank": 0}, "thing.rank is 0, but must be int >= 1."),
     "at an open bound": ({"dropout": 1.0}, "thing.dropout is 1.0, but must be float in [0, 1)."),
-    "misspelt choice": ({"shape": "liner"}, "thing.shape is 'liner', but must be linear | cosine | 1-sqrt. Did you mean linear?"),
+    "misspelt choice": (
+        {"shape": "liner"},
+        "thing.shape is 'liner', but must be linear | cosine | 1-sqrt. Did you mean linear?",
+    ),
     "bool is no int": ({"rank": True}, "thing.rank is True, but must be int >= 1."),
     "null where it may not be": ({"rank": None}, "thing.rank is None, but must be int >= 1."),
-    "not given": ({"path": "???"}, "thing.path is missing. It must be set: thing.path=... (where it is)"),
-    "a value for a mapping": ({"inner": 3}, "thing.inner is 3, but must be a mapping with the keys depth"),
-    "another target": ({"_target_": "os.system"}, "thing._target_ is 'os.system'. conf/group/thing.yaml has 'some.where.Thing'"),
-    "not partial": ({"_partial_": False}, "thing._partial_ is False. conf/group/thing.yaml has True"),
-    "not recursive": ({"_recursive_": False}, "thing._recursive_ is False. conf/group/thing.yaml has None"),
-    "an object in a mapping": ({"options": {"a": [{"_target_": "x"}]}}, "and nothing may be made there"),
+    "not given": (
+        {"path": "???"},
+        "thing.path is missing. It must be set: thing.path=... (where it is)",
+    ),
+    "a value for a mapping": (
+        {"inner": 3},
+        "thing.inner is 3, but must be a mapping with the keys depth",
+    ),
+    "another target": (
+        {"_target_": "os.system"},
+        "thing._target_ is 'os.system'. conf/group/thing.yaml has 'some.where.Thing'",
+    ),
+    "not partial": (
+        {"_partial_": False},
+        "thing._partial_ is False. conf/group/thing.yaml has True",
+    ),
+    "not recursive": (
+        {"_recursive_": False},
+        "thing._recursive_ is False. conf/group/thing.yaml has None",
+    ),
+    "an object in a mapping": (
+        {"options": {"a": [{"_target_": "x"}]}},
+        "and nothing may be made there",
+    ),
     "an object in a list": ({"names": [{"_target_": "x"}]}, "and nothing may be made there"),
     "an object for a value": ({"rank": {"_target_": "x"}}, "and nothing may be made there"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FAULTS)
@@ -135,14 +179,19 @@ def test_every_key_must_be_there(conf):
     without = {key: value for key, value in GOOD.items() if key not in ("rank", "_target_")}
     faults = schema.problems(without | {"inner": {}}, conf("group/thing", TEXT), "thing")
     assert [fault.split(" (")[0] for fault in faults] == [
-        "thing._target_ is None. conf/group/thing.yaml has 'some.where.Thing', and only that may stand there",
+        (
+            "thing._target_ is None. conf/group/thing.yaml has 'some.where.Thing', and only that"
+            " may stand there"
+        ),
         "thing.inner.depth is missing",
         "thing.rank is missing",
     ]
 
 
 def test_all_faults_are_told_at_once(conf):
-    faults = schema.problems(GOOD | {"rank": 0, "shape": "x", "zzz": 1}, conf("group/thing", TEXT), "thing")
+    faults = schema.problems(
+        GOOD | {"rank": 0, "shape": "x", "zzz": 1}, conf("group/thing", TEXT), "thing"
+    )
     assert len(faults) == 3
 
 
@@ -156,13 +205,24 @@ def test_what_an_older_version_lacks_is_what_the_file_has(conf):
     thing = conf("group/thing", TEXT)
     older = {"_target_": "some.where.Thing", "_partial_": True, "rank": 4, "inner": {}, "gone": 1}
     places = schema.complete(older, thing, "thing")
-    assert places == [f"thing.{name}" for name in ("dropout", "shape", "names", "every", "options", "inner.depth")]
+    assert places == [
+        f"thing.{name}" for name in ("dropout", "shape", "names", "every", "options", "inner.depth")
+    ]
     assert older == {
-        "_target_": "some.where.Thing", "_partial_": True, "rank": 4, "inner": {"depth": 1}, "gone": 1, "dropout": 0.0,
-        "shape": "linear", "names": ["a", "# b"], "every": None, "options": {"a": 1},
-    }  # fmt: skip
+        "_target_": "some.where.Thing",
+        "_partial_": True,
+        "rank": 4,
+        "inner": {"depth": 1},
+        "gone": 1,
+        "dropout": 0.0,
+        "shape": "linear",
+        "names": ["a", "# b"],
+        "every": None,
+        "options": {"a": 1},
+    }
     faults = schema.problems(older, thing, "thing")
-    assert [fault.split(" (")[0] for fault in faults][1:] == ["thing.path is missing"]  # it has no default
+    # it has no default
+    assert [fault.split(" (")[0] for fault in faults][1:] == ["thing.path is missing"]
     assert faults[0].startswith("thing.gone: there is no such key")
     older["options"]["a"] = 2
     schema.complete(another := dict(older, inner=None), thing)  # what is no mapping stays as it is
@@ -173,8 +233,13 @@ def test_what_an_older_version_lacks_is_what_the_file_has(conf):
 
 
 def test_a_whole_group_that_is_missing_is_made_and_an_entry_is_not(conf):
-    entries = conf("group/entries", "first:\n  _target_: a.B\n  _partial_: true\n  every: 1e-3  # float: steps\n")
-    root = schema.Table({"callbacks": entries, "thing": conf("group/thing", TEXT)}, None, "conf/config.yaml")
+    entries = conf(
+        "group/entries",
+        "first:\n  _target_: a.B\n  _partial_: true\n  every: 1e-3  # float: steps\n",
+    )
+    root = schema.Table(
+        {"callbacks": entries, "thing": conf("group/thing", TEXT)}, None, "conf/config.yaml"
+    )
     older = {"callbacks": {}}
     assert schema.complete(older, root) == ["thing"]
     assert schema.problems(older, root, "") == ["thing.path is missing (conf/group/thing.yaml)"]
@@ -192,23 +257,41 @@ def test_null_takes_an_entry_out_of_a_group_and_not_the_group(conf):
 
 
 def test_a_variant_inherits_types_and_changes_values(conf):
-    conf("group/lora", "_target_: a.Lora\nrank: 16  # int >= 1: inner dimension\ninner:\n  depth: 1  # int: of it\n")
-    variant = conf("group/wide", "defaults: [lora, _self_]\nrank: 64\nown: 1  # float: its own\ninner:\n  depth: 2\n")
+    conf(
+        "group/lora",
+        "_target_: a.Lora\nrank: 16  # int >= 1: inner dimension\ninner:\n  depth: 1  # int: of"
+        " it\n",
+    )
+    variant = conf(
+        "group/wide",
+        "defaults: [lora, _self_]\nrank: 64\nown: 1  # float: its own\ninner:\n  depth: 2\n",
+    )
     assert variant.target == "a.Lora"
-    assert variant.children["rank"] == schema.Leaf("int >= 1", "inner dimension", "conf/group/wide.yaml")
+    assert variant.children["rank"] == schema.Leaf(
+        "int >= 1", "inner dimension", "conf/group/wide.yaml"
+    )
     assert variant.children["inner"].children["depth"].type == "int"
-    assert (variant.children["rank"].default, variant.children["inner"].children["depth"].default) == (64, 2)
+    assert (
+        variant.children["rank"].default,
+        variant.children["inner"].children["depth"].default,
+    ) == (64, 2)
     given = {"_target_": "a.Lora", "rank": 0, "own": 1, "inner": {"depth": 1}}
     assert schema.problems(given | {"rank": 8}, variant, "x") == []
     assert "int >= 1" in schema.problems(given, variant, "x")[0]
 
 
 def test_a_variant_of_an_open_file_is_open(conf):
-    conf("group/any", "# open: the rest is checked elsewhere\n_target_: a.Any\nkind: ???  # str: of it\n")
+    conf(
+        "group/any",
+        "# open: the rest is checked elsewhere\n_target_: a.Any\nkind: ???  # str: of it\n",
+    )
     variant = conf("group/one", "defaults: [any, _self_]\nkind: ONE\n")
     given = {"_target_": "a.Any", "kind": "ONE", "whatever": [1]}
     assert schema.problems(given, variant, "x") == []
-    assert "nothing may be made" in schema.problems(given | {"whatever": [{"_target_": "b.C"}]}, variant, "x")[0]
+    assert (
+        "nothing may be made"
+        in schema.problems(given | {"whatever": [{"_target_": "b.C"}]}, variant, "x")[0]
+    )
 
 
 def test_options_are_the_files_of_a_group(conf):

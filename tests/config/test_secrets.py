@@ -1,4 +1,5 @@
-"""Secrets, by their form and by the environment's names: found in configs, taken out of texts and logs."""
+"""Secrets, by their form and by the environment's names: found in configs, taken out of texts and
+logs."""
 
 from __future__ import annotations
 
@@ -51,7 +52,11 @@ def test_logs_and_messages_hold_no_secret(capsys):
 
 
 def test_a_secret_in_a_config_is_named_by_its_place_alone():
-    named = {"logger": {"api_key": "quiet"}, "task": {"path": f"x{SECRETS['SOME_PASSWORD']}"}, "base": {"revision": "0" * 40}}
+    named = {
+        "logger": {"api_key": "quiet"},
+        "task": {"path": f"x{SECRETS['SOME_PASSWORD']}"},
+        "base": {"revision": "0" * 40},
+    }
     faults = list(secrets_module.faults(OmegaConf.create(named)))
     assert [fault.split()[0] for fault in faults] == ["logger.api_key", "task.path"]
     assert "SOME_PASSWORD" in faults[1]

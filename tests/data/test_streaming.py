@@ -1,4 +1,5 @@
-"""Rows that are read while training: the same from any step, each once an epoch, shared out over the ranks."""
+"""Rows that are read while training: the same from any step, each once an epoch, shared out over
+the ranks."""
 
 from __future__ import annotations
 
@@ -39,13 +40,33 @@ def stream(
     **changes: Any,
 ) -> Stream:
     task = Completion(str(file), "train", None, "test", 0.0, None, None, {}, True, block, on_bad)
-    config = {"max_epochs": 1, "max_length": 512, "overlong": "raise", "batch_size": 2, "accumulate": 1, "seed": 0} | changes
-    return Stream(task, Renderer(tiny.tokenizer, task), Collate(0, False, False), config, steps, start, rank, ranks)
+    config = {
+        "max_epochs": 1,
+        "max_length": 512,
+        "overlong": "raise",
+        "batch_size": 2,
+        "accumulate": 1,
+        "seed": 0,
+    } | changes
+    return Stream(
+        task,
+        Renderer(tiny.tokenizer, task),
+        Collate(0, False, False),
+        config,
+        steps,
+        start,
+        rank,
+        ranks,
+    )
 
 
 def trained(batch: dict[str, Any]) -> list[str]:
     """The places of a batch's rows that train."""
-    return [where for where, labels in zip(batch["sequences"], batch["labels"], strict=True) if (labels != -100).any()]
+    return [
+        where
+        for where, labels in zip(batch["sequences"], batch["labels"], strict=True)
+        if (labels != -100).any()
+    ]
 
 
 def line(where: str) -> int:
@@ -58,7 +79,8 @@ def lines(made: Stream) -> list[int]:
 
 def same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
     return len(a) == len(b) and all(
-        x.keys() == y.keys() and all(torch.equal(x[k], y[k]) if torch.is_tensor(x[k]) else x[k] == y[k] for k in x)
+        x.keys() == y.keys()
+        and all(torch.equal(x[k], y[k]) if torch.is_tensor(x[k]) else x[k] == y[k] for k in x)
         for x, y in zip(a, b, strict=True)
     )
 
@@ -66,14 +88,18 @@ def same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
 @pytest.mark.parametrize("epochs", [1, 2, 3])
 @pytest.mark.parametrize("block", [1, 4, 5, 23, 100])
 def test_each_row_comes_once_an_epoch(tiny, numbered, block, epochs):
-    assert Counter(lines(stream(tiny, numbered, block=block, max_epochs=epochs))) == dict.fromkeys(range(1, 24), epochs)
+    assert Counter(lines(stream(tiny, numbered, block=block, max_epochs=epochs))) == dict.fromkeys(
+        range(1, 24), epochs
+    )
 
 
 @pytest.mark.parametrize("block", [1, 5, 10])
 def test_rows_are_shuffled_within_blocks(tiny, numbered, block):
     found = lines(stream(tiny, numbered, block=block))
     for first in range(0, 23, block):
-        assert sorted(found[first : first + block]) == list(range(first + 1, min(first + block, 23) + 1))
+        assert sorted(found[first : first + block]) == list(
+            range(first + 1, min(first + block, 23) + 1)
+        )
     assert (found == sorted(found)) == (block == 1)
 
 
@@ -84,7 +110,11 @@ def test_each_block_has_an_order_of_its_own_and_a_block_may_span_epochs(tiny, nu
     for first in range(0, 90, 10):
         assert sorted(found[first : first + 10]) == sorted(read[first : first + 10])
         if len(set(read[first : first + 10])) == 10:
-            orders.add(tuple(read[first : first + 10].index(number) for number in found[first : first + 10]))
+            orders.add(
+                tuple(
+                    read[first : first + 10].index(number) for number in found[first : first + 10]
+                )
+            )
     assert len(orders) == 9
 
 
@@ -97,7 +127,9 @@ def test_the_order_depends_on_the_seed_only(tiny, numbered):
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate", "ranks"), SHAPES)
-def test_a_stream_that_starts_at_a_step_goes_on_as_if_it_had_not_stopped(tiny, numbered, batch_size, accumulate, ranks):
+def test_a_stream_that_starts_at_a_step_goes_on_as_if_it_had_not_stopped(
+    tiny, numbered, batch_size, accumulate, ranks
+):
     options = {"ranks": ranks, "batch_size": batch_size, "accumulate": accumulate, "max_epochs": 2}
     steps = -(-46 // (batch_size * accumulate * ranks))
     for rank in range(ranks):
@@ -110,16 +142,26 @@ def test_a_stream_that_starts_at_a_step_goes_on_as_if_it_had_not_stopped(tiny, n
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate", "ranks"), SHAPES)
-def test_ranks_take_disjoint_shares_that_make_up_the_stream(tiny, numbered, batch_size, accumulate, ranks):
+def test_ranks_take_disjoint_shares_that_make_up_the_stream(
+    tiny, numbered, batch_size, accumulate, ranks
+):
     options = {"ranks": ranks, "batch_size": batch_size, "accumulate": accumulate}
     shares = [list(stream(tiny, numbered, rank=rank, **options)) for rank in range(ranks)]
-    assert len({len(share) for share in shares}) == 1  # else a rank would wait for the others without end
-    in_turn = [where for batches in zip(*shares, strict=True) for batch in batches for where in trained(batch)]
+    # else a rank would wait for the others without end
+    assert len({len(share) for share in shares}) == 1
+    in_turn = [
+        where
+        for batches in zip(*shares, strict=True)
+        for batch in batches
+        for where in trained(batch)
+    ]
     assert [line(where) for where in in_turn] == lines(stream(tiny, numbered))
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate", "ranks"), SHAPES)
-def test_window_tokens_are_the_trained_tokens_of_the_whole_step(tiny, numbered, batch_size, accumulate, ranks):
+def test_window_tokens_are_the_trained_tokens_of_the_whole_step(
+    tiny, numbered, batch_size, accumulate, ranks
+):
     options = {"ranks": ranks, "batch_size": batch_size, "accumulate": accumulate}
     shares = [list(stream(tiny, numbered, rank=rank, **options)) for rank in range(ranks)]
     tokens = 0
@@ -134,7 +176,8 @@ def test_window_tokens_are_the_trained_tokens_of_the_whole_step(tiny, numbered, 
 
 
 @pytest.mark.parametrize(
-    ("steps", "epochs", "wanted"), [(3, 1, 3), (3, None, 3), (40, None, 40), (40, 1, 12), (12, 1, 12), (0, 1, 0)]
+    ("steps", "epochs", "wanted"),
+    [(3, 1, 3), (3, None, 3), (40, None, 40), (40, 1, 12), (12, 1, 12), (0, 1, 0)],
 )
 def test_a_stream_ends_with_its_steps_or_its_data(tiny, numbered, steps, epochs, wanted):
     assert len(list(stream(tiny, numbered, steps, max_epochs=epochs))) == wanted
@@ -162,7 +205,9 @@ def test_overlong_rows_are_dropped_or_cut_and_counted(tiny, numbered, overlong, 
     assert sorted(line(where) for where, _ in rows) == list(kept)
     assert max(len(row.ids) for _, row in rows) == 10
     assert (made.report.rows, made.report.kept) == (23, len(kept))
-    assert (made.report.dropped, made.report.truncated) == ((14, 0) if overlong == "drop" else (0, 14))
+    assert (made.report.dropped, made.report.truncated) == (
+        (14, 0) if overlong == "drop" else (0, 14)
+    )
 
 
 def test_an_overlong_row_is_an_error_where_asked(tiny, numbered):

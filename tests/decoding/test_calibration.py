@@ -1,4 +1,5 @@
-"""What a static tree is searched from: ranks against ones that a drafter was given, replayed steps against decoded ones."""
+"""What a static tree is searched from: ranks against ones that a drafter was given, replayed steps
+against decoded ones."""
 
 from __future__ import annotations
 
@@ -9,7 +10,16 @@ import torch
 
 from tests.decoding.test_speculative import PROMPT, alone, tiny
 from trainer.decoding import calibration
-from trainer.decoding.calibration import acceptance, drafting, fastest, least, ranks, replay, verifying, written
+from trainer.decoding.calibration import (
+    acceptance,
+    drafting,
+    fastest,
+    least,
+    ranks,
+    replay,
+    verifying,
+    written,
+)
 from trainer.decoding.speculative import generate
 from trainer.decoding.trees import EAGLE1, Levels
 from trainer.drafters import Drafter, DrafterError, Target
@@ -51,7 +61,10 @@ class Said:
             order.remove(drafter.ids[at])
             order.insert(drafter.order[self.newest][depth], drafter.ids[at])
         where = {
-            token: place for place, token in enumerate(range(V) if drafter.vocabulary is None else drafter.vocabulary.tolist())
+            token: place
+            for place, token in enumerate(
+                range(V) if drafter.vocabulary is None else drafter.vocabulary.tolist()
+            )
         }
         logits = torch.zeros(len(order))
         for rank, token in enumerate(order):
@@ -96,7 +109,9 @@ def test_ranks_are_those_of_the_texts_own_tokens(target, width):
     text = written(target, drafter, PROMPT, 20, [])
     assert text.ids.tolist() == ids
     found = ranks(target, drafter, text, width, 4)
-    assert found == [cut(order[n][: min(4, len(ids) - 1 - n)], width) for n in range(len(PROMPT), len(ids) - 1)]
+    assert found == [
+        cut(order[n][: min(4, len(ids) - 1 - n)], width) for n in range(len(PROMPT), len(ids) - 1)
+    ]
     assert len({len(row) for row in found}) > 1
 
 
@@ -105,7 +120,10 @@ def test_what_a_draft_vocabulary_lacks_is_never_right(target):
     drafter, ids, order = known(target, PROMPT, 20, 2, vocabulary)
     found = ranks(target, drafter, written(target, drafter, PROMPT, 20, []), 6, 3)
     for n, row in enumerate(found, len(PROMPT)):
-        wanted = [rank if ids[n + 1 + i] % 2 else 99 for i, rank in enumerate(order[n][: min(3, len(ids) - 1 - n)])]
+        wanted = [
+            rank if ids[n + 1 + i] % 2 else 99
+            for i, rank in enumerate(order[n][: min(3, len(ids) - 1 - n)])
+        ]
         assert row == cut(wanted, 6)
 
 
@@ -118,7 +136,10 @@ def test_a_growth_that_ends_early_is_wrong_there(target):
 
 def test_acceptance_is_how_often_a_rank_is_right_below_right_nodes():
     draw = random.Random(4)
-    texts = [[cut([draw.choice([0, 0, 0, 1, 2, 5]) for _ in range(min(3, n + 1))], 4) for n in range(40)] for _ in range(3)]
+    texts = [
+        [cut([draw.choice([0, 0, 0, 1, 2, 5]) for _ in range(min(3, n + 1))], 4) for n in range(40)]
+        for _ in range(3)
+    ]
     for width in (1, 2, 4):
         table = acceptance(texts, width)
         assert len(table) == 3
@@ -133,14 +154,19 @@ def test_acceptance_is_how_often_a_rank_is_right_below_right_nodes():
     assert acceptance([], 2) == []
 
 
-@pytest.mark.parametrize("paths", [list(EAGLE1), [(0,), (0, 0), (0, 0, 0), (0, 0, 0, 0)], [(1,), (0,), (1, 2), (2,)], [(3,)]])
+@pytest.mark.parametrize(
+    "paths",
+    [list(EAGLE1), [(0,), (0, 0), (0, 0, 0), (0, 0, 0, 0)], [(1,), (0,), (1, 2), (2,)], [(3,)]],
+)
 def test_a_replay_takes_as_many_steps_as_decoding(target, paths):
     texts, tokens, steps = [], 0, 0
     for seed, count in ((5, 26), (6, 1), (7, 14)):
         prompt = PROMPT.roll(seed)
         drafter, ids, _ = known(target, prompt, count, seed)
         stop = [ids[-1]] if seed == 7 else []
-        texts.append(ranks(target, drafter, written(target, drafter, prompt, count, stop), 10, DEPTH))
+        texts.append(
+            ranks(target, drafter, written(target, drafter, prompt, count, stop), 10, DEPTH)
+        )
         decoded = generate(target, drafter, prompt, count, stop, shape=Levels(paths))
         tokens, steps = tokens + len(decoded.tokens) - 1, steps + decoded.steps
     assert replay(texts, paths) == tokens / steps > 1
@@ -155,7 +181,10 @@ def test_costs_are_the_least_of_each_width_and_linear_between():
 
 def test_a_pass_takes_no_longer_than_one_over_more_tokens_or_over_a_tree():
     chain, tree = {1: [2.0], 2: [9.0], 3: [3.0]}, {1: [1.5], 2: [4.0], 3: [3.5]}
-    assert least({"chain": chain, "tree": tree}, 2) == {"chain": [1.5, 3.0, 3.0], "tree": [1.5, 3.5, 3.5]}
+    assert least({"chain": chain, "tree": tree}, 2) == {
+        "chain": [1.5, 3.0, 3.0],
+        "tree": [1.5, 3.5, 3.5],
+    }
 
 
 def test_passes_and_drafts_are_timed(target, monkeypatch):
@@ -192,7 +221,12 @@ TEXT = [[[0, 0, 0, 0][: 40 - n] if n % 4 else [1, 0, 2][: 40 - n] for n in range
 @pytest.mark.parametrize("level", [0.0, 0.2, 0.5, 3.0])
 def test_the_fastest_chain_is_the_one_of_all_lengths(level):
     verify = [1.0, 1.05, 1.1, 1.2, 1.5, 2.0, 2.5]
-    found = fastest(TEXT, {"chain": 1}, {"chain": verify}, lambda trees: [level * max(map(len, paths)) for paths in trees])
+    found = fastest(
+        TEXT,
+        {"chain": 1},
+        {"chain": verify},
+        lambda trees: [level * max(map(len, paths)) for paths in trees],
+    )
     rates = {0: 1 / verify[0]}
     for length in range(1, 5):
         paths = [(0,) * k for k in range(1, length + 1)]

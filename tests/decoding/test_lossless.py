@@ -1,4 +1,5 @@
-"""Trees and batches on real models: the text is transformers' token by token, and drafters are told what the target computed."""
+"""Trees and batches on real models: the text is transformers' token by token, and drafters are told
+what the target computed."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ FAMILIES = ("llama", "qwen2", "mistral, a window of 6", "gemma2, a cap and a win
 
 
 class Partly(Drafter):
-    """Likes the right token more often than not, of a text that it was given for its prompt's first tokens."""
+    """Likes the right token more often than not, of a text that it was given for its prompt's first
+    tokens."""
 
     offsets, layers = 5, ()
 
@@ -89,7 +91,9 @@ def test_every_shape_writes_transformers_text_alone_and_together(kind):
         one = generate(target, Partly(whole, number), prompts[number % 4], LENGTH, [], shape=shape)
         assert one.tokens == wanted[number % 4], name
         assert one.nodes > 0
-        together = generate_batch(target, Partly(whole, number), prompts[:3], LENGTH, [], shape=shape)
+        together = generate_batch(
+            target, Partly(whole, number), prompts[:3], LENGTH, [], shape=shape
+        )
         assert [found.tokens for found in together] == wanted[:3], name
         assert min(len(found.drafts) for found in together) < LENGTH - 1
         for found in together:
@@ -125,7 +129,9 @@ def test_a_drafter_is_told_the_states_and_features_of_what_was_accepted(kind):
         told = torch.cat([one.hidden for one in news])
         torch.testing.assert_close(told, states[: len(told)], rtol=1e-3, atol=1e-4)
         features = torch.cat([one.features for one in news])
-        torch.testing.assert_close(features, torch.cat([layer[0] for layer in kept], dim=-1), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            features, torch.cat([layer[0] for layer in kept], dim=-1), rtol=1e-3, atol=1e-4
+        )
         for one in news[1:]:
             tokens, logits = one.tried
             assert len(tokens) == len(logits)
@@ -158,14 +164,21 @@ class Own(Drafter):
     def propose(self, memory, target, news, strategy):
         memory += [0]
         tokens, parents = self.trees[len(memory) % len(self.trees)]
-        return Draft(torch.tensor(tokens, dtype=torch.long), torch.tensor(parents, dtype=torch.long))
+        return Draft(
+            torch.tensor(tokens, dtype=torch.long), torch.tensor(parents, dtype=torch.long)
+        )
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gemma2, a cap and a window of 5"])
 def test_a_drafter_may_make_chains_and_trees_in_turn(kind):
     model = tiny(kind)
     text = alone(model, PROMPT, 20)
-    trees = [([text[3], 5, 7], [-1, 0, 1]), ([5, text[4], 9, text[5]], [-1, -1, 0, 1]), ([], []), ([7, 7], [-1, -1])]
+    trees = [
+        ([text[3], 5, 7], [-1, 0, 1]),
+        ([5, text[4], 9, text[5]], [-1, -1, 0, 1]),
+        ([], []),
+        ([7, 7], [-1, -1]),
+    ]
     assert generate(Target(model), Own(trees), PROMPT, 20, []).tokens == text
 
 
@@ -174,10 +187,16 @@ def test_a_chain_asks_nothing_of_a_model_that_cannot_read_trees(monkeypatch):
     text = alone(model, PROMPT, 10)
     target = Target(model)
     monkeypatch.setattr(target.config, "_attn_implementation", "flash_attention_2")
-    monkeypatch.setattr(Texts, "_pass", lambda self, *_, **__: pytest.fail("a pass before the refusal"))
+    monkeypatch.setattr(
+        Texts, "_pass", lambda self, *_, **__: pytest.fail("a pass before the refusal")
+    )
     for many, shape in ((1, Levels(EAGLE1)), (2, chain(2))):
-        with pytest.raises(DrafterError, match=r"flash_attention_2 takes no mask.*tree=chain with batch_size=1"):
-            generate_batch(target, Partly([[*PROMPT.tolist(), *text]]), [PROMPT] * many, 10, [], shape=shape)
+        with pytest.raises(
+            DrafterError, match=r"flash_attention_2 takes no mask.*tree=chain with batch_size=1"
+        ):
+            generate_batch(
+                target, Partly([[*PROMPT.tolist(), *text]]), [PROMPT] * many, 10, [], shape=shape
+            )
     monkeypatch.undo()
     monkeypatch.setattr(target.config, "_attn_implementation", "sdpa")
     monkeypatch.setattr(texts, "allow_trees", lambda target: pytest.fail("asked for trees"))
@@ -196,7 +215,9 @@ def test_a_model_that_does_not_keep_siblings_apart_is_refused(monkeypatch):
     model = tiny()
     target = Target(model)
     monkeypatch.setattr(
-        texts, "places", lambda trees, most: (torch.arange(most)[None], torch.ones(1, most, most, dtype=torch.bool))
+        texts,
+        "places",
+        lambda trees, most: (torch.arange(most)[None], torch.ones(1, most, most, dtype=torch.bool)),
     )
     with pytest.raises(DrafterError, match="a token does not stay apart from its sibling"):
         texts.allow_trees(target)
@@ -206,7 +227,13 @@ def test_a_model_that_does_not_keep_siblings_apart_is_refused(monkeypatch):
 def test_who_sees_whom():
     depths, sees = texts.places([[-1, -1, 0, 2], [-1]], 5)
     assert depths.tolist() == [[0, 1, 1, 2, 3], [0, 1, 0, 0, 0]]
-    assert [[j for j in range(5) if row[j]] for row in sees[0]] == [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 3, 4]]
+    assert [[j for j in range(5) if row[j]] for row in sees[0]] == [
+        [0],
+        [0, 1],
+        [0, 2],
+        [0, 1, 3],
+        [0, 1, 3, 4],
+    ]
     assert [[j for j in range(5) if row[j]] for row in sees[1]] == [[0], [0, 1], [2], [3], [4]]
 
 

@@ -1,4 +1,5 @@
-"""transformers' generate with our drafters writes what it writes without: a second decoder that verifies them."""
+"""transformers' generate with our drafters writes what it writes without: a second decoder that
+verifies them."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ from trainer.drafters.small import SmallModel
 from trainer.drafters.untrained import Untrained
 
 PROMPT = torch.tensor([[5, 9, 13, 7, 30, 22, 11]])
-TRAINED = sorted({path.stem for path in (ROOT / "conf" / "drafter").glob("*.yaml")} - {"none", "registers"})
+TRAINED = sorted(
+    {path.stem for path in (ROOT / "conf" / "drafter").glob("*.yaml")} - {"none", "registers"}
+)
 
 
 @pytest.fixture
@@ -31,13 +34,18 @@ def model():
 def text(model, count=30, **settings):
     torch.manual_seed(0)
     settings = {"do_sample": False, "max_new_tokens": count} | settings
-    return model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **settings)[0, PROMPT.shape[1] :].tolist()
+    return model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **settings)[
+        0, PROMPT.shape[1] :
+    ].tolist()
 
 
 def passes(model):
     """Counts the target's passes."""
     seen = []
-    model.register_forward_hook(lambda module, args, kwargs, out: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    model.register_forward_hook(
+        lambda module, args, kwargs, out: seen.append(kwargs["input_ids"].shape[1]),
+        with_kwargs=True,
+    )
     return seen
 
 
@@ -59,7 +67,10 @@ class Told(Untrained):
         tokens = [(t + self.wrong(i)) % 64 for i, t in enumerate(self.whole[at : at + 4], at)]
         if self.tree:  # a sibling before each node but the first child, which is the right one
             tokens = [token for right in tokens for token in (right, (right + 1) % 64)]
-            return Draft(torch.tensor(tokens, dtype=torch.long), torch.tensor([-1, -1, 0, 0, 2, 2, 4, 4][: len(tokens)]))
+            return Draft(
+                torch.tensor(tokens, dtype=torch.long),
+                torch.tensor([-1, -1, 0, 0, 2, 2, 4, 4][: len(tokens)]),
+            )
         return chain(torch.tensor(tokens, dtype=torch.long))
 
 
@@ -81,10 +92,14 @@ def test_it_is_told_each_accepted_state_once_and_the_text_stays(model, tree):
     with torch.no_grad():
         out = model.model(input_ids=ids[None, :-1], output_hidden_states=True)
         logits = model(input_ids=ids[None, :-1]).logits[0]
-    torch.testing.assert_close(torch.cat([one.hidden for one in news]), out.last_hidden_state[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.cat([one.hidden for one in news]), out.last_hidden_state[0], atol=1e-4, rtol=1e-4
+    )
     between = torch.cat([out.hidden_states[0], out.hidden_states[1]], dim=-1)[0]
     assert torch.cat([one.features for one in news]).shape == between.shape
-    torch.testing.assert_close(torch.cat([one.features for one in news])[:, :64], between[:, :64], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.cat([one.features for one in news])[:, :64], between[:, :64], atol=1e-4, rtol=1e-4
+    )
     position = 0
     for one in news:
         position += len(one.ids)
@@ -115,12 +130,15 @@ def test_greedy_is_plain_greedy(model):
         for count in (None, 2):
             assert text(model, 24, custom_generate=drafting(drafter, count)) == plain, name
         if name == "itself":
-            assert len(seen) == 1 + 6 + 1 + 8 + 2 * 2  # Target looks twice how the model makes its logits
+            # Target looks twice how the model makes its logits
+            assert len(seen) == 1 + 6 + 1 + 8 + 2 * 2
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_greedy_with_each_trained_drafter(model, name):
-    node = OmegaConf.to_container(compose.compose([f"drafter={name}", "base=tiny", "task.path=x"]).drafter)
+    node = OmegaConf.to_container(
+        compose.compose([f"drafter={name}", "base=tiny", "task.path=x"]).drafter
+    )
     drafter = instantiate(node)(model=model).eval()
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -165,11 +183,23 @@ def test_what_is_accepted_streams(model):
 
 
 def test_a_sampled_token_is_the_targets_whatever_is_drafted():
-    model = toys.llama(torch.float32, vocab_size=7, num_hidden_layers=1, hidden_size=16, intermediate_size=16, pad_token_id=0)
+    model = toys.llama(
+        torch.float32,
+        vocab_size=7,
+        num_hidden_layers=1,
+        hidden_size=16,
+        intermediate_size=16,
+        pad_token_id=0,
+    )
     prompt = torch.tensor([[1, 3]])
     with torch.no_grad():
         first = model(input_ids=prompt).logits[0, -1].double().softmax(-1)
-        after = model(input_ids=torch.tensor([[1, 3, v] for v in range(7)])).logits[:, -1].double().softmax(-1)
+        after = (
+            model(input_ids=torch.tensor([[1, 3, v] for v in range(7)]))
+            .logits[:, -1]
+            .double()
+            .softmax(-1)
+        )
     wanted = first @ after
     often = int(wanted.argmax())
     drafter = Told([often] * 9)
@@ -180,9 +210,14 @@ def test_a_sampled_token_is_the_targets_whatever_is_drafted():
     for _ in range(150):
         drafter.news.clear()
         out = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0, max_new_tokens=3, eos_token_id=None,
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=3,
+            eos_token_id=None,
             custom_generate=decode,
-        )  # fmt: skip
+        )
         found[out[0, 3]] += 1
     assert 2 * 150 < len(seen) < 3 * 150  # some were taken, not all
     assert p_value(found, wanted) > 0.01
@@ -197,7 +232,10 @@ def test_what_it_cannot_do_is_refused(model):
     cache = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=PROMPT[:, :3], past_key_values=cache)
-    with pytest.raises(DrafterError, match="past_key_values holds tokens"), assist(model, PromptLookup()):
+    with (
+        pytest.raises(DrafterError, match="past_key_values holds tokens"),
+        assist(model, PromptLookup()),
+    ):
         text(model, past_key_values=cache)
     assert "generate" not in vars(model)
     assert "_get_candidate_generator" not in vars(model)

@@ -1,4 +1,5 @@
-"""Speculative decoding writes what the target alone would: token by token when greedy, in distribution when sampling."""
+"""Speculative decoding writes what the target alone would: token by token when greedy, in
+distribution when sampling."""
 
 from __future__ import annotations
 
@@ -22,10 +23,20 @@ from trainer.decoding.trees import Levels, chain, confident, dyspec, eagle2, hop
 from trainer.drafters import Drafter, DrafterError, Target
 
 SIZES = {
-    "vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 4, "max_position_embeddings": 128, "initializer_range": 0.4, "tie_word_embeddings": False,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
-}  # fmt: skip
+    "vocab_size": 41,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.4,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
 MODELS = {
     "llama": ("Llama", {}),
     "qwen2": ("Qwen2", {}),
@@ -34,10 +45,15 @@ MODELS = {
         "Gemma2",
         {"sliding_window": 5, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 4},
     ),
-    "gpt2": ("GPT2", {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 128, "tie_word_embeddings": False}),
+    "gpt2": (
+        "GPT2",
+        {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 128, "tie_word_embeddings": False},
+    ),
     "granite, scaled logits": ("Granite", {"logits_scaling": 0.25}),
 }
-PRESETS = sorted({path.stem for path in (ROOT / "conf" / "drafter").glob("*.yaml")} - {"none", "registers"})
+PRESETS = sorted(
+    {path.stem for path in (ROOT / "conf" / "drafter").glob("*.yaml")} - {"none", "registers"}
+)
 PROMPT = torch.tensor([5, 9, 13, 7, 30, 22, 11])
 
 
@@ -45,23 +61,33 @@ def tiny(kind="llama", **changes):
     name, settings = MODELS[kind]
     torch.manual_seed(2)  # its texts go through many tokens
     built = getattr(transformers, f"{name}Config")(**(SIZES | settings | changes))
-    made = transformers.GPT2LMHeadModel if name == "GPT2" else getattr(transformers, f"{name}ForCausalLM")
+    made = (
+        transformers.GPT2LMHeadModel
+        if name == "GPT2"
+        else getattr(transformers, f"{name}ForCausalLM")
+    )
     return made(built).eval()
 
 
 def alone(model, ids, count, stops=(), **settings):
     """transformers' own text."""
     asked = GenerationConfig(
-        max_new_tokens=count, eos_token_id=list(stops) or None, pad_token_id=0, **{"do_sample": False} | settings
+        max_new_tokens=count,
+        eos_token_id=list(stops) or None,
+        pad_token_id=0,
+        **{"do_sample": False} | settings,
     )
     out = model.generate(
-        input_ids=ids.unsqueeze(0), attention_mask=torch.ones(1, len(ids), dtype=torch.long), generation_config=asked
+        input_ids=ids.unsqueeze(0),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        generation_config=asked,
     )
     return out[0, len(ids) :].tolist()
 
 
 class Toy(Drafter):
-    """Proposes what `guess(index of the token in the text, how many)` says, and keeps what it was told."""
+    """Proposes what `guess(index of the token in the text, how many)` says, and keeps what it was
+    told."""
 
     offsets, tokens = 4, 41
 
@@ -79,7 +105,13 @@ class Toy(Drafter):
         self.news.append(news)
         self.asked.append(0)
         found = self.guess(sum(len(one.ids) for one in self.news) + 1, self.offsets)
-        return Told(self, [F.one_hot(torch.tensor(token), self.tokens).float() for token in found[: self.offsets]])
+        return Told(
+            self,
+            [
+                F.one_hot(torch.tensor(token), self.tokens).float()
+                for token in found[: self.offsets]
+            ],
+        )
 
 
 class Told:
@@ -104,7 +136,11 @@ class Told:
 def oracle(ids, text, wrong=lambda place: False):
     """A drafter that knows the text, but for some places of it."""
     whole = ids.tolist() + text
-    return Toy(lambda at, count: [(t + 1) % 41 if wrong(i) else t for i, t in enumerate(whole[at : at + count], at)])
+    return Toy(
+        lambda at, count: [
+            (t + 1) % 41 if wrong(i) else t for i, t in enumerate(whole[at : at + count], at)
+        ]
+    )
 
 
 def drafters(ids, text):
@@ -142,7 +178,12 @@ def test_greedy_is_transformers_greedy(kind):
 @pytest.mark.parametrize("name", ["lora", "rosa", "dora", "prompt_tuning", "prefix_tuning"])
 def test_greedy_with_an_adapter(name):
     node = compose.compose(
-        [f"adapter={name}", "base=tiny", "task.path=x", *(["adapter.warmup_steps=1"] if name == "rosa" else [])]
+        [
+            f"adapter={name}",
+            "base=tiny",
+            "task.path=x",
+            *(["adapter.warmup_steps=1"] if name == "rosa" else []),
+        ]
     )
     adapter = instantiate(OmegaConf.to_container(node.adapter))
     base = toys.llama(torch.float32, tie_word_embeddings=False)
@@ -153,7 +194,10 @@ def test_greedy_with_an_adapter(name):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.2)
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)),
+                    alpha=0.2,
+                )
     model.eval()
     text = alone(model, PROMPT, 25)
     assert text != plain
@@ -164,14 +208,23 @@ def test_greedy_with_an_adapter(name):
         if drafter is not None:
             drafter.tokens = 64
         assert generate(target, drafter, PROMPT, 25, []).tokens == text, which
-        assert generate(target, drafter, PROMPT, 25, [], shape=Levels(FORM) if drafter else None).tokens == text, which
+        assert (
+            generate(
+                target, drafter, PROMPT, 25, [], shape=Levels(FORM) if drafter else None
+            ).tokens
+            == text
+        ), which
     short = alone(model, PROMPT[:3], 25)
-    assert [found.tokens for found in generate_batch(target, None, [PROMPT, PROMPT[:3]], 25, [])] == [text, short]
+    assert [
+        found.tokens for found in generate_batch(target, None, [PROMPT, PROMPT[:3]], 25, [])
+    ] == [text, short]
 
 
 def made(name, model):
     """The drafter of conf/drafter/NAME.yaml, its weights random."""
-    node = OmegaConf.to_container(compose.compose([f"drafter={name}", "base=tiny", "task.path=x"]).drafter)
+    node = OmegaConf.to_container(
+        compose.compose([f"drafter={name}", "base=tiny", "task.path=x"]).drafter
+    )
     drafter = instantiate(node)(model=model).eval()
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -189,7 +242,9 @@ def test_greedy_with_each_drafter(name):
     assert found.tokens == text
     assert found.drafts[0][0] >= drafter.offsets
     drawn = [
-        generate(Target(model), drafter, PROMPT, 20, [], 1.0, 0.9, torch.Generator().manual_seed(seed)).tokens
+        generate(
+            Target(model), drafter, PROMPT, 20, [], 1.0, 0.9, torch.Generator().manual_seed(seed)
+        ).tokens
         for seed in (0, 0, 1)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -213,8 +268,12 @@ def test_a_drafter_is_told_each_accepted_state_once_with_the_token_after_it(kind
     assert len(told) > 20
     with torch.no_grad():
         states = model.get_decoder()(input_ids=whole.unsqueeze(0)).last_hidden_state[0]
-    assert torch.allclose(torch.cat([news.hidden for news in drafter.news]), states[: len(told)], atol=1e-4)
-    assert [len(news.ids) for news in drafter.news[1:]] == [taken + 1 for _, taken in found.drafts[: len(drafter.news) - 1]]
+    assert torch.allclose(
+        torch.cat([news.hidden for news in drafter.news]), states[: len(told)], atol=1e-4
+    )
+    assert [len(news.ids) for news in drafter.news[1:]] == [
+        taken + 1 for _, taken in found.drafts[: len(drafter.news) - 1]
+    ]
     assert int(drafter.news[0].first) == PROMPT[0]
     assert all(news.first is None for news in drafter.news[1:])
     for news in drafter.news:
@@ -269,7 +328,10 @@ def test_a_recurrent_target_is_refused_before_it_writes():
     target = Target(tiny())
     target.model = model
     drafter = Toy(lambda at, count: [])
-    with pytest.raises(DrafterError, match=r"MambaForCausalLM has layers whose state cannot be taken back.*trainer\.generate"):
+    with pytest.raises(
+        DrafterError,
+        match=r"MambaForCausalLM has layers whose state cannot be taken back.*trainer\.generate",
+    ):
         generate(target, drafter, PROMPT, 4, [])
     assert not hasattr(drafter, "asked")
 
@@ -282,7 +344,8 @@ def test_a_cache_without_a_way_back_is_refused(monkeypatch):
     assert len(generate(target, None, PROMPT, 4, []).tokens) == 4
 
 
-# Sampling from five tokens, each drawn given the last one: the chances of all texts of four can be worked out.
+# Sampling from five tokens, each drawn given the last one: the chances of all texts of four can be
+# worked out.
 
 TOKENS, LENGTH, DRAWS = 5, 4, 1500
 
@@ -376,13 +439,16 @@ def counted(target, drafter, temperature, top_p, **more):
     found = torch.zeros([TOKENS] * LENGTH, dtype=torch.float64)
     prompts = [torch.tensor([1, 3])] * 250
     for _ in range(DRAWS // 250):
-        for result in generate_batch(target, drafter, prompts, LENGTH, [], temperature, top_p, generator, **more):
+        for result in generate_batch(
+            target, drafter, prompts, LENGTH, [], temperature, top_p, generator, **more
+        ):
             found[tuple(result.tokens)] += 1
     return found
 
 
 def p_value(found, wanted):
-    """Of Pearson's χ², texts expected less than five times taken together. 0 where a text came that cannot be."""
+    """Of Pearson's χ², texts expected less than five times taken together. 0 where a text came that
+    cannot be."""
     if found[wanted == 0].sum() > 0:
         return 0.0
     expected = wanted * found.sum()
@@ -390,7 +456,11 @@ def p_value(found, wanted):
     a = torch.cat([found[often], found[~often].sum().view(1)])
     b = torch.cat([expected[often], expected[~often].sum().view(1)])
     a, b = a[b > 0], b[b > 0]
-    return float(torch.special.gammaincc(torch.tensor((len(a) - 1) / 2).double(), ((a - b) ** 2 / b).sum() / 2))
+    return float(
+        torch.special.gammaincc(
+            torch.tensor((len(a) - 1) / 2).double(), ((a - b) ** 2 / b).sum() / 2
+        )
+    )
 
 
 OTHER = torch.randn(TOKENS, TOKENS, generator=torch.Generator().manual_seed(6)) * 2
@@ -413,9 +483,11 @@ SAMPLED = {
 
 def drafting(table):
     return {
-        "as the target": Sampler(table), "otherwise": Sampler(OTHER), "against": Sampler(-table),
+        "as the target": Sampler(table),
+        "otherwise": Sampler(OTHER),
+        "against": Sampler(-table),
         "some tokens only": Sampler(OTHER, torch.tensor([0, 2, 3])),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
@@ -448,25 +520,35 @@ def test_a_rule_that_refills_from_p_is_noticed(table, monkeypatch, how):
 
 
 def test_typical_acceptance_writes_otherwise(table):
-    found = counted(table, Sampler(OTHER), 1.0, 1.0, shape=Levels(FORM, best=True), rule="typical_lossy")
+    found = counted(
+        table, Sampler(OTHER), 1.0, 1.0, shape=Levels(FORM, best=True), rule="typical_lossy"
+    )
     assert p_value(found, joint(table.table, 3, 1.0, 1.0)) < 1e-6
 
 
 def test_a_draft_of_the_targets_own_distribution_is_always_taken(table):
     for seed in range(50):
         generator = torch.Generator().manual_seed(seed)
-        found = generate(table, Sampler(table.table), torch.tensor([1]), 9, [], 0.9, 0.95, generator)
+        found = generate(
+            table, Sampler(table.table), torch.tensor([1]), 9, [], 0.9, 0.95, generator
+        )
         assert all(proposed == taken for proposed, taken in found.drafts)
 
 
 def test_how_often_a_draft_is_taken_is_what_p_and_q_share(table):
     other = Sampler(torch.randn(TOKENS, TOKENS, generator=torch.Generator().manual_seed(6)) * 2)
     generator = torch.Generator().manual_seed(0)
-    results = [generate(table, other, torch.tensor([2, 3]), 3, [], 1.0, 1.0, generator, count=1) for _ in range(1000)]
+    results = [
+        generate(table, other, torch.tensor([2, 3]), 3, [], 1.0, 1.0, generator, count=1)
+        for _ in range(1000)
+    ]
     firsts = [result.drafts[0] for result in results]
     p, q = table.table.softmax(-1).double(), other.table.softmax(-1).double()
     shared = float((p[3] * torch.minimum(p, q).sum(-1)).sum())
-    assert abs(sum(taken for _, taken in firsts) / 1000 - shared) < 4 * (shared * (1 - shared) / 1000) ** 0.5
+    assert (
+        abs(sum(taken for _, taken in firsts) / 1000 - shared)
+        < 4 * (shared * (1 - shared) / 1000) ** 0.5
+    )
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 0.7)])
@@ -481,14 +563,26 @@ def test_without_a_drafter_the_draws_are_those_of_transformers(temperature, top_
 def test_a_sampled_text_repeats_with_its_generator():
     target = Target(tiny())
     texts = [
-        generate(target, Toy(lambda at, n: [3] * n), PROMPT, 15, [], 1.0, 1.0, torch.Generator().manual_seed(seed)).tokens
+        generate(
+            target,
+            Toy(lambda at, n: [3] * n),
+            PROMPT,
+            15,
+            [],
+            1.0,
+            1.0,
+            torch.Generator().manual_seed(seed),
+        ).tokens
         for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_a_place_counts_what_was_proposed_what_stood_after_right_ones_and_what_was_taken():
-    results = [Result([], [(3, 3), (3, 0), (3, 2)], 0, 0), Result([], [(3, 1), (1, 1), (0, 0)], 0, 0)]
+    results = [
+        Result([], [(3, 3), (3, 0), (3, 2)], 0, 0),
+        Result([], [(3, 1), (1, 1), (0, 0)], 0, 0),
+    ]
     assert places(results) == [Place(5, 5, 4), Place(4, 3, 2), Place(4, 2, 1)]
     assert results[1].histogram == [1, 2]
     assert places([]) == []

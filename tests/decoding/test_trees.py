@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from trainer.decoding import trees
-from trainer.decoding.trees import EAGLE1, Drawing, Levels, chain, confident, dyspec, eagle2, hopeful, named, search
+from trainer.decoding.trees import (
+    EAGLE1,
+    Drawing,
+    Levels,
+    chain,
+    confident,
+    dyspec,
+    eagle2,
+    hopeful,
+    named,
+    search,
+)
 from trainer.drafters import DrafterError
 
 V = 6
@@ -25,7 +36,9 @@ class Table:
 
     def logits(self, path):
         draw = torch.Generator().manual_seed(hash((*path, self.seed)) % 2**31)
-        return torch.randn(V if self.vocabulary is None else len(self.vocabulary), generator=draw) * 2
+        return (
+            torch.randn(V if self.vocabulary is None else len(self.vocabulary), generator=draw) * 2
+        )
 
     def first(self):
         return self.logits(())
@@ -37,7 +50,9 @@ class Table:
         assert max(map(len, new)) < self.depth
         self.paths += new
         self.calls.append(len(new))
-        self.confidence = None if self.predicts is None else torch.tensor([self.predicts(path) for path in new])
+        self.confidence = (
+            None if self.predicts is None else torch.tensor([self.predicts(path) for path in new])
+        )
         return torch.stack([self.logits(path) for path in new])
 
 
@@ -55,7 +70,9 @@ def everything(growth):
     found = {(): 0.0}
     for length in range(1, growth.depth + 1):
         for path in itertools.product(range(V), repeat=length):
-            found[path] = found[path[:-1]] + float(growth.logits(path[:-1]).log_softmax(-1)[path[-1]])
+            found[path] = found[path[:-1]] + float(
+                growth.logits(path[:-1]).log_softmax(-1)[path[-1]]
+            )
     del found[()]
     return found
 
@@ -73,7 +90,9 @@ def test_a_chain_is_the_best_tokens_one_after_another():
     assert draft.probabilities is None
 
 
-@pytest.mark.parametrize(("count", "limit", "depth", "length"), [(3, 9, 4, 3), (9, 9, 4, 4), (9, 2, 4, 2), (2, 0, 4, 0)])
+@pytest.mark.parametrize(
+    ("count", "limit", "depth", "length"), [(3, 9, 4, 3), (9, 9, 4, 4), (9, 2, 4, 2), (2, 0, 4, 0)]
+)
 def test_no_tree_is_deeper_than_wanted_known_and_allowed(count, limit, depth, length):
     for shape in (chain(count), eagle2(2, count, 20), dyspec(20, count)):
         found = paths_of(shape(Table(depth), Drawing(V, limit)))
@@ -108,9 +127,12 @@ def test_eagle2_has_the_likeliest_nodes_below_the_best_of_each_level(seed):
     frontier, pool = [()], []
     for _ in range(4):
         level = [
-            path for above in frontier
-            for path in sorted([(*above, token) for token in range(V)], key=scores.get, reverse=True)[:3]
-        ]  # fmt: skip
+            path
+            for above in frontier
+            for path in sorted(
+                [(*above, token) for token in range(V)], key=scores.get, reverse=True
+            )[:3]
+        ]
         pool += level
         frontier = sorted(level, key=scores.get, reverse=True)[:3]
     for size in (2, 9, 20):
@@ -123,7 +145,8 @@ def test_eagle2_has_the_likeliest_nodes_below_the_best_of_each_level(seed):
 
 def test_parents_stay_with_children_of_the_same_chance():
     growth = Table(3)
-    growth.logits = lambda path: torch.tensor([60.0] + [0.0] * (V - 1))  # a chance of one, as far as fp32 goes
+    # a chance of one, as far as fp32 goes
+    growth.logits = lambda path: torch.tensor([60.0] + [0.0] * (V - 1))
     found = paths_of(eagle2(2, 3, 3)(growth, Drawing(V, 9)))
     assert found == [(0,), (0, 0), (0, 0, 0)]
 
@@ -132,11 +155,15 @@ def test_draws_say_what_they_were_drawn_from():
     form = [(0,), (1,), (2,), (0, 0), (0, 1), (2, 0)]
     for replaced in (False, True):
         growth = Table(4)
-        draft = Levels(form, replaced=replaced)(growth, Drawing(V, 9, warm, torch.Generator().manual_seed(3)))
+        draft = Levels(form, replaced=replaced)(
+            growth, Drawing(V, 9, warm, torch.Generator().manual_seed(3))
+        )
         assert draft.replaced == replaced
         assert draft.parents.tolist() == [-1, -1, -1, 0, 0, 2]
         for node, path in enumerate(paths_of(draft)):
-            torch.testing.assert_close(draft.probabilities[draft.rows[node]], warm(Table(4).logits(path[:-1])))
+            torch.testing.assert_close(
+                draft.probabilities[draft.rows[node]], warm(Table(4).logits(path[:-1]))
+            )
         if not replaced:
             assert len(set(paths_of(draft))) == 6
     assert Levels(form, best=True)(Table(4), Drawing(V, 9, warm)).probabilities is None
@@ -158,7 +185,9 @@ def test_draws_without_replacement_come_in_their_order():
 
 def test_a_draft_vocabulary_is_spread_over_the_targets():
     growth = Table(2, vocabulary=torch.tensor([1, 4, 9]))
-    draft = Levels([(0,), (1,), (0, 0)])(growth, Drawing(12, 9, warm, torch.Generator().manual_seed(1)))
+    draft = Levels([(0,), (1,), (0, 0)])(
+        growth, Drawing(12, 9, warm, torch.Generator().manual_seed(1))
+    )
     assert set(draft.tokens.tolist()) <= {1, 4, 9}
     assert draft.probabilities.shape == (2, 12)
     torch.testing.assert_close(draft.probabilities[0, [1, 4, 9]], warm(growth.logits(())))
@@ -185,7 +214,9 @@ def test_a_hopeful_chain_ends_where_a_refusal_is_likely():
     # The chance that all are taken is 0.9, 0.72, 0.576, 0.4608 ..
     growth = Table(6, confidence=lambda path: 0.9 if len(path) == 1 else 0.8)
     assert len(chain(6, hopeful(0.3))(growth, Drawing(V, 9)).tokens) == 3
-    assert len(chain(6, hopeful(0.5))(Table(6, confidence=growth.predicts), Drawing(V, 9)).tokens) == 4
+    assert (
+        len(chain(6, hopeful(0.5))(Table(6, confidence=growth.predicts), Drawing(V, 9)).tokens) == 4
+    )
     path = chain(6)(Table(6), Drawing(V, 9)).tokens.tolist()
     alive, wanted = 1.0, 6
     for k in range(1, 6):  # its own chances, where it predicts none
@@ -197,7 +228,8 @@ def test_a_hopeful_chain_ends_where_a_refusal_is_likely():
 
 
 @pytest.mark.parametrize(
-    "shape", [Levels(EAGLE1, confident(1.0)), eagle2(3, 4, 30, confident(1.0)), dyspec(30, 4, hopeful(0.0))]
+    "shape",
+    [Levels(EAGLE1, confident(1.0)), eagle2(3, 4, 30, confident(1.0)), dyspec(30, 4, hopeful(0.0))],
 )
 def test_a_policy_ends_trees_too(shape):
     assert set(map(len, paths_of(shape(Table(5), Drawing(V, 9))))) == {1}
@@ -208,7 +240,9 @@ def test_a_policy_sees_nothing_that_is_drawn_after_it():
     decided = {}
     for seed in range(60):
         growth = Table(2)
-        draft = chain(2, confident(0.55))(growth, Drawing(V, 9, warm, torch.Generator().manual_seed(seed)))
+        draft = chain(2, confident(0.55))(
+            growth, Drawing(V, 9, warm, torch.Generator().manual_seed(seed))
+        )
         first = draft.tokens.tolist()[0]
         assert decided.setdefault(first, len(draft.tokens)) == len(draft.tokens)
     assert set(decided.values()) == {1, 2}
@@ -236,7 +270,9 @@ def test_a_tree_with_holes_is_refused(paths, said):
 
 
 def test_more_children_than_tokens_are_refused():
-    with pytest.raises(DrafterError, match="the tree has 7 children of a node, and the drafter knows 6 tokens"):
+    with pytest.raises(
+        DrafterError, match="the tree has 7 children of a node, and the drafter knows 6 tokens"
+    ):
         Levels([(rank,) for rank in range(7)])(Table(), Drawing(V, 9))
 
 
@@ -250,10 +286,17 @@ def test_a_search_finds_the_tree_of_the_most_tokens_for_its_cost():
     ranked = sorted(chances, key=chances.get, reverse=True)
 
     def best(cost):
-        sizes = {n: (1 + sum(chances[path] for path in ranked[:n])) / cost[n] for n in range(len(cost))}
+        sizes = {
+            n: (1 + sum(chances[path] for path in ranked[:n])) / cost[n] for n in range(len(cost))
+        }
         return max(sizes, key=sizes.get)
 
-    for cost in ([1 + 0.12 * n for n in range(12)], [1.0] * 6, [1, 3, 9], [1 + max(0, n - 3) for n in range(12)]):
+    for cost in (
+        [1 + 0.12 * n for n in range(12)],
+        [1.0] * 6,
+        [1, 3, 9],
+        [1 + max(0, n - 3) for n in range(12)],
+    ):
         found = search(acceptance, cost)
         assert set(found) == set(ranked[: best(cost)])
     assert len(search(acceptance, [1.0] * 6)) == 5
@@ -269,15 +312,22 @@ def closed(paths):
             yield tree
 
 
-@pytest.mark.parametrize("acceptance", [[[0.6, 0.2], [0.5, 0.3], [0.4]], [[0.3, 0.25], [0.9, 0.05]], [[0.7], [0.2], [0.9]]])
+@pytest.mark.parametrize(
+    "acceptance",
+    [[[0.6, 0.2], [0.5, 0.3], [0.4]], [[0.3, 0.25], [0.9, 0.05]], [[0.7], [0.2], [0.9]]],
+)
 @pytest.mark.parametrize("slope", [0.02, 0.15, 0.3, 0.9])
 def test_no_small_tree_is_better_than_the_one_found(acceptance, slope):
     ranks = [range(len(row)) for row in acceptance]
-    paths = [path for length in range(1, len(ranks) + 1) for path in itertools.product(*ranks[:length])]
+    paths = [
+        path for length in range(1, len(ranks) + 1) for path in itertools.product(*ranks[:length])
+    ]
     cost = [1 + slope * n for n in range(len(paths) + 1)]
 
     def rate(tree):
-        return (1 + sum(math.prod(acceptance[d][r] for d, r in enumerate(path)) for path in tree)) / cost[len(tree)]
+        return (
+            1 + sum(math.prod(acceptance[d][r] for d, r in enumerate(path)) for path in tree)
+        ) / cost[len(tree)]
 
     found = search(acceptance, cost)
     assert rate(found) == pytest.approx(max(map(rate, closed(paths))))
@@ -288,7 +338,11 @@ def test_no_small_tree_is_better_than_the_one_found(acceptance, slope):
 def test_what_a_tree_gives_may_be_told():
     acceptance, cost = [[0.6, 0.2], [0.5]], [1 + 0.1 * n for n in range(5)]
     asked = []
-    found = search(acceptance, cost, lambda nodes: (asked.append(list(nodes)), 5.0 if len(nodes) == 3 else 1.0)[1])
+    found = search(
+        acceptance,
+        cost,
+        lambda nodes: (asked.append(list(nodes)), 5.0 if len(nodes) == 3 else 1.0)[1],
+    )
     assert asked == [[(0,)], [(0,), (0, 0)], [(0,), (0, 0), (1,)], [(0,), (0, 0), (1,), (1, 0)]]
     assert found == [(0,), (1,), (0, 0)]
 

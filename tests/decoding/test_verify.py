@@ -1,4 +1,5 @@
-"""Rules of acceptance, by counting every way in which drafts can be drawn and verified: what comes out is the target's, to rounding."""
+"""Rules of acceptance, by counting every way in which drafts can be drawn and verified: what comes
+out is the target's, to rounding."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def draws(q, k, replaced):
 
 
 def outcome(steps, p, q, tokens):
-    """(what is written after a place with these children: which child, or -1 and a distribution) as chances."""
+    """(what is written after a place with these children: which child, or -1 and a distribution) as
+    chances."""
     chances, left = steps(p[None], q[None], torch.tensor([tokens]), [len(tokens)])
     reached, found = 1.0, []
     for chance in chances[0].tolist():
@@ -65,7 +67,8 @@ def test_a_token_is_distributed_as_the_targets(rule, zeros):
                 written[token] += chance * weight
             written += chance * left
             total += chance
-        # Where fewer tokens than k have a chance, the draws without replacement end with tokens that have none.
+        # Where fewer tokens than k have a chance, the draws without replacement end with tokens
+        # that have none.
         if total > 1 - 1e-9:
             assert float((written - p).abs().max()) < 1e-12
         else:
@@ -75,14 +78,19 @@ def test_a_token_is_distributed_as_the_targets(rule, zeros):
 def test_the_first_child_is_taken_as_often_as_p_and_q_share():
     p, q = rows(2, 5, 3)
     for steps, replaced in STEPS.values():
-        found = sum(chance * outcome(steps, p, q, tokens)[0][0] for tokens, chance in draws(q, 1, replaced))
+        found = sum(
+            chance * outcome(steps, p, q, tokens)[0][0] for tokens, chance in draws(q, 1, replaced)
+        )
         assert abs(found - float(torch.minimum(p, q).sum())) < 1e-12
 
 
 def test_more_children_are_taken_more_often_and_without_replacement_most():
     p, q = rows(2, 5, 8)
     taken = {
-        (rule, k): sum(chance * sum(outcome(steps, p, q, tokens)[0]) for tokens, chance in draws(q, k, replaced))
+        (rule, k): sum(
+            chance * sum(outcome(steps, p, q, tokens)[0])
+            for tokens, chance in draws(q, k, replaced)
+        )
         for rule, (steps, replaced) in STEPS.items()
         for k in (1, 2, 3)
     }
@@ -107,14 +115,16 @@ def test_parents_with_few_children_do_not_feel_those_with_many():
     for steps, _ in STEPS.values():
         chances, left = steps(p, q, children, [3, 2, 1])
         for row, width in enumerate([3, 2, 1]):
-            alone, rest = steps(p[row : row + 1], q[row : row + 1], children[row : row + 1, :width], [width])
+            alone, rest = steps(
+                p[row : row + 1], q[row : row + 1], children[row : row + 1, :width], [width]
+            )
             torch.testing.assert_close(chances[row, :width], alone[0], rtol=0, atol=1e-12)
             torch.testing.assert_close(left[row], rest[0], rtol=0, atol=1e-12)
 
 
 def steps_of(monkeypatch, p, draft, rule):
-    """(path, what the token after it is drawn from, chance) of all ways in which a drawn tree may be verified: every comparison of a
-    uniform number with a chance goes both ways."""
+    """(path, what the token after it is drawn from, chance) of all ways in which a drawn tree may
+    be verified: every comparison of a uniform number with a chance goes both ways."""
     events = []
 
     class Uniform:
@@ -128,10 +138,13 @@ def steps_of(monkeypatch, p, draft, rule):
     lefts = []
     monkeypatch.setattr(torch, "rand", Uniform)
     monkeypatch.setattr(
-        torch, "multinomial", lambda left, *_, **__: (lefts.append(left), torch.zeros(len(left), 1, dtype=torch.long))[1]
+        torch,
+        "multinomial",
+        lambda left, *_, **__: (lefts.append(left), torch.zeros(len(left), 1, dtype=torch.long))[1],
     )
     parents = draft.parents.tolist()
-    families = len(set(parents)) * max(parents.count(parent) for parent in parents)  # padded to the widest
+    # padded to the widest
+    families = len(set(parents)) * max(parents.count(parent) for parent in parents)
     for answers in itertools.product([False, True], repeat=families):
         path = verify.walk(parents, verify.sampled(p, [draft], None, rule).taken.tolist())
         chance = 1.0
@@ -140,14 +153,16 @@ def steps_of(monkeypatch, p, draft, rule):
         yield path, lefts[-1][path[-1] + 1 if path else 0], chance
 
 
-# A tree of two levels over three tokens: two children of the newest one, one child of the first of them.
+# A tree of two levels over three tokens: two children of the newest one, one child of the first of
+# them.
 ABOVE = [-1, -1, 0]
 
 
 @pytest.mark.parametrize("kind", ["without replacement", "with replacement", "spectr", "chain"])
 def test_a_tree_of_two_levels_writes_pairs_as_the_target_does(kind, monkeypatch):
     size = 3
-    p, q = rows(size + 1, size, 4), rows(size + 1, size, 5)  # after the newest token, and after each token that may follow it
+    # after the newest token, and after each token that may follow it
+    p, q = rows(size + 1, size, 4), rows(size + 1, size, 5)
     above = [-1, 0] if kind == "chain" else ABOVE
     replaced = kind in ("with replacement", "spectr")
     found = torch.zeros(size, size, dtype=torch.float64)
@@ -155,9 +170,17 @@ def test_a_tree_of_two_levels_writes_pairs_as_the_target_does(kind, monkeypatch)
         for second, more in draws(q[1 + first[0]], 1, True):
             tokens = (*first, *second)
             rows_of = torch.tensor([0] * len(first) + [1])
-            draft = Draft(torch.tensor(tokens), torch.tensor(above), torch.stack([q[0], q[1 + first[0]]]), rows_of, replaced)
+            draft = Draft(
+                torch.tensor(tokens),
+                torch.tensor(above),
+                torch.stack([q[0], q[1 + first[0]]]),
+                rows_of,
+                replaced,
+            )
             places = p[[0, *(1 + token for token in tokens)]]
-            for path, left, way in steps_of(monkeypatch, places, draft, "spectr" if kind == "spectr" else "recursive"):
+            for path, left, way in steps_of(
+                monkeypatch, places, draft, "spectr" if kind == "spectr" else "recursive"
+            ):
                 weight = chance * more * way
                 if not path:  # the second token is the next step's
                     found += weight * left.unsqueeze(1) * p[1:]
@@ -173,7 +196,9 @@ def test_children_that_are_chosen_without_chance_write_as_the_target_does(monkey
     draft = Draft(torch.tensor([2, 0, 1]), torch.tensor(ABOVE))
     places, found = p[[0, 3, 1, 2]], torch.zeros(3, 3, dtype=torch.float64)
     for own in itertools.product(range(3), repeat=4):
-        monkeypatch.setattr(torch, "multinomial", lambda *_, own=own, **__: torch.tensor(own).unsqueeze(1))
+        monkeypatch.setattr(
+            torch, "multinomial", lambda *_, own=own, **__: torch.tensor(own).unsqueeze(1)
+        )
         path = verify.walk(ABOVE, verify.sampled(places, [draft]).taken.tolist())
         text = [*draft.tokens[path].tolist(), own[path[-1] + 1 if path else 0]]
         chance = float(places[range(4), list(own)].prod())
@@ -193,7 +218,8 @@ def test_typical_acceptance_is_not_the_targets():
         verdict = verify.typical_lossy(p, [draft], generator)
         path = verify.walk([-1], verdict.taken.tolist())
         counts[1 if path else int(verdict.own[0])] += 1
-    assert counts.tolist() == [0, 300, 0]  # 0.3 is enough, so that the target's best token is never written
+    # 0.3 is enough, so that the target's best token is never written
+    assert counts.tolist() == [0, 300, 0]
 
 
 def test_typical_acceptance_takes_the_longest_path_and_of_those_the_likeliest():
@@ -201,9 +227,14 @@ def test_typical_acceptance_takes_the_longest_path_and_of_those_the_likeliest():
     draft = Draft(torch.tensor([0, 1, 2, 0, 2]), torch.tensor([-1, -1, 0, 1, 1]))
     verdict = verify.typical_lossy(p, [draft], torch.Generator().manual_seed(0))
     assert verdict.taken.all()
-    assert verify.walk([-1, -1, 0, 1, 1], verdict.taken.tolist(), verdict.weights.tolist()) == [1, 3]
+    assert verify.walk([-1, -1, 0, 1, 1], verdict.taken.tolist(), verdict.weights.tolist()) == [
+        1,
+        3,
+    ]
     assert verify.walk([-1, -1, 0, 1, 1], verdict.taken.tolist()) == [0, 2]
-    refused = verify.typical_lossy(torch.tensor([[0.96, 0.04, 0.0]] * 6, dtype=torch.float64), [draft]).taken
+    refused = verify.typical_lossy(
+        torch.tensor([[0.96, 0.04, 0.0]] * 6, dtype=torch.float64), [draft]
+    ).taken
     assert refused.tolist() == [True, False, False, True, False]
 
 
@@ -229,7 +260,9 @@ def test_drafts_that_are_verified_together_are_as_alone(monkeypatch):
     ]
     lefts = []
     monkeypatch.setattr(
-        torch, "multinomial", lambda left, *_, **__: (lefts.append(left), torch.zeros(len(left), 1, dtype=torch.long))[1]
+        torch,
+        "multinomial",
+        lambda left, *_, **__: (lefts.append(left), torch.zeros(len(left), 1, dtype=torch.long))[1],
     )
     monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, 0.4))
     together = verify.sampled(p, drafts)

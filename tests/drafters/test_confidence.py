@@ -1,4 +1,5 @@
-"""Predicted acceptance: its loss against plain float64 loops over positions, what it says of a tree's nodes, and drafts that it ends."""
+"""Predicted acceptance: its loss against plain float64 loops over positions, what it says of a
+tree's nodes, and drafts that it ends."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ METHODS = {
 
 def settings_of(name, **changes):
     file = "hydra" if name == "shared" else name
-    return knobs(file, **{"offsets": K, "weight": 0.7, "confidence": 0.4} | METHODS[name][1] | changes)
+    return knobs(
+        file, **{"offsets": K, "weight": 0.7, "confidence": 0.4} | METHODS[name][1] | changes
+    )
 
 
 def make(model, name, **changes):
@@ -69,7 +72,11 @@ def test_its_loss_is_that_of_plain_loops_and_reaches_nothing_else(name, packs):
     alone, before = plain.loss(seen, target, 4)
     alone.backward()
 
-    w = {n: p.detach().double().requires_grad_(True) for n, p in drafter.named_parameters() if n.startswith("confidence.")}
+    w = {
+        n: p.detach().double().requires_grad_(True)
+        for n, p in drafter.named_parameters()
+        if n.startswith("confidence.")
+    }
     table = model.get_output_embeddings().weight.detach().double()
     with torch.no_grad():
         states = [by_row(packs, one) for one in drafter.states(seen, target)]
@@ -83,11 +90,15 @@ def test_its_loss_is_that_of_plain_loops_and_reaches_nothing_else(name, packs):
                     continue
                 p = torch.softmax(table @ rows[row][0][t + k].double(), 0)
                 with torch.no_grad():
-                    q = torch.softmax(heads[(k - 1) % len(heads)](states[k - 1][row][t][None])[0].double(), 0)
+                    q = torch.softmax(
+                        heads[(k - 1) % len(heads)](states[k - 1][row][t][None])[0].double(), 0
+                    )
                 outside += kept is not None and int(p.argmax()) not in kept.tolist()
                 alpha = torch.minimum(p if kept is None else p[kept], q).sum()
                 c = chance(w, k, states[k - 1][row][t].double())
-                expected = expected - 0.4 * weights[k - 1] * (alpha * torch.log(c) + (1 - alpha) * torch.log(1 - c))
+                expected = expected - 0.4 * weights[k - 1] * (
+                    alpha * torch.log(c) + (1 - alpha) * torch.log(1 - c)
+                )
                 apart[k - 1] += (c - alpha).abs().detach()
     expected.backward()
     assert outside > 0 or kept is None
@@ -98,19 +109,29 @@ def test_its_loss_is_that_of_plain_loops_and_reaches_nothing_else(name, packs):
     others = dict(plain.named_parameters())
     for n, p in drafter.named_parameters():
         if n in w:
-            torch.testing.assert_close(p.grad.double(), w[n].grad, rtol=1e-3, atol=1e-3 * float(w[n].grad.abs().max()))
+            torch.testing.assert_close(
+                p.grad.double(), w[n].grad, rtol=1e-3, atol=1e-3 * float(w[n].grad.abs().max())
+            )
         elif p.requires_grad:
             assert torch.equal(p.grad, others[n].grad), n
     found = metrics(numbers)
-    assert found["offset2/confidence_error"] == pytest.approx(float(apart[1] / numbers[1, 1]), rel=1e-4)
-    assert found.keys() - metrics(before).keys() == {f"offset{k}/confidence_error" for k in range(1, K + 1)}
+    assert found["offset2/confidence_error"] == pytest.approx(
+        float(apart[1] / numbers[1, 1]), rel=1e-4
+    )
+    assert found.keys() - metrics(before).keys() == {
+        f"offset{k}/confidence_error" for k in range(1, K + 1)
+    }
     assert found["expected"] == metrics(before)["expected"]
 
 
 def row_of(name, known=6):
-    """(the target's states at `known` positions, those of `layers`, the tokens up to the one after them)."""
+    """(the target's states at `known` positions, those of `layers`, the tokens up to the one after
+    them)."""
     draw = torch.Generator().manual_seed(3)
-    hidden, more = torch.randn(known, SIZE, generator=draw), torch.randn(known, features_of(name), generator=draw)
+    hidden, more = (
+        torch.randn(known, SIZE, generator=draw),
+        torch.randn(known, features_of(name), generator=draw),
+    )
     return hidden, more, torch.randint(0, 64, (known + 1,), generator=draw)
 
 
@@ -138,14 +159,27 @@ def test_nodes_have_the_chance_that_is_trained_for_what_they_are_drawn_from(name
             paths.append((*above, token))
             row = torch.cat([ids, torch.tensor(above, dtype=torch.long)])[None]
             later = torch.zeros(len(above) + 1, SIZE + features_of(name))
-            states = torch.cat([torch.cat([hidden, more], 1), later]).split([SIZE, features_of(name)], 1)
+            states = torch.cat([torch.cat([hidden, more], 1), later]).split(
+                [SIZE, features_of(name)], 1
+            )
             at = torch.arange(row.shape[1])[None]
-            seen = Seen(states[0][None], row, row, at, states[0][None, :0], states[1][None] if name == "eagle3" else None)
+            seen = Seen(
+                states[0][None],
+                row,
+                row,
+                at,
+                states[0][None, :0],
+                states[1][None] if name == "eagle3" else None,
+            )
             z = list(drafter.states(seen, target))[len(above)][0, known - 1]
             found.append(float(said))
-            assert float(said) == pytest.approx(float(chance(w, len(above) + 1, z.double())), abs=1e-5)
-    assert found[0] == pytest.approx(found[1])  # children of one node are drawn from the same logits
-    assert len({round(one, 4) for one in found}) == 3  # of the newest token and of both its children
+            assert float(said) == pytest.approx(
+                float(chance(w, len(above) + 1, z.double())), abs=1e-5
+            )
+    # children of one node are drawn from the same logits
+    assert found[0] == pytest.approx(found[1])
+    # of the newest token and of both its children
+    assert len({round(one, 4) for one in found}) == 3
 
 
 def forced(drafter, *chances):
@@ -217,11 +251,15 @@ def test_it_starts_at_a_usual_acceptance_and_leaves_the_draft_as_it_is():
             torch.manual_seed(4)
             made_so.append(Eagle(model, **settings_of("eagle", confidence=confidence)))
     plain, drafter = made_so
-    assert drafter.state().keys() - plain.state().keys() == {n for n in drafter.state() if n.startswith("confidence.")}
+    assert drafter.state().keys() - plain.state().keys() == {
+        n for n in drafter.state() if n.startswith("confidence.")
+    }
     assert all(torch.equal(drafter.state()[n], tensor) for n, tensor in plain.state().items())
     assert drafter.predicted(1, torch.randn(5, SIZE)).tolist() == pytest.approx([0.7] * 5)
     assert plain.predicted(1, torch.randn(5, SIZE)) is None
-    assert sum(len(group["params"]) for group in drafter.parameter_groups()) == len(list(drafter.parameters()))
+    assert sum(len(group["params"]) for group in drafter.parameter_groups()) == len(
+        list(drafter.parameters())
+    )
 
 
 def test_it_learns_what_is_taken():
@@ -245,7 +283,13 @@ def test_it_learns_what_is_taken():
 def test_rows_without_a_trained_token_give_it_a_gradient_of_zero():
     model = llama()
     drafter, ids = make(model, "eagle"), torch.tensor([[1, 2]])
-    seen = Seen(torch.randn(1, 2, SIZE), ids, torch.full_like(ids, -100), torch.arange(2)[None], torch.zeros(1, 0, SIZE))
+    seen = Seen(
+        torch.randn(1, 2, SIZE),
+        ids,
+        torch.full_like(ids, -100),
+        torch.arange(2)[None],
+        torch.zeros(1, 0, SIZE),
+    )
     total, numbers = drafter.loss(seen, Target(model), 4)
     total.backward()
     assert (float(total.detach()), metrics(numbers)) == (0, {})
@@ -258,11 +302,23 @@ def test_bf16_states_train_fp32_heads(name):
     drafter, target = make(model, name), Target(model)
     seen, _ = seen_of(PACKED, SIZE, features_of(name))
     features = None if seen.features is None else seen.features.bfloat16()
-    seen = Seen(seen.hidden.bfloat16(), seen.ids, seen.labels, seen.positions, seen.extra.bfloat16(), features)
+    seen = Seen(
+        seen.hidden.bfloat16(),
+        seen.ids,
+        seen.labels,
+        seen.positions,
+        seen.extra.bfloat16(),
+        features,
+    )
     drafter.loss(seen, target, 5)[0].backward()
-    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in drafter.confidence.parameters())
+    assert all(
+        p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+        for p in drafter.confidence.parameters()
+    )
     hidden, more, ids = row_of(name)
-    growth = drafter.bfloat16().grow(drafter.start(target), target, News(hidden.bfloat16(), more.bfloat16(), ids[1:], ids[0]))
+    growth = drafter.bfloat16().grow(
+        drafter.start(target), target, News(hidden.bfloat16(), more.bfloat16(), ids[1:], ids[0])
+    )
     assert growth.below(torch.tensor([1, 2]), torch.tensor([-1, -1])).dtype == torch.bfloat16
     assert growth.confidence.dtype == torch.float32
     assert ((growth.confidence > 0) & (growth.confidence < 1)).all()
@@ -273,9 +329,16 @@ def test_its_folder_comes_back(name, tmp_path):
     model = llama()
     drafter = make(model, name)
     module = METHODS[name][0]
-    node = {"_target_": f"{module.__module__}.{module.__name__}", "_partial_": True} | settings_of(name)
+    node = {"_target_": f"{module.__module__}.{module.__name__}", "_partial_": True} | settings_of(
+        name
+    )
     sizes = model.config
-    io.save(drafter, node, {"base": "x", "hidden_size": sizes.hidden_size, "vocab_size": sizes.vocab_size}, tmp_path)
+    io.save(
+        drafter,
+        node,
+        {"base": "x", "hidden_size": sizes.hidden_size, "vocab_size": sizes.vocab_size},
+        tmp_path,
+    )
     again = io.load(tmp_path, model)
     assert again.state().keys() == drafter.state().keys()
     assert all(torch.equal(again.state()[n], tensor) for n, tensor in drafter.state().items())
@@ -307,7 +370,11 @@ def test_engines_layouts_leave_it_out_and_say_so(name, caplog):
         ("eagle", {"confidence": 0.0}, r"drafter\.confidence=0\.0: a weight above 0"),
         ("eagle3", {"confidence": -1.0}, r"drafter\.confidence=-1\.0: a weight above 0"),
         ("hydra", {"confidence": math.nan}, r"drafter\.confidence=nan: a weight above 0"),
-        ("hydra", {"loss": "labels"}, r"drafter\.confidence=0\.4, and with drafter\.loss=labels .* set drafter\.loss=ce"),
+        (
+            "hydra",
+            {"loss": "labels"},
+            r"drafter\.confidence=0\.4, and with drafter\.loss=labels .* set drafter\.loss=ce",
+        ),
     ],
 )
 def test_knobs_that_do_not_fit_are_named(name, changes, message):

@@ -1,4 +1,5 @@
-"""Distillation in chunks against plain float64 autograd over whole distributions, one position at a time."""
+"""Distillation in chunks against plain float64 autograd over whole distributions, one position at a
+time."""
 
 from __future__ import annotations
 
@@ -32,7 +33,11 @@ def numbers_of(kind, p, q, vocabulary, eta):
     if kind == "lk_hybrid":
         share = torch.exp(-eta * accepted.detach())
         return share * kl + (1 - share) * (1 - accepted), accepted, best
-    return {"ce": ce, "kl": kl, "tv": 1 - accepted, "lk_alpha": -torch.log(accepted)}[kind], accepted, best
+    return (
+        {"ce": ce, "kl": kl, "tv": 1 - accepted, "lk_alpha": -torch.log(accepted)}[kind],
+        accepted,
+        best,
+    )
 
 
 def material(count, heads, vocabulary, seed=0):
@@ -66,7 +71,9 @@ def test_the_quick_way_gives_what_the_plain_one_gives(kind, dtype, vocabulary, c
         total.backward()
         results.append((total.detach(), found, leaf.grad, weight.grad))
     for quick, plain in zip(*results, strict=True):
-        torch.testing.assert_close(quick, plain, **({} if dtype is torch.float32 else {"rtol": 1e-2, "atol": 1e-3}))
+        torch.testing.assert_close(
+            quick, plain, **({} if dtype is torch.float32 else {"rtol": 1e-2, "atol": 1e-3})
+        )
     assert torch.equal(results[0][1][1:3], results[1][1][1:3])
     assert float(results[0][1][3].min()) >= 0
 
@@ -85,17 +92,29 @@ def test_the_quick_way_holds_where_probabilities_vanish():
 
 @pytest.mark.parametrize("chunk", [4, 50])
 @pytest.mark.parametrize("vocabulary", [None, SOME], ids=["all", "some"])
-@pytest.mark.parametrize(("kind", "heads"), [*((kind, 1) for kind in KINDS), ("ce", 3), ("lk_hybrid", 3)])
+@pytest.mark.parametrize(
+    ("kind", "heads"), [*((kind, 1) for kind in KINDS), ("ce", 3), ("lk_hybrid", 3)]
+)
 def test_value_and_gradient_are_those_of_whole_distributions(kind, heads, vocabulary, chunk):
     hidden, teacher, weights, table, own = material(11, heads, vocabulary)
     tables = [nn.Parameter(one) for one in own.clone()]
-    how = Distillation(kind, lambda h: h @ table.T, tuple(lambda h, w=w: h @ w.T for w in tables), vocabulary, eta=2.0, top=5)
+    how = Distillation(
+        kind,
+        lambda h: h @ table.T,
+        tuple(lambda h, w=w: h @ w.T for w in tables),
+        vocabulary,
+        eta=2.0,
+        top=5,
+    )
     leaf = hidden.clone().requires_grad_(True)
     total, found = chunked_distillation(leaf, teacher, weights, how, chunk, tuple(tables))
     (3.0 * total).backward()
 
     plain, exact = hidden.double().requires_grad_(True), own.double().requires_grad_(True)
-    expected, counts = torch.zeros((), dtype=torch.float64), torch.zeros(4, 3, 11, dtype=torch.float64)
+    expected, counts = (
+        torch.zeros((), dtype=torch.float64),
+        torch.zeros(4, 3, 11, dtype=torch.float64),
+    )
     left_out = 0
     for k in range(3):
         for i in range(11):
@@ -108,15 +127,24 @@ def test_value_and_gradient_are_those_of_whole_distributions(kind, heads, vocabu
             ranked = logits.argsort(descending=True)
             ranked = (ranked if vocabulary is None else vocabulary[ranked]).tolist()
             counts[:, k, i] = torch.tensor(
-                [0.0 if loss is None else float(loss.detach()), ranked[0] == best, best in ranked[:5], accepted.detach()]
+                [
+                    0.0 if loss is None else float(loss.detach()),
+                    ranked[0] == best,
+                    best in ranked[:5],
+                    accepted.detach(),
+                ]
             )
     (3.0 * expected).backward()
     assert left_out == 0 if vocabulary is None else 0 < left_out < 33
 
     torch.testing.assert_close(total.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(leaf.grad.double(), plain.grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.stack([w.grad for w in tables]).double(), exact.grad, rtol=1e-4, atol=2e-5)
-    skipped = torch.stack([(weights[:, i // chunk * chunk : (i // chunk + 1) * chunk] == 0).all() for i in range(11)])
+    torch.testing.assert_close(
+        torch.stack([w.grad for w in tables]).double(), exact.grad, rtol=1e-4, atol=2e-5
+    )
+    skipped = torch.stack(
+        [(weights[:, i // chunk * chunk : (i // chunk + 1) * chunk] == 0).all() for i in range(11)]
+    )
     torch.testing.assert_close(found.double(), counts * ~skipped, rtol=1e-5, atol=1e-5)
     assert not found.requires_grad
 
@@ -141,9 +169,15 @@ def test_what_is_not_trained_gets_no_gradient_and_costs_none():
 
 
 def test_without_positions_there_is_a_gradient_of_zero():
-    how = Distillation("ce", lambda h: h @ torch.ones(SIZE, VOCABULARY), (lambda h: h @ torch.ones(SIZE, VOCABULARY),))
+    how = Distillation(
+        "ce",
+        lambda h: h @ torch.ones(SIZE, VOCABULARY),
+        (lambda h: h @ torch.ones(SIZE, VOCABULARY),),
+    )
     leaf, parameter = torch.zeros(2, 0, SIZE, requires_grad=True), nn.Parameter(torch.ones(3))
-    total, found = chunked_distillation(leaf, torch.zeros(0, SIZE), torch.zeros(2, 0), how, 4, (parameter,))
+    total, found = chunked_distillation(
+        leaf, torch.zeros(0, SIZE), torch.zeros(2, 0), how, 4, (parameter,)
+    )
     total.backward()
     assert float(total.detach()) == 0.0
     assert found.shape == (4, 2, 0)
@@ -156,8 +190,11 @@ def test_a_teacher_that_gives_the_draft_vocabulary_no_chance_leaves_no_nan(kind)
     """exp(-200) is 0 in fp32."""
     table = torch.zeros(VOCABULARY, SIZE)
     table[1, 0] = 200.0  # token 1 is not of the draft vocabulary
-    how = Distillation(kind, lambda h: h @ table.T, (lambda h: h @ torch.ones(SIZE, len(SOME)),), SOME)
-    teacher = torch.eye(SIZE)[:2]  # the second position's chances are equal, and token 0, the first of them, is of it
+    how = Distillation(
+        kind, lambda h: h @ table.T, (lambda h: h @ torch.ones(SIZE, len(SOME)),), SOME
+    )
+    # the second position's chances are equal, and token 0, the first of them, is of it
+    teacher = torch.eye(SIZE)[:2]
     leaf = torch.zeros(1, 2, SIZE, requires_grad=True)
     total, found = chunked_distillation(leaf, teacher, torch.ones(1, 2), how, 8)
     total.backward()
@@ -202,7 +239,9 @@ class Voiced(Lines):
 
     def __init__(self, **knobs):
         super().__init__(**knobs)
-        self.table = nn.Parameter(torch.randn(len(SOME), SIZE, generator=torch.Generator().manual_seed(3)))
+        self.table = nn.Parameter(
+            torch.randn(len(SOME), SIZE, generator=torch.Generator().manual_seed(3))
+        )
 
     @property
     def vocabulary(self):
@@ -215,20 +254,30 @@ class Voiced(Lines):
         return (self.table,)
 
 
-ROWS = [([5, 9, 3, 7, 11, 13, 2, 8], 3), ([17, 12], 1), ([8, 2, 6, 4, 12, 3], 5), ([4, 21, 13, 3, 17, 12, 6, 9, 1, 5], 1)]
+ROWS = [
+    ([5, 9, 3, 7, 11, 13, 2, 8], 3),
+    ([17, 12], 1),
+    ([8, 2, 6, 4, 12, 3], 5),
+    ([4, 21, 13, 3, 17, 12, 6, 9, 1, 5], 1),
+]
 APART, PACKED = [[r] for r in ROWS], [ROWS[:3], [ROWS[3]]]
 
 
 def seen_of(packs, size, features=0):
-    """(seen, states by row): a batch as the trainer collates it, whose states depend on the row alone."""
+    """(seen, states by row): a batch as the trainer collates it, whose states depend on the row
+    alone."""
     items = [
-        (Pick(i, True, 1), [Tokens(ids, [at >= first for at in range(len(ids))]) for ids, first in pack])
+        (
+            Pick(i, True, 1),
+            [Tokens(ids, [at >= first for at in range(len(ids))]) for ids, first in pack],
+        )
         for i, pack in enumerate(packs)
     ]
     batch = Collate(0, any(len(pack) > 1 for pack in packs), False)(items)
     draw = torch.Generator().manual_seed(11)
     by_row = [
-        torch.randn(size + features, generator=draw) + 0.4 * torch.randn(len(ids), size + features, generator=draw)
+        torch.randn(size + features, generator=draw)
+        + 0.4 * torch.randn(len(ids), size + features, generator=draw)
         for ids, _ in ROWS
     ]
     states = torch.randn(*batch["input_ids"].shape, size + features, generator=draw)
@@ -239,13 +288,28 @@ def seen_of(packs, size, features=0):
             at += len(row[0])
     positions = batch.get("position_ids", torch.arange(states.shape[1]).expand(len(packs), -1))
     hidden, more = states.split([size, features], dim=-1)
-    seen = Seen(hidden, batch["input_ids"], batch["labels"], positions, hidden[:, :0], more if features else None)
+    seen = Seen(
+        hidden,
+        batch["input_ids"],
+        batch["labels"],
+        positions,
+        hidden[:, :0],
+        more if features else None,
+    )
     return seen, [one.split([size, features], dim=-1) for one in by_row]
 
 
 def target_of(size=SIZE, vocabulary=VOCABULARY):
-    return Target(toys.llama(torch.float32, hidden_size=size, intermediate_size=8, num_attention_heads=1,
-                             num_key_value_heads=1, vocab_size=vocabulary))  # fmt: skip
+    return Target(
+        toys.llama(
+            torch.float32,
+            hidden_size=size,
+            intermediate_size=8,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            vocab_size=vocabulary,
+        )
+    )
 
 
 @pytest.mark.parametrize("chunk", [3, 100])
@@ -276,14 +340,23 @@ def test_a_drafters_loss_and_numbers_are_those_of_plain_loops(make, kind, packs,
                     continue
                 logits = own @ (hidden[t] @ matrices[k - 1])
                 p = torch.softmax(table @ hidden[t + k], 0)
-                loss, accepted, best = numbers_of(kind, p, torch.softmax(logits, 0), drafter.vocabulary, 3.0)
+                loss, accepted, best = numbers_of(
+                    kind, p, torch.softmax(logits, 0), drafter.vocabulary, 3.0
+                )
                 ranked = logits.argsort(descending=True)
                 ranked = (ranked if drafter.vocabulary is None else SOME[ranked]).tolist()
                 unbroken *= ranked[0] == best
                 product *= float(accepted.detach())
                 expected = expected + (0 if loss is None else 2.0 * 0.5 ** (k - 1) * loss)
                 right = [ranked[0] == best, best in ranked[:5]]
-                one = [0 if loss is None else float(loss.detach()), 1, *right, unbroken, float(accepted.detach()), product]
+                one = [
+                    0 if loss is None else float(loss.detach()),
+                    1,
+                    *right,
+                    unbroken,
+                    float(accepted.detach()),
+                    product,
+                ]
                 counted[k - 1] += torch.tensor(one, dtype=torch.float64)
     expected.backward()
     assert counted[0, 2] > 0
@@ -293,14 +366,24 @@ def test_a_drafters_loss_and_numbers_are_those_of_plain_loops(make, kind, packs,
     torch.testing.assert_close(total.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(drafter.matrices.grad.double(), matrices.grad, rtol=1e-4, atol=1e-4)
     found = metrics(numbers)
-    assert found["offset2/acceptance"] == pytest.approx(float(counted[1, 5] / counted[1, 1]), rel=1e-5)
-    assert found["expected"] == pytest.approx(1 + sum(float(n[6] / n[1]) for n in counted), rel=1e-5)
+    assert found["offset2/acceptance"] == pytest.approx(
+        float(counted[1, 5] / counted[1, 1]), rel=1e-5
+    )
+    assert found["expected"] == pytest.approx(
+        1 + sum(float(n[6] / n[1]) for n in counted), rel=1e-5
+    )
 
 
 def test_no_trained_position_and_rows_shorter_than_the_offsets():
     target, drafter = target_of(), Lines()
     ids = torch.tensor([[1, 2]])
-    seen = Seen(torch.randn(1, 2, SIZE), ids, torch.full_like(ids, -100), torch.arange(2)[None], torch.zeros(1, 0, SIZE))
+    seen = Seen(
+        torch.randn(1, 2, SIZE),
+        ids,
+        torch.full_like(ids, -100),
+        torch.arange(2)[None],
+        torch.zeros(1, 0, SIZE),
+    )
     total, numbers = drafter.loss(seen, target, 4)
     total.backward()
     assert float(total.detach()) == 0
@@ -325,7 +408,8 @@ def test_captured_layers_are_what_transformers_calls_hidden_states(layers):
     handle.remove()
     assert len(kept) == len(layers)
     for layer, found in zip(layers, kept, strict=True):
-        assert torch.equal(found, last[0] if layer == 3 else wanted[layer])  # transformers' last one is after the norm
+        # transformers' last one is after the norm
+        assert torch.equal(found, last[0] if layer == 3 else wanted[layer])
     with torch.no_grad():
         model(toys.IDS)
     assert len(kept) == len(layers)

@@ -1,4 +1,5 @@
-"""EAGLE-1's head against a plain float64 reference with one dense mask, while training and while decoding."""
+"""EAGLE-1's head against a plain float64 reference with one dense mask, while training and while
+decoding."""
 
 from __future__ import annotations
 
@@ -20,7 +21,12 @@ from trainer.drafters.eagle import Eagle, attend
 from trainer.models.losses import CausalLoss
 
 SIZE = 32
-TINY = {"hidden_size": SIZE, "intermediate_size": 48, "rms_norm_eps": 1e-3, "initializer_range": 0.12}
+TINY = {
+    "hidden_size": SIZE,
+    "intermediate_size": 48,
+    "rms_norm_eps": 1e-3,
+    "initializer_range": 0.12,
+}
 
 
 def stirred(module, seed=5):
@@ -39,21 +45,42 @@ def llama(dtype=torch.float32, **changes):
 
 def mistral():
     """Like toys.llama, but that it sees four positions only."""
-    settings = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    settings = {
+        "vocab_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return stirred(transformers.MistralForCausalLM(transformers.MistralConfig(**TINY | settings, sliding_window=4)))
+        return stirred(
+            transformers.MistralForCausalLM(
+                transformers.MistralConfig(**TINY | settings, sliding_window=4)
+            )
+        )
 
 
 def qwen3():
     """With norms on queries and keys."""
-    settings = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    settings = {
+        "vocab_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return stirred(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TINY | settings)))
 
 
-MODELS = {"llama": llama, "mistral": mistral, "qwen3": qwen3, "eager": lambda: llama(attn_implementation="eager")}
+MODELS = {
+    "llama": llama,
+    "mistral": mistral,
+    "qwen3": qwen3,
+    "eager": lambda: llama(attn_implementation="eager"),
+}
 
 
 def knobs(name, **changes):
@@ -83,15 +110,21 @@ def rms(x, weight, eps):
 def rotated(x, places, theta):
     """(H, T, c), each pair of halves' entries turned by its place."""
     half = x.shape[-1] // 2
-    angles = torch.tensor([[place * theta ** (-j / half) for j in range(half)] for place in places], dtype=x.dtype)
+    angles = torch.tensor(
+        [[place * theta ** (-j / half) for j in range(half)] for place in places], dtype=x.dtype
+    )
     a, b = x.split(half, -1)
     return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
 
 
 def attended(w, config, inputs, k, keys, values, window):
-    """Attention of pass k on `inputs` (T, ..): the keys of all passes so far are visible as [causal | I | .. | I]."""
+    """Attention of pass k on `inputs` (T, ..): the keys of all passes so far are visible as [causal
+    | I | .. | I]."""
     length, theta = len(inputs), config.rope_parameters["rope_theta"]
-    heads, groups = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
+    heads, groups = (
+        config.num_attention_heads,
+        config.num_attention_heads // config.num_key_value_heads,
+    )
     places = [t + k for t in range(length)]
 
     def by_head(name):
@@ -133,14 +166,19 @@ def naive(w, model, hidden, ids, passes, window=None):
         embedded = torch.stack([token_of(embedding, ids, t + 1 + k) for t in range(len(ids))])
         entering = torch.cat([embedded, hidden], 1) @ w["fc.weight"].T + w.get("fc.bias", 0)
         states = entering + attended(w, config, entering, k, keys, values, window)
-        states = states + fed(w, rms(states, w["layers.0.post_attention_layernorm.weight"], config.rms_norm_eps))
+        states = states + fed(
+            w, rms(states, w["layers.0.post_attention_layernorm.weight"], config.rms_norm_eps)
+        )
         found.append(states)
         hidden = states.detach()
     return found
 
 
 def weights_of(drafter):
-    return {name: tensor.double().requires_grad_(tensor.is_floating_point()) for name, tensor in drafter.state().items()}
+    return {
+        name: tensor.double().requires_grad_(tensor.is_floating_point())
+        for name, tensor in drafter.state().items()
+    }
 
 
 def by_row(packs, tensor):
@@ -161,7 +199,8 @@ def smooth_l1(a, b):
 
 @pytest.mark.parametrize("packs", [APART, PACKED], ids=["apart", "packed"])
 @pytest.mark.parametrize(
-    ("kind", "passes", "bias"), [("llama", 1, True), ("llama", 3, False), ("mistral", 3, True), ("eager", 3, False)]
+    ("kind", "passes", "bias"),
+    [("llama", 1, True), ("llama", 3, False), ("mistral", 3, True), ("eager", 3, False)],
 )
 def test_states_loss_and_gradient_are_those_of_the_reference(kind, passes, bias, packs):
     model = MODELS[kind]()
@@ -169,13 +208,18 @@ def test_states_loss_and_gradient_are_those_of_the_reference(kind, passes, bias,
     target = Target(model)
     seen, rows = seen_of(packs, SIZE)
     w, window = weights_of(drafter), getattr(model.config, "sliding_window", None)
-    wanted = [naive(w, model, hidden.double(), ids, passes, window) for (hidden, _), (ids, _) in zip(rows, ROWS, strict=True)]
+    wanted = [
+        naive(w, model, hidden.double(), ids, passes, window)
+        for (hidden, _), (ids, _) in zip(rows, ROWS, strict=True)
+    ]
 
     for k, states in enumerate(drafter.states(seen, target)):
         assert states.isfinite().all()
         for row, found in enumerate(by_row(packs, states)):
             there = max(0, len(found) - 1 - k)
-            torch.testing.assert_close(found[:there].double(), wanted[row][k][:there], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                found[:there].double(), wanted[row][k][:there], rtol=1e-4, atol=1e-4
+            )
 
     total, numbers = drafter.loss(seen, target, 4)
     total.backward()
@@ -188,7 +232,9 @@ def test_states_loss_and_gradient_are_those_of_the_reference(kind, passes, bias,
                     feature = hidden[t + k + 1].double()
                     p = torch.softmax(table @ feature, 0)
                     ce = -(p * torch.log_softmax(table @ states[k][t], 0)).sum()
-                    expected = expected + 0.7 * 0.5**k * (smooth_l1(states[k][t], feature) + 0.1 * ce)
+                    expected = expected + 0.7 * 0.5**k * (
+                        smooth_l1(states[k][t], feature) + 0.1 * ce
+                    )
                     counts[k] += 1
     expected.backward()
     assert numbers[:, 1].tolist() == counts
@@ -196,15 +242,20 @@ def test_states_loss_and_gradient_are_those_of_the_reference(kind, passes, bias,
     own = {name.replace("midlayer.", "layers.0."): p.grad for name, p in drafter.named_parameters()}
     assert own.keys() == w.keys()
     for name, gradient in own.items():
-        torch.testing.assert_close(gradient.double(), w[name].grad, rtol=1e-3, atol=1e-3 * float(w[name].grad.abs().max()))
+        torch.testing.assert_close(
+            gradient.double(), w[name].grad, rtol=1e-3, atol=1e-3 * float(w[name].grad.abs().max())
+        )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_keys_of_one_place_only_are_attended_to_as_with_a_mask_for_all(dtype, tolerance):
-    """Value and gradient, with scores of some ten, where rounding one by 2^-8 of itself would show."""
+    """Value and gradient, with scores of some ten, where rounding one by 2^-8 of itself would
+    show."""
     draw, length, later = torch.Generator().manual_seed(2), 7, 3
     query = 3 * torch.randn(2, 4, length, 8, generator=draw)
-    key, value = (size * torch.randn(2, 2, length * (1 + later), 8, generator=draw) for size in (3, 1))
+    key, value = (
+        size * torch.randn(2, 2, length * (1 + later), 8, generator=draw) for size in (3, 1)
+    )
     mask = torch.rand(2, 1, length, length, generator=draw) < 0.6
     mask[..., 0] = True
     tensors = [one.to(dtype).requires_grad_(True) for one in (query, key, value)]
@@ -214,7 +265,9 @@ def test_keys_of_one_place_only_are_attended_to_as_with_a_mask_for_all(dtype, to
     found.float().pow(2).sum().backward()
 
     exact = [one.detach().double().requires_grad_(True) for one in tensors]
-    whole = torch.cat([mask, *[torch.eye(length, dtype=torch.bool).expand(2, 1, -1, -1)] * later], -1)
+    whole = torch.cat(
+        [mask, *[torch.eye(length, dtype=torch.bool).expand(2, 1, -1, -1)] * later], -1
+    )
     keys, values = (one.repeat_interleave(2, 1) for one in exact[1:])
     scores = (0.3 * exact[0] @ keys.transpose(2, 3)).masked_fill(~whole, -math.inf)
     wanted = (scores.softmax(-1) @ values).transpose(1, 2)
@@ -223,19 +276,29 @@ def test_keys_of_one_place_only_are_attended_to_as_with_a_mask_for_all(dtype, to
     torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
     for one, other in zip(tensors, exact, strict=True):
         largest = float(other.grad.abs().max())
-        torch.testing.assert_close(one.grad.double(), other.grad, rtol=0, atol=2 * tolerance * largest)
+        torch.testing.assert_close(
+            one.grad.double(), other.grad, rtol=0, atol=2 * tolerance * largest
+        )
 
 
 def news_of(hidden, features, ids, start, end):
-    """What the target says of positions start .. end - 1 of a row whose tokens `ids` are known up to the one after those."""
-    return News(hidden[start:end], features[start:end], ids[start + 1 : end + 1], ids[0] if start == 0 else None)
+    """What the target says of positions start .. end - 1 of a row whose tokens `ids` are known up
+    to the one after those."""
+    return News(
+        hidden[start:end],
+        features[start:end],
+        ids[start + 1 : end + 1],
+        ids[0] if start == 0 else None,
+    )
 
 
-TREE = [([-1, -1, -1], [3, 9, 4]), ([0, 0, 2], [7, 1, 7]), ([4, 3, 3, 5], [2, 5, 8, 9])]  # (parents, tokens) of each depth
+# (parents, tokens) of each depth
+TREE = [([-1, -1, -1], [3, 9, 4]), ([0, 0, 2], [7, 1, 7]), ([4, 3, 3, 5], [2, 5, 8, 9])]
 
 
 def drafts_as_it_trains(drafter, model, features=0):
-    """A tree's logits are those of training's passes on rows whose last tokens are a path's, and the memory holds nothing of trees."""
+    """A tree's logits are those of training's passes on rows whose last tokens are a path's, and
+    the memory holds nothing of trees."""
     target, known, draw = Target(model), 6, torch.Generator().manual_seed(3)
     hidden = torch.randn(known, SIZE, generator=draw)
     more = torch.randn(known, features, generator=draw)
@@ -246,7 +309,9 @@ def drafts_as_it_trains(drafter, model, features=0):
         found, paths, number = [tree.first()], [[]], 0
         for parents, tokens in TREE:
             found += list(tree.below(torch.tensor(tokens), torch.tensor(parents)))
-            paths += [[*paths[parent + 1], token] for parent, token in zip(parents, tokens, strict=True)]
+            paths += [
+                [*paths[parent + 1], token] for parent, token in zip(parents, tokens, strict=True)
+            ]
             number += len(tokens)
         assert memory.get_seq_length() == end
     fresh = drafter.start(target)
@@ -261,10 +326,18 @@ def drafts_as_it_trains(drafter, model, features=0):
     head = drafter.draft_heads(target)[0]
     for path, logits in zip(paths, found, strict=True):
         row = torch.cat([ids, torch.tensor(path, dtype=torch.long)])[None]
-        later = torch.full((len(path) + 1, SIZE + features), 100.0)  # what comes after the last known state is not looked at
+        # what comes after the last known state is not looked at
+        later = torch.full((len(path) + 1, SIZE + features), 100.0)
         states = torch.cat([torch.cat([hidden, more], 1), later]).split([SIZE, features], 1)
         at = torch.arange(row.shape[1])[None]
-        seen = Seen(states[0][None], row, row, at, states[0][None, :0], states[1][None] if features else None)
+        seen = Seen(
+            states[0][None],
+            row,
+            row,
+            at,
+            states[0][None, :0],
+            states[1][None] if features else None,
+        )
         trained = head(list(drafter.states(seen, target))[len(path)][0, known - 1 : known])[0]
         torch.testing.assert_close(logits, trained, rtol=1e-4, atol=1e-4)
         apart = max(apart, float((logits - found[0]).abs().max()))
@@ -325,20 +398,37 @@ def test_from_the_last_layer_it_starts_as_that_without_its_first_norm():
         for found, (hidden, _) in zip(by_row(APART, states), rows, strict=True):
             hidden = hidden[None]
             at = torch.arange(hidden.shape[1])[None]
-            wanted = layer(hidden, position_embeddings=model.model.rotary_emb(hidden, at), attention_mask=None)
-            torch.testing.assert_close(found, (wanted if isinstance(wanted, torch.Tensor) else wanted[0])[0])
+            wanted = layer(
+                hidden, position_embeddings=model.model.rotary_emb(hidden, at), attention_mask=None
+            )
+            torch.testing.assert_close(
+                found, (wanted if isinstance(wanted, torch.Tensor) else wanted[0])[0]
+            )
 
 
 def test_bf16_states_train_fp32_weights():
     model = llama().bfloat16()
     drafter, target = eagle(model, offsets=2), Target(model)
     seen, _ = seen_of(PACKED, SIZE)
-    seen = Seen(seen.hidden.bfloat16(), seen.ids, seen.labels, seen.positions, seen.extra.bfloat16())
+    seen = Seen(
+        seen.hidden.bfloat16(), seen.ids, seen.labels, seen.positions, seen.extra.bfloat16()
+    )
     total, _ = drafter.loss(seen, target, 5)
     total.backward()
-    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in drafter.parameters())
-    tree = drafter.grow(drafter.start(target), target, News(seen.hidden[0, :4], seen.hidden[0, :4, :0], seen.ids[0, 1:5]))
-    assert tree.below(torch.tensor([1, 2]), torch.tensor([-1, -1])).dtype == tree.first().dtype == torch.bfloat16
+    assert all(
+        p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+        for p in drafter.parameters()
+    )
+    tree = drafter.grow(
+        drafter.start(target),
+        target,
+        News(seen.hidden[0, :4], seen.hidden[0, :4, :0], seen.ids[0, 1:5]),
+    )
+    assert (
+        tree.below(torch.tensor([1, 2]), torch.tensor([-1, -1])).dtype
+        == tree.first().dtype
+        == torch.bfloat16
+    )
 
 
 def test_it_learns_what_the_target_does_next():

@@ -1,4 +1,5 @@
-"""EAGLE-3's head against a plain float64 reference with one dense mask, its draft vocabulary, and its files."""
+"""EAGLE-3's head against a plain float64 reference with one dense mask, its draft vocabulary, and
+its files."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from tests.drafters.test_eagle import (
     rms,
     token_of,
     weights_of,
-)  # fmt: skip
+)
 from trainer.drafters import DrafterError, News, Seen, Target, io, targets_of
 from trainer.drafters.eagle3 import Eagle3, read_layers
 from trainer.models.losses import CausalLoss
@@ -53,7 +54,10 @@ def naive(w, model, features, ids, passes, norm_output=False, fc_norm=False, win
     keys, values, found = [], [], []
     for k in range(passes):
         embedded = torch.stack([token_of(embedding, ids, t + 1 + k) for t in range(len(ids))])
-        normed = [rms(embedded, w["layers.0.input_layernorm.weight"], eps), rms(state, w["layers.0.hidden_norm.weight"], eps)]
+        normed = [
+            rms(embedded, w["layers.0.input_layernorm.weight"], eps),
+            rms(state, w["layers.0.hidden_norm.weight"], eps),
+        ]
         state = state + attended(w, config, torch.cat(normed, 1), k, keys, values, window)
         state = state + fed(w, rms(state, w["layers.0.post_attention_layernorm.weight"], eps))
         found.append(rms(state, w["norm.weight"], eps))
@@ -74,20 +78,26 @@ def naive(w, model, features, ids, passes, norm_output=False, fc_norm=False, win
 )
 def test_states_loss_and_gradient_are_those_of_the_reference(kind, changes, packs):
     model = MODELS[kind]()
-    drafter, target = eagle3(model, **{"draft_vocab_size": 44, "weight": 0.7} | changes), Target(model)
+    drafter, target = (
+        eagle3(model, **{"draft_vocab_size": 44, "weight": 0.7} | changes),
+        Target(model),
+    )
     seen, rows = seen_of(packs, SIZE, FEATURES)
     w, passes = weights_of(drafter), drafter.offsets
     form = {"norm_output": drafter.norm_output, "fc_norm": drafter.fc_norm is not None}
     window = getattr(model.config, "sliding_window", None)
     wanted = [
-        naive(w, model, f.double(), ids, passes, window=window, **form) for (_, f), (ids, _) in zip(rows, ROWS, strict=True)
+        naive(w, model, f.double(), ids, passes, window=window, **form)
+        for (_, f), (ids, _) in zip(rows, ROWS, strict=True)
     ]
 
     for k, states in enumerate(drafter.states(seen, target)):
         assert states.isfinite().all()
         for row, found in enumerate(by_row(packs, states)):
             there = max(0, len(found) - 1 - k)
-            torch.testing.assert_close(found[:there].double(), wanted[row][k][:there], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                found[:there].double(), wanted[row][k][:there], rtol=1e-4, atol=1e-4
+            )
 
     total, numbers = drafter.loss(seen, target, 4)
     total.backward()
@@ -98,7 +108,10 @@ def test_states_loss_and_gradient_are_those_of_the_reference(kind, changes, pack
         for k in range(passes):
             for t in range(len(ids)):
                 if t + k + 2 < len(ids) and t + k + 2 >= first:
-                    p, q = torch.softmax(table @ hidden[t + k + 1].double(), 0), torch.softmax(head @ states[k][t], 0)
+                    p, q = (
+                        torch.softmax(table @ hidden[t + k + 1].double(), 0),
+                        torch.softmax(head @ states[k][t], 0),
+                    )
                     loss, _, _ = numbers_of(drafter.kind, p, q, drafter.vocabulary, 3.0)
                     counts[k] += 1
                     left_out += loss is None
@@ -107,14 +120,24 @@ def test_states_loss_and_gradient_are_those_of_the_reference(kind, changes, pack
     assert (0 < left_out < sum(counts)) == (drafter.vocabulary is not None)
     assert numbers[:, 1].tolist() == counts
     torch.testing.assert_close(total.double(), expected.detach(), rtol=1e-5, atol=1e-5)
-    own = {name.replace("midlayer.", "layers.0."): p.grad for name, p in drafter.named_parameters() if p.requires_grad}
-    assert own.keys() == w.keys() - {"d2t", "t2d"} - ({"lm_head.weight"} if changes.get("train_head") is False else set())
+    own = {
+        name.replace("midlayer.", "layers.0."): p.grad
+        for name, p in drafter.named_parameters()
+        if p.requires_grad
+    }
+    assert own.keys() == w.keys() - {"d2t", "t2d"} - (
+        {"lm_head.weight"} if changes.get("train_head") is False else set()
+    )
     for name, gradient in own.items():
-        torch.testing.assert_close(gradient.double(), w[name].grad, rtol=1e-3, atol=1e-3 * float(w[name].grad.abs().max()))
+        torch.testing.assert_close(
+            gradient.double(), w[name].grad, rtol=1e-3, atol=1e-3 * float(w[name].grad.abs().max())
+        )
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"norm_output": True, "fc_norm": True, "draft_vocab_size": None}], ids=["plain", "3.1"]
+    "changes",
+    [{}, {"norm_output": True, "fc_norm": True, "draft_vocab_size": None}],
+    ids=["plain", "3.1"],
 )
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_tree_is_drafted_as_passes_are_trained(kind, changes):
@@ -127,7 +150,9 @@ def test_its_features_are_the_targets_states_in_their_order():
     model = toys.llama(torch.float32, **TINY, num_hidden_layers=5)
     drafter = eagle3(model)
     seen = []
-    drafter.loss = lambda found, *_: seen.append(found) or (found.hidden.sum() * 0, torch.zeros(3, 7))
+    drafter.loss = lambda found, *_: (
+        seen.append(found) or (found.hidden.sum() * 0, torch.zeros(3, 7))
+    )
     ids = toys.IDS[:, :9]
     CausalLoss(model, 64, drafter, Target(model))({"input_ids": ids, "labels": ids})
     states = model(ids, output_hidden_states=True).hidden_states
@@ -156,7 +181,9 @@ def test_the_states_that_are_read(depth, layers):
 
 @pytest.mark.parametrize("wanted", [[], [2, 1], [1, 1], [-1, 2], [1, 5]])
 def test_states_that_there_are_not_are_named(wanted):
-    with pytest.raises(DrafterError, match=r"drafter\.aux_layers=\[.*ascending.* 4 \(what its last layer gives"):
+    with pytest.raises(
+        DrafterError, match=r"drafter\.aux_layers=\[.*ascending.* 4 \(what its last layer gives"
+    ):
         read_layers(4, wanted)
 
 
@@ -181,7 +208,8 @@ def test_too_small_a_draft_vocabulary_is_refused_with_the_size_that_would_do():
     counts[40:50] = 10
     drafter = Eagle3(llama(), **knobs("eagle3", draft_vocab_size=7, coverage=0.75))
     with pytest.raises(
-        DrafterError, match=r"draft_vocab_size=7: these tokens are 70\.0% .* asks for 75\.0%: 8 tokens would do"
+        DrafterError,
+        match=r"draft_vocab_size=7: these tokens are 70\.0% .* asks for 75\.0%: 8 tokens would do",
     ):
         drafter.calibrate(lambda: counts)
     drafter = Eagle3(llama(), **knobs("eagle3", draft_vocab_size=8, coverage=0.75))
@@ -201,9 +229,14 @@ def test_all_tokens_need_no_vocabulary_and_no_counts(size):
 
 def test_its_state_is_named_as_engines_name_it_and_comes_back():
     model = llama()
-    drafter, other = eagle3(model, train_head=False), Eagle3(model, **knobs("eagle3", offsets=3, draft_vocab_size=20))
+    drafter, other = (
+        eagle3(model, train_head=False),
+        Eagle3(model, **knobs("eagle3", offsets=3, draft_vocab_size=20)),
+    )
     state = {name: tensor.clone() for name, tensor in drafter.state().items()}
-    names = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
+    names = [f"self_attn.{n}_proj" for n in "qkvo"] + [
+        f"mlp.{n}_proj" for n in ("gate", "up", "down")
+    ]
     names += ["input_layernorm", "hidden_norm", "post_attention_layernorm"]
     plain = {"fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d"}
     assert state.keys() == plain | {f"layers.0.{name}.weight" for name in names}
@@ -237,8 +270,12 @@ def test_its_folder_gives_it_back(tmp_path):
 
 def test_what_trains():
     frozen = eagle3(llama(), train_head=False)
-    assert "lm_head.weight" not in {name for name, p in frozen.named_parameters() if p.requires_grad}
-    assert [group["lr_scale"] for group in eagle3(llama(), lr_scale=3.0).parameter_groups()] == [3.0]
+    assert "lm_head.weight" not in {
+        name for name, p in frozen.named_parameters() if p.requires_grad
+    }
+    assert [group["lr_scale"] for group in eagle3(llama(), lr_scale=3.0).parameter_groups()] == [
+        3.0
+    ]
     assert all(p.dtype == torch.float32 for p in eagle3(llama().bfloat16()).parameters())
 
 
@@ -252,7 +289,9 @@ def test_from_the_last_layer_it_starts_as_that_run_on_the_last_state_that_is_rea
             entering = features[None, :, -SIZE:]
             at = torch.arange(entering.shape[1])[None]
             given = model.model.layers[-1](
-                entering, position_embeddings=model.model.rotary_emb(entering, at), attention_mask=None
+                entering,
+                position_embeddings=model.model.rotary_emb(entering, at),
+                attention_mask=None,
             )
             wanted = model.model.norm(given if isinstance(given, torch.Tensor) else given[0])[0]
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
@@ -260,7 +299,12 @@ def test_from_the_last_layer_it_starts_as_that_run_on_the_last_state_that_is_rea
 
 def test_layers_with_biases_become_layers_without():
     """Qwen2's queries, keys and values have them."""
-    settings = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    settings = {
+        "vocab_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TINY | settings)).eval()
     drafter = eagle3(model)
     assert not [name for name in drafter.state() if name.endswith("bias")]
@@ -274,9 +318,20 @@ def test_bf16_states_train_fp32_weights():
     seen = Seen(*(t.bfloat16() if t.is_floating_point() else t for t in vars(seen).values()))
     total, _ = drafter.loss(seen, target, 5)
     total.backward()
-    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in drafter.parameters())
-    tree = drafter.grow(drafter.start(target), target, News(seen.hidden[0, :4], seen.features[0, :4], seen.ids[0, 1:5]))
-    assert tree.below(torch.tensor([1, 2]), torch.tensor([-1, -1])).dtype == tree.first().dtype == torch.bfloat16
+    assert all(
+        p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+        for p in drafter.parameters()
+    )
+    tree = drafter.grow(
+        drafter.start(target),
+        target,
+        News(seen.hidden[0, :4], seen.features[0, :4], seen.ids[0, 1:5]),
+    )
+    assert (
+        tree.below(torch.tensor([1, 2]), torch.tensor([-1, -1])).dtype
+        == tree.first().dtype
+        == torch.bfloat16
+    )
 
 
 def test_it_learns_what_the_target_does_next():
@@ -299,7 +354,13 @@ def test_it_learns_what_the_target_does_next():
 def test_models_that_it_cannot_be_built_for_are_named():
     with pytest.raises(DrafterError, match="drafter=none"):
         eagle3(toys.gpt2(torch.float32))
-    settings = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    settings = {
+        "vocab_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+    }
     with pytest.raises(DrafterError, match=r"Phi3Attention has no linear q_proj.*drafter=none"):
         eagle3(transformers.Phi3ForCausalLM(transformers.Phi3Config(**TINY | settings)))
 
@@ -308,7 +369,9 @@ def test_it_can_be_made_without_weights():
     """As the preflight does it."""
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**TINY, num_attention_heads=4, num_hidden_layers=2, vocab_size=64)
+            transformers.LlamaConfig(
+                **TINY, num_attention_heads=4, num_hidden_layers=2, vocab_size=64
+            )
         )
     drafter = Eagle3(model, **knobs("eagle3", draft_vocab_size=20))
     assert drafter.lm_head.weight.is_meta
@@ -319,46 +382,71 @@ def test_it_can_be_made_without_weights():
 
 
 def partly_trained(dtype, length=80):
-    """Three rows of `length`: a prompt and its answer; two of those packed, and padding; one that nothing is trained of."""
+    """Three rows of `length`: a prompt and its answer; two of those packed, and padding; one that
+    nothing is trained of."""
     draw = torch.Generator().manual_seed(4)
     ids = torch.randint(0, 64, (3, length), generator=draw)
     labels, at = torch.full_like(ids, -100), torch.arange(length).expand(3, -1).clone()
     at[1] = torch.cat([torch.arange(30), torch.arange(35), torch.arange(15)])
     for row, span in ((0, slice(60, 80)), (1, slice(24, 30)), (1, slice(55, 65))):
         labels[row, span] = ids[row, span]
-    hidden, features = (torch.randn(3, length, size, generator=draw).to(dtype) for size in (SIZE, FEATURES))
+    hidden, features = (
+        torch.randn(3, length, size, generator=draw).to(dtype) for size in (SIZE, FEATURES)
+    )
     return Seen(hidden, ids, labels, at, hidden[:, :0], features)
 
 
 @pytest.mark.parametrize("make", [eagle, eagle3])
-@pytest.mark.parametrize(("kind", "tolerance"), [("llama", 1e-5), ("mistral", 1e-5), ("eager", 1e-5), ("dense", 1e-11)])
+@pytest.mark.parametrize(
+    ("kind", "tolerance"), [("llama", 1e-5), ("mistral", 1e-5), ("eager", 1e-5), ("dense", 1e-11)]
+)
 def test_later_passes_of_the_slots_that_count_are_those_of_all_slots(make, kind, tolerance):
-    """In float64, but for some of attention unless it is sdpa's under a dense mask, and for the losses of chunks."""
+    """In float64, but for some of attention unless it is sdpa's under a dense mask, and for the
+    losses of chunks."""
     model = MODELS.get(kind, llama)().double()
-    drafter, target, seen = make(model, offsets=5, confidence=0.3).double(), Target(model), partly_trained(torch.float64)
+    drafter, target, seen = (
+        make(model, offsets=5, confidence=0.3).double(),
+        Target(model),
+        partly_trained(torch.float64),
+    )
     if kind == "dense":
         drafter.midlayer.self_attn.config._attn_implementation = "sdpa"
     where = [targets_of(k, seen.labels, seen.positions)[0] for k in range(1, 6)]
-    pull = torch.randn(5, 3, 80, SIZE, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    pull = torch.randn(
+        5, 3, 80, SIZE, generator=torch.Generator().manual_seed(6), dtype=torch.float64
+    )
     lengths, results = [], []
-    drafter.midlayer.mlp.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
+    drafter.midlayer.mlp.register_forward_pre_hook(
+        lambda _, given: lengths.append(given[0].shape[1])
+    )
     for sparing in (True, False):
         drafter.sparing = sparing
         states = list(drafter.counted_states(seen, target))
         assert all(one.shape == seen.hidden.shape and one.isfinite().all() for one in states)
         found = [one[counts] for one, counts in zip(states, where, strict=True)]
         moved = sum((one * pull[k][where[k]]).sum() for k, one in enumerate(found))
-        trained = [p for name, p in drafter.named_parameters() if not name.startswith(("confidence", "lm_head"))]
+        trained = [
+            p
+            for name, p in drafter.named_parameters()
+            if not name.startswith(("confidence", "lm_head"))
+        ]
         results.append([*(one.detach() for one in found), *torch.autograd.grad(moved, trained)])
         total, numbers = drafter.loss(seen, target, 7)
         total.backward()
-        results.append([total.detach().double(), numbers.double(), *(p.grad for p in drafter.parameters())])
+        results.append(
+            [total.detach().double(), numbers.double(), *(p.grad for p in drafter.parameters())]
+        )
         drafter.zero_grad()
     assert lengths == 2 * [80, 32, 32, 32, 32] + 2 * [80] * 5
-    for spared, whole, apart in ((results[0], results[2], tolerance), (results[1], results[3], 1e-5)):
+    for spared, whole, apart in (
+        (results[0], results[2], tolerance),
+        (results[1], results[3], 1e-5),
+    ):
         for one, other in zip(spared, whole, strict=True):
             assert other.abs().max() > 0
-            torch.testing.assert_close(one, other, rtol=apart, atol=apart * float(other.abs().max()))
+            torch.testing.assert_close(
+                one, other, rtol=apart, atol=apart * float(other.abs().max())
+            )
 
 
 def test_nothing_trained_has_no_gradient_of_later_passes():

@@ -1,4 +1,5 @@
-"""Heads against plain loops over the positions of one row in float64, while training and while decoding, and in runs."""
+"""Heads against plain loops over the positions of one row in float64, while training and while
+decoding, and in runs."""
 
 from __future__ import annotations
 
@@ -29,15 +30,26 @@ from trainer.models.tiny import tiny
 from trainer.storage import journal
 
 KINDS = ("parallel", "sequential", "shared", "medusa")
-# (ids, first trained): a usual row, one shorter than the offsets, one with a prompt nearly to its end, one trained throughout.
-ROWS = [([5, 9, 3, 7, 11, 13, 2, 8], 3), ([17, 12], 1), ([8, 2, 6, 40, 12, 33], 5), ([4, 21, 13, 30, 17, 12, 60, 9, 1, 50], 1)]
+# (ids, first trained): a usual row, one shorter than the offsets, one with a prompt nearly to its
+# end, one trained throughout.
+ROWS = [
+    ([5, 9, 3, 7, 11, 13, 2, 8], 3),
+    ([17, 12], 1),
+    ([8, 2, 6, 40, 12, 33], 5),
+    ([4, 21, 13, 30, 17, 12, 60, 9, 1, 50], 1),
+]
 APART, PACKED = [[r] for r in ROWS], [ROWS[:3], [ROWS[3]]]
 SIZE = 32
 
 
 def llama(dtype=torch.float32, **changes):
     """A tiny Llama whose norms' weights are not all one."""
-    settings = {"hidden_size": SIZE, "intermediate_size": 48, "rms_norm_eps": 1e-3, "attention_bias": True} | changes
+    settings = {
+        "hidden_size": SIZE,
+        "intermediate_size": 48,
+        "rms_norm_eps": 1e-3,
+        "attention_bias": True,
+    } | changes
     model = toys.llama(torch.float32, **settings)
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -69,7 +81,10 @@ def stirred(drafter):
 
 def batch_of(*packs):
     items = [
-        (Pick(i, True, 1), [Tokens(ids, [at >= first for at in range(len(ids))]) for ids, first in p])
+        (
+            Pick(i, True, 1),
+            [Tokens(ids, [at >= first for at in range(len(ids))]) for ids, first in p],
+        )
         for i, p in enumerate(packs)
     ]
     return Collate(0, any(len(pack) > 1 for pack in packs), False)(items)
@@ -78,14 +93,18 @@ def batch_of(*packs):
 def seen_of(packs, hidden, dtype=torch.float32):
     """A batch of packs of rows, whose states are given by row."""
     batch = batch_of(*packs)
-    states = torch.randn(*batch["input_ids"].shape, SIZE, generator=torch.Generator().manual_seed(17))
+    states = torch.randn(
+        *batch["input_ids"].shape, SIZE, generator=torch.Generator().manual_seed(17)
+    )
     for i, pack in enumerate(packs):
         at = 0
         for row in pack:
             states[i, at : at + len(row[0])] = hidden[ROWS.index(row)]
             at += len(row[0])
     positions = batch.get("position_ids", torch.arange(states.shape[1]).expand(len(packs), -1))
-    return Seen(states.to(dtype), batch["input_ids"], batch["labels"], positions, states[:, :0].to(dtype))
+    return Seen(
+        states.to(dtype), batch["input_ids"], batch["labels"], positions, states[:, :0].to(dtype)
+    )
 
 
 def hidden_states():
@@ -130,24 +149,45 @@ def block(w, prefix, config, xs):
         bias = w.get(f"{prefix}.{name}.bias")
         return y if bias is None else y + bias
 
-    heads, groups = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
+    heads, groups = (
+        config.num_attention_heads,
+        config.num_attention_heads // config.num_key_value_heads,
+    )
     theta = config.rope_parameters["rope_theta"]
     queries, keys, values, out = [], [], [], []
     for t, x in enumerate(xs):
         normed = rms(x, w[f"{prefix}.input_layernorm.weight"], config.rms_norm_eps)
-        queries.append([rotated(q, t, theta) for q in linear("self_attn.q_proj", normed).view(heads, -1)])
-        keys.append([rotated(k, t, theta) for k in linear("self_attn.k_proj", normed).view(heads // groups, -1)])
+        queries.append(
+            [rotated(q, t, theta) for q in linear("self_attn.q_proj", normed).view(heads, -1)]
+        )
+        keys.append(
+            [
+                rotated(k, t, theta)
+                for k in linear("self_attn.k_proj", normed).view(heads // groups, -1)
+            ]
+        )
         values.append(list(linear("self_attn.v_proj", normed).view(heads // groups, -1)))
         mixed = []
         for head in range(heads):
             scores = [
-                torch.exp(queries[t][head] @ keys[s][head // groups] / math.sqrt(len(queries[t][head]))) for s in range(t + 1)
+                torch.exp(
+                    queries[t][head] @ keys[s][head // groups] / math.sqrt(len(queries[t][head]))
+                )
+                for s in range(t + 1)
             ]
-            mixed.append(sum(score / sum(scores) * values[s][head // groups] for s, score in enumerate(scores)))
+            mixed.append(
+                sum(
+                    score / sum(scores) * values[s][head // groups]
+                    for s, score in enumerate(scores)
+                )
+            )
         x = x + linear("self_attn.o_proj", torch.cat(mixed))
         normed = rms(x, w[f"{prefix}.post_attention_layernorm.weight"], config.rms_norm_eps)
         gate = linear("mlp.gate_proj", normed)
-        out.append(x + linear("mlp.down_proj", gate / (1 + torch.exp(-gate)) * linear("mlp.up_proj", normed)))
+        out.append(
+            x
+            + linear("mlp.down_proj", gate / (1 + torch.exp(-gate)) * linear("mlp.up_proj", normed))
+        )
     return out
 
 
@@ -161,7 +201,10 @@ def naive(kind, drafter, model, hidden, ids):
             states = list(below)
             for j in range(2):
                 for t, h in enumerate(states):
-                    inner = w[f"heads.{k - 1}.{j}.linear.weight"] @ h + w[f"heads.{k - 1}.{j}.linear.bias"]
+                    inner = (
+                        w[f"heads.{k - 1}.{j}.linear.weight"] @ h
+                        + w[f"heads.{k - 1}.{j}.linear.bias"]
+                    )
                     states[t] = h + inner / (1 + torch.exp(-inner))
         elif kind == "parallel":
             states = block(w, f"heads.{k - 1}.block", config, below)
@@ -170,7 +213,9 @@ def naive(kind, drafter, model, hidden, ids):
             name = f"layers.{0 if kind == 'shared' else k - 1}"
             entering = []
             for i in range(len(ids) - k):
-                embedded = rms(embedding[ids[i + k]], w[f"{name}.enorm.weight"], config.rms_norm_eps)
+                embedded = rms(
+                    embedding[ids[i + k]], w[f"{name}.enorm.weight"], config.rms_norm_eps
+                )
                 passed = rms(below[i], w[f"{name}.hnorm.weight"], config.rms_norm_eps)
                 entering.append(w[f"{name}.eh_proj.weight"] @ torch.cat([embedded, passed]))
             below = block(w, f"{name}.mtp_block", config, entering)
@@ -196,11 +241,18 @@ def test_states_and_loss_are_those_of_plain_loops(kind, offsets, packs):
     for k, of_offset in enumerate(states):
         assert of_offset.isfinite().all()
         for row, found in enumerate(by_row(packs, of_offset)):
-            torch.testing.assert_close(found[: len(wanted[row][k])].double(), wanted[row][k], rtol=1e-5, atol=2e-5)
+            torch.testing.assert_close(
+                found[: len(wanted[row][k])].double(), wanted[row][k], rtol=1e-5, atol=2e-5
+            )
 
     total, numbers = drafter.loss(seen, target, 4)
     head = model.get_output_embeddings().weight.detach().double()
-    weights = [0.7 * weight for weight in {"parallel": [1, 1, 1], "medusa": [0.8, 0.64, 0.512]}.get(kind, shares(0.6, offsets))]
+    weights = [
+        0.7 * weight
+        for weight in {"parallel": [1, 1, 1], "medusa": [0.8, 0.64, 0.512]}.get(
+            kind, shares(0.6, offsets)
+        )
+    ]
     expected = torch.zeros(offsets, 5, dtype=torch.float64)
     for row, (ids, first) in enumerate(ROWS):
         for t in range(len(ids)):
@@ -239,13 +291,18 @@ def test_guesses_that_are_right_are_counted(kind):
     )
     best = [target.head(s)[0].argmax(-1) for s in drafter.states(seen, target)]
     labels = torch.full((1, 12), -100)
-    labels[0, 6], labels[0, 7], labels[0, 8] = best[0][4], best[1][4], best[2][4]  # of position 4 all three
+    # of position 4 all three
+    labels[0, 6], labels[0, 7], labels[0, 8] = best[0][4], best[1][4], best[2][4]
     labels[0, 10] = best[1][7]  # of position 7 the second only, as the first is asked for nothing
-    _, numbers = drafter.loss(Seen(seen.hidden, seen.ids, labels, seen.positions, seen.hidden[:, :0]), target, 5)
+    _, numbers = drafter.loss(
+        Seen(seen.hidden, seen.ids, labels, seen.positions, seen.hidden[:, :0]), target, 5
+    )
     assert (numbers[:, 2] >= torch.tensor([1, 2, 1])).all()
     assert numbers[0, 4] >= 1
     assert (numbers[1:, 4] == 1).all()
-    assert metrics(numbers)["accepted"] == pytest.approx(1 + sum(float(n[4] / n[1]) for n in numbers))
+    assert metrics(numbers)["accepted"] == pytest.approx(
+        1 + sum(float(n[4] / n[1]) for n in numbers)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -261,7 +318,9 @@ def test_nothing_comes_from_other_rows_or_later_tokens(kind):
     seen = seen_of(PACKED, hidden)
     seen.hidden[1, 4:] += 1.0
     seen.ids[1, 6:] += 1
-    for k, (states, earlier) in enumerate(zip(drafter.states(seen, target), before, strict=True), 1):
+    for k, (states, earlier) in enumerate(
+        zip(drafter.states(seen, target), before, strict=True), 1
+    ):
         same = (by_row(PACKED, states)[3] - earlier[3]).abs().amax(-1) < 1e-6
         assert same[: min(4, 6 - k)].all()
         assert not same[4:].any()
@@ -275,7 +334,9 @@ def test_a_batch_with_nothing_to_predict_is_no_loss(kind):
     drafter = make(kind, model)
     hidden = torch.randn(2, 2, SIZE)
     ids = torch.ones(2, 2, dtype=torch.int64)
-    total, numbers = drafter.loss(Seen(hidden, ids, ids, torch.arange(2).expand(2, 2), hidden[:, :0]), Target(model), 8)
+    total, numbers = drafter.loss(
+        Seen(hidden, ids, ids, torch.arange(2).expand(2, 2), hidden[:, :0]), Target(model), 8
+    )
     total.backward()
     assert float(total.detach()) == 0.0
     assert not numbers.any()
@@ -334,24 +395,36 @@ def test_rates_names_and_states(kind):
     for a, b in zip(one.states(seen, target), other.eval().states(seen, target), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(DrafterError, match="other settings"):
-        make(kind, model, 2 if kind != "shared" else 3, **({"layers": 1} if kind == "medusa" else {})).load_state(
-            one.state() | ({"more": torch.zeros(1)} if kind == "shared" else {})
-        )
+        make(
+            kind, model, 2 if kind != "shared" else 3, **({"layers": 1} if kind == "medusa" else {})
+        ).load_state(one.state() | ({"more": torch.zeros(1)} if kind == "shared" else {}))
 
 
 def test_the_names_that_files_hold():
     model = llama(attention_bias=False)
-    names = ["input_layernorm", "post_attention_layernorm", *(f"self_attn.{x}_proj" for x in "qkvo")]
-    names = [f"{name}.weight" for name in [*names, *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))]]
+    names = [
+        "input_layernorm",
+        "post_attention_layernorm",
+        *(f"self_attn.{x}_proj" for x in "qkvo"),
+    ]
+    names = [
+        f"{name}.weight" for name in [*names, *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))]
+    ]
     modules = {f"{name}.weight" for name in ("enorm", "hnorm", "eh_proj", "post_norm")} | {
         f"mtp_block.{name}" for name in names
     }
     assert make("shared", model).state().keys() == {f"layers.0.{name}" for name in modules}
-    assert make("sequential", model, 2).state().keys() == {f"layers.{k}.{name}" for k in range(2) for name in modules}
+    assert make("sequential", model, 2).state().keys() == {
+        f"layers.{k}.{name}" for k in range(2) for name in modules
+    }
     heads = {"norm.weight"} | {f"block.{name}" for name in names}
-    assert make("parallel", model, 2).state().keys() == {f"heads.{k}.{name}" for k in range(2) for name in heads}
+    assert make("parallel", model, 2).state().keys() == {
+        f"heads.{k}.{name}" for k in range(2) for name in heads
+    }
     parts = itertools.product(range(2), range(2), ("weight", "bias"))
-    assert make("medusa", model, 2).state().keys() == {f"heads.{k}.{j}.linear.{name}" for k, j, name in parts}
+    assert make("medusa", model, 2).state().keys() == {
+        f"heads.{k}.{j}.linear.{name}" for k, j, name in parts
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -370,8 +443,12 @@ def test_the_losses_weights():
     model = llama()
     assert make("parallel", model, weight=2.0).weights == [2.0, 2.0, 2.0]
     assert make("medusa", model, weight=0.2).weights == pytest.approx([0.16, 0.128, 0.1024])
-    assert make("shared", model, weight=1.0).weights == pytest.approx([0.51020, 0.30612, 0.18367], abs=1e-5)  # FastMTP's
-    assert make("sequential", model, weight=0.3, beta=1.0).weights == pytest.approx([0.1, 0.1, 0.1])  # λ / D
+    # FastMTP's
+    assert make("shared", model, weight=1.0).weights == pytest.approx(
+        [0.51020, 0.30612, 0.18367], abs=1e-5
+    )
+    # λ / D
+    assert make("sequential", model, weight=0.3, beta=1.0).weights == pytest.approx([0.1, 0.1, 0.1])
     for kind in KINDS:
         assert make(kind, model, weight=0.5, weights=[4, 2, 1]).weights == [2.0, 1.0, 0.5]
 
@@ -383,14 +460,18 @@ def last_norm(model, x):
     """A Llama's last layer and norm on (B, T, d)."""
     decoder = model.get_decoder()
     positions = torch.arange(x.shape[1])[None]
-    out = decoder.layers[-1](x, position_embeddings=decoder.rotary_emb(x, positions), position_ids=positions)
+    out = decoder.layers[-1](
+        x, position_embeddings=decoder.rotary_emb(x, positions), position_ids=positions
+    )
     return decoder.norm(out)
 
 
 @torch.no_grad()
 def test_last_layer_runs_the_last_layer_again():
     model, hidden = llama(), torch.randn(2, 9, SIZE)
-    seen = Seen(hidden, *[torch.randint(0, 64, (2, 9))] * 2, torch.arange(9).expand(2, 9), hidden[:, :0])
+    seen = Seen(
+        hidden, *[torch.randint(0, 64, (2, 9))] * 2, torch.arange(9).expand(2, 9), hidden[:, :0]
+    )
     for states in make("parallel", model, init="last_layer").eval().states(seen, Target(model)):
         torch.testing.assert_close(states, last_norm(model, hidden), rtol=1e-5, atol=1e-5)
     drafter = make("shared", model, 1, init="last_layer").eval()
@@ -403,8 +484,12 @@ def test_last_layer_runs_the_last_layer_again():
 @torch.no_grad()
 def test_medusa_starts_as_the_targets_own_head():
     model, hidden = llama(), torch.randn(1, 5, SIZE)
-    seen = Seen(hidden, *[torch.zeros(1, 5, dtype=torch.int64)] * 2, torch.arange(5)[None], hidden[:, :0])
-    assert all(torch.equal(states, hidden) for states in make("medusa", model).states(seen, Target(model)))
+    seen = Seen(
+        hidden, *[torch.zeros(1, 5, dtype=torch.int64)] * 2, torch.arange(5)[None], hidden[:, :0]
+    )
+    assert all(
+        torch.equal(states, hidden) for states in make("medusa", model).states(seen, Target(model))
+    )
 
 
 def test_a_random_start_is_the_seeds_and_is_not_the_targets():
@@ -418,25 +503,43 @@ def test_a_random_start_is_the_seeds_and_is_not_the_targets():
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert float(one["layers.0.eh_proj.weight"].std()) == pytest.approx(0.2, rel=0.1)
     assert torch.equal(one["layers.0.post_norm.weight"], torch.ones(SIZE))
-    assert not torch.equal(one["layers.0.mtp_block.mlp.up_proj.weight"], one["layers.1.mtp_block.mlp.up_proj.weight"])
+    assert not torch.equal(
+        one["layers.0.mtp_block.mlp.up_proj.weight"], one["layers.1.mtp_block.mlp.up_proj.weight"]
+    )
 
 
 SIZES = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
 
 
-@pytest.mark.parametrize("config", [
-    transformers.MistralConfig(**SIZES, sliding_window=3),
-    transformers.Gemma3TextConfig(**SIZES, sliding_window=3, layer_types=["full_attention", "sliding_attention"]),
-    transformers.Qwen3Config(**SIZES),
-    transformers.CohereConfig(**{key: value for key, value in SIZES.items() if key != "head_dim"}),
-    transformers.MixtralConfig(**SIZES, num_local_experts=2),
-], ids=lambda config: config.model_type)  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.MistralConfig(**SIZES, sliding_window=3),
+        transformers.Gemma3TextConfig(
+            **SIZES, sliding_window=3, layer_types=["full_attention", "sliding_attention"]
+        ),
+        transformers.Qwen3Config(**SIZES),
+        transformers.CohereConfig(
+            **{key: value for key, value in SIZES.items() if key != "head_dim"}
+        ),
+        transformers.MixtralConfig(**SIZES, num_local_experts=2),
+    ],
+    ids=lambda config: config.model_type,
+)
 @torch.no_grad()
 def test_layers_of_other_families_are_their_own(config):
-    """A copy of the last layer and norm, given what reached them, gives what they gave: windows, kinds of rotation and packing."""
+    """A copy of the last layer and norm, given what reached them, gives what they gave: windows,
+    kinds of rotation and packing."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     ids = torch.randint(0, 64, (2, 12))
@@ -446,15 +549,23 @@ def test_layers_of_other_families_are_their_own(config):
         model.get_decoder()
         .layers[-1]
         .register_forward_pre_hook(
-            lambda _, args, kwargs: reached.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            lambda _, args, kwargs: reached.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
         )
     )
-    wanted = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    wanted = model.get_decoder()(
+        input_ids=ids, position_ids=positions, use_cache=False
+    ).last_hidden_state
     hook.remove()
     layer, norm = decoder_layer(model, "last_layer").eval(), final_norm(model, "last_layer")
     found = norm(through(layer, reached[0], around(Target(model), reached[0], positions)))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    check_decoding(stirred(make("shared", model)), model, [(5, 3, ""), (1, 3, "1"), (3, 1, ""), (1, 3, "")], rtol=1e-4)
+    check_decoding(
+        stirred(make("shared", model)),
+        model,
+        [(5, 3, ""), (1, 3, "1"), (3, 1, ""), (1, 3, "")],
+        rtol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -464,7 +575,9 @@ def test_a_packed_base_is_unpacked_for_a_start_and_stepped_on(kind):
     freeze(model)
     for of in ("parallel", "shared"):
         drafter = make(of, model, init="last_layer").train()
-        copied = (drafter.heads[0].block if of == "parallel" else drafter.depths[0].mtp_block).mlp.up_proj.weight
+        copied = (
+            drafter.heads[0].block if of == "parallel" else drafter.depths[0].mtp_block
+        ).mlp.up_proj.weight
         original = plain.get_decoder().layers[-1].mlp.up_proj.weight
         difference = float((copied - original).detach().norm() / original.detach().norm())
         assert 1e-4 < difference < 0.15
@@ -485,8 +598,13 @@ def test_half_precision_is_computed_from_whole_weights(kind):
     drafter, whole = stirred(make(kind, model)), stirred(make(kind, llama()))
     whole.load_state(drafter.state())
     exact = llama(torch.bfloat16).float()
-    seen, wanted = seen_of(PACKED, hidden_states(), torch.bfloat16), seen_of(PACKED, hidden_states())
-    for found, other in zip(drafter.states(seen, Target(model)), whole.states(wanted, Target(exact)), strict=True):
+    seen, wanted = (
+        seen_of(PACKED, hidden_states(), torch.bfloat16),
+        seen_of(PACKED, hidden_states()),
+    )
+    for found, other in zip(
+        drafter.states(seen, Target(model)), whole.states(wanted, Target(exact)), strict=True
+    ):
         assert found.dtype == torch.bfloat16
         assert float((found.float() - other).detach().norm() / other.detach().norm()) < 0.03
     total, _ = drafter.loss(seen, Target(model), 4)
@@ -494,7 +612,9 @@ def test_half_precision_is_computed_from_whole_weights(kind):
     assert {p.grad.dtype for p in drafter.parameters()} == {torch.float32}
     memory = drafter.start(Target(model))
     news = News(seen.hidden[1, :4], seen.hidden[1, :4, :0], seen.ids[1, 1:5])
-    draft = drafter.propose(memory, Target(model), news, lambda growth: chain(3)(growth, Drawing(64, 9)))
+    draft = drafter.propose(
+        memory, Target(model), news, lambda growth: chain(3)(growth, Drawing(64, 9))
+    )
     assert draft.tokens.shape == (3,)
 
 
@@ -502,10 +622,12 @@ def test_half_precision_is_computed_from_whole_weights(kind):
 
 
 def check_decoding(drafter, model, steps, rtol=1e-5):
-    """Grow trees along a known text and compare all logits with what training computes for the text up to there and a path.
+    """Grow trees along a known text and compare all logits with what training computes for the text
+    up to there and a path.
 
-    A step is (n, count, which): n states become known, `count` levels are asked for, and the offsets named in `which` guess the
-    text's own token, as if they would be accepted. Each level has two nodes below each of the one before, added in two calls.
+    A step is (n, count, which): n states become known, `count` levels are asked for, and the
+    offsets named in `which` guess the text's own token, as if they would be accepted. Each level
+    has two nodes below each of the one before, added in two calls.
     """
     target, draw = Target(model), torch.Generator().manual_seed(13)
     length = sum(n for n, _, _ in steps)
@@ -514,7 +636,9 @@ def check_decoding(drafter, model, steps, rtol=1e-5):
     memory, known = drafter.start(target), 0
     for n, count, which in steps:
         new = slice(known, known + n)
-        growth = drafter.grow(memory, target, News(hidden[new], hidden[new, :0], text[known + 1 : known + n + 1]))
+        growth = drafter.grow(
+            memory, target, News(hidden[new], hidden[new, :0], text[known + 1 : known + n + 1])
+        )
         known += n
         assert growth.branches
         assert growth.depth == drafter.offsets
@@ -524,7 +648,11 @@ def check_decoding(drafter, model, steps, rtol=1e-5):
         for k in range(1, min(count, drafter.offsets)):
             level = []
             for which_child in range(2):
-                own = int(text[known + k]) if str(k) in which and not which_child else 3 + 7 * k + which_child
+                own = (
+                    int(text[known + k])
+                    if str(k) in which and not which_child
+                    else 3 + 7 * k + which_child
+                )
                 paths = [(*path, own) for path in above]
                 parents = torch.tensor([numbers[path[:-1]] for path in paths])
                 rows = growth.below(torch.tensor([own] * len(paths)), parents)
@@ -534,18 +662,32 @@ def check_decoding(drafter, model, steps, rtol=1e-5):
             above = level
         assert len(found) == 2 ** min(count, drafter.offsets) - 1
         for path, logits in found.items():
-            ids = torch.cat([text[: known + 1], torch.tensor(path, dtype=torch.long), text[:8]])[None]
-            states = torch.cat([hidden[:known], torch.randn(ids.shape[1] - known, hidden.shape[1])])[None]
+            ids = torch.cat([text[: known + 1], torch.tensor(path, dtype=torch.long), text[:8]])[
+                None
+            ]
+            states = torch.cat(
+                [hidden[:known], torch.randn(ids.shape[1] - known, hidden.shape[1])]
+            )[None]
             positions = torch.arange(ids.shape[1])[None]
             wanted = list(drafter.states(Seen(states, ids, ids, positions, states[:, :0]), target))
-            torch.testing.assert_close(logits, target.head(wanted[len(path)][0, known - 1]), rtol=rtol, atol=rtol)
+            torch.testing.assert_close(
+                logits, target.head(wanted[len(path)][0, known - 1]), rtol=rtol, atol=rtol
+            )
 
 
 PATTERNS = {
     "all refused": [(4, 3, ""), (1, 3, ""), (1, 3, ""), (1, 3, ""), (1, 3, "")],
     "all accepted": [(3, 3, "123"), (4, 3, "123"), (4, 3, "123"), (4, 3, "")],
     "from the first token": [(1, 3, ""), (1, 3, "1"), (2, 3, "12"), (3, 3, ""), (1, 3, "2")],
-    "fewer asked for": [(5, 1, "1"), (2, 0, ""), (1, 2, ""), (1, 3, ""), (1, 1, ""), (1, 7, "13"), (2, 3, "")],
+    "fewer asked for": [
+        (5, 1, "1"),
+        (2, 0, ""),
+        (1, 2, ""),
+        (1, 3, ""),
+        (1, 1, ""),
+        (1, 7, "13"),
+        (2, 3, ""),
+    ],
     "none asked for at first": [(1, 0, ""), (1, 0, ""), (1, 3, ""), (2, 0, ""), (5, 3, "")],
 }
 
@@ -571,7 +713,8 @@ def test_a_step_works_on_new_positions_only(kind):
         sizes.clear()
         news = News(torch.randn(n, SIZE), torch.zeros(n, 0), torch.randint(0, 64, (n,)))
         drafter.propose(memory, target, news, lambda growth: chain(3)(growth, Drawing(64, 9)))
-        again = 0 if kind == "parallel" else 1  # depth k: the k - 1 positions whose tokens were drafted
+        # depth k: the k - 1 positions whose tokens were drafted
+        again = 0 if kind == "parallel" else 1
         assert sizes == [min(9, n + again * k) if n < 9 else 9 for k in range(3)]
 
 
@@ -582,7 +725,9 @@ def test_greedy_drafts_have_no_distributions():
         news = News(torch.randn(4, SIZE), torch.zeros(4, 0), torch.randint(0, 64, (4,)))
 
         def drafted(depth, chances=None, of=drafter, to=target, what=news):
-            return of.propose(of.start(to), to, what, lambda growth: chain(2)(growth, Drawing(64, depth, chances)))
+            return of.propose(
+                of.start(to), to, what, lambda growth: chain(2)(growth, Drawing(64, depth, chances))
+            )
 
         draft = drafted(2)
         assert draft.probabilities is None
@@ -602,21 +747,54 @@ def test_knobs_that_do_not_fit_are_refused(kind):
     model = llama()
     with pytest.raises(DrafterError, match=r"drafter\.offsets=0"):
         make(kind, model, 0)
-    with pytest.raises(DrafterError, match=r"drafter.weights=\[1.0, 2.0\] are 2, and drafter.offsets=3"):
+    with pytest.raises(
+        DrafterError, match=r"drafter.weights=\[1.0, 2.0\] are 2, and drafter.offsets=3"
+    ):
         make(kind, model, weights=[1.0, 2.0])
     with pytest.raises(DrafterError, match=r"drafter\.layers=0"):
         make("medusa", model, layers=0)
 
 
-@pytest.mark.parametrize(("config", "says"), [
-    (transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2), r"GPT2LMHeadModel has no get_decoder\(\)\.layers"),
-    (transformers.OPTConfig(vocab_size=64, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16),
-     "OPTForCausalLM's positions are not rotary"),
-    (transformers.GPTNeoXConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2),
-     "GPTNeoXLayer does not take past_key_values"),
-    (transformers.Qwen3NextConfig(**SIZES, num_experts=2, num_experts_per_tok=1, layer_types=["full_attention", "linear_attention"]),
-     "Qwen3NextForCausalLM's last layer is of the kind linear_attention"),
-], ids=lambda value: "" if isinstance(value, str) else value.model_type)  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (
+            transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2),
+            r"GPT2LMHeadModel has no get_decoder\(\)\.layers",
+        ),
+        (
+            transformers.OPTConfig(
+                vocab_size=64,
+                hidden_size=16,
+                ffn_dim=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                word_embed_proj_dim=16,
+            ),
+            "OPTForCausalLM's positions are not rotary",
+        ),
+        (
+            transformers.GPTNeoXConfig(
+                vocab_size=64,
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+            ),
+            "GPTNeoXLayer does not take past_key_values",
+        ),
+        (
+            transformers.Qwen3NextConfig(
+                **SIZES,
+                num_experts=2,
+                num_experts_per_tok=1,
+                layer_types=["full_attention", "linear_attention"],
+            ),
+            "Qwen3NextForCausalLM's last layer is of the kind linear_attention",
+        ),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value.model_type,
+)
 def test_families_without_such_layers_are_refused_but_for_medusa(config, says):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -630,10 +808,18 @@ def test_families_without_such_layers_are_refused_but_for_medusa(config, says):
 
 
 def test_heads_alone_are_trained_and_saved(train, chats):
-    run = train(f"task.path={chats}", "drafter=mtp_shared", "adapter=none", "max_steps=8", "optimizer.lr=3e-3")
+    run = train(
+        f"task.path={chats}",
+        "drafter=mtp_shared",
+        "adapter=none",
+        "max_steps=8",
+        "optimizer.lr=3e-3",
+    )
     found = trained(str(run))
     fresh = found.base.load(torch.float32)
-    assert all(torch.equal(p, q) for p, q in zip(found.model.parameters(), fresh.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(found.model.parameters(), fresh.parameters(), strict=True)
+    )
     start = SequentialModules(fresh, 3, True, None, 0.6, 1.0, "last_layer", True, 1.0).state()
     kept = load_file(run / "drafter" / "model.safetensors")
     for name, tensor in found.drafter.state().items():
@@ -646,9 +832,16 @@ def test_heads_alone_are_trained_and_saved(train, chats):
 
 def test_a_run_that_goes_on_is_the_run(train, chats, monkeypatch):
     settings = (
-        f"task.path={chats}", "drafter=mtp_sequential", "adapter.dropout=0.1", "packing=true", "max_length=64", "max_steps=5", "max_epochs=null",
-        "callbacks.evaluation=null", "callbacks.checkpoints.every=2",
-    )  # fmt: skip
+        f"task.path={chats}",
+        "drafter=mtp_sequential",
+        "adapter.dropout=0.1",
+        "packing=true",
+        "max_length=64",
+        "max_steps=5",
+        "max_epochs=null",
+        "callbacks.evaluation=null",
+        "callbacks.checkpoints.every=2",
+    )
     whole = train(*settings, "name=whole")
     with monkeypatch.context() as patch:
         cut_at(patch, 3)
@@ -680,8 +873,12 @@ def test_a_trained_head_learns_from_drafts_where_it_may(detach):
     found, head.grad = head.grad, None
     plain = sum(
         weight
-        * torch.nn.functional.cross_entropy((h @ head.T)[:, : -k - 1].flatten(0, 1), ids[:, k + 1 :].flatten(), reduction="sum")
-        for k, (weight, h) in enumerate(zip(drafter.weights, drafter.states(seen, target), strict=True), 1)
+        * torch.nn.functional.cross_entropy(
+            (h @ head.T)[:, : -k - 1].flatten(0, 1), ids[:, k + 1 :].flatten(), reduction="sum"
+        )
+        for k, (weight, h) in enumerate(
+            zip(drafter.weights, drafter.states(seen, target), strict=True), 1
+        )
     )
     plain.backward()
     torch.testing.assert_close(found, head.grad, rtol=1e-4, atol=1e-5)

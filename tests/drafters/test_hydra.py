@@ -1,4 +1,5 @@
-"""Hydra's heads against plain loops over the positions of one row in float64: their losses, their trees, and where they start."""
+"""Hydra's heads against plain loops over the positions of one row in float64: their losses, their
+trees, and where they start."""
 
 from __future__ import annotations
 
@@ -10,7 +11,18 @@ import transformers
 from omegaconf import OmegaConf
 
 from tests.drafters import test_heads
-from tests.drafters.test_heads import APART, PACKED, ROWS, SIZE, SIZES, by_row, hidden_states, llama, seen_of, stirred
+from tests.drafters.test_heads import (
+    APART,
+    PACKED,
+    ROWS,
+    SIZE,
+    SIZES,
+    by_row,
+    hidden_states,
+    llama,
+    seen_of,
+    stirred,
+)
 from tests.training.test_finetune import adapted
 from trainer.assembly.build import instantiate
 from trainer.config import schema
@@ -19,7 +31,8 @@ from trainer.drafters.hydra import Hydra
 from trainer.models.losses import CausalLoss
 
 FILES = {
-    name: OmegaConf.to_container(OmegaConf.load(schema.CONF / "drafter" / f"{name}.yaml")) for name in ("hydra", "hydra_plus")
+    name: OmegaConf.to_container(OmegaConf.load(schema.CONF / "drafter" / f"{name}.yaml"))
+    for name in ("hydra", "hydra_plus")
 }
 PLAIN = FILES["hydra"]
 PLUS = PLAIN | {key: value for key, value in FILES["hydra_plus"].items() if key != "defaults"}
@@ -81,7 +94,9 @@ def test_states_are_those_of_plain_loops(kind, packs):
             assert states[k - 1][row].isfinite().all()
             for t in range(len(ids) - k):
                 wanted, _ = naive(w, drafter, k, own[t], ids[t + 1 : t + 1 + k])
-                torch.testing.assert_close(states[k - 1][row][t].double(), wanted, rtol=1e-5, atol=2e-5)
+                torch.testing.assert_close(
+                    states[k - 1][row][t].double(), wanted, rtol=1e-5, atol=2e-5
+                )
 
 
 @pytest.mark.parametrize("packs", [APART, PACKED], ids=["apart", "packed"])
@@ -110,11 +125,16 @@ def test_loss_numbers_and_slopes_are_those_of_plain_loops(kind, loss, packs):
                 p = p / p.sum()
                 accepted = torch.minimum(p, q).sum()
                 right = ids[t + 1 + k] if loss == "labels" else int(p.argmax())
-                one = {"labels": -torch.log(q[right]), "ce": -(p * torch.log(q)).sum(), "tv": 1 - accepted}[loss]
+                one = {
+                    "labels": -torch.log(q[right]),
+                    "ce": -(p * torch.log(q)).sum(),
+                    "tv": 1 - accepted,
+                }[loss]
                 better = int((logits > logits[right]).sum())
                 unbroken, chance = unbroken and better == 0, chance * float(accepted.detach())
                 expected[k - 1] += torch.tensor(
-                    [one.detach(), 1, better == 0, better < 5, unbroken, accepted.detach(), chance], dtype=torch.float64
+                    [one.detach(), 1, better == 0, better < 5, unbroken, accepted.detach(), chance],
+                    dtype=torch.float64,
                 )
                 wanted = wanted + 0.7 * [1.0, 0.5, 0.25][k - 1] * one
     wanted.backward()
@@ -138,14 +158,17 @@ def test_nothing_comes_from_other_rows_or_later_tokens(kind):
         assert torch.equal(by_row(PACKED, states)[0], earlier[0])
     seen = seen_of(PACKED, hidden)
     seen.ids[1, 6] += 1
-    for k, (states, earlier) in enumerate(zip(drafter.states(seen, target), before, strict=True), 1):
+    for k, (states, earlier) in enumerate(
+        zip(drafter.states(seen, target), before, strict=True), 1
+    ):
         same = (by_row(PACKED, states)[3] - earlier[3]).abs().amax(-1) < 1e-6
         assert same.tolist() == [not t + 1 <= 6 <= t + k for t in range(10)]
 
 
 # decoding
 
-# (the target's n new states, nodes of a tree as (parent, token)): levels, a sibling that comes late, and nothing but the first
+# (the target's n new states, nodes of a tree as (parent, token)): levels, a sibling that comes
+# late, and nothing but the first
 STEPS = [
     (4, [[(-1, 5), (-1, 9), (-1, 33)], [(0, 2), (2, 7), (0, 60)]]),
     (1, [[(-1, 8)], [(0, 1)]]),
@@ -161,15 +184,25 @@ def test_a_tree_has_the_logits_of_its_paths(kind):
     model = llama()
     drafter, target = stirred(make(model, kind)), Target(model)
     w, draw = weights_of(drafter, model), torch.Generator().manual_seed(13)
-    text, hidden = torch.randint(0, 64, (12,), generator=draw), torch.randn(11, SIZE, generator=draw)
+    text, hidden = (
+        torch.randint(0, 64, (12,), generator=draw),
+        torch.randn(11, SIZE, generator=draw),
+    )
     states = before_heads(w, drafter, model.config, hidden)
     memory, known = drafter.start(target), 0
     for new, levels in STEPS:
-        news = News(hidden[known : known + new], hidden[:new, :0], text[known + 1 : known + new + 1])
+        news = News(
+            hidden[known : known + new], hidden[:new, :0], text[known + 1 : known + new + 1]
+        )
         growth = drafter.grow(memory, target, news)
         known += new
         newest = int(text[known])
-        assert (growth.depth, growth.branches, growth.vocabulary, growth.confidence) == (3, True, None, None)
+        assert (growth.depth, growth.branches, growth.vocabulary, growth.confidence) == (
+            3,
+            True,
+            None,
+            None,
+        )
         _, wanted = naive(w, drafter, 1, states[known - 1], [newest])
         torch.testing.assert_close(growth.first().double(), wanted, rtol=1e-5, atol=2e-5)
         paths = []
@@ -191,7 +224,9 @@ def test_the_prefix_layer_reads_each_state_once():
     drafter.prefix.block.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[1]))
     memory = drafter.start(target)
     for new in (5, 1, 3):
-        growth = drafter.grow(memory, target, News(torch.randn(new, SIZE), torch.zeros(new, 0), torch.arange(new)))
+        growth = drafter.grow(
+            memory, target, News(torch.randn(new, SIZE), torch.zeros(new, 0), torch.arange(new))
+        )
         growth.below(torch.tensor([1, 2]), torch.tensor([-1, -1]))
     assert sizes == [5, 1, 3]
 
@@ -200,14 +235,22 @@ def test_the_prefix_layer_reads_each_state_once():
 def test_a_drafts_text_is_in_windows_as_in_training():
     """Of a family whose attention slides, over more positions than the window."""
     torch.manual_seed(0)
-    model = transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES, sliding_window=3)).eval()
+    model = transformers.MistralForCausalLM(
+        transformers.MistralConfig(**SIZES, sliding_window=3)
+    ).eval()
     drafter, target = stirred(make(model, "plus")), Target(model)
     ids, hidden = torch.randint(0, 64, (1, 12)), torch.randn(1, 12, SIZE)
-    first, *_ = drafter.states(Seen(hidden, ids, ids, torch.arange(12)[None], hidden[:, :0]), target)
+    first, *_ = drafter.states(
+        Seen(hidden, ids, ids, torch.arange(12)[None], hidden[:, :0]), target
+    )
     memory, known = drafter.start(target), 0
     for new in (5, 1, 1, 4):
         at = slice(known, known + new)
-        growth = drafter.grow(memory, target, News(hidden[0, at], hidden[0, :new, :0], ids[0, known + 1 : known + new + 1]))
+        growth = drafter.grow(
+            memory,
+            target,
+            News(hidden[0, at], hidden[0, :new, :0], ids[0, known + 1 : known + new + 1]),
+        )
         known += new
         wanted = drafter.head_of(1, target)[0](first[0, known - 1])
         torch.testing.assert_close(growth.first(), wanted, rtol=1e-5, atol=1e-5)
@@ -261,7 +304,11 @@ def test_neither_the_adapter_nor_the_embedding_learns_from_heads(loss):
 def test_a_batch_with_nothing_to_predict_gives_every_parameter_a_gradient(loss):
     """Of zero: ranks without targets must not be waited for."""
     model = llama()
-    drafter, hidden, ids = make(model, "plus", loss=loss), torch.randn(2, 2, SIZE), torch.ones(2, 2, dtype=torch.int64)
+    drafter, hidden, ids = (
+        make(model, "plus", loss=loss),
+        torch.randn(2, 2, SIZE),
+        torch.ones(2, 2, dtype=torch.int64),
+    )
     labels = torch.full_like(ids, -100)
     seen = Seen(hidden, ids, labels, torch.arange(2).expand(2, 2), hidden[:, :0])
     total, numbers = drafter.loss(seen, Target(model), 8)
@@ -287,7 +334,8 @@ def test_dropout_is_on_while_training_only(kind):
 
 
 def test_heads_learn_to_read_the_tokens_between():
-    """Text whose next token follows from the last, and hidden states that say nothing: the k-th head has to read x_{t+k}."""
+    """Text whose next token follows from the last, and hidden states that say nothing: the k-th
+    head has to read x_{t+k}."""
     torch.manual_seed(0)
     model = llama(tie_word_embeddings=False)
     drafter, target = make(model, layers=2, lr_scale=1.0).train(), Target(model)
@@ -298,7 +346,9 @@ def test_heads_learn_to_read_the_tokens_between():
         for _ in range(7):
             ids = torch.cat([ids, following[ids[:, -1:]]], dim=1)
         hidden = torch.ones(16, 8, SIZE)
-        total, numbers = drafter.loss(Seen(hidden, ids, ids, torch.arange(8).expand(16, 8), hidden[:, :0]), target, 64)
+        total, numbers = drafter.loss(
+            Seen(hidden, ids, ids, torch.arange(8).expand(16, 8), hidden[:, :0]), target, 64
+        )
         optimizer.zero_grad()
         (total / numbers[:, 1].sum()).backward()
         optimizer.step()
@@ -314,7 +364,11 @@ def test_half_precision_is_computed_from_whole_weights():
     wanted, _ = whole.loss(seen_of(PACKED, hidden_states()), Target(llama()), 4)
     total.backward()
     assert float(total.detach()) == pytest.approx(float(wanted.detach()), rel=0.02)
-    assert {p.dtype for p in drafter.parameters()} == {p.grad.dtype for p in drafter.parameters()} == {torch.float32}
+    assert (
+        {p.dtype for p in drafter.parameters()}
+        == {p.grad.dtype for p in drafter.parameters()}
+        == {torch.float32}
+    )
     news, found = News(seen.hidden[0], seen.hidden[0, :, :0], seen.ids[0]), []
     for one in (drafter, drafter.bfloat16()):  # the second as whoever decodes may have it
         growth = one.grow(one.start(Target(model)), Target(model), news)
@@ -331,10 +385,18 @@ def test_names_shapes_and_states(tmp_path, kind):
     shapes = {}
     for k in range(3):
         for part in ("linear", "res_connection"):
-            shapes |= {f"heads.{k}.0.{part}.weight": (SIZE, (k + 2) * SIZE), f"heads.{k}.0.{part}.bias": (SIZE,)}
+            shapes |= {
+                f"heads.{k}.0.{part}.weight": (SIZE, (k + 2) * SIZE),
+                f"heads.{k}.0.{part}.bias": (SIZE,),
+            }
         for j in range(1, settings["layers"]):
-            shapes |= {f"heads.{k}.{j}.linear.weight": (SIZE, SIZE), f"heads.{k}.{j}.linear.bias": (SIZE,)}
-        shapes |= {f"heads.{k}.{settings['layers']}.weight": (64, SIZE)} if settings["own_head"] else {}
+            shapes |= {
+                f"heads.{k}.{j}.linear.weight": (SIZE, SIZE),
+                f"heads.{k}.{j}.linear.bias": (SIZE,),
+            }
+        shapes |= (
+            {f"heads.{k}.{settings['layers']}.weight": (64, SIZE)} if settings["own_head"] else {}
+        )
     if settings["prefix"]:
         layer = model.model.layers[0].state_dict()
         shapes |= {f"prefix.block.{name}": tuple(tensor.shape) for name, tensor in layer.items()}
@@ -343,7 +405,14 @@ def test_names_shapes_and_states(tmp_path, kind):
     with torch.device("meta"):
         skeleton = make(transformers.LlamaForCausalLM(model.config), kind)
     assert {name: tuple(tensor.shape) for name, tensor in skeleton.state().items()} == shapes
-    target = {"base": "some/base", "fingerprint": "abc", "run": "x", "step": 3, "hidden_size": SIZE, "vocab_size": 64}
+    target = {
+        "base": "some/base",
+        "fingerprint": "abc",
+        "run": "x",
+        "step": 3,
+        "hidden_size": SIZE,
+        "vocab_size": 64,
+    }
     io.save(one, settings, target, tmp_path)
     again = io.load(tmp_path, model, "abc")
     assert all(torch.equal(tensor, again.state()[name]) for name, tensor in one.state().items())
@@ -351,13 +420,16 @@ def test_names_shapes_and_states(tmp_path, kind):
         make(model, kind, layers=5).load_state(one.state())
 
 
-@pytest.mark.parametrize(("changes", "says"), [
-    ({"offsets": 0}, "drafter.offsets=0"),
-    ({"layers": 0}, "drafter.layers=0.*at least 1"),
-    ({"weights": [1.0]}, "drafter.weights=.1.0. are 1, and drafter.offsets=3"),
-    ({"loss": "mse"}, "drafter.loss=mse: one of labels, ce, kl, tv"),
-    ({"dropout": 1.0}, "drafter.dropout=1.0.*below 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"offsets": 0}, "drafter.offsets=0"),
+        ({"layers": 0}, "drafter.layers=0.*at least 1"),
+        ({"weights": [1.0]}, "drafter.weights=.1.0. are 1, and drafter.offsets=3"),
+        ({"loss": "mse"}, "drafter.loss=mse: one of labels, ce, kl, tv"),
+        ({"dropout": 1.0}, "drafter.dropout=1.0.*below 1"),
+    ],
+)
 def test_settings_that_do_not_fit_are_refused(changes, says):
     with pytest.raises(DrafterError, match=says):
         make(llama(), **changes)
@@ -371,7 +443,21 @@ def test_a_prefix_layer_asks_for_a_model_of_known_layers():
 
 
 def test_the_files_are_the_papers():
-    assert set(inspect.signature(Hydra).parameters) - {"model"} == PLAIN.keys() - {"_target_", "_partial_"}
-    assert (PLAIN["layers"], PLAIN["prefix"], PLAIN["loss"], PLAIN["weights"]) == (1, False, "labels", None)
-    assert (PLUS["offsets"], PLUS["layers"], PLUS["prefix"], PLUS["loss"], PLUS["dropout"]) == (4, 4, True, "ce", 0.2)
+    assert set(inspect.signature(Hydra).parameters) - {"model"} == PLAIN.keys() - {
+        "_target_",
+        "_partial_",
+    }
+    assert (PLAIN["layers"], PLAIN["prefix"], PLAIN["loss"], PLAIN["weights"]) == (
+        1,
+        False,
+        "labels",
+        None,
+    )
+    assert (PLUS["offsets"], PLUS["layers"], PLUS["prefix"], PLUS["loss"], PLUS["dropout"]) == (
+        4,
+        4,
+        True,
+        "ce",
+        0.2,
+    )
     assert make(llama(), weight=2.0).weights == [2.0, 2.0, 2.0]

@@ -1,4 +1,5 @@
-"""A drafter's folder read back, bit by bit, and what is refused of one that may come from a stranger."""
+"""A drafter's folder read back, bit by bit, and what is refused of one that may come from a
+stranger."""
 
 from __future__ import annotations
 
@@ -29,14 +30,19 @@ def node(kind):
 
 def target_of(model, **changes):
     return {
-        "base": "some/base", "fingerprint": "abc", "run": "runs/one", "step": 3, "hidden_size": model.config.hidden_size,
+        "base": "some/base",
+        "fingerprint": "abc",
+        "run": "runs/one",
+        "step": 3,
+        "hidden_size": model.config.hidden_size,
         "vocab_size": model.config.vocab_size,
-    } | changes  # fmt: skip
+    } | changes
 
 
 @pytest.fixture
 def saved(tmp_path):
-    """A stirred drafter, its folder, and a model like the one it was made for but with other weights in what it starts from."""
+    """A stirred drafter, its folder, and a model like the one it was made for but with other
+    weights in what it starts from."""
 
     def made(kind="mtp_sequential"):
         model, settings = llama(), node(kind)
@@ -56,7 +62,8 @@ def edited(folder, **changes):
 def test_a_drafter_comes_back_bit_by_bit(saved, kind):
     drafter, folder, model = saved(kind)
     with torch.no_grad():
-        model.model.layers[-1].mlp.up_proj.weight.mul_(2)  # the start that last_layer copies must not show through
+        # the start that last_layer copies must not show through
+        model.model.layers[-1].mlp.up_proj.weight.mul_(2)
     again = io.load(folder, model, "abc")
     assert type(again) is type(drafter)
     assert not again.training
@@ -64,7 +71,9 @@ def test_a_drafter_comes_back_bit_by_bit(saved, kind):
     state = again.state()
     assert state.keys() == drafter.state().keys() != set()
     assert all(torch.equal(tensor, state[name]) for name, tensor in drafter.state().items())
-    assert all(tensor.dtype == torch.float32 for tensor in load_file(folder / "model.safetensors").values())
+    assert all(
+        tensor.dtype == torch.float32 for tensor in load_file(folder / "model.safetensors").values()
+    )
     hidden, ids = torch.randn(2, 7, 32), torch.randint(3, 60, (2, 7))
     seen = Seen(hidden, ids, ids, torch.arange(7).expand(2, -1), hidden[:, :0])
     target = Target(model)
@@ -75,9 +84,13 @@ def test_a_drafter_comes_back_bit_by_bit(saved, kind):
 def test_what_is_not_of_this_model_is_refused(saved):
     _, folder, model = saved()
     assert io.load(folder, model)
-    with pytest.raises(DrafterError, match="was trained for some/base, and this base's weights are others"):
+    with pytest.raises(
+        DrafterError, match="was trained for some/base, and this base's weights are others"
+    ):
         io.load(folder, model, "abd")
-    with pytest.raises(DrafterError, match="a drafter for some/base, whose hidden_size is 32; this model's is 48"):
+    with pytest.raises(
+        DrafterError, match="a drafter for some/base, whose hidden_size is 32; this model's is 48"
+    ):
         io.load(folder, llama(hidden_size=48))
     with pytest.raises(DrafterError, match=r"of another model or of other settings: .*mlp.*differ"):
         io.load(folder, llama(intermediate_size=64))
@@ -110,10 +123,17 @@ def test_weights_that_are_missing_or_not_finite_are_noticed(saved):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"_target_": "os.system"}, "drafter._target_ is 'os.system'. Only what the files of conf/ name may be made"),
-        ({"_target_": "trainer.models.tiny.tiny"}, "'trainer.models.tiny.tiny'. Only what"),  # of conf/, and no drafter
+        (
+            {"_target_": "os.system"},
+            "drafter._target_ is 'os.system'. Only what the files of conf/ name may be made",
+        ),
+        # of conf/, and no drafter
+        ({"_target_": "trainer.models.tiny.tiny"}, "'trainer.models.tiny.tiny'. Only what"),
         ({"_target_": ["os.system"]}, "Only what the files of conf/ name"),
-        ({"beta": {"_target_": "os.system", "_args_": ["false"]}}, "drafter.beta is .*nothing may be made there"),
+        (
+            {"beta": {"_target_": "os.system", "_args_": ["false"]}},
+            "drafter.beta is .*nothing may be made there",
+        ),
         ({"weights": [{"_target_": "os.system"}]}, "nothing may be made there"),
         ({"_args_": ["false"]}, "drafter._args_: there is no such key"),
         ({"_partial_": False}, "drafter._partial_ is False"),
@@ -131,7 +151,9 @@ def test_nothing_foreign_is_made(saved, monkeypatch, changes, message):
 
 def test_what_is_no_drafters_folder_says_so(saved, tmp_path):
     _, folder, model = saved()
-    with pytest.raises(DrafterError, match=r"config\.json cannot be read, so .*none is no drafter's folder"):
+    with pytest.raises(
+        DrafterError, match=r"config\.json cannot be read, so .*none is no drafter's folder"
+    ):
         io.load(tmp_path / "none", model)
     for content, message in (
         ("{", "cannot be read"),

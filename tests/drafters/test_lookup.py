@@ -15,7 +15,12 @@ from trainer.drafters.lookup import PromptLookup
 
 def news(ids, first=None):
     nothing = torch.zeros(len(ids), 0)
-    return News(nothing, nothing, torch.tensor(ids, dtype=torch.long), None if first is None else torch.tensor(first))
+    return News(
+        nothing,
+        nothing,
+        torch.tensor(ids, dtype=torch.long),
+        None if first is None else torch.tensor(first),
+    )
 
 
 def searched(text, count, longest):

@@ -1,4 +1,5 @@
-"""Medusa's heads with output layers of their own against plain loops in float64, and what its joint training adds.
+"""Medusa's heads with output layers of their own against plain loops in float64, and what its joint
+training adds.
 
 What all drafters keep, and the heads on the target's output head, are in test_heads.py.
 """
@@ -13,7 +14,18 @@ import torch
 import transformers
 from omegaconf import OmegaConf
 
-from tests.drafters.test_heads import APART, PACKED, ROWS, SIZE, SIZES, batch_of, hidden_states, llama, seen_of, stirred
+from tests.drafters.test_heads import (
+    APART,
+    PACKED,
+    ROWS,
+    SIZE,
+    SIZES,
+    batch_of,
+    hidden_states,
+    llama,
+    seen_of,
+    stirred,
+)
 from tests.training.test_finetune import adapted
 from trainer.assembly.build import instantiate
 from trainer.config import schema
@@ -57,7 +69,9 @@ def test_loss_numbers_and_slopes_are_those_of_plain_loops(packs):
                 loss = torch.log(torch.exp(logits).sum()) - logits[ids[t + 1 + k]]
                 better = int((logits > logits[ids[t + 1 + k]]).sum())
                 unbroken = unbroken and better == 0
-                expected[k - 1] += torch.tensor([loss.detach(), 1, better == 0, better < 5, unbroken])
+                expected[k - 1] += torch.tensor(
+                    [loss.detach(), 1, better == 0, better < 5, unbroken]
+                )
                 wanted = wanted + 0.7 * 0.8**k * loss
     wanted.backward()
     torch.testing.assert_close(numbers.double(), expected, rtol=1e-5, atol=1e-5)
@@ -66,13 +80,21 @@ def test_loss_numbers_and_slopes_are_those_of_plain_loops(packs):
         torch.testing.assert_close(parameter.grad.double(), w[name].grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [
-    transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
-    transformers.CohereConfig(**{key: value for key, value in SIZES.items() if key != "head_dim"}, logit_scale=0.25),
-    transformers.GraniteConfig(**{key: value for key, value in SIZES.items() if key != "head_dim"}, logits_scaling=4.0),
-    transformers.Gemma2Config(**SIZES, final_logit_softcapping=3.0, query_pre_attn_scalar=8),
-    transformers.PhiConfig(**{key: value for key, value in SIZES.items() if key != "head_dim"}),
-], ids=lambda config: config.model_type)  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
+        transformers.CohereConfig(
+            **{key: value for key, value in SIZES.items() if key != "head_dim"}, logit_scale=0.25
+        ),
+        transformers.GraniteConfig(
+            **{key: value for key, value in SIZES.items() if key != "head_dim"}, logits_scaling=4.0
+        ),
+        transformers.Gemma2Config(**SIZES, final_logit_softcapping=3.0, query_pre_attn_scalar=8),
+        transformers.PhiConfig(**{key: value for key, value in SIZES.items() if key != "head_dim"}),
+    ],
+    ids=lambda config: config.model_type,
+)
 @torch.no_grad()
 def test_heads_start_as_a_copy_of_the_targets(config):
     """Scale, cap and bias of the output layer included; and the copy is no part of the target."""
@@ -84,7 +106,9 @@ def test_heads_start_as_a_copy_of_the_targets(config):
     hidden = torch.randn(1, 7, SIZE)
     wanted = target.head(hidden)
     assert wanted.std() > 0.1
-    seen = Seen(hidden, *[torch.zeros(1, 7, dtype=torch.int64)] * 2, torch.arange(7)[None], hidden[:, :0])
+    seen = Seen(
+        hidden, *[torch.zeros(1, 7, dtype=torch.int64)] * 2, torch.arange(7)[None], hidden[:, :0]
+    )
     for k, states in enumerate(drafter.states(seen, target), 1):
         head, parameters = drafter.head_of(k, target)
         torch.testing.assert_close(head(states), wanted)
@@ -102,8 +126,15 @@ def test_a_tree_has_the_heads_logits_and_runs_no_more_of_them_than_it_asks_for()
     ran = []
     for k, head in enumerate(drafter.heads):
         head[-1].register_forward_pre_hook(lambda *_, k=k: ran.append(k))
-    growth = drafter.grow(drafter.start(target), target, News(hidden, hidden[:, :0], torch.arange(8)))
-    assert (growth.depth, growth.branches, growth.vocabulary, growth.confidence) == (3, True, None, None)
+    growth = drafter.grow(
+        drafter.start(target), target, News(hidden, hidden[:, :0], torch.arange(8))
+    )
+    assert (growth.depth, growth.branches, growth.vocabulary, growth.confidence) == (
+        3,
+        True,
+        None,
+        None,
+    )
     torch.testing.assert_close(growth.first().double(), wanted[0], rtol=1e-5, atol=1e-5)
     found = growth.below(torch.tensor([4, 9, 2]), torch.tensor([-1, -1, -1]))  # nodes 0, 1 and 2
     torch.testing.assert_close(found.double(), wanted[1].expand(3, -1), rtol=1e-5, atol=1e-5)
@@ -111,7 +142,8 @@ def test_a_tree_has_the_heads_logits_and_runs_no_more_of_them_than_it_asks_for()
     for parent in (1, 0):  # nodes 3 and 4
         deeper = growth.below(torch.tensor([7]), torch.tensor([parent]))
         torch.testing.assert_close(deeper.double(), wanted[2][None], rtol=1e-5, atol=1e-5)
-    late = growth.below(torch.tensor([5]), torch.tensor([-1]))  # a sibling that comes after deeper nodes
+    # a sibling that comes after deeper nodes
+    late = growth.below(torch.tensor([5]), torch.tensor([-1]))
     torch.testing.assert_close(late.double(), wanted[1][None], rtol=1e-5, atol=1e-5)
     assert ran == [0, 1, 2]
 
@@ -126,7 +158,11 @@ def test_the_ramps():
 
 def test_the_heads_loss_rises_and_its_numbers_do_not():
     model = llama()
-    drafter, target, seen = stirred(make(model, ramp="sine")), Target(model), seen_of(PACKED, hidden_states())
+    drafter, target, seen = (
+        stirred(make(model, ramp="sine")),
+        Target(model),
+        seen_of(PACKED, hidden_states()),
+    )
     whole, numbers = drafter.loss(seen, target, 4)
     drafter.at(1, 6)
     part, same = drafter.loss(seen, target, 4)
@@ -144,9 +180,20 @@ def test_a_run_tells_its_drafter_the_step():
             told.append((step, steps))
 
     module = FineTune(
-        model, adapter, lambda groups: torch.optim.SGD(groups, lr=1.0), lambda step, steps: 1.0, 7, False, 2, 0, None, 8, False, 3,
+        model,
+        adapter,
+        lambda groups: torch.optim.SGD(groups, lr=1.0),
+        lambda step, steps: 1.0,
+        7,
+        False,
+        2,
+        0,
+        None,
+        8,
+        False,
+        3,
         drafter=Watching(),
-    )  # fmt: skip
+    )
     module.step = 3
     module.on_train_batch_start({}, 1)
     assert told == [(3, 7)]
@@ -173,7 +220,9 @@ def test_a_batch_with_nothing_to_predict_gives_every_parameter_a_gradient():
     """Of zero: ranks without targets must not be waited for."""
     model = llama()
     drafter, hidden, ids = make(model), torch.randn(2, 2, SIZE), torch.ones(2, 2, dtype=torch.int64)
-    total, numbers = drafter.loss(Seen(hidden, ids, ids, torch.arange(2).expand(2, 2), hidden[:, :0]), Target(model), 8)
+    total, numbers = drafter.loss(
+        Seen(hidden, ids, ids, torch.arange(2).expand(2, 2), hidden[:, :0]), Target(model), 8
+    )
     total.backward()
     assert float(total.detach()) == 0.0
     assert not numbers.any()
@@ -188,7 +237,11 @@ def test_half_precision_is_computed_from_whole_weights():
     wanted, _ = whole.loss(seen_of(PACKED, hidden_states()), Target(llama()), 4)
     total.backward()
     assert float(total.detach()) == pytest.approx(float(wanted.detach()), rel=0.02)
-    assert {p.dtype for p in drafter.parameters()} == {p.grad.dtype for p in drafter.parameters()} == {torch.float32}
+    assert (
+        {p.dtype for p in drafter.parameters()}
+        == {p.grad.dtype for p in drafter.parameters()}
+        == {torch.float32}
+    )
     hidden = hidden_states()[0].bfloat16()
     found = [
         one.grow(None, Target(model), News(hidden, hidden[:, :0], torch.arange(8))).first()
@@ -201,18 +254,32 @@ def test_half_precision_is_computed_from_whole_weights():
 def test_names_shapes_and_states(tmp_path):
     model = llama()
     one = stirred(make(model))
-    shapes = {f"heads.{k}.{j}.linear.{name}": s for k in range(3) for j in range(2) for name, s in SHAPES.items()}
+    shapes = {
+        f"heads.{k}.{j}.linear.{name}": s
+        for k in range(3)
+        for j in range(2)
+        for name, s in SHAPES.items()
+    }
     shapes |= {f"heads.{k}.2.weight": (64, SIZE) for k in range(3)}
     assert {name: tuple(tensor.shape) for name, tensor in one.state().items()} == shapes
     with torch.device("meta"):
         skeleton = make(transformers.LlamaForCausalLM(model.config))
     assert {name: tuple(tensor.shape) for name, tensor in skeleton.state().items()} == shapes
     settings = SETTINGS | {"offsets": 3, "layers": 2}
-    target = {"base": "some/base", "fingerprint": "abc", "run": "x", "step": 3, "hidden_size": SIZE, "vocab_size": 64}
+    target = {
+        "base": "some/base",
+        "fingerprint": "abc",
+        "run": "x",
+        "step": 3,
+        "hidden_size": SIZE,
+        "vocab_size": 64,
+    }
     io.save(one, settings, target, tmp_path)
     again = io.load(tmp_path, model, "abc")
     assert all(torch.equal(tensor, again.state()[name]) for name, tensor in one.state().items())
-    assert make(model, own_head=False).state().keys() == {name for name in shapes if "linear" in name}
+    assert make(model, own_head=False).state().keys() == {
+        name for name in shapes if "linear" in name
+    }
     with pytest.raises(DrafterError, match="other settings"):
         make(model, own_head=False).load_state(one.state())
 
@@ -220,18 +287,29 @@ def test_names_shapes_and_states(tmp_path):
 SHAPES = {"weight": (SIZE, SIZE), "bias": (SIZE,)}
 
 
-@pytest.mark.parametrize(("changes", "says"), [
-    ({"offsets": 0}, "drafter.offsets=0"),
-    ({"layers": 0}, "drafter.layers=0.*at least 1"),
-    ({"weights": [1.0]}, "drafter.weights=.1.0. are 1, and drafter.offsets=3"),
-    ({"ramp": 0}, "drafter.ramp=0: null, sine, or a number of steps"),
-    ({"ramp": "cosine"}, "drafter.ramp=cosine"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"offsets": 0}, "drafter.offsets=0"),
+        ({"layers": 0}, "drafter.layers=0.*at least 1"),
+        ({"weights": [1.0]}, "drafter.weights=.1.0. are 1, and drafter.offsets=3"),
+        ({"ramp": 0}, "drafter.ramp=0: null, sine, or a number of steps"),
+        ({"ramp": "cosine"}, "drafter.ramp=cosine"),
+    ],
+)
 def test_settings_that_do_not_fit_are_refused(changes, says):
     with pytest.raises(DrafterError, match=says):
         make(llama(), **changes)
 
 
 def test_the_file_is_the_papers():
-    assert (SETTINGS["offsets"], SETTINGS["layers"], SETTINGS["own_head"], SETTINGS["beta"]) == (5, 1, True, 0.8)
-    assert set(inspect.signature(Medusa).parameters) - {"model"} == SETTINGS.keys() - {"_target_", "_partial_"}
+    assert (SETTINGS["offsets"], SETTINGS["layers"], SETTINGS["own_head"], SETTINGS["beta"]) == (
+        5,
+        1,
+        True,
+        0.8,
+    )
+    assert set(inspect.signature(Medusa).parameters) - {"model"} == SETTINGS.keys() - {
+        "_target_",
+        "_partial_",
+    }

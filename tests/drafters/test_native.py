@@ -1,4 +1,5 @@
-"""Drafters as MTP layers of their target's family, read back by transformers' own loader and run by its own loop."""
+"""Drafters as MTP layers of their target's family, read back by transformers' own loader and run by
+its own loop."""
 
 from __future__ import annotations
 
@@ -16,34 +17,70 @@ from trainer.exporting import mtp_layers
 
 MOE = {"moe_intermediate_size": 8, "num_experts_per_tok": 2}
 LINEAR = {
-    "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2,
-    "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "shared_expert_intermediate_size": 8,
-}  # fmt: skip
-# transformers looks for the MTP layers of the first two behind as many layers as the released models have.
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "shared_expert_intermediate_size": 8,
+}
+# transformers looks for the MTP layers of the first two behind as many layers as the released
+# models have.
 KINDS = {
-    "glm4_moe": {"num_hidden_layers": 46, "first_k_dense_replace": 45, "n_routed_experts": 4, **MOE},
+    "glm4_moe": {
+        "num_hidden_layers": 46,
+        "first_k_dense_replace": 45,
+        "n_routed_experts": 4,
+        **MOE,
+    },
     "deepseek_v3": {
-        "num_hidden_layers": 61, "first_k_dense_replace": 60, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "q_lora_rank": 8,
-        "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "head_dim": 4, "num_key_value_heads": 2, **MOE,
+        "num_hidden_layers": 61,
+        "first_k_dense_replace": 60,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+        "head_dim": 4,
+        "num_key_value_heads": 2,
+        **MOE,
     },
     "mellum": {
-        "num_hidden_layers": 2, "num_experts": 4, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8, **MOE,
+        "num_hidden_layers": 2,
+        "num_experts": 4,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 8,
+        **MOE,
     },
     "qwen3_next": {"num_experts": 4, **LINEAR, **MOE},
     "qwen3_5_text": LINEAR,
     "qwen3_5_moe_text": {"num_experts": 4, **LINEAR, **MOE},
-}  # fmt: skip
+}
 
 
 def tiny_of(kind, **changes):
     """A random model of a family, with weights that tell its layers apart."""
     sizes = {
-        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
-        "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
-    }  # fmt: skip
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes | KINDS[kind] | changes)).eval()
+        model = AutoModelForCausalLM.from_config(
+            CONFIG_MAPPING[kind](**sizes | KINDS[kind] | changes)
+        ).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -61,7 +98,8 @@ def test_transformers_own_mtp_layer_is_the_drafter(tmp_path, kind):
     with torch.no_grad():
         for name, buffer in drafter.named_buffers():
             if "bias" in name:
-                buffer.add_(torch.arange(len(buffer)) * 0.1)  # an expert bias is no parameter, and has to arrive all the same
+                # an expert bias is no parameter, and has to arrive all the same
+                buffer.add_(torch.arange(len(buffer)) * 0.1)
     mtp_layers.check(drafter, model)
     model.save_pretrained(tmp_path)
     mtp_layers.append(tmp_path, mtp_layers.tensors(drafter, model, torch.float32), {})
@@ -70,7 +108,10 @@ def test_transformers_own_mtp_layer_is_the_drafter(tmp_path, kind):
     assert not notes["missing_keys"]
     assert not notes["unexpected_keys"]
     ids = torch.randint(3, 64, (2, 14), generator=torch.Generator().manual_seed(1))
-    wanted, got = mtp_layers.own_logits(drafter, model, ids), mtp_layers.transformers_logits(loaded.eval(), ids)
+    wanted, got = (
+        mtp_layers.own_logits(drafter, model, ids),
+        mtp_layers.transformers_logits(loaded.eval(), ids),
+    )
     assert wanted.shape == (2, 13, 64)
     torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5)
     assert wanted.std() > 0.05
@@ -82,7 +123,9 @@ def test_transformers_own_mtp_layer_is_the_drafter(tmp_path, kind):
             loaded.generate(ids[:1], max_new_tokens=4, use_mtp=True)
     else:
         limits = {"max_new_tokens": 6, "do_sample": False}
-        assert torch.equal(loaded.generate(ids[:1], use_mtp=True, **limits), loaded.generate(ids[:1], **limits))
+        assert torch.equal(
+            loaded.generate(ids[:1], use_mtp=True, **limits), loaded.generate(ids[:1], **limits)
+        )
 
 
 def test_the_names_and_keys_are_the_families_own(tmp_path):
@@ -99,19 +142,36 @@ def test_the_names_and_keys_are_the_families_own(tmp_path):
         block = {"input_layernorm.weight", "post_attention_layernorm.weight"}
         if kind == "glm4_moe":
             own = {"enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight"}
-            own |= {"embed_tokens.weight", "shared_head.head.weight", "mlp.gate.weight", "mlp.gate.e_score_correction_bias"}
-            own |= {f"mlp.experts.{i}.{part}_proj.weight" for i in range(4) for part in ("gate", "up", "down")}
+            own |= {
+                "embed_tokens.weight",
+                "shared_head.head.weight",
+                "mlp.gate.weight",
+                "mlp.gate.e_score_correction_bias",
+            }
+            own |= {
+                f"mlp.experts.{i}.{part}_proj.weight"
+                for i in range(4)
+                for part in ("gate", "up", "down")
+            }
             own |= {f"mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")}
             own |= block | {f"self_attn.{part}_proj.weight" for part in "qkvo"}
             assert extra == {f"model.layers.46.{name}" for name in own}
             assert json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"] == 1
         else:
-            own = {"fc.weight", "norm.weight", "pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight"}
+            own = {
+                "fc.weight",
+                "norm.weight",
+                "pre_fc_norm_embedding.weight",
+                "pre_fc_norm_hidden.weight",
+            }
             inner = block | {
-                f"self_attn.{part}.weight" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+                f"self_attn.{part}.weight"
+                for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
             }
             inner |= {f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
-            assert extra == {f"mtp.{name}" for name in own} | {f"mtp.layers.0.{name}" for name in inner}
+            assert extra == {f"mtp.{name}" for name in own} | {
+                f"mtp.layers.0.{name}" for name in inner
+            }
             config = json.loads((folder / "config.json").read_text())
             assert (config["num_mtp_layers"], config["mtp_num_hidden_layers"]) == (1, 1)
             assert config["mtp_layer_types"] == ["full_attention"]
@@ -123,46 +183,84 @@ def test_the_names_and_keys_are_the_families_own(tmp_path):
         }
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         there = [load_file(folder / file) for file in set(names_of(folder).values())]
-        assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in there for t in tensors.values())
+        assert index["metadata"]["total_size"] == sum(
+            t.nbytes for tensors in there for t in tensors.values()
+        )
 
 
 def test_what_is_no_mtp_layer_of_the_family_says_why():
     model = llama()
     with pytest.raises(
-        DrafterError, match=r"this run has no drafter. Use to=drafter, and decode with python -m trainer.speculate"
+        DrafterError,
+        match=(
+            r"this run has no drafter. Use to=drafter, and decode with python -m trainer.speculate"
+        ),
     ):
         mtp_layers.check(None, model)
-    with pytest.raises(DrafterError, match="ParallelHeads, which is none of decoder layers one after another"):
+    with pytest.raises(
+        DrafterError, match="ParallelHeads, which is none of decoder layers one after another"
+    ):
         mtp_layers.check(make("parallel", model), model)
-    with pytest.raises(DrafterError, match=r"LlamaForCausalLM \(llama\) has no MTP layers in transformers.*glm4_moe"):
+    with pytest.raises(
+        DrafterError,
+        match=r"LlamaForCausalLM \(llama\) has no MTP layers in transformers.*glm4_moe",
+    ):
         mtp_layers.check(make("shared", model), model)
-    with pytest.raises(DrafterError, match=r"this drafter has 3: .*Train drafter=mtp_shared or drafter.offsets=1"):
+    with pytest.raises(
+        DrafterError, match=r"this drafter has 3: .*Train drafter=mtp_shared or drafter.offsets=1"
+    ):
         mtp_layers.check(make("sequential", model), model)
     short = tiny_of("glm4_moe", num_hidden_layers=2, first_k_dense_replace=1)
-    with pytest.raises(DrafterError, match=r"under model\\\.layers\\\.46\.\*, .*92.* only, and this model has 2 layers"):
+    with pytest.raises(
+        DrafterError,
+        match=r"under model\\\.layers\\\.46\.\*, .*92.* only, and this model has 2 layers",
+    ):
         mtp_layers.check(make("shared", short), short)
     dense = tiny_of("glm4_moe", first_k_dense_replace=46)
-    with pytest.raises(DrafterError, match="last layer, which the drafter is made of, is not what its MTP layers are made of"):
+    with pytest.raises(
+        DrafterError,
+        match="last layer, which the drafter is made of, is not what its MTP layers are made of",
+    ):
         mtp_layers.check(make("shared", dense), dense)
 
 
 def test_the_mtp_layers_of_files_are_found_by_their_names(tmp_path):
     names = [
-        "model.layers.1.mlp.weight", "model.layers.2.enorm.weight", "model.layers.2.mlp.weight", "mtp.fc.weight", "model.mtp.norm.weight",
-        "model.language_model.layers.3.eh_proj.weight", "model.mtp_layers.0.w", "model.visual.layers.9.weight", "lm_head.weight",
-        "vision_model.encoder.layers.7.w", "model.smtp.w",
-    ]  # fmt: skip
+        "model.layers.1.mlp.weight",
+        "model.layers.2.enorm.weight",
+        "model.layers.2.mlp.weight",
+        "mtp.fc.weight",
+        "model.mtp.norm.weight",
+        "model.language_model.layers.3.eh_proj.weight",
+        "model.mtp_layers.0.w",
+        "model.visual.layers.9.weight",
+        "lm_head.weight",
+        "vision_model.encoder.layers.7.w",
+        "model.smtp.w",
+    ]
     save_file(
-        {name: torch.randn(2, generator=torch.Generator().manual_seed(i)) for i, name in enumerate(names)}, tmp_path / "one"
+        {
+            name: torch.randn(2, generator=torch.Generator().manual_seed(i))
+            for i, name in enumerate(names)
+        },
+        tmp_path / "one",
     )
     (tmp_path / "one").rename(tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text('{"text_config": {"mtp_num_hidden_layers": 1, "num_hidden_layers": 2}}')
+    (tmp_path / "config.json").write_text(
+        '{"text_config": {"mtp_num_hidden_layers": 1, "num_hidden_layers": 2}}'
+    )
     found, settings = mtp_layers.left_out(tmp_path, 2, tmp_path / "none")
     assert sorted(found) == sorted([*names[1:7]])
-    assert all(torch.equal(tensor, load_file(tmp_path / "model.safetensors")[name]) for name, tensor in found.items())
+    assert all(
+        torch.equal(tensor, load_file(tmp_path / "model.safetensors")[name])
+        for name, tensor in found.items()
+    )
     assert settings == {"mtp_num_hidden_layers": 1}
     assert mtp_layers.left_out(tmp_path / "none", 2, tmp_path) == ({}, {})
     (tmp_path / "export").mkdir()
-    save_file({"mtp.fc.weight": torch.zeros(2)}, tmp_path / "export" / "model.safetensors")  # a model that keeps it
-    assert mtp_layers.left_out(tmp_path, 2, tmp_path / "export")[0].keys() == found.keys() - {"mtp.fc.weight"}
+    # a model that keeps it
+    save_file({"mtp.fc.weight": torch.zeros(2)}, tmp_path / "export" / "model.safetensors")
+    assert mtp_layers.left_out(tmp_path, 2, tmp_path / "export")[0].keys() == found.keys() - {
+        "mtp.fc.weight"
+    }
     assert mtp_layers.left_out(tmp_path, 2, tmp_path) == ({}, {})

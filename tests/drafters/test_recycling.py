@@ -1,4 +1,5 @@
-"""Token Recycling: its table is that of the target's last word on each token, its trees are those read from it by hand."""
+"""Token Recycling: its table is that of the target's last word on each token, its trees are those
+read from it by hand."""
 
 from __future__ import annotations
 
@@ -29,7 +30,10 @@ def paths(shape):
     return found
 
 
-@pytest.mark.parametrize(("nodes", "candidates", "depth"), [(1, 1, 1), (7, 3, 4), (20, 2, 6), (80, 8, 6), (9, 8, 1), (5, 1, 3)])
+@pytest.mark.parametrize(
+    ("nodes", "candidates", "depth"),
+    [(1, 1, 1), (7, 3, 4), (20, 2, 6), (80, 8, 6), (9, 8, 1), (5, 1, 3)],
+)
 def test_the_tree_holds_the_likeliest_paths(nodes, candidates, depth):
     found = paths(levels(nodes, candidates, depth))
 
@@ -40,7 +44,10 @@ def test_the_tree_holds_the_likeliest_paths(nodes, candidates, depth):
         return product
 
     everything = (
-        p for d in range(1, depth + 1) for p in itertools.product(range(min(candidates, 8)), repeat=d) if d < 4 or sum(p) < 9
+        p
+        for d in range(1, depth + 1)
+        for p in itertools.product(range(min(candidates, 8)), repeat=d)
+        if d < 4 or sum(p) < 9
     )
     wanted = sorted((chance(path) for path in everything), reverse=True)[:nodes]
     assert sorted(map(chance, found), reverse=True) == pytest.approx(wanted)
@@ -103,7 +110,9 @@ def test_the_decoders_text_stays_and_repeats_are_drafted():
     plain = generate_batch(target, None, prompts, 30, [])
     for asked in (prompts, prompts[:1]):
         found = generate_batch(target, TokenRecycling(64, 20), asked, 30, [])
-        assert [result.tokens for result in found] == [result.tokens for result in plain[: len(asked)]]
+        assert [result.tokens for result in found] == [
+            result.tokens for result in plain[: len(asked)]
+        ]
     drafter = TokenRecycling(64, 20)
     first, second = (generate_batch(target, drafter, prompts[:1], 30, [])[0] for _ in range(2))
     assert second.tokens == first.tokens == plain[0].tokens

@@ -1,4 +1,5 @@
-"""Registers against a reference that writes them between the tokens, against each prefix alone, and in runs of the program."""
+"""Registers against a reference that writes them between the tokens, against each prefix alone, and
+in runs of the program."""
 
 from __future__ import annotations
 
@@ -28,8 +29,14 @@ from trainer.models.losses import CausalLoss
 from trainer.models.tiny import tiny
 from trainer.storage import checkpoints, journal
 
-# (ids, first trained): a usual row, an answer shorter than most d, one whose prompt is too, and one trained throughout.
-ROWS = [([5, 9, 3, 7, 11, 13, 2, 8], 4), ([8, 2, 6, 40, 12, 33], 5), ([17, 12], 1), ([4, 21, 13, 30, 17, 12, 60, 9, 1, 50], 1)]
+# (ids, first trained): a usual row, an answer shorter than most d, one whose prompt is too, and one
+# trained throughout.
+ROWS = [
+    ([5, 9, 3, 7, 11, 13, 2, 8], 4),
+    ([8, 2, 6, 40, 12, 33], 5),
+    ([17, 12], 1),
+    ([4, 21, 13, 30, 17, 12, 60, 9, 1, 50], 1),
+]
 
 
 def row(ids, first):
@@ -78,7 +85,8 @@ def rows_of(batch, packs, d_max, seed):
 
 
 def interleaved(model, register, rows):
-    """(next-token loss, registers' loss) summed over rows, each computed alone with its registers between its tokens."""
+    """(next-token loss, registers' loss) summed over rows, each computed alone with its registers
+    between its tokens."""
     embed = model.get_input_embeddings()
     total, ahead_total = 0.0, 0.0
     for ids, first, d in rows:
@@ -88,7 +96,9 @@ def interleaved(model, register, rows):
             if t + d < len(ids) and t + d >= first:
                 items.append((t, True))
         table = embed(torch.tensor(ids))
-        embeddings = torch.stack([register if is_register else table[t] for t, is_register in items])
+        embeddings = torch.stack(
+            [register if is_register else table[t] for t, is_register in items]
+        )
         positions = [t + d - 1 if is_register else t for t, is_register in items]
         mask = torch.full((len(items), len(items)), float("-inf"), dtype=torch.float64)
         for q, (t, _) in enumerate(items):
@@ -138,16 +148,22 @@ def test_loss_and_gradient_are_those_of_registers_between_the_tokens(packs, seed
     for mine, other in zip(gradients(model, drafter, found), wanted, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
     without = gradients(model, nn.Module(), following)
-    assert any((mine / 0.7 - other).abs().max() > 1e-3 for mine, other in zip(wanted, without, strict=False)), "nor the adapter"
+    assert any(
+        (mine / 0.7 - other).abs().max() > 1e-3
+        for mine, other in zip(wanted, without, strict=False)
+    ), "nor the adapter"
 
 
 @pytest.mark.parametrize(
     ("attention", "dtype", "tolerance"),
     [
-        ("sdpa", torch.float64, 1e-12), ("sdpa", torch.float32, 1e-5), ("eager", torch.float32, 1e-5), ("sdpa", torch.bfloat16, 0.05),
+        ("sdpa", torch.float64, 1e-12),
+        ("sdpa", torch.float32, 1e-5),
+        ("eager", torch.float32, 1e-5),
+        ("sdpa", torch.bfloat16, 0.05),
         ("eager", torch.bfloat16, 0.05),
     ],
-)  # fmt: skip
+)
 def test_a_register_is_the_last_token_of_its_prefix(attention, dtype, tolerance):
     """Without any mask of one's own: x_0 .. x_t and the register, in a forward pass for each."""
     model = toys.llama(dtype, attn_implementation=attention)
@@ -160,13 +176,19 @@ def test_a_register_is_the_last_token_of_its_prefix(attention, dtype, tolerance)
     places, length = drafter.placed, batch["input_ids"].shape[1]
     with torch.no_grad():
         hidden = target.decoder(**inputs, use_cache=False).last_hidden_state
-        plain = target.decoder(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-    assert (hidden[:, :length] - plain.last_hidden_state).abs().max() <= min(tolerance, 1e-6 if dtype == torch.float32 else 1)
+        plain = target.decoder(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+        )
+    assert (hidden[:, :length] - plain.last_hidden_state).abs().max() <= min(
+        tolerance, 1e-6 if dtype == torch.float32 else 1
+    )
     count = 0
     for i, j in (places.targets != -100).nonzero().tolist():
         t, d = int(places.after[i, j]), int(places.ahead[i, j])
         first = t - int(batch["position_ids"][i, t])
-        embeddings = torch.cat([target.embed(batch["input_ids"][i, first : t + 1]), drafter.register[None].to(dtype)])
+        embeddings = torch.cat(
+            [target.embed(batch["input_ids"][i, first : t + 1]), drafter.register[None].to(dtype)]
+        )
         positions = torch.tensor([*range(t + 1 - first), t - first + d - 1])
         with torch.no_grad():  # a 2-D mask says that a jump of positions begins no new row
             alone = target.decoder(
@@ -197,12 +219,18 @@ def test_a_pack_gives_what_its_rows_give_alone():
     for d in (1, 3):
         model, drafter, loss = made(d_max=d)
         with pytest.MonkeyPatch.context() as patch:  # the same d wherever a row is
-            patch.setattr(torch, "randint", lambda low, high, shape: torch.full(tuple(shape), high - 1))
+            patch.setattr(
+                torch, "randint", lambda low, high, shape: torch.full(tuple(shape), high - 1)
+            )
             packed, packed_sums = loss(batch_of(*PACKED))
             alone, alone_sums = loss(batch_of(*APART))
         torch.testing.assert_close(packed, alone, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(packed_sums["offsets"], alone_sums["offsets"], rtol=1e-6, atol=1e-6)
-        for mine, other in zip(gradients(model, drafter, packed), gradients(model, drafter, alone), strict=True):
+        torch.testing.assert_close(
+            packed_sums["offsets"], alone_sums["offsets"], rtol=1e-6, atol=1e-6
+        )
+        for mine, other in zip(
+            gradients(model, drafter, packed), gradients(model, drafter, alone), strict=True
+        ):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
@@ -219,7 +247,9 @@ def test_the_numbers_are_those_of_each_offset():
         of_this = [r for r in rows if r[2] == k + 1]
         _, wanted = interleaved(model, drafter.register, of_this)
         count = sum(max(0, len(ids) - max(first, d)) for ids, first, d in of_this)
-        assert sums["offsets"][k - 1, :2].tolist() == pytest.approx([float(torch.as_tensor(wanted).detach()), count], rel=1e-5)
+        assert sums["offsets"][k - 1, :2].tolist() == pytest.approx(
+            [float(torch.as_tensor(wanted).detach()), count], rel=1e-5
+        )
     metrics = drafters.metrics(sums["offsets"])
     assert metrics["accepted"] == 1.0
     assert not any(key.startswith("offset4") for key in metrics)
@@ -233,7 +263,10 @@ def test_a_share_of_the_registers_counts_for_all():
     drafter.share = 1.0
     torch.manual_seed(0)
     all_total, all_sums = loss(batch)
-    some, whole = float((total - 0.7 * sums["loss"]).detach()), float((all_total - 0.7 * all_sums["loss"]).detach())
+    some, whole = (
+        float((total - 0.7 * sums["loss"]).detach()),
+        float((all_total - 0.7 * all_sums["loss"]).detach()),
+    )
     assert some == pytest.approx(whole, rel=0.3)
     assert 0.15 < float(sums["offsets"][:, 1].sum() / all_sums["offsets"][:, 1].sum()) < 0.35
 
@@ -245,7 +278,9 @@ def test_prompts_have_registers_only_for_what_is_trained():
     batch = batch_of([([1, 2, 3, 4, 5, 6, 7], 5)])
     positions = torch.arange(8).expand(1, -1)
     for d, after in [(1, [4, 5]), (2, [3, 4]), (4, [1, 2]), (6, [0]), (7, [])]:
-        places = place(batch["labels"], positions, torch.full((1, 8), d), torch.ones(1, 8, dtype=torch.bool))
+        places = place(
+            batch["labels"], positions, torch.full((1, 8), d), torch.ones(1, 8, dtype=torch.bool)
+        )
         real = places.targets[0] != -100
         assert places.after[0][real].tolist() == after
         assert places.targets[0][real].tolist() == [t + d + 1 for t in after]
@@ -257,7 +292,9 @@ def test_a_register_sees_itself_and_its_row_so_far():
     batch = batch_of(*PACKED)
     torch.manual_seed(0)
     ahead = torch.randint(1, 4, (2, 1)).expand_as(batch["labels"])
-    places = place(batch["labels"], batch["position_ids"], ahead, torch.ones_like(ahead, dtype=torch.bool))
+    places = place(
+        batch["labels"], batch["position_ids"], ahead, torch.ones_like(ahead, dtype=torch.bool)
+    )
     seen = attends(batch["position_ids"], places)[:, 0]
     length, count = batch["labels"].shape[1], places.after.shape[1]
     of_row = []
@@ -275,7 +312,11 @@ def test_a_register_sees_itself_and_its_row_so_far():
                     wanted = k == q
                 else:
                     t = int(places.after[i, q - length])
-                    wanted = int(places.targets[i, q - length]) != -100 and k <= t and of_row[i][k] == of_row[i][t]
+                    wanted = (
+                        int(places.targets[i, q - length]) != -100
+                        and k <= t
+                        and of_row[i][k] == of_row[i][t]
+                    )
                 assert bool(seen[i, q, k]) == wanted, (i, q, k)
 
 
@@ -296,8 +337,12 @@ def test_d_is_uniform_over_rows_and_comes_from_the_seed():
     assert not torch.equal(one.ahead, other.ahead)
     found = one.ahead[one.targets != -100]  # one register a row
     assert len(found) == 2000
-    assert all(abs(int((found == d).sum()) - 500) < 80 for d in (1, 2, 3, 4))  # 4 standard deviations
-    within = [set(ahead[targets != -100].tolist()) for ahead, targets in zip(one.ahead, one.targets, strict=True)]
+    # 4 standard deviations
+    assert all(abs(int((found == d).sum()) - 500) < 80 for d in (1, 2, 3, 4))
+    within = [
+        set(ahead[targets != -100].tolist())
+        for ahead, targets in zip(one.ahead, one.targets, strict=True)
+    ]
     assert sum(len(ds) > 1 for ds in within) > 400, "rows of a pack draw their own"
 
 
@@ -367,9 +412,14 @@ def test_the_register_has_its_own_rate_and_state():
 
 def config_of(kind, **changes):
     settings = {
-        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 4,
-    }  # fmt: skip
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+    }
     return kind(**settings | changes)
 
 
@@ -377,17 +427,28 @@ def test_attention_without_a_mask_of_ones_own_is_refused():
     model = toys.llama()
     for name in ("flash_attention_2", "flex_attention"):
         model.config._attn_implementation = name
-        with pytest.raises(DrafterError, match=f"attn_implementation={name}.*base.attn_implementation=sdpa"):
+        with pytest.raises(
+            DrafterError, match=f"attn_implementation={name}.*base.attn_implementation=sdpa"
+        ):
             registers(model)
 
 
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (config_of(transformers.MistralConfig, sliding_window=4096), "MistralForCausalLM has sliding_attention"),
+        (
+            config_of(transformers.MistralConfig, sliding_window=4096),
+            "MistralForCausalLM has sliding_attention",
+        ),
         (config_of(transformers.Gemma3TextConfig), "Gemma3ForCausalLM has sliding_attention"),
-        (config_of(transformers.Qwen3_5TextConfig, num_hidden_layers=4), "Qwen3_5ForCausalLM has linear_attention"),
-        (transformers.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1), "MambaForCausalLM"),
+        (
+            config_of(transformers.Qwen3_5TextConfig, num_hidden_layers=4),
+            "Qwen3_5ForCausalLM has linear_attention",
+        ),
+        (
+            transformers.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1),
+            "MambaForCausalLM",
+        ),
         (
             transformers.BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2),
             "BloomForCausalLM takes no position_ids",
@@ -411,7 +472,12 @@ def test_a_model_that_cannot_keep_them_apart_is_refused(config, named):
         config_of(transformers.GemmaConfig),
         transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2),
         transformers.OPTConfig(
-            vocab_size=64, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16
+            vocab_size=64,
+            hidden_size=16,
+            ffn_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            word_embed_proj_dim=16,
         ),
         transformers.GPTNeoXConfig(
             vocab_size=64,
@@ -461,7 +527,9 @@ def test_virtual_tokens_are_refused(peft_type):
     drafter = registers(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = Peft(peft_type, 1, num_virtual_tokens=4).attach(model, Start(steps=1, data=toys.batches))
+        wrapped = Peft(peft_type, 1, num_virtual_tokens=4).attach(
+            model, Start(steps=1, data=toys.batches)
+        )
     assert isinstance(wrapped, peft.PeftModel)
     with pytest.raises(DrafterError, match=f"{peft_type} puts virtual ones.*lora"):
         CausalLoss(wrapped, 5, drafter, Target(wrapped))(batch_of(*APART))
@@ -475,9 +543,11 @@ def test_no_adapter_and_no_forward_pass_are_refused():
     nothing = torch.zeros(1, 8, 64)
     seen = drafters.Seen(nothing, *[torch.zeros(1, 8, dtype=torch.int64)] * 3, nothing[:, :0])
     for call in (
-        lambda: drafter.loss(seen, Target(model), 5), lambda: drafter.start(Target(model)), lambda: drafter.propose(),
+        lambda: drafter.loss(seen, Target(model), 5),
+        lambda: drafter.start(Target(model)),
+        lambda: drafter.propose(),
         lambda: drafter.states(seen, Target(model)),
-    ):  # fmt: skip
+    ):
         with pytest.raises(DrafterError, match="proposes no tokens"):
             call()
 
@@ -495,7 +565,9 @@ def test_stock_peft_learns_from_them(peft_type):
     wrapped = Peft(peft_type, 1, **fields).attach(model, Start(steps=1, data=toys.batches))
     batch = batch_of(*APART)
     total, sums = CausalLoss(wrapped, 5, drafter, Target(wrapped))(batch)
-    assert float(sums["loss"]) == pytest.approx(float(CausalLoss(wrapped, 5)(batch)[0].detach()), rel=1e-6)
+    assert float(sums["loss"]) == pytest.approx(
+        float(CausalLoss(wrapped, 5)(batch)[0].detach()), rel=1e-6
+    )
     assert float(total.detach()) != pytest.approx(0.7 * float(sums["loss"]))
     assert any(grad.abs().max() > 0 for grad in gradients(wrapped, drafter, total))
 
@@ -518,7 +590,8 @@ def start(found):
 
 
 def is_ordinary(run):
-    """Assert that a run's adapter has learnt and is worth, without registers, what the run's evaluation says."""
+    """Assert that a run's adapter has learnt and is worth, without registers, what the run's
+    evaluation says."""
     found = trained_module.trained(str(run))
     held_out = tokenised(found.config, found.base, found.task, train=False).held_out
     plain = losses(CausalLoss(found.model, 64), held_out, 8, torch.device("cpu"))
@@ -531,17 +604,26 @@ def is_ordinary(run):
 
 
 SETTINGS = (
-    "drafter=registers", "drafter.d_max=3", "max_steps=6", "packing=true", "max_length=64", "callbacks.checkpoints.every=2",
+    "drafter=registers",
+    "drafter.d_max=3",
+    "max_steps=6",
+    "packing=true",
+    "max_length=64",
+    "callbacks.checkpoints.every=2",
     "callbacks.evaluation.every=6",
-)  # fmt: skip
+)
 
 
 def test_a_run_leaves_an_ordinary_adapter_resumed_or_not(train, chats, monkeypatch):
     settings = (f"task.path={chats}", *SETTINGS, "objective.gradient_checkpointing=true")
     alone = train(*settings, "name=alone")
     found, held_out, plain = is_ordinary(alone)
-    exported = peft.PeftModel.from_pretrained(found.base.load(torch.float32), str(alone / "adapter")).eval()
-    assert losses(CausalLoss(exported, 64), held_out, 8, torch.device("cpu")) == pytest.approx(plain, rel=1e-5)
+    exported = peft.PeftModel.from_pretrained(
+        found.base.load(torch.float32), str(alone / "adapter")
+    ).eval()
+    assert losses(CausalLoss(exported, 64), held_out, 8, torch.device("cpu")) == pytest.approx(
+        plain, rel=1e-5
+    )
 
     with monkeypatch.context() as patch:
         cut_at(patch, 3)
@@ -552,12 +634,20 @@ def test_a_run_leaves_an_ordinary_adapter_resumed_or_not(train, chats, monkeypat
     assert rows == wanted_rows
     assert all(math.isfinite(row["offset1/loss"]) for row in rows if row["kind"] == "step")
     assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
-    ends = [checkpoints.load(checkpoints.newest(run / "checkpoints"))["drafter"]["register"] for run in (alone, cut)]
+    ends = [
+        checkpoints.load(checkpoints.newest(run / "checkpoints"))["drafter"]["register"]
+        for run in (alone, cut)
+    ]
     assert torch.equal(*ends)
 
 
 def test_a_sparse_adapter_learns_with_them(train, chats):
-    sparse = ("adapter=rosa", "adapter.density=0.05", "adapter.warmup_steps=2", "adapter.mask_steps=2")
+    sparse = (
+        "adapter=rosa",
+        "adapter.density=0.05",
+        "adapter.warmup_steps=2",
+        "adapter.mask_steps=2",
+    )
     is_ordinary(train(f"task.path={chats}", *sparse, *SETTINGS))
 
 

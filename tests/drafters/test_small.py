@@ -1,4 +1,5 @@
-"""A small model drafts what it would write by itself, chain or tree, whatever was accepted before."""
+"""A small model drafts what it would write by itself, chain or tree, whatever was accepted
+before."""
 
 from __future__ import annotations
 
@@ -24,7 +25,12 @@ def target():
 
 def news(ids, first=None):
     nothing = torch.zeros(len(ids), 0)
-    return News(nothing, nothing, torch.tensor(ids, dtype=torch.long), None if first is None else torch.tensor(first))
+    return News(
+        nothing,
+        nothing,
+        torch.tensor(ids, dtype=torch.long),
+        None if first is None else torch.tensor(first),
+    )
 
 
 @torch.no_grad()
@@ -39,9 +45,14 @@ def test_chains_go_on_from_what_was_accepted(target, window):
     small = toys.llama(torch.float32, num_hidden_layers=1, hidden_size=32)
     if window:
         config = transformers.MistralConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-            num_key_value_heads=2, sliding_window=window,
-        )  # fmt: skip
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=window,
+        )
         torch.manual_seed(0)
         small = transformers.MistralForCausalLM(config).eval()
     drafter = SmallModel(small, depth=3)
@@ -66,13 +77,22 @@ def test_trees_see_their_own_branch_only(target):
     memory, text = drafter.start(target), [5, 9, 13]
     growth = drafter.grow(memory, target, news(text[1:], 5))
     paths = []
-    for tokens, parents in (([7, 20, 31], [-1, -1, -1]), ([1, 2], [0, 2]), ([3, 4, 5, 6], [3, 3, 4, 4])):
+    for tokens, parents in (
+        ([7, 20, 31], [-1, -1, -1]),
+        ([1, 2], [0, 2]),
+        ([3, 4, 5, 6], [3, 3, 4, 4]),
+    ):
         found = growth.below(torch.tensor(tokens), torch.tensor(parents))
-        paths += [[*(paths[parent] if parent >= 0 else []), token] for token, parent in zip(tokens, parents, strict=True)]
+        paths += [
+            [*(paths[parent] if parent >= 0 else []), token]
+            for token, parent in zip(tokens, parents, strict=True)
+        ]
         for row, path in zip(found, paths[-len(tokens) :], strict=True):
             torch.testing.assert_close(row, after(small, text + path), rtol=1e-4, atol=1e-4)
     growth = drafter.grow(memory, target, news([31, 2, 60]))
-    torch.testing.assert_close(growth.first(), after(small, [*text, 31, 2, 60]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        growth.first(), after(small, [*text, 31, 2, 60]), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(("own", "kept"), [(64, None), (80, None), (48, 48)])
@@ -90,7 +110,9 @@ def test_a_recurrent_model_is_refused():
     mamba = transformers.MambaForCausalLM(
         transformers.MambaConfig(vocab_size=41, hidden_size=16, num_hidden_layers=1, state_size=4)
     )
-    with pytest.raises(DrafterError, match="MambaForCausalLM has layers whose state cannot be taken back"):
+    with pytest.raises(
+        DrafterError, match="MambaForCausalLM has layers whose state cannot be taken back"
+    ):
         SmallModel(mamba)
     with pytest.raises(DrafterError, match="depth=0"):
         SmallModel(mamba, 0)
@@ -108,21 +130,28 @@ def test_a_model_of_other_tokens_is_refused(tiny, tmp_path):
     file.write_text(json.dumps(content))
     with pytest.raises(
         DrafterError,
-        match=r"cannot draft for .*: its \d+ tokens are not the same as the target's \d+ \('[ab]' is \d+ of the target and \d+ of it",
+        match=(
+            r"cannot draft for .*: its \d+ tokens are not the same as the target's \d+ \('[ab]' is"
+            r" \d+ of the target and \d+ of it"
+        ),
     ):
         small_model(str(tmp_path / "other"), tiny, torch.float32, "cpu")
     with pytest.raises(base.BaseError, match="no/such/place"):
         small_model("no/such/place", tiny, torch.float32, "cpu")
 
 
-@pytest.mark.parametrize("shape", [None, trees.eagle2(3, 4, 9), trees.Levels([[0], [1], [0, 0], [1, 0], [1, 1]])])
+@pytest.mark.parametrize(
+    "shape", [None, trees.eagle2(3, 4, 9), trees.Levels([[0], [1], [0, 0], [1, 0], [1, 1]])]
+)
 def test_the_decoders_text_stays(target, shape):
     drafter = SmallModel(toys.llama(torch.float32, num_hidden_layers=1), 4)
     prompts = [torch.tensor([5, 9, 13, 7]), torch.tensor([40, 41])]
     plain = generate_batch(target, None, prompts, 20, [])
     for one in (prompts, prompts[:1]):
         found = generate_batch(target, drafter, one, 20, [], shape=shape)
-        assert [result.tokens for result in found] == [result.tokens for result in plain[: len(one)]]
+        assert [result.tokens for result in found] == [
+            result.tokens for result in plain[: len(one)]
+        ]
     same = SmallModel(target.model, 4)
     found = generate_batch(target, same, prompts[:1], 20, [], shape=shape)[0]
     if isinstance(shape, trees.Best):  # its deepest nodes need not be the best guess's
@@ -130,9 +159,17 @@ def test_the_decoders_text_stays(target, shape):
     else:
         assert all(taken == proposed for proposed, taken in found.drafts)
     drawn = [
-        generate_batch(target, drafter, prompts[:1], 20, [], 1.0, 0.9, torch.Generator().manual_seed(seed), shape=shape)[
-            0
-        ].tokens
+        generate_batch(
+            target,
+            drafter,
+            prompts[:1],
+            20,
+            [],
+            1.0,
+            0.9,
+            torch.Generator().manual_seed(seed),
+            shape=shape,
+        )[0].tokens
         for seed in (0, 0, 1)
     ]
     assert drawn[0] == drawn[1] != drawn[2]

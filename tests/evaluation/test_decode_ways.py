@@ -1,4 +1,5 @@
-"""The verb: what its numbers count, what it compares, and what it refuses before a model is loaded."""
+"""The verb: what its numbers count, what it compares, and what it refuses before a model is
+loaded."""
 
 from __future__ import annotations
 
@@ -33,10 +34,20 @@ def trained(train, kept):
             rows = write_rows(kept / f"{kind}.jsonl", sums(40))
             drafter, task = f"drafter={kind}", "sft"
             if kind == "text":
-                rows = write_rows(kept / "text.jsonl", [{"text": "abc " * (1 + i % 9)} for i in range(40)])
+                rows = write_rows(
+                    kept / "text.jsonl", [{"text": "abc " * (1 + i % 9)} for i in range(40)]
+                )
                 drafter, task = "drafter=mtp_medusa", "completion"
-            settings = ["callbacks.evaluation=null", f"runs={kept}", f"name={kind}-run", "max_steps=6", drafter]
-            note.write_text(str(train(f"task={task}", f"task.path={rows}", f"task.eval_path={rows}", *settings)))
+            settings = [
+                "callbacks.evaluation=null",
+                f"runs={kept}",
+                f"name={kind}-run",
+                "max_steps=6",
+                drafter,
+            ]
+            note.write_text(
+                str(train(f"task={task}", f"task.path={rows}", f"task.eval_path={rows}", *settings))
+            )
         return note.read_text()
 
     return made
@@ -56,13 +67,21 @@ def test_a_run_is_decoded_three_ways_and_counted(trained, shown, tmp_path):
     found = json.loads(file.read_text())
     assert (found["prompts"], found["count"], found["temperature"]) == (3, 2, 0.0)
     assert found["plain"]["different_texts"] == found["drafter"]["different_texts"] == 0
-    assert found["transformers"]["tokens"] == found["plain"]["tokens"] == found["drafter"]["tokens"] == found["plain"]["steps"]
+    assert (
+        found["transformers"]["tokens"]
+        == found["plain"]["tokens"]
+        == found["drafter"]["tokens"]
+        == found["plain"]["steps"]
+    )
     assert found["transformers"]["ratio"] == 1
     assert 1 <= found["accepted"] <= 3
     assert len(found["positions"]) == 2
     steps = found["drafter"]["steps"] - 3
     assert sum(found["histogram"]) == steps
-    assert steps + sum(place["taken"] for place in found["positions"]) >= found["drafter"]["tokens"] - 3
+    assert (
+        steps + sum(place["taken"] for place in found["positions"])
+        >= found["drafter"]["tokens"] - 3
+    )
     page = shown.getvalue()
     assert "All 3 texts are those of transformers' greedy decoding" in page
     assert "with the drafter" in page
@@ -72,9 +91,22 @@ def test_a_run_is_decoded_three_ways_and_counted(trained, shown, tmp_path):
 def test_trees_and_batches_write_the_same(trained, shown, tmp_path, tree):
     file, paths = tmp_path / "found.json", tmp_path / "tree.json"
     paths.write_text("[[0], [1], [0, 0]]")
-    asked = [f"tree={tree}", "batch_size=2", *([f"paths={paths}"] if tree == "static" else ["top_k=3", "size=6"])]
+    asked = [
+        f"tree={tree}",
+        "batch_size=2",
+        *([f"paths={paths}"] if tree == "static" else ["top_k=3", "size=6"]),
+    ]
     assert (
-        speculate.main([f"run={trained()}", "heldout=3", "max_new_tokens=10", "policy=refusal:0.999", f"json={file}", *asked])
+        speculate.main(
+            [
+                f"run={trained()}",
+                "heldout=3",
+                "max_new_tokens=10",
+                "policy=refusal:0.999",
+                f"json={file}",
+                *asked,
+            ]
+        )
         == 0
     )
     found = json.loads(file.read_text())
@@ -90,17 +122,26 @@ def costs(monkeypatch):
 
     def told(more, draft):
         def verifying(target, context, widths, trees, layers):
-            return {shape: {n: [1 + more * n] for n in widths} for shape in (("chain", "tree") if trees else ("chain",))}
+            return {
+                shape: {n: [1 + more * n] for n in widths}
+                for shape in (("chain", "tree") if trees else ("chain",))
+            }
 
         monkeypatch.setattr(calibration, "verifying", verifying)
-        monkeypatch.setattr(calibration, "drafting", lambda target, drafter, text, trees: [draft] * len(trees))
+        monkeypatch.setattr(
+            calibration, "drafting", lambda target, drafter, text, trees: [draft] * len(trees)
+        )
 
     return told
 
 
-def test_a_searched_tree_is_one_to_decode_with_and_gives_what_was_expected(trained, shown, tmp_path, costs):
+def test_a_searched_tree_is_one_to_decode_with_and_gives_what_was_expected(
+    trained, shown, tmp_path, costs
+):
     costs(1e-9, 0.0)
-    file, searched, found = (tmp_path / name for name in ("tree.json", "searched.json", "found.json"))
+    file, searched, found = (
+        tmp_path / name for name in ("tree.json", "searched.json", "found.json")
+    )
     asked = [f"run={trained()}", "heldout=4", "max_new_tokens=12", f"paths={file}"]
     assert speculate.main([*asked, "tree=search", "size=12", "top_k=4", f"json={searched}"]) == 0
     expected = json.loads(searched.read_text())
@@ -116,7 +157,12 @@ def test_a_searched_tree_is_one_to_decode_with_and_gives_what_was_expected(train
 def test_where_drafting_does_not_pay_no_tree_is_written(trained, shown, tmp_path, costs):
     costs(0.0, 99.0)
     file = tmp_path / "tree.json"
-    assert speculate.main([f"run={trained()}", "heldout=2", "max_new_tokens=9", "tree=search", f"paths={file}"]) == 0
+    assert (
+        speculate.main(
+            [f"run={trained()}", "heldout=2", "max_new_tokens=9", "tree=search", f"paths={file}"]
+        )
+        == 0
+    )
     assert not file.exists()
     page = " ".join(shown.getvalue().split())
     assert "Drafting does not pay here" in page
@@ -145,17 +191,39 @@ def test_where_drafting_does_not_pay_no_tree_is_written(trained, shown, tmp_path
     ],
 )
 def test_a_busy_machine_is_noticed(chain, tree, said):
-    assert tree_search.busy({"chain": {1: chain, 2: [2.0] * 3}, "tree": {1: tree, 2: [2.0] * 3}}) == said
+    assert (
+        tree_search.busy({"chain": {1: chain, 2: [2.0] * 3}, "tree": {1: tree, 2: [2.0] * 3}})
+        == said
+    )
     assert tree_search.busy({"chain": {1: [1.0, 1.1, 1.2]}}) is None
 
 
 def test_a_busy_machine_is_told_and_recorded(trained, shown, tmp_path, monkeypatch, costs):
     costs(1e-9, 0.0)
     file, took = tmp_path / "found.json", calibration.verifying
-    monkeypatch.setattr(calibration, "verifying", lambda *given, **more: took(*given, **more) | {"tree": {1: [9.0], 2: [9.0]}})
-    assert speculate.main([f"run={trained()}", "heldout=2", "max_new_tokens=9", "tree=search", "size=1", f"json={file}"]) == 0
+    monkeypatch.setattr(
+        calibration,
+        "verifying",
+        lambda *given, **more: took(*given, **more) | {"tree": {1: [9.0], 2: [9.0]}},
+    )
+    assert (
+        speculate.main(
+            [
+                f"run={trained()}",
+                "heldout=2",
+                "max_new_tokens=9",
+                "tree=search",
+                "size=1",
+                f"json={file}",
+            ]
+        )
+        == 0
+    )
     page = " ".join(shown.getvalue().split())
-    assert "Warning: the machine seems busy, and this may not be the best tree. The pass over one token took at least" in page
+    assert (
+        "Warning: the machine seems busy, and this may not be the best tree. The pass over one"
+        " token took at least" in page
+    )
     assert "9e+03 ms as a tree" in json.loads(file.read_text())["busy"]
 
 
@@ -166,17 +234,38 @@ def test_a_target_that_reads_no_trees_gets_a_chain(trained, shown, monkeypatch, 
         raise decode_ways.DrafterError("it reads no trees")
 
     monkeypatch.setattr(tree_search, "allow_trees", refused)
-    assert speculate.main([f"run={trained()}", "heldout=4", "max_new_tokens=12", "tree=search"]) == 0
+    assert (
+        speculate.main([f"run={trained()}", "heldout=4", "max_new_tokens=12", "tree=search"]) == 0
+    )
     page = shown.getvalue()
     assert "Chains only: it reads no trees" in page
-    assert json.loads(page.strip().splitlines()[-1]) in ([[0]], [[0], [0, 0]], [[0], [0, 0], [0, 0, 0]])
+    assert json.loads(page.strip().splitlines()[-1]) in (
+        [[0]],
+        [[0], [0, 0]],
+        [[0], [0, 0], [0, 0, 0]],
+    )
 
 
 def test_a_search_measures_this_machine(trained, shown, tmp_path):
     file = tmp_path / "searched.json"
-    assert speculate.main([f"run={trained()}", "heldout=2", "max_new_tokens=12", "tree=search", "size=3", f"json={file}"]) == 0
+    assert (
+        speculate.main(
+            [
+                f"run={trained()}",
+                "heldout=2",
+                "max_new_tokens=12",
+                "tree=search",
+                "size=3",
+                f"json={file}",
+            ]
+        )
+        == 0
+    )
     found = json.loads(file.read_text())
-    assert all(list(took) == ["1", "2", "3", "4"] and min(took.values()) > 0 for took in found["passes_ms"].values())
+    assert all(
+        list(took) == ["1", "2", "3", "4"] and min(took.values()) > 0
+        for took in found["passes_ms"].values()
+    )
     assert set(found["passes_ms"]) == {"chain", "tree"}
 
 
@@ -199,7 +288,11 @@ def test_a_bad_tree_says_what_is_wrong(tmp_path, capsys, content, said):
 def test_one_prompt_and_a_file_of_prompts_are_asked_as_rows_were_trained(trained, tmp_path):
     found = trained_module.trained(trained())
     chat = [{"role": "user", "content": "1+2="}]
-    lines = [{"prompt": "1+2="}, {"messages": chat}, {"messages": [*chat, {"role": "assistant", "content": "3"}]}]
+    lines = [
+        {"prompt": "1+2="},
+        {"messages": chat},
+        {"messages": [*chat, {"role": "assistant", "content": "3"}]},
+    ]
     file = write_rows(tmp_path / "prompts.jsonl", lines)
     none = {"prompt": None, "prompts": None, "heldout": 0}
     ids, stops = decode_ways.asked(none | {"prompts": str(file)}, found)
@@ -216,10 +309,19 @@ def test_sampled_texts_repeat_with_their_seed_and_are_not_compared(trained, show
     monkeypatch.setattr(
         decode_ways,
         "summary",
-        lambda results, options: (texts.append(results["drafter"][0].tokens), whole(results, options))[1],
+        lambda results, options: (
+            texts.append(results["drafter"][0].tokens),
+            whole(results, options),
+        )[1],
     )
     for seed in (1, 1, 2):
-        arguments = ["prompt=abc", "max_new_tokens=16", "temperature=0.9", "top_p=0.95", f"seed={seed}"]
+        arguments = [
+            "prompt=abc",
+            "max_new_tokens=16",
+            "temperature=0.9",
+            "top_p=0.95",
+            f"seed={seed}",
+        ]
         assert speculate.main([f"run={trained('text')}", *arguments]) == 0
     assert texts[0] == texts[1] != texts[2]
     assert "not compared" in shown.getvalue()
@@ -227,9 +329,18 @@ def test_sampled_texts_repeat_with_their_seed_and_are_not_compared(trained, show
 
 def test_the_numbers_are_means_over_texts():
     ways = {
-        "transformers": [Result([1] * 6, [(0, 0)] * 5, 2.0, 0), Result([1] * 4, [(0, 0)] * 3, 3.0, 0)],
-        "plain": [Result([1] * 6, [(0, 0)] * 5, 1.0, 0), Result([1, 2, 1, 1], [(0, 0)] * 3, 1.0, 0)],
-        "drafter": [Result([1] * 6, [(2, 2), (2, 1)], 0.5, 0), Result([1] * 4, [(2, 0), (1, 1)], 0.5, 0)],
+        "transformers": [
+            Result([1] * 6, [(0, 0)] * 5, 2.0, 0),
+            Result([1] * 4, [(0, 0)] * 3, 3.0, 0),
+        ],
+        "plain": [
+            Result([1] * 6, [(0, 0)] * 5, 1.0, 0),
+            Result([1, 2, 1, 1], [(0, 0)] * 3, 1.0, 0),
+        ],
+        "drafter": [
+            Result([1] * 6, [(2, 2), (2, 1)], 0.5, 0),
+            Result([1] * 4, [(2, 0), (1, 1)], 0.5, 0),
+        ],
     }
     options = {
         "max_new_tokens": 6,
@@ -242,12 +353,25 @@ def test_the_numbers_are_means_over_texts():
         "batch_size": 1,
     }
     found = decode_ways.summary(ways, options)
-    assert found["transformers"] == {"tokens": 10, "steps": 10, "seconds": 5.0, "tokens_per_second": 2.0, "ratio": 1.0}
-    assert (found["drafter"]["steps"], found["drafter"]["ratio"], found["drafter"]["different_texts"]) == (6, 5.0, 0)
+    assert found["transformers"] == {
+        "tokens": 10,
+        "steps": 10,
+        "seconds": 5.0,
+        "tokens_per_second": 2.0,
+        "ratio": 1.0,
+    }
+    assert (
+        found["drafter"]["steps"],
+        found["drafter"]["ratio"],
+        found["drafter"]["different_texts"],
+    ) == (6, 5.0, 0)
     assert found["plain"]["different_texts"] == 1
     assert found["accepted"] == 8 / 4
     assert found["histogram"] == [1, 2, 1]
-    assert found["positions"] == [{"proposed": 4, "reached": 4, "taken": 3}, {"proposed": 3, "reached": 2, "taken": 1}]
+    assert found["positions"] == [
+        {"proposed": 4, "reached": 4, "taken": 3},
+        {"proposed": 3, "reached": 2, "taken": 1},
+    ]
 
 
 def test_texts_that_differ_are_told_and_no_error(shown):
@@ -278,22 +402,50 @@ def test_texts_that_differ_are_told_and_no_error(shown):
         ("mtp_medusa", ["prompt=x", "tree=oak"], "tree=oak: one of chain, static, eagle2, dyspec"),
         ("mtp_medusa", ["prompt=x", "tree=eagle2", "size=0"], "size=0: a number of at least 1"),
         ("mtp_medusa", ["prompt=x", "siblings=some"], "siblings=some: one of without"),
-        ("mtp_medusa", ["prompt=x", "policy=hope"], "policy=hope: one of fixed, confidence:THRESHOLD, refusal:THRESHOLD"),
-        ("mtp_medusa", ["prompt=x", "policy=refusal"], "policy=refusal: a threshold from 0 to 1 belongs to it"),
+        (
+            "mtp_medusa",
+            ["prompt=x", "policy=hope"],
+            "policy=hope: one of fixed, confidence:THRESHOLD, refusal:THRESHOLD",
+        ),
+        (
+            "mtp_medusa",
+            ["prompt=x", "policy=refusal"],
+            "policy=refusal: a threshold from 0 to 1 belongs to it",
+        ),
         ("mtp_medusa", ["prompt=x", "policy=refusal:2"], "its threshold is a probability"),
         ("mtp_medusa", ["prompt=x", "paths=/nowhere.json"], "paths=/nowhere.json cannot be read"),
         ("mtp_medusa", ["prompt=x", "json=/nowhere/at/all.json"], "there is no such folder"),
-        ("mtp_medusa", ["prompt=x", "tree=search", "paths=/nowhere/at/all.json"], "there is no such folder"),
-        ("mtp_medusa", ["prompt=x", "tree=search", "temperature=1"], "temperature=1.0: tree=search measures greedy decoding"),
+        (
+            "mtp_medusa",
+            ["prompt=x", "tree=search", "paths=/nowhere/at/all.json"],
+            "there is no such folder",
+        ),
+        (
+            "mtp_medusa",
+            ["prompt=x", "tree=search", "temperature=1"],
+            "temperature=1.0: tree=search measures greedy decoding",
+        ),
         (
             "mtp_medusa",
             ["prompt=x", "tree=search", "batch_size=2"],
             "batch_size=2: tree=search measures greedy decoding of one",
         ),
-        ("mtp_medusa", ["prompt=x", "tree=search", "policy=refusal:0.7"], "policy=refusal:0.7: tree=search measures"),
-        ("mtp_medusa", ["prompt=x", "tree=search", "drafter=lookup"], "drafter=lookup makes trees of its own"),
+        (
+            "mtp_medusa",
+            ["prompt=x", "tree=search", "policy=refusal:0.7"],
+            "policy=refusal:0.7: tree=search measures",
+        ),
+        (
+            "mtp_medusa",
+            ["prompt=x", "tree=search", "drafter=lookup"],
+            "drafter=lookup makes trees of its own",
+        ),
         ("mtp_medusa", ["prompt=x", "tree=search", "size=0"], "size=0: a number of at least 1"),
-        ("mtp_medusa", ["prompt=x", "tree=search", "max_new_tokens=1"], "no answer to these prompts has a second token"),
+        (
+            "mtp_medusa",
+            ["prompt=x", "tree=search", "max_new_tokens=1"],
+            "no answer to these prompts has a second token",
+        ),
         ("mtp_medusa", ["prompts=/nowhere.jsonl"], "prompts=/nowhere.jsonl cannot be read"),
         ("text", ["prompt="], "a prompt is empty"),
         ("text", ["heldout=2"], "this run continues plain text"),
@@ -313,7 +465,10 @@ def test_what_cannot_be_decoded_says_why(trained, capsys, kind, arguments, said)
     [
         (
             {"config": {"drafter": {}}, "identity": {"labels": None}},
-            "has no drafter. Train one beside the adapter, python -m trainer ... drafter=mtp_shared",
+            (
+                "has no drafter. Train one beside the adapter, python -m trainer ..."
+                " drafter=mtp_shared"
+            ),
         ),
         (
             {"config": {"drafter": {}}, "identity": {"labels": ["a", "b"]}},
@@ -321,7 +476,9 @@ def test_what_cannot_be_decoded_says_why(trained, capsys, kind, arguments, said)
         ),
     ],
 )
-def test_a_run_that_cannot_draft_is_refused_before_its_model_is_loaded(monkeypatch, capsys, content, said):
+def test_a_run_that_cannot_draft_is_refused_before_its_model_is_loaded(
+    monkeypatch, capsys, content, said
+):
     monkeypatch.setattr(decode_ways.folder, "read", lambda path: (None, content, "best"))
     monkeypatch.setattr(trained_module, "trained", None)
     assert speculate.main(["run=somewhere", "prompt=x"]) == 2

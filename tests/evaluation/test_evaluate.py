@@ -37,15 +37,29 @@ def trained(train, kept, tmp_path):
         if not note.exists():
             if kind == "classification":
                 labels = [
-                    {"text": "good " * (1 + i % 7) if i % 3 else "bad " * (1 + i % 5), "label": "npu"[i % 3]} for i in range(40)
+                    {
+                        "text": "good " * (1 + i % 7) if i % 3 else "bad " * (1 + i % 5),
+                        "label": "npu"[i % 3],
+                    }
+                    for i in range(40)
                 ]
                 rows = write_rows(kept / "labels.jsonl", labels)
             elif kind == "completion":
-                rows = write_rows(kept / "text.jsonl", [{"text": "abc " * (1 + i % 9)} for i in range(40)])
+                rows = write_rows(
+                    kept / "text.jsonl", [{"text": "abc " * (1 + i % 9)} for i in range(40)]
+                )
             else:
                 rows = write_rows(kept / "rows.jsonl", sums(40))
-            extra = (f"task={kind}", f"task.path={rows}", f"task.eval_path={rows}", f"runs={kept}", f"name={kind}-run")
-            note.write_text(str(train(*extra, "max_steps=15", "callbacks.evaluation.every=null", *overrides)))
+            extra = (
+                f"task={kind}",
+                f"task.path={rows}",
+                f"task.eval_path={rows}",
+                f"runs={kept}",
+                f"name={kind}-run",
+            )
+            note.write_text(
+                str(train(*extra, "max_steps=15", "callbacks.evaluation.every=null", *overrides))
+            )
         return note.read_text()
 
     return made
@@ -93,12 +107,16 @@ def test_classes_are_judged_by_loss_accuracy_and_macro_f1(trained, batch_size):
         logits = torch.cat([found.model(input_ids=torch.tensor([row.ids])).logits for row in rows])
     wanted = torch.tensor([row.label for row in rows])
     guessed = logits.argmax(-1)
-    assert values["loss"] == pytest.approx(float(-logits.log_softmax(-1)[range(len(rows)), wanted].mean()), rel=1e-5)
+    assert values["loss"] == pytest.approx(
+        float(-logits.log_softmax(-1)[range(len(rows)), wanted].mean()), rel=1e-5
+    )
     assert values["accuracy"] == pytest.approx(float((guessed == wanted).float().mean()))
     scores = []
     for label in range(3):
         hits = float(((guessed == label) & (wanted == label)).sum())
-        scores.append(2 * hits / max(1.0, float((guessed == label).sum() + (wanted == label).sum())))
+        scores.append(
+            2 * hits / max(1.0, float((guessed == label).sum() + (wanted == label).sum()))
+        )
     assert values["f1"] == pytest.approx(sum(scores) / 3, rel=1e-5)
     assert "perplexity" not in values
     assert values["f1"] != pytest.approx(values["accuracy"])
@@ -125,7 +143,10 @@ def test_ranks_share_the_rows_and_their_sums(trained, ranks):
 def test_a_request_to_stop_ends_it_between_batches(trained):
     found, data = parts(trained())
     asked = itertools.count()
-    assert losses(CausalLoss(found.model, 64), data.held_out, 4, CPU, stop=lambda: next(asked) == 3) == {}
+    assert (
+        losses(CausalLoss(found.model, 64), data.held_out, 4, CPU, stop=lambda: next(asked) == 3)
+        == {}
+    )
     assert next(asked) == 4
     with_prompts(data, 4, found.model)
     asked = itertools.count()
@@ -153,7 +174,9 @@ def greedy(model, prompt, stops, count):
     """A continuation, token by token and without a cache."""
     ids = list(prompt)
     for _ in range(count):
-        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        ids.append(
+            int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        )
         if ids[-1] in stops:
             break
     return ids[len(prompt) :]
@@ -179,7 +202,8 @@ def test_answers_are_greedy_and_in_the_rows_order_whatever_the_batch(trained, ba
 
 
 class Oracle(torch.nn.Module):
-    """A model that answers some prompts rightly: after the ids of a prompt come those of its answer."""
+    """A model that answers some prompts rightly: after the ids of a prompt come those of its
+    answer."""
 
     def __init__(self, known, end):
         super().__init__()
@@ -191,7 +215,9 @@ class Oracle(torch.nn.Module):
             prompt = tuple(i for i, m in zip(ids, mask, strict=True) if m)
             out.append([*self.known.get(prompt, []), self.end])
         longest = max(map(len, out))
-        return torch.cat([input_ids, torch.tensor([row + [self.end] * (longest - len(row)) for row in out])], 1)
+        return torch.cat(
+            [input_ids, torch.tensor([row + [self.end] * (longest - len(row)) for row in out])], 1
+        )
 
 
 def test_exact_match_is_the_share_of_right_answers(trained):
@@ -200,8 +226,9 @@ def test_exact_match_is_the_share_of_right_answers(trained):
     tokenizer = found.base.tokenizer
     right = {
         tuple(prompt): tokenizer(example.messages[-1]["content"])["input_ids"]
-        for i, (example, prompt) in enumerate(data.held_out.prompts) if i % 4 == 0
-    }  # fmt: skip
+        for i, (example, prompt) in enumerate(data.held_out.prompts)
+        if i % 4 == 0
+    }
     asked = answers(Oracle(right, tokenizer.eos_token_id), data.held_out, 3, 8, CPU)
     assert [row["scores"]["exact_match"] for row in asked] == [1.0, 0.0, 0.0, 0.0] * 2
     assert means(asked) == {"exact_match": 0.25}
@@ -209,16 +236,32 @@ def test_exact_match_is_the_share_of_right_answers(trained):
 
 def test_the_mean_of_no_answers_is_nothing():
     assert means([]) == {}
-    assert means([{"scores": {"a": 1.0, "b": 0.5}}, {"scores": {"a": 0.0, "b": 0.5}}]) == {"a": 0.5, "b": 0.5}
+    assert means([{"scores": {"a": 1.0, "b": 0.5}}, {"scores": {"a": 0.0, "b": 0.5}}]) == {
+        "a": 0.5,
+        "b": 0.5,
+    }
 
 
 def test_only_rows_that_were_kept_are_asked(train, tmp_path):
     rows = sums(6)
     rows[1]["messages"][0]["content"] = "q" * 600  # longer than max_length
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    found, data = parts(str(train(f"task.path={path}", f"task.eval_path={path}", "max_steps=1", "callbacks.evaluation=null")))
+    found, data = parts(
+        str(
+            train(
+                f"task.path={path}",
+                f"task.eval_path={path}",
+                "max_steps=1",
+                "callbacks.evaluation=null",
+            )
+        )
+    )
     with_prompts(data, 3, found.model)
-    assert [example.where.rpartition(":")[2] for example, _ in data.held_out.prompts] == ["1", "3", "4"]
+    assert [example.where.rpartition(":")[2] for example, _ in data.held_out.prompts] == [
+        "1",
+        "3",
+        "4",
+    ]
 
 
 def test_an_answer_ends_where_training_taught_it_to(tiny):
@@ -227,8 +270,11 @@ def test_an_answer_ends_where_training_taught_it_to(tiny):
     end, other = tiny.tokenizer.eos_token_id, tiny.tokenizer.bos_token_id
     assert stop_ids(tiny.tokenizer, None, []) == [end]
     assert stop_ids(tiny.tokenizer, [7, 9], []) == [end, 7, 9]
-    assert stop_ids(tiny.tokenizer, 7, [Tokens([5, other, 6], [False, True, False])]) == sorted([other, end, 7])
-    assert stop_ids(tiny.tokenizer, None, [Tokens([5, 6], [False, True])]) == [end]  # no special token
+    assert stop_ids(tiny.tokenizer, 7, [Tokens([5, other, 6], [False, True, False])]) == sorted(
+        [other, end, 7]
+    )
+    # no special token
+    assert stop_ids(tiny.tokenizer, None, [Tokens([5, 6], [False, True])]) == [end]
 
 
 def test_modes_are_as_they_were_also_after_an_error(tiny):
@@ -263,7 +309,9 @@ def test_the_verb_finds_what_the_run_found(trained, tmp_path, capsys):
     settings = ["compare=true", f"json={file}", "batch_size=3"]
     assert evaluate.main([f"run={run}", *settings]) == 0
     found = json.loads(file.read_text())
-    before, after = [row for row in journal.read(Path(run) / "metrics.jsonl") if row["kind"] == "evaluation"]
+    before, after = [
+        row for row in journal.read(Path(run) / "metrics.jsonl") if row["kind"] == "evaluation"
+    ]
     for name in ("loss", "accuracy", "perplexity"):
         assert found["base"][name] == pytest.approx(before[name], rel=1e-5)
         assert found["adapted"][name] == pytest.approx(after[name], rel=1e-5)
@@ -276,7 +324,9 @@ def test_the_verb_finds_what_the_run_found(trained, tmp_path, capsys):
 
 def test_the_verb_grades_answers_where_asked(trained, tmp_path):
     file = tmp_path / "found.json"
-    assert evaluate.main([f"run={trained()}", f"json={file}", "generate=3", "max_new_tokens=2"]) == 0
+    assert (
+        evaluate.main([f"run={trained()}", f"json={file}", "generate=3", "max_new_tokens=2"]) == 0
+    )
     assert json.loads(file.read_text()).keys() == {"adapted"}
     assert "exact_match" in json.loads(file.read_text())["adapted"]
 

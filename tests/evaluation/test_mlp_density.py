@@ -17,7 +17,14 @@ from trainer.data.batches import Collate, Sequences
 from trainer.data.held_out import HeldOut
 from trainer.data.render import Tokens
 from trainer.evaluation import mlp_density
-from trainer.evaluation.mlp_density import Rows, Sampled, column_norms, linear_part, measured, search
+from trainer.evaluation.mlp_density import (
+    Rows,
+    Sampled,
+    column_norms,
+    linear_part,
+    measured,
+    search,
+)
 from trainer.models.losses import CausalLoss
 from trainer.penalties.deft import mlp_inputs
 
@@ -25,7 +32,8 @@ CPU = torch.device("cpu")
 
 
 def sharp():
-    """A random model that is sure of its guesses, so that they change where activations are left out; it has an adapter."""
+    """A random model that is sure of its guesses, so that they change where activations are left
+    out; it has an adapter."""
     adapter, model = adapted(lora(target_modules=["down_proj", "up_proj"]))
     with torch.no_grad():
         model.model.norm.weight *= 4
@@ -33,7 +41,8 @@ def sharp():
 
 
 def guessed(model, count=8):
-    """Rows as the model itself goes on with, so that whatever is left out of it makes its loss worse."""
+    """Rows as the model itself goes on with, so that whatever is left out of it makes its loss
+    worse."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 64, (count, 4), generator=draw)
     with torch.no_grad():
@@ -45,17 +54,27 @@ def guessed(model, count=8):
 
 def held_out(model, rows=None):
     rows = rows or table(10)
-    return Rows(CausalLoss(model, 64), HeldOut(Sequences(rows), Collate(0, False, False), None), 4, CPU), rows
+    return (
+        Rows(
+            CausalLoss(model, 64), HeldOut(Sequences(rows), Collate(0, False, False), None), 4, CPU
+        ),
+        rows,
+    )
 
 
 def weight_of(layer):
     """What an adapted layer applies (d, F)."""
-    return layer.base.weight + layer.delta.scale * layer.delta.B @ layer.delta.A if hasattr(layer, "delta") else layer.weight
+    return (
+        layer.base.weight + layer.delta.scale * layer.delta.B @ layer.delta.A
+        if hasattr(layer, "delta")
+        else layer.weight
+    )
 
 
 @torch.no_grad()
 def loss_of(model, rows, change=None):
-    """Mean loss of trained tokens, row by row, while `change(index, h)` says what the MLPs' down projections are given."""
+    """Mean loss of trained tokens, row by row, while `change(index, h)` says what the MLPs' down
+    projections are given."""
     layers = mlp_inputs(model)
     hooks = [
         module.register_forward_pre_hook(lambda _, args, index=index: (change(index, args[0]),))
@@ -97,7 +116,8 @@ def test_what_an_adapted_layer_applies_is_found_by_calling_it():
     with torch.no_grad():
         conv.bias += 3.0
         torch.testing.assert_close(
-            column_norms(conv, torch.zeros(1, 256, dtype=torch.float64)), conv.weight.norm(dim=1).float()
+            column_norms(conv, torch.zeros(1, 256, dtype=torch.float64)),
+            conv.weight.norm(dim=1).float(),
         )
 
 
@@ -108,7 +128,9 @@ def test_shares_and_cett_are_those_of_loops(monkeypatch):
     found = measured(mlp_inputs(model), rows, [0.02, 0.3], 0.0)
     assert found["loss"] == pytest.approx(loss_of(model, kept), rel=1e-5)
     assert "ppl" not in found
-    for (name, layer), h, tau in zip(mlp_inputs(model), inputs_of(model, kept), [0.02, 0.3], strict=True):
+    for (name, layer), h, tau in zip(
+        mlp_inputs(model), inputs_of(model, kept), [0.02, 0.3], strict=True
+    ):
         one = found["layers"][name]
         above = sum(abs(value) > tau for token in h.tolist() for value in token)
         assert (one["non_zero"], one["tau"]) == (1.0, tau)
@@ -121,7 +143,9 @@ def test_shares_and_cett_are_those_of_loops(monkeypatch):
             for token, score in zip(h, scores, strict=True)
         ]
         assert one["cett_half"] == pytest.approx(sum(lengths) / len(lengths), rel=1e-3)
-    assert found["mean"]["above_tau"] == pytest.approx(sum(one["above_tau"] for one in found["layers"].values()) / 2)
+    assert found["mean"]["above_tau"] == pytest.approx(
+        sum(one["above_tau"] for one in found["layers"].values()) / 2
+    )
 
 
 def test_cett_does_not_depend_on_the_scale_of_activations():
@@ -131,7 +155,9 @@ def test_cett_does_not_depend_on_the_scale_of_activations():
     with torch.no_grad():
         before = Sampled(layer, h).cett(mlp_density.LEVELS // 2)
         layer.weight *= 1000
-        assert Sampled(layer, h / 1000).cett(mlp_density.LEVELS // 2) == pytest.approx(before, rel=1e-5)
+        assert Sampled(layer, h / 1000).cett(mlp_density.LEVELS // 2) == pytest.approx(
+            before, rel=1e-5
+        )
     assert 0 < before < 0.2
 
 
@@ -146,7 +172,8 @@ def test_the_search_finds_what_trying_every_value_finds(percent, monkeypatch):
         sampled = [Sampled(layer, h) for (_, layer), h in zip(layers, hs, strict=True)]
         dense = loss_of(model, kept)
 
-        # Two neighbours are as near as fp32 can tell, so the norms, which have a test of their own, are taken over.
+        # Two neighbours are as near as fp32 can tell, so the norms, which have a test of their own,
+        # are taken over.
         norms = [one.norms for one in sampled]
 
         def thresholds(c):
@@ -155,9 +182,13 @@ def test_the_search_finds_what_trying_every_value_finds(percent, monkeypatch):
             for one, h, w in zip(sampled, hs, weights, strict=True):
                 scores = h.float().abs() * one.norms
                 allowed = [
-                    t for t in one.thresholds
-                    if float(((h.where(scores < t, 0) @ w.T).norm(dim=1) / (h @ w.T).norm(dim=1)).mean()) <= c + 1e-6
-                ]  # fmt: skip
+                    t
+                    for t in one.thresholds
+                    if float(
+                        ((h.where(scores < t, 0) @ w.T).norm(dim=1) / (h @ w.T).norm(dim=1)).mean()
+                    )
+                    <= c + 1e-6
+                ]
                 result.append(max(allowed))
             return tuple(result)
 
@@ -173,7 +204,10 @@ def test_the_search_finds_what_trying_every_value_finds(percent, monkeypatch):
                 return h
 
             loss = loss_of(model, kept, left_out)
-            tried[c] = math.exp(loss - dense), [zero / h.numel() for zero, h in zip(zeros, hs, strict=True)]
+            tried[c] = (
+                math.exp(loss - dense),
+                [zero / h.numel() for zero, h in zip(zeros, hs, strict=True)],
+            )
     right = [ratio <= 1 + percent / 100 for ratio, _ in tried.values()]
     assert right == sorted(right, reverse=True)  # the search takes this for granted
     assert 1 < sum(right) < len(right) - 2
@@ -201,7 +235,12 @@ def test_where_nothing_matters_all_may_be_left_out():
 
 @pytest.fixture
 def run(train, chats):
-    settings = ["task.eval_fraction=0.2", "max_steps=12", "callbacks.evaluation=null", "adapter=deft"]
+    settings = [
+        "task.eval_fraction=0.2",
+        "max_steps=12",
+        "callbacks.evaluation=null",
+        "adapter=deft",
+    ]
     return train(f"task.path={chats}", *settings)
 
 
@@ -212,7 +251,8 @@ def test_the_verb_compares_base_and_adapted(run, program):
     found = json.loads((run / "density.json").read_text())
     assert found.keys() == {"step", "base", "adapted"}
     assert found["step"] == 12
-    assert found["base"]["mean"]["above_tau"] == pytest.approx(0.5, abs=0.1)  # tau is the median before training
+    # tau is the median before training
+    assert found["base"]["mean"]["above_tau"] == pytest.approx(0.5, abs=0.1)
     assert found["adapted"]["mean"]["above_tau"] < 0.8 * found["base"]["mean"]["above_tau"]
     assert found["base"]["layers"].keys() == {f"model.layers.{i}.mlp.down_proj" for i in range(2)}
     for name in ("base", "adapted"):
@@ -230,9 +270,11 @@ def test_the_verb_takes_a_threshold_and_another_place(run, tmp_path, capsys):
     assert found["adapted"]["mean"]["above_tau"] == found["adapted"]["mean"]["non_zero"] == 1.0
     assert not (run / "density.json").exists()
     for argument, said in [
-        ("ppl=-1", "ppl=-1.0: a percentage"), ("tau=small", "tau=small: a number"), ("batch_size=0", "at least 1"),
+        ("ppl=-1", "ppl=-1.0: a percentage"),
+        ("tau=small", "tau=small: a number"),
+        ("batch_size=0", "at least 1"),
         (f"json={tmp_path / 'no' / 'x'}", "there is no such folder"),
-    ]:  # fmt: skip
+    ]:
         assert density.main([f"run={run}", argument]) == 2
         assert said in capsys.readouterr().err
     assert density.main(["run=nowhere"]) == 2
@@ -240,11 +282,15 @@ def test_the_verb_takes_a_threshold_and_another_place(run, tmp_path, capsys):
 
 
 def test_a_run_without_a_penalty_has_the_bases_medians(train, chats, tmp_path, capsys):
-    run = train(f"task.path={chats}", "task.eval_fraction=0.2", "max_steps=2", "callbacks.evaluation=null")
+    run = train(
+        f"task.path={chats}", "task.eval_fraction=0.2", "max_steps=2", "callbacks.evaluation=null"
+    )
     file = Path(tmp_path / "found.json")
     assert density.main([f"run={run}", "ppl=0", f"json={file}", "batch_size=2"]) == 0
     found = json.loads(file.read_text())
     assert found["base"]["mean"]["above_tau"] == pytest.approx(0.5, abs=0.06)
-    taus = [[layer["tau"] for layer in found[name]["layers"].values()] for name in ("base", "adapted")]
+    taus = [
+        [layer["tau"] for layer in found[name]["layers"].values()] for name in ("base", "adapted")
+    ]
     assert taus[0] == taus[1]
     assert all(tau > 0 for tau in itertools.chain(*taus))

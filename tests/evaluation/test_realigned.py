@@ -1,4 +1,5 @@
-"""A head of the base, continued on the fine-tuned model: what the new run is told, and the three numbers."""
+"""A head of the base, continued on the fine-tuned model: what the new run is told, and the three
+numbers."""
 
 from __future__ import annotations
 
@@ -18,9 +19,18 @@ from trainer.evaluation import realigned
 from trainer.storage import checkpoints, journal
 
 HEAD = (
-    "adapter=none", "objective=distill", "drafter=eagle3", "drafter.offsets=2", "drafter.aux_layers=[0,1,2]", "drafter.coverage=0",
-    "drafter.draft_vocab_size=64", "drafter.init=last_layer", "batch_size=4", "task.eval_fraction=0.2", "max_steps=4",
-)  # fmt: skip
+    "adapter=none",
+    "objective=distill",
+    "drafter=eagle3",
+    "drafter.offsets=2",
+    "drafter.aux_layers=[0,1,2]",
+    "drafter.coverage=0",
+    "drafter.draft_vocab_size=64",
+    "drafter.init=last_layer",
+    "batch_size=4",
+    "task.eval_fraction=0.2",
+    "max_steps=4",
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +68,21 @@ def here(train, monkeypatch):
 
 def test_a_head_goes_on_where_it_was(started, here, tmp_path, capsys):
     head, tuned = started
-    before = {file: file.read_bytes() for place in started for file in place.rglob("*") if file.is_file()}
-    assert realign.main([f"draft={head}", f"target.run={tuned}", "max_steps=2", "logger=none", f"runs={tmp_path}"]) == 0
+    before = {
+        file: file.read_bytes() for place in started for file in place.rglob("*") if file.is_file()
+    }
+    assert (
+        realign.main(
+            [
+                f"draft={head}",
+                f"target.run={tuned}",
+                "max_steps=2",
+                "logger=none",
+                f"runs={tmp_path}",
+            ]
+        )
+        == 0
+    )
     run = tmp_path / "head-tuned"
     record = yaml.safe_load((run / "run.yaml").read_text())
     config, there = record["config"], yaml.safe_load((head / "run.yaml").read_text())["config"]
@@ -69,14 +92,19 @@ def test_a_head_goes_on_where_it_was(started, here, tmp_path, capsys):
     assert config["max_steps"] == 2
     assert config["export"] == "best"
     evaluation = config["callbacks"]["evaluation"]
-    assert (evaluation["monitor"], evaluation["mode"], evaluation["batch_size"]) == ("expected", "max", 16)
+    assert (evaluation["monitor"], evaluation["mode"], evaluation["batch_size"]) == (
+        "expected",
+        "max",
+        16,
+    )
     assert record["identity"]["target"]["run"] == str(tuned)
 
     found = json.loads((run / "realign.json").read_text())
     assert [row["stage"] for row in found] == list(realigned.STAGES)
     assert [row["target"].partition(" + ")[2] for row in found] == ["", "tuned@3", "tuned@3"]
     first, last = (
-        [row for row in journal.read(place / "metrics.jsonl") if row["kind"] == "evaluation"] for place in (head, run)
+        [row for row in journal.read(place / "metrics.jsonl") if row["kind"] == "evaluation"]
+        for place in (head, run)
     )
     best = json.loads((run / "drafter" / "config.json").read_text())["target"]["step"]
     wanted = [first[-1], last[0], next(row for row in last if row["step"] == best)]
@@ -90,7 +118,8 @@ def test_a_head_goes_on_where_it_was(started, here, tmp_path, capsys):
     assert lines[0] == "| | target | accepted | expected | 1 | 2 |"
     names = ("accepted", "expected", "offset1/acceptance", "offset2/acceptance")
     assert lines[4].endswith("".join(f" {found[2][name]:.3f} |" for name in names))
-    # The weights and the draft vocabulary are the head's, and neither it nor the target was touched.
+    # The weights and the draft vocabulary are the head's, and neither it nor the target was
+    # touched.
     earlier, own = (load_file(place / "drafter" / "model.safetensors") for place in (head, run))
     assert torch.equal(earlier["d2t"], own["d2t"])
     assert torch.equal(earlier["t2d"], own["t2d"])
@@ -110,8 +139,12 @@ def test_the_weights_are_the_drafts_and_the_moments_are_not(started, train, rows
     )
     wanted = load_file(head / "drafter" / "model.safetensors")
     saved = checkpoints.load(checkpoints.chosen(run / "checkpoints", "last"))
-    assert all(torch.allclose(tensor, wanted[name], atol=1e-6) for name, tensor in saved["drafter"].items())
-    assert all(float(state["step"]) == 1 for state in saved["optimizer_states"][0]["state"].values())
+    assert all(
+        torch.allclose(tensor, wanted[name], atol=1e-6) for name, tensor in saved["drafter"].items()
+    )
+    assert all(
+        float(state["step"]) == 1 for state in saved["optimizer_states"][0]["state"].values()
+    )
 
 
 def test_heads_that_do_not_fit_are_refused(started, rows, tmp_path, capsys):
@@ -131,7 +164,9 @@ def test_heads_that_do_not_fit_are_refused(started, rows, tmp_path, capsys):
     content = json.loads((folder / "config.json").read_text())
 
     def changed(**values):
-        (folder / "config.json").write_text(json.dumps(content | {"target": content["target"] | values}))
+        (folder / "config.json").write_text(
+            json.dumps(content | {"target": content["target"] | values})
+        )
         return folder
 
     assert "whose hidden_size is 32; this model's is 16" in said(changed(hidden_size=32))
@@ -145,7 +180,9 @@ def test_heads_that_do_not_fit_are_refused(started, rows, tmp_path, capsys):
     base = instantiate(yaml.safe_load((tuned / "run.yaml").read_text())["config"]["base"])
     settings = content["drafter"]
     io.check(changed(), base, settings | {"eta": 1.0, "lr_scale": 2.0})
-    with pytest.raises(DrafterError, match=r"of other settings: drafter\.norm_output: False there, True here"):
+    with pytest.raises(
+        DrafterError, match=r"of other settings: drafter\.norm_output: False there, True here"
+    ):
         io.check(folder, base, settings | {"norm_output": True})
 
 

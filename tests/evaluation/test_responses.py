@@ -15,7 +15,9 @@ def test_a_drawn_token_has_the_chance_that_it_should_have():
     scores = torch.tensor([[0.3, -torch.inf, 1.5, -2.0, 0.3]])
     count = 20000
     u = (np.arange(count)[:, None] + 0.5) / count
-    drawn = responses.Drawn(u, 4)(torch.zeros(count, 4, dtype=torch.int64), scores.expand(count, -1)).argmax(-1)
+    drawn = responses.Drawn(u, 4)(
+        torch.zeros(count, 4, dtype=torch.int64), scores.expand(count, -1)
+    ).argmax(-1)
     share = torch.bincount(drawn, minlength=5) / count
     torch.testing.assert_close(share, scores[0].softmax(-1), rtol=0, atol=1.0 / count)
 

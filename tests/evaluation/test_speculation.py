@@ -1,4 +1,5 @@
-"""The evaluation of speculation counts what a naive count counts, and asks what Spec-Bench's layout says."""
+"""The evaluation of speculation counts what a naive count counts, and asks what Spec-Bench's layout
+says."""
 
 from __future__ import annotations
 
@@ -15,7 +16,12 @@ from trainer.evaluation.speculation import Question, questions
 BENCH = [
     {"question_id": 1, "category": "math", "turns": ["3+4=", "and 1 more?"]},
     {"question_id": 2, "category": "math", "turns": ["1+1="]},
-    {"question_id": 3, "category": "rôle", "turns": ["5+5=", "twice that?"], "reference": ["10", "20"]},
+    {
+        "question_id": 3,
+        "category": "rôle",
+        "turns": ["5+5=", "twice that?"],
+        "reference": ["10", "20"],
+    },
 ]
 
 
@@ -27,7 +33,10 @@ def test_questions_in_spec_benchs_layout(tmp_path):
     found = questions(str(file))
     assert found[0] == Question("math", [{"role": "user", "content": "3+4="}], ["and 1 more?"])
     assert [question.category for question in found] == ["math", "math", "rôle"]
-    assert [question.messages[0]["content"] for question in questions(str(file), 1)] == ["3+4=", "5+5="]
+    assert [question.messages[0]["content"] for question in questions(str(file), 1)] == [
+        "3+4=",
+        "5+5=",
+    ]
 
 
 def test_questions_in_the_other_layout(tmp_path):
@@ -72,7 +81,13 @@ def run(train, kept):
     note = kept / "run"
     if not note.exists():
         rows = write_rows(kept / "chats.jsonl", sums(40))
-        settings = ("callbacks.evaluation=null", f"runs={kept}", "name=the-run", "max_steps=8", "drafter=mtp_medusa")
+        settings = (
+            "callbacks.evaluation=null",
+            f"runs={kept}",
+            "name=the-run",
+            "max_steps=8",
+            "drafter=mtp_medusa",
+        )
         note.write_text(str(train(f"task.path={rows}", f"task.eval_path={rows}", *settings)))
     return note.read_text()
 
@@ -89,22 +104,40 @@ def test_turns_follow_the_targets_own_answers(run, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(speculation, "by_transformers", watched)
     out, plot = tmp_path / "found.json", tmp_path / "found.svg"
-    assert evaluate.main([
-        f"run={run}", "task=speculation", f"prompts={file}", "max_new_tokens=10", f"json={out}", f"plot={plot}",
-    ]) == 0  # fmt: skip
+    assert (
+        evaluate.main(
+            [
+                f"run={run}",
+                "task=speculation",
+                f"prompts={file}",
+                "max_new_tokens=10",
+                f"json={out}",
+                f"plot={plot}",
+            ]
+        )
+        == 0
+    )
     found = json.loads(out.read_text())
     assert "All 5 texts are those of transformers' greedy decoding" in capsys.readouterr().out
     assert plot.read_text().count("tau: tokens of a target pass") == 1
     assert [(row["question"], row["turn"], row["category"]) for row in found["each"]] == [
-        (0, 0, "math"), (0, 1, "math"), (1, 0, "math"), (2, 0, "rôle"), (2, 1, "rôle"),
-    ]  # fmt: skip
+        (0, 0, "math"),
+        (0, 1, "math"),
+        (1, 0, "math"),
+        (2, 0, "rôle"),
+        (2, 1, "rôle"),
+    ]
     tokenizer = trained(run).base.tokenizer
     for first, second, follows in ((0, 1, BENCH[0]), (3, 4, BENCH[2])):
         said = tokenizer.decode(seen[first][1], skip_special_tokens=True)
         text = tokenizer.decode(seen[second][0])
         assert text.startswith(tokenizer.decode(seen[first][0]) + said)
         assert follows["turns"][1] in text
-    assert found["ways"]["transformers"]["tokens"] == found["ways"]["drafter"]["tokens"] == sum(len(text) for _, text in seen)
+    assert (
+        found["ways"]["transformers"]["tokens"]
+        == found["ways"]["drafter"]["tokens"]
+        == sum(len(text) for _, text in seen)
+    )
     assert found["tau"]["value"] >= 1
     assert set(found["categories"]) == {"math", "rôle"}
 
@@ -113,7 +146,19 @@ def test_turns_follow_the_targets_own_answers(run, tmp_path, monkeypatch, capsys
 def test_other_drafters_and_trees(run, name, tmp_path):
     out = tmp_path / "found.json"
     growth = ("tree=eagle2", "size=5", "top_k=2", "policy=refusal:0.9") if name == "run" else ()
-    assert speculation.main([f"run={run}", "heldout=3", "max_new_tokens=24", f"drafter={name}", *growth, f"json={out}"]) == 0
+    assert (
+        speculation.main(
+            [
+                f"run={run}",
+                "heldout=3",
+                "max_new_tokens=24",
+                f"drafter={name}",
+                *growth,
+                f"json={out}",
+            ]
+        )
+        == 0
+    )
     found = json.loads(out.read_text())
     assert found["tree"] == ("eagle2" if growth else "chain")
     assert found["pass"]["nodes"] <= (5 if growth else 80)
@@ -125,9 +170,13 @@ def test_other_drafters_and_trees(run, name, tmp_path):
 
 
 def test_what_does_not_fit_is_left_out(run, tmp_path):
-    file = write_rows(tmp_path / "bench.jsonl", [{"turns": ["1+1=", "x" * 600, "y"]}, {"turns": ["2+2="]}])
+    file = write_rows(
+        tmp_path / "bench.jsonl", [{"turns": ["1+1=", "x" * 600, "y"]}, {"turns": ["2+2="]}]
+    )
     out = tmp_path / "found.json"
-    assert speculation.main([f"run={run}", f"prompts={file}", "max_new_tokens=4", f"json={out}"]) == 0
+    assert (
+        speculation.main([f"run={run}", f"prompts={file}", "max_new_tokens=4", f"json={out}"]) == 0
+    )
     found = json.loads(out.read_text())
     assert (found["answers"], found["left_out"]) == (2, 2)
 

@@ -18,7 +18,15 @@ def answer(question, category, drafts, seconds=(1.0, 2.0, 0.5), tokens=None):
     results = {
         "transformers": Result(text(), alone, seconds[0], 0.0),
         "plain": Result(text(), alone, seconds[1], 0.1, 0.0, 0.2 * len(alone)),
-        "drafter": Result(text(), drafts, seconds[2], 0.1, 0.01 * len(drafts), 0.3 * len(drafts), sum(n for n, _ in drafts)),
+        "drafter": Result(
+            text(),
+            drafts,
+            seconds[2],
+            0.1,
+            0.01 * len(drafts),
+            0.3 * len(drafts),
+            sum(n for n, _ in drafts),
+        ),
     }
     return Answer(question, 0, category, results)
 
@@ -34,7 +42,9 @@ def test_figures_are_those_of_a_plain_count():
     found = figures(ANSWERS)
     steps = [step for answer in ANSWERS for step in answer.results["drafter"].drafts]
     tokens = sum(len(answer.results["plain"].tokens) for answer in ANSWERS)
-    assert found["tau"]["value"] == pytest.approx((tokens - 3) / len(steps)) == pytest.approx(18 / 7)
+    assert (
+        found["tau"]["value"] == pytest.approx((tokens - 3) / len(steps)) == pytest.approx(18 / 7)
+    )
     assert (found["questions"], found["answers"]) == (2, 3)
     assert found["ways"]["plain"]["target_passes"] == tokens
     assert found["ways"]["drafter"]["target_passes"] == 3 + 7
@@ -45,9 +55,12 @@ def test_figures_are_those_of_a_plain_count():
         proposed = [taken for proposed, taken in steps if proposed > k]
         reached = [taken for taken in proposed if taken >= k]
         assert place["conditional"] == sum(taken > k for taken in reached) / len(reached)
-        assert place["survival"] == sum(taken > k for _, taken in steps) / 6  # one pass had no draft
+        # one pass had no draft
+        assert place["survival"] == sum(taken > k for _, taken in steps) / 6
     assert [place["proposed"] for place in found["positions"]] == [6, 6, 5]
-    assert found["pass"] == pytest.approx({"nodes": 17 / 7, "draft_ms": 10.0, "verify_ms": 300.0, "plain_ms": 200.0})
+    assert found["pass"] == pytest.approx(
+        {"nodes": 17 / 7, "draft_ms": 10.0, "verify_ms": 300.0, "plain_ms": 200.0}
+    )
 
 
 def test_an_interval_is_that_of_resampled_questions():
@@ -58,12 +71,20 @@ def test_an_interval_is_that_of_resampled_questions():
     assert found["value"] == pytest.approx(above.sum() / below.sum())
     ratios = []
     for _ in range(4000):
-        rows = [row for question in draw.integers(20, size=20) for row in (2 * question, 2 * question + 1)]
+        rows = [
+            row
+            for question in draw.integers(20, size=20)
+            for row in (2 * question, 2 * question + 1)
+        ]
         ratios.append(above[rows].sum() / below[rows].sum())
     low, high = np.percentile(ratios, [2.5, 97.5])
     assert found["low"] == pytest.approx(low, abs=0.1 * (high - low))
     assert found["high"] == pytest.approx(high, abs=0.1 * (high - low))
-    assert interval(answers[:2], lambda a: 1, lambda a: 2) == {"value": 0.5, "low": None, "high": None}
+    assert interval(answers[:2], lambda a: 1, lambda a: 2) == {
+        "value": 0.5,
+        "low": None,
+        "high": None,
+    }
     assert interval(answers, lambda a: 1, lambda a: 0)["value"] is None
 
 

@@ -56,12 +56,23 @@ def run_of(train: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         if kind not in RUNS:
             rows = tmp_path_factory.mktemp("rows")
             if kind == "classes":
-                texts = [{"text": ("good " if i % 2 else "bad ") * (1 + i % 5), "label": str(i % 2)} for i in range(60)]
-                data = ["task=classification", f"task.path={write_rows(rows / 'rows.jsonl', texts)}"]
+                texts = [
+                    {"text": ("good " if i % 2 else "bad ") * (1 + i % 5), "label": str(i % 2)}
+                    for i in range(60)
+                ]
+                data = [
+                    "task=classification",
+                    f"task.path={write_rows(rows / 'rows.jsonl', texts)}",
+                ]
             else:
-                data = [f"task.path={write_rows(rows / 'rows.jsonl', sums(60))}", "callbacks.evaluation.samples=0"]
+                data = [
+                    f"task.path={write_rows(rows / 'rows.jsonl', sums(60))}",
+                    "callbacks.evaluation.samples=0",
+                ]
             settings = [*data, *SETTINGS.get(kind, []), f"name={kind}"]
-            RUNS[kind] = train("max_steps=6", "callbacks.evaluation.every=null", "optimizer.lr=3e-2", *settings)
+            RUNS[kind] = train(
+                "max_steps=6", "callbacks.evaluation.every=null", "optimizer.lr=3e-2", *settings
+            )
         return RUNS[kind]
 
     return run
@@ -90,7 +101,11 @@ def logits(model: Any) -> torch.Tensor:
 def test_what_is_written_is_the_compressed_adapter(run_of, tmp_path, kind, choice):
     run = run_of(kind)
     result = compact.compress(str(run), choice, tmp_path / "out", True)
-    assert {path.name for path in result.out.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", coding.FILE}
+    assert {path.name for path in result.out.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        coding.FILE,
+    }
     assert result.difference < 1e-4
     before, after = (
         load_file(run / "adapter" / "adapter_model.safetensors"),
@@ -99,7 +114,9 @@ def test_what_is_written_is_the_compressed_adapter(run_of, tmp_path, kind, choic
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == set(coding.updates(before, choice.factors))
-    share = sum(int((after[key] != 0).sum()) for key in changed) / sum(after[key].numel() for key in changed)
+    share = sum(int((after[key] != 0).sum()) for key in changed) / sum(
+        after[key].numel() for key in changed
+    )
     assert 0.28 < share < 0.31 if choice.method == "compeft" else 0.3 < share < 0.5
     assert result.after == (result.out / coding.FILE).stat().st_size < result.before
     assert result.before == (run / "adapter" / "adapter_model.safetensors").stat().st_size
@@ -109,7 +126,9 @@ def test_what_is_written_is_the_compressed_adapter(run_of, tmp_path, kind, choic
     # Stock PEFT on a plain base, against the base with the update added by hand.
     found = trained_module.trained(str(run), exact=True)
     labels = found.task.labels if kind == "classes" else None
-    loaded = peft.PeftModel.from_pretrained(found.base.load(torch.float32, labels), result.out).eval()
+    loaded = peft.PeftModel.from_pretrained(
+        found.base.load(torch.float32, labels), result.out
+    ).eval()
     wanted = logits(found.model)
     assert (logits(loaded) - wanted).abs().max() > 1e-3
     if kind == "lora":
@@ -118,7 +137,9 @@ def test_what_is_written_is_the_compressed_adapter(run_of, tmp_path, kind, choic
         with torch.no_grad():
             for key, tensor in after.items():
                 if key.endswith("lora_A.weight"):
-                    layer = plain.get_submodule(key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+                    layer = plain.get_submodule(
+                        key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                    )
                     layer.weight += scale * after[key.replace("lora_A", "lora_B")] @ tensor
         torch.testing.assert_close(logits(loaded), logits(plain), rtol=0, atol=1e-4)
 
@@ -131,11 +152,15 @@ def test_what_is_written_is_the_compressed_adapter(run_of, tmp_path, kind, choic
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert again.keys() == after.keys()
     assert all(torch.equal(again[key], after[key]) for key in after)
-    assert (tmp_path / "again" / "adapter_config.json").read_bytes() == (result.out / "adapter_config.json").read_bytes()
+    assert (tmp_path / "again" / "adapter_config.json").read_bytes() == (
+        result.out / "adapter_config.json"
+    ).read_bytes()
 
 
 def test_a_pair_of_adapters_is_compressed_as_one(run_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(adapter_module, "save_adapter", functools.partial(adapter_module.save_adapter, pair=True))
+    monkeypatch.setattr(
+        adapter_module, "save_adapter", functools.partial(adapter_module.save_adapter, pair=True)
+    )
     result = compact.compress(str(run_of("rosa")), DARE, tmp_path / "out", False)
     assert result.difference < 1e-4
     assert result.loss_before is None
@@ -143,34 +168,53 @@ def test_a_pair_of_adapters_is_compressed_as_one(run_of, tmp_path, monkeypatch):
         assert (result.out / part / coding.FILE).is_file()
     compact.expand(result.out, tmp_path / "again")
     for part in ("shira", "lora"):
-        one, other = (load_file(folder / part / "adapter_model.safetensors") for folder in (result.out, tmp_path / "again"))
+        one, other = (
+            load_file(folder / part / "adapter_model.safetensors")
+            for folder in (result.out, tmp_path / "again")
+        )
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_everything_kept_is_the_adapter_itself(run_of, tmp_path):
-    result = compact.compress(str(run_of("rosa")), Choice("dare", "B", drop=0.0, strength=1.0), tmp_path / "out", True)
+    result = compact.compress(
+        str(run_of("rosa")), Choice("dare", "B", drop=0.0, strength=1.0), tmp_path / "out", True
+    )
     assert result.loss_after == result.loss_before
     before = load_file(run_of("rosa") / "adapter" / "adapter_model.safetensors")
-    assert all(torch.equal(tensor, before[key]) for key, tensor in load_file(result.out / "adapter_model.safetensors").items())
+    assert all(
+        torch.equal(tensor, before[key])
+        for key, tensor in load_file(result.out / "adapter_model.safetensors").items()
+    )
 
 
-@pytest.mark.parametrize("choice", [COMPEFT, replace(DARE, method="darex_q", drop=0.9)], ids=lambda choice: choice.method)
+@pytest.mark.parametrize(
+    "choice", [COMPEFT, replace(DARE, method="darex_q", drop=0.9)], ids=lambda choice: choice.method
+)
 def test_a_search_takes_the_least_loss(run_of, tmp_path, choice):
-    result = compact.compress(str(run_of("lora")), replace(choice, strength=None), tmp_path / "out", True)
+    result = compact.compress(
+        str(run_of("lora")), replace(choice, strength=None), tmp_path / "out", True
+    )
     assert result.searched_on == "the first 59 training rows"
     assert list(result.searched) == choice.grid
     assert result.searched[result.strength] == min(result.searched.values())
     assert len(set(result.searched.values())) == len(result.searched)
-    fixed = compact.compress(str(run_of("lora")), replace(choice, strength=result.strength), tmp_path / "fixed", True)
+    fixed = compact.compress(
+        str(run_of("lora")), replace(choice, strength=result.strength), tmp_path / "fixed", True
+    )
     assert fixed.loss_after == result.loss_after
-    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (result.out, fixed.out))
+    one, other = (
+        load_file(folder / "adapter_model.safetensors") for folder in (result.out, fixed.out)
+    )
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_where_to_search_without_training_rows():
     held_out = SimpleNamespace(sequences=SimpleNamespace(rows=range(2)))
     stream: Any = SimpleNamespace(
-        train=None, held_out=held_out, task=SimpleNamespace(kind="chat"), collate=Collate(0, True, False)
+        train=None,
+        held_out=held_out,
+        task=SimpleNamespace(kind="chat"),
+        collate=Collate(0, True, False),
     )
     found, name = compact._search_rows(stream)
     assert name == "the first 2 held-out rows"
@@ -185,7 +229,9 @@ def test_the_grid_of_q():
     grid = replace(DARE, method="darex_q", drop=0.9, strength=None).grid
     assert len(grid) == 9
     assert (grid[0], grid[-1]) == (pytest.approx(0.1), 1.0)
-    assert all(second / first == pytest.approx(10 ** (1 / 8)) for first, second in itertools.pairwise(grid))
+    assert all(
+        second / first == pytest.approx(10 ** (1 / 8)) for first, second in itertools.pairwise(grid)
+    )
 
 
 def test_an_adapter_that_answers_differently_is_refused(run_of, tmp_path, monkeypatch):
@@ -205,12 +251,20 @@ def test_an_adapter_that_answers_differently_is_refused(run_of, tmp_path, monkey
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("prompt_tuning", "PROMPT_TUNING is no sum of its weights and an update that starts at zero. Compression is for LoRA"),
+        (
+            "prompt_tuning",
+            (
+                "PROMPT_TUNING is no sum of its weights and an update that starts at zero."
+                " Compression is for LoRA"
+            ),
+        ),
         ("pissa", "init_lora_weights=pissa.* is saved as the difference of two products"),
         ("full", "adapter=full leaves no adapter to compress"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_a_model_is_loaded(run_of, tmp_path, monkeypatch, kind, message):
+def test_what_makes_no_sense_is_refused_before_a_model_is_loaded(
+    run_of, tmp_path, monkeypatch, kind, message
+):
     run = run_of(kind)
     monkeypatch.setattr(trained_module, "trained", None)
     with pytest.raises(AdapterError, match=message):
@@ -251,12 +305,18 @@ def test_the_verb(run_of, tmp_path, capsys):
         (["run=x", "method=compeft", "keep=0"], "keep=0: expected above 0 and at most 1"),
         (["run=x", "method=compeft", "keep=nan"], "keep=nan: expected above 0"),
         (["run=x", "method=compeft", "alpha=-1"], "alpha=-1: expected auto, or above 0"),
-        (["run=x", "method=compeft", "drop=0.5"], "drop=0.5 has no effect with method=compeft, which takes keep, alpha"),
+        (
+            ["run=x", "method=compeft", "drop=0.5"],
+            "drop=0.5 has no effect with method=compeft, which takes keep, alpha",
+        ),
         (["run=x", "method=dare", "drop=1"], "drop=1: expected at least 0 and below 1"),
         (["run=x", "method=dare", "q=0.5"], "q=0.5 has no effect with method=dare"),
         (["run=x", "method=dare", "factors=A"], "factors=A: choose one of both, B"),
         (["run=x", "method=dare", "seed=1.5"], "seed=1.5: expected a whole number"),
-        (["run=x", "method=darex_q", "q=0.05"], "q=0.05: expected auto, or from 1 - drop = 0.1 to 1"),
+        (
+            ["run=x", "method=darex_q", "q=0.05"],
+            "q=0.05: expected auto, or from 1 - drop = 0.1 to 1",
+        ),
         (["run=no/run", "method=dare"], "no/run is no run folder"),
     ],
 )
@@ -269,7 +329,10 @@ def test_bad_arguments_are_named(arguments, message, capsys, tmp_path, monkeypat
 
 def test_a_compact_file_without_its_config_is_refused(tmp_path):
     coding.write(tmp_path / coding.FILE, {"x": torch.ones(2)}, [])
-    with pytest.raises(AdapterError, match=r"there is no .*adapter_config.json, which goes with compact.safetensors"):
+    with pytest.raises(
+        AdapterError,
+        match=r"there is no .*adapter_config.json, which goes with compact.safetensors",
+    ):
         compact.expand(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -283,9 +346,11 @@ def test_sizes_are_those_of_the_update(run_of, tmp_path, kind):
     with found.adapter.disabled(found.model):
         alone = {
             name: tensor.clone()
-            for name, tensor in found.base.load(torch.float32, found.task.labels if kind == "classes" else None)
-            .state_dict()
-            .items()
+            for name, tensor in (
+                found.base.load(torch.float32, found.task.labels if kind == "classes" else None)
+                .state_dict()
+                .items()
+            )
         }
     merged = found.adapter.merge(found.model).state_dict()
     seen = 0
@@ -299,7 +364,9 @@ def test_sizes_are_those_of_the_update(run_of, tmp_path, kind):
         assert row["norm"] == pytest.approx(float(update.norm() / base.norm()), rel=1e-4)
         values = torch.linalg.svdvals(update)
         shares = [float(value / values.sum()) for value in values if value > 1e-12]
-        assert row["rank"] == pytest.approx(math.exp(-sum(share * math.log(share) for share in shares)), rel=1e-2)
+        assert row["rank"] == pytest.approx(
+            math.exp(-sum(share * math.log(share) for share in shares)), rel=1e-2
+        )
         if kind == "sparse":
             assert row["density"] == int(0.05 * update.numel()) / update.numel()
         else:
@@ -307,8 +374,12 @@ def test_sizes_are_those_of_the_update(run_of, tmp_path, kind):
         seen += 1
     assert seen == 14
     file = load_file(run / "adapter" / "adapter_model.safetensors")
-    assert sum(row["bytes"] for row in layers.values()) == sum(t.numel() * t.element_size() for t in file.values())
-    trained = sum(p.numel() for p in trained_module.trained(str(run)).model.parameters() if p.requires_grad)
+    assert sum(row["bytes"] for row in layers.values()) == sum(
+        t.numel() * t.element_size() for t in file.values()
+    )
+    trained = sum(
+        p.numel() for p in trained_module.trained(str(run)).model.parameters() if p.requires_grad
+    )
     assert sum(row["parameters"] for row in layers.values()) == trained
 
 
@@ -327,7 +398,13 @@ def test_sizes_without_an_update_or_without_an_adapter(run_of, tmp_path, capsys)
 def test_effective_rank_is_exact_where_it_is_known():
     assert adapter_sizes.effective_rank(torch.tensor([3.0, 3.0, 3.0, 0.0])) == pytest.approx(3)
     assert adapter_sizes.effective_rank(torch.zeros(4)) == 0
-    B, A = (torch.randn(*shape, generator=torch.Generator().manual_seed(0)) for shape in ((9, 3), (3, 5)))
+    B, A = (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+        for shape in ((9, 3), (3, 5))
+    )
     torch.testing.assert_close(
-        adapter_sizes.low_rank_svdvals(B, A), torch.linalg.svdvals((B @ A).double())[:3], rtol=1e-6, atol=1e-6
+        adapter_sizes.low_rank_svdvals(B, A),
+        torch.linalg.svdvals((B @ A).double())[:3],
+        rtol=1e-6,
+        atol=1e-6,
     )

@@ -1,4 +1,5 @@
-"""Draft heads in the layouts of engines: names by hand, the engines' own rules, and under `slow` the engines' own code."""
+"""Draft heads in the layouts of engines: names by hand, the engines' own rules, and under `slow`
+the engines' own code."""
 
 from __future__ import annotations
 
@@ -24,18 +25,30 @@ from trainer.exporting.heads import _drafted
 
 D, F, V, EACH, DRAFTED = 32, 48, 96, 8, 20
 ROPE = {
-    "rope_type": "llama3", "rope_theta": 5000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
-}  # fmt: skip
+}
 COUNTS = torch.randint(0, 1000, (V,), generator=torch.Generator().manual_seed(1))
 
 
 def model_of(kind="llama", **changes) -> Any:
     sizes = {
-        "vocab_size": V, "hidden_size": D, "intermediate_size": F, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": EACH, "max_position_embeddings": 256, "rope_parameters": dict(ROPE), "pad_token_id": 0,
+        "vocab_size": V,
+        "hidden_size": D,
+        "intermediate_size": F,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": EACH,
+        "max_position_embeddings": 256,
+        "rope_parameters": dict(ROPE),
+        "pad_token_id": 0,
         "tie_word_embeddings": False,
-    }  # fmt: skip
+    }
     if kind == "mistral":
         sizes["sliding_window"] = None
     with torch.random.fork_rng(devices=[]):
@@ -61,7 +74,9 @@ def drafter_of(name, model, **changes) -> Any:
     return drafter.eval()
 
 
-def written(drafter, model, to, folder, dtype=torch.float32, verifier="org/target", copied=False) -> engines.Head:
+def written(
+    drafter, model, to, folder, dtype=torch.float32, verifier="org/target", copied=False
+) -> engines.Head:
     engines.check(drafter, to, model)
     head = engines.canonical(drafter, model, copied)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,50 +104,97 @@ def own_logits(drafter, model, states, ids, drafted) -> Tensor:
 
 
 LAYER = {
-    "self_attn.q_proj": (4 * EACH, 2 * D), "self_attn.k_proj": (2 * EACH, 2 * D), "self_attn.v_proj": (2 * EACH, 2 * D),
-    "self_attn.o_proj": (D, 4 * EACH), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F), "input_layernorm": (D,),
-    "hidden_norm": (D,), "post_attention_layernorm": (D,),
-}  # fmt: skip
-AROUND = {"fc.weight": (D, 3 * D), "norm.weight": (D,), "lm_head.weight": (DRAFTED, D), "d2t": (DRAFTED,), "t2d": (V,)}
+    "self_attn.q_proj": (4 * EACH, 2 * D),
+    "self_attn.k_proj": (2 * EACH, 2 * D),
+    "self_attn.v_proj": (2 * EACH, 2 * D),
+    "self_attn.o_proj": (D, 4 * EACH),
+    "mlp.gate_proj": (F, D),
+    "mlp.up_proj": (F, D),
+    "mlp.down_proj": (D, F),
+    "input_layernorm": (D,),
+    "hidden_norm": (D,),
+    "post_attention_layernorm": (D,),
+}
+AROUND = {
+    "fc.weight": (D, 3 * D),
+    "norm.weight": (D,),
+    "lm_head.weight": (DRAFTED, D),
+    "d2t": (DRAFTED,),
+    "t2d": (V,),
+}
 NARROW = {
     name: (shape[0], D) if re.search("[qkv]_proj", name) else shape
     for name, shape in LAYER.items()
     if name not in ("input_layernorm", "hidden_norm")
 }
-MEDUSA = {f"{i}.0.linear.{kind}": (D, D) if kind == "weight" else (D,) for i in range(5) for kind in ("weight", "bias")}
+MEDUSA = {
+    f"{i}.0.linear.{kind}": (D, D) if kind == "weight" else (D,)
+    for i in range(5)
+    for kind in ("weight", "bias")
+}
 CASES = [
-    ("eagle3", "llama", "speculators", {}, {f"layers.0.{n}.weight": s for n, s in LAYER.items()} | AROUND | {"embed_tokens.weight": (V, D)}),
-    ("eagle3", "qwen2", "sglang", {}, {f"midlayer.{n}.weight": s for n, s in LAYER.items()} | AROUND),
     (
-        "eagle3", "qwen3", "speculators", {"fc_norm": True, "norm_output": True, "train_head": False},
+        "eagle3",
+        "llama",
+        "speculators",
+        {},
         {f"layers.0.{n}.weight": s for n, s in LAYER.items()}
         | AROUND
-        | {"embed_tokens.weight": (V, D), **{f"layers.0.self_attn.{x}_norm.weight": (EACH,) for x in "qk"}}
+        | {"embed_tokens.weight": (V, D)},
+    ),
+    (
+        "eagle3",
+        "qwen2",
+        "sglang",
+        {},
+        {f"midlayer.{n}.weight": s for n, s in LAYER.items()} | AROUND,
+    ),
+    (
+        "eagle3",
+        "qwen3",
+        "speculators",
+        {"fc_norm": True, "norm_output": True, "train_head": False},
+        {f"layers.0.{n}.weight": s for n, s in LAYER.items()}
+        | AROUND
+        | {
+            "embed_tokens.weight": (V, D),
+            **{f"layers.0.self_attn.{x}_norm.weight": (EACH,) for x in "qk"},
+        }
         | {f"fc_norm.{i}.weight": (D,) for i in range(3)},
     ),
     (
-        "eagle3", "mistral", "sglang", {"draft_vocab_size": None, "aux_layers": [0, 1, 2, 3]},
+        "eagle3",
+        "mistral",
+        "sglang",
+        {"draft_vocab_size": None, "aux_layers": [0, 1, 2, 3]},
         {f"midlayer.{n}.weight": s for n, s in LAYER.items()}
         | {"fc.weight": (D, 4 * D), "norm.weight": (D,), "lm_head.weight": (V, D)},
     ),
     (
-        "eagle", "llama", "sglang", {},
+        "eagle",
+        "llama",
+        "sglang",
+        {},
         {f"layers.0.{n}.weight": s for n, s in NARROW.items()}
         | {"fc.weight": (D, 2 * D), "fc.bias": (D,), "embed_tokens.weight": (V, D)},
     ),
     ("mtp_medusa", "qwen2", "medusa", {"offsets": 5}, MEDUSA),
     ("medusa", "llama", "medusa", {}, MEDUSA | {f"{i}.1.weight": (V, D) for i in range(5)}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "kind", "to", "changes", "names"), CASES)
-def test_a_layouts_names_are_the_engines_and_its_files_compute_what_the_drafter_does(tmp_path, name, kind, to, changes, names):
+def test_a_layouts_names_are_the_engines_and_its_files_compute_what_the_drafter_does(
+    tmp_path, name, kind, to, changes, names
+):
     model = model_of(kind)
     drafter = drafter_of(name, model, **changes)
     written(drafter, model, to, tmp_path)
     config, tensors = read(tmp_path)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == names
-    assert {str(t.dtype) for n, t in tensors.items() if n not in ("d2t", "t2d")} == {"torch.float32"}
+    assert {str(t.dtype) for n, t in tensors.items() if n not in ("d2t", "t2d")} == {
+        "torch.float32"
+    }
     assert "null" not in json.dumps(config)
     if "d2t" in tensors:
         assert (tensors["d2t"].dtype, tensors["t2d"].dtype) == (torch.int64, torch.bool)
@@ -152,13 +214,27 @@ def test_a_config_of_speculators_says_everything_that_engines_guess_differently(
     written(drafter_of("eagle3", model, norm_output=True), model, "speculators", tmp_path)
     config, _ = read(tmp_path)
     assert "model_type" not in config
-    assert config["speculators_config"]["verifier"] == {"name_or_path": "org/target", "architectures": ["LlamaForCausalLM"]}
+    assert config["speculators_config"]["verifier"] == {
+        "name_or_path": "org/target",
+        "architectures": ["LlamaForCausalLM"],
+    }
     assert config["speculators_config"]["proposal_methods"] == [
-        {"proposal_type": "greedy", "speculative_tokens": 4, "verifier_accept_k": 1, "accept_tolerance": 0.0}
+        {
+            "proposal_type": "greedy",
+            "speculative_tokens": 4,
+            "verifier_accept_k": 1,
+            "accept_tolerance": 0.0,
+        }
     ]
-    assert {key: config[key] for key in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")} == {
-        "norm_before_residual": False, "norm_before_fc": False, "fc_norm": False, "norm_output": True,
-    }  # fmt: skip
+    assert {
+        key: config[key]
+        for key in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+    } == {
+        "norm_before_residual": False,
+        "norm_before_fc": False,
+        "fc_norm": False,
+        "norm_output": True,
+    }
     assert config["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]
     layer = config["transformer_layer_config"]
     assert (layer["model_type"], layer["num_hidden_layers"], layer["vocab_size"]) == ("llama", 1, V)
@@ -168,10 +244,17 @@ def test_a_config_of_speculators_says_everything_that_engines_guess_differently(
 
 
 def sglang(config, tensors) -> tuple[set[str], set[str], Tensor | None]:
-    """(parameters that stay as they were made, tensors that go nowhere, target ids of the drafted tokens) as SGLang 0.5.23 loads a
-    draft: it leaves out in silence what it does not know, and what is not there."""
+    """(parameters that stay as they were made, tensors that go nowhere, target ids of the drafted
+    tokens) as SGLang 0.5.23 loads a draft: it leaves out in silence what it does not know, and what
+    is not there."""
     third = config["architectures"][0] == "LlamaForCausalLMEagle3"
-    layer = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj", "post_attention_layernorm"]
+    layer = [
+        "self_attn.qkv_proj",
+        "self_attn.o_proj",
+        "mlp.gate_up_proj",
+        "mlp.down_proj",
+        "post_attention_layernorm",
+    ]
     layer += ["input_layernorm", "hidden_norm"] if third else []
     parameters = {f"model.layers.0.{name}.weight" for name in layer} | {
         "model.embed_tokens.weight",
@@ -211,21 +294,33 @@ def test_sglangs_rules_find_every_tensor_of_a_flat_folder(tmp_path, name):
     config, tensors = read(tmp_path)
     missing, lost, drafted = sglang(config, tensors)
     # SGLang gives the draft the target's embedding, and an EAGLE-1 its output layer.
-    assert (missing, lost) == ({"model.embed_tokens.weight"} if name == "eagle3" else {"lm_head.weight"}, set())
+    assert (missing, lost) == (
+        {"model.embed_tokens.weight"} if name == "eagle3" else {"lm_head.weight"},
+        set(),
+    )
     assert config["tie_word_embeddings"] is False
-    assert (config["model_type"], config["num_hidden_layers"], config["vocab_size"]) == ("llama", 1, V)
+    assert (config["model_type"], config["num_hidden_layers"], config["vocab_size"]) == (
+        "llama",
+        1,
+        V,
+    )
     assert not config.get("bias")  # SGLang and vLLM would give q, k and v one
     # A server whose transformers is older.
     assert config["rope_theta"] == ROPE["rope_theta"]
-    assert config["rope_scaling"] == {key: value for key, value in ROPE.items() if key != "rope_theta"}
+    assert config["rope_scaling"] == {
+        key: value for key, value in ROPE.items() if key != "rope_theta"
+    }
     if name == "eagle":
         assert not tensors["fc.bias"].any()
-        assert [f"Eagle{one}" for one in config["architectures"]][1] == "EagleLlamaForCausalLM"  # what vLLM makes of it
+        # what vLLM makes of it
+        assert [f"Eagle{one}" for one in config["architectures"]][1] == "EagleLlamaForCausalLM"
         return
     assert drafted is not None
     assert torch.equal(drafted, drafter.vocabulary)
-    captured = [layer + 1 for layer in config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]]  # as SGLang counts
-    assert captured == config["eagle_aux_hidden_state_layer_ids"] == list(drafter.layers)  # as vLLM counts
+    # as SGLang counts
+    captured = [layer + 1 for layer in config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]]
+    # as vLLM counts
+    assert captured == config["eagle_aux_hidden_state_layer_ids"] == list(drafter.layers)
 
 
 def test_medusas_file_is_what_tgi_reads(tmp_path):
@@ -235,8 +330,11 @@ def test_medusas_file_is_what_tgi_reads(tmp_path):
     config, tensors = read(tmp_path / "shared")
     assert (tmp_path / "shared" / "medusa_lm_head.safetensors").exists()
     assert config == {
-        "medusa_num_heads": 2, "medusa_num_layers": 1, "base_model_name_or_path": "org/target", "version": "2",
-    }  # fmt: skip
+        "medusa_num_heads": 2,
+        "medusa_num_layers": 1,
+        "base_model_name_or_path": "org/target",
+        "version": "2",
+    }
     written(drafter, model, "medusa", tmp_path / "copied", torch.bfloat16, copied=True)
     _, full = read(tmp_path / "copied")
     output = model.get_output_embeddings().weight.to(torch.bfloat16)
@@ -252,16 +350,33 @@ def test_medusas_file_is_what_tgi_reads(tmp_path):
 
 DAMAGE: list[tuple[str, Any, str]] = [
     ("fc.weight", None, "fc.weight is missing"),
-    ("layers.0.self_attn.q_proj.bias", torch.zeros(D), "layers.0.self_attn.q_proj.bias belongs to no module"),
+    (
+        "layers.0.self_attn.q_proj.bias",
+        torch.zeros(D),
+        "layers.0.self_attn.q_proj.bias belongs to no module",
+    ),
     ("fc.weight", torch.zeros(D, 2 * D), r"fc.weight is of the shape \(32, 64\), not \(32, 96\)"),
-    ("norm.weight", torch.ones(D, dtype=torch.float16), "norm.weight is torch.float16, not torch.float32"),
+    (
+        "norm.weight",
+        torch.ones(D, dtype=torch.float16),
+        "norm.weight is torch.float16, not torch.float32",
+    ),
     ("norm.weight", torch.full((D,), torch.nan), "norm.weight holds NaN"),
-    ("d2t", lambda t: t["t2d"].nonzero()[:, 0], "d2t and t2d name different tokens"),  # ids in place of offsets
+    # ids in place of offsets
+    ("d2t", lambda t: t["t2d"].nonzero()[:, 0], "d2t and t2d name different tokens"),
     ("d2t", lambda t: t["d2t"].flip(0), "not ascending"),
     ("t2d", lambda t: t["t2d"].roll(1), "d2t and t2d name different tokens"),
     ("t2d", lambda t: t["t2d"].to(torch.uint8), "t2d is torch.uint8, not torch.bool"),
-    ("lm_head.weight", lambda t: t["lm_head.weight"].roll(1, 0), "lm_head.weight is not the target's"),
-    ("embed_tokens.weight", lambda t: t["embed_tokens.weight"] + 1e-3, "embed_tokens.weight is not the target's"),
+    (
+        "lm_head.weight",
+        lambda t: t["lm_head.weight"].roll(1, 0),
+        "lm_head.weight is not the target's",
+    ),
+    (
+        "embed_tokens.weight",
+        lambda t: t["embed_tokens.weight"] + 1e-3,
+        "embed_tokens.weight is not the target's",
+    ),
 ]
 
 
@@ -286,19 +401,68 @@ def test_damage_is_found(tmp_path):
 
 REFUSED = [
     ("hydra", "llama", "medusa", {}, {}, "no engine has a format for Hydra"),
-    ("mtp_sequential", "llama", "speculators", {}, {}, "no engine has a format for SequentialModules.*to=mtp"),
-    ("eagle", "llama", "speculators", {}, {}, "to=speculators is a format of EAGLE-3 alone, and this drafter is EAGLE-1: to=sglang"),
+    (
+        "mtp_sequential",
+        "llama",
+        "speculators",
+        {},
+        {},
+        "no engine has a format for SequentialModules.*to=mtp",
+    ),
+    (
+        "eagle",
+        "llama",
+        "speculators",
+        {},
+        {},
+        "to=speculators is a format of EAGLE-3 alone, and this drafter is EAGLE-1: to=sglang",
+    ),
     ("mtp_medusa", "llama", "sglang", {}, {}, "this drafter is Medusa: to=medusa"),
     ("eagle3", "llama", "medusa", {}, {}, "this drafter is EAGLE-3: to=speculators or to=sglang"),
-    ("eagle3", "gemma", "speculators", {}, {}, "of Llama's and Qwen3's kind, and this one is of gemma's"),
+    (
+        "eagle3",
+        "gemma",
+        "speculators",
+        {},
+        {},
+        "of Llama's and Qwen3's kind, and this one is of gemma's",
+    ),
     ("eagle", "qwen2", "sglang", {}, {}, r"layers\.0\.self_attn\.k_proj\.bias is a bias"),
-    ("eagle3", "qwen3", "sglang", {}, {}, "drops those norms in silence: to=speculators, for vLLM, has them"),
+    (
+        "eagle3",
+        "qwen3",
+        "sglang",
+        {},
+        {},
+        "drops those norms in silence: to=speculators, for vLLM, has them",
+    ),
     ("eagle", "qwen3", "sglang", {}, {}, "drops those norms in silence"),
-    ("eagle3", "mistral", "speculators", {"sliding_window": 8}, {}, r"of the kind sliding_attention \(window 8\)"),
-    ("eagle3", "llama", "sglang", {}, {"aux_layers": [1, 4]}, "it reads the target's states 1, 4, and SGLang keeps none"),
+    (
+        "eagle3",
+        "mistral",
+        "speculators",
+        {"sliding_window": 8},
+        {},
+        r"of the kind sliding_attention \(window 8\)",
+    ),
+    (
+        "eagle3",
+        "llama",
+        "sglang",
+        {},
+        {"aux_layers": [1, 4]},
+        "it reads the target's states 1, 4, and SGLang keeps none",
+    ),
     ("eagle3", "llama", "sglang", {"hidden_act": "gelu"}, {}, "activation is gelu"),
-    ("eagle3", "llama", "sglang", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}, {}, "not one that turns all of a head"),
-]  # fmt: skip
+    (
+        "eagle3",
+        "llama",
+        "sglang",
+        {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
+        {},
+        "not one that turns all of a head",
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "kind", "to", "sizes", "changes", "told"), REFUSED)
@@ -312,7 +476,9 @@ def test_what_a_layout_has_no_place_for_is_refused(name, kind, to, sizes, change
 def test_logits_and_copies_that_have_no_place_are_refused():
     granite = model_of("granite", logits_scaling=4.0)
     heads = drafter_of("mtp_medusa", granite)
-    with pytest.raises(DrafterError, match="logits are not its output layer's weight times the hidden states alone"):
+    with pytest.raises(
+        DrafterError, match="logits are not its output layer's weight times the hidden states alone"
+    ):
         engines.canonical(heads, granite)
     model = model_of()
     with pytest.raises(DrafterError, match="an output layer of its own already"):
@@ -322,8 +488,19 @@ def test_logits_and_copies_that_have_no_place_are_refused():
 
 
 def test_a_runs_head_is_exported_and_held_against_it(train, chats, tmp_path, monkeypatch, capsys):
-    sizes = ["base.layers=4", "adapter=none", "max_steps=2", "optimizer.lr=1e-2", "callbacks.evaluation=null"]
-    head = ["drafter=eagle3", "drafter.draft_vocab_size=40", "drafter.coverage=0", "drafter.offsets=2"]
+    sizes = [
+        "base.layers=4",
+        "adapter=none",
+        "max_steps=2",
+        "optimizer.lr=1e-2",
+        "callbacks.evaluation=null",
+    ]
+    head = [
+        "drafter=eagle3",
+        "drafter.draft_vocab_size=40",
+        "drafter.coverage=0",
+        "drafter.offsets=2",
+    ]
     run = train(f"task.path={chats}", *sizes, *head)
     for to in ("speculators", "sglang"):
         out, difference = formats.export(str(run), to, None, "bfloat16", verifier="org/target")
@@ -335,8 +512,12 @@ def test_a_runs_head_is_exported_and_held_against_it(train, chats, tmp_path, mon
     monkeypatch.setattr(engines, "_layer", lambda *args: real(*args).roll(1, -1))
     with pytest.raises(Mismatch, match="the files give other logits than the run's drafter"):
         formats.export(str(run), "sglang", wrong, "float32")
-    monkeypatch.setattr(engines, "_flat", lambda *_: ({"fc.weight": torch.ones(1)}, read(run / "sglang")[0]))
-    with pytest.raises(Mismatch, match="the export is not what to=sglang should have written: d2t is missing"):
+    monkeypatch.setattr(
+        engines, "_flat", lambda *_: ({"fc.weight": torch.ones(1)}, read(run / "sglang")[0])
+    )
+    with pytest.raises(
+        Mismatch, match="the export is not what to=sglang should have written: d2t is missing"
+    ):
         formats.export(str(run), "sglang", wrong, "float32")
     assert not list(tmp_path.glob("*wrong*"))
     assert export.main([f"run={run}", "to=medusa"]) == 2
@@ -344,10 +525,14 @@ def test_a_runs_head_is_exported_and_held_against_it(train, chats, tmp_path, mon
 
 
 def inputs(drafter, model, place) -> list[Tensor]:
-    """Writes states and ids for the engines; own logits (T - 2, v) of three steps of which each is given the next of the ids."""
+    """Writes states and ids for the engines; own logits (T - 2, v) of three steps of which each is
+    given the next of the ids."""
     states, ids = given(drafter, 12)
     save_file({"states": states, "ids": ids[1:].contiguous()}, place / "in.safetensors")
-    rows = [own_logits(drafter, model, states[:n], ids[: n + 1], ids[n + 1 : n + 3]) for n in range(1, 11)]
+    rows = [
+        own_logits(drafter, model, states[:n], ids[: n + 1], ids[n + 1 : n + 3])
+        for n in range(1, 11)
+    ]
     return list(torch.stack(rows, 1))
 
 
@@ -369,7 +554,14 @@ def test_speculators_own_loader_gives_the_drafters_logits(tmp_path, kind, change
     written(drafter, model, "speculators", tmp_path / "draft", verifier=str(tmp_path / "target"))
     wanted = inputs(drafter, model, tmp_path)
     out = tmp_path / "out.safetensors"
-    environments.run(python, "by_speculators.py", tmp_path / "draft", tmp_path / "in.safetensors", out, place=tmp_path)
+    environments.run(
+        python,
+        "by_speculators.py",
+        tmp_path / "draft",
+        tmp_path / "in.safetensors",
+        out,
+        place=tmp_path,
+    )
     got = load_file(out)
     _, tensors = read(tmp_path / "draft")
     assert {name for name in got if name != "logits"} == {f"weights.{name}" for name in tensors}
@@ -399,17 +591,24 @@ def test_vllms_own_model_code_gives_the_drafters_logits(tmp_path, name, kind, to
     wanted = inputs(drafter, model, tmp_path)
     out = tmp_path / "out.safetensors"
     places = (tmp_path / "target", tmp_path / "draft")
-    said = environments.run(python, "by_vllm.py", *places, name, 3, tmp_path / "in.safetensors", out, place=tmp_path)
+    said = environments.run(
+        python, "by_vllm.py", *places, name, 3, tmp_path / "in.safetensors", out, place=tmp_path
+    )
     found = json.loads(said.strip().splitlines()[-1])
     family = "Qwen3" if kind == "qwen3" else "Llama"
     made = {"eagle": "EagleLlamaForCausalLM", "eagle3": f"Eagle3{family}ForCausalLM"}[name]
     assert found["class"] == made
     # A flat EAGLE-3 has no embedding: vLLM gives it the target's.
-    assert found["empty"] == (["model.embed_tokens.weight"] if (name, to) == ("eagle3", "sglang") else [])
+    assert found["empty"] == (
+        ["model.embed_tokens.weight"] if (name, to) == ("eagle3", "sglang") else []
+    )
     if name == "eagle3":
         assert found["config"] == {
-            "eagle_aux_hidden_state_layer_ids": list(drafter.layers), "norm_before_residual": False, "norm_output": drafter.norm_output,
-            "fc_norm": bool(changes.get("fc_norm")), "draft_vocab_size": V if drafter.vocabulary is None else DRAFTED,
-        }  # fmt: skip
+            "eagle_aux_hidden_state_layer_ids": list(drafter.layers),
+            "norm_before_residual": False,
+            "norm_output": drafter.norm_output,
+            "fc_norm": bool(changes.get("fc_norm")),
+            "draft_vocab_size": V if drafter.vocabulary is None else DRAFTED,
+        }
     got = load_file(out)
     torch.testing.assert_close(got["logits"][:10], wanted[0], rtol=0, atol=1e-5)

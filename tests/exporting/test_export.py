@@ -30,7 +30,10 @@ SHORT = ["max_steps=4", "callbacks.evaluation.every=null", "optimizer.lr=3e-2"]
 
 @pytest.fixture
 def labels(tmp_path: Path) -> Path:
-    rows = [{"text": ("good " if i % 2 else "bad ") * (1 + i % 5), "label": str(i % 2)} for i in range(60)]
+    rows = [
+        {"text": ("good " if i % 2 else "bad ") * (1 + i % 5), "label": str(i % 2)}
+        for i in range(60)
+    ]
     return write_rows(tmp_path / "labels.jsonl", rows)
 
 
@@ -46,13 +49,26 @@ def of_run(run: Path, which: str = "last") -> Any:
 
 
 def run_with(train: Any, chats: Path, labels: Path, kind: str) -> Path:
-    data = ["task=classification", f"task.path={labels}"] if kind.endswith("classification") else [f"task.path={chats}"]
+    data = (
+        ["task=classification", f"task.path={labels}"]
+        if kind.endswith("classification")
+        else [f"task.path={chats}"]
+    )
     settings = {
         "lora": [],
         "pissa": ["adapter=pissa", "adapter.r=4", "adapter.lora_alpha=4"],
-        "loha": ["adapter=peft", "adapter.peft_type=LOHA", "adapter.r=4", "adapter.target_modules=all-linear"],
+        "loha": [
+            "adapter=peft",
+            "adapter.peft_type=LOHA",
+            "adapter.r=4",
+            "adapter.target_modules=all-linear",
+        ],
         "adalora": ["adapter=adalora", "adapter.init_r=4", "adapter.target_r=2"],
-        "prompt_tuning": ["adapter=prompt_tuning", "adapter.num_virtual_tokens=4", "callbacks.evaluation.samples=0"],
+        "prompt_tuning": [
+            "adapter=prompt_tuning",
+            "adapter.num_virtual_tokens=4",
+            "callbacks.evaluation.samples=0",
+        ],
         "full": ["adapter=full"],
         "classification": [],
         "full-classification": ["adapter=full"],
@@ -61,8 +77,11 @@ def run_with(train: Any, chats: Path, labels: Path, kind: str) -> Path:
     return train(*SHORT, *data, *settings)
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys.*lora_E:RuntimeWarning")  # of PEFT's own AdaLoRA files
-@pytest.mark.parametrize("kind", ["lora", "pissa", "loha", "adalora", "prompt_tuning", "classification", "nf4"])
+# of PEFT's own AdaLoRA files
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys.*lora_E:RuntimeWarning")
+@pytest.mark.parametrize(
+    "kind", ["lora", "pissa", "loha", "adalora", "prompt_tuning", "classification", "nf4"]
+)
 def test_an_exported_adapter_is_the_runs_model_in_stock_peft(train, chats, labels, kind):
     run = run_with(train, chats, labels, kind)
     out, difference = formats.export(str(run), "peft", None, "float32")
@@ -80,20 +99,31 @@ def test_an_exported_adapter_is_the_runs_model_in_stock_peft(train, chats, label
     assert config["base_model_name_or_path"] == found.base.path
     assert config["task_type"] == ("SEQ_CLS" if kind == "classification" else "CAUSAL_LM")
     # What the run itself wrote at its end.
-    own, again = load_file(run / "adapter" / "adapter_model.safetensors"), load_file(out / "adapter_model.safetensors")
+    own, again = (
+        load_file(run / "adapter" / "adapter_model.safetensors"),
+        load_file(out / "adapter_model.safetensors"),
+    )
     assert own.keys() == again.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in own.items())
 
 
-@pytest.mark.parametrize("kind", ["lora", "pissa", "full", "classification", "full-classification", "nf4"])
-def test_a_merged_export_is_the_runs_model_in_stock_transformers(train, chats, labels, tmp_path, kind):
+@pytest.mark.parametrize(
+    "kind", ["lora", "pissa", "full", "classification", "full-classification", "nf4"]
+)
+def test_a_merged_export_is_the_runs_model_in_stock_transformers(
+    train, chats, labels, tmp_path, kind
+):
     run = run_with(train, chats, labels, kind)
     out, difference = formats.export(str(run), "merged", tmp_path / "deep" / "merged", "float32")
     assert difference < 1e-4
     saved = load_file(out / "model.safetensors")
     assert not any("lora" in name or "delta" in name for name in saved)
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
-    auto: Any = AutoModelForSequenceClassification if kind.endswith("classification") else AutoModelForCausalLM
+    auto: Any = (
+        AutoModelForSequenceClassification
+        if kind.endswith("classification")
+        else AutoModelForCausalLM
+    )
     loaded = auto.from_pretrained(out).eval()
     assert loaded.dtype == torch.float32
     wanted = outputs(of_run(run).model)
@@ -107,7 +137,9 @@ def test_a_merged_export_is_the_runs_model_in_stock_transformers(train, chats, l
     half, _ = formats.export(str(run), "merged", tmp_path / "half", "bfloat16")
     rounded = load_file(half / "model.safetensors")
     assert rounded.keys() == saved.keys()
-    assert all(torch.equal(rounded[name], tensor.to(torch.bfloat16)) for name, tensor in saved.items())
+    assert all(
+        torch.equal(rounded[name], tensor.to(torch.bfloat16)) for name, tensor in saved.items()
+    )
     loaded = auto.from_pretrained(half).eval()
     assert loaded.dtype == torch.bfloat16
     assert (outputs(loaded) - wanted).abs().mean() < 0.05 * wanted.abs().mean()
@@ -140,11 +172,15 @@ def test_which_checkpoint_is_exported_can_be_chosen(train, chats, tmp_path):
         formats.export(f"{run}@3", "peft", tmp_path / "3", "float32")
 
 
-def test_an_export_that_answers_differently_is_refused_and_leaves_nothing(train, chats, tmp_path, monkeypatch):
+def test_an_export_that_answers_differently_is_refused_and_leaves_nothing(
+    train, chats, tmp_path, monkeypatch
+):
     run = run_with(train, chats, chats, "lora")
     save, write = adapter_module.save_adapter, type(of_run(run).model).save_pretrained
 
-    def spoilt_adapter(adapter: Any, model: Any, base: Any, task: Any, folder: Path, pair: bool = False) -> None:
+    def spoilt_adapter(
+        adapter: Any, model: Any, base: Any, task: Any, folder: Path, pair: bool = False
+    ) -> None:
         save(adapter, model, base, task, folder)
         file = folder / "adapter_model.safetensors"
         tensors = load_file(file)
@@ -161,7 +197,11 @@ def test_an_export_that_answers_differently_is_refused_and_leaves_nothing(train,
     monkeypatch.setattr(type(of_run(run).model), "save_pretrained", spoilt_model)
     place = tmp_path / "exports"
     with pytest.raises(
-        Mismatch, match=r"differs from the run's model by .* of the logits' spread.*first to do so is decoder layer 1"
+        Mismatch,
+        match=(
+            r"differs from the run's model by .* of the logits' spread.*first to do so is decoder"
+            r" layer 1"
+        ),
     ):
         formats.export(str(run), "peft", place / "adapter", "float32")
     with pytest.raises(Mismatch, match="the first to do so is the embedding"):
@@ -173,7 +213,9 @@ def test_an_export_with_nan_is_refused(train, chats, tmp_path, monkeypatch):
     run = run_with(train, chats, chats, "lora")
     save = adapter_module.save_adapter
 
-    def spoilt(adapter: Any, model: Any, base: Any, task: Any, folder: Path, pair: bool = False) -> None:
+    def spoilt(
+        adapter: Any, model: Any, base: Any, task: Any, folder: Path, pair: bool = False
+    ) -> None:
         save(adapter, model, base, task, folder)
         tensors = load_file(folder / "adapter_model.safetensors")
         next(iter(tensors.values())).fill_(torch.nan)
@@ -195,7 +237,11 @@ def test_what_cannot_be_exported_says_why(train, chats, tmp_path, capsys):
         "name=prompt",
     )
     with pytest.raises(
-        AdapterError, match=r"PROMPT_TUNING cannot be merged into weights: it works on activations. Export it with to=peft"
+        AdapterError,
+        match=(
+            r"PROMPT_TUNING cannot be merged into weights: it works on activations. Export it with"
+            r" to=peft"
+        ),
     ):
         formats.export(str(run), "merged", tmp_path / "out" / "merged", "float32")
     assert list((tmp_path / "out").iterdir()) == []
@@ -211,7 +257,9 @@ def test_what_is_there_is_not_overwritten(train, chats, tmp_path):
     run = run_with(train, chats, chats, "lora")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "note").write_text("kept")
-    with pytest.raises(CheckpointError, match=r"mine exists. Remove it, or choose another place with out=FOLDER"):
+    with pytest.raises(
+        CheckpointError, match=r"mine exists. Remove it, or choose another place with out=FOLDER"
+    ):
         formats.export(str(run), "peft", tmp_path / "mine", "float32")
     assert (tmp_path / "mine" / "note").read_text() == "kept"
 
@@ -220,7 +268,10 @@ def test_the_verb(train, chats, tmp_path, capsys):
     run = run_with(train, chats, chats, "lora")
     assert export.main([f"run={run}", "to=peft", f"out={tmp_path / 'out'}"]) == 0
     assert "loaded back and compared: logits differ by" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     assert oct((tmp_path / "out").stat().st_mode)[-3:] == "755"
     for wrong, message in (
         (["to=gguf"], "choose one of peft, merged, shira, drafter, mtp"),
@@ -236,7 +287,13 @@ def base_of(kind: str, tiny: Any, place: Path) -> Path:
     if kind == "llama":
         AutoModelForCausalLM.from_pretrained(tiny.path).save_pretrained(place)
     else:
-        model = tiny_of(kind, vocab_size=len(tiny.tokenizer), max_position_embeddings=512, bos_token_id=1, eos_token_id=2)
+        model = tiny_of(
+            kind,
+            vocab_size=len(tiny.tokenizer),
+            max_position_embeddings=512,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
         model.save_pretrained(place)
     return place
 
@@ -248,9 +305,16 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 def test_a_drafter_goes_into_its_bases_own_mtp_layer_or_a_folder(train, chats, tiny, tmp_path):
     base = base_of("mellum", tiny, tmp_path / "base")
     run = train(
-        *SHORT, f"task.path={chats}", "base=hf", f"base.path={base}", "drafter=mtp_shared", "drafter.offsets=2", "drafter.init=random",
-        "callbacks.checkpoints.every=2", "callbacks.checkpoints.keep=5",
-    )  # fmt: skip
+        *SHORT,
+        f"task.path={chats}",
+        "base=hf",
+        f"base.path={base}",
+        "drafter=mtp_shared",
+        "drafter.offsets=2",
+        "drafter.init=random",
+        "callbacks.checkpoints.every=2",
+        "callbacks.checkpoints.keep=5",
+    )
     out, difference = formats.export(str(run), "mtp", tmp_path / "mtp", "float32")
     assert difference < 1e-4
     loaded, notes = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
@@ -261,14 +325,20 @@ def test_a_drafter_goes_into_its_bases_own_mtp_layer_or_a_folder(train, chats, t
     ids = torch.randint(3, 259, (1, 20), generator=torch.Generator().manual_seed(5))
     merged = found.adapter.merge(found.model)
     torch.testing.assert_close(
-        mtp_layers.transformers_logits(loaded, ids), mtp_layers.own_logits(found.drafter, merged, ids), rtol=0, atol=1e-4
+        mtp_layers.transformers_logits(loaded, ids),
+        mtp_layers.own_logits(found.drafter, merged, ids),
+        rtol=0,
+        atol=1e-4,
     )
     limits = {"max_new_tokens": 12, "do_sample": False}
     assert torch.equal(loaded.generate(ids, use_mtp=True, **limits), loaded.generate(ids, **limits))
     half, _ = formats.export(str(run), "mtp", tmp_path / "half", "bfloat16")
     whole = tensors_of(out)
     assert any(name.startswith("mtp.") for name in whole)
-    assert all(torch.equal(tensor, whole[name].to(torch.bfloat16)) for name, tensor in tensors_of(half).items())
+    assert all(
+        torch.equal(tensor, whole[name].to(torch.bfloat16))
+        for name, tensor in tensors_of(half).items()
+    )
 
     plain = AutoModelForCausalLM.from_pretrained(base)
     for which in (2, 4):
@@ -278,16 +348,31 @@ def test_a_drafter_goes_into_its_bases_own_mtp_layer_or_a_folder(train, chats, t
         wanted = of_run(run, str(which)).drafter.state()
         assert wanted.keys() == again.keys()
         assert all(torch.equal(tensor, again[name]) for name, tensor in wanted.items())
-    last, own = tensors_of(place), tensors_of(run / "drafter")  # what the run itself wrote at its end
+    # what the run itself wrote at its end
+    last, own = tensors_of(place), tensors_of(run / "drafter")
     assert last.keys() == own.keys()
     assert all(torch.equal(tensor, own[name]) for name, tensor in last.items())
-    assert json.loads((place / "config.json").read_text()) == json.loads((run / "drafter" / "config.json").read_text())
-    assert any(not torch.equal(tensor, tensors_of(run / "drafter-step-2")[name]) for name, tensor in last.items())
+    assert json.loads((place / "config.json").read_text()) == json.loads(
+        (run / "drafter" / "config.json").read_text()
+    )
+    assert any(
+        not torch.equal(tensor, tensors_of(run / "drafter-step-2")[name])
+        for name, tensor in last.items()
+    )
 
 
-def test_an_mtp_layer_that_answers_differently_is_refused(train, chats, tiny, tmp_path, monkeypatch):
+def test_an_mtp_layer_that_answers_differently_is_refused(
+    train, chats, tiny, tmp_path, monkeypatch
+):
     base = base_of("mellum", tiny, tmp_path / "base")
-    run = train(*SHORT, f"task.path={chats}", "base=hf", f"base.path={base}", "drafter=mtp_sequential", "drafter.offsets=1")
+    run = train(
+        *SHORT,
+        f"task.path={chats}",
+        "base=hf",
+        f"base.path={base}",
+        "drafter=mtp_sequential",
+        "drafter.offsets=1",
+    )
     write = mtp_layers.tensors
 
     def spoilt(*arguments: Any) -> dict[str, Tensor]:
@@ -296,22 +381,38 @@ def test_an_mtp_layer_that_answers_differently_is_refused(train, chats, tiny, tm
         return tensors
 
     monkeypatch.setattr(mtp_layers, "tensors", spoilt)
-    with pytest.raises(Mismatch, match="the MTP layer, loaded back, differs from the run's drafter by"):
+    with pytest.raises(
+        Mismatch, match="the MTP layer, loaded back, differs from the run's drafter by"
+    ):
         formats.export(str(run), "mtp", tmp_path / "out" / "mtp", "float32")
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_what_has_no_native_form_is_refused_before_weights_load(train, chats, capsys, monkeypatch):
-    run = train("max_steps=1", "callbacks.evaluation=null", f"task.path={chats}", "drafter=mtp_shared", "name=llama")
+    run = train(
+        "max_steps=1",
+        "callbacks.evaluation=null",
+        f"task.path={chats}",
+        "drafter=mtp_shared",
+        "name=llama",
+    )
     bare = train("max_steps=1", "callbacks.evaluation=null", f"task.path={chats}", "name=bare")
-    registers = train("max_steps=1", "callbacks.evaluation=null", f"task.path={chats}", "drafter=registers", "name=registers")
+    registers = train(
+        "max_steps=1",
+        "callbacks.evaluation=null",
+        f"task.path={chats}",
+        "drafter=registers",
+        "name=registers",
+    )
     monkeypatch.setattr(trained_module, "trained", lambda *_, **__: pytest.fail("was loaded"))
     assert export.main([f"run={run}", "to=mtp"]) == 2
     assert "Use to=drafter, and decode with python -m trainer.speculate" in capsys.readouterr().err
     for to in ("drafter", "mtp"):
         with pytest.raises(DrafterError, match=r"has no drafter. Train one beside the adapter"):
             formats.export(str(bare), to, None, "float32")
-        with pytest.raises(DrafterError, match=r"drafter \(Registers\) that only shapes the adapter"):
+        with pytest.raises(
+            DrafterError, match=r"drafter \(Registers\) that only shapes the adapter"
+        ):
             formats.export(str(registers), to, None, "float32")
 
 
@@ -323,11 +424,16 @@ def test_mtp_layers_of_a_base_survive_a_merged_export(train, chats, tiny, tmp_pa
     if kind == "mellum":
         drafter: Any = stirred(make("shared", model, offsets=1))
         mtp_layers.check(drafter, model)
-        extra, keys = mtp_layers.tensors(drafter, model, torch.bfloat16), {"num_nextn_predict_layers": 1}
+        extra, keys = (
+            mtp_layers.tensors(drafter, model, torch.bfloat16),
+            {"num_nextn_predict_layers": 1},
+        )
     else:
         # Of a family that transformers knows no MTP layers of.
         names = ("enorm.weight", "mlp.up_proj.weight", "self_attn.q_proj.weight")
-        extra = {f"model.layers.2.{name}": torch.randn(4, 3, generator=draw).bfloat16() for name in names}
+        extra = {
+            f"model.layers.2.{name}": torch.randn(4, 3, generator=draw).bfloat16() for name in names
+        }
         keys = {"num_nextn_predict_layers": 1, "mtp_extra": [1, 2]}
     mtp_layers.append(base, extra, keys)
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "again")
@@ -337,8 +443,13 @@ def test_mtp_layers_of_a_base_survive_a_merged_export(train, chats, tiny, tmp_pa
     assert difference < 1e-4
     kept = {name: tensor for name, tensor in tensors_of(out).items() if name in extra}
     assert kept.keys() == extra.keys()
-    assert all(tensor.dtype == torch.bfloat16 and torch.equal(tensor, extra[name]) for name, tensor in kept.items())
-    assert {file for name, file in names_of(out).items() if name in extra} == {"model-00002-of-00002.safetensors"}
+    assert all(
+        tensor.dtype == torch.bfloat16 and torch.equal(tensor, extra[name])
+        for name, tensor in kept.items()
+    )
+    assert {file for name, file in names_of(out).items() if name in extra} == {
+        "model-00002-of-00002.safetensors"
+    }
     config = json.loads((out / "config.json").read_text())
     assert {key: config[key] for key in keys} == keys
     loaded, notes = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
@@ -347,7 +458,9 @@ def test_mtp_layers_of_a_base_survive_a_merged_export(train, chats, tiny, tmp_pa
     if kind == "mellum":
         ids = torch.randint(3, 259, (1, 20), generator=draw)
         limits = {"max_new_tokens": 8, "do_sample": False}
-        assert torch.equal(loaded.generate(ids, use_mtp=True, **limits), loaded.generate(ids, **limits))
+        assert torch.equal(
+            loaded.generate(ids, use_mtp=True, **limits), loaded.generate(ids, **limits)
+        )
 
 
 def test_a_base_in_shards_gets_one_more(tiny, tmp_path):

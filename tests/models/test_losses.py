@@ -35,9 +35,17 @@ from trainer.models.heads import captured_hidden, output_head
 from trainer.models.losses import CausalLoss, ClassLoss, chunked_cross_entropy, positions
 
 SHAPE = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
 
 
 class Shifted(LlamaForCausalLM):
@@ -63,9 +71,13 @@ def models() -> dict[str, Any]:
     made = {
         "llama": toys.llama(torch.float32),
         "gpt2": toys.gpt2(torch.float32),
-        "gemma2": Gemma2ForCausalLM(Gemma2Config(**SHAPE, final_logit_softcapping=3.0, query_pre_attn_scalar=8)),
+        "gemma2": Gemma2ForCausalLM(
+            Gemma2Config(**SHAPE, final_logit_softcapping=3.0, query_pre_attn_scalar=8)
+        ),
         "granite": GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=4.0)),
-        "cohere": CohereForCausalLM(CohereConfig(**{k: v for k, v in SHAPE.items() if k != "head_dim"}, logit_scale=0.25)),
+        "cohere": CohereForCausalLM(
+            CohereConfig(**{k: v for k, v in SHAPE.items() if k != "head_dim"}, logit_scale=0.25)
+        ),
         "shifted": Shifted(toys.llama().config).float(),
         "masked": Masked(toys.llama().config).float(),
     }
@@ -100,7 +112,9 @@ def rows(*lengths: int) -> list[Tokens]:
 
 
 def batch(*sequences: list[Tokens], packed: bool = False) -> dict[str, Any]:
-    return Collate(0, packed, False)([(Pick(i, True, 1), sequence) for i, sequence in enumerate(sequences)])
+    return Collate(0, packed, False)(
+        [(Pick(i, True, 1), sequence) for i, sequence in enumerate(sequences)]
+    )
 
 
 def gradients(model: Any) -> list[Tensor]:
@@ -111,10 +125,14 @@ def gradients(model: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 10, 11])
-@pytest.mark.parametrize(("dtype", "tolerance"), [
-    (torch.float64, 1e-5),  # losses are summed in fp32 whatever comes in
-    (torch.bfloat16, 0.03),  # logits, and then the gradients, are rounded to 8 bits: 2^-8 each, of the largest
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (torch.float64, 1e-5),  # losses are summed in fp32 whatever comes in
+        # logits, and then the gradients, are rounded to 8 bits: 2^-8 each, of the largest
+        (torch.bfloat16, 0.03),
+    ],
+)
 def test_chunks_give_what_full_logits_give(chunk, dtype, tolerance):
     torch.manual_seed(0)
     head = nn.Linear(6, 17).to(dtype)
@@ -125,7 +143,10 @@ def test_chunks_give_what_full_logits_give(chunk, dtype, tolerance):
     (0.37 * loss).backward()
 
     exact = hidden.detach().double().requires_grad_(True)
-    w, b = head.weight.detach().double().requires_grad_(True), head.bias.detach().double().requires_grad_(True)
+    w, b = (
+        head.weight.detach().double().requires_grad_(True),
+        head.bias.detach().double().requires_grad_(True),
+    )
     total = torch.zeros((), dtype=torch.float64)
     guessed = 0
     for t in range(10):
@@ -135,11 +156,17 @@ def test_chunks_give_what_full_logits_give(chunk, dtype, tolerance):
     (0.37 * total).backward()
     assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=tolerance)
     assert float(right) == guessed
-    for got, wanted in ((hidden.grad, exact.grad), (head.weight.grad, w.grad), (head.bias.grad, b.grad)):
+    for got, wanted in (
+        (hidden.grad, exact.grad),
+        (head.weight.grad, w.grad),
+        (head.bias.grad, b.grad),
+    ):
         assert got.dtype == dtype
         assert (got.double() - wanted).abs().max() < tolerance * wanted.abs().max()
     with torch.no_grad():
-        again, also_right = chunked_cross_entropy(hidden, targets, head, chunk, (head.weight, head.bias))
+        again, also_right = chunked_cross_entropy(
+            hidden, targets, head, chunk, (head.weight, head.bias)
+        )
     assert float(again) == pytest.approx(float(loss.detach()), rel=1e-6)
     assert float(also_right) == guessed
 
@@ -186,7 +213,9 @@ class Largest(TorchDispatchMode):
         super().__init__()
         self.most = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         for value in result if isinstance(result, list | tuple) else [result]:
             if isinstance(value, Tensor):
@@ -197,7 +226,13 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("trained", ["adapter", "head"])
 def test_the_logits_never_exist_all_at_once(trained):
     # 40 positions of 2000 tokens: 80000 logits; the head itself has 2000 x 16.
-    model: Any = toys.llama(torch.float32, vocab_size=2000, hidden_size=16, intermediate_size=16, tie_word_embeddings=False)
+    model: Any = toys.llama(
+        torch.float32,
+        vocab_size=2000,
+        hidden_size=16,
+        intermediate_size=16,
+        tie_word_embeddings=False,
+    )
     adapted(model, dtype="float32", target_modules=["q_proj"])
     if trained == "head":
         model.lm_head.requires_grad_(True)
@@ -230,13 +265,17 @@ def test_the_reported_loss_is_exact_over_bfloat16_logits(trains):
     loss, _ = chunked_cross_entropy(hidden, targets, head, 8)
     logits = torch.cat(given)
     assert logits.dtype == torch.bfloat16
-    exact = sum(float(torch.log(torch.exp(row).sum()) - row[t]) for row, t in zip(logits.double(), targets, strict=True))
+    exact = sum(
+        float(torch.log(torch.exp(row).sum()) - row[t])
+        for row, t in zip(logits.double(), targets, strict=True)
+    )
     assert float(loss.detach()) == pytest.approx(exact, rel=1e-5)
     assert float(loss.detach().bfloat16()) != pytest.approx(exact, rel=1e-5)
 
 
 class Alive(TorchDispatchMode):
-    """Which of the tensors that operations gave, `width` numbers wide, still have memory of their own."""
+    """Which of the tensors that operations gave, `width` numbers wide, still have memory of their
+    own."""
 
     def __init__(self, width: int, model: nn.Module):
         super().__init__()
@@ -244,7 +283,9 @@ class Alive(TorchDispatchMode):
         self.weights = {StorageWeakRef(p.untyped_storage()) for p in model.parameters()}
         self.refs: dict[StorageWeakRef, int] = {}
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         for value in result if isinstance(result, list | tuple) else [result]:
             if isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == self.width:
@@ -252,14 +293,16 @@ class Alive(TorchDispatchMode):
         return result
 
     def rows(self) -> list[int]:
-        return [rows for ref, rows in self.refs.items() if not ref.expired() and ref not in self.weights]
+        return [
+            rows for ref, rows in self.refs.items() if not ref.expired() and ref not in self.weights
+        ]
 
 
 @pytest.mark.parametrize("trains", [True, False])
 def test_one_chunk_of_one_heads_logits_is_alive_at_a_time(trains):
-    model: Any = adapted(toys.llama(torch.float32, vocab_size=97), dtype="float32", target_modules=["q_proj"]).to(
-        torch.bfloat16
-    )
+    model: Any = adapted(
+        toys.llama(torch.float32, vocab_size=97), dtype="float32", target_modules=["q_proj"]
+    ).to(torch.bfloat16)
     drafter = ParallelHeads(model, 3, None, 1.0, "random", False, 1.0)
     target, loss = Target(model), CausalLoss(model, 4)
     loss.drafter, loss.target = drafter, target
@@ -282,7 +325,11 @@ def test_one_chunk_of_one_heads_logits_is_alive_at_a_time(trains):
     asked = [int(sums["tokens"]), *sums["offsets"][:, 1].int().tolist()]
     assert chunks == [size for n in asked for size in [4] * (n // 4) + [n % 4] * (n % 4 > 0)]
     assert len(chunks) >= 4 * 3
-    assert any(gradient.any() for gradient in gradients(drafter)) if trains else not summed.requires_grad
+    assert (
+        any(gradient.any() for gradient in gradients(drafter))
+        if trains
+        else not summed.requires_grad
+    )
 
 
 # heads
@@ -303,12 +350,19 @@ def test_the_loss_is_transformers_own(name):
         for t in range(labels.shape[1] - 1)
         if labels[i, t + 1] != -100
     )
-    wanted = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-    if name not in ("shifted", "masked"):  # their classes compute the loss before they change the logits
+    wanted = F.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    # their classes compute the loss before they change the logits
+    if name not in ("shifted", "masked"):
         own = model(input_ids=here["input_ids"], labels=labels, use_cache=False).loss * tokens
         assert float(own.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     summed, sums = loss(here)
-    assert float(summed.detach()) == float(sums["loss"]) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    assert (
+        float(summed.detach())
+        == float(sums["loss"])
+        == pytest.approx(float(wanted.detach()), rel=1e-5)
+    )
     assert (int(sums["tokens"]), float(sums["right"])) == (tokens, right)
 
     wanted_gradients = torch.autograd.grad(wanted, list(model.parameters()))
@@ -339,7 +393,9 @@ def test_a_lora_on_the_output_layer_is_trained_and_can_be_switched_off():
     found = gradients(model)
     model.zero_grad()
     logits = model(input_ids=here["input_ids"], use_cache=False).logits
-    F.cross_entropy(logits[:, :-1].flatten(0, 1), here["labels"][:, 1:].flatten(), reduction="sum").backward()
+    F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), here["labels"][:, 1:].flatten(), reduction="sum"
+    ).backward()
     for got, wanted in zip(found, gradients(model), strict=True):
         assert wanted.abs().max() > 0
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)  # the loss is in fp32
@@ -352,7 +408,11 @@ def test_a_lora_on_the_output_layer_is_trained_and_can_be_switched_off():
 
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT"])
 def test_virtual_tokens_shift_no_label(kind):
-    fields = {"adapter_len": 4, "adapter_layers": 1} if kind == "ADAPTION_PROMPT" else {"num_virtual_tokens": 4}
+    fields = (
+        {"adapter_len": 4, "adapter_layers": 1}
+        if kind == "ADAPTION_PROMPT"
+        else {"num_virtual_tokens": 4}
+    )
     adapter = Peft(kind, 1, **fields)
     model: Any = adapter.attach(toys.llama(torch.float32), Start()).eval()
     toys.train(adapter, model, lr=0.1)
@@ -393,8 +453,15 @@ def test_packed_rows_do_not_see_each_other(attention):
     # eager takes its softmax in fp32, and the loss is in fp32.
     for got, wanted in zip(found, gradients(model), strict=True):
         assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
-    together, _ = loss({key: value for key, value in batch(apart[:3], apart[3:], packed=True).items() if key != "position_ids"})
-    assert float(together.detach()) != pytest.approx(total, rel=1e-3)  # so that the positions are what keeps them apart
+    together, _ = loss(
+        {
+            key: value
+            for key, value in batch(apart[:3], apart[3:], packed=True).items()
+            if key != "position_ids"
+        }
+    )
+    # so that the positions are what keeps them apart
+    assert float(together.detach()) != pytest.approx(total, rel=1e-3)
 
 
 def test_padding_changes_nothing():
@@ -402,7 +469,9 @@ def test_padding_changes_nothing():
     short, long = rows(5, 30)
     loss = CausalLoss(model, 6)
     both = loss(batch([short], [long]))[0]
-    assert float(both.detach()) == pytest.approx(sum(float(loss(batch([row]))[0].detach()) for row in (short, long)), rel=1e-6)
+    assert float(both.detach()) == pytest.approx(
+        sum(float(loss(batch([row]))[0].detach()) for row in (short, long)), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -414,7 +483,9 @@ def test_full_fine_tuning_trains_a_tied_weight_from_both_ends(tied):
     assert ("lm_head.weight" in found) != tied
     model.zero_grad()
     logits = model(input_ids=here["input_ids"], use_cache=False).logits
-    F.cross_entropy(logits[:, :-1].flatten(0, 1), here["labels"][:, 1:].flatten(), reduction="sum").backward()
+    F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), here["labels"][:, 1:].flatten(), reduction="sum"
+    ).backward()
     for name, p in model.named_parameters():
         assert p.grad.abs().max() > 0
         assert (found[name] - p.grad).abs().max() < 1e-5 * p.grad.abs().max(), name
@@ -441,7 +512,8 @@ def test_the_class_loss_is_cross_entropy_at_each_rows_last_token():
     made = rows(5, 8, 3)
     for row, label in zip(made, (2, 0, 1), strict=True):
         row.label = label
-    here = Collate(0, False, True)([(Pick(i, i != 1, 3), [row]) for i, row in enumerate(made)])  # the second only fills a share
+    # the second only fills a share
+    here = Collate(0, False, True)([(Pick(i, i != 1, 3), [row]) for i, row in enumerate(made)])
     summed, sums = ClassLoss(model)(here)
     total = 0.0
     for i, (row, label) in enumerate(zip(made, (2, 0, 1), strict=True)):
@@ -452,7 +524,9 @@ def test_the_class_loss_is_cross_entropy_at_each_rows_last_token():
             total += float(torch.logsumexp(logits, 0) - logits[label])
     assert float(summed.detach()) == pytest.approx(total, rel=1e-5)
     assert int(sums["tokens"]) == 2
-    assert float(sums["right"]) == sum(int(sums["scores"][i].argmax()) == label for i, label in ((0, 2), (2, 1)))
+    assert float(sums["right"]) == sum(
+        int(sums["scores"][i].argmax()) == label for i, label in ((0, 2), (2, 1))
+    )
     summed.backward()
     assert model.score.weight.grad.abs().max() > 0
 

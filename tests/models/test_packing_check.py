@@ -1,4 +1,5 @@
-"""Packed rows that see each other are noticed, whichever way a model lets them; rounding is none of these ways."""
+"""Packed rows that see each other are noticed, whichever way a model lets them; rounding is none of
+these ways."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def test_a_model_that_attends_can_be_packed_and_is_left_as_it_was(tiny, attentio
 
 
 class Counting(Carrying):
-    """Rows of their own, but for positions that count on where a row begins: with `often` all of them, else one."""
+    """Rows of their own, but for positions that count on where a row begins: with `often` all of
+    them, else one."""
 
     def __init__(self, often: bool):
         super().__init__(0.0)
@@ -56,11 +58,16 @@ class Counting(Carrying):
 
 
 class Leaking(Carrying):
-    """Only a row's first token sees what stands before it, as in a short convolution that forgets no row."""
+    """Only a row's first token sees what stands before it, as in a short convolution that forgets
+    no row."""
 
     def forward(self, input_ids, position_ids=None, use_cache=False):
         x = super().forward(input_ids).logits
-        begins = torch.zeros(x.shape[:2], dtype=torch.bool) if position_ids is None else position_ids == 0
+        begins = (
+            torch.zeros(x.shape[:2], dtype=torch.bool)
+            if position_ids is None
+            else position_ids == 0
+        )
         return namedtuple("Output", "logits")(x + (begins.unsqueeze(-1) * x.roll(1, dims=1)))
 
 

@@ -1,4 +1,5 @@
-"""density-DEFT: the loss against plain loops, which tokens count, which layers are found, and what a run makes of it."""
+"""density-DEFT: the loss against plain loops, which tokens count, which layers are found, and what
+a run makes of it."""
 
 from __future__ import annotations
 
@@ -27,8 +28,13 @@ FORMS = ["rational", "tanh"]
 
 def penalty(model, **changes) -> DensityDEFT:
     settings = {
-        "weight": 0.7, "form": "rational", "eps": 0.04, "layer_weights": "uniform", "modules": "auto", "calibration_batches": 2,
-    }  # fmt: skip
+        "weight": 0.7,
+        "form": "rational",
+        "eps": 0.04,
+        "layer_weights": "uniform",
+        "modules": "auto",
+        "calibration_batches": 2,
+    }
     return DensityDEFT(model, **settings | changes)
 
 
@@ -51,7 +57,10 @@ def batch_of(*rows: list[int], packs: list[list[list[int]]] | None = None, fille
     """A batch as training makes it; the last row only fills a rank's share where `filler`."""
     packs = packs or [[row] for row in rows]
     items = [
-        (Pick(i, not (filler and i == len(packs) - 1), 1), [Tokens(ids, [True] * len(ids)) for ids in pack])
+        (
+            Pick(i, not (filler and i == len(packs) - 1), 1),
+            [Tokens(ids, [True] * len(ids)) for ids in pack],
+        )
         for i, pack in enumerate(packs)
     ]
     return Collate(0, any(len(pack) > 1 for pack in packs), False)(items)
@@ -62,7 +71,9 @@ def inputs_of(model, names, ids) -> dict[str, torch.Tensor]:
     seen = {}
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, name=name: seen.setdefault(name, args[0].detach().reshape(-1, args[0].shape[-1]))
+            lambda _, args, name=name: seen.setdefault(
+                name, args[0].detach().reshape(-1, args[0].shape[-1])
+            )
         )
         for name in names
     ]
@@ -92,7 +103,9 @@ def test_the_density_is_that_of_plain_loops_and_so_is_its_gradient(form, chunk, 
     draw = torch.Generator().manual_seed(0)
     a = torch.randn(3, 5, 7, generator=draw, dtype=torch.float64) * 0.3
     real = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()
-    assert float(density(a, real, form, 0.2)) == pytest.approx(naive(a, form, 0.04, real), rel=1e-12)
+    assert float(density(a, real, form, 0.2)) == pytest.approx(
+        naive(a, form, 0.04, real), rel=1e-12
+    )
     a.requires_grad_()
     (grad,) = torch.autograd.grad(density(a, real, form, 0.2) * 3, a)
     q = a**2 / (a**2 + 0.04) if form == "rational" else torch.tanh(a.abs() / 0.2)
@@ -114,12 +127,18 @@ def test_the_count_goes_from_none_to_one(form):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_counted_in_fp32(dtype):
-    a = (torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0)) * 3e-4).to(dtype).requires_grad_()
+    a = (
+        (torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0)) * 3e-4)
+        .to(dtype)
+        .requires_grad_()
+    )
     real = torch.ones(2, 4, dtype=torch.bool)
     found = density(a, real, "rational", 1e-7**0.5)
     (grad,) = torch.autograd.grad(found, a)
     assert (found.dtype, grad.dtype) == (torch.float32, dtype)
-    assert found.item() == pytest.approx(naive(a.detach().double(), "rational", 1e-7, real), rel=1e-5)
+    assert found.item() == pytest.approx(
+        naive(a.detach().double(), "rational", 1e-7, real), rel=1e-5
+    )
     assert torch.isfinite(grad).all()
     assert grad.abs().max() > 0
 
@@ -171,14 +190,22 @@ def test_virtual_tokens_are_not_counted():
     made.close()
     for name, found in zip(names, each.tolist(), strict=True):
         values = torch.cat([inputs_of(model, names, row)[name][3:] for row in ROWS])
-        assert found == pytest.approx(naive(values[None], "rational", 0.04, torch.ones(1, len(values))), rel=1e-4)
+        assert found == pytest.approx(
+            naive(values[None], "rational", 0.04, torch.ones(1, len(values))), rel=1e-4
+        )
 
 
 def test_rows_that_the_model_merges_are_taken_apart():
     config = transformers.OPTConfig(
-        vocab_size=64, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32,
-        word_embed_proj_dim=16, init_std=0.3,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=16,
+        ffn_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        word_embed_proj_dim=16,
+        init_std=0.3,
+    )
     torch.manual_seed(0)
     model = transformers.OPTForCausalLM(config).double().eval()
     made = penalty(model)
@@ -190,7 +217,9 @@ def test_rows_that_the_model_merges_are_taken_apart():
     names = [name for name, _ in made.layers]
     for name, found in zip(names, each.tolist(), strict=True):
         values = torch.cat([inputs_of(model, names, row)[name] for row in ROWS])
-        assert found == pytest.approx(naive(values[None], "rational", 0.04, torch.ones(1, len(values))), rel=1e-9)
+        assert found == pytest.approx(
+            naive(values[None], "rational", 0.04, torch.ones(1, len(values))), rel=1e-9
+        )
         assert found < (values != 0).double().mean() < 1  # a ReLU
 
 
@@ -210,13 +239,17 @@ def test_adaptive_weights_go_down_the_slope_of_half_the_sum_of_squares():
     _, each, _ = term_of(made, model, batch_of(*ROWS))
     made.smoothed = each.tolist()
     weights = [p for name, p in model.named_parameters() if "mlp" in name]
-    found = torch.autograd.grad(term_of(made, model, batch_of(*ROWS))[0], weights, allow_unused=True)
+    found = torch.autograd.grad(
+        term_of(made, model, batch_of(*ROWS))[0], weights, allow_unused=True
+    )
     uniform = penalty(model, weight=2.0)
     wanted = [torch.zeros_like(p) for p in weights]
     for index, value in enumerate(each.tolist()):
         uniform.layers = [made.layers[index]]
         uniform.tau, uniform.smoothed = [0.2], [0.0]
-        parts = torch.autograd.grad(term_of(uniform, model, batch_of(*ROWS))[0] / 2, weights, allow_unused=True)
+        parts = torch.autograd.grad(
+            term_of(uniform, model, batch_of(*ROWS))[0] / 2, weights, allow_unused=True
+        )
         for total, part in zip(wanted, parts, strict=True):
             total += value * part if part is not None else 0.0
     for got, expected in zip(found, wanted, strict=True):
@@ -230,10 +263,15 @@ def test_tau_is_the_median_of_what_is_not_zero():
     model = toys.llama()
     made = penalty(model, eps="auto", calibration_batches=2)
     batches = [batch_of(*ROWS[:2]), batch_of(ROWS[2]), batch_of([1, 2])]
-    made.calibrate(lambda b: model(input_ids=b["input_ids"], use_cache=False), ((b, real_tokens(b)) for b in batches))
+    made.calibrate(
+        lambda b: model(input_ids=b["input_ids"], use_cache=False),
+        ((b, real_tokens(b)) for b in batches),
+    )
     names = [name for name, _ in made.layers]
     for name, tau in zip(names, made.tau, strict=True):
-        values = sorted(float(v) for row in ROWS for v in inputs_of(model, names, row)[name].abs().flatten())
+        values = sorted(
+            float(v) for row in ROWS for v in inputs_of(model, names, row)[name].abs().flatten()
+        )
         assert tau == pytest.approx(values[(len(values) - 1) // 2], rel=1e-6)
     before = list(made.tau)
     made.calibrate(lambda b: None, iter(()))
@@ -253,37 +291,87 @@ def test_a_relu_that_is_mostly_off_still_has_a_scale():
 
 
 SMALL = {
-    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 32, "pad_token_id": 0,
-}  # fmt: skip
-DIMS = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "vocab_size": 32,
+    "pad_token_id": 0,
+}
+DIMS = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+}
 MODELS = {
     "Llama": (dict(SMALL), ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]),
-    "Gemma2": (SMALL | {"head_dim": 8, "num_key_value_heads": 2}, ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]),
-    "Qwen3": (SMALL | {"head_dim": 8, "num_key_value_heads": 2}, ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]),
-    "Phi": (dict(SMALL), ["model.layers.0.mlp.fc2", "model.layers.1.mlp.fc2"]),
-    "GPTNeoX": (dict(SMALL), ["gpt_neox.layers.0.mlp.dense_4h_to_h", "gpt_neox.layers.1.mlp.dense_4h_to_h"]),
-    "GPT2": ({"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32}, ["transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj"]),
-    "OPT": (
-        SMALL | {"ffn_dim": 24, "word_embed_proj_dim": 16}, ["model.decoder.layers.0.fc2", "model.decoder.layers.1.fc2"],
+    "Gemma2": (
+        SMALL | {"head_dim": 8, "num_key_value_heads": 2},
+        ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"],
     ),
-    "Bert": (dict(SMALL), ["bert.encoder.layer.0.output.dense", "bert.encoder.layer.1.output.dense"]),
-    "Roberta": (dict(SMALL), ["roberta.encoder.layer.0.output.dense", "roberta.encoder.layer.1.output.dense"]),
-    "ModernBert": (SMALL | {"num_attention_heads": 2}, ["model.layers.0.mlp.Wo", "model.layers.1.mlp.Wo"]),
+    "Qwen3": (
+        SMALL | {"head_dim": 8, "num_key_value_heads": 2},
+        ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"],
+    ),
+    "Phi": (dict(SMALL), ["model.layers.0.mlp.fc2", "model.layers.1.mlp.fc2"]),
+    "GPTNeoX": (
+        dict(SMALL),
+        ["gpt_neox.layers.0.mlp.dense_4h_to_h", "gpt_neox.layers.1.mlp.dense_4h_to_h"],
+    ),
+    "GPT2": (
+        {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32},
+        ["transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj"],
+    ),
+    "OPT": (
+        SMALL | {"ffn_dim": 24, "word_embed_proj_dim": 16},
+        ["model.decoder.layers.0.fc2", "model.decoder.layers.1.fc2"],
+    ),
+    "Bert": (
+        dict(SMALL),
+        ["bert.encoder.layer.0.output.dense", "bert.encoder.layer.1.output.dense"],
+    ),
+    "Roberta": (
+        dict(SMALL),
+        ["roberta.encoder.layer.0.output.dense", "roberta.encoder.layer.1.output.dense"],
+    ),
+    "ModernBert": (
+        SMALL | {"num_attention_heads": 2},
+        ["model.layers.0.mlp.Wo", "model.layers.1.mlp.Wo"],
+    ),
     "DistilBert": (
-        {"dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2, "vocab_size": 32}, ["distilbert.transformer.layer.0.ffn.lin2"],
+        {"dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2, "vocab_size": 32},
+        ["distilbert.transformer.layer.0.ffn.lin2"],
     ),
     "T5": (
-        {"d_model": 16, "d_ff": 24, "d_kv": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 32, "feed_forward_proj": "gated-gelu"},
-        ["transformer.encoder.block.0.layer.1.DenseReluDense.wo", "transformer.decoder.block.0.layer.2.DenseReluDense.wo"],
+        {
+            "d_model": 16,
+            "d_ff": 24,
+            "d_kv": 8,
+            "num_layers": 1,
+            "num_heads": 2,
+            "vocab_size": 32,
+            "feed_forward_proj": "gated-gelu",
+        },
+        [
+            "transformer.encoder.block.0.layer.1.DenseReluDense.wo",
+            "transformer.decoder.block.0.layer.2.DenseReluDense.wo",
+        ],
     ),
-    "Bart": (DIMS | {"vocab_size": 32}, ["model.encoder.layers.0.fc2", "model.decoder.layers.0.fc2"]),
-}  # fmt: skip
+    "Bart": (
+        DIMS | {"vocab_size": 32},
+        ["model.encoder.layers.0.fc2", "model.decoder.layers.0.fc2"],
+    ),
+}
 
 
 def tiny_of(kind: str, settings: dict) -> nn.Module:
     config = getattr(transformers, f"{kind}Config")(**settings)
     ending = (
-        "ForSequenceClassification" if kind in ("Bert", "Roberta", "ModernBert", "DistilBert", "T5", "Bart") else "ForCausalLM"
+        "ForSequenceClassification"
+        if kind in ("Bert", "Roberta", "ModernBert", "DistilBert", "T5", "Bart")
+        else "ForCausalLM"
     )
     ending = "LMHeadModel" if kind == "GPT2" else ending
     with torch.device("meta"):
@@ -306,7 +394,10 @@ def test_what_an_adapter_wraps_is_found_by_its_wrapper():
         (toys.gpt2(), [f"base_model.model.{name}" for name in MODELS["GPT2"][1]]),
     ):
         wrapped = peft.get_peft_model(
-            model, peft.LoraConfig(target_modules=["down_proj", "c_proj"], fan_in_fan_out="2" in str(type(model)))
+            model,
+            peft.LoraConfig(
+                target_modules=["down_proj", "c_proj"], fan_in_fan_out="2" in str(type(model))
+            ),
         )
         found = mlp_inputs(wrapped)
         assert [name for name, _ in found] == names
@@ -314,16 +405,25 @@ def test_what_an_adapter_wraps_is_found_by_its_wrapper():
 
 
 def test_names_may_be_given():
-    assert [name for name, _ in mlp_inputs(toys.llama(), ["0.mlp.down_proj"])] == ["model.layers.0.mlp.down_proj"]
-    with pytest.raises(PenaltyError, match=r"penalty.modules has 'fc9', which matches no linear layer.*mlp.down_proj"):
+    assert [name for name, _ in mlp_inputs(toys.llama(), ["0.mlp.down_proj"])] == [
+        "model.layers.0.mlp.down_proj"
+    ]
+    with pytest.raises(
+        PenaltyError,
+        match=r"penalty.modules has 'fc9', which matches no linear layer.*mlp.down_proj",
+    ):
         mlp_inputs(toys.llama(), ["down_proj", "fc9"])
 
 
 def test_a_model_without_mlps_is_refused():
-    config = transformers.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)
+    config = transformers.MambaConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4
+    )
     with torch.device("meta"):
         model = transformers.MambaForCausalLM(config)
-    with pytest.raises(PenaltyError, match=r"finds no MLP in this model.*penalty.modules=.*in_proj"):
+    with pytest.raises(
+        PenaltyError, match=r"finds no MLP in this model.*penalty.modules=.*in_proj"
+    ):
         mlp_inputs(model)
 
 
@@ -338,7 +438,9 @@ def test_experts_are_refused():
 def test_layers_that_see_other_tokens_are_refused():
     made = penalty(toys.llama())
     made.open(torch.ones(3, 9, dtype=torch.bool))
-    with pytest.raises(PenaltyError, match=r"activations of shape \(5, 128\) for a batch of \(3, 9\)"):
+    with pytest.raises(
+        PenaltyError, match=r"activations of shape \(5, 128\) for a batch of \(3, 9\)"
+    ):
         made.layers[0][1](torch.zeros(5, 128, dtype=torch.float64))
     with pytest.raises(PenaltyError, match="none of the down projections was called"):
         made.term()
@@ -356,7 +458,9 @@ def test_a_state_of_other_layers_is_refused():
 
 
 def gradients(checkpointing: bool, dtype=torch.float64):
-    own = lora(target_modules="all-linear", dtype="float64" if dtype == torch.float64 else "float32")
+    own = lora(
+        target_modules="all-linear", dtype="float64" if dtype == torch.float64 else "float32"
+    )
     _, model = adapted(own, toys.llama(dtype))
     model.train()
     calls = []
@@ -387,9 +491,18 @@ def test_checkpointed_activations_give_the_same_gradient(dtype):
 
 
 SETTINGS = (
-    "penalty=deft", "penalty.layer_weights=adaptive", "penalty.form=tanh", "packing=true", "max_length=64", "accumulate=2", "max_steps=6",
-    "max_epochs=null", "batch_size=2", "callbacks.evaluation=null", "callbacks.checkpoints.every=3",
-)  # fmt: skip
+    "penalty=deft",
+    "penalty.layer_weights=adaptive",
+    "penalty.form=tanh",
+    "packing=true",
+    "max_length=64",
+    "accumulate=2",
+    "max_steps=6",
+    "max_epochs=null",
+    "batch_size=2",
+    "callbacks.evaluation=null",
+    "callbacks.checkpoints.every=3",
+)
 
 
 def test_resumed_ends_as_uninterrupted(train, chats, monkeypatch):
@@ -415,7 +528,11 @@ def test_resumed_ends_as_uninterrupted(train, chats, monkeypatch):
 def test_the_penalty_lowers_density_and_leaves_evaluation_alone(train, chats):
     rows = {}
     for name, extra in (("with", ["adapter=deft"]), ("without", ["adapter=deft", "penalty=none"])):
-        settings = ["max_steps=12", "objective.gradient_checkpointing=true", "callbacks.checkpoints=null"]
+        settings = [
+            "max_steps=12",
+            "objective.gradient_checkpointing=true",
+            "callbacks.checkpoints=null",
+        ]
         run = train(f"task.path={chats}", *settings, f"name={name}", *extra)
         rows[name] = journal.read(run / "metrics.jsonl")
     first = [next(row for row in rows[name] if row["kind"] == "evaluation") for name in rows]
@@ -429,11 +546,19 @@ def test_the_penalty_lowers_density_and_leaves_evaluation_alone(train, chats):
 def test_accumulation_averages_micro_batches_by_their_tokens(train, chats):
     def first(*extra: str) -> dict:
         run = train(
-            f"task.path={chats}", "penalty=deft", "penalty.eps=1e-6", "max_steps=1", "callbacks.evaluation=null", *extra
+            f"task.path={chats}",
+            "penalty=deft",
+            "penalty.eps=1e-6",
+            "max_steps=1",
+            "callbacks.evaluation=null",
+            *extra,
         )
         return next(row for row in journal.read(run / "metrics.jsonl") if row["kind"] == "step")
 
-    whole, parts = first("batch_size=8", "name=whole"), first("batch_size=2", "accumulate=4", "name=parts")
+    whole, parts = (
+        first("batch_size=8", "name=whole"),
+        first("batch_size=2", "accumulate=4", "name=parts"),
+    )
     assert parts["density"] == pytest.approx(whole["density"], rel=1e-5)
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
 
@@ -443,10 +568,20 @@ def test_accumulation_averages_micro_batches_by_their_tokens(train, chats):
     [
         (["penalty.modules=[fc9]"], "penalty.modules has 'fc9', which matches no linear layer"),
         (["adapter=none"], "adapter=none trains nothing, so that a penalty has no effect"),
-        (["task.streaming=true", "task.eval_path=ROWS"], "penalty.eps=auto is measured on training data beforehand"),
+        (
+            ["task.streaming=true", "task.eval_path=ROWS"],
+            "penalty.eps=auto is measured on training data beforehand",
+        ),
     ],
 )
-def test_what_cannot_be_penalised_is_said_before_weights_are_loaded(train, chats, monkeypatch, extra, said):
+def test_what_cannot_be_penalised_is_said_before_weights_are_loaded(
+    train, chats, monkeypatch, extra, said
+):
     monkeypatch.setattr(Base, "load", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(BaseError, match=said):
-        train(f"task.path={chats}", "penalty=deft", "max_steps=2", *(part.replace("ROWS", str(chats)) for part in extra))
+        train(
+            f"task.path={chats}",
+            "penalty=deft",
+            "max_steps=2",
+            *(part.replace("ROWS", str(chats)) for part in extra),
+        )

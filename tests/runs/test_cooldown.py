@@ -25,9 +25,15 @@ from trainer.storage.checkpoints import CheckpointError
 from trainer.storage.run_folder import FolderError
 
 CONSTANT = (
-    "schedule=constant", "schedule.warmup=3", "batch_size=4", "callbacks.checkpoints.every=4", "callbacks.checkpoints.keep=null",
-    "callbacks.evaluation.every=4", "max_epochs=null", "adapter.dropout=0.3",
-)  # fmt: skip
+    "schedule=constant",
+    "schedule.warmup=3",
+    "batch_size=4",
+    "callbacks.checkpoints.every=4",
+    "callbacks.checkpoints.keep=null",
+    "callbacks.evaluation.every=4",
+    "max_epochs=null",
+    "adapter.dropout=0.3",
+)
 OPTIONS = branches.KNOWN | {"shape": "1-sqrt", "final": "0"}
 
 
@@ -45,19 +51,30 @@ def branched(train: Any, run: str, *more: str, **options: str) -> Path:
 
 def rates(run: Path) -> dict[int, float]:
     """The rate of each step of a run."""
-    return {row["step"]: row["lr"] for row in journal.read(run / "metrics.jsonl") if row["kind"] == "step"}
+    return {
+        row["step"]: row["lr"]
+        for row in journal.read(run / "metrics.jsonl")
+        if row["kind"] == "step"
+    }
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def test_a_branch_that_does_not_fall_is_the_run_itself(train, chats, constant):
-    """Weights, moments, rows and random draws are the run's own: with the rate left as it is, so are the bits."""
+    """Weights, moments, rows and random draws are the run's own: with the rate left as it is, so
+    are the bits."""
     before = contents(constant)
     branch = branched(train, f"{constant}@4", steps="8", final="1")
     assert same(outcome(branch)[0], outcome(constant)[0])
@@ -66,8 +83,11 @@ def test_a_branch_that_does_not_fall_is_the_run_itself(train, chats, constant):
     record = yaml.safe_load((branch / "run.yaml").read_text())
     saved = checkpoints.path_of(constant / "checkpoints", 4)
     assert record["parent"] == {
-        "id": yaml.safe_load((constant / "run.yaml").read_text())["id"], "run": str(constant.resolve()), "step": 4, "sha256": sha256(saved),
-    }  # fmt: skip
+        "id": yaml.safe_load((constant / "run.yaml").read_text())["id"],
+        "run": str(constant.resolve()),
+        "step": 4,
+        "sha256": sha256(saved),
+    }
     assert record["id"] != record["parent"]["id"]
 
 
@@ -86,8 +106,12 @@ def test_a_branch_that_was_cut_off_goes_on(train, constant, monkeypatch):
         cut_at(patch, 13)
         with pytest.raises(PowerCut):
             branched(train, f"{constant}@8", steps="6", name="cut")
-    _, arguments = branches.arguments(OPTIONS | {"from": f"{constant}@8", "steps": "6", "name": "cut"}, [])
-    found = outcome(train(*(a for a in arguments if not a.startswith("+experiment")), "resume=auto"))
+    _, arguments = branches.arguments(
+        OPTIONS | {"from": f"{constant}@8", "steps": "6", "name": "cut"}, []
+    )
+    found = outcome(
+        train(*(a for a in arguments if not a.startswith("+experiment")), "resume=auto")
+    )
     assert same(found[0], wanted[0])
     assert found[1] == wanted[1]
 
@@ -98,7 +122,9 @@ def test_a_branch_may_see_other_rows(train, chats, constant, caplog):
     caplog.set_level(logging.INFO, "trainer")
     branch = branched(train, f"{constant}@8", f"task.path={other}", steps="4")
     assert "the rows from step 8 on are others than the parent's" in caplog.text
-    assert not same(outcome(branch)[0], outcome(branched(train, f"{constant}@8", steps="4", name="same"))[0])
+    assert not same(
+        outcome(branch)[0], outcome(branched(train, f"{constant}@8", steps="4", name="same"))[0]
+    )
 
 
 def test_a_branch_with_other_settings_is_refused(train, constant):
@@ -121,7 +147,10 @@ def test_a_falling_rate_is_branched_off_only_by_force(train, chats):
         "name=down",
     )
     assert branched(train, f"{run}@4", steps="2").name == "down-cooldown-4-2"
-    with pytest.raises(ValueError, match=r"after step 8 of .*down the rate is already falling \(0.423 of the peak, 1 before\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"after step 8 of .*down the rate is already falling \(0.423 of the peak, 1 before\)",
+    ):
         branched(train, f"{run}@8", steps="4")
     forced = rates(branched(train, f"{run}@8", steps="4", shape="linear", force="true"))
     assert [forced[step] for step in range(9, 13)] == pytest.approx(
@@ -133,14 +162,22 @@ def test_a_falling_rate_is_branched_off_only_by_force(train, chats):
 
 def test_a_cooldown_of_so_many_tokens(train, chats):
     run = train(
-        f"task.path={chats}", *CONSTANT[2:], "schedule=cooldown", "schedule.warmup=2", "schedule.cooldown_tokens=300", "max_steps=12",
-        "schedule.shape=linear", "name=tokens",
-    )  # fmt: skip
+        f"task.path={chats}",
+        *CONSTANT[2:],
+        "schedule=cooldown",
+        "schedule.warmup=2",
+        "schedule.cooldown_tokens=300",
+        "max_steps=12",
+        "schedule.shape=linear",
+        "name=tokens",
+    )
     steps = [row for row in journal.read(run / "metrics.jsonl") if row["kind"] == "step"]
     total = steps[-1]["tokens"]
     down = next(n for n in range(1, 12) if total - steps[-n - 1]["tokens"] >= 300)
     assert 1 < down < 8
-    assert [row["lr"] for row in steps[-down - 1 :]] == pytest.approx([0.01, *(0.01 * (1 - k / down) for k in range(down))])
+    assert [row["lr"] for row in steps[-down - 1 :]] == pytest.approx(
+        [0.01, *(0.01 * (1 - k / down) for k in range(down))]
+    )
     assert branched(train, f"{run}@4", steps="2").name == "tokens-cooldown-4-2"
     with pytest.raises(ValueError, match=r"after step 12 of .* the rate is already falling"):
         branched(train, f"{run}@12", steps="4")
@@ -153,10 +190,18 @@ def test_the_family_is_counted(train, constant, capsys):
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| constant")]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
     assert [row[:4] for row in cells] == [
-        ["constant", "", "", "12"], ["constant-cooldown-4-2", "4", "2", "6"], ["constant-cooldown-8-4", "8", "4", "12"],
-    ]  # fmt: skip
-    for row, name in zip(cells, ("constant", "constant-cooldown-4-2", "constant-cooldown-8-4"), strict=True):
-        last = [r for r in journal.read(constant.parent / name / "metrics.jsonl") if r["kind"] == "evaluation"][-1]
+        ["constant", "", "", "12"],
+        ["constant-cooldown-4-2", "4", "2", "6"],
+        ["constant-cooldown-8-4", "8", "4", "12"],
+    ]
+    for row, name in zip(
+        cells, ("constant", "constant-cooldown-4-2", "constant-cooldown-8-4"), strict=True
+    ):
+        last = [
+            r
+            for r in journal.read(constant.parent / name / "metrics.jsonl")
+            if r["kind"] == "evaluation"
+        ][-1]
         assert row[5] == f"{last['loss']:.4f}"
     # 8 constant steps and 2 + 4 of cooldown instead of 6 + 12.
     assert "took 14 steps" in (constant / "family.md").read_text()
@@ -166,7 +211,9 @@ def test_the_family_is_counted(train, constant, capsys):
 
 def test_the_verb_runs_one_branch_for_each_length(constant, program, chats):
     run = constant.relative_to(chats.parent)
-    said = program(f"from={run}@4,8", "steps=2", "--multirun", "callbacks.evaluation=null", verb="cooldown")
+    said = program(
+        f"from={run}@4,8", "steps=2", "--multirun", "callbacks.evaluation=null", verb="cooldown"
+    )
     assert said.returncode == 0, said.stderr
     for step in (4, 8):
         assert max(rates(constant.parent / f"constant-cooldown-{step}-2")) == step + 2
@@ -225,7 +272,9 @@ WAYS = {
 def test_a_cooldown_begins_when_it_is_asked_for(train, chats, monkeypatch, way):
     act, reason = WAYS[way]
     stop_at(monkeypatch, 5, act)
-    run = train(f"task.path={chats}", *CONSTANT, *TRIGGERED, "callbacks.cooldown.patience=2", "max_steps=30")
+    run = train(
+        f"task.path={chats}", *CONSTANT, *TRIGGERED, "callbacks.cooldown.patience=2", "max_steps=30"
+    )
     found = rates(run)
     assert [found[step] for step in sorted(found)] == pytest.approx(
         [0.01 / 3, 0.02 / 3, *[0.01] * 3, *(0.01 * (1 - (k / 4) ** 0.5) for k in range(4))]
@@ -242,9 +291,14 @@ def test_a_cooldown_begins_when_it_is_asked_for(train, chats, monkeypatch, way):
 def test_a_run_that_stays_the_same_cools_down(train, chats):
     """By its own evaluations: at a rate of next to nothing none is better than the first."""
     run = train(
-        f"task.path={chats}", *CONSTANT, *TRIGGERED, "callbacks.cooldown.patience=2", "max_steps=30", "optimizer.lr=1e-30",
+        f"task.path={chats}",
+        *CONSTANT,
+        *TRIGGERED,
+        "callbacks.cooldown.patience=2",
+        "max_steps=30",
+        "optimizer.lr=1e-30",
         "adapter.dropout=0",
-    )  # fmt: skip
+    )
     assert max(rates(run)) == 12  # evaluated at 4 and 8, and four steps more
 
 
@@ -261,7 +315,9 @@ def test_a_cooldown_that_was_cut_off_goes_on(train, chats, monkeypatch):
             train(*settings, "name=cut")
     found = outcome(train(*settings, "name=cut", "resume=auto"))  # nothing asks for it any more
     assert same(found[0], wanted[0])
-    assert [row for row in found[1] if row["kind"] == "step"] == [row for row in wanted[1] if row["kind"] == "step"]
+    assert [row for row in found[1] if row["kind"] == "step"] == [
+        row for row in wanted[1] if row["kind"] == "step"
+    ]
 
 
 def test_a_run_that_is_made_longer_leaves_its_cooldown_out(train, chats, monkeypatch):
@@ -270,19 +326,28 @@ def test_a_run_that_is_made_longer_leaves_its_cooldown_out(train, chats, monkeyp
         stop_at(patch, 5, WAYS["file"][0])
         run = train(*settings, *TRIGGERED, "max_steps=12", "name=cooled")
     cooled = outcome(run)[0]
-    again = train(*settings, *TRIGGERED, "max_steps=12", "name=cooled", "resume=auto")  # the same length: nothing is left to do
+    # the same length: nothing is left to do
+    again = train(*settings, *TRIGGERED, "max_steps=12", "name=cooled", "resume=auto")
     assert same(outcome(again)[0], cooled)
     longer = train(*settings, *TRIGGERED, "max_steps=14", "name=cooled", "resume=auto")
     wanted = train(*settings, "max_steps=14", "name=never")
     assert longer == run
     assert same(outcome(longer)[0], outcome(wanted)[0])
     assert rates(longer) == rates(wanted)
-    assert not [row for row in journal.read(run / "metrics.jsonl") if row["kind"] in ("cooldown", "stopped")]
+    assert not [
+        row for row in journal.read(run / "metrics.jsonl") if row["kind"] in ("cooldown", "stopped")
+    ]
     assert (run / "adapter-12" / "adapter_model.safetensors").exists()
 
 
 def test_a_planned_cooldown_is_left_out_too(train, chats):
-    settings = (f"task.path={chats}", *CONSTANT[1:], "schedule=cooldown", "schedule.cooldown=4", "callbacks.checkpoints.keep=1")
+    settings = (
+        f"task.path={chats}",
+        *CONSTANT[1:],
+        "schedule=cooldown",
+        "schedule.cooldown=4",
+        "callbacks.checkpoints.keep=1",
+    )
     train(*settings, "max_steps=11", "name=grows")
     longer = train(*settings, "max_steps=15", "name=grows", "resume=auto")
     wanted = train(*settings, "max_steps=15", "name=fresh")
@@ -293,18 +358,25 @@ def test_a_planned_cooldown_is_left_out_too(train, chats):
 @pytest.mark.parametrize(
     ("length", "done", "minutes", "limit", "seconds", "wanted"),
     [
-        (10, 50, 5.0, 10.0, 50.0, 0),  # 4 minutes are left after the reserve, and 10 steps take 11 s
+        # 4 minutes are left after the reserve, and 10 steps take 11 s
+        (10, 50, 5.0, 10.0, 50.0, 0),
         (10, 50, 8.83, 10.0, 50.0, 9),  # 10.2 s are left
         (10, 50, 8.99, 10.0, 50.0, 1),
         (0.5, 50, 8.0, 10.0, 50.0, 0),  # as many as were done take 55 s, and 60 s are left
         (0.5, 50, 8.2, 10.0, 50.0, 43),
     ],
 )
-def test_a_cooldown_is_done_by_the_deadline(tmp_path, monkeypatch, length, done, minutes, limit, seconds, wanted):
+def test_a_cooldown_is_done_by_the_deadline(
+    tmp_path, monkeypatch, length, done, minutes, limit, seconds, wanted
+):
     folder: Any = types.SimpleNamespace(path=tmp_path)
-    context: Any = types.SimpleNamespace(folder=folder, steps=10_000, without=0, max_minutes=limit, minutes=minutes)
+    context: Any = types.SimpleNamespace(
+        folder=folder, steps=10_000, without=0, max_minutes=limit, minutes=minutes
+    )
     trigger = CooldownTrigger(context, length, "1-sqrt", 0.0, None, "max_time", 1.0)
-    monkeypatch.setattr("trainer.callbacks.cooldown.time.monotonic", lambda: trigger.began + seconds)
+    monkeypatch.setattr(
+        "trainer.callbacks.cooldown.time.monotonic", lambda: trigger.began + seconds
+    )
     steps, reason = trigger._due(done)
     assert steps == wanted
     assert ("deadline" in reason) == bool(steps)
@@ -313,10 +385,17 @@ def test_a_cooldown_is_done_by_the_deadline(tmp_path, monkeypatch, length, done,
 def test_the_deadline_of_a_slurm_job(tmp_path, monkeypatch):
     clock = {"time": 970.0, "monotonic": 0.0}
     for name in clock:
-        monkeypatch.setattr(f"trainer.callbacks.cooldown.time.{name}", lambda name=name: clock[name])
+        monkeypatch.setattr(
+            f"trainer.callbacks.cooldown.time.{name}", lambda name=name: clock[name]
+        )
     folder: Any = types.SimpleNamespace(path=tmp_path)
     context: Any = types.SimpleNamespace(
-        folder=folder, steps=100, without=0, max_minutes=None, minutes=0.0, signals=types.SimpleNamespace()
+        folder=folder,
+        steps=100,
+        without=0,
+        max_minutes=None,
+        minutes=0.0,
+        signals=types.SimpleNamespace(),
     )
     module: Any = types.SimpleNamespace(step=0, cooling=None, constant_again=False)
     trigger = CooldownTrigger(context, 5, "1-sqrt", 0.0, None, "slurm", 0.0)
@@ -327,7 +406,8 @@ def test_the_deadline_of_a_slurm_job(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1000")
     trigger.on_train_start(types.SimpleNamespace(is_global_zero=True), module)  # type: ignore[arg-type]
     assert trigger._seconds_left() == 30.0
-    clock |= {"time": 0.0, "monotonic": 12.0}  # 1.2 s a step; a clock that was set back changes nothing
+    # 1.2 s a step; a clock that was set back changes nothing
+    clock |= {"time": 0.0, "monotonic": 12.0}
     assert trigger._seconds_left() == 18.0
     assert trigger._due(10)[0] == 0
     clock["monotonic"] = 24.0  # 2.4 s a step

@@ -27,10 +27,13 @@ def test_a_drafter_leaves_its_adapter_as_it_is(train, chats):
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     losses = [
-        [row["loss"] for row in journal.read(run / "metrics.jsonl") if row["kind"] == "evaluation"] for run in (alone, beside)
+        [row["loss"] for row in journal.read(run / "metrics.jsonl") if row["kind"] == "evaluation"]
+        for run in (alone, beside)
     ]
     assert losses[0] == losses[1]
-    attached = train(f"task.path={chats}", *COMMON, "drafter=mtp_shared", "drafter.detach=false", "name=attached")
+    attached = train(
+        f"task.path={chats}", *COMMON, "drafter=mtp_shared", "drafter.detach=false", "name=attached"
+    )
     third = saved(attached)["adapter"]["tensors"]
     assert not all(torch.equal(first[name], third[name]) for name in first)
 
@@ -38,7 +41,14 @@ def test_a_drafter_leaves_its_adapter_as_it_is(train, chats):
 @pytest.mark.parametrize("adapter", ["none", "rosa"])
 def test_a_drafter_learns_beside_any_adapter_and_alone(train, chats, adapter):
     more = ["adapter.warmup_steps=2", "adapter.density=0.1"] if adapter == "rosa" else []
-    run = train(f"task.path={chats}", f"adapter={adapter}", "drafter=mtp_medusa", "drafter.offsets=2", "max_steps=8", *more)
+    run = train(
+        f"task.path={chats}",
+        f"adapter={adapter}",
+        "drafter=mtp_medusa",
+        "drafter.offsets=2",
+        "max_steps=8",
+        *more,
+    )
     rows = journal.read(run / "metrics.jsonl")
     first, last = ([row for row in rows if row["kind"] == "evaluation"][i] for i in (0, -1))
     for offset in (1, 2):
@@ -59,9 +69,15 @@ def test_a_drafter_learns_beside_any_adapter_and_alone(train, chats, adapter):
 
 
 def test_byte_level_prediction_of_eight(train, chats):
-    """The paper's byte model: the tiny base reads bytes, and heads predict eight of them, the next one included."""
+    """The paper's byte model: the tiny base reads bytes, and heads predict eight of them, the next
+    one included."""
     run = train(
-        f"task.path={chats}", "task.train_on=all", "drafter=mtp_parallel", "drafter.offsets=7", "max_steps=3", "max_length=256"
+        f"task.path={chats}",
+        "task.train_on=all",
+        "drafter=mtp_parallel",
+        "drafter.offsets=7",
+        "max_steps=3",
+        "max_length=256",
     )
     last = [row for row in journal.read(run / "metrics.jsonl") if row["kind"] == "step"][-1]
     assert any(f"offset{k}/loss" in last for k in range(1, 8))

@@ -1,4 +1,5 @@
-"""A share of the faults that scripts/faults injects, so that a change that breaks what they show is seen here."""
+"""A share of the faults that scripts/faults injects, so that a change that breaks what they show is
+seen here."""
 
 from __future__ import annotations
 
@@ -13,7 +14,12 @@ from scripts.faults import ledger
 from tests.conftest import ROOT
 
 # A process of its own: what is forked there must not hold the threads that other tests have left.
-FEW = ["kills:lora:SIGKILL", "kills:lora:random draws", "points:lora:mid_write", "damage:lora:cache of tokens with a bit"]
+FEW = [
+    "kills:lora:SIGKILL",
+    "kills:lora:random draws",
+    "points:lora:mid_write",
+    "damage:lora:cache of tokens with a bit",
+]
 MANY = [
     "kills",
     "points:rosa",
@@ -29,9 +35,18 @@ MANY = [
 
 def injected(folder, only, kills):
     """The lines of a harness that found everything as it should be."""
-    command = [sys.executable, "-m", "scripts.faults", f"out={folder}", f"only=[{','.join(only)}]", f"kills={kills}"]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.faults",
+        f"out={folder}",
+        f"only=[{','.join(only)}]",
+        f"kills={kills}",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "GRAFT_CACHE": str(folder / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=1400)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=environment, timeout=1400
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in (folder / "faults.jsonl").read_text().splitlines()]
 
@@ -49,7 +64,15 @@ def test_a_few_faults_cost_nothing_but_the_work_since_the_last_save(tmp_path):
 def test_many_faults_cost_nothing_but_the_work_since_the_last_save(tmp_path):
     rows = injected(tmp_path, MANY, kills=20)
     assert sum(row.get("killed", False) for row in rows) >= 20
-    assert {row["case"] for row in rows} >= {"lora", "rosa", "spiel", "mtp", "eagle3", "cooldown", "respond"}
+    assert {row["case"] for row in rows} >= {
+        "lora",
+        "rosa",
+        "spiel",
+        "mtp",
+        "eagle3",
+        "cooldown",
+        "respond",
+    }
 
 
 def test_the_table_tells_what_went_wrong(tmp_path):
@@ -65,5 +88,8 @@ def test_the_table_tells_what_went_wrong(tmp_path):
     assert not book.due("points", "rosa", "mid_write")
     book.add("points", "lora", "mid_write", killed=True, lost=3, same=False, ok=False)
     assert not book.write([])
-    assert "| lora | mid_write | 2 | 3 |  | **no** (1 of 2) | **no** |" in (tmp_path / "faults.md").read_text()
+    assert (
+        "| lora | mid_write | 2 | 3 |  | **no** (1 of 2) | **no** |"
+        in (tmp_path / "faults.md").read_text()
+    )
     assert [json.loads(line)["lost"] for line in book.file.read_text().splitlines()] == [2, 3]

@@ -1,4 +1,5 @@
-"""Several processes are one run: the gradients, weights, masks and numbers of one process with the whole batch."""
+"""Several processes are one run: the gradients, weights, masks and numbers of one process with the
+whole batch."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ from trainer.training.fsdp import whole
 
 
 class Recorder(lightning.Callback):
-    """What each step's optimiser was given and which rows were in it; the weights and supports after the last one."""
+    """What each step's optimiser was given and which rows were in it; the weights and supports
+    after the last one."""
 
     def __init__(self) -> None:
         self.gradients: list[dict[str, Tensor]] = []
@@ -44,22 +46,31 @@ class Recorder(lightning.Callback):
         def recorded(*given: Any, **named: Any) -> None:
             clip(*given, **named)
             found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-            self.gradients.append({name: grad.detach().clone() for name, grad in whole(found).items()})
+            self.gradients.append(
+                {name: grad.detach().clone() for name, grad in whole(found).items()}
+            )
 
         module.configure_gradient_clipping = recorded
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         real = batch["lengths"] > 0
-        self.sequences.append([name for name, counts in zip(batch["sequences"], real.tolist(), strict=True) if counts])
+        self.sequences.append(
+            [name for name, counts in zip(batch["sequences"], real.tolist(), strict=True) if counts]
+        )
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         found = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.weights = {name: p.detach().clone() for name, p in whole(found).items()}
-        self.buffers = {name: b.clone() for name, b in module.named_buffers() if name.endswith("delta.indices")}
+        self.buffers = {
+            name: b.clone() for name, b in module.named_buffers() if name.endswith("delta.indices")
+        }
 
 
 def start(folder: Path, *overrides: str) -> dict[str, Any]:
-    """Run the real program in this process, and give what a Recorder saw with the rows of its journal."""
+    """Run the real program in this process, and give what a Recorder saw with the rows of its
+    journal."""
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf, open_dict
@@ -77,7 +88,9 @@ def start(folder: Path, *overrides: str) -> dict[str, Any]:
         "callbacks.evaluation.samples=0",
     ]
     install()
-    with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3", job_name="trainer"):
+    with initialize_config_dir(
+        config_dir=str(ROOT / "conf"), version_base="1.3", job_name="trainer"
+    ):
         cfg = compose("config", overrides=rewrite([*common, *overrides]), return_hydra_config=True)
     with open_dict(cfg):
         cfg.hydra.runtime.output_dir = cfg.hydra.run.dir
@@ -90,13 +103,20 @@ def start(folder: Path, *overrides: str) -> dict[str, Any]:
     finally:
         run._callbacks = callbacks
     rows = journal.read(folder / "smoke/metrics.jsonl")
-    return {name: getattr(recorder, name) for name in ("gradients", "sequences", "weights", "buffers")} | {"rows": rows}
+    return {
+        name: getattr(recorder, name) for name in ("gradients", "sequences", "weights", "buffers")
+    } | {"rows": rows}
 
 
 # As torchrun sets it up; the group is there already.
 ENVIRONMENT = {
-    "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1",
-}  # fmt: skip
+    "TORCHELASTIC_RUN_ID": "test",
+    "GROUP_RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
+}
 
 EAGLE3 = [
     "adapter=none",
@@ -106,17 +126,41 @@ EAGLE3 = [
     "drafter.coverage=0",
     "drafter.offsets=2",
 ]
-SHORT = ["max_epochs=0.2", "max_steps=null"]  # 12 rows: in the second step the second process has none that counts
+# 12 rows: in the second step the second process has none that counts
+SHORT = ["max_epochs=0.2", "max_steps=null"]
 # Settings beside a batch of 8 in one process and of 4 in each of two.
 CASES = {
     "lora": ["max_epochs=1", "max_steps=null", "accumulate=2"],  # 60 rows: the last step has 12
-    "packing": ["task=completion", "packing=true", "max_length=64", "max_steps=2", "task.path={texts}"],
-    "classes": ["task=classification", "task.eval_fraction=0.2", "max_steps=2", "task.path={labels}"],
-    "stream": ["task.streaming=true", "task.eval_fraction=0", "max_epochs=1", "max_steps=9", "task.shuffle_block=16"],
-    "rosa": ["adapter=rosa", "adapter.density=0.1", "adapter.warmup_steps=1", "adapter.score=mean", "max_steps=3"],
+    "packing": [
+        "task=completion",
+        "packing=true",
+        "max_length=64",
+        "max_steps=2",
+        "task.path={texts}",
+    ],
+    "classes": [
+        "task=classification",
+        "task.eval_fraction=0.2",
+        "max_steps=2",
+        "task.path={labels}",
+    ],
+    "stream": [
+        "task.streaming=true",
+        "task.eval_fraction=0",
+        "max_epochs=1",
+        "max_steps=9",
+        "task.shuffle_block=16",
+    ],
+    "rosa": [
+        "adapter=rosa",
+        "adapter.density=0.1",
+        "adapter.warmup_steps=1",
+        "adapter.score=mean",
+        "max_steps=3",
+    ],
     "medusa": ["drafter=medusa", "drafter.offsets=2", *SHORT],
     "eagle3": [*EAGLE3, "drafter.aux_layers=[0,1,2]", *SHORT],
-}  # fmt: skip
+}
 SHARDED = {
     "fsdp2 lora": ["max_steps=3", "accumulate=2"],
     "fsdp2 full": ["adapter=full", "max_steps=3"],
@@ -126,12 +170,23 @@ SHARDED = {
 def given(folder: Path, name: str, settings: list[str]) -> list[str]:
     """The settings of a case with the paths of its rows."""
     files = {kind: folder / f"{kind}.jsonl" for kind in ("chats", "texts", "labels", "broken")}
-    own = [setting.format(**files, folder=folder) if "{" in setting else setting for setting in settings]
-    return own if any(setting.startswith("task.path") for setting in own) else [f"task.path={files['chats']}", *own]
+    own = [
+        setting.format(**files, folder=folder) if "{" in setting else setting
+        for setting in settings
+    ]
+    return (
+        own
+        if any(setting.startswith("task.path") for setting in own)
+        else [f"task.path={files['chats']}", *own]
+    )
 
 
 def _member(rank: int, folder: Path) -> None:
-    os.environ |= ENVIRONMENT | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GRAFT_CACHE": str(folder / "cache")}
+    os.environ |= ENVIRONMENT | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GRAFT_CACHE": str(folder / "cache"),
+    }
     asked = json.loads((folder / "cases.json").read_text())
     tokenised = rows_module._kept
 
@@ -144,9 +199,16 @@ def _member(rank: int, folder: Path) -> None:
     rows_module._kept = kept
     for name, settings in asked.items():
         faulthandler.dump_traceback_later(200, exit=True)
-        both = ["lightning.devices=2", f"lightning.strategy={'fsdp2' if name.startswith('fsdp2') else 'ddp'}", "batch_size=4"]
+        both = [
+            "lightning.devices=2",
+            f"lightning.strategy={'fsdp2' if name.startswith('fsdp2') else 'ddp'}",
+            "batch_size=4",
+        ]
         try:
-            torch.save(start(folder / name.removesuffix(" on") / "both", *settings, *both), folder / f"{name}.{rank}.pt")
+            torch.save(
+                start(folder / name.removesuffix(" on") / "both", *settings, *both),
+                folder / f"{name}.{rank}.pt",
+            )
         except (DataError, CheckpointError) as error:
             torch.distributed.barrier()
             (folder / f"{name}.{rank}.txt").write_text(f"{type(error).__name__}: {error}")
@@ -168,7 +230,10 @@ def pair(folder: Path, cases: dict[str, list[str]]) -> dict[str, dict[str, list[
     write_rows(folder / "texts.jsonl", [{"text": "abc " * (3 + i % 9)} for i in range(60)])
     write_rows(
         folder / "labels.jsonl",
-        [{"text": ("good " if i % 2 else "bad ") * (1 + i % 5), "label": str(i % 2)} for i in range(60)],
+        [
+            {"text": ("good " if i % 2 else "bad ") * (1 + i % 5), "label": str(i % 2)}
+            for i in range(60)
+        ],
     )
     (folder / "broken.jsonl").write_text("{}\n" * 3)
     cases = {name: given(folder, name, settings) for name, settings in cases.items()}
@@ -179,7 +244,13 @@ def pair(folder: Path, cases: dict[str, list[str]]) -> dict[str, dict[str, list[
 
 REFUSED = {
     "broken": ["task.path={broken}"],
-    "lora again": ["max_epochs=1", "max_steps=null", "accumulate=2", "seed=1", "resume={folder}/lora/both/smoke"],
+    "lora again": [
+        "max_epochs=1",
+        "max_steps=null",
+        "accumulate=2",
+        "seed=1",
+        "resume={folder}/lora/both/smoke",
+    ],
 }
 
 
@@ -203,7 +274,8 @@ def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 
 def compare(folder: Path, name: str, settings: list[str]) -> tuple[float, float]:
-    """Hold a case of two processes against the same in one; gives the largest relative differences of gradients and weights."""
+    """Hold a case of two processes against the same in one; gives the largest relative differences
+    of gradients and weights."""
     first, second = (torch.load(folder / f"{name}.{rank}.pt", weights_only=True) for rank in (0, 1))
     alone = start(folder / name / "alone", *given(folder, name, settings), "batch_size=8")
     for kind in ("weights", "buffers"):
@@ -212,15 +284,24 @@ def compare(folder: Path, name: str, settings: list[str]) -> tuple[float, float]
             f"{kind} differ between processes"
         )
     assert first["buffers"].keys() == alone["buffers"].keys()
-    assert all(torch.equal(tensor, alone["buffers"][key]) for key, tensor in first["buffers"].items()), "another support"
-    together = [sorted(map(str, a + b)) for a, b in zip(first["sequences"], second["sequences"], strict=True)]
-    assert together == [sorted(map(str, rows)) for rows in alone["sequences"]], "rows were lost or repeated"
+    assert all(
+        torch.equal(tensor, alone["buffers"][key]) for key, tensor in first["buffers"].items()
+    ), "another support"
+    together = [
+        sorted(map(str, a + b))
+        for a, b in zip(first["sequences"], second["sequences"], strict=True)
+    ]
+    assert together == [sorted(map(str, rows)) for rows in alone["sequences"]], (
+        "rows were lost or repeated"
+    )
     assert len(first["rows"]) == len(alone["rows"])
     for found, wanted in zip(first["rows"], alone["rows"], strict=True):
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
             if key not in ("seconds", "time", "tokens_per_s", "trained_per_s", "minutes"):
-                same = pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value
+                same = (
+                    pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value
+                )
                 assert found[key] == same, (found["kind"], found["step"], key)
     assert len(first["gradients"]) == len(alone["gradients"])
     assert any(alone["gradients"])  # a step that only makes a mask has none
@@ -231,9 +312,11 @@ def compare(folder: Path, name: str, settings: list[str]) -> tuple[float, float]
 
 @pytest.mark.parametrize("name", CASES | SHARDED)
 def test_two_processes_are_one_with_the_whole_batch(folder, name):
-    """4 rows of each of two processes are 8 of one: gradients, weights, supports, rows, and the numbers in the journal."""
+    """4 rows of each of two processes are 8 of one: gradients, weights, supports, rows, and the
+    numbers in the journal."""
     gradients, weights = compare(folder, name, (CASES | SHARDED)[name])
-    # Sums in another order; in the weights, Adam's steps turn on gradients that are zero but for rounding.
+    # Sums in another order; in the weights, Adam's steps turn on gradients that are zero but for
+    # rounding.
     assert gradients < 1e-4
     assert weights < 1e-4
 
@@ -261,7 +344,12 @@ def test_a_process_that_does_not_answer_is_told_of(folder):
 def test_a_run_of_two_processes_does_not_go_on_in_one(folder):
     """Not with the same global batch either: the sums' order and dropout would be others."""
     with pytest.raises(CheckpointError, match="ranks: 2 in the run, 1 now"):
-        start(folder / "lora/both", *given(folder, "lora", CASES["lora"]), "batch_size=8", "resume=auto")
+        start(
+            folder / "lora/both",
+            *given(folder, "lora", CASES["lora"]),
+            "batch_size=8",
+            "resume=auto",
+        )
 
 
 FSDP2 = "lightning.strategy=fsdp2 lightning.devices=2"
@@ -270,7 +358,10 @@ FSDP2 = "lightning.strategy=fsdp2 lightning.devices=2"
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("lightning.strategy=deepspeed_stage_2 lightning.devices=2", "DeepSpeed writes checkpoints of its own"),
+        (
+            "lightning.strategy=deepspeed_stage_2 lightning.devices=2",
+            "DeepSpeed writes checkpoints of its own",
+        ),
         ("lightning.strategy=fsdp lightning.devices=2", "set lightning.strategy=fsdp2"),
         ("lightning.strategy=ddp_spawn lightning.devices=2", "set it to auto, ddp or fsdp2"),
         ("lightning.strategy=fsdp2", "and there is one"),
@@ -283,38 +374,69 @@ FSDP2 = "lightning.strategy=fsdp2 lightning.devices=2"
         (f"{FSDP2} callbacks.checkpoints=null", "callbacks.checkpoints is null"),
         (f"{FSDP2} optimizer=adamw_8bit", "set optimizer=adamw"),
         (f"{FSDP2} drafter=registers", "not been tried with drafter=registers"),
-        (f"{FSDP2} adapter=full drafter=mtp_medusa", "not been tried with a drafter beside adapter=full"),
+        (
+            f"{FSDP2} adapter=full drafter=mtp_medusa",
+            "not been tried with a drafter beside adapter=full",
+        ),
         ("adapter=rosa adapter.scores=candidates lightning.devices=2", "Set adapter.scores=exact"),
-        ("adapter=spiel adapter.accumulation_steps=1 lightning.devices=[0,1]", "set adapter.accumulation_steps=2"),
+        (
+            "adapter=spiel adapter.accumulation_steps=1 lightning.devices=[0,1]",
+            "set adapter.accumulation_steps=2",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_several_processes_cannot_do_is_told_before_launch(compose, settings, message):
     with pytest.raises(ConfigError, match=message):
         compose("+experiment=smoke", "task.path=rows.jsonl", *settings.split())
 
 
-# Every file of conf/adapter and conf/drafter. What draws at random does so in each process for itself, so it is switched off here.
+# Every file of conf/adapter and conf/drafter. What draws at random does so in each process for
+# itself, so it is switched off here.
 SPIEL = ["adapter.density=0.1", "adapter.reselection_steps=3", "adapter.accumulation_steps=2"]
 ADAPTERS: dict[str, list[str]] = {
-    "adalora": ["adapter.init_r=4", "adapter.target_r=2"], "corda": ["adapter.r=4", "adapter.data_batches=2"],
+    "adalora": ["adapter.init_r=4", "adapter.target_r=2"],
+    "corda": ["adapter.r=4", "adapter.data_batches=2"],
     "deft": ["adapter.dropout=0", "penalty.eps=0.01"],
-    "dora": ["adapter.r=4"], "eva": ["adapter.r=4", "adapter.data_batches=2"], "full": [], "ia3": [],
-    "loftq": ["adapter.r=4", "base.quantization=nf4", "base.hidden_size=64"], "lora": ["base.quantization=nf4", "base.hidden_size=64"],
-    "loraplus": [], "peft": ["adapter.peft_type=LOHA", "+adapter.r=4"], "pissa": ["adapter.r=4"], "prefix_tuning": [],
-    "prompt_tuning": [], "rosa": CASES["rosa"][1:], "rslora": [], "shira": ["adapter.r=4"],
-    "sparse": ["adapter.density=0.1", "adapter.score=mean"], "spiel_ma": SPIEL,
-    "spiel": SPIEL, "supertuning": [],
-}  # fmt: skip
+    "dora": ["adapter.r=4"],
+    "eva": ["adapter.r=4", "adapter.data_batches=2"],
+    "full": [],
+    "ia3": [],
+    "loftq": ["adapter.r=4", "base.quantization=nf4", "base.hidden_size=64"],
+    "lora": ["base.quantization=nf4", "base.hidden_size=64"],
+    "loraplus": [],
+    "peft": ["adapter.peft_type=LOHA", "+adapter.r=4"],
+    "pissa": ["adapter.r=4"],
+    "prefix_tuning": [],
+    "prompt_tuning": [],
+    "rosa": CASES["rosa"][1:],
+    "rslora": [],
+    "shira": ["adapter.r=4"],
+    "sparse": ["adapter.density=0.1", "adapter.score=mean"],
+    "spiel_ma": SPIEL,
+    "spiel": SPIEL,
+    "supertuning": [],
+}
 DRAFTERS: dict[str, list[str]] = {
-    "eagle": ["drafter.noise=0", "drafter.offsets=2"], "eagle3": ["drafter.aux_layers=[0,1,2]", *EAGLE3[3:]], "hydra": ["drafter.offsets=2"],
-    "hydra_plus": ["drafter.offsets=2", "drafter.dropout=0"], "medusa": ["drafter.offsets=2"], "mtp_medusa": [], "mtp_parallel": [],
-    "mtp_sequential": [], "mtp_shared": [], "registers": ["drafter.share=1"],
-}  # fmt: skip
-# They begin from the first batches of a process's rows, or choose entries by the first process's; all processes then have the same.
-# Registers draw each row's offset.
+    "eagle": ["drafter.noise=0", "drafter.offsets=2"],
+    "eagle3": ["drafter.aux_layers=[0,1,2]", *EAGLE3[3:]],
+    "hydra": ["drafter.offsets=2"],
+    "hydra_plus": ["drafter.offsets=2", "drafter.dropout=0"],
+    "medusa": ["drafter.offsets=2"],
+    "mtp_medusa": [],
+    "mtp_parallel": [],
+    "mtp_sequential": [],
+    "mtp_shared": [],
+    "registers": ["drafter.share=1"],
+}
+# They begin from the first batches of a process's rows, or choose entries by the first process's;
+# all processes then have the same. Registers draw each row's offset.
 OF_FIRST = {"adapter corda", "adapter eva", "adapter spiel", "registers beside"}
-WIDE = {f"adapter {name}": [f"adapter={name}", "max_steps=3", *more] for name, more in ADAPTERS.items()}
-WIDE |= {f"{name} beside": [f"drafter={name}", "max_steps=2", *more] for name, more in DRAFTERS.items()}
+WIDE = {
+    f"adapter {name}": [f"adapter={name}", "max_steps=3", *more] for name, more in ADAPTERS.items()
+}
+WIDE |= {
+    f"{name} beside": [f"drafter={name}", "max_steps=2", *more] for name, more in DRAFTERS.items()
+}
 WIDE |= {
     f"{name} alone": ["adapter=none", "objective=distill", f"drafter={name}", "max_steps=2", *more]
     for name, more in DRAFTERS.items()
@@ -325,7 +447,10 @@ WIDE |= {f"fsdp2 {name}": CASES[name] for name in ("classes", "medusa", "eagle3"
 RESUMED = {}
 for _name, _more in {"ddp": ["accumulate=2"], "fsdp2": [], "fsdp2 full": ["adapter=full"]}.items():
     _common = [*_more, "schedule=constant", "callbacks.checkpoints.every=1"]
-    RESUMED |= {f"{_name} whole": [*_common, "max_steps=4"], f"{_name} cut": [*_common, "max_steps=2"]}
+    RESUMED |= {
+        f"{_name} whole": [*_common, "max_steps=4"],
+        f"{_name} cut": [*_common, "max_steps=2"],
+    }
     RESUMED |= {f"{_name} cut on": [*_common, "max_steps=4", "resume=auto"]}
 
 
@@ -360,17 +485,35 @@ def test_any_method_in_two_processes(wide, name):
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2 full"])
 def test_two_processes_go_on_bit_for_bit(wide, name):
     for rank in (0, 1):
-        whole, on = (torch.load(wide / f"{name} {kind}.{rank}.pt", weights_only=True) for kind in ("whole", "cut on"))
+        whole, on = (
+            torch.load(wide / f"{name} {kind}.{rank}.pt", weights_only=True)
+            for kind in ("whole", "cut on")
+        )
         assert len(on["gradients"]) == 2
         assert whole["weights"].keys() == on["weights"].keys()
-        assert all(torch.equal(tensor, on["weights"][key]) for key, tensor in whole["weights"].items())
+        assert all(
+            torch.equal(tensor, on["weights"][key]) for key, tensor in whole["weights"].items()
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_the_other(tmp_path, chats, rank):
-    settings = [f"task.path={chats}", "max_steps=100000", "lightning=cpu", "lightning.devices=2", "lightning.timeout=1"]
-    command = [sys.executable, "-m", "trainer", "+experiment=smoke", *settings, "callbacks.evaluation.every=null"]
+    settings = [
+        f"task.path={chats}",
+        "max_steps=100000",
+        "lightning=cpu",
+        "lightning.devices=2",
+        "lightning.timeout=1",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "trainer",
+        "+experiment=smoke",
+        *settings,
+        "callbacks.evaluation.every=null",
+    ]
     first = psutil.Popen(
         command,
         cwd=tmp_path,

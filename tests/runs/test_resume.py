@@ -47,7 +47,10 @@ def cut_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 def outcome(run):
     """(final trained tensors, logged rows without times)."""
     last = checkpoints.load(checkpoints.chosen(run / "checkpoints", "last"))
-    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in journal.read(run / "metrics.jsonl")]
+    rows = [
+        {k: v for k, v in row.items() if k not in TIMES}
+        for row in journal.read(run / "metrics.jsonl")
+    ]
     return last["adapter"]["tensors"], rows, last["counters"]
 
 
@@ -86,7 +89,13 @@ def test_resumed_ends_as_uninterrupted(train, chats, monkeypatch, case):
 
 
 def test_a_stream_goes_on_where_it_stopped(train, chats, monkeypatch):
-    settings = (f"task.path={chats}", f"task.eval_path={chats}", "task.streaming=true", "task.shuffle_block=16", *COMMON)
+    settings = (
+        f"task.path={chats}",
+        f"task.eval_path={chats}",
+        "task.streaming=true",
+        "task.shuffle_block=16",
+        *COMMON,
+    )
     wanted = outcome(train(*settings, "name=alone"))
     with monkeypatch.context() as patch:
         cut_at(patch, 7)
@@ -184,17 +193,35 @@ def test_a_finished_run_is_left_alone(train, chats):
 
 def start(tmp_path, rows, *extra):
     command = [
-        sys.executable, "-m", "trainer", "+experiment=smoke", f"task.path={rows}", f"runs={tmp_path / 'runs'}", "max_steps=4000",
-        "precision=fp32", "resume=auto", "callbacks.checkpoints.every=null", *extra,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "trainer",
+        "+experiment=smoke",
+        f"task.path={rows}",
+        f"runs={tmp_path / 'runs'}",
+        "max_steps=4000",
+        "precision=fp32",
+        "resume=auto",
+        "callbacks.checkpoints.every=null",
+        *extra,
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=tmp_path)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
 
 
 def wait_for_steps(run, process):
     until = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < until:
-        if any(row["kind"] == "step" and row["step"] > 3 for row in journal.read(run / "metrics.jsonl")):
+        if any(
+            row["kind"] == "step" and row["step"] > 3 for row in journal.read(run / "metrics.jsonl")
+        ):
             return
         time.sleep(0.05)
     raise AssertionError(process.communicate()[0])
@@ -215,7 +242,9 @@ def test_a_signal_saves_the_step_and_says_how_to_go_on(tmp_path, chats, number, 
     saved = checkpoints.newest(run / "checkpoints")
     steps = [row["step"] for row in journal.read(run / "metrics.jsonl") if row["kind"] == "step"]
     assert int(saved.stem[5:]) == steps[-1]  # no step is lost
-    again = start(tmp_path, chats, f"max_steps={steps[-1] + 2}", "schedule=constant", "schedule.warmup=0")
+    again = start(
+        tmp_path, chats, f"max_steps={steps[-1] + 2}", "schedule=constant", "schedule.warmup=0"
+    )
     assert again.wait(timeout=120) != 0  # another schedule: refused
     again.stdout.close()
     assert not json.loads((run / "preflight.json").read_text())["errors"]

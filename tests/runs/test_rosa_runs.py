@@ -1,4 +1,5 @@
-"""RoSA through the real program: its phases, its mask, what it refuses, and that neither a cut nor processes change what comes out."""
+"""RoSA through the real program: its phases, its mask, what it refuses, and that neither a cut nor
+processes change what comes out."""
 
 from __future__ import annotations
 
@@ -18,9 +19,16 @@ from trainer.storage import journal
 from trainer.training.finetune import FineTune
 
 ROSA = (
-    "adapter=rosa", "adapter.rank=2", "adapter.density=0.1", "adapter.warmup_steps=2", "adapter.mask_steps=2", "max_steps=7",
-    "batch_size=2", "adapter.gradient=sampled", "callbacks.evaluation=null",
-)  # fmt: skip
+    "adapter=rosa",
+    "adapter.rank=2",
+    "adapter.density=0.1",
+    "adapter.warmup_steps=2",
+    "adapter.mask_steps=2",
+    "max_steps=7",
+    "batch_size=2",
+    "adapter.gradient=sampled",
+    "callbacks.evaluation=null",
+)
 NO_CHECKPOINTS = "callbacks.checkpoints=null"  # and so nothing to load back and compare
 
 
@@ -57,11 +65,16 @@ def test_a_run_tells_and_leaves_its_mask_and_a_second_takes_it(train, chats):
     run = train(*settings, "name=first")
     (told,) = rows(run, "adapter")
     assert told["step"] == 4
-    assert {key for key in told if key not in ("kind", "step")} == {"mask_rows", "mask_columns", "mask_among_largest"}
+    assert {key for key in told if key not in ("kind", "step")} == {
+        "mask_rows",
+        "mask_columns",
+        "mask_among_largest",
+    }
     assert all(0 < value <= 1 for key, value in told.items() if key.startswith("mask"))
     found = masks(run)
     assert len(found) == 14
-    # A rise of two steps and a fall of five; after the mask, a rise of two and a fall of one in the three steps that are left.
+    # A rise of two steps and a fall of five; after the mask, a rise of two and a fall of one in the
+    # three steps that are left.
     assert rates(run) == pytest.approx([1 / 2, 1, 1, 4 / 5, 1 / 2, 1, 1])
     saved = load_file(run / "adapter" / "adapter_model.safetensors")
     values = {name: tensor for name, tensor in saved.items() if name.endswith("values")}
@@ -76,7 +89,8 @@ def test_a_run_tells_and_leaves_its_mask_and_a_second_takes_it(train, chats):
         for name, tensor in saved.items():
             if name.endswith("indices"):
                 assert torch.equal(again[name], tensor)
-            if name.endswith("values"):  # from the first step on: two Adam steps at most, of half the rate and all of it
+            # from the first step on: two Adam steps at most, of half the rate and all of it
+            if name.endswith("values"):
                 assert 1e-3 < again[name].abs().max() / 0.2857 <= 1.5e-2 * 1.01
 
 
@@ -88,7 +102,9 @@ def test_a_run_may_end_with_its_mask(train, chats):
 
 
 def test_what_a_mask_without_gradients_is_like_is_told_too(train, chats):
-    run = train(f"task.path={chats}", *ROSA, NO_CHECKPOINTS, "adapter.mask=magnitude", "max_steps=2")
+    run = train(
+        f"task.path={chats}", *ROSA, NO_CHECKPOINTS, "adapter.mask=magnitude", "max_steps=2"
+    )
     (told,) = rows(run, "adapter")
     assert told["step"] == 1
     assert told["mask_among_largest"] == 1
@@ -98,7 +114,9 @@ def test_what_a_mask_without_gradients_is_like_is_told_too(train, chats):
 # bad input
 
 
-def test_a_mask_file_that_does_not_fit_is_refused_before_the_base_is_loaded(train, chats, weightless):
+def test_a_mask_file_that_does_not_fit_is_refused_before_the_base_is_loaded(
+    train, chats, weightless
+):
     settings = (f"task.path={chats}", *ROSA)
     with pytest.raises(AdapterError, match="no such file"):
         train(*settings, f"adapter.mask={chats.parent / 'nothere'}")
@@ -116,8 +134,12 @@ def test_a_mask_file_of_another_density_is_refused_before_the_base_is_loaded(tra
         train(*settings, f"adapter.mask={run / 'masks.safetensors'}", "base.layers=1")
 
 
-def test_a_warm_up_longer_than_the_run_is_refused_before_the_base_is_loaded(train, chats, weightless):
-    with pytest.raises(AdapterError, match=r"made after 4 steps .* and the run has 3: lower adapter.warmup_steps"):
+def test_a_warm_up_longer_than_the_run_is_refused_before_the_base_is_loaded(
+    train, chats, weightless
+):
+    with pytest.raises(
+        AdapterError, match=r"made after 4 steps .* and the run has 3: lower adapter.warmup_steps"
+    ):
         train(f"task.path={chats}", *ROSA, "max_steps=3")
 
 
@@ -128,14 +150,23 @@ def test_a_warm_up_longer_than_the_run_is_refused_before_the_base_is_loaded(trai
         ("0", ConfigError, "adapter.density"),
         ("1.5", ConfigError, "adapter.density"),
         ("-0.1", ConfigError, "adapter.density"),
-        ("1e-4", AdapterError, "density 0.0001 of model.* is less than one of its 256 entries: raise it"),
+        (
+            "1e-4",
+            AdapterError,
+            "density 0.0001 of model.* is less than one of its 256 entries: raise it",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_density_that_cannot_be_is_refused_before_the_base_is_loaded(
     train, chats, weightless, adapter, density, error, message
 ):
     with pytest.raises(error, match=message):
-        train(f"task.path={chats}", f"adapter={adapter}", f"adapter.density={density}", "adapter.warmup_steps=0")
+        train(
+            f"task.path={chats}",
+            f"adapter={adapter}",
+            f"adapter.density={density}",
+            "adapter.warmup_steps=0",
+        )
 
 
 # steps that are not finite
@@ -156,8 +187,16 @@ def spoil(monkeypatch: pytest.MonkeyPatch, broken: set[tuple[int, int]]) -> None
 
 
 def test_micro_batches_that_are_not_finite_do_not_spoil_a_mask(train, chats, monkeypatch):
-    settings = (f"task.path={chats}", *ROSA, NO_CHECKPOINTS, "accumulate=2", "adapter.warmup_steps=0", "max_steps=3")
-    spoil(monkeypatch, {(0, 0), (1, 0), (1, 1)})  # the second micro-batch of the first step makes the mask
+    settings = (
+        f"task.path={chats}",
+        *ROSA,
+        NO_CHECKPOINTS,
+        "accumulate=2",
+        "adapter.warmup_steps=0",
+        "max_steps=3",
+    )
+    # the second micro-batch of the first step makes the mask
+    spoil(monkeypatch, {(0, 0), (1, 0), (1, 1)})
     run = train(*settings)
     assert [row["step"] for row in rows(run, "skipped")] == [1, 2]
     assert [row["step"] for row in rows(run, "adapter")] == [2]
@@ -166,7 +205,10 @@ def test_micro_batches_that_are_not_finite_do_not_spoil_a_mask(train, chats, mon
 
 def test_a_mask_of_nothing_finite_is_an_error(train, chats, monkeypatch):
     spoil(monkeypatch, {(2, 0), (3, 0)})
-    with pytest.raises(AdapterError, match=r"no micro-batch of the mask's steps had a finite gradient at model.layers.0"):
+    with pytest.raises(
+        AdapterError,
+        match=r"no micro-batch of the mask's steps had a finite gradient at model.layers.0",
+    ):
         train(f"task.path={chats}", *ROSA)
 
 
@@ -177,20 +219,33 @@ CASES = {  # settings, and the rates that they give
     "restart": ((), [1 / 2, 1, 1, 4 / 5, 1 / 2, 1, 1]),
     "the same low-rank part, and candidates": (
         (
-            "adapter.restart_after_mask=false", "adapter.scores=candidates", "adapter.score=mean", "accumulate=2",
+            "adapter.restart_after_mask=false",
+            "adapter.scores=candidates",
+            "adapter.score=mean",
+            "accumulate=2",
             "adapter.dropout=0.3",
         ),
         [1 / 2, 1, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5],
     ),
-    "spa_only": (("adapter.schedule=spa_only", "adapter.mask_steps=4", "adapter.sparse_lr_ratio=1"), [1 / 2, 1, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5]),
-}  # fmt: skip
+    "spa_only": (
+        ("adapter.schedule=spa_only", "adapter.mask_steps=4", "adapter.sparse_lr_ratio=1"),
+        [1 / 2, 1, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5],
+    ),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_cut_off_in_each_phase_it_ends_as_uninterrupted(train, chats, monkeypatch, case):
     """In the warm-up, between the mask's two steps, and just after it."""
     changes, its_rates = CASES[case]
-    settings = (f"task.path={chats}", *ROSA, "callbacks.checkpoints.every=1", "schedule=linear", "schedule.warmup=2", *changes)
+    settings = (
+        f"task.path={chats}",
+        *ROSA,
+        "callbacks.checkpoints.every=1",
+        "schedule=linear",
+        "schedule.warmup=2",
+        *changes,
+    )
     alone = train(*settings, "name=alone")
     for step in (1, 3, 4):
         with monkeypatch.context() as patch:
@@ -216,14 +271,24 @@ def test_two_processes_make_the_mask_and_the_weights_of_one(train, program, chat
     settings = (f"task.path={chats}", *ROSA, NO_CHECKPOINTS, "max_steps=6")
     alone = train(*settings, "accumulate=2", "name=alone", "lightning=cpu")
     done = program(
-        "+experiment=smoke", *settings, "precision=fp32", "threads=1", "name=both", "lightning=cpu", "lightning.devices=2",
+        "+experiment=smoke",
+        *settings,
+        "precision=fp32",
+        "threads=1",
+        "name=both",
+        "lightning=cpu",
+        "lightning.devices=2",
         "lightning.strategy=ddp",
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     both = chats.parent / "runs" / "both"
     assert masks(both) == masks(alone)
-    wanted, found = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (alone, both))
-    assert any(tensor.abs().max() > 1e-3 for name, tensor in wanted.items() if name.endswith("values"))
+    wanted, found = (
+        load_file(run / "adapter" / "adapter_model.safetensors") for run in (alone, both)
+    )
+    assert any(
+        tensor.abs().max() > 1e-3 for name, tensor in wanted.items() if name.endswith("values")
+    )
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
     (told,), (other,) = rows(alone, "adapter"), rows(both, "adapter")

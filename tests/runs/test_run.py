@@ -46,12 +46,22 @@ def test_chats_are_learnt_and_everything_is_written(train, chats):
     assert "exact_match" in last
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
-    assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert config["target_modules"] == [
+        "down_proj",
+        "gate_proj",
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "up_proj",
+        "v_proj",
+    ]
 
 
 def test_plain_text_and_packing(train, tmp_path):
     rows = write_rows(tmp_path / "text.jsonl", [{"text": "abc " * (3 + i % 9)} for i in range(80)])
-    run = train("task=completion", f"task.path={rows}", "packing=true", "max_length=64", "max_steps=10")
+    run = train(
+        "task=completion", f"task.path={rows}", "packing=true", "max_length=64", "max_steps=10"
+    )
     first, *_, last = evaluations(run)
     assert last["loss"] < first["loss"]
     checked = json.loads((run / "preflight.json").read_text())
@@ -69,17 +79,30 @@ def test_plain_text_and_packing(train, tmp_path):
     ],
     ids=str,
 )
-def test_flash_attention_is_asked_for_where_rows_are_packed(train, chats, monkeypatch, overrides, asks):
+def test_flash_attention_is_asked_for_where_rows_are_packed(
+    train, chats, monkeypatch, overrides, asks
+):
     asked = []
-    monkeypatch.setattr("trainer.speed.flash.prefer_flash", lambda *given: asked.append(given) or False)
+    monkeypatch.setattr(
+        "trainer.speed.flash.prefer_flash", lambda *given: asked.append(given) or False
+    )
     train(f"task.path={chats}", "packing=true", "max_steps=1", *overrides)
     assert bool(asked) is asks
 
 
 def test_classification_with_a_new_head(train, tmp_path):
-    rows = [{"text": "good " * (1 + i % 5) if i % 2 else "bad " * (1 + i % 5), "label": str(i % 2)} for i in range(120)]
+    rows = [
+        {"text": "good " * (1 + i % 5) if i % 2 else "bad " * (1 + i % 5), "label": str(i % 2)}
+        for i in range(120)
+    ]
     path = write_rows(tmp_path / "labels.jsonl", rows)
-    run = train("task=classification", f"task.path={path}", "task.eval_fraction=0.2", "max_steps=30", "max_epochs=5")
+    run = train(
+        "task=classification",
+        f"task.path={path}",
+        "task.eval_fraction=0.2",
+        "max_steps=30",
+        "max_epochs=5",
+    )
     last = evaluations(run)[-1]
     assert last["accuracy"] > 0.9
     assert last["f1"] > 0.9
@@ -88,18 +111,32 @@ def test_classification_with_a_new_head(train, tmp_path):
 
 
 def test_streaming_reads_rows_while_training(train, chats):
-    run = train(f"task.path={chats}", "task.streaming=true", f"task.eval_path={chats}", "task.shuffle_block=16", "max_steps=6")
+    run = train(
+        f"task.path={chats}",
+        "task.streaming=true",
+        f"task.eval_path={chats}",
+        "task.shuffle_block=16",
+        "max_steps=6",
+    )
     first, *_, last = evaluations(run)
     assert last["loss"] < first["loss"]
 
 
 def test_a_stream_that_ends_early_says_so(train, chats):
     run = train(
-        f"task.path={chats}", "task.streaming=true", "task.eval_fraction=0", "max_steps=50", "max_epochs=1", "batch_size=8"
+        f"task.path={chats}",
+        "task.streaming=true",
+        "task.eval_fraction=0",
+        "max_steps=50",
+        "max_epochs=1",
+        "batch_size=8",
     )
     rows = journal.read(run / "metrics.jsonl")
-    assert [row["step"] for row in rows if row["kind"] == "step"][-1] == 8  # 60 rows, the last step smaller
-    assert [row["reason"] for row in rows if row["kind"] == "stopped"] == ["the data came to its end"]
+    # 60 rows, the last step smaller
+    assert [row["step"] for row in rows if row["kind"] == "step"][-1] == 8
+    assert [row["reason"] for row in rows if row["kind"] == "stopped"] == [
+        "the data came to its end"
+    ]
 
 
 def test_no_adapter_evaluates_the_base(train, chats):
@@ -111,11 +148,18 @@ def test_no_adapter_evaluates_the_base(train, chats):
 
 
 def test_full_fine_tuning_moves_the_base(train, chats, tiny):
-    run = train(f"task.path={chats}", "adapter=full", "max_steps=4", "callbacks.checkpoints.every=null")
-    saved = torch.load(next((run / "checkpoints").glob("*.ckpt")), weights_only=True)["adapter"]["tensors"]
+    run = train(
+        f"task.path={chats}", "adapter=full", "max_steps=4", "callbacks.checkpoints.every=null"
+    )
+    saved = torch.load(next((run / "checkpoints").glob("*.ckpt")), weights_only=True)["adapter"][
+        "tensors"
+    ]
     before = tiny.load(torch.float32).state_dict()
-    assert set(saved) == {name for name in before if name != "lm_head.weight"}  # tied to the embedding
-    assert all(not torch.equal(saved[name], before[name]) for name in saved if name.endswith("proj.weight"))
+    # tied to the embedding
+    assert set(saved) == {name for name in before if name != "lm_head.weight"}
+    assert all(
+        not torch.equal(saved[name], before[name]) for name in saved if name.endswith("proj.weight")
+    )
 
 
 def test_training_stops_when_evaluation_gets_no_better(train, chats):
@@ -131,7 +175,9 @@ def test_training_stops_when_evaluation_gets_no_better(train, chats):
     assert "no better loss in 2 evaluations" in stopped[0]["reason"]
     assert stopped[0]["step"] < 60
     best = json.loads((run / "checkpoints" / "best.json").read_text())["step"]
-    losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "evaluation" and row["step"] > 0}
+    losses = {
+        row["step"]: row["loss"] for row in rows if row["kind"] == "evaluation" and row["step"] > 0
+    }
     assert best == min(losses, key=losses.get)
     assert (run / "checkpoints" / f"step-{best:08d}.ckpt").exists()
 
@@ -151,7 +197,12 @@ def test_max_tokens_ends_after_the_step_that_reaches_them(train, chats):
 
 
 def test_best_and_newest_checkpoints_are_kept(train, chats):
-    run = train(f"task.path={chats}", "max_steps=12", "callbacks.checkpoints.every=2", "callbacks.checkpoints.keep=2")
+    run = train(
+        f"task.path={chats}",
+        "max_steps=12",
+        "callbacks.checkpoints.every=2",
+        "callbacks.checkpoints.keep=2",
+    )
     steps = sorted(int(path.stem[5:]) for path in (run / "checkpoints").glob("*.ckpt"))
     best = json.loads((run / "checkpoints" / "best.json").read_text())["step"]
     assert steps == sorted({8, 10, 12, best})  # the cooldown begins after 8
@@ -167,7 +218,12 @@ def test_half_precision_keeps_the_adapter_in_fp32(train, chats, precision):
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_quantised_bases_train(train, chats, quantization):
-    run = train(f"task.path={chats}", f"base.quantization={quantization}", "max_steps=4", "base.hidden_size=64")
+    run = train(
+        f"task.path={chats}",
+        f"base.quantization={quantization}",
+        "max_steps=4",
+        "base.hidden_size=64",
+    )
     first, *_, last = evaluations(run)
     assert last["loss"] < first["loss"]
 
@@ -186,7 +242,11 @@ def test_wandb_falls_back_to_offline_under_the_runs_own_id(train, chats):
 
 
 def test_a_second_run_of_the_name_gets_its_own_folder(train, chats):
-    assert [train(f"task.path={chats}", "max_steps=1").name for _ in range(3)] == ["smoke", "smoke-2", "smoke-3"]
+    assert [train(f"task.path={chats}", "max_steps=1").name for _ in range(3)] == [
+        "smoke",
+        "smoke-2",
+        "smoke-3",
+    ]
 
 
 def test_rows_held_out_are_never_trained(train, tmp_path):
@@ -197,14 +257,26 @@ def test_rows_held_out_are_never_trained(train, tmp_path):
 
 
 def test_two_processes_are_one_run(program, chats):
-    settings = ["+experiment=smoke", f"task.path={chats}", "max_steps=4", "precision=fp32", "lightning=cpu"]
+    settings = [
+        "+experiment=smoke",
+        f"task.path={chats}",
+        "max_steps=4",
+        "precision=fp32",
+        "lightning=cpu",
+    ]
     alone = program(*settings, "batch_size=4", "name=alone")
-    both = program(*settings, "batch_size=2", "name=both", "lightning.devices=2", "lightning.strategy=ddp")
+    both = program(
+        *settings, "batch_size=2", "name=both", "lightning.devices=2", "lightning.strategy=ddp"
+    )
     assert alone.returncode == both.returncode == 0, alone.stderr + both.stderr
     runs = chats.parent / "runs"
     assert sorted(path.name for path in runs.iterdir()) == ["alone", "both"]
     assert both.stdout.count("run folder:") == 1  # the first process speaks for all
-    for one, other in zip(journal.read(runs / "alone/metrics.jsonl"), journal.read(runs / "both/metrics.jsonl"), strict=True):
+    for one, other in zip(
+        journal.read(runs / "alone/metrics.jsonl"),
+        journal.read(runs / "both/metrics.jsonl"),
+        strict=True,
+    ):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
@@ -217,16 +289,34 @@ def test_a_run_without_checkpoints_still_leaves_its_adapter(train, chats):
 def test_torchruns_processes_share_the_first_ones_folder(tmp_path, chats):
     leftovers = set(Path(tempfile.gettempdir()).glob("graft-*"))
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "trainer", "+experiment=smoke",
-        f"task.path={chats}", "max_steps=2", "batch_size=2", "precision=fp32", "lightning=cpu", "lightning.devices=2",
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "trainer",
+        "+experiment=smoke",
+        f"task.path={chats}",
+        "max_steps=2",
+        "batch_size=2",
+        "precision=fp32",
+        "lightning=cpu",
+        "lightning.devices=2",
         "lightning.strategy=ddp",
-    ]  # fmt: skip
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["smoke"]
     assert done.stdout.count("run folder:") == 1
-    assert [row["step"] for row in journal.read(tmp_path / "runs/smoke/metrics.jsonl") if row["kind"] == "evaluation"][-1] == 2
+    assert [
+        row["step"]
+        for row in journal.read(tmp_path / "runs/smoke/metrics.jsonl")
+        if row["kind"] == "evaluation"
+    ][-1] == 2
     assert set(Path(tempfile.gettempdir()).glob("graft-*")) == leftovers
 
 

@@ -1,4 +1,5 @@
-"""Sparse adapters in several processes and under a loss scale, against plain float64 references; what they refuse, by the program."""
+"""Sparse adapters in several processes and under a loss scale, against plain float64 references;
+what they refuse, by the program."""
 
 from __future__ import annotations
 
@@ -29,20 +30,48 @@ ADAMW = partial(torch.optim.AdamW, lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0
 
 def rosa(**changes: Any) -> RoSAAdapter:
     settings: dict[str, Any] = {
-        "rank": 2, "alpha": 2.0, "rslora": False, "dropout": 0.0, "density": 0.2, "density_pattern": {}, "schedule": "wl",
-        "warmup_steps": 0, "mask_steps": 2, "restart_after_mask": False, "mask": "gradient", "score": "squared", "scores": "exact",
-        "mask_seed": 0, "sparse_lr_ratio": 1.0, "sparse_weight_decay": 0.0, "target_modules": "all-linear", "exclude_modules": [],
-        "gradient": "gathered", "dtype": "float64", "sparse_dtype": "float64",
-    }  # fmt: skip
+        "rank": 2,
+        "alpha": 2.0,
+        "rslora": False,
+        "dropout": 0.0,
+        "density": 0.2,
+        "density_pattern": {},
+        "schedule": "wl",
+        "warmup_steps": 0,
+        "mask_steps": 2,
+        "restart_after_mask": False,
+        "mask": "gradient",
+        "score": "squared",
+        "scores": "exact",
+        "mask_seed": 0,
+        "sparse_lr_ratio": 1.0,
+        "sparse_weight_decay": 0.0,
+        "target_modules": "all-linear",
+        "exclude_modules": [],
+        "gradient": "gathered",
+        "dtype": "float64",
+        "sparse_dtype": "float64",
+    }
     return RoSAAdapter(**settings | changes)
 
 
 def spiel(**changes: Any) -> SpIEL:
     settings: dict[str, Any] = {
-        "variant": "AG", "density": 0.25, "density_pattern": {}, "weight_decay": DECAY, "reselection_steps": 5,
-        "accumulation_steps": 3, "initial_rate": 0.6, "policy": "linear", "momentum": 0.0, "support_seed": 0,
-        "target_modules": "all-linear", "exclude_modules": [], "gradient": "gathered", "sparse_dtype": "float32",
-    }  # fmt: skip
+        "variant": "AG",
+        "density": 0.25,
+        "density_pattern": {},
+        "weight_decay": DECAY,
+        "reselection_steps": 5,
+        "accumulation_steps": 3,
+        "initial_rate": 0.6,
+        "policy": "linear",
+        "momentum": 0.0,
+        "support_seed": 0,
+        "target_modules": "all-linear",
+        "exclude_modules": [],
+        "gradient": "gathered",
+        "sparse_dtype": "float32",
+    }
     return SpIEL(**settings | changes)
 
 
@@ -54,9 +83,13 @@ def net() -> Any:
 
 
 def rows(step: int, rank: int, micro: int) -> tuple[Tensor, Tensor]:
-    """A micro-batch; one number of its target, far from what can be learnt, makes it differ from the others."""
+    """A micro-batch; one number of its target, far from what can be learnt, makes it differ from
+    the others."""
     draw = torch.Generator().manual_seed(100 * step + 10 * rank + micro)
-    x, t = torch.randn(3, 8, generator=draw, dtype=torch.float64), torch.randn(3, 7, generator=draw, dtype=torch.float64)
+    x, t = (
+        torch.randn(3, 8, generator=draw, dtype=torch.float64),
+        torch.randn(3, 7, generator=draw, dtype=torch.float64),
+    )
     return x, t + 4 * torch.randn(3, 7, generator=draw, dtype=torch.float64).tanh()
 
 
@@ -72,7 +105,8 @@ def gradient(w: Tensor, bias: Tensor, x: Tensor, t: Tensor) -> Tensor:
 
 
 def step(adapter: Any, model: Any, optimizer: Any, done: int, broken: bool = False) -> Any:
-    """One step of two micro-batches in this process, gradients averaged over processes as DDP does; broken ones change nothing."""
+    """One step of two micro-batches in this process, gradients averaged over processes as DDP does;
+    broken ones change nothing."""
     rank = torch.distributed.get_rank()
     optimizer.zero_grad()
     for micro in range(2):
@@ -93,7 +127,8 @@ def step(adapter: Any, model: Any, optimizer: Any, done: int, broken: bool = Fal
 # two processes
 
 
-BROKEN = 6  # the step in which the first process has nothing finite, which opens SpIEL's second window
+# the step in which the first process has nothing finite, which opens SpIEL's second window
+BROKEN = 6
 
 
 def _rank(rank: int, folder: Path) -> None:
@@ -109,7 +144,8 @@ def _rank(rank: int, folder: Path) -> None:
         step(adapter, model, optimizer, 2)
         found["masks"][score] = sparse.supports(model)["0"].tolist()
         torch.distributed.barrier()
-        saved = torch.load(folder / f"{score}0.pt", weights_only=True)  # the first process writes a run's checkpoints
+        # the first process writes a run's checkpoints
+        saved = torch.load(folder / f"{score}0.pt", weights_only=True)
         adapter = rosa(score=score)
         model = adapter.attach(net(), Start(steps=9, saved=saved))
         optimizer = toys.optimiser(adapter, model, lr=0.0)
@@ -140,7 +176,13 @@ def _rank(rank: int, folder: Path) -> None:
         numbers = {key: state[key].double() for key in ("exp_avg", "exp_avg_sq", "age")} | {
             "value": delta.values.detach().double()
         }
-        found["spiel"].append((delta.indices.tolist(), {key: tensor.tolist() for key, tensor in numbers.items()}, news))
+        found["spiel"].append(
+            (
+                delta.indices.tolist(),
+                {key: tensor.tolist() for key, tensor in numbers.items()},
+                news,
+            )
+        )
 
     ag = spiel(accumulation_steps=1)
     model = ag.attach(net(), Start(steps=12))
@@ -204,7 +246,8 @@ def reference() -> tuple[dict[int, dict[str, float]], list[dict[str, float] | No
             for micro in (0, 1)
         }
         total = [sum(parts) / 2 for parts in zip(*seen.values(), strict=True)]
-        # The first process's first finite micro-batch finds the candidates, and its step is not counted.
+        # The first process's first finite micro-batch finds the candidates, and its step is not
+        # counted.
         if done in (1, BROKEN + 1):
             largest = sorted(range(56), key=lambda e: -abs(seen[0, 0][e]))[:k]
             sums = {e: [] for e in largest}
@@ -215,8 +258,13 @@ def reference() -> tuple[dict[int, dict[str, float]], list[dict[str, float] | No
             for e, entry in entries.items():
                 entry["age"] += 1
                 entry["exp_avg"] = BETAS[0] * entry["exp_avg"] + (1 - BETAS[0]) * total[e]
-                entry["exp_avg_sq"] = BETAS[1] * entry["exp_avg_sq"] + (1 - BETAS[1]) * total[e] ** 2
-                m, v = entry["exp_avg"] / (1 - BETAS[0] ** entry["age"]), entry["exp_avg_sq"] / (1 - BETAS[1] ** entry["age"])
+                entry["exp_avg_sq"] = (
+                    BETAS[1] * entry["exp_avg_sq"] + (1 - BETAS[1]) * total[e] ** 2
+                )
+                m, v = (
+                    entry["exp_avg"] / (1 - BETAS[0] ** entry["age"]),
+                    entry["exp_avg_sq"] / (1 - BETAS[1] ** entry["age"]),
+                )
                 entry["value"] -= LR * DECAY * entry["value"] + LR * m / (math.sqrt(v) + EPS)
         if done % 5 != 3:
             news.append(None)
@@ -233,8 +281,11 @@ def reference() -> tuple[dict[int, dict[str, float]], list[dict[str, float] | No
             count = len(sums[e])
             mean, mean2 = sum(sums[e]) / count, sum(g**2 for g in sums[e]) / count
             entries[e] = {
-                "value": 0.0, "exp_avg": mean * (1 - BETAS[0] ** count), "exp_avg_sq": mean2 * (1 - BETAS[1] ** count), "age": count
-            }  # fmt: skip
+                "value": 0.0,
+                "exp_avg": mean * (1 - BETAS[0] ** count),
+                "exp_avg_sq": mean2 * (1 - BETAS[1] ** count),
+                "age": count,
+            }
         start = start or set(entries)
         news.append(
             {
@@ -247,7 +298,9 @@ def reference() -> tuple[dict[int, dict[str, float]], list[dict[str, float] | No
     return entries, news
 
 
-@pytest.mark.parametrize("number", range(5), ids=["whole", "cut after 1", "cut after 2", "cut after 8", "cut after 9"])
+@pytest.mark.parametrize(
+    "number", range(5), ids=["whole", "cut after 1", "cut after 2", "cut after 8", "cut after 9"]
+)
 def test_a_support_moves_by_all_processes_gradients(ranks, number):
     entries, news = reference()
     assert news[2] is not None
@@ -257,9 +310,14 @@ def test_a_support_moves_by_all_processes_gradients(ranks, number):
         indices, numbers, told = rank["spiel"][number]
         assert indices == sorted(entries)
         for key, found in numbers.items():
-            assert found == pytest.approx([entries[e][key] for e in indices], rel=1e-4, abs=1e-6), key
+            assert found == pytest.approx([entries[e][key] for e in indices], rel=1e-4, abs=1e-6), (
+                key
+            )
         assert [row if row is None else pytest.approx(row) for row in news] == told
-    assert ranks[0]["spiel"][number][:2] == ranks[1]["spiel"][number][:2] == ranks[0]["spiel"][0][:2]  # bit for bit
+    # bit for bit
+    assert (
+        ranks[0]["spiel"][number][:2] == ranks[1]["spiel"][number][:2] == ranks[0]["spiel"][0][:2]
+    )
 
 
 def test_a_window_of_one_step_is_refused_in_two_processes(ranks):
@@ -285,7 +343,9 @@ def half(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fitted(folder: Path, adapter: Any, *overrides: str, steps: int = 5) -> Any:
     model = adapter.attach(toys.llama(torch.float32), Start(steps=steps))
-    run = test_finetune.Run(folder, ["optimizer.fused=false", "batch_size=2", "accumulate=2", *overrides])
+    run = test_finetune.Run(
+        folder, ["optimizer.fused=false", "batch_size=2", "accumulate=2", *overrides]
+    )
     skipped = run.fit(adapter, model, steps=steps).skipped
     assert skipped == 0
     return model
@@ -293,12 +353,15 @@ def fitted(folder: Path, adapter: Any, *overrides: str, steps: int = 5) -> Any:
 
 @pytest.mark.parametrize("schedule", ["wl", "spa_only"])
 def test_rosa_trains_in_16_mixed(tmp_path, half, schedule):
-    model = fitted(tmp_path, rosa(schedule=schedule, density=0.05, dtype="float32", sparse_dtype="float32"))
+    model = fitted(
+        tmp_path, rosa(schedule=schedule, density=0.05, dtype="float32", sparse_dtype="float32")
+    )
     assert all(layer.delta.values.any() for _, layer in sparse.layers(model))
 
 
 def test_steps_count_alike_in_a_mask_whatever_their_loss_scales(tmp_path, half, monkeypatch):
-    """The second step's scale is 8 times that of the first; fp16 rounds gradients by a part in a thousand."""
+    """The second step's scale is 8 times that of the first; fp16 rounds gradients by a part in a
+    thousand."""
 
     def chosen(folder: str) -> dict[str, Tensor]:
         adapter = rosa(density=0.05, dtype="float32", sparse_dtype="float32")
@@ -315,9 +378,18 @@ def test_spiel_trains_in_16_mixed_as_without(tmp_path, half, monkeypatch, varian
     """The same entries grow, and seeded moments are of gradients without the loss scale."""
 
     def trained(folder: str) -> Any:
-        adapter = spiel(variant=variant, density=0.05, reselection_steps=4, accumulation_steps=3, sparse_dtype="float32")
+        adapter = spiel(
+            variant=variant,
+            density=0.05,
+            reselection_steps=4,
+            accumulation_steps=3,
+            sparse_dtype="float32",
+        )
         model = fitted(tmp_path / folder, adapter)
-        return [(layer.delta, adapter.live_optimizer.state[layer.delta.values]) for _, layer in sparse.layers(model)]
+        return [
+            (layer.delta, adapter.live_optimizer.state[layer.delta.values])
+            for _, layer in sparse.layers(model)
+        ]
 
     found = trained("half")
     monkeypatch.undo()
@@ -345,7 +417,9 @@ def test_a_gradient_may_be_beyond_fp16(kind, squared):
         scores(*one)
     products = [(dy.double().T @ x.double()).flatten() for dy, x in micro]
     total = sum(product**2 if squared else product for product in products)
-    allowed = products[0].abs().topk({"exact": 20, "candidates": 12, "first": 3}[kind]).indices.tolist()
+    allowed = (
+        products[0].abs().topk({"exact": 20, "candidates": 12, "first": 3}[kind]).indices.tolist()
+    )
     wanted = sorted(allowed, key=lambda e: -abs(total[e]))[:3]  # type: ignore[index, arg-type]
     assert scores.support(dy.device).tolist() == sorted(wanted)
 
@@ -356,15 +430,32 @@ def test_a_gradient_may_be_beyond_fp16(kind, squared):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("adapter=rosa adapter.warmup_steps=0 adapter.density=0.1 adapter.density_pattern={up_porj:0.1}", "has 'up_porj', which is the end of no"),
-        ("adapter=sparse adapter.density=0.1 adapter.density_pattern={up_proj:2}", r"density of model\.layers\.0\.mlp\.up_proj is 2: expected"),
+        (
+            (
+                "adapter=rosa adapter.warmup_steps=0 adapter.density=0.1"
+                " adapter.density_pattern={up_porj:0.1}"
+            ),
+            "has 'up_porj', which is the end of no",
+        ),
+        (
+            "adapter=sparse adapter.density=0.1 adapter.density_pattern={up_proj:2}",
+            r"density of model\.layers\.0\.mlp\.up_proj is 2: expected",
+        ),
         ("adapter=spiel adapter.density_pattern={mlp:0.1}", "density_pattern has 'mlp'"),
-        ("adapter=spiel adapter.density=1e-4", "density 0.0001 of model.* is less than one of its 256 entries: raise it"),
-        ("adapter=spiel_ma adapter.accumulation_steps=20", "accumulation_steps=20 must be less than adapter.reselection_steps=20"),
+        (
+            "adapter=spiel adapter.density=1e-4",
+            "density 0.0001 of model.* is less than one of its 256 entries: raise it",
+        ),
+        (
+            "adapter=spiel_ma adapter.accumulation_steps=20",
+            "accumulation_steps=20 must be less than adapter.reselection_steps=20",
+        ),
         ("adapter=spiel adapter.momentum=0.5", "adapter.momentum=0.5 is of variant=MA"),
     ],
-)  # fmt: skip
-def test_what_cannot_be_is_told_before_the_base_is_loaded(train, chats, monkeypatch, settings, message):
+)
+def test_what_cannot_be_is_told_before_the_base_is_loaded(
+    train, chats, monkeypatch, settings, message
+):
     monkeypatch.setattr(Base, "load", None)
     with pytest.raises(AdapterError, match=message):
         train(f"task.path={chats}", *settings.split())
@@ -381,8 +472,12 @@ def test_lora_only_through_the_program_is_lora(train, chats):
         "adapter.alpha=4",
     )
     both = [
-        train(*settings, *adapter) for adapter in (("adapter=lora",), ("adapter=rosa", "adapter.density=0.1", "adapter.schedule=lora_only"))
-    ]  # fmt: skip
+        train(*settings, *adapter)
+        for adapter in (
+            ("adapter=lora",),
+            ("adapter=rosa", "adapter.density=0.1", "adapter.schedule=lora_only"),
+        )
+    ]
     wanted, found = (load_file(run / "adapter" / "adapter_model.safetensors") for run in both)
     assert found.keys() == wanted.keys()
     assert not (both[1] / "masks.safetensors").exists()

@@ -1,4 +1,5 @@
-"""SpIEL in the real program: what it logs, that it resumes to the same bits wherever it is cut, and that processes agree."""
+"""SpIEL in the real program: what it logs, that it resumes to the same bits wherever it is cut, and
+that processes agree."""
 
 from __future__ import annotations
 
@@ -78,8 +79,17 @@ def test_it_resumes_to_the_same_bits_wherever_it_is_cut(train, chats, monkeypatc
 
 @pytest.mark.slow
 def test_two_processes_have_one_support(program, chats):
-    settings = ["+experiment=smoke", f"task.path={chats}", "adapter=spiel", *SETTINGS, "max_steps=7", "precision=fp32"]
-    done = program(*settings, "name=both", "lightning=cpu", "lightning.devices=2", "lightning.strategy=ddp")
+    settings = [
+        "+experiment=smoke",
+        f"task.path={chats}",
+        "adapter=spiel",
+        *SETTINGS,
+        "max_steps=7",
+        "precision=fp32",
+    ]
+    done = program(
+        *settings, "name=both", "lightning=cpu", "lightning.devices=2", "lightning.strategy=ddp"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     told = reselections(chats.parent / "runs" / "both")
     assert [row["step"] for row in told] == [2, 6]
@@ -89,5 +99,12 @@ def test_two_processes_have_one_support(program, chats):
 
 def test_a_window_that_does_not_end_is_told_before_a_model_is_loaded(train, chats, monkeypatch):
     monkeypatch.setattr(Base, "load", None)
-    with pytest.raises(AdapterError, match=r"accumulation_steps=4 must be less than adapter.reselection_steps=4"):
-        train(f"task.path={chats}", "adapter=spiel", "adapter.reselection_steps=4", "adapter.accumulation_steps=4")
+    with pytest.raises(
+        AdapterError, match=r"accumulation_steps=4 must be less than adapter.reselection_steps=4"
+    ):
+        train(
+            f"task.path={chats}",
+            "adapter=spiel",
+            "adapter.reselection_steps=4",
+            "adapter.accumulation_steps=4",
+        )

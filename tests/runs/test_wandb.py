@@ -1,4 +1,5 @@
-"""W&B against a server that is well, refuses, answers 500 or hangs: the run goes on, and what was not taken is uploaded later, once."""
+"""W&B against a server that is well, refuses, answers 500 or hangs: the run goes on, and what was
+not taken is uploaded later, once."""
 
 from __future__ import annotations
 
@@ -22,20 +23,34 @@ from trainer.models.losses import NonFinite
 from trainer.storage.journal import Journal
 
 KEY = "0123456789" * 4
-SECRETS = {"WANDB_API_KEY": KEY, "SOME_PASSWORD": "correct-horse-battery", "HF_TOKEN": "hf_canaryCANARYcanaryCANARYcanary"}
-START = {"command": "trainer +experiment=x", "git": "0" * 8, "number": 1, "versions": {"torch": "2"}}
+SECRETS = {
+    "WANDB_API_KEY": KEY,
+    "SOME_PASSWORD": "correct-horse-battery",
+    "HF_TOKEN": "hf_canaryCANARYcanaryCANARYcanary",
+}
+START = {
+    "command": "trainer +experiment=x",
+    "git": "0" * 8,
+    "number": 1,
+    "versions": {"torch": "2"},
+}
 ID = "abcd1234"
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """The stub, with a home folder and a key for it; afterwards nothing of W&B is left in this process."""
+    """The stub, with a home folder and a key for it; afterwards nothing of W&B is left in this
+    process."""
     import wandb
 
     for name, value in (SECRETS | {"HOME": str(tmp_path), "SLURM_JOB_ID": "42"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr(sys, "argv", ["trainer", f"task.system=the password is {SECRETS['SOME_PASSWORD']}", "seed=0"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["trainer", f"task.system=the password is {SECRETS['SOME_PASSWORD']}", "seed=0"],
+    )
     with Stub() as stub:
         monkeypatch.setenv("WANDB_BASE_URL", stub.url)
         wandb.teardown()
@@ -46,24 +61,54 @@ def server(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(tmp_path, server):
-    """A start of a run without a training: logs steps and samples, and ends; returns the seconds that its end took."""
+    """A start of a run without a training: logs steps and samples, and ends; returns the seconds
+    that its end took."""
     folder = tmp_path / "runs" / "a run"
     folder.mkdir(parents=True)
 
-    def started(steps, mode="auto", error=None, meanwhile=lambda: None, artifacts=False, init_timeout=3.0):
+    def started(
+        steps, mode="auto", error=None, meanwhile=lambda: None, artifacts=False, init_timeout=3.0
+    ):
         with Dashboards() as dashboards:
             logger = wandb_logger(
-                folder, ID, "a run", {"seed": 0, "optimizer": {"lr": 0.1}}, START, None, "graft", None, mode, "g", "test", ["t"], "n", 2,
-                artifacts, True, None, init_timeout, 2.0,
-            )  # fmt: skip
+                folder,
+                ID,
+                "a run",
+                {"seed": 0, "optimizer": {"lr": 0.1}},
+                START,
+                None,
+                "graft",
+                None,
+                mode,
+                "g",
+                "test",
+                ["t"],
+                "n",
+                2,
+                artifacts,
+                True,
+                None,
+                init_timeout,
+                2.0,
+            )
             dashboards.all = [logger]
             journal = Journal(folder, dashboards.all)
             for step in steps:
                 journal.tokens = 10 * step
-                journal.write("step", step, {"loss": 1 / (step + 1), "lr": 0.1, "offset1/top1": 0.5, "tokens_per_s": 9.0})
+                journal.write(
+                    "step",
+                    step,
+                    {"loss": 1 / (step + 1), "lr": 0.1, "offset1/top1": 0.5, "tokens_per_s": 9.0},
+                )
                 if step == 1:
                     meanwhile()
-            found = {"where": "x:1", "prompt": "p", "expected": "e", "answer": "a", "scores": {"exact": 1.0}}
+            found = {
+                "where": "x:1",
+                "prompt": "p",
+                "expected": "e",
+                "answer": "a",
+                "scores": {"exact": 1.0},
+            }
             journal.write_samples(0 if 0 in steps else steps[-1], [found] * 3)
             journal.write("evaluation", steps[-1], {"loss": 0.5, "seconds": 1.0})
             began = time.monotonic()
@@ -77,12 +122,20 @@ def run(tmp_path, server):
 def uploaded(server, caplog):
     """Run the command that was told, as a user would; returns what it said."""
     told = [
-        found[1] for record in caplog.records if (found := re.search(r"Upload it with: (wandb sync .*)", record.getMessage()))
+        found[1]
+        for record in caplog.records
+        if (found := re.search(r"Upload it with: (wandb sync .*)", record.getMessage()))
     ]
     words = shlex.split(told[-1])
     assert set(told) == {told[-1]}
     command = [sys.executable, "-m", *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"WANDB_BASE_URL": server.url}, timeout=120)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"WANDB_BASE_URL": server.url},
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -107,25 +160,52 @@ def test_a_run_that_goes_on_is_one_run_with_all_that_belongs_to_it(server, run, 
     assert "wandb sync" not in caplog.text  # nothing is left to upload
     kept = server.runs[ID]
     assert list(server.runs) == [ID]
-    assert (kept.display, kept.group, kept.job_type, kept.notes, kept.tags) == ("a run", "g", "test", "n", ["t"])
+    assert (kept.display, kept.group, kept.job_type, kept.notes, kept.tags) == (
+        "a run",
+        "g",
+        "test",
+        "n",
+        ["t"],
+    )
     assert kept.exits == [128 + 15, 0]
     assert steps_of(server) == [0, 1, 2, 3, 4]
-    assert server.history(ID)[0].items() >= {
-        "train/loss": 1, "train/lr": 0.1, "heads/offset1/top1": 0.5, "speed/tokens_per_s": 9, "global_step": 0, "tokens": 0,
-    }.items()  # fmt: skip
+    assert (
+        server.history(ID)[0].items()
+        >= {
+            "train/loss": 1,
+            "train/lr": 0.1,
+            "heads/offset1/top1": 0.5,
+            "speed/tokens_per_s": 9,
+            "global_step": 0,
+            "tokens": 0,
+        }.items()
+    )
     assert kept.config["optimizer"]["value"] == {"lr": 0.1}
     start = kept.config["start"]["value"]
-    assert (start["git"], start["slurm_job_id"], start["versions"]) == ("0" * 8, "42", {"torch": "2"})
-    assert [alert["title"] for alert in server.alerts] == ["a run has stopped", "a run has finished"]
+    assert (start["git"], start["slurm_job_id"], start["versions"]) == (
+        "0" * 8,
+        "42",
+        {"torch": "2"},
+    )
+    assert [alert["title"] for alert in server.alerts] == [
+        "a run has stopped",
+        "a run has finished",
+    ]
     assert "loss 0.5" in server.alerts[1]["text"]
     tables = [row for row in server.history(ID) for name in row if name.startswith("samples/")]
-    assert [{"samples/before", "samples/after"} & row.keys() for row in tables] == [{"samples/before"}, {"samples/after"}]
+    assert [{"samples/before", "samples/after"} & row.keys() for row in tables] == [
+        {"samples/before"},
+        {"samples/after"},
+    ]
     assert tables[0]["samples/before"]["nrows"] == 2
     (result,) = [artifact for artifact in server.artifacts if artifact["type"] == "adapter"]
     assert result["committed"]
-    assert {name: content for name, content in result["files"].items() if name != "manifest.json"} == {
-        "adapter/weights": b"weights", "report.html": b"report",
-    }  # fmt: skip
+    assert {
+        name: content for name, content in result["files"].items() if name != "manifest.json"
+    } == {
+        "adapter/weights": b"weights",
+        "report.html": b"report",
+    }
 
 
 def test_no_secret_is_in_a_byte_that_is_written_or_sent(server, run, tmp_path):
@@ -149,13 +229,20 @@ def test_what_a_server_missed_is_uploaded_once_by_one_command(server, run, caplo
     assert "Finished syncing" in uploaded(server, caplog)
     assert steps_of(server) == list(range(7))
     assert "No runs to sync" in uploaded(server, caplog)
-    tables = [row[name]["path"] for row in server.history(ID) for name in row if name.startswith("samples/")]
+    tables = [
+        row[name]["path"]
+        for row in server.history(ID)
+        for name in row
+        if name.startswith("samples/")
+    ]
     assert len(tables) == 3
     assert set(tables) <= server.runs[ID].files.keys()
 
 
 @pytest.mark.parametrize("mode", ["hang", "error"])
-def test_a_server_that_hangs_or_fails_at_the_start_or_the_end_costs_seconds(server, run, caplog, mode):
+def test_a_server_that_hangs_or_fails_at_the_start_or_the_end_costs_seconds(
+    server, run, caplog, mode
+):
     (run.folder / "report.html").write_text("report")
     with caplog.at_level(logging.INFO):
         assert run(range(2), meanwhile=lambda: server.become(mode), artifacts=True) < 15
@@ -209,11 +296,23 @@ def test_the_sweep_composes_with_every_value(compose):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["well", "refuse", "error", "hang", "dies"])
-def test_a_run_has_the_same_weights_and_exit_code_whatever_the_server_does(program, chats, tmp_path, mode):
+def test_a_run_has_the_same_weights_and_exit_code_whatever_the_server_does(
+    program, chats, tmp_path, mode
+):
     with Stub() as server:
-        environment = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url, "WANDB_MODE": "online", "HOME": str(tmp_path)}
+        environment = {
+            "WANDB_API_KEY": KEY,
+            "WANDB_BASE_URL": server.url,
+            "WANDB_MODE": "online",
+            "HOME": str(tmp_path),
+        }
         settings = ["+experiment=smoke", f"task.path={chats}", "precision=fp32", "max_steps=4"]
-        wandb = ["logger=wandb", "logger.wandb.artifacts=true", "logger.wandb.init_timeout=2", "logger.wandb.finish_timeout=5"]
+        wandb = [
+            "logger=wandb",
+            "logger.wandb.artifacts=true",
+            "logger.wandb.init_timeout=2",
+            "logger.wandb.finish_timeout=5",
+        ]
         alone = program(*settings, "name=alone")
         if mode == "dies":
             server.dies_after = 3
@@ -224,7 +323,8 @@ def test_a_run_has_the_same_weights_and_exit_code_whatever_the_server_does(progr
         assert (alone.returncode, both.returncode) == (0, 0), both.stdout + both.stderr
         assert time.monotonic() - began < 120
         first, second = (
-            load_file(tmp_path / f"runs/{name}/adapter/adapter_model.safetensors") for name in ("alone", "watched")
+            load_file(tmp_path / f"runs/{name}/adapter/adapter_model.safetensors")
+            for name in ("alone", "watched")
         )
         assert first.keys() == second.keys()
         assert all(first[name].equal(second[name]) for name in first)
@@ -232,8 +332,22 @@ def test_a_run_has_the_same_weights_and_exit_code_whatever_the_server_does(progr
             server.dies_after = None
             server.become("well")
             subprocess.run(
-                [sys.executable, "-m", "wandb", "sync", "--include-online", str(tmp_path / "runs/watched/wandb")],
-                env=os.environ | environment, check=True, timeout=120,
-            )  # fmt: skip
+                [
+                    sys.executable,
+                    "-m",
+                    "wandb",
+                    "sync",
+                    "--include-online",
+                    str(tmp_path / "runs/watched/wandb"),
+                ],
+                env=os.environ | environment,
+                check=True,
+                timeout=120,
+            )
         (found,) = server.runs
-        assert [row["global_step"] for row in server.history(found) if "train/loss" in row] == [1, 2, 3, 4]
+        assert [row["global_step"] for row in server.history(found) if "train/loss" in row] == [
+            1,
+            2,
+            3,
+            4,
+        ]

@@ -20,13 +20,18 @@ STEPS = [1, 2, 3, 7, 20, 100, 1000]
 
 
 def make(name: str, **changes: Any) -> Callable[..., float]:
-    return instantiate(OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "schedule" / f"{name}.yaml")) | changes)
+    return instantiate(
+        OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "schedule" / f"{name}.yaml"))
+        | changes
+    )
 
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("warmup", [0, 0.05, 0.5, 1, 3, 50])
 @pytest.mark.parametrize("name", NAMES)
-def test_factors_are_in_bounds_learn_from_the_start_and_depend_on_the_step_alone(name, warmup, steps):
+def test_factors_are_in_bounds_learn_from_the_start_and_depend_on_the_step_alone(
+    name, warmup, steps
+):
     factor, other = make(name, warmup=warmup), make(name, warmup=warmup)
     forwards = [factor(step, steps=steps) for step in range(steps)]
     assert all(0 < value <= 1 for value in forwards)
@@ -36,7 +41,8 @@ def test_factors_are_in_bounds_learn_from_the_start_and_depend_on_the_step_alone
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    ("warmup", "steps", "rise"), [(0.05, 100, 5), (0.5, 10, 5), (7, 100, 7), (1, 100, 1), (0, 100, 0), (0.01, 20, 0)]
+    ("warmup", "steps", "rise"),
+    [(0.05, 100, 5), (0.5, 10, 5), (7, 100, 7), (1, 100, 1), (0, 100, 0), (0.01, 20, 0)],
 )
 def test_warm_up_rises_in_equal_parts_to_the_peak(name, warmup, steps, rise):
     factor = make(name, warmup=warmup)
@@ -53,7 +59,9 @@ def test_cosine(steps, final):
     factor, rise = make("cosine", warmup=0.1, final=final), round(0.1 * steps)
     for step in range(rise, steps):
         angle = math.pi * (step - rise) / (steps - rise)
-        assert factor(step, steps=steps) == pytest.approx(final + (1 - final) * 0.5 * (1 + math.cos(angle)))
+        assert factor(step, steps=steps) == pytest.approx(
+            final + (1 - final) * 0.5 * (1 + math.cos(angle))
+        )
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -72,32 +80,45 @@ def test_constant(steps):
 
 @pytest.mark.parametrize("steps", [10, 100, 1000])
 @pytest.mark.parametrize(
-    ("cooldown", "of"), [(0.3, lambda steps: round(0.3 * steps)), (4, lambda steps: 4), (0, lambda steps: 0)]
+    ("cooldown", "of"),
+    [(0.3, lambda steps: round(0.3 * steps)), (4, lambda steps: 4), (0, lambda steps: 0)],
 )
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("final", [0.0, 0.2])
 def test_cooldown_holds_the_peak_and_then_falls_as_its_shape(steps, cooldown, of, shape, final):
-    factor, down = make("cooldown", warmup=0, cooldown=cooldown, shape=shape, final=final), of(steps)
+    factor, down = (
+        make("cooldown", warmup=0, cooldown=cooldown, shape=shape, final=final),
+        of(steps),
+    )
     for step in range(steps - down):
         assert factor(step, steps=steps) == 1.0
     for i in range(down):
         x = i / down
-        wanted = {"1-sqrt": 1 - x**0.5, "linear": 1 - x, "cosine": math.cos(math.pi * x / 2) ** 2}[shape]
+        wanted = {"1-sqrt": 1 - x**0.5, "linear": 1 - x, "cosine": math.cos(math.pi * x / 2) ** 2}[
+            shape
+        ]
         assert factor(steps - down + i, steps=steps) == pytest.approx(final + (1 - final) * wanted)
 
 
 @pytest.mark.parametrize("steps", [10, 100, 1000])
 @pytest.mark.parametrize("final", [0.01, 0.5, 1.0])
 def test_an_exponential_cooldown_falls_by_the_same_share_in_each_step(steps, final):
-    factor, down = make("cooldown", warmup=0, cooldown=0.3, shape="exponential", final=final), round(0.3 * steps)
+    factor, down = (
+        make("cooldown", warmup=0, cooldown=0.3, shape="exponential", final=final),
+        round(0.3 * steps),
+    )
     wanted = 1.0
     for step in range(steps - down, steps + 1):
         assert factor(step, steps=steps) == pytest.approx(wanted)
         wanted *= math.exp(math.log(final) / down)
-    assert factor(steps, steps=steps) == pytest.approx(final)  # not a share of 1 - final on top of it
+    # not a share of 1 - final on top of it
+    assert factor(steps, steps=steps) == pytest.approx(final)
 
 
-@pytest.mark.parametrize(("warmup", "timescale", "tau"), [(5, None, 5), (0, None, 1), (5, 40, 40), (5, 0.1, 10), (0, 0.001, 1)])
+@pytest.mark.parametrize(
+    ("warmup", "timescale", "tau"),
+    [(5, None, 5), (0, None, 1), (5, 40, 40), (5, 0.1, 10), (0, 0.001, 1)],
+)
 def test_inverse_sqrt(warmup, timescale, tau):
     factor = make("inverse_sqrt", warmup=warmup, timescale=timescale)
     for after in range(100 - warmup):
@@ -122,7 +143,9 @@ def test_inverse_sqrt_is_transformers_one_after_the_warm_up():
 @pytest.mark.parametrize("milestones", [[0.8, 0.9], [80, 90]])
 def test_multistep_holds_each_factor_from_its_milestone_on(milestones):
     factor = make("multistep", warmup=0, milestones=milestones, factors=[0.316, 0.1])
-    assert [factor(step, steps=100) for step in range(100)] == [1.0] * 80 + [0.316] * 10 + [0.1] * 10
+    assert [factor(step, steps=100) for step in range(100)] == [1.0] * 80 + [0.316] * 10 + [
+        0.1
+    ] * 10
 
 
 def test_multistep_without_milestones_is_constant_and_a_milestone_may_come_before_the_warm_up_ends():
@@ -139,12 +162,15 @@ def test_a_cooldown_longer_than_the_run_starts_within_it():
 
 def test_a_longer_run_shares_the_past_of_a_shorter_one_until_it_cools_down():
     factor = make("cooldown", warmup=10, cooldown=0.2)
-    assert [factor(step, steps=100) for step in range(80)] == [factor(step, steps=1000) for step in range(80)]
+    assert [factor(step, steps=100) for step in range(80)] == [
+        factor(step, steps=1000) for step in range(80)
+    ]
     assert factor(90, steps=100) < factor(90, steps=1000) == 1.0
 
 
 @pytest.mark.parametrize(
-    ("value", "steps", "wanted"), [(0.3, 10, 3), (0.05, 1, 0), (0.5, 3, 2), (1, 10, 1), (12, 10, 12), (0, 10, 0)]
+    ("value", "steps", "wanted"),
+    [(0.3, 10, 3), (0.05, 1, 0), (0.5, 3, 2), (1, 10, 1), (12, 10, 12), (0, 10, 0)],
 )
 def test_lengths_below_one_are_fractions(value, steps, wanted):
     assert length(value, steps) == wanted

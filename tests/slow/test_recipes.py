@@ -13,8 +13,14 @@ SHORT = {
     "rosa_gsm8k": ("gsm8k_train.jsonl", ["adapter.warmup_steps=1"]),
     "rosa_viggo": ("viggo_train.jsonl", ["adapter.warmup_steps=1"]),
     "rosa_sql": ("sql_train.jsonl", ["adapter.warmup_steps=1"]),
-    "spiel_gsm8k": ("gsm8k_train.jsonl", ["adapter.reselection_steps=3", "adapter.accumulation_steps=2"]),
-    "spiel_viggo": ("viggo_train.jsonl", ["adapter.reselection_steps=3", "adapter.accumulation_steps=2"]),
+    "spiel_gsm8k": (
+        "gsm8k_train.jsonl",
+        ["adapter.reselection_steps=3", "adapter.accumulation_steps=2"],
+    ),
+    "spiel_viggo": (
+        "viggo_train.jsonl",
+        ["adapter.reselection_steps=3", "adapter.accumulation_steps=2"],
+    ),
     "deft_sst2": ("sst2_train.tsv", []),
 }
 
@@ -29,10 +35,21 @@ pytestmark = [
 def test_a_recipe_trains_and_its_adapter_loads_back(program, tmp_path, name):
     file, overrides = SHORT[name]
     done = program(
-        f"+experiment={name}", f"task.path={DATA / file}", "task.limit=200", "task.eval_limit=4", "max_steps=4", "max_epochs=null", "batch_size=2",
-        "accumulate=1", "schedule.warmup=1", "callbacks.evaluation.generate=0", "callbacks.evaluation.samples=0",
-        "callbacks.evaluation.every=null", "logger=none", *overrides,
-    )  # fmt: skip
+        f"+experiment={name}",
+        f"task.path={DATA / file}",
+        "task.limit=200",
+        "task.eval_limit=4",
+        "max_steps=4",
+        "max_epochs=null",
+        "batch_size=2",
+        "accumulate=1",
+        "schedule.warmup=1",
+        "callbacks.evaluation.generate=0",
+        "callbacks.evaluation.samples=0",
+        "callbacks.evaluation.every=null",
+        "logger=none",
+        *overrides,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "loaded back by stock PEFT: logits differ by" in done.stdout
     run = tmp_path / "runs" / name
@@ -42,5 +59,7 @@ def test_a_recipe_trains_and_its_adapter_loads_back(program, tmp_path, name):
     if name.startswith("deft"):
         assert all(0 < row["density"] < 1 for row in steps if row["kind"] == "step")
         return
-    assert any(key.endswith("supertuning_values") and tensor.any() for key, tensor in tensors.items())
+    assert any(
+        key.endswith("supertuning_values") and tensor.any() for key, tensor in tensors.items()
+    )
     assert [row["step"] for row in steps if row["kind"] == "adapter"] == [2]

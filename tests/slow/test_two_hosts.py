@@ -1,4 +1,5 @@
-"""Several machines: two network namespaces with addresses of their own, and torchrun in each of them."""
+"""Several machines: two network namespaces with addresses of their own, and torchrun in each of
+them."""
 
 from __future__ import annotations
 
@@ -47,17 +48,49 @@ def hosts() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def torchrun(host: str, number: int, folder: Path, *settings: str, processes: int = 1) -> subprocess.Popen[str]:
+def torchrun(
+    host: str, number: int, folder: Path, *settings: str, processes: int = 1
+) -> subprocess.Popen[str]:
     """One machine's part of a run."""
     command = [
-        "ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={processes}",
-        f"--node-rank={number}", "--master-addr=10.213.77.1", "--master-port=29777", "-m", "trainer", "+experiment=smoke",
-        f"task.path={folder}/chats.jsonl", "precision=fp32", "lightning=cpu", f"lightning.devices={processes}", "lightning.num_nodes=2",
-        "lightning.strategy=ddp", "lightning.timeout=3", *settings,
-    ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": f"veth-{host[-1]}", "OMP_NUM_THREADS": "1"}
+        "ip",
+        "netns",
+        "exec",
+        host,
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        f"--nproc-per-node={processes}",
+        f"--node-rank={number}",
+        "--master-addr=10.213.77.1",
+        "--master-port=29777",
+        "-m",
+        "trainer",
+        "+experiment=smoke",
+        f"task.path={folder}/chats.jsonl",
+        "precision=fp32",
+        "lightning=cpu",
+        f"lightning.devices={processes}",
+        "lightning.num_nodes=2",
+        "lightning.strategy=ddp",
+        "lightning.timeout=3",
+        *settings,
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "GLOO_SOCKET_IFNAME": f"veth-{host[-1]}",
+        "OMP_NUM_THREADS": "1",
+    }
     environment["GRAFT_CACHE"] = str(folder / f"cache-{number}")  # as on a machine's own disk
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def together(hosts: list[str], folder: Path, *settings: str) -> list[tuple[int, str]]:
@@ -77,22 +110,39 @@ def losses(run: Path) -> list[float]:
 
 def test_two_machines_are_one_run(hosts, tmp_path, program):
     write_rows(tmp_path / "chats.jsonl", sums(60))
-    ended = together(hosts, tmp_path, "batch_size=4", "max_steps=4", "callbacks.checkpoints.every=2")
+    ended = together(
+        hosts, tmp_path, "batch_size=4", "max_steps=4", "callbacks.checkpoints.every=2"
+    )
     assert [code for code, _ in ended] == [0, 0], ended
     assert "run folder:" in ended[0][1]
     assert "run folder:" not in ended[1][1]  # the first process speaks for all
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["smoke"]
-    common = ["+experiment=smoke", f"task.path={tmp_path}/chats.jsonl", "precision=fp32", "lightning=cpu"]
+    common = [
+        "+experiment=smoke",
+        f"task.path={tmp_path}/chats.jsonl",
+        "precision=fp32",
+        "lightning=cpu",
+    ]
     done = program(*common, "batch_size=8", "max_steps=4", "name=alone")
     assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "runs/smoke") == pytest.approx(losses(tmp_path / "runs/alone"), rel=1e-5)
-    ended = together(hosts, tmp_path, "batch_size=4", "max_steps=6", "schedule=constant", "resume=auto")
-    assert all(code != 0 for code, _ in ended)  # another schedule: told on both machines, and neither waits for the other
+    assert losses(tmp_path / "runs/smoke") == pytest.approx(
+        losses(tmp_path / "runs/alone"), rel=1e-5
+    )
+    ended = together(
+        hosts, tmp_path, "batch_size=4", "max_steps=6", "schedule=constant", "resume=auto"
+    )
+    # another schedule: told on both machines, and neither waits for the other
+    assert all(code != 0 for code, _ in ended)
     assert "holds another run" in ended[0][1]
 
 
 def test_processes_of_two_machines_are_not_guessed(program, tmp_path):
     write_rows(tmp_path / "chats.jsonl", sums(20))
-    done = program("+experiment=smoke", f"task.path={tmp_path}/chats.jsonl", "lightning=cpu", "lightning.num_nodes=2")
+    done = program(
+        "+experiment=smoke",
+        f"task.path={tmp_path}/chats.jsonl",
+        "lightning=cpu",
+        "lightning.num_nodes=2",
+    )
     assert done.returncode == 2
     assert "torchrun or srun" in done.stdout + done.stderr

@@ -1,4 +1,5 @@
-"""A real SLURM on this machine: a controller and a few nodes that share it, on the loopback interface, without systemd and cgroups."""
+"""A real SLURM on this machine: a controller and a few nodes that share it, on the loopback
+interface, without systemd and cgroups."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Cluster:
     """Daemons, their files, and what a test asks them."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="graft-slurm-"))  # short: a socket's path has at most 107 characters
+        # short: a socket's path has at most 107 characters
+        self.folder = Path(tempfile.mkdtemp(prefix="graft-slurm-"))
         self.file = self.folder / "slurm.conf"
         self.daemons: dict[str, int] = {}
 
@@ -53,15 +55,27 @@ class Cluster:
             "pid-file": "munged.pid",
             "log-file": "log/munged",
         }
-        self._daemon("munged", "--force", *(f"--{option}={self.folder / file}" for option, file in munge.items()))
+        self._daemon(
+            "munged",
+            "--force",
+            *(f"--{option}={self.folder / file}" for option, file in munge.items()),
+        )
         self._daemon("slurmctld", "-c", "-f", str(self.file))
         for node in NODES:
             self._daemon("slurmd", "-c", "-f", str(self.file), "-N", node, name=f"slurmd-{node}")
-        wait(lambda: len(self.ask("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) >= len(NODES), 30, self.logs)
+        wait(
+            lambda: (
+                len(self.ask("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) >= len(NODES)
+            ),
+            30,
+            self.logs,
+        )
 
     def _daemon(self, program: str, *arguments: str, name: str = "") -> None:
         name = name or program
-        done = subprocess.run([found(program) or program, *arguments], capture_output=True, text=True)
+        done = subprocess.run(
+            [found(program) or program, *arguments], capture_output=True, text=True
+        )
         if done.returncode:
             raise RuntimeError(f"{program} did not start: {done.stdout}{done.stderr}")
         file = self.folder / f"{name}.pid"
@@ -71,30 +85,58 @@ class Cluster:
     def _configure(self, ports: list[int]) -> None:
         host, folder, user = socket.gethostname().partition(".")[0], self.folder, getpass.getuser()
         values = {
-            "ClusterName": "graft", "SlurmctldHost": f"{host}(127.0.0.1)", "SlurmctldPort": ports[0], "SlurmUser": user, "SlurmdUser": user,
-            "AuthType": "auth/munge", "CommunicationParameters": "NoCtldInAddrAny,NoInAddrAny",
-            # A job that is queued again waits for as long as its credential lives; one that is started sooner can be refused by its node,
-            # which has just been told to end it. Lives shorter than 5 seconds count as 120.
-            "AuthInfo": f"socket={folder}/munge/sock,cred_expire=5", "KillWait": 10,
-            "StateSaveLocation": folder / "state", "SlurmdSpoolDir": folder / "spool-%n", "SlurmctldPidFile": folder / "slurmctld.pid",
-            "SlurmdPidFile": folder / "slurmd-%n.pid", "SlurmctldLogFile": folder / "log/slurmctld", "SlurmdLogFile": folder / "log/slurmd-%n",
-            "SlurmdParameters": "config_overrides", "ProctrackType": "proctrack/linuxproc", "TaskPlugin": "task/none",
-            "JobAcctGatherType": "jobacct_gather/none", "AccountingStorageType": "accounting_storage/none", "SwitchType": "switch/none",
-            "MpiDefault": "none", "SelectType": "select/cons_tres", "SelectTypeParameters": "CR_CPU", "SchedulerType": "sched/backfill",
-            "SchedulerParameters": "sched_interval=1,bf_interval=1,batch_sched_delay=0", "PreemptType": "preempt/partition_prio",
-            "PreemptMode": "REQUEUE", "JobRequeue": 1, "ReturnToService": 2, "GresTypes": "gpu", "SlurmdTimeout": 10, "MinJobAge": 3600,
-        }  # fmt: skip
+            "ClusterName": "graft",
+            "SlurmctldHost": f"{host}(127.0.0.1)",
+            "SlurmctldPort": ports[0],
+            "SlurmUser": user,
+            "SlurmdUser": user,
+            "AuthType": "auth/munge",
+            "CommunicationParameters": "NoCtldInAddrAny,NoInAddrAny",
+            # A job that is queued again waits for as long as its credential lives; one that is
+            # started sooner can be refused by its node, which has just been told to end it. Lives
+            # shorter than 5 seconds count as 120.
+            "AuthInfo": f"socket={folder}/munge/sock,cred_expire=5",
+            "KillWait": 10,
+            "StateSaveLocation": folder / "state",
+            "SlurmdSpoolDir": folder / "spool-%n",
+            "SlurmctldPidFile": folder / "slurmctld.pid",
+            "SlurmdPidFile": folder / "slurmd-%n.pid",
+            "SlurmctldLogFile": folder / "log/slurmctld",
+            "SlurmdLogFile": folder / "log/slurmd-%n",
+            "SlurmdParameters": "config_overrides",
+            "ProctrackType": "proctrack/linuxproc",
+            "TaskPlugin": "task/none",
+            "JobAcctGatherType": "jobacct_gather/none",
+            "AccountingStorageType": "accounting_storage/none",
+            "SwitchType": "switch/none",
+            "MpiDefault": "none",
+            "SelectType": "select/cons_tres",
+            "SelectTypeParameters": "CR_CPU",
+            "SchedulerType": "sched/backfill",
+            "SchedulerParameters": "sched_interval=1,bf_interval=1,batch_sched_delay=0",
+            "PreemptType": "preempt/partition_prio",
+            "PreemptMode": "REQUEUE",
+            "JobRequeue": 1,
+            "ReturnToService": 2,
+            "GresTypes": "gpu",
+            "SlurmdTimeout": 10,
+            "MinJobAge": 3600,
+        }
         lines = [f"{key}={value}" for key, value in values.items()]
         for node, port in zip(NODES, ports[1:], strict=True):
             place = f"NodeHostname={host} NodeAddr=127.0.0.1 Port={port}"
-            lines.append(f"NodeName={node} {place} CPUs={CPUS} RealMemory=4000 Gres=gpu:2 State=UNKNOWN")
+            lines.append(
+                f"NodeName={node} {place} CPUs={CPUS} RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
+            )
         lines += [
             f"PartitionName={name} Nodes={','.join(nodes)} MaxTime=60 State=UP {more}"
             for name, (nodes, more) in PARTITIONS.items()
         ]
         self.file.write_text("\n".join(lines) + "\n")
         # Two devices that every machine has: a GPU without a file is refused.
-        gres = [f"NodeName={','.join(NODES)} Name=gpu File=/dev/{device}" for device in ("null", "zero")]
+        gres = [
+            f"NodeName={','.join(NODES)} Name=gpu File=/dev/{device}" for device in ("null", "zero")
+        ]
         (self.folder / "gres.conf").write_text("\n".join(gres) + "\n")
 
     def stop(self) -> None:
@@ -110,7 +152,8 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def crash(self, node: str) -> None:
-        """End a node as a loss of power would: its daemon, its steps and what runs in them, without a word."""
+        """End a node as a loss of power would: its daemon, its steps and what runs in them, without
+        a word."""
         _end([self.daemons.pop(f"slurmd-{node}")])
         for pid in _steps(self.folder, node):
             _end([pid, *_children(pid)])
@@ -129,13 +172,21 @@ class Cluster:
         return self.job(number).get("JobState", "")
 
     def ended(self, number: str, timeout: float = 400) -> dict[str, str]:
-        """Wait for a job's end, however often it is queued again; returns what SLURM tells of it."""
+        """Wait for a job's end, however often it is queued again; returns what SLURM tells of
+        it."""
 
         since = None  # a job on its way back into the queue looks as if it had ended, for a moment
 
         def over() -> bool:
             nonlocal since
-            if self.state(number) not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"):
+            if self.state(number) not in (
+                "COMPLETED",
+                "FAILED",
+                "CANCELLED",
+                "TIMEOUT",
+                "NODE_FAIL",
+                "PREEMPTED",
+            ):
                 since = None
             elif since is None:
                 since = time.monotonic()
@@ -146,7 +197,10 @@ class Cluster:
 
     def logs(self) -> str:
         """The end of each daemon's log."""
-        texts = {file.name: file.read_text(errors="replace")[-1500:] for file in sorted((self.folder / "log").glob("*"))}
+        texts = {
+            file.name: file.read_text(errors="replace")[-1500:]
+            for file in sorted((self.folder / "log").glob("*"))
+        }
         return "\n".join(f"--- {name}\n{text}" for name, text in texts.items())
 
 
@@ -156,7 +210,8 @@ def found(program: str) -> str | None:
 
 
 def wait(condition: Callable[[], Any], timeout: float, what: Callable[[], str] = str) -> Any:
-    """Wait until `condition` gives something true, which is returned; TimeoutError tells `what` was found instead."""
+    """Wait until `condition` gives something true, which is returned; TimeoutError tells `what` was
+    found instead."""
     end = time.monotonic() + timeout
     while not (result := condition()):
         if time.monotonic() > end:
@@ -199,7 +254,8 @@ def _children(pid: int) -> list[int]:
 
 
 def _steps(folder: Path, node: str | None = None) -> list[int]:
-    """The slurmstepd of this cluster, of one node or of all: told from others' by what they hold open."""
+    """The slurmstepd of this cluster, of one node or of all: told from others' by what they hold
+    open."""
     found = []
     for pid, (_, command, _) in _processes().items():
         if not command.startswith("slurmstepd"):
@@ -208,7 +264,9 @@ def _steps(folder: Path, node: str | None = None) -> list[int]:
             opened = " ".join(os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir())
         except OSError:
             continue
-        if str(folder) in opened and (node is None or f"spool-{node}" in opened or f"slurmd-{node}" in opened):
+        if str(folder) in opened and (
+            node is None or f"spool-{node}" in opened or f"slurmd-{node}" in opened
+        ):
             found.append(pid)
     return found
 

@@ -29,7 +29,10 @@ def missing() -> str | None:
     names = [name for name in PROGRAMS if found(name) is None]
     if names:
         packages = "slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins"
-        return f"{', '.join(names)} not found. On Debian: apt-get install --no-install-recommends {packages}"
+        return (
+            f"{', '.join(names)} not found. On Debian: apt-get install --no-install-recommends"
+            f" {packages}"
+        )
     return None if os.geteuid() == 0 else "slurmd starts jobs as root only"
 
 
@@ -56,18 +59,33 @@ class Lab:
         (folder / "site").mkdir()
         shutil.copy(ROOT / "tests/slurm/slowed.py", folder / "site/sitecustomize.py")
         before = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-        self.environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (folder / "site", ROOT, *before)))}
+        self.environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(map(str, (folder / "site", ROOT, *before)))
+        }
         self.calm = threading.Event()  # the run with a short limit trains
         self.said: dict[str, str] = {}  # what trainer.submit has printed, by job
 
     def submit(self, *overrides: str, pause: float = 0, partition: str = "usual") -> str:
         """The number of a job that trains STEPS steps, each taking `pause` seconds more."""
         command = [
-            sys.executable, "-m", "trainer.submit", "+experiment=smoke", "task.path=rows.jsonl", "lightning=cpu", f"max_steps={STEPS}",
-            "precision=fp32", "threads=1", "callbacks.checkpoints.every=5", f"slurm.partition={partition}", "slurm.cpus_per_task=1",
-            f"slurm.setup=[export MASTER_ADDR=127.0.0.1, export PAUSE={pause}]", *overrides,
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, cwd=self.folder, env=self.environment)
+            sys.executable,
+            "-m",
+            "trainer.submit",
+            "+experiment=smoke",
+            "task.path=rows.jsonl",
+            "lightning=cpu",
+            f"max_steps={STEPS}",
+            "precision=fp32",
+            "threads=1",
+            "callbacks.checkpoints.every=5",
+            f"slurm.partition={partition}",
+            "slurm.cpus_per_task=1",
+            f"slurm.setup=[export MASTER_ADDR=127.0.0.1, export PAUSE={pause}]",
+            *overrides,
+        ]
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=self.folder, env=self.environment
+        )
         assert done.returncode == 0, done.stderr
         job = re.match(r"job (\d+)\n", done.stdout).group(1)
         self.said[job] = done.stdout
@@ -90,18 +108,30 @@ class Lab:
         wait(
             lambda: self.step(job) >= step,
             timeout,
-            lambda: f"job {job} is at step {self.step(job)}: {self.cluster.job(job)}\n{self.log(job)[-3000:]}",
+            lambda: (
+                f"job {job} is at step {self.step(job)}:"
+                f" {self.cluster.job(job)}\n{self.log(job)[-3000:]}"
+            ),
         )
 
     def result(self, job: str) -> str:
         """The digest of the adapter that a run has left, or why there is none."""
         file = self.run(job) / "adapter/adapter_model.safetensors"
-        return sha256(file.read_bytes()).hexdigest() if file.exists() else f"no adapter\n{self.log(job)[-3000:]}"
+        return (
+            sha256(file.read_bytes()).hexdigest()
+            if file.exists()
+            else f"no adapter\n{self.log(job)[-3000:]}"
+        )
 
     def ended(self, job: str) -> dict[str, Any]:
         """What SLURM and the run say when all is over."""
         found = self.cluster.ended(job)
-        return {"state": found["JobState"], "restarts": int(found["Restarts"]), "exit": found["ExitCode"], "job": job}
+        return {
+            "state": found["JobState"],
+            "restarts": int(found["Restarts"]),
+            "exit": found["ExitCode"],
+            "job": job,
+        }
 
 
 def step_of(run: Path) -> int:
@@ -119,11 +149,14 @@ def lab(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 @pytest.fixture(scope="session")
 def outcome(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Callable[[str], Any]]:
-    """What a scenario came to. Those that the chosen tests name begin with the first of them, a few at a time."""
+    """What a scenario came to. Those that the chosen tests name begin with the first of them, a few
+    at a time."""
     from tests.slurm import scenarios
 
     chosen = {
-        item.callspec.params["scenario"] for item in request.session.items if "outcome" in getattr(item, "fixturenames", ())
+        item.callspec.params["scenario"]
+        for item in request.session.items
+        if "outcome" in getattr(item, "fixturenames", ())
     }
     names = [name for name in scenarios.ORDER if name in {*chosen, "alone"}]
 

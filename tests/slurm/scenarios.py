@@ -1,4 +1,5 @@
-"""What happens to jobs. Each scenario submits its own, does something to it, and returns what was seen in the end."""
+"""What happens to jobs. Each scenario submits its own, does something to it, and returns what was
+seen in the end."""
 
 from __future__ import annotations
 
@@ -14,9 +15,19 @@ from tests.slurm.conftest import STEPS, Lab, step_of
 
 # The longest first, after the one against the clock.
 ORDER = [
-    "time_limit", "interrupted_three_times", "launcher", "two_nodes", "preempted", "node_crash", "queued_again", "array", "alone",
-    "cancelled", "mistaken", "other_tasks",
-]  # fmt: skip
+    "time_limit",
+    "interrupted_three_times",
+    "launcher",
+    "two_nodes",
+    "preempted",
+    "node_crash",
+    "queued_again",
+    "array",
+    "alone",
+    "cancelled",
+    "mistaken",
+    "other_tasks",
+]
 
 
 def alone(lab: Lab) -> dict[str, Any]:
@@ -51,7 +62,12 @@ def preempted(lab: Lab) -> dict[str, Any]:
     job = lab.submit(f"slurm.cpus_per_task={CPUS}", partition="low", pause=0.5)
     lab.reached(job, 6)
     other = lab.cluster.ask(
-        "sbatch", "--parsable", "--partition=high", f"--cpus-per-task={CPUS}", "--output=/dev/null", "--wrap=sleep 2"
+        "sbatch",
+        "--parsable",
+        "--partition=high",
+        f"--cpus-per-task={CPUS}",
+        "--output=/dev/null",
+        "--wrap=sleep 2",
     )
     states = []
 
@@ -111,11 +127,16 @@ def array(lab: Lab) -> dict[str, Any]:
         return all(state in ("COMPLETED", "FAILED") for state in states)
 
     wait(over, 400, lambda: f"{[lab.cluster.job(f'{job}_{task}') for task in range(3)]}")
-    return {"states": [lab.cluster.state(f"{job}_{task}") for task in range(3)], "most": most, "job": job}
+    return {
+        "states": [lab.cluster.state(f"{job}_{task}") for task in range(3)],
+        "most": most,
+        "job": job,
+    }
 
 
 def mistaken(lab: Lab) -> dict[str, Any]:
-    """Two processes that both find, with the model loaded, that they cannot train; the second one sooner."""
+    """Two processes that both find, with the model loaded, that they cannot train; the second one
+    sooner."""
     setup = "slurm.setup=[export MASTER_ADDR=127.0.0.1, export LATE=2]"
     return lab.ended(lab.submit("lightning.num_nodes=2", "adapter.target_modules=[nowhere]", setup))
 
@@ -124,20 +145,41 @@ def other_tasks(lab: Lab) -> dict[str, Any]:
     """A template by hand, with more tasks than the run has processes."""
     (lab.folder / "runs/slurm").mkdir(parents=True, exist_ok=True)
     job = lab.cluster.ask(
-        "sbatch", "--parsable", "--ntasks-per-node=2", "--cpus-per-task=1", "--job-name=smoke", f"--chdir={lab.folder}",
-        f"--output={lab.folder}/runs/slurm/smoke-%j.log", f"--export=ALL,PYTHON={sys.executable},PYTHONPATH={ROOT}",
-        f"{ROOT}/scripts/slurm/train.sbatch", "+experiment=smoke", "task.path=rows.jsonl", "lightning=cpu",
-    )  # fmt: skip
+        "sbatch",
+        "--parsable",
+        "--ntasks-per-node=2",
+        "--cpus-per-task=1",
+        "--job-name=smoke",
+        f"--chdir={lab.folder}",
+        f"--output={lab.folder}/runs/slurm/smoke-%j.log",
+        f"--export=ALL,PYTHON={sys.executable},PYTHONPATH={ROOT}",
+        f"{ROOT}/scripts/slurm/train.sbatch",
+        "+experiment=smoke",
+        "task.path=rows.jsonl",
+        "lightning=cpu",
+    )
     return lab.ended(job)
 
 
 def launcher(lab: Lab) -> dict[str, Any]:
     """A sweep by Hydra's launcher, whose tasks get submitit's signal."""
     command = [
-        sys.executable, "-m", "trainer", "--multirun", "hydra/launcher=slurm", "+experiment=smoke", "task.path=rows.jsonl",
-        "lightning=cpu", f"max_steps={STEPS}", "precision=fp32", "threads=1", "seed=0,1", "name=swept", "hydra.launcher.cpus_per_task=1",
+        sys.executable,
+        "-m",
+        "trainer",
+        "--multirun",
+        "hydra/launcher=slurm",
+        "+experiment=smoke",
+        "task.path=rows.jsonl",
+        "lightning=cpu",
+        f"max_steps={STEPS}",
+        "precision=fp32",
+        "threads=1",
+        "seed=0,1",
+        "name=swept",
+        "hydra.launcher.cpus_per_task=1",
         "callbacks.checkpoints.every=5",
-    ]  # fmt: skip
+    ]
     going = subprocess.Popen(
         command,
         cwd=lab.folder,
@@ -149,7 +191,9 @@ def launcher(lab: Lab) -> dict[str, Any]:
     try:
         folder = lab.folder / "runs/swept-sweep"
         for task in (0, 1):
-            wait(lambda task=task: going.poll() is not None or step_of(folder / str(task)) >= 4, 300)
+            wait(
+                lambda task=task: going.poll() is not None or step_of(folder / str(task)) >= 4, 300
+            )
         job = next((path.name.partition("_")[0] for path in folder.glob(".submitit/*_0")), "")
         if not job:
             return {"code": going.wait(), "said": going.stdout.read()}
@@ -159,7 +203,9 @@ def launcher(lab: Lab) -> dict[str, Any]:
         said, _ = going.communicate(timeout=60)
     finally:
         going.kill()
-    logs = [(folder / f".submitit/{job}_{task}/{job}_{task}_0_log.out").read_text() for task in (0, 1)]
+    logs = [
+        (folder / f".submitit/{job}_{task}/{job}_{task}_0_log.out").read_text() for task in (0, 1)
+    ]
     files = [folder / str(task) / "adapter/adapter_model.safetensors" for task in (0, 1)]
     results = [sha256(file.read_bytes()).hexdigest() if file.exists() else None for file in files]
     return {

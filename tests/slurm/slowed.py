@@ -1,5 +1,6 @@
-"""As sitecustomize: a trainer whose micro-batches take $PAUSE seconds longer, and whose first process takes $LATE longer to tell of an
-error, without use of the CPU, so that a test can interrupt the one and have the other overtaken.
+"""As sitecustomize: a trainer whose micro-batches take $PAUSE seconds longer, and whose first
+process takes $LATE longer to tell of an error, without use of the CPU, so that a test can interrupt
+the one and have the other overtaken.
 
 Nothing is imported before its turn, so that a signal finds each part of the start as it is.
 """
@@ -44,6 +45,10 @@ class Slowed:
 
 
 if "PAUSE" in os.environ:
-    sys.meta_path.insert(0, Slowed("trainer.training.finetune", "FineTune.training_step", float(os.environ["PAUSE"])))
+    sys.meta_path.insert(
+        0, Slowed("trainer.training.finetune", "FineTune.training_step", float(os.environ["PAUSE"]))
+    )
 if "LATE" in os.environ and os.environ.get("SLURM_PROCID") == "0":
-    sys.meta_path.insert(0, Slowed("trainer.session.failures", "explained", float(os.environ["LATE"])))
+    sys.meta_path.insert(
+        0, Slowed("trainer.session.failures", "explained", float(os.environ["LATE"]))
+    )

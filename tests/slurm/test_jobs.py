@@ -1,4 +1,5 @@
-"""Runs as jobs of a real SLURM: whatever happens to one, it ends with the bits of the run that nobody disturbed."""
+"""Runs as jobs of a real SLURM: whatever happens to one, it ends with the bits of the run that
+nobody disturbed."""
 
 from __future__ import annotations
 
@@ -16,16 +17,26 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 @pytest.mark.parametrize("scenario", ["alone"])
 def test_a_run_is_submitted_and_ends(lab, outcome, scenario):
     found = outcome(scenario)
-    assert (found["state"], found["restarts"], found["exit"]) == ("COMPLETED", 0, "0:0"), lab.log(found["job"])
+    assert (found["state"], found["restarts"], found["exit"]) == ("COMPLETED", 0, "0:0"), lab.log(
+        found["job"]
+    )
     assert lab.step(found["job"]) == STEPS
-    for asked in ("TresPerNode=gres:gpu:1", "MinMemoryNode=500M", "Comment=some words", "NumNodes=1", "JobName=smoke"):
+    for asked in (
+        "TresPerNode=gres:gpu:1",
+        "MinMemoryNode=500M",
+        "Comment=some words",
+        "NumNodes=1",
+        "JobName=smoke",
+    ):
         assert asked in found["told"]
     said = lab.said[found["job"]]
     assert f"runs/smoke-{found['job']}\n" in said
     assert f"scancel {found['job']}" in said
 
 
-@pytest.mark.parametrize("scenario", ["time_limit", "preempted", "interrupted_three_times", "node_crash", "queued_again"])
+@pytest.mark.parametrize(
+    "scenario", ["time_limit", "preempted", "interrupted_three_times", "node_crash", "queued_again"]
+)
 def test_a_run_goes_on_and_ends_with_the_same_bits(lab, outcome, scenario):
     found, reference = outcome(scenario), outcome("alone")
     job = found["job"]
@@ -40,7 +51,9 @@ def test_a_signal_costs_no_step(lab, outcome, scenario):
     job = outcome(scenario)["job"]
     saved = [int(step) for step in re.findall(r"saved after step (\d+) of", lab.log(job))]
     assert len(saved) >= (3 if scenario == "interrupted_three_times" else 1)
-    assert {int(step) for step in re.findall(r"going on after step (\d+) of", lab.log(job))} == set(saved)
+    assert {int(step) for step in re.findall(r"going on after step (\d+) of", lab.log(job))} == set(
+        saved
+    )
     assert all(0 < step < STEPS for step in saved)
 
 
@@ -87,7 +100,9 @@ def test_two_nodes_are_one_run(lab, outcome, scenario):
 def test_an_array_is_a_run_for_each_combination(lab, outcome, scenario):
     found = outcome(scenario)
     job = found["job"]
-    assert found["states"] == ["COMPLETED"] * 3, "\n".join(lab.log(f"{job}-{task}") for task in range(3))
+    assert found["states"] == ["COMPLETED"] * 3, "\n".join(
+        lab.log(f"{job}-{task}") for task in range(3)
+    )
     assert found["most"] == 2
     results = [lab.result(f"{job}-{task}") for task in range(3)]
     assert len(set(results)) == 3
@@ -99,7 +114,10 @@ def test_tasks_that_are_not_the_runs_processes_are_refused(lab, outcome, scenari
     found = outcome(scenario)
     assert (found["state"], found["exit"]) == ("FAILED", "2:0")
     log = lab.log(found["job"])
-    assert "are 1 processes, and srun has started 2. Ask for as many: --nodes=1 --ntasks-per-node=1" in log
+    assert (
+        "are 1 processes, and srun has started 2. Ask for as many: --nodes=1 --ntasks-per-node=1"
+        in log
+    )
     assert not (lab.run(found["job"]) / "run.yaml").exists()
 
 

@@ -32,7 +32,9 @@ def built(kind: str, dropout: float = 0.0) -> nn.Module:
     if kind == "ours":
         model = toys.lora(dropout=dropout).attach(model, Start())
     elif kind == "stock":
-        model = Peft("LORA", 0, r=4, lora_dropout=dropout, target_modules="all-linear").attach(model, Start())
+        model = Peft("LORA", 0, r=4, lora_dropout=dropout, target_modules="all-linear").attach(
+            model, Start()
+        )
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if name.endswith(".B") or "lora_B" in name:
@@ -53,7 +55,9 @@ def results(model: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:
     torch.manual_seed(3)
     loss, _ = CausalLoss(model, None)(given)
     loss.backward()
-    return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach()} | {
+        n: p.grad for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def parity(kind: str, backend: str) -> None:
@@ -62,11 +66,19 @@ def parity(kind: str, backend: str) -> None:
     plain, model = built(kind), built(kind)
     assert compile_layers(model) == 2
     graphs = []
-    for B, T, packed in ((2, 17, False), (3, 30, True), (2, 9, True), (4, 70, False), (2, 130, True)):
+    for B, T, packed in (
+        (2, 17, False),
+        (3, 30, True),
+        (2, 9, True),
+        (4, 70, False),
+        (2, 130, True),
+    ):
         wanted, found = results(plain, batch(B, T, packed)), results(model, batch(B, T, packed))
         assert found.keys() == wanted.keys()
         for name in wanted:
-            torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5 * float(wanted[name].abs().max()))
+            torch.testing.assert_close(
+                found[name], wanted[name], rtol=1e-4, atol=1e-5 * float(wanted[name].abs().max())
+            )
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert 0 < graphs[0] <= graphs[1] == graphs[-1]  # lengths are symbols
     with torch.no_grad():
@@ -75,24 +87,46 @@ def parity(kind: str, backend: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "backend"), [("ours", "inductor"), ("stock", "aot_eager"), ("full", "aot_eager")])
+@pytest.mark.parametrize(
+    ("kind", "backend"), [("ours", "inductor"), ("stock", "aot_eager"), ("full", "aot_eager")]
+)
 def test_the_same_numbers_for_all_lengths_from_few_graphs(kind, backend):
     refuse(Full(), torch.device("cpu"))
     code = f"from tests.speed.test_compile import parity; parity({kind!r}, {backend!r})"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=600,
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
 
 
 @pytest.mark.slow
 def test_a_compiled_run_learns_the_same_and_goes_on_as_the_same(program, chats):
     def losses(name: str, *overrides: str) -> list[float]:
-        task = (f"task.path={chats}", "schedule=constant", "batch_size=4", "callbacks.evaluation=null", f"name={name}")
+        task = (
+            f"task.path={chats}",
+            "schedule=constant",
+            "batch_size=4",
+            "callbacks.evaluation=null",
+            f"name={name}",
+        )
         ran = program("+experiment=smoke", *task, *overrides, timeout=600)
         assert ran.returncode == 0, ran.stderr[-3000:]
-        return [row["loss"] for row in journal.read(chats.parent / "runs" / name / "metrics.jsonl") if row["kind"] == "step"]
+        return [
+            row["loss"]
+            for row in journal.read(chats.parent / "runs" / name / "metrics.jsonl")
+            if row["kind"] == "step"
+        ]
 
-    wanted, whole = losses("plain", "max_steps=5"), losses("compiled", "max_steps=5", "compile=true")
+    wanted, whole = (
+        losses("plain", "max_steps=5"),
+        losses("compiled", "max_steps=5", "compile=true"),
+    )
     torch.testing.assert_close(whole, wanted, rtol=1e-4, atol=1e-5)
     assert losses("cut", "max_steps=3", "compile=true") == whole[:3]
     assert losses("cut", "max_steps=5", "compile=true", "resume=auto") == whole
@@ -116,7 +150,10 @@ def test_evaluation_and_the_first_layer_are_plain():
 def test_what_cannot_be_compiled_is_refused(monkeypatch, tmp_path):
     cpu = torch.device("cpu")
     refuse(Full(), cpu)
-    with pytest.raises(ConfigError, match="RoSAAdapter changes weights and gradients by code that cannot be compiled"):
+    with pytest.raises(
+        ConfigError,
+        match="RoSAAdapter changes weights and gradients by code that cannot be compiled",
+    ):
         refuse(RoSAAdapter.__new__(RoSAAdapter), cpu)
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler, and .*none is not there"):

@@ -44,7 +44,9 @@ def test_what_this_process_uses_is_its_own():
 
 
 def test_a_run_says_it(train, chats, monkeypatch, caplog):
-    monkeypatch.setattr(cpu_load, "crowded", lambda then, now, threads, count: f"{threads} of {count} are too many")
+    monkeypatch.setattr(
+        cpu_load, "crowded", lambda then, now, threads, count: f"{threads} of {count} are too many"
+    )
     with caplog.at_level(logging.WARNING, "trainer"):
         train(f"task.path={chats}", "max_steps=1", "callbacks.evaluation=null")
     assert f"1 of {cpu_load.available()} are too many" in caplog.text

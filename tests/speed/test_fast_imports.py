@@ -73,7 +73,9 @@ def test_who_wraps_torchs_compile_meanwhile_keeps_its_own(monkeypatch):
     def asked_at_once(x):
         return x
 
-    monkeypatch.setattr(torch, "compile", lambda model=None, **options: asked.append((model, options)))
+    monkeypatch.setattr(
+        torch, "compile", lambda model=None, **options: asked.append((model, options))
+    )
     with fast_imports.compiler_when_called():
         inner = torch.compile
 
@@ -89,30 +91,34 @@ def test_who_wraps_torchs_compile_meanwhile_keeps_its_own(monkeypatch):
 
 def test_bitsandbytes_does_not_bring_the_compiler():
     program = (
-        "import sys; from trainer import imports\nwith imports.compiler_when_called():\n    import bitsandbytes\n"
-        "print('torch._inductor.compile_fx' in sys.modules)\nimport torch\ntorch.compile(len)\n"
-        "print('torch._inductor.compile_fx' in sys.modules)"
+        "import sys; from trainer import imports\nwith imports.compiler_when_called():\n    import"
+        " bitsandbytes\nprint('torch._inductor.compile_fx' in sys.modules)\nimport"
+        " torch\ntorch.compile(len)\nprint('torch._inductor.compile_fx' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["False", "True"], done.stderr
 
 
 def test_its_kernels_compute_the_same():
-    """bitsandbytes' own compiled functions, called in a process that imported them so and in one that did not."""
+    """bitsandbytes' own compiled functions, called in a process that imported them so and in one
+    that did not."""
     program = (
-        "import sys, torch; from trainer import imports\n"
-        "with imports.compiler_when_called():\n    import bitsandbytes.functional as F\n"
-        "x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))\n"
-        "q, state = F.quantize_4bit(x, quant_type='nf4')\n"
-        "b, more = F.quantize_blockwise(x)\n"
-        "print(q.sum(), F.dequantize_4bit(q, state).double().sum().item(), b.sum(), F.dequantize_blockwise(b, more).double().sum().item())"
+        "import sys, torch; from trainer import imports\nwith imports.compiler_when_called():\n   "
+        " import bitsandbytes.functional as F\nx = torch.randn(64, 64,"
+        " generator=torch.Generator().manual_seed(0))\nq, state = F.quantize_4bit(x,"
+        " quant_type='nf4')\nb, more = F.quantize_blockwise(x)\nprint(q.sum(), F.dequantize_4bit(q,"
+        " state).double().sum().item(), b.sum(), F.dequantize_blockwise(b,"
+        " more).double().sum().item())"
     )
     told = []
     for plain in ("0", "1"):
         done = subprocess.run(
-            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
             env=os.environ | {"GRAFT_PLAIN_IMPORTS": plain},
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr
         told.append(done.stdout)
     assert told[0] == told[1]

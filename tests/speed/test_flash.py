@@ -1,5 +1,5 @@
-"""Flash attention keeps packed rows apart in batches of several sequences. Plain loops stand in for its kernels, which need a GPU: what is
-tested is what transformers and the trainer give them."""
+"""Flash attention keeps packed rows apart in batches of several sequences. Plain loops stand in for
+its kernels, which need a GPU: what is tested is what transformers and the trainer give them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ def row(query, key, value, scale):
     of = query.shape[1] // key.shape[1]
     for head in range(query.shape[1]):
         for i in range(len(query)):
-            scores = torch.stack([(query[i, head].double() @ key[j, head // of].double()) * scale for j in range(i + 1)])
+            scores = torch.stack(
+                [
+                    (query[i, head].double() @ key[j, head // of].double()) * scale
+                    for j in range(i + 1)
+                ]
+            )
             out[i, head] = torch.softmax(scores, 0) @ value[: i + 1, head // of].double()
     return out.to(query.dtype)
 
@@ -42,7 +47,10 @@ def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=None, **_):
     assert cu_seqlens_q.dtype == torch.int32
     assert cu_seqlens_q.equal(cu_seqlens_k)
     scale = softmax_scale or 1 / math.sqrt(q.shape[-1])
-    parts = [slice(a, b) for a, b in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True)]
+    parts = [
+        slice(a, b)
+        for a, b in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True)
+    ]
     return torch.cat([row(q[part], k[part], v[part], scale) for part in parts])
 
 
@@ -50,11 +58,26 @@ def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=None, **_):
 def kernels(monkeypatch):
     """Flash attention by the loops above, in transformers' own paths."""
 
-    def options(query_length, key_length, is_causal, dropout, softmax_scale, max_seqlen_q=None, max_seqlen_k=None, **_):
-        return {"softmax_scale": softmax_scale, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    def options(
+        query_length,
+        key_length,
+        is_causal,
+        dropout,
+        softmax_scale,
+        max_seqlen_q=None,
+        max_seqlen_k=None,
+        **_,
+    ):
+        return {
+            "softmax_scale": softmax_scale,
+            "max_seqlen_q": max_seqlen_q,
+            "max_seqlen_k": max_seqlen_k,
+        }
 
     monkeypatch.setattr(
-        flash, "lazy_import_flash_attention", lambda *_, **__: ((fixed, varlen, None, None, None), (options, None))
+        flash,
+        "lazy_import_flash_attention",
+        lambda *_, **__: ((fixed, varlen, None, None, None), (options, None)),
     )
     for name in flash_module.NAMES:
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, flash_attention_forward)
@@ -88,7 +111,9 @@ def test_loss_and_gradients_are_those_of_masked_attention(kernels, count):
     (masked, right, wanted), (apart, same, gradients) = found
     assert torch.allclose(masked, apart, rtol=1e-5)
     assert right == same
-    assert all(torch.allclose(g, w, rtol=1e-3, atol=1e-5) for g, w in zip(gradients, wanted, strict=True))
+    assert all(
+        torch.allclose(g, w, rtol=1e-3, atol=1e-5) for g, w in zip(gradients, wanted, strict=True)
+    )
 
 
 def test_transformers_alone_lets_rows_of_a_batch_see_each_other(kernels, tiny):
@@ -105,10 +130,12 @@ def test_unpacked_batches_and_caches_are_left_alone(kernels):
     attend = flash_module._apart(lambda *_, **options: seen.append(options))
     states = torch.zeros(2, 1, 4, 8)
     at = torch.arange(4)
-    attend(None, states, states, states, None, position_ids=at[None])  # unpacked: the model's own, for all alike
+    # unpacked: the model's own, for all alike
+    attend(None, states, states, states, None, position_ids=at[None])
     attend(None, states, states, states, torch.ones(2, 4), position_ids=at.expand(2, 4))
     attend(None, states[:, :, :1], states, states, None, position_ids=at[:1].expand(2, 1))
-    attend(None, states[:1], states[:1], states[:1], None, position_ids=at[None])  # transformers' own way
+    # transformers' own way
+    attend(None, states[:1], states[:1], states[:1], None, position_ids=at[None])
     assert [set(options) for options in seen] == [{"position_ids"}] * 4
     attend(None, states, states, states, None, position_ids=at.expand(2, 4))
     assert seen[-1]["cu_seq_lens_q"].tolist() == [0, 4, 8]
@@ -116,7 +143,9 @@ def test_unpacked_batches_and_caches_are_left_alone(kernels):
 
 def test_another_batch_has_its_own_rows():
     seen = []
-    attend = flash_module._apart(lambda *_, **options: seen.append(options["cu_seq_lens_q"].tolist()))
+    attend = flash_module._apart(
+        lambda *_, **options: seen.append(options["cu_seq_lens_q"].tolist())
+    )
     states = torch.zeros(2, 1, 4, 8)
     for positions in ([[0, 1, 2, 3], [0, 1, 0, 1]], [[0, 1, 2, 0], [0, 1, 2, 3]]):
         given = torch.tensor(positions)
@@ -127,7 +156,9 @@ def test_another_batch_has_its_own_rows():
 
 def test_a_compiled_layer_has_the_rows_too():
     attend = flash_module._apart(
-        lambda module, query, *_, cu_seq_lens_q, max_length_q, **__: query * max_length_q + cu_seq_lens_q.sum()
+        lambda module, query, *_, cu_seq_lens_q, max_length_q, **__: (
+            query * max_length_q + cu_seq_lens_q.sum()
+        )
     )
 
     def layer(states, positions):
@@ -135,7 +166,10 @@ def test_a_compiled_layer_has_the_rows_too():
 
     compiled = torch.compile(layer, backend="eager", dynamic=True)
     for length in (4, 6):
-        states, positions = torch.ones(2, 1, length, 8), torch.arange(length).remainder(3).expand(2, length).clone()
+        states, positions = (
+            torch.ones(2, 1, length, 8),
+            torch.arange(length).remainder(3).expand(2, length).clone(),
+        )
         assert compiled(states, positions).equal(layer(states, positions))
 
 
@@ -151,7 +185,14 @@ def test_rows_begin_where_positions_do_not_go_on():
     assert found["max_length_q"] == found["max_length_k"] == max(map(max, ROWS))
 
 
-GOOD = {"device": "cuda", "dtype": torch.bfloat16, "installed": True, "capability": (8, 0), "supports": True, "width": 8}
+GOOD = {
+    "device": "cuda",
+    "dtype": torch.bfloat16,
+    "installed": True,
+    "capability": (8, 0),
+    "supports": True,
+    "width": 8,
+}
 
 
 @pytest.mark.parametrize(
@@ -174,24 +215,36 @@ def test_flash_attention_is_taken_where_it_can_be_had(kernels, monkeypatch, chan
     monkeypatch.setattr(flash_module, "is_flash_attn_2_available", lambda: case["installed"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: case["capability"])
     monkeypatch.setattr(model, "set_attn_implementation", asked.append)
-    assert flash_module.prefer_flash(model, torch.device(case["device"]), case["dtype"]) is (not changes)
+    assert flash_module.prefer_flash(model, torch.device(case["device"]), case["dtype"]) is (
+        not changes
+    )
     assert asked == ([] if changes else [flash_module.FLASH])
 
 
 @pytest.mark.parametrize(("asked", "had"), [("auto", "sdpa"), ("eager", "eager")])
 def test_auto_is_sdpa_until_a_run_finds_better(tiny, asked, had):
-    assert Base(tiny.path, "auto", asked, "none", True).load(torch.float32).config._attn_implementation == had
+    assert (
+        Base(tiny.path, "auto", asked, "none", True).load(torch.float32).config._attn_implementation
+        == had
+    )
 
 
 def test_flash_attention_that_is_not_installed_is_told(tiny):
-    with pytest.raises(BaseError, match=r"flash_attention_2 cannot be had here: .* Set base.attn_implementation=auto"):
+    with pytest.raises(
+        BaseError,
+        match=r"flash_attention_2 cannot be had here: .* Set base.attn_implementation=auto",
+    ):
         Base(tiny.path, "auto", flash_module.FLASH, "none", True).load(torch.float32)
 
 
 def test_flash_attention_by_name_keeps_rows_apart_too(tiny, monkeypatch):
     called = []
     monkeypatch.setattr(base, "keep_rows_apart", lambda: called.append(True))
-    monkeypatch.setattr(base.AutoModelForCausalLM, "from_pretrained", lambda *_, **given: (toys.llama(), {"missing_keys": []}))
+    monkeypatch.setattr(
+        base.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *_, **given: (toys.llama(), {"missing_keys": []}),
+    )
     for name in ("sdpa", flash_module.FLASH):
         Base(tiny.path, "auto", name, "none", True).load(torch.float32)
     assert called == [True]
@@ -199,7 +252,9 @@ def test_flash_attention_by_name_keeps_rows_apart_too(tiny, monkeypatch):
 
 def test_a_model_without_a_width_of_its_own(kernels, monkeypatch):
     model = SimpleNamespace(
-        config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=4096, num_attention_heads=8)),
+        config=SimpleNamespace(
+            get_text_config=lambda: SimpleNamespace(hidden_size=4096, num_attention_heads=8)
+        ),
         _supports_flash_attn=True,
     )
     monkeypatch.setattr(flash_module, "is_flash_attn_2_available", lambda: True)

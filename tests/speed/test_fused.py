@@ -27,9 +27,13 @@ def naive(q, k, v, scale, sees):
         for t in range(T):
             for h in range(H):
                 seen = [s for s in range(T) if sees(b, t, s)]
-                scores = torch.stack([scale * (q[b, h, t] * k[b, h // (H // K), s]).sum() for s in seen])
+                scores = torch.stack(
+                    [scale * (q[b, h, t] * k[b, h // (H // K), s]).sum() for s in seen]
+                )
                 chances = scores.softmax(0)
-                rows.append(sum(p * v[b, h // (H // K), s] for p, s in zip(chances, seen, strict=True)))
+                rows.append(
+                    sum(p * v[b, h // (H // K), s] for p, s in zip(chances, seen, strict=True))
+                )
     return torch.stack(rows).view(B, T, H, -1)
 
 
@@ -61,7 +65,9 @@ def test_attention_is_that_of_loops(kind, block):
     found, wanted = fused.attention(q, k, v, 0.5, plans), naive(q, k, v, 0.5, sees)
     torch.testing.assert_close(found, wanted)
     for ours, theirs in zip(
-        torch.autograd.grad(found, (q, k, v), upstream), torch.autograd.grad(wanted, (q, k, v), upstream), strict=True
+        torch.autograd.grad(found, (q, k, v), upstream),
+        torch.autograd.grad(wanted, (q, k, v), upstream),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
 
@@ -91,32 +97,45 @@ def test_gradients_in_bf16_are_as_near_as_those_of_torch():
         exact = [x.detach().to(dtype).double().requires_grad_() for x in (q, k, v)]
         grads = torch.autograd.grad(attend(*inputs), inputs, upstream.to(dtype))
         wanted = torch.autograd.grad(dense(*exact), exact, upstream.to(dtype).double())
-        return [float((g.double() - w).norm() / w.norm()) for g, w in zip(grads, wanted, strict=True)]
+        return [
+            float((g.double() - w).norm() / w.norm()) for g, w in zip(grads, wanted, strict=True)
+        ]
 
     def dense(q, k, v):
         several = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return nn.functional.scaled_dot_product_attention(q, *several, is_causal=True).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(q, *several, is_causal=True).transpose(
+            1, 2
+        )
 
     def ours(q, k, v):
         return fused.attention(q, k, v, 0.25, [fused.causal(150, torch.float32, q.device)])
 
-    for found, theirs in zip(errors(torch.bfloat16, ours), errors(torch.bfloat16, dense), strict=True):
+    for found, theirs in zip(
+        errors(torch.bfloat16, ours), errors(torch.bfloat16, dense), strict=True
+    ):
         assert found < 1.3 * theirs
     assert max(errors(torch.float32, ours)) < 2e-6
 
 
 def test_norms_and_gates_by_gradcheck():
     torch.manual_seed(0)
-    x, w = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64, requires_grad=True)
+    x, w = (
+        torch.randn(3, 5, dtype=torch.float64, requires_grad=True),
+        torch.randn(5, dtype=torch.float64, requires_grad=True),
+    )
     assert torch.autograd.gradcheck(lambda x, w: fused.rms_norm(x, w, 1e-3), (x, w))
-    wanted = torch.stack([w * row / math.sqrt(float((row * row).mean()) + 1e-3) for row in x.detach()])
+    wanted = torch.stack(
+        [w * row / math.sqrt(float((row * row).mean()) + 1e-3) for row in x.detach()]
+    )
     torch.testing.assert_close(fused.rms_norm(x, w, 1e-3), wanted)
     gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(fused.swiglu, (gate, up))
     torch.testing.assert_close(fused.swiglu(gate, up), gate / (1 + (-gate).exp()) * up)
 
 
-def grads(model: Any, batch: dict[str, Any], **changes: Any) -> tuple[float, dict[str, torch.Tensor], int]:
+def grads(
+    model: Any, batch: dict[str, Any], **changes: Any
+) -> tuple[float, dict[str, torch.Tensor], int]:
     """(loss, gradients, bytes that wait for the backward pass) of a LoRA on a model."""
     torch.manual_seed(1)
     model = toys.lora(**changes).attach(model, Start()).train()
@@ -136,7 +155,11 @@ def grads(model: Any, batch: dict[str, Any], **changes: Any) -> tuple[float, dic
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss, _ = CausalLoss(model, 8)(batch)
     loss.backward()
-    return float(loss.detach()), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, sum(seen.values())
+    return (
+        float(loss.detach()),
+        {n: p.grad for n, p in model.named_parameters() if p.requires_grad},
+        sum(seen.values()),
+    )
 
 
 def rows(packed: bool = False) -> dict[str, Any]:
@@ -144,7 +167,9 @@ def rows(packed: bool = False) -> dict[str, Any]:
     ids = torch.randint(3, 90, (2, 80))
     batch: dict[str, Any] = {"input_ids": ids, "labels": ids.clone()}
     if packed:
-        batch["position_ids"] = torch.stack([torch.cat([torch.arange(n), torch.arange(80 - n)]) for n in (30, 55)])
+        batch["position_ids"] = torch.stack(
+            [torch.cat([torch.arange(n), torch.arange(80 - n)]) for n in (30, 55)]
+        )
     return batch
 
 
@@ -154,8 +179,16 @@ def test_a_model_trains_the_same(family, packed):
     if family == "llama":
         plain: Any = toys.llama(torch.float32, vocab_size=97)
     else:
-        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
-        plain = AutoModelForCausalLM.from_config(Qwen3Config(vocab_size=97, num_key_value_heads=2, **shape))
+        shape = {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "head_dim": 8,
+        }
+        plain = AutoModelForCausalLM.from_config(
+            Qwen3Config(vocab_size=97, num_key_value_heads=2, **shape)
+        )
     ours = copy.deepcopy(plain)
     counts = fused.fuse(ours)
     assert counts["attention"] == counts["gates"] == len(ours.model.layers)
@@ -182,12 +215,21 @@ def test_generation_is_that_of_the_plain_model():
 def test_what_computes_otherwise_is_left_alone():
     gemma: Any = AutoModelForCausalLM.from_config(
         Gemma2Config(
-            vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-            head_dim=8, attn_implementation="eager",
+            vocab_size=97,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            attn_implementation="eager",
         )
-    )  # fmt: skip
-    assert fused.fuse(gemma) == {"attention": 0, "norms": 0, "gates": 0}  # 1 + w, GELU, and a soft cap
-    gpt: Any = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    )
+    # 1 + w, GELU, and a soft cap
+    assert fused.fuse(gemma) == {"attention": 0, "norms": 0, "gates": 0}
+    gpt: Any = AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    )
     ids = torch.randint(3, 90, (1, 7))
     wanted = gpt.eval()(ids).logits
     counts = fused.fuse(gpt)
@@ -226,7 +268,9 @@ def test_nothing_below_the_lowest_adapted_layer_has_a_backward_pass():
     needs: dict[str, bool] = {}
     for name, module in model.named_modules():
         if name.endswith("down_proj"):
-            module.register_forward_hook(lambda _, __, out, name=name: needs.update({name: out.requires_grad}))
+            module.register_forward_hook(
+                lambda _, __, out, name=name: needs.update({name: out.requires_grad})
+            )
     CausalLoss(model, 8)(rows())[0].backward()
     assert needs == {f"model.layers.{i}.mlp.down_proj": i == last for i in range(last + 1)}
 

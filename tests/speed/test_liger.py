@@ -1,4 +1,5 @@
-"""Liger's kernels in a model, against the plain modules: by Triton's interpreter on a CPU, where no GPU is needed."""
+"""Liger's kernels in a model, against the plain modules: by Triton's interpreter on a CPU, where no
+GPU is needed."""
 
 from __future__ import annotations
 
@@ -25,9 +26,14 @@ from trainer.config.errors import ConfigError
 from trainer.models.losses import CausalLoss
 from trainer.speed import fused, liger
 
-INSTALLED = importlib.util.find_spec("liger_kernel") is not None and importlib.util.find_spec("triton") is not None
+INSTALLED = (
+    importlib.util.find_spec("liger_kernel") is not None
+    and importlib.util.find_spec("triton") is not None
+)
 INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="started by test_the_kernels_by_tritons_interpreter")
+interpreted = pytest.mark.skipif(
+    not INTERPRETED, reason="started by test_the_kernels_by_tritons_interpreter"
+)
 
 
 def test_without_its_packages_it_is_refused(monkeypatch):
@@ -50,22 +56,34 @@ def test_without_a_gpu_or_kernels_for_the_model_it_is_refused(monkeypatch):
 
 def test_it_is_refused_with_what_it_has_not_been_tried_with():
     with pytest.raises(ConfigError) as refused:
-        compose.compose(["base=tiny", "task.path=rows", "fused=liger", "lightning=cpu", "compile=true"])
+        compose.compose(
+            ["base=tiny", "task.path=rows", "fused=liger", "lightning=cpu", "compile=true"]
+        )
     assert "set fused=true with lightning.accelerator=cpu" in str(refused.value)
     assert "compile=false" in str(refused.value)
 
 
-@pytest.mark.skipif(not INSTALLED or INTERPRETED, reason="needs liger-kernel and triton: pip install 'graft-trainer[liger]'")
+@pytest.mark.skipif(
+    not INSTALLED or INTERPRETED,
+    reason="needs liger-kernel and triton: pip install 'graft-trainer[liger]'",
+)
 def test_the_kernels_by_tritons_interpreter():
     # Triton reads the variable when it is imported, and other tests may have done that.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-4000:]
 
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """What Triton's interpreter lacks: it hands numbers to a kernel as Python's, and has no functions of CUDA's libdevice."""
+    """What Triton's interpreter lacks: it hands numbers to a kernel as Python's, and has no
+    functions of CUDA's libdevice."""
     import numpy as np
     import triton.language as tl
     from liger_kernel.ops import rms_norm
@@ -75,7 +93,10 @@ def kernels(monkeypatch):
 
     def converted(value):
         if isinstance(value, float):
-            return tl.tensor(interpreter.TensorHandle(np.array([value], dtype=np.float32), tl.float32), tl.float32)
+            return tl.tensor(
+                interpreter.TensorHandle(np.array([value], dtype=np.float32), tl.float32),
+                tl.float32,
+            )
         return plain(value)
 
     monkeypatch.setattr(interpreter, "_implicit_cvt", converted)
@@ -86,20 +107,34 @@ def batch(packed: bool) -> dict[str, Any]:
     ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(2))
     found: dict[str, Any] = {"input_ids": ids, "labels": ids.clone()}
     if packed:
-        found["position_ids"] = torch.stack([torch.cat([torch.arange(n), torch.arange(7 - n)]) for n in (3, 5)])
+        found["position_ids"] = torch.stack(
+            [torch.cat([torch.arange(n), torch.arange(7 - n)]) for n in (3, 5)]
+        )
     return found
 
 
 def family(name: str, dtype: torch.dtype) -> Any:
     if name == "llama":
-        model: Any = toys.llama(torch.float32, vocab_size=97, hidden_size=24, intermediate_size=40).to(dtype)
+        model: Any = toys.llama(
+            torch.float32, vocab_size=97, hidden_size=24, intermediate_size=40
+        ).to(dtype)
     else:
         torch.manual_seed(0)
-        shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
-        model = AutoModelForCausalLM.from_config(Qwen3Config(vocab_size=97, num_key_value_heads=2, **shape)).to(dtype)
+        shape = {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "head_dim": 8,
+        }
+        model = AutoModelForCausalLM.from_config(
+            Qwen3Config(vocab_size=97, num_key_value_heads=2, **shape)
+        ).to(dtype)
     for norm, parameter in model.named_parameters():
         if "norm" in norm:
-            nn.init.normal_(parameter, mean=1.0, std=0.2, generator=torch.Generator().manual_seed(1))
+            nn.init.normal_(
+                parameter, mean=1.0, std=0.2, generator=torch.Generator().manual_seed(1)
+            )
     return model
 
 
@@ -111,7 +146,9 @@ def trained(model: Any, adapter: Any, packed: bool) -> tuple[float, dict[str, to
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     loss, _ = CausalLoss(model, 8)(batch(packed))
     loss.backward()
-    return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return float(loss.detach()), {
+        name: p.grad for name, p in model.named_parameters() if p.requires_grad
+    }
 
 
 @interpreted
@@ -120,29 +157,39 @@ def trained(model: Any, adapter: Any, packed: bool) -> tuple[float, dict[str, to
     [
         ("llama", toys.lora(), False, torch.float32, 1e-5),
         ("llama", toys.lora(fused=False), True, torch.float32, 1e-5),
-        ("llama", toys.lora(), True, torch.float16, 3e-3),  # the interpreter multiplies bf16 as if it were integers
+        # the interpreter multiplies bf16 as if it were integers
+        ("llama", toys.lora(), True, torch.float16, 3e-3),
         ("qwen3", toys.lora(), True, torch.float32, 1e-5),
         ("llama", Full(), False, torch.float32, 1e-5),  # norms are trained, too
     ],
-)  # fmt: skip
+)
 def test_a_model_trains_the_same(kernels, name, adapter, packed, dtype, tolerance):
     plain = family(name, dtype)
     ours = copy.deepcopy(plain)
     exact = copy.deepcopy(plain).float()
     layers = len(plain.model.layers)
-    assert liger.put_in(ours) == {"norms": (4 if name == "qwen3" else 2) * layers + 1, "gates": layers, "rotations": layers}
+    assert liger.put_in(ours) == {
+        "norms": (4 if name == "qwen3" else 2) * layers + 1,
+        "gates": layers,
+        "rotations": layers,
+    }
     assert [*ours.state_dict()] == [*plain.state_dict()]
     wanted_loss, wanted = trained(exact, adapter, packed)
     loss, found = trained(ours, adapter, packed)
     assert loss == pytest.approx(wanted_loss, rel=tolerance)
     assert found.keys() == wanted.keys()
-    errors = {key: float((found[key].float() - wanted[key]).norm() / wanted[key].norm()) for key in wanted}
+    errors = {
+        key: float((found[key].float() - wanted[key]).norm() / wanted[key].norm()) for key in wanted
+    }
     if dtype == torch.float32:
         assert max(errors.values()) < tolerance
     else:  # as near as the plain modules come in this dtype
         _, theirs = trained(plain, adapter, packed)
         for key, error in errors.items():
-            assert error < max(tolerance, 1.5 * float((theirs[key].float() - wanted[key]).norm() / wanted[key].norm())), key
+            assert error < max(
+                tolerance,
+                1.5 * float((theirs[key].float() - wanted[key]).norm() / wanted[key].norm()),
+            ), key
 
 
 @interpreted
@@ -171,7 +218,9 @@ def test_a_norm_leaves_the_gradient_that_came_as_it_was(kernels):
 def test_what_its_packages_know():
     assert {"llama", "qwen3", "mistral"} <= liger.known()
     torch.manual_seed(0)
-    gpt: Any = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    gpt: Any = AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    )
     assert gpt.config.model_type not in liger.known()
     fault = liger.fault("gpt2", True)
     assert "gpt2" in fault

@@ -1,4 +1,5 @@
-"""Layers that are computed again in the backward pass: the same numbers from less memory, whichever layers they are."""
+"""Layers that are computed again in the backward pass: the same numbers from less memory, whichever
+layers they are."""
 
 from __future__ import annotations
 
@@ -22,9 +23,15 @@ ADAPTERS = {
     "lora": ["adapter=lora"],
     "lora with dropout": ["adapter=lora", "adapter.dropout=0.3"],
     "plain lora": ["adapter=lora", "adapter.fused=false"],
-    "peft": ["adapter=peft", "adapter.peft_type=LORA", "+adapter.r=4", "+adapter.lora_dropout=0.2", "+adapter.target_modules=[q_proj,down_proj]"],
+    "peft": [
+        "adapter=peft",
+        "adapter.peft_type=LORA",
+        "+adapter.r=4",
+        "+adapter.lora_dropout=0.2",
+        "+adapter.target_modules=[q_proj,down_proj]",
+    ],
     "rosa": ["adapter=rosa", "adapter.mask=random", "adapter.density=0.05", "adapter.dropout=0.2"],
-}  # fmt: skip
+}
 
 
 @functools.cache
@@ -33,8 +40,11 @@ def parts(name: str) -> dict[str, Any]:
     return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
 
 
-def trained(model: Any, name: str, checkpointing: bool | int, packed: bool) -> tuple[list[torch.Tensor], int, int]:
-    """(loss and gradients, bytes that wait for the backward pass, how often a layer was computed) of one micro-batch."""
+def trained(
+    model: Any, name: str, checkpointing: bool | int, packed: bool
+) -> tuple[list[torch.Tensor], int, int]:
+    """(loss and gradients, bytes that wait for the backward pass, how often a layer was computed)
+    of one micro-batch."""
     adapter, optimizer = (instantiate(parts(name)[part]) for part in ("adapter", "optimizer"))
     torch.manual_seed(1)
     model = adapter.attach(copy.deepcopy(model), Start(steps=8))
@@ -46,13 +56,25 @@ def trained(model: Any, name: str, checkpointing: bool | int, packed: bool) -> t
         if name.endswith("input_layernorm"):
             module.register_forward_hook(lambda *_, name=name: calls.append(name))
     module = FineTune(
-        model=model, adapter=adapter, optimizer=optimizer, schedule=lambda *_, **__: 1.0, steps=1,
-        labelled=False, accumulate=1, seed=0, max_grad_norm=None, logits_chunk=8, gradient_checkpointing=checkpointing, nonfinite_limit=3,
-    ).train()  # fmt: skip
+        model=model,
+        adapter=adapter,
+        optimizer=optimizer,
+        schedule=lambda *_, **__: 1.0,
+        steps=1,
+        labelled=False,
+        accumulate=1,
+        seed=0,
+        max_grad_norm=None,
+        logits_chunk=8,
+        gradient_checkpointing=checkpointing,
+        nonfinite_limit=3,
+    ).train()
     ids = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(2))
     batch: dict[str, Any] = {"input_ids": ids, "labels": ids.clone()}
     if packed:
-        batch["position_ids"] = torch.stack([torch.cat([torch.arange(n), torch.arange(24 - n)]) for n in (10, 15)])
+        batch["position_ids"] = torch.stack(
+            [torch.cat([torch.arange(n), torch.arange(24 - n)]) for n in (10, 15)]
+        )
     module.loss(batch)  # a mask that is looked up from now on
     calls.clear()
     torch.manual_seed(3)
@@ -60,16 +82,24 @@ def trained(model: Any, name: str, checkpointing: bool | int, packed: bool) -> t
     loss.backward()
     computed = len(calls)
     kept = sum(size for size, _, _ in profile.kept(module, batch))
-    return [loss.detach(), *(p.grad for p in module.parameters() if p.requires_grad)], kept, computed  # type: ignore[misc]
+    return (
+        [loss.detach(), *(p.grad for p in module.parameters() if p.requires_grad)],
+        kept,
+        computed,
+    )  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
     ("name", "packed", "fuse"),
     [
-        ("lora", True, True), ("lora with dropout", False, True), ("plain lora", True, False), ("peft", False, False),
-        ("peft", True, True), ("rosa", True, True),
+        ("lora", True, True),
+        ("lora with dropout", False, True),
+        ("plain lora", True, False),
+        ("peft", False, False),
+        ("peft", True, True),
+        ("rosa", True, True),
     ],
-)  # fmt: skip
+)
 def test_recomputed_layers_change_no_bit(name, packed, fuse):
     model = toys.llama(torch.float32, num_hidden_layers=5)
     if fuse:
@@ -83,7 +113,8 @@ def test_recomputed_layers_change_no_bit(name, packed, fuse):
         for ours, theirs in zip(found, wanted, strict=True):
             assert torch.equal(ours, theirs)
         assert calls == 5 + again
-    # A layer that is not recomputed keeps what it did; one that is keeps its input, and the generator's state where it may draw.
+    # A layer that is not recomputed keeps what it did; one that is keeps its input, and the
+    # generator's state where it may draw.
     layer = (most - kept[True]) / 5
     assert 5 * layer > 0.6 * most
     assert kept[2] == pytest.approx(most - 3 * layer, rel=0.05)
@@ -92,7 +123,11 @@ def test_recomputed_layers_change_no_bit(name, packed, fuse):
 
 def test_what_is_no_choice_of_layers_is_refused():
     choice = schema.load("objective/finetune").children["gradient_checkpointing"].type
-    assert [value for value in (False, True, 2, 3, 1, 0, -2, 2.5, "selective", None) if schema.accepts(value, choice)] == [
+    assert [
+        value
+        for value in (False, True, 2, 3, 1, 0, -2, 2.5, "selective", None)
+        if schema.accepts(value, choice)
+    ] == [
         False,
         True,
         2,

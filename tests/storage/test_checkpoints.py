@@ -25,7 +25,10 @@ def content(step, numbers=4):
     generator = torch.Generator().manual_seed(step)
     return {
         "counters": {"step": step, "tokens": 10 * step},
-        "adapter": {"tensors": {"a": torch.randn(numbers, generator=generator)}, "extra": {"rank": 2}},
+        "adapter": {
+            "tensors": {"a": torch.randn(numbers, generator=generator)},
+            "extra": {"rank": 2},
+        },
         "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2, dtype=torch.bfloat16)}}}],
     }
 
@@ -43,9 +46,14 @@ def test_what_is_saved_is_loaded(tmp_path):
     save(tmp_path / "new" / "folder", 40)
     path = path_of(tmp_path / "new" / "folder", 40)
     assert names(path.parent) == ["step-00000040.ckpt", "step-00000040.json"]
-    for loaded in (checkpoints.load(path), AtomicCheckpointIO().load_checkpoint(path, weights_only=False)):
+    for loaded in (
+        checkpoints.load(path),
+        AtomicCheckpointIO().load_checkpoint(path, weights_only=False),
+    ):
         assert loaded["counters"] == {"step": 40, "tokens": 400}
-        assert torch.equal(loaded["adapter"]["tensors"]["a"], content(40)["adapter"]["tensors"]["a"])
+        assert torch.equal(
+            loaded["adapter"]["tensors"]["a"], content(40)["adapter"]["tensors"]["a"]
+        )
         assert loaded["optimizer_states"][0]["state"][0]["exp_avg"].dtype == torch.bfloat16
 
 
@@ -53,7 +61,11 @@ def test_the_manifest_is_that_of_the_file(tmp_path):
     save(tmp_path, 3)
     path = path_of(tmp_path, 3)
     manifest = json.loads(path.with_suffix(".json").read_text())
-    assert (manifest["step"], manifest["bytes"], manifest["sha256"]) == (3, path.stat().st_size, checkpoints.sha256(path))
+    assert (manifest["step"], manifest["bytes"], manifest["sha256"]) == (
+        3,
+        path.stat().st_size,
+        checkpoints.sha256(path),
+    )
     assert checkpoints.fault(path) is None
 
 
@@ -93,7 +105,10 @@ def test_a_damaged_one_is_passed_over_for_the_one_before(tmp_path, caplog, damag
     save(tmp_path, 1, 2, 3)
     damage(path_of(tmp_path, 3))
     assert newest(tmp_path) == path_of(tmp_path, 2)
-    assert f"step-00000003.ckpt is damaged ({DAMAGES[damage]}" in caplog.text or DAMAGES[damage] in caplog.text
+    assert (
+        f"step-00000003.ckpt is damaged ({DAMAGES[damage]}" in caplog.text
+        or DAMAGES[damage] in caplog.text
+    )
     assert "was passed over" in caplog.text
     with pytest.raises(CheckpointError, match=re.escape(DAMAGES[damage])):
         checkpoints.load(path_of(tmp_path, 3))
@@ -136,7 +151,12 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
     save(tmp_path, 1, 2)
     atomic.write_text(tmp_path / "best.json", '{"step": 1}')
     before = names(tmp_path)
-    for name in ("step-00000003.ckpt.tmp", "step-00000003.json.tmp", "step-00000003.ckpt", "best.json.tmp"):
+    for name in (
+        "step-00000003.ckpt.tmp",
+        "step-00000003.json.tmp",
+        "step-00000003.ckpt",
+        "best.json.tmp",
+    ):
         (tmp_path / name).write_text("half")
     checkpoints.remove_leftovers(tmp_path)
     assert names(tmp_path) == before
@@ -157,7 +177,8 @@ def test_what_is_not_finite_is_refused(tmp_path, value):
     broken["adapter"]["tensors"]["b.weight"] = torch.tensor([0.0, value], dtype=torch.bfloat16)
     broken["adapter"]["tensors"]["index"] = torch.tensor([1, 2])
     with pytest.raises(
-        CheckpointError, match=r"b\.weight holds NaN or infinite values, so step-00000002\.ckpt was not written"
+        CheckpointError,
+        match=r"b\.weight holds NaN or infinite values, so step-00000002\.ckpt was not written",
     ):
         AtomicCheckpointIO().save_checkpoint(broken, path_of(tmp_path, 2))
     assert newest(tmp_path) == path_of(tmp_path, 1)
@@ -211,7 +232,9 @@ def small_disk(tmp_path):
         pytest.skip("mounting a file system takes root")
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
     yield folder
@@ -255,7 +278,9 @@ def test_a_folder_that_went_away_says_so(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(CheckpointError, match=r"Permission denied\. Mend that, and go on with resume=auto"):
+    with pytest.raises(
+        CheckpointError, match=r"Permission denied\. Mend that, and go on with resume=auto"
+    ):
         save(tmp_path, 2)
     assert len(names(tmp_path)) == 2
 
@@ -290,18 +315,28 @@ def test_a_kill_in_a_save_leaves_a_good_checkpoint(tmp_path):
         last = int(found.stem[5:])
         assert last in (done, done + 1)  # the newest may be whole without its saver having told so
         assert torch.equal(
-            checkpoints.load(found)["adapter"]["tensors"]["a"], content(last, 100_000)["adapter"]["tensors"]["a"]
+            checkpoints.load(found)["adapter"]["tensors"]["a"],
+            content(last, 100_000)["adapter"]["tensors"]["a"],
         )
         before = names(tmp_path)
         checkpoints.remove_leftovers(tmp_path)
-        whole = [name for path in complete(tmp_path) for name in (path.name, path.with_suffix(".json").name)]
+        whole = [
+            name
+            for path in complete(tmp_path)
+            for name in (path.name, path.with_suffix(".json").name)
+        ]
         assert names(tmp_path) == sorted(whole)
         left_behind += len(before) - len(whole)
     assert left_behind > 0  # some kills did hit a save
 
 
 def test_a_checkpoint_holds_what_is_trained_and_no_more(train, chats, tiny):
-    run = train(f"task.path={chats}", "max_steps=2", "callbacks.evaluation=null", "adapter.target_modules=[q_proj]")
+    run = train(
+        f"task.path={chats}",
+        "max_steps=2",
+        "callbacks.evaluation=null",
+        "adapter.target_modules=[q_proj]",
+    )
     path = checkpoints.chosen(run / "checkpoints", "last")
     loaded = checkpoints.load(path)
     tensors = loaded["adapter"]["tensors"]
@@ -317,10 +352,16 @@ def test_a_larger_adapter_takes_as_much_more(train, chats):
     sizes = {}
     for rank in (16, 1024):
         run = train(
-            f"task.path={chats}", "max_steps=1", "callbacks.evaluation=null", f"adapter.rank={rank}", f"name=rank{rank}"
+            f"task.path={chats}",
+            "max_steps=1",
+            "callbacks.evaluation=null",
+            f"adapter.rank={rank}",
+            f"name=rank{rank}",
         )
         path = checkpoints.chosen(run / "checkpoints", "last")
-        trained = sum(tensor.numel() for tensor in checkpoints.load(path)["adapter"]["tensors"].values())
+        trained = sum(
+            tensor.numel() for tensor in checkpoints.load(path)["adapter"]["tensors"].values()
+        )
         sizes[rank] = (trained, path.stat().st_size)
     numbers, size = (sizes[1024][i] - sizes[16][i] for i in (0, 1))
     assert numbers > 400_000
@@ -330,11 +371,17 @@ def test_a_larger_adapter_takes_as_much_more(train, chats):
 @pytest.mark.parametrize(
     ("word", "kind", "said"),
     [
-        ("DataLoader worker (pid 3) is killed by signal: Killed. ", RuntimeError, "^DataLoader worker"),
+        (
+            "DataLoader worker (pid 3) is killed by signal: Killed. ",
+            RuntimeError,
+            "^DataLoader worker",
+        ),
         ("something else", CheckpointError, "could not be written: something else"),
     ],
 )
-def test_a_loading_process_that_is_lost_meanwhile_is_no_fault_of_the_disk(tmp_path, monkeypatch, word, kind, said):
+def test_a_loading_process_that_is_lost_meanwhile_is_no_fault_of_the_disk(
+    tmp_path, monkeypatch, word, kind, said
+):
     save(tmp_path, 3)
     monkeypatch.setattr(torch, "save", lambda *_, **__: (_ for _ in ()).throw(RuntimeError(word)))
     with pytest.raises(kind, match=said):

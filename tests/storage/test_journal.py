@@ -1,4 +1,5 @@
-"""The run's numbers: appended row by row, cut back to a step when a run goes on, whole whatever a kill left of the last line."""
+"""The run's numbers: appended row by row, cut back to a step when a run goes on, whole whatever a
+kill left of the last line."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ import pytest
 from trainer.storage import journal
 from trainer.storage.journal import Journal
 
-# Line ends to Python but not to JSON, a character outside the BMP, quotes, and what a shell would mind.
+# Line ends to Python but not to JSON, a character outside the BMP, quotes, and what a shell would
+# mind.
 ODD = 'a\u2028b\u2029c\x85d\x0be\x1ff\r\ng "h" \\n 🦙 ﷽ \u202e\x00'
 
 
@@ -37,7 +39,8 @@ class Dashboard:
 
 @pytest.fixture
 def written(tmp_path):
-    """A journal with steps 1 to 4, evaluations at 0, 2 and 4 with samples, a skipped step and a stop."""
+    """A journal with steps 1 to 4, evaluations at 0, 2 and 4 with samples, a skipped step and a
+    stop."""
     made = Journal(tmp_path, [])
     made.write("evaluation", 0, {"loss": 5.0})
     for step in range(1, 5):
@@ -45,7 +48,10 @@ def written(tmp_path):
         if step == 3:
             made.write("skipped", step, {"rows": [ODD]})
         if step % 2 == 0:
-            made.write_samples(step, [{"where": "a:1", "answer": ODD}, {"where": "a:2", "answer": '"kind": "stopped"'}])
+            made.write_samples(
+                step,
+                [{"where": "a:1", "answer": ODD}, {"where": "a:2", "answer": '"kind": "stopped"'}],
+            )
             made.write("evaluation", step, {"loss": 1.0})
     made.write("stopped", 4, {"reason": "it was enough"})
     return made
@@ -75,7 +81,9 @@ def test_rows_come_back_in_their_order_and_as_they_were(written):
     assert written.rows("nothing") == []
 
 
-@pytest.mark.parametrize(("step", "left"), [(-1, 0), (0, 1), (1, 2), (2, 4), (3, 6), (4, 8), (99, 8)])
+@pytest.mark.parametrize(
+    ("step", "left"), [(-1, 0), (0, 1), (1, 2), (2, 4), (3, 6), (4, 8), (99, 8)]
+)
 def test_what_came_after_a_step_is_forgotten_and_so_is_the_stop(written, step, left):
     written.rewind(step)
     assert steps(written.rows()) == ALL[:left]
@@ -98,7 +106,9 @@ def test_a_file_cut_anywhere_loses_only_its_last_line(written):
     lines = whole.split(b"\n")
     for cut in range(len(whole)):
         written.metrics.write_bytes(whole[:cut])
-        complete = sum(sum(len(line) + 1 for line in lines[: i + 1]) - 1 <= cut for i in range(len(lines) - 1))
+        complete = sum(
+            sum(len(line) + 1 for line in lines[: i + 1]) - 1 <= cut for i in range(len(lines) - 1)
+        )
         assert len(written.rows()) == complete
 
 

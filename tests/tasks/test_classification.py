@@ -15,19 +15,32 @@ from tests.conftest import write_rows
 
 def task(path: Path, **changes: Any) -> Classification:
     settings = {
-        "split": "train", "eval_path": None, "eval_split": "test", "eval_fraction": 0.0, "limit": None, "eval_limit": None,
-        "columns": {}, "labels": None, "on_bad": "raise",
-    }  # fmt: skip
+        "split": "train",
+        "eval_path": None,
+        "eval_split": "test",
+        "eval_fraction": 0.0,
+        "limit": None,
+        "eval_limit": None,
+        "columns": {},
+        "labels": None,
+        "on_bad": "raise",
+    }
     return Classification(str(path), **settings | changes)
 
 
 def labelled(folder: Path, *labels: Any) -> Path:
-    return write_rows(folder / "rows.jsonl", [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)])
+    return write_rows(
+        folder / "rows.jsonl",
+        [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)],
+    )
 
 
 def test_a_row_becomes_a_text_with_its_class_and_line(tmp_path):
     file = labelled(tmp_path, "yes", "no")
-    assert list(task(file).examples("train")) == [Labelled("text 0", "yes", f"{file}:1"), Labelled("text 1", "no", f"{file}:2")]
+    assert list(task(file).examples("train")) == [
+        Labelled("text 0", "yes", f"{file}:1"),
+        Labelled("text 1", "no", f"{file}:2"),
+    ]
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv"])
@@ -37,7 +50,10 @@ def test_separated_values_are_read_by_their_header(tmp_path, kind):
     file.write_text(f"sentence{mark}class\ngood{mark}1\nbad{mark}0\n")
     found = task(file, columns={"text": "sentence", "label": "class"})
     assert found.labels == ["0", "1"]
-    assert [(row.text, row.label) for row in found.examples("train")] == [("good", "1"), ("bad", "0")]
+    assert [(row.text, row.label) for row in found.examples("train")] == [
+        ("good", "1"),
+        ("bad", "0"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -72,17 +88,31 @@ def test_the_classes_are_those_of_all_training_rows_and_of_no_other(tmp_path):
 def test_a_class_that_only_evaluation_has_is_a_bad_row(tmp_path):
     file = labelled(tmp_path, "a", "b")
     other = write_rows(tmp_path / "eval.jsonl", [{"text": "t", "label": "c"}])
-    assert list(task(file, eval_path=str(other)).examples("eval")) == [Bad(f"{other}:1", "the class 'c' is none of: a, b")]
+    assert list(task(file, eval_path=str(other)).examples("eval")) == [
+        Bad(f"{other}:1", "the class 'c' is none of: a, b")
+    ]
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"text": "t"}, "no column 'label'; the row has: text; set task.columns={label: YOUR_COLUMN}"),
-        ({"label": "a"}, "no column 'text'; the row has: label; set task.columns={text: YOUR_COLUMN}"),
-        ({"text": "t", "label": None}, "label must be a class's name or number, and is NoneType: 'None'"),
+        (
+            {"text": "t"},
+            "no column 'label'; the row has: text; set task.columns={label: YOUR_COLUMN}",
+        ),
+        (
+            {"label": "a"},
+            "no column 'text'; the row has: label; set task.columns={text: YOUR_COLUMN}",
+        ),
+        (
+            {"text": "t", "label": None},
+            "label must be a class's name or number, and is NoneType: 'None'",
+        ),
         ({"text": "t", "label": ""}, "label must be a class's name or number, and is str: ''"),
-        ({"text": "t", "label": ["a"]}, "label must be a class's name or number, and is list: \"['a']\""),
+        (
+            {"text": "t", "label": ["a"]},
+            "label must be a class's name or number, and is list: \"['a']\"",
+        ),
         ({"text": " ", "label": "a"}, "text is empty"),
         ({"text": 5, "label": "a"}, "text must be text, and is int: '5'"),
     ],
@@ -92,18 +122,26 @@ def test_a_broken_row_is_bad_with_its_line_and_adds_no_class(tmp_path, row, reas
     file = write_rows(tmp_path / "rows.jsonl", rows)
     found = task(file)
     assert found.labels == ["a", "b"]
-    assert [row for row in found.examples("train") if isinstance(row, Bad)] == [Bad(f"{file}:2", reason)]
+    assert [row for row in found.examples("train") if isinstance(row, Bad)] == [
+        Bad(f"{file}:2", reason)
+    ]
 
 
 def test_a_line_that_is_no_json_is_bad(tmp_path):
     file = labelled(tmp_path, "a", "b")
     file.write_text(file.read_text() + "nonsense\n")
-    assert list(task(file).examples("train"))[2] == Bad(f"{file}:3", "not JSON: Expecting value at column 1")
+    assert list(task(file).examples("train"))[2] == Bad(
+        f"{file}:3", "not JSON: Expecting value at column 1"
+    )
 
 
 @pytest.mark.parametrize(
     ("labels", "given", "message"),
-    [(["a", "a"], None, r"1 classes \(a\)"), ([None], None, r"0 classes \(none\)"), (["a", "b"], ["a"], r"1 classes \(a\)")],
+    [
+        (["a", "a"], None, r"1 classes \(a\)"),
+        ([None], None, r"0 classes \(none\)"),
+        (["a", "b"], ["a"], r"1 classes \(a\)"),
+    ],
 )
 def test_fewer_than_two_classes_are_refused(tmp_path, labels, given, message):
     with pytest.raises(DataError, match=message + "; classification needs two or more"):
@@ -112,7 +150,12 @@ def test_fewer_than_two_classes_are_refused(tmp_path, labels, given, message):
 
 @pytest.mark.parametrize(
     ("change", "same"),
-    [({}, True), ({"labels": ["a", "b"]}, True), ({"labels": ["b", "a"]}, False), ({"columns": {"text": "label"}}, False)],
+    [
+        ({}, True),
+        ({"labels": ["a", "b"]}, True),
+        ({"labels": ["b", "a"]}, False),
+        ({"columns": {"text": "label"}}, False),
+    ],
 )
 def test_the_digest_follows_the_classes_order_and_the_columns(tmp_path, change, same):
     file = labelled(tmp_path, "a", "b")

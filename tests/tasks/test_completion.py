@@ -15,9 +15,17 @@ from tests.conftest import write_rows
 
 def task(path: Path, **changes: Any) -> Completion:
     settings = {
-        "split": "train", "eval_path": None, "eval_split": "test", "eval_fraction": 0.0, "limit": None, "eval_limit": None,
-        "columns": {}, "streaming": False, "shuffle_block": 10, "on_bad": "raise",
-    }  # fmt: skip
+        "split": "train",
+        "eval_path": None,
+        "eval_split": "test",
+        "eval_fraction": 0.0,
+        "limit": None,
+        "eval_limit": None,
+        "columns": {},
+        "streaming": False,
+        "shuffle_block": 10,
+        "on_bad": "raise",
+    }
     return Completion(str(path), **settings | changes)
 
 
@@ -33,7 +41,9 @@ def test_paragraphs_of_a_text_file_are_the_rows(tmp_path, streaming):
 
 def test_a_column_may_have_another_name_and_keeps_its_blanks(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", [{"body": "  a\n", "text": "not this"}])
-    assert list(task(file, columns={"text": "body"}).examples("train")) == [Text("  a\n", f"{file}:1")]
+    assert list(task(file, columns={"text": "body"}).examples("train")) == [
+        Text("  a\n", f"{file}:1")
+    ]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -47,7 +57,10 @@ def test_several_kinds_of_files_are_one_text_after_the_other(tmp_path, streaming
 
 def test_held_out_texts_are_not_trained(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", [{"text": str(n)} for n in range(10)])
-    train, held_out = ([row.text for row in task(file, eval_fraction=0.3).examples(split)] for split in ("train", "eval"))
+    train, held_out = (
+        [row.text for row in task(file, eval_fraction=0.3).examples(split)]
+        for split in ("train", "eval")
+    )
     assert (len(train), len(held_out)) == (7, 3)
     assert sorted(train + held_out) == [str(n) for n in range(10)]
 
@@ -55,7 +68,10 @@ def test_held_out_texts_are_not_trained(tmp_path):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"body": "a"}, "no column 'text'; the row has: body; set task.columns={text: YOUR_COLUMN}"),
+        (
+            {"body": "a"},
+            "no column 'text'; the row has: body; set task.columns={text: YOUR_COLUMN}",
+        ),
         ({"text": None}, "text must be text, and is NoneType: 'None'"),
         ({"text": {"a": 1}}, "text must be text, and is dict: \"{'a': 1}\""),
         ({"text": "\n "}, "text is empty"),
@@ -69,7 +85,10 @@ def test_a_broken_row_is_bad_with_its_line(tmp_path, row, reason):
 def test_text_in_another_encoding_is_bad_with_its_line(tmp_path):
     file = tmp_path / "rows.txt"
     file.write_bytes(b"one\n\n\xe9\n")
-    assert list(task(file).examples("train")) == [Text("one", f"{file}:1"), Bad(f"{file}:3", "not UTF-8 at byte 1 of the line")]
+    assert list(task(file).examples("train")) == [
+        Text("one", f"{file}:1"),
+        Bad(f"{file}:3", "not UTF-8 at byte 1 of the line"),
+    ]
 
 
 def test_a_stream_holds_nothing_out_and_does_not_count_its_rows(tmp_path):
@@ -79,7 +98,8 @@ def test_a_stream_holds_nothing_out_and_does_not_count_its_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "same"), [({"shuffle_block": 3}, True), ({"columns": {"text": "b"}}, False), ({"limit": 1}, False)]
+    ("change", "same"),
+    [({"shuffle_block": 3}, True), ({"columns": {"text": "b"}}, False), ({"limit": 1}, False)],
 )
 def test_the_digest_follows_columns_and_limit(tmp_path, change, same):
     file = write_rows(tmp_path / "rows.jsonl", [{"text": "a", "b": "c"}])

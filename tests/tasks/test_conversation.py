@@ -17,7 +17,9 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
 
 ROWS: dict[str, dict[str, Any]] = {
     "messages": {"messages": TWO},
-    "sharegpt": {"conversations": [{"from": "human", "value": "2+3="}, {"from": "gpt", "value": "5"}]},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "2+3="}, {"from": "gpt", "value": "5"}]
+    },
     "alpaca": {"instruction": "2+3=", "input": "", "output": "5"},
     "prompt_completion": {"prompt": "2+3=", "completion": "5"},
 }
@@ -29,7 +31,9 @@ OURS = {
 }
 
 
-def converted(row: dict[str, Any], format_: str, system: str | None = None, **columns: str) -> Conversation:
+def converted(
+    row: dict[str, Any], format_: str, system: str | None = None, **columns: str
+) -> Conversation:
     return convert(row, format_, columns, system, "rows.jsonl:7")
 
 
@@ -56,7 +60,10 @@ def test_further_columns_do_not_matter(format_):
 
 @pytest.mark.parametrize("format_", ROWS)
 def test_a_system_prompt_is_put_before_rows_without_one(format_):
-    assert converted(ROWS[format_], format_, "Be brief.").messages == [{"role": "system", "content": "Be brief."}, *TWO]
+    assert converted(ROWS[format_], format_, "Be brief.").messages == [
+        {"role": "system", "content": "Be brief."},
+        *TWO,
+    ]
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])
@@ -70,7 +77,11 @@ def test_a_rows_own_system_prompt_stays(role):
 
 def test_content_in_parts_is_joined_and_empty_fields_are_left_out():
     messages = [
-        {"role": "user", "content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "3="}], "name": None},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "3="}],
+            "name": None,
+        },
         {"role": "assistant", "content": "5", "tool_calls": None, "reasoning": "easy"},
     ]
     wanted = [TWO[0], {"role": "assistant", "content": "5", "reasoning": "easy"}]
@@ -106,14 +117,30 @@ def test_the_row_itself_is_not_changed():
 @pytest.mark.parametrize(
     ("name", "role"),
     [
-        ("human", "user"), ("user", "user"), ("gpt", "assistant"), ("assistant", "assistant"), ("chatgpt", "assistant"),
-        ("model", "assistant"), ("function_call", "assistant"), ("system", "system"), ("tool", "tool"),
-        ("observation", "tool"), ("function_response", "tool"),
+        ("human", "user"),
+        ("user", "user"),
+        ("gpt", "assistant"),
+        ("assistant", "assistant"),
+        ("chatgpt", "assistant"),
+        ("model", "assistant"),
+        ("function_call", "assistant"),
+        ("system", "system"),
+        ("tool", "tool"),
+        ("observation", "tool"),
+        ("function_response", "tool"),
     ],
-)  # fmt: skip
+)
 def test_the_names_of_sharegpts_speakers_are_roles(name, role):
-    turns = [{"from": "human", "value": "a"}, {"from": name, "value": "b"}, {"from": "gpt", "value": "c"}]
-    assert [m["role"] for m in converted({"conversations": turns}, "sharegpt").messages] == ["user", role, "assistant"]
+    turns = [
+        {"from": "human", "value": "a"},
+        {"from": name, "value": "b"},
+        {"from": "gpt", "value": "c"},
+    ]
+    assert [m["role"] for m in converted({"conversations": turns}, "sharegpt").messages] == [
+        "user",
+        role,
+        "assistant",
+    ]
 
 
 @pytest.mark.parametrize(("system", "put"), [("Be brief.", True), ("", False), (None, False)])
@@ -125,12 +152,17 @@ def test_sharegpts_system_column_comes_first(system, put):
 # alpaca
 
 
-@pytest.mark.parametrize(("extra", "question"), [("2 3", "Add.\n\n2 3"), ("", "Add."), ("  ", "Add."), (None, "Add.")])
+@pytest.mark.parametrize(
+    ("extra", "question"), [("2 3", "Add.\n\n2 3"), ("", "Add."), ("  ", "Add."), (None, "Add.")]
+)
 def test_alpacas_input_follows_the_instruction(extra, question):
     row = {"instruction": "Add.", "input": extra, "output": "5"}
     assert converted(row, "alpaca").messages == [{"role": "user", "content": question}, TWO[1]]
     if not extra:
-        assert converted({"instruction": "Add.", "output": "5"}, "alpaca").messages[0]["content"] == "Add."
+        assert (
+            converted({"instruction": "Add.", "output": "5"}, "alpaca").messages[0]["content"]
+            == "Add."
+        )
 
 
 # prompt and completion
@@ -138,8 +170,12 @@ def test_alpacas_input_follows_the_instruction(extra, question):
 
 def test_either_side_may_be_messages():
     system = {"role": "system", "content": "S"}
-    assert converted({"prompt": [system, TWO[0]], "completion": "5"}, "prompt_completion").messages == [system, *TWO]
-    assert converted({"prompt": "2+3=", "completion": [TWO[1]]}, "prompt_completion").messages == TWO
+    assert converted(
+        {"prompt": [system, TWO[0]], "completion": "5"}, "prompt_completion"
+    ).messages == [system, *TWO]
+    assert (
+        converted({"prompt": "2+3=", "completion": [TWO[1]]}, "prompt_completion").messages == TWO
+    )
 
 
 # what is wrong
@@ -150,68 +186,154 @@ def with_answer(content: Any) -> dict[str, Any]:
 
 
 def turns(*given: Any) -> dict[str, Any]:
-    return {"conversations": [{"from": "human", "value": "a"}, *given, {"from": "gpt", "value": "b"}]}
+    return {
+        "conversations": [{"from": "human", "value": "a"}, *given, {"from": "gpt", "value": "b"}]
+    }
 
 
 @pytest.mark.parametrize(
     ("format_", "row", "message"),
     [
-        ("messages", {"text": "a", "n": 1}, "no column 'messages'; the row has: text, n; set task.columns={messages: YOUR_COLUMN}"),
+        (
+            "messages",
+            {"text": "a", "n": 1},
+            "no column 'messages'; the row has: text, n; set task.columns={messages: YOUR_COLUMN}",
+        ),
         ("sharegpt", {"text": "a"}, "no column 'conversations'; the row has: text"),
-        ("alpaca", {"instruction": "a", "text": "b"}, "no column 'output'; the row has: instruction, text"),
+        (
+            "alpaca",
+            {"instruction": "a", "text": "b"},
+            "no column 'output'; the row has: instruction, text",
+        ),
         ("prompt_completion", {"prompt": "a"}, "no column 'completion'; the row has: prompt"),
-        ("messages", {"messages": "text"}, "messages must be a list with at least one entry, and is 'text'"),
-        ("messages", {"messages": []}, "messages must be a list with at least one entry, and is '[]'"),
-        ("messages", {"messages": None}, "messages must be a list with at least one entry, and is 'None'"),
-        ("messages", {"messages": ["Hi"]}, "message 1 must be an object with role and content, and is 'Hi'"),
-        ("messages", {"messages": [{"content": "Hi"}]}, "message 1 must be an object with role and content"),
-        ("messages", {"messages": [*TWO, {"role": "bot", "content": "x"}]}, "message 3 has the role 'bot'; known: " + ", ".join(ROLES)),
-        ("messages", {"messages": [{"role": ["user"], "content": "x"}]}, "message 1 has the role ['user']; known: "),
+        (
+            "messages",
+            {"messages": "text"},
+            "messages must be a list with at least one entry, and is 'text'",
+        ),
+        (
+            "messages",
+            {"messages": []},
+            "messages must be a list with at least one entry, and is '[]'",
+        ),
+        (
+            "messages",
+            {"messages": None},
+            "messages must be a list with at least one entry, and is 'None'",
+        ),
+        (
+            "messages",
+            {"messages": ["Hi"]},
+            "message 1 must be an object with role and content, and is 'Hi'",
+        ),
+        (
+            "messages",
+            {"messages": [{"content": "Hi"}]},
+            "message 1 must be an object with role and content",
+        ),
+        (
+            "messages",
+            {"messages": [*TWO, {"role": "bot", "content": "x"}]},
+            "message 3 has the role 'bot'; known: " + ", ".join(ROLES),
+        ),
+        (
+            "messages",
+            {"messages": [{"role": ["user"], "content": "x"}]},
+            "message 1 has the role ['user']; known: ",
+        ),
         ("messages", with_answer(5), "message 2: content must be text, and is int"),
         ("messages", with_answer(None), "message 2: content must be text, and is NoneType"),
-        ("messages", with_answer([{"type": "image_url", "image_url": "x"}]), "message 2 has content parts that are not text"),
+        (
+            "messages",
+            with_answer([{"type": "image_url", "image_url": "x"}]),
+            "message 2 has content parts that are not text",
+        ),
         ("messages", with_answer(["Hi"]), "message 2 has content parts that are not text"),
         ("messages", with_answer(""), "message 2: the answer is empty"),
         ("messages", with_answer(" \n"), "message 2: the answer is empty"),
-        ("messages", {"messages": [TWO[0], {"role": "assistant", "content": ""}, *TWO]}, "message 2: the answer is empty"),
+        (
+            "messages",
+            {"messages": [TWO[0], {"role": "assistant", "content": ""}, *TWO]},
+            "message 2: the answer is empty",
+        ),
         ("messages", {"messages": TWO[:1]}, "no assistant message: there is nothing to learn"),
-        ("messages", {"messages": [*TWO, TWO[0]]}, "the last message is of user: a row must end in an answer"),
-        ("messages", {"messages": TWO, "tools": "[]"}, "tools must be a list of function descriptions, and is str"),
+        (
+            "messages",
+            {"messages": [*TWO, TWO[0]]},
+            "the last message is of user: a row must end in an answer",
+        ),
+        (
+            "messages",
+            {"messages": TWO, "tools": "[]"},
+            "tools must be a list of function descriptions, and is str",
+        ),
         ("sharegpt", turns("x"), "turn 2 must be an object with from and value, and is 'x'"),
         ("sharegpt", turns({"from": "gpt"}), "turn 2 must be an object with from and value"),
-        ("sharegpt", turns({"from": "bot", "value": "x"}), "turn 2 is from 'bot'; known: human, user, gpt"),
-        ("sharegpt", turns({"from": ["gpt"], "value": "x"}), "turn 2 is from ['gpt']; known: human, user, gpt"),
-        ("sharegpt", turns({"from": "gpt", "value": None}), "turn 2: value must be text, and is NoneType"),
+        (
+            "sharegpt",
+            turns({"from": "bot", "value": "x"}),
+            "turn 2 is from 'bot'; known: human, user, gpt",
+        ),
+        (
+            "sharegpt",
+            turns({"from": ["gpt"], "value": "x"}),
+            "turn 2 is from ['gpt']; known: human, user, gpt",
+        ),
+        (
+            "sharegpt",
+            turns({"from": "gpt", "value": None}),
+            "turn 2: value must be text, and is NoneType",
+        ),
         ("sharegpt", turns() | {"system": 5}, "system must be text, and is int: '5'"),
         ("alpaca", {"instruction": "", "output": "5"}, "instruction is empty"),
         ("alpaca", {"instruction": "a", "output": " "}, "output is empty"),
         ("alpaca", {"instruction": "a", "output": 5}, "output must be text, and is int: '5'"),
-        ("alpaca", {"instruction": "a", "input": ["b"], "output": "5"}, "input must be text, and is list"),
-        ("prompt_completion", {"prompt": None, "completion": "5"}, "prompt must be text, and is NoneType"),
+        (
+            "alpaca",
+            {"instruction": "a", "input": ["b"], "output": "5"},
+            "input must be text, and is list",
+        ),
+        (
+            "prompt_completion",
+            {"prompt": None, "completion": "5"},
+            "prompt must be text, and is NoneType",
+        ),
         ("prompt_completion", {"prompt": "a", "completion": ""}, "completion is empty"),
-        ("prompt_completion", {"prompt": [], "completion": "5"}, "prompt must be a list with at least one entry"),
+        (
+            "prompt_completion",
+            {"prompt": [], "completion": "5"},
+            "prompt must be a list with at least one entry",
+        ),
         ("prompt_completion", {"prompt": "a", "completion": [TWO[0]]}, "no assistant message"),
     ],
-)  # fmt: skip
+)
 def test_a_row_that_is_no_conversation_is_refused_with_the_reason(format_, row, message):
     with pytest.raises(DataError, match=re.escape(message)):
         converted(row, format_)
 
 
 def test_a_column_that_was_named_is_missed_under_that_name():
-    with pytest.raises(DataError, match=re.escape("no column 'q'; the row has: prompt, completion") + "$"):
+    with pytest.raises(
+        DataError, match=re.escape("no column 'q'; the row has: prompt, completion") + "$"
+    ):
         converted(ROWS["prompt_completion"], "prompt_completion", prompt="q")
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "a", "answer": "b"}, "the columns (question, answer) are of no known format (messages: messages; "),
+        (
+            {"question": "a", "answer": "b"},
+            "the columns (question, answer) are of no known format (messages: messages; ",
+        ),
         ({}, "are of no known format"),
         ({"instruction": "a"}, "Name yours with task.columns={OURS: YOURS}"),
-        (ROWS["messages"] | ROWS["prompt_completion"], "fit several formats (messages, prompt_completion). Choose one with task.format"),
+        (
+            ROWS["messages"] | ROWS["prompt_completion"],
+            "fit several formats (messages, prompt_completion). Choose one with task.format",
+        ),
     ],
-)  # fmt: skip
+)
 def test_columns_that_do_not_tell_the_format_are_listed(row, message):
     with pytest.raises(DataError, match=re.escape(message)):
         detect(row, {})

@@ -20,16 +20,29 @@ ROW = {"question": "What are 2 and 3?", "answer": "2+3=<<2+3=5>>5\n#### 5"}
 
 def task(path: Path, **changes: Any) -> GSM8K:
     settings = {
-        "split": "train", "eval_path": None, "eval_split": "test", "eval_fraction": 0.0, "limit": None, "eval_limit": None,
-        "columns": {}, "system": None, "chat_template": None, "on_bad": "raise",
-    }  # fmt: skip
+        "split": "train",
+        "eval_path": None,
+        "eval_split": "test",
+        "eval_fraction": 0.0,
+        "limit": None,
+        "eval_limit": None,
+        "columns": {},
+        "system": None,
+        "chat_template": None,
+        "on_bad": "raise",
+    }
     return GSM8K(str(path), **settings | changes)
 
 
 def test_a_row_becomes_a_question_and_its_worked_answer(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", [ROW])
-    chat = [{"role": "user", "content": ROW["question"]}, {"role": "assistant", "content": ROW["answer"]}]
-    assert list(task(file).examples("train")) == [Conversation(chat, f"{file}:1", None, ROW["answer"])]
+    chat = [
+        {"role": "user", "content": ROW["question"]},
+        {"role": "assistant", "content": ROW["answer"]},
+    ]
+    assert list(task(file).examples("train")) == [
+        Conversation(chat, f"{file}:1", None, ROW["answer"])
+    ]
     (told,) = task(file, system="Think.").examples("train")
     assert told.messages == [{"role": "system", "content": "Think."}, *chat]
 
@@ -43,12 +56,24 @@ def test_other_columns_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"question": "q"}, "no column 'answer'; the row has: question; set task.columns={answer: YOUR_COLUMN}"),
-        ({"q": "q", "a": "5"}, "no column 'question'; the row has: q, a; set task.columns={question: YOUR_COLUMN}"),
+        (
+            {"question": "q"},
+            "no column 'answer'; the row has: question; set task.columns={answer: YOUR_COLUMN}",
+        ),
+        (
+            {"q": "q", "a": "5"},
+            "no column 'question'; the row has: q, a; set task.columns={question: YOUR_COLUMN}",
+        ),
         ({"question": "q", "answer": " "}, "answer is empty"),
         ({"question": "q", "answer": 5}, "answer must be text, and is int: '5'"),
-        ({"question": "q", "answer": "It is 5."}, "the answer must hold its number after ####, and ends in 'It is 5.'"),
-        ({"question": "q", "answer": "#### five"}, "the answer must hold its number after ####, and ends in '#### five'"),
+        (
+            {"question": "q", "answer": "It is 5."},
+            "the answer must hold its number after ####, and ends in 'It is 5.'",
+        ),
+        (
+            {"question": "q", "answer": "#### five"},
+            "the answer must hold its number after ####, and ends in '#### five'",
+        ),
     ],
 )
 def test_a_broken_row_is_bad_with_its_line(tmp_path, row, reason):
@@ -66,7 +91,13 @@ def test_a_file_of_an_unknown_kind_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "same"), [({}, True), ({"chat_template": "none"}, True), ({"system": "S"}, False), ({"limit": 1}, False)]
+    ("change", "same"),
+    [
+        ({}, True),
+        ({"chat_template": "none"}, True),
+        ({"system": "S"}, False),
+        ({"limit": 1}, False),
+    ],
 )
 def test_the_digest_follows_what_the_rows_depend_on(tmp_path, change, same):
     file = write_rows(tmp_path / "rows.jsonl", [ROW])
@@ -130,14 +161,23 @@ def test_numbers_are_found(text, strict, flexible):
     ],
 )
 def test_an_answer_is_graded_strictly_and_flexibly(tmp_path, completion, exact, flexible):
-    found = task(write_rows(tmp_path / "rows.jsonl", [{"question": "q", "answer": "540 * 2\n#### 1,080"}]))
+    found = task(
+        write_rows(tmp_path / "rows.jsonl", [{"question": "q", "answer": "540 * 2\n#### 1,080"}])
+    )
     (example,) = found.examples("train")
     assert found.grade(example, completion) == {"exact_match": exact, "flexible": flexible}
     assert list(found.grade(example, completion)) == found.metrics
 
 
 def test_no_text_takes_long():
-    for text in ("1," * 50_000, "9" * 50_000, "#" * 50_000, "#### " + "$" * 50_000, "-" * 50_000, "#### " + " " * 50_000):
+    for text in (
+        "1," * 50_000,
+        "9" * 50_000,
+        "#" * 50_000,
+        "#### " + "$" * 50_000,
+        "-" * 50_000,
+        "#### " + " " * 50_000,
+    ):
         marked(text)
         last(text)
 
@@ -148,7 +188,13 @@ def test_the_real_answers_are_right_and_those_of_other_questions_mostly_not():
     examples = list(found.examples("train"))
     assert len(examples) == 7473
     others = random.Random(0).sample(examples, len(examples))
-    assert all(found.grade(example, example.reference) == {"exact_match": 1.0, "flexible": 1.0} for example in examples)
-    chance = [found.grade(example, other.reference) for example, other in zip(examples, others, strict=True)]
+    assert all(
+        found.grade(example, example.reference) == {"exact_match": 1.0, "flexible": 1.0}
+        for example in examples
+    )
+    chance = [
+        found.grade(example, other.reference)
+        for example, other in zip(examples, others, strict=True)
+    ]
     for metric in found.metrics:
         assert sum(scores[metric] for scores in chance) < 0.03 * len(examples)

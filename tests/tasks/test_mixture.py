@@ -14,9 +14,16 @@ from tests.conftest import write_rows
 
 def mixture(parts: Any, **changes: Any) -> Mixture:
     settings = {
-        "eval_fraction": 0.0, "eval_limit": None, "format": "auto", "columns": {}, "system": None, "chat_template": None,
-        "train_on": "all", "metric": "exact_match", "on_bad": "raise",
-    }  # fmt: skip
+        "eval_fraction": 0.0,
+        "eval_limit": None,
+        "format": "auto",
+        "columns": {},
+        "system": None,
+        "chat_template": None,
+        "train_on": "all",
+        "metric": "exact_match",
+        "on_bad": "raise",
+    }
     return Mixture(parts, **settings | changes)
 
 
@@ -34,8 +41,12 @@ def counted(task: Mixture, split: str = "train") -> Counter[str]:
 
 
 def test_a_weight_says_how_often_a_row_comes(files):
-    found = counted(mixture({"a": {"path": files["a"], "weight": 2}, "b": {"path": files["b"], "weight": 0.25}}))
-    assert {prompt: times for prompt, times in found.items() if prompt[0] == "a"} == {f"a{i}?": 2 for i in range(40)}
+    found = counted(
+        mixture({"a": {"path": files["a"], "weight": 2}, "b": {"path": files["b"], "weight": 0.25}})
+    )
+    assert {prompt: times for prompt, times in found.items() if prompt[0] == "a"} == {
+        f"a{i}?": 2 for i in range(40)
+    }
     some = {prompt: times for prompt, times in found.items() if prompt[0] == "b"}
     assert set(some.values()) == {1}
     assert 70 < len(some) < 130  # 100 of 400 expected; four standard deviations are 35
@@ -51,7 +62,10 @@ def test_the_draw_is_fixed_and_grows_with_the_weight(files):
 
 
 def test_held_out_rows_come_once_and_are_not_trained(files):
-    task = mixture({"a": {"path": files["a"], "weight": 3}, "b": {"path": files["b"], "weight": 0.1}}, eval_fraction=0.1)
+    task = mixture(
+        {"a": {"path": files["a"], "weight": 3}, "b": {"path": files["b"], "weight": 0.1}},
+        eval_fraction=0.1,
+    )
     held_out = counted(task, "eval")
     assert Counter(prompt[0] for prompt in held_out.elements()) == {"a": 4, "b": 40}
     assert set(held_out.values()) == {1}
@@ -62,15 +76,20 @@ def test_a_part_may_have_its_own_rows_of_evaluation_and_form(files, tmp_path):
     rows = [{"question": "q?", "answer": "r"}]
     other = str(write_rows(tmp_path / "other.jsonl", rows))
     task = mixture(
-        {"a": {"path": files["a"], "eval_path": files["b"]}, "other": {"path": other, "columns": {"prompt": "question", "completion": "answer"}}}
-    )  # fmt: skip
+        {
+            "a": {"path": files["a"], "eval_path": files["b"]},
+            "other": {"path": other, "columns": {"prompt": "question", "completion": "answer"}},
+        }
+    )
     assert len(counted(task, "eval")) == 400
     assert counted(task)["q?"] == 1
     assert task.grade(next(task.examples("train")), "0!") == {"exact_match": 1.0}
 
 
 def test_the_digest_changes_with_weights_in_training_only(files):
-    one, two = (mixture({"a": {"path": files["a"], "weight": w}}, eval_fraction=0.1) for w in (1, 2))
+    one, two = (
+        mixture({"a": {"path": files["a"], "weight": w}}, eval_fraction=0.1) for w in (1, 2)
+    )
     assert one.fingerprint("train") != two.fingerprint("train")
     assert one.fingerprint("eval") == two.fingerprint("eval")
 
@@ -81,7 +100,10 @@ def test_the_digest_changes_with_weights_in_training_only(files):
         ({}, "task.parts is empty"),
         ({"a": "rows.jsonl"}, "task.parts.a is 'rows.jsonl': a mapping with path"),
         ({"a": {"path": "x.jsonl", "wieght": 2}}, "a mapping with path"),
-        ({"a": {"path": "x.jsonl", "weight": 0}}, "task.parts.a.weight is 0, and must be a number above 0"),
+        (
+            {"a": {"path": "x.jsonl", "weight": 0}},
+            "task.parts.a.weight is 0, and must be a number above 0",
+        ),
         ({"a": {"path": "x.jsonl", "weight": "1"}}, "task.parts.a.weight is '1'"),
         ({"a": {"path": "not-there.jsonl"}}, "task.parts.a: "),
     ],

@@ -15,7 +15,11 @@ import pytest
 
 from tasks.reading import Bad, DataError, Source
 
-ROWS = [{"text": "plain", "label": "a"}, {"text": 'é 漢 🙂, "quoted"', "label": "b"}, {"text": "two\nlines", "label": "a"}]
+ROWS = [
+    {"text": "plain", "label": "a"},
+    {"text": 'é 漢 🙂, "quoted"', "label": "b"},
+    {"text": "two\nlines", "label": "a"},
+]
 
 
 def source(*paths: Path | str) -> Source:
@@ -55,7 +59,12 @@ def test_every_kind_of_file_gives_the_rows_that_were_written(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
 def test_nested_values_keep_their_types(tmp_path, kind):
-    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], "n": 3, "x": 0.5, "b": True}
+    row = {
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}],
+        "n": 3,
+        "x": 0.5,
+        "b": True,
+    }
     assert rows(written(tmp_path, kind, [row])) == [row]
 
 
@@ -78,7 +87,11 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, kind):
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_lines_are_counted_as_an_editor_counts_them(tmp_path, end):
     file = tmp_path / "rows.jsonl"
-    file.write_bytes(end.join(['{"text": "a\\u2028b"}', "", '{"text": "\u2028"}', "  ", '{"text": "c"}']).encode())
+    file.write_bytes(
+        end.join(
+            ['{"text": "a\\u2028b"}', "", '{"text": "\u2028"}', "  ", '{"text": "c"}']
+        ).encode()
+    )
     assert list(source(file)) == [
         (f"{file}:1", {"text": "a\u2028b"}),
         (f"{file}:3", {"text": "\u2028"}),
@@ -99,7 +112,10 @@ def test_separated_values_are_all_text_and_keep_blanks(tmp_path):
 def test_line_ends_within_a_quoted_value_stay_as_they_are(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_bytes(b'text,label\r\n"two\r\nlines",1\r\n"one\nmore",2\r\n')
-    assert rows(file) == [{"text": "two\r\nlines", "label": "1"}, {"text": "one\nmore", "label": "2"}]
+    assert rows(file) == [
+        {"text": "two\r\nlines", "label": "1"},
+        {"text": "one\nmore", "label": "2"},
+    ]
 
 
 def test_a_quotation_mark_among_tabs_is_text(tmp_path):
@@ -112,7 +128,10 @@ def test_a_quotation_mark_among_tabs_is_text(tmp_path):
 def test_the_paragraphs_of_plain_text_are_its_rows(tmp_path, kind):
     file = tmp_path / f"rows.{kind}"
     file.write_bytes("\ufeff\n\none\n  two\n \n\nthree 漢\r\n".encode())
-    assert list(source(file)) == [(f"{file}:3", {"text": "one\n  two"}), (f"{file}:7", {"text": "three 漢"})]
+    assert list(source(file)) == [
+        (f"{file}:3", {"text": "one\n  two"}),
+        (f"{file}:7", {"text": "three 漢"}),
+    ]
 
 
 def test_several_files_and_patterns_are_read_one_after_the_other(tmp_path):
@@ -144,7 +163,12 @@ def test_a_long_text_is_one_row(tmp_path, kind):
     file = tmp_path / f"rows.{kind}"
     text = "x" * 200_000
     file.write_text(
-        {"csv": f"text\n{text}\n", "tsv": f"text\n{text}\n", "jsonl": json.dumps({"text": text}), "txt": text}[kind]
+        {
+            "csv": f"text\n{text}\n",
+            "tsv": f"text\n{text}\n",
+            "jsonl": json.dumps({"text": text}),
+            "txt": text,
+        }[kind]
     )
     assert rows(file) == [{"text": text}]
 
@@ -177,7 +201,9 @@ def data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(("split", "wanted"), [("train", ROWS), ("test", ROWS[:1])])
 def test_a_data_set_gives_the_rows_of_its_split_streamed_or_not(data_set, streaming, split, wanted):
     found = list(Source("owner/name", split, streaming, "task.path"))
-    assert found == [(f"owner/name[{split}]:row {number}", row) for number, row in enumerate(wanted, 1)]
+    assert found == [
+        (f"owner/name[{split}]:row {number}", row) for number, row in enumerate(wanted, 1)
+    ]
 
 
 def test_a_split_that_a_data_set_lacks_is_named_with_those_it_has(data_set):
@@ -204,10 +230,15 @@ def test_an_empty_path_is_refused(path):
         Source(path, "train", False, "task.path")
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "a/b/c", "none*", "missing.parquet"])
+@pytest.mark.parametrize(
+    "name", ["missing.jsonl", "./missing", "a/b/c", "none*", "missing.parquet"]
+)
 def test_a_missing_file_is_named(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=re.escape(f"task.path={name!r}: there is no such file (looked from {tmp_path})")):
+    with pytest.raises(
+        DataError,
+        match=re.escape(f"task.path={name!r}: there is no such file (looked from {tmp_path})"),
+    ):
         source(name)
 
 
@@ -218,13 +249,18 @@ def test_among_several_paths_none_may_be_a_hubs(tmp_path):
 
 
 def test_an_unreachable_data_set_is_explained():
-    with pytest.raises(DataError, match="'graft-nobody/nothing' is no file here, and could not be had as a data set"):
+    with pytest.raises(
+        DataError,
+        match="'graft-nobody/nothing' is no file here, and could not be had as a data set",
+    ):
         list(source("graft-nobody/nothing"))
 
 
 def test_an_unknown_kind_of_file_lists_the_known_ones(tmp_path):
     (tmp_path / "rows.xlsx").write_text("x")
-    with pytest.raises(DataError, match=r"rows\.xlsx is of an unknown kind; known: \.jsonl, \.json, \.csv"):
+    with pytest.raises(
+        DataError, match=r"rows\.xlsx is of an unknown kind; known: \.jsonl, \.json, \.csv"
+    ):
         source(tmp_path / "rows.xlsx")
 
 
@@ -240,13 +276,25 @@ def test_an_empty_file_is_named(tmp_path, kind):
     ("name", "content", "message"),
     [
         ("rows.json", b'{"text": "a"}', "must hold a list of objects, and holds dict"),
-        ("rows.json", b'{"text": "a"}\n{"text": "b"}\n', ":2: not JSON: Extra data.*one a line: name it .jsonl"),
-        ("rows.json", b'[{"text": "a"},\n{"text": b}]', ":2: not JSON: Expecting value at column 10"),
+        (
+            "rows.json",
+            b'{"text": "a"}\n{"text": "b"}\n',
+            ":2: not JSON: Extra data.*one a line: name it .jsonl",
+        ),
+        (
+            "rows.json",
+            b'[{"text": "a"},\n{"text": b}]',
+            ":2: not JSON: Expecting value at column 10",
+        ),
         ("rows.json", b'[{"text": "\xff"}]', "not UTF-8 at byte 12"),
         ("rows.json", b'[{"text": NaN}]', "NaN is not JSON"),
         ("rows.json", b"[" * 200_000, "recursion depth"),
         ("rows.csv", b"a,b,a\n1,2,3\n", ":1: the header names a column twice: a, b, a"),
-        ("rows.csv", b'a,b\n1,2\n"x,2\n', "not readable as separated values: unexpected end of data"),
+        (
+            "rows.csv",
+            b'a,b\n1,2\n"x,2\n',
+            "not readable as separated values: unexpected end of data",
+        ),
         ("rows.csv", b'a,b\n1,2\n"x"y,2\n', ":3: not readable as separated values"),
         ("rows.csv", b"a,b\n\xff,2\n", "not UTF-8 at or after this line"),
         ("rows.csv", b"\xef\xbb\xbf", ":1: no header; the first line must name the columns"),
@@ -294,7 +342,11 @@ def test_a_truncated_parquet_file_is_named(tmp_path):
 def test_a_broken_json_line_is_bad_with_its_number_and_the_others_are_read(tmp_path, line, reason):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"\n".join([b'{"text": "one"}', line, b'{"text": "\\ud83d\\ude42"}']))
-    assert [row for _, row in source(file)] == [{"text": "one"}, Bad(f"{file}:2", reason), {"text": "🙂"}]
+    assert [row for _, row in source(file)] == [
+        {"text": "one"},
+        Bad(f"{file}:2", reason),
+        {"text": "🙂"},
+    ]
 
 
 def test_endless_nesting_is_a_bad_row(tmp_path):
@@ -309,7 +361,10 @@ def test_endless_nesting_is_a_bad_row(tmp_path):
     ("text", "reason"),
     [
         ('[{"a": 1}, 5]', "a row must be a JSON object, and is int"),
-        ('[{"a": 1}, {"a": "\\ud83d"}]', "it holds half of a surrogate pair, which is no character"),
+        (
+            '[{"a": 1}, {"a": "\\ud83d"}]',
+            "it holds half of a surrogate pair, which is no character",
+        ),
     ],
 )
 def test_a_broken_entry_of_a_json_list_is_bad_with_its_number(tmp_path, text, reason):
@@ -332,7 +387,11 @@ def test_a_line_with_other_fields_than_the_header_is_bad(tmp_path, fields, count
 def test_a_line_of_text_in_another_encoding_is_bad(tmp_path):
     file = tmp_path / "rows.txt"
     file.write_bytes(b"one\n\ncaf\xe9\n\ntwo\n")
-    assert rows(file) == [{"text": "one"}, Bad(f"{file}:3", "not UTF-8 at byte 4 of the line"), {"text": "two"}]
+    assert rows(file) == [
+        {"text": "one"},
+        Bad(f"{file}:3", "not UTF-8 at byte 4 of the line"),
+        {"text": "two"},
+    ]
 
 
 # the digest
@@ -346,7 +405,10 @@ def test_the_digest_follows_content_and_kind_and_not_the_place(tmp_path):
     as_text = tmp_path / "a.txt"
     as_text.write_text('{"text": "a"}\n')
     assert source(first).fingerprint() == source(second).fingerprint()
-    digests = [source(*files).fingerprint() for files in ((first,), (third,), (as_text,), (first, third), (third, first))]
+    digests = [
+        source(*files).fingerprint()
+        for files in ((first,), (third,), (as_text,), (first, third), (third, first))
+    ]
     assert len(set(digests)) == 5
     first.write_text('{"text": "c"}\n')
     assert source(first).fingerprint() not in digests

@@ -21,10 +21,22 @@ PAIRS = [{"prompt": f"{i}?", "completion": f"{i}!"} for i in range(20)]
 
 def sft(path: Path | str, **changes: Any) -> SFT:
     settings = {
-        "split": "train", "eval_path": None, "eval_split": "test", "eval_fraction": 0.0, "limit": None, "eval_limit": None,
-        "format": "auto", "columns": {}, "system": None, "chat_template": None, "train_on": "all", "metric": "exact_match",
-        "streaming": False, "shuffle_block": 10, "on_bad": "raise",
-    }  # fmt: skip
+        "split": "train",
+        "eval_path": None,
+        "eval_split": "test",
+        "eval_fraction": 0.0,
+        "limit": None,
+        "eval_limit": None,
+        "format": "auto",
+        "columns": {},
+        "system": None,
+        "chat_template": None,
+        "train_on": "all",
+        "metric": "exact_match",
+        "streaming": False,
+        "shuffle_block": 10,
+        "on_bad": "raise",
+    }
     return SFT(str(path), **settings | changes)
 
 
@@ -41,7 +53,8 @@ def test_a_row_becomes_a_conversation_with_its_file_line_and_answer(chats):
     task = sft(chats)
     found = list(task.examples("train"))
     wanted = [
-        Conversation(row["messages"], f"{chats}:{n}", None, row["messages"][1]["content"]) for n, row in enumerate(sums(60), 1)
+        Conversation(row["messages"], f"{chats}:{n}", None, row["messages"][1]["content"])
+        for n, row in enumerate(sums(60), 1)
     ]
     assert found == wanted
     assert task.grade(found[0], f" {found[0].reference}\n") == {"exact_match": 1.0}
@@ -60,7 +73,10 @@ def test_the_first_readable_row_decides_on_the_format(tmp_path):
 
 def test_a_file_of_no_known_format_is_an_error_at_once(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", [{"question": "a", "answer": "b"}] * 3)
-    with pytest.raises(DataError, match=re.escape(f"{file}:1: the columns (question, answer) are of no known format")):
+    with pytest.raises(
+        DataError,
+        match=re.escape(f"{file}:1: the columns (question, answer) are of no known format"),
+    ):
         list(sft(file).examples("train"))
     named = sft(file, columns={"prompt": "question", "completion": "answer"})
     assert prompts(named, "train") == ["a", "a", "a"]
@@ -88,47 +104,71 @@ def test_every_broken_row_is_named_with_what_was_expected(tmp_path):
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.25, 5), (0.001, 1), (0.5, 10)])
 def test_held_out_rows_are_a_fixed_draw_and_are_not_trained(pairs, fraction, count):
-    train, held_out = (prompts(sft(pairs, eval_fraction=fraction), split) for split in ("train", "eval"))
+    train, held_out = (
+        prompts(sft(pairs, eval_fraction=fraction), split) for split in ("train", "eval")
+    )
     assert len(held_out) == count
     assert sorted(train + held_out) == sorted(row["prompt"] for row in PAIRS)
     assert held_out == prompts(sft(pairs, eval_fraction=fraction), "eval")
 
 
-def test_the_draw_is_the_same_in_every_release_and_follows_the_number_of_rows_alone(pairs, tmp_path):
+def test_the_draw_is_the_same_in_every_release_and_follows_the_number_of_rows_alone(
+    pairs, tmp_path
+):
     wanted = ["3?", "4?", "5?", "8?", "10?"]
     assert prompts(sft(pairs, eval_fraction=0.25), "eval") == wanted
-    others = write_rows(tmp_path / "others.jsonl", [{"prompt": f"other {row['prompt']}", "completion": "x"} for row in PAIRS])
-    assert prompts(sft(others, eval_fraction=0.25), "eval") == [f"other {prompt}" for prompt in wanted]
+    others = write_rows(
+        tmp_path / "others.jsonl",
+        [{"prompt": f"other {row['prompt']}", "completion": "x"} for row in PAIRS],
+    )
+    assert prompts(sft(others, eval_fraction=0.25), "eval") == [
+        f"other {prompt}" for prompt in wanted
+    ]
 
 
 @pytest.mark.parametrize("rows", [2, 3, 20])
 def test_whatever_the_fraction_each_split_has_a_row(tmp_path, rows):
     file = write_rows(tmp_path / "rows.jsonl", PAIRS[:rows])
     for fraction in (0.001, 0.5, 0.999):
-        train, held_out = (prompts(sft(file, eval_fraction=fraction), split) for split in ("train", "eval"))
+        train, held_out = (
+            prompts(sft(file, eval_fraction=fraction), split) for split in ("train", "eval")
+        )
         assert train
         assert held_out
         assert sorted(train + held_out) == sorted(row["prompt"] for row in PAIRS[:rows])
 
 
 def test_several_files_are_split_as_one(pairs, tmp_path):
-    halves = [write_rows(tmp_path / f"part{i}.jsonl", PAIRS[10 * i : 10 * i + 10]) for i in range(2)]
+    halves = [
+        write_rows(tmp_path / f"part{i}.jsonl", PAIRS[10 * i : 10 * i + 10]) for i in range(2)
+    ]
     for split in ("train", "eval"):
         assert prompts(sft(tmp_path / "part*.jsonl", eval_fraction=0.25), split) == prompts(
             sft(pairs, eval_fraction=0.25), split
         )
-    assert [row.where for row in sft(tmp_path / "part*.jsonl").examples("train")][9:11] == [f"{halves[0]}:10", f"{halves[1]}:1"]
+    assert [row.where for row in sft(tmp_path / "part*.jsonl").examples("train")][9:11] == [
+        f"{halves[0]}:10",
+        f"{halves[1]}:1",
+    ]
 
 
 def test_a_stream_has_the_rows_of_a_file_that_is_read_before(pairs, tmp_path):
     other = write_rows(tmp_path / "eval.jsonl", [*PAIRS[:3], {"prompt": ""}, *PAIRS[3:6]])
     for limits in ({}, {"limit": 4, "eval_limit": 5}):
-        read, streamed = (sft(pairs, eval_path=str(other), streaming=streaming, **limits) for streaming in (False, True))
-        for split, count in (("train", limits.get("limit", 20)), ("eval", limits.get("eval_limit", 7))):
+        read, streamed = (
+            sft(pairs, eval_path=str(other), streaming=streaming, **limits)
+            for streaming in (False, True)
+        )
+        for split, count in (
+            ("train", limits.get("limit", 20)),
+            ("eval", limits.get("eval_limit", 7)),
+        ):
             found = list(streamed.examples(split))
             assert found == list(read.examples(split))
             assert len(found) == count
-            assert [row.where for row in found if isinstance(row, Bad)] == [f"{other}:4"] * (split == "eval")
+            assert [row.where for row in found if isinstance(row, Bad)] == [f"{other}:4"] * (
+                split == "eval"
+            )
 
 
 def test_no_fraction_holds_nothing_out(pairs):
@@ -148,12 +188,17 @@ def test_a_file_of_evaluation_stands_apart(pairs, tmp_path):
 def test_limits_take_the_first_rows_of_each_split(pairs):
     limited = {"eval_fraction": 0.5, "limit": 3, "eval_limit": 2}
     for split, count in (("train", 3), ("eval", 2)):
-        assert prompts(sft(pairs, **limited), split) == prompts(sft(pairs, eval_fraction=0.5), split)[:count]
+        assert (
+            prompts(sft(pairs, **limited), split)
+            == prompts(sft(pairs, eval_fraction=0.5), split)[:count]
+        )
 
 
 def test_one_row_is_too_few_to_hold_some_out(tmp_path):
     file = write_rows(tmp_path / "one.jsonl", PAIRS[:1])
-    with pytest.raises(DataError, match=r"has 1 rows, too few to hold some out: set task\.eval_fraction=0"):
+    with pytest.raises(
+        DataError, match=r"has 1 rows, too few to hold some out: set task\.eval_fraction=0"
+    ):
         sft(file, eval_fraction=0.1)
 
 
@@ -172,7 +217,11 @@ def test_one_row_is_too_few_to_hold_some_out(tmp_path):
 )
 def test_the_digest_of_a_split_follows_what_its_rows_depend_on(pairs, change, splits):
     plain, changed = sft(pairs, eval_fraction=0.25), sft(pairs, **{"eval_fraction": 0.25} | change)
-    assert {split for split in ("train", "eval") if plain.fingerprint(split) != changed.fingerprint(split)} == splits
+    assert {
+        split
+        for split in ("train", "eval")
+        if plain.fingerprint(split) != changed.fingerprint(split)
+    } == splits
 
 
 def test_the_digests_follow_the_files(pairs, tmp_path):
@@ -191,7 +240,9 @@ def test_the_digests_do_not_follow_the_files_place(pairs, tmp_path):
     copy.parent.mkdir()
     shutil.copy(pairs, copy)
     for split in ("train", "eval"):
-        assert sft(copy, eval_fraction=0.25).fingerprint(split) == sft(pairs, eval_fraction=0.25).fingerprint(split)
+        assert sft(copy, eval_fraction=0.25).fingerprint(split) == sft(
+            pairs, eval_fraction=0.25
+        ).fingerprint(split)
     rows = copy.read_text()
     copy.write_text(rows.replace("19!", "20!"))
     assert sft(copy).fingerprint("train") != sft(pairs).fingerprint("train")
@@ -200,7 +251,11 @@ def test_the_digests_do_not_follow_the_files_place(pairs, tmp_path):
 def test_no_evaluation_and_evaluation_on_the_training_file_have_other_digests(pairs):
     nothing, same = sft(pairs), sft(pairs, eval_path=str(pairs))
     assert (len(prompts(nothing, "eval")), len(prompts(same, "eval"))) == (0, 20)
-    digests = [nothing.fingerprint("eval"), same.fingerprint("eval"), sft(pairs, eval_fraction=0.5).fingerprint("eval")]
+    digests = [
+        nothing.fingerprint("eval"),
+        same.fingerprint("eval"),
+        sft(pairs, eval_fraction=0.5).fingerprint("eval"),
+    ]
     assert len(set(digests)) == 3
 
 
@@ -221,7 +276,11 @@ def test_no_evaluation_and_evaluation_on_the_training_file_have_other_digests(pa
         ("bleu", "wholly other words here now", "the cat sat on the mat", 0.0),
         ("bleu", "7", "5", 0.0),
         ("chrf", "xyz", "the cat", 0.0),
-        *((metric, answer, answer, 1.0) for metric in ("bleu", "chrf") for answer in ("5", "the cat", "SELECT a FROM t;", "")),
+        *(
+            (metric, answer, answer, 1.0)
+            for metric in ("bleu", "chrf")
+            for answer in ("5", "the cat", "SELECT a FROM t;", "")
+        ),
         *((metric, "", "the cat", 0.0) for metric in ("exact_match", "contains", "bleu", "chrf")),
     ],
 )
@@ -232,11 +291,22 @@ def test_answers_are_scored(metric, found, wanted, expected):
 @pytest.mark.parametrize(
     ("found", "wanted", "expected"),
     [
-        # the shares of its 1 to 4 words in a row that are right, those of 2 and more as (right + 1) / (all + 1)
-        ("a cat sat on the mat", "the cat sat on the mat", (5 / 6 * 5 / 6 * 4 / 5 * 3 / 4) ** (1 / 4)),
-        ("the cat the cat", "the cat", (2 / 4 * 2 / 4) ** (1 / 2)),  # what is right once counts once
-        ("the cat sat on", "the cat sat on the mat", math.exp(1 - 6 / 4)),  # all right, and too short
-        ("the cat sat on the mat now", "the cat sat on the mat", (6 / 7 * 6 / 7 * 5 / 6 * 4 / 5) ** (1 / 4)),
+        # the shares of its 1 to 4 words in a row that are right, those of 2 and more as (right + 1)
+        # / (all + 1)
+        (
+            "a cat sat on the mat",
+            "the cat sat on the mat",
+            (5 / 6 * 5 / 6 * 4 / 5 * 3 / 4) ** (1 / 4),
+        ),
+        # what is right once counts once
+        ("the cat the cat", "the cat", (2 / 4 * 2 / 4) ** (1 / 2)),
+        # all right, and too short
+        ("the cat sat on", "the cat sat on the mat", math.exp(1 - 6 / 4)),
+        (
+            "the cat sat on the mat now",
+            "the cat sat on the mat",
+            (6 / 7 * 6 / 7 * 5 / 6 * 4 / 5) ** (1 / 4),
+        ),
     ],
 )
 def test_bleu_by_hand(found, wanted, expected):
@@ -260,5 +330,7 @@ def test_chrf_by_hand(found, wanted, expected):
 @pytest.mark.parametrize("metric", ["bleu", "chrf"])
 def test_a_nearer_answer_scores_higher(metric):
     wanted = "the cat sat on the mat"
-    scores = [score(metric, found, wanted) for found in ("a dog ran", "a cat sat on the mat", wanted)]
+    scores = [
+        score(metric, found, wanted) for found in ("a dog ran", "a cat sat on the mat", wanted)
+    ]
     assert 0 <= scores[0] < scores[1] < scores[2] <= 1 + 1e-6

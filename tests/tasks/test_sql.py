@@ -21,7 +21,10 @@ CONTEXT = "CREATE TABLE games (score VARCHAR, visitor VARCHAR, year INTEGER)"
 QUESTION = "What was the score against Ottawa in 1999?"
 ANSWER = "SELECT score FROM games WHERE visitor = 'Ottawa' AND year = 1999"
 PAIR = {"question": QUESTION, "context": CONTEXT, "answer": ANSWER}
-PROMPT = f"Write a SQL query to answer the question based on the table schema.\n\n context: {CONTEXT}\n\n question: {QUESTION}"
+PROMPT = (
+    "Write a SQL query to answer the question based on the table schema.\n\n context:"
+    f" {CONTEXT}\n\n question: {QUESTION}"
+)
 CHAT = {"messages": [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": ANSWER}]}
 TABLES = {
     "games": {"score": "VARCHAR", "visitor": "VARCHAR", "year": "INTEGER"},
@@ -31,9 +34,17 @@ TABLES = {
 
 def task(path: Path, **changes: Any) -> SQL:
     settings = {
-        "split": "train", "eval_path": None, "eval_split": "test", "eval_fraction": 0.0, "limit": None, "eval_limit": None,
-        "columns": {}, "system": None, "chat_template": None, "on_bad": "raise",
-    }  # fmt: skip
+        "split": "train",
+        "eval_path": None,
+        "eval_split": "test",
+        "eval_fraction": 0.0,
+        "limit": None,
+        "eval_limit": None,
+        "columns": {},
+        "system": None,
+        "chat_template": None,
+        "on_bad": "raise",
+    }
     return SQL(str(path), **settings | changes)
 
 
@@ -46,7 +57,9 @@ def test_both_layouts_give_the_same_chat(tmp_path):
 
 
 def test_other_columns_are_named_and_a_system_prompt_stands_first(tmp_path):
-    file = write_rows(tmp_path / "rows.jsonl", [{"q": QUESTION, "schema": CONTEXT, "query": ANSWER}])
+    file = write_rows(
+        tmp_path / "rows.jsonl", [{"q": QUESTION, "schema": CONTEXT, "query": ANSWER}]
+    )
     names = {"question": "q", "context": "schema", "answer": "query"}
     (found,) = task(file, columns=names, system="S").examples("train")
     assert found.messages == [{"role": "system", "content": "S"}, *CHAT["messages"]]
@@ -57,15 +70,26 @@ def test_other_columns_are_named_and_a_system_prompt_stands_first(tmp_path):
     [
         (
             {"question": "q", "sql": "s"},
-            "neither a column 'messages' nor all of 'question', 'context' and 'answer'; the row has: question, sql; "
-            "set task.columns={OURS: YOURS}",
+            (
+                "neither a column 'messages' nor all of 'question', 'context' and 'answer'; the row"
+                " has: question, sql; set task.columns={OURS: YOURS}"
+            ),
         ),
         (PAIR | {"answer": ""}, "answer is empty"),
         (PAIR | {"context": 5}, "context must be text, and is int: '5'"),
-        (PAIR | {"context": "games(score, year)"}, "no CREATE TABLE statement with columns stands before the answer"),
+        (
+            PAIR | {"context": "games(score, year)"},
+            "no CREATE TABLE statement with columns stands before the answer",
+        ),
         ({"messages": CHAT["messages"][:1]}, "no assistant message: there is nothing to learn"),
-        ({"messages": "SELECT 1"}, "messages must be a list with at least one entry, and is 'SELECT 1'"),
-        ({"messages": [CHAT["messages"][0], {"role": "assistant", "content": " "}]}, "message 2: the answer is empty"),
+        (
+            {"messages": "SELECT 1"},
+            "messages must be a list with at least one entry, and is 'SELECT 1'",
+        ),
+        (
+            {"messages": [CHAT["messages"][0], {"role": "assistant", "content": " "}]},
+            "message 2: the answer is empty",
+        ),
     ],
 )
 def test_a_broken_row_is_bad_with_its_line(tmp_path, row, reason):
@@ -88,7 +112,10 @@ def test_a_broken_row_is_bad_with_its_line(tmp_path, row, reason):
             'CREATE TABLE "my table" ("my key" INT, `b` TEXT, [c d] TEXT)',
             {"my table": {"my key": "INT", "b": "TEXT", "c d": "TEXT"}},
         ),
-        ("CREATE TABLE a (won__$_ VARCHAR, engine_† VARCHAR)", {"a": {"won__$_": "VARCHAR", "engine_†": "VARCHAR"}}),
+        (
+            "CREATE TABLE a (won__$_ VARCHAR, engine_† VARCHAR)",
+            {"a": {"won__$_": "VARCHAR", "engine_†": "VARCHAR"}},
+        ),
         ("CREATE TABLE a (x, y)", {"a": {"x": "", "y": ""}}),
         ("CREATE TABLE a (x INT DEFAULT ')', y INT)", {"a": {"x": "INT DEFAULT ')'", "y": "INT"}}),
         ("CREATE TABLE a (x INT", {}),
@@ -145,9 +172,15 @@ def test_queries_are_compared_by_their_tokens(one, other, same):
     ("query", "same"),
     [
         ("SELECT score FROM games WHERE year = 1999 AND visitor = 'Ottawa'", True),
-        ("SELECT g.score FROM games AS g WHERE g.visitor IN ('Ottawa') AND NOT g.year <> 1999", True),
+        (
+            "SELECT g.score FROM games AS g WHERE g.visitor IN ('Ottawa') AND NOT g.year <> 1999",
+            True,
+        ),
         ('SELECT score FROM games WHERE visitor = "Ottawa" AND year = 1999', True),
-        ("SELECT score FROM games WHERE visitor = 'Ottawa' AND year = 1999 ORDER BY score DESC", True),
+        (
+            "SELECT score FROM games WHERE visitor = 'Ottawa' AND year = 1999 ORDER BY score DESC",
+            True,
+        ),
         ("SELECT score FROM games WHERE visitor = 'Ottawa'", False),
         ("SELECT score FROM games WHERE year = 1999", False),
         ("SELECT score FROM games WHERE visitor = 'Ottawa' OR year = 1999", False),
@@ -172,21 +205,41 @@ def test_queries_are_compared_by_their_results(query, same):
     ("right", "query", "same"),
     [
         ("SELECT year FROM games ORDER BY year", "SELECT year FROM games ORDER BY year ASC", True),
-        ("SELECT year FROM games ORDER BY year", "SELECT year FROM games ORDER BY year DESC", False),
-        ("SELECT year FROM games ORDER BY year", "SELECT DISTINCT year FROM games ORDER BY year", False),
+        (
+            "SELECT year FROM games ORDER BY year",
+            "SELECT year FROM games ORDER BY year DESC",
+            False,
+        ),
+        (
+            "SELECT year FROM games ORDER BY year",
+            "SELECT DISTINCT year FROM games ORDER BY year",
+            False,
+        ),
         ("SELECT year FROM games", "SELECT year FROM games ORDER BY year DESC", True),
         ("SELECT AVG(year) FROM games", "SELECT SUM(year) * 1.0 / COUNT(*) FROM games", True),
         ("SELECT AVG(year) FROM games", "SELECT AVG(DISTINCT year) FROM games", False),
         ("SELECT MAX(year) FROM games", "SELECT year FROM games ORDER BY year DESC LIMIT 1", True),
         ("SELECT MAX(year) FROM games", "SELECT MIN(year) FROM games", False),
-        ("SELECT score FROM games WHERE visitor LIKE '%Otta%'", "SELECT score FROM games WHERE visitor LIKE '%otta%'", True),
-        ("SELECT score FROM games WHERE visitor LIKE '%Otta%'", "SELECT score FROM games WHERE visitor LIKE '%awa%'", False),
+        (
+            "SELECT score FROM games WHERE visitor LIKE '%Otta%'",
+            "SELECT score FROM games WHERE visitor LIKE '%otta%'",
+            True,
+        ),
+        (
+            "SELECT score FROM games WHERE visitor LIKE '%Otta%'",
+            "SELECT score FROM games WHERE visitor LIKE '%awa%'",
+            False,
+        ),
         (
             "SELECT score FROM games JOIN teams ON games.visitor = teams.name",
             "SELECT score FROM teams, games WHERE name = visitor",
             True,
         ),
-        ("SELECT score FROM games JOIN teams ON games.visitor = teams.name", "SELECT score FROM games", False),
+        (
+            "SELECT score FROM games JOIN teams ON games.visitor = teams.name",
+            "SELECT score FROM games",
+            False,
+        ),
         (
             "SELECT score FROM games EXCEPT SELECT name FROM teams",
             "SELECT DISTINCT score FROM games WHERE NOT score IN (SELECT name FROM teams)",
@@ -299,7 +352,8 @@ def test_a_query_can_neither_write_nor_reach_out_nor_run_for_long(tmp_path, quer
 
 
 def test_that_the_guards_are_what_stops_a_query(monkeypatch):
-    """The same calls without the authoriser and with more steps: what the tests above refuse would pass."""
+    """The same calls without the authoriser and with more steps: what the tests above refuse would
+    pass."""
     monkeypatch.setattr(sql, "_allowed", lambda *_: sqlite3.SQLITE_OK)
     assert same_result("PRAGMA  encoding", "PRAGMA encoding", TABLES)
     endless = "SELECT COUNT(*) FROM games AS a, games AS b, games AS c, games AS d"
@@ -320,18 +374,30 @@ def real() -> tuple[SQL, list[Any]]:
 def test_the_real_queries_are_right_and_those_of_other_questions_are_not(real):
     found, examples = real
     assert len(examples) == 800
-    assert all(set(found.grade(example, example.reference[1]).values()) == {1.0} for example in examples)
+    assert all(
+        set(found.grade(example, example.reference[1]).values()) == {1.0} for example in examples
+    )
     # The same tokens are right unrun; run, most show something.
-    assert sum(same_result(query, query, tables) for tables, query in (example.reference for example in examples)) >= 780
+    assert (
+        sum(
+            same_result(query, query, tables)
+            for tables, query in (example.reference for example in examples)
+        )
+        >= 780
+    )
     others = random.Random(0).sample(examples, 800)
-    chance = [found.grade(example, other.reference[1]) for example, other in zip(examples, others, strict=True)]
+    chance = [
+        found.grade(example, other.reference[1])
+        for example, other in zip(examples, others, strict=True)
+    ]
     assert sum(scores["same_result"] for scores in chance) < 8
 
 
 @pytest.mark.parametrize(
     ("pattern", "replacement", "count", "least", "most"),
     [
-        (r"WHERE (\w+ = '[^']*') AND (\w+ = '[^']*')$", r"WHERE \2 AND \1", 128, 1.0, 1.0),  # as right as before
+        # as right as before
+        (r"WHERE (\w+ = '[^']*') AND (\w+ = '[^']*')$", r"WHERE \2 AND \1", 128, 1.0, 1.0),
         (r" AND .*", "", 145, 0.0, 0.05),
         (r" WHERE .*", "", 770, 0.0, 0.06),
         (r" AND ", " OR ", 145, 0.0, 0.05),
@@ -341,7 +407,9 @@ def test_the_real_queries_are_right_and_those_of_other_questions_are_not(real):
 )
 def test_real_queries_with_one_change(real, pattern, replacement, count, least, most):
     found, examples = real
-    changed = [(example, re.sub(pattern, replacement, example.reference[1])) for example in examples]
+    changed = [
+        (example, re.sub(pattern, replacement, example.reference[1])) for example in examples
+    ]
     changed = [(example, query) for example, query in changed if query != example.reference[1]]
     assert len(changed) == count
     right = sum(found.grade(example, query)["same_result"] for example, query in changed[:160])

@@ -16,14 +16,25 @@ from tests.conftest import ROOT, write_rows
 
 DATA = ROOT.parent / "shared" / "data"
 MEANING = "inform(name[Dirt: Showdown], genres[driving/racing, sport], available_on_steam[no])"
-ROW = {"target": "Dirt: Showdown is a sport racing game, and not on Steam.", "meaning_representation": MEANING}
+ROW = {
+    "target": "Dirt: Showdown is a sport racing game, and not on Steam.",
+    "meaning_representation": MEANING,
+}
 
 
 def task(path: Path, **changes: Any) -> ViGGO:
     settings = {
-        "split": "train", "eval_path": None, "eval_split": "test", "eval_fraction": 0.0, "limit": None, "eval_limit": None,
-        "columns": {}, "system": None, "chat_template": None, "on_bad": "raise",
-    }  # fmt: skip
+        "split": "train",
+        "eval_path": None,
+        "eval_split": "test",
+        "eval_fraction": 0.0,
+        "limit": None,
+        "eval_limit": None,
+        "columns": {},
+        "system": None,
+        "chat_template": None,
+        "on_bad": "raise",
+    }
     return ViGGO(str(path), **settings | changes)
 
 
@@ -41,26 +52,41 @@ def test_a_row_of_a_file_or_of_the_hub_becomes_a_sentence_and_its_meaning(tmp_pa
     [
         (
             {"target": "t", "mr": "m"},
-            "no column 'meaning_representation'; the row has: target, mr; set task.columns={meaning_representation: YOUR_COLUMN}",
+            (
+                "no column 'meaning_representation'; the row has: target, mr; set"
+                " task.columns={meaning_representation: YOUR_COLUMN}"
+            ),
         ),
         ({"meaning_representation": MEANING}, None),
         ({"target": "", "meaning_representation": MEANING}, "target is empty"),
-        ({"target": "t", "meaning_representation": ["m"]}, "meaning_representation must be text, and is list: \"['m']\""),
+        (
+            {"target": "t", "meaning_representation": ["m"]},
+            "meaning_representation must be text, and is list: \"['m']\"",
+        ),
         (
             {"target": "t", "meaning_representation": "inform(name[a)"},
-            "meaning_representation must be written as function(slot[value], ...), and is 'inform(name[a)'",
+            (
+                "meaning_representation must be written as function(slot[value], ...), and is"
+                " 'inform(name[a)'"
+            ),
         ),
     ],
 )
 def test_a_broken_row_is_bad_with_its_line(tmp_path, row, reason):
     file = write_rows(tmp_path / "rows.jsonl", [ROW, row])
-    reason = reason or "no column 'target'; the row has: meaning_representation; set task.columns={target: YOUR_COLUMN}"
+    reason = (
+        reason
+        or "no column 'target'; the row has: meaning_representation; set task.columns={target: YOUR_COLUMN}"
+    )
     assert list(task(file).examples("train"))[1] == Bad(f"{file}:2", reason)
 
 
 def test_the_digest_follows_the_columns_and_the_system_prompt(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", [ROW])
-    digests = {task(file, **change).fingerprint("train") for change in ({}, {"system": "S"}, {"columns": {"target": "text"}})}
+    digests = {
+        task(file, **change).fingerprint("train")
+        for change in ({}, {"system": "S"}, {"columns": {"target": "text"}})
+    }
     assert len(digests) == 3
 
 
@@ -68,10 +94,26 @@ def test_the_digest_follows_the_columns_and_the_system_prompt(tmp_path):
     ("text", "function", "pairs"),
     [
         ("request(specifier[terrible])", "request", [("specifier", "terrible")]),
-        ("inform(esrb[E 10+ (for Everyone 10 and Older)])", "inform", [("esrb", "E 10+ (for Everyone 10 and Older)")]),
-        ("confirm(developer[Spectrum HoloByte, Inc.])", "confirm", [("developer", "Spectrum HoloByte, Inc.")]),
-        ("inform(exp_release_date[June 29, 2018])", "inform", [("exp_release_date", "June 29, 2018")]),
-        ("inform(name[a [b, c] d], rating[good])", "inform", [("name", "a [b, c] d"), ("rating", "good")]),
+        (
+            "inform(esrb[E 10+ (for Everyone 10 and Older)])",
+            "inform",
+            [("esrb", "E 10+ (for Everyone 10 and Older)")],
+        ),
+        (
+            "confirm(developer[Spectrum HoloByte, Inc.])",
+            "confirm",
+            [("developer", "Spectrum HoloByte, Inc.")],
+        ),
+        (
+            "inform(exp_release_date[June 29, 2018])",
+            "inform",
+            [("exp_release_date", "June 29, 2018")],
+        ),
+        (
+            "inform(name[a [b, c] d], rating[good])",
+            "inform",
+            [("name", "a [b, c] d"), ("rating", "good")],
+        ),
         ("suggest(genres[sport, indie])", "suggest", [("genres", "indie"), ("genres", "sport")]),
         (
             "suggest(genres[sport,indie],platforms[PC])",
@@ -93,7 +135,17 @@ def test_a_meaning_is_read(text, function, pairs):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "inform", "inform(", "inform(name[a]", "inform(name[a)", "inform(name]a[)", "a inform()", "(name[a])", "inform[a]"],
+    [
+        "",
+        "inform",
+        "inform(",
+        "inform(name[a]",
+        "inform(name[a)",
+        "inform(name]a[)",
+        "a inform()",
+        "(name[a])",
+        "inform[a]",
+    ],
 )
 def test_what_is_no_meaning_is_not_read(text):
     assert parsed(text) is None
@@ -125,7 +177,12 @@ def test_f1_by_hand(found, wanted, expected):
         (MEANING, 1.0, 1.0, 1.0),
         (f"\n{MEANING}  ", 1.0, 1.0, 1.0),
         (MEANING.replace(", ", ",  "), 1.0, 1.0, 1.0),
-        ("inform(available_on_steam[no], name[Dirt: Showdown], genres[sport, driving/racing])", 0.0, 1.0, 1.0),
+        (
+            "inform(available_on_steam[no], name[Dirt: Showdown], genres[sport, driving/racing])",
+            0.0,
+            1.0,
+            1.0,
+        ),
         (MEANING.replace("inform", "confirm"), 0.0, 0.0, 1.0),
         (MEANING.replace("[no]", "[yes]"), 0.0, 1.0, 0.75),
         (MEANING.replace(", sport", ""), 0.0, 1.0, 2 * 3 / (3 + 4)),
@@ -144,14 +201,22 @@ def test_an_answer_is_graded(tmp_path, completion, exact, function, slots):
     assert scores == pytest.approx({"exact_match": exact, "function": function, "slots_f1": slots})
 
 
-@pytest.mark.skipif(not (DATA / "viggo_train.jsonl").is_file(), reason="../shared/data/viggo_train.jsonl is not there")
+@pytest.mark.skipif(
+    not (DATA / "viggo_train.jsonl").is_file(),
+    reason="../shared/data/viggo_train.jsonl is not there",
+)
 @pytest.mark.parametrize(("name", "count"), [("viggo_train", 5103), ("viggo_valid", 714)])
 def test_the_real_meanings_are_right_and_those_of_other_sentences_mostly_not(name, count):
     found = task(DATA / f"{name}.jsonl")
     examples = list(found.examples("train"))
     assert len(examples) == count
-    assert all(set(found.grade(example, example.reference).values()) == {1.0} for example in examples)
+    assert all(
+        set(found.grade(example, example.reference).values()) == {1.0} for example in examples
+    )
     others = random.Random(0).sample(examples, count)
-    chance = [found.grade(example, other.reference) for example, other in zip(examples, others, strict=True)]
+    chance = [
+        found.grade(example, other.reference)
+        for example, other in zip(examples, others, strict=True)
+    ]
     for metric, most in (("exact_match", 0.01), ("function", 0.4), ("slots_f1", 0.15)):
         assert sum(scores[metric] for scores in chance) < most * count

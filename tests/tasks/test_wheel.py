@@ -37,7 +37,8 @@ def pip(folder: Path, body: str) -> Path:
     program = folder / "python"
     calls = folder / "calls"
     program.write_text(
-        f'#!/bin/sh\necho "$@" >> "{calls}"\nwhile [ "$1" != --dest ]; do shift; done\nDEST="$2"\nWHEEL="$DEST/{NAME}"\n{body}\n'
+        f'#!/bin/sh\necho "$@" >> "{calls}"\nwhile [ "$1" != --dest ]; do shift;'
+        f' done\nDEST="$2"\nWHEEL="$DEST/{NAME}"\n{body}\n'
     )
     program.chmod(0o755)
     return program
@@ -97,9 +98,13 @@ def test_two_fetches_at_once_ask_once(tmp_path, monkeypatch):
 # what does not arrive
 
 
-def test_a_download_that_breaks_off_leaves_nothing_and_the_next_one_is_whole(tmp_path, monkeypatch, folder):
+def test_a_download_that_breaks_off_leaves_nothing_and_the_next_one_is_whole(
+    tmp_path, monkeypatch, folder
+):
     monkeypatch.setattr(sys, "executable", str(pip(tmp_path, BREAKS_OFF)))
-    with pytest.raises(wheel.FetchError, match=r"some-data 1\.0 could not be fetched.*: ERROR: Connection broken"):
+    with pytest.raises(
+        wheel.FetchError, match=r"some-data 1\.0 could not be fetched.*: ERROR: Connection broken"
+    ):
         wheel.fetch("some-data", "1.0")
     assert not list(folder.parent.rglob("*.whl"))
     monkeypatch.setattr(sys, "executable", str(pip(tmp_path, WRITES)))
@@ -108,9 +113,14 @@ def test_a_download_that_breaks_off_leaves_nothing_and_the_next_one_is_whole(tmp
 
 def test_the_half_of_a_killed_download_is_not_taken(tmp_path, monkeypatch, folder):
     code = (
-        f"import sys; sys.executable = {str(pip(tmp_path, HANGS))!r}; from tasks import wheel; wheel.fetch('some-data', '1.0')"
+        f"import sys; sys.executable = {str(pip(tmp_path, HANGS))!r}; from tasks import wheel;"
+        " wheel.fetch('some-data', '1.0')"
     )
-    killed = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
+    killed = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
     try:
         until = time.monotonic() + 15
         while not [half for half in folder.parent.rglob(NAME) if half.read_bytes() == HALF]:
@@ -131,8 +141,12 @@ def test_a_download_without_a_wheel_is_an_error(tmp_path, monkeypatch, folder):
     assert not folder.exists()
 
 
-def test_offline_the_message_names_the_reason_and_the_folder_and_a_wheel_put_there_is_taken(tmp_path, monkeypatch, folder):
-    offline = "echo 'WARNING: Retrying' >&2\necho 'ERROR: No matching distribution found' >&2\nexit 1"
+def test_offline_the_message_names_the_reason_and_the_folder_and_a_wheel_put_there_is_taken(
+    tmp_path, monkeypatch, folder
+):
+    offline = (
+        "echo 'WARNING: Retrying' >&2\necho 'ERROR: No matching distribution found' >&2\nexit 1"
+    )
     monkeypatch.setattr(sys, "executable", str(pip(tmp_path, offline)))
     with pytest.raises(wheel.FetchError) as caught:
         wheel.fetch("some-data", "1.0")

@@ -1,4 +1,5 @@
-"""Distilling for the model that is served: the same drafter as on the merged model, and nothing of the target is changed."""
+"""Distilling for the model that is served: the same drafter as on the merged model, and nothing of
+the target is changed."""
 
 from __future__ import annotations
 
@@ -31,7 +32,13 @@ from trainer.storage.checkpoints import CheckpointError
 from trainer.training.distill import Distill, DraftLoss
 from trainer.training.finetune import FineTune
 
-DRAFT = ("adapter=none", "objective=distill", "drafter=mtp_parallel", "drafter.offsets=2", "batch_size=4")
+DRAFT = (
+    "adapter=none",
+    "objective=distill",
+    "drafter=mtp_parallel",
+    "drafter.offsets=2",
+    "batch_size=4",
+)
 TIMES = ("seconds", "tokens_per_s", "trained_per_s")
 
 
@@ -42,12 +49,19 @@ def kept(tmp_path_factory):
 
 @pytest.fixture
 def tuned(train, kept, tmp_path):
-    """A fine-tuning run whose adapter says something, with dropout that must not act on its drafter; a copy for each test."""
+    """A fine-tuning run whose adapter says something, with dropout that must not act on its
+    drafter; a copy for each test."""
     if not (kept / "tuned").exists():
         train(
-            f"task.path={write_rows(kept / 'rows.jsonl', sums(60))}", "max_steps=4", "adapter.dropout=0.3", "optimizer.lr=0.1",
-            "adapter.target_modules=[q_proj,up_proj]", f"runs={kept}", "name=tuned", "callbacks.checkpoints.keep=null",
-        )  # fmt: skip
+            f"task.path={write_rows(kept / 'rows.jsonl', sums(60))}",
+            "max_steps=4",
+            "adapter.dropout=0.3",
+            "optimizer.lr=0.1",
+            "adapter.target_modules=[q_proj,up_proj]",
+            f"runs={kept}",
+            "name=tuned",
+            "callbacks.checkpoints.keep=null",
+        )
     return shutil.copytree(kept / "tuned", tmp_path / "runs" / "tuned")
 
 
@@ -73,12 +87,16 @@ def batch(packed=False):
     labels = ids.clone()
     labels[:, :6] = -100
     found = {"input_ids": ids, "labels": labels}
-    return found | ({"position_ids": torch.arange(24).remainder(12).expand(3, 24)} if packed else {})
+    return found | (
+        {"position_ids": torch.arange(24).remainder(12).expand(3, 24)} if packed else {}
+    )
 
 
 def made(model, choice, *overrides):
     """A drafter of conf/drafter with weights that are not its start's."""
-    node = compose_module.compose(["base=tiny", "task.path=x", "adapter=none", f"drafter={choice}", *overrides])["drafter"]
+    node = compose_module.compose(
+        ["base=tiny", "task.path=x", "adapter=none", f"drafter={choice}", *overrides]
+    )["drafter"]
     drafter = instantiate(dict(node))(model=model)
     torch.manual_seed(3)
     for parameter in drafter.parameters():
@@ -90,15 +108,24 @@ def gradients(loss, drafter, rows):
     drafter.zero_grad()
     total, found = loss(rows)
     total.backward()
-    return {name: p.grad.clone() for name, p in drafter.named_parameters() if p.grad is not None}, total.detach(), found
+    return (
+        {name: p.grad.clone() for name, p in drafter.named_parameters() if p.grad is not None},
+        total.detach(),
+        found,
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("choice", ["mtp_parallel", "mtp_medusa", "eagle3"])
 def test_the_drafters_gradients_are_fine_tunings(tiny, choice, packed):
-    """On the same states, with nothing else trained; and no logit of the target's own next token is computed."""
+    """On the same states, with nothing else trained; and no logit of the target's own next token is
+    computed."""
     model = Nothing().attach(tiny.load(torch.float32), Start())
-    drafter = made(model, choice, *(["drafter.aux_layers=[0,1,2]", "drafter.offsets=3"] if choice == "eagle3" else []))
+    drafter = made(
+        model,
+        choice,
+        *(["drafter.aux_layers=[0,1,2]", "drafter.offsets=3"] if choice == "eagle3" else []),
+    )
     target, rows = Target(model), batch(packed)
     wanted, whole, numbers = gradients(CausalLoss(model, 8, drafter, target), drafter, rows)
     found, alone, own = gradients(DraftLoss(model, 8, drafter, target), drafter, rows)
@@ -132,9 +159,19 @@ def test_states_may_come_from_elsewhere(tiny):
 def test_only_a_drafter_is_trained(tiny):
     model = tiny.load(torch.float32)
     arguments = {
-        "model": model, "adapter": Nothing(), "optimizer": None, "schedule": None, "steps": 1, "labelled": False, "accumulate": 1, "seed": 0,
-        "max_grad_norm": None, "logits_chunk": 8, "gradient_checkpointing": False, "nonfinite_limit": 3,
-    }  # fmt: skip
+        "model": model,
+        "adapter": Nothing(),
+        "optimizer": None,
+        "schedule": None,
+        "steps": 1,
+        "labelled": False,
+        "accumulate": 1,
+        "seed": 0,
+        "max_grad_norm": None,
+        "logits_chunk": 8,
+        "gradient_checkpointing": False,
+        "nonfinite_limit": 3,
+    }
     with pytest.raises(ValueError, match="objective=distill trains a drafter, and there is none"):
         Distill(**arguments)
     with pytest.raises(ValueError, match="trains the drafter only: set adapter=none"):
@@ -142,7 +179,8 @@ def test_only_a_drafter_is_trained(tiny):
 
 
 def test_the_served_model_is_the_target(train, chats, distil, tuned, tmp_path, monkeypatch):
-    """Distilling on base + un-merged adapter is distilling on the merged model; the target stays as it was, bit for bit."""
+    """Distilling on base + un-merged adapter is distilling on the merged model; the target stays as
+    it was, bit for bit."""
     models = []
     attach = Tuned.attach
 
@@ -169,7 +207,9 @@ def test_the_served_model_is_the_target(train, chats, distil, tuned, tmp_path, m
     wanted, own, other = drafter_of(merged), drafter_of(run), drafter_of(alone)
     assert all(torch.allclose(own[name], wanted[name], atol=1e-4) for name in wanted)
     assert not all(torch.allclose(other[name], wanted[name], atol=1e-3) for name in wanted)
-    losses = [[row["loss"] for row in rows_of(place, "evaluation")] for place in (run, merged, alone)]
+    losses = [
+        [row["loss"] for row in rows_of(place, "evaluation")] for place in (run, merged, alone)
+    ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[2] != pytest.approx(losses[1], abs=1e-3)
     for kind in ("step", "evaluation"):
@@ -207,8 +247,15 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(chats, tuned, distil, monkey
 
     record = yaml.safe_load((found / "run.yaml").read_text())["identity"]["target"]
     manifest = json.loads((tuned / "checkpoints" / "step-00000004.json").read_text())
-    assert record == {"run": str(tuned), "id": record["id"], "step": 4, "sha256": manifest["sha256"]}
-    assert json.loads((found / "drafter" / "config.json").read_text())["target"]["adapter"] == record
+    assert record == {
+        "run": str(tuned),
+        "id": record["id"],
+        "step": 4,
+        "sha256": manifest["sha256"],
+    }
+    assert (
+        json.loads((found / "drafter" / "config.json").read_text())["target"]["adapter"] == record
+    )
     with pytest.raises(CheckpointError, match=r"target\.step: 4 in the run, 2 now"):
         distil("name=cut", "resume=auto", f"target.run={tuned}@2", "max_steps=6")
     for file in (tuned / "checkpoints").glob("step-00000004.*"):
@@ -223,14 +270,18 @@ def test_the_verbs_use_base_adapter_and_drafter(chats, tuned, distil, tmp_path, 
     ids = torch.arange(5, 20)[None]
     assert torch.equal(found.model(input_ids=ids).logits, target.model(input_ids=ids).logits)
     with found.adapter.disabled(found.model):
-        assert not torch.allclose(found.model(input_ids=ids).logits, target.model(input_ids=ids).logits)
+        assert not torch.allclose(
+            found.model(input_ids=ids).logits, target.model(input_ids=ids).logits
+        )
     tensors = load_file(run / "drafter" / "model.safetensors")
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in found.drafter.state().items())
     assert not (run / "adapter").exists()
 
     assert evaluate.main([f"run={run}", f"json={tmp_path / 'found.json'}"]) == 0
     measured = json.loads((tmp_path / "found.json").read_text())["adapted"]
-    assert measured["offset1/loss"] == pytest.approx(rows_of(run, "evaluation")[-1]["offset1/loss"], abs=1e-5)
+    assert measured["offset1/loss"] == pytest.approx(
+        rows_of(run, "evaluation")[-1]["offset1/loss"], abs=1e-5
+    )
     assert generate.main([f"run={run}", "prompt=1+1=", "max_new_tokens=4"]) == 0
     moved = tmp_path / "elsewhere"
     (tmp_path / "runs").rename(moved)
@@ -246,11 +297,15 @@ def refused(compose, *overrides):
 def test_what_does_not_go_together_is_refused_before_torch(compose):
     distil = ("objective=distill", "adapter=none")
     assert "drafter=none is none: choose one" in refused(compose, *distil)
-    assert "trains the drafter only: set adapter=none" in refused(compose, "objective=distill", "drafter=mtp_shared")
+    assert "trains the drafter only: set adapter=none" in refused(
+        compose, "objective=distill", "drafter=mtp_shared"
+    )
     assert "no gradient through the target" in refused(
         compose, *distil, "drafter=mtp_shared", "objective.gradient_checkpointing=true"
     )
-    assert "mode=max" in refused(compose, "drafter=mtp_shared", "callbacks.evaluation.monitor=accepted")
+    assert "mode=max" in refused(
+        compose, "drafter=mtp_shared", "callbacks.evaluation.monitor=accepted"
+    )
     assert "target.draft=x is what a drafter starts from" in refused(compose, "target.draft=x")
     endless = ("max_steps=null", "drafter=mtp_shared", "adapter=none")
     assert "the run has no end" in refused(compose, *endless)
@@ -264,12 +319,22 @@ def record(folder, **changes):
     folder.mkdir()
     content = {
         "config": {
-            "base": {"_target_": "trainer.models.tiny.tiny", "seed": 3, "layers": 2, "hidden_size": 16, "max_length": 512, "dtype": "auto",
-                     "attn_implementation": "sdpa", "quantization": "none", "double_quant": True},
-            "adapter": {"_target_": "adapters.lora.LoRAAdapter"}, "target": {"run": None},
+            "base": {
+                "_target_": "trainer.models.tiny.tiny",
+                "seed": 3,
+                "layers": 2,
+                "hidden_size": 16,
+                "max_length": 512,
+                "dtype": "auto",
+                "attn_implementation": "sdpa",
+                "quantization": "none",
+                "double_quant": True,
+            },
+            "adapter": {"_target_": "adapters.lora.LoRAAdapter"},
+            "target": {"run": None},
         },
         "identity": {"labels": None, "choices": {"base": "tiny"}},
-    }  # fmt: skip
+    }
     for place, value in changes.items():
         node = content
         *path, last = place.split("__")
@@ -282,19 +347,41 @@ def record(folder, **changes):
 
 def test_the_base_is_the_targets(compose, tmp_path):
     run = record(tmp_path / "tuned")
-    cfg = compose("task.path=x", "logger=none", "adapter=none", "drafter=mtp_shared", f"target.run={run}@best")
-    assert (cfg.base.seed, cfg.base._target_, cfg.hydra.runtime.choices.base) == (3, "trainer.models.tiny.tiny", "tiny")
-    own = ("task.path=x", "logger=none", "adapter=none", "drafter=mtp_shared", f"target.run={run}", "base=tiny", "base.seed=3")
+    cfg = compose(
+        "task.path=x", "logger=none", "adapter=none", "drafter=mtp_shared", f"target.run={run}@best"
+    )
+    assert (cfg.base.seed, cfg.base._target_, cfg.hydra.runtime.choices.base) == (
+        3,
+        "trainer.models.tiny.tiny",
+        "tiny",
+    )
+    own = (
+        "task.path=x",
+        "logger=none",
+        "adapter=none",
+        "drafter=mtp_shared",
+        f"target.run={run}",
+        "base=tiny",
+        "base.seed=3",
+    )
     assert compose(*own, "base.attn_implementation=eager").base.attn_implementation == "eager"
     cfg = compose(*own[:-2], "base.dtype=bfloat16")  # without saying which base: the run's
     assert (cfg.base.seed, cfg.base.dtype, cfg.base.attn_implementation) == (3, "bfloat16", "sdpa")
     with pytest.raises(
-        ConfigError, match=r"was trained on tiny, and the base asked for is tiny \(base\.seed: 3 there, 4 here\)"
+        ConfigError,
+        match=(
+            r"was trained on tiny, and the base asked for is tiny \(base\.seed: 3 there, 4 here\)"
+        ),
     ):
         compose(*own[:-1], "base.seed=4")
-    with pytest.raises(ConfigError, match=r"was trained on tiny, and the base asked for is ORG/NAME \(base\._target_"):
+    with pytest.raises(
+        ConfigError,
+        match=r"was trained on tiny, and the base asked for is ORG/NAME \(base\._target_",
+    ):
         compose(*own[:-2], "base=hf", "base.path=ORG/NAME")
-    with pytest.raises(ConfigError, match=r"was trained on tiny, and the base asked for is .*SmolLM2"):
+    with pytest.raises(
+        ConfigError, match=r"was trained on tiny, and the base asked for is .*SmolLM2"
+    ):
         compose(*own[:-2], "base=smollm2_135m")
 
 
@@ -306,8 +393,12 @@ def test_runs_that_are_no_target_are_refused(compose, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "run.yaml").write_text("a: 1")
     assert "is not what a run writes: KeyError: 'config'" in said(tmp_path / "empty")
-    assert "trained a classifier" in said(record(tmp_path / "classifier", identity__labels=["a", "b"]))
-    assert "trained no adapter" in said(record(tmp_path / "alone", config__adapter___target_="adapters.full.Nothing"))
+    assert "trained a classifier" in said(
+        record(tmp_path / "classifier", identity__labels=["a", "b"])
+    )
+    assert "trained no adapter" in said(
+        record(tmp_path / "alone", config__adapter___target_="adapters.full.Nothing")
+    )
     draft = record(tmp_path / "draft", config__target__run="runs/sql")
     assert f"give target.run=runs/sql, and target.draft={draft}" in said(draft)
     strange = record(tmp_path / "strange", config__base___target_="os.system")
@@ -318,13 +409,21 @@ def test_runs_that_are_no_target_are_refused(compose, tmp_path):
 
 
 def test_the_best_drafter_is_the_one_that_is_kept(train, chats, monkeypatch):
-    """EAGLE-3 over-trains: what is measured is best after the second step, and two worse ones end the run."""
+    """EAGLE-3 over-trains: what is measured is best after the second step, and two worse ones end
+    the run."""
     values = iter([1.0, 1.1, 1.5, 1.4, 1.3])
     monkeypatch.setattr(evaluation, "losses", lambda *_: {"loss": 1.0, "accepted": next(values)})
     run = train(
-        f"task.path={chats}", *DRAFT, "max_steps=6", "export=best", "drafter=mtp_medusa", "callbacks.evaluation.every=1",
-        "callbacks.evaluation.monitor=accepted", "callbacks.evaluation.mode=max", "callbacks.evaluation.patience=2",
-    )  # fmt: skip
+        f"task.path={chats}",
+        *DRAFT,
+        "max_steps=6",
+        "export=best",
+        "drafter=mtp_medusa",
+        "callbacks.evaluation.every=1",
+        "callbacks.evaluation.monitor=accepted",
+        "callbacks.evaluation.mode=max",
+        "callbacks.evaluation.patience=2",
+    )
     assert rows_of(run, "step")[-1]["step"] == 4
     tensors = load_file(run / "drafter" / "model.safetensors")
     best = checkpoints.load(checkpoints.chosen(run / "checkpoints", "2"))["drafter"]
@@ -337,7 +436,10 @@ def test_tokens_are_counted_where_they_are_trained():
     import datasets
 
     table = datasets.Dataset.from_dict(
-        {"ids": [[5, 6, 5], [6, 6, 7, 5], [8]], "trained": [[True, True, True], [False, False, True, True], [True]]}
+        {
+            "ids": [[5, 6, 5], [6, 6, 7, 5], [8]],
+            "trained": [[True, True, True], [False, False, True, True], [True]],
+        }
     )
     assert Rows(table, None).counts(9).tolist() == [0, 0, 0, 0, 0, 2, 1, 1, 0]
     assert Rows(table.select([]), None).counts(3).tolist() == [0, 0, 0]
@@ -360,24 +462,34 @@ def test_states_on_disk_train_the_same(chats, distil, tuned, tmp_path):
     stored = distil(*eagle, "name=stored", f"target.features={tmp_path / 'states'}")
     assert (tmp_path / "states" / "index.json").exists()
     wanted, found = drafter_of(online), drafter_of(stored)
-    assert all(torch.allclose(found[name].float(), wanted[name].float(), atol=1e-5) for name in wanted)
+    assert all(
+        torch.allclose(found[name].float(), wanted[name].float(), atol=1e-5) for name in wanted
+    )
     losses = [[row["loss"] for row in rows_of(place, "step")] for place in (online, stored)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert rows_of(stored, "evaluation")[0] == rows_of(online, "evaluation")[0]
     with pytest.raises(ValueError, match=r"adapter: .* there, .* asked for"):
-        distil(*eagle, "name=other", f"target.features={tmp_path / 'states'}", f"target.run={tuned}@2")
+        distil(
+            *eagle, "name=other", f"target.features={tmp_path / 'states'}", f"target.run={tuned}@2"
+        )
 
 
 def test_preflight_names_what_does_not_fit(tiny, tmp_path):
     errors: list[str] = []
-    _target({"target": {"run": None, "draft": str(tmp_path)}, "drafter": {"offsets": 2}}, tiny, errors)
+    _target(
+        {"target": {"run": None, "draft": str(tmp_path)}, "drafter": {"offsets": 2}}, tiny, errors
+    )
     assert errors == [f"target.draft={tmp_path}: it is no drafter's folder: it has no config.json"]
     found = Data(SimpleNamespace(kind="conversation", metrics=[]), None, None, object(), None, {})
 
     def said(objective, drafter, monitor):
         evaluated = {"generate": 0, "monitor": monitor, "generate_every": None}
         errors = []
-        settings = {"callbacks": {"evaluation": evaluated}, "objective": {"_target_": objective}, "drafter": drafter}
+        settings = {
+            "callbacks": {"evaluation": evaluated},
+            "objective": {"_target_": objective},
+            "drafter": drafter,
+        }
         _check_names(settings, found, errors)
         return "".join(errors)
 
@@ -390,5 +502,9 @@ def test_preflight_names_what_does_not_fit(tiny, tmp_path):
     assert said("trainer.training.distill.Distill", alone, "expected").endswith(
         "there are: loss, accepted, offset1/loss, offset1/top1, offset1/top5"
     )
-    assert "there are: loss, accepted, expected" in said("trainer.training.distill.Distill", taught, "accuracy")
-    assert said("trainer.training.finetune.FineTune", {}, "accepted").endswith("there are: loss, accuracy, perplexity")
+    assert "there are: loss, accepted, expected" in said(
+        "trainer.training.distill.Distill", taught, "accuracy"
+    )
+    assert said("trainer.training.finetune.FineTune", {}, "accepted").endswith(
+        "there are: loss, accuracy, perplexity"
+    )

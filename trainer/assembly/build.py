@@ -18,13 +18,15 @@ from trainer.models.base import HEADS
 
 
 def instantiate(node: dict[str, Any], **arguments: Any) -> Any:
-    """An object from a plain config node; its `_target_` was checked when the config was composed."""
+    """An object from a plain config node; its `_target_` was checked when the config was
+    composed."""
     try:
         return hydra.utils.instantiate(OmegaConf.create(node), _convert_="all", **arguments)
     except InstantiationException as error:
         if error.__cause__ is None:
             raise
-        raise error.__cause__ from None  # what the part itself says, which failures.py knows to explain
+        # what the part itself says, which failures.py knows to explain
+        raise error.__cause__ from None
 
 
 def schedule(config: dict[str, Any], plan: Plan | None) -> Callable[..., float]:
@@ -39,9 +41,13 @@ def schedule(config: dict[str, Any], plan: Plan | None) -> Callable[..., float]:
         return instantiate(node)
     if plan is None:
         raise ConfigError(
-            f"schedule.cooldown_tokens={tokens}: a stream's tokens are not known beforehand. Give schedule.cooldown in steps"
+            f"schedule.cooldown_tokens={tokens}: a stream's tokens are not known beforehand. Give"
+            " schedule.cooldown in steps"
         )
-    made, down = instantiate(node | {"cooldown_tokens": None}), functools.cache(partial(plan.last_steps, tokens))
+    made, down = (
+        instantiate(node | {"cooldown_tokens": None}),
+        functools.cache(partial(plan.last_steps, tokens)),
+    )
     return lambda step, steps: made(step, steps=steps, cooldown=down(steps))
 
 

@@ -19,9 +19,18 @@ def sampling(options: dict[str, Any], stops: list[int], pad: int, **more: Any) -
     """transformers' settings for a verb's temperature, top_p and max_new_tokens."""
     sampled = options["temperature"] > 0
     # transformers would draw from the 50 likeliest tokens only.
-    chances = {"temperature": options["temperature"], "top_p": options["top_p"], "top_k": 0} if sampled else {}
+    chances = (
+        {"temperature": options["temperature"], "top_p": options["top_p"], "top_k": 0}
+        if sampled
+        else {}
+    )
     return GenerationConfig(
-        do_sample=sampled, max_new_tokens=options["max_new_tokens"], eos_token_id=stops, pad_token_id=pad, **chances, **more
+        do_sample=sampled,
+        max_new_tokens=options["max_new_tokens"],
+        eos_token_id=stops,
+        pad_token_id=pad,
+        **chances,
+        **more,
     )
 
 
@@ -30,7 +39,10 @@ def unknown_drafter(options: dict[str, Any]) -> str | None:
     if options["drafter"] not in DRAFTERS:
         return f"drafter={options['drafter']}: one of {', '.join(DRAFTERS)}"
     if (options["drafter"] == "small") != (options["small"] is not None):
-        return "drafter=small and small=PATH, the small model's folder or its name on the hub, are given together"
+        return (
+            "drafter=small and small=PATH, the small model's folder or its name on the hub, are"
+            " given together"
+        )
     return None
 
 
@@ -42,13 +54,15 @@ def check_drafter(config: dict[str, Any], options: dict[str, Any]) -> None:
     """
     if options["drafter"] == "run" and not config.get("drafter"):
         raise DrafterError(
-            f"run={options['run']} has no drafter. Train one beside the adapter, python -m trainer ... drafter=mtp_shared, or give "
-            "one that needs no training, drafter=lookup or drafter=recycling"
+            f"run={options['run']} has no drafter. Train one beside the adapter, python -m trainer"
+            " ... drafter=mtp_shared, or give one that needs no training, drafter=lookup or"
+            " drafter=recycling"
         )
 
 
 def drafter_of(found: Trained, options: dict[str, Any]) -> Drafter | None:
-    """What a verb's options drafter and small ask for; None where the run has no drafter that proposes.
+    """What a verb's options drafter and small ask for; None where the run has no drafter that
+    proposes.
 
     Raises:
         BaseError, DrafterError: the small model cannot be loaded, or has other tokens.

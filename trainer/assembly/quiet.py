@@ -12,9 +12,17 @@ import rich
 def quiet() -> None:
     """Silence what libraries say at every start and nobody can act upon."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    for name in ("bitsandbytes", "datasets", "lightning", "lightning.pytorch", "lightning.fabric", "torch.utils.flop_counter"):
+    for name in (
+        "bitsandbytes",
+        "datasets",
+        "lightning",
+        "lightning.pytorch",
+        "lightning.fabric",
+        "torch.utils.flop_counter",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("lightning.pytorch").handlers.clear()  # Lightning prints beside whatever logging is configured
+    # Lightning prints beside whatever logging is configured
+    logging.getLogger("lightning.pytorch").handlers.clear()
     if not rich.get_console().is_terminal:
         rich.get_console().width = 160  # a log file's lines, not a terminal's
     import datasets
@@ -24,13 +32,21 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # on a login node it may well not be meant
-    warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")  # the sampler starts where the run stopped
-    warnings.filterwarnings("ignore", message=".*IterableDataset. has .__len__. defined.*")  # a stream has one reader
-    warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode.*")  # a frozen target stays in it
-    warnings.filterwarnings("ignore", message="Position ids are not supported.*")  # PEFT's prompts; it drops generate's own
+    # on a login node it may well not be meant
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
+    # the sampler starts where the run stopped
+    warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
+    # a stream has one reader
+    warnings.filterwarnings("ignore", message=".*IterableDataset. has .__len__. defined.*")
+    # a frozen target stays in it
+    warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode.*")
+    # PEFT's prompts; it drops generate's own
+    warnings.filterwarnings("ignore", message="Position ids are not supported.*")
     warnings.filterwarnings(
         "ignore", message="(?s).*FSDP2-wrapped module .* returned a view tensor.*"
     )  # of logits that nobody asks for
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT asks for it
+    # PEFT asks for it
+    warnings.filterwarnings(
+        "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
+    )

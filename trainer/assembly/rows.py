@@ -30,30 +30,42 @@ class Data:
     train: Sequences | None  # None where it streams
     held_out: HeldOut | None
     collate: Collate
-    keys: dict[str, str]  # of the tokenised splits: they change with anything that the rows depend on
+    # of the tokenised splits: they change with anything that the rows depend on
+    keys: dict[str, str]
 
     def rows_of(self, sequences: list[Any]) -> list[str]:
         """File and line of the rows of some sequences."""
         if self.train is None:
             return sequences  # a stream's are named so from the start
-        return [self.train.rows.where(row) for sequence in sequences for row in self.train.members(sequence)]
+        return [
+            self.train.rows.where(row)
+            for sequence in sequences
+            for row in self.train.members(sequence)
+        ]
 
 
 def tokenised(config: dict[str, Any], base: Base, task: Any, train: bool = True) -> Data:
-    """The task's rows as tokens: from the cache, or made now. Without `train` only those of evaluation.
+    """The task's rows as tokens: from the cache, or made now. Without `train` only those of
+    evaluation.
 
     Raises:
         DataError: see trainer.data.rows.tokenise.
     """
     renderer = Renderer(base.tokenizer, task)
-    settings = {"max_length": config["max_length"], "overlong": config["overlong"], "processes": config["tokenise_processes"]}
+    settings = {
+        "max_length": config["max_length"],
+        "overlong": config["overlong"],
+        "processes": config["tokenise_processes"],
+    }
     labelled = task.kind == "label"
     collate = Collate(base.tokenizer.pad_token_id, config["packing"], labelled)
     training = None
     if train and not task.streaming:
         rows = tokenise(task, "train", renderer, **settings)
         log.info("train: %s", rows.report.summary())
-        packs = pack(rows.lengths, config["max_length"], config["seed"]) if config["packing"] else None
+        packs = (
+            pack(rows.lengths, config["max_length"], config["seed"]) if config["packing"] else None
+        )
         training = Sequences(rows, packs)
     rows = tokenise(task, "eval", renderer, **settings)
     if len(rows):
@@ -61,9 +73,16 @@ def tokenised(config: dict[str, Any], base: Base, task: Any, train: bool = True)
     # Evaluation is never packed: its numbers should not depend on how rows share sequences.
     evaluation = Collate(base.tokenizer.pad_token_id, False, labelled)
     held_out = (
-        HeldOut(Sequences(rows), evaluation, task.labels if labelled else None, tokenizer=base.tokenizer) if len(rows) else None
+        HeldOut(
+            Sequences(rows), evaluation, task.labels if labelled else None, tokenizer=base.tokenizer
+        )
+        if len(rows)
+        else None
     )
-    keys = {split: cache_key(task, split, renderer, config["max_length"], config["overlong"]) for split in ("train", "eval")}
+    keys = {
+        split: cache_key(task, split, renderer, config["max_length"], config["overlong"])
+        for split in ("train", "eval")
+    }
     return Data(task, renderer, training, held_out, collate, keys)
 
 
@@ -81,7 +100,9 @@ def with_prompts(found: Data, count: int, model: nn.Module | None) -> None:
             held_out.prompts.append((example, found.renderer.prompt(example)))
     held_out.grade = found.task.grade
     model_stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    held_out.stops = stop_ids(held_out.tokenizer, model_stops, (rows[i] for i in range(min(8, len(rows)))))
+    held_out.stops = stop_ids(
+        held_out.tokenizer, model_stops, (rows[i] for i in range(min(8, len(rows))))
+    )
 
 
 def plan(config: dict[str, Any], found: Data, ranks: int) -> Plan:
@@ -91,9 +112,15 @@ def plan(config: dict[str, Any], found: Data, ranks: int) -> Plan:
     if found.task.kind == "label":
         trained = np.ones_like(trained)
     return Plan(
-        lengths, trained, config["seed"], config["batch_size"], config["accumulate"], ranks, config["group_by_length"],
+        lengths,
+        trained,
+        config["seed"],
+        config["batch_size"],
+        config["accumulate"],
+        ranks,
+        config["group_by_length"],
         config["max_epochs"],
-    )  # fmt: skip
+    )
 
 
 def token_counts(found: Data, vocabulary: int) -> torch.Tensor:
@@ -103,5 +130,8 @@ def token_counts(found: Data, vocabulary: int) -> torch.Tensor:
         ConfigError: the rows are not known before training.
     """
     if found.train is None:
-        raise ConfigError("this drafter counts the training data's tokens beforehand, which task.streaming=true does not allow")
+        raise ConfigError(
+            "this drafter counts the training data's tokens beforehand, which task.streaming=true"
+            " does not allow"
+        )
     return torch.from_numpy(found.train.rows.counts(vocabulary))

@@ -22,7 +22,8 @@ from trainer.storage import checkpoints, run_folder
 
 @dataclass
 class Tuned:
-    """The adapter of a fine-tuning run, as it was at one of its checkpoints, to make a target of its base."""
+    """The adapter of a fine-tuning run, as it was at one of its checkpoints, to make a target of
+    its base."""
 
     about: dict[str, Any]  # which run, step and checkpoint that is: what is recorded of it
     content: dict[str, Any]  # the run's run.yaml
@@ -40,7 +41,8 @@ def tuned(path: str, sha256: str | None = None) -> Tuned:
     """The adapter of `FOLDER` or `FOLDER@last|best|STEP`; with `sha256`, of that very checkpoint.
 
     Raises:
-        FolderError, CheckpointError: the folder or its checkpoint cannot be used, or is another one.
+        FolderError, CheckpointError: the folder or its checkpoint cannot be used, or is another
+        one.
     """
     place, content, which = run_folder.read(path)
     source = checkpoints.chosen(place / "checkpoints", which)
@@ -49,18 +51,25 @@ def tuned(path: str, sha256: str | None = None) -> Tuned:
         raise checkpoints.CheckpointError(
             f"{source} is not the checkpoint that the drafter was trained for: it has changed since"
         )
-    return Tuned(about, content, instantiate(content["config"]["adapter"]), checkpoints.load(source)["adapter"])
+    return Tuned(
+        about,
+        content,
+        instantiate(content["config"]["adapter"]),
+        checkpoints.load(source)["adapter"],
+    )
 
 
 def about_checkpoint(run: Path, run_id: str, source: Path) -> dict[str, Any]:
     """What is recorded of a checkpoint that something else depends on."""
     file = source.with_suffix(".json")
-    sha256 = json.loads(file.read_text())["sha256"] if file.exists() else None  # callbacks.checkpoints=null
+    # callbacks.checkpoints=null
+    sha256 = json.loads(file.read_text())["sha256"] if file.exists() else None
     return {"run": str(run.resolve()), "id": run_id, "step": int(source.stem[5:]), "sha256": sha256}
 
 
 def tuned_as_recorded(about: dict[str, Any], beside: Path) -> Tuned:
-    """What `tuned` found when a drafter was trained for it; its folder may have been moved together with its neighbour `beside`."""
+    """What `tuned` found when a drafter was trained for it; its folder may have been moved together
+    with its neighbour `beside`."""
     place = Path(about["run"])
     if not (place / "run.yaml").exists() and (beside.parent / place.name / "run.yaml").exists():
         place = beside.parent / place.name
@@ -69,7 +78,8 @@ def tuned_as_recorded(about: dict[str, Any], beside: Path) -> Tuned:
 
 @dataclass
 class Trained:
-    """A run's model as it was at one of its checkpoints, with its adapter: its own, or its target's where it trained a drafter for it."""
+    """A run's model as it was at one of its checkpoints, with its adapter: its own, or its target's
+    where it trained a drafter for it."""
 
     folder: Path
     config: dict[str, Any]
@@ -80,54 +90,84 @@ class Trained:
     step: int
     drafter: Drafter | None = None
     adapted: dict[str, Any] | None = (
-        None  # the run, step and checkpoint that the target's adapter is from; None for the base alone
+        # the run, step and checkpoint that the target's adapter is from; None for the base alone
+        None
     )
 
 
-def trained(path: str, device: torch.device | str = "cpu", exact: bool = False, unpack: bool = False) -> Trained:
-    """The model of `FOLDER` or `FOLDER@last|best|STEP`, computing as it was trained; `exact` computes in fp32, and `unpack` makes
-    a quantised base a plain one with the weights that its rounding left.
+def trained(
+    path: str, device: torch.device | str = "cpu", exact: bool = False, unpack: bool = False
+) -> Trained:
+    """The model of `FOLDER` or `FOLDER@last|best|STEP`, computing as it was trained; `exact`
+    computes in fp32, and `unpack` makes a quantised base a plain one with the weights that its
+    rounding left.
 
     Raises:
-        FolderError, CheckpointError, BaseError: the folder, its checkpoint or its base cannot be used.
+        FolderError, CheckpointError, BaseError: the folder, its checkpoint or its base cannot be
+        used.
     """
     place, content, which = run_folder.read(path)
     config, identity = content["config"], content["identity"]
     base: Base = instantiate(config["base"])
     if base.fingerprint != identity["base"]:
-        raise BaseError(f"{base.path} is not the model that this run was trained on: its weights have changed")
+        raise BaseError(
+            f"{base.path} is not the model that this run was trained on: its weights have changed"
+        )
     source = checkpoints.chosen(place / "checkpoints", which)
     saved = checkpoints.load(source)
-    dtype, _, _ = compute(identity["precision"], config["base"]["dtype"], identity["trains_base"], False)
+    dtype, _, _ = compute(
+        identity["precision"], config["base"]["dtype"], identity["trains_base"], False
+    )
     model = base.load(torch.float32 if exact else dtype, identity["labels"], device)
     if unpack and base.quantization != "none":
         model = unpacked(model)
-    drafter = instantiate(config["drafter"])(model=model).to(device).eval() if config["drafter"] else None
+    drafter = (
+        instantiate(config["drafter"])(model=model).to(device).eval() if config["drafter"] else None
+    )
     if identity.get("target") is not None:
         target = tuned_as_recorded(identity["target"], place)
         adapter, model = target.adapter, target.attach(model)
         adapted: dict[str, Any] | None = target.about
     else:
         adapter = instantiate(config["adapter"])
-        adapted = None if isinstance(adapter, Nothing) else about_checkpoint(place, content["id"], source)
+        adapted = (
+            None if isinstance(adapter, Nothing) else about_checkpoint(place, content["id"], source)
+        )
         model = _attached(model, adapter, identity, saved["adapter"])
     if drafter is not None:
         drafter.load_state(saved["drafter"])
     task = instantiate(config["task"])
-    return Trained(place, config, base, task, adapter, model.to(device).eval(), saved["counters"]["step"], drafter, adapted)
+    return Trained(
+        place,
+        config,
+        base,
+        task,
+        adapter,
+        model.to(device).eval(),
+        saved["counters"]["step"],
+        drafter,
+        adapted,
+    )
 
 
-def _attached(model: nn.Module, adapter: Adapter, identity: dict[str, Any], saved: dict[str, Any]) -> nn.Module:
+def _attached(
+    model: nn.Module, adapter: Adapter, identity: dict[str, Any], saved: dict[str, Any]
+) -> nn.Module:
     if identity["trains_base"]:  # what was trained in another precision than this model computes in
         dtype = next(model.parameters()).dtype
-        saved = saved | {"tensors": {name: tensor.to(dtype) for name, tensor in saved["tensors"].items()}}
-    model = adapter.attach(model, Start(new_modules(model, identity["labels"]), identity["steps"], saved=saved))
+        saved = saved | {
+            "tensors": {name: tensor.to(dtype) for name, tensor in saved["tensors"].items()}
+        }
+    model = adapter.attach(
+        model, Start(new_modules(model, identity["labels"]), identity["steps"], saved=saved)
+    )
     adapter.load_state(model, saved)
     return model
 
 
 def unpacked(model: Any) -> nn.Module:
-    """A quantised model as a plain one in fp32, with the weights that the rounding left: what the adapter was trained on."""
+    """A quantised model as a plain one in fp32, with the weights that the rounding left: what the
+    adapter was trained on."""
     config = copy.deepcopy(model.config)
     del config.quantization_config
     plain = type(model)(config).float()

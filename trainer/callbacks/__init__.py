@@ -1,4 +1,5 @@
-"""What happens around the steps of a run. Each callback is made from conf/callbacks with the run's Context."""
+"""What happens around the steps of a run. Each callback is made from conf/callbacks with the run's
+Context."""
 
 from __future__ import annotations
 
@@ -29,14 +30,16 @@ class Context:
     max_tokens: int | None = None  # processed; a plan of known length ends at them by itself
     stopped: str | None = None  # why the run ends before its planned steps
     paused: float = 0.0  # seconds since the last step row that were not training
-    constant_until: int | None = None  # the steps before the cooldown, whose checkpoint stays: longer runs go on from it
+    # the steps before the cooldown, whose checkpoint stays: longer runs go on from it
+    constant_until: int | None = None
     minutes: float = 0.0  # of training, over all starts, up to the step before
     without: int = 0  # evaluations since the best one
     improved: bool = False  # whether the evaluation of the step at hand was the best so far
 
 
 def told_to_stop(lightning_: Any, module: Any, context: Context) -> bool:
-    """Whether a signal has come to any process, of which each then knows; all of them have to ask."""
+    """Whether a signal has come to any process, of which each then knows; all of them have to
+    ask."""
     if lightning_.world_size > 1:
         told = torch.tensor([context.signals.received or 0], device=module.device)
         context.signals.received = int(lightning_.strategy.reduce(told, reduce_op="max")[0]) or None

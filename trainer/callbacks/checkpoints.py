@@ -13,9 +13,9 @@ from trainer.storage import atomic, checkpoints
 
 
 class Checkpoints(lightning.Callback):
-    """Saves every `every` steps, at the best evaluation, before a cooldown, at the end and when the run is told to stop; keeps
-    the `keep` newest, the best and the one before the cooldown. Only where a step ends: the middle of an
-    accumulation window has gradients that no file holds."""
+    """Saves every `every` steps, at the best evaluation, before a cooldown, at the end and when the
+    run is told to stop; keeps the `keep` newest, the best and the one before the cooldown. Only
+    where a step ends: the middle of an accumulation window has gradients that no file holds."""
 
     def __init__(self, context: Context, every: float | None, keep: int | None):
         self.context, self.every, self.keep = context, every_steps(every, context.steps), keep
@@ -28,19 +28,24 @@ class Checkpoints(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self.saved = module.step or None
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if not module.step_done:
             return
         due = self.every is not None and module.step % self.every == 0
         last = module.step >= self.context.steps or self.context.stopped is not None
         # With every=null a cooldown that was planned keeps none of its own.
-        constant = module.step == self.context.constant_until and (self.every is not None or module.cooling is not None)
+        constant = module.step == self.context.constant_until and (
+            self.every is not None or module.cooling is not None
+        )
         if due or last or self.context.improved or constant:
             self.save(trainer, module)
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
         if module.step_done and not told_to_stop(trainer, module, self.context):
-            self.save(trainer, module)  # a stream's last step is known only when nothing comes after it
+            # a stream's last step is known only when nothing comes after it
+            self.save(trainer, module)
 
     def save(self, trainer: lightning.Trainer, module: Any) -> None:
         """Save the step at hand, once."""

@@ -21,21 +21,31 @@ SAFETY = 1.1  # steps may get slower by so much until the deadline
 
 
 class CooldownTrigger(lightning.Callback):
-    """Starts the cooldown after `patience` evaluations without a better one, in time for `deadline`, when the file RUN/cooldown
-    appears or when SIGUSR2 comes; the run ends where it ends.
+    """Starts the cooldown after `patience` evaluations without a better one, in time for
+    `deadline`, when the file RUN/cooldown appears or when SIGUSR2 comes; the run ends where it
+    ends.
 
-    A cooldown of `length` below 1 makes up that fraction f of all steps then: f / (1 - f) of those done. Its start and length are
-    frozen when it begins and stand in the checkpoint, so that rates stay a function of the step alone.
+    A cooldown of `length` below 1 makes up that fraction f of all steps then: f / (1 - f) of those
+    done. Its start and length are frozen when it begins and stand in the checkpoint, so that rates
+    stay a function of the step alone.
     """
 
     def __init__(
-        self, context: Context, length: float, shape: str, final: float, patience: int | None, deadline: str | None, reserve: float
-    ):  # fmt: skip
+        self,
+        context: Context,
+        length: float,
+        shape: str,
+        final: float,
+        patience: int | None,
+        deadline: str | None,
+        reserve: float,
+    ):
         self.context, self.length, self.shape, self.final = context, length, shape, final
         self.patience, self.deadline, self.reserve = patience, deadline, reserve
         self.file = context.folder.path / "cooldown"
         self.asked = False  # by the signal
-        self.passed = 0  # evaluations without a better one that a cooldown which was left out has answered
+        # evaluations without a better one that a cooldown which was left out has answered
+        self.passed = 0
         self.began, self.steps_before = 0.0, 0
         self.job_ends: float | None = None
 
@@ -53,15 +63,21 @@ class CooldownTrigger(lightning.Callback):
     def _ask(self) -> None:
         self.asked = True
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if not module.step_done:
             return
         if module.cooling is not None:
-            if module.step >= module.cooling.start + module.cooling.steps and module.step < self.context.steps:
+            if (
+                module.step >= module.cooling.start + module.cooling.steps
+                and module.step < self.context.steps
+            ):
                 self.context.stopped = f"cooled down over {module.cooling.steps} steps"
             return
         steps, reason = self._due(module.step)
-        if trainer.world_size > 1:  # the first process decides, since only one clock and one disk count
+        # the first process decides, since only one clock and one disk count
+        if trainer.world_size > 1:
             told = torch.tensor([steps if trainer.is_global_zero else 0], device=module.device)
             steps = int(trainer.strategy.reduce(told, reduce_op="max")[0])
         if steps:
@@ -69,7 +85,9 @@ class CooldownTrigger(lightning.Callback):
 
     def _due(self, step: int) -> tuple[int, str]:
         """(steps of the cooldown that begins now, why); 0 if none does."""
-        wanted = round(step * self.length / (1 - self.length)) if self.length < 1 else round(self.length)
+        wanted = (
+            round(step * self.length / (1 - self.length)) if self.length < 1 else round(self.length)
+        )
         wanted = min(max(1, wanted), self.context.steps - step)
         self.passed = min(self.passed, self.context.without)
         if self.asked:
@@ -82,7 +100,10 @@ class CooldownTrigger(lightning.Callback):
         if left is not None:
             each = SAFETY * (time.monotonic() - self.began) / (step - self.steps_before)
             if left <= wanted * each:
-                return max(1, min(wanted, int(left / each))), f"{left / 60:.1f} minutes are left until the deadline"
+                return (
+                    max(1, min(wanted, int(left / each))),
+                    f"{left / 60:.1f} minutes are left until the deadline",
+                )
         return 0, ""
 
     def _seconds_left(self) -> float | None:
@@ -99,8 +120,14 @@ class CooldownTrigger(lightning.Callback):
         self.context.constant_until = module.step
         level = factor(module.schedule, module.step, module.steps, module.adapter.restart)
         module.cooling = Cooling(module.step, steps, level, self.shape, self.final)
-        log.info("the rate cools down over the next %d steps: %s", steps, reason or "the first process said so")
-        self.context.journal.write("cooldown", module.step, {"reason": reason, "steps": steps, "level": level})
+        log.info(
+            "the rate cools down over the next %d steps: %s",
+            steps,
+            reason or "the first process said so",
+        )
+        self.context.journal.write(
+            "cooldown", module.step, {"reason": reason, "steps": steps, "level": level}
+        )
         if self.context.journal.writes:
             _put_away(self.file)
 

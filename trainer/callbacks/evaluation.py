@@ -20,14 +20,28 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation(lightning.Callback):
-    """Held-out loss every `every` steps; answers of the first `generate` held-out rows generated and graded before and
-    after training, and at every `generate_every`-th evaluation between."""
+    """Held-out loss every `every` steps; answers of the first `generate` held-out rows generated
+    and graded before and after training, and at every `generate_every`-th evaluation between."""
 
     def __init__(
-        self, context: Context, every: float | None, batch_size: int, generate: int, generate_every: int | None, samples: int,
-        max_new_tokens: int, monitor: str, mode: str, patience: int | None,
-    ):  # fmt: skip
-        self.context, self.batch_size, self.generate, self.samples = context, batch_size, generate, samples
+        self,
+        context: Context,
+        every: float | None,
+        batch_size: int,
+        generate: int,
+        generate_every: int | None,
+        samples: int,
+        max_new_tokens: int,
+        monitor: str,
+        mode: str,
+        patience: int | None,
+    ):
+        self.context, self.batch_size, self.generate, self.samples = (
+            context,
+            batch_size,
+            generate,
+            samples,
+        )
         self.every, self.generate_every = every_steps(every, context.steps), generate_every
         self.max_new_tokens, self.monitor, self.sign, self.patience = (
             max_new_tokens,
@@ -35,29 +49,47 @@ class Evaluation(lightning.Callback):
             1 if mode == "min" else -1,
             patience,
         )
-        self.state: dict[str, Any] = {"evaluated": -1, "best": math.inf, "best_step": None, "without": 0, "count": 0}
+        self.state: dict[str, Any] = {
+            "evaluated": -1,
+            "best": math.inf,
+            "best_step": None,
+            "without": 0,
+            "count": 0,
+        }
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         if self.state["evaluated"] < 0:
-            base_alone = module.adapter.disabled(module.model) if self.context.before else contextlib.nullcontext()
+            base_alone = (
+                module.adapter.disabled(module.model)
+                if self.context.before
+                else contextlib.nullcontext()
+            )
             with base_alone:
                 self.run(trainer, module, graded=True)
-        elif self.due(module.step) and self.state["evaluated"] < module.step:  # a signal came in the middle of it
+        # a signal came in the middle of it
+        elif self.due(module.step) and self.state["evaluated"] < module.step:
             self.run(trainer, module, graded=module.step >= self.context.steps)
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.context.improved = False
         if module.step_done and self.due(module.step):
             self.run(trainer, module, graded=module.step >= self.context.steps)
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
         # The run ended before its planned steps: it stopped early, or its time was up.
-        if self.state["evaluated"] < module.step and not told_to_stop(trainer, module, self.context):
+        if self.state["evaluated"] < module.step and not told_to_stop(
+            trainer, module, self.context
+        ):
             self.run(trainer, module, graded=True)
 
     def due(self, step: int) -> bool:
-        """Whether a step is one after which the run is evaluated: every `every`-th, and the last."""
-        return step > 0 and (step >= self.context.steps or (self.every is not None and step % self.every == 0))
+        """Whether a step is one after which the run is evaluated: every `every`-th, and the
+        last."""
+        return step > 0 and (
+            step >= self.context.steps or (self.every is not None and step % self.every == 0)
+        )
 
     def run(self, trainer: lightning.Trainer, module: Any, graded: bool = False) -> None:
         """Evaluate now, unless a signal to stop comes first."""
@@ -68,24 +100,45 @@ class Evaluation(lightning.Callback):
         strategy = trainer.strategy
         with evaluating(module), trainer.precision_plugin.forward_context():
             values = losses(
-                module.loss, held_out, self.batch_size, module.device, trainer.global_rank, trainer.world_size,
-                lambda sums: strategy.reduce(sums, reduce_op="sum"), lambda: told_to_stop(trainer, module, self.context),
-            )  # fmt: skip
+                module.loss,
+                held_out,
+                self.batch_size,
+                module.device,
+                trainer.global_rank,
+                trainer.world_size,
+                lambda sums: strategy.reduce(sums, reduce_op="sum"),
+                lambda: told_to_stop(trainer, module, self.context),
+            )
             if not values:
                 return
             found: list[dict[str, Any]] | None = []
             count = self.state["count"] + 1
-            graded = graded or (self.generate_every is not None and count % self.generate_every == 0)
+            graded = graded or (
+                self.generate_every is not None and count % self.generate_every == 0
+            )
             sharded = isinstance(strategy, Sharded)  # no process has the weights alone
-            if graded and held_out.prompts and (self.generate or self.samples) and (trainer.is_global_zero or sharded):
+            if (
+                graded
+                and held_out.prompts
+                and (self.generate or self.samples)
+                and (trainer.is_global_zero or sharded)
+            ):
                 all_ask = partial(told_to_stop, trainer, module, self.context)
                 stop = all_ask if sharded else lambda: self.context.signals.received is not None
-                found = answers(module.model, held_out, self.batch_size, self.max_new_tokens, module.device, stop)
+                found = answers(
+                    module.model,
+                    held_out,
+                    self.batch_size,
+                    self.max_new_tokens,
+                    module.device,
+                    stop,
+                )
             if sharded:
                 given_back(module.model)
         if found and self.generate:
             values |= means(found[: self.generate])
-        # The others wait here while the first one generates, and learn what came of it: all have to judge alike.
+        # The others wait here while the first one generates, and learn what came of it: all have to
+        # judge alike.
         agreed = strategy.broadcast([] if found is None else [values])
         if not agreed:
             return
@@ -96,7 +149,9 @@ class Evaluation(lightning.Callback):
         self.context.paused += values["seconds"]
         self.state |= {"evaluated": module.step, "count": count}
         self.context.journal.write("evaluation", module.step, values)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "seconds")
+        shown = "  ".join(
+            f"{name} {value:.4g}" for name, value in values.items() if name != "seconds"
+        )
         log.info("evaluation at step %d: %s", module.step, shown)
         self._judge(values, module.step, trainer)
 
@@ -112,7 +167,8 @@ class Evaluation(lightning.Callback):
         self.context.without = self.state["without"]
         if self.patience is not None and self.state["without"] >= self.patience:
             self.context.stopped = (
-                f"no better {self.monitor} in {self.patience} evaluations; the best was at step {self.state['best_step']}"
+                f"no better {self.monitor} in {self.patience} evaluations; the best was at step"
+                f" {self.state['best_step']}"
             )
 
     def state_dict(self) -> dict[str, Any]:

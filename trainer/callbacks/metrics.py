@@ -15,20 +15,23 @@ from trainer.models.losses import NonFinite
 
 
 class Metrics(lightning.Callback):
-    """Loss, rate, gradient norm and throughput of every `every`-th step, with the density where it is penalised; every skipped
-    step with its rows."""
+    """Loss, rate, gradient norm and throughput of every `every`-th step, with the density where it
+    is penalised; every skipped step with its rows."""
 
     def __init__(self, context: Context, every: int):
         self.context, self.every = context, every
         self.last_time, self.last_processed = 0.0, 0
-        self.last_trained: Any = 0  # a tensor, whose number is asked for when a row is written, since a GPU would be waited for
+        # a tensor, whose number is asked for when a row is written, since a GPU would be waited for
+        self.last_trained: Any = 0
         self.seconds = 0.0  # of training, over all starts of the run
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self.last_time, self.context.paused = time.monotonic(), 0.0
         self.context.journal.tokens = module.tokens
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if not module.step_done:
             return
         sums = module.sums
@@ -70,10 +73,19 @@ class Metrics(lightning.Callback):
 
     def _skipped(self, module: Any) -> None:
         # JSON has no NaN, so these two are text.
-        values = {"loss": str(float(module.sums["loss"])), "grad_norm": str(float(module.grad_norm))}
-        self.context.journal.write("skipped", module.step, values | {"rows": self.context.rows_of(module.sums["sequences"])})
+        values = {
+            "loss": str(float(module.sums["loss"])),
+            "grad_norm": str(float(module.grad_norm)),
+        }
+        self.context.journal.write(
+            "skipped",
+            module.step,
+            values | {"rows": self.context.rows_of(module.sums["sequences"])},
+        )
 
-    def on_exception(self, trainer: lightning.Trainer, module: Any, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: lightning.Trainer, module: Any, exception: BaseException
+    ) -> None:
         if isinstance(exception, NonFinite):  # raised before the end of its step
             self._skipped(module)
 

@@ -9,7 +9,14 @@ from typing import Any
 
 import lightning
 from rich import get_console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from trainer.callbacks import Context
 
@@ -33,19 +40,27 @@ class ProgressBar(lightning.Callback):
             return
         known = [TextColumn("left"), TimeRemainingColumn()] if self._total() is not None else []
         self.bar = Progress(
-            TextColumn("step"), MofNCompleteColumn() if known else TextColumn("{task.completed:.0f}"), BarColumn(bar_width=24),
-            TextColumn("{task.description}"), TimeElapsedColumn(), *known, console=get_console(),
-        )  # fmt: skip
+            TextColumn("step"),
+            MofNCompleteColumn() if known else TextColumn("{task.completed:.0f}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            *known,
+            console=get_console(),
+        )
         self.task = self.bar.add_task("", total=self._total(), completed=module.step)
         self.bar.start()
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if not module.step_done or module.step % self.every or not trainer.is_global_zero:
             return
         row = self.context.journal.last
         loss = math.nan if row.get("loss") is None else row["loss"]
         text = (
-            f"loss {loss:.4f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tokens/s ({row['trained_per_s']:,.0f} trained)"
+            f"loss {loss:.4f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tokens/s"
+            f" ({row['trained_per_s']:,.0f} trained)"
             if row
             else ""
         )
@@ -66,7 +81,8 @@ class ProgressBar(lightning.Callback):
             )
 
     def _left(self, step_seconds: float, step: int) -> float | None:
-        """Seconds until the planned steps or the time are used up, whichever is first; None where nothing known limits the run."""
+        """Seconds until the planned steps or the time are used up, whichever is first; None where
+        nothing known limits the run."""
         limits = []
         if self._total() is not None:
             limits.append(step_seconds * (self.context.steps - step))
@@ -81,7 +97,9 @@ class ProgressBar(lightning.Callback):
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
         self._close()
 
-    def on_exception(self, trainer: lightning.Trainer, module: Any, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: lightning.Trainer, module: Any, exception: BaseException
+    ) -> None:
         self._close()
 
     def _close(self) -> None:

@@ -1,4 +1,5 @@
-"""Which of its two points a schedule-free optimiser has in the weights (Defazio et al. 2024, arXiv 2405.15682).
+"""Which of its two points a schedule-free optimiser has in the weights (Defazio et al. 2024, arXiv
+2405.15682).
 
     y = (1 - β) z + β x          z the last step, x the average, β = betas[0]
 
@@ -13,15 +14,20 @@ import lightning
 
 
 class ScheduleFree(lightning.Callback):
-    """Puts y into the weights for a step's gradients, and x at all other times: callbacks behind this one evaluate and save
-    x. Since that happens in every step, and not where a run is evaluated or saved, those change nothing, and a run that
-    goes on from a checkpoint has the same bits as one that was left alone. One lerp each way rounds once, as the update itself."""
+    """Puts y into the weights for a step's gradients, and x at all other times: callbacks behind
+    this one evaluate and save x. Since that happens in every step, and not where a run is evaluated
+    or saved, those change nothing, and a run that goes on from a checkpoint has the same bits as
+    one that was left alone. One lerp each way rounds once, as the update itself."""
 
-    def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int
+    ) -> None:
         optimizer: Any = trainer.optimizers[0]
         optimizer.train()
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         optimizer: Any = trainer.optimizers[0]
         if module.step_done:
             optimizer.eval()

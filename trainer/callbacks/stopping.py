@@ -25,7 +25,9 @@ class Stopping(lightning.Callback):
         self.context.signals.deferred = True
         self.since = time.monotonic()
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if not module.step_done:
             return
         now = time.monotonic()
@@ -51,13 +53,22 @@ class Stopping(lightning.Callback):
         if self.context.stopped is not None and not trainer.should_stop:
             trainer.should_stop = True
             if not number:
-                had = {"minutes": self.minutes, "steps": self.context.steps, "max_time": self.context.max_minutes}
-                self.context.journal.write("stopped", module.step, {"reason": self.context.stopped, **had})
+                had = {
+                    "minutes": self.minutes,
+                    "steps": self.context.steps,
+                    "max_time": self.context.max_minutes,
+                }
+                self.context.journal.write(
+                    "stopped", module.step, {"reason": self.context.stopped, **had}
+                )
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        if self.context.stopped is None and module.step < self.context.steps:  # a stream came to its end
+        # a stream came to its end
+        if self.context.stopped is None and module.step < self.context.steps:
             self.context.stopped = "the data came to its end"
-            self.context.journal.write("stopped", module.step, {"reason": self.context.stopped, "minutes": self.minutes})
+            self.context.journal.write(
+                "stopped", module.step, {"reason": self.context.stopped, "minutes": self.minutes}
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"minutes": self.minutes}

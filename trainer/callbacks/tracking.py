@@ -1,7 +1,9 @@
-"""Dashboards. They may never stop a run nor hold it up: metrics.jsonl is the record, W&B and TensorBoard hold copies of it.
+"""Dashboards. They may never stop a run nor hold it up: metrics.jsonl is the record, W&B and
+TensorBoard hold copies of it.
 
-Whatever fails in a copy is told once, and the run goes on. What W&B's server did not take stays in RUN/wandb, each start of the run in
-a folder of its own, until `wandb sync` has uploaded it; a file NAME.wandb.synced stands beside what is complete.
+Whatever fails in a copy is told once, and the run goes on. What W&B's server did not take stays in
+RUN/wandb, each start of the run in a folder of its own, until `wandb sync` has uploaded it; a file
+NAME.wandb.synced stands beside what is complete.
 """
 
 from __future__ import annotations
@@ -30,7 +32,15 @@ from trainer.storage.atomic import write_text
 log = logging.getLogger(__name__)
 
 AXES = ("global_step", "tokens")
-SLURM = ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT", "JOB_PARTITION", "JOB_NODELIST", "NTASKS")
+SLURM = (
+    "JOB_ID",
+    "ARRAY_JOB_ID",
+    "ARRAY_TASK_ID",
+    "RESTART_COUNT",
+    "JOB_PARTITION",
+    "JOB_NODELIST",
+    "NTASKS",
+)
 
 
 class Dashboard(Protocol):
@@ -72,7 +82,8 @@ def first_line(error: BaseException) -> str:
 
 
 def numbers(kind: str, values: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row of the journal under the names that dashboards group them by; see docs/dashboard.md."""
+    """The numbers of a row of the journal under the names that dashboards group them by; see
+    docs/dashboard.md."""
     named = {}
     for key, value in values.items():
         if isinstance(value, int | float) and key not in AXES:
@@ -85,7 +96,13 @@ def _prefix(kind: str, key: str) -> str:
         return {"step": "heads", "evaluation": "heads_eval"}.get(kind, f"heads_{kind}")
     if kind == "step" and key in ("tokens_per_s", "trained_per_s", "seconds", "memory_gb"):
         return "speed"
-    names = {"step": "train", "evaluation": "eval", "average": "eval_average", "adapter": "mask", "penalty": "density"}
+    names = {
+        "step": "train",
+        "evaluation": "eval",
+        "average": "eval_average",
+        "adapter": "mask",
+        "penalty": "density",
+    }
     return names.get(kind, kind)
 
 
@@ -95,7 +112,15 @@ class Wandb:
     name = "W&B"
 
     def __init__(
-        self, run: Any, folder: Path, title: str, online: bool, artifacts: bool, alerts: bool, samples: int, limit: float
+        self,
+        run: Any,
+        folder: Path,
+        title: str,
+        online: bool,
+        artifacts: bool,
+        alerts: bool,
+        samples: int,
+        limit: float,
     ):
         self.run, self.folder, self.title, self.online = run, folder, title, online
         self.artifacts, self.alerts, self.samples, self.limit = artifacts, alerts, samples, limit
@@ -111,10 +136,15 @@ class Wandb:
         if kind == "evaluation":
             self.first, self.last = self.first or values, values
         if kind == "skipped" and self.alerts:
-            text = f"Step {step} was skipped: loss {values.get('loss')}, gradient norm {values.get('grad_norm')}."
+            text = (
+                f"Step {step} was skipped: loss {values.get('loss')}, gradient norm"
+                f" {values.get('grad_norm')}."
+            )
             self.run.alert(f"{self.title}: not finite", text, level="WARN", wait_duration=3600)
         if named := numbers(kind, values):
-            self.run.log(named | {"global_step": step} | ({} if tokens is None else {"tokens": tokens}))
+            self.run.log(
+                named | {"global_step": step} | ({} if tokens is None else {"tokens": tokens})
+            )
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         if not self.samples or not samples:
@@ -123,16 +153,22 @@ class Wandb:
 
         scores = list(dict.fromkeys(name for row in samples for name in row.get("scores", {})))
         texts = ["where", "prompt", "expected", "answer"]
-        rows = [[row.get(k) for k in texts] + [row.get("scores", {}).get(k) for k in scores] for row in samples[: self.samples]]
+        rows = [
+            [row.get(k) for k in texts] + [row.get("scores", {}).get(k) for k in scores]
+            for row in samples[: self.samples]
+        ]
         table = wandb.Table(columns=["step", *texts, *scores], data=[[step, *row] for row in rows])
         self.run.log({f"samples/{'after' if step else 'before'}": table, "global_step": step})
 
     def finish(self, error: BaseException | None) -> None:
-        """End the W&B run with the run, not with the process: a sweep's next run is one of its own, and its file is whole.
+        """End the W&B run with the run, not with the process: a sweep's next run is one of its own,
+        and its file is whole.
 
-        W&B's own limit does not hold while an artifact waits for a server that hangs, so that there is one of ours.
+        W&B's own limit does not hold while an artifact waits for a server that hangs, so that there
+        is one of ours.
         """
-        signal = getattr(error, "number", None)  # of requeue.Stopped: the queue kills what takes its time
+        # of requeue.Stopped: the queue kills what takes its time
+        signal = getattr(error, "number", None)
         code = 0 if error is None else 128 + signal if signal else getattr(error, "code", 1)
         code = code if isinstance(code, int) else 1
         limit = min(self.limit, 10) if code > 128 else self.limit
@@ -159,7 +195,11 @@ class Wandb:
             thread.join(3)
         part = Path(self.run.dir).parent
         if late:
-            log.warning("W&B: %s, so that not all was uploaded. %s", first_line(late[0]).rstrip("."), command(self.folder))
+            log.warning(
+                "W&B: %s, so that not all was uploaded. %s",
+                first_line(late[0]).rstrip("."),
+                command(self.folder),
+            )
         elif self.online:
             for file in part.glob("*.wandb"):
                 write_text(file.with_name(f"{file.name}.synced"), "")
@@ -172,11 +212,18 @@ class Wandb:
         if error is None:
             held_out = ", ".join(
                 f"{name} {value:.4g}"
-                + (f" (before {self.first[name]:.4g})" if self.first is not self.last and name in self.first else "")
+                + (
+                    f" (before {self.first[name]:.4g})"
+                    if self.first is not self.last and name in self.first
+                    else ""
+                )
                 for name, value in self.last.items()
                 if name != "seconds" and isinstance(value, int | float)
             )
-            self.run.alert(f"{self.title} has finished", f"Held out: {held_out}" if held_out else "It was not evaluated.")
+            self.run.alert(
+                f"{self.title} has finished",
+                f"Held out: {held_out}" if held_out else "It was not evaluated.",
+            )
         elif isinstance(error, NonFinite):
             self.run.alert(f"{self.title}: not finite", first_line(error), level="ERROR")
         else:
@@ -195,58 +242,112 @@ class Wandb:
 
 
 def wandb_logger(
-    folder: Path, run_id: str, name: str, config: dict[str, Any], start: dict[str, Any], title: str | None, project: str,
-    entity: str | None, mode: str, group: str | None, job_type: str | None, tags: list[str], notes: str | None, samples: int,
-    artifacts: bool, alerts: bool, system: float | None, init_timeout: float, finish_timeout: float,
-) -> Dashboard | None:  # fmt: skip
-    """A W&B run under the id that run.yaml holds, so that a run that goes on stays one run; offline where there is no key or
-    no network, with one line that says so. `start` is run.yaml's entry of this start."""
+    folder: Path,
+    run_id: str,
+    name: str,
+    config: dict[str, Any],
+    start: dict[str, Any],
+    title: str | None,
+    project: str,
+    entity: str | None,
+    mode: str,
+    group: str | None,
+    job_type: str | None,
+    tags: list[str],
+    notes: str | None,
+    samples: int,
+    artifacts: bool,
+    alerts: bool,
+    system: float | None,
+    init_timeout: float,
+    finish_timeout: float,
+) -> Dashboard | None:
+    """A W&B run under the id that run.yaml holds, so that a run that goes on stays one run; offline
+    where there is no key or no network, with one line that says so. `start` is run.yaml's entry of
+    this start."""
     if mode == "auto":
         asked = os.environ.get("WANDB_MODE", mode)
         mode = {"dryrun": "offline"}.get(asked, asked)  # W&B's older word
     if mode == "disabled":
         return None
-    if left := [part for part in (folder / "wandb").glob(f"*run-*-{run_id}*/*.wandb") if not _complete(part)]:
-        log.info("W&B: %d earlier parts of this run are not uploaded. %s", len(left), command(folder))
+    if left := [
+        part for part in (folder / "wandb").glob(f"*run-*-{run_id}*/*.wandb") if not _complete(part)
+    ]:
+        log.info(
+            "W&B: %d earlier parts of this run are not uploaded. %s", len(left), command(folder)
+        )
     online = mode != "offline"
     if online and not _has_key():
         online = False
         log.info("W&B: no API key, so this run is logged offline. %s", command(folder))
-    limits = {"init_timeout": init_timeout, "finish_timeout": finish_timeout, "finish_timeout_raises": True}
+    limits = {
+        "init_timeout": init_timeout,
+        "finish_timeout": finish_timeout,
+        "finish_timeout_raises": True,
+    }
     stats = {"x_disable_stats": True} if system is None else {"x_stats_sampling_interval": system}
     about = {
-        "project": project, "entity": entity, "id": os.environ.get("WANDB_RUN_ID", run_id) if "WANDB_SWEEP_ID" in os.environ else run_id,
-        "name": title or name, "resume": "allow", "dir": folder, "group": group, "job_type": job_type, "tags": list(tags), "notes": notes,
+        "project": project,
+        "entity": entity,
+        "id": os.environ.get("WANDB_RUN_ID", run_id) if "WANDB_SWEEP_ID" in os.environ else run_id,
+        "name": title or name,
+        "resume": "allow",
+        "dir": folder,
+        "group": group,
+        "job_type": job_type,
+        "tags": list(tags),
+        "notes": notes,
         "config": config | {"start": start | _environment()},
-    }  # fmt: skip
+    }
     for chosen in ["online", "offline"] if online else ["offline"]:
         before = set((folder / "wandb").glob("*"))
         try:
             with _public_arguments():
                 run = _started(about | {"mode": chosen}, limits | stats)
-            return Wandb(run, folder, title or name, chosen == "online", artifacts, alerts, samples, finish_timeout)
+            return Wandb(
+                run,
+                folder,
+                title or name,
+                chosen == "online",
+                artifacts,
+                alerts,
+                samples,
+                finish_timeout,
+            )
         except Exception as error:
             _give_up(before, folder / "wandb")
             if chosen == "offline":
-                log.warning("W&B could not be started (%s); the run goes on without it", first_line(error))
+                log.warning(
+                    "W&B could not be started (%s); the run goes on without it", first_line(error)
+                )
             else:
-                log.warning("W&B: %s, so this run is logged offline. %s", first_line(error), command(folder))
+                log.warning(
+                    "W&B: %s, so this run is logged offline. %s", first_line(error), command(folder)
+                )
     return None
 
 
 def _started(about: dict[str, Any], more: dict[str, Any]) -> Any:
     import wandb
 
-    # W&B reads the whole command line and the repository's address, either of which may hold what is nobody's business.
+    # W&B reads the whole command line and the repository's address, either of which may hold what
+    # is nobody's business.
     settings = wandb.Settings(
-        console="off", silent=True, save_code=False, disable_code=True, disable_git=True, disable_job_creation=True,
-        x_transaction_log_flush_interval=1, **more,
-    )  # fmt: skip
+        console="off",
+        silent=True,
+        save_code=False,
+        disable_code=True,
+        disable_git=True,
+        disable_job_creation=True,
+        x_transaction_log_flush_interval=1,
+        **more,
+    )
     return wandb.init(**about, settings=settings)
 
 
 def _give_up(before: set[Path], place: Path) -> None:
-    """Forget a run that could not be started: W&B's service would refuse its id to the next try, and `wandb sync` would find it."""
+    """Forget a run that could not be started: W&B's service would refuse its id to the next try,
+    and `wandb sync` would find it."""
     import wandb
 
     with contextlib.suppress(Exception, SystemExit):
@@ -256,7 +357,8 @@ def _give_up(before: set[Path], place: Path) -> None:
 
 
 def _ask_nothing_later(run: Any) -> None:
-    """Let logging a table or an artifact ask the server nothing, which would hold up training while the server hangs.
+    """Let logging a table or an artifact ask the server nothing, which would hold up training while
+    the server hangs.
 
     W&B checks the key once and keeps the answer; the other question only finds a wrong type early.
     """
@@ -286,7 +388,11 @@ def _public_arguments() -> Iterator[None]:
 
 def _environment() -> dict[str, Any]:
     """Where the run runs, for W&B's config."""
-    job = {f"slurm_{name.lower()}": os.environ[f"SLURM_{name}"] for name in SLURM if f"SLURM_{name}" in os.environ}
+    job = {
+        f"slurm_{name.lower()}": os.environ[f"SLURM_{name}"]
+        for name in SLURM
+        if f"SLURM_{name}" in os.environ
+    }
     return {"host": platform.node(), **job}
 
 
@@ -320,7 +426,9 @@ class TensorBoard:
         self.writer = SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, kind: str, step: int, tokens: int | None, values: dict[str, Any]) -> None:
-        for name, value in (numbers(kind, values) | ({} if tokens is None else {"tokens": tokens})).items():
+        for name, value in (
+            numbers(kind, values) | ({} if tokens is None else {"tokens": tokens})
+        ).items():
             self.writer.add_scalar(name, value, step)
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
@@ -330,7 +438,9 @@ class TensorBoard:
         self.writer.close()
 
 
-def tensorboard_logger(folder: Path, run_id: str, name: str, config: dict[str, Any], start: dict[str, Any]) -> Dashboard | None:
+def tensorboard_logger(
+    folder: Path, run_id: str, name: str, config: dict[str, Any], start: dict[str, Any]
+) -> Dashboard | None:
     """Event files in the run folder.
 
     Raises:
@@ -339,4 +449,6 @@ def tensorboard_logger(folder: Path, run_id: str, name: str, config: dict[str, A
     try:
         return TensorBoard(folder)
     except ModuleNotFoundError:
-        raise ConfigError("logger=tensorboard needs a package that is not installed: pip install tensorboard") from None
+        raise ConfigError(
+            "logger=tensorboard needs a package that is not installed: pip install tensorboard"
+        ) from None

@@ -19,7 +19,8 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self.deferred = False  # while False a signal ends the process at once, since there is no step to finish
+        # while False a signal ends the process at once, since there is no step to finish
+        self.deferred = False
         self.cool: Callable[[], None] | None = None  # what SIGUSR2 asks for instead of stopping
         self._before: dict[int, Any] = {}
 
@@ -34,13 +35,15 @@ class Signals:
                 signal.signal(number, handler)
 
     def install(self) -> None:
-        """Take the signals over, also from Lightning and submitit, which install handlers of their own."""
+        """Take the signals over, also from Lightning and submitit, which install handlers of their
+        own."""
         if threading.current_thread() is threading.main_thread():
             for number in NOTED:
                 signal.signal(number, self._note)
 
     def ignore(self) -> None:
-        """Hear nothing more: the run is saved, and the queue sends another signal when the job is put into it again."""
+        """Hear nothing more: the run is saved, and the queue sends another signal when the job is
+        put into it again."""
         if threading.current_thread() is threading.main_thread():
             for number in NOTED:
                 signal.signal(number, signal.SIG_IGN)

@@ -28,18 +28,46 @@ TEMPLATE = Path(__file__).with_name("job.sbatch")
 _ID = len("-4294967295-4294967295")  # what a job's numbers add to a name
 # Options of sbatch that have a setting of their own, or that a run could not go on without.
 _TAKEN = {
-    "partition": "slurm.partition", "p": "slurm.partition", "account": "slurm.account", "A": "slurm.account", "qos": "slurm.qos",
-    "q": "slurm.qos", "time": "slurm.time", "t": "slurm.time", "signal": "slurm.signal_before", "cpus-per-task": "slurm.cpus_per_task",
-    "c": "slurm.cpus_per_task", "gpus-per-node": "slurm.gpus", "mem": "slurm.memory", "constraint": "slurm.constraint",
-    "C": "slurm.constraint", "exclude": "slurm.exclude", "x": "slurm.exclude", "mail-user": "slurm.mail", "nodes": "lightning.num_nodes",
-    "N": "lightning.num_nodes", "ntasks": "lightning.devices", "n": "lightning.devices", "ntasks-per-node": "lightning.devices",
-    "job-name": "name", "J": "name", "array": "--multirun", "a": "--multirun", "output": "runs", "o": "runs", "error": "runs", "e": "runs",
-    "requeue": "requeue", "no-requeue": "requeue", "open-mode": "resume",
-}  # fmt: skip
+    "partition": "slurm.partition",
+    "p": "slurm.partition",
+    "account": "slurm.account",
+    "A": "slurm.account",
+    "qos": "slurm.qos",
+    "q": "slurm.qos",
+    "time": "slurm.time",
+    "t": "slurm.time",
+    "signal": "slurm.signal_before",
+    "cpus-per-task": "slurm.cpus_per_task",
+    "c": "slurm.cpus_per_task",
+    "gpus-per-node": "slurm.gpus",
+    "mem": "slurm.memory",
+    "constraint": "slurm.constraint",
+    "C": "slurm.constraint",
+    "exclude": "slurm.exclude",
+    "x": "slurm.exclude",
+    "mail-user": "slurm.mail",
+    "nodes": "lightning.num_nodes",
+    "N": "lightning.num_nodes",
+    "ntasks": "lightning.devices",
+    "n": "lightning.devices",
+    "ntasks-per-node": "lightning.devices",
+    "job-name": "name",
+    "J": "name",
+    "array": "--multirun",
+    "a": "--multirun",
+    "output": "runs",
+    "o": "runs",
+    "error": "runs",
+    "e": "runs",
+    "requeue": "requeue",
+    "no-requeue": "requeue",
+    "open-mode": "resume",
+}
 
 
 def seconds(limit: str) -> float:
-    """The seconds of a time limit as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S, or UNLIMITED.
+    """The seconds of a time limit as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S, or
+    UNLIMITED.
 
     Raises:
         ValueError: it is none of these.
@@ -56,7 +84,9 @@ def seconds(limit: str) -> float:
     else:
         units = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}[len(numbers)]
     # Days may come without minutes and seconds. A limit of nothing is none.
-    return int(days or 0) * 86400 + sum(number * unit for number, unit in zip(numbers, units, strict=False)) or float("inf")
+    return int(days or 0) * 86400 + sum(
+        number * unit for number, unit in zip(numbers, units, strict=False)
+    ) or float("inf")
 
 
 def settings(given: dict[str, str], file: str | None) -> dict[str, Any]:
@@ -75,14 +105,19 @@ def settings(given: dict[str, str], file: str | None) -> dict[str, Any]:
         except (OSError, UnicodeError, yaml.YAMLError) as error:
             raise ConfigError(f"slurm={file} cannot be read: {error}") from None
         if not isinstance(read, dict):
-            raise ConfigError(f"slurm={file}: a file of KEY: VALUE is expected, with the keys of conf/slurm.yaml")
+            raise ConfigError(
+                f"slurm={file}: a file of KEY: VALUE is expected, with the keys of conf/slurm.yaml"
+            )
         asked |= read
     asked |= given
     faults = []
     for key, value in asked.items():
         leaf = table.children.get(key)
         if leaf is None:
-            faults.append(f"slurm.{key}: there is no such key. {schema.nearest(str(key), table.children)} (conf/slurm.yaml)")
+            faults.append(
+                f"slurm.{key}: there is no such key. {schema.nearest(str(key), table.children)}"
+                " (conf/slurm.yaml)"
+            )
             continue
         try:
             result[key] = _typed(value, leaf.type)
@@ -97,7 +132,8 @@ def settings(given: dict[str, str], file: str | None) -> dict[str, Any]:
 
 
 def _typed(value: Any, type_: str) -> Any:
-    """A value's text as its type has it: node lists and constraints hold characters that Hydra would want quoted."""
+    """A value's text as its type has it: node lists and constraints hold characters that Hydra
+    would want quoted."""
     if not isinstance(value, str):
         return value
     if type_.startswith("list"):
@@ -119,17 +155,22 @@ def _faults(asked: dict[str, Any]) -> Iterator[str]:
             limit = seconds(asked["time"])
         except ValueError:
             yield (
-                f"slurm.time={asked['time']} is no time limit. Write MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, "
-                "DAYS-HOURS:MINUTES or DAYS-HOURS:MINUTES:SECONDS"
+                f"slurm.time={asked['time']} is no time limit. Write MINUTES, MINUTES:SECONDS,"
+                " HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES or"
+                " DAYS-HOURS:MINUTES:SECONDS"
             )
         else:
             if asked["signal_before"] >= limit:
                 yield (
-                    f"slurm.signal_before={asked['signal_before']} seconds leave nothing of slurm.time={asked['time']} ({limit:g} seconds) "
-                    "to train in: ask for more time, or for a later signal"
+                    f"slurm.signal_before={asked['signal_before']} seconds leave nothing of"
+                    f" slurm.time={asked['time']} ({limit:g} seconds) to train in: ask for more"
+                    " time, or for a later signal"
                 )
     if asked["memory"] is not None and not re.fullmatch(r"\d+[KMGT]?", asked["memory"]):
-        yield f"slurm.memory={asked['memory']} is no memory. Write a number with its unit, as 64G (without a unit: megabytes)"
+        yield (
+            f"slurm.memory={asked['memory']} is no memory. Write a number with its unit, as 64G"
+            " (without a unit: megabytes)"
+        )
     for option in asked["extra"]:
         found = re.match(r"--([a-z][a-z-]*)|-([A-Za-z])", option)
         if found is None:
@@ -139,10 +180,12 @@ def _faults(asked: dict[str, Any]) -> Iterator[str]:
 
 
 def combinations(overrides: list[str], sweep: bool) -> tuple[list[str], list[list[str]]]:
-    """(arguments that all tasks share, for each task of the array those of its own; one empty list without an array).
+    """(arguments that all tasks share, for each task of the array those of its own; one empty list
+    without an array).
 
     Raises:
-        ConfigError: there are several values without --multirun, or nothing that could be told apart.
+        ConfigError: there are several values without --multirun, or nothing that could be told
+        apart.
     """
     shared, swept = [], []
     for text in overrides:
@@ -154,12 +197,20 @@ def combinations(overrides: list[str], sweep: bool) -> tuple[list[str], list[lis
             shared.append(text)
             continue
         if not sweep:
-            raise ConfigError(f"{text}: several values need --multirun, which makes an array of jobs of them")
+            raise ConfigError(
+                f"{text}: several values need --multirun, which makes an array of jobs of them"
+            )
         if _key(text) in ("name", "resume", "runs"):
-            raise ConfigError(f"{text}: the tasks of an array differ in other things; each is named by its number")
+            raise ConfigError(
+                f"{text}: the tasks of an array differ in other things; each is named by its number"
+            )
         if not override.is_discrete_sweep():
-            raise ConfigError(f"{text}: an array has a task for each value, so the values must be listed")
-        swept.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+            raise ConfigError(
+                f"{text}: an array has a task for each value, so the values must be listed"
+            )
+        swept.append(
+            [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        )
     if sweep and not swept:
         raise ConfigError("--multirun, but no key has several values: write KEY=VALUE1,VALUE2")
     return shared, [list(picked) for picked in itertools.product(*swept)]
@@ -184,47 +235,83 @@ def _key(override: str) -> str:
 
 
 def resources(plain: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """What a config says about nodes and processes: `nodes`, `tasks` and `gpus` of each node, `requeue`.
+    """What a config says about nodes and processes: `nodes`, `tasks` and `gpus` of each node,
+    `requeue`.
 
     Raises:
         ConfigError: SLURM cannot be told.
     """
     lightning = plain["lightning"]
     devices = lightning["devices"]
-    tasks = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 0
+    tasks = (
+        len(devices)
+        if isinstance(devices, list)
+        else int(devices)
+        if str(devices).isdecimal()
+        else 0
+    )
     if tasks < 1:
-        raise ConfigError(f"lightning.devices={devices}: SLURM has to be told how many processes a node has. Give a number")
+        raise ConfigError(
+            f"lightning.devices={devices}: SLURM has to be told how many processes a node has. Give"
+            " a number"
+        )
     gpus = asked["gpus"]
     if gpus == "auto":
         if lightning["accelerator"] not in ("cpu", "gpu", "cuda"):
             raise ConfigError(
-                f"lightning.accelerator={lightning['accelerator']}: SLURM has to be asked for GPUs. Say lightning=gpu or lightning=cpu, "
-                "or give their number on a node with slurm.gpus=N"
+                f"lightning.accelerator={lightning['accelerator']}: SLURM has to be asked for GPUs."
+                " Say lightning=gpu or lightning=cpu, or give their number on a node with"
+                " slurm.gpus=N"
             )
         gpus = 0 if lightning["accelerator"] == "cpu" else tasks
     elif lightning["accelerator"] in ("gpu", "cuda") and gpus < tasks:
-        raise ConfigError(f"slurm.gpus={gpus}, but lightning.devices={devices} needs {tasks} on each node")
+        raise ConfigError(
+            f"slurm.gpus={gpus}, but lightning.devices={devices} needs {tasks} on each node"
+        )
     requeue = str(plain.get("requeue", "auto")).lower() != "false"
     return {"nodes": lightning["num_nodes"], "tasks": tasks, "gpus": gpus, "requeue": requeue}
 
 
 def script(
-    name: str, logs: Path, asked: dict[str, Any], needs: dict[str, Any], arguments: list[str], own: list[list[str]]
+    name: str,
+    logs: Path,
+    asked: dict[str, Any],
+    needs: dict[str, Any],
+    arguments: list[str],
+    own: list[list[str]],
 ) -> str:
-    """The text of the batch file. `own` holds the arguments that each task of an array has beside the shared ones."""
+    """The text of the batch file. `own` holds the arguments that each task of an array has beside
+    the shared ones."""
     array = len(own) > 1 or bool(own[0])
     gpus = f"{asked['gpu_type']}:{needs['gpus']}" if asked["gpu_type"] else needs["gpus"]
     limit = f"%{asked['parallel']}" if asked["parallel"] is not None else ""
     log = str(logs).replace("%", "%%") + f"/{name}-" + ("%A-%a.log" if array else "%j.log")
     options: dict[str, Any] = {
-        "job-name": name, "output": log, "open-mode": "append", "chdir": Path.cwd(), "array": f"0-{len(own) - 1}{limit}" if array else None,
-        "nodes": needs["nodes"], "ntasks-per-node": needs["tasks"], "cpus-per-task": asked["cpus_per_task"],
-        "gpus-per-node": gpus if needs["gpus"] else None, "mem": asked["memory"], "time": asked["time"], "partition": asked["partition"],
-        "account": asked["account"], "qos": asked["qos"], "constraint": asked["constraint"], "exclude": asked["exclude"],
-        "mail-user": asked["mail"], "mail-type": "END,FAIL,REQUEUE" if asked["mail"] else None,
+        "job-name": name,
+        "output": log,
+        "open-mode": "append",
+        "chdir": Path.cwd(),
+        "array": f"0-{len(own) - 1}{limit}" if array else None,
+        "nodes": needs["nodes"],
+        "ntasks-per-node": needs["tasks"],
+        "cpus-per-task": asked["cpus_per_task"],
+        "gpus-per-node": gpus if needs["gpus"] else None,
+        "mem": asked["memory"],
+        "time": asked["time"],
+        "partition": asked["partition"],
+        "account": asked["account"],
+        "qos": asked["qos"],
+        "constraint": asked["constraint"],
+        "exclude": asked["exclude"],
+        "mail-user": asked["mail"],
+        "mail-type": "END,FAIL,REQUEUE" if asked["mail"] else None,
         "signal": f"USR1@{asked['signal_before']}",
-    }  # fmt: skip
-    lines = [f"#SBATCH --{key}={_option(str(value))}" for key, value in options.items() if value is not None]
+    }
+    lines = [
+        f"#SBATCH --{key}={_option(str(value))}"
+        for key, value in options.items()
+        if value is not None
+    ]
     lines.append("#SBATCH --requeue" if needs["requeue"] else "#SBATCH --no-requeue")
     lines += [f"#SBATCH {option}" for option in asked["extra"]]
     head, _, body = TEMPLATE.read_text("utf-8").rpartition("#SBATCH ")
@@ -238,14 +325,20 @@ def script(
     ]
     if array:
         text.append('case "$SLURM_ARRAY_TASK_ID" in')
-        text += [f'    {index}) set -- "$@" {shlex.join(words)} ;;' for index, words in enumerate(own)]
+        text += [
+            f'    {index}) set -- "$@" {shlex.join(words)} ;;' for index, words in enumerate(own)
+        ]
         text.append("esac")
     return "\n".join(text) + "\n" + body.partition("\n")[2]
 
 
 def _option(value: str) -> str:
     """A value as sbatch reads it from a line of the file."""
-    return value if re.fullmatch(r"[\w@%+=:,./\[\]&|*!^-]*", value) else '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
+    return (
+        value
+        if re.fullmatch(r"[\w@%+=:,./\[\]&|*!^-]*", value)
+        else '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
+    )
 
 
 def submit(text: str, name: str, logs: Path) -> tuple[str, Path]:
@@ -255,14 +348,22 @@ def submit(text: str, name: str, logs: Path) -> tuple[str, Path]:
         ConfigError: there is no SLURM here, or it refused the job.
     """
     if shutil.which("sbatch") is None:
-        raise ConfigError("sbatch was not found: submit on a machine of the cluster. dry=true prints the script without it")
+        raise ConfigError(
+            "sbatch was not found: submit on a machine of the cluster. dry=true prints the script"
+            " without it"
+        )
     logs.mkdir(parents=True, exist_ok=True)
-    waiting = logs / f"{name}-{os.getpid()}.part"  # its name has the job's number, which only sbatch gives
+    # its name has the job's number, which only sbatch gives
+    waiting = logs / f"{name}-{os.getpid()}.part"
     waiting.write_text(text, "utf-8")
     try:
-        done = subprocess.run(["sbatch", "--parsable", str(waiting)], capture_output=True, text=True)
+        done = subprocess.run(
+            ["sbatch", "--parsable", str(waiting)], capture_output=True, text=True
+        )
         if done.returncode:
-            raise ConfigError(f"sbatch refused the job: {done.stderr.strip() or done.stdout.strip()}")
+            raise ConfigError(
+                f"sbatch refused the job: {done.stderr.strip() or done.stdout.strip()}"
+            )
         print(done.stderr, end="", file=sys.stderr)
         job = done.stdout.strip().partition(";")[0]
         return job, waiting.rename(logs / f"{name}-{job}.sbatch")
@@ -271,7 +372,8 @@ def submit(text: str, name: str, logs: Path) -> tuple[str, Path]:
 
 
 def arguments(argv: list[str]) -> tuple[dict[str, str], dict[str, str], list[str], str | None]:
-    """(`slurm` and `dry`, slurm.KEY: VALUE, what is the trainer's, the folder of --config-dir) of a command line.
+    """(`slurm` and `dry`, slurm.KEY: VALUE, what is the trainer's, the folder of --config-dir) of a
+    command line.
 
     Raises:
         ConfigError: a word is not an argument.
@@ -301,7 +403,8 @@ def arguments(argv: list[str]) -> tuple[dict[str, str], dict[str, str], list[str
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be queued: `run` is the run's folder, without the job's number where it is `numbered`."""
+    """What is to be queued: `run` is the run's folder, without the job's number where it is
+    `numbered`."""
 
     script: str
     name: str
@@ -322,10 +425,16 @@ def prepared(argv: list[str], sweep: bool) -> Job:
     asked = settings(given, options.get("slurm"))
     shared, own = combinations(overrides, sweep)
     if asked["parallel"] is not None and not sweep:
-        raise ConfigError(f"slurm.parallel={asked['parallel']} is for arrays, which --multirun makes")
-    resumed = next((word.partition("=")[2] for word in reversed(shared) if _key(word) == "resume"), "auto")
+        raise ConfigError(
+            f"slurm.parallel={asked['parallel']} is for arrays, which --multirun makes"
+        )
+    resumed = next(
+        (word.partition("=")[2] for word in reversed(shared) if _key(word) == "resume"), "auto"
+    )
     if resumed == "never":
-        raise ConfigError("resume=never: a job that is started again goes on with its run. Leave it out")
+        raise ConfigError(
+            "resume=never: a job that is started again goes on with its run. Leave it out"
+        )
     if resumed == "auto":  # as the batch file says it
         shared = [*(word for word in shared if _key(word) != "resume"), "resume=auto"]
     needs, plain, task = None, {}, ""
@@ -333,22 +442,37 @@ def prepared(argv: list[str], sweep: bool) -> Job:
         try:
             plain = composed([*shared, *words], folder)
             found = resources(plain, asked)
-        except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
+        except (
+            HydraException,
+            OmegaConfBaseException,
+            yaml.YAMLError,
+            OSError,
+            ValueError,
+        ) as error:
             raise ConfigError((f"{' '.join(words)}: " if words else "") + told(error)) from None
         if needs is not None and found != needs:
             raise ConfigError(
-                f"the tasks of an array ask for the same nodes and GPUs, but {task} for {needs} and {' '.join(words)} for {found}"
+                f"the tasks of an array ask for the same nodes and GPUs, but {task} for {needs} and"
+                f" {' '.join(words)} for {found}"
             )
         needs, task = found, " ".join(words)
     assert needs is not None
     name, runs = str(plain["name"]), Path(plain["runs"])
     if resumed == "auto":
         if len(name) + _ID > 100:
-            raise ConfigError(f"name={name}: the job's numbers are added to it, so it has at most {100 - _ID} characters")
+            raise ConfigError(
+                f"name={name}: the job's numbers are added to it, so it has at most {100 - _ID}"
+                " characters"
+            )
         shared = [word for word in shared if _key(word) not in ("name", "resume")]
     logs = (runs / "slurm").absolute()
-    text = script(name, logs, asked, needs, [*([f"--config-dir={folder}"] if folder else []), *shared], own)
+    text = script(
+        name, logs, asked, needs, [*([f"--config-dir={folder}"] if folder else []), *shared], own
+    )
     if redact(text) != text:
-        raise ConfigError("the script would hold what looks like a secret. Export it instead: jobs are given the environment")
+        raise ConfigError(
+            "the script would hold what looks like a secret. Export it instead: jobs are given the"
+            " environment"
+        )
     run = str(runs / name) if resumed == "auto" else resumed
     return Job(text, name, logs, run, resumed == "auto", sweep, options["dry"] == "true")

@@ -1,7 +1,7 @@
 """From a command line to a config that is known to be right, before torch is imported.
 
-`install` hooks the checks into Hydra's composition, so that they see exactly what Hydra will use, its own node included,
-before Hydra instantiates a callback or configures a logger from it.
+`install` hooks the checks into Hydra's composition, so that they see exactly what Hydra will use,
+its own node included, before Hydra instantiates a callback or configures a logger from it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ RESOLVED_WITHIN = 2.0  # seconds of computing
 
 
 def rewrite(argv: list[str]) -> list[str]:
-    """Arguments as Hydra takes them: `experiment=x` works like `+experiment=x`, and an unknown key reaches our own check,
-    which suggests the right one, instead of Hydra's."""
+    """Arguments as Hydra takes them: `experiment=x` works like `+experiment=x`, and an unknown key
+    reaches our own check, which suggests the right one, instead of Hydra's."""
     result = []
     for argument in argv:
         key = argument.partition("=")[0]
@@ -49,7 +49,8 @@ def install(incomplete: bool = False) -> None:
     from hydra._internal.sources_registry import SourcesRegistry
     from hydra.core.plugins import Plugins
 
-    Plugins.instance()  # loads the sources' modules anew, and with them the class that is asked for here
+    # loads the sources' modules anew, and with them the class that is asked for here
+    Plugins.instance()
     file_source: Any = SourcesRegistry.instance().resolve("file")
     register_resolvers()
     secrets_module.redact_logs()
@@ -58,7 +59,9 @@ def install(incomplete: bool = False) -> None:
         return
 
     @functools.wraps(compose)
-    def checked(self: Any, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any) -> DictConfig:
+    def checked(
+        self: Any, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any
+    ) -> DictConfig:
         for override in overrides:
             # A package on the search path is imported, before there is a config to check.
             if re.match(r"\W*hydra\.searchpath\b.*(pkg:|\$)", override, re.DOTALL):
@@ -69,7 +72,9 @@ def install(incomplete: bool = False) -> None:
         config = compose(self, config_name, overrides, *args, **kwargs)
         noted = OmegaConf.to_container(config.hydra.overrides, resolve=False)
         if sorted(noted["hydra"] + noted["task"]) != sorted(overrides):  # type: ignore[index, call-overload]
-            raise ConfigError("hydra.overrides is what the command line says, and is not taken from a config")
+            raise ConfigError(
+                "hydra.overrides is what the command line says, and is not taken from a config"
+            )
         _take_base(config)
         check(config, incomplete=incomplete)
         return config
@@ -78,7 +83,9 @@ def install(incomplete: bool = False) -> None:
 
     @functools.wraps(read)
     def bounded(self: Any, config_path: str) -> Any:
-        file = Path(self.path, config_path if config_path.endswith(".yaml") else f"{config_path}.yaml")
+        file = Path(
+            self.path, config_path if config_path.endswith(".yaml") else f"{config_path}.yaml"
+        )
         if file.exists() and not file.resolve().is_relative_to(schema.CONF.resolve()):
             try:
                 limits.refuse_bomb(file.read_text("utf-8"), str(file))
@@ -127,15 +134,18 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
 
 
-def check(config: DictConfig, choices: dict[str, Any] | None = None, incomplete: bool = False) -> None:
-    """Refuse a composed config that cannot be run. Which file each group took stands in Hydra's node, or in `choices`.
-    `incomplete` is for a config that is only shown: values may be missing.
+def check(
+    config: DictConfig, choices: dict[str, Any] | None = None, incomplete: bool = False
+) -> None:
+    """Refuse a composed config that cannot be run. Which file each group took stands in Hydra's
+    node, or in `choices`. `incomplete` is for a config that is only shown: values may be missing.
 
     Raises:
         ConfigError: lists every fault found.
     """
     faults = [*forbidden.faults(config), *secrets_module.faults(config)]
-    composed = choices is None  # a run folder's config is only read: it asks for no package of its training
+    # a run folder's config is only read: it asks for no package of its training
+    composed = choices is None
     if not faults and choices is None:
         if config.hydra.job.config_name is None:  # Hydra's own, for --hydra-help
             return
@@ -145,17 +155,30 @@ def check(config: DictConfig, choices: dict[str, Any] | None = None, incomplete:
         faults = schema.problems(plain, root_schema(choices or {}), "", incomplete)
         if not faults:
             faults = [*_run_folder(plain), *combinations(plain)]
-        if not faults and composed and schedule_free(plain) and importlib.util.find_spec("schedulefree") is None:
-            faults = ["optimizer=schedulefree needs a package that is not installed: pip install schedulefree"]
+        if (
+            not faults
+            and composed
+            and schedule_free(plain)
+            and importlib.util.find_spec("schedulefree") is None
+        ):
+            faults = [
+                "optimizer=schedulefree needs a package that is not installed: pip install"
+                " schedulefree"
+            ]
         launched = composed and (choices or {}).get("hydra/launcher") == "slurm"
         if not faults and launched and importlib.util.find_spec("submitit") is None:
             faults = [
-                "hydra/launcher=slurm needs a package that is not installed: pip install 'hydra-submitit-launcher>=1.2,<2'. Without it: "
-                "python -m trainer.submit --multirun"
+                "hydra/launcher=slurm needs a package that is not installed: pip install"
+                " 'hydra-submitit-launcher>=1.2,<2'. Without it: python -m trainer.submit"
+                " --multirun"
             ]
     if faults:
         # An override stands in Hydra's node once more.
-        raise ConfigError("\n".join([fault for fault in faults if not fault.startswith("hydra.overrides.")] or faults))
+        raise ConfigError(
+            "\n".join(
+                [fault for fault in faults if not fault.startswith("hydra.overrides.")] or faults
+            )
+        )
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -169,7 +192,8 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 
 def compose(argv: list[str]) -> DictConfig:
-    """Compose and check a config from command-line arguments without starting a run, for the other verbs."""
+    """Compose and check a config from command-line arguments without starting a run, for the other
+    verbs."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 

@@ -16,14 +16,23 @@ class ConfigError(ValueError):
 
 
 def told(error: Exception) -> str:
-    """What is wrong, without a traceback, when composing a config or making the run folder fails."""
+    """What is wrong, without a traceback, when composing a config or making the run folder
+    fails."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename} cannot be written: {error.strerror}. Choose another place with runs=FOLDER"
+        return (
+            f"{error.filename} cannot be written: {error.strerror}. Choose another place with"
+            " runs=FOLDER"
+        )
     text = str(error).partition("\nConfig search path:")[0]
-    override = getattr(error, "override", None)  # of an OverrideParseException, which does not always name it
+    # of an OverrideParseException, which does not always name it
+    override = getattr(error, "override", None)
     if override is not None and override not in text:
         text = f"{override}: {text}"
-    return f"{text}\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else text
+    return (
+        f"{text}\n{error.__cause__}"
+        if isinstance(error.__cause__, OmegaConfBaseException)
+        else text
+    )
 
 
 def bad(message: str) -> int:

@@ -1,5 +1,5 @@
-"""What a config may not do, since it may come from a stranger: name what is imported or made, set what reaches beyond the run folder, read
-the environment, or hand anything to a shell."""
+"""What a config may not do, since it may come from a stranger: name what is imported or made, set
+what reaches beyond the run folder, read the environment, or hand anything to a shell."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf, grammar_parser
 
 from trainer.config import schema
 
-# What Hydra itself may make: its sweeper and launchers. What logging.config may make: the handlers that our files name.
+# What Hydra itself may make: its sweeper and launchers. What logging.config may make: the handlers
+# that our files name.
 _HYDRA_TARGETS = {
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
     "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
@@ -23,14 +24,20 @@ _LOGGING_CLASSES = {"logging.StreamHandler", "logging.FileHandler", "rich.loggin
 _LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 _LOG_FILE = "${hydra.runtime.output_dir}/${hydra.job.name}.log"
 _RESOLVERS = {"run_folder", "hydra", "now", "oc.select", "oc.env"}
-_PUBLIC_VARIABLES = re.compile(r"(SLURM_\w+|USER|HOME|HOSTNAME|TMPDIR|SCRATCH|CUDA_VISIBLE_DEVICES)")
+_PUBLIC_VARIABLES = re.compile(
+    r"(SLURM_\w+|USER|HOME|HOSTNAME|TMPDIR|SCRATCH|CUDA_VISIBLE_DEVICES)"
+)
 
 
 @functools.cache
 def shipped_targets() -> frozenset[str]:
     """The exact `_target_` names in the YAML files of conf/: nothing else is ever instantiated."""
     pattern = re.compile(r"^\s*_target_:\s*([\w.]+)\s*(?:#.*)?$", re.MULTILINE)
-    return frozenset(name for path in schema.CONF.rglob("*.yaml") for name in pattern.findall(path.read_text("utf-8")))
+    return frozenset(
+        name
+        for path in schema.CONF.rglob("*.yaml")
+        for name in pattern.findall(path.read_text("utf-8"))
+    )
 
 
 def faults(config: DictConfig) -> Iterator[str]:
@@ -41,12 +48,16 @@ def faults(config: DictConfig) -> Iterator[str]:
 
 
 def _targets(config: DictConfig) -> Iterator[str]:
-    """A config from a stranger runs nothing: every name that anything would import, over the whole composed config."""
+    """A config from a stranger runs nothing: every name that anything would import, over the whole
+    composed config."""
     for path, value in schema.leaves(OmegaConf.to_container(config, resolve=False)):
         place, key = ".".join(path), path[-1] if path else ""
         allowed = _HYDRA_TARGETS if path[:1] == ("hydra",) else shipped_targets()
         if "_target_" in path and value not in allowed:
-            yield f"{place} is {value!r}. Only what the files of conf/ name may be made; to add a method, put its file there."
+            yield (
+                f"{place} is {value!r}. Only what the files of conf/ name may be made; to add a"
+                " method, put its file there."
+            )
         elif "_args_" in path:
             yield f"{place}: positional arguments are not taken from a config."
         elif path[:1] == ("hydra",):
@@ -58,14 +69,20 @@ def _targets(config: DictConfig) -> Iterator[str]:
 def _hydra_faults(path: tuple[str, ...], place: str, key: str, value: Any) -> Iterator[str]:
     """What may not stand in Hydra's own node, whose settings reach beyond the run folder."""
     if path[:2] in (("job", "env_set"), ("job", "env_copy")):
-        yield f"{place}: the environment is not set from a config, since it decides what other programs run. Export it instead."
+        yield (
+            f"{place}: the environment is not set from a config, since it decides what other"
+            " programs run. Export it instead."
+        )
     elif path == ("output_subdir",) and not (value is None or re.fullmatch(r"\.?\w+", str(value))):
         yield f"{place} is {value!r}. It is a folder's name within the run folder, or null."
     elif path == ("job", "name") and not re.fullmatch(r"\w+", str(value)):
         yield f"{place} is {value!r}. It names the log file, and has letters, digits and '_' only."
     elif path[:1] in (("job_logging",), ("hydra_logging",)):
         if (key == "class" and value not in _LOGGING_CLASSES) or "()" in path or "." in path:
-            yield f"{place} is {value!r}. Log handlers are one of: {', '.join(sorted(_LOGGING_CLASSES))}."
+            yield (
+                f"{place} is {value!r}. Log handlers are one of:"
+                f" {', '.join(sorted(_LOGGING_CLASSES))}."
+            )
         elif key == "filename" and value != _LOG_FILE:
             yield f"{place} is {value!r}, but the log is always {_LOG_FILE}."
         elif re.match(r"(ext|cfg)://", str(value)) and value not in _LOG_STREAMS:
@@ -73,7 +90,8 @@ def _hydra_faults(path: tuple[str, ...], place: str, key: str, value: Any) -> It
 
 
 def _interpolation_faults(place: str, text: str) -> Iterator[str]:
-    """Resolvers that a config may not call, found by OmegaConf's own parser: their names can hold interpolations, too."""
+    """Resolvers that a config may not call, found by OmegaConf's own parser: their names can hold
+    interpolations, too."""
     nodes: list[Any] = [grammar_parser.parse(text)]
     while nodes:
         node = nodes.pop()
@@ -85,19 +103,33 @@ def _interpolation_faults(place: str, text: str) -> Iterator[str]:
         if name not in _RESOLVERS:
             yield f"{place} uses the resolver {name!r}; known: {', '.join(sorted(_RESOLVERS))}."
         elif name == "oc.env" and not _PUBLIC_VARIABLES.fullmatch(first):
-            yield f"{place} reads the environment variable {first}, which would end up in logs. Export it where it is used."
+            yield (
+                f"{place} reads the environment variable {first}, which would end up in logs."
+                " Export it where it is used."
+            )
 
 
 def _remote_code(config: DictConfig) -> Iterator[str]:
-    """What runs code that is not in conf/ nor in the packages: only where the person who starts the run says so, not where a file does."""
+    """What runs code that is not in conf/ nor in the packages: only where the person who starts the
+    run says so, not where a file does."""
     asked = OmegaConf.select(config, "base.trust_remote_code")
     given = OmegaConf.select(config, "hydra.overrides.task")  # not there in a run.yaml
-    if asked and given is not None and not any(re.fullmatch(r"(?i)\+*base\.trust_remote_code=true", o) for o in given):
-        yield "base.trust_remote_code=true is taken from the command line only, since it lets the model's repository run code."
+    if (
+        asked
+        and given is not None
+        and not any(re.fullmatch(r"(?i)\+*base\.trust_remote_code=true", o) for o in given)
+    ):
+        yield (
+            "base.trust_remote_code=true is taken from the command line only, since it lets the"
+            " model's repository run code."
+        )
     computed = str(OmegaConf.select(config, "base.attn_implementation"))
     if not re.fullmatch(r"\w+", computed):
         # transformers takes a repository's name here, and fetches its code.
-        yield f"base.attn_implementation is {computed!r}. Attention is one of transformers' own: sdpa, eager, flash_attention_2 ..."
+        yield (
+            f"base.attn_implementation is {computed!r}. Attention is one of transformers' own:"
+            " sdpa, eager, flash_attention_2 ..."
+        )
 
 
 # What a launcher hands to a shell, or to another program as options.
@@ -111,7 +143,12 @@ def _launched(config: DictConfig) -> Iterator[str]:
         OmegaConf.to_container(launcher, resolve=False) if isinstance(launcher, DictConfig) else {}
     ):
         place = ".".join(("hydra", "launcher", *path))
-        if path and path[0] in _SHELL and value and not any(re.match(rf"\+*hydra\.launcher\.{path[0]}\b", o) for o in given):
+        if (
+            path
+            and path[0] in _SHELL
+            and value
+            and not any(re.match(rf"\+*hydra\.launcher\.{path[0]}\b", o) for o in given)
+        ):
             yield f"{place} runs commands, and is taken from the command line only."
         elif isinstance(value, str) and not value.isprintable():
             yield f"{place} is {value!r}: a line of its own would be one of the job's script."

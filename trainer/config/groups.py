@@ -24,9 +24,14 @@ def root_schema(choices: dict[str, Any]) -> schema.Table:
             continue
         known, chosen = schema.options(group), choices.get(group)
         if chosen is not None and chosen not in known:
-            raise ConfigError(f"{group}={chosen}: conf/{group} has {', '.join(known)}. To add one, put its file there")
+            raise ConfigError(
+                f"{group}={chosen}: conf/{group} has {', '.join(known)}. To add one, put its file"
+                " there"
+            )
         # Hydra does not say which files a list such as logger=[wandb,tensorboard] took.
-        tables = [schema.load(f"{group}/{name}") for name in ([chosen] if chosen is not None else known)]
+        tables = [
+            schema.load(f"{group}/{name}") for name in ([chosen] if chosen is not None else known)
+        ]
         if len({table.target for table in tables}) > 1:
             raise ConfigError(f"{group}: choose one of {', '.join(known)}")
         merged: dict[str, Any] = {}
@@ -39,4 +44,10 @@ def root_schema(choices: dict[str, Any]) -> schema.Table:
 def usual() -> dict[str, str]:
     """Which file of each group conf/config.yaml takes."""
     entries: Any = OmegaConf.to_container(OmegaConf.load(schema.CONF / "config.yaml").defaults)
-    return {group: name for entry in entries if isinstance(entry, dict) for group, name in entry.items() if " " not in group}
+    return {
+        group: name
+        for entry in entries
+        if isinstance(entry, dict)
+        for group, name in entry.items()
+        if " " not in group
+    }

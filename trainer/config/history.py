@@ -10,8 +10,9 @@ from trainer.config.groups import root_schema, usual
 
 
 def complete(plain: dict[str, Any], choices: dict[str, Any]) -> list[str]:
-    """Give a config that an older version recorded, in place, what has come since: keys as the files have them that its groups took,
-    groups as conf/config.yaml takes them. Returns the dotted places. `check` refuses what is missing still."""
+    """Give a config that an older version recorded, in place, what has come since: keys as the
+    files have them that its groups took, groups as conf/config.yaml takes them. Returns the dotted
+    places. `check` refuses what is missing still."""
     for group, name in usual().items():
         if group not in plain:
             choices.setdefault(group, name)

@@ -1,5 +1,5 @@
-"""What may come from a stranger, read within limits: YAML that does not grow without end, folders whose links stay inside, and work
-that ends."""
+"""What may come from a stranger, read within limits: YAML that does not grow without end, folders
+whose links stay inside, and work that ends."""
 
 from __future__ import annotations
 
@@ -56,7 +56,10 @@ def refuse_bomb(text: str, where: str, limits: tuple[int, int] = CONFIG) -> None
             if anchor is not None:
                 sizes[anchor] = count
             if count > nodes or (counts and counts[-1] + count > nodes):
-                raise TooMuch(f"{where} has more than {nodes:,} values, its aliases written out; that many are not read")
+                raise TooMuch(
+                    f"{where} has more than {nodes:,} values, its aliases written out; that many"
+                    " are not read"
+                )
             if counts:
                 counts[-1] += count
     except RecursionError:
@@ -77,8 +80,9 @@ def load_yaml(file: Path) -> Any:
 
 
 def link_outside(folder: Path, passed: str) -> Path | None:
-    """The first symbolic link within a folder that leads out of it; None if all stay inside. The folder itself may be a link. What is
-    in its folder `passed` is passed over, but not where that one leads."""
+    """The first symbolic link within a folder that leads out of it; None if all stay inside. The
+    folder itself may be a link. What is in its folder `passed` is passed over, but not where that
+    one leads."""
     root = folder.resolve()
     for place, folders, files in os.walk(root):
         for name in (*folders, *files):
@@ -92,8 +96,8 @@ def link_outside(folder: Path, passed: str) -> Path | None:
 
 @contextlib.contextmanager
 def limited(seconds: float, what: str) -> Iterator[None]:
-    """Stop what runs within after so many seconds of the process's own computing. It counts in a process's main thread only; a single
-    operation of the interpreter is ended before it is stopped.
+    """Stop what runs within after so many seconds of the process's own computing. It counts in a
+    process's main thread only; a single operation of the interpreter is ended before it is stopped.
 
     Raises:
         TooMuch: it took longer.
@@ -105,7 +109,8 @@ def limited(seconds: float, what: str) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise TooMuch(f"{what} has not ended after {seconds:g} s of computing, and was stopped")
 
-    # Virtual time: others use the real-time alarm, and on a busy machine waiting is no fault of what is waited for.
+    # Virtual time: others use the real-time alarm, and on a busy machine waiting is no fault of
+    # what is waited for.
     before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:

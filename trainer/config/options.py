@@ -9,7 +9,8 @@ from trainer.config.errors import bad
 
 
 def arguments(argv: list[str], known: dict[str, Any], usage: str) -> dict[str, Any]:
-    """Parse the `key=value` arguments of a verb. `known` maps each key to its default; `...` marks a required one.
+    """Parse the `key=value` arguments of a verb. `known` maps each key to its default; `...` marks
+    a required one.
 
     Raises:
         SystemExit: 0 after `--help`; 2 on an unknown or missing key, with the usage.
@@ -26,7 +27,9 @@ def arguments(argv: list[str], known: dict[str, Any], usage: str) -> dict[str, A
         try:
             given[key] = _typed(value, known[key])
         except ValueError:
-            raise SystemExit(bad(f"{word}: {key} takes {type(known[key]).__name__}\n\n{usage}")) from None
+            raise SystemExit(
+                bad(f"{word}: {key} takes {type(known[key]).__name__}\n\n{usage}")
+            ) from None
     missing = [key for key, default in known.items() if default is ... and key not in given]
     if missing:
         raise SystemExit(bad(f"missing: {', '.join(missing)}\n\n{usage}"))

@@ -13,24 +13,29 @@ from trainer.config.errors import ConfigError
 
 
 def run_folder(runs: str, name: str, resume: str) -> str:
-    """RUNS/NAME, the first of NAME, NAME-2, NAME-3 ... that holds no run yet; with resume=auto the newest of them that
-    does; with resume=FOLDER that folder."""
+    """RUNS/NAME, the first of NAME, NAME-2, NAME-3 ... that holds no run yet; with resume=auto the
+    newest of them that does; with resume=FOLDER that folder."""
     if resume not in ("never", "auto"):
         if not any((Path(resume) / file).exists() for file in ("run.yaml", "multirun.yaml")):
-            raise ConfigError(f"resume={resume}: that folder holds no run. Give one that does, or auto, or never")
+            raise ConfigError(
+                f"resume={resume}: that folder holds no run. Give one that does, or auto, or never"
+            )
         return resume
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise ConfigError(
-            f"name is {name!r}. A run's name has at most 100 letters, digits, '.', '_' and '-', and starts with none of those three"
+            f"name is {name!r}. A run's name has at most 100 letters, digits, '.', '_' and '-', and"
+            " starts with none of those three"
         )
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    if rank != "0":  # started by torchrun or srun: the first process says where the run lives, see trainer.run
+    # started by torchrun or srun: the first process says where the run lives, see trainer.run
+    if rank != "0":
         return str(Path(tempfile.gettempdir()) / f"graft-{os.getpid()}-rank-{rank}")
     candidate, newest, number = Path(runs) / name, None, 2
     while (candidate / "run.yaml").exists() or (candidate / "multirun.yaml").exists():
         newest, candidate, number = candidate, Path(runs) / f"{name}-{number}", number + 1
     if newest is not None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-        # The job is started again with the same command, and what it had begun is in the newest folder that it made.
+        # The job is started again with the same command, and what it had begun is in the newest
+        # folder that it made.
         own = newest / "job"
         if own.exists() and own.read_text().strip() == job():
             return str(newest)
@@ -45,8 +50,8 @@ def _run_folder(plain: dict[str, Any]) -> Iterator[str]:
 
 
 def job() -> str | None:
-    """The id of the batch job that this process is of, as scontrol takes it: JOB, or ARRAY_TASK. None outside, and in a shell of salloc
-    or srun --pty, which nobody would start again."""
+    """The id of the batch job that this process is of, as scontrol takes it: JOB, or ARRAY_TASK.
+    None outside, and in a shell of salloc or srun --pty, which nobody would start again."""
     number = os.environ.get("SLURM_JOB_ID")
     if not number or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
         return None

@@ -1,7 +1,7 @@
 """The YAML files of conf/ as a schema: which keys exist, and which values each may take.
 
-A leaf's line ends in a comment that opens with its type, up to the first colon: `rank: 16  # int >= 1: rank of B A`. The
-grammar is alternatives divided by `|`, each one of
+A leaf's line ends in a comment that opens with its type, up to the first colon: `rank: 16  # int >=
+1: rank of B A`. The grammar is alternatives divided by `|`, each one of
 
     int  float  str  bool  null  list  list[int|float|str]  mapping        (a mapping takes any keys)
     int >= 1    float > 0    float in [0, 1)                               (bounds)
@@ -26,13 +26,20 @@ import yaml
 from omegaconf import OmegaConf
 
 CONF = Path(__file__).resolve().parent.parent.parent / "conf"
-INSTANTIATE_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}  # hydra.utils.instantiate's own
-_SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+# hydra.utils.instantiate's own
+INSTANTIATE_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}
+_SCALARS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "bool": (bool,),
+}
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One knob: its type as the comment states it, the comment's text, its file, and the value there, `???` for none."""
+    """One knob: its type as the comment states it, the comment's text, its file, and the value
+    there, `???` for none."""
 
     type: str
     doc: str
@@ -69,9 +76,12 @@ def load(relative: str) -> Table:
         if isinstance(entry, str) and entry != "_self_":
             inherited = load(str(Path(relative).parent / entry))
             table = Table(
-                _merged(inherited.children, table.children), table.target or inherited.target, table.file,
-                table.open or inherited.open, table.partial or inherited.partial,
-            )  # fmt: skip
+                _merged(inherited.children, table.children),
+                table.target or inherited.target,
+                table.file,
+                table.open or inherited.open,
+                table.partial or inherited.partial,
+            )
     return table
 
 
@@ -80,14 +90,20 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     for key, value in above.items():
         old = result.get(key)
         if isinstance(old, Table) and isinstance(value, Table):
-            value = replace(value, children=_merged(old.children, value.children), target=value.target or old.target)
+            value = replace(
+                value,
+                children=_merged(old.children, value.children),
+                target=value.target or old.target,
+            )
         elif isinstance(old, Leaf) and isinstance(value, Leaf) and not value.type:
             value = replace(value, type=old.type, doc=old.doc)  # a variant changes the value only
         result[key] = value
     return result
 
 
-def _table(node: yaml.MappingNode | None, lines: list[str], file: str, values: dict[str, Any]) -> Table:
+def _table(
+    node: yaml.MappingNode | None, lines: list[str], file: str, values: dict[str, Any]
+) -> Table:
     children: dict[str, Any] = {}
     target, partial = None, False
     for key_node, value_node in node.value if node is not None else []:
@@ -114,52 +130,86 @@ def _comment(line: str, value_node: yaml.Node, row: int) -> str:
 
 
 def problems(value: Any, schema: Any, where: str, incomplete: bool = False) -> list[str]:
-    """What is wrong with a plain value at the dotted place `where`: unknown keys, missing ones, wrong types. `incomplete`
-    lets values be missing that a user still has to give."""
+    """What is wrong with a plain value at the dotted place `where`: unknown keys, missing ones,
+    wrong types. `incomplete` lets values be missing that a user still has to give."""
     if isinstance(schema, Leaf):
         if value == "???":
-            return [] if incomplete else [f"{where} is missing. It must be set: {where}=... ({schema.doc})"]
+            return (
+                []
+                if incomplete
+                else [f"{where} is missing. It must be set: {where}=... ({schema.doc})"]
+            )
         if holds_object(value):
             return [f"{where} is {value!r}, and nothing may be made there ({schema.file})"]
         if accepts(value, schema.type):
             return []
-        choices = [a for a in _alternatives(schema.type) if not re.match(r"(int|float|str|bool|list|mapping|null)\b", a)]
+        choices = [
+            a
+            for a in _alternatives(schema.type)
+            if not re.match(r"(int|float|str|bool|list|mapping|null)\b", a)
+        ]
         close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.6)
         hint = f" Did you mean {close[0]}?" if close else ""
-        return [f"{where} is {value!r}, but must be {schema.type}.{hint} ({schema.doc}; {schema.file})"]
+        return [
+            f"{where} is {value!r}, but must be {schema.type}.{hint} ({schema.doc}; {schema.file})"
+        ]
     if value is None and schema.target and "." in where:
         return []  # callbacks.NAME=null takes an entry out
     if value is None and "none" in (options(where) if (CONF / where).is_dir() else ()):
-        return [f"{where} is null. To go without: {where}=none, or in a file `override /{where}: none` under `defaults`"]
+        return [
+            f"{where} is null. To go without: {where}=none, or in a file `override /{where}: none`"
+            " under `defaults`"
+        ]
     if not isinstance(value, dict):
-        return [f"{where} is {value!r}, but must be a mapping with the keys {_listed(schema.children)} ({schema.file})"]
+        return [
+            f"{where} is {value!r}, but must be a mapping with the keys {_listed(schema.children)}"
+            f" ({schema.file})"
+        ]
     prefix = f"{where}." if where else ""
     found = []
-    fixed = {"_target_": schema.target, "_partial_": schema.partial or None, "_recursive_": None, "_convert_": None}
+    fixed = {
+        "_target_": schema.target,
+        "_partial_": schema.partial or None,
+        "_recursive_": None,
+        "_convert_": None,
+    }
     for key, item in fixed.items():
         if value.get(key) != item:
-            found.append(f"{prefix}{key} is {value.get(key)!r}. {schema.file} has {item!r}, and only that may stand there")
+            found.append(
+                f"{prefix}{key} is {value.get(key)!r}. {schema.file} has {item!r}, and only that"
+                " may stand there"
+            )
     for key, item in value.items():
         if key in fixed:
             continue
         if key in schema.children:
             found += problems(item, schema.children[key], f"{prefix}{key}", incomplete)
         elif not schema.open:
-            found.append(f"{prefix}{key}: there is no such key. {nearest(str(key), schema.children)} ({schema.file})")
+            found.append(
+                f"{prefix}{key}: there is no such key. {nearest(str(key), schema.children)}"
+                f" ({schema.file})"
+            )
         elif holds_object(item):
-            found.append(f"{prefix}{key} is {item!r}, and nothing may be made there ({schema.file})")
+            found.append(
+                f"{prefix}{key} is {item!r}, and nothing may be made there ({schema.file})"
+            )
     found += [f"{prefix}{key} is missing ({schema.file})" for key in _missing(value, schema, where)]
     return found
 
 
 def _missing(value: dict[str, Any], schema: Table, where: str) -> list[str]:
     """Keys that a mapping lacks and has to have. ~callbacks.NAME takes an entry out, too."""
-    entries = [key for key, child in schema.children.items() if where and isinstance(child, Table) and child.target]
+    entries = [
+        key
+        for key, child in schema.children.items()
+        if where and isinstance(child, Table) and child.target
+    ]
     return [key for key in schema.children if key not in value and key not in entries]
 
 
 def complete(value: dict[str, Any], schema: Table, where: str = "") -> list[str]:
-    """Give a plain mapping, in place, the keys that it lacks and the schema's files have a value for. Returns their dotted places."""
+    """Give a plain mapping, in place, the keys that it lacks and the schema's files have a value
+    for. Returns their dotted places."""
     prefix = f"{where}." if where else ""
     missing, places = _missing(value, schema, where), []
     for key, child in schema.children.items():
@@ -168,7 +218,9 @@ def complete(value: dict[str, Any], schema: Table, where: str = "") -> list[str]
                 value[key] = copy.deepcopy(child.default)
                 places.append(f"{prefix}{key}")
         elif key in missing:
-            value[key] = ({"_target_": child.target} if child.target else {}) | ({"_partial_": True} if child.partial else {})
+            value[key] = ({"_target_": child.target} if child.target else {}) | (
+                {"_partial_": True} if child.partial else {}
+            )
             complete(value[key], child, f"{prefix}{key}")
             places.append(f"{prefix}{key}")
         elif isinstance(value.get(key), dict):
@@ -224,9 +276,12 @@ def _fits(value: Any, type_: str) -> bool:
         return isinstance(value, dict)
     if name == "list":
         inner = rest[1:-1]
-        return isinstance(value, list) and (not inner or all(accepts(item, inner) for item in value))
+        return isinstance(value, list) and (
+            not inner or all(accepts(item, inner) for item in value)
+        )
     if name not in _SCALARS or not (rest == "" or re.match(r"(>|<|in\b)", rest)):
-        return isinstance(value, str | int | float | bool) and str(value) == type_  # a literal choice
+        # a literal choice
+        return isinstance(value, str | int | float | bool) and str(value) == type_
     if not isinstance(value, _SCALARS[name]) or (isinstance(value, bool) and name != "bool"):
         return False
     if isinstance(value, float) and not math.isfinite(value):
@@ -239,7 +294,9 @@ def _within(value: Any, bound: str) -> bool:
         return True
     if match := re.fullmatch(r"(>=|<=|>|<)\s*(\S+)", bound):
         limit = float(match.group(2))
-        return {">=": value >= limit, "<=": value <= limit, ">": value > limit, "<": value < limit}[match.group(1)]
+        return {">=": value >= limit, "<=": value <= limit, ">": value > limit, "<": value < limit}[
+            match.group(1)
+        ]
     match = re.fullmatch(r"in\s*([\[(])\s*(\S+)\s*,\s*(\S+?)\s*([\])])", bound)
     if match is None:
         raise ValueError(f"the bound {bound!r} cannot be read; see trainer/schema.py")

@@ -20,21 +20,35 @@ _SECRET_VALUE = re.compile(
     r"|github_pat_\w{20,}|glpat-[\w-]{20,}|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}"
     r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)|-----BEGIN [A-Z ]*PRIVATE KEY-----)"
 )
-_SECRET_KEY = re.compile(r"(^|_)((api|access|private|secret)_?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
+_SECRET_KEY = re.compile(
+    r"(^|_)((api|access|private|secret)_?key|token|secret|password|passwd|credentials?)$",
+    re.IGNORECASE,
+)
 
 
 def faults(config: DictConfig) -> Iterator[str]:
-    """Secrets come from the environment: what stands in a config is logged, stored and sent to dashboards."""
+    """Secrets come from the environment: what stands in a config is logged, stored and sent to
+    dashboards."""
     exported = list(_exported())
     for path, value in schema.leaves(OmegaConf.to_container(config, resolve=False)):
         place = ".".join(path)
-        if not isinstance(value, str) or not value or re.match(r"hydra\.(overrides|runtime|job\.override_dirname)\b", place):
+        if (
+            not isinstance(value, str)
+            or not value
+            or re.match(r"hydra\.(overrides|runtime|job\.override_dirname)\b", place)
+        ):
             continue  # what Hydra notes of the others
         named = any(_SECRET_KEY.search(key) for key in path) and path[:1] != ("hydra",)
         if named or (_SECRET_VALUE.search(value) and path[-1] not in ("sha256", "revision")):
-            yield f"{place} looks like a secret. Configs are logged: export it (WANDB_API_KEY, HF_TOKEN) instead."
+            yield (
+                f"{place} looks like a secret. Configs are logged: export it (WANDB_API_KEY,"
+                " HF_TOKEN) instead."
+            )
         for name in (name for name, secret in exported if secret in value):
-            yield f"{place} holds the value of the environment variable {name}, which is a secret by its name. Configs are logged: take it out."
+            yield (
+                f"{place} holds the value of the environment variable {name}, which is a secret by"
+                " its name. Configs are logged: take it out."
+            )
 
 
 def _exported() -> Iterator[tuple[str, str]]:
@@ -45,7 +59,8 @@ def _exported() -> Iterator[tuple[str, str]]:
 
 
 def redact(text: str) -> str:
-    """The text with everything that looks like a secret, and every secret of the environment, taken out."""
+    """The text with everything that looks like a secret, and every secret of the environment, taken
+    out."""
     for _, value in _exported():
         text = text.replace(value, "[redacted]")
     return _SECRET_VALUE.sub("[redacted]", text)

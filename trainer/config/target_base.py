@@ -1,4 +1,5 @@
-"""What a run's folder says of the model that a drafter is trained for, read before torch is imported."""
+"""What a run's folder says of the model that a drafter is trained for, read before torch is
+imported."""
 
 from __future__ import annotations
 
@@ -9,62 +10,91 @@ import yaml
 
 from trainer.config import limits
 
-# These change how the same weights are loaded and compute, and may be others than in the target's run.
+# These change how the same weights are loaded and compute, and may be others than in the target's
+# run.
 FREE = ("dtype", "attn_implementation", "trust_remote_code")
 
 
 def split(path: str) -> tuple[Path, str]:
     """(folder, which checkpoint) of `FOLDER` or `FOLDER@last|best|STEP`."""
     name, _, which = path.rpartition("@")
-    if not name or (Path(path).expanduser() / "run.yaml").exists():  # a folder's own name may have an @
+    # a folder's own name may have an @
+    if not name or (Path(path).expanduser() / "run.yaml").exists():
         return Path(path).expanduser(), "last"
     return Path(name).expanduser(), which or "last"
 
 
 def base_of(path: str) -> tuple[dict[str, Any], str]:
-    """(the node of the config, the file of conf/base) of the base that a run was trained on, as its record has them: unchecked.
+    """(the node of the config, the file of conf/base) of the base that a run was trained on, as its
+    record has them: unchecked.
 
     Raises:
-        ValueError: no run that has trained an adapter of a language model; the message says how to mend it.
+        ValueError: no run that has trained an adapter of a language model; the message says how to
+        mend it.
     """
     folder, _ = split(path)
     file = folder / "run.yaml"
     try:
         content = limits.load_yaml(file)
         config, identity = content["config"], content["identity"]
-        base, choice, adapter = config["base"], identity["choices"]["base"], config["adapter"]["_target_"]
+        base, choice, adapter = (
+            config["base"],
+            identity["choices"]["base"],
+            config["adapter"]["_target_"],
+        )
         earlier = (config.get("target") or {}).get("run")
         classifies = identity["labels"] is not None
     except FileNotFoundError:
         raise ValueError(
-            f"target.run={path}: {folder} is no run folder: it has no run.yaml. Give the folder of a fine-tuning run"
+            f"target.run={path}: {folder} is no run folder: it has no run.yaml. Give the folder of"
+            " a fine-tuning run"
         ) from None
-    except (OSError, UnicodeDecodeError, limits.TooMuch, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"target.run={path}: {file} is not what a run writes: {type(error).__name__}: {error}") from None
+    except (
+        OSError,
+        UnicodeDecodeError,
+        limits.TooMuch,
+        yaml.YAMLError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise ValueError(
+            f"target.run={path}: {file} is not what a run writes: {type(error).__name__}: {error}"
+        ) from None
     if classifies:
-        raise ValueError(f"target.run={path}: that run trained a classifier, which writes no text to draft")
+        raise ValueError(
+            f"target.run={path}: that run trained a classifier, which writes no text to draft"
+        )
     if earlier is not None:
         raise ValueError(
-            f"target.run={path}: that run trained a drafter, for {earlier}: give target.run={earlier}, and target.draft={path} to "
-            "start from its drafter"
+            f"target.run={path}: that run trained a drafter, for {earlier}: give"
+            f" target.run={earlier}, and target.draft={path} to start from its drafter"
         )
     if adapter == "adapters.full.Nothing":
         raise ValueError(
-            f"target.run={path}: that run trained no adapter, so that its target is the base alone: leave target.run out"
+            f"target.run={path}: that run trained no adapter, so that its target is the base alone:"
+            " leave target.run out"
         )
     return base, choice
 
 
 def other_base(path: str, theirs: dict[str, Any], given: dict[str, Any]) -> str | None:
     """What is wrong with a base that was asked for beside the run, if it is another one."""
-    different = [key for key in sorted(theirs.keys() | given.keys()) if key not in FREE and theirs.get(key) != given.get(key)]
+    different = [
+        key
+        for key in sorted(theirs.keys() | given.keys())
+        if key not in FREE and theirs.get(key) != given.get(key)
+    ]
     if not different:
         return None
     return (
-        f"target.run={path} was trained on {_named(theirs)}, and the base asked for is {_named(given)} "
-        f"(base.{different[0]}: {theirs.get(different[0])!r} there, {given.get(different[0])!r} here). Leave base out: it is the run's"
+        f"target.run={path} was trained on {_named(theirs)}, and the base asked for is"
+        f" {_named(given)} (base.{different[0]}: {theirs.get(different[0])!r} there,"
+        f" {given.get(different[0])!r} here). Leave base out: it is the run's"
     )
 
 
 def _named(base: dict[str, Any]) -> str:
-    return str(base.get("path") or base.get("member") or str(base.get("_target_")).rpartition(".")[2])
+    return str(
+        base.get("path") or base.get("member") or str(base.get("_target_")).rpartition(".")[2]
+    )

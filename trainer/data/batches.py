@@ -1,8 +1,9 @@
 """Which rows each micro-batch holds: a pure function of the seed and its number.
 
-The sequences of epoch e come in an order that depends on (seed, e) only; epochs follow each other without a gap. A step
-takes the next batch_size x accumulate x ranks of them. So a run can start anywhere, and a run that goes on sees exactly what
-it would have seen. The last step of the last epoch may be smaller: each row is used exactly as often as asked.
+The sequences of epoch e come in an order that depends on (seed, e) only; epochs follow each other
+without a gap. A step takes the next batch_size x accumulate x ranks of them. So a run can start
+anywhere, and a run that goes on sees exactly what it would have seen. The last step of the last
+epoch may be smaller: each row is used exactly as often as asked.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from trainer.data.rows import Rows
 
 @dataclass(frozen=True)
 class Pick:
-    """A sequence of a micro-batch. `counts` is False for one that only fills a rank's share and trains nothing."""
+    """A sequence of a micro-batch. `counts` is False for one that only fills a rank's share and
+    trains nothing."""
 
     sequence: int
     counts: bool
@@ -32,13 +34,21 @@ class Pick:
 class Plan:
     """The order of a run's sequences, and its length in steps.
 
-    `lengths` and `trained` are tokens and trained tokens of each sequence; `epochs` None goes round without end.
+    `lengths` and `trained` are tokens and trained tokens of each sequence; `epochs` None goes round
+    without end.
     """
 
     def __init__(
-        self, lengths: np.ndarray, trained: np.ndarray, seed: int, batch_size: int, accumulate: int, ranks: int = 1,
-        group_by_length: bool = False, epochs: float | None = None,
-    ):  # fmt: skip
+        self,
+        lengths: np.ndarray,
+        trained: np.ndarray,
+        seed: int,
+        batch_size: int,
+        accumulate: int,
+        ranks: int = 1,
+        group_by_length: bool = False,
+        epochs: float | None = None,
+    ):
         self.lengths, self.trained, self.seed = lengths, trained, seed
         self.batch_size, self.accumulate, self.ranks = batch_size, accumulate, ranks
         self.group_by_length = group_by_length
@@ -47,24 +57,34 @@ class Plan:
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
 
     def steps(self, steps: int | None, tokens: int | None) -> int:
-        """Optimiser steps until the first limit: the epochs, `steps`, or the step in which `tokens` are reached."""
+        """Optimiser steps until the first limit: the epochs, `steps`, or the step in which `tokens`
+        are reached."""
         limit = -(-self.sequences // self.per_step)
         if steps is not None:
             limit = min(limit, steps)
         if tokens is not None:
             seen = step = 0
             while seen < tokens and step < limit:
-                seen += int(self.lengths[[sequence for sequence, counts in self.window(step) if counts]].sum())
+                seen += int(
+                    self.lengths[
+                        [sequence for sequence, counts in self.window(step) if counts]
+                    ].sum()
+                )
                 step += 1
             limit = step
         return limit
 
     def last_steps(self, tokens: int, steps: int) -> int:
-        """How many of the last of `steps` steps have at least `tokens` tokens together; all if even those have less."""
+        """How many of the last of `steps` steps have at least `tokens` tokens together; all if even
+        those have less."""
         seen = count = 0
         while seen < tokens and count < steps:
             count += 1
-            seen += int(self.lengths[[sequence for sequence, counts in self.window(steps - count) if counts]].sum())
+            seen += int(
+                self.lengths[
+                    [sequence for sequence, counts in self.window(steps - count) if counts]
+                ].sum()
+            )
         return count
 
     def _make_order(self, epoch: int) -> np.ndarray:
@@ -72,10 +92,13 @@ class Plan:
         order = rng.permutation(len(self.lengths))
         if not self.group_by_length:
             return order
-        # Within 50 batches' worth of random rows, those of similar length share a batch; the batches are shuffled again.
+        # Within 50 batches' worth of random rows, those of similar length share a batch; the
+        # batches are shuffled again.
         span = 50 * self.batch_size
         parts = [order[i : i + span] for i in range(0, len(order), span)]
-        ordered = np.concatenate([part[np.argsort(-self.lengths[part], kind="stable")] for part in parts])
+        ordered = np.concatenate(
+            [part[np.argsort(-self.lengths[part], kind="stable")] for part in parts]
+        )
         full = len(ordered) // self.batch_size * self.batch_size
         batches = ordered[:full].reshape(-1, self.batch_size)
         return np.concatenate([batches[rng.permutation(len(batches))].reshape(-1), ordered[full:]])
@@ -86,7 +109,8 @@ class Plan:
         return int(self._order(epoch)[offset])
 
     def window(self, step: int) -> list[tuple[int, bool]]:
-        """(sequence, whether it counts) of one step: micro-batch by micro-batch, within each rank by rank."""
+        """(sequence, whether it counts) of one step: micro-batch by micro-batch, within each rank
+        by rank."""
         first = step * self.per_step
         last = min(first + self.per_step, self.sequences)
         real = [(self.at(position), True) for position in range(first, last)]
@@ -105,7 +129,12 @@ class Plan:
             shares = window[start : start + group]
             # Ranks take equal shares of what is there.
             share = -(-len(shares) // self.ranks)
-            batches.append([Pick(sequence, counts, tokens) for sequence, counts in shares[rank * share : (rank + 1) * share]])
+            batches.append(
+                [
+                    Pick(sequence, counts, tokens)
+                    for sequence, counts in shares[rank * share : (rank + 1) * share]
+                ]
+            )
         return batches
 
     def positions(self, step: int) -> int:
@@ -114,8 +143,9 @@ class Plan:
 
 
 class Batches(Sampler):
-    """The micro-batches of steps `start` to `stop` for one rank, as torch's DataLoader takes them. `len` counts from step
-    0, since Lightning compares it with the micro-batches that it remembers."""
+    """The micro-batches of steps `start` to `stop` for one rank, as torch's DataLoader takes them.
+    `len` counts from step 0, since Lightning compares it with the micro-batches that it
+    remembers."""
 
     def __init__(self, plan: Plan, start: int, stop: int, rank: int):
         self.plan, self.start, self.stop, self.rank = plan, start, stop, rank
@@ -123,7 +153,9 @@ class Batches(Sampler):
     def __len__(self) -> int:
         if self.stop == 0:
             return 0
-        return (self.stop - 1) * self.plan.accumulate + len(self.plan.micro_batches(self.stop - 1, self.rank))
+        return (self.stop - 1) * self.plan.accumulate + len(
+            self.plan.micro_batches(self.stop - 1, self.rank)
+        )
 
     def __iter__(self) -> Iterator[list[Pick]]:
         for step in range(self.start, self.stop):
@@ -151,17 +183,21 @@ class Sequences(Dataset):
         if self.packs is None:
             return self.rows.lengths, self.rows.trained
         lengths, trained = self.rows.lengths, self.rows.trained
-        return np.array([lengths[p].sum() for p in self.packs]), np.array([trained[p].sum() for p in self.packs])
+        return np.array([lengths[p].sum() for p in self.packs]), np.array(
+            [trained[p].sum() for p in self.packs]
+        )
 
 
 @dataclass
 class Collate:
     """Picked sequences to tensors.
 
-    input_ids (B, T) int64, padded to the right; labels (B, T) int64, the id where a token is trained and -100 elsewhere;
-    packed: position_ids (B, T) int64, from 0 for each row, by which transformers keeps the rows apart; labelled:
-    attention_mask (B, T) int64 and classes (B,) int64. lengths (B,) int64: tokens before the padding, 0 for a sequence that only
-    fills a rank's share. window_tokens and sequences are plain numbers.
+    input_ids (B, T) int64, padded to the right; labels (B, T) int64, the id where a token is
+    trained and -100 elsewhere;
+    packed: position_ids (B, T) int64, from 0 for each row, by which transformers keeps the rows
+    apart; labelled: attention_mask (B, T) int64 and classes (B,) int64. lengths (B,) int64: tokens
+    before the padding, 0 for a sequence that only fills a rank's share. window_tokens and sequences
+    are plain numbers.
     """
 
     pad: int
@@ -193,7 +229,9 @@ class Collate:
         batch: dict[str, Any] = {
             "input_ids": input_ids,
             "labels": labels,
-            "lengths": torch.tensor([sum(len(row.ids) for row in rows) if pick.counts else 0 for pick, rows in items]),
+            "lengths": torch.tensor(
+                [sum(len(row.ids) for row in rows) if pick.counts else 0 for pick, rows in items]
+            ),
             "window_tokens": items[0][0].window_tokens,
             "tokens": sum(len(row.ids) for pick, rows in items if pick.counts for row in rows),
             "sequences": [pick.sequence for pick, _ in items],

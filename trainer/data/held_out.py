@@ -18,7 +18,8 @@ class HeldOut:
     sequences: Sequences
     collate: Callable[..., dict[str, Any]]
     labels: list[str] | None  # classes, for classification
-    prompts: list[tuple[Any, list[int]]] = field(default_factory=list)  # (example, prompt ids) whose answers are generated
+    # (example, prompt ids) whose answers are generated
+    prompts: list[tuple[Any, list[int]]] = field(default_factory=list)
     grade: Callable[[Any, str], dict[str, float]] | None = None
     tokenizer: Any = None
     stops: list[int] = field(default_factory=list)
@@ -26,4 +27,7 @@ class HeldOut:
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch with its tensors on `device`."""
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    return {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }

@@ -15,10 +15,12 @@ class LoadingError(RuntimeError):
 
 
 class Loader(DataLoader):
-    """A DataLoader whose processes are ended when a batch takes longer than `minutes`, where that is not 0.
+    """A DataLoader whose processes are ended when a batch takes longer than `minutes`, where that
+    is not 0.
 
-    DataLoader's own timeout ends the wait for a batch's description, not that for its tensors, which a process that is stopped never
-    hands over; nor does it end the process, for which this one would then wait at its own end.
+    DataLoader's own timeout ends the wait for a batch's description, not that for its tensors,
+    which a process that is stopped never hands over; nor does it end the process, for which this
+    one would then wait at its own end.
 
     Raises:
         LoadingError: when iterated, and a process is late.
@@ -47,8 +49,10 @@ class Loader(DataLoader):
                 if late.is_set():
                     _wait(batches)
                     raise LoadingError(
-                        f"a data loading process has not answered for loading_timeout={self.minutes:g} minutes. Look at the disk that the data and "
-                        "the cache are on; set loading_timeout higher if a batch does take so long, or workers=0; and go on with resume=auto"
+                        "a data loading process has not answered for"
+                        f" loading_timeout={self.minutes:g} minutes. Look at the disk that the data"
+                        " and the cache are on; set loading_timeout higher if a batch does take so"
+                        " long, or workers=0; and go on with resume=auto"
                     ) from None
                 raise
             finally:
@@ -70,11 +74,12 @@ def _wait(batches: Any) -> None:
 
 
 def killed(error: BaseException) -> str | None:
-    """What to do about a process that was ended from outside, if this is torch's word for it, which comes wherever the run is."""
+    """What to do about a process that was ended from outside, if this is torch's word for it, which
+    comes wherever the run is."""
     text = str(error).strip().rstrip(".")
     if not isinstance(error, RuntimeError) or not text.startswith("DataLoader worker"):
         return None
     return (
-        f"a data loading process was ended from outside, most likely for want of memory ({text}). Set workers=0, or give the job more memory, "
-        "and go on with resume=auto"
+        f"a data loading process was ended from outside, most likely for want of memory ({text})."
+        " Set workers=0, or give the job more memory, and go on with resume=auto"
     )

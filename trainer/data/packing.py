@@ -6,7 +6,8 @@ import numpy as np
 
 
 def pack(lengths: np.ndarray, capacity: int, seed: int) -> list[list[int]]:
-    """Rows in as few sequences of `capacity` tokens as best-fit decreasing finds; equal lengths in seeded order."""
+    """Rows in as few sequences of `capacity` tokens as best-fit decreasing finds; equal lengths in
+    seeded order."""
     order = np.random.default_rng(seed).permutation(len(lengths))
     order = order[np.argsort(-lengths[order], kind="stable")]
     packs: list[list[int]] = []

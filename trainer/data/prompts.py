@@ -1,4 +1,5 @@
-"""The conversations whose answers a target is asked for: read from a file or from a task, and batched by their lengths."""
+"""The conversations whose answers a target is asked for: read from a file or from a task, and
+batched by their lengths."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ SPAN = 50  # batches' worth of rows, within which those of similar length share 
 
 @dataclass(frozen=True)
 class Ask:
-    """A conversation to be answered: assistant messages whose content is None are written by the target."""
+    """A conversation to be answered: assistant messages whose content is None are written by the
+    target."""
 
     row: int
     where: str
@@ -26,7 +28,8 @@ class Ask:
 
 
 def load(options: dict[str, Any], plain: dict[str, Any], task: Any) -> tuple[list[Ask], str]:
-    """(the conversations to be answered, a digest of what they come from), by the options of trainer.respond.
+    """(the conversations to be answered, a digest of what they come from), by the options of
+    trainer.respond.
 
     Raises:
         DataError: there are none, one is broken, or the task's rows are no conversations.
@@ -42,25 +45,37 @@ def load(options: dict[str, Any], plain: dict[str, Any], task: Any) -> tuple[lis
             raise DataError(f"task={options['task']}: its rows are no conversations")
         examples = enumerate(task.examples(options["split"]))
         found = []
-        for index, example in itertools.islice(examples, skip, None if limit is None else skip + limit):
+        for index, example in itertools.islice(
+            examples, skip, None if limit is None else skip + limit
+        ):
             if isinstance(example, Bad):
                 raise DataError(f"{example.where}: {example.reason}")
             found.append(Ask(index, example.where, _open(example.messages, every), example.tools))
         key = task.fingerprint(options["split"])
     if not found:
-        raise DataError(f"{options['prompts'] or options['task']}: there is no row after the first {skip}")
+        raise DataError(
+            f"{options['prompts'] or options['task']}: there is no row after the first {skip}"
+        )
     return found, hashlib.sha256(key.encode()).hexdigest() if options["prompts"] is None else key
 
 
 def asks(
-    rows: Iterator[tuple[str, Any]], read: dict[str, Any], field: str | None, every: bool, skip: int, limit: int | None
+    rows: Iterator[tuple[str, Any]],
+    read: dict[str, Any],
+    field: str | None,
+    every: bool,
+    skip: int,
+    limit: int | None,
 ) -> Iterator[Ask]:
-    """The conversations of some (where, row) of a file, read by the `columns`, `format` and `system` of conf/task/sft.
+    """The conversations of some (where, row) of a file, read by the `columns`, `format` and
+    `system` of conf/task/sft.
 
     Raises:
         DataError: a row has nothing to answer, or is broken.
     """
-    for index, (where, row) in enumerate(itertools.islice(rows, None if limit is None else skip + limit)):
+    for index, (where, row) in enumerate(
+        itertools.islice(rows, None if limit is None else skip + limit)
+    ):
         if index < skip:
             continue
         if isinstance(row, Bad):
@@ -75,8 +90,11 @@ def asks(
 def _messages(
     row: dict[str, Any], field: str | None, columns: dict[str, str], format: str, system: str | None
 ) -> tuple[list[dict[str, Any]], Any]:
-    """A row's messages, checked as task=sft checks them, with some answer wherever one is to be written."""
-    name = field or next((name for name in ("messages", "turns", "prompt", "question") if name in row), None)
+    """A row's messages, checked as task=sft checks them, with some answer wherever one is to be
+    written."""
+    name = field or next(
+        (name for name in ("messages", "turns", "prompt", "question") if name in row), None
+    )
     if name is None or (field is None and (columns or format != "auto")):
         kind = conversation.detect(row, columns) if format == "auto" else format
         found = conversation.convert(row, kind, columns, system, "")
@@ -88,33 +106,46 @@ def _messages(
         if not all(text.strip() for text in value):
             raise DataError(f"{name} is empty")
         given = [
-            message for text in value for message in ({"role": "user", "content": text}, {"role": "assistant", "content": "."})
+            message
+            for text in value
+            for message in (
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": "."},
+            )
         ]
     else:
         given = list(value)
         if isinstance(given[-1], dict) and given[-1].get("role") != "assistant":
             given.append({"role": "assistant", "content": "."})
-    found = conversation.convert({"messages": given, "tools": row.get("tools")}, "messages", {}, system, "")
+    found = conversation.convert(
+        {"messages": given, "tools": row.get("tools")}, "messages", {}, system, ""
+    )
     return found.messages, found.tools
 
 
 def _open(messages: list[dict[str, Any]], every: bool) -> list[dict[str, Any]]:
     """The messages with None where the target writes."""
     return [
-        {"role": "assistant", "content": None}
-        if message["role"] == "assistant" and (place == len(messages) or (every and not message.get("tool_calls")))
-        else message
+        (
+            {"role": "assistant", "content": None}
+            if message["role"] == "assistant"
+            and (place == len(messages) or (every and not message.get("tool_calls")))
+            else message
+        )
         for place, message in enumerate(messages, 1)
     ]
 
 
 def batches(found: list[Ask], size: int, done: set[int]) -> Iterator[list[Ask]]:
-    """Conversations that are missing, with those that share their batch: within spans of the file, those of similar length."""
+    """Conversations that are missing, with those that share their batch: within spans of the file,
+    those of similar length."""
     for start in range(0, len(found), SPAN * size):
         span = found[start : start + SPAN * size]
         if all(ask.row in done for ask in span):
             continue
-        lengths = {ask.row: sum(len(message["content"] or "") for message in ask.messages) for ask in span}
+        lengths = {
+            ask.row: sum(len(message["content"] or "") for message in ask.messages) for ask in span
+        }
         span.sort(key=lambda ask: -lengths[ask.row])
         for first in range(0, len(span), size):
             if any(ask.row not in done for ask in span[first : first + size]):

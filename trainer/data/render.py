@@ -1,10 +1,11 @@
 """From an example to token ids and to which of them are trained, exactly.
 
-A conversation is rendered to one text by the chat template. The answers' places in that text come from the template's
-own `{% generation %}` markers, or else from rendering prefixes: what stands before an answer is the conversation up to it
-with a generation prompt. Either way they are then checked token by token: the prompt tokenised alone, as it will be when
-the model answers, must be the first tokens of the whole. A row for which that fails is refused with the reason; nothing
-ever falls back to training on everything.
+A conversation is rendered to one text by the chat template. The answers' places in that text come
+from the template's own `{% generation %}` markers, or else from rendering prefixes: what stands
+before an answer is the conversation up to it with a generation prompt. Either way they are then
+checked token by token: the prompt tokenised alone, as it will be when the model answers, must be
+the first tokens of the whole. A row for which that fails is refused with the reason; nothing ever
+falls back to training on everything.
 """
 
 from __future__ import annotations
@@ -52,15 +53,28 @@ class Renderer:
     def __init__(self, tokenizer: Any, task: Any):
         self.tokenizer, self.kind = tokenizer, task.kind
         self.train_on = getattr(task, "train_on", "everything")
-        self.labels = {label: index for index, label in enumerate(task.labels)} if task.kind == "label" else {}
-        self.template = template(getattr(task, "chat_template", None), tokenizer) if task.kind == "conversation" else None
-        for source in self.template.values() if isinstance(self.template, dict) else [self.template or ""]:
+        self.labels = (
+            {label: index for index, label in enumerate(task.labels)}
+            if task.kind == "label"
+            else {}
+        )
+        self.template = (
+            template(getattr(task, "chat_template", None), tokenizer)
+            if task.kind == "conversation"
+            else None
+        )
+        for source in (
+            self.template.values() if isinstance(self.template, dict) else [self.template or ""]
+        ):
             _refuse_powers(source)
         added = tokenizer.added_tokens_decoder
-        self.ends = set(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
+        self.ends = set(tokenizer.all_special_ids) | {
+            index for index, token in added.items() if token.special
+        }
         self.special = dict(tokenizer.special_tokens_map)
-        # Such a token's text is cut out before anything else is done, so that what stands before it and what follows it are
-        # tokenised each for itself. Without any of them prompts are tokenised whole.
+        # Such a token's text is cut out before anything else is done, so that what stands before it
+        # and what follows it are tokenised each for itself. Without any of them prompts are
+        # tokenised whole.
         self.anchors = {
             index: token.content
             for index, token in added.items()
@@ -102,11 +116,16 @@ class Renderer:
         return self.prompt(Conversation([*messages, {"role": "assistant", "content": ""}], "chat"))
 
     def _plain(self, example: Conversation) -> Tokens:
-        # Without a template a row is prompt + answer + end, each tokenised as it will be when the model answers.
+        # Without a template a row is prompt + answer + end, each tokenised as it will be when the
+        # model answers.
         if sum(m["role"] == "assistant" for m in example.messages) > 1:
-            raise Refused("chat_template=none joins one prompt and one answer, and it has several answers")
+            raise Refused(
+                "chat_template=none joins one prompt and one answer, and it has several answers"
+            )
         prompt = self.prompt(example)
-        answer = self.tokenizer(example.messages[-1]["content"], add_special_tokens=False)["input_ids"]
+        answer = self.tokenizer(example.messages[-1]["content"], add_special_tokens=False)[
+            "input_ids"
+        ]
         answer.append(self.tokenizer.eos_token_id)
         learns_prompt = self.train_on == "everything"
         return Tokens(prompt + answer, [learns_prompt] * len(prompt) + [True] * len(answer))
@@ -114,7 +133,9 @@ class Renderer:
     def _render(self, messages: list[dict[str, Any]], tools: Any, prompt: bool = False) -> str:
         return self._jinja(messages, tools, prompt, False)[0]
 
-    def _jinja(self, messages: list[dict[str, Any]], tools: Any, prompt: bool, markers: bool) -> tuple[str, list[Span]]:
+    def _jinja(
+        self, messages: list[dict[str, Any]], tools: Any, prompt: bool, markers: bool
+    ) -> tuple[str, list[Span]]:
         try:
             with limits.limited(RENDERED_WITHIN, "rendering a row"):
                 found: Any = render_jinja_template(
@@ -133,7 +154,11 @@ class Renderer:
 
     def _template_for(self, tools: Any) -> str:
         if isinstance(self.template, dict):
-            return self.template["tool_use"] if tools and "tool_use" in self.template else self.template["default"]
+            return (
+                self.template["tool_use"]
+                if tools and "tool_use" in self.template
+                else self.template["default"]
+            )
         assert isinstance(self.template, str)
         return self.template
 
@@ -152,52 +177,78 @@ class Renderer:
         else:
             text = self._render(messages, tools)
             answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-            answers = answers[-1:] if self.train_on == "last" else answers  # a template may rewrite the earlier ones
+            # a template may rewrite the earlier ones
+            answers = answers[-1:] if self.train_on == "last" else answers
             spans = [self._prefix_span(messages, tools, i, text) for i in answers]
         return text, spans[-1:] if self.train_on == "last" else spans
 
-    def _prefix_span(self, messages: list[dict[str, Any]], tools: Any, index: int, text: str) -> Span:
+    def _prefix_span(
+        self, messages: list[dict[str, Any]], tools: Any, index: int, text: str
+    ) -> Span:
         before = self._render(messages[:index], tools, prompt=True)
         upto = self._render(messages[: index + 1], tools) if index + 1 < len(messages) else text
         if not text.startswith(before):
-            raise Refused(_differs(f"rendered up to message {index + 1} with a generation prompt, it", before, text))
+            raise Refused(
+                _differs(
+                    f"rendered up to message {index + 1} with a generation prompt, it", before, text
+                )
+            )
         if not text.startswith(upto):
             raise Refused(_differs(f"rendered up to message {index + 1}, it", upto, text))
         return len(before), len(upto)
 
     def _encode(self, text: str) -> tuple[list[int], Callable[[int], Span]]:
-        """Ids, and the place in the text of the i-th of them. The places of all would take half as long as tokenising."""
-        encoded = self.tokenizer([text], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+        """Ids, and the place in the text of the i-th of them. The places of all would take half as
+        long as tokenising."""
+        encoded = self.tokenizer(
+            [text],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
         return encoded["input_ids"][0], encoded.encodings[0].token_to_chars
 
     def _aligned(self, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
-        """Ids of the text and whether each lies in a span; every span's start is checked against its prompt alone."""
+        """Ids of the text and whether each lies in a span; every span's start is checked against
+        its prompt alone."""
         ids, place = self._encode(text)
         trained = [False] * len(ids)
         for start, end in spans:
             prompt = self._beginning(text, start, ids, place)
             first = len(prompt)
             if ids[:first] != prompt:
-                at = next((i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), min(len(ids), first))
-                raise Refused(
-                    f"the answer at character {start} cannot be told from its prompt: the prompt alone ends in the tokens "
-                    f"{self.tokenizer.convert_ids_to_tokens(prompt[at:])}, before the answer in "
-                    f"{self.tokenizer.convert_ids_to_tokens(ids[at : first + 1])}"
+                at = next(
+                    (i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b),
+                    min(len(ids), first),
                 )
-            last = bisect_right(range(len(ids)), end, lo=first, key=lambda i: place(i)[1]) if end < len(text) else len(ids)
+                raise Refused(
+                    f"the answer at character {start} cannot be told from its prompt: the prompt"
+                    " alone ends in the tokens"
+                    f" {self.tokenizer.convert_ids_to_tokens(prompt[at:])}, before the answer in"
+                    f" {self.tokenizer.convert_ids_to_tokens(ids[at : first + 1])}"
+                )
+            last = (
+                bisect_right(range(len(ids)), end, lo=first, key=lambda i: place(i)[1])
+                if end < len(text)
+                else len(ids)
+            )
             if last < len(ids) and place(last)[0] < end:
                 raise Refused(f"a token reaches across the end of the answer at character {end}")
             stop = self._without_tail(ids, first, last, text, place)
             trained[first:stop] = [True] * (stop - first)
         return ids, trained
 
-    def _beginning(self, text: str, start: int, ids: list[int], place: Callable[[int], Span]) -> list[int]:
-        """The ids of text[:start] alone: those of the whole up to the last anchor in it, and from there on its own."""
+    def _beginning(
+        self, text: str, start: int, ids: list[int], place: Callable[[int], Span]
+    ) -> list[int]:
+        """The ids of text[:start] alone: those of the whole up to the last anchor in it, and from
+        there on its own."""
         for i in range(bisect_left(range(len(ids)), start, key=lambda i: place(i)[0]) - 1, -1, -1):
             if (anchor := self.anchors.get(ids[i])) is None:
                 continue
             begin, end = place(i)
-            if end > start or text[begin:end] != anchor:  # some models give an unknown word the id of a special token
+            # some models give an unknown word the id of a special token
+            if end > start or text[begin:end] != anchor:
                 continue
             rest = text[begin:start]
             if (tail := self._tails.get(rest)) is None:
@@ -209,8 +260,11 @@ class Renderer:
             break
         return self._encode(text[:start])[0]
 
-    def _without_tail(self, ids: list[int], first: int, last: int, text: str, place: Callable[[int], Span]) -> int:
-        # A template writes "\n" after the end token; the model stops at that token and never has to write the rest.
+    def _without_tail(
+        self, ids: list[int], first: int, last: int, text: str, place: Callable[[int], Span]
+    ) -> int:
+        # A template writes "\n" after the end token; the model stops at that token and never has to
+        # write the rest.
         for i in range(last - 1, first - 1, -1):
             if ids[i] in self.ends:
                 return i + 1
@@ -233,23 +287,31 @@ def template(chosen: str | None, tokenizer: Any) -> str | dict[str, str] | None:
     if chosen is not None:
         file = Path(chosen).expanduser()
         if not file.is_file():
-            raise DataError(f"task.chat_template={chosen!r}: there is no such file. Give a Jinja file, chatml, or none")
+            raise DataError(
+                f"task.chat_template={chosen!r}: there is no such file. Give a Jinja file, chatml,"
+                " or none"
+            )
         return file.read_text("utf-8")
     if tokenizer.chat_template is None:
         raise DataError(
-            "the base's tokenizer has no chat template. Set task.chat_template=chatml, or to a Jinja file, or to none "
-            "(prompt and answer joined as they are)"
+            "the base's tokenizer has no chat template. Set task.chat_template=chatml, or to a"
+            " Jinja file, or to none (prompt and answer joined as they are)"
         )
     return tokenizer.chat_template
 
 
 def _refuse_powers(source: str) -> None:
-    # 9**9**9 is one operation, which no limit of time can stop, and is computed when a template is compiled. `round` takes powers of 10.
+    # 9**9**9 is one operation, which no limit of time can stop, and is computed when a template is
+    # compiled. `round` takes powers of 10.
     before = ""
     try:
         for _, kind, word in Environment().lex(source):
-            if (word == "**" and kind == "operator") or (word == "round" and kind == "name" and before == "|"):
-                raise DataError(f"the chat template uses {word!r}, which could compute without end. Take it out")
+            if (word == "**" and kind == "operator") or (
+                word == "round" and kind == "name" and before == "|"
+            ):
+                raise DataError(
+                    f"the chat template uses {word!r}, which could compute without end. Take it out"
+                )
             before = before if kind == "whitespace" else word
     except TemplateSyntaxError:
         return  # told when a row is rendered
@@ -261,7 +323,8 @@ def has_markers(source: str) -> bool:
 
 
 def stop_ids(tokenizer: Any, model_stops: Any, rows: Iterable[Tokens]) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, the model's, and the special token in which trained answers end."""
+    """Tokens that end an answer: the tokenizer's, the model's, and the special token in which
+    trained answers end."""
     stops = {tokenizer.eos_token_id}
     stops |= set(model_stops) if isinstance(model_stops, list | tuple) else {model_stops} - {None}
     special = set(tokenizer.all_special_ids)
@@ -273,9 +336,12 @@ def stop_ids(tokenizer: Any, model_stops: Any, rows: Iterable[Tokens]) -> list[i
 
 
 def _differs(what: str, part: str, whole: str) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), min(len(part), len(whole)))
+    at = next(
+        (i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b),
+        min(len(part), len(whole)),
+    )
     return (
-        f"the chat template is not additive: {what} reads {part[max(0, at - 10) : at + 20]!r} where the whole has "
-        f"{whole[max(0, at - 10) : at + 20]!r}, so the answer's place is not known. Use train_on=last, or a template "
-        "with {% generation %} markers (task.chat_template)"
+        f"the chat template is not additive: {what} reads {part[max(0, at - 10) : at + 20]!r} where"
+        f" the whole has {whole[max(0, at - 10) : at + 20]!r}, so the answer's place is not known."
+        " Use train_on=last, or a template with {% generation %} markers (task.chat_template)"
     )

@@ -97,7 +97,9 @@ class Rows:
 
     def __getitem__(self, index: int) -> Tokens:
         row = self.table[int(index)]
-        return Tokens(np.asarray(row["ids"]).tolist(), np.asarray(row["trained"]).tolist(), int(row["label"]))
+        return Tokens(
+            np.asarray(row["ids"]).tolist(), np.asarray(row["trained"]).tolist(), int(row["label"])
+        )
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -106,7 +108,8 @@ class Rows:
 
     @cached_property
     def trained(self) -> np.ndarray:
-        """Trained tokens of each row that a model can be asked for: the first token of a row follows nothing."""
+        """Trained tokens of each row that a model can be asked for: the first token of a row
+        follows nothing."""
         counts = []
         for flags, starts in _flat(self.table, "trained"):
             firsts = starts[:-1][np.diff(starts) > 0]
@@ -119,7 +122,9 @@ class Rows:
     def counts(self, vocabulary: int) -> np.ndarray:
         """How often each of the vocabulary's tokens is trained, (V,) int64."""
         found = np.zeros(vocabulary, np.int64)
-        for (ids, starts), (flags, _) in zip(_flat(self.table, "ids"), _flat(self.table, "trained"), strict=True):
+        for (ids, starts), (flags, _) in zip(
+            _flat(self.table, "ids"), _flat(self.table, "trained"), strict=True
+        ):
             asked = flags.astype(bool)
             asked[starts[:-1][np.diff(starts) > 0]] = False
             found += np.bincount(ids[asked], minlength=vocabulary)
@@ -135,13 +140,20 @@ class Rows:
 
     def digests(self) -> Iterator[bytes]:
         """A digest of each row's tokens and label, to find duplicates."""
-        for (ids, starts), labels in zip(_flat(self.table, "ids"), self.table.data.column("label").chunks, strict=True):
-            for start, end, label in zip(starts[:-1].tolist(), starts[1:].tolist(), labels.to_pylist(), strict=True):
-                yield hashlib.blake2b(ids[start:end].tobytes() + str(label).encode(), digest_size=16).digest()
+        for (ids, starts), labels in zip(
+            _flat(self.table, "ids"), self.table.data.column("label").chunks, strict=True
+        ):
+            for start, end, label in zip(
+                starts[:-1].tolist(), starts[1:].tolist(), labels.to_pylist(), strict=True
+            ):
+                yield hashlib.blake2b(
+                    ids[start:end].tobytes() + str(label).encode(), digest_size=16
+                ).digest()
 
 
 def _flat(table: datasets.Dataset, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each chunk of a column of lists, its values (m,) one list after another, and where each of n lists starts, (n + 1,)."""
+    """For each chunk of a column of lists, its values (m,) one list after another, and where each
+    of n lists starts, (n + 1,)."""
     for chunk in table.data.column(name).chunks:
         starts = chunk.offsets.to_numpy()
         yield chunk.flatten().to_numpy(zero_copy_only=False), starts - starts[0]
@@ -150,22 +162,32 @@ def _flat(table: datasets.Dataset, name: str) -> Iterator[tuple[np.ndarray, np.n
 def _list_lengths(table: datasets.Dataset, name: str) -> np.ndarray:
     import pyarrow.compute
 
-    return np.asarray(pyarrow.compute.list_value_length(table.data.column(name)).to_numpy(), dtype=np.int64)
+    return np.asarray(
+        pyarrow.compute.list_value_length(table.data.column(name)).to_numpy(), dtype=np.int64
+    )
 
 
-def tokenise(task: Any, split: str, renderer: Renderer, max_length: int, overlong: str, processes: int) -> Rows:
+def tokenise(
+    task: Any, split: str, renderer: Renderer, max_length: int, overlong: str, processes: int
+) -> Rows:
     """All rows of a split as tokens, from the cache where nothing has changed that they depend on.
 
-    Of several processes that share the cache one makes it, and the others wait at its lock, which goes with its process: for as
-    long as it takes, and with no message of torch's in between that could be late.
+    Of several processes that share the cache one makes it, and the others wait at its lock, which
+    goes with its process: for as long as it takes, and with no message of torch's in between that
+    could be late.
 
     Raises:
-        DataError: a broken row (with on_bad=raise) or an over-long one (with overlong=raise), or no row is left.
+        DataError: a broken row (with on_bad=raise) or an over-long one (with overlong=raise), or no
+        row is left.
     """
-    if next(iter(task.examples(split)), None) is None:  # nothing is held out, and datasets cannot write a table without rows
+    # nothing is held out, and datasets cannot write a table without rows
+    if next(iter(task.examples(split)), None) is None:
         if split == "train":
             raise DataError("the training data has no row")
-        return Rows(datasets.Dataset.from_dict({name: [] for name in _FEATURES}, features=_FEATURES), Report())
+        return Rows(
+            datasets.Dataset.from_dict({name: [] for name in _FEATURES}, features=_FEATURES),
+            Report(),
+        )
     key = cache_key(task, split, renderer, max_length, overlong)
     folder = wheel.cache_dir() / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
@@ -185,7 +207,9 @@ def tokenise(task: Any, split: str, renderer: Renderer, max_length: int, overlon
         report_file.unlink(missing_ok=True)
         shutil.rmtree(folder / key, ignore_errors=True)
         try:
-            _write(key, folder, _kept(task, split, renderer, max_length, overlong, processes, report))
+            _write(
+                key, folder, _kept(task, split, renderer, max_length, overlong, processes, report)
+            )
         except DataError as error:
             error_file.write_text(f"{uuid.uuid4()}\n{error}")
             raise
@@ -198,7 +222,8 @@ def tokenise(task: Any, split: str, renderer: Renderer, max_length: int, overlon
 
 
 def _digest(table: datasets.Dataset) -> str:
-    """A sha256 of a table's files: a bit that turns on the disk would train other tokens without a word."""
+    """A sha256 of a table's files: a bit that turns on the disk would train other tokens without a
+    word."""
     return " ".join(wheel.sha256(Path(file["filename"])) for file in table.cache_files)
 
 
@@ -216,7 +241,11 @@ def _locked(path: Path, split: str) -> Iterator[bool]:
             break
         except Timeout:
             if waited:
-                log.info("%s: another process has been tokenising the rows for %d s; waiting for it", split, waited * WAIT)
+                log.info(
+                    "%s: another process has been tokenising the rows for %d s; waiting for it",
+                    split,
+                    waited * WAIT,
+                )
             waited += 1
     try:
         yield waited > 0
@@ -225,7 +254,8 @@ def _locked(path: Path, split: str) -> Iterator[bool]:
 
 
 def _write(key: str, folder: Path, rows: Iterator[dict[str, Any]]) -> None:
-    """As datasets would; its own writer looks at each token of each row, which takes as long as rendering them."""
+    """As datasets would; its own writer looks at each token of each row, which takes as long as
+    rendering them."""
     (folder / key).mkdir()
     with pyarrow.ipc.new_stream(folder / key / "rows.arrow", _FEATURES.arrow_schema) as stream:
         for chunk in _chunks(rows, WRITTEN):
@@ -237,28 +267,53 @@ def _table(key: str, folder: Path) -> datasets.Dataset:
 
 
 def cache_key(task: Any, split: str, renderer: Renderer, max_length: int, overlong: str) -> str:
-    """A digest of everything that the tokenised rows depend on: data, template, tokenizer, lengths and code."""
+    """A digest of everything that the tokenised rows depend on: data, template, tokenizer, lengths
+    and code."""
     code = [inspect.getsource(part) for part in (render, reading, conversation, tasks_task, fit)]
     code.append(inspect.getsource(sys.modules[type(task).__module__]))
     tokenizer = renderer.tokenizer
     backend = (
-        tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else json.dumps(tokenizer.get_vocab())
+        tokenizer.backend_tokenizer.to_str()
+        if getattr(tokenizer, "is_fast", False)
+        else json.dumps(tokenizer.get_vocab())
     )
     parts = [
-        *code, str(_FEATURES), backend, json.dumps(tokenizer.special_tokens_map, default=str), json.dumps(renderer.template), renderer.train_on,
-        task.fingerprint(split), task.on_bad, max_length, overlong, tokenizers.__version__, transformers.__version__,
-    ]  # fmt: skip
+        *code,
+        str(_FEATURES),
+        backend,
+        json.dumps(tokenizer.special_tokens_map, default=str),
+        json.dumps(renderer.template),
+        renderer.train_on,
+        task.fingerprint(split),
+        task.on_bad,
+        max_length,
+        overlong,
+        tokenizers.__version__,
+        transformers.__version__,
+    ]
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
 def _kept(
-    task: Any, split: str, renderer: Renderer, max_length: int, overlong: str, processes: int, report: Report
+    task: Any,
+    split: str,
+    renderer: Renderer,
+    max_length: int,
+    overlong: str,
+    processes: int,
+    report: Report,
 ) -> Iterator[dict[str, Any]]:
     for index, (where, outcome) in enumerate(rendered(task.examples(split), renderer, processes)):
         report.rows += 1
         row = take(where, outcome, renderer, max_length, overlong, task.on_bad, report)
         if row is not None:
-            yield {"ids": row.ids, "trained": row.trained, "label": row.label, "index": index, "where": where}
+            yield {
+                "ids": row.ids,
+                "trained": row.trained,
+                "label": row.label,
+                "index": index,
+                "where": where,
+            }
     if report.bad and task.on_bad == "raise":
         raise DataError(_listing(report))
     if report.rows and not report.kept:
@@ -266,7 +321,13 @@ def _kept(
 
 
 def take(
-    where: str, outcome: Tokens | str, renderer: Renderer, max_length: int, overlong: str, on_bad: str, report: Report
+    where: str,
+    outcome: Tokens | str,
+    renderer: Renderer,
+    max_length: int,
+    overlong: str,
+    on_bad: str,
+    report: Report,
 ) -> Tokens | None:
     """Count one row, and give it back if it is kept, cut to length.
 
@@ -292,7 +353,9 @@ def take(
     return row
 
 
-def fit(row: Tokens, max_length: int, overlong: str, labelled: bool, where: str, report: Report) -> Tokens | None:
+def fit(
+    row: Tokens, max_length: int, overlong: str, labelled: bool, where: str, report: Report
+) -> Tokens | None:
     """A row no longer than max_length, or None where it is dropped.
 
     Raises:
@@ -302,7 +365,8 @@ def fit(row: Tokens, max_length: int, overlong: str, labelled: bool, where: str,
         return row
     if overlong == "raise":
         raise DataError(
-            f"{where}: {len(row.ids)} tokens, more than max_length={max_length}. Set overlong=drop or truncate, or a larger max_length"
+            f"{where}: {len(row.ids)} tokens, more than max_length={max_length}. Set overlong=drop"
+            " or truncate, or a larger max_length"
         )
     if overlong == "drop":
         report.dropped += 1
@@ -320,11 +384,16 @@ def _listing(report: Report) -> str:
     lines = [f"{where}: {reason}" for where, reason in report.bad[:5]]
     more = report.skipped - len(lines)
     return "\n".join(
-        [*lines, *([f"and {more} more broken rows"] if more > 0 else []), "Mend them, or leave them out with task.on_bad=skip"]
+        [
+            *lines,
+            *([f"and {more} more broken rows"] if more > 0 else []),
+            "Mend them, or leave them out with task.on_bad=skip",
+        ]
     )
 
 
-# A worker process keeps its renderer between chunks; pickling it with each of them would cost more than tokenising.
+# A worker process keeps its renderer between chunks; pickling it with each of them would cost more
+# than tokenising.
 _renderer: Renderer | None = None
 
 
@@ -354,14 +423,18 @@ def render_one(example: Example | Bad, renderer: Renderer) -> tuple[str, Tokens 
     return example.where, row
 
 
-def rendered(examples: Iterable[Example | Bad], renderer: Renderer, processes: int) -> Iterator[tuple[str, Tokens | str]]:
+def rendered(
+    examples: Iterable[Example | Bad], renderer: Renderer, processes: int
+) -> Iterator[tuple[str, Tokens | str]]:
     """`render_one` over examples, in their order, in several processes if asked."""
     if processes <= 1:
         for example in examples:
             yield render_one(example, renderer)
         return
     # Not multiprocessing.Pool: it waits for ever for the share of a process that was killed.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker, (renderer,))
+    pool = ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), _start_worker, (renderer,)
+    )
     shares: deque[Future[list[tuple[str, Tokens | str]]]] = deque()
     try:
         for chunk in _chunks(examples, 256):
@@ -372,8 +445,8 @@ def rendered(examples: Iterable[Example | Bad], renderer: Renderer, processes: i
             yield from shares.popleft().result()
     except BrokenProcessPool:
         raise DataError(
-            f"one of the {processes} processes that tokenise the rows was ended from outside, most likely for want of memory: "
-            "set tokenise_processes=1, or give the job more memory"
+            f"one of the {processes} processes that tokenise the rows was ended from outside, most"
+            " likely for want of memory: set tokenise_processes=1, or give the job more memory"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -391,9 +464,14 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def special_text(examples: Iterable[Example | Bad], tokenizer: Any) -> int:
-    """Conversations whose messages hold the text of a special token, which would be read as that token."""
-    pattern = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens if token.strip()) or "(?!)")
+    """Conversations whose messages hold the text of a special token, which would be read as that
+    token."""
+    pattern = re.compile(
+        "|".join(re.escape(token) for token in tokenizer.all_special_tokens if token.strip())
+        or "(?!)"
+    )
     return sum(
-        isinstance(example, Conversation) and any(pattern.search(message["content"]) for message in example.messages)
+        isinstance(example, Conversation)
+        and any(pattern.search(message["content"]) for message in example.messages)
         for example in examples
     )

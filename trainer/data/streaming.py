@@ -1,7 +1,7 @@
 """Rows read while training, for data that is too large to tokenise first.
 
-Still a pure function of the seed and the step: rows come in blocks of `shuffle_block`, block k is shuffled by (seed, k), and a
-run that goes on reads the stream again up to where it stopped.
+Still a pure function of the seed and the step: rows come in blocks of `shuffle_block`, block k is
+shuffled by (seed, k), and a run that goes on reads the stream again up to where it stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from trainer.data.rows import Report, rendered, take
 
 
 class Stream(IterableDataset):
-    """Collated micro-batches of steps `start` to `steps` for one rank. Every step has `accumulate` of them."""
+    """Collated micro-batches of steps `start` to `steps` for one rank. Every step has `accumulate`
+    of them."""
 
     def __init__(
         self,
@@ -43,7 +44,8 @@ class Stream(IterableDataset):
         """(where, row) in training order, epoch after epoch.
 
         Raises:
-            DataError: a broken row with on_bad=raise, an over-long one with overlong=raise, or no usable row at all.
+            DataError: a broken row with on_bad=raise, an over-long one with overlong=raise, or no
+            usable row at all.
         """
         epochs = self.config["max_epochs"]
         epoch = block = 0
@@ -55,7 +57,9 @@ class Stream(IterableDataset):
                 settings = self.config["max_length"], self.config["overlong"], self.task.on_bad
                 row = take(where, outcome, self.renderer, *settings, self.report)
                 if isinstance(outcome, str) and self.task.on_bad == "raise":
-                    raise DataError(f"{where}: {outcome}\nMend it, or leave it out with task.on_bad=skip")
+                    raise DataError(
+                        f"{where}: {outcome}\nMend it, or leave it out with task.on_bad=skip"
+                    )
                 if row is not None:
                     pending.append((where, row))
                 if len(pending) == self.task.shuffle_block:
@@ -88,12 +92,16 @@ class Stream(IterableDataset):
         if window and step >= self.start:
             yield from self._micro_batches(window, per_step)
 
-    def _micro_batches(self, window: list[tuple[str, Tokens]], per_step: int) -> Iterator[dict[str, Any]]:
+    def _micro_batches(
+        self, window: list[tuple[str, Tokens]], per_step: int
+    ) -> Iterator[dict[str, Any]]:
         labelled = self.collate.labelled
         trained = sum(1 if labelled else sum(row.trained[1:]) for _, row in window)
         size = self.config["batch_size"]
         # The stream's last step may be smaller; what fills it up trains nothing.
-        filled = [(*item, True) for item in window] + [(*window[0], False)] * (per_step - len(window))
+        filled = [(*item, True) for item in window] + [(*window[0], False)] * (
+            per_step - len(window)
+        )
         for first in range(self.rank * size, per_step, size * self.ranks):
             share = filled[first : first + size]
             batch = self.collate([(Pick(-1, counts, trained), [row]) for _, row, counts in share])

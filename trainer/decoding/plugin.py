@@ -6,10 +6,11 @@
         model.generate(**inputs, max_new_tokens=100)
     model.generate(**inputs, max_new_tokens=100, custom_generate=drafting(drafter))  # the same
 
-`model` is the drafter's target, and the drafter trainer.drafters.io.load's or one that needs no training. transformers verifies:
-greedily its text is the one without a drafter; sampling, a drafted token is taken where the one that the target draws is the
-same, so that the text is the target's in distribution, under all of generate's settings. It takes one sequence at a time, no beams,
-and chains: of a tree the first child of each node is proposed. trainer.decoding.speculative takes more.
+`model` is the drafter's target, and the drafter trainer.drafters.io.load's or one that needs no
+training. transformers verifies: greedily its text is the one without a drafter; sampling, a drafted
+token is taken where the one that the target draws is the same, so that the text is the target's in
+distribution, under all of generate's settings. It takes one sequence at a time, no beams, and
+chains: of a tree the first child of each node is proposed. trainer.decoding.speculative takes more.
 """
 
 from __future__ import annotations
@@ -32,10 +33,16 @@ from trainer.models.heads import captured_layers
 def refusal(model: Any) -> str | None:
     """Why no drafter can draft for `model` in transformers' generate, whatever it is."""
     if getattr(model, "_is_stateful", False):
-        return f"{type(model).__name__} has layers whose state cannot be taken back by some tokens, which every refused draft asks for"
+        return (
+            f"{type(model).__name__} has layers whose state cannot be taken back by some tokens,"
+            " which every refused draft asks for"
+        )
     peft = getattr(model, "active_peft_config", None)
     if peft is not None and peft.is_prompt_learning:
-        return "PEFT's virtual tokens stand before the text, of which generate's assisted decoding does not know"
+        return (
+            "PEFT's virtual tokens stand before the text, of which generate's assisted decoding"
+            " does not know"
+        )
     return None
 
 
@@ -45,7 +52,8 @@ def assist(model: Any, drafter: Drafter, count: int | None = None) -> Iterator[N
     plain, before = model.generate, vars(model).get("generate")
 
     def generate(*arguments: Any, streamer: Any = None, **more: Any) -> Any:
-        # transformers gives the prompt to the streamer, and does not hand it on to what custom_generate names.
+        # transformers gives the prompt to the streamer, and does not hand it on to what
+        # custom_generate names.
         decode = drafting(drafter, count, streamer)
         return plain(*arguments, streamer=streamer, custom_generate=decode, **more)
 
@@ -59,33 +67,53 @@ def assist(model: Any, drafter: Drafter, count: int | None = None) -> Iterator[N
             model.generate = before
 
 
-def drafting(drafter: Drafter, count: int | None = None, streamer: Any = None) -> Callable[..., Any]:
-    """What transformers' `generate` takes as `custom_generate`, with up to `count` tokens at a time, by default as many as the drafter
-    can. `streamer` is fed what is accepted; generate's own argument of this name is not handed on by transformers. The call raises
-    DrafterError where the drafter and what is asked for do not go together."""
+def drafting(
+    drafter: Drafter, count: int | None = None, streamer: Any = None
+) -> Callable[..., Any]:
+    """What transformers' `generate` takes as `custom_generate`, with up to `count` tokens at a
+    time, by default as many as the drafter can. `streamer` is fed what is accepted; generate's own
+    argument of this name is not handed on by transformers. The call raises DrafterError where the
+    drafter and what is asked for do not go together."""
     known: list[Target] = []  # finding out how a model makes its logits takes passes of it
 
     def decode(
-        model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **more: Any
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **more: Any,
     ) -> Any:
         if fault := refusal(model):
             raise DrafterError(fault)
         cache = more.get("past_key_values")
         if generation_config.num_beams > 1:
-            raise DrafterError(f"num_beams={generation_config.num_beams}: a drafter drafts one text at a time, num_beams=1")
+            raise DrafterError(
+                f"num_beams={generation_config.num_beams}: a drafter drafts one text at a time,"
+                " num_beams=1"
+            )
         if cache is not None and cache.get_seq_length():
-            raise DrafterError("past_key_values holds tokens already, and a drafter reads a text from its start: leave it out")
+            raise DrafterError(
+                "past_key_values holds tokens already, and a drafter reads a text from its start:"
+                " leave it out"
+            )
         if not known or known[0].model is not model:
             known[:] = [Target(model)]
         decoder = model.get_decoder()
         with captured_layers(decoder, drafter.layers) as between, _read(decoder) as hidden:
-            candidates = Candidates(known[0], drafter, count, generation_config.max_length, hidden, between)
+            candidates = Candidates(
+                known[0], drafter, count, generation_config.max_length, hidden, between
+            )
             model._get_candidate_generator = lambda **_: candidates
             try:
                 return model._assisted_decoding(
-                    input_ids, logits_processor=logits_processor, stopping_criteria=stopping_criteria,
-                    generation_config=generation_config, streamer=streamer, **more,
-                )  # fmt: skip
+                    input_ids,
+                    logits_processor=logits_processor,
+                    stopping_criteria=stopping_criteria,
+                    generation_config=generation_config,
+                    streamer=streamer,
+                    **more,
+                )
             finally:
                 del model._get_candidate_generator
 
@@ -93,14 +121,21 @@ def drafting(drafter: Drafter, count: int | None = None, streamer: Any = None) -
 
 
 class Candidates(CandidateGenerator):
-    """A drafter as transformers' assisted decoding asks for candidates. `hidden` and `between` are filled by each pass of the target, with
-    what its output head reads and with the states of the drafter's layers."""
+    """A drafter as transformers' assisted decoding asks for candidates. `hidden` and `between` are
+    filled by each pass of the target, with what its output head reads and with the states of the
+    drafter's layers."""
 
     requires_model_outputs = True
     model_kwargs_overrides: dict[str, Any] = {}
 
     def __init__(
-        self, target: Target, drafter: Drafter, count: int | None, longest: int, hidden: list[Tensor], between: list[Tensor]
+        self,
+        target: Target,
+        drafter: Drafter,
+        count: int | None,
+        longest: int,
+        hidden: list[Tensor],
+        between: list[Tensor],
     ):
         self.target, self.drafter, self.longest = target, drafter, longest
         self.most = drafter.depth if count is None else min(count, drafter.depth)
@@ -126,24 +161,37 @@ class Candidates(CandidateGenerator):
         states = self.hidden[0][0]
         if self.read is None and len(states) != length:
             raise DrafterError(
-                f"the target has read {len(states)} positions and the text has {length}: there are virtual tokens"
+                f"the target has read {len(states)} positions and the text has {length}: there are"
+                " virtual tokens"
             )
-        features = torch.cat([layer[0, :length] for layer in self.between], dim=-1) if self.between else states[:length, :0]
+        features = (
+            torch.cat([layer[0, :length] for layer in self.between], dim=-1)
+            if self.between
+            else states[:length, :0]
+        )
         last = ids[-2:-1] if self.read is None else self.read
         news = News(
-            states[:length], features, ids[-length:], ids[0] if self.read is None else None,
+            states[:length],
+            features,
+            ids[-length:],
+            ids[0] if self.read is None else None,
             (last, model_outputs.logits[0, -len(last) :]),
-        )  # fmt: skip
+        )
         self.hidden.clear()
         self.between.clear()
-        fits = max(0, min(self.most, self.longest - len(ids) - 1))  # the target's own token comes on top
+        # the target's own token comes on top
+        fits = max(0, min(self.most, self.longest - len(ids) - 1))
         drawing = trees.Drawing(self.target.config.vocab_size, fits)
-        draft = self.drafter.propose(self.memory, self.target, news, partial(self.shape, drawing=drawing))
+        draft = self.drafter.propose(
+            self.memory, self.target, news, partial(self.shape, drawing=drawing)
+        )
         tokens = first_path(draft)[:fits].to(ids)
         self.read = torch.cat([ids[-1:], tokens])
         return torch.cat([input_ids, tokens.unsqueeze(0)], dim=1), None
 
-    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
+    def update_candidate_strategy(
+        self, input_ids: Tensor, scores: Tensor, num_matches: int
+    ) -> None:
         """Nothing: a drafter learns of what was taken by the next call's states."""
 
 
@@ -160,7 +208,8 @@ def first_path(draft: Draft) -> Int[Tensor, " n"]:
 @contextlib.contextmanager
 def _read(decoder: Any) -> Iterator[list[Tensor]]:
     kept: list[Tensor] = []
-    # Assisted decoding asks for the logits of a prompt's last token only, and so does the output head read no more.
+    # Assisted decoding asks for the logits of a prompt's last token only, and so does the output
+    # head read no more.
     handle = decoder.register_forward_hook(lambda module, args, out: kept.append(out[0]))
     try:
         yield kept

@@ -1,13 +1,17 @@
-"""Speculative decoding with a drafter that reads the target's own hidden states: the target's text, in fewer of its steps.
+"""Speculative decoding with a drafter that reads the target's own hidden states: the target's text,
+in fewer of its steps.
 
-    a step:  draft a tree of tokens after the newest one  ->  one forward pass over the newest token and the tree
+    a step:  draft a tree of tokens after the newest one  ->  one forward pass over the newest token
+    and the tree
              ->  the tree's longest right path, and after it a token of the target's own
 
-With temperature 0 a drafted token is right where the target's best guess is the same, so the text is that of plain greedy decoding.
-Else tokens are taken by the rules of trainer.decoding.verify, and the text is distributed as the target's. p and q are what
-temperature, top_k and top_p leave. Trees come from trainer.decoding.trees, passes over them from trainer.decoding.texts.
+With temperature 0 a drafted token is right where the target's best guess is the same, so the text
+is that of plain greedy decoding. Else tokens are taken by the rules of trainer.decoding.verify, and
+the text is distributed as the target's. p and q are what temperature, top_k and top_p leave. Trees
+come from trainer.decoding.trees, passes over them from trainer.decoding.texts.
 
-Several sequences share the target's passes; the drafter is asked sequence by sequence, and each ends on its own.
+Several sequences share the target's passes; the drafter is asked sequence by sequence, and each
+ends on its own.
 """
 
 from __future__ import annotations
@@ -35,14 +39,17 @@ from trainer.drafters import Draft, Drafter, DrafterError, News, Target
 
 @dataclass(frozen=True)
 class Result:
-    """One decoded text and what it took. Of several that were decoded together, seconds are the batch's until this one ended."""
+    """One decoded text and what it took. Of several that were decoded together, seconds are the
+    batch's until this one ended."""
 
     tokens: list[int]  # new ones, the stop among them
-    drafts: list[tuple[int, int]]  # for each step after the prompt's: the tree's depth, and how many tokens of it were taken
+    # for each step after the prompt's: the tree's depth, and how many tokens of it were taken
+    drafts: list[tuple[int, int]]
     seconds: float  # with the prompt's forward pass
     prompt_seconds: float  # until the first token
     draft_seconds: float = 0.0  # of the drafter
-    verify_seconds: float = 0.0  # of the target's passes after the prompt's, and of what decides on tokens
+    # of the target's passes after the prompt's, and of what decides on tokens
+    verify_seconds: float = 0.0
     nodes: int = 0  # drafted tokens that the target read, all steps together
 
     @property
@@ -67,7 +74,8 @@ class Place:
 
 
 def places(results: Iterable[Result]) -> list[Place]:
-    """Place by place, from the first: how often a token was proposed, came after right ones only, and was taken."""
+    """Place by place, from the first: how often a token was proposed, came after right ones only,
+    and was taken."""
     drafts = [draft for result in results for draft in result.drafts]
     return [
         Place(
@@ -80,29 +88,58 @@ def places(results: Iterable[Result]) -> list[Place]:
 
 
 def generate(
-    target: Target, drafter: Drafter | None, ids: Int[Tensor, " n"], max_new_tokens: int, stops: Iterable[int],
-    temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None, count: int | None = None, **more: Any,
-) -> Result:  # fmt: skip
+    target: Target,
+    drafter: Drafter | None,
+    ids: Int[Tensor, " n"],
+    max_new_tokens: int,
+    stops: Iterable[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    count: int | None = None,
+    **more: Any,
+) -> Result:
     """Continue one sequence, as `generate_batch` does with several."""
     return generate_batch(
-        target, drafter, [ids], max_new_tokens, stops, temperature, top_p, generator, count=count, **more
-    )[0]  # fmt: skip
+        target,
+        drafter,
+        [ids],
+        max_new_tokens,
+        stops,
+        temperature,
+        top_p,
+        generator,
+        count=count,
+        **more,
+    )[0]
 
 
 @torch.no_grad()
 def generate_batch(
-    target: Target, drafter: Drafter | None, prompts: Sequence[Int[Tensor, " n"]], max_new_tokens: int, stops: Iterable[int],
-    temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None, *, count: int | None = None,
-    top_k: int = 0, shape: Shape | None = None, rule: str = "recursive",
-) -> list[Result]:  # fmt: skip
+    target: Target,
+    drafter: Drafter | None,
+    prompts: Sequence[Int[Tensor, " n"]],
+    max_new_tokens: int,
+    stops: Iterable[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    *,
+    count: int | None = None,
+    top_k: int = 0,
+    shape: Shape | None = None,
+    rule: str = "recursive",
+) -> list[Result]:
     """Continue each sequence, up to `max_new_tokens` tokens or through the first of `stops`.
 
-    A `shape` makes the trees, by default a chain of `count` tokens, at most and by default the drafter's depth; count=0 drafts nothing.
-    Without a drafter this is plain decoding. `rule` is one of verify.RULES and is asked for when sampling only; typical_lossy is not
-    lossless. `generator` is of the device of the prompts. top_k=0 keeps all tokens.
+    A `shape` makes the trees, by default a chain of `count` tokens, at most and by default the
+    drafter's depth; count=0 drafts nothing. Without a drafter this is plain decoding. `rule` is one
+    of verify.RULES and is asked for when sampling only; typical_lossy is not lossless. `generator`
+    is of the device of the prompts. top_k=0 keeps all tokens.
 
     Raises:
-        DrafterError: the target's state cannot be taken back by some tokens, it cannot read trees, or the drafter does not draft.
+        DrafterError: the target's state cannot be taken back by some tokens, it cannot read trees,
+        or the drafter does not draft.
     """
     if rule not in verify.RULES:
         raise DrafterError(f"rule={rule}: one of {', '.join(verify.RULES)}")
@@ -119,7 +156,11 @@ def generate_batch(
     chances = None if temperature == 0 else chances_of(temperature, top_k, top_p)
     ends, device = set(stops), prompts[0].device
     clock = Clock(device)
-    texts = Texts(target, drafter.layers if drafter is not None else (), whole=branches or own or len(prompts) > 1)
+    texts = Texts(
+        target,
+        drafter.layers if drafter is not None else (),
+        whole=branches or own or len(prompts) > 1,
+    )
     read = texts.open(prompts)
     if drafter is not None and len(prompts) == 1:
         texts.may_forget()
@@ -130,7 +171,12 @@ def generate_batch(
         _Row(
             i,
             None if drafter is None else drafter.start(target),
-            News(*read[i], torch.cat([ids[1:], firsts[i : i + 1]]), ids[0], (ids[-1:], logits[i : i + 1])),
+            News(
+                *read[i],
+                torch.cat([ids[1:], firsts[i : i + 1]]),
+                ids[0],
+                (ids[-1:], logits[i : i + 1]),
+            ),
             [found[i]],
         )
         for i, ids in enumerate(prompts)
@@ -140,9 +186,17 @@ def generate_batch(
     results: dict[int, Result] = {}
     size = logits.shape[-1]
     while True:
-        for row in [row for row in rows if row.tokens[-1] in ends or len(row.tokens) >= max_new_tokens]:
+        for row in [
+            row for row in rows if row.tokens[-1] in ends or len(row.tokens) >= max_new_tokens
+        ]:
             results[row.number] = Result(
-                row.tokens, row.drafts, clock.seconds(), prompt_seconds, clock.of("draft"), clock.of("verify"), row.nodes
+                row.tokens,
+                row.drafts,
+                clock.seconds(),
+                prompt_seconds,
+                clock.of("draft"),
+                clock.of("verify"),
+                row.nodes,
             )
         if kept := [place for place, row in enumerate(rows) if row.number not in results]:
             if len(kept) < len(rows):
@@ -156,7 +210,9 @@ def generate_batch(
             draft = nothing()
             if drafter is not None and shape is not None and limit > 0:
                 drawing = Drawing(size, limit, chances, generator)
-                draft = drafter.propose(row.memory, target, row.news, lambda growth, at=drawing: shape(growth, at))  # type: ignore[misc]
+                draft = drafter.propose(
+                    row.memory, target, row.news, lambda growth, at=drawing: shape(growth, at)
+                )  # type: ignore[misc]
             drafts.append(replace(draft, tokens=draft.tokens.to(device)))
         clock.lap("draft")
         step(target, texts, rows, drafts, chances, generator, rule, ends, max_new_tokens)
@@ -176,12 +232,22 @@ class _Row:
 
 
 def step(
-    target: Target, texts: Texts, rows: Sequence[_Row], drafts: Sequence[Draft], chances: Chances | None,
-    generator: torch.Generator | None, rule: str, ends: set[int], max_new_tokens: int,
-) -> None:  # fmt: skip
+    target: Target,
+    texts: Texts,
+    rows: Sequence[_Row],
+    drafts: Sequence[Draft],
+    chances: Chances | None,
+    generator: torch.Generator | None,
+    rule: str,
+    ends: set[int],
+    max_new_tokens: int,
+) -> None:
     """Verify the drafts and add what they give to the rows."""
     parents = [draft.parents.tolist() for draft in drafts]
-    read = [torch.cat([row.news.ids[-1:], draft.tokens]) for row, draft in zip(rows, drafts, strict=True)]
+    read = [
+        torch.cat([row.news.ids[-1:], draft.tokens])
+        for row, draft in zip(rows, drafts, strict=True)
+    ]
     states = texts.read(read, parents)
     logits = target.head(torch.cat([hidden for hidden, _ in states]))
     p = logits if chances is None else chances(logits)
@@ -192,19 +258,26 @@ def step(
     else:
         verdict = verify.sampled(p, drafts, generator, rule)
     drafted = torch.cat([tokens[1:] for tokens in read])
-    numbers = torch.cat([verdict.own, verdict.taken.to(verdict.own), drafted]).tolist()  # a step's only wait for the device
+    # a step's only wait for the device
+    numbers = torch.cat([verdict.own, verdict.taken.to(verdict.own), drafted]).tolist()
     weights = None if verdict.weights is None else verdict.weights.tolist()
     nodes, place, paths = sum(map(len, parents)), 0, []
-    for number, (row, above, tokens, (hidden, features)) in enumerate(zip(rows, parents, read, states, strict=True)):
+    for number, (row, above, tokens, (hidden, features)) in enumerate(
+        zip(rows, parents, read, states, strict=True)
+    ):
         n, node = len(above), place - number  # the first place and the first node of this sequence
-        taken, proposed = (numbers[start : start + n] for start in (len(logits) + node, len(logits) + nodes + node))
+        taken, proposed = (
+            numbers[start : start + n] for start in (len(logits) + node, len(logits) + nodes + node)
+        )
         path = verify.walk(above, taken, None if weights is None else weights[node : node + n])
         paths.append(path)
         last = path[-1] + 1 if path else 0
         text = [*(proposed[node] for node in path), numbers[place + last]]
         kept = slice(0, len(path) + 1) if is_chain(path) else [0, *(node + 1 for node in path)]
         following = torch.cat([tokens[kept][1:], verdict.own[place + last : place + last + 1]])
-        row.news = News(hidden[kept], features[kept], following, None, (tokens, logits[place : place + n + 1]))
+        row.news = News(
+            hidden[kept], features[kept], following, None, (tokens, logits[place : place + n + 1])
+        )
         place += n + 1
         end = next((i for i, token in enumerate(text, 1) if token in ends), len(text))
         end = min(end, max_new_tokens - len(row.tokens))
@@ -233,7 +306,8 @@ class Clock:
         self.last = self._mark()
 
     def lap(self, name: str) -> float:
-        """Count what was asked for since the last call to `name`; gives the seconds so far where that needs no waiting."""
+        """Count what was asked for since the last call to `name`; gives the seconds so far where
+        that needs no waiting."""
         mark = self._mark()
         self.waiting.append((name, self.last, mark))
         self.last = mark
@@ -266,7 +340,8 @@ def now(device: torch.device) -> float:
 
 
 def chances_of(temperature: float, top_k: int = 0, top_p: float = 1.0) -> Chances:
-    """Logits to probabilities, by the processors that transformers' sampling uses, in fp32 as there."""
+    """Logits to probabilities, by the processors that transformers' sampling uses, in fp32 as
+    there."""
     processors = LogitsProcessorList()
     if temperature != 1.0:
         processors.append(TemperatureLogitsWarper(temperature))
@@ -281,7 +356,9 @@ def chances_of(temperature: float, top_k: int = 0, top_p: float = 1.0) -> Chance
     return chances
 
 
-def _first(logits: Float[Tensor, "B V"], chances: Chances | None, generator: torch.Generator | None) -> Int[Tensor, " B"]:
+def _first(
+    logits: Float[Tensor, "B V"], chances: Chances | None, generator: torch.Generator | None
+) -> Int[Tensor, " B"]:
     if chances is None:
         return logits.max(-1).indices
     return torch.multinomial(chances(logits), 1, generator=generator)[:, 0]

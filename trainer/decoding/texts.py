@@ -1,13 +1,16 @@
-"""What a target has read of one or several sequences, and how it reads a tree of further tokens in one pass.
+"""What a target has read of one or several sequences, and how it reads a tree of further tokens in
+one pass.
 
     a pass over n + 1 places (the newest token, then a tree's nodes) of a sequence of L tokens:
         position of a place  = L + its depth, 0 for the newest token
         a place sees         the L tokens before, its ancestors and itself; of those no further back than a sliding window reaches
-    then the entries of the places that are kept move behind the L tokens, in order, and all others are dropped
+    then the entries of the places that are kept move behind the L tokens, in order, and all others
+    are dropped
 
-A chain of one sequence needs none of it: it is read as any text, and its end is taken back. So chains work with every model whose cache
-can be cropped. Trees, and several sequences, are read with 4-D masks (1 or B, 1, N, L + N), which need attention that takes them, and
-caches that keep all entries, those behind a sliding window too.
+A chain of one sequence needs none of it: it is read as any text, and its end is taken back. So
+chains work with every model whose cache can be cropped. Trees, and several sequences, are read with
+4-D masks (1 or B, 1, N, L + N), which need attention that takes them, and caches that keep all
+entries, those behind a sliding window too.
 """
 
 from __future__ import annotations
@@ -32,14 +35,17 @@ States = tuple[
 ]  # what the output head reads, and further layers' states side by side
 
 _KINDS = {"full_attention", "sliding_attention"}
-_tried: weakref.WeakKeyDictionary[Target, None] = weakref.WeakKeyDictionary()  # targets that read trees
+# targets that read trees
+_tried: weakref.WeakKeyDictionary[Target, None] = weakref.WeakKeyDictionary()
 
 
 class Texts:
-    """Sequences, as far as the target has read them. With `whole` the cache keeps all entries, so that trees can be read.
+    """Sequences, as far as the target has read them. With `whole` the cache keeps all entries, so
+    that trees can be read.
 
     Raises:
-        DrafterError: where several sequences or a tree are asked for, the target's layers or attention do not allow it. The message
+        DrafterError: where several sequences or a tree are asked for, the target's layers or
+        attention do not allow it. The message
             says what does.
     """
 
@@ -64,7 +70,8 @@ class Texts:
             caches.append(self.cache)
             peft = getattr(self.model, "active_peft_config", None)
             if peft is not None and peft.is_prompt_learning:
-                self.model = self.model.get_base_model()  # virtual tokens stand before the first ones only
+                # virtual tokens stand before the first ones only
+                self.model = self.model.get_base_model()
         self.lengths = [cache.get_seq_length() for cache in caches]
         if len(prompts) > 1:
             self._mask(caches)
@@ -79,9 +86,12 @@ class Texts:
         if not self.cache.is_croppable:
             raise DrafterError(no_way_back(self.target))
         self.recording = True
-        self.cache.activate_past_recording()  # a sliding window keeps what it would have dropped until `keep`
+        # a sliding window keeps what it would have dropped until `keep`
+        self.cache.activate_past_recording()
 
-    def read(self, tokens: Sequence[Int[Tensor, " n+1"]], parents: Sequence[Sequence[int]]) -> list[States]:
+    def read(
+        self, tokens: Sequence[Int[Tensor, " n+1"]], parents: Sequence[Sequence[int]]
+    ) -> list[States]:
         """For each sequence the newest token and the nodes of a tree after it.
 
         Raises:
@@ -103,14 +113,24 @@ class Texts:
         for kind in attention_kinds(self.target):
             near = mask
             if kind == "sliding_attention":
-                distance = positions.unsqueeze(2) - torch.cat([before, positions], dim=1).unsqueeze(1)
+                distance = positions.unsqueeze(2) - torch.cat([before, positions], dim=1).unsqueeze(
+                    1
+                )
                 near = mask & (distance < self.target.config.sliding_window)
             masks[kind] = _added(near, self.dtype)
-        found = self._pass(ids, position_ids=positions, attention_mask=masks if len(masks) > 1 else next(iter(masks.values())))
-        return [(hidden[: len(one)], features[: len(one)]) for (hidden, features), one in zip(found, tokens, strict=True)]
+        found = self._pass(
+            ids,
+            position_ids=positions,
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+        )
+        return [
+            (hidden[: len(one)], features[: len(one)])
+            for (hidden, features), one in zip(found, tokens, strict=True)
+        ]
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
-        """Of each sequence's last pass, its newest token and these nodes, each the child of the one before; all others are unread."""
+        """Of each sequence's last pass, its newest token and these nodes, each the child of the one
+        before; all others are unread."""
         if len(paths) == 1 and is_chain(self.parents[0]):
             refused = len(self.parents[0]) - len(paths[0])
             if self.recording or self.masked:
@@ -128,7 +148,8 @@ class Texts:
     def _keep_one(self, path: Sequence[int], start: int) -> None:
         length = self.lengths[0]
         self.lengths[0] += 1 + len(path)
-        same = next((i for i, node in enumerate(path) if node != i), len(path))  # so many are where they belong
+        # so many are where they belong
+        same = next((i for i, node in enumerate(path) if node != i), len(path))
         if same == len(path):
             return  # the newest token always is, as there is no padding
         first, count = length + 1 + same, len(path) - same
@@ -172,11 +193,20 @@ class Texts:
         self.cache, self.masked = merged(caches, self.target), True
 
     def _pass(self, ids: Int[Tensor, "B n"], **where: object) -> list[States]:
-        with captured_hidden(self.output) as kept, captured_layers(self.target.decoder, self.layers) as between:
-            self.cache = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **where).past_key_values
+        with (
+            captured_hidden(self.output) as kept,
+            captured_layers(self.target.decoder, self.layers) as between,
+        ):
+            self.cache = self.model(
+                input_ids=ids, past_key_values=self.cache, use_cache=True, **where
+            ).past_key_values
         hidden, count = kept[0][:, -ids.shape[1] :], ids.shape[1]
         self.dtype = hidden.dtype
-        features = torch.cat([layer[:, -count:] for layer in between], dim=-1) if between else hidden[..., :0]
+        features = (
+            torch.cat([layer[:, -count:] for layer in between], dim=-1)
+            if between
+            else hidden[..., :0]
+        )
         return list(zip(hidden, features, strict=True))
 
 
@@ -185,8 +215,11 @@ def is_chain(parents: Sequence[int]) -> bool:
     return all(parent == node - 1 for node, parent in enumerate(parents))
 
 
-def places(trees: Sequence[Sequence[int]], most: int) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N N"]]:
-    """(depths, who sees whom) of the newest token, N = `most` - 1 nodes and, in shorter trees, fillers that see themselves."""
+def places(
+    trees: Sequence[Sequence[int]], most: int
+) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N N"]]:
+    """(depths, who sees whom) of the newest token, N = `most` - 1 nodes and, in shorter trees,
+    fillers that see themselves."""
     depths = [[0] * most for _ in trees]
     sees = [[[place == other for other in range(most)] for place in range(most)] for _ in trees]
     for depth, seen, parents in zip(depths, sees, trees, strict=True):
@@ -209,10 +242,20 @@ def merged(caches: Sequence[DynamicCache], target: Target) -> DynamicCache:
         if not all(layer.is_initialized for layer in layers):
             continue
         for layer, cache in zip(layers, caches, strict=True):
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys.shape[-2] != cache.get_seq_length():
-                raise DrafterError(_no_trees(target, f"its cache ({type(layer).__name__}) does not keep all tokens' entries"))
+            if (
+                type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+                or layer.keys.shape[-2] != cache.get_seq_length()
+            ):
+                raise DrafterError(
+                    _no_trees(
+                        target,
+                        f"its cache ({type(layer).__name__}) does not keep all tokens' entries",
+                    )
+                )
         keys, values = (
-            torch.cat([torch.nn.functional.pad(one, (0, 0, 0, longest - one.shape[-2])) for one in kind])
+            torch.cat(
+                [torch.nn.functional.pad(one, (0, 0, 0, longest - one.shape[-2])) for one in kind]
+            )
             for kind in ([layer.keys for layer in layers], [layer.values for layer in layers])
         )
         whole.update(keys, values, i)
@@ -220,26 +263,37 @@ def merged(caches: Sequence[DynamicCache], target: Target) -> DynamicCache:
 
 
 def attention_kinds(target: Target) -> list[str]:
-    """The kinds of attention of the layers, as transformers' `layer_types` calls them, each once."""
+    """The kinds of attention of the layers, as transformers' `layer_types` calls them, each
+    once."""
     config = target.config
     found = getattr(config, "layer_types", None)
     return (
-        sorted(set(found)) if found else ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
+        sorted(set(found))
+        if found
+        else ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
     )
 
 
 def allow_trees(target: Target) -> None:
-    """Raise DrafterError where the target cannot read trees, nor several sequences at once. It is tried on a few tokens, once."""
+    """Raise DrafterError where the target cannot read trees, nor several sequences at once. It is
+    tried on a few tokens, once."""
     if target in _tried:
         return
     config = target.config
     if (attention := config._attn_implementation) not in ("sdpa", "eager", BLOCKED):
         raise DrafterError(
-            _no_trees(target, f"attn_implementation={attention} takes no mask of one's own, as sdpa and eager do")
+            _no_trees(
+                target,
+                f"attn_implementation={attention} takes no mask of one's own, as sdpa and eager do",
+            )
         )
     if other := set(attention_kinds(target)) - _KINDS:
-        raise DrafterError(_no_trees(target, f"it has layers of the kind {', '.join(sorted(other))}"))
-    model = target.model.get_base_model() if hasattr(target.model, "get_base_model") else target.model
+        raise DrafterError(
+            _no_trees(target, f"it has layers of the kind {', '.join(sorted(other))}")
+        )
+    model = (
+        target.model.get_base_model() if hasattr(target.model, "get_base_model") else target.model
+    )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise DrafterError(_no_trees(target, "it takes no position_ids"))
     _tried[target] = None
@@ -252,7 +306,8 @@ def allow_trees(target: Target) -> None:
 
 @torch.no_grad()
 def _probe(target: Target) -> None:
-    """Raise DrafterError unless the second of two children is to the target what it is without the first."""
+    """Raise DrafterError unless the second of two children is to the target what it is without the
+    first."""
     was_training = target.model.training
     target.model.eval()
     try:
@@ -263,18 +318,26 @@ def _probe(target: Target) -> None:
         try:
             found = tree.read([ids[[3, 5, 4]]], [[-1, -1]])[0][0][-1].float()
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
-            raise DrafterError(_no_trees(target, f"it does not take their masks ({error})")) from None
+            raise DrafterError(
+                _no_trees(target, f"it does not take their masks ({error})")
+            ) from None
     finally:
         target.model.train(was_training)
     half = target.model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16)
-    if not torch.allclose(found, wanted, rtol=0.1 if half else 1e-3, atol=(0.1 if half else 1e-3) * float(wanted.abs().max())):
+    if not torch.allclose(
+        found,
+        wanted,
+        rtol=0.1 if half else 1e-3,
+        atol=(0.1 if half else 1e-3) * float(wanted.abs().max()),
+    ):
         raise DrafterError(_no_trees(target, "a token does not stay apart from its sibling there"))
 
 
 def no_way_back(target: Target) -> str:
     return (
-        f"{type(target.model).__name__} has layers whose state cannot be taken back by some tokens (a recurrence), which every "
-        "refused draft asks for. Decode it without its drafter: python -m trainer.generate"
+        f"{type(target.model).__name__} has layers whose state cannot be taken back by some tokens"
+        " (a recurrence), which every refused draft asks for. Decode it without its drafter:"
+        " python -m trainer.generate"
     )
 
 
@@ -288,4 +351,6 @@ def _no_trees(target: Target, why: str) -> str:
 def _added(mask: Bool[Tensor, "B N S"], dtype: torch.dtype) -> Float[Tensor, "B 1 N S"]:
     """What is added to attention scores."""
     there = mask.unsqueeze(1)
-    return torch.zeros(there.shape, dtype=dtype, device=mask.device).masked_fill(~there, torch.finfo(dtype).min)
+    return torch.zeros(there.shape, dtype=dtype, device=mask.device).masked_fill(
+        ~there, torch.finfo(dtype).min
+    )

@@ -1,12 +1,14 @@
-"""Which tokens to verify next: trees grown from a drafter's distributions (trainer.drafters.Growth).
+"""Which tokens to verify next: trees grown from a drafter's distributions
+(trainer.drafters.Growth).
 
     shape           a Growth, and a Drawing that says how its logits become nodes  ->  a Draft
     levels(paths)   a tree of a fixed form: node (0, 2) is the third child of the first child of the newest token; `chain` is one
     eagle2(..)      the `size` nodes of the largest product of draft probabilities, of those below the `top_k` best of each level
     dyspec(..)      the same with nothing left out
 
-A policy ends a tree early. It is asked before each level but the first and sees only what was drawn above it, so that what is written
-stays distributed as the target's: the tokens of a level are drawn after the decision that there is one.
+A policy ends a tree early. It is asked before each level but the first and sees only what was drawn
+above it, so that what is written stays distributed as the target's: the tokens of a level are drawn
+after the decision that there is one.
 """
 
 from __future__ import annotations
@@ -30,17 +32,38 @@ LONGEST = 32  # levels, where nothing else limits them
 
 # EAGLE-1's tree (its reference's choices.py), 25 nodes in 5 levels.
 EAGLE1: tuple[Path, ...] = (
-    (0,), (1,), (2,), (3,),
-    (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0),
-    (0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 2, 1), (1, 0, 0),
-    (0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 0, 2),
-    (0, 0, 0, 0, 0), (0, 0, 0, 0, 1),
-)  # fmt: skip
+    (0,),
+    (1,),
+    (2,),
+    (3,),
+    (0, 0),
+    (0, 1),
+    (0, 2),
+    (1, 0),
+    (1, 1),
+    (2, 0),
+    (2, 1),
+    (3, 0),
+    (0, 0, 0),
+    (0, 0, 1),
+    (0, 0, 2),
+    (0, 1, 0),
+    (0, 1, 1),
+    (0, 2, 0),
+    (0, 2, 1),
+    (1, 0, 0),
+    (0, 0, 0, 0),
+    (0, 0, 0, 1),
+    (0, 0, 0, 2),
+    (0, 0, 0, 0, 0),
+    (0, 0, 0, 0, 1),
+)
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How logits become nodes: drawn from `chances` of them, or without it the best ones. No node is deeper than `limit`."""
+    """How logits become nodes: drawn from `chances` of them, or without it the best ones. No node
+    is deeper than `limit`."""
 
     size: int  # V, the target's
     limit: int
@@ -60,51 +83,72 @@ class Policy(Protocol):
     """Whether to go on by one more level."""
 
     def __call__(self, top: Callable[[], float], alive: Callable[[], float]) -> bool:
-        """`top`: the largest probability of any token of that level, given its parent. `alive`: of all paths drawn, the largest
-        chance that every token of it is taken, by the drafter's `confidence` or, without, by its own probabilities of them."""
+        """`top`: the largest probability of any token of that level, given its parent. `alive`: of
+        all paths drawn, the largest chance that every token of it is taken, by the drafter's
+        `confidence` or, without, by its own probabilities of them."""
 
 
 def confident(threshold: float) -> Policy:
-    """Go on while the next level's best token has at least that probability (Kangaroo, arXiv 2404.18911, section 3.2: 0.6)."""
+    """Go on while the next level's best token has at least that probability (Kangaroo, arXiv
+    2404.18911, section 3.2: 0.6)."""
     return lambda top, alive: top() >= threshold
 
 
 def hopeful(threshold: float) -> Policy:
-    """Go on while the chance of a refusal, 1 - Π of the predicted acceptances, is at most `threshold` (SpecDec++, arXiv 2405.19715,
-    section 3: 0.3 to 0.9). Of a drafter that predicts none the draft's own probability of its token stands for it."""
+    """Go on while the chance of a refusal, 1 - Π of the predicted acceptances, is at most
+    `threshold` (SpecDec++, arXiv 2405.19715, section 3: 0.3 to 0.9). Of a drafter that predicts
+    none the draft's own probability of its token stands for it."""
     return lambda top, alive: 1 - alive() <= threshold
 
 
 class Levels:
     """A tree of a fixed form, given by its nodes' paths, level by level.
 
-    Where a `Drawing` has chances and not `best`, the i-th child is the i-th draw, without replacement or, with `replaced`, with it; else
-    it is the child of rank i. Tokens without any chance, of a draft vocabulary or after top-k and top-p, are drawn after all others, and
+    Where a `Drawing` has chances and not `best`, the i-th child is the i-th draw, without
+    replacement or, with `replaced`, with it; else it is the child of rank i. Tokens without any
+    chance, of a draft vocabulary or after top-k and top-p, are drawn after all others, and
     verification never takes them.
 
     Raises:
-        DrafterError: a node's parent is missing, a path is there twice; at a call, the drafter does not branch and the tree does, or a
+        DrafterError: a node's parent is missing, a path is there twice; at a call, the drafter does
+        not branch and the tree does, or a
             rank is beyond the drafter's vocabulary.
     """
 
     def __init__(
-        self, paths: Sequence[Sequence[int]], policy: Policy | None = None, replaced: bool = False, best: bool = False
+        self,
+        paths: Sequence[Sequence[int]],
+        policy: Policy | None = None,
+        replaced: bool = False,
+        best: bool = False,
     ):
         nodes = {tuple(path) for path in paths}
-        if not nodes or len(nodes) != len(paths) or any(rank < 0 for path in nodes for rank in path) or () in nodes:
+        if (
+            not nodes
+            or len(nodes) != len(paths)
+            or any(rank < 0 for path in nodes for rank in path)
+            or () in nodes
+        ):
             raise DrafterError(
-                "a tree is given by the paths of its nodes, each once, as [[0], [1], [0, 0]]: ranks count from 0"
+                "a tree is given by the paths of its nodes, each once, as [[0], [1], [0, 0]]: ranks"
+                " count from 0"
             )
         if lone := sorted(path for path in nodes if len(path) > 1 and path[:-1] not in nodes):
-            raise DrafterError(f"the tree's node {list(lone[0])} has no parent: add {list(lone[0][:-1])}")
+            raise DrafterError(
+                f"the tree's node {list(lone[0])} has no parent: add {list(lone[0][:-1])}"
+            )
         self.policy, self.replaced, self.best = policy, replaced, best
         self.branches = len({path[:-1] for path in nodes}) < len(nodes)
         depth = max(map(len, nodes))
-        self.levels = [sorted(path for path in nodes if len(path) == level) for level in range(1, depth + 1)]
+        self.levels = [
+            sorted(path for path in nodes if len(path) == level) for level in range(1, depth + 1)
+        ]
 
     def __call__(self, growth: Growth, drawing: Drawing) -> Draft:
         if self.branches and not growth.branches:
-            raise DrafterError("this drafter drafts one token after another, and the tree branches: use tree=chain")
+            raise DrafterError(
+                "this drafter drafts one token after another, and the tree branches: use tree=chain"
+            )
         depth = min(len(self.levels), growth.depth, drawing.limit)
         if depth < 1:
             return nothing()
@@ -132,7 +176,8 @@ class Levels:
             at = torch.tensor(kept, device=tokens.device)
             places, logits_above = on[at], logits
             logits = growth.below(
-                drawn.ids(nodes[at]), torch.tensor([added[paths[i][:-1]] for i in kept], device=tokens.device)
+                drawn.ids(nodes[at]),
+                torch.tensor([added[paths[i][:-1]] for i in kept], device=tokens.device),
             )
             above = [paths[i] for i in kept]
             added |= {path: len(added) - 1 + i for i, path in enumerate(above)}
@@ -141,7 +186,8 @@ class Levels:
                 if own is None:
                     own = logits_above.float().softmax(-1)[places, nodes[at]]
                 alive = alive[places] * own
-                # Only the chances of nodes that have children are kept; `places` counts in the rows of the level before.
+                # Only the chances of nodes that have children are kept; `places` counts in the rows
+                # of the level before.
                 if not self.policy(_largest(logits.float().softmax(-1)), _largest(alive)):
                     break
         return drawn.draft(parents, self.replaced and not self.best)
@@ -159,9 +205,10 @@ def chain(count: int, policy: Policy | None = None, best: bool = False) -> Level
 class Best:
     """The `size` nodes of the largest product of draft probabilities, chosen without chance.
 
-    Each level is grown below the `top_k` likeliest nodes of the one before (EAGLE-2, arXiv 2406.16858, section 4), or with top_k=None
-    below all that are among the `size` likeliest so far, which is greedy growth by estimated acceptance, node by node (DySpec, arXiv
-    2410.11744), in as many calls as there are levels.
+    Each level is grown below the `top_k` likeliest nodes of the one before (EAGLE-2, arXiv
+    2406.16858, section 4), or with top_k=None below all that are among the `size` likeliest so far,
+    which is greedy growth by estimated acceptance, node by node (DySpec, arXiv 2410.11744), in as
+    many calls as there are levels.
     """
 
     branches = True
@@ -171,7 +218,10 @@ class Best:
 
     def __call__(self, growth: Growth, drawing: Drawing) -> Draft:
         if not growth.branches:
-            raise DrafterError("this drafter drafts one token after another, and this tree branches: use tree=chain")
+            raise DrafterError(
+                "this drafter drafts one token after another, and this tree branches: use"
+                " tree=chain"
+            )
         depth = min(self.depth, growth.depth, drawing.limit)
         if depth < 1:
             return nothing()
@@ -179,7 +229,8 @@ class Best:
         wide = self.size if self.top_k is None else self.top_k
         logits = growth.first().unsqueeze(0)
         device = logits.device
-        above = torch.zeros(1, device=device)  # log-probabilities of the nodes that the rows of `logits` stand for
+        # log-probabilities of the nodes that the rows of `logits` stand for
+        above = torch.zeros(1, device=device)
         alive = torch.ones(1, device=device)
         in_pool = in_growth = torch.full((1,), -1, device=device)
         scores, tokens, parents, added = above[:0], in_pool[:0], in_pool[:0], 0
@@ -187,9 +238,14 @@ class Best:
             chances = logits.float().log_softmax(-1)
             children = chances.topk(min(wide, chances.shape[-1]), dim=-1)
             found = (above.unsqueeze(1) + children.values).flatten()
-            rows = torch.arange(len(above), device=device).repeat_interleave(children.values.shape[1])
+            rows = torch.arange(len(above), device=device).repeat_interleave(
+                children.values.shape[1]
+            )
             start = len(scores)
-            scores, tokens = torch.cat([scores, found]), torch.cat([tokens, children.indices.flatten()])
+            scores, tokens = (
+                torch.cat([scores, found]),
+                torch.cat([tokens, children.indices.flatten()]),
+            )
             parents = torch.cat([parents, in_pool[rows]])
             if level == depth:
                 break
@@ -202,22 +258,27 @@ class Best:
             next_logits = growth.below(drawn.ids(tokens[start + order]), in_growth[rows[order]])
             if self.policy is not None:
                 own = growth.confidence
-                alive = alive[rows[order]] * (children.values.flatten()[order].exp() if own is None else own)
+                alive = alive[rows[order]] * (
+                    children.values.flatten()[order].exp() if own is None else own
+                )
                 if not self.policy(_largest(next_logits.float().softmax(-1)), _largest(alive)):
                     break
             logits, above, in_pool = next_logits, found[order], start + order
             in_growth = added + torch.arange(len(order), device=device)
             added += len(order)
-        # Of equal ones those first drawn: a parent stands before its children, so that it is always with them.
+        # Of equal ones those first drawn: a parent stands before its children, so that it is always
+        # with them.
         kept = scores.sort(descending=True, stable=True).indices[: self.size].sort().values
-        numbers = torch.full((len(scores) + 1,), -1, device=device)  # the last for the newest token, which is -1
+        # the last for the newest token, which is -1
+        numbers = torch.full((len(scores) + 1,), -1, device=device)
         numbers[kept] = torch.arange(len(kept), device=device)
         drawn.add(tokens[kept], None, 0)
         return drawn.draft(numbers[parents[kept]].tolist(), False)
 
 
 def eagle2(top_k: int, depth: int, size: int, policy: Policy | None = None) -> Best:
-    """EAGLE-2's dynamic tree; its reference has top_k=10, depth=8 (a first level and 7 more) and size=59."""
+    """EAGLE-2's dynamic tree; its reference has top_k=10, depth=8 (a first level and 7 more) and
+    size=59."""
     return Best(size, depth, top_k, policy)
 
 
@@ -227,17 +288,23 @@ def dyspec(size: int, depth: int = LONGEST, policy: Policy | None = None) -> Bes
 
 
 def search(
-    acceptance: Sequence[Sequence[float]], cost: Sequence[float], tokens: Callable[[Sequence[Path]], float] | None = None
+    acceptance: Sequence[Sequence[float]],
+    cost: Sequence[float],
+    tokens: Callable[[Sequence[Path]], float] | None = None,
 ) -> list[Path]:
     """The fixed tree of the most tokens for its cost.
 
-    `acceptance[d][r]` is how often the child of rank r is right below a right node of depth d; cost[n] is what it takes, in any unit, to
-    draft and verify n tokens beside the newest one, n = 0 .. N. Nodes are added by their chance of being reached, at most N of them
-    (Medusa, arXiv 2401.10774, section 2.3.3); of these trees the one with the largest (1 + Σ chances) / cost is given, which may be
-    empty: then drafting does not pay. `tokens` says what a tree gives where that is known better than by Σ chances.
+    `acceptance[d][r]` is how often the child of rank r is right below a right node of depth d;
+    cost[n] is what it takes, in any unit, to draft and verify n tokens beside the newest one, n = 0
+    .. N. Nodes are added by their chance of being reached, at most N of them (Medusa, arXiv
+    2401.10774, section 2.3.3); of these trees the one with the largest (1 + Σ chances) / cost is
+    given, which may be empty: then drafting does not pay. `tokens` says what a tree gives where
+    that is known better than by Σ chances.
     """
     nodes: list[Path] = []
-    waiting: list[tuple[float, Path]] = [(-chance, (rank,)) for rank, chance in enumerate(acceptance[0])]
+    waiting: list[tuple[float, Path]] = [
+        (-chance, (rank,)) for rank, chance in enumerate(acceptance[0])
+    ]
     heapq.heapify(waiting)
     expected, best, size = 1.0, 1.0 / cost[0], 0
     while waiting and len(nodes) + 1 < len(cost):
@@ -258,9 +325,14 @@ _POLICIES = {"confidence": confident, "refusal": hopeful}
 
 
 def named(
-    tree: str, count: int | None = None, top_k: int = 10, size: int = 59, policy: str = "fixed", siblings: str = "without",
+    tree: str,
+    count: int | None = None,
+    top_k: int = 10,
+    size: int = 59,
+    policy: str = "fixed",
+    siblings: str = "without",
     paths: Sequence[Sequence[int]] | None = None,
-) -> Shape:  # fmt: skip
+) -> Shape:
     """The shape that a verb's options describe; for static trees `paths`, or EAGLE-1's.
 
     Raises:
@@ -269,28 +341,42 @@ def named(
     for name, value, known in (("tree", tree, TREES), ("siblings", siblings, SIBLINGS)):
         if value not in known:
             raise DrafterError(f"{name}={value}: one of {', '.join(known)}")
-    for name, number in (("count", 1 if count is None else count), ("top_k", top_k), ("size", size)):
+    for name, number in (
+        ("count", 1 if count is None else count),
+        ("top_k", top_k),
+        ("size", size),
+    ):
         if number < 1:
             raise DrafterError(f"{name}={number}: a number of at least 1")
     if paths is not None and tree != "static":
-        raise DrafterError(f"paths are a static tree's, and tree={tree}: set tree=static, or leave paths out")
+        raise DrafterError(
+            f"paths are a static tree's, and tree={tree}: set tree=static, or leave paths out"
+        )
     kind, _, threshold = policy.partition(":")
     goes_on = None
     if kind in _POLICIES:
         try:
             goes_on = _POLICIES[kind](float(threshold))
         except ValueError:
-            raise DrafterError(f"policy={policy}: a threshold from 0 to 1 belongs to it, as {kind}:0.6") from None
+            raise DrafterError(
+                f"policy={policy}: a threshold from 0 to 1 belongs to it, as {kind}:0.6"
+            ) from None
         if not 0 <= float(threshold) <= 1:
             raise DrafterError(f"policy={policy}: its threshold is a probability, from 0 to 1")
     elif policy != "fixed":
-        raise DrafterError(f"policy={policy}: one of fixed, {', '.join(f'{name}:THRESHOLD' for name in _POLICIES)}")
+        raise DrafterError(
+            f"policy={policy}: one of fixed, {', '.join(f'{name}:THRESHOLD' for name in _POLICIES)}"
+        )
     if tree == "eagle2":
         return eagle2(top_k, 8 if count is None else count, size, goes_on)
     if tree == "dyspec":
         return dyspec(size, LONGEST if count is None else count, goes_on)
     if tree == "static":
-        nodes = [path for path in (EAGLE1 if paths is None else paths) if count is None or len(path) <= count]
+        nodes = [
+            path
+            for path in (EAGLE1 if paths is None else paths)
+            if count is None or len(path) <= count
+        ]
         return Levels(nodes, goes_on, siblings in ("with", "spectr"), siblings == "best")
     return chain(LONGEST if count is None else count, goes_on, siblings == "best")
 
@@ -306,7 +392,8 @@ def _largest(values: Tensor) -> Callable[[], float]:
 
 
 class _Drawn:
-    """The nodes of a tree so far, whose tokens are places in the drafter's vocabulary until `ids` maps them."""
+    """The nodes of a tree so far, whose tokens are places in the drafter's vocabulary until `ids`
+    maps them."""
 
     def __init__(self, drawing: Drawing, vocabulary: Int[Tensor, " v"] | None):
         self.drawing, self.vocabulary = drawing, vocabulary
@@ -316,17 +403,30 @@ class _Drawn:
         self.q: Tensor | None = None
         self.count = 0
 
-    def children(self, logits: Float[Tensor, "m v"], width: int, best: bool, replaced: bool) -> Int[Tensor, "m width"]:
+    def children(
+        self, logits: Float[Tensor, "m v"], width: int, best: bool, replaced: bool
+    ) -> Int[Tensor, "m width"]:
         """Places, `width` for each row; remembers what they were drawn from."""
         if width > logits.shape[-1]:
-            raise DrafterError(f"the tree has {width} children of a node, and the drafter knows {logits.shape[-1]} tokens")
+            raise DrafterError(
+                f"the tree has {width} children of a node, and the drafter knows {logits.shape[-1]}"
+                " tokens"
+            )
         if self.drawing.chances is None or best:
             self.q = None
-            return logits.topk(width, dim=-1).indices if width > 1 else logits.max(-1, keepdim=True).indices
+            return (
+                logits.topk(width, dim=-1).indices
+                if width > 1
+                else logits.max(-1, keepdim=True).indices
+            )
         self.q = self.drawing.chances(logits)
         if width > 1 and not replaced:
             # An exponential race gives the draws in their order, those of no chance last.
-            race = torch.empty_like(self.q).exponential_(generator=self.drawing.generator).clamp_min_(1e-30)
+            race = (
+                torch.empty_like(self.q)
+                .exponential_(generator=self.drawing.generator)
+                .clamp_min_(1e-30)
+            )
             return (self.q / race).topk(width, dim=-1).indices
         return torch.multinomial(self.q, width, replacement=True, generator=self.drawing.generator)
 

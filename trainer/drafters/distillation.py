@@ -2,12 +2,14 @@
 
     L = Σ_k Σ_i w[k, i] loss(p_i, q_k,i)        p_i = softmax(head(h_i))        q_k,i a drafter's for the same token
 
-K drafted distributions stand against each of the teacher's, which is computed once for all of them. As in trainer.models.losses, a chunk's
-slopes at the logits are written out and taken through the head at once, so that no softmax outlives its chunk.
+K drafted distributions stand against each of the teacher's, which is computed once for all of them.
+As in trainer.models.losses, a chunk's slopes at the logits are written out and taken through the
+head at once, so that no softmax outlives its chunk.
 
-With half-precision products what is done to each logit takes longer than the products themselves, and most of that time goes into
-memory that is taken anew. So for ce and kl, whose slope is q - p, `Distillation.quickly` works in two tensors that are kept over all
-chunks, and what is of the teacher alone is computed once for the K.
+With half-precision products what is done to each logit takes longer than the products themselves,
+and most of that time goes into memory that is taken anew. So for ce and kl, whose slope is q - p,
+`Distillation.quickly` works in two tensors that are kept over all chunks, and what is of the
+teacher alone is computed once for the K.
 """
 
 from __future__ import annotations
@@ -28,26 +30,37 @@ KINDS = ("ce", "kl", "tv", "lk_alpha", "lk_hybrid")
 
 
 class _ChunkedDistillation(torch.autograd.Function):
-    """Weighted sum of distillation losses of K predictions for each of n teacher's positions, chunk by chunk of positions.
+    """Weighted sum of distillation losses of K predictions for each of n teacher's positions, chunk
+    by chunk of positions.
 
-    Forward: for each chunk, the teacher's probabilities once, and for each of the K the loss and its slope at the logits by hand, in
-    fp32; then by autograd through the head the slopes at h_c and at the head's parameters. Backward: those times the incoming scalar.
-    Shapes: hidden (K, n, d), teacher (n, d), weights (K, n); returns a scalar in fp32 and (4, K, n): loss, whether the teacher's best
-    guess was the best and among the `top` best guesses, Σ min(p, q).
-    Notes: of the teacher's (c, V) and one head's (c, v) logits there are never more than a chunk's. No second derivative.
+    Forward: for each chunk, the teacher's probabilities once, and for each of the K the loss and
+    its slope at the logits by hand, in fp32; then by autograd through the head the slopes at h_c
+    and at the head's parameters. Backward: those times the incoming scalar.
+    Shapes: hidden (K, n, d), teacher (n, d), weights (K, n); returns a scalar in fp32 and (4, K,
+    n): loss, whether the teacher's best guess was the best and among the `top` best guesses, Σ
+    min(p, q).
+    Notes: of the teacher's (c, V) and one head's (c, v) logits there are never more than a chunk's.
+    No second derivative.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, teacher: Tensor, weights: Tensor, how: Distillation, chunk: int, wanted: bool,
+        ctx: Any,
+        hidden: Tensor,
+        teacher: Tensor,
+        weights: Tensor,
+        how: Distillation,
+        chunk: int,
+        wanted: bool,
         *parameters: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         total = hidden.new_zeros((), dtype=torch.float32)
         found = hidden.new_zeros(4, *weights.shape, dtype=torch.float32)
         grad_hidden = torch.zeros_like(hidden) if wanted else None
         grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         kept: list[Tensor] = []
-        # Around all heads: fp32 weights that compute in half precision are cast once, and not for each of them.
+        # Around all heads: fp32 weights that compute in half precision are cast once, and not for
+        # each of them.
         with precision(hidden):
             for start in range(0, teacher.shape[0], chunk):
                 rows = slice(start, start + chunk)
@@ -64,7 +77,9 @@ class _ChunkedDistillation(torch.autograd.Function):
                     scale = weights[k, rows] * truth.inside
                     with torch.autocast(hidden.device.type, enabled=False):
                         if how.quick:
-                            loss, slopes, acceptance, guesses = how.quickly(truth, logits.detach(), kept)
+                            loss, slopes, acceptance, guesses = how.quickly(
+                                truth, logits.detach(), kept
+                            )
                         else:
                             log_q = F.log_softmax(logits.detach().float(), dim=-1)
                             loss, slopes, acceptance = how.loss(truth.p, log_q)
@@ -74,12 +89,20 @@ class _ChunkedDistillation(torch.autograd.Function):
                         guesses = guesses if how.vocabulary is None else how.vocabulary[guesses]
                         right = guesses == truth.best.unsqueeze(-1)
                         found[:, k, rows] = torch.stack(
-                            [loss * truth.inside, right[:, 0].float(), right.any(-1).float(), acceptance]
+                            [
+                                loss * truth.inside,
+                                right[:, 0].float(),
+                                right.any(-1).float(),
+                                acceptance,
+                            ]
                         )
                         if grad_hidden is not None:
                             slopes *= scale.unsqueeze(-1)
                             slope, *others = torch.autograd.grad(
-                                logits, [part, *parameters], slopes.to(logits.dtype), allow_unused=True
+                                logits,
+                                [part, *parameters],
+                                slopes.to(logits.dtype),
+                                allow_unused=True,
                             )
                             grad_hidden[k, rows] = slope
                             for grad, other in zip(grads, others, strict=True):
@@ -95,8 +118,18 @@ class _ChunkedDistillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, *grads = ctx.saved_tensors
-        scaled = [(grad * grad_loss).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return (grad_hidden * grad_loss.to(grad_hidden.dtype), None, None, None, None, None, *scaled)
+        scaled = [
+            (grad * grad_loss).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+        ]
+        return (
+            grad_hidden * grad_loss.to(grad_hidden.dtype),
+            None,
+            None,
+            None,
+            None,
+            None,
+            *scaled,
+        )
 
 
 @dataclass(frozen=True)
@@ -121,13 +154,15 @@ class Distillation:
         ce = - Σ p log q      kl = Σ p log (p / q)      tv = 1 - α      lk_alpha = - log α      lk_hybrid = w kl + (1 - w) tv
         α = Σ min(p, q), the chance that a token drawn from q is taken        w = exp(- eta α), a constant for the slope
 
-    (LK losses: arXiv 2602.23881.) With a draft `vocabulary` q is over those tokens. Then ce and kl take p over them only, renormalised,
-    α takes it as it is, and positions whose best token is not among them do not count (EAGLE-3's reference).
+    (LK losses: arXiv 2602.23881.) With a draft `vocabulary` q is over those tokens. Then ce and kl
+    take p over them only, renormalised, α takes it as it is, and positions whose best token is not
+    among them do not count (EAGLE-3's reference).
     """
 
     kind: str
     head: Head  # the teacher's, (n, d) -> (n, V)
-    heads: tuple[Head, ...]  # the drafter's: one for each of the K, or one for all; (n, d) -> (n, v)
+    # the drafter's: one for each of the K, or one for all; (n, d) -> (n, v)
+    heads: tuple[Head, ...]
     vocabulary: Int[Tensor, " v"] | None = None  # target ids, ascending
     eta: float = 3.0
     top: int = 5
@@ -152,8 +187,8 @@ class Distillation:
     def quickly(
         self, truth: Truth, logits: Float[Tensor, "c v"], kept: list[Tensor]
     ) -> tuple[Tensor, Float[Tensor, "c v"], Tensor, Int[Tensor, "c top"]]:
-        """(loss, its slope, α, best guesses) of ce or kl, as `loss` has them up to rounding. `kept` is an empty list at first; slopes are
-        good until the next call with it.
+        """(loss, its slope, α, best guesses) of ce or kl, as `loss` has them up to rounding. `kept`
+        is an empty list at first; slopes are good until the next call with it.
 
             log q = x - max x - log Σ exp(x - max x)
         """
@@ -170,7 +205,9 @@ class Distillation:
         q -= truth.whole
         return (ce if self.kind == "ce" else ce + truth.entropy), q, acceptance, guesses
 
-    def loss(self, p: Float[Tensor, "c v"], log_q: Float[Tensor, "c v"]) -> tuple[Tensor, Float[Tensor, "c v"], Tensor]:
+    def loss(
+        self, p: Float[Tensor, "c v"], log_q: Float[Tensor, "c v"]
+    ) -> tuple[Tensor, Float[Tensor, "c v"], Tensor]:
         """(loss (c,), its slope at the drafter's logits (c, v), α (c,))."""
         q = log_q.exp()
         acceptance = torch.minimum(p, q).sum(-1)
@@ -188,20 +225,33 @@ class Distillation:
             safe = acceptance.clamp_min(torch.finfo(acceptance.dtype).tiny)
             return -safe.log(), -rise / safe.unsqueeze(-1), acceptance
         w = torch.exp(-self.eta * acceptance)
-        return w * kl + (1 - w) * (1 - acceptance), w.unsqueeze(-1) * (q - whole) - (1 - w).unsqueeze(-1) * rise, acceptance
+        return (
+            w * kl + (1 - w) * (1 - acceptance),
+            w.unsqueeze(-1) * (q - whole) - (1 - w).unsqueeze(-1) * rise,
+            acceptance,
+        )
 
 
 def _renormalised(p: Tensor) -> Tensor:
-    """p / Σ p. Where the drafter's tokens have no chance at all, the position does not count, and must not be NaN either."""
+    """p / Σ p. Where the drafter's tokens have no chance at all, the position does not count, and
+    must not be NaN either."""
     return p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
 
 
 def chunked_distillation(
-    hidden: Float[Tensor, "K n d"], teacher: Float[Tensor, "n d"], weights: Float[Tensor, "K n"], how: Distillation, chunk: int,
+    hidden: Float[Tensor, "K n d"],
+    teacher: Float[Tensor, "n d"],
+    weights: Float[Tensor, "K n"],
+    how: Distillation,
+    chunk: int,
     parameters: tuple[Tensor, ...] = (),
-) -> tuple[Float[Tensor, ""], Float[Tensor, "4 K n"]]:  # fmt: skip
-    """(Σ_k Σ_i weights[k, i] loss[k, i], numbers): K drafted distributions, from `hidden`, for each token that the teacher's `hidden`
-    states predict; `parameters` are what the drafter's heads train. `numbers` are for each of them its loss, 1 where the drafter's best
-    guess is the teacher's, 1 where the teacher's is among the `top` best, and α; zeros where a chunk has no weights."""
+) -> tuple[Float[Tensor, ""], Float[Tensor, "4 K n"]]:
+    """(Σ_k Σ_i weights[k, i] loss[k, i], numbers): K drafted distributions, from `hidden`, for each
+    token that the teacher's `hidden` states predict; `parameters` are what the drafter's heads
+    train. `numbers` are for each of them its loss, 1 where the drafter's best guess is the
+    teacher's, 1 where the teacher's is among the `top` best, and α; zeros where a chunk has no
+    weights."""
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or bool(parameters))
-    return _ChunkedDistillation.apply(hidden, teacher.detach(), weights.float(), how, chunk, wanted, *parameters)
+    return _ChunkedDistillation.apply(
+        hidden, teacher.detach(), weights.float(), how, chunk, wanted, *parameters
+    )

@@ -1,4 +1,5 @@
-"""EAGLE-3's head: features of three depths of the target, and a loss on tokens only (Li et al. 2025, arXiv 2503.01840).
+"""EAGLE-3's head: features of three depths of the target, and a loss on tokens only (Li et al.
+2025, arXiv 2503.01840).
 
     g_t = fc [s_low ; s_mid ; s_high]_t
     a_t = g_t + Attention([input_layernorm(emb(x_{t+1})) ; hidden_norm(g_t)])        a_t += MLP(post_attention_layernorm(a_t))
@@ -6,15 +7,19 @@
 
     L = Σ_k β^(k-1) Σ_t CE(p_{t+k}, q_k[t])        β = 0.8, k = 1 .. K = 7
 
-s (B, T, d) are the states entering the target's layers 2, L/2 and L - 3; fc (d, 3d); q, k and v of the attention are (.., 2d), its heads,
-norms and rotary embeddings are the target's family's; lm_head (v, d) is of the draft vocabulary, the v tokens that are trained most often,
-and starts as the target's rows of those. All linear layers are without biases, since engines read EAGLE-3 heads as Llama's layers.
-p is the target's distribution over the draft vocabulary, renormalised; a position whose best token is not in it does not count.
+s (B, T, d) are the states entering the target's layers 2, L/2 and L - 3; fc (d, 3d); q, k and v of
+the attention are (.., 2d), its heads, norms and rotary embeddings are the target's family's;
+lm_head (v, d) is of the draft vocabulary, the v tokens that are trained most often, and starts as
+the target's rows of those. All linear layers are without biases, since engines read EAGLE-3 heads
+as Llama's layers. p is the target's distribution over the draft vocabulary, renormalised; a
+position whose best token is not in it does not count.
 
-The K passes of a row are computed as trainer.drafters.eagle says, with gradients through all of them. `fc_norm` and `norm_output` are
-EAGLE-3.1's (norms of s_low, s_mid and s_high before fc; norm(a_t) instead of a_t for the next token).
+The K passes of a row are computed as trainer.drafters.eagle says, with gradients through all of
+them. `fc_norm` and `norm_output` are EAGLE-3.1's (norms of s_low, s_mid and s_high before fc;
+norm(a_t) instead of a_t for the next token).
 
-`state` holds, besides the weights, what makes the draft vocabulary: d2t (v,) int64, target id - draft id, and t2d (V,) bool.
+`state` holds, besides the weights, what makes the draft vocabulary: d2t (v,) int64, target id -
+draft id, and t2d (V,) bool.
 """
 
 from __future__ import annotations
@@ -38,18 +43,36 @@ class Eagle3(Unrolled):
     """EAGLE-3's head; conf/drafter/eagle3.yaml says what the knobs mean.
 
     Raises:
-        DrafterError: the weights are not of K offsets, a knob is out of its range, or the model's decoder layers cannot be built.
+        DrafterError: the weights are not of K offsets, a knob is out of its range, or the model's
+        decoder layers cannot be built.
     """
 
     d2t: Tensor
     t2d: Tensor
 
     def __init__(
-        self, model: Any, offsets: int, depth: int | None, aux_layers: list[int] | None, draft_vocab_size: int | None,
-        coverage: float, train_head: bool, norm_output: bool, fc_norm: bool, init: str, weights: list[float] | None, beta: float,
-        weight: float, loss: str, eta: float, confidence: float | None, lr_scale: float,
-    ):  # fmt: skip
-        super().__init__(offsets, depth, weights, [beta**k for k in range(offsets)], weight, lr_scale, loss, eta)
+        self,
+        model: Any,
+        offsets: int,
+        depth: int | None,
+        aux_layers: list[int] | None,
+        draft_vocab_size: int | None,
+        coverage: float,
+        train_head: bool,
+        norm_output: bool,
+        fc_norm: bool,
+        init: str,
+        weights: list[float] | None,
+        beta: float,
+        weight: float,
+        loss: str,
+        eta: float,
+        confidence: float | None,
+        lr_scale: float,
+    ):
+        super().__init__(
+            offsets, depth, weights, [beta**k for k in range(offsets)], weight, lr_scale, loss, eta
+        )
         config = model.config.get_text_config()
         size, output = config.hidden_size, model.get_output_embeddings()
         _, vocabulary = features(output)
@@ -57,7 +80,9 @@ class Eagle3(Unrolled):
         self.layers = read_layers(len(model.get_decoder().layers), aux_layers)
         self.coverage, self.norm_output = coverage, norm_output
         self.fc = projection(model, len(self.layers) * size, size)
-        self.fc_norm = nn.ModuleList(final_norm(model, "random") for _ in self.layers) if fc_norm else None
+        self.fc_norm = (
+            nn.ModuleList(final_norm(model, "random") for _ in self.layers) if fc_norm else None
+        )
         self.norm = final_norm(model, init)
         drafted = vocabulary if draft_vocab_size is None else min(draft_vocab_size, vocabulary)
         self.lm_head = projection(model, size, drafted).requires_grad_(train_head)
@@ -81,14 +106,16 @@ class Eagle3(Unrolled):
         if self.vocabulary is None:
             return
         often = counts().to(self.d2t.device)
-        order = torch.sort(often, descending=True, stable=True).indices  # of equals the one with the smaller id first
+        # of equals the one with the smaller id first
+        order = torch.sort(often, descending=True, stable=True).indices
         shares = often[order].cumsum(0).double() / often.sum().clamp_min(1)
         size = len(self.d2t)
         if shares[size - 1] < self.coverage:
             enough = int((shares < self.coverage).sum()) + 1
             raise DrafterError(
-                f"drafter.draft_vocab_size={size}: these tokens are {float(shares[size - 1]):.1%} of the trained ones, and "
-                f"drafter.coverage asks for {self.coverage:.1%}: {enough} tokens would do, or set a smaller coverage"
+                f"drafter.draft_vocab_size={size}: these tokens are {float(shares[size - 1]):.1%}"
+                f" of the trained ones, and drafter.coverage asks for {self.coverage:.1%}: {enough}"
+                " tokens would do, or set a smaller coverage"
             )
         chosen = order[:size].sort().values
         self.d2t.copy_(chosen - torch.arange(size, device=chosen.device))
@@ -99,7 +126,9 @@ class Eagle3(Unrolled):
         assert features is not None, "the states of `layers`"
         if self.fc_norm is not None:
             parts = features.chunk(len(self.layers), dim=-1)
-            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+            features = torch.cat(
+                [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1
+            )
         return self.fc(features)
 
     def step(self, embedded: Tensor, hidden: Tensor, surroundings: Any) -> Tensor:
@@ -127,7 +156,8 @@ class Eagle3(Unrolled):
         return tuple(p for p in self.lm_head.parameters() if p.requires_grad)
 
     def state(self) -> dict[str, Tensor]:
-        """The weights, a head that is not trained among them, and d2t and t2d where the draft vocabulary is not the target's."""
+        """The weights, a head that is not trained among them, and d2t and t2d where the draft
+        vocabulary is not the target's."""
         state = super().state() | {"lm_head.weight": self.lm_head.weight.detach()}
         return state if self.vocabulary is None else state | {"d2t": self.d2t, "t2d": self.t2d}
 
@@ -136,7 +166,8 @@ class Eagle3(Unrolled):
             ids = torch.arange(len(state["d2t"])) + state["d2t"].cpu()
             if not torch.equal(ids, state["t2d"].cpu().nonzero()[:, 0]):
                 raise DrafterError(
-                    "d2t and t2d of these drafter weights name different tokens: target id = draft id + d2t[draft id]"
+                    "d2t and t2d of these drafter weights name different tokens: target id = draft"
+                    " id + d2t[draft id]"
                 )
         super().load_state(state)
 
@@ -149,8 +180,9 @@ class Eagle3(Unrolled):
 
 
 def read_layers(depth: int, wanted: list[int] | None) -> tuple[int, ...]:
-    """The states of the target that are read, as transformers counts hidden_states (0 the embeddings, i what layer i - 1 gives): the
-    `wanted` ones, or for None 2, L/2 and L - 3 of L = `depth` layers, and where these are not three others close to them.
+    """The states of the target that are read, as transformers counts hidden_states (0 the
+    embeddings, i what layer i - 1 gives): the `wanted` ones, or for None 2, L/2 and L - 3 of L =
+    `depth` layers, and where these are not three others close to them.
 
     Raises:
         DrafterError: the target has no such states, or they are not ascending.
@@ -158,18 +190,21 @@ def read_layers(depth: int, wanted: list[int] | None) -> tuple[int, ...]:
     if wanted is None:
         if depth >= 7:
             return 2, depth // 2, depth - 3
-        return (1, depth // 2, depth - 1) if depth >= 4 else tuple(range(max(0, depth - 2), depth + 1))
+        return (
+            (1, depth // 2, depth - 1) if depth >= 4 else tuple(range(max(0, depth - 2), depth + 1))
+        )
     if not wanted or list(wanted) != sorted(set(wanted)) or wanted[0] < 0 or wanted[-1] > depth:
         raise DrafterError(
-            f"drafter.aux_layers={list(wanted)}: give ascending numbers of the target's hidden_states, which are 0 (the embeddings) .. "
-            f"{depth} (what its last layer gives)"
+            f"drafter.aux_layers={list(wanted)}: give ascending numbers of the target's"
+            f" hidden_states, which are 0 (the embeddings) .. {depth} (what its last layer gives)"
         )
     return tuple(wanted)
 
 
 def wide_layer(model: Any, init: str) -> Any:
-    """A layer of the target's family whose attention reads an embedding and a feature side by side, without biases. With `init`
-    last_layer it is the target's last one as far as the feature goes, and what it makes of the embedding is 0.
+    """A layer of the target's family whose attention reads an embedding and a feature side by side,
+    without biases. With `init` last_layer it is the target's last one as far as the feature goes,
+    and what it makes of the embedding is 0.
 
     Raises:
         DrafterError: its parts are not where transformers' layers have them.
@@ -180,13 +215,16 @@ def wide_layer(model: Any, init: str) -> Any:
         narrow = getattr(attention, name, None)
         if not isinstance(narrow, nn.Linear):
             raise DrafterError(
-                f"{type(attention).__name__} has no linear {name}, so EAGLE-3's head cannot be built of it: set drafter=mtp_medusa, "
-                "whose heads need none of it, or drafter=none"
+                f"{type(attention).__name__} has no linear {name}, so EAGLE-3's head cannot be"
+                " built of it: set drafter=mtp_medusa, whose heads need none of it, or"
+                " drafter=none"
             )
         wide = projection(model, 2 * size, narrow.out_features)
         if init == "last_layer":
             with torch.no_grad():
-                wide.weight.copy_(torch.cat([torch.zeros_like(narrow.weight), narrow.weight], dim=1))
+                wide.weight.copy_(
+                    torch.cat([torch.zeros_like(narrow.weight), narrow.weight], dim=1)
+                )
         setattr(attention, name, wide)
     for module in layer.modules():
         if isinstance(module, nn.Linear):

@@ -1,19 +1,22 @@
-"""Hydra's heads, each given the drafted tokens before its own, and Hydra++ (Ankner et al. 2024, arXiv 2402.05109).
+"""Hydra's heads, each given the drafted tokens before its own, and Hydra++ (Ankner et al. 2024,
+arXiv 2402.05109).
 
     z_k = B_{k,n}( .. B_{k,1}([s_t ; e(x_{t+1}) ; .. ; e(x_{t+k})]) .. )        logits_k[t] = U_k z_k[t] predict x_{t+1+k}
     B_{k,1}(v) = R v + c + SiLU(W v + b)        B_{k,j}(z) = z + SiLU(W z + b)        L = w Σ_k Σ_t loss
 
-s (B, T, d) are the hidden states h that the target's output head reads, or with a `prefix` layer norm(Block(h)), where Block is one
-decoder layer of the target's family over h_1 .. h_t. e is the target's embedding and not trained; U_k (V, d) is a trained
-copy of the target's output layer for each head (`own_head`), or the target's own for all. Hydra++ has four blocks a head, the prefix
+s (B, T, d) are the hidden states h that the target's output head reads, or with a `prefix` layer
+norm(Block(h)), where Block is one decoder layer of the target's family over h_1 .. h_t. e is the
+target's embedding and not trained; U_k (V, d) is a trained copy of the target's output layer for
+each head (`own_head`), or the target's own for all. Hydra++ has four blocks a head, the prefix
 layer, and learns the target's distributions (loss=ce) in place of the rows' tokens (loss=labels).
 
-Heads start with W = 0 and b = c = 0, as the authors' do but for b, and with R = [I | 0 | .. ], which reads s_t: without a prefix layer as
-the target's own next-token head. Theirs start with a random R, so that their copied U_k reads nothing it knows; they also run one block
-n - 1 times where n - 1 blocks are meant. Dropout is on what each block and U_k are given.
+Heads start with W = 0 and b = c = 0, as the authors' do but for b, and with R = [I | 0 | .. ],
+which reads s_t: without a prefix layer as the target's own next-token head. Theirs start with a
+random R, so that their copied U_k reads nothing it knows; they also run one block n - 1 times where
+n - 1 blocks are meant. Dropout is on what each block and U_k are given.
 
-Tensors are named heads.{k}.0.linear, heads.{k}.0.res_connection, heads.{k}.{j}.linear and heads.{k}.{n} (U_k), k and j from 0, and
-prefix.block and prefix.norm.
+Tensors are named heads.{k}.0.linear, heads.{k}.0.res_connection, heads.{k}.{j}.linear and
+heads.{k}.{n} (U_k), k and j from 0, and prefix.block and prefix.norm.
 """
 
 from __future__ import annotations
@@ -31,13 +34,23 @@ from transformers import DynamicCache
 from trainer.drafters import Drafter, DrafterError, News, Seen, Target
 from trainer.drafters.distillation import KINDS
 from trainer.drafters.distilled import Distilled
-from trainer.drafters.layers import ahead, around, decoder_layer, final_norm, output_layer, precision, read_by, through
+from trainer.drafters.layers import (
+    ahead,
+    around,
+    decoder_layer,
+    final_norm,
+    output_layer,
+    precision,
+    read_by,
+    through,
+)
 from trainer.drafters.medusa import ResidualBlock
 from trainer.models.heads import Head
 
 
 class FirstBlock(nn.Module):
-    """R v + c + SiLU(W v + b), from `count` vectors of `size` side by side to one, in fp32; the first of them at the start."""
+    """R v + c + SiLU(W v + b), from `count` vectors of `size` side by side to one, in fp32; the
+    first of them at the start."""
 
     def __init__(self, size: int, count: int, device: torch.device):
         super().__init__()
@@ -54,9 +67,10 @@ class FirstBlock(nn.Module):
 class Prefix(nn.Module):
     """norm(Block(h)): a decoder layer and a norm, (B, T, d) to (B, T, d), both in fp32.
 
-    A random layer adds little to h, and with the mean of the target's final norm's weights in each place of the norm s is about as large
-    as h, so that heads start near the target's own. On one text of 400 tokens at SmolLM2-135M they then had 77 % of its next-token
-    probability in common (Σ min(p, q)), with ones for the norm 28 %, with copies of the last layer and the norm 2 %.
+    A random layer adds little to h, and with the mean of the target's final norm's weights in each
+    place of the norm s is about as large as h, so that heads start near the target's own. On one
+    text of 400 tokens at SmolLM2-135M they then had 77 % of its next-token probability in common (Σ
+    min(p, q)), with ones for the norm 28 %, with copies of the last layer and the norm 2 %.
     """
 
     def __init__(self, model: Any):
@@ -73,7 +87,8 @@ class Prefix(nn.Module):
 
 @dataclass
 class Memory:
-    """What is known of one sequence: the prefix layer's keys and values at the target's states. Drafted tokens never reach it."""
+    """What is known of one sequence: the prefix layer's keys and values at the target's states.
+    Drafted tokens never reach it."""
 
     cache: DynamicCache
 
@@ -82,33 +97,65 @@ class Hydra(Distilled):
     """K heads of `layers` blocks; conf/drafter/hydra.yaml says what the knobs mean.
 
     Raises:
-        DrafterError: an unknown `loss`, weights that are not of K offsets, less than one block, `confidence` that is not above 0 or
+        DrafterError: an unknown `loss`, weights that are not of K offsets, less than one block,
+        `confidence` that is not above 0 or
             with loss=labels, or a prefix layer that cannot be built of the model's.
     """
 
     def __init__(
-        self, model: Any, offsets: int, layers: int, own_head: bool, prefix: bool, dropout: float, loss: str, eta: float,
-        confidence: float | None, weights: list[float] | None, weight: float, lr_scale: float,
-    ):  # fmt: skip
+        self,
+        model: Any,
+        offsets: int,
+        layers: int,
+        own_head: bool,
+        prefix: bool,
+        dropout: float,
+        loss: str,
+        eta: float,
+        confidence: float | None,
+        weights: list[float] | None,
+        weight: float,
+        lr_scale: float,
+    ):
         if loss not in (choices := ("labels", *KINDS)):
             raise DrafterError(f"drafter.loss={loss}: one of {', '.join(choices)}")
-        super().__init__(offsets, weights, [1.0] * offsets, weight, lr_scale, "ce" if loss == "labels" else loss, eta)
+        super().__init__(
+            offsets,
+            weights,
+            [1.0] * offsets,
+            weight,
+            lr_scale,
+            "ce" if loss == "labels" else loss,
+            eta,
+        )
         if layers < 1:
-            raise DrafterError(f"drafter.layers={layers}, but a head without a block reads no drafted token: set at least 1")
+            raise DrafterError(
+                f"drafter.layers={layers}, but a head without a block reads no drafted token: set"
+                " at least 1"
+            )
         if loss == "labels" and confidence is not None:
             raise DrafterError(
-                f"drafter.confidence={confidence}, and with drafter.loss=labels no acceptance is known to learn from: set drafter.loss=ce "
-                "or another distance from the target's distributions, or leave drafter.confidence out"
+                f"drafter.confidence={confidence}, and with drafter.loss=labels no acceptance is"
+                " known to learn from: set drafter.loss=ce or another distance from the target's"
+                " distributions, or leave drafter.confidence out"
             )
         if not 0 <= dropout < 1:
             raise DrafterError(f"drafter.dropout={dropout}, and it is a share from 0 to below 1")
-        self.hard, self.dropout, self.own_head, self.blocks = loss == "labels", dropout, own_head, layers
+        self.hard, self.dropout, self.own_head, self.blocks = (
+            loss == "labels",
+            dropout,
+            own_head,
+            layers,
+        )
         output: Any = model.get_output_embeddings()
         size, device = model.config.get_text_config().hidden_size, output.weight.device
         self.prefix = Prefix(model) if prefix else None
         self.heads = nn.ModuleList()
         for k in range(1, offsets + 1):
-            blocks = [FirstBlock(size, k + 1, device), *(ResidualBlock(size, device) for _ in range(layers - 1))]
+            blocks = [
+                FirstBlock(size, k + 1, device),
+                *(ResidualBlock(size, device) for _ in range(layers - 1)),
+            ]
             self.heads.append(nn.Sequential(*blocks, *([output_layer(model)] if own_head else [])))
         self.predict_acceptance(model, confidence, offsets)
 
@@ -123,7 +170,9 @@ class Hydra(Distilled):
 
     def head_parameters(self) -> tuple[nn.Parameter, ...]:
         heads: Any = self.heads
-        return tuple(p for blocks in heads for p in blocks[-1].parameters()) if self.own_head else ()
+        return (
+            tuple(p for blocks in heads for p in blocks[-1].parameters()) if self.own_head else ()
+        )
 
     def states(self, seen: Seen, target: Target) -> Iterator[Float[Tensor, "B T d"]]:
         hidden = self._entering(seen.hidden)
@@ -136,7 +185,11 @@ class Hydra(Distilled):
             yield self.read(k, beside, seen.hidden)
 
     def loss(self, seen: Seen, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
-        return Drafter.loss(self, seen, target, chunk) if self.hard else super().loss(seen, target, chunk)
+        return (
+            Drafter.loss(self, seen, target, chunk)
+            if self.hard
+            else super().loss(seen, target, chunk)
+        )
 
     def start(self, target: Target) -> Memory:
         return Memory(DynamicCache())
@@ -146,15 +199,20 @@ class Hydra(Distilled):
         hidden = self._entering(news.hidden)
         if self.prefix is not None:
             before = memory.cache.get_seq_length()
-            positions = torch.arange(before, before + len(hidden), device=hidden.device).unsqueeze(0)
+            positions = torch.arange(before, before + len(hidden), device=hidden.device).unsqueeze(
+                0
+            )
             entering = hidden.unsqueeze(0)
             with precision(news.hidden):
-                hidden = self._entering(self.prefix(entering, around(target, entering, positions, memory.cache))[0])
+                hidden = self._entering(
+                    self.prefix(entering, around(target, entering, positions, memory.cache))[0]
+                )
         newest = self._entering(target.embed(news.ids[-1:]))
         return Paths(self, target, torch.cat([hidden[-1:], newest], dim=-1), news.hidden)
 
     def read(self, k: int, beside: Float[Tensor, "... c"], like: Tensor) -> Float[Tensor, "... d"]:
-        """What U_k reads, of s_t and k embeddings beside each other, c = (k + 1) d; computed and given in the dtype of `like`."""
+        """What U_k reads, of s_t and k embeddings beside each other, c = (k + 1) d; computed and
+        given in the dtype of `like`."""
         blocks: Any = self.heads[k - 1]
         with precision(like):
             for block in blocks[: self.blocks]:
@@ -167,7 +225,8 @@ class Hydra(Distilled):
 
 
 class Paths:
-    """The growth of Hydra's heads: what a node's is given are the embeddings of its path, those of a call together."""
+    """The growth of Hydra's heads: what a node's is given are the embeddings of its path, those of
+    a call together."""
 
     branches = True
     vocabulary: Int[Tensor, " v"] | None = None
@@ -176,7 +235,8 @@ class Paths:
     def __init__(self, drafter: Hydra, target: Target, root: Float[Tensor, "1 c"], like: Tensor):
         self.depth = drafter.offsets
         self._drafter, self._target, self._like = drafter, target, like
-        self._beside = [root[0]]  # for the newest token, then each node: s_t and the embeddings up to its own
+        # for the newest token, then each node: s_t and the embeddings up to its own
+        self._beside = [root[0]]
         self._read = [drafter.read(1, root, like)[0]]  # and what the head reads of it
 
     @torch.no_grad()
@@ -189,7 +249,9 @@ class Paths:
         above = torch.stack([self._beside[place] for place in places])
         beside = torch.cat([above, self._target.embed(tokens).to(above.dtype)], dim=-1)
         k = beside.shape[-1] // self._target.config.hidden_size - 1
-        self.confidence = self._drafter.predicted(k - 1, torch.stack([self._read[place] for place in places]))
+        self.confidence = self._drafter.predicted(
+            k - 1, torch.stack([self._read[place] for place in places])
+        )
         read = self._drafter.read(k, beside, self._like)
         self._beside += beside.unbind()
         self._read += read.unbind()

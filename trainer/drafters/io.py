@@ -23,31 +23,58 @@ from trainer.models.base import Base
 from trainer.storage.atomic import write_text
 
 FORMAT = 1
-# Settings that say how a drafter is trained, and not what its weights mean. Where they change the weights' shapes those are refused.
+# Settings that say how a drafter is trained, and not what its weights mean. Where they change the
+# weights' shapes those are refused.
 _OF_TRAINING = {
-    "offsets", "depth", "weights", "beta", "weight", "ramp", "loss", "eta", "lr_scale", "detach", "init", "noise", "feature_weight",
-    "token_weight", "dropout", "train_head", "coverage", "confidence",
-}  # fmt: skip
+    "offsets",
+    "depth",
+    "weights",
+    "beta",
+    "weight",
+    "ramp",
+    "loss",
+    "eta",
+    "lr_scale",
+    "detach",
+    "init",
+    "noise",
+    "feature_weight",
+    "token_weight",
+    "dropout",
+    "train_head",
+    "coverage",
+    "confidence",
+}
 
 
 def save(drafter: Drafter, settings: dict[str, Any], target: dict[str, Any], folder: Path) -> None:
-    """Write a drafter's folder. `settings` is its node of the config, `target` what it was trained for, as `trained_for` says it."""
+    """Write a drafter's folder. `settings` is its node of the config, `target` what it was trained
+    for, as `trained_for` says it."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous().cpu() for name, tensor in drafter.state().items()}
     temporary = folder / "model.safetensors.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(folder / "model.safetensors")
-    write_text(folder / "config.json", json.dumps({"format": FORMAT, "drafter": settings, "target": target}, indent=2) + "\n")
+    write_text(
+        folder / "config.json",
+        json.dumps({"format": FORMAT, "drafter": settings, "target": target}, indent=2) + "\n",
+    )
 
 
 def trained_for(base: Base, run: Path, step: int, adapter: dict[str, Any] | None) -> dict[str, Any]:
-    """What a drafter's folder notes of its target. `adapter` says which run, step and checkpoint its adapter is of; None is the base
-    alone."""
+    """What a drafter's folder notes of its target. `adapter` says which run, step and checkpoint
+    its adapter is of; None is the base alone."""
     sizes = base.config.get_text_config()
     return {
-        "base": base.path, "fingerprint": base.fingerprint, "tokenizer": _digest(base.tokenizer), "adapter": adapter,
-        "run": str(run), "step": step, "hidden_size": sizes.hidden_size, "vocab_size": sizes.vocab_size,
-    }  # fmt: skip
+        "base": base.path,
+        "fingerprint": base.fingerprint,
+        "tokenizer": _digest(base.tokenizer),
+        "adapter": adapter,
+        "run": str(run),
+        "step": step,
+        "hidden_size": sizes.hidden_size,
+        "vocab_size": sizes.vocab_size,
+    }
 
 
 def _digest(tokenizer: Any) -> str:
@@ -64,7 +91,11 @@ def folder_of(path: str) -> Path:
     run = (place / "run.yaml").exists()
     folder = place / "drafter" if run else place
     if not (folder / "config.json").exists():
-        why = "that run has no drafter, or has not ended yet" if run else "it is no drafter's folder: it has no config.json"
+        why = (
+            "that run has no drafter, or has not ended yet"
+            if run
+            else "it is no drafter's folder: it has no config.json"
+        )
         raise DrafterError(f"target.draft={path}: {why}")
     return folder
 
@@ -81,7 +112,8 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def check(folder: Path, base: Base, settings: dict[str, Any] | None = None) -> None:
-    """Refuse a folder whose drafter is not of this base, or was made with other `settings`, before anything is loaded.
+    """Refuse a folder whose drafter is not of this base, or was made with other `settings`, before
+    anything is loaded.
 
     Raises:
         DrafterError: with what differs.
@@ -89,7 +121,9 @@ def check(folder: Path, base: Base, settings: dict[str, Any] | None = None) -> N
     own, target = read(folder)
     _check_target(folder, target, base.config.get_text_config(), base.fingerprint)
     if target.get("tokenizer", digest := _digest(base.tokenizer)) != digest:
-        raise DrafterError(f"{folder} was trained for the tokens of another tokenizer than {base.path} has")
+        raise DrafterError(
+            f"{folder} was trained for the tokens of another tokenizer than {base.path} has"
+        )
     wanted = own if settings is None else settings
     different = [
         f"drafter.{key}: {own.get(key)!r} there, {wanted.get(key)!r} here"
@@ -113,52 +147,72 @@ def fill(drafter: Drafter, folder: Path) -> None:
     drafter.load_state(tensors)
     spoilt = [name for name, tensor in drafter.state().items() if not torch.isfinite(tensor).all()]
     if spoilt:
-        raise DrafterError(f"{folder / 'model.safetensors'} holds NaN or infinite values in {', '.join(spoilt[:5])}")
+        raise DrafterError(
+            f"{folder / 'model.safetensors'} holds NaN or infinite values in"
+            f" {', '.join(spoilt[:5])}"
+        )
 
 
 def load(folder: Path, model: Any, fingerprint: str | None = None) -> Drafter:
-    """The drafter of a folder, made for a plain transformers model on that model's device, in eval mode. With the `fingerprint`
-    of the model's base, a drafter of another base is refused; without it, only one whose sizes or tensors do not fit.
+    """The drafter of a folder, made for a plain transformers model on that model's device, in eval
+    mode. With the `fingerprint` of the model's base, a drafter of another base is refused; without
+    it, only one whose sizes or tensors do not fit.
 
-    A folder may come from a stranger: its settings are held against the files of conf/drafter, and nothing else is made.
+    A folder may come from a stranger: its settings are held against the files of conf/drafter, and
+    nothing else is made.
 
     Raises:
-        DrafterError: the folder is not what `save` writes, is not of this model, or its weights are incomplete or not finite.
+        DrafterError: the folder is not what `save` writes, is not of this model, or its weights are
+        incomplete or not finite.
     """
     settings, target = read(folder)
     _check_target(folder, target, model.config.get_text_config(), fingerprint)
     drafter: Drafter = get_class(settings["_target_"])(
-        model=model, **{key: value for key, value in settings.items() if key not in schema.INSTANTIATE_KEYS}
+        model=model,
+        **{key: value for key, value in settings.items() if key not in schema.INSTANTIATE_KEYS},
     )
     fill(drafter, folder)
     return drafter.eval()
 
 
-def _check_target(folder: Path, target: dict[str, Any], sizes: Any, fingerprint: str | None) -> None:
+def _check_target(
+    folder: Path, target: dict[str, Any], sizes: Any, fingerprint: str | None
+) -> None:
     for name in ("hidden_size", "vocab_size"):
         if target.get(name) != (own := getattr(sizes, name)):
             raise DrafterError(
-                f"{folder} is a drafter for {target.get('base')}, whose {name} is {target.get(name)}; this model's is {own}"
+                f"{folder} is a drafter for {target.get('base')}, whose {name} is"
+                f" {target.get(name)}; this model's is {own}"
             )
     if fingerprint is not None and target.get("fingerprint") != fingerprint:
-        raise DrafterError(f"{folder} was trained for {target.get('base')}, and this base's weights are others")
+        raise DrafterError(
+            f"{folder} was trained for {target.get('base')}, and this base's weights are others"
+        )
 
 
 def _content(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise DrafterError(f"{file} cannot be read, so {file.parent} is no drafter's folder: {error}") from None
+        raise DrafterError(
+            f"{file} cannot be read, so {file.parent} is no drafter's folder: {error}"
+        ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         written = content.get("format") if isinstance(content, dict) else None
-        raise DrafterError(f"{file} is of the format {written!r}, and this version of Graft reads {FORMAT}")
+        raise DrafterError(
+            f"{file} is of the format {written!r}, and this version of Graft reads {FORMAT}"
+        )
     if not all(isinstance(content.get(key), dict) for key in ("drafter", "target")):
         raise DrafterError(f"{file} has to hold the mappings drafter and target")
     return content
 
 
 def _check_settings(settings: dict[str, Any], file: Path) -> None:
-    tables = [table for name in schema.options("drafter") if (table := schema.load(f"drafter/{name}")).target]
+    tables = [
+        table
+        for name in schema.options("drafter")
+        if (table := schema.load(f"drafter/{name}")).target
+    ]
     made = settings.get("_target_")
     fitting = [table for table in tables if table.target == made]
     if not fitting:

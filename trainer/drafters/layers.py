@@ -1,7 +1,9 @@
-"""What drafters that are trained on a target's hidden states share: their knobs, and decoder layers of the target's own family.
+"""What drafters that are trained on a target's hidden states share: their knobs, and decoder layers
+of the target's own family.
 
-A layer of a drafter is of the class, the sizes and the kind of attention (full, or sliding over the same window) of the target's
-last one. Rotary embeddings are the target's. Rows of a packed sequence are told apart by positions that do not go on.
+A layer of a drafter is of the class, the sizes and the kind of attention (full, or sliding over the
+same window) of the target's last one. Rotary embeddings are the target's. Rows of a packed sequence
+are told apart by positions that do not go on.
 """
 
 from __future__ import annotations
@@ -25,25 +27,39 @@ from trainer.models.heads import Head, after_output
 
 _NORMS = ("norm", "final_layernorm", "final_layer_norm")
 _TAKEN = {"attention_mask", "position_ids", "past_key_values", "position_embeddings"}
-_MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+_MASKS = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+}
 
 
 class Heads(Drafter):
-    """The knobs of all methods: `weights` of the offsets' losses or, where they are None, `default`; `weight` multiplies them all.
+    """The knobs of all methods: `weights` of the offsets' losses or, where they are None,
+    `default`; `weight` multiplies them all.
 
     Raises:
         DrafterError: `offsets` is less than 1, or there is not one weight for each of them.
     """
 
     def __init__(
-        self, offsets: int, weights: list[float] | None, default: list[float], weight: float, detach: bool, lr_scale: float
+        self,
+        offsets: int,
+        weights: list[float] | None,
+        default: list[float],
+        weight: float,
+        detach: bool,
+        lr_scale: float,
     ):
         super().__init__()
         if offsets < 1:
-            raise DrafterError(f"drafter.offsets={offsets}, but a drafter predicts at least 1 token beyond the next")
+            raise DrafterError(
+                f"drafter.offsets={offsets}, but a drafter predicts at least 1 token beyond the"
+                " next"
+            )
         if weights is not None and len(weights) != offsets:
             raise DrafterError(
-                f"drafter.weights={list(weights)} are {len(weights)}, and drafter.offsets={offsets}: give one for each, or null"
+                f"drafter.weights={list(weights)} are {len(weights)}, and"
+                f" drafter.offsets={offsets}: give one for each, or null"
             )
         self.offsets = offsets
         self.weights = [weight * float(one) for one in (default if weights is None else weights)]
@@ -60,10 +76,11 @@ def decayed(beta: float, count: int) -> list[float]:
 
 
 def decoder_layer(model: Any, init: str) -> nn.Module:
-    """A trained fp32 layer of the class of the model's last one, keeping its keys and values as a cache's layer 0.
+    """A trained fp32 layer of the class of the model's last one, keeping its keys and values as a
+    cache's layer 0.
 
-    `init` is random, as transformers starts the model's own, or last_layer, a copy of the weights, dequantised where they are
-    packed. On the meta device where the model is.
+    `init` is random, as transformers starts the model's own, or last_layer, a copy of the weights,
+    dequantised where they are packed. On the meta device where the model is.
 
     Raises:
         DrafterError: the model's layers cannot be built and called that way; the message says why.
@@ -82,16 +99,23 @@ def decoder_layer(model: Any, init: str) -> nn.Module:
 
 
 def final_norm(model: Any, init: str) -> nn.Module:
-    """A trained fp32 norm of the class of the model's last one: as transformers starts it, or with `init` last_layer a copy.
+    """A trained fp32 norm of the class of the model's last one: as transformers starts it, or with
+    `init` last_layer a copy.
 
     Raises:
-        DrafterError: the norm is not where transformers' decoders have it, or its layers are not as `decoder_layer` needs them.
+        DrafterError: the norm is not where transformers' decoders have it, or its layers are not as
+        `decoder_layer` needs them.
     """
     _layers(model)
     decoder = model.get_decoder()
-    own = next((norm for name in _NORMS if (norm := getattr(decoder, name, None)) is not None), None)
+    own = next(
+        (norm for name in _NORMS if (norm := getattr(decoder, name, None)) is not None), None
+    )
     if own is None:
-        raise DrafterError(f"{type(decoder).__name__} has no final norm that is called {', '.join(_NORMS)}: {_INSTEAD}")
+        raise DrafterError(
+            f"{type(decoder).__name__} has no final norm that is called {', '.join(_NORMS)}:"
+            f" {_INSTEAD}"
+        )
     norm = _fresh(model, lambda: copy.deepcopy(own))
     if init == "last_layer":
         _copy_weights(own, norm)
@@ -107,13 +131,16 @@ def output_layer(model: Any) -> nn.Linear:
     """A trained fp32 copy of the model's output layer, (V, d), dequantised where it is packed."""
     own = model.get_output_embeddings()
     inputs, outputs = features(own)
-    layer = _fresh(model, lambda: nn.Linear(inputs, outputs, bias=getattr(own, "bias", None) is not None))
+    layer = _fresh(
+        model, lambda: nn.Linear(inputs, outputs, bias=getattr(own, "bias", None) is not None)
+    )
     _copy_weights(own, layer)
     return layer
 
 
 def read_by(layer: nn.Linear, target: Target) -> Head:
-    """From hidden states (n, d) to logits (n, V) by an `output_layer`, with the scale or the cap that follows the target's own."""
+    """From hidden states (n, d) to logits (n, V) by an `output_layer`, with the scale or the cap
+    that follows the target's own."""
     finish = after_output(target.config)
 
     def head(hidden: Tensor) -> Tensor:
@@ -130,15 +157,25 @@ def _layers(model: Any) -> nn.ModuleList:
     decoder, name = model.get_decoder(), type(model).__name__
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise DrafterError(f"{name} has no get_decoder().layers, so a head of decoder layers cannot be built: {_INSTEAD}")
+        raise DrafterError(
+            f"{name} has no get_decoder().layers, so a head of decoder layers cannot be built:"
+            f" {_INSTEAD}"
+        )
     if getattr(decoder, "rotary_emb", None) is None:
-        raise DrafterError(f"{name}'s positions are not rotary embeddings that its layers are given: {_INSTEAD}")
+        raise DrafterError(
+            f"{name}'s positions are not rotary embeddings that its layers are given: {_INSTEAD}"
+        )
     missing = _TAKEN - inspect.signature(type(layers[-1]).forward).parameters.keys()
     if missing:
-        raise DrafterError(f"{type(layers[-1]).__name__} does not take {', '.join(sorted(missing))}: {_INSTEAD}")
+        raise DrafterError(
+            f"{type(layers[-1]).__name__} does not take {', '.join(sorted(missing))}: {_INSTEAD}"
+        )
     kind = _kind(model.config.get_text_config())
     if kind not in _MASKS:
-        raise DrafterError(f"{name}'s last layer is of the kind {kind}, and heads are built of {', '.join(_MASKS)}: {_INSTEAD}")
+        raise DrafterError(
+            f"{name}'s last layer is of the kind {kind}, and heads are built of"
+            f" {', '.join(_MASKS)}: {_INSTEAD}"
+        )
     return layers
 
 
@@ -169,23 +206,37 @@ def _copy_weights(source: nn.Module, into: nn.Module) -> None:
     with torch.no_grad():
         for name, module in into.named_modules():
             own: Any = source.get_submodule(name)
-            for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            for key, tensor in [
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ]:
                 packed = key == "weight" and is_linear(own)
                 tensor.copy_(float_weight(own) if packed else getattr(own, key))
 
 
 def around(
-    target: Target, hidden: Float[Tensor, "B T d"], positions: Int[Tensor, "B T"], cache: DynamicCache | None = None
+    target: Target,
+    hidden: Float[Tensor, "B T d"],
+    positions: Int[Tensor, "B T"],
+    cache: DynamicCache | None = None,
 ) -> Any:
-    """What a `decoder_layer` is given beside `hidden`, of which only the shape, dtype and device count. Without a cache, rows of a
-    packed sequence do not see each other; with one it is a single row, and `positions` follow what the cache holds."""
+    """What a `decoder_layer` is given beside `hidden`, of which only the shape, dtype and device
+    count. Without a cache, rows of a packed sequence do not see each other; with one it is a single
+    row, and `positions` follow what the cache holds."""
     mask: Any = _MASKS[_kind(target.config)](
-        config=target.config, inputs_embeds=hidden, attention_mask=None, past_key_values=cache, position_ids=positions
+        config=target.config,
+        inputs_embeds=hidden,
+        attention_mask=None,
+        past_key_values=cache,
+        position_ids=positions,
     )
     return {
-        "attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": cache is not None,
+        "attention_mask": mask,
+        "position_ids": positions,
+        "past_key_values": cache,
+        "use_cache": cache is not None,
         "position_embeddings": rotations(target, hidden, positions),
-    }  # fmt: skip
+    }
 
 
 def rotations(target: Target, hidden: Float[Tensor, "B T d"], positions: Int[Tensor, "B T"]) -> Any:
@@ -201,15 +252,19 @@ def window(target: Target) -> int | None:
     return target.config.sliding_window if _kind(target.config) == "sliding_attention" else None
 
 
-def through(layer: nn.Module, hidden: Float[Tensor, "B T d"], surroundings: Any) -> Float[Tensor, "B T d"]:
+def through(
+    layer: nn.Module, hidden: Float[Tensor, "B T d"], surroundings: Any
+) -> Float[Tensor, "B T d"]:
     """The output of a `decoder_layer`, given what `around` makes."""
     out = layer(hidden, **surroundings)
     return out[0] if isinstance(out, tuple) else out
 
 
 def ahead(k: int, seen: Seen, target: Target) -> Float[Tensor, "B T d"]:
-    """The target's embeddings of x_{t+k}, zeros where that is not of t's row; no gradient reaches them."""
-    same = seen.positions.roll(-k, dims=1) == seen.positions + k  # what rolls over has too small a position
+    """The target's embeddings of x_{t+k}, zeros where that is not of t's row; no gradient reaches
+    them."""
+    # what rolls over has too small a position
+    same = seen.positions.roll(-k, dims=1) == seen.positions + k
     with torch.no_grad():
         embedded = target.embed(seen.ids.roll(-k, dims=1))
     return embedded.masked_fill(~same.unsqueeze(-1), 0.0)
@@ -223,8 +278,9 @@ def precision(hidden: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 class Independent:
-    """The growth of heads that know nothing of drafted tokens: all nodes of a depth have the same logits. `logits` gives those of an
-    offset (V,), and is asked once for each that a strategy comes to."""
+    """The growth of heads that know nothing of drafted tokens: all nodes of a depth have the same
+    logits. `logits` gives those of an offset (V,), and is asked once for each that a strategy comes
+    to."""
 
     branches = True
     vocabulary: Int[Tensor, " v"] | None = None

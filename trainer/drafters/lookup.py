@@ -1,9 +1,10 @@
-"""Prompt lookup (Saxena 2023; Somasundaram et al. 2024, arXiv 2411.04713): what followed the last few tokens earlier in the text.
+"""Prompt lookup (Saxena 2023; Somasundaram et al. 2024, arXiv 2411.04713): what followed the last
+few tokens earlier in the text.
 
     x_{t-n+1} .. x_t = x_{s-n+1} .. x_s        draft = x_{s+1} .. x_{s+count}        s < t, the longest n <= `longest` that is found
 
-Nothing is trained and nothing of the target is read. Of several places s the last one is taken that `count` tokens follow, else the
-first, after which most tokens stand.
+Nothing is trained and nothing of the target is read. Of several places s the last one is taken that
+`count` tokens follow, else the first, after which most tokens stand.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class Memory:
 
 
 class PromptLookup(Untrained):
-    """Chains of up to `count` tokens, chosen without chance, copied from behind the last `longest` tokens or fewer; the strategy is
-    not asked.
+    """Chains of up to `count` tokens, chosen without chance, copied from behind the last `longest`
+    tokens or fewer; the strategy is not asked.
 
     Raises:
         DrafterError: a number is less than 1.
@@ -36,7 +37,9 @@ class PromptLookup(Untrained):
     def __init__(self, count: int = 10, longest: int = 3):
         for name, value in (("count", count), ("longest", longest)):
             if value < 1:
-                raise DrafterError(f"{name}={value}: prompt lookup copies at least 1 token behind at least 1")
+                raise DrafterError(
+                    f"{name}={value}: prompt lookup copies at least 1 token behind at least 1"
+                )
         super().__init__(count)
         self.longest = longest
 

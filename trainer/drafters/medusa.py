@@ -1,17 +1,21 @@
-"""Medusa's heads (Cai et al. 2024, arXiv 2401.10774, section 2.1.1): no attention, and nothing to remember while decoding.
+"""Medusa's heads (Cai et al. 2024, arXiv 2401.10774, section 2.1.1): no attention, and nothing to
+remember while decoding.
 
     z_k = R_{k,n}( .. R_{k,1}(h) .. )        R(h) = h + SiLU(W h + b)        logits_k[t] = U_k z_k[t] predict x_{t+1+k}
     L = w r Σ_k β^k Σ_t CE        w = 0.2 and β = 0.8 are the authors', r = 1 but for a `ramp`
 
-h (B, T, d) are the hidden states that the target's output head reads. W = 0 and b = 0 at the start, where all heads are the target's own
-next-token head; the authors leave b random, and their code runs one block n times where n blocks are meant. U_k (V, d) is a trained copy
-of the target's output layer for each head (`Medusa` with own_head), or the target's own for all of them (their version 2).
+h (B, T, d) are the hidden states that the target's output head reads. W = 0 and b = 0 at the start,
+where all heads are the target's own next-token head; the authors leave b random, and their code
+runs one block n times where n blocks are meant. U_k (V, d) is a trained copy of the target's output
+layer for each head (`Medusa` with own_head), or the target's own for all of them (their version 2).
 
-Medusa-1 trains the heads alone, Medusa-2 (section 2.2.2) with an adapter: detach=false, lr_scale=4, and a ramp or a first stage without
-the adapter, as untrained heads would spoil it. Their self-distillation loss on the target's own head is not here: the task's is hard.
+Medusa-1 trains the heads alone, Medusa-2 (section 2.2.2) with an adapter: detach=false, lr_scale=4,
+and a ramp or a first stage without the adapter, as untrained heads would spoil it. Their
+self-distillation loss on the target's own head is not here: the task's is hard.
 
-Tensors are named as in Medusa's files behind `heads.`: {k}.{j}.linear.weight (d, d) and .bias (d,) of block j, both counted from 0, and
-{k}.{n}.weight (V, d), with a .bias that their files have no place for where the target's output layer has one.
+Tensors are named as in Medusa's files behind `heads.`: {k}.{j}.linear.weight (d, d) and .bias (d,)
+of block j, both counted from 0, and {k}.{n}.weight (V, d), with a .bias that their files have no
+place for where the target's output layer has one.
 """
 
 from __future__ import annotations
@@ -44,24 +48,38 @@ class ResidualBlock(nn.Module):
 
 
 class MedusaHeads(Heads):
-    """K heads of `layers` residual blocks on the target's output head; conf/drafter/mtp_medusa.yaml says what the knobs mean.
+    """K heads of `layers` residual blocks on the target's output head; conf/drafter/mtp_medusa.yaml
+    says what the knobs mean.
 
     Raises:
         DrafterError: the weights are not of K offsets, or there is less than one block.
     """
 
     def __init__(
-        self, model: Any, offsets: int, layers: int, weights: list[float] | None, beta: float, weight: float, detach: bool,
+        self,
+        model: Any,
+        offsets: int,
+        layers: int,
+        weights: list[float] | None,
+        beta: float,
+        weight: float,
+        detach: bool,
         lr_scale: float,
-    ):  # fmt: skip
-        super().__init__(offsets, weights, [beta**k for k in range(1, offsets + 1)], weight, detach, lr_scale)
+    ):
+        super().__init__(
+            offsets, weights, [beta**k for k in range(1, offsets + 1)], weight, detach, lr_scale
+        )
         if layers < 1:
-            raise DrafterError(f"drafter.layers={layers}, but a head without a block is the target's own: set at least 1")
+            raise DrafterError(
+                f"drafter.layers={layers}, but a head without a block is the target's own: set at"
+                " least 1"
+            )
         output: Any = model.get_output_embeddings()
         size = model.config.get_text_config().hidden_size
         self.blocks = layers
         self.heads = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(size, output.weight.device) for _ in range(layers))) for _ in range(offsets)
+            nn.Sequential(*(ResidualBlock(size, output.weight.device) for _ in range(layers)))
+            for _ in range(offsets)
         )
 
     def states(self, seen: Seen, target: Target) -> Iterator[Float[Tensor, "B T d"]]:
@@ -74,7 +92,9 @@ class MedusaHeads(Heads):
     @torch.no_grad()
     def grow(self, memory: None, target: Target, news: News) -> Independent:
         newest = news.hidden[-1:]
-        return Independent(self.offsets, lambda k: self.head_of(k, target)[0](self._read(k, newest))[0])
+        return Independent(
+            self.offsets, lambda k: self.head_of(k, target)[0](self._read(k, newest))[0]
+        )
 
     def _read(self, k: int, hidden: Tensor) -> Tensor:
         blocks: Any = self.heads[k - 1]
@@ -83,16 +103,26 @@ class MedusaHeads(Heads):
 
 
 class Medusa(MedusaHeads):
-    """Medusa's heads with output layers of their own where `own_head` says so; conf/drafter/medusa.yaml says what the knobs mean.
+    """Medusa's heads with output layers of their own where `own_head` says so;
+    conf/drafter/medusa.yaml says what the knobs mean.
 
     Raises:
         DrafterError: as MedusaHeads, or `ramp` is none of its ways.
     """
 
     def __init__(
-        self, model: Any, offsets: int, layers: int, own_head: bool, weights: list[float] | None, beta: float, weight: float,
-        ramp: str | int | None, detach: bool, lr_scale: float,
-    ):  # fmt: skip
+        self,
+        model: Any,
+        offsets: int,
+        layers: int,
+        own_head: bool,
+        weights: list[float] | None,
+        beta: float,
+        weight: float,
+        ramp: str | int | None,
+        detach: bool,
+        lr_scale: float,
+    ):
         super().__init__(model, offsets, layers, weights, beta, weight, detach, lr_scale)
         if ramp not in (None, "sine") and (not isinstance(ramp, int) or ramp < 1):
             raise DrafterError(f"drafter.ramp={ramp}: null, sine, or a number of steps from 1")
@@ -116,8 +146,9 @@ class Medusa(MedusaHeads):
 
 
 def risen(ramp: str | int | None, step: int, steps: int) -> float:
-    """The factor of the heads' loss at a 0-based step of a run's: sin(π/2 (step + 1) / steps) with `sine`, as the authors' joint
-    training with self-distilled data has it; rising linearly over so many steps with a number; 1 with None."""
+    """The factor of the heads' loss at a 0-based step of a run's: sin(π/2 (step + 1) / steps) with
+    `sine`, as the authors' joint training with self-distilled data has it; rising linearly over so
+    many steps with a number; 1 with None."""
     if ramp is None:
         return 1.0
     if isinstance(ramp, int):

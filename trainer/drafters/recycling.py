@@ -1,12 +1,15 @@
-"""Token Recycling (Luo et al. 2024, arXiv 2408.08696): the target's own runners-up, kept for when their token comes again.
+"""Token Recycling (Luo et al. 2024, arXiv 2408.08696): the target's own runners-up, kept for when
+their token comes again.
 
-    M (V, k) int32: row v holds the k likeliest tokens after v, best first, as the target last saw it; -1 where it never did
-    after each pass of the target:  M[v] = top-k of its logits after v, for all v that it read, refused drafts too
-    draft: the node of rank r below a node v is M[v, r], in a tree whose shape never changes
+    M (V, k) int32: row v holds the k likeliest tokens after v, best first, as the target last saw
+    it; -1 where it never did after each pass of the target:  M[v] = top-k of its logits after v,
+    for all v that it read, refused drafts too draft: the node of rank r below a node v is M[v, r],
+    in a tree whose shape never changes
 
-Nothing is trained. k = 8 and 80 nodes are the paper's, and 8 V tokens of four bytes are less than 2 MB for a vocabulary of 49,152. Its
-tree is only drawn there; this one holds the nodes that are likeliest to be reached where the candidate of rank r = 1, 2 .. is right
-with the chance 0.45 r^-1.3. M is kept from one sequence to the next, as there.
+Nothing is trained. k = 8 and 80 nodes are the paper's, and 8 V tokens of four bytes are less than 2
+MB for a vocabulary of 49,152. Its tree is only drawn there; this one holds the nodes that are
+likeliest to be reached where the candidate of rank r = 1, 2 .. is right with the chance 0.45
+r^-1.3. M is kept from one sequence to the next, as there.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from trainer.drafters.untrained import Untrained
 
 
 class TokenRecycling(Untrained):
-    """Trees of up to `nodes` tokens in up to `depth` levels, chosen without chance; the strategy is not asked. For targets with V tokens.
+    """Trees of up to `nodes` tokens in up to `depth` levels, chosen without chance; the strategy is
+    not asked. For targets with V tokens.
 
     Raises:
         DrafterError: a number is less than 1.
@@ -36,7 +40,9 @@ class TokenRecycling(Untrained):
         super().__init__(depth)
         self.candidates = min(candidates, vocabulary)
         # On the CPU wherever the target is: a tree is read from it node by node.
-        self.following: Int[Tensor, "V k"] = torch.full((vocabulary, self.candidates), -1, dtype=torch.int32)
+        self.following: Int[Tensor, "V k"] = torch.full(
+            (vocabulary, self.candidates), -1, dtype=torch.int32
+        )
         self.levels = levels(nodes, self.candidates, depth)
 
     def start(self, target: Target) -> None:
@@ -63,19 +69,25 @@ class TokenRecycling(Untrained):
                 tokens.append(row[rank])
                 parents.append(node[1])
             above = below
-        return Draft(torch.tensor(tokens, dtype=torch.long, device=news.ids.device), torch.tensor(parents, dtype=torch.long))
+        return Draft(
+            torch.tensor(tokens, dtype=torch.long, device=news.ids.device),
+            torch.tensor(parents, dtype=torch.long),
+        )
 
     def _take(self, tokens: Tensor, logits: Tensor) -> None:
-        last = {token: row for row, token in enumerate(tokens.tolist())}  # the last of equal ones stays
+        # the last of equal ones stays
+        last = {token: row for row, token in enumerate(tokens.tolist())}
         best = logits.topk(self.candidates, dim=-1).indices.to(self.following)
         self.following[list(last)] = best[list(last.values())]
 
 
 def levels(nodes: int, candidates: int, depth: int) -> list[list[tuple[int, int]]]:
-    """The tree's shape, level by level: for each node its parent's place among the level above and its rank among its siblings, from 0.
-    Parents and better siblings of a node are in the tree, too."""
+    """The tree's shape, level by level: for each node its parent's place among the level above and
+    its rank among its siblings, from 0. Parents and better siblings of a node are in the tree,
+    too."""
     chances = [math.log(0.45) - 1.3 * math.log(rank) for rank in range(1, candidates + 1)]
-    # A node is its path of ranks; it is reached with the product of their chances. A step adds its first child and next sibling.
+    # A node is its path of ranks; it is reached with the product of their chances. A step adds its
+    # first child and next sibling.
     waiting: list[tuple[float, tuple[int, ...]]] = [(-chances[0], (0,))]
     kept: list[tuple[int, ...]] = []
     while waiting and len(kept) < nodes:

@@ -1,21 +1,25 @@
-"""MuToR: register tokens that teach the adapter to look further ahead, and are left out afterwards (arXiv 2505.10518).
+"""MuToR: register tokens that teach the adapter to look further ahead, and are left out afterwards
+(arXiv 2505.10518).
 
     x_0 .. x_t  r        the register r after x_t predicts x_{t+d} from position t + d - 1
 
     L = (1 - a) L_next + a / share · Σ_registers -log softmax(head(h_r))[x_{t+d}]        a = `weight`
 
-One vector r (d) is learnt; d is drawn uniformly from 1 .. d_max for each row and micro-batch. A register stands after each t for which
-x_{t+d} is trained, the prompt's last tokens included, or after a random `share` of them, whose loss then counts for all. It sees
-itself and its own row up to x_t, never another register, and no token sees it: the next-token loss is the one without registers.
-Its gradient reaches the adapter through its own pass over the layers (section 3). At inference it does not exist: what is left is an
-ordinary adapter, at no cost, and nothing that drafts.
+One vector r (d) is learnt; d is drawn uniformly from 1 .. d_max for each row and micro-batch. A
+register stands after each t for which x_{t+d} is trained, the prompt's last tokens included, or
+after a random `share` of them, whose loss then counts for all. It sees itself and its own row up to
+x_t, never another register, and no token sees it: the next-token loss is the one without registers.
+Its gradient reaches the adapter through its own pass over the layers (section 3). At inference it
+does not exist: what is left is an ordinary adapter, at no cost, and nothing that drafts.
 
-The paper writes a register between x_t and x_{t+1}. Attention is told apart by mask and position alone, so here all of them
-follow the sequence, with the mask and the positions that they would have had in it. The mask is 4-D, which transformers' models pass
-on as it is: True where attention is allowed for sdpa, added to the scores for eager. No other attention takes one.
+The paper writes a register between x_t and x_{t+1}. Attention is told apart by mask and position
+alone, so here all of them follow the sequence, with the mask and the positions that they would have
+had in it. The mask is 4-D, which transformers' models pass on as it is: True where attention is
+allowed for sdpa, added to the scores for eager. No other attention takes one.
 
-An offset k of trainer.drafters is d = k + 1, so offsets 1 .. d_max - 1 are reported; registers with d = 1 are trained and not
-reported. Those of several offsets never stand at one position, so that no run of right guesses is counted and `accepted` stays 1.
+An offset k of trainer.drafters is d = k + 1, so offsets 1 .. d_max - 1 are reported; registers with
+d = 1 are trained and not reported. Those of several offsets never stand at one position, so that no
+run of right guesses is counted and `accepted` stays 1.
 """
 
 from __future__ import annotations
@@ -34,12 +38,14 @@ from trainer.drafters import Drafter, DrafterError, Seen, Target
 from trainer.models.losses import chunked_predictions
 from trainer.speed.fused import BLOCKED
 
-_FULL = {"full_attention", "mlp", "moe"}  # transformers' names of layers that attend to all of a row, or to nothing
+# transformers' names of layers that attend to all of a row, or to nothing
+_FULL = {"full_attention", "mlp", "moe"}
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the registers of a batch stand. A sequence with fewer than R has fillers, whose target is -100."""
+    """Where the registers of a batch stand. A sequence with fewer than R has fillers, whose target
+    is -100."""
 
     after: Int[Tensor, "B R"]  # t, an index into the sequence
     ahead: Int[Tensor, "B R"]  # d
@@ -48,33 +54,48 @@ class Places:
 
 
 def place(
-    labels: Int[Tensor, "B T"], positions: Int[Tensor, "B T"], ahead: Int[Tensor, "B T"], kept: Bool[Tensor, "B T"]
+    labels: Int[Tensor, "B T"],
+    positions: Int[Tensor, "B T"],
+    ahead: Int[Tensor, "B T"],
+    kept: Bool[Tensor, "B T"],
 ) -> Places:
-    """The registers after those positions that are `kept` and whose `ahead`-th next token is trained and of the same row.
+    """The registers after those positions that are `kept` and whose `ahead`-th next token is
+    trained and of the same row.
 
-    R is a multiple of 8 where T is one, and never 0: a rank without targets goes the same way as the others, as DDP needs.
+    R is a multiple of 8 where T is one, and never 0: a rank without targets goes the same way as
+    the others, as DDP needs.
     """
     length = labels.shape[1]
     there = torch.arange(length, device=labels.device) + ahead
     inside = there.clamp(max=length - 1)
     targets = labels.gather(1, inside)
-    real = kept & (there < length) & (positions.gather(1, inside) == positions + ahead) & (targets != -100)
+    real = (
+        kept
+        & (there < length)
+        & (positions.gather(1, inside) == positions + ahead)
+        & (targets != -100)
+    )
     most = int(real.sum(1).max())
     after = real.int().argsort(dim=1, descending=True, stable=True)[:, : max(8, -(-most // 8) * 8)]
     used, steps = real.gather(1, after), ahead.gather(1, after)
     return Places(
-        after, steps, targets.gather(1, after).masked_fill(~used, -100),
+        after,
+        steps,
+        targets.gather(1, after).masked_fill(~used, -100),
         (positions.gather(1, after) + steps - 1).masked_fill(~used, 0),
-    )  # fmt: skip
+    )
 
 
 def attends(positions: Int[Tensor, "B T"], places: Places) -> Bool[Tensor, "B 1 L L"]:
-    """Who sees whom, where the registers follow the sequence: L = T + R. A filler sees itself only."""
+    """Who sees whom, where the registers follow the sequence: L = T + R. A filler sees itself
+    only."""
     count = places.after.shape[1]
     at = torch.arange(positions.shape[1], device=positions.device)
     first = at - positions  # where each token's row begins
     row = torch.cat([first, first.gather(1, places.after)], 1)
-    until = torch.cat([at.expand_as(positions), places.after.masked_fill(places.targets == -100, -1)], 1)
+    until = torch.cat(
+        [at.expand_as(positions), places.after.masked_fill(places.targets == -100, -1)], 1
+    )
     tokens = (first.unsqueeze(1) == row.unsqueeze(2)) & (at <= until.unsqueeze(2))
     itself = torch.eye(count, dtype=torch.bool, device=at.device)
     registers = torch.cat([itself.new_zeros(len(at), count), itself])
@@ -82,10 +103,14 @@ def attends(positions: Int[Tensor, "B T"], places: Places) -> Bool[Tensor, "B 1 
 
 
 def with_registers(
-    embedded: Float[Tensor, "B T d"], registers: Float[Tensor, "B R d"], positions: Int[Tensor, "B T"], places: Places,
+    embedded: Float[Tensor, "B T d"],
+    registers: Float[Tensor, "B R d"],
+    positions: Int[Tensor, "B T"],
+    places: Places,
     attention: str,
-) -> dict[str, Tensor]:  # fmt: skip
-    """A model's inputs: the sequence, then the registers, whose embeddings take the sequence's dtype."""
+) -> dict[str, Tensor]:
+    """A model's inputs: the sequence, then the registers, whose embeddings take the sequence's
+    dtype."""
     mask = attends(positions, places)
     if attention == "eager":
         mask = embedded.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(embedded.dtype).min)
@@ -100,7 +125,8 @@ class Registers(Drafter):
     """See the module's text. Its one trained tensor is r (d,), in fp32 whatever the base's dtype.
 
     Raises:
-        DrafterError: the model's attention takes no mask of one's own, its layers do not see all of a row, or it places tokens
+        DrafterError: the model's attention takes no mask of one's own, its layers do not see all of
+        a row, or it places tokens
             by something else than position_ids.
     """
 
@@ -111,13 +137,20 @@ class Registers(Drafter):
         super().__init__()
         refuse(model)
         self.d_max, self.weight, self.share, self.lr_scale = d_max, weight, share, lr_scale
-        self.offsets, self.weights, self.main_weight = d_max - 1, [weight] * (d_max - 1), 1.0 - weight
+        self.offsets, self.weights, self.main_weight = (
+            d_max - 1,
+            [weight] * (d_max - 1),
+            1.0 - weight,
+        )
         table = model.get_input_embeddings().weight
-        self.register = nn.Parameter(torch.empty(model.config.get_text_config().hidden_size, device=table.device))
+        self.register = nn.Parameter(
+            torch.empty(model.config.get_text_config().hidden_size, device=table.device)
+        )
         if table.device.type != "meta":
             probe(model)
             with torch.no_grad():
-                # As the layer gives them, since some models scale them; a thousand rows stand for all.
+                # As the layer gives them, since some models scale them; a thousand rows stand for
+                # all.
                 some = torch.arange(0, len(table), max(1, len(table) // 1024), device=table.device)
                 std = float(model.get_input_embeddings()(some).float().std())
                 self.register.copy_(torch.randn(self.register.shape) * std)
@@ -125,10 +158,12 @@ class Registers(Drafter):
         self.placed: Places | None = None  # of the micro-batch at hand, between `inputs` and `loss`
 
     def inputs(self, batch: dict[str, Any], target: Target) -> dict[str, Tensor]:
-        """The batch's embeddings with this micro-batch's registers after them, their mask and their positions.
+        """The batch's embeddings with this micro-batch's registers after them, their mask and their
+        positions.
 
         Raises:
-            DrafterError: the adapter puts virtual tokens before the rows, or there is nothing that registers could teach.
+            DrafterError: the adapter puts virtual tokens before the rows, or there is nothing that
+            registers could teach.
         """
         if not self.checked:
             _refuse_adapter(target.model)
@@ -136,16 +171,19 @@ class Registers(Drafter):
         ids, labels = batch["input_ids"], batch["labels"]
         at = torch.arange(ids.shape[1], device=ids.device)
         positions = batch["position_ids"] if "position_ids" in batch else at.expand_as(ids)
-        # Drawn on the CPU, so that a device does not change them; each row uses what its first token has drawn.
+        # Drawn on the CPU, so that a device does not change them; each row uses what its first
+        # token has drawn.
         drawn = torch.randint(1, self.d_max + 1, ids.shape).to(ids.device)
         kept = (torch.rand(ids.shape) < self.share).to(ids.device)
         self.placed = place(labels, positions, drawn.gather(1, at - positions), kept)
         registers = self.register.expand(*self.placed.after.shape, -1)
-        return with_registers(target.embed(ids), registers, positions, self.placed, target.config._attn_implementation)
+        return with_registers(
+            target.embed(ids), registers, positions, self.placed, target.config._attn_implementation
+        )
 
     def loss(self, seen: Seen, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
-        """(a / share times the registers' summed cross-entropy, numbers (d_max - 1, 5) of the offsets d - 1); zeros where
-        nothing is trained, since evaluation has no registers.
+        """(a / share times the registers' summed cross-entropy, numbers (d_max - 1, 5) of the
+        offsets d - 1); zeros where nothing is trained, since evaluation has no registers.
 
         Raises:
             DrafterError: something is trained, and the target did not run on `inputs`.
@@ -161,9 +199,13 @@ class Registers(Drafter):
         trained = tuple(p for p in head.parameters() if p.requires_grad)  # by adapter=full
         for d in range(1, self.d_max + 1):
             where = (places.ahead == d) & (places.targets != -100)
-            summed, best, among = chunked_predictions(seen.extra[where], places.targets[where], target.head, chunk, trained, 5)
+            summed, best, among = chunked_predictions(
+                seen.extra[where], places.targets[where], target.head, chunk, trained, 5
+            )
             total = total + self.weight / self.share * summed
-            numbers[d - 1, :4] = torch.stack([summed.detach(), where.sum(), best.sum(), among.sum()])
+            numbers[d - 1, :4] = torch.stack(
+                [summed.detach(), where.sum(), best.sum(), among.sum()]
+            )
         return total, numbers[1:]
 
     def states(self, seen: Seen, target: Target) -> Iterator[Tensor]:
@@ -181,23 +223,26 @@ class Registers(Drafter):
 
 def _no_drafts() -> NoReturn:
     raise DrafterError(
-        "drafter=registers predicts only while an adapter is trained with it, and proposes no tokens: what it taught is in the adapter, "
-        "which is used as any other. For faster decoding train another drafter"
+        "drafter=registers predicts only while an adapter is trained with it, and proposes no"
+        " tokens: what it taught is in the adapter, which is used as any other. For faster decoding"
+        " train another drafter"
     )
 
 
 def refuse(model: Any) -> None:
-    """Raise DrafterError where the config of a model, loaded or not, says that registers would not be apart from its tokens."""
+    """Raise DrafterError where the config of a model, loaded or not, says that registers would not
+    be apart from its tokens."""
     config, kind = model.config.get_text_config(), type(model).__name__
     attention = config._attn_implementation
     if attention not in ("sdpa", "eager", BLOCKED):
         raise DrafterError(
-            f"drafter=registers needs a mask of its own, which attn_implementation={attention} does not take: "
-            "set base.attn_implementation=sdpa, or drafter=none"
+            f"drafter=registers needs a mask of its own, which attn_implementation={attention} does"
+            " not take: set base.attn_implementation=sdpa, or drafter=none"
         )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise DrafterError(
-            f"drafter=registers gives registers the positions of later tokens, and {kind} takes no position_ids: set drafter=none"
+            f"drafter=registers gives registers the positions of later tokens, and {kind} takes no"
+            " position_ids: set drafter=none"
         )
     layers = set(getattr(config, "layer_types", None) or [])
     if not layers and getattr(config, "sliding_window", None):
@@ -206,55 +251,66 @@ def refuse(model: Any) -> None:
         layers = {"chunked_attention"}
     if layers - _FULL:
         raise DrafterError(
-            f"drafter=registers needs layers that attend to all of a row, and {kind} has {', '.join(sorted(layers - _FULL))}: "
-            "set drafter=none"
+            f"drafter=registers needs layers that attend to all of a row, and {kind} has"
+            f" {', '.join(sorted(layers - _FULL))}: set drafter=none"
         )
 
 
 @torch.no_grad()
 def probe(model: Any) -> None:
-    """Raise DrafterError unless a register that is given the next token's embedding is to the model that very token.
+    """Raise DrafterError unless a register that is given the next token's embedding is to the model
+    that very token.
 
-    With d = 2 it stands at the next token's position and sees what that sees, so their logits are the same, and those of the
-    sequence are as without registers. A model that reads token ids elsewhere, keeps a state, or ignores mask or positions
-    fails.
+    With d = 2 it stands at the next token's position and sees what that sees, so their logits are
+    the same, and those of the sequence are as without registers. A model that reads token ids
+    elsewhere, keeps a state, or ignores mask or positions fails.
     """
     embed, config = model.get_input_embeddings(), model.config.get_text_config()
     ids = torch.arange(1, 7, device=embed.weight.device).unsqueeze(0)
     positions = torch.arange(6, device=ids.device).unsqueeze(0)
-    places = Places(positions[:, :-1], torch.full_like(ids[:, :-1], 2), ids[:, 1:], positions[:, 1:])
+    places = Places(
+        positions[:, :-1], torch.full_like(ids[:, :-1], 2), ids[:, 1:], positions[:, 1:]
+    )
     was_training = model.training
     model.eval()
     plain = model(input_ids=ids, use_cache=False).logits.float()
-    inputs = with_registers(embed(ids), embed(ids[:, 1:]), positions, places, config._attn_implementation)
+    inputs = with_registers(
+        embed(ids), embed(ids[:, 1:]), positions, places, config._attn_implementation
+    )
     try:
         found = model(**inputs, use_cache=False).logits.float()
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise DrafterError(
-            f"drafter=registers gives a model embeddings and a 4-D mask, and {type(model).__name__} fails with them: {error}. Set drafter=none"
+            f"drafter=registers gives a model embeddings and a 4-D mask, and {type(model).__name__}"
+            f" fails with them: {error}. Set drafter=none"
         ) from error
     finally:
         model.train(was_training)
     wanted = torch.cat([plain, plain[:, 1:]], 1)
-    # As for the output head in trainer.models.losses: rounding of bf16 on the way through all layers, or of fp32.
+    # As for the output head in trainer.models.losses: rounding of bf16 on the way through all
+    # layers, or of fp32.
     tolerance = 3e-2 if embed.weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
     if found.shape != wanted.shape or not torch.allclose(
         found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max())
     ):
         raise DrafterError(
-            f"{type(model).__name__} does not keep registers apart from its tokens by a mask and position_ids, so that drafter=registers "
-            "would change what it computes: set drafter=none"
+            f"{type(model).__name__} does not keep registers apart from its tokens by a mask and"
+            " position_ids, so that drafter=registers would change what it computes: set"
+            " drafter=none"
         )
 
 
 def _refuse_adapter(model: Any) -> None:
     if isinstance(model, peft.PeftModel) and model.active_peft_config.is_prompt_learning:
-        kind = str(getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type))
+        kind = str(
+            getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type)
+        )
         raise DrafterError(
-            f"drafter=registers needs rows that begin with their own tokens, and PEFT's {kind} puts virtual ones before them: "
-            "set drafter=none, or an adapter such as lora"
+            f"drafter=registers needs rows that begin with their own tokens, and PEFT's {kind} puts"
+            " virtual ones before them: set drafter=none, or an adapter such as lora"
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise DrafterError(
-            "drafter=registers teaches the adapter, and adapter=none has nothing to learn: set an adapter such as lora, or drafter=none"
+            "drafter=registers teaches the adapter, and adapter=none has nothing to learn: set an"
+            " adapter such as lora, or drafter=none"
         )

@@ -1,7 +1,8 @@
-"""A small model of the target's vocabulary (Leviathan et al. 2023, arXiv 2211.17192): it reads the text beside the target, and writes on.
+"""A small model of the target's vocabulary (Leviathan et al. 2023, arXiv 2211.17192): it reads the
+text beside the target, and writes on.
 
-It has a cache of its own, which keeps the accepted tokens only: a tree's entries are dropped with it, and what was accepted of it is
-read again in one pass with the newest token.
+It has a cache of its own, which keeps the accepted tokens only: a tree's entries are dropped with
+it, and what was accepted of it is read again in one pass with the newest token.
 """
 
 from __future__ import annotations
@@ -21,26 +22,33 @@ from trainer.models.base import Base
 
 @dataclass
 class Memory:
-    """The small model's keys and values at the first `length` tokens, and behind them those of the last tree."""
+    """The small model's keys and values at the first `length` tokens, and behind them those of the
+    last tree."""
 
     cache: DynamicCache
     length: int = 0
 
 
 class SmallModel(Untrained):
-    """Whatever a causal model of transformers says, up to `depth` tokens ahead; trees branch where all its layers attend to everything.
+    """Whatever a causal model of transformers says, up to `depth` tokens ahead; trees branch where
+    all its layers attend to everything.
 
     Raises:
-        DrafterError: `depth` is less than 1, or the model's state cannot be taken back by some tokens.
+        DrafterError: `depth` is less than 1, or the model's state cannot be taken back by some
+        tokens.
     """
 
     def __init__(self, model: Any, depth: int = 5):
         if depth < 1:
             raise DrafterError(f"depth={depth}: a small model drafts at least 1 token")
         super().__init__(depth)
-        if getattr(model, "_is_stateful", False) or not DynamicCache(config=model.config.get_text_config()).is_croppable:
+        if (
+            getattr(model, "_is_stateful", False)
+            or not DynamicCache(config=model.config.get_text_config()).is_croppable
+        ):
             raise DrafterError(
-                f"{type(model).__name__} has layers whose state cannot be taken back, which refused drafts ask for"
+                f"{type(model).__name__} has layers whose state cannot be taken back, which refused"
+                " drafts ask for"
             )
         self.model = model.eval().requires_grad_(False)
         config = model.config.get_text_config()
@@ -57,7 +65,9 @@ class SmallModel(Untrained):
         if memory.length:
             memory.cache.crop(memory.length - memory.cache.get_seq_length())
         ids = news.ids if news.first is None else torch.cat([news.first.view(1), news.ids])
-        logits = self.model(input_ids=ids.unsqueeze(0), past_key_values=memory.cache, logits_to_keep=1).logits[0, -1]
+        logits = self.model(
+            input_ids=ids.unsqueeze(0), past_key_values=memory.cache, logits_to_keep=1
+        ).logits[0, -1]
         memory.length += len(ids)
         return Writing(self, memory, logits, target.config.vocab_size)
 
@@ -92,43 +102,60 @@ class Writing:
         inherited[under, :before] = self.ancestors[parents[under]]
         depths = torch.zeros_like(tokens)
         depths[under] = self.depths[parents[under]] + 1
-        seen = inherited | torch.eye(more, before + more, dtype=torch.bool, device=tokens.device).roll(before, dims=1)
+        seen = inherited | torch.eye(
+            more, before + more, dtype=torch.bool, device=tokens.device
+        ).roll(before, dims=1)
         self.ancestors = torch.cat([torch.nn.functional.pad(self.ancestors, (0, more)), seen])
         self.depths = torch.cat([self.depths, depths])
         model, length = self.drafter.model, self.memory.length
         logits = model(
-            input_ids=tokens.unsqueeze(0), position_ids=(length + depths).unsqueeze(0), past_key_values=self.memory.cache,
+            input_ids=tokens.unsqueeze(0),
+            position_ids=(length + depths).unsqueeze(0),
+            past_key_values=self.memory.cache,
             attention_mask=self._mask(seen, model.dtype),
-        ).logits[0]  # fmt: skip
+        ).logits[0]
         return logits[:, : self.size]
 
     def _mask(self, seen: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """What is added to attention scores (1, 1, m, length + n); None where each node follows the one before."""
+        """What is added to attention scores (1, 1, m, length + n); None where each node follows the
+        one before."""
         if len(seen) == 1 and bool(seen.all()):
             return None
-        mask = torch.zeros(len(seen), self.memory.length + seen.shape[1], dtype=dtype, device=seen.device)
+        mask = torch.zeros(
+            len(seen), self.memory.length + seen.shape[1], dtype=dtype, device=seen.device
+        )
         mask[:, self.memory.length :].masked_fill_(~seen, torch.finfo(dtype).min)
         return mask[None, None]
 
 
-def small_model(path: str, base: Base, dtype: torch.dtype, device: torch.device | str, depth: int = 5) -> SmallModel:
+def small_model(
+    path: str, base: Base, dtype: torch.dtype, device: torch.device | str, depth: int = 5
+) -> SmallModel:
     """The drafter that a model's folder, or its name on the hub, is.
 
     Raises:
         BaseError: it cannot be loaded.
         DrafterError: its tokens are not those of `base`.
     """
-    described = Base(path, "auto", base.attn_implementation, "none", False, trust_remote_code=base.trust_remote_code)
+    described = Base(
+        path,
+        "auto",
+        base.attn_implementation,
+        "none",
+        False,
+        trust_remote_code=base.trust_remote_code,
+    )
     own, other = base.tokenizer.get_vocab(), described.tokenizer.get_vocab()
     different = [token for token, number in own.items() if other.get(token) != number]
     if different or len(own) != len(other):
         said = (
-            f"{different[0]!r} is {own[different[0]]} of the target and {other.get(different[0])} of it"
+            f"{different[0]!r} is {own[different[0]]} of the target and {other.get(different[0])}"
+            " of it"
             if different
             else "it has more"
         )
         raise DrafterError(
-            f"{path} cannot draft for {base.path}: its {len(other)} tokens are not the same as the target's {len(own)} ({said}). "
-            "A small model of the target's own tokenizer is needed"
+            f"{path} cannot draft for {base.path}: its {len(other)} tokens are not the same as the"
+            f" target's {len(own)} ({said}). A small model of the target's own tokenizer is needed"
         )
     return SmallModel(described.load(dtype, None, device), depth)

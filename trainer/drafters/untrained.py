@@ -18,4 +18,6 @@ class Untrained(Drafter):
         self.offsets, self.weights = depth, [0.0] * depth
 
     def states(self, seen: Seen, target: Target) -> Iterator[Float[Tensor, "B T d"]]:
-        raise DrafterError(f"{type(self).__name__} is not trained: it is chosen when decoding, with drafter=")
+        raise DrafterError(
+            f"{type(self).__name__} is not trained: it is chosen when decoding, with drafter="
+        )

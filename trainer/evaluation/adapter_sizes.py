@@ -33,13 +33,17 @@ class Size:
 
 @torch.no_grad()
 def sizes(found: Trained, spectrum: bool) -> list[Size]:
-    """Every layer with an update, then the modules that are saved whole; one row for all of an adapter without such layers.
+    """Every layer with an update, then the modules that are saved whole; one row for all of an
+    adapter without such layers.
 
     Raises:
         AdapterError: the run has no adapter, but a model.
     """
     if not found.adapter.exportable:
-        raise AdapterError(f"adapter={type(found.adapter).__name__.lower()} leaves no adapter whose size could be told")
+        raise AdapterError(
+            f"adapter={type(found.adapter).__name__.lower()} leaves no adapter whose size could be"
+            " told"
+        )
     stored = _stored(found)
     parameters = {name: p.numel() for name, p in found.model.named_parameters() if p.requires_grad}
     layers = []
@@ -56,8 +60,16 @@ def sizes(found: Trained, spectrum: bool) -> list[Size]:
     rest = sorted({key.rpartition(".")[0] for key in stored})
     names = {name: _own_name(name) for name in parameters}
     for module in rest:
-        own = sum(count for name, count in parameters.items() if names[name].rpartition(".")[0] == module)
-        layers.append(Size(module, sum(size for key, size in stored.items() if key.rpartition(".")[0] == module), own))
+        own = sum(
+            count for name, count in parameters.items() if names[name].rpartition(".")[0] == module
+        )
+        layers.append(
+            Size(
+                module,
+                sum(size for key, size in stored.items() if key.rpartition(".")[0] == module),
+                own,
+            )
+        )
     return layers
 
 
@@ -76,8 +88,11 @@ def low_rank_svdvals(B: Float[Tensor, "o r"], A: Float[Tensor, "r i"]) -> Float[
     return torch.linalg.svdvals(left @ right.t())
 
 
-def _updates(found: Trained) -> Iterator[tuple[str, str, Tensor, Tensor, tuple[Tensor, Tensor] | None]]:
-    """(name, name in the file, W, D, factors of D up to its scale where it is B A) of each adapted layer, in fp64."""
+def _updates(
+    found: Trained,
+) -> Iterator[tuple[str, str, Tensor, Tensor, tuple[Tensor, Tensor] | None]]:
+    """(name, name in the file, W, D, factors of D up to its scale where it is B A) of each adapted
+    layer, in fp64."""
     for name, module in list(found.model.named_modules()):
         if isinstance(module, AdaptedLinear):
             delta: Any = module.delta
@@ -88,10 +103,16 @@ def _updates(found: Trained) -> Iterator[tuple[str, str, Tensor, Tensor, tuple[T
             alone = hasattr(delta, "A") and getattr(delta, "values", None) is None
             yield name, name, base, update, (delta.B, delta.A) if alone else None
         elif isinstance(module, BaseTunerLayer):
-            yield name, name.removeprefix(io.PREFIX), *_merged(found.adapter, name.removeprefix(io.PREFIX), module)
+            yield (
+                name,
+                name.removeprefix(io.PREFIX),
+                *_merged(found.adapter, name.removeprefix(io.PREFIX), module),
+            )
 
 
-def _merged(adapter: Any, name: str, module: Any) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+def _merged(
+    adapter: Any, name: str, module: Any
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """Of PEFT's layers, what merging changes: some methods have no update that is added."""
     linear = module.get_base_layer()
     kept = linear.weight.detach().clone()
@@ -101,11 +122,17 @@ def _merged(adapter: Any, name: str, module: Any) -> tuple[Tensor, Tensor, tuple
     try:
         module.merge()
     except (NotImplementedError, ValueError, RuntimeError) as error:
-        raise AdapterError(f"PEFT cannot merge {name}, so its update cannot be told: {error}") from error
+        raise AdapterError(
+            f"PEFT cannot merge {name}, so its update cannot be told: {error}"
+        ) from error
     update = float_weight(linear).double() - base
     module.merged_adapters.clear()
     linear.weight.data.copy_(kept)
-    plain = not adapter.initial and hasattr(module, "lora_A") and not getattr(module, "lora_variant", {})
+    plain = (
+        not adapter.initial
+        and hasattr(module, "lora_A")
+        and not getattr(module, "lora_variant", {})
+    )
     if not plain or "default" not in module.lora_A:
         return base, update, None
     return base, update, (module.lora_B["default"].weight, module.lora_A["default"].weight)

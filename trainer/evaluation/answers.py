@@ -13,11 +13,15 @@ from trainer.data.held_out import HeldOut
 
 @torch.no_grad()
 def answers(
-    model: nn.Module, held_out: HeldOut, batch_size: int, max_new_tokens: int, device: torch.device,
+    model: nn.Module,
+    held_out: HeldOut,
+    batch_size: int,
+    max_new_tokens: int,
+    device: torch.device,
     stop: Callable[[], bool] = lambda: False,
-) -> list[dict[str, Any]] | None:  # fmt: skip
-    """Greedy answers to the held-out prompts, in their order, each with its prompt, reference text and scores. None if
-    `stop` said yes between batches."""
+) -> list[dict[str, Any]] | None:
+    """Greedy answers to the held-out prompts, in their order, each with its prompt, reference text
+    and scores. None if `stop` said yes between batches."""
     by_length = sorted(range(len(held_out.prompts)), key=lambda i: -len(held_out.prompts[i][1]))
     found: dict[int, dict[str, Any]] = {}
     for start in range(0, len(by_length), batch_size):
@@ -25,7 +29,12 @@ def answers(
             return None
         chosen = by_length[start : start + batch_size]
         texts = generate(
-            model, [held_out.prompts[i][1] for i in chosen], held_out.tokenizer, held_out.stops, max_new_tokens, device
+            model,
+            [held_out.prompts[i][1] for i in chosen],
+            held_out.tokenizer,
+            held_out.stops,
+            max_new_tokens,
+            device,
         )
         for i, text in zip(chosen, texts, strict=True):
             example, prompt = held_out.prompts[i]
@@ -41,7 +50,12 @@ def answers(
 
 
 def generate(
-    model: nn.Module, prompts: list[list[int]], tokenizer: Any, stops: list[int], max_new_tokens: int, device: torch.device
+    model: nn.Module,
+    prompts: list[list[int]],
+    tokenizer: Any,
+    stops: list[int],
+    max_new_tokens: int,
+    device: torch.device,
 ) -> list[str]:
     """Greedy continuations of several prompts, padded to the left, without special tokens."""
     found = continuations(model, prompts, tokenizer.pad_token_id, stops, max_new_tokens, device)
@@ -49,16 +63,24 @@ def generate(
 
 
 def continuations(
-    model: nn.Module, prompts: list[list[int]], pad: int, stops: list[int], max_new_tokens: int, device: torch.device, choose: Any = None
-) -> list[list[int]]:  # fmt: skip
-    """The ids that follow several prompts, with the token that ended them, and after that `pad`. Greedy over what `choose`, a
-    transformers LogitsProcessorList, makes of the scores."""
+    model: nn.Module,
+    prompts: list[list[int]],
+    pad: int,
+    stops: list[int],
+    max_new_tokens: int,
+    device: torch.device,
+    choose: Any = None,
+) -> list[list[int]]:
+    """The ids that follow several prompts, with the token that ended them, and after that `pad`.
+    Greedy over what `choose`, a transformers LogitsProcessorList, makes of the scores."""
     from transformers import GenerationConfig
 
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad)
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad
+    )
     more = {} if choose is None else {"logits_processor": choose}
     output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **more)  # type: ignore[operator]
     return output[:, longest:].tolist()

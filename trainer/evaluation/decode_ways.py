@@ -21,7 +21,11 @@ from trainer.decoding.speculative import Result
 from trainer.decoding.trees import Shape
 from trainer.drafters import Drafter, Target
 
-WAYS = {"transformers": "transformers' generate", "plain": "without the drafter", "drafter": "with the drafter"}
+WAYS = {
+    "transformers": "transformers' generate",
+    "plain": "without the drafter",
+    "drafter": "with the drafter",
+}
 
 
 def prompts_of(path: str) -> list[list[dict[str, Any]]]:
@@ -42,12 +46,19 @@ def prompts_of(path: str) -> list[list[dict[str, Any]]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{number} is no JSON: {error}") from None
-        prompt, messages = (row.get("prompt"), row.get("messages")) if isinstance(row, dict) else (None, None)
+        prompt, messages = (
+            (row.get("prompt"), row.get("messages")) if isinstance(row, dict) else (None, None)
+        )
         if isinstance(prompt, str):
             messages = [{"role": "user", "content": prompt}]
-        elif not (isinstance(messages, list) and messages and all(isinstance(m, dict) and "content" in m for m in messages)):
+        elif not (
+            isinstance(messages, list)
+            and messages
+            and all(isinstance(m, dict) and "content" in m for m in messages)
+        ):
             raise DataError(
-                f'{path}:{number}: a line is {{"prompt": "..."}} or {{"messages": [...]}} with at least one message'
+                f'{path}:{number}: a line is {{"prompt": "..."}} or {{"messages": [...]}} with at'
+                " least one message"
             )
         found.append(messages[:-1] if messages[-1].get("role") == "assistant" else messages)
     if not all(found):
@@ -68,14 +79,22 @@ def asked(options: dict[str, Any], found: Trained) -> tuple[list[list[int]], lis
     if options["heldout"]:
         if found.task.kind != "conversation":
             raise DataError(
-                "heldout takes the prompts of conversations, and this run continues plain text: give prompt or prompts"
+                "heldout takes the prompts of conversations, and this run continues plain text:"
+                " give prompt or prompts"
             )
         data = tokenised(found.config, found.base, found.task, train=False)
         if data.held_out is None:
-            raise DataError("this run's task has no held-out rows: it had task.eval_fraction=0 and no task.eval_path")
+            raise DataError(
+                "this run's task has no held-out rows: it had task.eval_fraction=0 and no"
+                " task.eval_path"
+            )
         with_prompts(data, options["heldout"], found.model)
         return [ids for _, ids in data.held_out.prompts], data.held_out.stops
-    chats = prompts_of(options["prompts"]) if options["prompts"] else [[{"role": "user", "content": str(options["prompt"])}]]
+    chats = (
+        prompts_of(options["prompts"])
+        if options["prompts"]
+        else [[{"role": "user", "content": str(options["prompt"])}]]
+    )
     if found.task.kind == "conversation":
         renderer = Renderer(tokenizer, found.task)
         ids = [renderer.chat(messages) for messages in chats]
@@ -87,19 +106,27 @@ def asked(options: dict[str, Any], found: Trained) -> tuple[list[list[int]], lis
 
 
 @torch.no_grad()
-def by_transformers(model: Any, ids: torch.Tensor, stops: list[int], pad: int, options: dict[str, Any]) -> Result:
+def by_transformers(
+    model: Any, ids: torch.Tensor, stops: list[int], pad: int, options: dict[str, Any]
+) -> Result:
     """One text by transformers' own loop."""
     torch.manual_seed(options["seed"])
     # A base's own settings may have a penalty, which no drafter is verified with.
     settings = sampling(options, stops, pad, repetition_penalty=1.0)
     started = speculative.now(ids.device)
-    out = model.generate(input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), generation_config=settings)
+    out = model.generate(
+        input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), generation_config=settings
+    )
     tokens = out[0, len(ids) :].tolist()
     return Result(tokens, [(0, 0)] * (len(tokens) - 1), time.perf_counter() - started, 0.0)
 
 
 def decoded(
-    found: Trained, drafter: Drafter, prompts: list[list[int]], stops: list[int], options: dict[str, Any]
+    found: Trained,
+    drafter: Drafter,
+    prompts: list[list[int]],
+    stops: list[int],
+    options: dict[str, Any],
 ) -> dict[str, list[Result]]:
     """Each prompt's text by each of WAYS.
 
@@ -114,7 +141,10 @@ def decoded(
     def some(way: str, ids: list[torch.Tensor], limit: int) -> list[Result]:
         if way == "transformers":
             pad = found.base.tokenizer.pad_token_id
-            return [by_transformers(found.model, one, stops, pad, options | {"max_new_tokens": limit}) for one in ids]
+            return [
+                by_transformers(found.model, one, stops, pad, options | {"max_new_tokens": limit})
+                for one in ids
+            ]
         return speculative.generate_batch(
             target,
             drafter if way == "drafter" else None,
@@ -130,10 +160,14 @@ def decoded(
 
     results: dict[str, list[Result]] = {way: [] for way in WAYS}
     for start in range(0, len(prompts), options["batch_size"]):
-        ids = [torch.tensor(prompt, device=device) for prompt in prompts[start : start + options["batch_size"]]]
+        ids = [
+            torch.tensor(prompt, device=device)
+            for prompt in prompts[start : start + options["batch_size"]]
+        ]
         for way in reversed(WAYS):  # a drafter that cannot draft says so first
             if start == 0:
-                some(way, ids, min(8, options["max_new_tokens"]))  # what happens once only is not measured
+                # what happens once only is not measured
+                some(way, ids, min(8, options["max_new_tokens"]))
             results[way] += some(way, ids, options["max_new_tokens"])
     return results
 
@@ -150,21 +184,42 @@ def shape_of(options: dict[str, Any]) -> Shape:
             paths = json.loads(Path(options["paths"]).expanduser().read_text("utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise DataError(f"paths={options['paths']} cannot be read: {error}") from None
-        if not isinstance(paths, list) or not all(isinstance(p, list) and all(type(i) is int for i in p) for p in paths):
-            raise DataError(f"paths={options['paths']}: it holds the paths of a tree's nodes, as [[0], [1], [0, 0]]")
+        if not isinstance(paths, list) or not all(
+            isinstance(p, list) and all(type(i) is int for i in p) for p in paths
+        ):
+            raise DataError(
+                f"paths={options['paths']}: it holds the paths of a tree's nodes, as [[0], [1],"
+                " [0, 0]]"
+            )
     return trees.named(
-        options["tree"], options["count"], options["top_k"], options["size"], options["policy"], options["siblings"], paths
+        options["tree"],
+        options["count"],
+        options["top_k"],
+        options["size"],
+        options["policy"],
+        options["siblings"],
+        paths,
     )
 
 
 def summary(results: dict[str, list[Result]], options: dict[str, Any]) -> dict[str, Any]:
-    """What was found, as plain numbers: of each way tokens, target steps, seconds and tokens a second; of the drafter how many
-    tokens its steps gave, how often each draft position was proposed, reached and taken, and how many steps took 0, 1 ...
-    tokens; and, greedy, how many texts differ from transformers'."""
-    found: dict[str, Any] = {"prompts": len(results["drafter"]), "max_new_tokens": options["max_new_tokens"]}
-    found |= {key: options[key] for key in ("temperature", "top_p", "seed", "count", "tree", "policy", "batch_size")}
+    """What was found, as plain numbers: of each way tokens, target steps, seconds and tokens a
+    second; of the drafter how many tokens its steps gave, how often each draft position was
+    proposed, reached and taken, and how many steps took 0, 1 ... tokens; and, greedy, how many
+    texts differ from transformers'."""
+    found: dict[str, Any] = {
+        "prompts": len(results["drafter"]),
+        "max_new_tokens": options["max_new_tokens"],
+    }
+    found |= {
+        key: options[key]
+        for key in ("temperature", "top_p", "seed", "count", "tree", "policy", "batch_size")
+    }
     for way, texts in results.items():
-        tokens, seconds = sum(len(text.tokens) for text in texts), sum(longest(texts, options["batch_size"], way))
+        tokens, seconds = (
+            sum(len(text.tokens) for text in texts),
+            sum(longest(texts, options["batch_size"], way)),
+        )
         found[way] = {
             "tokens": tokens,
             "steps": sum(1 + text.steps for text in texts),
@@ -176,7 +231,9 @@ def summary(results: dict[str, list[Result]], options: dict[str, Any]) -> dict[s
         found[way]["ratio"] = found[way]["tokens_per_second"] / rate
     drafts = [draft for text in results["drafter"] for draft in text.drafts]
     taken = [count for _, count in drafts]
-    found["accepted"] = (found["drafter"]["tokens"] - found["prompts"]) / len(drafts) if drafts else None
+    found["accepted"] = (
+        (found["drafter"]["tokens"] - found["prompts"]) / len(drafts) if drafts else None
+    )
     found["histogram"] = [taken.count(count) for count in range(max(taken, default=0) + 1)]
     found["positions"] = [
         {"proposed": place.proposed, "reached": place.reached, "taken": place.taken}
@@ -185,15 +242,20 @@ def summary(results: dict[str, list[Result]], options: dict[str, Any]) -> dict[s
     if options["temperature"] == 0:
         for way in ("plain", "drafter"):
             found[way]["different_texts"] = sum(
-                text.tokens != wanted.tokens for text, wanted in zip(results[way], results["transformers"], strict=True)
+                text.tokens != wanted.tokens
+                for text, wanted in zip(results[way], results["transformers"], strict=True)
             )
     return found
 
 
 def longest(texts: list[Result], batch_size: int, way: str) -> list[float]:
-    """The seconds of each batch, which are those of its last text; of transformers' texts each one's."""
+    """The seconds of each batch, which are those of its last text; of transformers' texts each
+    one's."""
     size = 1 if way == "transformers" else batch_size
-    return [max(text.seconds for text in texts[start : start + size]) for start in range(0, len(texts), size)]
+    return [
+        max(text.seconds for text in texts[start : start + size])
+        for start in range(0, len(texts), size)
+    ]
 
 
 def show(found: dict[str, Any]) -> None:
@@ -202,10 +264,18 @@ def show(found: dict[str, Any]) -> None:
     table = Table("", "tokens", "target steps", "tokens/s", "ratio")
     for way, name in WAYS.items():
         row = found[way]
-        table.add_row(name, f"{row['tokens']}", f"{row['steps']}", f"{row['tokens_per_second']:.1f}", f"{row['ratio']:.2f}")
+        table.add_row(
+            name,
+            f"{row['tokens']}",
+            f"{row['steps']}",
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['ratio']:.2f}",
+        )
     console.print(table)
     if found["accepted"] is not None:
-        console.print(f"tokens a step with the drafter: {found['accepted']:.2f}, the target's own among them")
+        console.print(
+            f"tokens a step with the drafter: {found['accepted']:.2f}, the target's own among them"
+        )
         table = Table("draft position", "proposed", "taken", "taken of those after right ones")
         for k, place in enumerate(found["positions"], 1):
             table.add_row(
@@ -216,11 +286,17 @@ def show(found: dict[str, Any]) -> None:
             )
         console.print(table)
     if found["temperature"] > 0:
-        console.print("Sampled texts are the target's in distribution, and are not compared one by one.")
+        console.print(
+            "Sampled texts are the target's in distribution, and are not compared one by one."
+        )
     elif found["drafter"]["different_texts"]:
         console.print(
-            f"{found['drafter']['different_texts']} of {found['prompts']} texts differ from transformers' "
-            f"({found['plain']['different_texts']} without the drafter): rounding decides between tokens that are equally likely."
+            f"{found['drafter']['different_texts']} of {found['prompts']} texts differ from"
+            f" transformers' ({found['plain']['different_texts']} without the drafter): rounding"
+            " decides between tokens that are equally likely."
         )
     else:
-        console.print(f"All {found['prompts']} texts are those of transformers' greedy decoding, token by token.")
+        console.print(
+            f"All {found['prompts']} texts are those of transformers' greedy decoding, token by"
+            " token."
+        )

@@ -19,20 +19,29 @@ from trainer.data.held_out import HeldOut, to_device
 
 @torch.no_grad()
 def losses(
-    loss: Callable[[dict[str, Any]], Any], held_out: HeldOut, batch_size: int, device: torch.device, rank: int = 0, ranks: int = 1,
-    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums, stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float]:  # fmt: skip
-    """Loss per trained token, perplexity and accuracy, unless it is a drafter's alone; macro F1 for classes; trainer.drafters.metrics
-    with a drafter. Each rank takes every ranks-th batch.
+    loss: Callable[[dict[str, Any]], Any],
+    held_out: HeldOut,
+    batch_size: int,
+    device: torch.device,
+    rank: int = 0,
+    ranks: int = 1,
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """Loss per trained token, perplexity and accuracy, unless it is a drafter's alone; macro F1 for
+    classes; trainer.drafters.metrics with a drafter. Each rank takes every ranks-th batch.
 
-    `stop` is asked as often on each rank, between batches; when it says yes, the sums so far are given up and {} comes back.
+    `stop` is asked as often on each rank, between batches; when it says yes, the sums so far are
+    given up and {} comes back.
     """
     from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-    order = np.argsort(-held_out.sequences.sizes()[0], kind="stable")  # long rows first: memory runs out at once or not at all
+    # long rows first: memory runs out at once or not at all
+    order = np.argsort(-held_out.sequences.sizes()[0], kind="stable")
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     picks = [[Pick(int(sequence), True, 1) for sequence in batch] for batch in batches[rank::ranks]]
-    # A rank with a batch less computes one that counts for nothing: what ranks do together, they do equally often.
+    # A rank with a batch less computes one that counts for nothing: what ranks do together, they do
+    # equally often.
     picks += [[Pick(int(order[-1]), False, 1)]] * (-(-len(batches) // ranks) - len(picks))
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     guesses = True  # whether the loss is that of next tokens
@@ -43,12 +52,17 @@ def losses(
             return {}
         _, found = loss(to_device(batch, device))
         guesses = "right" in found
-        sums += torch.stack([found[key].double() for key in ("loss", "tokens", "right" if guesses else "tokens")])
+        sums += torch.stack(
+            [found[key].double() for key in ("loss", "tokens", "right" if guesses else "tokens")]
+        )
         if "offsets" in found:
             offsets = found["offsets"].double() if offsets is None else offsets + found["offsets"]
         if "scores" in found:
             confusion += multiclass_confusion_matrix(
-                found["scores"], batch["classes"].to(device), found["scores"].shape[-1], ignore_index=-100
+                found["scores"],
+                batch["classes"].to(device),
+                found["scores"].shape[-1],
+                ignore_index=-100,
             )
     total, tokens, right = reduce(sums).tolist()
     if not tokens:

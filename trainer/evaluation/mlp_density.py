@@ -25,13 +25,20 @@ PRECISION = 1e-6  # of the CETT value that is searched for
 MEDIAN_BATCHES = 4
 
 Layers = list[tuple[str, nn.Module]]
-Change = Callable[[int, Tensor, Tensor], Tensor | None]  # (layer, its input, the real tokens) -> what it is given instead
+# (layer, its input, the real tokens) -> what it is given instead
+Change = Callable[[int, Tensor, Tensor], Tensor | None]
 
 
 class Rows:
     """The held-out rows, asked for their loss while the MLPs' inputs are looked at or changed."""
 
-    def __init__(self, loss: Callable[[dict[str, Any]], Any], held_out: HeldOut, batch_size: int, device: torch.device):
+    def __init__(
+        self,
+        loss: Callable[[dict[str, Any]], Any],
+        held_out: HeldOut,
+        batch_size: int,
+        device: torch.device,
+    ):
         self.loss, self.held_out, self.batch_size, self.device = loss, held_out, batch_size, device
 
     def loss_with(self, layers: Layers, change: Change) -> float:
@@ -66,13 +73,20 @@ class Rows:
             zero = torch.zeros(())
             return zero, {"loss": zero, "tokens": zero, "right": zero}
 
-        losses(keep, self.held_out, self.batch_size, self.device, stop=lambda: len(seen) == MEDIAN_BATCHES)
+        losses(
+            keep,
+            self.held_out,
+            self.batch_size,
+            self.device,
+            stop=lambda: len(seen) == MEDIAN_BATCHES,
+        )
         return [median for _, median in medians(layers, self.loss, seen)]
 
 
 @dataclass
 class Sampled:
-    """One MLP's activations of some tokens, h (N, F), with what leaving out their smallest would do."""
+    """One MLP's activations of some tokens, h (N, F), with what leaving out their smallest would
+    do."""
 
     module: nn.Module
     h: Float[Tensor, "N F"]
@@ -84,7 +98,11 @@ class Sampled:
         ordered = self.scores.flatten().sort().values
         places = [max(1, level * len(ordered) // LEVELS) for level in range(1, LEVELS)]
         # Between two scores, so that rounding moves no neuron over it.
-        self.thresholds = [0.0, *((ordered[place - 1] + ordered[place]).item() / 2 for place in places), math.inf]
+        self.thresholds = [
+            0.0,
+            *((ordered[place - 1] + ordered[place]).item() / 2 for place in places),
+            math.inf,
+        ]
         self.known = {0: 0.0, LEVELS: 1.0}  # of nothing and of everything
 
     def contribution(self, h: Float[Tensor, "N F"]) -> Float[Tensor, "N d"]:
@@ -92,15 +110,19 @@ class Sampled:
         return linear_part(self.module, h).float()
 
     def cett(self, level: int) -> float:
-        """Mean over tokens of the length of what is left out below a threshold, over that of the output."""
+        """Mean over tokens of the length of what is left out below a threshold, over that of the
+        output."""
         if level not in self.known:
             left_out = self.contribution(self.h.where(self.scores < self.thresholds[level], 0))
             tiny = torch.finfo(torch.float32).tiny
-            self.known[level] = float((left_out.norm(dim=-1) / self.output.norm(dim=-1).clamp(min=tiny)).mean())
+            self.known[level] = float(
+                (left_out.norm(dim=-1) / self.output.norm(dim=-1).clamp(min=tiny)).mean()
+            )
         return self.known[level]
 
     def level(self, cett: float) -> int:
-        """The highest threshold that leaves out no more than this; CETT rises with the threshold."""
+        """The highest threshold that leaves out no more than this; CETT rises with the
+        threshold."""
         low, high = 0, LEVELS + 1
         while high - low > 1:
             middle = (low + high) // 2
@@ -114,7 +136,8 @@ def linear_part(module: nn.Module, x: Float[Tensor, "N F"]) -> Float[Tensor, "N 
 
 
 def column_norms(module: nn.Module, like: Float[Tensor, "N F"]) -> Float[Tensor, " F"]:
-    """‖W_j‖ of what each neuron is multiplied by, of an adapted or quantised layer too: its outputs for unit vectors."""
+    """‖W_j‖ of what each neuron is multiplied by, of an adapted or quantised layer too: its outputs
+    for unit vectors."""
     width = like.shape[1]
     norms = []
     for start in range(0, width, 256):
@@ -127,7 +150,8 @@ def column_norms(module: nn.Module, like: Float[Tensor, "N F"]) -> Float[Tensor,
 
 @torch.no_grad()
 def measured(layers: Layers, rows: Rows, taus: list[float], percent: float) -> dict[str, Any]:
-    """Everything that is reported of one model: `layers` by name, their `mean`, `loss`, and with `percent` the search's `ppl`."""
+    """Everything that is reported of one model: `layers` by name, their `mean`, `loss`, and with
+    `percent` the search's `ppl`."""
     sizes = rows.held_out.sequences.sizes()[0]
     every = max(1, int(sizes.sum()) // SAMPLE)
     counts = torch.zeros(len(layers), 3, dtype=torch.float64)
@@ -137,12 +161,16 @@ def measured(layers: Layers, rows: Rows, taus: list[float], percent: float) -> d
     def count(index: int, h: Tensor, real: Tensor) -> None:
         own = own_tokens(h, real)[real]
         nonzero, above = own.count_nonzero(), (own.abs() > taus[index]).sum()
-        counts[index] += torch.tensor([float(nonzero), float(above), own.numel()], dtype=torch.float64)
+        counts[index] += torch.tensor(
+            [float(nonzero), float(above), own.numel()], dtype=torch.float64
+        )
         kept[index].append(own[-seen[index] % every :: every])
         seen[index] += len(own)
 
     dense = rows.loss_with(layers, count)
-    sampled = [Sampled(module, torch.cat(parts)) for (_, module), parts in zip(layers, kept, strict=True)]
+    sampled = [
+        Sampled(module, torch.cat(parts)) for (_, module), parts in zip(layers, kept, strict=True)
+    ]
     found: dict[str, Any] = {
         name: {
             "non_zero": float(nonzero / total),
@@ -150,7 +178,9 @@ def measured(layers: Layers, rows: Rows, taus: list[float], percent: float) -> d
             "cett_half": one.cett(LEVELS // 2),
             "tau": tau,
         }
-        for (name, _), (nonzero, above, total), one, tau in zip(layers, counts, sampled, taus, strict=True)
+        for (name, _), (nonzero, above, total), one, tau in zip(
+            layers, counts, sampled, taus, strict=True
+        )
     }
     result: dict[str, Any] = {"loss": dense, "layers": found}
     if percent:
@@ -158,15 +188,18 @@ def measured(layers: Layers, rows: Rows, taus: list[float], percent: float) -> d
         for (name, _), share in zip(layers, sparsity, strict=True):
             found[name]["ppl_sparsity"] = share
     metrics = next(iter(found.values()))
-    result["mean"] = {key: sum(layer[key] for layer in found.values()) / len(found) for key in metrics}
+    result["mean"] = {
+        key: sum(layer[key] for layer in found.values()) / len(found) for key in metrics
+    }
     return result
 
 
 def search(
     layers: Layers, rows: Rows, sampled: list[Sampled], dense: float, percent: float
 ) -> tuple[dict[str, float], list[float]]:
-    """(the largest CETT value at which exp(loss - `dense`) is at most 1 + `percent` / 100, with that ratio; each layer's share of
-    neurons that were 0 then). The loss is taken to rise with CETT."""
+    """(the largest CETT value at which exp(loss - `dense`) is at most 1 + `percent` / 100, with
+    that ratio; each layer's share of neurons that were 0 then). The loss is taken to rise with
+    CETT."""
     known: dict[tuple[int, ...], tuple[float, list[float]]] = {}
 
     def ratio(cett: float) -> tuple[float, list[float]]:
@@ -186,8 +219,11 @@ def search(
 
 
 @torch.no_grad()
-def loss_without(layers: Layers, rows: Rows, sampled: list[Sampled], levels: tuple[int, ...]) -> tuple[float, list[float]]:
-    """(loss, each layer's share of zeros) where neurons with |h_j| ‖W_j‖ below the layer's threshold are set to 0."""
+def loss_without(
+    layers: Layers, rows: Rows, sampled: list[Sampled], levels: tuple[int, ...]
+) -> tuple[float, list[float]]:
+    """(loss, each layer's share of zeros) where neurons with |h_j| ‖W_j‖ below the layer's
+    threshold are set to 0."""
     zeros, totals = [0.0] * len(layers), [0] * len(layers)
 
     def zeroed(index: int, h: Tensor, real: Tensor) -> Tensor:
@@ -202,7 +238,12 @@ def loss_without(layers: Layers, rows: Rows, sampled: list[Sampled], levels: tup
     return loss, [zero / total for zero, total in zip(zeros, totals, strict=True)]
 
 
-COLUMNS = {"non_zero": "non-zero", "above_tau": "above tau", "cett_half": "CETT at 50%", "ppl_sparsity": "PPL-{:g}%"}
+COLUMNS = {
+    "non_zero": "non-zero",
+    "above_tau": "above tau",
+    "cett_half": "CETT at 50%",
+    "ppl_sparsity": "PPL-{:g}%",
+}
 
 
 def shown(results: dict[str, dict[str, Any]], percent: float) -> Any:
@@ -210,12 +251,22 @@ def shown(results: dict[str, dict[str, Any]], percent: float) -> Any:
     from rich.table import Table
 
     first = next(iter(results.values()))
-    columns = [(key, title.format(percent)) for key, title in COLUMNS.items() if key in first["mean"]]
+    columns = [
+        (key, title.format(percent)) for key, title in COLUMNS.items() if key in first["mean"]
+    ]
     table = Table("MLP", "tau", *(f"{title}\n{name}" for _, title in columns for name in results))
     for layer in [*first["layers"], "mean"]:
-        values = [result["mean"] if layer == "mean" else result["layers"][layer] for result in results.values()]
+        values = [
+            result["mean"] if layer == "mean" else result["layers"][layer]
+            for result in results.values()
+        ]
         numbers = [f"{value[key]:.4f}" for key, _ in columns for value in values]
-        table.add_row(layer, f"{values[0]['tau']:.3g}", *numbers, end_section=layer == list(first["layers"])[-1])
+        table.add_row(
+            layer,
+            f"{values[0]['tau']:.3g}",
+            *numbers,
+            end_section=layer == list(first["layers"])[-1],
+        )
     return table
 
 
@@ -227,12 +278,29 @@ def plot(results: dict[str, dict[str, Any]], percent: float, path: Path) -> None
     from matplotlib import pyplot
 
     first = next(iter(results.values()))
-    columns = [(key, title.format(percent)) for key, title in COLUMNS.items() if key in first["mean"]]
-    with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}):
-        figure, axes = pyplot.subplots(1, len(columns), figsize=(3.2 * len(columns), 2.9), squeeze=False)
+    columns = [
+        (key, title.format(percent)) for key, title in COLUMNS.items() if key in first["mean"]
+    ]
+    with pyplot.rc_context(
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "svg.fonttype": "none",
+        }
+    ):
+        figure, axes = pyplot.subplots(
+            1, len(columns), figsize=(3.2 * len(columns), 2.9), squeeze=False
+        )
         for (key, title), panel in zip(columns, axes[0], strict=True):
             for name, result in results.items():
-                panel.plot([layer[key] for layer in result["layers"].values()], "o-", label=name, linewidth=1.2, markersize=3)
+                panel.plot(
+                    [layer[key] for layer in result["layers"].values()],
+                    "o-",
+                    label=name,
+                    linewidth=1.2,
+                    markersize=3,
+                )
             panel.set_title(title, loc="left", fontsize=10)
             panel.set_xlabel("MLP")
             panel.set_ylim(bottom=0)

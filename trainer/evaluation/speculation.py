@@ -1,16 +1,22 @@
-"""Evaluation of speculation: what a drafter gives on a set of prompts, against the target alone, in one run.
+"""Evaluation of speculation: what a drafter gives on a set of prompts, against the target alone, in
+one run.
 
-    python -m trainer.evaluate run=FOLDER[@last|best|STEP] task=speculation [prompts=FILE.jsonl] [heldout=16] [each=0]
-                               [max_new_tokens=128] [temperature=0] [top_p=1] [seed=0] [drafter=run] [small=null]
-                               [tree=chain] [count=null] [size=59] [top_k=10] [paths=FILE.json] [policy=fixed] [siblings=without]
-                               [json=FILE] [plot=FILE.svg]
+    python -m trainer.evaluate run=FOLDER[@last|best|STEP] task=speculation [prompts=FILE.jsonl]
+    [heldout=16] [each=0]
+                               [max_new_tokens=128] [temperature=0] [top_p=1] [seed=0] [drafter=run]
+                               [small=null] [tree=chain] [count=null] [size=59] [top_k=10]
+                               [paths=FILE.json] [policy=fixed] [siblings=without] [json=FILE]
+                               [plot=FILE.svg]
 
-prompts=FILE.jsonl has Spec-Bench's layout, {"question_id": 81, "category": "writing", "turns": ["...", "..."]} a line, or that of
-python -m trainer.speculate; each=N takes the first N of each category, 0 all. Without it the first `heldout` conversations that the run holds
-out are asked. A later turn follows the target's own answers to those before. drafter and small are as in python -m trainer.generate,
-and what says how a draft grows, from tree to siblings, as in python -m trainer.speculate.
+prompts=FILE.jsonl has Spec-Bench's layout, {"question_id": 81, "category": "writing", "turns":
+["...", "..."]} a line, or that of python -m trainer.speculate; each=N takes the first N of each
+category, 0 all. Without it the first `heldout` conversations that the run holds out are asked. A
+later turn follows the target's own answers to those before. drafter and small are as in python -m
+trainer.generate, and what says how a draft grows, from tree to siblings, as in python -m
+trainer.speculate.
 
-Each prompt is decoded three times, one sequence at a time: by transformers' generate, by the decoder without the drafter, and with it.
+Each prompt is decoded three times, one sequence at a time: by transformers' generate, by the
+decoder without the drafter, and with it.
 
     tau            tokens of a target pass, the target's own among them: new tokens after each answer's first / target passes after
                    the prompt's
@@ -48,8 +54,14 @@ from trainer.storage import run_folder
 
 # How a draft grows, as speculate.shape_of reads it.
 GROWTH: dict[str, Any] = {
-    "tree": "chain", "count": None, "size": 59, "top_k": 10, "paths": None, "policy": "fixed", "siblings": "without",
-}  # fmt: skip
+    "tree": "chain",
+    "count": None,
+    "size": 59,
+    "top_k": 10,
+    "paths": None,
+    "policy": "fixed",
+    "siblings": "without",
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,9 @@ def questions(path: str, each: int | None = None) -> list[Question]:
         DataError: the file cannot be read, or a line is of no known form.
     """
     try:
-        lines = [line for line in Path(path).expanduser().read_text("utf-8").splitlines() if line.strip()]
+        lines = [
+            line for line in Path(path).expanduser().read_text("utf-8").splitlines() if line.strip()
+        ]
         first = json.loads(lines[0]) if lines else None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"prompts={path} cannot be read: {error}") from None
@@ -83,11 +97,20 @@ def questions(path: str, each: int | None = None) -> list[Question]:
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{number} is no JSON: {error}") from None
         turns = row.get("turns") if isinstance(row, dict) else None
-        if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns)):
+        if not (
+            isinstance(turns, list)
+            and turns
+            and all(isinstance(turn, str) and turn.strip() for turn in turns)
+        ):
             raise DataError(
-                f'{path}:{number}: a line is {{"question_id": ..., "category": "...", "turns": ["...", ...]}} with at least one turn'
+                f'{path}:{number}: a line is {{"question_id": ..., "category": "...", "turns":'
+                ' ["...", ...]} with at least one turn'
             )
-        found.append(Question(str(row.get("category", "all")), [{"role": "user", "content": turns[0]}], turns[1:]))
+        found.append(
+            Question(
+                str(row.get("category", "all")), [{"role": "user", "content": turns[0]}], turns[1:]
+            )
+        )
     return _first(found, each)
 
 
@@ -105,20 +128,28 @@ def held_out(found: Trained, count: int) -> list[Question]:
         DataError: the run has none.
     """
     if found.task.kind != "conversation":
-        raise DataError("this run continues plain text and holds out no conversations: give prompts=FILE.jsonl")
+        raise DataError(
+            "this run continues plain text and holds out no conversations: give prompts=FILE.jsonl"
+        )
     data = tokenised(found.config, found.base, found.task, train=False)
     if data.held_out is None:
         raise DataError(
-            "this run's task has no held-out rows: it had task.eval_fraction=0 and no task.eval_path. Give prompts=FILE.jsonl"
+            "this run's task has no held-out rows: it had task.eval_fraction=0 and no"
+            " task.eval_path. Give prompts=FILE.jsonl"
         )
     with_prompts(data, count, found.model)
     return [Question("held out", example.messages[:-1]) for example, _ in data.held_out.prompts]
 
 
 def asked(
-    found: Trained, drafter: Drafter, chosen: Sequence[Question], options: dict[str, Any], tell: Callable[[str], None]
+    found: Trained,
+    drafter: Drafter,
+    chosen: Sequence[Question],
+    options: dict[str, Any],
+    tell: Callable[[str], None],
 ) -> tuple[list[Answer], int]:
-    """(each turn's answer by each way, how many turns were left out because they do not fit the model).
+    """(each turn's answer by each way, how many turns were left out because they do not fit the
+    model).
 
     Raises:
         DataError: a question cannot be asked of this run.
@@ -131,39 +162,61 @@ def asked(
 
     def one(way: str, ids: torch.Tensor, limit: int) -> Result:
         if way == "transformers":
-            return by_transformers(model, ids, stops, tokenizer.pad_token_id, options | {"max_new_tokens": limit})
+            return by_transformers(
+                model, ids, stops, tokenizer.pad_token_id, options | {"max_new_tokens": limit}
+            )
         return speculative.generate(
-            target, drafter if way == "drafter" else None, ids, limit, stops, options["temperature"], options["top_p"],
-            torch.Generator(device).manual_seed(options["seed"]), shape=shape,
+            target,
+            drafter if way == "drafter" else None,
+            ids,
+            limit,
+            stops,
+            options["temperature"],
+            options["top_p"],
+            torch.Generator(device).manual_seed(options["seed"]),
+            shape=shape,
             rule="spectr" if options["siblings"] == "spectr" else "recursive",
-        )  # fmt: skip
+        )
 
     answers: list[Answer] = []
     left_out = 0
     for number, question in enumerate(chosen):
         if renderer is None and question.further:
-            raise DataError("this run continues plain text, and a question of several turns asks for a chat")
+            raise DataError(
+                "this run continues plain text, and a question of several turns asks for a chat"
+            )
         messages = list(question.messages)
         for turn, text in enumerate((None, *question.further)):
             messages += [] if text is None else [{"role": "user", "content": text}]
-            prompt = tokenizer(messages[-1]["content"])["input_ids"] if renderer is None else renderer.chat(messages)
+            prompt = (
+                tokenizer(messages[-1]["content"])["input_ids"]
+                if renderer is None
+                else renderer.chat(messages)
+            )
             if not prompt:
                 raise DataError("a prompt is empty, and this model starts from at least one token")
             if len(prompt) + options["max_new_tokens"] > found.base.longest:
                 left_out += len(question.further) + 1 - turn
                 break
-            ids, ways = torch.tensor(prompt, device=device), list(reversed(WAYS))  # a drafter that cannot draft says so first
+            # a drafter that cannot draft says so first
+            ids, ways = torch.tensor(prompt, device=device), list(reversed(WAYS))
             for way in ways if not answers else ():
-                one(way, ids, min(8, options["max_new_tokens"]))  # what happens once only is not measured
-            turned = len(answers) % len(ways)  # who comes first finds the processor as others have left it
-            results = {way: one(way, ids, options["max_new_tokens"]) for way in ways[turned:] + ways[:turned]}
+                # what happens once only is not measured
+                one(way, ids, min(8, options["max_new_tokens"]))
+            # who comes first finds the processor as others have left it
+            turned = len(answers) % len(ways)
+            results = {
+                way: one(way, ids, options["max_new_tokens"])
+                for way in ways[turned:] + ways[:turned]
+            }
             answers.append(Answer(number, turn, question.category, results))
             said = tokenizer.decode(results["transformers"].tokens, skip_special_tokens=True)
             messages.append({"role": "assistant", "content": said})
         tell(f"{number + 1} of {len(chosen)} questions")
     if not answers:
         raise DataError(
-            f"no prompt fits the model: it takes {found.base.longest} tokens, {options['max_new_tokens']} of them new"
+            f"no prompt fits the model: it takes {found.base.longest} tokens,"
+            f" {options['max_new_tokens']} of them new"
         )
     return answers, left_out
 
@@ -178,7 +231,9 @@ def _faults(options: dict[str, Any]) -> Iterable[str]:
     ):
         if not fits:
             yield f"{name}={options[name]}: {said}"
-    if options["count"] not in (None, "null") and not (str(options["count"]).isdecimal() and int(options["count"]) >= 1):
+    if options["count"] not in (None, "null") and not (
+        str(options["count"]).isdecimal() and int(options["count"]) >= 1
+    ):
         yield f"count={options['count']}: a number of at least 1, or null"
     for name in ("json", "plot"):
         if options[name] and not Path(options[name]).parent.is_dir():
@@ -193,9 +248,20 @@ def main(argv: list[str]) -> int:
     from trainer.config.options import arguments
 
     known = {
-        "run": ..., "prompts": None, "heldout": 16, "each": 0, "max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0, "seed": 0,
-        "drafter": "run", "small": None, **GROWTH, "json": None, "plot": None,
-    }  # fmt: skip
+        "run": ...,
+        "prompts": None,
+        "heldout": 16,
+        "each": 0,
+        "max_new_tokens": 128,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "seed": 0,
+        "drafter": "run",
+        "small": None,
+        **GROWTH,
+        "json": None,
+        "plot": None,
+    }
     options = arguments(argv, known, __doc__ or "")
     for fault in _faults(options):
         return bad(fault)
@@ -204,17 +270,27 @@ def main(argv: list[str]) -> int:
     shape_of(options)
     _, content, _ = run_folder.read(options["run"])
     if content["identity"]["labels"] is not None:
-        return bad("this run trained a classifier, which writes no text. Use: python -m trainer.evaluate without task")
+        return bad(
+            "this run trained a classifier, which writes no text. Use: python -m trainer.evaluate"
+            " without task"
+        )
     check_drafter(content["config"], options)
     chosen = questions(options["prompts"], options["each"] or None) if options["prompts"] else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = trained(options["run"], device)
     drafter = drafter_of(found, options)
     if drafter is None:
-        raise DrafterError(f"the drafter of run={options['run']} only shapes the adapter, and proposes no tokens")
+        raise DrafterError(
+            f"the drafter of run={options['run']} only shapes the adapter, and proposes no tokens"
+        )
     chosen = held_out(found, options["heldout"]) if chosen is None else chosen
-    answers, left_out = asked(found, drafter, chosen, options, lambda text: print(text, file=sys.stderr, flush=True))
-    had = {key: options[key] for key in ("drafter", "max_new_tokens", "temperature", "top_p", "seed", *GROWTH)}
+    answers, left_out = asked(
+        found, drafter, chosen, options, lambda text: print(text, file=sys.stderr, flush=True)
+    )
+    had = {
+        key: options[key]
+        for key in ("drafter", "max_new_tokens", "temperature", "top_p", "seed", *GROWTH)
+    }
     result = summary(answers, left_out, had)
     show(result)
     if options["json"]:

@@ -1,4 +1,5 @@
-"""tree=search of python -m trainer.speculate: the static tree for a drafter, its prompts and this machine, measured and shown."""
+"""tree=search of python -m trainer.speculate: the static tree for a drafter, its prompts and this
+machine, measured and shown."""
 
 from __future__ import annotations
 
@@ -17,14 +18,21 @@ from trainer.decoding import calibration, speculative, trees
 from trainer.decoding.texts import allow_trees
 from trainer.drafters import Drafter, DrafterError, Target
 
-ALIKE = 1.2  # times that the pass over one token may take longer as a chain than as a tree, or the reverse: it is the same work
+# times that the pass over one token may take longer as a chain than as a tree, or the reverse: it
+# is the same work
+ALIKE = 1.2
 STEADY = 1.5  # times the least that half of a pass's repetitions may take
 
 
 def searched(
-    found: Trained, drafter: Drafter, prompts: list[list[int]], stops: list[int], options: dict[str, Any]
+    found: Trained,
+    drafter: Drafter,
+    prompts: list[list[int]],
+    stops: list[int],
+    options: dict[str, Any],
 ) -> dict[str, Any]:
-    """The tree for this drafter, these prompts and this machine, what it gives, and what was measured for it, as plain numbers.
+    """The tree for this drafter, these prompts and this machine, what it gives, and what was
+    measured for it, as plain numbers.
 
     Raises:
         DataError: the prompts' answers are too short.
@@ -33,14 +41,20 @@ def searched(
     calibration.growing(drafter)
     target, device = Target(found.model), next(found.model.parameters()).device
     first = torch.tensor(prompts[0], device=device)
-    speculative.generate(target, drafter, first, min(8, options["max_new_tokens"]), stops)  # one that cannot draft says so now
+    # one that cannot draft says so now
+    speculative.generate(target, drafter, first, min(8, options["max_new_tokens"]), stops)
     texts = [
-        calibration.written(target, drafter, torch.tensor(prompt, device=device), options["max_new_tokens"], stops)
+        calibration.written(
+            target, drafter, torch.tensor(prompt, device=device), options["max_new_tokens"], stops
+        )
         for prompt in prompts
     ]
     longest, no_trees = max(texts, key=lambda text: len(text.ids) - text.start), None
     if len(longest.ids) - longest.start < 2:
-        raise DataError("no answer to these prompts has a second token, which is the first that is drafted: give other prompts")
+        raise DataError(
+            "no answer to these prompts has a second token, which is the first that is drafted:"
+            " give other prompts"
+        )
     branches = calibration.branching(target, drafter, longest)
     if branches:
         try:
@@ -49,39 +63,63 @@ def searched(
             branches, no_trees = False, str(error)
     widths = {"chain": 1} | ({"tree": options["top_k"]} if branches else {})
     depth = min(drafter.depth, options["count"] or trees.LONGEST)
-    ranks = [calibration.ranks(target, drafter, text, max(widths.values()), depth) for text in texts]
+    ranks = [
+        calibration.ranks(target, drafter, text, max(widths.values()), depth) for text in texts
+    ]
     most = options["size"]
     passes = calibration.verifying(
-        target, longest.ids[: max(1, found.base.longest - most - 1)],
-        sorted({most + 1, *(n for n in calibration.WIDTHS if n <= most)}), trees=branches, layers=drafter.layers,
-    )  # fmt: skip
+        target,
+        longest.ids[: max(1, found.base.longest - most - 1)],
+        sorted({most + 1, *(n for n in calibration.WIDTHS if n <= most)}),
+        trees=branches,
+        layers=drafter.layers,
+    )
     verify = calibration.least(passes, most)
     best = calibration.fastest(
         ranks, widths, verify, lambda paths: calibration.drafting(target, drafter, longest, paths)
-    )  # fmt: skip
+    )
     return {
-        "prompts": len(prompts), "places": sum(map(len, ranks)), "max_new_tokens": options["max_new_tokens"], "drafter": options["drafter"],
-        "paths": [list(path) for path in best.paths], "tokens": best.tokens, "draft_ms": 1000 * best.draft,
-        "verify_ms": 1000 * best.verify, "plain_ms": 1000 * verify["chain"][0],
-        "ratio": best.tokens * verify["chain"][0] / best.seconds, "acceptance": calibration.acceptance(ranks, max(widths.values())),
-        "passes_ms": {shape: {f"{n}": 1000 * verify[shape][n - 1] for n in took} for shape, took in passes.items()},
-        "no_trees": no_trees, "busy": busy(passes),
-    }  # fmt: skip
+        "prompts": len(prompts),
+        "places": sum(map(len, ranks)),
+        "max_new_tokens": options["max_new_tokens"],
+        "drafter": options["drafter"],
+        "paths": [list(path) for path in best.paths],
+        "tokens": best.tokens,
+        "draft_ms": 1000 * best.draft,
+        "verify_ms": 1000 * best.verify,
+        "plain_ms": 1000 * verify["chain"][0],
+        "ratio": best.tokens * verify["chain"][0] / best.seconds,
+        "acceptance": calibration.acceptance(ranks, max(widths.values())),
+        "passes_ms": {
+            shape: {f"{n}": 1000 * verify[shape][n - 1] for n in took}
+            for shape, took in passes.items()
+        },
+        "no_trees": no_trees,
+        "busy": busy(passes),
+    }
 
 
 def busy(passes: Mapping[str, Mapping[int, Sequence[float]]]) -> str | None:
-    """What in the seconds of passes (`calibration.verifying`) says that something else ran on the machine; None for nothing."""
+    """What in the seconds of passes (`calibration.verifying`) says that something else ran on the
+    machine; None for nothing."""
     alone = {shape: 1000 * min(took[1]) for shape, took in passes.items()}
     if max(alone.values()) > ALIKE * min(alone.values()):
         return "the pass over one token took at least " + " and ".join(
             f"{ms:.3g} ms as a {shape}" for shape, ms in alone.items()
         )
-    every = [(median(took) / min(took), shape, n, took) for shape, widths in passes.items() for n, took in widths.items()]
+    every = [
+        (median(took) / min(took), shape, n, took)
+        for shape, widths in passes.items()
+        for n, took in widths.items()
+    ]
     spread, shape, n, took = max(every, key=lambda one: one[0])
     if spread <= STEADY:
         return None
     tokens = "one token" if n == 1 else f"{n} tokens"
-    return f"the pass over {tokens} as a {shape} took {1000 * min(took):.3g} ms at least and {1000 * median(took):.3g} ms as a rule"
+    return (
+        f"the pass over {tokens} as a {shape} took {1000 * min(took):.3g} ms at least and"
+        f" {1000 * median(took):.3g} ms as a rule"
+    )
 
 
 def show_searched(found: dict[str, Any], file: str | None) -> None:
@@ -102,21 +140,23 @@ def show_searched(found: dict[str, Any], file: str | None) -> None:
     console.print(table)
     if found["busy"]:
         console.print(
-            f"Warning: the machine seems busy, and this may not be the best tree. {found['busy'].capitalize()}. Measure again."
+            "Warning: the machine seems busy, and this may not be the best tree."
+            f" {found['busy'].capitalize()}. Measure again."
         )
     if found["no_trees"]:
         console.print(f"Chains only: {found['no_trees']}.")
     if not found["paths"]:
         console.print(
-            f"Drafting does not pay here: no tree gives more tokens a second than a pass of {found['plain_ms']:.3g} ms for each. "
-            + (f"{file} is not written." if file else "")
+            "Drafting does not pay here: no tree gives more tokens a second than a pass of"
+            f" {found['plain_ms']:.3g} ms for each. " + (f"{file} is not written." if file else "")
         )
         return
     paths, step = found["paths"], found["draft_ms"] + found["verify_ms"]
     console.print(
-        f"Tokens to draft: {len(paths)}, up to {len(paths[-1])} after one another. A step gives {found['tokens']:.2f} tokens, the target's "
-        f"own among them, and takes {step:.3g} ms, {found['draft_ms']:.3g} to draft and {found['verify_ms']:.3g} to verify; without a draft "
-        f"a token takes {found['plain_ms']:.3g} ms. So {found['ratio']:.2f} times as many tokens a second are expected, the prompt's pass "
-        "and bookkeeping not counted."
+        f"Tokens to draft: {len(paths)}, up to {len(paths[-1])} after one another. A step gives"
+        f" {found['tokens']:.2f} tokens, the target's own among them, and takes {step:.3g} ms,"
+        f" {found['draft_ms']:.3g} to draft and {found['verify_ms']:.3g} to verify; without a draft"
+        f" a token takes {found['plain_ms']:.3g} ms. So {found['ratio']:.2f} times as many tokens a"
+        " second are expected, the prompt's pass and bookkeeping not counted."
     )
     console.print(f"tree=static paths={file}" if file else json.dumps(paths), soft_wrap=True)

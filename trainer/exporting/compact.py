@@ -30,20 +30,22 @@ from trainer.storage import run_folder
 from trainer.storage.checkpoints import CheckpointError
 
 METHODS = {"compeft": ("keep", "alpha"), "dare": ("drop", "seed"), "darex_q": ("drop", "q", "seed")}
-KINDS = ("LORA", "SHIRA", "SUPERTUNING")  # of PEFT's methods, those whose tensors are an update that starts at zero
+# of PEFT's methods, those whose tensors are an update that starts at zero
+KINDS = ("LORA", "SHIRA", "SUPERTUNING")
 ALPHAS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)  # as far as ComPEFT's authors search
 Q_STEPS = 8  # from 1 - drop to 1, each the same factor further
 SEARCH_ROWS = 64
 BATCH_SIZE = 16
 WEIGHTS = "adapter_model.safetensors"
 
-Files = dict[str, dict[str, Tensor]]  # tensors by PEFT's keys, by the subfolder they are in: "" or those of a pair
+# tensors by PEFT's keys, by the subfolder they are in: "" or those of a pair
+Files = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What to do with the tensors; `strength` is alpha or what is divided by, and None searches for it. `factors` is both or B:
-    which of a low-rank pair."""
+    """What to do with the tensors; `strength` is alpha or what is divided by, and None searches for
+    it. `factors` is both or B: which of a low-rank pair."""
 
     method: str
     factors: str
@@ -91,10 +93,16 @@ def compress(run: str, choice: Choice, out: Path | None, evaluate: bool) -> Comp
     with _appearing(out) as temporary:
         found = trained(run, device, exact=True)
         save_adapter(found.adapter, found.model, found.base, found.task, temporary)
-        files = {place: load_file(temporary / place / WEIGHTS) for place in _places(temporary, WEIGHTS)}
+        files = {
+            place: load_file(temporary / place / WEIGHTS) for place in _places(temporary, WEIGHTS)
+        }
         before = sum((temporary / place / WEIGHTS).stat().st_size for place in files)
         searching = choice.strength is None
-        data = tokenised(found.config, found.base, found.task, train=searching) if evaluate or searching else None
+        data = (
+            tokenised(found.config, found.base, found.task, train=searching)
+            if evaluate or searching
+            else None
+        )
         loss = _loss(found, device)
         held_out = data.held_out if data is not None and evaluate else None
         result = Compressed(out, 0.0, 0.0, _parameters(files), before, 0)
@@ -131,7 +139,10 @@ def expand(source: Path, out: Path) -> None:
     """
     places = _places(source, coding.FILE) if source.is_dir() else []
     if not places:
-        raise AdapterError(f"{source} has no {coding.FILE}: give a folder that python -m trainer.compress run=... wrote")
+        raise AdapterError(
+            f"{source} has no {coding.FILE}: give a folder that python -m trainer.compress run=..."
+            " wrote"
+        )
     with _appearing(out) as temporary:
         for place in places:
             config = source / place / "adapter_config.json"
@@ -148,20 +159,27 @@ def refuse(adapter: dict[str, Any]) -> None:
     Raises:
         AdapterError: this adapter, as configured, has no update that could be compressed.
     """
-    allowed = f"Compression is for LoRA, RoSA and sparse adapters, and for PEFT's {', '.join(KINDS)}"
+    allowed = (
+        f"Compression is for LoRA, RoSA and sparse adapters, and for PEFT's {', '.join(KINDS)}"
+    )
     if adapter["_target_"].startswith("adapters.full."):
-        raise AdapterError(f"adapter={adapter['_target_'].rpartition('.')[2].lower()} leaves no adapter to compress. {allowed}")
+        raise AdapterError(
+            f"adapter={adapter['_target_'].rpartition('.')[2].lower()} leaves no adapter to"
+            f" compress. {allowed}"
+        )
     if adapter["_target_"] != "adapters.peft.Peft":
         return
     entry = config_class(adapter["peft_type"])
     kind = entry.peft_type if entry else adapter["peft_type"]
     if kind not in KINDS:
-        raise AdapterError(f"{kind} is no sum of its weights and an update that starts at zero. {allowed}")
+        raise AdapterError(
+            f"{kind} is no sum of its weights and an update that starts at zero. {allowed}"
+        )
     init = str(adapter.get("init_lora_weights", ""))
     if kind == "LORA" and init.startswith(CHANGES_BASE):
         raise AdapterError(
-            f"init_lora_weights={init} is saved as the difference of two products, which large parts cancel in: compressed, they "
-            f"would not. {allowed} with another initialisation"
+            f"init_lora_weights={init} is saved as the difference of two products, which large"
+            f" parts cancel in: compressed, they would not. {allowed} with another initialisation"
         )
 
 
@@ -203,14 +221,19 @@ def _live(model: nn.Module) -> dict[str, Tensor]:
             "supertuning_values": values,
             "shira_weight": values,
         }
-        parts |= {f"supertuning_{key}": part for key, part in parts.items() if key.startswith("lora_")}
-        tensors |= {f"{io.PREFIX}{name}.{key}": part for key, part in parts.items() if part is not None}
+        parts |= {
+            f"supertuning_{key}": part for key, part in parts.items() if key.startswith("lora_")
+        }
+        tensors |= {
+            f"{io.PREFIX}{name}.{key}": part for key, part in parts.items() if part is not None
+        }
     return tensors
 
 
 @torch.no_grad()
 def _balanced(found: Trained, files: Files) -> Files:
-    """Low-rank pairs as `coding.balanced` writes them, after it was seen that the model answers as before."""
+    """Low-rank pairs as `coding.balanced` writes them, after it was seen that the model answers as
+    before."""
     wanted = _outputs(found.model, found)
     result = {place: dict(tensors) for place, tensors in files.items()}
     for tensors in result.values():
@@ -225,30 +248,46 @@ def _search_rows(data: Data) -> tuple[HeldOut, str]:
     """A few rows to search on, and what to call them."""
     if data.train is None and data.held_out is None:  # a stream's rows are not at hand
         raise AdapterError(
-            "there are no rows to search on: this run's task streams and has no held-out rows. Give alpha= or q= a number"
+            "there are no rows to search on: this run's task streams and has no held-out rows. Give"
+            " alpha= or q= a number"
         )
     name = "training" if data.train is not None else "held-out"
     rows = (data.train or data.held_out.sequences).rows  # type: ignore[union-attr]
     labels = data.task.labels if data.task.kind == "label" else None
     collate = replace(data.collate, packed=False)
     count = min(SEARCH_ROWS, len(rows))
-    return HeldOut(Sequences(rows, [[row] for row in range(count)]), collate, labels), f"the first {count} {name} rows"
+    return (
+        HeldOut(Sequences(rows, [[row] for row in range(count)]), collate, labels),
+        f"the first {count} {name} rows",
+    )
 
 
 def _loss(found: Trained, device: torch.device) -> Callable[[HeldOut | None], float | None]:
     labelled = found.task.kind == "label"
-    loss = ClassLoss(found.model) if labelled else CausalLoss(found.model, found.config["objective"]["logits_chunk"])
-    return lambda rows: losses(loss, rows, BATCH_SIZE, device).get("loss") if rows is not None else None
+    loss = (
+        ClassLoss(found.model)
+        if labelled
+        else CausalLoss(found.model, found.config["objective"]["logits_chunk"])
+    )
+    return lambda rows: (
+        losses(loss, rows, BATCH_SIZE, device).get("loss") if rows is not None else None
+    )
 
 
 def _parameters(files: Files) -> int:
-    return sum(t.numel() for tensors in files.values() for t in tensors.values() if t.is_floating_point())
+    return sum(
+        t.numel() for tensors in files.values() for t in tensors.values() if t.is_floating_point()
+    )
 
 
 def _places(root: Path, name: str) -> list[str]:
     """The subfolders with a file of this name, the folder itself being ""."""
     found = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
-    return [str(path.relative_to(root)) if path != root else "" for path in found if (path / name).is_file()]
+    return [
+        str(path.relative_to(root)) if path != root else ""
+        for path in found
+        if (path / name).is_file()
+    ]
 
 
 @contextlib.contextmanager
@@ -281,28 +320,39 @@ def _choice(options: dict[str, Any]) -> Choice:
     for key in ("keep", "alpha", "drop", "q", "seed"):
         if options[key] is not None and key not in METHODS[method]:
             raise ValueError(
-                f"{key}={options[key]} has no effect with method={method}, which takes {', '.join(METHODS[method])}"
+                f"{key}={options[key]} has no effect with method={method}, which takes"
+                f" {', '.join(METHODS[method])}"
             )
     factors = options["factors"] or ("both" if method == "compeft" else "B")
     if factors not in ("both", "B"):
         raise ValueError(f"factors={factors}: choose one of both, B")
     keep = _number(options, "keep", 0.2, lambda x: 0 < x <= 1, "above 0 and at most 1")
     drop = _number(options, "drop", 0.9, lambda x: 0 <= x < 1, "at least 0 and below 1")
-    seed = _number(options, "seed", 0, lambda x: x >= 0 and x == int(x), "a whole number of at least 0")
+    seed = _number(
+        options, "seed", 0, lambda x: x >= 0 and x == int(x), "a whole number of at least 0"
+    )
     if method == "compeft":
         strength = (
-            None if options["alpha"] in (None, "auto") else _number(options, "alpha", 0, lambda x: x > 0, "auto, or above 0")
+            None
+            if options["alpha"] in (None, "auto")
+            else _number(options, "alpha", 0, lambda x: x > 0, "auto, or above 0")
         )
     elif method == "dare":
         strength = 1 - drop
     else:
         least = 1 - drop
         within = f"auto, or from 1 - drop = {least:g} to 1"
-        strength = None if options["q"] in (None, "auto") else _number(options, "q", 0, lambda x: least <= x <= 1, within)
+        strength = (
+            None
+            if options["q"] in (None, "auto")
+            else _number(options, "q", 0, lambda x: least <= x <= 1, within)
+        )
     return Choice(method, factors, keep, drop, strength, int(seed))
 
 
-def _number(options: dict[str, Any], key: str, default: float, fits: Callable[[float], bool], expected: str) -> float:
+def _number(
+    options: dict[str, Any], key: str, default: float, fits: Callable[[float], bool], expected: str
+) -> float:
     if options[key] is None:
         return default
     try:

@@ -9,7 +9,9 @@ from trainer.assembly.trained import Trained
 from trainer.storage.checkpoints import CheckpointError
 
 TOLERANCE = (
-    1e-3  # root mean square of the logits' difference over their spread; summing in another order makes some 1e-5 in fp32
+    # root mean square of the logits' difference over their spread; summing in another order makes
+    # some 1e-5 in fp32
+    1e-3
 )
 
 
@@ -20,7 +22,12 @@ class Mismatch(CheckpointError):
 def _outputs(model: nn.Module, found: Trained) -> list[torch.Tensor]:
     """Hidden states after each layer, then the logits, of `_rows`."""
     ids = _rows(model, found)
-    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True, use_cache=False)
+    output = model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        output_hidden_states=True,
+        use_cache=False,
+    )
     return [*(state.float() for state in output.hidden_states), output.logits.float()]
 
 
@@ -33,8 +40,13 @@ def _rows(model: nn.Module, found: Trained) -> torch.Tensor:
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    # Its root mean square: at single positions rounding alone grows a thousandfold on its way through the layers.
-    return float((a - b).square().mean().sqrt() / a.std().clamp_min(1e-6)) if a.shape == b.shape else float("inf")
+    # Its root mean square: at single positions rounding alone grows a thousandfold on its way
+    # through the layers.
+    return (
+        float((a - b).square().mean().sqrt() / a.std().clamp_min(1e-6))
+        if a.shape == b.shape
+        else float("inf")
+    )
 
 
 def _compare(wanted: list[torch.Tensor], got: list[torch.Tensor]) -> float:
@@ -46,8 +58,13 @@ def _compare(wanted: list[torch.Tensor], got: list[torch.Tensor]) -> float:
     where = (
         "only the logits do"
         if first is None
-        else f"the first to do so is {'the embedding' if first == 0 else f'decoder layer {first - 1}'} (by {layers[first]:.3g})"
+        else (
+            "the first to do so is"
+            f" {'the embedding' if first == 0 else f'decoder layer {first - 1}'} (by"
+            f" {layers[first]:.3g})"
+        )
     )
     raise Mismatch(
-        f"the export, loaded back, differs from the run's model by {difference:.3g} of the logits' spread (at most {TOLERANCE:g}); {where}"
+        f"the export, loaded back, differs from the run's model by {difference:.3g} of the logits'"
+        f" spread (at most {TOLERANCE:g}); {where}"
     )

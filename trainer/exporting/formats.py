@@ -18,20 +18,28 @@ from trainer.storage.checkpoints import CheckpointError
 
 
 def export(
-    run: str, to: str, out: Path | None, dtype: str, verifier: str | None = None, unembedding: str = "shared"
+    run: str,
+    to: str,
+    out: Path | None,
+    dtype: str,
+    verifier: str | None = None,
+    unembedding: str = "shared",
 ) -> tuple[Path, float]:
-    """Write, load back, compare; returns the folder and the largest logit difference over the logits' spread.
+    """Write, load back, compare; returns the folder and the largest logit difference over the
+    logits' spread.
 
     Raises:
         Mismatch: the loaded export differs; nothing is left behind.
-        DrafterError: the run has no drafter, or one that is no MTP layer of its base's family or that the layout does not fit.
+        DrafterError: the run has no drafter, or one that is no MTP layer of its base's family or
+        that the layout does not fit.
     """
     if to in ("drafter", "mtp", *engines.LAYOUTS):
         _check_drafter(run, to)
     found = trained(run, exact=True, unpack=to in ("merged", "mtp"))
     if to == "shira" and not hasattr(found.adapter, "save_pair"):
         raise AdapterError(
-            f"to=shira is for adapters with a sparse part, and this run's is {type(found.adapter).__name__}: to=peft"
+            "to=shira is for adapters with a sparse part, and this run's is"
+            f" {type(found.adapter).__name__}: to=peft"
         )
     # The run has its own folder called drafter, of its last step.
     out = out or found.folder / (f"drafter-step-{found.step}" if to == "drafter" else to)
@@ -43,9 +51,13 @@ def export(
         if to == "drafter":
             difference = _write_drafter(found, temporary)
         elif to in engines.LAYOUTS:
-            difference = _write_head(found, temporary, to, getattr(torch, dtype), verifier, unembedding == "copied")
+            difference = _write_head(
+                found, temporary, to, getattr(torch, dtype), verifier, unembedding == "copied"
+            )
         elif to in ("peft", "shira"):
-            save_adapter(found.adapter, found.model, found.base, found.task, temporary, pair=to == "shira")
+            save_adapter(
+                found.adapter, found.model, found.base, found.task, temporary, pair=to == "shira"
+            )
             difference = verify_adapter(found, temporary)
         else:
             difference = _write_merged(found, temporary, getattr(torch, dtype), mtp=to == "mtp")

@@ -26,11 +26,15 @@ def _check_drafter(run: str, to: str) -> None:
     _, content, _ = read(run)
     config, labels = content["config"], content["identity"]["labels"]
     if not config["drafter"]:
-        raise DrafterError(f"run={run} has no drafter. Train one beside the adapter: python -m trainer ... drafter=mtp_shared")
+        raise DrafterError(
+            f"run={run} has no drafter. Train one beside the adapter: python -m trainer ..."
+            " drafter=mtp_shared"
+        )
     kind: Any = get_class(config["drafter"]["_target_"])
     if not kind.proposes:
         raise DrafterError(
-            f"run={run} has a drafter ({kind.__name__}) that only shapes the adapter: to=peft or to=merged is all of it"
+            f"run={run} has a drafter ({kind.__name__}) that only shapes the adapter: to=peft or"
+            " to=merged is all of it"
         )
     if to != "drafter":
         skeleton = instantiate(config["base"]).skeleton(labels)
@@ -40,23 +44,39 @@ def _check_drafter(run: str, to: str) -> None:
 
 def _write_drafter(found: Trained, place: Path) -> float:
     assert found.drafter is not None
-    io.save(found.drafter, found.config["drafter"], io.trained_for(found.base, found.folder, found.step, found.adapted), place)
+    io.save(
+        found.drafter,
+        found.config["drafter"],
+        io.trained_for(found.base, found.folder, found.step, found.adapted),
+        place,
+    )
     again = io.load(place, found.base.load(torch.float32), found.base.fingerprint).state()
-    different = [name for name, tensor in found.drafter.state().items() if not torch.equal(tensor, again[name])]
+    different = [
+        name
+        for name, tensor in found.drafter.state().items()
+        if not torch.equal(tensor, again[name])
+    ]
     if different:
-        raise Mismatch(f"the drafter, loaded back, differs from the run's in {', '.join(different[:5])}")
+        raise Mismatch(
+            f"the drafter, loaded back, differs from the run's in {', '.join(different[:5])}"
+        )
     return 0.0
 
 
 @torch.no_grad()
-def _write_head(found: Trained, folder: Path, to: str, dtype: torch.dtype, verifier: str | None, copied: bool) -> float:
-    """A drafter in an engine's layout, its files held against tables of names, and what they compute against the drafter itself."""
+def _write_head(
+    found: Trained, folder: Path, to: str, dtype: torch.dtype, verifier: str | None, copied: bool
+) -> float:
+    """A drafter in an engine's layout, its files held against tables of names, and what they
+    compute against the drafter itself."""
     drafter, model = found.drafter, cast(Any, found.model)
     assert drafter is not None
     head = engines.canonical(drafter, model, copied)
     engines.write(head, to, folder, dtype, verifier or found.base.path)
     if wrong := engines.faults(folder, to, head, dtype, model):
-        raise Mismatch(f"the export is not what to={to} should have written: {'; '.join(wrong[:5])}")
+        raise Mismatch(
+            f"the export is not what to={to} should have written: {'; '.join(wrong[:5])}"
+        )
     for part in (drafter, model.get_input_embeddings(), model.get_output_embeddings()):
         _cast(part, dtype)
         _cast(part, torch.float32)
@@ -66,25 +86,39 @@ def _write_head(found: Trained, folder: Path, to: str, dtype: torch.dtype, verif
     ids = torch.randint(3, sizes.vocab_size, (count + 1 + head.drafts,), generator=draw)
     drafted = ids[count + 1 : count + (head.drafts if to == "medusa" else min(head.drafts, 4))]
     wanted = _drafted(drafter, Target(model), states, ids[: count + 1], drafted)
-    difference = _distance(wanted, engines.logits(folder, to, model, states, ids[1 : count + 1], drafted))
+    difference = _distance(
+        wanted, engines.logits(folder, to, model, states, ids[1 : count + 1], drafted)
+    )
     if not difference <= TOLERANCE:
         raise Mismatch(
-            f"the files give other logits than the run's drafter, by {difference:.3g} of their spread (at most {TOLERANCE:g})"
+            f"the files give other logits than the run's drafter, by {difference:.3g} of their"
+            f" spread (at most {TOLERANCE:g})"
         )
     if head.method == "eagle" and "fc.bias" in head.own:
-        log.warning("SGLang adds the bias of this drafter's fc, and vLLM drops it: train with drafter.bias=false for vLLM")
+        log.warning(
+            "SGLang adds the bias of this drafter's fc, and vLLM drops it: train with"
+            " drafter.bias=false for vLLM"
+        )
     if verifier is None:
         log.warning(
-            "the config names %s as the model drafted for. Where that is a folder, or the run's adapter is merged into another, "
-            "say verifier=ORG/NAME: `vllm serve FOLDER` looks for it on the hub",
+            "the config names %s as the model drafted for. Where that is a folder, or the run's"
+            " adapter is merged into another, say verifier=ORG/NAME: `vllm serve FOLDER` looks for"
+            " it on the hub",
             found.base.path,
         )
     return difference
 
 
-def _drafted(drafter: Drafter, target: Target, states: Tensor, ids: Tensor, drafted: Tensor) -> Tensor:
-    """The drafter's own logits after `ids`, whose first token has no state, and after each drafted one."""
-    read, other = (states, states[:, :0]) if not drafter.layers else (states.new_zeros(len(states), 1), states)
+def _drafted(
+    drafter: Drafter, target: Target, states: Tensor, ids: Tensor, drafted: Tensor
+) -> Tensor:
+    """The drafter's own logits after `ids`, whose first token has no state, and after each drafted
+    one."""
+    read, other = (
+        (states, states[:, :0])
+        if not drafter.layers
+        else (states.new_zeros(len(states), 1), states)
+    )
     growth = drafter.grow(drafter.start(target), target, News(read, other, ids[1:], ids[0]))
     rows = [growth.first()]
     for place, token in enumerate(drafted):

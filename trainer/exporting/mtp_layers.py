@@ -1,19 +1,24 @@
-"""A drafter as the MTP layer that its target's family has of its own, in the names and config keys of the family's released files.
+"""A drafter as the MTP layer that its target's family has of its own, in the names and config keys
+of the family's released files.
 
     layers   model.layers.{N}.{enorm,hnorm,eh_proj,shared_head.norm}.weight, and the block beside them; N = num_hidden_layers
     mtp      mtp.{pre_fc_norm_embedding,pre_fc_norm_hidden,fc,norm}.weight, and the block as mtp.layers.0.
 
-Both hold one module: a `shared` one, which servers run again for each further token, or the only one. Several modules of their own are
-refused, since transformers hands norm_k(h_k) to the next depth, where ours hands on h_k, and finds no second layer by these names.
+Both hold one module: a `shared` one, which servers run again for each further token, or the only
+one. Several modules of their own are refused, since transformers hands norm_k(h_k) to the next
+depth, where ours hands on h_k, and finds no second layer by these names.
 
-Known how: transformers 5.23 was run, which loads these names for all of FAMILIES and gives the drafter's own logits. It decodes with
-them, generate(use_mtp=True), for glm4_moe, deepseek_v3 and mellum, one token ahead; models with linear attention (qwen3_next, qwen3_5)
-it does not let draft at all. Of vLLM and SGLang the loaders were read and nothing was run: vLLM's {deepseek,glm4_moe,qwen3_next,
-qwen3_5}_mtp.py, with config/speculative.py for the config keys, and SGLang's glm4_moe_nextn.py and qwen3_next_mtp.py, with the
-load_weights of their models, take these names, this order in the projection, and states after the final norm. SGLang's for deepseek_v3
-and qwen3_5, and both's for mellum, were not read. What they do otherwise costs accepted tokens and never changes the text: in a
-repetition both keep one sequence of keys and values where we keep one for each depth, those of the names `mtp` and SGLang's hand on
-norm(h), and vLLM's of the names `layers` zero the embedding at the first position.
+Known how: transformers 5.23 was run, which loads these names for all of FAMILIES and gives the
+drafter's own logits. It decodes with them, generate(use_mtp=True), for glm4_moe, deepseek_v3 and
+mellum, one token ahead; models with linear attention (qwen3_next, qwen3_5) it does not let draft at
+all. Of vLLM and SGLang the loaders were read and nothing was run: vLLM's
+{deepseek,glm4_moe,qwen3_next, qwen3_5}_mtp.py, with config/speculative.py for the config keys, and
+SGLang's glm4_moe_nextn.py and qwen3_next_mtp.py, with the load_weights of their models, take these
+names, this order in the projection, and states after the final norm. SGLang's for deepseek_v3 and
+qwen3_5, and both's for mellum, were not read. What they do otherwise costs accepted tokens and
+never changes the text: in a repetition both keep one sequence of keys and values where we keep one
+for each depth, those of the names `mtp` and SGLang's hand on norm(h), and vLLM's of the names
+`layers` zero the embedding at the first position.
 """
 
 from __future__ import annotations
@@ -34,7 +39,8 @@ from transformers.modeling_layers import MtpModel
 from trainer.drafters import Drafter, DrafterError, Seen, Target
 from trainer.drafters.sequential import SequentialModules
 
-# model_type: the names, and the config's key for the number of layers where servers read another than transformers' num_mtp_layers.
+# model_type: the names, and the config's key for the number of layers where servers read another
+# than transformers' num_mtp_layers.
 FAMILIES: dict[str, tuple[str, str | None]] = {
     "deepseek_v3": ("layers", None),
     "glm4_moe": ("layers", None),
@@ -44,63 +50,92 @@ FAMILIES: dict[str, tuple[str, str | None]] = {
     "qwen3_next": ("mtp", "num_nextn_predict_layers"),
 }
 _NAMES = {
-    "layers": {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "post_norm": "shared_head.norm"},
-    "mtp": {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc", "post_norm": "norm"},
+    "layers": {
+        "enorm": "enorm",
+        "hnorm": "hnorm",
+        "eh_proj": "eh_proj",
+        "post_norm": "shared_head.norm",
+    },
+    "mtp": {
+        "enorm": "pre_fc_norm_embedding",
+        "hnorm": "pre_fc_norm_hidden",
+        "eh_proj": "fc",
+        "post_norm": "norm",
+    },
 }
 _INSTEAD = "Use to=drafter, and decode with python -m trainer.speculate"
 _INDEX = "model.safetensors.index.json"
 
 
 def check(drafter: Drafter | None, model: Any) -> None:
-    """Refuse what cannot be written as the family's MTP layer; both may be on the meta device. Sets the model's config keys.
+    """Refuse what cannot be written as the family's MTP layer; both may be on the meta device. Sets
+    the model's config keys.
 
     Raises:
-        DrafterError: there is no drafter, it is of another kind or of several modules, or transformers has no such layer for the
+        DrafterError: there is no drafter, it is of another kind or of several modules, or
+        transformers has no such layer for the
             model. The message says which.
     """
     if not isinstance(drafter, SequentialModules):
         found = (
-            "no drafter" if drafter is None else f"{type(drafter).__name__}, which is none of decoder layers one after another"
+            "no drafter"
+            if drafter is None
+            else f"{type(drafter).__name__}, which is none of decoder layers one after another"
         )
-        raise DrafterError(f"to=mtp writes what drafter=mtp_sequential and mtp_shared train; this run has {found}. {_INSTEAD}")
+        raise DrafterError(
+            f"to=mtp writes what drafter=mtp_sequential and mtp_shared train; this run has {found}."
+            f" {_INSTEAD}"
+        )
     if len(drafter.depths) > 1:
         raise DrafterError(
-            f"to=mtp writes one module, and this drafter has {len(drafter.depths)}: transformers' further layers read normed states, "
-            f"which these were not trained on. Train drafter=mtp_shared or drafter.offsets=1. {_INSTEAD}"
+            f"to=mtp writes one module, and this drafter has {len(drafter.depths)}: transformers'"
+            " further layers read normed states, which these were not trained on. Train"
+            f" drafter=mtp_shared or drafter.offsets=1. {_INSTEAD}"
         )
     config, name = model.config.get_text_config(), type(model).__name__
     if config.model_type not in FAMILIES:
         raise DrafterError(
-            f"{name} ({config.model_type}) has no MTP layers in transformers; of the families that have, to=mtp knows "
-            f"{', '.join(FAMILIES)}. {_INSTEAD}"
+            f"{name} ({config.model_type}) has no MTP layers in transformers; of the families that"
+            f" have, to=mtp knows {', '.join(FAMILIES)}. {_INSTEAD}"
         )
     if getattr(config, "tie_last_hidden_states", True) is False:
         raise DrafterError(
-            f"{name}'s config has tie_last_hidden_states=false, and MTP layers read other states then. {_INSTEAD}"
+            f"{name}'s config has tie_last_hidden_states=false, and MTP layers read other states"
+            f" then. {_INSTEAD}"
         )
     configure(config)
     layout = FAMILIES[config.model_type][0]
     pattern = MtpModel.get_mtp_weights_regex
     try:
-        seen = pattern(model).search(f"model.layers.{config.num_hidden_layers}.x" if layout == "layers" else "mtp.x")
+        seen = pattern(model).search(
+            f"model.layers.{config.num_hidden_layers}.x" if layout == "layers" else "mtp.x"
+        )
     except ValueError:
         seen = None
     if seen is None:
-        known = ", ".join(sorted(str(one) for one in model._keys_to_ignore_on_load_unexpected or []))
+        known = ", ".join(
+            sorted(str(one) for one in model._keys_to_ignore_on_load_unexpected or [])
+        )
         raise DrafterError(
-            f"transformers looks for {name}'s MTP weights under {known} only, and this model has {config.num_hidden_layers} "
-            f"layers. {_INSTEAD}"
+            f"transformers looks for {name}'s MTP weights under {known} only, and this model has"
+            f" {config.num_hidden_layers} layers. {_INSTEAD}"
         )
     with torch.device("meta"):
-        theirs = {key: t.shape for key, t in MtpModel(model, 1).state_dict().items() if key.startswith("layers.")}
+        theirs = {
+            key: t.shape
+            for key, t in MtpModel(model, 1).state_dict().items()
+            if key.startswith("layers.")
+        }
     if theirs != {key: t.shape for key, t in drafter.state_dict().items()}:
         raise DrafterError(
-            f"{name}'s last layer, which the drafter is made of, is not what its MTP layers are made of. {_INSTEAD}"
+            f"{name}'s last layer, which the drafter is made of, is not what its MTP layers are"
+            f" made of. {_INSTEAD}"
         )
 
 
 def configure(config: Any) -> None:
-    """Set the keys of a text config that say that there is one MTP layer, of the kind of the last layer."""
+    """Set the keys of a text config that say that there is one MTP layer, of the kind of the last
+    layer."""
     config.num_mtp_layers = 1
     if other := FAMILIES[config.model_type][1]:
         setattr(config, other, 1)
@@ -110,9 +145,9 @@ def configure(config: Any) -> None:
 
 
 def tensors(drafter: SequentialModules, model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The drafter's tensors as the family's files have them, with experts one by one. Parameters are in `dtype`; buffers keep
-    theirs. For the names `layers`, embedding and head stand there once more, as in DeepSeek-V3's and GLM-4.5's own files: some
-    servers take them from nowhere else."""
+    """The drafter's tensors as the family's files have them, with experts one by one. Parameters
+    are in `dtype`; buffers keep theirs. For the names `layers`, embedding and head stand there once
+    more, as in DeepSeek-V3's and GLM-4.5's own files: some servers take them from nowhere else."""
     config = model.config.get_text_config()
     layout, number = FAMILIES[config.model_type][0], config.num_hidden_layers
     module: Any = drafter.depths[0]
@@ -125,23 +160,35 @@ def tensors(drafter: SequentialModules, model: Any, dtype: torch.dtype) -> dict[
             block[f"model.layers.{number}.{rest}"] = tensor
         else:
             around[f"{_NAMES[layout][part]}.{rest}"] = tensor
-    # As a further layer of the model, so that it is renamed and split as the model's own layers are.
+    # As a further layer of the model, so that it is renamed and split as the model's own layers
+    # are.
     written = {
-        re.sub(rf"^.*?layers\.{number}\.", "mtp.layers.0.", name) if layout == "mtp" else name: tensor
+        (
+            re.sub(rf"^.*?layers\.{number}\.", "mtp.layers.0.", name) if layout == "mtp" else name
+        ): tensor
         for name, tensor in revert_weight_conversion(model, block).items()
     }
     prefix = "mtp." if layout == "mtp" else f"model.layers.{number}."
     if layout == "layers":
-        around["embed_tokens.weight"] = model.get_input_embeddings().weight.detach().to("cpu", dtype)
-        around["shared_head.head.weight"] = model.get_output_embeddings().weight.detach().to("cpu", dtype)
+        around["embed_tokens.weight"] = (
+            model.get_input_embeddings().weight.detach().to("cpu", dtype)
+        )
+        around["shared_head.head.weight"] = (
+            model.get_output_embeddings().weight.detach().to("cpu", dtype)
+        )
     return written | {prefix + name: tensor for name, tensor in around.items()}
 
 
 def left_out(folder: Path, layers: int, export: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, config keys) of MTP layers in a model's folder that an export of it lacks: what stands behind layer `layers - 1` or
-    under mtp, as it is, and the keys of its text config that speak of them. Nothing where the folder has none, or no safetensors."""
+    """(tensors, config keys) of MTP layers in a model's folder that an export of it lacks: what
+    stands behind layer `layers - 1` or under mtp, as it is, and the keys of its text config that
+    speak of them. Nothing where the folder has none, or no safetensors."""
     there = _files(export)
-    names = {name: file for name, file in _files(folder).items() if _is_mtp(name, layers) and name not in there}
+    names = {
+        name: file
+        for name, file in _files(folder).items()
+        if _is_mtp(name, layers) and name not in there
+    }
     found: dict[str, Tensor] = {}
     for file in sorted(set(names.values())):
         with safe_open(folder / file, "pt") as stream:
@@ -152,7 +199,8 @@ def left_out(folder: Path, layers: int, export: Path) -> tuple[dict[str, Tensor]
 
 
 def append(folder: Path, extra: dict[str, Tensor], settings: dict[str, Any]) -> None:
-    """Add tensors in a shard of their own, and config keys, to a folder that transformers has saved."""
+    """Add tensors in a shard of their own, and config keys, to a folder that transformers has
+    saved."""
     index, single = folder / _INDEX, folder / "model.safetensors"
     shard = "model-mtp.safetensors"
     if index.exists():
@@ -163,20 +211,29 @@ def append(folder: Path, extra: dict[str, Tensor], settings: dict[str, Any]) -> 
         with single.open("rb") as stream:
             header = 8 + int.from_bytes(stream.read(8), "little")
         content = {
-            "metadata": {"total_size": single.stat().st_size - header}, "weight_map": dict.fromkeys(_files(folder), first),
-        }  # fmt: skip
+            "metadata": {"total_size": single.stat().st_size - header},
+            "weight_map": dict.fromkeys(_files(folder), first),
+        }
         single.rename(folder / first)
-    save_file({name: tensor.contiguous().clone() for name, tensor in extra.items()}, folder / shard, {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous().clone() for name, tensor in extra.items()},
+        folder / shard,
+        {"format": "pt"},
+    )
     content["weight_map"] |= dict.fromkeys(extra, shard)
     content["metadata"]["total_size"] += sum(tensor.nbytes for tensor in extra.values())
     index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
     file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | settings, indent=2, sort_keys=True) + "\n", "utf-8")
+    file.write_text(
+        json.dumps(json.loads(file.read_text("utf-8")) | settings, indent=2, sort_keys=True) + "\n",
+        "utf-8",
+    )
 
 
 @torch.no_grad()
 def transformers_logits(model: Any, ids: Tensor) -> Tensor:
-    """(B, T - 1, V): what the MTP layer of a model that was loaded from its folder says of x_{t+2} at each t, as transformers runs it."""
+    """(B, T - 1, V): what the MTP layer of a model that was loaded from its folder says of x_{t+2}
+    at each t, as transformers runs it."""
     layer = MtpModel.from_pretrained(model)
     states = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[-1]
     positions = torch.arange(1, ids.shape[1], device=ids.device).expand(len(ids), -1)
@@ -198,7 +255,11 @@ def own_logits(drafter: Drafter, model: Any, ids: Tensor) -> Tensor:
 
 def _is_mtp(name: str, layers: int) -> bool:
     numbered = re.match(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.", name)
-    return int(numbered.group(1)) >= layers if numbered else bool(re.search(r"(^|\.)mtp(_\w+)?\.", name))
+    return (
+        int(numbered.group(1)) >= layers
+        if numbered
+        else bool(re.search(r"(^|\.)mtp(_\w+)?\.", name))
+    )
 
 
 def _files(folder: Path) -> dict[str, str]:

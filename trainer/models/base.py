@@ -1,6 +1,7 @@
 """The frozen base model: where it comes from, what it computes in, and its tokenizer.
 
-`Base` describes a model without holding its weights, so that everything that can be checked is checked before they load.
+`Base` describes a model without holding its weights, so that everything that can be checked is
+checked before they load.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from typing import Any
 import huggingface_hub
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+)
 
 from trainer.speed.flash import keep_rows_apart
 
@@ -58,7 +65,8 @@ class Base:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer, with a pad token (never a new one: it may be eos, since padding is masked by length).
+        """The tokenizer, with a pad token (never a new one: it may be eos, since padding is masked
+        by length).
 
         Raises:
             BaseError: there is none, it has no end token, or it has more tokens than the model.
@@ -67,17 +75,19 @@ class Base:
             tokenizer = AutoTokenizer.from_pretrained(self.path, **self._source())
         if tokenizer.eos_token_id is None:
             raise BaseError(
-                f"the tokenizer of {self.path} has no end-of-sequence token, so that a model trained with it would never stop. "
-                "Set eos_token in its tokenizer_config.json."
+                f"the tokenizer of {self.path} has no end-of-sequence token, so that a model"
+                " trained with it would never stop. Set eos_token in its tokenizer_config.json."
             )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.model_max_length = 1 << 30  # lengths are checked here, row by row; its own warning would name none
+        # lengths are checked here, row by row; its own warning would name none
+        tokenizer.model_max_length = 1 << 30
         vocabulary = self.config.get_text_config().vocab_size
         if len(tokenizer) > vocabulary:
             raise BaseError(
-                f"the tokenizer of {self.path} has {len(tokenizer)} tokens, the model {vocabulary}: they do not belong together, "
-                "or tokens were added without resizing the model's embeddings."
+                f"the tokenizer of {self.path} has {len(tokenizer)} tokens, the model {vocabulary}:"
+                " they do not belong together, or tokens were added without resizing the model's"
+                " embeddings."
             )
         return tokenizer
 
@@ -87,41 +97,66 @@ class Base:
         known = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return min(filter(None, (known, self.max_length)), default=1 << 30)
 
-    def load(self, dtype: torch.dtype, labels: list[str] | None = None, device: torch.device | str = "cpu") -> nn.Module:
-        """The model in eval mode, its weights in `dtype` or quantised; with `labels`, a sequence classifier.
+    def load(
+        self,
+        dtype: torch.dtype,
+        labels: list[str] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> nn.Module:
+        """The model in eval mode, its weights in `dtype` or quantised; with `labels`, a sequence
+        classifier.
 
         Raises:
-            BaseError: as `config`, or the weights are incomplete, or the quantisation cannot be had.
+            BaseError: as `config`, or the weights are incomplete, or the quantisation cannot be
+            had.
         """
         attention = "sdpa" if self.attn_implementation == "auto" else self.attn_implementation
         if attention.startswith("flash"):
             keep_rows_apart()
-        arguments: dict[str, Any] = self._source() | {"dtype": dtype, "attn_implementation": attention}
+        arguments: dict[str, Any] = self._source() | {
+            "dtype": dtype,
+            "attn_implementation": attention,
+        }
         if self.quantization != "none":
-            arguments |= {"quantization_config": self._quantization(dtype), "device_map": {"": device}}
+            arguments |= {
+                "quantization_config": self._quantization(dtype),
+                "device_map": {"": device},
+            }
         with _explained(self):
             self._refuse_fetched_code()
             if labels is None:
-                loaded: Any = AutoModelForCausalLM.from_pretrained(self.path, output_loading_info=True, **arguments)
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    self.path, output_loading_info=True, **arguments
+                )
                 model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
             else:
                 names = dict(enumerate(labels))
                 loaded = AutoModelForSequenceClassification.from_pretrained(
-                    self.path, num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()},
-                    output_loading_info=True, **arguments,
-                )  # fmt: skip
+                    self.path,
+                    num_labels=len(labels),
+                    id2label=names,
+                    label2id={v: k for k, v in names.items()},
+                    output_loading_info=True,
+                    **arguments,
+                )
                 model = loaded[0]
                 model.config.pad_token_id = self.tokenizer.pad_token_id
-                missing = sorted(name for name in loaded[1]["missing_keys"] if name.partition(".")[0] not in HEADS)
+                missing = sorted(
+                    name
+                    for name in loaded[1]["missing_keys"]
+                    if name.partition(".")[0] not in HEADS
+                )
         if missing:
             raise BaseError(
-                f"the weights of {self.path} lack {len(missing)} tensors, such as {missing[:3]}: the files are not of this model"
+                f"the weights of {self.path} lack {len(missing)} tensors, such as {missing[:3]}:"
+                " the files are not of this model"
             )
         if self.quantization == "none":
             model.to(device)
         for module in model.modules():
-            # On a CPU with AVX512-BF16 bitsandbytes repacks a 4-bit weight at its first use in eval mode, for a kernel without a
-            # backward pass: training after an evaluation would then go on with wrong gradients.
+            # On a CPU with AVX512-BF16 bitsandbytes repacks a 4-bit weight at its first use in eval
+            # mode, for a kernel without a backward pass: training after an evaluation would then go
+            # on with wrong gradients.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         return model.eval()
@@ -138,25 +173,31 @@ class Base:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Tells this model's weights from others': the hub's commit, or a digest over samples of local files."""
+        """Tells this model's weights from others': the hub's commit, or a digest over samples of
+        local files."""
         commit = getattr(self.config, "_commit_hash", None)
         if not Path(self.path).is_dir():
             return f"{self.path}@{commit}"
         digest = hashlib.sha256((Path(self.path) / "config.json").read_bytes())
-        for file in sorted(Path(self.path).glob("*.safetensors")) + sorted(Path(self.path).glob("*.bin")):
+        for file in sorted(Path(self.path).glob("*.safetensors")) + sorted(
+            Path(self.path).glob("*.bin")
+        ):
             size = file.stat().st_size
             digest.update(f"{file.name} {size}".encode())
-            with file.open("rb") as stream:  # 17 samples of 64 KiB: 14 GB of weights take milliseconds
+            # 17 samples of 64 KiB: 14 GB of weights take milliseconds
+            with file.open("rb") as stream:
                 for sixteenth in range(17):
                     stream.seek(max(0, size - 65536) * sixteenth // 16)
                     digest.update(stream.read(65536))
         return digest.hexdigest()
 
     def _refuse_fetched_code(self) -> None:
-        if fetched := _repositories(PretrainedConfig.get_config_dict(self.path, **self._source())[0]):
+        if fetched := _repositories(
+            PretrainedConfig.get_config_dict(self.path, **self._source())[0]
+        ):
             raise BaseError(
-                f"config.json of {self.path} has {fetched}: transformers would fetch code from there. Take the key out; "
-                "attention is chosen by base.attn_implementation"
+                f"config.json of {self.path} has {fetched}: transformers would fetch code from"
+                " there. Take the key out; attention is chosen by base.attn_implementation"
             )
 
     def _source(self) -> dict[str, Any]:
@@ -179,7 +220,8 @@ class Base:
 
 
 def _repositories(node: Any) -> str | None:
-    """The first implementation, of attention or others, that a config.json takes from a repository."""
+    """The first implementation, of attention or others, that a config.json takes from a
+    repository."""
     for key, value in node.items() if isinstance(node, dict) else ():
         if re.search("implementation", str(key)):
             named = [
@@ -199,7 +241,9 @@ def _hub_answers() -> bool:
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
     address = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+    if any(
+        os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+    ):
         return True  # the proxy knows
     try:
         socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
@@ -221,13 +265,22 @@ def _explained(base: Base) -> Iterator[None]:
         if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "allocate memory" in text:
             raise
         if "trust_remote_code" in text:
-            reason = "it brings its own Python code. If you trust that code, set base.trust_remote_code=true"
+            reason = (
+                "it brings its own Python code. If you trust that code, set"
+                " base.trust_remote_code=true"
+            )
         elif "FlashAttention" in text:
-            reason = f"base.attn_implementation={base.attn_implementation} cannot be had here: {first} Set base.attn_implementation=auto"
+            reason = (
+                f"base.attn_implementation={base.attn_implementation} cannot be had here: {first}"
+                " Set base.attn_implementation=auto"
+            )
         elif Path(path).is_dir():
             reason = f"the folder cannot be loaded as a language model: {first}"
         elif path.count("/") > 1 or path.startswith((".", "/", "~")):
-            reason = "there is no such folder. base.path is a folder, a .gguf file or a name on the hub, as ORG/NAME"
+            reason = (
+                "there is no such folder. base.path is a folder, a .gguf file or a name on the hub,"
+                " as ORG/NAME"
+            )
         else:
             reason = f"it could not be had from the hub, and is not in its cache: {first}"
         raise BaseError(f"base {path!r}: {reason}") from error

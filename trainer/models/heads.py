@@ -14,8 +14,9 @@ Head = Callable[[Tensor], Tensor]  # (n, d) -> (n, V)
 
 @contextlib.contextmanager
 def captured_layers(decoder: nn.Module, layers: tuple[int, ...]) -> Iterator[list[Tensor]]:
-    """While open, the decoder keeps in ascending order of `layers` the states (B, T, d) that transformers calls hidden_states: i is
-    what layer i is given, and L what the last one gives, before the final norm."""
+    """While open, the decoder keeps in ascending order of `layers` the states (B, T, d) that
+    transformers calls hidden_states: i is what layer i is given, and L what the last one gives,
+    before the final norm."""
     kept: list[Tensor] = []
     blocks: Any = decoder.layers if layers else ()
 
@@ -26,9 +27,11 @@ def captured_layers(decoder: nn.Module, layers: tuple[int, ...]) -> Iterator[lis
         kept.append(out[0] if isinstance(out, tuple) else out)
 
     handles = [
-        blocks[i].register_forward_pre_hook(before, with_kwargs=True)
-        if i < len(blocks)
-        else blocks[-1].register_forward_hook(after)
+        (
+            blocks[i].register_forward_pre_hook(before, with_kwargs=True)
+            if i < len(blocks)
+            else blocks[-1].register_forward_hook(after)
+        )
         for i in sorted(layers)
     ]
     try:
@@ -47,7 +50,8 @@ def captured_hidden(output_layer: nn.Module) -> Iterator[list[Tensor]]:
         kept.append(hidden)
         return hidden[..., :0]
 
-    before = vars(output_layer).get("forward")  # an adapter on this layer that is switched off has put one there
+    # an adapter on this layer that is switched off has put one there
+    before = vars(output_layer).get("forward")
     output_layer.forward = keep  # type: ignore[method-assign]
     try:
         yield kept
@@ -59,9 +63,12 @@ def captured_hidden(output_layer: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def after_output(config: Any) -> Callable[[Tensor], Tensor]:
-    """What follows a model's output layer, as far as its config says it: a scale, a soft cap, or nothing."""
+    """What follows a model's output layer, as far as its config says it: a scale, a soft cap, or
+    nothing."""
     cap = getattr(config, "final_logit_softcapping", None)
-    factor = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    factor = getattr(config, "logit_scale", None) or 1.0 / (
+        getattr(config, "logits_scaling", None) or 1.0
+    )
 
     def finish(logits: Tensor) -> Tensor:
         if factor != 1.0:
@@ -72,10 +79,12 @@ def after_output(config: Any) -> Callable[[Tensor], Tensor]:
 
 
 def output_head(model: nn.Module) -> Head | None:
-    """From hidden states to logits as `model` does it: its output layer, then a scale or a soft cap where it has one.
+    """From hidden states to logits as `model` does it: its output layer, then a scale or a soft cap
+    where it has one.
 
-    Models differ in what follows the output layer (Gemma caps, Granite divides, Cohere multiplies). So what the config says is
-    tried on a few tokens against the model's own logits; None means that no known way reproduces them.
+    Models differ in what follows the output layer (Gemma caps, Granite divides, Cohere multiplies).
+    So what the config says is tried on a few tokens against the model's own logits; None means that
+    no known way reproduces them.
     """
     layer = model.get_output_embeddings()  # type: ignore[operator]
     finish = after_output(model.config.get_text_config())  # type: ignore[operator, union-attr]
@@ -91,11 +100,14 @@ def output_head(model: nn.Module) -> Head | None:
         with captured_hidden(layer) as kept:
             try:
                 model(input_ids=probe, use_cache=False)
-            except (RuntimeError, IndexError):  # what follows the output layer counts on the vocabulary's size
+            # what follows the output layer counts on the vocabulary's size
+            except (RuntimeError, IndexError):
                 kept.clear()
         if kept:
             found = scaled(kept[0][:, -4:]).float()
             tolerance = 3e-2 if kept[0].dtype in (torch.bfloat16, torch.float16) else 1e-4
-            reproduced = torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
+            reproduced = torch.allclose(
+                found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max())
+            )
     model.train(was_training)
     return scaled if reproduced else None

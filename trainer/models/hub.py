@@ -12,9 +12,15 @@ from trainer.models.gguf import converted
 
 
 def from_hub(
-    path: str, revision: str | None, gguf_file: str | None, dtype: str, attn_implementation: str, quantization: str, double_quant: bool,
+    path: str,
+    revision: str | None,
+    gguf_file: str | None,
+    dtype: str,
+    attn_implementation: str,
+    quantization: str,
+    double_quant: bool,
     trust_remote_code: bool,
-) -> Base:  # fmt: skip
+) -> Base:
     """A hub name, a folder or a GGUF file."""
     if gguf_file is not None:
         path = huggingface_hub.hf_hub_download(path, gguf_file, revision=revision)
@@ -25,4 +31,6 @@ def from_hub(
         path, revision = str(converted(file, wheel.sha256(file))), None
     elif Path(path).expanduser().is_dir():
         path = str(Path(path).expanduser().resolve())
-    return Base(path, dtype, attn_implementation, quantization, double_quant, revision, trust_remote_code)
+    return Base(
+        path, dtype, attn_implementation, quantization, double_quant, revision, trust_remote_code
+    )

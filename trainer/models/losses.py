@@ -1,14 +1,17 @@
-"""The loss of a causal language model, with logits only where a token is trained, and never more of them than a chunk.
+"""The loss of a causal language model, with logits only where a token is trained, and never more of
+them than a chunk.
 
     L = - Σ_t log softmax(head(h_t))[x_{t+1}]        over the positions t whose next token is trained
 
-h (n, d) hidden states of those positions, V the vocabulary. Logits would be n V numbers, three times over with their
-gradients; here a chunk of c positions is computed, turned into its gradient at h (c, d), and dropped. With a frozen head the
-backward pass then costs one product with the stored gradient.
+h (n, d) hidden states of those positions, V the vocabulary. Logits would be n V numbers, three
+times over with their gradients; here a chunk of c positions is computed, turned into its gradient
+at h (c, d), and dropped. With a frozen head the backward pass then costs one product with the
+stored gradient.
 
-At SmolLM2's shapes on one CPU thread (`python -m scripts.bench.losses`) this takes half of the processor time of torch 2.13's
-F.linear_cross_entropy in bf16, whose reported mean is then off by up to 0.09 where this one is within 1e-4, and 1.1 times of it in
-fp32; four heads of 1024 positions have a peak of 0.12 to 0.26 GB against 1.2 GB with all logits.
+At SmolLM2's shapes on one CPU thread (`python -m scripts.bench.losses`) this takes half of the
+processor time of torch 2.13's F.linear_cross_entropy in bf16, whose reported mean is then off by up
+to 0.09 where this one is within 1e-4, and 1.1 times of it in fp32; four heads of 1024 positions
+have a peak of 0.12 to 0.26 GB against 1.2 GB with all logits.
 """
 
 from __future__ import annotations
@@ -31,23 +34,32 @@ class NonFinite(RuntimeError):
 
 
 def positions(vocabulary: int, device: str) -> int:
-    """How many positions' logits exist at one time where nobody has said it: the larger the vocabulary the fewer, so that their
-    memory hardly grows with it."""
+    """How many positions' logits exist at one time where nobody has said it: the larger the
+    vocabulary the fewer, so that their memory hardly grows with it."""
     return max(16, (LOGITS if device == "cpu" else ON_GPU) // max(1, vocabulary))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy, and for each row whether the best and one of the `top` best guesses was right, chunk by chunk.
+    """Summed cross-entropy, and for each row whether the best and one of the `top` best guesses was
+    right, chunk by chunk.
 
-    Forward: for each chunk of rows, logits = head(h_c), its loss and d loss_c / d logits in fp32, and by autograd through the
-    head d loss_c / d h_c (and for trained head parameters, summed over the chunks). Backward: those times the incoming scalar.
-    Shapes: hidden (n, d), targets (n,), parameters as they are; returns a scalar in fp32 and two (n,) of bool.
+    Forward: for each chunk of rows, logits = head(h_c), its loss and d loss_c / d logits in fp32,
+    and by autograd through the head d loss_c / d h_c (and for trained head parameters, summed over
+    the chunks). Backward: those times the incoming scalar.
+    Shapes: hidden (n, d), targets (n,), parameters as they are; returns a scalar in fp32 and two
+    (n,) of bool.
     Notes: the logits of a chunk are dropped before the next one. No second derivative.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk: int, top: int, *parameters: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: Head,
+        chunk: int,
+        top: int,
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         loss = hidden.new_zeros((), dtype=torch.float32)
         best = torch.zeros_like(targets, dtype=torch.bool)
@@ -62,8 +74,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits = head(part)
             exact = logits.detach().float()
             best[rows], among[rows] = _right(exact, targets[rows], top)
-            # By hand, as autograd keeps twice as many numbers of a chunk's size. log Σ exp is had from the largest logit and its
-            # chance, which is never below 1 / V: one pass over the exponentials instead of two.
+            # By hand, as autograd keeps twice as many numbers of a chunk's size. log Σ exp is had
+            # from the largest logit and its chance, which is never below 1 / V: one pass over the
+            # exponentials instead of two.
             ahead = exact.amax(-1, keepdim=True) - exact.gather(-1, wanted)
             slopes = F.softmax(exact, dim=-1)
             del exact
@@ -82,14 +95,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, *grads = ctx.saved_tensors
-        scaled = [(grad * grad_loss).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+        scaled = [
+            (grad * grad_loss).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+        ]
         return (grad_hidden * grad_loss.to(grad_hidden.dtype), None, None, None, None, *scaled)
 
 
 def chunked_cross_entropy(
-    hidden: Float[Tensor, "n d"], targets: Int[Tensor, " n"], head: Head, chunk: int, parameters: tuple[Tensor, ...] = ()
+    hidden: Float[Tensor, "n d"],
+    targets: Int[Tensor, " n"],
+    head: Head,
+    chunk: int,
+    parameters: tuple[Tensor, ...] = (),
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """(summed loss, right guesses) of next-token predictions; `parameters` are what the head trains. Zero for n = 0."""
+    """(summed loss, right guesses) of next-token predictions; `parameters` are what the head
+    trains. Zero for n = 0."""
     loss, best, _ = chunked_predictions(hidden, targets, head, chunk, parameters)
     return loss, best.sum().float()
 
@@ -102,8 +122,9 @@ def chunked_predictions(
     parameters: tuple[Tensor, ...] = (),
     top: int = 1,
 ) -> tuple[Float[Tensor, ""], Bool[Tensor, " n"], Bool[Tensor, " n"]]:
-    """(summed loss, whether the best guess was right, whether one of the `top` best was); `parameters` are what the head
-    trains. The loss is summed in fp32, whatever the hidden states are. Zero for n = 0."""
+    """(summed loss, whether the best guess was right, whether one of the `top` best was);
+    `parameters` are what the head trains. The loss is summed in fp32, whatever the hidden states
+    are. Zero for n = 0."""
     if len(hidden) == 0:
         none = torch.zeros_like(targets, dtype=torch.bool)
         # Ranks without targets give all parameters a gradient, as DDP needs.
@@ -125,13 +146,18 @@ def _right(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, Tensor]:
     best = logits.argmax(-1) == targets
     if top == 1:
         return best, best
-    return best, (logits.topk(min(top, logits.shape[-1]), dim=-1).indices == targets.unsqueeze(-1)).any(-1)
+    return best, (
+        logits.topk(min(top, logits.shape[-1]), dim=-1).indices == targets.unsqueeze(-1)
+    ).any(-1)
 
 
 class CausalLoss:
-    """The loss of a batch as trainer.data.batches.Collate makes it; with a drafter (trainer.drafters) its own is added."""
+    """The loss of a batch as trainer.data.batches.Collate makes it; with a drafter
+    (trainer.drafters) its own is added."""
 
-    def __init__(self, model: nn.Module, chunk: int | None, drafter: Any = None, target: Any = None):
+    def __init__(
+        self, model: nn.Module, chunk: int | None, drafter: Any = None, target: Any = None
+    ):
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
         self.chunk = chunk or positions(vocabulary, next(model.parameters()).device.type)
         self.model, self.drafter, self.target = model, drafter, target
@@ -139,17 +165,28 @@ class CausalLoss:
         self.head = output_head(model)
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(summed loss, {loss, tokens, right}) with the sums detached; with a drafter also `offsets`, see Drafter.loss."""
+        """(summed loss, {loss, tokens, right}) with the sums detached; with a drafter also
+        `offsets`, see Drafter.loss."""
         labels = batch["labels"][:, 1:]  # position t is asked for token t + 1
         where = labels != -100
         if self.head is None:
-            logits = self.model(**_inputs(batch), use_cache=False).logits[:, -batch["labels"].shape[1] :]
-            loss, right = chunked_cross_entropy(logits[:, :-1][where], labels[where], _as_they_are, self.chunk)
+            logits = self.model(**_inputs(batch), use_cache=False).logits[
+                :, -batch["labels"].shape[1] :
+            ]
+            loss, right = chunked_cross_entropy(
+                logits[:, :-1][where], labels[where], _as_they_are, self.chunk
+            )
         else:
-            more = self.drafter.inputs(batch, self.target) if self.drafter is not None and torch.is_grad_enabled() else None
+            more = (
+                self.drafter.inputs(batch, self.target)
+                if self.drafter is not None and torch.is_grad_enabled()
+                else None
+            )
             hidden, features, extra = self.forward(batch, more)
             parameters = tuple(p for p in self.layer.parameters() if p.requires_grad)
-            loss, right = chunked_cross_entropy(hidden[:, :-1][where], labels[where], self.head, self.chunk, parameters)
+            loss, right = chunked_cross_entropy(
+                hidden[:, :-1][where], labels[where], self.head, self.chunk, parameters
+            )
         sums = {"loss": loss.detach(), "tokens": where.sum(), "right": right.detach()}
         if self.drafter is not None:
             term, sums["offsets"] = self.drafted(batch, hidden, features, extra)
@@ -159,8 +196,9 @@ class CausalLoss:
     def forward(
         self, batch: dict[str, Any], more: dict[str, Tensor] | None = None
     ) -> tuple[Float[Tensor, "B T d"], Float[Tensor, "B T f"] | None, Float[Tensor, "B m d"]]:
-        """What the model's pass over a batch, or over `Drafter.inputs`, gives without computing logits: the states that the output head
-        reads, those of the drafter's `layers` side by side, and the former of what the drafter has put behind the batch's positions."""
+        """What the model's pass over a batch, or over `Drafter.inputs`, gives without computing
+        logits: the states that the output head reads, those of the drafter's `layers` side by side,
+        and the former of what the drafter has put behind the batch's positions."""
         length = batch["input_ids"].shape[1]
         layers = self.drafter.layers if self.drafter is not None else ()
         decoder = self.target.decoder if self.drafter is not None else self.model
@@ -168,9 +206,15 @@ class CausalLoss:
             self.model(**(_inputs(batch) if more is None else more), use_cache=False)
         # Virtual tokens of prompt learning stand before the row's own, a drafter's after them.
         hidden, extra = (
-            (kept[0][:, :length], kept[0][:, length:]) if more is not None else (kept[0][:, -length:], kept[0][:, :0])
+            (kept[0][:, :length], kept[0][:, length:])
+            if more is not None
+            else (kept[0][:, -length:], kept[0][:, :0])
         )
-        features = torch.cat([states[:, -length:].detach() for states in between], dim=-1) if between else None
+        features = (
+            torch.cat([states[:, -length:].detach() for states in between], dim=-1)
+            if between
+            else None
+        )
         return hidden, features, extra
 
     def drafted(
@@ -183,8 +227,12 @@ class CausalLoss:
         """(loss, numbers) of the drafter, see Drafter.loss, on what `forward` gives."""
         positions = batch.get("position_ids")
         if positions is None:
-            positions = torch.arange(hidden.shape[1], device=hidden.device).expand_as(batch["input_ids"])
-        seen = self.drafter.seen(hidden, batch["input_ids"], batch["labels"], positions, extra, features)
+            positions = torch.arange(hidden.shape[1], device=hidden.device).expand_as(
+                batch["input_ids"]
+            )
+        seen = self.drafter.seen(
+            hidden, batch["input_ids"], batch["labels"], positions, extra, features
+        )
         return self.drafter.loss(seen, self.target, self.chunk)
 
 
@@ -203,10 +251,18 @@ class ClassLoss:
         self.model = model
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(summed loss, {loss, tokens, right, scores}) with the sums detached; scores (B, classes)."""
-        logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        """(summed loss, {loss, tokens, right, scores}) with the sums detached; scores (B,
+        classes)."""
+        logits = self.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).logits.float()
         classes = batch["classes"]
         loss = F.cross_entropy(logits, classes, reduction="sum", ignore_index=-100)
         right = (logits.argmax(-1) == classes).sum().float()
-        sums = {"loss": loss.detach(), "tokens": (classes != -100).sum(), "right": right, "scores": logits.detach()}
+        sums = {
+            "loss": loss.detach(),
+            "tokens": (classes != -100).sum(),
+            "right": right,
+            "scores": logits.detach(),
+        }
         return loss, sums

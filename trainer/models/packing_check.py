@@ -1,4 +1,5 @@
-"""Packed rows that see each other: whether a loaded model carries state across them, tried on a few tokens."""
+"""Packed rows that see each other: whether a loaded model carries state across them, tried on a few
+tokens."""
 
 from __future__ import annotations
 
@@ -10,9 +11,10 @@ from trainer.models.base import Base, BaseError
 
 @torch.no_grad()
 def refuse_contamination(model: nn.Module, base: Base) -> None:
-    """Try on a few tokens whether packed rows see only themselves in this model, in batches of one sequence and of several: what stands
-    behind another row does not change with that row, and is what it is alone. The second is held for most positions only: in bf16
-    rounding alone, which differs between lengths, can turn a token's logits over.
+    """Try on a few tokens whether packed rows see only themselves in this model, in batches of one
+    sequence and of several: what stands behind another row does not change with that row, and is
+    what it is alone. The second is held for most positions only: in bf16 rounding alone, which
+    differs between lengths, can turn a token's logits over.
 
     Raises:
         BaseError: they do not.
@@ -21,11 +23,15 @@ def refuse_contamination(model: nn.Module, base: Base) -> None:
     model.eval()
     device = next(model.parameters()).device
     row = torch.arange(5, 12, device=device)
-    sequences = torch.stack([torch.cat([torch.arange(start, start + 8, device=device), row]) for start in (3, 13)])
+    sequences = torch.stack(
+        [torch.cat([torch.arange(start, start + 8, device=device), row]) for start in (3, 13)]
+    )
     places = torch.cat([torch.arange(8, device=device), torch.arange(len(row), device=device)])
     behind = torch.cat(
         [
-            model(input_ids=ids, position_ids=places.expand_as(ids), use_cache=False).logits[:, -len(row) :].float()
+            model(input_ids=ids, position_ids=places.expand_as(ids), use_cache=False)
+            .logits[:, -len(row) :]
+            .float()
             for ids in (sequences[:1], sequences[1:], sequences)
         ]
     )
@@ -37,6 +43,6 @@ def refuse_contamination(model: nn.Module, base: Base) -> None:
     difference = max(changed, float(apart))
     if difference > (0.05 if next(model.parameters()).dtype != torch.float32 else 1e-3) * scale:
         raise BaseError(
-            f"in {base.path} packed rows see each other (logits differ by {difference:.3g} of {scale:.3g}): it carries state that attention masks "
-            "do not cut. Set packing=false"
+            f"in {base.path} packed rows see each other (logits differ by {difference:.3g} of"
+            f" {scale:.3g}): it carries state that attention masks do not cut. Set packing=false"
         )

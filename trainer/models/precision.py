@@ -5,17 +5,30 @@ from __future__ import annotations
 import torch
 
 
-def compute(precision: str, base_dtype: str, trains_base: bool, cuda: bool) -> tuple[torch.dtype, str, str]:
-    """What a precision means: the base's dtype, Lightning's precision, and the precision that `auto` stands for.
+def compute(
+    precision: str, base_dtype: str, trains_base: bool, cuda: bool
+) -> tuple[torch.dtype, str, str]:
+    """What a precision means: the base's dtype, Lightning's precision, and the precision that
+    `auto` stands for.
 
-    Weights that are trained stay in fp32 (an adapter's own dtype), so bf16-true needs no help from Lightning: the frozen
-    base computes in bf16 and no autocast costs time. Only full fine-tuning with bf16-true trains bf16 weights.
+    Weights that are trained stay in fp32 (an adapter's own dtype), so bf16-true needs no help from
+    Lightning: the frozen base computes in bf16 and no autocast costs time. Only full fine-tuning
+    with bf16-true trains bf16 weights.
     """
     if precision == "auto":
-        precision = "bf16-true" if bf16_is_fast(cuda) and not trains_base else "bf16-mixed" if cuda and trains_base else "fp32"
-    low = {"fp32": torch.float32, "bf16-true": torch.bfloat16, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[
-        precision
-    ]
+        precision = (
+            "bf16-true"
+            if bf16_is_fast(cuda) and not trains_base
+            else "bf16-mixed"
+            if cuda and trains_base
+            else "fp32"
+        )
+    low = {
+        "fp32": torch.float32,
+        "bf16-true": torch.bfloat16,
+        "bf16-mixed": torch.bfloat16,
+        "16-mixed": torch.float16,
+    }[precision]
     if precision.endswith("-mixed") and trains_base:
         low = torch.float32
     dtype = low if base_dtype == "auto" else getattr(torch, base_dtype)

@@ -13,11 +13,19 @@ SHAPES = {
 
 
 def cooldown(
-    step: int, steps: int, warmup: float, cooldown: float, cooldown_tokens: int | None, shape: str, final: float
+    step: int,
+    steps: int,
+    warmup: float,
+    cooldown: float,
+    cooldown_tokens: int | None,
+    shape: str,
+    final: float,
 ) -> float:
-    """Factor of the peak rate at `step` (0-based) of `steps`: final + (1 - final) f(x) over the last steps, x from 0 to
-    just below 1, f one of SHAPES; or final^x, see `fall`."""
-    assert cooldown_tokens is None, "assembly.schedule, which knows the tokens of each step, turns them into steps"
+    """Factor of the peak rate at `step` (0-based) of `steps`: final + (1 - final) f(x) over the
+    last steps, x from 0 to just below 1, f one of SHAPES; or final^x, see `fall`."""
+    assert cooldown_tokens is None, (
+        "assembly.schedule, which knows the tokens of each step, turns them into steps"
+    )
     down = length(cooldown, steps)
     start = steps - down
     if step < start:
@@ -28,7 +36,8 @@ def cooldown(
 
 @dataclass(frozen=True)
 class Cooling:
-    """A cooldown that was begun at run time, or in a run that branched off another one's checkpoint."""
+    """A cooldown that was begun at run time, or in a run that branched off another one's
+    checkpoint."""
 
     start: int  # the step (0-based) from which the rate falls
     steps: int
@@ -42,7 +51,8 @@ class Cooling:
 
 
 def fall(x: float, shape: str, final: float) -> float:
-    """From 1 at x = 0 to `final` at x = 1; exponential is final^x, and needs final > 0 (MiniCPM, arXiv 2404.06395, has 0.5^x)."""
+    """From 1 at x = 0 to `final` at x = 1; exponential is final^x, and needs final > 0 (MiniCPM,
+    arXiv 2404.06395, has 0.5^x)."""
     if shape == "exponential":
         return final**x
     return final + (1 - final) * SHAPES[shape](x)

@@ -1,4 +1,5 @@
-"""Cosine decay after a linear warm-up (Loshchilov and Hutter 2016, arXiv 1608.03983, without restarts)."""
+"""Cosine decay after a linear warm-up (Loshchilov and Hutter 2016, arXiv 1608.03983, without
+restarts)."""
 
 import math
 
@@ -6,7 +7,8 @@ from trainer.schedules import length, warmed_up
 
 
 def cosine(step: int, steps: int, warmup: float, final: float) -> float:
-    """Factor of the peak rate at `step` (0-based) of `steps`: final + (1 - final) (1 + cos π x) / 2."""
+    """Factor of the peak rate at `step` (0-based) of `steps`: final + (1 - final) (1 + cos π x) /
+    2."""
     rise = length(warmup, steps)
     if step < rise:
         return warmed_up(step, rise)

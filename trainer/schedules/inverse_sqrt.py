@@ -1,5 +1,5 @@
-"""Decay with the inverse square root of the step after a linear warm-up (Vaswani et al. 2017, arXiv 1706.03762, section 5.3, in
-the form of transformers' get_inverse_sqrt_schedule)."""
+"""Decay with the inverse square root of the step after a linear warm-up (Vaswani et al. 2017, arXiv
+1706.03762, section 5.3, in the form of transformers' get_inverse_sqrt_schedule)."""
 
 import math
 
@@ -7,8 +7,9 @@ from trainer.schedules import length, warmed_up
 
 
 def inverse_sqrt(step: int, steps: int, warmup: float, timescale: float | None) -> float:
-    """Factor of the peak rate at `step` (0-based) of `steps`: sqrt(τ / (step - W + τ)) after W steps of warm-up, τ the
-    timescale in steps. Without one τ is W, which gives sqrt(W / step); at least 1."""
+    """Factor of the peak rate at `step` (0-based) of `steps`: sqrt(τ / (step - W + τ)) after W
+    steps of warm-up, τ the timescale in steps. Without one τ is W, which gives sqrt(W / step); at
+    least 1."""
     rise = length(warmup, steps)
     if step < rise:
         return warmed_up(step, rise)

@@ -1,12 +1,14 @@
-"""Constant in steps downwards after a linear warm-up (DeepSeek LLM, arXiv 2401.02954, section 2.3: 31.6 % of the peak from 80 % of
-the run on, 10 % from 90 % on)."""
+"""Constant in steps downwards after a linear warm-up (DeepSeek LLM, arXiv 2401.02954, section 2.3:
+31.6 % of the peak from 80 % of the run on, 10 % from 90 % on)."""
 
 from trainer.schedules import length, warmed_up
 
 
-def multistep(step: int, steps: int, warmup: float, milestones: list[float], factors: list[float]) -> float:
-    """Factor of the peak rate at `step` (0-based) of `steps`: factors[i] from milestones[i] on, 1 before the first.
-    A milestone within the warm-up lowers what it rises to."""
+def multistep(
+    step: int, steps: int, warmup: float, milestones: list[float], factors: list[float]
+) -> float:
+    """Factor of the peak rate at `step` (0-based) of `steps`: factors[i] from milestones[i] on, 1
+    before the first. A milestone within the warm-up lowers what it rises to."""
     now = 1.0
     for milestone, factor in zip(milestones, factors, strict=True):
         if step >= length(milestone, steps):

@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import Any
 
 KNOWN: dict[str, Any] = {
-    "from": None, "fraction": None, "steps": None, "shape": "1-sqrt", "final": "0", "name": None, "force": "false", "dry": "false",
+    "from": None,
+    "fraction": None,
+    "steps": None,
+    "shape": "1-sqrt",
+    "final": "0",
+    "name": None,
+    "force": "false",
+    "dry": "false",
     "family": None,
-}  # fmt: skip
+}
 SWEPT = ("from", "fraction", "steps", "shape", "final")
 # What a branch sets itself: the run's own values must not come back.
 _OWN = ("resume", "name", "runs", "max_steps", "max_epochs", "max_tokens", "max_time", "branch")
@@ -34,36 +41,64 @@ def arguments(options: dict[str, str], more: list[str]) -> tuple[str, list[str]]
     config, identity = content["config"], content["identity"]
     if config["branch"]:
         raise FolderError(
-            f"{path} is itself a cooldown: branch off {config['branch']['run']} at another step or with another length"
+            f"{path} is itself a cooldown: branch off {config['branch']['run']} at another step or"
+            " with another length"
         )
     step = int(checkpoints.chosen(path / "checkpoints", which).stem[5:])
     length = _length(options, step)
-    if config["schedule"].get("cooldown_tokens") is not None:  # in steps they are known from the rows alone
-        logged = [row["lr"] for row in read(path / "metrics.jsonl") if row["kind"] == "step" and row["step"] <= step]
+    # in steps they are known from the rows alone
+    if config["schedule"].get("cooldown_tokens") is not None:
+        logged = [
+            row["lr"]
+            for row in read(path / "metrics.jsonl")
+            if row["kind"] == "step" and row["step"] <= step
+        ]
         rates = [rate / max(logged) for rate in logged]
     else:
         schedule, restart = instantiate(config["schedule"]), instantiate(config["adapter"]).restart
         cooling = _cooling(path, config, step)
-        rates = [factor(schedule, at, identity["steps"], restart, cooling) for at in range(restart, step + 1)]
+        rates = [
+            factor(schedule, at, identity["steps"], restart, cooling)
+            for at in range(restart, step + 1)
+        ]
     if rates[-1] <= 0:
         raise ConfigError(
-            f"{path} has a rate of 0 after step {step}, from which nothing can fall: branch off an earlier checkpoint"
+            f"{path} has a rate of 0 after step {step}, from which nothing can fall: branch off an"
+            " earlier checkpoint"
         )
     if rates[-1] < max(rates) and options["force"] != "true":
         raise ConfigError(
-            f"after step {step} of {path} the rate is already falling ({rates[-1]:.3g} of the peak, {max(rates):.3g} before): a cooldown "
-            "branches off the constant phase. Give an earlier checkpoint, or force=true to cool down from there"
+            f"after step {step} of {path} the rate is already falling ({rates[-1]:.3g} of the peak,"
+            f" {max(rates):.3g} before): a cooldown branches off the constant phase. Give an"
+            " earlier checkpoint, or force=true to cool down from there"
         )
     shape = "" if options["shape"] == "1-sqrt" else f"-{options['shape']}"
     name = options["name"] or f"{path.name}-cooldown-{step}-{length}{shape}"
-    # folder.read has asked whether the base's own code may run by the config; the overrides are as the folder has them.
+    # folder.read has asked whether the base's own code may run by the config; the overrides are as
+    # the folder has them.
     trust = () if config["base"].get("trust_remote_code") else ("base.trust_remote_code",)
-    kept = [override for override in content["overrides"] if _key(override) not in (*_OWN, *trust, *map(_key, more))]
+    kept = [
+        override
+        for override in content["overrides"]
+        if _key(override) not in (*_OWN, *trust, *map(_key, more))
+    ]
     return name, [
-        *kept, f"name={name}", f"runs={path.parent}", "branch=cooldown", f"branch.run={path}", f"branch.step={step}",
-        f"branch.steps={length}", f"branch.level={rates[-1]!r}", f"branch.shape={options['shape']}", f"branch.final={options['final']}",
-        f"max_steps={step + length}", "max_epochs=null", "max_tokens=null", "max_time=null", *more,
-    ]  # fmt: skip
+        *kept,
+        f"name={name}",
+        f"runs={path.parent}",
+        "branch=cooldown",
+        f"branch.run={path}",
+        f"branch.step={step}",
+        f"branch.steps={length}",
+        f"branch.level={rates[-1]!r}",
+        f"branch.shape={options['shape']}",
+        f"branch.final={options['final']}",
+        f"max_steps={step + length}",
+        "max_epochs=null",
+        "max_tokens=null",
+        "max_time=null",
+        *more,
+    ]
 
 
 def _cooling(path: Path, config: dict[str, Any], step: int) -> Any:
@@ -74,7 +109,9 @@ def _cooling(path: Path, config: dict[str, Any], step: int) -> Any:
     settings = config["callbacks"].get("cooldown")
     for row in read(path / "metrics.jsonl"):
         if row["kind"] == "cooldown" and row["step"] < step and settings:
-            return Cooling(row["step"], row["steps"], row["level"], settings["shape"], settings["final"])
+            return Cooling(
+                row["step"], row["steps"], row["level"], settings["shape"], settings["final"]
+            )
     return None
 
 
@@ -86,13 +123,18 @@ def _length(options: dict[str, str], step: int) -> int:
     if (fraction is None) == (steps is None):
         raise ConfigError("give the cooldown's length: either fraction=F of all steps, or steps=N")
     try:
-        length = int(steps) if steps is not None else round(step * float(fraction) / (1 - float(fraction)))
+        length = (
+            int(steps)
+            if steps is not None
+            else round(step * float(fraction) / (1 - float(fraction)))
+        )
     except (ValueError, ZeroDivisionError):
         length = 0
     if length < 1 or (fraction is not None and not 0 < float(fraction) < 1):
         asked = f"steps={steps}" if steps is not None else f"fraction={fraction}"
         raise ConfigError(
-            f"{asked} after step {step} is no cooldown: steps is a whole number from 1 on, fraction is above 0 and below 1"
+            f"{asked} after step {step} is no cooldown: steps is a whole number from 1 on, fraction"
+            " is above 0 and below 1"
         )
     return length
 
@@ -104,8 +146,8 @@ def _places(values: list[str]) -> list[str]:
 
 
 def finished(command: list[str]) -> int:
-    """Run a branch; returns its exit code. What asks a run to stop is handed on to the branch, which saves its step and ends by itself;
-    Ctrl-C reaches it anyway."""
+    """Run a branch; returns its exit code. What asks a run to stop is handed on to the branch,
+    which saves its step and ends by itself; Ctrl-C reaches it anyway."""
     process = subprocess.Popen(command)
     before = {
         number: signal.signal(number, lambda number, frame: process.send_signal(number))
@@ -146,19 +188,28 @@ def family(run: str) -> tuple[str, Path]:
         if found is not None and (found.get("parent") or {}).get("id") == content["id"]:
             members.append(_member(file.parent) | {"at": found["parent"]["step"]})
     members.sort(key=lambda member: (member["at"], member["steps"]))
-    lines = ["| run | branched after | cooldown steps | steps | tokens | held-out loss |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| run | branched after | cooldown steps | steps | tokens | held-out loss |",
+        "|---|---|---|---|---|---|",
+    ]
     for member in [trunk, *members]:
         at = member.get("at")
         down = "" if at is None else f"{member['steps'] - at:,}"
         loss = "" if member["loss"] is None else f"{member['loss']:.4f}"
         shown = "" if at is None else f"{at:,}"
-        lines.append(f"| {member['name']} | {shown} | {down} | {member['steps']:,} | {member['tokens']:,} | {loss} |")
+        lines.append(
+            f"| {member['name']} | {shown} | {down} | {member['steps']:,} | {member['tokens']:,} |"
+            f" {loss} |"
+        )
     if members:
         alone = sum(member["steps"] for member in members)
-        spent = max(member["at"] for member in members) + sum(member["steps"] - member["at"] for member in members)
+        spent = max(member["at"] for member in members) + sum(
+            member["steps"] - member["at"] for member in members
+        )
         lines.append(
-            f"\nThese {len(members)} lengths took {spent:,} steps, the constant run up to the last branch included. Each trained from the "
-            f"start they would have taken {alone:,}: {1 - spent / alone:.0%} were saved."
+            f"\nThese {len(members)} lengths took {spent:,} steps, the constant run up to the last"
+            f" branch included. Each trained from the start they would have taken {alone:,}:"
+            f" {1 - spent / alone:.0%} were saved."
         )
     text = "\n".join(lines) + "\n"
     write_text(path / "family.md", text)
@@ -175,7 +226,11 @@ def _member(path: Path) -> dict[str, Any]:
     tokens = {row["step"]: row["tokens"] for row in steps} | {0: 0}
     evaluated = [row for row in rows if row["kind"] == "evaluation" and "loss" in row]
     points = [
-        (tokens.get(row["step"], max(t for s, t in tokens.items() if s <= row["step"])), row["loss"]) for row in evaluated
+        (
+            tokens.get(row["step"], max(t for s, t in tokens.items() if s <= row["step"])),
+            row["loss"],
+        )
+        for row in evaluated
     ]
     return {
         "name": path.name,
@@ -195,9 +250,15 @@ def _plot(trunk: dict[str, Any], members: list[dict[str, Any]], file: Path) -> N
 
     figure, axes = pyplot.subplots(figsize=(6.4, 3.8))
     for member in [trunk, *members]:
-        points = [(tokens, loss) for step, tokens, loss in member["points"] if step >= member.get("at", 0) and step > 0]
+        points = [
+            (tokens, loss)
+            for step, tokens, loss in member["points"]
+            if step >= member.get("at", 0) and step > 0
+        ]
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", markersize=3, linewidth=1.2, label=member["name"])
+            axes.plot(
+                *zip(*points, strict=True), "o-", markersize=3, linewidth=1.2, label=member["name"]
+            )
     axes.set_xlabel("tokens")
     axes.set_ylabel("held-out loss")
     if axes.has_data():

@@ -1,4 +1,5 @@
-"""Errors that a user can mend, in one message without a traceback; see README for the exit codes."""
+"""Errors that a user can mend, in one message without a traceback; see README for the exit
+codes."""
 
 from __future__ import annotations
 
@@ -20,12 +21,21 @@ from trainer.models.losses import NonFinite
 from trainer.storage.checkpoints import CheckpointError
 from trainer.storage.run_folder import FolderError
 
-_BAD_INPUT = (ConfigError, BaseError, DataError, AdapterError, DrafterError, FetchError, FolderError)
+_BAD_INPUT = (
+    ConfigError,
+    BaseError,
+    DataError,
+    AdapterError,
+    DrafterError,
+    FetchError,
+    FolderError,
+)
 _FAULTS = (CheckpointError, LoadingError, NonFinite)
 
 
 def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] | None:
-    """(message, exit code) of an error that has an explanation; None for one that is ours to mend."""
+    """(message, exit code) of an error that has an explanation; None for one that is ours to
+    mend."""
     if isinstance(error, _BAD_INPUT):
         return str(error), EXIT_BAD_INPUT
     if isinstance(error, _FAULTS):
@@ -33,16 +43,26 @@ def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] |
     if lost(error):
         first = str(error).strip().partition("\n")[0]
         return (
-            f"another process of this run has ended, or has not answered for lightning.timeout minutes: look for its own message, and go on "
-            f"with resume=auto. What this one saw of it: {first[:300]}"
-        ), 1
+            (
+                "another process of this run has ended, or has not answered for lightning.timeout"
+                " minutes: look for its own message, and go on with resume=auto. What this one saw"
+                f" of it: {first[:300]}"
+            ),
+            1,
+        )
     if (text := killed(error)) is not None:
         return text, 1
     if out_of_memory(error):
         first = str(error).partition("\n")[0] or type(error).__name__
         return f"out of memory: {first}\n{_smaller(config)}", 1
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full: {error.filename or error}. Free some space, and go on with resume=auto", 1
+        return (
+            (
+                f"the disk is full: {error.filename or error}. Free some space, and go on with"
+                " resume=auto"
+            ),
+            1,
+        )
     return None
 
 
@@ -52,7 +72,10 @@ def lost(error: BaseException) -> bool:
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError)
         and ("gloo" in text or "by peer" in text)
-        and any(word in text for word in ("Connection", "Timed out", "timed out", "Broken pipe", "Socket"))
+        and any(
+            word in text
+            for word in ("Connection", "Timed out", "timed out", "Broken pipe", "Socket")
+        )
     )
 
 
@@ -71,7 +94,10 @@ def _smaller(c: dict[str, Any]) -> str:
     ways = []
     if (size := c.get("batch_size", 1)) > 1:
         part = max(part for part in range(1, size // 2 + 1) if size % part == 0)
-        ways.append(f"batch_size={part} accumulate={c['accumulate'] * size // part} (the same step in smaller parts)")
+        ways.append(
+            f"batch_size={part} accumulate={c['accumulate'] * size // part} (the same step in"
+            " smaller parts)"
+        )
     if c.get("objective", {}).get("gradient_checkpointing") is not True:
         ways.append("objective.gradient_checkpointing=true")
     if c.get("max_length", 0) > 256:
@@ -81,11 +107,16 @@ def _smaller(c: dict[str, Any]) -> str:
     trains_base = c.get("adapter", {}).get("_target_") == "adapters.full.Full"
     if c.get("base", {}).get("quantization") == "none" and not trains_base:
         ways.append("base.quantization=nf4")
-    return "What would need less: " + ", or ".join(ways) if ways else "Use a smaller base, or a machine with more memory."
+    return (
+        "What would need less: " + ", or ".join(ways)
+        if ways
+        else "Use a smaller base, or a machine with more memory."
+    )
 
 
 def told(error: Exception, config: dict[str, Any] | None = None) -> int:
-    """Print an error's explanation and return the exit code, for the verbs; an unexplained one is raised again."""
+    """Print an error's explanation and return the exit code, for the verbs; an unexplained one is
+    raised again."""
     explanation = explained(error, config or {})
     if explanation is None:
         raise error

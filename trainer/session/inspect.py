@@ -27,7 +27,13 @@ SAMPLE = 200  # conversations whose prompt is rendered a second time, as it will
 
 
 def inspect(
-    config: dict[str, Any], base: Base, adapter: Adapter, found: Data, plan: Plan | None, steps: int, place: Path
+    config: dict[str, Any],
+    base: Base,
+    adapter: Adapter,
+    found: Data,
+    plan: Plan | None,
+    steps: int,
+    place: Path,
 ) -> dict[str, Any]:
     """Everything that preflight reports, as plain data, with `errors` and `warnings` for people.
 
@@ -38,25 +44,30 @@ def inspect(
     warnings: list[str] = []
     if config["max_length"] > base.longest:
         errors.append(
-            f"max_length={config['max_length']} is more than the {base.longest} tokens that {base.path} was made for: set max_length={base.longest}"
+            f"max_length={config['max_length']} is more than the {base.longest} tokens that"
+            f" {base.path} was made for: set max_length={base.longest}"
         )
     result: dict[str, Any] = {"data": _data(config, found, warnings)}
     if plan is not None:
         result["run"] = _length(config, found, plan, steps)
     result["schedule"] = _rates(config, plan, steps, adapter.restart)
     planned = [
-        length(schedule[key], steps) for key in ("warmup", "cooldown") if (schedule := config["schedule"]).get(key) is not None
+        length(schedule[key], steps)
+        for key in ("warmup", "cooldown")
+        if (schedule := config["schedule"]).get(key) is not None
     ]
     if steps and len(planned) > 1 and not config["branch"] and sum(planned) > steps:
         errors.append(
-            f"a warm-up of {planned[0]} steps and a cooldown of {planned[1]} take more than the run's {steps} steps: give fewer, or "
-            "fractions of the run"
+            f"a warm-up of {planned[0]} steps and a cooldown of {planned[1]} take more than the"
+            f" run's {steps} steps: give fewer, or fractions of the run"
         )
     _target(config, base, errors)
     # The device is the run's to see: this may be another machine.
     fault = liger.fault(base.config.model_type) if config["fused"] == "liger" else None
     errors += [fault] if fault is not None else []
-    result["model"] = footprint.estimate(config, base, adapter, found, steps, place, errors, warnings)
+    result["model"] = footprint.estimate(
+        config, base, adapter, found, steps, place, errors, warnings
+    )
     _check_names(config, found, errors)
     return result | {"errors": errors, "warnings": warnings}
 
@@ -77,25 +88,38 @@ def _data(config: dict[str, Any], found: Data, warnings: list[str]) -> dict[str,
             "duplicates": len(seen) - len(digests[name]),
             "bad": [f"{where}: {reason}" for where, reason in report.bad],
         }
-        if found.renderer.kind == "conversation" and report.kept and report.ends_trained < report.kept:
+        if (
+            found.renderer.kind == "conversation"
+            and report.kept
+            and report.ends_trained < report.kept
+        ):
             share = 1 - report.ends_trained / report.kept
             warnings.append(
-                f"{name}: {share:.0%} of the answers end without a trained end token, so the model does not learn to stop after them"
+                f"{name}: {share:.0%} of the answers end without a trained end token, so the model"
+                " does not learn to stop after them"
             )
         lost = report.dropped + report.answers_lost + report.skipped
         if report.rows and lost / report.rows > 0.1:
-            warnings.append(f"{name}: {lost} of {report.rows} rows are left out ({report.summary()})")
+            warnings.append(
+                f"{name}: {lost} of {report.rows} rows are left out ({report.summary()})"
+            )
     if len(digests) == 2:
         shared = len(digests["train"] & digests["eval"])
         result["shared"] = shared
         if shared:
-            warnings.append(f"{shared} rows of evaluation are in the training data too: its numbers are too good")
+            warnings.append(
+                f"{shared} rows of evaluation are in the training data too: its numbers are too"
+                " good"
+            )
     if found.renderer.kind == "conversation" and not found.task.streaming:
         result["prompts"] = _prompts(found, warnings)
-        result["special_text"] = special_text(found.task.examples("train"), found.renderer.tokenizer)
+        result["special_text"] = special_text(
+            found.task.examples("train"), found.renderer.tokenizer
+        )
         if result["special_text"]:
             warnings.append(
-                f"{result['special_text']} rows have the text of a special token in a message; it is read as that token"
+                f"{result['special_text']} rows have the text of a special token in a message; it"
+                " is read as that token"
             )
     return result
 
@@ -115,8 +139,8 @@ def _prompts(found: Data, warnings: list[str]) -> dict[str, int]:
         same += row.ids[: len(prompt)] == prompt
     if same < tried:
         warnings.append(
-            f"in {tried - same} of {tried} rows the last answer is trained after other tokens than the generation prompt that the template "
-            "writes at inference"
+            f"in {tried - same} of {tried} rows the last answer is trained after other tokens than"
+            " the generation prompt that the template writes at inference"
         )
     return {"tried": tried, "as_at_inference": same}
 
@@ -124,7 +148,11 @@ def _prompts(found: Data, warnings: list[str]) -> dict[str, int]:
 def _length(config: dict[str, Any], found: Data, plan: Plan, steps: int) -> dict[str, Any]:
     lengths = plan.lengths
     per_epoch = -(-len(lengths) // plan.per_step)
-    sizes = [[lengths[pick.sequence] for pick in batch] for step in range(min(steps, 50)) for batch in plan.micro_batches(step)]
+    sizes = [
+        [lengths[pick.sequence] for pick in batch]
+        for step in range(min(steps, 50))
+        for batch in plan.micro_batches(step)
+    ]
     padded = sum(max(batch) * len(batch) for batch in sizes)
     real: int = sum(sum(batch) for batch in sizes)
     result = {
@@ -146,15 +174,21 @@ def _rates(config: dict[str, Any], plan: Plan | None, steps: int, restart: int) 
         return {}
     schedule, peak = build_module.schedule(config, plan), config["optimizer"]["lr"]
     points = sorted({round(i * (steps - 1) / 20) for i in range(21)})
-    return {"peak": peak, "rates": [[step, peak * factor(schedule, step, steps, restart)] for step in points]}
+    return {
+        "peak": peak,
+        "rates": [[step, peak * factor(schedule, step, steps, restart)] for step in points],
+    }
 
 
 def _target(config: dict[str, Any], base: Base, errors: list[str]) -> None:
     """Whether the run and the drafter that this one builds on are of its base."""
     try:
-        if (run := config["target"]["run"]) is not None and run_folder.read(run)[1]["identity"]["base"] != base.fingerprint:
+        if (run := config["target"]["run"]) is not None and run_folder.read(run)[1]["identity"][
+            "base"
+        ] != base.fingerprint:
             errors.append(
-                f"target.run={run}: {base.path} is not the model that this run was trained on: its weights have changed"
+                f"target.run={run}: {base.path} is not the model that this run was trained on: its"
+                " weights have changed"
             )
         if config["target"]["draft"] is not None and config["drafter"]:
             io.check(io.folder_of(config["target"]["draft"]), base, config["drafter"])
@@ -167,15 +201,23 @@ def _check_names(config: dict[str, Any], found: Data, errors: list[str]) -> None
     if not evaluation or found.held_out is None:
         return
     known = ["loss", "accuracy", "f1" if found.task.kind == "label" else "perplexity"]
-    known = ["loss"] if config["objective"]["_target_"] == "trainer.training.distill.Distill" else known
+    known = (
+        ["loss"] if config["objective"]["_target_"] == "trainer.training.distill.Distill" else known
+    )
     known += _drafted(config["drafter"])
     graded = found.task.metrics if evaluation["generate"] else []
     monitor, place = evaluation["monitor"], "callbacks.evaluation"
     if monitor not in known + graded:
         hint = f" (set {place}.generate)" if monitor in found.task.metrics else ""
-        errors.append(f"{place}.monitor={monitor} is no metric of this task{hint}; there are: {', '.join(known + graded)}")
+        errors.append(
+            f"{place}.monitor={monitor} is no metric of this task{hint}; there are:"
+            f" {', '.join(known + graded)}"
+        )
     elif monitor in graded and evaluation["generate_every"] is None:
-        errors.append(f"{place}.monitor={monitor} is measured only where answers are generated: set {place}.generate_every=1")
+        errors.append(
+            f"{place}.monitor={monitor} is measured only where answers are generated: set"
+            f" {place}.generate_every=1"
+        )
 
 
 def _drafted(drafter: dict[str, Any]) -> list[str]:
@@ -190,7 +232,13 @@ def _drafted(drafter: dict[str, Any]) -> list[str]:
 
 
 def quick(
-    config: dict[str, Any], base: Base, adapter: Adapter, found: Data, plan: Plan | None, steps: int, place: Path
+    config: dict[str, Any],
+    base: Base,
+    adapter: Adapter,
+    found: Data,
+    plan: Plan | None,
+    steps: int,
+    place: Path,
 ) -> dict[str, Any]:
     """`inspect` for a run that is about to start: warnings are said, errors end it.
 

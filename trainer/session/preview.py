@@ -1,4 +1,5 @@
-"""What preflight found, for people: a table, and samples with trained tokens in one colour and masked ones in another."""
+"""What preflight found, for people: a table, and samples with trained tokens in one colour and
+masked ones in another."""
 
 from __future__ import annotations
 
@@ -22,24 +23,45 @@ def table(result: dict[str, Any]) -> Table:
         shown.add_row("in train and eval", str(result["data"]["shared"]))
     if "prompts" in result["data"]:
         prompts = result["data"]["prompts"]
-        shown.add_row("prompts as at inference", f"{prompts['as_at_inference']} of {prompts['tried']} tried")
+        shown.add_row(
+            "prompts as at inference", f"{prompts['as_at_inference']} of {prompts['tried']} tried"
+        )
     if run := result.get("run"):
-        shown.add_row("steps", f"{run['steps']:,} ({run['steps_per_epoch']:,} an epoch, {run['epochs']:.2f} epochs)")
-        shown.add_row("tokens an epoch", f"{run['tokens_per_epoch']:,}, {run['trained_tokens_per_epoch']:,} of them trained")
-        packing = f", packed sequences {run['packing_efficiency']:.1%} full" if "packing_efficiency" in run else ""
+        shown.add_row(
+            "steps",
+            f"{run['steps']:,} ({run['steps_per_epoch']:,} an epoch, {run['epochs']:.2f} epochs)",
+        )
+        shown.add_row(
+            "tokens an epoch",
+            f"{run['tokens_per_epoch']:,}, {run['trained_tokens_per_epoch']:,} of them trained",
+        )
+        packing = (
+            f", packed sequences {run['packing_efficiency']:.1%} full"
+            if "packing_efficiency" in run
+            else ""
+        )
         shown.add_row("padding", f"{run['padding_share']:.1%} of a batch{packing}")
     if rates := result["schedule"]:
-        bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * rate / rates["peak"]))] if rate else " " for _, rate in rates["rates"])
+        bars = "".join(
+            "▁▂▃▄▅▆▇█"[min(7, int(8 * rate / rates["peak"]))] if rate else " "
+            for _, rate in rates["rates"]
+        )
         shown.add_row("learning rate", f"{bars}  peak {rates['peak']:g}")
     model = result["model"]
     shown.add_row(
         "parameters",
-        f"{model['parameters']:,}, {counted(model['trainable'])} trained; {model['precision']}, base in {model['dtype']}",
+        f"{model['parameters']:,}, {counted(model['trainable'])} trained; {model['precision']},"
+        f" base in {model['dtype']}",
     )
     parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in model["memory_bytes"].items())
-    shown.add_row("memory, about", f"{model['memory_needed'] / 1e9:.2f} GB ({parts}); {model['memory_free'] / 1e9:.1f} GB free")
     shown.add_row(
-        "checkpoint, about", f"{model['checkpoint_bytes'] / 1e6:.1f} MB; {model['disk_free'] / 1e9:.1f} GB of disk free"
+        "memory, about",
+        f"{model['memory_needed'] / 1e9:.2f} GB ({parts}); {model['memory_free'] / 1e9:.1f} GB"
+        " free",
+    )
+    shown.add_row(
+        "checkpoint, about",
+        f"{model['checkpoint_bytes'] / 1e6:.1f} MB; {model['disk_free'] / 1e9:.1f} GB of disk free",
     )
     return shown
 
@@ -59,8 +81,17 @@ def _split_lines(split: str, data: dict[str, Any] | None) -> list[tuple[str, str
     ]
     lines = [
         (f"{split} rows", ", ".join([f"{data['rows']:,} read, {data['kept']:,} kept", *lost])),
-        (f"{split} tokens", f"{data['tokens']:,}, {data['trained_share']:.1%} trained; longest row {data['longest']:,}"),
-        (f"{split} answers that end", f"{data['ends_trained']:,} of {data['kept']:,} train their end token"),
+        (
+            f"{split} tokens",
+            (
+                f"{data['tokens']:,}, {data['trained_share']:.1%} trained; longest row"
+                f" {data['longest']:,}"
+            ),
+        ),
+        (
+            f"{split} answers that end",
+            f"{data['ends_trained']:,} of {data['kept']:,} train their end token",
+        ),
         (f"{split} duplicates", str(data["duplicates"])),
     ]
     return lines + [(f"{split} broken", line) for line in data["bad"][:5]]
@@ -75,9 +106,12 @@ def samples(found: Data, count: int) -> list[Text]:
     for index in range(min(count, len(rows))):
         row = rows[index]
         text = Text(f"{rows.where(index)}\n", style="bold")
-        for trained, group in itertools.groupby(zip(row.ids, row.trained, strict=True), key=lambda pair: pair[1]):
+        for trained, group in itertools.groupby(
+            zip(row.ids, row.trained, strict=True), key=lambda pair: pair[1]
+        ):
             text.append(
-                found.renderer.tokenizer.decode([token for token, _ in group]), style="black on green" if trained else "dim"
+                found.renderer.tokenizer.decode([token for token, _ in group]),
+                style="black on green" if trained else "dim",
             )
         texts.append(text)
     return texts

@@ -36,13 +36,25 @@ def write(folder: Path) -> Path:
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in journal.read(folder / "metrics.jsonl"):
         rows[row["kind"]].append(row)
-    checked = json.loads((folder / "preflight.json").read_text()) if (folder / "preflight.json").exists() else {}
+    checked = (
+        json.loads((folder / "preflight.json").read_text())
+        if (folder / "preflight.json").exists()
+        else {}
+    )
     page = jinja2.Environment(autoescape=True).from_string(_PAGE.read_text("utf-8"))
     text = page.render(
-        name=record["name"], subtitle=_subtitle(record, rows), notes=_notes(rows), plots=_plots(rows), samples=_samples(folder),
-        data=_data(checked), data_rows=_DATA_ROWS, warnings=checked.get("warnings", []), facts=_facts(record, rows, checked),
-        config=yaml.safe_dump(record["config"], sort_keys=False), **_outcome(folder, rows),
-    )  # fmt: skip
+        name=record["name"],
+        subtitle=_subtitle(record, rows),
+        notes=_notes(rows),
+        plots=_plots(rows),
+        samples=_samples(folder),
+        data=_data(checked),
+        data_rows=_DATA_ROWS,
+        warnings=checked.get("warnings", []),
+        facts=_facts(record, rows, checked),
+        config=yaml.safe_dump(record["config"], sort_keys=False),
+        **_outcome(folder, rows),
+    )
     path = folder / "report.html"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, "utf-8")
@@ -54,17 +66,23 @@ def _subtitle(record: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) -> 
     choices = record["identity"]["choices"]
     steps = rows["step"][-1]["step"] if rows["step"] else 0
     base = record["config"]["base"].get("path") or choices["base"]
-    return f"{base} with adapter {choices['adapter']}, {steps} of {record['identity']['steps']} steps"
+    return (
+        f"{base} with adapter {choices['adapter']}, {steps} of {record['identity']['steps']} steps"
+    )
 
 
 def _notes(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
     notes = [
-        f"The rate cools down from step {row['step']} on, over {row['steps']} steps: {row['reason']}."
+        f"The rate cools down from step {row['step']} on, over {row['steps']} steps:"
+        f" {row['reason']}."
         for row in rows["cooldown"]
     ]
     notes += [f"Stopped after step {row['step']}: {row['reason']}." for row in rows["stopped"]]
     if rows["skipped"]:
-        notes.append(f"{len(rows['skipped'])} steps were skipped because their loss or gradient was not finite.")
+        notes.append(
+            f"{len(rows['skipped'])} steps were skipped because their loss or gradient was not"
+            " finite."
+        )
     return notes
 
 
@@ -78,7 +96,12 @@ def _outcome(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> dict[str, A
     best = next((row for row in reversed(evaluations) if row["step"] == step), last)
     names = [name for name in last if name not in ("kind", "step", "seconds")]
     table = [
-        {"name": name, "before": _number(first.get(name)), "after": _number(last.get(name)), "best": _number(best.get(name))}
+        {
+            "name": name,
+            "before": _number(first.get(name)),
+            "after": _number(last.get(name)),
+            "best": _number(best.get(name)),
+        }
         for name in names
     ]
     return {"outcome": table, "best": best if best["step"] != last["step"] else None}
@@ -99,12 +122,17 @@ def _samples(folder: Path) -> list[dict[str, Any]]:
     after = {row["where"]: row for row in found if row["step"] == max(steps)}
     return [
         {
-            "where": where, "prompt": row["prompt"], "expected": row["expected"], "before": row["answer"], "after": after[where]["answer"],
-            "before_scores": _scores(row), "after_scores": _scores(after[where]),
+            "where": where,
+            "prompt": row["prompt"],
+            "expected": row["expected"],
+            "before": row["answer"],
+            "after": after[where]["answer"],
+            "before_scores": _scores(row),
+            "after_scores": _scores(after[where]),
         }
         for where, row in before.items()
         if where in after
-    ]  # fmt: skip
+    ]
 
 
 def _scores(row: dict[str, Any]) -> str:
@@ -113,7 +141,11 @@ def _scores(row: dict[str, Any]) -> str:
 
 def _data(checked: dict[str, Any]) -> list[dict[str, Any]]:
     splits = [(name, checked.get("data", {}).get(name)) for name in ("train", "eval")]
-    return [{"name": name, **{key: _number(split[key]) for key, _ in _DATA_ROWS}} for name, split in splits if split]
+    return [
+        {"name": name, **{key: _number(split[key]) for key, _ in _DATA_ROWS}}
+        for name, split in splits
+        if split
+    ]
 
 
 def counted(number: int | None) -> str:
@@ -121,26 +153,43 @@ def counted(number: int | None) -> str:
     return "unknown" if number is None else f"{number:,}"
 
 
-def _facts(record: dict[str, Any], rows: dict[str, list[dict[str, Any]]], checked: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(
+    record: dict[str, Any], rows: dict[str, list[dict[str, Any]]], checked: dict[str, Any]
+) -> list[tuple[str, str]]:
     start = record["starts"][-1]
     model = checked.get("model", {})
     facts = [
-        ("command", start["command"]), ("started", f"{start['time']} on {start['host']}, start {len(record['starts'])} of this run"),
+        ("command", start["command"]),
+        (
+            "started",
+            f"{start['time']} on {start['host']}, start {len(record['starts'])} of this run",
+        ),
         ("git revision", start["git"] or "unknown"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in start["versions"].items() if version)), ("run id", record["id"]),
+        (
+            "versions",
+            ", ".join(
+                f"{name} {version}" for name, version in start["versions"].items() if version
+            ),
+        ),
+        ("run id", record["id"]),
         ("precision", record["identity"]["precision"]),
-    ]  # fmt: skip
+    ]
     if parent := record.get("parent"):
         facts.append(("branched off", f"{parent['run']} after step {parent['step']}"))
     if model:
-        facts.append(("parameters", f"{model['parameters']:,}, {counted(model['trainable'])} trained"))
+        facts.append(
+            ("parameters", f"{model['parameters']:,}, {counted(model['trainable'])} trained")
+        )
     if rows["step"]:
         steps = rows["step"]
         speeds = sorted(row["tokens_per_s"] for row in steps)
         facts.append(
             (
                 "trained for",
-                f"{steps[-1]['seconds'] / 60:.1f} minutes, {steps[-1]['tokens']:,} tokens, median {speeds[len(speeds) // 2]:,.0f} tokens/s",
+                (
+                    f"{steps[-1]['seconds'] / 60:.1f} minutes, {steps[-1]['tokens']:,} tokens,"
+                    f" median {speeds[len(speeds) // 2]:,.0f} tokens/s"
+                ),
             )
         )
     return facts
@@ -165,20 +214,40 @@ def _plots(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
     steps, evaluations = rows["step"], rows["evaluation"]
     averaged = ("averaged", rows["average"], "loss", "s-")
     curves: list[tuple[str, list[tuple[str, list[dict[str, Any]], str, str]], bool]] = [
-        ("loss", [("training", steps, "loss", "-"), ("held out", evaluations, "loss", "o-"), averaged], False),
+        (
+            "loss",
+            [("training", steps, "loss", "-"), ("held out", evaluations, "loss", "o-"), averaged],
+            False,
+        ),
         ("learning rate", [("", steps, "lr", "-")], False),
-        ("tokens per second", [("processed", steps, "tokens_per_s", "-"), ("trained", steps, "trained_per_s", "-")], False),
+        (
+            "tokens per second",
+            [("processed", steps, "tokens_per_s", "-"), ("trained", steps, "trained_per_s", "-")],
+            False,
+        ),
         ("gradient norm", [("", steps, "grad_norm", "-")], True),
     ]
     graded = [
         name
         for name in (evaluations[-1] if evaluations else {})
-        if name not in ("kind", "step", "seconds", "loss", "perplexity", "accepted") and not name.startswith("offset")
+        if name not in ("kind", "step", "seconds", "loss", "perplexity", "accepted")
+        and not name.startswith("offset")
     ]
-    drafted = sorted({name for row in evaluations for name in row if name.startswith("offset") and name.endswith("/top1")})
+    drafted = sorted(
+        {
+            name
+            for row in evaluations
+            for name in row
+            if name.startswith("offset") and name.endswith("/top1")
+        }
+    )
     if drafted:
         curves.append(
-            ("held out, top-1 by offset", [(name.partition("/")[0], evaluations, name, "o-") for name in drafted], False)
+            (
+                "held out, top-1 by offset",
+                [(name.partition("/")[0], evaluations, name, "o-") for name in drafted],
+                False,
+            )
         )
         if any(row.get("accepted", 1) > 1 for row in evaluations):
             curves.append(("held out, tokens a step", [("", evaluations, "accepted", "o-")], False))
@@ -190,7 +259,13 @@ def _plots(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
         for label, source, key, style in lines:
             points = [(row["step"], row[key]) for row in source if row.get(key) is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), style, label=label or None, linewidth=1.2, markersize=3)
+                axes.plot(
+                    *zip(*points, strict=True),
+                    style,
+                    label=label or None,
+                    linewidth=1.2,
+                    markersize=3,
+                )
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("step")
         if logarithmic and axes.has_data() and axes.dataLim.y1 > 0:

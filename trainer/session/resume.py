@@ -1,4 +1,5 @@
-"""Whether a run folder holds the run that is asked for, and from which of its checkpoints it goes on."""
+"""Whether a run folder holds the run that is asked for, and from which of its checkpoints it goes
+on."""
 
 from __future__ import annotations
 
@@ -20,18 +21,28 @@ log = logging.getLogger("trainer")
 
 
 def where_to_go_on(
-    place: RunFolder, config: dict[str, Any], plan: Plan | None, identity: dict[str, Any], earlier: dict[str, Any], restart: int
+    place: RunFolder,
+    config: dict[str, Any],
+    plan: Plan | None,
+    identity: dict[str, Any],
+    earlier: dict[str, Any],
+    restart: int,
 ) -> tuple[Path | None, bool]:
-    """The checkpoint to go on from, if the folder holds this very run; and whether it is the one from before a cooldown, which a
-    run that was made longer leaves out.
+    """The checkpoint to go on from, if the folder holds this very run; and whether it is the one
+    from before a cooldown, which a run that was made longer leaves out.
 
     Raises:
-        CheckpointError, FolderError: it holds another one, or its checkpoints or its record are damaged.
+        CheckpointError, FolderError: it holds another one, or its checkpoints or its record are
+        damaged.
     """
     run_folder.complete(earlier, place.file)
     then = earlier["identity"]
-    different = run_folder.differences(earlier["config"], config, run_folder.FREE + run_folder.LENGTHS)
-    different += run_folder.differences(then, identity, ("choices", "steps", "base", "data", "target.run"))
+    different = run_folder.differences(
+        earlier["config"], config, run_folder.FREE + run_folder.LENGTHS
+    )
+    different += run_folder.differences(
+        then, identity, ("choices", "steps", "base", "data", "target.run")
+    )
     if then["base"] != identity["base"]:
         different.append("base: its weights are others now")
     different += [
@@ -48,8 +59,9 @@ def where_to_go_on(
             path, done, longer = before, int(before.stem[5:]), True
         else:
             different.append(
-                f"steps: {then['steps']} in the run, {steps} now, with which its schedule would have had other rates from step {same} "
-                "on. What is a fraction of the run, as a warm-up may be, changes with its length: give it in steps from the start"
+                f"steps: {then['steps']} in the run, {steps} now, with which its schedule would"
+                f" have had other rates from step {same} on. What is a fraction of the run, as a"
+                " warm-up may be, changes with its length: give it in steps from the start"
             )
     if done > steps:
         different.append(f"steps: {done} are done, {steps} are asked for")
@@ -60,16 +72,32 @@ def where_to_go_on(
             + "\nGive its settings, or another name="
         )
     if path is not None:
-        log.info("going on after step %d%s%s", done, progress.of(steps), ", from before the cooldown" * longer)
+        log.info(
+            "going on after step %d%s%s",
+            done,
+            progress.of(steps),
+            ", from before the cooldown" * longer,
+        )
     return path, longer
 
 
 def _same_until(
-    place: RunFolder, config: dict[str, Any], plan: Plan | None, then: int, now: int, done: int, restart: int
+    place: RunFolder,
+    config: dict[str, Any],
+    plan: Plan | None,
+    then: int,
+    now: int,
+    done: int,
+    restart: int,
 ) -> int:
-    """The first of the `done` steps whose rate would be another one in a run of `now` steps, `done` if there is none."""
+    """The first of the `done` steps whose rate would be another one in a run of `now` steps, `done`
+    if there is none."""
     began = [row["step"] for row in Journal(place.path, [], False).rows("cooldown")]
-    ended = [row for row in Journal(place.path, [], False).rows("stopped") if row["reason"].startswith("cooled down")]
+    ended = [
+        row
+        for row in Journal(place.path, [], False).rows("stopped")
+        if row["reason"].startswith("cooled down")
+    ]
     if began and ended and _made_longer(ended[-1], now, config["max_time"]):
         return began[-1]
     if now == then:
@@ -79,7 +107,8 @@ def _same_until(
     others = (
         step
         for step in range(done)
-        if factor(schedule, step, now, restart, cooling) != factor(schedule, step, then, restart, cooling)
+        if factor(schedule, step, now, restart, cooling)
+        != factor(schedule, step, then, restart, cooling)
     )
     return next(others, done)
 
@@ -87,11 +116,14 @@ def _same_until(
 def _made_longer(stopped: dict[str, Any], steps: int, max_time: float | None) -> bool:
     """Whether a run that stopped is given more than it had."""
     had = stopped.get("max_time")
-    return steps > stopped.get("steps", steps) or (had is not None and (max_time is None or max_time > had))
+    return steps > stopped.get("steps", steps) or (
+        had is not None and (max_time is None or max_time > had)
+    )
 
 
 def leave_out(place: RunFolder, done: int, steps: int) -> None:
-    """Take away what a run that goes on from before its cooldown trains anew; the adapter stays under the name of its step."""
+    """Take away what a run that goes on from before its cooldown trains anew; the adapter stays
+    under the name of its step."""
     for path in checkpoints.complete(place.checkpoints):
         if int(path.stem[5:]) > done:
             checkpoints.remove(path)
@@ -104,7 +136,9 @@ def leave_out(place: RunFolder, done: int, steps: int) -> None:
         log.info("the cooled-down adapter stays in %s", kept)
 
 
-def ended(place: RunFolder, journal: Journal, done: int, steps: int, max_time: float | None) -> str | None:
+def ended(
+    place: RunFolder, journal: Journal, done: int, steps: int, max_time: float | None
+) -> str | None:
     """How an earlier start of this run ended it for good, if it did."""
     if not (place.path / "report.html").exists():
         return None

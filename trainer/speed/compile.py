@@ -1,8 +1,9 @@
 """torch.compile over the decoder layers, one after another, in training.
 
-A graph is compiled for each kind of layer, and all layers of that kind share it. Lengths and batch sizes are symbols in it, so that batches
-of other lengths, and a run that goes on from its checkpoint, use the same code. Attention on a CPU (trainer.speed.fused) stays outside, since
-its blocks follow each batch's mask. Evaluation and generation run the plain layers.
+A graph is compiled for each kind of layer, and all layers of that kind share it. Lengths and batch
+sizes are symbols in it, so that batches of other lengths, and a run that goes on from its
+checkpoint, use the same code. Attention on a CPU (trainer.speed.fused) stays outside, since its
+blocks follow each batch's mask. Evaluation and generation run the plain layers.
 """
 
 from __future__ import annotations
@@ -29,19 +30,23 @@ def refuse(adapter: Adapter, device: torch.device) -> None:
     """
     if not adapter.compiles:
         raise ConfigError(
-            f"compile=true: {type(adapter).__name__} changes weights and gradients by code that cannot be compiled: set compile=false"
+            f"compile=true: {type(adapter).__name__} changes weights and gradients by code that"
+            " cannot be compiled: set compile=false"
         )
     name = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(name) is None:
         raise ConfigError(
-            f"compile=true: a CPU's code needs a C++ compiler, and {name} is not there: install it, name another in $CXX, or set compile=false"
+            f"compile=true: a CPU's code needs a C++ compiler, and {name} is not there: install it,"
+            " name another in $CXX, or set compile=false"
         )
 
 
 def compile_layers(model: nn.Module) -> int:
-    """Compile the decoder layers of `model`, in place, when all that trains is attached; how many there are.
+    """Compile the decoder layers of `model`, in place, when all that trains is attached; how many
+    there are.
 
-    The first one stays plain: its input has no gradient, and would need graphs of its own, half of all that is to be compiled.
+    The first one stays plain: its input has no gradient, and would need graphs of its own, half of
+    all that is to be compiled.
 
     Raises:
         ConfigError: the model does not tell which its layers are.
@@ -49,9 +54,14 @@ def compile_layers(model: nn.Module) -> int:
     kinds = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in kinds]
     if not layers:
-        raise ConfigError(f"compile=true: {type(model).__name__} does not tell which its layers are: set compile=false")
+        raise ConfigError(
+            f"compile=true: {type(model).__name__} does not tell which its layers are: set"
+            " compile=false"
+        )
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    ALL_ATTENTION_FUNCTIONS.register(fused.BLOCKED, torch.compiler.disable(fused.blocked_attention_forward))
+    ALL_ATTENTION_FUNCTIONS.register(
+        fused.BLOCKED, torch.compiler.disable(fused.blocked_attention_forward)
+    )
     for layer in layers[1:]:
         layer.forward = _in_training(layer, layer.forward)  # type: ignore[method-assign]
     return len(layers) - 1

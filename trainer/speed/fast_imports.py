@@ -1,9 +1,12 @@
-"""What makes the program's imports cost less: on two cores half of the time to the first optimiser step is importing libraries.
+"""What makes the program's imports cost less: on two cores half of the time to the first optimiser
+step is importing libraries.
 
-Importing trainer.run takes 5.4 to 6.5 seconds of a processor as Python does it, and 3.8 to 4.7 without the cyclic garbage collector,
-which walks through all that the libraries define again and again and finds nothing. bitsandbytes, which PEFT imports, decorates four
-functions with torch.compile: that imports the compiler for kernels that most runs never call. `python -m trainer +experiment=smoke
-max_steps=1` took 7.7 to 8.6 seconds in all with both measures, and 11.1 to 12.8 with $GRAFT_PLAIN_IMPORTS=1, as Python does it.
+Importing trainer.run takes 5.4 to 6.5 seconds of a processor as Python does it, and 3.8 to 4.7
+without the cyclic garbage collector, which walks through all that the libraries define again and
+again and finds nothing. bitsandbytes, which PEFT imports, decorates four functions with
+torch.compile: that imports the compiler for kernels that most runs never call. `python -m trainer
++experiment=smoke max_steps=1` took 7.7 to 8.6 seconds in all with both measures, and 11.1 to 12.8
+with $GRAFT_PLAIN_IMPORTS=1, as Python does it.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ def swift() -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiler_when_called() -> Iterator[None]:
-    """While open, a function that torch.compile is given is compiled when it is called first, and until then needs no compiler."""
+    """While open, a function that torch.compile is given is compiled when it is called first, and
+    until then needs no compiler."""
     if _plain():
         yield
         return
@@ -47,7 +51,11 @@ def compiler_when_called() -> Iterator[None]:
             return plain(model, **options)
         if model is None:
             return functools.partial(later, **options)
-        return _when_called(plain, model, options) if inspect.isfunction(model) else plain(model, **options)
+        return (
+            _when_called(plain, model, options)
+            if inspect.isfunction(model)
+            else plain(model, **options)
+        )
 
     torch.compile = later
     try:
@@ -58,7 +66,9 @@ def compiler_when_called() -> Iterator[None]:
             torch.compile = plain
 
 
-def _when_called(plain: Callable[..., Any], function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+def _when_called(
+    plain: Callable[..., Any], function: Callable[..., Any], options: dict[str, Any]
+) -> Callable[..., Any]:
     """What `plain`, torch.compile, makes of a function, at its first call."""
     made: list[Callable[..., Any]] = []
 

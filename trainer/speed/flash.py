@@ -1,7 +1,9 @@
-"""transformers' flash attention for packed rows: where it is had, and what keeps the rows of several sequences apart in it.
+"""transformers' flash attention for packed rows: where it is had, and what keeps the rows of
+several sequences apart in it.
 
-The other ways of attention are given a mask that is made from the positions. Flash attention is given where rows begin, and transformers
-reads that from the positions of a batch of one sequence only: in a larger one each row would see those before it in its sequence.
+The other ways of attention are given a mask that is made from the positions. Flash attention is
+given where rows begin, and transformers reads that from the positions of a batch of one sequence
+only: in a larger one each row would see those before it in its sequence.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ WIDEST = 256  # numbers of a head that its kernels take
 
 
 def prefer_flash(model: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
-    """Have `model` compute attention by flash-attn, whose time for packed rows grows with their own lengths instead of their sequence's;
-    whether that can be: the package is there, and it takes this model's class and heads, this dtype and this GPU."""
+    """Have `model` compute attention by flash-attn, whose time for packed rows grows with their own
+    lengths instead of their sequence's; whether that can be: the package is there, and it takes
+    this model's class and heads, this dtype and this GPU."""
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if (
@@ -40,7 +43,8 @@ def prefer_flash(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
 
 
 def keep_rows_apart() -> None:
-    """Have transformers' flash attention tell the rows of packed sequences apart in batches of any size, for all models."""
+    """Have transformers' flash attention tell the rows of packed sequences apart in batches of any
+    size, for all models."""
     # Here, as it takes a second or two, and not everybody who describes a base loads it.
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -51,7 +55,8 @@ def keep_rows_apart() -> None:
 
 
 def _apart(attend: Callable[..., Any]) -> Callable[..., Any]:
-    last: tuple[Any, dict[str, Any]] = (lambda: None, {})  # all layers of a pass are given the same positions
+    # all layers of a pass are given the same positions
+    last: tuple[Any, dict[str, Any]] = (lambda: None, {})
 
     @torch.compiler.disable
     def rows(positions: Tensor) -> dict[str, Any]:
@@ -61,7 +66,12 @@ def _apart(attend: Callable[..., Any]) -> Callable[..., Any]:
         return last[1]
 
     def attend_within_rows(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
     ) -> Any:
         batch, length = query.shape[0], query.shape[2]
         positions: Tensor | None = options.get("position_ids")
@@ -76,14 +86,22 @@ def _apart(attend: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def rows_of(positions: Int[Tensor, "B T"]) -> dict[str, Any]:
-    """Where rows begin and end in a batch whose sequences follow one another, as transformers gives it to flash attention: a row ends
-    where a sequence does, or the positions do not go on.
+    """Where rows begin and end in a batch whose sequences follow one another, as transformers gives
+    it to flash attention: a row ends where a sequence does, or the positions do not go on.
 
-    Returns cu_seq_lens_q and cu_seq_lens_k, (rows + 1,) int32 from 0 to B T, and the longest row's length twice.
+    Returns cu_seq_lens_q and cu_seq_lens_k, (rows + 1,) int32 from 0 to B T, and the longest row's
+    length twice.
     """
     begins = torch.ones_like(positions, dtype=torch.bool)
     begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
-    bounds = torch.cat([begins.flatten().nonzero()[:, 0], begins.new_tensor([begins.numel()], dtype=torch.int64)])
+    bounds = torch.cat(
+        [begins.flatten().nonzero()[:, 0], begins.new_tensor([begins.numel()], dtype=torch.int64)]
+    )
     longest = int(bounds.diff().max())
     bounds = bounds.to(torch.int32)
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }

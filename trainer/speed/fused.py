@@ -1,16 +1,18 @@
-"""Attention, norms and gated activations that take fewer passes over memory and keep less for the backward pass.
+"""Attention, norms and gated activations that take fewer passes over memory and keep less for the
+backward pass.
 
-`fuse` puts them in place of transformers' own modules where these compute the same, which it tries on random numbers; the model's
-weights and names stay as they are, and so does what is saved of its config. The numbers are those of the plain modules up to the
-rounding of the compute dtype.
+`fuse` puts them in place of transformers' own modules where these compute the same, which it tries
+on random numbers; the model's weights and names stay as they are, and so does what is saved of its
+config. The numbers are those of the plain modules up to the rounding of the compute dtype.
 
     attention   on a CPU, where sdpa's backward pass was 18 % of a LoRA step in bf16. Blocks of queries against the keys that any of
                 them sees, as batched products; scores and softmax in fp32
     RMSNorm     keeps its input and one number a row, instead of an fp32 copy
     SwiGLU      keeps gate and up, not silu(gate); a LoRA behind it makes its input again (adapters.delta.Again)
 
-For a LoRA step of SmolLM2 in bf16, 4 x 256 tokens, 433 MB wait for the backward pass instead of 703, and with trainer.speed.malloc and
-the fused LoRA it takes 2.6 instead of 3.7 seconds of one CPU core: `python -m scripts.bench.profile`, and scripts.bench.train with
+For a LoRA step of SmolLM2 in bf16, 4 x 256 tokens, 433 MB wait for the backward pass instead of
+703, and with trainer.speed.malloc and the fused LoRA it takes 2.6 instead of 3.7 seconds of one CPU
+core: `python -m scripts.bench.profile`, and scripts.bench.train with
 variants.plain=[fused=false,adapter.fused=false].
 """
 
@@ -31,19 +33,28 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from adapters.delta import Again
 
 BLOCKED = "blocked"  # the attention's name in transformers
-BLOCK = 64  # queries whose scores exist at one time: with them all passes over the scores stay in a core's cache
-# A block's queries and the keys that some of them see: (first, last + 1, first key, last key + 1, what is added to the scores).
+# queries whose scores exist at one time: with them all passes over the scores stay in a core's
+# cache
+BLOCK = 64
+# A block's queries and the keys that some of them see: (first, last + 1, first key, last key + 1,
+# what is added to the scores).
 Plan = list[tuple[int, int, int, int, Tensor | None]]
 
 
 def fuse(model: nn.Module) -> dict[str, int]:
-    """Put them into `model`, in place; how many of each there are now. Called before an adapter is attached."""
+    """Put them into `model`, in place; how many of each there are now. Called before an adapter is
+    attached."""
     counts = {"attention": 0, "norms": 0, "gates": 0}
     config: Any = model.config
     if next(model.parameters()).device.type == "cpu" and config._attn_implementation == "sdpa":
         model.set_attn_implementation(BLOCKED)  # type: ignore[operator]
-        counts["attention"] = sum(hasattr(module, "num_key_value_groups") for module in model.modules())
-    for kind, forward, fits in (("norms", _norm_forward, _is_norm), ("gates", _gated_forward, _is_gated)):
+        counts["attention"] = sum(
+            hasattr(module, "num_key_value_groups") for module in model.modules()
+        )
+    for kind, forward, fits in (
+        ("norms", _norm_forward, _is_norm),
+        ("gates", _gated_forward, _is_gated),
+    ):
         tried: dict[tuple[type, Any], bool] = {}
         for module in model.modules():
             if not fits(module):
@@ -61,7 +72,9 @@ def _same(module: Any, forward: Callable[..., Tensor]) -> bool:
     """Whether `forward` gives what the module gives, on random numbers."""
     weight = module.weight if hasattr(module, "weight") else module.gate_proj.weight
     width = weight.shape[-1]
-    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(
+        weight.device, weight.dtype
+    )
     with torch.no_grad():
         wanted, found = module(x), forward(module, x)
     tolerance = 2e-2 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-5
@@ -83,7 +96,9 @@ def _is_norm(module: Any) -> bool:
 
 def _is_gated(module: Any) -> bool:
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    return all(type(part) is nn.Linear for part in parts) and type(getattr(module, "act_fn", None)).__name__ in (
+    return all(type(part) is nn.Linear for part in parts) and type(
+        getattr(module, "act_fn", None)
+    ).__name__ in (
         "SiLUActivation",
         "SiLU",
     )
@@ -126,8 +141,11 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dw, None
 
 
-def rms_norm(x: Float[Tensor, "*b d"], weight: Float[Tensor, " d"], eps: float) -> Float[Tensor, "*b d"]:
-    """Llama's RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467); statistics in fp32, the product with the weight in its dtype."""
+def rms_norm(
+    x: Float[Tensor, "*b d"], weight: Float[Tensor, " d"], eps: float
+) -> Float[Tensor, "*b d"]:
+    """Llama's RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467); statistics in fp32, the product
+    with the weight in its dtype."""
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -148,7 +166,8 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
-    """silu(gate) · up (Shazeer 2020, arXiv 2002.05202), which whoever keeps it for its backward pass may make again instead."""
+    """silu(gate) · up (Shazeer 2020, arXiv 2002.05202), which whoever keeps it for its backward
+    pass may make again instead."""
     h = _SwiGLU.apply(gate, up)
     if h.requires_grad:
         h.again = Again(lambda gate, up: F.silu(gate).mul_(up), (gate.detach(), up.detach()))
@@ -156,22 +175,30 @@ def swiglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tens
 
 
 class _Blocked(torch.autograd.Function):
-    """Softmax attention, a block of queries at a time; grouped query heads share a key without a copy of it.
+    """Softmax attention, a block of queries at a time; grouped query heads share a key without a
+    copy of it.
 
     Forward    S = s q kᵀ + mask      P = softmax(S)      o = P v
     Backward   S and P again          dv = Pᵀ do          dP = do vᵀ      dS = P (dP - Σ_keys P dP)      dq = s dS k      dk = s dSᵀ q
     Shapes     q (B, H, T, d), k (B, K, T, d), v (B, K, T, e), H = K G; o (B, T, H, e)
     Dtypes     S and P in fp32 (float64 for float64); P, dP and dS rounded to q's dtype for the products
     Notes      nothing of the size T T is kept, and of a block only the keys that its plan names are multiplied. The backward pass
-               is FlashAttention's (Dao et al. 2022, arXiv 2205.14135, algorithm 4), by blocks of queries alone.
+               is FlashAttention's (Dao et al. 2022, arXiv 2205.14135, algorithm 4), by blocks of
+               queries alone.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, plans: list[Plan]) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, plans: list[Plan]
+    ) -> Tensor:
         (B, H, T, d), K, e = q.shape, k.shape[1], v.shape[-1]
         out = q.new_empty(B, T, K, H // K, e)
         for rows, plan in _parts(plans, B):
-            keys, values, queries = _heads(k[rows]), _heads(v[rows]), q[rows].reshape(-1, K, H // K, T, d)
+            keys, values, queries = (
+                _heads(k[rows]),
+                _heads(v[rows]),
+                q[rows].reshape(-1, K, H // K, T, d),
+            )
             wide = keys.to(_wide(q))
             for a, b, low, high, mask in plan:
                 P = _chances(queries, wide, scale, a, b, low, high, mask).to(q.dtype)
@@ -194,7 +221,11 @@ class _Blocked(torch.autograd.Function):
         dout = dout.to(q.dtype).reshape(B, T, K, G, e)
         with torch.autocast(q.device.type, enabled=False):
             for rows, plan in _parts(ctx.plans, B):
-                keys, values, queries = _heads(k[rows]), _heads(v[rows]), q[rows].reshape(-1, K, G, T, d)
+                keys, values, queries = (
+                    _heads(k[rows]),
+                    _heads(v[rows]),
+                    q[rows].reshape(-1, K, G, T, d),
+                )
                 wide, transposed = keys.to(_wide(q)), values.transpose(1, 2)
                 dkeys, dvalues = dk[rows].view(-1, T, d), dv[rows].view(-1, T, e)
                 for a, b, low, high, mask in plan:
@@ -204,7 +235,9 @@ class _Blocked(torch.autograd.Function):
                     dP = torch.bmm(do, transposed[:, :, low:high])
                     dS = torch._softmax_backward_data(dP, P, -1, P.dtype)
                     dq[rows, :, :, a:b] = torch.bmm(dS, keys[:, low:high]).view(-1, K, G, b - a, d)
-                    dkeys[:, low:high] += torch.bmm(dS.transpose(1, 2), queries[:, :, :, a:b].reshape(-1, G * (b - a), d))
+                    dkeys[:, low:high] += torch.bmm(
+                        dS.transpose(1, 2), queries[:, :, :, a:b].reshape(-1, G * (b - a), d)
+                    )
         dq.mul_(scale)
         return dq.view(B, H, T, d), dk.mul_(scale).to(k.dtype), dv.to(v.dtype), None, None
 
@@ -219,7 +252,14 @@ def _heads(x: Tensor) -> Tensor:
 
 
 def _chances(
-    queries: Tensor, keys: Tensor, scale: float, a: int, b: int, low: int, high: int, mask: Tensor | None
+    queries: Tensor,
+    keys: Tensor,
+    scale: float,
+    a: int,
+    b: int,
+    low: int,
+    high: int,
+    mask: Tensor | None,
 ) -> Float[Tensor, "BK Gt s"]:
     """P of queries a .. b over keys low .. high, in the dtype of the keys."""
     B, K, G, _, d = queries.shape
@@ -233,24 +273,34 @@ def _chances(
 
 def _parts(plans: list[Plan], B: int) -> list[tuple[slice, Plan]]:
     """The rows of a batch that share a plan: all of them, or each its own."""
-    return [(slice(0, B), plans[0])] if len(plans) == 1 else [(slice(i, i + 1), plan) for i, plan in enumerate(plans)]
+    return (
+        [(slice(0, B), plans[0])]
+        if len(plans) == 1
+        else [(slice(i, i + 1), plan) for i, plan in enumerate(plans)]
+    )
 
 
 def causal(T: int, dtype: torch.dtype, device: torch.device, block: int = BLOCK) -> Plan:
-    """Each query sees itself and what is before it: a triangle is masked at the end of each block."""
+    """Each query sees itself and what is before it: a triangle is masked at the end of each
+    block."""
     triangle = torch.full((block, block), float("-inf"), dtype=dtype, device=device).triu(1)
-    return [(a, min(a + block, T), 0, min(a + block, T), triangle[: T - a, : T - a]) for a in range(0, T, block)]
+    return [
+        (a, min(a + block, T), 0, min(a + block, T), triangle[: T - a, : T - a])
+        for a in range(0, T, block)
+    ]
 
 
 def masked(mask: Tensor, dtype: torch.dtype, block: int = BLOCK) -> list[Plan] | None:
-    """Plans of the rows of a mask (B | 1, 1 | H, T, T), True or 0 where a query sees a key; None where one head's differs from
-    another's, or a query sees nothing."""
+    """Plans of the rows of a mask (B | 1, 1 | H, T, T), True or 0 where a query sees a key; None
+    where one head's differs from another's, or a query sees nothing."""
     if mask.shape[1] != 1:
         return None
     added = (
         mask
         if mask.is_floating_point()
-        else torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+        else torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+            ~mask, float("-inf")
+        )
     )
     added = added[:, 0].to(dtype)
     seen = added > torch.finfo(added.dtype).min / 2
@@ -270,23 +320,42 @@ def masked(mask: Tensor, dtype: torch.dtype, block: int = BLOCK) -> list[Plan] |
 
 
 def attention(
-    q: Float[Tensor, "B H T d"], k: Float[Tensor, "B K T d"], v: Float[Tensor, "B K T e"], scale: float, plans: list[Plan]
+    q: Float[Tensor, "B H T d"],
+    k: Float[Tensor, "B K T d"],
+    v: Float[Tensor, "B K T e"],
+    scale: float,
+    plans: list[Plan],
 ) -> Float[Tensor, "B T H e"]:
     """Attention by blocks; `plans` holds one for all rows, or one for each."""
     return _Blocked.apply(q, k, v, scale, plans)
 
 
 def blocked_attention_forward(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, dropout: float = 0.0, scaling: float | None = None,
-    is_causal: bool | None = None, position_bias: Any = None, cache: Any = None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Any = None,
+    cache: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """What transformers calls as attention "blocked": ours where it applies, else its own sdpa."""
     T = query.shape[2]
     causal_here = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     plain = (
-        query.device.type == "cpu" and T == key.shape[2] > 1 and not dropout and position_bias is None and cache is None
-        and kwargs.get("softcap") is None and kwargs.get("s_aux") is None and not kwargs.get("output_attentions")
-    )  # fmt: skip
+        query.device.type == "cpu"
+        and T == key.shape[2] > 1
+        and not dropout
+        and position_bias is None
+        and cache is None
+        and kwargs.get("softcap") is None
+        and kwargs.get("s_aux") is None
+        and not kwargs.get("output_attentions")
+    )
     plans = None
     if plain and attention_mask is None and causal_here:
         plans = [causal(T, _wide(query), query.device)]
@@ -296,9 +365,18 @@ def blocked_attention_forward(
         plans = attention_mask.plans  # type: ignore[attr-defined]
     if plans is None:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal,
-            position_bias=position_bias, cache=cache, **kwargs,
-        )  # fmt: skip
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            position_bias=position_bias,
+            cache=cache,
+            **kwargs,
+        )
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     with torch.autocast("cpu", enabled=False):
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5

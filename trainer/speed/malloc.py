@@ -1,5 +1,6 @@
-"""What glibc's malloc does with memory that is freed: by default large tensors are given back to the kernel, and come back as pages
-that it fills with zeros one by one. A training step frees and takes the same sizes again and again."""
+"""What glibc's malloc does with memory that is freed: by default large tensors are given back to
+the kernel, and come back as pages that it fills with zeros one by one. A training step frees and
+takes the same sizes again and again."""
 
 from __future__ import annotations
 
@@ -12,10 +13,12 @@ OWN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD
 
 
 def keep_freed() -> bool:
-    """Let the process keep what it frees for its next allocations; whether that could be done. Whoever sets one of OWN decides.
+    """Let the process keep what it frees for its next allocations; whether that could be done.
+    Whoever sets one of OWN decides.
 
-    One LoRA step of SmolLM2 on one CPU core (4 x 256, bf16) takes 3.4 instead of 4.0 seconds of processor time, and 2 % more
-    memory at its peak: the kernel no longer clears 600 MB of pages in each.
+    One LoRA step of SmolLM2 on one CPU core (4 x 256, bf16) takes 3.4 instead of 4.0 seconds of
+    processor time, and 2 % more memory at its peak: the kernel no longer clears 600 MB of pages in
+    each.
     """
     if any(name in os.environ for name in OWN):
         return False

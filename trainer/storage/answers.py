@@ -1,4 +1,5 @@
-"""The folder of rows that a target has written (trainer.respond): complete lines only, no row twice, and how they were made."""
+"""The folder of rows that a target has written (trainer.respond): complete lines only, no row
+twice, and how they were made."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class Written:
     """The folder of answers, held by one process: which rows are in it, and the way to add some.
 
     Raises:
-        FolderError: another process writes there, it holds something else, or it was begun with other settings.
+        FolderError: another process writes there, it holds something else, or it was begun with
+        other settings.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], described: dict[str, Any]):
@@ -28,7 +30,11 @@ class Written:
         self.have: set[tuple[int, int]] = set()  # (row, answer)
         self.done: set[int] = set()
         self.counts: dict[str, int] = {}
-        self.rows, self.left_out, self.record = path / "rows.jsonl", path / "left_out.jsonl", path / "provenance.json"
+        self.rows, self.left_out, self.record = (
+            path / "rows.jsonl",
+            path / "left_out.jsonl",
+            path / "provenance.json",
+        )
 
     def __enter__(self) -> Written:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -36,7 +42,9 @@ class Written:
         try:
             self._lock.acquire()
         except Timeout:
-            raise FolderError(f"{self.path} is in use by another process. Wait for it, or choose another out=") from None
+            raise FolderError(
+                f"{self.path} is in use by another process. Wait for it, or choose another out="
+            ) from None
         try:
             self._refuse_others()
             for file in (self.rows, self.left_out):
@@ -44,7 +52,9 @@ class Written:
                     try:
                         self._note(json.loads(line))
                     except (ValueError, KeyError, TypeError):
-                        raise FolderError(f"{file}:{number} is not what this verb writes: take the line out") from None
+                        raise FolderError(
+                            f"{file}:{number} is not what this verb writes: take the line out"
+                        ) from None
             self.describe()
         except BaseException:
             self._lock.release()
@@ -66,7 +76,10 @@ class Written:
     def _refuse_others(self) -> None:
         if not self.record.exists():
             if self.rows.exists():
-                raise FolderError(f"{self.rows} is there, but not how it was made ({self.record.name}): choose another out=")
+                raise FolderError(
+                    f"{self.rows} is there, but not how it was made ({self.record.name}): choose"
+                    " another out="
+                )
             return
         try:
             then = json.loads(self.record.read_text("utf-8"))["settings"]
@@ -79,13 +92,19 @@ class Written:
         ]
         if different:
             listed = "\n".join(different)
-            raise FolderError(f"{self.path} was begun with other settings. Go on with those, or choose another out=\n{listed}")
+            raise FolderError(
+                f"{self.path} was begun with other settings. Go on with those, or choose another"
+                f" out=\n{listed}"
+            )
 
     def add(self, lines: list[dict[str, Any]]) -> None:
         """Lines of rows that are not there yet."""
         for file, chosen in ((self.rows, False), (self.left_out, True)):
             new = [
-                line for line in lines if ("why" in line) == chosen and (line["row"], line.get("answer", 1)) not in self.have
+                line
+                for line in lines
+                if ("why" in line) == chosen
+                and (line["row"], line.get("answer", 1)) not in self.have
             ]
             with file.open("a", encoding="utf-8") as stream:
                 stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new))
@@ -94,7 +113,12 @@ class Written:
 
     def describe(self) -> None:
         """Count what there is, and write provenance.json."""
-        counts = self.counts = {"rows": 0, "cut": 0, "inexact": 0, **dict.fromkeys((f"left out: {why}" for why in REASONS), 0)}
+        counts = self.counts = {
+            "rows": 0,
+            "cut": 0,
+            "inexact": 0,
+            **dict.fromkeys((f"left out: {why}" for why in REASONS), 0),
+        }
         for line in map(json.loads, whole_lines(self.rows)):
             counts["rows"] += 1
             counts["cut"] += line.get("cut", False)

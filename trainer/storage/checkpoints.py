@@ -1,9 +1,10 @@
 """Checkpoints that are whole or not there, and belong to their run.
 
-`step-00000040.ckpt` holds trainable tensors, optimiser, counters and callbacks; `step-00000040.json`, written last, holds its
-digest and is the sign that it is complete. Both are written under another name in the same folder, synced and renamed:
-Lightning's own saving goes through $TMPDIR, which on clusters is another filesystem, and a full disk there costs the last
-good file.
+`step-00000040.ckpt` holds trainable tensors, optimiser, counters and callbacks;
+`step-00000040.json`, written last, holds its
+digest and is the sign that it is complete. Both are written under another name in the same folder,
+synced and renamed: Lightning's own saving goes through $TMPDIR, which on clusters is another
+filesystem, and a full disk there costs the last good file.
 """
 
 from __future__ import annotations
@@ -45,13 +46,18 @@ def save(content: dict[str, Any], path: Path) -> None:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        manifest = {"step": content["counters"]["step"], "bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
+        manifest = {
+            "step": content["counters"]["step"],
+            "bytes": temporary.stat().st_size,
+            "sha256": sha256(temporary),
+        }
         os.replace(temporary, path)
         _sync_folder(path.parent)
         write_text(path.with_suffix(".json"), json.dumps(manifest | {"written": time.time()}))
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        if str(error).startswith("DataLoader worker"):  # torch says it of a lost process wherever the run is
+        # torch says it of a lost process wherever the run is
+        if str(error).startswith("DataLoader worker"):
             raise
         raise CheckpointError(_cannot_write(path, error)) from error
 
@@ -65,13 +71,18 @@ def _refuse_nonfinite(checkpoint: dict[str, Any], path: Path) -> None:
     for name, tensor in (checkpoint["adapter"]["tensors"] | checkpoint.get("drafter", {})).items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(
-                f"{name} holds NaN or infinite values, so {path.name} was not written. The checkpoints before it are untouched"
+                f"{name} holds NaN or infinite values, so {path.name} was not written. The"
+                " checkpoints before it are untouched"
             )
 
 
 def _cannot_write(path: Path, error: Exception) -> str:
     free = shutil.disk_usage(path.parent).free
-    if getattr(error, "errno", None) == errno.ENOSPC or free < 1 << 20 or "unexpected pos" in str(error):
+    if (
+        getattr(error, "errno", None) == errno.ENOSPC
+        or free < 1 << 20
+        or "unexpected pos" in str(error)
+    ):
         reason = f"the disk is full ({free / 1e6:.1f} MB free). Free some space"
     elif isinstance(error, OSError):
         reason = f"{error.strerror or error}. Mend that"
@@ -83,9 +94,12 @@ def _cannot_write(path: Path, error: Exception) -> str:
 
 
 def complete(folder: Path) -> list[Path]:
-    """Checkpoints whose manifest was written, oldest first. Leftovers of an interrupted save are not among them."""
+    """Checkpoints whose manifest was written, oldest first. Leftovers of an interrupted save are
+    not among them."""
     names = (re.fullmatch(r"step-(\d{8})\.json", path.name) for path in folder.glob("step-*.json"))
-    return [path_of(folder, step) for step in sorted(int(match.group(1)) for match in names if match)]
+    return [
+        path_of(folder, step) for step in sorted(int(match.group(1)) for match in names if match)
+    ]
 
 
 def fault(path: Path) -> str | None:
@@ -119,13 +133,16 @@ def newest(folder: Path) -> Path | None:
         faults.append(f"{path}: {reason}")
     if found:
         raise CheckpointError(
-            "every checkpoint of this run is damaged:\n" + "\n".join(faults) + "\nRestore one, or start anew with another name="
+            "every checkpoint of this run is damaged:\n"
+            + "\n".join(faults)
+            + "\nRestore one, or start anew with another name="
         )
     return None
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU. Only tensors and plain data are read; no pickled code ever runs.
+    """A checkpoint's content, on the CPU. Only tensors and plain data are read; no pickled code
+    ever runs.
 
     Raises:
         CheckpointError: it is damaged or missing.
@@ -137,7 +154,9 @@ def load(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         first = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path} cannot be used: it is no checkpoint of tensors and plain data ({first})") from None
+        raise CheckpointError(
+            f"{path} cannot be used: it is no checkpoint of tensors and plain data ({first})"
+        ) from None
 
 
 def remove(path: Path) -> None:
@@ -149,12 +168,16 @@ def remove(path: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove what interrupted saves left behind."""
     keep = set(complete(folder))
-    for path in [*folder.glob("*.tmp"), *(path for path in folder.glob("step-*.ckpt") if path not in keep)]:
+    for path in [
+        *folder.glob("*.tmp"),
+        *(path for path in folder.glob("step-*.ckpt") if path not in keep),
+    ]:
         path.unlink(missing_ok=True)
 
 
 def marked(folder: Path, name: str) -> Path | None:
-    """The checkpoint that NAME.json marks, as best or as the last of the constant phase; None if none is."""
+    """The checkpoint that NAME.json marks, as best or as the last of the constant phase; None if
+    none is."""
     file = folder / f"{name}.json"
     return path_of(folder, json.loads(file.read_text())["step"]) if file.exists() else None
 
@@ -174,7 +197,9 @@ def chosen(folder: Path, which: str) -> Path:
     elif which.isdecimal():
         path = path_of(folder, int(which))
     else:
-        raise CheckpointError(f"{which!r} names no checkpoint: give last, best, or one of the steps {steps}")
+        raise CheckpointError(
+            f"{which!r} names no checkpoint: give last, best, or one of the steps {steps}"
+        )
     if path is None or path not in found:
         raise CheckpointError(f"{folder} has no checkpoint {which!r}; it has the steps {steps}")
     return path

@@ -1,4 +1,5 @@
-"""The run's own record of numbers: one JSON object a line, copied to dashboards, never dependent on them."""
+"""The run's own record of numbers: one JSON object a line, copied to dashboards, never dependent on
+them."""
 
 from __future__ import annotations
 
@@ -13,23 +14,35 @@ log = logging.getLogger(__name__)
 
 
 class Journal:
-    """Appends to metrics.jsonl and samples.jsonl. Rows are {kind, step, ...}; kinds are step, evaluation,
-    average, adapter, penalty, density, cooldown, skipped, stopped."""
+    """Appends to metrics.jsonl and samples.jsonl. Rows are {kind, step, ...}; kinds are step,
+    evaluation, average, adapter, penalty, density, cooldown, skipped, stopped."""
 
     def __init__(self, folder: Path, loggers: list[Any], writes: bool = True):
-        self.metrics, self.samples, self.csv = folder / "metrics.jsonl", folder / "samples.jsonl", folder / "metrics.csv"
+        self.metrics, self.samples, self.csv = (
+            folder / "metrics.jsonl",
+            folder / "samples.jsonl",
+            folder / "metrics.csv",
+        )
         self.loggers, self.writes = loggers, writes  # each a callbacks.tracking.Dashboard
         self.failed: set[int] = set()  # dashboards whose first fault was told
         self.tokens: int | None = None  # processed until the step at hand
         self.last: dict[str, Any] = {}  # the newest row of kind step
 
     def rewind(self, step: int, cooled: bool = True) -> None:
-        """Forget what came after `step`, and that the run was stopped: it goes on from there and writes it again. -1 forgets
-        all; without `cooled` also that a cooldown began at `step`."""
+        """Forget what came after `step`, and that the run was stopped: it goes on from there and
+        writes it again. -1 forgets all; without `cooled` also that a cooldown began at `step`."""
         for path in (self.metrics, self.samples):
             if self.writes and path.exists():
-                forgotten = ('"kind": "stopped"',) if cooled else ('"kind": "stopped"', '"kind": "cooldown"')
-                kept = [line for line in _lines(path) if _step(line) <= step and not any(kind in line for kind in forgotten)]
+                forgotten = (
+                    ('"kind": "stopped"',)
+                    if cooled
+                    else ('"kind": "stopped"', '"kind": "cooldown"')
+                )
+                kept = [
+                    line
+                    for line in _lines(path)
+                    if _step(line) <= step and not any(kind in line for kind in forgotten)
+                ]
                 temporary = path.with_name(path.name + ".tmp")
                 temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
                 os.replace(temporary, path)
@@ -59,7 +72,10 @@ class Journal:
                     self.failed.add(index)
                     first = str(error).partition("\n")[0] or type(error).__name__
                     log.warning(
-                        "%s: %s. The run goes on; %s holds all that it logs", logger.name, first.rstrip("."), self.metrics
+                        "%s: %s. The run goes on; %s holds all that it logs",
+                        logger.name,
+                        first.rstrip("."),
+                        self.metrics,
                     )
 
     def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
@@ -94,7 +110,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[str]:
-    # Not splitlines: an answer may hold U+2028 and its like, which JSON leaves as they are. A kill can cut a character in two.
+    # Not splitlines: an answer may hold U+2028 and its like, which JSON leaves as they are. A kill
+    # can cut a character in two.
     return path.read_text("utf-8", errors="replace").split("\n")
 
 

@@ -40,7 +40,17 @@ from trainer.storage.atomic import write_text
 
 log = logging.getLogger("trainer")
 
-PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "bitsandbytes", "hydra-core", "wandb")
+PACKAGES = (
+    "torch",
+    "lightning",
+    "transformers",
+    "peft",
+    "datasets",
+    "tokenizers",
+    "bitsandbytes",
+    "hydra-core",
+    "wandb",
+)
 # What may differ when a run goes on: it changes neither what is trained nor in which order.
 FREE = (
     "resume",
@@ -64,7 +74,8 @@ FREE = (
     "target.run",  # which step of which run it means is in the identity
     "target.features",
 )
-LENGTHS = ("max_steps", "max_epochs", "max_tokens")  # free where the schedule's past stays what it was
+# free where the schedule's past stays what it was
+LENGTHS = ("max_steps", "max_epochs", "max_tokens")
 
 
 TRUSTED = "GRAFT_TRUST_REMOTE_CODE"  # how the verbs are told that a model's own code may run
@@ -86,7 +97,8 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, owner: bool = True) -> RunFolder:
-        """The folder, made and locked. Without `owner` it is another process of the same run that writes there.
+        """The folder, made and locked. Without `owner` it is another process of the same run that
+        writes there.
 
         Raises:
             FolderError: it cannot be written, or another process is running in it.
@@ -103,9 +115,13 @@ class RunFolder:
                 (path / "job").write_text(number)
         except BlockingIOError:
             folder._lock.close()
-            raise FolderError(f"{path} is in use by another process. Wait for it, or choose another name=") from None
+            raise FolderError(
+                f"{path} is in use by another process. Wait for it, or choose another name="
+            ) from None
         except OSError as error:
-            raise FolderError(f"{path} cannot be written: {error.strerror}. Choose another place with runs=FOLDER") from None
+            raise FolderError(
+                f"{path} cannot be written: {error.strerror}. Choose another place with runs=FOLDER"
+            ) from None
         return folder
 
     def __enter__(self) -> RunFolder:
@@ -116,14 +132,19 @@ class RunFolder:
             self._lock.close()
 
     def refuse_links(self) -> None:
-        """Refuse a folder with a symbolic link that leads out of it: what is written here would be written there.
+        """Refuse a folder with a symbolic link that leads out of it: what is written here would be
+        written there.
 
         Raises:
             FolderError: names the link.
         """
-        # W&B links its logs to those in the user's cache; a run never writes below an earlier run's folder there.
+        # W&B links its logs to those in the user's cache; a run never writes below an earlier run's
+        # folder there.
         if (link := limits.link_outside(self.path, "wandb")) is not None:
-            raise FolderError(f"{link} is a link that leads out of the run folder. Put what it leads to in its place")
+            raise FolderError(
+                f"{link} is a link that leads out of the run folder. Put what it leads to in its"
+                " place"
+            )
 
     @property
     def file(self) -> Path:
@@ -142,7 +163,10 @@ class RunFolder:
         except (OSError, UnicodeDecodeError, limits.TooMuch, yaml.YAMLError) as error:
             raise FolderError(f"{self.file} cannot be read: {error}") from None
         if not isinstance(content, dict) or not content.keys() >= _WRITTEN:
-            raise FolderError(f"{self.file} is not what a run writes: it has to hold {', '.join(sorted(_WRITTEN))}")
+            raise FolderError(
+                f"{self.file} is not what a run writes: it has to hold"
+                f" {', '.join(sorted(_WRITTEN))}"
+            )
         return content
 
     def record(
@@ -153,10 +177,13 @@ class RunFolder:
         earlier: dict[str, Any] | None,
         parent: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Write run.yaml and return it. A run that goes on keeps its id, its list of starts and the parent that it branched off."""
+        """Write run.yaml and return it. A run that goes on keeps its id, its list of starts and the
+        parent that it branched off."""
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": redact(shlex.join([Path(sys.argv[0]).parent.name or sys.argv[0], *sys.argv[1:]])),
+            "command": redact(
+                shlex.join([Path(sys.argv[0]).parent.name or sys.argv[0], *sys.argv[1:]])
+            ),
             "host": platform.node(),
             "python": platform.python_version(),
             "versions": {name: _version(name) for name in PACKAGES},
@@ -176,12 +203,14 @@ class RunFolder:
 
 
 def differences(then: dict[str, Any], now: dict[str, Any], ignore: tuple[str, ...]) -> list[str]:
-    """Settings that are not the same in two plain configs, as lines for people; `ignore` lists dotted keys to pass over."""
+    """Settings that are not the same in two plain configs, as lines for people; `ignore` lists
+    dotted keys to pass over."""
     first, second = dict(_flat(then)), dict(_flat(now))
     return [
         f"{key}: {json.dumps(first.get(key))} in the run, {json.dumps(second.get(key))} now"
         for key in sorted(first.keys() | second.keys())
-        if first.get(key) != second.get(key) and not any(key == free or key.startswith(free + ".") for free in ignore)
+        if first.get(key) != second.get(key)
+        and not any(key == free or key.startswith(free + ".") for free in ignore)
     ]
 
 
@@ -194,7 +223,8 @@ def _flat(node: Any, prefix: str = "") -> Any:
 
 
 def read(path: str) -> tuple[Path, dict[str, Any], str]:
-    """(folder, run.yaml, which checkpoint) of `FOLDER` or `FOLDER@last|best|STEP`, as the verbs take it.
+    """(folder, run.yaml, which checkpoint) of `FOLDER` or `FOLDER@last|best|STEP`, as the verbs
+    take it.
 
     Raises:
         FolderError: it is no run folder, or its config holds what this version does not make.
@@ -206,24 +236,33 @@ def read(path: str) -> tuple[Path, dict[str, Any], str]:
         raise FolderError(f"{place} is no run folder: it has no run.yaml")
     folder.refuse_links()
     complete(content, folder.file)
-    # A folder may come from a stranger: what it names is held against conf/ as a new config would be.
+    # A folder may come from a stranger: what it names is held against conf/ as a new config would
+    # be.
     try:
-        if content["config"]["base"].get("trust_remote_code") and os.environ.get(TRUSTED, "").lower() != "true":
+        if (
+            content["config"]["base"].get("trust_remote_code")
+            and os.environ.get(TRUSTED, "").lower() != "true"
+        ):
             raise FolderError(
-                f"{folder.file}: base.trust_remote_code is on, so that the model's repository runs code, and a folder may come from "
-                f"anyone. If you trust {content['config']['base'].get('path')}, export {TRUSTED}=true"
+                f"{folder.file}: base.trust_remote_code is on, so that the model's repository runs"
+                " code, and a folder may come from anyone. If you trust"
+                f" {content['config']['base'].get('path')}, export {TRUSTED}=true"
             )
-        settings = OmegaConf.create(content["config"] | {"resume": "never"})  # a folder may have been moved since
+        # a folder may have been moved since
+        settings = OmegaConf.create(content["config"] | {"resume": "never"})
         compose.check(settings, content["identity"]["choices"])
     except ConfigError as error:
         raise FolderError(f"{folder.file} does not fit this version of Graft:\n{error}") from None
     except (AttributeError, KeyError, TypeError, ValueError, OmegaConfBaseException) as error:
-        raise FolderError(f"{folder.file} is not what a run writes: {type(error).__name__}: {error}") from None
+        raise FolderError(
+            f"{folder.file} is not what a run writes: {type(error).__name__}: {error}"
+        ) from None
     return folder.path, content, which
 
 
 def complete(content: dict[str, Any], file: Path) -> None:
-    """Give the config of a run.yaml that an older version wrote, in place, what has come since, with the defaults of conf/, and say so.
+    """Give the config of a run.yaml that an older version wrote, in place, what has come since,
+    with the defaults of conf/, and say so.
 
     Raises:
         FolderError: it is not what a run writes.
@@ -231,7 +270,9 @@ def complete(content: dict[str, Any], file: Path) -> None:
     try:
         places = history_module.complete(content["config"], content["identity"]["choices"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise FolderError(f"{file} is not what a run writes: {type(error).__name__}: {error}") from None
+        raise FolderError(
+            f"{file} is not what a run writes: {type(error).__name__}: {error}"
+        ) from None
     if places:
         _say_completed(file, ", ".join(places))
 

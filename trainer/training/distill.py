@@ -1,7 +1,9 @@
-"""Distill: a drafter alone, learning from the states of its frozen target, which is the base or another run's base and adapter.
+"""Distill: a drafter alone, learning from the states of its frozen target, which is the base or
+another run's base and adapter.
 
-Against FineTune with adapter=none the target's own next-token loss is left out, which nothing would learn from: its logits are 30 to
-40 % of a forward pass of a small model. The drafter's gradients are the same. A step's loss is
+Against FineTune with adapter=none the target's own next-token loss is left out, which nothing would
+learn from: its logits are 30 to 40 % of a forward pass of a small model. The drafter's gradients
+are the same. A step's loss is
 
     L = Σ_ranks Σ_micro-batches D / N          D = the drafter's weighted sum (Drafter.loss), N = trained tokens of the step
 """
@@ -19,26 +21,38 @@ from trainer.drafters import Drafter, DrafterError, Target
 from trainer.models.losses import CausalLoss
 from trainer.training.finetune import FineTune
 
-# What a target gives for a batch: the states (B, T, d) that its output head reads, and those of Drafter.layers side by side (B, T, f).
+# What a target gives for a batch: the states (B, T, d) that its output head reads, and those of
+# Drafter.layers side by side (B, T, f).
 States = Callable[[dict[str, Any]], tuple[Float[Tensor, "B T d"], Float[Tensor, "B T f"] | None]]
 
 
 class DraftLoss(CausalLoss):
-    """The drafter's loss of a batch. `states` gives what the target has computed for a training batch; None runs it, as evaluation
-    always does."""
+    """The drafter's loss of a batch. `states` gives what the target has computed for a training
+    batch; None runs it, as evaluation always does."""
 
-    def __init__(self, model: nn.Module, chunk: int | None, drafter: Drafter, target: Target, states: States | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        chunk: int | None,
+        drafter: Drafter,
+        target: Target,
+        states: States | None = None,
+    ):
         super().__init__(model, chunk, drafter, target)
         self.states = states
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(summed loss, {loss, tokens, offsets}) with the sums detached: the drafter's weighted loss, trained tokens, Drafter.loss's
-        numbers."""
+        """(summed loss, {loss, tokens, offsets}) with the sums detached: the drafter's weighted
+        loss, trained tokens, Drafter.loss's numbers."""
         stored = self.states if torch.is_grad_enabled() else None
         with torch.no_grad():
             hidden, features = stored(batch) if stored is not None else self.forward(batch)[:2]
         loss, offsets = self.drafted(batch, hidden, features, hidden[:, :0])
-        return loss, {"loss": loss.detach(), "tokens": (batch["labels"][:, 1:] != -100).sum(), "offsets": offsets}
+        return loss, {
+            "loss": loss.detach(),
+            "tokens": (batch["labels"][:, 1:] != -100).sum(),
+            "offsets": offsets,
+        }
 
 
 class Distill(FineTune):
@@ -52,7 +66,10 @@ class Distill(FineTune):
 
     def make_loss(self, chunk: int | None) -> DraftLoss:
         if self.drafter is None:
-            raise DrafterError("objective=distill trains a drafter, and there is none: choose one, as in drafter=eagle3")
+            raise DrafterError(
+                "objective=distill trains a drafter, and there is none: choose one, as in"
+                " drafter=eagle3"
+            )
         if any(parameter.requires_grad for parameter in self.model.parameters()):
             raise DrafterError("objective=distill trains the drafter only: set adapter=none")
         return DraftLoss(self.model, chunk, self.drafter, Target(self.model))

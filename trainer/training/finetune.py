@@ -4,7 +4,8 @@ A step's loss is the mean over all its trained tokens, whichever micro-batch or 
 
     L = Σ_ranks Σ_micro-batches Σ_t loss_t / N          N = trained tokens of the step, known before it starts
 
-Lightning averages the micro-batches' losses, and DDP the ranks' gradients, so each sum is scaled by their numbers / N.
+Lightning averages the micro-batches' losses, and DDP the ranks' gradients, so each sum is scaled by
+their numbers / N.
 """
 
 from __future__ import annotations
@@ -29,49 +30,78 @@ from trainer.training.fsdp import Sharded, average_whole, clip_grad_norm, share_
 
 
 class FineTune(lightning.LightningModule):
-    """Trains what `adapter` grafted onto `model`, with a `penalty` on its activations and a `drafter` beside it where there is one.
+    """Trains what `adapter` grafted onto `model`, with a `penalty` on its activations and a
+    `drafter` beside it where there is one.
 
-    `schedule(step, steps=...)` gives the rate's factor for a 0-based step of the planned ones, until a
-    `cooling` takes over; `optimizer` makes the optimiser from
-    parameter groups. A step whose loss or gradient is not finite changes nothing and is counted; `nonfinite_limit` of them in a row
-    raise NonFinite.
+    `schedule(step, steps=...)` gives the rate's factor for a 0-based step of the planned ones,
+    until a `cooling` takes over; `optimizer` makes the optimiser from parameter groups. A step
+    whose loss or gradient is not finite changes nothing and is counted; `nonfinite_limit` of them
+    in a row raise NonFinite.
     """
 
-    strict_loading = False  # checkpoints hold the adapter only; on_load_checkpoint compares the names itself
+    # checkpoints hold the adapter only; on_load_checkpoint compares the names itself
+    strict_loading = False
     counted: tuple[str, ...] = ("loss", "tokens", "right")  # what the loss counts of a batch
 
     def __init__(
-        self, model: nn.Module, adapter: Adapter, optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
-        schedule: Callable[..., float], steps: int, labelled: bool, accumulate: int, seed: int, max_grad_norm: float | None,
-        logits_chunk: int | None, gradient_checkpointing: bool | int, nonfinite_limit: int,
-        penalty: DensityDEFT | None = None, drafter: Drafter | None = None, cooling: Cooling | None = None,
-    ):  # fmt: skip
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        schedule: Callable[..., float],
+        steps: int,
+        labelled: bool,
+        accumulate: int,
+        seed: int,
+        max_grad_norm: float | None,
+        logits_chunk: int | None,
+        gradient_checkpointing: bool | int,
+        nonfinite_limit: int,
+        penalty: DensityDEFT | None = None,
+        drafter: Drafter | None = None,
+        cooling: Cooling | None = None,
+    ):
         super().__init__()
         self.model, self.adapter, self.penalty, self.drafter = model, adapter, penalty, drafter
         self.make_optimizer, self.schedule = optimizer, schedule
         self.steps, self.cooling = steps, cooling
-        self.constant_again = False  # whether a checkpoint from the start of a cooldown goes on without it
-        self.accumulate, self.seed, self.max_grad_norm, self.nonfinite_limit = accumulate, seed, max_grad_norm, nonfinite_limit
+        # whether a checkpoint from the start of a cooldown goes on without it
+        self.constant_again = False
+        self.accumulate, self.seed, self.max_grad_norm, self.nonfinite_limit = (
+            accumulate,
+            seed,
+            max_grad_norm,
+            nonfinite_limit,
+        )
         self.loss = ClassLoss(model) if labelled else self.make_loss(logits_chunk)
         if gradient_checkpointing:
             # True is every layer, N every N-th.
-            model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=int(gradient_checkpointing))  # type: ignore[operator]
+            model.activation_checkpointing_enable(
+                {"use_reentrant": False}, every_n_layers=int(gradient_checkpointing)
+            )  # type: ignore[operator]
         self.step = 0  # optimiser steps done, skipped ones included: the run's clock
         self.tokens = 0  # processed so far, over all ranks
         self.skipped = self.skipped_in_a_row = 0
         self.step_done = False  # whether the micro-batch at hand has ended a step
         self.grad_norm: Tensor | None = None
-        self.density: float | None = None  # of the step at hand, as the penalty measures it, over all layers
+        # of the step at hand, as the penalty measures it, over all layers
+        self.density: float | None = None
         self.densities: dict[str, float] = {}  # the same, of each layer that saw a token
         self.news: dict[str, float] = {}  # what the adapter had to say after the step
         self.sums: dict[str, Any] = {}  # of the step at hand
 
     def make_loss(self, chunk: int | None) -> CausalLoss:
         """The loss of a batch, with never more than `chunk` positions' logits at one time."""
-        return CausalLoss(self.model, chunk, self.drafter, Target(self.model) if self.drafter is not None else None)
+        return CausalLoss(
+            self.model,
+            chunk,
+            self.drafter,
+            Target(self.model) if self.drafter is not None else None,
+        )
 
     def train(self, mode: bool = True) -> FineTune:
-        """As nn.Module's; a model in which nothing is trained stays in eval mode, without dropout."""
+        """As nn.Module's; a model in which nothing is trained stays in eval mode, without
+        dropout."""
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             self.model.eval()
@@ -102,7 +132,9 @@ class FineTune(lightning.LightningModule):
         if micro == 0:
             self.sums = dict.fromkeys(self.counted, 0.0) | {"processed": 0, "sequences": []}
             now = factor(self.schedule, self.step, self.steps, self.adapter.restart, self.cooling)
-            for group, peak in zip(self.trainer.optimizers[0].param_groups, self.peaks, strict=True):
+            for group, peak in zip(
+                self.trainer.optimizers[0].param_groups, self.peaks, strict=True
+            ):
                 group["lr"] = peak * now
         self.step_done = False
         if self.drafter is not None:
@@ -122,9 +154,12 @@ class FineTune(lightning.LightningModule):
         if self.penalty is not None:
             term, densities, measured = self.penalty.term()
             tokens = batch["lengths"].sum()
-            self.sums["density"] = self.sums.get("density", 0.0) + torch.stack([densities, measured]) * tokens
+            self.sums["density"] = (
+                self.sums.get("density", 0.0) + torch.stack([densities, measured]) * tokens
+            )
             if self.trainer.world_size > 1:
-                # A token counts the same, whichever rank it is on, and DDP takes the mean over ranks.
+                # A token counts the same, whichever rank it is on, and DDP takes the mean over
+                # ranks.
                 every = self.trainer.strategy.reduce(tokens.float(), reduce_op="sum")
                 term = term * (tokens * self.trainer.world_size / every.clamp(min=1))
             loss = loss + term
@@ -136,7 +171,8 @@ class FineTune(lightning.LightningModule):
             self.penalty.close()
 
     def calibrate(self, batches: Iterable[dict[str, Any]]) -> None:
-        """Let the penalty measure what it needs on the run's first micro-batches, as the model is before training."""
+        """Let the penalty measure what it needs on the run's first micro-batches, as the model is
+        before training."""
         if self.penalty is None:
             return
         was_training = self.model.training
@@ -147,20 +183,38 @@ class FineTune(lightning.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        if self.trainer.world_size > 1:  # before a step is judged by its loss: all ranks must pass over the same ones
+        # before a step is judged by its loss: all ranks must pass over the same ones
+        if self.trainer.world_size > 1:
             names = (*self.counted, "processed")
             counts = torch.tensor([float(self.sums[name]) for name in names], device=self.device)
-            self.sums |= dict(zip(names, self.trainer.strategy.reduce(counts, reduce_op="sum").unbind(), strict=True))
+            self.sums |= dict(
+                zip(
+                    names,
+                    self.trainer.strategy.reduce(counts, reduce_op="sum").unbind(),
+                    strict=True,
+                )
+            )
             if "offsets" in self.sums:
-                self.sums["offsets"] = self.trainer.strategy.reduce(self.sums["offsets"], reduce_op="sum")
+                self.sums["offsets"] = self.trainer.strategy.reduce(
+                    self.sums["offsets"], reduce_op="sum"
+                )
             if self.penalty is not None:
-                self.sums["density"] = self.trainer.strategy.reduce(self.sums["density"], reduce_op="sum")
+                self.sums["density"] = self.trainer.strategy.reduce(
+                    self.sums["density"], reduce_op="sum"
+                )
         if self.penalty is not None:
             densities, tokens = self.sums["density"].tolist()
-            densities = [density / count if count else float("nan") for density, count in zip(densities, tokens, strict=True)]
+            densities = [
+                density / count if count else float("nan")
+                for density, count in zip(densities, tokens, strict=True)
+            ]
             known = [density for density in densities if density == density]
             self.density = sum(known) / len(known) if known else None
-            self.densities = {name: d for (name, _), d in zip(self.penalty.layers, densities, strict=True) if d == d}
+            self.densities = {
+                name: d
+                for (name, _), d in zip(self.penalty.layers, densities, strict=True)
+                if d == d
+            }
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         self.adapter.before_step(self.model, scaler.get_scale() if scaler is not None else 1.0)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -168,12 +222,24 @@ class FineTune(lightning.LightningModule):
         if isinstance(self.trainer.strategy, Sharded):
             average_whole(trained)
         # A drafter that is kept out of the adapter's gradients is kept out of their norm, too.
-        apart = set(self.drafter.parameters()) if self.drafter is not None and self.drafter.detach else set()
-        parts = [part for part in ([p for p in trained if p not in apart], [p for p in trained if p in apart]) if part]
+        apart = (
+            set(self.drafter.parameters())
+            if self.drafter is not None and self.drafter.detach
+            else set()
+        )
+        parts = [
+            part
+            for part in ([p for p in trained if p not in apart], [p for p in trained if p in apart])
+            if part
+        ]
         norms = [clip_grad_norm(part, limit) for part in parts]
-        self.grad_norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        self.grad_norm = (
+            norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        )
         # This waits for a GPU: what comes next depends on it.
-        if torch.isfinite(self.grad_norm) & torch.isfinite(torch.as_tensor(self.sums["loss"], device=self.grad_norm.device)):
+        if torch.isfinite(self.grad_norm) & torch.isfinite(
+            torch.as_tensor(self.sums["loss"], device=self.grad_norm.device)
+        ):
             self.skipped_in_a_row = 0
             if self.penalty is not None:
                 self.penalty.update(densities)
@@ -191,9 +257,11 @@ class FineTune(lightning.LightningModule):
         self.tokens += int(self.sums["processed"])
         if self.skipped_in_a_row >= self.nonfinite_limit:
             raise NonFinite(
-                f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, had a loss or gradient that is not finite "
+                f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, had a loss or"
+                " gradient that is not finite "
                 f"(loss {float(self.sums['loss']):.4g}, gradient norm {float(self.grad_norm or 0):.4g}). Nothing was learnt from them. "  # type: ignore[arg-type]
-                f"Lower optimizer.lr, raise the warm-up, or look at the rows of the last one: {self.sums['sequences'][:16]}. "
+                "Lower optimizer.lr, raise the warm-up, or look at the rows of the last one:"
+                f" {self.sums['sequences'][:16]}. "
                 "metrics.jsonl has file and line of each, under skipped"
             )
 
@@ -206,13 +274,20 @@ class FineTune(lightning.LightningModule):
             checkpoint["drafter"] = self.drafter.state()
         if self.cooling is not None:
             checkpoint["cooling"] = asdict(self.cooling)
-        checkpoint["counters"] = {k: getattr(self, k) for k in ("step", "tokens", "skipped", "skipped_in_a_row")}
+        checkpoint["counters"] = {
+            k: getattr(self, k) for k in ("step", "tokens", "skipped", "skipped_in_a_row")
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["adapter"]
         if isinstance(self.trainer.strategy, Sharded):
             own = self.adapter.state(self.model)["tensors"]
-            saved = saved | {"tensors": {name: share_of(own.get(name), tensor) for name, tensor in saved["tensors"].items()}}
+            saved = saved | {
+                "tensors": {
+                    name: share_of(own.get(name), tensor)
+                    for name, tensor in saved["tensors"].items()
+                }
+            }
         self.adapter.load_state(self.model, saved)
         if self.penalty is not None:
             self.penalty.load_state(checkpoint["penalty"])
@@ -222,7 +297,8 @@ class FineTune(lightning.LightningModule):
             self.cooling = Cooling(**checkpoint["cooling"])
         for key, value in checkpoint["counters"].items():
             setattr(self, key, value)
-        # A finished run that was made longer goes on; Lightning would take its last micro-batch for the epoch's.
+        # A finished run that was made longer goes on; Lightning would take its last micro-batch for
+        # the epoch's.
         loops = checkpoint["loops"]["fit_loop"]
         loops["epoch_loop.batch_progress"]["is_last_batch"] = self.step >= self.steps
 
@@ -230,11 +306,14 @@ class FineTune(lightning.LightningModule):
 def real_tokens(batch: dict[str, Any]) -> Tensor:
     """Which tokens of a batch are of a row that counts (B, T), as opposed to padding."""
     ids = batch["input_ids"]
-    return torch.arange(ids.shape[1], device=ids.device) < batch["lengths"].to(ids.device).unsqueeze(1)
+    return torch.arange(ids.shape[1], device=ids.device) < batch["lengths"].to(
+        ids.device
+    ).unsqueeze(1)
 
 
 def reseed(seed: int, rank: int, step: int, micro: int) -> None:
-    """Put every random generator where this micro-batch has it in every run with this seed, resumed or not."""
+    """Put every random generator where this micro-batch has it in every run with this seed, resumed
+    or not."""
     mixed = int(np.random.SeedSequence([seed, rank, step, micro]).generate_state(1)[0])
     random.seed(mixed)
     np.random.seed(mixed)

@@ -1,11 +1,14 @@
-"""FSDP2: each process holds a share of the model's weights, gradients and moments, through Lightning's ModelParallelStrategy.
+"""FSDP2: each process holds a share of the model's weights, gradients and moments, through
+Lightning's ModelParallelStrategy.
 
-A decoder layer's weights are put together when it computes, and given back after; those outside of the layers, as the embedding and the
-output head, from the forward to the end of the backward pass, since losses read the head apart from the model. A drafter, whose parts
-nobody calls as modules, is whole in every process, and its gradients are averaged once per step.
+A decoder layer's weights are put together when it computes, and given back after; those outside of
+the layers, as the embedding and the output head, from the forward to the end of the backward pass,
+since losses read the head apart from the model. A drafter, whose parts nobody calls as modules, is
+whole in every process, and its gradients are averaged once per step.
 
-Lightning's own saving of such a run is a folder of shards, or the whole base. Ours stays what it is in any run: the trained tensors, whole,
-in one file that the first process writes. So a run with FSDP2 is exported, read and evaluated as any other.
+Lightning's own saving of such a run is a folder of shards, or the whole base. Ours stays what it is
+in any run: the trained tensors, whole, in one file that the first process writes. So a run with
+FSDP2 is exported, read and evaluated as any other.
 """
 
 from __future__ import annotations
@@ -31,10 +34,13 @@ class Sharded(ModelParallelStrategy):
         assert self.accelerator is not None
         self.accelerator.setup_device(self.root_device)
         self._setup_distributed()
-        self._device_mesh = init_device_mesh(self.root_device.type, (self.num_nodes * self.num_processes,))
+        self._device_mesh = init_device_mesh(
+            self.root_device.type, (self.num_nodes * self.num_processes,)
+        )
 
     def shard(self, model: Any) -> None:
-        """Leave this process its share of a model that all processes have loaded alike; its layers are what transformers never splits."""
+        """Leave this process its share of a model that all processes have loaded alike; its layers
+        are what transformers never splits."""
         layers = set(model._no_split_modules or ())
         for module in list(model.modules()):
             if type(module).__name__ in layers:
@@ -47,12 +53,16 @@ class Sharded(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         return getattr(optimizer, "_optimizer", optimizer).state_dict()
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
         checkpoint = whole(checkpoint)
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         return self.checkpoint_io.load_checkpoint(checkpoint_path)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
@@ -74,11 +84,14 @@ def share_of(own: Any, value: Any) -> Any:
     """This process's share of a whole tensor, divided as `own` is; anything else as it is."""
     if not isinstance(own, DTensor) or not isinstance(value, Tensor) or value.shape != own.shape:
         return value
-    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+    return distribute_tensor(
+        value.to(own.device), own.device_mesh, own.placements, src_data_rank=None
+    )
 
 
 def given_back(model: nn.Module) -> None:
-    """Let go of what a forward pass without a backward pass has left together, which the next step would take for the weights."""
+    """Let go of what a forward pass without a backward pass has left together, which the next step
+    would take for the weights."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -98,7 +111,9 @@ def clip_grad_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
     for parameter in parameters:
         kinds[isinstance(parameter, DTensor)].append(parameter)
     parts = [part for part in kinds if part]
-    norms = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
+    norms = [
+        nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts
+    ]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     for part in parts:

@@ -1,4 +1,5 @@
-"""Lightning's trainer for a run, and the processes that it is made of: where they live, who decides, and how they part."""
+"""Lightning's trainer for a run, and the processes that it is made of: where they live, who
+decides, and how they part."""
 
 from __future__ import annotations
 
@@ -21,10 +22,14 @@ from trainer.training.fsdp import Sharded
 class AtomicCheckpointIO(CheckpointIO):
     """Lightning's way to the disk: trainer.storage.checkpoints."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
         save(checkpoint, Path(path))
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         return load(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -32,9 +37,12 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 def make_trainer(config: dict[str, Any], adapter: Adapter, path: Path) -> lightning.Trainer:
-    """Lightning's trainer as conf/lightning and the run's length, precision and adapter ask for it."""
+    """Lightning's trainer as conf/lightning and the run's length, precision and adapter ask for
+    it."""
     cuda = torch.cuda.is_available() and config["lightning"]["accelerator"] != "cpu"
-    _, precision, _ = compute(config["precision"], config["base"]["dtype"], isinstance(adapter, Full), cuda)
+    _, precision, _ = compute(
+        config["precision"], config["base"]["dtype"], isinstance(adapter, Full), cuda
+    )
     idle = isinstance(adapter, Nothing) and not config["drafter"]
     settings = config["lightning"] | ({"devices": 1, "strategy": "auto"} if idle else {})
     timeout = timedelta(minutes=settings.pop("timeout"))
@@ -42,14 +50,26 @@ def make_trainer(config: dict[str, Any], adapter: Adapter, path: Path) -> lightn
         settings["strategy"] = Sharded(timeout=timeout)
     # One epoch for the whole run: the loader holds all its micro-batches, and its end is the run's.
     lightning_ = lightning.Trainer(
-        **settings, precision=precision,  # type: ignore[arg-type]
-        max_epochs=1, max_steps=-1, accumulate_grad_batches=config["accumulate"],
-        deterministic=config["deterministic"], plugins=[AtomicCheckpointIO()], default_root_dir=path, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        limit_val_batches=0, log_every_n_steps=1, num_sanity_val_steps=0,
-    )  # fmt: skip
+        **settings,
+        precision=precision,  # type: ignore[arg-type]
+        max_epochs=1,
+        max_steps=-1,
+        accumulate_grad_batches=config["accumulate"],
+        deterministic=config["deterministic"],
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+    )
     if isinstance(lightning_.strategy, DDPStrategy):
-        # No buffer here differs between processes, and a sparse adapter's are as large as itself, for each forward pass.
+        # No buffer here differs between processes, and a sparse adapter's are as large as itself,
+        # for each forward pass.
         lightning_.strategy._ddp_kwargs.setdefault("forward_sync_buffers", False)
         lightning_.strategy._timeout = timeout
     lightning_.joined = torch.distributed.is_initialized()  # type: ignore[attr-defined]

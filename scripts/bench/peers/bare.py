@@ -18,7 +18,11 @@ def main() -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=spec["lr"], weight_decay=0.0, fused=True)
     clock = measuring.Clock(spec)
-    autocast = torch.autocast(spec["device"], torch.bfloat16) if spec["autocast"] else contextlib.nullcontext()
+    autocast = (
+        torch.autocast(spec["device"], torch.bfloat16)
+        if spec["autocast"]
+        else contextlib.nullcontext()
+    )
     for batch in measuring.batches(spec):
         with autocast:
             loss = model(**batch, use_cache=False).loss

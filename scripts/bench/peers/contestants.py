@@ -1,4 +1,5 @@
-"""Who is compared by scripts/bench/train.py, with which options, and the environments in which peers run."""
+"""Who is compared by scripts/bench/train.py, with which options, and the environments in which
+peers run."""
 
 from __future__ import annotations
 
@@ -15,12 +16,34 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parents[3]
 DEFAULTS: dict[str, Any] = {
-    "out": None, "data": "chat", "task": ["task=bfcl"], "base": "smollm2_135m", "shape": None, "vocabulary": 128256, "length": None,
-    "batch_size": 8, "steps": 14, "warm": 4, "rounds": 3, "group_by_length": False, "precision": "auto", "adapter_dtype": "float32",
-    "autocast": False, "gradient_checkpointing": False, "rank": 16, "alpha": 32, "lr": 2e-4, "seed": 0, "device": "cpu", "threads": None,
-    "contestants": ["ours", "ours_packed", "bare", "hf", "trl", "litgpt"], "variants": {}, "extra": [], "envs": "~/.cache/graft/bench",
+    "out": None,
+    "data": "chat",
+    "task": ["task=bfcl"],
+    "base": "smollm2_135m",
+    "shape": None,
+    "vocabulary": 128256,
+    "length": None,
+    "batch_size": 8,
+    "steps": 14,
+    "warm": 4,
+    "rounds": 3,
+    "group_by_length": False,
+    "precision": "auto",
+    "adapter_dtype": "float32",
+    "autocast": False,
+    "gradient_checkpointing": False,
+    "rank": 16,
+    "alpha": 32,
+    "lr": 2e-4,
+    "seed": 0,
+    "device": "cpu",
+    "threads": None,
+    "contestants": ["ours", "ours_packed", "bare", "hf", "trl", "litgpt"],
+    "variants": {},
+    "extra": [],
+    "envs": "~/.cache/graft/bench",
     "minutes": None,
-}  # fmt: skip
+}
 BIG = {"data": "packed", "batch_size": 2, "length": 2048}  # with a shape
 PEERS = {"bare": "bare.py", "hf": "hf_trainer.py", "trl": "trl_sft.py", "litgpt": "litgpt_lora.py"}
 ENVIRONMENTS = {"bare": "trl", "hf": "trl", "trl": "trl", "litgpt": "litgpt"}
@@ -43,15 +66,19 @@ def parsed(arguments: list[str]) -> dict[str, Any]:
     if unknown := sorted(set(options) - set(DEFAULTS)):
         raise ValueError(f"no option {', '.join(unknown)}")
     allowed = {
-        "data": ("chat", "packed"), "shape": (None, "1b", "8b"), "precision": ("auto", "fp32", "bf16"), "device": ("cpu", "cuda"),
+        "data": ("chat", "packed"),
+        "shape": (None, "1b", "8b"),
+        "precision": ("auto", "fp32", "bf16"),
+        "device": ("cpu", "cuda"),
         "adapter_dtype": ("float32", "bfloat16"),
-    }  # fmt: skip
+    }
     for name, values in allowed.items():
         if options[name] not in values:
             raise ValueError(f"{name}={options[name]}: it is one of {', '.join(map(str, values))}")
     if not 1 <= options["warm"] < options["steps"]:
         raise ValueError(
-            f"warm={options['warm']}: at least one step is left out, and of steps={options['steps']} one must remain"
+            f"warm={options['warm']}: at least one step is left out, and of"
+            f" steps={options['steps']} one must remain"
         )
     if options["length"] is None:
         options["length"] = 256 if options["data"] == "packed" else 1024
@@ -69,15 +96,22 @@ def contestants(options: dict[str, Any]) -> dict[str, tuple[str, list[str]]]:
     for name in options["contestants"]:
         if name not in ("ours", "ours_packed", *PEERS):
             raise ValueError(
-                f"no contestant {name}; there are ours, ours_packed, {', '.join(PEERS)}; others are variants.NAME=[...]"
+                f"no contestant {name}; there are ours, ours_packed, {', '.join(PEERS)}; others are"
+                " variants.NAME=[...]"
             )
         if name != "ours_packed" or options["data"] == "chat":
             found[name] = name, []
     for name, given in options["variants"].items():
-        kind, rest = (given[0], given[1:]) if given and given[0] in ("ours_packed", *PEERS) else ("ours", given)
+        kind, rest = (
+            (given[0], given[1:])
+            if given and given[0] in ("ours_packed", *PEERS)
+            else ("ours", given)
+        )
         for item in rest if kind in PEERS else []:
             if item.partition("=")[0] not in OF_A_PEER:
-                raise ValueError(f"variants.{name}: {item}: of a peer one can set {', '.join(OF_A_PEER)}")
+                raise ValueError(
+                    f"variants.{name}: {item}: of a peer one can set {', '.join(OF_A_PEER)}"
+                )
         found[name] = kind, list(rest)
     return found
 
@@ -109,7 +143,9 @@ def interpreter(peer: str, envs: str) -> str:
     shared = (
         constraints
         if name == "trl"
-        else [line for line in constraints if re.match("(torch|lightning|numpy|safetensors)==", line)]
+        else [
+            line for line in constraints if re.match("(torch|lightning|numpy|safetensors)==", line)
+        ]
     )
     (folder / "constraints.txt").write_text("\n".join(shared) + "\n")
     pip = [
@@ -133,8 +169,12 @@ def interpreter(peer: str, envs: str) -> str:
         if done.returncode and number == 1 and "+cpu" in torch:
             done = subprocess.run([*command, *index], capture_output=True, text=True)
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()
-            NOT_INSTALLED[folder] = f"not installed: {lines[-1][:200] if lines else shlex.join(command)}"
+            lines = [
+                line for line in done.stderr.splitlines() if "ERROR" in line
+            ] or done.stderr.splitlines()
+            NOT_INSTALLED[folder] = (
+                f"not installed: {lines[-1][:200] if lines else shlex.join(command)}"
+            )
             raise RuntimeError(NOT_INSTALLED[folder])
     marker.write_text("\n".join(wanted))
     return str(python)
@@ -144,5 +184,17 @@ def environment(options: dict[str, Any]) -> dict[str, str]:
     """The variables of a contestant's process."""
     threads = {"OMP_NUM_THREADS": str(options["threads"])} if options["threads"] else {}
     # One GPU or none: transformers' Trainer would take all that it sees.
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0] if options["device"] == "cuda" else ""
-    return os.environ | threads | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": seen}
+    seen = (
+        os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+        if options["device"] == "cuda"
+        else ""
+    )
+    return (
+        os.environ
+        | threads
+        | {
+            "HF_HUB_OFFLINE": "1",
+            "WANDB_MODE": "disabled",
+            "CUDA_VISIBLE_DEVICES": seen,
+        }
+    )

@@ -1,4 +1,5 @@
-"""Hugging Face's Trainer over stock PEFT's LoRA, with its collator for labelled rows; it logs each step, as ours does."""
+"""Hugging Face's Trainer over stock PEFT's LoRA, with its collator for labelled rows; it logs each
+step, as ours does."""
 
 from __future__ import annotations
 
@@ -7,7 +8,13 @@ import tempfile
 from typing import Any
 
 import measuring
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 
 class Ends(TrainerCallback):
@@ -21,14 +28,28 @@ class Ends(TrainerCallback):
 
 
 def arguments(spec: dict[str, Any], out: str) -> dict[str, Any]:
-    """The run's settings under transformers' names: rows in the order given, constant rate, no checkpoints."""
+    """The run's settings under transformers' names: rows in the order given, constant rate, no
+    checkpoints."""
     return {
-        "output_dir": out, "per_device_train_batch_size": spec["batch_size"], "max_steps": spec["steps"], "learning_rate": spec["lr"],
-        "lr_scheduler_type": "constant", "optim": "adamw_torch_fused", "weight_decay": 0.0, "max_grad_norm": 1.0, "logging_steps": 1,
-        "save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": spec["device"] == "cpu", "seed": spec["seed"],
-        "bf16": spec["autocast"], "gradient_checkpointing": spec["gradient_checkpointing"], "train_sampling_strategy": "sequential",
+        "output_dir": out,
+        "per_device_train_batch_size": spec["batch_size"],
+        "max_steps": spec["steps"],
+        "learning_rate": spec["lr"],
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch_fused",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": spec["device"] == "cpu",
+        "seed": spec["seed"],
+        "bf16": spec["autocast"],
+        "gradient_checkpointing": spec["gradient_checkpointing"],
+        "train_sampling_strategy": "sequential",
         "dataloader_pin_memory": spec["device"] == "cuda",
-    }  # fmt: skip
+    }
 
 
 def train(spec: dict[str, Any], trainer: Trainer, clock: measuring.Clock, **more: Any) -> None:
@@ -49,9 +70,11 @@ def main() -> None:
     clock = measuring.Clock(spec)
     with tempfile.TemporaryDirectory() as out:
         trainer = Trainer(
-            measuring.adapted(spec), TrainingArguments(**arguments(spec, out)), train_dataset=rows,
+            measuring.adapted(spec),
+            TrainingArguments(**arguments(spec, out)),
+            train_dataset=rows,
             data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=measuring.EIGHT),
-        )  # fmt: skip
+        )
         train(spec, trainer, clock)
 
 

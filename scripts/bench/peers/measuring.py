@@ -1,8 +1,9 @@
 """What every contestant of scripts/bench/train.py is given, and what it hands back.
 
-A contestant is a script, run with `SPEC RESULT` in an interpreter that need not have our packages. SPEC (JSON) names the model's folder,
-the rows of each step, the adapter's values at the start (PEFT's layout) and the settings; RESULT (JSON) gets the wall-clock time of the
-end of each optimiser step, the losses and the peak memory.
+A contestant is a script, run with `SPEC RESULT` in an interpreter that need not have our packages.
+SPEC (JSON) names the model's folder, the rows of each step, the adapter's values at the start
+(PEFT's layout) and the settings; RESULT (JSON) gets the wall-clock time of the end of each
+optimiser step, the losses and the peak memory.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ def read() -> dict[str, Any]:
 
 
 def rows(spec: dict[str, Any]) -> list[list[dict[str, list[int]]]]:
-    """The rows of each step: input_ids and labels, a label being the token itself where it is trained and -100 elsewhere."""
+    """The rows of each step: input_ids and labels, a label being the token itself where it is
+    trained and -100 elsewhere."""
     return json.loads(Path(spec["rows"]).read_text("utf-8"))
 
 
 def padded(batch: list[dict[str, list[int]]], pad: int) -> dict[str, list[list[int]]]:
-    """input_ids, labels and, where there is padding, attention_mask of a batch, padded to the right."""
+    """input_ids, labels and, where there is padding, attention_mask of a batch, padded to the
+    right."""
     longest = max(len(row["input_ids"]) for row in batch)
     width = -(-longest // EIGHT) * EIGHT
     made: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "attention_mask": []}
@@ -51,7 +54,10 @@ def batches(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     import torch
 
     for batch in rows(spec):
-        yield {name: torch.tensor(values).to(spec["device"]) for name, values in padded(batch, spec["pad"]).items()}
+        yield {
+            name: torch.tensor(values).to(spec["device"])
+            for name, values in padded(batch, spec["pad"]).items()
+        }
 
 
 def base(spec: dict[str, Any]) -> Any:
@@ -60,7 +66,9 @@ def base(spec: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, spec["dtype"])
-    return AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype, attn_implementation="sdpa").to(spec["device"])
+    return AutoModelForCausalLM.from_pretrained(
+        spec["model"], dtype=dtype, attn_implementation="sdpa"
+    ).to(spec["device"])
 
 
 def lora(spec: dict[str, Any]) -> Any:
@@ -68,7 +76,11 @@ def lora(spec: dict[str, Any]) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
-        r=spec["rank"], lora_alpha=spec["alpha"], lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=spec["rank"],
+        lora_alpha=spec["alpha"],
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
     )
 
 
@@ -76,7 +88,12 @@ def adapted(spec: dict[str, Any]) -> Any:
     """The model with PEFT's LoRA, its adapters in fp32 (PEFT's default) or in the base's dtype."""
     from peft import get_peft_model
 
-    return begin(spec, get_peft_model(base(spec), lora(spec), autocast_adapter_dtype=spec["adapter_dtype"] == "float32"))
+    return begin(
+        spec,
+        get_peft_model(
+            base(spec), lora(spec), autocast_adapter_dtype=spec["adapter_dtype"] == "float32"
+        ),
+    )
 
 
 def begin(spec: dict[str, Any], model: Any) -> Any:
@@ -107,22 +124,36 @@ class Clock:
 
     def write(self, **more: Any) -> None:
         """Write RESULT."""
-        Path(sys.argv[2]).write_text(json.dumps({"ends": self.ends, "losses": self.losses, **memory(), **more}), "utf-8")
+        Path(sys.argv[2]).write_text(
+            json.dumps({"ends": self.ends, "losses": self.losses, **memory(), **more}), "utf-8"
+        )
 
 
 def memory() -> dict[str, Any]:
-    """The process's largest resident memory and what torch's allocator had at most on the GPU, in bytes; versions of packages."""
-    status = Path("/proc/self/status")  # of this program alone; getrusage's may be that of the process that started it
-    lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")] if status.exists() else []
+    """The process's largest resident memory and what torch's allocator had at most on the GPU, in
+    bytes; versions of packages."""
+    # of this program alone; getrusage's may be that of the process that started it
+    status = Path("/proc/self/status")
+    lines = (
+        [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        if status.exists()
+        else []
+    )
     scale = 1 if sys.platform == "darwin" else 1024
-    most = int(lines[0].split()[1]) * 1024 if lines else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    most = (
+        int(lines[0].split()[1]) * 1024
+        if lines
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    )
     torch = sys.modules.get("torch")
     cuda = torch is not None and torch.cuda.is_available()
     return {
-        "peak_rss": most, "peak_gpu": torch.cuda.max_memory_allocated() if torch and cuda else None,
-        "gpu": torch.cuda.get_device_name() if torch and cuda else None, "threads": torch.get_num_threads() if torch else None,
+        "peak_rss": most,
+        "peak_gpu": torch.cuda.max_memory_allocated() if torch and cuda else None,
+        "gpu": torch.cuda.get_device_name() if torch and cuda else None,
+        "threads": torch.get_num_threads() if torch else None,
         "versions": versions(),
-    }  # fmt: skip
+    }
 
 
 def versions() -> dict[str, str]:
@@ -137,7 +168,8 @@ def versions() -> dict[str, str]:
 
 
 def same_batches(spec: dict[str, Any], seen: Iterator[dict[str, Any]]) -> None:
-    """Compare what a trainer's own loader gives with the rows: tokens, and labels where a loss is taken.
+    """Compare what a trainer's own loader gives with the rows: tokens, and labels where a loss is
+    taken.
 
     Raises:
         AssertionError: they differ.
@@ -146,5 +178,7 @@ def same_batches(spec: dict[str, Any], seen: Iterator[dict[str, Any]]) -> None:
         for name in ("input_ids", "labels"):
             ours, other = mine[name], theirs[name].to(mine[name].device)
             # The first label is never asked for: whether it is masked is up to the collator.
-            assert ours.shape == other.shape, f"step {number}: {name} of {tuple(other.shape)}, expected {tuple(ours.shape)}"
+            assert ours.shape == other.shape, (
+                f"step {number}: {name} of {tuple(other.shape)}, expected {tuple(ours.shape)}"
+            )
             assert (ours[:, 1:] == other[:, 1:]).all(), f"step {number}: other {name}"

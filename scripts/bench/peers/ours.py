@@ -1,4 +1,5 @@
-"""The program as `python -m trainer OVERRIDES` runs it, in this process; its step times and losses are in its own journal."""
+"""The program as `python -m trainer OVERRIDES` runs it, in this process; its step times and losses
+are in its own journal."""
 
 from __future__ import annotations
 

@@ -13,8 +13,11 @@ from scripts.bench.peers.contestants import PEERS, contestants
 
 
 def summary(runs: list[dict[str, Any]], warm: int, cuda: bool) -> dict[str, list[float]]:
-    """Of each round: the median warm step, tokens/s of all warm steps, peak memory in MB, seconds to the first step, the last loss."""
-    found: dict[str, list[float]] = {name: [] for name in ("step", "processed", "supervised", "memory", "first", "loss")}
+    """Of each round: the median warm step, tokens/s of all warm steps, peak memory in MB, seconds
+    to the first step, the last loss."""
+    found: dict[str, list[float]] = {
+        name: [] for name in ("step", "processed", "supervised", "memory", "first", "loss")
+    }
     for run in runs:
         seconds = run["seconds"][warm - 1 :]
         found["step"].append(statistics.median(seconds))
@@ -27,17 +30,21 @@ def summary(runs: list[dict[str, Any]], warm: int, cuda: bool) -> dict[str, list
 
 
 def difference(run: dict[str, Any], ours: dict[str, Any] | None) -> float | None:
-    """The largest difference of two loss curves; None where their steps did not have the same tokens."""
+    """The largest difference of two loss curves; None where their steps did not have the same
+    tokens."""
     if ours is None or any(run[name] != ours[name] for name in ("processed", "supervised")):
         return None
     return max(abs(a - b) for a, b in zip(run["losses"], ours["losses"], strict=True))
 
 
 def ratios(names: dict[str, dict[str, list[float]]], ours: str, peer: str) -> dict[str, float]:
-    """Medians over the rounds of both: our supervised tokens/s, memory and seconds to the first step, each over the peer's."""
+    """Medians over the rounds of both: our supervised tokens/s, memory and seconds to the first
+    step, each over the peer's."""
     pairs = {"supervised": "speed", "memory": "memory", "first": "start"}
     return {
-        label: statistics.median(a / b for a, b in zip(names[ours][key], names[peer][key], strict=False))
+        label: statistics.median(
+            a / b for a, b in zip(names[ours][key], names[peer][key], strict=False)
+        )
         for key, label in pairs.items()
     }
 
@@ -48,7 +55,12 @@ def cell(values: list[float], form: str) -> str:
     return text if len(values) == 1 else f"{text} ({min(values):{form}}-{max(values):{form}})"
 
 
-def table(options: dict[str, Any], results: dict[str, list[dict[str, Any]]], skipped: dict[str, str], about: str) -> str:
+def table(
+    options: dict[str, Any],
+    results: dict[str, list[dict[str, Any]]],
+    skipped: dict[str, str],
+    about: str,
+) -> str:
     """train.md."""
     cuda, who = options["device"] == "cuda", contestants(options)
     found = {name: summary(runs, options["warm"], cuda) for name, runs in results.items() if runs}
@@ -57,7 +69,10 @@ def table(options: dict[str, Any], results: dict[str, list[dict[str, Any]]], ski
     lines = [
         about,
         "",
-        f"| contestant | step s | processed tokens/s | supervised tokens/s | {memory} | first step s | last loss | loss from ours | rounds |",
+        (
+            f"| contestant | step s | processed tokens/s | supervised tokens/s | {memory} | first"
+            " step s | last loss | loss from ours | rounds |"
+        ),
         "|---" * 9 + "|",
     ]
     for name in who:
@@ -66,31 +81,47 @@ def table(options: dict[str, Any], results: dict[str, list[dict[str, Any]]], ski
             continue
         numbers, apart = found[name], difference(results[name][0], ours)
         lines.append(
-            f"| {name} | {cell(numbers['step'], '.3f')} | {cell(numbers['processed'], '.1f')} | {cell(numbers['supervised'], '.1f')} "
-            f"| {cell(numbers['memory'], '.0f')} | {cell(numbers['first'], '.2f')} | {statistics.median(numbers['loss']):.4f} "
-            f"| {'other batches' if apart is None else f'{apart:.1e}'} | {len(numbers['step'])} |"
+            f"| {name} | {cell(numbers['step'], '.3f')} | {cell(numbers['processed'], '.1f')} |"
+            f" {cell(numbers['supervised'], '.1f')} | {cell(numbers['memory'], '.0f')} |"
+            f" {cell(numbers['first'], '.2f')} | {statistics.median(numbers['loss']):.4f} |"
+            f" {'other batches' if apart is None else f'{apart:.1e}'} | {len(numbers['step'])} |"
         )
     peers = [name for name, (kind, _) in who.items() if kind in PEERS and name in found]
     mine = [name for name, (kind, _) in who.items() if kind not in PEERS and name in found]
     if peers and mine:
         lines += [
-            "", "Ours over the peer's, medians of the rounds: supervised tokens/s (more is better), peak memory and time to the first step "
-            "(less is better).", "", "| | " + " | ".join(f"{name}: speed, memory, start" for name in mine) + " |", "|---" * (1 + len(mine)) + "|",
-        ]  # fmt: skip
+            "",
+            (
+                "Ours over the peer's, medians of the rounds: supervised tokens/s (more is better),"
+                " peak memory and time to the first step (less is better)."
+            ),
+            "",
+            "| | " + " | ".join(f"{name}: speed, memory, start" for name in mine) + " |",
+            "|---" * (1 + len(mine)) + "|",
+        ]
         for peer in peers:
-            cells = [", ".join(f"{value:.2f}x" for value in ratios(found, name, peer).values()) for name in mine]
+            cells = [
+                ", ".join(f"{value:.2f}x" for value in ratios(found, name, peer).values())
+                for name in mine
+            ]
             lines.append(f"| {peer} | {' | '.join(cells)} |")
     changed = [f"{name}: {' '.join(given)}" for name, (_, given) in who.items() if given]
     lines += ["", *(f"- {line}" for line in changed)] if changed else []
     return "\n".join(lines) + "\n"
 
 
-def bars(options: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> dict[str, tuple[list[str], list[list[float]]]]:
+def bars(
+    options: dict[str, Any], results: dict[str, list[dict[str, Any]]]
+) -> dict[str, tuple[list[str], list[list[float]]]]:
     """What the plot shows: title -> (contestants, each one's values of the rounds)."""
     cuda = options["device"] == "cuda"
     found = {name: summary(runs, options["warm"], cuda) for name, runs in results.items() if runs}
     names = [name for name in contestants(options) if name in found]
-    titles = {"supervised tokens/s": "supervised", "peak memory, MB": "memory", "seconds to the first step": "first"}
+    titles = {
+        "supervised tokens/s": "supervised",
+        "peak memory, MB": "memory",
+        "seconds to the first step": "first",
+    }
     return {title: (names, [found[name][key] for name in names]) for title, key in titles.items()}
 
 
@@ -123,14 +154,24 @@ def plot(options: dict[str, Any], results: dict[str, list[dict[str, Any]]], file
     figure.savefig(file)
 
 
-def described(options: dict[str, Any], spec: dict[str, Any], results: dict[str, list[dict[str, Any]]], command: str) -> str:
+def described(
+    options: dict[str, Any],
+    spec: dict[str, Any],
+    results: dict[str, list[dict[str, Any]]],
+    command: str,
+) -> str:
     """Machine, versions, work and command."""
     import psutil
 
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         cpu = next(
-            (line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu
+            (
+                line.partition(":")[2].strip()
+                for line in info.read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            cpu,
         )
     every = [run for runs in results.values() for run in runs]
     versions = {
@@ -143,22 +184,33 @@ def described(options: dict[str, Any], spec: dict[str, Any], results: dict[str, 
     )
     steps = json.loads(Path(spec["rows"]).read_text("utf-8"))[options["warm"] :]
     real = statistics.mean(sum(len(row["input_ids"]) for row in rows) for rows in steps)
-    trained = statistics.mean(sum(label != -100 for row in rows for label in row["labels"]) for rows in steps)
-    wide = statistics.mean(len(rows) * (-(-max(len(row["input_ids"]) for row in rows) // 8) * 8) for rows in steps)
-    model = f"a Llama of {options['shape']} with random weights" if options["shape"] else options["base"]
+    trained = statistics.mean(
+        sum(label != -100 for row in rows for label in row["labels"]) for rows in steps
+    )
+    wide = statistics.mean(
+        len(rows) * (-(-max(len(row["input_ids"]) for row in rows) // 8) * 8) for rows in steps
+    )
+    model = (
+        f"a Llama of {options['shape']} with random weights"
+        if options["shape"]
+        else options["base"]
+    )
     lines = [
         f"# Training speed: {options['data']}, {model}",
         "",
-        f"{cpu}, {os.cpu_count()} cores, {'/'.join(map(str, threads)) or '?'} threads, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+        f"{cpu}, {os.cpu_count()} cores, {'/'.join(map(str, threads)) or '?'} threads,"
+        f" {psutil.virtual_memory().total / 2**30:.0f} GiB"
         + (f"; {', '.join(gpus)}" if gpus and options["device"] == "cuda" else "")
         + f"; Python {platform.python_version()}, "
         + ", ".join(f"{name} {'/'.join(found)}" for name, found in versions.items() if found)
         + ".",
-        f"A warm step: {len(steps[0])} rows, {wide:.0f} positions, {real:.0f} of them tokens, {trained:.0f} of these supervised. "
-        f"{spec['precision']}, adapters in {options['adapter_dtype'] if spec['dtype'] == 'bfloat16' else 'float32'}"
+        f"A warm step: {len(steps[0])} rows, {wide:.0f} positions, {real:.0f} of them tokens,"
+        f" {trained:.0f} of these supervised. {spec['precision']}, adapters in"
+        f" {options['adapter_dtype'] if spec['dtype'] == 'bfloat16' else 'float32'}"
         + (" (LitGPT: bfloat16)" if spec["dtype"] == "bfloat16" and not options["autocast"] else "")
-        + f"; LoRA r={options['rank']} alpha={options['alpha']} on all linear layers, fused AdamW at {options['lr']:g}, clip 1.0; "
-        f"{options['steps']} steps, the first {options['warm']} left out.",
+        + f"; LoRA r={options['rank']} alpha={options['alpha']} on all linear layers, fused AdamW"
+        f" at {options['lr']:g}, clip 1.0; {options['steps']} steps, the first {options['warm']}"
+        " left out.",
         "",
         f"    {command}",
     ]

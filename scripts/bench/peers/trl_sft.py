@@ -1,7 +1,9 @@
-"""TRL's SFTTrainer with its peft_config, on tokenised rows with labels, its own collator and its own loss.
+"""TRL's SFTTrainer with its peft_config, on tokenised rows with labels, its own collator and its
+own loss.
 
-That loss, `nll`, computes the log-probabilities in chunks without the full logits (TRL 1.16.0). Off by default here, since they
-change what is computed: activation checkpointing and bf16 autocast, both on by default in TRL; see gradient_checkpointing and autocast.
+That loss, `nll`, computes the log-probabilities in chunks without the full logits (TRL 1.16.0). Off
+by default here, since they change what is computed: activation checkpointing and bf16 autocast,
+both on by default in TRL; see gradient_checkpointing and autocast.
 """
 
 from __future__ import annotations
@@ -25,9 +27,15 @@ def main() -> None:
     given = spec["adapter_dtype"] == "float32"  # what SFTTrainer makes of a peft_config
     model = measuring.base(spec) if given else measuring.adapted(spec)
     with tempfile.TemporaryDirectory() as out:
-        settings = SFTConfig(**arguments(spec, out), max_length=None, pad_to_multiple_of=measuring.EIGHT)
+        settings = SFTConfig(
+            **arguments(spec, out), max_length=None, pad_to_multiple_of=measuring.EIGHT
+        )
         trainer = SFTTrainer(
-            model, settings, train_dataset=rows, processing_class=tokenizer, peft_config=measuring.lora(spec) if given else None
+            model,
+            settings,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=measuring.lora(spec) if given else None,
         )
         measuring.begin(spec, trainer.model)
         train(spec, trainer, clock, loss=settings.loss_type)

@@ -1,7 +1,8 @@
-"""What speculators' own loader makes of a folder. Run in its own environment: python by_speculators.py FOLDER INPUTS OUT.
+"""What speculators' own loader makes of a folder. Run in its own environment: python
+by_speculators.py FOLDER INPUTS OUT.
 
-INPUTS holds states (T, f) and ids (T,), the token after each; OUT gets its weights, and logits (3, T, Vd) of three steps of its
-training-time test, which step by step is given the next of the ids.
+INPUTS holds states (T, f) and ids (T,), the token after each; OUT gets its weights, and logits (3,
+T, Vd) of three steps of its training-time test, which step by step is given the next of the ids.
 """
 
 import sys
@@ -12,7 +13,8 @@ from speculators import SpeculatorModel, SpeculatorModelConfig
 
 folder, inputs, out = sys.argv[1:]
 config = SpeculatorModelConfig.from_pretrained(folder)
-config.transformer_layer_config._attn_implementation = "eager"  # its default needs blocks of 128 tokens
+# its default needs blocks of 128 tokens
+config.transformer_layer_config._attn_implementation = "eager"
 model = SpeculatorModel.from_pretrained(folder, config=config).float().eval()
 found = []
 model.lm_head.register_forward_hook(lambda module, args, output: found.append(output[0]))
@@ -24,5 +26,15 @@ with torch.no_grad():
         document_ids=torch.zeros_like(given["ids"])[None],
         ttt_steps=3,
     )
-written = {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.startswith("verifier_")}
-save_file({"logits": torch.stack(found), **{f"weights.{name}": tensor for name, tensor in written.items()}}, out)
+written = {
+    name: tensor.clone()
+    for name, tensor in model.state_dict().items()
+    if not name.startswith("verifier_")
+}
+save_file(
+    {
+        "logits": torch.stack(found),
+        **{f"weights.{name}": tensor for name, tensor in written.items()},
+    },
+    out,
+)

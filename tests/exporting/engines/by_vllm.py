@@ -1,16 +1,23 @@
-"""What vLLM's own model code makes of a draft's folder, on the CPU and without its kernels. Run in its own environment:
+"""What vLLM's own model code makes of a draft's folder, on the CPU and without its kernels. Run in
+its own environment:
 
     python by_vllm.py TARGET FOLDER METHOD TOKENS INPUTS OUT
 
-INPUTS holds states (T, f) and ids (T,), the token after each; OUT gets logits (T, v) after each of the ids, and JSON on standard
-output says which class was made, which of its parameters nothing was loaded into, and what its config came to.
+INPUTS holds states (T, f) and ids (T,), the token after each; OUT gets logits (T, v) after each of
+the ids, and JSON on standard output says which class was made, which of its parameters nothing was
+loaded into, and what its config came to.
 """
 
 import json
 import os
 import sys
 
-os.environ.update(VLLM_LOGGING_LEVEL="ERROR", MASTER_ADDR="127.0.0.1", CUDA_VISIBLE_DEVICES="", VLLM_NO_USAGE_STATS="1")
+os.environ.update(
+    VLLM_LOGGING_LEVEL="ERROR",
+    MASTER_ADDR="127.0.0.1",
+    CUDA_VISIBLE_DEVICES="",
+    VLLM_NO_USAGE_STATS="1",
+)
 
 
 def main(target, folder, method, tokens, inputs, out):
@@ -37,7 +44,8 @@ def main(target, folder, method, tokens, inputs, out):
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.models import ModelRegistry, registry
 
-    registry._run_in_subprocess = lambda look: look()  # each would import vLLM anew, to keep CUDA out of this process
+    # each would import vLLM anew, to keep CUDA out of this process
+    registry._run_in_subprocess = lambda look: look()
 
     parallel = ParallelConfig()
     base = ModelConfig(model=target, skip_tokenizer_init=True, dtype="float32")
@@ -59,7 +67,9 @@ def main(target, folder, method, tokens, inputs, out):
     with set_current_vllm_config(config):
         init_distributed_environment(1, 0, "tcp://127.0.0.1:0", 0, "gloo")
         initialize_model_parallel(1, 1)
-        kind, architecture = ModelRegistry.resolve_model_cls(draft.architectures, model_config=draft)
+        kind, architecture = ModelRegistry.resolve_model_cls(
+            draft.architectures, model_config=draft
+        )
         torch.set_default_dtype(torch.float32)
         model = kind(vllm_config=config)
     for parameter in model.parameters():
@@ -69,12 +79,24 @@ def main(target, folder, method, tokens, inputs, out):
             parameter.data.fill_(-1)
     model.load_weights(load_file(os.path.join(folder, "model.safetensors")).items())
     empty = [
-        name for name, p in model.named_parameters() if (p.isnan().any() if p.is_floating_point() else bool((p == -1).all()))
+        name
+        for name, p in model.named_parameters()
+        if (p.isnan().any() if p.is_floating_point() else bool((p == -1).all()))
     ]
     hf = draft.hf_config
-    names = ("eagle_aux_hidden_state_layer_ids", "norm_before_residual", "norm_output", "fc_norm", "draft_vocab_size")
+    names = (
+        "eagle_aux_hidden_state_layer_ids",
+        "norm_before_residual",
+        "norm_output",
+        "fc_norm",
+        "draft_vocab_size",
+    )
     seen = {name: getattr(hf, name, None) for name in names}
-    print(json.dumps({"class": kind.__name__, "architecture": architecture, "empty": empty, "config": seen}))
+    print(
+        json.dumps(
+            {"class": kind.__name__, "architecture": architecture, "empty": empty, "config": seen}
+        )
+    )
 
     given = load_file(inputs)
     shared = load_file(os.path.join(target, "model.safetensors"))
@@ -84,11 +106,15 @@ def main(target, folder, method, tokens, inputs, out):
 
     def attend(self, query, key, value, *rest, **others):
         q, k, v = (x.view(len(x), -1, self.head_size).transpose(0, 1) for x in (query, key, value))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.impl.scale, enable_gqa=True)
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.impl.scale, enable_gqa=True
+        )
         return y.transpose(0, 1).flatten(1)
 
     Attention.forward = attend
-    linear.UnquantizedLinearMethod.apply = lambda self, layer, x, bias=None: F.linear(x, layer.weight, bias)
+    linear.UnquantizedLinearMethod.apply = lambda self, layer, x, bias=None: F.linear(
+        x, layer.weight, bias
+    )
     positions = torch.arange(len(given["ids"]))
     with torch.no_grad(), set_forward_context(None, config):
         states = given["states"]

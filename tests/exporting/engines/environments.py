@@ -1,7 +1,8 @@
-"""Engines' own Python code in environments of its own, made once a user and never in the one that the tests run in.
+"""Engines' own Python code in environments of its own, made once a user and never in the one that
+the tests run in.
 
-An environment takes torch from the running interpreter, and before it what was installed into it: wheels without their dependencies,
-so that nothing brings another torch.
+An environment takes torch from the running interpreter, and before it what was installed into it:
+wheels without their dependencies, so that nothing brings another torch.
 """
 
 from __future__ import annotations
@@ -23,21 +24,44 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graf
 HERE = Path(__file__).parent
 
 SPECULATORS = (
-    "speculators==0.9.0", "hs-connectors==0.9.0", "loguru==0.7.3", "pydantic-settings==2.16.3", "openai==3.54.0", "jiter==0.19.0",
+    "speculators==0.9.0",
+    "hs-connectors==0.9.0",
+    "loguru==0.7.3",
+    "pydantic-settings==2.16.3",
+    "openai==3.54.0",
+    "jiter==0.19.0",
     "distro==1.9.0",
-)  # fmt: skip
+)
 # vLLM 0.33 takes transformers from 5.16.1 to below 5.21.
 VLLM = (
-    "transformers==5.19.0", "cbor2==6.2.1", "pyzmq==27.3.0", "msgspec==0.22.0", "cachetools==8.0.1", "prometheus_client==0.26.0",
-    "blake3==1.0.11", "py-cpuinfo==9.0.0", "openai-harmony==0.0.8", "pybase64==1.5.1", "cloudpickle==3.1.2", "uvloop==0.23.0",
-    "xgrammar==0.2.8", "apache-tvm-ffi==0.1.15.post2", "fastapi==0.165.0", "starlette==1.10.0", "partial-json-parser==0.2.1.1.post7",
-    "llguidance==1.9.1", "einops==0.8.2", "openai==3.54.0", "jiter==0.19.0", "distro==1.9.0",
-)  # fmt: skip
+    "transformers==5.19.0",
+    "cbor2==6.2.1",
+    "pyzmq==27.3.0",
+    "msgspec==0.22.0",
+    "cachetools==8.0.1",
+    "prometheus_client==0.26.0",
+    "blake3==1.0.11",
+    "py-cpuinfo==9.0.0",
+    "openai-harmony==0.0.8",
+    "pybase64==1.5.1",
+    "cloudpickle==3.1.2",
+    "uvloop==0.23.0",
+    "xgrammar==0.2.8",
+    "apache-tvm-ffi==0.1.15.post2",
+    "fastapi==0.165.0",
+    "starlette==1.10.0",
+    "partial-json-parser==0.2.1.1.post7",
+    "llguidance==1.9.1",
+    "einops==0.8.2",
+    "openai==3.54.0",
+    "jiter==0.19.0",
+    "distro==1.9.0",
+)
 
 
 def python(name: str, packages: tuple[str, ...], sources: str | None = None) -> Path:
-    """The interpreter of an environment with these packages, and of the wheel `sources` what is written in Python only; the test is
-    skipped where pip cannot bring them."""
+    """The interpreter of an environment with these packages, and of the wheel `sources` what is
+    written in Python only; the test is skipped where pip cannot bring them."""
     content = " ".join((*packages, sources or "", sys.version, torch.__version__, *_hosts()))
     place = CACHE / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
     if not place.exists():
@@ -69,22 +93,46 @@ def _unpack(wheel: str, folder: Path, site: Path) -> None:
 
 
 def _pip(verb: str, *arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", verb, "--quiet", "--no-deps", "--disable-pip-version-check", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        verb,
+        "--quiet",
+        "--no-deps",
+        "--disable-pip-version-check",
+        *arguments,
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     except subprocess.TimeoutExpired:
         pytest.skip(f"pip {verb} took longer than 20 minutes")
     if done.returncode:
-        pytest.skip(f"pip {verb} failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no word from it'}")
+        pytest.skip(
+            f"pip {verb} failed:"
+            f" {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no word from it'}"
+        )
 
 
 def run(interpreter: Path, script: str, *arguments: object, place: Path) -> str:
     """Standard output of a script of this folder, run in an environment."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    environment |= {"VLLM_CACHE_ROOT": str(place), "VLLM_CONFIG_ROOT": str(place), "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "PYTHONHOME")
+    }
+    environment |= {
+        "VLLM_CACHE_ROOT": str(place),
+        "VLLM_CONFIG_ROOT": str(place),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run(
         [str(interpreter), str(HERE / script), *map(str, arguments)],
-        capture_output=True, text=True, timeout=1500, env=environment, cwd=place,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        env=environment,
+        cwd=place,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
