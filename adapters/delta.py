@@ -41,19 +41,19 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Again:
-    """How a tensor is made again from others that are kept anyhow. Whoever makes one puts this at
-    its attribute `again`."""
+class Recompute:
+    """Recipe to recompute a tensor from tensors that are saved anyway. The producer stores it as
+    `tensor.recompute`."""
 
     make: Callable[..., Tensor]
     tensors: tuple[Tensor, ...]
 
 
-def made_of(x: Tensor) -> tuple[Callable[..., Tensor] | None, *tuple[Tensor, ...]]:
-    """How `x` is made again and the tensors of which, or None alone: what a backward pass keeps of
-    it then is itself."""
-    again: Again | None = getattr(x, "again", None)
-    return (None,) if again is None else (again.make, *again.tensors)
+def saved_for_backward(x: Tensor) -> tuple[Callable[..., Tensor] | None, *tuple[Tensor, ...]]:
+    """Return the function and the tensors that recompute `x`, or `(None,)` if `x` itself must be
+    saved for the backward pass."""
+    recipe: Recompute | None = getattr(x, "recompute", None)
+    return (None,) if recipe is None else (recipe.make, *recipe.tensors)
 
 
 class Delta(nn.Module):

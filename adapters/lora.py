@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapters import io
-from adapters.delta import Adapter, Delta, features, made_of
+from adapters.delta import Adapter, Delta, features, saved_for_backward
 
 
 class LoRA(Delta):
@@ -60,7 +60,14 @@ class LoRA(Delta):
             )
             with torch.autocast(x.device.type, enabled=False):
                 return _Linear.apply(
-                    x, base.weight, base.bias, self.A, self.B, self.scale, dtype, *made_of(x)
+                    x,
+                    base.weight,
+                    base.bias,
+                    self.A,
+                    self.B,
+                    self.scale,
+                    dtype,
+                    *saved_for_backward(x),
                 )
         return super().linear(base, x)
 

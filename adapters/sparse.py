@@ -44,8 +44,8 @@ from adapters.delta import (
     features,
     float_weight,
     freeze,
-    made_of,
     output_layer,
+    saved_for_backward,
     targets,
     train_modules,
 )
@@ -135,7 +135,7 @@ class SparseDelta(Delta):
     def linear(self, base: Any, x: Tensor) -> Tensor:
         if self.values is not None and self.settled:
             self.write(base)
-        return _Linear.apply(x, self.values, self.A, self.B, base, self, *made_of(x))
+        return _Linear.apply(x, self.values, self.A, self.B, base, self, *saved_for_backward(x))
 
     def dense(self, base: Any, dtype: torch.dtype) -> Float[Tensor, "o i"]:
         """W + S in a dtype: the held weight itself where it has that dtype, else a new tensor."""

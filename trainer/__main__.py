@@ -52,12 +52,12 @@ def _job(cfg: DictConfig) -> float | None:
 
 def _run(cfg: DictConfig, signals: Signals) -> float | None:
     """The run, with what goes wrong told in one message and an exit code."""
-    with fast_imports.swift():
+    with fast_imports.without_gc():
         from trainer.run import Unfinished, run
         from trainer.session import failures
 
     try:
-        with fast_imports.compiler_when_called():
+        with fast_imports.lazy_compile():
             return run(cfg, signals)
     except slurm_job.Stopped:
         raise

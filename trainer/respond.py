@@ -55,7 +55,7 @@ from trainer.data import prompts
 from trainer.data.prompts import Ask
 from trainer.evaluation import responses
 from trainer.evaluation.responses import Speaker
-from trainer.storage.answers import Written
+from trainer.storage.answers import AnswersFolder
 from trainer.storage.atomic import write_text
 
 KNOWN: dict[str, Any] = {
@@ -180,7 +180,7 @@ def main(argv: list[str]) -> int:
     except Exception as error:  # a ConfigError, or Hydra's own: an unknown base or task
         return errors_module.bad(errors_module.told(error))
     quiet.quiet()
-    written: Written | None = None
+    written: AnswersFolder | None = None
     count, signals = 0, Signals()
     try:
         with signals:
@@ -192,7 +192,7 @@ def main(argv: list[str]) -> int:
             count = len(found)
             keeps_template = any(word.startswith("task.chat_template=") for word in given)
             speaker = responses.speaker_of(options, plain, task, keeps_template, jinja)
-            with Written(
+            with AnswersFolder(
                 Path(options["out"]).expanduser(), *_described(options, speaker, key, jinja)
             ) as written:
                 if isinstance(speaker.renderer.template, str):
@@ -246,7 +246,9 @@ def _described(
     return settings, described
 
 
-def _write(speaker: Speaker, found: list[Ask], written: Written, options: dict[str, Any]) -> None:
+def _write(
+    speaker: Speaker, found: list[Ask], written: AnswersFolder, options: dict[str, Any]
+) -> None:
     told = time.monotonic()
     for batch in prompts.batches(found, options["batch_size"], written.done):
         written.add(responses.respond(speaker, batch, options))

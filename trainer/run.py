@@ -34,7 +34,7 @@ from trainer.cluster.signals import Signals
 from trainer.config.conflicts import schedule_free
 from trainer.config.errors import ConfigError
 from trainer.data import hidden_states
-from trainer.data.batches import Batches, Plan
+from trainer.data.batches import Batches, BatchOrder
 from trainer.data.held_out import to_device
 from trainer.data.loader import Loader
 from trainer.data.streaming import Stream
@@ -42,7 +42,7 @@ from trainer.drafters import Drafter
 from trainer.drafters import io as drafter_io
 from trainer.exporting.adapter import save_adapter
 from trainer.models.base import Base
-from trainer.models.packing_check import refuse_contamination
+from trainer.models.packing_check import check_packing_isolation
 from trainer.models.precision import compute
 from trainer.penalties.deft import DensityDEFT
 from trainer.schedules import length
@@ -51,7 +51,7 @@ from trainer.session.footprint import parameters
 from trainer.session.inspect import quick
 from trainer.speed import cpu_load, fused, liger, malloc
 from trainer.speed.compile import compile_layers, refuse
-from trainer.speed.flash import prefer_flash
+from trainer.speed.flash import use_flash
 from trainer.storage import atomic, checkpoints
 from trainer.storage.journal import Journal
 from trainer.storage.run_folder import RunFolder
@@ -108,7 +108,7 @@ def run(cfg: DictConfig, signals: Signals) -> float | None:
 def _where_to_begin(
     place: RunFolder,
     config: dict[str, Any],
-    plan: Plan | None,
+    plan: BatchOrder | None,
     identity: dict[str, Any],
     restart: int,
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None, Path | None, bool]:
@@ -224,7 +224,7 @@ def _run(
         and not config["drafter"]
         and not config["deterministic"]
     )
-    if flash and prefer_flash(model, device, dtype):
+    if flash and use_flash(model, device, dtype):
         log.info(
             "attention of packed rows by flash-attn; base.attn_implementation=sdpa leaves it to"
             " torch"
@@ -261,7 +261,7 @@ def _run(
     if drafter is not None:
         log.info("drafter: %s", parameters(drafter))
     if config["packing"]:
-        refuse_contamination(model, base)
+        check_packing_isolation(model, base)
     if config["compile"]:
         log.info(
             "compiled in training: %d layers, when the first batches come", compile_layers(model)
@@ -334,7 +334,7 @@ def _run(
     return results.last_loss(journal)
 
 
-def _constant_until(config: dict[str, Any], plan: Plan | None, steps: int) -> int | None:
+def _constant_until(config: dict[str, Any], plan: BatchOrder | None, steps: int) -> int | None:
     """The steps before the cooldown of the schedule, if it has one."""
     if config["branch"] or "cooldown" not in config["schedule"]:
         return None
@@ -396,7 +396,9 @@ def _read_states(
     ).states
 
 
-def _calibration(found: rows_module.Data, plan: Plan | None) -> Iterator[dict[str, torch.Tensor]]:
+def _calibration(
+    found: rows_module.Data, plan: BatchOrder | None
+) -> Iterator[dict[str, torch.Tensor]]:
     """The run's first micro-batches as transformers' models take them, for adapters that are
     computed from data."""
     if plan is None:
@@ -422,7 +424,7 @@ def _calibrate(
     module: FineTune,
     penalty: DensityDEFT,
     found: rows_module.Data,
-    plan: Plan | None,
+    plan: BatchOrder | None,
     device: torch.device,
     journal: Journal,
 ) -> None:
@@ -480,7 +482,7 @@ def _callbacks(config: dict[str, Any], context: Context) -> list[lightning.Callb
 def _loader(
     config: dict[str, Any],
     found: rows_module.Data,
-    plan: Plan | None,
+    plan: BatchOrder | None,
     steps: int,
     done: int,
     lightning_: lightning.Trainer,

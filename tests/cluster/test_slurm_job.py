@@ -169,10 +169,10 @@ def test_a_stop_says_how_far_it_came(step, steps, said):
 
 @pytest.mark.parametrize(("epochs", "said"), [(1, "step 3 of 8"), (None, "step 3")])
 def test_a_run_that_only_time_ends_has_no_number_of_steps(epochs, said):
-    from trainer.data.batches import Plan
+    from trainer.data.batches import BatchOrder
     from trainer.run import Unfinished, _say_why_it_ended
 
-    steps = Plan(np.ones(64, int), np.ones(64, int), 0, 4, 2, epochs=epochs).steps(None, None)
+    steps = BatchOrder(np.ones(64, int), np.ones(64, int), 0, 4, 2, epochs=epochs).steps(None, None)
     journal, module = SimpleNamespace(write_csv=lambda: None), SimpleNamespace(step=3)
     context = SimpleNamespace(
         journal=journal,

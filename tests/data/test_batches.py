@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from trainer.data.batches import Batches, Collate, Pick, Plan, Sequences
+from trainer.data.batches import Batches, BatchOrder, Collate, Pick, Sequences
 from trainer.data.render import Tokens
 from trainer.data.rows import _FEATURES, Report, Rows
 
@@ -40,16 +40,16 @@ def plan(
     ranks: int = 1,
     seed: int = 0,
     **options,
-) -> Plan:
-    return Plan(*sizes(rows), seed, batch_size, accumulate, ranks, **{"epochs": 1, **options})
+) -> BatchOrder:
+    return BatchOrder(*sizes(rows), seed, batch_size, accumulate, ranks, **{"epochs": 1, **options})
 
 
-def order(made: Plan, steps: range) -> list[list[list[list[Pick]]]]:
+def order(made: BatchOrder, steps: range) -> list[list[list[list[Pick]]]]:
     """Picks by step, rank and micro-batch."""
     return [[made.micro_batches(step, rank) for rank in range(made.ranks)] for step in steps]
 
 
-def counted(made: Plan, steps: range) -> list[int]:
+def counted(made: BatchOrder, steps: range) -> list[int]:
     """The sequences that train, in the order of the picks."""
     return [
         p.sequence
@@ -57,7 +57,7 @@ def counted(made: Plan, steps: range) -> list[int]:
         for batches in ranks
         for batch in batches
         for p in batch
-        if p.counts
+        if p.trains
     ]
 
 
@@ -93,7 +93,7 @@ def test_ranks_take_disjoint_shares_of_every_step_and_as_many_micro_batches(
             made.at(position)
             for position in range(first, min(first + batch_size * accumulate * ranks, rows))
         ]
-        found = [p.sequence for share in shares for batch in share for p in batch if p.counts]
+        found = [p.sequence for share in shares for batch in share for p in batch if p.trains]
         assert sorted(found) == sorted(wanted)
         assert len(set(found)) == len(found)
 
@@ -146,7 +146,7 @@ def test_window_tokens_are_the_trained_tokens_of_the_whole_step(
         ]
         naive = 0
         for pick in picks:
-            if pick.counts:
+            if pick.trains:
                 naive += int(made.trained[pick.sequence])
                 used += 1
         assert {pick.window_tokens for pick in picks} == {naive}
@@ -210,7 +210,7 @@ def test_length_grouping_gives_each_batch_neighbours_in_length(rows):
 
 
 def test_length_grouping_needs_less_padding_and_still_draws_batches_at_random():
-    def padding(made: Plan) -> int:
+    def padding(made: BatchOrder) -> int:
         batches = [
             [p.sequence for p in made.micro_batches(step)[0]]
             for step in range(made.steps(None, None))
@@ -296,7 +296,7 @@ def test_collated_tensors_equal_plain_loops(packed, labelled):
                 zip(rows[row].ids, rows[row].trained, strict=True)
             ):
                 one["ids"].append(token)
-                one["labels"].append(token if trained and place > 0 and pick.counts else -100)
+                one["labels"].append(token if trained and place > 0 and pick.trains else -100)
                 one["positions"].append(place)
                 one["mask"].append(1)
             label = rows[row].label
@@ -305,12 +305,12 @@ def test_collated_tensors_equal_plain_loops(packed, labelled):
         labels.append(one["labels"] + [-100] * rest)
         positions.append(one["positions"] + [0] * rest)
         mask.append(one["mask"] + [0] * rest)
-        classes.append(label if pick.counts else -100)
+        classes.append(label if pick.trains else -100)
     assert batch["input_ids"].tolist() == ids
     assert batch["labels"].tolist() == labels
     assert (batch["window_tokens"], batch["sequences"]) == (17, [0, 2, 1])
     assert batch["lengths"].tolist() == [
-        sum(one) * pick.counts for one, pick in zip(mask, picks, strict=True)
+        sum(one) * pick.trains for one, pick in zip(mask, picks, strict=True)
     ]
     assert ("position_ids" in batch, "attention_mask" in batch, "classes" in batch) == (
         packed,
@@ -328,7 +328,7 @@ def test_the_loaders_labels_and_tokens_are_those_that_the_plan_counts(
     rows, batch_size, accumulate, ranks
 ):
     sequences = Sequences(rows_of([random.Random(i).randint(2, 20) for i in range(rows)]))
-    made = Plan(*sequences.sizes(), 0, batch_size, accumulate, ranks, epochs=1)
+    made = BatchOrder(*sequences.sizes(), 0, batch_size, accumulate, ranks, epochs=1)
     steps = made.steps(None, None)
     trained = tokens = windows = 0
     for rank in range(ranks):

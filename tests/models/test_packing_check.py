@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from trainer.models.base import Base, BaseError
-from trainer.models.packing_check import refuse_contamination
+from trainer.models.packing_check import check_packing_isolation
 
 
 class Carrying(nn.Module):
@@ -27,17 +27,17 @@ class Carrying(nn.Module):
 
 
 def test_a_model_that_carries_state_across_rows_is_not_packed(tiny):
-    refuse_contamination(Carrying(0.0), tiny)
+    check_packing_isolation(Carrying(0.0), tiny)
     model = Carrying(1.0).train()
     with pytest.raises(BaseError, match=r"packed rows see each other .* Set packing=false"):
-        refuse_contamination(model, tiny)
+        check_packing_isolation(model, tiny)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_attends_can_be_packed_and_is_left_as_it_was(tiny, attention, dtype):
     model = Base(tiny.path, "auto", attention, "none", True).load(dtype).train()
-    refuse_contamination(model, tiny)
+    check_packing_isolation(model, tiny)
     assert model.training
 
 
@@ -73,10 +73,10 @@ class Leaking(Carrying):
 
 def test_a_row_that_leaks_into_one_token_is_noticed(tiny):
     with pytest.raises(BaseError, match="packed rows see each other"):
-        refuse_contamination(Leaking(0.0), tiny)
+        check_packing_isolation(Leaking(0.0), tiny)
 
 
 def test_one_token_that_rounding_turns_over_is_no_other_row(tiny):
-    refuse_contamination(Counting(False), tiny)
+    check_packing_isolation(Counting(False), tiny)
     with pytest.raises(BaseError, match="packed rows see each other"):
-        refuse_contamination(Counting(True), tiny)
+        check_packing_isolation(Counting(True), tiny)

@@ -23,12 +23,12 @@ def unfrozen():
 
 def test_swift_imports_collect_no_garbage(monkeypatch):
     frozen = gc.get_freeze_count()
-    with fast_imports.swift():
+    with fast_imports.without_gc():
         assert not gc.isenabled()
     assert gc.isenabled()
     assert gc.get_freeze_count() > frozen
     monkeypatch.setenv("GRAFT_PLAIN_IMPORTS", "1")
-    with fast_imports.swift():
+    with fast_imports.without_gc():
         assert gc.isenabled()
 
 
@@ -40,7 +40,7 @@ def test_a_function_is_compiled_when_it_is_called(monkeypatch):
         return lambda x: model(x) + 1
 
     monkeypatch.setattr(torch, "compile", compile)
-    with fast_imports.compiler_when_called():
+    with fast_imports.lazy_compile():
 
         @torch.compile
         def bare(x):
@@ -62,7 +62,7 @@ def test_a_function_is_compiled_when_it_is_called(monkeypatch):
 
 def test_torch_has_its_compile_back_after_an_error():
     plain = torch.compile
-    with pytest.raises(ImportError), fast_imports.compiler_when_called():
+    with pytest.raises(ImportError), fast_imports.lazy_compile():
         raise ImportError
     assert torch.compile is plain
 
@@ -76,7 +76,7 @@ def test_who_wraps_torchs_compile_meanwhile_keeps_its_own(monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda model=None, **options: asked.append((model, options))
     )
-    with fast_imports.compiler_when_called():
+    with fast_imports.lazy_compile():
         inner = torch.compile
 
         def wrapped(*args, **options):
@@ -91,7 +91,7 @@ def test_who_wraps_torchs_compile_meanwhile_keeps_its_own(monkeypatch):
 
 def test_bitsandbytes_does_not_bring_the_compiler():
     program = (
-        "import sys; from trainer import imports\nwith imports.compiler_when_called():\n    import"
+        "import sys; from trainer.speed import fast_imports\nwith fast_imports.lazy_compile():\n    import"
         " bitsandbytes\nprint('torch._inductor.compile_fx' in sys.modules)\nimport"
         " torch\ntorch.compile(len)\nprint('torch._inductor.compile_fx' in sys.modules)"
     )
@@ -103,7 +103,7 @@ def test_its_kernels_compute_the_same():
     """bitsandbytes' own compiled functions, called in a process that imported them so and in one
     that did not."""
     program = (
-        "import sys, torch; from trainer import imports\nwith imports.compiler_when_called():\n   "
+        "import sys, torch; from trainer.speed import fast_imports\nwith fast_imports.lazy_compile():\n   "
         " import bitsandbytes.functional as F\nx = torch.randn(64, 64,"
         " generator=torch.Generator().manual_seed(0))\nq, state = F.quantize_4bit(x,"
         " quant_type='nf4')\nb, more = F.quantize_blockwise(x)\nprint(q.sum(), F.dequantize_4bit(q,"

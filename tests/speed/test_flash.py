@@ -16,7 +16,7 @@ from tests.adapters import toys
 from trainer.models import base
 from trainer.models.base import Base, BaseError
 from trainer.models.losses import CausalLoss
-from trainer.models.packing_check import refuse_contamination
+from trainer.models.packing_check import check_packing_isolation
 from trainer.speed import flash as flash_module
 
 ROWS = ([5, 3, 8], [2, 9, 4, 1])  # lengths in the two sequences of a batch
@@ -101,7 +101,7 @@ def by_flash(model):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_loss_and_gradients_are_those_of_masked_attention(kernels, count):
-    flash_module.keep_rows_apart()
+    flash_module.isolate_packed_rows()
     batch = {key: value[:count] for key, value in packed().items()}
     found = []
     for model in (toys.llama(), by_flash(toys.llama())):
@@ -120,14 +120,14 @@ def test_transformers_alone_lets_rows_of_a_batch_see_each_other(kernels, tiny):
     """What the wrapper is for; where this fails it can go."""
     model = by_flash(toys.llama())
     with pytest.raises(BaseError, match="packed rows see each other"):
-        refuse_contamination(model, tiny)
-    flash_module.keep_rows_apart()
-    refuse_contamination(model, tiny)
+        check_packing_isolation(model, tiny)
+    flash_module.isolate_packed_rows()
+    check_packing_isolation(model, tiny)
 
 
 def test_unpacked_batches_and_caches_are_left_alone(kernels):
     seen = []
-    attend = flash_module._apart(lambda *_, **options: seen.append(options))
+    attend = flash_module._with_row_bounds(lambda *_, **options: seen.append(options))
     states = torch.zeros(2, 1, 4, 8)
     at = torch.arange(4)
     # unpacked: the model's own, for all alike
@@ -143,7 +143,7 @@ def test_unpacked_batches_and_caches_are_left_alone(kernels):
 
 def test_another_batch_has_its_own_rows():
     seen = []
-    attend = flash_module._apart(
+    attend = flash_module._with_row_bounds(
         lambda *_, **options: seen.append(options["cu_seq_lens_q"].tolist())
     )
     states = torch.zeros(2, 1, 4, 8)
@@ -155,7 +155,7 @@ def test_another_batch_has_its_own_rows():
 
 
 def test_a_compiled_layer_has_the_rows_too():
-    attend = flash_module._apart(
+    attend = flash_module._with_row_bounds(
         lambda module, query, *_, cu_seq_lens_q, max_length_q, **__: (
             query * max_length_q + cu_seq_lens_q.sum()
         )
@@ -215,7 +215,7 @@ def test_flash_attention_is_taken_where_it_can_be_had(kernels, monkeypatch, chan
     monkeypatch.setattr(flash_module, "is_flash_attn_2_available", lambda: case["installed"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: case["capability"])
     monkeypatch.setattr(model, "set_attn_implementation", asked.append)
-    assert flash_module.prefer_flash(model, torch.device(case["device"]), case["dtype"]) is (
+    assert flash_module.use_flash(model, torch.device(case["device"]), case["dtype"]) is (
         not changes
     )
     assert asked == ([] if changes else [flash_module.FLASH])
@@ -239,7 +239,7 @@ def test_flash_attention_that_is_not_installed_is_told(tiny):
 
 def test_flash_attention_by_name_keeps_rows_apart_too(tiny, monkeypatch):
     called = []
-    monkeypatch.setattr(base, "keep_rows_apart", lambda: called.append(True))
+    monkeypatch.setattr(base, "isolate_packed_rows", lambda: called.append(True))
     monkeypatch.setattr(
         base.AutoModelForCausalLM,
         "from_pretrained",
@@ -259,4 +259,4 @@ def test_a_model_without_a_width_of_its_own(kernels, monkeypatch):
     )
     monkeypatch.setattr(flash_module, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert not flash_module.prefer_flash(model, torch.device("cuda"), torch.bfloat16)
+    assert not flash_module.use_flash(model, torch.device("cuda"), torch.bfloat16)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Qwen3Config
 
-from adapters.delta import AdaptedLinear, Start, made_of
+from adapters.delta import AdaptedLinear, Start, saved_for_backward
 from adapters.lora import LoRA
 from adapters.rosa import RoSA
 from tests.adapters import toys
@@ -57,10 +57,10 @@ def test_attention_is_that_of_loops(kind, block):
     q, k, v = heads(B, 6, 2, T, 4)
     sees = SIGHTS[kind]
     mask = torch.tensor([[[[sees(b, t, s) for s in range(T)] for t in range(T)]] for b in range(B)])
-    plans = fused.masked(mask, torch.float64, block)
+    plans = fused.plans_of_mask(mask, torch.float64, block)
     if kind == "causal":
-        assert fused.causal(T, torch.float64, q.device, block)[-1][:4] == plans[0][-1][:4]
-        plans = [fused.causal(T, torch.float64, q.device, block)]
+        assert fused.causal_plan(T, torch.float64, q.device, block)[-1][:4] == plans[0][-1][:4]
+        plans = [fused.causal_plan(T, torch.float64, q.device, block)]
     upstream = torch.randn(B, T, 6, 4, dtype=torch.float64)
     found, wanted = fused.attention(q, k, v, 0.5, plans), naive(q, k, v, 0.5, sees)
     torch.testing.assert_close(found, wanted)
@@ -76,16 +76,16 @@ def test_only_what_some_query_sees_is_multiplied():
     T = 256
     document = torch.arange(T) // 64
     mask = (document[:, None] == document) & (torch.arange(T)[:, None] >= torch.arange(T))
-    (plan,) = fused.masked(mask[None, None], torch.float32)
+    (plan,) = fused.plans_of_mask(mask[None, None], torch.float32)
     assert [entry[:4] for entry in plan] == [(a, a + 64, a, a + 64) for a in range(0, T, 64)]
 
 
 def test_masks_that_blocks_cannot_hold_are_left_to_transformers():
     mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
-    assert fused.masked(mask, torch.float32) is not None
-    assert fused.masked(mask.expand(1, 2, 4, 4), torch.float32) is None  # heads may differ
+    assert fused.plans_of_mask(mask, torch.float32) is not None
+    assert fused.plans_of_mask(mask.expand(1, 2, 4, 4), torch.float32) is None  # heads may differ
     mask[0, 0, 2] = False  # a query that sees nothing
-    assert fused.masked(mask, torch.float32) is None
+    assert fused.plans_of_mask(mask, torch.float32) is None
 
 
 def test_gradients_in_bf16_are_as_near_as_those_of_torch():
@@ -108,7 +108,7 @@ def test_gradients_in_bf16_are_as_near_as_those_of_torch():
         )
 
     def ours(q, k, v):
-        return fused.attention(q, k, v, 0.25, [fused.causal(150, torch.float32, q.device)])
+        return fused.attention(q, k, v, 0.25, [fused.causal_plan(150, torch.float32, q.device)])
 
     for found, theirs in zip(
         errors(torch.bfloat16, ours), errors(torch.bfloat16, dense), strict=True
@@ -278,14 +278,14 @@ def test_nothing_below_the_lowest_adapted_layer_has_a_backward_pass():
 def test_a_lora_keeps_what_its_input_is_made_of():
     gate, up = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
     h = fused.swiglu(gate, up)
-    make, *tensors = made_of(h)
+    make, *tensors = saved_for_backward(h)
     torch.testing.assert_close(make(*tensors), h.detach(), rtol=0, atol=0)
     assert [t.data_ptr() for t in tensors] == [gate.data_ptr(), up.data_ptr()]
-    assert made_of(gate) == (None,)
+    assert saved_for_backward(gate) == (None,)
 
 
 def test_whoever_sets_the_allocator_decides(monkeypatch):
-    for name in malloc.OWN:
+    for name in malloc.USER_SETTINGS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: (_ for _ in ()).throw(OSError()))
     assert not malloc.keep_freed()

@@ -28,7 +28,7 @@ from tests.adapters import toys
 from trainer.assembly import quiet
 from trainer.assembly.build import instantiate
 from trainer.config import compose
-from trainer.data.batches import Batches, Collate, Plan, Sequences
+from trainer.data.batches import Batches, BatchOrder, Collate, Sequences
 from trainer.data.render import Tokens
 from trainer.models.losses import NonFinite
 from trainer.training.finetune import FineTune, reseed
@@ -138,9 +138,9 @@ class Run:
         self.config: Any = OmegaConf.to_container(composed, resolve=True)
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 
-    def plan(self, ranks: int = 1) -> Plan:
+    def plan(self, ranks: int = 1) -> BatchOrder:
         c = self.config
-        return Plan(
+        return BatchOrder(
             *Sequences(self.rows).sizes(),
             c["seed"],
             c["batch_size"],
@@ -350,7 +350,7 @@ def _rank(rank: int, port: int, folder: Path) -> None:
 class Long:
     """A plan that begins anew after its last step."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: BatchOrder):
         self.plan, self.accumulate = plan, plan.accumulate
 
     def micro_batches(self, step: int, rank: int = 0) -> Any:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from trainer.config.errors import ConfigError
-from trainer.data.batches import Plan
+from trainer.data.batches import BatchOrder
 from trainer.models.base import HEADS
 
 
@@ -29,7 +29,7 @@ def instantiate(node: dict[str, Any], **arguments: Any) -> Any:
         raise error.__cause__ from None
 
 
-def schedule(config: dict[str, Any], plan: Plan | None) -> Callable[..., float]:
+def schedule(config: dict[str, Any], plan: BatchOrder | None) -> Callable[..., float]:
     """The schedule, `step, steps -> factor`, with a cooldown of so many tokens turned into steps.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from trainer.config.errors import ConfigError
-from trainer.data.batches import Collate, Plan, Sequences
+from trainer.data.batches import BatchOrder, Collate, Sequences
 from trainer.data.held_out import HeldOut
 from trainer.data.packing import pack
 from trainer.data.render import Renderer, stop_ids
@@ -105,13 +105,13 @@ def with_prompts(found: Data, count: int, model: nn.Module | None) -> None:
     )
 
 
-def plan(config: dict[str, Any], found: Data, ranks: int) -> Plan:
+def plan(config: dict[str, Any], found: Data, ranks: int) -> BatchOrder:
     """The run's order of sequences."""
     assert found.train is not None
     lengths, trained = found.train.sizes()
     if found.task.kind == "label":
         trained = np.ones_like(trained)
-    return Plan(
+    return BatchOrder(
         lengths,
         trained,
         config["seed"],

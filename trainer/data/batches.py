@@ -23,15 +23,15 @@ from trainer.data.rows import Rows
 
 @dataclass(frozen=True)
 class Pick:
-    """A sequence of a micro-batch. `counts` is False for one that only fills a rank's share and
-    trains nothing."""
+    """A sequence of a micro-batch. `trains` is False for a filler, which only gives a rank as many
+    sequences as the others have."""
 
     sequence: int
-    counts: bool
+    trains: bool
     window_tokens: int  # trained tokens of the whole step, over all micro-batches and ranks
 
 
-class Plan:
+class BatchOrder:
     """The order of a run's sequences, and its length in steps.
 
     `lengths` and `trained` are tokens and trained tokens of each sequence; `epochs` None goes round
@@ -147,7 +147,7 @@ class Batches(Sampler):
     `len` counts from step 0, since Lightning compares it with the micro-batches that it
     remembers."""
 
-    def __init__(self, plan: Plan, start: int, stop: int, rank: int):
+    def __init__(self, plan: BatchOrder, start: int, stop: int, rank: int):
         self.plan, self.start, self.stop, self.rank = plan, start, stop, rank
 
     def __len__(self) -> int:
@@ -221,7 +221,7 @@ class Collate:
                 input_ids[i, here] = ids
                 position_ids[i, here] = torch.arange(len(row.ids))
                 attention_mask[i, here] = 1
-                if pick.counts:
+                if pick.trains:
                     labels[i, here] = torch.where(trained, ids, -100)
                     labels[i, at] = -100  # nothing predicts a row's first token
                     classes[i] = row.label
@@ -230,10 +230,10 @@ class Collate:
             "input_ids": input_ids,
             "labels": labels,
             "lengths": torch.tensor(
-                [sum(len(row.ids) for row in rows) if pick.counts else 0 for pick, rows in items]
+                [sum(len(row.ids) for row in rows) if pick.trains else 0 for pick, rows in items]
             ),
             "window_tokens": items[0][0].window_tokens,
-            "tokens": sum(len(row.ids) for pick, rows in items if pick.counts for row in rows),
+            "tokens": sum(len(row.ids) for pick, rows in items if pick.trains for row in rows),
             "sequences": [pick.sequence for pick, _ in items],
         }
         if self.packed:

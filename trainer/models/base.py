@@ -30,7 +30,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from trainer.speed.flash import keep_rows_apart
+from trainer.speed.flash import isolate_packed_rows
 
 HEADS = ("score", "classifier")  # what transformers calls the new head of a classifier
 
@@ -112,7 +112,7 @@ class Base:
         """
         attention = "sdpa" if self.attn_implementation == "auto" else self.attn_implementation
         if attention.startswith("flash"):
-            keep_rows_apart()
+            isolate_packed_rows()
         arguments: dict[str, Any] = self._source() | {
             "dtype": dtype,
             "attn_implementation": attention,

@@ -10,7 +10,7 @@ from trainer.models.base import Base, BaseError
 
 
 @torch.no_grad()
-def refuse_contamination(model: nn.Module, base: Base) -> None:
+def check_packing_isolation(model: nn.Module, base: Base) -> None:
     """Try on a few tokens whether packed rows see only themselves in this model, in batches of one
     sequence and of several: what stands behind another row does not change with that row, and is
     what it is alone. The second is held for most positions only: in bf16 rounding alone, which

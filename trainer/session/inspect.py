@@ -11,7 +11,7 @@ from adapters.delta import Adapter
 from tasks.reading import Bad
 from trainer.assembly import build as build_module
 from trainer.assembly.rows import Data
-from trainer.data.batches import Plan
+from trainer.data.batches import BatchOrder
 from trainer.data.render import Refused
 from trainer.data.rows import special_text
 from trainer.drafters import DrafterError, io
@@ -31,7 +31,7 @@ def inspect(
     base: Base,
     adapter: Adapter,
     found: Data,
-    plan: Plan | None,
+    plan: BatchOrder | None,
     steps: int,
     place: Path,
 ) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _prompts(found: Data, warnings: list[str]) -> dict[str, int]:
     return {"tried": tried, "as_at_inference": same}
 
 
-def _length(config: dict[str, Any], found: Data, plan: Plan, steps: int) -> dict[str, Any]:
+def _length(config: dict[str, Any], found: Data, plan: BatchOrder, steps: int) -> dict[str, Any]:
     lengths = plan.lengths
     per_epoch = -(-len(lengths) // plan.per_step)
     sizes = [
@@ -169,7 +169,9 @@ def _length(config: dict[str, Any], found: Data, plan: Plan, steps: int) -> dict
     return result
 
 
-def _rates(config: dict[str, Any], plan: Plan | None, steps: int, restart: int) -> dict[str, Any]:
+def _rates(
+    config: dict[str, Any], plan: BatchOrder | None, steps: int, restart: int
+) -> dict[str, Any]:
     if not steps:
         return {}
     schedule, peak = build_module.schedule(config, plan), config["optimizer"]["lr"]
@@ -236,7 +238,7 @@ def quick(
     base: Base,
     adapter: Adapter,
     found: Data,
-    plan: Plan | None,
+    plan: BatchOrder | None,
     steps: int,
     place: Path,
 ) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer.assembly import build as build_module
 from trainer.callbacks import progress
-from trainer.data.batches import Plan
+from trainer.data.batches import BatchOrder
 from trainer.schedules import factor
 from trainer.session import fork
 from trainer.storage import checkpoints, run_folder
@@ -23,7 +23,7 @@ log = logging.getLogger("trainer")
 def where_to_go_on(
     place: RunFolder,
     config: dict[str, Any],
-    plan: Plan | None,
+    plan: BatchOrder | None,
     identity: dict[str, Any],
     earlier: dict[str, Any],
     restart: int,
@@ -84,7 +84,7 @@ def where_to_go_on(
 def _same_until(
     place: RunFolder,
     config: dict[str, Any],
-    plan: Plan | None,
+    plan: BatchOrder | None,
     then: int,
     now: int,
     done: int,

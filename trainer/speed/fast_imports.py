@@ -21,7 +21,7 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def swift() -> Iterator[None]:
+def without_gc() -> Iterator[None]:
     """Import without garbage collections; what was imported is left to itself by later ones."""
     if _plain() or not gc.isenabled():
         yield
@@ -35,7 +35,7 @@ def swift() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def compiler_when_called() -> Iterator[None]:
+def lazy_compile() -> Iterator[None]:
     """While open, a function that torch.compile is given is compiled when it is called first, and
     until then needs no compiler."""
     if _plain():
@@ -52,7 +52,7 @@ def compiler_when_called() -> Iterator[None]:
         if model is None:
             return functools.partial(later, **options)
         return (
-            _when_called(plain, model, options)
+            _compile_on_first_call(plain, model, options)
             if inspect.isfunction(model)
             else plain(model, **options)
         )
@@ -66,7 +66,7 @@ def compiler_when_called() -> Iterator[None]:
             torch.compile = plain
 
 
-def _when_called(
+def _compile_on_first_call(
     plain: Callable[..., Any], function: Callable[..., Any], options: dict[str, Any]
 ) -> Callable[..., Any]:
     """What `plain`, torch.compile, makes of a function, at its first call."""

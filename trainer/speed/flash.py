@@ -22,7 +22,7 @@ NAMES = (FLASH, "flash_attention_3", "flash_attention_4")
 WIDEST = 256  # numbers of a head that its kernels take
 
 
-def prefer_flash(model: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+def use_flash(model: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
     """Have `model` compute attention by flash-attn, whose time for packed rows grows with their own
     lengths instead of their sequence's; whether that can be: the package is there, and it takes
     this model's class and heads, this dtype and this GPU."""
@@ -37,12 +37,12 @@ def prefer_flash(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
         or torch.cuda.get_device_capability(device) < (8, 0)
     ):
         return False
-    keep_rows_apart()
+    isolate_packed_rows()
     model.set_attn_implementation(FLASH)  # type: ignore[operator]
     return True
 
 
-def keep_rows_apart() -> None:
+def isolate_packed_rows() -> None:
     """Have transformers' flash attention tell the rows of packed sequences apart in batches of any
     size, for all models."""
     # Here, as it takes a second or two, and not everybody who describes a base loads it.
@@ -50,11 +50,11 @@ def keep_rows_apart() -> None:
 
     for name in NAMES:
         attend = ALL_ATTENTION_FUNCTIONS.get(name)
-        if attend is not None and not hasattr(attend, "keeps_rows_apart"):
-            ALL_ATTENTION_FUNCTIONS.register(name, _apart(attend))
+        if attend is not None and not hasattr(attend, "isolates_packed_rows"):
+            ALL_ATTENTION_FUNCTIONS.register(name, _with_row_bounds(attend))
 
 
-def _apart(attend: Callable[..., Any]) -> Callable[..., Any]:
+def _with_row_bounds(attend: Callable[..., Any]) -> Callable[..., Any]:
     # all layers of a pass are given the same positions
     last: tuple[Any, dict[str, Any]] = (lambda: None, {})
 
@@ -81,7 +81,7 @@ def _apart(attend: Callable[..., Any]) -> Callable[..., Any]:
             options |= rows(positions)
         return attend(module, query, key, value, attention_mask, **options)
 
-    attend_within_rows.keeps_rows_apart = True  # type: ignore[attr-defined]
+    attend_within_rows.isolates_packed_rows = True  # type: ignore[attr-defined]
     return attend_within_rows
 
 

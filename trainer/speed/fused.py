@@ -8,7 +8,7 @@ config. The numbers are those of the plain modules up to the rounding of the com
     attention   on a CPU, where sdpa's backward pass was 18 % of a LoRA step in bf16. Blocks of queries against the keys that any of
                 them sees, as batched products; scores and softmax in fp32
     RMSNorm     keeps its input and one number a row, instead of an fp32 copy
-    SwiGLU      keeps gate and up, not silu(gate); a LoRA behind it makes its input again (adapters.delta.Again)
+    SwiGLU      keeps gate and up, not silu(gate); a LoRA behind it makes its input again (adapters.delta.Recompute)
 
 For a LoRA step of SmolLM2 in bf16, 4 x 256 tokens, 433 MB wait for the backward pass instead of
 703, and with trainer.speed.malloc and the fused LoRA it takes 2.6 instead of 3.7 seconds of one CPU
@@ -30,7 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from adapters.delta import Again
+from adapters.delta import Recompute
 
 BLOCKED = "blocked"  # the attention's name in transformers
 # queries whose scores exist at one time: with them all passes over the scores stay in a core's
@@ -38,7 +38,7 @@ BLOCKED = "blocked"  # the attention's name in transformers
 BLOCK = 64
 # A block's queries and the keys that some of them see: (first, last + 1, first key, last key + 1,
 # what is added to the scores).
-Plan = list[tuple[int, int, int, int, Tensor | None]]
+BlockPlan = list[tuple[int, int, int, int, Tensor | None]]
 
 
 def fuse(model: nn.Module) -> dict[str, int]:
@@ -170,7 +170,9 @@ def swiglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tens
     pass may make again instead."""
     h = _SwiGLU.apply(gate, up)
     if h.requires_grad:
-        h.again = Again(lambda gate, up: F.silu(gate).mul_(up), (gate.detach(), up.detach()))
+        h.recompute = Recompute(
+            lambda gate, up: F.silu(gate).mul_(up), (gate.detach(), up.detach())
+        )
     return h
 
 
@@ -189,7 +191,7 @@ class _Blocked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, plans: list[Plan]
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, plans: list[BlockPlan]
     ) -> Tensor:
         (B, H, T, d), K, e = q.shape, k.shape[1], v.shape[-1]
         out = q.new_empty(B, T, K, H // K, e)
@@ -271,7 +273,7 @@ def _chances(
     return torch.softmax(S, dim=-1)
 
 
-def _parts(plans: list[Plan], B: int) -> list[tuple[slice, Plan]]:
+def _parts(plans: list[BlockPlan], B: int) -> list[tuple[slice, BlockPlan]]:
     """The rows of a batch that share a plan: all of them, or each its own."""
     return (
         [(slice(0, B), plans[0])]
@@ -280,7 +282,7 @@ def _parts(plans: list[Plan], B: int) -> list[tuple[slice, Plan]]:
     )
 
 
-def causal(T: int, dtype: torch.dtype, device: torch.device, block: int = BLOCK) -> Plan:
+def causal_plan(T: int, dtype: torch.dtype, device: torch.device, block: int = BLOCK) -> BlockPlan:
     """Each query sees itself and what is before it: a triangle is masked at the end of each
     block."""
     triangle = torch.full((block, block), float("-inf"), dtype=dtype, device=device).triu(1)
@@ -290,7 +292,7 @@ def causal(T: int, dtype: torch.dtype, device: torch.device, block: int = BLOCK)
     ]
 
 
-def masked(mask: Tensor, dtype: torch.dtype, block: int = BLOCK) -> list[Plan] | None:
+def plans_of_mask(mask: Tensor, dtype: torch.dtype, block: int = BLOCK) -> list[BlockPlan] | None:
     """Plans of the rows of a mask (B | 1, 1 | H, T, T), True or 0 where a query sees a key; None
     where one head's differs from another's, or a query sees nothing."""
     if mask.shape[1] != 1:
@@ -308,7 +310,7 @@ def masked(mask: Tensor, dtype: torch.dtype, block: int = BLOCK) -> list[Plan] |
         return None
     T, plans = mask.shape[-1], []
     for row, added_row in zip(seen, added, strict=True):
-        plan: Plan = []
+        plan: BlockPlan = []
         for a in range(0, T, block):
             b = min(a + block, T)
             where = row[a:b].any(0).nonzero()
@@ -324,7 +326,7 @@ def attention(
     k: Float[Tensor, "B K T d"],
     v: Float[Tensor, "B K T e"],
     scale: float,
-    plans: list[Plan],
+    plans: list[BlockPlan],
 ) -> Float[Tensor, "B T H e"]:
     """Attention by blocks; `plans` holds one for all rows, or one for each."""
     return _Blocked.apply(q, k, v, scale, plans)
@@ -358,11 +360,11 @@ def blocked_attention_forward(
     )
     plans = None
     if plain and attention_mask is None and causal_here:
-        plans = [causal(T, _wide(query), query.device)]
+        plans = [causal_plan(T, _wide(query), query.device)]
     elif plain and isinstance(attention_mask, Tensor) and attention_mask.shape[-2:] == (T, T):
-        if not hasattr(attention_mask, "plans"):  # all layers are given the same one
-            attention_mask.plans = masked(attention_mask, _wide(query))  # type: ignore[attr-defined]
-        plans = attention_mask.plans  # type: ignore[attr-defined]
+        if not hasattr(attention_mask, "block_plans"):  # all layers are given the same one
+            attention_mask.block_plans = plans_of_mask(attention_mask, _wide(query))  # type: ignore[attr-defined]
+        plans = attention_mask.block_plans  # type: ignore[attr-defined]
     if plans is None:
         return sdpa_attention_forward(
             module,

@@ -17,7 +17,7 @@ FREE = ("batch_size", "rows")  # settings that may change when a command goes on
 REASONS = ("empty", "cut", "long", "refused")  # why a row is left out
 
 
-class Written:
+class AnswersFolder:
     """The folder of answers, held by one process: which rows are in it, and the way to add some.
 
     Raises:
@@ -36,7 +36,7 @@ class Written:
             path / "provenance.json",
         )
 
-    def __enter__(self) -> Written:
+    def __enter__(self) -> AnswersFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path / ".lock", timeout=0)
         try:
