@@ -115,7 +115,7 @@ COMBINATIONS = {
     ),
     "compiled and shared out": (
         ["compile=true", "lightning.strategy=fsdp2", "lightning.devices=2"],
-        "not been tried with compile=true",
+        "not tested with compile=true",
     ),
     "fp16 on a CPU": (
         ["precision=16-mixed", "lightning=cpu", "optimizer.fused=false"],

@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from trainer.config import forbidden, limits, schema, target_base
+from trainer.config import forbidden, lengths, limits, schema, target_base
 from trainer.config import secrets as secrets_module
-from trainer.config.conflicts import combinations, schedule_free
+from trainer.config.conflicts import conflicts, schedule_free
 from trainer.config.errors import ConfigError
 from trainer.config.groups import root_schema, usual
 from trainer.config.run_name import _run_folder, run_folder
@@ -154,7 +155,12 @@ def check(
         plain = _plain(config)
         faults = schema.problems(plain, root_schema(choices or {}), "", incomplete)
         if not faults:
-            faults = [*_run_folder(plain), *combinations(plain)]
+            faults = [
+                *_run_folder(plain),
+                *conflicts(plain),
+                *lengths.problems(plain),
+                *_peft_faults(plain),
+            ]
         if (
             not faults
             and composed
@@ -201,3 +207,19 @@ def compose(argv: list[str]) -> DictConfig:
     with initialize_config_dir(config_dir=str(schema.CONF), version_base="1.3", job_name="trainer"):
         config = hydra_compose("config", overrides=rewrite(argv), return_hydra_config=False)
     return config
+
+
+def _peft_faults(plain: dict[str, Any]) -> Iterator[str]:
+    """Faults of a method of PEFT's and its fields."""
+    adapter = plain["adapter"]
+    if adapter["_target_"] != "adapters.peft.Peft" or adapter["peft_type"] == "???":
+        return
+    from adapters import peft_fields
+
+    yield from peft_fields.problems(
+        adapter,
+        plain["base"].get("quantization", "none") != "none",
+        plain["packing"],
+        plain["task"]["_target_"].startswith("tasks.classification"),
+        plain["objective"]["gradient_checkpointing"],
+    )
