@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
         try:
             expand(Path(options["expand"]), Path(options["out"]))
         except Exception as error:
-            return failures.told(error)
+            return failures.report_and_exit_code(error)
         print(options["out"])
         return 0
     try:
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
             options["evaluate"],
         )
     except Exception as error:
-        return failures.told(error)
+        return failures.report_and_exit_code(error)
     _told(result, choice)
     return 0
 

@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
             for values in itertools.product(*several.values())
         ]
     except Exception as error:
-        return failures.told(error)
+        return failures.report_and_exit_code(error)
     if options["name"] is not None and len(branches) > 1:
         return bad(
             f"name={options['name']}: {len(branches)} branches cannot share a name; leave it out"

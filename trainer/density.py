@@ -37,8 +37,8 @@ import torch
 
 from tasks.reading import DataError
 from trainer.assembly import quiet
-from trainer.assembly.rows import tokenised
-from trainer.assembly.trained import trained
+from trainer.assembly.rows import load_data
+from trainer.assembly.trained import load_trained
 from trainer.evaluation.mlp_density import Rows, measured, plot, shown
 from trainer.models.losses import CausalLoss, ClassLoss
 from trainer.penalties.deft import mlp_inputs
@@ -70,9 +70,9 @@ def main(argv: list[str]) -> int:
     quiet.quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = trained(options["run"], device)
+        found = load_trained(options["run"], device)
         layers = mlp_inputs(found.model, (found.config.get("penalty") or {}).get("modules", "auto"))
-        data = tokenised(found.config, found.base, found.task, train=False)
+        data = load_data(found.config, found.base, found.task, train=False)
         if data.held_out is None:
             raise DataError(
                 "this run's task has no held-out rows: it had task.eval_fraction=0 and no"
@@ -94,7 +94,7 @@ def main(argv: list[str]) -> int:
                 taus = taus or rows.medians(layers)
                 results[name] = measured(layers, rows, taus, options["ppl"])
     except Exception as error:
-        return failures.told(error)
+        return failures.report_and_exit_code(error)
     get_console().print(shown(results, options["ppl"]))
     for name, result in results.items():
         for line in _told(name, result):

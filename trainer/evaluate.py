@@ -30,8 +30,8 @@ def main(argv: list[str]) -> int:
     from rich.table import Table
 
     from trainer.assembly import quiet
-    from trainer.assembly.rows import tokenised, with_prompts
-    from trainer.assembly.trained import trained
+    from trainer.assembly.rows import add_prompts, load_data
+    from trainer.assembly.trained import load_trained
     from trainer.config.errors import bad
     from trainer.config.options import arguments
     from trainer.models.losses import CausalLoss, ClassLoss
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         try:
             return speculation.main([word for word in argv if word != "task=speculation"])
         except Exception as error:
-            return failures.told(error)
+            return failures.report_and_exit_code(error)
     known = {
         "run": ...,
         "compare": False,
@@ -65,14 +65,14 @@ def main(argv: list[str]) -> int:
     quiet.quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = trained(options["run"], device)
-        data = tokenised(found.config, found.base, found.task, train=False)
+        found = load_trained(options["run"], device)
+        data = load_data(found.config, found.base, found.task, train=False)
         if data.held_out is None:
             raise DataError(
                 "this run's task has no held-out rows: it had task.eval_fraction=0 and no"
                 " task.eval_path"
             )
-        with_prompts(data, options["generate"], found.model)
+        add_prompts(data, options["generate"], found.model)
         labelled = found.task.kind == "label"
         target = drafters.Target(found.model) if found.drafter is not None else None
         chunk = found.config["objective"]["logits_chunk"]
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> int:
                     )
                     results[name] |= means(graded or [])
     except Exception as error:
-        return failures.told(error)
+        return failures.report_and_exit_code(error)
     table = Table("", *results)
     for metric in next(iter(results.values())):
         table.add_row(metric, *(f"{values[metric]:.4f}" for values in results.values()))

@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
             options["unembedding"],
         )
     except Exception as error:
-        return failures.told(error)
+        return failures.report_and_exit_code(error)
     print(f"{out}\nloaded back and compared: logits differ by {difference:.2e} of their spread")
     return 0
 

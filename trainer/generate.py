@@ -30,7 +30,7 @@ from transformers import TextStreamer
 
 from trainer.assembly import quiet
 from trainer.assembly.chosen_drafter import drafter_of, sampling, unknown_drafter
-from trainer.assembly.trained import Trained, trained
+from trainer.assembly.trained import Trained, load_trained
 from trainer.data.render import Renderer, stop_ids
 from trainer.decoding.plugin import assist, refusal
 from trainer.drafters import DrafterError
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
     quiet.quiet()
     try:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        found = trained(options["run"], device)
+        found = load_trained(options["run"], device)
         if found.task.kind == "label":
             print(
                 "this run trained a classifier, which writes no text. Use: python -m"
@@ -133,7 +133,7 @@ def main(argv: list[str]) -> int:
             return 0
         _side_by_side(found, ids, tokenizer, stops, options)
     except Exception as error:
-        return failures.told(error)
+        return failures.report_and_exit_code(error)
     return 0
 
 

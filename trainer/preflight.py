@@ -63,10 +63,10 @@ def main(argv: list[str]) -> int:
         base: Base = instantiate(config["base"])
         task = instantiate(config["task"])
         adapter = instantiate(config["adapter"])
-        found = rows_module.tokenised(config, base, task)
+        found = rows_module.load_data(config, base, task)
         devices = config["lightning"]["devices"]
         plan = (
-            rows_module.plan(
+            rows_module.batch_order(
                 config,
                 found,
                 (devices if isinstance(devices, int) else 1) * config["lightning"]["num_nodes"],
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
             config, base, adapter, found, plan, steps, Path(config["runs"]) / config["name"]
         )
     except Exception as error:
-        return failures.told(error, config)
+        return failures.report_and_exit_code(error, config)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
     console = get_console()

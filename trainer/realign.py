@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
             return code
         rows = measure(run, io.folder_of(options["draft"]), MEASURED_AT_ONCE)
     except Exception as error:
-        return failures.told(error)
+        return failures.report_and_exit_code(error)
     write_text(run / "realign.json", json.dumps(rows, indent=2) + "\n")
     write_text(run / "realign.md", table(rows))
     print(table(rows))

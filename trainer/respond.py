@@ -206,7 +206,7 @@ def main(argv: list[str]) -> int:
             return slurm_job.exit_code(plain, signals.received, None, None)
         return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
     except Exception as error:
-        return failures.told(error)
+        return failures.report_and_exit_code(error)
     if not written.counts["rows"]:
         print(
             f"{written.rows}: no conversation has an answer ({_listed(written.counts)})",

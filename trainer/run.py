@@ -59,7 +59,7 @@ from trainer.training import lightning_trainer
 from trainer.training.distill import DraftLoss
 from trainer.training.finetune import FineTune
 from trainer.training.fsdp import Sharded
-from trainer.training.ranks import agreed_folder, first_decides, part
+from trainer.training.ranks import first_decides, part, shared_run_folder
 
 log = logging.getLogger("trainer")
 
@@ -84,7 +84,7 @@ def run(cfg: DictConfig, signals: Signals) -> float | None:
     path = Path(HydraConfig.get().runtime.output_dir)
     lightning_ = lightning_trainer.make_trainer(config, adapter, path)
     if lightning_.world_size > 1:
-        path = agreed_folder(lightning_, path)
+        path = shared_run_folder(lightning_, path)
     with RunFolder.create(path, lightning_.is_global_zero) as place:
         log.info("run folder: %s", place.path)
         choices, overrides = (
@@ -144,7 +144,9 @@ def _run(
 
     base: Base = instantiate(config["base"])
     task = instantiate(config["task"])
-    tuned = trained_module.tuned(path) if (path := config["target"]["run"]) is not None else None
+    tuned = (
+        trained_module.load_tuned(path) if (path := config["target"]["run"]) is not None else None
+    )
     sharded = isinstance(lightning_.strategy, Sharded)
     device = lightning_.strategy.root_device
     if config["fused"] == "liger":
@@ -162,10 +164,12 @@ def _run(
         device.type == "cuda",
     )
 
-    found = rows_module.tokenised(config, base, task)
+    found = rows_module.load_data(config, base, task)
     labels = task.labels if task.kind == "label" else None
     plan = (
-        rows_module.plan(config, found, lightning_.world_size) if found.train is not None else None
+        rows_module.batch_order(config, found, lightning_.world_size)
+        if found.train is not None
+        else None
     )
     steps = (
         plan.steps(config["max_steps"], config["max_tokens"])
@@ -282,7 +286,7 @@ def _run(
     )
     if config["target"]["features"] is not None:
         _read_states(module, config, base, tuned, found, dtype, device)
-    rows_module.with_prompts(found, _prompts(config), model)
+    rows_module.add_prompts(found, _prompts(config), model)
     journal.loggers = dashboards.all = (
         _loggers(config, place, record) if lightning_.is_global_zero else []
     )
@@ -299,7 +303,7 @@ def _run(
         config["max_time"],
         config["max_tokens"],
     )
-    context.constant_until, module.constant_again = _constant_until(config, plan, steps), longer
+    context.constant_until, module.drop_cooldown = _constant_until(config, plan, steps), longer
     lightning_.callbacks = _callbacks(config, context)  # type: ignore[attr-defined]
 
     if not trains:
@@ -318,7 +322,7 @@ def _run(
         if not lightning_.is_global_zero:
             return results.last_loss(journal)
         if sharded:
-            result = trained_module.trained(f"{place.path}@last")
+            result = trained_module.load_trained(f"{place.path}@last")
             module.model, module.adapter, adapter = result.model, result.adapter, result.adapter
         if drafter is not None and drafter.proposes:
             results.save_drafter(place, drafter, base, config, record, module.step)

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from trainer.assembly import quiet
-from trainer.assembly.trained import trained
+from trainer.assembly.trained import load_trained
 from trainer.evaluation.adapter_sizes import Size, sizes
 
 
@@ -52,9 +52,11 @@ def main(argv: list[str]) -> int:
     quiet.quiet()
     try:
         # A packed weight cannot be merged into.
-        layers = sizes(trained(options["run"], exact=True, unpack=True), options["spectrum"])
+        layers = sizes(
+            load_trained(options["run"], fp32=True, dequantise=True), options["spectrum"]
+        )
     except Exception as error:
-        return failures.told(error)
+        return failures.report_and_exit_code(error)
     _told(layers)
     if options["json"]:
         Path(options["json"]).write_text(

@@ -47,7 +47,7 @@ import torch
 
 from trainer.assembly import quiet
 from trainer.assembly.chosen_drafter import check_drafter, drafter_of, unknown_drafter
-from trainer.assembly.trained import trained
+from trainer.assembly.trained import load_trained
 from trainer.decoding import trees
 from trainer.drafters import DrafterError
 from trainer.evaluation.decode_ways import asked, decoded, prompts_of, shape_of, show, summary
@@ -144,7 +144,7 @@ def main(argv: list[str]) -> int:
         if options["prompts"]:
             prompts_of(options["prompts"])
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        found = trained(options["run"], device)
+        found = load_trained(options["run"], device)
         drafter = drafter_of(found, options)
         if drafter is None:
             raise DrafterError(
@@ -159,7 +159,7 @@ def main(argv: list[str]) -> int:
         else:
             result = summary(decoded(found, drafter, prompts, stops, options), options)
     except Exception as error:
-        return failures.told(error)
+        return failures.report_and_exit_code(error)
     if search:
         show_searched(result, options["paths"])
     else:

@@ -214,7 +214,7 @@ def main() -> int:
 
     from trainer.assembly import quiet
     from trainer.assembly.chosen_drafter import drafter_of
-    from trainer.assembly.trained import trained
+    from trainer.assembly.trained import load_trained
     from trainer.decoding import trees
     from trainer.drafters import Drafter, Target
     from trainer.evaluation.decode_ways import asked
@@ -228,7 +228,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for place, path in enumerate(options["runs"]):
         for dtype in options["dtypes"]:
-            found = trained(path, device, exact=dtype == "fp32")
+            found = load_trained(path, device, fp32=dtype == "fp32")
             prompts, stops = asked({"heldout": options["prompts"]}, found)
             ids, target = (
                 [torch.tensor(prompt, device=device) for prompt in prompts],

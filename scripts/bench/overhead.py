@@ -88,8 +88,8 @@ def prepared(
         compose.compose(overrides(options)), resolve=True
     )  # type: ignore[assignment]
     base = instantiate(plain["base"])
-    found = rows_module.tokenised(plain, base, instantiate(plain["task"]))
-    plan = rows_module.plan(plain, found, 1)
+    found = rows_module.load_data(plain, base, instantiate(plain["task"]))
+    plan = rows_module.batch_order(plain, found, 1)
     found.collate.labelled = masks  # which makes attention masks too
     assert found.train is not None
     picks = [batch for step in range(options["steps"]) for batch in plan.micro_batches(step)]

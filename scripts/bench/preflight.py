@@ -204,9 +204,9 @@ def ours(options: dict[str, Any], file: str, stages: Stages | None = None) -> di
     with watch.within("read"):
         task = instantiate(plain["task"])
     with watch.within("rest"):
-        found = rows_module.tokenised(plain, base, task)
+        found = rows_module.load_data(plain, base, task)
     with watch.within("plan"):
-        plan = rows_module.plan(plain, found, 1)
+        plan = rows_module.batch_order(plain, found, 1)
     with watch.within("check"):
         result = inspect(
             plain, base, adapter, found, plan, plan.steps(None, None), Path(file).parent

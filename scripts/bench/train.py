@@ -178,9 +178,9 @@ def prepare(options: dict[str, Any], work: Path) -> None:
         (work / "text.jsonl").write_text(
             "".join(json.dumps({"text": text}) + "\n" for text in rows), "utf-8"
         )
-    found = rows_module.tokenised(plain, base, instantiate(plain["task"]))
+    found = rows_module.load_data(plain, base, instantiate(plain["task"]))
     assert found.train is not None
-    plan = rows_module.plan(plain, found, 1)
+    plan = rows_module.batch_order(plain, found, 1)
     steps = []
     for step in range(options["steps"]):
         (picks,) = plan.micro_batches(step)

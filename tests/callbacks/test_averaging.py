@@ -16,7 +16,7 @@ from adapters.delta import AdaptedLinear
 from adapters.rosa import RoSA
 from tests.runs.test_resume import PowerCut, cut_at, outcome
 from trainer.assembly import trained as trained_module
-from trainer.assembly.rows import tokenised
+from trainer.assembly.rows import load_data
 from trainer.callbacks.averaging import Averaging
 from trainer.evaluation.loss import losses
 from trainer.exporting.adapter import verify_adapter
@@ -217,11 +217,11 @@ def test_a_run_evaluates_saves_and_exports_its_average(train, chats):
     found = rows(run, "average")
     assert [(row["step"], row["updates"]) for row in found] == [(4, 1), (8, 3)]
 
-    trained = trained_module.trained(str(run), exact=True)
+    trained = trained_module.load_trained(str(run), fp32=True)
     with torch.no_grad():
         for name, tensor in saved["averages"].items():
             trained.model.get_parameter(name.removeprefix("model.")).copy_(tensor)
-    data = tokenised(trained.config, trained.base, trained.task, train=False)
+    data = load_data(trained.config, trained.base, trained.task, train=False)
     again = losses(CausalLoss(trained.model, 64), data.held_out, 7, torch.device("cpu"))
     assert found[-1]["loss"] == pytest.approx(again["loss"], rel=1e-5)
     assert found[-1]["loss"] != pytest.approx(rows(run, "evaluation")[-1]["loss"], rel=1e-5)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from tests.runs.test_resume import PowerCut, cut_at, outcome
-from trainer.assembly.rows import tokenised
-from trainer.assembly.trained import trained
+from trainer.assembly.rows import load_data
+from trainer.assembly.trained import load_trained
 from trainer.callbacks.schedulefree import ScheduleFree
 from trainer.evaluation.loss import losses
 from trainer.models.losses import CausalLoss
@@ -105,8 +105,8 @@ def test_what_is_seen_between_steps_is_the_papers_x():
 
 def test_checkpoints_and_evaluations_have_the_average(train, chats):
     run = train(f"task.path={chats}", *FREE)
-    found = trained(str(run), exact=True)
-    data = tokenised(found.config, found.base, found.task, train=False)
+    found = load_trained(str(run), fp32=True)
+    data = load_data(found.config, found.base, found.task, train=False)
     again = losses(CausalLoss(found.model, 64), data.held_out, 7, torch.device("cpu"))
     evaluations = [
         row for row in journal.read(run / "metrics.jsonl") if row["kind"] == "evaluation"
@@ -167,8 +167,8 @@ def test_a_sparse_adapter_is_held_as_the_average(train, chats):
         "adapter.rank=2",
         "adapter.restart_after_mask=false",
     )
-    found = trained(str(run), exact=True)
-    data = tokenised(found.config, found.base, found.task, train=False)
+    found = load_trained(str(run), fp32=True)
+    data = load_data(found.config, found.base, found.task, train=False)
     again = losses(CausalLoss(found.model, 64), data.held_out, 7, torch.device("cpu"))
     last = [row for row in journal.read(run / "metrics.jsonl") if row["kind"] == "evaluation"][-1]
     assert last["loss"] == pytest.approx(again["loss"], rel=1e-5)

@@ -140,7 +140,7 @@ def test_a_system_prompt_stands_before_the_question(ask, trained, monkeypatch):
 
 
 def test_a_prompt_is_asked_as_rows_were_trained(trained):
-    found = trained_module.trained(trained())
+    found = trained_module.load_trained(trained())
     renderer = Renderer(found.base.tokenizer, found.task)
     example = next(iter(found.task.examples("train")))
     assert renderer.chat(example.messages[:-1]) == renderer.prompt(example)
@@ -154,7 +154,7 @@ def test_standard_input_is_a_prompt(ask, monkeypatch):
 
 
 def test_text_streams_word_by_word_and_is_the_whole_when_it_ends(trained):
-    found = trained_module.trained(trained())
+    found = trained_module.load_trained(trained())
     tokenizer, pieces = found.base.tokenizer, []
     options = {"seed": 3, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 300}
     generate.answer(
@@ -170,7 +170,7 @@ def test_text_streams_word_by_word_and_is_the_whole_when_it_ends(trained):
 
 
 def test_an_answer_ends_at_its_end_token(trained):
-    found = trained_module.trained(trained())
+    found = trained_module.load_trained(trained())
     tokenizer = found.base.tokenizer
     ids = tokenizer(chat("3+4="), add_special_tokens=False)["input_ids"]
     options = {"seed": 0, "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 12}

@@ -496,7 +496,7 @@ def test_a_run_answers_with_its_adapter(ask, train, tmp_path, capsys):
     assert generate.main([f"run={run}", *words]) == 0
     assert capsys.readouterr().out == line["messages"][-1]["content"] + "\n"
     target = json.loads((found.folder / "provenance.json").read_text())["settings"]["target"]
-    trained = trained_module.trained(str(run))
+    trained = trained_module.load_trained(str(run))
     assert target["step"] == trained.step == 8
     assert target["base"] == trained.base.fingerprint
     assert len(target["adapter"]) == 64

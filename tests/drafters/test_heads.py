@@ -16,7 +16,7 @@ from adapters.delta import freeze
 from tests.adapters import toys
 from tests.runs.test_resume import PowerCut, cut_at, outcome
 from tests.training.test_finetune import adapted
-from trainer.assembly.trained import trained
+from trainer.assembly.trained import load_trained
 from trainer.data.batches import Collate, Pick
 from trainer.data.render import Tokens
 from trainer.decoding.trees import Drawing, chain
@@ -815,7 +815,7 @@ def test_heads_alone_are_trained_and_saved(train, chats):
         "max_steps=8",
         "optimizer.lr=3e-3",
     )
-    found = trained(str(run))
+    found = load_trained(str(run))
     fresh = found.base.load(torch.float32)
     assert all(
         torch.equal(p, q) for p, q in zip(found.model.parameters(), fresh.parameters(), strict=True)

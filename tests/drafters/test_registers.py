@@ -19,7 +19,7 @@ from tests.runs.test_resume import PowerCut, cut_at, outcome
 from tests.training.test_finetune import adapted
 from trainer import drafters
 from trainer.assembly import trained as trained_module
-from trainer.assembly.rows import tokenised
+from trainer.assembly.rows import load_data
 from trainer.data.batches import Collate, Pick
 from trainer.data.render import Tokens
 from trainer.drafters import DrafterError, Target
@@ -592,8 +592,8 @@ def start(found):
 def is_ordinary(run):
     """Assert that a run's adapter has learnt and is worth, without registers, what the run's
     evaluation says."""
-    found = trained_module.trained(str(run))
-    held_out = tokenised(found.config, found.base, found.task, train=False).held_out
+    found = trained_module.load_trained(str(run))
+    held_out = load_data(found.config, found.base, found.task, train=False).held_out
     plain = losses(CausalLoss(found.model, 64), held_out, 8, torch.device("cpu"))
     rows = [row for row in journal.read(run / "metrics.jsonl") if row["kind"] == "evaluation"]
     assert {key: rows[-1][key] for key in plain} == pytest.approx(plain, rel=1e-5)

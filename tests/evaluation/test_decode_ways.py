@@ -286,7 +286,7 @@ def test_a_bad_tree_says_what_is_wrong(tmp_path, capsys, content, said):
 
 
 def test_one_prompt_and_a_file_of_prompts_are_asked_as_rows_were_trained(trained, tmp_path):
-    found = trained_module.trained(trained())
+    found = trained_module.load_trained(trained())
     chat = [{"role": "user", "content": "1+2="}]
     lines = [
         {"prompt": "1+2="},
@@ -480,7 +480,7 @@ def test_a_run_that_cannot_draft_is_refused_before_its_model_is_loaded(
     monkeypatch, capsys, content, said
 ):
     monkeypatch.setattr(decode_ways.folder, "read", lambda path: (None, content, "best"))
-    monkeypatch.setattr(trained_module, "trained", None)
+    monkeypatch.setattr(trained_module, "load_trained", None)
     assert speculate.main(["run=somewhere", "prompt=x"]) == 2
     assert said in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ import torch
 from tests.conftest import sums, write_rows
 from trainer import evaluate
 from trainer.assembly import trained as trained_module
-from trainer.assembly.rows import tokenised, with_prompts
+from trainer.assembly.rows import add_prompts, load_data
 from trainer.data.render import stop_ids
 from trainer.evaluation.answers import answers, means
 from trainer.evaluation.loss import evaluating, losses
@@ -66,8 +66,8 @@ def trained(train, kept, tmp_path):
 
 
 def parts(path):
-    found = trained_module.trained(path)
-    return found, tokenised(found.config, found.base, found.task, train=False)
+    found = trained_module.load_trained(path)
+    return found, load_data(found.config, found.base, found.task, train=False)
 
 
 @torch.no_grad()
@@ -148,7 +148,7 @@ def test_a_request_to_stop_ends_it_between_batches(trained):
         == {}
     )
     assert next(asked) == 4
-    with_prompts(data, 4, found.model)
+    add_prompts(data, 4, found.model)
     asked = itertools.count()
     assert answers(found.model, data.held_out, 2, 1, CPU, stop=lambda: next(asked) == 1) is None
 
@@ -185,7 +185,7 @@ def greedy(model, prompt, stops, count):
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
 def test_answers_are_greedy_and_in_the_rows_order_whatever_the_batch(trained, batch_size):
     found, data = parts(trained())
-    with_prompts(data, 9, found.model)
+    add_prompts(data, 9, found.model)
     asked = answers(found.model, data.held_out, batch_size, 6, CPU)
     tokenizer = found.base.tokenizer
     examples = list(found.task.examples("eval"))[:9]
@@ -222,7 +222,7 @@ class Oracle(torch.nn.Module):
 
 def test_exact_match_is_the_share_of_right_answers(trained):
     found, data = parts(trained())
-    with_prompts(data, 8, None)
+    add_prompts(data, 8, None)
     tokenizer = found.base.tokenizer
     right = {
         tuple(prompt): tokenizer(example.messages[-1]["content"])["input_ids"]
@@ -256,7 +256,7 @@ def test_only_rows_that_were_kept_are_asked(train, tmp_path):
             )
         )
     )
-    with_prompts(data, 3, found.model)
+    add_prompts(data, 3, found.model)
     assert [example.where.rpartition(":")[2] for example, _ in data.held_out.prompts] == [
         "1",
         "3",

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import sums, write_rows
 from trainer import evaluate
-from trainer.assembly.trained import trained
+from trainer.assembly.trained import load_trained
 from trainer.evaluation import speculation
 from trainer.evaluation.speculation import Question, questions
 
@@ -127,7 +127,7 @@ def test_turns_follow_the_targets_own_answers(run, tmp_path, monkeypatch, capsys
         (2, 0, "rôle"),
         (2, 1, "rôle"),
     ]
-    tokenizer = trained(run).base.tokenizer
+    tokenizer = load_trained(run).base.tokenizer
     for first, second, follows in ((0, 1, BENCH[0]), (3, 4, BENCH[2])):
         said = tokenizer.decode(seen[first][1], skip_special_tokens=True)
         text = tokenizer.decode(seen[second][0])

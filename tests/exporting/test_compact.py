@@ -124,7 +124,7 @@ def test_what_is_written_is_the_compressed_adapter(run_of, tmp_path, kind, choic
     assert math.isfinite(result.loss_after)
 
     # Stock PEFT on a plain base, against the base with the update added by hand.
-    found = trained_module.trained(str(run), exact=True)
+    found = trained_module.load_trained(str(run), fp32=True)
     labels = found.task.labels if kind == "classes" else None
     loaded = peft.PeftModel.from_pretrained(
         found.base.load(torch.float32, labels), result.out
@@ -266,7 +266,7 @@ def test_what_makes_no_sense_is_refused_before_a_model_is_loaded(
     run_of, tmp_path, monkeypatch, kind, message
 ):
     run = run_of(kind)
-    monkeypatch.setattr(trained_module, "trained", None)
+    monkeypatch.setattr(trained_module, "load_trained", None)
     with pytest.raises(AdapterError, match=message):
         compact.compress(str(run), COMPEFT, tmp_path / "out", False)
     assert not (tmp_path / "out").exists()
@@ -342,7 +342,7 @@ def test_sizes_are_those_of_the_update(run_of, tmp_path, kind):
     run = run_of(kind)
     assert sizes.main([f"run={run}", f"json={tmp_path / 'sizes.json'}"]) == 0
     layers = {row["module"]: row for row in json.loads((tmp_path / "sizes.json").read_text())}
-    found = trained_module.trained(str(run), exact=True)
+    found = trained_module.load_trained(str(run), fp32=True)
     with found.adapter.disabled(found.model):
         alone = {
             name: tensor.clone()
@@ -378,7 +378,9 @@ def test_sizes_are_those_of_the_update(run_of, tmp_path, kind):
         t.numel() * t.element_size() for t in file.values()
     )
     trained = sum(
-        p.numel() for p in trained_module.trained(str(run)).model.parameters() if p.requires_grad
+        p.numel()
+        for p in trained_module.load_trained(str(run)).model.parameters()
+        if p.requires_grad
     )
     assert sum(row["parameters"] for row in layers.values()) == trained
 

@@ -45,7 +45,7 @@ def outputs(model: Any) -> Tensor:
 
 
 def of_run(run: Path, which: str = "last") -> Any:
-    return trained_module.trained(f"{run}@{which}", exact=True)
+    return trained_module.load_trained(f"{run}@{which}", fp32=True)
 
 
 def run_with(train: Any, chats: Path, labels: Path, kind: str) -> Path:
@@ -404,7 +404,7 @@ def test_what_has_no_native_form_is_refused_before_weights_load(train, chats, ca
         "drafter=registers",
         "name=registers",
     )
-    monkeypatch.setattr(trained_module, "trained", lambda *_, **__: pytest.fail("was loaded"))
+    monkeypatch.setattr(trained_module, "load_trained", lambda *_, **__: pytest.fail("was loaded"))
     assert export.main([f"run={run}", "to=mtp"]) == 2
     assert "Use to=drafter, and decode with python -m trainer.speculate" in capsys.readouterr().err
     for to in ("drafter", "mtp"):

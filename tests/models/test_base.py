@@ -20,7 +20,7 @@ from adapters.delta import Start
 from adapters.lora import LoRAAdapter
 from tasks import wheel
 from tasks.wheel import FetchError
-from trainer.assembly.trained import unpacked
+from trainer.assembly.trained import dequantised
 from trainer.models import base
 from trainer.models import gguf as gguf_module
 from trainer.models import tiny as tiny_module
@@ -236,7 +236,7 @@ def test_an_evaluation_changes_no_gradient_that_comes_after_it(quantization, dty
     found = after()
     assert all(torch.equal(a, b) for a, b in zip(found, fresh, strict=True))
     # and they are those of the plain model with the rounded weights
-    wanted = gradients(unpacked(described.load(torch.float32)))()
+    wanted = gradients(dequantised(described.load(torch.float32)))()
     for a, b in zip(found, wanted, strict=True):
         near = torch.nn.functional.cosine_similarity(a.flatten().float(), b.flatten(), dim=0)
         assert near > (0.999 if dtype == torch.float32 and quantization == "nf4" else 0.97)
@@ -245,7 +245,7 @@ def test_an_evaluation_changes_no_gradient_that_comes_after_it(quantization, dty
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_an_unpacked_base_is_the_quantised_one_in_fp32(quantization):
     packed = made(hidden_size=64, quantization=quantization).load(torch.float32)
-    plain = unpacked(packed)
+    plain = dequantised(packed)
     assert {p.dtype for p in plain.parameters()} == {torch.float32}
     assert {type(module) for name, module in plain.named_modules() if "proj" in name} == {nn.Linear}
     with torch.no_grad():

@@ -397,7 +397,7 @@ def test_the_deadline_of_a_slurm_job(tmp_path, monkeypatch):
         minutes=0.0,
         signals=types.SimpleNamespace(),
     )
-    module: Any = types.SimpleNamespace(step=0, cooling=None, constant_again=False)
+    module: Any = types.SimpleNamespace(step=0, cooling=None, drop_cooldown=False)
     trigger = CooldownTrigger(context, 5, "1-sqrt", 0.0, None, "slurm", 0.0)
     for name in ("SLURM_JOB_END_TIME", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer.assembly.trained import trained
+from trainer.assembly.trained import load_trained
 from trainer.drafters import DrafterError
 from trainer.storage import checkpoints, journal
 
@@ -60,7 +60,7 @@ def test_a_drafter_learns_beside_any_adapter_and_alone(train, chats, adapter):
     assert (run / "adapter").exists() == (adapter != "none")
     config = json.loads((run / "drafter" / "config.json").read_text())
     assert config["drafter"]["_target_"] == "trainer.drafters.medusa.MedusaHeads"
-    found = trained(str(run))
+    found = load_trained(str(run))
     tensors = load_file(run / "drafter" / "model.safetensors")
     assert found.drafter is not None
     own = found.drafter.state()
@@ -90,7 +90,7 @@ def test_rows_shorter_than_the_offsets_are_refused(train, chats):
 
 def test_weights_of_another_drafter_are_refused(train, chats):
     run = train(f"task.path={chats}", "drafter=mtp_medusa", "drafter.offsets=2", "max_steps=2")
-    found = trained(str(run))
+    found = load_trained(str(run))
     assert found.drafter is not None
     state = found.drafter.state()
     with pytest.raises(DrafterError, match=r"of another model or of other settings: .* differ"):

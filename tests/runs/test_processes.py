@@ -27,7 +27,7 @@ from trainer.data import rows as rows_module
 from trainer.session import failures
 from trainer.storage import journal
 from trainer.storage.checkpoints import CheckpointError
-from trainer.training.fsdp import whole
+from trainer.training.fsdp import full_tensors
 
 
 class Recorder(lightning.Callback):
@@ -47,7 +47,7 @@ class Recorder(lightning.Callback):
             clip(*given, **named)
             found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
             self.gradients.append(
-                {name: grad.detach().clone() for name, grad in whole(found).items()}
+                {name: grad.detach().clone() for name, grad in full_tensors(found).items()}
             )
 
         module.configure_gradient_clipping = recorded
@@ -62,7 +62,7 @@ class Recorder(lightning.Callback):
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         found = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.weights = {name: p.detach().clone() for name, p in whole(found).items()}
+        self.weights = {name: p.detach().clone() for name, p in full_tensors(found).items()}
         self.buffers = {
             name: b.clone() for name, b in module.named_buffers() if name.endswith("delta.indices")
         }

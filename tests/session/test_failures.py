@@ -165,7 +165,7 @@ def test_ctrl_c_before_the_run_begins(monkeypatch):
 @pytest.mark.parametrize("case", EXPLAINED)
 def test_a_verb_says_the_same_on_standard_error(capsys, case):
     act, code, said = EXPLAINED[case]
-    assert failures.told(caught(act)) == code
+    assert failures.report_and_exit_code(caught(act)) == code
     err = capsys.readouterr().err
     assert said.partition("What would need less")[0] in err
     assert err.count("\n") <= 2
@@ -174,7 +174,10 @@ def test_a_verb_says_the_same_on_standard_error(capsys, case):
 def test_a_verb_that_has_a_config_proposes_what_needs_less(capsys, monkeypatch):
     monkeypatch.setenv("SERVICE_TOKEN", "hunter2-hunter2")
     assert (
-        failures.told(MemoryError("for hunter2-hunter2"), {"batch_size": 8, "accumulate": 1}) == 1
+        failures.report_and_exit_code(
+            MemoryError("for hunter2-hunter2"), {"batch_size": 8, "accumulate": 1}
+        )
+        == 1
     )
     err = capsys.readouterr().err
     assert "What would need less: batch_size=4 accumulate=2" in err
@@ -184,7 +187,7 @@ def test_a_verb_that_has_a_config_proposes_what_needs_less(capsys, monkeypatch):
 @pytest.mark.parametrize("error", UNEXPLAINED, ids=repr)
 def test_a_verb_hands_on_what_it_cannot_explain(error):
     with pytest.raises(type(error)) as raised:
-        failures.told(error)
+        failures.report_and_exit_code(error)
     assert raised.value is error
 
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from adapters.delta import Start
 from tests.conftest import write_rows
 from trainer.assembly.build import instantiate, new_modules
-from trainer.assembly.rows import tokenised
+from trainer.assembly.rows import load_data
 from trainer.models.base import Base
 from trainer.session import footprint
 from trainer.storage import checkpoints
@@ -38,7 +38,7 @@ def estimated(compose, chats, tmp_path, monkeypatch):
         )
         config = OmegaConf.to_container(cfg, resolve=False)
         base, task, adapter = (instantiate(config[name]) for name in ("base", "task", "adapter"))
-        found, errors, warnings = tokenised(config, base, task), [], []
+        found, errors, warnings = load_data(config, base, task), [], []
         with monkeypatch.context() as patched:
             patched.setattr(Base, "load", lambda *_, **__: pytest.fail("weights were loaded"))
             model = footprint.estimate(

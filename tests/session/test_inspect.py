@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from tests.conftest import write_rows
 from trainer import preflight
 from trainer.assembly.build import instantiate
-from trainer.assembly.rows import tokenised
+from trainer.assembly.rows import load_data
 from trainer.models.base import Base, BaseError
 from trainer.session import preview
 from trainer.storage import journal
@@ -331,7 +331,7 @@ def found(compose, tmp_path):
 
     def made(*overrides):
         config = OmegaConf.to_container(compose("+experiment=smoke", *overrides), resolve=False)
-        return tokenised(config, instantiate(config["base"]), instantiate(config["task"]))
+        return load_data(config, instantiate(config["base"]), instantiate(config["task"]))
 
     return made
 

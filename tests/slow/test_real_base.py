@@ -160,7 +160,7 @@ def test_its_checkpoints_hold_no_base(run):
 
 
 def test_its_exports_answer_as_it_does(run, tmp_path):
-    found = trained_module.trained(str(run), exact=True)
+    found = trained_module.load_trained(str(run), fp32=True)
     rows, _ = padded(found.base.tokenizer, TEXTS)
     with torch.no_grad():
         wanted = found.model(input_ids=rows).logits

@@ -19,7 +19,7 @@ from tests.conftest import sums, write_rows
 from trainer import evaluate, generate
 from trainer.assembly.build import instantiate
 from trainer.assembly.rows import Data, token_counts
-from trainer.assembly.trained import Tuned, trained
+from trainer.assembly.trained import Tuned, load_trained
 from trainer.callbacks import evaluation
 from trainer.config import compose as compose_module
 from trainer.config.errors import ConfigError
@@ -198,7 +198,7 @@ def test_the_served_model_is_the_target(train, chats, distil, tuned, tmp_path, m
     assert any("delta" in name for name in before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
-    found = trained(str(tuned), exact=True)
+    found = load_trained(str(tuned), fp32=True)
     found.adapter.merge(found.model).save_pretrained(tmp_path / "merged")
     found.base.tokenizer.save_pretrained(tmp_path / "merged")
     common = (f"task.path={chats}", *DRAFT, "max_steps=4", *same)
@@ -261,12 +261,12 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(chats, tuned, distil, monkey
     for file in (tuned / "checkpoints").glob("step-00000004.*"):
         file.rename(file.with_name(file.name + ".gone"))
     with pytest.raises(CheckpointError, match="has no checkpoint '4'; it has the steps"):
-        trained(str(found))
+        load_trained(str(found))
 
 
 def test_the_verbs_use_base_adapter_and_drafter(chats, tuned, distil, tmp_path, capsys):
     run = distil("name=draft", "drafter=mtp_medusa")
-    found, target = trained(str(run), exact=True), trained(str(tuned), exact=True)
+    found, target = load_trained(str(run), fp32=True), load_trained(str(tuned), fp32=True)
     ids = torch.arange(5, 20)[None]
     assert torch.equal(found.model(input_ids=ids).logits, target.model(input_ids=ids).logits)
     with found.adapter.disabled(found.model):
@@ -285,7 +285,7 @@ def test_the_verbs_use_base_adapter_and_drafter(chats, tuned, distil, tmp_path, 
     assert generate.main([f"run={run}", "prompt=1+1=", "max_new_tokens=4"]) == 0
     moved = tmp_path / "elsewhere"
     (tmp_path / "runs").rename(moved)
-    assert trained(str(moved / "draft")).adapted["run"] == str(moved / "tuned")
+    assert load_trained(str(moved / "draft")).adapted["run"] == str(moved / "tuned")
 
 
 def refused(compose, *overrides):

@@ -44,7 +44,7 @@ class Data:
         ]
 
 
-def tokenised(config: dict[str, Any], base: Base, task: Any, train: bool = True) -> Data:
+def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True) -> Data:
     """The task's rows as tokens: from the cache, or made now. Without `train` only those of
     evaluation.
 
@@ -86,7 +86,7 @@ def tokenised(config: dict[str, Any], base: Base, task: Any, train: bool = True)
     return Data(task, renderer, training, held_out, collate, keys)
 
 
-def with_prompts(found: Data, count: int, model: nn.Module | None) -> None:
+def add_prompts(found: Data, count: int, model: nn.Module | None) -> None:
     """Give the held-out rows the prompts of the first `count` conversations among them."""
     held_out = found.held_out
     if held_out is None or found.task.kind != "conversation" or not count:
@@ -105,7 +105,7 @@ def with_prompts(found: Data, count: int, model: nn.Module | None) -> None:
     )
 
 
-def plan(config: dict[str, Any], found: Data, ranks: int) -> BatchOrder:
+def batch_order(config: dict[str, Any], found: Data, ranks: int) -> BatchOrder:
     """The run's order of sequences."""
     assert found.train is not None
     lengths, trained = found.train.sizes()

@@ -37,7 +37,7 @@ class Tuned:
         return model.eval()
 
 
-def tuned(path: str, sha256: str | None = None) -> Tuned:
+def load_tuned(path: str, sha256: str | None = None) -> Tuned:
     """The adapter of `FOLDER` or `FOLDER@last|best|STEP`; with `sha256`, of that very checkpoint.
 
     Raises:
@@ -46,7 +46,7 @@ def tuned(path: str, sha256: str | None = None) -> Tuned:
     """
     place, content, which = run_folder.read(path)
     source = checkpoints.chosen(place / "checkpoints", which)
-    about = about_checkpoint(place, content["id"], source)
+    about = checkpoint_record(place, content["id"], source)
     if sha256 is not None and about["sha256"] != sha256:
         raise checkpoints.CheckpointError(
             f"{source} is not the checkpoint that the drafter was trained for: it has changed since"
@@ -59,7 +59,7 @@ def tuned(path: str, sha256: str | None = None) -> Tuned:
     )
 
 
-def about_checkpoint(run: Path, run_id: str, source: Path) -> dict[str, Any]:
+def checkpoint_record(run: Path, run_id: str, source: Path) -> dict[str, Any]:
     """What is recorded of a checkpoint that something else depends on."""
     file = source.with_suffix(".json")
     # callbacks.checkpoints=null
@@ -67,13 +67,13 @@ def about_checkpoint(run: Path, run_id: str, source: Path) -> dict[str, Any]:
     return {"run": str(run.resolve()), "id": run_id, "step": int(source.stem[5:]), "sha256": sha256}
 
 
-def tuned_as_recorded(about: dict[str, Any], beside: Path) -> Tuned:
-    """What `tuned` found when a drafter was trained for it; its folder may have been moved together
+def load_recorded_target(about: dict[str, Any], beside: Path) -> Tuned:
+    """What `load_tuned` found when a drafter was trained for it; its folder may have been moved together
     with its neighbour `beside`."""
     place = Path(about["run"])
     if not (place / "run.yaml").exists() and (beside.parent / place.name / "run.yaml").exists():
         place = beside.parent / place.name
-    return tuned(f"{place}@{about['step']}", about["sha256"])
+    return load_tuned(f"{place}@{about['step']}", about["sha256"])
 
 
 @dataclass
@@ -95,11 +95,11 @@ class Trained:
     )
 
 
-def trained(
-    path: str, device: torch.device | str = "cpu", exact: bool = False, unpack: bool = False
+def load_trained(
+    path: str, device: torch.device | str = "cpu", fp32: bool = False, dequantise: bool = False
 ) -> Trained:
-    """The model of `FOLDER` or `FOLDER@last|best|STEP`, computing as it was trained; `exact`
-    computes in fp32, and `unpack` makes a quantised base a plain one with the weights that its
+    """The model of `FOLDER` or `FOLDER@last|best|STEP`, computing as it was trained; `fp32`
+    computes in fp32, and `dequantise` makes a quantised base a plain one with the weights that its
     rounding left.
 
     Raises:
@@ -118,20 +118,22 @@ def trained(
     dtype, _, _ = compute(
         identity["precision"], config["base"]["dtype"], identity["trains_base"], False
     )
-    model = base.load(torch.float32 if exact else dtype, identity["labels"], device)
-    if unpack and base.quantization != "none":
-        model = unpacked(model)
+    model = base.load(torch.float32 if fp32 else dtype, identity["labels"], device)
+    if dequantise and base.quantization != "none":
+        model = dequantised(model)
     drafter = (
         instantiate(config["drafter"])(model=model).to(device).eval() if config["drafter"] else None
     )
     if identity.get("target") is not None:
-        target = tuned_as_recorded(identity["target"], place)
+        target = load_recorded_target(identity["target"], place)
         adapter, model = target.adapter, target.attach(model)
         adapted: dict[str, Any] | None = target.about
     else:
         adapter = instantiate(config["adapter"])
         adapted = (
-            None if isinstance(adapter, Nothing) else about_checkpoint(place, content["id"], source)
+            None
+            if isinstance(adapter, Nothing)
+            else checkpoint_record(place, content["id"], source)
         )
         model = _attached(model, adapter, identity, saved["adapter"])
     if drafter is not None:
@@ -165,7 +167,7 @@ def _attached(
     return model
 
 
-def unpacked(model: Any) -> nn.Module:
+def dequantised(model: Any) -> nn.Module:
     """A quantised model as a plain one in fp32, with the weights that the rounding left: what the
     adapter was trained on."""
     config = copy.deepcopy(model.config)

@@ -37,7 +37,7 @@ class Context:
     improved: bool = False  # whether the evaluation of the step at hand was the best so far
 
 
-def told_to_stop(lightning_: Any, module: Any, context: Context) -> bool:
+def stop_requested(lightning_: Any, module: Any, context: Context) -> bool:
     """Whether a signal has come to any process, of which each then knows; all of them have to
     ask."""
     if lightning_.world_size > 1:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from adapters.delta import Delta
-from trainer.callbacks import Context, told_to_stop
+from trainer.callbacks import Context, stop_requested
 from trainer.callbacks.evaluation import Evaluation
 from trainer.evaluation.loss import evaluating, losses
 from trainer.schedules import length
@@ -105,7 +105,7 @@ class Averaging(lightning.Callback):
         self._evaluate(trainer, module)
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        if not told_to_stop(trainer, module, self.context):
+        if not stop_requested(trainer, module, self.context):
             self._evaluate(trainer, module)
 
     @property
@@ -154,7 +154,7 @@ class Averaging(lightning.Callback):
                 trainer.global_rank,
                 trainer.world_size,
                 lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"),
-                lambda: told_to_stop(trainer, module, self.context),
+                lambda: stop_requested(trainer, module, self.context),
             )
         if not values:
             return

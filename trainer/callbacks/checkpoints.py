@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning
 
-from trainer.callbacks import Context, every_steps, told_to_stop
+from trainer.callbacks import Context, every_steps, stop_requested
 from trainer.storage import atomic, checkpoints
 
 
@@ -43,7 +43,7 @@ class Checkpoints(lightning.Callback):
             self.save(trainer, module)
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        if module.step_done and not told_to_stop(trainer, module, self.context):
+        if module.step_done and not stop_requested(trainer, module, self.context):
             # a stream's last step is known only when nothing comes after it
             self.save(trainer, module)
 

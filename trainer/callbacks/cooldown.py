@@ -57,7 +57,7 @@ class CooldownTrigger(lightning.Callback):
         self.began, self.steps_before = time.monotonic(), module.step
         if module.cooling is not None:
             self.context.constant_until = None  # a planned cooldown does not begin within this one
-        if module.constant_again:
+        if module.drop_cooldown:
             self.passed = self.context.without  # what the left out cooldown was the answer to
 
     def _ask(self) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import lightning
 
-from trainer.callbacks import Context, every_steps, told_to_stop
+from trainer.callbacks import Context, every_steps, stop_requested
 from trainer.evaluation.answers import answers, means
 from trainer.evaluation.loss import evaluating, losses
-from trainer.training.fsdp import Sharded, given_back
+from trainer.training.fsdp import Sharded, reshard
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Evaluation(lightning.Callback):
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
         # The run ended before its planned steps: it stopped early, or its time was up.
-        if self.state["evaluated"] < module.step and not told_to_stop(
+        if self.state["evaluated"] < module.step and not stop_requested(
             trainer, module, self.context
         ):
             self.run(trainer, module, graded=True)
@@ -107,7 +107,7 @@ class Evaluation(lightning.Callback):
                 trainer.global_rank,
                 trainer.world_size,
                 lambda sums: strategy.reduce(sums, reduce_op="sum"),
-                lambda: told_to_stop(trainer, module, self.context),
+                lambda: stop_requested(trainer, module, self.context),
             )
             if not values:
                 return
@@ -123,7 +123,7 @@ class Evaluation(lightning.Callback):
                 and (self.generate or self.samples)
                 and (trainer.is_global_zero or sharded)
             ):
-                all_ask = partial(told_to_stop, trainer, module, self.context)
+                all_ask = partial(stop_requested, trainer, module, self.context)
                 stop = all_ask if sharded else lambda: self.context.signals.received is not None
                 found = answers(
                     module.model,
@@ -134,7 +134,7 @@ class Evaluation(lightning.Callback):
                     stop,
                 )
             if sharded:
-                given_back(module.model)
+                reshard(module.model)
         if found and self.generate:
             values |= means(found[: self.generate])
         # The others wait here while the first one generates, and learn what came of it: all have to

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from tasks.reading import DataError
 from trainer.assembly.chosen_drafter import sampling
-from trainer.assembly.rows import tokenised, with_prompts
+from trainer.assembly.rows import add_prompts, load_data
 from trainer.assembly.trained import Trained
 from trainer.data.render import Renderer, stop_ids
 from trainer.decoding import speculative, trees
@@ -82,13 +82,13 @@ def asked(options: dict[str, Any], found: Trained) -> tuple[list[list[int]], lis
                 "heldout takes the prompts of conversations, and this run continues plain text:"
                 " give prompt or prompts"
             )
-        data = tokenised(found.config, found.base, found.task, train=False)
+        data = load_data(found.config, found.base, found.task, train=False)
         if data.held_out is None:
             raise DataError(
                 "this run's task has no held-out rows: it had task.eval_fraction=0 and no"
                 " task.eval_path"
             )
-        with_prompts(data, options["heldout"], found.model)
+        add_prompts(data, options["heldout"], found.model)
         return [ids for _, ids in data.held_out.prompts], data.held_out.stops
     chats = (
         prompts_of(options["prompts"])

@@ -194,8 +194,8 @@ def measure(run: Path, draft: Path, batch_size: int) -> list[dict[str, Any]]:
 
     from tasks.reading import DataError
     from trainer.assembly.build import instantiate
-    from trainer.assembly.rows import tokenised
-    from trainer.assembly.trained import tuned_as_recorded
+    from trainer.assembly.rows import load_data
+    from trainer.assembly.trained import load_recorded_target
     from trainer.drafters import Target, io
     from trainer.evaluation.loss import losses
     from trainer.models.precision import compute
@@ -206,7 +206,7 @@ def measure(run: Path, draft: Path, batch_size: int) -> list[dict[str, Any]]:
     place, content, _ = run_folder.read(str(run))
     config, identity = content["config"], content["identity"]
     base = instantiate(config["base"])
-    held_out = tokenised(config, base, instantiate(config["task"]), train=False).held_out
+    held_out = load_data(config, base, instantiate(config["task"]), train=False).held_out
     if held_out is None:
         raise DataError(
             f"{run} has no held-out rows to measure on: it had task.eval_fraction=0 and no"
@@ -226,7 +226,7 @@ def measure(run: Path, draft: Path, batch_size: int) -> list[dict[str, Any]]:
         }
         found.append(row)
         try:
-            tuned = None if adapter is None else tuned_as_recorded(adapter, head.parent)
+            tuned = None if adapter is None else load_recorded_target(adapter, head.parent)
         except (run_folder.FolderError, CheckpointError) as error:
             row["not_measured"] = str(error)
             continue

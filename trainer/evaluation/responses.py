@@ -23,7 +23,7 @@ from transformers import (
 from tasks.reading import DataError
 from tasks.task import Conversation
 from trainer.assembly.build import instantiate
-from trainer.assembly.trained import trained
+from trainer.assembly.trained import load_trained
 from trainer.data.prompts import Ask
 from trainer.data.render import Refused, Renderer, stop_ids
 from trainer.evaluation.answers import continuations
@@ -59,7 +59,7 @@ def speaker_of(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options["run"] is not None:
-        found = trained(options["run"], device)
+        found = load_trained(options["run"], device)
         if found.task.kind == "label":
             raise DataError(f"{found.folder} trained a classifier, which writes no text")
         model, base = found.model, found.base

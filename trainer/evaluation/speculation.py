@@ -42,8 +42,8 @@ import torch
 from tasks.reading import DataError
 from trainer.assembly import quiet
 from trainer.assembly.chosen_drafter import check_drafter, drafter_of, unknown_drafter
-from trainer.assembly.rows import tokenised, with_prompts
-from trainer.assembly.trained import Trained, trained
+from trainer.assembly.rows import add_prompts, load_data
+from trainer.assembly.trained import Trained, load_trained
 from trainer.data.render import Renderer, stop_ids
 from trainer.decoding import speculative
 from trainer.decoding.speculative import Result
@@ -131,13 +131,13 @@ def held_out(found: Trained, count: int) -> list[Question]:
         raise DataError(
             "this run continues plain text and holds out no conversations: give prompts=FILE.jsonl"
         )
-    data = tokenised(found.config, found.base, found.task, train=False)
+    data = load_data(found.config, found.base, found.task, train=False)
     if data.held_out is None:
         raise DataError(
             "this run's task has no held-out rows: it had task.eval_fraction=0 and no"
             " task.eval_path. Give prompts=FILE.jsonl"
         )
-    with_prompts(data, count, found.model)
+    add_prompts(data, count, found.model)
     return [Question("held out", example.messages[:-1]) for example, _ in data.held_out.prompts]
 
 
@@ -277,7 +277,7 @@ def main(argv: list[str]) -> int:
     check_drafter(content["config"], options)
     chosen = questions(options["prompts"], options["each"] or None) if options["prompts"] else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = trained(options["run"], device)
+    found = load_trained(options["run"], device)
     drafter = drafter_of(found, options)
     if drafter is None:
         raise DrafterError(

@@ -18,8 +18,8 @@ from adapters import compress as coding
 from adapters import io
 from adapters.delta import AdapterError
 from adapters.peft_fields import CHANGES_BASE, config_class
-from trainer.assembly.rows import Data, tokenised
-from trainer.assembly.trained import Trained, trained
+from trainer.assembly.rows import Data, load_data
+from trainer.assembly.trained import Trained, load_trained
 from trainer.data.batches import Sequences
 from trainer.data.held_out import HeldOut
 from trainer.evaluation.loss import losses
@@ -91,7 +91,7 @@ def compress(run: str, choice: Choice, out: Path | None, evaluate: bool) -> Comp
     quantised = content["config"]["base"].get("quantization", "none") != "none"
     device = torch.device("cuda" if torch.cuda.is_available() and not quantised else "cpu")
     with _appearing(out) as temporary:
-        found = trained(run, device, exact=True)
+        found = load_trained(run, device, fp32=True)
         save_adapter(found.adapter, found.model, found.base, found.task, temporary)
         files = {
             place: load_file(temporary / place / WEIGHTS) for place in _places(temporary, WEIGHTS)
@@ -99,7 +99,7 @@ def compress(run: str, choice: Choice, out: Path | None, evaluate: bool) -> Comp
         before = sum((temporary / place / WEIGHTS).stat().st_size for place in files)
         searching = choice.strength is None
         data = (
-            tokenised(found.config, found.base, found.task, train=searching)
+            load_data(found.config, found.base, found.task, train=searching)
             if evaluate or searching
             else None
         )

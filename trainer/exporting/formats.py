@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from adapters.delta import AdapterError
-from trainer.assembly.trained import trained
+from trainer.assembly.trained import load_trained
 from trainer.exporting import engines
 from trainer.exporting.adapter import save_adapter, verify_adapter
 from trainer.exporting.heads import _check_drafter, _write_drafter, _write_head
@@ -35,7 +35,7 @@ def export(
     """
     if to in ("drafter", "mtp", *engines.LAYOUTS):
         _check_drafter(run, to)
-    found = trained(run, exact=True, unpack=to in ("merged", "mtp"))
+    found = load_trained(run, fp32=True, dequantise=to in ("merged", "mtp"))
     if to == "shira" and not hasattr(found.adapter, "save_pair"):
         raise AdapterError(
             "to=shira is for adapters with a sparse part, and this run's is"

@@ -114,7 +114,7 @@ def _smaller(c: dict[str, Any]) -> str:
     )
 
 
-def told(error: Exception, config: dict[str, Any] | None = None) -> int:
+def report_and_exit_code(error: Exception, config: dict[str, Any] | None = None) -> int:
     """Print an error's explanation and return the exit code, for the verbs; an unexplained one is
     raised again."""
     explanation = explained(error, config or {})

@@ -9,7 +9,7 @@ import psutil
 import rich
 
 from adapters.delta import Adapter
-from trainer.assembly.trained import about_checkpoint, trained
+from trainer.assembly.trained import checkpoint_record, load_trained
 from trainer.drafters import Drafter
 from trainer.drafters import io as drafter_io
 from trainer.exporting import adapter as adapter_module
@@ -42,7 +42,7 @@ def save_drafter(
         drafter.load_state(checkpoints.load(chosen)["drafter"])
     adapter = record["identity"]["target"]
     if config["adapter"]["_target_"] != "adapters.full.Nothing":
-        adapter = about_checkpoint(
+        adapter = checkpoint_record(
             place.path, record["id"], checkpoints.path_of(place.checkpoints, step)
         )
     about = drafter_io.trained_for(base, place.path, step, adapter)
@@ -80,7 +80,9 @@ def save_adapter(
             place.path,
         )
         return
-    difference = adapter_module.verify_adapter(trained(f"{place.path}@{which}", exact=True), target)
+    difference = adapter_module.verify_adapter(
+        load_trained(f"{place.path}@{which}", fp32=True), target
+    )
     log.info(
         "adapter: %s, loaded back by stock PEFT: logits differ by %.1e of their spread",
         target,

@@ -26,7 +26,7 @@ from trainer.models.losses import CausalLoss, ClassLoss, NonFinite
 from trainer.penalties.deft import DensityDEFT
 from trainer.schedules import factor
 from trainer.schedules.cooldown import Cooling
-from trainer.training.fsdp import Sharded, average_whole, clip_grad_norm, share_of
+from trainer.training.fsdp import Sharded, average_unsharded_grads, clip_grad_norm, local_shard
 
 
 class FineTune(lightning.LightningModule):
@@ -66,7 +66,7 @@ class FineTune(lightning.LightningModule):
         self.make_optimizer, self.schedule = optimizer, schedule
         self.steps, self.cooling = steps, cooling
         # whether a checkpoint from the start of a cooldown goes on without it
-        self.constant_again = False
+        self.drop_cooldown = False
         self.accumulate, self.seed, self.max_grad_norm, self.nonfinite_limit = (
             accumulate,
             seed,
@@ -220,7 +220,7 @@ class FineTune(lightning.LightningModule):
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         limit = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
         if isinstance(self.trainer.strategy, Sharded):
-            average_whole(trained)
+            average_unsharded_grads(trained)
         # A drafter that is kept out of the adapter's gradients is kept out of their norm, too.
         apart = (
             set(self.drafter.parameters())
@@ -284,7 +284,7 @@ class FineTune(lightning.LightningModule):
             own = self.adapter.state(self.model)["tensors"]
             saved = saved | {
                 "tensors": {
-                    name: share_of(own.get(name), tensor)
+                    name: local_shard(own.get(name), tensor)
                     for name, tensor in saved["tensors"].items()
                 }
             }
@@ -293,7 +293,7 @@ class FineTune(lightning.LightningModule):
             self.penalty.load_state(checkpoint["penalty"])
         if self.drafter is not None:
             self.drafter.load_state(checkpoint["drafter"])
-        if self.cooling is None and "cooling" in checkpoint and not self.constant_again:
+        if self.cooling is None and "cooling" in checkpoint and not self.drop_cooldown:
             self.cooling = Cooling(**checkpoint["cooling"])
         for key, value in checkpoint["counters"].items():
             setattr(self, key, value)

@@ -56,7 +56,7 @@ class Sharded(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        checkpoint = whole(checkpoint)
+        checkpoint = full_tensors(checkpoint)
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
@@ -69,18 +69,20 @@ class Sharded(ModelParallelStrategy):
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             state = {
-                number: {key: share_of(parameters[number], value) for key, value in moments.items()}
+                number: {
+                    key: local_shard(parameters[number], value) for key, value in moments.items()
+                }
                 for number, moments in saved["state"].items()
             }
             optimizer.load_state_dict(saved | {"state": state})
 
 
-def whole(tree: Any) -> Any:
+def full_tensors(tree: Any) -> Any:
     """Anything with its sharded tensors whole and on the CPU; all processes have to ask."""
     return pytree.tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), tree)
 
 
-def share_of(own: Any, value: Any) -> Any:
+def local_shard(own: Any, value: Any) -> Any:
     """This process's share of a whole tensor, divided as `own` is; anything else as it is."""
     if not isinstance(own, DTensor) or not isinstance(value, Tensor) or value.shape != own.shape:
         return value
@@ -89,7 +91,7 @@ def share_of(own: Any, value: Any) -> Any:
     )
 
 
-def given_back(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Let go of what a forward pass without a backward pass has left together, which the next step
     would take for the weights."""
     for module in model.modules():
@@ -97,7 +99,7 @@ def given_back(model: nn.Module) -> None:
             module.reshard()
 
 
-def average_whole(parameters: Iterable[nn.Parameter]) -> None:
+def average_unsharded_grads(parameters: Iterable[nn.Parameter]) -> None:
     """Average the gradients of what is whole in every process of a sharded run."""
     for parameter in parameters:
         if parameter.grad is not None and not isinstance(parameter.grad, DTensor):

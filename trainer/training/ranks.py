@@ -23,7 +23,7 @@ log = logging.getLogger("trainer")
 _DECIDED = "GRAFT_DECIDED"  # what the first process tells those that Lightning starts for it
 
 
-def agreed_folder(lightning_: lightning.Trainer, path: Path) -> Path:
+def shared_run_folder(lightning_: lightning.Trainer, path: Path) -> Path:
     """The first process's folder. Processes that Lightning starts are given it; those of torchrun
     and srun ask for it."""
     if not lightning_.is_global_zero:
