@@ -33,7 +33,7 @@ RUNS: dict[str, tuple[int | None, tuple[str, ...]]] = {
     "lora": (4, (*LORA, "max_steps=8")),
     "rosa": (2, ("adapter=rosa", FEW, "adapter.rank=2", "adapter.density=0.1", "adapter.warmup_steps=4", "max_steps=8")),
     "spiel": (
-        5,
+        4,
         ("adapter=spiel", FEW, "adapter.density=0.1", "adapter.reselection_steps=4", "adapter.accumulation_steps=2", "max_steps=9"),
     ),
     "parent": (
