@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from trainer.config import limits
+from trainer.config import history, limits
 
 # These change how the same weights are loaded and compute, and may be others than in the target's
 # run.
@@ -44,6 +44,7 @@ def base_of(path: str) -> tuple[dict[str, Any], str]:
         )
         earlier = (config.get("target") or {}).get("run")
         classifies = identity["labels"] is not None
+        history.rename(base)
     except FileNotFoundError:
         raise ValueError(
             f"target.run={path}: {folder} is no run folder: it has no run.yaml. Give the folder of"
