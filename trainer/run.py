@@ -179,13 +179,10 @@ def _run(
     trains = not isinstance(adapter, Nothing) or bool(config["drafter"])
     steps = steps if trains else 0
     checked = quick(config, base, adapter, found, plan, steps, place.path)
-    if lightning_.is_global_zero:
-        atomic.write_text(place.path / "preflight.json", json.dumps(checked, indent=2))
-
     identity = {
         "choices": choices,
         "base": base.fingerprint,
-        "data": found.keys,
+        "data": found.identity,
         "precision": precision,
         "trains_base": isinstance(adapter, Full),
         "labels": labels,
@@ -195,6 +192,10 @@ def _run(
     }
     begin = partial(_where_to_begin, place, config, plan, identity, adapter.restart)
     earlier, parent, saved_path, longer = first_decides(lightning_, begin)
+    if (
+        lightning_.is_global_zero
+    ):  # after the decision, which reads the row counts of an earlier start
+        atomic.write_text(place.path / "preflight.json", json.dumps(checked, indent=2))
     done = int(saved_path.stem[5:]) if saved_path else 0
     journal = Journal(place.path, [], lightning_.is_global_zero)
     if earlier is not None and (
@@ -385,7 +386,7 @@ def _read_states(
         base,
         dtype,
         None if tuned is None else tuned.saved,
-        found.keys["train"],
+        found.identity["train"]["sha256"],
         module.drafter.layers,
     )
     loss.states = hidden_states.prepared(

@@ -11,8 +11,9 @@ import pytest
 from torch.utils.data import DataLoader
 
 from trainer.data.batches import Batches, BatchOrder, Collate, Pick, Sequences
+from trainer.data.lengths import Report
 from trainer.data.render import Tokens
-from trainer.data.rows import _FEATURES, Report, Rows
+from trainer.data.rows import _FEATURES, Rows
 
 SHAPES = [  # rows, batch_size, accumulate, ranks
     (1, 1, 1, 1),

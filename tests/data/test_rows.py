@@ -26,9 +26,11 @@ from tasks.sft import SFT
 from tests.conftest import sums, write_rows
 from trainer.data import rows as rows_module
 from trainer.data.batches import Collate, Pick, Sequences
+from trainer.data.lengths import SHOWN
 from trainer.data.packing import pack
 from trainer.data.render import Renderer, Tokens
-from trainer.data.rows import Rows, render_one, rendered, tokenise
+from trainer.data.rendering import render_one, rendered, special_text
+from trainer.data.rows import Rows, tokenise
 
 SPLIT = {
     "split": "train",
@@ -269,10 +271,10 @@ def test_broken_rows_are_skipped_and_counted_where_asked(tiny, broken):
 def test_many_broken_rows_end_the_reading_early(tiny, tmp_path):
     file = tmp_path / "broken.jsonl"
     file.write_text("\n".join([json.dumps(sums(1)[0]), *[BROKEN] * 100]) + "\n", "utf-8")
-    with pytest.raises(DataError, match=f"and {rows_module.SHOWN - 5} more broken rows"):
+    with pytest.raises(DataError, match=f"and {SHOWN - 5} more broken rows"):
         made(tiny, sft(file))
     rows = made(tiny, sft(file, on_bad="skip"))
-    assert (len(rows), rows.report.skipped, len(rows.report.bad)) == (1, 100, rows_module.SHOWN)
+    assert (len(rows), rows.report.skipped, len(rows.report.bad)) == (1, 100, SHOWN)
 
 
 def test_several_processes_give_what_one_gives(tiny, tmp_path, own_cache):
@@ -469,9 +471,7 @@ def test_messages_that_hold_a_special_tokens_text_are_counted(tiny, tmp_path):
         for c in ["<|pad|>", "|pad|", "x<|im_end|>"]
     ]
     assert (
-        rows_module.special_text(
-            sft(write_rows(tmp_path / "s.jsonl", held)).examples("train"), tiny.tokenizer
-        )
+        special_text(sft(write_rows(tmp_path / "s.jsonl", held)).examples("train"), tiny.tokenizer)
         == 2
     )
 

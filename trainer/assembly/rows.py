@@ -13,9 +13,10 @@ from torch import nn
 from trainer.config.errors import ConfigError
 from trainer.data.batches import BatchOrder, Collate, Sequences
 from trainer.data.held_out import HeldOut
+from trainer.data.identity import of_rows, of_stream
 from trainer.data.packing import pack
 from trainer.data.render import Renderer, stop_ids
-from trainer.data.rows import Rows, cache_key, tokenise
+from trainer.data.rows import Rows, source_key, tokenise
 from trainer.models.base import Base
 
 log = logging.getLogger(__name__)
@@ -30,8 +31,7 @@ class Data:
     train: Sequences | None  # None where it streams
     held_out: HeldOut | None
     collate: Collate
-    # of the tokenised splits: they change with anything that the rows depend on
-    keys: dict[str, str]
+    identity: dict[str, dict[str, Any]]  # of each split's rows; see trainer.data.identity
 
     def rows_of(self, sequences: list[Any]) -> list[str]:
         """File and line of the rows of some sequences."""
@@ -59,15 +59,20 @@ def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True)
     }
     labelled = task.kind == "label"
     collate = Collate(base.tokenizer.pad_token_id, config["packing"], labelled)
-    training = None
-    if train and not task.streaming:
+    training, identity = None, {}
+    if train and task.streaming:
+        key = source_key(task, "train", renderer, config["max_length"], config["overlong"])
+        identity["train"] = of_stream(key)
+    elif train:
         rows = tokenise(task, "train", renderer, **settings)
         log.info("train: %s", rows.report.summary())
+        identity["train"] = of_rows(rows)
         packs = (
             pack(rows.lengths, config["max_length"], config["seed"]) if config["packing"] else None
         )
         training = Sequences(rows, packs)
     rows = tokenise(task, "eval", renderer, **settings)
+    identity["eval"] = of_rows(rows)
     if len(rows):
         log.info("eval: %s", rows.report.summary())
     # Evaluation is never packed: its numbers should not depend on how rows share sequences.
@@ -79,11 +84,7 @@ def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True)
         if len(rows)
         else None
     )
-    keys = {
-        split: cache_key(task, split, renderer, config["max_length"], config["overlong"])
-        for split in ("train", "eval")
-    }
-    return Data(task, renderer, training, held_out, collate, keys)
+    return Data(task, renderer, training, held_out, collate, identity)
 
 
 def add_prompts(found: Data, count: int, model: nn.Module | None) -> None:

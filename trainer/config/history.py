@@ -1,6 +1,7 @@
 """Configs that older versions recorded: complete them, and map what moved.
 
-A recorded config is read with the names of today, and then checked as a new one is. To move a class of conf/, add a line to MOVED.
+A recorded config is read with the names of today, and then checked as a new one is. To move a class
+of conf/, add a line to MOVED.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ from torch import Tensor
 from tasks.reading import DataError
 from tasks.wheel import sha256
 from trainer.data.batches import Collate, Pick, Sequences
+from trainer.data.identity import same_as_key
 from trainer.models.base import Base
 from trainer.storage.atomic import write_text
 
@@ -84,8 +85,8 @@ def key_of(
     base: Base, dtype: torch.dtype, adapter: Any, rows: str, layers: tuple[int, ...]
 ) -> dict[str, Any]:
     """Everything that states depend on: the base's weights, how they are held and computed in, the
-    adapter's `state` (None without one), the key of the tokenised rows
-    (trainer.data.rows.cache_key), and the layers."""
+    adapter's `state` (None without one), the digest of the tokenised rows
+    (trainer.data.rows.Rows.digest), and the layers."""
     return {
         "base": base.fingerprint,
         "quantization": base.quantization,
@@ -111,8 +112,8 @@ class Features:
     def __init__(self, folder: Path, key: dict[str, Any], sequences: Sequences):
         self.folder, self.sequences = folder, sequences
         self.index = _index(folder)
-        _refuse_others(folder, self.index["key"], key)
         lengths = sequences.rows.lengths
+        _refuse_others(folder, self.index, key, lengths)
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
         self.shards = sorted(self.index["shards"].items(), key=lambda item: item[1]["first"])
         if missing := [
@@ -264,7 +265,7 @@ def write(
     lengths, dtype = sequences.rows.lengths, getattr(torch, key["dtype"])
     if (folder / "index.json").exists():
         index = _index(folder)
-        _refuse_others(folder, index["key"], key)
+        _refuse_others(folder, index, key, lengths)
         complete = all(name in index["shards"] for name, _ in _planned(index))
         if not complete and sorted(key["layers"]) != index["key"]["layers"]:
             raise FeaturesError(
@@ -420,7 +421,15 @@ def _index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _refuse_others(folder: Path, held: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _refuse_others(
+    folder: Path, index: dict[str, Any], wanted: dict[str, Any], lengths: np.ndarray
+) -> None:
+    held = index["key"]
+    current = {"sha256": wanted["rows"], "rows": len(lengths), "tokens": int(lengths.sum())}
+    counts = {"rows": index["cuts"][-1], "tokens": index["tokens"]}
+    what = f"{folder.resolve()}: the rows of these states"
+    if same_as_key(str(held.get("rows")), current, what, counts):
+        held = held | {"rows": wanted["rows"]}
     names = {
         "rows": "tokenised rows (data, template, tokenizer, max_length or overlong)",
         "base": "the base's weights",

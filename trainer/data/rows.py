@@ -7,17 +7,12 @@ import hashlib
 import inspect
 import json
 import logging
-import multiprocessing
 import os
-import re
 import shutil
 import sys
 import uuid
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,14 +27,14 @@ from filelock import FileLock, Timeout
 
 from tasks import conversation, reading, wheel
 from tasks import task as tasks_task
-from tasks.reading import Bad, DataError
-from tasks.task import Conversation, Example
+from tasks.reading import DataError
 from trainer.data import render
-from trainer.data.render import Refused, Renderer, Tokens
+from trainer.data.lengths import Report, fit, listing, take
+from trainer.data.render import Renderer, Tokens
+from trainer.data.rendering import chunks, rendered
 
 log = logging.getLogger(__name__)
 
-SHOWN = 20  # broken rows that an error or a report lists
 WRITTEN = 1000  # rows that are written at once
 WAIT = 30  # seconds between two messages of a process that waits for another one's rows
 _FEATURES = datasets.Features(
@@ -53,44 +48,12 @@ _FEATURES = datasets.Features(
 )
 
 
-@dataclass
-class Report:
-    """What became of a split's rows. Nothing is left out without being counted here."""
-
-    rows: int = 0
-    kept: int = 0
-    dropped: int = 0  # longer than max_length, with overlong=drop
-    truncated: int = 0  # cut to max_length, with overlong=truncate
-    answers_lost: int = 0  # cut so that no trained token was left, and dropped for it
-    tokens_cut: int = 0
-    skipped: int = 0  # broken, with on_bad=skip
-    special_text: int = 0  # rows whose messages hold the text of a special token
-    ends_trained: int = 0  # rows whose last trained token ends the answer
-    tokens: int = 0
-    trained_tokens: int = 0
-    longest: int = 0
-    bad: list[tuple[str, str]] = field(default_factory=list)  # the first broken rows: where, why
-
-    def summary(self) -> str:
-        """One line for people."""
-        parts = [f"{self.kept} of {self.rows} rows kept"]
-        for count, text in (
-            (self.dropped, "longer than max_length, dropped"),
-            (self.truncated, f"truncated ({self.tokens_cut} tokens)"),
-            (self.answers_lost, "lost their answer to truncation, dropped"),
-            (self.skipped, "broken, skipped"),
-        ):
-            if count:
-                parts.append(f"{count} {text}")
-        share = self.trained_tokens / self.tokens if self.tokens else 0.0
-        return "; ".join(parts) + f"; {self.tokens:,} tokens, {share:.0%} of them trained"
-
-
 class Rows:
-    """The tokenised rows of one split, memory-mapped."""
+    """The tokenised rows of one split, memory-mapped. `digest` is that of their content, if it is
+    known already."""
 
-    def __init__(self, table: datasets.Dataset, report: Report):
-        self.table, self.report = table.with_format("numpy"), report
+    def __init__(self, table: datasets.Dataset, report: Report, digest: str | None = None):
+        self.table, self.report, self._digest = table.with_format("numpy"), report, digest
 
     def __len__(self) -> int:
         return len(self.table)
@@ -137,6 +100,26 @@ class Rows:
     def where(self, index: int) -> str:
         """File and line of a row, as they were when it was tokenised."""
         return self.table[int(index)]["where"]
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of what is trained: tokens, which of them are trained, and labels of all rows
+        in their order.
+
+        The digest of the table's file would also follow where the data is stored and which version
+        of a library wrote the file."""
+        if self._digest is not None:
+            return self._digest
+        lengths, tokens, flags, labels = (hashlib.sha256() for _ in range(4))
+        columns = zip(_flat(self.table, "ids"), _flat(self.table, "trained"), strict=True)
+        for (ids, starts), (trained, _) in columns:
+            lengths.update(np.diff(starts).astype("<i8").tobytes())
+            tokens.update(ids.astype("<i4").tobytes())
+            flags.update(trained.astype("u1").tobytes())
+        for chunk in self.table.data.column("label").chunks:
+            labels.update(chunk.to_numpy().astype("<i4").tobytes())
+        parts = (lengths, tokens, flags, labels)
+        return hashlib.sha256(b"".join(part.digest() for part in parts)).hexdigest()
 
     def digests(self) -> Iterator[bytes]:
         """A digest of each row's tokens and label, to find duplicates."""
@@ -202,7 +185,10 @@ def tokenise(
                 made = json.loads(report_file.read_text())
                 report, table = Report(**made["report"]), _table(key, folder)
                 if len(table) == report.kept and _digest(table) == made["sha256"]:
-                    return Rows(table, report)
+                    rows = Rows(table, report, made.get("content"))
+                    if "content" not in made:  # an earlier version did not store it
+                        _describe(rows, report_file)
+                    return rows
         report = Report()
         report_file.unlink(missing_ok=True)
         shutil.rmtree(folder / key, ignore_errors=True)
@@ -213,12 +199,35 @@ def tokenise(
         except DataError as error:
             error_file.write_text(f"{uuid.uuid4()}\n{error}")
             raise
-        table = _table(key, folder)
-        temporary = report_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"report": asdict(report), "sha256": _digest(table)}))
-        os.replace(temporary, report_file)
+        rows = Rows(_table(key, folder), report)
+        _describe(rows, report_file)
         error_file.unlink(missing_ok=True)
-    return Rows(table, report)
+    return rows
+
+
+def cached_digest(key: str) -> str | None:
+    """Return the digest of the rows that the cache holds under a key, or None if it holds none or
+    they are damaged."""
+    folder = wheel.cache_dir() / "tokens"
+    try:
+        made, table = json.loads((folder / f"{key}.json").read_text()), _table(key, folder)
+        if _digest(table) != made["sha256"]:
+            return None
+        return Rows(table, Report(**made["report"])).digest
+    except Exception:  # a missing or damaged cache, whatever the reason
+        return None
+
+
+def _describe(rows: Rows, file: Path) -> None:
+    """Write counts and digests of cached rows. An entry without this file is incomplete."""
+    known = {
+        "report": asdict(rows.report),
+        "sha256": _digest(rows.table),
+        "content": rows.digest,
+    }
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(known))
+    os.replace(temporary, file)
 
 
 def _digest(table: datasets.Dataset) -> str:
@@ -258,7 +267,7 @@ def _write(key: str, folder: Path, rows: Iterator[dict[str, Any]]) -> None:
     rendering them."""
     (folder / key).mkdir()
     with pyarrow.ipc.new_stream(folder / key / "rows.arrow", _FEATURES.arrow_schema) as stream:
-        for chunk in _chunks(rows, WRITTEN):
+        for chunk in chunks(rows, WRITTEN):
             stream.write_batch(pyarrow.RecordBatch.from_pylist(chunk, _FEATURES.arrow_schema))
 
 
@@ -267,18 +276,33 @@ def _table(key: str, folder: Path) -> datasets.Dataset:
 
 
 def cache_key(task: Any, split: str, renderer: Renderer, max_length: int, overlong: str) -> str:
-    """A digest of everything that the tokenised rows depend on: data, template, tokenizer, lengths
-    and code."""
+    """Return a digest of everything that the tokenised rows depend on: data, template, tokenizer,
+    lengths and code."""
     code = [inspect.getsource(part) for part in (render, reading, conversation, tasks_task, fit)]
     code.append(inspect.getsource(sys.modules[type(task).__module__]))
+    return _key(*code, *_settings(task, split, renderer, max_length, overlong))
+
+
+def source_key(task: Any, split: str, renderer: Renderer, max_length: int, overlong: str) -> str:
+    """Return a digest of data, template, tokenizer and lengths, without code: the identity of rows
+    that are never stored in a table."""
+    return _key(*_settings(task, split, renderer, max_length, overlong))
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
+
+
+def _settings(
+    task: Any, split: str, renderer: Renderer, max_length: int, overlong: str
+) -> list[Any]:
     tokenizer = renderer.tokenizer
     backend = (
         tokenizer.backend_tokenizer.to_str()
         if getattr(tokenizer, "is_fast", False)
         else json.dumps(tokenizer.get_vocab())
     )
-    parts = [
-        *code,
+    return [
         str(_FEATURES),
         backend,
         json.dumps(tokenizer.special_tokens_map, default=str),
@@ -291,7 +315,6 @@ def cache_key(task: Any, split: str, renderer: Renderer, max_length: int, overlo
         tokenizers.__version__,
         transformers.__version__,
     ]
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
 def _kept(
@@ -315,163 +338,6 @@ def _kept(
                 "where": where,
             }
     if report.bad and task.on_bad == "raise":
-        raise DataError(_listing(report))
+        raise DataError(listing(report))
     if report.rows and not report.kept:
         raise DataError(f"no row of {split} is left: {report.summary()}")
-
-
-def take(
-    where: str,
-    outcome: Tokens | str,
-    renderer: Renderer,
-    max_length: int,
-    overlong: str,
-    on_bad: str,
-    report: Report,
-) -> Tokens | None:
-    """Count one row, and give it back if it is kept, cut to length.
-
-    Raises:
-        DataError: with overlong=raise, or at the SHOWN-th broken row with on_bad=raise.
-    """
-    if isinstance(outcome, str):
-        if len(report.bad) < SHOWN:
-            report.bad.append((where, outcome))
-        report.skipped += 1
-        if on_bad == "raise" and report.skipped >= SHOWN:
-            raise DataError(_listing(report))
-        return None
-    row = fit(outcome, max_length, overlong, renderer.kind == "label", where, report)
-    if row is None:
-        return None
-    report.kept += 1
-    report.tokens += len(row.ids)
-    report.trained_tokens += sum(row.trained)
-    report.longest = max(report.longest, len(row.ids))
-    last = next((i for i in range(len(row.ids) - 1, -1, -1) if row.trained[i]), None)
-    report.ends_trained += last is not None and row.ids[last] in renderer.ends
-    return row
-
-
-def fit(
-    row: Tokens, max_length: int, overlong: str, labelled: bool, where: str, report: Report
-) -> Tokens | None:
-    """A row no longer than max_length, or None where it is dropped.
-
-    Raises:
-        DataError: it is longer, and overlong=raise.
-    """
-    if len(row.ids) <= max_length:
-        return row
-    if overlong == "raise":
-        raise DataError(
-            f"{where}: {len(row.ids)} tokens, more than max_length={max_length}. Set overlong=drop"
-            " or truncate, or a larger max_length"
-        )
-    if overlong == "drop":
-        report.dropped += 1
-        return None
-    cut = Tokens(row.ids[:max_length], row.trained[:max_length], row.label)
-    if any(row.trained[1:]) and not any(cut.trained[1:]):
-        report.answers_lost += 1
-        return None
-    report.truncated += 1
-    report.tokens_cut += len(row.ids) - max_length
-    return cut
-
-
-def _listing(report: Report) -> str:
-    lines = [f"{where}: {reason}" for where, reason in report.bad[:5]]
-    more = report.skipped - len(lines)
-    return "\n".join(
-        [
-            *lines,
-            *([f"and {more} more broken rows"] if more > 0 else []),
-            "Mend them, or leave them out with task.on_bad=skip",
-        ]
-    )
-
-
-# A worker process keeps its renderer between chunks; pickling it with each of them would cost more
-# than tokenising.
-_renderer: Renderer | None = None
-
-
-def _start_worker(renderer: Renderer) -> None:
-    global _renderer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _renderer = renderer
-
-
-def _render_chunk(chunk: list[Example | Bad]) -> list[tuple[str, Tokens | str]]:
-    assert _renderer is not None
-    return [render_one(example, _renderer) for example in chunk]
-
-
-def render_one(example: Example | Bad, renderer: Renderer) -> tuple[str, Tokens | str]:
-    """(where, Tokens), or (where, the reason why the row cannot be used)."""
-    if isinstance(example, Bad):
-        return example.where, example.reason
-    try:
-        row = renderer(example)
-    except Refused as refusal:
-        return example.where, str(refusal)
-    if not row.ids:
-        return example.where, "it has no tokens"
-    if renderer.kind != "label" and not any(row.trained[1:]):
-        return example.where, "it has no trained token"
-    return example.where, row
-
-
-def rendered(
-    examples: Iterable[Example | Bad], renderer: Renderer, processes: int
-) -> Iterator[tuple[str, Tokens | str]]:
-    """`render_one` over examples, in their order, in several processes if asked."""
-    if processes <= 1:
-        for example in examples:
-            yield render_one(example, renderer)
-        return
-    # Not multiprocessing.Pool: it waits for ever for the share of a process that was killed.
-    pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), _start_worker, (renderer,)
-    )
-    shares: deque[Future[list[tuple[str, Tokens | str]]]] = deque()
-    try:
-        for chunk in _chunks(examples, 256):
-            shares.append(pool.submit(_render_chunk, chunk))
-            if len(shares) > 2 * processes:
-                yield from shares.popleft().result()
-        while shares:
-            yield from shares.popleft().result()
-    except BrokenProcessPool:
-        raise DataError(
-            f"one of the {processes} processes that tokenise the rows was ended from outside, most"
-            " likely for want of memory: set tokenise_processes=1, or give the job more memory"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    chunk: list[Any] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def special_text(examples: Iterable[Example | Bad], tokenizer: Any) -> int:
-    """Conversations whose messages hold the text of a special token, which would be read as that
-    token."""
-    pattern = re.compile(
-        "|".join(re.escape(token) for token in tokenizer.all_special_tokens if token.strip())
-        or "(?!)"
-    )
-    return sum(
-        isinstance(example, Conversation)
-        and any(pattern.search(message["content"]) for message in example.messages)
-        for example in examples
-    )

@@ -14,8 +14,9 @@ from torch.utils.data import IterableDataset
 
 from tasks.reading import DataError
 from trainer.data.batches import Collate, Pick
+from trainer.data.lengths import Report, take
 from trainer.data.render import Renderer, Tokens
-from trainer.data.rows import Report, rendered, take
+from trainer.data.rendering import rendered
 
 
 class Stream(IterableDataset):

@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from trainer.data.identity import changed
 from trainer.schedules.cooldown import Cooling
 from trainer.storage import checkpoints, run_folder
 from trainer.storage.checkpoints import CheckpointError
@@ -57,7 +58,7 @@ def fork(
         raise CheckpointError(
             f"{path} cannot be branched off with other settings:\n  " + "\n  ".join(different)
         )
-    if then["data"]["train"] != identity["data"]["train"]:
+    if changed(path, {"train": then["data"]["train"]}, identity["data"]):
         log.info("the rows from step %d on are others than the parent's", step)
     fault = checkpoints.fault(source)
     if fault is not None:

@@ -13,7 +13,7 @@ from trainer.assembly import build as build_module
 from trainer.assembly.rows import Data
 from trainer.data.batches import BatchOrder
 from trainer.data.render import Refused
-from trainer.data.rows import special_text
+from trainer.data.rendering import special_text
 from trainer.drafters import DrafterError, io
 from trainer.models.base import Base, BaseError
 from trainer.schedules import factor, length

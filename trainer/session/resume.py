@@ -10,6 +10,7 @@ from typing import Any
 from trainer.assembly import build as build_module
 from trainer.callbacks import progress
 from trainer.data.batches import BatchOrder
+from trainer.data.identity import changed
 from trainer.schedules import factor
 from trainer.session import fork
 from trainer.storage import checkpoints, run_folder
@@ -47,8 +48,7 @@ def where_to_go_on(
         different.append("base: its weights are others now")
     different += [
         f"data: the rows of {split}, or how they are tokenised, have changed"
-        for split in then["data"]
-        if then["data"][split] != identity["data"].get(split)
+        for split in changed(place.path, then["data"], identity["data"])
     ]
     path = checkpoints.newest(place.checkpoints)
     done, steps, longer = int(path.stem[5:]) if path else 0, identity["steps"], False

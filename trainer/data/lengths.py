@@ -1,0 +1,116 @@
+"""Rows held to max_length, and counts of what became of all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tasks.reading import DataError
+from trainer.data.render import Renderer, Tokens
+
+SHOWN = 20  # broken rows that an error or a report lists
+
+
+@dataclass
+class Report:
+    """What became of a split's rows. Nothing is left out without being counted here."""
+
+    rows: int = 0
+    kept: int = 0
+    dropped: int = 0  # longer than max_length, with overlong=drop
+    truncated: int = 0  # cut to max_length, with overlong=truncate
+    answers_lost: int = 0  # cut so that no trained token was left, and dropped for it
+    tokens_cut: int = 0
+    skipped: int = 0  # broken, with on_bad=skip
+    special_text: int = 0  # rows whose messages hold the text of a special token
+    ends_trained: int = 0  # rows whose last trained token ends the answer
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest: int = 0
+    bad: list[tuple[str, str]] = field(default_factory=list)  # the first broken rows: where, why
+
+    def summary(self) -> str:
+        """One line for people."""
+        parts = [f"{self.kept} of {self.rows} rows kept"]
+        for count, text in (
+            (self.dropped, "longer than max_length, dropped"),
+            (self.truncated, f"truncated ({self.tokens_cut} tokens)"),
+            (self.answers_lost, "lost their answer to truncation, dropped"),
+            (self.skipped, "broken, skipped"),
+        ):
+            if count:
+                parts.append(f"{count} {text}")
+        share = self.trained_tokens / self.tokens if self.tokens else 0.0
+        return "; ".join(parts) + f"; {self.tokens:,} tokens, {share:.0%} of them trained"
+
+
+def take(
+    where: str,
+    outcome: Tokens | str,
+    renderer: Renderer,
+    max_length: int,
+    overlong: str,
+    on_bad: str,
+    report: Report,
+) -> Tokens | None:
+    """Count one row, and give it back if it is kept, cut to length.
+
+    Raises:
+        DataError: with overlong=raise, or at the SHOWN-th broken row with on_bad=raise.
+    """
+    if isinstance(outcome, str):
+        if len(report.bad) < SHOWN:
+            report.bad.append((where, outcome))
+        report.skipped += 1
+        if on_bad == "raise" and report.skipped >= SHOWN:
+            raise DataError(listing(report))
+        return None
+    row = fit(outcome, max_length, overlong, renderer.kind == "label", where, report)
+    if row is None:
+        return None
+    report.kept += 1
+    report.tokens += len(row.ids)
+    report.trained_tokens += sum(row.trained)
+    report.longest = max(report.longest, len(row.ids))
+    last = next((i for i in range(len(row.ids) - 1, -1, -1) if row.trained[i]), None)
+    report.ends_trained += last is not None and row.ids[last] in renderer.ends
+    return row
+
+
+def fit(
+    row: Tokens, max_length: int, overlong: str, labelled: bool, where: str, report: Report
+) -> Tokens | None:
+    """A row no longer than max_length, or None where it is dropped.
+
+    Raises:
+        DataError: it is longer, and overlong=raise.
+    """
+    if len(row.ids) <= max_length:
+        return row
+    if overlong == "raise":
+        raise DataError(
+            f"{where}: {len(row.ids)} tokens, more than max_length={max_length}. Set overlong=drop"
+            " or truncate, or a larger max_length"
+        )
+    if overlong == "drop":
+        report.dropped += 1
+        return None
+    cut = Tokens(row.ids[:max_length], row.trained[:max_length], row.label)
+    if any(row.trained[1:]) and not any(cut.trained[1:]):
+        report.answers_lost += 1
+        return None
+    report.truncated += 1
+    report.tokens_cut += len(row.ids) - max_length
+    return cut
+
+
+def listing(report: Report) -> str:
+    """List the first broken rows, one a line, and say how to continue."""
+    lines = [f"{where}: {reason}" for where, reason in report.bad[:5]]
+    more = report.skipped - len(lines)
+    return "\n".join(
+        [
+            *lines,
+            *([f"and {more} more broken rows"] if more > 0 else []),
+            "Mend them, or leave them out with task.on_bad=skip",
+        ]
+    )
