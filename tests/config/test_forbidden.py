@@ -29,7 +29,7 @@ def test_the_targets_are_those_of_conf():
 FAULTS = {
     "a target": (
         {"a": {"_target_": "os.system"}},
-        "a._target_ is 'os.system'. Only what the files of conf/ name",
+        "a._target_ is 'os.system'. Only classes that conf/ names",
     ),
     "positional arguments": ({"a": {"_args_": ["x"]}}, "a._args_.0: positional arguments"),
     "a secret of the environment": (
@@ -62,7 +62,7 @@ FAULTS = {
 @pytest.mark.parametrize("case", FAULTS)
 def test_a_fault_is_named_with_its_place(case):
     config, said = FAULTS[case]
-    (fault,) = forbidden.faults(OmegaConf.create(config))
+    (fault,) = forbidden.forbidden_settings(OmegaConf.create(config))
     assert said in fault
 
 
@@ -78,4 +78,4 @@ def test_what_a_config_may_hold():
             "output_subdir": None,
         },
     }
-    assert list(forbidden.faults(OmegaConf.create(config))) == []
+    assert list(forbidden.forbidden_settings(OmegaConf.create(config))) == []

@@ -160,10 +160,10 @@ FAULTS = {
     ),
     "an object in a mapping": (
         {"options": {"a": [{"_target_": "x"}]}},
-        "and nothing may be made there",
+        "and no object may be created there",
     ),
-    "an object in a list": ({"names": [{"_target_": "x"}]}, "and nothing may be made there"),
-    "an object for a value": ({"rank": {"_target_": "x"}}, "and nothing may be made there"),
+    "an object in a list": ({"names": [{"_target_": "x"}]}, "and no object may be created there"),
+    "an object for a value": ({"rank": {"_target_": "x"}}, "and no object may be created there"),
 }
 
 
@@ -289,7 +289,7 @@ def test_a_variant_of_an_open_file_is_open(conf):
     given = {"_target_": "a.Any", "kind": "ONE", "whatever": [1]}
     assert schema.problems(given, variant, "x") == []
     assert (
-        "nothing may be made"
+        "no object may be created"
         in schema.problems(given | {"whatever": [{"_target_": "b.C"}]}, variant, "x")[0]
     )
 

@@ -9,7 +9,7 @@ import logging
 import pytest
 from omegaconf import OmegaConf
 
-from trainer.config import secrets as secrets_module
+from trainer.config import secrets
 from trainer.config.errors import bad
 
 SECRETS = {
@@ -28,13 +28,13 @@ def exported(monkeypatch):
 
 def test_redaction():
     text = f"train about={' '.join(SECRETS.values())} key=sk-abcdefghijklmnopqrstuvwx ab {'0' * 64}"
-    redacted = secrets_module.redact(text)
+    redacted = secrets.redact(text)
     assert redacted == f"train about={' '.join(['[redacted]'] * 4)} key=[redacted] ab {'0' * 64}"
-    assert secrets_module.redact("nothing here") == "nothing here"
+    assert secrets.redact("nothing here") == "nothing here"
 
 
 def test_logs_and_messages_hold_no_secret(capsys):
-    secrets_module.redact_logs()
+    secrets.redact_logs()
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     log = logging.Logger("one of its own")
@@ -57,7 +57,7 @@ def test_a_secret_in_a_config_is_named_by_its_place_alone():
         "task": {"path": f"x{SECRETS['SOME_PASSWORD']}"},
         "base": {"revision": "0" * 40},
     }
-    faults = list(secrets_module.faults(OmegaConf.create(named)))
+    faults = list(secrets.secrets_in(OmegaConf.create(named)))
     assert [fault.split()[0] for fault in faults] == ["logger.api_key", "task.path"]
     assert "SOME_PASSWORD" in faults[1]
     assert not any(value in fault for fault in faults for value in ("quiet", *SECRETS.values()))

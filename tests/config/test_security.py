@@ -71,9 +71,9 @@ def refused(canary, monkeypatch, capsys):
     return ran
 
 
-ONLY = "Only what the files of conf/ name may be made"
+ONLY = "Only classes that conf/ names are instantiated"
 THERE = "and only that may stand there"
-NOWHERE = "nothing may be made there"
+NOWHERE = "no object may be created there"
 RESOLVER = "uses the resolver"
 VARIABLE = "reads the environment variable"
 
@@ -421,7 +421,7 @@ FILES = {
     "a line of the job's script": (
         ["override /hydra/launcher: slurm"],
         'hydra: {launcher: {partition: "a\\n#SBATCH --wrap=x"}}',
-        "a line of its own would be one",
+        "a new line would become a command",
     ),
     "options of srun": (
         ["override /hydra/launcher: slurm"],
@@ -442,7 +442,7 @@ FILES = {
         + "]",
         "has more than 10,000 values",
     ),
-    "an alias of itself": ([], "own: &a {a: *a}", "stands within itself"),
+    "an alias of itself": ([], "own: &a {a: *a}", "contains itself"),
     "a deep one": ([], f"own: {'[' * 3000}{']' * 3000}", "nested more than 64 levels"),
     "a long one": ([], f"own: {'x' * (1 << 20)}", "at most 1,048,576 are read"),
     "texts of texts": (
@@ -788,7 +788,7 @@ def test_a_strangers_run_folder_makes_nothing(folder, canary, capsys, case):
         ("- 1\n", "is not what a run writes"),
         ("id: x\n", "is not what a run writes"),
         ("a: [\n", "cannot be read"),
-        ("a: &a [*a]\n", "stands within itself"),
+        ("a: &a [*a]\n", "contains itself"),
         ("- " * 5000 + "x", "nested more than 64 levels"),
         (
             "\n".join(
@@ -1064,7 +1064,7 @@ def test_other_files_with_code(canary, tmp_path, monkeypatch):
         io._tensors(tmp_path / "masks.safetensors")
     made = {"format": 1, "drafter": MAKES, "target": {}}
     (tmp_path / "config.json").write_text(json.dumps(made))
-    with pytest.raises(DrafterError, match="Only what the files of conf/ name may be made"):
+    with pytest.raises(DrafterError, match="Only classes that conf/ names are instantiated"):
         io.read(tmp_path)
     (tmp_path / "rows.pkl").write_bytes(content)
     with pytest.raises(DataError, match="of an unknown kind"):
@@ -1170,7 +1170,7 @@ def test_a_template_without_end_is_stopped(tiny, canary, monkeypatch):
     file.write_text(
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     )
-    with pytest.raises(DataError, match=r"rendering a row has not ended after 0\.2 s"):
+    with pytest.raises(DataError, match=r"rendering a row took more than 0\.2 s"):
         Renderer(tiny.tokenizer, task)(chat)
     for source in ("{{ 9**9**9 }}", "{{ 1 | round(-9999999999) }}"):
         file.write_text(source)

@@ -125,16 +125,16 @@ def test_weights_that_are_missing_or_not_finite_are_noticed(saved):
     [
         (
             {"_target_": "os.system"},
-            "drafter._target_ is 'os.system'. Only what the files of conf/ name may be made",
+            "drafter._target_ is 'os.system'. Only classes that conf/ names are instantiated",
         ),
         # of conf/, and no drafter
-        ({"_target_": "trainer.models.tiny.tiny"}, "'trainer.models.tiny.tiny'. Only what"),
-        ({"_target_": ["os.system"]}, "Only what the files of conf/ name"),
+        ({"_target_": "trainer.models.tiny.tiny"}, "'trainer.models.tiny.tiny'. Only classes"),
+        ({"_target_": ["os.system"]}, "Only classes that conf/ names"),
         (
             {"beta": {"_target_": "os.system", "_args_": ["false"]}},
-            "drafter.beta is .*nothing may be made there",
+            "drafter.beta is .*no object may be created there",
         ),
-        ({"weights": [{"_target_": "os.system"}]}, "nothing may be made there"),
+        ({"weights": [{"_target_": "os.system"}]}, "no object may be created there"),
         ({"_args_": ["false"]}, "drafter._args_: there is no such key"),
         ({"_partial_": False}, "drafter._partial_ is False"),
         ({"init": "${oc.env:HOME}"}, "drafter.init is .*must be random | last_layer"),

@@ -15,11 +15,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from trainer.config import forbidden, lengths, limits, schema, target_base
-from trainer.config import secrets as secrets_module
+from trainer.config import forbidden, lengths, limits, schema, secrets, target_base
 from trainer.config.conflicts import conflicts, schedule_free
 from trainer.config.errors import ConfigError
-from trainer.config.groups import root_schema, usual
+from trainer.config.groups import default_choices, root_schema
 from trainer.config.run_name import _run_folder, run_folder
 
 RESOLVED_WITHIN = 2.0  # seconds of computing
@@ -54,7 +53,7 @@ def install(incomplete: bool = False) -> None:
     Plugins.instance()
     file_source: Any = SourcesRegistry.instance().resolve("file")
     register_resolvers()
-    secrets_module.redact_logs()
+    secrets.redact_logs()
     compose = ConfigLoaderImpl.load_configuration
     if getattr(compose, "checked", False):
         return
@@ -90,7 +89,7 @@ def install(incomplete: bool = False) -> None:
         if file.exists() and not file.resolve().is_relative_to(schema.CONF.resolve()):
             try:
                 limits.refuse_bomb(file.read_text("utf-8"), str(file))
-            except limits.TooMuch as error:
+            except limits.LimitExceeded as error:
                 raise ConfigError(str(error)) from None
         return read(self, config_path)
 
@@ -121,7 +120,7 @@ def _take_base(config: DictConfig) -> None:
     free = [f"base.{key}" for key in target_base.FREE]
     named = {override.partition("=")[0] for override in asked if re.match(r"base\b", override)}
     own = [place.partition(".")[2] for place in named & {*free}]
-    if config.hydra.runtime.choices.base != usual()["base"] or named - {*free}:
+    if config.hydra.runtime.choices.base != default_choices()["base"] or named - {*free}:
         own = list(target_base.FREE)
         if fault := target_base.other_base(path, theirs, given):
             raise ConfigError(fault)
@@ -144,7 +143,7 @@ def check(
     Raises:
         ConfigError: lists every fault found.
     """
-    faults = [*forbidden.faults(config), *secrets_module.faults(config)]
+    faults = [*forbidden.forbidden_settings(config), *secrets.secrets_in(config)]
     # a run folder's config is only read: it asks for no package of its training
     composed = choices is None
     if not faults and choices is None:

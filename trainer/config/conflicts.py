@@ -6,12 +6,12 @@ A method states its exclusions in its own file of conf/, as comments that open w
     #   which other optimisers do not: set optimizer=adamw
 
 Conditions stand between `not with` and the first `: `, joined by ` and `. The message follows, with
-`{dotted.key}` for a value of the config. It ends in the fix. In a file with a `_target_` a row
-applies where the config's group has the same `_target_`; elsewhere the conditions alone decide.
+`{dotted.key}` for a value of the config. It ends in the fix. A file with a `_target_` has rows for
+configs whose group has the same `_target_`; in other files the conditions alone decide.
 
-    key          set: not null, false, 0 or empty        key=a|b*   one of these, as fnmatch reads them
-    !key         not set                                 key!=a|b*  none of these
-    key<2        a number below it                       @fact      a function of FACTS
+    key          set: not null, false, 0 or empty    key=a|b*   one of these, as fnmatch reads them
+    !key         not set                             key!=a|b*  none of these
+    key<2        a number below it                   @fact      a function of FACTS
 
 What is computed from several numbers, as where a warm-up and a cooldown overlap, is in
 trainer.config.lengths.

@@ -1,5 +1,8 @@
-"""What a config may not do, since it may come from a stranger: name what is imported or made, set
-what reaches beyond the run folder, read the environment, or hand anything to a shell."""
+"""Settings that a config may not have, because it may come from a stranger.
+
+A config may not name what is imported or instantiated, change anything outside of the run folder,
+read the environment, or pass text to a shell.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,7 @@ from omegaconf import DictConfig, OmegaConf, grammar_parser
 
 from trainer.config import schema
 
-# What Hydra itself may make: its sweeper and launchers. What logging.config may make: the handlers
-# that our files name.
+# Hydra may instantiate its sweeper and launchers; logging.config may instantiate these handlers.
 _HYDRA_TARGETS = {
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
     "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
@@ -40,22 +42,21 @@ def shipped_targets() -> frozenset[str]:
     )
 
 
-def faults(config: DictConfig) -> Iterator[str]:
-    """What a config holds of that: what, where, and how to mend it."""
+def forbidden_settings(config: DictConfig) -> Iterator[str]:
+    """One message for each forbidden setting of a config: what, where, and the fix."""
     yield from _targets(config)
     yield from _remote_code(config)
     yield from _launched(config)
 
 
 def _targets(config: DictConfig) -> Iterator[str]:
-    """A config from a stranger runs nothing: every name that anything would import, over the whole
-    composed config."""
+    """Names that Hydra or logging would import, over the whole composed config."""
     for path, value in schema.leaves(OmegaConf.to_container(config, resolve=False)):
         place, key = ".".join(path), path[-1] if path else ""
         allowed = _HYDRA_TARGETS if path[:1] == ("hydra",) else shipped_targets()
         if "_target_" in path and value not in allowed:
             yield (
-                f"{place} is {value!r}. Only what the files of conf/ name may be made; to add a"
+                f"{place} is {value!r}. Only classes that conf/ names are instantiated; to add a"
                 " method, put its file there."
             )
         elif "_args_" in path:
@@ -67,7 +68,7 @@ def _targets(config: DictConfig) -> Iterator[str]:
 
 
 def _hydra_faults(path: tuple[str, ...], place: str, key: str, value: Any) -> Iterator[str]:
-    """What may not stand in Hydra's own node, whose settings reach beyond the run folder."""
+    """Settings of Hydra's own node that reach beyond the run folder."""
     if path[:2] in (("job", "env_set"), ("job", "env_copy")):
         yield (
             f"{place}: the environment is not set from a config, since it decides what other"
@@ -90,8 +91,10 @@ def _hydra_faults(path: tuple[str, ...], place: str, key: str, value: Any) -> It
 
 
 def _interpolation_faults(place: str, text: str) -> Iterator[str]:
-    """Resolvers that a config may not call, found by OmegaConf's own parser: their names can hold
-    interpolations, too."""
+    """Resolvers that a config may not call.
+
+    OmegaConf's own parser finds them, because a resolver's name can hold interpolations too.
+    """
     nodes: list[Any] = [grammar_parser.parse(text)]
     while nodes:
         node = nodes.pop()
@@ -110,35 +113,34 @@ def _interpolation_faults(place: str, text: str) -> Iterator[str]:
 
 
 def _remote_code(config: DictConfig) -> Iterator[str]:
-    """What runs code that is not in conf/ nor in the packages: only where the person who starts the
-    run says so, not where a file does."""
-    asked = OmegaConf.select(config, "base.trust_remote_code")
-    given = OmegaConf.select(config, "hydra.overrides.task")  # not there in a run.yaml
+    """Settings that run code from elsewhere: the command line may set them, a file may not."""
+    requested = OmegaConf.select(config, "base.trust_remote_code")
+    overrides = OmegaConf.select(config, "hydra.overrides.task")  # not there in a run.yaml
     if (
-        asked
-        and given is not None
-        and not any(re.fullmatch(r"(?i)\+*base\.trust_remote_code=true", o) for o in given)
+        requested
+        and overrides is not None
+        and not any(re.fullmatch(r"(?i)\+*base\.trust_remote_code=true", o) for o in overrides)
     ):
         yield (
             "base.trust_remote_code=true is taken from the command line only, since it lets the"
             " model's repository run code."
         )
-    computed = str(OmegaConf.select(config, "base.attn_implementation"))
-    if not re.fullmatch(r"\w+", computed):
-        # transformers takes a repository's name here, and fetches its code.
+    attention = str(OmegaConf.select(config, "base.attn_implementation"))
+    if not re.fullmatch(r"\w+", attention):
+        # transformers accepts a repository's name here, and downloads its code
         yield (
-            f"base.attn_implementation is {computed!r}. Attention is one of transformers' own:"
+            f"base.attn_implementation is {attention!r}. Attention is one of transformers' own:"
             " sdpa, eager, flash_attention_2 ..."
         )
 
 
-# What a launcher hands to a shell, or to another program as options.
+# settings that a launcher passes to a shell, or to another program as options
 _SHELL = ("setup", "python", "srun_args", "additional_parameters", "additional_pip_args")
 
 
 def _launched(config: DictConfig) -> Iterator[str]:
-    given = OmegaConf.select(config, "hydra.overrides.hydra")
-    launcher = OmegaConf.select(config, "hydra.launcher") if given is not None else None
+    overrides = OmegaConf.select(config, "hydra.overrides.hydra")
+    launcher = OmegaConf.select(config, "hydra.launcher") if overrides is not None else None
     for path, value in schema.leaves(
         OmegaConf.to_container(launcher, resolve=False) if isinstance(launcher, DictConfig) else {}
     ):
@@ -147,8 +149,8 @@ def _launched(config: DictConfig) -> Iterator[str]:
             path
             and path[0] in _SHELL
             and value
-            and not any(re.match(rf"\+*hydra\.launcher\.{path[0]}\b", o) for o in given)
+            and not any(re.match(rf"\+*hydra\.launcher\.{path[0]}\b", o) for o in overrides)
         ):
             yield f"{place} runs commands, and is taken from the command line only."
         elif isinstance(value, str) and not value.isprintable():
-            yield f"{place} is {value!r}: a line of its own would be one of the job's script."
+            yield f"{place} is {value!r}: a new line would become a command of the job's script."

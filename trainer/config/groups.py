@@ -12,10 +12,10 @@ from trainer.config.errors import ConfigError
 
 
 def root_schema(choices: dict[str, Any]) -> schema.Table:
-    """The schema of the whole config, given which file each group took.
+    """Return the schema of the whole config for the file that each group uses.
 
     Raises:
-        ConfigError: a group took a file that is not in conf/.
+        ConfigError: a group uses a file that is not in conf/.
     """
     root = schema.load("config")
     children = dict(root.children)
@@ -28,7 +28,7 @@ def root_schema(choices: dict[str, Any]) -> schema.Table:
                 f"{group}={chosen}: conf/{group} has {', '.join(known)}. To add one, put its file"
                 " there"
             )
-        # Hydra does not say which files a list such as logger=[wandb,tensorboard] took.
+        # Hydra does not record the files of a list such as logger=[wandb,tensorboard]
         tables = [
             schema.load(f"{group}/{name}") for name in ([chosen] if chosen is not None else known)
         ]
@@ -41,8 +41,8 @@ def root_schema(choices: dict[str, Any]) -> schema.Table:
     return schema.Table(children, None, root.file)
 
 
-def usual() -> dict[str, str]:
-    """Which file of each group conf/config.yaml takes."""
+def default_choices() -> dict[str, str]:
+    """Return the file of each group that conf/config.yaml uses."""
     entries: Any = OmegaConf.to_container(OmegaConf.load(schema.CONF / "config.yaml").defaults)
     return {
         group: name

@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.config import schema
 from trainer.config.errors import ConfigError
-from trainer.config.groups import root_schema, usual
+from trainer.config.groups import default_choices, root_schema
 
 # The names that older versions recorded as `_target_`, and those of the same classes today.
 MOVED = {
@@ -42,7 +42,7 @@ def complete(plain: dict[str, Any], choices: dict[str, Any]) -> list[str]:
     conf/config.yaml takes. Moved classes get their names of today. `check` refuses what is still
     missing."""
     rename(plain)
-    for group, name in usual().items():
+    for group, name in default_choices().items():
         if group not in plain:
             choices.setdefault(group, name)
     try:

@@ -1,5 +1,4 @@
-"""What may come from a stranger, read within limits: YAML that does not grow without end, folders
-whose links stay inside, and work that ends."""
+"""Limits on input that may come from a stranger: size of YAML, links of a folder, time of work."""
 
 from __future__ import annotations
 
@@ -14,40 +13,40 @@ from typing import Any
 import yaml
 
 DEPTH = 64
-CONFIG = (1 << 20, 10_000)  # bytes and nodes, aliases counted as often as they are used
-RECORD = (16 << 20, 400_000)  # of a run.yaml, which notes each of a run's starts
+CONFIG = (1 << 20, 10_000)  # bytes and nodes; an alias counts each time that it is used
+RECORD = (16 << 20, 400_000)  # of a run.yaml, which records each start of a run
 
 
-class TooMuch(ValueError):
-    """A file or a piece of work is beyond its limits. The message says which."""
+class LimitExceeded(ValueError):
+    """A file or a piece of work exceeds a limit, which the message names."""
 
 
 def refuse_bomb(text: str, where: str, limits: tuple[int, int] = CONFIG) -> None:
-    """Refuse YAML that is too large, too deep, or becomes so when its aliases are written out.
+    """Refuse YAML that is too large or too deep, also after its aliases are expanded.
 
     Raises:
-        TooMuch: with the limit.
-        yaml.YAMLError: it is no YAML.
+        LimitExceeded: a limit is exceeded.
+        yaml.YAMLError: the text is not YAML.
     """
     size, nodes = limits
     if len(text) > size:
-        raise TooMuch(f"{where} has {len(text):,} characters; at most {size:,} are read")
-    counts: list[int] = []  # of the nodes that are open
+        raise LimitExceeded(f"{where} has {len(text):,} characters; at most {size:,} are read")
+    counts: list[int] = []  # sizes of the open nodes
     anchors: list[str | None] = []
-    sizes: dict[str, int] = {}  # of anchored nodes, written out
+    sizes: dict[str, int] = {}  # of anchored nodes, expanded
     try:
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.CollectionStartEvent):
                 counts.append(1)
                 anchors.append(event.anchor)
                 if len(counts) > DEPTH:
-                    raise TooMuch(f"{where} is nested more than {DEPTH} levels deep")
+                    raise LimitExceeded(f"{where} is nested more than {DEPTH} levels deep")
                 continue
             if isinstance(event, yaml.CollectionEndEvent):
                 count, anchor = counts.pop(), anchors.pop()
             elif isinstance(event, yaml.AliasEvent):
                 if event.anchor in anchors:
-                    raise TooMuch(f"{where}: *{event.anchor} stands within itself")
+                    raise LimitExceeded(f"{where}: *{event.anchor} contains itself")
                 count, anchor = sizes.get(event.anchor, 1), None
             elif isinstance(event, yaml.ScalarEvent):
                 count, anchor = 1, event.anchor
@@ -56,33 +55,36 @@ def refuse_bomb(text: str, where: str, limits: tuple[int, int] = CONFIG) -> None
             if anchor is not None:
                 sizes[anchor] = count
             if count > nodes or (counts and counts[-1] + count > nodes):
-                raise TooMuch(
-                    f"{where} has more than {nodes:,} values, its aliases written out; that many"
-                    " are not read"
+                raise LimitExceeded(
+                    f"{where} has more than {nodes:,} values with its aliases expanded, the limit"
                 )
             if counts:
                 counts[-1] += count
     except RecursionError:
-        raise TooMuch(f"{where} is nested too deeply") from None
+        raise LimitExceeded(f"{where} is nested too deeply") from None
 
 
 def load_yaml(file: Path) -> Any:
-    """A run.yaml's content.
+    """Read the content of a run.yaml.
 
     Raises:
-        TooMuch, OSError, UnicodeDecodeError, yaml.YAMLError: it cannot be read.
+        LimitExceeded, OSError, UnicodeDecodeError, yaml.YAMLError: it cannot be read.
     """
     if file.stat().st_size > RECORD[0]:
-        raise TooMuch(f"{file} has {file.stat().st_size:,} bytes; at most {RECORD[0]:,} are read")
+        raise LimitExceeded(
+            f"{file} has {file.stat().st_size:,} bytes; at most {RECORD[0]:,} are read"
+        )
     text = file.read_text("utf-8")
     refuse_bomb(text, str(file), RECORD)
     return yaml.safe_load(text)
 
 
 def link_outside(folder: Path, passed: str) -> Path | None:
-    """The first symbolic link within a folder that leads out of it; None if all stay inside. The
-    folder itself may be a link. What is in its folder `passed` is passed over, but not where that
-    one leads."""
+    """Return the first symbolic link in a folder that leads out of it, None if there is none.
+
+    The folder itself may be a link. The content of its folder `passed` is not checked; where
+    `passed` itself leads is checked.
+    """
     root = folder.resolve()
     for place, folders, files in os.walk(root):
         for name in (*folders, *files):
@@ -96,21 +98,23 @@ def link_outside(folder: Path, passed: str) -> Path | None:
 
 @contextlib.contextmanager
 def limited(seconds: float, what: str) -> Iterator[None]:
-    """Stop what runs within after so many seconds of the process's own computing. It counts in a
-    process's main thread only; a single operation of the interpreter is ended before it is stopped.
+    """Stop the code inside after `seconds` of CPU time of this process.
+
+    It works in the main thread only. A single operation of the interpreter, such as one match of a
+    regular expression, ends before it is stopped.
 
     Raises:
-        TooMuch: it took longer.
+        LimitExceeded: the code took longer.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_: Any) -> None:
-        raise TooMuch(f"{what} has not ended after {seconds:g} s of computing, and was stopped")
+        raise LimitExceeded(f"{what} took more than {seconds:g} s of computing, and was stopped")
 
-    # Virtual time: others use the real-time alarm, and on a busy machine waiting is no fault of
-    # what is waited for.
+    # Virtual time: libraries use the real-time alarm, and on a busy machine waiting for a core must
+    # not count.
     before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:

@@ -1,13 +1,13 @@
 """The YAML files of conf/ as a schema: which keys exist, and which values each may take.
 
-A leaf's line ends in a comment that opens with its type, up to the first colon: `rank: 16  # int >=
-1: rank of B A`. The grammar is alternatives divided by `|`, each one of
+A leaf's line ends in a comment. It opens with the type, up to the first colon:
+`rank: 16  # int >= 1: rank of B A`. The type is one or more alternatives divided by `|`:
 
-    int  float  str  bool  null  list  list[int|float|str]  mapping        (a mapping takes any keys)
+    int  float  str  bool  null  list  list[int|float|str]  mapping       (a mapping takes any keys)
     int >= 1    float > 0    float in [0, 1)                               (bounds)
     anything else                                                          (a literal choice)
 
-Needs PyYAML and OmegaConf only, so that a wrong key or value is named before torch is imported.
+It needs PyYAML and OmegaConf only: a wrong key or value is reported before torch is imported.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ _SCALARS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Leaf:
-    """One knob: its type as the comment states it, the comment's text, its file, and the value
-    there, `???` for none."""
+    """One setting: type and text of its comment, its file, and its value there, `???` for none."""
 
     type: str
     doc: str
@@ -49,7 +48,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Table:
-    """A mapping of knobs: `target` is its `_target_`, `children` its keys."""
+    """A mapping of settings: `target` is its `_target_`, `children` its keys."""
 
     children: dict[str, Any]
     target: str | None
@@ -59,13 +58,13 @@ class Table:
 
 
 def options(group: str) -> list[str]:
-    """Names that may stand after `group=`: the files of conf/GROUP."""
+    """Return the names that can follow `group=`: the files of conf/GROUP."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 @functools.cache
 def load(relative: str) -> Table:
-    """The schema of one file of conf/, with the files of its own defaults list merged in."""
+    """Return the schema of one file of conf/, merged with the files of its defaults list."""
     path = CONF / f"{relative}.yaml"
     text = path.read_text("utf-8")
     content: Any = OmegaConf.to_container(OmegaConf.load(path))
@@ -96,7 +95,7 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
                 target=value.target or old.target,
             )
         elif isinstance(old, Leaf) and isinstance(value, Leaf) and not value.type:
-            value = replace(value, type=old.type, doc=old.doc)  # a variant changes the value only
+            value = replace(value, type=old.type, doc=old.doc)  # a variant only changes the value
         result[key] = value
     return result
 
@@ -125,36 +124,20 @@ def _table(
 
 def _comment(line: str, value_node: yaml.Node, row: int) -> str:
     end = value_node.end_mark.column if value_node.end_mark.line == row else len(line)
-    found = re.search(r"#\s*(.*)$", line[end:]) or re.search(r"\s#\s+(.*)$", line)
-    return found.group(1) if found else ""
+    match = re.search(r"#\s*(.*)$", line[end:]) or re.search(r"\s#\s+(.*)$", line)
+    return match.group(1) if match else ""
 
 
 def problems(value: Any, schema: Any, where: str, incomplete: bool = False) -> list[str]:
-    """What is wrong with a plain value at the dotted place `where`: unknown keys, missing ones,
-    wrong types. `incomplete` lets values be missing that a user still has to give."""
+    """List what is wrong with a plain value at the dotted key `where`.
+
+    Reports unknown keys, missing keys and wrong types. With `incomplete` a value that the user
+    still has to set may be missing.
+    """
     if isinstance(schema, Leaf):
-        if value == "???":
-            return (
-                []
-                if incomplete
-                else [f"{where} is missing. It must be set: {where}=... ({schema.doc})"]
-            )
-        if holds_object(value):
-            return [f"{where} is {value!r}, and nothing may be made there ({schema.file})"]
-        if accepts(value, schema.type):
-            return []
-        choices = [
-            a
-            for a in _alternatives(schema.type)
-            if not re.match(r"(int|float|str|bool|list|mapping|null)\b", a)
-        ]
-        close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.6)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        return [
-            f"{where} is {value!r}, but must be {schema.type}.{hint} ({schema.doc}; {schema.file})"
-        ]
+        return _leaf_problems(value, schema, where, incomplete)
     if value is None and schema.target and "." in where:
-        return []  # callbacks.NAME=null takes an entry out
+        return []  # callbacks.NAME=null removes an entry
     if value is None and "none" in (options(where) if (CONF / where).is_dir() else ()):
         return [
             f"{where} is null. To go without: {where}=none, or in a file `override /{where}: none`"
@@ -166,39 +149,59 @@ def problems(value: Any, schema: Any, where: str, incomplete: bool = False) -> l
             f" ({schema.file})"
         ]
     prefix = f"{where}." if where else ""
-    found = []
+    faults = _changed_target(value, schema, prefix)
+    for key, item in value.items():
+        if key in INSTANTIATE_KEYS:
+            continue
+        if key in schema.children:
+            faults += problems(item, schema.children[key], f"{prefix}{key}", incomplete)
+        elif not schema.open:
+            faults.append(
+                f"{prefix}{key}: there is no such key. {nearest(str(key), schema.children)}"
+                f" ({schema.file})"
+            )
+        elif holds_object(item):
+            faults.append(
+                f"{prefix}{key} is {item!r}, and no object may be created there ({schema.file})"
+            )
+    return faults + [
+        f"{prefix}{key} is missing ({schema.file})" for key in _missing(value, schema, where)
+    ]
+
+
+def _leaf_problems(value: Any, leaf: Leaf, where: str, incomplete: bool) -> list[str]:
+    if value == "???":
+        message = f"{where} is missing. It must be set: {where}=... ({leaf.doc})"
+        return [] if incomplete else [message]
+    if holds_object(value):
+        return [f"{where} is {value!r}, and no object may be created there ({leaf.file})"]
+    if accepts(value, leaf.type):
+        return []
+    a_type = re.compile(r"(int|float|str|bool|list|mapping|null)\b")
+    choices = [choice for choice in _alternatives(leaf.type) if not a_type.match(choice)]
+    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.6)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return [f"{where} is {value!r}, but must be {leaf.type}.{hint} ({leaf.doc}; {leaf.file})"]
+
+
+def _changed_target(value: dict[str, Any], schema: Table, prefix: str) -> list[str]:
+    """Keys of hydra.utils.instantiate that differ from the file's own."""
     fixed = {
         "_target_": schema.target,
         "_partial_": schema.partial or None,
         "_recursive_": None,
         "_convert_": None,
     }
-    for key, item in fixed.items():
-        if value.get(key) != item:
-            found.append(
-                f"{prefix}{key} is {value.get(key)!r}. {schema.file} has {item!r}, and only that"
-                " may stand there"
-            )
-    for key, item in value.items():
-        if key in fixed:
-            continue
-        if key in schema.children:
-            found += problems(item, schema.children[key], f"{prefix}{key}", incomplete)
-        elif not schema.open:
-            found.append(
-                f"{prefix}{key}: there is no such key. {nearest(str(key), schema.children)}"
-                f" ({schema.file})"
-            )
-        elif holds_object(item):
-            found.append(
-                f"{prefix}{key} is {item!r}, and nothing may be made there ({schema.file})"
-            )
-    found += [f"{prefix}{key} is missing ({schema.file})" for key in _missing(value, schema, where)]
-    return found
+    return [
+        f"{prefix}{key} is {value.get(key)!r}. {schema.file} has {item!r}, and only that may stand"
+        " there"
+        for key, item in fixed.items()
+        if value.get(key) != item
+    ]
 
 
 def _missing(value: dict[str, Any], schema: Table, where: str) -> list[str]:
-    """Keys that a mapping lacks and has to have. ~callbacks.NAME takes an entry out, too."""
+    """Required keys that a mapping lacks. An entry such as callbacks.NAME may be removed."""
     entries = [
         key
         for key, child in schema.children.items()
@@ -208,28 +211,30 @@ def _missing(value: dict[str, Any], schema: Table, where: str) -> list[str]:
 
 
 def complete(value: dict[str, Any], schema: Table, where: str = "") -> list[str]:
-    """Give a plain mapping, in place, the keys that it lacks and the schema's files have a value
-    for. Returns their dotted places."""
+    """Add to a plain mapping, in place, missing keys that the schema's files have a value for.
+
+    Returns their dotted keys.
+    """
     prefix = f"{where}." if where else ""
-    missing, places = _missing(value, schema, where), []
+    missing, added = _missing(value, schema, where), []
     for key, child in schema.children.items():
         if isinstance(child, Leaf):
             if key in missing and child.default != "???":
                 value[key] = copy.deepcopy(child.default)
-                places.append(f"{prefix}{key}")
+                added.append(f"{prefix}{key}")
         elif key in missing:
             value[key] = ({"_target_": child.target} if child.target else {}) | (
                 {"_partial_": True} if child.partial else {}
             )
             complete(value[key], child, f"{prefix}{key}")
-            places.append(f"{prefix}{key}")
+            added.append(f"{prefix}{key}")
         elif isinstance(value.get(key), dict):
-            places += complete(value[key], child, f"{prefix}{key}")
-    return places
+            added += complete(value[key], child, f"{prefix}{key}")
+    return added
 
 
 def leaves(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """All values of a plain config with their paths."""
+    """Yield (path, value) for all values of a plain config."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield from leaves(value, (*path, str(key)))
@@ -241,14 +246,14 @@ def leaves(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, .
 
 
 def holds_object(value: Any) -> bool:
-    """Whether hydra.utils.instantiate would make something of a value, or of a part of it."""
+    """Return whether hydra.utils.instantiate would create an object from any part of a value."""
     if isinstance(value, dict):
         return bool(INSTANTIATE_KEYS & value.keys()) or any(map(holds_object, value.values()))
     return isinstance(value, list) and any(map(holds_object, value))
 
 
 def nearest(word: str, known: Any) -> str:
-    """A sentence that suggests what `word` was meant to be."""
+    """Return a sentence that suggests the name that `word` was meant to be."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"Did you mean {close[0]}?" if close else f"Known: {_listed(known)}."
 
@@ -258,7 +263,7 @@ def _listed(names: Any) -> str:
 
 
 def accepts(value: Any, type_: str) -> bool:
-    """Whether a value fits a type of the grammar above."""
+    """Return whether a value fits a type of the grammar above."""
     return any(_fits(value, alternative.strip()) for alternative in _alternatives(type_))
 
 

@@ -1,4 +1,4 @@
-"""Secrets: refused where a config holds one, and taken out of all that is said."""
+"""Secrets: refuse a config that holds one, and redact them in all output."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from trainer.config import schema
 
 _SECRET_VALUE = re.compile(
     # 40 hex digits are a W&B key, but as a folder's name a commit in the hub's cache.
-    r"(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|(?<![0-9a-f/])[0-9a-f]{40}(?![0-9a-f])|wandb_v\d_\w{20,}|gh[pousr]_\w{30,}"
-    r"|github_pat_\w{20,}|glpat-[\w-]{20,}|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}"
+    r"(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|(?<![0-9a-f/])[0-9a-f]{40}(?![0-9a-f])"
+    r"|wandb_v\d_\w{20,}|gh[pousr]_\w{30,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
+    r"|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}"
     r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)|-----BEGIN [A-Z ]*PRIVATE KEY-----)"
 )
 _SECRET_KEY = re.compile(
@@ -26,9 +27,11 @@ _SECRET_KEY = re.compile(
 )
 
 
-def faults(config: DictConfig) -> Iterator[str]:
-    """Secrets come from the environment: what stands in a config is logged, stored and sent to
-    dashboards."""
+def secrets_in(config: DictConfig) -> Iterator[str]:
+    """One message for each value of a config that looks like a secret.
+
+    Secrets belong in the environment: a config is logged, stored and sent to dashboards.
+    """
     exported = list(_exported())
     for path, value in schema.leaves(OmegaConf.to_container(config, resolve=False)):
         place = ".".join(path)
@@ -37,7 +40,7 @@ def faults(config: DictConfig) -> Iterator[str]:
             or not value
             or re.match(r"hydra\.(overrides|runtime|job\.override_dirname)\b", place)
         ):
-            continue  # what Hydra notes of the others
+            continue  # Hydra records the other values here once more
         named = any(_SECRET_KEY.search(key) for key in path) and path[:1] != ("hydra",)
         if named or (_SECRET_VALUE.search(value) and path[-1] not in ("sha256", "revision")):
             yield (
@@ -52,22 +55,21 @@ def faults(config: DictConfig) -> Iterator[str]:
 
 
 def _exported() -> Iterator[tuple[str, str]]:
-    """(name, value) of the environment's secrets, by their names."""
+    """(name, value) of environment variables whose name says that they are secret."""
     for name, value in os.environ.items():
         if _SECRET_KEY.search(name) and len(value) >= 8:
             yield name, value
 
 
 def redact(text: str) -> str:
-    """The text with everything that looks like a secret, and every secret of the environment, taken
-    out."""
+    """Replace what looks like a secret in a text, and every secret of the environment."""
     for _, value in _exported():
         text = text.replace(value, "[redacted]")
     return _SECRET_VALUE.sub("[redacted]", text)
 
 
 def redact_logs() -> None:
-    """Make every log record of this process pass through `redact`, its traceback too."""
+    """Pass every log record of this process through `redact`, with its traceback."""
     make = logging.getLogRecordFactory()
     if getattr(make, "redacts", False):
         return
@@ -76,15 +78,15 @@ def redact_logs() -> None:
     def redacting(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make(*args, **kwargs)
         try:
-            said = record.getMessage()
-        except Exception:  # its arguments do not fit, which logging tells itself
+            message = record.getMessage()
+        except Exception:  # its arguments do not fit; logging reports this itself
             return record
-        if (kept := redact(said)) != said:
-            record.msg, record.args = kept, ()
+        if (redacted := redact(message)) != message:
+            record.msg, record.args = redacted, ()
         if record.exc_info and record.exc_info[1] is not None:
             trace = "".join(traceback.format_exception(record.exc_info[1])).rstrip()
-            if (kept := redact(trace)) != trace:
-                record.exc_text, record.exc_info = kept, None
+            if (redacted := redact(trace)) != trace:
+                record.exc_text, record.exc_info = redacted, None
         return record
 
     redacting.redacts = True  # type: ignore[attr-defined]

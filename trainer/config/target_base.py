@@ -1,5 +1,4 @@
-"""What a run's folder says of the model that a drafter is trained for, read before torch is
-imported."""
+"""The base of a target run, read from its folder before torch is imported."""
 
 from __future__ import annotations
 
@@ -10,27 +9,24 @@ import yaml
 
 from trainer.config import history, limits
 
-# These change how the same weights are loaded and compute, and may be others than in the target's
-# run.
+# how the same weights are loaded and compute: these settings may differ from the target's
 FREE = ("dtype", "attn_implementation", "trust_remote_code")
 
 
 def split(path: str) -> tuple[Path, str]:
-    """(folder, which checkpoint) of `FOLDER` or `FOLDER@last|best|STEP`."""
+    """Split `FOLDER` or `FOLDER@last|best|STEP` into (folder, checkpoint)."""
     name, _, which = path.rpartition("@")
-    # a folder's own name may have an @
+    # the folder's name itself may hold an @
     if not name or (Path(path).expanduser() / "run.yaml").exists():
         return Path(path).expanduser(), "last"
     return Path(name).expanduser(), which or "last"
 
 
 def base_of(path: str) -> tuple[dict[str, Any], str]:
-    """(the node of the config, the file of conf/base) of the base that a run was trained on, as its
-    record has them: unchecked.
+    """Return (config node, file of conf/base) of a run's base as run.yaml records them, unchecked.
 
     Raises:
-        ValueError: no run that has trained an adapter of a language model; the message says how to
-        mend it.
+        ValueError: the run has no adapter of a language model. The message names the fix.
     """
     folder, _ = split(path)
     file = folder / "run.yaml"
@@ -53,7 +49,7 @@ def base_of(path: str) -> tuple[dict[str, Any], str]:
     except (
         OSError,
         UnicodeDecodeError,
-        limits.TooMuch,
+        limits.LimitExceeded,
         yaml.YAMLError,
         KeyError,
         TypeError,
@@ -79,19 +75,19 @@ def base_of(path: str) -> tuple[dict[str, Any], str]:
     return base, choice
 
 
-def other_base(path: str, theirs: dict[str, Any], given: dict[str, Any]) -> str | None:
-    """What is wrong with a base that was asked for beside the run, if it is another one."""
+def other_base(path: str, theirs: dict[str, Any], requested: dict[str, Any]) -> str | None:
+    """Return a message if the requested base differs from the base of the target run."""
     different = [
         key
-        for key in sorted(theirs.keys() | given.keys())
-        if key not in FREE and theirs.get(key) != given.get(key)
+        for key in sorted(theirs.keys() | requested.keys())
+        if key not in FREE and theirs.get(key) != requested.get(key)
     ]
     if not different:
         return None
     return (
         f"target.run={path} was trained on {_named(theirs)}, and the base asked for is"
-        f" {_named(given)} (base.{different[0]}: {theirs.get(different[0])!r} there,"
-        f" {given.get(different[0])!r} here). Leave base out: it is the run's"
+        f" {_named(requested)} (base.{different[0]}: {theirs.get(different[0])!r} there,"
+        f" {requested.get(different[0])!r} here). Leave base out: it is the run's"
     )
 
 

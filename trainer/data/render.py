@@ -146,7 +146,7 @@ class Renderer:
                     add_generation_prompt=prompt,
                     **self.special,
                 )
-        except limits.TooMuch as error:  # each further row would take as long
+        except limits.LimitExceeded as error:  # each further row would take as long
             raise DataError(f"the chat template cannot be used: {error}") from None
         except Exception as error:
             raise Refused(f"the chat template refuses it: {error}") from None

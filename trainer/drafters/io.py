@@ -217,7 +217,7 @@ def _check_settings(settings: dict[str, Any], file: Path) -> None:
     fitting = [table for table in tables if table.target == made]
     if not fitting:
         raise DrafterError(
-            f"{file}: drafter._target_ is {made!r}. Only what the files of conf/ name may be made: "
+            f"{file}: drafter._target_ is {made!r}. Only classes that conf/ names are instantiated: "
             f"{', '.join(sorted({str(table.target) for table in tables}))}"
         )
     if faults := schema.problems(settings, fitting[0], "drafter"):

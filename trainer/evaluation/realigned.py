@@ -108,7 +108,7 @@ def _as_there(record: dict[str, Any], asked: set[str]) -> list[str]:
         "callbacks.evaluation.generate",
     }
     root: Any = OmegaConf.to_container(OmegaConf.load(schema.CONF / "config.yaml"))
-    usual = groups.usual()
+    usual = groups.default_choices()
     for group in TAKEN:
         if group in asked:
             continue  # the file of the group is another one, and the run's values may not fit it

@@ -160,7 +160,7 @@ class RunFolder:
             return None
         try:
             content = limits.load_yaml(self.file)
-        except (OSError, UnicodeDecodeError, limits.TooMuch, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, limits.LimitExceeded, yaml.YAMLError) as error:
             raise FolderError(f"{self.file} cannot be read: {error}") from None
         if not isinstance(content, dict) or not content.keys() >= _WRITTEN:
             raise FolderError(
