@@ -11,7 +11,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,16 @@ def sums(count: int, seed: int = 0) -> list[dict[str, Any]]:
         }
         for a, b in pairs
     ]
+
+
+@pytest.fixture
+def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The file that every hostile payload would create."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", "c0ffee" * 6 + "cafe")
+    path = tmp_path / "canary"
+    yield path
+    assert not path.exists(), "the payload ran"
 
 
 @pytest.fixture

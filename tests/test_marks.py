@@ -82,7 +82,7 @@ def collected(*words):
 
 
 def test_tests_of_configs_do_not_wait_for_torch():
-    assert collected("tests/config", "-k", "not secret_key") == "ANSWER True True []"
+    assert collected("tests/config") == "ANSWER True True []"
 
 
 def test_a_test_that_trains_is_marked_when_collected():
