@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     from omegaconf import OmegaConf
 
     from trainer.config import compose as configs
-    from trainer.config.errors import EXIT_BAD_INPUT, bad, told
+    from trainer.config.errors import EXIT_BAD_INPUT, bad, explain
     from trainer.session import failures
 
     parser = argparse.ArgumentParser(
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     try:
         config: dict[str, Any] = OmegaConf.to_container(configs.compose(arguments), resolve=True)  # type: ignore[assignment]
     except Exception as error:  # a ConfigError, or Hydra's own: an unknown group or experiment
-        return bad(told(error))
+        return bad(explain(error))
     quiet.quiet()
     try:
         base: Base = instantiate(config["base"])

@@ -14,8 +14,7 @@ import torch
 import transformers
 from omegaconf import OmegaConf
 
-from tests.toys.finetuning import adapted
-from tests.toys.heads import (
+from tests.drafters.test_heads import (
     APART,
     PACKED,
     ROWS,
@@ -27,6 +26,7 @@ from tests.toys.heads import (
     seen_of,
     stirred,
 )
+from tests.training.test_finetune import adapted
 from trainer.assembly.build import instantiate
 from trainer.config import schema
 from trainer.drafters import Drafter, DrafterError, News, Seen, Target, io

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.toys import adapters as toys
-from tests.toys.finetuning import Table, adapted, lora, table
+from tests.adapters import toys
+from tests.training.test_finetune import Table, adapted, lora, table
 from trainer import density
 from trainer.data.batches import Collate, Sequences
 from trainer.data.held_out import HeldOut
