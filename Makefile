@@ -1,4 +1,5 @@
 # make quickstart   install, and teach the default base to call functions
+# make check        install, lint, and run the tests that neither train nor start a process: 2 minutes
 # make test         install, and run all tests
 # make bench        install, and compare training speed with peers, in 10 minutes or so: tables and plots in runs/bench
 # The first that runs: a name on the PATH may be a version manager's that is not installed.
@@ -8,10 +9,13 @@ endif
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test bench lint clean
+.PHONY: quickstart check test bench lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m trainer +experiment=quickstart
+
+check: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not run and not slow and not gpu and not slurm"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -1,31 +1,40 @@
-"""What tests share: a tiny base, a small chat file, and the real program, in this process or in one
-of its own."""
+"""Fixtures of all tests: a tiny base, a small chat file, and the program, in this process or in a
+new one. Tests that need no torch do not wait for it: nothing here imports it before a fixture does.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# One thread a process: OpenMP's spinning threads of several processes on few cores make steps many
-# times slower.
+# One thread a process, set before torch reads it: OpenMP's spinning threads of several processes on
+# few cores make steps many times slower.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ.pop("WANDB_API_KEY", None)
 
 import pytest
-import torch
 from omegaconf import DictConfig
 
+from tests import marks
+
 ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that train or start a process, which `make check` leaves out."""
+    for item in items:
+        if marks.runs(item):
+            item.add_marker(pytest.mark.run)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -78,46 +87,56 @@ def sums(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
+def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The file that every hostile payload would create."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", "c0ffee" * 6 + "cafe")
+    path = tmp_path / "canary"
+    yield path
+    assert not path.exists(), "the payload ran"
+
+
+@pytest.fixture
 def chats(tmp_path: Path) -> Path:
     """Sixty short chats."""
     return write_rows(tmp_path / "chats.jsonl", sums(60))
 
 
+def composed(*overrides: str) -> DictConfig:
+    """Compose and check a config, as the program does, with Hydra's node."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    from trainer.config.compose import install, rewrite
+
+    install()
+    with initialize_config_dir(
+        config_dir=str(ROOT / "conf"), version_base="1.3", job_name="trainer"
+    ):
+        return hydra_compose("config", overrides=rewrite(list(overrides)), return_hydra_config=True)
+
+
 @pytest.fixture
 def compose() -> Callable[..., DictConfig]:
-    """A checked config from overrides, as the program composes it, with Hydra's node."""
-
-    def composed(*overrides: str) -> DictConfig:
-        from hydra import compose as hydra_compose
-        from hydra import initialize_config_dir
-
-        from trainer.config.compose import install, rewrite
-
-        install()
-        with initialize_config_dir(
-            config_dir=str(ROOT / "conf"), version_base="1.3", job_name="trainer"
-        ):
-            return hydra_compose(
-                "config", overrides=rewrite(list(overrides)), return_hydra_config=True
-            )
-
+    """`composed`, for tests."""
     return composed
 
 
-@pytest.fixture
-def train(compose: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., Path]:
-    """Run the real program in this process on the smoke experiment; returns the run folder."""
+@pytest.fixture(scope="session")
+def train_in() -> Callable[..., Path]:
+    """Run the program in this process on the smoke experiment, with run folders in a given folder;
+    returns the new one. Fixtures of a module share a run with it."""
 
-    def trained(*overrides: str) -> Path:
+    def trained(folder: Path, *overrides: str) -> Path:
         from hydra.core.hydra_config import HydraConfig
         from omegaconf import OmegaConf, open_dict
 
         from trainer.cluster.signals import Signals
         from trainer.run import run
 
-        cfg = compose(
+        cfg = composed(
             "+experiment=smoke",
-            f"runs={tmp_path / 'runs'}",
+            f"runs={folder / 'runs'}",
             "precision=fp32",
             "threads=1",
             *overrides,
@@ -131,6 +150,12 @@ def train(compose: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., P
         return Path(cfg.hydra.runtime.output_dir)
 
     return trained
+
+
+@pytest.fixture
+def train(train_in: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Run the program in this process on the smoke experiment; returns the run folder."""
+    return functools.partial(train_in, tmp_path)
 
 
 @pytest.fixture

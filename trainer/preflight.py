@@ -21,11 +21,9 @@ from typing import Any
 from rich import get_console
 from rich.text import Text
 
-from adapters.full import Nothing
 from trainer.assembly import quiet
-from trainer.assembly import rows as rows_module
 from trainer.assembly.build import instantiate
-from trainer.models.base import Base
+from trainer.assembly.recipe import Recipe
 from trainer.session import preview
 from trainer.session.inspect import inspect
 
@@ -35,7 +33,7 @@ def main(argv: list[str]) -> int:
     from omegaconf import OmegaConf
 
     from trainer.config import compose as configs
-    from trainer.config.errors import EXIT_BAD_INPUT, bad, explain
+    from trainer.config.errors import EXIT_BAD_INPUT, bad, told
     from trainer.session import failures
 
     parser = argparse.ArgumentParser(
@@ -57,37 +55,20 @@ def main(argv: list[str]) -> int:
     try:
         config: dict[str, Any] = OmegaConf.to_container(configs.compose(arguments), resolve=True)  # type: ignore[assignment]
     except Exception as error:  # a ConfigError, or Hydra's own: an unknown group or experiment
-        return bad(explain(error))
+        return bad(told(error))
     quiet.quiet()
     try:
-        base: Base = instantiate(config["base"])
-        task = instantiate(config["task"])
-        adapter = instantiate(config["adapter"])
-        found = rows_module.load_data(config, base, task)
         devices = config["lightning"]["devices"]
-        plan = (
-            rows_module.batch_order(
-                config,
-                found,
-                (devices if isinstance(devices, int) else 1) * config["lightning"]["num_nodes"],
-            )
-            if found.train
-            else None
-        )
-        steps = (
-            plan.steps(config["max_steps"], config["max_tokens"]) if plan else config["max_steps"]
-        )
-        steps = 0 if isinstance(adapter, Nothing) and not config["drafter"] else steps
-        result = inspect(
-            config, base, adapter, found, plan, steps, Path(config["runs"]) / config["name"]
-        )
+        ranks = (devices if isinstance(devices, int) else 1) * config["lightning"]["num_nodes"]
+        recipe = Recipe.of(config, instantiate(config["adapter"]), ranks=ranks)
+        result = inspect(recipe, Path(config["runs"]) / config["name"])
     except Exception as error:
         return failures.report_and_exit_code(error, config)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
     console = get_console()
     console.print(preview.table(result))
-    for text in preview.samples(found, options.samples):
+    for text in preview.samples(recipe.data, options.samples):
         console.print(text)
     for kind, style in (("warnings", "yellow"), ("errors", "red")):
         for line in result[kind]:

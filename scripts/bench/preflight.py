@@ -170,8 +170,8 @@ def ours(options: dict[str, Any], file: str, stages: Stages | None = None) -> di
     """Preflight of the rows, without printing. {seconds, cpu_seconds, rows, tokens, and the stages'
     if they are watched}."""
     from trainer.assembly import quiet
-    from trainer.assembly import rows as rows_module
     from trainer.assembly.build import instantiate
+    from trainer.assembly.recipe import Recipe
     from trainer.config import compose
     from trainer.data import rows as data_rows
     from trainer.data.render import Renderer
@@ -201,16 +201,10 @@ def ours(options: dict[str, Any], file: str, stages: Stages | None = None) -> di
         ):
             setattr(owner, method, wrap(name, getattr(owner, method)))
     started = time.perf_counter(), time.process_time()
-    with watch.within("read"):
-        task = instantiate(plain["task"])
     with watch.within("rest"):
-        found = rows_module.load_data(plain, base, task)
-    with watch.within("plan"):
-        plan = rows_module.batch_order(plain, found, 1)
+        recipe = Recipe.of(plain, adapter)
     with watch.within("check"):
-        result = inspect(
-            plain, base, adapter, found, plan, plan.steps(None, None), Path(file).parent
-        )
+        result = inspect(recipe, Path(file).parent)
     wall, processor = time.perf_counter() - started[0], time.process_time() - started[1]
     if result["errors"]:
         raise SystemExit("\n".join(result["errors"]))

@@ -29,7 +29,7 @@ from adapters.delta import (
 )
 from adapters.full import Full, Nothing
 from adapters.lora import LoRA, LoRAAdapter
-from tests.adapters import toys
+from tests.toys import adapters as toys
 from trainer.models.base import Base
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from adapters.delta import Adapter, AdapterError, Start
 from adapters.peft_fields import config_class
-from tests.adapters import toys
 from tests.conftest import ROOT
+from tests.toys import adapters as toys
 from trainer.assembly.build import instantiate
 from trainer.config import compose
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from adapters.delta import AdaptedLinear, Start, float_weight
 from adapters.lora import LoRA, LoRAAdapter, scaling
-from tests.adapters import toys
+from tests.toys import adapters as toys
 
 # PEFT's own, on a tied output layer that is adapted: it says that merging would be wrong, which
 # ours mends.

@@ -20,7 +20,7 @@ from transformers import LlamaForSequenceClassification
 from adapters import peft_fields
 from adapters.delta import AdapterError, Start, float_weight
 from adapters.peft import NAME, Peft, _plain
-from tests.adapters import toys
+from tests.toys import adapters as toys
 
 # What a method cannot do without on a model this small; PEFT's defaults are the rest.
 FIELDS: dict[str, dict[str, Any]] = {

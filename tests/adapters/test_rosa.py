@@ -17,7 +17,7 @@ from adapters import sparse
 from adapters.delta import AdaptedLinear, AdapterError, Start
 from adapters.lora import LoRAAdapter
 from adapters.rosa import RoSAAdapter
-from tests.adapters import toys
+from tests.toys import adapters as toys
 
 DENSITY = 0.05
 SCALE = 1.5

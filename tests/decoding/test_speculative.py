@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, TemperatureLogitsWarper, TopPLogitsWarper
 
 from adapters.delta import Start
-from tests.adapters import toys
 from tests.conftest import ROOT
+from tests.toys import adapters as toys
 from trainer.assembly.build import instantiate
 from trainer.config import compose
 from trainer.decoding import verify

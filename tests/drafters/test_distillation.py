@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.adapters import toys
+from tests.toys import adapters as toys
 from trainer.data.batches import Collate, Pick
 from trainer.data.render import Tokens
 from trainer.drafters import DrafterError, Seen, Target, metrics

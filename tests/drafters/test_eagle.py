@@ -11,9 +11,9 @@ import transformers
 from omegaconf import OmegaConf
 from torch import nn
 
-from tests.adapters import toys
 from tests.conftest import ROOT
 from tests.drafters.test_distillation import APART, PACKED, ROWS, seen_of
+from tests.toys import adapters as toys
 from trainer.decoding import trees
 from trainer.decoding.speculative import generate
 from trainer.drafters import DrafterError, News, Seen, Target

@@ -10,7 +10,6 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.adapters import toys
 from tests.drafters.test_distillation import APART, PACKED, ROWS, numbers_of, seen_of
 from tests.drafters.test_eagle import (
     MODELS,
@@ -28,6 +27,7 @@ from tests.drafters.test_eagle import (
     token_of,
     weights_of,
 )
+from tests.toys import adapters as toys
 from trainer.drafters import DrafterError, News, Seen, Target, io, targets_of
 from trainer.drafters.eagle3 import Eagle3, read_layers
 from trainer.models.losses import CausalLoss

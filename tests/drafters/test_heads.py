@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from adapters.delta import freeze
-from tests.adapters import toys
 from tests.runs.test_resume import PowerCut, cut_at, outcome
+from tests.toys import adapters as toys
 from tests.training.test_finetune import adapted
 from trainer.assembly.trained import load_trained
 from trainer.data.batches import Collate, Pick

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from tests.adapters import toys
+from tests.toys import adapters as toys
 from trainer.decoding.speculative import generate_batch
 from trainer.drafters import DrafterError, News, Target
 from trainer.drafters.lookup import PromptLookup

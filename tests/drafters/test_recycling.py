@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from tests.adapters import toys
+from tests.toys import adapters as toys
 from trainer.decoding.speculative import generate_batch
 from trainer.drafters import DrafterError, News, Target
 from trainer.drafters.recycling import TokenRecycling, levels

@@ -14,8 +14,8 @@ from torch import nn
 
 from adapters.delta import Start
 from adapters.peft import Peft
-from tests.adapters import toys
 from tests.runs.test_resume import PowerCut, cut_at, outcome
+from tests.toys import adapters as toys
 from tests.training.test_finetune import adapted
 from trainer import drafters
 from trainer.assembly import trained as trained_module

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from tests.adapters import toys
+from tests.toys import adapters as toys
 from trainer.decoding import trees
 from trainer.decoding.speculative import generate_batch
 from trainer.drafters import DrafterError, News, Target

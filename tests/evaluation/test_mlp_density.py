@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.adapters import toys
+from tests.toys import adapters as toys
 from tests.training.test_finetune import Table, adapted, lora, table
 from trainer import density
 from trainer.data.batches import Collate, Sequences

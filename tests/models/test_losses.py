@@ -26,7 +26,7 @@ from adapters.delta import Start
 from adapters.full import Full
 from adapters.lora import LoRAAdapter
 from adapters.peft import Peft
-from tests.adapters import toys
+from tests.toys import adapters as toys
 from trainer.data.batches import Collate, Pick
 from trainer.data.render import Tokens
 from trainer.drafters import Target

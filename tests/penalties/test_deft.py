@@ -12,8 +12,8 @@ import transformers
 from torch import nn
 
 from adapters.delta import AdaptedLinear
-from tests.adapters import toys
 from tests.runs.test_resume import PowerCut, cut_at, outcome
+from tests.toys import adapters as toys
 from tests.training.test_finetune import adapted, lora
 from trainer.data.batches import Collate, Pick
 from trainer.data.render import Tokens

@@ -19,8 +19,8 @@ from adapters.delta import AdapterError, Start
 from adapters.rosa import RoSAAdapter, Scores
 from adapters.sparse import SparseDelta
 from adapters.spiel import SpIEL
-from tests.adapters import toys
 from tests.ranks import spawn
+from tests.toys import adapters as toys
 from tests.training import test_finetune
 from trainer.models.base import Base
 

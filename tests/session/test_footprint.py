@@ -15,9 +15,10 @@ from omegaconf import OmegaConf
 from adapters.delta import Start
 from tests.conftest import write_rows
 from trainer.assembly.build import instantiate, new_modules
-from trainer.assembly.rows import load_data
+from trainer.assembly.recipe import Recipe
 from trainer.models.base import Base
 from trainer.session import footprint
+from trainer.session.footprint import estimate
 from trainer.storage import checkpoints
 
 
@@ -26,7 +27,7 @@ def estimated(compose, chats, tmp_path, monkeypatch):
     """Estimates for the smoke experiment with some overrides, of 5 steps, on a base whose weights
     cannot be loaded."""
 
-    def estimate(*overrides):
+    def estimated_for(*overrides):
         files = (f"task.path={chats}", f"task.eval_path={chats}")
         cfg = compose(
             "+experiment=smoke",
@@ -37,18 +38,20 @@ def estimated(compose, chats, tmp_path, monkeypatch):
             *overrides,
         )
         config = OmegaConf.to_container(cfg, resolve=False)
-        base, task, adapter = (instantiate(config[name]) for name in ("base", "task", "adapter"))
-        found, errors, warnings = load_data(config, base, task), [], []
+        recipe = Recipe.of(config, instantiate(config["adapter"]))
         with monkeypatch.context() as patched:
             patched.setattr(Base, "load", lambda *_, **__: pytest.fail("weights were loaded"))
-            model = footprint.estimate(
-                config, base, adapter, found, 5, tmp_path / "runs" / "smoke", errors, warnings
-            )
+            result = estimate(recipe, tmp_path / "runs" / "smoke")
         return SimpleNamespace(
-            config=config, base=base, adapter=adapter, model=model, errors=errors, warnings=warnings
+            config=config,
+            base=recipe.base,
+            adapter=recipe.adapter,
+            model=result.as_record(),
+            errors=result.errors,
+            warnings=result.warnings,
         )
 
-    return estimate
+    return estimated_for
 
 
 VIRTUAL = "adapter.num_virtual_tokens=4"

@@ -16,8 +16,8 @@ from adapters.delta import Start
 from adapters.full import Full
 from adapters.peft import Peft
 from adapters.rosa import RoSAAdapter
-from tests.adapters import toys
 from tests.conftest import ROOT
+from tests.toys import adapters as toys
 from trainer.config.errors import ConfigError
 from trainer.models.losses import CausalLoss
 from trainer.speed import fused

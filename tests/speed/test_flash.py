@@ -12,7 +12,7 @@ from transformers import modeling_flash_attention_utils as flash
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.adapters import toys
+from tests.toys import adapters as toys
 from trainer.models import base
 from trainer.models.base import Base, BaseError
 from trainer.models.losses import CausalLoss

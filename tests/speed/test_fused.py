@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Qwen3Co
 from adapters.delta import AdaptedLinear, Start, saved_for_backward
 from adapters.lora import LoRA
 from adapters.rosa import RoSA
-from tests.adapters import toys
+from tests.toys import adapters as toys
 from trainer.models.losses import CausalLoss
 from trainer.speed import fused, malloc
 

@@ -19,8 +19,8 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from adapters.delta import Start
 from adapters.full import Full
-from tests.adapters import toys
 from tests.conftest import ROOT
+from tests.toys import adapters as toys
 from trainer.config import compose
 from trainer.config.errors import ConfigError
 from trainer.models.losses import CausalLoss

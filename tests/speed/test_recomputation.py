@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from adapters.delta import Start
 from scripts.bench import profile
-from tests.adapters import toys
+from tests.toys import adapters as toys
 from trainer.assembly.build import instantiate
 from trainer.config import compose, schema
 from trainer.speed import fused

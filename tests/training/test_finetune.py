@@ -24,7 +24,7 @@ from adapters.delta import Start
 from adapters.full import Full
 from adapters.lora import LoRAAdapter
 from adapters.peft import Peft
-from tests.adapters import toys
+from tests.toys import adapters as toys
 from trainer.assembly import quiet
 from trainer.assembly.build import instantiate
 from trainer.config import compose

@@ -25,7 +25,7 @@ class Tuned:
     """The adapter of a fine-tuning run, as it was at one of its checkpoints, to make a target of
     its base."""
 
-    about: dict[str, Any]  # which run, step and checkpoint that is: what is recorded of it
+    record: dict[str, Any]  # the run, step and checkpoint, as run.yaml names them
     content: dict[str, Any]  # the run's run.yaml
     adapter: Adapter
     saved: dict[str, Any]  # Adapter.state
@@ -127,7 +127,7 @@ def load_trained(
     if identity.get("target") is not None:
         target = load_recorded_target(identity["target"], place)
         adapter, model = target.adapter, target.attach(model)
-        adapted: dict[str, Any] | None = target.about
+        adapted: dict[str, Any] | None = target.record
     else:
         adapter = instantiate(config["adapter"])
         adapted = (

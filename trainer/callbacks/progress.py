@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from trainer.callbacks import Context
+from trainer.storage.progress import EVERY, clock
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class ProgressBar(lightning.Callback):
             if self._total() is None and (left := self._left(0.0, module.step)) is not None:
                 text = f"{text}  left {clock(left)}"  # the bar's own column needs a number of steps
             self.bar.update(self.task, completed=module.step, description=text)
-        elif time.monotonic() - self.said > 15 or module.step >= self.context.steps:
+        elif time.monotonic() - self.said > EVERY or module.step >= self.context.steps:
             self.said = time.monotonic()
             done = module.step - self.first_step
             left = self._left((time.monotonic() - self.began) / max(1, done), module.step)
@@ -106,11 +107,6 @@ class ProgressBar(lightning.Callback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-
-
-def clock(seconds: float) -> str:
-    """Minutes and seconds, as 12:05."""
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
 def planned(steps: int) -> int | None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from trainer.data.held_out import HeldOut
+from trainer.storage.progress import Progress
 
 
 @torch.no_grad()
@@ -24,28 +25,30 @@ def answers(
     and scores. None if `stop` said yes between batches."""
     by_length = sorted(range(len(held_out.prompts)), key=lambda i: -len(held_out.prompts[i][1]))
     found: dict[int, dict[str, Any]] = {}
-    for start in range(0, len(by_length), batch_size):
-        if stop():
-            return None
-        chosen = by_length[start : start + batch_size]
-        texts = generate(
-            model,
-            [held_out.prompts[i][1] for i in chosen],
-            held_out.tokenizer,
-            held_out.stops,
-            max_new_tokens,
-            device,
-        )
-        for i, text in zip(chosen, texts, strict=True):
-            example, prompt = held_out.prompts[i]
-            assert held_out.grade is not None
-            found[i] = {
-                "where": example.where,
-                "prompt": held_out.tokenizer.decode(prompt),
-                "expected": example.messages[-1]["content"],
-                "answer": text,
-                "scores": held_out.grade(example, text),
-            }
+    with Progress("answers", len(by_length), "rows") as progress:
+        for start in range(0, len(by_length), batch_size):
+            if stop():
+                return None
+            chosen = by_length[start : start + batch_size]
+            texts = generate(
+                model,
+                [held_out.prompts[i][1] for i in chosen],
+                held_out.tokenizer,
+                held_out.stops,
+                max_new_tokens,
+                device,
+            )
+            for i, text in zip(chosen, texts, strict=True):
+                example, prompt = held_out.prompts[i]
+                assert held_out.grade is not None
+                found[i] = {
+                    "where": example.where,
+                    "prompt": held_out.tokenizer.decode(prompt),
+                    "expected": example.messages[-1]["content"],
+                    "answer": text,
+                    "scores": held_out.grade(example, text),
+                }
+            progress.advance(len(chosen))
     return [found[i] for i in range(len(held_out.prompts))]
 
 

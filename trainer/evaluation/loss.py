@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from trainer import drafters
 from trainer.data.batches import Pick
 from trainer.data.held_out import HeldOut, to_device
+from trainer.storage.progress import Progress
 
 
 @torch.no_grad()
@@ -47,23 +48,30 @@ def losses(
     guesses = True  # whether the loss is that of next tokens
     offsets: torch.Tensor | None = None
     confusion = torch.zeros(len(held_out.labels or ()), len(held_out.labels or ()), device=device)
-    for batch in DataLoader(held_out.sequences, batch_sampler=picks, collate_fn=held_out.collate):  # type: ignore[arg-type]
-        if stop():
-            return {}
-        _, found = loss(to_device(batch, device))
-        guesses = "right" in found
-        sums += torch.stack(
-            [found[key].double() for key in ("loss", "tokens", "right" if guesses else "tokens")]
-        )
-        if "offsets" in found:
-            offsets = found["offsets"].double() if offsets is None else offsets + found["offsets"]
-        if "scores" in found:
-            confusion += multiclass_confusion_matrix(
-                found["scores"],
-                batch["classes"].to(device),
-                found["scores"].shape[-1],
-                ignore_index=-100,
+    with Progress("evaluation", len(picks), "batches") as progress:
+        loader = DataLoader(held_out.sequences, batch_sampler=picks, collate_fn=held_out.collate)  # type: ignore[arg-type]
+        for batch in progress.each(loader):
+            if stop():
+                return {}
+            _, found = loss(to_device(batch, device))
+            guesses = "right" in found
+            sums += torch.stack(
+                [
+                    found[key].double()
+                    for key in ("loss", "tokens", "right" if guesses else "tokens")
+                ]
             )
+            if "offsets" in found:
+                offsets = (
+                    found["offsets"].double() if offsets is None else offsets + found["offsets"]
+                )
+            if "scores" in found:
+                confusion += multiclass_confusion_matrix(
+                    found["scores"],
+                    batch["classes"].to(device),
+                    found["scores"].shape[-1],
+                    ignore_index=-100,
+                )
     total, tokens, right = reduce(sums).tolist()
     if not tokens:
         return {}

@@ -1,10 +1,11 @@
-"""What a run trains, and the memory and disk that it takes: counted on the base without its
-weights."""
+"""The number of trained parameters of a run, and the memory and disk that it takes. They are
+counted on the base without its weights."""
 
 from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +14,86 @@ import torch
 from torch import nn
 
 from adapters.delta import Adapter, NeedsWeights, Start, features, targets
-from adapters.full import Full, Nothing
+from adapters.full import Nothing
 from trainer.assembly.build import instantiate, new_modules
-from trainer.assembly.rows import Data
+from trainer.assembly.recipe import Recipe
 from trainer.callbacks import every_steps
 from trainer.drafters import Drafter, DrafterError
-from trainer.models.base import Base
 from trainer.models.losses import positions
-from trainer.models.precision import compute
 from trainer.penalties.deft import PenaltyError
 
 
-def estimate(
-    config: dict[str, Any],
-    base: Base,
-    adapter: Adapter,
-    found: Data,
-    steps: int,
-    place: Path,
-    errors: list[str],
-    warnings: list[str],
-) -> dict[str, Any]:
-    """Parameters, and estimates in bytes of the memory and disk that `steps` steps take, of which
-    those of disk are free at `place`.
+@dataclass
+class Footprint:
+    """What a run trains, and estimates in bytes of what it takes."""
 
-    What does not fit is added to `errors` and `warnings`: a drafter, a penalty, memory, the disk.
+    parameters: int
+    trainable: int | None  # None where only the loaded base can tell
+    precision: str
+    dtype: str
+    memory_bytes: dict[str, int]
+    memory_needed: int
+    memory_free: int
+    checkpoint_bytes: int
+    disk_free: int
+    errors: list[str]
+    warnings: list[str]
+
+    def as_record(self) -> dict[str, Any]:
+        """The numbers as preflight.json holds them."""
+        return {key: value for key, value in asdict(self).items() if key not in _MESSAGES}
+
+
+_MESSAGES = ("errors", "warnings")
+
+
+def estimate(recipe: Recipe, folder: Path) -> Footprint:
+    """Count parameters, and estimate the memory and disk that the run takes. A drafter, a penalty,
+    memory or a disk that does not fit is an error or a warning of the result. The disk is that of
+    `folder`.
 
     Raises:
         AdapterError: the adapter does not fit the base.
     """
-    labels = found.task.labels if found.task.kind == "label" else None
-    skeleton = base.skeleton(labels)
+    errors: list[str] = []
+    warnings: list[str] = []
+    skeleton = recipe.base.skeleton(recipe.labels)
     total = sum(p.numel() for p in skeleton.parameters())
     linears = sum(math.prod(features(linear)) for _, linear in targets(skeleton, "all-linear"))
-    drafted = _drafter(config, skeleton, found, errors)
+    trainable = _trainable(recipe, skeleton, errors, warnings)
+    cuda = recipe.device.type == "cuda"
+    parts = _memory(recipe, total, linears, trainable or 0)
+    needed = sum(parts.values())
+    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    if needed > free:
+        warnings.append(
+            f"the run needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+        )
+    checkpoint_bytes, disk = _disk(recipe, trainable or 0, folder, errors)
+    return Footprint(
+        parameters=total,
+        trainable=trainable,
+        precision=recipe.precision,
+        dtype=str(recipe.dtype).removeprefix("torch."),
+        memory_bytes=parts,
+        memory_needed=needed,
+        memory_free=free,
+        checkpoint_bytes=checkpoint_bytes,
+        disk_free=disk,
+        errors=errors,
+        warnings=warnings,
+    )
+
+
+def _trainable(
+    recipe: Recipe, skeleton: nn.Module, errors: list[str], warnings: list[str]
+) -> int | None:
+    """How many parameters are trained; None where only the loaded base can tell."""
+    adapter = recipe.adapter
+    drafted = _drafter(recipe, skeleton, errors)
     try:
-        model = adapter.attach(skeleton, Start(new_modules(skeleton, labels), max(1, steps)))
+        start = Start(new_modules(skeleton, recipe.labels), max(1, recipe.steps))
+        model = adapter.attach(skeleton, start)
         trainable = drafted + sum(p.numel() for p in model.parameters() if p.requires_grad)
     except NeedsWeights:
         model, trainable = skeleton, None
@@ -58,41 +103,27 @@ def estimate(
         )
     if trainable == 0 and not isinstance(adapter, Nothing):
         errors.append("the adapter has no trainable parameter")
-    _penalty(config, adapter, model, errors)
-    cuda = torch.cuda.is_available() and config["lightning"]["accelerator"] != "cpu"
-    trains_base, known = isinstance(adapter, Full), trainable or 0  # as the run itself says it
-    dtype, _, precision = compute(config["precision"], config["base"]["dtype"], trains_base, cuda)
-    parts = _memory(config, base, dtype, total, linears, known, found)
-    needed = sum(parts.values())
-    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
-    if needed > free:
-        warnings.append(
-            f"the run needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
-        )
-    checkpoint_bytes = known * (4 + 8 if not trains_base else dtype.itemsize * 3) if steps else 0
-    keep = _checkpoints(config["callbacks"].get("checkpoints") or {}, steps)
-    disk = shutil.disk_usage(_existing(place)).free
-    if checkpoint_bytes * (keep + 2) > disk:
+    _penalty(recipe.config, adapter, model, errors)
+    return trainable
+
+
+def _disk(recipe: Recipe, trainable: int, folder: Path, errors: list[str]) -> tuple[int, int]:
+    """(bytes of a checkpoint, bytes that are free on the disk of `folder`)."""
+    each = recipe.dtype.itemsize * 3 if recipe.trains_base else 4 + 8
+    checkpoint_bytes = trainable * each if recipe.steps else 0
+    keep = _checkpoints(recipe.config["callbacks"].get("checkpoints") or {}, recipe.steps)
+    free = shutil.disk_usage(_existing(folder)).free
+    if checkpoint_bytes * (keep + 2) > free:
         errors.append(
             f"{keep + 2} checkpoints of about {checkpoint_bytes / 1e6:.3g} MB do not fit on the"
-            f" disk of {place}, which has {disk / 1e6:.3g} MB free: free some space, or choose"
-            " another place with runs=FOLDER"
+            f" disk of {folder}, which has {free / 1e6:.3g} MB free: free some space, or choose"
+            " another folder with runs=FOLDER"
         )
-    return {
-        "parameters": total,
-        "trainable": trainable,
-        "precision": precision,
-        "dtype": str(dtype).removeprefix("torch."),
-        "memory_bytes": parts,
-        "memory_needed": needed,
-        "memory_free": free,
-        "checkpoint_bytes": checkpoint_bytes,
-        "disk_free": disk,
-    }
+    return checkpoint_bytes, free
 
 
 def _checkpoints(settings: dict[str, Any], steps: int) -> int:
-    """How many checkpoints the run will hold, beside the best one."""
+    """How many checkpoints the run will hold, without the best one."""
     if settings.get("keep", 1) is not None:
         return settings.get("keep", 1)
     return steps // (every_steps(settings["every"], steps) or max(1, steps))
@@ -117,11 +148,12 @@ def _penalty(config: dict[str, Any], adapter: Adapter, model: nn.Module, errors:
         errors.append(str(error))
 
 
-def _drafter(config: dict[str, Any], skeleton: nn.Module, found: Data, errors: list[str]) -> int:
+def _drafter(recipe: Recipe, skeleton: nn.Module, errors: list[str]) -> int:
     """The number of parameters that the drafter trains."""
+    config, train = recipe.config, recipe.data.train
     if not config["drafter"]:
         return 0
-    if found.task.kind == "label":
+    if recipe.labels is not None:
         errors.append(
             "a drafter predicts tokens, and this task gives one label to each row: set drafter=none"
         )
@@ -131,7 +163,7 @@ def _drafter(config: dict[str, Any], skeleton: nn.Module, found: Data, errors: l
     except DrafterError as error:
         errors.append(str(error))
         return 0
-    longest = found.train.rows.report.longest if found.train is not None else config["max_length"]
+    longest = train.rows.report.longest if train is not None else config["max_length"]
     if longest < drafter.offsets + 2:
         errors.append(
             f"the longest row has {longest} tokens, and a drafter of {drafter.offsets} offsets"
@@ -142,24 +174,17 @@ def _drafter(config: dict[str, Any], skeleton: nn.Module, found: Data, errors: l
     return sum(p.numel() for p in drafter.parameters() if p.requires_grad)
 
 
-def _memory(
-    config: dict[str, Any],
-    base: Base,
-    dtype: torch.dtype,
-    total: int,
-    linears: int,
-    trainable: int,
-    found: Data,
-) -> dict[str, int]:
-    """An estimate, in bytes. Activations of a decoder layer are near 30 d + 5 m numbers a token,
-    fused ones 12 d + 3 m (SmolLM2 with LoRA, measured)."""
+def _memory(recipe: Recipe, total: int, linears: int, trainable: int) -> dict[str, int]:
+    """Estimate the memory in bytes. Activations of a decoder layer are near 30 d + 5 m numbers a
+    token, fused ones 12 d + 3 m (SmolLM2 with LoRA, measured)."""
+    config, base, dtype, train = recipe.config, recipe.base, recipe.dtype, recipe.data.train
     text = base.config.get_text_config()
     width, inner = getattr(text, "hidden_size", 0), getattr(text, "intermediate_size", 0) or 0
     layers = getattr(text, "num_hidden_layers", 0)
     packed = {"none": dtype.itemsize, "nf4": 0.53, "int8": 1.0}[base.quantization]
     longest = (
-        min(config["max_length"], found.train.rows.report.longest)
-        if found.train is not None
+        min(config["max_length"], train.rows.report.longest)
+        if train is not None
         else config["max_length"]
     )
     tokens = config["batch_size"] * (config["max_length"] if config["packing"] else longest)
@@ -192,14 +217,15 @@ def _memory(
     }
 
 
-def _existing(place: Path) -> Path:
-    while not place.exists():
-        place = place.parent
-    return place
+def _existing(folder: Path) -> Path:
+    """The folder, or its nearest parent that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def parameters(model: nn.Module) -> str:
-    """How much of a model is trained, for people."""
+    """A sentence about how much of a model is trained."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"

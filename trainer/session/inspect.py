@@ -7,9 +7,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from adapters.delta import Adapter
 from tasks.reading import Bad
-from trainer.assembly import build as build_module
+from trainer.assembly.build import schedule
+from trainer.assembly.recipe import Recipe
 from trainer.assembly.rows import Data
 from trainer.data.batches import BatchOrder
 from trainer.data.render import Refused
@@ -17,7 +17,7 @@ from trainer.data.rendering import special_text
 from trainer.drafters import DrafterError, io
 from trainer.models.base import Base, BaseError
 from trainer.schedules import factor, length
-from trainer.session import footprint
+from trainer.session.footprint import estimate
 from trainer.speed import liger
 from trainer.storage import run_folder
 
@@ -26,20 +26,14 @@ log = logging.getLogger("trainer")
 SAMPLE = 200  # conversations whose prompt is rendered a second time, as it will be at inference
 
 
-def inspect(
-    config: dict[str, Any],
-    base: Base,
-    adapter: Adapter,
-    found: Data,
-    plan: BatchOrder | None,
-    steps: int,
-    place: Path,
-) -> dict[str, Any]:
-    """Everything that preflight reports, as plain data, with `errors` and `warnings` for people.
+def inspect(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Return everything that preflight reports, as plain data, with `errors` and `warnings` for
+    people. `folder` is where the run will be.
 
     Raises:
         AdapterError: the adapter does not fit the base.
     """
+    config, base, steps = recipe.config, recipe.base, recipe.steps
     errors: list[str] = []
     warnings: list[str] = []
     if config["max_length"] > base.longest:
@@ -47,14 +41,14 @@ def inspect(
             f"max_length={config['max_length']} is more than the {base.longest} tokens that"
             f" {base.path} was made for: set max_length={base.longest}"
         )
-    result: dict[str, Any] = {"data": _data(config, found, warnings)}
-    if plan is not None:
-        result["run"] = _length(config, found, plan, steps)
-    result["schedule"] = _rates(config, plan, steps, adapter.restart)
+    result: dict[str, Any] = {"data": _data(recipe.data, warnings)}
+    if recipe.order is not None:
+        result["run"] = _length(config, recipe.order, steps)
+    result["schedule"] = _rates(recipe)
     planned = [
-        length(schedule[key], steps)
+        length(config["schedule"][key], steps)
         for key in ("warmup", "cooldown")
-        if (schedule := config["schedule"]).get(key) is not None
+        if config["schedule"].get(key) is not None
     ]
     if steps and len(planned) > 1 and not config["branch"] and sum(planned) > steps:
         errors.append(
@@ -62,19 +56,20 @@ def inspect(
             f" run's {steps} steps: give fewer, or fractions of the run"
         )
     _target(config, base, errors)
-    # The device is the run's to see: this may be another machine.
+    # Whether the device allows it is checked by the run: this may be another machine.
     fault = liger.fault(base.config.model_type) if config["fused"] == "liger" else None
     errors += [fault] if fault is not None else []
-    result["model"] = footprint.estimate(
-        config, base, adapter, found, steps, place, errors, warnings
-    )
-    _check_names(config, found, errors)
+    footprint = estimate(recipe, folder)
+    result["model"] = footprint.as_record()
+    errors += footprint.errors
+    warnings += footprint.warnings
+    _check_names(config, recipe.data, errors)
     return result | {"errors": errors, "warnings": warnings}
 
 
-def _data(config: dict[str, Any], found: Data, warnings: list[str]) -> dict[str, Any]:
+def _data(data: Data, warnings: list[str]) -> dict[str, Any]:
     result: dict[str, Any] = {}
-    splits = {"train": found.train, "eval": found.held_out.sequences if found.held_out else None}
+    splits = {"train": data.train, "eval": data.held_out.sequences if data.held_out else None}
     digests: dict[str, set[bytes]] = {}
     for name, sequences in splits.items():
         if sequences is None:
@@ -89,7 +84,7 @@ def _data(config: dict[str, Any], found: Data, warnings: list[str]) -> dict[str,
             "bad": [f"{where}: {reason}" for where, reason in report.bad],
         }
         if (
-            found.renderer.kind == "conversation"
+            data.renderer.kind == "conversation"
             and report.kept
             and report.ends_trained < report.kept
         ):
@@ -111,11 +106,9 @@ def _data(config: dict[str, Any], found: Data, warnings: list[str]) -> dict[str,
                 f"{shared} rows of evaluation are in the training data too: its numbers are too"
                 " good"
             )
-    if found.renderer.kind == "conversation" and not found.task.streaming:
-        result["prompts"] = _prompts(found, warnings)
-        result["special_text"] = special_text(
-            found.task.examples("train"), found.renderer.tokenizer
-        )
+    if data.renderer.kind == "conversation" and not data.task.streaming:
+        result["prompts"] = _prompts(data, warnings)
+        result["special_text"] = special_text(data.task.examples("train"), data.renderer.tokenizer)
         if result["special_text"]:
             warnings.append(
                 f"{result['special_text']} rows have the text of a special token in a message; it"
@@ -124,11 +117,11 @@ def _data(config: dict[str, Any], found: Data, warnings: list[str]) -> dict[str,
     return result
 
 
-def _prompts(found: Data, warnings: list[str]) -> dict[str, int]:
+def _prompts(data: Data, warnings: list[str]) -> dict[str, int]:
     """Whether rows begin as the prompt that the model will be given at inference."""
-    renderer = found.renderer
+    renderer = data.renderer
     tried = same = 0
-    for example in itertools.islice(found.task.examples("train"), SAMPLE):
+    for example in itertools.islice(data.task.examples("train"), SAMPLE):
         if isinstance(example, Bad):
             continue
         try:
@@ -145,23 +138,23 @@ def _prompts(found: Data, warnings: list[str]) -> dict[str, int]:
     return {"tried": tried, "as_at_inference": same}
 
 
-def _length(config: dict[str, Any], found: Data, plan: BatchOrder, steps: int) -> dict[str, Any]:
-    lengths = plan.lengths
-    per_epoch = -(-len(lengths) // plan.per_step)
+def _length(config: dict[str, Any], order: BatchOrder, steps: int) -> dict[str, Any]:
+    lengths = order.lengths
+    per_epoch = -(-len(lengths) // order.per_step)
     sizes = [
         [lengths[pick.sequence] for pick in batch]
         for step in range(min(steps, 50))
-        for batch in plan.micro_batches(step)
+        for batch in order.micro_batches(step)
     ]
     padded = sum(max(batch) * len(batch) for batch in sizes)
     real: int = sum(sum(batch) for batch in sizes)
     result = {
         "steps": steps,
         "steps_per_epoch": per_epoch,
-        "epochs": plan.positions(steps) / max(1, len(lengths)),
+        "epochs": order.positions(steps) / max(1, len(lengths)),
         "sequences": len(lengths),
         "tokens_per_epoch": int(lengths.sum()),
-        "trained_tokens_per_epoch": int(plan.trained.sum()),
+        "trained_tokens_per_epoch": int(order.trained.sum()),
         "padding_share": 1 - float(real) / float(padded) if padded else 0.0,
     }
     if config["packing"] and len(lengths):
@@ -169,16 +162,17 @@ def _length(config: dict[str, Any], found: Data, plan: BatchOrder, steps: int) -
     return result
 
 
-def _rates(
-    config: dict[str, Any], plan: BatchOrder | None, steps: int, restart: int
-) -> dict[str, Any]:
+def _rates(recipe: Recipe) -> dict[str, Any]:
+    """The peak rate, and the rate at up to 21 steps of the run."""
+    steps = recipe.steps
     if not steps:
         return {}
-    schedule, peak = build_module.schedule(config, plan), config["optimizer"]["lr"]
+    factors = schedule(recipe.config, recipe.order)
+    peak, restart = recipe.config["optimizer"]["lr"], recipe.adapter.restart
     points = sorted({round(i * (steps - 1) / 20) for i in range(21)})
     return {
         "peak": peak,
-        "rates": [[step, peak * factor(schedule, step, steps, restart)] for step in points],
+        "rates": [[step, peak * factor(factors, step, steps, restart)] for step in points],
     }
 
 
@@ -198,19 +192,19 @@ def _target(config: dict[str, Any], base: Base, errors: list[str]) -> None:
         errors.append(str(error))
 
 
-def _check_names(config: dict[str, Any], found: Data, errors: list[str]) -> None:
+def _check_names(config: dict[str, Any], data: Data, errors: list[str]) -> None:
     evaluation = config["callbacks"].get("evaluation")
-    if not evaluation or found.held_out is None:
+    if not evaluation or data.held_out is None:
         return
-    known = ["loss", "accuracy", "f1" if found.task.kind == "label" else "perplexity"]
+    known = ["loss", "accuracy", "f1" if data.task.kind == "label" else "perplexity"]
     known = (
         ["loss"] if config["objective"]["_target_"] == "trainer.training.distill.Distill" else known
     )
     known += _drafted(config["drafter"])
-    graded = found.task.metrics if evaluation["generate"] else []
+    graded = data.task.metrics if evaluation["generate"] else []
     monitor, place = evaluation["monitor"], "callbacks.evaluation"
     if monitor not in known + graded:
-        hint = f" (set {place}.generate)" if monitor in found.task.metrics else ""
+        hint = f" (set {place}.generate)" if monitor in data.task.metrics else ""
         errors.append(
             f"{place}.monitor={monitor} is no metric of this task{hint}; there are:"
             f" {', '.join(known + graded)}"
@@ -233,21 +227,13 @@ def _drafted(drafter: dict[str, Any]) -> list[str]:
     return ["accepted", *(["expected"] if distilled else []), *names]
 
 
-def quick(
-    config: dict[str, Any],
-    base: Base,
-    adapter: Adapter,
-    found: Data,
-    plan: BatchOrder | None,
-    steps: int,
-    place: Path,
-) -> dict[str, Any]:
-    """`inspect` for a run that is about to start: warnings are said, errors end it.
+def check_before_start(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """`inspect` a run that is about to start. Warnings are logged, errors end it.
 
     Raises:
         BaseError: with the errors.
     """
-    result = inspect(config, base, adapter, found, plan, steps, place)
+    result = inspect(recipe, folder)
     for warning in result["warnings"]:
         log.warning("%s", warning)
     if result["errors"]:

@@ -3,73 +3,99 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
 import rich
 
-from adapters.delta import Adapter
+from adapters.full import Nothing
+from trainer.assembly.recipe import Recipe
 from trainer.assembly.trained import checkpoint_record, load_trained
-from trainer.drafters import Drafter
+from trainer.callbacks.averaging import Averaging
 from trainer.drafters import io as drafter_io
 from trainer.exporting import adapter as adapter_module
-from trainer.models.base import Base
 from trainer.storage import checkpoints
 from trainer.storage.journal import Journal
+from trainer.storage.progress import Progress
 from trainer.storage.run_folder import RunFolder
 from trainer.training.finetune import FineTune
 
 log = logging.getLogger("trainer")
 
 
+def save(
+    folder: RunFolder,
+    run_yaml: dict[str, Any],
+    recipe: Recipe,
+    module: FineTune,
+    callbacks: list[Any],
+) -> None:
+    """Write the run's drafter, its adapter and the averaged adapter, as far as it has them."""
+    if recipe.sharded:
+        # each rank holds a part of the weights; the checkpoint holds all
+        trained = load_trained(f"{folder.path}@last")
+        module.model, module.adapter = trained.model, trained.adapter
+    if module.drafter is not None and module.drafter.proposes:
+        save_drafter(folder, run_yaml, recipe, module)
+    if not module.adapter.exportable or isinstance(module.adapter, Nothing):
+        return
+    write = partial(
+        adapter_module.save_adapter, module.adapter, module.model, recipe.base, recipe.task
+    )
+    with Progress("saving the adapter"):
+        for callback in callbacks:
+            # before save_adapter, which may load another checkpoint's weights
+            if isinstance(callback, Averaging):
+                callback.save(write)
+        save_adapter(folder, module, write, recipe.config["export"])
+
+
 def save_drafter(
-    place: RunFolder,
-    drafter: Drafter,
-    base: Base,
-    config: dict[str, Any],
-    record: dict[str, Any],
-    step: int,
+    folder: RunFolder, run_yaml: dict[str, Any], recipe: Recipe, module: FineTune
 ) -> None:
     """Write the drafter as it is after the last step, or after the best one."""
-    chosen = (
-        checkpoints.chosen(place.checkpoints, config["export"])
-        if checkpoints.complete(place.checkpoints)
-        else None
-    )
-    if chosen is not None and int(chosen.stem[5:]) != step:
-        step = int(chosen.stem[5:])
-        log.info("the best evaluation was after step %d: that is what becomes the drafter", step)
-        drafter.load_state(checkpoints.load(chosen)["drafter"])
-    adapter = record["identity"]["target"]
+    drafter, step, config = module.drafter, module.step, recipe.config
+    assert drafter is not None
+    if checkpoints.complete(folder.checkpoints):
+        checkpoint = checkpoints.chosen(folder.checkpoints, config["export"])
+        if int(checkpoint.stem[5:]) != step:
+            step = int(checkpoint.stem[5:])
+            log.info("the best evaluation was after step %d: its drafter is exported", step)
+            drafter.load_state(checkpoints.load(checkpoint)["drafter"])
+    adapter = run_yaml["identity"]["target"]
     if config["adapter"]["_target_"] != "adapters.full.Nothing":
         adapter = checkpoint_record(
-            place.path, record["id"], checkpoints.path_of(place.checkpoints, step)
+            folder.path, run_yaml["id"], checkpoints.path_of(folder.checkpoints, step)
         )
-    about = drafter_io.trained_for(base, place.path, step, adapter)
-    drafter_io.save(drafter, config["drafter"], about, place.path / "drafter")
-    log.info("drafter: %s", place.path / "drafter")
+    trained_for = drafter_io.trained_for(recipe.base, folder.path, step, adapter)
+    drafter_io.save(drafter, config["drafter"], trained_for, folder.path / "drafter")
+    log.info("drafter: %s", folder.path / "drafter")
 
 
 def save_adapter(
-    place: RunFolder, module: FineTune, base: Base, task: Any, adapter: Adapter, which: str
+    folder: RunFolder, module: FineTune, write: Callable[[Path], None], which: str
 ) -> None:
-    """Write the adapter, and load it back to compare where the base fits into memory twice more."""
-    target = place.path / "adapter"
-    if not checkpoints.complete(place.checkpoints):  # callbacks.checkpoints=null
-        adapter_module.save_adapter(adapter, module.model, base, task, target)
+    """Let `write` write the adapter, and load it back to compare where two more copies of the base
+    fit into memory."""
+    target = folder.path / "adapter"
+    if not checkpoints.complete(folder.checkpoints):  # callbacks.checkpoints=null
+        write(target)
         log.info(
             "adapter: %s. Not loaded back, since the run kept no checkpoint to compare it with",
             target,
         )
         return
-    chosen = checkpoints.chosen(place.checkpoints, which)
-    if int(chosen.stem[5:]) != module.step:
+    checkpoint = checkpoints.chosen(folder.checkpoints, which)
+    if int(checkpoint.stem[5:]) != module.step:
         log.info(
-            "the best evaluation was after step %d: that is what becomes the adapter",
-            int(chosen.stem[5:]),
+            "the best evaluation was after step %d: its adapter is exported",
+            int(checkpoint.stem[5:]),
         )
-        adapter.load_state(module.model, checkpoints.load(chosen)["adapter"])
-    adapter_module.save_adapter(adapter, module.model, base, task, target)
+        module.adapter.load_state(module.model, checkpoints.load(checkpoint)["adapter"])
+    write(target)
     needed = 2 * 4 * sum(p.numel() for p in module.model.parameters())
     if needed > psutil.virtual_memory().available / 2:
         log.info(
@@ -77,12 +103,12 @@ def save_adapter(
             " to=peft does",
             target,
             needed / 1e9,
-            place.path,
+            folder.path,
         )
         return
-    difference = adapter_module.verify_adapter(
-        load_trained(f"{place.path}@{which}", fp32=True), target
-    )
+    with Progress(f"loading {target} back to compare it"):
+        trained = load_trained(f"{folder.path}@{which}", fp32=True)
+        difference = adapter_module.verify_adapter(trained, target)
     log.info(
         "adapter: %s, loaded back by stock PEFT: logits differ by %.1e of their spread",
         target,

@@ -1,5 +1,4 @@
-"""Lightning's trainer for a run, and the processes that it is made of: where they live, who
-decides, and how they part."""
+"""Lightning's trainer for a run."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 from adapters.delta import Adapter
 from adapters.full import Full, Nothing
@@ -20,7 +19,7 @@ from trainer.training.fsdp import Sharded
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's way to the disk: trainer.storage.checkpoints."""
+    """Lets Lightning save and load through trainer.storage.checkpoints."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
@@ -37,8 +36,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 def make_trainer(config: dict[str, Any], adapter: Adapter, path: Path) -> lightning.Trainer:
-    """Lightning's trainer as conf/lightning and the run's length, precision and adapter ask for
-    it."""
+    """Make Lightning's trainer from conf/lightning and the run's length, precision and adapter."""
     cuda = torch.cuda.is_available() and config["lightning"]["accelerator"] != "cpu"
     _, precision, _ = compute(
         config["precision"], config["base"]["dtype"], isinstance(adapter, Full), cuda
@@ -48,8 +46,14 @@ def make_trainer(config: dict[str, Any], adapter: Adapter, path: Path) -> lightn
     timeout = timedelta(minutes=settings.pop("timeout"))
     if settings["strategy"] == "fsdp2":
         settings["strategy"] = Sharded(timeout=timeout)
+    # Lightning chooses DDP by the number of devices, and takes it from this registry. No buffer here
+    # differs between processes, and a sparse adapter's are as large as itself, for each forward
+    # pass: so they are not synchronised.
+    StrategyRegistry.register(
+        "ddp", DDPStrategy, override=True, timeout=timeout, forward_sync_buffers=False
+    )
     # One epoch for the whole run: the loader holds all its micro-batches, and its end is the run's.
-    lightning_ = lightning.Trainer(
+    return lightning.Trainer(
         **settings,
         precision=precision,  # type: ignore[arg-type]
         max_epochs=1,
@@ -67,10 +71,3 @@ def make_trainer(config: dict[str, Any], adapter: Adapter, path: Path) -> lightn
         log_every_n_steps=1,
         num_sanity_val_steps=0,
     )
-    if isinstance(lightning_.strategy, DDPStrategy):
-        # No buffer here differs between processes, and a sparse adapter's are as large as itself,
-        # for each forward pass.
-        lightning_.strategy._ddp_kwargs.setdefault("forward_sync_buffers", False)
-        lightning_.strategy._timeout = timeout
-    lightning_.joined = torch.distributed.is_initialized()  # type: ignore[attr-defined]
-    return lightning_

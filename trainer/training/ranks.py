@@ -1,16 +1,14 @@
-"""Decisions that all ranks of a run share."""
+"""Decisions that all ranks of a run share, and the end of their process group."""
 
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Protocol, Self, TypeVar
 
 import lightning
 import torch
@@ -20,71 +18,88 @@ from trainer.config.errors import ConfigError
 
 log = logging.getLogger("trainer")
 
-_DECIDED = "GRAFT_DECIDED"  # what the first process tells those that Lightning starts for it
+# What rank 0 sends to the ranks that Lightning starts for it.
+_DECISION = "GRAFT_DECIDED"
 
 
-def shared_run_folder(lightning_: lightning.Trainer, path: Path) -> Path:
-    """The first process's folder. Processes that Lightning starts are given it; those of torchrun
-    and srun ask for it."""
-    if not lightning_.is_global_zero:
-        log.setLevel(logging.WARNING)  # the first process speaks for all
-    if isinstance(lightning_._accelerator_connector.cluster_environment, LightningEnvironment):
-        if lightning_.num_nodes > 1:
+class Decision(Protocol):
+    """Can be sent to another process as text."""
+
+    def to_json(self) -> str: ...
+
+    @classmethod
+    def from_json(cls, text: str) -> Self: ...
+
+
+D = TypeVar("D", bound=Decision)
+
+
+def lightning_starts_ranks(trainer: lightning.Trainer) -> bool:
+    """Whether rank 0 starts the other ranks itself, when it begins to fit. torchrun and srun start
+    all of them at once."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return isinstance(environment, LightningEnvironment)
+
+
+def shared_run_folder(trainer: lightning.Trainer, path: Path) -> Path:
+    """Rank 0's run folder. Ranks that Lightning starts have it in their arguments; those of
+    torchrun and srun ask for it."""
+    if not trainer.is_global_zero:
+        log.setLevel(logging.WARNING)  # rank 0 speaks for all
+    if lightning_starts_ranks(trainer):
+        if trainer.num_nodes > 1:
             raise ConfigError(
-                f"lightning.num_nodes={lightning_.num_nodes}: processes of several machines find"
+                f"lightning.num_nodes={trainer.num_nodes}: processes of several machines find"
                 " each other by torchrun or srun. Start python -m torch.distributed.run"
                 " --nnodes=... --nproc-per-node=... -m trainer ... on each of them, or srun python"
                 " -m trainer ..."
             )
         return path
-    lightning_.strategy.setup_environment()
-    agreed = Path(lightning_.strategy.broadcast(str(path)))
-    if agreed != path:
+    trainer.strategy.setup_environment()
+    shared = Path(trainer.strategy.broadcast(str(path)))
+    if shared != path:
         shutil.rmtree(path, ignore_errors=True)
-    return agreed
+    return shared
 
 
-def first_decides(lightning_: lightning.Trainer, decide: Callable[[], Any]) -> Any:
-    """What the first process decides about the run's folder, in all of them. It changes the folder
-    at once, and another one that looks there a moment later would begin elsewhere."""
-    if lightning_.world_size == 1:
+def decide_on_rank0(trainer: lightning.Trainer, decide: Callable[[], D], kind: type[D]) -> D:
+    """Return what rank 0 decides about the run folder, on all ranks. The decision changes the
+    folder at once, and a rank that looked there a moment later would decide differently."""
+    if trainer.world_size == 1:
         return decide()
-    if isinstance(lightning_._accelerator_connector.cluster_environment, LightningEnvironment):
-        if lightning_.is_global_zero:  # its children begin with the fit, and with its environment
-            made = earlier, parent, saved_path, longer = decide()
-            os.environ[_DECIDED] = json.dumps(
-                [earlier is not None, parent, saved_path and str(saved_path), longer]
-            )
-            return made
-        begun, parent, saved_path, longer = json.loads(os.environ[_DECIDED])
-        return ({} if begun else None), parent, saved_path and Path(saved_path), longer
-    made, error = None, None
-    if lightning_.is_global_zero:
+    if lightning_starts_ranks(trainer):
+        if not trainer.is_global_zero:
+            return kind.from_json(os.environ[_DECISION])
+        decision = decide()
+        # its children start with the fit, and with its environment
+        os.environ[_DECISION] = decision.to_json()
+        return decision
+    sent: D | None = None
+    text, error = None, None
+    if trainer.is_global_zero:
         try:
-            made = decide()
+            sent = decide()
+            text = sent.to_json()
         except Exception as caught:
             error = caught
-    made, error = lightning_.strategy.broadcast((made, error))
+    text, error = trainer.strategy.broadcast((text, error))
     if error is not None:
         raise error
-    return made
+    return sent if sent is not None else kind.from_json(text)  # type: ignore[arg-type]
 
 
-def part(lightning_: lightning.Trainer) -> None:
-    """End the group of processes while all of them are there: what the first one does from now on
-    nobody waits for.
+def destroy_process_group(trainer: lightning.Trainer) -> None:
+    """Destroy the process group while all ranks are alive. Rank 0 goes on alone (export, report);
+    nobody waits for it.
 
-    torch's Reducer holds the group, and where it is the last to, it ends gloo's threads with the
-    GIL in its hand, for which one of them may wait. So it has to be gone before the group is.
+    DDP's reducer keeps a reference to the group. If it is the last one, gloo's threads are joined
+    while holding the GIL, which can deadlock; so the reducer is deleted first.
     """
-    strategy = lightning_.strategy
-    if not torch.distributed.is_initialized() or lightning_.joined:  # type: ignore[attr-defined]
-        return
+    strategy = trainer.strategy
     strategy.model = strategy.lightning_module
     gc.collect()
     torch.distributed.destroy_process_group()
-    for thread in threading.enumerate():
-        if (
-            thread.name == "child-process-observer"
-        ):  # Lightning's; it kills this process when a child's code is not 0, as after a signal
-            thread._child_processes = []  # type: ignore[attr-defined]
+    # Lightning watches the ranks that it started, and kills this process when one of them ends with
+    # an exit code that is not 0, as after a signal.
+    if (ranks := getattr(strategy.launcher, "procs", None)) is not None:
+        ranks.clear()

@@ -1,0 +1,77 @@
+"""The marker `run`: which tests train, or start a process. Read from their code, so that nobody has
+to remember it."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+FIXTURES = {"train", "train_in", "program"}
+# By module and name of a function or class, as Python gives them.
+CALLS = {
+    "subprocess.run",
+    "subprocess.Popen",
+    "torch.multiprocessing.spawn.spawn",
+    "trainer.run.run",
+}
+
+
+def runs(item: pytest.Item) -> bool:
+    """Whether a test, a fixture that it takes or a function of tests/ that these call uses one of
+    FIXTURES or CALLS."""
+    info = getattr(item, "_fixtureinfo", None)
+    if info is None:
+        return False
+    if FIXTURES & set(info.names_closure):
+        return True
+    fixtures = [definitions[-1].func for definitions in info.name2fixturedefs.values()]
+    return any(reaches(function) for function in [item.function, *fixtures])  # type: ignore[attr-defined]
+
+
+def reaches(function: Any) -> bool:
+    """Whether a function uses one of CALLS, by itself or through functions of tests/."""
+    seen, waiting = set(), [function]
+    while waiting:
+        current = waiting.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        for value in used(current):
+            if f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}" in CALLS:
+                return True
+            if str(getattr(value, "__module__", "")).startswith("tests."):
+                waiting.append(value)
+    return False
+
+
+def used(function: Any) -> Iterator[Any]:
+    """Yield the globals that a function or the methods of a class name, and the attributes of
+    modules among them."""
+    if isinstance(function, type):
+        for member in vars(function).values():
+            yield from used(member)
+    function = getattr(function, "__func__", function)
+    if not isinstance(function, types.FunctionType):
+        return
+    names = set(names_of(function.__code__))
+    modules = [types.SimpleNamespace(**function.__globals__)]
+    for module in modules:
+        for name in names & set(vars(module)):
+            value = getattr(module, name)
+            if not isinstance(value, types.ModuleType):
+                yield value
+            elif value not in modules:
+                modules.append(value)
+    for cell in function.__closure__ or ():
+        yield cell.cell_contents
+
+
+def names_of(code: types.CodeType) -> Iterator[str]:
+    """Yield the names that a piece of code and the functions within it use."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from names_of(constant)

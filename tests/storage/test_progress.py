@@ -1,0 +1,102 @@
+"""Long work says in the log how far it is, at the latest every 15 seconds."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import pytest
+
+from trainer.storage.progress import EVERY, Progress, clock
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self):
+        self.seconds = 1000.0
+
+    def __call__(self):
+        return self.seconds
+
+
+@pytest.mark.parametrize(
+    ("total", "unit", "done", "seconds", "line"),
+    [
+        (480, "rows", 0, 15, "evaluation: 0 of 480 rows, 0:15 so far"),
+        (480, "rows", 120, 60, "evaluation: 120 of 480 rows, 3:00 left"),
+        (480, "rows", 480, 60, "evaluation: 480 of 480 rows, 0:00 left"),
+        (3, "rows", 5, 60, "evaluation: 5 of 3 rows, 0:00 left"),
+        (12000, "", 6000, 7200, "evaluation: 6,000 of 12,000, 120:00 left"),
+        (None, "batches", 7, 75, "evaluation: 7 batches, 1:15 so far"),
+        (None, "", 0, 75, "evaluation: 1:15 so far"),
+    ],
+)
+def test_a_line_has_the_count_and_the_time_left(total, unit, done, seconds, line):
+    now = Clock()
+    with Progress("evaluation", total, unit, now=now) as progress:
+        progress.advance(done)
+        now.seconds += seconds
+        assert progress.line() == line
+
+
+def test_the_time_before_it_was_opened_does_not_count():
+    now = Clock()
+    progress = Progress("evaluation", 4, now=now)
+    now.seconds += 100
+    with progress:
+        now.seconds += 10
+        progress.advance()
+        assert progress.line() == "evaluation: 1 of 4, 0:30 left"
+
+
+def test_it_speaks_at_least_four_times_a_minute():
+    assert EVERY <= 15
+
+
+def logged(caplog):
+    return [record.getMessage() for record in caplog.records]
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_one_slow_piece_of_work_does_not_keep_it_silent(caplog):
+    with caplog.at_level(logging.INFO), Progress("merge", 2, "layers", every=0.01):
+        until(lambda: len(logged(caplog)) > 2)  # nothing advances
+    assert set(logged(caplog)) == {"merge: 0 of 2 layers, 0:00 so far"}
+
+
+def test_what_is_short_says_nothing_and_what_is_over_no_more(caplog):
+    with caplog.at_level(logging.INFO):
+        with Progress("merge", 2, every=5.0):
+            pass
+        assert logged(caplog) == []
+        with Progress("merge", 2, every=0.01):
+            until(lambda: logged(caplog))
+        count = len(logged(caplog))
+        time.sleep(0.1)
+        assert len(logged(caplog)) == count
+    assert not [thread for thread in threading.enumerate() if thread.name == "progress: merge"]
+
+
+def test_an_error_ends_it():
+    with pytest.raises(ValueError, match="broken"), Progress("broken", every=0.01):
+        raise ValueError("broken")
+    assert not [thread for thread in threading.enumerate() if thread.name == "progress: broken"]
+
+
+def test_items_are_counted_when_they_are_done():
+    progress = Progress("rows", 3)
+    counts = []
+    assert [(counts.append(progress.done), item)[1] for item in progress.each("abc")] == list("abc")
+    assert (counts, progress.done) == ([0, 1, 2], 3)
+
+
+def test_a_clock_reads_as_minutes_and_seconds():
+    assert [clock(seconds) for seconds in (0, 59.9, 60, 725)] == ["0:00", "0:59", "1:00", "12:05"]

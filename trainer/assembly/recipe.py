@@ -1,0 +1,148 @@
+"""Everything about a run that is known before weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adapters.delta import Adapter
+from adapters.full import Full, Nothing
+from trainer.assembly.build import instantiate
+from trainer.assembly.rows import Data, batch_order, load_data
+from trainer.assembly.trained import Tuned, load_tuned
+from trainer.config.errors import ConfigError
+from trainer.data.batches import BatchOrder
+from trainer.models.base import Base
+from trainer.models.precision import compute
+from trainer.speed import compile as compile_module
+from trainer.speed import liger
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run before its weights: its parts, its tokenised rows, their order and its length."""
+
+    config: dict[str, Any]
+    base: Base
+    task: Any
+    adapter: Adapter
+    target: Tuned | None  # the run whose adapter belongs to the frozen target
+    data: Data
+    order: BatchOrder | None  # None where the rows stream
+    steps: int  # 0 where nothing is trained
+    dtype: torch.dtype  # of the frozen weights
+    precision: str
+    device: torch.device
+    ranks: int
+
+    @classmethod
+    def of(
+        cls,
+        config: dict[str, Any],
+        adapter: Adapter,
+        device: torch.device | None = None,
+        ranks: int = 1,
+    ) -> Recipe:
+        """Make the parts of a run and tokenise its rows. Without `device` this is no run but a
+        check, perhaps on another machine: the device is not checked and the target not loaded.
+
+        Raises:
+            ConfigError: a setting does not fit the device. Others: see trainer.data.rows.tokenise.
+        """
+        base: Base = instantiate(config["base"])
+        task = instantiate(config["task"])
+        target = None
+        if device is not None:
+            if config["target"]["run"] is not None:
+                target = load_tuned(config["target"]["run"])
+            _check_speed(config, base, adapter, device)
+        else:
+            device = _local_device(config)
+        dtype, _, precision = compute(
+            config["precision"],
+            config["base"]["dtype"],
+            isinstance(adapter, Full),
+            device.type == "cuda",
+        )
+        data = load_data(config, base, task)
+        order = batch_order(config, data, ranks) if data.train is not None else None
+        if not _trains(config, adapter):
+            steps = 0
+        elif order is not None:
+            steps = order.steps(config["max_steps"], config["max_tokens"])
+        else:
+            steps = config["max_steps"]
+        return cls(
+            config,
+            base,
+            task,
+            adapter,
+            target,
+            data,
+            order,
+            steps,
+            dtype,
+            precision,
+            device,
+            ranks,
+        )
+
+    @property
+    def labels(self) -> list[str] | None:
+        """The classes of a classification task."""
+        return self.task.labels if self.task.kind == "label" else None
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained: an adapter, a drafter or both."""
+        return _trains(self.config, self.adapter)
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether the base's own weights are trained."""
+        return isinstance(self.adapter, Full)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 divides the model among the ranks."""
+        return self.trains and self.config["lightning"]["strategy"] == "fsdp2"
+
+    def identity(self, choices: dict[str, Any]) -> dict[str, Any]:
+        """What run.yaml records, and what has to be the same when a run is resumed."""
+        return {
+            "choices": choices,
+            "base": self.base.fingerprint,
+            "data": self.data.identity,
+            "precision": self.precision,
+            "trains_base": self.trains_base,
+            "labels": self.labels,
+            "steps": self.steps,
+            "ranks": self.ranks,
+            "target": self.target.record if self.target is not None else None,
+        }
+
+
+def _trains(config: dict[str, Any], adapter: Adapter) -> bool:
+    return not isinstance(adapter, Nothing) or bool(config["drafter"])
+
+
+def _local_device(config: dict[str, Any]) -> torch.device:
+    """Where the run would compute on this machine."""
+    cuda = torch.cuda.is_available() and config["lightning"]["accelerator"] != "cpu"
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def _check_speed(
+    config: dict[str, Any], base: Base, adapter: Adapter, device: torch.device
+) -> None:
+    """Refuse kernels and compilation that the device or the adapter does not allow."""
+    if config["fused"] == "liger":
+        fault = liger.fault(
+            base.config.model_type, device.type == "cuda", config["lightning"]["accelerator"]
+        )
+        if fault is not None:
+            raise ConfigError(fault)
+    if config["compile"]:
+        compile_module.refuse(adapter, device)

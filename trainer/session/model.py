@@ -1,0 +1,242 @@
+"""The model of a run and the module that trains it, as they are before the first step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import nn
+
+from adapters.delta import Start
+from tasks.reading import DataError
+from trainer.assembly.build import instantiate, new_modules, schedule
+from trainer.assembly.recipe import Recipe
+from trainer.assembly.rows import token_counts
+from trainer.data import hidden_states
+from trainer.data.held_out import to_device
+from trainer.drafters import Drafter
+from trainer.drafters import io as drafter_io
+from trainer.models.packing_check import check_packing_isolation
+from trainer.session.footprint import parameters
+from trainer.session.start_point import StartPoint, cooldown_of
+from trainer.speed import fused, liger
+from trainer.speed.compile import compile_layers
+from trainer.speed.flash import use_flash
+from trainer.storage import checkpoints
+from trainer.storage.progress import Progress
+from trainer.training.distill import DraftLoss
+from trainer.training.finetune import FineTune
+
+log = logging.getLogger("trainer")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The base with its adapter, and the drafter that is trained with it."""
+
+    model: nn.Module
+    drafter: Drafter | None
+
+
+def load_model(recipe: Recipe, start: StartPoint, folder: Path | None) -> LoadedModel:
+    """Load the base, then attach kernels, target, drafter and adapter. `folder` is the run folder
+    on rank 0, where an adapter may write what it measures.
+
+    Loading may draw random numbers, and how many depends on the libraries. So the generators are
+    seeded again before the drafter and before the adapter are initialised.
+    """
+    config, seed = recipe.config, recipe.config["seed"]
+    lightning.seed_everything(seed, verbose=False)
+    model = _load_base(recipe)
+    _use_kernels(model, recipe)
+    lightning.seed_everything(seed, verbose=False)
+    drafter = _make_drafter(recipe, model, start) if config["drafter"] else None
+    if (target := recipe.target) is not None:
+        model = target.attach(model)
+        log.info(
+            "target: %s after step %d, %s",
+            target.record["run"],
+            target.record["step"],
+            type(target.adapter).__name__,
+        )
+    saved = checkpoints.load(start.checkpoint)["adapter"] if start.checkpoint else None
+    lightning.seed_everything(seed, verbose=False)
+    with Progress("attaching the adapter", unit="batches read") as progress:
+        adapter_start = Start(
+            new_modules(model, recipe.labels),
+            max(1, recipe.steps),
+            lambda: progress.each(_calibration_batches(recipe)),
+            folder,
+            saved,
+        )
+        model = recipe.adapter.attach(model, adapter_start)
+    log.info("trained: %s", parameters(model))
+    if drafter is not None:
+        log.info("drafter: %s", parameters(drafter))
+    if config["packing"]:
+        check_packing_isolation(model, recipe.base)
+    if config["compile"]:
+        log.info(
+            "compiled in training: %d layers, when the first batches come", compile_layers(model)
+        )
+    return LoadedModel(model, drafter)
+
+
+def make_module(recipe: Recipe, loaded: LoadedModel, start: StartPoint) -> FineTune:
+    """Make the objective, with its schedule, its penalty and a drafter's stored hidden states."""
+    config, model = recipe.config, loaded.model
+    module: FineTune = instantiate(config["objective"])(
+        model=model,
+        adapter=recipe.adapter,
+        optimizer=instantiate(config["optimizer"]),
+        steps=recipe.steps,
+        labelled=recipe.labels is not None,
+        schedule=schedule(config, recipe.order),
+        accumulate=config["accumulate"],
+        seed=config["seed"],
+        penalty=instantiate(config["penalty"])(model=model) if config["penalty"] else None,
+        drafter=loaded.drafter,
+        cooling=cooldown_of(config["branch"]) if config["branch"] else None,
+    )
+    module.drop_cooldown = start.drops_cooldown
+    if config["target"]["features"] is not None:
+        _use_stored_states(module, recipe)
+    return module
+
+
+def calibrate_penalty(module: FineTune, recipe: Recipe) -> dict[str, float]:
+    """Let the penalty measure its thresholds on the run's first micro-batches, which are the same
+    on all ranks. Return the threshold of each layer."""
+    data, penalty = recipe.data, module.penalty
+    assert penalty is not None
+    if recipe.order is not None and data.train is not None:
+        rows = data.train
+        with Progress("calibrating the penalty", unit="batches read") as progress:
+            module.calibrate(
+                to_device(data.collate([rows[pick] for pick in picks]), recipe.device)
+                for picks in progress.each(_micro_batches(recipe))
+            )
+    taus = {
+        f"tau/{name}": tau for (name, _), tau in zip(penalty.layers, penalty.tau or [], strict=True)
+    }
+    log.info(
+        "penalty: the density of %d MLPs, tau from %.3g to %.3g",
+        len(taus),
+        min(taus.values()),
+        max(taus.values()),
+    )
+    return taus
+
+
+def _load_base(recipe: Recipe) -> Any:
+    base = recipe.base
+    log.info(
+        "loading %s in %s%s",
+        base.path,
+        str(recipe.dtype).removeprefix("torch."),
+        "" if base.quantization == "none" else f" as {base.quantization}",
+    )
+    # A model that FSDP2 divides may be larger than the memory of one device.
+    device = torch.device("cpu") if recipe.sharded else recipe.device
+    with Progress(f"loading {base.path}"):
+        return base.load(recipe.dtype, recipe.labels, device)
+
+
+def _use_kernels(model: Any, recipe: Recipe) -> None:
+    """Replace attention, norms and activations by the kernels that the config asks for."""
+    config = recipe.config
+    flash = (
+        recipe.base.attn_implementation == "auto"
+        and config["packing"]
+        and not config["drafter"]
+        and not config["deterministic"]
+    )
+    if flash and use_flash(model, recipe.device, recipe.dtype):
+        log.info(
+            "attention of packed rows by flash-attn; base.attn_implementation=sdpa leaves it to"
+            " torch"
+        )
+    if config["fused"] == "liger":
+        log.info(
+            "Liger-Kernel: %s",
+            ", ".join(f"{count} {kind}" for kind, count in liger.put_in(model).items()),
+        )
+    elif config["fused"]:
+        fused.fuse(model)
+
+
+def _make_drafter(recipe: Recipe, model: Any, start: StartPoint) -> Drafter:
+    """Make the drafter. In a fresh run it starts from an earlier drafter, or is calibrated on its
+    rows; otherwise the checkpoint replaces its weights."""
+    drafter: Drafter = instantiate(recipe.config["drafter"])(model=model)
+    draft = recipe.config["target"]["draft"]
+    if not start.fresh:
+        return drafter
+    if draft is not None:
+        drafter_io.fill(drafter, drafter_io.folder_of(draft))
+    else:
+        drafter.calibrate(
+            lambda: token_counts(recipe.data, model.config.get_text_config().vocab_size)
+        )
+    return drafter
+
+
+def _use_stored_states(module: FineTune, recipe: Recipe) -> None:
+    """Let the drafter learn from its target's hidden states on disk. Those that are missing are
+    computed first."""
+    assert isinstance(module.loss, DraftLoss)
+    assert module.drafter is not None
+    assert recipe.data.train is not None
+    loss, config, base = module.loss, recipe.config, recipe.base
+    key = hidden_states.key_of(
+        base,
+        recipe.dtype,
+        recipe.target.saved if recipe.target is not None else None,
+        recipe.data.identity["train"]["sha256"],
+        module.drafter.layers,
+    )
+    loss.states = hidden_states.prepared(
+        Path(config["target"]["features"]).expanduser(),
+        key,
+        recipe.data.train,
+        lambda batch: loss.forward(batch)[:2],
+        base.config.get_text_config().hidden_size,
+        base.tokenizer.pad_token_id,
+        config["batch_size"],
+        recipe.device,
+    ).states
+
+
+def _micro_batches(recipe: Recipe) -> Iterator[list[Any]]:
+    """The run's micro-batches from its start, on rank 0."""
+    order = recipe.order
+    assert order is not None
+    for step in range(order.steps(None, None)):
+        yield from order.micro_batches(step)
+
+
+def _calibration_batches(recipe: Recipe) -> Iterator[dict[str, torch.Tensor]]:
+    """The run's first micro-batches as transformers' models take them, for adapters that are
+    computed from data."""
+    data = recipe.data
+    if recipe.order is None:
+        raise DataError(
+            "this initialisation reads training data beforehand, which task.streaming=true does not"
+            " allow"
+        )
+    assert data.train is not None
+    for picks in _micro_batches(recipe):
+        items = [data.train[pick] for pick in picks]
+        batch = data.collate(items)
+        lengths = torch.tensor([[sum(len(row.ids) for row in rows)] for _, rows in items])
+        mask = (torch.arange(batch["input_ids"].shape[1]) < lengths).long()
+        yield {
+            "input_ids": batch["input_ids"],
+            "attention_mask": mask,
+            "labels": batch.get("classes", batch["labels"]),
+        }

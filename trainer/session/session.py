@@ -1,0 +1,349 @@
+"""The live run: its folder, signals, dashboards and Lightning's trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader
+
+from adapters.delta import Adapter
+from adapters.full import Full, Nothing
+from trainer.assembly import quiet
+from trainer.assembly.build import instantiate
+from trainer.assembly.recipe import Recipe
+from trainer.assembly.rows import add_prompts
+from trainer.callbacks import Context, progress
+from trainer.callbacks.evaluation import Evaluation
+from trainer.callbacks.metrics import Metrics
+from trainer.callbacks.schedulefree import ScheduleFree
+from trainer.callbacks.stopping import Stopping
+from trainer.callbacks.tracking import Dashboards
+from trainer.cluster import slurm_job
+from trainer.cluster.signals import Signals
+from trainer.config.conflicts import schedule_free
+from trainer.data.batches import Batches
+from trainer.data.loader import Loader
+from trainer.data.streaming import Stream
+from trainer.schedules import length
+from trainer.session import report_html, results
+from trainer.session.inspect import check_before_start
+from trainer.session.model import LoadedModel, calibrate_penalty, load_model
+from trainer.session.start_point import StartPoint, drop_cooldown, find_start_point
+from trainer.speed import cpu_load, malloc
+from trainer.storage import atomic, checkpoints
+from trainer.storage.journal import Journal
+from trainer.storage.run_folder import RunFolder
+from trainer.training.finetune import FineTune
+from trainer.training.lightning_trainer import make_trainer
+from trainer.training.ranks import decide_on_rank0, destroy_process_group, shared_run_folder
+
+log = logging.getLogger("trainer")
+
+
+class Unfinished(RuntimeError):
+    """The run ended before its planned steps. `code` is the process's exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass
+class Session:
+    """One run in this process."""
+
+    config: dict[str, Any]
+    choices: dict[str, Any]  # the file of conf/ that each group has
+    overrides: list[str]
+    adapter: Adapter
+    lightning_trainer: lightning.Trainer
+    run_folder: RunFolder
+    signals: Signals
+    dashboards: Dashboards
+    journal: Journal
+    owns_process_group: bool  # False where the process group was there before the run
+    cpu_before: cpu_load.Seconds
+    run_yaml: dict[str, Any] = field(default_factory=dict)  # stays empty on ranks other than 0
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, cfg: DictConfig, signals: Signals) -> Iterator[Session]:
+        """Make the run folder, lock it and make Lightning's trainer; release all at the end.
+
+        Raises:
+            slurm_job.Stopped: a signal came before there was a step to save.
+        """
+        config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+        quiet.quiet()
+        adapter: Adapter = instantiate(config["adapter"])
+        path = Path(HydraConfig.get().runtime.output_dir)
+        owns_process_group = not torch.distributed.is_initialized()
+        trainer = make_trainer(config, adapter, path)
+        if trainer.world_size > 1:
+            path = shared_run_folder(trainer, path)
+        with RunFolder.create(path, trainer.is_global_zero) as run_folder:
+            log.info("run folder: %s", run_folder.path)
+            try:
+                with Dashboards() as dashboards:
+                    yield cls(
+                        config,
+                        dict(HydraConfig.get().runtime.choices),
+                        list(HydraConfig.get().overrides.task),
+                        adapter,
+                        trainer,
+                        run_folder,
+                        signals,
+                        dashboards,
+                        Journal(run_folder.path, [], trainer.is_global_zero),
+                        owns_process_group,
+                        _set_up_process(config),
+                    )
+            except SystemExit:
+                if signals.received is None:
+                    raise
+                saved = checkpoints.complete(run_folder.checkpoints)
+                raise slurm_job.Stopped(
+                    signals.received,
+                    run_folder.path,
+                    int(saved[-1].stem[5:]) if saved else None,
+                    None,
+                ) from None
+
+    @property
+    def is_rank0(self) -> bool:
+        """Whether this process writes the run folder."""
+        return self.lightning_trainer.is_global_zero
+
+    def make_recipe(self) -> Recipe:
+        """Everything that is known before weights are loaded."""
+        trainer = self.lightning_trainer
+        return Recipe.of(
+            self.config, self.adapter, trainer.strategy.root_device, trainer.world_size
+        )
+
+    def check(self, recipe: Recipe) -> None:
+        """Check the run as preflight does. Warnings are logged.
+
+        Raises:
+            BaseError: the checks found errors.
+        """
+        self.preflight = check_before_start(recipe, self.run_folder.path)
+
+    def start_point(self, recipe: Recipe) -> StartPoint:
+        """Find out where the run starts; rank 0 decides.
+
+        Raises:
+            CheckpointError, FolderError: see trainer.session.start_point.
+        """
+        identity = recipe.identity(self.choices)
+        decide = partial(find_start_point, self.run_folder, recipe, identity)
+        start = decide_on_rank0(self.lightning_trainer, decide, StartPoint)
+        if self.is_rank0:  # after the decision, which reads the row counts of an earlier start
+            text = json.dumps(self.preflight, indent=2)
+            atomic.write_text(self.run_folder.path / "preflight.json", text)
+        if start.ended is not None:
+            log.info(
+                "this run %s; nothing is left to do. Its report: %s",
+                start.ended,
+                self.run_folder.path / "report.html",
+            )
+        return start
+
+    def record(self, recipe: Recipe, start: StartPoint) -> None:
+        """Write run.yaml, and remove from the journal what comes after the start point."""
+        if self.is_rank0:
+            self.run_yaml = self.run_folder.record(
+                self.config,
+                self.overrides,
+                recipe.identity(self.choices),
+                start.earlier,
+                start.parent,
+            )
+        self.journal.rewind(-1 if start.fresh else start.step, cooled=not start.drops_cooldown)
+        if start.drops_cooldown and self.is_rank0:
+            drop_cooldown(self.run_folder, start)
+
+    def load_model(self, recipe: Recipe, start: StartPoint) -> LoadedModel:
+        """Load the base with everything that is attached to it."""
+        return load_model(recipe, start, self.run_folder.path if self.is_rank0 else None)
+
+    def attach(self, module: FineTune, recipe: Recipe, start: StartPoint) -> None:
+        """Connect the run to its dashboards and callbacks, and take its first measurements."""
+        add_prompts(recipe.data, _prompt_count(self.config), module.model)
+        if self.is_rank0:
+            self.dashboards.all = _dashboards(self.config, self.run_folder, self.run_yaml)
+        self.journal.loggers = self.dashboards.all
+        if module.penalty is not None and start.fresh:
+            self.journal.write("penalty", 0, calibrate_penalty(module, recipe))
+        self.context = Context(
+            self.run_folder,
+            self.journal,
+            self.signals,
+            recipe.steps,
+            recipe.data.held_out,
+            recipe.data.rows_of,
+            not isinstance(self.adapter, Full | Nothing),
+            self.config["max_time"],
+            self.config["max_tokens"],
+        )
+        self.context.constant_until = _constant_until(recipe)
+        self.callbacks = _callbacks(self.config, self.context)
+        self.lightning_trainer.callbacks = self.callbacks  # type: ignore[attr-defined]
+
+    def fit(self, module: FineTune, recipe: Recipe, start: StartPoint) -> None:
+        """Train from the start point to the end of the run.
+
+        Raises:
+            slurm_job.Stopped: a signal ended the run. Unfinished: it ended for no known reason.
+        """
+        trainer = self.lightning_trainer
+        loader = _loader(recipe, start.step, trainer)
+        if recipe.device.type == "cpu" and trainer.world_size == 1:
+            advice = cpu_load.crowded(
+                self.cpu_before, cpu_load.seconds(), torch.get_num_threads(), cpu_load.available()
+            )
+            if advice is not None:
+                log.warning("%s", advice)
+        checkpoint = str(start.checkpoint) if start.checkpoint else None
+        trainer.fit(module.train(), loader, ckpt_path=checkpoint)
+        if self.owns_process_group and torch.distributed.is_initialized():
+            destroy_process_group(trainer)
+        report_end(self.context, module)
+
+    def evaluate(self, module: FineTune, recipe: Recipe) -> None:
+        """Evaluate a run that trains nothing."""
+        module.to(recipe.device)
+        for callback in self.callbacks:
+            if isinstance(callback, Evaluation):
+                callback.run(self.lightning_trainer, module, graded=True)
+
+    def save_results(self, module: FineTune, recipe: Recipe) -> None:
+        """Write adapter/ and drafter/, loaded back to compare them; rank 0 alone does."""
+        if self.is_rank0:
+            results.save(self.run_folder, self.run_yaml, recipe, module, self.callbacks)
+
+    def report(self) -> float | None:
+        """Write report.html and show the held-out numbers. Return the last loss, for sweeps."""
+        if self.is_rank0:
+            report_html.write(self.run_folder.path)
+            results.show(self.journal)
+            log.info("report: %s", self.run_folder.path / "report.html")
+        return self.last_loss()
+
+    def last_loss(self) -> float | None:
+        """The loss of the last evaluation."""
+        return results.last_loss(self.journal)
+
+
+def report_end(context: Context, module: FineTune) -> None:
+    """Say why training ended.
+
+    Raises:
+        slurm_job.Stopped: a signal ended the run. Unfinished: it ended for no known reason.
+    """
+    context.journal.write_csv()
+    if context.signals.received is not None:
+        raise slurm_job.Stopped(
+            context.signals.received,
+            context.folder.path,
+            module.step,
+            progress.planned(context.steps),
+        )
+    if context.stopped is not None:
+        log.info(
+            "stopped after step %d%s: %s", module.step, progress.of(context.steps), context.stopped
+        )
+    elif module.step != context.steps:
+        raise Unfinished(
+            f"the run ended after step {module.step}{progress.of(context.steps)} without a reason",
+            1,
+        )
+
+
+def _set_up_process(config: dict[str, Any]) -> cpu_load.Seconds:
+    """Set threads and memory of this process. Return the processor time used so far."""
+    before = cpu_load.seconds()
+    if config["threads"] is not None:
+        torch.set_num_threads(config["threads"])
+    if config["fused"]:
+        malloc.keep_freed()
+    return before
+
+
+def _prompt_count(config: dict[str, Any]) -> int:
+    """How many held-out prompts are answered in an evaluation."""
+    evaluation = config["callbacks"].get("evaluation")
+    return max(evaluation["generate"], evaluation["samples"]) if evaluation else 0
+
+
+def _dashboards(config: dict[str, Any], run_folder: RunFolder, record: dict[str, Any]) -> list[Any]:
+    start = record["starts"][-1] | {"number": len(record["starts"])}
+    loggers = [instantiate(node) for node in config["logger"].values() if node is not None]
+    dashboards = [
+        logger(
+            folder=run_folder.path,
+            run_id=record["id"],
+            name=config["name"],
+            config=config,
+            start=start,
+        )
+        for logger in loggers
+    ]
+    return [dashboard for dashboard in dashboards if dashboard is not None]
+
+
+def _constant_until(recipe: Recipe) -> int | None:
+    """The steps before the cooldown of the schedule, if it has one."""
+    schedule, steps = recipe.config["schedule"], recipe.steps
+    if recipe.config["branch"] or "cooldown" not in schedule:
+        return None
+    tokens = schedule["cooldown_tokens"]
+    if tokens is None or recipe.order is None:
+        cooldown = length(schedule["cooldown"], steps)
+    else:
+        cooldown = recipe.order.last_steps(tokens, steps)
+    return (steps - cooldown) or None
+
+
+def _callbacks(config: dict[str, Any], context: Context) -> list[lightning.Callback]:
+    """In their order at the end of a step: metrics, evaluation, what decides to cool down and stop,
+    what saves, what shows."""
+    nodes = config["callbacks"]
+    made = {name: instantiate(node)(context) for name, node in nodes.items() if node is not None}
+    every = nodes["progress"]["every"] if nodes.get("progress") else 1
+    before = [made.pop(name) for name in ("evaluation", "averaging", "cooldown") if name in made]
+    # first: what comes behind it sees the average
+    free = [ScheduleFree()] if schedule_free(config) else []
+    return [*free, Metrics(context, every), *before, Stopping(context), *made.values()]
+
+
+def _loader(recipe: Recipe, done: int, trainer: lightning.Trainer) -> DataLoader:
+    """The run's micro-batches for this rank, from the first one after `done` steps on."""
+    config, data, steps = recipe.config, recipe.data, recipe.steps
+    pinned = recipe.device.type == "cuda"
+    rank = trainer.global_rank
+    if recipe.order is None:
+        stream = Stream(
+            data.task, data.renderer, data.collate, config, steps, done, rank, recipe.ranks
+        )
+        return DataLoader(stream, batch_size=None, pin_memory=pinned)
+    assert data.train is not None
+    return Loader(
+        data.train,
+        batch_sampler=Batches(recipe.order, done, steps, rank),
+        collate_fn=data.collate,
+        num_workers=config["workers"],
+        pin_memory=pinned,
+        minutes=config["loading_timeout"],
+    )

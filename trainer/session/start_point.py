@@ -1,0 +1,266 @@
+"""Where a run starts: from nothing, from its own last checkpoint, or from another run's.
+
+A branch keeps weights, optimiser, data position and random draws of its parent. Only its rates from
+there on are different (conf/branch), and its rows if it is given others. The parent is read and
+never written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trainer.assembly.build import schedule as make_schedule
+from trainer.assembly.recipe import Recipe
+from trainer.callbacks import progress
+from trainer.data.identity import changed
+from trainer.schedules import factor
+from trainer.schedules.cooldown import Cooling
+from trainer.storage import checkpoints, run_folder
+from trainer.storage.checkpoints import CheckpointError
+from trainer.storage.journal import Journal, read
+from trainer.storage.run_folder import RunFolder
+
+log = logging.getLogger("trainer")
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """Where a run starts: fresh, resumed or branched off."""
+
+    step: int = 0  # optimiser steps that are done
+    checkpoint: Path | None = None
+    earlier: dict[str, Any] | None = None  # run.yaml of an earlier start, known to rank 0 alone
+    parent: dict[str, Any] | None = None  # the run that a branch starts from
+    # whether the run was extended, so that it resumes from before its cooldown
+    drops_cooldown: bool = False
+    ended: str | None = None  # why nothing is left to do
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the run starts at its first step."""
+        return self.checkpoint is None
+
+    def to_json(self) -> str:
+        """What rank 0 sends to the other ranks: all but run.yaml, which rank 0 alone writes."""
+        content = asdict(replace(self, earlier=None))
+        checkpoint = str(self.checkpoint) if self.checkpoint is not None else None
+        return json.dumps(content | {"checkpoint": checkpoint})
+
+    @classmethod
+    def from_json(cls, text: str) -> StartPoint:
+        """The inverse of `to_json`."""
+        content = json.loads(text)
+        checkpoint = content["checkpoint"]
+        return cls(**content | {"checkpoint": Path(checkpoint) if checkpoint is not None else None})
+
+
+def find_start_point(folder: RunFolder, recipe: Recipe, identity: dict[str, Any]) -> StartPoint:
+    """Decide where the run in `folder` starts. For a branch this copies the parent's checkpoint.
+
+    Raises:
+        CheckpointError, FolderError: the folder or the parent holds a run with other settings, or
+        is damaged.
+    """
+    earlier = folder.earlier()
+    if earlier is None:
+        if not recipe.config["branch"]:
+            return StartPoint()
+        parent, copied = branch_off(folder, recipe.config, identity)
+        return StartPoint(int(copied.stem[5:]), copied, parent=parent)
+    checkpoint, drops_cooldown = _checkpoint_to_resume(folder, recipe, identity, earlier)
+    start = StartPoint(
+        int(checkpoint.stem[5:]) if checkpoint is not None else 0,
+        checkpoint,
+        earlier,
+        drops_cooldown=drops_cooldown,
+    )
+    return replace(start, ended=_ended(folder, start.step, recipe))
+
+
+def cooldown_of(branch: dict[str, Any]) -> Cooling:
+    """The cooldown of a branch, from its node of the config."""
+    return Cooling(
+        branch["step"], branch["steps"], branch["level"], branch["shape"], branch["final"]
+    )
+
+
+def branch_off(
+    folder: RunFolder, config: dict[str, Any], identity: dict[str, Any]
+) -> tuple[dict[str, Any], Path]:
+    """Copy the parent's checkpoint, and its journal up to there, into a new run folder. Return the
+    parent as run.yaml records it, and the copied checkpoint.
+
+    Raises:
+        FolderError, CheckpointError: the parent or its checkpoint cannot be used, or is a run with
+        other settings.
+    """
+    step = config["branch"]["step"]
+    path, content, _ = run_folder.read(config["branch"]["run"])
+    source = checkpoints.chosen(path / "checkpoints", str(step))
+    different = run_folder.differences(
+        content["config"], config, (*run_folder.FREE, *run_folder.LENGTHS, "branch", "task")
+    )
+    different += _identity_differences(content["identity"], identity)
+    if different:
+        raise CheckpointError(
+            f"{path} cannot be branched off with other settings:\n  " + "\n  ".join(different)
+        )
+    if changed(path, {"train": content["identity"]["data"]["train"]}, identity["data"]):
+        log.info("the rows from step %d on are others than the parent's", step)
+    fault = checkpoints.fault(source)
+    if fault is not None:
+        raise CheckpointError(f"{source} cannot be used: {fault}")
+    manifest = json.loads(source.with_suffix(".json").read_text())
+    parent = {
+        "id": content["id"],
+        "run": str(path.resolve()),
+        "step": step,
+        "sha256": manifest["sha256"],
+    }
+    target = checkpoints.path_of(folder.checkpoints, step)
+    for file in (source, source.with_suffix(".json")):
+        copy = target.with_suffix(file.suffix)
+        copy.unlink(missing_ok=True)
+        try:
+            # checkpoints are never changed in place, so that both runs can have the same file
+            os.link(file, copy)
+        except OSError:
+            shutil.copyfile(file, copy)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        rows = [
+            row for row in read(path / name) if row["step"] <= step and row.get("kind") != "stopped"
+        ]
+        (folder.path / name).write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8"
+        )
+    log.info("branching off %s after step %d", path, step)
+    return parent, target
+
+
+def drop_cooldown(folder: RunFolder, start: StartPoint) -> None:
+    """Remove what an extended run trains again: the checkpoints of its cooldown. Its adapter is
+    kept under the name of its step."""
+    assert start.earlier is not None
+    for path in checkpoints.complete(folder.checkpoints):
+        if int(path.stem[5:]) > start.step:
+            checkpoints.remove(path)
+    best = checkpoints.marked(folder.checkpoints, "best")
+    if best is not None and not best.exists():
+        (folder.checkpoints / "best.json").unlink()
+    renamed = folder.path / f"adapter-{start.earlier['identity']['steps']}"
+    if (folder.path / "adapter").exists() and not renamed.exists():
+        (folder.path / "adapter").rename(renamed)
+        log.info("the cooled-down adapter stays in %s", renamed)
+
+
+def _identity_differences(recorded: dict[str, Any], identity: dict[str, Any]) -> list[str]:
+    """How the parts of a recorded run differ from those of this one, its rows left out."""
+    different = run_folder.differences(
+        recorded, identity, ("choices", "steps", "base", "data", "target.run")
+    )
+    if recorded["base"] != identity["base"]:
+        different.append("base: its weights are others now")
+    return different
+
+
+def _checkpoint_to_resume(
+    folder: RunFolder, recipe: Recipe, identity: dict[str, Any], earlier: dict[str, Any]
+) -> tuple[Path | None, bool]:
+    """Return (checkpoint, drops_cooldown). drops_cooldown is True if the run was extended and
+    restarts from before its cooldown.
+
+    Raises:
+        CheckpointError, FolderError: the folder holds another run, or its checkpoints or its record
+        are damaged.
+    """
+    run_folder.complete(earlier, folder.file)
+    recorded = earlier["identity"]
+    different = run_folder.differences(
+        earlier["config"], recipe.config, run_folder.FREE + run_folder.LENGTHS
+    )
+    different += _identity_differences(recorded, identity)
+    different += [
+        f"data: the rows of {split}, or how they are tokenised, have changed"
+        for split in changed(folder.path, recorded["data"], identity["data"])
+    ]
+    path = checkpoints.newest(folder.checkpoints)
+    done, steps, drops_cooldown = int(path.stem[5:]) if path else 0, recipe.steps, False
+    same = _same_rates_until(folder, recipe, recorded["steps"], done)
+    if same < done:
+        before = checkpoints.marked(folder.checkpoints, "constant")
+        if before is not None and int(before.stem[5:]) <= same and steps >= recorded["steps"]:
+            path, done, drops_cooldown = before, int(before.stem[5:]), True
+        else:
+            different.append(
+                f"steps: {recorded['steps']} in the run, {steps} now, with which its schedule would"
+                f" have had other rates from step {same} on. What is a fraction of the run, as a"
+                " warm-up may be, changes with its length: give it in steps from the start"
+            )
+    if done > steps:
+        different.append(f"steps: {done} are done, {steps} are asked for")
+    if different:
+        raise CheckpointError(
+            f"{folder.path} holds another run, which cannot go on as this one:\n  "
+            + "\n  ".join(different)
+            + "\nGive its settings, or another name="
+        )
+    if path is not None:
+        log.info(
+            "going on after step %d%s%s",
+            done,
+            progress.of(steps),
+            ", from before the cooldown" * drops_cooldown,
+        )
+    return path, drops_cooldown
+
+
+def _same_rates_until(folder: RunFolder, recipe: Recipe, recorded_steps: int, done: int) -> int:
+    """The first of the `done` steps whose rate would be another one in a run of the length that it
+    has now; `done` if there is none."""
+    config, steps, restart = recipe.config, recipe.steps, recipe.adapter.restart
+    journal = Journal(folder.path, [], False)
+    began = [row["step"] for row in journal.rows("cooldown")]
+    ended = [row for row in journal.rows("stopped") if row["reason"].startswith("cooled down")]
+    if began and ended and _extended(ended[-1], steps, config["max_time"]):
+        return began[-1]
+    if steps == recorded_steps:
+        return done
+    schedule = make_schedule(config, recipe.order)
+    cooldown = cooldown_of(config["branch"]) if config["branch"] else None
+    others = (
+        step
+        for step in range(done)
+        if factor(schedule, step, steps, restart, cooldown)
+        != factor(schedule, step, recorded_steps, restart, cooldown)
+    )
+    return next(others, done)
+
+
+def _extended(stopped: dict[str, Any], steps: int, max_time: float | None) -> bool:
+    """Whether a run that stopped is given more steps or more time than it had."""
+    earlier_limit = stopped.get("max_time")
+    return steps > stopped.get("steps", steps) or (
+        earlier_limit is not None and (max_time is None or max_time > earlier_limit)
+    )
+
+
+def _ended(folder: RunFolder, done: int, recipe: Recipe) -> str | None:
+    """How an earlier start of this run ended it for good, if it did."""
+    steps, max_time = recipe.steps, recipe.config["max_time"]
+    if not (folder.path / "report.html").exists():
+        return None
+    if done >= steps:
+        return f"has done its {steps} steps"
+    for row in Journal(folder.path, [], False).rows("stopped"):
+        if row["reason"].startswith("cooled down") and _extended(row, steps, max_time):
+            continue
+        if row["reason"].startswith("max_time") and (max_time is None or max_time > row["minutes"]):
+            continue
+        return f"was stopped after step {row['step']}: {row['reason']}"
+    return None

@@ -1,0 +1,83 @@
+"""Says how far a long piece of work is, in the log.
+
+A bar needs somebody who watches it. A log file of SLURM or CI has nobody, so that a long piece of
+work looks as if it hangs. `Progress` writes a line every 15 seconds:
+
+    evaluation: 120 of 480 rows, 2:05 left
+
+A thread writes it, so that one slow batch does not keep it back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self, TypeVar
+
+log = logging.getLogger("trainer")
+
+EVERY = 15.0  # seconds between two lines
+T = TypeVar("T")
+
+
+class Progress:
+    """Logs what is going on, as long as it is open. `total` None is unknown. Work that takes less
+    than `every` seconds is not mentioned."""
+
+    def __init__(
+        self,
+        what: str,
+        total: int | None = None,
+        unit: str = "",
+        every: float = EVERY,
+        now: Callable[[], float] = time.monotonic,
+    ):
+        self.what, self.total, self.unit = what, total, unit
+        self.every, self.now = every, now
+        self.done = 0
+        self.started = now()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._report, daemon=True, name=f"progress: {what}")
+
+    def __enter__(self) -> Self:
+        self.started = self.now()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def advance(self, count: int = 1) -> None:
+        """Count finished work."""
+        self.done += count
+
+    def each(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, each counted when the next one is asked for."""
+        for item in items:
+            yield item
+            self.advance()
+
+    def line(self) -> str:
+        """What is done and how long the rest takes, at the speed so far."""
+        unit = f" {self.unit}" if self.unit else ""
+        seconds = self.now() - self.started
+        if self.total is None:
+            count = f"{self.done:,}{unit}, " if self.done or unit else ""
+            return f"{self.what}: {count}{clock(seconds)} so far"
+        text = f"{self.what}: {self.done:,} of {self.total:,}{unit}"
+        if not self.done:
+            return f"{text}, {clock(seconds)} so far"
+        left = seconds / self.done * max(0, self.total - self.done)
+        return f"{text}, {clock(left)} left"
+
+    def _report(self) -> None:
+        while not self._closed.wait(self.every):
+            log.info("%s", self.line())
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, as 12:05."""
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
