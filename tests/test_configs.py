@@ -94,8 +94,7 @@ def nodes(name):
     ]
 
 
-@pytest.mark.parametrize("name", ["config", "slurm", *GROUPED])
-def test_every_knob_says_its_type_and_meaning(name):
+def knobs_say_their_type_and_meaning(name):
     values = content(name)
     for place, leaf, value in leaves(schema.load(name), values):
         assert leaf.doc, f"{place} has no comment"
@@ -124,8 +123,17 @@ def test_a_type_outside_the_grammar_is_noticed(written):
     assert not all(TYPE.fullmatch(part) for part in schema._alternatives(written))
 
 
+@pytest.mark.parametrize("name", ["config", "slurm"])
+def test_every_common_knob_says_its_type_and_meaning(name):
+    knobs_say_their_type_and_meaning(name)
+
+
 @pytest.mark.parametrize("name", GROUPED)
-def test_every_option_composes_and_passes_the_checks(compose, name):
+def test_an_option_describes_itself_composes_and_fits_what_it_names(compose, name):
+    knobs_say_their_type_and_meaning(name)
+    targets_take_the_keys_of_the_file(name)
+    no_knob_has_a_second_default_in_python(name)
+    a_partial_says_what_it_is_called_with(name)
     group, _, option = name.partition("/")
     task = [] if name in ("task/bfcl", "task/mixture") else ["task.path=rows.jsonl"]
     cfg = compose(f"{group}={option}", *task, *NEEDED.get(name, []))
@@ -137,8 +145,7 @@ def test_every_option_composes_and_passes_the_checks(compose, name):
     )
 
 
-@pytest.mark.parametrize("name", [name for name in GROUPED if nodes(name)])
-def test_every_target_takes_the_keys_of_its_file(name):
+def targets_take_the_keys_of_the_file(name):
     given = GIVEN.get(name.partition("/")[0], set())
     for place, node in nodes(name):
         module, _, attribute = node["_target_"].rpartition(".")
@@ -151,8 +158,7 @@ def test_every_target_takes_the_keys_of_its_file(name):
         assert bool(node.get("_partial_")) == bool(given), f"{place} is called by code, or is not"
 
 
-@pytest.mark.parametrize("name", [name for name in GROUPED if nodes(name)])
-def test_no_knob_has_a_second_default_in_python(name):
+def no_knob_has_a_second_default_in_python(name):
     for place, node in nodes(name):
         module, _, attribute = node["_target_"].rpartition(".")
         if module.split(".")[0] not in ("adapters", "tasks", "trainer"):
@@ -168,13 +174,11 @@ def test_no_knob_has_a_second_default_in_python(name):
         assert twice == [], f"{place}: the file has the default of {twice}"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name for name in GROUPED if "_partial_: true" in (schema.CONF / f"{name}.yaml").read_text()],
-)
-def test_a_partial_says_what_it_is_called_with(name):
-    first = (schema.CONF / f"{name}.yaml").read_text().splitlines()[0]
-    assert re.match(r"# .*\bcalled with (the|its) \w+", first), first
+def a_partial_says_what_it_is_called_with(name):
+    text = (schema.CONF / f"{name}.yaml").read_text()
+    first = text.splitlines()[0]
+    if "_partial_: true" in text:
+        assert re.match(r"# .*\bcalled with (the|its) \w+", first), first
 
 
 def test_all_that_vary_a_file_change_something_in_it():
@@ -190,18 +194,17 @@ def test_all_that_vary_a_file_change_something_in_it():
             )
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_has_its_files_name_and_composes_either_way(compose, name):
-    needed = NEEDED.get(f"experiment/{name}", [])
-    plus, plain = compose(f"+experiment={name}", *needed), compose(f"experiment={name}", *needed)
-    assert plus.name == name
+def test_an_experiment_composes_with_a_plus_and_without(compose):
+    needed = NEEDED["experiment/smoke"]
+    plus, plain = compose("+experiment=smoke", *needed), compose("experiment=smoke", *needed)
     assert OmegaConf.masked_copy(plus, [k for k in plus if k != "hydra"]) == OmegaConf.masked_copy(
         plain, [k for k in plain if k != "hydra"]
     )
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_repeats_no_default(compose, name):
+def test_an_experiment_has_its_files_name_composes_and_repeats_no_default(compose, name):
+    assert compose(f"+experiment={name}", *NEEDED.get(f"experiment/{name}", [])).name == name
     own = OmegaConf.to_container(OmegaConf.load(schema.CONF / f"experiment/{name}.yaml"))
     choices = {
         k: v

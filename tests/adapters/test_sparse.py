@@ -143,10 +143,15 @@ def same(found: dict[str, Tensor], right: dict[str, Tensor], rounding: float = 1
 # the layer
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("way", ["sampled", "gathered"])
-@pytest.mark.parametrize("kind", ["bias", "plain", "Conv1D"])
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize(
+    ("path", "way", "kind", "dropout"),
+    [
+        *((path, way, "bias", 0.0) for path in PATHS for way in ("sampled", "gathered")),
+        *(("both", "sampled", kind, 0.4) for kind in ("bias", "plain", "Conv1D")),
+        ("both", "gathered", "Conv1D", 0.4),
+        *((path, "sampled", "plain", 0.4) for path in ("before", "low")),
+    ],
+)
 def test_its_gradient_is_that_of_its_value(path, way, kind, dropout):
     adapted = layer(
         path, o=3, i=4, k=5, bias=kind == "bias", conv=kind == "Conv1D", dropout=dropout, way=way
@@ -166,22 +171,29 @@ def test_its_gradient_is_that_of_its_value(path, way, kind, dropout):
     assert torch.autograd.gradcheck(of, (x, *(parts(adapted)[name] for name in names)))
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("way", ["sampled", "gathered"])
-@pytest.mark.parametrize("kind", ["bias", "plain", "Conv1D"])
+USUAL = (5, 7, 6, (2, 3))
+# (o, i, k, shape of x without its last dimension)
+SIZES = [
+    (1, 9, 4, (4,)),
+    (8, 1, 3, (3, 1)),
+    (13, 11, 143, ()),
+    (13, 11, 1, (2, 2, 3)),
+    (3, 5, 4, (0,)),
+    (1, 1, 1, (1,)),
+]
+
+
 @pytest.mark.parametrize(
-    ("o", "i", "k", "shape"),
+    ("path", "way", "kind", "sizes"),
     [
-        (5, 7, 6, (2, 3)),
-        (1, 9, 4, (4,)),
-        (8, 1, 3, (3, 1)),
-        (13, 11, 143, ()),
-        (13, 11, 1, (2, 2, 3)),
-        (3, 5, 4, (0,)),
-        (1, 1, 1, (1,)),
+        *((path, way, "bias", USUAL) for path in PATHS for way in ("sampled", "gathered")),
+        *(("both", way, "bias", sizes) for way in ("sampled", "gathered") for sizes in SIZES),
+        *((path, "sampled", kind, USUAL) for path in PATHS for kind in ("plain", "Conv1D")),
+        ("both", "gathered", "Conv1D", USUAL),
     ],
 )
-def test_it_is_a_dense_delta_times_a_mask(path, way, kind, o, i, k, shape):
+def test_it_is_a_dense_delta_times_a_mask(path, way, kind, sizes):
+    o, i, k, shape = sizes
     adapted = layer(path, o, i, k, bias=kind == "bias", conv=kind == "Conv1D", way=way)
     x, upstream = inputs(adapted, *shape)
     right = reference(adapted, x, upstream)
@@ -260,9 +272,13 @@ def test_another_gradient_of_the_gradient_is_refused():
 # dtypes
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("path", "way", "dtype"),
+    [
+        *((path, way, torch.bfloat16) for path in PATHS for way in WAYS),
+        *(("both", way, dtype) for way in WAYS for dtype in (torch.float32, torch.float16)),
+    ],
+)
 def test_half_precision(path, way, dtype):
     adapted = layer(path, 48, 64, 150, dtype=dtype, way=way)
     x, upstream = inputs(adapted, 3, 10, dtype=dtype)
@@ -285,9 +301,14 @@ def test_bf16_values_collect_their_gradient_in_bf16():
     same(found, reference(adapted, x, upstream), 4 * 2**-8)
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("conv", [False, True])
+@pytest.mark.parametrize(
+    ("path", "way", "conv"),
+    [
+        *((path, way, False) for path in PATHS for way in WAYS),
+        *(("both", way, True) for way in WAYS),
+        ("sparse", "sampled", True),
+    ],
+)
 def test_under_autocast_the_products_are_bf16_and_gradients_fp32(path, way, conv):
     adapted = layer(path, 48, 64, 150, dtype=torch.float32, way=way, conv=conv)
     x, upstream = inputs(adapted, 3, 10, dtype=torch.float32)
