@@ -133,8 +133,10 @@ def test_shares_and_cett_are_those_of_loops(monkeypatch):
     ):
         one = found["layers"][name]
         above = sum(abs(value) > tau for token in h.tolist() for value in token)
-        assert (one["non_zero"], one["tau"]) == (1.0, tau)
-        assert one["above_tau"] == above / h.numel()
+        assert one["tau"] == tau
+        # A batch may round differently from its rows: a few activations may cross a threshold.
+        assert one["non_zero"] == pytest.approx(1.0, abs=3 / h.numel())
+        assert one["above_tau"] == pytest.approx(above / h.numel(), abs=3 / h.numel())
         w = weight_of(layer).detach()
         scores = h.abs() * w.norm(dim=0)
         middle = scores.flatten().sort().values[scores.numel() // 2]
@@ -267,7 +269,11 @@ def test_the_verb_takes_a_threshold_and_another_place(run, tmp_path, capsys):
     assert density.main([f"run={run}", "tau=0", "compare=false", "ppl=0", f"json={file}"]) == 0
     found = json.loads(file.read_text())
     assert found.keys() == {"step", "adapted"}
-    assert found["adapted"]["mean"]["above_tau"] == found["adapted"]["mean"]["non_zero"] == 1.0
+    mean = found["adapted"]["mean"]
+    assert mean["above_tau"] == mean["non_zero"]
+    # One or two of a layer's 11,360 activations may be sums that cancel to exactly 0. Which ones
+    # depends on the order of the processor's additions.
+    assert mean["non_zero"] == pytest.approx(1.0, abs=1e-3)
     assert not (run / "density.json").exists()
     for argument, said in [
         ("ppl=-1", "ppl=-1.0: a percentage"),
