@@ -224,6 +224,15 @@ def test_a_model_that_does_not_keep_siblings_apart_is_refused(monkeypatch):
     assert target not in texts._tried
 
 
+def test_tokens_that_no_training_has_seen_refuse_no_trees():
+    model = tiny()
+    target = Target(model)  # tries the head on those ids
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # not tied
+    with torch.no_grad():  # as special tokens at a vocabulary's start may be, at the extreme
+        model.get_input_embeddings().weight[:4] = torch.nan
+    texts.allow_trees(target)
+
+
 def test_who_sees_whom():
     depths, sees = texts.places([[-1, -1, 0, 2], [-1]], 5)
     assert depths.tolist() == [[0, 1, 1, 2, 3], [0, 1, 0, 0, 0]]

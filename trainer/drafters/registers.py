@@ -266,7 +266,9 @@ def probe(model: Any) -> None:
     elsewhere, keeps a state, or ignores mask or positions fails.
     """
     embed, config = model.get_input_embeddings(), model.config.get_text_config()
-    ids = torch.arange(1, 7, device=embed.weight.device).unsqueeze(0)
+    # Ids from all over the vocabulary. The first ones are often special tokens that no training has
+    # seen, and in bf16 the rounding of two shapes grows to 0.7 of their logits (SmolLM2-135M, AVX2).
+    ids = torch.arange(1, 7, device=embed.weight.device).unsqueeze(0) * (config.vocab_size // 7)
     positions = torch.arange(6, device=ids.device).unsqueeze(0)
     places = Places(
         positions[:, :-1], torch.full_like(ids[:, :-1], 2), ids[:, 1:], positions[:, 1:]
@@ -287,12 +289,10 @@ def probe(model: Any) -> None:
     finally:
         model.train(was_training)
     wanted = torch.cat([plain, plain[:, 1:]], 1)
-    # As for the output head in trainer.models.losses: rounding of bf16 on the way through all
-    # layers, or of fp32.
-    tolerance = 3e-2 if embed.weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
-    if found.shape != wanted.shape or not torch.allclose(
-        found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max())
-    ):
+    # The two shapes round differently in every layer: by 0.05 of a place's logits in bf16.
+    tolerance = 0.1 if embed.weight.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    limits = tolerance * wanted.norm(dim=-1)
+    if found.shape != wanted.shape or not bool(((found - wanted).norm(dim=-1) <= limits).all()):
         raise DrafterError(
             f"{type(model).__name__} does not keep registers apart from its tokens by a mask and"
             " position_ids, so that drafter=registers would change what it computes: set"
