@@ -17,7 +17,8 @@ from typing import Any
 
 # One thread a process, set before torch reads it: OpenMP's spinning threads of several processes on
 # few cores make steps many times slower.
-os.environ["OMP_NUM_THREADS"] = "1"
+# GRAFT_TEST_THREADS=2 imitates a machine with more cores, which adds in other orders.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("GRAFT_TEST_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ.pop("WANDB_API_KEY", None)
@@ -28,6 +29,7 @@ from omegaconf import DictConfig
 from tests import marks
 
 ROOT = Path(__file__).resolve().parent.parent
+THREADS = int(os.environ["OMP_NUM_THREADS"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -138,7 +140,7 @@ def train_in() -> Callable[..., Path]:
             "+experiment=smoke",
             f"runs={folder / 'runs'}",
             "precision=fp32",
-            "threads=1",
+            f"threads={THREADS}",
             *overrides,
         )
         with open_dict(cfg):

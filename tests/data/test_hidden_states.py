@@ -144,15 +144,16 @@ def test_each_place_holds_its_own_row_and_padding_is_zero(tmp_path, model):
                 ids = torch.tensor([sequences.rows[row].ids])
                 naive = model.model(ids, output_hidden_states=True)
                 here = slice(at, at + ids.shape[1])
+                # A batch of rows and a row alone may round differently.
                 torch.testing.assert_close(
-                    hidden[i, here], naive.last_hidden_state[0], rtol=1e-5, atol=1e-6
+                    hidden[i, here], naive.last_hidden_state[0], rtol=1e-5, atol=1e-5
                 )
                 between = [
                     features[i, here, k * 16 : (k + 1) * 16] for k in range(2)
                 ]  # the last one transformers gives after its norm
                 for k in range(2):
                     torch.testing.assert_close(
-                        between[k], naive.hidden_states[k][0], rtol=1e-5, atol=1e-6
+                        between[k], naive.hidden_states[k][0], rtol=1e-5, atol=1e-5
                     )
                 at = here.stop
             assert not hidden[i, at:].any()

@@ -199,7 +199,10 @@ def test_a_model_trains_the_same(family, packed):
     assert found_loss == pytest.approx(loss, rel=1e-6)
     assert found.keys() == wanted.keys()
     for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], rtol=2e-4, atol=2e-5)
+        # fp32's rounding is that of the largest numbers in a sum: either gradient is off by 3e-6 of
+        # the largest from one in fp64.
+        atol = 2e-5 * float(wanted[name].abs().max())
+        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=atol)
     assert after < 0.9 * before  # of numbers in fp32 less is saved than of bf16's
 
 

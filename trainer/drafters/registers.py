@@ -267,7 +267,7 @@ def probe(model: Any) -> None:
     """
     embed, config = model.get_input_embeddings(), model.config.get_text_config()
     # Ids from all over the vocabulary. The first ones are often special tokens that no training has
-    # seen, and in bf16 the rounding of two shapes grows to 0.7 of their logits (SmolLM2-135M, AVX2).
+    # seen, and in bf16 the rounding of two shapes grows to 0.7 of their logits (SmolLM2, AVX2).
     ids = torch.arange(1, 7, device=embed.weight.device).unsqueeze(0) * (config.vocab_size // 7)
     positions = torch.arange(6, device=ids.device).unsqueeze(0)
     places = Places(
