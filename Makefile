@@ -1,6 +1,7 @@
 # make quickstart   install, and teach the default base to call functions
 # make check        install, lint, and run the tests that neither train nor start a process: 2 minutes
 # make test         install, and run all tests
+# make test-other-cpu   run the tests that compare numbers as if on another processor
 # make bench        install, and compare training speed with peers, in 10 minutes or so: tables and plots in runs/bench
 # The first that runs: a name on the PATH may be a version manager's that is not installed.
 ifndef PYTHON
@@ -9,7 +10,7 @@ endif
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart check test bench lint clean
+.PHONY: quickstart check test test-other-cpu bench lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m trainer +experiment=quickstart
@@ -21,6 +22,12 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python -m pytest -m slurm
+
+test-other-cpu: export ATEN_CPU_CAPABILITY = default
+test-other-cpu: export ONEDNN_MAX_CPU_ISA = AVX2
+test-other-cpu: export MKL_ENABLE_INSTRUCTIONS = SSE4_2
+test-other-cpu: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -p tests.other_processor
 
 bench: $(VENV)/.installed-dev
 	-$(BIN)/python -m scripts.bench.train --install
