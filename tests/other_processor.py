@@ -3,9 +3,9 @@
     python -m pytest -p tests.other_processor
 
 Kernels add in an order that depends on the processor and on the shapes. A test that expects the
-same bits of two shapes passes where their orders happen to agree, and fails elsewhere. Here the last bit
-of each fp32 and fp64 product depends on the shapes and on the place in the result, so such a test
-fails on every machine. The same code with the same shapes still gives the same bits.
+same bits of two shapes passes where their orders happen to agree, and fails elsewhere. Here the last
+bit of each fp32 and fp64 product depends on the shapes and on the place in the result, so such a
+test fails on every machine. The same code with the same shapes still gives the same bits.
 
 Only tests of modules that compare numbers run, and none that trains by the whole program.
 """

@@ -319,8 +319,8 @@ def test_a_new_head_is_trained_in_fp32_on_a_half_precision_base(adapter):
     assert output.dtype == torch.float32
     hidden = model.model(input_ids=toys.IDS).last_hidden_state[:, -1]
     assert hidden.dtype == torch.bfloat16
-    # The head multiplies all tokens, this line the last ones. Another shape may add in another order,
-    # so fp32 rounding (1e-6) is allowed; a head that computes in bf16 is off by 1e-2.
+    # The head multiplies all tokens, this line the last ones. Another shape may add in another
+    # order, so fp32's rounding (1e-6) is allowed; a head that computes in bf16 is off by 1e-2.
     torch.testing.assert_close(output, hidden.float() @ model.score.weight.T, rtol=1e-5, atol=1e-5)
     output.sum().backward()
     assert model.score.weight.grad.dtype == torch.float32
