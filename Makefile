@@ -27,7 +27,8 @@ test-other-cpu: export ATEN_CPU_CAPABILITY = default
 test-other-cpu: export ONEDNN_MAX_CPU_ISA = AVX2
 test-other-cpu: export MKL_ENABLE_INSTRUCTIONS = SSE4_2
 test-other-cpu: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -p tests.other_processor
+	$(BIN)/python -m pytest -n 2 --dist loadfile -p tests.other_processor \
+		tests/adapters tests/drafters tests/penalties tests/speed/test_fused.py
 
 bench: $(VENV)/.installed-dev
 	-$(BIN)/python -m scripts.bench.train --install

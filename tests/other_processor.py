@@ -3,11 +3,11 @@
     python -m pytest -p tests.other_processor
 
 Kernels add in an order that depends on the processor and on the shapes. A test that expects the
-same bits of two shapes passes where their orders happen to agree, and fails elsewhere. Here the last
-bit of each fp32 and fp64 product depends on the shapes and on the place in the result, so such a
-test fails on every machine. The same code with the same shapes still gives the same bits.
+same bits of two shapes passes where their orders happen to agree, and fails elsewhere. Here the
+last bit of each fp32 and fp64 product depends on the shapes and on the place in the result, so such
+a test fails on every machine. The same code with the same shapes still gives the same bits.
 
-Only tests of modules that compare numbers run, and none that trains by the whole program.
+Only tests of modules that compare numbers run, and none that runs the whole program.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import torch
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 COMPARES = re.compile(r"assert_close|torch\.equal|approx\(")
-PROGRAMS = {"train", "program", "spawn"}
+PROGRAMS = {"train", "program"}  # fixtures
+PROCESSES = {"spawn", "subprocess"}  # other processes multiply without the plugin
 _library = torch.library.Library("aten", "IMPL")  # the replacements live as long as this object
 
 
@@ -63,7 +64,12 @@ def compares(path: Path) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests that compare no numbers and those that run the whole program."""
-    chosen = [i for i in items if compares(i.path) and not PROGRAMS.intersection(i.fixturenames)]
+    """Leave out the tests that compare no numbers and those that start the program or a process."""
+    chosen = [
+        item for item in items
+        if compares(item.path)
+        and not PROGRAMS.intersection(item.fixturenames)
+        and not PROCESSES.intersection(item.function.__code__.co_names)
+    ]  # fmt: skip
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     items[:] = chosen
