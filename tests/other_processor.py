@@ -12,6 +12,7 @@ Only tests of modules that compare numbers run, and none that runs the whole pro
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 import zlib
@@ -22,10 +23,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests import marks
+
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 COMPARES = re.compile(r"assert_close|torch\.equal|approx\(")
-PROGRAMS = {"train", "program"}  # fixtures
-PROCESSES = {"spawn", "subprocess"}  # other processes multiply without the plugin
 _library = torch.library.Library("aten", "IMPL")  # the replacements live as long as this object
 
 
@@ -53,6 +54,8 @@ def _replace(name: str) -> None:
         _library.impl(name, product, "CPU", with_keyset=True, allow_override=True)
 
 
+# torch is imported before tests/conftest.py sets OpenMP's threads.
+torch.set_num_threads(int(os.environ.get("GRAFT_TEST_THREADS", "1")))
 for _name in PRODUCTS:
     _replace(_name)
 
@@ -65,11 +68,6 @@ def compares(path: Path) -> bool:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests that compare no numbers and those that start the program or a process."""
-    chosen = [
-        item for item in items
-        if compares(item.path)
-        and not PROGRAMS.intersection(item.fixturenames)
-        and not PROCESSES.intersection(item.function.__code__.co_names)
-    ]  # fmt: skip
+    chosen = [item for item in items if compares(item.path) and not marks.runs(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     items[:] = chosen
