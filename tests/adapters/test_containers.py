@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from adapters import mask, sparse
 from adapters.delta import AdapterError, Start, float_weight
 from adapters.spiel import SpIEL
-from tests.adapters.test_sparse import make
 from tests.toys import adapters as toys
+from tests.toys.sparse import make
 from trainer import export
 
 # of PEFT's SHiRA

@@ -28,6 +28,7 @@ from adapters.rosa import RoSA, RoSAAdapter
 from adapters.sparse import SparseDelta
 from tests.ranks import spawn
 from tests.toys import adapters as toys
+from tests.toys.sparse import make
 
 WAYS = [way for way in sddmm.WAYS if way != "native" or sddmm.library() is not None]
 # before: a low-rank part and no support yet; low: there will be none
@@ -399,33 +400,6 @@ def test_a_step_between_forward_and_backward_is_noticed():
     adapted(x)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward(upstream)
-
-
-def make(**changes: Any) -> RoSAAdapter:
-    settings = {
-        "rank": 4,
-        "alpha": 6.0,
-        "rslora": False,
-        "dropout": 0.0,
-        "density": 0.02,
-        "density_pattern": {},
-        "schedule": "wl",
-        "warmup_steps": 0,
-        "mask_steps": 1,
-        "restart_after_mask": False,
-        "mask": "random",
-        "score": "squared",
-        "scores": "exact",
-        "mask_seed": 0,
-        "sparse_lr_ratio": 1.0,
-        "sparse_weight_decay": 0.0,
-        "target_modules": "all-linear",
-        "exclude_modules": [],
-        "gradient": "sampled",
-        "dtype": "float64",
-        "sparse_dtype": "float64",
-    }
-    return RoSAAdapter(**settings | changes)
 
 
 def attached(model: Any, **changes: Any) -> tuple[RoSAAdapter, Any]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from adapters.delta import AdaptedLinear
 from adapters.rosa import RoSA
-from tests.runs.test_resume import PowerCut, cut_at, outcome
+from tests.toys.power_cuts import PowerCut, cut_at, outcome
 from trainer.assembly import trained as trained_module
 from trainer.assembly.rows import load_data
 from trainer.callbacks.averaging import Averaging

@@ -11,7 +11,7 @@ import schedulefree
 import torch
 from torch import nn
 
-from tests.runs.test_resume import PowerCut, cut_at, outcome
+from tests.toys.power_cuts import PowerCut, cut_at, outcome
 from trainer.assembly.rows import load_data
 from trainer.assembly.trained import load_trained
 from trainer.callbacks.schedulefree import ScheduleFree

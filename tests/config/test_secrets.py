@@ -9,15 +9,9 @@ import logging
 import pytest
 from omegaconf import OmegaConf
 
+from tests.toys.secrets import SECRETS
 from trainer.config import secrets
 from trainer.config.errors import bad
-
-SECRETS = {
-    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
-    "HF_TOKEN": "hf_canaryCANARYcanaryCANARYcanary",
-    "AWS_SECRET_ACCESS_KEY": "aws/canary+canary/canary+canary/canary+1",
-    "SOME_PASSWORD": "correct horse battery staple",
-}
 
 
 @pytest.fixture(autouse=True)

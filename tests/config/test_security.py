@@ -13,9 +13,9 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from tests.config.test_secrets import SECRETS
 from tests.conftest import ROOT
 from tests.toys.hostile import Payload
+from tests.toys.secrets import SECRETS
 from trainer import __main__
 from trainer.config.compose import check
 from trainer.config.errors import ConfigError

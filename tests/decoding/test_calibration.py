@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from tests.decoding.test_speculative import PROMPT, alone, tiny
+from tests.toys.speculative import PROMPT, alone, tiny
 from trainer.decoding import calibration
 from trainer.decoding.calibration import (
     acceptance,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.decoding.test_speculative import PROMPT, alone, made, tiny
+from tests.toys.speculative import PROMPT, alone, made, tiny
 from trainer.decoding import texts
 from trainer.decoding.speculative import generate, generate_batch
 from trainer.decoding.texts import Texts

@@ -9,8 +9,8 @@ import transformers
 from omegaconf import OmegaConf
 
 from tests.conftest import ROOT
-from tests.decoding.test_speculative import p_value
 from tests.toys import adapters as toys
+from tests.toys.speculative import p_value
 from trainer.assembly.build import instantiate
 from trainer.config import compose
 from trainer.decoding.plugin import assist, drafting, first_path

@@ -10,11 +10,12 @@ import torch
 import transformers
 from omegaconf import OmegaConf
 from torch.nn import functional as F
-from transformers import GenerationConfig, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from adapters.delta import Start
 from tests.conftest import ROOT
 from tests.toys import adapters as toys
+from tests.toys.speculative import MODELS, PROMPT, alone, made, p_value, tiny
 from trainer.assembly.build import instantiate
 from trainer.config import compose
 from trainer.decoding import verify
@@ -22,67 +23,9 @@ from trainer.decoding.speculative import Place, Result, generate, generate_batch
 from trainer.decoding.trees import Levels, chain, confident, dyspec, eagle2, hopeful
 from trainer.drafters import Drafter, DrafterError, Target
 
-SIZES = {
-    "vocab_size": 41,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.4,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-MODELS = {
-    "llama": ("Llama", {}),
-    "qwen2": ("Qwen2", {}),
-    "mistral, a window of 6": ("Mistral", {"sliding_window": 6}),
-    "gemma2, a cap and a window of 5": (
-        "Gemma2",
-        {"sliding_window": 5, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 4},
-    ),
-    "gpt2": (
-        "GPT2",
-        {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 128, "tie_word_embeddings": False},
-    ),
-    "granite, scaled logits": ("Granite", {"logits_scaling": 0.25}),
-}
 PRESETS = sorted(
     {path.stem for path in (ROOT / "conf" / "drafter").glob("*.yaml")} - {"none", "registers"}
 )
-PROMPT = torch.tensor([5, 9, 13, 7, 30, 22, 11])
-
-
-def tiny(kind="llama", **changes):
-    name, settings = MODELS[kind]
-    torch.manual_seed(2)  # its texts go through many tokens
-    built = getattr(transformers, f"{name}Config")(**(SIZES | settings | changes))
-    made = (
-        transformers.GPT2LMHeadModel
-        if name == "GPT2"
-        else getattr(transformers, f"{name}ForCausalLM")
-    )
-    return made(built).eval()
-
-
-def alone(model, ids, count, stops=(), **settings):
-    """transformers' own text."""
-    asked = GenerationConfig(
-        max_new_tokens=count,
-        eos_token_id=list(stops) or None,
-        pad_token_id=0,
-        **{"do_sample": False} | settings,
-    )
-    out = model.generate(
-        input_ids=ids.unsqueeze(0),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        generation_config=asked,
-    )
-    return out[0, len(ids) :].tolist()
 
 
 class Toy(Drafter):
@@ -218,19 +161,6 @@ def test_greedy_with_an_adapter(name):
     assert [
         found.tokens for found in generate_batch(target, None, [PROMPT, PROMPT[:3]], 25, [])
     ] == [text, short]
-
-
-def made(name, model):
-    """The drafter of conf/drafter/NAME.yaml, its weights random."""
-    node = OmegaConf.to_container(
-        compose.compose([f"drafter={name}", "base=tiny", "task.path=x"]).drafter
-    )
-    drafter = instantiate(node)(model=model).eval()
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in drafter.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.1)
-    return drafter
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -444,23 +374,6 @@ def counted(target, drafter, temperature, top_p, **more):
         ):
             found[tuple(result.tokens)] += 1
     return found
-
-
-def p_value(found, wanted):
-    """Of Pearson's χ², texts expected less than five times taken together. 0 where a text came that
-    cannot be."""
-    if found[wanted == 0].sum() > 0:
-        return 0.0
-    expected = wanted * found.sum()
-    often = expected >= 5
-    a = torch.cat([found[often], found[~often].sum().view(1)])
-    b = torch.cat([expected[often], expected[~often].sum().view(1)])
-    a, b = a[b > 0], b[b > 0]
-    return float(
-        torch.special.gammaincc(
-            torch.tensor((len(a) - 1) / 2).double(), ((a - b) ** 2 / b).sum() / 2
-        )
-    )
 
 
 OTHER = torch.randn(TOKENS, TOKENS, generator=torch.Generator().manual_seed(6)) * 2

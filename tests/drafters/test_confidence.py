@@ -9,9 +9,9 @@ import math
 import pytest
 import torch
 
-from tests.drafters.test_distillation import APART, PACKED, ROWS, seen_of
-from tests.drafters.test_eagle import by_row, knobs, llama, made, stirred
-from tests.drafters.test_eagle3 import COUNTS, FEATURES
+from tests.toys.eagle import by_row, knobs, llama, made, stirred
+from tests.toys.eagle3 import COUNTS, FEATURES
+from tests.toys.packed_rows import APART, PACKED, ROWS, seen_of
 from trainer.decoding import trees
 from trainer.decoding.speculative import generate
 from trainer.decoding.trees import Drawing, hopeful

@@ -10,8 +10,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.drafters.test_distillation import APART, PACKED, ROWS, numbers_of, seen_of
-from tests.drafters.test_eagle import (
+from tests.toys import adapters as toys
+from tests.toys.eagle import (
     MODELS,
     SIZE,
     TINY,
@@ -27,14 +27,11 @@ from tests.drafters.test_eagle import (
     token_of,
     weights_of,
 )
-from tests.toys import adapters as toys
+from tests.toys.eagle3 import COUNTS, FEATURES
+from tests.toys.packed_rows import APART, PACKED, ROWS, numbers_of, seen_of
 from trainer.drafters import DrafterError, News, Seen, Target, io, targets_of
 from trainer.drafters.eagle3 import Eagle3, read_layers
 from trainer.models.losses import CausalLoss
-
-FEATURES = 3 * SIZE
-COUNTS = torch.arange(64).flip(0) + 1  # token 0 most often
-COUNTS[torch.tensor([3, 10, 11])] = torch.tensor([0, 300, 300])
 
 
 def eagle3(model, **changes):

@@ -10,20 +10,23 @@ import torch
 import transformers
 from omegaconf import OmegaConf
 
-from tests.drafters import test_heads
-from tests.drafters.test_heads import (
+from tests.toys import adapters as toys
+from tests.toys.finetuning import adapted
+from tests.toys.heads import (
     APART,
     PACKED,
     ROWS,
     SIZE,
     SIZES,
+    batch_of,
+    block,
     by_row,
     hidden_states,
     llama,
+    rms,
     seen_of,
     stirred,
 )
-from tests.training.test_finetune import adapted
 from trainer.assembly.build import instantiate
 from trainer.config import schema
 from trainer.drafters import DrafterError, News, Seen, Target, io, metrics
@@ -63,8 +66,8 @@ def before_heads(w, drafter, config, hidden):
     states = [h.double() for h in hidden]
     if drafter.prefix is None:
         return states
-    states = test_heads.block(w, "prefix.block", config, states)
-    return [test_heads.rms(x, w["prefix.norm.weight"], config.rms_norm_eps) for x in states]
+    states = block(w, "prefix.block", config, states)
+    return [rms(x, w["prefix.norm.weight"], config.rms_norm_eps) for x in states]
 
 
 def naive(w, drafter, k, state, tokens):
@@ -292,7 +295,7 @@ def test_neither_the_adapter_nor_the_embedding_learns_from_heads(loss):
 
     def gradients(*more):
         model.zero_grad()
-        CausalLoss(model, 4, *more)(test_heads.batch_of(*PACKED))[0].backward()
+        CausalLoss(model, 4, *more)(batch_of(*PACKED))[0].backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
     alone, beside = gradients(), gradients(drafter, Target(model))
@@ -436,7 +439,7 @@ def test_settings_that_do_not_fit_are_refused(changes, says):
 
 
 def test_a_prefix_layer_asks_for_a_model_of_known_layers():
-    model = test_heads.toys.gpt2(torch.float32)
+    model = toys.gpt2(torch.float32)
     make(model)
     with pytest.raises(DrafterError, match="GPT2LMHeadModel"):
         make(model, "plus")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.drafters.test_heads import llama, stirred
+from tests.toys.heads import llama, stirred
 from trainer.assembly.build import instantiate
 from trainer.config import schema
 from trainer.drafters import DrafterError, Seen, Target, io

@@ -14,7 +14,8 @@ import torch
 import transformers
 from omegaconf import OmegaConf
 
-from tests.drafters.test_heads import (
+from tests.toys.finetuning import adapted
+from tests.toys.heads import (
     APART,
     PACKED,
     ROWS,
@@ -26,7 +27,6 @@ from tests.drafters.test_heads import (
     seen_of,
     stirred,
 )
-from tests.training.test_finetune import adapted
 from trainer.assembly.build import instantiate
 from trainer.config import schema
 from trainer.drafters import Drafter, DrafterError, News, Seen, Target, io

@@ -14,9 +14,9 @@ from torch import nn
 
 from adapters.delta import Start
 from adapters.peft import Peft
-from tests.runs.test_resume import PowerCut, cut_at, outcome
 from tests.toys import adapters as toys
-from tests.training.test_finetune import adapted
+from tests.toys.finetuning import adapted
+from tests.toys.power_cuts import PowerCut, cut_at, outcome
 from trainer import drafters
 from trainer.assembly import trained as trained_module
 from trainer.assembly.rows import load_data

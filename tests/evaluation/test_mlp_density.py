@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.toys import adapters as toys
-from tests.training.test_finetune import Table, adapted, lora, table
+from tests.toys.finetuning import Table, adapted, lora, table
 from trainer import density
 from trainer.data.batches import Collate, Sequences
 from trainer.data.held_out import HeldOut

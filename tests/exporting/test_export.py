@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from adapters.delta import AdapterError
 from tests.conftest import write_rows
-from tests.drafters.test_heads import make, stirred
-from tests.drafters.test_native import names_of, tiny_of
+from tests.toys.heads import make, stirred
+from tests.toys.mtp_bases import names_of, tiny_of
 from trainer import export
 from trainer.assembly import trained as trained_module
 from trainer.drafters import DrafterError, io

@@ -12,9 +12,9 @@ import transformers
 from torch import nn
 
 from adapters.delta import AdaptedLinear
-from tests.runs.test_resume import PowerCut, cut_at, outcome
 from tests.toys import adapters as toys
-from tests.training.test_finetune import adapted, lora
+from tests.toys.finetuning import adapted, lora
+from tests.toys.power_cuts import PowerCut, cut_at, outcome
 from trainer.data.batches import Collate, Pick
 from trainer.data.render import Tokens
 from trainer.models.base import Base, BaseError

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from tasks.wheel import sha256
-from tests.runs.test_resume import PowerCut, cut_at, outcome
+from tests.toys.power_cuts import PowerCut, cut_at, outcome
 from trainer import cooldown
 from trainer.callbacks.cooldown import CooldownTrigger
 from trainer.callbacks.metrics import Metrics

@@ -14,11 +14,10 @@ import torch
 import yaml
 
 from tests.conftest import ROOT, sums, write_rows
+from tests.toys.power_cuts import PowerCut, cut_at, outcome
 from trainer.storage import checkpoints, journal
 from trainer.storage.checkpoints import CheckpointError
-from trainer.training.finetune import FineTune
 
-TIMES = ("seconds", "tokens_per_s", "trained_per_s")
 COMMON = (
     "max_steps=11",
     "batch_size=4",
@@ -26,32 +25,6 @@ COMMON = (
     "callbacks.evaluation.every=4",
     "callbacks.evaluation.generate=1",
 )
-
-
-class PowerCut(Exception):
-    """Stands for a process that ends without a chance to save."""
-
-
-def cut_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Let the run break off when it is about to do a step."""
-    whole = FineTune.on_train_batch_start
-
-    def broken(self, batch, batch_idx):
-        if self.step == step and batch_idx % self.accumulate == self.accumulate - 1:
-            raise PowerCut
-        whole(self, batch, batch_idx)
-
-    monkeypatch.setattr(FineTune, "on_train_batch_start", broken)
-
-
-def outcome(run):
-    """(final trained tensors, logged rows without times)."""
-    last = checkpoints.load(checkpoints.chosen(run / "checkpoints", "last"))
-    rows = [
-        {k: v for k, v in row.items() if k not in TIMES}
-        for row in journal.read(run / "metrics.jsonl")
-    ]
-    return last["adapter"]["tensors"], rows, last["counters"]
 
 
 CASES = {

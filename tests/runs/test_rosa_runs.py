@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from adapters.delta import AdapterError
-from tests.runs.test_resume import PowerCut, cut_at, outcome
+from tests.toys.power_cuts import PowerCut, cut_at, outcome
 from trainer.config.errors import ConfigError
 from trainer.models.base import Base
 from trainer.storage import journal

@@ -21,7 +21,7 @@ from adapters.sparse import SparseDelta
 from adapters.spiel import SpIEL
 from tests.ranks import spawn
 from tests.toys import adapters as toys
-from tests.training import test_finetune
+from tests.toys import finetuning
 from trainer.models.base import Base
 
 LR, BETAS, EPS, DECAY = 0.05, (0.9, 0.99), 1e-8, 0.3
@@ -330,7 +330,7 @@ def test_a_window_of_one_step_is_refused_in_two_processes(ranks):
 @pytest.fixture
 def half(monkeypatch: pytest.MonkeyPatch) -> None:
     """precision=16-mixed, which Lightning has for GPUs only, on the CPU."""
-    whole = test_finetune.make_trainer
+    whole = finetuning.make_trainer
 
     def trainer(*given: Any) -> Any:
         made = whole(*given)
@@ -338,12 +338,12 @@ def half(monkeypatch: pytest.MonkeyPatch) -> None:
         made.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
         return made
 
-    monkeypatch.setattr(test_finetune, "make_trainer", trainer)
+    monkeypatch.setattr(finetuning, "make_trainer", trainer)
 
 
 def fitted(folder: Path, adapter: Any, *overrides: str, steps: int = 5) -> Any:
     model = adapter.attach(toys.llama(torch.float32), Start(steps=steps))
-    run = test_finetune.Run(
+    run = finetuning.Run(
         folder, ["optimizer.fused=false", "batch_size=2", "accumulate=2", *overrides]
     )
     skipped = run.fit(adapter, model, steps=steps).skipped

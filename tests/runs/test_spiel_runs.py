@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adapters.delta import AdapterError
-from tests.runs.test_resume import PowerCut, cut_at, outcome
+from tests.toys.power_cuts import PowerCut, cut_at, outcome
 from trainer.models.base import Base
 from trainer.storage import checkpoints, journal
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import subprocess
 
-from tests.config.test_secrets import SECRETS
 from tests.conftest import write_rows
+from tests.toys.secrets import SECRETS
 from trainer import submit
 
 COMMON = ("experiment=smoke", "task.path=rows.jsonl", "max_steps=1")
