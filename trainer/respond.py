@@ -41,7 +41,6 @@ import hashlib
 import json
 import platform
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -57,6 +56,7 @@ from trainer.evaluation import responses
 from trainer.evaluation.responses import Speaker
 from trainer.storage.answers import AnswersFolder
 from trainer.storage.atomic import write_text
+from trainer.storage.progress import Progress
 
 KNOWN: dict[str, Any] = {
     "base": None,
@@ -80,7 +80,6 @@ KNOWN: dict[str, Any] = {
 }
 # of conf/task/sft, what has a meaning for the prompts of a file
 _ROWS = ("system", "columns", "format", "chat_template")
-TELL = 10  # seconds between lines that say how far it is
 
 
 def _arguments(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
@@ -249,12 +248,10 @@ def _described(
 def _write(
     speaker: Speaker, found: list[Ask], written: AnswersFolder, options: dict[str, Any]
 ) -> None:
-    told = time.monotonic()
-    for batch in prompts.batches(found, options["batch_size"], written.done):
-        written.add(responses.respond(speaker, batch, options))
-        if time.monotonic() - told > TELL:
-            print(f"{len(written.done)} of {len(found)} conversations", flush=True)
-            told = time.monotonic()
+    with Progress("respond", len(found), "conversations", done=len(written.done)) as progress:
+        for batch in prompts.batches(found, options["batch_size"], written.done):
+            written.add(responses.respond(speaker, batch, options))
+            progress.advance(len(batch))
 
 
 def _listed(counts: dict[str, int]) -> str:

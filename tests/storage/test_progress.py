@@ -51,6 +51,27 @@ def test_the_time_before_it_was_opened_does_not_count():
         assert progress.line() == "evaluation: 1 of 4, 0:30 left"
 
 
+def test_what_was_done_earlier_does_not_make_it_faster():
+    now = Clock()
+    progress = Progress("respond", 100, "rows", done=60, now=now)
+    now.seconds += 10
+    assert progress.line() == "respond: 60 of 100 rows, 0:10 so far"
+    progress.advance(20)
+    assert progress.line() == "respond: 80 of 100 rows, 0:10 left"
+
+
+@pytest.mark.parametrize(("level", "printed"), [(logging.NOTSET, True), (logging.WARNING, False)])
+def test_a_command_prints_and_other_ranks_are_silent(capsys, monkeypatch, level, printed):
+    monkeypatch.setattr(logging.getLogger("trainer"), "level", level)
+    monkeypatch.setattr(logging.getLogger(), "level", logging.WARNING)
+    logging.getLogger("trainer")._cache.clear()  # of isEnabledFor
+    with Progress("export", every=0.01):
+        time.sleep(0.2)
+    logging.getLogger("trainer")._cache.clear()
+    out, err = capsys.readouterr()
+    assert (out, "export: 0:00 so far" in err) == ("", printed)
+
+
 def test_it_speaks_at_least_four_times_a_minute():
     assert EVERY <= 15
 

@@ -18,6 +18,7 @@ from trainer.data.packing import pack
 from trainer.data.render import Renderer, stop_ids
 from trainer.data.rows import Rows, source_key, tokenise
 from trainer.models.base import Base
+from trainer.storage.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -64,14 +65,16 @@ def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True)
         key = source_key(task, "train", renderer, config["max_length"], config["overlong"])
         identity["train"] = of_stream(key)
     elif train:
-        rows = tokenise(task, "train", renderer, **settings)
+        with Progress("tokenising the training rows"):
+            rows = tokenise(task, "train", renderer, **settings)
         log.info("train: %s", rows.report.summary())
         identity["train"] = of_rows(rows)
         packs = (
             pack(rows.lengths, config["max_length"], config["seed"]) if config["packing"] else None
         )
         training = Sequences(rows, packs)
-    rows = tokenise(task, "eval", renderer, **settings)
+    with Progress("tokenising the held-out rows"):
+        rows = tokenise(task, "eval", renderer, **settings)
     identity["eval"] = of_rows(rows)
     if len(rows):
         log.info("eval: %s", rows.report.summary())

@@ -42,6 +42,7 @@ from trainer.data.batches import Collate, Pick, Sequences
 from trainer.data.identity import same_as_key
 from trainer.models.base import Base
 from trainer.storage.atomic import write_text
+from trainer.storage.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -297,15 +298,23 @@ def write(
     tokens = sum(int(lengths[rows.start : rows.stop].sum()) for _, rows in missing)
     _room(folder, tokens * (index["hidden"] + index["features"]) * dtype.itemsize, tokens)
     write_text(folder / "index.json", json.dumps(index, indent=1))
-    for count, (name, rows) in enumerate(missing, 1):
-        tensors = _shard(sequences, rows, states, index, dtype, pad, batch_size, device)
-        index["shards"][name] = {
-            "first": rows.start,
-            "last": rows.stop,
-            **_save(folder / name, tensors),
-        }
-        write_text(folder / "index.json", json.dumps(index, indent=1))
-        log.info("%s: %d of %d shards", folder, count, len(missing))
+    total = sum(len(rows) for _, rows in missing)
+    with Progress("the target's hidden states", total, "rows") as progress:
+
+        def counted(batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+            result = states(batch)
+            progress.advance(len(batch["input_ids"]))
+            return result
+
+        for count, (name, rows) in enumerate(missing, 1):
+            tensors = _shard(sequences, rows, counted, index, dtype, pad, batch_size, device)
+            index["shards"][name] = {
+                "first": rows.start,
+                "last": rows.stop,
+                **_save(folder / name, tensors),
+            }
+            write_text(folder / "index.json", json.dumps(index, indent=1))
+            log.info("%s: %d of %d shards", folder, count, len(missing))
 
 
 def _shard(

@@ -15,6 +15,7 @@ from trainer.exporting.adapter import save_adapter, verify_adapter
 from trainer.exporting.heads import _check_drafter, _write_drafter, _write_head
 from trainer.exporting.merged import _write_merged
 from trainer.storage.checkpoints import CheckpointError
+from trainer.storage.progress import Progress
 
 
 def export(
@@ -35,7 +36,8 @@ def export(
     """
     if to in ("drafter", "mtp", *engines.LAYOUTS):
         _check_drafter(run, to)
-    found = load_trained(run, fp32=True, dequantise=to in ("merged", "mtp"))
+    with Progress(f"loading {run}"):
+        found = load_trained(run, fp32=True, dequantise=to in ("merged", "mtp"))
     if to == "shira" and not hasattr(found.adapter, "save_pair"):
         raise AdapterError(
             "to=shira is for adapters with a sparse part, and this run's is"
@@ -48,19 +50,25 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        if to == "drafter":
-            difference = _write_drafter(found, temporary)
-        elif to in engines.LAYOUTS:
-            difference = _write_head(
-                found, temporary, to, getattr(torch, dtype), verifier, unembedding == "copied"
-            )
-        elif to in ("peft", "shira"):
-            save_adapter(
-                found.adapter, found.model, found.base, found.task, temporary, pair=to == "shira"
-            )
-            difference = verify_adapter(found, temporary)
-        else:
-            difference = _write_merged(found, temporary, getattr(torch, dtype), mtp=to == "mtp")
+        with Progress(f"exporting to {out}"):
+            if to == "drafter":
+                difference = _write_drafter(found, temporary)
+            elif to in engines.LAYOUTS:
+                difference = _write_head(
+                    found, temporary, to, getattr(torch, dtype), verifier, unembedding == "copied"
+                )
+            elif to in ("peft", "shira"):
+                save_adapter(
+                    found.adapter,
+                    found.model,
+                    found.base,
+                    found.task,
+                    temporary,
+                    pair=to == "shira",
+                )
+                difference = verify_adapter(found, temporary)
+            else:
+                difference = _write_merged(found, temporary, getattr(torch, dtype), mtp=to == "mtp")
         temporary.chmod(0o755)
         temporary.rename(out)
     finally:

@@ -1,16 +1,18 @@
 """Says how far a long piece of work is, in the log.
 
-A bar needs somebody who watches it. A log file of SLURM or CI has nobody, so that a long piece of
+A bar needs somebody who watches it. Nobody watches a log file of SLURM or CI, where a long piece of
 work looks as if it hangs. `Progress` writes a line every 15 seconds:
 
     evaluation: 120 of 480 rows, 2:05 left
 
-A thread writes it, so that one slow batch does not keep it back.
+A thread writes it, so that one slow batch does not keep it back. A run writes it to its log, on
+rank 0; a command, which has no log, to stderr.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,20 +25,21 @@ T = TypeVar("T")
 
 
 class Progress:
-    """Logs what is going on, as long as it is open. `total` None is unknown. Work that takes less
-    than `every` seconds is not mentioned."""
+    """Logs what is going on, as long as it is open. `total` None is unknown; `done` was finished
+    earlier. Work that takes less than `every` seconds is not mentioned."""
 
     def __init__(
         self,
         what: str,
         total: int | None = None,
         unit: str = "",
+        done: int = 0,
         every: float = EVERY,
         now: Callable[[], float] = time.monotonic,
     ):
         self.what, self.total, self.unit = what, total, unit
         self.every, self.now = every, now
-        self.done = 0
+        self.done = self.done_before = done
         self.started = now()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._report, daemon=True, name=f"progress: {what}")
@@ -68,14 +71,21 @@ class Progress:
             count = f"{self.done:,}{unit}, " if self.done or unit else ""
             return f"{self.what}: {count}{clock(seconds)} so far"
         text = f"{self.what}: {self.done:,} of {self.total:,}{unit}"
-        if not self.done:
+        if self.done == self.done_before:
             return f"{text}, {clock(seconds)} so far"
-        left = seconds / self.done * max(0, self.total - self.done)
+        left = seconds / (self.done - self.done_before) * max(0, self.total - self.done)
         return f"{text}, {clock(left)} left"
 
     def _report(self) -> None:
         while not self._closed.wait(self.every):
-            log.info("%s", self.line())
+            _say(self.line())
+
+
+def _say(line: str) -> None:
+    if log.isEnabledFor(logging.INFO):
+        log.info("%s", line)
+    elif log.level == logging.NOTSET:  # no run has set logging up; ranks other than 0 set WARNING
+        print(line, file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:
