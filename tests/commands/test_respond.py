@@ -376,7 +376,7 @@ def test_a_stopped_command_goes_on_to_the_same_rows(ask, monkeypatch, number):
             os.kill(os.getpid(), number)
         return whole(*arguments)
 
-    monkeypatch.setattr(answers_module, "continuations", stopping)
+    monkeypatch.setattr(responses, "continuations", stopping)
     stopped = ask(prompts(), "temperature=1")
     assert stopped.code == 128 + (number or signal.SIGINT)
     assert "stopped with 3 of 8 conversations" in stopped.err
@@ -394,7 +394,7 @@ def test_a_stopped_command_goes_on_to_the_same_rows(ask, monkeypatch, number):
     assert all(
         (went_on.folder / name).read_bytes().startswith(content) for name, content in kept.items()
     )
-    monkeypatch.setattr(answers_module, "continuations", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(responses, "continuations", lambda *_: pytest.fail("asked again"))
     assert ask(prompts(), "temperature=1").code == 0
 
 
@@ -405,7 +405,7 @@ def test_a_row_of_a_batch_that_was_half_written_is_asked_among_the_same_rows(ask
     file.write_text("\n".join(content[1:]), "utf-8")
     widths, whole = [], answers_module.continuations
     monkeypatch.setattr(
-        answers_module,
+        responses,
         "continuations",
         lambda model, asked, *rest: (widths.append(len(asked)), whole(model, asked, *rest))[1],
     )
