@@ -1,6 +1,8 @@
-"""What is grafted onto a frozen base.
+"""The trainable parts that are grafted onto a frozen base.
 
-Three words, and no fourth: the *adapter* is the method as a run configures it
-(conf/adapter/NAME.yaml, one object a run); a *Delta* is its correction of one linear layer; an
-*AdaptedLinear* is that layer with its Delta.
+Three terms are used:
+
+    adapter         a method as a run configures it: conf/adapter/NAME.yaml, one object per run
+    Delta           the adapter's correction of one linear layer
+    AdaptedLinear   that layer with its Delta
 """

@@ -1,26 +1,33 @@
-"""What an adapter's tensors become when they are made small: sparse, ternary, and coded in few
-bits.
+"""Compression of an adapter's tensors: sparse, ternary, and coded in few bits.
 
-    DARE      τ̃ = m ⊙ τ / (1 - p)          m ~ Bernoulli(1 - p)        Yu et al. 2023, arXiv 2311.03099
-    DAREx-q   τ̃ = m ⊙ τ / q                1 - p <= q <= 1             Deng et al. 2024, arXiv 2410.09344
-    ComPEFT   τ̃ = α σ(τ) sign(τ)           at the k n entries of largest |τ|, zero elsewhere
-                                                                       Yadav et al. 2023, arXiv
-                                                                       2311.13171
-    τ  the update: what training has changed since a start at which the model answered as its base
+    DARE      τ̃ = m ⊙ τ / (1 - p)    m ~ Bernoulli(1 - p)
+                                      Yu et al. 2023, arXiv 2311.03099
+    DAREx-q   τ̃ = m ⊙ τ / q          1 - p <= q <= 1
+                                      Deng et al. 2024, arXiv 2410.09344
+    ComPEFT   τ̃ = α σ(τ) sign(τ)     at the k n entries of largest |τ|, zero elsewhere
+                                      Yadav et al. 2023, arXiv 2311.13171
 
-Which tensors are τ. A sparse delta's values start at zero, so they are. So does B of a low-rank
-pair, and dropping in B alone keeps DARE's expectation, E[m ⊙ B / (1 - p)] A = B A, with the noise
-of dropping in single entries of a matrix, p / (1 - p) Σ_r |b_r|² |a_r|²; dropping in both, as
-PEFT's `dare_linear` does, makes that (1 / (1 - p)² - 1) Σ_r |b_r|² |a_r|², eleven times as much at
-p = 0.9. A starts at random numbers, and the largest of them say little of what was learnt.
-ComPEFT's task vector is A - A₀ there, which is of use only to those who hold the same A₀; an
-adapter's file does not. So before both factors are compressed, `balanced` writes the pair anew, as
-the two halves of the singular value decomposition of B A: the same product, in factors that are
-zero where it is, so that both are τ. DARE in both factors leaves the pair as it is: written anew,
-few columns hold most of it, and dropping in those makes more noise.
+    τ  the update: the change by training since a start at which the model answered as its base
 
-A file holds the positions of what is not zero as gaps in Golomb's code (Golomb 1966), and a sign
-bit each and one scale where all magnitudes are the same, which is ComPEFT's, or else the values.
+Which tensors are τ:
+
+  * A sparse delta's values start at zero, so they are τ.
+  * B of a low-rank pair starts at zero too. Dropping in B alone keeps DARE's expectation,
+    E[m ⊙ B / (1 - p)] A = B A. Its noise is that of dropping in single entries of a matrix,
+    p / (1 - p) Σ_r |b_r|² |a_r|². Dropping in both, as PEFT's `dare_linear` does, gives
+    (1 / (1 - p)² - 1) Σ_r |b_r|² |a_r|², eleven times as much at p = 0.9.
+  * A starts at random numbers A₀, and its largest entries say little about the update. ComPEFT's
+    task vector is A - A₀, which is useful only to those who have the same A₀. An adapter's file
+    does not contain it. So before both factors are compressed, `balanced` replaces the pair by the
+    two halves of the singular value decomposition of B A. The product is the same, and the factors
+    are zero where it is, so that both are τ.
+
+DARE in both factors does not balance the pair: in a balanced pair a few columns have most of the
+update, and dropping in those gives more noise.
+
+A file stores the positions of nonzero entries as gaps in Golomb's code (Golomb 1966). If all
+magnitudes are the same, as in ComPEFT, it stores one sign bit for each entry and one scale, else
+the values.
 """
 
 from __future__ import annotations
@@ -42,23 +49,25 @@ from adapters.delta import AdapterError
 
 FILE = "compact.safetensors"
 FORMAT = "graft-compact-1"
-MOST_ABOUT = 1 << 26  # bytes of text: some 100 for each tensor
-LOW_RANK = ("lora_A.weight", "lora_B.weight")  # ends of PEFT's keys; Super-Tuning's end in the same
+MAX_INDEX_BYTES = 1 << 26  # of JSON: about 100 bytes for each tensor
+# endings of PEFT's keys, which Super-Tuning's keys share
+LOW_RANK = ("lora_A.weight", "lora_B.weight")
 SPARSE = ("supertuning_values", "shira_weight")
 
 
 def dare(
     update: Float[Tensor, "*s"], drop: float, rescale: float, generator: torch.Generator
 ) -> Float[Tensor, "*s"]:
-    """Entries kept with probability 1 - drop and divided by `rescale`: 1 - drop for DARE, q for
-    DAREx-q. The mask is one draw of torch.rand from the (CPU) generator, in the tensor's order."""
-    kept = torch.rand(update.shape, generator=generator) >= drop
-    return torch.where(kept.to(update.device), update.float() / rescale, 0.0).to(update.dtype)
+    """Keep each entry with probability 1 - drop and divide it by `rescale`, which is 1 - drop for
+    DARE and q for DAREx-q. The mask is one draw of torch.rand from the (CPU) generator, in the
+    tensor's order."""
+    mask = torch.rand(update.shape, generator=generator) >= drop
+    return torch.where(mask.to(update.device), update.float() / rescale, 0.0).to(update.dtype)
 
 
 def compeft(update: Float[Tensor, "*s"], keep: float, alpha: float) -> Float[Tensor, "*s"]:
-    """α σ(τ) sign(τ) at the keep · n entries of largest magnitude (at least one), zero elsewhere; σ
-    is over all n entries."""
+    """Return α σ(τ) sign(τ) at the keep · n entries of largest magnitude (at least one), and zero
+    elsewhere. σ is the standard deviation of all n entries."""
     flat = update.flatten().float()
     top = flat.abs().topk(max(1, round(keep * len(flat)))).indices
     ternary = torch.zeros_like(flat)
@@ -69,30 +78,30 @@ def compeft(update: Float[Tensor, "*s"], keep: float, alpha: float) -> Float[Ten
 def balanced(
     B: Float[Tensor, "o r"], A: Float[Tensor, "r i"]
 ) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r i"]]:
-    """Factors of the same product: B' = U √Σ and A' = √Σ Vᵀ of B A = U Σ Vᵀ, computed in fp64, in
-    the dtypes given."""
+    """Return factors of the same product, B' = U √Σ and A' = √Σ Vᵀ of B A = U Σ Vᵀ. They are
+    computed in fp64 and have the dtypes of B and A."""
     left, small_left = torch.linalg.qr(B.double())
     right, small_right = torch.linalg.qr(A.double().t())
     u, s, vt = torch.linalg.svd(small_left @ small_right.t(), full_matrices=False)
-    thin = len(s)  # less than r where a side of the layer is
+    rank = len(s)  # less than r if a side of the layer is smaller than r
     new_B, new_A = torch.zeros_like(B), torch.zeros_like(A)
-    new_B[:, :thin] = (left @ u * s.sqrt()).to(B.dtype)
-    new_A[:thin] = (s.sqrt()[:, None] * (vt @ right.t())).to(A.dtype)
+    new_B[:, :rank] = (left @ u * s.sqrt()).to(B.dtype)
+    new_A[:rank] = (s.sqrt()[:, None] * (vt @ right.t())).to(A.dtype)
     return new_B, new_A
 
 
 def low_rank_pairs(tensors: dict[str, Tensor]) -> list[tuple[str, str]]:
-    """Keys of A and B of each low-rank update of a matrix."""
+    """Return the keys of A and B of each low-rank update of a matrix."""
     end_A, end_B = LOW_RANK
     pairs = [(key, key.removesuffix(end_A) + end_B) for key in tensors if key.endswith(end_A)]
     return [(a, b) for a, b in pairs if b in tensors and tensors[a].ndim == tensors[b].ndim == 2]
 
 
 def updates(tensors: dict[str, Tensor], factors: str) -> list[str]:
-    """Keys of an adapter file's tensors that hold an update; with factors=both A is one, as
-    `balanced` makes it.
+    """Return the keys of an adapter file's tensors that are an update τ. With factors=both A is
+    one, as `balanced` computes it.
 
-    Everything else is none: indices, magnitudes, biases and whole modules such as a classification
+    Other tensors are not: indices, magnitudes, biases and whole modules such as a classification
     head.
     """
     pairs = low_rank_pairs(tensors)
@@ -101,8 +110,8 @@ def updates(tensors: dict[str, Tensor], factors: str) -> list[str]:
 
 
 def golomb_parameter(count: int, n: int) -> int:
-    """Golomb's M for `count` positions among n: the smallest with (1 - d)^M + (1 - d)^(M + 1) <= 1,
-    d = count / n (Gallager and van Voorhis 1975)."""
+    """Return Golomb's M for `count` positions among n: the smallest M with
+    (1 - d)^M + (1 - d)^(M + 1) <= 1, d = count / n (Gallager and van Voorhis 1975)."""
     density = count / n
     if count == 0 or density >= 0.5:
         return 1
@@ -110,13 +119,15 @@ def golomb_parameter(count: int, n: int) -> int:
 
 
 def golomb_encode(positions: Int[Tensor, " k"], m: int) -> UInt8[Tensor, " bytes"]:
-    """The gaps between sorted positions in Golomb's code of parameter M, most significant bit
-    first.
+    """Encode the gaps between sorted positions in Golomb's code of parameter M, most significant
+    bit first.
 
-    A gap g (positions skipped) is g // M ones and a zero, then g % M in truncated binary. These
-    bits are those of Golomb's code, in three streams one after the other, so that all gaps can be
-    read at once: the unary parts; the first ⌈log₂ M⌉ - 1 bits of each remainder; the last bit of
-    those remainders that have one more.
+    A gap g (the number of skipped positions) is g // M ones and a zero, then g % M in truncated
+    binary. The bits are stored in three parts, one after the other, so that all gaps can be read
+    at once:
+        1. the unary parts
+        2. the first ⌈log₂ M⌉ - 1 bits of each remainder
+        3. the last bit of those remainders that have one more
     """
     gaps = torch.diff(positions.long(), prepend=torch.tensor([-1])) - 1
     quotients, remainders = gaps // m, gaps % m
@@ -135,10 +146,10 @@ def golomb_encode(positions: Int[Tensor, " k"], m: int) -> UInt8[Tensor, " bytes
 
 
 def golomb_decode(code: UInt8[Tensor, " bytes"], count: int, m: int) -> Int[Tensor, " k"]:
-    """The `count` positions that `golomb_encode` was given.
+    """Decode `count` positions from the code of `golomb_encode`.
 
     Raises:
-        AdapterError: the code is too short for them.
+        AdapterError: the code is too short.
     """
     stream = unpack_bits(code)
     bits, short = _truncated_binary(m)
@@ -165,45 +176,49 @@ def golomb_decode(code: UInt8[Tensor, " bytes"], count: int, m: int) -> Int[Tens
 
 
 def _truncated_binary(m: int) -> tuple[int, int]:
-    """Bits of the longer words for remainders below M, and how many remainders have one bit
-    less."""
+    """Return the number of bits of the longer words for remainders below M, and the number of
+    remainders with one bit less."""
     bits = (m - 1).bit_length()
     return bits, (1 << bits) - m
 
 
 def entropy(count: int, n: int) -> float:
-    """Bits that `count` positions among n take at least on average: n H(count / n)."""
+    """Return the bits that `count` positions among n need at least on average: n H(count / n)."""
     d = count / n
     return 0.0 if d in (0, 1) else -n * (d * math.log2(d) + (1 - d) * math.log2(1 - d))
 
 
 def pack_bits(bits: UInt8[Tensor, " n"]) -> UInt8[Tensor, " bytes"]:
-    """Zeros and ones, eight to the byte, the first in the most significant place; the last byte is
-    filled with ones."""
+    """Pack zeros and ones, eight per byte, the first as the most significant bit. The last byte is
+    padded with ones."""
     filled = torch.cat([bits, torch.ones(-len(bits) % 8, dtype=torch.uint8)]).view(-1, 8)
     return (filled << torch.arange(7, -1, -1, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: UInt8[Tensor, " bytes"]) -> Int[Tensor, " n"]:
-    """The bits of `pack_bits`, with those that fill the last byte, as int64."""
+    """Return the bits that `pack_bits` packed, with the padding of the last byte, as int64."""
     return ((packed[:, None] >> torch.arange(7, -1, -1, dtype=torch.uint8)) & 1).flatten().long()
 
 
 def write(path: Path, tensors: dict[str, Tensor], keys: Iterable[str]) -> None:
-    """Write tensors to one safetensors file, those of `keys` by what is not zero in them, the
-    others as they are. Nothing is lost: `read` gives all of them back, bit for bit (but for -0,
-    which becomes 0).
+    """Write tensors to one safetensors file. Those of `keys` are coded by their nonzero entries;
+    the others are stored unchanged. `read` restores all of them bit for bit (except -0, which
+    becomes 0).
 
     Coded tensors share streams, since headers of hundreds of small tensors would be larger than the
-    tensors. `:about` (uint8) is JSON, deflated: a list of [key, shape, dtype, kind, count, M, bytes
-    of its code], in the order of the streams. `:golomb` (uint8) holds the positions. Of kind signs,
-    `:signs` (uint8) has a bit each, 1 for a negative number, and `:scales` (fp32) the magnitude; of
-    kind values, `:values.DTYPE` has the numbers; kind indices is a list of sorted indices, padded
-    with zeros, which are the positions.
+    tensors:
+        :about         uint8, deflated JSON: a list of [key, shape, dtype, kind, count, M, bytes of
+                       its code], in the order of the streams
+        :golomb        uint8, the positions
+        :signs         uint8, of kind signs: one bit for each entry, 1 for a negative number
+        :scales        fp32, of kind signs: the magnitude
+        :values.DTYPE  of kind values: the numbers
+    A tensor of kind indices is a list of sorted indices padded with zeros. Its code has the indices
+    as positions.
     """
     coded = set(keys)
     stored: dict[str, Tensor] = {}
-    about: list[list[Any]] = []
+    index: list[list[Any]] = []
     streams: dict[str, list[Tensor]] = {}
     for key, tensor in tensors.items():
         tensor = tensor.detach().cpu()
@@ -212,13 +227,13 @@ def write(path: Path, tensors: dict[str, Tensor], keys: Iterable[str]) -> None:
             flat = tensor.flatten()
             positions = torch.nonzero(flat).flatten()
             values = flat[positions]
-            alike = (
+            equal_magnitudes = (
                 len(values)
                 and values.dtype != torch.float64
                 and bool((values.abs() == values[0].abs()).all())
             )
-            kind = "signs" if alike else "values"
-            if alike:
+            kind = "signs" if equal_magnitudes else "values"
+            if equal_magnitudes:
                 streams.setdefault(":signs", []).append((values < 0).to(torch.uint8))
                 streams.setdefault(":scales", []).append(values[:1].abs().float())
             else:
@@ -226,18 +241,19 @@ def write(path: Path, tensors: dict[str, Tensor], keys: Iterable[str]) -> None:
         elif key.endswith("supertuning_indices") and tensor.ndim == 1 and n:
             positions, n = _support(tensor), int(tensor.max()) + 1
         if positions is None:
-            stored[key] = tensor.contiguous().clone()  # safetensors refuses shared memory
+            # safetensors refuses tensors that share memory
+            stored[key] = tensor.contiguous().clone()
             continue
         m = golomb_parameter(len(positions), max(n, 1))
         code = golomb_encode(positions, m)
         streams.setdefault(":golomb", []).append(code)
-        about.append(
+        index.append(
             [key, list(tensor.shape), _name(tensor.dtype), kind, len(positions), m, len(code)]
         )
     stored |= {key: torch.cat(parts) for key, parts in streams.items()}
     if ":signs" in stored:
         stored[":signs"] = pack_bits(stored[":signs"])
-    text = zlib.compress(json.dumps(about, separators=(",", ":")).encode(), 9)
+    text = zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
     stored[":about"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     save_file(stored, path, {"format": FORMAT})
 
@@ -247,46 +263,45 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _support(indices: Int[Tensor, " k"]) -> Tensor | None:
-    """Sorted indices without the zeros that pad them; None where they are something else."""
+    """Return sorted indices without their padding of zeros, or None if they are not sorted."""
     rising = torch.diff(indices) > 0
     count = len(indices) if bool(rising.all()) else int(torch.nonzero(~rising)[0]) + 1
     return indices[:count].long() if not indices[count:].any() else None
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that `write` wrote.
+    """Return the tensors of a file that `write` wrote.
 
     Raises:
-        AdapterError: there is no such file, or it is another one or damaged.
+        AdapterError: the file does not exist, has another format, or is damaged.
     """
     if not path.is_file():
         raise AdapterError(
-            f"there is no {path}: {FILE} is what python -m trainer.compress writes beside the"
-            " adapter"
+            f"there is no {path}: python -m trainer.compress writes {FILE} next to the adapter"
         )
     try:
         with safe_open(path, framework="pt") as file:
-            found = (file.metadata() or {}).get("format")
-            if found != FORMAT:
+            file_format = (file.metadata() or {}).get("format")
+            if file_format != FORMAT:
                 raise AdapterError(
-                    f"its format is {found!r}, expected {FORMAT!r}: it is no compressed adapter"
+                    f"its format is {file_format!r}, expected {FORMAT!r}: it is no compressed"
+                    " adapter"
                 )
-            stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
-        about = json.loads(
-            zlib.decompressobj().decompress(bytes(stored[":about"].tolist()), MOST_ABOUT)
-        )
+            stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
+        text = bytes(stored[":about"].tolist())
+        index = json.loads(zlib.decompressobj().decompress(text, MAX_INDEX_BYTES))
         if ":signs" in stored:
             stored[":signs"] = unpack_bits(stored[":signs"])
-        places: dict[str, int] = {}
+        offsets: dict[str, int] = {}
 
         def take(stream: str, count: int) -> Tensor:
-            start = places.get(stream, 0)
-            places[stream] = start + count
-            if count < 0 or places[stream] > len(stored[stream]):
+            start = offsets.get(stream, 0)
+            offsets[stream] = start + count
+            if count < 0 or offsets[stream] > len(stored[stream]):
                 raise AdapterError(f"its stream {stream} is cut off")
-            return stored[stream][start : places[stream]]
+            return stored[stream][start : offsets[stream]]
 
-        tensors = {str(entry[0]): _decoded(take, *entry[1:]) for entry in about}
+        tensors = {str(entry[0]): _decoded(take, *entry[1:]) for entry in index}
         return tensors | {key: tensor for key, tensor in stored.items() if not key.startswith(":")}
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from None

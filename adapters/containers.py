@@ -1,15 +1,18 @@
-"""Sparse and low-rank deltas in stock PEFT's own containers, so that they load, merge and train
-further without us.
+"""Sparse and low-rank deltas in stock PEFT's formats, so that PEFT alone can load, merge and train
+them.
 
-    Super-Tuning   values, int32 indices, and A, B where there is a low-rank part; one adapter, unquantised nn.Linear only
-    SHiRA + LoRA   two adapters, SHiRA loaded first; also on 4-bit bases, and SHiRA alone on 8-bit ones
+    Super-Tuning   values, int32 indices, and A and B if there is a low-rank part. One adapter, on
+                   unquantised nn.Linear only
+    SHiRA + LoRA   two adapters; SHiRA is loaded first. Also on 4-bit bases, and SHiRA alone on
+                   8-bit bases
 
-Super-Tuning has one density for all layers and SHiRA one budget r (in + out): layers with fewer
-entries have more of them, of value 0, which add nothing.
+Super-Tuning has one density for all layers, and SHiRA one budget of r (in + out) entries. Layers
+with a smaller support are padded with entries of value 0, which add nothing.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from pathlib import Path
@@ -26,41 +29,33 @@ from adapters.delta import AdapterError
 def save_supertuning(
     adapter: Any, model: nn.Module, folder: Path, base_name: str, task_type: str
 ) -> None:
-    """One folder in Super-Tuning's layout."""
+    """Write one folder in Super-Tuning's layout."""
     from peft import SupertuningConfig
 
     sparsity = 1 - adapter.densest
 
     def parts(delta: Any) -> dict[str, Tensor]:
-        k = int(delta.o * delta.i * (1 - sparsity))  # PEFT's own expression
+        k = int(delta.o * delta.i * (1 - sparsity))  # PEFT's expression
         tensors = {
             "supertuning_values": _padded(delta.values.detach().float(), k),
-            "supertuning_indices": _filled(delta.indices, k),
+            "supertuning_indices": _padded_support(delta.indices, k),
         }
         if adapter.rank:
             tensors |= {"supertuning_lora_A.weight": delta.A, "supertuning_lora_B.weight": delta.B}
         return tensors
 
     low_rank: dict[str, Any] = {}
-    if adapter.rank:  # PEFT scales by alpha / r here, whatever ours is
+    if adapter.rank:  # PEFT always scales by alpha / r here
         alpha = io.deltas(model)[0][1].scale * adapter.rank
         low_rank = {"r": adapter.rank, "lora_alpha": alpha, "lora_dropout": adapter.dropout}
-    _write(
-        adapter,
-        model,
-        folder,
-        parts,
-        SupertuningConfig,
-        base_name,
-        task_type,
-        {"sparsity": sparsity} | low_rank,
-    )
+    config = functools.partial(SupertuningConfig, sparsity=sparsity, **low_rank)
+    _write(model, folder, parts, config, base_name, task_type)
 
 
 def save_shira(
     adapter: Any, model: nn.Module, folder: Path, base_name: str, task_type: str
 ) -> None:
-    """The sparse part alone, in SHiRA's layout.
+    """Write the sparse part alone, in SHiRA's layout.
 
     Raises:
         AdapterError: the support is too dense for SHiRA's budget of r (in + out) entries.
@@ -79,48 +74,40 @@ def save_shira(
 
     def parts(delta: Any) -> dict[str, Tensor]:
         k = budget * (delta.o + delta.i)
-        flat = _filled(delta.indices, k).long()
+        flat = _padded_support(delta.indices, k).long()
         return {
             "shira_weight": _padded(delta.values.detach().float(), k),
             "shira_indices": torch.stack([flat // delta.i, flat % delta.i]).int(),
         }
 
-    # A mask type that PEFT does not know makes it take the indices from the file.
-    settings = {"r": budget, "mask_type": "saved", "random_seed": 0}
-    _write(
-        adapter,
-        model,
-        folder,
-        parts,
-        ShiraConfig,
-        base_name,
-        task_type,
-        settings,
-        heads=not adapter.rank,
-    )
+    # With a mask type that PEFT does not know, it takes the indices from the file.
+    settings: dict[str, Any] = {"r": budget, "mask_type": "saved", "random_seed": 0}
+    config = functools.partial(ShiraConfig, **settings)
+    _write(model, folder, parts, config, base_name, task_type, heads=not adapter.rank)
 
 
 def save_low_rank(
     adapter: Any, model: nn.Module, folder: Path, base_name: str, task_type: str
 ) -> None:
-    """The low-rank part alone, in LoRA's layout."""
+    """Write the low-rank part alone, in LoRA's layout."""
     from peft import LoraConfig
 
     def parts(delta: Any) -> dict[str, Tensor]:
         return {"lora_A.weight": delta.A, "lora_B.weight": delta.B}
 
-    settings = {
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "lora_dropout": adapter.dropout,
-        "use_rslora": adapter.rslora,
-        "fan_in_fan_out": io.delta_tensors(model, lambda _: {})[2],
-    }
-    _write(adapter, model, folder, parts, LoraConfig, base_name, task_type, settings)
+    config = functools.partial(
+        LoraConfig,
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.rslora,
+        fan_in_fan_out=io.delta_tensors(model, lambda _: {})[2],
+    )
+    _write(model, folder, parts, config, base_name, task_type)
 
 
 def load_pair(base: nn.Module, folder: Path) -> nn.Module:
-    """A pair as stock PEFT runs it: LoRA's layers around SHiRA's, which do not go around others. A
+    """Load a pair with stock PEFT: LoRA's layers wrap SHiRA's, which cannot wrap others. A
     PeftMixedModel does the same, but refuses models that transformers has loaded in 4 bits."""
     from peft import PeftModel
 
@@ -137,32 +124,29 @@ def _padded(values: Tensor, k: int) -> Tensor:
     return F.pad(values, (0, k - len(values)))
 
 
-def _filled(indices: Tensor, k: int) -> Tensor:
-    """The support and the first entries that are not in it, up to k: where PEFT trains on, each
-    moves by itself."""
+def _padded_support(indices: Tensor, k: int) -> Tensor:
+    """Return the support and the first entries outside it, k in all. The indices are distinct, so
+    that PEFT can train all of them."""
     first = torch.arange(k, dtype=indices.dtype, device=indices.device)
     return torch.cat([indices, first[~torch.isin(first, indices)][: k - len(indices)]])
 
 
 def _write(
-    adapter: Any,
     model: nn.Module,
     folder: Path,
     parts: Any,
     config_class: Any,
     base_name: str,
     task_type: str,
-    settings: dict[str, Any],
     heads: bool = True,
 ) -> None:
     tensors, names, _ = io.delta_tensors(model, parts)
-    whole = io.trained_modules(model) if heads else []
+    modules = io.trained_modules(model) if heads else []
     config = config_class(
         target_modules=names,
-        modules_to_save=whole or None,
+        modules_to_save=modules or None,
         base_model_name_or_path=base_name,
-        task_type=task_type if heads else None,  # of a SEQ_CLS folder PEFT expects a head
+        task_type=task_type if heads else None,  # PEFT expects a head in a SEQ_CLS folder
         inference_mode=True,
-        **settings,
     )
-    io.write(folder, config, tensors | io.module_tensors(model, whole))
+    io.write(folder, config, tensors | io.module_tensors(model, modules))

@@ -1,4 +1,4 @@
-"""The two references that methods are compared with: train everything, or nothing."""
+"""The two baselines for all methods: train everything, or nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapter folders as stock PEFT reads them: adapter_config.json and adapter_model.safetensors."""
+"""Adapter folders in stock PEFT's format: adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters.delta import AdaptedLinear, Delta, is_linear
+from adapters.delta import AdaptedLinear, Delta
+from adapters.linear import is_linear
 
 PREFIX = "base_model.model."  # PEFT's wrapper: PeftModel.base_model.model
 
 
 def deltas(model: nn.Module) -> list[tuple[str, Any]]:
-    """Every Delta, by its layer's name."""
+    """Return every Delta, by its layer's name."""
     return [
         (name, module.delta)
         for name, module in model.named_modules()
@@ -29,8 +30,8 @@ def deltas(model: nn.Module) -> list[tuple[str, Any]]:
 def delta_tensors(
     model: nn.Module, parts: Callable[[Any], dict[str, Tensor]]
 ) -> tuple[dict[str, Tensor], list[str], bool]:
-    """PEFT's keys for each Delta's parts; the adapted layers' names; whether they are GPT-2's
-    transposed Conv1D."""
+    """Return each Delta's parts under PEFT's keys, the adapted layers' names for PEFT's
+    target_modules, and whether the layers are GPT-2's transposed Conv1D."""
     tensors: dict[str, Tensor] = {}
     names: list[str] = []
     transposed = False
@@ -41,23 +42,23 @@ def delta_tensors(
             tensors |= {
                 f"{PREFIX}{name}.{key}": tensor for key, tensor in parts(module.delta).items()
             }
-    return tensors, _short(names, model), transposed
+    return tensors, _shortened(names, model), transposed
 
 
-def _short(names: list[str], model: nn.Module) -> list[str]:
-    """Names' ends (q_proj, ...) where they mean just these layers, else the names as they are."""
-    ends = {name.rpartition(".")[2] for name in names}
-    meant = {
+def _shortened(names: list[str], model: nn.Module) -> list[str]:
+    """Return the names' endings (q_proj, ...) if they match only these layers, else the names."""
+    endings = {name.rpartition(".")[2] for name in names}
+    matching = {
         name
         for name, module in model.named_modules()
-        if name.rpartition(".")[2] in ends
+        if name.rpartition(".")[2] in endings
         and (is_linear(module) or isinstance(module, AdaptedLinear))
     }
-    return sorted(ends) if meant == set(names) else sorted(names)
+    return sorted(endings) if matching == set(names) else sorted(names)
 
 
 def trained_modules(model: nn.Module) -> list[str]:
-    """Modules outside the Deltas that are trained too, such as a classification head."""
+    """Return the trained modules outside the Deltas, such as a classification head."""
     inside = [f"{name}." for name, module in model.named_modules() if isinstance(module, Delta)]
     names = (
         name.rpartition(".")[0]
@@ -68,7 +69,7 @@ def trained_modules(model: nn.Module) -> list[str]:
 
 
 def module_tensors(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
-    """PEFT's keys for modules that are saved whole."""
+    """Return all tensors of modules under PEFT's keys."""
     return {
         f"{PREFIX}{name}.{key}": tensor
         for name in names
@@ -77,17 +78,16 @@ def module_tensors(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
 
 
 def write(folder: Path, config: Any, tensors: dict[str, Tensor]) -> None:
-    """Write a PEFT config and its tensors. The config comes last, so that a folder without it is
-    known to be unfinished."""
+    """Write a PEFT config and its tensors. The config is written last: a folder without it is
+    incomplete."""
     folder.mkdir(parents=True, exist_ok=True)
-    # safetensors refuses shared memory
-    apart = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    save_file(apart, folder / "adapter_model.safetensors", {"format": "pt"})
+    # safetensors refuses tensors that share memory
+    copies = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    save_file(copies, folder / "adapter_model.safetensors", {"format": "pt"})
     fields = config.to_dict()
     for key, value in fields.items():
         if isinstance(value, set):
-            # sets have no order, and the file should be the same each time
-            fields[key] = sorted(value)
+            fields[key] = sorted(value)  # sets have no order, and the file should be reproducible
     temporary = folder / "adapter_config.json.tmp"
     temporary.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     os.replace(temporary, folder / "adapter_config.json")

@@ -1,12 +1,15 @@
 """LoRA: a low-rank update of frozen linear layers (Hu et al. 2021, arXiv 2106.09685).
 
-    y = W x + s B A x        s = alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)
+    y = W x + s B A x        s = alpha / r
+                             s = alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)
 
-    W  (o, i)  frozen        A  (r, i)  uniform at the start        B  (o, r)  zero at the start, so y starts as W x
+    W  (o, i)  frozen
+    A  (r, i)  uniform at the start
+    B  (o, r)  zero at the start, so y starts as W x
 
-A and B keep their own dtype (fp32) and are cast to the activations' for the product: on a bf16 base
-this costs next to nothing, where casting the activations to fp32 instead costs 17 % of a step.
-Saved in PEFT's own layout.
+A and B keep their dtype (fp32) and are cast to the activations' dtype for the product. On a bf16
+base this costs almost nothing. Casting the activations to fp32 instead costs 17 % of a step. The
+adapter is saved in PEFT's layout.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapters import io
-from adapters.delta import Adapter, Delta, features, saved_for_backward
+from adapters.delta import Adapter, Delta, saved_for_backward
+from adapters.linear import features
 
 
 class LoRA(Delta):
@@ -41,7 +45,7 @@ class LoRA(Delta):
         device = linear.weight.device
         self.A = nn.Parameter(torch.empty(rank, i, device=device, dtype=dtype))
         self.B = nn.Parameter(torch.empty(o, rank, device=device, dtype=dtype))
-        start(self.A, self.B)
+        initialise(self.A, self.B)
         self.scale = scale
         self.dropout = dropout
         self.fused = fused
@@ -72,8 +76,7 @@ class LoRA(Delta):
         return super().linear(base, x)
 
     def forward(self, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        # Under autocast the products are cast by it; y has the dtype in which the frozen product
-        # was computed.
+        # y has the dtype of the frozen product, which autocast may have chosen.
         x = F.dropout(x, self.dropout, self.training).to(y.dtype)
         low: Tensor = F.linear(x, self.A.to(y.dtype))
         flat = torch.addmm(
@@ -95,7 +98,7 @@ class _Linear(torch.autograd.Function):
     Backward   l = s dy B        dx = dy W + l A        dA = lᵀ x        dB = s dyᵀ (x Aᵀ)
     Shapes     x (*b, i), W (o, i), b (o,), A (r, i), B (o, r)
     Dtypes     products in `dtype`; dA and dB in A's and B's
-    Notes      of x is kept what it can be made from, where it says so; sums are added up in place.
+    Notes      x is saved, or the tensors that recompute it. Sums are computed in place.
     """
 
     @staticmethod
@@ -108,48 +111,50 @@ class _Linear(torch.autograd.Function):
         B: Tensor,
         scale: float,
         dtype: torch.dtype,
-        make: Any,
-        *of: Tensor,
+        recompute: Any,
+        *sources: Tensor,
     ) -> Tensor:
         flat = x.to(dtype).reshape(-1, x.shape[-1])
         y = F.linear(flat, W.to(dtype), bias.to(dtype) if bias is not None else None)
         low = F.linear(flat, A.to(dtype))
         y.addmm_(low, B.to(dtype).t(), alpha=scale)
-        ctx.save_for_backward(W, A, B, low, *(of if make is not None else (flat,)))
-        ctx.scale, ctx.dtype, ctx.make, ctx.shape, ctx.came = scale, dtype, make, x.shape, x.dtype
+        ctx.save_for_backward(W, A, B, low, *(sources if recompute is not None else (flat,)))
+        ctx.scale, ctx.dtype, ctx.recompute = scale, dtype, recompute
+        ctx.shape, ctx.input_dtype = x.shape, x.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        W, A, B, low, *of = ctx.saved_tensors
+        W, A, B, low, *sources = ctx.saved_tensors
         dtype: torch.dtype = ctx.dtype
         dx = dA = dB = None
         with torch.autocast(dy.device.type, enabled=False):
             dy = dy.to(dtype).reshape(-1, dy.shape[-1])
             dlow = (dy @ B.to(dtype)).mul_(ctx.scale)
             if ctx.needs_input_grad[0]:
-                dx = (dy @ W.to(dtype)).addmm_(dlow, A.to(dtype)).view(ctx.shape).to(ctx.came)
+                dx = (dy @ W.to(dtype)).addmm_(dlow, A.to(dtype))
+                dx = dx.view(ctx.shape).to(ctx.input_dtype)
             if ctx.needs_input_grad[3]:
                 flat = (
-                    of[0]
-                    if ctx.make is None
-                    else ctx.make(*of).to(dtype).reshape(-1, ctx.shape[-1])
+                    sources[0]
+                    if ctx.recompute is None
+                    else ctx.recompute(*sources).to(dtype).reshape(-1, ctx.shape[-1])
                 )
                 dA = (dlow.t() @ flat).to(A.dtype)
             if ctx.needs_input_grad[4]:
                 dB = (dy.t() @ low).mul_(ctx.scale).to(B.dtype)
-        return dx, None, None, dA, dB, None, None, None, *(None for _ in of)
+        return dx, None, None, dA, dB, None, None, None, *(None for _ in sources)
 
 
-def start(A: Tensor, B: Tensor, generator: torch.Generator | None = None) -> None:
-    """Put A and B where they start, in place."""
+def initialise(A: Tensor, B: Tensor, generator: torch.Generator | None = None) -> None:
+    """Set A and B to their values at the start, in place."""
     nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # as nn.Linear, and as PEFT
     nn.init.zeros_(B)
 
 
 def scaling(rank: int, alpha: float, rslora: bool) -> float:
-    """s of the module's text."""
+    """Return s of the module's docstring."""
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
@@ -170,22 +175,12 @@ class LoRAAdapter(Adapter):
     ):
         self.fused = fused
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
-        self.target_modules, self.exclude_modules, self.lr_ratio = (
-            target_modules,
-            list(exclude_modules),
-            lr_ratio,
-        )
-        self.dtype = getattr(torch, dtype)
+        self.target_modules, self.exclude_modules = target_modules, list(exclude_modules)
+        self.lr_ratio, self.dtype = lr_ratio, getattr(torch, dtype)
 
     def make(self, linear: nn.Module) -> LoRA:
-        return LoRA(
-            linear,
-            self.rank,
-            scaling(self.rank, self.alpha, self.rslora),
-            self.dropout,
-            self.dtype,
-            self.fused,
-        )
+        scale = scaling(self.rank, self.alpha, self.rslora)
+        return LoRA(linear, self.rank, scale, self.dropout, self.dtype, self.fused)
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns lr_ratio times as fast as A.

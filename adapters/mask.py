@@ -1,9 +1,10 @@
-"""Which entries of a weight a sparse delta may move: its support, as sorted flat int32 indices row
-· in + column.
+"""The support of a sparse delta: the entries of a weight that it may change, as sorted flat int32
+indices row · in + column.
 
-    masks.safetensors   one tensor of indices for each adapted layer, by the layer's name; metadata: {"shapes": JSON}
+    masks.safetensors   one tensor of indices for each adapted layer, by the layer's name;
+                        metadata: {"shapes": JSON}
 
-An exported adapter (adapter_model.safetensors of Super-Tuning) is read as a mask, too.
+An exported adapter (adapter_model.safetensors of Super-Tuning) can be read as a mask too.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from torch import Tensor
 from adapters.delta import AdapterError
 
 INT32 = 2**31
-EXPORTED = ".supertuning_indices"  # PEFT's key of them in an adapter folder
+EXPORTED = ".supertuning_indices"  # the ending of PEFT's keys of indices in an adapter folder
 
 
 def entries(o: int, i: int, density: float, name: str) -> int:
-    """How many entries of an (o, i) weight a density is. The expression is that of PEFT's
-    Super-Tuning, roundings included.
+    """Return the number of entries of an (o, i) weight at a density. The expression is the one of
+    PEFT's Super-Tuning, and rounds the same way.
 
     Raises:
         AdapterError: the density is not in (0, 1], it leaves no entry, or the weight is too large
@@ -52,7 +53,7 @@ def entries(o: int, i: int, density: float, name: str) -> int:
 
 
 def top(scores: Float[Tensor, "*shape"], k: int, name: str) -> Int[Tensor, " k"]:
-    """The k entries of largest score.
+    """Return the k entries of largest score.
 
     Raises:
         AdapterError: a score is NaN, or there are fewer than k.
@@ -66,11 +67,11 @@ def top(scores: Float[Tensor, "*shape"], k: int, name: str) -> Int[Tensor, " k"]
 
 
 def random(o: int, i: int, k: int, generator: torch.Generator) -> Int[Tensor, " k"]:
-    """k uniformly random entries of an (o, i) weight, from a generator on the CPU."""
+    """Draw k uniformly random entries of an (o, i) weight, with a generator on the CPU."""
     if k > o * i // 4:
         return torch.randperm(o * i, generator=generator)[:k].sort().values.int()
     drawn = torch.zeros(0, dtype=torch.int64)
-    while len(drawn) < k:  # without a permutation of all entries
+    while len(drawn) < k:  # cheaper than a permutation of all entries
         drawn = torch.cat(
             [drawn, torch.randint(o * i, (k + k // 8 + 8,), generator=generator)]
         ).unique()
@@ -85,80 +86,80 @@ def save(file: Path, supports: dict[str, Tensor], shapes: dict[str, tuple[int, i
     temporary.rename(file)
 
 
-def load(file: Path, wanted: dict[str, tuple[tuple[int, int], int]]) -> dict[str, Tensor]:
-    """Supports of the layers in `wanted`: {name: ((o, i), k)}.
+def load(file: Path, layers: dict[str, tuple[tuple[int, int], int]]) -> dict[str, Tensor]:
+    """Return the supports of `layers`, {name: ((o, i), k)}, from a mask file or an adapter folder.
 
     Raises:
         AdapterError: the file is missing or unreadable, or is of another model or density.
     """
-    where = f"adapter.mask={file}"
-    if file.is_dir():
-        file = next(
-            (
-                file / name
-                for name in ("masks.safetensors", "adapter_model.safetensors")
-                if (file / name).exists()
-            ),
-            file,
+    setting = f"adapter.mask={file}"
+    masks, shapes = _read(file, setting)
+    missing, unknown = sorted(layers.keys() - masks.keys()), sorted(masks.keys() - layers.keys())
+    if missing or unknown:
+        raise AdapterError(
+            f"{setting} is of another model or other target modules: {len(missing)} layers are"
+            f" missing {missing[:2]}, {len(unknown)} are not adapted here {unknown[:2]}"
         )
+    for name, (shape, k) in layers.items():
+        if tuple(shapes.get(name, shape)) != shape:
+            raise AdapterError(
+                f"{setting} is of another model: {name} is {tuple(shapes[name])} there and {shape}"
+                " here"
+            )
+        masks[name] = _checked(masks[name], k, shape[0] * shape[1], name, setting)
+    return masks
+
+
+def _read(file: Path, setting: str) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """Return the indices and, where the file has them, the weights' shapes, by layer name."""
+    if file.is_dir():
+        names = ("masks.safetensors", "adapter_model.safetensors")
+        file = next((file / name for name in names if (file / name).exists()), file)
     if not file.is_file():
         raise AdapterError(
-            f"{where}: there is no such file. Give masks.safetensors of a run, or an exported"
+            f"{setting}: there is no such file. Give masks.safetensors of a run, or an exported"
             " adapter's folder"
         )
     try:
         with safe_open(file, "pt") as opened:
             shapes = json.loads((opened.metadata() or {}).get("shapes", "{}"))
-            found = {
-                key: opened.get_tensor(key)
+            masks = {
+                key.removesuffix(EXPORTED).removeprefix("base_model.model."): opened.get_tensor(key)
                 for key in opened.keys()  # noqa: SIM118
                 if key.endswith(EXPORTED) or key in shapes
             }
     except (SafetensorError, ValueError, OSError) as error:
-        raise AdapterError(f"{where} cannot be read as masks: {error}") from error
-    found = {
-        key.removesuffix(EXPORTED).removeprefix("base_model.model."): indices
-        for key, indices in found.items()
-    }
-    if not found:
+        raise AdapterError(f"{setting} cannot be read as masks: {error}") from error
+    if not masks:
         raise AdapterError(
-            f"{where} holds no masks. Give masks.safetensors of a run, or an adapter that was"
+            f"{setting} holds no masks. Give masks.safetensors of a run, or an adapter that was"
             " exported with to=peft"
         )
-    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    if missing or unknown:
+    return masks, shapes
+
+
+def _checked(indices: Tensor, k: int, numel: int, name: str, setting: str) -> Int[Tensor, " k"]:
+    """Return a layer's k indices, sorted."""
+    # Super-Tuning has one density for all layers: padding follows the layer's k indices
+    if len(indices) > k and indices[k] < indices[k - 1]:
+        indices = indices[:k]
+    if len(indices) != k:
         raise AdapterError(
-            f"{where} is of another model or other target modules: {len(missing)} layers are"
-            f" missing {missing[:2]}, {len(unknown)} are not adapted here {unknown[:2]}"
+            f"{setting} has {len(indices)} entries for {name} (density {len(indices) / numel:g})"
+            f" where the settings ask for {k} ({k / numel:g}). Set adapter.density to the"
+            " mask's"
         )
-    for name, (shape, k) in wanted.items():
-        indices, numel = found[name], shape[0] * shape[1]
-        if tuple(shapes.get(name, shape)) != shape:
-            raise AdapterError(
-                f"{where} is of another model: {name} is {tuple(shapes[name])} there and {shape}"
-                " here"
-            )
-        # an export to one density: the rest fills it up
-        if len(indices) > k and indices[k] < indices[k - 1]:
-            indices = indices[:k]
-        if len(indices) != k:
-            raise AdapterError(
-                f"{where} has {len(indices)} entries for {name} (density {len(indices) / numel:g})"
-                f" where the settings ask for {k} ({k / numel:g}). Set adapter.density to the"
-                " mask's"
-            )
-        sorted_ = indices.long().sort().values
-        if sorted_[0] < 0 or sorted_[-1] >= numel or (sorted_[1:] == sorted_[:-1]).any():
-            raise AdapterError(
-                f"{where}: the indices of {name} leave the weight's {numel} entries, or repeat"
-            )
-        found[name] = sorted_.int()
-    return found
+    ascending = indices.long().sort().values
+    if ascending[0] < 0 or ascending[-1] >= numel or (ascending[1:] == ascending[:-1]).any():
+        raise AdapterError(
+            f"{setting}: the indices of {name} leave the weight's {numel} entries, or repeat"
+        )
+    return ascending.int()
 
 
 def statistics(support: Int[Tensor, " k"], weight: Float[Tensor, "o i"]) -> dict[str, float]:
-    """Shares of rows and of columns that a support touches, and of it that is among the k largest
-    weights."""
+    """Return the shares of rows and of columns that a support touches, and the share of its entries
+    that are among the k largest weights."""
     o, i = weight.shape
     flat = support.long()
     largest = torch.zeros(o * i, dtype=torch.bool, device=weight.device)
@@ -171,14 +172,15 @@ def statistics(support: Int[Tensor, " k"], weight: Float[Tensor, "o i"]) -> dict
 
 
 def processes() -> int:
-    """How many processes train together."""
+    """Return the number of processes that train together."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
     return 1
 
 
 def refuse_divergence(supports: dict[str, Tensor]) -> None:
-    """
+    """Check that all processes have the same supports.
+
     Raises:
         AdapterError: another process has other supports.
     """
@@ -192,6 +194,5 @@ def refuse_divergence(supports: dict[str, Tensor]) -> None:
     torch.distributed.all_gather_object(digests, digest.hexdigest())
     if len(set(digests)) > 1:
         raise AdapterError(
-            "the processes of this run have different supports, so their values would not belong"
-            " together"
+            "the processes of this run have different supports, so their values cannot be averaged"
         )

@@ -1,15 +1,13 @@
-"""Every method of stock PEFT through one bridge: `adapter=peft adapter.peft_type=LOHA adapter.r=8
-...`.
+"""Every method of stock PEFT, for example `adapter=peft adapter.peft_type=LOHA adapter.r=8`.
 
-Field names and their defaults are PEFT's own; conf/adapter holds presets. What this file adds is
-what PEFT leaves to its caller: initialisations computed from data (EVA, CorDA, LoRA-GA) or from the
-unquantised weights (LoftQ), AdaLoRA's budget and penalty, and a state from which a run goes on
-exactly.
+Field names and their defaults are PEFT's. conf/adapter has presets. This file adds the parts that
+PEFT leaves to its caller: AdaLoRA's budget and penalty, a state from which a run resumes exactly,
+and in peft_init the initialisations from data or unquantised weights.
 
-PiSSA, OLoRA, CorDA and LoRA-GA move a part B₀A₀ of each weight into the adapter and leave W - s
-B₀A₀ behind. Here that remainder is always computed by `_take_out` from the stored A₀, B₀, so that
-it has the same bits after a resume, and the saved adapter is the difference B A - B₀A₀ at twice the
-rank, which fits the base as everyone else has it.
+PiSSA, OLoRA, CorDA and LoRA-GA move a part s B₀A₀ of each weight W into the adapter, which leaves
+W - s B₀A₀ in the base. Here this remainder is always computed by `_subtract_initial` from the
+stored A₀ and B₀, so that it has the same bits after a resume. The saved adapter is the difference
+B A - B₀A₀ at twice the rank, which fits the original base.
 """
 
 from __future__ import annotations
@@ -28,30 +26,30 @@ from typing import Any
 
 import peft
 import torch
-from peft.utils.loftq_utils import _low_rank_decomposition, _SafetensorLoader
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters import io
+from adapters import io, peft_init
 from adapters.delta import (
     Adapter,
     AdapterError,
     NeedsWeights,
     Start,
-    _ends,
-    _to_own_dtype,
+    cast_inputs,
     copy_tensors,
-    float_weight,
+    ends_with,
     freeze,
-    is_linear,
     refuse_quantised,
-    set_float_weight,
     targets,
     untie,
 )
-from adapters.peft_fields import CHANGES_BASE, OURS, PROMPT_LEARNING, classes, config_class
+from adapters.linear import float_weight, is_linear, set_float_weight
+from adapters.peft_fields import CHANGES_BASE, NAME, OURS, PROMPT_LEARNING, classes, config_class
+from adapters.peft_init import lora_layers
 
-NAME = "default"  # PEFT's name for the only adapter
+# what PEFT raises if a method does not fit a model
+PEFT_ERRORS = (ValueError, TypeError, KeyError, NotImplementedError, ImportError, RuntimeError)
+# settings with which PEFT initialises a LoRA without computing anything
 ORDINARY_START = {
     "init_lora_weights": True,
     "corda_config": None,
@@ -61,7 +59,7 @@ ORDINARY_START = {
 
 
 class Peft(Adapter):
-    """One of PEFT's methods, made from its own configuration class."""
+    """One of PEFT's methods, built from its configuration class."""
 
     def __init__(self, peft_type: str, data_batches: int, **fields: Any):
         entry = config_class(peft_type)
@@ -80,13 +78,13 @@ class Peft(Adapter):
 
     def attach(self, model: nn.Module, start: Start) -> nn.Module:
         freeze(model)
-        # held, so that no id is reused
+        # keep references, so that no id is reused
         base_tensors = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
-        on_meta = next(model.parameters()).device.type == "meta"
-        computed = start.saved is None and not on_meta
+        computed = start.saved is None and next(model.parameters()).device.type != "meta"
         config = self._config(model, start, computed)
         if computed:
-            self._before_wrapping(model, config, start)
+            with _silent():
+                peft_init.before_wrapping(self.init, model, config, start, self.data_batches)
         weights = {}
         if computed and self.changes_base:
             weights = {
@@ -94,54 +92,52 @@ class Peft(Adapter):
                 for name, module in model.named_modules()
                 if is_linear(module)
             }
-        # as they are anyway: unsaid, torch warns at SHiRA and others
-        torch.sparse.check_sparse_tensor_invariants.disable()
-        try:
-            with _silent():
-                wrapped = peft.get_peft_model(model, config)
-        except torch.OutOfMemoryError:
-            raise
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            NotImplementedError,
-            ImportError,
-            RuntimeError,
-        ) as error:
-            refusal = (
-                NeedsWeights
-                if on_meta
-                and (isinstance(error, NotImplementedError) or "meta tensor" in str(error))
-                else AdapterError
-            )
-            raise refusal(f"PEFT cannot put {self.config_name} on this model: {error}") from error
+        wrapped = self._wrapped(model, config)
         for name, parameter in wrapped.named_parameters():
-            # AdaLoRA's divisor, which PEFT makes a constant, then trains, and does not save
+            # AdaLoRA's divisor: PEFT makes it a constant, then trains it, and does not save it
             if ".ranknum." in name:
                 parameter.requires_grad_(False)
         if computed:
-            self._after_wrapping(wrapped, start)
+            peft_init.after_wrapping(self.init, wrapped, start, self.data_batches)
         if weights:
-            self.initial = {
-                name: tensor.detach().clone() for name, tensor in self._factors(wrapped)
-            }
-            for name, module in self._adapted(wrapped):
-                module.get_base_layer().weight.data.copy_(weights[name])
-                if self._part(name, module).shape != float_weight(module.get_base_layer()).shape:
-                    kind = type(module.get_base_layer()).__name__
-                    raise AdapterError(
-                        f"PEFT's initialisation {self.init} does not work on this model's {kind}"
-                        f" layers, such as {name}"
-                    )
-            self._take_out(wrapped)
+            self._store_initial(wrapped, weights)
+            self._subtract_initial(wrapped)
         for name in start.new_modules:  # PEFT trains a copy of them
             trained = wrapped.get_base_model().get_submodule(name).modules_to_save[NAME].float()
-            trained.register_forward_pre_hook(_to_own_dtype)
+            trained.register_forward_pre_hook(cast_inputs)
         self.base_names = {
-            name for name, tensor in _own_tensors(wrapped) if id(tensor) in base_tensors
+            name for name, tensor in _named_tensors(wrapped) if id(tensor) in base_tensors
         }
         return wrapped
+
+    def _wrapped(self, model: nn.Module, config: Any) -> Any:
+        on_meta = next(model.parameters()).device.type == "meta"
+        # the default, set explicitly: otherwise torch warns about SHiRA and others
+        torch.sparse.check_sparse_tensor_invariants.disable()
+        try:
+            with _silent():
+                return peft.get_peft_model(model, config)
+        except torch.OutOfMemoryError:
+            raise
+        except PEFT_ERRORS as error:
+            needs_weights = isinstance(error, NotImplementedError) or "meta tensor" in str(error)
+            refusal = NeedsWeights if on_meta and needs_weights else AdapterError
+            raise refusal(f"PEFT cannot put {self.config_name} on this model: {error}") from error
+
+    def _store_initial(self, wrapped: Any, weights: dict[str, Tensor]) -> None:
+        """Store A₀ and B₀, and put the base's `weights` back, from which PEFT has taken them."""
+        self.initial = {}
+        for name, module in lora_layers(wrapped):
+            self.initial[f"{name}.lora_A"] = module.lora_A[NAME].weight.detach().clone()
+            self.initial[f"{name}.lora_B"] = module.lora_B[NAME].weight.detach().clone()
+        for name, module in lora_layers(wrapped):
+            base = module.get_base_layer()
+            base.weight.data.copy_(weights[name])
+            if self._initial_part(name, module).shape != float_weight(base).shape:
+                raise AdapterError(
+                    f"PEFT's initialisation {self.init} does not work on this model's"
+                    f" {type(base).__name__} layers, such as {name}"
+                )
 
     def _config(self, model: nn.Module, start: Start, computed: bool) -> Any:
         if start.saved is not None:
@@ -156,10 +152,10 @@ class Peft(Adapter):
         if transposed and "fan_in_fan_out" in classes()[self.config_name].fields:
             values.setdefault("fan_in_fan_out", True)
         if self.kind == "LORA" and (not computed or self.init == "loftq"):
-            # saved or later computed tensors replace whatever is put there
+            # tensors that are loaded or computed later replace PEFT's initial values
             values |= ORDINARY_START
         if self.kind == "ADALORA":
-            # `load_state` brings it; PEFT would look for layers' ranks in it, as for a LoRA
+            # `load_state` sets it. PEFT would read layers' ranks from it, as for a LoRA
             values["rank_pattern"] = None
         values["task_type"] = "SEQ_CLS" if start.new_modules else "CAUSAL_LM"
         try:
@@ -169,79 +165,12 @@ class Peft(Adapter):
                 f"PEFT's {self.config_name} refuses these settings: {error}"
             ) from error
 
-    def _before_wrapping(self, model: nn.Module, config: Any, start: Start) -> None:
-        if self.init in ("corda", "lora_ga") and config.target_modules == "all-linear":
-            # their preparation reads names only
-            config.target_modules = {name for name, _ in targets(model, "all-linear")}
-        if self.init == "corda":
-            from peft.tuners.lora.corda import preprocess_corda
+    def _subtract_initial(self, wrapped: Any) -> None:
+        for name, module in lora_layers(wrapped):
+            base = module.get_base_layer()
+            set_float_weight(base, float_weight(base) - self._initial_part(name, module))
 
-            preprocess_corda(
-                model, config, run_model=lambda: _forward(model, _single(self._data(start, model)))
-            )
-        elif self.init == "lora_ga":
-            from peft.tuners.lora.loraga import preprocess_loraga
-
-            with _silent():
-                preprocess_loraga(
-                    model,
-                    config,
-                    train_step=lambda: _forward(model, self._data(start, model), backward=True),
-                )
-
-    def _after_wrapping(self, wrapped: Any, start: Start) -> None:
-        if self.init == "eva":
-            peft.initialize_lora_eva_weights(
-                wrapped, list(self._data(start, wrapped)), show_progress_bar=False
-            )
-        elif self.init == "loftq":
-            self._fit_rounding(wrapped)
-
-    def _fit_rounding(self, wrapped: Any) -> None:
-        """LoftQ (Li et al. 2023, arXiv 2310.08659) in one iteration, as PEFT's own, which needs a
-        GPU and a scale of 1."""
-        folder = Path(wrapped.config._name_or_path)
-        try:
-            stored = _SafetensorLoader(wrapped, str(folder) if folder.is_dir() else None)
-        except (ValueError, OSError) as error:
-            raise AdapterError(
-                f"LoftQ reads the base's weights before rounding, which are not there: {error}"
-            ) from error
-        for name, module in self._adapted(wrapped):
-            rounded = float_weight(module.get_base_layer())
-            lost = stored.get_tensor(f"{name}.weight").to(rounded) - rounded
-            factors = _low_rank_decomposition(lost / module.scaling[NAME], module.r[NAME])
-            module.lora_A[NAME].weight.data.copy_(factors["R"])
-            module.lora_B[NAME].weight.data.copy_(factors["L"])
-
-    def _data(self, start: Start, model: nn.Module) -> Iterator[dict[str, Tensor]]:
-        if start.data is None:
-            raise AdapterError(
-                f"adapter.init_lora_weights={self.init} is computed from training data, and there"
-                " is none"
-            )
-        device = next(model.parameters()).device
-        for batch in itertools.islice(start.data(), self.data_batches):
-            yield {key: value.to(device) for key, value in batch.items()}
-
-    def _adapted(self, wrapped: Any) -> Iterator[tuple[str, Any]]:
-        for name, module in wrapped.get_base_model().named_modules():
-            if isinstance(module, peft.tuners.lora.LoraLayer):
-                yield name, module
-
-    def _factors(self, wrapped: Any) -> Iterator[tuple[str, Tensor]]:
-        for name, module in self._adapted(wrapped):
-            yield f"{name}.lora_A", module.lora_A[NAME].weight
-            yield f"{name}.lora_B", module.lora_B[NAME].weight
-
-    def _take_out(self, wrapped: Any) -> None:
-        for name, module in self._adapted(wrapped):
-            set_float_weight(
-                module.get_base_layer(),
-                float_weight(module.get_base_layer()) - self._part(name, module),
-            )
-
-    def _part(self, name: str, module: Any) -> Tensor:
+    def _initial_part(self, name: str, module: Any) -> Tensor:
         part = self.initial[f"{name}.lora_B"].float() @ self.initial[f"{name}.lora_A"].float()
         return module.scaling[NAME] * part.to(module.get_base_layer().weight.device)
 
@@ -249,20 +178,16 @@ class Peft(Adapter):
         live: Any = model
         tensors = {
             name: tensor.detach()
-            for name, tensor in _own_tensors(live)
+            for name, tensor in _named_tensors(live)
             if name not in self.base_names
         }
-        config = {
-            k: _plain(v)
-            for k, v in live.peft_config[NAME].to_dict().items()
-            if k in classes()[self.config_name].fields
-        }
+        config = self._plain_config(live.peft_config[NAME])
         extra: dict[str, Any] = {"config": config, "initial": self.initial}
-        if self.kind == "SHIRA":  # its indices are no buffers
+        if self.kind == "SHIRA":  # its indices are not buffers
             extra["indices"] = {
-                n: m.shira_indices[NAME]
-                for n, m in live.named_modules()
-                if hasattr(m, "shira_indices")
+                name: module.shira_indices[NAME]
+                for name, module in live.named_modules()
+                if hasattr(module, "shira_indices")
             }
         if self.kind == "ADALORA":
             allocator = live.base_model.rankallocator
@@ -276,35 +201,29 @@ class Peft(Adapter):
         copy_tensors(self.state(model)["tensors"], state["tensors"])
         extra, device = state["extra"], next(live.parameters()).device
         if extra["initial"] and not self.initial:
-            # Where they were at first: another device would multiply them with another rounding.
+            # On the device that computed the remainder first: another one would round differently.
             self.initial = {name: tensor.to(device) for name, tensor in extra["initial"].items()}
-            self._take_out(live)
+            self._subtract_initial(live)
         for name, indices in extra.get("indices", {}).items():
             live.get_submodule(name).shira_indices[NAME] = indices
         for key, values in extra.get("importance", {}).items():
-            setattr(
-                live.base_model.rankallocator,
-                key,
-                {name: tensor.to(device) for name, tensor in values.items()},
-            )
+            importance = {name: tensor.to(device) for name, tensor in values.items()}
+            setattr(live.base_model.rankallocator, key, importance)
         if self.kind == "ADALORA":
             live.peft_config[NAME].rank_pattern = extra["config"].get("rank_pattern")
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         if self.kind != "ADALORA":
             return None
-        # Zhang et al. 2023 (arXiv 2303.10512), eq. 4, averaged over the matrices as PEFT does in
-        # its own forward.
+        # Zhang et al. 2023 (arXiv 2303.10512), eq. 4, averaged over the matrices, as in PEFT's
+        # forward.
         live: Any = model
         terms = []
         for name, p in live.named_parameters():
             if f"lora_A.{NAME}" in name or f"lora_B.{NAME}" in name:
                 gram = p @ p.T if "lora_A" in name else p.T @ p
-                terms.append(
-                    torch.linalg.norm(
-                        gram - torch.eye(*gram.shape, device=gram.device, dtype=gram.dtype)
-                    )
-                )
+                identity = torch.eye(*gram.shape, device=gram.device, dtype=gram.dtype)
+                terms.append(torch.linalg.norm(gram - identity))
         return live.peft_config[NAME].orth_reg_weight * torch.stack(terms).mean()
 
     def after_step(self, model: nn.Module, step: int) -> None:
@@ -334,14 +253,20 @@ class Peft(Adapter):
             tensors = peft.get_peft_model_state_dict(live, save_embedding_layers=False)
         config = copy.copy(live.peft_config[NAME])
         if self.kind == "LORA":
-            # the tensors are there: whoever loads them has nothing to compute
+            # the file has the tensors, so loading computes nothing
             vars(config).update(ORDINARY_START)
         if self.changes_base:
             config, tensors = self._difference(config, tensors)
         config.base_model_name_or_path, config.inference_mode = base_name, True
         io.write(folder, config, tensors)
 
+    def _plain_config(self, config: Any) -> dict[str, Any]:
+        """Return the config's fields as plain data."""
+        fields = classes()[self.config_name].fields
+        return {key: _plain(value) for key, value in config.to_dict().items() if key in fields}
+
     def _difference(self, config: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """Return the adapter B A - B₀A₀ at twice the rank."""
         doubled = {}
         for key, tensor in tensors.items():
             name = key.removeprefix(io.PREFIX).removesuffix(".weight")
@@ -353,11 +278,7 @@ class Peft(Adapter):
                 doubled[key] = torch.cat([tensor, -self.initial[name].to(tensor)], dim=1)
         # keeps alpha / r, or alpha / sqrt(r), at twice the rank
         factor = 2**0.5 if config.use_rslora else 2
-        values = {
-            k: _plain(v)
-            for k, v in config.to_dict().items()
-            if k in classes()[self.config_name].fields
-        }
+        values = self._plain_config(config)
         values |= {"r": 2 * config.r, "lora_alpha": factor * config.lora_alpha}
         values["rank_pattern"] = {k: 2 * v for k, v in (config.rank_pattern or {}).items()}
         values["alpha_pattern"] = {k: factor * v for k, v in (config.alpha_pattern or {}).items()}
@@ -366,14 +287,12 @@ class Peft(Adapter):
     @contextlib.contextmanager
     def disabled(self, model: nn.Module) -> Iterator[None]:
         live: Any = model
-        adapted = list(self._adapted(live)) if self.initial else []
+        adapted = list(lora_layers(live)) if self.initial else []
         remainders = [module.get_base_layer().weight.detach().clone() for _, module in adapted]
-        # the base's own weights are the remainder and what was taken out of it
+        # the original weight is the sum of the remainder and the initial part
         for name, module in adapted:
-            set_float_weight(
-                module.get_base_layer(),
-                float_weight(module.get_base_layer()) + self._part(name, module),
-            )
+            base = module.get_base_layer()
+            set_float_weight(base, float_weight(base) + self._initial_part(name, module))
         try:
             with live.disable_adapter():
                 yield
@@ -384,7 +303,7 @@ class Peft(Adapter):
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Without what PEFT warns of and nobody can act upon."""
+    """Silence PEFT's warnings that users cannot act on."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*used with low_cpu_mem_usage=False.*")  # EVA
         # LoRA-GA, at the first layer
@@ -394,22 +313,25 @@ def _silent() -> Iterator[None]:
         yield
 
 
-def _refuse_unknown(model: nn.Module, wanted: str | list[str]) -> None:
-    """PEFT passes over names that match nothing beside others that do, and names no choices."""
+def _refuse_unknown(model: nn.Module, entries: str | list[str]) -> None:
+    """Refuse target modules that match nothing. PEFT ignores them if another entry matches, and its
+    message lists no choices."""
     names = [name for name, _ in model.named_modules()]
-    if wanted == "all-linear":
+    if entries == "all-linear":
         return
-    if isinstance(wanted, str):
-        with contextlib.suppress(re.error):  # `targets` tells of it
-            if any(re.fullmatch(wanted, name) for name in names):
+    if isinstance(entries, str):
+        with contextlib.suppress(re.error):  # `targets` reports it
+            if any(re.fullmatch(entries, name) for name in names):
                 return
-        targets(model, wanted)
-    elif unknown := [entry for entry in wanted if not any(_ends(name, entry) for name in names)]:
+        targets(model, entries)
+    elif unknown := [
+        entry for entry in entries if not any(ends_with(name, entry) for name in names)
+    ]:
         targets(model, unknown)
 
 
-def _own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and saved buffers under all their names, tied ones included."""
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and saved buffers under all their names, including those of tied ones."""
     yield from model.named_parameters(remove_duplicate=False)
     for name, module in model.named_modules():
         for key, buffer in module.named_buffers(recurse=False):
@@ -418,7 +340,7 @@ def _own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _build(class_name: str, values: dict[str, Any]) -> Any:
-    """One of PEFT's dataclasses from plain values, with nested dataclasses from mappings."""
+    """Build one of PEFT's dataclasses from plain values, with nested dataclasses from mappings."""
     cls = getattr(peft if hasattr(peft, class_name) else peft.tuners.lora.config, class_name)
     annotations = classes()[class_name].fields
     nested = {}
@@ -429,14 +351,15 @@ def _build(class_name: str, values: dict[str, Any]) -> Any:
             else []
         )
         inner = next((name for name in names if name in classes()), None)
-        # PEFT's own default for some is {}, which is not the same as their class's defaults: it
-        # warns of those.
+        # PEFT's default for some of them is {}, which stays as it is: for an instance of their
+        # class PEFT warns.
         nested[key] = _build(inner, value) if inner and isinstance(value, dict) and value else value
     known = {f.name for f in dataclass_fields(cls) if f.init}
     return cls(**{key: value for key, value in nested.items() if key in known})
 
 
 def _plain(value: Any) -> Any:
+    """Return plain data: dataclasses as mappings, sets as sorted lists, enums as values."""
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclass_fields(value)}
     if isinstance(value, set | list | tuple):
@@ -444,22 +367,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return getattr(value, "value", value)
-
-
-def _single(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Row by row and without padding, as CorDA's covariance needs them."""
-    for batch in batches:
-        for i, length in enumerate(batch["attention_mask"].sum(1).tolist()):
-            yield {
-                key: value[i : i + 1, :length] for key, value in batch.items() if key != "labels"
-            }
-
-
-def _forward(
-    model: nn.Module, batches: Iterator[dict[str, Tensor]], backward: bool = False
-) -> None:
-    with torch.set_grad_enabled(backward):
-        for batch in batches:
-            output = model(**batch, use_cache=False)
-            if backward:
-                output.loss.backward()

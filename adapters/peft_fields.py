@@ -1,5 +1,7 @@
-"""Which fields each of PEFT's configuration classes has, read from its source without importing it:
-importing PEFT imports torch, and a misspelt field should be named in milliseconds."""
+"""The fields of PEFT's configuration classes, read from its source without importing it.
+
+Importing PEFT imports torch, and a misspelt field should be reported in milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# arguments of adapters.peft.Peft, not PEFT's
+NAME = "default"  # PEFT's name for the only adapter
+# arguments of adapters.peft.Peft, not fields of PEFT
 OURS = {"_target_", "_partial_", "peft_type", "data_batches"}
 NOT_SETTABLE = {
     "task_type",
@@ -27,8 +30,8 @@ UNUSABLE = {
     "POLY": "it needs a task id with every row",
     "MULTITASK_PROMPT_TUNING": "it needs a task id with every row",
     "XLORA": "it mixes adapters that were trained before",
-    "CPT": "it needs rows laid out as its own context",
-    "SHADOW": "it trains a second model with its own loss",
+    "CPT": "it needs rows in the layout of its context",
+    "SHADOW": "it trains a second model with another loss",
     "CARTRIDGE": "it distils a document's key-value cache, which is another objective",
 }
 ON_QUANTIZED = {
@@ -46,7 +49,7 @@ ON_QUANTIZED = {
     "VERA",
 }
 PROMPT_LEARNING = {"PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "ADAPTION_PROMPT"}
-# LoRA initialisations that take their part out of the base's weights
+# LoRA initialisations that subtract the adapter's initial update from the base's weights
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
@@ -62,12 +65,12 @@ class ConfigClass:
 
 @functools.cache
 def classes() -> dict[str, ConfigClass]:
-    """PEFT's dataclasses by name, with inherited fields."""
+    """Return PEFT's dataclasses by name, with inherited fields."""
     spec = importlib.util.find_spec("peft")  # finds the top-level package without importing it
     assert spec is not None
     assert spec.submodule_search_locations is not None
     root = Path(spec.submodule_search_locations[0])
-    found: dict[str, ConfigClass] = {}
+    by_name: dict[str, ConfigClass] = {}
     for path in [
         root / "config.py",
         *sorted(root.glob("tuners/*/config.py")),
@@ -88,23 +91,25 @@ def classes() -> dict[str, ConfigClass]:
                     and isinstance(n.value, ast.Attribute)
                 ]
                 bases = [ast.unparse(base) for base in node.bases]
-                found[node.name] = ConfigClass(
+                by_name[node.name] = ConfigClass(
                     node.name, types[-1] if types else None, fields, bases
                 )
-    for entry in found.values():
-        entry.fields = dict(_inherited(entry, found))
-    return found
+    for entry in by_name.values():
+        entry.fields = dict(_inherited(entry, by_name))
+    return by_name
 
 
-def _inherited(entry: ConfigClass, found: dict[str, ConfigClass]) -> Iterator[tuple[str, ast.expr]]:
+def _inherited(
+    entry: ConfigClass, by_name: dict[str, ConfigClass]
+) -> Iterator[tuple[str, ast.expr]]:
     for base in entry.bases:
-        if base in found:
-            yield from _inherited(found[base], found)
+        if base in by_name:
+            yield from _inherited(by_name[base], by_name)
     yield from entry.fields.items()
 
 
 def config_class(peft_type: str) -> ConfigClass | None:
-    """The class of a PeftType (LORA) or of a class name (LoraConfig)."""
+    """Return the class of a PeftType (LORA) or of a class name (LoraConfig)."""
     by_name = classes()
     if peft_type in by_name and by_name[peft_type].peft_type:
         return by_name[peft_type]
@@ -112,7 +117,7 @@ def config_class(peft_type: str) -> ConfigClass | None:
 
 
 def usable() -> list[str]:
-    """The PeftTypes that a run may take."""
+    """Return the PeftTypes that can be trained here."""
     return sorted(
         c.peft_type for c in classes().values() if c.peft_type and c.peft_type not in UNUSABLE
     )
@@ -125,7 +130,7 @@ def problems(
     classification: bool,
     checkpointing: bool,
 ) -> Iterator[str]:
-    """What is wrong with the `adapter` node of a config that names PEFT's bridge."""
+    """Yield the faults of the `adapter` node of a config with adapters.peft.Peft."""
     entry = config_class(str(adapter["peft_type"]))
     if entry is None or entry.peft_type is None:
         yield f"adapter.peft_type is {adapter['peft_type']!r}. Known: {', '.join(usable())}"
@@ -179,7 +184,7 @@ def problems(
         )
 
 
-def _field_problems(place: str, key: str, value: Any, entry: ConfigClass) -> Iterator[str]:
+def _field_problems(setting: str, key: str, value: Any, entry: ConfigClass) -> Iterator[str]:
     if key not in entry.fields:
         close = difflib.get_close_matches(key, entry.fields, n=1)
         hint = (
@@ -187,25 +192,24 @@ def _field_problems(place: str, key: str, value: Any, entry: ConfigClass) -> Ite
             if close
             else f"It has: {', '.join(sorted(entry.fields.keys() - NOT_SETTABLE))}."
         )
-        yield f"{place}: PEFT's {entry.name} has no such field. {hint}"
+        yield f"{setting}: PEFT's {entry.name} has no such field. {hint}"
     elif key in NOT_SETTABLE:
-        yield f"{place} is set by the run itself"
+        yield f"{setting} is set by the run itself"
     elif key == "init_lora_weights" and re.fullmatch(r"pissa_niter_\d+|lora_ga", str(value)):
         return  # PEFT takes these and annotates them as something else, or not at all
     elif value != "???" and not _fits(value, entry.fields[key]):
-        yield (
-            f"{place} is {value!r}, but PEFT's {entry.name} takes {ast.unparse(entry.fields[key])}"
-        )
+        annotation = ast.unparse(entry.fields[key])
+        yield f"{setting} is {value!r}, but PEFT's {entry.name} takes {annotation}"
     elif isinstance(value, dict):
         for name in (n.id for n in ast.walk(entry.fields[key]) if isinstance(n, ast.Name)):
             if name in classes():
                 for inner, item in value.items():
-                    yield from _field_problems(f"{place}.{inner}", inner, item, classes()[name])
+                    yield from _field_problems(f"{setting}.{inner}", inner, item, classes()[name])
 
 
 def _fits(value: Any, annotation: ast.expr) -> bool:
-    """Whether a plain value fits an annotation; names that are not plain types take mappings,
-    strings and null."""
+    """Whether a plain value fits an annotation. Names of other types accept mappings, strings and
+    null."""
     if isinstance(annotation, ast.Constant):
         return annotation.value is value or (
             isinstance(annotation.value, str)

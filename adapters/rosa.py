@@ -2,25 +2,27 @@
 
     y = (W + S) x + s B A x
 
-    schedule   wl         warmup_steps with B A alone; mask_steps in which B A trains on and gradients are collected;
-                          then both train. The paper's wl64 is warmup_steps=64
+    schedule   wl         warmup_steps with B A alone; mask_steps in which B A still trains and
+                          gradients are collected; then both train. The paper's wl64 is
+                          warmup_steps=64
                spa_only   mask_steps in which nothing trains, then S alone
                lora_only  B A alone
-    mask       the int(density · o i) entries of each layer with the largest mean of G² (score=squared, an empirical
-               Fisher) or |mean of G|, G = dyᵀ x the gradient of the full weight in one micro-batch
+    mask       the int(density · o i) entries of each layer with the largest mean of G²
+               (score=squared, an empirical Fisher) or |mean of G| (score=mean).
+               G = dyᵀ x is the gradient of the full weight in one micro-batch
 
-What is squared is the gradient of a micro-batch, so the mask depends on their size: the paper's
-recipe has one row in each, which batch_size=1 accumulate=32 gives.
+The gradient of a micro-batch is squared, so the mask depends on the size of the micro-batches. The
+paper's recipe has one row in each: batch_size=1 accumulate=32.
 
 The paper trains in two runs: one of wl64 that ends with its mask, and one from the pretrained
-weights with that mask and a fresh low-rank part. restart_after_mask does the same in one: after the
-mask, B A and its moments start anew, and so does the schedule of rates. As two runs: max_steps=65
-for the first, which leaves masks.safetensors, and adapter.mask=FILE for the second.
+weights with that mask and a fresh low-rank part. restart_after_mask does the same in one run: after
+the mask, B A, its moments and the learning rate schedule start again. To train in two runs, set
+max_steps=65 for the first, which writes masks.safetensors, and adapter.mask=FILE for the second.
 
-The reference code trains nothing but adapters, cuts every layer with one density whatever the
-pattern says, sums scores in bf16, and lets every process make its own mask; here classification
-heads train on, patterns hold, sums are fp32, and scores are added over the processes before
-anything is chosen.
+Differs from the paper: the reference code trains only the adapters, uses one density for all
+layers whatever the pattern says, sums scores in bf16, and every process chooses its own mask. Here
+classification heads are trained too, patterns are respected, sums are fp32, and scores are summed
+over the processes before the mask is chosen.
 """
 
 from __future__ import annotations
@@ -32,11 +34,13 @@ import torch
 from torch import Tensor, nn
 
 from adapters import lora, mask
-from adapters.delta import AdapterError, Start, float_weight
-from adapters.sparse import SparseAdapter, SparseDelta, layers, sparse_values, supports
+from adapters.delta import AdapterError, Start
+from adapters.linear import float_weight
+from adapters.sparse import SparseDelta, layers, sparse_values, supports
+from adapters.sparse_adapter import SparseAdapter
 
-CANDIDATES = 4  # times the support: entries whose sums are kept with scores=candidates
-ROWS = 1 << 22  # numbers that go to the CPU's sums at one time
+CANDIDATES = 4  # scores=candidates sums this many times the support's entries
+CHUNK = 1 << 22  # scores that are copied to the CPU at one time
 
 
 class RoSA(SparseDelta):
@@ -57,34 +61,29 @@ class RoSA(SparseDelta):
         self.scale, self.dropout = scale, dropout
         self.A = nn.Parameter(torch.empty(rank, self.i, device=device, dtype=dtype))
         self.B = nn.Parameter(torch.empty(self.o, rank, device=device, dtype=dtype))
-        lora.start(self.A, self.B)
+        lora.initialise(self.A, self.B)
 
 
 class Scores:
     """Sums over micro-batches of G² or G of one layer, in fp32.
 
-    `kind` is exact, which keeps (o, i) of them in the CPU's memory; candidates, which keeps those
-    of the 4 k entries that are largest in the first micro-batch; or first, which takes the k
-    largest of the first micro-batch and no other.
+    `kind` is one of:
+        exact       sums for all (o, i) entries, in the CPU's memory
+        candidates  sums for the 4 k entries that are largest in the first micro-batch
+        first       no sums: the k entries that are largest in the first micro-batch
     """
 
     def __init__(self, delta: SparseDelta, kind: str, squared: bool, name: str):
-        self.shape, self.k, self.kind, self.squared, self.name = (
-            (delta.o, delta.i),
-            len(delta.indices),
-            kind,
-            squared,
-            name,
-        )
+        self.shape, self.k = (delta.o, delta.i), len(delta.indices)
+        self.kind, self.squared, self.name = kind, squared, name
         self.sums: Tensor | None = None
-        # of the step at hand, whose loss scale is known when it ends
+        # of the current step, whose loss scale is known only when it ends
         self.step_sums: Tensor | None = None
         self.flat: Tensor | None = None  # the candidates
         self.count = self.step_count = 0
 
     def __call__(self, dy: Tensor, x: Tensor) -> None:
-        """Take in one micro-batch; one whose gradient is not finite counts for nothing, as its step
-        does."""
+        """Add one micro-batch. A gradient that is not finite is ignored, as its step is."""
         if self.kind == "first" and self.count + self.step_count:
             return
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -96,22 +95,24 @@ class Scores:
         if self.kind == "exact":
             if self.step_sums is None:
                 self.step_sums = torch.zeros(o, i)
-            rows = max(1, ROWS // i)
+            rows = max(1, CHUNK // i)
             for start in range(0, o, rows):
-                self.step_sums[start : start + rows] += self._score(
-                    gradient[start : start + rows]
-                ).cpu()
+                chunk = slice(start, start + rows)
+                self.step_sums[chunk] += self._score(gradient[chunk]).cpu()
             return
         scores = self._score(gradient).view(-1)
         if self.flat is None:
-            most = self.k if self.kind == "first" else min(CANDIDATES * self.k, o * i)
-            self.flat = mask.top(scores.abs(), most, self.name)
-        found = scores.index_select(0, self.flat)
-        self.step_sums = found if self.step_sums is None else self.step_sums + found
+            count = self.k if self.kind == "first" else min(CANDIDATES * self.k, o * i)
+            self.flat = mask.top(scores.abs(), count, self.name)
+        at_candidates = scores.index_select(0, self.flat)
+        self.step_sums = at_candidates if self.step_sums is None else self.step_sums + at_candidates
 
     def end_step(self, loss_scale: float, device: torch.device) -> None:
-        """Add the step at hand to the sums, over all processes, since only one of them writes
-        checkpoints, and without the loss scale of 16-mixed, which changes from step to step."""
+        """Add the current step to the sums.
+
+        The sums are over all processes, since only rank 0 writes checkpoints. The loss scale of
+        16-mixed, which changes from step to step, is divided out.
+        """
         if mask.processes() > 1:
             total = (
                 torch.zeros(self.shape, device=device)
@@ -132,7 +133,7 @@ class Scores:
         return gradient.float().square() if self.squared else gradient.float()
 
     def support(self, device: torch.device) -> Tensor:
-        """The k entries of largest score.
+        """Return the k entries of largest score.
 
         Raises:
             AdapterError: no micro-batch had a finite gradient, or the scores are not finite.
@@ -148,18 +149,16 @@ class Scores:
         return chosen if self.flat is None else self.flat.to(device).index_select(0, chosen)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint between two of the mask's steps."""
+        """Return the sums, for a checkpoint between two of the mask's steps."""
         return {"sums": self.sums, "flat": self.flat, "count": self.count}
 
     def load_state(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go on from a `state`."""
-        moved = {key: state[key] for key in ("sums", "flat")}
-        if self.kind != "exact":
-            moved = {
-                key: tensor.to(device) if tensor is not None else None
-                for key, tensor in moved.items()
-            }
-        self.sums, self.flat, self.count = moved["sums"], moved["flat"], state["count"]
+        """Continue from a `state`."""
+        sums, flat = state["sums"], state["flat"]
+        if self.kind != "exact":  # exact sums stay on the CPU
+            sums = sums.to(device) if sums is not None else None
+            flat = flat.to(device) if flat is not None else None
+        self.sums, self.flat, self.count = sums, flat, state["count"]
 
 
 class RoSAAdapter(SparseAdapter):
@@ -193,30 +192,21 @@ class RoSAAdapter(SparseAdapter):
             density, density_pattern, target_modules, exclude_modules, gradient, sparse_dtype
         )
         self.rank = None if schedule == "spa_only" else rank
-        self.alpha, self.rslora, self.dropout, self.dtype = (
-            alpha,
-            rslora,
-            dropout,
-            getattr(torch, dtype),
-        )
-        self.schedule, self.source, self.score, self.scores_kind, self.mask_seed = (
-            schedule,
-            mask,
-            score,
-            scores,
-            mask_seed,
-        )
+        self.alpha, self.rslora, self.dropout = alpha, rslora, dropout
+        self.dtype = getattr(torch, dtype)
+        self.schedule, self.source, self.mask_seed = schedule, mask, mask_seed
+        self.score, self.scores_kind = score, scores
         self.sparse_lr_ratio, self.sparse_weight_decay = sparse_lr_ratio, sparse_weight_decay
         collects = schedule != "lora_only" and mask == "gradient"
         self.warmup_steps = warmup_steps if collects and schedule == "wl" else 0
-        # steps that are done when the mask is made
+        # the number of steps before the mask is chosen
         self.mask_step = self.warmup_steps + mask_steps if collects else 0
         self.restart = self.mask_step if restart_after_mask and schedule == "wl" else 0
         self.step = 0
         self.folder: Path | None = None
         self.scores: dict[str, Scores] = {}
-        # statistics of a mask that is there from the start, until they are logged
-        self.found: dict[str, float] | None = None
+        # statistics of a mask that exists from the start, until they are logged
+        self.first_mask_statistics: dict[str, float] | None = None
         self.live_optimizer: torch.optim.Optimizer | None = None
 
     def new_delta(self, linear: Any, k: int) -> SparseDelta:
@@ -225,12 +215,10 @@ class RoSAAdapter(SparseAdapter):
         scale = lora.scaling(self.rank, self.alpha, self.rslora)
         return RoSA(linear, k, self.rank, scale, self.dropout, self.dtype, self.sparse_dtype)
 
-    def _sizes(self, found: list[tuple[str, nn.Module]]) -> dict[str, int]:
-        return (
-            {name: 0 for name, _ in found}
-            if self.schedule == "lora_only"
-            else super()._sizes(found)
-        )
+    def _sizes(self, linears: list[tuple[str, nn.Module]]) -> dict[str, int]:
+        if self.schedule == "lora_only":
+            return {name: 0 for name, _ in linears}
+        return super()._sizes(linears)
 
     def attach(self, model: nn.Module, start: Start) -> nn.Module:
         if self.mask_step > start.steps and start.saved is None:
@@ -242,7 +230,7 @@ class RoSAAdapter(SparseAdapter):
         self.folder = start.folder
         model = super().attach(model, start)
         if next(model.parameters()).device.type == "meta" and self.schedule != "lora_only":
-            self._chosen(model)  # a mask file that does not fit is found before weights are loaded
+            self._chosen(model)  # report a mask file that does not fit before weights are loaded
         return model
 
     def begin(self, model: nn.Module, start: Start) -> None:
@@ -251,17 +239,16 @@ class RoSAAdapter(SparseAdapter):
         if self.mask_step:
             self._watch(model)
         else:
-            self.found = self._settle(model, self._chosen(model))
+            self.first_mask_statistics = self._set_supports(model, self._chosen(model))
 
     def _chosen(self, model: nn.Module) -> dict[str, Tensor]:
-        """The supports that need no gradients."""
+        """Return the supports that need no gradients."""
         deltas: dict[str, Any] = {
             name: layer.delta for name, layer in layers(model) if layer.delta.values is not None
         }
         if self.source not in ("gradient", "magnitude", "random"):
-            return mask.load(
-                Path(self.source), {n: ((d.o, d.i), len(d.indices)) for n, d in deltas.items()}
-            )
+            sizes = {name: ((d.o, d.i), len(d.indices)) for name, d in deltas.items()}
+            return mask.load(Path(self.source), sizes)
         if next(model.parameters()).device.type == "meta":
             return {}
         if self.source == "random":
@@ -269,11 +256,12 @@ class RoSAAdapter(SparseAdapter):
             return {n: mask.random(d.o, d.i, len(d.indices), draw) for n, d in deltas.items()}
         bases = {name: layer.base for name, layer in layers(model)}
         return {
-            n: mask.top(float_weight(bases[n]).abs(), len(d.indices), n) for n, d in deltas.items()
+            name: mask.top(float_weight(bases[name]).abs(), len(delta.indices), name)
+            for name, delta in deltas.items()
         }
 
     def _watch(self, model: nn.Module) -> None:
-        """Collect gradients in the steps before the mask."""
+        """Collect gradients during the steps before the mask."""
         if not self.warmup_steps <= self.step < self.mask_step:
             return
         for name, layer in layers(model):
@@ -281,22 +269,25 @@ class RoSAAdapter(SparseAdapter):
                 layer.delta, self.scores_kind, self.score == "squared", name
             )
 
-    def _settle(self, model: nn.Module, chosen: dict[str, Tensor]) -> dict[str, float]:
-        found: dict[str, list[float]] = {}
+    def _set_supports(self, model: nn.Module, chosen: dict[str, Tensor]) -> dict[str, float]:
+        """Give all layers their supports, write the mask file, and return the masks' mean
+        statistics."""
+        statistics: dict[str, list[float]] = {}
         for name, layer in layers(model):
             support = chosen[name].to(layer.base.weight.device)
             for key, value in mask.statistics(support, float_weight(layer.base)).items():
-                found.setdefault(f"mask_{key}", []).append(value)
-            layer.delta.settle(support, layer.base)
+                statistics.setdefault(f"mask_{key}", []).append(value)
+            layer.delta.set_support(support, layer.base)
         if self.folder is not None:
             shapes = {name: (layer.delta.o, layer.delta.i) for name, layer in layers(model)}
-            mask.save(self.folder / "masks.safetensors", supports(model), shapes)  # type: ignore[arg-type]
-        return {key: sum(values) / len(values) for key, values in found.items()}
+            file = self.folder / "masks.safetensors"
+            mask.save(file, supports(model), shapes)  # type: ignore[arg-type]
+        return {key: sum(values) / len(values) for key, values in statistics.items()}
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         sparse = sparse_values(model)
-        apart = {id(p) for p in sparse}
-        others = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
+        sparse_ids = {id(p) for p in sparse}
+        others = [p for p in model.parameters() if p.requires_grad and id(p) not in sparse_ids]
         groups: list[dict[str, Any]] = [{"params": others, "lr_scale": 1.0}] if others else []
         if sparse:
             groups.append(
@@ -320,8 +311,8 @@ class RoSAAdapter(SparseAdapter):
             )
         for scores in self.scores.values():
             scores.end_step(loss_scale, next(model.parameters()).device)
-        # DDP makes zeros where there was no gradient. Without one, an optimiser's count of steps
-        # begins when S does.
+        # DDP creates zero gradients where there are none. Remove them, so that the optimiser counts
+        # S's steps from the mask on.
         if self.step < self.mask_step:
             for values in sparse_values(model):
                 values.grad = None
@@ -330,8 +321,8 @@ class RoSAAdapter(SparseAdapter):
         super().after_step(model, step)
         self.step = step
         if not self.mask_step:
-            news, self.found = self.found, None
-            return news
+            metrics, self.first_mask_statistics = self.first_mask_statistics, None
+            return metrics
         if step > self.mask_step:
             return None
         if step < self.mask_step:
@@ -343,24 +334,23 @@ class RoSAAdapter(SparseAdapter):
         for name, layer in layers(model):
             layer.delta.watch = None
             chosen[name] = self.scores.pop(name).support(device)
-        news = self._settle(model, chosen)
+        metrics = self._set_supports(model, chosen)
         mask.refuse_divergence(supports(model))
         if self.restart:
-            self._start_low_rank_anew(model)
-        return news
+            self._restart_low_rank(model)
+        return metrics
 
-    def _start_low_rank_anew(self, model: nn.Module) -> None:
+    def _restart_low_rank(self, model: nn.Module) -> None:
+        """Initialise A and B again, and drop their moments."""
         draw = torch.Generator().manual_seed(self.mask_seed)  # the same in all processes
         for _, layer in layers(model):
             delta: Any = layer.delta
-            fresh = (
-                torch.empty(delta.A.shape, dtype=delta.A.dtype),
-                torch.empty(delta.B.shape, dtype=delta.B.dtype),
-            )
-            lora.start(*fresh, generator=draw)
+            A = torch.empty(delta.A.shape, dtype=delta.A.dtype)
+            B = torch.empty(delta.B.shape, dtype=delta.B.dtype)
+            lora.initialise(A, B, generator=draw)
             with torch.no_grad():
-                delta.A.copy_(fresh[0])
-                delta.B.copy_(fresh[1])
+                delta.A.copy_(A)
+                delta.B.copy_(B)
             if self.live_optimizer is not None:
                 for parameter in (delta.A, delta.B):
                     self.live_optimizer.state.pop(parameter, None)

@@ -1,16 +1,21 @@
-"""The gradient of a weight at few of its entries: sampled dense-dense matrix multiplication.
+"""The gradient of a weight at a few of its entries: sampled dense-dense matrix multiplication.
 
     g_j = Σ_t dy[t, row_j] x[t, col_j]        j = 1 … k
 
     dy  (t, o)  gradient of the layer's output        x  (t, i)  the layer's input        k ≪ o i
 
-`native` takes k dot products of length t, in fp32, by sddmm.c, for which a C compiler must be
-there. `sampled` takes them by torch, in two to five times as long, of which half is transposing dy
-and x in memory. `gathered` multiplies densely, some rows of the weight at a time, and keeps the k
-entries. Which of these two is faster depends on the density and on the hardware: on CPU cores
+There are three implementations:
+
+    native     k dot products of length t, in fp32, by sddmm.c. Needs a C compiler.
+    sampled    the same dot products by torch. It takes two to five times as long as `native`; half
+               of this is transposing dy and x in memory.
+    gathered   dense products, some rows of the weight at a time, of which the k entries are kept.
+
+`native` is faster than both up to a tenth of the entries or more, so `fastest` takes it where it is
+available, without measuring: two runs of one command should use the same code. Which of the other
+two is faster depends on the density and on the hardware, so `fastest` measures them. On CPU cores
 without matrix units `sampled` costs a tenth to a fifth of the dense product at 0.5 % density, with
-them a third, so `fastest` measures. It does not where `native` can be had, which is faster than
-both up to a tenth of the entries or more: two runs of one command should take the same way.
+them a third.
 """
 
 from __future__ import annotations
@@ -37,8 +42,9 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 WAYS = ("native", "sampled", "gathered")
-CHUNK = 1 << 24  # numbers of the dense gradient that exist at one time
-TOKENS = 256  # whose fp32 copies fit into a CPU core's cache: twice as fast as all at once
+CHUNK = 1 << 24  # entries of the dense gradient that are computed at one time
+# tokens at a time: their fp32 copies fit into a CPU core's cache, which is twice as fast as all
+TOKENS = 256
 
 
 def sampled(
@@ -47,85 +53,67 @@ def sampled(
     crow: Int[Tensor, " o1"],
     col: Int[Tensor, " k"],
 ) -> Float[Tensor, " k"]:
-    """g in fp32 (float64 for float64 inputs), by torch.sparse.sampled_addmm. crow and col are the
-    support in CSR."""
+    """Return g in fp32 (float64 for float64 inputs), by torch.sparse.sampled_addmm. crow and col
+    are the support in CSR."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not len(x):
         return torch.zeros(len(col), dtype=wide, device=x.device)
     with warnings.catch_warnings():
-        # said once a process, of a beta state
+        # torch warns once per process that CSR tensors are in beta state
         warnings.filterwarnings("ignore", message="Sparse (CSR tensor|invariant).*")
         zeros = torch.zeros(len(col), dtype=wide, device=x.device)
-        found = torch.sparse_csr_tensor(
+        sums = torch.sparse_csr_tensor(
             crow, col, zeros, (dy.shape[1], x.shape[1]), check_invariants=False
         )
         step = TOKENS if x.device.type == "cpu" else len(x)
         for start in range(0, len(x), step):
-            # Transposed while they are narrow: the dot products run along the tokens.
+            # Transpose before widening: the dot products run along the tokens.
             left = dy[start : start + step].t().contiguous().to(wide)
             right = x[start : start + step].t().contiguous().to(wide).t()
-            found = torch.sparse.sampled_addmm(found, left, right)
-        return found.values()
+            sums = torch.sparse.sampled_addmm(sums, left, right)
+        return sums.values()
 
 
 NATIVE = {torch.bfloat16: "sampled_bf16", torch.float32: "sampled_fp32"}  # sddmm.c's functions
-NATIVE_SHARE = 0.1  # of a weight's entries
+NATIVE_SHARE = 0.1  # the largest share of a weight's entries for which `fastest` takes `native`
 WORDS = 128  # of sddmm.c: 4-byte words of a column in a tile
 
 
-# Not -ffast-math: a library that is linked with it rounds small numbers to zero in the whole
+# No -ffast-math: loading a library linked with it rounds small numbers to zero in the whole
 # process.
 FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-shared", "-fPIC")
 
 
 def _processor() -> str:
-    """What -march=native looks at, since machines may share a home."""
+    """Return the processor's features that -march=native depends on. Machines with different
+    processors may share a home directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return f"{platform.machine()} {platform.node()}"
-    return "".join(
-        sorted(
-            {
-                line
-                for line in lines
-                if line.startswith(("model name", "flags", "Features", "CPU part"))
-            }
-        )
-    )
+    keys = ("model name", "flags", "Features", "CPU part")
+    return "".join(sorted({line for line in lines if line.startswith(keys)}))
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """sddmm.c, compiled for this machine in a second and kept in the cache; None where there is no
-    compiler for it.
+    """Return sddmm.c, compiled for this machine, or None if no compiler here compiles it.
 
-    The compiler is $CC, cc, gcc or clang; the cache is $GRAFT_CACHE, else graft in the user's cache
-    folder.
+    Compiling takes a second; the library is cached. The compiler is $CC, cc, gcc or clang. The
+    cache is $GRAFT_CACHE, else graft in the user's cache folder.
     """
-    found = (shutil.which(name) for name in ("cc", "gcc", "clang"))
-    compiler = shlex.split(os.environ.get("CC", "")) or [path for path in found if path][:1]
+    installed = (shutil.which(name) for name in ("cc", "gcc", "clang"))
+    compiler = shlex.split(os.environ.get("CC", "")) or [path for path in installed if path][:1]
     if not compiler:
         return None
     source = Path(__file__).with_suffix(".c")
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graft"
     folder = Path(os.environ.get("GRAFT_CACHE") or default) / "native"
-    built = (
-        folder
-        / f"sddmm-{hashlib.sha256(repr((source.read_bytes(), compiler, FLAGS, _processor())).encode()).hexdigest()[:16]}.so"
-    )
+    identity = repr((source.read_bytes(), compiler, FLAGS, _processor())).encode()
+    built = folder / f"sddmm-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     try:
         if not built.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            # Next to its place, where a kill leaves nothing in others' way, the compiler's own
-            # files too.
-            with tempfile.TemporaryDirectory(dir=folder) as beside:
-                command = [*compiler, *FLAGS, str(source), "-o", f"{beside}/made.so"]
-                environment = os.environ | {"TMPDIR": beside}
-                subprocess.run(
-                    command, check=True, capture_output=True, timeout=60, env=environment
-                )
-                os.replace(f"{beside}/made.so", built)
+            _compile(compiler, source, built)
         loaded = ctypes.CDLL(str(built))
     except (OSError, subprocess.SubprocessError) as error:
         log.debug("sddmm.c is not used: %s %s", error, getattr(error, "stderr", b""))
@@ -138,30 +126,41 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
+def _compile(compiler: list[str], source: Path, built: Path) -> None:
+    """Compile in a temporary folder next to `built`, so that a killed process leaves no incomplete
+    library. The compiler's temporary files go there too."""
+    built.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=built.parent) as temporary:
+        command = [*compiler, *FLAGS, str(source), "-o", f"{temporary}/sddmm.so"]
+        environment = os.environ | {"TMPDIR": temporary}
+        subprocess.run(command, check=True, capture_output=True, timeout=60, env=environment)
+        os.replace(f"{temporary}/sddmm.so", built)
+
+
 def native(
     dy: Float[Tensor, "t o"],
     x: Float[Tensor, "t i"],
     crow: Int[Tensor, " o1"],
     col: Int[Tensor, " k"],
 ) -> Float[Tensor, " k"]:
-    """g in fp32, by sddmm.c, for CPU tensors in bf16 or fp32. crow and col are the support in CSR,
-    in int32."""
+    """Return g in fp32, by sddmm.c, for CPU tensors in bf16 or fp32. crow and col are the support
+    in CSR, in int32."""
     dy, x = dy.contiguous(), x.contiguous()
     (t, o), i = dy.shape, x.shape[1]
     call = getattr(library(), NATIVE[x.dtype])
     tile = 2 * WORDS if x.dtype == torch.bfloat16 else WORDS
-    share = -(-t // (tile * torch.get_num_threads())) * tile  # tokens of a thread
+    share = -(-t // (tile * torch.get_num_threads())) * tile  # tokens per thread
 
     def part(start: int) -> Tensor:
         out, scratch = torch.zeros(len(col)), torch.empty((o + i) * WORDS, dtype=torch.int32)
         left, right = dy[start : start + share], x[start : start + share]
-        given = (left.data_ptr(), right.data_ptr(), crow.data_ptr(), col.data_ptr(), out.data_ptr())
-        call(*given, len(left), o, i, scratch.data_ptr())
+        pointers = [tensor.data_ptr() for tensor in (left, right, crow, col, out)]
+        call(*pointers, len(left), o, i, scratch.data_ptr())
         return out
 
     if t <= share:
         return part(0) if t else torch.zeros(len(col))
-    # ctypes lets go of the interpreter's lock
+    # ctypes releases the GIL, so the threads run in parallel
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return torch.stack(list(pool.map(part, range(0, t, share)))).sum(0)
 
@@ -169,8 +168,8 @@ def native(
 def gathered(
     dy: Float[Tensor, "t o"], x: Float[Tensor, "t i"], flat: Int[Tensor, " k"], chunk: int = CHUNK
 ) -> Float[Tensor, " k"]:
-    """g in the inputs' dtype, from at most `chunk` numbers of the dense gradient at a time. flat
-    are sorted row i + col."""
+    """Return g in the inputs' dtype, from at most `chunk` entries of the dense gradient at a time.
+    `flat` is the support as sorted row · i + col."""
     (o, i), rows = (dy.shape[1], x.shape[1]), max(1, chunk // x.shape[1])
     if rows >= o:
         return (dy.t() @ x).view(-1).index_select(0, flat)
@@ -185,8 +184,8 @@ def gathered(
     return torch.cat(parts)
 
 
-def possible(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `native` can be had for tensors of this kind, here."""
+def native_available(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `native` is available for such tensors on this machine."""
     return device.type == "cpu" and dtype in NATIVE and library() is not None
 
 
@@ -194,9 +193,9 @@ def possible(dtype: torch.dtype, device: torch.device) -> bool:
 def fastest(
     o: int, i: int, k: int, dtype: torch.dtype, device: torch.device, tokens: int = 1024
 ) -> str:
-    """The way for such a layer: native where it can be had and k is small, else what took less time
-    on random numbers, here and now."""
-    if possible(dtype, device) and k <= NATIVE_SHARE * o * i:
+    """Return the implementation for such a layer: native if it is available and k is small, else
+    the faster of the others, measured on random numbers."""
+    if native_available(dtype, device) and k <= NATIVE_SHARE * o * i:
         return "native"
     draw = torch.Generator().manual_seed(0)
     flat = (torch.arange(k, dtype=torch.float64) * (o * i / k)).long()
@@ -213,7 +212,7 @@ def fastest(
 
 def _time(call: object, device: torch.device) -> float:
     least = float("inf")
-    for _ in range(4):  # the first warms up, and is never the least
+    for _ in range(4):  # the first warms up, and is never the fastest
         started = time.perf_counter()
         call()  # type: ignore[operator]
         if device.type == "cuda":

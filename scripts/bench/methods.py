@@ -92,7 +92,8 @@ def adapter(method: str, options: dict[str, Any], density: float, steps: int) ->
 
 def density_of(options: dict[str, Any]) -> float:
     """The density at which a sparse delta has as many values as a LoRA of `rank` has parameters."""
-    from adapters.delta import features, targets
+    from adapters.delta import targets
+    from adapters.linear import features
     from trainer.assembly.build import instantiate
     from trainer.config import compose
 

@@ -185,6 +185,6 @@ def frozen(module: Any) -> dict[str, str]:
         if not parameter.requires_grad and parameter.numel():
             plain = parameter.detach().clone()
             if (layer := held.get(id(parameter))) is not None:
-                plain.view(-1).index_copy_(0, layer.delta._stored(), layer.delta.kept)
+                plain.view(-1).index_copy_(0, layer.delta.base_positions(), layer.delta.base_values)
             found[name] = hashlib.sha256(plain.numpy().tobytes()).hexdigest()
     return found

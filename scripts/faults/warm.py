@@ -241,7 +241,7 @@ def note(marks: Marks) -> None:
     for owner, name, phase in (
         (rows_module, "tokenise", "tokenising"),
         (hidden_states, "write", "caching features"),
-        (rosa.RoSAAdapter, "_settle", "making the mask"),
+        (rosa.RoSAAdapter, "_set_supports", "making the mask"),
         (spiel.SpIEL, "_reselect", "reselecting"),
         (checkpoints.Checkpoints, "_prune", "saving"),
         (lightning_trainer.AtomicCheckpointIO, "save_checkpoint", "saving"),

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from adapters import mask, sparse
-from adapters.delta import AdapterError, Start, float_weight
+from adapters.delta import AdapterError, Start
+from adapters.linear import float_weight
 from adapters.spiel import SpIEL
 from tests.toys import adapters as toys
 from tests.toys.sparse import make
@@ -76,7 +77,7 @@ def written(plain: Any, model: Any) -> Any:
         delta: Any = adapted.delta
         linear = plain.get_submodule(name)
         dense = linear.weight.detach().double().clone()
-        if delta.settled:
+        if delta.has_support:
             for value, entry in zip(delta.values.tolist(), delta.indices.tolist(), strict=True):
                 dense[entry // delta.i, entry % delta.i] += value
         if delta.A is not None:
@@ -231,8 +232,8 @@ def test_other_densities_are_padded_and_exact(tmp_path, kind, pair):
     # the place that padding has is in every support, as its worst case
     for _, adapted in sparse.layers(model):
         delta: Any = adapted.delta
-        delta.release(adapted.base)
-        delta.settle(torch.cat([delta.indices.new_zeros(1), delta.indices[1:]]), adapted.base)
+        delta.take_out(adapted.base)
+        delta.set_support(torch.cat([delta.indices.new_zeros(1), delta.indices[1:]]), adapted.base)
     wanted = toys.logits(model)
     if pair:
         adapter.save_pair(model, tmp_path, "base", "CAUSAL_LM")
@@ -451,7 +452,7 @@ def test_before_its_support_rosa_is_a_lora(tmp_path, folder):
     for base in (toys.llama, lambda: toys.quantised(folder, "nf4")):
         adapter, model = attached("rosa", base(), mask="gradient", warmup_steps=1)
         for _, delta in deltas(model):
-            assert not delta.settled
+            assert not delta.has_support
             delta.values.data.zero_()
         adapter.save(model, tmp_path, "base", "CAUSAL_LM")
         assert config_of(tmp_path)["peft_type"] == "LORA"
@@ -524,7 +525,7 @@ def test_a_classification_head_goes_along(tmp_path, kind, pair):
         loaded = adapter.load_stock(classifier(), tmp_path).eval()
         torch.testing.assert_close(loaded(input_ids=ids).logits, wanted, rtol=0, atol=1e-4)
         for _, adapted in sparse.layers(model):
-            adapted.delta.release(adapted.base)
+            adapted.delta.take_out(adapted.base)
         assert (classifier()(input_ids=ids).logits - wanted).abs().mean() > 0.3
     heads = [
         path

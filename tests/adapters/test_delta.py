@@ -20,14 +20,12 @@ from adapters.delta import (
     AdapterError,
     Start,
     copy_tensors,
-    features,
-    float_weight,
     merge_linear,
-    set_float_weight,
     switched_off,
     targets,
 )
 from adapters.full import Full, Nothing
+from adapters.linear import features, float_weight, set_float_weight
 from adapters.lora import LoRA, LoRAAdapter
 from tests.toys import adapters as toys
 from trainer.models.base import Base

@@ -53,7 +53,7 @@ UNMERGEABLE = {
     "loftq": "the base is quantised",
 }
 # what a sparse delta works out anew from its support and the base
-WORKING = (".delta.kept", ".delta.crow", ".delta.col")
+WORKING = (".delta.base_values", ".delta.crow", ".delta.col")
 # These take their part out of the base's weights, and PEFT finds it by an SVD or an inverse in
 # fp32.
 PART_TAKEN_OUT = {"pissa", "corda"}

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from adapters.delta import AdaptedLinear, Start, float_weight
+from adapters.delta import AdaptedLinear, Start
+from adapters.linear import float_weight
 from adapters.lora import LoRA, LoRAAdapter, scaling
 from tests.toys import adapters as toys
 

@@ -357,8 +357,7 @@ def _agreement(rank: int, folder: Path) -> None:
 def test_processes_with_other_supports_are_stopped(tmp_path):
     spawn(_agreement, tmp_path)
     refused = (
-        "the processes of this run have different supports, so their values would not belong"
-        " together"
+        "the processes of this run have different supports, so their values cannot be averaged"
     )
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {

@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForSequenceClassification
 
-from adapters import peft_fields
-from adapters.delta import AdapterError, Start, float_weight
-from adapters.peft import NAME, Peft, _plain
+from adapters import peft_fields, peft_init
+from adapters.delta import AdapterError, Start
+from adapters.linear import float_weight
+from adapters.peft import Peft, _plain
+from adapters.peft_fields import NAME
 from tests.toys import adapters as toys
 
 # What a method cannot do without on a model this small; PEFT's defaults are the rest.
@@ -338,7 +340,7 @@ def test_the_saved_difference_is_the_same_update_at_twice_the_rank(settings, tmp
         for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items()
     }
     stock: Any = peft.PeftModel.from_pretrained(toys.llama(torch.float32), tmp_path)
-    for name, module in adapter._adapted(model):
+    for name, module in peft_init.lora_layers(model):
         a, b = module.lora_A[NAME].weight.double(), module.lora_B[NAME].weight.double()
         alpha = settings.get("alpha_pattern", {}).get(
             name.rpartition(".")[2], settings["lora_alpha"]
@@ -359,7 +361,7 @@ def test_pissa_starts_from_the_weights_largest_components():
         "LORA", 1, r=4, lora_alpha=8, init_lora_weights="pissa", target_modules=["q_proj"]
     )
     model = attach(adapter, toys.llama(torch.float32))
-    for name, module in adapter._adapted(model):
+    for name, module in peft_init.lora_layers(model):
         w = toys.llama().get_submodule(name).weight
         u, s, v = torch.linalg.svd(w)
         largest = sum(s[i] * torch.outer(u[:, i], v[i]) for i in range(4))
@@ -402,7 +404,7 @@ def test_eva_spans_the_layers_inputs(tmp_path):
         (rows @ torch.linalg.qr(torch.randn(64, len(a), dtype=torch.float64))[0]).square().sum()
     )
     assert held > 0.9 * best > 2 * random_
-    ranks = {len(module.lora_A[NAME].weight) for _, module in adapter._adapted(model)}
+    ranks = {len(module.lora_A[NAME].weight) for _, module in peft_init.lora_layers(model)}
     assert len(ranks) > 1  # rho moves them
     again = Peft(
         "LORA",
@@ -431,7 +433,7 @@ def test_loftq_is_the_best_update_of_its_rank_for_what_rounding_lost(kind, tmp_p
         "LORA", 1, r=8, lora_alpha=16, init_lora_weights="loftq", target_modules="all-linear"
     )
     model = attach(adapter, toys.quantised(tmp_path, kind))
-    for name, module in adapter._adapted(model.requires_grad_(False)):
+    for name, module in peft_init.lora_layers(model.requires_grad_(False)):
         lost = (
             toys.llama().get_submodule(name).weight.detach()
             - float_weight(module.get_base_layer()).double()

@@ -103,7 +103,7 @@ def parts(model: Any) -> dict[str, dict[str, Tensor]]:
     for name, layer in sparse.layers(model):
         delta: Any = layer.delta
         s = torch.zeros(delta.o, delta.i, dtype=torch.float64)
-        if delta.settled:
+        if delta.has_support:
             for entry, value in zip(delta.indices.tolist(), delta.values.tolist(), strict=True):
                 s[entry // delta.i, entry % delta.i] = value
         found[name] = {"S": s} | (

@@ -290,7 +290,7 @@ def test_without_a_compiler_the_others_are_there(monkeypatch, tmp_path):
         sddmm.library.cache_clear()
         try:
             assert sddmm.library() is None
-            assert not sddmm.possible(torch.float32, torch.device("cpu"))
+            assert not sddmm.native_available(torch.float32, torch.device("cpu"))
             assert sddmm.fastest.__wrapped__(
                 8, 8, 4, torch.float32, torch.device("cpu"), tokens=4
             ) in ("sampled", "gathered")

@@ -15,17 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from adapters import mask, sddmm, sparse
-from adapters.delta import (
-    AdaptedLinear,
-    AdapterError,
-    Start,
-    float_weight,
-    merge_linear,
-    switched_off,
-)
+from adapters.delta import AdaptedLinear, AdapterError, Start, merge_linear, switched_off
+from adapters.linear import float_weight
 from adapters.lora import LoRA
 from adapters.rosa import RoSA, RoSAAdapter
 from adapters.sparse import SparseDelta
+from adapters.sparse_adapter import SparseAdapter
 from tests.ranks import spawn
 from tests.toys import adapters as toys
 from tests.toys.sparse import make
@@ -68,7 +63,7 @@ def layer(
     adapted = AdaptedLinear(linear, delta)
     if path in ("sparse", "both"):
         nn.init.normal_(delta.values, std=std)
-        delta.settle(torch.randperm(o * i)[:k].sort().values, linear)
+        delta.set_support(torch.randperm(o * i)[:k].sort().values, linear)
     return adapted
 
 
@@ -84,12 +79,12 @@ def reference(
     low-rank branch beside it."""
     delta = adapted.delta
     copied = copy.deepcopy(adapted)
-    copied.delta.release(copied.base)
+    copied.delta.take_out(copied.base)
     w = float_weight(copied.base).double()
     found = {name: p.detach().double().requires_grad_() for name, p in parts(adapted).items()}
     x = x.detach().double().requires_grad_()
     s, m = torch.zeros_like(w), torch.zeros_like(w)
-    if delta.settled:
+    if delta.has_support:
         for value, entry in zip(found["values"].tolist(), delta.indices.tolist(), strict=True):
             s[entry // delta.i, entry % delta.i] = value
             m[entry // delta.i, entry % delta.i] = 1
@@ -104,7 +99,7 @@ def reference(
     right = {"y": y.detach(), "x": x.grad} | {
         name: p.grad for name, p in found.items() if name != "values"
     }
-    if delta.settled:
+    if delta.has_support:
         right["values"] = torch.stack(
             [s.grad[e // delta.i, e % delta.i] for e in delta.indices.tolist()]
         )
@@ -157,14 +152,14 @@ def test_its_gradient_is_that_of_its_value(path, way, kind, dropout):
     adapted = layer(
         path, o=3, i=4, k=5, bias=kind == "bias", conv=kind == "Conv1D", dropout=dropout, way=way
     ).train()
-    names = [name for name in parts(adapted) if name != "values" or adapted.delta.settled]
+    names = [name for name in parts(adapted) if name != "values" or adapted.delta.has_support]
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
 
     def of(x, *given):
         torch.manual_seed(5)  # the same dropout each time
         # gradcheck goes back through the first output after computing others
         apart = copy.deepcopy(adapted)
-        apart.delta.written = None
+        apart.delta.folded_version = None
         return torch.func.functional_call(
             apart, {f"delta.{n}": p for n, p in zip(names, given, strict=True)}, (x,)
         )
@@ -294,7 +289,7 @@ def test_half_precision(path, way, dtype):
 def test_bf16_values_collect_their_gradient_in_bf16():
     linear = nn.Linear(64, 48, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     delta = SparseDelta(linear, 50, torch.bfloat16)
-    delta.settle(torch.arange(50) * 61, linear)
+    delta.set_support(torch.arange(50) * 61, linear)
     adapted = AdaptedLinear(linear, delta)
     x, upstream = inputs(adapted, 10, dtype=torch.bfloat16)
     found = results(adapted, x, upstream)
@@ -511,7 +506,7 @@ def test_it_keeps_no_more_than_lora_and_its_input_once(tmp_path, case, dropout):
     x = torch.randn(3, 10, i, dtype=dtype, requires_grad=True)
     delta = RoSA(base, 80, r, SCALE, dropout, torch.float32, torch.float32)
     rosa = AdaptedLinear(base, delta).train()
-    delta.settle(torch.arange(80) * 100, base)
+    delta.set_support(torch.arange(80) * 100, base)
     outputs = []
 
     def run(adapted: Any) -> None:
@@ -527,7 +522,7 @@ def test_it_keeps_no_more_than_lora_and_its_input_once(tmp_path, case, dropout):
     assert bytes_kept == number * (t * i + t * r) + t * i * (dropout > 0)
     if case != "autocast":
         assert x.untyped_storage().data_ptr() in kept
-    delta.release(base)
+    delta.take_out(base)
     lora = AdaptedLinear(base, LoRA(base, r, SCALE, dropout, torch.float32)).train()
     theirs = kept_for_backward(lambda: run(lora), [*base.parameters(), *lora.delta.parameters()])
     most = sum(tensor.untyped_storage().nbytes() for tensor in theirs.values())
@@ -549,7 +544,7 @@ def test_layers_of_one_input_keep_it_once():
 def held(adapted: Any) -> Tensor:
     """What the base's weight should be, entry by entry, rounded once."""
     copied = copy.deepcopy(adapted)
-    copied.delta.release(copied.base)
+    copied.delta.take_out(copied.base)
     dense = float_weight(copied.base).double().clone()
     for value, entry in zip(
         adapted.delta.values.tolist(), adapted.delta.indices.tolist(), strict=True
@@ -569,16 +564,16 @@ def test_the_base_holds_the_sum_and_comes_back_bit_for_bit(dtype, conv):
         different = adapted.base.weight != held(adapted)
         assert different.sum() <= (0 if dtype in (torch.float64, torch.float32) else 1)
         assert 100 < (adapted.base.weight != plain).sum() <= 150
-        adapted.delta.release(adapted.base)
+        adapted.delta.take_out(adapted.base)
         assert torch.equal(adapted.base.weight, plain)
-        adapted.delta.release(adapted.base)  # once more is nothing
+        adapted.delta.take_out(adapted.base)  # once more is nothing
         assert torch.equal(adapted.base.weight, plain)
-        adapted.delta.hold(adapted.base)
-        adapted.delta.hold(adapted.base)
+        adapted.delta.fold_in(adapted.base)
+        adapted.delta.fold_in(adapted.base)
         with torch.no_grad():
             adapted.delta.values.mul_(1.7)
-        adapted.delta.write(adapted.base)
-    adapted.delta.release(adapted.base)
+        adapted.delta.refresh(adapted.base)
+    adapted.delta.take_out(adapted.base)
     assert torch.equal(adapted.base.weight, plain)
     assert adapted.base.weight.data_ptr() == address
 
@@ -589,7 +584,7 @@ def test_values_collect_what_a_bf16_weight_hides():
     for _ in range(1000):
         with torch.no_grad():
             adapted.delta.values.add_(1e-4)
-    adapted.delta.write(adapted.base)
+    adapted.delta.refresh(adapted.base)
     assert torch.allclose(adapted.delta.values, torch.tensor(0.1), atol=1e-5)
     assert (adapted.base.weight != start).sum() > 100
     assert (adapted.base.weight != held(adapted)).sum() <= 1
@@ -662,7 +657,7 @@ def test_a_copy_is_whole_and_its_own():
     assert torch.equal(toys.logits(model), wanted)
     for _, adapted in sparse.layers(other):
         assert torch.equal(adapted.base.weight, held(adapted))
-        adapted.delta.release(adapted.base)
+        adapted.delta.take_out(adapted.base)
     plain = dict(toys.llama().named_parameters())
     for name, adapted in sparse.layers(other):
         assert torch.equal(adapted.base.weight, plain[f"{name}.weight"])
@@ -704,8 +699,8 @@ def test_a_new_support_gives_the_old_one_back():
     plain = layer("low").base.weight
     x, upstream = inputs(adapted, 3)
     for indices in ([0, 1, 2, 3, 4, 5], [3, 8, 9, 30, 33, 34]):
-        adapted.delta.release(adapted.base)
-        adapted.delta.settle(torch.tensor(indices), adapted.base)
+        adapted.delta.take_out(adapted.base)
+        adapted.delta.set_support(torch.tensor(indices), adapted.base)
         assert adapted.delta.indices.tolist() == indices
         assert (adapted.base.weight != plain).flatten().nonzero().flatten().tolist() == indices
         same(results(adapted, x, upstream), reference(adapted, x, upstream))
@@ -827,14 +822,14 @@ def test_on_a_quantised_base_it_is_the_dequantised_weight_and_the_delta(tmp_path
     adapted = AdaptedLinear(linear, delta)
     nn.init.normal_(delta.values)
     if path != "before":
-        delta.settle(torch.arange(80) * 100, linear)
+        delta.set_support(torch.arange(80) * 100, linear)
     x, upstream = inputs(adapted, 2, 6, dtype=torch.float32)
     for _ in range(2):
         same(results(adapted, x, upstream), reference(adapted, x, upstream), 1e-5)
     assert torch.equal(linear.weight.data, packed)
     assert torch.equal(float_weight(linear), w)
-    assert delta.kept is None
-    delta.release(linear)
+    assert delta.base_values is None
+    delta.take_out(linear)
     with pytest.raises(AdapterError, match="base is quantised"):
         merge_linear(adapted)
 
@@ -904,7 +899,7 @@ def test_a_wrong_density_is_found_before_anything_is_attached(changes, message):
 
 def test_a_pattern_without_a_number_is_refused():
     # tests check types, the program does not
-    plain: Any = inspect.unwrap(sparse.SparseAdapter.__init__)
+    plain: Any = inspect.unwrap(SparseAdapter.__init__)
     with pytest.raises(
         AdapterError, match="density_pattern has up_proj: 'many': expected a number"
     ):

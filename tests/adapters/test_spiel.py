@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from adapters import sparse
 from adapters.delta import AdapterError, Start
 from adapters.sparse import SparseDelta
-from adapters.spiel import SM3, Candidates, SpIEL, SpielAdamW
+from adapters.sparse_adapter import SparseAdapter
+from adapters.spiel import Candidates, SpIEL
+from adapters.spiel_optimizers import SM3, SpielAdamW
 from trainer.config.errors import ConfigError
 
 LR, BETAS, EPS = 0.05, (0.9, 0.99), 1e-8
@@ -393,7 +395,7 @@ def test_a_bf16_base_comes_back_bit_by_bit():
         assert not apart[
             [e for e in range(w.numel()) if e not in layer.delta.indices.tolist()]
         ].any()
-        layer.delta.release(layer.base)
+        layer.delta.take_out(layer.base)
         assert torch.equal(layer.base.weight, w)
 
 
@@ -614,7 +616,7 @@ def test_weight_decay_pulls_to_the_base(which):
     starts = {name: layer.delta.values.detach().double() for name, layer in sparse.layers(model)}
     for done in range(1, 201):
         optimizer.step()
-        sparse.SparseAdapter.after_step(adapter, model, done)
+        SparseAdapter.after_step(adapter, model, done)
         for name, layer in sparse.layers(model):
             wanted = starts[name] * (1 - LR * 2.0) ** done
             torch.testing.assert_close(

@@ -145,7 +145,7 @@ def test_an_average_starts_anew_where_positions_are_chosen(caplog):
     trainer = started(averaging, module)
     for _ in range(3):
         stepped(averaging, module, trainer)
-    delta.settle(torch.tensor([1, 5]), base)
+    delta.set_support(torch.tensor([1, 5]), base)
     with caplog.at_level(logging.INFO):
         stepped(averaging, module, trainer)
     assert averaging.count == 1
@@ -155,14 +155,14 @@ def test_an_average_starts_anew_where_positions_are_chosen(caplog):
     assert averaging.count == 2
     # A weight that holds the values follows them in and out.
     x, before = torch.randn(2, 4), base.weight.detach().clone()
-    delta.write(base)
+    delta.refresh(base)
     with averaging.in_place():
         inside = module.model[2](x)
         assert torch.allclose(inside, x @ delta.weight(_own(delta, base)).T + base.bias, atol=1e-6)
     module.model[2](x)
-    delta.release(base)
+    delta.take_out(base)
     again = base.weight.detach().clone()
-    delta.hold(base)
+    delta.fold_in(base)
     assert torch.equal(_own(delta, base), again)
     assert not torch.equal(before, again)
 
@@ -170,7 +170,7 @@ def test_an_average_starts_anew_where_positions_are_chosen(caplog):
 def _own(delta: RoSA, base: nn.Linear) -> torch.Tensor:
     """The base's own weight, read entry by entry beside what it holds."""
     weight = base.weight.detach().clone()
-    for index, value in zip(delta.indices.tolist(), delta.kept.tolist(), strict=True):
+    for index, value in zip(delta.indices.tolist(), delta.base_values.tolist(), strict=True):
         weight[index // 4, index % 4] = value
     return weight
 

@@ -316,7 +316,7 @@ def test_layers_behind_a_gate_train_the_same(kind, autocast):
         delta: Any = LoRA(base, 3, 0.5, 0.0, torch.float32)
     else:
         delta = RoSA(base, 20, 3, 0.5, 0.0, torch.float32, torch.float32)
-        delta.settle(torch.arange(20) * 3, base)
+        delta.set_support(torch.arange(20) * 3, base)
     layer = AdaptedLinear(base, delta).train()
     nn.init.normal_(delta.B)
     inputs = [torch.randn(2, 7, 12, requires_grad=True) for _ in range(2)]

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapters.delta import Adapter, Start, float_weight, freeze, is_linear
+from adapters.delta import Adapter, Start, freeze
 from adapters.full import Nothing
+from adapters.linear import float_weight, is_linear
 from trainer.assembly.build import instantiate, new_modules
 from trainer.drafters import Drafter
 from trainer.models.base import Base, BaseError

@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from adapters.delta import features, float_weight
+from adapters.linear import features, float_weight
 from trainer.drafters import DrafterError, Target
 from trainer.drafters.eagle import Unrolled, masked_layer
 from trainer.drafters.layers import final_norm, precision, projection

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from adapters.delta import features, float_weight, is_linear
+from adapters.linear import features, float_weight, is_linear
 from trainer.drafters import Drafter, DrafterError, Seen, Target
 from trainer.models.heads import Head, after_output
 

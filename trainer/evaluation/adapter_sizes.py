@@ -15,7 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from adapters import io
-from adapters.delta import AdaptedLinear, AdapterError, float_weight
+from adapters.delta import AdaptedLinear, AdapterError
+from adapters.linear import float_weight
 from trainer.assembly.trained import Trained
 
 
@@ -96,10 +97,10 @@ def _updates(
     for name, module in list(found.model.named_modules()):
         if isinstance(module, AdaptedLinear):
             delta: Any = module.delta
-            delta.release(module.base)
+            delta.take_out(module.base)
             base = float_weight(module.base).double()
             update = delta.weight(base) - base
-            delta.hold(module.base)
+            delta.fold_in(module.base)
             alone = hasattr(delta, "A") and getattr(delta, "values", None) is None
             yield name, name, base, update, (delta.B, delta.A) if alone else None
         elif isinstance(module, BaseTunerLayer):

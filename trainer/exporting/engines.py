@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from adapters.delta import float_weight
+from adapters.linear import float_weight
 from trainer.drafters import Drafter, DrafterError, Target
 from trainer.drafters.eagle import Eagle
 from trainer.drafters.eagle3 import Eagle3

@@ -13,8 +13,9 @@ import psutil
 import torch
 from torch import nn
 
-from adapters.delta import Adapter, NeedsWeights, Start, features, targets
+from adapters.delta import Adapter, NeedsWeights, Start, targets
 from adapters.full import Nothing
+from adapters.linear import features
 from trainer.assembly.build import instantiate, new_modules
 from trainer.assembly.recipe import Recipe
 from trainer.callbacks import every_steps
