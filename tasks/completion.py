@@ -1,4 +1,5 @@
-"""Plain text, all of it trained: a column `text`, or .txt files whose paragraphs are the rows.
+"""Plain text, every token of which is trained: a column `text`, or .txt files whose paragraphs are
+the rows.
 
 {"text": "The quick brown fox jumps over the lazy dog."}
 """
@@ -12,7 +13,7 @@ from tasks.task import Splits, Text, column, text_of
 
 
 class Completion:
-    """Texts; every token is trained, and the end token after them."""
+    """Texts. Every token is trained, and the end token after them."""
 
     kind = "text"
     metrics: list[str] = []

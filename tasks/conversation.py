@@ -1,9 +1,12 @@
-"""The ways in which chats are written, brought to one: a list of messages as OpenAI writes them.
+"""The formats of chats, converted to one: a list of messages as in OpenAI's API.
 
-messages            {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], "tools": [...]}
-sharegpt            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "system": "..."}
+messages            {"messages": [{"role": "user", "content": "Hi"},
+                                  {"role": "assistant", "content": "Hello"}], "tools": [...]}
+sharegpt            {"conversations": [{"from": "human", "value": "Hi"},
+                                       {"from": "gpt", "value": "Hello"}], "system": "..."}
 alpaca              {"instruction": "Add.", "input": "2 3", "output": "5"}
-prompt_completion   {"prompt": "2 + 3 =", "completion": "5"}    either side may be a list of messages too
+prompt_completion   {"prompt": "2 + 3 =", "completion": "5"}
+                    either side may be a list of messages too
 """
 
 from __future__ import annotations
@@ -36,10 +39,10 @@ FORMATS = {
 
 
 def detect(row: dict[str, Any], columns: dict[str, str]) -> str:
-    """The format whose columns a row has.
+    """Return the format whose columns a row has.
 
     Raises:
-        DataError: none fits, or several do.
+        DataError: no format fits, or several do.
     """
     fits = [
         name
@@ -51,7 +54,7 @@ def detect(row: dict[str, Any], columns: dict[str, str]) -> str:
     known = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items())
     if not fits:
         raise DataError(
-            f"the columns ({', '.join(map(str, row))}) are of no known format ({known}). Name yours"
+            f"the columns ({', '.join(map(str, row))}) are of no known format ({known}). Map yours"
             " with task.columns={OURS: YOURS}"
         )
     raise DataError(
@@ -62,7 +65,7 @@ def detect(row: dict[str, Any], columns: dict[str, str]) -> str:
 def convert(
     row: dict[str, Any], format_: str, columns: dict[str, str], system: str | None, where: str
 ) -> Conversation:
-    """One row as a Conversation that ends in an answer.
+    """Return one row as a Conversation that ends in an answer.
 
     Raises:
         DataError: a column is missing, a value has the wrong type, or an answer is empty.
@@ -144,7 +147,7 @@ def _sharegpt(item: Any, number: int) -> dict[str, Any]:
         raise DataError(
             f"turn {number} must be an object with from and value, and is {str(item)[:60]!r}"
         )
-    if item["from"] not in list(_SHAREGPT):  # a list, since JSON's values need not be hashable
+    if item["from"] not in list(_SHAREGPT):  # a list: JSON values may not be hashable
         raise DataError(f"turn {number} is from {item['from']!r}; known: {', '.join(_SHAREGPT)}")
     if not isinstance(item["value"], str):
         raise DataError(f"turn {number}: value must be text, and is {type(item['value']).__name__}")

@@ -6,8 +6,8 @@ in its number after ####.
      "answer": "Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.\nWorking 50 minutes, she earned 0.2
      x 50 = $<<0.2*50=10>>10.\n#### 10"}
 
-`exact_match` reads the number after the first ####, `flexible` the last number wherever it stands:
-a model that was not taught the #### can be right by the second alone.
+`exact_match` compares the number after the first ####, `flexible` the last number anywhere: a model
+that was not trained to write #### can be right only by `flexible`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 from tasks.reading import DataError
 from tasks.task import Chats, Conversation
 
-# A minus after a digit or a bracket subtracts, and so does one before a blank: the last number of
-# "7-5" and of "7 - 5" is 5.
+# A minus after a digit or a bracket, or before a blank, is an operator: the last number of "7-5"
+# and of "7 - 5" is 5.
 _NUMBER = (
     r"(?P<minus>(?<![\w)\]])[-\u2212](?=[$0-9.]))?(?:\$ ?)?"
     r"(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
@@ -39,7 +39,7 @@ class GSM8K(Chats):
         question, answer = self.text(row, "question"), self.text(row, "answer")
         if marked(answer) is None:
             raise DataError(
-                f"the answer must hold its number after ####, and ends in {answer[-40:]!r}"
+                f"the answer must have its number after ####, and ends in {answer[-40:]!r}"
             )
         return self.pair(question, answer, where)
 
@@ -52,21 +52,21 @@ class GSM8K(Chats):
 
 
 def marked(text: str) -> Decimal | None:
-    """The number after the first ####, or None."""
+    """Return the number after the first ####, None if there is none."""
     start = text.find("####")
-    found = _MARKED.match(text, start) if start >= 0 else None
-    return _value(found) if found else None
+    match = _MARKED.match(text, start) if start >= 0 else None
+    return _value(match) if match else None
 
 
 def last(text: str) -> Decimal | None:
-    """The last number of a text, or None."""
-    found = None
-    for found in _ANYWHERE.finditer(text):  # noqa: B007
+    """Return the last number of a text, None if there is none."""
+    match = None
+    for match in _ANYWHERE.finditer(text):  # noqa: B007
         pass
-    return _value(found) if found else None
+    return _value(match) if match else None
 
 
-def _value(found: re.Match[str]) -> Decimal:
-    """72, 72.0 and 72.00 are equal as decimals; 1,080 is 1080."""
-    value = Decimal(found["digits"].replace(",", ""))
-    return -value if found["minus"] else value
+def _value(match: re.Match[str]) -> Decimal:
+    # As decimals, 72, 72.0 and 72.00 are equal.
+    value = Decimal(match["digits"].replace(",", ""))
+    return -value if match["minus"] else value

@@ -1,12 +1,12 @@
-"""Several sets of chats or prompt-answer pairs, each with a weight: how often its rows are seen in
-an epoch.
+"""Several sets of chats or prompt-answer pairs, each with a weight: how often an epoch sees each of
+its rows.
 
     parts: {sql: {path: sql.jsonl, weight: 2}, chat: {path: chat.jsonl, weight: 0.25}}
 
-Every row of `sql` comes twice in an epoch, and a fixed quarter of `chat`'s once, drawn by the rows'
-numbers. Rows are as tasks/sft.py reads them; the trainer shuffles them. Each part holds its own
-`eval_fraction` out, or has an `eval_path`, and held-out rows come once whatever the weight is, so
-that losses under different weights compare.
+An epoch sees every row of `sql` twice, and a fixed quarter of the rows of `chat` once, drawn by the
+numbers of the rows. Rows are read as tasks/sft.py reads them, and the trainer shuffles them. Each
+part holds out its own `eval_fraction`, or has an `eval_path`. Held-out rows come once, whatever the
+weight, so that losses under different weights can be compared.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Mixture:
     """Conversations of several parts; the answers are trained.
 
     Raises:
-        DataError: there are no parts, one lacks its path or has an unknown key, a weight is not
-        above 0, or a file is missing.
+        DataError: there are no parts, a part has no path or an unknown key, a weight is not above
+            0, or a file is missing.
     """
 
     kind = "conversation"
@@ -68,45 +68,19 @@ class Mixture:
             "split": "train",
             "eval_path": None,
             "eval_split": "test",
+            "limit": None,
+            "eval_fraction": eval_fraction,
+            "eval_limit": eval_limit,
+            "chat_template": chat_template,
+            "train_on": train_on,
+            "metric": metric,
+            "streaming": False,
+            "shuffle_block": 1,
+            "on_bad": on_bad,
         }
-        self.parts: dict[str, tuple[SFT, float]] = {}
-        for name, given in parts.items():
-            place = f"task.parts.{name}"
-            if not isinstance(given, dict) or "path" not in given or given.keys() - KEYS:
-                raise DataError(
-                    f"{place} is {given!r}: a mapping with path, and where wanted"
-                    f" {', '.join(sorted(KEYS - {'path'}))}"
-                )
-            weight = given.get("weight", 1)
-            if (
-                isinstance(weight, bool)
-                or not isinstance(weight, int | float)
-                or not 0 < weight < 1000
-            ):
-                raise DataError(
-                    f"{place}.weight is {weight!r}, and must be a number above 0: how often an"
-                    " epoch sees each row"
-                )
-            own = (
-                shared
-                | {"limit": None}
-                | {key: value for key, value in given.items() if key != "weight"}
-            )
-            try:
-                made = SFT(
-                    **own,
-                    eval_fraction=eval_fraction,
-                    eval_limit=eval_limit,
-                    chat_template=chat_template,
-                    train_on=train_on,
-                    metric=metric,
-                    streaming=False,
-                    shuffle_block=1,
-                    on_bad=on_bad,
-                )
-            except DataError as error:
-                raise DataError(f"{place}: {error}") from None
-            self.parts[name] = made, float(weight)
+        self.parts: dict[str, tuple[SFT, float]] = {
+            name: _part(f"task.parts.{name}", settings, shared) for name, settings in parts.items()
+        }
 
     def examples(self, split: str) -> Iterator[Conversation | Bad]:
         for name, (part, weight) in self.parts.items():
@@ -128,7 +102,27 @@ class Mixture:
         return {self.metric: score(self.metric, completion, example.reference)}
 
 
+def _part(key: str, settings: Any, shared: dict[str, Any]) -> tuple[SFT, float]:
+    """Return a part's rows and weight. `settings` override the `shared` arguments of SFT."""
+    if not isinstance(settings, dict) or "path" not in settings or settings.keys() - KEYS:
+        raise DataError(
+            f"{key} is {settings!r}, expected a mapping with path and, optionally,"
+            f" {', '.join(sorted(KEYS - {'path'}))}"
+        )
+    weight = settings.get("weight", 1)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1000:
+        raise DataError(
+            f"{key}.weight is {weight!r}, expected a number above 0 and below 1000: how often an"
+            " epoch sees each row"
+        )
+    arguments = shared | {name: value for name, value in settings.items() if name != "weight"}
+    try:
+        return SFT(**arguments), float(weight)
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from None
+
+
 def times(part: str, index: int, weight: float) -> int:
-    """How often the row of a number comes in an epoch: the whole part of the weight, and once more
-    by a fixed draw with the rest of it as its chance."""
+    """Return how often an epoch sees the row with number `index`: the integer part of the weight,
+    and once more by a fixed draw whose probability is the fractional part."""
     return int(weight) + (random.Random(f"{part} {index}").random() < weight % 1)

@@ -1,9 +1,9 @@
-"""Rows of local files and hub data sets. Local files are read strictly: what is wrong is named by
-file and line.
+"""Rows of local files and hub data sets. Local files are read strictly: an error names file and
+line.
 
-`datasets` reports a broken JSON line by its place in a parse block, without the file (row 71,751
-for line 150,001), and takes mixed types and missing keys without a word; reading JSON lines here is
-no slower.
+`datasets` reports a broken JSON line by its position in a parse block, without the file (row 71,751
+for line 150,001), and accepts mixed types and missing keys silently. Reading JSON lines here is no
+slower.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ csv.field_size_limit(2**31 - 1)  # long texts too; Python's own limit is 131072 
 
 
 class DataError(ValueError):
-    """The data cannot be used. The message says what is wrong, where, and how to mend it."""
+    """The data cannot be used. The message says what is wrong, where, and how to fix it."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,23 @@ class Source:
         self.hub: str | None = None
         for pattern in patterns:
             expanded = Path(pattern).expanduser()
-            found = sorted(
+            matches = sorted(
                 Path(name)
                 for name in glob.glob(str(expanded), recursive=True)
                 if Path(name).is_file()
             )
-            if expanded.is_file():  # its name may hold brackets
-                found = [expanded]
-            if found:
-                self.files += found
+            if expanded.is_file():  # its name may contain brackets, which glob takes as a pattern
+                matches = [expanded]
+            if matches:
+                self.files += matches
             elif _looks_local(pattern):
                 raise DataError(
-                    f"{key}={pattern!r}: there is no such file (looked from {Path.cwd()})"
+                    f"{key}={pattern!r}: there is no such file (the current folder is {Path.cwd()})"
                 )
             elif len(patterns) > 1:
                 raise DataError(
-                    f"{key} lists {pattern!r}, which is no file; a data set on the hub stands alone"
+                    f"{key} lists {pattern!r}, which is no file; a data set on the hub must be the"
+                    " only entry"
                 )
             else:
                 self.hub = pattern
@@ -93,7 +94,7 @@ class Source:
                 raise DataError(f"{file}: not readable as gzip: {error}") from None
 
     def fingerprint(self) -> str:
-        """A digest of the files' contents, or of the hub data set's version."""
+        """Return a digest of the files' contents, or of the hub data set's version."""
         if self.hub is not None:
             return _hub_fingerprint(self.hub, self.split)
         digest = hashlib.sha256()
@@ -120,8 +121,8 @@ def _kind(file: Path) -> str:
 
 def _open(file: Path) -> Any:
     with file.open("rb") as stream:
-        packed = stream.read(2) == b"\x1f\x8b"  # by content: a packed file may be named .jsonl
-    return gzip.open(file, "rb") if packed else file.open("rb")
+        compressed = stream.read(2) == b"\x1f\x8b"  # by content: the name may be .jsonl
+    return gzip.open(file, "rb") if compressed else file.open("rb")
 
 
 def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
@@ -136,7 +137,7 @@ def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
 
 def _parsed(line: bytes, where: str) -> dict[str, Any] | Bad:
     try:
-        # an error at the line's end shall have its column
+        # without the line's end, so that an error there has the right column
         text = line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         return Bad(
@@ -162,7 +163,7 @@ def _encodable(row: dict[str, Any], where: str) -> dict[str, Any] | Bad:
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        return Bad(where, "it holds half of a surrogate pair, which is no character")
+        return Bad(where, "it has half of a surrogate pair, which is no character")
     return row
 
 
@@ -175,7 +176,7 @@ def _json(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
         raise DataError(f"{file}: not UTF-8 at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
         hint = (
-            " It has several JSON values, one a line: name it .jsonl"
+            " If it has one JSON value per line, name it .jsonl"
             if error.msg == "Extra data"
             else ""
         )
@@ -200,7 +201,7 @@ def _json(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
 def _separated(file: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
     with _open(file) as stream:
         lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-        # SST-2-like .tsv files do not quote: a lone quotation mark is text there.
+        # .tsv files such as SST-2's do not quote: a single quotation mark is text.
         reader = csv.reader(
             lines,
             delimiter=delimiter,
@@ -249,7 +250,7 @@ def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
 
 
 def _txt(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
-    """A row for each paragraph: paragraphs are divided by empty lines."""
+    """Yield a row for each paragraph. Paragraphs are separated by empty lines."""
     with _open(file) as lines:
         paragraph: list[str] = []
         first = 1
@@ -290,19 +291,19 @@ def _hub_rows(name: str, split: str, streaming: bool) -> Iterator[tuple[str, dic
 
 
 def _load_hub(loader: str, name: str, **settings: Any) -> Any:
-    """`name` may end in a configuration of the data set: ORG/NAME:CONFIG."""
+    """Call a loader of `datasets`. `name` may end in a configuration: ORG/NAME:CONFIG."""
     import datasets
 
     repository, _, configuration = name.partition(":")
-
     try:
         return getattr(datasets, loader)(repository, configuration or None, **settings)
     except ValueError as error:
         raise DataError(f"data set {name!r}: {error}") from error
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{name!r} is no file here, and could not be had as a data set from the hub: {first}"
+            f"{name!r} is no file here, and could not be loaded as a data set from the hub:"
+            f" {first_line}"
         ) from error
 
 

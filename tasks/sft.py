@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from tasks import conversation
 from tasks.reading import Bad, DataError
@@ -55,7 +56,7 @@ class SFT:
             if isinstance(row, Bad):
                 yield row
                 continue
-            # the first readable row decides, and a file that fits nothing is an error at once
+            # The first readable row decides. If it fits no format, no row will: an error at once.
             if format_ == "auto":
                 try:
                     format_ = conversation.detect(row, self.columns)
@@ -77,25 +78,25 @@ class SFT:
 
 
 def score(metric: str, completion: str, reference: str) -> float:
-    """A generated answer against the right one, in [0, 1]. Runs of white space count as one
-    blank."""
-    found, wanted = (re.sub(r"\s+", " ", text).strip() for text in (completion, reference))
+    """Return the score of a generated answer against the reference, in [0, 1]. A run of white space
+    counts as one blank."""
+    answer, expected = (re.sub(r"\s+", " ", text).strip() for text in (completion, reference))
     if metric == "exact_match":
-        return float(found == wanted)
+        return float(answer == expected)
     if metric == "contains":
-        return float(wanted in found)
-    if not found or not wanted:
-        return float(found == wanted)
+        return float(expected in answer)
+    if not answer or not expected:
+        return float(answer == expected)
     from torchmetrics.functional import text
 
-    # No n-grams longer than the texts: with BLEU's four words, a right answer of three would score
-    # 0.
-    words = min(len(found.split()), len(wanted.split()))
+    # No n-grams longer than the texts: with BLEU's 4-grams, a right answer of three words would
+    # score 0.
+    words = min(len(answer.split()), len(expected.split()))
     if metric == "bleu":
-        return float(text.sacre_bleu_score([found], [[wanted]], n_gram=min(4, words), smooth=True))
-    letters = min(len(found.replace(" ", "")), len(wanted.replace(" ", "")))
-    return float(
-        text.chrf_score(
-            [found], [[wanted]], n_char_order=min(6, letters), n_word_order=min(2, words)
-        )
-    )  # type: ignore[arg-type]
+        n_gram = min(4, words)
+        return float(text.sacre_bleu_score([answer], [[expected]], n_gram=n_gram, smooth=True))
+    letters = min(len(answer.replace(" ", "")), len(expected.replace(" ", "")))
+    chrf: Any = text.chrf_score(
+        [answer], [[expected]], n_char_order=min(6, letters), n_word_order=min(2, words)
+    )
+    return float(chrf)

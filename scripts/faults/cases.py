@@ -140,12 +140,12 @@ def small_shards() -> None:
     """Cache features in several shards. Must be called in a child."""
     from trainer.data import hidden_states
 
-    whole = hidden_states.prepared
+    whole = hidden_states.HiddenStates.prepare
 
-    def prepared(*given: Any, **named: Any) -> Any:
+    def prepare(*given: Any, **named: Any) -> Any:
         return whole(*given, **named | {"shard_bytes": SHARD})
 
-    hidden_states.prepared = prepared
+    hidden_states.HiddenStates.prepare = prepare  # type: ignore[method-assign]
 
 
 def start(
@@ -314,4 +314,4 @@ def lost(place: Place, name: str) -> int:
     run = place.runs / name
     logged = [row["step"] for row in journal.read(run / "metrics.jsonl") if row["kind"] == "step"]
     saved = checkpoints.complete(run / "checkpoints")
-    return max(logged, default=0) - (int(saved[-1].stem[5:]) if saved else 0)
+    return max(logged, default=0) - (saved[-1].step if saved else 0)

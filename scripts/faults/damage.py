@@ -93,7 +93,7 @@ def every(place: Place, name: str) -> list[Path]:
     """All checkpoints."""
     from trainer.storage import checkpoints
 
-    return checkpoints.complete(place.runs / name / "checkpoints")
+    return [saved.path for saved in checkpoints.complete(place.runs / name / "checkpoints")]
 
 
 def tokens(place: Place, name: str) -> list[Path]:

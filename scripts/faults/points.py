@@ -134,11 +134,11 @@ def between_removals() -> None:
 
     whole = checkpoints.remove
 
-    def half(path: Path) -> None:
-        if path.with_suffix(".json").exists() and int(path.stem[5:]) >= EVERY:
-            path.with_suffix(".json").unlink()
+    def half(checkpoint: checkpoints.Checkpoint) -> None:
+        if checkpoint.manifest.exists() and checkpoint.step >= EVERY:
+            checkpoint.manifest.unlink()
             die()
-        whole(path)
+        whole(checkpoint)
 
     checkpoints.remove = half
 

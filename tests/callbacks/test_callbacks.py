@@ -280,7 +280,7 @@ def test_patience_counts_evaluations_without_a_better_one(
     assert (json.loads(file.read_text())["step"] if file.exists() else None) == best
     last = stopped or 6
     assert of(run, "step", "step")[-1] == last
-    kept = [int(path.stem[5:]) for path in checkpoints.complete(run / "checkpoints")]
+    kept = [saved.step for saved in checkpoints.complete(run / "checkpoints")]
     assert kept == sorted({last} | ({best} if best else set()))
 
 
@@ -305,7 +305,7 @@ def test_the_newest_stay_and_the_one_before_the_cooldown(train, chats, every, ke
         f"callbacks.checkpoints.keep={keep}",
     )
     run = train(f"task.path={chats}", *settings, "callbacks.evaluation=null")
-    assert [int(path.stem[5:]) for path in checkpoints.complete(run / "checkpoints")] == steps
+    assert [saved.step for saved in checkpoints.complete(run / "checkpoints")] == steps
     files = [f"step-{step:08d}.{end}" for step in steps for end in ("ckpt", "json")]
     marks = [] if every == "null" else ["constant.json"]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == sorted([*marks, *files])
@@ -324,11 +324,13 @@ def test_the_best_stays_however_old_and_becomes_the_adapter(train, chats, monkey
         "callbacks.checkpoints.keep=2",
         "export=best",
     )
-    assert [int(path.stem[5:]) for path in checkpoints.complete(run / "checkpoints")] == [2, 5, 6]
-    assert checkpoints.chosen(run / "checkpoints", "best").stem == "step-00000002"
+    assert [saved.step for saved in checkpoints.complete(run / "checkpoints")] == [2, 5, 6]
+    assert checkpoints.chosen(run / "checkpoints", "best").step == 2
     saved = load_file(run / "adapter" / "adapter_model.safetensors")
     parts = {
-        step: checkpoints.load(checkpoints.path_of(run / "checkpoints", step))["adapter"]["tensors"]
+        step: checkpoints.load(checkpoints.Checkpoint.at(run / "checkpoints", step))["adapter"][
+            "tensors"
+        ]
         for step in (2, 6)
     }
     sums = {
@@ -350,12 +352,11 @@ def test_accumulation_is_never_cut(train, chats):
         "batch_size=2",
         "callbacks.checkpoints.every=2",
     )
-    for path in checkpoints.complete(run / "checkpoints"):
-        saved = checkpoints.load(path)
-        assert saved["counters"]["step"] == int(path.stem[5:])
-        assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 3 * int(
-            path.stem[5:]
-        )
+    for checkpoint in checkpoints.complete(run / "checkpoints"):
+        saved = checkpoints.load(checkpoint)
+        assert saved["counters"]["step"] == checkpoint.step
+        batches = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
+        assert batches == 3 * checkpoint.step
 
 
 # stopping

@@ -440,7 +440,7 @@ def test_a_line_that_is_none_of_ours_is_named(ask):
     number = (found.folder / "rows.jsonl").read_bytes().count(b"\n")
     again = ask(prompts(), "temperature=1", "rows=2")
     assert again.code == 2
-    assert f"rows.jsonl:{number} is not what this verb writes" in again.err
+    assert f"rows.jsonl:{number} is not a line that this command writes" in again.err
 
 
 def test_more_rows_and_another_batch_size_go_on(ask):

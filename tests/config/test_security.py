@@ -534,7 +534,7 @@ FOREIGN = (
     "trainer.storage.run_folder.RunFolder",
     "trainer.storage.checkpoints.remove",
     "trainer.models.base.Base",
-    "trainer.models.gguf.converted",
+    "trainer.models.gguf.convert",
     "trainer.models.hub.from_hub.__globals__",
     "tasks.wheel.fetch",
     "tasks.wheel.forget",

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+from trainer.data import states_folder
 from trainer.data.batches import Collate, Pick, Sequences
-from trainer.data.hidden_states import Features, FeaturesError, digest, key_of, prepared, write
+from trainer.data.hidden_states import HiddenStates, TargetPass, digest, key_of, write
 from trainer.data.render import Tokens
+from trainer.data.states_folder import HiddenStatesError
 from trainer.drafters import Drafter, Target
 from trainer.storage import journal
 from trainer.training.distill import DraftLoss
@@ -93,10 +95,9 @@ KEY = {
 
 
 def cached(folder, model, sequences, states=None, key=KEY, **more):
-    settings = {"width": 16, "pad": 0, "batch_size": 4, "device": CPU, "shard_bytes": 8000} | more
-    return prepared(
-        folder, key, sequences, states or passes(model, tuple(key["layers"])), **settings
-    )
+    settings = {"width": 16, "pad": 0, "batch_size": 4, "device": CPU} | more
+    target = TargetPass(states or passes(model, tuple(key["layers"])), **settings)
+    return HiddenStates.prepare(folder, key, sequences, target, 8000)
 
 
 def batches(sequences, packed, counts=True):
@@ -122,7 +123,7 @@ def test_gradients_from_disk_are_those_of_a_forward_pass(tmp_path, model, packs,
     sequences = Sequences(Rows(), packs)
     cached(tmp_path, model, Sequences(sequences.rows))  # all layers, made without packs
     disk, pass_ = online(model, layers), online(model, layers)
-    disk.states = Features(tmp_path, KEY | {"layers": list(layers)}, sequences).states
+    disk.states = HiddenStates(tmp_path, KEY | {"layers": list(layers)}, sequences).states
     for number, batch in enumerate(batches(sequences, packs is not None)):
         found, wanted = gradients(disk, batch), gradients(pass_, batch)
         assert number or all(value.abs().sum() > 0 for value in (wanted[0], *wanted[2:]))
@@ -172,7 +173,7 @@ def test_a_sequence_that_only_fills_a_share_is_laid_out_too(tmp_path, model):
 def test_a_batch_of_other_rows_is_refused(tmp_path, model):
     found = cached(tmp_path, model, Sequences(Rows()))
     batch = next(batches(Sequences(Rows(seed=1)), False))
-    with pytest.raises(FeaturesError, match="holds states of other rows"):
+    with pytest.raises(HiddenStatesError, match="holds states of other rows"):
         found.states(batch)
 
 
@@ -188,8 +189,8 @@ def test_states_are_stored_as_they_are_computed(tmp_path, tiny):
     assert torch.equal(got[0], hidden[0, :length])
     assert torch.equal(got[1], features[0, :length])
     with pytest.raises(
-        FeaturesError,
-        match=r"the target's hidden are 16 numbers in torch.bfloat16, and 16 in torch.float32",
+        HiddenStatesError,
+        match=r"hidden states have 16 numbers in torch.bfloat16, expected 16 in torch.float32",
     ):
         cached(tmp_path / "b", model, sequences)
 
@@ -209,10 +210,10 @@ def test_what_is_left_of_a_killed_start_is_kept(tmp_path, model):
     whole = {name: (tmp_path / name).stat().st_mtime_ns for name in index["shards"]}
     assert 1 <= len(whole) < len(index["cuts"]) - 1
     with pytest.raises(
-        FeaturesError,
+        HiddenStatesError,
         match=r"is not complete: \d+ shards are still to be written, such as shard-0000",
     ):
-        Features(tmp_path, KEY, sequences)
+        HiddenStates(tmp_path, KEY, sequences)
     (tmp_path / "shard-00004.safetensors.tmp").write_bytes(b"half")
     cached(tmp_path, model, sequences, counting)
     assert sorted(row for batch in seen[5:] for row in batch) == list(
@@ -236,8 +237,8 @@ def test_a_torn_shard_is_refused_and_made_again(tmp_path, model, fault):
         if fault == "missing"
         else f"it has {len(content) - 7} bytes instead of {len(content)}"
     )
-    with pytest.raises(FeaturesError, match=f"shard-00001.safetensors cannot be used: {said}"):
-        Features(tmp_path, KEY, sequences)
+    with pytest.raises(HiddenStatesError, match=f"shard-00001.safetensors cannot be used: {said}"):
+        HiddenStates(tmp_path, KEY, sequences)
     found = cached(tmp_path, model, sequences).row(5)
     assert torch.equal(found[0], wanted[0])
     assert file.read_bytes() == content
@@ -250,10 +251,10 @@ def test_an_altered_shard_is_refused_when_it_is_first_read(tmp_path, model):
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
-    found = Features(tmp_path, KEY, sequences)
+    found = HiddenStates(tmp_path, KEY, sequences)
     found.row(0)
     with pytest.raises(
-        FeaturesError, match=r"shard-00001.safetensors cannot be used: its content has changed"
+        HiddenStatesError, match=r"shard-00001.safetensors cannot be used: its content has changed"
     ):
         found.row(found.firsts[1])
 
@@ -261,12 +262,12 @@ def test_an_altered_shard_is_refused_when_it_is_first_read(tmp_path, model):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"base": "other"}, "the base's weights: b there, other asked for"),
-        ({"adapter": "a1"}, "adapter: None there, a1 asked for"),
-        ({"rows": "other"}, "tokenised rows .*: r there, other asked for"),
-        ({"dtype": "bfloat16"}, "dtype: float32 there, bfloat16 asked for"),
-        ({"quantization": "nf4"}, "quantization: none there, nf4 asked for"),
-        ({"layers": [0, 5]}, r"layers: \[0, 1, 2\] there, \[0, 5\] asked for"),
+        ({"base": "other"}, "the base's weights: b there, other expected"),
+        ({"adapter": "a1"}, "adapter: None there, a1 expected"),
+        ({"rows": "other"}, "tokenised rows .*: r there, other expected"),
+        ({"dtype": "bfloat16"}, "dtype: float32 there, bfloat16 expected"),
+        ({"quantization": "nf4"}, "quantization: none there, nf4 expected"),
+        ({"layers": [0, 5]}, r"layers: \[0, 1, 2\] there, \[0, 5\] expected"),
     ],
 )
 def test_states_of_something_else_are_refused(tmp_path, model, changed, said):
@@ -274,18 +275,18 @@ def test_states_of_something_else_are_refused(tmp_path, model, changed, said):
     cached(tmp_path, model, sequences)
     before = (tmp_path / "index.json").read_bytes()
     for use in (
-        lambda: Features(tmp_path, KEY | changed, sequences),
+        lambda: HiddenStates(tmp_path, KEY | changed, sequences),
         lambda: cached(tmp_path, model, sequences, key=KEY | changed),
     ):
-        with pytest.raises(FeaturesError, match=said):
+        with pytest.raises(HiddenStatesError, match=said):
             use()
     assert (tmp_path / "index.json").read_bytes() == before
 
 
 def test_other_rows_under_the_same_key_are_refused(tmp_path, model):
     cached(tmp_path, model, Sequences(Rows(6)))
-    with pytest.raises(FeaturesError, match="holds 6 rows"):
-        Features(tmp_path, KEY, Sequences(Rows(5)))
+    with pytest.raises(HiddenStatesError, match="holds 6 rows"):
+        HiddenStates(tmp_path, KEY, Sequences(Rows(5)))
 
 
 def test_fewer_layers_read_a_whole_cache_and_do_not_finish_a_part(tmp_path, model):
@@ -299,7 +300,7 @@ def test_fewer_layers_read_a_whole_cache_and_do_not_finish_a_part(tmp_path, mode
     with pytest.raises(KeyboardInterrupt):
         cached(tmp_path, model, sequences, stops)
     with pytest.raises(
-        FeaturesError, match=r"is not complete, and was begun with the layers \[0, 1, 2\]"
+        HiddenStatesError, match=r"is not complete, and was begun with the layers \[0, 1, 2\]"
     ):
         cached(tmp_path, model, sequences, key=KEY | {"layers": [1]})
 
@@ -309,7 +310,7 @@ def test_no_room_is_said_before_anything_is_computed(tmp_path, model, monkeypatc
     tokens = int(sequences.rows.lengths.sum())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 1000))
     with pytest.raises(
-        FeaturesError,
+        HiddenStatesError,
         match=f"of {tokens:,} tokens take {tokens * 4 * 16 * 4:,} bytes.* has 1,000 free",
     ):
         cached(tmp_path, model, sequences, lambda batch: pytest.fail("computed"))
@@ -339,14 +340,12 @@ def test_states_that_are_not_finite_name_their_row(tmp_path, model):
         row.ids[:] = row.ids[:3]
         row.trained[:] = row.trained[:3]
     rows.lengths = np.full(8, 3)
-    with pytest.raises(FeaturesError, match=r"rows.jsonl:7: .* not finite"):
+    with pytest.raises(HiddenStatesError, match=r"rows.jsonl:7: .* not finite"):
         cached(tmp_path, model, Sequences(rows), broken)
 
 
 def test_a_full_disk_leaves_the_shards_before(tmp_path, model, monkeypatch):
-    from trainer.data import hidden_states
-
-    sequences, saved, whole = Sequences(Rows()), [], hidden_states.save_file
+    sequences, saved, whole = Sequences(Rows()), [], states_folder.save_file
 
     def full(tensors, path):
         saved.append(path)
@@ -355,9 +354,9 @@ def test_a_full_disk_leaves_the_shards_before(tmp_path, model, monkeypatch):
             raise OSError(28, "No space left on device")
         whole(tensors, path)
 
-    monkeypatch.setattr(hidden_states, "save_file", full)
+    monkeypatch.setattr(states_folder, "save_file", full)
     with pytest.raises(
-        FeaturesError, match=r"shard-00001.safetensors could not be written .* bytes are free"
+        HiddenStatesError, match=r"shard-00001.safetensors could not be written .* bytes are free"
     ):
         cached(tmp_path, model, sequences)
     assert sorted(path.name for path in tmp_path.glob("shard-*")) == ["shard-00000.safetensors"]
@@ -366,18 +365,18 @@ def test_a_full_disk_leaves_the_shards_before(tmp_path, model, monkeypatch):
 
 def test_a_folder_that_is_none_of_ours_is_refused(tmp_path, model):
     sequences = Sequences(Rows(2))
-    with pytest.raises(FeaturesError, match=r"it has no index.json"):
-        Features(tmp_path, KEY, sequences)
+    with pytest.raises(HiddenStatesError, match=r"it has no index.json"):
+        HiddenStates(tmp_path, KEY, sequences)
     (tmp_path / "index.json").write_text("{")
-    with pytest.raises(FeaturesError, match="cannot be read"):
-        Features(tmp_path, KEY, sequences)
+    with pytest.raises(HiddenStatesError, match="cannot be read"):
+        HiddenStates(tmp_path, KEY, sequences)
     (tmp_path / "index.json").write_text("[]")
-    with pytest.raises(FeaturesError, match="not of states that this version writes"):
-        Features(tmp_path, KEY, sequences)
+    with pytest.raises(HiddenStatesError, match="not of states that this version writes"):
+        HiddenStates(tmp_path, KEY, sequences)
     (tmp_path / "index.json").unlink()
     (tmp_path / "shard-00000.safetensors").write_bytes(b"x")
-    with pytest.raises(FeaturesError, match="shards without an index"):
-        write(tmp_path, KEY, sequences, passes(model), 16, 0, 4, CPU)
+    with pytest.raises(HiddenStatesError, match="shards without an index"):
+        write(tmp_path, KEY, sequences, TargetPass(passes(model), 16, 0, 4, CPU))
 
 
 def test_the_digest_sees_every_part():

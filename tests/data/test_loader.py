@@ -47,7 +47,7 @@ def test_batches_are_those_of_a_plain_loader(workers, minutes):
 @pytest.mark.parametrize("at", [0, 5])
 def test_a_process_that_stops_is_ended_and_told(at):
     began = time.monotonic()
-    with pytest.raises(LoadingError, match=r"has not answered for loading_timeout=0\.03 minutes"):
+    with pytest.raises(LoadingError, match=r"has not responded for loading_timeout=0\.03 minutes"):
         list(Loader(Struck(at, signal.SIGSTOP), batch_size=2, num_workers=1, minutes=0.03))
     assert time.monotonic() - began < 60
     assert not multiprocessing.active_children()  # for which this process would wait at its end
@@ -58,7 +58,7 @@ def test_a_process_that_was_killed_is_told():
         list(Loader(Struck(3, signal.SIGKILL), batch_size=2, num_workers=1, minutes=0))
     text, code = explained(refusal.value, {})
     assert code == 1
-    assert "was ended from outside, most likely for want of memory (DataLoader worker (pid" in text
+    assert "was killed from outside, most likely out of memory (DataLoader worker (pid" in text
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -295,7 +295,7 @@ def test_several_processes_give_what_one_gives(tiny, tmp_path, own_cache):
 
 
 class Killed:
-    """A renderer whose process the system ends, as for want of memory."""
+    """A renderer whose process the system kills, as it does when out of memory."""
 
     def __call__(self, example: Any) -> Tokens:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -304,7 +304,7 @@ class Killed:
 
 def test_a_killed_process_is_said_and_not_waited_for(chats):
     with pytest.raises(
-        DataError, match="one of the 2 processes that tokenise the rows was ended from outside"
+        DataError, match="one of the 2 processes that tokenise the rows was killed from outside"
     ):
         list(rendered(sft(chats).examples("train"), cast(Renderer, Killed()), 2))
 

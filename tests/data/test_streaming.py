@@ -16,7 +16,7 @@ from tasks.reading import DataError
 from tests.conftest import write_rows
 from trainer.data.batches import Collate
 from trainer.data.render import Renderer
-from trainer.data.streaming import Stream
+from trainer.data.streaming import StreamingBatches
 
 SHAPES = [(2, 1, 1), (3, 2, 1), (2, 1, 3), (2, 2, 2)]  # batch_size, accumulate, ranks
 LONG = 10**6  # more steps than there are rows
@@ -38,7 +38,7 @@ def stream(
     block: int = 5,
     on_bad: str = "raise",
     **changes: Any,
-) -> Stream:
+) -> StreamingBatches:
     task = Completion(str(file), "train", None, "test", 0.0, None, None, {}, True, block, on_bad)
     config = {
         "max_epochs": 1,
@@ -48,7 +48,7 @@ def stream(
         "accumulate": 1,
         "seed": 0,
     } | changes
-    return Stream(
+    return StreamingBatches(
         task,
         Renderer(tiny.tokenizer, task),
         Collate(0, False, False),
@@ -73,7 +73,7 @@ def line(where: str) -> int:
     return int(where.rpartition(":")[2])
 
 
-def lines(made: Stream) -> list[int]:
+def lines(made: StreamingBatches) -> list[int]:
     return [line(where) for where, _ in made.rows()]
 
 

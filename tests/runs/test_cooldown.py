@@ -81,7 +81,7 @@ def test_a_branch_that_does_not_fall_is_the_run_itself(train, chats, constant):
     assert outcome(branch)[1] == outcome(constant)[1]
     assert contents(constant) == before
     record = yaml.safe_load((branch / "run.yaml").read_text())
-    saved = checkpoints.path_of(constant / "checkpoints", 4)
+    saved = checkpoints.Checkpoint.at(constant / "checkpoints", 4).path
     assert record["parent"] == {
         "id": yaml.safe_load((constant / "run.yaml").read_text())["id"],
         "run": str(constant.resolve()),
@@ -130,7 +130,7 @@ def test_a_branch_may_see_other_rows(train, chats, constant, caplog):
 def test_a_branch_with_other_settings_is_refused(train, constant):
     with pytest.raises(CheckpointError, match=r"optimizer.lr: 0.01 in the run, 0.5 now"):
         branched(train, f"{constant}@8", "optimizer.lr=0.5", steps="4")
-    damaged = checkpoints.path_of(constant / "checkpoints", 8)
+    damaged = checkpoints.Checkpoint.at(constant / "checkpoints", 8).path
     damaged.write_bytes(damaged.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="instead of"):
         branched(train, f"{constant}@8", steps="4", name="damaged")

@@ -37,7 +37,8 @@ def reselections(run):
 
 
 def support(run, step):
-    tensors = checkpoints.load(run / "checkpoints" / f"step-{step:08d}.ckpt")["adapter"]["tensors"]
+    saved = checkpoints.Checkpoint.at(run / "checkpoints", step)
+    tensors = checkpoints.load(saved)["adapter"]["tensors"]
     return {name: tensor for name, tensor in tensors.items() if name.endswith(".indices")}
 
 

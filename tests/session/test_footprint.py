@@ -115,9 +115,9 @@ def test_the_precision_of_auto_is_that_of_the_run(
 )
 def test_a_checkpoints_size_is_about_as_told(train, chats, settings):
     run = train(f"task.path={chats}", "max_steps=1", "callbacks.evaluation=null", *settings)
-    (path,) = checkpoints.complete(run / "checkpoints")
+    (saved,) = checkpoints.complete(run / "checkpoints")
     told = json.loads((run / "preflight.json").read_text())["model"]["checkpoint_bytes"]
-    assert 0.8 < told / path.stat().st_size < 1.25
+    assert 0.8 < told / saved.path.stat().st_size < 1.25
 
 
 def test_memory_grows_with_what_takes_it(estimated):

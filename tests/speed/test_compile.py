@@ -159,5 +159,5 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler, and .*none is not there"):
         refuse(Full(), cpu)
     refuse(Full(), torch.device("cuda"))
-    with pytest.raises(ConfigError, match="Linear does not tell which its layers are"):
+    with pytest.raises(ConfigError, match="Linear does not say which modules are its layers"):
         compile_layers(nn.Linear(2, 2))

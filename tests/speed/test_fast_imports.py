@@ -90,11 +90,16 @@ def test_who_wraps_torchs_compile_meanwhile_keeps_its_own(monkeypatch):
 
 
 def test_bitsandbytes_does_not_bring_the_compiler():
-    program = (
-        "import sys; from trainer.speed import fast_imports\nwith fast_imports.lazy_compile():\n    import"
-        " bitsandbytes\nprint('torch._inductor.compile_fx' in sys.modules)\nimport"
-        " torch\ntorch.compile(len)\nprint('torch._inductor.compile_fx' in sys.modules)"
-    )
+    program = """
+import sys
+from trainer.speed import fast_imports
+with fast_imports.lazy_compile():
+    import bitsandbytes
+print("torch._inductor.compile_fx" in sys.modules)
+import torch
+torch.compile(len)
+print("torch._inductor.compile_fx" in sys.modules)
+"""
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["False", "True"], done.stderr
 
@@ -102,14 +107,17 @@ def test_bitsandbytes_does_not_bring_the_compiler():
 def test_its_kernels_compute_the_same():
     """bitsandbytes' own compiled functions, called in a process that imported them so and in one
     that did not."""
-    program = (
-        "import sys, torch; from trainer.speed import fast_imports\nwith fast_imports.lazy_compile():\n   "
-        " import bitsandbytes.functional as F\nx = torch.randn(64, 64,"
-        " generator=torch.Generator().manual_seed(0))\nq, state = F.quantize_4bit(x,"
-        " quant_type='nf4')\nb, more = F.quantize_blockwise(x)\nprint(q.sum(), F.dequantize_4bit(q,"
-        " state).double().sum().item(), b.sum(), F.dequantize_blockwise(b,"
-        " more).double().sum().item())"
-    )
+    program = """
+import torch
+from trainer.speed import fast_imports
+with fast_imports.lazy_compile():
+    import bitsandbytes.functional as F
+x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+q, state = F.quantize_4bit(x, quant_type="nf4")
+b, more = F.quantize_blockwise(x)
+print(q.sum(), F.dequantize_4bit(q, state).double().sum().item())
+print(b.sum(), F.dequantize_blockwise(b, more).double().sum().item())
+"""
     told = []
     for plain in ("0", "1"):
         done = subprocess.run(

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import re
+import stat
 import subprocess
 import tempfile
 import time
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from trainer.storage import atomic, checkpoints
-from trainer.storage.checkpoints import CheckpointError, complete, newest, path_of
+from trainer.storage.checkpoints import Checkpoint, CheckpointError, complete, newest
 from trainer.training.lightning_trainer import AtomicCheckpointIO
 
 
@@ -35,7 +36,9 @@ def content(step, numbers=4):
 
 def save(folder, *steps, numbers=4):
     for step in steps:
-        AtomicCheckpointIO().save_checkpoint(content(step, numbers), path_of(folder, step))
+        AtomicCheckpointIO().save_checkpoint(
+            content(step, numbers), Checkpoint.at(folder, step).path
+        )
 
 
 def names(folder):
@@ -44,11 +47,11 @@ def names(folder):
 
 def test_what_is_saved_is_loaded(tmp_path):
     save(tmp_path / "new" / "folder", 40)
-    path = path_of(tmp_path / "new" / "folder", 40)
-    assert names(path.parent) == ["step-00000040.ckpt", "step-00000040.json"]
+    checkpoint = Checkpoint.at(tmp_path / "new" / "folder", 40)
+    assert names(checkpoint.path.parent) == ["step-00000040.ckpt", "step-00000040.json"]
     for loaded in (
-        checkpoints.load(path),
-        AtomicCheckpointIO().load_checkpoint(path, weights_only=False),
+        checkpoints.load(checkpoint),
+        AtomicCheckpointIO().load_checkpoint(checkpoint.path, weights_only=False),
     ):
         assert loaded["counters"] == {"step": 40, "tokens": 400}
         assert torch.equal(
@@ -59,14 +62,16 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 def test_the_manifest_is_that_of_the_file(tmp_path):
     save(tmp_path, 3)
-    path = path_of(tmp_path, 3)
-    manifest = json.loads(path.with_suffix(".json").read_text())
+    checkpoint = Checkpoint.at(tmp_path, 3)
+    path, manifest = checkpoint.path, json.loads(checkpoint.manifest.read_text())
     assert (manifest["step"], manifest["bytes"], manifest["sha256"]) == (
         3,
         path.stat().st_size,
         checkpoints.sha256(path),
     )
-    assert checkpoints.fault(path) is None
+    assert checkpoints.fault(checkpoint) is None
+    assert (checkpoint.sha256, Checkpoint.at(tmp_path, 4).sha256) == (manifest["sha256"], None)
+    assert Checkpoint.of(path) == checkpoint
 
 
 def cut(path):
@@ -103,30 +108,30 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_a_damaged_one_is_passed_over_for_the_one_before(tmp_path, caplog, damage):
     save(tmp_path, 1, 2, 3)
-    damage(path_of(tmp_path, 3))
-    assert newest(tmp_path) == path_of(tmp_path, 2)
+    damage(Checkpoint.at(tmp_path, 3).path)
+    assert newest(tmp_path) == Checkpoint.at(tmp_path, 2)
     assert (
         f"step-00000003.ckpt is damaged ({DAMAGES[damage]}" in caplog.text
         or DAMAGES[damage] in caplog.text
     )
-    assert "was passed over" in caplog.text
+    assert "was skipped" in caplog.text
     with pytest.raises(CheckpointError, match=re.escape(DAMAGES[damage])):
-        checkpoints.load(path_of(tmp_path, 3))
+        checkpoints.load(Checkpoint.at(tmp_path, 3))
 
 
 def test_one_without_a_manifest_was_never_completed(tmp_path):
     save(tmp_path, 1, 2)
-    path_of(tmp_path, 2).with_suffix(".json").unlink()
-    assert complete(tmp_path) == [path_of(tmp_path, 1)]
-    assert newest(tmp_path) == path_of(tmp_path, 1)
+    Checkpoint.at(tmp_path, 2).manifest.unlink()
+    assert complete(tmp_path) == [Checkpoint.at(tmp_path, 1)]
+    assert newest(tmp_path) == Checkpoint.at(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"step-00000002\.json is missing"):
-        checkpoints.load(path_of(tmp_path, 2))
+        checkpoints.load(Checkpoint.at(tmp_path, 2))
 
 
 def test_where_all_are_damaged_none_is_guessed(tmp_path):
     save(tmp_path, 1, 2)
-    cut(path_of(tmp_path, 1))
-    flip(path_of(tmp_path, 2))
+    cut(Checkpoint.at(tmp_path, 1).path)
+    flip(Checkpoint.at(tmp_path, 2).path)
     with pytest.raises(CheckpointError, match="every checkpoint of this run is damaged") as refusal:
         newest(tmp_path)
     assert "step-00000001.ckpt: it has" in str(refusal.value)
@@ -142,7 +147,7 @@ def test_names_that_are_not_ours_are_left_alone(tmp_path):
     save(tmp_path, 5)
     for name in ("step-12.json", "step-0000000x.json", "notes.json", "model.ckpt"):
         (tmp_path / name).touch()
-    assert complete(tmp_path) == [path_of(tmp_path, 5)]
+    assert complete(tmp_path) == [Checkpoint.at(tmp_path, 5)]
     checkpoints.remove_leftovers(tmp_path)
     assert {"notes.json", "model.ckpt"} <= set(names(tmp_path))
 
@@ -164,9 +169,9 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
 
 def test_removing_takes_both_files(tmp_path):
     save(tmp_path, 1, 2)
-    AtomicCheckpointIO().remove_checkpoint(path_of(tmp_path, 1))
-    checkpoints.remove(path_of(tmp_path, 7))
-    assert complete(tmp_path) == [path_of(tmp_path, 2)]
+    AtomicCheckpointIO().remove_checkpoint(Checkpoint.at(tmp_path, 1).path)
+    checkpoints.remove(Checkpoint.at(tmp_path, 7))
+    assert complete(tmp_path) == [Checkpoint.at(tmp_path, 2)]
     assert len(names(tmp_path)) == 2
 
 
@@ -180,20 +185,22 @@ def test_what_is_not_finite_is_refused(tmp_path, value):
         CheckpointError,
         match=r"b\.weight holds NaN or infinite values, so step-00000002\.ckpt was not written",
     ):
-        AtomicCheckpointIO().save_checkpoint(broken, path_of(tmp_path, 2))
-    assert newest(tmp_path) == path_of(tmp_path, 1)
+        AtomicCheckpointIO().save_checkpoint(broken, Checkpoint.at(tmp_path, 2).path)
+    assert newest(tmp_path) == Checkpoint.at(tmp_path, 1)
     assert len(names(tmp_path)) == 2
 
 
 def test_which_checkpoint_is_meant(tmp_path):
     save(tmp_path, 10, 20, 30)
-    assert checkpoints.chosen(tmp_path, "last") == path_of(tmp_path, 30)
-    assert checkpoints.chosen(tmp_path, "best") == path_of(tmp_path, 30)  # nothing was evaluated
+    assert checkpoints.chosen(tmp_path, "last") == Checkpoint.at(tmp_path, 30)
+    assert checkpoints.chosen(tmp_path, "best") == Checkpoint.at(
+        tmp_path, 30
+    )  # nothing was evaluated
     atomic.write_text(tmp_path / "best.json", json.dumps({"step": 10}))
-    assert checkpoints.chosen(tmp_path, "best") == path_of(tmp_path, 10)
-    assert checkpoints.chosen(tmp_path, "20") == path_of(tmp_path, 20)
-    flip(path_of(tmp_path, 30))
-    assert checkpoints.chosen(tmp_path, "last") == path_of(tmp_path, 20)
+    assert checkpoints.chosen(tmp_path, "best") == Checkpoint.at(tmp_path, 10)
+    assert checkpoints.chosen(tmp_path, "20") == Checkpoint.at(tmp_path, 20)
+    flip(Checkpoint.at(tmp_path, 30).path)
+    assert checkpoints.chosen(tmp_path, "last") == Checkpoint.at(tmp_path, 20)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +229,7 @@ def test_temporary_folders_elsewhere_do_not_matter(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", "/proc")  # where nothing can be written
     monkeypatch.setattr(tempfile, "tempdir", "/proc")
     save(tmp_path, 1)
-    assert checkpoints.fault(path_of(tmp_path, 1)) is None
+    assert checkpoints.fault(Checkpoint.at(tmp_path, 1)) is None
 
 
 @pytest.fixture
@@ -245,14 +252,16 @@ def test_a_full_disk_costs_nothing_that_was_there(small_disk):
     save(small_disk, 1, numbers=400_000)  # 1.6 MB
     with pytest.raises(CheckpointError, match="could not be written: the disk is full") as refusal:
         save(small_disk, 2, numbers=400_000)
-    assert "go on with resume=auto; step-00000001.ckpt before it is untouched" in str(refusal.value)
-    assert newest(small_disk) == path_of(small_disk, 1)
+    assert "resume with resume=auto; step-00000001.ckpt before it is untouched" in str(
+        refusal.value
+    )
+    assert newest(small_disk) == Checkpoint.at(small_disk, 1)
     assert names(small_disk) == ["step-00000001.ckpt", "step-00000001.json"]
-    checkpoints.remove(path_of(small_disk, 1))
+    checkpoints.remove(Checkpoint.at(small_disk, 1))
     with pytest.raises(CheckpointError, match="there was none before it"):
         save(small_disk, 3, numbers=800_000)
     save(small_disk, 4, numbers=400_000)
-    assert newest(small_disk) == path_of(small_disk, 4)
+    assert newest(small_disk) == Checkpoint.at(small_disk, 4)
 
 
 def test_a_disk_too_full_for_the_manifest(small_disk):
@@ -264,11 +273,11 @@ def test_a_disk_too_full_for_the_manifest(small_disk):
             file.flush()
     with pytest.raises(CheckpointError, match="the disk is full"):
         save(small_disk, 2)
-    assert newest(small_disk) == path_of(small_disk, 1)
+    assert newest(small_disk) == Checkpoint.at(small_disk, 1)
     filler.unlink()
     checkpoints.remove_leftovers(small_disk)
     save(small_disk, 2)
-    assert newest(small_disk) == path_of(small_disk, 2)
+    assert newest(small_disk) == Checkpoint.at(small_disk, 2)
 
 
 def test_a_folder_that_went_away_says_so(tmp_path, monkeypatch):
@@ -279,7 +288,7 @@ def test_a_folder_that_went_away_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(
-        CheckpointError, match=r"Permission denied\. Mend that, and go on with resume=auto"
+        CheckpointError, match=r"Permission denied\. Fix that, and resume with resume=auto"
     ):
         save(tmp_path, 2)
     assert len(names(tmp_path)) == 2
@@ -290,8 +299,8 @@ def save_until_killed(folder, first, told):
     for step in itertools.count(first):
         save(folder, step, numbers=100_000)
         told.send(step)
-        for path in complete(folder)[:-2]:
-            checkpoints.remove(path)
+        for checkpoint in complete(folder)[:-2]:
+            checkpoints.remove(checkpoint)
 
 
 def test_a_kill_in_a_save_leaves_a_good_checkpoint(tmp_path):
@@ -312,7 +321,7 @@ def test_a_kill_in_a_save_leaves_a_good_checkpoint(tmp_path):
             while True:
                 done = heard.recv()
         found = newest(tmp_path)
-        last = int(found.stem[5:])
+        last = found.step
         assert last in (done, done + 1)  # the newest may be whole without its saver having told so
         assert torch.equal(
             checkpoints.load(found)["adapter"]["tensors"]["a"],
@@ -322,8 +331,8 @@ def test_a_kill_in_a_save_leaves_a_good_checkpoint(tmp_path):
         checkpoints.remove_leftovers(tmp_path)
         whole = [
             name
-            for path in complete(tmp_path)
-            for name in (path.name, path.with_suffix(".json").name)
+            for checkpoint in complete(tmp_path)
+            for name in (checkpoint.path.name, checkpoint.manifest.name)
         ]
         assert names(tmp_path) == sorted(whole)
         left_behind += len(before) - len(whole)
@@ -337,15 +346,17 @@ def test_a_checkpoint_holds_what_is_trained_and_no_more(train, chats, tiny):
         "callbacks.evaluation=null",
         "adapter.target_modules=[q_proj]",
     )
-    path = checkpoints.chosen(run / "checkpoints", "last")
-    loaded = checkpoints.load(path)
+    saved = checkpoints.chosen(run / "checkpoints", "last")
+    loaded = checkpoints.load(saved)
     tensors = loaded["adapter"]["tensors"]
     trained = sum(tensor.numel() for tensor in tensors.values())
     assert trained == 2 * 16 * (16 + 16)  # two layers, rank 16, q_proj of 16 by 16
-    assert path.stat().st_size <= 1.05 * trained * (4 + 8) + 30_000  # fp32, and AdamW's two moments
+    assert (
+        saved.path.stat().st_size <= 1.05 * trained * (4 + 8) + 30_000
+    )  # fp32, and AdamW's two moments
     assert not tensors.keys() & tiny.load(torch.float32).state_dict().keys()
     assert loaded["state_dict"] == {}
-    assert b"embed_tokens" not in path.read_bytes()
+    assert b"embed_tokens" not in saved.path.read_bytes()
 
 
 def test_a_larger_adapter_takes_as_much_more(train, chats):
@@ -358,11 +369,11 @@ def test_a_larger_adapter_takes_as_much_more(train, chats):
             f"adapter.rank={rank}",
             f"name=rank{rank}",
         )
-        path = checkpoints.chosen(run / "checkpoints", "last")
+        saved = checkpoints.chosen(run / "checkpoints", "last")
         trained = sum(
-            tensor.numel() for tensor in checkpoints.load(path)["adapter"]["tensors"].values()
+            tensor.numel() for tensor in checkpoints.load(saved)["adapter"]["tensors"].values()
         )
-        sizes[rank] = (trained, path.stat().st_size)
+        sizes[rank] = (trained, saved.path.stat().st_size)
     numbers, size = (sizes[1024][i] - sizes[16][i] for i in (0, 1))
     assert numbers > 400_000
     assert size == pytest.approx(12 * numbers, rel=0.02)
@@ -387,3 +398,34 @@ def test_a_loading_process_that_is_lost_meanwhile_is_no_fault_of_the_disk(
     with pytest.raises(kind, match=said):
         save(tmp_path, 6)
     assert names(tmp_path) == ["step-00000003.ckpt", "step-00000003.json"]
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "notes.txt"
+    atomic.write_text(path, "old")
+    with pytest.raises(TypeError), atomic.file(path) as temporary:
+        temporary.write_text(b"half")
+    (tmp_path / "notes.txt.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        atomic.write_text(path, "half")
+    assert path.read_text() == "old"
+    with atomic.file(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["notes.txt"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "below" / "model"
+    with pytest.raises(FileExistsError), atomic.folder(path) as temporary:
+        [(temporary / "half").touch(exist_ok=False) for _ in range(2)]
+    assert names(path.parent) == []
+    with atomic.folder(path) as temporary:
+        (temporary / "whole").touch()
+        assert not path.exists()
+    assert (names(path.parent), names(path)) == (["model"], ["whole"])
+    assert stat.S_IMODE(path.stat().st_mode) == 0o755
+    with pytest.raises(OSError, match="not empty"), atomic.folder(path) as temporary:
+        (temporary / "other").touch()
+    assert (names(path.parent), names(path)) == (["model"], ["whole"])

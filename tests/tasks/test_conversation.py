@@ -327,7 +327,7 @@ def test_a_column_that_was_named_is_missed_under_that_name():
             "the columns (question, answer) are of no known format (messages: messages; ",
         ),
         ({}, "are of no known format"),
-        ({"instruction": "a"}, "Name yours with task.columns={OURS: YOURS}"),
+        ({"instruction": "a"}, "Map yours with task.columns={OURS: YOURS}"),
         (
             ROWS["messages"] | ROWS["prompt_completion"],
             "fit several formats (messages, prompt_completion). Choose one with task.format",

@@ -68,11 +68,11 @@ def test_other_columns_are_named(tmp_path):
         ({"question": "q", "answer": 5}, "answer must be text, and is int: '5'"),
         (
             {"question": "q", "answer": "It is 5."},
-            "the answer must hold its number after ####, and ends in 'It is 5.'",
+            "the answer must have its number after ####, and ends in 'It is 5.'",
         ),
         (
             {"question": "q", "answer": "#### five"},
-            "the answer must hold its number after ####, and ends in '#### five'",
+            "the answer must have its number after ####, and ends in '#### five'",
         ),
     ],
 )

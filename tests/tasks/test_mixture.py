@@ -98,11 +98,11 @@ def test_the_digest_changes_with_weights_in_training_only(files):
     ("parts", "said"),
     [
         ({}, "task.parts is empty"),
-        ({"a": "rows.jsonl"}, "task.parts.a is 'rows.jsonl': a mapping with path"),
+        ({"a": "rows.jsonl"}, "task.parts.a is 'rows.jsonl', expected a mapping with path"),
         ({"a": {"path": "x.jsonl", "wieght": 2}}, "a mapping with path"),
         (
             {"a": {"path": "x.jsonl", "weight": 0}},
-            "task.parts.a.weight is 0, and must be a number above 0",
+            "task.parts.a.weight is 0, expected a number above 0",
         ),
         ({"a": {"path": "x.jsonl", "weight": "1"}}, "task.parts.a.weight is '1'"),
         ({"a": {"path": "not-there.jsonl"}}, "task.parts.a: "),

@@ -237,7 +237,9 @@ def test_a_missing_file_is_named(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         DataError,
-        match=re.escape(f"task.path={name!r}: there is no such file (looked from {tmp_path})"),
+        match=re.escape(
+            f"task.path={name!r}: there is no such file (the current folder is {tmp_path})"
+        ),
     ):
         source(name)
 
@@ -251,7 +253,7 @@ def test_among_several_paths_none_may_be_a_hubs(tmp_path):
 def test_an_unreachable_data_set_is_explained():
     with pytest.raises(
         DataError,
-        match="'graft-nobody/nothing' is no file here, and could not be had as a data set",
+        match="'graft-nobody/nothing' is no file here, and could not be loaded as a data set",
     ):
         list(source("graft-nobody/nothing"))
 
@@ -279,7 +281,7 @@ def test_an_empty_file_is_named(tmp_path, kind):
         (
             "rows.json",
             b'{"text": "a"}\n{"text": "b"}\n',
-            ":2: not JSON: Extra data.*one a line: name it .jsonl",
+            ":2: not JSON: Extra data.*one JSON value per line, name it .jsonl",
         ),
         (
             "rows.json",
@@ -336,7 +338,7 @@ def test_a_truncated_parquet_file_is_named(tmp_path):
         (b"null", "a row must be a JSON object, and is NoneType"),
         (b'{"text": NaN}', "not usable JSON: NaN is not JSON"),
         (b'{"text": -Infinity}', "not usable JSON: -Infinity is not JSON"),
-        (b'{"text": "\\ud83d"}', "it holds half of a surrogate pair, which is no character"),
+        (b'{"text": "\\ud83d"}', "it has half of a surrogate pair, which is no character"),
     ],
 )
 def test_a_broken_json_line_is_bad_with_its_number_and_the_others_are_read(tmp_path, line, reason):
@@ -363,7 +365,7 @@ def test_endless_nesting_is_a_bad_row(tmp_path):
         ('[{"a": 1}, 5]', "a row must be a JSON object, and is int"),
         (
             '[{"a": 1}, {"a": "\\ud83d"}]',
-            "it holds half of a surrogate pair, which is no character",
+            "it has half of a surrogate pair, which is no character",
         ),
     ],
 )

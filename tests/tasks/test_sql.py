@@ -79,7 +79,7 @@ def test_other_columns_are_named_and_a_system_prompt_stands_first(tmp_path):
         (PAIR | {"context": 5}, "context must be text, and is int: '5'"),
         (
             PAIR | {"context": "games(score, year)"},
-            "no CREATE TABLE statement with columns stands before the answer",
+            "there is no CREATE TABLE statement with columns before the answer",
         ),
         ({"messages": CHAT["messages"][:1]}, "no assistant message: there is nothing to learn"),
         (

@@ -136,7 +136,7 @@ def test_the_half_of_a_killed_download_is_not_taken(tmp_path, monkeypatch, folde
 
 def test_a_download_without_a_wheel_is_an_error(tmp_path, monkeypatch, folder):
     monkeypatch.setattr(sys, "executable", str(pip(tmp_path, "exit 0")))
-    with pytest.raises(wheel.FetchError, match="no wheel came"):
+    with pytest.raises(wheel.FetchError, match="pip wrote no wheel"):
         wheel.fetch("some-data", "1.0")
     assert not folder.exists()
 

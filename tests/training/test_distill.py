@@ -392,7 +392,7 @@ def test_runs_that_are_no_target_are_refused(compose, tmp_path):
     assert "it has no run.yaml" in said(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "run.yaml").write_text("a: 1")
-    assert "is not what a run writes: KeyError: 'config'" in said(tmp_path / "empty")
+    assert "is not a run's record: KeyError: 'config'" in said(tmp_path / "empty")
     assert "trained a classifier" in said(
         record(tmp_path / "classifier", identity__labels=["a", "b"])
     )

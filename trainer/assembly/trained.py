@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ def load_tuned(path: str, sha256: str | None = None) -> Tuned:
     about = checkpoint_record(place, content["id"], source)
     if sha256 is not None and about["sha256"] != sha256:
         raise checkpoints.CheckpointError(
-            f"{source} is not the checkpoint that the drafter was trained for: it has changed since"
+            f"{source.path} is not the checkpoint that the drafter was trained for: it has changed since"
         )
     return Tuned(
         about,
@@ -60,12 +59,15 @@ def load_tuned(path: str, sha256: str | None = None) -> Tuned:
     )
 
 
-def checkpoint_record(run: Path, run_id: str, source: Path) -> dict[str, Any]:
-    """What is recorded of a checkpoint that something else depends on."""
-    file = source.with_suffix(".json")
-    # callbacks.checkpoints=null
-    sha256 = json.loads(file.read_text())["sha256"] if file.exists() else None
-    return {"run": str(run.resolve()), "id": run_id, "step": int(source.stem[5:]), "sha256": sha256}
+def checkpoint_record(run: Path, run_id: str, source: checkpoints.Checkpoint) -> dict[str, Any]:
+    """Return what is recorded of a checkpoint that something else depends on. The digest is None
+    if the run keeps no checkpoints (callbacks.checkpoints=null)."""
+    return {
+        "run": str(run.resolve()),
+        "id": run_id,
+        "step": source.step,
+        "sha256": source.sha256,
+    }
 
 
 def load_recorded_target(about: dict[str, Any], beside: Path) -> Tuned:

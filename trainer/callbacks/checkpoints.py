@@ -53,7 +53,7 @@ class Checkpoints(lightning.Callback):
             return
         started = time.monotonic()
         folder = self.context.folder.checkpoints
-        trainer.save_checkpoint(checkpoints.path_of(folder, module.step))
+        trainer.save_checkpoint(checkpoints.Checkpoint.at(folder, module.step).path)
         self.saved = module.step
         if trainer.is_global_zero:
             if self.context.improved:
@@ -68,6 +68,6 @@ class Checkpoints(lightning.Callback):
             return
         folder = self.context.folder.checkpoints
         kept = [checkpoints.marked(folder, name) for name in ("best", "constant")]
-        for path in checkpoints.complete(folder)[: -self.keep]:
-            if path not in kept:
-                checkpoints.remove(path)
+        for checkpoint in checkpoints.complete(folder)[: -self.keep]:
+            if checkpoint not in kept:
+                checkpoints.remove(checkpoint)

@@ -56,7 +56,7 @@ def base_of(path: str) -> tuple[dict[str, Any], str]:
         AttributeError,
     ) as error:
         raise ValueError(
-            f"target.run={path}: {file} is not what a run writes: {type(error).__name__}: {error}"
+            f"target.run={path}: {file} is not a run's record: {type(error).__name__}: {error}"
         ) from None
     if classifies:
         raise ValueError(

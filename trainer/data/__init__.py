@@ -1,1 +1,2 @@
-"""From a task's examples to batches."""
+"""From a task's examples to batches: rendering, tokenising, packing, order, loading; and stored
+hidden states."""

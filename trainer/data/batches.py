@@ -1,9 +1,9 @@
-"""Which rows each micro-batch holds: a pure function of the seed and its number.
+"""The rows of each micro-batch: a function of the seed and the number of the step alone.
 
-The sequences of epoch e come in an order that depends on (seed, e) only; epochs follow each other
+The order of the sequences in epoch e depends on (seed, e) only, and epochs follow each other
 without a gap. A step takes the next batch_size x accumulate x ranks of them. So a run can start
-anywhere, and a run that goes on sees exactly what it would have seen. The last step of the last
-epoch may be smaller: each row is used exactly as often as asked.
+anywhere, and a resumed run sees exactly the rows that it would have seen. The last step of the last
+epoch may be smaller: each row is used exactly as often as `max_epochs` says.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Pick:
 class BatchOrder:
     """The order of a run's sequences, and its length in steps.
 
-    `lengths` and `trained` are tokens and trained tokens of each sequence; `epochs` None goes round
-    without end.
+    `lengths` and `trained` are the tokens and the trained tokens of each sequence. With
+    `epochs` = None the order has no end.
     """
 
     def __init__(
@@ -57,43 +57,39 @@ class BatchOrder:
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
 
     def steps(self, steps: int | None, tokens: int | None) -> int:
-        """Optimiser steps until the first limit: the epochs, `steps`, or the step in which `tokens`
-        are reached."""
+        """Return the number of optimiser steps until the first limit: the epochs, `steps`, or the
+        step in which `tokens` are reached."""
         limit = -(-self.sequences // self.per_step)
         if steps is not None:
             limit = min(limit, steps)
         if tokens is not None:
             seen = step = 0
             while seen < tokens and step < limit:
-                seen += int(
-                    self.lengths[
-                        [sequence for sequence, counts in self.window(step) if counts]
-                    ].sum()
-                )
+                seen += self._tokens(step)
                 step += 1
             limit = step
         return limit
 
     def last_steps(self, tokens: int, steps: int) -> int:
-        """How many of the last of `steps` steps have at least `tokens` tokens together; all if even
-        those have less."""
+        """Return how many of the last of `steps` steps have at least `tokens` tokens together; all
+        of them if they have fewer."""
         seen = count = 0
         while seen < tokens and count < steps:
             count += 1
-            seen += int(
-                self.lengths[
-                    [sequence for sequence, counts in self.window(steps - count) if counts]
-                ].sum()
-            )
+            seen += self._tokens(steps - count)
         return count
+
+    def _tokens(self, step: int) -> int:
+        sequences = [sequence for sequence, trains in self.window(step) if trains]
+        return int(self.lengths[sequences].sum())
 
     def _make_order(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self.lengths))
         if not self.group_by_length:
             return order
-        # Within 50 batches' worth of random rows, those of similar length share a batch; the
-        # batches are shuffled again.
+        # Among the rows of 50 random batches, those of similar length share a batch; then the
+        # batches are shuffled.
         span = 50 * self.batch_size
         parts = [order[i : i + span] for i in range(0, len(order), span)]
         ordered = np.concatenate(
@@ -104,66 +100,67 @@ class BatchOrder:
         return np.concatenate([batches[rng.permutation(len(batches))].reshape(-1), ordered[full:]])
 
     def at(self, position: int) -> int:
-        """The sequence at a position of the endless order."""
+        """Return the sequence at a position of the endless order."""
         epoch, offset = divmod(position, len(self.lengths))
         return int(self._order(epoch)[offset])
 
     def window(self, step: int) -> list[tuple[int, bool]]:
-        """(sequence, whether it counts) of one step: micro-batch by micro-batch, within each rank
-        by rank."""
+        """Return (sequence, whether it trains) for all of one step: micro-batch by micro-batch, and
+        in each of them rank by rank."""
         first = step * self.per_step
         last = min(first + self.per_step, self.sequences)
         real = [(self.at(position), True) for position in range(first, last)]
-        # A smaller last step still has every rank take part in the same number of micro-batches.
+        # In a smaller last step, too, every rank must have the same number of micro-batches.
         group = self.batch_size * self.ranks
         missing = -len(real) % group if self.ranks > 1 else 0
         return real + [(real[0][0], False)] * missing
 
     def micro_batches(self, step: int, rank: int = 0) -> list[list[Pick]]:
-        """The micro-batches of one step for one rank."""
+        """Return the micro-batches of one step for one rank."""
         window = self.window(step)
-        tokens = sum(int(self.trained[sequence]) for sequence, counts in window if counts)
+        tokens = sum(int(self.trained[sequence]) for sequence, trains in window if trains)
         group = self.batch_size * self.ranks
         batches = []
         for start in range(0, len(window), group):
             shares = window[start : start + group]
-            # Ranks take equal shares of what is there.
+            # Of a smaller group, ranks take equal shares.
             share = -(-len(shares) // self.ranks)
             batches.append(
                 [
-                    Pick(sequence, counts, tokens)
-                    for sequence, counts in shares[rank * share : (rank + 1) * share]
+                    Pick(sequence, trains, tokens)
+                    for sequence, trains in shares[rank * share : (rank + 1) * share]
                 ]
             )
         return batches
 
     def positions(self, step: int) -> int:
-        """Sequences used by the first `step` steps."""
+        """Return the number of sequences that the first `step` steps use."""
         return min(step * self.per_step, self.sequences)
 
 
 class Batches(Sampler):
-    """The micro-batches of steps `start` to `stop` for one rank, as torch's DataLoader takes them.
-    `len` counts from step 0, since Lightning compares it with the micro-batches that it
-    remembers."""
+    """The micro-batches of steps `start` to `stop` for one rank, a sampler for torch's DataLoader.
 
-    def __init__(self, plan: BatchOrder, start: int, stop: int, rank: int):
-        self.plan, self.start, self.stop, self.rank = plan, start, stop, rank
+    `len` counts from step 0: Lightning compares it with the number of micro-batches that it
+    restores from a checkpoint.
+    """
+
+    def __init__(self, order: BatchOrder, start: int, stop: int, rank: int):
+        self.order, self.start, self.stop, self.rank = order, start, stop, rank
 
     def __len__(self) -> int:
         if self.stop == 0:
             return 0
-        return (self.stop - 1) * self.plan.accumulate + len(
-            self.plan.micro_batches(self.stop - 1, self.rank)
-        )
+        last = self.order.micro_batches(self.stop - 1, self.rank)
+        return (self.stop - 1) * self.order.accumulate + len(last)
 
     def __iter__(self) -> Iterator[list[Pick]]:
         for step in range(self.start, self.stop):
-            yield from self.plan.micro_batches(step, self.rank)
+            yield from self.order.micro_batches(step, self.rank)
 
 
 class Sequences(Dataset):
-    """Rows, or packs of rows, by Pick."""
+    """Rows, or packs of rows, that are looked up by a Pick."""
 
     def __init__(self, rows: Rows, packs: list[list[int]] | None = None):
         self.rows, self.packs = rows, packs
@@ -172,14 +169,14 @@ class Sequences(Dataset):
         return len(self.packs) if self.packs is not None else len(self.rows)
 
     def members(self, sequence: int) -> list[int]:
-        """The rows of a sequence."""
+        """Return the rows of a sequence."""
         return self.packs[sequence] if self.packs is not None else [sequence]
 
     def __getitem__(self, pick: Pick) -> tuple[Pick, list[Tokens]]:
         return pick, [self.rows[row] for row in self.members(pick.sequence)]
 
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and trained tokens of each sequence."""
+        """Return the tokens and the trained tokens of each sequence."""
         if self.packs is None:
             return self.rows.lengths, self.rows.trained
         lengths, trained = self.rows.lengths, self.rows.trained
@@ -190,14 +187,15 @@ class Sequences(Dataset):
 
 @dataclass
 class Collate:
-    """Picked sequences to tensors.
+    """Makes a batch of tensors from picked sequences.
 
-    input_ids (B, T) int64, padded to the right; labels (B, T) int64, the id where a token is
-    trained and -100 elsewhere;
-    packed: position_ids (B, T) int64, from 0 for each row, by which transformers keeps the rows
-    apart; labelled: attention_mask (B, T) int64 and classes (B,) int64. lengths (B,) int64: tokens
-    before the padding, 0 for a sequence that only fills a rank's share. window_tokens and sequences
-    are plain numbers.
+    input_ids       (B, T) int64, padded on the right; T is a multiple of 8
+    labels          (B, T) int64, the id of a trained token, -100 elsewhere
+    position_ids    (B, T) int64, from 0 in each row, by which transformers keeps rows apart; only
+                    with `packed`
+    attention_mask  (B, T) int64, and classes (B,) int64; only with `labelled`
+    lengths         (B,) int64, the tokens before the padding, 0 for a filler
+    window_tokens, tokens (of this batch, without fillers) and sequences are plain numbers.
     """
 
     pad: int
@@ -206,7 +204,7 @@ class Collate:
 
     def __call__(self, items: Sequence[tuple[Pick, list[Tokens]]]) -> dict[str, Any]:
         longest = max(sum(len(row.ids) for row in rows) for _, rows in items)
-        width = -(-longest // 8) * 8  # matrix units work in eights
+        width = -(-longest // 8) * 8  # matrix units work on multiples of 8
         shape = (len(items), width)
         input_ids = torch.full(shape, self.pad, dtype=torch.int64)
         labels = torch.full(shape, -100, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Held-out rows, and what is needed to grade answers to them."""
+"""Held-out rows, and everything that is needed to evaluate a model on them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from trainer.data.batches import Sequences
 
 @dataclass
 class HeldOut:
-    """The evaluation split, ready to be asked."""
+    """The evaluation split: its rows, and the prompts whose answers are graded."""
 
     sequences: Sequences
     collate: Callable[..., dict[str, Any]]
-    labels: list[str] | None  # classes, for classification
-    # (example, prompt ids) whose answers are generated
+    labels: list[str] | None  # the classes of a classification task
+    # (example, prompt ids) of the answers that are generated
     prompts: list[tuple[Any, list[int]]] = field(default_factory=list)
     grade: Callable[[Any, str], dict[str, float]] | None = None
     tokenizer: Any = None
@@ -26,7 +26,7 @@ class HeldOut:
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on `device`."""
+    """Return the batch with its tensors on `device`."""
     return {
         key: value.to(device) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()

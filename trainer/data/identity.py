@@ -1,6 +1,6 @@
-"""The identity of a run's rows, as run.yaml records it, and whether other rows are the same.
+"""The identity of a run's rows, as run.yaml records it, and a comparison with other rows.
 
-The identity is the sha256 of the tokenised rows: of what is trained, whatever code made it. Rows
+The identity is the sha256 of the tokenised rows, whatever code made them. Rows
 that are streamed are identified by the files and settings that they are made from. Earlier versions
 recorded the key of the cache instead, which changes with the source text of the code that
 tokenises.

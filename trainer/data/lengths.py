@@ -1,4 +1,4 @@
-"""Rows held to max_length, and counts of what became of all of them."""
+"""Rows cut to max_length, and counts of all rows."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ SHOWN = 20  # broken rows that an error or a report lists
 
 @dataclass
 class Report:
-    """What became of a split's rows. Nothing is left out without being counted here."""
+    """Row counts of one split. Every dropped row is counted in one of these fields."""
 
     rows: int = 0
     kept: int = 0
     dropped: int = 0  # longer than max_length, with overlong=drop
     truncated: int = 0  # cut to max_length, with overlong=truncate
-    answers_lost: int = 0  # cut so that no trained token was left, and dropped for it
+    answers_lost: int = 0  # dropped, since cutting left no trained token
     tokens_cut: int = 0
     skipped: int = 0  # broken, with on_bad=skip
     special_text: int = 0  # rows whose messages hold the text of a special token
@@ -29,7 +29,7 @@ class Report:
     bad: list[tuple[str, str]] = field(default_factory=list)  # the first broken rows: where, why
 
     def summary(self) -> str:
-        """One line for people."""
+        """Return the counts as one line of text."""
         parts = [f"{self.kept} of {self.rows} rows kept"]
         for count, text in (
             (self.dropped, "longer than max_length, dropped"),
@@ -52,10 +52,12 @@ def take(
     on_bad: str,
     report: Report,
 ) -> Tokens | None:
-    """Count one row, and give it back if it is kept, cut to length.
+    """Count one row, and return it if it is kept, cut to max_length. `outcome` is the row, or the
+    reason why it cannot be used.
 
     Raises:
-        DataError: with overlong=raise, or at the SHOWN-th broken row with on_bad=raise.
+        DataError: the row is too long and overlong=raise, or it is the SHOWN-th broken row and
+            on_bad=raise.
     """
     if isinstance(outcome, str):
         if len(report.bad) < SHOWN:
@@ -64,7 +66,7 @@ def take(
         if on_bad == "raise" and report.skipped >= SHOWN:
             raise DataError(listing(report))
         return None
-    row = fit(outcome, max_length, overlong, renderer.kind == "label", where, report)
+    row = fit(outcome, max_length, overlong, where, report)
     if row is None:
         return None
     report.kept += 1
@@ -76,10 +78,8 @@ def take(
     return row
 
 
-def fit(
-    row: Tokens, max_length: int, overlong: str, labelled: bool, where: str, report: Report
-) -> Tokens | None:
-    """A row no longer than max_length, or None where it is dropped.
+def fit(row: Tokens, max_length: int, overlong: str, where: str, report: Report) -> Tokens | None:
+    """Return a row that is no longer than max_length, None if it is dropped.
 
     Raises:
         DataError: it is longer, and overlong=raise.
@@ -111,6 +111,6 @@ def listing(report: Report) -> str:
         [
             *lines,
             *([f"and {more} more broken rows"] if more > 0 else []),
-            "Mend them, or leave them out with task.on_bad=skip",
+            "Fix them, or skip them with task.on_bad=skip",
         ]
     )

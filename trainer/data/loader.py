@@ -1,4 +1,4 @@
-"""Batches from processes of their own, none of which is waited for without end."""
+"""Batches from worker processes, with a limit on the time that a batch may take."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from torch.utils.data import DataLoader
 
 
 class LoadingError(RuntimeError):
-    """A data loading process does not answer. The message says what to do."""
+    """A data loading process does not respond. The message says what to do."""
 
 
 class Loader(DataLoader):
-    """A DataLoader whose processes are ended when a batch takes longer than `minutes`, where that
-    is not 0.
+    """A DataLoader that kills its worker processes when a batch takes longer than `minutes`. 0 sets
+    no limit.
 
-    DataLoader's own timeout ends the wait for a batch's description, not that for its tensors,
-    which a process that is stopped never hands over; nor does it end the process, for which this
-    one would then wait at its own end.
+    DataLoader's own timeout ends the wait for the description of a batch, but not the wait for its
+    tensors, which a stopped process never sends. It does not end the process either, which the main
+    process would then wait for at its exit.
 
     Raises:
-        LoadingError: when iterated, and a process is late.
+        LoadingError: while iterating, if a process is late.
     """
 
-    def __init__(self, *given: Any, minutes: float, **named: Any):
-        super().__init__(*given, **named)
+    def __init__(self, *arguments: Any, minutes: float, **options: Any):
+        super().__init__(*arguments, **options)
         self.minutes = minutes
 
     def __iter__(self) -> Any:
         batches = super().__iter__()
-        return batches if self.num_workers == 0 else self._watched(batches)
+        return batches if self.num_workers == 0 else self._with_time_limit(batches)
 
-    def _watched(self, batches: Any) -> Iterator[Any]:
+    def _with_time_limit(self, batches: Any) -> Iterator[Any]:
         while True:
             late = threading.Event()
-            timer = threading.Timer(60 * self.minutes, _end, (batches, late))
+            timer = threading.Timer(60 * self.minutes, _kill, (batches, late))
             timer.daemon = True
             if self.minutes:
                 timer.start()
@@ -49,10 +49,10 @@ class Loader(DataLoader):
                 if late.is_set():
                     _wait(batches)
                     raise LoadingError(
-                        "a data loading process has not answered for"
-                        f" loading_timeout={self.minutes:g} minutes. Look at the disk that the data"
-                        " and the cache are on; set loading_timeout higher if a batch does take so"
-                        " long, or workers=0; and go on with resume=auto"
+                        "a data loading process has not responded for"
+                        f" loading_timeout={self.minutes:g} minutes. Check the disk of the data and"
+                        " the cache; set a higher loading_timeout if batches really take so long,"
+                        " or workers=0; then resume with resume=auto"
                     ) from None
                 raise
             finally:
@@ -60,7 +60,7 @@ class Loader(DataLoader):
             yield batch
 
 
-def _end(batches: Any, late: threading.Event) -> None:
+def _kill(batches: Any, late: threading.Event) -> None:
     late.set()
     for process in batches._workers:
         process.kill()
@@ -68,18 +68,18 @@ def _end(batches: Any, late: threading.Event) -> None:
 
 def _wait(batches: Any) -> None:
     for process in batches._workers:
-        # torch's word for the end of a process may come later than that of its pipe.
+        # torch may raise its error about the killed process only now.
         with contextlib.suppress(RuntimeError):
             process.join()
 
 
 def killed(error: BaseException) -> str | None:
-    """What to do about a process that was ended from outside, if this is torch's word for it, which
-    comes wherever the run is."""
+    """Return what to do if `error` is torch's report of a killed worker process, else None. torch
+    raises it wherever the main process happens to be."""
     text = str(error).strip().rstrip(".")
     if not isinstance(error, RuntimeError) or not text.startswith("DataLoader worker"):
         return None
     return (
-        f"a data loading process was ended from outside, most likely for want of memory ({text})."
-        " Set workers=0, or give the job more memory, and go on with resume=auto"
+        f"a data loading process was killed from outside, most likely out of memory ({text})."
+        " Set workers=0, or give the job more memory, and resume with resume=auto"
     )

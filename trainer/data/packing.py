@@ -6,13 +6,15 @@ import numpy as np
 
 
 def pack(lengths: np.ndarray, capacity: int, seed: int) -> list[list[int]]:
-    """Rows in as few sequences of `capacity` tokens as best-fit decreasing finds; equal lengths in
-    seeded order."""
+    """Pack rows of some `lengths` into sequences of at most `capacity` tokens, by best-fit
+    decreasing. Rows of equal length come in seeded order. Returns the rows of each sequence."""
     order = np.random.default_rng(seed).permutation(len(lengths))
     order = order[np.argsort(-lengths[order], kind="stable")]
     packs: list[list[int]] = []
     open_by_space: dict[int, list[int]] = {}
-    spaces = 0  # bit s is set while some pack has exactly s tokens of space
+    # Bit s is set while some pack has exactly s tokens of space. One shift finds the smallest space
+    # that fits a row.
+    spaces = 0
     for row in order.tolist():
         length = int(lengths[row])
         fitting = spaces >> length

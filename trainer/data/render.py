@@ -1,11 +1,11 @@
-"""From an example to token ids and to which of them are trained, exactly.
+"""From an example to token ids, and to the exact set of those that are trained.
 
-A conversation is rendered to one text by the chat template. The answers' places in that text come
-from the template's own `{% generation %}` markers, or else from rendering prefixes: what stands
-before an answer is the conversation up to it with a generation prompt. Either way they are then
-checked token by token: the prompt tokenised alone, as it will be when the model answers, must be
-the first tokens of the whole. A row for which that fails is refused with the reason; nothing ever
-falls back to training on everything.
+The chat template renders a conversation to one text. The spans of the answers in that text come
+from the template's own `{% generation %}` markers. Without markers they come from rendering
+prefixes: the text before an answer is the conversation up to it with a generation prompt. Either
+way they are checked token by token: the prompt tokenised alone, as it will be when the model
+answers, must give the first tokens of the whole. A row that fails this check is refused with the
+reason; nothing ever falls back to training on everything.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from trainer.config import limits
 from trainer.models.tiny import CHATML
 
 Span = tuple[int, int]
-RENDERED_WITHIN = 10.0  # seconds of computing for one row: a template may be anyone's
-TAILS = 1000  # ends of prompts whose tokens are kept; with most templates there is one
+RENDERED_WITHIN = 10.0  # processor seconds for one row: a template may come from a stranger
+TAILS = 1000  # ends of prompts whose tokens are cached; most templates have one
 
 
 @dataclass
 class Tokens:
-    """A row: its ids, which of them are trained, and the index of its class where it has one."""
+    """A row: its ids, whether each is trained, and the index of its class (-1 if it has none)."""
 
     ids: list[int]
     trained: list[bool]
@@ -40,14 +40,14 @@ class Tokens:
 
 
 class Refused(ValueError):
-    """This row cannot be rendered exactly. The message is the reason."""
+    """A row cannot be rendered exactly. The message is the reason."""
 
 
 class Renderer:
-    """Examples to Tokens, for one tokenizer, template and choice of what is trained.
+    """Turns examples into Tokens, for one tokenizer, template and `train_on`.
 
     Raises:
-        DataError: conversations need a chat template, and there is none.
+        DataError: there is no chat template, which conversations need, or it cannot be used.
     """
 
     def __init__(self, tokenizer: Any, task: Any):
@@ -72,9 +72,8 @@ class Renderer:
             index for index, token in added.items() if token.special
         }
         self.special = dict(tokenizer.special_tokens_map)
-        # Such a token's text is cut out before anything else is done, so that what stands before it
-        # and what follows it are tokenised each for itself. Without any of them prompts are
-        # tokenised whole.
+        # The tokenizer splits a text at these tokens first, so the texts before and after one are
+        # tokenised independently. Without any of them, prompts are tokenised whole.
         self.anchors = {
             index: token.content
             for index, token in added.items()
@@ -83,10 +82,10 @@ class Renderer:
         self._tails: dict[str, list[int]] = {}
 
     def __call__(self, example: Example) -> Tokens:
-        """All tokens of an example, however many.
+        """Return all tokens of an example, without a limit on their number.
 
         Raises:
-            Refused: the row cannot be rendered, or its answers cannot be placed exactly.
+            Refused: the row cannot be rendered, or the spans of its answers are not exact.
         """
         if isinstance(example, Labelled):
             ids = self.tokenizer(example.text)["input_ids"]
@@ -105,19 +104,19 @@ class Renderer:
         return Tokens(ids, trained)
 
     def prompt(self, example: Conversation) -> list[int]:
-        """The ids after which the last answer is generated."""
+        """Return the ids after which the last answer is generated."""
         before = example.messages[:-1]
         if self.template is None:
             return self.tokenizer("".join(m["content"] for m in before))["input_ids"]
         return self._encode(self._render(before, example.tools, prompt=True))[0]
 
     def chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The ids of a conversation that the model shall answer."""
+        """Return the ids of a conversation whose next message the model generates."""
         return self.prompt(Conversation([*messages, {"role": "assistant", "content": ""}], "chat"))
 
     def _plain(self, example: Conversation) -> Tokens:
-        # Without a template a row is prompt + answer + end, each tokenised as it will be when the
-        # model answers.
+        # Without a template a row is prompt + answer + end token. The prompt is tokenised alone, as
+        # it will be when the model answers.
         if sum(m["role"] == "assistant" for m in example.messages) > 1:
             raise Refused(
                 "chat_template=none joins one prompt and one answer, and it has several answers"
@@ -138,7 +137,7 @@ class Renderer:
     ) -> tuple[str, list[Span]]:
         try:
             with limits.limited(RENDERED_WITHIN, "rendering a row"):
-                found: Any = render_jinja_template(
+                texts: Any = render_jinja_template(
                     conversations=[messages],
                     tools=tools,
                     chat_template=self._template_for(tools),
@@ -150,7 +149,7 @@ class Renderer:
             raise DataError(f"the chat template cannot be used: {error}") from None
         except Exception as error:
             raise Refused(f"the chat template refuses it: {error}") from None
-        return found[0][0], [(start, end) for start, end in found[1][0]] if markers else []
+        return texts[0][0], [(start, end) for start, end in texts[1][0]] if markers else []
 
     def _template_for(self, tools: Any) -> str:
         if isinstance(self.template, dict):
@@ -163,7 +162,7 @@ class Renderer:
         return self.template
 
     def _spans(self, example: Conversation) -> tuple[str, list[Span]]:
-        """The rendered text, and where in it the answers to be trained stand."""
+        """Return the rendered text, and the spans of the trained answers in it."""
         messages, tools = example.messages, example.tools
         source = self._template_for(tools)
         if tools and "tools" not in source:
@@ -177,7 +176,7 @@ class Renderer:
         else:
             text = self._render(messages, tools)
             answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-            # a template may rewrite the earlier ones
+            # Only the last: a template may change earlier answers, as those with thoughts do.
             answers = answers[-1:] if self.train_on == "last" else answers
             spans = [self._prefix_span(messages, tools, i, text) for i in answers]
         return text, spans[-1:] if self.train_on == "last" else spans
@@ -198,8 +197,8 @@ class Renderer:
         return len(before), len(upto)
 
     def _encode(self, text: str) -> tuple[list[int], Callable[[int], Span]]:
-        """Ids, and the place in the text of the i-th of them. The places of all would take half as
-        long as tokenising."""
+        """Return the ids, and a function that gives the span of the i-th of them in the text. The
+        spans of all ids would take half as long as tokenising."""
         encoded = self.tokenizer(
             [text],
             add_special_tokens=False,
@@ -209,12 +208,12 @@ class Renderer:
         return encoded["input_ids"][0], encoded.encodings[0].token_to_chars
 
     def _aligned(self, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
-        """Ids of the text and whether each lies in a span; every span's start is checked against
-        its prompt alone."""
-        ids, place = self._encode(text)
+        """Return the ids of the text, and whether each is in a span. The start of every span is
+        checked against its prompt, tokenised alone."""
+        ids, span_of = self._encode(text)
         trained = [False] * len(ids)
         for start, end in spans:
-            prompt = self._beginning(text, start, ids, place)
+            prompt = self._prompt_ids(text, start, ids, span_of)
             first = len(prompt)
             if ids[:first] != prompt:
                 at = next(
@@ -222,32 +221,33 @@ class Renderer:
                     min(len(ids), first),
                 )
                 raise Refused(
-                    f"the answer at character {start} cannot be told from its prompt: the prompt"
-                    " alone ends in the tokens"
+                    f"the answer at character {start} cannot be separated from its prompt: the"
+                    " prompt alone ends in the tokens"
                     f" {self.tokenizer.convert_ids_to_tokens(prompt[at:])}, before the answer in"
                     f" {self.tokenizer.convert_ids_to_tokens(ids[at : first + 1])}"
                 )
             last = (
-                bisect_right(range(len(ids)), end, lo=first, key=lambda i: place(i)[1])
+                bisect_right(range(len(ids)), end, lo=first, key=lambda i: span_of(i)[1])
                 if end < len(text)
                 else len(ids)
             )
-            if last < len(ids) and place(last)[0] < end:
+            if last < len(ids) and span_of(last)[0] < end:
                 raise Refused(f"a token reaches across the end of the answer at character {end}")
-            stop = self._without_tail(ids, first, last, text, place)
+            stop = self._without_tail(ids, first, last, text, span_of)
             trained[first:stop] = [True] * (stop - first)
         return ids, trained
 
-    def _beginning(
-        self, text: str, start: int, ids: list[int], place: Callable[[int], Span]
+    def _prompt_ids(
+        self, text: str, start: int, ids: list[int], span_of: Callable[[int], Span]
     ) -> list[int]:
-        """The ids of text[:start] alone: those of the whole up to the last anchor in it, and from
-        there on its own."""
-        for i in range(bisect_left(range(len(ids)), start, key=lambda i: place(i)[0]) - 1, -1, -1):
+        """Return the ids of text[:start] alone. Up to the last anchor in it they are those of the
+        whole text; only the rest is tokenised again."""
+        last = bisect_left(range(len(ids)), start, key=lambda i: span_of(i)[0]) - 1
+        for i in range(last, -1, -1):
             if (anchor := self.anchors.get(ids[i])) is None:
                 continue
-            begin, end = place(i)
-            # some models give an unknown word the id of a special token
+            begin, end = span_of(i)
+            # Some tokenizers give an unknown word the id of a special token.
             if end > start or text[begin:end] != anchor:
                 continue
             rest = text[begin:start]
@@ -255,30 +255,31 @@ class Renderer:
                 if len(self._tails) >= TAILS:
                     self._tails.clear()
                 tail = self._tails[rest] = self._encode(rest)[0]
-            if tail[0] == ids[i]:  # else something is put before a text's beginning
+            if tail[0] == ids[i]:  # otherwise the tokenizer adds something before every text
                 return ids[:i] + tail
             break
         return self._encode(text[:start])[0]
 
     def _without_tail(
-        self, ids: list[int], first: int, last: int, text: str, place: Callable[[int], Span]
+        self, ids: list[int], first: int, last: int, text: str, span_of: Callable[[int], Span]
     ) -> int:
-        # A template writes "\n" after the end token; the model stops at that token and never has to
-        # write the rest.
+        # A template may write "\n" after the end token. The model stops at that token, so it need
+        # not learn the rest.
         for i in range(last - 1, first - 1, -1):
             if ids[i] in self.ends:
                 return i + 1
-            begin, end = place(i)
+            begin, end = span_of(i)
             if text[begin:end].strip():
                 break
         return last
 
 
 def template(chosen: str | None, tokenizer: Any) -> str | dict[str, str] | None:
-    """The Jinja text that `task.chat_template` means; None joins prompt and answer without one.
+    """Return the Jinja text that `task.chat_template` names, None if prompt and answer are joined
+    without one.
 
     Raises:
-        DataError: there is no such file, or the tokenizer has no template of its own.
+        DataError: there is no such file, or the tokenizer has no template.
     """
     if chosen == "none":
         return None
@@ -301,8 +302,8 @@ def template(chosen: str | None, tokenizer: Any) -> str | dict[str, str] | None:
 
 
 def _refuse_powers(source: str) -> None:
-    # 9**9**9 is one operation, which no limit of time can stop, and is computed when a template is
-    # compiled. `round` takes powers of 10.
+    # 9**9**9 is a single operation, which no time limit can interrupt, and it is computed when the
+    # template is compiled. `round` computes powers of 10.
     before = ""
     try:
         for _, kind, word in Environment().lex(source):
@@ -310,21 +311,21 @@ def _refuse_powers(source: str) -> None:
                 word == "round" and kind == "name" and before == "|"
             ):
                 raise DataError(
-                    f"the chat template uses {word!r}, which could compute without end. Take it out"
+                    f"the chat template uses {word!r}, which could compute forever. Remove it"
                 )
             before = before if kind == "whitespace" else word
     except TemplateSyntaxError:
-        return  # told when a row is rendered
+        return  # reported when a row is rendered
 
 
 def has_markers(source: str) -> bool:
-    """Whether a template marks what the model generates."""
+    """Return whether a template marks the text that the model generates."""
     return re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
 
 
 def stop_ids(tokenizer: Any, model_stops: Any, rows: Iterable[Tokens]) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, the model's, and the special token in which
-    trained answers end."""
+    """Return the tokens that end an answer: the tokenizer's, the model's, and the special token at
+    the end of trained answers."""
     stops = {tokenizer.eos_token_id}
     stops |= set(model_stops) if isinstance(model_stops, list | tuple) else {model_stops} - {None}
     special = set(tokenizer.all_special_ids)
@@ -336,12 +337,13 @@ def stop_ids(tokenizer: Any, model_stops: Any, rows: Iterable[Tokens]) -> list[i
 
 
 def _differs(what: str, part: str, whole: str) -> str:
+    """Return the reason for refusing a row whose prefix renders differently alone."""
     at = next(
         (i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b),
         min(len(part), len(whole)),
     )
     return (
         f"the chat template is not additive: {what} reads {part[max(0, at - 10) : at + 20]!r} where"
-        f" the whole has {whole[max(0, at - 10) : at + 20]!r}, so the answer's place is not known."
+        f" the whole has {whole[max(0, at - 10) : at + 20]!r}, so the answer's span is not known."
         " Use train_on=last, or a template with {% generation %} markers (task.chat_template)"
     )

@@ -1,4 +1,4 @@
-"""Examples rendered in their order, by this process or by several."""
+"""Examples rendered in their order, by this process or by several worker processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tasks.reading import Bad, DataError
 from tasks.task import Conversation, Example
 from trainer.data.render import Refused, Renderer, Tokens
 
-# A worker process keeps its renderer between chunks; pickling it with each of them would cost more
+# A worker process keeps its renderer between chunks: pickling it with each chunk would take longer
 # than tokenising.
 _renderer: Renderer | None = None
 
@@ -32,7 +32,7 @@ def _render_chunk(chunk: list[Example | Bad]) -> list[tuple[str, Tokens | str]]:
 
 
 def render_one(example: Example | Bad, renderer: Renderer) -> tuple[str, Tokens | str]:
-    """(where, Tokens), or (where, the reason why the row cannot be used)."""
+    """Return (where, Tokens), or (where, the reason why the row cannot be used)."""
     if isinstance(example, Bad):
         return example.where, example.reason
     try:
@@ -49,12 +49,17 @@ def render_one(example: Example | Bad, renderer: Renderer) -> tuple[str, Tokens 
 def rendered(
     examples: Iterable[Example | Bad], renderer: Renderer, processes: int
 ) -> Iterator[tuple[str, Tokens | str]]:
-    """`render_one` over examples, in their order, in several processes if asked."""
+    """Yield `render_one` of each example, in their order. With `processes` above 1, that many
+    worker processes render them.
+
+    Raises:
+        DataError: a worker process was killed.
+    """
     if processes <= 1:
         for example in examples:
             yield render_one(example, renderer)
         return
-    # Not multiprocessing.Pool: it waits for ever for the share of a process that was killed.
+    # Not multiprocessing.Pool: it waits forever for the results of a process that was killed.
     pool = ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), _start_worker, (renderer,)
     )
@@ -68,8 +73,8 @@ def rendered(
             yield from shares.popleft().result()
     except BrokenProcessPool:
         raise DataError(
-            f"one of the {processes} processes that tokenise the rows was ended from outside, most"
-            " likely for want of memory: set tokenise_processes=1, or give the job more memory"
+            f"one of the {processes} processes that tokenise the rows was killed from outside, most"
+            " likely out of memory: set tokenise_processes=1, or give the job more memory"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -88,8 +93,8 @@ def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def special_text(examples: Iterable[Example | Bad], tokenizer: Any) -> int:
-    """Conversations whose messages hold the text of a special token, which would be read as that
-    token."""
+    """Return the number of conversations whose messages contain the text of a special token, which
+    the tokenizer reads as that token."""
     pattern = re.compile(
         "|".join(re.escape(token) for token in tokenizer.all_special_tokens if token.strip())
         or "(?!)"

@@ -1,4 +1,4 @@
-"""Tokenised rows: made once from a task's examples, cached, counted, and packed if asked."""
+"""Tokenised rows: made once from a task's examples, cached and counted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import json
 import logging
-import os
 import shutil
 import sys
 import uuid
@@ -25,18 +24,19 @@ import tokenizers
 import transformers
 from filelock import FileLock, Timeout
 
+import tasks.task
 from tasks import conversation, reading, wheel
-from tasks import task as tasks_task
 from tasks.reading import DataError
 from trainer.data import render
 from trainer.data.lengths import Report, fit, listing, take
 from trainer.data.render import Renderer, Tokens
 from trainer.data.rendering import chunks, rendered
+from trainer.storage import atomic
 
 log = logging.getLogger(__name__)
 
-WRITTEN = 1000  # rows that are written at once
-WAIT = 30  # seconds between two messages of a process that waits for another one's rows
+WRITTEN = 1000  # rows that are written at a time
+WAIT = 30  # seconds between two messages of a process that waits for the rows of another one
 _FEATURES = datasets.Features(
     {
         "ids": datasets.List(datasets.Value("int32")),
@@ -66,39 +66,39 @@ class Rows:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each row."""
+        """The number of tokens of each row."""
         return _list_lengths(self.table, "ids")
 
     @cached_property
     def trained(self) -> np.ndarray:
-        """Trained tokens of each row that a model can be asked for: the first token of a row
-        follows nothing."""
+        """The number of trained tokens of each row. The first token of a row does not count, since
+        nothing predicts it."""
         counts = []
         for flags, starts in _flat(self.table, "trained"):
             firsts = starts[:-1][np.diff(starts) > 0]
             before = np.concatenate([[0], np.cumsum(flags)])
-            asked = before[starts[1:]] - before[starts[:-1]]
-            asked[np.diff(starts) > 0] -= flags[firsts]
-            counts.append(asked)
+            count = before[starts[1:]] - before[starts[:-1]]
+            count[np.diff(starts) > 0] -= flags[firsts]
+            counts.append(count)
         return np.concatenate(counts) if counts else np.zeros(0, np.int64)
 
     def counts(self, vocabulary: int) -> np.ndarray:
-        """How often each of the vocabulary's tokens is trained, (V,) int64."""
-        found = np.zeros(vocabulary, np.int64)
+        """Return how often each token of the vocabulary is trained, (V,) int64."""
+        total = np.zeros(vocabulary, np.int64)
         for (ids, starts), (flags, _) in zip(
             _flat(self.table, "ids"), _flat(self.table, "trained"), strict=True
         ):
-            asked = flags.astype(bool)
-            asked[starts[:-1][np.diff(starts) > 0]] = False
-            found += np.bincount(ids[asked], minlength=vocabulary)
-        return found
+            trained = flags.astype(bool)
+            trained[starts[:-1][np.diff(starts) > 0]] = False
+            total += np.bincount(ids[trained], minlength=vocabulary)
+        return total
 
     def examples(self) -> list[int]:
-        """For each row, which of the split's examples it was made from."""
+        """Return, for each row, the number of the example that it was made from."""
         return self.table.data.column("index").to_pylist()
 
     def where(self, index: int) -> str:
-        """File and line of a row, as they were when it was tokenised."""
+        """Return the file and line of a row, as they were when it was tokenised."""
         return self.table[int(index)]["where"]
 
     @cached_property
@@ -122,7 +122,7 @@ class Rows:
         return hashlib.sha256(b"".join(part.digest() for part in parts)).hexdigest()
 
     def digests(self) -> Iterator[bytes]:
-        """A digest of each row's tokens and label, to find duplicates."""
+        """Yield a digest of each row's tokens and label, to find duplicates."""
         for (ids, starts), labels in zip(
             _flat(self.table, "ids"), self.table.data.column("label").chunks, strict=True
         ):
@@ -135,8 +135,8 @@ class Rows:
 
 
 def _flat(table: datasets.Dataset, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each chunk of a column of lists, its values (m,) one list after another, and where each
-    of n lists starts, (n + 1,)."""
+    """Yield, for each chunk of a column of lists, its values (m,), one list after another, and the
+    starts of its n lists, (n + 1,)."""
     for chunk in table.data.column(name).chunks:
         starts = chunk.offsets.to_numpy()
         yield chunk.flatten().to_numpy(zero_copy_only=False), starts - starts[0]
@@ -153,17 +153,18 @@ def _list_lengths(table: datasets.Dataset, name: str) -> np.ndarray:
 def tokenise(
     task: Any, split: str, renderer: Renderer, max_length: int, overlong: str, processes: int
 ) -> Rows:
-    """All rows of a split as tokens, from the cache where nothing has changed that they depend on.
+    """Return all rows of a split as tokens, from the cache if nothing has changed that they depend
+    on.
 
-    Of several processes that share the cache one makes it, and the others wait at its lock, which
-    goes with its process: for as long as it takes, and with no message of torch's in between that
-    could be late.
+    Of several processes that share the cache, one makes the rows and the others wait for its lock
+    as long as it takes. The lock ends with its process, and needs no torch.distributed, whose
+    messages time out.
 
     Raises:
-        DataError: a broken row (with on_bad=raise) or an over-long one (with overlong=raise), or no
-        row is left.
+        DataError: a row is broken and on_bad=raise, a row is too long and overlong=raise, or no row
+            is left.
     """
-    # nothing is held out, and datasets cannot write a table without rows
+    # A split may have no rows (nothing is held out), and datasets cannot write an empty table.
     if next(iter(task.examples(split)), None) is None:
         if split == "train":
             raise DataError("the training data has no row")
@@ -178,15 +179,16 @@ def tokenise(
     error_file = folder / f"{key}.error"
     before = _text(error_file)
     with _locked(folder / f"{key}.lock", split) as waited:
-        if waited and (told := _text(error_file)) not in ("", before):
-            raise DataError(told.partition("\n")[2])  # of the process that was waited for
+        # The process that held the lock may have failed: its error is ours.
+        if waited and (error_text := _text(error_file)) not in ("", before):
+            raise DataError(error_text.partition("\n")[2])
         if report_file.exists():
-            with contextlib.suppress(Exception):  # a damaged cache is made again
-                made = json.loads(report_file.read_text())
-                report, table = Report(**made["report"]), _table(key, folder)
-                if len(table) == report.kept and _digest(table) == made["sha256"]:
-                    rows = Rows(table, report, made.get("content"))
-                    if "content" not in made:  # an earlier version did not store it
+            with contextlib.suppress(Exception):  # a damaged entry is made again
+                entry = json.loads(report_file.read_text())
+                report, table = Report(**entry["report"]), _table(key, folder)
+                if len(table) == report.kept and _digest(table) == entry["sha256"]:
+                    rows = Rows(table, report, entry.get("content"))
+                    if "content" not in entry:  # an earlier version did not store it
                         _describe(rows, report_file)
                     return rows
         report = Report()
@@ -210,29 +212,27 @@ def cached_digest(key: str) -> str | None:
     they are damaged."""
     folder = wheel.cache_dir() / "tokens"
     try:
-        made, table = json.loads((folder / f"{key}.json").read_text()), _table(key, folder)
-        if _digest(table) != made["sha256"]:
+        entry, table = json.loads((folder / f"{key}.json").read_text()), _table(key, folder)
+        if _digest(table) != entry["sha256"]:
             return None
-        return Rows(table, Report(**made["report"])).digest
+        return Rows(table, Report(**entry["report"])).digest
     except Exception:  # a missing or damaged cache, whatever the reason
         return None
 
 
 def _describe(rows: Rows, file: Path) -> None:
     """Write counts and digests of cached rows. An entry without this file is incomplete."""
-    known = {
+    entry = {
         "report": asdict(rows.report),
         "sha256": _digest(rows.table),
         "content": rows.digest,
     }
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(known))
-    os.replace(temporary, file)
+    atomic.write_text(file, json.dumps(entry))
 
 
 def _digest(table: datasets.Dataset) -> str:
-    """A sha256 of a table's files: a bit that turns on the disk would train other tokens without a
-    word."""
+    """Return the sha256 of a table's files. Without it, a bit that flips on the disk would silently
+    change the trained tokens."""
     return " ".join(wheel.sha256(Path(file["filename"])) for file in table.cache_files)
 
 
@@ -242,7 +242,7 @@ def _text(file: Path) -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path, split: str) -> Iterator[bool]:
-    """Hold a lock; gives whether another process had it before."""
+    """Hold a lock. Yields whether another process held it before."""
     lock, waited = FileLock(path), 0
     while True:
         try:
@@ -263,8 +263,8 @@ def _locked(path: Path, split: str) -> Iterator[bool]:
 
 
 def _write(key: str, folder: Path, rows: Iterator[dict[str, Any]]) -> None:
-    """As datasets would; its own writer looks at each token of each row, which takes as long as
-    rendering them."""
+    """Write rows as datasets does. Its own writer inspects each token of each row, which takes as
+    long as rendering them."""
     (folder / key).mkdir()
     with pyarrow.ipc.new_stream(folder / key / "rows.arrow", _FEATURES.arrow_schema) as stream:
         for chunk in chunks(rows, WRITTEN):
@@ -278,7 +278,7 @@ def _table(key: str, folder: Path) -> datasets.Dataset:
 def cache_key(task: Any, split: str, renderer: Renderer, max_length: int, overlong: str) -> str:
     """Return a digest of everything that the tokenised rows depend on: data, template, tokenizer,
     lengths and code."""
-    code = [inspect.getsource(part) for part in (render, reading, conversation, tasks_task, fit)]
+    code = [inspect.getsource(part) for part in (render, reading, conversation, tasks.task, fit)]
     code.append(inspect.getsource(sys.modules[type(task).__module__]))
     return _key(*code, *_settings(task, split, renderer, max_length, overlong))
 

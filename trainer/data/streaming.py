@@ -1,7 +1,7 @@
-"""Rows read while training, for data that is too large to tokenise first.
+"""Rows that are read while training, for data that is too large to be tokenised first.
 
-Still a pure function of the seed and the step: rows come in blocks of `shuffle_block`, block k is
-shuffled by (seed, k), and a run that goes on reads the stream again up to where it stopped.
+Batches are still a function of the seed and the step: rows come in blocks of `shuffle_block`, block
+k is shuffled by (seed, k), and a resumed run reads the stream again up to where it stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trainer.data.render import Renderer, Tokens
 from trainer.data.rendering import rendered
 
 
-class Stream(IterableDataset):
+class StreamingBatches(IterableDataset):
     """Collated micro-batches of steps `start` to `steps` for one rank. Every step has `accumulate`
     of them."""
 
@@ -42,11 +42,11 @@ class Stream(IterableDataset):
         return self.steps * self.config["accumulate"]
 
     def rows(self) -> Iterator[tuple[str, Tokens]]:
-        """(where, row) in training order, epoch after epoch.
+        """Yield (where, row) in training order, epoch after epoch.
 
         Raises:
-            DataError: a broken row with on_bad=raise, an over-long one with overlong=raise, or no
-            usable row at all.
+            DataError: a row is broken and on_bad=raise, a row is too long and overlong=raise, or
+                no row is usable.
         """
         epochs = self.config["max_epochs"]
         epoch = block = 0
@@ -58,9 +58,7 @@ class Stream(IterableDataset):
                 settings = self.config["max_length"], self.config["overlong"], self.task.on_bad
                 row = take(where, outcome, self.renderer, *settings, self.report)
                 if isinstance(outcome, str) and self.task.on_bad == "raise":
-                    raise DataError(
-                        f"{where}: {outcome}\nMend it, or leave it out with task.on_bad=skip"
-                    )
+                    raise DataError(f"{where}: {outcome}\nFix it, or skip it with task.on_bad=skip")
                 if row is not None:
                     pending.append((where, row))
                 if len(pending) == self.task.shuffle_block:
@@ -99,11 +97,11 @@ class Stream(IterableDataset):
         labelled = self.collate.labelled
         trained = sum(1 if labelled else sum(row.trained[1:]) for _, row in window)
         size = self.config["batch_size"]
-        # The stream's last step may be smaller; what fills it up trains nothing.
+        # The stream's last step may be smaller. Fillers, which train nothing, complete it.
         filled = [(*item, True) for item in window] + [(*window[0], False)] * (
             per_step - len(window)
         )
         for first in range(self.rank * size, per_step, size * self.ranks):
             share = filled[first : first + size]
-            batch = self.collate([(Pick(-1, counts, trained), [row]) for _, row, counts in share])
+            batch = self.collate([(Pick(-1, trains, trained), [row]) for _, row, trains in share])
             yield batch | {"sequences": [where for where, _, _ in share]}

@@ -20,7 +20,7 @@ from torch import Tensor
 from trainer.config import schema
 from trainer.drafters import Drafter, DrafterError
 from trainer.models.base import Base
-from trainer.storage.atomic import write_text
+from trainer.storage import atomic
 
 FORMAT = 1
 # Settings that say how a drafter is trained, and not what its weights mean. Where they change the
@@ -52,10 +52,9 @@ def save(drafter: Drafter, settings: dict[str, Any], target: dict[str, Any], fol
     for, as `trained_for` says it."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous().cpu() for name, tensor in drafter.state().items()}
-    temporary = folder / "model.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.replace(folder / "model.safetensors")
-    write_text(
+    with atomic.file(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    atomic.write_text(
         folder / "config.json",
         json.dumps({"format": FORMAT, "drafter": settings, "target": target}, indent=2) + "\n",
     )

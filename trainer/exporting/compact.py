@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from trainer.evaluation.loss import losses
 from trainer.exporting.adapter import save_adapter, verify_adapter
 from trainer.exporting.compare import _compare, _outputs
 from trainer.models.losses import CausalLoss, ClassLoss
-from trainer.storage import run_folder
+from trainer.storage import atomic, run_folder
 from trainer.storage.checkpoints import CheckpointError
 
 METHODS = {"compeft": ("keep", "alpha"), "dare": ("drop", "seed"), "darex_q": ("drop", "q", "seed")}
@@ -299,14 +298,8 @@ def _appearing(out: Path) -> Iterator[Path]:
     """
     if out.exists():
         raise CheckpointError(f"{out} exists. Remove it, or choose another place with out=FOLDER")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with atomic.folder(out) as temporary:
         yield temporary
-        temporary.chmod(0o755)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _choice(options: dict[str, Any]) -> Choice:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -14,6 +12,7 @@ from trainer.exporting import engines
 from trainer.exporting.adapter import save_adapter, verify_adapter
 from trainer.exporting.heads import _check_drafter, _write_drafter, _write_head
 from trainer.exporting.merged import _write_merged
+from trainer.storage import atomic
 from trainer.storage.checkpoints import CheckpointError
 from trainer.storage.progress import Progress
 
@@ -47,30 +46,23 @@ def export(
     out = out or found.folder / (f"drafter-step-{found.step}" if to == "drafter" else to)
     if out.exists():
         raise CheckpointError(f"{out} exists. Remove it, or choose another place with out=FOLDER")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        with Progress(f"exporting to {out}"):
-            if to == "drafter":
-                difference = _write_drafter(found, temporary)
-            elif to in engines.LAYOUTS:
-                difference = _write_head(
-                    found, temporary, to, getattr(torch, dtype), verifier, unembedding == "copied"
-                )
-            elif to in ("peft", "shira"):
-                save_adapter(
-                    found.adapter,
-                    found.model,
-                    found.base,
-                    found.task,
-                    temporary,
-                    pair=to == "shira",
-                )
-                difference = verify_adapter(found, temporary)
-            else:
-                difference = _write_merged(found, temporary, getattr(torch, dtype), mtp=to == "mtp")
-        temporary.chmod(0o755)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with atomic.folder(out) as temporary, Progress(f"exporting to {out}"):
+        if to == "drafter":
+            difference = _write_drafter(found, temporary)
+        elif to in engines.LAYOUTS:
+            difference = _write_head(
+                found, temporary, to, getattr(torch, dtype), verifier, unembedding == "copied"
+            )
+        elif to in ("peft", "shira"):
+            save_adapter(
+                found.adapter,
+                found.model,
+                found.base,
+                found.task,
+                temporary,
+                pair=to == "shira",
+            )
+            difference = verify_adapter(found, temporary)
+        else:
+            difference = _write_merged(found, temporary, getattr(torch, dtype), mtp=to == "mtp")
     return out, difference

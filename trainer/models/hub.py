@@ -8,7 +8,7 @@ import huggingface_hub
 
 from tasks import wheel
 from trainer.models.base import Base, BaseError
-from trainer.models.gguf import converted
+from trainer.models.gguf import convert
 
 
 def from_hub(
@@ -21,14 +21,19 @@ def from_hub(
     double_quant: bool,
     trust_remote_code: bool,
 ) -> Base:
-    """A hub name, a folder or a GGUF file."""
+    """Return the base that `path` names: a name on the hub, a folder or a .gguf file. `gguf_file`
+    is a file of the hub's repository.
+
+    Raises:
+        BaseError: there is no such file, or it cannot be read as a language model.
+    """
     if gguf_file is not None:
         path = huggingface_hub.hf_hub_download(path, gguf_file, revision=revision)
     if path.endswith(".gguf"):
         file = Path(path).expanduser()
         if not file.is_file():
             raise BaseError(f"base.path={path!r}: there is no such file")
-        path, revision = str(converted(file, wheel.sha256(file))), None
+        path, revision = str(convert(file, wheel.sha256(file))), None
     elif Path(path).expanduser().is_dir():
         path = str(Path(path).expanduser().resolve())
     return Base(

@@ -1,12 +1,12 @@
-"""The loss of a causal language model, with logits only where a token is trained, and never more of
-them than a chunk.
+"""The loss of a causal language model. Logits are computed only where a token is trained, and never
+more of them than a chunk.
 
-    L = - Σ_t log softmax(head(h_t))[x_{t+1}]        over the positions t whose next token is trained
+    L = - Σ_t log softmax(head(h_t))[x_{t+1}]      over the positions t whose next token is trained
 
-h (n, d) hidden states of those positions, V the vocabulary. Logits would be n V numbers, three
-times over with their gradients; here a chunk of c positions is computed, turned into its gradient
-at h (c, d), and dropped. With a frozen head the backward pass then costs one product with the
-stored gradient.
+h (n, d) are the hidden states of those positions, V is the vocabulary. All logits would be n V
+numbers, three times over with their gradients. Here a chunk of c positions is computed, turned into
+its gradient at h (c, d), and dropped. With a frozen head the backward pass then costs one product
+with the stored gradient.
 
 At SmolLM2's shapes on one CPU thread (`python -m scripts.bench.losses`) this takes half of the
 processor time of torch 2.13's F.linear_cross_entropy in bf16, whose reported mean is then off by up
@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 from trainer.models.heads import Head, captured_hidden, captured_layers, output_head
 
-LOGITS = 12 << 20  # numbers of a chunk's logits: 256 positions of a vocabulary of 49152
-ON_GPU = 4 * LOGITS  # a weight that is read once a chunk from a GPU's memory wants more positions
+LOGITS = 12 << 20  # logits in a chunk: 256 positions of a vocabulary of 49152
+ON_GPU = 4 * LOGITS  # on a GPU larger chunks: the output weight is read once per chunk
 
 
 class NonFinite(RuntimeError):
@@ -34,21 +34,22 @@ class NonFinite(RuntimeError):
 
 
 def positions(vocabulary: int, device: str) -> int:
-    """How many positions' logits exist at one time where nobody has said it: the larger the
-    vocabulary the fewer, so that their memory hardly grows with it."""
+    """Return the default number of positions in a chunk. It falls with the vocabulary, so that the
+    memory of the logits hardly grows."""
     return max(16, (LOGITS if device == "cpu" else ON_GPU) // max(1, vocabulary))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy, and for each row whether the best and one of the `top` best guesses was
-    right, chunk by chunk.
+    """Summed cross-entropy, chunk by chunk, and for each row whether the best guess was right and
+    whether one of the `top` best was.
 
-    Forward: for each chunk of rows, logits = head(h_c), its loss and d loss_c / d logits in fp32,
-    and by autograd through the head d loss_c / d h_c (and for trained head parameters, summed over
-    the chunks). Backward: those times the incoming scalar.
-    Shapes: hidden (n, d), targets (n,), parameters as they are; returns a scalar in fp32 and two
-    (n,) of bool.
-    Notes: the logits of a chunk are dropped before the next one. No second derivative.
+    Forward    for each chunk of rows, logits = head(h_c), the loss and d loss_c / d logits in fp32;
+               by autograd through the head d loss_c / d h_c, and for trained head parameters their
+               gradient, summed over the chunks
+    Backward   those times the incoming scalar
+    Shapes     hidden (n, d), targets (n,), parameters as they are; returns a scalar in fp32 and two
+               (n,) of bool
+    Notes      the logits of a chunk are dropped before the next one; no second derivative
     """
 
     @staticmethod
@@ -68,32 +69,35 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            wanted = targets[rows].unsqueeze(-1)
+            target = targets[rows].unsqueeze(-1)
             with torch.enable_grad():
                 part = hidden[rows].detach().requires_grad_(True)
                 logits = head(part)
             exact = logits.detach().float()
             best[rows], among[rows] = _right(exact, targets[rows], top)
-            # By hand, as autograd keeps twice as many numbers of a chunk's size. log Σ exp is had
-            # from the largest logit and its chance, which is never below 1 / V: one pass over the
-            # exponentials instead of two.
-            ahead = exact.amax(-1, keepdim=True) - exact.gather(-1, wanted)
+            # By hand, since autograd would save twice as many numbers of a chunk's size.
+            # log Σ exp comes from the largest logit and its probability, which is at least 1 / V: one
+            # pass over the exponentials instead of two.
+            ahead = exact.amax(-1, keepdim=True) - exact.gather(-1, target)
             slopes = F.softmax(exact, dim=-1)
             del exact
             loss += (ahead - slopes.amax(-1, keepdim=True).log()).sum()
-            slopes.scatter_add_(-1, wanted, slopes.new_full(wanted.shape, -1.0))
-            found = torch.autograd.grad(logits, [part, *parameters], slopes.to(logits.dtype))
-            grad_hidden[rows] = found[0]
-            for total, grad in zip(grads, found[1:], strict=True):
+            slopes.scatter_add_(-1, target, slopes.new_full(target.shape, -1.0))
+            inputs = [part, *parameters]
+            grad_part, *chunk_grads = torch.autograd.grad(logits, inputs, slopes.to(logits.dtype))
+            grad_hidden[rows] = grad_part
+            for total, grad in zip(grads, chunk_grads, strict=True):
                 total += grad
-            del logits, slopes, found
+            del logits, slopes, grad_part, chunk_grads
         ctx.save_for_backward(grad_hidden, *grads)
         ctx.dtypes = [p.dtype for p in parameters]
         ctx.mark_non_differentiable(best, among)
         return loss, best, among
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_loss: Tensor, *_: Tensor
+    ) -> tuple[Tensor | None, ...]:
         grad_hidden, *grads = ctx.saved_tensors
         scaled = [
             (grad * grad_loss).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
@@ -108,8 +112,8 @@ def chunked_cross_entropy(
     chunk: int,
     parameters: tuple[Tensor, ...] = (),
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """(summed loss, right guesses) of next-token predictions; `parameters` are what the head
-    trains. Zero for n = 0."""
+    """Return (summed loss, number of right guesses) of next-token predictions; see
+    `chunked_predictions`."""
     loss, best, _ = chunked_predictions(hidden, targets, head, chunk, parameters)
     return loss, best.sum().float()
 
@@ -122,23 +126,25 @@ def chunked_predictions(
     parameters: tuple[Tensor, ...] = (),
     top: int = 1,
 ) -> tuple[Float[Tensor, ""], Bool[Tensor, " n"], Bool[Tensor, " n"]]:
-    """(summed loss, whether the best guess was right, whether one of the `top` best was);
-    `parameters` are what the head trains. The loss is summed in fp32, whatever the hidden states
-    are. Zero for n = 0."""
+    """Return (summed loss, whether the best guess was right, whether one of the `top` best was).
+
+    `parameters` are those of the head that are trained. The loss is summed in fp32, whatever the
+    dtype of the hidden states. It is zero for n = 0.
+    """
     if len(hidden) == 0:
         none = torch.zeros_like(targets, dtype=torch.bool)
-        # Ranks without targets give all parameters a gradient, as DDP needs.
+        # A rank without targets gives all parameters a zero gradient: DDP waits for every one.
         return sum((p.sum().float() for p in parameters), hidden.sum().float()) * 0.0, none, none
     if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
         return _ChunkedCrossEntropy.apply(hidden, targets, head, chunk, top, *parameters)
     loss = hidden.new_zeros((), dtype=torch.float32)
-    found = []
+    right = []
     for start in range(0, len(hidden), chunk):
         logits = head(hidden[start : start + chunk]).float()
         loss = loss + F.cross_entropy(logits, targets[start : start + chunk], reduction="sum")
-        found.append(_right(logits, targets[start : start + chunk], top))
-        del logits  # before the next chunk's are there
-    best, among = (torch.cat(parts) for parts in zip(*found, strict=True))
+        right.append(_right(logits, targets[start : start + chunk], top))
+        del logits  # before the next chunk's exist
+    best, among = (torch.cat(parts) for parts in zip(*right, strict=True))
     return loss, best, among
 
 
@@ -152,8 +158,8 @@ def _right(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, Tensor]:
 
 
 class CausalLoss:
-    """The loss of a batch as trainer.data.batches.Collate makes it; with a drafter
-    (trainer.drafters) its own is added."""
+    """The loss of a batch of trainer.data.batches.Collate. With a drafter (trainer.drafters) the
+    drafter's loss is added."""
 
     def __init__(
         self, model: nn.Module, chunk: int | None, drafter: Any = None, target: Any = None
@@ -165,16 +171,16 @@ class CausalLoss:
         self.head = output_head(model)
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(summed loss, {loss, tokens, right}) with the sums detached; with a drafter also
-        `offsets`, see Drafter.loss."""
-        labels = batch["labels"][:, 1:]  # position t is asked for token t + 1
+        """Return (summed loss, {loss, tokens, right}); the sums are detached. With a drafter there
+        is also `offsets`, see Drafter.loss."""
+        labels = batch["labels"][:, 1:]  # position t predicts token t + 1
         where = labels != -100
         if self.head is None:
             logits = self.model(**_inputs(batch), use_cache=False).logits[
                 :, -batch["labels"].shape[1] :
             ]
             loss, right = chunked_cross_entropy(
-                logits[:, :-1][where], labels[where], _as_they_are, self.chunk
+                logits[:, :-1][where], labels[where], _identity, self.chunk
             )
         else:
             more = (
@@ -196,19 +202,22 @@ class CausalLoss:
     def forward(
         self, batch: dict[str, Any], more: dict[str, Tensor] | None = None
     ) -> tuple[Float[Tensor, "B T d"], Float[Tensor, "B T f"] | None, Float[Tensor, "B m d"]]:
-        """What the model's pass over a batch, or over `Drafter.inputs`, gives without computing
-        logits: the states that the output head reads, those of the drafter's `layers` side by side,
-        and the former of what the drafter has put behind the batch's positions."""
+        """Run the model over a batch, or over `Drafter.inputs`, without computing logits.
+
+        Returns the states that the output head reads, (B, T, d); those of the drafter's `layers`,
+        concatenated, (B, T, f); and the states that the head reads at the positions that the
+        drafter has put after the batch's own, (B, m, d).
+        """
         length = batch["input_ids"].shape[1]
         layers = self.drafter.layers if self.drafter is not None else ()
         decoder = self.target.decoder if self.drafter is not None else self.model
-        with captured_hidden(self.layer) as kept, captured_layers(decoder, layers) as between:
+        with captured_hidden(self.layer) as read, captured_layers(decoder, layers) as between:
             self.model(**(_inputs(batch) if more is None else more), use_cache=False)
-        # Virtual tokens of prompt learning stand before the row's own, a drafter's after them.
+        # Virtual tokens of prompt learning come before the row's tokens, those of a drafter after.
         hidden, extra = (
-            (kept[0][:, :length], kept[0][:, length:])
+            (read[0][:, :length], read[0][:, length:])
             if more is not None
-            else (kept[0][:, -length:], kept[0][:, :0])
+            else (read[0][:, -length:], read[0][:, :0])
         )
         features = (
             torch.cat([states[:, -length:].detach() for states in between], dim=-1)
@@ -224,7 +233,7 @@ class CausalLoss:
         features: Float[Tensor, "B T f"] | None,
         extra: Float[Tensor, "B m d"],
     ) -> tuple[Tensor, Tensor]:
-        """(loss, numbers) of the drafter, see Drafter.loss, on what `forward` gives."""
+        """Return the drafter's (loss, numbers), see Drafter.loss, from the results of `forward`."""
         positions = batch.get("position_ids")
         if positions is None:
             positions = torch.arange(hidden.shape[1], device=hidden.device).expand_as(
@@ -240,7 +249,7 @@ def _inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
     return {key: batch[key] for key in ("input_ids", "position_ids") if key in batch}
 
 
-def _as_they_are(logits: Tensor) -> Tensor:
+def _identity(logits: Tensor) -> Tensor:
     return logits
 
 
@@ -251,8 +260,8 @@ class ClassLoss:
         self.model = model
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(summed loss, {loss, tokens, right, scores}) with the sums detached; scores (B,
-        classes)."""
+        """Return (summed loss, {loss, tokens, right, scores}); the sums are detached, scores are
+        (B, classes)."""
         logits = self.model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
         ).logits.float()

@@ -1,4 +1,4 @@
-"""What `precision` and `base.dtype` of a config mean on a machine."""
+"""The dtypes that `precision` and `base.dtype` of a config stand for on a machine."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import torch
 def compute(
     precision: str, base_dtype: str, trains_base: bool, cuda: bool
 ) -> tuple[torch.dtype, str, str]:
-    """What a precision means: the base's dtype, Lightning's precision, and the precision that
-    `auto` stands for.
+    """Return the base's dtype, Lightning's precision, and the precision that `auto` stands for.
 
-    Weights that are trained stay in fp32 (an adapter's own dtype), so bf16-true needs no help from
-    Lightning: the frozen base computes in bf16 and no autocast costs time. Only full fine-tuning
-    with bf16-true trains bf16 weights.
+    Trained weights stay in fp32 (an adapter's own dtype), so bf16-true needs no autocast of
+    Lightning: the frozen base computes in bf16, and no time is lost. Only full fine-tuning with
+    bf16-true trains bf16 weights.
     """
     if precision == "auto":
         precision = (
@@ -36,7 +35,8 @@ def compute(
 
 
 def bf16_is_fast(cuda: bool) -> bool:
-    """Whether bf16 products run on hardware made for them; elsewhere they are slower than fp32."""
+    """Return whether the hardware supports bf16 products. Without such support they are slower
+    than fp32."""
     if cuda:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

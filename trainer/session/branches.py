@@ -44,7 +44,7 @@ def arguments(options: dict[str, str], more: list[str]) -> tuple[str, list[str]]
             f"{path} is itself a cooldown: branch off {config['branch']['run']} at another step or"
             " with another length"
         )
-    step = int(checkpoints.chosen(path / "checkpoints", which).stem[5:])
+    step = checkpoints.chosen(path / "checkpoints", which).step
     length = _length(options, step)
     # in steps they are known from the rows alone
     if config["schedule"].get("cooldown_tokens") is not None:

@@ -200,16 +200,16 @@ def _use_stored_states(module: FineTune, recipe: Recipe) -> None:
         recipe.data.identity["train"]["sha256"],
         module.drafter.layers,
     )
-    loss.states = hidden_states.prepared(
-        Path(config["target"]["features"]).expanduser(),
-        key,
-        recipe.data.train,
+    target = hidden_states.TargetPass(
         lambda batch: loss.forward(batch)[:2],
         base.config.get_text_config().hidden_size,
         base.tokenizer.pad_token_id,
         config["batch_size"],
         recipe.device,
-    ).states
+    )
+    folder = Path(config["target"]["features"]).expanduser()
+    rows = recipe.data.train
+    loss.states = hidden_states.HiddenStates.prepare(folder, key, rows, target).states
 
 
 def _micro_batches(recipe: Recipe) -> Iterator[list[Any]]:

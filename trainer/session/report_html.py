@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from trainer.storage import journal
+from trainer.storage import atomic, journal
 
 _PAGE = Path(__file__).with_name("report.jinja")
 
@@ -56,9 +56,7 @@ def write(folder: Path) -> Path:
         **_outcome(folder, rows),
     )
     path = folder / "report.html"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, "utf-8")
-    temporary.replace(path)
+    atomic.write_text(path, text)
     return path
 
 

@@ -61,14 +61,14 @@ def save_drafter(
     assert drafter is not None
     if checkpoints.complete(folder.checkpoints):
         checkpoint = checkpoints.chosen(folder.checkpoints, config["export"])
-        if int(checkpoint.stem[5:]) != step:
-            step = int(checkpoint.stem[5:])
+        if checkpoint.step != step:
+            step = checkpoint.step
             log.info("the best evaluation was after step %d: its drafter is exported", step)
             drafter.load_state(checkpoints.load(checkpoint)["drafter"])
     adapter = run_yaml["identity"]["target"]
     if config["adapter"]["_target_"] != "adapters.full.Nothing":
         adapter = checkpoint_record(
-            folder.path, run_yaml["id"], checkpoints.path_of(folder.checkpoints, step)
+            folder.path, run_yaml["id"], checkpoints.Checkpoint.at(folder.checkpoints, step)
         )
     trained_for = drafter_io.trained_for(recipe.base, folder.path, step, adapter)
     drafter_io.save(drafter, config["drafter"], trained_for, folder.path / "drafter")
@@ -89,10 +89,10 @@ def save_adapter(
         )
         return
     checkpoint = checkpoints.chosen(folder.checkpoints, which)
-    if int(checkpoint.stem[5:]) != module.step:
+    if checkpoint.step != module.step:
         log.info(
             "the best evaluation was after step %d: its adapter is exported",
-            int(checkpoint.stem[5:]),
+            checkpoint.step,
         )
         module.adapter.load_state(module.model, checkpoints.load(checkpoint)["adapter"])
     write(target)

@@ -34,7 +34,7 @@ from trainer.cluster.signals import Signals
 from trainer.config.conflicts import schedule_free
 from trainer.data.batches import Batches
 from trainer.data.loader import Loader
-from trainer.data.streaming import Stream
+from trainer.data.streaming import StreamingBatches
 from trainer.schedules import length
 from trainer.session import report_html, results
 from trainer.session.inspect import check_before_start
@@ -116,7 +116,7 @@ class Session:
                 raise slurm_job.Stopped(
                     signals.received,
                     run_folder.path,
-                    int(saved[-1].stem[5:]) if saved else None,
+                    saved[-1].step if saved else None,
                     None,
                 ) from None
 
@@ -215,7 +215,7 @@ class Session:
             )
             if advice is not None:
                 log.warning("%s", advice)
-        checkpoint = str(start.checkpoint) if start.checkpoint else None
+        checkpoint = str(start.checkpoint.path) if start.checkpoint else None
         trainer.fit(module.train(), loader, ckpt_path=checkpoint)
         if self.owns_process_group and torch.distributed.is_initialized():
             destroy_process_group(trainer)
@@ -334,7 +334,7 @@ def _loader(recipe: Recipe, done: int, trainer: lightning.Trainer) -> DataLoader
     pinned = recipe.device.type == "cuda"
     rank = trainer.global_rank
     if recipe.order is None:
-        stream = Stream(
+        stream = StreamingBatches(
             data.task, data.renderer, data.collate, config, steps, done, rank, recipe.ranks
         )
         return DataLoader(stream, batch_size=None, pin_memory=pinned)

@@ -22,7 +22,7 @@ from trainer.data.identity import changed
 from trainer.schedules import factor
 from trainer.schedules.cooldown import Cooling
 from trainer.storage import checkpoints, run_folder
-from trainer.storage.checkpoints import CheckpointError
+from trainer.storage.checkpoints import Checkpoint, CheckpointError
 from trainer.storage.journal import Journal, read
 from trainer.storage.run_folder import RunFolder
 
@@ -34,7 +34,7 @@ class StartPoint:
     """Where a run starts: fresh, resumed or branched off."""
 
     step: int = 0  # optimiser steps that are done
-    checkpoint: Path | None = None
+    checkpoint: Checkpoint | None = None
     earlier: dict[str, Any] | None = None  # run.yaml of an earlier start, known to rank 0 alone
     parent: dict[str, Any] | None = None  # the run that a branch starts from
     # whether the run was extended, so that it resumes from before its cooldown
@@ -49,15 +49,16 @@ class StartPoint:
     def to_json(self) -> str:
         """What rank 0 sends to the other ranks: all but run.yaml, which rank 0 alone writes."""
         content = asdict(replace(self, earlier=None))
-        checkpoint = str(self.checkpoint) if self.checkpoint is not None else None
+        checkpoint = str(self.checkpoint.path) if self.checkpoint is not None else None
         return json.dumps(content | {"checkpoint": checkpoint})
 
     @classmethod
     def from_json(cls, text: str) -> StartPoint:
         """The inverse of `to_json`."""
         content = json.loads(text)
-        checkpoint = content["checkpoint"]
-        return cls(**content | {"checkpoint": Path(checkpoint) if checkpoint is not None else None})
+        path = content["checkpoint"]
+        checkpoint = Checkpoint.of(Path(path)) if path is not None else None
+        return cls(**content | {"checkpoint": checkpoint})
 
 
 def find_start_point(folder: RunFolder, recipe: Recipe, identity: dict[str, Any]) -> StartPoint:
@@ -72,10 +73,10 @@ def find_start_point(folder: RunFolder, recipe: Recipe, identity: dict[str, Any]
         if not recipe.config["branch"]:
             return StartPoint()
         parent, copied = branch_off(folder, recipe.config, identity)
-        return StartPoint(int(copied.stem[5:]), copied, parent=parent)
+        return StartPoint(copied.step, copied, parent=parent)
     checkpoint, drops_cooldown = _checkpoint_to_resume(folder, recipe, identity, earlier)
     start = StartPoint(
-        int(checkpoint.stem[5:]) if checkpoint is not None else 0,
+        checkpoint.step if checkpoint is not None else 0,
         checkpoint,
         earlier,
         drops_cooldown=drops_cooldown,
@@ -92,7 +93,7 @@ def cooldown_of(branch: dict[str, Any]) -> Cooling:
 
 def branch_off(
     folder: RunFolder, config: dict[str, Any], identity: dict[str, Any]
-) -> tuple[dict[str, Any], Path]:
+) -> tuple[dict[str, Any], Checkpoint]:
     """Copy the parent's checkpoint, and its journal up to there, into a new run folder. Return the
     parent as run.yaml records it, and the copied checkpoint.
 
@@ -115,17 +116,15 @@ def branch_off(
         log.info("the rows from step %d on are others than the parent's", step)
     fault = checkpoints.fault(source)
     if fault is not None:
-        raise CheckpointError(f"{source} cannot be used: {fault}")
-    manifest = json.loads(source.with_suffix(".json").read_text())
+        raise CheckpointError(f"{source.path} cannot be used: {fault}")
     parent = {
         "id": content["id"],
         "run": str(path.resolve()),
         "step": step,
-        "sha256": manifest["sha256"],
+        "sha256": source.sha256,
     }
-    target = checkpoints.path_of(folder.checkpoints, step)
-    for file in (source, source.with_suffix(".json")):
-        copy = target.with_suffix(file.suffix)
+    target = Checkpoint.at(folder.checkpoints, step)
+    for file, copy in ((source.path, target.path), (source.manifest, target.manifest)):
         copy.unlink(missing_ok=True)
         try:
             # checkpoints are never changed in place, so that both runs can have the same file
@@ -147,11 +146,11 @@ def drop_cooldown(folder: RunFolder, start: StartPoint) -> None:
     """Remove what an extended run trains again: the checkpoints of its cooldown. Its adapter is
     kept under the name of its step."""
     assert start.earlier is not None
-    for path in checkpoints.complete(folder.checkpoints):
-        if int(path.stem[5:]) > start.step:
-            checkpoints.remove(path)
+    for checkpoint in checkpoints.complete(folder.checkpoints):
+        if checkpoint.step > start.step:
+            checkpoints.remove(checkpoint)
     best = checkpoints.marked(folder.checkpoints, "best")
-    if best is not None and not best.exists():
+    if best is not None and not best.path.exists():
         (folder.checkpoints / "best.json").unlink()
     renamed = folder.path / f"adapter-{start.earlier['identity']['steps']}"
     if (folder.path / "adapter").exists() and not renamed.exists():
@@ -171,7 +170,7 @@ def _identity_differences(recorded: dict[str, Any], identity: dict[str, Any]) ->
 
 def _checkpoint_to_resume(
     folder: RunFolder, recipe: Recipe, identity: dict[str, Any], earlier: dict[str, Any]
-) -> tuple[Path | None, bool]:
+) -> tuple[Checkpoint | None, bool]:
     """Return (checkpoint, drops_cooldown). drops_cooldown is True if the run was extended and
     restarts from before its cooldown.
 
@@ -189,13 +188,13 @@ def _checkpoint_to_resume(
         f"data: the rows of {split}, or how they are tokenised, have changed"
         for split in changed(folder.path, recorded["data"], identity["data"])
     ]
-    path = checkpoints.newest(folder.checkpoints)
-    done, steps, drops_cooldown = int(path.stem[5:]) if path else 0, recipe.steps, False
+    checkpoint = checkpoints.newest(folder.checkpoints)
+    done, steps, drops_cooldown = checkpoint.step if checkpoint else 0, recipe.steps, False
     same = _same_rates_until(folder, recipe, recorded["steps"], done)
     if same < done:
         before = checkpoints.marked(folder.checkpoints, "constant")
-        if before is not None and int(before.stem[5:]) <= same and steps >= recorded["steps"]:
-            path, done, drops_cooldown = before, int(before.stem[5:]), True
+        if before is not None and before.step <= same and steps >= recorded["steps"]:
+            checkpoint, done, drops_cooldown = before, before.step, True
         else:
             different.append(
                 f"steps: {recorded['steps']} in the run, {steps} now, with which its schedule would"
@@ -210,14 +209,14 @@ def _checkpoint_to_resume(
             + "\n  ".join(different)
             + "\nGive its settings, or another name="
         )
-    if path is not None:
+    if checkpoint is not None:
         log.info(
             "going on after step %d%s%s",
             done,
             progress.of(steps),
             ", from before the cooldown" * drops_cooldown,
         )
-    return path, drops_cooldown
+    return checkpoint, drops_cooldown
 
 
 def _same_rates_until(folder: RunFolder, recipe: Recipe, recorded_steps: int, done: int) -> int:

@@ -1,1 +1,2 @@
-"""Makes a run faster with the same numbers up to rounding. Without it everything still runs."""
+"""What makes a run faster with the same numbers up to rounding: kernels, compilation, memory,
+threads, imports. Without this folder everything still runs."""

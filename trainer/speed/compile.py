@@ -1,9 +1,9 @@
 """torch.compile over the decoder layers, one after another, in training.
 
 A graph is compiled for each kind of layer, and all layers of that kind share it. Lengths and batch
-sizes are symbols in it, so that batches of other lengths, and a run that goes on from its
-checkpoint, use the same code. Attention on a CPU (trainer.speed.fused) stays outside, since its
-blocks follow each batch's mask. Evaluation and generation run the plain layers.
+sizes are symbols in the graph, so batches of other lengths and resumed runs use the same code.
+Attention on a CPU (trainer.speed.fused) stays outside, since its blocks follow each batch's mask.
+Evaluation and generation run the plain layers.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from adapters.delta import Adapter
 from trainer.config.errors import ConfigError
 from trainer.speed import fused
 
-GRAPHS = 64  # of one function at most: kinds of layers, and batches of one row
+GRAPHS = 64  # per function, at most: one for each kind of layer, more for batches of one row
 
 
 def refuse(adapter: Adapter, device: torch.device) -> None:
-    """
+    """Refuse compile=true where it cannot work.
+
     Raises:
-        ConfigError: this adapter, or this machine, cannot have compiled layers.
+        ConfigError: the adapter or this machine does not support compiled layers.
     """
     if not adapter.compiles:
         raise ConfigError(
@@ -36,27 +37,27 @@ def refuse(adapter: Adapter, device: torch.device) -> None:
     name = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(name) is None:
         raise ConfigError(
-            f"compile=true: a CPU's code needs a C++ compiler, and {name} is not there: install it,"
-            " name another in $CXX, or set compile=false"
+            f"compile=true: on a CPU a C++ compiler is needed, and {name} is not installed: install"
+            " it, name another in $CXX, or set compile=false"
         )
 
 
 def compile_layers(model: nn.Module) -> int:
-    """Compile the decoder layers of `model`, in place, when all that trains is attached; how many
-    there are.
+    """Compile the decoder layers of `model`, in place, and return how many. Call it after
+    everything that is trained has been attached.
 
-    The first one stays plain: its input has no gradient, and would need graphs of its own, half of
-    all that is to be compiled.
+    The first layer stays plain: its input has no gradient, so it would need graphs that no other
+    layer shares, and compilation would take twice as long.
 
     Raises:
-        ConfigError: the model does not tell which its layers are.
+        ConfigError: the model does not say which modules are its layers.
     """
     kinds = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in kinds]
     if not layers:
         raise ConfigError(
-            f"compile=true: {type(model).__name__} does not tell which its layers are: set"
-            " compile=false"
+            f"compile=true: {type(model).__name__} does not say which modules are its layers"
+            " (_no_split_modules): set compile=false"
         )
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     ALL_ATTENTION_FUNCTIONS.register(

@@ -1,9 +1,9 @@
-"""transformers' flash attention for packed rows: where it is had, and what keeps the rows of
+"""transformers' flash attention for packed rows: when it is used, and what keeps the rows of
 several sequences apart in it.
 
-The other ways of attention are given a mask that is made from the positions. Flash attention is
-given where rows begin, and transformers reads that from the positions of a batch of one sequence
-only: in a larger one each row would see those before it in its sequence.
+The other implementations of attention get a mask, which is made from position_ids. Flash attention
+gets the bounds of the rows instead, and transformers reads these from position_ids only in a batch
+of one sequence. In a larger batch each row would see the rows before it in its sequence.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from transformers.utils import is_flash_attn_2_available
 
 FLASH = "flash_attention_2"
 NAMES = (FLASH, "flash_attention_3", "flash_attention_4")
-WIDEST = 256  # numbers of a head that its kernels take
+WIDEST = 256  # numbers in a head, at most: a limit of its kernels
 
 
 def use_flash(model: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
-    """Have `model` compute attention by flash-attn, whose time for packed rows grows with their own
-    lengths instead of their sequence's; whether that can be: the package is there, and it takes
-    this model's class and heads, this dtype and this GPU."""
+    """Make `model` compute attention by flash-attn, whose time for packed rows grows with the
+    length of the rows and not of their sequence. Return False, and change nothing, if the package
+    is not installed or does not support this model's class, head size, dtype or GPU."""
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if (
@@ -43,9 +43,9 @@ def use_flash(model: nn.Module, device: torch.device, dtype: torch.dtype) -> boo
 
 
 def isolate_packed_rows() -> None:
-    """Have transformers' flash attention tell the rows of packed sequences apart in batches of any
-    size, for all models."""
-    # Here, as it takes a second or two, and not everybody who describes a base loads it.
+    """Make transformers' flash attention keep packed rows apart in batches of any size, for all
+    models of this process."""
+    # Imported here: it takes a second or two, and describing a base should not.
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     for name in NAMES:
@@ -55,11 +55,11 @@ def isolate_packed_rows() -> None:
 
 
 def _with_row_bounds(attend: Callable[..., Any]) -> Callable[..., Any]:
-    # all layers of a pass are given the same positions
+    # All layers of a forward pass get the same position_ids: compute their bounds once.
     last: tuple[Any, dict[str, Any]] = (lambda: None, {})
 
     @torch.compiler.disable
-    def rows(positions: Tensor) -> dict[str, Any]:
+    def bounds(positions: Tensor) -> dict[str, Any]:
         nonlocal last
         if last[0]() is not positions:
             last = weakref.ref(positions), rows_of(positions)
@@ -75,10 +75,15 @@ def _with_row_bounds(attend: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         batch, length = query.shape[0], query.shape[2]
         positions: Tensor | None = options.get("position_ids")
-        told = attention_mask is not None or "cu_seq_lens_q" in options
+        has_bounds = attention_mask is not None or "cu_seq_lens_q" in options
         whole = batch > 1 and length > 1 and key.shape[2] == length
-        if whole and not told and positions is not None and positions.shape == (batch, length):
-            options |= rows(positions)
+        if (
+            whole
+            and not has_bounds
+            and positions is not None
+            and positions.shape == (batch, length)
+        ):
+            options |= bounds(positions)
         return attend(module, query, key, value, attention_mask, **options)
 
     attend_within_rows.isolates_packed_rows = True  # type: ignore[attr-defined]
@@ -86,11 +91,12 @@ def _with_row_bounds(attend: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def rows_of(positions: Int[Tensor, "B T"]) -> dict[str, Any]:
-    """Where rows begin and end in a batch whose sequences follow one another, as transformers gives
-    it to flash attention: a row ends where a sequence does, or the positions do not go on.
+    """Return where rows begin and end in a batch, in the form that transformers passes to flash
+    attention.
 
-    Returns cu_seq_lens_q and cu_seq_lens_k, (rows + 1,) int32 from 0 to B T, and the longest row's
-    length twice.
+    The sequences are taken one after another. A row ends at the end of its sequence, or where
+    `positions` is not the previous value plus one. Returns cu_seq_lens_q and cu_seq_lens_k,
+    (rows + 1,) int32 from 0 to B T, and the longest row's length as max_length_q and max_length_k.
     """
     begins = torch.ones_like(positions, dtype=torch.bool)
     begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1

@@ -1,18 +1,20 @@
-"""Attention, norms and gated activations that take fewer passes over memory and keep less for the
+"""Attention, norms and gated activations that read memory fewer times and save less for the
 backward pass.
 
-`fuse` puts them in place of transformers' own modules where these compute the same, which it tries
-on random numbers; the model's weights and names stay as they are, and so does what is saved of its
-config. The numbers are those of the plain modules up to the rounding of the compute dtype.
+`fuse` puts them in place of transformers' own modules if they compute the same, which it tries on
+random numbers. The model's weights and names stay as they are, and so does the saved config. The
+numbers are those of the plain modules up to the rounding of the compute dtype.
 
-    attention   on a CPU, where sdpa's backward pass was 18 % of a LoRA step in bf16. Blocks of queries against the keys that any of
-                them sees, as batched products; scores and softmax in fp32
-    RMSNorm     keeps its input and one number a row, instead of an fp32 copy
-    SwiGLU      keeps gate and up, not silu(gate); a LoRA behind it makes its input again (adapters.delta.Recompute)
+    attention   on a CPU, where sdpa's backward pass was 18 % of a LoRA step in bf16: blocks of
+                queries against the keys that any of them sees, as batched products; scores and
+                softmax in fp32
+    RMSNorm     saves its input and one number a row, instead of an fp32 copy
+    SwiGLU      saves gate and up, not silu(gate); a LoRA that follows recomputes its input from
+                them (adapters.delta.Recompute)
 
-For a LoRA step of SmolLM2 in bf16, 4 x 256 tokens, 433 MB wait for the backward pass instead of
-703, and with trainer.speed.malloc and the fused LoRA it takes 2.6 instead of 3.7 seconds of one CPU
-core: `python -m scripts.bench.profile`, and scripts.bench.train with
+For a LoRA step of SmolLM2 in bf16, 4 x 256 tokens, 433 MB are saved for the backward pass instead
+of 703. With trainer.speed.malloc and the fused LoRA the step takes 2.6 instead of 3.7 seconds of
+one CPU core: `python -m scripts.bench.profile`, and scripts.bench.train with
 variants.plain=[fused=false,adapter.fused=false].
 """
 
@@ -33,20 +35,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from adapters.delta import Recompute
 
 BLOCKED = "blocked"  # the attention's name in transformers
-# queries whose scores exist at one time: with them all passes over the scores stay in a core's
-# cache
+# Queries whose scores exist at one time: few enough that the scores stay in a core's cache.
 BLOCK = 64
-# A block's queries and the keys that some of them see: (first, last + 1, first key, last key + 1,
-# what is added to the scores).
+UNSUPPORTED = ("position_bias", "cache", "softcap", "s_aux")  # options of transformers' attention
+# For each block of queries: (first query, last query + 1, first key, last key + 1, mask). The keys
+# are those that some query of the block sees; the mask is added to the scores.
 BlockPlan = list[tuple[int, int, int, int, Tensor | None]]
 
 
 def fuse(model: nn.Module) -> dict[str, int]:
-    """Put them into `model`, in place; how many of each there are now. Called before an adapter is
-    attached."""
+    """Put the fused modules into `model`, in place, and return how many there are of each kind.
+    Call it before an adapter is attached."""
     counts = {"attention": 0, "norms": 0, "gates": 0}
     config: Any = model.config
     if next(model.parameters()).device.type == "cpu" and config._attn_implementation == "sdpa":
+        register()
         model.set_attn_implementation(BLOCKED)  # type: ignore[operator]
         counts["attention"] = sum(
             hasattr(module, "num_key_value_groups") for module in model.modules()
@@ -68,18 +71,28 @@ def fuse(model: nn.Module) -> dict[str, int]:
     return counts
 
 
+def register() -> None:
+    """Make attention by blocks known to transformers, under the name BLOCKED."""
+    if BLOCKED not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(BLOCKED, blocked_attention_forward)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(BLOCKED, sdpa_mask)
+
+
 def _same(module: Any, forward: Callable[..., Tensor]) -> bool:
-    """Whether `forward` gives what the module gives, on random numbers."""
+    """Return whether `forward` gives what the module gives, on random numbers."""
     weight = module.weight if hasattr(module, "weight") else module.gate_proj.weight
     width = weight.shape[-1]
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(
         weight.device, weight.dtype
     )
     with torch.no_grad():
-        wanted, found = module(x), forward(module, x)
+        expected, result = module(x), forward(module, x)
     tolerance = 2e-2 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-5
-    return found.dtype == wanted.dtype and torch.allclose(
-        found.float(), wanted.float(), rtol=tolerance, atol=tolerance * float(wanted.abs().max())
+    return result.dtype == expected.dtype and torch.allclose(
+        result.float(),
+        expected.float(),
+        rtol=tolerance,
+        atol=tolerance * float(expected.abs().max()),
     )
 
 
@@ -116,8 +129,8 @@ def _gated_forward(self: Any, x: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     """y = w · round(x / rms(x)), x and y (..., d), w (d,); rms(x) = sqrt(mean x² + eps) in fp32.
 
-    Forward    r = 1 / rms(x)             y = w · (x r)
-    Backward   g = w · dy                 dx = r (g - x̂ mean(g x̂))       dw = Σ dy x̂         x̂ = x r
+    Forward    r = 1 / rms(x)      y = w · (x r)
+    Backward   g = w · dy          dx = r (g - x̂ mean(g x̂))      dw = Σ dy x̂      x̂ = x r
     """
 
     @staticmethod
@@ -144,13 +157,13 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(
     x: Float[Tensor, "*b d"], weight: Float[Tensor, " d"], eps: float
 ) -> Float[Tensor, "*b d"]:
-    """Llama's RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467); statistics in fp32, the product
-    with the weight in its dtype."""
+    """Compute Llama's RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467). Statistics are in fp32,
+    the product with the weight is in the weight's dtype."""
     return _RMSNorm.apply(x, weight, eps)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """h = silu(gate) · up, all (..., f); silu(gate) is made again in the backward pass."""
+    """h = silu(gate) · up, all (..., f); silu(gate) is recomputed in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -166,8 +179,8 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
-    """silu(gate) · up (Shazeer 2020, arXiv 2002.05202), which whoever keeps it for its backward
-    pass may make again instead."""
+    """Compute silu(gate) · up (Shazeer 2020, arXiv 2002.05202). The result carries the recipe to
+    recompute it, for a module that would otherwise save it for its backward pass."""
     h = _SwiGLU.apply(gate, up)
     if h.requires_grad:
         h.recompute = Recompute(
@@ -177,16 +190,18 @@ def swiglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tens
 
 
 class _Blocked(torch.autograd.Function):
-    """Softmax attention, a block of queries at a time; grouped query heads share a key without a
+    """Softmax attention, one block of queries at a time. Grouped query heads share a key without a
     copy of it.
 
     Forward    S = s q kᵀ + mask      P = softmax(S)      o = P v
-    Backward   S and P again          dv = Pᵀ do          dP = do vᵀ      dS = P (dP - Σ_keys P dP)      dq = s dS k      dk = s dSᵀ q
+    Backward   S and P again          dv = Pᵀ do          dP = do vᵀ
+               dS = P (dP - Σ_keys P dP)                  dq = s dS k         dk = s dSᵀ q
     Shapes     q (B, H, T, d), k (B, K, T, d), v (B, K, T, e), H = K G; o (B, T, H, e)
-    Dtypes     S and P in fp32 (float64 for float64); P, dP and dS rounded to q's dtype for the products
-    Notes      nothing of the size T T is kept, and of a block only the keys that its plan names are multiplied. The backward pass
-               is FlashAttention's (Dao et al. 2022, arXiv 2205.14135, algorithm 4), by blocks of
-               queries alone.
+    Dtypes     S and P in fp32 (float64 for float64); P, dP and dS rounded to q's dtype for the
+               products
+    Notes      nothing of size T x T is saved, and a block multiplies only the keys that its plan
+               names. The backward pass is FlashAttention's (Dao et al. 2022, arXiv 2205.14135,
+               algorithm 4), by blocks of queries alone.
     """
 
     @staticmethod
@@ -195,7 +210,7 @@ class _Blocked(torch.autograd.Function):
     ) -> Tensor:
         (B, H, T, d), K, e = q.shape, k.shape[1], v.shape[-1]
         out = q.new_empty(B, T, K, H // K, e)
-        for rows, plan in _parts(plans, B):
+        for rows, plan in _rows_by_plan(plans, B):
             keys, values, queries = (
                 _heads(k[rows]),
                 _heads(v[rows]),
@@ -203,7 +218,7 @@ class _Blocked(torch.autograd.Function):
             )
             wide = keys.to(_wide(q))
             for a, b, low, high, mask in plan:
-                P = _chances(queries, wide, scale, a, b, low, high, mask).to(q.dtype)
+                P = _probabilities(queries, wide, scale, a, b, low, high, mask).to(q.dtype)
                 part = torch.bmm(P, values[:, low:high])
                 out[rows, a:b] = part.view(-1, K, H // K, b - a, e).permute(0, 3, 1, 2, 4)
         ctx.save_for_backward(q, k, v)
@@ -218,11 +233,11 @@ class _Blocked(torch.autograd.Function):
         (B, H, T, d), K, e = q.shape, k.shape[1], v.shape[-1]
         G = H // K
         dq = q.new_empty(B, K, G, T, d)
-        # Sums over the blocks.
+        # dk and dv are sums over the blocks, so they are wide.
         dk, dv = q.new_zeros(B, K, T, d, dtype=_wide(q)), q.new_zeros(B, K, T, e, dtype=_wide(q))
         dout = dout.to(q.dtype).reshape(B, T, K, G, e)
         with torch.autocast(q.device.type, enabled=False):
-            for rows, plan in _parts(ctx.plans, B):
+            for rows, plan in _rows_by_plan(ctx.plans, B):
                 keys, values, queries = (
                     _heads(k[rows]),
                     _heads(v[rows]),
@@ -231,7 +246,7 @@ class _Blocked(torch.autograd.Function):
                 wide, transposed = keys.to(_wide(q)), values.transpose(1, 2)
                 dkeys, dvalues = dk[rows].view(-1, T, d), dv[rows].view(-1, T, e)
                 for a, b, low, high, mask in plan:
-                    P = _chances(queries, wide, scale, a, b, low, high, mask).to(q.dtype)
+                    P = _probabilities(queries, wide, scale, a, b, low, high, mask).to(q.dtype)
                     do = dout[rows, a:b].permute(0, 2, 3, 1, 4).reshape(-1, G * (b - a), e)
                     dvalues[:, low:high] += torch.bmm(P.transpose(1, 2), do)
                     dP = torch.bmm(do, transposed[:, :, low:high])
@@ -249,11 +264,11 @@ def _wide(q: Tensor) -> torch.dtype:
 
 
 def _heads(x: Tensor) -> Tensor:
-    """(B, K, T, d) as B K matrices."""
+    """Return (B, K, T, d) as B K matrices."""
     return x.reshape(-1, *x.shape[2:])
 
 
-def _chances(
+def _probabilities(
     queries: Tensor,
     keys: Tensor,
     scale: float,
@@ -263,7 +278,7 @@ def _chances(
     high: int,
     mask: Tensor | None,
 ) -> Float[Tensor, "BK Gt s"]:
-    """P of queries a .. b over keys low .. high, in the dtype of the keys."""
+    """Return P of queries a to b over keys low to high, in the dtype of the keys."""
     B, K, G, _, d = queries.shape
     block = queries[:, :, :, a:b].reshape(B * K, G * (b - a), d).to(keys.dtype) * scale
     S = torch.bmm(block, keys[:, low:high].transpose(1, 2))
@@ -273,8 +288,8 @@ def _chances(
     return torch.softmax(S, dim=-1)
 
 
-def _parts(plans: list[BlockPlan], B: int) -> list[tuple[slice, BlockPlan]]:
-    """The rows of a batch that share a plan: all of them, or each its own."""
+def _rows_by_plan(plans: list[BlockPlan], B: int) -> list[tuple[slice, BlockPlan]]:
+    """Return the rows of a batch with their plan: one plan for all rows, or one for each."""
     return (
         [(slice(0, B), plans[0])]
         if len(plans) == 1
@@ -283,8 +298,8 @@ def _parts(plans: list[BlockPlan], B: int) -> list[tuple[slice, BlockPlan]]:
 
 
 def causal_plan(T: int, dtype: torch.dtype, device: torch.device, block: int = BLOCK) -> BlockPlan:
-    """Each query sees itself and what is before it: a triangle is masked at the end of each
-    block."""
+    """Return the plan for queries that see themselves and what is before them: a triangle is
+    masked at the end of each block."""
     triangle = torch.full((block, block), float("-inf"), dtype=dtype, device=device).triu(1)
     return [
         (a, min(a + block, T), 0, min(a + block, T), triangle[: T - a, : T - a])
@@ -293,8 +308,8 @@ def causal_plan(T: int, dtype: torch.dtype, device: torch.device, block: int = B
 
 
 def plans_of_mask(mask: Tensor, dtype: torch.dtype, block: int = BLOCK) -> list[BlockPlan] | None:
-    """Plans of the rows of a mask (B | 1, 1 | H, T, T), True or 0 where a query sees a key; None
-    where one head's differs from another's, or a query sees nothing."""
+    """Return a plan for each row of a mask (B | 1, 1 | H, T, T), which is True or 0 where a query
+    sees a key. Return None if heads have masks of their own, or a query sees nothing."""
     if mask.shape[1] != 1:
         return None
     added = (
@@ -328,62 +343,46 @@ def attention(
     scale: float,
     plans: list[BlockPlan],
 ) -> Float[Tensor, "B T H e"]:
-    """Attention by blocks; `plans` holds one for all rows, or one for each."""
+    """Compute attention by blocks. `plans` holds one plan for all rows, or one for each."""
     return _Blocked.apply(q, k, v, scale, plans)
 
 
 def blocked_attention_forward(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    position_bias: Any = None,
-    cache: Any = None,
-    **kwargs: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """What transformers calls as attention "blocked": ours where it applies, else its own sdpa."""
-    T = query.shape[2]
-    causal_here = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    plain = (
-        query.device.type == "cpu"
-        and T == key.shape[2] > 1
-        and not dropout
-        and position_bias is None
-        and cache is None
-        and kwargs.get("softcap") is None
-        and kwargs.get("s_aux") is None
-        and not kwargs.get("output_attentions")
-    )
-    plans = None
-    if plain and attention_mask is None and causal_here:
-        plans = [causal_plan(T, _wide(query), query.device)]
-    elif plain and isinstance(attention_mask, Tensor) and attention_mask.shape[-2:] == (T, T):
-        if not hasattr(attention_mask, "block_plans"):  # all layers are given the same one
-            attention_mask.block_plans = plans_of_mask(attention_mask, _wide(query))  # type: ignore[attr-defined]
-        plans = attention_mask.block_plans  # type: ignore[attr-defined]
+    """Compute what transformers calls attention "blocked": by blocks where this file supports the
+    case, by transformers' sdpa otherwise."""
+    plans = _plans(module, query, key, attention_mask, options)
     if plans is None:
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=is_causal,
-            position_bias=position_bias,
-            cache=cache,
-            **kwargs,
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     with torch.autocast("cpu", enabled=False):
+        scaling = options.get("scaling")
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         return attention(query.to(dtype), key.to(dtype), value.to(dtype), scale, plans), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(BLOCKED, blocked_attention_forward)
-ALL_MASK_ATTENTION_FUNCTIONS.register(BLOCKED, sdpa_mask)
+def _plans(
+    module: Any, query: Tensor, key: Tensor, attention_mask: Any, options: dict[str, Any]
+) -> list[BlockPlan] | None:
+    """Return the plans of a batch, None if attention by blocks does not support the case."""
+    T, is_causal = query.shape[2], options.get("is_causal")
+    supported = (
+        query.device.type == "cpu"
+        and T == key.shape[2] > 1
+        and not options.get("dropout")
+        and not options.get("output_attentions")
+        and all(options.get(name) is None for name in UNSUPPORTED)
+    )
+    if not supported:
+        return None
+    if attention_mask is None:
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        return [causal_plan(T, _wide(query), query.device)] if is_causal else None
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape[-2:] != (T, T):
+        return None
+    # All layers of a forward pass get the same mask: its plans are made once and stay with it.
+    if not hasattr(attention_mask, "block_plans"):
+        plans = plans_of_mask(attention_mask, _wide(query))
+        attention_mask.block_plans = plans  # type: ignore[attr-defined]
+    return attention_mask.block_plans  # type: ignore[attr-defined]

@@ -1,18 +1,18 @@
 """Liger-Kernel's Triton kernels in place of transformers' modules, on a GPU (Hsu et al. 2024, arXiv
 2410.10989).
 
-Which of them a model gets, Liger's own function for its family decides: RMSNorm, SwiGLU or GeGLU,
-rotary embeddings. Its losses stay out, since trainer.models.losses makes logits only where a token
-is trained.
+Liger's own function for a model's family decides which of them the model gets: RMSNorm, SwiGLU or
+GeGLU, rotary embeddings. Its losses stay out, since trainer.models.losses computes logits only
+where a token is trained.
 
-That function also changes the family's module in transformers, for every model that this process
-builds or calls from then on. Here that is taken back, and holds for the one model: a drafter, or
-the next run of a sweep, has what its own config says. Norms give their gradient a tensor of its
-own, where Liger writes it over the one that came, which somebody else may still read.
+Liger's function also changes the family's module in transformers, for every model that this process
+builds or calls afterwards. Here that change is undone, and applies to the one model: a drafter, or
+the next run of a sweep, gets what its own config says. Norms allocate the gradient of their input,
+while Liger overwrites the incoming gradient, which other code may still read.
 
-More waits for the backward pass than with trainer.speed.fused: a LoRA behind Liger's SwiGLU keeps
-its own input, and does not make it again from gate and up. Quantised linear layers stay as they
-are, since only what is between them changes.
+More is saved for the backward pass than with trainer.speed.fused: a LoRA after Liger's SwiGLU saves
+its own input, and does not recompute it from gate and up. Quantised linear layers stay as they are,
+since only the modules between them change.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ INSTALL = "pip install 'liger-kernel>=0.8.5,<0.9' triton"
 OFF = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
-def fault(kind: str, cuda: bool = True, asked: str = "auto") -> str | None:
-    """Why a model of transformers' type `kind` cannot have them here, if so; `cuda` is whether the
-    run computes on such a device, and `asked` the accelerator that its config names."""
+def fault(kind: str, cuda: bool = True, accelerator: str = "auto") -> str | None:
+    """Return why a model of transformers' type `kind` cannot have these kernels here, None if it
+    can. `cuda` says whether the run computes on such a device; `accelerator` is the one that its
+    config names."""
     if (
         importlib.util.find_spec("liger_kernel") is None
         or importlib.util.find_spec("triton") is None
@@ -41,28 +42,28 @@ def fault(kind: str, cuda: bool = True, asked: str = "auto") -> str | None:
         )
     if not cuda:
         return (
-            f"fused=liger is for a GPU with CUDA, and with lightning.accelerator={asked} this run"
-            " computes elsewhere: set fused=true"
+            f"fused=liger needs a GPU with CUDA, and with lightning.accelerator={accelerator} this"
+            " run computes elsewhere: set fused=true"
         )
     if kind not in known():
         return (
-            f"fused=liger has no kernels for models of the type {kind}, it knows"
+            f"fused=liger has no kernels for models of the type {kind}, only for"
             f" {', '.join(sorted(known()))}: set fused=true"
         )
     return None
 
 
 def known() -> frozenset[str]:
-    """The types of models, as their configs name them, that the installed Liger-Kernel has kernels
-    for."""
+    """Return the types of models, as their configs name them, that the installed Liger-Kernel
+    supports."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     return frozenset(MODEL_TYPE_TO_APPLY_LIGER_FN)
 
 
 def put_in(model: nn.Module) -> dict[str, int]:
-    """Put them into `model`, in place; how many modules of each kind have them now. Called before
-    an adapter is attached."""
+    """Put the kernels into `model`, in place, and return how many modules of each kind have them.
+    Call it before an adapter is attached."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     families: dict[str, Any] = {
@@ -74,7 +75,7 @@ def put_in(model: nn.Module) -> dict[str, int]:
     try:
         _apply_liger_kernel_to_instance(model=model, **OFF)
     finally:
-        changed = {name: _taken_back(family, plain[name]) for name, family in families.items()}
+        changed = {name: _undo(family, plain[name]) for name, family in families.items()}
     counts = {"norms": 0, "gates": 0, "rotations": 0}
     for module in model.modules():
         if hasattr(module, "casting_mode"):
@@ -84,37 +85,38 @@ def put_in(model: nn.Module) -> dict[str, int]:
             "liger_kernel."
         ):
             counts["gates"] += 1
-        elif news := changed.get(type(module).__module__):
+        elif replaced := changed.get(type(module).__module__):
             forward = type(module).forward
-            if {*forward.__code__.co_names} & news.keys():
-                module.forward = types.MethodType(_with(forward, news), module)  # type: ignore[method-assign]
+            if {*forward.__code__.co_names} & replaced.keys():
+                bound = types.MethodType(_with_globals(forward, replaced), module)
+                module.forward = bound  # type: ignore[method-assign]
                 counts["rotations"] += 1
     return counts
 
 
-def _taken_back(family: Any, plain: dict[str, Any]) -> dict[str, Any]:
-    """Give a module its own names back; those that differed, with what they were."""
-    found = {
+def _undo(family: Any, plain: dict[str, Any]) -> dict[str, Any]:
+    """Restore a module's names to `plain`, and return those that differed with their values."""
+    changed = {
         name: value
         for name, value in vars(family).items()
         if name not in plain or plain[name] is not value
     }
-    for name in found:
+    for name in changed:
         if name in plain:
             setattr(family, name, plain[name])
         else:
             delattr(family, name)
-    return found
+    return changed
 
 
-def _with(function: Any, names: dict[str, Any]) -> Any:
-    """A function that finds other things under some of its global names."""
-    made = types.FunctionType(
+def _with_globals(function: Any, names: dict[str, Any]) -> Any:
+    """Return a copy of a function that sees other values under some of its global names."""
+    copy = types.FunctionType(
         function.__code__,
         function.__globals__ | names,
         function.__name__,
         function.__defaults__,
         function.__closure__,
     )
-    made.__kwdefaults__ = function.__kwdefaults__
-    return made
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy

@@ -1,5 +1,10 @@
-"""The folder of rows that a target has written (trainer.respond): complete lines only, no row
-twice, and how they were made."""
+"""The folder of answers that a target has written (trainer.respond): complete lines only, no row
+twice, and a record of how they were made.
+
+    rows.jsonl       answers        {row, answer, of, ...}
+    left_out.jsonl   rows without   {row, answer, why, ...}
+    provenance.json  the settings, and how many rows there are of each kind
+"""
 
 from __future__ import annotations
 
@@ -13,22 +18,22 @@ from filelock import FileLock, Timeout
 from trainer.storage.atomic import write_text
 from trainer.storage.run_folder import FolderError
 
-FREE = ("batch_size", "rows")  # settings that may change when a command goes on
+FREE = ("batch_size", "rows")  # settings that may change when a command is continued
 REASONS = ("empty", "cut", "long", "refused")  # why a row is left out
 
 
 class AnswersFolder:
-    """The folder of answers, held by one process: which rows are in it, and the way to add some.
+    """A folder of answers, locked by one process: which rows are in it, and a way to add more.
 
     Raises:
         FolderError: another process writes there, it holds something else, or it was begun with
-        other settings.
+            other settings.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], described: dict[str, Any]):
         self.path, self.settings, self.described = path, settings, described
         self.have: set[tuple[int, int]] = set()  # (row, answer)
-        self.done: set[int] = set()
+        self.done: set[int] = set()  # rows of which all answers are there
         self.counts: dict[str, int] = {}
         self.rows, self.left_out, self.record = (
             path / "rows.jsonl",
@@ -46,14 +51,14 @@ class AnswersFolder:
                 f"{self.path} is in use by another process. Wait for it, or choose another out="
             ) from None
         try:
-            self._refuse_others()
+            self._refuse_other_settings()
             for file in (self.rows, self.left_out):
                 for number, line in enumerate(whole_lines(file), 1):
                     try:
                         self._note(json.loads(line))
                     except (ValueError, KeyError, TypeError):
                         raise FolderError(
-                            f"{file}:{number} is not what this verb writes: take the line out"
+                            f"{file}:{number} is not a line that this command writes: remove it"
                         ) from None
             self.describe()
         except BaseException:
@@ -68,42 +73,42 @@ class AnswersFolder:
             self._lock.release()
 
     def _note(self, line: dict[str, Any]) -> None:
-        row, of = line["row"], line.get("of", 1)
+        row, answers = line["row"], line.get("of", 1)
         self.have.add((row, line.get("answer", 1)))
-        if all((row, number) in self.have for number in range(1, of + 1)):
+        if all((row, number) in self.have for number in range(1, answers + 1)):
             self.done.add(row)
 
-    def _refuse_others(self) -> None:
+    def _refuse_other_settings(self) -> None:
         if not self.record.exists():
             if self.rows.exists():
                 raise FolderError(
-                    f"{self.rows} is there, but not how it was made ({self.record.name}): choose"
-                    " another out="
+                    f"{self.rows} exists, but {self.record.name}, which says how it was made, does"
+                    " not: choose another out="
                 )
             return
         try:
-            then = json.loads(self.record.read_text("utf-8"))["settings"]
+            recorded = json.loads(self.record.read_text("utf-8"))["settings"]
         except (ValueError, KeyError, TypeError):
             raise FolderError(f"{self.record} cannot be read: choose another out=") from None
         different = [
-            f"{key}: {json.dumps(then.get(key))} then, {json.dumps(self.settings.get(key))} now"
-            for key in sorted(then.keys() | self.settings.keys())
-            if key not in FREE and then.get(key) != self.settings.get(key)
+            f"{key}: {json.dumps(recorded.get(key))} then, {json.dumps(self.settings.get(key))} now"
+            for key in sorted(recorded.keys() | self.settings.keys())
+            if key not in FREE and recorded.get(key) != self.settings.get(key)
         ]
         if different:
             listed = "\n".join(different)
             raise FolderError(
-                f"{self.path} was begun with other settings. Go on with those, or choose another"
+                f"{self.path} was begun with other settings. Continue with those, or choose another"
                 f" out=\n{listed}"
             )
 
     def add(self, lines: list[dict[str, Any]]) -> None:
-        """Lines of rows that are not there yet."""
-        for file, chosen in ((self.rows, False), (self.left_out, True)):
+        """Append those lines whose answers are not there yet. Lines with `why` are left out."""
+        for file, left_out in ((self.rows, False), (self.left_out, True)):
             new = [
                 line
                 for line in lines
-                if ("why" in line) == chosen
+                if ("why" in line) == left_out
                 and (line["row"], line.get("answer", 1)) not in self.have
             ]
             with file.open("a", encoding="utf-8") as stream:
@@ -112,7 +117,7 @@ class AnswersFolder:
             self._note(line)
 
     def describe(self) -> None:
-        """Count what there is, and write provenance.json."""
+        """Count the lines, and write provenance.json."""
         counts = self.counts = {
             "rows": 0,
             "cut": 0,
@@ -130,7 +135,7 @@ class AnswersFolder:
 
 
 def whole_lines(file: Path) -> Iterator[str]:
-    """The lines of a file; half a line that a killed process left is taken out of it."""
+    """Yield the lines of a file. Half a line that a killed process left is removed from it."""
     if not file.exists():
         return
     with file.open("rb+") as stream:

@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or not there, and belong to their run.
+"""Checkpoints: whole or absent, and only ever read if they are as they were written.
 
-`step-00000040.ckpt` holds trainable tensors, optimiser, counters and callbacks;
-`step-00000040.json`, written last, holds its
-digest and is the sign that it is complete. Both are written under another name in the same folder,
-synced and renamed: Lightning's own saving goes through $TMPDIR, which on clusters is another
-filesystem, and a full disk there costs the last good file.
+`step-00000040.ckpt` holds trainable tensors, optimiser, counters and callbacks. Its manifest
+`step-00000040.json` is written last: it holds the size and the digest, and its presence means that
+the checkpoint is complete. Lightning would write through $TMPDIR, which on clusters is another
+filesystem, where a full disk costs the last good file; here both files are written in their own
+folder (trainer.storage.atomic).
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import pickle
 import re
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tasks.wheel import sha256
-from trainer.storage.atomic import _sync_folder, write_text
+from trainer.storage import atomic
 
 log = logging.getLogger(__name__)
 
@@ -32,47 +32,68 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read. The message says which, why, and what is left."""
 
 
+@dataclass(frozen=True, order=True)
+class Checkpoint:
+    """The checkpoint after `step` optimiser steps, and where its file is."""
+
+    step: int
+    path: Path
+
+    @classmethod
+    def at(cls, folder: Path, step: int) -> Checkpoint:
+        """Return the checkpoint of a step, whether or not it exists."""
+        return cls(step, folder / f"step-{step:08d}.ckpt")
+
+    @classmethod
+    def of(cls, path: Path) -> Checkpoint:
+        """Return the checkpoint whose file is `path`."""
+        return cls(int(path.stem.removeprefix("step-")), path)
+
+    @property
+    def manifest(self) -> Path:
+        """The JSON file with the checkpoint's step, size in bytes, digest and time."""
+        return self.path.with_suffix(".json")
+
+    @property
+    def sha256(self) -> str | None:
+        """The digest that the manifest records, None if there is no manifest."""
+        if not self.manifest.exists():
+            return None
+        return json.loads(self.manifest.read_text())["sha256"]
+
+
 def save(content: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint as the module's text says.
+    """Write a checkpoint, and then its manifest.
 
     Raises:
-        CheckpointError: it holds numbers that are not finite, or cannot be written.
+        CheckpointError: a tensor holds NaN or infinite values, or the files cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _refuse_nonfinite(content, path)
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        manifest = {
-            "step": content["counters"]["step"],
-            "bytes": temporary.stat().st_size,
-            "sha256": sha256(temporary),
-        }
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-        write_text(path.with_suffix(".json"), json.dumps(manifest | {"written": time.time()}))
+        with atomic.file(path) as temporary:
+            with temporary.open("wb") as stream:
+                torch.save(content, stream)
+            manifest = {
+                "step": content["counters"]["step"],
+                "bytes": temporary.stat().st_size,
+                "sha256": sha256(temporary),
+            }
+        text = json.dumps(manifest | {"written": time.time()})
+        atomic.write_text(path.with_suffix(".json"), text)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        # torch says it of a lost process wherever the run is
+        # torch reports a lost data loading process wherever the program happens to be
         if str(error).startswith("DataLoader worker"):
             raise
         raise CheckpointError(_cannot_write(path, error)) from error
 
 
-def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
-    return folder / f"step-{step:08d}.ckpt"
-
-
-def _refuse_nonfinite(checkpoint: dict[str, Any], path: Path) -> None:
-    for name, tensor in (checkpoint["adapter"]["tensors"] | checkpoint.get("drafter", {})).items():
+def _refuse_nonfinite(content: dict[str, Any], path: Path) -> None:
+    for name, tensor in (content["adapter"]["tensors"] | content.get("drafter", {})).items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(
-                f"{name} holds NaN or infinite values, so {path.name} was not written. The"
-                " checkpoints before it are untouched"
+                f"{name} holds NaN or infinite values, so {path.name} was not written. Earlier"
+                " checkpoints are untouched"
             )
 
 
@@ -85,27 +106,28 @@ def _cannot_write(path: Path, error: Exception) -> str:
     ):
         reason = f"the disk is full ({free / 1e6:.1f} MB free). Free some space"
     elif isinstance(error, OSError):
-        reason = f"{error.strerror or error}. Mend that"
+        reason = f"{error.strerror or error}. Fix that"
     else:
-        reason = f"{error}. Mend that"
-    kept = complete(path.parent)
-    left = f"{kept[-1].name} before it is untouched" if kept else "there was none before it"
-    return f"{path} could not be written: {reason}, and go on with resume=auto; {left}"
+        reason = f"{error}. Fix that"
+    earlier = complete(path.parent)
+    left = (
+        f"{earlier[-1].path.name} before it is untouched" if earlier else "there was none before it"
+    )
+    return f"{path} could not be written: {reason}, and resume with resume=auto; {left}"
 
 
-def complete(folder: Path) -> list[Path]:
-    """Checkpoints whose manifest was written, oldest first. Leftovers of an interrupted save are
+def complete(folder: Path) -> list[Checkpoint]:
+    """Return the checkpoints that have a manifest, oldest first. What an interrupted save left is
     not among them."""
     names = (re.fullmatch(r"step-(\d{8})\.json", path.name) for path in folder.glob("step-*.json"))
-    return [
-        path_of(folder, step) for step in sorted(int(match.group(1)) for match in names if match)
-    ]
+    return sorted(Checkpoint.at(folder, int(match.group(1))) for match in names if match)
 
 
-def fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint's file, if anything."""
+def fault(checkpoint: Checkpoint) -> str | None:
+    """Return what is wrong with a checkpoint's files, None if they are as they were written."""
+    path = checkpoint.path
     try:
-        manifest = json.loads(path.with_suffix(".json").read_text())
+        manifest = json.loads(checkpoint.manifest.read_text())
         if path.stat().st_size != manifest["bytes"]:
             return f"it has {path.stat().st_size} bytes instead of {manifest['bytes']}"
         if sha256(path) != manifest["sha256"]:
@@ -117,89 +139,91 @@ def fault(path: Path) -> str | None:
     return None
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that is as it was written; damaged ones are passed over with a warning.
+def newest(folder: Path) -> Checkpoint | None:
+    """Return the newest undamaged checkpoint, None if the folder has none at all. Damaged ones are
+    skipped with a warning.
 
     Raises:
-        CheckpointError: there are checkpoints, and all are damaged: starting over would be a guess.
+        CheckpointError: there are checkpoints, and all are damaged. Starting from scratch would
+            then be a guess.
     """
-    found = complete(folder)
+    saved = complete(folder)
     faults = []
-    for path in reversed(found):
-        reason = fault(path)
+    for checkpoint in reversed(saved):
+        reason = fault(checkpoint)
         if reason is None:
-            return path
-        log.warning("%s is damaged (%s) and was passed over", path.name, reason)
-        faults.append(f"{path}: {reason}")
-    if found:
+            return checkpoint
+        log.warning("%s is damaged (%s) and was skipped", checkpoint.path.name, reason)
+        faults.append(f"{checkpoint.path}: {reason}")
+    if saved:
         raise CheckpointError(
             "every checkpoint of this run is damaged:\n"
             + "\n".join(faults)
-            + "\nRestore one, or start anew with another name="
+            + "\nRestore one, or start from scratch with another name="
         )
     return None
 
 
-def load(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU. Only tensors and plain data are read; no pickled code
-    ever runs.
+def load(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return a checkpoint's content, on the CPU. Only tensors and plain data are read, so that no
+    pickled code runs.
 
     Raises:
         CheckpointError: it is damaged or missing.
     """
-    reason = fault(path)
+    reason = fault(checkpoint)
     if reason is not None:
-        raise CheckpointError(f"{path} cannot be used: {reason}")
+        raise CheckpointError(f"{checkpoint.path} cannot be used: {reason}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(checkpoint.path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first = str(error).partition("\n")[0]
+        first_line = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"{path} cannot be used: it is no checkpoint of tensors and plain data ({first})"
+            f"{checkpoint.path} cannot be used: it is no checkpoint of tensors and plain data"
+            f" ({first_line})"
         ) from None
 
 
-def remove(path: Path) -> None:
-    """Remove a checkpoint, its manifest first, so that what is left of it counts as incomplete."""
-    path.with_suffix(".json").unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
+def remove(checkpoint: Checkpoint) -> None:
+    """Remove a checkpoint. The manifest goes first, so that an interrupted removal leaves an
+    incomplete checkpoint and not a damaged one."""
+    checkpoint.manifest.unlink(missing_ok=True)
+    checkpoint.path.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what interrupted saves left behind."""
-    keep = set(complete(folder))
-    for path in [
-        *folder.glob("*.tmp"),
-        *(path for path in folder.glob("step-*.ckpt") if path not in keep),
-    ]:
+    """Remove what interrupted saves and removals left behind."""
+    keep = {checkpoint.path for checkpoint in complete(folder)}
+    files = (path for path in folder.glob("step-*.ckpt") if path not in keep)
+    for path in [*folder.glob("*.tmp"), *files]:
         path.unlink(missing_ok=True)
 
 
-def marked(folder: Path, name: str) -> Path | None:
-    """The checkpoint that NAME.json marks, as best or as the last of the constant phase; None if
-    none is."""
+def marked(folder: Path, name: str) -> Checkpoint | None:
+    """Return the checkpoint that NAME.json marks as `best` or as the last of the `constant` phase,
+    None if there is no such file."""
     file = folder / f"{name}.json"
-    return path_of(folder, json.loads(file.read_text())["step"]) if file.exists() else None
+    return Checkpoint.at(folder, json.loads(file.read_text())["step"]) if file.exists() else None
 
 
-def chosen(folder: Path, which: str) -> Path:
-    """The checkpoint that `last`, `best` or a step's number means.
+def chosen(folder: Path, which: str) -> Checkpoint:
+    """Return the checkpoint that `last`, `best` or the number of a step means.
 
     Raises:
-        CheckpointError: there is no such checkpoint; the message lists what there is.
+        CheckpointError: there is no such checkpoint. The message lists the steps that there are.
     """
-    found = complete(folder)
-    steps = ", ".join(str(int(path.stem[5:])) for path in found) or "none"
+    saved = complete(folder)
+    steps = ", ".join(str(checkpoint.step) for checkpoint in saved) or "none"
     if which == "last":
-        path = newest(folder)
+        checkpoint = newest(folder)
     elif which == "best":
-        path = marked(folder, "best") or newest(folder)
+        checkpoint = marked(folder, "best") or newest(folder)
     elif which.isdecimal():
-        path = path_of(folder, int(which))
+        checkpoint = Checkpoint.at(folder, int(which))
     else:
         raise CheckpointError(
             f"{which!r} names no checkpoint: give last, best, or one of the steps {steps}"
         )
-    if path is None or path not in found:
+    if checkpoint is None or checkpoint not in saved:
         raise CheckpointError(f"{folder} has no checkpoint {which!r}; it has the steps {steps}")
-    return path
+    return checkpoint

@@ -1,14 +1,15 @@
-"""The run's own record of numbers: one JSON object a line, copied to dashboards, never dependent on
-them."""
+"""A run's own record of its numbers: one JSON object a line. Dashboards get copies, and nothing
+depends on them."""
 
 from __future__ import annotations
 
 import csv
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
+
+from trainer.storage import atomic
 
 log = logging.getLogger(__name__)
 
@@ -24,80 +25,77 @@ class Journal:
             folder / "metrics.csv",
         )
         self.loggers, self.writes = loggers, writes  # each a callbacks.tracking.Dashboard
-        self.failed: set[int] = set()  # dashboards whose first fault was told
-        self.tokens: int | None = None  # processed until the step at hand
+        self.failed: set[int] = set()  # dashboards whose first error was reported
+        self.tokens: int | None = None  # processed up to the current step
         self.last: dict[str, Any] = {}  # the newest row of kind step
 
     def rewind(self, step: int, cooled: bool = True) -> None:
-        """Forget what came after `step`, and that the run was stopped: it goes on from there and
-        writes it again. -1 forgets all; without `cooled` also that a cooldown began at `step`."""
+        """Remove the rows after `step`, which a resumed run writes again, and the rows that say
+        that the run was stopped. -1 removes all rows. Without `cooled`, also remove the rows that
+        say that a cooldown began."""
+        removed = ('"kind": "stopped"',) if cooled else ('"kind": "stopped"', '"kind": "cooldown"')
         for path in (self.metrics, self.samples):
             if self.writes and path.exists():
-                forgotten = (
-                    ('"kind": "stopped"',)
-                    if cooled
-                    else ('"kind": "stopped"', '"kind": "cooldown"')
-                )
-                kept = [
+                lines = [
                     line
                     for line in _lines(path)
-                    if _step(line) <= step and not any(kind in line for kind in forgotten)
+                    if _step(line) <= step and not any(kind in line for kind in removed)
                 ]
-                temporary = path.with_name(path.name + ".tmp")
-                temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
-                os.replace(temporary, path)
+                atomic.write_text(path, "".join(f"{line}\n" for line in lines))
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One row, of which the dashboards are told."""
+        """Append one row, and forward it to the dashboards."""
         if kind == "step":
             self.last = values
         if not self.writes:
             return
         _append(self.metrics, {"kind": kind, "step": step, **values})
-        self._tell("log", kind, step, self.tokens, values)
+        self._forward_to_dashboards("log", kind, step, self.tokens, values)
 
     def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Generated answers, each with its prompt, what was expected and its scores."""
+        """Append generated answers, each with its prompt, the expected answer and its scores."""
         for sample in samples if self.writes else []:
             _append(self.samples, {"step": step, **sample})
         if self.writes and samples:
-            self._tell("log_samples", step, samples)
+            self._forward_to_dashboards("log_samples", step, samples)
 
-    def _tell(self, what: str, *of: Any) -> None:
+    def _forward_to_dashboards(self, method: str, *arguments: Any) -> None:
+        # A dashboard's server may be down: the first error is reported, and the run continues.
         for index, logger in enumerate(self.loggers):
             try:
-                getattr(logger, what)(*of)
+                getattr(logger, method)(*arguments)
             except Exception as error:
                 if index not in self.failed:
                     self.failed.add(index)
-                    first = str(error).partition("\n")[0] or type(error).__name__
+                    first_line = str(error).partition("\n")[0] or type(error).__name__
                     log.warning(
-                        "%s: %s. The run goes on; %s holds all that it logs",
+                        "%s: %s. The run continues; %s holds everything that it logs",
                         logger.name,
-                        first.rstrip("."),
+                        first_line.rstrip("."),
                         self.metrics,
                     )
 
     def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """What was written so far."""
+        """Return the rows written so far, all or those of one kind."""
         return [row for row in read(self.metrics) if kind is None or row["kind"] == kind]
 
     def write_csv(self) -> None:
-        """metrics.csv anew from metrics.jsonl: a column for each name that occurs."""
+        """Write metrics.csv from metrics.jsonl, with a column for each name that occurs."""
         if not self.writes:
             return
         rows = self.rows()
         names = list(dict.fromkeys(name for row in rows for name in row))
-        temporary = self.csv.with_name(self.csv.name + ".tmp")
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        with (
+            atomic.file(self.csv) as temporary,
+            temporary.open("w", encoding="utf-8", newline="") as file,
+        ):
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(temporary, self.csv)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Rows of a journal file; a last line cut off by a kill is passed over."""
+    """Return the rows of a journal file. A last line that a kill cut off is skipped."""
     if not path.exists():
         return []
     rows = []
@@ -110,8 +108,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[str]:
-    # Not splitlines: an answer may hold U+2028 and its like, which JSON leaves as they are. A kill
-    # can cut a character in two.
+    # Not splitlines: an answer may hold U+2028, which JSON does not escape. A kill can cut a
+    # character in two.
     return path.read_text("utf-8", errors="replace").split("\n")
 
 

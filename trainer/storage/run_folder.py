@@ -1,14 +1,14 @@
-"""The run folder: what a run was asked to do, with what, and what came of it.
+"""The run folder: a run's settings, its versions, and its results.
 
-run.yaml            config, overrides, versions, git revision, identity; written before anything is trained
-trainer.log         what was said
-preflight.json      what was found in the data before training
-job                 the SLURM job that started it last, where one did
+run.yaml            config, overrides, versions, git revision and identity; written before training
+trainer.log         all log messages
+preflight.json      the checks of data and settings before training
+job                 the SLURM job of the last start, if there was one
 metrics.jsonl/.csv  every logged step, every evaluation
-samples.jsonl       generated answers before and after
-checkpoints/        to go on from
+samples.jsonl       generated answers before and after training
+checkpoints/        from which the run resumes
 adapter/            the result, as stock PEFT loads it
-drafter/            what drafts for it, where one was trained (trainer.drafters.io)
+drafter/            the draft head, if one was trained (trainer.drafters.io)
 report.html         all of it to look at
 """
 
@@ -32,8 +32,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config import compose, limits, run_name, target_base
-from trainer.config import history as history_module
+from trainer.config import compose, history, limits, run_name, target_base
 from trainer.config.errors import ConfigError
 from trainer.config.secrets import redact
 from trainer.storage.atomic import write_text
@@ -51,7 +50,8 @@ PACKAGES = (
     "hydra-core",
     "wandb",
 )
-# What may differ when a run goes on: it changes neither what is trained nor in which order.
+# Settings that may differ when a run is resumed: they change neither what is trained nor in which
+# order.
 FREE = (
     "resume",
     "requeue",
@@ -71,24 +71,24 @@ FREE = (
     "compile",
     "base.attn_implementation",
     "max_time",
-    "target.run",  # which step of which run it means is in the identity
+    "target.run",  # the identity records which step of which run it means
     "target.features",
 )
-# free where the schedule's past stays what it was
+# Settings that may differ as long as the learning rates of the steps that are done stay the same.
 LENGTHS = ("max_steps", "max_epochs", "max_tokens")
 
 
-TRUSTED = "GRAFT_TRUST_REMOTE_CODE"  # how the verbs are told that a model's own code may run
+TRUSTED = "GRAFT_TRUST_REMOTE_CODE"  # allows the commands to run a model's own code
 
-_WRITTEN = {"id", "name", "overrides", "identity", "starts", "config"}
+_REQUIRED = {"id", "name", "overrides", "identity", "starts", "config"}
 
 
 class FolderError(RuntimeError):
-    """The run folder cannot be used. The message says why and how to mend it."""
+    """The run folder cannot be used. The message says why and how to fix it."""
 
 
 class RunFolder:
-    """A run's folder, held by one process at a time."""
+    """A run's folder, locked by one process at a time."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -97,8 +97,8 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, owner: bool = True) -> RunFolder:
-        """The folder, made and locked. Without `owner` it is another process of the same run that
-        writes there.
+        """Create and lock the folder. Only the `owner`, rank 0, does that; the other ranks never
+        write there.
 
         Raises:
             FolderError: it cannot be written, or another process is running in it.
@@ -120,7 +120,7 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise FolderError(
-                f"{path} cannot be written: {error.strerror}. Choose another place with runs=FOLDER"
+                f"{path} cannot be written: {error.strerror}. Choose another folder with runs=FOLDER"
             ) from None
         return folder
 
@@ -132,26 +132,27 @@ class RunFolder:
             self._lock.close()
 
     def refuse_links(self) -> None:
-        """Refuse a folder with a symbolic link that leads out of it: what is written here would be
-        written there.
+        """Refuse a folder with a symbolic link that leads out of it: writing here would write
+        there.
 
         Raises:
-            FolderError: names the link.
+            FolderError: there is such a link. The message names it.
         """
-        # W&B links its logs to those in the user's cache; a run never writes below an earlier run's
-        # folder there.
+        # wandb/ is exempt: W&B links its logs to the user's cache, and a run never writes into the
+        # wandb folder of an earlier start.
         if (link := limits.link_outside(self.path, "wandb")) is not None:
             raise FolderError(
-                f"{link} is a link that leads out of the run folder. Put what it leads to in its"
-                " place"
+                f"{link} is a link that leads out of the run folder. Replace it by a copy of its"
+                " target"
             )
 
     @property
     def file(self) -> Path:
+        """The path of run.yaml."""
         return self.path / "run.yaml"
 
     def earlier(self) -> dict[str, Any] | None:
-        """run.yaml of an earlier start in this folder, if any.
+        """Return the content of run.yaml, None if there is no such file yet.
 
         Raises:
             FolderError: there is one and it cannot be read.
@@ -162,10 +163,10 @@ class RunFolder:
             content = limits.load_yaml(self.file)
         except (OSError, UnicodeDecodeError, limits.LimitExceeded, yaml.YAMLError) as error:
             raise FolderError(f"{self.file} cannot be read: {error}") from None
-        if not isinstance(content, dict) or not content.keys() >= _WRITTEN:
+        if not isinstance(content, dict) or not content.keys() >= _REQUIRED:
             raise FolderError(
-                f"{self.file} is not what a run writes: it has to hold"
-                f" {', '.join(sorted(_WRITTEN))}"
+                f"{self.file} is not a run's record: it must have the keys"
+                f" {', '.join(sorted(_REQUIRED))}"
             )
         return content
 
@@ -177,8 +178,8 @@ class RunFolder:
         earlier: dict[str, Any] | None,
         parent: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Write run.yaml and return it. A run that goes on keeps its id, its list of starts and the
-        parent that it branched off."""
+        """Write run.yaml and return its content. A resumed run keeps its id, its list of starts and
+        the parent that it branched off."""
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": redact(
@@ -202,10 +203,12 @@ class RunFolder:
         return content
 
 
-def differences(then: dict[str, Any], now: dict[str, Any], ignore: tuple[str, ...]) -> list[str]:
-    """Settings that are not the same in two plain configs, as lines for people; `ignore` lists
-    dotted keys to pass over."""
-    first, second = dict(_flat(then)), dict(_flat(now))
+def differences(
+    recorded: dict[str, Any], now: dict[str, Any], ignore: tuple[str, ...]
+) -> list[str]:
+    """Return a line of text for each setting that differs between two plain configs. `ignore`
+    lists dotted keys that are not compared."""
+    first, second = dict(_flat(recorded)), dict(_flat(now))
     return [
         f"{key}: {json.dumps(first.get(key))} in the run, {json.dumps(second.get(key))} now"
         for key in sorted(first.keys() | second.keys())
@@ -223,63 +226,64 @@ def _flat(node: Any, prefix: str = "") -> Any:
 
 
 def read(path: str) -> tuple[Path, dict[str, Any], str]:
-    """(folder, run.yaml, which checkpoint) of `FOLDER` or `FOLDER@last|best|STEP`, as the verbs
-    take it.
+    """Return (folder, content of run.yaml, which checkpoint) of `FOLDER` or
+    `FOLDER@last|best|STEP`, the form in which commands name a run.
 
     Raises:
-        FolderError: it is no run folder, or its config holds what this version does not make.
+        FolderError: it is no run folder, or its config does not fit this version.
     """
-    place, which = target_base.split(path)
-    folder = RunFolder(place)
+    folder_path, which = target_base.split(path)
+    folder = RunFolder(folder_path)
     content = folder.earlier()
     if content is None:
-        raise FolderError(f"{place} is no run folder: it has no run.yaml")
+        raise FolderError(f"{folder_path} is no run folder: it has no run.yaml")
     folder.refuse_links()
     complete(content, folder.file)
-    # A folder may come from a stranger: what it names is held against conf/ as a new config would
-    # be.
+    # A folder may come from a stranger: its config is checked against conf/, as a new one would be.
     try:
         if (
             content["config"]["base"].get("trust_remote_code")
             and os.environ.get(TRUSTED, "").lower() != "true"
         ):
             raise FolderError(
-                f"{folder.file}: base.trust_remote_code is on, so that the model's repository runs"
-                " code, and a folder may come from anyone. If you trust"
+                f"{folder.file}: base.trust_remote_code=true lets the model's repository run code,"
+                " and a folder may come from anyone. If you trust"
                 f" {content['config']['base'].get('path')}, export {TRUSTED}=true"
             )
-        # a folder may have been moved since
+        # resume=never, since the folder may have been moved
         settings = OmegaConf.create(content["config"] | {"resume": "never"})
         compose.check(settings, content["identity"]["choices"])
     except ConfigError as error:
         raise FolderError(f"{folder.file} does not fit this version of Graft:\n{error}") from None
     except (AttributeError, KeyError, TypeError, ValueError, OmegaConfBaseException) as error:
         raise FolderError(
-            f"{folder.file} is not what a run writes: {type(error).__name__}: {error}"
+            f"{folder.file} is not a run's record: {type(error).__name__}: {error}"
         ) from None
     return folder.path, content, which
 
 
 def complete(content: dict[str, Any], file: Path) -> None:
-    """Give the config of a run.yaml that an older version wrote, in place, what has come since,
-    with the defaults of conf/, and say so.
+    """Add to a run.yaml that an older version wrote, in place, the settings that are new since,
+    with the defaults of conf/, and log a warning that names them.
 
     Raises:
-        FolderError: it is not what a run writes.
+        FolderError: it is not a run's record.
     """
     try:
-        places = history_module.complete(content["config"], content["identity"]["choices"])
+        keys = history.complete(content["config"], content["identity"]["choices"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FolderError(
-            f"{file} is not what a run writes: {type(error).__name__}: {error}"
+            f"{file} is not a run's record: {type(error).__name__}: {error}"
         ) from None
-    if places:
-        _say_completed(file, ", ".join(places))
+    if keys:
+        _warn_completed(file, ", ".join(keys))
 
 
 @functools.cache  # a program may read a folder several times
-def _say_completed(file: Path, places: str) -> None:
-    log.warning("%s is of an older version, and has no %s: taken as conf/ has it", file, places)
+def _warn_completed(file: Path, keys: str) -> None:
+    log.warning(
+        "%s was written by an older version and lacks %s; using the defaults from conf/", file, keys
+    )
 
 
 def _version(name: str) -> str | None:
@@ -290,13 +294,17 @@ def _version(name: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    here = Path(__file__).resolve().parent.parent.parent
+    repository = Path(__file__).resolve().parent.parent.parent
     try:
         revision = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5
+            ["git", "rev-parse", "HEAD"], cwd=repository, capture_output=True, text=True, timeout=5
         ).stdout.strip()
         changed = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=5
+            ["git", "status", "--porcelain"],
+            cwd=repository,
+            capture_output=True,
+            text=True,
+            timeout=5,
         ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from adapters.delta import Adapter
 from adapters.full import Full, Nothing
 from trainer.models.precision import compute
-from trainer.storage.checkpoints import load, remove, save
+from trainer.storage.checkpoints import Checkpoint, load, remove, save
 from trainer.training.fsdp import Sharded
 
 
@@ -29,10 +29,10 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return load(Path(path))
+        return load(Checkpoint.of(Path(path)))
 
     def remove_checkpoint(self, path: Any) -> None:
-        remove(Path(path))
+        remove(Checkpoint.of(Path(path)))
 
 
 def make_trainer(config: dict[str, Any], adapter: Adapter, path: Path) -> lightning.Trainer:
