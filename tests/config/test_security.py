@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ast
 import pickle
+import re
 import sys
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, composed
 from tests.toys.hostile import Payload
 from tests.toys.secrets import SECRETS
 from trainer import __main__
@@ -43,6 +45,14 @@ def refused(canary, monkeypatch, capsys):
         return said
 
     return ran
+
+
+@pytest.fixture(scope="module")
+def good():
+    """A config that is refused nothing."""
+    config = OmegaConf.to_container(composed(*COMMON))
+    check(OmegaConf.create(config))
+    return config
 
 
 ONLY = "Only classes that conf/ names are instantiated"
@@ -254,7 +264,47 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("case", HOSTILE)
+# Of the cases about targets these go through the whole program. The rest are set in a config that is
+# refused nothing, and checked: parsing and composing add nothing to what a target is.
+WHOLE = (
+    "os.system",
+    "a list for a target",
+    "an interpolated target",
+    "a new node",
+    "within a list",
+    "a base for Hydra",
+    "a quoted space",
+    "partial",
+)
+
+
+def targets_alone(case):
+    """Whether a case sets targets and nothing that only the command line knows: flags, choices of a
+    group, quotes, deletions."""
+    overrides, said = HOSTILE[case]
+    plain = all(re.match(r"[+\w][\w.+]*\.[\w.]+=|\+", word) for word in overrides)
+    return said in (ONLY, THERE, NOWHERE) and plain and case not in WHOLE
+
+
+@pytest.mark.parametrize("case", [case for case in HOSTILE if targets_alone(case)])
+def test_a_hostile_target_is_refused(good, canary, case):
+    overrides, said = HOSTILE[case]
+    words = [word.replace("CANARY", str(canary)) for word in overrides]
+    cfg = OmegaConf.create(good)
+    for override in OverridesParser.create().parse_overrides(words):
+        OmegaConf.update(cfg, override.key_or_group, override.value(), merge=False, force_add=True)
+    with pytest.raises(ConfigError, match=said):
+        check(cfg)
+
+
+def test_most_targets_are_checked_alone_and_each_kind_by_the_program_too():
+    alone = [case for case in HOSTILE if targets_alone(case)]
+    assert len(alone) > 30
+    assert set(WHOLE) < set(HOSTILE)
+    assert not {"a sweeper", "a quoted space", "no target"} & {*alone}
+
+
+@pytest.mark.parametrize("case", [case for case in HOSTILE if not targets_alone(case)])
 def test_a_hostile_command_line_runs_nothing(refused, canary, case):
     (canary.parent / "stranger").mkdir()
     (canary.parent / "stranger" / "__init__.py").write_text(f"open({str(canary)!r}, 'w')")
@@ -580,19 +630,10 @@ EVERYWHERE = (
 )
 
 
-GOOD = {}  # a config that is refused nothing
-
-
 @pytest.mark.parametrize("place", EVERYWHERE)
-def test_nothing_foreign_is_made_anywhere(compose, place):
-    if not GOOD:
-        GOOD.update(OmegaConf.to_container(compose(*COMMON)))
-        check(OmegaConf.create(GOOD))
-    good = (
-        {key: GOOD[key] for key in ("adapter", "base", "hydra", "task")}
-        if place == "adapter"
-        else GOOD
-    )
+def test_nothing_foreign_is_made_anywhere(good, place):
+    if place == "adapter":
+        good = {key: good[key] for key in ("adapter", "base", "hydra", "task")}
     targets = FOREIGN if place == "adapter" else FOREIGN[:1]
     if place.startswith("hydra"):
         targets = [*targets, "trainer.models.tiny.tiny", "adapters.lora.LoRAAdapter"]
