@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scripts.bench import decoding, startup
-from trainer.decoding.texts import Texts, places
+from trainer.decoding.target_cache import TargetCache, tree_positions
 
 
 class Hand:
@@ -125,7 +125,7 @@ def test_the_largest_is_the_first_of_equals_as_argmax_has_it():
 
 def test_who_sees_whom_is_what_ancestors_say():
     trees, most = [[-1, -1, 0, 2, 1], [-1, 0]], 6
-    depths, sees = places(trees, most)
+    depths, sees = tree_positions(trees, most)
     for row, parents in enumerate(trees):
         for node in range(most):
             seen, above = {node}, node
@@ -140,20 +140,24 @@ def test_who_sees_whom_is_what_ancestors_say():
 def test_the_entries_of_one_sequence_are_kept_as_those_of_several(path):
     def after(together):
         keys = torch.arange(2 * 12 * 3.0).view(1, 2, 12, 3)
-        texts = Texts.__new__(Texts)
+        target_cache = TargetCache.__new__(TargetCache)
         cache = torch.nn.Module()
         layer = torch.nn.Module()
         layer.keys, layer.values, layer.is_initialized = keys.clone(), -keys, True
         cache.layers, cache.get_seq_length = [layer], lambda: 12
         cache.crop = lambda less: setattr(cache, "less", less)
-        texts.cache, texts.lengths, texts.parents = cache, [6], [[-1, -1, 0, 1, 3]]
+        target_cache.cache, target_cache.lengths, target_cache.parents = (
+            cache,
+            [6],
+            [[-1, -1, 0, 1, 3]],
+        )
         if together:
-            texts._keep_several([path], 6)
-            cache.crop(texts.lengths[0] - 12)
+            target_cache._commit_several([path], 6)
+            cache.crop(target_cache.lengths[0] - 12)
         else:
-            texts.keep([path])
+            target_cache.commit([path])
         end = 12 + cache.less
-        return layer.keys[:, :, :end], layer.values[:, :, :end], texts.lengths
+        return layer.keys[:, :, :end], layer.values[:, :, :end], target_cache.lengths
 
     one, several = after(False), after(True)
     assert one[2] == several[2] == [7 + len(path)]

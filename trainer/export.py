@@ -13,10 +13,10 @@ load, are copied into a merged folder as they are. shira is for adapters with a 
 
 drafter is the run's drafter as a folder, as the run itself writes it after its last step. mtp is
 merged with the drafter as the MTP layer of the base's own family: for generate(use_mtp=True), vLLM
-and SGLang; trainer/drafters/native.py says for which bases.
+and SGLang; trainer/exporting/mtp_layers.py says for which bases.
 
 speculators (EAGLE-3) and sglang (EAGLE-1, EAGLE-3) are drafters as vLLM and SGLang load them,
-medusa is Medusa's own file; trainer/layouts.py says which fits what. verifier is the model that a
+medusa is Medusa's own file; trainer/exporting/draft_head.py says which fits what. verifier is the model that a
 config names as the one drafted for, by default the base. unembedding=copied gives each of Medusa's
 heads a copy of the target's output layer, as its first version has them.
 """

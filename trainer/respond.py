@@ -51,9 +51,9 @@ from trainer.assembly.build import instantiate
 from trainer.cluster import slurm_job
 from trainer.cluster.signals import Signals
 from trainer.data import prompts
-from trainer.data.prompts import Ask
+from trainer.data.prompts import PromptRow
 from trainer.evaluation import responses
-from trainer.evaluation.responses import Speaker
+from trainer.evaluation.responses import Responder
 from trainer.storage.answers import AnswersFolder
 from trainer.storage.atomic import write_text
 from trainer.storage.progress import Progress
@@ -190,13 +190,13 @@ def main(argv: list[str]) -> int:
             found, key = prompts.load(options, plain, task)
             count = len(found)
             keeps_template = any(word.startswith("task.chat_template=") for word in given)
-            speaker = responses.speaker_of(options, plain, task, keeps_template, jinja)
+            responder = responses.make_responder(options, plain, task, keeps_template, jinja)
             with AnswersFolder(
-                Path(options["out"]).expanduser(), *_described(options, speaker, key, jinja)
+                Path(options["out"]).expanduser(), *_described(options, responder, key, jinja)
             ) as written:
-                if isinstance(speaker.renderer.template, str):
-                    write_text(written.path / "chat_template.jinja", speaker.renderer.template)
-                _write(speaker, found, written, options)
+                if isinstance(responder.renderer.template, str):
+                    write_text(written.path / "chat_template.jinja", responder.renderer.template)
+                _write(responder, found, written, options)
     except (SystemExit, KeyboardInterrupt) as stop:
         if written is not None:
             said = f"stopped with {len(written.done)} of {count} conversations in {written.path}"
@@ -217,7 +217,7 @@ def main(argv: list[str]) -> int:
 
 
 def _described(
-    options: dict[str, Any], speaker: Speaker, key: str, jinja: dict[str, Any]
+    options: dict[str, Any], responder: Responder, key: str, jinja: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the rows depend on, and what is recorded besides."""
     settings = {
@@ -227,16 +227,16 @@ def _described(
             if name not in ("out", "run", "base", "prompts", "task")
         },
         "prompts": key,
-        "target": speaker.described,
-        "stops": speaker.stops,
-        "template": hashlib.sha256(json.dumps(speaker.renderer.template).encode()).hexdigest(),
+        "target": responder.described,
+        "stops": responder.stops,
+        "template": hashlib.sha256(json.dumps(responder.renderer.template).encode()).hexdigest(),
         "template_options": jinja,
     }
     described = {
-        "base": speaker.base.path,
+        "base": responder.base.path,
         "run": options["run"],
         "prompts": options["prompts"] or f"task={options['task']}",
-        "device": speaker.device.type,
+        "device": responder.device.type,
         "python": platform.python_version(),
         "versions": {
             name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")
@@ -246,11 +246,11 @@ def _described(
 
 
 def _write(
-    speaker: Speaker, found: list[Ask], written: AnswersFolder, options: dict[str, Any]
+    responder: Responder, found: list[PromptRow], written: AnswersFolder, options: dict[str, Any]
 ) -> None:
     with Progress("respond", len(found), "conversations", done=len(written.done)) as progress:
         for batch in prompts.batches(found, options["batch_size"], written.done):
-            written.add(responses.respond(speaker, batch, options))
+            written.add(responses.respond(responder, batch, options))
             progress.advance(len(batch))
 
 

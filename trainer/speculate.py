@@ -41,18 +41,37 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich import get_console
 
 from trainer.assembly import quiet
 from trainer.assembly.chosen_drafter import check_drafter, drafter_of, unknown_drafter
-from trainer.assembly.trained import load_trained
+from trainer.assembly.trained import Trained, load_trained
 from trainer.decoding import trees
+from trainer.decoding.sampling import Sampling
 from trainer.drafters import DrafterError
-from trainer.evaluation.decode_ways import asked, decoded, prompts_of, shape_of, show, summary
-from trainer.evaluation.tree_search import searched, show_searched
+from trainer.evaluation.decode_ways import DraftOptions, Ways, decode_in_batches
+from trainer.evaluation.questions import Prompts, held_out_prompts, read_prompts
+from trainer.evaluation.speedup import summary_of_prompts
+from trainer.evaluation.speedup_report import prompts_report
+from trainer.evaluation.tree_search import SearchLimits, search_report, search_tree
 from trainer.storage import run_folder
+
+# options that a summary records
+RECORDED = (
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "seed",
+    "count",
+    "tree",
+    "policy",
+    "batch_size",
+)
 
 
 def main(argv: list[str]) -> int:
@@ -132,8 +151,9 @@ def main(argv: list[str]) -> int:
         return bad(f"tree={options['tree']}: one of {', '.join(trees.TREES)}, search")
     quiet.quiet()
     try:
-        # A search has the bounds of a dynamic tree; its paths are written.
-        shape_of(options | {"tree": "eagle2", "paths": None} if search else options)
+        drafts = DraftOptions(**{name: options[name] for name in asdict(DraftOptions())})
+        # A search has the bounds of a dynamic tree; `paths` is where it writes the tree.
+        strategy = (replace(drafts, tree="eagle2", paths=None) if search else drafts).strategy()
         _, content, _ = run_folder.read(options["run"])
         if content["identity"]["labels"] is not None:
             return bad(
@@ -142,31 +162,55 @@ def main(argv: list[str]) -> int:
             )
         check_drafter(content["config"], options)
         if options["prompts"]:
-            prompts_of(options["prompts"])
+            read_prompts(options["prompts"])
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        found = load_trained(options["run"], device)
-        drafter = drafter_of(found, options)
+        run = load_trained(options["run"], device)
+        drafter = drafter_of(run, options)
         if drafter is None:
             raise DrafterError(
                 f"the drafter of run={options['run']} only shapes the adapter, and proposes no"
                 " tokens"
             )
-        prompts, stops = asked(options, found)
+        prompts, stops = _prompts(options, run)
         if search:
-            result = searched(found, drafter, prompts, stops, options)
+            limits = SearchLimits(
+                options["size"], options["top_k"], options["count"], options["max_new_tokens"]
+            )
+            result = search_tree(run, drafter, prompts, stops, limits)
+            result |= {"drafter": options["drafter"]}
             if options["paths"] and result["paths"]:
                 Path(options["paths"]).expanduser().write_text(json.dumps(result["paths"]) + "\n")
+            report = search_report(result, options["paths"])
         else:
-            result = summary(decoded(found, drafter, prompts, stops, options), options)
+            sampling = Sampling(options["temperature"], options["top_p"], seed=options["seed"])
+            ways = Ways(run, drafter, stops, options["max_new_tokens"], sampling, strategy)
+            results = decode_in_batches(ways, prompts, options["batch_size"])
+            result = summary_of_prompts(results, {name: options[name] for name in RECORDED})
+            report = prompts_report(result)
     except Exception as error:
         return failures.report_and_exit_code(error)
-    if search:
-        show_searched(result, options["paths"])
-    else:
-        show(result)
+    for part in report:
+        get_console().print(part, soft_wrap=search)
     if options["json"]:
         Path(options["json"]).expanduser().write_text(json.dumps(result, indent=2) + "\n")
     return 0
+
+
+def _prompts(options: dict[str, Any], run: Trained) -> tuple[list[list[int]], list[int]]:
+    """Return (prompts as token ids, stop tokens).
+
+    Raises:
+        DataError: the task has no such prompts.
+    """
+    if options["heldout"]:
+        return held_out_prompts(run, options["heldout"])
+    prompts = Prompts(run)
+    conversations = (
+        read_prompts(options["prompts"])
+        if options["prompts"]
+        else [[{"role": "user", "content": str(options["prompt"])}]]
+    )
+    return [prompts.ids(messages) for messages in conversations], prompts.stops
 
 
 if __name__ == "__main__":

@@ -122,6 +122,7 @@ def measured(
     import torch
 
     from trainer.decoding import speculative
+    from trainer.decoding.speculative import Strategy
 
     clock = time.process_time if options["clock"] == "processor" else time.perf_counter
 
@@ -152,13 +153,13 @@ def measured(
             and type(module).forward is not torch.nn.Module.forward
         ):
             forward(module, "drafter")
-    step = speculative.step
+    verify = speculative.Decoder.verify
 
-    def stepped(*arguments: Any, **more: Any) -> None:
-        step(*arguments, **more)
+    def timed_verify(*arguments: Any) -> None:
+        verify(*arguments)
         meter.lap()
 
-    speculative.step = stepped  # type: ignore[assignment]
+    speculative.Decoder.verify = timed_verify  # type: ignore[method-assign, assignment]
     profile = cProfile.Profile() if options["profile"] else None
     tokens = passes = 0
     try:
@@ -168,7 +169,9 @@ def measured(
                 profile.enable()
             # what happens once only is not measured
             limit = options["max_new_tokens"] if number else 8
-            result = speculative.generate(target, drafter, ids, limit, stops, shape=shape)
+            result = speculative.generate(
+                target, drafter, ids, limit, stops, strategy=Strategy(shape)
+            )
             if profile is not None:
                 profile.disable()
             if not number:
@@ -176,7 +179,7 @@ def measured(
                 continue
             tokens, passes = tokens + len(result.tokens) - 1, passes + result.steps
     finally:
-        speculative.step = step
+        speculative.Decoder.verify = verify  # type: ignore[method-assign]
         for one in undo:
             one()
     if profile is not None:
@@ -217,7 +220,7 @@ def main() -> int:
     from trainer.assembly.trained import load_trained
     from trainer.decoding import trees
     from trainer.drafters import Drafter, Target
-    from trainer.evaluation.decode_ways import asked
+    from trainer.evaluation.questions import held_out_prompts
 
     quiet.quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -229,7 +232,7 @@ def main() -> int:
     for place, path in enumerate(options["runs"]):
         for dtype in options["dtypes"]:
             found = load_trained(path, device, fp32=dtype == "fp32")
-            prompts, stops = asked({"heldout": options["prompts"]}, found)
+            prompts, stops = held_out_prompts(found, options["prompts"])
             ids, target = (
                 [torch.tensor(prompt, device=device) for prompt in prompts],
                 Target(found.model),

@@ -142,7 +142,9 @@ class Plain:
             teacher = (
                 target.head(hidden).float().softmax(-1) if isinstance(drafter, Distilled) else None
             )
-        seen = drafter.seen(hidden, batch["input_ids"], batch["labels"], positions, extra, features)
+        output = drafter.output_type(
+            hidden, batch["input_ids"], batch["labels"], positions, extra, features
+        )
         total, right = hidden.new_zeros((), dtype=torch.float32), 0
         if teacher is not None:
             best, vocabulary = teacher.argmax(-1), drafter.vocabulary
@@ -154,7 +156,7 @@ class Plain:
             if vocabulary is not None:
                 teacher = teacher[..., vocabulary]
                 teacher = teacher / teacher.sum(-1, keepdim=True)
-        for k, states in enumerate(drafter.states(seen, target), 1):
+        for k, states in enumerate(drafter.states(output, target), 1):
             # of the token that offset k predicts
             labels = F.pad(batch["labels"][:, k + 1 :], (0, k + 1), value=-100)
             counted = labels != -100

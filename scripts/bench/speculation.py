@@ -82,7 +82,7 @@ def costs(options: dict[str, Any]) -> dict[str, Any]:
     from trainer.assembly import quiet
     from trainer.assembly.build import instantiate
     from trainer.config import compose
-    from trainer.decoding.calibration import verifying
+    from trainer.decoding.calibration import time_verification
     from trainer.drafters import Target
     from trainer.models import precision
 
@@ -103,7 +103,7 @@ def costs(options: dict[str, Any]) -> dict[str, Any]:
     prompt = torch.randint(
         vocabulary, (options["context"],), generator=torch.Generator().manual_seed(0)
     ).to(device)
-    took = verifying(target, prompt, options["widths"], options["repeats"])
+    took = time_verification(target, prompt, options["widths"], options["repeats"])
     found: dict[str, Any] = {
         "kind": "costs",
         "base": options["base"],

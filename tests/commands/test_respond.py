@@ -471,7 +471,7 @@ def test_a_template_is_given_what_serving_gives_it(ask, folder, naive, tmp_path,
     monkeypatch.setattr(
         responses,
         "answers",
-        lambda speaker, asked, *rest: (seen.extend(asked), whole(speaker, asked, *rest))[1],
+        lambda responder, asked, *rest: (seen.extend(asked), whole(responder, asked, *rest))[1],
     )
     found = ask(prompts()[:1], f"task.chat_template={tmp_path / 't.jinja'}", "template.think=false")
     assert found.code in (0, 1)

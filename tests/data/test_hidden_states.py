@@ -55,11 +55,11 @@ class Reads(Drafter):
         torch.manual_seed(1)
         self.parts = nn.ModuleList(nn.Linear(size * (1 + len(layers)), size) for _ in range(2))
 
-    def states(self, seen, target):
+    def states(self, output, target):
         read = (
-            seen.hidden
-            if seen.features is None
-            else torch.cat([seen.hidden, seen.features], dim=-1)
+            output.hidden
+            if output.features is None
+            else torch.cat([output.hidden, output.features], dim=-1)
         )
         for part in self.parts:
             yield torch.tanh(part(read))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from trainer.data import prompts
-from trainer.data.prompts import Ask
+from trainer.data.prompts import PromptRow
 
 READ = {"columns": {}, "format": "auto", "system": None}
 
@@ -75,7 +75,7 @@ def test_every_row_that_is_missing_is_in_one_batch_among_rows_of_its_length():
     span = prompts.SPAN * size
     lengths = [(17 * row) % 101 for row in range(spans * span - 3)]
     found = [
-        Ask(row, "", [{"content": "a" * length}, {"content": None}])
+        PromptRow(row, "", [{"content": "a" * length}, {"content": None}])
         for row, length in enumerate(lengths)
     ]
     made = list(prompts.batches(found, size, set()))

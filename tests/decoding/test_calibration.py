@@ -12,15 +12,15 @@ from tests.toys.speculative import PROMPT, alone, tiny
 from trainer.decoding import calibration
 from trainer.decoding.calibration import (
     acceptance,
-    drafting,
-    fastest,
-    least,
+    fastest_tree,
+    greedy_text,
+    least_seconds,
     ranks,
     replay,
-    verifying,
-    written,
+    time_drafting,
+    time_verification,
 )
-from trainer.decoding.speculative import generate
+from trainer.decoding.speculative import Strategy, generate
 from trainer.decoding.trees import EAGLE1, Levels
 from trainer.drafters import Drafter, DrafterError, Target
 
@@ -39,10 +39,10 @@ class Known(Drafter):
     def start(self, target):
         return []
 
-    def grow(self, memory, target, news):
-        assert (news.first is None) == bool(memory)
-        assert len(news.hidden) == len(news.ids) >= 1
-        memory += news.ids.tolist()
+    def grow(self, memory, target, update):
+        assert (update.first is None) == bool(memory)
+        assert len(update.hidden) == len(update.ids) >= 1
+        memory += update.ids.tolist()
         assert memory == self.ids[1 : len(memory) + 1]
         return Said(self, len(memory))
 
@@ -74,7 +74,7 @@ class Said:
     def first(self):
         return self.logits(0)
 
-    def below(self, tokens, parents):
+    def extend(self, tokens, parents):
         depth = 1 + (self.depths[parents[0]] if parents[0] >= 0 else 0)
         self.depths += [depth] * len(tokens)
         return self.logits(depth).expand(len(tokens), -1)
@@ -106,7 +106,7 @@ def cut(row, width):
 @pytest.mark.parametrize("width", [1, 3, 10])
 def test_ranks_are_those_of_the_texts_own_tokens(target, width):
     drafter, ids, order = known(target, PROMPT, 20, 1)
-    text = written(target, drafter, PROMPT, 20, [])
+    text = greedy_text(target, drafter, PROMPT, 20, [])
     assert text.ids.tolist() == ids
     found = ranks(target, drafter, text, width, 4)
     assert found == [
@@ -118,7 +118,7 @@ def test_ranks_are_those_of_the_texts_own_tokens(target, width):
 def test_what_a_draft_vocabulary_lacks_is_never_right(target):
     vocabulary = torch.arange(1, V, 2)
     drafter, ids, order = known(target, PROMPT, 20, 2, vocabulary)
-    found = ranks(target, drafter, written(target, drafter, PROMPT, 20, []), 6, 3)
+    found = ranks(target, drafter, greedy_text(target, drafter, PROMPT, 20, []), 6, 3)
     for n, row in enumerate(found, len(PROMPT)):
         wanted = [
             rank if ids[n + 1 + i] % 2 else 99
@@ -130,7 +130,7 @@ def test_what_a_draft_vocabulary_lacks_is_never_right(target):
 def test_a_growth_that_ends_early_is_wrong_there(target):
     drafter, _, order = known(target, PROMPT, 20, 3)
     drafter.offsets = 2
-    found = ranks(target, drafter, written(target, drafter, PROMPT, 20, []), 41, 4)
+    found = ranks(target, drafter, greedy_text(target, drafter, PROMPT, 20, []), 41, 4)
     assert found[0] == [*order[len(PROMPT)][:2], 41]
 
 
@@ -165,9 +165,9 @@ def test_a_replay_takes_as_many_steps_as_decoding(target, paths):
         drafter, ids, _ = known(target, prompt, count, seed)
         stop = [ids[-1]] if seed == 7 else []
         texts.append(
-            ranks(target, drafter, written(target, drafter, prompt, count, stop), 10, DEPTH)
+            ranks(target, drafter, greedy_text(target, drafter, prompt, count, stop), 10, DEPTH)
         )
-        decoded = generate(target, drafter, prompt, count, stop, shape=Levels(paths))
+        decoded = generate(target, drafter, prompt, count, stop, strategy=Strategy(Levels(paths)))
         tokens, steps = tokens + len(decoded.tokens) - 1, steps + decoded.steps
     assert replay(texts, paths) == tokens / steps > 1
     assert replay(texts, []) == 1
@@ -176,12 +176,12 @@ def test_a_replay_takes_as_many_steps_as_decoding(target, paths):
 
 def test_costs_are_the_least_of_each_width_and_linear_between():
     chain = {4: [5.0, 3.5], 1: [1.0, 2.0], 2: [1.5]}
-    assert least({"chain": chain}, 3) == {"chain": [1.0, 1.5, 2.5, 3.5]}
+    assert least_seconds({"chain": chain}, 3) == {"chain": [1.0, 1.5, 2.5, 3.5]}
 
 
 def test_a_pass_takes_no_longer_than_one_over_more_tokens_or_over_a_tree():
     chain, tree = {1: [2.0], 2: [9.0], 3: [3.0]}, {1: [1.5], 2: [4.0], 3: [3.5]}
-    assert least({"chain": chain, "tree": tree}, 2) == {
+    assert least_seconds({"chain": chain, "tree": tree}, 2) == {
         "chain": [1.5, 3.0, 3.0],
         "tree": [1.5, 3.5, 3.5],
     }
@@ -190,26 +190,26 @@ def test_a_pass_takes_no_longer_than_one_over_more_tokens_or_over_a_tree():
 def test_passes_and_drafts_are_timed(target, monkeypatch):
     clock = iter(range(10**6))
     monkeypatch.setattr(calibration, "now", lambda device: float(next(clock)))
-    took = verifying(target, PROMPT, [1, 2, 9], 3)
+    took = time_verification(target, PROMPT, [1, 2, 9], 3)
     assert took == {shape: {n: [1.0] * 3 for n in (1, 2, 9)} for shape in ("chain", "tree")}
-    assert list(verifying(target, PROMPT, [1, 2], 1, trees=False)) == ["chain"]
+    assert list(time_verification(target, PROMPT, [1, 2], 1, trees=False)) == ["chain"]
     drafter, _, _ = known(target, PROMPT, 12, 8)
-    text = written(target, drafter, PROMPT, 12, [])
-    assert drafting(target, drafter, text, [[(0,)], [(0,), (1,), (0, 0)]]) == [1.0, 1.0]
+    text = greedy_text(target, drafter, PROMPT, 12, [])
+    assert time_drafting(target, drafter, text, [[(0,)], [(0,), (1,), (0, 0)]]) == [1.0, 1.0]
     with pytest.raises(DrafterError, match="too short to measure"):
-        drafting(target, drafter, written(target, drafter, PROMPT, 4, []), [[(0,)]])
+        time_drafting(target, drafter, greedy_text(target, drafter, PROMPT, 4, []), [[(0,)]])
 
 
 def test_each_pass_comes_after_the_same_context(target, monkeypatch):
-    seen, reads = [], calibration.Texts.read
+    seen, reads = [], calibration.TargetCache.read
 
     def read(self, tokens, parents):
         states = reads(self, tokens, parents)
         seen.append((self.whole, self.lengths[0], states[0][0][0]))
         return states
 
-    monkeypatch.setattr(calibration.Texts, "read", read)
-    verifying(target, PROMPT, [1, 2, 5], 2)
+    monkeypatch.setattr(calibration.TargetCache, "read", read)
+    time_verification(target, PROMPT, [1, 2, 5], 2)
     assert {length for _, length, _ in seen} == {len(PROMPT)}
     for _, _, newest in seen:
         torch.testing.assert_close(newest, seen[0][2])
@@ -221,7 +221,7 @@ TEXT = [[[0, 0, 0, 0][: 40 - n] if n % 4 else [1, 0, 2][: 40 - n] for n in range
 @pytest.mark.parametrize("level", [0.0, 0.2, 0.5, 3.0])
 def test_the_fastest_chain_is_the_one_of_all_lengths(level):
     verify = [1.0, 1.05, 1.1, 1.2, 1.5, 2.0, 2.5]
-    found = fastest(
+    found = fastest_tree(
         TEXT,
         {"chain": 1},
         {"chain": verify},
@@ -240,11 +240,15 @@ def test_the_fastest_chain_is_the_one_of_all_lengths(level):
 def test_trees_are_taken_where_their_passes_are_worth_it():
     flat, dear = [1.0] + [1.1] * 8, [1.0] + [2.9] * 8
     widths = {"chain": 1, "tree": 3}
-    free = fastest(TEXT, widths, {"chain": flat, "tree": flat}, lambda trees: [0.0] * len(trees))
+    free = fastest_tree(
+        TEXT, widths, {"chain": flat, "tree": flat}, lambda trees: [0.0] * len(trees)
+    )
     assert {(0,), (1,), (0, 0), (1, 0)} <= set(free.paths)
     assert free.tokens > replay(TEXT, [(0,) * k for k in range(1, 5)])
     assert Levels(free.paths).branches
-    only = fastest(TEXT, widths, {"chain": flat, "tree": dear}, lambda trees: [0.0] * len(trees))
+    only = fastest_tree(
+        TEXT, widths, {"chain": flat, "tree": dear}, lambda trees: [0.0] * len(trees)
+    )
     assert only.paths == [(0,), (0, 0), (0, 0, 0)]
 
 
@@ -253,6 +257,6 @@ def test_a_drafter_with_trees_of_its_own_is_refused():
         def propose(self, *rest):
             raise AssertionError
 
-    calibration.growing(Known([], []))
-    with pytest.raises(DrafterError, match="Own makes trees of its own"):
-        calibration.growing(Own([], []))
+    calibration.refuse_own_trees(Known([], []))
+    with pytest.raises(DrafterError, match="Own builds its own trees"):
+        calibration.refuse_own_trees(Own([], []))

@@ -7,22 +7,30 @@ import pytest
 import torch
 
 from tests.toys.speculative import PROMPT, alone, made, tiny
-from trainer.decoding import texts
-from trainer.decoding.speculative import generate, generate_batch
-from trainer.decoding.texts import Texts
-from trainer.decoding.trees import EAGLE1, Levels, chain, confident, dyspec, eagle2, hopeful
+from trainer.decoding import target_cache
+from trainer.decoding.speculative import Strategy, generate, generate_batch
+from trainer.decoding.target_cache import TargetCache
+from trainer.decoding.trees import (
+    EAGLE1,
+    Levels,
+    chain,
+    confidence_policy,
+    dyspec,
+    eagle2,
+    refusal_policy,
+)
 from trainer.drafters import Draft, Drafter, DrafterError, Target
 
 V, LENGTH = 41, 14
 SHAPES = {
     "chain": chain(4),
-    "chain that ends early": chain(5, confident(0.4)),
-    "chain that gives up": chain(5, hopeful(0.7)),
+    "chain that ends early": chain(5, confidence_policy(0.4)),
+    "chain that gives up": chain(5, refusal_policy(0.7)),
     "static": Levels(EAGLE1),
-    "static that ends early": Levels(EAGLE1, confident(0.5)),
+    "static that ends early": Levels(EAGLE1, confidence_policy(0.5)),
     "eagle2": eagle2(3, 5, 12),
     "dyspec": dyspec(10),
-    "dyspec that gives up": dyspec(10, 6, hopeful(0.6)),
+    "dyspec that gives up": dyspec(10, 6, refusal_policy(0.6)),
 }
 FAMILIES = ("llama", "qwen2", "mistral, a window of 6", "gemma2, a cap and a window of 5", "gpt2")
 
@@ -40,12 +48,12 @@ class Partly(Drafter):
     def start(self, target):
         return []
 
-    def grow(self, memory, target, news):
-        if news.first is not None:
-            memory += [int(news.first)]
+    def grow(self, memory, target, update):
+        if update.first is not None:
+            memory += [int(update.first)]
             self.told[len(self.told)] = (memory, [])
-        memory += news.ids.tolist()
-        next(news_of for of, news_of in self.told.values() if of is memory).append(news)
+        memory += update.ids.tolist()
+        next(news_of for of, news_of in self.told.values() if of is memory).append(update)
         text = next(text for text in self.whole if text[: len(memory)] == memory)
         return Liked(self, text[len(memory) :])
 
@@ -65,7 +73,7 @@ class Liked:
     def first(self):
         return self.logits(0)
 
-    def below(self, tokens, parents):
+    def extend(self, tokens, parents):
         new = [1 + (self.depths[i] if i >= 0 else 0) for i in parents.tolist()]
         self.depths += new
         return torch.stack([self.logits(k) for k in new])
@@ -88,11 +96,13 @@ def test_every_shape_writes_transformers_text_alone_and_together(kind):
         else {name: SHAPES[name] for name in ("static", "eagle2")}
     )
     for number, (name, shape) in enumerate(shapes.items()):
-        one = generate(target, Partly(whole, number), prompts[number % 4], LENGTH, [], shape=shape)
+        one = generate(
+            target, Partly(whole, number), prompts[number % 4], LENGTH, [], strategy=Strategy(shape)
+        )
         assert one.tokens == wanted[number % 4], name
         assert one.nodes > 0
         together = generate_batch(
-            target, Partly(whole, number), prompts[:3], LENGTH, [], shape=shape
+            target, Partly(whole, number), prompts[:3], LENGTH, [], strategy=Strategy(shape)
         )
         assert [found.tokens for found in together] == wanted[:3], name
         assert min(len(found.drafts) for found in together) < LENGTH - 1
@@ -109,7 +119,9 @@ def test_rows_end_at_their_own_stops():
     wanted = [alone(model, ids, LENGTH, stops) for ids in prompts]
     assert len(set(map(len, wanted))) > 1
     for shape in (chain(3), Levels(EAGLE1)):
-        found = generate_batch(target, Partly(whole), prompts, LENGTH, stops, shape=shape)
+        found = generate_batch(
+            target, Partly(whole), prompts, LENGTH, stops, strategy=Strategy(shape)
+        )
         assert [one.tokens for one in found] == wanted
 
 
@@ -120,19 +132,19 @@ def test_a_drafter_is_told_the_states_and_features_of_what_was_accepted(kind):
     whole = [[*ids.tolist(), *alone(model, ids, LENGTH), 0] for ids in prompts]
     drafter = Partly(whole)
     drafter.layers = (0, 1, 2)
-    generate_batch(target, drafter, prompts, LENGTH, [], shape=Levels(EAGLE1))
-    for (memory, news), text in zip(drafter.told.values(), whole, strict=True):
+    generate_batch(target, drafter, prompts, LENGTH, [], strategy=Strategy(Levels(EAGLE1)))
+    for (memory, update), text in zip(drafter.told.values(), whole, strict=True):
         assert memory == text[: len(memory)]
         ids = torch.tensor(memory[:-1])
-        with torch.no_grad(), texts.captured_layers(model.get_decoder(), (0, 1, 2)) as kept:
+        with torch.no_grad(), target_cache.captured_layers(model.get_decoder(), (0, 1, 2)) as kept:
             states = model.get_decoder()(input_ids=ids[None]).last_hidden_state[0]
-        told = torch.cat([one.hidden for one in news])
+        told = torch.cat([one.hidden for one in update])
         torch.testing.assert_close(told, states[: len(told)], rtol=1e-3, atol=1e-4)
-        features = torch.cat([one.features for one in news])
+        features = torch.cat([one.features for one in update])
         torch.testing.assert_close(
             features, torch.cat([layer[0] for layer in kept], dim=-1), rtol=1e-3, atol=1e-4
         )
-        for one in news[1:]:
+        for one in update[1:]:
             tokens, logits = one.tried
             assert len(tokens) == len(logits)
             assert int(one.ids[-1]) in logits.argmax(-1).tolist()
@@ -145,7 +157,9 @@ def test_heads_draft_trees(name):
     prompts = prompts_of(3, seed=2)
     wanted = [alone(model, ids, LENGTH) for ids in prompts]
     for shape in (Levels([(0,), (1,), (0, 0), (1, 0), (1, 1)]), eagle2(3, 3, 9), dyspec(9)):
-        found = generate_batch(Target(model), drafter, prompts, LENGTH, [], shape=shape)
+        found = generate_batch(
+            Target(model), drafter, prompts, LENGTH, [], strategy=Strategy(shape)
+        )
         assert [one.tokens for one in found] == wanted
 
 
@@ -161,7 +175,7 @@ class Own(Drafter):
     def start(self, target):
         return []
 
-    def propose(self, memory, target, news, strategy):
+    def propose(self, memory, target, update, build):
         memory += [0]
         tokens, parents = self.trees[len(memory) % len(self.trees)]
         return Draft(
@@ -188,18 +202,23 @@ def test_a_chain_asks_nothing_of_a_model_that_cannot_read_trees(monkeypatch):
     target = Target(model)
     monkeypatch.setattr(target.config, "_attn_implementation", "flash_attention_2")
     monkeypatch.setattr(
-        Texts, "_pass", lambda self, *_, **__: pytest.fail("a pass before the refusal")
+        TargetCache, "_pass", lambda self, *_, **__: pytest.fail("a pass before the refusal")
     )
     for many, shape in ((1, Levels(EAGLE1)), (2, chain(2))):
         with pytest.raises(
-            DrafterError, match=r"flash_attention_2 takes no mask.*tree=chain with batch_size=1"
+            DrafterError, match=r"flash_attention_2 takes no 4-D mask.*tree=chain with batch_size=1"
         ):
             generate_batch(
-                target, Partly([[*PROMPT.tolist(), *text]]), [PROMPT] * many, 10, [], shape=shape
+                target,
+                Partly([[*PROMPT.tolist(), *text]]),
+                [PROMPT] * many,
+                10,
+                [],
+                strategy=Strategy(shape),
             )
     monkeypatch.undo()
     monkeypatch.setattr(target.config, "_attn_implementation", "sdpa")
-    monkeypatch.setattr(texts, "allow_trees", lambda target: pytest.fail("asked for trees"))
+    monkeypatch.setattr(target_cache, "allow_trees", lambda target: pytest.fail("asked for trees"))
     assert generate(target, Own([([1, 2], [-1, 0])]), PROMPT, 10, []).tokens == text
 
 
@@ -208,20 +227,20 @@ def test_layers_that_see_in_chunks_and_models_without_positions_are_refused(monk
     target = Target(model)
     monkeypatch.setattr(target.config, "layer_types", ["chunked_attention"] * 2, raising=False)
     with pytest.raises(DrafterError, match="layers of the kind chunked_attention"):
-        texts.allow_trees(target)
+        target_cache.allow_trees(target)
 
 
 def test_a_model_that_does_not_keep_siblings_apart_is_refused(monkeypatch):
     model = tiny()
     target = Target(model)
     monkeypatch.setattr(
-        texts,
-        "places",
+        target_cache,
+        "tree_positions",
         lambda trees, most: (torch.arange(most)[None], torch.ones(1, most, most, dtype=torch.bool)),
     )
-    with pytest.raises(DrafterError, match="a token does not stay apart from its sibling"):
-        texts.allow_trees(target)
-    assert target not in texts._tried
+    with pytest.raises(DrafterError, match="siblings change what it computes"):
+        target_cache.allow_trees(target)
+    assert target not in target_cache._reads_trees
 
 
 def test_tokens_that_no_training_has_seen_refuse_no_trees():
@@ -230,11 +249,11 @@ def test_tokens_that_no_training_has_seen_refuse_no_trees():
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # not tied
     with torch.no_grad():  # as special tokens at a vocabulary's start may be, at the extreme
         model.get_input_embeddings().weight[:4] = torch.nan
-    texts.allow_trees(target)
+    target_cache.allow_trees(target)
 
 
 def test_who_sees_whom():
-    depths, sees = texts.places([[-1, -1, 0, 2], [-1]], 5)
+    depths, sees = target_cache.tree_positions([[-1, -1, 0, 2], [-1]], 5)
     assert depths.tolist() == [[0, 1, 1, 2, 3], [0, 1, 0, 0, 0]]
     assert [[j for j in range(5) if row[j]] for row in sees[0]] == [
         [0],
@@ -253,7 +272,9 @@ def test_many_prompts_through_trees():
     plain = [found.tokens for found in generate_batch(target, None, prompts, LENGTH, [])]
     assert plain[:3] == [alone(model, ids, LENGTH) for ids in prompts[:3]]
     whole = [[*ids.tolist(), *text, 0] for ids, text in zip(prompts, plain, strict=True)]
-    found = generate_batch(target, Partly(whole), prompts, LENGTH, [], shape=eagle2(3, 4, 10))
+    found = generate_batch(
+        target, Partly(whole), prompts, LENGTH, [], strategy=Strategy(eagle2(3, 4, 10))
+    )
     assert [one.tokens for one in found] == plain
 
 

@@ -56,14 +56,14 @@ class Told(Untrained):
 
     def __init__(self, whole, wrong=lambda place: False, tree=False):
         super().__init__(4)
-        self.whole, self.wrong, self.tree, self.news = whole, wrong, tree, []
+        self.whole, self.wrong, self.tree, self.updates = whole, wrong, tree, []
 
     def start(self, target):
         return None
 
-    def propose(self, memory, target, news, strategy):
-        self.news.append(news)
-        at = sum(len(told.ids) for told in self.news) + 1
+    def propose(self, memory, target, update, build):
+        self.updates.append(update)
+        at = sum(len(told.ids) for told in self.updates) + 1
         tokens = [(t + self.wrong(i)) % 64 for i, t in enumerate(self.whole[at : at + 4], at)]
         if self.tree:  # a sibling before each node but the first child, which is the right one
             tokens = [token for right in tokens for token in (right, (right + 1) % 64)]
@@ -84,24 +84,24 @@ def test_it_is_told_each_accepted_state_once_and_the_text_stays(model, tree):
         assert text(model) == plain
     assert len(seen) < 20
     assert "generate" not in vars(model)
-    news = told.news
-    ids = torch.cat([news[0].first.view(1), *(one.ids for one in news)])
+    update = told.updates
+    ids = torch.cat([update[0].first.view(1), *(one.ids for one in update)])
     assert ids.tolist() == whole[: len(ids)]
     assert len(ids) > 25
-    assert all(one.first is None for one in news[1:])
+    assert all(one.first is None for one in update[1:])
     with torch.no_grad():
         out = model.model(input_ids=ids[None, :-1], output_hidden_states=True)
         logits = model(input_ids=ids[None, :-1]).logits[0]
     torch.testing.assert_close(
-        torch.cat([one.hidden for one in news]), out.last_hidden_state[0], atol=1e-4, rtol=1e-4
+        torch.cat([one.hidden for one in update]), out.last_hidden_state[0], atol=1e-4, rtol=1e-4
     )
     between = torch.cat([out.hidden_states[0], out.hidden_states[1]], dim=-1)[0]
-    assert torch.cat([one.features for one in news]).shape == between.shape
+    assert torch.cat([one.features for one in update]).shape == between.shape
     torch.testing.assert_close(
-        torch.cat([one.features for one in news])[:, :64], between[:, :64], atol=1e-4, rtol=1e-4
+        torch.cat([one.features for one in update])[:, :64], between[:, :64], atol=1e-4, rtol=1e-4
     )
     position = 0
-    for one in news:
+    for one in update:
         position += len(one.ids)
         tokens, given = one.tried
         taken = position - len(one.ids)  # the pass read from here on
@@ -208,7 +208,7 @@ def test_a_sampled_token_is_the_targets_whatever_is_drafted():
     seen = passes(model)
     decode = drafting(drafter)
     for _ in range(150):
-        drafter.news.clear()
+        drafter.updates.clear()
         out = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),

@@ -19,8 +19,16 @@ from tests.toys.speculative import MODELS, PROMPT, alone, made, p_value, tiny
 from trainer.assembly.build import instantiate
 from trainer.config import compose
 from trainer.decoding import verify
-from trainer.decoding.speculative import Place, Result, generate, generate_batch, places
-from trainer.decoding.trees import Levels, chain, confident, dyspec, eagle2, hopeful
+from trainer.decoding.sampling import Sampling
+from trainer.decoding.speculative import (
+    PositionCounts,
+    Result,
+    Strategy,
+    generate,
+    generate_batch,
+    position_counts,
+)
+from trainer.decoding.trees import Levels, chain, confidence_policy, dyspec, eagle2, refusal_policy
 from trainer.drafters import Drafter, DrafterError, Target
 
 PRESETS = sorted(
@@ -39,15 +47,15 @@ class Toy(Drafter):
         self.guess = guess
 
     def start(self, target):
-        self.news, self.asked = [], []
+        self.updates, self.asked = [], []
         return self
 
-    def grow(self, memory, target, news):
+    def grow(self, memory, target, update):
         assert memory is self
-        assert len(news.hidden) == len(news.ids) >= 1
-        self.news.append(news)
+        assert len(update.hidden) == len(update.ids) >= 1
+        self.updates.append(update)
         self.asked.append(0)
-        found = self.guess(sum(len(one.ids) for one in self.news) + 1, self.offsets)
+        found = self.guess(sum(len(one.ids) for one in self.updates) + 1, self.offsets)
         return Told(
             self,
             [
@@ -69,7 +77,7 @@ class Told:
         self.drafter.asked[-1] = 1
         return self.logits[0]
 
-    def below(self, tokens, parents):
+    def extend(self, tokens, parents):
         depth = 1 + (self.depths[parents[0]] if parents[0] >= 0 else 0)
         self.depths += [depth] * len(tokens)
         self.drafter.asked[-1] = depth + 1
@@ -153,7 +161,12 @@ def test_greedy_with_an_adapter(name):
         assert generate(target, drafter, PROMPT, 25, []).tokens == text, which
         assert (
             generate(
-                target, drafter, PROMPT, 25, [], shape=Levels(FORM) if drafter else None
+                target,
+                drafter,
+                PROMPT,
+                25,
+                [],
+                strategy=Strategy(Levels(FORM) if drafter else None),
             ).tokens
             == text
         ), which
@@ -172,9 +185,7 @@ def test_greedy_with_each_drafter(name):
     assert found.tokens == text
     assert found.drafts[0][0] >= drafter.offsets
     drawn = [
-        generate(
-            Target(model), drafter, PROMPT, 20, [], 1.0, 0.9, torch.Generator().manual_seed(seed)
-        ).tokens
+        generate(Target(model), drafter, PROMPT, 20, [], Sampling(1.0, 0.9, seed=seed)).tokens
         for seed in (0, 0, 1)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -193,23 +204,23 @@ def test_a_drafter_is_told_each_accepted_state_once_with_the_token_after_it(kind
     drafter = oracle(PROMPT, text, lambda place: place % 3 == 0)
     found = generate(Target(model), drafter, PROMPT, 20, [])
     whole = torch.tensor([*PROMPT.tolist(), *text])
-    told = torch.cat([news.ids for news in drafter.news])
+    told = torch.cat([update.ids for update in drafter.updates])
     assert torch.equal(told, whole[1 : 1 + len(told)])
     assert len(told) > 20
     with torch.no_grad():
         states = model.get_decoder()(input_ids=whole.unsqueeze(0)).last_hidden_state[0]
     assert torch.allclose(
-        torch.cat([news.hidden for news in drafter.news]), states[: len(told)], atol=1e-4
+        torch.cat([update.hidden for update in drafter.updates]), states[: len(told)], atol=1e-4
     )
-    assert [len(news.ids) for news in drafter.news[1:]] == [
-        taken + 1 for _, taken in found.drafts[: len(drafter.news) - 1]
+    assert [len(update.ids) for update in drafter.updates[1:]] == [
+        taken + 1 for _, taken in found.drafts[: len(drafter.updates) - 1]
     ]
-    assert int(drafter.news[0].first) == PROMPT[0]
-    assert all(news.first is None for news in drafter.news[1:])
-    for news in drafter.news:
-        tokens, logits = news.tried
+    assert int(drafter.updates[0].first) == PROMPT[0]
+    assert all(update.first is None for update in drafter.updates[1:])
+    for update in drafter.updates:
+        tokens, logits = update.tried
         assert len(tokens) == len(logits) >= 1
-        assert news.ids[-1] in logits.argmax(-1)
+        assert update.ids[-1] in logits.argmax(-1)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 4, 5, 8])
@@ -235,11 +246,13 @@ def test_the_number_of_new_tokens_is_exact(limit):
     assert all(asked <= max(0, limit - 2) for asked in drafter.asked)
 
 
-@pytest.mark.parametrize(("count", "asked"), [(1, 1), (3, 3), (9, 4), (None, 4), (0, None)])
+@pytest.mark.parametrize(("count", "asked"), [(1, 1), (3, 3), (9, 4), (None, 4)])
 def test_as_many_are_asked_for_as_wanted_and_known(count, asked):
     model = tiny()
     drafter = oracle(PROMPT, alone(model, PROMPT, 12))
-    generate(Target(model), drafter, PROMPT, 12, [], count=count)
+    generate(
+        Target(model), drafter, PROMPT, 12, [], strategy=Strategy(chain(count) if count else None)
+    )
     assert max(getattr(drafter, "asked", []), default=None) == asked
 
 
@@ -260,7 +273,7 @@ def test_a_recurrent_target_is_refused_before_it_writes():
     drafter = Toy(lambda at, count: [])
     with pytest.raises(
         DrafterError,
-        match=r"MambaForCausalLM has layers whose state cannot be taken back.*trainer\.generate",
+        match=r"MambaForCausalLM has layers whose state cannot be rolled back.*trainer\.generate",
     ):
         generate(target, drafter, PROMPT, 4, [])
     assert not hasattr(drafter, "asked")
@@ -269,7 +282,7 @@ def test_a_recurrent_target_is_refused_before_it_writes():
 def test_a_cache_without_a_way_back_is_refused(monkeypatch):
     monkeypatch.setattr(transformers.DynamicCache, "is_croppable", False)
     target = Target(tiny())
-    with pytest.raises(DrafterError, match="cannot be taken back"):
+    with pytest.raises(DrafterError, match="cannot be rolled back"):
         generate(target, Toy(lambda at, count: []), PROMPT, 4, [])
     assert len(generate(target, None, PROMPT, 4, []).tokens) == 4
 
@@ -297,16 +310,16 @@ def table(monkeypatch):
         def read(self, tokens, parents):
             return self.open(tokens)
 
-        def may_forget(self):
+        def start_rollback(self):
             pass
 
-        def keep(self, paths):
+        def commit(self, paths):
             pass
 
-        def only(self, rows):
+        def select_rows(self, rows):
             pass
 
-    monkeypatch.setattr("trainer.decoding.speculative.Texts", Read)
+    monkeypatch.setattr("trainer.decoding.speculative.TargetCache", Read)
     monkeypatch.setattr("trainer.decoding.speculative.allow_trees", lambda target: None)
     target.table = table
     return target
@@ -346,8 +359,8 @@ class Sampler(Drafter):
     def start(self, target):
         return None
 
-    def grow(self, memory, target, news):
-        return Rows(self, news.ids[-1])
+    def grow(self, memory, target, update):
+        return Rows(self, update.ids[-1])
 
 
 class Rows:
@@ -357,20 +370,20 @@ class Rows:
         self.drafter, self.last, self.vocabulary = drafter, last, drafter.vocabulary
 
     def first(self):
-        return self.below(self.last.view(1), None)[0]
+        return self.extend(self.last.view(1), None)[0]
 
-    def below(self, tokens, parents):
+    def extend(self, tokens, parents):
         rows = self.drafter.table[tokens]
         return rows if self.vocabulary is None else rows[:, self.vocabulary]
 
 
-def counted(target, drafter, temperature, top_p, **more):
-    generator = torch.Generator().manual_seed(11)
+def counted(target, drafter, temperature, top_p, **strategy):
     found = torch.zeros([TOKENS] * LENGTH, dtype=torch.float64)
     prompts = [torch.tensor([1, 3])] * 250
-    for _ in range(DRAWS // 250):
+    for seed in range(DRAWS // 250):
+        sampling = Sampling(temperature, top_p, seed=seed)
         for result in generate_batch(
-            target, drafter, prompts, LENGTH, [], temperature, top_p, generator, **more
+            target, drafter, prompts, LENGTH, [], sampling, Strategy(**strategy)
         ):
             found[tuple(result.tokens)] += 1
     return found
@@ -380,14 +393,14 @@ OTHER = torch.randn(TOKENS, TOKENS, generator=torch.Generator().manual_seed(6)) 
 FORM = [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0)]
 SAMPLED = {
     "chain": {},
-    "chain, one at a time": {"count": 1},
+    "chain, one at a time": {"shape": chain(1)},
     "chain of the best": {"shape": chain(2, best=True)},
-    "chain that ends early": {"shape": chain(2, confident(0.6))},
-    "chain that gives up": {"shape": chain(2, hopeful(0.5))},
+    "chain that ends early": {"shape": chain(2, confidence_policy(0.6))},
+    "chain that gives up": {"shape": chain(2, refusal_policy(0.5))},
     "tree without replacement": {"shape": Levels(FORM)},
-    "tree without replacement that ends early": {"shape": Levels(FORM, confident(0.85))},
-    "tree with replacement": {"shape": Levels(FORM, replaced=True)},
-    "SpecTr": {"shape": Levels(FORM, replaced=True), "rule": "spectr"},
+    "tree without replacement that ends early": {"shape": Levels(FORM, confidence_policy(0.85))},
+    "tree with replacement": {"shape": Levels(FORM, with_replacement=True)},
+    "SpecTr": {"shape": Levels(FORM, with_replacement=True), "rule": "spectr"},
     "tree of the best": {"shape": Levels(FORM, best=True)},
     "EAGLE-2": {"shape": eagle2(2, 2, 4)},
     "DySpec": {"shape": dyspec(4)},
@@ -427,7 +440,7 @@ def test_a_rule_that_refills_from_p_is_noticed(table, monkeypatch, how):
         """Behind refused tokens a draw from p, not from what is left of it."""
         return right(p, *rest)[0], p
 
-    monkeypatch.setattr(verify, "_in_turn", lambda *given, replaced: from_p(*given, replaced))
+    monkeypatch.setattr(verify, "_in_turn", lambda *given, replacement: from_p(*given, replacement))
     found = counted(table, Sampler(OTHER), 1.0, 1.0, **SAMPLED[how])
     assert p_value(found, joint(table.table, 3, 1.0, 1.0)) < 1e-6
 
@@ -441,19 +454,25 @@ def test_typical_acceptance_writes_otherwise(table):
 
 def test_a_draft_of_the_targets_own_distribution_is_always_taken(table):
     for seed in range(50):
-        generator = torch.Generator().manual_seed(seed)
         found = generate(
-            table, Sampler(table.table), torch.tensor([1]), 9, [], 0.9, 0.95, generator
+            table, Sampler(table.table), torch.tensor([1]), 9, [], Sampling(0.9, 0.95, seed=seed)
         )
         assert all(proposed == taken for proposed, taken in found.drafts)
 
 
 def test_how_often_a_draft_is_taken_is_what_p_and_q_share(table):
     other = Sampler(torch.randn(TOKENS, TOKENS, generator=torch.Generator().manual_seed(6)) * 2)
-    generator = torch.Generator().manual_seed(0)
     results = [
-        generate(table, other, torch.tensor([2, 3]), 3, [], 1.0, 1.0, generator, count=1)
-        for _ in range(1000)
+        generate(
+            table,
+            other,
+            torch.tensor([2, 3]),
+            3,
+            [],
+            Sampling(1.0, seed=seed),
+            Strategy(chain(1)),
+        )
+        for seed in range(1000)
     ]
     firsts = [result.drafts[0] for result in results]
     p, q = table.table.softmax(-1).double(), other.table.softmax(-1).double()
@@ -470,10 +489,12 @@ def test_without_a_drafter_the_draws_are_those_of_transformers(temperature, top_
     torch.manual_seed(7)
     wanted = alone(model, PROMPT, 20, do_sample=True, top_k=0, temperature=temperature, top_p=top_p)
     torch.manual_seed(7)
-    assert generate(Target(model), None, PROMPT, 20, [], temperature, top_p).tokens == wanted
+    assert (
+        generate(Target(model), None, PROMPT, 20, [], Sampling(temperature, top_p)).tokens == wanted
+    )
 
 
-def test_a_sampled_text_repeats_with_its_generator():
+def test_a_sampled_text_repeats_with_its_seed():
     target = Target(tiny())
     texts = [
         generate(
@@ -482,9 +503,7 @@ def test_a_sampled_text_repeats_with_its_generator():
             PROMPT,
             15,
             [],
-            1.0,
-            1.0,
-            torch.Generator().manual_seed(seed),
+            Sampling(1.0, seed=seed),
         ).tokens
         for seed in (1, 1, 2)
     ]
@@ -496,6 +515,10 @@ def test_a_place_counts_what_was_proposed_what_stood_after_right_ones_and_what_w
         Result([], [(3, 3), (3, 0), (3, 2)], 0, 0),
         Result([], [(3, 1), (1, 1), (0, 0)], 0, 0),
     ]
-    assert places(results) == [Place(5, 5, 4), Place(4, 3, 2), Place(4, 2, 1)]
+    assert position_counts(results) == [
+        PositionCounts(5, 5, 4),
+        PositionCounts(4, 3, 2),
+        PositionCounts(4, 2, 1),
+    ]
     assert results[1].histogram == [1, 2]
-    assert places([]) == []
+    assert position_counts([]) == []

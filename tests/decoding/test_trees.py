@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from trainer.decoding import trees
+from trainer.decoding.drawing import Drawing
 from trainer.decoding.trees import (
     EAGLE1,
-    Drawing,
     Levels,
     chain,
-    confident,
+    confidence_policy,
     dyspec,
     eagle2,
-    hopeful,
     named,
+    refusal_policy,
     search,
 )
 from trainer.drafters import DrafterError
@@ -43,7 +43,7 @@ class Table:
     def first(self):
         return self.logits(())
 
-    def below(self, tokens, parents):
+    def extend(self, tokens, parents):
         above = [self.paths[i] if i >= 0 else () for i in parents.tolist()]
         new = [(*path, token) for path, token in zip(above, tokens.tolist(), strict=True)]
         assert len({len(path) for path in new}) == 1
@@ -153,18 +153,18 @@ def test_parents_stay_with_children_of_the_same_chance():
 
 def test_draws_say_what_they_were_drawn_from():
     form = [(0,), (1,), (2,), (0, 0), (0, 1), (2, 0)]
-    for replaced in (False, True):
+    for with_replacement in (False, True):
         growth = Table(4)
-        draft = Levels(form, replaced=replaced)(
+        draft = Levels(form, with_replacement=with_replacement)(
             growth, Drawing(V, 9, warm, torch.Generator().manual_seed(3))
         )
-        assert draft.replaced == replaced
+        assert draft.with_replacement == with_replacement
         assert draft.parents.tolist() == [-1, -1, -1, 0, 0, 2]
         for node, path in enumerate(paths_of(draft)):
             torch.testing.assert_close(
                 draft.probabilities[draft.rows[node]], warm(Table(4).logits(path[:-1]))
             )
-        if not replaced:
+        if not with_replacement:
             assert len(set(paths_of(draft))) == 6
     assert Levels(form, best=True)(Table(4), Drawing(V, 9, warm)).probabilities is None
 
@@ -206,16 +206,24 @@ def test_a_confident_chain_ends_where_no_token_is_likely(threshold, length):
     wanted = next((k for k in range(1, 6) if tops[k] < threshold), 6)
     assert length in (None, wanted)
     growth = Table(6)
-    assert chain(6, confident(threshold))(growth, Drawing(V, 9)).tokens.tolist() == path[:wanted]
+    assert (
+        chain(6, confidence_policy(threshold))(growth, Drawing(V, 9)).tokens.tolist()
+        == path[:wanted]
+    )
     assert len(growth.calls) == min(5, wanted)
 
 
 def test_a_hopeful_chain_ends_where_a_refusal_is_likely():
     # The chance that all are taken is 0.9, 0.72, 0.576, 0.4608 ..
     growth = Table(6, confidence=lambda path: 0.9 if len(path) == 1 else 0.8)
-    assert len(chain(6, hopeful(0.3))(growth, Drawing(V, 9)).tokens) == 3
+    assert len(chain(6, refusal_policy(0.3))(growth, Drawing(V, 9)).tokens) == 3
     assert (
-        len(chain(6, hopeful(0.5))(Table(6, confidence=growth.predicts), Drawing(V, 9)).tokens) == 4
+        len(
+            chain(6, refusal_policy(0.5))(
+                Table(6, confidence=growth.predicts), Drawing(V, 9)
+            ).tokens
+        )
+        == 4
     )
     path = chain(6)(Table(6), Drawing(V, 9)).tokens.tolist()
     alive, wanted = 1.0, 6
@@ -224,12 +232,16 @@ def test_a_hopeful_chain_ends_where_a_refusal_is_likely():
         if 1 - alive > 0.8:
             wanted = k
             break
-    assert chain(6, hopeful(0.8))(Table(6), Drawing(V, 9)).tokens.tolist() == path[:wanted]
+    assert chain(6, refusal_policy(0.8))(Table(6), Drawing(V, 9)).tokens.tolist() == path[:wanted]
 
 
 @pytest.mark.parametrize(
     "shape",
-    [Levels(EAGLE1, confident(1.0)), eagle2(3, 4, 30, confident(1.0)), dyspec(30, 4, hopeful(0.0))],
+    [
+        Levels(EAGLE1, confidence_policy(1.0)),
+        eagle2(3, 4, 30, confidence_policy(1.0)),
+        dyspec(30, 4, refusal_policy(0.0)),
+    ],
 )
 def test_a_policy_ends_trees_too(shape):
     assert set(map(len, paths_of(shape(Table(5), Drawing(V, 9))))) == {1}
@@ -240,7 +252,7 @@ def test_a_policy_sees_nothing_that_is_drawn_after_it():
     decided = {}
     for seed in range(60):
         growth = Table(2)
-        draft = chain(2, confident(0.55))(
+        draft = chain(2, confidence_policy(0.55))(
             growth, Drawing(V, 9, warm, torch.Generator().manual_seed(seed))
         )
         first = draft.tokens.tolist()[0]
@@ -354,7 +366,7 @@ def test_options_make_the_shapes_they_name():
     assert len(paths_of(named("static", 2)(Table(5), Drawing(V, 9)))) == 12
     assert len(paths_of(named("eagle2", None, 3, 7)(Table(), Drawing(V, 9)))) == 7
     assert len(paths_of(named("dyspec", size=7)(Table(), Drawing(V, 9)))) == 7
-    assert named("static", siblings="spectr")(Table(5), Drawing(V, 9, warm)).replaced
+    assert named("static", siblings="spectr")(Table(5), Drawing(V, 9, warm)).with_replacement
     assert len(named("static", 1, paths=[[0], [1], [0, 0]])(Table(), Drawing(V, 9)).tokens) == 2
     assert named("chain", policy="confidence:1").policy(lambda: 0.9, None) is False
     assert set(trees.TREES) == {"chain", "static", "eagle2", "dyspec"}

@@ -21,13 +21,13 @@ def rows(count, size, seed, zeros=False):
     return p / p.sum(-1, keepdim=True)
 
 
-def draws(q, k, replaced):
+def draws(q, k, replacement):
     """((tokens, their chance) of all ordered draws of k tokens."""
     for tokens in itertools.product(range(len(q)), repeat=k):
         chance, now = 1.0, q
         for token in tokens:
             chance = chance * float(now[token])
-            if not replaced:
+            if not replacement:
                 now = now.clone()
                 now[token] = 0
                 now = now / now.sum() if now.sum() > 0 else now
@@ -56,12 +56,12 @@ STEPS = {
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("rule", STEPS)
 def test_a_token_is_distributed_as_the_targets(rule, zeros):
-    steps, replaced = STEPS[rule]
+    steps, replacement = STEPS[rule]
     for seed in range(8):
         size, k = 3 + seed % 4, 1 + seed % 3
         p, q = rows(2, size, seed, zeros)
         written, total = torch.zeros(size, dtype=torch.float64), 0.0
-        for tokens, chance in draws(q, k, replaced):
+        for tokens, chance in draws(q, k, replacement):
             taken, left = outcome(steps, p, q, tokens)
             for token, weight in zip(tokens, taken, strict=True):
                 written[token] += chance * weight
@@ -77,9 +77,10 @@ def test_a_token_is_distributed_as_the_targets(rule, zeros):
 
 def test_the_first_child_is_taken_as_often_as_p_and_q_share():
     p, q = rows(2, 5, 3)
-    for steps, replaced in STEPS.values():
+    for steps, replacement in STEPS.values():
         found = sum(
-            chance * outcome(steps, p, q, tokens)[0][0] for tokens, chance in draws(q, 1, replaced)
+            chance * outcome(steps, p, q, tokens)[0][0]
+            for tokens, chance in draws(q, 1, replacement)
         )
         assert abs(found - float(torch.minimum(p, q).sum())) < 1e-12
 
@@ -89,9 +90,9 @@ def test_more_children_are_taken_more_often_and_without_replacement_most():
     taken = {
         (rule, k): sum(
             chance * sum(outcome(steps, p, q, tokens)[0])
-            for tokens, chance in draws(q, k, replaced)
+            for tokens, chance in draws(q, k, replacement)
         )
-        for rule, (steps, replaced) in STEPS.items()
+        for rule, (steps, replacement) in STEPS.items()
         for k in (1, 2, 3)
     }
     for rule in STEPS:
@@ -164,9 +165,9 @@ def test_a_tree_of_two_levels_writes_pairs_as_the_target_does(kind, monkeypatch)
     # after the newest token, and after each token that may follow it
     p, q = rows(size + 1, size, 4), rows(size + 1, size, 5)
     above = [-1, 0] if kind == "chain" else ABOVE
-    replaced = kind in ("with replacement", "spectr")
+    replacement = kind in ("with replacement", "spectr")
     found = torch.zeros(size, size, dtype=torch.float64)
-    for first, chance in draws(q[0], 1 if kind == "chain" else 2, replaced):
+    for first, chance in draws(q[0], 1 if kind == "chain" else 2, replacement):
         for second, more in draws(q[1 + first[0]], 1, True):
             tokens = (*first, *second)
             rows_of = torch.tensor([0] * len(first) + [1])
@@ -175,7 +176,7 @@ def test_a_tree_of_two_levels_writes_pairs_as_the_target_does(kind, monkeypatch)
                 torch.tensor(above),
                 torch.stack([q[0], q[1 + first[0]]]),
                 rows_of,
-                replaced,
+                replacement,
             )
             places = p[[0, *(1 + token for token in tokens)]]
             for path, left, way in steps_of(
@@ -217,7 +218,7 @@ def test_typical_acceptance_is_not_the_targets():
     for _ in range(300):
         verdict = verify.typical_lossy(p, [draft], generator)
         path = verify.walk([-1], verdict.taken.tolist())
-        counts[1 if path else int(verdict.own[0])] += 1
+        counts[1 if path else int(verdict.next_tokens[0])] += 1
     # 0.3 is enough, so that the target's best token is never written
     assert counts.tolist() == [0, 300, 0]
 
@@ -243,7 +244,7 @@ def test_greedy_follows_the_best_guesses():
     logits = torch.nn.functional.one_hot(best, 5).float()
     draft = Draft(torch.tensor([3, 2, 1, 4, 1]), torch.tensor([-1, -1, 0, 2, 1]))
     verdict = verify.greedy(logits, [draft])
-    assert verdict.own.tolist() == best.tolist()
+    assert verdict.next_tokens.tolist() == best.tolist()
     assert verify.walk(draft.parents.tolist(), verdict.taken.tolist()) == [0, 2]
     none = Draft(torch.tensor([], dtype=torch.long), torch.tensor([], dtype=torch.long))
     assert verify.walk([], verify.greedy(logits[:1], [none]).taken.tolist()) == []

@@ -11,15 +11,16 @@ import torch
 
 from tests.toys.eagle import by_row, knobs, llama, made, stirred
 from tests.toys.eagle3 import COUNTS, FEATURES
-from tests.toys.packed_rows import APART, PACKED, ROWS, seen_of
+from tests.toys.packed_rows import APART, PACKED, ROWS, output_of
 from trainer.decoding import trees
-from trainer.decoding.speculative import generate
-from trainer.decoding.trees import Drawing, hopeful
-from trainer.drafters import DrafterError, News, Seen, Target, io, metrics
+from trainer.decoding.drawing import Drawing
+from trainer.decoding.speculative import Strategy, generate
+from trainer.decoding.trees import refusal_policy
+from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, io, metrics
 from trainer.drafters.eagle import Eagle
 from trainer.drafters.eagle3 import Eagle3
 from trainer.drafters.hydra import Hydra
-from trainer.exporting import engines
+from trainer.exporting import draft_head
 
 SIZE, K = 32, 3
 METHODS = {
@@ -66,10 +67,10 @@ def chance(w, k, z):
 def test_its_loss_is_that_of_plain_loops_and_reaches_nothing_else(name, packs):
     model = llama()
     drafter, plain, target = make(model, name), without(make(model, name)), Target(model)
-    seen, rows = seen_of(packs, SIZE, features_of(name))
-    total, numbers = drafter.loss(seen, target, 4)
+    output, rows = output_of(packs, SIZE, features_of(name))
+    total, numbers = drafter.loss(output, target, 4)
     total.backward()
-    alone, before = plain.loss(seen, target, 4)
+    alone, before = plain.loss(output, target, 4)
     alone.backward()
 
     w = {
@@ -79,7 +80,7 @@ def test_its_loss_is_that_of_plain_loops_and_reaches_nothing_else(name, packs):
     }
     table = model.get_output_embeddings().weight.detach().double()
     with torch.no_grad():
-        states = [by_row(packs, one) for one in drafter.states(seen, target)]
+        states = [by_row(packs, one) for one in drafter.states(output, target)]
     heads, kept, weights = drafter.draft_heads(target), drafter.vocabulary, drafter.weights
     expected, apart = torch.zeros((), dtype=torch.float64), torch.zeros(K, dtype=torch.float64)
     outside = 0
@@ -137,7 +138,7 @@ def row_of(name, known=6):
 
 def grown(drafter, target, name):
     hidden, more, ids = row_of(name)
-    return drafter.grow(drafter.start(target), target, News(hidden, more, ids[1:], ids[0]))
+    return drafter.grow(drafter.start(target), target, TargetUpdate(hidden, more, ids[1:], ids[0]))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -152,7 +153,7 @@ def test_nodes_have_the_chance_that_is_trained_for_what_they_are_drawn_from(name
     w = {n: p.double() for n, p in drafter.state().items()}
     found = []
     for parents, tokens in (([-1, -1], [3, 9]), ([1, 0, 1], [7, 1, 4])):
-        growth.below(torch.tensor(tokens), torch.tensor(parents))
+        growth.extend(torch.tensor(tokens), torch.tensor(parents))
         assert growth.confidence.shape == (len(tokens),)
         for parent, token, said in zip(parents, tokens, growth.confidence, strict=True):
             above = paths[parent + 1]
@@ -163,7 +164,7 @@ def test_nodes_have_the_chance_that_is_trained_for_what_they_are_drawn_from(name
                 [SIZE, features_of(name)], 1
             )
             at = torch.arange(row.shape[1])[None]
-            seen = Seen(
+            output = TargetOutput(
                 states[0][None],
                 row,
                 row,
@@ -171,7 +172,7 @@ def test_nodes_have_the_chance_that_is_trained_for_what_they_are_drawn_from(name
                 states[0][None, :0],
                 states[1][None] if name == "eagle3" else None,
             )
-            z = list(drafter.states(seen, target))[len(above)][0, known - 1]
+            z = list(drafter.states(output, target))[len(above)][0, known - 1]
             found.append(float(said))
             assert float(said) == pytest.approx(
                 float(chance(w, len(above) + 1, z.double())), abs=1e-5
@@ -211,7 +212,7 @@ def test_drafts_end_where_a_refusal_is_likely_enough(name, chances, threshold, l
         return len(trees.chain(6, policy)(grown(drafter, target, name), Drawing(64, 6)).tokens)
 
     assert drafted(None) == 6
-    assert drafted(hopeful(threshold)) == length
+    assert drafted(refusal_policy(threshold)) == length
 
 
 @pytest.mark.parametrize("shape", ["chain", "eagle2"])
@@ -221,13 +222,13 @@ def test_decoding_with_drafts_that_it_ends_gives_the_targets_text(name, shape):
     drafter, target = make(model, name, offsets=4), Target(model)
     # Predictions that differ, so that some drafts are ended and some are not.
     with torch.no_grad():
-        states = list(drafter.states(seen_of(APART, SIZE, features_of(name))[0], target))
+        states = list(drafter.states(output_of(APART, SIZE, features_of(name))[0], target))
         for head, read in zip(drafter.confidence, states, strict=False):
             logits = head(read)
             head[-1].weight.mul_(2 / logits.std())
             head[-1].bias.sub_(logits.mean()).mul_(2 / logits.std()).add_(1)
 
-    went_on, told = [], hopeful(0.5)
+    went_on, told = [], refusal_policy(0.5)
 
     def policy(top, alive):
         went_on.append(told(top, alive))
@@ -237,7 +238,10 @@ def test_decoding_with_drafts_that_it_ends_gives_the_targets_text(name, shape):
     written = set()
     for ids in ([3, 1, 4, 1, 5], [9, 2, 6]):
         plain = generate(target, None, torch.tensor(ids), 8, [])
-        assert generate(target, drafter, torch.tensor(ids), 8, [], shape=how).tokens == plain.tokens
+        assert (
+            generate(target, drafter, torch.tensor(ids), 8, [], strategy=Strategy(how)).tokens
+            == plain.tokens
+        )
         written |= set(plain.tokens)
     assert len(written) > 5
     assert set(went_on) == {True, False}
@@ -267,12 +271,12 @@ def test_it_learns_what_is_taken():
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(4)  # so that positions differ
     drafter, target = make(model, "shared", confidence=1.0), Target(model)
-    seen, _ = seen_of(APART, SIZE)
+    output, _ = output_of(APART, SIZE)
     drafter.requires_grad_(False).confidence.requires_grad_(True)
     optimizer = torch.optim.AdamW(drafter.confidence.parameters(), 5e-3)
     found = []
     for _ in range(25):
-        total, numbers = drafter.loss(seen, target, 64)
+        total, numbers = drafter.loss(output, target, 64)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -283,14 +287,14 @@ def test_it_learns_what_is_taken():
 def test_rows_without_a_trained_token_give_it_a_gradient_of_zero():
     model = llama()
     drafter, ids = make(model, "eagle"), torch.tensor([[1, 2]])
-    seen = Seen(
+    output = TargetOutput(
         torch.randn(1, 2, SIZE),
         ids,
         torch.full_like(ids, -100),
         torch.arange(2)[None],
         torch.zeros(1, 0, SIZE),
     )
-    total, numbers = drafter.loss(seen, Target(model), 4)
+    total, numbers = drafter.loss(output, Target(model), 4)
     total.backward()
     assert (float(total.detach()), metrics(numbers)) == (0, {})
     assert all((p.grad == 0).all() for p in drafter.confidence.parameters())
@@ -300,26 +304,28 @@ def test_rows_without_a_trained_token_give_it_a_gradient_of_zero():
 def test_bf16_states_train_fp32_heads(name):
     model = llama().bfloat16()
     drafter, target = make(model, name), Target(model)
-    seen, _ = seen_of(PACKED, SIZE, features_of(name))
-    features = None if seen.features is None else seen.features.bfloat16()
-    seen = Seen(
-        seen.hidden.bfloat16(),
-        seen.ids,
-        seen.labels,
-        seen.positions,
-        seen.extra.bfloat16(),
+    output, _ = output_of(PACKED, SIZE, features_of(name))
+    features = None if output.features is None else output.features.bfloat16()
+    output = TargetOutput(
+        output.hidden.bfloat16(),
+        output.ids,
+        output.labels,
+        output.positions,
+        output.extra.bfloat16(),
         features,
     )
-    drafter.loss(seen, target, 5)[0].backward()
+    drafter.loss(output, target, 5)[0].backward()
     assert all(
         p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all()
         for p in drafter.confidence.parameters()
     )
     hidden, more, ids = row_of(name)
     growth = drafter.bfloat16().grow(
-        drafter.start(target), target, News(hidden.bfloat16(), more.bfloat16(), ids[1:], ids[0])
+        drafter.start(target),
+        target,
+        TargetUpdate(hidden.bfloat16(), more.bfloat16(), ids[1:], ids[0]),
     )
-    assert growth.below(torch.tensor([1, 2]), torch.tensor([-1, -1])).dtype == torch.bfloat16
+    assert growth.extend(torch.tensor([1, 2]), torch.tensor([-1, -1])).dtype == torch.bfloat16
     assert growth.confidence.dtype == torch.float32
     assert ((growth.confidence > 0) & (growth.confidence < 1)).all()
 
@@ -354,10 +360,10 @@ def test_engines_layouts_leave_it_out_and_say_so(name, caplog):
     model = llama()
     drafter = stirred(make(model, name), 9)
     with caplog.at_level(logging.WARNING, logger="trainer"):
-        head = engines.canonical(drafter, model)
+        head = draft_head.canonical(drafter, model)
     assert "drafter.confidence) is left out" in caplog.text
     caplog.clear()
-    plain = engines.canonical(without(drafter), model)
+    plain = draft_head.canonical(without(drafter), model)
     assert caplog.text == ""
     assert head.own == plain.own
     assert head.tensors.keys() == plain.tensors.keys()
@@ -367,9 +373,9 @@ def test_engines_layouts_leave_it_out_and_say_so(name, caplog):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("eagle", {"confidence": 0.0}, r"drafter\.confidence=0\.0: a weight above 0"),
-        ("eagle3", {"confidence": -1.0}, r"drafter\.confidence=-1\.0: a weight above 0"),
-        ("hydra", {"confidence": math.nan}, r"drafter\.confidence=nan: a weight above 0"),
+        ("eagle", {"confidence": 0.0}, r"drafter\.confidence=0\.0: expected a weight above 0"),
+        ("eagle3", {"confidence": -1.0}, r"drafter\.confidence=-1\.0: expected a weight above 0"),
+        ("hydra", {"confidence": math.nan}, r"drafter\.confidence=nan: expected a weight above 0"),
         (
             "hydra",
             {"loss": "labels"},

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from tests.toys import adapters as toys
-from tests.toys.packed_rows import APART, PACKED, ROWS, numbers_of, seen_of
-from trainer.drafters import DrafterError, Seen, Target, metrics
+from tests.toys.packed_rows import APART, PACKED, ROWS, numbers_of, output_of
+from trainer.drafters import DrafterError, Target, TargetOutput, metrics
 from trainer.drafters.distillation import KINDS, Distillation, chunked_distillation
 from trainer.drafters.distilled import Distilled
 from trainer.models.heads import captured_layers
@@ -207,9 +207,9 @@ class Lines(Distilled):
         near = torch.eye(SIZE) + 0.15 * torch.randn(offsets, SIZE, SIZE, generator=draw)
         self.matrices = nn.Parameter(near)
 
-    def states(self, seen, target):
+    def states(self, output, target):
         for matrix in self.matrices:
-            yield seen.hidden @ matrix
+            yield output.hidden @ matrix
 
 
 class Voiced(Lines):
@@ -255,8 +255,8 @@ def test_a_drafters_loss_and_numbers_are_those_of_plain_loops(make, kind, packs,
         table = target.model.get_output_embeddings().weight.mul_(5)
         if make is Voiced:
             drafter.table.mul_(0.5).add_(table[SOME])
-    seen, states = seen_of(packs, SIZE)
-    total, numbers = drafter.loss(seen, target, chunk)
+    output, states = output_of(packs, SIZE)
+    total, numbers = drafter.loss(output, target, chunk)
     total.backward()
 
     table = target.model.get_output_embeddings().weight.detach().double()
@@ -310,14 +310,14 @@ def test_a_drafters_loss_and_numbers_are_those_of_plain_loops(make, kind, packs,
 def test_no_trained_position_and_rows_shorter_than_the_offsets():
     target, drafter = target_of(), Lines()
     ids = torch.tensor([[1, 2]])
-    seen = Seen(
+    output = TargetOutput(
         torch.randn(1, 2, SIZE),
         ids,
         torch.full_like(ids, -100),
         torch.arange(2)[None],
         torch.zeros(1, 0, SIZE),
     )
-    total, numbers = drafter.loss(seen, target, 4)
+    total, numbers = drafter.loss(output, target, 4)
     total.backward()
     assert float(total.detach()) == 0
     assert (numbers == 0).all()

@@ -25,11 +25,12 @@ from tests.toys.eagle import (
     token_of,
     weights_of,
 )
-from tests.toys.packed_rows import APART, PACKED, ROWS, seen_of
+from tests.toys.packed_rows import APART, PACKED, ROWS, output_of
 from trainer.decoding import trees
-from trainer.decoding.speculative import generate
-from trainer.drafters import DrafterError, News, Seen, Target
-from trainer.drafters.eagle import Eagle, attend
+from trainer.decoding.speculative import Strategy, generate
+from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate
+from trainer.drafters.eagle import Eagle
+from trainer.drafters.unrolled import attend
 from trainer.models.losses import CausalLoss
 
 
@@ -63,14 +64,14 @@ def test_states_loss_and_gradient_are_those_of_the_reference(kind, passes, bias,
     model = MODELS[kind]()
     drafter = eagle(model, offsets=passes, bias=bias, weights=[1.0, 0.5, 0.25][:passes], weight=0.7)
     target = Target(model)
-    seen, rows = seen_of(packs, SIZE)
+    output, rows = output_of(packs, SIZE)
     w, window = weights_of(drafter), getattr(model.config, "sliding_window", None)
     wanted = [
         naive(w, model, hidden.double(), ids, passes, window)
         for (hidden, _), (ids, _) in zip(rows, ROWS, strict=True)
     ]
 
-    for k, states in enumerate(drafter.states(seen, target)):
+    for k, states in enumerate(drafter.states(output, target)):
         assert states.isfinite().all()
         for row, found in enumerate(by_row(packs, states)):
             there = max(0, len(found) - 1 - k)
@@ -78,7 +79,7 @@ def test_states_loss_and_gradient_are_those_of_the_reference(kind, passes, bias,
                 found[:there].double(), wanted[row][k][:there], rtol=1e-4, atol=1e-4
             )
 
-    total, numbers = drafter.loss(seen, target, 4)
+    total, numbers = drafter.loss(output, target, 4)
     total.backward()
     table = model.get_output_embeddings().weight.detach().double()
     expected, counts = torch.zeros((), dtype=torch.float64), [0] * passes
@@ -150,7 +151,7 @@ def test_decoding_with_it_gives_the_targets_text(shape):
     model = llama()
     ids = torch.tensor([3, 1, 4, 1, 5])
     plain = generate(Target(model), None, ids, 12, [])
-    found = generate(Target(model), eagle(model), ids, 12, [], shape=shape)
+    found = generate(Target(model), eagle(model), ids, 12, [], strategy=Strategy(shape))
     assert found.tokens == plain.tokens
     assert max(proposed for proposed, _ in found.drafts) > 1
 
@@ -165,18 +166,18 @@ def test_depth_is_a_knob_of_its_own():
 def test_noise_is_there_while_training_only_and_of_the_generator():
     model = llama()
     drafter, target = eagle(model, noise=0.5), Target(model)
-    seen, _ = seen_of(APART, SIZE)
+    output, _ = output_of(APART, SIZE)
 
     def drawn(seed, training):
         torch.manual_seed(seed)
         with torch.no_grad():
-            return next(iter(drafter.train(training).states(seen, target)))
+            return next(iter(drafter.train(training).states(output, target)))
 
     assert torch.equal(drawn(1, True), drawn(1, True))
     assert not torch.allclose(drawn(1, True), drawn(2, True))
     assert torch.equal(drawn(1, False), drawn(2, False))
     zeros = torch.zeros(100, 40)
-    noise = drafter.train().entering(zeros, None)
+    noise = drafter.train().first_input(zeros, None)
     assert 0.24 < float(noise.abs().max()) <= 0.25
     assert abs(float(noise.mean())) < 0.01
 
@@ -184,11 +185,11 @@ def test_noise_is_there_while_training_only_and_of_the_generator():
 def test_from_the_last_layer_it_starts_as_that_without_its_first_norm():
     model = llama()
     drafter, target = Eagle(model, **knobs("eagle", init="last_layer")).eval(), Target(model)
-    seen, rows = seen_of(APART, SIZE)
+    output, rows = output_of(APART, SIZE)
     layer = model.model.layers[-1]
     layer.input_layernorm = nn.Identity()
     with torch.no_grad():
-        states = next(iter(drafter.states(seen, target)))
+        states = next(iter(drafter.states(output, target)))
         for found, (hidden, _) in zip(by_row(APART, states), rows, strict=True):
             hidden = hidden[None]
             at = torch.arange(hidden.shape[1])[None]
@@ -203,11 +204,15 @@ def test_from_the_last_layer_it_starts_as_that_without_its_first_norm():
 def test_bf16_states_train_fp32_weights():
     model = llama().bfloat16()
     drafter, target = eagle(model, offsets=2), Target(model)
-    seen, _ = seen_of(PACKED, SIZE)
-    seen = Seen(
-        seen.hidden.bfloat16(), seen.ids, seen.labels, seen.positions, seen.extra.bfloat16()
+    output, _ = output_of(PACKED, SIZE)
+    output = TargetOutput(
+        output.hidden.bfloat16(),
+        output.ids,
+        output.labels,
+        output.positions,
+        output.extra.bfloat16(),
     )
-    total, _ = drafter.loss(seen, target, 5)
+    total, _ = drafter.loss(output, target, 5)
     total.backward()
     assert all(
         p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all()
@@ -216,10 +221,10 @@ def test_bf16_states_train_fp32_weights():
     tree = drafter.grow(
         drafter.start(target),
         target,
-        News(seen.hidden[0, :4], seen.hidden[0, :4, :0], seen.ids[0, 1:5]),
+        TargetUpdate(output.hidden[0, :4], output.hidden[0, :4, :0], output.ids[0, 1:5]),
     )
     assert (
-        tree.below(torch.tensor([1, 2]), torch.tensor([-1, -1])).dtype
+        tree.extend(torch.tensor([1, 2]), torch.tensor([-1, -1])).dtype
         == tree.first().dtype
         == torch.bfloat16
     )

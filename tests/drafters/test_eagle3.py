@@ -28,8 +28,8 @@ from tests.toys.eagle import (
     weights_of,
 )
 from tests.toys.eagle3 import COUNTS, FEATURES
-from tests.toys.packed_rows import APART, PACKED, ROWS, numbers_of, seen_of
-from trainer.drafters import DrafterError, News, Seen, Target, io, targets_of
+from tests.toys.packed_rows import APART, PACKED, ROWS, numbers_of, output_of
+from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, io, offset_targets
 from trainer.drafters.eagle3 import Eagle3, read_layers
 from trainer.models.losses import CausalLoss
 
@@ -79,7 +79,7 @@ def test_states_loss_and_gradient_are_those_of_the_reference(kind, changes, pack
         eagle3(model, **{"draft_vocab_size": 44, "weight": 0.7} | changes),
         Target(model),
     )
-    seen, rows = seen_of(packs, SIZE, FEATURES)
+    output, rows = output_of(packs, SIZE, FEATURES)
     w, passes = weights_of(drafter), drafter.offsets
     form = {"norm_output": drafter.norm_output, "fc_norm": drafter.fc_norm is not None}
     window = getattr(model.config, "sliding_window", None)
@@ -88,7 +88,7 @@ def test_states_loss_and_gradient_are_those_of_the_reference(kind, changes, pack
         for (_, f), (ids, _) in zip(rows, ROWS, strict=True)
     ]
 
-    for k, states in enumerate(drafter.states(seen, target)):
+    for k, states in enumerate(drafter.states(output, target)):
         assert states.isfinite().all()
         for row, found in enumerate(by_row(packs, states)):
             there = max(0, len(found) - 1 - k)
@@ -96,7 +96,7 @@ def test_states_loss_and_gradient_are_those_of_the_reference(kind, changes, pack
                 found[:there].double(), wanted[row][k][:there], rtol=1e-4, atol=1e-4
             )
 
-    total, numbers = drafter.loss(seen, target, 4)
+    total, numbers = drafter.loss(output, target, 4)
     total.backward()
     table, head = model.get_output_embeddings().weight.detach().double(), w["lm_head.weight"]
     weights = changes.get("weights", [0.8**k for k in range(passes)])
@@ -146,16 +146,16 @@ def test_a_tree_is_drafted_as_passes_are_trained(kind, changes):
 def test_its_features_are_the_targets_states_in_their_order():
     model = toys.llama(torch.float32, **TINY, num_hidden_layers=5)
     drafter = eagle3(model)
-    seen = []
+    output = []
     drafter.loss = lambda found, *_: (
-        seen.append(found) or (found.hidden.sum() * 0, torch.zeros(3, 7))
+        output.append(found) or (found.hidden.sum() * 0, torch.zeros(3, 7))
     )
     ids = toys.IDS[:, :9]
     CausalLoss(model, 64, drafter, Target(model))({"input_ids": ids, "labels": ids})
     states = model(ids, output_hidden_states=True).hidden_states
     assert drafter.layers == (1, 2, 4)
-    assert torch.equal(seen[0].features, torch.cat([states[1], states[2], states[4]], -1))
-    assert not seen[0].features.requires_grad
+    assert torch.equal(output[0].features, torch.cat([states[1], states[2], states[4]], -1))
+    assert not output[0].features.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_the_states_that_are_read(depth, layers):
 @pytest.mark.parametrize("wanted", [[], [2, 1], [1, 1], [-1, 2], [1, 5]])
 def test_states_that_there_are_not_are_named(wanted):
     with pytest.raises(
-        DrafterError, match=r"drafter\.aux_layers=\[.*ascending.* 4 \(what its last layer gives"
+        DrafterError, match=r"drafter\.aux_layers=\[.*ascending.* 4 \(the output of its last layer"
     ):
         read_layers(4, wanted)
 
@@ -206,7 +206,7 @@ def test_too_small_a_draft_vocabulary_is_refused_with_the_size_that_would_do():
     drafter = Eagle3(llama(), **knobs("eagle3", draft_vocab_size=7, coverage=0.75))
     with pytest.raises(
         DrafterError,
-        match=r"draft_vocab_size=7: these tokens are 70\.0% .* asks for 75\.0%: 8 tokens would do",
+        match=r"draft_vocab_size=7: these tokens are 70\.0% .* requires 75\.0%: set 8 tokens",
     ):
         drafter.calibrate(lambda: counts)
     drafter = Eagle3(llama(), **knobs("eagle3", draft_vocab_size=8, coverage=0.75))
@@ -279,9 +279,9 @@ def test_what_trains():
 def test_from_the_last_layer_it_starts_as_that_run_on_the_last_state_that_is_read():
     model = llama()
     drafter, target = Eagle3(model, **knobs("eagle3", offsets=1, init="last_layer")), Target(model)
-    seen, rows = seen_of(APART, SIZE, FEATURES)
+    output, rows = output_of(APART, SIZE, FEATURES)
     with torch.no_grad():
-        states = next(iter(drafter.states(seen, target)))
+        states = next(iter(drafter.states(output, target)))
         for found, (_, features) in zip(by_row(APART, states), rows, strict=True):
             entering = features[None, :, -SIZE:]
             at = torch.arange(entering.shape[1])[None]
@@ -311,9 +311,11 @@ def test_layers_with_biases_become_layers_without():
 def test_bf16_states_train_fp32_weights():
     model = llama().bfloat16()
     drafter, target = eagle3(model), Target(model)
-    seen, _ = seen_of(PACKED, SIZE, FEATURES)
-    seen = Seen(*(t.bfloat16() if t.is_floating_point() else t for t in vars(seen).values()))
-    total, _ = drafter.loss(seen, target, 5)
+    output, _ = output_of(PACKED, SIZE, FEATURES)
+    output = TargetOutput(
+        *(t.bfloat16() if t.is_floating_point() else t for t in vars(output).values())
+    )
+    total, _ = drafter.loss(output, target, 5)
     total.backward()
     assert all(
         p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all()
@@ -322,10 +324,10 @@ def test_bf16_states_train_fp32_weights():
     tree = drafter.grow(
         drafter.start(target),
         target,
-        News(seen.hidden[0, :4], seen.features[0, :4], seen.ids[0, 1:5]),
+        TargetUpdate(output.hidden[0, :4], output.features[0, :4], output.ids[0, 1:5]),
     )
     assert (
-        tree.below(torch.tensor([1, 2]), torch.tensor([-1, -1])).dtype
+        tree.extend(torch.tensor([1, 2]), torch.tensor([-1, -1])).dtype
         == tree.first().dtype
         == torch.bfloat16
     )
@@ -390,7 +392,7 @@ def partly_trained(dtype, length=80):
     hidden, features = (
         torch.randn(3, length, size, generator=draw).to(dtype) for size in (SIZE, FEATURES)
     )
-    return Seen(hidden, ids, labels, at, hidden[:, :0], features)
+    return TargetOutput(hidden, ids, labels, at, hidden[:, :0], features)
 
 
 @pytest.mark.parametrize("make", [eagle, eagle3])
@@ -401,14 +403,14 @@ def test_later_passes_of_the_slots_that_count_are_those_of_all_slots(make, kind,
     """In float64, but for some of attention unless it is sdpa's under a dense mask, and for the
     losses of chunks."""
     model = MODELS.get(kind, llama)().double()
-    drafter, target, seen = (
+    drafter, target, output = (
         make(model, offsets=5, confidence=0.3).double(),
         Target(model),
         partly_trained(torch.float64),
     )
     if kind == "dense":
         drafter.midlayer.self_attn.config._attn_implementation = "sdpa"
-    where = [targets_of(k, seen.labels, seen.positions)[0] for k in range(1, 6)]
+    where = [offset_targets(k, output.labels, output.positions)[0] for k in range(1, 6)]
     pull = torch.randn(
         5, 3, 80, SIZE, generator=torch.Generator().manual_seed(6), dtype=torch.float64
     )
@@ -418,8 +420,8 @@ def test_later_passes_of_the_slots_that_count_are_those_of_all_slots(make, kind,
     )
     for sparing in (True, False):
         drafter.sparing = sparing
-        states = list(drafter.counted_states(seen, target))
-        assert all(one.shape == seen.hidden.shape and one.isfinite().all() for one in states)
+        states = list(drafter.counted_states(output, target))
+        assert all(one.shape == output.hidden.shape and one.isfinite().all() for one in states)
         found = [one[counts] for one, counts in zip(states, where, strict=True)]
         moved = sum((one * pull[k][where[k]]).sum() for k, one in enumerate(found))
         trained = [
@@ -428,7 +430,7 @@ def test_later_passes_of_the_slots_that_count_are_those_of_all_slots(make, kind,
             if not name.startswith(("confidence", "lm_head"))
         ]
         results.append([*(one.detach() for one in found), *torch.autograd.grad(moved, trained)])
-        total, numbers = drafter.loss(seen, target, 7)
+        total, numbers = drafter.loss(output, target, 7)
         total.backward()
         results.append(
             [total.detach().double(), numbers.double(), *(p.grad for p in drafter.parameters())]
@@ -448,9 +450,9 @@ def test_later_passes_of_the_slots_that_count_are_those_of_all_slots(make, kind,
 
 def test_nothing_trained_has_no_gradient_of_later_passes():
     model = llama()
-    drafter, seen = eagle3(model), partly_trained(torch.float32)
-    seen = replace(seen, labels=torch.full_like(seen.labels, -100))
-    total, numbers = drafter.loss(seen, Target(model), 7)
+    drafter, output = eagle3(model), partly_trained(torch.float32)
+    output = replace(output, labels=torch.full_like(output.labels, -100))
+    total, numbers = drafter.loss(output, Target(model), 7)
     total.backward()
     assert not total
     assert not numbers.any()

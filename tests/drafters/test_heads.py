@@ -25,15 +25,15 @@ from tests.toys.heads import (
     hidden_states,
     llama,
     make,
+    output_of,
     rms,
-    seen_of,
     stirred,
 )
 from tests.toys.power_cuts import PowerCut, cut_at, outcome
 from trainer.assembly.trained import load_trained
 from trainer.decoding.trees import Drawing, chain
-from trainer.drafters import DrafterError, News, Seen, Target, metrics
-from trainer.drafters.layers import around, decoder_layer, final_norm, through
+from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, metrics
+from trainer.drafters.layers import decoder_layer, final_norm, layer_inputs, run_layer
 from trainer.drafters.sequential import SequentialModules
 from trainer.models.losses import CausalLoss
 from trainer.models.tiny import tiny
@@ -84,10 +84,10 @@ def naive(kind, drafter, model, hidden, ids):
 def test_states_and_loss_are_those_of_plain_loops(kind, offsets, packs):
     model, hidden = llama(), hidden_states()
     drafter, target = stirred(make(kind, model, offsets)), Target(model)
-    seen = seen_of(packs, hidden)
+    output = output_of(packs, hidden)
     wanted = [naive(kind, drafter, model, h, ids) for h, (ids, _) in zip(hidden, ROWS, strict=True)]
 
-    states = list(drafter.states(seen, target))
+    states = list(drafter.states(output, target))
     assert len(states) == offsets
     for k, of_offset in enumerate(states):
         assert of_offset.isfinite().all()
@@ -96,7 +96,7 @@ def test_states_and_loss_are_those_of_plain_loops(kind, offsets, packs):
                 found[: len(wanted[row][k])].double(), wanted[row][k], rtol=1e-5, atol=2e-5
             )
 
-    total, numbers = drafter.loss(seen, target, 4)
+    total, numbers = drafter.loss(output, target, 4)
     head = model.get_output_embeddings().weight.detach().double()
     weights = [
         0.7 * weight
@@ -134,19 +134,21 @@ def test_guesses_that_are_right_are_counted(kind):
     model = llama()
     drafter, target = stirred(make(kind, model)), Target(model)
     draw = torch.Generator().manual_seed(2)
-    seen = Seen(
+    output = TargetOutput(
         torch.randn(1, 12, SIZE, generator=draw),
         *[torch.randint(0, 64, (1, 12), generator=draw)] * 2,
         torch.arange(12)[None],
         None,
     )
-    best = [target.head(s)[0].argmax(-1) for s in drafter.states(seen, target)]
+    best = [target.head(s)[0].argmax(-1) for s in drafter.states(output, target)]
     labels = torch.full((1, 12), -100)
     # of position 4 all three
     labels[0, 6], labels[0, 7], labels[0, 8] = best[0][4], best[1][4], best[2][4]
     labels[0, 10] = best[1][7]  # of position 7 the second only, as the first is asked for nothing
     _, numbers = drafter.loss(
-        Seen(seen.hidden, seen.ids, labels, seen.positions, seen.hidden[:, :0]), target, 5
+        TargetOutput(output.hidden, output.ids, labels, output.positions, output.hidden[:, :0]),
+        target,
+        5,
     )
     assert (numbers[:, 2] >= torch.tensor([1, 2, 1])).all()
     assert numbers[0, 4] >= 1
@@ -160,17 +162,17 @@ def test_guesses_that_are_right_are_counted(kind):
 def test_nothing_comes_from_other_rows_or_later_tokens(kind):
     model, hidden = llama(), hidden_states()
     drafter, target = stirred(make(kind, model)), Target(model)
-    before = [by_row(PACKED, s) for s in drafter.states(seen_of(PACKED, hidden), target)]
-    seen = seen_of(PACKED, hidden)
-    seen.hidden[0, 8:] += 1.0
-    seen.ids[0, 8:] += 1  # all but the first row
-    for states, earlier in zip(drafter.states(seen, target), before, strict=True):
+    before = [by_row(PACKED, s) for s in drafter.states(output_of(PACKED, hidden), target)]
+    output = output_of(PACKED, hidden)
+    output.hidden[0, 8:] += 1.0
+    output.ids[0, 8:] += 1  # all but the first row
+    for states, earlier in zip(drafter.states(output, target), before, strict=True):
         torch.testing.assert_close(by_row(PACKED, states)[0], earlier[0], rtol=0, atol=0)
-    seen = seen_of(PACKED, hidden)
-    seen.hidden[1, 4:] += 1.0
-    seen.ids[1, 6:] += 1
+    output = output_of(PACKED, hidden)
+    output.hidden[1, 4:] += 1.0
+    output.ids[1, 6:] += 1
     for k, (states, earlier) in enumerate(
-        zip(drafter.states(seen, target), before, strict=True), 1
+        zip(drafter.states(output, target), before, strict=True), 1
     ):
         same = (by_row(PACKED, states)[3] - earlier[3]).abs().amax(-1) < 1e-6
         assert same[: min(4, 6 - k)].all()
@@ -186,7 +188,9 @@ def test_a_batch_with_nothing_to_predict_is_no_loss(kind):
     hidden = torch.randn(2, 2, SIZE)
     ids = torch.ones(2, 2, dtype=torch.int64)
     total, numbers = drafter.loss(
-        Seen(hidden, ids, ids, torch.arange(2).expand(2, 2), hidden[:, :0]), Target(model), 8
+        TargetOutput(hidden, ids, ids, torch.arange(2).expand(2, 2), hidden[:, :0]),
+        Target(model),
+        8,
     )
     total.backward()
     assert float(total.detach()) == 0.0
@@ -206,7 +210,7 @@ def test_no_more_logits_than_a_chunk(kind):
         return head(hidden)
 
     target.head = watched
-    _, numbers = drafter.loss(seen_of(PACKED, hidden_states()), target, 4)
+    _, numbers = drafter.loss(output_of(PACKED, hidden_states()), target, 4)
     assert max(sizes) == 4
     assert sum(sizes) == int(numbers[:, 1].sum())
 
@@ -241,9 +245,9 @@ def test_rates_names_and_states(kind):
     assert group["lr_scale"] == 2.0
     assert len(group["params"]) == len(list(one.parameters()))
     assert all(p.dtype == torch.float32 for p in one.parameters())
-    seen, target = seen_of(PACKED, hidden_states()), Target(model)
+    output, target = output_of(PACKED, hidden_states()), Target(model)
     other.load_state(one.state())
-    for a, b in zip(one.states(seen, target), other.eval().states(seen, target), strict=True):
+    for a, b in zip(one.states(output, target), other.eval().states(output, target), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(DrafterError, match="other settings"):
         make(
@@ -320,14 +324,14 @@ def last_norm(model, x):
 @torch.no_grad()
 def test_last_layer_runs_the_last_layer_again():
     model, hidden = llama(), torch.randn(2, 9, SIZE)
-    seen = Seen(
+    output = TargetOutput(
         hidden, *[torch.randint(0, 64, (2, 9))] * 2, torch.arange(9).expand(2, 9), hidden[:, :0]
     )
-    for states in make("parallel", model, init="last_layer").eval().states(seen, Target(model)):
+    for states in make("parallel", model, init="last_layer").eval().states(output, Target(model)):
         torch.testing.assert_close(states, last_norm(model, hidden), rtol=1e-5, atol=1e-5)
     drafter = make("shared", model, 1, init="last_layer").eval()
     normed = hidden / torch.sqrt((hidden * hidden).mean(-1, keepdim=True) + 1e-3)
-    (states,) = drafter.states(seen, Target(model))
+    (states,) = drafter.states(output, Target(model))
     torch.testing.assert_close(states, last_norm(model, normed), rtol=1e-5, atol=1e-5)
     assert not any(p is q for p in drafter.parameters() for q in model.parameters())
 
@@ -335,11 +339,12 @@ def test_last_layer_runs_the_last_layer_again():
 @torch.no_grad()
 def test_medusa_starts_as_the_targets_own_head():
     model, hidden = llama(), torch.randn(1, 5, SIZE)
-    seen = Seen(
+    output = TargetOutput(
         hidden, *[torch.zeros(1, 5, dtype=torch.int64)] * 2, torch.arange(5)[None], hidden[:, :0]
     )
     assert all(
-        torch.equal(states, hidden) for states in make("medusa", model).states(seen, Target(model))
+        torch.equal(states, hidden)
+        for states in make("medusa", model).states(output, Target(model))
     )
 
 
@@ -396,7 +401,7 @@ def test_layers_of_other_families_are_their_own(config):
     ).last_hidden_state
     hook.remove()
     layer, norm = decoder_layer(model, "last_layer").eval(), final_norm(model, "last_layer")
-    found = norm(through(layer, reached[0], around(Target(model), reached[0], positions)))
+    found = norm(run_layer(layer, reached[0], layer_inputs(Target(model), reached[0], positions)))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     check_decoding(
         stirred(make("shared", model)),
@@ -436,22 +441,22 @@ def test_half_precision_is_computed_from_whole_weights(kind):
     drafter, whole = stirred(make(kind, model)), stirred(make(kind, llama()))
     whole.load_state(drafter.state())
     exact = llama(torch.bfloat16).float()
-    seen, wanted = (
-        seen_of(PACKED, hidden_states(), torch.bfloat16),
-        seen_of(PACKED, hidden_states()),
+    output, wanted = (
+        output_of(PACKED, hidden_states(), torch.bfloat16),
+        output_of(PACKED, hidden_states()),
     )
     for found, other in zip(
-        drafter.states(seen, Target(model)), whole.states(wanted, Target(exact)), strict=True
+        drafter.states(output, Target(model)), whole.states(wanted, Target(exact)), strict=True
     ):
         assert found.dtype == torch.bfloat16
         assert float((found.float() - other).detach().norm() / other.detach().norm()) < 0.03
-    total, _ = drafter.loss(seen, Target(model), 4)
+    total, _ = drafter.loss(output, Target(model), 4)
     total.backward()
     assert {p.grad.dtype for p in drafter.parameters()} == {torch.float32}
     memory = drafter.start(Target(model))
-    news = News(seen.hidden[1, :4], seen.hidden[1, :4, :0], seen.ids[1, 1:5])
+    update = TargetUpdate(output.hidden[1, :4], output.hidden[1, :4, :0], output.ids[1, 1:5])
     draft = drafter.propose(
-        memory, Target(model), news, lambda growth: chain(3)(growth, Drawing(64, 9))
+        memory, Target(model), update, lambda growth: chain(3)(growth, Drawing(64, 9))
     )
     assert draft.tokens.shape == (3,)
 
@@ -475,7 +480,9 @@ def check_decoding(drafter, model, steps, rtol=1e-5):
     for n, count, which in steps:
         new = slice(known, known + n)
         growth = drafter.grow(
-            memory, target, News(hidden[new], hidden[new, :0], text[known + 1 : known + n + 1])
+            memory,
+            target,
+            TargetUpdate(hidden[new], hidden[new, :0], text[known + 1 : known + n + 1]),
         )
         known += n
         assert growth.branches
@@ -493,7 +500,7 @@ def check_decoding(drafter, model, steps, rtol=1e-5):
                 )
                 paths = [(*path, own) for path in above]
                 parents = torch.tensor([numbers[path[:-1]] for path in paths])
-                rows = growth.below(torch.tensor([own] * len(paths)), parents)
+                rows = growth.extend(torch.tensor([own] * len(paths)), parents)
                 numbers |= {path: len(numbers) - 1 + i for i, path in enumerate(paths)}
                 found |= dict(zip(paths, rows, strict=True))
                 level += paths
@@ -507,7 +514,9 @@ def check_decoding(drafter, model, steps, rtol=1e-5):
                 [hidden[:known], torch.randn(ids.shape[1] - known, hidden.shape[1])]
             )[None]
             positions = torch.arange(ids.shape[1])[None]
-            wanted = list(drafter.states(Seen(states, ids, ids, positions, states[:, :0]), target))
+            wanted = list(
+                drafter.states(TargetOutput(states, ids, ids, positions, states[:, :0]), target)
+            )
             torch.testing.assert_close(
                 logits, target.head(wanted[len(path)][0, known - 1]), rtol=rtol, atol=rtol
             )
@@ -549,8 +558,8 @@ def test_a_step_works_on_new_positions_only(kind):
     memory = drafter.start(target)
     for n in (9, 1, 2, 1):
         sizes.clear()
-        news = News(torch.randn(n, SIZE), torch.zeros(n, 0), torch.randint(0, 64, (n,)))
-        drafter.propose(memory, target, news, lambda growth: chain(3)(growth, Drawing(64, 9)))
+        update = TargetUpdate(torch.randn(n, SIZE), torch.zeros(n, 0), torch.randint(0, 64, (n,)))
+        drafter.propose(memory, target, update, lambda growth: chain(3)(growth, Drawing(64, 9)))
         # depth k: the k - 1 positions whose tokens were drafted
         again = 0 if kind == "parallel" else 1
         assert sizes == [min(9, n + again * k) if n < 9 else 9 for k in range(3)]
@@ -560,9 +569,9 @@ def test_greedy_drafts_have_no_distributions():
     model = llama()
     for kind in KINDS:
         drafter, target = make(kind, model).eval(), Target(model)
-        news = News(torch.randn(4, SIZE), torch.zeros(4, 0), torch.randint(0, 64, (4,)))
+        update = TargetUpdate(torch.randn(4, SIZE), torch.zeros(4, 0), torch.randint(0, 64, (4,)))
 
-        def drafted(depth, chances=None, of=drafter, to=target, what=news):
+        def drafted(depth, chances=None, of=drafter, to=target, what=update):
             return of.propose(
                 of.start(to), to, what, lambda growth: chain(2)(growth, Drawing(64, depth, chances))
             )
@@ -609,7 +618,7 @@ def test_knobs_that_do_not_fit_are_refused(kind):
                 num_attention_heads=2,
                 word_embed_proj_dim=16,
             ),
-            "OPTForCausalLM's positions are not rotary",
+            "OPTForCausalLM's layers do not take rotary",
         ),
         (
             transformers.GPTNeoXConfig(
@@ -703,8 +712,8 @@ def test_a_trained_head_learns_from_drafts_where_it_may(detach):
     ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(9).expand(2, 9)
     hidden = torch.randn(2, 9, SIZE, generator=torch.Generator().manual_seed(2))
-    seen = Seen(hidden, ids, ids, positions, hidden[:, :0])
-    drafter.loss(seen, target, 4)[0].backward()
+    output = TargetOutput(hidden, ids, ids, positions, hidden[:, :0])
+    drafter.loss(output, target, 4)[0].backward()
     if detach:
         assert head.grad is None
         return
@@ -715,7 +724,7 @@ def test_a_trained_head_learns_from_drafts_where_it_may(detach):
             (h @ head.T)[:, : -k - 1].flatten(0, 1), ids[:, k + 1 :].flatten(), reduction="sum"
         )
         for k, (weight, h) in enumerate(
-            zip(drafter.weights, drafter.states(seen, target), strict=True), 1
+            zip(drafter.weights, drafter.states(output, target), strict=True), 1
         )
     )
     plain.backward()

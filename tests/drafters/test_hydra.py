@@ -23,13 +23,13 @@ from tests.toys.heads import (
     by_row,
     hidden_states,
     llama,
+    output_of,
     rms,
-    seen_of,
     stirred,
 )
 from trainer.assembly.build import instantiate
 from trainer.config import schema
-from trainer.drafters import DrafterError, News, Seen, Target, io, metrics
+from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, io, metrics
 from trainer.drafters.hydra import Hydra
 from trainer.models.losses import CausalLoss
 
@@ -89,7 +89,7 @@ def test_states_are_those_of_plain_loops(kind, packs):
     model, hidden = llama(), hidden_states()
     drafter, target = stirred(make(model, kind)), Target(model)
     w = weights_of(drafter, model)
-    states = [by_row(packs, s) for s in drafter.states(seen_of(packs, hidden), target)]
+    states = [by_row(packs, s) for s in drafter.states(output_of(packs, hidden), target)]
     assert len(states) == 3
     for row, (ids, _) in enumerate(ROWS):
         own = before_heads(w, drafter, model.config, hidden[row])
@@ -108,7 +108,7 @@ def test_states_are_those_of_plain_loops(kind, packs):
 def test_loss_numbers_and_slopes_are_those_of_plain_loops(kind, loss, packs):
     model, hidden = llama(), hidden_states()
     drafter = stirred(make(model, kind, loss=loss, weights=[1.0, 0.5, 0.25]))
-    total, numbers = drafter.loss(seen_of(packs, hidden), Target(model), 4)
+    total, numbers = drafter.loss(output_of(packs, hidden), Target(model), 4)
     total.backward()
 
     w = weights_of(drafter, model)
@@ -153,16 +153,16 @@ def test_loss_numbers_and_slopes_are_those_of_plain_loops(kind, loss, packs):
 def test_nothing_comes_from_other_rows_or_later_tokens(kind):
     model, hidden = llama(), hidden_states()
     drafter, target = stirred(make(model, kind)), Target(model)
-    before = [by_row(PACKED, s) for s in drafter.states(seen_of(PACKED, hidden), target)]
-    seen = seen_of(PACKED, hidden)
-    seen.hidden[0, 8:] += 1.0
-    seen.ids[0, 8:] += 1  # all but the first row
-    for states, earlier in zip(drafter.states(seen, target), before, strict=True):
+    before = [by_row(PACKED, s) for s in drafter.states(output_of(PACKED, hidden), target)]
+    output = output_of(PACKED, hidden)
+    output.hidden[0, 8:] += 1.0
+    output.ids[0, 8:] += 1  # all but the first row
+    for states, earlier in zip(drafter.states(output, target), before, strict=True):
         assert torch.equal(by_row(PACKED, states)[0], earlier[0])
-    seen = seen_of(PACKED, hidden)
-    seen.ids[1, 6] += 1
+    output = output_of(PACKED, hidden)
+    output.ids[1, 6] += 1
     for k, (states, earlier) in enumerate(
-        zip(drafter.states(seen, target), before, strict=True), 1
+        zip(drafter.states(output, target), before, strict=True), 1
     ):
         same = (by_row(PACKED, states)[3] - earlier[3]).abs().amax(-1) < 1e-6
         assert same.tolist() == [not t + 1 <= 6 <= t + k for t in range(10)]
@@ -194,10 +194,10 @@ def test_a_tree_has_the_logits_of_its_paths(kind):
     states = before_heads(w, drafter, model.config, hidden)
     memory, known = drafter.start(target), 0
     for new, levels in STEPS:
-        news = News(
+        update = TargetUpdate(
             hidden[known : known + new], hidden[:new, :0], text[known + 1 : known + new + 1]
         )
-        growth = drafter.grow(memory, target, news)
+        growth = drafter.grow(memory, target, update)
         known += new
         newest = int(text[known])
         assert (growth.depth, growth.branches, growth.vocabulary, growth.confidence) == (
@@ -212,7 +212,7 @@ def test_a_tree_has_the_logits_of_its_paths(kind):
         for level in levels:
             parents, tokens = zip(*level, strict=True)
             paths += [(*(paths[parent] if parent >= 0 else ()), token) for parent, token in level]
-            found = growth.below(torch.tensor(tokens), torch.tensor(parents))
+            found = growth.extend(torch.tensor(tokens), torch.tensor(parents))
             assert found.shape == (len(level), 64)
             for logits, path in zip(found, paths[-len(level) :], strict=True):
                 _, wanted = naive(w, drafter, len(path) + 1, states[known - 1], [newest, *path])
@@ -228,9 +228,11 @@ def test_the_prefix_layer_reads_each_state_once():
     memory = drafter.start(target)
     for new in (5, 1, 3):
         growth = drafter.grow(
-            memory, target, News(torch.randn(new, SIZE), torch.zeros(new, 0), torch.arange(new))
+            memory,
+            target,
+            TargetUpdate(torch.randn(new, SIZE), torch.zeros(new, 0), torch.arange(new)),
         )
-        growth.below(torch.tensor([1, 2]), torch.tensor([-1, -1]))
+        growth.extend(torch.tensor([1, 2]), torch.tensor([-1, -1]))
     assert sizes == [5, 1, 3]
 
 
@@ -244,7 +246,7 @@ def test_a_drafts_text_is_in_windows_as_in_training():
     drafter, target = stirred(make(model, "plus")), Target(model)
     ids, hidden = torch.randint(0, 64, (1, 12)), torch.randn(1, 12, SIZE)
     first, *_ = drafter.states(
-        Seen(hidden, ids, ids, torch.arange(12)[None], hidden[:, :0]), target
+        TargetOutput(hidden, ids, ids, torch.arange(12)[None], hidden[:, :0]), target
     )
     memory, known = drafter.start(target), 0
     for new in (5, 1, 1, 4):
@@ -252,7 +254,7 @@ def test_a_drafts_text_is_in_windows_as_in_training():
         growth = drafter.grow(
             memory,
             target,
-            News(hidden[0, at], hidden[0, :new, :0], ids[0, known + 1 : known + new + 1]),
+            TargetUpdate(hidden[0, at], hidden[0, :new, :0], ids[0, known + 1 : known + new + 1]),
         )
         known += new
         wanted = drafter.head_of(1, target)[0](first[0, known - 1])
@@ -267,8 +269,10 @@ def test_a_drafts_text_is_in_windows_as_in_training():
 def test_heads_start_as_the_targets_own(kind):
     model, hidden = llama(), torch.randn(1, 5, SIZE)
     drafter, target = make(model, kind), Target(model)
-    seen = Seen(hidden, *[torch.randint(0, 64, (1, 5))] * 2, torch.arange(5)[None], hidden[:, :0])
-    for k, states in enumerate(drafter.states(seen, target), 1):
+    output = TargetOutput(
+        hidden, *[torch.randint(0, 64, (1, 5))] * 2, torch.arange(5)[None], hidden[:, :0]
+    )
+    for k, states in enumerate(drafter.states(output, target), 1):
         torch.testing.assert_close(drafter.head_of(k, target)[0](states), target.head(hidden))
 
 
@@ -278,11 +282,11 @@ def test_a_prefix_layer_starts_near_the_targets_own_head():
     model.model.norm.weight.mul_(5.0)  # states are larger than a norm of ones gives them
     ids, target = torch.randint(0, 64, (2, 9)), Target(model)
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    seen = Seen(hidden, ids, ids, torch.arange(9).expand(2, 9), hidden[:, :0])
+    output = TargetOutput(hidden, ids, ids, torch.arange(9).expand(2, 9), hidden[:, :0])
     drafter = make(model, "plus").eval()
     mean = model.model.norm.weight.mean()
     torch.testing.assert_close(drafter.prefix.norm.weight, mean.expand(SIZE))
-    for k, states in enumerate(drafter.states(seen, target), 1):
+    for k, states in enumerate(drafter.states(output, target), 1):
         difference = drafter.head_of(k, target)[0](states) - target.head(hidden)
         assert float(difference.norm() / target.head(hidden).norm()) < 0.35
 
@@ -313,8 +317,8 @@ def test_a_batch_with_nothing_to_predict_gives_every_parameter_a_gradient(loss):
         torch.ones(2, 2, dtype=torch.int64),
     )
     labels = torch.full_like(ids, -100)
-    seen = Seen(hidden, ids, labels, torch.arange(2).expand(2, 2), hidden[:, :0])
-    total, numbers = drafter.loss(seen, Target(model), 8)
+    output = TargetOutput(hidden, ids, labels, torch.arange(2).expand(2, 2), hidden[:, :0])
+    total, numbers = drafter.loss(output, Target(model), 8)
     total.backward()
     assert float(total.detach()) == 0.0
     assert not numbers.any()
@@ -327,12 +331,14 @@ def test_dropout_is_on_while_training_only(kind):
     drafter, target = stirred(make(model, kind, dropout=0.5)), Target(model)
     whole = make(model, kind, dropout=0.0).eval()
     whole.load_state(drafter.state())
-    seen = seen_of(PACKED, hidden)
-    for found, wanted in zip(drafter.states(seen, target), whole.states(seen, target), strict=True):
+    output = output_of(PACKED, hidden)
+    for found, wanted in zip(
+        drafter.states(output, target), whole.states(output, target), strict=True
+    ):
         assert torch.equal(found, wanted)
     drafter.train()
     torch.manual_seed(0)
-    for states in drafter.states(seen, target):
+    for states in drafter.states(output, target):
         assert 0.3 < float((states == 0).float().mean()) < 0.7  # of what the output layer is given
 
 
@@ -350,7 +356,7 @@ def test_heads_learn_to_read_the_tokens_between():
             ids = torch.cat([ids, following[ids[:, -1:]]], dim=1)
         hidden = torch.ones(16, 8, SIZE)
         total, numbers = drafter.loss(
-            Seen(hidden, ids, ids, torch.arange(8).expand(16, 8), hidden[:, :0]), target, 64
+            TargetOutput(hidden, ids, ids, torch.arange(8).expand(16, 8), hidden[:, :0]), target, 64
         )
         optimizer.zero_grad()
         (total / numbers[:, 1].sum()).backward()
@@ -362,9 +368,9 @@ def test_half_precision_is_computed_from_whole_weights():
     model = llama(torch.bfloat16)
     drafter, whole = stirred(make(model, "plus")), stirred(make(llama(), "plus"))
     whole.load_state(drafter.state())
-    seen = seen_of(PACKED, hidden_states(), torch.bfloat16)
-    total, _ = drafter.loss(seen, Target(model), 4)
-    wanted, _ = whole.loss(seen_of(PACKED, hidden_states()), Target(llama()), 4)
+    output = output_of(PACKED, hidden_states(), torch.bfloat16)
+    total, _ = drafter.loss(output, Target(model), 4)
+    wanted, _ = whole.loss(output_of(PACKED, hidden_states()), Target(llama()), 4)
     total.backward()
     assert float(total.detach()) == pytest.approx(float(wanted.detach()), rel=0.02)
     assert (
@@ -372,10 +378,10 @@ def test_half_precision_is_computed_from_whole_weights():
         == {p.grad.dtype for p in drafter.parameters()}
         == {torch.float32}
     )
-    news, found = News(seen.hidden[0], seen.hidden[0, :, :0], seen.ids[0]), []
+    update, found = TargetUpdate(output.hidden[0], output.hidden[0, :, :0], output.ids[0]), []
     for one in (drafter, drafter.bfloat16()):  # the second as whoever decodes may have it
-        growth = one.grow(one.start(Target(model)), Target(model), news)
-        found.append(growth.below(torch.tensor([1, 2]), torch.tensor([-1, -1])))
+        growth = one.grow(one.start(Target(model)), Target(model), update)
+        found.append(growth.extend(torch.tensor([1, 2]), torch.tensor([-1, -1])))
     assert {logits.dtype for logits in found} == {torch.bfloat16}
     assert float((found[0] - found[1]).float().norm() / found[0].float().norm()) < 0.03
 

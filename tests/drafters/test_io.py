@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.toys.heads import llama, stirred
 from trainer.assembly.build import instantiate
 from trainer.config import schema
-from trainer.drafters import DrafterError, Seen, Target, io
+from trainer.drafters import DrafterError, Target, TargetOutput, io
 
 KINDS = ["mtp_medusa", "mtp_parallel", "mtp_sequential", "mtp_shared"]
 
@@ -75,9 +75,11 @@ def test_a_drafter_comes_back_bit_by_bit(saved, kind):
         tensor.dtype == torch.float32 for tensor in load_file(folder / "model.safetensors").values()
     )
     hidden, ids = torch.randn(2, 7, 32), torch.randint(3, 60, (2, 7))
-    seen = Seen(hidden, ids, ids, torch.arange(7).expand(2, -1), hidden[:, :0])
+    output = TargetOutput(hidden, ids, ids, torch.arange(7).expand(2, -1), hidden[:, :0])
     target = Target(model)
-    for wanted, got in zip(drafter.states(seen, target), again.states(seen, target), strict=True):
+    for wanted, got in zip(
+        drafter.states(output, target), again.states(output, target), strict=True
+    ):
         assert torch.equal(wanted, got)
 
 
@@ -85,7 +87,7 @@ def test_what_is_not_of_this_model_is_refused(saved):
     _, folder, model = saved()
     assert io.load(folder, model)
     with pytest.raises(
-        DrafterError, match="was trained for some/base, and this base's weights are others"
+        DrafterError, match="was trained for some/base, and this base has other weights"
     ):
         io.load(folder, model, "abd")
     with pytest.raises(
@@ -157,9 +159,9 @@ def test_what_is_no_drafters_folder_says_so(saved, tmp_path):
         io.load(tmp_path / "none", model)
     for content, message in (
         ("{", "cannot be read"),
-        ("[]", "of the format None, and this version of Graft reads 1"),
+        ("[]", "has the format None, and this version of Graft reads 1"),
         ('{"format": 2}', "of the format 2"),
-        ('{"format": 1, "drafter": {}}', "has to hold the mappings drafter and target"),
+        ('{"format": 1, "drafter": {}}', "must hold the mappings drafter and target"),
     ):
         (folder / "config.json").write_text(content)
         with pytest.raises(DrafterError, match=message):

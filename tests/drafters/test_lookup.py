@@ -9,13 +9,13 @@ import torch
 
 from tests.toys import adapters as toys
 from trainer.decoding.speculative import generate_batch
-from trainer.drafters import DrafterError, News, Target
+from trainer.drafters import DrafterError, Target, TargetUpdate
 from trainer.drafters.lookup import PromptLookup
 
 
-def news(ids, first=None):
+def update(ids, first=None):
     nothing = torch.zeros(len(ids), 0)
-    return News(
+    return TargetUpdate(
         nothing,
         nothing,
         torch.tensor(ids, dtype=torch.long),
@@ -42,7 +42,7 @@ def test_it_copies_what_a_plain_search_finds(count, longest):
     for symbols in (2, 4, 12):
         text = [draw.randrange(symbols) for _ in range(60)]
         memory, known = drafter.start(None), 5
-        told = news(text[1:known], text[0])
+        told = update(text[1:known], text[0])
         while True:
             draft = drafter.propose(memory, None, told, None)
             assert draft.tokens.tolist() == searched(text[:known], count, longest)
@@ -52,15 +52,15 @@ def test_it_copies_what_a_plain_search_finds(count, longest):
             step = draw.randint(1, 4)
             if known + step > len(text):
                 break
-            told, known = news(text[known : known + step]), known + step
+            told, known = update(text[known : known + step]), known + step
     assert proposals > 10
 
 
 def test_two_sequences_do_not_mix():
     drafter = PromptLookup(3)
     one, other = drafter.start(None), drafter.start(None)
-    assert drafter.propose(one, None, news([6, 7, 5], 5), None).tokens.tolist() == [6, 7, 5]
-    assert drafter.propose(other, None, news([5], 9), None).tokens.tolist() == []
+    assert drafter.propose(one, None, update([6, 7, 5], 5), None).tokens.tolist() == [6, 7, 5]
+    assert drafter.propose(other, None, update([5], 9), None).tokens.tolist() == []
 
 
 @pytest.mark.parametrize("settings", [{"count": 0}, {"longest": 0}])

@@ -24,13 +24,13 @@ from tests.toys.heads import (
     batch_of,
     hidden_states,
     llama,
-    seen_of,
+    output_of,
     stirred,
 )
 from trainer.assembly.build import instantiate
 from trainer.config import schema
-from trainer.drafters import Drafter, DrafterError, News, Seen, Target, io
-from trainer.drafters.medusa import Medusa, risen
+from trainer.drafters import Drafter, DrafterError, Target, TargetOutput, TargetUpdate, io
+from trainer.drafters.medusa import Medusa, ramp_factor
 from trainer.models.losses import CausalLoss
 from trainer.training.finetune import FineTune
 
@@ -53,7 +53,7 @@ def naive(w, head, blocks, hidden):
 def test_loss_numbers_and_slopes_are_those_of_plain_loops(packs):
     model, hidden = llama(), hidden_states()
     drafter = stirred(make(model))
-    total, numbers = drafter.loss(seen_of(packs, hidden), Target(model), 4)
+    total, numbers = drafter.loss(output_of(packs, hidden), Target(model), 4)
     total.backward()
 
     w = {name: tensor.double().requires_grad_(True) for name, tensor in drafter.state().items()}
@@ -106,10 +106,10 @@ def test_heads_start_as_a_copy_of_the_targets(config):
     hidden = torch.randn(1, 7, SIZE)
     wanted = target.head(hidden)
     assert wanted.std() > 0.1
-    seen = Seen(
+    output = TargetOutput(
         hidden, *[torch.zeros(1, 7, dtype=torch.int64)] * 2, torch.arange(7)[None], hidden[:, :0]
     )
-    for k, states in enumerate(drafter.states(seen, target), 1):
+    for k, states in enumerate(drafter.states(output, target), 1):
         head, parameters = drafter.head_of(k, target)
         torch.testing.assert_close(head(states), wanted)
         parameters[0].mul_(2)
@@ -127,7 +127,7 @@ def test_a_tree_has_the_heads_logits_and_runs_no_more_of_them_than_it_asks_for()
     for k, head in enumerate(drafter.heads):
         head[-1].register_forward_pre_hook(lambda *_, k=k: ran.append(k))
     growth = drafter.grow(
-        drafter.start(target), target, News(hidden, hidden[:, :0], torch.arange(8))
+        drafter.start(target), target, TargetUpdate(hidden, hidden[:, :0], torch.arange(8))
     )
     assert (growth.depth, growth.branches, growth.vocabulary, growth.confidence) == (
         3,
@@ -136,36 +136,36 @@ def test_a_tree_has_the_heads_logits_and_runs_no_more_of_them_than_it_asks_for()
         None,
     )
     torch.testing.assert_close(growth.first().double(), wanted[0], rtol=1e-5, atol=1e-5)
-    found = growth.below(torch.tensor([4, 9, 2]), torch.tensor([-1, -1, -1]))  # nodes 0, 1 and 2
+    found = growth.extend(torch.tensor([4, 9, 2]), torch.tensor([-1, -1, -1]))  # nodes 0, 1 and 2
     torch.testing.assert_close(found.double(), wanted[1].expand(3, -1), rtol=1e-5, atol=1e-5)
     assert ran == [0, 1]
     for parent in (1, 0):  # nodes 3 and 4
-        deeper = growth.below(torch.tensor([7]), torch.tensor([parent]))
+        deeper = growth.extend(torch.tensor([7]), torch.tensor([parent]))
         torch.testing.assert_close(deeper.double(), wanted[2][None], rtol=1e-5, atol=1e-5)
     # a sibling that comes after deeper nodes
-    late = growth.below(torch.tensor([5]), torch.tensor([-1]))
+    late = growth.extend(torch.tensor([5]), torch.tensor([-1]))
     torch.testing.assert_close(late.double(), wanted[1][None], rtol=1e-5, atol=1e-5)
     assert ran == [0, 1, 2]
 
 
 def test_the_ramps():
-    assert [risen(None, step, 4) for step in range(4)] == [1.0] * 4
-    assert [risen("sine", step, 4) for step in range(5)] == pytest.approx(
+    assert [ramp_factor(None, step, 4) for step in range(4)] == [1.0] * 4
+    assert [ramp_factor("sine", step, 4) for step in range(5)] == pytest.approx(
         [math.sin(math.pi / 8), math.sin(math.pi / 4), math.sin(3 * math.pi / 8), 1, 1]
     )
-    assert [risen(4, step, 100) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert [ramp_factor(4, step, 100) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 def test_the_heads_loss_rises_and_its_numbers_do_not():
     model = llama()
-    drafter, target, seen = (
+    drafter, target, output = (
         stirred(make(model, ramp="sine")),
         Target(model),
-        seen_of(PACKED, hidden_states()),
+        output_of(PACKED, hidden_states()),
     )
-    whole, numbers = drafter.loss(seen, target, 4)
-    drafter.at(1, 6)
-    part, same = drafter.loss(seen, target, 4)
+    whole, numbers = drafter.loss(output, target, 4)
+    drafter.on_step(1, 6)
+    part, same = drafter.loss(output, target, 4)
     assert float(part.detach()) == pytest.approx(float(whole.detach()) * math.sin(math.pi / 6))
     assert torch.equal(numbers, same)
 
@@ -176,7 +176,7 @@ def test_a_run_tells_its_drafter_the_step():
     told = []
 
     class Watching(Drafter):
-        def at(self, step, steps):
+        def on_step(self, step, steps):
             told.append((step, steps))
 
     module = FineTune(
@@ -221,7 +221,9 @@ def test_a_batch_with_nothing_to_predict_gives_every_parameter_a_gradient():
     model = llama()
     drafter, hidden, ids = make(model), torch.randn(2, 2, SIZE), torch.ones(2, 2, dtype=torch.int64)
     total, numbers = drafter.loss(
-        Seen(hidden, ids, ids, torch.arange(2).expand(2, 2), hidden[:, :0]), Target(model), 8
+        TargetOutput(hidden, ids, ids, torch.arange(2).expand(2, 2), hidden[:, :0]),
+        Target(model),
+        8,
     )
     total.backward()
     assert float(total.detach()) == 0.0
@@ -233,8 +235,8 @@ def test_half_precision_is_computed_from_whole_weights():
     model = llama(torch.bfloat16)
     drafter, whole = stirred(make(model)), stirred(make(llama()))
     whole.load_state(drafter.state())
-    total, _ = drafter.loss(seen_of(PACKED, hidden_states(), torch.bfloat16), Target(model), 4)
-    wanted, _ = whole.loss(seen_of(PACKED, hidden_states()), Target(llama()), 4)
+    total, _ = drafter.loss(output_of(PACKED, hidden_states(), torch.bfloat16), Target(model), 4)
+    wanted, _ = whole.loss(output_of(PACKED, hidden_states()), Target(llama()), 4)
     total.backward()
     assert float(total.detach()) == pytest.approx(float(wanted.detach()), rel=0.02)
     assert (
@@ -244,7 +246,7 @@ def test_half_precision_is_computed_from_whole_weights():
     )
     hidden = hidden_states()[0].bfloat16()
     found = [
-        one.grow(None, Target(model), News(hidden, hidden[:, :0], torch.arange(8))).first()
+        one.grow(None, Target(model), TargetUpdate(hidden, hidden[:, :0], torch.arange(8))).first()
         for one in (drafter, drafter.bfloat16())  # the second as whoever decodes may have it
     ]
     assert {logits.dtype for logits in found} == {torch.bfloat16}

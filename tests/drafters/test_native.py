@@ -124,7 +124,7 @@ def test_what_is_no_mtp_layer_of_the_family_says_why():
     ):
         mtp_layers.check(None, model)
     with pytest.raises(
-        DrafterError, match="ParallelHeads, which is none of decoder layers one after another"
+        DrafterError, match="ParallelHeads, which is not decoder layers one after another"
     ):
         mtp_layers.check(make("parallel", model), model)
     with pytest.raises(
@@ -145,7 +145,7 @@ def test_what_is_no_mtp_layer_of_the_family_says_why():
     dense = tiny_of("glm4_moe", first_k_dense_replace=46)
     with pytest.raises(
         DrafterError,
-        match="last layer, which the drafter is made of, is not what its MTP layers are made of",
+        match="last layer, which the drafter copies, has other tensors than its MTP layers",
     ):
         mtp_layers.check(make("shared", dense), dense)
 

@@ -10,15 +10,15 @@ import torch
 
 from tests.toys import adapters as toys
 from trainer.decoding.speculative import generate_batch
-from trainer.drafters import DrafterError, News, Target
+from trainer.drafters import DrafterError, Target, TargetUpdate
 from trainer.drafters.recycling import TokenRecycling, levels
 
 V = 23
 
 
-def news(newest, tried=None):
+def update(newest, tried=None):
     nothing = torch.zeros(1, 0)
-    return News(nothing, nothing, torch.tensor([newest]), tried=tried)
+    return TargetUpdate(nothing, nothing, torch.tensor([newest]), tried=tried)
 
 
 def paths(shape):
@@ -68,12 +68,12 @@ def test_trees_are_read_from_the_targets_last_words():
     draw = torch.Generator().manual_seed(1)
     drafter = TokenRecycling(V, nodes=14, candidates=3, depth=4)
     shape, passes, sizes = paths(drafter.levels), [], []
-    assert len(drafter.propose(None, None, news(4), None).tokens) == 0
+    assert len(drafter.propose(None, None, update(4), None).tokens) == 0
     for _ in range(25):
         tried = torch.randint(0, V, (3,), generator=draw), torch.randn(3, V, generator=draw)
         passes.append(tried)
         newest = int(tried[0][-1])
-        draft = drafter.propose(None, None, news(newest, tried), None)
+        draft = drafter.propose(None, None, update(newest, tried), None)
         kept = table(passes, 3)
         wanted = {}
         for path in shape:

@@ -23,7 +23,7 @@ from trainer.assembly.rows import load_data
 from trainer.data.batches import Collate, Pick
 from trainer.data.render import Tokens
 from trainer.drafters import DrafterError, Target
-from trainer.drafters.registers import Registers, attends, place
+from trainer.drafters.registers import Registers, attends, place_registers
 from trainer.evaluation.loss import losses
 from trainer.models.losses import CausalLoss
 from trainer.models.tiny import tiny
@@ -277,7 +277,7 @@ def test_prompts_have_registers_only_for_what_is_trained():
     batch = batch_of([([1, 2, 3, 4, 5, 6, 7], 5)])
     positions = torch.arange(8).expand(1, -1)
     for d, after in [(1, [4, 5]), (2, [3, 4]), (4, [1, 2]), (6, [0]), (7, [])]:
-        places = place(
+        places = place_registers(
             batch["labels"], positions, torch.full((1, 8), d), torch.ones(1, 8, dtype=torch.bool)
         )
         real = places.targets[0] != -100
@@ -291,7 +291,7 @@ def test_a_register_sees_itself_and_its_row_so_far():
     batch = batch_of(*PACKED)
     torch.manual_seed(0)
     ahead = torch.randint(1, 4, (2, 1)).expand_as(batch["labels"])
-    places = place(
+    places = place_registers(
         batch["labels"], batch["position_ids"], ahead, torch.ones_like(ahead, dtype=torch.bool)
     )
     seen = attends(batch["position_ids"], places)[:, 0]
@@ -548,7 +548,9 @@ def test_no_adapter_and_no_forward_pass_are_refused():
     with pytest.raises(DrafterError, match="adapter=none has nothing to learn"):
         drafter.inputs(batch_of(*APART), Target(model))
     nothing = torch.zeros(1, 8, 64)
-    seen = drafters.Seen(nothing, *[torch.zeros(1, 8, dtype=torch.int64)] * 3, nothing[:, :0])
+    seen = drafters.TargetOutput(
+        nothing, *[torch.zeros(1, 8, dtype=torch.int64)] * 3, nothing[:, :0]
+    )
     for call in (
         lambda: drafter.loss(seen, Target(model), 5),
         lambda: drafter.start(Target(model)),

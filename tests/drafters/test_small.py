@@ -12,8 +12,9 @@ import transformers
 
 from tests.toys import adapters as toys
 from trainer.decoding import trees
-from trainer.decoding.speculative import generate_batch
-from trainer.drafters import DrafterError, News, Target
+from trainer.decoding.sampling import Sampling
+from trainer.decoding.speculative import Strategy, generate_batch
+from trainer.drafters import DrafterError, Target, TargetUpdate
 from trainer.drafters.small import SmallModel, small_model
 from trainer.models import base
 
@@ -23,9 +24,9 @@ def target():
     return Target(toys.llama(torch.float32))
 
 
-def news(ids, first=None):
+def update(ids, first=None):
     nothing = torch.zeros(len(ids), 0)
-    return News(
+    return TargetUpdate(
         nothing,
         nothing,
         torch.tensor(ids, dtype=torch.long),
@@ -60,13 +61,13 @@ def test_chains_go_on_from_what_was_accepted(target, window):
     memory, text = drafter.start(target), [5]
     for step, fresh in enumerate(([9, 13, 7, 30], [2], [8, 8, 1, 40], [3, 4])):
         text += fresh
-        growth = drafter.grow(memory, target, news(fresh, None if step else 5))
+        growth = drafter.grow(memory, target, update(fresh, None if step else 5))
         torch.testing.assert_close(growth.first(), after(small, text), rtol=1e-4, atol=1e-4)
         drafted = []
         for place in range(growth.depth - 1):
             token = torch.randint(0, 64, (1,), generator=draw)
             drafted.append(int(token))
-            found = growth.below(token, torch.tensor([place - 1]))
+            found = growth.extend(token, torch.tensor([place - 1]))
             torch.testing.assert_close(found[0], after(small, text + drafted), rtol=1e-4, atol=1e-4)
     assert memory.length == len(text)
 
@@ -75,21 +76,21 @@ def test_trees_see_their_own_branch_only(target):
     small = toys.llama(torch.float32, num_hidden_layers=1)
     drafter = SmallModel(small, depth=4)
     memory, text = drafter.start(target), [5, 9, 13]
-    growth = drafter.grow(memory, target, news(text[1:], 5))
+    growth = drafter.grow(memory, target, update(text[1:], 5))
     paths = []
     for tokens, parents in (
         ([7, 20, 31], [-1, -1, -1]),
         ([1, 2], [0, 2]),
         ([3, 4, 5, 6], [3, 3, 4, 4]),
     ):
-        found = growth.below(torch.tensor(tokens), torch.tensor(parents))
+        found = growth.extend(torch.tensor(tokens), torch.tensor(parents))
         paths += [
             [*(paths[parent] if parent >= 0 else []), token]
             for token, parent in zip(tokens, parents, strict=True)
         ]
         for row, path in zip(found, paths[-len(tokens) :], strict=True):
             torch.testing.assert_close(row, after(small, text + path), rtol=1e-4, atol=1e-4)
-    growth = drafter.grow(memory, target, news([31, 2, 60]))
+    growth = drafter.grow(memory, target, update([31, 2, 60]))
     torch.testing.assert_close(
         growth.first(), after(small, [*text, 31, 2, 60]), rtol=1e-4, atol=1e-4
     )
@@ -98,8 +99,8 @@ def test_trees_see_their_own_branch_only(target):
 @pytest.mark.parametrize(("own", "kept"), [(64, None), (80, None), (48, 48)])
 def test_padded_vocabularies(target, own, kept):
     drafter = SmallModel(toys.llama(torch.float32, num_hidden_layers=1, vocab_size=own))
-    growth = drafter.grow(drafter.start(target), target, news([9], 5))
-    below = growth.below(torch.tensor([3]), torch.tensor([-1]))
+    growth = drafter.grow(drafter.start(target), target, update([9], 5))
+    below = growth.extend(torch.tensor([3]), torch.tensor([-1]))
     assert growth.first().shape == below[0].shape == (min(own, 64),)
     assert (growth.vocabulary is None) == (kept is None)
     if kept:
@@ -111,7 +112,7 @@ def test_a_recurrent_model_is_refused():
         transformers.MambaConfig(vocab_size=41, hidden_size=16, num_hidden_layers=1, state_size=4)
     )
     with pytest.raises(
-        DrafterError, match="MambaForCausalLM has layers whose state cannot be taken back"
+        DrafterError, match="MambaForCausalLM has layers whose state cannot be rolled back"
     ):
         SmallModel(mamba)
     with pytest.raises(DrafterError, match="depth=0"):
@@ -148,12 +149,12 @@ def test_the_decoders_text_stays(target, shape):
     prompts = [torch.tensor([5, 9, 13, 7]), torch.tensor([40, 41])]
     plain = generate_batch(target, None, prompts, 20, [])
     for one in (prompts, prompts[:1]):
-        found = generate_batch(target, drafter, one, 20, [], shape=shape)
+        found = generate_batch(target, drafter, one, 20, [], strategy=Strategy(shape))
         assert [result.tokens for result in found] == [
             result.tokens for result in plain[: len(one)]
         ]
     same = SmallModel(target.model, 4)
-    found = generate_batch(target, same, prompts[:1], 20, [], shape=shape)[0]
+    found = generate_batch(target, same, prompts[:1], 20, [], strategy=Strategy(shape))[0]
     if isinstance(shape, trees.Best):  # its deepest nodes need not be the best guess's
         assert found.steps < 10
     else:
@@ -165,10 +166,8 @@ def test_the_decoders_text_stays(target, shape):
             prompts[:1],
             20,
             [],
-            1.0,
-            0.9,
-            torch.Generator().manual_seed(seed),
-            shape=shape,
+            Sampling(1.0, 0.9, seed=seed),
+            Strategy(shape),
         )[0].tokens
         for seed in (0, 0, 1)
     ]

@@ -10,8 +10,8 @@ import pytest
 from tests.conftest import sums, write_rows
 from trainer import evaluate
 from trainer.assembly.trained import load_trained
-from trainer.evaluation import speculation
-from trainer.evaluation.speculation import Question, questions
+from trainer.evaluation import decode_ways, speculation
+from trainer.evaluation.questions import Question, read_questions
 
 BENCH = [
     {"question_id": 1, "category": "math", "turns": ["3+4=", "and 1 more?"]},
@@ -30,10 +30,10 @@ BENCH = [
 
 def test_questions_in_spec_benchs_layout(tmp_path):
     file = write_rows(tmp_path / "bench.jsonl", BENCH)
-    found = questions(str(file))
+    found = read_questions(str(file))
     assert found[0] == Question("math", [{"role": "user", "content": "3+4="}], ["and 1 more?"])
     assert [question.category for question in found] == ["math", "math", "rôle"]
-    assert [question.messages[0]["content"] for question in questions(str(file), 1)] == [
+    assert [question.messages[0]["content"] for question in read_questions(str(file), 1)] == [
         "3+4=",
         "5+5=",
     ]
@@ -41,7 +41,7 @@ def test_questions_in_spec_benchs_layout(tmp_path):
 
 def test_questions_in_the_other_layout(tmp_path):
     file = write_rows(tmp_path / "chats.jsonl", [*sums(2), {"prompt": "hello"}])
-    assert questions(str(file)) == [
+    assert read_questions(str(file)) == [
         *(Question("all", row["messages"][:1]) for row in sums(2)),
         Question("all", [{"role": "user", "content": "hello"}]),
     ]
@@ -62,9 +62,9 @@ def test_a_file_that_is_no_set_of_questions_says_why(tmp_path, text, said):
     file = tmp_path / "bench.jsonl"
     file.write_text(text)
     with pytest.raises(ValueError, match=said):
-        questions(str(file))
+        read_questions(str(file))
     with pytest.raises(ValueError, match="cannot be read"):
-        questions(str(tmp_path / "none.jsonl"))
+        read_questions(str(tmp_path / "none.jsonl"))
 
 
 # runs
@@ -94,15 +94,15 @@ def run(train, kept):
 
 def test_turns_follow_the_targets_own_answers(run, tmp_path, monkeypatch, capsys):
     file = write_rows(tmp_path / "bench.jsonl", BENCH)
-    seen, transformers = [], speculation.by_transformers
+    seen, transformers = [], decode_ways.by_transformers
 
-    def watched(model, ids, stops, pad, options):
-        result = transformers(model, ids, stops, pad, options)
-        if options["max_new_tokens"] == 10:
+    def watched(model, ids, stops, pad, max_new_tokens, sampling):
+        result = transformers(model, ids, stops, pad, max_new_tokens, sampling)
+        if max_new_tokens == 10:
             seen.append((ids.tolist(), result.tokens))
         return result
 
-    monkeypatch.setattr(speculation, "by_transformers", watched)
+    monkeypatch.setattr(decode_ways, "by_transformers", watched)
     out, plot = tmp_path / "found.json", tmp_path / "found.svg"
     assert (
         evaluate.main(

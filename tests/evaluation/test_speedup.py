@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from trainer.decoding.speculative import Result
-from trainer.evaluation.speedup import Answer, figures, interval, summary
+from trainer.evaluation.decode_ways import Answer
+from trainer.evaluation.speedup import figures, interval, summary_by_category
 
 
 def answer(question, category, drafts, seconds=(1.0, 2.0, 0.5), tokens=None):
@@ -99,7 +100,7 @@ def test_the_summary_tells_categories_apart_and_counts_different_texts():
     options = {"drafter": "run", "max_new_tokens": 9, "temperature": 0.0, "top_p": 1.0, "seed": 0}
     answers = [*ANSWERS[:2], answer(1, "b", [(3, 2), (3, 3)], (1.0, 3.0, 1.5))]
     answers[2].results["drafter"].tokens[-1] = 99
-    found = summary(answers, 4, options)
+    found = summary_by_category(answers, 4, options)
     assert {name: row["answers"] for name, row in found["categories"].items()} == {"a": 2, "b": 1}
     assert found["categories"]["b"]["tau"]["value"] == 3.5
     assert found["different_texts"] == {"plain": 0, "drafter": 1}

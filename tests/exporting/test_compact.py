@@ -254,7 +254,7 @@ def test_an_adapter_that_answers_differently_is_refused(run_of, tmp_path, monkey
         (
             "prompt_tuning",
             (
-                "PROMPT_TUNING is no sum of its weights and an update that starts at zero."
+                "PROMPT_TUNING is not the sum of its weights and an update that starts at zero."
                 " Compression is for LoRA"
             ),
         ),
@@ -331,7 +331,7 @@ def test_a_compact_file_without_its_config_is_refused(tmp_path):
     coding.write(tmp_path / coding.FILE, {"x": torch.ones(2)}, [])
     with pytest.raises(
         AdapterError,
-        match=r"there is no .*adapter_config.json, which goes with compact.safetensors",
+        match=r"adapter_config.json is missing; it belongs to compact.safetensors",
     ):
         compact.expand(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -392,7 +392,7 @@ def test_sizes_without_an_update_or_without_an_adapter(run_of, tmp_path, capsys)
     assert row["rank"] is None
     capsys.readouterr()
     assert sizes.main([f"run={run_of('full')}"]) == 2
-    assert "adapter=full leaves no adapter whose size could be told" in capsys.readouterr().err
+    assert "adapter=full leaves no adapter to measure" in capsys.readouterr().err
     assert sizes.main([f"run={run_of('full')}", "json=no/where.json"]) == 2
     assert "no such folder" in capsys.readouterr().err
 

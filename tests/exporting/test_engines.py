@@ -19,9 +19,9 @@ from tests.conftest import ROOT
 from tests.exporting.engines import environments
 from trainer import export
 from trainer.drafters import DrafterError, Target
-from trainer.exporting import engines, formats
+from trainer.exporting import draft_head, eagle_layouts, engines, formats
 from trainer.exporting.compare import Mismatch
-from trainer.exporting.heads import _drafted
+from trainer.exporting.heads import draft_logits
 
 D, F, V, EACH, DRAFTED = 32, 48, 96, 8, 20
 ROPE = {
@@ -76,9 +76,9 @@ def drafter_of(name, model, **changes) -> Any:
 
 def written(
     drafter, model, to, folder, dtype=torch.float32, verifier="org/target", copied=False
-) -> engines.Head:
-    engines.check(drafter, to, model)
-    head = engines.canonical(drafter, model, copied)
+) -> draft_head.DraftHead:
+    draft_head.check(drafter, to, model)
+    head = draft_head.canonical(drafter, model, copied)
     folder.mkdir(parents=True, exist_ok=True)
     engines.write(head, to, folder, dtype, verifier)
     assert engines.faults(folder, to, head, dtype, model) == []
@@ -100,7 +100,7 @@ def given(drafter, count=9) -> tuple[Tensor, Tensor]:
 
 def own_logits(drafter, model, states, ids, drafted) -> Tensor:
     with torch.no_grad():
-        return _drafted(drafter, Target(model), states, ids, drafted)
+        return draft_logits(drafter, Target(model), states, ids, drafted)
 
 
 LAYER = {
@@ -245,7 +245,7 @@ def test_a_config_of_speculators_says_everything_that_engines_guess_differently(
 
 def sglang(config, tensors) -> tuple[set[str], set[str], Tensor | None]:
     """(parameters that stay as they were made, tensors that go nowhere, target ids of the drafted
-    tokens) as SGLang 0.5.23 loads a draft: it leaves out in silence what it does not know, and what
+    tokens) as SGLang 0.5.23 loads a draft: it drops what it does not know, and what
     is not there."""
     third = config["architectures"][0] == "LlamaForCausalLMEagle3"
     layer = [
@@ -434,9 +434,9 @@ REFUSED = [
         "sglang",
         {},
         {},
-        "drops those norms in silence: to=speculators, for vLLM, has them",
+        "drops those norms without a message: to=speculators, for vLLM, has them",
     ),
-    ("eagle", "qwen3", "sglang", {}, {}, "drops those norms in silence"),
+    ("eagle", "qwen3", "sglang", {}, {}, "drops those norms without a message"),
     (
         "eagle3",
         "mistral",
@@ -460,7 +460,7 @@ REFUSED = [
         "sglang",
         {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
         {},
-        "not one that turns all of a head",
+        "does not rotate all of a head",
     ),
 ]
 
@@ -470,7 +470,7 @@ def test_what_a_layout_has_no_place_for_is_refused(name, kind, to, sizes, change
     model = model_of(kind, **sizes)
     drafter = drafter_of(name, model, **changes)
     with pytest.raises(DrafterError, match=told):
-        engines.check(drafter, to, model)
+        draft_head.check(drafter, to, model)
 
 
 def test_logits_and_copies_that_have_no_place_are_refused():
@@ -479,12 +479,12 @@ def test_logits_and_copies_that_have_no_place_are_refused():
     with pytest.raises(
         DrafterError, match="logits are not its output layer's weight times the hidden states alone"
     ):
-        engines.canonical(heads, granite)
+        draft_head.canonical(heads, granite)
     model = model_of()
-    with pytest.raises(DrafterError, match="an output layer of its own already"):
-        engines.canonical(drafter_of("medusa", model), model, copied=True)
+    with pytest.raises(DrafterError, match="already has an output layer"):
+        draft_head.canonical(drafter_of("medusa", model), model, copied=True)
     with pytest.raises(DrafterError, match="is for Medusa's heads"):
-        engines.canonical(drafter_of("eagle", model), model, copied=True)
+        draft_head.canonical(drafter_of("eagle", model), model, copied=True)
 
 
 def test_a_runs_head_is_exported_and_held_against_it(train, chats, tmp_path, monkeypatch, capsys):
@@ -508,12 +508,14 @@ def test_a_runs_head_is_exported_and_held_against_it(train, chats, tmp_path, mon
         _, tensors = read(out)
         assert tensors["fc.weight"].dtype == torch.bfloat16
     wrong = tmp_path / "wrong"
-    real = engines._layer
-    monkeypatch.setattr(engines, "_layer", lambda *args: real(*args).roll(1, -1))
+    real = eagle_layouts._layer
+    monkeypatch.setattr(eagle_layouts, "_layer", lambda *args: real(*args).roll(1, -1))
     with pytest.raises(Mismatch, match="the files give other logits than the run's drafter"):
         formats.export(str(run), "sglang", wrong, "float32")
-    monkeypatch.setattr(
-        engines, "_flat", lambda *_: ({"fc.weight": torch.ones(1)}, read(run / "sglang")[0])
+    monkeypatch.setitem(
+        engines._WRITERS,
+        "sglang",
+        lambda *_: ({"fc.weight": torch.ones(1)}, read(run / "sglang")[0]),
     )
     with pytest.raises(
         Mismatch, match="the export is not what to=sglang should have written: d2t is missing"

@@ -258,7 +258,7 @@ def test_what_is_there_is_not_overwritten(train, chats, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "note").write_text("kept")
     with pytest.raises(
-        CheckpointError, match=r"mine exists. Remove it, or choose another place with out=FOLDER"
+        CheckpointError, match=r"mine exists. Remove it, or choose another folder with out=FOLDER"
     ):
         formats.export(str(run), "peft", tmp_path / "mine", "float32")
     assert (tmp_path / "mine" / "note").read_text() == "kept"
@@ -408,7 +408,7 @@ def test_what_has_no_native_form_is_refused_before_weights_load(train, chats, ca
     assert export.main([f"run={run}", "to=mtp"]) == 2
     assert "Use to=drafter, and decode with python -m trainer.speculate" in capsys.readouterr().err
     for to in ("drafter", "mtp"):
-        with pytest.raises(DrafterError, match=r"has no drafter. Train one beside the adapter"):
+        with pytest.raises(DrafterError, match=r"has no drafter. Train one with the adapter"):
             formats.export(str(bare), to, None, "float32")
         with pytest.raises(
             DrafterError, match=r"drafter \(Registers\) that only shapes the adapter"

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from tests.conftest import ROOT
 from tests.toys import adapters as toys
 from tests.toys.packed_rows import ROWS
-from trainer.drafters import News, Seen, Target
+from trainer.drafters import Target, TargetOutput, TargetUpdate
 from trainer.drafters.eagle import Eagle
 
 SIZE = 32
@@ -171,7 +171,7 @@ def by_row(packs, tensor):
 def news_of(hidden, features, ids, start, end):
     """What the target says of positions start .. end - 1 of a row whose tokens `ids` are known up
     to the one after those."""
-    return News(
+    return TargetUpdate(
         hidden[start:end],
         features[start:end],
         ids[start + 1 : end + 1],
@@ -195,7 +195,7 @@ def drafts_as_it_trains(drafter, model, features=0):
         tree = drafter.grow(memory, target, news_of(hidden, more, ids, start, end))
         found, paths, number = [tree.first()], [[]], 0
         for parents, tokens in TREE:
-            found += list(tree.below(torch.tensor(tokens), torch.tensor(parents)))
+            found += list(tree.extend(torch.tensor(tokens), torch.tensor(parents)))
             paths += [
                 [*paths[parent + 1], token] for parent, token in zip(parents, tokens, strict=True)
             ]
@@ -217,7 +217,7 @@ def drafts_as_it_trains(drafter, model, features=0):
         later = torch.full((len(path) + 1, SIZE + features), 100.0)
         states = torch.cat([torch.cat([hidden, more], 1), later]).split([SIZE, features], 1)
         at = torch.arange(row.shape[1])[None]
-        seen = Seen(
+        output = TargetOutput(
             states[0][None],
             row,
             row,
@@ -225,7 +225,7 @@ def drafts_as_it_trains(drafter, model, features=0):
             states[0][None, :0],
             states[1][None] if features else None,
         )
-        trained = head(list(drafter.states(seen, target))[len(path)][0, known - 1 : known])[0]
+        trained = head(list(drafter.states(output, target))[len(path)][0, known - 1 : known])[0]
         torch.testing.assert_close(logits, trained, rtol=1e-4, atol=1e-4)
         apart = max(apart, float((logits - found[0]).abs().max()))
     assert apart > 0.1

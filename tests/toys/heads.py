@@ -9,7 +9,7 @@ import torch
 from tests.toys import adapters as toys
 from trainer.data.batches import Collate, Pick
 from trainer.data.render import Tokens
-from trainer.drafters import Seen
+from trainer.drafters import TargetOutput
 from trainer.drafters.medusa import MedusaHeads
 from trainer.drafters.parallel import ParallelHeads
 from trainer.drafters.sequential import SequentialModules
@@ -74,7 +74,7 @@ def batch_of(*packs):
     return Collate(0, any(len(pack) > 1 for pack in packs), False)(items)
 
 
-def seen_of(packs, hidden, dtype=torch.float32):
+def output_of(packs, hidden, dtype=torch.float32):
     """A batch of packs of rows, whose states are given by row."""
     batch = batch_of(*packs)
     states = torch.randn(
@@ -86,7 +86,7 @@ def seen_of(packs, hidden, dtype=torch.float32):
             states[i, at : at + len(row[0])] = hidden[ROWS.index(row)]
             at += len(row[0])
     positions = batch.get("position_ids", torch.arange(states.shape[1]).expand(len(packs), -1))
-    return Seen(
+    return TargetOutput(
         states.to(dtype), batch["input_ids"], batch["labels"], positions, states[:, :0].to(dtype)
     )
 

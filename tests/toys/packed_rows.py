@@ -6,7 +6,7 @@ import torch
 
 from trainer.data.batches import Collate, Pick
 from trainer.data.render import Tokens
-from trainer.drafters import Seen
+from trainer.drafters import TargetOutput
 
 
 def numbers_of(kind, p, q, vocabulary, eta):
@@ -39,7 +39,7 @@ ROWS = [
 APART, PACKED = [[r] for r in ROWS], [ROWS[:3], [ROWS[3]]]
 
 
-def seen_of(packs, size, features=0):
+def output_of(packs, size, features=0):
     """(seen, states by row): a batch as the trainer collates it, whose states depend on the row
     alone."""
     items = [
@@ -64,7 +64,7 @@ def seen_of(packs, size, features=0):
             at += len(row[0])
     positions = batch.get("position_ids", torch.arange(states.shape[1]).expand(len(packs), -1))
     hidden, more = states.split([size, features], dim=-1)
-    seen = Seen(
+    output = TargetOutput(
         hidden,
         batch["input_ids"],
         batch["labels"],
@@ -72,4 +72,4 @@ def seen_of(packs, size, features=0):
         hidden[:, :0],
         more if features else None,
     )
-    return seen, [one.split([size, features], dim=-1) for one in by_row]
+    return output, [one.split([size, features], dim=-1) for one in by_row]

@@ -17,7 +17,7 @@ SPAN = 50  # batches' worth of rows, within which those of similar length share 
 
 
 @dataclass(frozen=True)
-class Ask:
+class PromptRow:
     """A conversation to be answered: assistant messages whose content is None are written by the
     target."""
 
@@ -27,7 +27,7 @@ class Ask:
     tools: list[dict[str, Any]] | None = None
 
 
-def load(options: dict[str, Any], plain: dict[str, Any], task: Any) -> tuple[list[Ask], str]:
+def load(options: dict[str, Any], plain: dict[str, Any], task: Any) -> tuple[list[PromptRow], str]:
     """(the conversations to be answered, a digest of what they come from), by the options of
     trainer.respond.
 
@@ -50,7 +50,9 @@ def load(options: dict[str, Any], plain: dict[str, Any], task: Any) -> tuple[lis
         ):
             if isinstance(example, Bad):
                 raise DataError(f"{example.where}: {example.reason}")
-            found.append(Ask(index, example.where, _open(example.messages, every), example.tools))
+            found.append(
+                PromptRow(index, example.where, _open(example.messages, every), example.tools)
+            )
         key = task.fingerprint(options["split"])
     if not found:
         raise DataError(
@@ -66,7 +68,7 @@ def asks(
     every: bool,
     skip: int,
     limit: int | None,
-) -> Iterator[Ask]:
+) -> Iterator[PromptRow]:
     """The conversations of some (where, row) of a file, read by the `columns`, `format` and
     `system` of conf/task/sft.
 
@@ -84,7 +86,7 @@ def asks(
             messages, tools = _messages(row, field, **read)
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
-        yield Ask(index, where, _open(messages, every or "turns" in row), tools)
+        yield PromptRow(index, where, _open(messages, every or "turns" in row), tools)
 
 
 def _messages(
@@ -136,7 +138,7 @@ def _open(messages: list[dict[str, Any]], every: bool) -> list[dict[str, Any]]:
     ]
 
 
-def batches(found: list[Ask], size: int, done: set[int]) -> Iterator[list[Ask]]:
+def batches(found: list[PromptRow], size: int, done: set[int]) -> Iterator[list[PromptRow]]:
     """Conversations that are missing, with those that share their batch: within spans of the file,
     those of similar length."""
     for start in range(0, len(found), SPAN * size):

@@ -6,10 +6,10 @@
         model.generate(**inputs, max_new_tokens=100)
     model.generate(**inputs, max_new_tokens=100, custom_generate=drafting(drafter))  # the same
 
-`model` is the drafter's target, and the drafter trainer.drafters.io.load's or one that needs no
-training. transformers verifies: greedily its text is the one without a drafter; sampling, a drafted
-token is taken where the one that the target draws is the same, so that the text is the target's in
-distribution, under all of generate's settings. It takes one sequence at a time, no beams, and
+`model` is the drafter's target, and the drafter comes from trainer.drafters.io.load or needs no
+training. transformers verifies. Greedily its text is the one without a drafter. When sampling, a
+drafted token is accepted if the target draws the same token, so the text has the target's
+distribution, with all of generate's settings. It takes one sequence at a time, no beams, and
 chains: of a tree the first child of each node is proposed. trainer.decoding.speculative takes more.
 """
 
@@ -26,34 +26,35 @@ from torch import Tensor
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from trainer.decoding import trees
-from trainer.drafters import Draft, Drafter, DrafterError, News, Target
+from trainer.drafters import Draft, Drafter, DrafterError, Target, TargetUpdate
 from trainer.models.heads import captured_layers
 
 
 def refusal(model: Any) -> str | None:
-    """Why no drafter can draft for `model` in transformers' generate, whatever it is."""
+    """Return why no drafter can draft for `model` in transformers' generate, or None."""
     if getattr(model, "_is_stateful", False):
         return (
-            f"{type(model).__name__} has layers whose state cannot be taken back by some tokens,"
-            " which every refused draft asks for"
+            f"{type(model).__name__} has layers whose state cannot be rolled back by some tokens,"
+            " which every refused draft needs"
         )
     peft = getattr(model, "active_peft_config", None)
     if peft is not None and peft.is_prompt_learning:
         return (
-            "PEFT's virtual tokens stand before the text, of which generate's assisted decoding"
-            " does not know"
+            "PEFT puts virtual tokens before the text, which generate's assisted decoding does not"
+            " support"
         )
     return None
 
 
 @contextlib.contextmanager
 def assist(model: Any, drafter: Drafter, count: int | None = None) -> Iterator[None]:
-    """While open, `model.generate` drafts. `count` is as for `drafting`."""
+    """Let `model.generate` use the drafter while the context is open. `count` is as for
+    `drafting`."""
     plain, before = model.generate, vars(model).get("generate")
 
     def generate(*arguments: Any, streamer: Any = None, **more: Any) -> Any:
-        # transformers gives the prompt to the streamer, and does not hand it on to what
-        # custom_generate names.
+        # transformers gives the prompt to the streamer, but does not pass the streamer to
+        # custom_generate.
         decode = drafting(drafter, count, streamer)
         return plain(*arguments, streamer=streamer, custom_generate=decode, **more)
 
@@ -70,11 +71,11 @@ def assist(model: Any, drafter: Drafter, count: int | None = None) -> Iterator[N
 def drafting(
     drafter: Drafter, count: int | None = None, streamer: Any = None
 ) -> Callable[..., Any]:
-    """What transformers' `generate` takes as `custom_generate`, with up to `count` tokens at a
-    time, by default as many as the drafter can. `streamer` is fed what is accepted; generate's own
-    argument of this name is not handed on by transformers. The call raises DrafterError where the
-    drafter and what is asked for do not go together."""
-    known: list[Target] = []  # finding out how a model makes its logits takes passes of it
+    """Return a `custom_generate` for transformers' `generate`, with up to `count` tokens at a time,
+    by default as many as the drafter can propose. `streamer` receives accepted tokens; transformers
+    does not pass on generate's own argument of this name. A call raises DrafterError if drafter and
+    settings do not fit."""
+    known: list[Target] = []  # building a Target takes passes of the model
 
     def decode(
         model: Any,
@@ -89,7 +90,7 @@ def drafting(
         cache = more.get("past_key_values")
         if generation_config.num_beams > 1:
             raise DrafterError(
-                f"num_beams={generation_config.num_beams}: a drafter drafts one text at a time,"
+                f"num_beams={generation_config.num_beams}: a drafter drafts one text at a time, set"
                 " num_beams=1"
             )
         if cache is not None and cache.get_seq_length():
@@ -121,9 +122,8 @@ def drafting(
 
 
 class Candidates(CandidateGenerator):
-    """A drafter as transformers' assisted decoding asks for candidates. `hidden` and `between` are
-    filled by each pass of the target, with what its output head reads and with the states of the
-    drafter's layers."""
+    """A drafter as transformers' generator of candidates. Each pass of the target fills `hidden`,
+    the inputs of its output head, and `between`, the states of the drafter's layers."""
 
     requires_model_outputs = True
     model_kwargs_overrides: dict[str, Any] = {}
@@ -141,7 +141,7 @@ class Candidates(CandidateGenerator):
         self.most = drafter.depth if count is None else min(count, drafter.depth)
         self.hidden, self.between = hidden, between
         self.memory, self.shape = drafter.start(target), trees.chain(self.most)
-        self.read: Tensor | None = None  # what the last pass read, from its newest known token on
+        self.read: Tensor | None = None  # what the last pass read, from the newest token on
 
     @torch.no_grad()
     def get_candidates(  # type: ignore[override]
@@ -170,7 +170,7 @@ class Candidates(CandidateGenerator):
             else states[:length, :0]
         )
         last = ids[-2:-1] if self.read is None else self.read
-        news = News(
+        update = TargetUpdate(
             states[:length],
             features,
             ids[-length:],
@@ -179,11 +179,11 @@ class Candidates(CandidateGenerator):
         )
         self.hidden.clear()
         self.between.clear()
-        # the target's own token comes on top
+        # The target's own token comes after the drafted ones.
         fits = max(0, min(self.most, self.longest - len(ids) - 1))
         drawing = trees.Drawing(self.target.config.vocab_size, fits)
         draft = self.drafter.propose(
-            self.memory, self.target, news, partial(self.shape, drawing=drawing)
+            self.memory, self.target, update, partial(self.shape, drawing=drawing)
         )
         tokens = first_path(draft)[:fits].to(ids)
         self.read = torch.cat([ids[-1:], tokens])
@@ -192,26 +192,26 @@ class Candidates(CandidateGenerator):
     def update_candidate_strategy(
         self, input_ids: Tensor, scores: Tensor, num_matches: int
     ) -> None:
-        """Nothing: a drafter learns of what was taken by the next call's states."""
+        """Do nothing: the next call's states show what was accepted."""
 
 
 def first_path(draft: Draft) -> Int[Tensor, " n"]:
-    """A tree's tokens from the newest one down, the first child of each."""
-    path, node = [], -1
-    for place, parent in enumerate(draft.parents.tolist()):
-        if parent == node:
-            path.append(place)
-            node = place
+    """Return the tree's path of first children."""
+    path, last = [], -1
+    for node, parent in enumerate(draft.parents.tolist()):
+        if parent == last:
+            path.append(node)
+            last = node
     return draft.tokens[path]
 
 
 @contextlib.contextmanager
 def _read(decoder: Any) -> Iterator[list[Tensor]]:
-    kept: list[Tensor] = []
-    # Assisted decoding asks for the logits of a prompt's last token only, and so does the output
-    # head read no more.
-    handle = decoder.register_forward_hook(lambda module, args, out: kept.append(out[0]))
+    states: list[Tensor] = []
+    # The output head's inputs are not enough: for a prompt, assisted decoding computes the logits
+    # of the last token only.
+    handle = decoder.register_forward_hook(lambda module, args, out: states.append(out[0]))
     try:
-        yield kept
+        yield states
     finally:
         handle.remove()

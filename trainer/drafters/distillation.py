@@ -1,15 +1,16 @@
-"""Losses between a target's distributions and a drafter's, with no more of either than a chunk.
+"""Losses between a target's distributions and a drafter's, holding at most a chunk of either.
 
-    L = Σ_k Σ_i w[k, i] loss(p_i, q_k,i)        p_i = softmax(head(h_i))        q_k,i a drafter's for the same token
+    L = Σ_k Σ_i w[k, i] loss(p_i, q_k,i)
+    p_i = softmax(head(h_i)), and q_k,i the drafter's distribution of the same token
 
-K drafted distributions stand against each of the teacher's, which is computed once for all of them.
-As in trainer.models.losses, a chunk's slopes at the logits are written out and taken through the
-head at once, so that no softmax outlives its chunk.
+K drafted distributions are compared with each of the teacher's, which is computed once for all of
+them. As in trainer.models.losses, the slopes of a chunk's logits are written out and taken through
+the head at once, so no softmax outlives its chunk.
 
-With half-precision products what is done to each logit takes longer than the products themselves,
-and most of that time goes into memory that is taken anew. So for ce and kl, whose slope is q - p,
-`Distillation.quickly` works in two tensors that are kept over all chunks, and what is of the
-teacher alone is computed once for the K.
+With half-precision products, the work on each logit takes longer than the products, and most of it
+is allocating memory. So for ce and kl, whose slope is q - p, `Distillation.quickly` works in two
+tensors that are reused for all chunks, and what depends on the teacher alone is computed once for
+the K.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.drafters.layers import precision
+from trainer.drafters.layers import autocast_like
 from trainer.models.heads import Head
 
 KINDS = ("ce", "kl", "tv", "lk_alpha", "lk_hybrid")
 
 
 class _ChunkedDistillation(torch.autograd.Function):
-    """Weighted sum of distillation losses of K predictions for each of n teacher's positions, chunk
+    """Weighted sum of distillation losses of K predictions for each of n teacher positions, chunk
     by chunk of positions.
 
-    Forward: for each chunk, the teacher's probabilities once, and for each of the K the loss and
-    its slope at the logits by hand, in fp32; then by autograd through the head the slopes at h_c
-    and at the head's parameters. Backward: those times the incoming scalar.
+    Forward: for each chunk, the teacher's probabilities once; for each of the K the loss and its
+    slope at the logits by hand, in fp32; then by autograd through the head the slopes at h_c and at
+    the head's parameters. Backward: these, times the incoming scalar.
     Shapes: hidden (K, n, d), teacher (n, d), weights (K, n); returns a scalar in fp32 and (4, K,
-    n): loss, whether the teacher's best guess was the best and among the `top` best guesses, Σ
-    min(p, q).
-    Notes: of the teacher's (c, V) and one head's (c, v) logits there are never more than a chunk's.
+    n): loss, whether the teacher's best guess was the drafter's best and among its `top` best
+    guesses, Σ min(p, q).
+    Notes: never more than a chunk of the teacher's (c, V) and of one head's (c, v) logits exist.
     No second derivative.
     """
 
@@ -51,17 +52,17 @@ class _ChunkedDistillation(torch.autograd.Function):
         weights: Tensor,
         how: Distillation,
         chunk: int,
-        wanted: bool,
+        needs_grad: bool,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         total = hidden.new_zeros((), dtype=torch.float32)
-        found = hidden.new_zeros(4, *weights.shape, dtype=torch.float32)
-        grad_hidden = torch.zeros_like(hidden) if wanted else None
+        numbers = hidden.new_zeros(4, *weights.shape, dtype=torch.float32)
+        grad_hidden = torch.zeros_like(hidden) if needs_grad else None
         grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-        kept: list[Tensor] = []
-        # Around all heads: fp32 weights that compute in half precision are cast once, and not for
-        # each of them.
-        with precision(hidden):
+        buffers: list[Tensor] = []
+        # One context for all heads: fp32 weights that compute in half precision are cast once, not
+        # for each head.
+        with autocast_like(hidden):
             for start in range(0, teacher.shape[0], chunk):
                 rows = slice(start, start + chunk)
                 if not weights[:, rows].any():
@@ -72,30 +73,13 @@ class _ChunkedDistillation(torch.autograd.Function):
                 del logits
                 for k in range(len(hidden)):
                     with torch.enable_grad():
-                        part = hidden[k, rows].detach().requires_grad_(wanted)
+                        part = hidden[k, rows].detach().requires_grad_(needs_grad)
                         logits = how.heads[k % len(how.heads)](part)
                     scale = weights[k, rows] * truth.inside
                     with torch.autocast(hidden.device.type, enabled=False):
-                        if how.quick:
-                            loss, slopes, acceptance, guesses = how.quickly(
-                                truth, logits.detach(), kept
-                            )
-                        else:
-                            log_q = F.log_softmax(logits.detach().float(), dim=-1)
-                            loss, slopes, acceptance = how.loss(truth.p, log_q)
-                            guesses = log_q.topk(min(how.top, log_q.shape[-1]), dim=-1).indices
-                            del log_q
+                        loss, slopes, counts = _compared(how, truth, logits.detach(), buffers)
                         total += (scale * loss).sum()
-                        guesses = guesses if how.vocabulary is None else how.vocabulary[guesses]
-                        right = guesses == truth.best.unsqueeze(-1)
-                        found[:, k, rows] = torch.stack(
-                            [
-                                loss * truth.inside,
-                                right[:, 0].float(),
-                                right.any(-1).float(),
-                                acceptance,
-                            ]
-                        )
+                        numbers[:, k, rows] = counts
                         if grad_hidden is not None:
                             slopes *= scale.unsqueeze(-1)
                             slope, *others = torch.autograd.grad(
@@ -112,11 +96,13 @@ class _ChunkedDistillation(torch.autograd.Function):
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden, *grads)
         ctx.dtypes = [p.dtype for p in parameters]
-        ctx.mark_non_differentiable(found)
-        return total, found
+        ctx.mark_non_differentiable(numbers)
+        return total, numbers
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_loss: Tensor, *_: Tensor
+    ) -> tuple[Tensor | None, ...]:
         grad_hidden, *grads = ctx.saved_tensors
         scaled = [
             (grad * grad_loss).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
@@ -132,18 +118,35 @@ class _ChunkedDistillation(torch.autograd.Function):
         )
 
 
+def _compared(
+    how: Distillation, truth: Truth, logits: Float[Tensor, "c v"], buffers: list[Tensor]
+) -> tuple[Tensor, Float[Tensor, "c v"], Float[Tensor, "4 c"]]:
+    """Return (loss, slopes at the logits, numbers) of a chunk."""
+    if how.quick:
+        loss, slopes, acceptance, guesses = how.quickly(truth, logits, buffers)
+    else:
+        log_q = F.log_softmax(logits.float(), dim=-1)
+        loss, slopes, acceptance = how.loss(truth.p, log_q)
+        guesses = log_q.topk(min(how.top, log_q.shape[-1]), dim=-1).indices
+        del log_q
+    guesses = guesses if how.vocabulary is None else how.vocabulary[guesses]
+    right = guesses == truth.best.unsqueeze(-1)
+    numbers = [loss * truth.inside, right[:, 0].float(), right.any(-1).float(), acceptance]
+    return loss, slopes, torch.stack(numbers)
+
+
 @dataclass(frozen=True)
 class Truth:
-    """What a teacher says of c positions."""
+    """A teacher's distributions at c positions."""
 
-    p: Float[Tensor, "c v"]  # its probabilities of the drafter's tokens
+    p: Float[Tensor, "c v"]  # the probabilities of the drafter's tokens
     whole: Float[Tensor, "c v"]  # the same, renormalised
-    best: Int[Tensor, " c"]  # its best tokens
-    inside: Float[Tensor, " c"]  # 1 where those are among the drafter's
+    best: Int[Tensor, " c"]  # the most likely tokens
+    inside: Float[Tensor, " c"]  # 1 if that is one of the drafter's tokens, else 0
 
     @cached_property
     def entropy(self) -> Float[Tensor, " c"]:
-        """Σ p log p of the renormalised ones."""
+        """Σ p log p of the renormalised probabilities."""
         return torch.xlogy(self.whole, self.whole).sum(-1)
 
 
@@ -151,50 +154,52 @@ class Truth:
 class Distillation:
     """How drafters learn a teacher's distributions p with their own, q.
 
-        ce = - Σ p log q      kl = Σ p log (p / q)      tv = 1 - α      lk_alpha = - log α      lk_hybrid = w kl + (1 - w) tv
-        α = Σ min(p, q), the chance that a token drawn from q is taken        w = exp(- eta α), a constant for the slope
+        ce = - Σ p log q        kl = Σ p log (p / q)        tv = 1 - α
+        lk_alpha = - log α      lk_hybrid = w kl + (1 - w) tv
+        α = Σ min(p, q), the probability that a token drawn from q is accepted
+        w = exp(- eta α), a constant for the slope
 
-    (LK losses: arXiv 2602.23881.) With a draft `vocabulary` q is over those tokens. Then ce and kl
-    take p over them only, renormalised, α takes it as it is, and positions whose best token is not
-    among them do not count (EAGLE-3's reference).
+    (LK losses: arXiv 2602.23881.) With a draft `vocabulary` q covers those tokens only. Then ce and
+    kl use p over them, renormalised, α uses p as it is, and positions whose best token is not among
+    them do not count (as in EAGLE-3's reference).
     """
 
     kind: str
     head: Head  # the teacher's, (n, d) -> (n, V)
-    # the drafter's: one for each of the K, or one for all; (n, d) -> (n, v)
+    # the drafter's, (n, d) -> (n, v): one for each of the K, or one for all
     heads: tuple[Head, ...]
     vocabulary: Int[Tensor, " v"] | None = None  # target ids, ascending
     eta: float = 3.0
     top: int = 5
-    fast: bool = True  # whether ce and kl may take `quickly` instead of `loss`
+    fast: bool = True  # whether ce and kl may use `quickly` instead of `loss`
 
     @property
     def quick(self) -> bool:
-        """Whether `quickly` is taken."""
+        """Whether `quickly` is used."""
         return self.fast and self.kind in ("ce", "kl")
 
     @torch.no_grad()
     def truth(self, logits: Float[Tensor, "c V"]) -> Truth:
-        """What the teacher's logits say of the drafter's tokens."""
+        """Return the teacher's distributions over the drafter's tokens."""
         p = logits.float().softmax(-1)
         best = p.argmax(-1)
         if self.vocabulary is None:
             return Truth(p, p, best, torch.ones_like(p[:, 0]))
-        place = torch.searchsorted(self.vocabulary, best).clamp_max(len(self.vocabulary) - 1)
+        index = torch.searchsorted(self.vocabulary, best).clamp_max(len(self.vocabulary) - 1)
         p = p.index_select(1, self.vocabulary)
-        return Truth(p, _renormalised(p), best, (self.vocabulary[place] == best).float())
+        return Truth(p, _renormalised(p), best, (self.vocabulary[index] == best).float())
 
     def quickly(
-        self, truth: Truth, logits: Float[Tensor, "c v"], kept: list[Tensor]
+        self, truth: Truth, logits: Float[Tensor, "c v"], buffers: list[Tensor]
     ) -> tuple[Tensor, Float[Tensor, "c v"], Tensor, Int[Tensor, "c top"]]:
-        """(loss, its slope, α, best guesses) of ce or kl, as `loss` has them up to rounding. `kept`
-        is an empty list at first; slopes are good until the next call with it.
+        """Return (loss, its slope, α, best guesses) of ce or kl, equal to `loss` up to rounding.
+        `buffers` is an empty list at first. The slopes are valid until the next call with it.
 
             log q = x - max x - log Σ exp(x - max x)
         """
-        if not kept:
-            kept += [torch.empty_like(truth.p), torch.empty_like(truth.p)]
-        q, spare = (tensor[: len(logits)] for tensor in kept)
+        if not buffers:
+            buffers += [torch.empty_like(truth.p), torch.empty_like(truth.p)]
+        q, spare = (tensor[: len(logits)] for tensor in buffers)
         highest, guesses = q.copy_(logits).topk(min(self.top, q.shape[-1]), dim=-1)
         q -= highest[:, :1]
         ce = -torch.mul(truth.whole, q, out=spare).sum(-1)
@@ -208,7 +213,7 @@ class Distillation:
     def loss(
         self, p: Float[Tensor, "c v"], log_q: Float[Tensor, "c v"]
     ) -> tuple[Tensor, Float[Tensor, "c v"], Tensor]:
-        """(loss (c,), its slope at the drafter's logits (c, v), α (c,))."""
+        """Return (loss (c,), its slope at the drafter's logits (c, v), α (c,))."""
         q = log_q.exp()
         acceptance = torch.minimum(p, q).sum(-1)
         whole = p if self.vocabulary is None else _renormalised(p)
@@ -217,7 +222,7 @@ class Distillation:
             kl = ce + torch.xlogy(whole, whole).sum(-1)
             if self.kind != "lk_hybrid":
                 return (ce if self.kind == "ce" else kl), q - whole, acceptance
-        below = (q < p).float()  # where more of q is more of α
+        below = (q < p).float()  # where raising q raises α
         rise = q * (below - (below * q).sum(-1, keepdim=True))
         if self.kind == "tv":
             return 1 - acceptance, -rise, acceptance
@@ -233,8 +238,8 @@ class Distillation:
 
 
 def _renormalised(p: Tensor) -> Tensor:
-    """p / Σ p. Where the drafter's tokens have no chance at all, the position does not count, and
-    must not be NaN either."""
+    """Return p / Σ p. A position where the drafter's tokens have probability 0 does not count, and
+    must not become NaN."""
     return p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
 
 
@@ -246,12 +251,14 @@ def chunked_distillation(
     chunk: int,
     parameters: tuple[Tensor, ...] = (),
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "4 K n"]]:
-    """(Σ_k Σ_i weights[k, i] loss[k, i], numbers): K drafted distributions, from `hidden`, for each
-    token that the teacher's `hidden` states predict; `parameters` are what the drafter's heads
-    train. `numbers` are for each of them its loss, 1 where the drafter's best guess is the
-    teacher's, 1 where the teacher's is among the `top` best, and α; zeros where a chunk has no
-    weights."""
-    wanted = torch.is_grad_enabled() and (hidden.requires_grad or bool(parameters))
+    """Return (Σ_k Σ_i weights[k, i] loss[k, i], numbers) of K drafted distributions, computed from
+    `hidden`, for each token that the teacher's hidden states predict.
+
+    `parameters` are the trained parameters of the drafter's heads. `numbers` are, for each
+    position, the loss, 1 if the drafter's best guess is the teacher's, 1 if the teacher's is among
+    the `top` best, and α; zeros in chunks without weights.
+    """
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or bool(parameters))
     return _ChunkedDistillation.apply(
-        hidden, teacher.detach(), weights.float(), how, chunk, wanted, *parameters
+        hidden, teacher.detach(), weights.float(), how, chunk, needs_grad, *parameters
     )

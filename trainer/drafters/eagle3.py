@@ -2,24 +2,25 @@
 2025, arXiv 2503.01840).
 
     g_t = fc [s_low ; s_mid ; s_high]_t
-    a_t = g_t + Attention([input_layernorm(emb(x_{t+1})) ; hidden_norm(g_t)])        a_t += MLP(post_attention_layernorm(a_t))
-    logits = lm_head(norm(a_t)) predict x_{t+2}        then a_t takes the place of g_t for the next token
+    a_t = g_t + Attention([input_layernorm(emb(x_{t+1})) ; hidden_norm(g_t)])
+    a_t += MLP(post_attention_layernorm(a_t))
+    logits = lm_head(norm(a_t)) predict x_{t+2}; then a_t replaces g_t for the next token
 
     L = Σ_k β^(k-1) Σ_t CE(p_{t+k}, q_k[t])        β = 0.8, k = 1 .. K = 7
 
 s (B, T, d) are the states entering the target's layers 2, L/2 and L - 3; fc (d, 3d); q, k and v of
-the attention are (.., 2d), its heads, norms and rotary embeddings are the target's family's;
-lm_head (v, d) is of the draft vocabulary, the v tokens that are trained most often, and starts as
-the target's rows of those. All linear layers are without biases, since engines read EAGLE-3 heads
-as Llama's layers. p is the target's distribution over the draft vocabulary, renormalised; a
-position whose best token is not in it does not count.
+the attention are (.., 2d), and its heads, norms and rotary embeddings are those of the target's
+family. lm_head (v, d) is of the draft vocabulary, the v tokens that are trained most often, and
+starts as the target's rows of these tokens. All linear layers are without biases, since engines
+read EAGLE-3 heads as Llama's layers. p is the target's distribution over the draft vocabulary,
+renormalised; a position whose best token is not in it does not count.
 
-The K passes of a row are computed as trainer.drafters.eagle says, with gradients through all of
+The K passes of a row are computed as in trainer.drafters.unrolled, with gradients through all of
 them. `fc_norm` and `norm_output` are EAGLE-3.1's (norms of s_low, s_mid and s_high before fc;
 norm(a_t) instead of a_t for the next token).
 
-`state` holds, besides the weights, what makes the draft vocabulary: d2t (v,) int64, target id -
-draft id, and t2d (V,) bool.
+Besides the weights, `state` holds the draft vocabulary: d2t (v,) int64, target id - draft id, and
+t2d (V,) bool.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ from torch import Tensor, nn
 
 from adapters.linear import features, float_weight
 from trainer.drafters import DrafterError, Target
-from trainer.drafters.eagle import Unrolled, masked_layer
-from trainer.drafters.layers import final_norm, precision, projection
+from trainer.drafters.layers import autocast_like, final_norm, projection
+from trainer.drafters.unrolled import Unrolled, masked_layer
 from trainer.models.heads import Head
 
 
 class Eagle3(Unrolled):
-    """EAGLE-3's head; conf/drafter/eagle3.yaml says what the knobs mean.
+    """EAGLE-3's head; conf/drafter/eagle3.yaml documents the settings.
 
     Raises:
-        DrafterError: the weights are not of K offsets, a knob is out of its range, or the model's
-        decoder layers cannot be built.
+        DrafterError: there is not one weight for each offset, a setting is out of its range, or the
+        model's decoder layers cannot be built.
     """
 
     d2t: Tensor
@@ -105,25 +106,25 @@ class Eagle3(Unrolled):
     def calibrate(self, counts: Callable[[], Int[Tensor, " V"]]) -> None:
         if self.vocabulary is None:
             return
-        often = counts().to(self.d2t.device)
-        # of equals the one with the smaller id first
-        order = torch.sort(often, descending=True, stable=True).indices
-        shares = often[order].cumsum(0).double() / often.sum().clamp_min(1)
+        frequency = counts().to(self.d2t.device)
+        # Tokens of equal frequency are in the order of their ids.
+        order = torch.sort(frequency, descending=True, stable=True).indices
+        shares = frequency[order].cumsum(0).double() / frequency.sum().clamp_min(1)
         size = len(self.d2t)
         if shares[size - 1] < self.coverage:
             enough = int((shares < self.coverage).sum()) + 1
             raise DrafterError(
                 f"drafter.draft_vocab_size={size}: these tokens are {float(shares[size - 1]):.1%}"
-                f" of the trained ones, and drafter.coverage asks for {self.coverage:.1%}: {enough}"
-                " tokens would do, or set a smaller coverage"
+                f" of the trained ones, and drafter.coverage requires {self.coverage:.1%}: set"
+                f" {enough} tokens, or a smaller coverage"
             )
         chosen = order[:size].sort().values
         self.d2t.copy_(chosen - torch.arange(size, device=chosen.device))
         self.t2d.zero_()[chosen] = True
         self._start_head()
 
-    def entering(self, hidden: Tensor, features: Tensor | None) -> Tensor:
-        assert features is not None, "the states of `layers`"
+    def first_input(self, hidden: Tensor, features: Tensor | None) -> Tensor:
+        assert features is not None, "the states of `layers` are missing"
         if self.fc_norm is not None:
             parts = features.chunk(len(self.layers), dim=-1)
             features = torch.cat(
@@ -131,23 +132,23 @@ class Eagle3(Unrolled):
             )
         return self.fc(features)
 
-    def step(self, embedded: Tensor, hidden: Tensor, surroundings: Any) -> Tensor:
+    def step(self, embedded: Tensor, hidden: Tensor, inputs: Any) -> Tensor:
         layer = self.midlayer
         hidden = hidden.to(embedded)
         both = torch.cat([layer.input_layernorm(embedded), layer.hidden_norm(hidden)], dim=-1)
-        hidden = hidden + layer.self_attn(hidden_states=both, **surroundings)[0]
+        hidden = hidden + layer.self_attn(hidden_states=both, **inputs)[0]
         out = layer.mlp(layer.post_attention_layernorm(hidden))
         return hidden + (out[0] if isinstance(out, tuple) else out)
 
-    def read(self, out: Tensor) -> Tensor:
+    def head_input(self, out: Tensor) -> Tensor:
         return self.norm(out)
 
-    def handed(self, out: Tensor) -> Tensor:
+    def next_input(self, out: Tensor) -> Tensor:
         return self.norm(out) if self.norm_output else out
 
     def draft_heads(self, target: Target) -> tuple[Head, ...]:
         def head(hidden: Tensor) -> Tensor:
-            with precision(hidden):
+            with autocast_like(hidden):
                 return self.lm_head(hidden.to(self.lm_head.weight.dtype))
 
         return (head,)
@@ -156,7 +157,7 @@ class Eagle3(Unrolled):
         return tuple(p for p in self.lm_head.parameters() if p.requires_grad)
 
     def state(self) -> dict[str, Tensor]:
-        """The weights, a head that is not trained among them, and d2t and t2d where the draft
+        """Return the weights, including a head that is not trained, and d2t and t2d if the draft
         vocabulary is not the target's."""
         state = super().state() | {"lm_head.weight": self.lm_head.weight.detach()}
         return state if self.vocabulary is None else state | {"d2t": self.d2t, "t2d": self.t2d}
@@ -173,38 +174,41 @@ class Eagle3(Unrolled):
 
     @torch.no_grad()
     def _start_head(self) -> None:
-        """The target's rows of the draft vocabulary."""
+        """Copy the target's rows of the draft vocabulary."""
         if self.lm_head.weight.device.type != "meta":
             rows = self._rows().to(self.lm_head.weight)
             self.lm_head.weight.copy_(rows if self.vocabulary is None else rows[self.vocabulary])
 
 
-def read_layers(depth: int, wanted: list[int] | None) -> tuple[int, ...]:
-    """The states of the target that are read, as transformers counts hidden_states (0 the
-    embeddings, i what layer i - 1 gives): the `wanted` ones, or for None 2, L/2 and L - 3 of L =
-    `depth` layers, and where these are not three others close to them.
+def read_layers(depth: int, requested: list[int] | None) -> tuple[int, ...]:
+    """Return the states of the target that are read, as transformers counts hidden_states (0 is the
+    embeddings, i the output of layer i - 1).
+
+    These are the `requested` ones, or for None 2, L/2 and L - 3 of L = `depth` layers. If these are
+    not three different ones, nearby ones are used.
 
     Raises:
         DrafterError: the target has no such states, or they are not ascending.
     """
-    if wanted is None:
+    if requested is None:
         if depth >= 7:
             return 2, depth // 2, depth - 3
         return (
             (1, depth // 2, depth - 1) if depth >= 4 else tuple(range(max(0, depth - 2), depth + 1))
         )
-    if not wanted or list(wanted) != sorted(set(wanted)) or wanted[0] < 0 or wanted[-1] > depth:
+    ascending = list(requested) == sorted(set(requested))
+    if not requested or not ascending or requested[0] < 0 or requested[-1] > depth:
         raise DrafterError(
-            f"drafter.aux_layers={list(wanted)}: give ascending numbers of the target's"
-            f" hidden_states, which are 0 (the embeddings) .. {depth} (what its last layer gives)"
+            f"drafter.aux_layers={list(requested)}: give ascending numbers of the target's"
+            f" hidden_states, from 0 (the embeddings) to {depth} (the output of its last layer)"
         )
-    return tuple(wanted)
+    return tuple(requested)
 
 
 def wide_layer(model: Any, init: str) -> Any:
-    """A layer of the target's family whose attention reads an embedding and a feature side by side,
-    without biases. With `init` last_layer it is the target's last one as far as the feature goes,
-    and what it makes of the embedding is 0.
+    """Return a layer of the target's family, without biases, whose attention reads an embedding and
+    a feature side by side. With `init` last_layer the part for the feature is the target's last
+    layer, and the part for the embedding is 0.
 
     Raises:
         DrafterError: its parts are not where transformers' layers have them.
@@ -216,7 +220,7 @@ def wide_layer(model: Any, init: str) -> Any:
         if not isinstance(narrow, nn.Linear):
             raise DrafterError(
                 f"{type(attention).__name__} has no linear {name}, so EAGLE-3's head cannot be"
-                " built of it: set drafter=mtp_medusa, whose heads need none of it, or"
+                " built from it: set drafter=mtp_medusa, whose heads do not need it, or"
                 " drafter=none"
             )
         wide = projection(model, 2 * size, narrow.out_features)

@@ -1,19 +1,22 @@
-"""Hydra's heads, each given the drafted tokens before its own, and Hydra++ (Ankner et al. 2024,
+"""Hydra's heads, each reading the drafted tokens before its own, and Hydra++ (Ankner et al. 2024,
 arXiv 2402.05109).
 
-    z_k = B_{k,n}( .. B_{k,1}([s_t ; e(x_{t+1}) ; .. ; e(x_{t+k})]) .. )        logits_k[t] = U_k z_k[t] predict x_{t+1+k}
-    B_{k,1}(v) = R v + c + SiLU(W v + b)        B_{k,j}(z) = z + SiLU(W z + b)        L = w Σ_k Σ_t loss
+    z_k = B_{k,n}( .. B_{k,1}([s_t ; e(x_{t+1}) ; .. ; e(x_{t+k})]) .. )
+    logits_k[t] = U_k z_k[t] predict x_{t+1+k}        L = w Σ_k Σ_t loss
+    B_{k,1}(v) = R v + c + SiLU(W v + b)        B_{k,j}(z) = z + SiLU(W z + b)
 
-s (B, T, d) are the hidden states h that the target's output head reads, or with a `prefix` layer
+s (B, T, d) are the hidden states h that the target's output head reads or, with a `prefix` layer,
 norm(Block(h)), where Block is one decoder layer of the target's family over h_1 .. h_t. e is the
-target's embedding and not trained; U_k (V, d) is a trained copy of the target's output layer for
-each head (`own_head`), or the target's own for all. Hydra++ has four blocks a head, the prefix
-layer, and learns the target's distributions (loss=ce) in place of the rows' tokens (loss=labels).
+target's embedding and is not trained. U_k (V, d) is a trained copy of the target's output layer for
+each head (`own_head`), or the target's own for all. Hydra++ has four blocks per head and the prefix
+layer, and learns the target's distributions (loss=ce) instead of the rows' tokens (loss=labels).
 
-Heads start with W = 0 and b = c = 0, as the authors' do but for b, and with R = [I | 0 | .. ],
-which reads s_t: without a prefix layer as the target's own next-token head. Theirs start with a
-random R, so that their copied U_k reads nothing it knows; they also run one block n - 1 times where
-n - 1 blocks are meant. Dropout is on what each block and U_k are given.
+At the start W = 0, b = c = 0 and R = [I | 0 | .. ], which selects s_t: without a prefix layer each
+head is the target's own next-token head. Dropout is on the inputs of each block and of U_k.
+
+Differs from the paper:
+    The authors start R and b at random, so their copied U_k reads a state that it does not know.
+    Their code runs one block n - 1 times where n - 1 blocks are meant.
 
 Tensors are named heads.{k}.0.linear, heads.{k}.0.res_connection, heads.{k}.{j}.linear and
 heads.{k}.{n} (U_k), k and j from 0, and prefix.block and prefix.norm.
@@ -31,26 +34,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from trainer.drafters import Drafter, DrafterError, News, Seen, Target
+from trainer.drafters import Drafter, DrafterError, Target, TargetOutput, TargetUpdate
 from trainer.drafters.distillation import KINDS
 from trainer.drafters.distilled import Distilled
 from trainer.drafters.layers import (
-    ahead,
-    around,
+    autocast_like,
     decoder_layer,
+    embeddings_ahead,
     final_norm,
+    head_of_layer,
+    layer_inputs,
     output_layer,
-    precision,
-    read_by,
-    through,
+    run_layer,
 )
 from trainer.drafters.medusa import ResidualBlock
 from trainer.models.heads import Head
 
 
 class FirstBlock(nn.Module):
-    """R v + c + SiLU(W v + b), from `count` vectors of `size` side by side to one, in fp32; the
-    first of them at the start."""
+    """R v + c + SiLU(W v + b), from `count` concatenated vectors of `size` to one, in fp32; at the
+    start it returns the first of them."""
 
     def __init__(self, size: int, count: int, device: torch.device):
         super().__init__()
@@ -60,17 +63,17 @@ class FirstBlock(nn.Module):
             nn.init.zeros_(tensor)
         nn.init.eye_(self.res_connection.weight)
 
-    def forward(self, beside: Tensor) -> Tensor:
-        return self.res_connection(beside) + F.silu(self.linear(beside))
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.res_connection(inputs) + F.silu(self.linear(inputs))
 
 
 class Prefix(nn.Module):
     """norm(Block(h)): a decoder layer and a norm, (B, T, d) to (B, T, d), both in fp32.
 
-    A random layer adds little to h, and with the mean of the target's final norm's weights in each
-    place of the norm s is about as large as h, so that heads start near the target's own. On one
-    text of 400 tokens at SmolLM2-135M they then had 77 % of its next-token probability in common (Σ
-    min(p, q)), with ones for the norm 28 %, with copies of the last layer and the norm 2 %.
+    A random layer adds little to h. All weights of the norm start at the mean of the target's final
+    norm's weights, so s is about as large as h, and heads start near the target's own. On one text
+    of 400 tokens at SmolLM2-135M they then shared 77 % of its next-token probability (Σ min(p, q));
+    28 % with ones in the norm, and 2 % with copies of the last layer and the norm.
     """
 
     def __init__(self, model: Any):
@@ -81,25 +84,25 @@ class Prefix(nn.Module):
             for parameter in self.norm.parameters():
                 parameter.copy_(parameter.mean())
 
-    def forward(self, hidden: Tensor, surroundings: Any) -> Tensor:
-        return self.norm(through(self.block, hidden, surroundings))
+    def forward(self, hidden: Tensor, inputs: Any) -> Tensor:
+        return self.norm(run_layer(self.block, hidden, inputs))
 
 
 @dataclass
 class Memory:
-    """What is known of one sequence: the prefix layer's keys and values at the target's states.
-    Drafted tokens never reach it."""
+    """The state of one sequence: the prefix layer's keys and values at the target's states, and
+    none of drafted tokens."""
 
     cache: DynamicCache
 
 
 class Hydra(Distilled):
-    """K heads of `layers` blocks; conf/drafter/hydra.yaml says what the knobs mean.
+    """K heads of `layers` blocks; conf/drafter/hydra.yaml documents the settings.
 
     Raises:
-        DrafterError: an unknown `loss`, weights that are not of K offsets, less than one block,
-        `confidence` that is not above 0 or
-            with loss=labels, or a prefix layer that cannot be built of the model's.
+        DrafterError: an unknown `loss`, not one weight for each offset, less than one block,
+        `confidence` that is not above 0 or comes with loss=labels, or a prefix layer that cannot be
+        built from the model's.
     """
 
     def __init__(
@@ -140,7 +143,7 @@ class Hydra(Distilled):
                 " distributions, or leave drafter.confidence out"
             )
         if not 0 <= dropout < 1:
-            raise DrafterError(f"drafter.dropout={dropout}, and it is a share from 0 to below 1")
+            raise DrafterError(f"drafter.dropout={dropout}, expected a share from 0 to below 1")
         self.hard, self.dropout, self.own_head, self.blocks = (
             loss == "labels",
             dropout,
@@ -163,7 +166,7 @@ class Hydra(Distilled):
         if not self.own_head:
             return super().head_of(offset, target)
         blocks: Any = self.heads[offset - 1]
-        return read_by(blocks[-1], target), tuple(blocks[-1].parameters())
+        return head_of_layer(blocks[-1], target), tuple(blocks[-1].parameters())
 
     def draft_heads(self, target: Target) -> tuple[Head, ...]:
         return tuple(self.head_of(k, target)[0] for k in range(1, self.offsets + 1))
@@ -174,59 +177,65 @@ class Hydra(Distilled):
             tuple(p for blocks in heads for p in blocks[-1].parameters()) if self.own_head else ()
         )
 
-    def states(self, seen: Seen, target: Target) -> Iterator[Float[Tensor, "B T d"]]:
-        hidden = self._entering(seen.hidden)
+    def states(self, output: TargetOutput, target: Target) -> Iterator[Float[Tensor, "B T d"]]:
+        hidden = self.in_own_dtype(output.hidden)
         if self.prefix is not None:
-            with precision(seen.hidden):
-                hidden = self._entering(self.prefix(hidden, around(target, hidden, seen.positions)))
-        beside = hidden
+            with autocast_like(output.hidden):
+                hidden = self.in_own_dtype(
+                    self.prefix(hidden, layer_inputs(target, hidden, output.positions))
+                )
+        inputs = hidden
         for k in range(1, self.offsets + 1):
-            beside = torch.cat([beside, self._entering(ahead(k, seen, target))], dim=-1)
-            yield self.read(k, beside, seen.hidden)
+            inputs = torch.cat(
+                [inputs, self.in_own_dtype(embeddings_ahead(k, output, target))], dim=-1
+            )
+            yield self.head_input(k, inputs, output.hidden)
 
-    def loss(self, seen: Seen, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
+    def loss(self, output: TargetOutput, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
         return (
-            Drafter.loss(self, seen, target, chunk)
+            Drafter.loss(self, output, target, chunk)
             if self.hard
-            else super().loss(seen, target, chunk)
+            else super().loss(output, target, chunk)
         )
 
     def start(self, target: Target) -> Memory:
         return Memory(DynamicCache())
 
     @torch.no_grad()
-    def grow(self, memory: Memory, target: Target, news: News) -> Paths:
-        hidden = self._entering(news.hidden)
+    def grow(self, memory: Memory, target: Target, update: TargetUpdate) -> HydraGrowth:
+        hidden = self.in_own_dtype(update.hidden)
         if self.prefix is not None:
             before = memory.cache.get_seq_length()
             positions = torch.arange(before, before + len(hidden), device=hidden.device).unsqueeze(
                 0
             )
-            entering = hidden.unsqueeze(0)
-            with precision(news.hidden):
-                hidden = self._entering(
-                    self.prefix(entering, around(target, entering, positions, memory.cache))[0]
+            unread = hidden.unsqueeze(0)
+            with autocast_like(update.hidden):
+                hidden = self.in_own_dtype(
+                    self.prefix(unread, layer_inputs(target, unread, positions, memory.cache))[0]
                 )
-        newest = self._entering(target.embed(news.ids[-1:]))
-        return Paths(self, target, torch.cat([hidden[-1:], newest], dim=-1), news.hidden)
+        newest = self.in_own_dtype(target.embed(update.ids[-1:]))
+        return HydraGrowth(self, target, torch.cat([hidden[-1:], newest], dim=-1), update.hidden)
 
-    def read(self, k: int, beside: Float[Tensor, "... c"], like: Tensor) -> Float[Tensor, "... d"]:
-        """What U_k reads, of s_t and k embeddings beside each other, c = (k + 1) d; computed and
-        given in the dtype of `like`."""
+    def head_input(
+        self, k: int, inputs: Float[Tensor, "... c"], like: Tensor
+    ) -> Float[Tensor, "... d"]:
+        """Return U_k's input for s_t and k embeddings, concatenated, c = (k + 1) d; in the dtype of
+        `like`."""
         blocks: Any = self.heads[k - 1]
-        with precision(like):
+        with autocast_like(like):
             for block in blocks[: self.blocks]:
-                beside = block(F.dropout(beside, self.dropout, self.training))
-        return F.dropout(beside, self.dropout, self.training).to(like.dtype)
+                inputs = block(F.dropout(inputs, self.dropout, self.training))
+        return F.dropout(inputs, self.dropout, self.training).to(like.dtype)
 
-    def _entering(self, hidden: Tensor) -> Tensor:
+    def in_own_dtype(self, hidden: Tensor) -> Tensor:
         first: Any = self.heads[0]
         return hidden.to(first[0].linear.weight.dtype)
 
 
-class Paths:
-    """The growth of Hydra's heads: what a node's is given are the embeddings of its path, those of
-    a call together."""
+class HydraGrowth:
+    """The growth of Hydra's heads: a node's head reads the embeddings of its path. The nodes of a
+    call are a batch."""
 
     branches = True
     vocabulary: Int[Tensor, " v"] | None = None
@@ -236,25 +245,25 @@ class Paths:
         self.depth = drafter.offsets
         self._drafter, self._target, self._like = drafter, target, like
         # for the newest token, then each node: s_t and the embeddings up to its own
-        self._beside = [root[0]]
-        self._read = [drafter.read(1, root, like)[0]]  # and what the head reads of it
+        self._inputs = [root[0]]
+        self._head_inputs = [drafter.head_input(1, root, like)[0]]  # and the input of U_k
 
     @torch.no_grad()
     def first(self) -> Float[Tensor, " V"]:
-        return self._logits(1, self._read[0].unsqueeze(0))[0]
+        return self._logits(1, self._head_inputs[0].unsqueeze(0))[0]
 
     @torch.no_grad()
-    def below(self, tokens: Int[Tensor, " m"], parents: Int[Tensor, " m"]) -> Float[Tensor, "m V"]:
-        places = [parent + 1 for parent in parents.tolist()]
-        above = torch.stack([self._beside[place] for place in places])
-        beside = torch.cat([above, self._target.embed(tokens).to(above.dtype)], dim=-1)
-        k = beside.shape[-1] // self._target.config.hidden_size - 1
+    def extend(self, tokens: Int[Tensor, " m"], parents: Int[Tensor, " m"]) -> Float[Tensor, "m V"]:
+        rows = [parent + 1 for parent in parents.tolist()]
+        above = torch.stack([self._inputs[row] for row in rows])
+        inputs = torch.cat([above, self._target.embed(tokens).to(above.dtype)], dim=-1)
+        k = inputs.shape[-1] // self._target.config.hidden_size - 1
         self.confidence = self._drafter.predicted(
-            k - 1, torch.stack([self._read[place] for place in places])
+            k - 1, torch.stack([self._head_inputs[row] for row in rows])
         )
-        read = self._drafter.read(k, beside, self._like)
-        self._beside += beside.unbind()
-        self._read += read.unbind()
+        read = self._drafter.head_input(k, inputs, self._like)
+        self._inputs += inputs.unbind()
+        self._head_inputs += read.unbind()
         return self._logits(k, read)
 
     def _logits(self, k: int, read: Float[Tensor, "m d"]) -> Float[Tensor, "m V"]:

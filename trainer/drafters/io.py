@@ -1,7 +1,7 @@
 """Drafters as folders.
 
-config.json         the settings, and what it was trained for: base, adapter and sizes of the target, and the run that trained it
-model.safetensors   its own weights in fp32; embedding and output head are the target's and not among them
+config.json         the settings, and the target it was trained for: base, adapter, sizes and run
+model.safetensors   the drafter's own weights in fp32, without the target's embedding and head
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from trainer.models.base import Base
 from trainer.storage import atomic
 
 FORMAT = 1
-# Settings that say how a drafter is trained, and not what its weights mean. Where they change the
-# weights' shapes those are refused.
+# Settings of training, which do not change the meaning of the weights. Weights whose shapes they
+# change are refused.
 _OF_TRAINING = {
     "offsets",
     "depth",
@@ -48,8 +48,8 @@ _OF_TRAINING = {
 
 
 def save(drafter: Drafter, settings: dict[str, Any], target: dict[str, Any], folder: Path) -> None:
-    """Write a drafter's folder. `settings` is its node of the config, `target` what it was trained
-    for, as `trained_for` says it."""
+    """Write a drafter's folder. `settings` is its node of the config, `target` the result of
+    `trained_for`."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous().cpu() for name, tensor in drafter.state().items()}
     with atomic.file(folder / "model.safetensors") as temporary:
@@ -61,8 +61,8 @@ def save(drafter: Drafter, settings: dict[str, Any], target: dict[str, Any], fol
 
 
 def trained_for(base: Base, run: Path, step: int, adapter: dict[str, Any] | None) -> dict[str, Any]:
-    """What a drafter's folder notes of its target. `adapter` says which run, step and checkpoint
-    its adapter is of; None is the base alone."""
+    """Describe a drafter's target for its folder. `adapter` gives run, step and checkpoint of the
+    target's adapter; None is the base alone."""
     sizes = base.config.get_text_config()
     return {
         "base": base.path,
@@ -81,14 +81,14 @@ def _digest(tokenizer: Any) -> str:
 
 
 def folder_of(path: str) -> Path:
-    """A drafter's folder, given itself or the folder of the run that trained it.
+    """Return a drafter's folder, given that folder or the one of the run that trained it.
 
     Raises:
         DrafterError: there is none.
     """
-    place = Path(path).expanduser()
-    run = (place / "run.yaml").exists()
-    folder = place / "drafter" if run else place
+    root = Path(path).expanduser()
+    run = (root / "run.yaml").exists()
+    folder = root / "drafter" if run else root
     if not (folder / "config.json").exists():
         why = (
             "that run has no drafter, or has not ended yet"
@@ -100,10 +100,10 @@ def folder_of(path: str) -> Path:
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(settings, what it was trained for) of a drafter's folder.
+    """Return (settings, description of the target) of a drafter's folder.
 
     Raises:
-        DrafterError: the folder is not what `save` writes, or of another version.
+        DrafterError: the folder was not written by `save`, or by another version.
     """
     content = _content(folder / "config.json")
     _check_settings(content["drafter"], folder / "config.json")
@@ -111,30 +111,28 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def check(folder: Path, base: Base, settings: dict[str, Any] | None = None) -> None:
-    """Refuse a folder whose drafter is not of this base, or was made with other `settings`, before
-    anything is loaded.
+    """Refuse a folder whose drafter is of another base, or has other `settings`, before anything is
+    loaded.
 
     Raises:
-        DrafterError: with what differs.
+        DrafterError: the message says what differs.
     """
-    own, target = read(folder)
+    stored, target = read(folder)
     _check_target(folder, target, base.config.get_text_config(), base.fingerprint)
     if target.get("tokenizer", digest := _digest(base.tokenizer)) != digest:
-        raise DrafterError(
-            f"{folder} was trained for the tokens of another tokenizer than {base.path} has"
-        )
-    wanted = own if settings is None else settings
+        raise DrafterError(f"{folder} was trained for another tokenizer than that of {base.path}")
+    expected = stored if settings is None else settings
     different = [
-        f"drafter.{key}: {own.get(key)!r} there, {wanted.get(key)!r} here"
-        for key in sorted(own.keys() | wanted.keys())
-        if key not in _OF_TRAINING and own.get(key) != wanted.get(key)
+        f"drafter.{key}: {stored.get(key)!r} there, {expected.get(key)!r} here"
+        for key in sorted(stored.keys() | expected.keys())
+        if key not in _OF_TRAINING and stored.get(key) != expected.get(key)
     ]
     if different:
         raise DrafterError(f"{folder} is a drafter of other settings: {'; '.join(different)}")
 
 
 def fill(drafter: Drafter, folder: Path) -> None:
-    """Put a folder's weights into a drafter of the same settings.
+    """Load a folder's weights into a drafter of the same settings.
 
     Raises:
         DrafterError: they do not fit it, are incomplete or not finite.
@@ -142,26 +140,28 @@ def fill(drafter: Drafter, folder: Path) -> None:
     tensors = _tensors(folder / "model.safetensors")
     for tensor in drafter.state().values():
         if tensor.is_floating_point():
-            tensor.fill_(torch.nan)  # what is not loaded is seen
+            tensor.fill_(torch.nan)  # so that a tensor that is not loaded is noticed
     drafter.load_state(tensors)
-    spoilt = [name for name, tensor in drafter.state().items() if not torch.isfinite(tensor).all()]
-    if spoilt:
+    not_finite = [
+        name for name, tensor in drafter.state().items() if not torch.isfinite(tensor).all()
+    ]
+    if not_finite:
         raise DrafterError(
             f"{folder / 'model.safetensors'} holds NaN or infinite values in"
-            f" {', '.join(spoilt[:5])}"
+            f" {', '.join(not_finite[:5])}"
         )
 
 
 def load(folder: Path, model: Any, fingerprint: str | None = None) -> Drafter:
-    """The drafter of a folder, made for a plain transformers model on that model's device, in eval
+    """Load the drafter of a folder for a plain transformers model, on that model's device, in eval
     mode. With the `fingerprint` of the model's base, a drafter of another base is refused; without
     it, only one whose sizes or tensors do not fit.
 
-    A folder may come from a stranger: its settings are held against the files of conf/drafter, and
-    nothing else is made.
+    The folder may come from a stranger: its settings are checked against the files of conf/drafter,
+    and no other class is built.
 
     Raises:
-        DrafterError: the folder is not what `save` writes, is not of this model, or its weights are
+        DrafterError: the folder was not written by `save`, is for another model, or its weights are
         incomplete or not finite.
     """
     settings, target = read(folder)
@@ -178,14 +178,14 @@ def _check_target(
     folder: Path, target: dict[str, Any], sizes: Any, fingerprint: str | None
 ) -> None:
     for name in ("hidden_size", "vocab_size"):
-        if target.get(name) != (own := getattr(sizes, name)):
+        if target.get(name) != (size := getattr(sizes, name)):
             raise DrafterError(
                 f"{folder} is a drafter for {target.get('base')}, whose {name} is"
-                f" {target.get(name)}; this model's is {own}"
+                f" {target.get(name)}; this model's is {size}"
             )
     if fingerprint is not None and target.get("fingerprint") != fingerprint:
         raise DrafterError(
-            f"{folder} was trained for {target.get('base')}, and this base's weights are others"
+            f"{folder} was trained for {target.get('base')}, and this base has other weights"
         )
 
 
@@ -199,10 +199,10 @@ def _content(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         written = content.get("format") if isinstance(content, dict) else None
         raise DrafterError(
-            f"{file} is of the format {written!r}, and this version of Graft reads {FORMAT}"
+            f"{file} has the format {written!r}, and this version of Graft reads {FORMAT}"
         )
     if not all(isinstance(content.get(key), dict) for key in ("drafter", "target")):
-        raise DrafterError(f"{file} has to hold the mappings drafter and target")
+        raise DrafterError(f"{file} must hold the mappings drafter and target")
     return content
 
 
@@ -212,12 +212,12 @@ def _check_settings(settings: dict[str, Any], file: Path) -> None:
         for name in schema.options("drafter")
         if (table := schema.load(f"drafter/{name}")).target
     ]
-    made = settings.get("_target_")
-    fitting = [table for table in tables if table.target == made]
+    target = settings.get("_target_")
+    fitting = [table for table in tables if table.target == target]
     if not fitting:
         raise DrafterError(
-            f"{file}: drafter._target_ is {made!r}. Only classes that conf/ names are instantiated: "
-            f"{', '.join(sorted({str(table.target) for table in tables}))}"
+            f"{file}: drafter._target_ is {target!r}. Only classes that conf/ names are"
+            f" instantiated: {', '.join(sorted({str(table.target) for table in tables}))}"
         )
     if faults := schema.problems(settings, fitting[0], "drafter"):
         raise DrafterError(f"{file} does not fit this version of Graft:\n" + "\n".join(faults))

@@ -1,9 +1,9 @@
-"""What drafters that are trained on a target's hidden states share: their knobs, and decoder layers
-of the target's own family.
+"""Shared parts of drafters that are trained on a target's hidden states: their settings, and
+decoder layers of the target's own family.
 
-A layer of a drafter is of the class, the sizes and the kind of attention (full, or sliding over the
-same window) of the target's last one. Rotary embeddings are the target's. Rows of a packed sequence
-are told apart by positions that do not go on.
+A drafter's layer has the class, the sizes and the kind of attention (full, or sliding over the same
+window) of the target's last one. Rotary embeddings are the target's. In packed sequences a new row
+starts where position_ids is not the previous value plus one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from adapters.linear import features, float_weight, is_linear
-from trainer.drafters import Drafter, DrafterError, Seen, Target
+from trainer.drafters import Drafter, DrafterError, Target, TargetOutput
 from trainer.models.heads import Head, after_output
 
 _NORMS = ("norm", "final_layernorm", "final_layer_norm")
@@ -34,8 +34,8 @@ _MASKS = {
 
 
 class Heads(Drafter):
-    """The knobs of all methods: `weights` of the offsets' losses or, where they are None,
-    `default`; `weight` multiplies them all.
+    """The settings of all methods: `weights` of the offsets' losses, or `default` if they are None;
+    `weight` multiplies them all.
 
     Raises:
         DrafterError: `offsets` is less than 1, or there is not one weight for each of them.
@@ -62,7 +62,9 @@ class Heads(Drafter):
                 f" drafter.offsets={offsets}: give one for each, or null"
             )
         self.offsets = offsets
-        self.weights = [weight * float(one) for one in (default if weights is None else weights)]
+        self.weights = [
+            weight * float(value) for value in (default if weights is None else weights)
+        ]
         self.detach, self.lr_scale = detach, lr_scale
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -70,17 +72,17 @@ class Heads(Drafter):
 
 
 def decayed(beta: float, count: int) -> list[float]:
-    """beta^(k-1) for k = 1 .. count, divided by their sum."""
+    """Return beta^(k-1) for k = 1 .. count, divided by their sum."""
     powers = [beta**k for k in range(count)]
     return [power / sum(powers) for power in powers]
 
 
 def decoder_layer(model: Any, init: str) -> nn.Module:
-    """A trained fp32 layer of the class of the model's last one, keeping its keys and values as a
-    cache's layer 0.
+    """Return a trained fp32 layer of the class of the model's last one, which stores its keys and
+    values as a cache's layer 0.
 
     `init` is random, as transformers starts the model's own, or last_layer, a copy of the weights,
-    dequantised where they are packed. On the meta device where the model is.
+    dequantised if they are packed. It is on the meta device if the model is.
 
     Raises:
         DrafterError: the model's layers cannot be built and called that way; the message says why.
@@ -99,8 +101,8 @@ def decoder_layer(model: Any, init: str) -> nn.Module:
 
 
 def final_norm(model: Any, init: str) -> nn.Module:
-    """A trained fp32 norm of the class of the model's last one: as transformers starts it, or with
-    `init` last_layer a copy.
+    """Return a trained fp32 norm of the class of the model's last one: started as transformers
+    starts it, or a copy with `init` last_layer.
 
     Raises:
         DrafterError: the norm is not where transformers' decoders have it, or its layers are not as
@@ -108,49 +110,50 @@ def final_norm(model: Any, init: str) -> nn.Module:
     """
     _layers(model)
     decoder = model.get_decoder()
-    own = next(
+    source = next(
         (norm for name in _NORMS if (norm := getattr(decoder, name, None)) is not None), None
     )
-    if own is None:
+    if source is None:
         raise DrafterError(
-            f"{type(decoder).__name__} has no final norm that is called {', '.join(_NORMS)}:"
-            f" {_INSTEAD}"
+            f"{type(decoder).__name__} has no final norm called {', '.join(_NORMS)}: {_INSTEAD}"
         )
-    norm = _fresh(model, lambda: copy.deepcopy(own))
+    norm = _fresh(model, lambda: copy.deepcopy(source))
     if init == "last_layer":
-        _copy_weights(own, norm)
+        _copy_weights(source, norm)
     return norm
 
 
 def projection(model: Any, inputs: int, outputs: int) -> nn.Linear:
-    """A trained fp32 linear layer without a bias, random as transformers starts the model's own."""
+    """Return a trained fp32 linear layer without a bias, started as transformers starts the model's
+    own."""
     return _fresh(model, lambda: nn.Linear(inputs, outputs, bias=False))
 
 
 def output_layer(model: Any) -> nn.Linear:
-    """A trained fp32 copy of the model's output layer, (V, d), dequantised where it is packed."""
-    own = model.get_output_embeddings()
-    inputs, outputs = features(own)
+    """Return a trained fp32 copy of the model's output layer, (V, d), dequantised if it is
+    packed."""
+    source = model.get_output_embeddings()
+    inputs, outputs = features(source)
     layer = _fresh(
-        model, lambda: nn.Linear(inputs, outputs, bias=getattr(own, "bias", None) is not None)
+        model, lambda: nn.Linear(inputs, outputs, bias=getattr(source, "bias", None) is not None)
     )
-    _copy_weights(own, layer)
+    _copy_weights(source, layer)
     return layer
 
 
-def read_by(layer: nn.Linear, target: Target) -> Head:
-    """From hidden states (n, d) to logits (n, V) by an `output_layer`, with the scale or the cap
-    that follows the target's own."""
+def head_of_layer(layer: nn.Linear, target: Target) -> Head:
+    """Return the function from hidden states (n, d) to logits (n, V) of an `output_layer`, with the
+    scale or the cap that follows the target's own."""
     finish = after_output(target.config)
 
     def head(hidden: Tensor) -> Tensor:
-        with precision(hidden):
+        with autocast_like(hidden):
             return finish(layer(hidden.to(layer.weight.dtype)))
 
     return head
 
 
-_INSTEAD = "set drafter=mtp_medusa, whose heads need none of it, or drafter=none"
+_INSTEAD = "set drafter=mtp_medusa, whose heads do not need it, or drafter=none"
 
 
 def _layers(model: Any) -> nn.ModuleList:
@@ -162,9 +165,7 @@ def _layers(model: Any) -> nn.ModuleList:
             f" {_INSTEAD}"
         )
     if getattr(decoder, "rotary_emb", None) is None:
-        raise DrafterError(
-            f"{name}'s positions are not rotary embeddings that its layers are given: {_INSTEAD}"
-        )
+        raise DrafterError(f"{name}'s layers do not take rotary embeddings as an input: {_INSTEAD}")
     missing = _TAKEN - inspect.signature(type(layers[-1]).forward).parameters.keys()
     if missing:
         raise DrafterError(
@@ -180,7 +181,7 @@ def _layers(model: Any) -> nn.ModuleList:
 
 
 def _kind(config: Any) -> str:
-    """The attention of the last layer, as transformers' `layer_types` calls it."""
+    """Return the last layer's kind of attention, as transformers' `layer_types` calls it."""
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return kinds[-1]
@@ -188,7 +189,8 @@ def _kind(config: Any) -> str:
 
 
 def _fresh(model: Any, build: Callable[[], Any]) -> Any:
-    """What `build` makes, in fp32, started as transformers starts the model's own, and trained."""
+    """Return the result of `build` in fp32, started as transformers starts the model's own, and
+    trained."""
     device = next(model.parameters()).device
     if device.type == "meta":
         with torch.device("meta"):
@@ -205,24 +207,24 @@ def _copy_weights(source: nn.Module, into: nn.Module) -> None:
         return
     with torch.no_grad():
         for name, module in into.named_modules():
-            own: Any = source.get_submodule(name)
+            original: Any = source.get_submodule(name)
             for key, tensor in [
                 *module.named_parameters(recurse=False),
                 *module.named_buffers(recurse=False),
             ]:
-                packed = key == "weight" and is_linear(own)
-                tensor.copy_(float_weight(own) if packed else getattr(own, key))
+                packed = key == "weight" and is_linear(original)
+                tensor.copy_(float_weight(original) if packed else getattr(original, key))
 
 
-def around(
+def layer_inputs(
     target: Target,
     hidden: Float[Tensor, "B T d"],
     positions: Int[Tensor, "B T"],
     cache: DynamicCache | None = None,
 ) -> Any:
-    """What a `decoder_layer` is given beside `hidden`, of which only the shape, dtype and device
-    count. Without a cache, rows of a packed sequence do not see each other; with one it is a single
-    row, and `positions` follow what the cache holds."""
+    """Return a `decoder_layer`'s inputs besides `hidden`, of which only shape, dtype and device
+    matter. Without a cache, rows of a packed sequence do not see each other. With a cache there is
+    a single row, and `positions` follow those in the cache."""
     mask: Any = _MASKS[_kind(target.config)](
         config=target.config,
         inputs_embeds=hidden,
@@ -240,7 +242,7 @@ def around(
 
 
 def rotations(target: Target, hidden: Float[Tensor, "B T d"], positions: Int[Tensor, "B T"]) -> Any:
-    """The rotary embeddings that a `decoder_layer` is given, in the dtype of `hidden`."""
+    """Return a `decoder_layer`'s rotary embeddings, in the dtype of `hidden`."""
     rotary = target.decoder.rotary_emb
     if "layer_type" in inspect.signature(rotary.forward).parameters:
         return rotary(hidden, positions, _kind(target.config))
@@ -248,39 +250,40 @@ def rotations(target: Target, hidden: Float[Tensor, "B T d"], positions: Int[Ten
 
 
 def window(target: Target) -> int | None:
-    """How many positions a `decoder_layer` sees, its own among them; None for all before it."""
+    """Return how many positions a `decoder_layer` sees, including its own; None for all before
+    it."""
     return target.config.sliding_window if _kind(target.config) == "sliding_attention" else None
 
 
-def through(
-    layer: nn.Module, hidden: Float[Tensor, "B T d"], surroundings: Any
+def run_layer(
+    layer: nn.Module, hidden: Float[Tensor, "B T d"], inputs: Any
 ) -> Float[Tensor, "B T d"]:
-    """The output of a `decoder_layer`, given what `around` makes."""
-    out = layer(hidden, **surroundings)
+    """Return the output of a `decoder_layer`, called with `layer_inputs`."""
+    out = layer(hidden, **inputs)
     return out[0] if isinstance(out, tuple) else out
 
 
-def ahead(k: int, seen: Seen, target: Target) -> Float[Tensor, "B T d"]:
-    """The target's embeddings of x_{t+k}, zeros where that is not of t's row; no gradient reaches
-    them."""
-    # what rolls over has too small a position
-    same = seen.positions.roll(-k, dims=1) == seen.positions + k
+def embeddings_ahead(k: int, output: TargetOutput, target: Target) -> Float[Tensor, "B T d"]:
+    """Return the target's embeddings of x_{t+k}, without a gradient; zeros where x_{t+k} is not in
+    t's row."""
+    # Tokens that wrap around have a smaller position.
+    same = output.positions.roll(-k, dims=1) == output.positions + k
     with torch.no_grad():
-        embedded = target.embed(seen.ids.roll(-k, dims=1))
+        embedded = target.embed(output.ids.roll(-k, dims=1))
     return embedded.masked_fill(~same.unsqueeze(-1), 0.0)
 
 
-def precision(hidden: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Where fp32 weights compute in the dtype of half-precision hidden states."""
+def autocast_like(hidden: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Let fp32 weights compute in the dtype of half-precision hidden states."""
     if hidden.dtype in (torch.bfloat16, torch.float16):
         return torch.autocast(hidden.device.type, hidden.dtype)
     return contextlib.nullcontext()
 
 
-class Independent:
-    """The growth of heads that know nothing of drafted tokens: all nodes of a depth have the same
-    logits. `logits` gives those of an offset (V,), and is asked once for each that a strategy comes
-    to."""
+class IndependentGrowth:
+    """The growth of heads that do not read drafted tokens: all nodes of a depth have the same
+    logits. `logits` returns those of an offset (V,), and is called once for each offset that a
+    shape reaches."""
 
     branches = True
     vocabulary: Int[Tensor, " v"] | None = None
@@ -293,7 +296,7 @@ class Independent:
     def first(self) -> Float[Tensor, " V"]:
         return self._logits(1)
 
-    def below(self, tokens: Int[Tensor, " m"], parents: Int[Tensor, " m"]) -> Float[Tensor, "m V"]:
+    def extend(self, tokens: Int[Tensor, " m"], parents: Int[Tensor, " m"]) -> Float[Tensor, "m V"]:
         parent = int(parents[0])
         depth = 1 + (self._depths[parent] if parent >= 0 else 0)
         self._depths += [depth] * len(tokens)

@@ -1,10 +1,11 @@
-"""Prompt lookup (Saxena 2023; Somasundaram et al. 2024, arXiv 2411.04713): what followed the last
-few tokens earlier in the text.
+"""Prompt lookup (Saxena 2023; Somasundaram et al. 2024, arXiv 2411.04713): copy what followed the
+last few tokens earlier in the text.
 
-    x_{t-n+1} .. x_t = x_{s-n+1} .. x_s        draft = x_{s+1} .. x_{s+count}        s < t, the longest n <= `longest` that is found
+    x_{t-n+1} .. x_t = x_{s-n+1} .. x_s        s < t, with the longest n <= `longest` that occurs
+    draft = x_{s+1} .. x_{s+count}
 
-Nothing is trained and nothing of the target is read. Of several places s the last one is taken that
-`count` tokens follow, else the first, after which most tokens stand.
+Nothing is trained and no state of the target is read. Of several s the last one with `count` tokens
+after it is used, or else the first, which has the most tokens after it.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from dataclasses import dataclass, field
 
 import torch
 
-from trainer.drafters import Draft, DrafterError, News, Strategy, Target, chain
+from trainer.drafters import Draft, DrafterError, Target, TargetUpdate, TreeBuilder, chain
 from trainer.drafters.untrained import Untrained
 
 
 @dataclass
 class Memory:
-    """A sequence so far, and behind which places each n-gram ends, in ascending order."""
+    """A sequence so far, and the positions after each n-gram, in ascending order."""
 
     tokens: list[int] = field(default_factory=list)
     ends: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
 
 
 class PromptLookup(Untrained):
-    """Chains of up to `count` tokens, chosen without chance, copied from behind the last `longest`
-    tokens or fewer; the strategy is not asked.
+    """Chains of up to `count` tokens, copied from after an earlier occurrence of the last `longest`
+    tokens or fewer. They are chosen without chance, and the shape is not used.
 
     Raises:
         DrafterError: a number is less than 1.
@@ -38,7 +39,7 @@ class PromptLookup(Untrained):
         for name, value in (("count", count), ("longest", longest)):
             if value < 1:
                 raise DrafterError(
-                    f"{name}={value}: prompt lookup copies at least 1 token behind at least 1"
+                    f"{name}={value}: prompt lookup copies at least 1 token after at least 1 token"
                 )
         super().__init__(count)
         self.longest = longest
@@ -47,12 +48,14 @@ class PromptLookup(Untrained):
         return Memory()
 
     @torch.no_grad()
-    def propose(self, memory: Memory, target: Target, news: News, strategy: Strategy) -> Draft:
-        if news.first is not None:
-            self._take(memory, int(news.first))
-        for token in news.ids.tolist():
+    def propose(
+        self, memory: Memory, target: Target, update: TargetUpdate, build: TreeBuilder
+    ) -> Draft:
+        if update.first is not None:
+            self._take(memory, int(update.first))
+        for token in update.ids.tolist():
             self._take(memory, token)
-        return chain(torch.tensor(self._copied(memory), dtype=torch.long, device=news.ids.device))
+        return chain(torch.tensor(self._copied(memory), dtype=torch.long, device=update.ids.device))
 
     def _take(self, memory: Memory, token: int) -> None:
         memory.tokens.append(token)
@@ -62,9 +65,9 @@ class PromptLookup(Untrained):
     def _copied(self, memory: Memory) -> list[int]:
         tokens = memory.tokens
         for n in range(min(self.longest, len(tokens)), 0, -1):
-            places = memory.ends[tuple(tokens[-n:])]  # the last of them is the n-gram itself
-            if len(places) > 1:
-                enough = bisect_right(places, len(tokens) - self.offsets)
-                place = places[max(0, enough - 1)]
-                return tokens[place : place + self.offsets]
+            ends = memory.ends[tuple(tokens[-n:])]  # the last one is the n-gram itself
+            if len(ends) > 1:
+                enough = bisect_right(ends, len(tokens) - self.offsets)
+                start = ends[max(0, enough - 1)]
+                return tokens[start : start + self.offsets]
         return []

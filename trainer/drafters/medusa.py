@@ -1,21 +1,25 @@
-"""Medusa's heads (Cai et al. 2024, arXiv 2401.10774, section 2.1.1): no attention, and nothing to
-remember while decoding.
+"""Medusa's heads (Cai et al. 2024, arXiv 2401.10774, section 2.1.1): no attention, and no memory in
+decoding.
 
-    z_k = R_{k,n}( .. R_{k,1}(h) .. )        R(h) = h + SiLU(W h + b)        logits_k[t] = U_k z_k[t] predict x_{t+1+k}
-    L = w r Σ_k β^k Σ_t CE        w = 0.2 and β = 0.8 are the authors', r = 1 but for a `ramp`
+    z_k = R_{k,n}( .. R_{k,1}(h) .. )        R(h) = h + SiLU(W h + b)
+    logits_k[t] = U_k z_k[t] predict x_{t+1+k}
+    L = w r Σ_k β^k Σ_t CE        w = 0.2 and β = 0.8 are the authors', r = 1 without a `ramp`
 
-h (B, T, d) are the hidden states that the target's output head reads. W = 0 and b = 0 at the start,
-where all heads are the target's own next-token head; the authors leave b random, and their code
-runs one block n times where n blocks are meant. U_k (V, d) is a trained copy of the target's output
-layer for each head (`Medusa` with own_head), or the target's own for all of them (their version 2).
+h (B, T, d) are the hidden states that the target's output head reads. At the start W = 0 and b = 0,
+so all heads are the target's own next-token head. U_k (V, d) is a trained copy of the target's
+output layer for each head (`Medusa` with own_head), or the target's own for all of them (the
+authors' version 2).
 
 Medusa-1 trains the heads alone, Medusa-2 (section 2.2.2) with an adapter: detach=false, lr_scale=4,
-and a ramp or a first stage without the adapter, as untrained heads would spoil it. Their
-self-distillation loss on the target's own head is not here: the task's is hard.
+and a ramp or a first stage without the adapter, as untrained heads would damage it.
 
-Tensors are named as in Medusa's files behind `heads.`: {k}.{j}.linear.weight (d, d) and .bias (d,)
-of block j, both counted from 0, and {k}.{n}.weight (V, d), with a .bias that their files have no
-place for where the target's output layer has one.
+Differs from the paper:
+    The authors start b at random, and their code runs one block n times where n blocks are meant.
+    Their self-distillation loss on the target's own head is left out: the task's loss is on tokens.
+
+Tensors are named as in Medusa's files, after `heads.`: {k}.{j}.linear.weight (d, d) and .bias (d,)
+of block j, both counted from 0, and {k}.{n}.weight (V, d). If the target's output layer has a bias
+there is also a .bias, which their files have no place for.
 """
 
 from __future__ import annotations
@@ -29,8 +33,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.drafters import DrafterError, News, Seen, Target
-from trainer.drafters.layers import Heads, Independent, output_layer, precision, read_by
+from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate
+from trainer.drafters.layers import (
+    Heads,
+    IndependentGrowth,
+    autocast_like,
+    head_of_layer,
+    output_layer,
+)
 from trainer.models.heads import Head
 
 
@@ -49,10 +59,10 @@ class ResidualBlock(nn.Module):
 
 class MedusaHeads(Heads):
     """K heads of `layers` residual blocks on the target's output head; conf/drafter/mtp_medusa.yaml
-    says what the knobs mean.
+    documents the settings.
 
     Raises:
-        DrafterError: the weights are not of K offsets, or there is less than one block.
+        DrafterError: there is not one weight for each offset, or there is less than one block.
     """
 
     def __init__(
@@ -82,32 +92,32 @@ class MedusaHeads(Heads):
             for _ in range(offsets)
         )
 
-    def states(self, seen: Seen, target: Target) -> Iterator[Float[Tensor, "B T d"]]:
+    def states(self, output: TargetOutput, target: Target) -> Iterator[Float[Tensor, "B T d"]]:
         for k in range(1, self.offsets + 1):
-            yield self._read(k, seen.hidden)
+            yield self._head_input(k, output.hidden)
 
     def start(self, target: Target) -> None:
         return None
 
     @torch.no_grad()
-    def grow(self, memory: None, target: Target, news: News) -> Independent:
-        newest = news.hidden[-1:]
-        return Independent(
-            self.offsets, lambda k: self.head_of(k, target)[0](self._read(k, newest))[0]
+    def grow(self, memory: None, target: Target, update: TargetUpdate) -> IndependentGrowth:
+        newest = update.hidden[-1:]
+        return IndependentGrowth(
+            self.offsets, lambda k: self.head_of(k, target)[0](self._head_input(k, newest))[0]
         )
 
-    def _read(self, k: int, hidden: Tensor) -> Tensor:
+    def _head_input(self, k: int, hidden: Tensor) -> Tensor:
         blocks: Any = self.heads[k - 1]
-        with precision(hidden):
+        with autocast_like(hidden):
             return blocks[: self.blocks](hidden.to(blocks[0].linear.weight.dtype)).to(hidden.dtype)
 
 
 class Medusa(MedusaHeads):
-    """Medusa's heads with output layers of their own where `own_head` says so;
-    conf/drafter/medusa.yaml says what the knobs mean.
+    """Medusa's heads, with an output layer for each head if `own_head` is true;
+    conf/drafter/medusa.yaml documents the settings.
 
     Raises:
-        DrafterError: as MedusaHeads, or `ramp` is none of its ways.
+        DrafterError: as MedusaHeads, or `ramp` has no known value.
     """
 
     def __init__(
@@ -126,7 +136,7 @@ class Medusa(MedusaHeads):
         super().__init__(model, offsets, layers, weights, beta, weight, detach, lr_scale)
         if ramp not in (None, "sine") and (not isinstance(ramp, int) or ramp < 1):
             raise DrafterError(f"drafter.ramp={ramp}: null, sine, or a number of steps from 1")
-        self.ramp, self.risen, self.own_head = ramp, 1.0, own_head
+        self.ramp, self.ramp_factor, self.own_head = ramp, 1.0, own_head
         if own_head:
             for head in self.heads:
                 head.append(output_layer(model))  # type: ignore[operator]
@@ -135,20 +145,20 @@ class Medusa(MedusaHeads):
         if not self.own_head:
             return super().head_of(offset, target)
         blocks: Any = self.heads[offset - 1]
-        return read_by(blocks[-1], target), tuple(blocks[-1].parameters())
+        return head_of_layer(blocks[-1], target), tuple(blocks[-1].parameters())
 
-    def at(self, step: int, steps: int) -> None:
-        self.risen = risen(self.ramp, step, steps)
+    def on_step(self, step: int, steps: int) -> None:
+        self.ramp_factor = ramp_factor(self.ramp, step, steps)
 
-    def loss(self, seen: Seen, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
-        total, numbers = super().loss(seen, target, chunk)
-        return total * self.risen, numbers
+    def loss(self, output: TargetOutput, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
+        total, numbers = super().loss(output, target, chunk)
+        return total * self.ramp_factor, numbers
 
 
-def risen(ramp: str | int | None, step: int, steps: int) -> float:
-    """The factor of the heads' loss at a 0-based step of a run's: sin(π/2 (step + 1) / steps) with
-    `sine`, as the authors' joint training with self-distilled data has it; rising linearly over so
-    many steps with a number; 1 with None."""
+def ramp_factor(ramp: str | int | None, step: int, steps: int) -> float:
+    """Return the factor of the heads' loss at a step, counted from 0. With `sine` it is sin(π/2
+    (step + 1) / steps), as in the authors' joint training with self-distilled data; with a number
+    it rises linearly over that number of steps; with None it is 1."""
     if ramp is None:
         return 1.0
     if isinstance(ramp, int):

@@ -1,15 +1,16 @@
-"""Token Recycling (Luo et al. 2024, arXiv 2408.08696): the target's own runners-up, kept for when
-their token comes again.
+"""Token Recycling (Luo et al. 2024, arXiv 2408.08696): the target's own runners-up, stored until
+their token occurs again.
 
-    M (V, k) int32: row v holds the k likeliest tokens after v, best first, as the target last saw
-    it; -1 where it never did after each pass of the target:  M[v] = top-k of its logits after v,
-    for all v that it read, refused drafts too draft: the node of rank r below a node v is M[v, r],
-    in a tree whose shape never changes
+    M (V, k) int32: row v holds the k most likely tokens after v, best first, as the target last
+        computed them; -1 if it never did
+    after each pass of the target: M[v] = top-k of its logits after v, for all v that it read,
+        including refused drafts
+    draft: the node of rank r below a node v is M[v, r], in a tree of fixed shape
 
 Nothing is trained. k = 8 and 80 nodes are the paper's, and 8 V tokens of four bytes are less than 2
-MB for a vocabulary of 49,152. Its tree is only drawn there; this one holds the nodes that are
-likeliest to be reached where the candidate of rank r = 1, 2 .. is right with the chance 0.45
-r^-1.3. M is kept from one sequence to the next, as there.
+MB for a vocabulary of 49,152. The paper only draws its tree. This one holds the nodes most likely
+to be reached if the candidate of rank r = 1, 2 .. is right with probability 0.45 r^-1.3. M is
+nodes_by_cost from one sequence to the next, as in the paper.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from trainer.drafters import Draft, DrafterError, News, Strategy, Target
+from trainer.drafters import Draft, DrafterError, Target, TargetUpdate, TreeBuilder
 from trainer.drafters.untrained import Untrained
 
 
 class TokenRecycling(Untrained):
-    """Trees of up to `nodes` tokens in up to `depth` levels, chosen without chance; the strategy is
-    not asked. For targets with V tokens.
+    """Trees of up to `nodes` tokens in up to `depth` levels, for targets with V tokens. They are
+    chosen without chance, and the shape is not used.
 
     Raises:
         DrafterError: a number is less than 1.
@@ -39,7 +40,7 @@ class TokenRecycling(Untrained):
                 raise DrafterError(f"{name}={value}: a tree of recycled tokens has at least 1")
         super().__init__(depth)
         self.candidates = min(candidates, vocabulary)
-        # On the CPU wherever the target is: a tree is read from it node by node.
+        # Always on the CPU: a tree is read from it node by node.
         self.following: Int[Tensor, "V k"] = torch.full(
             (vocabulary, self.candidates), -1, dtype=torch.int32
         )
@@ -49,14 +50,15 @@ class TokenRecycling(Untrained):
         return None
 
     @torch.no_grad()
-    def propose(self, memory: None, target: Target, news: News, strategy: Strategy) -> Draft:
-        if news.tried is not None:
-            self._take(*news.tried)
+    def propose(
+        self, memory: None, target: Target, update: TargetUpdate, build: TreeBuilder
+    ) -> Draft:
+        if update.tried is not None:
+            self._take(*update.tried)
         tokens: list[int] = []
         parents: list[int] = []
-        above: list[tuple[int, int] | None] = [
-            (int(news.ids[-1]), -1)
-        ]  # of one level: the tokens, and their numbers as nodes; None where nothing is known
+        # One level's tokens and node numbers; None if the token's successors are unknown.
+        above: list[tuple[int, int] | None] = [(int(update.ids[-1]), -1)]
         for shape in self.levels:
             below: list[tuple[int, int] | None] = []
             rows = [None if node is None else self.following[node[0]].tolist() for node in above]
@@ -70,38 +72,38 @@ class TokenRecycling(Untrained):
                 parents.append(node[1])
             above = below
         return Draft(
-            torch.tensor(tokens, dtype=torch.long, device=news.ids.device),
+            torch.tensor(tokens, dtype=torch.long, device=update.ids.device),
             torch.tensor(parents, dtype=torch.long),
         )
 
     def _take(self, tokens: Tensor, logits: Tensor) -> None:
-        # the last of equal ones stays
+        # Of equal tokens the last one counts.
         last = {token: row for row, token in enumerate(tokens.tolist())}
         best = logits.topk(self.candidates, dim=-1).indices.to(self.following)
         self.following[list(last)] = best[list(last.values())]
 
 
 def levels(nodes: int, candidates: int, depth: int) -> list[list[tuple[int, int]]]:
-    """The tree's shape, level by level: for each node its parent's place among the level above and
-    its rank among its siblings, from 0. Parents and better siblings of a node are in the tree,
+    """Return the tree's shape, level by level: for each node its parent's index in the level above,
+    and its rank among its siblings, from 0. Parents and better siblings of a node are in the tree
     too."""
     chances = [math.log(0.45) - 1.3 * math.log(rank) for rank in range(1, candidates + 1)]
-    # A node is its path of ranks; it is reached with the product of their chances. A step adds its
-    # first child and next sibling.
+    # A node is its path of ranks. It is reached with the product of their probabilities. A step
+    # adds its first child and next sibling.
     waiting: list[tuple[float, tuple[int, ...]]] = [(-chances[0], (0,))]
-    kept: list[tuple[int, ...]] = []
-    while waiting and len(kept) < nodes:
+    nodes_by_cost: list[tuple[int, ...]] = []
+    while waiting and len(nodes_by_cost) < nodes:
         cost, path = heapq.heappop(waiting)
-        kept.append(path)
+        nodes_by_cost.append(path)
         if len(path) < depth:
             heapq.heappush(waiting, (cost - chances[0], (*path, 0)))
         if (rank := path[-1] + 1) < candidates:
             heapq.heappush(waiting, (cost + chances[rank - 1] - chances[rank], (*path[:-1], rank)))
-    found: list[list[tuple[int, int]]] = []
+    shape: list[list[tuple[int, int]]] = []
     above: list[tuple[int, ...]] = [()]
     for length in range(1, depth + 1):
-        level = sorted(path for path in kept if len(path) == length)
+        level = sorted(path for path in nodes_by_cost if len(path) == length)
         if level:
-            found.append([(above.index(path[:-1]), path[-1]) for path in level])
+            shape.append([(above.index(path[:-1]), path[-1]) for path in level])
         above = level
-    return found
+    return shape

@@ -3,23 +3,25 @@
 
     x_0 .. x_t  r        the register r after x_t predicts x_{t+d} from position t + d - 1
 
-    L = (1 - a) L_next + a / share · Σ_registers -log softmax(head(h_r))[x_{t+d}]        a = `weight`
+    L = (1 - a) L_next + a / share · Σ_registers -log softmax(head(h_r))[x_{t+d}]
+    a = `weight`
 
-One vector r (d) is learnt; d is drawn uniformly from 1 .. d_max for each row and micro-batch. A
-register stands after each t for which x_{t+d} is trained, the prompt's last tokens included, or
+One vector r (d) is learned; d is drawn uniformly from 1 .. d_max for each row and micro-batch. A
+register comes after each t for which x_{t+d} is trained, including the prompt's last tokens, or
 after a random `share` of them, whose loss then counts for all. It sees itself and its own row up to
-x_t, never another register, and no token sees it: the next-token loss is the one without registers.
-Its gradient reaches the adapter through its own pass over the layers (section 3). At inference it
-does not exist: what is left is an ordinary adapter, at no cost, and nothing that drafts.
-
-The paper writes a register between x_t and x_{t+1}. Attention is told apart by mask and position
-alone, so here all of them follow the sequence, with the mask and the positions that they would have
-had in it. The mask is 4-D, which transformers' models pass on as it is: True where attention is
-allowed for sdpa, added to the scores for eager. No other attention takes one.
+x_t, never another register, and no token sees it: the next-token loss is the same as without
+registers. Its gradient reaches the adapter through its own pass over the layers (section 3). At
+inference registers do not exist: the result is an ordinary adapter, at no cost, and no drafter.
 
 An offset k of trainer.drafters is d = k + 1, so offsets 1 .. d_max - 1 are reported; registers with
-d = 1 are trained and not reported. Those of several offsets never stand at one position, so that no
-run of right guesses is counted and `accepted` stays 1.
+d = 1 are trained and not reported. Registers of several offsets are never at one position, so runs
+of right guesses cannot be counted, and `accepted` stays 1.
+
+Differs from the paper:
+    The paper writes a register between x_t and x_{t+1}. Attention depends on mask and position
+    only, so here all registers follow the sequence, with the mask and the positions that they would
+    have in it. The mask is 4-D, which transformers' models pass on unchanged: True where attention
+    is allowed for sdpa, added to the scores for eager. No other attention takes such a mask.
 """
 
 from __future__ import annotations
@@ -34,18 +36,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from trainer.drafters import Drafter, DrafterError, Seen, Target
+from trainer.drafters import Drafter, DrafterError, Target, TargetOutput
 from trainer.models.losses import chunked_predictions
 from trainer.speed.fused import BLOCKED
 
-# transformers' names of layers that attend to all of a row, or to nothing
+# transformers' names of layers that attend to the whole row, or to nothing
 _FULL = {"full_attention", "mlp", "moe"}
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the registers of a batch stand. A sequence with fewer than R has fillers, whose target
-    is -100."""
+    """The registers of a batch. A sequence with fewer than R registers has padding, with the target
+    -100."""
 
     after: Int[Tensor, "B R"]  # t, an index into the sequence
     ahead: Int[Tensor, "B R"]  # d
@@ -53,24 +55,24 @@ class Places:
     positions: Int[Tensor, "B R"]  # t + d - 1, counted from the row's first token
 
 
-def place(
+def place_registers(
     labels: Int[Tensor, "B T"],
     positions: Int[Tensor, "B T"],
     ahead: Int[Tensor, "B T"],
-    kept: Bool[Tensor, "B T"],
+    chosen: Bool[Tensor, "B T"],
 ) -> Places:
-    """The registers after those positions that are `kept` and whose `ahead`-th next token is
-    trained and of the same row.
+    """Return a register for each `chosen` position whose `ahead`-th next token is trained and in
+    the same row.
 
-    R is a multiple of 8 where T is one, and never 0: a rank without targets goes the same way as
-    the others, as DDP needs.
+    R is a multiple of 8 if T is one, and never 0: a rank without targets runs the same code as the
+    others, as DDP needs.
     """
     length = labels.shape[1]
     there = torch.arange(length, device=labels.device) + ahead
     inside = there.clamp(max=length - 1)
     targets = labels.gather(1, inside)
     real = (
-        kept
+        chosen
         & (there < length)
         & (positions.gather(1, inside) == positions + ahead)
         & (targets != -100)
@@ -87,11 +89,11 @@ def place(
 
 
 def attends(positions: Int[Tensor, "B T"], places: Places) -> Bool[Tensor, "B 1 L L"]:
-    """Who sees whom, where the registers follow the sequence: L = T + R. A filler sees itself
+    """Return who sees whom, with the registers after the sequence: L = T + R. Padding sees itself
     only."""
     count = places.after.shape[1]
     at = torch.arange(positions.shape[1], device=positions.device)
-    first = at - positions  # where each token's row begins
+    first = at - positions  # the first position of each token's row
     row = torch.cat([first, first.gather(1, places.after)], 1)
     until = torch.cat(
         [at.expand_as(positions), places.after.masked_fill(places.targets == -100, -1)], 1
@@ -109,8 +111,7 @@ def with_registers(
     places: Places,
     attention: str,
 ) -> dict[str, Tensor]:
-    """A model's inputs: the sequence, then the registers, whose embeddings take the sequence's
-    dtype."""
+    """Return a model's inputs: the sequence, then the registers, cast to the sequence's dtype."""
     mask = attends(positions, places)
     if attention == "eager":
         mask = embedded.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(embedded.dtype).min)
@@ -122,12 +123,12 @@ def with_registers(
 
 
 class Registers(Drafter):
-    """See the module's text. Its one trained tensor is r (d,), in fp32 whatever the base's dtype.
+    """Register tokens; see the module's text. The one trained tensor is r (d,), in fp32 for every
+    dtype of the base.
 
     Raises:
-        DrafterError: the model's attention takes no mask of one's own, its layers do not see all of
-        a row, or it places tokens
-            by something else than position_ids.
+        DrafterError: the model's attention takes no 4-D mask, its layers do not see the whole row,
+        or positions of its tokens do not come from position_ids.
     """
 
     detach = False  # the gradient in the adapter is the method
@@ -149,17 +150,17 @@ class Registers(Drafter):
         if table.device.type != "meta":
             probe(model)
             with torch.no_grad():
-                # As the layer gives them, since some models scale them; a thousand rows stand for
-                # all.
+                # Call the layer, since some models scale embeddings; about a thousand rows are
+                # enough for an estimate.
                 some = torch.arange(0, len(table), max(1, len(table) // 1024), device=table.device)
                 std = float(model.get_input_embeddings()(some).float().std())
                 self.register.copy_(torch.randn(self.register.shape) * std)
         self.checked = False
-        self.placed: Places | None = None  # of the micro-batch at hand, between `inputs` and `loss`
+        self.placed: Places | None = None  # of the current micro-batch, between `inputs` and `loss`
 
     def inputs(self, batch: dict[str, Any], target: Target) -> dict[str, Tensor]:
-        """The batch's embeddings with this micro-batch's registers after them, their mask and their
-        positions.
+        """Return the batch's embeddings followed by this micro-batch's registers, with their mask
+        and positions.
 
         Raises:
             DrafterError: the adapter puts virtual tokens before the rows, or there is nothing that
@@ -171,36 +172,36 @@ class Registers(Drafter):
         ids, labels = batch["input_ids"], batch["labels"]
         at = torch.arange(ids.shape[1], device=ids.device)
         positions = batch["position_ids"] if "position_ids" in batch else at.expand_as(ids)
-        # Drawn on the CPU, so that a device does not change them; each row uses what its first
-        # token has drawn.
+        # Drawn on the CPU, so that they are the same for every device; each row uses the number
+        # that its first token has drawn.
         drawn = torch.randint(1, self.d_max + 1, ids.shape).to(ids.device)
-        kept = (torch.rand(ids.shape) < self.share).to(ids.device)
-        self.placed = place(labels, positions, drawn.gather(1, at - positions), kept)
+        chosen = (torch.rand(ids.shape) < self.share).to(ids.device)
+        self.placed = place_registers(labels, positions, drawn.gather(1, at - positions), chosen)
         registers = self.register.expand(*self.placed.after.shape, -1)
         return with_registers(
             target.embed(ids), registers, positions, self.placed, target.config._attn_implementation
         )
 
-    def loss(self, seen: Seen, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
-        """(a / share times the registers' summed cross-entropy, numbers (d_max - 1, 5) of the
-        offsets d - 1); zeros where nothing is trained, since evaluation has no registers.
+    def loss(self, output: TargetOutput, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
+        """Return (a / share times the registers' summed cross-entropy, numbers (d_max - 1, 5) of
+        the offsets d - 1). Both are zeros in evaluation, which has no registers.
 
         Raises:
-            DrafterError: something is trained, and the target did not run on `inputs`.
+            DrafterError: in training, the target did not run on `inputs`.
         """
-        total = seen.extra.new_zeros((), dtype=torch.float32)
-        numbers = torch.zeros(self.d_max, 5, device=seen.ids.device)
+        total = output.extra.new_zeros((), dtype=torch.float32)
+        numbers = torch.zeros(self.d_max, 5, device=output.ids.device)
         places, self.placed = self.placed, None
         if not torch.is_grad_enabled():
             return total, numbers[1:]
-        if places is None or seen.extra.shape[1] != places.after.shape[1]:
+        if places is None or output.extra.shape[1] != places.after.shape[1]:
             _no_drafts()
         head = target.model.get_output_embeddings()
         trained = tuple(p for p in head.parameters() if p.requires_grad)  # by adapter=full
         for d in range(1, self.d_max + 1):
             where = (places.ahead == d) & (places.targets != -100)
             summed, best, among = chunked_predictions(
-                seen.extra[where], places.targets[where], target.head, chunk, trained, 5
+                output.extra[where], places.targets[where], target.head, chunk, trained, 5
             )
             total = total + self.weight / self.share * summed
             numbers[d - 1, :4] = torch.stack(
@@ -208,7 +209,7 @@ class Registers(Drafter):
             )
         return total, numbers[1:]
 
-    def states(self, seen: Seen, target: Target) -> Iterator[Tensor]:
+    def states(self, output: TargetOutput, target: Target) -> Iterator[Tensor]:
         _no_drafts()
 
     def start(self, target: Target) -> Any:
@@ -224,20 +225,20 @@ class Registers(Drafter):
 def _no_drafts() -> NoReturn:
     raise DrafterError(
         "drafter=registers predicts only while an adapter is trained with it, and proposes no"
-        " tokens: what it taught is in the adapter, which is used as any other. For faster decoding"
+        " tokens: its result is the adapter, which is used as any other. For faster decoding"
         " train another drafter"
     )
 
 
 def refuse(model: Any) -> None:
-    """Raise DrafterError where the config of a model, loaded or not, says that registers would not
-    be apart from its tokens."""
+    """Raise DrafterError if the config of a model, loaded or not, shows that its tokens would see
+    registers."""
     config, kind = model.config.get_text_config(), type(model).__name__
     attention = config._attn_implementation
     if attention not in ("sdpa", "eager", BLOCKED):
         raise DrafterError(
-            f"drafter=registers needs a mask of its own, which attn_implementation={attention} does"
-            " not take: set base.attn_implementation=sdpa, or drafter=none"
+            f"drafter=registers needs a 4-D mask, which attn_implementation={attention} does not"
+            " take: set base.attn_implementation=sdpa, or drafter=none"
         )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise DrafterError(
@@ -251,19 +252,18 @@ def refuse(model: Any) -> None:
         layers = {"chunked_attention"}
     if layers - _FULL:
         raise DrafterError(
-            f"drafter=registers needs layers that attend to all of a row, and {kind} has"
+            f"drafter=registers needs layers that attend to the whole row, and {kind} has"
             f" {', '.join(sorted(layers - _FULL))}: set drafter=none"
         )
 
 
 @torch.no_grad()
 def probe(model: Any) -> None:
-    """Raise DrafterError unless a register that is given the next token's embedding is to the model
-    that very token.
+    """Raise DrafterError unless a register with the next token's embedding acts as that token.
 
-    With d = 2 it stands at the next token's position and sees what that sees, so their logits are
-    the same, and those of the sequence are as without registers. A model that reads token ids
-    elsewhere, keeps a state, or ignores mask or positions fails.
+    With d = 2 it is at the next token's position and sees what that token sees, so their logits
+    must be the same, and those of the sequence must be as without registers. A model that reads
+    token ids elsewhere, keeps a state, or ignores mask or positions fails.
     """
     embed, config = model.get_input_embeddings(), model.config.get_text_config()
     # Ids from all over the vocabulary. The first ones are often special tokens that no training has
@@ -280,7 +280,7 @@ def probe(model: Any) -> None:
         embed(ids), embed(ids[:, 1:]), positions, places, config._attn_implementation
     )
     try:
-        found = model(**inputs, use_cache=False).logits.float()
+        logits = model(**inputs, use_cache=False).logits.float()
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise DrafterError(
             f"drafter=registers gives a model embeddings and a 4-D mask, and {type(model).__name__}"
@@ -288,11 +288,13 @@ def probe(model: Any) -> None:
         ) from error
     finally:
         model.train(was_training)
-    wanted = torch.cat([plain, plain[:, 1:]], 1)
+    expected = torch.cat([plain, plain[:, 1:]], 1)
     # The two shapes round differently in every layer: by 0.05 of a place's logits in bf16.
     tolerance = 0.1 if embed.weight.dtype in (torch.bfloat16, torch.float16) else 1e-3
-    limits = tolerance * wanted.norm(dim=-1)
-    if found.shape != wanted.shape or not bool(((found - wanted).norm(dim=-1) <= limits).all()):
+    limits = tolerance * expected.norm(dim=-1)
+    if logits.shape != expected.shape or not bool(
+        ((logits - expected).norm(dim=-1) <= limits).all()
+    ):
         raise DrafterError(
             f"{type(model).__name__} does not keep registers apart from its tokens by a mask and"
             " position_ids, so that drafter=registers would change what it computes: set"

@@ -1,4 +1,4 @@
-"""Sizes of what a run has trained: parameters, ranks, bytes."""
+"""Sizes of a trained adapter: parameters, ranks, bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainer.assembly.trained import Trained
 
 @dataclass
 class Size:
-    """One layer; what cannot be said of it is None."""
+    """Sizes of one layer; unknown values are None."""
 
     module: str
     bytes: int  # in the adapter's file
@@ -33,22 +33,21 @@ class Size:
 
 
 @torch.no_grad()
-def sizes(found: Trained, spectrum: bool) -> list[Size]:
-    """Every layer with an update, then the modules that are saved whole; one row for all of an
-    adapter without such layers.
+def sizes(run: Trained, spectrum: bool) -> list[Size]:
+    """Return the sizes of every layer with an update, then of the modules that are saved whole; a
+    single row if the adapter has no such layers.
 
     Raises:
         AdapterError: the run has no adapter, but a model.
     """
-    if not found.adapter.exportable:
+    if not run.adapter.exportable:
         raise AdapterError(
-            f"adapter={type(found.adapter).__name__.lower()} leaves no adapter whose size could be"
-            " told"
+            f"adapter={type(run.adapter).__name__.lower()} leaves no adapter to measure"
         )
-    stored = _stored(found)
-    parameters = {name: p.numel() for name, p in found.model.named_parameters() if p.requires_grad}
+    stored = _stored(run)
+    parameters = {name: p.numel() for name, p in run.model.named_parameters() if p.requires_grad}
     layers = []
-    for name, saved_as, base, update, factors in _updates(found):
+    for name, saved_as, base, update, factors in _updates(run):
         size = Size(saved_as, _take(stored, saved_as), _take(parameters, name))
         size.density = float((update != 0).double().mean())
         size.norm = float(update.norm() / base.double().norm())
@@ -56,26 +55,26 @@ def sizes(found: Trained, spectrum: bool) -> list[Size]:
             values = low_rank_svdvals(*factors) if factors else torch.linalg.svdvals(update.float())
             size.rank = effective_rank(values)
         layers.append(size)
-    if not layers:  # prompts, whose parameters are not what is saved
+    if not layers:  # prompt methods: the saved tensors are not the trained parameters
         return [Size("all", sum(stored.values()), sum(parameters.values()))]
     rest = sorted({key.rpartition(".")[0] for key in stored})
     names = {name: _own_name(name) for name in parameters}
     for module in rest:
-        own = sum(
+        trained = sum(
             count for name, count in parameters.items() if names[name].rpartition(".")[0] == module
         )
         layers.append(
             Size(
                 module,
                 sum(size for key, size in stored.items() if key.rpartition(".")[0] == module),
-                own,
+                trained,
             )
         )
     return layers
 
 
 def effective_rank(values: Float[Tensor, " n"]) -> float:
-    """exp of the entropy of singular values over their sum; 0 where all are zero."""
+    """Return exp of the entropy of the singular values over their sum; 0 if all are zero."""
     total = values.double().sum()
     if not total:
         return 0.0
@@ -84,17 +83,17 @@ def effective_rank(values: Float[Tensor, " n"]) -> float:
 
 
 def low_rank_svdvals(B: Float[Tensor, "o r"], A: Float[Tensor, "r i"]) -> Float[Tensor, " n"]:
-    """Singular values of B A, from those of an r x r matrix."""
+    """Return the singular values of B A, from those of an r x r matrix."""
     left, right = torch.linalg.qr(B.double())[1], torch.linalg.qr(A.double().t())[1]
     return torch.linalg.svdvals(left @ right.t())
 
 
 def _updates(
-    found: Trained,
+    run: Trained,
 ) -> Iterator[tuple[str, str, Tensor, Tensor, tuple[Tensor, Tensor] | None]]:
-    """(name, name in the file, W, D, factors of D up to its scale where it is B A) of each adapted
+    """Yield (name, name in the file, W, D, factors of D up to its scale if D = B A) of each adapted
     layer, in fp64."""
-    for name, module in list(found.model.named_modules()):
+    for name, module in list(run.model.named_modules()):
         if isinstance(module, AdaptedLinear):
             delta: Any = module.delta
             delta.take_out(module.base)
@@ -107,28 +106,29 @@ def _updates(
             yield (
                 name,
                 name.removeprefix(io.PREFIX),
-                *_merged(found.adapter, name.removeprefix(io.PREFIX), module),
+                *_merged(run.adapter, name.removeprefix(io.PREFIX), module),
             )
 
 
 def _merged(
     adapter: Any, name: str, module: Any
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """Of PEFT's layers, what merging changes: some methods have no update that is added."""
+    """Return (W, D, factors) of a PEFT layer from merging it, since some methods do not add an
+    update."""
     linear = module.get_base_layer()
-    kept = linear.weight.detach().clone()
+    original = linear.weight.detach().clone()
     base = float_weight(linear).double()
-    # PiSSA and its like have taken a part out of the weight.
+    # PiSSA and similar initialisations have subtracted a part from the weight.
     base = base + adapter._part(name, module).double() if adapter.initial else base.clone()
     try:
         module.merge()
     except (NotImplementedError, ValueError, RuntimeError) as error:
         raise AdapterError(
-            f"PEFT cannot merge {name}, so its update cannot be told: {error}"
+            f"PEFT cannot merge {name}, so its update is unknown: {error}"
         ) from error
     update = float_weight(linear).double() - base
     module.merged_adapters.clear()
-    linear.weight.data.copy_(kept)
+    linear.weight.data.copy_(original)
     plain = (
         not adapter.initial
         and hasattr(module, "lora_A")
@@ -139,15 +139,15 @@ def _merged(
     return base, update, (module.lora_B["default"].weight, module.lora_A["default"].weight)
 
 
-def _stored(found: Trained) -> dict[str, int]:
-    """Bytes of each tensor of the adapter's file, by its key without PEFT's prefix."""
+def _stored(run: Trained) -> dict[str, int]:
+    """Return the bytes of each tensor of the adapter's file, by its key without PEFT's prefix."""
     stored = {}
     with tempfile.TemporaryDirectory() as temporary:
-        kind = "SEQ_CLS" if found.task.kind == "label" else "CAUSAL_LM"
-        found.adapter.save(found.model, Path(temporary), found.base.path, kind)
+        kind = "SEQ_CLS" if run.task.kind == "label" else "CAUSAL_LM"
+        run.adapter.save(run.model, Path(temporary), run.base.path, kind)
         for path in Path(temporary).rglob("adapter_model.safetensors"):
             with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 - it is no dict
+                for key in file.keys():  # noqa: SIM118 - not a dict
                     tensor = file.get_tensor(key)
                     stored[key.removeprefix(io.PREFIX)] = tensor.numel() * tensor.element_size()
     return stored
@@ -158,5 +158,5 @@ def _take(counts: dict[str, int], module: str) -> int:
 
 
 def _own_name(name: str) -> str:
-    """A live parameter's name as the file has it."""
+    """Return a parameter's name in the file."""
     return name.removeprefix(io.PREFIX).replace(".default", "").replace("modules_to_save.", "")

@@ -21,10 +21,10 @@ def answers(
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]] | None:
-    """Greedy answers to the held-out prompts, in their order, each with its prompt, reference text
-    and scores. None if `stop` said yes between batches."""
+    """Return greedy answers to the held-out prompts, in their order, each with its prompt,
+    reference text and scores. None if `stop` returned True between batches."""
     by_length = sorted(range(len(held_out.prompts)), key=lambda i: -len(held_out.prompts[i][1]))
-    found: dict[int, dict[str, Any]] = {}
+    graded: dict[int, dict[str, Any]] = {}
     with Progress("answers", len(by_length), "rows") as progress:
         for start in range(0, len(by_length), batch_size):
             if stop():
@@ -41,7 +41,7 @@ def answers(
             for i, text in zip(chosen, texts, strict=True):
                 example, prompt = held_out.prompts[i]
                 assert held_out.grade is not None
-                found[i] = {
+                graded[i] = {
                     "where": example.where,
                     "prompt": held_out.tokenizer.decode(prompt),
                     "expected": example.messages[-1]["content"],
@@ -49,7 +49,7 @@ def answers(
                     "scores": held_out.grade(example, text),
                 }
             progress.advance(len(chosen))
-    return [found[i] for i in range(len(held_out.prompts))]
+    return [graded[i] for i in range(len(held_out.prompts))]
 
 
 def generate(
@@ -60,9 +60,9 @@ def generate(
     max_new_tokens: int,
     device: torch.device,
 ) -> list[str]:
-    """Greedy continuations of several prompts, padded to the left, without special tokens."""
-    found = continuations(model, prompts, tokenizer.pad_token_id, stops, max_new_tokens, device)
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in found]
+    """Return greedy continuations of several prompts, as text without special tokens."""
+    rows = continuations(model, prompts, tokenizer.pad_token_id, stops, max_new_tokens, device)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
 def continuations(
@@ -74,8 +74,9 @@ def continuations(
     device: torch.device,
     choose: Any = None,
 ) -> list[list[int]]:
-    """The ids that follow several prompts, with the token that ended them, and after that `pad`.
-    Greedy over what `choose`, a transformers LogitsProcessorList, makes of the scores."""
+    """Return the ids that follow several prompts, including the token that ended them, then `pad`.
+    Decoding is greedy over the scores that `choose`, a transformers LogitsProcessorList,
+    returns."""
     from transformers import GenerationConfig
 
     longest = max(map(len, prompts))
@@ -85,11 +86,13 @@ def continuations(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad
     )
     more = {} if choose is None else {"logits_processor": choose}
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **more)  # type: ignore[operator]
+    output = model.generate(  # type: ignore[operator]
+        input_ids=ids, attention_mask=mask, generation_config=settings, **more
+    )
     return output[:, longest:].tolist()
 
 
 def means(graded: list[dict[str, Any]]) -> dict[str, float]:
-    """The mean of each score over graded answers."""
+    """Return the mean of each score over graded answers."""
     names = graded[0]["scores"] if graded else {}
     return {name: sum(row["scores"][name] for row in graded) / len(graded) for name in names}

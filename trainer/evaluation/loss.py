@@ -29,49 +29,42 @@ def losses(
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Loss per trained token, perplexity and accuracy, unless it is a drafter's alone; macro F1 for
-    classes; trainer.drafters.metrics with a drafter. Each rank takes every ranks-th batch.
+    """Return loss per trained token, perplexity and accuracy (only the loss if it is a drafter's
+    alone); macro F1 for classes; trainer.drafters.metrics with a drafter. Each rank takes every
+    ranks-th batch.
 
-    `stop` is asked as often on each rank, between batches; when it says yes, the sums so far are
-    given up and {} comes back.
+    `stop` is called equally often on each rank, between batches. If it returns True, the result is
+    {}.
     """
-    from torchmetrics.functional.classification import multiclass_confusion_matrix
-
-    # long rows first: memory runs out at once or not at all
-    order = np.argsort(-held_out.sequences.sizes()[0], kind="stable")
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    picks = [[Pick(int(sequence), True, 1) for sequence in batch] for batch in batches[rank::ranks]]
-    # A rank with a batch less computes one that counts for nothing: what ranks do together, they do
-    # equally often.
-    picks += [[Pick(int(order[-1]), False, 1)]] * (-(-len(batches) // ranks) - len(picks))
+    picks = _picks(held_out, batch_size, rank, ranks)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    guesses = True  # whether the loss is that of next tokens
+    guesses = True  # whether the loss is on next tokens
     offsets: torch.Tensor | None = None
     confusion = torch.zeros(len(held_out.labels or ()), len(held_out.labels or ()), device=device)
     with Progress("evaluation", len(picks), "batches") as progress:
-        loader = DataLoader(held_out.sequences, batch_sampler=picks, collate_fn=held_out.collate)  # type: ignore[arg-type]
+        loader = DataLoader(
+            held_out.sequences,  # type: ignore[arg-type]
+            batch_sampler=picks,
+            collate_fn=held_out.collate,
+        )
         for batch in progress.each(loader):
             if stop():
                 return {}
-            _, found = loss(to_device(batch, device))
-            guesses = "right" in found
+            _, counts = loss(to_device(batch, device))
+            guesses = "right" in counts
             sums += torch.stack(
                 [
-                    found[key].double()
+                    counts[key].double()
                     for key in ("loss", "tokens", "right" if guesses else "tokens")
                 ]
             )
-            if "offsets" in found:
+            if "offsets" in counts:
                 offsets = (
-                    found["offsets"].double() if offsets is None else offsets + found["offsets"]
+                    counts["offsets"].double() if offsets is None else offsets + counts["offsets"]
                 )
-            if "scores" in found:
-                confusion += multiclass_confusion_matrix(
-                    found["scores"],
-                    batch["classes"].to(device),
-                    found["scores"].shape[-1],
-                    ignore_index=-100,
-                )
+            if "scores" in counts:
+                classes = batch["classes"].to(device)
+                confusion += _confusion(counts["scores"], classes)
     total, tokens, right = reduce(sums).tolist()
     if not tokens:
         return {}
@@ -82,19 +75,41 @@ def losses(
         if offsets is not None:
             result |= drafters.metrics(reduce(offsets))
     else:
-        confusion = reduce(confusion)
-        marked = confusion.sum(0) + confusion.sum(1)  # as a class by its row or by the guess
-        result["f1"] = float((2 * confusion.diagonal() / marked)[marked > 0].mean())
+        result["f1"] = _macro_f1(reduce(confusion))
     return result
+
+
+def _confusion(scores: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    return multiclass_confusion_matrix(scores, classes, scores.shape[-1], ignore_index=-100)
+
+
+def _macro_f1(confusion: torch.Tensor) -> float:
+    """Return the mean F1 over classes that occur in a row or in a guess."""
+    marked = confusion.sum(0) + confusion.sum(1)
+    return float((2 * confusion.diagonal() / marked)[marked > 0].mean())
+
+
+def _picks(held_out: HeldOut, batch_size: int, rank: int, ranks: int) -> list[list[Pick]]:
+    """Return a rank's batches."""
+    # Long rows first: an out-of-memory error comes at once or not at all.
+    order = np.argsort(-held_out.sequences.sizes()[0], kind="stable")
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    picks = [[Pick(int(sequence), True, 1) for sequence in batch] for batch in batches[rank::ranks]]
+    # A rank with one batch less computes one more that does not count: all ranks must run the same
+    # number of collective operations.
+    missing = -(-len(batches) // ranks) - len(picks)
+    return picks + [[Pick(int(order[-1]), False, 1)]] * missing
 
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in eval mode, and as it was afterwards."""
-    was = [(child, child.training) for child in module.modules()]
+    """Put the module into eval mode, and restore its modes afterwards."""
+    modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        for child, mode in was:
+        for child, mode in modes:
             child.training = mode

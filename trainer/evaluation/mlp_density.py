@@ -19,18 +19,18 @@ from trainer.evaluation.loss import losses
 from trainer.penalties.deft import medians, own_tokens
 from trainer.training.finetune import real_tokens
 
-SAMPLE = 512  # tokens that CETT thresholds are taken from
+SAMPLE = 512  # tokens for CETT thresholds
 LEVELS = 1024  # thresholds of a layer, at equal distances in share of active neurons
 PRECISION = 1e-6  # of the CETT value that is searched for
 MEDIAN_BATCHES = 4
 
 Layers = list[tuple[str, nn.Module]]
-# (layer, its input, the real tokens) -> what it is given instead
+# (layer, its input, the real tokens) -> a new input, or None
 Change = Callable[[int, Tensor, Tensor], Tensor | None]
 
 
 class Rows:
-    """The held-out rows, asked for their loss while the MLPs' inputs are looked at or changed."""
+    """The held-out rows, whose loss is computed while the MLPs' inputs are read or changed."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Rows:
         self.loss, self.held_out, self.batch_size, self.device = loss, held_out, batch_size, device
 
     def loss_with(self, layers: Layers, change: Change) -> float:
-        """Mean loss per trained token. `change` is called with every layer's input."""
+        """Return the mean loss per trained token. `change` is called with every layer's input."""
         now: dict[str, Tensor] = {}
 
         def loss(batch: dict[str, Any]) -> Any:
@@ -59,13 +59,13 @@ class Rows:
         with contextlib.ExitStack() as stack:
             for index, (_, module) in enumerate(layers):
                 stack.callback(module.register_forward_pre_hook(hook(index)).remove)
-            found = losses(loss, self.held_out, self.batch_size, self.device)
-        if not found:
+            result = losses(loss, self.held_out, self.batch_size, self.device)
+        if not result:
             raise DataError("the held-out rows have no trained token")
-        return found["loss"]
+        return result["loss"]
 
     def medians(self, layers: Layers) -> list[float]:
-        """Median |h| of each layer where h is not 0."""
+        """Return the median |h| of each layer, over h that are not 0."""
         seen: list[tuple[dict[str, Any], Tensor]] = []
 
         def keep(batch: dict[str, Any]) -> Any:
@@ -85,8 +85,7 @@ class Rows:
 
 @dataclass
 class Sampled:
-    """One MLP's activations of some tokens, h (N, F), with what leaving out their smallest would
-    do."""
+    """One MLP's activations h (N, F) of some tokens, and the effect of leaving out the smallest."""
 
     module: nn.Module
     h: Float[Tensor, "N F"]
@@ -97,21 +96,21 @@ class Sampled:
         self.output = self.contribution(self.h)
         ordered = self.scores.flatten().sort().values
         places = [max(1, level * len(ordered) // LEVELS) for level in range(1, LEVELS)]
-        # Between two scores, so that rounding moves no neuron over it.
+        # Between two scores, so that rounding moves no neuron across the threshold.
         self.thresholds = [
             0.0,
             *((ordered[place - 1] + ordered[place]).item() / 2 for place in places),
             math.inf,
         ]
-        self.known = {0: 0.0, LEVELS: 1.0}  # of nothing and of everything
+        self.known = {0: 0.0, LEVELS: 1.0}  # with nothing and with everything left out
 
     def contribution(self, h: Float[Tensor, "N F"]) -> Float[Tensor, "N d"]:
-        """What the down projection makes of h, without its bias."""
+        """Return the output of the down projection for h, without its bias."""
         return linear_part(self.module, h).float()
 
     def cett(self, level: int) -> float:
-        """Mean over tokens of the length of what is left out below a threshold, over that of the
-        output."""
+        """Return the mean over tokens of the norm of what is left out below a threshold, over the
+        norm of the output."""
         if level not in self.known:
             left_out = self.contribution(self.h.where(self.scores < self.thresholds[level], 0))
             tiny = torch.finfo(torch.float32).tiny
@@ -121,7 +120,7 @@ class Sampled:
         return self.known[level]
 
     def level(self, cett: float) -> int:
-        """The highest threshold that leaves out no more than this; CETT rises with the
+        """Return the highest threshold whose CETT is at most this; CETT rises with the
         threshold."""
         low, high = 0, LEVELS + 1
         while high - low > 1:
@@ -131,13 +130,13 @@ class Sampled:
 
 
 def linear_part(module: nn.Module, x: Float[Tensor, "N F"]) -> Float[Tensor, "N d"]:
-    """W x of a layer, adapted or not, by calling it."""
+    """Return W x of a layer, adapted or not, by calling it."""
     return module(x) - module(torch.zeros_like(x[:1]))
 
 
 def column_norms(module: nn.Module, like: Float[Tensor, "N F"]) -> Float[Tensor, " F"]:
-    """‖W_j‖ of what each neuron is multiplied by, of an adapted or quantised layer too: its outputs
-    for unit vectors."""
+    """Return ‖W_j‖ of each neuron's column, from the layer's outputs for unit vectors: so it works
+    for adapted and quantised layers too."""
     width = like.shape[1]
     norms = []
     for start in range(0, width, 256):
@@ -150,28 +149,29 @@ def column_norms(module: nn.Module, like: Float[Tensor, "N F"]) -> Float[Tensor,
 
 @torch.no_grad()
 def measured(layers: Layers, rows: Rows, taus: list[float], percent: float) -> dict[str, Any]:
-    """Everything that is reported of one model: `layers` by name, their `mean`, `loss`, and with
-    `percent` the search's `ppl`."""
+    """Return the report of one model: `layers` by name, their `mean`, `loss`, and with `percent`
+    the search's `ppl`."""
     sizes = rows.held_out.sequences.sizes()[0]
     every = max(1, int(sizes.sum()) // SAMPLE)
     counts = torch.zeros(len(layers), 3, dtype=torch.float64)
-    kept: list[list[Tensor]] = [[] for _ in layers]
-    seen = [0] * len(layers)
+    samples: list[list[Tensor]] = [[] for _ in layers]
+    tokens = [0] * len(layers)
 
     def count(index: int, h: Tensor, real: Tensor) -> None:
-        own = own_tokens(h, real)[real]
-        nonzero, above = own.count_nonzero(), (own.abs() > taus[index]).sum()
+        real_rows = own_tokens(h, real)[real]
+        nonzero, above = real_rows.count_nonzero(), (real_rows.abs() > taus[index]).sum()
         counts[index] += torch.tensor(
-            [float(nonzero), float(above), own.numel()], dtype=torch.float64
+            [float(nonzero), float(above), real_rows.numel()], dtype=torch.float64
         )
-        kept[index].append(own[-seen[index] % every :: every])
-        seen[index] += len(own)
+        samples[index].append(real_rows[-tokens[index] % every :: every])
+        tokens[index] += len(real_rows)
 
     dense = rows.loss_with(layers, count)
     sampled = [
-        Sampled(module, torch.cat(parts)) for (_, module), parts in zip(layers, kept, strict=True)
+        Sampled(module, torch.cat(parts))
+        for (_, module), parts in zip(layers, samples, strict=True)
     ]
-    found: dict[str, Any] = {
+    by_layer: dict[str, Any] = {
         name: {
             "non_zero": float(nonzero / total),
             "above_tau": float(above / total),
@@ -182,14 +182,14 @@ def measured(layers: Layers, rows: Rows, taus: list[float], percent: float) -> d
             layers, counts, sampled, taus, strict=True
         )
     }
-    result: dict[str, Any] = {"loss": dense, "layers": found}
+    result: dict[str, Any] = {"loss": dense, "layers": by_layer}
     if percent:
         result["ppl"], sparsity = search(layers, rows, sampled, dense, percent)
         for (name, _), share in zip(layers, sparsity, strict=True):
-            found[name]["ppl_sparsity"] = share
-    metrics = next(iter(found.values()))
+            by_layer[name]["ppl_sparsity"] = share
+    metrics = next(iter(by_layer.values()))
     result["mean"] = {
-        key: sum(layer[key] for layer in found.values()) / len(found) for key in metrics
+        key: sum(layer[key] for layer in by_layer.values()) / len(by_layer) for key in metrics
     }
     return result
 
@@ -197,9 +197,9 @@ def measured(layers: Layers, rows: Rows, taus: list[float], percent: float) -> d
 def search(
     layers: Layers, rows: Rows, sampled: list[Sampled], dense: float, percent: float
 ) -> tuple[dict[str, float], list[float]]:
-    """(the largest CETT value at which exp(loss - `dense`) is at most 1 + `percent` / 100, with
-    that ratio; each layer's share of neurons that were 0 then). The loss is taken to rise with
-    CETT."""
+    """Return (the largest CETT value at which exp(loss - `dense`) is at most 1 + `percent` / 100,
+    with that ratio; each layer's share of neurons that were 0 then). The search assumes that the
+    loss rises with CETT."""
     known: dict[tuple[int, ...], tuple[float, list[float]]] = {}
 
     def ratio(cett: float) -> tuple[float, list[float]]:
@@ -222,16 +222,16 @@ def search(
 def loss_without(
     layers: Layers, rows: Rows, sampled: list[Sampled], levels: tuple[int, ...]
 ) -> tuple[float, list[float]]:
-    """(loss, each layer's share of zeros) where neurons with |h_j| ‖W_j‖ below the layer's
-    threshold are set to 0."""
+    """Return (loss, each layer's share of zeros) with neurons set to 0 whose |h_j| ‖W_j‖ is below
+    the layer's threshold."""
     zeros, totals = [0.0] * len(layers), [0] * len(layers)
 
     def zeroed(index: int, h: Tensor, real: Tensor) -> Tensor:
-        one = sampled[index]
-        h = h.where(h.float().abs() * one.norms >= one.thresholds[levels[index]], 0)
-        own = own_tokens(h, real)[real]
-        zeros[index] += float((own == 0).sum())
-        totals[index] += own.numel()
+        layer = sampled[index]
+        h = h.where(h.float().abs() * layer.norms >= layer.thresholds[levels[index]], 0)
+        real_rows = own_tokens(h, real)[real]
+        zeros[index] += float((real_rows == 0).sum())
+        totals[index] += real_rows.numel()
         return h
 
     loss = rows.loss_with(layers, zeroed)
@@ -247,7 +247,7 @@ COLUMNS = {
 
 
 def shown(results: dict[str, dict[str, Any]], percent: float) -> Any:
-    """The table, a column for each number and model."""
+    """Return the table, a column for each number and model."""
     from rich.table import Table
 
     first = next(iter(results.values()))
@@ -271,7 +271,7 @@ def shown(results: dict[str, dict[str, Any]], percent: float) -> Any:
 
 
 def plot(results: dict[str, dict[str, Any]], percent: float, path: Path) -> None:
-    """Each number by layer, a line for each model."""
+    """Draw each number by layer, a line for each model."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -1,4 +1,4 @@
-"""Continue a draft head on a fine-tuned target and measure it."""
+"""A draft head that is trained further on a fine-tuned target, and its measurement."""
 
 from __future__ import annotations
 
@@ -14,61 +14,63 @@ KNOWN: dict[str, Any] = {
     "runs": None,
     "dry": "false",
 }
-# What the new run takes from the one that trained the head, as far as it differs from the files of
-# conf/.
-TAKEN = ("task", "schedule", "optimizer", "lightning", "callbacks", "logger")
-_OWN = ("name", "runs", "resume", "export")  # root settings that are the new run's own
+# Groups that the new run copies from the run that trained the head, where they differ from the
+# files of conf/.
+COPIED = ("task", "schedule", "optimizer", "lightning", "callbacks", "logger")
+_OWN = ("name", "runs", "resume", "export")  # root settings that are not copied
 STAGES = ("before fine-tuning", "after fine-tuning, the same head", "after fine-tuning, re-aligned")
 MEASURED_AT_ONCE = 16  # held-out rows
 
 
 def arguments(options: dict[str, Any], more: list[str]) -> tuple[Path, list[str]]:
-    """(the folder of the new run, arguments of `python -m trainer`) that continue a head on a
-    target.
+    """Return (the folder of the new run, arguments of `python -m trainer`) that continue a head on
+    a target.
 
     Raises:
         ConfigError, FolderError, DrafterError: the head or the target cannot be used, or they do
-        not belong together.
+        not fit each other.
     """
     from trainer.assembly.build import instantiate
     from trainer.config import compose, run_name
     from trainer.drafters import io
     from trainer.storage import run_folder
 
-    place = io.folder_of(options["draft"])
-    settings, about = io.read(place)
+    head = io.folder_of(options["draft"])
+    settings, trained_for = io.read(head)
     path, tuned, _ = run_folder.read(options["target.run"])
-    io.check(place, instantiate(tuned["config"]["base"]))
-    asked = {_key(word) for word in more}
-    trained_by = _run_of(place, about)
-    given = [] if trained_by is None or "experiment" in asked else _as_there(trained_by, asked)
+    io.check(head, instantiate(tuned["config"]["base"]))
+    requested = {_key(word) for word in more}
+    trained_by = _run_of(head, trained_for)
+    copied = (
+        [] if trained_by is None or "experiment" in requested else _copied(trained_by, requested)
+    )
     name = (
         options["name"]
-        or f"{place.parent.name if place.name == 'drafter' else place.name}-{path.name}"
+        or f"{head.parent.name if head.name == 'drafter' else head.name}-{path.name}"
     )
     runs = options["runs"] or str(path.parent)
     compose.register_resolvers()
     run = Path(run_name.run_folder(runs, name, "never"))
     return run, [
-        *given,
-        *_judged(settings, given, asked),
+        *copied,
+        *_monitor(settings, copied, requested),
         "objective=distill",
         "adapter=none",
         "penalty=none",
         *_drafter(settings),
         f"target.run={options['target.run']}",
-        f"target.draft={place}",
+        f"target.draft={head}",
         f"name={run.name}",
         f"runs={runs}",
         *more,
     ]
 
 
-def _run_of(place: Path, about: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of the run that trained a head, if it is still there."""
+def _run_of(head: Path, trained_for: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the record of the run that trained a head, if it still exists."""
     from trainer.storage import run_folder
 
-    for run in (place.parent, Path(str(about.get("run")))):
+    for run in (head.parent, Path(str(trained_for.get("run")))):
         try:
             return run_folder.read(str(run))[1]
         except run_folder.FolderError:
@@ -76,83 +78,84 @@ def _run_of(place: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _judged(settings: dict[str, Any], given: list[str], asked: set[str]) -> list[str]:
-    """What the head is judged by during training, unless it is asked for."""
-    if "callbacks" in asked or "callbacks.evaluation=null" in given:
+def _monitor(settings: dict[str, Any], copied: list[str], requested: set[str]) -> list[str]:
+    """Return overrides for the metric that selects the best checkpoint, unless one is requested."""
+    if "callbacks" in requested or "callbacks.evaluation=null" in copied:
         return []
     monitor = "expected" if settings.get("loss", "labels") != "labels" else "accepted"
-    wanted = {
+    overrides = {
         "callbacks.evaluation.monitor": monitor,
         "callbacks.evaluation.mode": "max",
         "export": "best",
     }
     return (
         []
-        if "callbacks.evaluation.monitor" in asked
-        else [f"{key}={value}" for key, value in wanted.items() if key not in asked]
+        if "callbacks.evaluation.monitor" in requested
+        else [f"{key}={value}" for key, value in overrides.items() if key not in requested]
     )
 
 
-def _as_there(record: dict[str, Any], asked: set[str]) -> list[str]:
-    """Overrides that make a config as a run's, where it differs from the files of conf/; nothing
-    that was `asked` for otherwise."""
+def _copied(record: dict[str, Any], requested: set[str]) -> list[str]:
+    """Return overrides that copy a run's config where it differs from the files of conf/, without
+    what is `requested` otherwise."""
     from omegaconf import OmegaConf
 
     from trainer.config import groups, schema
 
     settings, choices = record["config"], record["identity"]["choices"]
-    given: list[str] = []
-    asked = asked | {
+    overrides: list[str] = []
+    requested = requested | {
         "callbacks.evaluation.monitor",
         "callbacks.evaluation.mode",
         "callbacks.evaluation.generate",
     }
     root: Any = OmegaConf.to_container(OmegaConf.load(schema.CONF / "config.yaml"))
     usual = groups.default_choices()
-    for group in TAKEN:
-        if group in asked:
-            continue  # the file of the group is another one, and the run's values may not fit it
+    for group in COPIED:
+        if group in requested:
+            continue  # the run's values may not fit another file of the group
         choice = str(choices.get(group))
-        # Hydra does not say which files a list took
+        # Hydra does not record which files a list contains
         choice = choice if choice in schema.options(group) else usual[group]
-        given += [f"{group}={choice}"] if choice != usual[group] else []
-        given += _differing(_content(group, choice), settings[group], group, asked)
+        overrides += [f"{group}={choice}"] if choice != usual[group] else []
+        overrides += _differing(_content(group, choice), settings[group], group, requested)
     plain = {key: value for key, value in root.items() if not isinstance(value, dict | list)}
-    own = {key: settings[key] for key in plain if key in settings and key not in _OWN}
-    return given + _differing({key: plain[key] for key in own}, own, "", asked)
+    recorded = {key: settings[key] for key in plain if key in settings and key not in _OWN}
+    return overrides + _differing({key: plain[key] for key in recorded}, recorded, "", requested)
 
 
 def _content(group: str, choice: str) -> dict[str, Any]:
-    """A file of conf/ with those that it varies."""
+    """Return the content of a file of conf/, including the files in its defaults list."""
     from omegaconf import OmegaConf
 
     from trainer.config import schema
 
-    own: Any = OmegaConf.to_container(OmegaConf.load(schema.CONF / group / f"{choice}.yaml"))
-    found: dict[str, Any] = {}
-    for entry in own.pop("defaults", []):
+    content: Any = OmegaConf.to_container(OmegaConf.load(schema.CONF / group / f"{choice}.yaml"))
+    merged: dict[str, Any] = {}
+    for entry in content.pop("defaults", []):
         if isinstance(entry, str) and entry != "_self_":
-            found |= _content(group, entry)
-    return found | own
+            merged |= _content(group, entry)
+    return merged | content
 
 
 def _differing(
-    usual: dict[str, Any], node: dict[str, Any], where: str, asked: set[str]
+    defaults: dict[str, Any], node: dict[str, Any], prefix: str, requested: set[str]
 ) -> list[str]:
-    given = []
-    for key, value in node.items():
-        place = f"{where}.{key}" if where else key
-        if place in asked or (key in usual and usual[key] == value) or key not in usual:
+    """Return overrides of the values that differ from the defaults."""
+    overrides = []
+    for name, value in node.items():
+        key = f"{prefix}.{name}" if prefix else name
+        if key in requested or name not in defaults or defaults[name] == value:
             continue
-        if isinstance(value, dict) and isinstance(usual[key], dict) and value:
-            given += _differing(usual[key], value, place, asked)
+        if isinstance(value, dict) and isinstance(defaults[name], dict) and value:
+            overrides += _differing(defaults[name], value, key, requested)
         else:
-            given.append(f"{place}={_written(value)}")
-    return given
+            overrides.append(f"{key}={_written(value)}")
+    return overrides
 
 
 def _written(value: Any) -> str:
-    """A value as Hydra's command line takes it."""
+    """Return a value in the syntax of Hydra's command line."""
     if isinstance(value, dict):
         return (
             "{"
@@ -165,7 +168,7 @@ def _written(value: Any) -> str:
 
 
 def _drafter(settings: dict[str, Any]) -> list[str]:
-    """The head's file of conf/drafter, and its settings."""
+    """Return overrides for the head's file of conf/drafter and its settings."""
     from trainer.config import schema
 
     names = [
@@ -173,18 +176,18 @@ def _drafter(settings: dict[str, Any]) -> list[str]:
         for name in schema.options("drafter")
         if schema.load(f"drafter/{name}").target == settings["_target_"]
     ]
-    # Of the files of one method the one with the fewest values to change.
-    ways = [
+    # Several files may be of one method: use the one with the fewest values to change.
+    choices = [
         [f"drafter={name}", *_differing(_content("drafter", name), settings, "drafter", set())]
         for name in names
     ]
-    return min(ways, key=len)
+    return min(choices, key=len)
 
 
 def measure(run: Path, draft: Path, batch_size: int) -> list[dict[str, Any]]:
-    """What a head finds on the held-out rows of a run, see trainer.drafters.metrics: on the target
-    that it was trained for, on the run's target, and the run's own head there. A target that is
-    gone is left out, with the reason.
+    """Evaluate a head on the held-out rows of a run, see trainer.drafters.metrics: on the target
+    that it was trained for, on the run's target, and the run's own head there. A target that no
+    longer exists is left out, with the reason.
 
     Raises:
         FolderError, DrafterError, DataError: the run or the head cannot be read, or there are no
@@ -203,7 +206,7 @@ def measure(run: Path, draft: Path, batch_size: int) -> list[dict[str, Any]]:
     from trainer.storage.checkpoints import CheckpointError
     from trainer.training.distill import DraftLoss
 
-    place, content, _ = run_folder.read(str(run))
+    folder, content, _ = run_folder.read(str(run))
     config, identity = content["config"], content["identity"]
     base = instantiate(config["base"])
     held_out = load_data(config, base, instantiate(config["task"]), train=False).held_out
@@ -215,16 +218,16 @@ def measure(run: Path, draft: Path, batch_size: int) -> list[dict[str, Any]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, _, _ = compute(identity["precision"], config["base"]["dtype"], False, False)
     before, after = io.read(draft)[1].get("adapter"), identity["target"]
-    found = []
+    rows = []
     for stage, head, adapter in zip(
-        STAGES, (draft, draft, place / "drafter"), (before, after, after), strict=True
+        STAGES, (draft, draft, folder / "drafter"), (before, after, after), strict=True
     ):
         row: dict[str, Any] = {
             "stage": stage,
             "target": _named(base.path, adapter),
             "head": str(head),
         }
-        found.append(row)
+        rows.append(row)
         try:
             tuned = None if adapter is None else load_recorded_target(adapter, head.parent)
         except (run_folder.FolderError, CheckpointError) as error:
@@ -235,13 +238,13 @@ def measure(run: Path, draft: Path, batch_size: int) -> list[dict[str, Any]]:
         model = model if tuned is None else tuned.attach(model)
         loss = DraftLoss(model, config["objective"]["logits_chunk"], drafter, Target(model))
         row |= losses(loss, held_out, batch_size, device)
-    return found
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows of `measure` as text: accepted tokens of a greedy step, expected ones of a sampled
-    step where the head is taught by the target's distributions, and the acceptance of each offset,
-    Σ min(p, q) there and else how often its best guess is the row's token."""
+    """Return the rows of `measure` as a Markdown table: accepted tokens of a greedy step, expected
+    tokens of a sampled step if the head learned the target's distributions, and the acceptance of
+    each offset: Σ min(p, q) there, otherwise how often its best guess is the row's token."""
     offsets = sorted(
         {int(key[6:].partition("/")[0]) for row in rows for key in row if key.startswith("offset")}
     )
@@ -250,10 +253,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|" + "---|" * (2 + len(offsets)),
     ]
     for row in rows:
-        each = [row.get(f"offset{k}/acceptance", row.get(f"offset{k}/top1")) for k in offsets]
-        values = [row.get("accepted"), row.get("expected"), *each]
-        shown = " | ".join("" if value is None else f"{value:.3f}" for value in values)
-        lines.append(f"| {row['stage']} | {row['target']} | {shown} |")
+        by_offset = [row.get(f"offset{k}/acceptance", row.get(f"offset{k}/top1")) for k in offsets]
+        values = [row.get("accepted"), row.get("expected"), *by_offset]
+        cells = " | ".join("" if value is None else f"{value:.3f}" for value in values)
+        lines.append(f"| {row['stage']} | {row['target']} | {cells} |")
     lines += [
         f"\n{row['stage']}: not measured, since {row['not_measured']}"
         for row in rows

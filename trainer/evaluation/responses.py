@@ -1,5 +1,5 @@
-"""A target's own answers to conversations, turn by turn: the target as it is asked, how a token is
-drawn, and what an answer becomes."""
+"""A target's own answers to conversations, turn by turn: the target with its prompt format, the
+drawing of tokens, and the rows that answers become."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tasks.reading import DataError
 from tasks.task import Conversation
 from trainer.assembly.build import instantiate
 from trainer.assembly.trained import load_trained
-from trainer.data.prompts import Ask
+from trainer.data.prompts import PromptRow
 from trainer.data.render import Refused, Renderer, stop_ids
 from trainer.evaluation.answers import continuations
 from trainer.models.base import Base
@@ -32,45 +32,45 @@ from trainer.models.precision import compute
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """A target with all that its answers depend on."""
+class Responder:
+    """A target with everything that its answers depend on."""
 
     model: Any
     base: Base
     renderer: Renderer
     stops: list[int]
     device: torch.device
-    described: dict[str, Any]  # of its weights, for the provenance
+    described: dict[str, Any]  # its weights, for the provenance
 
 
-def speaker_of(
+def make_responder(
     options: dict[str, Any],
     plain: dict[str, Any],
     task: Any,
     keeps_template: bool,
     jinja: dict[str, Any],
-) -> Speaker:
-    """The target. A run is asked with its own task's chat template, unless `keeps_template` says
-    that it is with `task`'s.
+) -> Responder:
+    """Load the target. A run uses its own task's chat template, unless `keeps_template` is True:
+    then it uses the template of `task`.
 
     Raises:
-        as assembly.trained and Base.load; DataError, for a model that writes no text or a template
-        option that does nothing.
+        as load_trained and Base.load; DataError for a model that writes no text, or a template
+        option without effect.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options["run"] is not None:
-        found = load_trained(options["run"], device)
-        if found.task.kind == "label":
-            raise DataError(f"{found.folder} trained a classifier, which writes no text")
-        model, base = found.model, found.base
-        about = found.adapted or {}
+        run = load_trained(options["run"], device)
+        if run.task.kind == "label":
+            raise DataError(f"{run.folder} trained a classifier, which writes no text")
+        model, base = run.model, run.base
+        adapted = run.adapted or {}
         weights = {
-            "run": about.get("id"),
-            "step": about.get("step"),
-            "adapter": about.get("sha256"),
+            "run": adapted.get("id"),
+            "step": adapted.get("step"),
+            "adapter": adapted.get("sha256"),
         }
-        if found.task.kind == "conversation" and not keeps_template:
-            task.chat_template = found.task.chat_template
+        if run.task.kind == "conversation" and not keeps_template:
+            task.chat_template = run.task.chat_template
     else:
         base = instantiate(plain["base"])
         computed, _, _ = compute(
@@ -86,10 +86,11 @@ def speaker_of(
         [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}], ""
     )
     try:
-        rows = [renderer(example)]  # a template may end answers in a token of its own
+        rows = [renderer(example)]  # a template may end answers with another stop token
     except Refused:
         rows = []
-    stops = stop_ids(base.tokenizer, model.generation_config.eos_token_id, rows)  # type: ignore[union-attr]
+    eos_token_id = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    stops = stop_ids(base.tokenizer, eos_token_id, rows)
     for module in model.modules():
         if isinstance(getattr(module, "generation_config", None), GenerationConfig):
             module.generation_config = GenerationConfig()  # type: ignore[assignment]
@@ -100,13 +101,13 @@ def speaker_of(
         "dtype": dtype,
         **weights,
     }
-    return Speaker(model, base, renderer, stops, device, weights)
+    return Responder(model, base, renderer, stops, device, weights)
 
 
 def template_with(
     source: str | dict[str, str] | None, options: dict[str, Any]
 ) -> str | dict[str, str] | None:
-    """The chat template with its options set at its head.
+    """Return the chat template with its options set at its start.
 
     Raises:
         DataError: there is no template, or it never reads one of them.
@@ -114,11 +115,11 @@ def template_with(
     if not options:
         return source
     if source is None:
-        raise DataError(f"template.{next(iter(options))}: there is no chat template to give it to")
+        raise DataError(f"template.{next(iter(options))}: there is no chat template")
     whole = source if isinstance(source, str) else "".join(source.values())
     if unread := [name for name in options if name not in whole]:
         raise DataError(f"template.{unread[0]}: the chat template never reads {unread[0]!r}")
-    # repr, since Jinja writes its constants as Python does.
+    # Jinja's constants have Python's syntax.
     head = "".join(f"{{%- set {name} = {value!r} -%}}" for name, value in options.items())
     return (
         head + source
@@ -128,11 +129,11 @@ def template_with(
 
 
 class Drawn(LogitsProcessor):
-    """Leaves of each row's scores the one token that the row's own random number falls on: `u` (B,
-    n) in [0, 1), one for each new token.
+    """Keep, of each row's scores, only the token that the row's random number selects: `u` (B, n)
+    in [0, 1), one for each new token.
 
-    The token is the first in order of ids whose cumulative probability exceeds u, so that it is the
-    same on every device but where rounding moves that boundary over u.
+    The token is the first in the order of ids whose cumulative probability exceeds u. So it is the
+    same on every device, unless rounding moves that boundary across u.
     """
 
     def __init__(self, u: Float[np.ndarray, "B n"], prompt: int):
@@ -141,15 +142,16 @@ class Drawn(LogitsProcessor):
     def __call__(
         self, input_ids: Int[Tensor, "B T"], scores: Float[Tensor, "B V"]
     ) -> Float[Tensor, "B V"]:
-        upto = scores.double().softmax(-1).cumsum(-1)
-        at = torch.as_tensor(
+        cumulative = scores.double().softmax(-1).cumsum(-1)
+        uniform = torch.as_tensor(
             self.u[:, input_ids.shape[1] - self.prompt], device=scores.device
         ).unsqueeze(-1)
-        # The sum may end a rounding below 1, and a token without a chance must not be hit at either
-        # end.
-        whole = upto[:, -1:].contiguous()
+        # Rounding may leave the sum below 1, and a token of probability 0 must not be selected at
+        # either end.
+        total = cumulative[:, -1:].contiguous()
         token = torch.minimum(
-            torch.searchsorted(upto, at * whole, right=True), torch.searchsorted(upto, whole)
+            torch.searchsorted(cumulative, uniform * total, right=True),
+            torch.searchsorted(cumulative, total),
         )
         return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
 
@@ -157,89 +159,91 @@ class Drawn(LogitsProcessor):
 def drawing(
     options: dict[str, Any], seeds: list[tuple[int, int]], prompt: int
 ) -> LogitsProcessorList:
-    """What turns scores into a choice: nothing where greedy, else temperature, top_k and top_p in
-    transformers' order and one draw for each (row, turn)."""
+    """Return the processors of scores: none if greedy, otherwise temperature, top_k and top_p in
+    transformers' order, and one draw for each (row, turn)."""
     if options["temperature"] == 0:
         return LogitsProcessorList()
-    made: list[LogitsProcessor] = [TemperatureLogitsWarper(options["temperature"])]
+    processors: list[LogitsProcessor] = [TemperatureLogitsWarper(options["temperature"])]
     if options["top_k"]:
-        made.append(TopKLogitsWarper(options["top_k"]))
+        processors.append(TopKLogitsWarper(options["top_k"]))
     if options["top_p"] < 1:
-        made.append(TopPLogitsWarper(options["top_p"]))
+        processors.append(TopPLogitsWarper(options["top_p"]))
     u = np.stack(
         [
             np.random.default_rng([options["seed"], row, turn]).random(options["max_new_tokens"])
             for row, turn in seeds
         ]
     )
-    return LogitsProcessorList([*made, Drawn(u, prompt)])
+    return LogitsProcessorList([*processors, Drawn(u, prompt)])
 
 
 @torch.no_grad()
 def answers(
-    speaker: Speaker,
+    responder: Responder,
     prompts: list[list[int]],
     seeds: list[tuple[int, int]],
     options: dict[str, Any],
 ) -> list[list[int]]:
-    """The ids of an answer to each prompt, with the token that ended it, which one that was cut
-    lacks."""
+    """Return the ids of an answer to each prompt, including the stop token, which an answer that
+    was cut lacks."""
     choose = drawing(options, seeds, max(map(len, prompts)))
-    pad = speaker.base.tokenizer.pad_token_id
-    found = continuations(
-        speaker.model,
+    pad = responder.base.tokenizer.pad_token_id
+    rows = continuations(
+        responder.model,
         prompts,
         pad,
-        speaker.stops,
+        responder.stops,
         options["max_new_tokens"],
-        speaker.device,
+        responder.device,
         choose,
     )
-    ends = ([i for i, token in enumerate(ids) if token in speaker.stops] for ids in found)
-    return [ids[: end[0] + 1] if end else ids for ids, end in zip(found, ends, strict=True)]
+    ends = ([i for i, token in enumerate(ids) if token in responder.stops] for ids in rows)
+    return [ids[: end[0] + 1] if end else ids for ids, end in zip(rows, ends, strict=True)]
 
 
 @dataclass
-class _Talk:
-    """A conversation on its way: what is written, what stands before the next answer, and what
-    comes after it."""
+class _Dialogue:
+    """A conversation in progress: its messages so far, those before the next answer, and the
+    rest."""
 
-    ask: Ask
+    prompt_row: PromptRow
     rest: list[dict[str, Any]]
-    # up to the last answer of the target's
+    # up to the target's last answer
     written: list[dict[str, Any]] = field(default_factory=list)
-    given: list[dict[str, Any]] = field(default_factory=list)
-    # where in `written` each ends, and its marks
+    unanswered: list[dict[str, Any]] = field(default_factory=list)
+    # the end of each in `written`, and its marks
     answers: list[tuple[int, dict[str, bool]]] = field(default_factory=list)
     ended: dict[str, str] = field(default_factory=dict)
 
     def advance(self) -> bool:
-        """Go to the next answer; False where there is none."""
-        self.given = list(
+        """Advance to the next answer. Return False if there is none."""
+        self.unanswered = list(
             itertools.takewhile(lambda message: message["content"] is not None, self.rest)
         )
-        self.rest = self.rest[len(self.given) :]
+        self.rest = self.rest[len(self.unanswered) :]
         return bool(self.rest)
 
     def example(self, text: str) -> Conversation:
-        """The conversation with this as its last answer."""
-        messages = [*self.written, *self.given, {"role": "assistant", "content": text}]
-        return Conversation(messages, self.ask.where, self.ask.tools)
+        """Return the conversation with this text as its last answer."""
+        messages = [*self.written, *self.unanswered, {"role": "assistant", "content": text}]
+        return Conversation(messages, self.prompt_row.where, self.prompt_row.tools)
 
     def lines(self, each: bool) -> list[dict[str, Any]]:
-        """Of rows.jsonl, for each answer or for all together; or of left_out.jsonl, with a `why`,
-        where the target wrote nothing."""
-        tools = {"tools": self.ask.tools} if self.ask.tools else {}
+        """Return the lines for rows.jsonl, one per answer or one for all; or the line for
+        left_out.jsonl, with a `why`, if the target wrote nothing."""
+        tools = {"tools": self.prompt_row.tools} if self.prompt_row.tools else {}
         if not self.answers:
-            return [{"row": self.ask.row, **self.ended, "messages": self.given, **tools}]
+            return [
+                {"row": self.prompt_row.row, **self.ended, "messages": self.unanswered, **tools}
+            ]
         if not each:
-            marks = {name: True for _, found in self.answers for name in found}
-            return [{"messages": self.written, **tools, "row": self.ask.row, **marks}]
+            marks = {name: True for _, names in self.answers for name in names}
+            return [{"messages": self.written, **tools, "row": self.prompt_row.row, **marks}]
         return [
             {
                 "messages": self.written[:end],
                 **tools,
-                "row": self.ask.row,
+                "row": self.prompt_row.row,
                 "answer": number,
                 "of": len(self.answers),
                 **marks,
@@ -248,67 +252,77 @@ class _Talk:
         ]
 
 
-def respond(speaker: Speaker, batch: list[Ask], options: dict[str, Any]) -> list[dict[str, Any]]:
-    """The lines of rows.jsonl, and those of left_out.jsonl, which have a `why`, of some
-    conversations.
+def respond(
+    responder: Responder, batch: list[PromptRow], options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Answer some conversations. Return the lines of rows.jsonl and those of left_out.jsonl, which
+    have a `why`.
 
-    A conversation ends where an answer is empty, cut, has no room or is refused: what was answered
-    before stays.
+    A conversation ends if an answer is empty, cut, has no room or is refused. Earlier answers are
+    kept.
     """
-    talks = [_Talk(ask, list(ask.messages)) for ask in batch]
-    open_ = talks
+    dialogues = [_Dialogue(row, list(row.messages)) for row in batch]
+    active = dialogues
     for turn in itertools.count():
-        open_ = [talk for talk in open_ if not talk.ended and talk.advance()]
-        prompts = [_prompt(speaker, talk, options["max_new_tokens"]) for talk in open_]
-        open_, prompts = (
-            [talk for talk in open_ if not talk.ended],
+        active = [dialogue for dialogue in active if not dialogue.ended and dialogue.advance()]
+        prompts = [_prompt(responder, dialogue, options["max_new_tokens"]) for dialogue in active]
+        active, prompts = (
+            [dialogue for dialogue in active if not dialogue.ended],
             [prompt for prompt in prompts if prompt],
         )
-        if not open_:
-            return [line for talk in talks for line in talk.lines(options["per"] == "answer")]
-        said = answers(speaker, prompts, [(talk.ask.row, turn) for talk in open_], options)
-        for talk, prompt, ids in zip(open_, prompts, said, strict=True):
-            _take(speaker, talk, prompt, ids, options["cut"] == "drop")
+        if not active:
+            return [
+                line
+                for dialogue in dialogues
+                for line in dialogue.lines(options["per"] == "answer")
+            ]
+        answered = answers(
+            responder, prompts, [(dialogue.prompt_row.row, turn) for dialogue in active], options
+        )
+        for dialogue, prompt, ids in zip(active, prompts, answered, strict=True):
+            _take(responder, dialogue, prompt, ids, options["cut"] == "drop")
     raise AssertionError
 
 
-def _prompt(speaker: Speaker, talk: _Talk, more: int) -> list[int]:
+def _prompt(responder: Responder, dialogue: _Dialogue, more: int) -> list[int]:
     try:
-        prompt = speaker.renderer.prompt(talk.example(""))
+        prompt = responder.renderer.prompt(dialogue.example(""))
     except Refused as refusal:
-        talk.ended = {"why": "refused", "reason": str(refusal)}
+        dialogue.ended = {"why": "refused", "reason": str(refusal)}
         return []
     if not prompt:
-        talk.ended = {"why": "refused", "reason": "the prompt is empty"}
-    elif len(prompt) + more > speaker.base.longest:
-        talk.ended = {"why": "long"}
+        dialogue.ended = {"why": "refused", "reason": "the prompt is empty"}
+    elif len(prompt) + more > responder.base.longest:
+        dialogue.ended = {"why": "long"}
         return []
     return prompt
 
 
-def _take(speaker: Speaker, talk: _Talk, prompt: list[int], ids: list[int], drops: bool) -> None:
-    """Put an answer into its conversation."""
-    text = speaker.base.tokenizer.decode(ids, skip_special_tokens=True)
-    cut = ids[-1] not in speaker.stops
+def _take(
+    responder: Responder, dialogue: _Dialogue, prompt: list[int], ids: list[int], drops: bool
+) -> None:
+    """Add an answer to its conversation."""
+    text = responder.base.tokenizer.decode(ids, skip_special_tokens=True)
+    cut = ids[-1] not in responder.stops
     if not text.strip() or (cut and drops):
-        talk.ended = {"why": "cut" if text.strip() else "empty"}
+        dialogue.ended = {"why": "cut" if text.strip() else "empty"}
         return
-    example = talk.example(text)
-    exact = _same(speaker, example, prompt + ids)
-    talk.written, talk.given, talk.rest = example.messages, [], talk.rest[1:]
-    talk.answers.append(
+    example = dialogue.example(text)
+    exact = _same(responder, example, prompt + ids)
+    dialogue.written, dialogue.unanswered, dialogue.rest = example.messages, [], dialogue.rest[1:]
+    dialogue.answers.append(
         (
-            len(talk.written),
+            len(dialogue.written),
             {**({} if exact else {"inexact": True}), **({"cut": True} if cut else {})},
         )
     )
     if cut:
-        talk.ended = {"why": "cut"}
+        dialogue.ended = {"why": "cut"}
 
 
-def _same(speaker: Speaker, example: Conversation, ids: list[int]) -> bool:
-    """Whether training on the text is training on the tokens that were generated."""
+def _same(responder: Responder, example: Conversation, ids: list[int]) -> bool:
+    """Return whether the text, tokenised again, gives the tokens that were generated."""
     try:
-        return speaker.renderer(example).ids[: len(ids)] == ids
+        return responder.renderer(example).ids[: len(ids)] == ids
     except Refused:
         return False

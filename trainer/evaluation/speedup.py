@@ -1,36 +1,27 @@
-"""What the answers of several ways of decoding come to: figures with their intervals, tables and a
-plot.
+"""Summaries of prompts that were decoded in several ways.
 
-What tau, conditional, survival and speed-up are stands in trainer.evaluation.speculation, which
-asks the questions. Intervals are 95 % of bootstraps over the questions, all turns of one together.
+    tau            tokens of a target pass, including the target's own: new tokens after each
+                   answer's first, over target passes after the prompt's
+    conditional    how often a k-th drafted token was accepted, of those that were proposed after
+                   accepted ones only; in trees, any token of level k
+    survival       how often a k-th drafted token was accepted, of all passes that verified a draft:
+                   unconditional, as vLLM counts it
+    speed-up       new tokens per second over another way's, including the prompt's pass
+
+Intervals are 95 % of bootstraps over the questions, with all turns of a question together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich import get_console
-from rich.table import Table
 
-from trainer.decoding import speculative
-from trainer.decoding.speculative import Result
-from trainer.evaluation.decode_ways import WAYS
+from trainer.decoding.speculative import Result, position_counts
+from trainer.evaluation.decode_ways import WAYS, Answer
 
 RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One turn, decoded by each of speculate.WAYS."""
-
-    question: int
-    turn: int  # from 0
-    category: str
-    results: dict[str, Result]
 
 
 def interval(
@@ -39,13 +30,13 @@ def interval(
     below: Callable[[Answer], float],
     seed: int = 0,
 ) -> dict[str, float | None]:
-    """Σ above / Σ below over the answers as `value`, with `low` and `high` of 95 % of bootstraps
-    over the questions: None of one only."""
+    """Return Σ above / Σ below over the answers as `value`, with `low` and `high` of 95 % of
+    bootstraps over the questions; None for a single question."""
     sums: dict[int, list[float]] = {}
     for answer in answers:
-        pair = sums.setdefault(answer.question, [0.0, 0.0])
-        pair[0] += above(answer)
-        pair[1] += below(answer)
+        sum_pair = sums.setdefault(answer.question, [0.0, 0.0])
+        sum_pair[0] += above(answer)
+        sum_pair[1] += below(answer)
     both = np.array(list(sums.values()))
     total = both.sum(0)
     if total[1] <= 0:
@@ -61,15 +52,15 @@ def interval(
 
 
 def speed_up(answers: Sequence[Answer], way: str, over: str) -> dict[str, float | None]:
-    """Tokens a second of one way over another's, with its interval."""
+    """Return tokens per second of one way over another's, with its interval."""
     rate = sum(len(answer.results[over].tokens) for answer in answers) / sum(
         answer.results[over].seconds for answer in answers
     )
     if all(
         len(answer.results[way].tokens) == len(answer.results[over].tokens) for answer in answers
     ):
-        # The same texts: prompts are compared with themselves, so that how fast a prompt is in
-        # itself widens no interval.
+        # The texts are equally long, so each prompt is compared with itself, and differences
+        # between prompts do not widen the interval.
         return interval(
             answers, lambda a: a.results[over].seconds, lambda a: a.results[way].seconds
         )
@@ -79,214 +70,152 @@ def speed_up(answers: Sequence[Answer], way: str, over: str) -> dict[str, float 
 
 
 def figures(answers: Sequence[Answer]) -> dict[str, Any]:
-    """What some answers say: of each way tokens, target passes and seconds; of the drafter tau,
-    speed-ups, what became of the drafted tokens position by position, and milliseconds of a
-    pass."""
-    found: dict[str, Any] = {
+    """Summarise answers: for each way tokens, target passes and seconds; for the drafter tau,
+    speed-ups, acceptance by position, and milliseconds of a pass."""
+    drafted = [answer.results["drafter"] for answer in answers]
+    verified = sum(proposed > 0 for result in drafted for proposed, _ in result.drafts)
+    return {
         "questions": len({answer.question for answer in answers}),
         "answers": len(answers),
-        "ways": {},
+        "ways": {way: _way([answer.results[way] for answer in answers]) for way in WAYS},
+        "tau": interval(
+            answers,
+            lambda a: len(a.results["drafter"].tokens) - 1,
+            lambda a: a.results["drafter"].steps,
+        ),
+        "speed_up": {
+            over: speed_up(answers, "drafter", over) for over in ("transformers", "plain")
+        },
+        "positions": [
+            {
+                "proposed": counts.proposed,
+                "reached": counts.reached,
+                "taken": counts.taken,
+                "conditional": counts.taken / counts.reached if counts.reached else None,
+                "survival": counts.taken / verified,
+            }
+            for counts in position_counts(drafted)
+        ],
+        "pass": _pass(drafted, [answer.results["plain"] for answer in answers]),
     }
-    for way in WAYS:
-        results = [answer.results[way] for answer in answers]
-        tokens, seconds = sum(len(r.tokens) for r in results), sum(r.seconds for r in results)
-        found["ways"][way] = {
-            "tokens": tokens,
-            "target_passes": sum(1 + r.steps for r in results),
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-        }
-    drafted = [answer.results["drafter"] for answer in answers]
-    found["tau"] = interval(
-        answers,
-        lambda a: len(a.results["drafter"].tokens) - 1,
-        lambda a: a.results["drafter"].steps,
-    )
-    found["speed_up"] = {
-        over: speed_up(answers, "drafter", over) for over in ("transformers", "plain")
+
+
+def _way(results: Sequence[Result]) -> dict[str, float]:
+    tokens = sum(len(result.tokens) for result in results)
+    seconds = sum(result.seconds for result in results)
+    return {
+        "tokens": tokens,
+        "target_passes": sum(1 + result.steps for result in results),
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
     }
-    verified = sum(proposed > 0 for result in drafted for proposed, _ in result.drafts)
-    found["positions"] = [
-        {
-            "proposed": place.proposed,
-            "reached": place.reached,
-            "taken": place.taken,
-            "conditional": place.taken / place.reached if place.reached else None,
-            "survival": place.taken / verified,
-        }
-        for place in speculative.places(drafted)
-    ]
+
+
+def _pass(drafted: Sequence[Result], plain: Sequence[Result]) -> dict[str, float | None]:
+    """Return the drafted tokens and milliseconds of a pass, with and without a drafter."""
     steps = sum(result.steps for result in drafted)
-    plain = [answer.results["plain"] for answer in answers]
-    alone = sum(result.steps for result in plain)
-    found["pass"] = {
+    plain_steps = sum(result.steps for result in plain)
+
+    def ms(seconds: float, steps: int) -> float | None:
+        return 1000 * seconds / steps if steps else None
+
+    return {
         "nodes": sum(result.nodes for result in drafted) / steps if steps else None,
-        "draft_ms": (
-            1000 * sum(result.draft_seconds for result in drafted) / steps if steps else None
-        ),
-        "verify_ms": (
-            1000 * sum(result.verify_seconds for result in drafted) / steps if steps else None
-        ),
-        "plain_ms": (
-            1000 * sum(result.verify_seconds for result in plain) / alone if alone else None
-        ),
+        "draft_ms": ms(sum(result.draft_seconds for result in drafted), steps),
+        "verify_ms": ms(sum(result.verify_seconds for result in drafted), steps),
+        "plain_ms": ms(sum(result.verify_seconds for result in plain), plain_steps),
     }
-    return found
 
 
-def summary(answers: Sequence[Answer], left_out: int, options: dict[str, Any]) -> dict[str, Any]:
-    """All that was found, as plain data: how the answers were had, `figures` of all and of each
-    category, and what each answer took."""
-    found = options | figures(answers) | {"left_out": left_out}
+def different_texts(answers: Sequence[Answer]) -> dict[str, int]:
+    """Return how many texts of our decoder differ from transformers'."""
+    return {
+        way: sum(
+            answer.results[way].tokens != answer.results["transformers"].tokens
+            for answer in answers
+        )
+        for way in ("plain", "drafter")
+    }
+
+
+def summary_by_category(
+    answers: Sequence[Answer], left_out: int, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return as plain data the options, the `figures` of all answers and of each category, and the
+    costs of each answer."""
+    result = {**options, **figures(answers), "left_out": left_out}
     if options["temperature"] == 0:
-        found["different_texts"] = {
-            way: sum(
-                answer.results[way].tokens != answer.results["transformers"].tokens
-                for answer in answers
-            )
-            for way in ("plain", "drafter")
-        }
+        result["different_texts"] = different_texts(answers)
     names = list(dict.fromkeys(answer.category for answer in answers))
-    found["categories"] = {
+    result["categories"] = {
         name: figures([answer for answer in answers if answer.category == name]) for name in names
     }
-    found["each"] = [
+    result["each"] = [
         {
             "question": answer.question,
             "turn": answer.turn,
             "category": answer.category,
             **{
                 way: {
-                    "tokens": len(r.tokens),
-                    "steps": r.steps,
-                    "seconds": r.seconds,
-                    "prompt_seconds": r.prompt_seconds,
+                    "tokens": len(text.tokens),
+                    "steps": text.steps,
+                    "seconds": text.seconds,
+                    "prompt_seconds": text.prompt_seconds,
                 }
-                for way, r in answer.results.items()
+                for way, text in answer.results.items()
             },
         }
         for answer in answers
     ]
-    return found
+    return result
 
 
-def _with(value: dict[str, float | None]) -> str:
-    if value["value"] is None:
-        return "-"
-    return f"{value['value']:.2f}" + (
-        f" ({value['low']:.2f} to {value['high']:.2f})" if value["low"] is not None else ""
-    )
-
-
-def show(found: dict[str, Any]) -> None:
-    """The summary as tables."""
-    console = get_console()
-    table = Table("", "tokens", "target passes", "tokens/s", "speed-up of the drafter")
-    for way, name in WAYS.items():
-        row = found["ways"][way]
-        against = _with(found["speed_up"][way]) if way in found["speed_up"] else ""
-        table.add_row(
-            name,
-            f"{row['tokens']}",
-            f"{row['target_passes']}",
-            f"{row['tokens_per_second']:.1f}",
-            against,
-        )
-    console.print(table)
-    table = Table("draft position", "proposed", "conditional acceptance", "survival")
-    for k, place in enumerate(found["positions"], 1):
-        conditional = "-" if place["conditional"] is None else f"{place['conditional']:.1%}"
-        table.add_row(f"{k}", f"{place['proposed']}", conditional, f"{place['survival']:.1%}")
-    console.print(table)
-    table = Table("", "answers", "tau", "speed-up over transformers", "over the same decoder")
-    rows = {"all": found} | (found["categories"] if len(found["categories"]) > 1 else {})
-    for name, row in rows.items():
-        table.add_row(
-            name,
-            f"{row['answers']}",
-            _with(row["tau"]),
-            _with(row["speed_up"]["transformers"]),
-            _with(row["speed_up"]["plain"]),
-        )
-    console.print(table)
-    times = found["pass"]
-    if times["draft_ms"] is not None and times["plain_ms"] is not None:
-        console.print(
-            f"A pass: {times['draft_ms']:.1f} ms to draft {times['nodes']:.1f} tokens,"
-            f" {times['verify_ms']:.1f} ms to verify them; {times['plain_ms']:.1f} ms without a"
-            " draft."
-        )
-    if found["left_out"]:
-        console.print(
-            f"{found['left_out']} turns were left out: with max_new_tokens they are longer than the"
-            " model takes."
-        )
-    if found["temperature"] > 0:
-        console.print(
-            "Sampled texts are the target's in distribution, and are not compared one by one."
-        )
-    elif different := found["different_texts"]["drafter"]:
-        console.print(
-            f"{different} of {found['answers']} texts differ from transformers'"
-            f" ({found['different_texts']['plain']} without the drafter): rounding decides between"
-            " tokens that are equally likely."
-        )
-    else:
-        console.print(
-            f"All {found['answers']} texts are those of transformers' greedy decoding, token by"
-            " token."
-        )
-
-
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Acceptance by position; tau and speed-up by category with their intervals."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    rows = {"all": found} | (found["categories"] if len(found["categories"]) > 1 else {})
-    with pyplot.rc_context(
-        {
-            "font.size": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "svg.fonttype": "none",
-        }
-    ):
-        figure, (left, middle, right) = pyplot.subplots(
-            1, 3, figsize=(11, 1.6 + 0.22 * max(6, len(rows))), layout="constrained"
-        )
-        numbers = range(1, len(found["positions"]) + 1)
-        for key in ("conditional", "survival"):
-            values = [np.nan if place[key] is None else place[key] for place in found["positions"]]
-            left.plot(numbers, values, "o-", label=key, linewidth=1.2, markersize=3)
-        left.set(xlabel="draft position", ylim=(0, 1))
-        left.xaxis.get_major_locator().set_params(integer=True)
-        left.set_title("acceptance", loc="left", fontsize=10)
-        left.legend(frameon=False)
-        _bars(
-            middle, {name: row["tau"] for name, row in rows.items()}, "tau: tokens of a target pass"
-        )
-        speeds = {name: row["speed_up"]["transformers"] for name, row in rows.items()}
-        _bars(right, speeds, "tokens/s over transformers' generate")
-        right.axvline(1, color="black", linewidth=0.8)
-        right.set_yticklabels([])
-        figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None})
-        pyplot.close(figure)
-
-
-def _bars(panel: Any, values: dict[str, dict[str, float | None]], title: str) -> None:
-    shown = {name: value for name, value in values.items() if value["value"] is not None}
-    middles = np.array([value["value"] for value in shown.values()], dtype=float)
-    ends = [
-        (
-            v["value"] if v["low"] is None else v["low"],
-            v["value"] if v["high"] is None else v["high"],
-        )
-        for v in shown.values()
+def summary_of_prompts(
+    results: Mapping[str, Sequence[Result]], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return as plain data the options and, for prompts decoded in batches, for each way its
+    tokens, target steps, seconds, tokens per second and their ratio to transformers'; for the
+    drafter the tokens per step, the counts of each draft position, and how many steps accepted 0, 1
+    ... tokens; and, if greedy, how many texts differ from transformers'."""
+    answers = [
+        Answer(number, 0, "all", {way: results[way][number] for way in WAYS})
+        for number in range(len(results["drafter"]))
     ]
-    around = np.abs(np.array(ends, dtype=float).reshape(-1, 2).T - middles)
-    panel.barh(list(shown), middles, xerr=around, height=0.6, error_kw={"linewidth": 0.8})
-    panel.invert_yaxis()
-    panel.set_title(title, loc="left", fontsize=10)
+    counts = figures(answers)
+    taken = [count for result in results["drafter"] for _, count in result.drafts]
+    summary: dict[str, Any] = {
+        "prompts": len(answers),
+        **options,
+        "accepted": counts["tau"]["value"],
+        "histogram": [taken.count(count) for count in range(max(taken, default=0) + 1)],
+        "positions": [
+            {key: position[key] for key in ("proposed", "reached", "taken")}
+            for position in counts["positions"]
+        ],
+    }
+    for way in WAYS:
+        tokens = counts["ways"][way]["tokens"]
+        seconds = sum(batch_seconds(results[way], options["batch_size"], way))
+        summary[way] = {
+            "tokens": tokens,
+            "steps": counts["ways"][way]["target_passes"],
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+    rate = summary["transformers"]["tokens_per_second"]
+    for way in WAYS:
+        summary[way]["ratio"] = summary[way]["tokens_per_second"] / rate
+    if options["temperature"] == 0:
+        for way, count in different_texts(answers).items():
+            summary[way]["different_texts"] = count
+    return summary
+
+
+def batch_seconds(results: Sequence[Result], batch_size: int, way: str) -> list[float]:
+    """Return the seconds of each batch, which are those of its last text. transformers decodes one
+    text at a time."""
+    size = 1 if way == "transformers" else batch_size
+    return [
+        max(result.seconds for result in results[start : start + size])
+        for start in range(0, len(results), size)
+    ]

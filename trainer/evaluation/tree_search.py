@@ -1,162 +1,202 @@
-"""tree=search of python -m trainer.speculate: the static tree for a drafter, its prompts and this
-machine, measured and shown."""
+"""The search for a static tree: for a drafter, its prompts and this machine, measured and shown."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
-from rich import get_console
 from rich.table import Table
 
 from tasks.reading import DataError
 from trainer.assembly.trained import Trained
 from trainer.decoding import calibration, speculative, trees
-from trainer.decoding.texts import allow_trees
+from trainer.decoding.calibration import Ranks, Text
+from trainer.decoding.target_cache import allow_trees
 from trainer.drafters import Drafter, DrafterError, Target
+from trainer.evaluation.decode_ways import WARM_UP_TOKENS
 
-# times that the pass over one token may take longer as a chain than as a tree, or the reverse: it
-# is the same work
-ALIKE = 1.2
-STEADY = 1.5  # times the least that half of a pass's repetitions may take
+# The pass over one token is the same work as a chain and as a tree: a larger ratio is a sign of
+# other programs.
+MAX_RATIO_OF_SHAPES = 1.2
+MAX_RATIO_TO_LEAST = 1.5  # the median of a pass's repetitions over their least
+
+Passes = Mapping[str, Mapping[int, Sequence[float]]]  # seconds by shape and number of tokens
 
 
-def searched(
-    found: Trained,
+@dataclass(frozen=True)
+class SearchLimits:
+    """What a searched tree may be, and how long the measured answers are."""
+
+    size: int  # nodes
+    top_k: int  # children of a node
+    count: int | None  # levels; None: as many as the drafter can propose
+    max_new_tokens: int
+
+
+def search_tree(
+    run: Trained,
     drafter: Drafter,
     prompts: list[list[int]],
     stops: list[int],
-    options: dict[str, Any],
+    limits: SearchLimits,
 ) -> dict[str, Any]:
-    """The tree for this drafter, these prompts and this machine, what it gives, and what was
-    measured for it, as plain numbers.
+    """Return as plain data the tree for this drafter, these prompts and this machine, its expected
+    effect, and the measurements.
 
     Raises:
         DataError: the prompts' answers are too short.
-        DrafterError: the drafter makes trees of its own, or cannot draft for its target.
+        DrafterError: the drafter builds its own trees, or cannot draft for its target.
     """
-    calibration.growing(drafter)
-    target, device = Target(found.model), next(found.model.parameters()).device
-    first = torch.tensor(prompts[0], device=device)
-    # one that cannot draft says so now
-    speculative.generate(target, drafter, first, min(8, options["max_new_tokens"]), stops)
-    texts = [
-        calibration.written(
-            target, drafter, torch.tensor(prompt, device=device), options["max_new_tokens"], stops
-        )
-        for prompt in prompts
-    ]
-    longest, no_trees = max(texts, key=lambda text: len(text.ids) - text.start), None
+    calibration.refuse_own_trees(drafter)
+    target = Target(run.model)
+    texts = _texts(target, drafter, prompts, stops, limits.max_new_tokens)
+    longest = max(texts, key=lambda text: len(text.ids) - text.start)
     if len(longest.ids) - longest.start < 2:
         raise DataError(
             "no answer to these prompts has a second token, which is the first that is drafted:"
             " give other prompts"
         )
-    branches = calibration.branching(target, drafter, longest)
-    if branches:
-        try:
-            allow_trees(target)
-        except DrafterError as error:
-            branches, no_trees = False, str(error)
-    widths = {"chain": 1} | ({"tree": options["top_k"]} if branches else {})
-    depth = min(drafter.depth, options["count"] or trees.LONGEST)
-    ranks = [
-        calibration.ranks(target, drafter, text, max(widths.values()), depth) for text in texts
-    ]
-    most = options["size"]
-    passes = calibration.verifying(
+    branches, no_trees = _can_branch(target, drafter, longest)
+    widths = {"chain": 1} | ({"tree": limits.top_k} if branches else {})
+    width, depth = max(widths.values()), min(drafter.depth, limits.count or trees.LONGEST)
+    ranks = [calibration.ranks(target, drafter, text, width, depth) for text in texts]
+    passes = calibration.time_verification(
         target,
-        longest.ids[: max(1, found.base.longest - most - 1)],
-        sorted({most + 1, *(n for n in calibration.WIDTHS if n <= most)}),
+        longest.ids[: max(1, run.base.longest - limits.size - 1)],
+        sorted({limits.size + 1, *(n for n in calibration.WIDTHS if n <= limits.size)}),
         trees=branches,
         layers=drafter.layers,
     )
-    verify = calibration.least(passes, most)
-    best = calibration.fastest(
-        ranks, widths, verify, lambda paths: calibration.drafting(target, drafter, longest, paths)
+    verify = calibration.least_seconds(passes, limits.size)
+    best = calibration.fastest_tree(
+        ranks,
+        widths,
+        verify,
+        lambda paths: calibration.time_drafting(target, drafter, longest, paths),
     )
     return {
         "prompts": len(prompts),
-        "places": sum(map(len, ranks)),
-        "max_new_tokens": options["max_new_tokens"],
-        "drafter": options["drafter"],
+        "max_new_tokens": limits.max_new_tokens,
+        "no_trees": no_trees,
+        "busy": busy(passes),
+        **_expected(best, verify["chain"][0]),
+        **_measured(ranks, width, passes, verify),
+    }
+
+
+def _texts(
+    target: Target,
+    drafter: Drafter,
+    prompts: list[list[int]],
+    stops: list[int],
+    max_new_tokens: int,
+) -> list[Text]:
+    ids = [
+        torch.tensor(prompt, device=next(target.model.parameters()).device) for prompt in prompts
+    ]
+    # A drafter that cannot draft fails here, before the long measurements.
+    speculative.generate(target, drafter, ids[0], min(WARM_UP_TOKENS, max_new_tokens), stops)
+    return [
+        calibration.greedy_text(target, drafter, prompt, max_new_tokens, stops) for prompt in ids
+    ]
+
+
+def _can_branch(target: Target, drafter: Drafter, text: Text) -> tuple[bool, str | None]:
+    """Return whether trees are possible, and why the target cannot read them."""
+    if not calibration.can_branch(target, drafter, text):
+        return False, None
+    try:
+        allow_trees(target)
+    except DrafterError as error:
+        return False, str(error)
+    return True, None
+
+
+def _expected(best: calibration.Step, plain_seconds: float) -> dict[str, Any]:
+    return {
         "paths": [list(path) for path in best.paths],
         "tokens": best.tokens,
         "draft_ms": 1000 * best.draft,
         "verify_ms": 1000 * best.verify,
-        "plain_ms": 1000 * verify["chain"][0],
-        "ratio": best.tokens * verify["chain"][0] / best.seconds,
-        "acceptance": calibration.acceptance(ranks, max(widths.values())),
-        "passes_ms": {
-            shape: {f"{n}": 1000 * verify[shape][n - 1] for n in took}
-            for shape, took in passes.items()
-        },
-        "no_trees": no_trees,
-        "busy": busy(passes),
+        "plain_ms": 1000 * plain_seconds,
+        "ratio": best.tokens * plain_seconds / best.seconds,
     }
 
 
-def busy(passes: Mapping[str, Mapping[int, Sequence[float]]]) -> str | None:
-    """What in the seconds of passes (`calibration.verifying`) says that something else ran on the
-    machine; None for nothing."""
-    alone = {shape: 1000 * min(took[1]) for shape, took in passes.items()}
-    if max(alone.values()) > ALIKE * min(alone.values()):
+def _measured(
+    ranks: Sequence[Ranks], width: int, passes: Passes, verify: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    return {
+        "places": sum(map(len, ranks)),
+        "acceptance": calibration.acceptance(ranks, width),
+        "passes_ms": {
+            shape: {f"{n}": 1000 * verify[shape][n - 1] for n in seconds}
+            for shape, seconds in passes.items()
+        },
+    }
+
+
+def busy(passes: Passes) -> str | None:
+    """Return a sign in the seconds of passes (`calibration.time_verification`) that other programs
+    ran on the machine, or None."""
+    single = {shape: 1000 * min(seconds[1]) for shape, seconds in passes.items()}
+    if max(single.values()) > MAX_RATIO_OF_SHAPES * min(single.values()):
         return "the pass over one token took at least " + " and ".join(
-            f"{ms:.3g} ms as a {shape}" for shape, ms in alone.items()
+            f"{ms:.3g} ms as a {shape}" for shape, ms in single.items()
         )
-    every = [
-        (median(took) / min(took), shape, n, took)
+    spreads = [
+        (median(seconds) / min(seconds), shape, n, seconds)
         for shape, widths in passes.items()
-        for n, took in widths.items()
+        for n, seconds in widths.items()
     ]
-    spread, shape, n, took = max(every, key=lambda one: one[0])
-    if spread <= STEADY:
+    spread, shape, n, seconds = max(spreads, key=lambda entry: entry[0])
+    if spread <= MAX_RATIO_TO_LEAST:
         return None
     tokens = "one token" if n == 1 else f"{n} tokens"
     return (
-        f"the pass over {tokens} as a {shape} took {1000 * min(took):.3g} ms at least and"
-        f" {1000 * median(took):.3g} ms as a rule"
+        f"the pass over {tokens} as a {shape} took {1000 * min(seconds):.3g} ms at least and"
+        f" {1000 * median(seconds):.3g} ms in the median"
     )
 
 
-def show_searched(found: dict[str, Any], file: str | None) -> None:
-    """What was found, and how to use it."""
-    console = get_console()
-    shown = min(5, len(found["acceptance"][0])) if found["acceptance"] else 0
+def search_report(result: dict[str, Any], file: str | None) -> Iterator[Table | str]:
+    """Yield the tables and lines of a search; `file` is where the tree's paths are written."""
+    best_ranks = min(5, len(result["acceptance"][0])) if result["acceptance"] else 0
     table = Table(
         "draft position",
-        *(f"rank {rank}" for rank in range(1, shown + 1)),
-        title=f"right guesses after right ones, of {found['places']} drafts",
+        *(f"rank {rank}" for rank in range(1, best_ranks + 1)),
+        title=f"right guesses after right ones, of {result['places']} drafts",
     )
-    for depth, row in enumerate(found["acceptance"], 1):
-        table.add_row(f"{depth}", *(f"{share:.1%}" for share in row[:shown]))
-    console.print(table)
-    table = Table("tokens of a pass", *(f"{n}" for n in found["passes_ms"]["chain"]))
-    for shape, took in found["passes_ms"].items():
-        table.add_row(f"{shape}, ms", *(f"{ms:.3g}" for ms in took.values()))
-    console.print(table)
-    if found["busy"]:
-        console.print(
+    for depth, row in enumerate(result["acceptance"], 1):
+        table.add_row(f"{depth}", *(f"{share:.1%}" for share in row[:best_ranks]))
+    yield table
+    table = Table("tokens of a pass", *(f"{n}" for n in result["passes_ms"]["chain"]))
+    for shape, times in result["passes_ms"].items():
+        table.add_row(f"{shape}, ms", *(f"{ms:.3g}" for ms in times.values()))
+    yield table
+    if result["busy"]:
+        yield (
             "Warning: the machine seems busy, and this may not be the best tree."
-            f" {found['busy'].capitalize()}. Measure again."
+            f" {result['busy'].capitalize()}. Measure again."
         )
-    if found["no_trees"]:
-        console.print(f"Chains only: {found['no_trees']}.")
-    if not found["paths"]:
-        console.print(
+    if result["no_trees"]:
+        yield f"Chains only: {result['no_trees']}."
+    if not result["paths"]:
+        yield (
             "Drafting does not pay here: no tree gives more tokens a second than a pass of"
-            f" {found['plain_ms']:.3g} ms for each. " + (f"{file} is not written." if file else "")
+            f" {result['plain_ms']:.3g} ms for each. " + (f"{file} is not written." if file else "")
         )
         return
-    paths, step = found["paths"], found["draft_ms"] + found["verify_ms"]
-    console.print(
+    paths, step_ms = result["paths"], result["draft_ms"] + result["verify_ms"]
+    yield (
         f"Tokens to draft: {len(paths)}, up to {len(paths[-1])} after one another. A step gives"
-        f" {found['tokens']:.2f} tokens, the target's own among them, and takes {step:.3g} ms,"
-        f" {found['draft_ms']:.3g} to draft and {found['verify_ms']:.3g} to verify; without a draft"
-        f" a token takes {found['plain_ms']:.3g} ms. So {found['ratio']:.2f} times as many tokens a"
-        " second are expected, the prompt's pass and bookkeeping not counted."
+        f" {result['tokens']:.2f} tokens, including the target's own, and takes {step_ms:.3g} ms,"
+        f" {result['draft_ms']:.3g} to draft and {result['verify_ms']:.3g} to verify; without a"
+        f" draft a token takes {result['plain_ms']:.3g} ms. So {result['ratio']:.2f} times as many"
+        " tokens a second are expected, without the prompt's pass and bookkeeping."
     )
-    console.print(f"tree=static paths={file}" if file else json.dumps(paths), soft_wrap=True)
+    yield f"tree=static paths={file}" if file else json.dumps(paths)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from trainer.assembly.trained import Trained
-from trainer.exporting.compare import _compare, _outputs
+from trainer.exporting.compare import compare, outputs
 from trainer.models.base import Base
 
 log = logging.getLogger("trainer")
@@ -20,32 +20,29 @@ log = logging.getLogger("trainer")
 def save_adapter(
     adapter: Any, model: nn.Module, base: Base, task: Any, folder: Path, pair: bool = False
 ) -> None:
-    """The adapter as stock PEFT reads it; a sparse one as a `pair` of SHiRA and LoRA where that is
-    asked for."""
+    """Save the adapter as stock PEFT reads it; with `pair` a sparse one as SHiRA and LoRA."""
     save = adapter.save_pair if pair else adapter.save
     save(model, folder, base.path, "SEQ_CLS" if task.kind == "label" else "CAUSAL_LM")
 
 
 @torch.no_grad()
-def verify_adapter(found: Trained, folder: Path) -> float:
-    """Load an adapter folder with stock PEFT onto a fresh base, and hold its logits against the
-    run's model, in fp32.
+def verify_adapter(run: Trained, folder: Path) -> float:
+    """Load an adapter folder with stock PEFT onto a newly loaded base, compare its logits with the
+    run's model in fp32, and return their distance.
 
     Raises:
         Mismatch: they differ.
     """
-    wanted = _outputs(found.model, found)
-    fresh = found.base.load(
-        torch.float32, found.task.labels if found.task.kind == "label" else None
-    )
+    expected = outputs(run.model, run)
+    base = run.base.load(torch.float32, run.task.labels if run.task.kind == "label" else None)
     with warnings.catch_warnings():
-        # of every AdaLoRA
+        # Every AdaLoRA gives this warning.
         warnings.filterwarnings("ignore", message="The following rank_pattern keys.*lora_E")
-        loaded = found.adapter.load_stock(fresh, folder).eval()
-    difference = _compare(wanted, _outputs(loaded, found))
-    with found.adapter.disabled(found.model):
-        alone = _outputs(found.model, found)[-1]
-    # virtual tokens stand before the row's own
-    if torch.equal(wanted[-1][:, -alone.shape[1] :], alone):
+        loaded = run.adapter.load_stock(base, folder).eval()
+    difference = compare(expected, outputs(loaded, run))
+    with run.adapter.disabled(run.model):
+        base_logits = outputs(run.model, run)[-1]
+    # Virtual tokens come before the row's own.
+    if torch.equal(expected[-1][:, -base_logits.shape[1] :], base_logits):
         log.warning("the adapter changes no logit: was it trained?")
     return difference

@@ -23,28 +23,28 @@ from trainer.data.batches import Sequences
 from trainer.data.held_out import HeldOut
 from trainer.evaluation.loss import losses
 from trainer.exporting.adapter import save_adapter, verify_adapter
-from trainer.exporting.compare import _compare, _outputs
+from trainer.exporting.compare import compare, outputs
 from trainer.models.losses import CausalLoss, ClassLoss
 from trainer.storage import atomic, run_folder
 from trainer.storage.checkpoints import CheckpointError
 
 METHODS = {"compeft": ("keep", "alpha"), "dare": ("drop", "seed"), "darex_q": ("drop", "q", "seed")}
-# of PEFT's methods, those whose tensors are an update that starts at zero
+# PEFT's methods whose tensors are an update that starts at zero
 KINDS = ("LORA", "SHIRA", "SUPERTUNING")
-ALPHAS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)  # as far as ComPEFT's authors search
-Q_STEPS = 8  # from 1 - drop to 1, each the same factor further
+ALPHAS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)  # the range that ComPEFT's authors search
+Q_STEPS = 8  # from 1 - drop to 1, in equal factors
 SEARCH_ROWS = 64
 BATCH_SIZE = 16
 WEIGHTS = "adapter_model.safetensors"
 
-# tensors by PEFT's keys, by the subfolder they are in: "" or those of a pair
+# Tensors by PEFT's keys, for each subfolder: "" or those of a pair.
 Files = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What to do with the tensors; `strength` is alpha or what is divided by, and None searches for
-    it. `factors` is both or B: which of a low-rank pair."""
+    """How the tensors are compressed. `strength` is alpha or the divisor; None searches for it.
+    `factors` is both or B: which of a low-rank pair are compressed."""
 
     method: str
     factors: str
@@ -55,7 +55,7 @@ class Choice:
 
     @property
     def grid(self) -> list[float]:
-        """What a search tries."""
+        """The strengths that a search tries."""
         if self.method == "compeft":
             return list(ALPHAS)
         return [(1 - self.drop) ** (1 - step / Q_STEPS) for step in range(Q_STEPS + 1)]
@@ -63,11 +63,11 @@ class Choice:
 
 @dataclass
 class Compressed:
-    """What `compress` has done. Sizes are in bytes, losses per trained token."""
+    """The result of `compress`. Sizes are in bytes, losses per trained token."""
 
     out: Path
     strength: float
-    difference: float  # of logits, loaded back and not, over their spread
+    difference: float  # of the loaded adapter's logits, over their spread
     parameters: int
     before: int
     after: int
@@ -84,79 +84,79 @@ def compress(run: str, choice: Choice, out: Path | None, evaluate: bool) -> Comp
         AdapterError: there is nothing to compress, or compressing it makes no sense.
         Mismatch: the loaded adapter answers differently; nothing is left behind.
     """
-    home, content, _ = run_folder.read(run)
+    run_path, content, _ = run_folder.read(run)
     refuse(content["config"]["adapter"])
-    out = out or home / choice.method
+    out = out or run_path / choice.method
     quantised = content["config"]["base"].get("quantization", "none") != "none"
     device = torch.device("cuda" if torch.cuda.is_available() and not quantised else "cpu")
     with _appearing(out) as temporary:
-        found = load_trained(run, device, fp32=True)
-        save_adapter(found.adapter, found.model, found.base, found.task, temporary)
-        files = {
-            place: load_file(temporary / place / WEIGHTS) for place in _places(temporary, WEIGHTS)
-        }
-        before = sum((temporary / place / WEIGHTS).stat().st_size for place in files)
+        source = load_trained(run, device, fp32=True)
+        save_adapter(source.adapter, source.model, source.base, source.task, temporary)
+        folders = _subfolders(temporary, WEIGHTS)
+        files = {folder: load_file(temporary / folder / WEIGHTS) for folder in folders}
+        before = sum((temporary / folder / WEIGHTS).stat().st_size for folder in files)
         searching = choice.strength is None
         data = (
-            load_data(found.config, found.base, found.task, train=searching)
+            load_data(source.config, source.base, source.task, train=searching)
             if evaluate or searching
             else None
         )
-        loss = _loss(found, device)
+        loss = _loss(source, device)
         held_out = data.held_out if data is not None and evaluate else None
         result = Compressed(out, 0.0, 0.0, _parameters(files), before, 0)
         result.loss_before = loss(held_out)
         if choice.method == "compeft" and choice.factors == "both":
-            files = _balanced(found, files)
+            files = _balanced(source, files)
         if searching:
             assert data is not None
             rows, result.searched_on = _search_rows(data)
             for strength in choice.grid:
-                put(found.model, compressed(files, choice, strength))
+                put(source.model, compressed(files, choice, strength))
                 result.searched[strength] = loss(rows) or 0.0
             result.strength = min(result.searched, key=lambda strength: result.searched[strength])
         else:
             result.strength = choice.strength  # type: ignore[assignment]
         small = compressed(files, choice, result.strength)
-        put(found.model, small)
+        put(source.model, small)
         result.loss_after = loss(held_out)
-        for place, tensors in small.items():
-            compact = temporary / place / coding.FILE
+        for folder, tensors in small.items():
+            compact = temporary / folder / coding.FILE
             coding.write(compact, tensors, coding.updates(tensors, choice.factors))
-            save_file(coding.read(compact), temporary / place / WEIGHTS, {"format": "pt"})
+            save_file(coding.read(compact), temporary / folder / WEIGHTS, {"format": "pt"})
             result.after += compact.stat().st_size
-        found.model.to("cpu")
-        result.difference = verify_adapter(found, temporary)
+        source.model.to("cpu")
+        result.difference = verify_adapter(source, temporary)
     return result
 
 
 def expand(source: Path, out: Path) -> None:
-    """An ordinary adapter of a folder's compact.safetensors and adapter_config.json.
+    """Write an ordinary adapter from a folder's compact.safetensors and adapter_config.json.
 
     Raises:
         AdapterError: one of them is missing or damaged.
     """
-    places = _places(source, coding.FILE) if source.is_dir() else []
-    if not places:
+    folders = _subfolders(source, coding.FILE) if source.is_dir() else []
+    if not folders:
         raise AdapterError(
             f"{source} has no {coding.FILE}: give a folder that python -m trainer.compress run=..."
             " wrote"
         )
     with _appearing(out) as temporary:
-        for place in places:
-            config = source / place / "adapter_config.json"
+        for folder in folders:
+            config = source / folder / "adapter_config.json"
             if not config.is_file():
-                raise AdapterError(f"there is no {config}, which goes with {coding.FILE}")
-            tensors = coding.read(source / place / coding.FILE)
-            (temporary / place).mkdir(exist_ok=True)
-            save_file(tensors, temporary / place / WEIGHTS, {"format": "pt"})
-            shutil.copyfile(config, temporary / place / config.name)
+                raise AdapterError(f"{config} is missing; it belongs to {coding.FILE}")
+            tensors = coding.read(source / folder / coding.FILE)
+            (temporary / folder).mkdir(exist_ok=True)
+            save_file(tensors, temporary / folder / WEIGHTS, {"format": "pt"})
+            shutil.copyfile(config, temporary / folder / config.name)
 
 
 def refuse(adapter: dict[str, Any]) -> None:
-    """
+    """Refuse an adapter without an update that can be compressed.
+
     Raises:
-        AdapterError: this adapter, as configured, has no update that could be compressed.
+        AdapterError: this adapter, as configured, has none.
     """
     allowed = (
         f"Compression is for LoRA, RoSA and sparse adapters, and for PEFT's {', '.join(KINDS)}"
@@ -172,24 +172,25 @@ def refuse(adapter: dict[str, Any]) -> None:
     kind = entry.peft_type if entry else adapter["peft_type"]
     if kind not in KINDS:
         raise AdapterError(
-            f"{kind} is no sum of its weights and an update that starts at zero. {allowed}"
+            f"{kind} is not the sum of its weights and an update that starts at zero. {allowed}"
         )
     init = str(adapter.get("init_lora_weights", ""))
     if kind == "LORA" and init.startswith(CHANGES_BASE):
         raise AdapterError(
-            f"init_lora_weights={init} is saved as the difference of two products, which large"
-            f" parts cancel in: compressed, they would not. {allowed} with another initialisation"
+            f"init_lora_weights={init} is saved as the difference of two products, in which large"
+            f" parts cancel. After compression they would not. {allowed} with another"
+            " initialisation"
         )
 
 
 def compressed(files: Files, choice: Choice, strength: float) -> Files:
-    """The tensors with their updates compressed, from one seed for all."""
+    """Compress the updates among the tensors, with one seed for all."""
     draw = torch.Generator().manual_seed(choice.seed)
     result: Files = {}
-    for place, tensors in files.items():
-        result[place] = dict(tensors)
+    for folder, tensors in files.items():
+        result[folder] = dict(tensors)
         for key in sorted(coding.updates(tensors, choice.factors)):
-            result[place][key] = (
+            result[folder][key] = (
                 coding.compeft(tensors[key], choice.keep, strength)
                 if choice.method == "compeft"
                 else coding.dare(tensors[key], choice.drop, strength, draw)
@@ -199,7 +200,7 @@ def compressed(files: Files, choice: Choice, strength: float) -> Files:
 
 @torch.no_grad()
 def put(model: nn.Module, files: Files) -> None:
-    """Let the live adapter have the values of an adapter folder's updates."""
+    """Copy the updates of an adapter folder into the model's adapter."""
     live = _live(model)
     for tensors in files.values():
         for key in coding.updates(tensors, "both"):
@@ -208,7 +209,7 @@ def put(model: nn.Module, files: Files) -> None:
 
 
 def _live(model: nn.Module) -> dict[str, Tensor]:
-    """Live tensors by the keys they are saved under."""
+    """Return the model's tensors by the keys they are saved under."""
     tensors: dict[str, Tensor] = {
         name.replace(".default", ""): p for name, p in model.named_parameters()
     }  # PEFT's name for its only adapter
@@ -230,22 +231,22 @@ def _live(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _balanced(found: Trained, files: Files) -> Files:
-    """Low-rank pairs as `coding.balanced` writes them, after it was seen that the model answers as
-    before."""
-    wanted = _outputs(found.model, found)
-    result = {place: dict(tensors) for place, tensors in files.items()}
+def _balanced(run: Trained, files: Files) -> Files:
+    """Rewrite low-rank pairs by `coding.balanced`, and check that the model still gives the same
+    outputs."""
+    expected = outputs(run.model, run)
+    result = {folder: dict(tensors) for folder, tensors in files.items()}
     for tensors in result.values():
         for a, b in coding.low_rank_pairs(tensors):
             tensors[b], tensors[a] = coding.balanced(tensors[b], tensors[a])
-    put(found.model, result)
-    _compare(wanted, _outputs(found.model, found))
+    put(run.model, result)
+    compare(expected, outputs(run.model, run))
     return result
 
 
 def _search_rows(data: Data) -> tuple[HeldOut, str]:
-    """A few rows to search on, and what to call them."""
-    if data.train is None and data.held_out is None:  # a stream's rows are not at hand
+    """Return a few rows to search on, and their description."""
+    if data.train is None and data.held_out is None:  # rows of a stream are not stored
         raise AdapterError(
             "there are no rows to search on: this run's task streams and has no held-out rows. Give"
             " alpha= or q= a number"
@@ -261,12 +262,12 @@ def _search_rows(data: Data) -> tuple[HeldOut, str]:
     )
 
 
-def _loss(found: Trained, device: torch.device) -> Callable[[HeldOut | None], float | None]:
-    labelled = found.task.kind == "label"
+def _loss(run: Trained, device: torch.device) -> Callable[[HeldOut | None], float | None]:
+    labelled = run.task.kind == "label"
     loss = (
-        ClassLoss(found.model)
+        ClassLoss(run.model)
         if labelled
-        else CausalLoss(found.model, found.config["objective"]["logits_chunk"])
+        else CausalLoss(run.model, run.config["objective"]["logits_chunk"])
     )
     return lambda rows: (
         losses(loss, rows, BATCH_SIZE, device).get("loss") if rows is not None else None
@@ -279,31 +280,32 @@ def _parameters(files: Files) -> int:
     )
 
 
-def _places(root: Path, name: str) -> list[str]:
-    """The subfolders with a file of this name, the folder itself being ""."""
-    found = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
+def _subfolders(root: Path, name: str) -> list[str]:
+    """Return the subfolders that have a file of this name; the folder itself is ""."""
+    folders = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
     return [
         str(path.relative_to(root)) if path != root else ""
-        for path in found
+        for path in folders
         if (path / name).is_file()
     ]
 
 
 @contextlib.contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
-    """A folder that takes its name only when nothing went wrong.
+    """Yield a temporary folder that is renamed to `out` if nothing fails.
 
     Raises:
-        CheckpointError: there is something of that name.
+        CheckpointError: `out` exists.
     """
     if out.exists():
-        raise CheckpointError(f"{out} exists. Remove it, or choose another place with out=FOLDER")
+        raise CheckpointError(f"{out} exists. Remove it, or choose another folder with out=FOLDER")
     with atomic.folder(out) as temporary:
         yield temporary
 
 
 def _choice(options: dict[str, Any]) -> Choice:
-    """
+    """Read a command's options.
+
     Raises:
         ValueError: a number is out of range, or has no effect with this method.
     """

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from adapters.delta import AdapterError
-from trainer.assembly.trained import load_trained
+from trainer.assembly.trained import Trained, load_trained
 from trainer.exporting import engines
 from trainer.exporting.adapter import save_adapter, verify_adapter
-from trainer.exporting.heads import _check_drafter, _write_drafter, _write_head
-from trainer.exporting.merged import _write_merged
+from trainer.exporting.heads import check_drafter, write_drafter, write_head
+from trainer.exporting.merged import write_merged
 from trainer.storage import atomic
 from trainer.storage.checkpoints import CheckpointError
 from trainer.storage.progress import Progress
@@ -25,44 +25,39 @@ def export(
     verifier: str | None = None,
     unembedding: str = "shared",
 ) -> tuple[Path, float]:
-    """Write, load back, compare; returns the folder and the largest logit difference over the
-    logits' spread.
+    """Write, load back and compare. Return the folder and the logits' difference over their spread.
 
     Raises:
         Mismatch: the loaded export differs; nothing is left behind.
-        DrafterError: the run has no drafter, or one that is no MTP layer of its base's family or
-        that the layout does not fit.
+        DrafterError: the run has no drafter, or the drafter does not fit the format.
     """
     if to in ("drafter", "mtp", *engines.LAYOUTS):
-        _check_drafter(run, to)
+        check_drafter(run, to)
     with Progress(f"loading {run}"):
-        found = load_trained(run, fp32=True, dequantise=to in ("merged", "mtp"))
-    if to == "shira" and not hasattr(found.adapter, "save_pair"):
+        source = load_trained(run, fp32=True, dequantise=to in ("merged", "mtp"))
+    if to == "shira" and not hasattr(source.adapter, "save_pair"):
         raise AdapterError(
             "to=shira is for adapters with a sparse part, and this run's is"
-            f" {type(found.adapter).__name__}: to=peft"
+            f" {type(source.adapter).__name__}: to=peft"
         )
-    # The run has its own folder called drafter, of its last step.
-    out = out or found.folder / (f"drafter-step-{found.step}" if to == "drafter" else to)
+    # The run's folder `drafter` holds that of its last step.
+    out = out or source.folder / (f"drafter-step-{source.step}" if to == "drafter" else to)
     if out.exists():
-        raise CheckpointError(f"{out} exists. Remove it, or choose another place with out=FOLDER")
+        raise CheckpointError(f"{out} exists. Remove it, or choose another folder with out=FOLDER")
     with atomic.folder(out) as temporary, Progress(f"exporting to {out}"):
-        if to == "drafter":
-            difference = _write_drafter(found, temporary)
-        elif to in engines.LAYOUTS:
-            difference = _write_head(
-                found, temporary, to, getattr(torch, dtype), verifier, unembedding == "copied"
-            )
-        elif to in ("peft", "shira"):
-            save_adapter(
-                found.adapter,
-                found.model,
-                found.base,
-                found.task,
-                temporary,
-                pair=to == "shira",
-            )
-            difference = verify_adapter(found, temporary)
-        else:
-            difference = _write_merged(found, temporary, getattr(torch, dtype), mtp=to == "mtp")
+        copied = unembedding == "copied"
+        difference = _write(source, to, temporary, getattr(torch, dtype), verifier, copied)
     return out, difference
+
+
+def _write(
+    run: Trained, to: str, folder: Path, dtype: torch.dtype, verifier: str | None, copied: bool
+) -> float:
+    if to == "drafter":
+        return write_drafter(run, folder)
+    if to in engines.LAYOUTS:
+        return write_head(run, folder, to, dtype, verifier, copied)
+    if to in ("peft", "shira"):
+        save_adapter(run.adapter, run.model, run.base, run.task, folder, pair=to == "shira")
+        return verify_adapter(run, folder)
+    return write_merged(run, folder, dtype, mtp=to == "mtp")

@@ -14,50 +14,55 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from trainer.assembly.trained import Trained
 from trainer.exporting import mtp_layers
-from trainer.exporting.compare import TOLERANCE, Mismatch, _compare, _distance, _outputs, _rows
+from trainer.exporting.compare import (
+    TOLERANCE,
+    Mismatch,
+    compare,
+    distance,
+    outputs,
+    random_rows,
+)
 from trainer.models.base import Base
 
 log = logging.getLogger("trainer")
 
 
 @torch.no_grad()
-def _write_merged(found: Trained, folder: Path, dtype: torch.dtype, mtp: bool) -> float:
-    wanted = _outputs(found.model, found)
-    merged: Any = found.adapter.merge(found.model)
-    difference = _compare(wanted, _outputs(merged, found))
+def write_merged(run: Trained, folder: Path, dtype: torch.dtype, mtp: bool) -> float:
+    """Write the run's model with its adapter merged, load it back and compare. Return the distance
+    of merged and unmerged logits.
+
+    With `mtp` the drafter is added as the MTP layer of the base's family.
+
+    Raises:
+        Mismatch: the merged or the loaded model differs.
+        DrafterError: the drafter is no MTP layer of the base's family.
+    """
+    expected = outputs(run.model, run)
+    merged: Any = run.adapter.merge(run.model)
+    difference = compare(expected, outputs(merged, run))
     if mtp:
-        mtp_layers.check(found.drafter, merged)
-    _cast(merged, dtype)
+        mtp_layers.check(run.drafter, merged)
+    cast_parameters(merged, dtype)
     merged.config.dtype = dtype
     merged.save_pretrained(folder)
-    # From its source again: the tokenizer in use had its length limit lifted.
+    # Load the tokenizer again: the one in use has its length limit removed.
     AutoTokenizer.from_pretrained(
-        found.base.path, trust_remote_code=found.base.trust_remote_code
+        run.base.path, trust_remote_code=run.base.trust_remote_code
     ).save_pretrained(folder)
     if mtp:
-        drafter: Any = found.drafter
+        drafter: Any = run.drafter
         mtp_layers.append(folder, mtp_layers.tensors(drafter, merged, dtype), {})
-    elif found.task.kind != "label":
-        _keep_mtp(found.base, merged, folder)
-    auto: Any = (
-        AutoModelForSequenceClassification if found.task.kind == "label" else AutoModelForCausalLM
-    )
-    loaded, notes = auto.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        trust_remote_code=found.base.trust_remote_code,
-        output_loading_info=True,
-    )
-    if notes["missing_keys"]:
-        raise Mismatch(f"the export lacks {', '.join(sorted(notes['missing_keys'])[:5])}")
-    loaded.eval()
-    _cast(merged, torch.float32)
-    rounded = _outputs(merged, found)
-    _compare(rounded, _outputs(loaded, found))  # the folder holds exactly what was merged
+    elif run.task.kind != "label":
+        _keep_mtp(run.base, merged, folder)
+    loaded = _load(run, folder)
+    cast_parameters(merged, torch.float32)
+    rounded = outputs(merged, run)
+    compare(rounded, outputs(loaded, run))  # the folder holds exactly the merged weights
     if mtp:
-        _compare_mtp(found, merged, loaded, dtype)
+        _compare_mtp(run, merged, loaded, dtype)
     if dtype != torch.float32:
-        agreement = float((wanted[-1].argmax(-1) == rounded[-1].argmax(-1)).float().mean())
+        agreement = float((expected[-1].argmax(-1) == rounded[-1].argmax(-1)).float().mean())
         log.warning(
             "rounded to %s, the most likely token stays the same at %.1f %% of positions",
             str(dtype).removeprefix("torch."),
@@ -66,13 +71,28 @@ def _write_merged(found: Trained, folder: Path, dtype: torch.dtype, mtp: bool) -
     return difference
 
 
+def _load(run: Trained, folder: Path) -> Any:
+    auto: Any = (
+        AutoModelForSequenceClassification if run.task.kind == "label" else AutoModelForCausalLM
+    )
+    loaded, info = auto.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        trust_remote_code=run.base.trust_remote_code,
+        output_loading_info=True,
+    )
+    if info["missing_keys"]:
+        raise Mismatch(f"the export lacks {', '.join(sorted(info['missing_keys'])[:5])}")
+    return loaded.eval()
+
+
 def _keep_mtp(base: Base, merged: Any, folder: Path) -> None:
-    """Copy the MTP layers in the base's files, which transformers has not loaded, into the
+    """Copy the MTP layers of the base's files, which transformers has not loaded, into the
     folder."""
-    place = Path(base.path)
-    if not place.is_dir():
+    source = Path(base.path)
+    if not source.is_dir():
         try:
-            place = Path(
+            source = Path(
                 huggingface_hub.snapshot_download(
                     base.path,
                     revision=base.revision,
@@ -83,7 +103,7 @@ def _keep_mtp(base: Base, merged: Any, folder: Path) -> None:
         except LocalEntryNotFoundError:
             return
     extra, settings = mtp_layers.left_out(
-        place, merged.config.get_text_config().num_hidden_layers, folder
+        source, merged.config.get_text_config().num_hidden_layers, folder
     )
     if not extra:
         return
@@ -97,23 +117,20 @@ def _keep_mtp(base: Base, merged: Any, folder: Path) -> None:
     mtp_layers.append(folder, extra, settings)
     log.warning(
         "the base's MTP layers (%d tensors) were copied as they are: they were trained for the"
-        " base, and the adapter's model takes fewer of their tokens",
+        " base, so the model with the adapter accepts fewer of their tokens",
         len(extra),
     )
 
 
-def _compare_mtp(found: Trained, merged: Any, loaded: Any, dtype: torch.dtype) -> None:
-    """Hold what transformers' MTP layer says, loaded from the export, against the drafter with its
-    weights rounded likewise."""
-    ids = _rows(merged, found)
-    drafter: Any = found.drafter
-    _cast(drafter, dtype)
-    _cast(drafter, torch.float32)
-    wanted, got = (
-        mtp_layers.own_logits(drafter, merged, ids),
-        mtp_layers.transformers_logits(loaded, ids),
-    )
-    difference = _distance(wanted.float(), got.float())
+def _compare_mtp(run: Trained, merged: Any, loaded: Any, dtype: torch.dtype) -> None:
+    """Compare transformers' MTP layer, loaded from the export, with the drafter, its weights
+    rounded in the same way."""
+    ids = random_rows(merged, run)
+    drafter: Any = run.drafter
+    cast_parameters(drafter, dtype)
+    cast_parameters(drafter, torch.float32)
+    expected = mtp_layers.own_logits(drafter, merged, ids)
+    difference = distance(expected.float(), mtp_layers.transformers_logits(loaded, ids).float())
     if not difference <= TOLERANCE:
         raise Mismatch(
             f"the MTP layer, loaded back, differs from the run's drafter by {difference:.3g} of the"
@@ -121,7 +138,8 @@ def _compare_mtp(found: Trained, merged: Any, loaded: Any, dtype: torch.dtype) -
         )
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    # Parameters only: rotary frequencies are buffers, which a loaded model computes in fp32 again.
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast parameters in place, and no buffers: rotary frequencies are buffers, which a loaded
+    model computes in fp32 again."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

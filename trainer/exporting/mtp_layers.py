@@ -1,24 +1,28 @@
-"""A drafter as the MTP layer that its target's family has of its own, in the names and config keys
-of the family's released files.
+"""A drafter as the MTP layer of its target's family, in the names and config keys of the family's
+released files.
 
-    layers   model.layers.{N}.{enorm,hnorm,eh_proj,shared_head.norm}.weight, and the block beside them; N = num_hidden_layers
-    mtp      mtp.{pre_fc_norm_embedding,pre_fc_norm_hidden,fc,norm}.weight, and the block as mtp.layers.0.
+    layers   model.layers.{N}.{enorm,hnorm,eh_proj,shared_head.norm}.weight, with the block; N =
+             num_hidden_layers
+    mtp      mtp.{pre_fc_norm_embedding,pre_fc_norm_hidden,fc,norm}.weight, and the block as
+             mtp.layers.0.
 
 Both hold one module: a `shared` one, which servers run again for each further token, or the only
-one. Several modules of their own are refused, since transformers hands norm_k(h_k) to the next
-depth, where ours hands on h_k, and finds no second layer by these names.
+one. Several modules are refused, since transformers passes norm_k(h_k) to the next depth, where
+ours passes h_k, and finds no second layer by these names.
 
-Known how: transformers 5.23 was run, which loads these names for all of FAMILIES and gives the
+Evidence: transformers 5.23 was run. It loads these names for all of FAMILIES and gives the
 drafter's own logits. It decodes with them, generate(use_mtp=True), for glm4_moe, deepseek_v3 and
-mellum, one token ahead; models with linear attention (qwen3_next, qwen3_5) it does not let draft at
-all. Of vLLM and SGLang the loaders were read and nothing was run: vLLM's
-{deepseek,glm4_moe,qwen3_next, qwen3_5}_mtp.py, with config/speculative.py for the config keys, and
-SGLang's glm4_moe_nextn.py and qwen3_next_mtp.py, with the load_weights of their models, take these
-names, this order in the projection, and states after the final norm. SGLang's for deepseek_v3 and
-qwen3_5, and both's for mellum, were not read. What they do otherwise costs accepted tokens and
-never changes the text: in a repetition both keep one sequence of keys and values where we keep one
-for each depth, those of the names `mtp` and SGLang's hand on norm(h), and vLLM's of the names
-`layers` zero the embedding at the first position.
+mellum, one token ahead; models with linear attention (qwen3_next, qwen3_5) cannot draft in it at
+all. Of vLLM and SGLang only the loaders were read. vLLM's
+{deepseek,glm4_moe,qwen3_next,qwen3_5}_mtp.py, with config/speculative.py for the config keys, and
+SGLang's glm4_moe_nextn.py and qwen3_next_mtp.py, with the load_weights of their models, use these
+names, this order in the projection, and states after the final norm. SGLang's files for deepseek_v3
+and qwen3_5, and both servers' for mellum, were not read.
+
+Servers differ from training here in ways that cost accepted tokens and never change the text: in a
+repetition both keep one sequence of keys and values where we keep one for each depth; vLLM's files
+for the names `mtp` and SGLang's pass on norm(h); vLLM's for the names `layers` zero the embedding
+at the first position.
 """
 
 from __future__ import annotations
@@ -36,11 +40,11 @@ from transformers.cache_utils import MtpCache
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import MtpModel
 
-from trainer.drafters import Drafter, DrafterError, Seen, Target
+from trainer.drafters import Drafter, DrafterError, Target, TargetOutput
 from trainer.drafters.sequential import SequentialModules
 
-# model_type: the names, and the config's key for the number of layers where servers read another
-# than transformers' num_mtp_layers.
+# By model_type: the names, and the config's key for the number of layers, if servers read another
+# key than transformers' num_mtp_layers.
 FAMILIES: dict[str, tuple[str, str | None]] = {
     "deepseek_v3": ("layers", None),
     "glm4_moe": ("layers", None),
@@ -68,22 +72,21 @@ _INDEX = "model.safetensors.index.json"
 
 
 def check(drafter: Drafter | None, model: Any) -> None:
-    """Refuse what cannot be written as the family's MTP layer; both may be on the meta device. Sets
-    the model's config keys.
+    """Refuse a drafter that is no MTP layer of the model's family; both may be on the meta device.
+    Set the model's config keys.
 
     Raises:
-        DrafterError: there is no drafter, it is of another kind or of several modules, or
-        transformers has no such layer for the
-            model. The message says which.
+        DrafterError: there is no drafter, it is of another kind or has several modules, or
+        transformers has no such layer for the model. The message says which.
     """
     if not isinstance(drafter, SequentialModules):
-        found = (
+        kind = (
             "no drafter"
             if drafter is None
-            else f"{type(drafter).__name__}, which is none of decoder layers one after another"
+            else f"{type(drafter).__name__}, which is not decoder layers one after another"
         )
         raise DrafterError(
-            f"to=mtp writes what drafter=mtp_sequential and mtp_shared train; this run has {found}."
+            f"to=mtp writes what drafter=mtp_sequential and mtp_shared train; this run has {kind}."
             f" {_INSTEAD}"
         )
     if len(drafter.depths) > 1:
@@ -95,8 +98,8 @@ def check(drafter: Drafter | None, model: Any) -> None:
     config, name = model.config.get_text_config(), type(model).__name__
     if config.model_type not in FAMILIES:
         raise DrafterError(
-            f"{name} ({config.model_type}) has no MTP layers in transformers; of the families that"
-            f" have, to=mtp knows {', '.join(FAMILIES)}. {_INSTEAD}"
+            f"{name} ({config.model_type}) has no MTP layers in transformers; to=mtp supports the"
+            f" families {', '.join(FAMILIES)}. {_INSTEAD}"
         )
     if getattr(config, "tie_last_hidden_states", True) is False:
         raise DrafterError(
@@ -104,64 +107,73 @@ def check(drafter: Drafter | None, model: Any) -> None:
             f" then. {_INSTEAD}"
         )
     configure(config)
+    _check_names(model, config)
+    _check_shapes(drafter, model)
+
+
+def _check_names(model: Any, config: Any) -> None:
+    """Refuse a model whose MTP weights transformers looks for under other names."""
     layout = FAMILIES[config.model_type][0]
     pattern = MtpModel.get_mtp_weights_regex
     try:
-        seen = pattern(model).search(
+        match = pattern(model).search(
             f"model.layers.{config.num_hidden_layers}.x" if layout == "layers" else "mtp.x"
         )
     except ValueError:
-        seen = None
-    if seen is None:
+        match = None
+    if match is None:
         known = ", ".join(
-            sorted(str(one) for one in model._keys_to_ignore_on_load_unexpected or [])
+            sorted(str(name) for name in model._keys_to_ignore_on_load_unexpected or [])
         )
         raise DrafterError(
-            f"transformers looks for {name}'s MTP weights under {known} only, and this model has"
-            f" {config.num_hidden_layers} layers. {_INSTEAD}"
+            f"transformers looks for {type(model).__name__}'s MTP weights under {known} only, and"
+            f" this model has {config.num_hidden_layers} layers. {_INSTEAD}"
         )
+
+
+def _check_shapes(drafter: Drafter, model: Any) -> None:
     with torch.device("meta"):
-        theirs = {
-            key: t.shape
-            for key, t in MtpModel(model, 1).state_dict().items()
+        expected = {
+            key: tensor.shape
+            for key, tensor in MtpModel(model, 1).state_dict().items()
             if key.startswith("layers.")
         }
-    if theirs != {key: t.shape for key, t in drafter.state_dict().items()}:
+    if expected != {key: tensor.shape for key, tensor in drafter.state_dict().items()}:
         raise DrafterError(
-            f"{name}'s last layer, which the drafter is made of, is not what its MTP layers are"
-            f" made of. {_INSTEAD}"
+            f"{type(model).__name__}'s last layer, which the drafter copies, has other tensors than"
+            f" its MTP layers. {_INSTEAD}"
         )
 
 
 def configure(config: Any) -> None:
-    """Set the keys of a text config that say that there is one MTP layer, of the kind of the last
-    layer."""
+    """Set the keys of a text config for one MTP layer, of the kind of the last layer."""
     config.num_mtp_layers = 1
     if other := FAMILIES[config.model_type][1]:
         setattr(config, other, 1)
     for kinds in ("layer_types", "mlp_layer_types"):
-        if own := getattr(config, kinds, None):
-            setattr(config, f"mtp_{kinds}", [own[-1]])
+        if values := getattr(config, kinds, None):
+            setattr(config, f"mtp_{kinds}", [values[-1]])
 
 
 def tensors(drafter: SequentialModules, model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The drafter's tensors as the family's files have them, with experts one by one. Parameters
-    are in `dtype`; buffers keep theirs. For the names `layers`, embedding and head stand there once
-    more, as in DeepSeek-V3's and GLM-4.5's own files: some servers take them from nowhere else."""
+    """Return the drafter's tensors as the family's files name them, with one entry per expert.
+    Parameters are in `dtype`; buffers keep theirs. For the names `layers`, embedding and head are
+    included, as in DeepSeek-V3's and GLM-4.5's own files: some servers read them from nowhere
+    else."""
     config = model.config.get_text_config()
     layout, number = FAMILIES[config.model_type][0], config.num_hidden_layers
     module: Any = drafter.depths[0]
     cast = {name for name, _ in module.named_parameters()}
-    block, around = {}, {}
+    block, others = {}, {}
     for name, tensor in module.state_dict().items():
         part, _, rest = name.partition(".")
         tensor = tensor.detach().to("cpu", dtype if name in cast else tensor.dtype)
         if part == "mtp_block":
             block[f"model.layers.{number}.{rest}"] = tensor
         else:
-            around[f"{_NAMES[layout][part]}.{rest}"] = tensor
-    # As a further layer of the model, so that it is renamed and split as the model's own layers
-    # are.
+            others[f"{_NAMES[layout][part]}.{rest}"] = tensor
+    # Written as a further layer of the model, so that it is renamed and split like the model's own
+    # layers.
     written = {
         (
             re.sub(rf"^.*?layers\.{number}\.", "mtp.layers.0.", name) if layout == "mtp" else name
@@ -170,43 +182,44 @@ def tensors(drafter: SequentialModules, model: Any, dtype: torch.dtype) -> dict[
     }
     prefix = "mtp." if layout == "mtp" else f"model.layers.{number}."
     if layout == "layers":
-        around["embed_tokens.weight"] = (
+        others["embed_tokens.weight"] = (
             model.get_input_embeddings().weight.detach().to("cpu", dtype)
         )
-        around["shared_head.head.weight"] = (
+        others["shared_head.head.weight"] = (
             model.get_output_embeddings().weight.detach().to("cpu", dtype)
         )
-    return written | {prefix + name: tensor for name, tensor in around.items()}
+    return written | {prefix + name: tensor for name, tensor in others.items()}
 
 
 def left_out(folder: Path, layers: int, export: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, config keys) of MTP layers in a model's folder that an export of it lacks: what
-    stands behind layer `layers - 1` or under mtp, as it is, and the keys of its text config that
-    speak of them. Nothing where the folder has none, or no safetensors."""
-    there = _files(export)
+    """Return (tensors, config keys) of the MTP layers in a model's folder that an export of it
+    lacks: tensors after layer `layers - 1` or under mtp, unchanged, and the keys of the text config
+    about them. Both are empty if the folder has none, or no safetensors."""
+    exported = _files(export)
     names = {
         name: file
         for name, file in _files(folder).items()
-        if _is_mtp(name, layers) and name not in there
+        if _is_mtp(name, layers) and name not in exported
     }
-    found: dict[str, Tensor] = {}
+    extra: dict[str, Tensor] = {}
     for file in sorted(set(names.values())):
         with safe_open(folder / file, "pt") as stream:
-            found |= {name: stream.get_tensor(name) for name, of in names.items() if of == file}
-    config = json.loads((folder / "config.json").read_text("utf-8")) if found else {}
+            extra |= {
+                name: stream.get_tensor(name) for name, source in names.items() if source == file
+            }
+    config = json.loads((folder / "config.json").read_text("utf-8")) if extra else {}
     config = config.get("text_config") or config
-    return found, {key: value for key, value in config.items() if re.search("mtp|nextn", key)}
+    return extra, {key: value for key, value in config.items() if re.search("mtp|nextn", key)}
 
 
 def append(folder: Path, extra: dict[str, Tensor], settings: dict[str, Any]) -> None:
-    """Add tensors in a shard of their own, and config keys, to a folder that transformers has
-    saved."""
+    """Add tensors, in another shard, and config keys to a folder that transformers has saved."""
     index, single = folder / _INDEX, folder / "model.safetensors"
     shard = "model-mtp.safetensors"
     if index.exists():
         content = json.loads(index.read_text("utf-8"))
     else:
-        # A file of the plain name would be read in place of the index.
+        # transformers would read a file of the plain name instead of the index.
         first, shard = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
         with single.open("rb") as stream:
             header = 8 + int.from_bytes(stream.read(8), "little")
@@ -232,8 +245,8 @@ def append(folder: Path, extra: dict[str, Tensor], settings: dict[str, Any]) -> 
 
 @torch.no_grad()
 def transformers_logits(model: Any, ids: Tensor) -> Tensor:
-    """(B, T - 1, V): what the MTP layer of a model that was loaded from its folder says of x_{t+2}
-    at each t, as transformers runs it."""
+    """Return the logits (B, T - 1, V) of x_{t+2} at each t, from the MTP layer of a model that was
+    loaded from its folder, as transformers runs it."""
     layer = MtpModel.from_pretrained(model)
     states = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[-1]
     positions = torch.arange(1, ids.shape[1], device=ids.device).expand(len(ids), -1)
@@ -244,12 +257,12 @@ def transformers_logits(model: Any, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def own_logits(drafter: Drafter, model: Any, ids: Tensor) -> Tensor:
-    """(B, T - 1, V): the same as `transformers_logits`, of the drafter on its target."""
+    """Return the logits (B, T - 1, V) of `transformers_logits`, from the drafter on its target."""
     target = Target(model)
     hidden = target.decoder(input_ids=ids, use_cache=False).last_hidden_state
     positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
-    seen = Seen(hidden, ids, ids, positions, hidden[:, :0])
-    read = next(iter(drafter.states(seen, target)))[:, :-1]
+    output = TargetOutput(hidden, ids, ids, positions, hidden[:, :0])
+    read = next(iter(drafter.states(output, target)))[:, :-1]
     return target.head(read.flatten(0, 1)).unflatten(0, read.shape[:2])
 
 
@@ -263,7 +276,7 @@ def _is_mtp(name: str, layers: int) -> bool:
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """The safetensors file of each tensor of a folder."""
+    """Return the safetensors file of each tensor of a folder."""
     if (folder / _INDEX).exists():
         return json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"]
     if not (folder / "model.safetensors").exists():

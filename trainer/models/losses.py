@@ -239,10 +239,10 @@ class CausalLoss:
             positions = torch.arange(hidden.shape[1], device=hidden.device).expand_as(
                 batch["input_ids"]
             )
-        seen = self.drafter.seen(
+        output = self.drafter.output_type(
             hidden, batch["input_ids"], batch["labels"], positions, extra, features
         )
-        return self.drafter.loss(seen, self.target, self.chunk)
+        return self.drafter.loss(output, self.target, self.chunk)
 
 
 def _inputs(batch: dict[str, Any]) -> dict[str, Tensor]:

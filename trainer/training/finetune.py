@@ -138,7 +138,7 @@ class FineTune(lightning.LightningModule):
                 group["lr"] = peak * now
         self.step_done = False
         if self.drafter is not None:
-            self.drafter.at(self.step, self.steps)
+            self.drafter.on_step(self.step, self.steps)
         reseed(self.seed, self.global_rank, self.step, micro)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

@@ -1,16 +1,16 @@
-"""What a target has read of one or several sequences, and how it reads a tree of further tokens in
-one pass.
+"""What a target has read of one or several sequences, and passes over trees of further tokens.
 
     a pass over n + 1 places (the newest token, then a tree's nodes) of a sequence of L tokens:
-        position of a place  = L + its depth, 0 for the newest token
-        a place sees         the L tokens before, its ancestors and itself; of those no further back than a sliding window reaches
-    then the entries of the places that are kept move behind the L tokens, in order, and all others
-    are dropped
+        position of a place   L + its depth, 0 for the newest token
+        a place sees          the L tokens before, its ancestors and itself, of those only what a
+                              sliding window reaches
+    afterwards the entries of accepted places move behind the L tokens, in order, and all others are
+    dropped
 
-A chain of one sequence needs none of it: it is read as any text, and its end is taken back. So
-chains work with every model whose cache can be cropped. Trees, and several sequences, are read with
-4-D masks (1 or B, 1, N, L + N), which need attention that takes them, and caches that keep all
-entries, those behind a sliding window too.
+A chain of one sequence needs none of this: it is read as ordinary text, and its end is rolled back.
+So chains work with every model whose cache can be cropped. Trees and several sequences are read
+with 4-D masks (1 or B, 1, N, L + N). They need attention that takes such masks, and caches that
+keep all entries, including those outside a sliding window.
 """
 
 from __future__ import annotations
@@ -30,23 +30,21 @@ from trainer.drafters import DrafterError, Target
 from trainer.models.heads import captured_hidden, captured_layers
 from trainer.speed.fused import BLOCKED
 
-States = tuple[
-    Float[Tensor, "n d"], Float[Tensor, "n f"]
-]  # what the output head reads, and further layers' states side by side
+# The states that the output head reads, and those of further layers, concatenated.
+States = tuple[Float[Tensor, "n d"], Float[Tensor, "n f"]]
 
 _KINDS = {"full_attention", "sliding_attention"}
-# targets that read trees
-_tried: weakref.WeakKeyDictionary[Target, None] = weakref.WeakKeyDictionary()
+# Targets that can read trees.
+_reads_trees: weakref.WeakKeyDictionary[Target, None] = weakref.WeakKeyDictionary()
 
 
-class Texts:
-    """Sequences, as far as the target has read them. With `whole` the cache keeps all entries, so
-    that trees can be read.
+class TargetCache:
+    """The target's cache for several sequences, with rollback. With `whole` it keeps all entries,
+    so that trees can be read.
 
     Raises:
-        DrafterError: where several sequences or a tree are asked for, the target's layers or
-        attention do not allow it. The message
-            says what does.
+        DrafterError: several sequences or a tree are read, and the target's layers or attention do
+        not allow it. The message says what does.
     """
 
     def __init__(self, target: Target, layers: tuple[int, ...] = (), whole: bool = False):
@@ -54,45 +52,45 @@ class Texts:
         self.output = target.model.get_output_embeddings()
         self.model = target.model
         self.cache = DynamicCache() if whole else DynamicCache(config=target.config)
-        self.lengths: list[int] = []  # L of each sequence, virtual tokens included
+        self.lengths: list[int] = []  # L of each sequence, including virtual tokens
         self.parents: list[list[int]] = []  # of the last pass
         self.recording = self.masked = False
 
     def open(self, prompts: Sequence[Int[Tensor, " n"]]) -> list[States]:
-        """Read the sequences' first tokens, one after another."""
-        found: list[States] = []
+        """Read the prompts, one after another."""
+        states: list[States] = []
         caches: list[DynamicCache] = []
         for ids in prompts:
             self.model = self.target.model
             if caches:
                 self.cache = DynamicCache()
-            found += self._pass(ids.unsqueeze(0))
+            states += self._pass(ids.unsqueeze(0))
             caches.append(self.cache)
             peft = getattr(self.model, "active_peft_config", None)
             if peft is not None and peft.is_prompt_learning:
-                # virtual tokens stand before the first ones only
+                # Virtual tokens come before the first pass's tokens only.
                 self.model = self.model.get_base_model()
         self.lengths = [cache.get_seq_length() for cache in caches]
         if len(prompts) > 1:
-            self._mask(caches)
-        return found
+            self._allow_trees(caches)
+        return states
 
-    def may_forget(self) -> None:
-        """From here on `keep` follows each `read`.
+    def start_rollback(self) -> None:
+        """Enable rollback: every `read` must now be followed by `commit`.
 
         Raises:
-            DrafterError: some layer's state has no way back.
+            DrafterError: some layer's state cannot be rolled back.
         """
         if not self.cache.is_croppable:
-            raise DrafterError(no_way_back(self.target))
+            raise DrafterError(cannot_roll_back(self.target))
         self.recording = True
-        # a sliding window keeps what it would have dropped until `keep`
+        # A sliding window keeps what it would have dropped until `commit`.
         self.cache.activate_past_recording()
 
     def read(
         self, tokens: Sequence[Int[Tensor, " n+1"]], parents: Sequence[Sequence[int]]
     ) -> list[States]:
-        """For each sequence the newest token and the nodes of a tree after it.
+        """Read, for each sequence, the newest token and the nodes of a tree after it.
 
         Raises:
             DrafterError: a tree branches, and the target cannot read it.
@@ -101,36 +99,45 @@ class Texts:
         if len(tokens) == 1 and is_chain(self.parents[0]):
             return self._pass(tokens[0].unsqueeze(0))
         if not self.masked:
-            self._mask([self.cache])
+            self._allow_trees([self.cache])
         most, device = max(map(len, tokens)), tokens[0].device
-        ids = torch.stack([torch.nn.functional.pad(one, (0, most - len(one))) for one in tokens])
-        depths, sees = (part.to(device, non_blocking=True) for part in places(self.parents, most))
-        lengths = torch.tensor(self.lengths).to(device, non_blocking=True).unsqueeze(1)
-        before = torch.arange(self.cache.get_seq_length(), device=device).expand(len(tokens), -1)
-        positions = lengths + depths
-        mask = torch.cat([(before < lengths).unsqueeze(1).expand(-1, most, -1), sees], dim=2)
-        masks = {}
-        for kind in attention_kinds(self.target):
-            near = mask
-            if kind == "sliding_attention":
-                distance = positions.unsqueeze(2) - torch.cat([before, positions], dim=1).unsqueeze(
-                    1
-                )
-                near = mask & (distance < self.target.config.sliding_window)
-            masks[kind] = _added(near, self.dtype)
-        found = self._pass(
+        ids = torch.stack([torch.nn.functional.pad(row, (0, most - len(row))) for row in tokens])
+        positions, masks = self._positions_and_masks(most, device)
+        states = self._pass(
             ids,
             position_ids=positions,
             attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
         )
         return [
-            (hidden[: len(one)], features[: len(one)])
-            for (hidden, features), one in zip(found, tokens, strict=True)
+            (hidden[: len(row)], features[: len(row)])
+            for (hidden, features), row in zip(states, tokens, strict=True)
         ]
 
-    def keep(self, paths: Sequence[Sequence[int]]) -> None:
-        """Of each sequence's last pass, its newest token and these nodes, each the child of the one
-        before; all others are unread."""
+    def _positions_and_masks(
+        self, most: int, device: torch.device
+    ) -> tuple[Int[Tensor, "B N"], dict[str, Tensor]]:
+        """Return the positions of `most` places of each sequence, and the mask of each kind of
+        attention."""
+        depths, sees = (
+            part.to(device, non_blocking=True) for part in tree_positions(self.parents, most)
+        )
+        lengths = torch.tensor(self.lengths).to(device, non_blocking=True).unsqueeze(1)
+        before = torch.arange(self.cache.get_seq_length(), device=device).expand(len(sees), -1)
+        positions = lengths + depths
+        mask = torch.cat([(before < lengths).unsqueeze(1).expand(-1, most, -1), sees], dim=2)
+        masks = {}
+        for kind in attention_kinds(self.target):
+            within = mask
+            if kind == "sliding_attention":
+                keys = torch.cat([before, positions], dim=1).unsqueeze(1)
+                distance = positions.unsqueeze(2) - keys
+                within = mask & (distance < self.target.config.sliding_window)
+            masks[kind] = _added(within, self.dtype)
+        return positions, masks
+
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keep, of each sequence's last pass, the newest token and these nodes, each the child of
+        the one before. All others are rolled back."""
         if len(paths) == 1 and is_chain(self.parents[0]):
             refused = len(self.parents[0]) - len(paths[0])
             if self.recording or self.masked:
@@ -140,18 +147,18 @@ class Texts:
         total = self.cache.get_seq_length()
         start = total - 1 - max(map(len, self.parents))
         if len(paths) == 1:
-            self._keep_one(paths[0], start)
+            self._commit_one(paths[0], start)
         else:
-            self._keep_several(paths, start)
+            self._commit_several(paths, start)
         self.cache.crop(max(self.lengths) - total)
 
-    def _keep_one(self, path: Sequence[int], start: int) -> None:
+    def _commit_one(self, path: Sequence[int], start: int) -> None:
         length = self.lengths[0]
         self.lengths[0] += 1 + len(path)
-        # so many are where they belong
+        # The newest token and the first nodes are in place already: one sequence has no padding.
         same = next((i for i, node in enumerate(path) if node != i), len(path))
         if same == len(path):
-            return  # the newest token always is, as there is no padding
+            return
         first, count = length + 1 + same, len(path) - same
         at = torch.tensor([start + 1 + node for node in path[same:]])
         layer: Any
@@ -161,46 +168,46 @@ class Texts:
                 for entries in (layer.keys, layer.values):
                     entries.narrow(2, first, count).copy_(entries.index_select(2, at))
 
-    def _keep_several(self, paths: Sequence[Sequence[int]], start: int) -> None:
+    def _commit_several(self, paths: Sequence[Sequence[int]], start: int) -> None:
         rows: list[int] = []
-        places_from: list[int] = []
-        places_to: list[int] = []
+        sources: list[int] = []
+        targets: list[int] = []
         for row, path in enumerate(paths):
             rows += [row] * (1 + len(path))
-            places_from += [start, *(start + 1 + node for node in path)]
-            places_to += range(self.lengths[row], self.lengths[row] + 1 + len(path))
+            sources += [start, *(start + 1 + node for node in path)]
+            targets += range(self.lengths[row], self.lengths[row] + 1 + len(path))
             self.lengths[row] += 1 + len(path)
-        at = torch.tensor([rows, places_from, places_to])
+        at = torch.tensor([rows, sources, targets])
         layer: Any
         for layer in self.cache.layers:
             if not layer.is_initialized:
                 continue
-            row, source, goal = at.to(layer.keys.device, non_blocking=True)
+            row, source, target = at.to(layer.keys.device, non_blocking=True)
             for entries in (layer.keys, layer.values):
-                entries[row, :, goal] = entries[row, :, source]
+                entries[row, :, target] = entries[row, :, source]
 
-    def only(self, rows: Sequence[int]) -> None:
-        """Go on with these sequences."""
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Drop all sequences but these."""
         longest = self.cache.get_seq_length()
         self.lengths = [self.lengths[row] for row in rows]
         if self.masked:
             self.cache.batch_select_indices(torch.tensor(rows, device=self.output.weight.device))
             self.cache.crop(max(self.lengths) - longest)
 
-    def _mask(self, caches: Sequence[DynamicCache]) -> None:
-        """From here on what is read may be trees, and all sequences are in one cache."""
+    def _allow_trees(self, caches: Sequence[DynamicCache]) -> None:
+        """Put all sequences into one cache, from which trees can be read."""
         allow_trees(self.target)
-        self.cache, self.masked = merged(caches, self.target), True
+        self.cache, self.masked = merge_caches(caches, self.target), True
 
-    def _pass(self, ids: Int[Tensor, "B n"], **where: object) -> list[States]:
+    def _pass(self, ids: Int[Tensor, "B n"], **inputs: object) -> list[States]:
         with (
-            captured_hidden(self.output) as kept,
+            captured_hidden(self.output) as captured,
             captured_layers(self.target.decoder, self.layers) as between,
         ):
             self.cache = self.model(
-                input_ids=ids, past_key_values=self.cache, use_cache=True, **where
+                input_ids=ids, past_key_values=self.cache, use_cache=True, **inputs
             ).past_key_values
-        hidden, count = kept[0][:, -ids.shape[1] :], ids.shape[1]
+        hidden, count = captured[0][:, -ids.shape[1] :], ids.shape[1]
         self.dtype = hidden.dtype
         features = (
             torch.cat([layer[:, -count:] for layer in between], dim=-1)
@@ -211,15 +218,15 @@ class Texts:
 
 
 def is_chain(parents: Sequence[int]) -> bool:
-    """Whether each node follows the one before."""
+    """Return whether each node follows the one before."""
     return all(parent == node - 1 for node, parent in enumerate(parents))
 
 
-def places(
+def tree_positions(
     trees: Sequence[Sequence[int]], most: int
 ) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N N"]]:
-    """(depths, who sees whom) of the newest token, N = `most` - 1 nodes and, in shorter trees,
-    fillers that see themselves."""
+    """Return (depths, who sees whom) of the newest token, `most` - 1 nodes and, in shorter trees,
+    padding that sees itself; N = `most`."""
     depths = [[0] * most for _ in trees]
     sees = [[[place == other for other in range(most)] for place in range(most)] for _ in trees]
     for depth, seen, parents in zip(depths, sees, trees, strict=True):
@@ -229,13 +236,13 @@ def places(
     return torch.tensor(depths), torch.tensor(sees)
 
 
-def merged(caches: Sequence[DynamicCache], target: Target) -> DynamicCache:
-    """One cache of all sequences, each from its first place on, padded behind.
+def merge_caches(caches: Sequence[DynamicCache], target: Target) -> DynamicCache:
+    """Return one cache of all sequences, padded at the end.
 
     Raises:
         DrafterError: a layer's state is not a key and a value for each token.
     """
-    whole = DynamicCache()
+    merged = DynamicCache()
     longest = max(cache.get_seq_length() for cache in caches)
     for i in range(len(caches[0].layers)):
         layers: list[Any] = [cache.layers[i] for cache in caches]
@@ -254,37 +261,34 @@ def merged(caches: Sequence[DynamicCache], target: Target) -> DynamicCache:
                 )
         keys, values = (
             torch.cat(
-                [torch.nn.functional.pad(one, (0, 0, 0, longest - one.shape[-2])) for one in kind]
+                [torch.nn.functional.pad(x, (0, 0, 0, longest - x.shape[-2])) for x in entries]
             )
-            for kind in ([layer.keys for layer in layers], [layer.values for layer in layers])
+            for entries in ([layer.keys for layer in layers], [layer.values for layer in layers])
         )
-        whole.update(keys, values, i)
-    return whole
+        merged.update(keys, values, i)
+    return merged
 
 
 def attention_kinds(target: Target) -> list[str]:
-    """The kinds of attention of the layers, as transformers' `layer_types` calls them, each
+    """Return the layers' kinds of attention, as transformers' `layer_types` calls them, each
     once."""
-    config = target.config
-    found = getattr(config, "layer_types", None)
-    return (
-        sorted(set(found))
-        if found
-        else ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
-    )
+    if kinds := getattr(target.config, "layer_types", None):
+        return sorted(set(kinds))
+    sliding = getattr(target.config, "sliding_window", None)
+    return ["sliding_attention" if sliding else "full_attention"]
 
 
 def allow_trees(target: Target) -> None:
-    """Raise DrafterError where the target cannot read trees, nor several sequences at once. It is
-    tried on a few tokens, once."""
-    if target in _tried:
+    """Raise DrafterError if the target cannot read trees and several sequences at once. It is tried
+    on a few tokens, once."""
+    if target in _reads_trees:
         return
     config = target.config
     if (attention := config._attn_implementation) not in ("sdpa", "eager", BLOCKED):
         raise DrafterError(
             _no_trees(
                 target,
-                f"attn_implementation={attention} takes no mask of one's own, as sdpa and eager do",
+                f"attn_implementation={attention} takes no 4-D mask, as sdpa and eager do",
             )
         )
     if other := set(attention_kinds(target)) - _KINDS:
@@ -296,29 +300,29 @@ def allow_trees(target: Target) -> None:
     )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise DrafterError(_no_trees(target, "it takes no position_ids"))
-    _tried[target] = None
+    _reads_trees[target] = None
     try:
         _probe(target)
     except BaseException:
-        del _tried[target]
+        del _reads_trees[target]
         raise
 
 
 @torch.no_grad()
 def _probe(target: Target) -> None:
-    """Raise DrafterError unless the second of two children is to the target what it is without the
-    first."""
+    """Raise DrafterError unless the second of two siblings gives the target the same states as
+    without the first."""
     was_training = target.model.training
     target.model.eval()
     try:
         weight = target.model.get_output_embeddings().weight
         # Not the first ids: those of untrained special tokens, whose rounding grows in every layer.
         ids = torch.arange(1, 7, device=weight.device) * (target.config.vocab_size // 7)
-        plain, tree = Texts(target), Texts(target, whole=True)
-        wanted = plain.open([ids[:5]])[0][0][-1].float()
+        plain, tree = TargetCache(target), TargetCache(target, whole=True)
+        expected = plain.open([ids[:5]])[0][0][-1].float()
         tree.open([ids[:3]])
         try:
-            found = tree.read([ids[[3, 5, 4]]], [[-1, -1]])[0][0][-1].float()
+            state = tree.read([ids[[3, 5, 4]]], [[-1, -1]])[0][0][-1].float()
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
             raise DrafterError(
                 _no_trees(target, f"it does not take their masks ({error})")
@@ -326,19 +330,17 @@ def _probe(target: Target) -> None:
     finally:
         target.model.train(was_training)
     half = weight.dtype in (torch.bfloat16, torch.float16)
+    tolerance = 0.1 if half else 1e-3
     if not torch.allclose(
-        found,
-        wanted,
-        rtol=0.1 if half else 1e-3,
-        atol=(0.1 if half else 1e-3) * float(wanted.abs().max()),
+        state, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
     ):
-        raise DrafterError(_no_trees(target, "a token does not stay apart from its sibling there"))
+        raise DrafterError(_no_trees(target, "a token's siblings change what it computes"))
 
 
-def no_way_back(target: Target) -> str:
+def cannot_roll_back(target: Target) -> str:
     return (
-        f"{type(target.model).__name__} has layers whose state cannot be taken back by some tokens"
-        " (a recurrence), which every refused draft asks for. Decode it without its drafter:"
+        f"{type(target.model).__name__} has layers whose state cannot be rolled back by some tokens"
+        " (a recurrence), which every refused draft needs. Decode it without its drafter:"
         " python -m trainer.generate"
     )
 
@@ -346,13 +348,13 @@ def no_way_back(target: Target) -> str:
 def _no_trees(target: Target, why: str) -> str:
     return (
         f"{type(target.model).__name__} cannot verify trees, nor several sequences at once: {why}. "
-        "Use tree=chain with batch_size=1, which asks for nothing of the kind"
+        "Use tree=chain with batch_size=1, which needs neither"
     )
 
 
 def _added(mask: Bool[Tensor, "B N S"], dtype: torch.dtype) -> Float[Tensor, "B 1 N S"]:
-    """What is added to attention scores."""
-    there = mask.unsqueeze(1)
-    return torch.zeros(there.shape, dtype=dtype, device=mask.device).masked_fill(
-        ~there, torch.finfo(dtype).min
+    """Return what is added to attention scores."""
+    mask = mask.unsqueeze(1)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+        ~mask, torch.finfo(dtype).min
     )

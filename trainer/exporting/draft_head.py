@@ -1,0 +1,237 @@
+"""A trained draft head as one dictionary of tensors, in speculators' names or Medusa's own, and
+what serving engines can load of it.
+
+Engines compute a Llama or a Qwen3 layer. A head with another family's layer is refused, since most
+engines drop tensors that they do not know without a message.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from adapters.linear import float_weight
+from trainer.drafters import Drafter, DrafterError, Target
+from trainer.drafters.eagle import Eagle
+from trainer.drafters.eagle3 import Eagle3
+from trainer.drafters.medusa import Medusa, MedusaHeads
+
+log = logging.getLogger("trainer")
+
+_METHODS: dict[type, str] = {
+    Eagle: "eagle",
+    Eagle3: "eagle3",
+    Medusa: "medusa",
+    MedusaHeads: "medusa",
+}
+_NAMES = {"eagle3": "EAGLE-3", "eagle": "EAGLE-1", "medusa": "Medusa"}
+_LAYOUTS = {"eagle3": ("speculators", "sglang"), "eagle": ("sglang",), "medusa": ("medusa",)}
+# The model types of targets, and the draft layer that engines have for them.
+FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "qwen3"}
+_INSTEAD = "to=drafter writes it for Graft"
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "initializer_range",
+    "vocab_size",
+)
+
+
+@dataclass(frozen=True)
+class DraftHead:
+    """A trained draft head: `tensors` in speculators' names or Medusa's, and the facts for its
+    config."""
+
+    method: str  # eagle, eagle3 or medusa
+    tensors: dict[str, Tensor]
+    own: frozenset[str]  # names of tensors that were trained, not copied from the target
+    drafts: int  # tokens that follow one another in a draft
+    target: list[str]  # the target's classes in transformers
+    layer: dict[str, Any] = field(default_factory=dict)  # transformers' config of the draft layer
+    # the target's states that it reads, as transformers counts hidden_states
+    layers: tuple[int, ...] = ()
+    norm_output: bool = False  # EAGLE-3.1: the next step reads the state after the final norm
+    blocks: int = 0  # residual blocks of one of Medusa's heads
+
+
+def check(drafter: Drafter, to: str, model: Any) -> None:
+    """Refuse a drafter that the layout cannot hold. The drafter may have weights or only shapes.
+
+    Raises:
+        DrafterError: the message says why, and which layout fits.
+    """
+    method = _METHODS.get(type(drafter))
+    if method is None:
+        raise DrafterError(
+            f"to={to} is for the heads of drafter=eagle, eagle3 and medusa: no engine has a format"
+            f" for {type(drafter).__name__}. {_INSTEAD}, and a layer of the base's own MTP kind is"
+            " to=mtp"
+        )
+    fitting = _LAYOUTS[method]
+    if to not in fitting:
+        methods = {
+            "speculators": "EAGLE-3 alone",
+            "sglang": "EAGLE-1 and EAGLE-3",
+            "medusa": "Medusa's heads",
+        }[to]
+        raise DrafterError(
+            f"to={to} is a format of {methods}, and this drafter is {_NAMES[method]}:"
+            f" to={' or to='.join(fitting)}"
+        )
+    if method == "medusa":
+        if any(name.endswith(".bias") and "linear" not in name for name in drafter.state()):
+            raise DrafterError(
+                f"to=medusa has no place for the biases of these heads' output layers. {_INSTEAD}"
+            )
+        return
+    config = model.config.get_text_config()
+    reason = _unlike_llama(config, drafter)
+    if reason is None and to == "sglang":
+        reason = _not_for_sglang(config, drafter, method)
+    if reason:
+        raise DrafterError(
+            f"to={to} does not fit a drafter for {type(model).__name__}: {reason}. {_INSTEAD}"
+        )
+
+
+def _unlike_llama(config: Any, drafter: Drafter) -> str | None:
+    if config.model_type not in FAMILIES:
+        return (
+            "engines build draft layers of Llama's and Qwen3's kind, and this one is of"
+            f" {config.model_type}'s"
+        )
+    biases = sorted(
+        name for name in drafter.state() if name.startswith("layers.") and name.endswith(".bias")
+    )
+    if biases:
+        return f"{biases[0]} is a bias, which vLLM and SGLang drop without a message"
+    if config.hidden_act != "silu":
+        return f"its MLP's activation is {config.hidden_act}, and engines assume silu"
+    kinds = getattr(config, "layer_types", None) or [
+        "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    ]
+    if kinds[-1] != "full_attention":
+        return (
+            f"its layer is of the kind {kinds[-1]} (window {config.sliding_window}), and engines"
+            " let draft layers see everything"
+        )
+    rope = config.rope_parameters
+    if "rope_type" not in rope or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return (
+            f"its rotary embedding {rope} does not rotate all of a head, or differs between layers"
+        )
+    return None
+
+
+def _not_for_sglang(config: Any, drafter: Drafter, method: str) -> str | None:
+    if FAMILIES[config.model_type] == "qwen3":
+        reason = (
+            "its draft layer norms q and k as Qwen3 does, and SGLang's draft layer is Llama's,"
+            " which drops those norms without a message"
+        )
+        return reason + (": to=speculators, for vLLM, has them" if method == "eagle3" else "")
+    if config.num_hidden_layers in drafter.layers:
+        return (
+            f"it reads the target's states {', '.join(map(str, drafter.layers))}, and SGLang keeps"
+            " none after the last layer; train with other drafter.aux_layers, or use"
+            " to=speculators for vLLM alone"
+        )
+    return None
+
+
+def canonical(drafter: Any, model: Any, copied: bool = False) -> DraftHead:
+    """Return a drafter's tensors and those that it shares with the target, in fp32, in speculators'
+    names or Medusa's own.
+
+    `copied` gives each of Medusa's heads the target's output layer, if it has none. A head that
+    predicts acceptance is left out, with a warning.
+
+    Raises:
+        DrafterError: the target's logits are not its output layer's weight times the hidden states,
+        or `copied` does not apply.
+    """
+    _check_plain(model)
+    config, method, drafts = model.config.get_text_config(), _METHODS[type(drafter)], drafter.depth
+    target = getattr(model.config, "architectures", None) or [type(model).__name__]
+    state = {
+        name: tensor.detach().cpu()
+        for name, tensor in drafter.state().items()
+        if not name.startswith("confidence.")
+    }
+    if len(state) < len(drafter.state()):
+        log.warning(
+            "the head that predicts acceptance (drafter.confidence) is left out: engines have no"
+            " place for it. to=drafter keeps it"
+        )
+    tensors = {name.removeprefix("heads."): tensor.float() for name, tensor in state.items()}
+    tensors |= {name: state[name] for name in ("d2t", "t2d") if name in state}
+    own = frozenset(tensors)
+    if method == "medusa":
+        last = {f"{i}.{drafter.blocks}.weight" for i in range(drafts)}
+        if copied and last <= own:
+            raise DrafterError(
+                "unembedding=copied: each head of this drafter already has an output layer, leave"
+                " it out"
+            )
+        tensors |= dict.fromkeys(last, output_weight(model)) if copied else {}
+        return DraftHead(method, tensors, own, drafts, target, blocks=drafter.blocks)
+    if copied:
+        raise DrafterError("unembedding=copied is for Medusa's heads: leave it out")
+    tensors["embed_tokens.weight"] = model.get_input_embeddings().weight.detach().float().cpu()
+    layer = _layer_config(config)
+    if method == "eagle":
+        return DraftHead(method, tensors, own, drafts, target, layer)
+    if not drafter.lm_head.weight.requires_grad:
+        own -= {"lm_head.weight"}
+    return DraftHead(
+        method, tensors, own, drafts, target, layer, tuple(drafter.layers), drafter.norm_output
+    )
+
+
+def _layer_config(config: Any) -> dict[str, Any]:
+    """Return transformers' config of the draft layer."""
+    layer = {
+        "model_type": FAMILIES[config.model_type],
+        **{name: getattr(config, name) for name in _SIZES},
+        "head_dim": (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        ),
+        "num_hidden_layers": 1,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "rope_parameters": dict(config.rope_parameters),
+    }
+    if layer["model_type"] == "llama":
+        layer["mlp_bias"] = False
+    return layer
+
+
+def output_weight(model: Any) -> Float[Tensor, "V d"]:
+    """Return the target's output layer in fp32."""
+    return float_weight(model.get_output_embeddings()).detach().float().cpu()
+
+
+@torch.no_grad()
+def _check_plain(model: Any) -> None:
+    """Refuse a scale, a cap or a bias after the output layer: these formats cannot hold them."""
+    weight = float_weight(model.get_output_embeddings())
+    probe = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    expected, plain = Target(model).head(probe).float(), F.linear(probe, weight).float()
+    if not torch.allclose(expected, plain, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        raise DrafterError(
+            f"{type(model).__name__}'s logits are not its output layer's weight times the hidden"
+            " states alone (a scale, a cap or a bias follows), and this format has no place for"
+            f" that. {_INSTEAD}"
+        )
