@@ -39,7 +39,7 @@ from tasks.reading import DataError
 from trainer.assembly import quiet
 from trainer.assembly.rows import load_data
 from trainer.assembly.trained import load_trained
-from trainer.evaluation.mlp_density import Rows, measured, plot, shown
+from trainer.evaluation.mlp_density import Rows, density_table, measured, plot
 from trainer.models.losses import CausalLoss, ClassLoss
 from trainer.penalties.deft import mlp_inputs
 from trainer.storage import atomic, checkpoints, run_folder
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
                 results[name] = measured(layers, rows, taus, options["ppl"])
     except Exception as error:
         return failures.report_and_exit_code(error)
-    get_console().print(shown(results, options["ppl"]))
+    get_console().print(density_table(results, options["ppl"]))
     for name, result in results.items():
         for line in _told(name, result):
             print(line)

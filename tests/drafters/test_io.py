@@ -160,7 +160,7 @@ def test_what_is_no_drafters_folder_says_so(saved, tmp_path):
     for content, message in (
         ("{", "cannot be read"),
         ("[]", "has the format None, and this version of Graft reads 1"),
-        ('{"format": 2}', "of the format 2"),
+        ('{"format": 2}', "has the format 2"),
         ('{"format": 1, "drafter": {}}', "must hold the mappings drafter and target"),
     ):
         (folder / "config.json").write_text(content)

@@ -1,1 +1,1 @@
-"""Ways for a target to write with a drafter."""
+"""Decoding with a drafter: trees, their verification, and the cache of the target."""

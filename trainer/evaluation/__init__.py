@@ -1,1 +1,1 @@
-"""Measures what a model is worth: loss, answers, speed of decoding, density."""
+"""Measurements of a model: loss, answers, decoding speed, density."""

@@ -246,7 +246,7 @@ COLUMNS = {
 }
 
 
-def shown(results: dict[str, dict[str, Any]], percent: float) -> Any:
+def density_table(results: dict[str, dict[str, Any]], percent: float) -> Any:
     """Return the table, a column for each number and model."""
     from rich.table import Table
 
