@@ -1,42 +1,164 @@
-"""`python -m trainer +experiment=NAME`: Hydra's entry. Everything heavy is imported inside `_job`,
-after the checks."""
+"""Graft: parameter-efficient fine-tuning of language models from one config.
 
+    graft experiment=NAME [GROUP=CHOICE ...] [KEY=VALUE ...]    train
+    graft COMMAND [OPTIONS]                                     one of the commands below
+
+`python -m trainer` is the same program, and `python -m trainer.COMMAND` the same command.
+"""
+
+from __future__ import annotations
+
+import ast
 import atexit
+import difflib
 import logging
 import os
 import sys
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import hydra
-from hydra._internal.utils import get_args_parser
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from trainer.config.errors import EXIT_BAD_INPUT, bad
+from trainer.config.options import exit_with
 
-from trainer.cluster import slurm_job
-from trainer.cluster.signals import Signals
-from trainer.config import compose
-from trainer.config.errors import bad, told
-from trainer.speed import fast_imports
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
-# What composing a config and making the run folder raise; what comes later ends in _job.
-_BAD_INPUT = (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError)
+    from trainer.cluster.signals import Signals
+
+HERE = Path(__file__).parent
+COMMANDS = sorted(path.stem for path in HERE.glob("[a-z]*.py") if path.stem != "run")
+CONFIG = """\
+A config is composed from the files of conf/: one file of each group, then single values.
+
+    adapter=rosa               the group's choice, conf/adapter/rosa.yaml
+    optimizer.lr=1e-4          one value; the files of conf/ name and explain all of them
+    experiment=quickstart      conf/experiment/quickstart.yaml, which sets several of both
+    --config-dir=FOLDER        your own experiments, FOLDER/experiment/NAME.yaml
+    --multirun seed=0,1,2      one run for each value
+    --cfg job                  print the composed config and stop
+
+--hydra-help shows Hydra's own options. The groups of conf/ and their choices:
+"""
 
 
-@hydra.main(config_path="../conf", config_name="config", version_base="1.3")
+def main() -> None:
+    """Run what the command line says, and exit with its code."""
+    exit_with(run_words)
+
+
+def run_words(argv: list[str]) -> int:
+    """Run a command, print help, or train."""
+    first = argv[0] if argv else ""
+    if first in COMMANDS:
+        return import_module(f"trainer.{first}").main(argv[1:])  # type: ignore[no-any-return]
+    if first.isidentifier():
+        return bad(f"graft --help lists the commands\n{no_such_command(first)}")
+    if "--help" in argv or "-h" in argv or not argv:
+        print(help_text())
+        return 0 if argv else EXIT_BAD_INPUT
+    if "--version" in argv:
+        print(f"graft {version()}")
+        return 0
+    return train(argv)
+
+
+def no_such_command(word: str) -> str:
+    """The message for a word that is no command."""
+    if word in ("run", "train"):
+        return f"{word}: training needs no command. Use: graft experiment=NAME"
+    close = difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.6)
+    hint = f"Did you mean {close[0]}?" if close else f"Known: {', '.join(COMMANDS)}."
+    return f"{word}: there is no such command. {hint}"
+
+
+def help_text() -> str:
+    """The text of `graft --help`. The commands are read and not imported, which takes seconds."""
+    from trainer.config import schema
+    from trainer.config.overrides import groups
+
+    trees = {name: ast.parse((HERE / f"{name}.py").read_text("utf-8")) for name in COMMANDS}
+    commands = [
+        f"    {name:<10} {(ast.get_docstring(tree) or '').partition(chr(10))[0]}"
+        for name, tree in trees.items()
+    ]
+    choices = [f"    {name:<10} {', '.join(schema.options(name))}" for name in groups()]
+    return "\n".join(
+        [
+            __doc__ or "",
+            "Commands; graft COMMAND --help shows the options:\n",
+            *commands,
+            "",
+            CONFIG,
+            *choices,
+        ]
+    )
+
+
+def version() -> str:
+    """The installed version of Graft."""
+    try:
+        return metadata.version("graft-trainer")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def train(argv: list[str]) -> int:
+    """Train as the config says; or, with Hydra's options, print the config (--cfg job) or sweep
+    (--multirun)."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    from trainer.cluster import slurm_job
+    from trainer.config import compose, flags
+    from trainer.config.errors import explain
+
+    slurm_job.exit_1_on_sigterm()
+    traced = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    try:
+        chosen = flags.parse(argv, COMMANDS)
+        sys.argv[1:] = compose.rewrite(argv, chosen.multirun)
+        compose.install(incomplete=bool(chosen.hydra_help or chosen.cfg or chosen.info))
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
+        hydra.main(config_path="../conf", config_name="config", version_base="1.3")(_job)()
+    except SystemExit as end:
+        slurm_job.wait_for_rank0(end.code)
+        _exit_with_process_group(end.code)
+        raise
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        raise
+    # What composing a config and creating the run folder raise; later errors end in _job.
+    except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+        if traced:
+            raise
+        return bad(explain(error))
+    return 0
+
+
 def _job(cfg: DictConfig) -> float | None:
+    """One run of a checked config, with its signals and exit codes."""
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
-    # Again: a launcher's worker has not passed through config.install.
-    compose.check(cfg, OmegaConf.to_container(HydraConfig.get().runtime.choices))  # type: ignore[arg-type]
-    if (fault := slurm_job.other_tasks(OmegaConf.to_container(cfg.lightning))) is not None:  # type: ignore[arg-type]
+    from trainer.cluster import slurm_job
+    from trainer.cluster.signals import Signals
+    from trainer.config import compose
+
+    # Again, because a launcher's worker has not passed the hook into Hydra.
+    choices: Any = OmegaConf.to_container(HydraConfig.get().runtime.choices)
+    compose.check(cfg, choices)
+    settings: Any = OmegaConf.to_container(cfg.lightning)
+    if (fault := slurm_job.other_tasks(settings)) is not None:
         sys.exit(bad(fault))
     with Signals() as signals:
         number, folder, step = None, None, None
         try:
             last = _run(cfg, signals)
-            # all is done: what comes while the interpreter ends must not make a failure of it
-            signals.ignore()
+            signals.ignore()  # a signal while the interpreter ends must not change the exit code
             return last
         except slurm_job.Stopped as stop:
             logging.getLogger("trainer").warning("%s", stop)
@@ -44,30 +166,36 @@ def _job(cfg: DictConfig) -> float | None:
         except SystemExit as end:
             if signals.received is None or end.code != 128 + signals.received:
                 raise
-            number = signals.received  # before there was a folder
+            number = signals.received  # it came before the run had a folder
         signals.ignore()
-        settings = {"requeue": cfg.requeue, "max_requeues": cfg.max_requeues}
-        sys.exit(slurm_job.exit_code(settings, number, folder, step))
+        again = {"requeue": cfg.requeue, "max_requeues": cfg.max_requeues}
+        sys.exit(slurm_job.exit_code(again, number, folder, step))
 
 
 def _run(cfg: DictConfig, signals: Signals) -> float | None:
-    """The run, with what goes wrong told in one message and an exit code."""
+    """Run the training; an error becomes one message and an exit code."""
+    from omegaconf import OmegaConf
+
+    from trainer.cluster import slurm_job
+    from trainer.speed import fast_imports
+
     with fast_imports.without_gc():
         from trainer.run import run
         from trainer.session import failures
         from trainer.session.session import Unfinished
 
+    log = logging.getLogger("trainer")
     try:
         with fast_imports.lazy_compile():
             return run(cfg, signals)
     except slurm_job.Stopped:
         raise
+    except Unfinished as error:
+        log.warning("%s", error)
+        sys.exit(error.code)
     except Exception as error:
-        log = logging.getLogger("trainer")
-        if isinstance(error, Unfinished):
-            log.warning("%s", error)
-            sys.exit(error.code)
-        explained = failures.explained(error, OmegaConf.to_container(cfg))  # type: ignore[arg-type]
+        config: Any = OmegaConf.to_container(cfg)
+        explained = failures.explained(error, config)
         if explained is None:
             log.exception(
                 "an error that Graft has no explanation for; please report it with this traceback"
@@ -78,62 +206,15 @@ def _run(cfg: DictConfig, signals: Signals) -> float | None:
         sys.exit(explained[1])
 
 
-def _leave_the_group(code: object) -> None:
-    """Exit now where a group of processes has not been ended: one of them is gone, and torch, which
-    ends the group as the interpreter goes, can wait for it for ever."""
+def _exit_with_process_group(code: object) -> None:
+    """Exit immediately if the process group still exists: a rank has died, and torch, which
+    destroys the group as the interpreter ends, could wait for it forever."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else int(code is not None))
-
-
-def main() -> None:
-    """Run, or with Hydra's flags print the config (--cfg job), sweep (--multirun) or help."""
-    slurm_job.yield_to_the_error()
-    flags = get_args_parser().parse_args()
-    if flags.experimental_rerun is not None:
-        sys.exit(
-            bad(
-                "--experimental-rerun loads a pickle, which could run anything. Use"
-                " resume=RUN_FOLDER."
-            )
-        )
-    if flags.config_path is not None or flags.config_name is not None:
-        sys.exit(
-            bad(
-                "conf/ is the schema of all configs. Add your own with --config-dir=FOLDER, as"
-                " FOLDER/experiment/NAME.yaml"
-            )
-        )
-    launcher = next(
-        (word for word in flags.overrides if word.startswith("hydra/launcher=")),
-        "hydra/launcher=basic",
-    )
-    if launcher != "hydra/launcher=basic" and not flags.multirun:
-        sys.exit(
-            bad(
-                f"{launcher} starts the runs of a sweep: add --multirun. One run as a SLURM job:"
-                " python -m trainer.submit"
-            )
-        )
-    sys.argv[1:] = compose.rewrite(sys.argv[1:])
-    compose.install(incomplete=bool(flags.help or flags.hydra_help or flags.cfg or flags.info))
-    traced = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on then, and prints none itself
-    try:
-        _job()
-    except SystemExit as end:
-        slurm_job.leave_after_the_first(end.code)
-        _leave_the_group(end.code)
-        raise
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except _BAD_INPUT as error:
-        if traced:
-            raise
-        sys.exit(bad(told(error)))
 
 
 if __name__ == "__main__":

@@ -1,51 +1,140 @@
-"""A run's adapter in few bits: what is left of it, what that costs in held-out loss, and a file
-that says only that.
+"""Compress a run's adapter, and print what that costs in held-out loss.
 
-    python -m trainer.compress run=FOLDER[@last|best|STEP] method=compeft [keep=0.2]
-    [alpha=auto|FLOAT] [OPTIONS]
-    python -m trainer.compress run=FOLDER[@last|best|STEP] method=dare    [drop=0.9] [seed=0] [OPTIONS]
-    python -m trainer.compress run=FOLDER[@last|best|STEP] method=darex_q [drop=0.9] [seed=0] [q=auto|FLOAT] [OPTIONS]
-    python -m trainer.compress expand=FOLDER out=FOLDER
+    graft compress run=FOLDER[@last|best|STEP] method=compeft|dare|darex_q [OPTIONS]
+    graft compress expand=FOLDER out=FOLDER
 
-    OPTIONS  [factors=both|B] [out=FOLDER] [evaluate=true]
+compeft keeps the signs of the largest entries of each tensor and one scale. dare drops entries at
+random and divides the others by 1 - drop; darex_q divides them by q. adapters/compress.py has the
+formulas and papers. auto tries a grid on training rows and takes the value of least loss.
 
-compeft keeps the signs of the largest entries of each tensor and one scale; dare drops entries at
-random and divides the others by 1 - drop, darex_q by q (adapters/compress.py has the formulas and
-papers). auto tries a grid on training rows and takes the one of least loss. Of a low-rank pair
-compeft compresses both factors and the others B alone, unless factors= says otherwise.
-
-OUT is an adapter that stock PEFT loads, at full size, called done only after it was loaded back and
-gave the compressed model's own logits. Beside it, compact.safetensors holds the same in few bits;
-with adapter_config.json it is all that expand= needs to write that adapter again, without a base.
+The output is an adapter that stock PEFT loads, at full size. It is complete only after it was
+loaded back and gave the compressed model's own logits. Next to it, compact.safetensors holds the
+same in few bits; with adapter_config.json it is all that expand= needs to write the adapter again,
+without a base.
 """
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-from trainer.assembly import quiet
-from trainer.exporting.compact import Choice, Compressed, _choice, compress, expand
+from trainer.config.options import exit_with, option, parse
+
+# the options that each method takes
+SETTINGS = {
+    "compeft": ("keep", "alpha"),
+    "dare": ("drop", "seed"),
+    "darex_q": ("drop", "q", "seed"),
+}
 
 
-def _told(result: Compressed, choice: Choice) -> None:
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    run: str | None = option("the run folder", None, value="FOLDER[@last|best|STEP]")
+    expand: Path | None = option("a compressed adapter to expand", None, value="FOLDER")
+    method: Literal["compeft", "dare", "darex_q"] | None = option("how to compress", None)
+    keep: float | None = option(
+        "compeft: share of entries to keep, 0.2 by default", None, value="0.2", above=0, at_most=1
+    )
+    alpha: float | Literal["auto"] | None = option(
+        "compeft: factor of the scale", None, value="auto|NUMBER", above=0
+    )
+    drop: float | None = option(
+        "dare, darex_q: share of entries to drop, 0.9 by default",
+        None,
+        value="0.9",
+        at_least=0,
+        below=1,
+    )
+    q: float | Literal["auto"] | None = option(
+        "darex_q: divisor, from 1 - drop to 1", None, value="auto|NUMBER"
+    )
+    seed: int | None = option("dare, darex_q: of the draws", None, value="0", at_least=0)
+    factors: Literal["both", "B"] | None = option(
+        "what to compress of a low-rank pair: both by default for compeft, else B", None
+    )
+    out: Path | None = option(
+        "the folder to write, by default METHOD in the run folder", None, value="FOLDER"
+    )
+    evaluate: bool = option("measure the held-out loss before and after", True)
+
+    def faults(self) -> Iterator[str]:
+        """Yield what does not go together."""
+        numbers = ("keep", "alpha", "drop", "q", "seed")
+        if (self.run is None) == (self.expand is None):
+            yield "give either run=FOLDER or expand=FOLDER"
+        elif self.expand is not None:
+            others = ("method", "factors", *numbers)
+            if self.out is None or any(getattr(self, key) is not None for key in others):
+                yield "expand=FOLDER takes out=FOLDER and nothing else"
+        elif self.method is None:
+            yield f"missing: method={'|'.join(SETTINGS)}"
+        else:
+            takes = SETTINGS[self.method]
+            for key in numbers:
+                if getattr(self, key) is not None and key not in takes:
+                    yield (
+                        f"{key}={getattr(self, key)} has no effect with method={self.method},"
+                        f" which takes {', '.join(takes)}"
+                    )
+            least = 1 - self.dropped
+            if isinstance(self.q, float) and not least <= self.q <= 1:
+                yield f"q={self.q:g}: expected auto, or from 1 - drop = {least:g} to 1"
+
+    @property
+    def dropped(self) -> float:
+        """The share of entries to drop."""
+        return 0.9 if self.drop is None else self.drop
+
+    @property
+    def strength(self) -> float | None:
+        """alpha, or what is divided by; None to search for it."""
+        if self.method == "dare":
+            return 1 - self.dropped
+        strength = self.alpha if self.method == "compeft" else self.q
+        return strength if isinstance(strength, float) else None
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; see the module's text."""
+    options = parse(Options, argv, __doc__, "graft compress")
+    from trainer.assembly import quiet
+    from trainer.exporting.compact import Choice, compress, expand
+    from trainer.session import failures
+
+    try:
+        if options.expand is not None and options.out is not None:
+            expand(options.expand, options.out)
+            print(options.out)
+            return 0
+        quiet.quiet()
+        assert options.run is not None
+        assert options.method is not None
+        choice = Choice(
+            options.method,
+            options.factors or ("both" if options.method == "compeft" else "B"),
+            0.2 if options.keep is None else options.keep,
+            options.dropped,
+            options.strength,
+            options.seed or 0,
+        )
+        result = compress(options.run, choice, options.out, options.evaluate)
+    except Exception as error:
+        return failures.report_and_exit_code(error)
+    _print(result, "alpha" if options.method == "compeft" else "q")
+    return 0
+
+
+def _print(result: Any, name: str) -> None:
     from rich import get_console
-    from rich.table import Table
 
-    table = Table("", "before", "after")
-    table.add_row(
-        "bytes",
-        f"{result.before:,}",
-        f"{result.after:,} ({result.before / result.after:.1f}x smaller)",
-    )
-    table.add_row(
-        "bits per parameter",
-        *(f"{8 * size / result.parameters:.2f}" for size in (result.before, result.after)),
-    )
-    if result.loss_before is not None and result.loss_after is not None:
-        table.add_row("held-out loss", f"{result.loss_before:.4f}", f"{result.loss_after:.4f}")
-    get_console().print(table)
-    name = "alpha" if choice.method == "compeft" else "q"
+    from trainer.exporting.compact import sizes_table
+
+    get_console().print(sizes_table(result))
     if result.searched:
         tried = ", ".join(
             f"{strength:.3g}: {loss:.4f}" for strength, loss in result.searched.items()
@@ -55,9 +144,9 @@ def _told(result: Compressed, choice: Choice) -> None:
             print("searched on held-out rows: the held-out loss after is better than on others")
         if result.strength == max(result.searched):
             print(
-                f"that is the end of the grid: {name} further on may be better"
+                "this is the end of the grid: a larger alpha may be better"
                 if name == "alpha"
-                else "that is as little as q scales"
+                else "this is the largest q, which does not scale"
             )
     print(
         f"{result.out}\nloaded back and compared: logits differ by {result.difference:.2e} of their"
@@ -65,49 +154,5 @@ def _told(result: Compressed, choice: Choice) -> None:
     )
 
 
-def main(argv: list[str]) -> int:
-    """The verb; see the module's text."""
-    from trainer.config.errors import bad
-    from trainer.config.options import arguments
-    from trainer.session import failures
-
-    known = dict.fromkeys(
-        ("run", "expand", "method", "keep", "drop", "q", "alpha", "factors", "seed", "out")
-    ) | {"evaluate": True}
-    options = arguments(argv, known, __doc__ or "")
-    if (options["run"] is None) == (options["expand"] is None):
-        return bad(f"give either run=FOLDER or expand=FOLDER\n\n{__doc__}")
-    if options["expand"] is not None:
-        others = [
-            key
-            for key in known
-            if key not in ("expand", "out", "evaluate") and options[key] is not None
-        ]
-        if others or options["out"] is None:
-            return bad("expand=FOLDER takes out=FOLDER and nothing else")
-        try:
-            expand(Path(options["expand"]), Path(options["out"]))
-        except Exception as error:
-            return failures.report_and_exit_code(error)
-        print(options["out"])
-        return 0
-    try:
-        choice = _choice(options)
-    except ValueError as error:
-        return bad(str(error))
-    quiet.quiet()
-    try:
-        result = compress(
-            options["run"],
-            choice,
-            Path(options["out"]) if options["out"] else None,
-            options["evaluate"],
-        )
-    except Exception as error:
-        return failures.report_and_exit_code(error)
-    _told(result, choice)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main)

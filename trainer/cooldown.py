@@ -1,17 +1,18 @@
-"""Cooldowns that branch off the checkpoints of a run, and what the family of runs came to.
+"""Branch cooldowns off a run's checkpoints, and compare the family of runs.
 
-    python -m trainer.cooldown from=RUN[@STEP|last|best] fraction=F|steps=N [shape=1-sqrt] [final=0]
-    [name=NAME] [force=false]
-                               [dry=false] [KEY=VALUE ...] [--multirun]
-    python -m trainer.cooldown family=RUN
+    graft cooldown from=RUN[@STEP|last|best] fraction=F|steps=N [OPTIONS] [KEY=VALUE ...]
+    graft cooldown family=RUN
 
-Each branch is a run of its own beside RUN, with its settings, weights, optimiser, data position and
-random draws; only the rate falls, to `final` of what it was. fraction=0.2 makes the cooldown a
-fifth of all its steps. With --multirun from, fraction, steps, shape and final take several values,
-separated by commas, and every combination is run. KEY=VALUE changes the rows that the cooldown sees
-(task=..., task.path=...) or what is free in a run (callbacks, logger, max_time). RUN itself may
-still be training; keep its checkpoints with callbacks.checkpoints.keep=null. family= writes
-family.md and family.svg into RUN's folder.
+Each branch is a run next to RUN, with its settings, weights, optimiser, data position and random
+draws. Only the learning rate differs: it falls to `final` of its value. RUN itself may still be
+training; keep its checkpoints with callbacks.checkpoints.keep=null.
+
+With --multirun the options from, fraction, steps, shape and final take several values, separated by
+commas, and every combination is run; from=RUN@10,20 names two checkpoints. KEY=VALUE changes the
+rows that the cooldown sees (task=..., task.path=...) or what is free in a run (callbacks, logger,
+max_time).
+
+family= writes family.md and family.svg into RUN's folder.
 """
 
 from __future__ import annotations
@@ -19,77 +20,85 @@ from __future__ import annotations
 import itertools
 import shlex
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-from trainer.session.branches import KNOWN, SWEPT, _places, arguments, family, finished
+from trainer.config import schema
+from trainer.config.errors import bad
+from trainer.config.options import exit_with, option, parse, rest, values_of
+from trainer.config.overrides import is_setting
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    source: str | None = option(
+        "the run, and the checkpoint to branch off", None, key="from", value="RUN[@STEP|last|best]"
+    )
+    fraction: str | None = option("the cooldown's share of all its steps", None, value="F")
+    steps: str | None = option("the cooldown's steps", None, value="N")
+    shape: str = option("of the falling rate, see conf/branch/cooldown.yaml", "1-sqrt")
+    final: str = option("the last rate, as a share of the rate at the branch", "0")
+    name: str | None = option("of the new run", None, value="NAME")
+    force: bool = option("branch off a rate that is falling already", False)
+    dry: bool = option("print the commands and run nothing", False)
+    family: str | None = option("print the table of a run's branches", None, value="RUN")
+    overrides: tuple[str, ...] = rest("other settings of the branch", "KEY=VALUE", is_setting)
+
+    def faults(self) -> Iterator[str]:
+        """Yield what does not go together."""
+        if self.family is None and self.source is None:
+            yield "missing: from, the run to branch off, or family"
+        known = schema.load("branch/cooldown").children["shape"].type.split(" | ")
+        for shape in self.shape.split(","):
+            if shape not in known:
+                yield f"shape={shape}: expected one of {', '.join(known)}"
 
 
 def main(argv: list[str]) -> int:
-    """The verb; see the module's text."""
-    from trainer.config import schema
-    from trainer.config.errors import bad
-
-    sweep, words = (
-        "--multirun" in argv or "-m" in argv,
-        [word for word in argv if word not in ("--multirun", "-m")],
-    )
-    if any(word in ("-h", "--help") for word in words):
-        print(__doc__)
-        return 0
-    options, more = dict(KNOWN), []
-    settings = {
-        *schema.load("config").children,
-        *(path.name for path in schema.CONF.iterdir() if path.is_dir()),
-    }
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            return bad(f"{word}: not an argument. Arguments are written key=value.\n\n{__doc__}")
-        if key in KNOWN:
-            options[key] = value
-        elif key.lstrip("+~").partition(".")[0] in settings:
-            more.append(word)
-        else:
-            return bad(
-                f"{word}: not an argument. {schema.nearest(key, [*KNOWN, *settings])}\n\n{__doc__}"
-            )
-    for key in ("force", "dry"):
-        if options[key] not in ("true", "false"):
-            return bad(f"{key}={options[key]}: true or false")
-    shapes = schema.load("branch/cooldown").children["shape"].type.split(" | ")  # type: ignore[union-attr]
-    if options["family"] is None and options["from"] is None:
-        return bad(f"missing: from, the run to branch off, or family\n\n{__doc__}")
-    from trainer.session import failures
+    """Run the command; see the module's text."""
+    words = [word for word in argv if word not in ("--multirun", "-m")]
+    options = parse(Options, words, __doc__, "graft cooldown")
+    from trainer.session import branches, failures
 
     try:
-        if options["family"] is not None:
-            print(family(options["family"])[0])
+        if options.family is not None:
+            print(branches.family(options.family)[0])
             return 0
-        several = {key: str(options[key]).split(",") for key in SWEPT if options[key] is not None}
-        several["from"] = _places(several["from"])
-        if not sweep and (many := [key for key, values in several.items() if len(values) > 1]):
-            return bad(f"{many[0]}={options[many[0]]}: several values need --multirun")
-        if unknown := [shape for shape in several["shape"] if shape not in shapes]:
-            return bad(f"shape={unknown[0]}: one of {', '.join(shapes)}")
-        branches = [
-            arguments(options | dict(zip(several, values, strict=True)), more)
+        given = {
+            key: str(value).lower() if isinstance(value, bool) else value
+            for key, value in values_of(options).items()
+        }
+        several = {
+            key: str(given[key]).split(",") for key in branches.SWEPT if given[key] is not None
+        }
+        several["from"] = branches._places(several["from"])
+        swept = [key for key, values in several.items() if len(values) > 1]
+        if swept and len(words) == len(argv):
+            return bad(f"{swept[0]}={given[swept[0]]}: several values need --multirun")
+        commands = [
+            branches.arguments(
+                given | dict(zip(several, values, strict=True)), list(options.overrides)
+            )
             for values in itertools.product(*several.values())
         ]
     except Exception as error:
         return failures.report_and_exit_code(error)
-    if options["name"] is not None and len(branches) > 1:
+    if options.name is not None and len(commands) > 1:
         return bad(
-            f"name={options['name']}: {len(branches)} branches cannot share a name; leave it out"
+            f"name={options.name}: {len(commands)} branches cannot share a name; leave it out"
         )
-    for name, given in branches:
-        command = [sys.executable, "-m", "trainer", *given]
-        print("python -m trainer", shlex.join(given), flush=True)
-        if options["dry"] == "false" and (code := finished(command)):
+    for name, arguments in commands:
+        print("python -m trainer", shlex.join(arguments), flush=True)
+        command = [sys.executable, "-m", "trainer", *arguments]
+        if not options.dry and (code := branches.finished(command)):
             print(f"{name} ended with {code}", file=sys.stderr)
             return code
-    if options["dry"] == "false":
-        print(family(several["from"][0].rpartition("@")[0] or several["from"][0])[0])
+    if not options.dry:
+        print(branches.family(several["from"][0].rpartition("@")[0] or several["from"][0])[0])
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main)

@@ -1,69 +1,76 @@
-"""A run's result for use elsewhere, called done only after it was loaded back and gave the run's
-own logits.
+"""Write a run's result in another format, and load it back to compare.
 
-    python -m trainer.export run=FOLDER[@last|best|STEP]
-    to=peft|merged|shira|drafter|mtp|speculators|sglang|medusa [out=FOLDER]
-                             [dtype=float32|bfloat16|float16] [verifier=ORG/NAME]
-                             [unembedding=shared|copied]
+    graft export run=FOLDER[@last|best|STEP] to=FORMAT [OPTIONS]
 
-peft is the adapter as stock PEFT loads it; merged is a model folder as transformers loads it,
-merged in fp32 and then cast to dtype. A quantised base is merged as its rounding left it, which is
-what the adapter was trained on. MTP layers in the files of a base, which transformers does not
-load, are copied into a merged folder as they are. shira is for adapters with a sparse part.
+An export is complete only after it was loaded back and gave the run's own logits.
 
-drafter is the run's drafter as a folder, as the run itself writes it after its last step. mtp is
-merged with the drafter as the MTP layer of the base's own family: for generate(use_mtp=True), vLLM
-and SGLang; trainer/exporting/mtp_layers.py says for which bases.
+    peft          the adapter, as stock PEFT loads it
+    merged        a model folder, as transformers loads it: merged in fp32, then cast to dtype. A
+                  quantised base is merged as its rounding left it, which is what the adapter was
+                  trained on. MTP layers in the files of a base, which transformers does not load,
+                  are copied as they are.
+    shira         for adapters with a sparse part
+    drafter       the run's drafter as a folder, as the run itself writes it after its last step
+    mtp           merged, with the drafter as the MTP layer of the base's own family: for
+                  generate(use_mtp=True), vLLM and SGLang. trainer/exporting/mtp_layers.py lists
+                  the bases.
+    speculators   a drafter (EAGLE-3) as vLLM loads it
+    sglang        a drafter (EAGLE-1, EAGLE-3) as SGLang loads it
+    medusa        Medusa's own file
 
-speculators (EAGLE-3) and sglang (EAGLE-1, EAGLE-3) are drafters as vLLM and SGLang load them,
-medusa is Medusa's own file; trainer/exporting/draft_head.py says which fits what. verifier is the model that a
-config names as the one drafted for, by default the base. unembedding=copied gives each of Medusa's
-heads a copy of the target's output layer, as its first version has them.
+trainer/exporting/draft_head.py says which drafter fits which format.
 """
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from trainer.assembly import quiet
-from trainer.exporting import engines
-from trainer.exporting.formats import export
+from trainer.config.options import exit_with, option, parse
+
+Format = Literal["peft", "merged", "shira", "drafter", "mtp", "speculators", "sglang", "medusa"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    run: str = option("the run folder", value="FOLDER[@last|best|STEP]")
+    to: Format = option("the format", value="FORMAT")
+    out: Path | None = option(
+        "the folder to write, by default one in the run folder", None, value="FOLDER"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = option("of the weights", "float32")
+    verifier: str | None = option(
+        "the model that the config of a drafter names as the one it drafts for, by default the"
+        " base",
+        None,
+        value="ORG/NAME",
+    )
+    unembedding: Literal["shared", "copied"] = option(
+        "copied gives each of Medusa's heads a copy of the target's output layer, as its first"
+        " version has them",
+        "shared",
+    )
 
 
 def main(argv: list[str]) -> int:
-    """The verb; see the module's text."""
-    from trainer.config.errors import EXIT_BAD_INPUT
-    from trainer.config.options import arguments
+    """Run the command; see the module's text."""
+    options = parse(Options, argv, __doc__, "graft export")
+    from trainer.assembly import quiet
+    from trainer.exporting.formats import export
     from trainer.session import failures
 
-    taken = {
-        "run": ...,
-        "to": ...,
-        "out": None,
-        "dtype": "float32",
-        "verifier": None,
-        "unembedding": "shared",
-    }
-    options = arguments(argv, taken, __doc__ or "")
-    choice = {
-        "to": ("peft", "merged", "shira", "drafter", "mtp", *engines.LAYOUTS),
-        "dtype": ("float32", "bfloat16", "float16"),
-        "unembedding": ("shared", "copied"),
-    }
-    for key, choices in choice.items():
-        if options[key] not in choices:
-            print(f"{key}={options[key]}: choose one of {', '.join(choices)}", file=sys.stderr)
-            return EXIT_BAD_INPUT
     quiet.quiet()
     try:
         out, difference = export(
-            options["run"],
-            options["to"],
-            Path(options["out"]) if options["out"] else None,
-            options["dtype"],
-            options["verifier"],
-            options["unembedding"],
+            options.run,
+            options.to,
+            options.out,
+            options.dtype,
+            options.verifier,
+            options.unembedding,
         )
     except Exception as error:
         return failures.report_and_exit_code(error)
@@ -72,4 +79,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main)

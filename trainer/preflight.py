@@ -1,61 +1,71 @@
-"""What can be known before weights are loaded: what becomes of the rows, what is trained, how long
-it takes, whether it fits.
+"""Check a run before it loads weights: rows, what is trained, time, memory.
 
-    python -m trainer.preflight +experiment=NAME ... [--config-dir FOLDER] [--json FILE] [--samples
-    N]
+    graft preflight experiment=NAME [GROUP=CHOICE ...] [KEY=VALUE ...] [OPTIONS]
 
-reads the whole data set and prints a table and a preview, trained tokens in one colour and masked
-ones in another. Errors make the exit code 2. Training runs the same checks before it loads
-anything.
+This command reads the whole data set and prints a table and a preview, with trained tokens in one
+colour and masked tokens in another. Errors make the exit code 2. Training runs the same checks
+before it loads anything.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
-import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import get_console
-from rich.text import Text
+from trainer.config.errors import EXIT_BAD_INPUT, bad, explain
+from trainer.config.options import exit_with, option, parse, rest
+from trainer.config.overrides import is_override
+from trainer.config.quoting import in_quotes
 
-from trainer.assembly import quiet
-from trainer.assembly.build import instantiate
-from trainer.assembly.recipe import Recipe
-from trainer.session import preview
-from trainer.session.inspect import inspect
+FLAGS = {
+    "--json": "json",
+    "--samples": "samples",
+    "--config-dir": "--config-dir",
+    "-cd": "--config-dir",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    json: Path | None = option("write the result as JSON", None, value="FILE", writes=True)
+    samples: int = option("rows to preview", 2, at_least=0)
+    config_dir: Path | None = option(
+        "a folder with your own experiments", None, key="--config-dir", value="FOLDER"
+    )
+    overrides: tuple[str, ...] = rest("the run's config", "KEY=VALUE", is_override)
 
 
 def main(argv: list[str]) -> int:
-    """The verb; see the module's text."""
+    """Run the command; see the module's text."""
+    options = parse(Options, list(_as_words(argv)), __doc__, "graft preflight")
     from omegaconf import OmegaConf
 
-    from trainer.config import compose as configs
-    from trainer.config.errors import EXIT_BAD_INPUT, bad, told
-    from trainer.session import failures
+    from trainer.config import compose
 
-    parser = argparse.ArgumentParser(
-        "python -m trainer.preflight", add_help=False, allow_abbrev=False
-    )
-    parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("--config-dir", metavar="FOLDER")
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--samples", metavar="N", type=int, default=2)
-    options, arguments = parser.parse_known_args(argv)
-    if options.help:
-        print(__doc__)
-        return 0
-    if options.json and not Path(options.json).parent.is_dir():
-        return bad(f"--json {options.json}: there is no such folder")
+    words = list(options.overrides)
     if options.config_dir:
-        arguments.append(f"hydra.searchpath=['file://{Path(options.config_dir).resolve()}']")
+        folder = in_quotes(f"file://{options.config_dir.resolve()}")
+        words.append(f"hydra.searchpath=[{folder}]")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        config: dict[str, Any] = OmegaConf.to_container(configs.compose(arguments), resolve=True)  # type: ignore[assignment]
+        config: Any = OmegaConf.to_container(compose.compose(words), resolve=True)
     except Exception as error:  # a ConfigError, or Hydra's own: an unknown group or experiment
-        return bad(told(error))
+        return bad(explain(error))
+    from rich import get_console
+    from rich.text import Text
+
+    from trainer.assembly import quiet
+    from trainer.assembly.build import instantiate
+    from trainer.assembly.recipe import Recipe
+    from trainer.session import failures, preview
+    from trainer.session.inspect import inspect
+
     quiet.quiet()
     try:
         devices = config["lightning"]["devices"]
@@ -65,7 +75,7 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         return failures.report_and_exit_code(error, config)
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
     console = get_console()
     console.print(preview.table(result))
     for text in preview.samples(recipe.data, options.samples):
@@ -76,5 +86,16 @@ def main(argv: list[str]) -> int:
     return EXIT_BAD_INPUT if result["errors"] else 0
 
 
+def _as_words(argv: list[str]) -> Iterator[str]:
+    """Yield `--json FILE` and `--json=FILE` as `json=FILE`, and the like."""
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag in FLAGS:
+            yield f"{FLAGS[flag]}={value if equals else next(words, '')}"
+        else:
+            yield word
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main)

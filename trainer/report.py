@@ -1,30 +1,37 @@
-"""report.html: a run to look at, in one file that needs no network.
+"""Write a run's report.html again, a page to look at in one file.
 
-    python -m trainer.report run=FOLDER
+    graft report run=FOLDER
 
-makes it anew from what the run folder holds. A run writes it when it ends.
+A run writes report.html when it ends. This command writes it from what the folder holds now. The
+page needs no network.
 """
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.session.report_html import write
+from trainer.config.errors import bad
+from trainer.config.options import exit_with, option, parse
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    run: Path = option("the run folder", value="FOLDER")
 
 
 def main(argv: list[str]) -> int:
-    """The verb; see the module's text."""
-    from trainer.config.errors import EXIT_BAD_INPUT
-    from trainer.config.options import arguments
+    """Run the command; see the module's text."""
+    options = parse(Options, argv, __doc__, "graft report")
+    if not (options.run / "run.yaml").exists():
+        return bad(f"run={options.run}: expected a run folder, and this one has no run.yaml")
+    from trainer.session.report_html import write
 
-    folder = Path(arguments(argv, {"run": ...}, __doc__ or "")["run"]).expanduser()
-    if not (folder / "run.yaml").exists():
-        print(f"{folder} is no run folder: it has no run.yaml", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    print(write(folder))
+    print(write(options.run))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main)

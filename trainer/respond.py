@@ -177,7 +177,7 @@ def main(argv: list[str]) -> int:
     try:
         plain = _composed(options, given)
     except Exception as error:  # a ConfigError, or Hydra's own: an unknown base or task
-        return errors_module.bad(errors_module.told(error))
+        return errors_module.bad(errors_module.explain(error))
     quiet.quiet()
     written: AnswersFolder | None = None
     count, signals = 0, Signals()

@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 
 from trainer.cluster.submission import prepared, submit
-from trainer.config.errors import ConfigError, bad, told
+from trainer.config.errors import ConfigError, bad, explain
 
 
 def main(argv: list[str]) -> int:
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
             return 0
         number, file = submit(job.script, job.name, job.logs)
     except (ConfigError, OSError) as error:
-        return bad(told(error))
+        return bad(explain(error))
     task = "-TASK" if job.array else ""
     print(f"job {number}")
     print(f"run:              {job.run}{f'-{number}{task}' if job.numbered else ''}")

@@ -85,7 +85,7 @@ def test_one_process_asks_for_all(slurm, monkeypatch):
 def test_who_is_ended_for_anothers_mistake_has_the_lower_code(monkeypatch, tasks, code):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
     ended = (
-        "import os, signal; from trainer.cluster import slurm_job; slurm_job.yield_to_the_error();"
+        "import os, signal; from trainer.cluster import slurm_job; slurm_job.exit_1_on_sigterm();"
         " os.kill(os.getpid(), signal.SIGTERM)"
     )
     assert subprocess.run([sys.executable, "-c", ended], cwd=ROOT).returncode == code
@@ -102,8 +102,8 @@ def test_the_others_leave_after_the_first(monkeypatch, rank, tasks, code, waits)
     monkeypatch.setattr(
         time, "sleep", lambda seconds: slept.append((seconds, signal.getsignal(signal.SIGTERM)))
     )
-    slurm_job.leave_after_the_first(code)
-    assert slept == ([(slurm_job.LEAVE, signal.SIG_IGN)] if waits else [])
+    slurm_job.wait_for_rank0(code)
+    assert slept == ([(slurm_job.WAIT_FOR_RANK0_S, signal.SIG_IGN)] if waits else [])
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_a_signal_before_there_is_a_folder_asks_too(slurm, compose, monkeypatch,
         "trainer.run.run", lambda cfg, signals: os.kill(os.getpid(), signal.SIGUSR1)
     )
     with caplog.at_level(logging.INFO), pytest.raises(SystemExit) as end:
-        __main__._job.__wrapped__(cfg)
+        __main__._job(cfg)
     assert end.value.code == 75
     assert asked(slurm) == ["requeue 77"]
     # the queue's own would make another exit code
@@ -210,7 +210,7 @@ def test_a_signal_after_the_end_makes_no_failure_of_it(slurm, compose, monkeypat
     cfg = compose("+experiment=smoke", "task.path=rows", f"runs={tmp_path}")
     HydraConfig.instance().set_config(cfg)
     monkeypatch.setattr("trainer.run.run", lambda cfg, signals: 0.5)
-    assert __main__._job.__wrapped__(cfg) == 0.5
+    assert __main__._job(cfg) == 0.5
     assert all(signal.getsignal(number) == signal.SIG_IGN for number in NOTED)
     assert asked(slurm) == []
 

@@ -149,7 +149,7 @@ def test_what_the_script_runs(asked, tmp_path):
 
 
 def test_the_template_by_hand_runs_the_same(tmp_path):
-    text = (ROOT / "scripts/slurm/train.sbatch").read_text()
+    text = (ROOT / "trainer/cluster/job.sbatch").read_text()
     words, _ = given(f"set -- +experiment=smoke seed=1\n{text}", tmp_path)
     assert words == [
         "--kill-on-bad-exit=1",

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import sums, write_rows
+from tests.toys.commands import exit_code
 from trainer import evaluate
 from trainer.assembly import trained as trained_module
 from trainer.assembly.rows import add_prompts, load_data
@@ -342,15 +343,20 @@ def test_the_verb_knows_classes(trained, tmp_path):
     [
         (["run=nowhere"], 2, "is no run folder"),
         (["run=RUN@99"], 1, "has no checkpoint '99'; it has the steps"),
-        (["run=RUN", "batch_size=0"], 2, "batch_size=0: at least 1"),
-        (["run=RUN", "max_new_tokens=0"], 2, "max_new_tokens=0: at least 1"),
-        (["run=RUN", "generate=-1"], 2, "generate=-1: at least 0"),
+        (["run=RUN", "batch_size=0"], 2, "batch_size=0: expected a whole number, at least 1"),
+        (
+            ["run=RUN", "max_new_tokens=0"],
+            2,
+            "max_new_tokens=0: expected a whole number, at least 1",
+        ),
+        (["run=RUN", "generate=-1"], 2, "generate=-1: expected a whole number, at least 0"),
     ],
 )
 def test_what_cannot_be_evaluated_says_why(trained, capsys, arguments, code, said):
     run = trained()
     capsys.readouterr()
-    assert evaluate.main([argument.replace("RUN", run) for argument in arguments]) == code
+    words = [argument.replace("RUN", run) for argument in arguments]
+    assert exit_code(evaluate.main, words) == code
     err = capsys.readouterr().err
     assert said in err
     assert "Traceback" not in err

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.toys import adapters as toys
+from tests.toys.commands import exit_code
 from tests.toys.finetuning import Table, adapted, lora, table
 from trainer import density
 from trainer.data.batches import Collate, Sequences
@@ -276,12 +277,12 @@ def test_the_verb_takes_a_threshold_and_another_place(run, tmp_path, capsys):
     assert mean["non_zero"] == pytest.approx(1.0, abs=1e-3)
     assert not (run / "density.json").exists()
     for argument, said in [
-        ("ppl=-1", "ppl=-1.0: a percentage"),
-        ("tau=small", "tau=small: a number"),
+        ("ppl=-1", "ppl=-1: expected a number, at least 0"),
+        ("tau=small", "tau=small: expected a number"),
         ("batch_size=0", "at least 1"),
-        (f"json={tmp_path / 'no' / 'x'}", "there is no such folder"),
+        (f"json={tmp_path / 'no' / 'x'}", "there is no folder"),
     ]:
-        assert density.main([f"run={run}", argument]) == 2
+        assert exit_code(density.main, [f"run={run}", argument]) == 2
         assert said in capsys.readouterr().err
     assert density.main(["run=nowhere"]) == 2
     assert "is no run folder" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import sums, write_rows
+from tests.toys.commands import exit_code
 from trainer import realign
 from trainer.assembly.build import instantiate
 from trainer.drafters import DrafterError, io
@@ -151,7 +152,8 @@ def test_heads_that_do_not_fit_are_refused(started, rows, tmp_path, capsys):
     head, tuned = started
 
     def said(draft, target=tuned, *more):
-        assert realign.main([f"draft={draft}", f"target.run={target}", "dry=true", *more]) == 2
+        words = [f"draft={draft}", f"target.run={target}", "dry=true", *more]
+        assert exit_code(realign.main, words) == 2
         return capsys.readouterr().err
 
     assert "that run has no drafter, or has not ended yet" in said(tuned)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from adapters import compress as coding
 from adapters.delta import AdapterError
 from tests.conftest import sums, write_rows
+from tests.toys.commands import exit_code
 from trainer import compress, sizes
 from trainer.assembly import trained as trained_module
 from trainer.data.batches import Collate
@@ -300,18 +301,18 @@ def test_the_verb(run_of, tmp_path, capsys):
         (["expand=x"], "takes out=FOLDER and nothing else"),
         (["expand=x", "out=y", "keep=0.1"], "takes out=FOLDER and nothing else"),
         (["expand=none", "out=y"], "none has no compact.safetensors"),
-        (["run=x"], "method=None: choose one of compeft, dare, darex_q"),
-        (["run=x", "method=ties"], "method=ties: choose one of compeft, dare, darex_q"),
-        (["run=x", "method=compeft", "keep=0"], "keep=0: expected above 0 and at most 1"),
-        (["run=x", "method=compeft", "keep=nan"], "keep=nan: expected above 0"),
-        (["run=x", "method=compeft", "alpha=-1"], "alpha=-1: expected auto, or above 0"),
+        (["run=x"], "missing: method=compeft|dare|darex_q"),
+        (["run=x", "method=ties"], "method=ties: expected one of compeft, dare, darex_q"),
+        (["run=x", "method=compeft", "keep=0"], "keep=0: expected a number, above 0 and at most 1"),
+        (["run=x", "method=compeft", "keep=nan"], "keep=nan: expected a number, above 0"),
+        (["run=x", "method=compeft", "alpha=-1"], "alpha=-1: expected a number, above 0, or auto"),
         (
             ["run=x", "method=compeft", "drop=0.5"],
             "drop=0.5 has no effect with method=compeft, which takes keep, alpha",
         ),
-        (["run=x", "method=dare", "drop=1"], "drop=1: expected at least 0 and below 1"),
+        (["run=x", "method=dare", "drop=1"], "drop=1: expected a number, at least 0 and below 1"),
         (["run=x", "method=dare", "q=0.5"], "q=0.5 has no effect with method=dare"),
-        (["run=x", "method=dare", "factors=A"], "factors=A: choose one of both, B"),
+        (["run=x", "method=dare", "factors=A"], "factors=A: expected one of both, B"),
         (["run=x", "method=dare", "seed=1.5"], "seed=1.5: expected a whole number"),
         (
             ["run=x", "method=darex_q", "q=0.05"],
@@ -322,7 +323,7 @@ def test_the_verb(run_of, tmp_path, capsys):
 )
 def test_bad_arguments_are_named(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert compress.main(arguments) == 2
+    assert exit_code(compress.main, arguments) == 2
     assert message in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
@@ -393,8 +394,8 @@ def test_sizes_without_an_update_or_without_an_adapter(run_of, tmp_path, capsys)
     capsys.readouterr()
     assert sizes.main([f"run={run_of('full')}"]) == 2
     assert "adapter=full leaves no adapter to measure" in capsys.readouterr().err
-    assert sizes.main([f"run={run_of('full')}", "json=no/where.json"]) == 2
-    assert "no such folder" in capsys.readouterr().err
+    assert exit_code(sizes.main, ["run=x", "json=no/where.json"]) == 2
+    assert "there is no folder no" in capsys.readouterr().err
 
 
 def test_effective_rank_is_exact_where_it_is_known():

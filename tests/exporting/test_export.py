@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from adapters.delta import AdapterError
 from tests.conftest import write_rows
+from tests.toys.commands import exit_code
 from tests.toys.heads import make, stirred
 from tests.toys.mtp_bases import names_of, tiny_of
 from trainer import export
@@ -274,10 +275,10 @@ def test_the_verb(train, chats, tmp_path, capsys):
     }
     assert oct((tmp_path / "out").stat().st_mode)[-3:] == "755"
     for wrong, message in (
-        (["to=gguf"], "choose one of peft, merged, shira, drafter, mtp"),
+        (["to=gguf"], "expected one of peft, merged, shira, drafter, mtp"),
         (["to=peft", "dtype=int4"], "float32, bfloat16, float16"),
     ):
-        assert export.main([f"run={run}", *wrong]) == 2
+        assert exit_code(export.main, [f"run={run}", *wrong]) == 2
         assert message in capsys.readouterr().err
 
 

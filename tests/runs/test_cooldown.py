@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from tasks.wheel import sha256
+from tests.toys.commands import exit_code
 from tests.toys.power_cuts import PowerCut, cut_at, outcome
 from trainer import cooldown
 from trainer.callbacks.cooldown import CooldownTrigger
@@ -231,18 +232,22 @@ REFUSED = [
     (["from={run}@5", "steps=3"], "has no checkpoint '5'; it has the steps 4, 8, 12"),
     (["from={run}@4", "steps=3,4"], "steps=3,4: several values need --multirun"),
     (["from={run}@4,8", "steps=3", "name=x", "--multirun"], "2 branches cannot share a name"),
-    (["from={run}@4", "steps=3", "shape=square"], "shape=square: one of 1-sqrt"),
-    (["from={run}@4", "steps=3", "force=maybe"], "force=maybe: true or false"),
+    (["from={run}@4", "steps=3", "shape=square"], "shape=square: expected one of 1-sqrt"),
+    (["from={run}@4", "steps=3", "force=maybe"], "force=maybe: expected true or false"),
     (["from=nowhere", "steps=3"], "nowhere is no run folder"),
     (["family=nowhere"], "nowhere is no run folder"),
-    (["steps"], "steps: not an argument"),
-    (["from={run}@4", "fractoin=0.5"], "fractoin=0.5: not an argument. Did you mean fraction?"),
+    (["steps"], "steps: expected KEY=VALUE"),
+    (
+        ["from={run}@4", "fractoin=0.5"],
+        "fractoin=0.5: there is no such option. Did you mean fraction?",
+    ),
 ]
 
 
 def test_what_cannot_be_branched_is_said(constant, capsys):
     for arguments, said in REFUSED:
-        assert cooldown.main([argument.format(run=constant) for argument in arguments]) != 0
+        words = [argument.format(run=constant) for argument in arguments]
+        assert exit_code(cooldown.main, words) != 0
         assert said in capsys.readouterr().err
 
 

@@ -123,7 +123,7 @@ def job(compose, monkeypatch, tmp_path):
         HydraConfig.instance().set_config(cfg)
         monkeypatch.setattr("trainer.run.run", lambda cfg, signals: act())
         with pytest.raises(SystemExit) as end:
-            __main__._job.__wrapped__(cfg)
+            __main__._job(cfg)
         return end.value.code
 
     return ended
@@ -156,7 +156,7 @@ def test_a_run_that_was_stopped_ends_with_the_signals_code(job, caplog, code):
 def test_ctrl_c_before_the_run_begins(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["trainer", "+experiment=smoke", "task.path=rows"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(__main__, "_job", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(__main__, "_run", raising(KeyboardInterrupt()))
     with pytest.raises(SystemExit) as end:
         __main__.main()
     assert end.value.code == 130

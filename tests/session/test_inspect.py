@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.conftest import write_rows
+from tests.toys.commands import exit_code
 from trainer import preflight
 from trainer.assembly.build import instantiate
 from trainer.assembly.rows import load_data
@@ -59,7 +60,7 @@ def check(weightless, tmp_path):
             "--json",
             str(file),
         ]
-        code = preflight.main([*common, *arguments])
+        code = exit_code(preflight.main, [*common, *arguments])
         return code, json.loads(file.read_text()) if file.exists() else None
 
     return checked
@@ -279,8 +280,8 @@ def test_what_cannot_be_read_is_exit_code_2_without_a_traceback(
 
 
 def test_help_is_no_check(capsys):
-    assert preflight.main(["--help"]) == 0
-    assert "python -m trainer.preflight" in capsys.readouterr().out
+    assert exit_code(preflight.main, ["--help"]) == 0
+    assert "graft preflight" in capsys.readouterr().out
 
 
 def test_the_table_says_what_the_file_says(check, rows, capsys):

@@ -400,4 +400,4 @@ def test_the_verb_says_where_the_page_is(folder, tmp_path, capsys):
 
 def test_the_verb_refuses_what_is_no_run(tmp_path, capsys):
     assert report.main([f"run={tmp_path}"]) == 2
-    assert "is no run folder: it has no run.yaml" in capsys.readouterr().err
+    assert "expected a run folder, and this one has no run.yaml" in capsys.readouterr().err

@@ -153,7 +153,7 @@ def other_tasks(lab: Lab) -> dict[str, Any]:
         f"--chdir={lab.folder}",
         f"--output={lab.folder}/runs/slurm/smoke-%j.log",
         f"--export=ALL,PYTHON={sys.executable},PYTHONPATH={ROOT}",
-        f"{ROOT}/scripts/slurm/train.sbatch",
+        f"{ROOT}/trainer/cluster/job.sbatch",
         "+experiment=smoke",
         "task.path=rows.jsonl",
         "lightning=cpu",

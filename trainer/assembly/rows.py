@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tasks.reading import DataError
 from trainer.config.errors import ConfigError
 from trainer.data.batches import BatchOrder, Collate, Sequences
 from trainer.data.held_out import HeldOut
@@ -88,6 +89,21 @@ def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True)
         else None
     )
     return Data(task, renderer, training, held_out, collate, identity)
+
+
+def load_held_out(config: dict[str, Any], base: Base, task: Any) -> Data:
+    """The task's rows of evaluation as tokens.
+
+    Raises:
+        DataError: there are none.
+    """
+    data = load_data(config, base, task, train=False)
+    if data.held_out is None:
+        raise DataError(
+            "this run's task has no held-out rows: it had task.eval_fraction=0 and no"
+            " task.eval_path"
+        )
+    return data
 
 
 def add_prompts(found: Data, count: int, model: nn.Module | None) -> None:

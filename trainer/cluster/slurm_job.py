@@ -22,9 +22,9 @@ from trainer.config.run_name import job
 
 log = logging.getLogger("trainer")
 
-AGAIN = 75  # sysexits.h's EX_TEMPFAIL: saved, and in the queue again
-LEAVE = 5  # seconds
-FRUITLESS = 3  # starts in a row that may gain no step
+EXIT_REQUEUED = 75  # sysexits.h's EX_TEMPFAIL: saved, and in the queue again
+WAIT_FOR_RANK0_S = 5  # seconds
+MAX_STARTS_WITHOUT_PROGRESS = 3  # starts in a row that may gain no step
 
 
 class Stopped(RuntimeError):
@@ -48,27 +48,27 @@ def first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
 
 
-def together() -> bool:
+def has_several_ranks() -> bool:
     """Whether srun has started several processes, so that it ends all with SIGTERM when one leaves
     with an error. Its exit code is the highest of theirs."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
-def yield_to_the_error() -> None:
+def exit_1_on_sigterm() -> None:
     """Let SIGTERM end this process with 1 from now on, below the code of the process that has found
     what is wrong: for as long as there is nothing to save, it would be 143 for a mistake in the
     config."""
-    if together():
+    if has_several_ranks():
         signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
 
 
-def leave_after_the_first(code: object) -> None:
+def wait_for_rank0(code: object) -> None:
     """Before a process leaves with an error: the first one has found the same, tells of it, and
     must not take the end of this one for a wish of SLURM's to have the run stopped and queued
     again."""
-    if together() and not first_process() and code not in (None, 0):
+    if has_several_ranks() and not first_process() and code not in (None, 0):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        time.sleep(LEAVE)
+        time.sleep(WAIT_FOR_RANK0_S)
 
 
 def about(number: str) -> dict[str, str]:
@@ -152,7 +152,7 @@ def exit_code(settings: dict[str, Any], number: int, folder: Path | None, step: 
         log.warning("SLURM job %s is not put into the queue again: %s", name, refused)
         return 128 + number
     log.warning("SLURM job %s is in the queue again", name)
-    return AGAIN
+    return EXIT_REQUEUED
 
 
 def _refused(
@@ -173,9 +173,11 @@ def _refused(
         return None
     file = folder / "requeues.jsonl"
     earlier = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    if len(earlier) >= FRUITLESS and all(row["step"] == step for row in earlier[-FRUITLESS:]):
+    if len(earlier) >= MAX_STARTS_WITHOUT_PROGRESS and all(
+        row["step"] == step for row in earlier[-MAX_STARTS_WITHOUT_PROGRESS:]
+    ):
         return (
-            f"its last {FRUITLESS} starts have gained no step beyond {step}. Give it more time, or"
+            f"its last {MAX_STARTS_WITHOUT_PROGRESS} starts have gained no step beyond {step}. Give it more time, or"
             " fewer steps between signals"
         )
     with file.open("a") as out:

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config import compose, schema
-from trainer.config.errors import ConfigError, told
+from trainer.config.errors import ConfigError, explain
 from trainer.config.secrets import redact
 
 TEMPLATE = Path(__file__).with_name("job.sbatch")
@@ -192,7 +192,7 @@ def combinations(overrides: list[str], sweep: bool) -> tuple[list[str], list[lis
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException as error:
-            raise ConfigError(f"{text}: {told(error)}") from None
+            raise ConfigError(f"{text}: {explain(error)}") from None
         if not override.is_sweep_override():
             shared.append(text)
             continue
@@ -449,7 +449,7 @@ def prepared(argv: list[str], sweep: bool) -> Job:
             OSError,
             ValueError,
         ) as error:
-            raise ConfigError((f"{' '.join(words)}: " if words else "") + told(error)) from None
+            raise ConfigError((f"{' '.join(words)}: " if words else "") + explain(error)) from None
         if needs is not None and found != needs:
             raise ConfigError(
                 f"the tasks of an array ask for the same nodes and GPUs, but {task} for {needs} and"

@@ -6,7 +6,6 @@ its own node included, before Hydra instantiates a callback or configures a logg
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -15,28 +14,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from trainer.config import forbidden, lengths, limits, schema, secrets, target_base
+from trainer.config import forbidden, hydra_hook, lengths, limits, schema, secrets, target_base
 from trainer.config.conflicts import conflicts, schedule_free
 from trainer.config.errors import ConfigError
 from trainer.config.groups import default_choices, root_schema
+from trainer.config.overrides import rewrite
 from trainer.config.run_name import _run_folder, run_folder
 
 RESOLVED_WITHIN = 2.0  # seconds of computing
-
-
-def rewrite(argv: list[str]) -> list[str]:
-    """Arguments as Hydra takes them: `experiment=x` works like `+experiment=x`, and an unknown key
-    reaches our own check, which suggests the right one, instead of Hydra's."""
-    result = []
-    for argument in argv:
-        key = argument.partition("=")[0]
-        if "=" in argument and re.match(r"[A-Za-z_]", argument) and not key.startswith("hydra"):
-            if key == "experiment":
-                argument = "+" + argument
-            elif "@" not in key and not (schema.CONF / key).is_dir():
-                argument = "++" + argument
-        result.append(argument)
-    return result
 
 
 def install(incomplete: bool = False) -> None:
@@ -45,57 +30,37 @@ def install(incomplete: bool = False) -> None:
     Raises:
         ConfigError: from within Hydra's composition.
     """
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra._internal.sources_registry import SourcesRegistry
-    from hydra.core.plugins import Plugins
 
-    # loads the sources' modules anew, and with them the class that is asked for here
-    Plugins.instance()
-    file_source: Any = SourcesRegistry.instance().resolve("file")
-    register_resolvers()
-    secrets.redact_logs()
-    compose = ConfigLoaderImpl.load_configuration
-    if getattr(compose, "checked", False):
-        return
-
-    @functools.wraps(compose)
-    def checked(
-        self: Any, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any
-    ) -> DictConfig:
-        for override in overrides:
-            # A package on the search path is imported, before there is a config to check.
-            if re.match(r"\W*hydra\.searchpath\b.*(pkg:|\$)", override, re.DOTALL):
-                raise ConfigError(f"{override}: only folders can be searched for configs")
-            group, _, value = override.partition("=")
-            if value == "null" and (schema.CONF / group).is_dir():
-                raise ConfigError(f"{override}: choose one of {', '.join(schema.options(group))}")
-        config = compose(self, config_name, overrides, *args, **kwargs)
-        noted = OmegaConf.to_container(config.hydra.overrides, resolve=False)
-        if sorted(noted["hydra"] + noted["task"]) != sorted(overrides):  # type: ignore[index, call-overload]
+    def check_config(config: DictConfig, overrides: list[str]) -> None:
+        recorded: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)
+        if sorted(recorded["hydra"] + recorded["task"]) != sorted(overrides):
             raise ConfigError(
                 "hydra.overrides is what the command line says, and is not taken from a config"
             )
         _take_base(config)
         check(config, incomplete=incomplete)
-        return config
 
-    read = file_source.load_config
+    register_resolvers()
+    secrets.redact_logs()
+    hydra_hook.install(_check_overrides, check_config, _check_file)
 
-    @functools.wraps(read)
-    def bounded(self: Any, config_path: str) -> Any:
-        file = Path(
-            self.path, config_path if config_path.endswith(".yaml") else f"{config_path}.yaml"
-        )
-        if file.exists() and not file.resolve().is_relative_to(schema.CONF.resolve()):
-            try:
-                limits.refuse_bomb(file.read_text("utf-8"), str(file))
-            except limits.LimitExceeded as error:
-                raise ConfigError(str(error)) from None
-        return read(self, config_path)
 
-    checked.checked = True  # type: ignore[attr-defined]
-    ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
-    file_source.load_config = bounded
+def _check_overrides(overrides: list[str]) -> None:
+    for override in overrides:
+        # A package on the search path is imported before there is a config to check.
+        if re.match(r"\W*hydra\.searchpath\b.*(pkg:|\$)", override, re.DOTALL):
+            raise ConfigError(f"{override}: only folders can be searched for configs")
+        group, _, value = override.partition("=")
+        if value == "null" and (schema.CONF / group).is_dir():
+            raise ConfigError(f"{override}: choose one of {', '.join(schema.options(group))}")
+
+
+def _check_file(file: Path) -> None:
+    if file.exists() and not file.resolve().is_relative_to(schema.CONF.resolve()):
+        try:
+            limits.refuse_bomb(file.read_text("utf-8"), str(file))
+        except limits.LimitExceeded as error:
+            raise ConfigError(str(error)) from None
 
 
 def _take_base(config: DictConfig) -> None:

@@ -1,11 +1,265 @@
-"""Options of commands: NAME=VALUE words into values."""
+"""Options of commands: `KEY=VALUE` words of a command line into a frozen dataclass.
+
+A command declares its options as fields made by `option` and `rest`; the annotation is the type:
+str, int, float, bool, Path, Literal[...], and unions of these with each other and None.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
 
-from trainer.config import schema
 from trainer.config.errors import bad
+
+T = TypeVar("T")
+PIPE_CLOSED = 141  # what a shell reports for a program that ends at `| head`: 128 + SIGPIPE
+WIDTH = 100
+COLUMN = 34  # where the explanations of options begin
+BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
+    "at least": lambda value, bound: value >= bound,
+    "above": lambda value, bound: value > bound,
+    "at most": lambda value, bound: value <= bound,
+    "below": lambda value, bound: value < bound,
+}
+
+
+def option(
+    text: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    value: str = "",
+    key: str = "",
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    writes: bool = False,
+) -> Any:
+    """Declare an option; without a default it is required.
+
+    Args:
+        text: what it does, for --help.
+        value: how --help writes its value, if it has no default to show.
+        key: its name on the command line, if that is no name of a field.
+        writes: it is a file to write, whose folder must exist.
+    """
+    limits = dict(zip(BOUNDS, (at_least, above, at_most, below), strict=True))
+    bounds = {name: limit for name, limit in limits.items() if limit is not None}
+    metadata = {"text": text, "value": value, "key": key, "bounds": bounds, "writes": writes}
+    return dataclasses.field(default=default, metadata=metadata, kw_only=True)
+
+
+def rest(text: str, value: str, takes: Callable[[str], bool]) -> Any:
+    """Declare a field for the words whose key `takes` accepts, such as settings of conf/: a tuple
+    of words as they are."""
+    metadata = {"text": text, "value": value, "takes": takes}
+    return dataclasses.field(default=(), metadata=metadata, kw_only=True)
+
+
+def parse(kind: type[T], argv: list[str], text: str | None, command: str) -> T:
+    """Read a command's options. If `kind` has a method `faults`, it yields messages about options
+    that do not go together.
+
+    Raises:
+        SystemExit: 0 after --help, which prints `text` and the options; 2 with every fault.
+    """
+    if "-h" in argv or "--help" in argv:
+        print(f"{(text or '').strip()}\n\n{_table(kind)}")
+        raise SystemExit(0)
+    values, faults = _values(kind, argv)
+    result = None if faults else kind(**values)
+    faults += [] if result is None else list(getattr(result, "faults", tuple)())
+    if result is None or faults:
+        hint = f"{command} --help shows the options"
+        raise SystemExit(bad("\n".join([hint, *faults])))
+    return result
+
+
+def values_of(options: Any) -> dict[str, Any]:
+    """The options by their names on the command line, without those that `rest` declares."""
+    fields = [field for field in dataclasses.fields(options) if "takes" not in field.metadata]
+    return {_key(field): getattr(options, field.name) for field in fields}
+
+
+def _key(field: dataclasses.Field[Any]) -> str:
+    return field.metadata.get("key") or field.name
+
+
+def _values(kind: Any, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """(the values of the fields by name, the faults)."""
+    fields, hints = dataclasses.fields(kind), typing.get_type_hints(kind)
+    known = {_key(field): field for field in fields if "takes" not in field.metadata}
+    rests = [field for field in fields if "takes" in field.metadata]
+    values: dict[str, Any] = {}
+    faults = []
+    for word in argv:
+        key, equals, value = word.partition("=")
+        takers = [field for field in rests if field.metadata["takes"](key)]
+        if takers and word.startswith("~"):
+            values[takers[0].name] = (*values.get(takers[0].name, ()), word)
+        elif not equals:
+            faults.append(f"{word}: expected KEY=VALUE, in quotes if it has spaces")
+        elif key in known:
+            field = known[key]
+            try:
+                values[field.name] = _checked(value, hints[field.name], field.metadata)
+            except ValueError as error:
+                faults.append(f"{word}: {error}")
+        elif takers:
+            values[takers[0].name] = (*values.get(takers[0].name, ()), word)
+        else:
+            faults.append(f"{word}: there is no such option. {_nearest(key, known, rests)}")
+    required = [f for f in known.values() if f.default is dataclasses.MISSING]
+    given = {word.partition("=")[0] for word in argv}
+    faults += [f"missing: {_shown(f)}" for f in required if _key(f) not in given]
+    return values, faults
+
+
+def _nearest(key: str, known: dict[str, Any], rests: list[Any]) -> str:
+    names = [*known]
+    if rests:
+        from trainer.config.overrides import settings
+
+        names += [name for name in sorted(settings()) if rests[0].metadata["takes"](name)]
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    return f"Did you mean {close[0]}?" if close else f"Known: {', '.join(known)}."
+
+
+def _checked(text: str, hint: Any, metadata: Any) -> Any:
+    """
+    Raises:
+        ValueError: says what was expected.
+    """
+    bounds = metadata["bounds"]
+    try:
+        value = _read(text, hint)
+    except ValueError:
+        close = difflib.get_close_matches(text, _choices(hint), n=1, cutoff=0.6)
+        close_text = f". Did you mean {close[0]}?" if close else ""
+        raise ValueError(f"expected {_expected(hint, bounds)}{close_text}") from None
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and not all(BOUNDS[name](value, bound) for name, bound in bounds.items()):
+        raise ValueError(f"expected {_expected(hint, bounds)}")
+    if metadata["writes"] and isinstance(value, Path) and not value.parent.is_dir():
+        raise ValueError(f"there is no folder {value.parent}")
+    return value
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return (
+        typing.get_args(hint)
+        if typing.get_origin(hint) in (typing.Union, types.UnionType)
+        else (hint,)
+    )
+
+
+def _choices(hint: Any) -> list[str]:
+    literals = [m for m in _members(hint) if typing.get_origin(m) is Literal]
+    return [str(choice) for member in literals for choice in typing.get_args(member)]
+
+
+def _read(text: str, hint: Any) -> Any:
+    """
+    Raises:
+        ValueError: the text is of none of the types.
+    """
+    for member in _members(hint):
+        if member is types.NoneType:
+            if text == "null":
+                return None
+        elif typing.get_origin(member) is Literal:
+            if text in typing.get_args(member):
+                return text
+        elif member is bool:
+            if text.lower() in ("true", "false"):
+                return text.lower() == "true"
+        elif member is Path:
+            # a union may end in None, and null is not a path then
+            if not (text == "null" and types.NoneType in _members(hint)):
+                return Path(text).expanduser()
+        elif member is str:
+            if not (text == "null" and types.NoneType in _members(hint)):
+                return text
+        else:
+            try:
+                value = member(text)
+            except ValueError:
+                continue
+            if math.isfinite(value):
+                return value
+    raise ValueError(text)
+
+
+def _expected(hint: Any, bounds: dict[str, float]) -> str:
+    """What a value must be, in words."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    limit = " and".join(f" {name} {bound:g}" for name, bound in bounds.items())
+    limit = f",{limit}" if limit else ""
+    parts = [names[member] + limit for member in _members(hint) if member in (int, float)]
+    parts += [names[member] for member in _members(hint) if member in (bool, str)]
+    choices = _choices(hint)
+    parts += [f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]] if choices else []
+    parts += ["null"] if types.NoneType in _members(hint) else []
+    return ", or ".join(parts)
+
+
+def _shown(field: dataclasses.Field[Any]) -> str:
+    """An option as --help writes it."""
+    default, value = field.default, field.metadata["value"]
+    if default is not None and default is not dataclasses.MISSING:
+        value = value or (str(default).lower() if isinstance(default, bool) else f"{default}")
+    return f"{_key(field)}={value or 'VALUE'}"
+
+
+def _table(kind: Any) -> str:
+    """The options of a command, one after another, for --help."""
+    return "Options\n" + "\n".join(line for field in _lines(kind) for line in field)
+
+
+def _lines(kind: Any) -> Iterator[list[str]]:
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        text = field.metadata["text"]
+        if "takes" in field.metadata:
+            head = field.metadata["value"]
+        else:
+            head = _shown(field)
+            if choices := _choices(hints[field.name]):
+                text += f" ({', '.join(choices)})"
+            if field.default is dataclasses.MISSING:
+                text += " (required)"
+        lines = textwrap.wrap(text, WIDTH - COLUMN)
+        if len(head) + 4 > COLUMN - 1:
+            lines.insert(0, "")
+        yield [
+            f"{'    ' + head:<{COLUMN if lines[0] else 0}}{lines[0]}",
+            *(" " * COLUMN + line for line in lines[1:]),
+        ]
+
+
+def exit_with(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a command on the arguments of this process, and exit with its code. If whoever reads the
+    output has read enough (`| head`), exit quietly."""
+    try:
+        try:
+            code: Any = main(sys.argv[1:])
+        except SystemExit as end:
+            code = end.code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes again as it exits: let it write to nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = PIPE_CLOSED
+    sys.exit(code)
 
 
 def arguments(argv: list[str], known: dict[str, Any], usage: str) -> dict[str, Any]:
@@ -22,7 +276,11 @@ def arguments(argv: list[str], known: dict[str, Any], usage: str) -> dict[str, A
     for word in argv:
         key, equals, value = word.partition("=")
         if not equals or key not in known:
-            fault = schema.nearest(key, known) if equals else "Arguments are written key=value."
+            fault = (
+                __import__("trainer.config.schema").config.schema.nearest(key, known)
+                if equals
+                else "Arguments are written key=value."
+            )
             raise SystemExit(bad(f"{word}: not an argument. {fault}\n\n{usage}"))
         try:
             given[key] = _typed(value, known[key])

@@ -7,13 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-KNOWN: dict[str, Any] = {
-    "draft": ...,
-    "target.run": ...,
-    "name": None,
-    "runs": None,
-    "dry": "false",
-}
 # Groups that the new run copies from the run that trained the head, where they differ from the
 # files of conf/.
 COPIED = ("task", "schedule", "optimizer", "lightning", "callbacks", "logger")
@@ -22,7 +15,9 @@ STAGES = ("before fine-tuning", "after fine-tuning, the same head", "after fine-
 MEASURED_AT_ONCE = 16  # held-out rows
 
 
-def arguments(options: dict[str, Any], more: list[str]) -> tuple[Path, list[str]]:
+def arguments(
+    draft: str, target_run: str, name: str | None, runs: str | None, more: list[str]
+) -> tuple[Path, list[str]]:
     """Return (the folder of the new run, arguments of `python -m trainer`) that continue a head on
     a target.
 
@@ -35,20 +30,17 @@ def arguments(options: dict[str, Any], more: list[str]) -> tuple[Path, list[str]
     from trainer.drafters import io
     from trainer.storage import run_folder
 
-    head = io.folder_of(options["draft"])
+    head = io.folder_of(draft)
     settings, trained_for = io.read(head)
-    path, tuned, _ = run_folder.read(options["target.run"])
+    path, tuned, _ = run_folder.read(target_run)
     io.check(head, instantiate(tuned["config"]["base"]))
     requested = {_key(word) for word in more}
     trained_by = _run_of(head, trained_for)
     copied = (
         [] if trained_by is None or "experiment" in requested else _copied(trained_by, requested)
     )
-    name = (
-        options["name"]
-        or f"{head.parent.name if head.name == 'drafter' else head.name}-{path.name}"
-    )
-    runs = options["runs"] or str(path.parent)
+    name = name or f"{head.parent.name if head.name == 'drafter' else head.name}-{path.name}"
+    runs = runs or str(path.parent)
     compose.register_resolvers()
     run = Path(run_name.run_folder(runs, name, "never"))
     return run, [
@@ -58,7 +50,7 @@ def arguments(options: dict[str, Any], more: list[str]) -> tuple[Path, list[str]
         "adapter=none",
         "penalty=none",
         *_drafter(settings),
-        f"target.run={options['target.run']}",
+        f"target.run={target_run}",
         f"target.draft={head}",
         f"name={run.name}",
         f"runs={runs}",

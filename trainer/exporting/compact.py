@@ -28,7 +28,6 @@ from trainer.models.losses import CausalLoss, ClassLoss
 from trainer.storage import atomic, run_folder
 from trainer.storage.checkpoints import CheckpointError
 
-METHODS = {"compeft": ("keep", "alpha"), "dare": ("drop", "seed"), "darex_q": ("drop", "q", "seed")}
 # PEFT's methods whose tensors are an update that starts at zero
 KINDS = ("LORA", "SHIRA", "SUPERTUNING")
 ALPHAS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)  # the range that ComPEFT's authors search
@@ -303,58 +302,15 @@ def _appearing(out: Path) -> Iterator[Path]:
         yield temporary
 
 
-def _choice(options: dict[str, Any]) -> Choice:
-    """Read a command's options.
+def sizes_table(result: Compressed) -> Any:
+    """The table of sizes and losses before and after."""
+    from rich.table import Table
 
-    Raises:
-        ValueError: a number is out of range, or has no effect with this method.
-    """
-    method = options["method"]
-    if method not in METHODS:
-        raise ValueError(f"method={method}: choose one of {', '.join(METHODS)}")
-    for key in ("keep", "alpha", "drop", "q", "seed"):
-        if options[key] is not None and key not in METHODS[method]:
-            raise ValueError(
-                f"{key}={options[key]} has no effect with method={method}, which takes"
-                f" {', '.join(METHODS[method])}"
-            )
-    factors = options["factors"] or ("both" if method == "compeft" else "B")
-    if factors not in ("both", "B"):
-        raise ValueError(f"factors={factors}: choose one of both, B")
-    keep = _number(options, "keep", 0.2, lambda x: 0 < x <= 1, "above 0 and at most 1")
-    drop = _number(options, "drop", 0.9, lambda x: 0 <= x < 1, "at least 0 and below 1")
-    seed = _number(
-        options, "seed", 0, lambda x: x >= 0 and x == int(x), "a whole number of at least 0"
-    )
-    if method == "compeft":
-        strength = (
-            None
-            if options["alpha"] in (None, "auto")
-            else _number(options, "alpha", 0, lambda x: x > 0, "auto, or above 0")
-        )
-    elif method == "dare":
-        strength = 1 - drop
-    else:
-        least = 1 - drop
-        within = f"auto, or from 1 - drop = {least:g} to 1"
-        strength = (
-            None
-            if options["q"] in (None, "auto")
-            else _number(options, "q", 0, lambda x: least <= x <= 1, within)
-        )
-    return Choice(method, factors, keep, drop, strength, int(seed))
-
-
-def _number(
-    options: dict[str, Any], key: str, default: float, fits: Callable[[float], bool], expected: str
-) -> float:
-    if options[key] is None:
-        return default
-    try:
-        value = float(options[key])
-        right = fits(value)
-    except (ValueError, OverflowError):
-        right = False
-    if not right:
-        raise ValueError(f"{key}={options[key]}: expected {expected}")
-    return value
+    table = Table("", "before", "after")
+    smaller = f"{result.after:,} ({result.before / result.after:.1f}x smaller)"
+    table.add_row("bytes", f"{result.before:,}", smaller)
+    bits = [f"{8 * size / result.parameters:.2f}" for size in (result.before, result.after)]
+    table.add_row("bits per parameter", *bits)
+    if result.loss_before is not None and result.loss_after is not None:
+        table.add_row("held-out loss", f"{result.loss_before:.4f}", f"{result.loss_after:.4f}")
+    return table
