@@ -485,7 +485,7 @@ def test_a_run_that_cannot_draft_is_refused_before_its_model_is_loaded(
     monkeypatch, capsys, content, said
 ):
     monkeypatch.setattr(run_folder, "read", lambda path: (None, content, "best"))
-    monkeypatch.setattr(trained_module, "load_trained", None)
+    monkeypatch.setattr(speculate, "load_trained", None)
     assert speculate.main(["run=somewhere", "prompt=x"]) == 2
     assert said in capsys.readouterr().err
 

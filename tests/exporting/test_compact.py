@@ -267,7 +267,7 @@ def test_what_makes_no_sense_is_refused_before_a_model_is_loaded(
     run_of, tmp_path, monkeypatch, kind, message
 ):
     run = run_of(kind)
-    monkeypatch.setattr(trained_module, "load_trained", None)
+    monkeypatch.setattr(compact, "load_trained", None)
     with pytest.raises(AdapterError, match=message):
         compact.compress(str(run), COMPEFT, tmp_path / "out", False)
     assert not (tmp_path / "out").exists()

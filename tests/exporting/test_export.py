@@ -194,7 +194,7 @@ def test_an_export_that_answers_differently_is_refused_and_leaves_nothing(
         tensors["model.embed_tokens.weight"][5:] *= 1.5
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
-    monkeypatch.setattr(adapter_module, "save_adapter", spoilt_adapter)
+    monkeypatch.setattr(formats, "save_adapter", spoilt_adapter)
     monkeypatch.setattr(type(of_run(run).model), "save_pretrained", spoilt_model)
     place = tmp_path / "exports"
     with pytest.raises(
@@ -222,7 +222,7 @@ def test_an_export_with_nan_is_refused(train, chats, tmp_path, monkeypatch):
         next(iter(tensors.values())).fill_(torch.nan)
         save_file(tensors, folder / "adapter_model.safetensors")
 
-    monkeypatch.setattr(adapter_module, "save_adapter", spoilt)
+    monkeypatch.setattr(formats, "save_adapter", spoilt)
     with pytest.raises(Mismatch, match="differs from the run's model by nan"):
         formats.export(str(run), "peft", tmp_path / "adapter", "float32")
     assert not list(tmp_path.glob("*adapter*"))
@@ -405,7 +405,7 @@ def test_what_has_no_native_form_is_refused_before_weights_load(train, chats, ca
         "drafter=registers",
         "name=registers",
     )
-    monkeypatch.setattr(trained_module, "load_trained", lambda *_, **__: pytest.fail("was loaded"))
+    monkeypatch.setattr(formats, "load_trained", lambda *_, **__: pytest.fail("was loaded"))
     assert export.main([f"run={run}", "to=mtp"]) == 2
     assert "Use to=drafter, and decode with python -m trainer.speculate" in capsys.readouterr().err
     for to in ("drafter", "mtp"):
