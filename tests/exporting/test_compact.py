@@ -160,7 +160,7 @@ def test_what_is_written_is_the_compressed_adapter(run_of, tmp_path, kind, choic
 
 def test_a_pair_of_adapters_is_compressed_as_one(run_of, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        adapter_module, "save_adapter", functools.partial(adapter_module.save_adapter, pair=True)
+        compact, "save_adapter", functools.partial(adapter_module.save_adapter, pair=True)
     )
     result = compact.compress(str(run_of("rosa")), DARE, tmp_path / "out", False)
     assert result.difference < 1e-4
