@@ -192,7 +192,8 @@ def test_where_drafting_does_not_pay_no_tree_is_written(trained, shown, tmp_path
         (
             [1.0, 1.6, 1.7],
             [1.0, 1.0, 9.0],
-            "the pass over one token as a chain took 1e+03 ms at least and 1.6e+03 ms in the median",
+            "the pass over one token as a chain took 1e+03 ms at least and 1.6e+03 ms in the"
+            " median",
         ),
     ],
 )

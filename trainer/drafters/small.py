@@ -146,17 +146,17 @@ def small_model(
         False,
         trust_remote_code=base.trust_remote_code,
     )
-    own, other = base.tokenizer.get_vocab(), described.tokenizer.get_vocab()
-    different = [token for token, number in own.items() if other.get(token) != number]
-    if different or len(own) != len(other):
+    expected, actual = base.tokenizer.get_vocab(), described.tokenizer.get_vocab()
+    different = [token for token, number in expected.items() if actual.get(token) != number]
+    if different or len(expected) != len(actual):
         reason = (
-            f"{different[0]!r} is {own[different[0]]} of the target and {other.get(different[0])}"
-            " of it"
+            f"{different[0]!r} is {expected[different[0]]} of the target and"
+            f" {actual.get(different[0])} of it"
             if different
             else "it has more"
         )
         raise DrafterError(
-            f"{path} cannot draft for {base.path}: its {len(other)} tokens are not the same as the"
-            f" target's {len(own)} ({reason}). Use a small model with the target's tokenizer"
+            f"{path} cannot draft for {base.path}: its {len(actual)} tokens are not the same as the"
+            f" target's {len(expected)} ({reason}). Use a small model with the target's tokenizer"
         )
     return SmallModel(described.load(dtype, None, device), depth)

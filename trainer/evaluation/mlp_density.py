@@ -175,10 +175,10 @@ def measured(layers: Layers, rows: Rows, taus: list[float], percent: float) -> d
         name: {
             "non_zero": float(nonzero / total),
             "above_tau": float(above / total),
-            "cett_half": one.cett(LEVELS // 2),
+            "cett_half": activations.cett(LEVELS // 2),
             "tau": tau,
         }
-        for (name, _), (nonzero, above, total), one, tau in zip(
+        for (name, _), (nonzero, above, total), activations, tau in zip(
             layers, counts, sampled, taus, strict=True
         )
     }

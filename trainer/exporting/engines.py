@@ -62,35 +62,37 @@ def faults(folder: Path, to: str, head: DraftHead, dtype: torch.dtype, model: An
         expected = medusa_layout.expected_shapes(config, size, full)
     else:
         expected = eagle_layouts.expected_shapes(to, config, size)
-    found = _misfits(tensors, expected, dtype)
-    if found:
-        return found
-    kept = torch.arange(size[0])
+    problems = _misfits(tensors, expected, dtype)
+    if problems:
+        return problems
+    draft_ids = torch.arange(size[0])
     if "d2t" in tensors:
-        kept = torch.arange(len(tensors["d2t"])) + tensors["d2t"]
-        if not bool((kept.diff() > 0).all()):
-            found.append("the tokens that d2t points at are not ascending, or not unique")
-        if not torch.equal(kept, tensors["t2d"].nonzero()[:, 0]):
-            found.append("d2t and t2d name different tokens")
-        if found:
-            return found
-    return _not_the_targets(tensors, head, dtype, model, kept)
+        draft_ids = torch.arange(len(tensors["d2t"])) + tensors["d2t"]
+        if not bool((draft_ids.diff() > 0).all()):
+            problems.append("the tokens that d2t points at are not ascending, or not unique")
+        if not torch.equal(draft_ids, tensors["t2d"].nonzero()[:, 0]):
+            problems.append("d2t and t2d name different tokens")
+        if problems:
+            return problems
+    return _not_the_targets(tensors, head, dtype, model, draft_ids)
 
 
 def _misfits(
     tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], dtype: torch.dtype
 ) -> list[str]:
-    found = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
-    found += [f"{name} belongs to no module" for name in sorted(tensors.keys() - expected.keys())]
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
+    problems += [
+        f"{name} belongs to no module" for name in sorted(tensors.keys() - expected.keys())
+    ]
     for name in sorted(expected.keys() & tensors.keys()):
         tensor, kind = tensors[name], {"d2t": torch.int64, "t2d": torch.bool}.get(name, dtype)
         if tuple(tensor.shape) != expected[name]:
-            found.append(f"{name} is of the shape {tuple(tensor.shape)}, not {expected[name]}")
+            problems.append(f"{name} is of the shape {tuple(tensor.shape)}, not {expected[name]}")
         if tensor.dtype != kind:
-            found.append(f"{name} is {tensor.dtype}, not {kind}")
+            problems.append(f"{name} is {tensor.dtype}, not {kind}")
         if not torch.isfinite(tensor).all():
-            found.append(f"{name} holds NaN or infinite values")
-    return found
+            problems.append(f"{name} holds NaN or infinite values")
+    return problems
 
 
 def _not_the_targets(
@@ -98,9 +100,9 @@ def _not_the_targets(
     head: DraftHead,
     dtype: torch.dtype,
     model: Any,
-    kept: Int[Tensor, " v"],
+    draft_ids: Int[Tensor, " v"],
 ) -> list[str]:
-    """List copied tensors that differ from the target's; `kept` are the draft vocabulary's ids."""
+    """List copied tensors that differ from the target's; `draft_ids` are the draft vocabulary's ids."""
     embedding = model.get_input_embeddings().weight.detach().cpu().to(dtype)
     output = output_weight(model).to(dtype)
     different = []
@@ -109,7 +111,7 @@ def _not_the_targets(
             continue
         expected = embedding if name == "embed_tokens.weight" else output
         if name == "lm_head.weight":
-            expected = output[kept]
+            expected = output[draft_ids]
         if name == "fc.bias":
             expected = torch.zeros(embedding.shape[1], dtype=dtype)
         if not torch.equal(tensor, expected):
