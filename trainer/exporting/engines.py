@@ -102,7 +102,8 @@ def _not_the_targets(
     model: Any,
     draft_ids: Int[Tensor, " v"],
 ) -> list[str]:
-    """List copied tensors that differ from the target's; `draft_ids` are the draft vocabulary's ids."""
+    """List copied tensors that differ from the target's; `draft_ids` are the draft vocabulary's
+    ids."""
     embedding = model.get_input_embeddings().weight.detach().cpu().to(dtype)
     output = output_weight(model).to(dtype)
     different = []
