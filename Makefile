@@ -1,5 +1,5 @@
 # make quickstart   install, and teach the default base to call functions
-# make check        install, lint, and run the tests that neither train nor start a process: 2 minutes
+# make check        install, lint, and run the tests that neither train, decode nor start a process: 2 minutes
 # make test         install, and run all tests
 # make test-other-cpu   run the tests that compare numbers as if on another processor
 # make bench        install, and compare training speed with peers, in 10 minutes or so: tables and plots in runs/bench

@@ -32,11 +32,12 @@ ROOT = Path(__file__).resolve().parent.parent
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that train or start a process, which `make check` leaves out."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests that train, decode or start a process, which `make check` leaves out."""
     for item in items:
         if marks.runs(item):
             item.add_marker(pytest.mark.run)
+    config.stash[marks.LIGHT] = marks.light_tests(items)
 
 
 @pytest.fixture(scope="session", autouse=True)

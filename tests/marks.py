@@ -1,5 +1,7 @@
-"""The marker `run`: which tests train, or start a process. Read from their code, so that nobody has
-to remember it."""
+"""The marker `run`: tests that train, decode texts or start a process.
+
+It is read from their code, so that nobody has to remember it.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,28 @@ FIXTURES = {"train", "train_in", "program"}
 CALLS = {
     "subprocess.run",
     "subprocess.Popen",
+    "tests.toys.adapters.train",
+    "tests.toys.finetuning.Run",
     "torch.multiprocessing.spawn.spawn",
+    "trainer.decoding.plugin.assist",
+    "trainer.decoding.speculative.generate",
+    "trainer.decoding.speculative.generate_batch",
+    "trainer.respond.main",
     "trainer.run.run",
 }
+
+HEAVY = ("run", "slow", "gpu", "slurm")
+# Test file -> how many of its tests `make check` runs.
+LIGHT = pytest.StashKey[dict[str, int]]()
+
+
+def light_tests(items: list[pytest.Item]) -> dict[str, int]:
+    """The value of LIGHT."""
+    counts = dict.fromkeys((item.nodeid.partition("::")[0] for item in items), 0)
+    for item in items:
+        if not any(item.get_closest_marker(mark) for mark in HEAVY):
+            counts[item.nodeid.partition("::")[0]] += 1
+    return counts
 
 
 def runs(item: pytest.Item) -> bool:

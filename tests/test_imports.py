@@ -153,16 +153,6 @@ def test_the_verbs_wait_for_no_trainer_of_lightnings():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_no_file_is_named_after_nothing():
-    for folder in (*PACKAGES, "scripts", "tests", "conf"):
-        names = {
-            path.stem
-            for path in (ROOT / folder).rglob("*")
-            if path.suffix in (".py", ".yaml", ".sh")
-        }
-        assert not names & {"utils", "util", "common", "helpers", "helper", "misc", "core"}, folder
-
-
 def python(code, *paths):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT)))}
     return subprocess.run(

@@ -1,0 +1,74 @@
+"""make check reaches every source file."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from tests import marks
+from tests.conftest import ROOT
+
+# Files that no light test imports, and the test file that reaches them: through a config, through
+# another file of their folder, or by a run.
+ELSEWHERE = {
+    "adapters.io": "tests/adapters/test_laws.py",
+    "trainer.assembly.chosen_drafter": "tests/evaluation/test_decode_ways.py",
+    "trainer.callbacks.checkpoints": "tests/callbacks/test_callbacks.py",
+    "trainer.callbacks.stopping": "tests/callbacks/test_callbacks.py",
+    "trainer.config.groups": "tests/config/test_compose.py",
+    "trainer.config.lengths": "tests/config/test_compose.py",
+    "trainer.config.target_base": "tests/training/test_distill.py",
+    "trainer.evaluation.realigned": "tests/evaluation/test_realigned.py",
+    "trainer.exporting.merged": "tests/exporting/test_export.py",
+    "trainer.realign": "tests/evaluation/test_realigned.py",
+    "trainer.respond": "tests/commands/test_respond.py",
+    "trainer.schedules.cosine": "tests/schedules/test_schedules.py",
+    "trainer.schedules.inverse_sqrt": "tests/schedules/test_schedules.py",
+    "trainer.schedules.linear": "tests/schedules/test_schedules.py",
+    "trainer.schedules.multistep": "tests/schedules/test_schedules.py",
+    "trainer.session.model": "tests/runs/test_run.py",
+    "trainer.session.results": "tests/runs/test_run.py",
+    "trainer.session.start_point": "tests/runs/test_resume.py",
+    "trainer.storage.answers": "tests/commands/test_respond.py",
+    "trainer.training.ranks": "tests/runs/test_processes.py",
+}
+
+
+def imported(path):
+    """Dotted names that a file imports, those within its functions included."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def mirrored(source):
+    """The test file of a source file's name: tests/data/test_rows.py of trainer/data/rows.py."""
+    folders = source.relative_to(ROOT).parts[:-1]
+    if folders[0] == "trainer":
+        folders = folders[1:] or ("commands",)
+    return "/".join(["tests", *folders, f"test_{source.name}"])
+
+
+def test_make_check_reaches_every_source_file(pytestconfig):
+    light = pytestconfig.stash[marks.LIGHT]
+    written = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
+    if set(light) != written:
+        pytest.skip("only where all tests are collected")
+    files = [ROOT / file for file, count in light.items() if count]
+    names = {
+        name for file in (*files, *(ROOT / "tests/toys").glob("*.py")) for name in imported(file)
+    }
+    missed = set()
+    for package in ("adapters", "tasks", "trainer"):
+        for source in (ROOT / package).rglob("*.py"):
+            module = ".".join(source.relative_to(ROOT).with_suffix("").parts)
+            named = module.removesuffix(".__init__") in names or light.get(mirrored(source))
+            if not named and ast.parse(source.read_text("utf-8")).body[1:]:
+                missed.add(module)
+    assert missed - set(ELSEWHERE) == set(), "no light test imports them"
+    assert set(ELSEWHERE) - missed == set(), "a light test imports them by now"
+    assert set(ELSEWHERE.values()) <= written
