@@ -377,7 +377,7 @@ def test_the_longest_sequence_is_the_shorter_of_both(copied, own, given, wanted)
 
 @pytest.fixture
 def remote(copied):
-    """A folder that comes with its own Python code, and the file that the code makes when it runs."""
+    """A folder that comes with its own Python code, and the file that the code makes."""
     canary = copied.parent / "canary"
     names = {"AutoConfig": "code.Strange", "AutoModelForCausalLM": "code.StrangeForCausalLM"}
     edited(copied, model_type="strange", auto_map=names)
@@ -436,7 +436,7 @@ def test_a_hub_name_without_a_network_says_that_it_is_not_in_the_cache(part, mon
     with pytest.raises(
         BaseError,
         match=(
-            "base 'nobody/no-such-model': it is not in the hub's cache, and could not be fetched from"
+            "base 'nobody/no-such-model': it is not in the hub's cache, and could not be fetched"
         ),
     ):
         found.load(torch.float32) if part == "load" else getattr(found, part)

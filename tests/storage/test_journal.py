@@ -173,7 +173,8 @@ def test_a_dashboard_that_fails_is_told_of_once_and_costs_no_row(tmp_path, caplo
     assert bad.told == good.told
     assert steps(made.rows()) == [("step", 0), ("step", 1), ("step", 2), ("evaluation", 3)]
     assert [record.message for record in caplog.records] == [
-        f"a dashboard: no space left. The run continues; {made.metrics} holds everything that it logs"
+        f"a dashboard: no space left. The run continues; {made.metrics} holds everything that it"
+        " logs"
     ]
 
 

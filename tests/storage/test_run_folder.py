@@ -284,9 +284,8 @@ def test_a_record_of_an_older_version_is_completed_and_that_is_said_once(recorde
     assert run_folder.read(str(place))[1] == run_folder.read(str(place))[1] == content
     (said,) = caplog.messages
     assert (
-        said
-        == f"{place / 'run.yaml'} was written by an older version and lacks requeue, fused, adapter.rank,"
-        " penalty; using the defaults from conf/"
+        said == f"{place / 'run.yaml'} was written by an older version and lacks requeue, fused,"
+        " adapter.rank, penalty; using the defaults from conf/"
     )
     del older["config"]["task"]["path"]
     (place / "run.yaml").write_text(yaml.safe_dump(older))

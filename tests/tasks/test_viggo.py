@@ -76,7 +76,8 @@ def test_a_broken_row_is_bad_with_its_line(tmp_path, row, reason):
     file = write_rows(tmp_path / "rows.jsonl", [ROW, row])
     reason = (
         reason
-        or "no column 'target'; the row has: meaning_representation; set task.columns={target: YOUR_COLUMN}"
+        or "no column 'target'; the row has: meaning_representation; set task.columns={target:"
+        " YOUR_COLUMN}"
     )
     assert list(task(file).examples("train"))[1] == Bad(f"{file}:2", reason)
 

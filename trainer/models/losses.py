@@ -76,8 +76,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             exact = logits.detach().float()
             best[rows], among[rows] = _right(exact, targets[rows], top)
             # By hand, since autograd would save twice as many numbers of a chunk's size.
-            # log Σ exp comes from the largest logit and its probability, which is at least 1 / V: one
-            # pass over the exponentials instead of two.
+            # log Σ exp comes from the largest logit and its probability, which is at least 1 / V:
+            # one pass over the exponentials instead of two.
             ahead = exact.amax(-1, keepdim=True) - exact.gather(-1, target)
             slopes = F.softmax(exact, dim=-1)
             del exact

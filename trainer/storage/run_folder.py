@@ -120,7 +120,8 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise FolderError(
-                f"{path} cannot be written: {error.strerror}. Choose another folder with runs=FOLDER"
+                f"{path} cannot be written: {error.strerror}. Choose another folder with"
+                " runs=FOLDER"
             ) from None
         return folder
 
