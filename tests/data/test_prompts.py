@@ -32,9 +32,9 @@ READ = {"columns": {}, "format": "auto", "system": None}
     ],
 )
 def test_the_shapes_of_a_row(row, messages):
-    (found,) = prompts.asks(iter([("x:1", row)]), READ, None, False, 0, None)
+    (found,) = prompts.rows_of_file(iter([("x:1", row)]), READ, None, False, 0, None)
     assert [message["content"] for message in found.messages] == messages
-    (renamed,) = prompts.asks(
+    (renamed,) = prompts.rows_of_file(
         iter([("x:1", {"q": "a", "r": "b"})]),
         READ | {"columns": {"prompt": "q", "completion": "r"}},
         None,
@@ -43,7 +43,7 @@ def test_the_shapes_of_a_row(row, messages):
         None,
     )
     assert [message["content"] for message in renamed.messages] == ["a", None]
-    (named,) = prompts.asks(
+    (named,) = prompts.rows_of_file(
         iter([("x:1", {"other": "q"})]), READ | {"system": "sys"}, "other", False, 0, None
     )
     assert [message["content"] for message in named.messages] == ["sys", "q", None]
@@ -64,7 +64,7 @@ def test_calls_of_tools_stay_as_they_are():
         ],
         "tools": [{"name": "f"}],
     }
-    (found,) = prompts.asks(iter([("x:1", row)]), READ, None, True, 0, None)
+    (found,) = prompts.rows_of_file(iter([("x:1", row)]), READ, None, True, 0, None)
     assert found.messages[1] == call
     assert [message["content"] for message in found.messages] == ["a", "", "1", None]
     assert found.tools == [{"name": "f"}]

@@ -1,5 +1,5 @@
-"""The conversations whose answers a target is asked for: read from a file or from a task, and
-batched by their lengths."""
+"""Conversations whose answers a target writes: read from a file or from a task, and batched by their
+lengths."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from tasks import conversation, reading
 from tasks.reading import Bad, DataError
 from tasks.wheel import sha256
 
-SPAN = 50  # batches' worth of rows, within which those of similar length share a batch
+SPAN = 50  # batches of rows, among which those of similar length share a batch
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A conversation to be answered: assistant messages whose content is None are written by the
-    target."""
+    """A conversation to answer: the target writes the assistant messages whose content is None."""
 
     row: int
     where: str
@@ -28,40 +27,41 @@ class PromptRow:
 
 
 def load(options: dict[str, Any], plain: dict[str, Any], task: Any) -> tuple[list[PromptRow], str]:
-    """(the conversations to be answered, a digest of what they come from), by the options of
+    """Return the conversations to answer, and a digest of their source, for the options of
     trainer.respond.
 
     Raises:
-        DataError: there are none, one is broken, or the task's rows are no conversations.
+        DataError: there are no rows, one is broken, or the task's rows are no conversations.
     """
     every, skip, limit = options["answers"] == "all", options["skip"], options["rows"]
     if options["prompts"] is not None:
         source = reading.Source(options["prompts"], "train", False, "prompts")
         read = {name: plain["task"][name] for name in ("columns", "format", "system")}
-        found = list(asks(iter(source), read, options["field"], every, skip, limit))
-        key = sha256(source.files[0]) if len(source.files) == 1 else source.fingerprint()
+        rows = list(rows_of_file(iter(source), read, options["field"], every, skip, limit))
+        digest = sha256(source.files[0]) if len(source.files) == 1 else source.fingerprint()
     else:
         if task.kind != "conversation":
             raise DataError(f"task={options['task']}: its rows are no conversations")
-        examples = enumerate(task.examples(options["split"]))
-        found = []
-        for index, example in itertools.islice(
-            examples, skip, None if limit is None else skip + limit
-        ):
-            if isinstance(example, Bad):
-                raise DataError(f"{example.where}: {example.reason}")
-            found.append(
-                PromptRow(index, example.where, _open(example.messages, every), example.tools)
-            )
-        key = task.fingerprint(options["split"])
-    if not found:
+        rows = list(_rows_of_task(task, options["split"], every, skip, limit))
+        digest = hashlib.sha256(task.fingerprint(options["split"]).encode()).hexdigest()
+    if not rows:
         raise DataError(
             f"{options['prompts'] or options['task']}: there is no row after the first {skip}"
         )
-    return found, hashlib.sha256(key.encode()).hexdigest() if options["prompts"] is None else key
+    return rows, digest
 
 
-def asks(
+def _rows_of_task(
+    task: Any, split: str, every: bool, skip: int, limit: int | None
+) -> Iterator[PromptRow]:
+    stop = None if limit is None else skip + limit
+    for index, example in itertools.islice(enumerate(task.examples(split)), skip, stop):
+        if isinstance(example, Bad):
+            raise DataError(f"{example.where}: {example.reason}")
+        yield PromptRow(index, example.where, _open(example.messages, every), example.tools)
+
+
+def rows_of_file(
     rows: Iterator[tuple[str, Any]],
     read: dict[str, Any],
     field: str | None,
@@ -69,15 +69,14 @@ def asks(
     skip: int,
     limit: int | None,
 ) -> Iterator[PromptRow]:
-    """The conversations of some (where, row) of a file, read by the `columns`, `format` and
+    """Yield the conversations of some (where, row) of a file. `read` holds `columns`, `format` and
     `system` of conf/task/sft.
 
     Raises:
         DataError: a row has nothing to answer, or is broken.
     """
-    for index, (where, row) in enumerate(
-        itertools.islice(rows, None if limit is None else skip + limit)
-    ):
+    stop = None if limit is None else skip + limit
+    for index, (where, row) in enumerate(itertools.islice(rows, stop)):
         if index < skip:
             continue
         if isinstance(row, Bad):
@@ -92,22 +91,22 @@ def asks(
 def _messages(
     row: dict[str, Any], field: str | None, columns: dict[str, str], format: str, system: str | None
 ) -> tuple[list[dict[str, Any]], Any]:
-    """A row's messages, checked as task=sft checks them, with some answer wherever one is to be
-    written."""
+    """Return a row's messages and tools, checked as task=sft checks them. A message that the target
+    will write has a placeholder as its content."""
     name = field or next(
         (name for name in ("messages", "turns", "prompt", "question") if name in row), None
     )
     if name is None or (field is None and (columns or format != "auto")):
         kind = conversation.detect(row, columns) if format == "auto" else format
-        found = conversation.convert(row, kind, columns, system, "")
-        return found.messages, found.tools
+        converted = conversation.convert(row, kind, columns, system, "")
+        return converted.messages, converted.tools
     if name not in row:
         raise DataError(f"no column {name!r}; the row has: {', '.join(map(str, row))}")
     value = row[name] if isinstance(row[name], list) else [row[name]]
     if all(isinstance(item, str) for item in value):
         if not all(text.strip() for text in value):
             raise DataError(f"{name} is empty")
-        given = [
+        messages = [
             message
             for text in value
             for message in (
@@ -116,39 +115,41 @@ def _messages(
             )
         ]
     else:
-        given = list(value)
-        if isinstance(given[-1], dict) and given[-1].get("role") != "assistant":
-            given.append({"role": "assistant", "content": "."})
-    found = conversation.convert(
-        {"messages": given, "tools": row.get("tools")}, "messages", {}, system, ""
+        messages = list(value)
+        if isinstance(messages[-1], dict) and messages[-1].get("role") != "assistant":
+            messages.append({"role": "assistant", "content": "."})
+    converted = conversation.convert(
+        {"messages": messages, "tools": row.get("tools")}, "messages", {}, system, ""
     )
-    return found.messages, found.tools
+    return converted.messages, converted.tools
 
 
 def _open(messages: list[dict[str, Any]], every: bool) -> list[dict[str, Any]]:
-    """The messages with None where the target writes."""
+    """Return the messages with None as the content of those that the target writes: the last one,
+    or with `every` all answers without tool calls."""
     return [
         (
             {"role": "assistant", "content": None}
             if message["role"] == "assistant"
-            and (place == len(messages) or (every and not message.get("tool_calls")))
+            and (number == len(messages) or (every and not message.get("tool_calls")))
             else message
         )
-        for place, message in enumerate(messages, 1)
+        for number, message in enumerate(messages, 1)
     ]
 
 
-def batches(found: list[PromptRow], size: int, done: set[int]) -> Iterator[list[PromptRow]]:
-    """Conversations that are missing, with those that share their batch: within spans of the file,
-    those of similar length."""
-    for start in range(0, len(found), SPAN * size):
-        span = found[start : start + SPAN * size]
-        if all(ask.row in done for ask in span):
+def batches(rows: list[PromptRow], size: int, done: set[int]) -> Iterator[list[PromptRow]]:
+    """Yield batches that hold at least one row that is not `done`. Rows of similar length within a
+    span of the file share a batch, whether or not they are done, so that a continued command
+    computes the same batches."""
+    for start in range(0, len(rows), SPAN * size):
+        span = rows[start : start + SPAN * size]
+        if all(row.row in done for row in span):
             continue
         lengths = {
-            ask.row: sum(len(message["content"] or "") for message in ask.messages) for ask in span
+            row.row: sum(len(message["content"] or "") for message in row.messages) for row in span
         }
-        span.sort(key=lambda ask: -lengths[ask.row])
+        span.sort(key=lambda row: -lengths[row.row])
         for first in range(0, len(span), size):
-            if any(ask.row not in done for ask in span[first : first + size]):
+            if any(row.row not in done for row in span[first : first + size]):
                 yield span[first : first + size]
