@@ -135,7 +135,7 @@ def test_multistep_holds_each_factor_from_its_milestone_on(milestones):
     ] * 10
 
 
-def test_multistep_without_milestones_is_constant_and_a_milestone_may_come_before_the_warm_up_ends():
+def test_multistep_without_milestones_is_constant_and_a_milestone_may_be_in_the_warm_up():
     factor = make("multistep", warmup=4, milestones=[], factors=[])
     assert [factor(step, steps=6) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     factor = make("multistep", warmup=4, milestones=[2], factors=[0.5])

@@ -13,7 +13,7 @@ import torch
 from trainer.callbacks import Context
 from trainer.cluster import slurm_job
 from trainer.schedules import factor
-from trainer.schedules.cooldown import Cooling
+from trainer.schedules.cooldown import RuntimeCooldown
 
 log = logging.getLogger("trainer")
 
@@ -119,7 +119,7 @@ class CooldownTrigger(lightning.Callback):
             return  # the schedule's own has begun
         self.context.constant_until = module.step
         level = factor(module.schedule, module.step, module.steps, module.adapter.restart)
-        module.cooling = Cooling(module.step, steps, level, self.shape, self.final)
+        module.cooling = RuntimeCooldown(module.step, steps, level, self.shape, self.final)
         log.info(
             "the rate cools down over the next %d steps: %s",
             steps,

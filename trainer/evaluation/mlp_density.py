@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tasks.reading import DataError
 from trainer.data.held_out import HeldOut
 from trainer.evaluation.loss import losses
-from trainer.penalties.deft import medians, own_tokens
+from trainer.penalties.deft import batch_tokens, medians
 from trainer.training.finetune import real_tokens
 
 SAMPLE = 512  # tokens for CETT thresholds
@@ -158,7 +158,7 @@ def measured(layers: Layers, rows: Rows, taus: list[float], percent: float) -> d
     tokens = [0] * len(layers)
 
     def count(index: int, h: Tensor, real: Tensor) -> None:
-        real_rows = own_tokens(h, real)[real]
+        real_rows = batch_tokens(h, real)[real]
         nonzero, above = real_rows.count_nonzero(), (real_rows.abs() > taus[index]).sum()
         counts[index] += torch.tensor(
             [float(nonzero), float(above), real_rows.numel()], dtype=torch.float64
@@ -229,7 +229,7 @@ def loss_without(
     def zeroed(index: int, h: Tensor, real: Tensor) -> Tensor:
         layer = sampled[index]
         h = h.where(h.float().abs() * layer.norms >= layer.thresholds[levels[index]], 0)
-        real_rows = own_tokens(h, real)[real]
+        real_rows = batch_tokens(h, real)[real]
         zeros[index] += float((real_rows == 0).sum())
         totals[index] += real_rows.numel()
         return h

@@ -1,1 +1,1 @@
-"""Terms that are read from activations and added to the loss, on top of any adapter."""
+"""Penalties: terms that are computed from activations and added to the loss, with any adapter."""

@@ -3,26 +3,28 @@ al., arXiv 2402.01911).
 
     D_l = mean over tokens t and neurons f of q(a_l[t, f])        L = L_task + weight · Σ_l w_l D_l
 
-a_l (B, T, F) is what the down projection of layer l is given: the activations of a plain MLP, and
-gate times up of a gated one. q
-goes from 0 at 0 to 1 far from it. Its scale is tau, where eps = tau²:
+a_l (B, T, F) is the input of the down projection of layer l: the activations of a plain MLP, or
+gate times up of a gated one. q is 0 at 0 and approaches 1 far from it. Its scale is tau, where
+eps = tau²:
 
-    rational   q = a² / (a² + tau²)      as the authors' code has it, where eps is 1e-7, and 20 for prompt tuning
-    tanh       q = tanh(|a| / tau)       the smooth step tanh(beta |a|) of earlier work on activation sparsity, with beta = 1 / tau.
-                                         That this is the equation in the paper's text is
-                                         unverified; its code does not have it
+    rational   q = a² / (a² + tau²)   as in the authors' code, with eps = 1e-7, and 20 for prompt
+                                      tuning
+    tanh       q = tanh(|a| / tau)    the smooth step tanh(beta |a|) of earlier work on activation
+                                      sparsity, with beta = 1 / tau. It is not verified that this
+                                      is the equation in the paper's text; its code does not have it
 
 Layer weights w_l sum to 1. `uniform` is the paper's mean. `adaptive` is this project's: w_l is
-proportional to the layer's density, smoothed over steps, so a step goes down the slope of ½ Σ D_l²
-(scaled by Σ D_l): dense layers are pushed, and those that are sparse already are left to the task.
+proportional to the layer's density, smoothed over steps, so a step follows the gradient of ½ Σ D_l²
+(scaled by Σ D_l). The penalty acts on dense layers, and hardly on layers that are already sparse.
 It is not ADA-DEFT, whose learned weights are unpublished, and skips no MLP.
 
-Other than in the authors' code: padding and virtual tokens are not counted; every real token of a
-micro-batch counts the same, however rows are packed; encoder and decoder share one mean; the gate's
-branch alone is never measured. `eps: auto` sets tau to the layer's median |a| at the start, since
-1e-7 sees nothing of a SiLU, whose activations are hardly ever that near 0.
+Differs from the paper: unlike in the authors' code, padding and virtual tokens are not counted;
+every real token of a micro-batch counts the same, however rows are packed; encoder and decoder
+share one mean; the gate's branch alone is never measured. `eps: auto` sets tau to the layer's
+median |a| at the start, since 1e-7 is too small for a SiLU, whose activations are hardly ever that
+near 0.
 
-The name says density since PEFT's DeftConfig is another method.
+The class is called DensityDEFT because PEFT's DeftConfig is another method.
 """
 
 from __future__ import annotations
@@ -37,9 +39,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from adapters.delta import ends_with
 from trainer.models.base import BaseError
 
-# Ends of names of down projections, as transformers has them.
+# Endings of the names of down projections in transformers.
 _DOWN = re.compile(
     r"(.*\.)?("
     # Llama, Mistral, Qwen, Gemma, Phi-3, Granite, OLMo, Cohere, StableLM, Nemotron, MPT
@@ -52,75 +55,69 @@ _DOWN = re.compile(
     r"|ffn_output"  # ALBERT
     r")"
 )
-_CHUNK = 1 << 22  # activations that are looked at in fp32 at one time
-_SAMPLES = 1 << 16  # activations of a layer and micro-batch that a median is taken of
-_MEMORY = 0.9  # of a layer's smoothed density, per step
+_CHUNK = 1 << 22  # activations that are converted to fp32 at one time
+_SAMPLES = 1 << 16  # activations per layer and micro-batch in a median
+_MEMORY = 0.9  # decay per step of a layer's smoothed density
 
 
 class PenaltyError(BaseError):
-    """The penalty does not fit the model. The message says why, and how to mend it."""
+    """The penalty does not fit the model. The message says why, and how to fix it."""
 
 
 def mlp_inputs(model: nn.Module, modules: str | list[str] = "auto") -> list[tuple[str, nn.Module]]:
-    """(name, module) of the down projections, whose input is measured; with an adapter on one, the
-    module that wraps it.
+    """Return (name, module) of the down projections, whose input is measured. For an adapted layer
+    it is the module that wraps the layer.
 
-    `modules` is auto, or a list of names' ends.
+    `modules` is auto, or a list of name endings.
 
     Raises:
-        PenaltyError: there is none, or an entry matches none, or the MLPs are experts, which see
-        some of the tokens only.
+        PenaltyError: there is none, an entry matches none, or the MLPs are experts, which see only
+        some of the tokens.
     """
     named = dict(model.named_modules())
     linears = [(name, module) for name, module in named.items() if _is_linear(module)]
     if modules == "auto":
         if any(name.rpartition(".")[2] == "experts" for name in named):
             raise PenaltyError(
-                "penalty=deft: this model is a mixture of experts, each of which sees some of the"
-                " tokens only, and their density is not measured. Set penalty=none, or name the"
+                "penalty=deft: this model is a mixture of experts, each of which sees only some of"
+                " the tokens, and their density is not measured. Set penalty=none, or name the"
                 " down projections that see all tokens: penalty.modules=[...]"
             )
-        found = [
+        projections = [
             (name, module)
             for name, module in linears
             if _DOWN.fullmatch(name) or _bert_like(name, named)
         ]
     else:
-        for end in modules:
-            if not any(_ends(name, end) for name, _ in linears):
+        for ending in modules:
+            if not any(ends_with(name, ending) for name, _ in linears):
                 raise PenaltyError(
-                    f"penalty.modules has {end!r}, which matches no linear layer."
+                    f"penalty.modules has {ending!r}, which matches no linear layer."
                     f" {_choices(linears)}"
                 )
-        found = [
-            (name, module) for name, module in linears if any(_ends(name, end) for end in modules)
-        ]
-    if not found:
+        projections = [layer for layer in linears if ends_with(layer[0], *modules)]
+    if not projections:
         raise PenaltyError(
             "penalty=deft finds no MLP in this model: none of its linear layers has the name of a"
             f" down projection. Name them, as in penalty.modules=[down_proj]. {_choices(linears)}"
         )
-    return found
+    return projections
 
 
 def _bert_like(name: str, named: dict[str, nn.Module]) -> bool:
-    """BERT's `layer.0.output.dense`, not `layer.0.attention.output.dense`: its layer has an
-    `intermediate` too."""
-    layer, dot, end = name.rpartition("output.dense")
-    return dot != "" and end == "" and f"{layer}intermediate" in named
+    """Whether it is BERT's `layer.0.output.dense`, and not `layer.0.attention.output.dense`. Only
+    the former's parent also has an `intermediate`."""
+    layer, separator, rest = name.rpartition("output.dense")
+    return separator != "" and rest == "" and f"{layer}intermediate" in named
 
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer, or an adapter around one."""
     inner: Any = module
     while isinstance(inner, nn.Module) and not isinstance(inner, nn.Linear | Conv1D):
-        # ours, or PEFT's
+        # our name of the frozen layer, or PEFT's
         inner = getattr(inner, "base", None) or getattr(inner, "base_layer", None)
     return inner is not None
-
-
-def _ends(name: str, end: str) -> bool:
-    return name == end or name.endswith("." + end)
 
 
 def _choices(linears: list[tuple[str, nn.Module]]) -> str:
@@ -129,14 +126,14 @@ def _choices(linears: list[tuple[str, nn.Module]]) -> str:
 
 
 def rational(a: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """(q, dq/da) of q = a² / (a² + tau²)."""
+    """Return (q, dq/da) of q = a² / (a² + tau²)."""
     x = a / tau
     below = 1 / (1 + x * x)
     return x * x * below, x * below * below * (2 / tau)
 
 
 def tanh(a: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """(q, dq/da) of q = tanh(|a| / tau); the slope at 0 is taken as 0."""
+    """Return (q, dq/da) of q = tanh(|a| / tau). The slope at 0 is set to 0."""
     q = torch.tanh(a.abs() / tau)
     return q, a.sign() * (1 - q * q) / tau
 
@@ -150,10 +147,10 @@ FORMS: dict[str, Callable[[Tensor, float], tuple[Tensor, Tensor]]] = {
 class _Density(torch.autograd.Function):
     """Σ_t weight_t mean_f q(a[t, f]).
 
-    Forward: chunk by chunk in fp32 (float64 stays). Backward: weight_t q'(a[t, f]) / F, computed
-    anew from a.
-    Shapes: a (N, F), weights (N,); returns a scalar in fp32 or float64.
-    Notes: saves a and the weights, nothing of a's size besides. No second derivative.
+    Forward    chunk by chunk in fp32 (float64 stays)
+    Backward   weight_t q'(a[t, f]) / F, computed from a
+    Shapes     a (N, F), weights (N,); returns a scalar in fp32 or float64
+    Notes      saves a and the weights, and nothing else of a's size. No second derivative.
     """
 
     @staticmethod
@@ -184,37 +181,37 @@ def _chunks(a: Tensor) -> list[slice]:
 def density(
     a: Float[Tensor, "B T F"], real: Bool[Tensor, "B T"], form: str, tau: float
 ) -> Float[Tensor, ""]:
-    """Mean of q over the real tokens and all neurons; 0 where no token is real."""
+    """Return the mean of q over the real tokens and all neurons, or 0 if no token is real."""
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
     weights = real.to(dtype) / real.sum().clamp(min=1)
     return _Density.apply(a.reshape(-1, a.shape[-1]), weights.reshape(-1), form, tau)
 
 
-def own_tokens(a: Tensor, real: Bool[Tensor, "B T"]) -> Float[Tensor, "B T F"]:
-    """The activations of a batch's own tokens: rows apart where the model has merged them (OPT),
-    virtual tokens left out.
+def batch_tokens(a: Tensor, real: Bool[Tensor, "B T"]) -> Float[Tensor, "B T F"]:
+    """Return the activations of a batch's tokens as (B, T, F), without virtual tokens. Some models
+    (OPT) merge the rows of a batch; these are separated.
 
     Raises:
-        PenaltyError: the layer was not given all tokens of the batch.
+        PenaltyError: the layer did not receive all tokens of the batch.
     """
     rows, length = real.shape
     if a.ndim == 2 and len(a) % rows == 0:
         a = a.reshape(rows, -1, a.shape[-1])
     if a.ndim != 3 or a.shape[0] != rows or a.shape[1] < length:
         raise PenaltyError(
-            f"penalty=deft: a down projection was given activations of shape {tuple(a.shape)} for a"
-            f" batch of {tuple(real.shape)} tokens, so that it cannot be said which token each"
-            " belongs to. Set penalty=none, or leave the layer out of penalty.modules"
+            f"penalty=deft: a down projection received activations of shape {tuple(a.shape)} for a"
+            f" batch of {tuple(real.shape)} tokens, so they cannot be assigned to tokens. Set"
+            " penalty=none, or leave the layer out of penalty.modules"
         )
     return a[:, -length:]
 
 
 class DensityDEFT:
-    """The penalty of one run; see the module's text.
+    """The penalty of one run, as the module's docstring describes it.
 
-    `open(real)` before the forward pass of a micro-batch, `term()` after it, `close()` after the
-    backward pass, during which the hooks stay: where activations are checkpointed the layers run
-    again, and have to save the same tensors again.
+    Call `open(real)` before the forward pass of a micro-batch, `term()` after it, and `close()`
+    after the backward pass. The hooks stay during the backward pass: with checkpointed activations
+    the layers run again, and must save the same tensors again.
     """
 
     def __init__(
@@ -228,92 +225,89 @@ class DensityDEFT:
         calibration_batches: int,
     ):
         self.layers = mlp_inputs(model, modules)
-        self.weight, self.form, self.layer_weights, self.calibration_batches = (
-            weight,
-            form,
-            layer_weights,
-            calibration_batches,
-        )
+        self.weight, self.form = weight, form
+        self.layer_weights, self.calibration_batches = layer_weights, calibration_batches
         self.tau: list[float] | None = (
             None if isinstance(eps, str) else [eps**0.5] * len(self.layers)
         )
         # density of each layer over the last steps; 0 before the first
         self.smoothed = [0.0] * len(self.layers)
         self.hooks: list[Any] = []
-        # densities by layer; None where they are not recorded
-        self.found: dict[int, list[Tensor]] | None = None
+        # the current micro-batch's densities by layer; None if they are not recorded
+        self.densities: dict[int, list[Tensor]] | None = None
 
     def shares(self) -> list[float]:
-        """w_l of each layer."""
+        """Return w_l of each layer."""
         total = sum(self.smoothed)
         if self.layer_weights == "uniform" or total == 0:
             return [1 / len(self.layers)] * len(self.layers)
         return [smoothed / total for smoothed in self.smoothed]
 
     def open(self, real: Bool[Tensor, "B T"]) -> None:
-        """Measure from here on. `real` are the tokens that count."""
+        """Start to measure. `real` is True for the tokens that count."""
         self.close()
         assert self.tau is not None, "calibrate or load_state comes first"
-        self.found = {}
+        self.densities = {}
         for index, ((_, module), tau) in enumerate(zip(self.layers, self.tau, strict=True)):
 
             def measure(
                 _: nn.Module, inputs: tuple[Tensor, ...], index: int = index, tau: float = tau
             ) -> None:
                 if torch.is_grad_enabled():
-                    found = density(own_tokens(inputs[0], real), real, self.form, tau)
-                    if self.found is not None:
-                        self.found.setdefault(index, []).append(found)
+                    value = density(batch_tokens(inputs[0], real), real, self.form, tau)
+                    if self.densities is not None:
+                        self.densities.setdefault(index, []).append(value)
 
             self.hooks.append(module.register_forward_pre_hook(measure))
 
     def term(self) -> tuple[Float[Tensor, ""], Float[Tensor, " L"], Float[Tensor, " L"]]:
-        """(what to add to the loss, each layer's density, which layers were measured), the last two
-        without a gradient.
+        """Return (the term to add to the loss, each layer's density, 1 for each measured layer).
+        The last two have no gradient.
 
         Raises:
             PenaltyError: no layer was called.
         """
-        found, self.found = self.found, None
-        if not found:
+        calls, self.densities = self.densities, None
+        if not calls:
             raise PenaltyError(
                 "penalty=deft: none of the down projections was called by the model's forward"
                 f" pass, such as {self.layers[0][0]}: its activations cannot be read. Set"
                 " penalty=none, or other penalty.modules"
             )
         shares = self.shares()
-        # One that is shared between layers (ALBERT) was called several times.
-        densities = {index: torch.stack(parts).mean() for index, parts in found.items()}
-        some = next(iter(densities.values()))
-        each, measured = torch.zeros(2, len(self.layers), dtype=some.dtype, device=some.device)
+        # A projection that layers share (ALBERT) was called several times.
+        densities = {index: torch.stack(values).mean() for index, values in calls.items()}
+        first = next(iter(densities.values()))
+        each, measured = torch.zeros(2, len(self.layers), dtype=first.dtype, device=first.device)
         for index, value in densities.items():
-            each[index], measured[index] = value.detach().to(some.device), 1.0
+            each[index], measured[index] = value.detach().to(first.device), 1.0
         total = sum(shares[index] for index in densities) or 1.0
         parts = [
-            value.to(some.device) * (shares[index] / total) for index, value in densities.items()
+            value.to(first.device) * (shares[index] / total) for index, value in densities.items()
         ]
         return self.weight * torch.stack(parts).sum(), each, measured
 
     def close(self) -> None:
-        """Measure no longer."""
+        """Stop measuring."""
         for hook in self.hooks:
             hook.remove()
-        self.hooks, self.found = [], None
+        self.hooks, self.densities = [], None
 
     def update(self, densities: list[float]) -> None:
-        """Take note of a step's densities, NaN for a layer that was not measured."""
-        for index, now in enumerate(densities):
-            if now == now:
-                before = self.smoothed[index]
-                self.smoothed[index] = _MEMORY * before + (1 - _MEMORY) * now if before else now
+        """Update the smoothed densities from a step's, which are NaN for a layer that was not
+        measured."""
+        for index, current in enumerate(densities):
+            if current == current:  # not NaN
+                last = self.smoothed[index]
+                self.smoothed[index] = _MEMORY * last + (1 - _MEMORY) * current if last else current
 
     @torch.no_grad()
     def calibrate(
         self, forward: Callable[[Any], Any], batches: Iterable[tuple[Any, Bool[Tensor, "B T"]]]
     ) -> None:
         """Set tau to each layer's median |a| over the first `calibration_batches` of (batch, its
-        real tokens). Activations that are exactly 0 are left out, else tau would be 0 where a ReLU
-        leaves less than half. Does nothing where eps is a number.
+        real tokens), unless eps is a number. Activations that are exactly 0 are ignored: otherwise
+        tau would be 0 if a ReLU sets more than half of them to 0.
 
         Raises:
             PenaltyError: a layer has no activation but 0 or NaN.
@@ -323,7 +317,7 @@ class DensityDEFT:
             self.tau = [median for _, median in medians(self.layers, forward, batches)]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """Return the penalty's part of a checkpoint."""
         return {
             "layers": [name for name, _ in self.layers],
             "tau": self.tau,
@@ -331,10 +325,10 @@ class DensityDEFT:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Put a `state` back.
+        """Load a `state`.
 
         Raises:
-            PenaltyError: it is of other layers.
+            PenaltyError: its layers are not this model's.
         """
         if state["layers"] != [name for name, _ in self.layers]:
             raise PenaltyError(
@@ -350,34 +344,33 @@ def medians(
     forward: Callable[[Any], Any],
     batches: Iterable[tuple[Any, Bool[Tensor, "B T"]]],
 ) -> list[tuple[str, float]]:
-    """(name, median of |a| where a is not 0) of each layer's input, over evenly spaced activations
-    of the real tokens.
+    """Return (name, median of |a| where a is not 0) of each layer's input, over evenly spaced
+    activations of the real tokens.
 
     Raises:
         PenaltyError: a layer has no activation but 0 or NaN.
     """
-    kept: list[list[Tensor]] = [[] for _ in layers]
-    now: dict[str, Tensor] = {}
+    samples: list[list[Tensor]] = [[] for _ in layers]
+    real = torch.zeros(0, dtype=torch.bool)  # of the current batch; the hooks read it
 
-    def keep(index: int) -> Callable[..., None]:
+    def sampler(index: int) -> Callable[..., None]:
         def sample(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            values = own_tokens(inputs[0], now["real"])[now["real"]].reshape(-1)
-            kept[index].append(values[:: max(1, len(values) // _SAMPLES)].abs().float().cpu())
+            values = batch_tokens(inputs[0], real)[real].reshape(-1)
+            samples[index].append(values[:: max(1, len(values) // _SAMPLES)].abs().float().cpu())
 
         return sample
 
     hooks = [
-        module.register_forward_pre_hook(keep(index)) for index, (_, module) in enumerate(layers)
+        module.register_forward_pre_hook(sampler(index)) for index, (_, module) in enumerate(layers)
     ]
     try:
-        for batch, real in batches:
-            now["real"] = real
+        for batch, real in batches:  # noqa: B007 - the hooks read `real`
             forward(batch)
     finally:
         for hook in hooks:
             hook.remove()
     result = []
-    for (name, _), parts in zip(layers, kept, strict=True):
+    for (name, _), parts in zip(layers, samples, strict=True):
         values = torch.cat(parts) if parts else torch.zeros(0)
         values = values[values > 0]
         if not len(values):

@@ -1,32 +1,34 @@
-"""Learning-rate schedules: pure functions of the step, `step, steps -> factor of the peak rate`, so
-that a run which goes on, or branches, inherits no state. A length below 1 is a fraction of the
-run's steps."""
+"""Learning rate schedules: pure functions of the step, `step, steps -> factor of the peak rate`.
+
+A resumed run, or a branch, therefore inherits no state. A length below 1 is a fraction of the run's
+steps.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 
 def length(value: float, steps: int) -> int:
-    """A length in steps: as it is from 1 on, a fraction of `steps` below."""
+    """Return a length in steps. A value below 1 is a fraction of `steps`."""
     return round(value * steps) if value < 1 else int(value)
 
 
 def warmed_up(step: int, warmup: int) -> float:
-    """Linear warm-up: 1/warmup at step 0, so that the first step already learns, and 1 from step
-    warmup - 1 on."""
+    """Return the factor of a linear warm-up: 1/warmup at step 0, so that the first step already
+    trains, and 1 from step warmup - 1 on."""
     return min(1.0, (step + 1) / warmup) if warmup else 1.0
 
 
 def factor(
     schedule: Callable[..., float], step: int, steps: int, restart: int, cooling: Any = None
 ) -> float:
-    """The factor at a step of a run whose schedule begins anew at the step `restart`, 0 for one
-    that does not. `cooling` is the cooldown.Cooling that takes over from the schedule, if one
-    does."""
+    """Return the factor at a step.
+
+    The schedule starts again at the step `restart`, which is 0 for runs without a restart.
+    `cooling` is the RuntimeCooldown that replaces the schedule from its start on, if there is one.
+    """
     if cooling is not None and step >= cooling.start:
         return cooling.factor(step)
-    return (
-        schedule(step - restart, steps=steps - restart)
-        if step >= restart
-        else schedule(step, steps=steps)
-    )
+    if step >= restart:
+        return schedule(step - restart, steps=steps - restart)
+    return schedule(step, steps=steps)

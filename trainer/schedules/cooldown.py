@@ -21,38 +21,41 @@ def cooldown(
     shape: str,
     final: float,
 ) -> float:
-    """Factor of the peak rate at `step` (0-based) of `steps`: final + (1 - final) f(x) over the
-    last steps, x from 0 to just below 1, f one of SHAPES; or final^x, see `fall`."""
+    """Return the factor of the peak rate at `step` (0-based) of `steps`.
+
+    Over the last steps it is final + (1 - final) f(x) with x from 0 to just below 1 and f one of
+    SHAPES, or final^x (see `fall`).
+    """
     assert cooldown_tokens is None, (
-        "assembly.schedule, which knows the tokens of each step, turns them into steps"
+        "assembly.schedule, which knows the tokens of each step, converts them to steps"
     )
-    down = length(cooldown, steps)
-    start = steps - down
+    cooldown_steps = length(cooldown, steps)
+    start = steps - cooldown_steps
     if step < start:
         return warmed_up(step, length(warmup, steps))
-    x = min(1.0, (step - start) / down) if down else 0.0
+    x = min(1.0, (step - start) / cooldown_steps) if cooldown_steps else 0.0
     return fall(x, shape, final)
 
 
 @dataclass(frozen=True)
-class Cooling:
-    """A cooldown that was begun at run time, or in a run that branched off another one's
+class RuntimeCooldown:
+    """A cooldown that started at run time, or in a run that branches off another run's
     checkpoint."""
 
     start: int  # the step (0-based) from which the rate falls
     steps: int
-    level: float  # the factor of the peak rate that it falls from
+    level: float  # the factor of the peak rate at its start
     shape: str
-    final: float  # where it ends, as a fraction of `level`
+    final: float  # the factor at its end, as a fraction of `level`
 
     def factor(self, step: int) -> float:
-        """Factor of the peak rate at `step`, from `start` on."""
+        """Return the factor of the peak rate at `step`, which is `start` or later."""
         return self.level * fall(min(1.0, (step - self.start) / self.steps), self.shape, self.final)
 
 
 def fall(x: float, shape: str, final: float) -> float:
-    """From 1 at x = 0 to `final` at x = 1; exponential is final^x, and needs final > 0 (MiniCPM,
-    arXiv 2404.06395, has 0.5^x)."""
+    """Return the value at x of a curve from 1 at x = 0 to `final` at x = 1. `exponential` is
+    final^x and needs final > 0 (MiniCPM, arXiv 2404.06395, uses 0.5^x)."""
     if shape == "exponential":
         return final**x
     return final + (1 - final) * SHAPES[shape](x)

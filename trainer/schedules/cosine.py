@@ -7,8 +7,8 @@ from trainer.schedules import length, warmed_up
 
 
 def cosine(step: int, steps: int, warmup: float, final: float) -> float:
-    """Factor of the peak rate at `step` (0-based) of `steps`: final + (1 - final) (1 + cos π x) /
-    2."""
+    """Return the factor of the peak rate at `step` (0-based) of `steps`: final + (1 - final)
+    (1 + cos π x) / 2."""
     rise = length(warmup, steps)
     if step < rise:
         return warmed_up(step, rise)

@@ -7,9 +7,9 @@ from trainer.schedules import length, warmed_up
 
 
 def inverse_sqrt(step: int, steps: int, warmup: float, timescale: float | None) -> float:
-    """Factor of the peak rate at `step` (0-based) of `steps`: sqrt(τ / (step - W + τ)) after W
-    steps of warm-up, τ the timescale in steps. Without one τ is W, which gives sqrt(W / step); at
-    least 1."""
+    """Return the factor of the peak rate at `step` (0-based) of `steps`: sqrt(τ / (step - W + τ))
+    after W steps of warm-up. τ is the timescale in steps, at least 1. Without a timescale τ is W,
+    which gives sqrt(W / step)."""
     rise = length(warmup, steps)
     if step < rise:
         return warmed_up(step, rise)

@@ -4,8 +4,8 @@ from trainer.schedules import length, warmed_up
 
 
 def linear(step: int, steps: int, warmup: float, final: float) -> float:
-    """Factor of the peak rate at `step` (0-based) of `steps`: 1 - (1 - final) x, x the share of the
-    decay that is done."""
+    """Return the factor of the peak rate at `step` (0-based) of `steps`: 1 - (1 - final) x, where x
+    is the completed share of the decay."""
     rise = length(warmup, steps)
     if step < rise:
         return warmed_up(step, rise)

@@ -1,5 +1,5 @@
-"""Constant in steps downwards after a linear warm-up (DeepSeek LLM, arXiv 2401.02954, section 2.3:
-31.6 % of the peak from 80 % of the run on, 10 % from 90 % on)."""
+"""Piecewise constant after a linear warm-up (DeepSeek LLM, arXiv 2401.02954, section 2.3: 31.6 % of
+the peak from 80 % of the run on, 10 % from 90 % on)."""
 
 from trainer.schedules import length, warmed_up
 
@@ -7,10 +7,10 @@ from trainer.schedules import length, warmed_up
 def multistep(
     step: int, steps: int, warmup: float, milestones: list[float], factors: list[float]
 ) -> float:
-    """Factor of the peak rate at `step` (0-based) of `steps`: factors[i] from milestones[i] on, 1
-    before the first. A milestone within the warm-up lowers what it rises to."""
-    now = 1.0
+    """Return the factor of the peak rate at `step` (0-based) of `steps`: factors[i] from
+    milestones[i] on, and 1 before the first. A milestone within the warm-up scales the warm-up."""
+    level = 1.0
     for milestone, factor in zip(milestones, factors, strict=True):
         if step >= length(milestone, steps):
-            now = factor
-    return now * warmed_up(step, length(warmup, steps))
+            level = factor
+    return level * warmed_up(step, length(warmup, steps))

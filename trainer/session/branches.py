@@ -103,13 +103,13 @@ def arguments(options: dict[str, str], more: list[str]) -> tuple[str, list[str]]
 
 def _cooling(path: Path, config: dict[str, Any], step: int) -> Any:
     """The cooldown that a run is in at a step, if one was begun at run time."""
-    from trainer.schedules.cooldown import Cooling
+    from trainer.schedules.cooldown import RuntimeCooldown
     from trainer.storage.journal import read
 
     settings = config["callbacks"].get("cooldown")
     for row in read(path / "metrics.jsonl"):
         if row["kind"] == "cooldown" and row["step"] < step and settings:
-            return Cooling(
+            return RuntimeCooldown(
                 row["step"], row["steps"], row["level"], settings["shape"], settings["final"]
             )
     return None

@@ -20,7 +20,7 @@ from trainer.assembly.recipe import Recipe
 from trainer.callbacks import progress
 from trainer.data.identity import changed
 from trainer.schedules import factor
-from trainer.schedules.cooldown import Cooling
+from trainer.schedules.cooldown import RuntimeCooldown
 from trainer.storage import checkpoints, run_folder
 from trainer.storage.checkpoints import Checkpoint, CheckpointError
 from trainer.storage.journal import Journal, read
@@ -84,9 +84,9 @@ def find_start_point(folder: RunFolder, recipe: Recipe, identity: dict[str, Any]
     return replace(start, ended=_ended(folder, start.step, recipe))
 
 
-def cooldown_of(branch: dict[str, Any]) -> Cooling:
+def cooldown_of(branch: dict[str, Any]) -> RuntimeCooldown:
     """The cooldown of a branch, from its node of the config."""
-    return Cooling(
+    return RuntimeCooldown(
         branch["step"], branch["steps"], branch["level"], branch["shape"], branch["final"]
     )
 

@@ -25,7 +25,7 @@ from trainer.drafters import Drafter, Target
 from trainer.models.losses import CausalLoss, ClassLoss, NonFinite
 from trainer.penalties.deft import DensityDEFT
 from trainer.schedules import factor
-from trainer.schedules.cooldown import Cooling
+from trainer.schedules.cooldown import RuntimeCooldown
 from trainer.training.fsdp import Sharded, average_unsharded_grads, clip_grad_norm, local_shard
 
 
@@ -59,7 +59,7 @@ class FineTune(lightning.LightningModule):
         nonfinite_limit: int,
         penalty: DensityDEFT | None = None,
         drafter: Drafter | None = None,
-        cooling: Cooling | None = None,
+        cooling: RuntimeCooldown | None = None,
     ):
         super().__init__()
         self.model, self.adapter, self.penalty, self.drafter = model, adapter, penalty, drafter
@@ -294,7 +294,7 @@ class FineTune(lightning.LightningModule):
         if self.drafter is not None:
             self.drafter.load_state(checkpoint["drafter"])
         if self.cooling is None and "cooling" in checkpoint and not self.drop_cooldown:
-            self.cooling = Cooling(**checkpoint["cooling"])
+            self.cooling = RuntimeCooldown(**checkpoint["cooling"])
         for key, value in checkpoint["counters"].items():
             setattr(self, key, value)
         # A finished run that was made longer goes on; Lightning would take its last micro-batch for
