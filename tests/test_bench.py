@@ -7,7 +7,7 @@ import json
 import pytest
 
 from scripts.bench import train
-from scripts.bench.peers import contestants, measuring, table
+from scripts.bench.peers import contestants, measuring, runs, table, work
 
 
 def run(
@@ -108,12 +108,12 @@ def test_each_round_begins_with_another_one():
 
 
 def test_packing_keeps_the_tokens_of_a_step():
-    assert "batch_size=2" in train.packed({"batch_size": 8, "mean_length": 260.0}, 1024)
-    assert "batch_size=1" in train.packed({"batch_size": 2, "mean_length": 100.0}, 1024)
+    assert "batch_size=2" in runs.packed({"batch_size": 8, "mean_length": 260.0}, 1024)
+    assert "batch_size=1" in runs.packed({"batch_size": 2, "mean_length": 100.0}, 1024)
 
 
 def test_a_row_predicts_from_its_second_token_on():
-    assert train.labelled([5, 6, 7], [True, False, True]) == {
+    assert work.labelled([5, 6, 7], [True, False, True]) == {
         "input_ids": [5, 6, 7],
         "labels": [-100, -100, 7],
     }

@@ -8,6 +8,7 @@ import itertools
 import pytest
 
 from scripts.bench import distillation, growth, preflight
+from scripts.bench.stages import Stages
 
 
 def test_repeated_rows_differ_in_their_digits_only():
@@ -35,7 +36,7 @@ def test_stages_count_what_is_within_them_once(monkeypatch):
     clock = itertools.count()
     # a second passes between two looks at it
     monkeypatch.setattr("time.process_time", lambda: next(clock))
-    stages = preflight.Stages()
+    stages = Stages()
     inner = stages.watched("inner", lambda: None)
     rows = stages.each("rows", lambda: iter([1, 2]))
     with stages.within("outer"):

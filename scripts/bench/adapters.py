@@ -30,7 +30,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from scripts.bench.options import given
+from scripts.bench.options import parse
 
 DEFAULTS: dict[str, Any] = {
     "rank": 16,
@@ -224,7 +224,7 @@ def measured(method: str, options: dict[str, Any]) -> dict[str, Any]:
 def main() -> int:
     """Each method `repeats` times in turn; a table of medians and of ratios to stock PEFT's
     LoRA."""
-    options = given(DEFAULTS, __doc__)
+    options = parse(DEFAULTS, __doc__)
     if "--worker" in sys.argv:
         name, out = sys.argv[sys.argv.index("--worker") + 1 :][:2]
         Path(out).write_text(json.dumps(measured(name, options)))

@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.options import given
+from scripts.bench.options import parse
 
 DEFAULTS: dict[str, Any] = {
     "data": None,
@@ -210,7 +210,7 @@ def plot(found: dict[str, Any], file: Path) -> None:
 
 def main() -> int:
     """Run what is missing, then write table and plot."""
-    options = given(DEFAULTS, __doc__)
+    options = parse(DEFAULTS, __doc__)
     if options["out"] is None or (options["data"] is None and not options["table"]):
         print(__doc__, file=sys.stderr)
         return 2

@@ -1,29 +1,30 @@
-"""Where a step of speculative decoding spends its time: the target's forward passes, the drafter's,
-and all the rest.
+"""The parts of a step of speculative decoding: the target's forward passes, the drafter's, and the
+rest.
 
     python -m scripts.bench.decoding runs=[FOLDER,...] [untrained=[lookup]] [shapes=[chain,tree]]
-    [dtypes=[run,fp32]] [chain=3] [tree=8]
-                                     [top_k=4] [depth=4] [prompts=4] [max_new_tokens=48]
-                                     [clock=wall] [profile=0] [json=FILE]
+        [dtypes=[run,fp32]] [chain=3] [tree=8] [top_k=4] [depth=4] [prompts=4] [max_new_tokens=48]
+        [clock=wall] [profile=0] [json=FILE]
 
-Each run's drafter, and those without training on the first run's base, draft a chain of `chain`
-tokens and, where they can branch, EAGLE-2's tree of `tree` nodes for the run's first held-out
-prompts, greedily, one sequence at a time; `plain` is the same loop without a
-drafter. Medians over all steps but each text's first, in milliseconds:
+Each run's drafter drafts for the run's first held-out prompts, greedily, one sequence at a time: a
+chain of `chain` tokens and, if the drafter can branch, EAGLE-2's tree of `tree` nodes. The drafters
+without training use the first run's base. `plain` is the same loop without a drafter. The table has
+medians over all steps but each text's first, in milliseconds:
 
-    target     the model's forward, its output head, and its embedding and rotary embeddings where a drafter asks for them
+    target     the model's forward, its output head, and its embedding and rotary embeddings where
+               a drafter calls them
     drafter    the forward of its modules
-    rest       the step less both: growing trees, masks, verification, what is kept of caches, News, Python
-    share      of each step the rest over the step
+    rest       the step minus both: growing trees, masks, verification, caches, Python
+    share      the rest over the step, for each step
 
-clock=processor counts processor instead of wall seconds: the same on a quiet machine with one
-thread, and steady on a busy one. On a GPU each forward is waited for, so that the rest is what it
-would be with nothing overlapping. profile=N prints the N functions in which most of the rest's time
-goes, by cProfile.
+clock=processor counts processor seconds instead of wall seconds. They are the same on a quiet
+machine with one thread, and reproducible on a busy one. On a GPU each forward is synchronised, so
+nothing overlaps in the rest. profile=N prints the N functions with most of the rest's time, by
+cProfile.
 """
 
 from __future__ import annotations
 
+import contextlib
 import cProfile
 import functools
 import json
@@ -32,12 +33,12 @@ import pstats
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from scripts.bench.options import parse
 
 DEFAULTS: dict[str, Any] = {
     "runs": [],
@@ -109,6 +110,42 @@ def figures(steps: list[dict[str, float]]) -> dict[str, float]:
     return found | {"steps": len(steps)}
 
 
+@contextlib.contextmanager
+def watched(meter: Meter, target: Any, drafter: Any) -> Iterator[None]:
+    """Time the forward passes of the target and of the drafter, and each decoding step."""
+    import torch
+
+    from trainer.decoding import speculative
+
+    model = target.model
+    modules = {
+        model: "target",
+        model.get_output_embeddings(): "target",
+        model.get_input_embeddings(): "target",
+        target.decoder.rotary_emb: "target",
+    }
+    of_target = {id(module) for module in model.modules()}
+    for module in drafter.modules() if drafter is not None else ():
+        has_forward = type(module).forward is not torch.nn.Module.forward
+        if module is not drafter and id(module) not in of_target and has_forward:
+            modules[module] = "drafter"
+    verify = speculative.Decoder.verify
+
+    def timed_verify(*arguments: Any) -> None:
+        verify(*arguments)
+        meter.lap()
+
+    for module, name in modules.items():
+        module.forward = meter.timed(name, module.forward)
+    speculative.Decoder.verify = timed_verify  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        speculative.Decoder.verify = verify  # type: ignore[method-assign]
+        for module in modules:
+            del module.__dict__["forward"]
+
+
 def measured(
     target: Any,
     drafter: Any,
@@ -117,8 +154,8 @@ def measured(
     stops: list[int],
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """`figures` of decoding with one drafter in one shape, and its tokens a step; None for the
-    drafter is plain decoding."""
+    """Return the `figures` of decoding with one drafter in one shape, and its tokens per step.
+    Without a drafter (None) it is plain decoding."""
     import torch
 
     from trainer.decoding import speculative
@@ -132,42 +169,14 @@ def measured(
         return clock()
 
     meter = Meter(now)
-    undo: list[Callable[[], None]] = []
-
-    def forward(module: Any, name: str) -> None:
-        module.forward = meter.timed(name, module.forward)
-        undo.append(lambda: module.__dict__.pop("forward"))
-
-    for module in (
-        target.model,
-        target.model.get_output_embeddings(),
-        target.model.get_input_embeddings(),
-        target.decoder.rotary_emb,
-    ):
-        forward(module, "target")
-    own = {id(module) for module in target.model.modules()}
-    for module in drafter.modules() if drafter is not None else ():
-        if (
-            module is not drafter
-            and id(module) not in own
-            and type(module).forward is not torch.nn.Module.forward
-        ):
-            forward(module, "drafter")
-    verify = speculative.Decoder.verify
-
-    def timed_verify(*arguments: Any) -> None:
-        verify(*arguments)
-        meter.lap()
-
-    speculative.Decoder.verify = timed_verify  # type: ignore[method-assign, assignment]
     profile = cProfile.Profile() if options["profile"] else None
     tokens = passes = 0
-    try:
+    with watched(meter, target, drafter):
         for number, ids in enumerate([prompts[0], *prompts]):
             meter.restart()
             if profile is not None and number:
                 profile.enable()
-            # what happens once only is not measured
+            # the first text is a warm-up
             limit = options["max_new_tokens"] if number else 8
             result = speculative.generate(
                 target, drafter, ids, limit, stops, strategy=Strategy(shape)
@@ -178,10 +187,6 @@ def measured(
                 meter.steps.clear()
                 continue
             tokens, passes = tokens + len(result.tokens) - 1, passes + result.steps
-    finally:
-        speculative.Decoder.verify = verify  # type: ignore[method-assign]
-        for one in undo:
-            one()
     if profile is not None:
         pstats.Stats(profile).sort_stats("tottime").print_stats(options["profile"])
         pstats.Stats(profile).sort_stats("cumtime").print_stats(options["profile"])
@@ -189,7 +194,7 @@ def measured(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One line for each drafter, shape and dtype."""
+    """Return a table with a line for each drafter, shape and dtype."""
     lines = [
         (
             "| drafter | draft | dtype | steps | tokens a step | step ms | target ms | drafter ms |"
@@ -206,21 +211,50 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def measured_run(
+    path: str,
+    device: Any,
+    fp32: bool,
+    names: list[str],
+    shapes: dict[str, Any],
+    options: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """Yield the table's rows of one run in one dtype."""
+    import torch
+
+    from trainer.assembly.chosen_drafter import drafter_of
+    from trainer.assembly.trained import load_trained
+    from trainer.drafters import Drafter, Target
+    from trainer.evaluation.questions import held_out_prompts
+
+    run = load_trained(path, device, fp32=fp32)
+    prompts, stops = held_out_prompts(run, options["prompts"])
+    ids = [torch.tensor(prompt, device=device) for prompt in prompts]
+    target = Target(run.model)
+    for name in names:
+        drafter = None if name == "plain" else drafter_of(run, {"drafter": name, "small": None})
+        # such a drafter chooses the shape itself
+        own_shape = drafter is None or type(drafter).propose is not Drafter.propose
+        for shape in options["shapes"][: 1 if own_shape else None]:
+            result = measured(target, drafter, ids, shapes[shape], stops, options)
+            yield result | {
+                "drafter_ms": result["drafter"],
+                "drafter": type(drafter).__name__ if drafter is not None else "plain",
+                "shape": "own" if own_shape else shape,
+                "dtype": str(run.model.dtype).removeprefix("torch."),
+            }
+
+
 def main() -> int:
-    """Each run in each dtype, with each drafter and shape."""
-    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(sys.argv[1:]))
-    options: dict[str, Any] = {**DEFAULTS, **given}
-    if given.keys() - DEFAULTS.keys() or not options["runs"]:
+    """Measure each run in each dtype, with each drafter and shape."""
+    options = parse(DEFAULTS, __doc__)
+    if not options["runs"]:
         print(__doc__, file=sys.stderr)
         return 2
     import torch
 
     from trainer.assembly import quiet
-    from trainer.assembly.chosen_drafter import drafter_of
-    from trainer.assembly.trained import load_trained
     from trainer.decoding import trees
-    from trainer.drafters import Drafter, Target
-    from trainer.evaluation.questions import held_out_prompts
 
     quiet.quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -229,36 +263,12 @@ def main() -> int:
         "tree": trees.eagle2(options["top_k"], options["depth"], options["tree"]),
     }
     rows: list[dict[str, Any]] = []
-    for place, path in enumerate(options["runs"]):
+    for number, path in enumerate(options["runs"]):
+        names = ["run", *(["plain", *options["untrained"]] if number == 0 else [])]
         for dtype in options["dtypes"]:
-            found = load_trained(path, device, fp32=dtype == "fp32")
-            prompts, stops = held_out_prompts(found, options["prompts"])
-            ids, target = (
-                [torch.tensor(prompt, device=device) for prompt in prompts],
-                Target(found.model),
-            )
-            names = ["run", *(["plain", *options["untrained"]] if place == 0 else [])]
-            for name in names:
-                drafter = (
-                    None if name == "plain" else drafter_of(found, {"drafter": name, "small": None})
-                )
-                for shape in options["shapes"]:
-                    # no shape is asked for
-                    own = drafter is None or type(drafter).propose is not Drafter.propose
-                    if own and shape != options["shapes"][0]:
-                        continue
-                    result = measured(target, drafter, ids, shapes[shape], stops, options)
-                    rows.append(
-                        result
-                        | {
-                            "drafter_ms": result["drafter"],
-                            "drafter": type(drafter).__name__ if drafter is not None else "plain",
-                            "shape": "own" if own else shape,
-                            "dtype": str(found.model.dtype).removeprefix("torch."),
-                        }
-                    )
-                    print(table(rows[-1:]).splitlines()[-1], flush=True)
-            del found, target
+            for row in measured_run(path, device, dtype == "fp32", names, shapes, options):
+                rows.append(row)
+                print(table([row]).splitlines()[-1], flush=True)
     print(f"\n{table(rows)}\n")
     print(
         f"{options['clock']} time, {platform.machine()}, {torch.get_num_threads()} threads,"

@@ -37,7 +37,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from scripts.bench.options import given
+from scripts.bench.options import parse
 
 DEFAULTS: dict[str, Any] = {
     "drafters": ["eagle3", "medusa"],
@@ -271,7 +271,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     """Each case in turn; a table of what was measured."""
-    options = given(DEFAULTS, __doc__)
+    options = parse(DEFAULTS, __doc__)
     if "--worker" in sys.argv:
         side, drafter, share, file = sys.argv[sys.argv.index("--worker") + 1 :]
         Path(file).write_text(json.dumps(case(options, side, drafter, float(share))))

@@ -1,25 +1,25 @@
-"""How a step's cost grows with the row's length and with the vocabulary: ours against stock PEFT
-with all logits at once.
+"""Growth of a step's cost with the row's length and with the vocabulary: ours against stock PEFT,
+which computes all logits at once.
 
     python -m scripts.bench.growth [lengths=[128,...,4096]] [vocabularies=[8192,...,262144]]
-    [length=1024] [vocabulary=32768]
-        [ways=[full,ours,ours_fixed]] [layers=8] [width=256] [rank=16] [chunk=512] [dtype=float32]
-        [steps=3] [seconds=20] [device=cpu] [threads=1] [out=FOLDER]
+        [length=1024] [vocabulary=32768] [ways=[full,ours,ours_fixed]] [layers=8] [width=256]
+        [rank=16] [chunk=512] [dtype=float32] [steps=3] [seconds=20] [device=cpu] [threads=1]
+        [out=FOLDER]
 
-Random Llama-shaped weights with tied embeddings, LoRA on all linear layers, AdamW, one row, every
-position supervised; each case in a
-process of its own. First the length grows at one vocabulary, then the vocabulary at one length.
-Ways:
+The model is a Llama with random weights and tied embeddings, with LoRA on all linear layers, AdamW,
+one row, and every position supervised. Each case is a process. First the length grows at one
+vocabulary, then the vocabulary at one length. Ways:
 
     full        peft.get_peft_model, model(input_ids, labels=...): logits of all positions
-    ours        our LoRA, fused, and trainer.models.losses.CausalLoss as a run has it: the larger the vocabulary, the fewer positions' logits at once
+    ours        our LoRA, fused, and trainer.models.losses.CausalLoss with a run's settings: the
+                larger the vocabulary, the fewer positions have logits at the same time
     ours_fixed  the same with objective.logits_chunk = `chunk`
 
-Columns: processor and wall seconds of a step (the median, first of all left out; no further one is
-begun after `seconds`), and the peak memory of the steps above what weights and libraries take. An
-exponent is the slope of log cost over log size: 1 is linear, 0 constant. Attention's own products
-are quadratic in the length, so `attention` says which share of all products they are, and the last
-line from where on they are the most.
+Columns: processor and wall seconds of a step (the median without the first step; after `seconds` no
+further step starts), and the peak memory of the steps above that of weights and libraries. An
+exponent is the slope of log cost over log size: 1 is linear, 0 constant. Attention's products are
+quadratic in the length, so `attention` is their share of all products. The last line is the length
+from which on they are more than half.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from scripts.bench.options import given
+from scripts.bench.options import parse
 
 DEFAULTS: dict[str, Any] = {
     "lengths": [128, 256, 512, 1024, 2048, 4096],
@@ -108,13 +109,11 @@ def memory(device: str, reset: bool) -> int:
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
-def case(options: dict[str, Any], way: str, length: int, vocabulary: int) -> dict[str, Any]:
-    """One case in this process."""
+def llama(options: dict[str, Any], length: int, vocabulary: int) -> Any:
+    """Return a Llama with random weights."""
     import torch
     import transformers
 
-    torch.set_num_threads(options["threads"])
-    torch.manual_seed(0)
     width = options["width"]
     config = transformers.LlamaConfig(
         vocab_size=vocabulary,
@@ -127,44 +126,60 @@ def case(options: dict[str, Any], way: str, length: int, vocabulary: int) -> dic
         tie_word_embeddings=True,
         attn_implementation="sdpa",
     )
-    model: Any = transformers.LlamaForCausalLM(config).to(
-        options["device"], getattr(torch, options["dtype"])
+    model: Any = transformers.LlamaForCausalLM(config)
+    return model.to(options["device"], getattr(torch, options["dtype"]))
+
+
+Loss = Callable[[dict[str, Any]], Any]
+
+
+def with_peft(model: Any, options: dict[str, Any]) -> tuple[Any, Loss]:
+    """Return the model with PEFT's LoRA, and its loss of a batch."""
+    import peft
+
+    settings = peft.LoraConfig(
+        r=options["rank"],
+        lora_alpha=2 * options["rank"],
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
     )
+    adapted = peft.get_peft_model(model, settings).train()
+    return adapted, lambda batch: adapted(**batch, use_cache=False).loss
+
+
+def with_ours(model: Any, options: dict[str, Any], chunk: int | None) -> tuple[Any, Loss]:
+    """Return the model with our LoRA, and its loss of a batch."""
+    from adapters.delta import Start
+    from trainer.assembly.build import instantiate
+    from trainer.config.compose import compose
+    from trainer.models.losses import CausalLoss
+    from trainer.speed import fused, malloc
+
+    words = [
+        f"adapter.rank={options['rank']}",
+        f"adapter.alpha={2 * options['rank']}",
+        "task.path=x",
+    ]
+    plain: Any = OmegaConf.to_container(compose(words), resolve=True)
+    malloc.keep_freed()
+    fused.fuse(model)
+    adapted = instantiate(plain["adapter"]).attach(model, Start()).train()
+    loss = CausalLoss(adapted, chunk)
+    return adapted, lambda batch: loss(batch)[0] / (batch["labels"].shape[1] - 1)
+
+
+def case(options: dict[str, Any], way: str, length: int, vocabulary: int) -> dict[str, Any]:
+    """Measure one case in this process."""
+    import torch
+
+    torch.set_num_threads(options["threads"])
+    torch.manual_seed(0)
+    model = llama(options, length, vocabulary)
     if way == "full":
-        import peft
-
-        settings = peft.LoraConfig(
-            r=options["rank"],
-            lora_alpha=2 * options["rank"],
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
-        model = peft.get_peft_model(model, settings).train()
-
-        def loss_of(batch: dict[str, Any]) -> Any:
-            return model(**batch, use_cache=False).loss
-
+        model, loss_of = with_peft(model, options)
     else:
-        from adapters.delta import Start
-        from trainer.assembly.build import instantiate
-        from trainer.config.compose import compose
-        from trainer.models.losses import CausalLoss
-        from trainer.speed import fused, malloc
-
-        words = [
-            f"adapter.rank={options['rank']}",
-            f"adapter.alpha={2 * options['rank']}",
-            "task.path=x",
-        ]
-        plain: Any = OmegaConf.to_container(compose(words), resolve=True)
-        malloc.keep_freed()
-        fused.fuse(model)
-        model = instantiate(plain["adapter"]).attach(model, Start()).train()
-        counted = CausalLoss(model, options["chunk"] if way == "ours_fixed" else None)
-
-        def loss_of(batch: dict[str, Any]) -> Any:
-            return counted(batch)[0] / (batch["labels"].shape[1] - 1)
-
+        chunk = options["chunk"] if way == "ours_fixed" else None
+        model, loss_of = with_ours(model, options, chunk)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True)
     draw = torch.Generator().manual_seed(1)
@@ -177,7 +192,7 @@ def case(options: dict[str, Any], way: str, length: int, vocabulary: int) -> dic
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    step(16)  # small: what is loaded on first use is not the step's memory
+    step(16)  # a small step: libraries that load on first use are not the steps' memory
     before = memory(options["device"], reset=True)
     times: list[tuple[float, float]] = []
     began = time.perf_counter()
@@ -199,7 +214,7 @@ def case(options: dict[str, Any], way: str, length: int, vocabulary: int) -> dic
 
 
 def worker(*arguments: str) -> None:
-    """This program's own process for one case; what it prints on failure is printed."""
+    """Run one case in a new process; exit with its output if it fails."""
     command = [sys.executable, "-m", "scripts.bench.growth", *sys.argv[1:], "--worker", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -210,17 +225,17 @@ def worker(*arguments: str) -> None:
 
 
 def exponents(rows: list[dict[str, Any]], sweep: str, ways: list[str]) -> list[str]:
-    """A line for each way, with the slope of each cost over all sizes of a sweep and over the
-    larger half of them."""
+    """Return a line for each way, with the slope of each cost over all sizes of a sweep and over
+    the larger half of them."""
     lines = []
     for way in ways:
-        found = [row for row in rows if row["sweep"] == sweep and row["way"] == way]
-        if len(found) < 2:
+        cases = [row for row in rows if row["sweep"] == sweep and row["way"] == way]
+        if len(cases) < 2:
             continue
-        sizes, half = [row[sweep] for row in found], len(found) // 2
+        sizes, half = [row[sweep] for row in cases], len(cases) // 2
         parts = []
         for cost in COSTS:
-            values = [max(1e-9, row[cost]) for row in found]
+            values = [max(1e-9, row[cost]) for row in cases]
             upper = (
                 f", {exponent(sizes[-half:], values[-half:]):.2f} from {sizes[-half]} on"
                 if half > 1
@@ -232,7 +247,7 @@ def exponents(rows: list[dict[str, Any]], sweep: str, ways: list[str]) -> list[s
 
 
 def line(row: dict[str, Any]) -> str:
-    """A case's line of the table."""
+    """Return a case's line of the table."""
     return (
         f"| {row['length']:6} | {row['vocabulary']:10} | {row['way']:9} | {row['cpu_seconds']:9.3f}"
         f" | {row['seconds']:7.3f} | {row['peak_bytes'] / 1e6:7.0f} | {row['attention']:9.1%} |"
@@ -247,7 +262,7 @@ HEADER = (
 
 
 def plot(rows: list[dict[str, Any]], ways: list[str], file: Path) -> None:
-    """Processor time and peak memory over length and over vocabulary."""
+    """Plot processor time and peak memory over length and over vocabulary."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -255,15 +270,15 @@ def plot(rows: list[dict[str, Any]], ways: list[str], file: Path) -> None:
 
     figure, axes = pyplot.subplots(2, 2, figsize=(9, 7), constrained_layout=True)
     for column, sweep in enumerate(("length", "vocabulary")):
-        for place, (cost, scale, unit) in enumerate(
+        for number, (cost, scale, unit) in enumerate(
             (("cpu_seconds", 1, "processor s a step"), ("peak_bytes", 1e-6, "peak MB"))
         ):
-            axis = axes[place, column]
+            axis = axes[number, column]
             for way in ways:
-                found = [row for row in rows if row["sweep"] == sweep and row["way"] == way]
+                cases = [row for row in rows if row["sweep"] == sweep and row["way"] == way]
                 axis.plot(
-                    [row[sweep] for row in found],
-                    [row[cost] * scale for row in found],
+                    [row[sweep] for row in cases],
+                    [row[cost] * scale for row in cases],
                     marker="o",
                     label=way,
                 )
@@ -274,76 +289,75 @@ def plot(rows: list[dict[str, Any]], ways: list[str], file: Path) -> None:
     pyplot.close(figure)
 
 
+def measured(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of all cases. A case that is in both sweeps is measured once."""
+    cases = [("length", n, options["vocabulary"]) for n in options["lengths"]]
+    cases += [("vocabulary", options["length"], v) for v in options["vocabularies"]]
+    measurements: dict[tuple[str, int, int], dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for sweep, length, vocabulary in cases:
+            counts = products(options["width"], options["layers"], vocabulary, length)
+            share = counts["attention"] / sum(counts.values())
+            for way in options["ways"]:
+                if (way, length, vocabulary) not in measurements:
+                    worker(way, str(length), str(vocabulary), f"{folder}/case.json")
+                    measurements[way, length, vocabulary] = {
+                        "length": length,
+                        "vocabulary": vocabulary,
+                        "way": way,
+                        "attention": share,
+                    } | json.loads(Path(folder, "case.json").read_text())
+                yield {**measurements[way, length, vocabulary], "sweep": sweep}
+
+
 def main() -> int:
-    """Each case in turn; a table, exponents and a plot."""
-    options = given(DEFAULTS, __doc__)
+    """Measure all cases in turn; print a table and exponents, and write a plot."""
+    options = parse(DEFAULTS, __doc__)
     if "--worker" in sys.argv:
         way, length, vocabulary, file = sys.argv[sys.argv.index("--worker") + 1 :]
         Path(file).write_text(json.dumps(case(options, way, int(length), int(vocabulary))))
         return 0
-    cases = [("length", n, options["vocabulary"]) for n in options["lengths"]]
-    cases += [("vocabulary", options["length"], v) for v in options["vocabularies"]]
     rows: list[dict[str, Any]] = []
     shape = f"{options['layers']} layers of {options['width']}, {options['dtype']}"
     print(
         f"{shape}; {options['threads']} threads of {os.cpu_count()} cores, load"
         f" {os.getloadavg()[0]:.1f}, {options['device']}\n\n{HEADER}"
     )
-    with tempfile.TemporaryDirectory() as folder:
-        for sweep, length, vocabulary in cases:
-            counts = products(options["width"], options["layers"], vocabulary, length)
-            for way in options["ways"]:
-                # Where both sweeps cross a case is measured once.
-                known = next(
-                    (
-                        r
-                        for r in rows
-                        if (r["way"], r["length"], r["vocabulary"]) == (way, length, vocabulary)
-                    ),
-                    None,
-                )
-                if known is None:
-                    worker(way, str(length), str(vocabulary), f"{folder}/case.json")
-                    found = json.loads(Path(folder, "case.json").read_text())
-                    share = counts["attention"] / sum(counts.values())
-                    known = {
-                        "length": length,
-                        "vocabulary": vocabulary,
-                        "way": way,
-                        "attention": share,
-                    } | found
-                rows.append({**known, "sweep": sweep})
-                print(line(rows[-1]), flush=True)
-    from_ = crossing(options["width"], options["layers"], options["vocabulary"])
+    for row in measured(options):
+        rows.append(row)
+        print(line(row), flush=True)
+    equal = crossing(options["width"], options["layers"], options["vocabulary"])
     closing = [
-        text
-        for sweep in ("length", "vocabulary")
-        for text in exponents(rows, sweep, options["ways"])
+        *exponents(rows, "length", options["ways"]),
+        *exponents(rows, "vocabulary", options["ways"]),
+        f"attention's products are more than all others from a length of {equal} at"
+        f" {options['vocabulary']} tokens on",
     ]
-    closing.append(
-        f"attention's products are more than all others from a length of {from_} at"
-        f" {options['vocabulary']} tokens on"
-    )
     print("\n" + "\n".join(closing))
     if options["out"] is not None:
-        out = Path(options["out"])
-        out.mkdir(parents=True, exist_ok=True)
-        plot(rows, options["ways"], out / "growth.svg")
-        import torch
-
-        machine = (
-            f"{shape}; {options['threads']} threads of {os.cpu_count()} cores,"
-            f" {platform.machine()}, torch {torch.__version__}"
-        )
-        table = "\n".join([HEADER, *map(line, rows)])
-        (out / "growth.md").write_text(
-            f"{machine}\n\n{table}\n\n" + "\n".join(f"- {text}" for text in closing) + "\n", "utf-8"
-        )
-        (out / "growth.json").write_text(
-            json.dumps({"options": options, "rows": rows}, indent=1) + "\n", "utf-8"
-        )
-        print(f"{out / 'growth.md'}, growth.svg")
+        write(options, rows, shape, closing)
     return 0
+
+
+def write(
+    options: dict[str, Any], rows: list[dict[str, Any]], shape: str, closing: list[str]
+) -> None:
+    """Write OUT/growth.md, growth.svg and growth.json."""
+    import torch
+
+    out = Path(options["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    plot(rows, options["ways"], out / "growth.svg")
+    machine = (
+        f"{shape}; {options['threads']} threads of {os.cpu_count()} cores,"
+        f" {platform.machine()}, torch {torch.__version__}"
+    )
+    table = "\n".join([HEADER, *map(line, rows)])
+    notes = "\n".join(f"- {text}" for text in closing)
+    (out / "growth.md").write_text(f"{machine}\n\n{table}\n\n{notes}\n", "utf-8")
+    text = json.dumps({"options": options, "rows": rows}, indent=1) + "\n"
+    (out / "growth.json").write_text(text, "utf-8")
+    print(f"{out / 'growth.md'}, growth.svg")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.options import given
+from scripts.bench.options import parse
 
 DEFAULTS: dict[str, Any] = {
     "positions": [1024, 2048],
@@ -196,7 +196,7 @@ def worker(*arguments: str) -> None:
 
 def main() -> int:
     """Each case in turn; a table of what was measured."""
-    options = given(DEFAULTS, __doc__)
+    options = parse(DEFAULTS, __doc__)
     if "--worker" in sys.argv:
         import torch
 

@@ -41,7 +41,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from scripts.bench.options import given
+from scripts.bench.options import parse
 
 DEFAULTS: dict[str, Any] = {
     "data": None,
@@ -335,7 +335,7 @@ def plot(options: dict[str, Any], done: list[dict[str, Any]], file: Path) -> Non
 
 def main() -> int:
     """Run what is missing, then write table and plot."""
-    options = given(DEFAULTS, __doc__)
+    options = parse(DEFAULTS, __doc__)
     if options["out"] is None or (options["data"] is None and not options["table"]):
         print(__doc__, file=sys.stderr)
         return 2

@@ -25,7 +25,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from scripts.bench.options import given
+from scripts.bench.options import parse
 
 DEFAULTS: dict[str, Any] = {
     "steps": 14,
@@ -187,7 +187,7 @@ CONTESTANTS = {"ours": ours, "bare": bare, "hf": hf}
 
 def main() -> int:
     """Each contestant `repeats` times in turn; a table of medians and ratios."""
-    options = given(DEFAULTS, __doc__)
+    options = parse(DEFAULTS, __doc__)
     if "--worker" in sys.argv:
         name, out = sys.argv[sys.argv.index("--worker") + 1 :][:2]
         import resource

@@ -1,32 +1,32 @@
-"""How fast a run's rows are prepared and checked: rows a minute on one core, from files to
-preflight's report, stage by stage.
+"""Speed of preparing and checking a run's rows: rows per minute on one core, from files to
+preflight's report, in stages.
 
     python -m scripts.bench.preflight prompts=FILE [rows=20000] [repeats=1] [plain_rows=5000]
-    [max_length=1024] [ways=[...]] [extra=[...]]
-        [json=FILE]
+        [max_length=1024] [ways=[...]] [extra=[...]] [json=FILE]
 
-FILE, or a list of them, is JSON lines of chats or of prompts and answers. Its rows are repeated up
-to `rows`, each time with other numbers in their texts, so that no two are alike and nothing that is
-kept from one serves another. Each measurement is a process of its
-own without further threads, started `repeats` times in turn; medians are shown, by processor time
-and by wall clock. Ways:
+FILE, or a list of files, is JSON lines of chats or of prompts and answers. Its rows are repeated up
+to `rows`, each time with other numbers in their texts, so that no two are equal and no cache helps.
+Each measurement is a process with one thread. The ways run in turn, `repeats` times. The table
+shows medians, by processor time and by wall clock. Ways:
 
-    cold        everything that preflight does before it prints: reading, rendering, masks, tokens, the cache's files, plan, checks
+    cold        everything that preflight does before it prints: reading, rendering, masks, tokens,
+                the cache's files, batches, checks
     warm        the same again, with the tokens in the cache
-    stages      cold, with each stage's own time; watching costs a little itself
-    encode      tokenizer(texts) on the rendered rows, in batches of 1000: what tokens alone cost, the floor of all ways but warm
-    map_rows    datasets.map row by row with apply_chat_template(tokenize=True): tokens only, no mask, no check (on `plain_rows` rows)
-    map_batch   datasets.map with apply_chat_template(tokenize=True) on batches of 1000 chats: the same
-    map_masked  map_batch, and the prompts once more, whose lengths tell which tokens are trained: as plain SFT trainers do
+    stages      cold, with the time of each stage; measuring them costs a little
+    encode      tokenizer(texts) on the rendered rows, in batches of 1000: tokens alone, the lower
+                limit of all ways but warm
+    map_rows    datasets.map row by row with apply_chat_template(tokenize=True): tokens only, no
+                mask, no check (on `plain_rows` rows)
+    map_batch   datasets.map with apply_chat_template(tokenize=True) on batches of 1000 chats:
+                tokens only
+    map_masked  map_batch, and the prompts again; their lengths show which tokens are trained, as
+                in plain SFT trainers
 
-`rows=20000` are prepared by map_batch, map_masked and encode, too. Loading tokenizer and libraries
-is in no number.
+All ways but map_rows prepare `rows` rows. Loading the tokenizer and libraries is not measured.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
 import json
 import os
@@ -37,13 +37,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from scripts.bench.options import given
+from scripts.bench.options import parse
+from scripts.bench.stages import Stages
 
 DEFAULTS: dict[str, Any] = {
     "prompts": None,
@@ -65,18 +66,18 @@ BATCH = 1000
 
 
 def messages(row: dict[str, Any]) -> list[dict[str, str]]:
-    """A row as a chat.
+    """Return a row as a chat.
 
     Raises:
         ValueError: neither a chat nor one of the known pairs.
     """
     if "messages" in row:
         return row["messages"]
-    for asked, told in PAIRS:
-        if asked in row and told in row:
+    for question, answer in PAIRS:
+        if question in row and answer in row:
             return [
-                {"role": "user", "content": row[asked]},
-                {"role": "assistant", "content": row[told]},
+                {"role": "user", "content": row[question]},
+                {"role": "assistant", "content": row[answer]},
             ]
     raise ValueError(
         f"the columns {', '.join(row)} are neither messages nor"
@@ -87,8 +88,8 @@ def messages(row: dict[str, Any]) -> list[dict[str, str]]:
 def varied(
     chats: list[list[dict[str, str]]], count: int, seed: int = 0
 ) -> Iterator[list[dict[str, str]]]:
-    """`count` chats: those given, over and over, with other digits in place of theirs, and a number
-    that no other has."""
+    """Yield `count` chats: `chats` repeatedly, with other digits in their texts, and each with its
+    number."""
     draw = random.Random(seed)
     for number, chat in enumerate(itertools.islice(itertools.cycle(chats), count)):
         texts = [
@@ -98,63 +99,8 @@ def varied(
         yield [{**message, "content": text} for message, text in zip(chat, texts, strict=True)]
 
 
-class Stages:
-    """Processor time that each of some functions takes itself, without that of the others called
-    within."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.open: list[str] = []
-        self.since = time.process_time()
-
-    def _turn(self) -> None:
-        now = time.process_time()
-        if self.open:
-            self.seconds[self.open[-1]] = self.seconds.get(self.open[-1], 0.0) + now - self.since
-        self.since = now
-
-    @contextlib.contextmanager
-    def within(self, name: str) -> Iterator[None]:
-        """Count as `name` until it ends."""
-        self._turn()
-        self.open.append(name)
-        try:
-            yield
-        finally:
-            self._turn()
-            self.open.pop()
-
-    def watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, counted."""
-
-        @functools.wraps(function)
-        def counted(*arguments: Any, **named: Any) -> Any:
-            with self.within(name):
-                return function(*arguments, **named)
-
-        return counted
-
-    def each(
-        self, name: str, function: Callable[..., Iterator[Any]]
-    ) -> Callable[..., Iterator[Any]]:
-        """A function that gives an iterator, of which each step is counted."""
-
-        @functools.wraps(function)
-        def counted(*arguments: Any, **named: Any) -> Iterator[Any]:
-            steps = iter(function(*arguments, **named))
-            while True:
-                with self.within(name):
-                    try:
-                        item = next(steps)
-                    except StopIteration:
-                        return
-                yield item
-
-        return counted
-
-
 def overrides(options: dict[str, Any], file: str) -> list[str]:
-    """The run that is prepared."""
+    """Return the overrides of the run that is prepared."""
     return [
         f"task.path={file}",
         "task.eval_fraction=0.02",
@@ -167,8 +113,8 @@ def overrides(options: dict[str, Any], file: str) -> list[str]:
 
 
 def ours(options: dict[str, Any], file: str, stages: Stages | None = None) -> dict[str, Any]:
-    """Preflight of the rows, without printing. {seconds, cpu_seconds, rows, tokens, and the stages'
-    if they are watched}."""
+    """Run preflight on the rows, without printing. Returns {seconds, cpu_seconds, rows, tokens, and
+    the stages' times if they are watched}."""
     from trainer.assembly import quiet
     from trainer.assembly.build import instantiate
     from trainer.assembly.recipe import Recipe
@@ -210,12 +156,40 @@ def ours(options: dict[str, Any], file: str, stages: Stages | None = None) -> di
         raise SystemExit("\n".join(result["errors"]))
     parts = [result["data"][split] for split in ("train", "eval")]
     rows, tokens = (sum(part[key] for part in parts) for key in ("rows", "tokens"))
-    made = {"seconds": wall, "cpu_seconds": processor, "rows": rows, "tokens": tokens}
-    return made | ({"stages": watch.seconds} if stages is not None else {})
+    times = {"seconds": wall, "cpu_seconds": processor, "rows": rows, "tokens": tokens}
+    return times | ({"stages": watch.seconds} if stages is not None else {})
+
+
+class Tokens:
+    """datasets.map's functions with a tokenizer's chat template."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def row(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Tokenise a chat."""
+        return {"input_ids": self._ids(row["messages"])}
+
+    def batch(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
+        """Tokenise a batch of chats."""
+        return {"input_ids": self._ids(rows["messages"])}
+
+    def masked(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
+        """Tokenise a batch of chats, and mark the tokens of the answers."""
+        ids = self._ids(rows["messages"])
+        prompts = self._ids([chat[:-1] for chat in rows["messages"]], add_generation_prompt=True)
+        masks = [[0] * len(p) + [1] * (len(i) - len(p)) for i, p in zip(ids, prompts, strict=True)]
+        return {"input_ids": ids, "completion_mask": masks}
+
+    def _ids(self, chats: Any, **more: Any) -> Any:
+        return self.tokenizer.apply_chat_template(chats, tokenize=True, return_dict=True, **more)[
+            "input_ids"
+        ]
 
 
 def plain(options: dict[str, Any], file: str, way: str) -> dict[str, Any]:
-    """What `ours` tells, of datasets.map; `encode` without even that."""
+    """Prepare the rows with datasets.map, or with the tokenizer alone. The result is that of
+    `ours`."""
     import datasets
 
     from trainer.assembly import quiet
@@ -224,70 +198,44 @@ def plain(options: dict[str, Any], file: str, way: str) -> dict[str, Any]:
 
     quiet.quiet()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    found: dict[str, Any] = OmegaConf.to_container(
+    config: dict[str, Any] = OmegaConf.to_container(
         compose.compose(overrides(options, file)), resolve=True
     )  # type: ignore[assignment]
-    tokenizer = instantiate(found["base"]).tokenizer
+    tokenizer = instantiate(config["base"]).tokenizer
     tokenizer.apply_chat_template([{"role": "user", "content": "loaded"}], tokenize=True)
-
-    def row(one: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "input_ids": tokenizer.apply_chat_template(
-                one["messages"], tokenize=True, return_dict=True
-            )["input_ids"]
-        }
-
-    def batch(many: dict[str, list[Any]]) -> dict[str, Any]:
-        return {
-            "input_ids": tokenizer.apply_chat_template(
-                many["messages"], tokenize=True, return_dict=True
-            )["input_ids"]
-        }
-
-    def masked(many: dict[str, list[Any]]) -> dict[str, Any]:
-        ids = batch(many)["input_ids"]
-        asked = [chat[:-1] for chat in many["messages"]]
-        prompts = tokenizer.apply_chat_template(
-            asked, tokenize=True, add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        masks = [[0] * len(p) + [1] * (len(i) - len(p)) for i, p in zip(ids, prompts, strict=True)]
-        return {"input_ids": ids, "completion_mask": masks}
-
+    if way == "encode":
+        chats = [json.loads(line)["messages"] for line in Path(file).read_bytes().splitlines()]
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
     with tempfile.TemporaryDirectory() as cache:
+        started = time.perf_counter(), time.process_time()
         if way == "encode":
-            chats = [json.loads(line)["messages"] for line in Path(file).read_bytes().splitlines()]
-            texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
-            started = time.perf_counter(), time.process_time()
-            parts = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
-            ids = [
-                row
-                for part in parts
-                for row in tokenizer(part, add_special_tokens=False)["input_ids"]
-            ]
-            rows, tokens = len(ids), sum(map(len, ids))
+            lengths = encoded(tokenizer, texts)
         else:
-            started = time.perf_counter(), time.process_time()
-            table: Any = datasets.load_dataset(
-                "json", data_files=file, split="train", cache_dir=cache
-            )
-            if way == "map_rows":
-                table = table.select(range(min(len(table), options["plain_rows"]))).map(
-                    row, remove_columns="messages"
-                )
-            else:
-                function = masked if way == "map_masked" else batch
-                table = table.map(
-                    function, batched=True, batch_size=BATCH, remove_columns="messages"
-                )
-            rows = len(table)
-            tokens = sum(
-                len(part)
-                for part in (
-                    table.data.column("input_ids").combine_chunks().to_numpy(zero_copy_only=False)
-                )
-            )
+            table = datasets.load_dataset("json", data_files=file, split="train", cache_dir=cache)
+            lengths = mapped(Tokens(tokenizer), table, way, options["plain_rows"])
         wall, processor = time.perf_counter() - started[0], time.process_time() - started[1]
-    return {"seconds": wall, "cpu_seconds": processor, "rows": rows, "tokens": tokens}
+    counts = {"rows": len(lengths), "tokens": sum(lengths)}
+    return {"seconds": wall, "cpu_seconds": processor} | counts
+
+
+def encoded(tokenizer: Any, texts: list[str]) -> list[int]:
+    """Tokenise texts in batches; return the rows' lengths."""
+    parts = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
+    return [
+        len(ids) for part in parts for ids in tokenizer(part, add_special_tokens=False)["input_ids"]
+    ]
+
+
+def mapped(tokens: Tokens, table: Any, way: str, plain_rows: int) -> list[int]:
+    """Tokenise a table with datasets.map; return the rows' lengths."""
+    if way == "map_rows":
+        table = table.select(range(min(len(table), plain_rows)))
+        table = table.map(tokens.row, remove_columns="messages")
+    else:
+        function = tokens.masked if way == "map_masked" else tokens.batch
+        table = table.map(function, batched=True, batch_size=BATCH, remove_columns="messages")
+    column = table.data.column("input_ids").combine_chunks().to_numpy(zero_copy_only=False)
+    return [len(ids) for ids in column]
 
 
 def per_minute(run: dict[str, Any], clock: str = "cpu_seconds") -> float:
@@ -296,7 +244,7 @@ def per_minute(run: dict[str, Any], clock: str = "cpu_seconds") -> float:
 
 
 def measured(way: str, folder: str, number: int) -> dict[str, Any]:
-    """One way in a process of its own."""
+    """Measure one way in a new process."""
     command = [
         sys.executable,
         "-m",
@@ -306,8 +254,7 @@ def measured(way: str, folder: str, number: int) -> dict[str, Any]:
         way,
         folder,
     ]
-    # What is cold has a cache that nothing is in; warm is what the cold one of the same round has
-    # left.
+    # cold has an empty cache; warm uses the cache that cold of the same round has written
     cache = (
         f"{folder}/cache{number}" if way in ("cold", "warm") else f"{folder}/cache-{way}{number}"
     )
@@ -322,7 +269,7 @@ def measured(way: str, folder: str, number: int) -> dict[str, Any]:
 
 
 def worker(options: dict[str, Any], way: str, folder: str) -> None:
-    """Measure one way; result.json holds what was found."""
+    """Measure one way, and write result.json."""
     from tasks import wheel
 
     file = f"{folder}/rows.jsonl"
@@ -341,36 +288,67 @@ def worker(options: dict[str, Any], way: str, folder: str) -> None:
     Path(folder, "result.json").write_text(json.dumps(result))
 
 
-def main() -> int:
-    """All ways in turn; a table of what was measured."""
-    options = given(DEFAULTS, __doc__)
-    if (unknown := set(options) - set(DEFAULTS)) or options["prompts"] is None:
-        print(
-            f"no option {', '.join(sorted(unknown))}" if unknown else "prompts=FILE is missing",
-            f"\n\n{__doc__}",
-            file=sys.stderr,
+def written(options: dict[str, Any], file: Path) -> None:
+    """Write the rows that are measured."""
+    files = [options["prompts"]] if isinstance(options["prompts"], str) else options["prompts"]
+    chats = [
+        messages(json.loads(line))
+        for name in files
+        for line in Path(name).read_bytes().splitlines()
+        if line.strip()
+    ]
+    random.Random(0).shuffle(chats)
+    with file.open("w") as rows:
+        for chat in varied(chats, options["rows"]):
+            rows.write(json.dumps({"messages": chat}) + "\n")
+
+
+def ways_table(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """Return a line for each way, with medians over the rounds."""
+    heads = ("rows", "tokens a row", "cpu s", "wall s", "us a row", "rows/min", "by wall")
+    widths = (9, 14, 9, 9, 10, 11, 11)
+    lines = [f"{'':12}" + "".join(f"{h:>{w}}" for h, w in zip(heads, widths, strict=True))]
+    for way, results in runs.items():
+        cpu, wall = (
+            statistics.median(run[clock] for run in results) for clock in ("cpu_seconds", "seconds")
         )
+        count, tokens = results[0]["rows"], results[0]["tokens"] / results[0]["rows"]
+        lines.append(
+            f"{way:12}{count:9,}{tokens:14.1f}{cpu:9.2f}{wall:9.2f}{cpu / count * 1e6:10.0f}"
+            f"{60 * count / cpu:11,.0f}{60 * count / wall:11,.0f}"
+        )
+    return "\n".join(lines)
+
+
+def stages_table(results: list[dict[str, Any]]) -> str:
+    """Return a line for each stage, with medians over the rounds."""
+    lines = [f"{'stage':12}{'cpu s':>9}{'us a row':>10}{'share':>8}{'rows/min':>12}"]
+    count, whole = results[0]["rows"], statistics.median(run["cpu_seconds"] for run in results)
+    for name in results[0]["stages"]:
+        seconds = statistics.median(run["stages"][name] for run in results)
+        lines.append(
+            f"{name:12}{seconds:9.2f}{seconds / count * 1e6:10.0f}{seconds / whole:8.1%}"
+            f"{60 * count / max(seconds, 1e-9):12,.0f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure all ways in turn, and print a table."""
+    options = parse(DEFAULTS, __doc__)
+    if options["prompts"] is None:
+        print(f"prompts=FILE is missing\n\n{__doc__}", file=sys.stderr)
         return 2
     if "--worker" in sys.argv:
         worker(options, *sys.argv[sys.argv.index("--worker") + 1 :][:2])
         return 0
-    files = [options["prompts"]] if isinstance(options["prompts"], str) else options["prompts"]
-    chats = [
-        messages(json.loads(line))
-        for file in files
-        for line in Path(file).read_bytes().splitlines()
-        if line.strip()
-    ]
-    random.Random(0).shuffle(chats)
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in options["ways"]}
     with tempfile.TemporaryDirectory() as folder:
-        with Path(folder, "rows.jsonl").open("w") as rows:
-            for chat in varied(chats, options["rows"]):
-                rows.write(json.dumps({"messages": chat}) + "\n")
-        size = Path(folder, "rows.jsonl").stat().st_size / options["rows"]
+        file = Path(folder, "rows.jsonl")
+        written(options, file)
         print(
-            f"{options['rows']:,} rows of {size:.0f} bytes, one of {os.cpu_count()} cores, load"
-            f" {os.getloadavg()[0]:.1f}",
+            f"{options['rows']:,} rows of {file.stat().st_size / options['rows']:.0f} bytes, one of"
+            f" {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
             flush=True,
         )
         for number, way in itertools.product(range(options["repeats"]), options["ways"]):
@@ -379,26 +357,9 @@ def main() -> int:
                 f"round {number + 1} {way}: {runs[way][-1]['cpu_seconds']:.1f} s of processor time",
                 flush=True,
             )
-    print(
-        f"\n{'':12}{'rows':>9}{'tokens a row':>14}{'cpu s':>9}{'wall s':>9}{'us a row':>10}{'rows/min':>11}{'by wall':>11}"
-    )
-    for way, found in runs.items():
-        cpu, wall = (
-            statistics.median(run[clock] for run in found) for clock in ("cpu_seconds", "seconds")
-        )
-        count, tokens = found[0]["rows"], found[0]["tokens"] / found[0]["rows"]
-        print(
-            f"{way:12}{count:9,}{tokens:14.1f}{cpu:9.2f}{wall:9.2f}{cpu / count * 1e6:10.0f}{60 * count / cpu:11,.0f}{60 * count / wall:11,.0f}"
-        )
+    print(f"\n{ways_table(runs)}")
     if "stages" in runs:
-        found, count = runs["stages"], runs["stages"][0]["rows"]
-        print(f"\n{'stage':12}{'cpu s':>9}{'us a row':>10}{'share':>8}{'rows/min':>12}")
-        whole = statistics.median(run["cpu_seconds"] for run in found)
-        for name in found[0]["stages"]:
-            seconds = statistics.median(run["stages"][name] for run in found)
-            print(
-                f"{name:12}{seconds:9.2f}{seconds / count * 1e6:10.0f}{seconds / whole:8.1%}{60 * count / max(seconds, 1e-9):12,.0f}"
-            )
+        print(f"\n{stages_table(runs['stages'])}")
     for other in ("map_rows", "map_batch", "map_masked", "encode"):
         if runs.get("cold") and runs.get(other):
             ratios = [
@@ -407,9 +368,8 @@ def main() -> int:
             ]
             print(f"cold / {other}, rows a minute: {statistics.median(ratios):.2f}")
     if options["json"] is not None:
-        Path(options["json"]).write_text(
-            json.dumps({"options": options, "runs": runs}, indent=1) + "\n", "utf-8"
-        )
+        text = json.dumps({"options": options, "runs": runs}, indent=1) + "\n"
+        Path(options["json"]).write_text(text, "utf-8")
     return 0
 
 

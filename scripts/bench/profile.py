@@ -21,7 +21,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from scripts.bench.options import given
+from scripts.bench.options import parse
 
 DEFAULTS: dict[str, Any] = {
     "batch_size": 4,
@@ -192,7 +192,7 @@ def limits(module: Any, batch: dict[str, Any]) -> tuple[float, float, float]:
 
 def main() -> int:
     """Prints the tables."""
-    options = given(DEFAULTS, __doc__)
+    options = parse(DEFAULTS, __doc__)
     import torch
 
     if options["threads"] is not None:

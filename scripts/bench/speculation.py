@@ -1,8 +1,8 @@
-"""Drafters side by side: trained on the same responses of the base for the same time, or not at
-all, and what decoding with them gives.
+"""A comparison of drafters: trained on the same responses of the base for the same time, or without
+training, and then used for decoding.
 
     python -m scripts.bench.speculation prompts=FILE.jsonl out=FOLDER [field=null]
-    [base=smollm2_135m] [rows=600] [held_out=32]
+        [base=smollm2_135m] [rows=600] [held_out=32]
         [questions=FILE.jsonl] [each=0] [max_new_tokens=96] [generate_batch=16]
         [drafters=[eagle3,eagle,hydra,medusa,mtp_shared]] [untrained=[lookup,recycling]]
         [minutes=20] [rate=1e-3] [batch_size=8] [settings.NAME=[...]] [decodings.NAME=[...]]
@@ -10,24 +10,23 @@ all, and what decoding with them gives.
         [overrides=[]] [budget=null]
     python -m scripts.bench.speculation out=FOLDER table=true
 
-1. costs: a pass of the base over 1 .. 64 new tokens after `context` ones, as a chain and as
-siblings of a tree, in turns, with the
-   output head: the medians, over the pass of one token. python -m trainer.speculate tree=search
-   searches a tree with the least ones.
-2. The base answers the first `rows` and the last `held_out` prompts of the file greedily, as
-scripts.bench.heads has it. 3. Each drafter is trained alone on the frozen base on those answers,
-`minutes` each, with a warm-up of twenty steps and a constant rate.
-   settings.NAME=[optimizer.lr=3e-4,drafter.offsets=5] go to that drafter's run, `overrides` to all.
+1. costs: passes of the base over 1 .. 64 new tokens after `context` tokens, with the output head,
+   as a chain and as siblings of a tree, in turns. The table has the medians, over that of one
+   token. python -m trainer.speculate tree=search searches a tree with the minimum times.
+2. The base answers the first `rows` and the last `held_out` prompts of the file greedily, as in
+   scripts.bench.heads.
+3. Each drafter is trained alone on the frozen base with those answers, for `minutes`, with a
+   warm-up of twenty steps and a constant rate. settings.NAME=[optimizer.lr=3e-4,drafter.offsets=5]
+   are overrides for that drafter's run, `overrides` for all.
 4. python -m trainer.evaluate task=speculation decodes the held-out prompts, or `questions` in
-Spec-Bench's layout (`each` of a category),
-   greedily with each drafter, those without training too, in each of `decodings`: by default chain,
-   which adds no option. decodings.eagle2=[tree=eagle2] adds one; only.DRAFTER=[chain] names those
-   that one drafter is decoded with.
+   Spec-Bench's layout (`each` of a category), greedily with each drafter, also those without
+   training, in each of `decodings`. The default is chain, which adds no option.
+   decodings.eagle2=[tree=eagle2] adds one; only.DRAFTER=[chain] limits a drafter to those named.
 
-Every piece is a line of OUT/results.jsonl: the script can be stopped at any time and goes on where
-it was, with other settings in another OUT; one that fails is told and left out. After `budget`
-minutes it starts no further piece. Then it writes OUT/speculation.md and OUT/speculation.svg from
-the lines that there are.
+Every piece is a line of OUT/results.jsonl. The script can be stopped at any time and continues
+there; use another OUT for other settings. A piece that fails is reported and skipped. After
+`budget` minutes no further piece starts. Then OUT/speculation.md and OUT/speculation.svg are
+written from the existing lines.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ from omegaconf import OmegaConf
 
 from scripts.bench.heads import complete, responses
 from scripts.bench.methods import run, trained_parameters
+from scripts.bench.options import parse
+from scripts.bench.speculation_table import plot, table
 
 DEFAULTS: dict[str, Any] = {
     "prompts": None,
@@ -76,7 +78,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def costs(options: dict[str, Any]) -> dict[str, Any]:
-    """Median milliseconds of a pass over so many new tokens, of a chain and of siblings."""
+    """Return the median milliseconds of a pass by its new tokens, as chain and as tree."""
     import torch
 
     from trainer.assembly import quiet
@@ -103,16 +105,16 @@ def costs(options: dict[str, Any]) -> dict[str, Any]:
     prompt = torch.randint(
         vocabulary, (options["context"],), generator=torch.Generator().manual_seed(0)
     ).to(device)
-    took = time_verification(target, prompt, options["widths"], options["repeats"])
-    found: dict[str, Any] = {
+    seconds_of = time_verification(target, prompt, options["widths"], options["repeats"])
+    result: dict[str, Any] = {
         "kind": "costs",
         "base": options["base"],
         "context": options["context"],
         "dtype": str(dtype),
     }
-    for shape, passes in took.items():
+    for shape, passes in seconds_of.items():
         medians = {n: 1000 * statistics.median(seconds) for n, seconds in passes.items()}
-        found[shape] = {
+        result[shape] = {
             str(n): {
                 "ms": ms,
                 "least_ms": 1000 * min(passes[n]),
@@ -120,11 +122,11 @@ def costs(options: dict[str, Any]) -> dict[str, Any]:
             }
             for n, ms in medians.items()
         }
-    return found
+    return result
 
 
 def folder_of(drafter: str, options: dict[str, Any]) -> Path:
-    """The run of a drafter."""
+    """Return the run folder of a drafter."""
     return Path(options["out"]) / "runs" / f"{drafter}-{options['minutes']:g}min"
 
 
@@ -174,14 +176,14 @@ def train(drafter: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def decode(drafter: str, decoding: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Decode the prompts with one drafter in one way."""
+    """Decode the prompts with one drafter and one of `decodings`."""
     trained = drafter not in options["untrained"]
-    # The base is the same in all runs: one without training takes any of them for it.
+    # all runs have the same base: a drafter without training uses any of them
     folder = folder_of(drafter if trained else options["drafters"][0], options)
     file = Path(options["out"]) / f"{drafter}-{decoding}.json"
-    which = [f"heldout={options['held_out']}"]
+    prompts = [f"heldout={options['held_out']}"]
     if options["questions"]:
-        which = [f"prompts={options['questions']}", f"each={options['each']}"]
+        prompts = [f"prompts={options['questions']}", f"each={options['each']}"]
     run(
         [
             sys.executable,
@@ -189,7 +191,7 @@ def decode(drafter: str, decoding: str, options: dict[str, Any]) -> dict[str, An
             "trainer.evaluate",
             "task=speculation",
             f"run={folder}",
-            *which,
+            *prompts,
             f"max_new_tokens={options['max_new_tokens']}",
             f"json={file}",
             f"plot={file.with_suffix('.svg')}",
@@ -197,225 +199,84 @@ def decode(drafter: str, decoding: str, options: dict[str, Any]) -> dict[str, An
             *options["decodings"][decoding],
         ]
     )
-    found = json.loads(file.read_text())
-    del found["each"]
+    result = json.loads(file.read_text())
+    del result["each"]
     return {
         "kind": "decoding",
         "drafter": drafter,
         "decoding": decoding,
         "minutes": options["minutes"] if trained else None,
         "base": options["base"],
-        "found": found,
+        "found": result,
     }
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells a piece from others."""
+    """Return the key that identifies a piece."""
     return row["kind"], row.get("drafter"), row.get("decoding"), row.get("minutes"), row["base"]
 
 
 def pieces(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """All pieces, those without training last, since they take a run of one that was trained."""
+    """Yield all pieces. Drafters without training come last, since they use the run of a trained
+    one."""
     yield {"kind": "costs", "base": options["base"]}
     for drafter in [*options["drafters"], *options["untrained"]]:
         minutes = options["minutes"] if drafter in options["drafters"] else None
         piece = {"drafter": drafter, "minutes": minutes, "base": options["base"]}
         if minutes is not None:
             yield {"kind": "training", **piece}
-        # What needs no training makes its own trees.
+        # drafters without training build their trees themselves
         for decoding in options["only"].get(
             drafter, options["decodings"] if minutes is not None else list(options["decodings"])[:1]
         ):
             yield {"kind": "decoding", "decoding": decoding, **piece}
 
 
-def table(done: list[dict[str, Any]]) -> str:
-    """One line for each decoding, and the costs of a pass."""
-    trained = {(row["drafter"], row["minutes"]): row for row in done if row["kind"] == "training"}
-    decoded = [row for row in done if row["kind"] == "decoding"]
-    most = min(4, max((len(row["found"]["positions"]) for row in decoded), default=0))
-    heads = [
-        "drafter",
-        "decoding",
-        "min",
-        "steps",
-        "parameters",
-        "tau",
-        *(f"taken {k}" for k in range(1, most + 1)),
-    ]
-    heads += [
-        "ms to draft",
-        "ms to verify",
-        "transformers tokens/s",
-        "own loop",
-        "with the drafter",
-        "ratio",
-        "texts that differ",
-    ]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in decoded:
-        found, training = row["found"], trained.get((row["drafter"], row["minutes"]))
-        cells = [row["drafter"], row["decoding"]]
-        cells += (
-            [f"{row['minutes']:g}", f"{training['steps']}", f"{training['parameters']:,}"]
-            if training
-            else ["", "", ""]
-        )
-        cells += [interval(found["tau"])]
-        taken = [place["conditional"] for place in found["positions"][:most]]
-        cells += [
-            *("-" if share is None else f"{share:.1%}" for share in taken),
-            *[""] * (most - len(taken)),
-        ]
-        cells += [
-            "-" if found["pass"][name] is None else f"{found['pass'][name]:.1f}"
-            for name in ("draft_ms", "verify_ms")
-        ]
-        cells += [
-            f"{found['ways'][way]['tokens_per_second']:.1f}"
-            for way in ("transformers", "plain", "drafter")
-        ]
-        cells += [
-            interval(found["speed_up"]["transformers"]),
-            f"{found['different_texts']['drafter']} of {found['answers']}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    text = "\n".join(lines) if decoded else ""
-    text += (
-        "\n\ntau: tokens of a target pass, its own among them. taken k: how often the k-th drafted"
-        " token was taken where all before it were. ratio: tokens/s over transformers' greedy"
-        " generate, with 95 % of bootstraps over the prompts.\n"
-    )
-    for row in done:
-        if row["kind"] == "costs":
-            text += (
-                f"\nA pass of {row['base']} over n tokens after {row['context']}, in"
-                f" {row['dtype']}:\n\n"
-            )
-            text += f"| n | {' | '.join(row['chain'])} |\n{'|---' * (1 + len(row['chain']))}|\n"
-            for shape in ("chain", "tree"):
-                for name, digits in (("ms", 1), ("ratio", 2)):
-                    values = " | ".join(f"{cost[name]:.{digits}f}" for cost in row[shape].values())
-                    text += f"| {shape}, {name} | {values} |\n"
-    return text
-
-
-def interval(value: dict[str, Any]) -> str:
-    """A ratio and where it may lie."""
-    if value["value"] is None:
-        return "-"
-    return f"{value['value']:.2f}" + (
-        "" if value["low"] is None else f" ({value['low']:.2f} to {value['high']:.2f})"
-    )
-
-
-def plot(done: list[dict[str, Any]], file: Path) -> None:
-    """tau and tokens a second over transformers', and what a pass over more tokens takes."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    decoded = [row for row in done if row["kind"] == "decoding"]
-    names = [
-        f"{row['drafter']}, {row['decoding']}" if row["minutes"] is not None else row["drafter"]
-        for row in decoded
-    ]
-    figure, (left, middle, right) = pyplot.subplots(
-        1, 3, figsize=(13, 1.5 + 0.3 * max(8, len(names)))
-    )
-    for panel, values, label in (
-        (left, [row["found"]["tau"] for row in decoded], "tau: tokens of a target pass"),
-        (
-            middle,
-            [row["found"]["speed_up"]["transformers"] for row in decoded],
-            "tokens/s over transformers' generate",
-        ),
-    ):
-        centres = [value["value"] or 0.0 for value in values]
-        ends = [
-            [
-                centre - (value["low"] or centre)
-                for centre, value in zip(centres, values, strict=True)
-            ],
-            [
-                (value["high"] or centre) - centre
-                for centre, value in zip(centres, values, strict=True)
-            ],
-        ]
-        panel.barh(names, centres, xerr=ends, height=0.6)
-        panel.invert_yaxis()
-        panel.set(xlabel=label)
-    middle.axvline(1, color="black", linewidth=1)
-    middle.set_yticklabels([])
-    for row in done:
-        if row["kind"] == "costs":
-            for shape in ("chain", "tree"):
-                right.plot(
-                    [int(n) for n in row[shape]],
-                    [cost["ratio"] for cost in row[shape].values()],
-                    "o-",
-                    label=shape,
-                )
-            right.set(
-                xlabel="tokens of a pass", ylabel="time over that of one token", ylim=(0, None)
-            )
-            right.legend()
-    figure.tight_layout()
-    figure.savefig(file)
+def run_all(options: dict[str, Any], results: Path) -> None:
+    """Run all pieces that have no line yet, until `budget` is spent."""
+    started = time.monotonic()
+    responses(options)
+    done = {key(json.loads(line)) for line in complete(results)}
+    for piece in pieces(options):
+        minutes = (time.monotonic() - started) / 60
+        if options["budget"] is not None and minutes > options["budget"]:
+            break
+        if key(piece) in done:
+            continue
+        try:
+            if piece["kind"] == "costs":
+                result = costs(options)
+            elif piece["kind"] == "training":
+                result = train(piece["drafter"], options)
+            else:
+                result = decode(piece["drafter"], piece["decoding"], options)
+        # the other pieces may work, and the next start tries this one again
+        except SystemExit as failed:
+            print(failed, file=sys.stderr, flush=True)
+            continue
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+        print(" ".join(f"{part}" for part in key(piece) if part is not None), "done", flush=True)
 
 
 def main() -> int:
-    """Run what is missing, then write table and plot."""
-    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(sys.argv[1:]))
-    options = {
-        **DEFAULTS,
-        **given,
-        "decodings": {**DEFAULTS["decodings"], **given.get("decodings", {})},
-    }
-    if (
-        given.keys() - DEFAULTS.keys()
-        or options["out"] is None
-        or (options["prompts"] is None and not options["table"])
-    ):
+    """Run the missing pieces, then write table and plot."""
+    options = parse(DEFAULTS, __doc__)
+    options["decodings"] = {**DEFAULTS["decodings"], **options["decodings"]}
+    if options["out"] is None or (options["prompts"] is None and not options["table"]):
         print(__doc__, file=sys.stderr)
         return 2
     if options["untrained"] and not options["drafters"]:
         print(
-            "drafters=[]: those without training are measured beside at least one that is trained",
+            "drafters=[]: drafters without training need at least one that is trained",
             file=sys.stderr,
         )
         return 2
-    out, started = Path(options["out"]), time.monotonic()
+    out = Path(options["out"])
     out.mkdir(parents=True, exist_ok=True)
     results = out / "results.jsonl"
     if not options["table"]:
-        responses(options)
-        have = {key(json.loads(line)) for line in complete(results)}
-        for piece in pieces(options):
-            if (
-                options["budget"] is not None
-                and time.monotonic() - started > 60 * options["budget"]
-            ):
-                break
-            if key(piece) in have:
-                continue
-            try:
-                if piece["kind"] == "costs":
-                    result = costs(options)
-                elif piece["kind"] == "training":
-                    result = train(piece["drafter"], options)
-                else:
-                    result = decode(piece["drafter"], piece["decoding"], options)
-            # the others may do, and the next start tries this one again
-            except SystemExit as failed:
-                print(failed, file=sys.stderr, flush=True)
-                continue
-            with results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
-            print(
-                " ".join(f"{part}" for part in key(piece) if part is not None), "done", flush=True
-            )
+        run_all(options, results)
     done = [json.loads(line) for line in complete(results)]
     if not done:
         print(f"{results} has no lines yet", file=sys.stderr)
@@ -423,10 +284,7 @@ def main() -> int:
     text = table(done)
     (out / "speculation.md").write_text(text, "utf-8")
     plot(done, out / "speculation.svg")
-    versions = (
-        f"torch {__import__('torch').__version__}, transformers"
-        f" {__import__('transformers').__version__}"
-    )
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     print(
         f"{text}\n{os.cpu_count()} cores, {platform.machine()}, {versions};"
         f" {out / 'speculation.svg'}"
