@@ -1,12 +1,12 @@
-"""Says how far a long piece of work is, in the log.
+"""Logs the progress of long work.
 
-A bar needs somebody who watches it. Nobody watches a log file of SLURM or CI, where a long piece of
-work looks as if it hangs. `Progress` writes a line every 15 seconds:
+In a log file of SLURM or CI, which shows no progress bar, long work looks as if it hangs. `Progress`
+writes a line every 15 seconds:
 
     evaluation: 120 of 480 rows, 2:05 left
 
-A thread writes it, so that one slow batch does not keep it back. A run writes it to its log, on
-rank 0; a command, which has no log, to stderr.
+A thread writes it, so that a slow batch does not delay it. A run writes to its log, on rank 0; a
+command, which has no log, writes to stderr.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ T = TypeVar("T")
 
 
 class Progress:
-    """Logs what is going on, as long as it is open. `total` None is unknown; `done` was finished
-    earlier. Work that takes less than `every` seconds is not mentioned."""
+    """Logs progress while it is open. `total` = None is unknown; `done` was finished earlier. Work
+    that takes less than `every` seconds is not mentioned."""
 
     def __init__(
         self,
@@ -58,13 +58,13 @@ class Progress:
         self.done += count
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, each counted when the next one is asked for."""
+        """Yield the items, and count each when the next one is requested."""
         for item in items:
             yield item
             self.advance()
 
     def line(self) -> str:
-        """What is done and how long the rest takes, at the speed so far."""
+        """Return how much is done, and how long the rest takes at the speed so far."""
         unit = f" {self.unit}" if self.unit else ""
         seconds = self.now() - self.started
         if self.total is None:
@@ -89,5 +89,5 @@ def _say(line: str) -> None:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, as 12:05."""
+    """Return minutes and seconds, as in 12:05."""
     return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
