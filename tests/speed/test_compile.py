@@ -156,7 +156,9 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch, tmp_path):
     ):
         refuse(RoSAAdapter.__new__(RoSAAdapter), cpu)
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match=r"a C\+\+ compiler is needed, and .*none is not installed"):
+    with pytest.raises(
+        ConfigError, match=r"a C\+\+ compiler is needed, and .*none is not installed"
+    ):
         refuse(Full(), cpu)
     refuse(Full(), torch.device("cuda"))
     with pytest.raises(ConfigError, match="Linear does not say which modules are its layers"):
