@@ -308,6 +308,23 @@ def test_the_mask_is_of_the_largest_gradients(micro, mask_steps, score, scores, 
         )
 
 
+@pytest.mark.parametrize("score", ["squared", "mean"])
+def test_a_loss_scale_that_changes_from_step_to_step_changes_no_mask(score):
+    """As 16-mixed has it: gradients of a step are larger by its scale."""
+    steps, supports = data(3, 2), []
+    for scales in ([1.0, 1.0, 1.0], [2.0**16, 2.0**13, 2.0**10]):
+        adapter, model = attached(warmup_steps=0, mask_steps=3, score=score)
+        for step, (micro, scale) in enumerate(zip(steps, scales, strict=True)):
+            for ids in micro:
+                (scale * toys.loss(model, ids)).backward()
+            adapter.before_step(model, scale)
+            adapter.after_step(model, step + 1)
+            model.zero_grad()
+        supports.append(masks(model))
+    assert len(supports[0]) == 14
+    assert supports[0] == supports[1]
+
+
 def test_micro_batches_are_squared_one_by_one():
     """Six rows in one micro-batch and in three are the same step, and not the same mask."""
     steps = data(1, 3)

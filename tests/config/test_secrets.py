@@ -45,6 +45,23 @@ def test_logs_and_messages_hold_no_secret(capsys):
     assert not any(secret in said for secret in SECRETS.values())
 
 
+def test_a_record_holds_no_exception_whose_text_has_a_secret():
+    """Handlers that format the exception themselves, as rich's does, read exc_info."""
+    secrets.redact_logs()
+    records: list[logging.LogRecord] = []
+    log = logging.Logger("a test's")
+    log.addHandler(handler := logging.Handler())
+    handler.emit = records.append  # type: ignore[method-assign]
+    for text in (SECRETS["SOME_PASSWORD"], "nothing secret"):
+        try:
+            raise ValueError(text)
+        except ValueError:
+            log.exception("failed")
+    assert records[0].exc_info is None
+    assert "ValueError: [redacted]" in str(records[0].exc_text)
+    assert records[1].exc_info is not None
+
+
 def test_a_secret_in_a_config_is_named_by_its_place_alone():
     named = {
         "logger": {"api_key": "quiet"},

@@ -12,9 +12,10 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.conftest import ROOT
+from trainer import schedules
 from trainer.assembly.build import instantiate
 from trainer.schedules import length, warmed_up
-from trainer.schedules.cooldown import SHAPES
+from trainer.schedules.cooldown import SHAPES, Cooling
 
 NAMES = sorted(path.stem for path in (ROOT / "conf" / "schedule").glob("*.yaml"))
 STEPS = [1, 2, 3, 7, 100]
@@ -162,3 +163,19 @@ def test_a_longer_run_shares_the_past_of_a_shorter_one_until_it_cools_down():
 def test_lengths_below_one_are_fractions(value, steps, wanted):
     assert length(value, steps) == wanted
     assert warmed_up(0, length(value, steps)) == (1.0 if wanted == 0 else pytest.approx(1 / wanted))
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_a_restarted_schedule_rises_again_and_ends_where_the_run_ends(name):
+    schedule = make(name, warmup=2, final=0.1)
+    rates = [schedules.factor(schedule, step, 20, 8) for step in range(21)]
+    assert rates[:8] == [schedule(step, steps=20) for step in range(8)]
+    assert rates[8:10] == [0.5, 1.0]
+    assert rates[20] == pytest.approx(0.1)
+    assert all(rate > 0.1 for rate in rates[8:20])
+
+
+def test_a_cooldown_takes_over_at_its_start_and_not_before():
+    schedule, cooling = make("constant", warmup=0), Cooling(6, 4, 0.5, "linear", 0.2)
+    rates = [schedules.factor(schedule, step, 20, 0, cooling) for step in range(12)]
+    assert rates == pytest.approx([1.0] * 6 + [0.5, 0.4, 0.3, 0.2, 0.1, 0.1])
