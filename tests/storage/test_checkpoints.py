@@ -429,3 +429,26 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="not empty"), atomic.folder(path) as temporary:
         (temporary / "other").touch()
     assert (names(path.parent), names(path)) == (["model"], ["whole"])
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_manifest_says_so(tmp_path, monkeypatch):
+    """After a power cut a file that was renamed and not synced may be empty."""
+    events: list[tuple[str, str]] = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(descriptor):
+        events.append(("sync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        sync(descriptor)
+
+    def replaced(source, target):
+        events.append(("rename", os.path.basename(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    save(tmp_path, 3)
+    assert events == [
+        event
+        for name in ("step-00000003.ckpt", "step-00000003.json")
+        for event in (("sync", f"{name}.tmp"), ("rename", name), ("sync", tmp_path.name))
+    ]
