@@ -105,7 +105,7 @@ def spoken(model, tokenizer, prompt, count, **settings):
 
 def loaded(run, base=False):
     """The exported adapter on its base, by PEFT and transformers alone."""
-    described = instantiate(trained_module.folder.read(run)[1]["config"]["base"])
+    described = instantiate(trained_module.run_folder.read(run)[1]["config"]["base"])
     model = AutoModelForCausalLM.from_pretrained(described.path)
     return (
         model if base else peft.PeftModel.from_pretrained(model, f"{run}/adapter")
