@@ -111,6 +111,8 @@ def load_pair(base: nn.Module, folder: Path) -> nn.Module:
     PeftMixedModel does the same, but refuses models that transformers has loaded in 4 bits."""
     from peft import PeftModel
 
+    # the default, set explicitly: otherwise torch warns about SHiRA
+    torch.sparse.check_sparse_tensor_invariants.disable()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*modify a model with PEFT for a second time.*")
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute.*")
