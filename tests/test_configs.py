@@ -47,13 +47,13 @@ GIVEN = {
         "seed",
         "penalty",
         "drafter",
-        "cooling",
+        "runtime_cooldown",
     },
     "penalty": {"model"},
     "drafter": {"model"},
     "optimizer": {"params"},
     "schedule": {"step", "steps"},
-    "callbacks": {"context"},
+    "callbacks": {"run_state"},
     "logger": {"folder", "run_id", "name", "config", "start"},
 }
 

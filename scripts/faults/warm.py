@@ -281,4 +281,4 @@ def phase_of(module: Any) -> str:
         return "making the mask"
     if isinstance(adapter, SpIEL) and adapter.candidates:
         return "reselecting"
-    return "training" if module.cooling is None else "cooling down"
+    return "training" if module.runtime_cooldown is None else "cooling down"

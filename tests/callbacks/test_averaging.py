@@ -18,6 +18,7 @@ from tests.toys.power_cuts import PowerCut, cut_at, outcome
 from trainer.assembly import trained as trained_module
 from trainer.assembly.rows import load_data
 from trainer.callbacks.averaging import Averaging
+from trainer.callbacks.end_of_step import EndOfStep
 from trainer.evaluation.loss import losses
 from trainer.exporting.adapter import verify_adapter
 from trainer.exporting.compare import TOLERANCE
@@ -66,7 +67,7 @@ def stepped(averaging: Averaging, module: Toy, trainer: Any) -> None:
         for p in module.parameters():
             if p.requires_grad:
                 p.copy_(torch.randn(p.shape))
-    averaging.on_train_batch_end(trainer, module, None, None, 0)
+    averaging.after_step(trainer, module)
 
 
 def state(averaging: Averaging) -> dict[str, torch.Tensor]:
@@ -111,8 +112,9 @@ def test_an_accumulated_step_counts_once():
     module, averaging = Toy(), callback()
     trainer = started(averaging, module)
     stepped(averaging, module, trainer)
+    end_of_step = EndOfStep(SimpleNamespace(), SimpleNamespace(), averaging=averaging)  # type: ignore[arg-type]
     module.step_done = False
-    averaging.on_train_batch_end(trainer, module, None, None, 1)
+    end_of_step.on_train_batch_end(trainer, module, None, None, 1)
     assert averaging.count == 1
 
 

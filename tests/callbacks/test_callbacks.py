@@ -630,7 +630,7 @@ def test_a_run_that_only_time_ends_is_told_without_a_number_of_steps(monkeypatch
                 module.step = 0
                 progress.on_train_start(trainer, module)
                 module.step = 297
-                progress.on_train_batch_end(trainer, module, None, None, 0)
+                progress.update(trainer, module)
                 progress.on_train_end(trainer, module)
             if terminal:
                 said = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", shown.getvalue())

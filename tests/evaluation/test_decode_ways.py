@@ -472,7 +472,7 @@ def test_what_cannot_be_decoded_says_why(trained, capsys, kind, arguments, said)
         (
             {"config": {"drafter": {}}, "identity": {"labels": None}},
             (
-                "has no drafter. Train one beside the adapter, python -m trainer ..."
+                "has no drafter. Train one with the adapter, python -m trainer ..."
                 " drafter=mtp_shared"
             ),
         ),

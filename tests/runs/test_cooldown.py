@@ -122,7 +122,7 @@ def test_a_branch_may_see_other_rows(train, chats, constant, caplog):
     other.write_text(chats.read_text().replace("1", "7"))
     caplog.set_level(logging.INFO, "trainer")
     branch = branched(train, f"{constant}@8", f"task.path={other}", steps="4")
-    assert "the rows from step 8 on are others than the parent's" in caplog.text
+    assert "the rows from step 8 on differ from those of the parent" in caplog.text
     assert not same(
         outcome(branch)[0], outcome(branched(train, f"{constant}@8", steps="4", name="same"))[0]
     )
@@ -256,20 +256,23 @@ TRIGGERED = ("callbacks=[default,cooldown]", "callbacks.cooldown.length=4")
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
     """Do something when a run has done a step."""
-    whole = Metrics.on_train_batch_end
+    whole = Metrics.record
 
     def acting(self, trainer, module, *rest):
         whole(self, trainer, module, *rest)
         if module.step == step:
-            act(self.context)
+            act(self.run_state)
 
-    monkeypatch.setattr(Metrics, "on_train_batch_end", acting)
+    monkeypatch.setattr(Metrics, "record", acting)
 
 
 WAYS = {
     "signal": (lambda context: os.kill(os.getpid(), signal.SIGUSR2), "SIGUSR2 was received"),
     "file": (lambda context: (context.folder.path / "cooldown").touch(), "cooldown was found"),
-    "patience": (lambda context: setattr(context, "without", 2), "no better evaluation in 2"),
+    "patience": (
+        lambda context: setattr(context, "evals_since_best", 2),
+        "no better evaluation in 2",
+    ),
 }
 
 
@@ -376,7 +379,7 @@ def test_a_cooldown_is_done_by_the_deadline(
 ):
     folder: Any = types.SimpleNamespace(path=tmp_path)
     context: Any = types.SimpleNamespace(
-        folder=folder, steps=10_000, without=0, max_minutes=limit, minutes=minutes
+        folder=folder, steps=10_000, evals_since_best=0, max_minutes=limit, minutes=minutes
     )
     trigger = CooldownTrigger(context, length, "1-sqrt", 0.0, None, "max_time", 1.0)
     monkeypatch.setattr(
@@ -397,12 +400,12 @@ def test_the_deadline_of_a_slurm_job(tmp_path, monkeypatch):
     context: Any = types.SimpleNamespace(
         folder=folder,
         steps=100,
-        without=0,
+        evals_since_best=0,
         max_minutes=None,
         minutes=0.0,
         signals=types.SimpleNamespace(),
     )
-    module: Any = types.SimpleNamespace(step=0, cooling=None, drop_cooldown=False)
+    module: Any = types.SimpleNamespace(step=0, runtime_cooldown=None, drop_cooldown=False)
     trigger = CooldownTrigger(context, 5, "1-sqrt", 0.0, None, "slurm", 0.0)
     for name in ("SLURM_JOB_END_TIME", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)

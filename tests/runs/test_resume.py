@@ -111,7 +111,7 @@ def test_another_config_is_refused(train, chats, monkeypatch, changed, named):
         cut_at(patch, 10)
         with pytest.raises(PowerCut):
             train(*settings)
-    with pytest.raises(CheckpointError, match="cannot go on as this one") as refusal:
+    with pytest.raises(CheckpointError, match="cannot be resumed as this one") as refusal:
         train(*settings, changed, "resume=auto")
     assert named in str(refusal.value)
 
@@ -134,7 +134,7 @@ def test_a_run_of_an_older_version_goes_on(train, chats, monkeypatch, caplog):
         with pytest.raises(PowerCut):
             train(*settings, "fused=false", "resume=auto")
     assert "was written by an older version and lacks requeue, fused, adapter.rank" in caplog.text
-    assert "going on after step 3" in caplog.text
+    assert "resuming after step 3" in caplog.text
 
 
 def test_other_data_is_refused(train, tmp_path, monkeypatch):

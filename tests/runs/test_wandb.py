@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.wandb_stub import Stub
-from trainer.callbacks.tracking import Dashboards, numbers, wandb_logger
+from trainer.callbacks.dashboards import Dashboards, numbers
+from trainer.callbacks.tracking import wandb_logger
 from trainer.cluster.slurm_job import Stopped
 from trainer.models.losses import NonFinite
 from trainer.storage.journal import Journal

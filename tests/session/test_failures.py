@@ -51,22 +51,22 @@ EXPLAINED = {
     "folder": (raising(FolderError("said")), 2, "said"),
     "checkpoint": (raising(CheckpointError("said")), 1, "said"),
     "NaN": (raising(NonFinite("3 steps in a row")), 1, "3 steps in a row"),
-    "no memory for torch": (huge, 1, "What would need less: batch_size=4 accumulate=2"),
+    "no memory for torch": (huge, 1, "These settings need less memory: batch_size=4 accumulate=2"),
     "no memory for Python": (
         lambda: bytearray(1 << 62),
         1,
-        "What would need less: batch_size=4 accumulate=2",
+        "These settings need less memory: batch_size=4 accumulate=2",
     ),
     "no memory, and no word": (
         raising(MemoryError()),
         1,
-        "out of memory: MemoryError\nWhat would need less",
+        "out of memory: MemoryError\nThese settings need less memory",
     ),
     "no memory on a GPU": (
         raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")),
         1,
         (
-            "out of memory: CUDA out of memory. Tried to allocate 2 GiB.\nWhat would need less:"
+            "out of memory: CUDA out of memory. Tried to allocate 2 GiB.\nThese settings need less memory:"
             " batch_size=4"
         ),
     ),
@@ -74,7 +74,7 @@ EXPLAINED = {
         full,
         1,
         (
-            "the disk is full: [Errno 28] No space left on device. Free some space, and go on with"
+            "the disk is full: [Errno 28] No space left on device. Free some space, and resume with"
             " resume=auto"
         ),
     ),
@@ -167,7 +167,7 @@ def test_a_verb_says_the_same_on_standard_error(capsys, case):
     act, code, said = EXPLAINED[case]
     assert failures.report_and_exit_code(caught(act)) == code
     err = capsys.readouterr().err
-    assert said.partition("What would need less")[0] in err
+    assert said.partition("These settings need less memory")[0] in err
     assert err.count("\n") <= 2
 
 
@@ -180,7 +180,7 @@ def test_a_verb_that_has_a_config_proposes_what_needs_less(capsys, monkeypatch):
         == 1
     )
     err = capsys.readouterr().err
-    assert "What would need less: batch_size=4 accumulate=2" in err
+    assert "These settings need less memory: batch_size=4 accumulate=2" in err
     assert "hunter2" not in err
 
 
@@ -193,7 +193,7 @@ def test_a_verb_hands_on_what_it_cannot_explain(error):
 
 def proposals(text):
     """Each proposed set of overrides."""
-    line = text.partition("What would need less: ")[2]
+    line = text.partition("These settings need less memory: ")[2]
     return [re.findall(r"[\w.]+=[\w-]+", way) for way in line.split(", or ")]
 
 

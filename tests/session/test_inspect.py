@@ -228,7 +228,7 @@ FAULTS = {
     "too long": (("max_length=513",), "max_length=513 is more than the 512 tokens that"),
     "no such metric": (
         ("callbacks.evaluation.monitor=f1",),
-        "monitor=f1 is no metric of this task; there are: loss, accuracy, perplexity",
+        "monitor=f1 is no metric of this task; the metrics are: loss, accuracy, perplexity",
     ),
     "not graded": (
         ("callbacks.evaluation.monitor=exact_match",),

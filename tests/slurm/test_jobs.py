@@ -51,7 +51,7 @@ def test_a_signal_costs_no_step(lab, outcome, scenario):
     job = outcome(scenario)["job"]
     saved = [int(step) for step in re.findall(r"saved after step (\d+) of", lab.log(job))]
     assert len(saved) >= (3 if scenario == "interrupted_three_times" else 1)
-    assert {int(step) for step in re.findall(r"going on after step (\d+) of", lab.log(job))} == set(
+    assert {int(step) for step in re.findall(r"resuming after step (\d+) of", lab.log(job))} == set(
         saved
     )
     assert all(0 < step < STEPS for step in saved)
@@ -67,7 +67,7 @@ def test_a_run_that_gives_way_is_never_taken_for_done(lab, outcome, scenario):
 @pytest.mark.parametrize("scenario", ["node_crash"])
 def test_a_crash_costs_what_came_after_the_last_checkpoint(lab, outcome, scenario):
     job = outcome(scenario)["job"]
-    (step,) = re.findall(r"going on after step (\d+) of", lab.log(job))
+    (step,) = re.findall(r"resuming after step (\d+) of", lab.log(job))
     assert int(step) in (10, 15, 20)
 
 
@@ -88,7 +88,7 @@ def test_two_nodes_are_one_run(lab, outcome, scenario):
     assert (found["state"], found["exit"]) == ("COMPLETED", "0:0"), lab.log(job)
     assert found["restarts"] >= 1
     assert lab.step(job) == STEPS
-    assert f"going on after step {found['at']} of {STEPS}" in lab.log(job)
+    assert f"resuming after step {found['at']} of {STEPS}" in lab.log(job)
     rows = [json.loads(line) for line in (lab.run(job) / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "step"] == sorted(
         {row["step"] for row in rows if row["kind"] == "step"}
@@ -139,6 +139,6 @@ def test_the_launchers_runs_are_saved_at_its_signal_and_go_on(lab, outcome, scen
         log = found["logs"][task]
         assert "SIGUSR2: saved after step" in log, log
         assert f"of {STEPS}" in log
-        assert "going on after step" in log, log
+        assert "resuming after step" in log, log
     assert found["results"][0] == lab.result(outcome("alone")["job"])
     assert len(set(found["results"])) == 2

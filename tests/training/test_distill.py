@@ -500,11 +500,11 @@ def test_preflight_names_what_does_not_fit(tiny, tmp_path):
         == ""
     )
     assert said("trainer.training.distill.Distill", alone, "expected").endswith(
-        "there are: loss, accepted, offset1/loss, offset1/top1, offset1/top5"
+        "the metrics are: loss, accepted, offset1/loss, offset1/top1, offset1/top5"
     )
-    assert "there are: loss, accepted, expected" in said(
+    assert "the metrics are: loss, accepted, expected" in said(
         "trainer.training.distill.Distill", taught, "accuracy"
     )
     assert said("trainer.training.finetune.FineTune", {}, "accepted").endswith(
-        "there are: loss, accuracy, perplexity"
+        "the metrics are: loss, accuracy, perplexity"
     )

@@ -18,19 +18,19 @@ from trainer.models.base import HEADS
 
 
 def instantiate(node: dict[str, Any], **arguments: Any) -> Any:
-    """An object from a plain config node; its `_target_` was checked when the config was
+    """Make an object from a plain config node. Its `_target_` was checked when the config was
     composed."""
     try:
         return hydra.utils.instantiate(OmegaConf.create(node), _convert_="all", **arguments)
     except InstantiationException as error:
         if error.__cause__ is None:
             raise
-        # what the part itself says, which failures.py knows to explain
+        # the part's own error, which failures.py can explain
         raise error.__cause__ from None
 
 
-def schedule(config: dict[str, Any], plan: BatchOrder | None) -> Callable[..., float]:
-    """The schedule, `step, steps -> factor`, with a cooldown of so many tokens turned into steps.
+def schedule(config: dict[str, Any], order: BatchOrder | None) -> Callable[..., float]:
+    """Make the schedule, `step, steps -> factor`. A cooldown given in tokens becomes one in steps.
 
     Raises:
         ConfigError: the tokens of each step are not known beforehand.
@@ -39,20 +39,18 @@ def schedule(config: dict[str, Any], plan: BatchOrder | None) -> Callable[..., f
     tokens = node.get("cooldown_tokens")
     if tokens is None:
         return instantiate(node)
-    if plan is None:
+    if order is None:
         raise ConfigError(
             f"schedule.cooldown_tokens={tokens}: a stream's tokens are not known beforehand. Give"
             " schedule.cooldown in steps"
         )
-    made, down = (
-        instantiate(node | {"cooldown_tokens": None}),
-        functools.cache(partial(plan.last_steps, tokens)),
-    )
-    return lambda step, steps: made(step, steps=steps, cooldown=down(steps))
+    in_steps = instantiate(node | {"cooldown_tokens": None})
+    cooldown = functools.cache(partial(order.last_steps, tokens))
+    return lambda step, steps: in_steps(step, steps=steps, cooldown=cooldown(steps))
 
 
 def new_modules(model: nn.Module, labels: list[str] | None) -> tuple[str, ...]:
-    """Modules that the base brings no weights for: the head of a classifier."""
+    """The modules that the base has no weights for: the head of a classifier."""
     if labels is None:
         return ()
     return tuple(name for name in HEADS if hasattr(model, name))

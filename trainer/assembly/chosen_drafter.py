@@ -54,13 +54,13 @@ def check_drafter(config: dict[str, Any], options: dict[str, Any]) -> None:
     """
     if options["drafter"] == "run" and not config.get("drafter"):
         raise DrafterError(
-            f"run={options['run']} has no drafter. Train one beside the adapter, python -m trainer"
+            f"run={options['run']} has no drafter. Train one with the adapter, python -m trainer"
             " ... drafter=mtp_shared, or give one that needs no training, drafter=lookup or"
             " drafter=recycling"
         )
 
 
-def drafter_of(found: Trained, options: dict[str, Any]) -> Drafter | None:
+def drafter_of(trained: Trained, options: dict[str, Any]) -> Drafter | None:
     """What a verb's options drafter and small ask for; None where the run has no drafter that
     proposes.
 
@@ -68,13 +68,13 @@ def drafter_of(found: Trained, options: dict[str, Any]) -> Drafter | None:
         BaseError, DrafterError: the small model cannot be loaded, or has other tokens.
     """
     if options["drafter"] == "run":
-        if found.drafter is None or not found.drafter.proposes:
+        if trained.drafter is None or not trained.drafter.proposes:
             return None
-        # In the target's dtype: autocast would convert fp32 weights anew for every draft.
-        return found.drafter.to(found.model.get_input_embeddings().weight.dtype)  # type: ignore[operator, union-attr]
+        # In the target's dtype: autocast would convert fp32 weights again for every draft.
+        return trained.drafter.to(trained.model.get_input_embeddings().weight.dtype)  # type: ignore[operator, union-attr]
     if options["drafter"] == "lookup":
         return PromptLookup()
     if options["drafter"] == "recycling":
-        return TokenRecycling(found.model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
-    weight = next(found.model.parameters())
-    return small_model(options["small"], found.base, weight.dtype, weight.device)
+        return TokenRecycling(trained.model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+    weight = next(trained.model.parameters())
+    return small_model(options["small"], trained.base, weight.dtype, weight.device)

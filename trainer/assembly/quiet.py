@@ -10,7 +10,7 @@ import rich
 
 
 def quiet() -> None:
-    """Silence what libraries say at every start and nobody can act upon."""
+    """Set log levels and warning filters of the libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for name in (
         "bitsandbytes",
@@ -21,7 +21,7 @@ def quiet() -> None:
         "torch.utils.flop_counter",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Lightning prints beside whatever logging is configured
+    # Lightning prints in addition to the configured logging
     logging.getLogger("lightning.pytorch").handlers.clear()
     if not rich.get_console().is_terminal:
         rich.get_console().width = 160  # a log file's lines, not a terminal's
@@ -32,7 +32,7 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # on a login node it may well not be meant
+    # on a login node nobody wants srun
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
     # the sampler starts where the run stopped
     warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
@@ -44,7 +44,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="Position ids are not supported.*")
     warnings.filterwarnings(
         "ignore", message="(?s).*FSDP2-wrapped module .* returned a view tensor.*"
-    )  # of logits that nobody asks for
+    )  # of logits that are not used
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     # PEFT asks for it
     warnings.filterwarnings(

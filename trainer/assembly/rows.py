@@ -1,4 +1,4 @@
-"""A task's tokenised rows and their order."""
+"""The tokenised rows of a task, and their order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Data:
-    """A task's rows, tokenised."""
+    """The tokenised rows of a task."""
 
     task: Any
     renderer: Renderer
@@ -36,9 +36,9 @@ class Data:
     identity: dict[str, dict[str, Any]]  # of each split's rows; see trainer.data.identity
 
     def rows_of(self, sequences: list[Any]) -> list[str]:
-        """File and line of the rows of some sequences."""
+        """The file and line of each row of some sequences."""
         if self.train is None:
-            return sequences  # a stream's are named so from the start
+            return sequences  # those of a stream have these names already
         return [
             self.train.rows.where(row)
             for sequence in sequences
@@ -47,7 +47,7 @@ class Data:
 
 
 def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True) -> Data:
-    """The task's rows as tokens: from the cache, or made now. Without `train` only those of
+    """Load the tokenised rows from the cache, or tokenise them. Without `train` only those of
     evaluation.
 
     Raises:
@@ -106,30 +106,30 @@ def load_held_out(config: dict[str, Any], base: Base, task: Any) -> Data:
     return data
 
 
-def add_prompts(found: Data, count: int, model: nn.Module | None) -> None:
+def add_prompts(data: Data, count: int, model: nn.Module | None) -> None:
     """Give the held-out rows the prompts of the first `count` conversations among them."""
-    held_out = found.held_out
-    if held_out is None or found.task.kind != "conversation" or not count:
+    held_out = data.held_out
+    if held_out is None or data.task.kind != "conversation" or not count:
         return
     rows: Rows = held_out.sequences.rows
-    kept = set(rows.examples())
-    for index, example in enumerate(found.task.examples("eval")):
+    kept_rows = set(rows.examples())
+    for index, example in enumerate(data.task.examples("eval")):
         if len(held_out.prompts) >= count:
             break
-        if index in kept:
-            held_out.prompts.append((example, found.renderer.prompt(example)))
-    held_out.grade = found.task.grade
+        if index in kept_rows:
+            held_out.prompts.append((example, data.renderer.prompt(example)))
+    held_out.grade = data.task.grade
     model_stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     held_out.stops = stop_ids(
         held_out.tokenizer, model_stops, (rows[i] for i in range(min(8, len(rows))))
     )
 
 
-def batch_order(config: dict[str, Any], found: Data, ranks: int) -> BatchOrder:
+def batch_order(config: dict[str, Any], data: Data, ranks: int) -> BatchOrder:
     """The run's order of sequences."""
-    assert found.train is not None
-    lengths, trained = found.train.sizes()
-    if found.task.kind == "label":
+    assert data.train is not None
+    lengths, trained = data.train.sizes()
+    if data.task.kind == "label":
         trained = np.ones_like(trained)
     return BatchOrder(
         lengths,
@@ -143,15 +143,15 @@ def batch_order(config: dict[str, Any], found: Data, ranks: int) -> BatchOrder:
     )
 
 
-def token_counts(found: Data, vocabulary: int) -> torch.Tensor:
-    """How often each token is trained in the training rows, (V,) int64.
+def token_counts(data: Data, vocabulary: int) -> torch.Tensor:
+    """Count how often each token is trained in the training rows, (V,) int64.
 
     Raises:
         ConfigError: the rows are not known before training.
     """
-    if found.train is None:
+    if data.train is None:
         raise ConfigError(
             "this drafter counts the training data's tokens beforehand, which task.streaming=true"
             " does not allow"
         )
-    return torch.from_numpy(found.train.rows.counts(vocabulary))
+    return torch.from_numpy(data.train.rows.counts(vocabulary))

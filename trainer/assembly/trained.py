@@ -1,4 +1,4 @@
-"""From a checked config to the parts of a run, and from a run folder to its trained model."""
+"""The trained model of a run folder, and the adapter of a run as part of another one's target."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from trainer.storage import checkpoints, run_folder
 
 @dataclass
 class Tuned:
-    """The adapter of a fine-tuning run, as it was at one of its checkpoints, to make a target of
-    its base."""
+    """The adapter of a fine-tuning run at one of its checkpoints. With its base it is a target."""
 
     record: dict[str, Any]  # the run, step and checkpoint, as run.yaml names them
     content: dict[str, Any]  # the run's run.yaml
@@ -38,21 +37,22 @@ class Tuned:
 
 
 def load_tuned(path: str, sha256: str | None = None) -> Tuned:
-    """The adapter of `FOLDER` or `FOLDER@last|best|STEP`; with `sha256`, of that very checkpoint.
+    """Load the adapter of `FOLDER` or `FOLDER@last|best|STEP`. `sha256` is that of its checkpoint.
 
     Raises:
         FolderError, CheckpointError: the folder or its checkpoint cannot be used, or is another
         one.
     """
-    place, content, which = run_folder.read(path)
-    source = checkpoints.chosen(place / "checkpoints", which)
-    about = checkpoint_record(place, content["id"], source)
-    if sha256 is not None and about["sha256"] != sha256:
+    folder, content, which = run_folder.read(path)
+    source = checkpoints.chosen(folder / "checkpoints", which)
+    record = checkpoint_record(folder, content["id"], source)
+    if sha256 is not None and record["sha256"] != sha256:
         raise checkpoints.CheckpointError(
-            f"{source.path} is not the checkpoint that the drafter was trained for: it has changed since"
+            f"{source.path} is not the checkpoint that the drafter was trained for: it has changed"
+            " since"
         )
     return Tuned(
-        about,
+        record,
         content,
         instantiate(content["config"]["adapter"]),
         checkpoints.load(source)["adapter"],
@@ -70,13 +70,14 @@ def checkpoint_record(run: Path, run_id: str, source: checkpoints.Checkpoint) ->
     }
 
 
-def load_recorded_target(about: dict[str, Any], beside: Path) -> Tuned:
-    """What `load_tuned` found when a drafter was trained for it; its folder may have been moved together
-    with its neighbour `beside`."""
-    place = Path(about["run"])
-    if not (place / "run.yaml").exists() and (beside.parent / place.name / "run.yaml").exists():
-        place = beside.parent / place.name
-    return load_tuned(f"{place}@{about['step']}", about["sha256"])
+def load_recorded_target(record: dict[str, Any], neighbour: Path) -> Tuned:
+    """Load the target that a drafter was trained for. Its folder may have been moved, together with
+    its neighbour."""
+    folder = Path(record["run"])
+    moved = neighbour.parent / folder.name
+    if not (folder / "run.yaml").exists() and (moved / "run.yaml").exists():
+        folder = moved
+    return load_tuned(f"{folder}@{record['step']}", record["sha256"])
 
 
 @dataclass
@@ -109,14 +110,14 @@ def load_trained(
         FolderError, CheckpointError, BaseError: the folder, its checkpoint or its base cannot be
         used.
     """
-    place, content, which = run_folder.read(path)
+    folder, content, which = run_folder.read(path)
     config, identity = content["config"], content["identity"]
     base: Base = instantiate(config["base"])
     if base.fingerprint != identity["base"]:
         raise BaseError(
             f"{base.path} is not the model that this run was trained on: its weights have changed"
         )
-    source = checkpoints.chosen(place / "checkpoints", which)
+    source = checkpoints.chosen(folder / "checkpoints", which)
     saved = checkpoints.load(source)
     dtype, _, _ = compute(
         identity["precision"], config["base"]["dtype"], identity["trains_base"], False
@@ -128,7 +129,7 @@ def load_trained(
         instantiate(config["drafter"])(model=model).to(device).eval() if config["drafter"] else None
     )
     if identity.get("target") is not None:
-        target = load_recorded_target(identity["target"], place)
+        target = load_recorded_target(identity["target"], folder)
         adapter, model = target.adapter, target.attach(model)
         adapted: dict[str, Any] | None = target.record
     else:
@@ -136,14 +137,14 @@ def load_trained(
         adapted = (
             None
             if isinstance(adapter, Nothing)
-            else checkpoint_record(place, content["id"], source)
+            else checkpoint_record(folder, content["id"], source)
         )
         model = _attached(model, adapter, identity, saved["adapter"])
     if drafter is not None:
         drafter.load_state(saved["drafter"])
     task = instantiate(config["task"])
     return Trained(
-        place,
+        folder,
         config,
         base,
         task,

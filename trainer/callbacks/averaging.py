@@ -3,10 +3,10 @@ al. 2018, arXiv 1803.05407).
 
     EMA   a ← decay · a + (1 - decay) · w          SWA   a ← a + (w - a) / (n + 1), after n updates
 
-Only what the optimiser trains is averaged, never a frozen base. For a low-rank adapter that is A
-and B each by itself, and the mean of B times the mean of A is not the mean of B A: they agree while
-the weights of the window stay close to each other, and what is evaluated and written is the former.
-SWA is meant for a constant rate, before a cooldown.
+Only what the optimiser trains is averaged, never a frozen base. For a low-rank adapter these are A
+and B separately. The mean of B times the mean of A is not the mean of B A, but they are close while
+the weights of the window are. The former is evaluated and written. SWA is meant for a constant
+rate, before a cooldown.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from adapters.delta import Delta
-from trainer.callbacks import Context, stop_requested
+from trainer.callbacks import RunState, stop_requested
 from trainer.callbacks.evaluation import Evaluation
 from trainer.evaluation.loss import evaluating, losses
 from trainer.schedules import length
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 
 
 class Weights(nn.Module):
-    """The trained tensors, in fp32 at least: in bf16 an average would stand still, since its
-    updates are smaller than its rounding."""
+    """The trained tensors, in fp32 at least. In bf16 an average would not change, since its updates
+    are smaller than its rounding error."""
 
     def __init__(self, trained: dict[str, nn.Parameter]):
         super().__init__()
@@ -48,18 +48,17 @@ class Weights(nn.Module):
 
 class Averaging(lightning.Callback):
     """Averages the weights after step `start` and every `every` steps from then on, and evaluates
-    the average wherever the Evaluation callback evaluates the weights themselves. It stands behind
-    that one and before what saves, since checkpoints hold the average.
+    the average wherever the Evaluation callback evaluates the weights themselves.
 
-    It starts anew when a sparse adapter chooses its positions: an entry's mean over two positions
-    means nothing.
+    It starts again when a sparse adapter chooses its positions: the mean of an entry over two
+    positions has no meaning.
     """
 
     def __init__(
-        self, context: Context, kind: str, decay: float, start: float, every: int, export: bool
+        self, run_state: RunState, kind: str, decay: float, start: float, every: int, export: bool
     ):
-        self.context, self.kind, self.every, self.export = context, kind, every, export
-        self.start = length(start, context.steps)
+        self.run_state, self.kind, self.every, self.export = run_state, kind, every, export
+        self.start = length(start, run_state.steps)
         self.update = get_ema_multi_avg_fn(decay) if kind == "ema" else get_swa_multi_avg_fn()
         self.trained: dict[str, nn.Parameter] = {}
         self.supports: list[Tensor] = []
@@ -84,18 +83,15 @@ class Averaging(lightning.Callback):
             self.evaluated = self.loaded["evaluated"]
         self._evaluate(trainer, module)  # a signal may have come in the middle of it
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not module.step_done:
-            return
+    def after_step(self, trainer: lightning.Trainer, module: Any) -> None:
+        """Take the weights of the step that has ended into the average, and evaluate it."""
         assert self.averages is not None
         chosen = [support._version for support in self.supports]
         if chosen != self.chosen:
             self.chosen = chosen
             if self.count:
                 log.info(
-                    "the average starts anew after step %d, since the adapter has chosen its"
+                    "the average starts again after step %d, since the adapter has chosen its"
                     " positions",
                     module.step,
                 )
@@ -104,8 +100,9 @@ class Averaging(lightning.Callback):
             self.averages.update_parameters(Weights(self.trained))
         self._evaluate(trainer, module)
 
-    def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        if not stop_requested(trainer, module, self.context):
+    def evaluate_last(self, trainer: lightning.Trainer, module: Any) -> None:
+        """Evaluate the average of a run that ended before its planned steps."""
+        if not stop_requested(trainer, module, self.run_state):
             self._evaluate(trainer, module)
 
     @property
@@ -121,13 +118,13 @@ class Averaging(lightning.Callback):
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model with the averaged weights, and as it was afterwards, bit for bit."""
-        kept = [p.detach().clone() for p in self.trained.values()]
+        """Put the averaged weights into the model, and the weights themselves back, bit for bit."""
+        weights = [p.detach().clone() for p in self.trained.values()]
         try:
             self._put(list(self._by_name().values()))
             yield
         finally:
-            self._put(kept)
+            self._put(weights)
 
     @torch.no_grad()
     def _put(self, tensors: list[Tensor]) -> None:
@@ -135,7 +132,7 @@ class Averaging(lightning.Callback):
             parameter.copy_(tensor)
 
     def _evaluate(self, trainer: lightning.Trainer, module: Any) -> None:
-        """Evaluate the average, if the weights of this step were evaluated and it was not yet."""
+        """Evaluate the average, if the weights of this step were evaluated and the average was not."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         evaluation = next(
             (callback for callback in callbacks if isinstance(callback, Evaluation)), None
@@ -143,31 +140,31 @@ class Averaging(lightning.Callback):
         done = evaluation is not None and evaluation.state["evaluated"] == module.step
         if evaluation is None or not done or not self.count or self.evaluated == module.step:
             return
-        assert self.context.held_out is not None
+        assert self.run_state.held_out is not None
         started = time.monotonic()
         with self.in_place(), evaluating(module), trainer.precision_plugin.forward_context():
             values = losses(
                 module.loss,
-                self.context.held_out,
+                self.run_state.held_out,
                 evaluation.batch_size,
                 module.device,
                 trainer.global_rank,
                 trainer.world_size,
                 lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"),
-                lambda: stop_requested(trainer, module, self.context),
+                lambda: stop_requested(trainer, module, self.run_state),
             )
         if not values:
             return
         values |= {"updates": self.count, "seconds": time.monotonic() - started}
-        self.context.paused += values["seconds"]
+        self.run_state.paused_seconds += values["seconds"]
         self.evaluated = module.step
-        self.context.journal.write("average", module.step, values)
-        log.info("the average of %d at step %d: loss %.4g", self.count, module.step, values["loss"])
+        self.run_state.journal.write("average", module.step, values)
+        log.info("average of %d at step %d: loss %.4g", self.count, module.step, values["loss"])
 
     def save(self, write: Callable[[Path], None]) -> None:
-        """Let `write` write the adapter to RUN/adapter-averaged while the averaged weights are in
-        place; nothing without any."""
-        folder = self.context.folder.path / "adapter-averaged"
+        """Call `write` with RUN/adapter-averaged while the model has the averaged weights. Without an
+        average nothing is written."""
+        folder = self.run_state.folder.path / "adapter-averaged"
         if not self.export or not self.count:
             return
         with self.in_place():

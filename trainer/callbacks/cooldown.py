@@ -1,4 +1,4 @@
-"""A cooldown that begins when something says so, and not at a step that was planned."""
+"""A cooldown that begins at run time, and not at a planned step."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ from typing import Any
 import lightning
 import torch
 
-from trainer.callbacks import Context
+from trainer.callbacks import RunState
 from trainer.cluster import slurm_job
 from trainer.schedules import factor
 from trainer.schedules.cooldown import RuntimeCooldown
 
 log = logging.getLogger("trainer")
 
-SAFETY = 1.1  # steps may get slower by so much until the deadline
+SAFETY = 1.1  # by how much steps may get slower until the deadline
 
 
 class CooldownTrigger(lightning.Callback):
     """Starts the cooldown after `patience` evaluations without a better one, in time for
-    `deadline`, when the file RUN/cooldown appears or when SIGUSR2 comes; the run ends where it
-    ends.
+    `deadline`, when the file RUN/cooldown appears, or on SIGUSR2. The run ends with it.
 
     A cooldown of `length` below 1 makes up that fraction f of all steps then: f / (1 - f) of those
-    done. Its start and length are frozen when it begins and stand in the checkpoint, so that rates
+    done. Its start and length are fixed when it begins and saved in the checkpoint, so that rates
     stay a function of the step alone.
     """
 
     def __init__(
         self,
-        context: Context,
+        run_state: RunState,
         length: float,
         shape: str,
         final: float,
@@ -40,99 +39,106 @@ class CooldownTrigger(lightning.Callback):
         deadline: str | None,
         reserve: float,
     ):
-        self.context, self.length, self.shape, self.final = context, length, shape, final
+        self.run_state, self.length, self.shape, self.final = run_state, length, shape, final
         self.patience, self.deadline, self.reserve = patience, deadline, reserve
-        self.file = context.folder.path / "cooldown"
-        self.asked = False  # by the signal
-        # evaluations without a better one that a cooldown which was left out has answered
+        self.file = run_state.folder.path / "cooldown"
+        self.requested = False  # by the signal
+        # evaluations without a better one that led to a cooldown which an extended run drops
         self.passed = 0
         self.began, self.steps_before = 0.0, 0
         self.job_ends: float | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
-        self.context.signals.cool = self._ask
+        self.run_state.signals.cool = self._request
         end = slurm_job.end_time() if self.deadline == "slurm" and trainer.is_global_zero else None
-        # From here on by a clock that nobody sets.
+        # by the monotonic clock: the other one may be set while the run trains
         self.job_ends = None if end is None else time.monotonic() + end - time.time()
         self.began, self.steps_before = time.monotonic(), module.step
-        if module.cooling is not None:
-            self.context.constant_until = None  # a planned cooldown does not begin within this one
+        if module.runtime_cooldown is not None:
+            self.run_state.constant_until = (
+                None  # a planned cooldown does not begin within this one
+            )
         if module.drop_cooldown:
-            self.passed = self.context.without  # what the left out cooldown was the answer to
+            self.passed = (
+                self.run_state.evals_since_best
+            )  # they led to the cooldown that was dropped
 
-    def _ask(self) -> None:
-        self.asked = True
+    def _request(self) -> None:
+        self.requested = True
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not module.step_done:
-            return
-        if module.cooling is not None:
+    def check(self, trainer: lightning.Trainer, module: Any) -> None:
+        """Begin the cooldown if there is a reason, or stop the run that has cooled down."""
+        if module.runtime_cooldown is not None:
             if (
-                module.step >= module.cooling.start + module.cooling.steps
-                and module.step < self.context.steps
+                module.step >= module.runtime_cooldown.start + module.runtime_cooldown.steps
+                and module.step < self.run_state.steps
             ):
-                self.context.stopped = f"cooled down over {module.cooling.steps} steps"
+                self.run_state.stopped = f"cooled down over {module.runtime_cooldown.steps} steps"
             return
         steps, reason = self._due(module.step)
-        # the first process decides, since only one clock and one disk count
+        # rank 0 decides: the ranks' clocks and disks may differ
         if trainer.world_size > 1:
-            told = torch.tensor([steps if trainer.is_global_zero else 0], device=module.device)
-            steps = int(trainer.strategy.reduce(told, reduce_op="max")[0])
+            decided = torch.tensor([steps if trainer.is_global_zero else 0], device=module.device)
+            steps = int(trainer.strategy.reduce(decided, reduce_op="max")[0])
         if steps:
             self._begin(module, steps, reason)
 
     def _due(self, step: int) -> tuple[int, str]:
-        """(steps of the cooldown that begins now, why); 0 if none does."""
-        wanted = (
+        """(steps of the cooldown that begins now, the reason); 0 if none begins."""
+        cooldown_steps = (
             round(step * self.length / (1 - self.length)) if self.length < 1 else round(self.length)
         )
-        wanted = min(max(1, wanted), self.context.steps - step)
-        self.passed = min(self.passed, self.context.without)
-        if self.asked:
-            return wanted, "SIGUSR2 was received"
+        cooldown_steps = min(max(1, cooldown_steps), self.run_state.steps - step)
+        self.passed = min(self.passed, self.run_state.evals_since_best)
+        if self.requested:
+            return cooldown_steps, "SIGUSR2 was received"
         if self.file.exists():
-            return wanted, f"{self.file} was found"
-        if self.patience is not None and self.context.without - self.passed >= self.patience:
-            return wanted, f"no better evaluation in {self.patience}"
+            return cooldown_steps, f"{self.file} was found"
+        if (
+            self.patience is not None
+            and self.run_state.evals_since_best - self.passed >= self.patience
+        ):
+            return cooldown_steps, f"no better evaluation in {self.patience}"
         left = self._seconds_left()
         if left is not None:
             each = SAFETY * (time.monotonic() - self.began) / (step - self.steps_before)
-            if left <= wanted * each:
+            if left <= cooldown_steps * each:
                 return (
-                    max(1, min(wanted, int(left / each))),
+                    max(1, min(cooldown_steps, int(left / each))),
                     f"{left / 60:.1f} minutes are left until the deadline",
                 )
         return 0, ""
 
     def _seconds_left(self) -> float | None:
-        """Until the deadline, without what is reserved for the end."""
-        if self.deadline == "max_time" and self.context.max_minutes is not None:
-            return 60 * (self.context.max_minutes - self.context.minutes - self.reserve)
+        """Seconds until the deadline, without the time that is reserved for the end."""
+        if self.deadline == "max_time" and self.run_state.max_minutes is not None:
+            return 60 * (self.run_state.max_minutes - self.run_state.minutes - self.reserve)
         if self.job_ends is not None:
             return self.job_ends - time.monotonic() - 60 * self.reserve
         return None
 
     def _begin(self, module: Any, steps: int, reason: str) -> None:
-        if self.context.constant_until is not None and module.step >= self.context.constant_until:
-            return  # the schedule's own has begun
-        self.context.constant_until = module.step
+        if (
+            self.run_state.constant_until is not None
+            and module.step >= self.run_state.constant_until
+        ):
+            return  # the schedule's cooldown has begun
+        self.run_state.constant_until = module.step
         level = factor(module.schedule, module.step, module.steps, module.adapter.restart)
-        module.cooling = RuntimeCooldown(module.step, steps, level, self.shape, self.final)
+        module.runtime_cooldown = RuntimeCooldown(module.step, steps, level, self.shape, self.final)
         log.info(
             "the rate cools down over the next %d steps: %s",
             steps,
-            reason or "the first process said so",
+            reason or "decided by rank 0",
         )
-        self.context.journal.write(
+        self.run_state.journal.write(
             "cooldown", module.step, {"reason": reason, "steps": steps, "level": level}
         )
-        if self.context.journal.writes:
+        if self.run_state.journal.writes:
             _put_away(self.file)
 
 
 def _put_away(file: Path) -> None:
-    """Rename the user's file, so that a run that is made longer does not find it again."""
+    """Rename the user's file, so that an extended run does not find it again."""
     if file.exists():
         file.replace(file.with_name(file.name + ".done"))

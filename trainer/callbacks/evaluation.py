@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning
 
-from trainer.callbacks import Context, every_steps, stop_requested
+from trainer.callbacks import RunState, every_steps, stop_requested
 from trainer.evaluation.answers import answers, means
 from trainer.evaluation.loss import evaluating, losses
 from trainer.training.fsdp import Sharded, reshard
@@ -20,12 +20,13 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation(lightning.Callback):
-    """Held-out loss every `every` steps; answers of the first `generate` held-out rows generated
-    and graded before and after training, and at every `generate_every`-th evaluation between."""
+    """Measures the held-out loss every `every` steps. Answers to the first `generate` held-out rows
+    are generated and graded before and after training, and at every `generate_every`-th evaluation
+    between."""
 
     def __init__(
         self,
-        context: Context,
+        run_state: RunState,
         every: float | None,
         batch_size: int,
         generate: int,
@@ -36,13 +37,13 @@ class Evaluation(lightning.Callback):
         mode: str,
         patience: int | None,
     ):
-        self.context, self.batch_size, self.generate, self.samples = (
-            context,
+        self.run_state, self.batch_size, self.generate, self.samples = (
+            run_state,
             batch_size,
             generate,
             samples,
         )
-        self.every, self.generate_every = every_steps(every, context.steps), generate_every
+        self.every, self.generate_every = every_steps(every, run_state.steps), generate_every
         self.max_new_tokens, self.monitor, self.sign, self.patience = (
             max_new_tokens,
             monitor,
@@ -61,41 +62,43 @@ class Evaluation(lightning.Callback):
         if self.state["evaluated"] < 0:
             base_alone = (
                 module.adapter.disabled(module.model)
-                if self.context.before
+                if self.run_state.evaluate_base_first
                 else contextlib.nullcontext()
             )
             with base_alone:
                 self.run(trainer, module, graded=True)
         # a signal came in the middle of it
         elif self.due(module.step) and self.state["evaluated"] < module.step:
-            self.run(trainer, module, graded=module.step >= self.context.steps)
+            self.run(trainer, module, graded=module.step >= self.run_state.steps)
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.context.improved = False
-        if module.step_done and self.due(module.step):
-            self.run(trainer, module, graded=module.step >= self.context.steps)
+    def evaluate_if_due(self, trainer: lightning.Trainer, module: Any) -> bool:
+        """Evaluate the step that has ended, if it is time; return whether it is the best so far."""
+        if not self.due(module.step):
+            return False
+        return self.run(trainer, module, graded=module.step >= self.run_state.steps)
 
-    def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        # The run ended before its planned steps: it stopped early, or its time was up.
-        if self.state["evaluated"] < module.step and not stop_requested(
-            trainer, module, self.context
+    def evaluate_last(self, trainer: lightning.Trainer, module: Any) -> bool:
+        """Evaluate a run that ended before its planned steps, since it stopped early or its time
+        was up; return whether it is the best so far."""
+        if self.state["evaluated"] >= module.step or stop_requested(
+            trainer, module, self.run_state
         ):
-            self.run(trainer, module, graded=True)
+            return False
+        return self.run(trainer, module, graded=True)
 
     def due(self, step: int) -> bool:
         """Whether a step is one after which the run is evaluated: every `every`-th, and the
         last."""
         return step > 0 and (
-            step >= self.context.steps or (self.every is not None and step % self.every == 0)
+            step >= self.run_state.steps or (self.every is not None and step % self.every == 0)
         )
 
-    def run(self, trainer: lightning.Trainer, module: Any, graded: bool = False) -> None:
-        """Evaluate now, unless a signal to stop comes first."""
-        held_out = self.context.held_out
+    def run(self, trainer: lightning.Trainer, module: Any, graded: bool = False) -> bool:
+        """Evaluate now, unless a signal to stop comes first; return whether the step is the best so
+        far."""
+        held_out = self.run_state.held_out
         if held_out is None or not len(held_out.sequences):
-            return
+            return False
         started = time.monotonic()
         strategy = trainer.strategy
         with evaluating(module), trainer.precision_plugin.forward_context():
@@ -107,73 +110,75 @@ class Evaluation(lightning.Callback):
                 trainer.global_rank,
                 trainer.world_size,
                 lambda sums: strategy.reduce(sums, reduce_op="sum"),
-                lambda: stop_requested(trainer, module, self.context),
+                lambda: stop_requested(trainer, module, self.run_state),
             )
             if not values:
-                return
-            found: list[dict[str, Any]] | None = []
+                return False
             count = self.state["count"] + 1
             graded = graded or (
                 self.generate_every is not None and count % self.generate_every == 0
             )
-            sharded = isinstance(strategy, Sharded)  # no process has the weights alone
-            if (
-                graded
-                and held_out.prompts
-                and (self.generate or self.samples)
-                and (trainer.is_global_zero or sharded)
-            ):
-                all_ask = partial(stop_requested, trainer, module, self.context)
-                stop = all_ask if sharded else lambda: self.context.signals.received is not None
-                found = answers(
-                    module.model,
-                    held_out,
-                    self.batch_size,
-                    self.max_new_tokens,
-                    module.device,
-                    stop,
-                )
-            if sharded:
+            texts = self._answers(trainer, module) if graded else []
+            if isinstance(strategy, Sharded):
                 reshard(module.model)
-        if found and self.generate:
-            values |= means(found[: self.generate])
-        # The others wait here while the first one generates, and learn what came of it: all have to
-        # judge alike.
-        agreed = strategy.broadcast([] if found is None else [values])
+        if texts and self.generate:
+            values |= means(texts[: self.generate])
+        # Ranks other than 0 wait here while rank 0 generates, and get its values: all have to judge
+        # by the same.
+        agreed = strategy.broadcast([] if texts is None else [values])
         if not agreed:
-            return
+            return False
         values = agreed[0]
-        if found:
-            self.context.journal.write_samples(module.step, found[: self.samples])
+        if texts:
+            self.run_state.journal.write_samples(module.step, texts[: self.samples])
         values["seconds"] = time.monotonic() - started
-        self.context.paused += values["seconds"]
+        self.run_state.paused_seconds += values["seconds"]
         self.state |= {"evaluated": module.step, "count": count}
-        self.context.journal.write("evaluation", module.step, values)
-        shown = "  ".join(
+        self.run_state.journal.write("evaluation", module.step, values)
+        text = "  ".join(
             f"{name} {value:.4g}" for name, value in values.items() if name != "seconds"
         )
-        log.info("evaluation at step %d: %s", module.step, shown)
-        self._judge(values, module.step, trainer)
+        log.info("evaluation at step %d: %s", module.step, text)
+        return self._judge(values, module.step)
 
-    def _judge(self, values: dict[str, float], step: int, trainer: lightning.Trainer) -> None:
+    def _answers(self, trainer: lightning.Trainer, module: Any) -> list[dict[str, Any]] | None:
+        """Generated and graded answers, on rank 0; None if a signal to stop came first."""
+        held_out, run_state = self.run_state.held_out, self.run_state
+        assert held_out is not None
+        sharded = isinstance(trainer.strategy, Sharded)  # no rank has the whole weights
+        if not held_out.prompts or not (self.generate or self.samples):
+            return []
+        if not trainer.is_global_zero and not sharded:
+            return []
+        on_all_ranks = partial(stop_requested, trainer, module, run_state)
+        stop = on_all_ranks if sharded else lambda: run_state.signals.received is not None
+        return answers(
+            module.model, held_out, self.batch_size, self.max_new_tokens, module.device, stop
+        )
+
+    def _judge(self, values: dict[str, float], step: int) -> bool:
+        """Whether these are the best values so far. Too many evaluations without a better one end
+        the run."""
         if self.monitor not in values:
-            return  # a score of generated answers, which this evaluation did not ask for
+            return False  # a score of generated answers, which this evaluation did not ask for
+        improved = False
         value = self.sign * values[self.monitor]
         if value < self.state["best"]:
             self.state |= {"best": value, "best_step": step, "without": 0}
-            self.context.improved = step > 0
+            improved = step > 0
         elif step > 0:
             self.state["without"] += 1
-        self.context.without = self.state["without"]
+        self.run_state.evals_since_best = self.state["without"]
         if self.patience is not None and self.state["without"] >= self.patience:
-            self.context.stopped = (
+            self.run_state.stopped = (
                 f"no better {self.monitor} in {self.patience} evaluations; the best was at step"
                 f" {self.state['best_step']}"
             )
+        return improved
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.state = dict(state_dict)
-        self.context.without = self.state["without"]
+        self.run_state.evals_since_best = self.state["without"]

@@ -1,4 +1,4 @@
-"""Numbers of each step, into the journal."""
+"""The numbers of each step, for the journal."""
 
 from __future__ import annotations
 
@@ -9,43 +9,40 @@ from typing import Any
 import lightning
 import torch
 
-from trainer.callbacks import Context
+from trainer.callbacks import RunState
 from trainer.drafters import metrics
 from trainer.models.losses import NonFinite
 
 
 class Metrics(lightning.Callback):
-    """Loss, rate, gradient norm and throughput of every `every`-th step, with the density where it
-    is penalised; every skipped step with its rows."""
+    """Records loss, rate, gradient norm and throughput of every `every`-th step, the density where
+    it is penalised, and each skipped step with its rows."""
 
-    def __init__(self, context: Context, every: int):
-        self.context, self.every = context, every
+    def __init__(self, run_state: RunState, every: int):
+        self.run_state, self.every = run_state, every
         self.last_time, self.last_processed = 0.0, 0
-        # a tensor, whose number is asked for when a row is written, since a GPU would be waited for
+        # a tensor until a row is written: reading its number waits for a GPU
         self.last_trained: Any = 0
         self.seconds = 0.0  # of training, over all starts of the run
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
-        self.last_time, self.context.paused = time.monotonic(), 0.0
-        self.context.journal.tokens = module.tokens
+        self.last_time, self.run_state.paused_seconds = time.monotonic(), 0.0
+        self.run_state.journal.tokens = module.tokens
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not module.step_done:
-            return
+    def record(self, trainer: lightning.Trainer, module: Any) -> None:
+        """Write the rows of the step that has ended."""
         sums = module.sums
-        self.context.journal.tokens = module.tokens
+        self.run_state.journal.tokens = module.tokens
         self.last_processed += int(sums["processed"])
         self.last_trained = self.last_trained + sums["tokens"]
         if module.skipped_in_a_row:
             self._skipped(module)
         if module.news:
-            self.context.journal.write("adapter", module.step, module.news)
-        if module.step % self.every and module.step < self.context.steps:
+            self.run_state.journal.write("adapter", module.step, module.news)
+        if module.step % self.every and module.step < self.run_state.steps:
             return
         now = time.monotonic()
-        elapsed = max(now - self.last_time - self.context.paused, 1e-9)
+        elapsed = max(now - self.last_time - self.run_state.paused_seconds, 1e-9)
         self.seconds += elapsed
         tokens = max(1, int(sums["tokens"]))
         row = {
@@ -65,11 +62,11 @@ class Metrics(lightning.Callback):
             row |= metrics(sums["offsets"])
         if torch.cuda.is_available():
             row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        self.context.journal.write("step", module.step, row)
-        if module.densities and module.step % max(self.every, self.context.steps // 100) == 0:
-            self.context.journal.write("density", module.step, module.densities)
+        self.run_state.journal.write("step", module.step, row)
+        if module.densities and module.step % max(self.every, self.run_state.steps // 100) == 0:
+            self.run_state.journal.write("density", module.step, module.densities)
         self.last_processed = self.last_trained = 0
-        self.last_time, self.context.paused = now, 0.0
+        self.last_time, self.run_state.paused_seconds = now, 0.0
 
     def _skipped(self, module: Any) -> None:
         # JSON has no NaN, so these two are text.
@@ -77,10 +74,10 @@ class Metrics(lightning.Callback):
             "loss": str(float(module.sums["loss"])),
             "grad_norm": str(float(module.grad_norm)),
         }
-        self.context.journal.write(
+        self.run_state.journal.write(
             "skipped",
             module.step,
-            values | {"rows": self.context.rows_of(module.sums["sequences"])},
+            values | {"rows": self.run_state.rows_of(module.sums["sequences"])},
         )
 
     def on_exception(
@@ -97,5 +94,5 @@ class Metrics(lightning.Callback):
 
 
 def finite(value: float) -> float | None:
-    """The value, or None where JSON has no way to write it."""
+    """The value, or None if JSON cannot represent it."""
     return value if math.isfinite(value) else None

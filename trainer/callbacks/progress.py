@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, a line now and then elsewhere."""
+"""The progress of training: a bar on a terminal, a line every 15 seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from trainer.callbacks import Context
+from trainer.callbacks import RunState
 from trainer.storage.progress import EVERY, clock
 
 log = logging.getLogger(__name__)
 
-UNLIMITED = 1 << 40  # steps that no run comes to
+UNLIMITED = 1 << 40  # more steps than any run has
 
 
 class ProgressBar(lightning.Callback):
-    """Loss, rate, processed and trained tokens/s, and the time left."""
+    """Shows loss, rate, processed and trained tokens/s, and the time left."""
 
-    def __init__(self, context: Context, every: int):
-        self.context, self.every = context, every
+    def __init__(self, run_state: RunState, every: int):
+        self.run_state, self.every = run_state, every
         self.bar: Progress | None = None
-        self.said = self.began = 0.0
+        self.logged = self.began = 0.0
         self.first_step = 0
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
@@ -52,12 +52,11 @@ class ProgressBar(lightning.Callback):
         self.task = self.bar.add_task("", total=self._total(), completed=module.step)
         self.bar.start()
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not module.step_done or module.step % self.every or not trainer.is_global_zero:
+    def update(self, trainer: lightning.Trainer, module: Any) -> None:
+        """Show the step that has ended."""
+        if module.step % self.every or not trainer.is_global_zero:
             return
-        row = self.context.journal.last
+        row = self.run_state.journal.last
         loss = math.nan if row.get("loss") is None else row["loss"]
         text = (
             f"loss {loss:.4f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tokens/s"
@@ -69,31 +68,31 @@ class ProgressBar(lightning.Callback):
             if self._total() is None and (left := self._left(0.0, module.step)) is not None:
                 text = f"{text}  left {clock(left)}"  # the bar's own column needs a number of steps
             self.bar.update(self.task, completed=module.step, description=text)
-        elif time.monotonic() - self.said > EVERY or module.step >= self.context.steps:
-            self.said = time.monotonic()
+        elif time.monotonic() - self.logged > EVERY or module.step >= self.run_state.steps:
+            self.logged = time.monotonic()
             done = module.step - self.first_step
             left = self._left((time.monotonic() - self.began) / max(1, done), module.step)
             log.info(
                 "step %d%s  %s%s",
                 module.step,
-                of(self.context.steps, "/"),
+                of(self.run_state.steps, "/"),
                 text,
                 "" if left is None else f"  left {clock(left)}",
             )
 
     def _left(self, step_seconds: float, step: int) -> float | None:
-        """Seconds until the planned steps or the time are used up, whichever is first; None where
-        nothing known limits the run."""
+        """Seconds until the planned steps or the time are used up, whichever is first; None if neither
+        is known."""
         limits = []
         if self._total() is not None:
-            limits.append(step_seconds * (self.context.steps - step))
-        if self.context.max_minutes is not None:
-            limits.append(max(0.0, 60 * (self.context.max_minutes - self.context.minutes)))
+            limits.append(step_seconds * (self.run_state.steps - step))
+        if self.run_state.max_minutes is not None:
+            limits.append(max(0.0, 60 * (self.run_state.max_minutes - self.run_state.minutes)))
         return min(limits, default=None)
 
     def _total(self) -> int | None:
-        """The planned steps; None where only the time limits them."""
-        return planned(self.context.steps)
+        """The planned steps; None if only the time limits them."""
+        return planned(self.run_state.steps)
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
         self._close()
@@ -110,10 +109,10 @@ class ProgressBar(lightning.Callback):
 
 
 def planned(steps: int) -> int | None:
-    """The planned steps; None where there is no number of them, as with max_time alone."""
+    """The planned steps; None if their number is unknown, as with max_time alone."""
     return steps if steps < UNLIMITED else None
 
 
 def of(steps: int, word: str = " of ") -> str:
-    """`word` and the planned steps; nothing where there is no number of them."""
+    """`word` and the planned steps; empty if their number is unknown."""
     return f"{word}{steps}" if steps < UNLIMITED else ""

@@ -1,5 +1,5 @@
-"""Which of its two points a schedule-free optimiser has in the weights (Defazio et al. 2024, arXiv
-2405.15682).
+"""Switches the weights between the two points of a schedule-free optimiser (Defazio et al. 2024,
+arXiv 2405.15682).
 
     y = (1 - β) z + β x          z the last step, x the average, β = betas[0]
 
@@ -14,10 +14,10 @@ import lightning
 
 
 class ScheduleFree(lightning.Callback):
-    """Puts y into the weights for a step's gradients, and x at all other times: callbacks behind
-    this one evaluate and save x. Since that happens in every step, and not where a run is evaluated
-    or saved, those change nothing, and a run that goes on from a checkpoint has the same bits as
-    one that was left alone. One lerp each way rounds once, as the update itself."""
+    """Puts y into the weights for a step's gradients, and x at all other times. Callbacks after this
+    one evaluate and save x. The switch happens in each step, and not only before evaluations and
+    saves, so those change nothing: a resumed run has the same bits as one without interruption. One
+    lerp in each direction rounds once, as the update itself does."""
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int

@@ -9,69 +9,66 @@ from typing import Any
 import lightning
 import torch
 
-from trainer.callbacks import Context
+from trainer.callbacks import RunState
 
 
 class Stopping(lightning.Callback):
-    """Reads the signals' note where a step ends; all ranks agree on it."""
+    """Stops a run for a signal, a limit, or what another callback has noted."""
 
-    def __init__(self, context: Context):
-        self.context = context
+    def __init__(self, run_state: RunState):
+        self.run_state = run_state
         self.minutes = 0.0  # of training, over all starts of the run
         self.since = 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
-        self.context.signals.install()
-        self.context.signals.deferred = True
+        self.run_state.signals.install()
+        self.run_state.signals.deferred = True
         self.since = time.monotonic()
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not module.step_done:
-            return
+    def check(self, trainer: lightning.Trainer, module: Any) -> None:
+        """Stop the run after the step that has ended, if there is a reason; all ranks agree."""
         now = time.monotonic()
         self.minutes += (now - self.since) / 60
-        self.context.minutes = self.minutes
+        self.run_state.minutes = self.minutes
         self.since = now
-        number = self.context.signals.received or 0
-        over = self.context.max_minutes is not None and self.minutes >= self.context.max_minutes
+        number = self.run_state.signals.received or 0
+        over = self.run_state.max_minutes is not None and self.minutes >= self.run_state.max_minutes
         if trainer.world_size > 1:
-            told = torch.tensor([number, int(over)], device=module.device)
-            number, over = trainer.strategy.reduce(told, reduce_op="max").tolist()
+            flags = torch.tensor([number, int(over)], device=module.device)
+            number, over = trainer.strategy.reduce(flags, reduce_op="max").tolist()
         if number:
-            self.context.signals.received = int(number)
-            self.context.stopped = f"{signal.Signals(int(number)).name} was received"
+            self.run_state.signals.received = int(number)
+            self.run_state.stopped = f"{signal.Signals(int(number)).name} was received"
         elif over:
-            self.context.stopped = f"max_time={self.context.max_minutes:g} minutes have passed"
+            self.run_state.stopped = f"max_time={self.run_state.max_minutes:g} minutes have passed"
         elif (
-            self.context.max_tokens is not None
-            and module.tokens >= self.context.max_tokens
-            and module.step < self.context.steps
+            self.run_state.max_tokens is not None
+            and module.tokens >= self.run_state.max_tokens
+            and module.step < self.run_state.steps
         ):
-            self.context.stopped = f"max_tokens={self.context.max_tokens} are processed"
-        if self.context.stopped is not None and not trainer.should_stop:
+            self.run_state.stopped = f"max_tokens={self.run_state.max_tokens} are processed"
+        if self.run_state.stopped is not None and not trainer.should_stop:
             trainer.should_stop = True
             if not number:
-                had = {
+                limits = {
                     "minutes": self.minutes,
-                    "steps": self.context.steps,
-                    "max_time": self.context.max_minutes,
+                    "steps": self.run_state.steps,
+                    "max_time": self.run_state.max_minutes,
                 }
-                self.context.journal.write(
-                    "stopped", module.step, {"reason": self.context.stopped, **had}
+                self.run_state.journal.write(
+                    "stopped", module.step, {"reason": self.run_state.stopped, **limits}
                 )
 
-    def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        # a stream came to its end
-        if self.context.stopped is None and module.step < self.context.steps:
-            self.context.stopped = "the data came to its end"
-            self.context.journal.write(
-                "stopped", module.step, {"reason": self.context.stopped, "minutes": self.minutes}
+    def check_data(self, module: Any) -> None:
+        """Note that the data came to its end before the planned steps, as those of a stream."""
+        if self.run_state.stopped is None and module.step < self.run_state.steps:
+            self.run_state.stopped = "the data came to its end"
+            self.run_state.journal.write(
+                "stopped", module.step, {"reason": self.run_state.stopped, "minutes": self.minutes}
             )
 
     def state_dict(self) -> dict[str, Any]:
         return {"minutes": self.minutes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.minutes = self.context.minutes = state_dict["minutes"]
+        self.minutes = self.run_state.minutes = state_dict["minutes"]

@@ -1,9 +1,9 @@
-"""Dashboards. They may never stop a run nor hold it up: metrics.jsonl is the record, W&B and
-TensorBoard hold copies of it.
+"""W&B and TensorBoard. They never stop or delay a run: metrics.jsonl is the record, and they hold
+copies of it.
 
-Whatever fails in a copy is told once, and the run goes on. What W&B's server did not take stays in
-RUN/wandb, each start of the run in a folder of its own, until `wandb sync` has uploaded it; a file
-NAME.wandb.synced stands beside what is complete.
+What fails in a copy is logged once, and the run continues. What W&B's server did not take stays in
+RUN/wandb, one folder for each start of the run, until `wandb sync` has uploaded it. A file
+NAME.wandb.synced next to a file says that it is complete.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
 
+from trainer.callbacks.dashboards import AXES, Dashboard, first_line, numbers
 from trainer.config.errors import ConfigError
 from trainer.config.secrets import redact
 from trainer.models.losses import NonFinite
@@ -31,7 +32,6 @@ from trainer.storage.atomic import write_text
 
 log = logging.getLogger(__name__)
 
-AXES = ("global_step", "tokens")
 SLURM = (
     "JOB_ID",
     "ARRAY_JOB_ID",
@@ -41,69 +41,6 @@ SLURM = (
     "JOB_NODELIST",
     "NTASKS",
 )
-
-
-class Dashboard(Protocol):
-    """Holds a copy of the journal, and may raise anything."""
-
-    name: str
-
-    def log(self, kind: str, step: int, tokens: int | None, values: dict[str, Any]) -> None:
-        """A row of the journal, as the run wrote it after so many tokens."""
-
-    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Generated answers."""
-
-    def finish(self, error: BaseException | None) -> None:
-        """The run is over; `error` ended it."""
-
-
-class Dashboards:
-    """The dashboards of a run, which end with it."""
-
-    def __init__(self) -> None:
-        self.all: list[Dashboard] = []
-
-    def __enter__(self) -> Dashboards:
-        return self
-
-    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        for dashboard in self.all:
-            try:
-                dashboard.finish(error)
-            except Exception as fault:
-                log.warning("%s: %s", dashboard.name, first_line(fault))
-        self.all.clear()
-
-
-def first_line(error: BaseException) -> str:
-    """The beginning of an error's text, without secrets."""
-    return redact(str(error)).partition("\n")[0] or type(error).__name__
-
-
-def numbers(kind: str, values: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row of the journal under the names that dashboards group them by; see
-    docs/dashboard.md."""
-    named = {}
-    for key, value in values.items():
-        if isinstance(value, int | float) and key not in AXES:
-            named[f"{_prefix(kind, key)}/{key}"] = value
-    return named
-
-
-def _prefix(kind: str, key: str) -> str:
-    if key.startswith("offset") or key in ("accepted", "expected"):
-        return {"step": "heads", "evaluation": "heads_eval"}.get(kind, f"heads_{kind}")
-    if kind == "step" and key in ("tokens_per_s", "trained_per_s", "seconds", "memory_gb"):
-        return "speed"
-    names = {
-        "step": "train",
-        "evaluation": "eval",
-        "average": "eval_average",
-        "adapter": "mask",
-        "penalty": "density",
-    }
-    return names.get(kind, kind)
 
 
 class Wandb:
@@ -161,11 +98,11 @@ class Wandb:
         self.run.log({f"samples/{'after' if step else 'before'}": table, "global_step": step})
 
     def finish(self, error: BaseException | None) -> None:
-        """End the W&B run with the run, not with the process: a sweep's next run is one of its own,
-        and its file is whole.
+        """End the W&B run with the run and not with the process, so that its file is complete before
+        a sweep starts the next run.
 
-        W&B's own limit does not hold while an artifact waits for a server that hangs, so that there
-        is one of ours.
+        W&B's own time limit does not work while an artifact waits for a server that hangs, so this
+        sets another one.
         """
         # of requeue.Stopped: the queue kills what takes its time
         signal = getattr(error, "number", None)
@@ -262,34 +199,31 @@ def wandb_logger(
     init_timeout: float,
     finish_timeout: float,
 ) -> Dashboard | None:
-    """A W&B run under the id that run.yaml holds, so that a run that goes on stays one run; offline
-    where there is no key or no network, with one line that says so. `start` is run.yaml's entry of
-    this start."""
-    if mode == "auto":
-        asked = os.environ.get("WANDB_MODE", mode)
-        mode = {"dryrun": "offline"}.get(asked, asked)  # W&B's older word
+    """Start a W&B run under the id of run.yaml, so that a resumed run stays one run. Without a key
+    or a network it is logged offline, and one line says so. `start` is run.yaml's entry of this
+    start."""
+    mode = _mode_of(mode)
     if mode == "disabled":
         return None
-    if left := [
+    if parts := [
         part for part in (folder / "wandb").glob(f"*run-*-{run_id}*/*.wandb") if not _complete(part)
     ]:
         log.info(
-            "W&B: %d earlier parts of this run are not uploaded. %s", len(left), command(folder)
+            "W&B: %d earlier parts of this run are not uploaded. %s", len(parts), command(folder)
         )
     online = mode != "offline"
     if online and not _has_key():
         online = False
         log.info("W&B: no API key, so this run is logged offline. %s", command(folder))
-    limits = {
-        "init_timeout": init_timeout,
-        "finish_timeout": finish_timeout,
-        "finish_timeout_raises": True,
-    }
-    stats = {"x_disable_stats": True} if system is None else {"x_stats_sampling_interval": system}
-    about = {
+    settings: dict[str, Any] = {"x_stats_sampling_interval": system}
+    if system is None:
+        settings = {"x_disable_stats": True}
+    settings |= {"init_timeout": init_timeout, "finish_timeout": finish_timeout}
+    in_sweep = "WANDB_SWEEP_ID" in os.environ
+    arguments = {
         "project": project,
         "entity": entity,
-        "id": os.environ.get("WANDB_RUN_ID", run_id) if "WANDB_SWEEP_ID" in os.environ else run_id,
+        "id": os.environ.get("WANDB_RUN_ID", run_id) if in_sweep else run_id,
         "name": title or name,
         "resume": "allow",
         "dir": folder,
@@ -299,24 +233,33 @@ def wandb_logger(
         "notes": notes,
         "config": config | {"start": start | _environment()},
     }
-    for chosen in ["online", "offline"] if online else ["offline"]:
+    run, online = _start(online, arguments, settings, folder)
+    if run is None:
+        return None
+    return Wandb(run, folder, title or name, online, artifacts, alerts, samples, finish_timeout)
+
+
+def _mode_of(mode: str) -> str:
+    """The mode of the config; `auto` follows the environment variable of W&B."""
+    if mode != "auto":
+        return mode
+    requested = os.environ.get("WANDB_MODE", mode)
+    return {"dryrun": "offline"}.get(requested, requested)  # W&B's older word
+
+
+def _start(
+    online: bool, arguments: dict[str, Any], settings: dict[str, Any], folder: Path
+) -> tuple[Any, bool]:
+    """(the W&B run, whether it is online); a run that cannot start online starts offline, and None
+    is one that cannot start at all."""
+    for mode in ["online", "offline"] if online else ["offline"]:
         before = set((folder / "wandb").glob("*"))
         try:
             with _public_arguments():
-                run = _started(about | {"mode": chosen}, limits | stats)
-            return Wandb(
-                run,
-                folder,
-                title or name,
-                chosen == "online",
-                artifacts,
-                alerts,
-                samples,
-                finish_timeout,
-            )
+                return _init(arguments | {"mode": mode}, settings), mode == "online"
         except Exception as error:
-            _give_up(before, folder / "wandb")
-            if chosen == "offline":
+            _discard(before, folder / "wandb")
+            if mode == "offline":
                 log.warning(
                     "W&B could not be started (%s); the run goes on without it", first_line(error)
                 )
@@ -324,14 +267,13 @@ def wandb_logger(
                 log.warning(
                     "W&B: %s, so this run is logged offline. %s", first_line(error), command(folder)
                 )
-    return None
+    return None, False
 
 
-def _started(about: dict[str, Any], more: dict[str, Any]) -> Any:
+def _init(arguments: dict[str, Any], more: dict[str, Any]) -> Any:
     import wandb
 
-    # W&B reads the whole command line and the repository's address, either of which may hold what
-    # is nobody's business.
+    # W&B reads the whole command line and the repository's address, and either may hold secrets.
     settings = wandb.Settings(
         console="off",
         silent=True,
@@ -340,27 +282,28 @@ def _started(about: dict[str, Any], more: dict[str, Any]) -> Any:
         disable_git=True,
         disable_job_creation=True,
         x_transaction_log_flush_interval=1,
+        finish_timeout_raises=True,
         **more,
     )
-    return wandb.init(**about, settings=settings)
+    return wandb.init(**arguments, settings=settings)
 
 
-def _give_up(before: set[Path], place: Path) -> None:
-    """Forget a run that could not be started: W&B's service would refuse its id to the next try,
-    and `wandb sync` would find it."""
+def _discard(before: set[Path], folder: Path) -> None:
+    """Remove a run that could not be started. W&B's service would refuse its id to the next try,
+    and `wandb sync` would upload it."""
     import wandb
 
     with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()
-    for path in set(place.glob("run-*")) - before:
+    for path in set(folder.glob("run-*")) - before:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _ask_nothing_later(run: Any) -> None:
-    """Let logging a table or an artifact ask the server nothing, which would hold up training while
-    the server hangs.
+    """Keep W&B from asking the server when a table or an artifact is logged. Training would wait
+    while the server hangs.
 
-    W&B checks the key once and keeps the answer; the other question only finds a wrong type early.
+    W&B checks the key once and keeps the answer. The other check only finds a wrong type early.
     """
     with contextlib.suppress(Exception):
         run._public_api()
@@ -378,12 +321,12 @@ def _services() -> Iterator[psutil.Process]:
 @contextlib.contextmanager
 def _public_arguments() -> Iterator[None]:
     """The command line without what looks like a secret."""
-    had = list(sys.argv)
-    sys.argv[:] = [redact(word) for word in had]
+    words = list(sys.argv)
+    sys.argv[:] = [redact(word) for word in words]
     try:
         yield
     finally:
-        sys.argv[:] = had
+        sys.argv[:] = words
 
 
 def _environment() -> dict[str, Any]:
@@ -401,7 +344,7 @@ def _complete(file: Path) -> bool:
 
 
 def command(folder: Path) -> str:
-    """What uploads all that W&B's server has not got of a run."""
+    """The command that uploads what W&B's server does not have of a run."""
     return f"Upload it with: wandb sync --include-online {shlex.quote(str(folder / 'wandb'))}"
 
 

@@ -25,20 +25,17 @@ _OWN = ("resume", "name", "runs", "max_steps", "max_epochs", "max_tokens", "max_
 
 
 def arguments(options: dict[str, str], more: list[str]) -> tuple[str, list[str]]:
-    """(name, arguments of `python -m trainer`) of the branch that single values ask for.
+    """Return (name, arguments of `python -m trainer`) of one branch.
 
     Raises:
-        ConfigError, FolderError, CheckpointError: what is asked for does not fit the run.
+        ConfigError, FolderError, CheckpointError: the branch does not fit the run.
     """
-    from trainer.assembly.build import instantiate
     from trainer.config.errors import ConfigError
-    from trainer.schedules import factor
     from trainer.storage import checkpoints, run_folder
-    from trainer.storage.journal import read
     from trainer.storage.run_folder import FolderError
 
     path, content, which = run_folder.read(options["from"])
-    config, identity = content["config"], content["identity"]
+    config = content["config"]
     if config["branch"]:
         raise FolderError(
             f"{path} is itself a cooldown: branch off {config['branch']['run']} at another step or"
@@ -46,21 +43,7 @@ def arguments(options: dict[str, str], more: list[str]) -> tuple[str, list[str]]
         )
     step = checkpoints.chosen(path / "checkpoints", which).step
     length = _length(options, step)
-    # in steps they are known from the rows alone
-    if config["schedule"].get("cooldown_tokens") is not None:
-        logged = [
-            row["lr"]
-            for row in read(path / "metrics.jsonl")
-            if row["kind"] == "step" and row["step"] <= step
-        ]
-        rates = [rate / max(logged) for rate in logged]
-    else:
-        schedule, restart = instantiate(config["schedule"]), instantiate(config["adapter"]).restart
-        cooling = _cooling(path, config, step)
-        rates = [
-            factor(schedule, at, identity["steps"], restart, cooling)
-            for at in range(restart, step + 1)
-        ]
+    rates = _rates(path, content, step)
     if rates[-1] <= 0:
         raise ConfigError(
             f"{path} has a rate of 0 after step {step}, from which nothing can fall: branch off an"
@@ -77,13 +60,13 @@ def arguments(options: dict[str, str], more: list[str]) -> tuple[str, list[str]]
     # folder.read has asked whether the base's own code may run by the config; the overrides are as
     # the folder has them.
     trust = () if config["base"].get("trust_remote_code") else ("base.trust_remote_code",)
-    kept = [
+    inherited = [
         override
         for override in content["overrides"]
         if _key(override) not in (*_OWN, *trust, *map(_key, more))
     ]
     return name, [
-        *kept,
+        *inherited,
         f"name={name}",
         f"runs={path.parent}",
         "branch=cooldown",
@@ -101,8 +84,31 @@ def arguments(options: dict[str, str], more: list[str]) -> tuple[str, list[str]]
     ]
 
 
-def _cooling(path: Path, config: dict[str, Any], step: int) -> Any:
-    """The cooldown that a run is in at a step, if one was begun at run time."""
+def _rates(path: Path, content: dict[str, Any], step: int) -> list[float]:
+    """The rate of each step of a run up to `step`, as a factor of its peak."""
+    from trainer.assembly.build import instantiate
+    from trainer.schedules import factor
+    from trainer.storage.journal import read
+
+    config = content["config"]
+    # in steps they are known from the rows alone
+    if config["schedule"].get("cooldown_tokens") is not None:
+        logged = [
+            row["lr"]
+            for row in read(path / "metrics.jsonl")
+            if row["kind"] == "step" and row["step"] <= step
+        ]
+        return [rate / max(logged) for rate in logged]
+    schedule, restart = instantiate(config["schedule"]), instantiate(config["adapter"]).restart
+    cooldown = _runtime_cooldown(path, config, step)
+    return [
+        factor(schedule, at, content["identity"]["steps"], restart, cooldown)
+        for at in range(restart, step + 1)
+    ]
+
+
+def _runtime_cooldown(path: Path, config: dict[str, Any], step: int) -> Any:
+    """The cooldown that a run is in at a step, if one began at run time."""
     from trainer.schedules.cooldown import RuntimeCooldown
     from trainer.storage.journal import read
 
@@ -131,9 +137,9 @@ def _length(options: dict[str, str], step: int) -> int:
     except (ValueError, ZeroDivisionError):
         length = 0
     if length < 1 or (fraction is not None and not 0 < float(fraction) < 1):
-        asked = f"steps={steps}" if steps is not None else f"fraction={fraction}"
+        setting = f"steps={steps}" if steps is not None else f"fraction={fraction}"
         raise ConfigError(
-            f"{asked} after step {step} is no cooldown: steps is a whole number from 1 on, fraction"
+            f"{setting} after step {step} is no cooldown: steps is a whole number from 1 on, fraction"
             " is above 0 and below 1"
         )
     return length
@@ -146,8 +152,8 @@ def _places(values: list[str]) -> list[str]:
 
 
 def finished(command: list[str]) -> int:
-    """Run a branch; returns its exit code. What asks a run to stop is handed on to the branch,
-    which saves its step and ends by itself; Ctrl-C reaches it anyway."""
+    """Run a branch and return its exit code. Signals that stop a run are forwarded to the branch,
+    which saves its step and ends by itself. Ctrl-C reaches it anyway."""
     process = subprocess.Popen(command)
     before = {
         number: signal.signal(number, lambda number, frame: process.send_signal(number))
@@ -182,11 +188,11 @@ def family(run: str) -> tuple[str, Path]:
     members = []
     for file in sorted(path.parent.glob("*/run.yaml")):
         try:
-            found = run_folder.RunFolder(file.parent).earlier()
+            record = run_folder.RunFolder(file.parent).earlier()
         except run_folder.FolderError:  # another run's, which says nothing about this family
             continue
-        if found is not None and (found.get("parent") or {}).get("id") == content["id"]:
-            members.append(_member(file.parent) | {"at": found["parent"]["step"]})
+        if record is not None and (record.get("parent") or {}).get("id") == content["id"]:
+            members.append(_member(file.parent) | {"at": record["parent"]["step"]})
     members.sort(key=lambda member: (member["at"], member["steps"]))
     lines = [
         "| run | branched after | cooldown steps | steps | tokens | held-out loss |",
@@ -196,9 +202,9 @@ def family(run: str) -> tuple[str, Path]:
         at = member.get("at")
         down = "" if at is None else f"{member['steps'] - at:,}"
         loss = "" if member["loss"] is None else f"{member['loss']:.4f}"
-        shown = "" if at is None else f"{at:,}"
+        branched = "" if at is None else f"{at:,}"
         lines.append(
-            f"| {member['name']} | {shown} | {down} | {member['steps']:,} | {member['tokens']:,} |"
+            f"| {member['name']} | {branched} | {down} | {member['steps']:,} | {member['tokens']:,} |"
             f" {loss} |"
         )
     if members:
@@ -218,7 +224,7 @@ def family(run: str) -> tuple[str, Path]:
 
 
 def _member(path: Path) -> dict[str, Any]:
-    """What a run of the family did so far."""
+    """The steps, tokens and losses of a run of the family."""
     from trainer.storage.journal import read
 
     rows = read(path / "metrics.jsonl")

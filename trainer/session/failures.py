@@ -1,4 +1,4 @@
-"""Errors that a user can mend, in one message without a traceback; see README for the exit
+"""Errors that a user can fix, as one message without a traceback. The README lists the exit
 codes."""
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ _FAULTS = (CheckpointError, LoadingError, NonFinite)
 
 
 def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] | None:
-    """(message, exit code) of an error that has an explanation; None for one that is ours to
-    mend."""
+    """(message, exit code) of an error that has an explanation; None for an error of this program."""
     if isinstance(error, _BAD_INPUT):
         return str(error), EXIT_BAD_INPUT
     if isinstance(error, _FAULTS):
@@ -44,9 +43,9 @@ def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] |
         first = str(error).strip().partition("\n")[0]
         return (
             (
-                "another process of this run has ended, or has not answered for lightning.timeout"
-                " minutes: look for its own message, and go on with resume=auto. What this one saw"
-                f" of it: {first[:300]}"
+                "lost contact with another process of this run: it has ended, or has not answered"
+                " for lightning.timeout minutes. See its own message, and resume with resume=auto."
+                f" The error here: {first[:300]}"
             ),
             1,
         )
@@ -58,7 +57,7 @@ def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] |
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return (
             (
-                f"the disk is full: {error.filename or error}. Free some space, and go on with"
+                f"the disk is full: {error.filename or error}. Free some space, and resume with"
                 " resume=auto"
             ),
             1,
@@ -67,7 +66,7 @@ def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] |
 
 
 def lost(error: BaseException) -> bool:
-    """Whether an error says that the processes of a run cannot reach each other any more."""
+    """Whether an error says that the ranks of a run cannot reach each other any more."""
     text = str(error)
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError)
@@ -90,7 +89,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _smaller(c: dict[str, Any]) -> str:
-    """What would need less, for this config."""
+    """Settings that need less memory than this config."""
     ways = []
     if (size := c.get("batch_size", 1)) > 1:
         part = max(part for part in range(1, size // 2 + 1) if size % part == 0)
@@ -108,15 +107,15 @@ def _smaller(c: dict[str, Any]) -> str:
     if c.get("base", {}).get("quantization") == "none" and not trains_base:
         ways.append("base.quantization=nf4")
     return (
-        "What would need less: " + ", or ".join(ways)
+        "These settings need less memory: " + ", or ".join(ways)
         if ways
         else "Use a smaller base, or a machine with more memory."
     )
 
 
 def report_and_exit_code(error: Exception, config: dict[str, Any] | None = None) -> int:
-    """Print an error's explanation and return the exit code, for the verbs; an unexplained one is
-    raised again."""
+    """Print an error's explanation and return the exit code, for the commands. An unexplained error
+    is raised again."""
     explanation = explained(error, config or {})
     if explanation is None:
         raise error

@@ -196,13 +196,13 @@ def _memory(recipe: Recipe, total: int, linears: int, trainable: int) -> dict[st
         getattr(text, "vocab_size", 0),
         "cuda" if torch.cuda.is_available() else "cpu",
     )
-    # the target keeps nothing for a backward pass
+    # of activations; the target saves nothing for a backward pass
     if config["objective"]["_target_"] == "trainer.training.distill.Distill":
-        kept = config["drafter"]["offsets"] * per_layer
+        saved = config["drafter"]["offsets"] * per_layer
     else:
         every = int(config["objective"]["gradient_checkpointing"])  # False is none, True is each
         recomputed = math.ceil(layers / every) if every else 0
-        kept = (
+        saved = (
             recomputed * width * dtype.itemsize
             + (layers - recomputed) * per_layer
             + (per_layer if recomputed else 0)
@@ -211,7 +211,7 @@ def _memory(recipe: Recipe, total: int, linears: int, trainable: int) -> dict[st
     return {
         "weights": int(linears * packed + (total - linears) * dtype.itemsize),
         "trained": trainable * (4 + 4 + moments),
-        "activations": int(tokens * kept),
+        "activations": int(tokens * saved),
         "logits": (
             (config["objective"]["logits_chunk"] or positions(vocabulary, device)) * vocabulary * 12
         ),

@@ -39,7 +39,7 @@ def inspect(recipe: Recipe, folder: Path) -> dict[str, Any]:
     if config["max_length"] > base.longest:
         errors.append(
             f"max_length={config['max_length']} is more than the {base.longest} tokens that"
-            f" {base.path} was made for: set max_length={base.longest}"
+            f" {base.path} supports: set max_length={base.longest}"
         )
     result: dict[str, Any] = {"data": _data(recipe.data, warnings)}
     if recipe.order is not None:
@@ -118,7 +118,7 @@ def _data(data: Data, warnings: list[str]) -> dict[str, Any]:
 
 
 def _prompts(data: Data, warnings: list[str]) -> dict[str, int]:
-    """Whether rows begin as the prompt that the model will be given at inference."""
+    """Count rows that begin like the prompt that the model gets at inference."""
     renderer = data.renderer
     tried = same = 0
     for example in itertools.islice(data.task.examples("train"), SAMPLE):
@@ -177,7 +177,7 @@ def _rates(recipe: Recipe) -> dict[str, Any]:
 
 
 def _target(config: dict[str, Any], base: Base, errors: list[str]) -> None:
-    """Whether the run and the drafter that this one builds on are of its base."""
+    """Check that the run and the drafter that this one builds on have its base."""
     try:
         if (run := config["target"]["run"]) is not None and run_folder.read(run)[1]["identity"][
             "base"
@@ -202,22 +202,22 @@ def _check_names(config: dict[str, Any], data: Data, errors: list[str]) -> None:
     )
     known += _drafted(config["drafter"])
     graded = data.task.metrics if evaluation["generate"] else []
-    monitor, place = evaluation["monitor"], "callbacks.evaluation"
+    monitor, key = evaluation["monitor"], "callbacks.evaluation"
     if monitor not in known + graded:
-        hint = f" (set {place}.generate)" if monitor in data.task.metrics else ""
+        hint = f" (set {key}.generate)" if monitor in data.task.metrics else ""
         errors.append(
-            f"{place}.monitor={monitor} is no metric of this task{hint}; there are:"
+            f"{key}.monitor={monitor} is no metric of this task{hint}; the metrics are:"
             f" {', '.join(known + graded)}"
         )
     elif monitor in graded and evaluation["generate_every"] is None:
         errors.append(
-            f"{place}.monitor={monitor} is measured only where answers are generated: set"
-            f" {place}.generate_every=1"
+            f"{key}.monitor={monitor} is measured only where answers are generated: set"
+            f" {key}.generate_every=1"
         )
 
 
 def _drafted(drafter: dict[str, Any]) -> list[str]:
-    """The names of what trainer.drafters.metrics finds."""
+    """The names of the metrics of trainer.drafters.metrics."""
     if not drafter:
         return []
     distilled = drafter.get("loss", "labels") != "labels"  # taught by the target's distributions

@@ -101,7 +101,7 @@ def make_module(recipe: Recipe, loaded: LoadedModel, start: StartPoint) -> FineT
         seed=config["seed"],
         penalty=instantiate(config["penalty"])(model=model) if config["penalty"] else None,
         drafter=loaded.drafter,
-        cooling=cooldown_of(config["branch"]) if config["branch"] else None,
+        runtime_cooldown=cooldown_of(config["branch"]) if config["branch"] else None,
     )
     module.drop_cooldown = start.drops_cooldown
     if config["target"]["features"] is not None:

@@ -1,5 +1,5 @@
-"""What preflight found, for people: a table, and samples with trained tokens in one colour and
-masked ones in another."""
+"""The table of preflight, and samples with trained tokens in one colour and masked ones in
+another."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from trainer.session.report_html import counted
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The report for people."""
-    shown = Table(show_header=False, box=None, padding=(0, 2))
+    """The checks as a table."""
+    text_table = Table(show_header=False, box=None, padding=(0, 2))
     for split in ("train", "eval"):
         for name, text in _split_lines(split, result["data"].get(split)):
-            shown.add_row(name, Text(text))  # a broken row's reason may hold [brackets]
+            text_table.add_row(name, Text(text))  # a broken row's reason may hold [brackets]
     if "shared" in result["data"]:
-        shown.add_row("in train and eval", str(result["data"]["shared"]))
+        text_table.add_row("in train and eval", str(result["data"]["shared"]))
     if "prompts" in result["data"]:
         prompts = result["data"]["prompts"]
-        shown.add_row(
+        text_table.add_row(
             "prompts as at inference", f"{prompts['as_at_inference']} of {prompts['tried']} tried"
         )
     if run := result.get("run"):
-        shown.add_row(
+        text_table.add_row(
             "steps",
             f"{run['steps']:,} ({run['steps_per_epoch']:,} an epoch, {run['epochs']:.2f} epochs)",
         )
-        shown.add_row(
+        text_table.add_row(
             "tokens an epoch",
             f"{run['tokens_per_epoch']:,}, {run['trained_tokens_per_epoch']:,} of them trained",
         )
@@ -40,30 +40,30 @@ def table(result: dict[str, Any]) -> Table:
             if "packing_efficiency" in run
             else ""
         )
-        shown.add_row("padding", f"{run['padding_share']:.1%} of a batch{packing}")
+        text_table.add_row("padding", f"{run['padding_share']:.1%} of a batch{packing}")
     if rates := result["schedule"]:
         bars = "".join(
             "▁▂▃▄▅▆▇█"[min(7, int(8 * rate / rates["peak"]))] if rate else " "
             for _, rate in rates["rates"]
         )
-        shown.add_row("learning rate", f"{bars}  peak {rates['peak']:g}")
+        text_table.add_row("learning rate", f"{bars}  peak {rates['peak']:g}")
     model = result["model"]
-    shown.add_row(
+    text_table.add_row(
         "parameters",
         f"{model['parameters']:,}, {counted(model['trainable'])} trained; {model['precision']},"
         f" base in {model['dtype']}",
     )
     parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in model["memory_bytes"].items())
-    shown.add_row(
+    text_table.add_row(
         "memory, about",
         f"{model['memory_needed'] / 1e9:.2f} GB ({parts}); {model['memory_free'] / 1e9:.1f} GB"
         " free",
     )
-    shown.add_row(
+    text_table.add_row(
         "checkpoint, about",
         f"{model['checkpoint_bytes'] / 1e6:.1f} MB; {model['disk_free'] / 1e9:.1f} GB of disk free",
     )
-    return shown
+    return text_table
 
 
 def _split_lines(split: str, data: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -97,11 +97,11 @@ def _split_lines(split: str, data: dict[str, Any] | None) -> list[tuple[str, str
     return lines + [(f"{split} broken", line) for line in data["bad"][:5]]
 
 
-def samples(found: Data, count: int) -> list[Text]:
+def samples(data: Data, count: int) -> list[Text]:
     """The first rows as the model sees them: trained tokens green, masked ones dim."""
-    if found.train is None:
+    if data.train is None:
         return []
-    rows = found.train.rows
+    rows = data.train.rows
     texts = []
     for index in range(min(count, len(rows))):
         row = rows[index]
@@ -110,7 +110,7 @@ def samples(found: Data, count: int) -> list[Text]:
             zip(row.ids, row.trained, strict=True), key=lambda pair: pair[1]
         ):
             text.append(
-                found.renderer.tokenizer.decode([token for token, _ in group]),
+                data.renderer.tokenizer.decode([token for token, _ in group]),
                 style="black on green" if trained else "dim",
             )
         texts.append(text)

@@ -1,4 +1,4 @@
-"""A run's report as one HTML file."""
+"""The report of a run as one HTML file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DATA_ROWS = [
 
 
 def write(folder: Path) -> Path:
-    """Make report.html from a run folder's files; returns its path."""
+    """Write report.html from the files of a run folder and return its path."""
     record = yaml.safe_load((folder / "run.yaml").read_text("utf-8"))
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in journal.read(folder / "metrics.jsonl"):
@@ -112,12 +112,12 @@ def _number(value: Any) -> str:
 
 
 def _samples(folder: Path) -> list[dict[str, Any]]:
-    found = journal.read(folder / "samples.jsonl")
-    steps = [row["step"] for row in found]
+    rows = journal.read(folder / "samples.jsonl")
+    steps = [row["step"] for row in rows]
     if not steps or min(steps) == max(steps):
         return []
-    before = {row["where"]: row for row in found if row["step"] == min(steps)}
-    after = {row["where"]: row for row in found if row["step"] == max(steps)}
+    before = {row["where"]: row for row in rows if row["step"] == min(steps)}
+    after = {row["where"]: row for row in rows if row["step"] == max(steps)}
     return [
         {
             "where": where,
@@ -147,7 +147,7 @@ def _data(checked: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def counted(number: int | None) -> str:
-    """A count for people; None where it cannot be known yet."""
+    """A count as text; None is not known yet."""
     return "unknown" if number is None else f"{number:,}"
 
 
@@ -193,7 +193,50 @@ def _facts(
     return facts
 
 
+Curve = tuple[str, list[dict[str, Any]], str, str]  # label, rows, key, matplotlib's format
+
+
+def _curves(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[Curve], bool]]:
+    """(title, curves, whether the axis is logarithmic) of each plot."""
+    steps, evaluations = rows["step"], rows["evaluation"]
+    plots: list[tuple[str, list[Curve], bool]] = [
+        (
+            "loss",
+            [
+                ("training", steps, "loss", "-"),
+                ("held out", evaluations, "loss", "o-"),
+                ("averaged", rows["average"], "loss", "s-"),
+            ],
+            False,
+        ),
+        ("learning rate", [("", steps, "lr", "-")], False),
+        (
+            "tokens per second",
+            [("processed", steps, "tokens_per_s", "-"), ("trained", steps, "trained_per_s", "-")],
+            False,
+        ),
+        ("gradient norm", [("", steps, "grad_norm", "-")], True),
+    ]
+    names = list(dict.fromkeys(name for row in evaluations for name in row))
+    top1 = sorted(name for name in names if name.startswith("offset") and name.endswith("/top1"))
+    if top1:
+        curves = [(name.partition("/")[0], evaluations, name, "o-") for name in top1]
+        plots.append(("held out, top-1 by offset", curves, False))
+        if any(row.get("accepted", 1) > 1 for row in evaluations):
+            plots.append(("held out, tokens a step", [("", evaluations, "accepted", "o-")], False))
+    graded = [
+        name
+        for name in (evaluations[-1] if evaluations else {})
+        if name not in ("kind", "step", "seconds", "loss", "perplexity", "accepted")
+        and not name.startswith("offset")
+    ]
+    if graded:
+        plots.append(("held out", [(name, evaluations, name, "o-") for name in graded], False))
+    return plots
+
+
 def _plots(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
+    """The plots as SVG, {title, data}."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -209,52 +252,10 @@ def _plots(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
             "svg.fonttype": "none",
         }
     )
-    steps, evaluations = rows["step"], rows["evaluation"]
-    averaged = ("averaged", rows["average"], "loss", "s-")
-    curves: list[tuple[str, list[tuple[str, list[dict[str, Any]], str, str]], bool]] = [
-        (
-            "loss",
-            [("training", steps, "loss", "-"), ("held out", evaluations, "loss", "o-"), averaged],
-            False,
-        ),
-        ("learning rate", [("", steps, "lr", "-")], False),
-        (
-            "tokens per second",
-            [("processed", steps, "tokens_per_s", "-"), ("trained", steps, "trained_per_s", "-")],
-            False,
-        ),
-        ("gradient norm", [("", steps, "grad_norm", "-")], True),
-    ]
-    graded = [
-        name
-        for name in (evaluations[-1] if evaluations else {})
-        if name not in ("kind", "step", "seconds", "loss", "perplexity", "accepted")
-        and not name.startswith("offset")
-    ]
-    drafted = sorted(
-        {
-            name
-            for row in evaluations
-            for name in row
-            if name.startswith("offset") and name.endswith("/top1")
-        }
-    )
-    if drafted:
-        curves.append(
-            (
-                "held out, top-1 by offset",
-                [(name.partition("/")[0], evaluations, name, "o-") for name in drafted],
-                False,
-            )
-        )
-        if any(row.get("accepted", 1) > 1 for row in evaluations):
-            curves.append(("held out, tokens a step", [("", evaluations, "accepted", "o-")], False))
-    if graded:
-        curves.append(("held out", [(name, evaluations, name, "o-") for name in graded], False))
     plots = []
-    for title, lines, logarithmic in curves:
+    for title, curves, logarithmic in _curves(rows):
         figure, axes = pyplot.subplots(figsize=(5.4, 2.9))
-        for label, source, key, style in lines:
+        for label, source, key, style in curves:
             points = [(row["step"], row[key]) for row in source if row.get(key) is not None]
             if points:
                 axes.plot(
@@ -268,7 +269,7 @@ def _plots(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
         axes.set_xlabel("step")
         if logarithmic and axes.has_data() and axes.dataLim.y1 > 0:
             axes.set_yscale("log")
-        if any(label for label, *_ in lines) and axes.has_data():
+        if any(label for label, *_ in curves) and axes.has_data():
             axes.legend(frameon=False)
         picture = io.BytesIO()
         figure.savefig(picture, format="svg", bbox_inches="tight", metadata={"Date": None})

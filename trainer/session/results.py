@@ -1,4 +1,4 @@
-"""What a run leaves when it ends: its adapter, its drafter, and the numbers to look at."""
+"""The results of a run: its adapter, its drafter, and its held-out numbers."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def show(journal: Journal) -> None:
     evaluations = journal.rows("evaluation")
     if not evaluations:
         return
-    shown = (
+    table = (
         rich.table.Table("held out", "before", "after")
         if len(evaluations) > 1
         else rich.table.Table("held out", "")
@@ -129,11 +129,11 @@ def show(journal: Journal) -> None:
     for name in evaluations[-1]:
         if name not in ("kind", "step", "seconds"):
             ends = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
-            shown.add_row(name, *(f"{row[name]:.4f}" if name in row else "" for row in ends))
-    rich.get_console().print(shown)
+            table.add_row(name, *(f"{row[name]:.4f}" if name in row else "" for row in ends))
+    rich.get_console().print(table)
 
 
 def last_loss(journal: Journal) -> float | None:
-    """Of the last evaluation, for sweeps."""
+    """The loss of the last evaluation, for sweeps."""
     evaluations = journal.rows("evaluation")
     return evaluations[-1].get("loss") if evaluations else None

@@ -23,12 +23,13 @@ from trainer.assembly import quiet
 from trainer.assembly.build import instantiate
 from trainer.assembly.recipe import Recipe
 from trainer.assembly.rows import add_prompts
-from trainer.callbacks import Context, progress
+from trainer.callbacks import RunState, progress
+from trainer.callbacks.dashboards import Dashboards
+from trainer.callbacks.end_of_step import EndOfStep
 from trainer.callbacks.evaluation import Evaluation
 from trainer.callbacks.metrics import Metrics
 from trainer.callbacks.schedulefree import ScheduleFree
 from trainer.callbacks.stopping import Stopping
-from trainer.callbacks.tracking import Dashboards
 from trainer.cluster import slurm_job
 from trainer.cluster.signals import Signals
 from trainer.config.conflicts import schedule_free
@@ -84,7 +85,7 @@ class Session:
         Raises:
             slurm_job.Stopped: a signal came before there was a step to save.
         """
-        config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+        config: Any = OmegaConf.to_container(cfg, resolve=True)
         quiet.quiet()
         adapter: Adapter = instantiate(config["adapter"])
         path = Path(HydraConfig.get().runtime.output_dir)
@@ -186,7 +187,7 @@ class Session:
         self.journal.loggers = self.dashboards.all
         if module.penalty is not None and start.fresh:
             self.journal.write("penalty", 0, calibrate_penalty(module, recipe))
-        self.context = Context(
+        self.run_state = RunState(
             self.run_folder,
             self.journal,
             self.signals,
@@ -197,8 +198,8 @@ class Session:
             self.config["max_time"],
             self.config["max_tokens"],
         )
-        self.context.constant_until = _constant_until(recipe)
-        self.callbacks = _callbacks(self.config, self.context)
+        self.run_state.constant_until = _constant_until(recipe)
+        self.callbacks = _callbacks(self.config, self.run_state)
         self.lightning_trainer.callbacks = self.callbacks  # type: ignore[attr-defined]
 
     def fit(self, module: FineTune, recipe: Recipe, start: StartPoint) -> None:
@@ -219,7 +220,7 @@ class Session:
         trainer.fit(module.train(), loader, ckpt_path=checkpoint)
         if self.owns_process_group and torch.distributed.is_initialized():
             destroy_process_group(trainer)
-        report_end(self.context, module)
+        report_end(self.run_state, module)
 
     def evaluate(self, module: FineTune, recipe: Recipe) -> None:
         """Evaluate a run that trains nothing."""
@@ -246,29 +247,30 @@ class Session:
         return results.last_loss(self.journal)
 
 
-def report_end(context: Context, module: FineTune) -> None:
+def report_end(run_state: RunState, module: FineTune) -> None:
     """Say why training ended.
 
     Raises:
         slurm_job.Stopped: a signal ended the run. Unfinished: it ended for no known reason.
     """
-    context.journal.write_csv()
-    if context.signals.received is not None:
+    run_state.journal.write_csv()
+    if run_state.signals.received is not None:
         raise slurm_job.Stopped(
-            context.signals.received,
-            context.folder.path,
+            run_state.signals.received,
+            run_state.folder.path,
             module.step,
-            progress.planned(context.steps),
+            progress.planned(run_state.steps),
         )
-    if context.stopped is not None:
+    if run_state.stopped is not None:
         log.info(
-            "stopped after step %d%s: %s", module.step, progress.of(context.steps), context.stopped
+            "stopped after step %d%s: %s",
+            module.step,
+            progress.of(run_state.steps),
+            run_state.stopped,
         )
-    elif module.step != context.steps:
-        raise Unfinished(
-            f"the run ended after step {module.step}{progress.of(context.steps)} without a reason",
-            1,
-        )
+    elif module.step != run_state.steps:
+        step = f"step {module.step}{progress.of(run_state.steps)}"
+        raise Unfinished(f"the run ended after {step} without a reason", 1)
 
 
 def _set_up_process(config: dict[str, Any]) -> cpu_load.Seconds:
@@ -316,16 +318,18 @@ def _constant_until(recipe: Recipe) -> int | None:
     return (steps - cooldown) or None
 
 
-def _callbacks(config: dict[str, Any], context: Context) -> list[lightning.Callback]:
-    """In their order at the end of a step: metrics, evaluation, what decides to cool down and stop,
-    what saves, what shows."""
-    nodes = config["callbacks"]
-    made = {name: instantiate(node)(context) for name, node in nodes.items() if node is not None}
-    every = nodes["progress"]["every"] if nodes.get("progress") else 1
-    before = [made.pop(name) for name in ("evaluation", "averaging", "cooldown") if name in made]
-    # first: what comes behind it sees the average
-    free = [ScheduleFree()] if schedule_free(config) else []
-    return [*free, Metrics(context, every), *before, Stopping(context), *made.values()]
+def _callbacks(config: dict[str, Any], run_state: RunState) -> list[lightning.Callback]:
+    """The run's callbacks. Their hooks at the start of training are called in this order; the end
+    of a step has its order in EndOfStep."""
+    nodes = {name: node for name, node in config["callbacks"].items() if node is not None}
+    every = nodes["progress"]["every"] if "progress" in nodes else 1
+    metrics, stopping = Metrics(run_state, every), Stopping(run_state)
+    parts = {name: instantiate(node)(run_state) for name, node in nodes.items()}
+    end_of_step = EndOfStep(metrics, stopping, **parts)
+    first = [parts.pop(name) for name in ("evaluation", "averaging", "cooldown") if name in parts]
+    # before all others, which see the averaged weights of a schedule-free optimiser
+    schedulefree = [ScheduleFree()] if schedule_free(config) else []
+    return [*schedulefree, end_of_step, metrics, *first, stopping, *parts.values()]
 
 
 def _loader(recipe: Recipe, done: int, trainer: lightning.Trainer) -> DataLoader:

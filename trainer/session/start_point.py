@@ -113,7 +113,7 @@ def branch_off(
             f"{path} cannot be branched off with other settings:\n  " + "\n  ".join(different)
         )
     if changed(path, {"train": content["identity"]["data"]["train"]}, identity["data"]):
-        log.info("the rows from step %d on are others than the parent's", step)
+        log.info("the rows from step %d on differ from those of the parent", step)
     fault = checkpoints.fault(source)
     if fault is not None:
         raise CheckpointError(f"{source.path} cannot be used: {fault}")
@@ -205,13 +205,13 @@ def _checkpoint_to_resume(
         different.append(f"steps: {done} are done, {steps} are asked for")
     if different:
         raise CheckpointError(
-            f"{folder.path} holds another run, which cannot go on as this one:\n  "
+            f"{folder.path} holds another run, which cannot be resumed as this one:\n  "
             + "\n  ".join(different)
             + "\nGive its settings, or another name="
         )
     if checkpoint is not None:
         log.info(
-            "going on after step %d%s%s",
+            "resuming after step %d%s%s",
             done,
             progress.of(steps),
             ", from before the cooldown" * drops_cooldown,

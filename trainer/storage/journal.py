@@ -24,7 +24,7 @@ class Journal:
             folder / "samples.jsonl",
             folder / "metrics.csv",
         )
-        self.loggers, self.writes = loggers, writes  # each a callbacks.tracking.Dashboard
+        self.loggers, self.writes = loggers, writes  # each a callbacks.dashboards.Dashboard
         self.failed: set[int] = set()  # dashboards whose first error was reported
         self.tokens: int | None = None  # processed up to the current step
         self.last: dict[str, Any] = {}  # the newest row of kind step

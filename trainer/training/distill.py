@@ -1,11 +1,13 @@
-"""Distill: a drafter alone, learning from the states of its frozen target, which is the base or
-another run's base and adapter.
+"""Distill: train a drafter alone, on the hidden states of its frozen target. The target is the
+base, or the base and adapter of another run.
 
-Against FineTune with adapter=none the target's own next-token loss is left out, which nothing would
-learn from: its logits are 30 to 40 % of a forward pass of a small model. The drafter's gradients
-are the same. A step's loss is
+Unlike FineTune with adapter=none it leaves out the target's own next-token loss, from which nothing
+would learn. The logits of that loss are 30 to 40 % of a forward pass of a small model. The
+drafter's gradients are the same. A step's loss is
 
-    L = Σ_ranks Σ_micro-batches D / N          D = the drafter's weighted sum (Drafter.loss), N = trained tokens of the step
+    L = Σ_ranks Σ_micro-batches D / N
+
+    D = the drafter's weighted sum (Drafter.loss), N = trained tokens of the step
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ from trainer.drafters import Drafter, DrafterError, Target
 from trainer.models.losses import CausalLoss
 from trainer.training.finetune import FineTune
 
-# What a target gives for a batch: the states (B, T, d) that its output head reads, and those of
-# Drafter.layers side by side (B, T, f).
+# Of a batch: the target's states (B, T, d) that its output head reads, and those of Drafter.layers
+# concatenated (B, T, f).
 States = Callable[[dict[str, Any]], tuple[Float[Tensor, "B T d"], Float[Tensor, "B T f"] | None]]
 
 
 class DraftLoss(CausalLoss):
-    """The drafter's loss of a batch. `states` gives what the target has computed for a training
-    batch; None runs it, as evaluation always does."""
+    """The drafter's loss of a batch. `states` returns the target's stored states of a training
+    batch. None runs the target, as evaluation always does."""
 
     def __init__(
         self,
@@ -56,7 +58,7 @@ class DraftLoss(CausalLoss):
 
 
 class Distill(FineTune):
-    """Trains the `drafter` of a `model` in which nothing is trained; all else as FineTune.
+    """Trains the `drafter` of a `model` in which nothing is trained. All else is as in FineTune.
 
     Raises:
         DrafterError: there is no drafter, or something of the model is trained.

@@ -2,7 +2,9 @@
 
 A step's loss is the mean over all its trained tokens, whichever micro-batch or rank they are in:
 
-    L = Σ_ranks Σ_micro-batches Σ_t loss_t / N          N = trained tokens of the step, known before it starts
+    L = Σ_ranks Σ_micro-batches Σ_t loss_t / N
+
+    N = trained tokens of the step, known before it starts
 
 Lightning averages the micro-batches' losses, and DDP the ranks' gradients, so each sum is scaled by
 their numbers / N.
@@ -26,22 +28,23 @@ from trainer.models.losses import CausalLoss, ClassLoss, NonFinite
 from trainer.penalties.deft import DensityDEFT
 from trainer.schedules import factor
 from trainer.schedules.cooldown import RuntimeCooldown
-from trainer.training.fsdp import Sharded, average_unsharded_grads, clip_grad_norm, local_shard
+from trainer.training.fsdp import Sharded, average_unsharded_grads, local_shard
+from trainer.training.optimizer import clip_gradients, parameter_groups
 
 
 class FineTune(lightning.LightningModule):
-    """Trains what `adapter` grafted onto `model`, with a `penalty` on its activations and a
-    `drafter` beside it where there is one.
+    """Trains what `adapter` added to `model`, with an optional `penalty` on its activations and an
+    optional `drafter`.
 
     `schedule(step, steps=...)` gives the rate's factor for a 0-based step of the planned ones,
-    until a `cooling` takes over; `optimizer` makes the optimiser from parameter groups. A step
+    until a `runtime_cooldown` takes over; `optimizer` makes the optimiser from parameter groups. A step
     whose loss or gradient is not finite changes nothing and is counted; `nonfinite_limit` of them
     in a row raise NonFinite.
     """
 
     # checkpoints hold the adapter only; on_load_checkpoint compares the names itself
     strict_loading = False
-    counted: tuple[str, ...] = ("loss", "tokens", "right")  # what the loss counts of a batch
+    counted: tuple[str, ...] = ("loss", "tokens", "right")  # sums of a batch that the loss returns
 
     def __init__(
         self,
@@ -59,13 +62,13 @@ class FineTune(lightning.LightningModule):
         nonfinite_limit: int,
         penalty: DensityDEFT | None = None,
         drafter: Drafter | None = None,
-        cooling: RuntimeCooldown | None = None,
+        runtime_cooldown: RuntimeCooldown | None = None,
     ):
         super().__init__()
         self.model, self.adapter, self.penalty, self.drafter = model, adapter, penalty, drafter
         self.make_optimizer, self.schedule = optimizer, schedule
-        self.steps, self.cooling = steps, cooling
-        # whether a checkpoint from the start of a cooldown goes on without it
+        self.steps, self.runtime_cooldown = steps, runtime_cooldown
+        # whether the run was extended and resumes from before its cooldown
         self.drop_cooldown = False
         self.accumulate, self.seed, self.max_grad_norm, self.nonfinite_limit = (
             accumulate,
@@ -82,16 +85,16 @@ class FineTune(lightning.LightningModule):
         self.step = 0  # optimiser steps done, skipped ones included: the run's clock
         self.tokens = 0  # processed so far, over all ranks
         self.skipped = self.skipped_in_a_row = 0
-        self.step_done = False  # whether the micro-batch at hand has ended a step
+        self.step_done = False  # whether this micro-batch has ended a step
         self.grad_norm: Tensor | None = None
-        # of the step at hand, as the penalty measures it, over all layers
+        # of this step, as the penalty measures it, over all layers
         self.density: float | None = None
         self.densities: dict[str, float] = {}  # the same, of each layer that saw a token
-        self.news: dict[str, float] = {}  # what the adapter had to say after the step
-        self.sums: dict[str, Any] = {}  # of the step at hand
+        self.news: dict[str, float] = {}  # what the adapter reports after the step
+        self.sums: dict[str, Any] = {}  # of this step
 
     def make_loss(self, chunk: int | None) -> CausalLoss:
-        """The loss of a batch, with never more than `chunk` positions' logits at one time."""
+        """Make the loss of a batch. It holds the logits of at most `chunk` positions at a time."""
         return CausalLoss(
             self.model,
             chunk,
@@ -100,7 +103,7 @@ class FineTune(lightning.LightningModule):
         )
 
     def train(self, mode: bool = True) -> FineTune:
-        """As nn.Module's; a model in which nothing is trained stays in eval mode, without
+        """As nn.Module's. A model in which nothing is trained stays in eval mode, without
         dropout."""
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
@@ -112,16 +115,7 @@ class FineTune(lightning.LightningModule):
             strategy.shard(self.model)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        groups = []
-        own = self.drafter.parameter_groups() if self.drafter is not None else []
-        for group in [*self.adapter.parameter_groups(self.model), *own]:
-            if "weight_decay" in group:
-                groups.append(group)
-                continue
-            matrices = [p for p in group["params"] if p.ndim > 1]
-            vectors = [p for p in group["params"] if p.ndim <= 1]
-            groups += [group | {"params": matrices}] if matrices else []
-            groups += [group | {"params": vectors, "weight_decay": 0.0}] if vectors else []
+        groups = parameter_groups(self.adapter, self.model, self.drafter)
         optimizer = self.adapter.optimizer(groups, self.make_optimizer)
         # A loaded optimiser state brings its old rates along; these are the config's.
         self.peaks = [group["lr"] * group["lr_scale"] for group in optimizer.param_groups]
@@ -131,7 +125,9 @@ class FineTune(lightning.LightningModule):
         micro = batch_idx % self.accumulate
         if micro == 0:
             self.sums = dict.fromkeys(self.counted, 0.0) | {"processed": 0, "sequences": []}
-            now = factor(self.schedule, self.step, self.steps, self.adapter.restart, self.cooling)
+            now = factor(
+                self.schedule, self.step, self.steps, self.adapter.restart, self.runtime_cooldown
+            )
             for group, peak in zip(
                 self.trainer.optimizers[0].param_groups, self.peaks, strict=True
             ):
@@ -171,7 +167,7 @@ class FineTune(lightning.LightningModule):
             self.penalty.close()
 
     def calibrate(self, batches: Iterable[dict[str, Any]]) -> None:
-        """Let the penalty measure what it needs on the run's first micro-batches, as the model is
+        """Let the penalty measure its thresholds on the run's first micro-batches, on the model
         before training."""
         if self.penalty is None:
             return
@@ -183,59 +179,16 @@ class FineTune(lightning.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        # before a step is judged by its loss: all ranks must pass over the same ones
+        # before a step is judged by its loss: all ranks must skip the same steps
         if self.trainer.world_size > 1:
-            names = (*self.counted, "processed")
-            counts = torch.tensor([float(self.sums[name]) for name in names], device=self.device)
-            self.sums |= dict(
-                zip(
-                    names,
-                    self.trainer.strategy.reduce(counts, reduce_op="sum").unbind(),
-                    strict=True,
-                )
-            )
-            if "offsets" in self.sums:
-                self.sums["offsets"] = self.trainer.strategy.reduce(
-                    self.sums["offsets"], reduce_op="sum"
-                )
-            if self.penalty is not None:
-                self.sums["density"] = self.trainer.strategy.reduce(
-                    self.sums["density"], reduce_op="sum"
-                )
-        if self.penalty is not None:
-            densities, tokens = self.sums["density"].tolist()
-            densities = [
-                density / count if count else float("nan")
-                for density, count in zip(densities, tokens, strict=True)
-            ]
-            known = [density for density in densities if density == density]
-            self.density = sum(known) / len(known) if known else None
-            self.densities = {
-                name: d
-                for (name, _), d in zip(self.penalty.layers, densities, strict=True)
-                if d == d
-            }
+            self._sum_over_ranks()
+        densities = self._step_densities()
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         self.adapter.before_step(self.model, scaler.get_scale() if scaler is not None else 1.0)
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        limit = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if isinstance(self.trainer.strategy, Sharded):
-            average_unsharded_grads(trained)
-        # A drafter that is kept out of the adapter's gradients is kept out of their norm, too.
-        apart = (
-            set(self.drafter.parameters())
-            if self.drafter is not None and self.drafter.detach
-            else set()
-        )
-        parts = [
-            part
-            for part in ([p for p in trained if p not in apart], [p for p in trained if p in apart])
-            if part
-        ]
-        norms = [clip_grad_norm(part, limit) for part in parts]
-        self.grad_norm = (
-            norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-        )
+            average_unsharded_grads(parameters)
+        self.grad_norm = clip_gradients(parameters, self.drafter, self.max_grad_norm)
         # This waits for a GPU: what comes next depends on it.
         if torch.isfinite(self.grad_norm) & torch.isfinite(
             torch.as_tensor(self.sums["loss"], device=self.grad_norm.device)
@@ -244,10 +197,38 @@ class FineTune(lightning.LightningModule):
             if self.penalty is not None:
                 self.penalty.update(densities)
             return
-        # Optimisers pass over parameters without a gradient, moments and all.
+        # Optimisers skip parameters without a gradient, and their moments too.
         optimizer.zero_grad(set_to_none=True)
         self.skipped += 1
         self.skipped_in_a_row += 1
+
+    def _sum_over_ranks(self) -> None:
+        """Sum what each rank has counted in the step."""
+        reduce = self.trainer.strategy.reduce
+        names = (*self.counted, "processed")
+        counts = torch.tensor([float(self.sums[name]) for name in names], device=self.device)
+        self.sums |= dict(zip(names, reduce(counts, reduce_op="sum").unbind(), strict=True))
+        for name in ("offsets", "density"):
+            if name in self.sums:
+                self.sums[name] = reduce(self.sums[name], reduce_op="sum")
+
+    def _step_densities(self) -> list[float]:
+        """The density of each penalised layer in the step, NaN where it saw no token."""
+        if self.penalty is None:
+            return []
+        sums, tokens = self.sums["density"].tolist()
+        densities = [
+            total / count if count else float("nan")
+            for total, count in zip(sums, tokens, strict=True)
+        ]
+        known = [density for density in densities if density == density]
+        self.density = sum(known) / len(known) if known else None
+        self.densities = {
+            name: density
+            for (name, _), density in zip(self.penalty.layers, densities, strict=True)
+            if density == density
+        }
+        return densities
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -256,13 +237,13 @@ class FineTune(lightning.LightningModule):
         self.news = self.adapter.after_step(self.model, self.step) or {}
         self.tokens += int(self.sums["processed"])
         if self.skipped_in_a_row >= self.nonfinite_limit:
+            loss, norm = float(self.sums["loss"]), float(self.grad_norm or 0)  # type: ignore[arg-type]
             raise NonFinite(
                 f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, had a loss or"
-                " gradient that is not finite "
-                f"(loss {float(self.sums['loss']):.4g}, gradient norm {float(self.grad_norm or 0):.4g}). Nothing was learnt from them. "  # type: ignore[arg-type]
-                "Lower optimizer.lr, raise the warm-up, or look at the rows of the last one:"
-                f" {self.sums['sequences'][:16]}. "
-                "metrics.jsonl has file and line of each, under skipped"
+                f" gradient that is not finite (loss {loss:.4g}, gradient norm {norm:.4g}). Nothing"
+                " was learnt from them. Lower optimizer.lr, raise the warm-up, or look at the rows"
+                f" of the last one: {self.sums['sequences'][:16]}. metrics.jsonl has file and line"
+                " of each, under skipped"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -272,8 +253,8 @@ class FineTune(lightning.LightningModule):
             checkpoint["penalty"] = self.penalty.state()
         if self.drafter is not None:
             checkpoint["drafter"] = self.drafter.state()
-        if self.cooling is not None:
-            checkpoint["cooling"] = asdict(self.cooling)
+        if self.runtime_cooldown is not None:
+            checkpoint["cooling"] = asdict(self.runtime_cooldown)
         checkpoint["counters"] = {
             k: getattr(self, k) for k in ("step", "tokens", "skipped", "skipped_in_a_row")
         }
@@ -281,10 +262,10 @@ class FineTune(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["adapter"]
         if isinstance(self.trainer.strategy, Sharded):
-            own = self.adapter.state(self.model)["tensors"]
+            shards = self.adapter.state(self.model)["tensors"]
             saved = saved | {
                 "tensors": {
-                    name: local_shard(own.get(name), tensor)
+                    name: local_shard(shards.get(name), tensor)
                     for name, tensor in saved["tensors"].items()
                 }
             }
@@ -293,18 +274,18 @@ class FineTune(lightning.LightningModule):
             self.penalty.load_state(checkpoint["penalty"])
         if self.drafter is not None:
             self.drafter.load_state(checkpoint["drafter"])
-        if self.cooling is None and "cooling" in checkpoint and not self.drop_cooldown:
-            self.cooling = RuntimeCooldown(**checkpoint["cooling"])
+        if self.runtime_cooldown is None and "cooling" in checkpoint and not self.drop_cooldown:
+            self.runtime_cooldown = RuntimeCooldown(**checkpoint["cooling"])
         for key, value in checkpoint["counters"].items():
             setattr(self, key, value)
-        # A finished run that was made longer goes on; Lightning would take its last micro-batch for
-        # the epoch's.
+        # A finished run that was extended trains on. Lightning would take its last micro-batch for
+        # the end of the epoch.
         loops = checkpoint["loops"]["fit_loop"]
         loops["epoch_loop.batch_progress"]["is_last_batch"] = self.step >= self.steps
 
 
 def real_tokens(batch: dict[str, Any]) -> Tensor:
-    """Which tokens of a batch are of a row that counts (B, T), as opposed to padding."""
+    """Which tokens of a batch belong to a row that is trained (B, T), and not to padding."""
     ids = batch["input_ids"]
     return torch.arange(ids.shape[1], device=ids.device) < batch["lengths"].to(
         ids.device
@@ -312,8 +293,8 @@ def real_tokens(batch: dict[str, Any]) -> Tensor:
 
 
 def reseed(seed: int, rank: int, step: int, micro: int) -> None:
-    """Put every random generator where this micro-batch has it in every run with this seed, resumed
-    or not."""
+    """Seed all random generators for this micro-batch, so that a resumed run draws the same
+    numbers."""
     mixed = int(np.random.SeedSequence([seed, rank, step, micro]).generate_state(1)[0])
     random.seed(mixed)
     np.random.seed(mixed)

@@ -1,14 +1,14 @@
-"""FSDP2: each process holds a share of the model's weights, gradients and moments, through
-Lightning's ModelParallelStrategy.
+"""FSDP2: each rank holds a shard of the model's weights, gradients and moments, through Lightning's
+ModelParallelStrategy.
 
-A decoder layer's weights are put together when it computes, and given back after; those outside of
-the layers, as the embedding and the output head, from the forward to the end of the backward pass,
-since losses read the head apart from the model. A drafter, whose parts nobody calls as modules, is
-whole in every process, and its gradients are averaged once per step.
+A decoder layer's weights are gathered when it computes, and resharded after it. Those outside of
+the layers, as the embedding and the output head, stay gathered from the forward to the end of the
+backward pass, since losses read the head without the model. A drafter is not sharded, since its
+parts are not called as modules. Its gradients are averaged once per step.
 
-Lightning's own saving of such a run is a folder of shards, or the whole base. Ours stays what it is
-in any run: the trained tensors, whole, in one file that the first process writes. So a run with
-FSDP2 is exported, read and evaluated as any other.
+Lightning saves such a run as a folder of shards, or with the whole base. Here a checkpoint is the
+same as in any run: the whole trained tensors in one file that rank 0 writes. So a run with FSDP2 is
+exported, read and evaluated like any other.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 
 class Sharded(ModelParallelStrategy):
-    """FSDP2 over all processes, with this project's checkpoints."""
+    """FSDP2 over all ranks, with this project's checkpoints."""
 
     lightning_restore_optimizer = True  # from the one file, by load_optimizer_state_dict
 
@@ -39,8 +39,8 @@ class Sharded(ModelParallelStrategy):
         )
 
     def shard(self, model: Any) -> None:
-        """Leave this process its share of a model that all processes have loaded alike; its layers
-        are what transformers never splits."""
+        """Keep this rank's shard of a model that all ranks have loaded. Its layers are the modules
+        that transformers never splits."""
         layers = set(model._no_split_modules or ())
         for module in list(model.modules()):
             if type(module).__name__ in layers:
@@ -78,29 +78,31 @@ class Sharded(ModelParallelStrategy):
 
 
 def full_tensors(tree: Any) -> Any:
-    """Anything with its sharded tensors whole and on the CPU; all processes have to ask."""
+    """Gather all sharded tensors of a tree on the CPU. All ranks have to call it."""
     return pytree.tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), tree)
 
 
-def local_shard(own: Any, value: Any) -> Any:
-    """This process's share of a whole tensor, divided as `own` is; anything else as it is."""
-    if not isinstance(own, DTensor) or not isinstance(value, Tensor) or value.shape != own.shape:
+def local_shard(shard: Any, value: Any) -> Any:
+    """This rank's shard of a full tensor, divided like `shard`. Anything else is returned as it is."""
+    if not isinstance(shard, DTensor) or not isinstance(value, Tensor):
+        return value
+    if value.shape != shard.shape:
         return value
     return distribute_tensor(
-        value.to(own.device), own.device_mesh, own.placements, src_data_rank=None
+        value.to(shard.device), shard.device_mesh, shard.placements, src_data_rank=None
     )
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of what a forward pass without a backward pass has left together, which the next step
-    would take for the weights."""
+    """Reshard parameters after an evaluation's forward pass. Otherwise the next step would see the
+    gathered weights."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def average_unsharded_grads(parameters: Iterable[nn.Parameter]) -> None:
-    """Average the gradients of what is whole in every process of a sharded run."""
+    """Average the gradients of parameters that are not sharded."""
     for parameter in parameters:
         if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
             torch.distributed.all_reduce(parameter.grad)
@@ -108,7 +110,7 @@ def average_unsharded_grads(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def clip_grad_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """torch's of the same name, where some of the parameters may be sharded."""
+    """As torch's function of this name, for parameters of which some may be sharded."""
     kinds: list[list[nn.Parameter]] = [[], []]
     for parameter in parameters:
         kinds[isinstance(parameter, DTensor)].append(parameter)

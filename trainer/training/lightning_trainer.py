@@ -46,9 +46,9 @@ def make_trainer(config: dict[str, Any], adapter: Adapter, path: Path) -> lightn
     timeout = timedelta(minutes=settings.pop("timeout"))
     if settings["strategy"] == "fsdp2":
         settings["strategy"] = Sharded(timeout=timeout)
-    # Lightning chooses DDP by the number of devices, and takes it from this registry. No buffer here
-    # differs between processes, and a sparse adapter's are as large as itself, for each forward
-    # pass: so they are not synchronised.
+    # Lightning chooses DDP by the number of devices, and takes it from this registry. Buffers are
+    # the same on all ranks, and those of a sparse adapter are as large as it: so they are not
+    # synchronised in each forward pass.
     StrategyRegistry.register(
         "ddp", DDPStrategy, override=True, timeout=timeout, forward_sync_buffers=False
     )

@@ -1,0 +1,63 @@
+"""The order of what happens where a step ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+
+from trainer.callbacks.averaging import Averaging
+from trainer.callbacks.checkpoints import Checkpoints
+from trainer.callbacks.cooldown import CooldownTrigger
+from trainer.callbacks.evaluation import Evaluation
+from trainer.callbacks.metrics import Metrics
+from trainer.callbacks.progress import ProgressBar
+from trainer.callbacks.stopping import Stopping
+
+
+class EndOfStep(lightning.Callback):
+    """Calls the run's callbacks where an optimiser step ends, and where training ends. Lightning
+    calls a hook after each micro-batch: the others of an accumulation window end no step."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        stopping: Stopping,
+        evaluation: Evaluation | None = None,
+        averaging: Averaging | None = None,
+        cooldown: CooldownTrigger | None = None,
+        checkpoints: Checkpoints | None = None,
+        progress: ProgressBar | None = None,
+    ):
+        self.metrics, self.stopping, self.evaluation = metrics, stopping, evaluation
+        self.averaging, self.cooldown = averaging, cooldown
+        self.checkpoints, self.progress = checkpoints, progress
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not module.step_done:
+            return
+        best = False
+        self.metrics.record(trainer, module)
+        if self.evaluation is not None:
+            best = self.evaluation.evaluate_if_due(trainer, module)
+        if self.averaging is not None:  # it evaluates where the weights themselves were evaluated
+            self.averaging.after_step(trainer, module)
+        if self.cooldown is not None:  # it may wait for a better evaluation, and end the run
+            self.cooldown.check(trainer, module)
+        self.stopping.check(trainer, module)
+        if self.checkpoints is not None:  # after all that a checkpoint holds
+            self.checkpoints.save_if_due(trainer, module, best)
+        if self.progress is not None:
+            self.progress.update(trainer, module)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        best = False
+        if self.evaluation is not None:
+            best = self.evaluation.evaluate_last(trainer, module)
+        if self.averaging is not None:
+            self.averaging.evaluate_last(trainer, module)
+        self.stopping.check_data(module)
+        if self.checkpoints is not None:
+            self.checkpoints.save_last(trainer, module, best)
