@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from safetensors.torch import load_file
 
-import wandb
 from tests.conftest import ROOT, sums, write_rows
 from trainer.storage import journal
 
