@@ -108,8 +108,8 @@ class Run:
         resumed: str | None = None,
     ) -> FineTune:
         c = self.config
-        lightning_ = make_trainer(c, adapter, self.folder)
-        lightning_.callbacks = list(callbacks)
+        trainer = make_trainer(c, adapter, self.folder)
+        trainer.callbacks = list(callbacks)
         module: FineTune = instantiate(c["objective"])(
             model=model,
             adapter=adapter,
@@ -120,13 +120,11 @@ class Run:
             accumulate=c["accumulate"],
             seed=c["seed"],
         )
-        plan = self.plan(lightning_.world_size)
-        sampler = Batches(
-            plan, int(resumed[-13:-5]) if resumed else 0, steps, lightning_.global_rank
-        )
+        plan = self.plan(trainer.world_size)
+        sampler = Batches(plan, int(resumed[-13:-5]) if resumed else 0, steps, trainer.global_rank)
         loader = DataLoader(
             Sequences(self.rows), batch_sampler=sampler, collate_fn=Collate(0, False, False)
         )
-        lightning_.fit(module.train(), loader, ckpt_path=resumed)
+        trainer.fit(module.train(), loader, ckpt_path=resumed)
         assert module.step == steps
         return module

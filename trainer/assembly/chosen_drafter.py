@@ -67,14 +67,15 @@ def drafter_of(trained: Trained, options: dict[str, Any]) -> Drafter | None:
     Raises:
         BaseError, DrafterError: the small model cannot be loaded, or has other tokens.
     """
+    model: Any = trained.model
     if options["drafter"] == "run":
         if trained.drafter is None or not trained.drafter.proposes:
             return None
         # In the target's dtype: autocast would convert fp32 weights again for every draft.
-        return trained.drafter.to(trained.model.get_input_embeddings().weight.dtype)  # type: ignore[operator, union-attr]
+        return trained.drafter.to(model.get_input_embeddings().weight.dtype)
     if options["drafter"] == "lookup":
         return PromptLookup()
     if options["drafter"] == "recycling":
-        return TokenRecycling(trained.model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+        return TokenRecycling(model.config.get_text_config().vocab_size)
     weight = next(trained.model.parameters())
     return small_model(options["small"], trained.base, weight.dtype, weight.device)

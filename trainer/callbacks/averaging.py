@@ -132,7 +132,7 @@ class Averaging(lightning.Callback):
             parameter.copy_(tensor)
 
     def _evaluate(self, trainer: lightning.Trainer, module: Any) -> None:
-        """Evaluate the average, if the weights of this step were evaluated and the average was not."""
+        """Evaluate the average of this step once, if its weights were evaluated."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         evaluation = next(
             (callback for callback in callbacks if isinstance(callback, Evaluation)), None
@@ -162,8 +162,8 @@ class Averaging(lightning.Callback):
         log.info("average of %d at step %d: loss %.4g", self.count, module.step, values["loss"])
 
     def save(self, write: Callable[[Path], None]) -> None:
-        """Call `write` with RUN/adapter-averaged while the model has the averaged weights. Without an
-        average nothing is written."""
+        """Call `write` with RUN/adapter-averaged while the model has the averaged weights. Without
+        an average nothing is written."""
         folder = self.run_state.folder.path / "adapter-averaged"
         if not self.export or not self.count:
             return

@@ -81,8 +81,8 @@ class ProgressBar(lightning.Callback):
             )
 
     def _left(self, step_seconds: float, step: int) -> float | None:
-        """Seconds until the planned steps or the time are used up, whichever is first; None if neither
-        is known."""
+        """Seconds until the planned steps or the time are used up, whichever is first; None if
+        neither is known."""
         limits = []
         if self._total() is not None:
             limits.append(step_seconds * (self.run_state.steps - step))

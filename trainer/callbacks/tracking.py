@@ -98,12 +98,11 @@ class Wandb:
         self.run.log({f"samples/{'after' if step else 'before'}": table, "global_step": step})
 
     def finish(self, error: BaseException | None) -> None:
-        """End the W&B run with the run and not with the process, so that its file is complete before
-        a sweep starts the next run.
+        """End the W&B run with the run and not with the process, so that its file is complete
+        before a sweep starts the next run.
 
         W&B's own time limit does not work while an artifact waits for a server that hangs, so this
-        sets another one.
-        """
+        sets another one."""
         # of requeue.Stopped: the queue kills what takes its time
         signal = getattr(error, "number", None)
         code = 0 if error is None else 128 + signal if signal else getattr(error, "code", 1)

@@ -139,8 +139,8 @@ def _length(options: dict[str, str], step: int) -> int:
     if length < 1 or (fraction is not None and not 0 < float(fraction) < 1):
         setting = f"steps={steps}" if steps is not None else f"fraction={fraction}"
         raise ConfigError(
-            f"{setting} after step {step} is no cooldown: steps is a whole number from 1 on, fraction"
-            " is above 0 and below 1"
+            f"{setting} after step {step} is no cooldown: steps is a whole number from 1 on,"
+            " fraction is above 0 and below 1"
         )
     return length
 
@@ -204,7 +204,8 @@ def family(run: str) -> tuple[str, Path]:
         loss = "" if member["loss"] is None else f"{member['loss']:.4f}"
         branched = "" if at is None else f"{at:,}"
         lines.append(
-            f"| {member['name']} | {branched} | {down} | {member['steps']:,} | {member['tokens']:,} |"
+            f"| {member['name']} | {branched} | {down} | {member['steps']:,} |"
+            f" {member['tokens']:,} |"
             f" {loss} |"
         )
     if members:

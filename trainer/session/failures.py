@@ -34,7 +34,7 @@ _FAULTS = (CheckpointError, LoadingError, NonFinite)
 
 
 def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] | None:
-    """(message, exit code) of an error that has an explanation; None for an error of this program."""
+    """(message, exit code) of an error that has an explanation; None for one that has none."""
     if isinstance(error, _BAD_INPUT):
         return str(error), EXIT_BAD_INPUT
     if isinstance(error, _FAULTS):

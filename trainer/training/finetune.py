@@ -37,10 +37,9 @@ class FineTune(lightning.LightningModule):
     optional `drafter`.
 
     `schedule(step, steps=...)` gives the rate's factor for a 0-based step of the planned ones,
-    until a `runtime_cooldown` takes over; `optimizer` makes the optimiser from parameter groups. A step
-    whose loss or gradient is not finite changes nothing and is counted; `nonfinite_limit` of them
-    in a row raise NonFinite.
-    """
+    until a `runtime_cooldown` takes over; `optimizer` makes the optimiser from parameter groups. A
+    step whose loss or gradient is not finite changes nothing and is counted; `nonfinite_limit` of
+    them in a row raise NonFinite."""
 
     # checkpoints hold the adapter only; on_load_checkpoint compares the names itself
     strict_loading = False
@@ -237,7 +236,8 @@ class FineTune(lightning.LightningModule):
         self.news = self.adapter.after_step(self.model, self.step) or {}
         self.tokens += int(self.sums["processed"])
         if self.skipped_in_a_row >= self.nonfinite_limit:
-            loss, norm = float(self.sums["loss"]), float(self.grad_norm or 0)  # type: ignore[arg-type]
+            loss = float(self.sums["loss"])
+            norm = 0.0 if self.grad_norm is None else float(self.grad_norm)
             raise NonFinite(
                 f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, had a loss or"
                 f" gradient that is not finite (loss {loss:.4g}, gradient norm {norm:.4g}). Nothing"

@@ -83,7 +83,8 @@ def full_tensors(tree: Any) -> Any:
 
 
 def local_shard(shard: Any, value: Any) -> Any:
-    """This rank's shard of a full tensor, divided like `shard`. Anything else is returned as it is."""
+    """This rank's shard of a full tensor, divided like `shard`. Anything else is returned as it
+    is."""
     if not isinstance(shard, DTensor) or not isinstance(value, Tensor):
         return value
     if value.shape != shard.shape:
