@@ -1,5 +1,5 @@
-"""Conversations whose answers a target writes: read from a file or from a task, and batched by their
-lengths."""
+"""Conversations whose answers a target writes: read from a file or from a task, and batched by
+their lengths."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Logs the progress of long work.
 
-In a log file of SLURM or CI, which shows no progress bar, long work looks as if it hangs. `Progress`
-writes a line every 15 seconds:
+In a log file of SLURM or CI, which shows no progress bar, long work looks as if it hangs.
+`Progress` writes a line every 15 seconds:
 
     evaluation: 120 of 480 rows, 2:05 left
 
