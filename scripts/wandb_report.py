@@ -10,10 +10,11 @@ Either asks the server for the project.
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 from trainer.config.errors import bad
-from trainer.config.options import arguments
+from trainer.config.options import option, parse
 
 # section -> (title, metrics, logarithmic)
 SECTIONS: dict[str, list[tuple[str, list[str], bool]]] = {
@@ -53,16 +54,24 @@ def made(project: str, entity: str, title: str) -> Any:
     return wr.Report(project=project, entity=entity, title=title, blocks=blocks)
 
 
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    project: str = option("the project", value="NAME")
+    entity: str = option("the entity, by default your own", "", value="NAME")
+    title: str = option("of the report", "Fine-tuning")
+    dry: bool = option("print the report and save nothing", False)
+
+
 def main(argv: list[str]) -> int:
-    """The script; see the module's text."""
-    options = arguments(
-        argv, {"project": ..., "entity": "", "title": "Fine-tuning", "dry": False}, __doc__ or ""
-    )
+    """Run the script; see the module's text."""
+    options = parse(Options, argv, __doc__, "python -m scripts.wandb_report")
     try:
-        report = made(options["project"], options["entity"], options["title"])
+        report = made(options.project, options.entity, options.title)
     except ModuleNotFoundError:
         return bad("this needs a package that is not installed: pip install wandb-workspaces")
-    if options["dry"]:
+    if options.dry:
         print(report._to_model().model_dump_json(indent=1))
     else:
         print(report.save(draft=True).url)

@@ -11,11 +11,32 @@ With task=speculation the run's drafter is evaluated instead: graft evaluate tas
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from trainer.config.decoding_options import DrafterOptions, GrowthOptions, SamplingOptions
 from trainer.config.errors import bad
-from trainer.config.options import exit_with, option, parse
+from trainer.config.options import exit_with, option, parse, values_of
+
+SPECULATION = """\
+Measure speculative decoding on a set of prompts, against the target alone, in one run.
+
+    graft evaluate task=speculation run=FOLDER[@last|best|STEP] [OPTIONS]
+
+prompts=FILE.jsonl has Spec-Bench's layout, {"question_id": 81, "category": "writing", "turns":
+["...", "..."]} a line, or that of graft speculate. Without it the questions are the first `heldout`
+conversations that the run holds out. A later turn follows the target's own answers to those before.
+
+Each prompt is decoded three times, one sequence at a time: by transformers' generate, by the
+decoder without the drafter, and with it. The table shows tau (tokens of a target pass, including
+the target's own), the acceptance of each draft position (conditional, and over all passes that
+verified a draft), and the speed-up (new tokens per second over another way's, including the
+prompt's pass). Intervals are 95 % of bootstraps over the questions, with all turns of a question
+together.
+"""
+# options that a summary records, besides those of drafts
+RECORDED = ("drafter", "max_new_tokens", "temperature", "top_p", "seed")
 
 
 @dataclass(frozen=True)
@@ -30,18 +51,25 @@ class Options:
     json: Path | None = option("write the metrics as JSON", None, value="FILE", writes=True)
 
 
+@dataclass(frozen=True)
+class SpeculationOptions(GrowthOptions, DrafterOptions, SamplingOptions):
+    """What the command line says, with task=speculation."""
+
+    run: str = option("the run folder", value="FOLDER[@last|best|STEP]")
+    prompts: str | None = option("a file of questions", None, value="FILE.jsonl")
+    heldout: int = option("held-out conversations to ask without a file", 16, at_least=1)
+    each: int = option("questions of each category, 0 for all", 0, at_least=0)
+    max_new_tokens: int = option("of an answer", 128, at_least=2)
+    json: Path | None = option("write the result as JSON", None, value="FILE", writes=True)
+    plot: Path | None = option("draw the result", None, value="FILE.svg", writes=True)
+
+
 def main(argv: list[str]) -> int:
     """Run the command; see the module's text."""
     if tasks := [word for word in argv if word.startswith("task=")]:
         if tasks != ["task=speculation"]:
             return bad(f"{tasks[-1]}: a run is evaluated on its own task, or with task=speculation")
-        from trainer.evaluation import speculation
-        from trainer.session import failures
-
-        try:
-            return speculation.main([word for word in argv if word != "task=speculation"])
-        except Exception as error:
-            return failures.report_and_exit_code(error)
+        return _speculation([word for word in argv if word != "task=speculation"])
     options = parse(Options, argv, __doc__, "graft evaluate")
     from rich import get_console
     from rich.table import Table
@@ -68,6 +96,57 @@ def main(argv: list[str]) -> int:
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
     return 0
+
+
+def _speculation(argv: list[str]) -> int:
+    options = parse(SpeculationOptions, argv, SPECULATION, "graft evaluate task=speculation")
+    from rich import get_console
+
+    from trainer.assembly import quiet
+    from trainer.decoding.sampling import Sampling
+    from trainer.evaluation import decode_ways, questions, speedup_report
+    from trainer.evaluation.run_drafter import load_run_and_drafter
+    from trainer.evaluation.speedup import summary_by_category
+    from trainer.session import failures
+
+    quiet.quiet()
+    settings = values_of(options)
+    try:
+        drafts = decode_ways.DraftOptions(
+            **{name: settings[name] for name in asdict(decode_ways.DraftOptions())}
+        )
+        strategy = drafts.strategy()
+        chosen = (
+            questions.read_questions(options.prompts, options.each or None)
+            if options.prompts
+            else None
+        )
+        run, drafter = load_run_and_drafter(settings)
+        prompts = questions.Prompts(run)
+        sampling = Sampling(options.temperature, options.top_p, seed=options.seed)
+        ways = decode_ways.Ways(
+            run, drafter, prompts.stops, options.max_new_tokens, sampling, strategy
+        )
+        if chosen is None:
+            chosen = questions.held_out_questions(run, options.heldout)
+        answers, left_out = decode_ways.answer_questions(
+            ways, prompts, chosen, run.base.longest, _report_progress
+        )
+    except Exception as error:
+        return failures.report_and_exit_code(error)
+    record = {name: settings[name] for name in RECORDED} | asdict(drafts)
+    summary = summary_by_category(answers, left_out, record)
+    for part in speedup_report.categories_report(summary):
+        get_console().print(part)
+    if options.json:
+        options.json.write_text(json.dumps(summary, indent=2) + "\n")
+    if options.plot:
+        speedup_report.plot(summary, options.plot)
+    return 0
+
+
+def _report_progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,38 @@
-"""A run as a SLURM job: the config is composed and checked here, before anything waits in a queue.
+"""Queue a run as a SLURM job, after checking its config here.
 
-    python -m trainer.submit +experiment=NAME [KEY=VALUE ...] [slurm.KEY=VALUE ...] [slurm=FILE]
-    [dry=false] [--multirun]
+    graft submit experiment=NAME [GROUP=CHOICE ...] [KEY=VALUE ...] [slurm.KEY=VALUE ...] [OPTIONS]
 
-What stands for `python -m trainer` stands here too. The job asks for lightning.num_nodes nodes with
-lightning.devices processes each. slurm.KEY=VALUE are the settings of conf/slurm.yaml (partition,
-time, memory ...); slurm=FILE takes them from a YAML file of yours. dry=true prints the script and
-queues nothing. With --multirun several values of a key, separated by commas, become an array of
-jobs with one task for each combination, and slurm.parallel=N runs N of them at once.
+Everything that starts a training is accepted here too. The job asks for lightning.num_nodes nodes
+with lightning.devices processes each. With --multirun several values of a key, separated by commas,
+become an array of jobs with one task for each combination, and slurm.parallel=N runs N of them at
+once.
 
-The run is named by the job, RUNS/NAME-JOB, and goes on there when the job is started again. Script
+The run is named by the job, RUNS/NAME-JOB, and resumes there when the job is started again. Script
 and log are in RUNS/slurm.
+
+Options
+    dry=false                     true prints the script and queues nothing
+    slurm.KEY=VALUE               settings of conf/slurm.yaml: partition, time, memory ...
+    slurm=FILE                    a YAML file of yours with these settings
+    --multirun                    an array of jobs
+    --config-dir=FOLDER           a folder with your own experiments
+    KEY=VALUE                     the run's config
 """
 
 from __future__ import annotations
 
-import sys
-
-from trainer.cluster.submission import prepared, submit
 from trainer.config.errors import ConfigError, bad, explain
+from trainer.config.options import exit_with
 
 
 def main(argv: list[str]) -> int:
-    """The verb; see the module's text."""
+    """Run the command; see the module's text."""
     words = [word for word in argv if word not in ("--multirun", "-m")]
     if any(word in ("-h", "--help") for word in words):
-        print(__doc__)
+        print((__doc__ or "").strip())
         return 0
+    from trainer.cluster.submission import prepared, submit
+
     try:
         job = prepared(words, sweep=len(words) < len(argv))
         if job.dry:
@@ -34,7 +40,7 @@ def main(argv: list[str]) -> int:
             return 0
         number, file = submit(job.script, job.name, job.logs)
     except (ConfigError, OSError) as error:
-        return bad(explain(error))
+        return bad(f"graft submit --help shows the options\n{explain(error)}")
     task = "-TASK" if job.array else ""
     print(f"job {number}")
     print(f"run:              {job.run}{f'-{number}{task}' if job.numbered else ''}")
@@ -49,4 +55,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main)

@@ -15,11 +15,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import sums, write_rows
+from tests.toys.commands import exit_code
 from trainer import generate
 from trainer.assembly import trained as trained_module
 from trainer.assembly.build import instantiate
 from trainer.data.render import Renderer
 from trainer.decoding.plugin import Candidates
+from trainer.evaluation import streamed_answer
+from trainer.storage import run_folder
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +83,7 @@ def ask(trained, capsys, monkeypatch):
     def asked(*arguments, kind="sft", which="", code=0):
         run = trained(kind)
         capsys.readouterr()
-        assert generate.main([f"run={run}{which}", *arguments]) == code
+        assert exit_code(generate.main, [f"run={run}{which}", *arguments]) == code
         return capsys.readouterr().out
 
     return asked
@@ -105,7 +108,7 @@ def spoken(model, tokenizer, prompt, count, **settings):
 
 def loaded(run, base=False):
     """The exported adapter on its base, by PEFT and transformers alone."""
-    described = instantiate(trained_module.run_folder.read(run)[1]["config"]["base"])
+    described = instantiate(run_folder.read(run)[1]["config"]["base"])
     model = AutoModelForCausalLM.from_pretrained(described.path)
     return (
         model if base else peft.PeftModel.from_pretrained(model, f"{run}/adapter")
@@ -128,9 +131,9 @@ def test_plain_text_is_continued_as_it_is(ask, trained):
 
 def test_a_system_prompt_stands_before_the_question(ask, trained, monkeypatch):
     seen = []
-    whole = generate.answer
+    whole = streamed_answer.answer
     monkeypatch.setattr(
-        generate,
+        streamed_answer,
         "answer",
         lambda model, ids, *rest: (seen.append(ids), whole(model, ids, *rest))[1],
     )
@@ -157,7 +160,7 @@ def test_text_streams_word_by_word_and_is_the_whole_when_it_ends(trained):
     found = trained_module.load_trained(trained())
     tokenizer, pieces = found.base.tokenizer, []
     options = {"seed": 3, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 300}
-    generate.answer(
+    streamed_answer.answer(
         found.model, tokenizer("abc 12 ")["input_ids"], tokenizer, [], options, pieces.append
     )
     torch.manual_seed(3)
@@ -177,7 +180,7 @@ def test_an_answer_ends_at_its_end_token(trained):
 
     def said(stops):
         pieces = []
-        generate.answer(found.model, ids, tokenizer, stops, options, pieces.append)
+        streamed_answer.answer(found.model, ids, tokenizer, stops, options, pieces.append)
         return "".join(pieces)
 
     whole = said([tokenizer.eos_token_id])
@@ -296,14 +299,26 @@ def test_an_earlier_checkpoint_can_be_asked(train, chats, capsys):
 @pytest.mark.parametrize(
     ("kind", "arguments", "said"),
     [
-        ("sft", ["prompt=x", "max_new_tokens=0"], "max_new_tokens=0: at least 1"),
-        ("sft", ["prompt=x", "temperature=-1"], "temperature=-1.0: at least 0"),
-        ("sft", ["prompt=x", "temperature=1", "top_p=0"], "top_p=0.0: above 0, at most 1"),
-        ("sft", ["prompt=x", "temperature=1", "top_p=1.5"], "top_p=1.5: above 0, at most 1"),
+        (
+            "sft",
+            ["prompt=x", "max_new_tokens=0"],
+            "max_new_tokens=0: expected a whole number, at least 1",
+        ),
+        ("sft", ["prompt=x", "temperature=-1"], "temperature=-1: expected a number, at least 0"),
+        (
+            "sft",
+            ["prompt=x", "temperature=1", "top_p=0"],
+            "top_p=0: expected a number, above 0 and at most 1",
+        ),
+        (
+            "sft",
+            ["prompt=x", "temperature=1", "top_p=1.5"],
+            "top_p=1.5: expected a number, above 0 and at most 1",
+        ),
         (
             "sft",
             ["prompt=x", "drafter=looky"],
-            "drafter=looky: one of run, lookup, recycling, small",
+            "drafter=looky: expected one of run, lookup, recycling, small",
         ),
         ("sft", ["prompt=x", "drafter=small"], "drafter=small and small=PATH"),
         ("sft", ["prompt=x", "small=there"], "drafter=small and small=PATH"),
@@ -315,7 +330,7 @@ def test_an_earlier_checkpoint_can_be_asked(train, chats, capsys):
 def test_what_cannot_be_asked_says_why(trained, capsys, kind, arguments, said):
     run = trained(kind)
     capsys.readouterr()
-    assert generate.main([f"run={run}", *arguments]) == 2
+    assert exit_code(generate.main, [f"run={run}", *arguments]) == 2
     out, err = capsys.readouterr()
     assert said in err
     assert out == ""

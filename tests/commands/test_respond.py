@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.sft import SFT
 from tests.conftest import sums, write_rows
+from tests.toys.commands import exit_code
 from trainer import generate, respond
 from trainer.assembly import trained as trained_module
 from trainer.data.render import Renderer
@@ -97,7 +98,7 @@ def ask(folder, tmp_path, capsys, monkeypatch):
             *(w for w in ("max_new_tokens=12", "batch_size=3") if w[:9] not in str(arguments)),
         ]
         capsys.readouterr()
-        code = respond.main([*base, *words, *arguments])
+        code = exit_code(respond.main, [*base, *words, *arguments])
         said = capsys.readouterr()
         return SimpleNamespace(code=code, folder=tmp_path / out, out=said.out, err=said.err)
 
@@ -557,12 +558,12 @@ def test_the_model_s_own_generation_settings_do_not_count(ask, folder, tmp_path)
     [
         (["run=x"], "either base=NAME, of conf/base, or run=FOLDER"),
         (["task=sft"], "either prompts=FILE or task=NAME"),
-        (["max_new_tokens=0"], "max_new_tokens=0: at least 1"),
-        (["temperature=-1"], "temperature=-1.0: at least 0"),
+        (["max_new_tokens=0"], "max_new_tokens=0: expected a whole number, at least 1"),
+        (["temperature=-1"], "temperature=-1: expected a number, at least 0"),
         (["top_p=0.5"], "do nothing with temperature=0"),
-        (["answers=some"], "answers=some: last or all"),
-        (["rows=x"], "rows=x: a whole number"),
-        (["seed=-1"], "seed=-1: at least 0"),
+        (["answers=some"], "answers=some: expected one of last, all"),
+        (["rows=x"], "rows=x: expected a whole number"),
+        (["seed=-1"], "seed=-1: expected a whole number, at least 0"),
         (
             ["base.dtype=float32", "run=x"],
             "base.dtype=float32: a run brings its base and precision along",

@@ -12,13 +12,14 @@ from rich.console import Console
 
 from tasks.reading import DataError
 from tests.conftest import sums, write_rows
+from tests.toys.commands import exit_code
 from trainer import speculate
 from trainer.assembly import trained as trained_module
 from trainer.data.render import Renderer
 from trainer.decoding import calibration
 from trainer.decoding.speculative import Result
 from trainer.drafters import DrafterError
-from trainer.evaluation import decode_ways, tree_search
+from trainer.evaluation import decode_ways, questions, tree_search
 from trainer.evaluation.questions import read_prompts
 from trainer.evaluation.speedup import summary_of_prompts
 from trainer.evaluation.speedup_report import prompts_report
@@ -301,25 +302,24 @@ def test_one_prompt_and_a_file_of_prompts_are_asked_as_rows_were_trained(trained
         {"messages": [*chat, {"role": "assistant", "content": "3"}]},
     ]
     file = write_rows(tmp_path / "prompts.jsonl", lines)
-    none = {"prompt": None, "prompts": None, "heldout": 0}
-    ids, stops = speculate._prompts(none | {"prompts": str(file)}, found)
+    ids, stops = questions.prompt_ids(found, 0, questions.read_prompts(str(file)))
     assert ids == [Renderer(found.base.tokenizer, found.task).chat(chat)] * 3
     assert stops == [found.base.tokenizer.eos_token_id]
-    assert speculate._prompts(none | {"prompt": "1+2="}, found)[0] == ids[:1]
-    held, _ = speculate._prompts(none | {"heldout": 5}, found)
+    assert questions.prompt_ids(found, 0, [chat])[0] == ids[:1]
+    held, _ = questions.prompt_ids(found, 5, [])
     assert len(held) == 5
 
 
 def test_sampled_texts_repeat_with_their_seed_and_are_not_compared(trained, shown, monkeypatch):
     texts = []
-    decode = speculate.decode_in_batches
+    decode = decode_ways.decode_in_batches
 
     def watched(ways, prompts, batch_size):
         results = decode(ways, prompts, batch_size)
         texts.append(results["drafter"][0].tokens)
         return results
 
-    monkeypatch.setattr(speculate, "decode_in_batches", watched)
+    monkeypatch.setattr(decode_ways, "decode_in_batches", watched)
     for seed in (1, 1, 2):
         arguments = [
             "prompt=abc",
@@ -402,12 +402,32 @@ def test_texts_that_differ_are_told_and_no_error():
     [
         ("mtp_medusa", [], "give one of prompt, prompts and heldout"),
         ("mtp_medusa", ["prompt=x", "heldout=2"], "give one of prompt, prompts and heldout"),
-        ("mtp_medusa", ["prompt=x", "count=0"], "count=0: a number of at least 1, or null"),
-        ("mtp_medusa", ["prompt=x", "top_p=0"], "top_p=0.0: above 0, at most 1"),
-        ("mtp_medusa", ["prompt=x", "batch_size=0"], "batch_size=0: at least 1"),
-        ("mtp_medusa", ["prompt=x", "tree=oak"], "tree=oak: one of chain, static, eagle2, dyspec"),
-        ("mtp_medusa", ["prompt=x", "tree=eagle2", "size=0"], "size=0: a number of at least 1"),
-        ("mtp_medusa", ["prompt=x", "siblings=some"], "siblings=some: one of without"),
+        (
+            "mtp_medusa",
+            ["prompt=x", "count=0"],
+            "count=0: expected a whole number, at least 1, or null",
+        ),
+        (
+            "mtp_medusa",
+            ["prompt=x", "top_p=0"],
+            "top_p=0: expected a number, above 0 and at most 1",
+        ),
+        (
+            "mtp_medusa",
+            ["prompt=x", "batch_size=0"],
+            "batch_size=0: expected a whole number, at least 1",
+        ),
+        (
+            "mtp_medusa",
+            ["prompt=x", "tree=oak"],
+            "tree=oak: expected one of chain, static, eagle2, dyspec",
+        ),
+        (
+            "mtp_medusa",
+            ["prompt=x", "tree=eagle2", "size=0"],
+            "size=0: expected a whole number, at least 1",
+        ),
+        ("mtp_medusa", ["prompt=x", "siblings=some"], "siblings=some: expected one of without"),
         (
             "mtp_medusa",
             ["prompt=x", "policy=hope"],
@@ -420,11 +440,11 @@ def test_texts_that_differ_are_told_and_no_error():
         ),
         ("mtp_medusa", ["prompt=x", "policy=refusal:2"], "its threshold is a probability"),
         ("mtp_medusa", ["prompt=x", "paths=/nowhere.json"], "paths=/nowhere.json cannot be read"),
-        ("mtp_medusa", ["prompt=x", "json=/nowhere/at/all.json"], "there is no such folder"),
+        ("mtp_medusa", ["prompt=x", "json=/nowhere/at/all.json"], "there is no folder /nowhere/at"),
         (
             "mtp_medusa",
             ["prompt=x", "tree=search", "paths=/nowhere/at/all.json"],
-            "there is no such folder",
+            "there is no folder /nowhere/at",
         ),
         (
             "mtp_medusa",
@@ -446,7 +466,11 @@ def test_texts_that_differ_are_told_and_no_error():
             ["prompt=x", "tree=search", "drafter=lookup"],
             "drafter=lookup makes trees of its own",
         ),
-        ("mtp_medusa", ["prompt=x", "tree=search", "size=0"], "size=0: a number of at least 1"),
+        (
+            "mtp_medusa",
+            ["prompt=x", "tree=search", "size=0"],
+            "size=0: expected a whole number, at least 1",
+        ),
         (
             "mtp_medusa",
             ["prompt=x", "tree=search", "max_new_tokens=1"],
@@ -460,7 +484,7 @@ def test_texts_that_differ_are_told_and_no_error():
 def test_what_cannot_be_decoded_says_why(trained, capsys, kind, arguments, said):
     run = trained(kind)
     capsys.readouterr()
-    assert speculate.main([f"run={run}", *arguments]) == 2
+    assert exit_code(speculate.main, [f"run={run}", *arguments]) == 2
     out, err = capsys.readouterr()
     assert said in err
     assert out == ""
@@ -486,7 +510,7 @@ def test_a_run_that_cannot_draft_is_refused_before_its_model_is_loaded(
     monkeypatch, capsys, content, said
 ):
     monkeypatch.setattr(run_folder, "read", lambda path: (None, content, "best"))
-    monkeypatch.setattr(speculate, "load_trained", None)
+    monkeypatch.setattr(trained_module, "load_trained", None)
     assert speculate.main(["run=somewhere", "prompt=x"]) == 2
     assert said in capsys.readouterr().err
 

@@ -8,9 +8,10 @@ import json
 import pytest
 
 from tests.conftest import sums, write_rows
+from tests.toys.commands import exit_code
 from trainer import evaluate
 from trainer.assembly.trained import load_trained
-from trainer.evaluation import decode_ways, speculation
+from trainer.evaluation import decode_ways
 from trainer.evaluation.questions import Question, read_questions
 
 BENCH = [
@@ -147,8 +148,9 @@ def test_other_drafters_and_trees(run, name, tmp_path):
     out = tmp_path / "found.json"
     growth = ("tree=eagle2", "size=5", "top_k=2", "policy=refusal:0.9") if name == "run" else ()
     assert (
-        speculation.main(
+        evaluate.main(
             [
+                "task=speculation",
                 f"run={run}",
                 "heldout=3",
                 "max_new_tokens=24",
@@ -175,7 +177,10 @@ def test_what_does_not_fit_is_left_out(run, tmp_path):
     )
     out = tmp_path / "found.json"
     assert (
-        speculation.main([f"run={run}", f"prompts={file}", "max_new_tokens=4", f"json={out}"]) == 0
+        evaluate.main(
+            ["task=speculation", f"run={run}", f"prompts={file}", "max_new_tokens=4", f"json={out}"]
+        )
+        == 0
     )
     found = json.loads(out.read_text())
     assert (found["answers"], found["left_out"]) == (2, 2)
@@ -185,20 +190,23 @@ def test_what_does_not_fit_is_left_out(run, tmp_path):
     ("arguments", "said"),
     [
         (["task=other"], "task=other: a run is evaluated on its own task"),
-        (["task=speculation", "heldout=0"], "heldout=0: at least 1"),
-        (["task=speculation", "each=-1"], "each=-1: at least 1, or 0 for all"),
-        (["task=speculation", "max_new_tokens=1"], "max_new_tokens=1: at least 2"),
-        (["task=speculation", "temperature=-1"], "temperature=-1.0"),
-        (["task=speculation", "count=0"], "count=0: a number of at least 1"),
-        (["task=speculation", "tree=oak"], "tree=oak: one of chain"),
-        (["task=speculation", "plot=/no/such/place.svg"], "there is no such folder"),
-        (["task=speculation", "drafter=other"], "drafter=other: one of run, lookup"),
+        (["task=speculation", "heldout=0"], "heldout=0: expected a whole number, at least 1"),
+        (["task=speculation", "each=-1"], "each=-1: expected a whole number, at least 0"),
+        (
+            ["task=speculation", "max_new_tokens=1"],
+            "max_new_tokens=1: expected a whole number, at least 2",
+        ),
+        (["task=speculation", "temperature=-1"], "temperature=-1: expected a number"),
+        (["task=speculation", "count=0"], "count=0: expected a whole number, at least 1"),
+        (["task=speculation", "tree=oak"], "tree=oak: expected one of chain"),
+        (["task=speculation", "plot=/no/such/place.svg"], "there is no folder"),
+        (["task=speculation", "drafter=other"], "drafter=other: expected one of run, lookup"),
         (["task=speculation", "prompts=/no/such/file"], "prompts=/no/such/file cannot be read"),
     ],
 )
 def test_what_cannot_be_asked_says_why(run, capsys, arguments, said):
     capsys.readouterr()
-    assert evaluate.main([f"run={run}", *arguments]) == 2
+    assert exit_code(evaluate.main, [f"run={run}", *arguments]) == 2
     out, err = capsys.readouterr()
     assert said in err
     assert out == ""

@@ -12,8 +12,6 @@ from trainer.drafters.lookup import PromptLookup
 from trainer.drafters.recycling import TokenRecycling
 from trainer.drafters.small import small_model
 
-DRAFTERS = ("run", "lookup", "recycling", "small")
-
 
 def sampling(options: dict[str, Any], stops: list[int], pad: int, **more: Any) -> GenerationConfig:
     """transformers' settings for a verb's temperature, top_p and max_new_tokens."""
@@ -32,18 +30,6 @@ def sampling(options: dict[str, Any], stops: list[int], pad: int, **more: Any) -
         **chances,
         **more,
     )
-
-
-def unknown_drafter(options: dict[str, Any]) -> str | None:
-    """What is wrong with a verb's options drafter and small."""
-    if options["drafter"] not in DRAFTERS:
-        return f"drafter={options['drafter']}: one of {', '.join(DRAFTERS)}"
-    if (options["drafter"] == "small") != (options["small"] is not None):
-        return (
-            "drafter=small and small=PATH, the small model's folder or its name on the hub, are"
-            " given together"
-        )
-    return None
 
 
 def check_drafter(config: dict[str, Any], options: dict[str, Any]) -> None:

@@ -227,7 +227,8 @@ def _table(kind: Any) -> str:
 
 def _lines(kind: Any) -> Iterator[list[str]]:
     hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
+    fields = sorted(dataclasses.fields(kind), key=_group)
+    for field in fields:
         text = field.metadata["text"]
         if "takes" in field.metadata:
             head = field.metadata["value"]
@@ -246,6 +247,11 @@ def _lines(kind: Any) -> Iterator[list[str]]:
         ]
 
 
+def _group(field: dataclasses.Field[Any]) -> int:
+    """Where --help lists a field: required options first, words of `rest` last."""
+    return 2 if "takes" in field.metadata else int(field.default is not dataclasses.MISSING)
+
+
 def exit_with(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a command on the arguments of this process, and exit with its code. If whoever reads the
     output has read enough (`| head`), exit quietly."""
@@ -260,45 +266,3 @@ def exit_with(main: Callable[[list[str]], int]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = PIPE_CLOSED
     sys.exit(code)
-
-
-def arguments(argv: list[str], known: dict[str, Any], usage: str) -> dict[str, Any]:
-    """Parse the `key=value` arguments of a verb. `known` maps each key to its default; `...` marks
-    a required one.
-
-    Raises:
-        SystemExit: 0 after `--help`; 2 on an unknown or missing key, with the usage.
-    """
-    if any(word in ("-h", "--help") for word in argv):
-        print(usage)
-        raise SystemExit(0)
-    given: dict[str, Any] = {}
-    for word in argv:
-        key, equals, value = word.partition("=")
-        if not equals or key not in known:
-            fault = (
-                __import__("trainer.config.schema").config.schema.nearest(key, known)
-                if equals
-                else "Arguments are written key=value."
-            )
-            raise SystemExit(bad(f"{word}: not an argument. {fault}\n\n{usage}"))
-        try:
-            given[key] = _typed(value, known[key])
-        except ValueError:
-            raise SystemExit(
-                bad(f"{word}: {key} takes {type(known[key]).__name__}\n\n{usage}")
-            ) from None
-    missing = [key for key, default in known.items() if default is ... and key not in given]
-    if missing:
-        raise SystemExit(bad(f"missing: {', '.join(missing)}\n\n{usage}"))
-    return {**known, **given}
-
-
-def _typed(value: str, default: Any) -> Any:
-    if value == "null" and default is None:
-        return None
-    if isinstance(default, bool):
-        if value.lower() not in ("true", "false"):
-            raise ValueError(value)
-        return value.lower() == "true"
-    return type(default)(value) if isinstance(default, int | float) else value

@@ -146,6 +146,21 @@ class Prompts:
         return ids
 
 
+def prompt_ids(
+    run: Trained, heldout: int, conversations: list[list[dict[str, Any]]]
+) -> tuple[list[list[int]], list[int]]:
+    """Return (prompts as token ids, stop tokens) of the first `heldout` held-out conversations, or
+    with 0 of the given ones.
+
+    Raises:
+        DataError: the task has no such prompts.
+    """
+    if heldout:
+        return held_out_prompts(run, heldout)
+    prompts = Prompts(run)
+    return [prompts.ids(messages) for messages in conversations], prompts.stops
+
+
 def _rows(path: str) -> list[tuple[int, Any]]:
     """Return (line number, value) of each line of a JSON lines file."""
     try:

@@ -1,0 +1,75 @@
+"""Options that several commands have in common: of sampling, and of drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.config.options import option
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are drawn."""
+
+    temperature: float = option("0 is greedy", 0.0, at_least=0)
+    top_p: float = option("draw from the likeliest tokens of this share", 1.0, above=0, at_most=1)
+    seed: int = option("of the draws", 0, at_least=0)
+
+
+@dataclass(frozen=True)
+class DrafterOptions:
+    """Which drafter drafts."""
+
+    drafter: Literal["run", "lookup", "recycling", "small"] = option(
+        "run: the run's own. lookup copies n-grams of the text so far, recycling proposes what the"
+        " model nearly said before, small asks the model of small=PATH; these need no training",
+        "run",
+    )
+    small: str | None = option(
+        "a smaller model of the same tokenizer: its folder, or its name on the hub",
+        None,
+        value="PATH",
+    )
+
+    def faults(self) -> Iterator[str]:
+        """Yield what does not go together."""
+        if (self.drafter == "small") != (self.small is not None):
+            yield (
+                "drafter=small and small=PATH, the small model's folder or its name on the hub, are"
+                " given together"
+            )
+
+
+@dataclass(frozen=True)
+class GrowthOptions:
+    """How a draft grows, as trainer.decoding.trees reads it."""
+
+    tree: Literal["chain", "static", "eagle2", "dyspec"] = option(
+        "chain: one token after another. static: EAGLE-1's tree, or that of paths=FILE. eagle2:"
+        " EAGLE-2's, which extends the top_k likeliest nodes of each level. dyspec: DySpec's, which"
+        " extends the likeliest node",
+        "chain",
+    )
+    count: int | None = option(
+        "tokens to draft one after another, by default as many as the drafter can",
+        None,
+        value="N",
+        at_least=1,
+    )
+    size: int = option("tokens of a tree", 59, at_least=1)
+    top_k: int = option("children of a node", 10, at_least=1)
+    paths: str | None = option(
+        "static: the paths of the tree's nodes, as [[0], [1], [0, 0]]", None, value="FILE.json"
+    )
+    policy: str = option(
+        "when to stop early: fixed, confidence:P where the drafter gives no next token the"
+        " probability P, refusal:P where it expects a refusal with more than P",
+        "fixed",
+    )
+    siblings: Literal["without", "with", "spectr", "best"] = option(
+        "how siblings of static trees are drawn when sampling: without or with replacement, spectr"
+        " verified by SpecTr's rule, or the best tokens. eagle2 and dyspec take the best",
+        "without",
+    )

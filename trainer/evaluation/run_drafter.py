@@ -1,0 +1,34 @@
+"""A run's model with the drafter that a command names, checked before the weights are loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tasks.reading import DataError
+from trainer.assembly import trained
+from trainer.assembly.chosen_drafter import check_drafter, drafter_of
+from trainer.assembly.trained import Trained
+from trainer.drafters import Drafter, DrafterError
+from trainer.storage import run_folder
+
+
+def load_run_and_drafter(options: dict[str, Any]) -> tuple[Trained, Drafter]:
+    """Load what the options run, drafter and small name.
+
+    Raises:
+        DataError: the run writes no text.
+        DrafterError: it has no drafter that proposes tokens. Others: see load_trained.
+    """
+    _, content, _ = run_folder.read(options["run"])
+    if content["identity"]["labels"] is not None:
+        raise DataError("this run trained a classifier, which writes no text. Use: graft evaluate")
+    check_drafter(content["config"], options)
+    run = trained.load_trained(options["run"], "cuda" if torch.cuda.is_available() else "cpu")
+    drafter = drafter_of(run, options)
+    if drafter is None:
+        raise DrafterError(
+            f"the drafter of run={options['run']} only shapes the adapter, and proposes no tokens"
+        )
+    return run, drafter

@@ -1,0 +1,124 @@
+"""One answer of a run's model, streamed as it is written."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from rich import get_console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from transformers import TextStreamer
+
+from tasks.reading import DataError
+from trainer.assembly.chosen_drafter import drafter_of, sampling
+from trainer.assembly.trained import Trained
+from trainer.data.render import Renderer, stop_ids
+from trainer.decoding.plugin import assist, refusal
+from trainer.drafters import DrafterError
+
+
+class _Streamer(TextStreamer):
+    """Pass text on as it is decoded."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.write(text)
+
+
+def prompt_ids(run: Trained, prompt: str, system: str | None) -> tuple[list[int], list[int]]:
+    """(the prompt's token ids, the stop tokens).
+
+    Raises:
+        DataError: the run writes no text, or the prompt is empty.
+    """
+    if run.task.kind == "label":
+        raise DataError("this run trained a classifier, which writes no text. Use: graft evaluate")
+    tokenizer = run.base.tokenizer
+    if run.task.kind == "conversation":
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": prompt})
+        ids = Renderer(tokenizer, run.task).chat(messages)
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise DataError("the prompt is empty, and this model starts from at least one token")
+    return ids, stop_ids(tokenizer, run.model.generation_config.eos_token_id, [])  # type: ignore[union-attr]
+
+
+def answer(
+    model: Any,
+    ids: list[int],
+    tokenizer: Any,
+    stops: list[int],
+    options: dict[str, Any],
+    write: Callable[[str], None],
+) -> None:
+    """Answer one prompt, piece by piece."""
+    torch.manual_seed(options["seed"])
+    settings = sampling(options, stops, tokenizer.pad_token_id)
+    prompt = torch.tensor([ids], device=next(model.parameters()).device)
+    model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        generation_config=settings,
+        streamer=_Streamer(tokenizer, write),
+    )
+
+
+def compare(run: Trained, ids: list[int], stops: list[int], options: dict[str, Any]) -> None:
+    """Show the base's answer and the adapted model's, side by side."""
+    texts = {"base": "", "adapted": ""}
+
+    def table() -> Table:
+        table = Table(*texts, expand=True)
+        table.add_row(*map(Text, texts.values()))  # an answer may hold [brackets]
+        return table
+
+    console = get_console()
+    with (
+        Live(table(), console=console) if console.is_terminal else contextlib.nullcontext()
+    ) as live:
+        for name in texts:
+
+            def write(text: str, name: str = name) -> None:
+                texts[name] += text
+                if live is not None:
+                    live.update(table())
+
+            with _base(run) if name == "base" else drafting(run, options) as model:
+                answer(model, ids, run.base.tokenizer, stops, options, write)
+    if not console.is_terminal:
+        console.print(table())
+
+
+@contextlib.contextmanager
+def drafting(run: Trained, options: dict[str, Any]) -> Iterator[Any]:
+    """The model, with the drafter that the options name if it can draft."""
+    drafter = drafter_of(run, options) if options["draft"] else None
+    fault = refusal(run.model)
+    if drafter is not None and fault and options["drafter"] != "run":
+        raise DrafterError(fault)
+    if drafter is None or fault:
+        yield run.model
+        return
+    with assist(run.model, drafter):
+        yield run.model
+
+
+@contextlib.contextmanager
+def _base(run: Trained) -> Iterator[Any]:
+    try:
+        switched = run.adapter.disabled(run.model)
+    except ValueError:  # full fine-tuning has no base to switch back to
+        dtype = next(run.model.parameters()).dtype
+        yield run.base.load(dtype, None, next(run.model.parameters()).device)
+        return
+    with switched:
+        yield run.model
