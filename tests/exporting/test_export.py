@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from adapters.delta import AdapterError
-from tests.conftest import write_rows
+from tests.conftest import sums, write_rows
 from tests.toys.commands import exit_code
 from tests.toys.heads import make, stirred
 from tests.toys.mtp_bases import names_of, tiny_of
@@ -29,15 +32,6 @@ from trainer.storage.checkpoints import CheckpointError
 SHORT = ["max_steps=4", "callbacks.evaluation.every=null", "optimizer.lr=3e-2"]
 
 
-@pytest.fixture
-def labels(tmp_path: Path) -> Path:
-    rows = [
-        {"text": ("good " if i % 2 else "bad ") * (1 + i % 5), "label": str(i % 2)}
-        for i in range(60)
-    ]
-    return write_rows(tmp_path / "labels.jsonl", rows)
-
-
 @torch.no_grad()
 def outputs(model: Any) -> Tensor:
     ids = torch.randint(3, 259, (3, 20), generator=torch.Generator().manual_seed(5))
@@ -49,33 +43,53 @@ def of_run(run: Path, which: str = "last") -> Any:
     return trained_module.load_trained(f"{run}@{which}", fp32=True)
 
 
-def run_with(train: Any, chats: Path, labels: Path, kind: str) -> Path:
-    data = (
-        ["task=classification", f"task.path={labels}"]
-        if kind.endswith("classification")
-        else [f"task.path={chats}"]
-    )
-    settings = {
-        "lora": [],
-        "pissa": ["adapter=pissa", "adapter.r=4", "adapter.lora_alpha=4"],
-        "loha": [
-            "adapter=peft",
-            "adapter.peft_type=LOHA",
-            "adapter.r=4",
-            "adapter.target_modules=all-linear",
-        ],
-        "adalora": ["adapter=adalora", "adapter.init_r=4", "adapter.target_r=2"],
-        "prompt_tuning": [
-            "adapter=prompt_tuning",
-            "adapter.num_virtual_tokens=4",
-            "callbacks.evaluation.samples=0",
-        ],
-        "full": ["adapter=full"],
-        "classification": [],
-        "full-classification": ["adapter=full"],
-        "nf4": ["base.quantization=nf4", "base.hidden_size=64"],
-    }[kind]
-    return train(*SHORT, *data, *settings)
+SETTINGS = {
+    "lora": [],
+    "pissa": ["adapter=pissa", "adapter.r=4", "adapter.lora_alpha=4"],
+    "loha": [
+        "adapter=peft",
+        "adapter.peft_type=LOHA",
+        "adapter.r=4",
+        "adapter.target_modules=all-linear",
+    ],
+    "adalora": ["adapter=adalora", "adapter.init_r=4", "adapter.target_r=2"],
+    "prompt_tuning": [
+        "adapter=prompt_tuning",
+        "adapter.num_virtual_tokens=4",
+        "callbacks.evaluation.samples=0",
+    ],
+    "full": ["adapter=full"],
+    "classification": [],
+    "full-classification": ["adapter=full"],
+    "nf4": ["base.quantization=nf4", "base.hidden_size=64"],
+}
+
+
+@pytest.fixture(scope="module")
+def trained_once(
+    train_in: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The run of a kind of SETTINGS, trained when it is first asked for."""
+
+    @functools.cache
+    def trained(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        if kind.endswith("classification"):
+            texts = [("good " if i % 2 else "bad ") * (1 + i % 5) for i in range(60)]
+            rows = [{"text": text, "label": str(i % 2)} for i, text in enumerate(texts)]
+            data = ["task=classification"]
+        else:
+            rows, data = sums(60), []
+        path = write_rows(folder / "rows.jsonl", rows)
+        return train_in(folder, *SHORT, *data, f"task.path={path}", *SETTINGS[kind])
+
+    return trained
+
+
+@pytest.fixture
+def run_of(trained_once: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of `trained_once`, which a test may write to."""
+    return lambda kind: shutil.copytree(trained_once(kind), tmp_path / "runs" / kind)
 
 
 # of PEFT's own AdaLoRA files
@@ -83,8 +97,8 @@ def run_with(train: Any, chats: Path, labels: Path, kind: str) -> Path:
 @pytest.mark.parametrize(
     "kind", ["lora", "pissa", "loha", "adalora", "prompt_tuning", "classification", "nf4"]
 )
-def test_an_exported_adapter_is_the_runs_model_in_stock_peft(train, chats, labels, kind):
-    run = run_with(train, chats, labels, kind)
+def test_an_exported_adapter_is_the_runs_model_in_stock_peft(run_of, kind):
+    run = run_of(kind)
     out, difference = formats.export(str(run), "peft", None, "float32")
     assert out == run / "peft"
     assert difference < 1e-4
@@ -111,10 +125,8 @@ def test_an_exported_adapter_is_the_runs_model_in_stock_peft(train, chats, label
 @pytest.mark.parametrize(
     "kind", ["lora", "pissa", "full", "classification", "full-classification", "nf4"]
 )
-def test_a_merged_export_is_the_runs_model_in_stock_transformers(
-    train, chats, labels, tmp_path, kind
-):
-    run = run_with(train, chats, labels, kind)
+def test_a_merged_export_is_the_runs_model_in_stock_transformers(run_of, tmp_path, kind):
+    run = run_of(kind)
     out, difference = formats.export(str(run), "merged", tmp_path / "deep" / "merged", "float32")
     assert difference < 1e-4
     saved = load_file(out / "model.safetensors")
@@ -174,9 +186,9 @@ def test_which_checkpoint_is_exported_can_be_chosen(train, chats, tmp_path):
 
 
 def test_an_export_that_answers_differently_is_refused_and_leaves_nothing(
-    train, chats, tmp_path, monkeypatch
+    run_of, tmp_path, monkeypatch
 ):
-    run = run_with(train, chats, chats, "lora")
+    run = run_of("lora")
     save, write = adapter_module.save_adapter, type(of_run(run).model).save_pretrained
 
     def spoilt_adapter(
@@ -210,8 +222,8 @@ def test_an_export_that_answers_differently_is_refused_and_leaves_nothing(
     assert list(place.iterdir()) == []
 
 
-def test_an_export_with_nan_is_refused(train, chats, tmp_path, monkeypatch):
-    run = run_with(train, chats, chats, "lora")
+def test_an_export_with_nan_is_refused(run_of, tmp_path, monkeypatch):
+    run = run_of("lora")
     save = adapter_module.save_adapter
 
     def spoilt(
@@ -228,15 +240,8 @@ def test_an_export_with_nan_is_refused(train, chats, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*adapter*"))
 
 
-def test_what_cannot_be_exported_says_why(train, chats, tmp_path, capsys):
-    run = train(
-        *SHORT,
-        f"task.path={chats}",
-        "adapter=prompt_tuning",
-        "adapter.num_virtual_tokens=4",
-        "callbacks.evaluation.samples=0",
-        "name=prompt",
-    )
+def test_what_cannot_be_exported_says_why(run_of, tmp_path, capsys):
+    run = run_of("prompt_tuning")
     with pytest.raises(
         AdapterError,
         match=(
@@ -248,14 +253,14 @@ def test_what_cannot_be_exported_says_why(train, chats, tmp_path, capsys):
     assert list((tmp_path / "out").iterdir()) == []
     assert export.main([f"run={run}", "to=merged"]) != 0
     assert "works on activations" in capsys.readouterr().err
-    full = train(*SHORT, f"task.path={chats}", "adapter=full", "name=full")
+    full = run_of("full")
     with pytest.raises(AdapterError, match="to=merged"):
         formats.export(str(full), "peft", None, "float32")
     assert not list(full.glob("*peft*"))
 
 
-def test_what_is_there_is_not_overwritten(train, chats, tmp_path):
-    run = run_with(train, chats, chats, "lora")
+def test_what_is_there_is_not_overwritten(run_of, tmp_path):
+    run = run_of("lora")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "note").write_text("kept")
     with pytest.raises(
@@ -265,8 +270,8 @@ def test_what_is_there_is_not_overwritten(train, chats, tmp_path):
     assert (tmp_path / "mine" / "note").read_text() == "kept"
 
 
-def test_the_verb(train, chats, tmp_path, capsys):
-    run = run_with(train, chats, chats, "lora")
+def test_the_verb(run_of, tmp_path, capsys):
+    run = run_of("lora")
     assert export.main([f"run={run}", "to=peft", f"out={tmp_path / 'out'}"]) == 0
     assert "loaded back and compared: logits differ by" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import types
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import yaml
 
 from tasks.wheel import sha256
+from tests.conftest import sums, write_rows
 from tests.toys.commands import exit_code
 from tests.toys.power_cuts import PowerCut, cut_at, outcome
 from trainer import cooldown
@@ -38,10 +40,18 @@ CONSTANT = (
 OPTIONS = branches.KNOWN | {"shape": "1-sqrt", "final": "0"}
 
 
-@pytest.fixture
-def constant(train: Any, chats: Path) -> Path:
+@pytest.fixture(scope="module")
+def trained_once(train_in: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 12 steps at a constant rate, which keeps every checkpoint."""
-    return train(f"task.path={chats}", *CONSTANT, "max_steps=12", "name=constant")
+    folder = tmp_path_factory.mktemp("constant")
+    chats = write_rows(folder / "chats.jsonl", sums(60))
+    return train_in(folder, f"task.path={chats}", *CONSTANT, "max_steps=12", "name=constant")
+
+
+@pytest.fixture
+def constant(trained_once: Path, tmp_path: Path) -> Path:
+    """A copy of `trained_once` among the runs of this test."""
+    return shutil.copytree(trained_once, tmp_path / "runs" / "constant", symlinks=True)
 
 
 def branched(train: Any, run: str, *more: str, **options: str) -> Path:
