@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted when they come, acted upon where a step ends."""
+"""Signals that ask a run to stop: noted on arrival, handled at the end of a step."""
 
 from __future__ import annotations
 
@@ -35,15 +35,14 @@ class Signals:
                 signal.signal(number, handler)
 
     def install(self) -> None:
-        """Take the signals over, also from Lightning and submitit, which install handlers of their
-        own."""
+        """Install the handlers, again after Lightning and submitit have installed theirs."""
         if threading.current_thread() is threading.main_thread():
             for number in NOTED:
                 signal.signal(number, self._note)
 
     def ignore(self) -> None:
-        """Hear nothing more: the run is saved, and the queue sends another signal when the job is
-        put into it again."""
+        """Ignore further signals. The run is saved; requeueing sends one more signal, which must
+        not change the exit code."""
         if threading.current_thread() is threading.main_thread():
             for number in NOTED:
                 signal.signal(number, signal.SIG_IGN)

@@ -1,10 +1,9 @@
-"""The SLURM job around a run: whether it is one, how long it has, and how it comes back after a
-signal has stopped it.
+"""The SLURM job of a run: its id, its end time, and its requeueing after a signal.
 
-SIGUSR1, SIGUSR2 and SIGTERM end in a saved run (trainer.cluster.signals). In a job it is put into
-the queue again then, under the same job id, so that it finds its folder: RUN/job holds the id. A
-job that saves at a pre-emption and ends with 0 would count as done and never come back; so the exit
-code is 75 (EX_TEMPFAIL), and `scontrol requeue` is asked before.
+SIGUSR1, SIGUSR2 and SIGTERM end in a saved run (trainer.cluster.signals). A job is then requeued
+under the same job id, so that it finds its folder: RUN/job holds the id. A job that saves at a
+pre-emption and exits with 0 would count as completed and never come back. So it calls `scontrol
+requeue` and exits with 75 (EX_TEMPFAIL).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from trainer.config.run_name import job
 
 log = logging.getLogger("trainer")
 
-EXIT_REQUEUED = 75  # sysexits.h's EX_TEMPFAIL: saved, and in the queue again
+EXIT_REQUEUED = 75  # sysexits.h's EX_TEMPFAIL: saved, and requeued
 WAIT_FOR_RANK0_S = 5  # seconds
 MAX_STARTS_WITHOUT_PROGRESS = 3  # starts in a row that may gain no step
 
@@ -43,36 +42,33 @@ class Stopped(RuntimeError):
 
 
 def first_process() -> bool:
-    """Whether this is the first of the run's processes, as torchrun, srun and Lightning number
-    them."""
+    """Whether this process is rank 0, as torchrun, srun and Lightning number ranks."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
 
 
 def has_several_ranks() -> bool:
-    """Whether srun has started several processes, so that it ends all with SIGTERM when one leaves
-    with an error. Its exit code is the highest of theirs."""
+    """Whether srun has started several ranks. When one exits with an error, srun sends SIGTERM to
+    all; its own exit code is the highest of theirs."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
 def exit_1_on_sigterm() -> None:
-    """Let SIGTERM end this process with 1 from now on, below the code of the process that has found
-    what is wrong: for as long as there is nothing to save, it would be 143 for a mistake in the
-    config."""
+    """Until there is something to save, exit with 1 on SIGTERM, so that srun reports rank 0's exit
+    code 2 for a mistake in the config, and not 143."""
     if has_several_ranks():
         signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
 
 
 def wait_for_rank0(code: object) -> None:
-    """Before a process leaves with an error: the first one has found the same, tells of it, and
-    must not take the end of this one for a wish of SLURM's to have the run stopped and queued
-    again."""
+    """On an error all ranks exit. Ranks other than 0 wait 5 s first, so that srun's SIGTERM does not
+    reach rank 0 before it has printed the message."""
     if has_several_ranks() and not first_process() and code not in (None, 0):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(WAIT_FOR_RANK0_S)
 
 
 def about(number: str) -> dict[str, str]:
-    """What `scontrol show job` tells, {} where it cannot be asked."""
+    """Return what `scontrol show job` reports, {} if it cannot be called."""
     try:
         shown = subprocess.run(
             ["scontrol", "show", "job", "-o", number], capture_output=True, text=True, timeout=30
@@ -84,8 +80,8 @@ def about(number: str) -> dict[str, str]:
 
 
 def end_time() -> float | None:
-    """When the job's time is up, in seconds since the epoch; None outside a job, and for one
-    without a limit."""
+    """Return the job's end time in seconds since the epoch; None outside a job, and without a time
+    limit."""
     if (told := os.environ.get("SLURM_JOB_END_TIME")) is not None:
         return float(told)
     number = job()
@@ -97,9 +93,10 @@ def end_time() -> float | None:
 
 
 def other_tasks(settings: dict[str, Any]) -> str | None:
-    """What is wrong where the processes that conf/lightning asks for are not the tasks that srun
-    has started: with fewer, each task would train alone and take itself for the first; with more,
-    they would wait for those who never come.
+    """Return an error message if srun has not started the processes that conf/lightning asks for.
+
+    With fewer processes than tasks, each task would train alone as rank 0. With more, the tasks
+    would wait for ranks that never start.
     """
     devices, nodes = settings["devices"], settings["num_nodes"]
     if (
@@ -129,8 +126,8 @@ def other_tasks(settings: dict[str, Any]) -> str | None:
 
 
 def exit_code(settings: dict[str, Any], number: int, folder: Path | None, step: int | None) -> int:
-    """Ask for the job to be queued again, if it is one that may be, and return the process's exit
-    code: 75 then, else 128 + signal.
+    """Requeue the job if that is allowed, and return the process's exit code: 75 if it was
+    requeued, else 128 + signal.
 
     `settings` holds `requeue` and `max_requeues`, `step` is the last one saved in `folder`, None
     where the run had not come to its first.
@@ -158,7 +155,7 @@ def exit_code(settings: dict[str, Any], number: int, folder: Path | None, step: 
 def _refused(
     settings: dict[str, Any], found: dict[str, str], folder: Path | None, step: int | None
 ) -> str | None:
-    """Why a job is not asked back, if there is a reason."""
+    """Return why a job must not be requeued, None if it may be."""
     state = found.get("JobState", "unknown")
     if state not in ("RUNNING", "unknown"):
         return (

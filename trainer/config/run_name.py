@@ -13,8 +13,8 @@ from trainer.config.errors import ConfigError
 
 
 def run_folder(runs: str, name: str, resume: str) -> str:
-    """RUNS/NAME, the first of NAME, NAME-2, NAME-3 ... that holds no run yet; with resume=auto the
-    newest of them that does; with resume=FOLDER that folder."""
+    """Return the run's folder: the first of RUNS/NAME, NAME-2, NAME-3 ... that holds no run yet;
+    with resume=auto the newest of them that does; with resume=FOLDER that folder."""
     if resume not in ("never", "auto"):
         if not any((Path(resume) / file).exists() for file in ("run.yaml", "multirun.yaml")):
             raise ConfigError(
@@ -27,15 +27,14 @@ def run_folder(runs: str, name: str, resume: str) -> str:
             " starts with none of those three"
         )
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    # started by torchrun or srun: the first process says where the run lives, see trainer.run
+    # Started by torchrun or srun: rank 0 decides on the folder.
     if rank != "0":
         return str(Path(tempfile.gettempdir()) / f"graft-{os.getpid()}-rank-{rank}")
     candidate, newest, number = Path(runs) / name, None, 2
     while (candidate / "run.yaml").exists() or (candidate / "multirun.yaml").exists():
         newest, candidate, number = candidate, Path(runs) / f"{name}-{number}", number + 1
     if newest is not None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-        # The job is started again with the same command, and what it had begun is in the newest
-        # folder that it made.
+        # A requeued job runs the same command again; its run is in the newest folder of its id.
         own = newest / "job"
         if own.exists() and own.read_text().strip() == job():
             return str(newest)
@@ -50,8 +49,8 @@ def _run_folder(plain: dict[str, Any]) -> Iterator[str]:
 
 
 def job() -> str | None:
-    """The id of the batch job that this process is of, as scontrol takes it: JOB, or ARRAY_TASK.
-    None outside, and in a shell of salloc or srun --pty, which nobody would start again."""
+    """Return the id of this process's batch job, as scontrol takes it: JOB, or ARRAY_TASK. None
+    outside a job, and in an interactive shell of salloc or srun --pty, which is never requeued."""
     number = os.environ.get("SLURM_JOB_ID")
     if not number or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
         return None
