@@ -222,8 +222,8 @@ def measured(method: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Each method `repeats` times in turn; a table of medians and of ratios to stock PEFT's
-    LoRA."""
+    """Measure each method `repeats` times in turn; print a table of medians and of ratios to stock
+    PEFT's LoRA."""
     options = parse(DEFAULTS, __doc__)
     if "--worker" in sys.argv:
         name, out = sys.argv[sys.argv.index("--worker") + 1 :][:2]
@@ -257,16 +257,18 @@ def main() -> int:
         name: [statistics.median(r["steps"]) for r in runs] for name, runs in results.items()
     }
     print(
-        f"\n{'':17}{'trained':>11}{'step s':>9}{'/ ' + reference:>13}{'(rounds)':>24}{'peak MB':>10}{'/':>7}"
-        "  gradient"
+        f"\n{'':17}{'trained':>11}{'step s':>9}{'/ ' + reference:>13}{'(rounds)':>24}"
+        f"{'peak MB':>10}{'/':>7}  gradient"
     )
     memory = {name: statistics.median(r["mb"] for r in runs) for name, runs in results.items()}
     for name, values in medians.items():
         ratios = [a / b for a, b in zip(values, medians[reference], strict=True)]
-        shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        rounds = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        first = results[name][0]
         print(
-            f"{name:17}{results[name][0]['trained']:11,}{statistics.median(values):9.3f}{statistics.median(ratios):13.3f}{shown:>24}{memory[name]:10.0f}{memory[name] / memory[reference]:7.2f}"
-            f"  {'+'.join(results[name][0]['ways'])}"
+            f"{name:17}{first['trained']:11,}{statistics.median(values):9.3f}"
+            f"{statistics.median(ratios):13.3f}{rounds:>24}{memory[name]:10.0f}"
+            f"{memory[name] / memory[reference]:7.2f}  {'+'.join(first['ways'])}"
         )
     return 0
 

@@ -2,24 +2,24 @@
 logits.
 
     python -m scripts.bench.distillation [drafters=[eagle3,medusa]] [supervised=[1.0,0.5]]
-    [batch_size=2] [length=512] [steps=3] [repeats=3]
-        [base=smollm2_135m] [precision=auto] [extra=[drafter.draft_vocab_size=8192]] [threads=1]
-        [device=cpu] [json=FILE]
+        [batch_size=2] [length=512] [steps=3] [repeats=3] [base=smollm2_135m] [precision=auto]
+        [extra=[drafter.draft_vocab_size=8192]] [threads=1] [device=cpu] [json=FILE]
 
 Both start from the same weights and train on the same batches of random tokens with the same AdamW.
-`supervised` is the share of each
-row, its end, that is trained. Each side in a process of its own, in turn; the ratios are of pairs.
-Sides:
+`supervised` is the share of each row, at its end, that is trained. Each side runs in a new process,
+in turn; the ratios are of pairs. Sides:
 
     ours    objective=distill: trainer.training.distill.DraftLoss with the program's settings
-    plain   the same forward passes, then softmax over the teacher's logits of all positions (eagle3), logits of all positions for each
-            offset, and the loss by autograd: cross-entropy with the teacher's distribution
-            renormalised over the draft vocabulary (eagle3), or with the tokens (medusa)
-    kept    plain with the program's setting of malloc (trainer.speed.malloc), which is no part of the method
+    plain   the same forward passes, then softmax over the teacher's logits of all positions
+            (eagle3), logits of all positions for each offset, and the loss by autograd:
+            cross-entropy with the teacher's distribution renormalised over the draft vocabulary
+            (eagle3), or with the tokens (medusa)
+    kept    plain with the program's setting of malloc (trainer.speed.malloc), which is not part of
+            the method
 
-plain counts the best guess that is right, and nothing else; ours also counts the five best,
-acceptance and runs of right guesses. A step is forward, backward and optimiser; the first is left
-out. Loss is the mean of all steps', which must agree.
+plain only counts correct best guesses; ours also counts the five best, acceptance and runs of
+correct guesses. A step is forward, backward and optimiser; the first one is not counted. The loss
+is the mean over all steps, which must agree.
 """
 
 from __future__ import annotations
@@ -310,8 +310,8 @@ def main() -> int:
             )
             rows.append(row)
             print(
-                f"{drafter:8}{share:11.0%} "
-                f" {side:6}{row['cpu_seconds']:11.2f}{row['seconds']:8.2f}{row['tokens'] / row['cpu_seconds']:10.1f}{row['peak_bytes'] / 1e6:9.0f}"
+                f"{drafter:8}{share:11.0%}  {side:6}{row['cpu_seconds']:11.2f}{row['seconds']:8.2f}"
+                f"{row['tokens'] / row['cpu_seconds']:10.1f}{row['peak_bytes'] / 1e6:9.0f}"
                 f"  {' '.join(f'{loss:.5f}' for loss in row['losses'])}",
                 flush=True,
             )

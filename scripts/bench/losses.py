@@ -1,25 +1,27 @@
-"""The vocabulary's loss three ways: all logits at once, ours chunk by chunk, torch's own fused
-operation; each case in a process of its own.
+"""Three implementations of the vocabulary's loss: all logits at once, ours chunk by chunk, and
+torch's fused operation. Each case runs in a new process.
 
     python -m scripts.bench.losses [positions=[1024,2048]] [heads=[1,4]] [dtypes=[bfloat16,float32]]
-    [ways=[...]] [repeats=3] [seconds=30]
-        [threads=1] [device=cpu] [width=576] [vocabulary=49152] [json=FILE]
+        [ways=[...]] [repeats=3] [seconds=30] [threads=1] [device=cpu] [width=576]
+        [vocabulary=49152] [json=FILE]
 
 A case is the summed mean cross-entropy of `heads` sets of `positions` hidden states under one
-frozen output head, forward and backward down to those states, as the main loss and a drafter's
-offsets ask for it; the shapes are SmolLM2's. The numbers are the
-same in each dtype, rounded to bf16 before. Ways:
+frozen output head, forward and backward to those states, as in the main loss and a drafter's
+offsets. The shapes are SmolLM2's. The numbers are the same in each dtype, since they are rounded to
+bf16 first. Ways:
 
     materialised   every head's logits, then F.cross_entropy(logits.float())
-    ours_C         trainer.models.losses.chunked_predictions with chunks of C positions; it also says which guesses were right
-    torch_C        F.linear_cross_entropy(reduction="mean") with LinearCrossEntropyOptions(batch_chunk_size=C)
+    ours_C         trainer.models.losses.chunked_predictions with chunks of C positions; it also
+                   returns which guesses are correct
+    torch_C        F.linear_cross_entropy(reduction="mean") with
+                   LinearCrossEntropyOptions(batch_chunk_size=C)
     torch_auto     the same with the chunk that torch chooses
     torch_none_C   reduction="none", and the mean in fp32
 
-Columns: median seconds of wall clock and of processor time (the first of several passes left out;
-no further pass is begun after `seconds`), peak memory above the inputs, the largest error of a
-head's reported mean loss against float64, and the relative error of the gradient (on every
-sixteenth position).
+Columns: median seconds of wall clock and of processor time (without the first of several passes; no
+further pass starts after `seconds`), peak memory above the inputs, the largest error of a head's
+reported mean loss against float64, and the relative error of the gradient (on every sixteenth
+position).
 """
 
 from __future__ import annotations
@@ -216,8 +218,8 @@ def main() -> int:
         flush=True,
     )
     print(
-        f"\n{'dtype':10}{'n':>6}{'heads':>6} "
-        f" {'way':16}{'s':>8}{'cpu s':>8}{'passes':>7}{'peak MB':>9}{'loss error':>12}{'gradient':>10}"
+        f"\n{'dtype':10}{'n':>6}{'heads':>6}  {'way':16}{'s':>8}{'cpu s':>8}{'passes':>7}"
+        f"{'peak MB':>9}{'loss error':>12}{'gradient':>10}"
     )
     with tempfile.TemporaryDirectory() as folder:
         worker(f"{folder}/exact.pt")
@@ -243,12 +245,12 @@ def main() -> int:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row's measured columns."""
+    """Return a row's measured columns."""
     if "skipped" in row:
         return f"  skipped: {row['skipped']}"
     return (
-        f"{row['seconds']:8.2f}{row['cpu_seconds']:8.2f}{row['passes']:7}{row['peak_bytes'] / 1e6:9.0f}"
-        f"{row['loss_error']:12.1e}{row['gradient_error']:10.1e}"
+        f"{row['seconds']:8.2f}{row['cpu_seconds']:8.2f}{row['passes']:7}"
+        f"{row['peak_bytes'] / 1e6:9.0f}{row['loss_error']:12.1e}{row['gradient_error']:10.1e}"
     )
 
 

@@ -149,13 +149,10 @@ def piece(
     rows: list[str],
     density: float,
 ) -> dict[str, Any]:
-    """One run, in a process of its own: its held-out loss and scores, step time, memory and adapter
-    size."""
-    search = part == "search"
-    steps, name = (
-        options["search_steps"] if search else options["steps"],
-        f"{part}-{method}-{rate:g}-{seed}",
-    )
+    """Run one method in a new process; return its held-out loss and scores, step time, memory and
+    adapter size."""
+    steps = options["search_steps" if part == "search" else "steps"]
+    name = f"{part}-{method}-{rate:g}-{seed}"
     command = [
         sys.executable,
         "-m",
@@ -180,19 +177,10 @@ def piece(
         "resume=auto",
     ]
     folder = Path(options["out"]) / "runs" / name
-    graded = [
-        sys.executable,
-        "-m",
-        "trainer.evaluate",
-        f"run={folder}",
-        f"generate={0 if search else options['generate']}",
-        "max_new_tokens=120",
-        f"json={folder}/scores.json",
-    ]
     peak = run(command)
-    run(graded)
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    seconds = [row["seconds"] for row in found if row["kind"] == "step"]
+    grade(folder, 0 if part == "search" else options["generate"])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    seconds = [row["seconds"] for row in lines if row["kind"] == "step"]
     result = {
         "method": method,
         "part": part,
@@ -211,6 +199,12 @@ def piece(
     for path in (folder / "checkpoints").glob("step-*"):
         path.unlink()  # a full fine-tuning has gigabytes
     return result
+
+
+def grade(folder: Path, answers: int) -> None:
+    """Evaluate a run, with generated answers to that many rows; write its scores.json."""
+    command = [sys.executable, "-m", "trainer.evaluate", f"run={folder}", f"generate={answers}"]
+    run([*command, "max_new_tokens=120", f"json={folder}/scores.json"])
 
 
 def run(command: list[str]) -> int:

@@ -1,22 +1,21 @@
 """Time from the command to the first optimiser step: the program against plain scripts of
-transformers' Trainer and of TRL's SFTTrainer, each with stock PEFT's LoRA on the same model, rows,
-batch size and precision, each in a process of its own, in turn.
+transformers' Trainer and of TRL's SFTTrainer. All have a LoRA (stock PEFT's in the scripts) on the
+same model, rows, batch size and precision, and run in turn, each in a new process.
 
     python -m scripts.bench.startup [repeats=3] [rows=1000] [length=128] [batch_size=2]
-    [precision=auto] [base=smollm2_135m]
-                                    [contestants=[ours,hf]] [caches=[cold,warm]] [trl=PYTHON]
-                                    [short=true] [json=FILE] [extra=[]]
+        [precision=auto] [base=smollm2_135m] [contestants=[ours,hf]] [caches=[cold,warm]]
+        [trl=PYTHON] [short=true] [json=FILE] [extra=[]]
 
 Prints medians of wall and, in brackets, processor seconds from the start of the process to: rows as
 tokens (data), the model in memory with its adapter (model), the first optimiser step done (step);
-and the ratios round by round. cold: rows are tokenised; warm: an earlier start has left them in the
-cache. trl=PYTHON is the python of an environment that has trl; contestants then need not name it.
-short: also what --help and a wrong key take. What an operating system keeps of the files is warm
-for all: a start that is not counted comes first.
+and the ratios of each round. cold: rows are tokenised; warm: an earlier start has cached them.
+trl=PYTHON is the python of an environment with trl, which adds trl to the contestants. short: also
+time --help and a wrong key. The operating system's file cache is warm for all: the first start of
+each contestant is not counted.
 
-The rows are chats of `length` words or so, made from a seed. The plain scripts load, tokenise by
-the chat template, mask nothing and log nowhere, as the program does with task.train_on=everything
-and logger=none; they make no checkpoint before their first step, nor does it.
+The rows are chats of about `length` words from a seeded generator. The plain scripts load, tokenise
+with the chat template, mask nothing and do not log, like the program with task.train_on=everything
+and logger=none. Neither writes a checkpoint before the first step.
 """
 
 from __future__ import annotations
@@ -36,6 +35,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+
+from scripts.bench.options import parse
 
 DEFAULTS: dict[str, Any] = {
     "repeats": 3,
@@ -75,8 +76,9 @@ if tokenizer.pad_token is None:
     tokenizer.pad_token = tokenizer.eos_token
 data = datasets.load_dataset("json", data_files=rows, split="train")
 shared = dict(
-    per_device_train_batch_size=int(batch_size), max_steps=2, learning_rate=1e-4, report_to=[], save_strategy="no", disable_tqdm=True,
-    use_cpu=not torch.cuda.is_available(), optim="adamw_torch_fused", logging_steps=1, bf16=False, seed=0,
+    per_device_train_batch_size=int(batch_size), max_steps=2, learning_rate=1e-4, report_to=[],
+    save_strategy="no", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+    optim="adamw_torch_fused", logging_steps=1, bf16=False, seed=0,
 )
 lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 class Steps(transformers.TrainerCallback):
@@ -87,22 +89,27 @@ def loaded():
     return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
 if kind == "hf":
     def tokens(batch):
-        texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in batch["messages"]]
-        return {"input_ids": tokenizer(texts, add_special_tokens=False, truncation=True, max_length=1024)["input_ids"]}
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in batch["messages"]]
+        ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=1024)
+        return {"input_ids": ids["input_ids"]}
     data = data.map(tokens, batched=True, remove_columns=data.column_names)
     reached("data")
     model = peft.get_peft_model(loaded(), lora)
     reached("model")
     trainer = transformers.Trainer(
-        model, transformers.TrainingArguments(out, **shared), train_dataset=data, callbacks=[Steps()],
+        model, transformers.TrainingArguments(out, **shared), train_dataset=data,
+        callbacks=[Steps()],
         data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
 else:
     model = loaded()
     shared["bf16"] = False
     trainer = trl.SFTTrainer(
-        model=model, args=trl.SFTConfig(output_dir=out, max_length=1024, gradient_checkpointing=False, **shared), train_dataset=data,
-        processing_class=tokenizer, peft_config=lora, callbacks=[Steps()],
+        model=model,
+        args=trl.SFTConfig(
+            output_dir=out, max_length=1024, gradient_checkpointing=False, **shared
+        ),
+        train_dataset=data, processing_class=tokenizer, peft_config=lora, callbacks=[Steps()],
     )
     reached("data")
     reached("model")
@@ -294,78 +301,76 @@ def table(found: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
     return "\n".join([*lines, "", *said])
 
 
+SHORT = {"--help": ["--help"], "a wrong key": ["task=sft", "task.path=x", "no_such_key=1"]}
+
+
+def start(
+    name: str, cache: str, folder: Path, base: str, dtype: str, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Start a contestant once, with caches below `cache`, and time its stages."""
+    environment = {
+        **os.environ,
+        "GRAFT_CACHE": f"{cache}/graft",
+        "HF_DATASETS_CACHE": f"{cache}/datasets",
+        "HF_HUB_OFFLINE": "1",
+    }
+    rows = folder / "rows.jsonl"
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        if name == "ours":
+            return timed(program(options, base, rows, out), environment)
+        python = options["trl"] if name == "trl" else sys.executable
+        environment.pop("PYTHONPATH", None)
+        arguments = [name, base, str(rows), out, dtype, str(options["batch_size"])]
+        return timed([python, str(folder / "peer.py"), *arguments], environment)
+
+
 def main() -> int:
-    """Each contestant `repeats` times in turn, with a cold cache and a warm one."""
-    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(sys.argv[1:]))
-    options: dict[str, Any] = {**DEFAULTS, **given}
-    if given.keys() - DEFAULTS.keys():
-        print(__doc__, file=sys.stderr)
-        return 2
-    names = list(options["contestants"]) + (
-        ["trl"] if options["trl"] and "trl" not in options["contestants"] else []
-    )
-    folder, dtype = described(options)
-    found: dict[str, Any] = {cache: {name: [] for name in names} for cache in options["caches"]}
-    quick: dict[str, list[dict[str, float]]] = {"--help": [], "a wrong key": []}
+    """Start each contestant `repeats` times in turn, with a cold cache and a warm one."""
+    options = parse(DEFAULTS, __doc__)
+    names = list(options["contestants"])
+    if options["trl"] and "trl" not in names:
+        names.append("trl")
+    base, dtype = described(options)
+    results: dict[str, Any] = {cache: {name: [] for name in names} for cache in options["caches"]}
+    quick: dict[str, list[dict[str, float]]] = {name: [] for name in SHORT if options["short"]}
     with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary)
-        rows, script = place / "rows.jsonl", place / "peer.py"
-        rows.write_text(
-            "".join(json.dumps(row) + "\n" for row in chats(options["rows"], options["length"]))
-        )
-        script.write_text(PEER)
+        folder = Path(temporary)
+        rows = chats(options["rows"], options["length"])
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "peer.py").write_text(PEER)
 
         def once(name: str, cache: str) -> dict[str, Any]:
-            environment = {
-                **os.environ,
-                "GRAFT_CACHE": f"{cache}/graft",
-                "HF_DATASETS_CACHE": f"{cache}/datasets",
-                "HF_HUB_OFFLINE": "1",
-            }
-            with tempfile.TemporaryDirectory(dir=place) as out:
-                if name == "ours":
-                    return timed(program(options, folder, rows, out), environment)
-                python = options["trl"] if name == "trl" else sys.executable
-                peers = {key: value for key, value in environment.items() if key != "PYTHONPATH"}
-                arguments = [name, folder, str(rows), out, dtype, str(options["batch_size"])]
-                return timed([python, str(script), *arguments], peers)
+            return start(name, cache, folder, base, dtype, options)
 
         for name in names:
-            once(name, f"{place}/warm")
+            once(name, f"{folder}/warm")
         for repeat in range(options["repeats"]):
             for cache in options["caches"]:
                 for name in names[repeat % 2 :] + names[: repeat % 2]:
-                    with tempfile.TemporaryDirectory(dir=place) as cold:
-                        result = once(name, f"{place}/warm" if cache == "warm" else cold)
-                    found[cache][name].append(result)
+                    with tempfile.TemporaryDirectory(dir=folder) as cold:
+                        result = once(name, f"{folder}/warm" if cache == "warm" else cold)
+                    results[cache][name].append(result)
                     steps = "  ".join(
                         f"{s} {result[s]['wall']:.2f} ({result[s]['processor']:.2f})"
                         for s in STAGES
                     )
                     print(f"round {repeat + 1} {cache} {name}: {steps}", flush=True)
-            if options["short"]:
-                for what, more in (
-                    ("--help", ["--help"]),
-                    ("a wrong key", ["task=sft", "task.path=x", "no_such_key=1"]),
-                ):
-                    quick[what].append(
-                        short([sys.executable, "-m", "trainer", *more], dict(os.environ))
-                    )
-    print(f"\n{table(found)}")
-    for what, took in quick.items():
-        if took:
-            wall, spent = (
-                statistics.median(one[key] for one in took) for key in ("wall", "processor")
-            )
-            print(f"{what}: {wall:.2f} s ({spent:.2f})")
+            for name, times in quick.items():
+                command = [sys.executable, "-m", "trainer", *SHORT[name]]
+                times.append(short(command, dict(os.environ)))
+    print(f"\n{table(results)}")
+    for name, times in quick.items():
+        wall, spent = (
+            statistics.median(one[key] for one in times) for key in ("wall", "processor")
+        )
+        print(f"{name}: {wall:.2f} s ({spent:.2f})")
     print(
         f"{os.cpu_count()} cores, {platform.machine()}, {dtype}, {options['rows']} rows of about"
         f" {options['length']} words"
     )
     if options["json"]:
-        Path(options["json"]).write_text(
-            json.dumps({"options": options, "found": found, "short": quick})
-        )
+        text = json.dumps({"options": options, "found": results, "short": quick})
+        Path(options["json"]).write_text(text)
     return 0
 
 

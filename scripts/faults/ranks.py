@@ -34,8 +34,8 @@ def inject(place: Place, ledger: Ledger) -> None:
 
 
 def one(place: Place, ledger: Ledger, fault: str, rank: int, number: int, torchrun: bool) -> None:
-    """Strike one of the processes in the middle of training; the others' end, and what the run
-    comes to when it goes on."""
+    """Send a signal to one of the processes in the middle of training. Record how the other one
+    ends, and the result of the run after a resume."""
     if not (place.runs / "ranks-alone" / "report.html").exists():
         started(place, "ranks-alone", False).communicate(timeout=600)
     name = cases.anew(place, f"ranks-{fault.replace(' ', '-').replace(',', '')}")
@@ -51,24 +51,10 @@ def one(place: Place, ledger: Ledger, fault: str, rank: int, number: int, torchr
         members = _members(process.pid)
         time.sleep(0.02)
     if process.poll() is not None:
-        ledger.add(
-            "ranks",
-            "lora",
-            fault,
-            said=f"it ended by itself: {process.communicate()[0][-800:]}",
-            ok=False,
-        )
+        output = process.communicate()[0][-800:]
+        ledger.add("ranks", "lora", fault, said=f"it ended by itself: {output}", ok=False)
         return
-    members[rank].send_signal(number)
-    began = time.monotonic()
-    other = members[1 - rank]
-    while (
-        other.is_running()
-        and other.status() != psutil.STATUS_ZOMBIE
-        and time.monotonic() - began < LIMIT
-    ):
-        time.sleep(0.05)
-    seconds = time.monotonic() - began
+    seconds = _struck(members, rank, number)
     for member in _members(process.pid) + members:
         if member.is_running():
             member.kill()
@@ -79,7 +65,7 @@ def one(place: Place, ledger: Ledger, fault: str, rank: int, number: int, torchr
     same = again.returncode == 0 and cases.outcome(place, "lora", name) == cases.outcome(
         place, "lora", "ranks-alone"
     )
-    told = "Traceback" not in text or "another process" in text
+    explained = "Traceback" not in text or "another process" in text
     said = next(
         (
             line.strip()
@@ -89,10 +75,9 @@ def one(place: Place, ledger: Ledger, fault: str, rank: int, number: int, torchr
         text.strip().splitlines()[-1][:200],
     )
     if again.returncode:
-        said += " | going on: " + text_again[-500:]
-    # The process that is struck first may be the one that is waited for: then the code is a
-    # signal's.
-    ok = seconds < LIMIT and code != 0 and same and gone <= EVERY and told
+        said += " | resumed: " + text_again[-500:]
+    # The code may be a signal's, if the signal goes to the process that is waited for.
+    ok = seconds < LIMIT and code != 0 and same and gone <= EVERY and explained
     ledger.add(
         "ranks",
         "lora",
@@ -104,6 +89,20 @@ def one(place: Place, ledger: Ledger, fault: str, rank: int, number: int, torchr
         same=same,
         ok=ok,
     )
+
+
+def _struck(members: list[psutil.Process], rank: int, number: int) -> float:
+    """Send a signal to one process; return the seconds until the other one ends."""
+    members[rank].send_signal(number)
+    began = time.monotonic()
+    other = members[1 - rank]
+    while (
+        other.is_running()
+        and other.status() != psutil.STATUS_ZOMBIE
+        and time.monotonic() - began < LIMIT
+    ):
+        time.sleep(0.05)
+    return time.monotonic() - began
 
 
 def started(place: Place, name: str, torchrun: bool, *given: str) -> subprocess.Popen[str]:

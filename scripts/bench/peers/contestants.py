@@ -61,8 +61,8 @@ def parsed(arguments: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: an option or one of its values is unknown.
     """
-    given: dict[str, Any] = OmegaConf.to_container(OmegaConf.from_dotlist(arguments))  # type: ignore[assignment]
-    options = DEFAULTS | (BIG if given.get("shape") else {}) | given
+    overrides: Any = OmegaConf.to_container(OmegaConf.from_dotlist(arguments))
+    options = DEFAULTS | (BIG if overrides.get("shape") else {}) | overrides
     if unknown := sorted(set(options) - set(DEFAULTS)):
         raise ValueError(f"no option {', '.join(unknown)}")
     allowed = {
@@ -101,11 +101,11 @@ def contestants(options: dict[str, Any]) -> dict[str, tuple[str, list[str]]]:
             )
         if name != "ours_packed" or options["data"] == "chat":
             found[name] = name, []
-    for name, given in options["variants"].items():
+    for name, variant in options["variants"].items():
         kind, rest = (
-            (given[0], given[1:])
-            if given and given[0] in ("ours_packed", *PEERS)
-            else ("ours", given)
+            (variant[0], variant[1:])
+            if variant and variant[0] in ("ours_packed", *PEERS)
+            else ("ours", variant)
         )
         for item in rest if kind in PEERS else []:
             if item.partition("=")[0] not in OF_A_PEER:
@@ -117,37 +117,47 @@ def contestants(options: dict[str, Any]) -> dict[str, tuple[str, list[str]]]:
 
 
 def interpreter(peer: str, envs: str) -> str:
-    """The Python that a peer runs in; its environment is made where it is missing.
+    """Return the Python of a peer's environment, which is created if it does not exist.
 
     Raises:
-        RuntimeError: it cannot be made.
+        RuntimeError: it cannot be created.
     """
     if envs == "here":
         return sys.executable
     name = ENVIRONMENTS[peer]
     folder = Path(envs).expanduser() / name
     python, marker = folder / "bin" / "python", folder / "installed.txt"
-    torch = importlib.metadata.version("torch")
-    wanted = [f"torch=={torch}", *REQUIREMENTS[name]]
-    if marker.exists() and marker.read_text() == "\n".join(wanted):
+    requirements = [f"torch=={importlib.metadata.version('torch')}", *REQUIREMENTS[name]]
+    if marker.exists() and marker.read_text() == "\n".join(requirements):
         return str(python)
-    if folder in NOT_INSTALLED:  # for another peer of this environment
+    if folder in NOT_INSTALLED:  # tried for another peer of this environment
         raise RuntimeError(NOT_INSTALLED[folder])
-    print(f"installing {', '.join(wanted)} into {folder}", flush=True)
+    print(f"installing {', '.join(requirements)} into {folder}", flush=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RuntimeError(f"not installed: envs={envs}: {error}") from None
     constraints = (ROOT / "constraints.txt").read_text().splitlines()
-    # LitGPT holds an older huggingface_hub: of ours it is only given what it computes with.
-    shared = (
-        constraints
-        if name == "trl"
-        else [
-            line for line in constraints if re.match("(torch|lightning|numpy|safetensors)==", line)
-        ]
-    )
-    (folder / "constraints.txt").write_text("\n".join(shared) + "\n")
+    if name != "trl":
+        # LitGPT needs an older huggingface_hub: only the packages that compute are constrained
+        computing = re.compile("(torch|lightning|numpy|safetensors)==")
+        constraints = [line for line in constraints if computing.match(line)]
+    (folder / "constraints.txt").write_text("\n".join(constraints) + "\n")
+    try:
+        _install(folder, python, requirements)
+    except RuntimeError as error:
+        NOT_INSTALLED[folder] = str(error)
+        raise
+    marker.write_text("\n".join(requirements))
+    return str(python)
+
+
+def _install(folder: Path, python: Path, requirements: list[str]) -> None:
+    """Create a virtual environment and install packages into it.
+
+    Raises:
+        RuntimeError: a command failed.
+    """
     pip = [
         str(python),
         "-m",
@@ -157,27 +167,21 @@ def interpreter(peer: str, envs: str) -> str:
         "-q",
         "-c",
         str(folder / "constraints.txt"),
-        *wanted,
+        *requirements,
     ]
-    index = [
-        "--extra-index-url",
-        "https://download.pytorch.org/whl/cpu",
-    ]  # where torch's CPU builds are, if nobody nearer has them
+    # torch's CPU builds, if the configured index does not have them
+    index = ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]
     attempts = [[sys.executable, "-m", "venv", str(folder)], pip]
     for number, command in enumerate(attempts):
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode and number == 1 and "+cpu" in torch:
+        if done.returncode and number == 1 and "+cpu" in requirements[0]:
             done = subprocess.run([*command, *index], capture_output=True, text=True)
         if done.returncode:
-            lines = [
-                line for line in done.stderr.splitlines() if "ERROR" in line
-            ] or done.stderr.splitlines()
-            NOT_INSTALLED[folder] = (
+            output = done.stderr.splitlines()
+            lines = [line for line in output if "ERROR" in line] or output
+            raise RuntimeError(
                 f"not installed: {lines[-1][:200] if lines else shlex.join(command)}"
             )
-            raise RuntimeError(NOT_INSTALLED[folder])
-    marker.write_text("\n".join(wanted))
-    return str(python)
 
 
 def environment(options: dict[str, Any]) -> dict[str, str]:

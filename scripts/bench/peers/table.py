@@ -154,34 +154,31 @@ def plot(options: dict[str, Any], results: dict[str, list[dict[str, Any]]], file
     figure.savefig(file)
 
 
+def _processor() -> str:
+    """Return the processor's name."""
+    if (info := Path("/proc/cpuinfo")).exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def described(
     options: dict[str, Any],
     spec: dict[str, Any],
     results: dict[str, list[dict[str, Any]]],
     command: str,
 ) -> str:
-    """Machine, versions, work and command."""
+    """Describe machine, versions, work and command."""
     import psutil
 
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        cpu = next(
-            (
-                line.partition(":")[2].strip()
-                for line in info.read_text().splitlines()
-                if line.startswith("model name")
-            ),
-            cpu,
-        )
     every = [run for runs in results.values() for run in runs]
     versions = {
         name: sorted({run["versions"][name] for run in every if name in run["versions"]})
         for name in ("torch", "transformers", "peft", "trl", "litgpt")
     }
-    gpus, threads = (
-        sorted({run["gpu"] for run in every if run["gpu"]}),
-        sorted({run["threads"] for run in every if run["threads"]}),
-    )
+    gpus = sorted({run["gpu"] for run in every if run["gpu"]})
+    threads = sorted({run["threads"] for run in every if run["threads"]})
     steps = json.loads(Path(spec["rows"]).read_text("utf-8"))[options["warm"] :]
     real = statistics.mean(sum(len(row["input_ids"]) for row in rows) for rows in steps)
     trained = statistics.mean(
@@ -198,7 +195,7 @@ def described(
     lines = [
         f"# Training speed: {options['data']}, {model}",
         "",
-        f"{cpu}, {os.cpu_count()} cores, {'/'.join(map(str, threads)) or '?'} threads,"
+        f"{_processor()}, {os.cpu_count()} cores, {'/'.join(map(str, threads)) or '?'} threads,"
         f" {psutil.virtual_memory().total / 2**30:.0f} GiB"
         + (f"; {', '.join(gpus)}" if gpus and options["device"] == "cuda" else "")
         + f"; Python {platform.python_version()}, "
