@@ -49,7 +49,8 @@ def prompt_ids(run: Trained, prompt: str, system: str | None) -> tuple[list[int]
         ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise DataError("the prompt is empty, and this model starts from at least one token")
-    return ids, stop_ids(tokenizer, run.model.generation_config.eos_token_id, [])  # type: ignore[union-attr]
+    eos_token_id = run.model.generation_config.eos_token_id  # type: ignore[union-attr]
+    return ids, stop_ids(tokenizer, eos_token_id, [])
 
 
 def answer(
