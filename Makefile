@@ -2,6 +2,7 @@
 # make check        install, lint, and run the tests that neither train, decode nor start a process: 2 minutes
 # make test         install, and run all tests
 # make test-other-cpu   run the tests that compare numbers as if on another processor
+# make docs         install, regenerate docs/cli.md and docs/knobs.md, and build the pages into site/
 # make bench        install, and compare training speed with peers, in 10 minutes or so: tables and plots in runs/bench
 # The first that runs: a name on the PATH may be a version manager's that is not installed.
 ifndef PYTHON
@@ -10,7 +11,7 @@ endif
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart check test test-other-cpu bench lint clean
+.PHONY: quickstart check test test-other-cpu bench docs lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m trainer +experiment=quickstart
@@ -35,6 +36,10 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m scripts.bench.train out=runs/bench/chat data=chat batch_size=4 steps=7 warm=2 rounds=2 minutes=3
 	$(BIN)/python -m scripts.bench.train out=runs/bench/packed data=packed batch_size=4 steps=7 warm=2 rounds=2 minutes=3
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m scripts.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,6 +56,10 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
 	@touch $@
 
 clean:
