@@ -56,6 +56,15 @@ COMBINATIONS = {
         ],
         "callbacks.cooldown.patience counts evaluations, and there are none",
     ),
+    "distilling without a drafter": (
+        ["objective=distill", "adapter=none"],
+        "objective=distill trains a drafter, and drafter=none is none: choose one",
+    ),
+    "distilling beside an adapter": (
+        ["objective=distill", "drafter=eagle3"],
+        "objective=distill trains the drafter only: set adapter=none",
+    ),
+    "a rate of zero": (["optimizer.lr=0"], "optimizer.lr is 0, but must be float > 0"),
     "registers without an adapter": (
         ["drafter=registers", "adapter=none"],
         "adapter=none has none: choose an adapter",
