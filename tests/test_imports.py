@@ -19,8 +19,9 @@ TASKS = {"datasets", "pyarrow", "filelock", "torchmetrics"}
 # The folders of trainer/: each imports only what stands before it. A file directly in trainer/ is a
 # command.
 ORDER = [
-    "config", "schedules", "speed", "cluster", "storage", "models", "data", "penalties", "drafters", "decoding", "training",
-    "assembly", "evaluation", "exporting", "callbacks", "session",
+    "config", "schedules", "speed", "cluster", "storage", "models", "data", "penalties",
+    "drafters", "decoding", "training", "assembly", "evaluation", "exporting", "callbacks",
+    "session",
 ]  # fmt: skip
 BEFORE_TORCH = ("config", "cluster")  # these answer before torch is imported, which takes seconds
 

@@ -73,7 +73,7 @@ sys.exit(pytest.main(words, plugins=[Ends()]))
 
 
 def collected(*words):
-    """Whether there are tests, whether there are runs among them, and the heavy modules imported."""
+    """Whether there are tests, whether some of them are runs, and the heavy modules imported."""
     done = subprocess.run(
         [sys.executable, "-c", COLLECT, *words], cwd=ROOT, capture_output=True, text=True
     )

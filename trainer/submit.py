@@ -31,7 +31,8 @@ def main(argv: list[str]) -> int:
     if any(word in ("-h", "--help") for word in words):
         print((__doc__ or "").strip())
         return 0
-    from trainer.cluster.submission import prepared, submit
+    from trainer.cluster.batch_file import submit
+    from trainer.cluster.submission import prepared
 
     try:
         job = prepared(words, sweep=len(words) < len(argv))

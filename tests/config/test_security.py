@@ -264,8 +264,8 @@ HOSTILE = {
 }
 
 
-# Of the cases about targets these go through the whole program. The rest are set in a config that is
-# refused nothing, and checked: parsing and composing add nothing to what a target is.
+# Of the cases about targets these go through the whole program. The rest are set in a config that
+# is refused nothing, and checked: parsing and composing add nothing to what a target is.
 WHOLE = (
     "os.system",
     "a list for a target",

@@ -66,7 +66,8 @@ EXPLAINED = {
         raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")),
         1,
         (
-            "out of memory: CUDA out of memory. Tried to allocate 2 GiB.\nThese settings need less memory:"
+            "out of memory: CUDA out of memory. Tried to allocate 2 GiB.\n"
+            "These settings need less memory:"
             " batch_size=4"
         ),
     ),

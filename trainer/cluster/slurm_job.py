@@ -60,7 +60,7 @@ def exit_1_on_sigterm() -> None:
 
 
 def wait_for_rank0(code: object) -> None:
-    """On an error all ranks exit. Ranks other than 0 wait 5 s first, so that srun's SIGTERM does not
+    """Let rank 0 exit first after an error: the others wait 5 s, so that srun's SIGTERM does not
     reach rank 0 before it has printed the message."""
     if has_several_ranks() and not first_process() and code not in (None, 0):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -174,8 +174,8 @@ def _refused(
         row["step"] == step for row in earlier[-MAX_STARTS_WITHOUT_PROGRESS:]
     ):
         return (
-            f"its last {MAX_STARTS_WITHOUT_PROGRESS} starts have gained no step beyond {step}. Give it more time, or"
-            " fewer steps between signals"
+            f"its last {MAX_STARTS_WITHOUT_PROGRESS} starts have gained no step beyond {step}. Set"
+            " a longer time limit, or save more often"
         )
     with file.open("a") as out:
         out.write(

@@ -1,14 +1,9 @@
-"""SLURM jobs from a command line: check it, choose resources, write the script, submit."""
+"""SLURM jobs from a command line: check it, choose resources, make the batch file."""
 
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import shlex
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +15,11 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from trainer.cluster.batch_file import script
 from trainer.config import compose, schema
 from trainer.config.errors import ConfigError, explain
 from trainer.config.secrets import redact
 
-TEMPLATE = Path(__file__).with_name("job.sbatch")
 _ID = len("-4294967295-4294967295")  # what a job's numbers add to a name
 # Options of sbatch that have a setting of their own, or that a run could not go on without.
 _TAKEN = {
@@ -96,7 +91,7 @@ def settings(given: dict[str, str], file: str | None) -> dict[str, Any]:
         ConfigError: lists every fault.
     """
     table = schema.load("slurm")
-    result: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(schema.CONF / "slurm.yaml"))  # type: ignore[assignment]
+    result: Any = OmegaConf.to_container(OmegaConf.load(schema.CONF / "slurm.yaml"))
     asked: dict[str, Any] = {}
     if file is not None:
         try:
@@ -223,7 +218,8 @@ def composed(overrides: list[str], folder: str | None) -> dict[str, Any]:
         ConfigError and what Hydra raises: it could not be run.
     """
     search = [f"hydra.searchpath=[{_quoted('file://' + folder)}]"] if folder is not None else []
-    return OmegaConf.to_container(compose.compose([*search, *overrides]), resolve=True)  # type: ignore[return-value]
+    plain: Any = OmegaConf.to_container(compose.compose([*search, *overrides]), resolve=True)
+    return plain  # type: ignore[no-any-return]
 
 
 def _quoted(text: str) -> str:
@@ -272,105 +268,6 @@ def resources(plain: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     return {"nodes": lightning["num_nodes"], "tasks": tasks, "gpus": gpus, "requeue": requeue}
 
 
-def script(
-    name: str,
-    logs: Path,
-    asked: dict[str, Any],
-    needs: dict[str, Any],
-    arguments: list[str],
-    own: list[list[str]],
-) -> str:
-    """The text of the batch file. `own` holds the arguments that each task of an array has beside
-    the shared ones."""
-    array = len(own) > 1 or bool(own[0])
-    gpus = f"{asked['gpu_type']}:{needs['gpus']}" if asked["gpu_type"] else needs["gpus"]
-    limit = f"%{asked['parallel']}" if asked["parallel"] is not None else ""
-    log = str(logs).replace("%", "%%") + f"/{name}-" + ("%A-%a.log" if array else "%j.log")
-    options: dict[str, Any] = {
-        "job-name": name,
-        "output": log,
-        "open-mode": "append",
-        "chdir": Path.cwd(),
-        "array": f"0-{len(own) - 1}{limit}" if array else None,
-        "nodes": needs["nodes"],
-        "ntasks-per-node": needs["tasks"],
-        "cpus-per-task": asked["cpus_per_task"],
-        "gpus-per-node": gpus if needs["gpus"] else None,
-        "mem": asked["memory"],
-        "time": asked["time"],
-        "partition": asked["partition"],
-        "account": asked["account"],
-        "qos": asked["qos"],
-        "constraint": asked["constraint"],
-        "exclude": asked["exclude"],
-        "mail-user": asked["mail"],
-        "mail-type": "END,FAIL,REQUEUE" if asked["mail"] else None,
-        "signal": f"USR1@{asked['signal_before']}",
-    }
-    lines = [
-        f"#SBATCH --{key}={_option(str(value))}"
-        for key, value in options.items()
-        if value is not None
-    ]
-    lines.append("#SBATCH --requeue" if needs["requeue"] else "#SBATCH --no-requeue")
-    lines += [f"#SBATCH {option}" for option in asked["extra"]]
-    head, _, body = TEMPLATE.read_text("utf-8").rpartition("#SBATCH ")
-    first = head.splitlines()[0]
-    text = [
-        first,
-        *lines,
-        *asked["setup"],
-        f"PYTHON={shlex.quote(asked['python'] or sys.executable)}",
-        f"set -- {shlex.join(arguments)}",
-    ]
-    if array:
-        text.append('case "$SLURM_ARRAY_TASK_ID" in')
-        text += [
-            f'    {index}) set -- "$@" {shlex.join(words)} ;;' for index, words in enumerate(own)
-        ]
-        text.append("esac")
-    return "\n".join(text) + "\n" + body.partition("\n")[2]
-
-
-def _option(value: str) -> str:
-    """A value as sbatch reads it from a line of the file."""
-    return (
-        value
-        if re.fullmatch(r"[\w@%+=:,./\[\]&|*!^-]*", value)
-        else '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
-    )
-
-
-def submit(text: str, name: str, logs: Path) -> tuple[str, Path]:
-    """Write the batch file and queue it; returns the job's number and the file.
-
-    Raises:
-        ConfigError: there is no SLURM here, or it refused the job.
-    """
-    if shutil.which("sbatch") is None:
-        raise ConfigError(
-            "sbatch was not found: submit on a machine of the cluster. dry=true prints the script"
-            " without it"
-        )
-    logs.mkdir(parents=True, exist_ok=True)
-    # its name has the job's number, which only sbatch gives
-    waiting = logs / f"{name}-{os.getpid()}.part"
-    waiting.write_text(text, "utf-8")
-    try:
-        done = subprocess.run(
-            ["sbatch", "--parsable", str(waiting)], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise ConfigError(
-                f"sbatch refused the job: {done.stderr.strip() or done.stdout.strip()}"
-            )
-        print(done.stderr, end="", file=sys.stderr)
-        job = done.stdout.strip().partition(";")[0]
-        return job, waiting.rename(logs / f"{name}-{job}.sbatch")
-    finally:
-        waiting.unlink(missing_ok=True)
-
-
 def arguments(argv: list[str]) -> tuple[dict[str, str], dict[str, str], list[str], str | None]:
     """(`slurm` and `dry`, slurm.KEY: VALUE, what is the trainer's, the folder of --config-dir) of a
     command line.
@@ -415,6 +312,37 @@ class Job:
     dry: bool
 
 
+def _needs(
+    shared: list[str], own: list[list[str]], folder: str | None, asked: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the resources that each task of an array needs, and the config of the last task.
+
+    Raises:
+        ConfigError: a task cannot run, or tasks need different resources.
+    """
+    needs, plain, task = None, {}, ""
+    for words in own:
+        try:
+            plain = composed([*shared, *words], folder)
+            these = resources(plain, asked)
+        except (
+            HydraException,
+            OmegaConfBaseException,
+            yaml.YAMLError,
+            OSError,
+            ValueError,
+        ) as error:
+            raise ConfigError((f"{' '.join(words)}: " if words else "") + explain(error)) from None
+        if needs is not None and these != needs:
+            raise ConfigError(
+                f"the tasks of an array ask for the same nodes and GPUs, but {task} for {needs} and"
+                f" {' '.join(words)} for {these}"
+            )
+        needs, task = these, " ".join(words)
+    assert needs is not None
+    return needs, plain
+
+
 def prepared(argv: list[str], sweep: bool) -> Job:
     """The job that a command line asks for.
 
@@ -437,26 +365,7 @@ def prepared(argv: list[str], sweep: bool) -> Job:
         )
     if resumed == "auto":  # as the batch file says it
         shared = [*(word for word in shared if _key(word) != "resume"), "resume=auto"]
-    needs, plain, task = None, {}, ""
-    for words in own:
-        try:
-            plain = composed([*shared, *words], folder)
-            found = resources(plain, asked)
-        except (
-            HydraException,
-            OmegaConfBaseException,
-            yaml.YAMLError,
-            OSError,
-            ValueError,
-        ) as error:
-            raise ConfigError((f"{' '.join(words)}: " if words else "") + explain(error)) from None
-        if needs is not None and found != needs:
-            raise ConfigError(
-                f"the tasks of an array ask for the same nodes and GPUs, but {task} for {needs} and"
-                f" {' '.join(words)} for {found}"
-            )
-        needs, task = found, " ".join(words)
-    assert needs is not None
+    needs, plain = _needs(shared, own, folder, asked)
     name, runs = str(plain["name"]), Path(plain["runs"])
     if resumed == "auto":
         if len(name) + _ID > 100:

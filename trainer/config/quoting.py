@@ -81,7 +81,8 @@ def _takes_text(key: str) -> bool:
         tables, path = [schema.load("config")], [group, *path]
     for node in tables:
         for name in path:
-            node = node.children.get(name) if isinstance(node, schema.Table) else None  # type: ignore[assignment]
+            inside = isinstance(node, schema.Table)
+            node = node.children.get(name) if inside else None  # type: ignore[assignment]
         if isinstance(node, schema.Leaf) and schema.accepts("a,b", node.type):
             return True
     return False

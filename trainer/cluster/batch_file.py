@@ -1,0 +1,117 @@
+"""The batch file of a SLURM job: write its text, and submit it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from trainer.config.errors import ConfigError
+
+TEMPLATE = Path(__file__).with_name("job.sbatch")
+
+
+def script(
+    name: str,
+    logs: Path,
+    asked: dict[str, Any],
+    needs: dict[str, Any],
+    arguments: list[str],
+    own: list[list[str]],
+) -> str:
+    """Return the text of the batch file.
+
+    `own` holds the arguments of each task of an array; `arguments` are the shared ones.
+    """
+    array = len(own) > 1 or bool(own[0])
+    gpus = f"{asked['gpu_type']}:{needs['gpus']}" if asked["gpu_type"] else needs["gpus"]
+    limit = f"%{asked['parallel']}" if asked["parallel"] is not None else ""
+    log = str(logs).replace("%", "%%") + f"/{name}-" + ("%A-%a.log" if array else "%j.log")
+    options: dict[str, Any] = {
+        "job-name": name,
+        "output": log,
+        "open-mode": "append",
+        "chdir": Path.cwd(),
+        "array": f"0-{len(own) - 1}{limit}" if array else None,
+        "nodes": needs["nodes"],
+        "ntasks-per-node": needs["tasks"],
+        "cpus-per-task": asked["cpus_per_task"],
+        "gpus-per-node": gpus if needs["gpus"] else None,
+        "mem": asked["memory"],
+        "time": asked["time"],
+        "partition": asked["partition"],
+        "account": asked["account"],
+        "qos": asked["qos"],
+        "constraint": asked["constraint"],
+        "exclude": asked["exclude"],
+        "mail-user": asked["mail"],
+        "mail-type": "END,FAIL,REQUEUE" if asked["mail"] else None,
+        "signal": f"USR1@{asked['signal_before']}",
+    }
+    lines = [
+        f"#SBATCH --{key}={_option(str(value))}"
+        for key, value in options.items()
+        if value is not None
+    ]
+    lines.append("#SBATCH --requeue" if needs["requeue"] else "#SBATCH --no-requeue")
+    lines += [f"#SBATCH {option}" for option in asked["extra"]]
+    head, _, body = TEMPLATE.read_text("utf-8").rpartition("#SBATCH ")
+    first = head.splitlines()[0]
+    text = [
+        first,
+        *lines,
+        *asked["setup"],
+        f"PYTHON={shlex.quote(asked['python'] or sys.executable)}",
+        f"set -- {shlex.join(arguments)}",
+    ]
+    if array:
+        text.append('case "$SLURM_ARRAY_TASK_ID" in')
+        text += [
+            f'    {index}) set -- "$@" {shlex.join(words)} ;;' for index, words in enumerate(own)
+        ]
+        text.append("esac")
+    return "\n".join(text) + "\n" + body.partition("\n")[2]
+
+
+def _option(value: str) -> str:
+    """Quote a value as sbatch reads it from a line of the file."""
+    return (
+        value
+        if re.fullmatch(r"[\w@%+=:,./\[\]&|*!^-]*", value)
+        else '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
+    )
+
+
+def submit(text: str, name: str, logs: Path) -> tuple[str, Path]:
+    """Write the batch file and submit it. Return the job's number and the file.
+
+    Raises:
+        ConfigError: there is no SLURM here, or it refused the job.
+    """
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            "sbatch was not found: submit on a machine of the cluster. dry=true prints the script"
+            " without it"
+        )
+    logs.mkdir(parents=True, exist_ok=True)
+    # its name has the job's number, which only sbatch gives
+    waiting = logs / f"{name}-{os.getpid()}.part"
+    waiting.write_text(text, "utf-8")
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable", str(waiting)], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise ConfigError(
+                f"sbatch refused the job: {done.stderr.strip() or done.stdout.strip()}"
+            )
+        print(done.stderr, end="", file=sys.stderr)
+        job = done.stdout.strip().partition(";")[0]
+        return job, waiting.rename(logs / f"{name}-{job}.sbatch")
+    finally:
+        waiting.unlink(missing_ok=True)
