@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from trainer.__main__ import COMMANDS
+from trainer.__main__ import COMMANDS, no_such_command
 
 WRONG = {name: ["zzz=1"] for name in COMMANDS} | {
     "submit": ["zzz"],
@@ -103,3 +103,16 @@ def test_the_console_script_is_the_program():
 
     scripts = tomllib.loads((Path(ROOT) / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"graft": "trainer.__main__:main"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_misspelt_command_is_suggested(command):
+    swapped = command[:2] + command[3] + command[2] + command[4:]
+    for word in (swapped, command[:-1], command + "s"):
+        if word not in COMMANDS:
+            assert no_such_command(word).endswith(f"Did you mean {command}?")
+
+
+def test_a_word_like_no_command_lists_all_commands():
+    assert no_such_command("zzz").endswith(f"Known: {', '.join(COMMANDS)}.")
+    assert "graft experiment=NAME" in no_such_command("train")
