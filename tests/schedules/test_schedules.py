@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from trainer import schedules
 from trainer.assembly.build import instantiate
 from trainer.schedules import length, warmed_up
-from trainer.schedules.cooldown import SHAPES, Cooling
+from trainer.schedules.cooldown import SHAPES, RuntimeCooldown
 
 NAMES = sorted(path.stem for path in (ROOT / "conf" / "schedule").glob("*.yaml"))
 STEPS = [1, 2, 3, 7, 100]
@@ -176,6 +176,6 @@ def test_a_restarted_schedule_rises_again_and_ends_where_the_run_ends(name):
 
 
 def test_a_cooldown_takes_over_at_its_start_and_not_before():
-    schedule, cooling = make("constant", warmup=0), Cooling(6, 4, 0.5, "linear", 0.2)
+    schedule, cooling = make("constant", warmup=0), RuntimeCooldown(6, 4, 0.5, "linear", 0.2)
     rates = [schedules.factor(schedule, step, 20, 0, cooling) for step in range(12)]
     assert rates == pytest.approx([1.0] * 6 + [0.5, 0.4, 0.3, 0.2, 0.1, 0.1])
