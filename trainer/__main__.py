@@ -52,6 +52,8 @@ def run_words(argv: list[str]) -> int:
     first = argv[0] if argv else ""
     if first in COMMANDS:
         return import_module(f"trainer.{first}").main(argv[1:])  # type: ignore[no-any-return]
+    if first == "help":
+        return run_words([*argv[1:2], "--help"])
     if first.isidentifier():
         return bad(f"graft --help lists the commands\n{no_such_command(first)}")
     if "--help" in argv or "-h" in argv or not argv:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from trainer.__main__ import COMMANDS, no_such_command
+from trainer.__main__ import COMMANDS, no_such_command, run_words
+from trainer.config import options
 
 WRONG = {name: ["zzz=1"] for name in COMMANDS} | {
     "submit": ["zzz"],
@@ -116,3 +117,33 @@ def test_a_misspelt_command_is_suggested(command):
 def test_a_word_like_no_command_lists_all_commands():
     assert no_such_command("zzz").endswith(f"Known: {', '.join(COMMANDS)}.")
     assert "graft experiment=NAME" in no_such_command("train")
+
+
+def test_help_is_a_command_too(capsys):
+    assert exit_code_of_words("help") == 0
+    assert "graft COMMAND" in capsys.readouterr().out
+    assert exit_code_of_words("help", "export") == 0
+    assert "graft export" in capsys.readouterr().out
+
+
+def test_a_misspelt_option_is_not_hidden_by_the_missing_ones(capsys):
+    assert exit_code_of_words("export", "rnu=x") == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == "rnu=x: there is no such option. Did you mean run?"
+
+
+def exit_code_of_words(*words):
+    """The exit code of `graft WORDS`."""
+    try:
+        return run_words([*words])
+    except SystemExit as end:
+        return end.code
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback():
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        options.exit_with(interrupted)
+    assert end.value.code == 130

@@ -22,6 +22,7 @@ from trainer.config.errors import bad
 
 T = TypeVar("T")
 PIPE_CLOSED = 141  # what a shell reports for a program that ends at `| head`: 128 + SIGPIPE
+INTERRUPTED = 130  # 128 + SIGINT
 WIDTH = 100
 COLUMN = 34  # where the explanations of options begin
 BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
@@ -38,11 +39,8 @@ def option(
     *,
     value: str = "",
     key: str = "",
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
     writes: bool = False,
+    **limits: float | None,
 ) -> Any:
     """Declare an option; without a default it is required.
 
@@ -51,9 +49,12 @@ def option(
         value: how --help writes its value, if it has no default to show.
         key: its name on the command line, if that is no name of a field.
         writes: it is a file to write, whose folder must exist.
+        limits: at_least, above, at_most or below, of a number.
     """
-    limits = dict(zip(BOUNDS, (at_least, above, at_most, below), strict=True))
-    bounds = {name: limit for name, limit in limits.items() if limit is not None}
+    named = {name.replace("_", " "): limit for name, limit in limits.items()}
+    bounds = {name: named.pop(name) for name in BOUNDS if named.get(name) is not None}
+    if any(limit is not None for limit in named.values()):
+        raise TypeError(f"no limit of an option: {', '.join(named)}")
     metadata = {"text": text, "value": value, "key": key, "bounds": bounds, "writes": writes}
     return dataclasses.field(default=default, metadata=metadata, kw_only=True)
 
@@ -118,10 +119,13 @@ def _values(kind: Any, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
             values[takers[0].name] = (*values.get(takers[0].name, ()), word)
         else:
             faults.append(f"{word}: there is no such option. {_nearest(key, known, rests)}")
+    keys = {word.partition("=")[0] for word in argv}
     required = [f for f in known.values() if f.default is dataclasses.MISSING]
-    given = {word.partition("=")[0] for word in argv}
-    faults += [f"missing: {_shown(f)}" for f in required if _key(f) not in given]
-    return values, faults
+    missing = [f"missing: {_shown(f)}" for f in required if _key(f) not in keys]
+    # A misspelt option is often the missing one: report the misspelling alone.
+    taken = {key for key in keys if any(field.metadata["takes"](key) for field in rests)}
+    misspelt = keys - {*known} - taken
+    return values, faults if misspelt else faults + missing
 
 
 def _nearest(key: str, known: dict[str, Any], rests: list[Any]) -> str:
@@ -253,14 +257,18 @@ def _group(field: dataclasses.Field[Any]) -> int:
 
 
 def exit_with(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a command on the arguments of this process, and exit with its code. If whoever reads the
-    output has read enough (`| head`), exit quietly."""
+    """Run a command on the arguments of this process, and exit with its code.
+
+    Exit without a traceback after Ctrl-C, and if the reader of the output has closed it (`| head`).
+    """
     try:
         try:
             code: Any = main(sys.argv[1:])
         except SystemExit as end:
             code = end.code
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     except BrokenPipeError:
         # Python flushes again as it exits: let it write to nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
