@@ -75,9 +75,10 @@ def start(folder: Path, *overrides: str) -> dict[str, Any]:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf, open_dict
 
-    from trainer import run
     from trainer.cluster.signals import Signals
     from trainer.config.compose import install, rewrite
+    from trainer.run import run
+    from trainer.session import session
 
     common = [
         "+experiment=smoke",
@@ -96,12 +97,12 @@ def start(folder: Path, *overrides: str) -> dict[str, Any]:
         cfg.hydra.runtime.output_dir = cfg.hydra.run.dir
     HydraConfig.instance().set_config(cfg)
     recorder = Recorder()
-    callbacks = run._callbacks
-    run._callbacks = lambda *given: [recorder, *callbacks(*given)]  # type: ignore[assignment]
+    callbacks = session._callbacks
+    session._callbacks = lambda *parts: [recorder, *callbacks(*parts)]  # type: ignore[assignment]
     try:
-        run.run(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), Signals())
+        run(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), Signals())
     finally:
-        run._callbacks = callbacks
+        session._callbacks = callbacks
     rows = journal.read(folder / "smoke/metrics.jsonl")
     return {
         name: getattr(recorder, name) for name in ("gradients", "sequences", "weights", "buffers")
