@@ -216,13 +216,11 @@ def ran(module: str, arguments: list[str]) -> int:
 def note(marks: Marks) -> None:
     """Let this process tell what it is doing. Must be called in a child."""
     from adapters import rosa, spiel
-    from trainer import respond, run
-    from trainer.assembly import trained as trained_module
+    from trainer.assembly import rows as data_rows
     from trainer.callbacks import checkpoints, evaluation
     from trainer.data import hidden_states
-    from trainer.data import rows as rows_module
-    from trainer.evaluation import responses
-    from trainer.session import branches, results
+    from trainer.evaluation import answer_prompts, responses
+    from trainer.session import branches, report_html, results
     from trainer.training import finetune, lightning_trainer
 
     def within(owner: Any, name: str, phase: str) -> None:
@@ -239,7 +237,7 @@ def note(marks: Marks) -> None:
         setattr(owner, name, noted)
 
     for owner, name, phase in (
-        (rows_module, "tokenise", "tokenising"),
+        (data_rows, "tokenise", "tokenising"),
         (hidden_states, "write", "caching features"),
         (rosa.RoSAAdapter, "_set_supports", "making the mask"),
         (spiel.SpIEL, "_reselect", "reselecting"),
@@ -248,8 +246,8 @@ def note(marks: Marks) -> None:
         (evaluation.Evaluation, "run", "evaluating"),
         (results, "save_adapter", "exporting"),
         (results, "save_drafter", "exporting"),
-        (run.report, "write", "exporting"),
-        (respond, "_write", "regenerating"),
+        (report_html, "write", "exporting"),
+        (answer_prompts, "write", "regenerating"),
         (responses, "respond", "regenerating"),
     ):
         within(owner, name, phase)
@@ -268,7 +266,6 @@ def note(marks: Marks) -> None:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     branches.finished = finished
-    assert trained_module.data is rows_module
 
 
 def phase_of(module: Any) -> str:

@@ -274,7 +274,9 @@ def test_brackets_in_an_answer_are_no_markup(trained, monkeypatch):
     shown = io.StringIO()
     monkeypatch.setattr(rich, "_console", Console(file=shown, force_terminal=False, width=120))
     monkeypatch.setattr(
-        generate, "answer", lambda *arguments: arguments[-1]("[bold]x[/bold] [/nothing] [link=a]")
+        streamed_answer,
+        "answer",
+        lambda *arguments: arguments[-1]("[bold]x[/bold] [/nothing] [link=a]"),
     )
     assert generate.main([f"run={trained()}", "prompt=x", "compare=true"]) == 0
     assert shown.getvalue().count("[bold]x[/bold] [/nothing] [link=a]") == 2

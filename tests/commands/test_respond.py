@@ -381,7 +381,7 @@ def test_a_stopped_command_goes_on_to_the_same_rows(ask, monkeypatch, number):
     stopped = ask(prompts(), "temperature=1")
     assert stopped.code == 128 + (number or signal.SIGINT)
     assert "stopped with 3 of 8 conversations" in stopped.err
-    assert "the same command goes on" in stopped.err
+    assert "run the same command again to resume" in stopped.err
     kept = {name: (stopped.folder / name).read_bytes() for name in ("rows.jsonl", "left_out.jsonl")}
     assert all(content == b"" or content.endswith(b"\n") for content in kept.values())
     with (stopped.folder / "rows.jsonl").open("ab") as file:

@@ -84,7 +84,7 @@ def test_flash_attention_is_asked_for_where_rows_are_packed(
 ):
     asked = []
     monkeypatch.setattr(
-        "trainer.speed.flash.use_flash", lambda *given: asked.append(given) or False
+        "trainer.session.model.use_flash", lambda *given: asked.append(given) or False
     )
     train(f"task.path={chats}", "packing=true", "max_steps=1", *overrides)
     assert bool(asked) is asks

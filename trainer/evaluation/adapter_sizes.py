@@ -119,7 +119,7 @@ def _merged(
     original = linear.weight.detach().clone()
     base = float_weight(linear).double()
     # PiSSA and similar initialisations have subtracted a part from the weight.
-    base = base + adapter._part(name, module).double() if adapter.initial else base.clone()
+    base = base + adapter._initial_part(name, module).double() if adapter.initial else base.clone()
     try:
         module.merge()
     except (NotImplementedError, ValueError, RuntimeError) as error:
