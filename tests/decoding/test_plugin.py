@@ -19,6 +19,7 @@ from trainer.drafters.lookup import PromptLookup
 from trainer.drafters.recycling import TokenRecycling
 from trainer.drafters.small import SmallModel
 from trainer.drafters.untrained import Untrained
+from trainer.models.cache_argument import model_with_cache
 
 PROMPT = torch.tensor([[5, 9, 13, 7, 30, 22, 11]])
 TRAINED = sorted(
@@ -231,12 +232,12 @@ def test_what_it_cannot_do_is_refused(model):
         model.generate(PROMPT.repeat(2, 1), max_new_tokens=4)
     cache = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=PROMPT[:, :3], past_key_values=cache)
+        model(input_ids=PROMPT[:, :3], **model_with_cache(model, cache))
     with (
-        pytest.raises(DrafterError, match="past_key_values holds tokens"),
+        pytest.raises(DrafterError, match="cache that generate was called with holds tokens"),
         assist(model, PromptLookup()),
     ):
-        text(model, past_key_values=cache)
+        text(model, **model_with_cache(model, cache))
     assert "generate" not in vars(model)
     assert "_get_candidate_generator" not in vars(model)
 

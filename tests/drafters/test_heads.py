@@ -376,6 +376,10 @@ def test_a_random_start_is_the_seeds_and_is_not_the_targets():
             **{key: value for key, value in SIZES.items() if key != "head_dim"}
         ),
         transformers.MixtralConfig(**SIZES, num_local_experts=2),
+        # its layers call the cache layer_past
+        transformers.GPTNeoXConfig(
+            **{key: value for key, value in SIZES.items() if "key_value" not in key}
+        ),
     ],
     ids=lambda config: config.model_type,
 )
@@ -619,16 +623,6 @@ def test_knobs_that_do_not_fit_are_refused(kind):
                 word_embed_proj_dim=16,
             ),
             "OPTForCausalLM's layers do not take rotary",
-        ),
-        (
-            transformers.GPTNeoXConfig(
-                vocab_size=64,
-                hidden_size=16,
-                intermediate_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-            ),
-            "GPTNeoXLayer does not take past_key_values",
         ),
         (
             transformers.Qwen3NextConfig(

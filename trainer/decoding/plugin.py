@@ -27,6 +27,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from trainer.decoding import trees
 from trainer.drafters import Draft, Drafter, DrafterError, Target, TargetUpdate
+from trainer.models.cache_argument import cache_of
 from trainer.models.heads import captured_layers
 
 
@@ -87,7 +88,7 @@ def drafting(
     ) -> Any:
         if fault := refusal(model):
             raise DrafterError(fault)
-        cache = more.get("past_key_values")
+        cache = cache_of(more)
         if generation_config.num_beams > 1:
             raise DrafterError(
                 f"num_beams={generation_config.num_beams}: a drafter drafts one text at a time, set"
@@ -95,8 +96,8 @@ def drafting(
             )
         if cache is not None and cache.get_seq_length():
             raise DrafterError(
-                "past_key_values holds tokens already, and a drafter reads a text from its start:"
-                " leave it out"
+                "the cache that generate was called with holds tokens already, and a drafter reads"
+                " a text from its start: leave it out"
             )
         if not known or known[0].model is not model:
             known[:] = [Target(model)]

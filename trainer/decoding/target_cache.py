@@ -27,6 +27,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trainer.drafters import DrafterError, Target
+from trainer.models.cache_argument import cache_of, model_with_cache
 from trainer.models.heads import captured_hidden, captured_layers
 from trainer.speed.fused import BLOCKED
 
@@ -204,9 +205,14 @@ class TargetCache:
             captured_hidden(self.output) as captured,
             captured_layers(self.target.decoder, self.layers) as between,
         ):
-            self.cache = self.model(
-                input_ids=ids, past_key_values=self.cache, use_cache=True, **inputs
-            ).past_key_values
+            self.cache = cache_of(
+                self.model(
+                    input_ids=ids,
+                    use_cache=True,
+                    **model_with_cache(self.model, self.cache),
+                    **inputs,
+                )
+            )
         hidden, count = captured[0][:, -ids.shape[1] :], ids.shape[1]
         self.dtype = hidden.dtype
         features = (

@@ -23,10 +23,11 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from adapters.linear import features, float_weight, is_linear
 from trainer.drafters import Drafter, DrafterError, Target, TargetOutput
+from trainer.models.cache_argument import cache_argument, with_cache
 from trainer.models.heads import Head, after_output
 
 _NORMS = ("norm", "final_layernorm", "final_layer_norm")
-_TAKEN = {"attention_mask", "position_ids", "past_key_values", "position_embeddings"}
+_TAKEN = {"attention_mask", "position_ids", "position_embeddings"}
 _MASKS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
@@ -166,7 +167,10 @@ def _layers(model: Any) -> nn.ModuleList:
         )
     if getattr(decoder, "rotary_emb", None) is None:
         raise DrafterError(f"{name}'s layers do not take rotary embeddings as an input: {_INSTEAD}")
-    missing = _TAKEN - inspect.signature(type(layers[-1]).forward).parameters.keys()
+    forward = type(layers[-1]).forward
+    missing = _TAKEN - inspect.signature(forward).parameters.keys()
+    if cache_argument(forward) is None:
+        missing.add("a cache")
     if missing:
         raise DrafterError(
             f"{type(layers[-1]).__name__} does not take {', '.join(sorted(missing))}: {_INSTEAD}"
@@ -225,20 +229,26 @@ def layer_inputs(
     """Return a `decoder_layer`'s inputs besides `hidden`, of which only shape, dtype and device
     matter. Without a cache, rows of a packed sequence do not see each other. With a cache there is
     a single row, and `positions` follow those in the cache."""
-    mask: Any = _MASKS[_kind(target.config)](
+    make_mask: Any = _MASKS[_kind(target.config)]
+    mask = make_mask(
         config=target.config,
         inputs_embeds=hidden,
         attention_mask=None,
-        past_key_values=cache,
         position_ids=positions,
+        **with_cache(make_mask, cache),
     )
     return {
         "attention_mask": mask,
         "position_ids": positions,
-        "past_key_values": cache,
-        "use_cache": cache is not None,
+        **layer_cache(target, cache),
         "position_embeddings": rotations(target, hidden, positions),
     }
+
+
+def layer_cache(target: Target, cache: Any) -> dict[str, Any]:
+    """Return a `decoder_layer`'s inputs that concern its cache, None for none."""
+    layers: Any = target.decoder.layers
+    return with_cache(layers[-1].forward, cache) | {"use_cache": cache is not None}
 
 
 def rotations(target: Target, hidden: Float[Tensor, "B T d"], positions: Int[Tensor, "B T"]) -> Any:

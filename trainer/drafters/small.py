@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from trainer.drafters import DrafterError, Growth, Target, TargetUpdate
 from trainer.drafters.untrained import Untrained
 from trainer.models.base import Base
+from trainer.models.cache_argument import model_with_cache
 
 
 @dataclass
@@ -65,7 +66,9 @@ class SmallModel(Untrained):
             memory.cache.crop(memory.length - memory.cache.get_seq_length())
         ids = update.ids if update.first is None else torch.cat([update.first.view(1), update.ids])
         logits = self.model(
-            input_ids=ids.unsqueeze(0), past_key_values=memory.cache, logits_to_keep=1
+            input_ids=ids.unsqueeze(0),
+            logits_to_keep=1,
+            **model_with_cache(self.model, memory.cache),
         ).logits[0, -1]
         memory.length += len(ids)
         return SmallModelGrowth(self, memory, logits, target.config.vocab_size)
@@ -112,8 +115,8 @@ class SmallModelGrowth:
         logits = model(
             input_ids=tokens.unsqueeze(0),
             position_ids=(length + depths).unsqueeze(0),
-            past_key_values=self.memory.cache,
             attention_mask=self._mask(visible, model.dtype),
+            **model_with_cache(model, self.memory.cache),
         ).logits[0]
         return logits[:, : self.size]
 

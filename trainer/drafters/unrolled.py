@@ -29,6 +29,7 @@ from trainer.drafters.layers import (
     autocast_like,
     decoder_layer,
     embeddings_ahead,
+    layer_cache,
     rotations,
     window,
 )
@@ -226,8 +227,7 @@ class Unrolled(Distilled):
         return {
             "attention_mask": mask,
             "position_ids": positions,
-            "past_key_values": entries,
-            "use_cache": True,
+            **layer_cache(target, entries),
             "position_embeddings": rotations(target, hidden, positions),
         }
 

@@ -1,0 +1,44 @@
+"""The name under which transformers' models, decoder layers and mask functions take a cache.
+
+transformers 5.24 renamed `past_key_values` to `cache`; some families' layers say `layer_past`, and
+state-space models `cache_params`. The name is read from the signature, so no version is asked for.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+NAMES = ("cache", "past_key_values", "layer_past", "past_key_value", "cache_params")
+
+
+def cache_argument(function: Callable[..., Any]) -> str | None:
+    """Return the name of the cache among a function's arguments, None if it takes none."""
+    arguments = inspect.signature(function).parameters
+    return next((name for name in NAMES if name in arguments), None)
+
+
+def with_cache(function: Callable[..., Any], cache: Any) -> dict[str, Any]:
+    """Return the keyword argument that hands a cache to a function.
+
+    Raises:
+        TypeError: the function takes no cache.
+    """
+    name = cache_argument(function)
+    if name is None:
+        raise TypeError(f"{function} takes no cache: none of {', '.join(NAMES)} is an argument")
+    return {name: cache}
+
+
+def model_with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """Return the keyword argument that hands a cache to a model. PEFT's wrapper passes it on, and
+    has no such argument itself."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return with_cache(inner.forward, cache)
+
+
+def cache_of(values: Any) -> Any:
+    """Return the cache among a model's outputs, or among keyword arguments; None if there is
+    none."""
+    return next((values[name] for name in NAMES if name in values), None)
