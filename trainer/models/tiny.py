@@ -44,7 +44,7 @@ def tiny(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / "config.json").exists():
-            tokenizer = _tokenizer()
+            tokenizer = byte_tokenizer()
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model = _model(len(tokenizer), layers, hidden_size, max_length)
@@ -52,7 +52,7 @@ def tiny(
     return Base(str(folder), dtype, attn_implementation, quantization, double_quant)
 
 
-def _tokenizer() -> Any:
+def byte_tokenizer() -> Any:
     """Return a tokenizer with a token for each byte and three special ones."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -1,0 +1,50 @@
+"""Put a tiny random model of each family through loading, training, exports and decoding.
+
+    python -m scripts.zoo [NAME ...] [results=FOLDER] [log=FILE] [again=true]
+
+NAME is a family, such as qwen3, or a group, such as moe; by default all. A family whose results
+are there is left out unless `again=true`. Results are JSON, one file a family, by default in
+scripts/zoo/results. The last step writes docs/families.md from all of them. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def main(argv: list[str]) -> int:
+    """The program; see the module's text."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    options = dict(word.split("=", 1) for word in argv if "=" in word)
+    names = [word for word in argv if "=" not in word]
+    from scripts.zoo import checks, checks_decoder, families, running, table  # noqa: F401
+
+    every = families.every()
+    known = {*every, *(family.group for family in every.values())}
+    if unknown := sorted({*options} - {"results", "log", "again"} | {*names} - known):
+        print(f"{', '.join(unknown)}: unknown\n\n{__doc__}", file=sys.stderr)
+        return 2
+    results = Path(options.get("results", RESULTS))
+    log = Path(options["log"]) if "log" in options else None
+    import trainer.run  # noqa: F401  # before the first fork
+
+    for name, family in every.items():
+        if names and not {name, family.group} & {*names}:
+            continue
+        if (results / f"{name}.json").exists() and options.get("again") != "true":
+            continue
+        content = running.run(family, results, log)
+        cells = {key: cell["outcome"] for key, cell in content["checks"].items()}
+        print(name, " ".join(f"{key}={value}" for key, value in cells.items()), flush=True)
+    print(table.counts(results))
+    if results == RESULTS:
+        table.write(results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,45 @@
+"""All families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a family is checked: its model's folder, a file of rows, a folder for runs."""
+
+    family: Family
+    base: str
+    rows: Path
+    folder: Path
+
+
+Check = Callable[[Place], str]  # returns a fact for the table, or raises
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of models.
+
+    `checks` are run in their order and by these names. `config` makes the tiny config, and `auto`
+    is the class of transformers that makes the model. `group` is a heading of the table. `rows` are
+    written as JSON lines.
+    """
+
+    name: str
+    group: str
+    config: Callable[[], Any]
+    auto: str
+    checks: dict[str, Check]
+    rows: Callable[[], list[dict[str, Any]]]
+
+
+def every() -> dict[str, Family]:
+    """All families by name, in the order of the table."""
+    from scripts.zoo import families_decoder
+
+    return {family.name: family for family in families_decoder.families()}
