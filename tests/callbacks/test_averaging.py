@@ -151,7 +151,7 @@ def test_an_average_starts_anew_where_positions_are_chosen(caplog):
     with caplog.at_level(logging.INFO):
         stepped(averaging, module, trainer)
     assert averaging.count == 1
-    assert "starts again after step 4" in caplog.text
+    assert "restarts after step 4" in caplog.text
     assert torch.equal(state(averaging)["model.2.delta.values"], delta.values)
     stepped(averaging, module, trainer)
     assert averaging.count == 2

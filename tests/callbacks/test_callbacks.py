@@ -497,7 +497,7 @@ def dashboard(tmp_path, monkeypatch):
             ["online", "offline"],
             ["online", "offline"],
             False,
-            "the run goes on without it",
+            "the run continues without it",
         ),
         ("auto", False, [], ["offline"], True, "no API key, so this run is logged offline"),
         (
@@ -510,7 +510,7 @@ def dashboard(tmp_path, monkeypatch):
         ),
         ("online", False, [], ["offline"], True, "no API key, so this run is logged offline"),
         ("offline", False, [], ["offline"], True, None),
-        ("offline", True, ["offline"], ["offline"], False, "the run goes on without it"),
+        ("offline", True, ["offline"], ["offline"], False, "the run continues without it"),
         ("disabled", True, [], [], False, None),
     ],
 )
@@ -546,7 +546,7 @@ def test_a_run_without_its_dashboard_is_whole(train, chats, monkeypatch, caplog)
 
     monkeypatch.setattr(wandb, "init", Refusing(["online", "offline"]))
     run = train(f"task.path={chats}", "logger=wandb", "max_steps=2", "callbacks.evaluation=null")
-    assert "the run goes on without it" in caplog.text
+    assert "the run continues without it" in caplog.text
     assert of(run, "step", "step") == [1, 2]
     assert (run / "report.html").exists()
 

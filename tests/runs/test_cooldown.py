@@ -132,7 +132,7 @@ def test_a_branch_may_see_other_rows(train, chats, constant, caplog):
     other.write_text(chats.read_text().replace("1", "7"))
     caplog.set_level(logging.INFO, "trainer")
     branch = branched(train, f"{constant}@8", f"task.path={other}", steps="4")
-    assert "the rows from step 8 on differ from those of the parent" in caplog.text
+    assert "from step 8 on, this branch trains on other rows than its parent" in caplog.text
     assert not same(
         outcome(branch)[0], outcome(branched(train, f"{constant}@8", steps="4", name="same"))[0]
     )
@@ -393,7 +393,7 @@ def test_a_cooldown_is_done_by_the_deadline(
     )
     trigger = CooldownTrigger(context, length, "1-sqrt", 0.0, None, "max_time", 1.0)
     monkeypatch.setattr(
-        "trainer.callbacks.cooldown.time.monotonic", lambda: trigger.began + seconds
+        "trainer.callbacks.cooldown.time.monotonic", lambda: trigger.train_start + seconds
     )
     steps, reason = trigger._due(done)
     assert steps == wanted

@@ -26,7 +26,7 @@ from trainer.config.errors import ConfigError
 from trainer.data.rows import Rows
 from trainer.drafters import Drafter, Target
 from trainer.models.losses import CausalLoss
-from trainer.session.inspect import _check_names, _target
+from trainer.session.inspect import _check_monitor, _target
 from trainer.storage import checkpoints, journal
 from trainer.storage.checkpoints import CheckpointError
 from trainer.training.distill import Distill, DraftLoss
@@ -490,7 +490,7 @@ def test_preflight_names_what_does_not_fit(tiny, tmp_path):
             "objective": {"_target_": objective},
             "drafter": drafter,
         }
-        _check_names(settings, found, errors)
+        _check_monitor(settings, found, errors)
         return "".join(errors)
 
     alone, taught = {"offsets": 1}, {"offsets": 1, "loss": "ce"}

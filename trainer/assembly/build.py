@@ -25,12 +25,12 @@ def instantiate(node: dict[str, Any], **arguments: Any) -> Any:
     except InstantiationException as error:
         if error.__cause__ is None:
             raise
-        # the part's own error, which failures.py can explain
+        # the part's own error, which trainer.session.failures can explain
         raise error.__cause__ from None
 
 
 def schedule(config: dict[str, Any], order: BatchOrder | None) -> Callable[..., float]:
-    """Make the schedule, `step, steps -> factor`. A cooldown given in tokens becomes one in steps.
+    """Make the schedule, `step, steps -> factor`. A cooldown in tokens is converted to steps.
 
     Raises:
         ConfigError: the tokens of each step are not known beforehand.
@@ -50,7 +50,7 @@ def schedule(config: dict[str, Any], order: BatchOrder | None) -> Callable[..., 
 
 
 def new_modules(model: nn.Module, labels: list[str] | None) -> tuple[str, ...]:
-    """The modules that the base has no weights for: the head of a classifier."""
+    """Name the modules that the base has no weights for: the head of a classifier."""
     if labels is None:
         return ()
     return tuple(name for name in HEADS if hasattr(model, name))

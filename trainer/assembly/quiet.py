@@ -32,21 +32,21 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # on a login node nobody wants srun
+    # on a login node a run without srun is intended
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
-    # the sampler starts where the run stopped
+    # it is resumable: the sampler starts where the run stopped
     warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
-    # a stream has one reader
+    # true for several readers; a stream has one
     warnings.filterwarnings("ignore", message=".*IterableDataset. has .__len__. defined.*")
-    # a frozen target stays in it
+    # a frozen target stays in eval mode on purpose
     warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode.*")
-    # PEFT's prompts; it drops generate's own
+    # from PEFT's prompt methods, about the positions that generate itself passes
     warnings.filterwarnings("ignore", message="Position ids are not supported.*")
     warnings.filterwarnings(
         "ignore", message="(?s).*FSDP2-wrapped module .* returned a view tensor.*"
-    )  # of logits that are not used
+    )  # the view is of logits that are not used
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-    # PEFT asks for it
+    # PEFT reads that attribute
     warnings.filterwarnings(
         "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
     )

@@ -22,7 +22,7 @@ from trainer.speed import liger
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run before its weights: its parts, its tokenised rows, their order and its length."""
+    """A run before its weights are loaded: parts, tokenised rows, their order and its length."""
 
     config: dict[str, Any]
     base: Base
@@ -45,8 +45,8 @@ class Recipe:
         device: torch.device | None = None,
         ranks: int = 1,
     ) -> Recipe:
-        """Make the parts of a run and tokenise its rows. Without `device` this is no run but a
-        check, perhaps on another machine: the device is not checked and the target not loaded.
+        """Make the parts of a run and tokenise its rows. Without `device` this is only a check,
+        perhaps on another machine: the device is not checked and the target is not loaded.
 
         Raises:
             ConfigError: a setting does not fit the device. Others: see trainer.data.rows.tokenise.
@@ -106,11 +106,11 @@ class Recipe:
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP2 divides the model among the ranks."""
+        """Whether FSDP2 shards the model among the ranks."""
         return self.trains and self.config["lightning"]["strategy"] == "fsdp2"
 
     def identity(self, choices: dict[str, Any]) -> dict[str, Any]:
-        """What run.yaml records, and what has to be the same when a run is resumed."""
+        """Return what run.yaml records, and what must be the same when a run is resumed."""
         return {
             "choices": choices,
             "base": self.base.fingerprint,
@@ -129,7 +129,7 @@ def _trains(config: dict[str, Any], adapter: Adapter) -> bool:
 
 
 def _local_device(config: dict[str, Any]) -> torch.device:
-    """Where the run would compute on this machine."""
+    """Return the device that the run would have on this machine."""
     cuda = torch.cuda.is_available() and config["lightning"]["accelerator"] != "cpu"
     return torch.device("cuda" if cuda else "cpu")
 

@@ -36,9 +36,9 @@ class Data:
     identity: dict[str, dict[str, Any]]  # of each split's rows; see trainer.data.identity
 
     def rows_of(self, sequences: list[Any]) -> list[str]:
-        """The file and line of each row of some sequences."""
+        """Return the file and line of each row of some sequences."""
         if self.train is None:
-            return sequences  # those of a stream have these names already
+            return sequences  # a stream names its sequences like this already
         return [
             self.train.rows.where(row)
             for sequence in sequences
@@ -47,8 +47,8 @@ class Data:
 
 
 def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True) -> Data:
-    """Load the tokenised rows from the cache, or tokenise them. Without `train` only those of
-    evaluation.
+    """Load the tokenised rows from the cache, or tokenise them. Without `train` only the held-out
+    rows are loaded.
 
     Raises:
         DataError: see trainer.data.rows.tokenise.
@@ -92,7 +92,7 @@ def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True)
 
 
 def load_held_out(config: dict[str, Any], base: Base, task: Any) -> Data:
-    """The task's rows of evaluation as tokens.
+    """Load the task's held-out rows as tokens.
 
     Raises:
         DataError: there are none.
@@ -100,14 +100,14 @@ def load_held_out(config: dict[str, Any], base: Base, task: Any) -> Data:
     data = load_data(config, base, task, train=False)
     if data.held_out is None:
         raise DataError(
-            "this run's task has no held-out rows: it had task.eval_fraction=0 and no"
+            "this run's task has no held-out rows: it has task.eval_fraction=0 and no"
             " task.eval_path"
         )
     return data
 
 
 def add_prompts(data: Data, count: int, model: nn.Module | None) -> None:
-    """Give the held-out rows the prompts of the first `count` conversations among them."""
+    """Render the prompts of the first `count` held-out conversations."""
     held_out = data.held_out
     if held_out is None or data.task.kind != "conversation" or not count:
         return
@@ -126,14 +126,14 @@ def add_prompts(data: Data, count: int, model: nn.Module | None) -> None:
 
 
 def batch_order(config: dict[str, Any], data: Data, ranks: int) -> BatchOrder:
-    """The run's order of sequences."""
+    """Make the run's order of sequences."""
     assert data.train is not None
-    lengths, trained = data.train.sizes()
-    if data.task.kind == "label":
-        trained = np.ones_like(trained)
+    lengths, trained_tokens = data.train.sizes()
+    if data.task.kind == "label":  # each row has one label, whatever its length
+        trained_tokens = np.ones_like(trained_tokens)
     return BatchOrder(
         lengths,
-        trained,
+        trained_tokens,
         config["seed"],
         config["batch_size"],
         config["accumulate"],

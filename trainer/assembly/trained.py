@@ -30,7 +30,7 @@ class Tuned:
     saved: dict[str, Any]  # Adapter.state
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """The model with the adapter, un-merged and frozen, in eval mode."""
+        """Attach the adapter to a model, un-merged. Return it frozen, in eval mode."""
         model = _attached(model, self.adapter, self.content["identity"], self.saved)
         freeze(model)
         return model.eval()
@@ -82,8 +82,8 @@ def load_recorded_target(record: dict[str, Any], neighbour: Path) -> Tuned:
 
 @dataclass
 class Trained:
-    """A run's model as it was at one of its checkpoints, with its adapter: its own, or its target's
-    where it trained a drafter for it."""
+    """A run's model at one of its checkpoints. Its adapter is the run's own, or its target's if the
+    run trained a drafter for a target."""
 
     folder: Path
     config: dict[str, Any]
@@ -93,18 +93,15 @@ class Trained:
     model: nn.Module
     step: int
     drafter: Drafter | None = None
-    adapted: dict[str, Any] | None = (
-        # the run, step and checkpoint that the target's adapter is from; None for the base alone
-        None
-    )
+    # the run, step and checkpoint that the target's adapter is from; None for the base alone
+    adapted: dict[str, Any] | None = None
 
 
 def load_trained(
     path: str, device: torch.device | str = "cpu", fp32: bool = False, dequantise: bool = False
 ) -> Trained:
-    """The model of `FOLDER` or `FOLDER@last|best|STEP`, computing as it was trained; `fp32`
-    computes in fp32, and `dequantise` makes a quantised base a plain one with the weights that its
-    rounding left.
+    """Load the model of `FOLDER` or `FOLDER@last|best|STEP`, in the precision of its training or in
+    fp32. `dequantise` replaces a quantised base by an unquantised one with the rounded weights.
 
     Raises:
         FolderError, CheckpointError, BaseError: the folder, its checkpoint or its base cannot be
@@ -159,7 +156,8 @@ def load_trained(
 def _attached(
     model: nn.Module, adapter: Adapter, identity: dict[str, Any], saved: dict[str, Any]
 ) -> nn.Module:
-    if identity["trains_base"]:  # what was trained in another precision than this model computes in
+    if identity["trains_base"]:
+        # weights that were trained in another precision than this model computes in
         dtype = next(model.parameters()).dtype
         saved = saved | {
             "tensors": {name: tensor.to(dtype) for name, tensor in saved["tensors"].items()}
@@ -172,20 +170,20 @@ def _attached(
 
 
 def dequantised(model: Any) -> nn.Module:
-    """A quantised model as a plain one in fp32, with the weights that the rounding left: what the
-    adapter was trained on."""
+    """Copy a quantised model to an unquantised one in fp32 with the rounded weights, which are what
+    the adapter was trained on."""
     config = copy.deepcopy(model.config)
     del config.quantization_config
     plain = type(model)(config).float()
-    packed = {name for name, module in model.named_modules() if is_linear(module)}
+    linears = {name for name, module in model.named_modules() if is_linear(module)}
     with torch.no_grad():
         for name, module in plain.named_modules():
-            if name in packed:
+            if name in linears:
                 module.weight.copy_(float_weight(model.get_submodule(name)))
                 if module.bias is not None:
                     module.bias.copy_(model.get_submodule(name).bias)
         for name, parameter in plain.named_parameters():
-            if name.rpartition(".")[0] not in packed:
+            if name.rpartition(".")[0] not in linears:
                 parameter.copy_(model.get_parameter(name))
     plain.generation_config = model.generation_config
     return plain.eval()

@@ -1,7 +1,7 @@
-"""What happens around the steps of a run.
+"""Callbacks: evaluation, checkpoints, metrics, stopping and cooldowns around the steps of a run.
 
-Each callback is made from conf/callbacks with the RunState. What they do where a step ends, and in
-which order, is in end_of_step.
+Each callback is made from conf/callbacks with the RunState. end_of_step.py has the order in which
+they act at the end of a step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trainer.storage.run_folder import RunFolder
 
 @dataclass
 class RunState:
-    """What callbacks share: the parts of the run, its limits, and how far it is."""
+    """State that the callbacks share: the parts of the run, its limits, and its progress."""
 
     folder: RunFolder
     journal: Journal
@@ -28,11 +28,10 @@ class RunState:
     steps: int  # planned
     held_out: HeldOut | None
     rows_of: Callable[[list[int]], list[str]]  # sequences -> file and line of their rows
-    evaluate_base_first: (
-        bool  # whether the base alone can answer for the evaluation before training
-    )
+    # whether the evaluation before training uses the base without its adapter
+    evaluate_base_first: bool
     max_minutes: float | None = None
-    max_tokens: int | None = None  # processed; a plan of known length ends at them by itself
+    max_tokens: int | None = None  # processed; BatchOrder.steps applies it, except to a stream
     stopped: str | None = None  # why the run ends before its planned steps
     paused_seconds: float = 0.0  # seconds since the last step row that were not training
     # the steps before the cooldown, whose checkpoint is kept: extended runs resume from it
@@ -42,15 +41,16 @@ class RunState:
 
 
 def stop_requested(trainer: Any, module: Any, run_state: RunState) -> bool:
-    """Whether any rank has received a signal. All ranks have to call it, and know of it then."""
+    """Return whether any rank has received a signal. All ranks must call it together; it sets
+    `signals.received` on each."""
     if trainer.world_size > 1:
-        number = torch.tensor([run_state.signals.received or 0], device=module.device)
+        received = torch.tensor([run_state.signals.received or 0], device=module.device)
         run_state.signals.received = (
-            int(trainer.strategy.reduce(number, reduce_op="max")[0]) or None
+            int(trainer.strategy.reduce(received, reduce_op="max")[0]) or None
         )
     return run_state.signals.received is not None
 
 
 def every_steps(every: float | None, steps: int) -> int | None:
-    """Convert an interval to steps. Below 1 it is a fraction of the run; None is never."""
+    """Convert an interval to steps. Below 1 it is a fraction of the run; None means never."""
     return None if every is None else max(1, round(every * steps) if every < 1 else int(every))

@@ -3,10 +3,10 @@ al. 2018, arXiv 1803.05407).
 
     EMA   a ← decay · a + (1 - decay) · w          SWA   a ← a + (w - a) / (n + 1), after n updates
 
-Only what the optimiser trains is averaged, never a frozen base. For a low-rank adapter these are A
-and B separately. The mean of B times the mean of A is not the mean of B A, but they are close while
-the weights of the window are. The former is evaluated and written. SWA is meant for a constant
-rate, before a cooldown.
+Only the trained tensors are averaged, never a frozen base. A low-rank adapter's A and B are
+averaged separately. The mean of B times the mean of A is not the mean of B A, but close to it while
+the averaged weights are close to each other. The product of the means is evaluated and written. SWA
+is meant for a constant rate, before a cooldown.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ log = logging.getLogger(__name__)
 
 
 class Weights(nn.Module):
-    """The trained tensors, in fp32 at least. In bf16 an average would not change, since its updates
-    are smaller than its rounding error."""
+    """The trained tensors, in fp32 or wider. In bf16 an average would not change: its updates are
+    smaller than the rounding error."""
 
     def __init__(self, trained: dict[str, nn.Parameter]):
         super().__init__()
-        wide = (
+        tensors = (
             p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in trained.values()
         )
         self.tensors = nn.ParameterList(
-            nn.Parameter(tensor, requires_grad=False) for tensor in wide
+            nn.Parameter(tensor, requires_grad=False) for tensor in tensors
         )
 
 
 class Averaging(lightning.Callback):
-    """Averages the weights after step `start` and every `every` steps from then on, and evaluates
-    the average wherever the Evaluation callback evaluates the weights themselves.
+    """Averages the weights after step `start` and every `every` steps after it. Evaluates the
+    average at each step where the Evaluation callback evaluates the weights themselves.
 
-    It starts again when a sparse adapter chooses its positions: the mean of an entry over two
+    The average restarts when a sparse adapter chooses its positions: a mean over values of two
     positions has no meaning.
     """
 
@@ -62,7 +62,7 @@ class Averaging(lightning.Callback):
         self.update = get_ema_multi_avg_fn(decay) if kind == "ema" else get_swa_multi_avg_fn()
         self.trained: dict[str, nn.Parameter] = {}
         self.supports: list[Tensor] = []
-        self.chosen: list[int] = []  # the supports' versions
+        self.versions: list[int] = []  # of the supports; torch counts a tensor's changes in place
         self.averages: AveragedModel | None = None
         self.loaded: dict[str, Any] | None = None
         self.evaluated = -1
@@ -74,25 +74,25 @@ class Averaging(lightning.Callback):
         self.supports = [
             b for delta in deltas for name, b in delta.named_buffers() if name in delta.state_dict()
         ]
-        self.chosen = [support._version for support in self.supports]
+        self.versions = [support._version for support in self.supports]
         self.averages = AveragedModel(Weights(self.trained), multi_avg_fn=self.update)
         if self.loaded is not None and self.loaded["kind"] == self.kind:
             for name, average in self._by_name().items():
                 average.copy_(self.loaded["averages"][name])
             self.averages.n_averaged.fill_(self.loaded["count"])
             self.evaluated = self.loaded["evaluated"]
-        self._evaluate(trainer, module)  # a signal may have come in the middle of it
+        # repeats an evaluation of the average that a signal interrupted
+        self._evaluate(trainer, module)
 
     def after_step(self, trainer: lightning.Trainer, module: Any) -> None:
-        """Take the weights of the step that has ended into the average, and evaluate it."""
+        """Add the current weights to the average, and evaluate it."""
         assert self.averages is not None
-        chosen = [support._version for support in self.supports]
-        if chosen != self.chosen:
-            self.chosen = chosen
+        versions = [support._version for support in self.supports]
+        if versions != self.versions:
+            self.versions = versions
             if self.count:
                 log.info(
-                    "the average starts again after step %d, since the adapter has chosen its"
-                    " positions",
+                    "the average restarts after step %d: the adapter has chosen its positions",
                     module.step,
                 )
             self.averages.n_averaged.zero_()
@@ -107,7 +107,7 @@ class Averaging(lightning.Callback):
 
     @property
     def count(self) -> int:
-        """Updates so far."""
+        """The number of updates so far."""
         return int(self.averages.n_averaged) if self.averages is not None else 0
 
     def _by_name(self) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ class Averaging(lightning.Callback):
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put the averaged weights into the model, and the weights themselves back, bit for bit."""
+        """Put the averaged weights into the model, and restore its own afterwards, bit for bit."""
         weights = [p.detach().clone() for p in self.trained.values()]
         try:
             self._put(list(self._by_name().values()))
@@ -162,8 +162,8 @@ class Averaging(lightning.Callback):
         log.info("average of %d at step %d: loss %.4g", self.count, module.step, values["loss"])
 
     def save(self, write: Callable[[Path], None]) -> None:
-        """Call `write` with RUN/adapter-averaged while the model has the averaged weights. Without
-        an average nothing is written."""
+        """Call `write` with RUN/adapter-averaged while the model has the averaged weights. If there
+        is no average, do nothing."""
         folder = self.run_state.folder.path / "adapter-averaged"
         if not self.export or not self.count:
             return

@@ -13,9 +13,9 @@ from trainer.storage import atomic, checkpoints
 
 
 class Checkpoints(lightning.Callback):
-    """Saves every `every` steps, at the best evaluation, before a cooldown, at the end and when the
-    run is asked to stop. Keeps the `keep` newest, the best and the one before the cooldown. Saves
-    only where a step ends, since gradients within an accumulation window are in no checkpoint."""
+    """Saves every `every` steps, at the best evaluation, before a cooldown, at the end and when a
+    signal stops the run. Keeps the `keep` newest, the best and the one before the cooldown. Saves
+    only at the end of a step: the gradients of an accumulation window are in no checkpoint."""
 
     def __init__(self, run_state: RunState, every: float | None, keep: int | None):
         self.run_state, self.every, self.keep = run_state, every_steps(every, run_state.steps), keep
@@ -29,10 +29,11 @@ class Checkpoints(lightning.Callback):
         self.saved = module.step or None
 
     def save_if_due(self, trainer: lightning.Trainer, module: Any, best: bool) -> None:
-        """Save the step that has ended, if it is time; `best` marks it as the best so far."""
+        """Save after the current step, if one of the reasons applies. `best` marks it as the best
+        so far."""
         due = self.every is not None and module.step % self.every == 0
         last = module.step >= self.run_state.steps or self.run_state.stopped is not None
-        # With every=null no checkpoint is kept from before a planned cooldown.
+        # With every=null a planned cooldown is no reason to save.
         constant = module.step == self.run_state.constant_until and (
             self.every is not None or module.runtime_cooldown is not None
         )
@@ -42,7 +43,7 @@ class Checkpoints(lightning.Callback):
     def save_last(self, trainer: lightning.Trainer, module: Any, best: bool) -> None:
         """Save the last step of a run that ended before its planned steps."""
         if module.step_done and not stop_requested(trainer, module, self.run_state):
-            # a stream's last step is known only when nothing comes after it
+            # The last step of a stream is known only after it, when there is no next batch.
             self.save(trainer, module, best)
 
     def save(self, trainer: lightning.Trainer, module: Any, best: bool = False) -> None:

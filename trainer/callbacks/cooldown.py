@@ -17,16 +17,16 @@ from trainer.schedules.cooldown import RuntimeCooldown
 
 log = logging.getLogger("trainer")
 
-SAFETY = 1.1  # by how much steps may get slower until the deadline
+SAFETY = 1.1  # steps may become 10 % slower before the deadline
 
 
 class CooldownTrigger(lightning.Callback):
     """Starts the cooldown after `patience` evaluations without a better one, in time for
-    `deadline`, when the file RUN/cooldown appears, or on SIGUSR2. The run ends with it.
+    `deadline`, when the file RUN/cooldown appears, or on SIGUSR2. The run ends with the cooldown.
 
-    A cooldown of `length` below 1 makes up that fraction f of all steps then: f / (1 - f) of those
-    done. Its start and length are fixed when it begins and saved in the checkpoint, so that rates
-    stay a function of the step alone.
+    A `length` f below 1 is a fraction of all steps, the cooldown included: f / (1 - f) of the steps
+    before it. Start and length are fixed when it begins and saved in the checkpoint, so rates
+    remain a function of the step alone.
     """
 
     def __init__(
@@ -43,31 +43,28 @@ class CooldownTrigger(lightning.Callback):
         self.patience, self.deadline, self.reserve = patience, deadline, reserve
         self.file = run_state.folder.path / "cooldown"
         self.requested = False  # by the signal
-        # evaluations without a better one that led to a cooldown which an extended run drops
-        self.passed = 0
-        self.began, self.steps_before = 0.0, 0
+        # evaluations without a better one before a cooldown that this extended run leaves out
+        self.evals_before = 0
+        self.train_start, self.steps_before = 0.0, 0
         self.job_ends: float | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self.run_state.signals.cool = self._request
         end = slurm_job.end_time() if self.deadline == "slurm" and trainer.is_global_zero else None
-        # by the monotonic clock: the other one may be set while the run trains
+        # converted to the monotonic clock: the wall clock may be set while the run trains
         self.job_ends = None if end is None else time.monotonic() + end - time.time()
-        self.began, self.steps_before = time.monotonic(), module.step
+        self.train_start, self.steps_before = time.monotonic(), module.step
         if module.runtime_cooldown is not None:
-            self.run_state.constant_until = (
-                None  # a planned cooldown does not begin within this one
-            )
+            # a planned cooldown does not begin within this one
+            self.run_state.constant_until = None
         if module.drop_cooldown:
-            self.passed = (
-                self.run_state.evals_since_best
-            )  # they led to the cooldown that was dropped
+            self.evals_before = self.run_state.evals_since_best
 
     def _request(self) -> None:
         self.requested = True
 
     def check(self, trainer: lightning.Trainer, module: Any) -> None:
-        """Begin the cooldown if there is a reason, or stop the run that has cooled down."""
+        """Begin the cooldown if there is a reason. Stop the run at the end of the cooldown."""
         if module.runtime_cooldown is not None:
             if (
                 module.step >= module.runtime_cooldown.start + module.runtime_cooldown.steps
@@ -78,39 +75,40 @@ class CooldownTrigger(lightning.Callback):
         steps, reason = self._due(module.step)
         # rank 0 decides: the ranks' clocks and disks may differ
         if trainer.world_size > 1:
-            decided = torch.tensor([steps if trainer.is_global_zero else 0], device=module.device)
-            steps = int(trainer.strategy.reduce(decided, reduce_op="max")[0])
+            decision = torch.tensor([steps if trainer.is_global_zero else 0], device=module.device)
+            steps = int(trainer.strategy.reduce(decision, reduce_op="max")[0])
         if steps:
             self._begin(module, steps, reason)
 
     def _due(self, step: int) -> tuple[int, str]:
-        """(steps of the cooldown that begins now, the reason); 0 if none begins."""
+        """Return (steps of the cooldown that begins now, the reason); 0 steps if none begins."""
         cooldown_steps = (
             round(step * self.length / (1 - self.length)) if self.length < 1 else round(self.length)
         )
         cooldown_steps = min(max(1, cooldown_steps), self.run_state.steps - step)
-        self.passed = min(self.passed, self.run_state.evals_since_best)
+        self.evals_before = min(self.evals_before, self.run_state.evals_since_best)
         if self.requested:
             return cooldown_steps, "SIGUSR2 was received"
         if self.file.exists():
             return cooldown_steps, f"{self.file} was found"
         if (
             self.patience is not None
-            and self.run_state.evals_since_best - self.passed >= self.patience
+            and self.run_state.evals_since_best - self.evals_before >= self.patience
         ):
             return cooldown_steps, f"no better evaluation in {self.patience}"
-        left = self._seconds_left()
-        if left is not None:
-            each = SAFETY * (time.monotonic() - self.began) / (step - self.steps_before)
-            if left <= cooldown_steps * each:
+        seconds_left = self._seconds_left()
+        if seconds_left is not None:
+            train_seconds = time.monotonic() - self.train_start
+            step_seconds = SAFETY * train_seconds / (step - self.steps_before)
+            if seconds_left <= cooldown_steps * step_seconds:
                 return (
-                    max(1, min(cooldown_steps, int(left / each))),
-                    f"{left / 60:.1f} minutes are left until the deadline",
+                    max(1, min(cooldown_steps, int(seconds_left / step_seconds))),
+                    f"{seconds_left / 60:.1f} minutes are left until the deadline",
                 )
         return 0, ""
 
     def _seconds_left(self) -> float | None:
-        """Seconds until the deadline, without the time that is reserved for the end."""
+        """Return the seconds until the deadline, less `reserve`; None without a deadline."""
         if self.deadline == "max_time" and self.run_state.max_minutes is not None:
             return 60 * (self.run_state.max_minutes - self.run_state.minutes - self.reserve)
         if self.job_ends is not None:
@@ -135,10 +133,10 @@ class CooldownTrigger(lightning.Callback):
             "cooldown", module.step, {"reason": reason, "steps": steps, "level": level}
         )
         if self.run_state.journal.writes:
-            _put_away(self.file)
+            _mark_done(self.file)
 
 
-def _put_away(file: Path) -> None:
-    """Rename the user's file, so that an extended run does not find it again."""
+def _mark_done(file: Path) -> None:
+    """Rename the user's file, so that an extended run does not act on it again."""
     if file.exists():
         file.replace(file.with_name(file.name + ".done"))

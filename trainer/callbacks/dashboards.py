@@ -1,4 +1,4 @@
-"""What a run's dashboards have in common: the names of numbers, and an end that never fails."""
+"""The interface of dashboards, the names of their numbers, and an end that never fails."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class Dashboard(Protocol):
     name: str
 
     def log(self, kind: str, step: int, tokens: int | None, values: dict[str, Any]) -> None:
-        """Copy a row of the journal, which the run wrote after `tokens` tokens."""
+        """Copy a row of the journal that was written after `tokens` processed tokens."""
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Copy generated answers."""
 
     def finish(self, error: BaseException | None) -> None:
-        """End with the run, which `error` has ended if it is not None."""
+        """End with the run. `error` is the exception that ended it, or None."""
 
 
 class Dashboards:
-    """The dashboards of a run. They end with it."""
+    """The dashboards of a run, as a context: they end with it."""
 
     def __init__(self) -> None:
         self.all: list[Dashboard] = []
@@ -46,18 +46,18 @@ class Dashboards:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without secrets."""
+    """Return the first line of an error's text, without secrets."""
     return redact(str(error)).partition("\n")[0] or type(error).__name__
 
 
 def numbers(kind: str, values: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row of the journal under the names that dashboards group them by; see
-    docs/dashboard.md."""
-    named = {}
-    for key, value in values.items():
-        if isinstance(value, int | float) and key not in AXES:
-            named[f"{_prefix(kind, key)}/{key}"] = value
-    return named
+    """Return the numbers of a row of the journal, under names by which dashboards group them
+    (docs/dashboard.md)."""
+    return {
+        f"{_prefix(kind, key)}/{key}": value
+        for key, value in values.items()
+        if isinstance(value, int | float) and key not in AXES
+    }
 
 
 def _prefix(kind: str, key: str) -> str:

@@ -1,4 +1,4 @@
-"""The order of what happens where a step ends."""
+"""The order in which callbacks act at the end of a step."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from trainer.callbacks.stopping import Stopping
 
 
 class EndOfStep(lightning.Callback):
-    """Calls the run's callbacks where an optimiser step ends, and where training ends. Lightning
-    calls a hook after each micro-batch: the others of an accumulation window end no step."""
+    """Calls the run's callbacks at the end of each optimiser step, and at the end of training.
+    Lightning calls its hook after each micro-batch; only the last of an accumulation window ends a
+    step."""
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class EndOfStep(lightning.Callback):
         if self.cooldown is not None:  # it may wait for a better evaluation, and end the run
             self.cooldown.check(trainer, module)
         self.stopping.check(trainer, module)
-        if self.checkpoints is not None:  # after all that a checkpoint holds
+        if self.checkpoints is not None:  # after all callbacks whose state a checkpoint holds
             self.checkpoints.save_if_due(trainer, module, best)
         if self.progress is not None:
             self.progress.update(trainer, module)

@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation(lightning.Callback):
-    """Measures the held-out loss every `every` steps. Answers to the first `generate` held-out rows
-    are generated and graded before and after training, and at every `generate_every`-th evaluation
-    between."""
+    """Measures the held-out loss every `every` steps. Before and after training, and at every
+    `generate_every`-th evaluation between, it also generates and grades answers to the first
+    `generate` held-out rows."""
 
     def __init__(
         self,
@@ -67,19 +67,19 @@ class Evaluation(lightning.Callback):
             )
             with base_alone:
                 self.run(trainer, module, graded=True)
-        # a signal came in the middle of it
+        # a signal interrupted the evaluation of this step
         elif self.due(module.step) and self.state["evaluated"] < module.step:
             self.run(trainer, module, graded=module.step >= self.run_state.steps)
 
     def evaluate_if_due(self, trainer: lightning.Trainer, module: Any) -> bool:
-        """Evaluate the step that has ended, if it is time; return whether it is the best so far."""
+        """Evaluate after the current step, if it is due. Return whether it is the best so far."""
         if not self.due(module.step):
             return False
         return self.run(trainer, module, graded=module.step >= self.run_state.steps)
 
     def evaluate_last(self, trainer: lightning.Trainer, module: Any) -> bool:
-        """Evaluate a run that ended before its planned steps, since it stopped early or its time
-        was up; return whether it is the best so far."""
+        """Evaluate a run that ended before its planned steps. Return whether it is the best so
+        far."""
         if self.state["evaluated"] >= module.step or stop_requested(
             trainer, module, self.run_state
         ):
@@ -87,15 +87,14 @@ class Evaluation(lightning.Callback):
         return self.run(trainer, module, graded=True)
 
     def due(self, step: int) -> bool:
-        """Whether a step is one after which the run is evaluated: every `every`-th, and the
-        last."""
+        """Return whether the run is evaluated after a step: every `every`-th, and the last."""
         return step > 0 and (
             step >= self.run_state.steps or (self.every is not None and step % self.every == 0)
         )
 
     def run(self, trainer: lightning.Trainer, module: Any, graded: bool = False) -> bool:
-        """Evaluate now, unless a signal to stop comes first; return whether the step is the best so
-        far."""
+        """Evaluate now, unless a signal to stop interrupts it. Return whether the step is the best
+        so far."""
         held_out = self.run_state.held_out
         if held_out is None or not len(held_out.sequences):
             return False
@@ -123,12 +122,12 @@ class Evaluation(lightning.Callback):
                 reshard(module.model)
         if texts and self.generate:
             values |= means(texts[: self.generate])
-        # Ranks other than 0 wait here while rank 0 generates, and get its values: all have to judge
-        # by the same.
-        agreed = strategy.broadcast([] if texts is None else [values])
-        if not agreed:
+        # Ranks other than 0 wait here while rank 0 generates. They get its values, so that all
+        # ranks judge by the same numbers.
+        shared_values = strategy.broadcast([] if texts is None else [values])
+        if not shared_values:
             return False
-        values = agreed[0]
+        values = shared_values[0]
         if texts:
             self.run_state.journal.write_samples(module.step, texts[: self.samples])
         values["seconds"] = time.monotonic() - started
@@ -142,10 +141,10 @@ class Evaluation(lightning.Callback):
         return self._judge(values, module.step)
 
     def _answers(self, trainer: lightning.Trainer, module: Any) -> list[dict[str, Any]] | None:
-        """Generated and graded answers, on rank 0; None if a signal to stop came first."""
+        """Generate and grade answers, on rank 0; None if a signal to stop interrupted it."""
         held_out, run_state = self.run_state.held_out, self.run_state
         assert held_out is not None
-        sharded = isinstance(trainer.strategy, Sharded)  # no rank has the whole weights
+        sharded = isinstance(trainer.strategy, Sharded)  # then all ranks must generate together
         if not held_out.prompts or not (self.generate or self.samples):
             return []
         if not trainer.is_global_zero and not sharded:
@@ -157,10 +156,10 @@ class Evaluation(lightning.Callback):
         )
 
     def _judge(self, values: dict[str, float], step: int) -> bool:
-        """Whether these are the best values so far. Too many evaluations without a better one end
-        the run."""
+        """Return whether these are the best values so far. After `patience` evaluations without a
+        better one, stop the run."""
         if self.monitor not in values:
-            return False  # a score of generated answers, which this evaluation did not ask for
+            return False  # a score of generated answers, which this evaluation did not generate
         improved = False
         value = self.sign * values[self.monitor]
         if value < self.state["best"]:

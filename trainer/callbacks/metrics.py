@@ -15,13 +15,13 @@ from trainer.models.losses import NonFinite
 
 
 class Metrics(lightning.Callback):
-    """Records loss, rate, gradient norm and throughput of every `every`-th step, the density where
-    it is penalised, and each skipped step with its rows."""
+    """Records loss, rate, gradient norm and throughput of every `every`-th step, the density if
+    there is a penalty, and each skipped step with its rows."""
 
     def __init__(self, run_state: RunState, every: int):
         self.run_state, self.every = run_state, every
         self.last_time, self.last_processed = 0.0, 0
-        # a tensor until a row is written: reading its number waits for a GPU
+        # a tensor until a row is written: reading its value waits for the GPU
         self.last_trained: Any = 0
         self.seconds = 0.0  # of training, over all starts of the run
 
@@ -30,7 +30,7 @@ class Metrics(lightning.Callback):
         self.run_state.journal.tokens = module.tokens
 
     def record(self, trainer: lightning.Trainer, module: Any) -> None:
-        """Write the rows of the step that has ended."""
+        """Write the journal's rows of the current step."""
         sums = module.sums
         self.run_state.journal.tokens = module.tokens
         self.last_processed += int(sums["processed"])
@@ -94,5 +94,5 @@ class Metrics(lightning.Callback):
 
 
 def finite(value: float) -> float | None:
-    """The value, or None if JSON cannot represent it."""
+    """Return the value, or None if it is NaN or infinite, which JSON cannot represent."""
     return value if math.isfinite(value) else None

@@ -32,28 +32,28 @@ class ProgressBar(lightning.Callback):
     def __init__(self, run_state: RunState, every: int):
         self.run_state, self.every = run_state, every
         self.bar: Progress | None = None
-        self.logged = self.began = 0.0
+        self.logged = self.train_start = 0.0
         self.first_step = 0
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
-        self.began, self.first_step = time.monotonic(), module.step
+        self.train_start, self.first_step = time.monotonic(), module.step
         if not trainer.is_global_zero or not get_console().is_terminal:
             return
-        known = [TextColumn("left"), TimeRemainingColumn()] if self._total() is not None else []
+        time_left = [TextColumn("left"), TimeRemainingColumn()] if self._total() is not None else []
         self.bar = Progress(
             TextColumn("step"),
-            MofNCompleteColumn() if known else TextColumn("{task.completed:.0f}"),
+            MofNCompleteColumn() if time_left else TextColumn("{task.completed:.0f}"),
             BarColumn(bar_width=24),
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
-            *known,
+            *time_left,
             console=get_console(),
         )
         self.task = self.bar.add_task("", total=self._total(), completed=module.step)
         self.bar.start()
 
     def update(self, trainer: lightning.Trainer, module: Any) -> None:
-        """Show the step that has ended."""
+        """Show the current step, or log it if there is no bar."""
         if module.step % self.every or not trainer.is_global_zero:
             return
         row = self.run_state.journal.last
@@ -71,7 +71,7 @@ class ProgressBar(lightning.Callback):
         elif time.monotonic() - self.logged > EVERY or module.step >= self.run_state.steps:
             self.logged = time.monotonic()
             done = module.step - self.first_step
-            left = self._left((time.monotonic() - self.began) / max(1, done), module.step)
+            left = self._left((time.monotonic() - self.train_start) / max(1, done), module.step)
             log.info(
                 "step %d%s  %s%s",
                 module.step,
@@ -81,7 +81,7 @@ class ProgressBar(lightning.Callback):
             )
 
     def _left(self, step_seconds: float, step: int) -> float | None:
-        """Seconds until the planned steps or the time are used up, whichever is first; None if
+        """Return the seconds until the last planned step or max_time, whichever is first; None if
         neither is known."""
         limits = []
         if self._total() is not None:
@@ -91,7 +91,7 @@ class ProgressBar(lightning.Callback):
         return min(limits, default=None)
 
     def _total(self) -> int | None:
-        """The planned steps; None if only the time limits them."""
+        """Return the planned steps; None if only the time limits them."""
         return planned(self.run_state.steps)
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
@@ -109,10 +109,10 @@ class ProgressBar(lightning.Callback):
 
 
 def planned(steps: int) -> int | None:
-    """The planned steps; None if their number is unknown, as with max_time alone."""
+    """Return the planned steps; None if their number is unknown, as with max_time alone."""
     return steps if steps < UNLIMITED else None
 
 
 def of(steps: int, word: str = " of ") -> str:
-    """`word` and the planned steps; empty if their number is unknown."""
+    """Return `word` and the planned steps; empty if their number is unknown."""
     return f"{word}{steps}" if steps < UNLIMITED else ""

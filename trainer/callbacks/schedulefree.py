@@ -14,10 +14,13 @@ import lightning
 
 
 class ScheduleFree(lightning.Callback):
-    """Puts y into the weights for a step's gradients, and x at all other times. Callbacks after
-    this one evaluate and save x. The switch happens in each step, and not only before evaluations
-    and saves, so those change nothing: a resumed run has the same bits as one without interruption.
-    One lerp in each direction rounds once, as the update itself does."""
+    """Puts y into the weights while a step computes gradients, and x at all other times. Callbacks
+    after this one evaluate and save x.
+
+    It switches in each step, not only before evaluations and saves. So these change no bits, and a
+    resumed run has the same bits as an uninterrupted one. Each switch is one lerp, which rounds
+    once, as the update itself does.
+    """
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int

@@ -13,7 +13,7 @@ from trainer.callbacks import RunState
 
 
 class Stopping(lightning.Callback):
-    """Stops a run for a signal, a limit, or what another callback has noted."""
+    """Stops a run on a signal, at a limit, or for the reason in RunState.stopped."""
 
     def __init__(self, run_state: RunState):
         self.run_state = run_state
@@ -26,19 +26,19 @@ class Stopping(lightning.Callback):
         self.since = time.monotonic()
 
     def check(self, trainer: lightning.Trainer, module: Any) -> None:
-        """Stop the run after the step that has ended, if there is a reason; all ranks agree."""
+        """Stop the run after the current step, if there is a reason, on all ranks together."""
         now = time.monotonic()
         self.minutes += (now - self.since) / 60
         self.run_state.minutes = self.minutes
         self.since = now
-        number = self.run_state.signals.received or 0
+        received = self.run_state.signals.received or 0
         over = self.run_state.max_minutes is not None and self.minutes >= self.run_state.max_minutes
         if trainer.world_size > 1:
-            flags = torch.tensor([number, int(over)], device=module.device)
-            number, over = trainer.strategy.reduce(flags, reduce_op="max").tolist()
-        if number:
-            self.run_state.signals.received = int(number)
-            self.run_state.stopped = f"{signal.Signals(int(number)).name} was received"
+            flags = torch.tensor([received, int(over)], device=module.device)
+            received, over = trainer.strategy.reduce(flags, reduce_op="max").tolist()
+        if received:
+            self.run_state.signals.received = int(received)
+            self.run_state.stopped = f"{signal.Signals(int(received)).name} was received"
         elif over:
             self.run_state.stopped = f"max_time={self.run_state.max_minutes:g} minutes have passed"
         elif (
@@ -49,7 +49,7 @@ class Stopping(lightning.Callback):
             self.run_state.stopped = f"max_tokens={self.run_state.max_tokens} are processed"
         if self.run_state.stopped is not None and not trainer.should_stop:
             trainer.should_stop = True
-            if not number:
+            if not received:
                 limits = {
                     "minutes": self.minutes,
                     "steps": self.run_state.steps,
@@ -60,7 +60,7 @@ class Stopping(lightning.Callback):
                 )
 
     def check_data(self, module: Any) -> None:
-        """Note that the data came to its end before the planned steps, as those of a stream."""
+        """Set the reason of a run whose data ended before its planned steps, as a stream may."""
         if self.run_state.stopped is None and module.step < self.run_state.steps:
             self.run_state.stopped = "the data came to its end"
             self.run_state.journal.write(

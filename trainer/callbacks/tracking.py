@@ -1,9 +1,9 @@
 """W&B and TensorBoard. They never stop or delay a run: metrics.jsonl is the record, and they hold
 copies of it.
 
-What fails in a copy is logged once, and the run continues. What W&B's server did not take stays in
-RUN/wandb, one folder for each start of the run, until `wandb sync` has uploaded it. A file
-NAME.wandb.synced next to a file says that it is complete.
+A failing copy is logged once, and the run continues. Data that W&B's server did not receive stays
+in RUN/wandb, one folder for each start of the run, until `wandb sync` has uploaded it. A file
+NAME.wandb.synced marks a file as uploaded.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Wandb:
             run.define_metric(axis, hidden=True)
         run.define_metric("*", step_metric="global_step", step_sync=True)
         if online:
-            _ask_nothing_later(run)
+            _check_server_now(run)
 
     def log(self, kind: str, step: int, tokens: int | None, values: dict[str, Any]) -> None:
         if kind == "evaluation":
@@ -78,9 +78,9 @@ class Wandb:
                 f" {values.get('grad_norm')}."
             )
             self.run.alert(f"{self.title}: not finite", text, level="WARN", wait_duration=3600)
-        if named := numbers(kind, values):
+        if metrics := numbers(kind, values):
             self.run.log(
-                named | {"global_step": step} | ({} if tokens is None else {"tokens": tokens})
+                metrics | {"global_step": step} | ({} if tokens is None else {"tokens": tokens})
             )
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
@@ -98,51 +98,51 @@ class Wandb:
         self.run.log({f"samples/{'after' if step else 'before'}": table, "global_step": step})
 
     def finish(self, error: BaseException | None) -> None:
-        """End the W&B run with the run and not with the process, so that its file is complete
-        before a sweep starts the next run.
+        """End the W&B run with the run, not with the process, so that its file is complete before a
+        sweep starts the next run.
 
-        W&B's own time limit does not work while an artifact waits for a server that hangs, so this
-        sets another one."""
-        # of requeue.Stopped: the queue kills what takes its time
+        W&B's own time limit does not apply while an artifact waits for a server that hangs, so the
+        limit is kept here."""
+        # slurm_job.Stopped has the signal's number. Then time is short: the queue kills slow jobs.
         signal = getattr(error, "number", None)
         code = 0 if error is None else 128 + signal if signal else getattr(error, "code", 1)
         code = code if isinstance(code, int) else 1
         limit = min(self.limit, 10) if code > 128 else self.limit
-        late: list[BaseException] = []
+        errors: list[BaseException] = []
 
         def end() -> None:
             try:
-                self._say_how_it_ended(error)
+                self._alert_end(error)
                 if error is None and self.artifacts:
                     self._upload()
                 if code > 128:
                     self.run.mark_preempting()
                 self.run.finish(exit_code=code)
             except BaseException as fault:
-                late.append(fault)
+                errors.append(fault)
 
         thread = threading.Thread(target=end, daemon=True)
         thread.start()
         thread.join(limit + 5)
         if thread.is_alive():
-            late.append(TimeoutError(f"it took longer than {limit:g} s to end"))
+            errors.append(TimeoutError(f"it took longer than {limit:g} s to end"))
             for process in _services():
                 process.kill()
             thread.join(3)
-        part = Path(self.run.dir).parent
-        if late:
+        local = Path(self.run.dir).parent
+        if errors:
             log.warning(
-                "W&B: %s, so that not all was uploaded. %s",
-                first_line(late[0]).rstrip("."),
+                "W&B: %s, so not everything was uploaded. %s",
+                first_line(errors[0]).rstrip("."),
                 command(self.folder),
             )
         elif self.online:
-            for file in part.glob("*.wandb"):
+            for file in local.glob("*.wandb"):
                 write_text(file.with_name(f"{file.name}.synced"), "")
         else:
             log.info("W&B: this run was logged offline. %s", command(self.folder))
 
-    def _say_how_it_ended(self, error: BaseException | None) -> None:
+    def _alert_end(self, error: BaseException | None) -> None:
         if not self.alerts:
             return
         if error is None:
@@ -204,12 +204,9 @@ def wandb_logger(
     mode = _mode_of(mode)
     if mode == "disabled":
         return None
-    if parts := [
-        part for part in (folder / "wandb").glob(f"*run-*-{run_id}*/*.wandb") if not _complete(part)
-    ]:
-        log.info(
-            "W&B: %d earlier parts of this run are not uploaded. %s", len(parts), command(folder)
-        )
+    files = (folder / "wandb").glob(f"*run-*-{run_id}*/*.wandb")
+    if count := sum(not _complete(file) for file in files):
+        log.info("W&B: %d earlier parts of this run are not uploaded. %s", count, command(folder))
     online = mode != "offline"
     if online and not _has_key():
         online = False
@@ -239,7 +236,7 @@ def wandb_logger(
 
 
 def _mode_of(mode: str) -> str:
-    """The mode of the config; `auto` follows the environment variable of W&B."""
+    """Return the config's mode; `auto` follows W&B's environment variable."""
     if mode != "auto":
         return mode
     requested = os.environ.get("WANDB_MODE", mode)
@@ -249,18 +246,18 @@ def _mode_of(mode: str) -> str:
 def _start(
     online: bool, arguments: dict[str, Any], settings: dict[str, Any], folder: Path
 ) -> tuple[Any, bool]:
-    """(the W&B run, whether it is online); a run that cannot start online starts offline, and None
-    is one that cannot start at all."""
+    """Return (the W&B run, whether it is online). If it cannot start online it starts offline; if
+    it cannot start at all it is None."""
     for mode in ["online", "offline"] if online else ["offline"]:
-        before = set((folder / "wandb").glob("*"))
+        existing = set((folder / "wandb").glob("*"))
         try:
             with _public_arguments():
                 return _init(arguments | {"mode": mode}, settings), mode == "online"
         except Exception as error:
-            _discard(before, folder / "wandb")
+            _discard(existing, folder / "wandb")
             if mode == "offline":
                 log.warning(
-                    "W&B could not be started (%s); the run goes on without it", first_line(error)
+                    "W&B could not be started (%s); the run continues without it", first_line(error)
                 )
             else:
                 log.warning(
@@ -269,10 +266,10 @@ def _start(
     return None, False
 
 
-def _init(arguments: dict[str, Any], more: dict[str, Any]) -> Any:
+def _init(arguments: dict[str, Any], more_settings: dict[str, Any]) -> Any:
     import wandb
 
-    # W&B reads the whole command line and the repository's address, and either may hold secrets.
+    # W&B would record the command line and the repository's address, which may hold secrets.
     settings = wandb.Settings(
         console="off",
         silent=True,
@@ -282,27 +279,27 @@ def _init(arguments: dict[str, Any], more: dict[str, Any]) -> Any:
         disable_job_creation=True,
         x_transaction_log_flush_interval=1,
         finish_timeout_raises=True,
-        **more,
+        **more_settings,
     )
     return wandb.init(**arguments, settings=settings)
 
 
-def _discard(before: set[Path], folder: Path) -> None:
-    """Remove a run that could not be started. W&B's service would refuse its id to the next try,
-    and `wandb sync` would upload it."""
+def _discard(existing: set[Path], folder: Path) -> None:
+    """Remove a run that could not be started. Otherwise W&B's service would refuse its id at the
+    next attempt, and `wandb sync` would upload it."""
     import wandb
 
     with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()
-    for path in set(folder.glob("run-*")) - before:
+    for path in set(folder.glob("run-*")) - existing:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _ask_nothing_later(run: Any) -> None:
-    """Keep W&B from asking the server when a table or an artifact is logged. Training would wait
-    while the server hangs.
+def _check_server_now(run: Any) -> None:
+    """Let W&B check its key now, and skip its check of an artifact's type. It would do both when a
+    table or an artifact is logged, and training would wait for a server that hangs.
 
-    W&B checks the key once and keeps the answer. The other check only finds a wrong type early.
+    W&B remembers the result of the first. The second only reports a wrong type early.
     """
     with contextlib.suppress(Exception):
         run._public_api()
@@ -310,7 +307,7 @@ def _ask_nothing_later(run: Any) -> None:
 
 
 def _services() -> Iterator[psutil.Process]:
-    """W&B's own processes that this one has started."""
+    """Yield W&B's processes that this one has started."""
     for process in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
             if process.name().startswith("wandb-core"):
@@ -319,17 +316,17 @@ def _services() -> Iterator[psutil.Process]:
 
 @contextlib.contextmanager
 def _public_arguments() -> Iterator[None]:
-    """The command line without what looks like a secret."""
-    words = list(sys.argv)
-    sys.argv[:] = [redact(word) for word in words]
+    """Redact secrets in sys.argv, which W&B reads."""
+    argv = list(sys.argv)
+    sys.argv[:] = [redact(word) for word in argv]
     try:
         yield
     finally:
-        sys.argv[:] = words
+        sys.argv[:] = argv
 
 
 def _environment() -> dict[str, Any]:
-    """Where the run runs, for W&B's config."""
+    """Return the host and the SLURM job, for W&B's config."""
     job = {
         f"slurm_{name.lower()}": os.environ[f"SLURM_{name}"]
         for name in SLURM
@@ -343,7 +340,7 @@ def _complete(file: Path) -> bool:
 
 
 def command(folder: Path) -> str:
-    """The command that uploads what W&B's server does not have of a run."""
+    """Return the command that uploads the parts of a run that W&B's server lacks."""
     return f"Upload it with: wandb sync --include-online {shlex.quote(str(folder / 'wandb'))}"
 
 
@@ -358,7 +355,7 @@ def _has_key() -> bool:
 
 
 class TensorBoard:
-    """Event files in the run folder."""
+    """Event files in the run folder, for TensorBoard."""
 
     name = "TensorBoard"
 
@@ -383,7 +380,7 @@ class TensorBoard:
 def tensorboard_logger(
     folder: Path, run_id: str, name: str, config: dict[str, Any], start: dict[str, Any]
 ) -> Dashboard | None:
-    """Event files in the run folder.
+    """Write event files into the run folder.
 
     Raises:
         ConfigError: TensorBoard is not installed; the message says how.

@@ -20,8 +20,17 @@ KNOWN: dict[str, Any] = {
     "family": None,
 }
 SWEPT = ("from", "fraction", "steps", "shape", "final")
-# What a branch sets itself: the run's own values must not come back.
-_OWN = ("resume", "name", "runs", "max_steps", "max_epochs", "max_tokens", "max_time", "branch")
+# A branch sets these itself, so the run's values are not inherited.
+_SET_BY_BRANCH = (
+    "resume",
+    "name",
+    "runs",
+    "max_steps",
+    "max_epochs",
+    "max_tokens",
+    "max_time",
+    "branch",
+)
 
 
 def arguments(options: dict[str, str], more: list[str]) -> tuple[str, list[str]]:
@@ -46,8 +55,8 @@ def arguments(options: dict[str, str], more: list[str]) -> tuple[str, list[str]]
     rates = _rates(path, content, step)
     if rates[-1] <= 0:
         raise ConfigError(
-            f"{path} has a rate of 0 after step {step}, from which nothing can fall: branch off an"
-            " earlier checkpoint"
+            f"{path} has a rate of 0 after step {step}, which cannot fall any further: branch off"
+            " an earlier checkpoint"
         )
     if rates[-1] < max(rates) and options["force"] != "true":
         raise ConfigError(
@@ -57,13 +66,13 @@ def arguments(options: dict[str, str], more: list[str]) -> tuple[str, list[str]]
         )
     shape = "" if options["shape"] == "1-sqrt" else f"-{options['shape']}"
     name = options["name"] or f"{path.name}-cooldown-{step}-{length}{shape}"
-    # folder.read has asked whether the base's own code may run by the config; the overrides are as
-    # the folder has them.
+    # run_folder.read has checked by the config whether the base's own code may run. The overrides
+    # are as the folder records them, so that this one is not inherited without a check.
     trust = () if config["base"].get("trust_remote_code") else ("base.trust_remote_code",)
     inherited = [
         override
         for override in content["overrides"]
-        if _key(override) not in (*_OWN, *trust, *map(_key, more))
+        if _key(override) not in (*_SET_BY_BRANCH, *trust, *map(_key, more))
     ]
     return name, [
         *inherited,
@@ -85,20 +94,20 @@ def arguments(options: dict[str, str], more: list[str]) -> tuple[str, list[str]]
 
 
 def _rates(path: Path, content: dict[str, Any], step: int) -> list[float]:
-    """The rate of each step of a run up to `step`, as a factor of its peak."""
+    """Return the rate of each step of a run up to `step`, as a factor of its peak."""
     from trainer.assembly.build import instantiate
     from trainer.schedules import factor
     from trainer.storage.journal import read
 
     config = content["config"]
-    # in steps they are known from the rows alone
+    # The steps of a cooldown in tokens depend on the rows, which are not loaded here.
     if config["schedule"].get("cooldown_tokens") is not None:
-        logged = [
+        rates = [
             row["lr"]
             for row in read(path / "metrics.jsonl")
             if row["kind"] == "step" and row["step"] <= step
         ]
-        return [rate / max(logged) for rate in logged]
+        return [rate / max(rates) for rate in rates]
     schedule, restart = instantiate(config["schedule"]), instantiate(config["adapter"]).restart
     cooldown = _runtime_cooldown(path, config, step)
     return [
@@ -108,7 +117,7 @@ def _rates(path: Path, content: dict[str, Any], step: int) -> list[float]:
 
 
 def _runtime_cooldown(path: Path, config: dict[str, Any], step: int) -> Any:
-    """The cooldown that a run is in at a step, if one began at run time."""
+    """Return the run-time cooldown that a run is in at a step; None if it is in none."""
     from trainer.schedules.cooldown import RuntimeCooldown
     from trainer.storage.journal import read
 
@@ -122,7 +131,7 @@ def _runtime_cooldown(path: Path, config: dict[str, Any], step: int) -> Any:
 
 
 def _length(options: dict[str, str], step: int) -> int:
-    """The cooldown's steps."""
+    """Return the cooldown's number of steps."""
     from trainer.config.errors import ConfigError
 
     fraction, steps = options["fraction"], options["steps"]
@@ -146,16 +155,16 @@ def _length(options: dict[str, str], step: int) -> int:
 
 
 def _places(values: list[str]) -> list[str]:
-    """`RUN@10,20` as RUN@10 and RUN@20."""
+    """Expand `RUN@10,20` to RUN@10 and RUN@20."""
     run = values[0].rpartition("@")[0]
     return [value if not value.isdecimal() else f"{run}@{value}" for value in values]
 
 
 def finished(command: list[str]) -> int:
     """Run a branch and return its exit code. Signals that stop a run are forwarded to the branch,
-    which saves its step and ends by itself. Ctrl-C reaches it anyway."""
+    which saves its step and ends by itself. A terminal sends Ctrl-C to both."""
     process = subprocess.Popen(command)
-    before = {
+    handlers = {
         number: signal.signal(number, lambda number, frame: process.send_signal(number))
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     }
@@ -166,7 +175,7 @@ def finished(command: list[str]) -> int:
             except KeyboardInterrupt:
                 continue
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
@@ -175,7 +184,7 @@ def _key(override: str) -> str:
 
 
 def family(run: str) -> tuple[str, Path]:
-    """The table of a run and its branches, as text, and the file it was written to.
+    """Write family.md and family.svg of a run and its branches. Return the table and its file.
 
     Raises:
         FolderError: RUN is no run folder.
@@ -189,7 +198,7 @@ def family(run: str) -> tuple[str, Path]:
     for file in sorted(path.parent.glob("*/run.yaml")):
         try:
             record = run_folder.RunFolder(file.parent).earlier()
-        except run_folder.FolderError:  # another run's, which says nothing about this family
+        except run_folder.FolderError:  # a damaged folder next to the family's is no reason to fail
             continue
         if record is not None and (record.get("parent") or {}).get("id") == content["id"]:
             members.append(_member(file.parent) | {"at": record["parent"]["step"]})
@@ -200,23 +209,23 @@ def family(run: str) -> tuple[str, Path]:
     ]
     for member in [trunk, *members]:
         at = member.get("at")
-        down = "" if at is None else f"{member['steps'] - at:,}"
+        cooldown = "" if at is None else f"{member['steps'] - at:,}"
         loss = "" if member["loss"] is None else f"{member['loss']:.4f}"
         branched = "" if at is None else f"{at:,}"
         lines.append(
-            f"| {member['name']} | {branched} | {down} | {member['steps']:,} |"
+            f"| {member['name']} | {branched} | {cooldown} | {member['steps']:,} |"
             f" {member['tokens']:,} |"
             f" {loss} |"
         )
     if members:
-        alone = sum(member["steps"] for member in members)
-        spent = max(member["at"] for member in members) + sum(
+        separate_steps = sum(member["steps"] for member in members)
+        family_steps = max(member["at"] for member in members) + sum(
             member["steps"] - member["at"] for member in members
         )
         lines.append(
-            f"\nThese {len(members)} lengths took {spent:,} steps, the constant run up to the last"
-            f" branch included. Each trained from the start they would have taken {alone:,}:"
-            f" {1 - spent / alone:.0%} were saved."
+            f"\nThese {len(members)} lengths took {family_steps:,} steps, the constant run up to"
+            " the last branch included. Trained separately from the start, they would have taken"
+            f" {separate_steps:,}: {1 - family_steps / separate_steps:.0%} were saved."
         )
     text = "\n".join(lines) + "\n"
     write_text(path / "family.md", text)
@@ -225,31 +234,31 @@ def family(run: str) -> tuple[str, Path]:
 
 
 def _member(path: Path) -> dict[str, Any]:
-    """The steps, tokens and losses of a run of the family."""
+    """Read the steps, tokens and losses of a run of the family."""
     from trainer.storage.journal import read
 
     rows = read(path / "metrics.jsonl")
     steps = [row for row in rows if row["kind"] == "step"]
     tokens = {row["step"]: row["tokens"] for row in steps} | {0: 0}
-    evaluated = [row for row in rows if row["kind"] == "evaluation" and "loss" in row]
+    evaluations = [row for row in rows if row["kind"] == "evaluation" and "loss" in row]
     points = [
         (
             tokens.get(row["step"], max(t for s, t in tokens.items() if s <= row["step"])),
             row["loss"],
         )
-        for row in evaluated
+        for row in evaluations
     ]
     return {
         "name": path.name,
         "steps": steps[-1]["step"] if steps else 0,
         "tokens": steps[-1]["tokens"] if steps else 0,
-        "loss": evaluated[-1]["loss"] if evaluated else None,
-        "points": [(row["step"], *point) for row, point in zip(evaluated, points, strict=True)],
+        "loss": evaluations[-1]["loss"] if evaluations else None,
+        "points": [(row["step"], *point) for row, point in zip(evaluations, points, strict=True)],
     }
 
 
 def _plot(trunk: dict[str, Any], members: list[dict[str, Any]], file: Path) -> None:
-    """Held-out loss against tokens, each branch from where it left."""
+    """Plot the held-out loss against tokens, each branch from its first step on."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -1,4 +1,4 @@
-"""Errors that a user can fix, as one message without a traceback. The README lists the exit
+"""Errors that a user can fix, as one message without a traceback. docs/config.md lists the exit
 codes."""
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FAULTS = (CheckpointError, LoadingError, NonFinite)
 
 
 def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] | None:
-    """(message, exit code) of an error that has an explanation; None for one that has none."""
+    """Return (message, exit code) of an error that has an explanation; None if it has none."""
     if isinstance(error, _BAD_INPUT):
         return str(error), EXIT_BAD_INPUT
     if isinstance(error, _FAULTS):
@@ -43,8 +43,8 @@ def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] |
         first = str(error).strip().partition("\n")[0]
         return (
             (
-                "lost contact with another process of this run: it has ended, or has not answered"
-                " for lightning.timeout minutes. See its own message, and resume with resume=auto."
+                "lost contact with another process of this run: it died, or did not respond within"
+                " lightning.timeout minutes. See its own message, and resume with resume=auto."
                 f" The error here: {first[:300]}"
             ),
             1,
@@ -53,7 +53,7 @@ def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] |
         return text, 1
     if out_of_memory(error):
         first = str(error).partition("\n")[0] or type(error).__name__
-        return f"out of memory: {first}\n{_smaller(config)}", 1
+        return f"out of memory: {first}\n{_smaller_settings(config)}", 1
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return (
             (
@@ -88,27 +88,27 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _smaller(c: dict[str, Any]) -> str:
-    """Settings that need less memory than this config."""
-    ways = []
+def _smaller_settings(c: dict[str, Any]) -> str:
+    """Name settings that need less memory than this config."""
+    settings = []
     if (size := c.get("batch_size", 1)) > 1:
-        part = max(part for part in range(1, size // 2 + 1) if size % part == 0)
-        ways.append(
-            f"batch_size={part} accumulate={c['accumulate'] * size // part} (the same step in"
+        smaller = max(divisor for divisor in range(1, size // 2 + 1) if size % divisor == 0)
+        settings.append(
+            f"batch_size={smaller} accumulate={c['accumulate'] * size // smaller} (the same step in"
             " smaller parts)"
         )
     if c.get("objective", {}).get("gradient_checkpointing") is not True:
-        ways.append("objective.gradient_checkpointing=true")
+        settings.append("objective.gradient_checkpointing=true")
     if c.get("max_length", 0) > 256:
-        ways.append(f"max_length={c['max_length'] // 2}")
+        settings.append(f"max_length={c['max_length'] // 2}")
     if c.get("precision") == "fp32":
-        ways.append("precision=bf16-true")
+        settings.append("precision=bf16-true")
     trains_base = c.get("adapter", {}).get("_target_") == "adapters.full.Full"
     if c.get("base", {}).get("quantization") == "none" and not trains_base:
-        ways.append("base.quantization=nf4")
+        settings.append("base.quantization=nf4")
     return (
-        "These settings need less memory: " + ", or ".join(ways)
-        if ways
+        "These settings need less memory: " + ", or ".join(settings)
+        if settings
         else "Use a smaller base, or a machine with more memory."
     )
 

@@ -1,5 +1,5 @@
-"""The number of trained parameters of a run, and the memory and disk that it takes. They are
-counted on the base without its weights."""
+"""The trained parameters of a run, and estimates of its memory and disk. Everything is counted on
+the base's modules without their weights (torch's meta device)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trainer.penalties.deft import PenaltyError
 
 @dataclass
 class Footprint:
-    """What a run trains, and estimates in bytes of what it takes."""
+    """The parameters of a run, and its memory and disk in bytes, estimated."""
 
     parameters: int
     trainable: int | None  # None where only the loaded base can tell
@@ -41,7 +41,7 @@ class Footprint:
     warnings: list[str]
 
     def as_record(self) -> dict[str, Any]:
-        """The numbers as preflight.json holds them."""
+        """Return the numbers as preflight.json holds them."""
         return {key: value for key, value in asdict(self).items() if key not in _MESSAGES}
 
 
@@ -49,9 +49,9 @@ _MESSAGES = ("errors", "warnings")
 
 
 def estimate(recipe: Recipe, folder: Path) -> Footprint:
-    """Count parameters, and estimate the memory and disk that the run takes. A drafter, a penalty,
-    memory or a disk that does not fit is an error or a warning of the result. The disk is that of
-    `folder`.
+    """Count parameters, and estimate the memory and disk that the run takes, on the disk of
+    `folder`. The result holds errors for a drafter or penalty that does not fit the base and for a
+    disk that is too small, and a warning where memory is too small.
 
     Raises:
         AdapterError: the adapter does not fit the base.
@@ -89,18 +89,18 @@ def estimate(recipe: Recipe, folder: Path) -> Footprint:
 def _trainable(
     recipe: Recipe, skeleton: nn.Module, errors: list[str], warnings: list[str]
 ) -> int | None:
-    """How many parameters are trained; None where only the loaded base can tell."""
+    """Count the trained parameters; None where only the loaded base can tell."""
     adapter = recipe.adapter
-    drafted = _drafter(recipe, skeleton, errors)
+    in_drafter = _drafter(recipe, skeleton, errors)
     try:
         start = Start(new_modules(skeleton, recipe.labels), max(1, recipe.steps))
         model = adapter.attach(skeleton, start)
-        trainable = drafted + sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trainable = in_drafter + sum(p.numel() for p in model.parameters() if p.requires_grad)
     except NeedsWeights:
         model, trainable = skeleton, None
         warnings.append(
-            "how many parameters are trained is known only when the base is loaded; memory and"
-            " checkpoint leave them out"
+            "the number of trained parameters is known only when the base is loaded; the estimates"
+            " of memory and checkpoint leave them out"
         )
     if trainable == 0 and not isinstance(adapter, Nothing):
         errors.append("the adapter has no trainable parameter")
@@ -109,11 +109,13 @@ def _trainable(
 
 
 def _disk(recipe: Recipe, trainable: int, folder: Path, errors: list[str]) -> tuple[int, int]:
-    """(bytes of a checkpoint, bytes that are free on the disk of `folder`)."""
-    each = recipe.dtype.itemsize * 3 if recipe.trains_base else 4 + 8
-    checkpoint_bytes = trainable * each if recipe.steps else 0
+    """Return (bytes of a checkpoint, bytes that are free on the disk of `folder`)."""
+    # A trained tensor and its two moments: in the base's dtype if it is trained itself, else fp32.
+    bytes_each = recipe.dtype.itemsize * 3 if recipe.trains_base else 4 + 8
+    checkpoint_bytes = trainable * bytes_each if recipe.steps else 0
     keep = _checkpoints(recipe.config["callbacks"].get("checkpoints") or {}, recipe.steps)
     free = shutil.disk_usage(_existing(folder)).free
+    # Besides those that are kept: the best one, and the one that is being written.
     if checkpoint_bytes * (keep + 2) > free:
         errors.append(
             f"{keep + 2} checkpoints of about {checkpoint_bytes / 1e6:.3g} MB do not fit on the"
@@ -124,7 +126,7 @@ def _disk(recipe: Recipe, trainable: int, folder: Path, errors: list[str]) -> tu
 
 
 def _checkpoints(settings: dict[str, Any], steps: int) -> int:
-    """How many checkpoints the run will hold, without the best one."""
+    """Count the checkpoints that the run keeps, without the best one."""
     if settings.get("keep", 1) is not None:
         return settings.get("keep", 1)
     return steps // (every_steps(settings["every"], steps) or max(1, steps))
@@ -134,9 +136,7 @@ def _penalty(config: dict[str, Any], adapter: Adapter, model: nn.Module, errors:
     if not config["penalty"]:
         return
     if isinstance(adapter, Nothing):
-        errors.append(
-            "adapter=none trains nothing, so that a penalty has no effect: set penalty=none"
-        )
+        errors.append("adapter=none trains nothing, so a penalty has no effect: set penalty=none")
         return
     if config["penalty"]["eps"] == "auto" and config["task"].get("streaming"):
         errors.append(
@@ -150,7 +150,7 @@ def _penalty(config: dict[str, Any], adapter: Adapter, model: nn.Module, errors:
 
 
 def _drafter(recipe: Recipe, skeleton: nn.Module, errors: list[str]) -> int:
-    """The number of parameters that the drafter trains."""
+    """Count the drafter's trained parameters."""
     config, train = recipe.config, recipe.data.train
     if not config["drafter"]:
         return 0
@@ -176,13 +176,14 @@ def _drafter(recipe: Recipe, skeleton: nn.Module, errors: list[str]) -> int:
 
 
 def _memory(recipe: Recipe, total: int, linears: int, trainable: int) -> dict[str, int]:
-    """Estimate the memory in bytes. Activations of a decoder layer are near 30 d + 5 m numbers a
-    token, fused ones 12 d + 3 m (SmolLM2 with LoRA, measured)."""
+    """Estimate the memory in bytes. A decoder layer's activations take about 30 d + 5 m numbers per
+    token, 12 d + 3 m if fused (SmolLM2 with LoRA, measured)."""
     config, base, dtype, train = recipe.config, recipe.base, recipe.dtype, recipe.data.train
     text = base.config.get_text_config()
     width, inner = getattr(text, "hidden_size", 0), getattr(text, "intermediate_size", 0) or 0
     layers = getattr(text, "num_hidden_layers", 0)
-    packed = {"none": dtype.itemsize, "nf4": 0.53, "int8": 1.0}[base.quantization]
+    # bytes of a linear layer's weight; NF4: half a byte, and a scale for each block
+    linear_bytes = {"none": dtype.itemsize, "nf4": 0.53, "int8": 1.0}[base.quantization]
     longest = (
         min(config["max_length"], train.rows.report.longest)
         if train is not None
@@ -196,12 +197,12 @@ def _memory(recipe: Recipe, total: int, linears: int, trainable: int) -> dict[st
         getattr(text, "vocab_size", 0),
         "cuda" if torch.cuda.is_available() else "cpu",
     )
-    # of activations; the target saves nothing for a backward pass
+    # Activations that are saved for the backward pass. A target saves none, only the drafter does.
     if config["objective"]["_target_"] == "trainer.training.distill.Distill":
         saved = config["drafter"]["offsets"] * per_layer
     else:
-        every = int(config["objective"]["gradient_checkpointing"])  # False is none, True is each
-        recomputed = math.ceil(layers / every) if every else 0
+        interval = int(config["objective"]["gradient_checkpointing"])  # False is none, True is each
+        recomputed = math.ceil(layers / interval) if interval else 0
         saved = (
             recomputed * width * dtype.itemsize
             + (layers - recomputed) * per_layer
@@ -209,7 +210,7 @@ def _memory(recipe: Recipe, total: int, linears: int, trainable: int) -> dict[st
         )
     moments = 2 if "8bit" in config["optimizer"]["_target_"] else 8
     return {
-        "weights": int(linears * packed + (total - linears) * dtype.itemsize),
+        "weights": int(linears * linear_bytes + (total - linears) * dtype.itemsize),
         "trained": trainable * (4 + 4 + moments),
         "activations": int(tokens * saved),
         "logits": (
@@ -219,14 +220,14 @@ def _memory(recipe: Recipe, total: int, linears: int, trainable: int) -> dict[st
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or its nearest parent that exists."""
+    """Return the folder, or its nearest parent that exists."""
     while not folder.exists():
         folder = folder.parent
     return folder
 
 
 def parameters(model: nn.Module) -> str:
-    """A sentence about how much of a model is trained."""
+    """Say how much of a model is trained."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"

@@ -27,8 +27,8 @@ SAMPLE = 200  # conversations whose prompt is rendered a second time, as it will
 
 
 def inspect(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Return everything that preflight reports, as plain data, with `errors` and `warnings` for
-    people. `folder` is where the run will be.
+    """Return everything that preflight reports as plain data, with messages for the user under
+    `errors` and `warnings`. `folder` is where the run will be.
 
     Raises:
         AdapterError: the adapter does not fit the base.
@@ -45,25 +45,25 @@ def inspect(recipe: Recipe, folder: Path) -> dict[str, Any]:
     if recipe.order is not None:
         result["run"] = _length(config, recipe.order, steps)
     result["schedule"] = _rates(recipe)
-    planned = [
+    ramps = [
         length(config["schedule"][key], steps)
         for key in ("warmup", "cooldown")
         if config["schedule"].get(key) is not None
     ]
-    if steps and len(planned) > 1 and not config["branch"] and sum(planned) > steps:
+    if steps and len(ramps) > 1 and not config["branch"] and sum(ramps) > steps:
         errors.append(
-            f"a warm-up of {planned[0]} steps and a cooldown of {planned[1]} take more than the"
-            f" run's {steps} steps: give fewer, or fractions of the run"
+            f"a warm-up of {ramps[0]} steps and a cooldown of {ramps[1]} take more than the run's"
+            f" {steps} steps: give fewer, or fractions of the run"
         )
     _target(config, base, errors)
-    # Whether the device allows it is checked by the run: this may be another machine.
+    # The run itself checks the device: preflight may be on another machine.
     fault = liger.fault(base.config.model_type) if config["fused"] == "liger" else None
     errors += [fault] if fault is not None else []
     footprint = estimate(recipe, folder)
     result["model"] = footprint.as_record()
     errors += footprint.errors
     warnings += footprint.warnings
-    _check_names(config, recipe.data, errors)
+    _check_monitor(config, recipe.data, errors)
     return result | {"errors": errors, "warnings": warnings}
 
 
@@ -75,12 +75,12 @@ def _data(data: Data, warnings: list[str]) -> dict[str, Any]:
         if sequences is None:
             continue
         report = sequences.rows.report
-        seen = list(sequences.rows.digests())
-        digests[name] = set(seen)
+        row_digests = list(sequences.rows.digests())
+        digests[name] = set(row_digests)
         result[name] = {
             **{key: value for key, value in vars(report).items() if key != "bad"},
             "trained_share": report.trained_tokens / max(1, report.tokens),
-            "duplicates": len(seen) - len(digests[name]),
+            "duplicates": len(row_digests) - len(digests[name]),
             "bad": [f"{where}: {reason}" for where, reason in report.bad],
         }
         if (
@@ -103,7 +103,7 @@ def _data(data: Data, warnings: list[str]) -> dict[str, Any]:
         result["shared"] = shared
         if shared:
             warnings.append(
-                f"{shared} rows of evaluation are in the training data too: its numbers are too"
+                f"{shared} rows of evaluation are in the training data too: its numbers will be too"
                 " good"
             )
     if data.renderer.kind == "conversation" and not data.task.streaming:
@@ -111,14 +111,14 @@ def _data(data: Data, warnings: list[str]) -> dict[str, Any]:
         result["special_text"] = special_text(data.task.examples("train"), data.renderer.tokenizer)
         if result["special_text"]:
             warnings.append(
-                f"{result['special_text']} rows have the text of a special token in a message; it"
-                " is read as that token"
+                f"{result['special_text']} rows have the text of a special token in a message; the"
+                " tokeniser reads it as that token"
             )
     return result
 
 
 def _prompts(data: Data, warnings: list[str]) -> dict[str, int]:
-    """Count rows that begin like the prompt that the model gets at inference."""
+    """Count the rows that begin with the prompt that the model gets at inference."""
     renderer = data.renderer
     tried = same = 0
     for example in itertools.islice(data.task.examples("train"), SAMPLE):
@@ -163,7 +163,7 @@ def _length(config: dict[str, Any], order: BatchOrder, steps: int) -> dict[str, 
 
 
 def _rates(recipe: Recipe) -> dict[str, Any]:
-    """The peak rate, and the rate at up to 21 steps of the run."""
+    """Return the peak rate, and the rate at up to 21 steps of the run."""
     steps = recipe.steps
     if not steps:
         return {}
@@ -177,7 +177,7 @@ def _rates(recipe: Recipe) -> dict[str, Any]:
 
 
 def _target(config: dict[str, Any], base: Base, errors: list[str]) -> None:
-    """Check that the run and the drafter that this one builds on have its base."""
+    """Check that the target run and the first drafter have this run's base."""
     try:
         if (run := config["target"]["run"]) is not None and run_folder.read(run)[1]["identity"][
             "base"
@@ -192,46 +192,46 @@ def _target(config: dict[str, Any], base: Base, errors: list[str]) -> None:
         errors.append(str(error))
 
 
-def _check_names(config: dict[str, Any], data: Data, errors: list[str]) -> None:
+def _check_monitor(config: dict[str, Any], data: Data, errors: list[str]) -> None:
+    """Check that callbacks.evaluation.monitor is a metric of this task that is measured."""
     evaluation = config["callbacks"].get("evaluation")
     if not evaluation or data.held_out is None:
         return
-    known = ["loss", "accuracy", "f1" if data.task.kind == "label" else "perplexity"]
-    known = (
-        ["loss"] if config["objective"]["_target_"] == "trainer.training.distill.Distill" else known
-    )
-    known += _drafted(config["drafter"])
-    graded = data.task.metrics if evaluation["generate"] else []
+    metrics = ["loss", "accuracy", "f1" if data.task.kind == "label" else "perplexity"]
+    if config["objective"]["_target_"] == "trainer.training.distill.Distill":
+        metrics = ["loss"]
+    metrics += _drafter_metrics(config["drafter"])
+    scores = data.task.metrics if evaluation["generate"] else []
     monitor, key = evaluation["monitor"], "callbacks.evaluation"
-    if monitor not in known + graded:
+    if monitor not in metrics + scores:
         hint = f" (set {key}.generate)" if monitor in data.task.metrics else ""
         errors.append(
             f"{key}.monitor={monitor} is no metric of this task{hint}; the metrics are:"
-            f" {', '.join(known + graded)}"
+            f" {', '.join(metrics + scores)}"
         )
-    elif monitor in graded and evaluation["generate_every"] is None:
+    elif monitor in scores and evaluation["generate_every"] is None:
         errors.append(
             f"{key}.monitor={monitor} is measured only where answers are generated: set"
             f" {key}.generate_every=1"
         )
 
 
-def _drafted(drafter: dict[str, Any]) -> list[str]:
-    """The names of the metrics of trainer.drafters.metrics."""
+def _drafter_metrics(drafter: dict[str, Any]) -> list[str]:
+    """Name the metrics that trainer.drafters.metrics returns."""
     if not drafter:
         return []
     distilled = drafter.get("loss", "labels") != "labels"  # taught by the target's distributions
-    of_each = ["loss", "top1", "top5", *(["acceptance"] if distilled else [])]
+    per_offset = ["loss", "top1", "top5", *(["acceptance"] if distilled else [])]
     offsets = drafter["offsets"] if "offsets" in drafter else drafter["d_max"] - 1
-    names = [f"offset{k}/{name}" for k in range(1, offsets + 1) for name in of_each]
+    names = [f"offset{k}/{name}" for k in range(1, offsets + 1) for name in per_offset]
     return ["accepted", *(["expected"] if distilled else []), *names]
 
 
 def check_before_start(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """`inspect` a run that is about to start. Warnings are logged, errors end it.
+    """`inspect` a run that is about to start, and log the warnings.
 
     Raises:
-        BaseError: with the errors.
+        BaseError: there are errors; its text has all of them.
     """
     result = inspect(recipe, folder)
     for warning in result["warnings"]:

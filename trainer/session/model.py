@@ -88,7 +88,8 @@ def load_model(recipe: Recipe, start: StartPoint, folder: Path | None) -> Loaded
 
 
 def make_module(recipe: Recipe, loaded: LoadedModel, start: StartPoint) -> FineTune:
-    """Make the objective, with its schedule, its penalty and a drafter's stored hidden states."""
+    """Make the objective with its schedule and penalty, and with stored hidden states for a
+    drafter."""
     config, model = recipe.config, loaded.model
     module: FineTune = instantiate(config["objective"])(
         model=model,
@@ -110,8 +111,8 @@ def make_module(recipe: Recipe, loaded: LoadedModel, start: StartPoint) -> FineT
 
 
 def calibrate_penalty(module: FineTune, recipe: Recipe) -> dict[str, float]:
-    """Let the penalty measure its thresholds on the run's first micro-batches, which are the same
-    on all ranks. Return the threshold of each layer."""
+    """Measure the penalty's thresholds on the run's first micro-batches, the same on all ranks.
+    Return the threshold of each layer."""
     data, penalty = recipe.data, module.penalty
     assert penalty is not None
     if recipe.order is not None and data.train is not None:
@@ -141,7 +142,7 @@ def _load_base(recipe: Recipe) -> Any:
         str(recipe.dtype).removeprefix("torch."),
         "" if base.quantization == "none" else f" as {base.quantization}",
     )
-    # A model that FSDP2 divides may be larger than the memory of one device.
+    # A model that FSDP2 shards may be larger than the memory of one device.
     device = torch.device("cpu") if recipe.sharded else recipe.device
     with Progress(f"loading {base.path}"):
         return base.load(recipe.dtype, recipe.labels, device)
@@ -158,8 +159,7 @@ def _use_kernels(model: Any, recipe: Recipe) -> None:
     )
     if flash and use_flash(model, recipe.device, recipe.dtype):
         log.info(
-            "attention of packed rows by flash-attn; base.attn_implementation=sdpa leaves it to"
-            " torch"
+            "attention of packed rows uses flash-attn; base.attn_implementation=sdpa uses torch's"
         )
     if config["fused"] == "liger":
         log.info(
@@ -187,8 +187,7 @@ def _make_drafter(recipe: Recipe, model: Any, start: StartPoint) -> Drafter:
 
 
 def _use_stored_states(module: FineTune, recipe: Recipe) -> None:
-    """Let the drafter learn from its target's hidden states on disk. Those that are missing are
-    computed first."""
+    """Train the drafter on its target's hidden states on disk. Missing ones are computed first."""
     assert isinstance(module.loss, DraftLoss)
     assert module.drafter is not None
     assert recipe.data.train is not None
@@ -213,7 +212,7 @@ def _use_stored_states(module: FineTune, recipe: Recipe) -> None:
 
 
 def _micro_batches(recipe: Recipe) -> Iterator[list[Any]]:
-    """The run's micro-batches from its start, on rank 0."""
+    """Yield rank 0's micro-batches from the start of the run."""
     order = recipe.order
     assert order is not None
     for step in range(order.steps(None, None)):
@@ -221,13 +220,13 @@ def _micro_batches(recipe: Recipe) -> Iterator[list[Any]]:
 
 
 def _calibration_batches(recipe: Recipe) -> Iterator[dict[str, torch.Tensor]]:
-    """The run's first micro-batches as transformers' models take them, for adapters that are
-    computed from data."""
+    """Yield the run's first micro-batches as inputs of transformers' models, for adapters that are
+    initialised from data."""
     data = recipe.data
     if recipe.order is None:
         raise DataError(
             "this initialisation reads training data beforehand, which task.streaming=true does not"
-            " allow"
+            " allow: set task.streaming=false, or choose another initialisation"
         )
     assert data.train is not None
     for picks in _micro_batches(recipe):

@@ -14,7 +14,7 @@ from trainer.session.report_html import counted
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The checks as a table."""
+    """Show the result of `inspect` as a table."""
     text_table = Table(show_header=False, box=None, padding=(0, 2))
     for split in ("train", "eval"):
         for name, text in _split_lines(split, result["data"].get(split)):
@@ -98,7 +98,7 @@ def _split_lines(split: str, data: dict[str, Any] | None) -> list[tuple[str, str
 
 
 def samples(data: Data, count: int) -> list[Text]:
-    """The first rows as the model sees them: trained tokens green, masked ones dim."""
+    """Show the first rows as the model sees them: trained tokens green, masked ones dim."""
     if data.train is None:
         return []
     rows = data.train.rows

@@ -147,7 +147,7 @@ def _data(checked: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def counted(number: int | None) -> str:
-    """A count as text; None is not known yet."""
+    """Format a count; None is a count that is not known yet."""
     return "unknown" if number is None else f"{number:,}"
 
 
@@ -197,7 +197,7 @@ Curve = tuple[str, list[dict[str, Any]], str, str]  # label, rows, key, matplotl
 
 
 def _curves(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[Curve], bool]]:
-    """(title, curves, whether the axis is logarithmic) of each plot."""
+    """Return (title, curves, whether the axis is logarithmic) of each plot."""
     steps, evaluations = rows["step"], rows["evaluation"]
     plots: list[tuple[str, list[Curve], bool]] = [
         (
@@ -224,19 +224,19 @@ def _curves(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[Curve
         plots.append(("held out, top-1 by offset", curves, False))
         if any(row.get("accepted", 1) > 1 for row in evaluations):
             plots.append(("held out, tokens a step", [("", evaluations, "accepted", "o-")], False))
-    graded = [
+    scores = [
         name
         for name in (evaluations[-1] if evaluations else {})
         if name not in ("kind", "step", "seconds", "loss", "perplexity", "accepted")
         and not name.startswith("offset")
     ]
-    if graded:
-        plots.append(("held out", [(name, evaluations, name, "o-") for name in graded], False))
+    if scores:
+        plots.append(("held out", [(name, evaluations, name, "o-") for name in scores], False))
     return plots
 
 
 def _plots(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
-    """The plots as SVG, {title, data}."""
+    """Draw the plots as base64-encoded SVG, {title, data}."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -33,7 +33,7 @@ def save(
     module: FineTune,
     callbacks: list[Any],
 ) -> None:
-    """Write the run's drafter, its adapter and the averaged adapter, as far as it has them."""
+    """Write the run's drafter, its adapter and the averaged adapter, whichever it has."""
     if recipe.sharded:
         # each rank holds a part of the weights; the checkpoint holds all
         trained = load_trained(f"{folder.path}@last")
@@ -56,7 +56,7 @@ def save(
 def save_drafter(
     folder: RunFolder, run_yaml: dict[str, Any], recipe: Recipe, module: FineTune
 ) -> None:
-    """Write the drafter as it is after the last step, or after the best one."""
+    """Write the drafter of the last or the best step, as config's `export` says."""
     drafter, step, config = module.drafter, module.step, recipe.config
     assert drafter is not None
     if checkpoints.complete(folder.checkpoints):
@@ -78,7 +78,7 @@ def save_drafter(
 def save_adapter(
     folder: RunFolder, module: FineTune, write: Callable[[Path], None], which: str
 ) -> None:
-    """Let `write` write the adapter, and load it back to compare where two more copies of the base
+    """Call `write` to save the adapter. Load it back and compare, if two more copies of the base
     fit into memory."""
     target = folder.path / "adapter"
     if not checkpoints.complete(folder.checkpoints):  # callbacks.checkpoints=null
@@ -99,8 +99,8 @@ def save_adapter(
     needed = 2 * 4 * sum(p.numel() for p in module.model.parameters())
     if needed > psutil.virtual_memory().available / 2:
         log.info(
-            "adapter: %s. Not loaded back, which takes %.0f GB: python -m trainer.export run=%s"
-            " to=peft does",
+            "adapter: %s. Not loaded back, since that takes %.0f GB: python -m trainer.export"
+            " run=%s to=peft does it",
             target,
             needed / 1e9,
             folder.path,
@@ -128,12 +128,12 @@ def show(journal: Journal) -> None:
     )
     for name in evaluations[-1]:
         if name not in ("kind", "step", "seconds"):
-            ends = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
-            table.add_row(name, *(f"{row[name]:.4f}" if name in row else "" for row in ends))
+            rows = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
+            table.add_row(name, *(f"{row[name]:.4f}" if name in row else "" for row in rows))
     rich.get_console().print(table)
 
 
 def last_loss(journal: Journal) -> float | None:
-    """The loss of the last evaluation, for sweeps."""
+    """Return the loss of the last evaluation, for sweeps."""
     evaluations = journal.rows("evaluation")
     return evaluations[-1].get("loss") if evaluations else None

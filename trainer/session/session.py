@@ -65,7 +65,7 @@ class Session:
     """One run in this process."""
 
     config: dict[str, Any]
-    choices: dict[str, Any]  # the file of conf/ that each group has
+    choices: dict[str, Any]  # the file of conf/ that each config group uses
     overrides: list[str]
     adapter: Adapter
     lightning_trainer: lightning.Trainer
@@ -80,7 +80,7 @@ class Session:
     @classmethod
     @contextlib.contextmanager
     def open(cls, cfg: DictConfig, signals: Signals) -> Iterator[Session]:
-        """Make the run folder, lock it and make Lightning's trainer; release all at the end.
+        """Create and lock the run folder and create Lightning's trainer; release both at the end.
 
         Raises:
             slurm_job.Stopped: a signal came before there was a step to save.
@@ -123,19 +123,18 @@ class Session:
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this process writes the run folder."""
+        """Whether this process is rank 0, which alone writes the run folder."""
         return self.lightning_trainer.is_global_zero
 
     def make_recipe(self) -> Recipe:
-        """Everything that is known before weights are loaded."""
+        """Collect everything that is known before weights are loaded."""
         trainer = self.lightning_trainer
         return Recipe.of(
             self.config, self.adapter, trainer.strategy.root_device, trainer.world_size
         )
 
     def check(self, recipe: Recipe) -> None:
-        """Check the run as preflight does. Warnings are logged.
-
+        """Check the run as preflight does, and log the warnings.
         Raises:
             BaseError: the checks found errors.
         """
@@ -162,7 +161,7 @@ class Session:
         return start
 
     def record(self, recipe: Recipe, start: StartPoint) -> None:
-        """Write run.yaml, and remove from the journal what comes after the start point."""
+        """Write run.yaml, and remove the journal's rows after the start point."""
         if self.is_rank0:
             self.run_yaml = self.run_folder.record(
                 self.config,
@@ -176,7 +175,7 @@ class Session:
             drop_cooldown(self.run_folder, start)
 
     def load_model(self, recipe: Recipe, start: StartPoint) -> LoadedModel:
-        """Load the base with everything that is attached to it."""
+        """Load the base and attach kernels, target, drafter and adapter to it."""
         return load_model(recipe, start, self.run_folder.path if self.is_rank0 else None)
 
     def attach(self, module: FineTune, recipe: Recipe, start: StartPoint) -> None:
@@ -235,7 +234,7 @@ class Session:
             results.save(self.run_folder, self.run_yaml, recipe, module, self.callbacks)
 
     def report(self) -> float | None:
-        """Write report.html and show the held-out numbers. Return the last loss, for sweeps."""
+        """Write report.html and print the held-out numbers. Return the last loss, for sweeps."""
         if self.is_rank0:
             report_html.write(self.run_folder.path)
             results.show(self.journal)
@@ -275,16 +274,16 @@ def report_end(run_state: RunState, module: FineTune) -> None:
 
 def _set_up_process(config: dict[str, Any]) -> cpu_load.Seconds:
     """Set threads and memory of this process. Return the processor time used so far."""
-    before = cpu_load.seconds()
+    cpu_before = cpu_load.seconds()
     if config["threads"] is not None:
         torch.set_num_threads(config["threads"])
     if config["fused"]:
         malloc.keep_freed()
-    return before
+    return cpu_before
 
 
 def _prompt_count(config: dict[str, Any]) -> int:
-    """How many held-out prompts are answered in an evaluation."""
+    """Return how many held-out prompts an evaluation answers."""
     evaluation = config["callbacks"].get("evaluation")
     return max(evaluation["generate"], evaluation["samples"]) if evaluation else 0
 
@@ -306,7 +305,7 @@ def _dashboards(config: dict[str, Any], run_folder: RunFolder, record: dict[str,
 
 
 def _constant_until(recipe: Recipe) -> int | None:
-    """The steps before the cooldown of the schedule, if it has one."""
+    """Return the number of steps before the schedule's cooldown; None if it has none."""
     schedule, steps = recipe.config["schedule"], recipe.steps
     if recipe.config["branch"] or "cooldown" not in schedule:
         return None
@@ -319,21 +318,24 @@ def _constant_until(recipe: Recipe) -> int | None:
 
 
 def _callbacks(config: dict[str, Any], run_state: RunState) -> list[lightning.Callback]:
-    """The run's callbacks. Their hooks at the start of training are called in this order; the end
-    of a step has its order in EndOfStep."""
+    """Make the run's callbacks. Lightning calls their hooks at the start of training in this order;
+    EndOfStep has the order at the end of a step."""
     nodes = {name: node for name, node in config["callbacks"].items() if node is not None}
-    every = nodes["progress"]["every"] if "progress" in nodes else 1
-    metrics, stopping = Metrics(run_state, every), Stopping(run_state)
-    parts = {name: instantiate(node)(run_state) for name, node in nodes.items()}
-    end_of_step = EndOfStep(metrics, stopping, **parts)
-    first = [parts.pop(name) for name in ("evaluation", "averaging", "cooldown") if name in parts]
+    interval = nodes["progress"]["every"] if "progress" in nodes else 1
+    metrics, stopping = Metrics(run_state, interval), Stopping(run_state)
+    callbacks = {name: instantiate(node)(run_state) for name, node in nodes.items()}
+    end_of_step = EndOfStep(metrics, stopping, **callbacks)
+    # These three start first: an evaluation that a signal interrupted is repeated before training,
+    # the average is evaluated after the weights, and the cooldown reads the evaluation's counts.
+    ordered = ("evaluation", "averaging", "cooldown")
+    measuring = [callbacks.pop(name) for name in ordered if name in callbacks]
     # before all others, which see the averaged weights of a schedule-free optimiser
     schedulefree = [ScheduleFree()] if schedule_free(config) else []
-    return [*schedulefree, end_of_step, metrics, *first, stopping, *parts.values()]
+    return [*schedulefree, end_of_step, metrics, *measuring, stopping, *callbacks.values()]
 
 
 def _loader(recipe: Recipe, done: int, trainer: lightning.Trainer) -> DataLoader:
-    """The run's micro-batches for this rank, from the first one after `done` steps on."""
+    """Make the loader of this rank's micro-batches, from the first one after `done` steps."""
     config, data, steps = recipe.config, recipe.data, recipe.steps
     pinned = recipe.device.type == "cuda"
     rank = trainer.global_rank

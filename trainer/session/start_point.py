@@ -1,8 +1,8 @@
 """Where a run starts: from nothing, from its own last checkpoint, or from another run's.
 
-A branch keeps weights, optimiser, data position and random draws of its parent. Only its rates from
-there on are different (conf/branch), and its rows if it is given others. The parent is read and
-never written.
+A branch keeps weights, optimiser, data position and random draws of its parent. Only its later
+rates differ (conf/branch), and its rows if it has a task of its own. The parent is read and never
+written.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class StartPoint:
         return self.checkpoint is None
 
     def to_json(self) -> str:
-        """What rank 0 sends to the other ranks: all but run.yaml, which rank 0 alone writes."""
+        """Write as text, for the other ranks. run.yaml is left out: only rank 0 uses it."""
         content = asdict(replace(self, earlier=None))
         checkpoint = str(self.checkpoint.path) if self.checkpoint is not None else None
         return json.dumps(content | {"checkpoint": checkpoint})
 
     @classmethod
     def from_json(cls, text: str) -> StartPoint:
-        """The inverse of `to_json`."""
+        """Read what `to_json` wrote."""
         content = json.loads(text)
         path = content["checkpoint"]
         checkpoint = Checkpoint.of(Path(path)) if path is not None else None
@@ -85,7 +85,7 @@ def find_start_point(folder: RunFolder, recipe: Recipe, identity: dict[str, Any]
 
 
 def cooldown_of(branch: dict[str, Any]) -> RuntimeCooldown:
-    """The cooldown of a branch, from its node of the config."""
+    """Make the cooldown of a branch from its config node."""
     return RuntimeCooldown(
         branch["step"], branch["steps"], branch["level"], branch["shape"], branch["final"]
     )
@@ -104,16 +104,16 @@ def branch_off(
     step = config["branch"]["step"]
     path, content, _ = run_folder.read(config["branch"]["run"])
     source = checkpoints.chosen(path / "checkpoints", str(step))
-    different = run_folder.differences(
+    differences = run_folder.differences(
         content["config"], config, (*run_folder.FREE, *run_folder.LENGTHS, "branch", "task")
     )
-    different += _identity_differences(content["identity"], identity)
-    if different:
+    differences += _identity_differences(content["identity"], identity)
+    if differences:
         raise CheckpointError(
-            f"{path} cannot be branched off with other settings:\n  " + "\n  ".join(different)
+            f"{path} cannot be branched off with other settings:\n  " + "\n  ".join(differences)
         )
     if changed(path, {"train": content["identity"]["data"]["train"]}, identity["data"]):
-        log.info("the rows from step %d on differ from those of the parent", step)
+        log.info("from step %d on, this branch trains on other rows than its parent", step)
     fault = checkpoints.fault(source)
     if fault is not None:
         raise CheckpointError(f"{source.path} cannot be used: {fault}")
@@ -143,8 +143,8 @@ def branch_off(
 
 
 def drop_cooldown(folder: RunFolder, start: StartPoint) -> None:
-    """Remove what an extended run trains again: the checkpoints of its cooldown. Its adapter is
-    kept under the name of its step."""
+    """Remove the checkpoints of the cooldown that an extended run leaves out. The adapter that it
+    exported is kept under the name of its step."""
     assert start.earlier is not None
     for checkpoint in checkpoints.complete(folder.checkpoints):
         if checkpoint.step > start.step:
@@ -159,13 +159,13 @@ def drop_cooldown(folder: RunFolder, start: StartPoint) -> None:
 
 
 def _identity_differences(recorded: dict[str, Any], identity: dict[str, Any]) -> list[str]:
-    """How the parts of a recorded run differ from those of this one, its rows left out."""
-    different = run_folder.differences(
+    """List how the parts of a recorded run differ from those of this one. Rows are left out."""
+    differences = run_folder.differences(
         recorded, identity, ("choices", "steps", "base", "data", "target.run")
     )
     if recorded["base"] != identity["base"]:
-        different.append("base: its weights are others now")
-    return different
+        differences.append("base: its weights have changed")
+    return differences
 
 
 def _checkpoint_to_resume(
@@ -180,33 +180,33 @@ def _checkpoint_to_resume(
     """
     run_folder.complete(earlier, folder.file)
     recorded = earlier["identity"]
-    different = run_folder.differences(
+    differences = run_folder.differences(
         earlier["config"], recipe.config, run_folder.FREE + run_folder.LENGTHS
     )
-    different += _identity_differences(recorded, identity)
-    different += [
+    differences += _identity_differences(recorded, identity)
+    differences += [
         f"data: the rows of {split}, or how they are tokenised, have changed"
         for split in changed(folder.path, recorded["data"], identity["data"])
     ]
     checkpoint = checkpoints.newest(folder.checkpoints)
     done, steps, drops_cooldown = checkpoint.step if checkpoint else 0, recipe.steps, False
-    same = _same_rates_until(folder, recipe, recorded["steps"], done)
-    if same < done:
-        before = checkpoints.marked(folder.checkpoints, "constant")
-        if before is not None and before.step <= same and steps >= recorded["steps"]:
-            checkpoint, done, drops_cooldown = before, before.step, True
+    same_until = _same_rates_until(folder, recipe, recorded["steps"], done)
+    if same_until < done:
+        constant = checkpoints.marked(folder.checkpoints, "constant")
+        if constant is not None and constant.step <= same_until and steps >= recorded["steps"]:
+            checkpoint, done, drops_cooldown = constant, constant.step, True
         else:
-            different.append(
-                f"steps: {recorded['steps']} in the run, {steps} now, with which its schedule would"
-                f" have had other rates from step {same} on. What is a fraction of the run, as a"
-                " warm-up may be, changes with its length: give it in steps from the start"
+            differences.append(
+                f"steps: {recorded['steps']} in the run, {steps} now. With that length its schedule"
+                f" would have had other rates from step {same_until} on. A fraction of the run, as"
+                " of a warm-up, changes with the length: give it in steps from the start"
             )
     if done > steps:
-        different.append(f"steps: {done} are done, {steps} are asked for")
-    if different:
+        differences.append(f"steps: {done} are done, {steps} are requested")
+    if differences:
         raise CheckpointError(
             f"{folder.path} holds another run, which cannot be resumed as this one:\n  "
-            + "\n  ".join(different)
+            + "\n  ".join(differences)
             + "\nGive its settings, or another name="
         )
     if checkpoint is not None:
@@ -220,29 +220,29 @@ def _checkpoint_to_resume(
 
 
 def _same_rates_until(folder: RunFolder, recipe: Recipe, recorded_steps: int, done: int) -> int:
-    """The first of the `done` steps whose rate would be another one in a run of the length that it
-    has now; `done` if there is none."""
+    """Return the first of the `done` steps whose rate would have been different with the run's new
+    length; `done` if there is none."""
     config, steps, restart = recipe.config, recipe.steps, recipe.adapter.restart
     journal = Journal(folder.path, [], False)
-    began = [row["step"] for row in journal.rows("cooldown")]
-    ended = [row for row in journal.rows("stopped") if row["reason"].startswith("cooled down")]
-    if began and ended and _extended(ended[-1], steps, config["max_time"]):
-        return began[-1]
+    starts = [row["step"] for row in journal.rows("cooldown")]
+    ends = [row for row in journal.rows("stopped") if row["reason"].startswith("cooled down")]
+    if starts and ends and _extended(ends[-1], steps, config["max_time"]):
+        return starts[-1]
     if steps == recorded_steps:
         return done
     schedule = make_schedule(config, recipe.order)
     cooldown = cooldown_of(config["branch"]) if config["branch"] else None
-    others = (
+    different_steps = (
         step
         for step in range(done)
         if factor(schedule, step, steps, restart, cooldown)
         != factor(schedule, step, recorded_steps, restart, cooldown)
     )
-    return next(others, done)
+    return next(different_steps, done)
 
 
 def _extended(stopped: dict[str, Any], steps: int, max_time: float | None) -> bool:
-    """Whether a run that stopped is given more steps or more time than it had."""
+    """Return whether a stopped run has more steps or more time now than it had."""
     earlier_limit = stopped.get("max_time")
     return steps > stopped.get("steps", steps) or (
         earlier_limit is not None and (max_time is None or max_time > earlier_limit)
@@ -250,7 +250,7 @@ def _extended(stopped: dict[str, Any], steps: int, max_time: float | None) -> bo
 
 
 def _ended(folder: RunFolder, done: int, recipe: Recipe) -> str | None:
-    """How an earlier start of this run ended it for good, if it did."""
+    """Say how an earlier start of this run ended it for good; None if it did not."""
     steps, max_time = recipe.steps, recipe.config["max_time"]
     if not (folder.path / "report.html").exists():
         return None

@@ -1,9 +1,9 @@
 """Distill: train a drafter alone, on the hidden states of its frozen target. The target is the
 base, or the base and adapter of another run.
 
-Unlike FineTune with adapter=none it leaves out the target's own next-token loss, from which nothing
-would learn. The logits of that loss are 30 to 40 % of a forward pass of a small model. The
-drafter's gradients are the same. A step's loss is
+FineTune with adapter=none gives the same gradients, but also computes the target's own next-token
+loss, from which nothing learns. The logits of that loss are 30 to 40 % of a forward pass of a small
+model. A step's loss is
 
     L = Σ_ranks Σ_micro-batches D / N
 
@@ -23,14 +23,14 @@ from trainer.drafters import Drafter, DrafterError, Target
 from trainer.models.losses import CausalLoss
 from trainer.training.finetune import FineTune
 
-# Of a batch: the target's states (B, T, d) that its output head reads, and those of Drafter.layers
-# concatenated (B, T, f).
+# From a batch: the target's states (B, T, d) that its output head reads, and the states of
+# Drafter.layers, concatenated (B, T, f).
 States = Callable[[dict[str, Any]], tuple[Float[Tensor, "B T d"], Float[Tensor, "B T f"] | None]]
 
 
 class DraftLoss(CausalLoss):
-    """The drafter's loss of a batch. `states` returns the target's stored states of a training
-    batch. None runs the target, as evaluation always does."""
+    """The drafter's loss of a batch. `states` returns the stored hidden states of a training batch.
+    If it is None the target is run, as always in evaluation."""
 
     def __init__(
         self,
@@ -44,8 +44,8 @@ class DraftLoss(CausalLoss):
         self.states = states
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(summed loss, {loss, tokens, offsets}) with the sums detached: the drafter's weighted
-        loss, trained tokens, Drafter.loss's numbers."""
+        """Return (summed loss, {loss, tokens, offsets}): the drafter's weighted loss, the trained
+        tokens and the numbers of Drafter.loss. The second are detached."""
         stored = self.states if torch.is_grad_enabled() else None
         with torch.no_grad():
             hidden, features = stored(batch) if stored is not None else self.forward(batch)[:2]
@@ -58,7 +58,7 @@ class DraftLoss(CausalLoss):
 
 
 class Distill(FineTune):
-    """Trains the `drafter` of a `model` in which nothing is trained. All else is as in FineTune.
+    """Trains the `drafter` of a frozen `model`. Everything else is as in FineTune.
 
     Raises:
         DrafterError: there is no drafter, or something of the model is trained.

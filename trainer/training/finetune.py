@@ -67,8 +67,7 @@ class FineTune(lightning.LightningModule):
         self.model, self.adapter, self.penalty, self.drafter = model, adapter, penalty, drafter
         self.make_optimizer, self.schedule = optimizer, schedule
         self.steps, self.runtime_cooldown = steps, runtime_cooldown
-        # whether the run was extended and resumes from before its cooldown
-        self.drop_cooldown = False
+        self.drop_cooldown = False  # True: the run was extended, and restarts before its cooldown
         self.accumulate, self.seed, self.max_grad_norm, self.nonfinite_limit = (
             accumulate,
             seed,
@@ -86,10 +85,9 @@ class FineTune(lightning.LightningModule):
         self.skipped = self.skipped_in_a_row = 0
         self.step_done = False  # whether this micro-batch has ended a step
         self.grad_norm: Tensor | None = None
-        # of this step, as the penalty measures it, over all layers
-        self.density: float | None = None
+        self.density: float | None = None  # mean over layers in this step, if there is a penalty
         self.densities: dict[str, float] = {}  # the same, of each layer that saw a token
-        self.news: dict[str, float] = {}  # what the adapter reports after the step
+        self.news: dict[str, float] = {}  # numbers that the adapter reports after the step
         self.sums: dict[str, Any] = {}  # of this step
 
     def make_loss(self, chunk: int | None) -> CausalLoss:
@@ -124,13 +122,13 @@ class FineTune(lightning.LightningModule):
         micro = batch_idx % self.accumulate
         if micro == 0:
             self.sums = dict.fromkeys(self.counted, 0.0) | {"processed": 0, "sequences": []}
-            now = factor(
+            rate = factor(
                 self.schedule, self.step, self.steps, self.adapter.restart, self.runtime_cooldown
             )
             for group, peak in zip(
                 self.trainer.optimizers[0].param_groups, self.peaks, strict=True
             ):
-                group["lr"] = peak * now
+                group["lr"] = peak * rate
         self.step_done = False
         if self.drafter is not None:
             self.drafter.on_step(self.step, self.steps)
@@ -147,16 +145,16 @@ class FineTune(lightning.LightningModule):
         self.sums["sequences"] += batch["sequences"]
         loss = summed * (self.accumulate * self.trainer.world_size / max(1, batch["window_tokens"]))
         if self.penalty is not None:
-            term, densities, measured = self.penalty.term()
+            term, densities, saw_tokens = self.penalty.term()
             tokens = batch["lengths"].sum()
             self.sums["density"] = (
-                self.sums.get("density", 0.0) + torch.stack([densities, measured]) * tokens
+                self.sums.get("density", 0.0) + torch.stack([densities, saw_tokens]) * tokens
             )
             if self.trainer.world_size > 1:
-                # A token counts the same, whichever rank it is on, and DDP takes the mean over
-                # ranks.
-                every = self.trainer.strategy.reduce(tokens.float(), reduce_op="sum")
-                term = term * (tokens * self.trainer.world_size / every.clamp(min=1))
+                # DDP takes the mean over ranks. Weighted like this each token counts the same,
+                # whichever rank it is on.
+                all_tokens = self.trainer.strategy.reduce(tokens.float(), reduce_op="sum")
+                term = term * (tokens * self.trainer.world_size / all_tokens.clamp(min=1))
             loss = loss + term
         penalty = self.adapter.penalty(self.model)
         return loss if penalty is None else loss + penalty
@@ -166,8 +164,7 @@ class FineTune(lightning.LightningModule):
             self.penalty.close()
 
     def calibrate(self, batches: Iterable[dict[str, Any]]) -> None:
-        """Let the penalty measure its thresholds on the run's first micro-batches, on the model
-        before training."""
+        """Measure the penalty's thresholds on the run's first micro-batches, before training."""
         if self.penalty is None:
             return
         was_training = self.model.training
@@ -178,7 +175,7 @@ class FineTune(lightning.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        # before a step is judged by its loss: all ranks must skip the same steps
+        # first, so that all ranks judge the step by the same loss and skip the same steps
         if self.trainer.world_size > 1:
             self._sum_over_ranks()
         densities = self._step_densities()
@@ -188,7 +185,7 @@ class FineTune(lightning.LightningModule):
         if isinstance(self.trainer.strategy, Sharded):
             average_unsharded_grads(parameters)
         self.grad_norm = clip_gradients(parameters, self.drafter, self.max_grad_norm)
-        # This waits for a GPU: what comes next depends on it.
+        # Reading the values waits for the GPU. It cannot be avoided: the next lines depend on them.
         if torch.isfinite(self.grad_norm) & torch.isfinite(
             torch.as_tensor(self.sums["loss"], device=self.grad_norm.device)
         ):
@@ -196,13 +193,13 @@ class FineTune(lightning.LightningModule):
             if self.penalty is not None:
                 self.penalty.update(densities)
             return
-        # Optimisers skip parameters without a gradient, and their moments too.
+        # An optimiser changes neither weights nor moments of parameters without a gradient.
         optimizer.zero_grad(set_to_none=True)
         self.skipped += 1
         self.skipped_in_a_row += 1
 
     def _sum_over_ranks(self) -> None:
-        """Sum what each rank has counted in the step."""
+        """Sum the step's counts over all ranks."""
         reduce = self.trainer.strategy.reduce
         names = (*self.counted, "processed")
         counts = torch.tensor([float(self.sums[name]) for name in names], device=self.device)
@@ -212,7 +209,7 @@ class FineTune(lightning.LightningModule):
                 self.sums[name] = reduce(self.sums[name], reduce_op="sum")
 
     def _step_densities(self) -> list[float]:
-        """The density of each penalised layer in the step, NaN where it saw no token."""
+        """Return the density of each penalised layer in the step, NaN if it saw no token."""
         if self.penalty is None:
             return []
         sums, tokens = self.sums["density"].tolist()
@@ -220,8 +217,8 @@ class FineTune(lightning.LightningModule):
             total / count if count else float("nan")
             for total, count in zip(sums, tokens, strict=True)
         ]
-        known = [density for density in densities if density == density]
-        self.density = sum(known) / len(known) if known else None
+        finite = [density for density in densities if density == density]
+        self.density = sum(finite) / len(finite) if finite else None
         self.densities = {
             name: density
             for (name, _), density in zip(self.penalty.layers, densities, strict=True)
@@ -278,14 +275,14 @@ class FineTune(lightning.LightningModule):
             self.runtime_cooldown = RuntimeCooldown(**checkpoint["cooling"])
         for key, value in checkpoint["counters"].items():
             setattr(self, key, value)
-        # A finished run that was extended trains on. Lightning would take its last micro-batch for
-        # the end of the epoch.
+        # In a finished run that was extended, the recorded last micro-batch is no longer the last.
+        # Lightning would end the epoch after it.
         loops = checkpoint["loops"]["fit_loop"]
         loops["epoch_loop.batch_progress"]["is_last_batch"] = self.step >= self.steps
 
 
 def real_tokens(batch: dict[str, Any]) -> Tensor:
-    """Which tokens of a batch belong to a row that is trained (B, T), and not to padding."""
+    """Return a mask (B, T), True at the tokens of rows, False at padding."""
     ids = batch["input_ids"]
     return torch.arange(ids.shape[1], device=ids.device) < batch["lengths"].to(
         ids.device

@@ -1,13 +1,13 @@
 """FSDP2: each rank holds a shard of the model's weights, gradients and moments, through Lightning's
 ModelParallelStrategy.
 
-A decoder layer's weights are gathered when it computes, and resharded after it. Those outside of
-the layers, as the embedding and the output head, stay gathered from the forward to the end of the
-backward pass, since losses read the head without the model. A drafter is not sharded, since its
+A decoder layer's weights are gathered when it computes, and resharded after it. Weights outside of
+the layers, such as the embedding and the output head, stay gathered until the end of the backward
+pass, since losses read the head without calling the model. A drafter is not sharded, since its
 parts are not called as modules. Its gradients are averaged once per step.
 
-Lightning saves such a run as a folder of shards, or with the whole base. Here a checkpoint is the
-same as in any run: the whole trained tensors in one file that rank 0 writes. So a run with FSDP2 is
+Lightning saves such a run as a folder of shards, or with the full base. Here a checkpoint is the
+same as in any run: the full trained tensors in one file that rank 0 writes. So a run with FSDP2 is
 exported, read and evaluated like any other.
 """
 
@@ -39,8 +39,8 @@ class Sharded(ModelParallelStrategy):
         )
 
     def shard(self, model: Any) -> None:
-        """Keep this rank's shard of a model that all ranks have loaded. Its layers are the modules
-        that transformers never splits."""
+        """Shard a model that all ranks have loaded. Its layers are the modules that transformers
+        never splits over devices (`_no_split_modules`)."""
         layers = set(model._no_split_modules or ())
         for module in list(model.modules()):
             if type(module).__name__ in layers:
@@ -48,7 +48,7 @@ class Sharded(ModelParallelStrategy):
         fully_shard(model, mesh=self.device_mesh, reshard_after_forward=False)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return {}  # FineTune.on_save_checkpoint knows what belongs there
+        return {}  # FineTune.on_save_checkpoint adds the trained tensors
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         return getattr(optimizer, "_optimizer", optimizer).state_dict()
@@ -78,13 +78,13 @@ class Sharded(ModelParallelStrategy):
 
 
 def full_tensors(tree: Any) -> Any:
-    """Gather all sharded tensors of a tree on the CPU. All ranks have to call it."""
+    """Gather all sharded tensors of a tree on the CPU. All ranks must call it together."""
     return pytree.tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), tree)
 
 
 def local_shard(shard: Any, value: Any) -> Any:
-    """This rank's shard of a full tensor, divided like `shard`. Anything else is returned as it
-    is."""
+    """Return this rank's shard of a full tensor, with the placement of `shard`. Other values are
+    returned unchanged."""
     if not isinstance(shard, DTensor) or not isinstance(value, Tensor):
         return value
     if value.shape != shard.shape:
@@ -95,8 +95,8 @@ def local_shard(shard: Any, value: Any) -> Any:
 
 
 def reshard(model: nn.Module) -> None:
-    """Reshard parameters after an evaluation's forward pass. Otherwise the next step would see the
-    gathered weights."""
+    """Reshard parameters after an evaluation's forward pass, which has no backward pass that does.
+    Otherwise the next step would see the gathered weights."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -111,16 +111,17 @@ def average_unsharded_grads(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def clip_grad_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """As torch's function of this name, for parameters of which some may be sharded."""
-    kinds: list[list[nn.Parameter]] = [[], []]
+    """Clip by the total norm, as torch.nn.utils.clip_grad_norm_ does. Some of the parameters may be
+    sharded. Return the norm before."""
+    by_kind: list[list[nn.Parameter]] = [[], []]  # torch's function takes one kind only
     for parameter in parameters:
-        kinds[isinstance(parameter, DTensor)].append(parameter)
-    parts = [part for part in kinds if part]
+        by_kind[isinstance(parameter, DTensor)].append(parameter)
+    groups = [group for group in by_kind if group]
     norms = [
-        nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts
+        nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups
     ]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-    for part in parts:
-        nn.utils.clip_grads_with_norm_(part, limit, norm)
+    for group in groups:
+        nn.utils.clip_grads_with_norm_(group, limit, norm)
     return norm

@@ -47,12 +47,12 @@ def make_trainer(config: dict[str, Any], adapter: Adapter, path: Path) -> lightn
     if settings["strategy"] == "fsdp2":
         settings["strategy"] = Sharded(timeout=timeout)
     # Lightning chooses DDP by the number of devices, and takes it from this registry. Buffers are
-    # the same on all ranks, and those of a sparse adapter are as large as it: so they are not
+    # the same on all ranks, and a sparse adapter's are as large as its weights. So they are not
     # synchronised in each forward pass.
     StrategyRegistry.register(
         "ddp", DDPStrategy, override=True, timeout=timeout, forward_sync_buffers=False
     )
-    # One epoch for the whole run: the loader holds all its micro-batches, and its end is the run's.
+    # The whole run is one epoch: the loader yields all its micro-batches, and ends with the run.
     return lightning.Trainer(
         **settings,
         precision=precision,  # type: ignore[arg-type]

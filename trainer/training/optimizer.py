@@ -1,4 +1,4 @@
-"""What the optimiser trains: its parameter groups, and their gradients before a step."""
+"""The optimiser's parameter groups, and the clipping of their gradients."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from trainer.training.fsdp import clip_grad_norm
 def parameter_groups(
     adapter: Adapter, model: nn.Module, drafter: Drafter | None
 ) -> list[dict[str, Any]]:
-    """The parameters of adapter and drafter. Vectors, as norms and biases, have no weight decay,
-    unless a group sets it itself."""
+    """Group the parameters of adapter and drafter. Vectors, such as norms and biases, have no
+    weight decay, unless their group sets one."""
     groups = []
-    drafted = drafter.parameter_groups() if drafter is not None else []
-    for group in [*adapter.parameter_groups(model), *drafted]:
+    of_drafter = drafter.parameter_groups() if drafter is not None else []
+    for group in [*adapter.parameter_groups(model), *of_drafter]:
         if "weight_decay" in group:
             groups.append(group)
             continue
@@ -33,13 +33,13 @@ def parameter_groups(
 def clip_gradients(
     parameters: list[nn.Parameter], drafter: Drafter | None, max_norm: float | None
 ) -> Tensor:
-    """Clip the gradients and return their norm before that. A drafter that is detached from the
-    adapter's gradients is clipped by its own norm."""
+    """Clip the gradients and return their norm before clipping. A drafter whose loss does not reach
+    the adapter (`detach`) is clipped by its own norm."""
     limit = max_norm if max_norm is not None else float("inf")
     detached = set(drafter.parameters()) if drafter is not None and drafter.detach else set()
-    parts = [
+    groups = [
         [p for p in parameters if p not in detached],
         [p for p in parameters if p in detached],
     ]
-    norms = [clip_grad_norm(part, limit) for part in parts if part]
+    norms = [clip_grad_norm(group, limit) for group in groups if group]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))

@@ -18,7 +18,7 @@ from trainer.config.errors import ConfigError
 
 log = logging.getLogger("trainer")
 
-# What rank 0 sends to the ranks that Lightning starts for it.
+# The environment variable with rank 0's decision, for the ranks that Lightning starts.
 _DECISION = "GRAFT_DECIDED"
 
 
@@ -35,24 +35,24 @@ D = TypeVar("D", bound=Decision)
 
 
 def lightning_starts_ranks(trainer: lightning.Trainer) -> bool:
-    """Whether rank 0 starts the other ranks itself, when it begins to fit. torchrun and srun start
-    all of them at once."""
+    """Return whether rank 0 starts the other ranks itself, when it begins to fit. torchrun and srun
+    start all ranks at once."""
     environment = getattr(trainer.strategy, "cluster_environment", None)
     return isinstance(environment, LightningEnvironment)
 
 
 def shared_run_folder(trainer: lightning.Trainer, path: Path) -> Path:
-    """Rank 0's run folder. Ranks that Lightning starts have it in their arguments; those of
-    torchrun and srun ask for it."""
+    """Return rank 0's run folder. Ranks that Lightning starts have it in their arguments; it is
+    broadcast to those of torchrun and srun."""
     if not trainer.is_global_zero:
-        log.setLevel(logging.WARNING)  # rank 0 speaks for all
+        log.setLevel(logging.WARNING)  # rank 0 logs for all
     if lightning_starts_ranks(trainer):
         if trainer.num_nodes > 1:
             raise ConfigError(
-                f"lightning.num_nodes={trainer.num_nodes}: processes of several machines find"
-                " each other by torchrun or srun. Start python -m torch.distributed.run"
-                " --nnodes=... --nproc-per-node=... -m trainer ... on each of them, or srun python"
-                " -m trainer ..."
+                f"lightning.num_nodes={trainer.num_nodes}: processes of several machines need"
+                " torchrun or srun. Start python -m torch.distributed.run --nnodes=..."
+                " --nproc-per-node=... -m trainer ... on each machine, or srun python -m trainer"
+                " ..."
             )
         return path
     trainer.strategy.setup_environment()
@@ -71,26 +71,26 @@ def decide_on_rank0(trainer: lightning.Trainer, decide: Callable[[], D], kind: t
         if not trainer.is_global_zero:
             return kind.from_json(os.environ[_DECISION])
         decision = decide()
-        # its children start with the fit, and with its environment
+        # The other ranks are started by fit, with this environment.
         os.environ[_DECISION] = decision.to_json()
         return decision
-    sent: D | None = None
+    local: D | None = None  # rank 0 keeps its own, which has more than the text (StartPoint)
     text, error = None, None
     if trainer.is_global_zero:
         try:
-            sent = decide()
-            text = sent.to_json()
+            local = decide()
+            text = local.to_json()
         except Exception as caught:
             error = caught
     text, error = trainer.strategy.broadcast((text, error))
     if error is not None:
         raise error
-    return sent if sent is not None else kind.from_json(text)  # type: ignore[arg-type]
+    return local if local is not None else kind.from_json(text)  # type: ignore[arg-type]
 
 
 def destroy_process_group(trainer: lightning.Trainer) -> None:
-    """Destroy the process group while all ranks are alive. Rank 0 goes on alone (export, report);
-    nobody waits for it.
+    """Destroy the process group while all ranks are alive. Rank 0 continues alone (export, report);
+    the other ranks exit.
 
     DDP's reducer keeps a reference to the group. If it is the last one, gloo's threads are joined
     while holding the GIL, which can deadlock; so the reducer is deleted first.
@@ -99,7 +99,7 @@ def destroy_process_group(trainer: lightning.Trainer) -> None:
     strategy.model = strategy.lightning_module
     gc.collect()
     torch.distributed.destroy_process_group()
-    # Lightning watches the ranks that it started, and kills this process when one of them ends with
-    # an exit code that is not 0, as after a signal.
+    # Lightning watches the ranks that it started, and kills this process when one of them has a
+    # non-zero exit code, such as after a signal. So it is given none to watch.
     if (ranks := getattr(strategy.launcher, "procs", None)) is not None:
         ranks.clear()
