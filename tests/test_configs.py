@@ -178,7 +178,7 @@ def a_partial_says_what_it_is_called_with(name):
     text = (schema.CONF / f"{name}.yaml").read_text()
     first = text.splitlines()[0]
     if "_partial_: true" in text:
-        assert re.match(r"# .*\bcalled with (the|its) \w+", first), first
+        assert re.match(r"# .*\b[Cc]alled with (the|its) \w+", first), first
 
 
 def test_all_that_vary_a_file_change_something_in_it():

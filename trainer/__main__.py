@@ -154,7 +154,7 @@ def _job(cfg: DictConfig) -> float | None:
     choices: Any = OmegaConf.to_container(HydraConfig.get().runtime.choices)
     compose.check(cfg, choices)
     settings: Any = OmegaConf.to_container(cfg.lightning)
-    if (fault := slurm_job.other_tasks(settings)) is not None:
+    if (fault := slurm_job.task_mismatch(settings)) is not None:
         sys.exit(bad(fault))
     with Signals() as signals:
         number, folder, step = None, None, None

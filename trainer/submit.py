@@ -2,41 +2,67 @@
 
     graft submit experiment=NAME [GROUP=CHOICE ...] [KEY=VALUE ...] [slurm.KEY=VALUE ...] [OPTIONS]
 
-Everything that starts a training is accepted here too. The job asks for lightning.num_nodes nodes
-with lightning.devices processes each. With --multirun several values of a key, separated by commas,
-become an array of jobs with one task for each combination, and slurm.parallel=N runs N of them at
-once.
+Every config that can be trained can be submitted. The job requests lightning.num_nodes nodes with
+lightning.devices processes each.
 
-The run is named by the job, RUNS/NAME-JOB, and resumes there when the job is started again. Script
-and log are in RUNS/slurm.
+With --multirun, several values of a key, separated by commas, become an array of jobs with one task
+for each combination; slurm.parallel=N runs N of them at once.
 
-Options
-    dry=false                     true prints the script and queues nothing
-    slurm.KEY=VALUE               settings of conf/slurm.yaml: partition, time, memory ...
-    slurm=FILE                    a YAML file of yours with these settings
-    --multirun                    an array of jobs
-    --config-dir=FOLDER           a folder with your own experiments
-    KEY=VALUE                     the run's config
+The run is named by the job, RUNS/NAME-JOB, and resumes there when the job is requeued. Script and
+log are in RUNS/slurm.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
 from trainer.config.errors import ConfigError, bad, explain
-from trainer.config.options import exit_with
+from trainer.config.options import exit_with, option, parse, rest
+from trainer.config.overrides import is_override
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    dry: bool = option("print the script and queue nothing", False)
+    slurm: str | None = option(
+        "your own YAML file with settings of conf/slurm.yaml", None, value="FILE"
+    )
+    config_dir: Path | None = option(
+        "a folder with your own experiments", None, key="--config-dir", value="FOLDER"
+    )
+    slurm_settings: tuple[str, ...] = rest(
+        "settings of conf/slurm.yaml: partition, time, memory ...",
+        "slurm.KEY=VALUE",
+        lambda key: key.lstrip("+").startswith("slurm."),
+    )
+    overrides: tuple[str, ...] = rest("the run's config", "KEY=VALUE", is_override)
+
+    def faults(self) -> Iterator[str]:
+        """Yield what does not go together."""
+        if self.config_dir is not None and not self.config_dir.is_dir():
+            yield f"--config-dir={self.config_dir}: {self.config_dir.absolute()} is no folder"
+        for word in self.overrides:
+            if re.match(r"\W*hydra\b", word):
+                yield f"{word}: the job has its folder and its launcher from SLURM"
 
 
 def main(argv: list[str]) -> int:
     """Run the command; see the module's text."""
     words = [word for word in argv if word not in ("--multirun", "-m")]
-    if any(word in ("-h", "--help") for word in words):
-        print((__doc__ or "").strip())
-        return 0
+    options = parse(Options, _joined(words), __doc__, "graft submit")
     from trainer.cluster.batch_file import submit
-    from trainer.cluster.submission import prepared
+    from trainer.cluster.submission import prepare, slurm_settings
 
+    folder = str(options.config_dir.absolute()) if options.config_dir is not None else None
     try:
-        job = prepared(words, sweep=len(words) < len(argv))
-        if job.dry:
+        slurm = slurm_settings(options.slurm_settings, options.slurm)
+        job = prepare(options.overrides, slurm, folder, sweep=len(words) < len(argv))
+        if options.dry:
             print(job.script, end="")
             return 0
         number, file = submit(job.script, job.name, job.logs)
@@ -53,6 +79,17 @@ def main(argv: list[str]) -> int:
     print(f"save and requeue: scancel --signal=USR1 {number}")
     print(f"cancel:           scancel {number}")
     return 0
+
+
+def _joined(words: list[str]) -> list[str]:
+    """Join Hydra's `--config-dir FOLDER` and `-cd FOLDER` to one word, as options are read."""
+    result: list[str] = []
+    for word in words:
+        if result and result[-1] in ("--config-dir", "-cd"):
+            result[-1] = f"--config-dir={word}"
+        else:
+            result.append(re.sub(r"^-cd=", "--config-dir=", word))
+    return result
 
 
 if __name__ == "__main__":

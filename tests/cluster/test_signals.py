@@ -10,15 +10,15 @@ import threading
 import pytest
 
 from trainer.cluster import slurm_job
-from trainer.cluster.signals import NOTED, Signals
+from trainer.cluster.signals import HANDLED, Signals
 
 
 @pytest.fixture(autouse=True)
 def handlers():
     """The handlers of before, and a check that they are back."""
-    before = {number: signal.getsignal(number) for number in NOTED}
+    before = {number: signal.getsignal(number) for number in HANDLED}
     yield before
-    after = {number: signal.getsignal(number) for number in NOTED}
+    after = {number: signal.getsignal(number) for number in HANDLED}
     for number, handler in before.items():
         signal.signal(number, handler)
     assert after == before
@@ -28,7 +28,7 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", NOTED)
+@pytest.mark.parametrize("number", HANDLED)
 def test_a_signal_within_a_step_is_noted_and_said(caplog, number):
     with Signals() as signals:
         signals.deferred = True
@@ -36,7 +36,7 @@ def test_a_signal_within_a_step_is_noted_and_said(caplog, number):
         send(number)
         assert signals.received == number
     assert (
-        f"{number.name}: the step at hand is finished, then the run is saved and stops"
+        f"{number.name}: the current step is finished, then the run is saved and stops"
         in caplog.text
     )
     assert ("press Ctrl-C again to stop at once" in caplog.text) == (number == signal.SIGINT)
@@ -50,7 +50,7 @@ def test_without_a_step_a_signal_ends_the_process(number, code):
     assert signals.received == number
 
 
-@pytest.mark.parametrize("first", NOTED)
+@pytest.mark.parametrize("first", HANDLED)
 def test_a_ctrl_c_after_another_signal_ends_the_process_within_a_step(first):
     with Signals() as signals:
         signals.deferred = True
@@ -72,13 +72,14 @@ def test_a_scheduler_that_asks_twice_is_still_given_the_step():
 def test_handlers_come_back_also_after_an_error(handlers):
     with pytest.raises(KeyError), Signals():
         raise KeyError
-    assert {number: signal.getsignal(number) for number in NOTED} == handlers
+    assert {number: signal.getsignal(number) for number in HANDLED} == handlers
 
 
 def test_ones_own_handlers_come_back():
     seen = []
     before = {
-        number: signal.signal(number, lambda number, frame: seen.append(number)) for number in NOTED
+        number: signal.signal(number, lambda number, frame: seen.append(number))
+        for number in HANDLED
     }
     try:
         with Signals() as signals:
@@ -107,7 +108,9 @@ def test_in_another_thread_no_handler_is_touched(handlers):
 
     def inside():
         with Signals() as signals:
-            found.append((signals.received, {number: signal.getsignal(number) for number in NOTED}))
+            found.append(
+                (signals.received, {number: signal.getsignal(number) for number in HANDLED})
+            )
 
     thread = threading.Thread(target=inside)
     thread.start()
@@ -117,7 +120,7 @@ def test_in_another_thread_no_handler_is_touched(handlers):
 
 def test_a_run_gives_the_signals_back(train, chats, handlers):
     train(f"task.path={chats}", "max_steps=1", "callbacks.evaluation=null")
-    assert {number: signal.getsignal(number) for number in NOTED} == handlers
+    assert {number: signal.getsignal(number) for number in HANDLED} == handlers
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

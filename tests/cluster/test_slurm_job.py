@@ -19,7 +19,7 @@ import pytest
 from tests.conftest import ROOT
 from trainer import __main__
 from trainer.cluster import slurm_job
-from trainer.cluster.signals import NOTED
+from trainer.cluster.signals import HANDLED
 from trainer.config import run_name
 
 SETTINGS = {"requeue": "auto", "max_requeues": 5}
@@ -45,7 +45,7 @@ def slurm(monkeypatch, tmp_path):
     (tmp_path / "job").write_text(
         "JobId=77 JobName=x JobState=RUNNING Requeue=1 Restarts=0 EndTime=2026-01-02T03:04:05\n"
     )
-    before = {number: signal.getsignal(number) for number in NOTED}
+    before = {number: signal.getsignal(number) for number in HANDLED}
     yield tmp_path
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -148,18 +148,19 @@ def test_starts_that_gain_nothing_end(slurm, caplog):
         slurm_job.exit_code(SETTINGS, signal.SIGUSR1, slurm, step) for step in (2, 4, 4, 4)
     ] == [75] * 4
     assert slurm_job.exit_code(SETTINGS, signal.SIGUSR1, slurm, 4) == 138
-    assert "have gained no step beyond 4" in caplog.text
+    assert "have trained no step beyond 4" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("step", "steps", "said"),
     [
-        (3, 9, "SIGTERM: saved after step 3 of 9. Go on with resume=x"),
-        (3, None, "SIGTERM: saved after step 3. Go on with resume=x"),
+        (3, 9, "SIGTERM: saved after step 3 of 9. Resume with resume=x"),
+        (3, None, "SIGTERM: saved after step 3. Resume with resume=x"),
         (
             None,
             None,
-            "SIGTERM: stopped before anything was trained that could be saved. Go on with resume=x",
+            "SIGTERM: stopped before anything was trained that could be saved. Resume with"
+            " resume=x",
         ),
     ],
 )
@@ -181,7 +182,7 @@ def test_a_run_that_only_time_ends_has_no_number_of_steps(epochs, said):
         stopped=None,
         steps=steps,
     )
-    with pytest.raises(slurm_job.Stopped, match=f"saved after {said}. Go on"):
+    with pytest.raises(slurm_job.Stopped, match=f"saved after {said}. Resume"):
         report_end(context, module)
     context.signals.received = None
     with pytest.raises(Unfinished, match=f"the run ended after {said} without a reason"):
@@ -211,7 +212,7 @@ def test_a_signal_after_the_end_makes_no_failure_of_it(slurm, compose, monkeypat
     HydraConfig.instance().set_config(cfg)
     monkeypatch.setattr("trainer.run.run", lambda cfg, signals: 0.5)
     assert __main__._job(cfg) == 0.5
-    assert all(signal.getsignal(number) == signal.SIG_IGN for number in NOTED)
+    assert all(signal.getsignal(number) == signal.SIG_IGN for number in HANDLED)
     assert asked(slurm) == []
 
 
@@ -254,17 +255,17 @@ def test_a_job_that_starts_again_finds_its_folder(slurm, monkeypatch):
 def test_processes_are_the_tasks(slurm, monkeypatch, devices, nodes, tasks, fits):
     if tasks is not None:
         monkeypatch.setenv("SLURM_STEP_NUM_TASKS", str(tasks))
-    fault = slurm_job.other_tasks({"devices": devices, "num_nodes": nodes})
+    fault = slurm_job.task_mismatch({"devices": devices, "num_nodes": nodes})
     assert (fault is None) == fits
     assert fits or "--ntasks-per-node" in fault
 
 
 def test_without_slurm_nothing_is_compared(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    assert slurm_job.other_tasks({"devices": 2, "num_nodes": 1}) is None
+    assert slurm_job.task_mismatch({"devices": 2, "num_nodes": 1}) is None
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     monkeypatch.delenv("SLURM_JOB_ID")
-    assert slurm_job.other_tasks({"devices": 2, "num_nodes": 1}) is None
+    assert slurm_job.task_mismatch({"devices": 2, "num_nodes": 1}) is None
 
 
 def test_the_program_refuses_other_tasks_before_torch(slurm, program, monkeypatch):

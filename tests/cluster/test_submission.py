@@ -24,7 +24,10 @@ def asked(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def submitted(*words):
-        code = submit.main([*words, "dry=true"])
+        try:
+            code = submit.main([*words, "dry=true"])
+        except SystemExit as end:
+            code = end.code
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -204,7 +207,7 @@ def test_an_array_has_a_task_for_each_combination(asked, tmp_path):
             "slurm.signal_before=120 seconds leave nothing of slurm.time=2 (120 seconds)",
         ),
         (["slurm.cpus_per_task=0"], "slurm.cpus_per_task is 0, but must be int >= 1"),
-        (["slurm.memory=much"], "slurm.memory=much is no memory"),
+        (["slurm.memory=much"], "slurm.memory=much is no memory size"),
         (["slurm.partition=a\n#SBATCH --uid=0"], "slurm.partition holds a line break"),
         (["slurm.qos=maybe\x1b[2J"], "slurm.qos holds a line break or another character"),
         (
@@ -221,13 +224,13 @@ def test_an_array_has_a_task_for_each_combination(asked, tmp_path):
         (["slurm=nowhere.yaml"], "slurm=nowhere.yaml cannot be read"),
         (
             ["lightning=auto"],
-            "lightning.accelerator=auto: SLURM has to be asked for GPUs. Say lightning=gpu",
+            "lightning.accelerator=auto: SLURM needs the number of GPUs. Set lightning=gpu",
         ),
         (
             ["lightning=gpu", "lightning.devices=4", "slurm.gpus=2"],
             "slurm.gpus=2, but lightning.devices=4 needs 4",
         ),
-        (["lightning.devices=auto"], "lightning.devices=auto: SLURM has to be told"),
+        (["lightning.devices=auto"], "lightning.devices=auto: SLURM needs the number"),
         (["seed=1,2"], "seed=1,2: several values need --multirun"),
         (["--multirun"], "--multirun, but no key has several values"),
         (["--multirun", "name=a,b"], "name=a,b: the tasks of an array differ in other things"),
@@ -237,13 +240,13 @@ def test_an_array_has_a_task_for_each_combination(asked, tmp_path):
         ),
         (
             ["--multirun", "lightning.num_nodes=1,2"],
-            "the tasks of an array ask for the same nodes and GPUs",
+            "the tasks of an array must need the same nodes and GPUs",
         ),
         (["--multirun", "seed=1,x"], "seed=x: seed is 'x', but must be int >= 0"),
         (["optimiser.lr=1"], "optimiser: there is no such key. Did you mean optimizer?"),
         (["+experiment=smoek"], "smoek"),
         (["seed=["], "seed=["),
-        (["resume=never"], "resume=never: a job that is started again goes on with its run"),
+        (["resume=never"], "resume=never: a requeued job resumes its run"),
         (["resume=nowhere"], "resume=nowhere: that folder holds no run"),
         (["name=" + "n" * 90], "the job's numbers are added to it"),
         (["name=../x"], "A run's name has at most"),
@@ -252,8 +255,10 @@ def test_an_array_has_a_task_for_each_combination(asked, tmp_path):
             "hydra.run.dir=x: the job has its folder and its launcher from SLURM",
         ),
         (["hydra/launcher=slurm"], "hydra/launcher=slurm: the job has its folder"),
-        (["smoke"], "smoke: not an argument"),
+        (["smoke"], "smoke: expected KEY=VALUE"),
         (["--config-dir=nowhere"], "nowhere is no folder"),
+        (["--config-dirs=nowhere"], "there is no such option. Did you mean --config-dir?"),
+        (["dry=perhaps"], "dry=perhaps: expected true or false"),
     ],
 )
 def test_what_cannot_run_is_told_before_anything_waits(asked, words, said):

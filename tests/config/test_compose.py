@@ -196,11 +196,11 @@ COMBINATIONS = {
     ),
     "milestones out of order": (
         ["schedule=multistep", "schedule.milestones=[0.9,0.8]"],
-        "do not rise: give them in their order",
+        "do not rise: give them in rising order",
     ),
     "a milestone twice": (
         ["schedule=multistep", "schedule.milestones=[0.9,0.9]"],
-        "do not rise: give them in their order",
+        "do not rise: give them in rising order",
     ),
     "milestones of two kinds": (
         ["schedule=multistep", "schedule.milestones=[0.9,15]"],
@@ -212,7 +212,7 @@ COMBINATIONS = {
     ),
     "averages of adalora": (
         ["adapter=adalora", AVERAGING],
-        "bring back ranks that adapter=adalora has taken away",
+        "restore ranks that adapter=adalora has removed",
     ),
     "averages that never start": (
         [AVERAGING, "callbacks.averaging.start=20"],
@@ -230,7 +230,7 @@ COMBINATIONS = {
     "schedule-free spiel": (["adapter=spiel", *FREE], "set optimizer=adamw"),
     "schedule-free adalora": (
         ["adapter=adalora", *FREE],
-        "takes ranks away, which optimizer=schedulefree's average brings back",
+        "removes ranks, which optimizer=schedulefree's average restores",
     ),
     "schedule-free rosa that starts anew": (
         ["adapter=rosa", "adapter.restart_after_mask=true", *FREE],
@@ -522,7 +522,7 @@ def no_torch(tmp_path):
         (["experiment=smoke,quickstart", TASK], 2, "add --multirun to your command line"),
         (["experiment=smoke", TASK, "word"], 2, "word: expected KEY=VALUE"),
         (["experiment=smoke", TASK, "name=a[b"], 2, "name is 'a[b'"),
-        (["experiment=smoke", TASK, "name=[b"], 2, "To give this text as it is, write 'name="),
+        (["experiment=smoke", TASK, "name=[b"], 2, "If this is text, write 'name="),
         (["experiment=smoke", TASK, "+experiments=x"], 2, "Did you mean experiment?"),
         (["evalaute", "run=x"], 2, "Did you mean evaluate?"),
         (["experiment=smoke", "evaluate"], 2, "The command comes first: graft evaluate ..."),

@@ -104,7 +104,7 @@ def test_what_cannot_be_read_says_how_to_write_it(compose, value):
         compose("experiment=smoke", f"task.path={value}")
     message = explain(raised.value)
     assert f"task.path={value}" in message
-    advice = message.partition("To give this text as it is, write ")[2]
+    advice = message.partition("If this is text, write ")[2]
     assert compose("experiment=smoke", *shlex.split(advice)).task.path == value
 
 

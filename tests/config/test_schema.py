@@ -181,7 +181,7 @@ def test_every_key_must_be_there(conf):
     assert [fault.split(" (")[0] for fault in faults] == [
         (
             "thing._target_ is None. conf/group/thing.yaml has 'some.where.Thing', and only that"
-            " may stand there"
+            " is allowed"
         ),
         "thing.inner.depth is missing",
         "thing.rank is missing",

@@ -56,7 +56,7 @@ def good():
 
 
 ONLY = "Only classes that conf/ names are instantiated"
-THERE = "and only that may stand there"
+THERE = "and only that is allowed"
 NOWHERE = "no object may be created there"
 RESOLVER = "uses the resolver"
 VARIABLE = "reads the environment variable"
@@ -201,7 +201,7 @@ HOSTILE = {
     ),
     "forged overrides": (
         ["hydra.overrides.task=['a=1']"],
-        "hydra.overrides is what the command line says",
+        "hydra.overrides is Hydra's record of the command line",
     ),
     "an imported search path": (
         ["hydra.searchpath=[pkg://stranger]"],
@@ -401,7 +401,7 @@ FILES = {
     "forged overrides": (
         [],
         "hydra: {overrides: {task: ['base.trust_remote_code=true']}}",
-        "hydra.overrides is what the command line",
+        "hydra.overrides is Hydra's record of the command line",
     ),
     "a forged choice": (
         [],

@@ -371,7 +371,7 @@ FSDP2 = "lightning.strategy=fsdp2 lightning.devices=2"
         (f"{FSDP2} adapter=spiel", "into which SpIEL writes single entries"),
         (f"{FSDP2} adapter=dora", "PEFT's methods are not tested"),
         (f"{FSDP2} adapter=deft", "penalty=deft reads activations"),
-        (f"{FSDP2} callbacks=[default,averaging]", "callbacks.averaging keeps whole weights"),
+        (f"{FSDP2} callbacks=[default,averaging]", "callbacks.averaging averages full weights"),
         (f"{FSDP2} callbacks.checkpoints=null", "callbacks.checkpoints is null"),
         (f"{FSDP2} optimizer=adamw_8bit", "set optimizer=adamw"),
         (f"{FSDP2} drafter=registers", "not tested with drafter=registers"),

@@ -211,7 +211,7 @@ def test_a_signal_saves_the_step_and_says_how_to_go_on(tmp_path, chats, number, 
     finally:
         process.kill()
     assert process.returncode == code
-    assert "Go on with resume=" in said
+    assert "Resume with resume=" in said
     saved = checkpoints.newest(run / "checkpoints")
     steps = [row["step"] for row in journal.read(run / "metrics.jsonl") if row["kind"] == "step"]
     assert saved.step == steps[-1]  # no step is lost

@@ -17,7 +17,7 @@ from trainer.storage.checkpoints import Checkpoint, CheckpointError
 from trainer.storage.run_folder import FolderError, RunFolder
 
 ONLY = "Only classes that conf/ names are instantiated"
-THERE = "and only that may stand there"
+THERE = "and only that is allowed"
 NOWHERE = "no object may be created there"
 RESOLVER = "uses the resolver"
 VARIABLE = "reads the environment variable"

@@ -306,7 +306,7 @@ def test_what_does_not_go_together_is_refused_before_torch(compose):
     assert "mode=max" in refused(
         compose, "drafter=mtp_shared", "callbacks.evaluation.monitor=accepted"
     )
-    assert "target.draft=x is what a drafter starts from" in refused(compose, "target.draft=x")
+    assert "target.draft=x is the start of a drafter" in refused(compose, "target.draft=x")
     endless = ("max_steps=null", "drafter=mtp_shared", "adapter=none")
     assert "the run has no end" in refused(compose, *endless)
     assert "target.run must" in refused(compose, "target.runs=x").replace(
@@ -370,17 +370,17 @@ def test_the_base_is_the_targets(compose, tmp_path):
     with pytest.raises(
         ConfigError,
         match=(
-            r"was trained on tiny, and the base asked for is tiny \(base\.seed: 3 there, 4 here\)"
+            r"was trained on tiny, and the requested base is tiny \(base\.seed: 3 there, 4 here\)"
         ),
     ):
         compose(*own[:-1], "base.seed=4")
     with pytest.raises(
         ConfigError,
-        match=r"was trained on tiny, and the base asked for is ORG/NAME \(base\._target_",
+        match=r"was trained on tiny, and the requested base is ORG/NAME \(base\._target_",
     ):
         compose(*own[:-2], "base=hf", "base.path=ORG/NAME")
     with pytest.raises(
-        ConfigError, match=r"was trained on tiny, and the base asked for is .*SmolLM2"
+        ConfigError, match=r"was trained on tiny, and the requested base is .*SmolLM2"
     ):
         compose(*own[:-2], "base=smollm2_135m")
 

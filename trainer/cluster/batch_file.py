@@ -19,39 +19,39 @@ TEMPLATE = Path(__file__).with_name("job.sbatch")
 def script(
     name: str,
     logs: Path,
-    asked: dict[str, Any],
+    slurm: dict[str, Any],
     needs: dict[str, Any],
     arguments: list[str],
-    own: list[list[str]],
+    per_task: list[list[str]],
 ) -> str:
     """Return the text of the batch file.
 
-    `own` holds the arguments of each task of an array; `arguments` are the shared ones.
+    `arguments` are those of all tasks, `per_task` the further ones of each task of an array.
     """
-    array = len(own) > 1 or bool(own[0])
-    gpus = f"{asked['gpu_type']}:{needs['gpus']}" if asked["gpu_type"] else needs["gpus"]
-    limit = f"%{asked['parallel']}" if asked["parallel"] is not None else ""
+    array = len(per_task) > 1 or bool(per_task[0])
+    gpus = f"{slurm['gpu_type']}:{needs['gpus']}" if slurm["gpu_type"] else needs["gpus"]
+    limit = f"%{slurm['parallel']}" if slurm["parallel"] is not None else ""
     log = str(logs).replace("%", "%%") + f"/{name}-" + ("%A-%a.log" if array else "%j.log")
     options: dict[str, Any] = {
         "job-name": name,
         "output": log,
         "open-mode": "append",
         "chdir": Path.cwd(),
-        "array": f"0-{len(own) - 1}{limit}" if array else None,
+        "array": f"0-{len(per_task) - 1}{limit}" if array else None,
         "nodes": needs["nodes"],
         "ntasks-per-node": needs["tasks"],
-        "cpus-per-task": asked["cpus_per_task"],
+        "cpus-per-task": slurm["cpus_per_task"],
         "gpus-per-node": gpus if needs["gpus"] else None,
-        "mem": asked["memory"],
-        "time": asked["time"],
-        "partition": asked["partition"],
-        "account": asked["account"],
-        "qos": asked["qos"],
-        "constraint": asked["constraint"],
-        "exclude": asked["exclude"],
-        "mail-user": asked["mail"],
-        "mail-type": "END,FAIL,REQUEUE" if asked["mail"] else None,
-        "signal": f"USR1@{asked['signal_before']}",
+        "mem": slurm["memory"],
+        "time": slurm["time"],
+        "partition": slurm["partition"],
+        "account": slurm["account"],
+        "qos": slurm["qos"],
+        "constraint": slurm["constraint"],
+        "exclude": slurm["exclude"],
+        "mail-user": slurm["mail"],
+        "mail-type": "END,FAIL,REQUEUE" if slurm["mail"] else None,
+        "signal": f"USR1@{slurm['signal_before']}",
     }
     lines = [
         f"#SBATCH --{key}={_option(str(value))}"
@@ -59,20 +59,21 @@ def script(
         if value is not None
     ]
     lines.append("#SBATCH --requeue" if needs["requeue"] else "#SBATCH --no-requeue")
-    lines += [f"#SBATCH {option}" for option in asked["extra"]]
+    lines += [f"#SBATCH {option}" for option in slurm["extra"]]
     head, _, body = TEMPLATE.read_text("utf-8").rpartition("#SBATCH ")
-    first = head.splitlines()[0]
+    interpreter = head.splitlines()[0]
     text = [
-        first,
+        interpreter,
         *lines,
-        *asked["setup"],
-        f"PYTHON={shlex.quote(asked['python'] or sys.executable)}",
+        *slurm["setup"],
+        f"PYTHON={shlex.quote(slurm['python'] or sys.executable)}",
         f"set -- {shlex.join(arguments)}",
     ]
     if array:
         text.append('case "$SLURM_ARRAY_TASK_ID" in')
         text += [
-            f'    {index}) set -- "$@" {shlex.join(words)} ;;' for index, words in enumerate(own)
+            f'    {index}) set -- "$@" {shlex.join(words)} ;;'
+            for index, words in enumerate(per_task)
         ]
         text.append("esac")
     return "\n".join(text) + "\n" + body.partition("\n")[2]
@@ -99,12 +100,12 @@ def submit(text: str, name: str, logs: Path) -> tuple[str, Path]:
             " without it"
         )
     logs.mkdir(parents=True, exist_ok=True)
-    # its name has the job's number, which only sbatch gives
-    waiting = logs / f"{name}-{os.getpid()}.part"
-    waiting.write_text(text, "utf-8")
+    # The file is named by the job's number, which sbatch returns.
+    unnamed = logs / f"{name}-{os.getpid()}.part"
+    unnamed.write_text(text, "utf-8")
     try:
         done = subprocess.run(
-            ["sbatch", "--parsable", str(waiting)], capture_output=True, text=True
+            ["sbatch", "--parsable", str(unnamed)], capture_output=True, text=True
         )
         if done.returncode:
             raise ConfigError(
@@ -112,6 +113,6 @@ def submit(text: str, name: str, logs: Path) -> tuple[str, Path]:
             )
         print(done.stderr, end="", file=sys.stderr)
         job = done.stdout.strip().partition(";")[0]
-        return job, waiting.rename(logs / f"{name}-{job}.sbatch")
+        return job, unnamed.rename(logs / f"{name}-{job}.sbatch")
     finally:
-        waiting.unlink(missing_ok=True)
+        unnamed.unlink(missing_ok=True)

@@ -2,8 +2,8 @@
 
 SIGUSR1, SIGUSR2 and SIGTERM end in a saved run (trainer.cluster.signals). A job is then requeued
 under the same job id, so that it finds its folder: RUN/job holds the id. A job that saves at a
-pre-emption and exits with 0 would count as completed and never come back. So it calls `scontrol
-requeue` and exits with 75 (EX_TEMPFAIL).
+pre-emption and exits with 0 would count as completed and would not be requeued. So it calls
+`scontrol requeue` and exits with 75 (EX_TEMPFAIL).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from trainer.config.run_name import job
 log = logging.getLogger("trainer")
 
 EXIT_REQUEUED = 75  # sysexits.h's EX_TEMPFAIL: saved, and requeued
-WAIT_FOR_RANK0_S = 5  # seconds
-MAX_STARTS_WITHOUT_PROGRESS = 3  # starts in a row that may gain no step
+WAIT_FOR_RANK0_S = 5
+MAX_STARTS_WITHOUT_PROGRESS = 3  # starts in a row that trained no further step
 
 
 class Stopped(RuntimeError):
-    """A signal ended the run. `step` is the last one that is saved in `folder`, None where there is
-    none; `steps` are the planned ones, None where their number is not known."""
+    """A signal ended the run. `step` is the last one that is saved in `folder`, or None. `steps`
+    are the planned ones, or None if their number is unknown."""
 
     def __init__(self, number: int, folder: Path, step: int | None, steps: int | None):
         name = signal.Signals(number).name
@@ -37,7 +37,7 @@ class Stopped(RuntimeError):
             if step is not None
             else "stopped before anything was trained that could be saved"
         )
-        super().__init__(f"{name}: {saved}. Go on with resume={folder}")
+        super().__init__(f"{name}: {saved}. Resume with resume={folder}")
         self.number, self.folder, self.step = number, folder, step
 
 
@@ -48,7 +48,7 @@ def first_process() -> bool:
 
 def has_several_ranks() -> bool:
     """Whether srun has started several ranks. When one exits with an error, srun sends SIGTERM to
-    all; its own exit code is the highest of theirs."""
+    all; srun's exit code is the highest of theirs."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
@@ -67,33 +67,33 @@ def wait_for_rank0(code: object) -> None:
         time.sleep(WAIT_FOR_RANK0_S)
 
 
-def about(number: str) -> dict[str, str]:
-    """Return what `scontrol show job` reports, {} if it cannot be called."""
+def job_record(number: str) -> dict[str, str]:
+    """Return the fields of `scontrol show job`; {} if it cannot be called."""
     try:
-        shown = subprocess.run(
+        done = subprocess.run(
             ["scontrol", "show", "job", "-o", number], capture_output=True, text=True, timeout=30
         )
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    pairs = (word.partition("=") for word in shown.stdout.split() if "=" in word)
-    return {key: value for key, _, value in pairs} if shown.returncode == 0 else {}
+    pairs = (word.partition("=") for word in done.stdout.split() if "=" in word)
+    return {key: value for key, _, value in pairs} if done.returncode == 0 else {}
 
 
 def end_time() -> float | None:
     """Return the job's end time in seconds since the epoch; None outside a job, and without a time
     limit."""
-    if (told := os.environ.get("SLURM_JOB_END_TIME")) is not None:
-        return float(told)
+    if (end := os.environ.get("SLURM_JOB_END_TIME")) is not None:
+        return float(end)
     number = job()
-    text = about(number).get("EndTime", "") if number is not None else ""
+    text = job_record(number).get("EndTime", "") if number is not None else ""
     try:
         return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
-    except ValueError:  # Unknown
+    except ValueError:  # the text is "Unknown" if there is no limit
         return None
 
 
-def other_tasks(settings: dict[str, Any]) -> str | None:
-    """Return an error message if srun has not started the processes that conf/lightning asks for.
+def task_mismatch(settings: dict[str, Any]) -> str | None:
+    """Return an error message if srun has not started the processes that conf/lightning needs.
 
     With fewer processes than tasks, each task would train alone as rank 0. With more, the tasks
     would wait for ranks that never start.
@@ -106,66 +106,65 @@ def other_tasks(settings: dict[str, Any]) -> str | None:
         or devices in ("auto", -1, "-1")
     ):
         return None
-    wanted = nodes * (len(devices) if isinstance(devices, list) else int(devices))
+    processes = nodes * (len(devices) if isinstance(devices, list) else int(devices))
     step = "SLURM_STEP_NUM_TASKS" in os.environ  # srun sets it, sbatch does not
     tasks = int(os.environ["SLURM_STEP_NUM_TASKS"]) if step else 1
-    if tasks == wanted:
+    if tasks == processes:
         return None
-    asked = f"lightning.devices={devices} lightning.num_nodes={nodes} are {wanted} processes"
+    settings_text = (
+        f"lightning.devices={devices} lightning.num_nodes={nodes} are {processes} processes"
+    )
     if not step:
         return (
-            f"{asked}, and this SLURM job has started one without srun: it would wait for the"
-            f" others for ever. Start it with srun, in a job of --nodes={nodes}"
-            f" --ntasks-per-node={wanted // nodes}, as python -m trainer.submit does"
+            f"{settings_text}, and this SLURM job has started one without srun: it would wait for"
+            f" the others forever. Start it with srun, in a job of --nodes={nodes}"
+            f" --ntasks-per-node={processes // nodes}, as python -m trainer.submit does"
         )
     return (
-        f"{asked}, and srun has started {tasks}. Ask for as many: --nodes={nodes}"
-        f" --ntasks-per-node={wanted // nodes}, or set lightning.devices to the tasks of a node and"
-        " lightning.num_nodes to the nodes"
+        f"{settings_text}, and srun has started {tasks}. Start as many: --nodes={nodes}"
+        f" --ntasks-per-node={processes // nodes}, or set lightning.devices to the tasks of a node"
+        " and lightning.num_nodes to the nodes"
     )
 
 
 def exit_code(settings: dict[str, Any], number: int, folder: Path | None, step: int | None) -> int:
-    """Requeue the job if that is allowed, and return the process's exit code: 75 if it was
-    requeued, else 128 + signal.
+    """Requeue the job if that is allowed. Return the process's exit code: 75 if it was requeued,
+    else 128 + signal.
 
-    `settings` holds `requeue` and `max_requeues`, `step` is the last one saved in `folder`, None
-    where the run had not come to its first.
+    `settings` holds `requeue` and `max_requeues`. `step` is the last one saved in `folder`, None if
+    there is none yet.
     """
     name = job()
     if name is None or number == signal.SIGINT or settings["requeue"] is False:
         return 128 + number
     if not first_process():
-        return 1  # the first one asks; srun's code is the highest, which is that one's
-    refused = _refused(settings, about(name), folder, step)
-    if refused is None:
-        asked = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True)
-        refused = (
-            asked.stderr.strip() or f"scontrol ended with {asked.returncode}"
-            if asked.returncode
-            else None
-        )
-    if refused is not None:
-        log.warning("SLURM job %s is not put into the queue again: %s", name, refused)
+        # Rank 0 requeues the job. srun's exit code is the highest of all ranks', so rank 0's.
+        return 1
+    reason = _no_requeue(settings, job_record(name), folder, step)
+    if reason is None:
+        done = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True)
+        if done.returncode:
+            reason = done.stderr.strip() or f"scontrol ended with {done.returncode}"
+    if reason is not None:
+        log.warning("SLURM job %s is not requeued: %s", name, reason)
         return 128 + number
-    log.warning("SLURM job %s is in the queue again", name)
+    log.warning("SLURM job %s is requeued", name)
     return EXIT_REQUEUED
 
 
-def _refused(
-    settings: dict[str, Any], found: dict[str, str], folder: Path | None, step: int | None
+def _no_requeue(
+    settings: dict[str, Any], record: dict[str, str], folder: Path | None, step: int | None
 ) -> str | None:
-    """Return why a job must not be requeued, None if it may be."""
-    state = found.get("JobState", "unknown")
+    """Return the reason why a job must not be requeued; None if it may be. Record this requeue in
+    `folder`."""
+    state = record.get("JobState", "unknown")
     if state not in ("RUNNING", "unknown"):
-        return (
-            f"its state is {state}: somebody has cancelled it or queued it again, or its time is up"
-        )
-    if settings["requeue"] == "auto" and found.get("Requeue") == "0":
-        return "it was submitted without --requeue (requeue=true asks all the same)"
+        return f"its state is {state}: it was cancelled or requeued by somebody, or its time is up"
+    if settings["requeue"] == "auto" and record.get("Requeue") == "0":
+        return "it was submitted without --requeue (requeue=true requeues it anyway)"
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if restarts >= settings["max_requeues"]:
-        return f"it was {restarts} times already (max_requeues={settings['max_requeues']})"
+        return f"it was requeued {restarts} times already (max_requeues={settings['max_requeues']})"
     if folder is None:
         return None
     file = folder / "requeues.jsonl"
@@ -174,7 +173,7 @@ def _refused(
         row["step"] == step for row in earlier[-MAX_STARTS_WITHOUT_PROGRESS:]
     ):
         return (
-            f"its last {MAX_STARTS_WITHOUT_PROGRESS} starts have gained no step beyond {step}. Set"
+            f"its last {MAX_STARTS_WITHOUT_PROGRESS} starts have trained no step beyond {step}. Set"
             " a longer time limit, or save more often"
         )
     with file.open("a") as out:

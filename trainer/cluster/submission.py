@@ -1,10 +1,10 @@
-"""SLURM jobs from a command line: check it, choose resources, make the batch file."""
+"""SLURM jobs from a command line: check the config, choose resources, write the batch file."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from trainer.config import compose, schema
 from trainer.config.errors import ConfigError, explain
 from trainer.config.secrets import redact
 
-_ID = len("-4294967295-4294967295")  # what a job's numbers add to a name
-# Options of sbatch that have a setting of their own, or that a run could not go on without.
-_TAKEN = {
+_ID = len("-4294967295-4294967295")  # the longest suffix of job and task that a name gets
+# Options of sbatch that slurm.extra may not have, and the setting that sets each: several of them
+# are needed to requeue and resume a run.
+_SET_BY = {
     "partition": "slurm.partition",
     "p": "slurm.partition",
     "account": "slurm.account",
@@ -61,52 +62,54 @@ _TAKEN = {
 
 
 def seconds(limit: str) -> float:
-    """The seconds of a time limit as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S, or
-    UNLIMITED.
+    """Convert a time limit of sbatch to seconds: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S, or UNLIMITED.
 
     Raises:
         ValueError: it is none of these.
     """
     if limit.upper() in ("UNLIMITED", "INFINITE"):
         return float("inf")
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
-    if found is None:
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if match is None:
         raise ValueError(limit)
-    days, *rest = found.groups()
-    numbers = [int(part) for part in rest if part is not None]
+    days, *clock = match.groups()
+    numbers = [int(number) for number in clock if number is not None]
     if days is not None:
         units: tuple[int, ...] = (3600, 60, 1)
     else:
         units = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}[len(numbers)]
-    # Days may come without minutes and seconds. A limit of nothing is none.
+    # Not strict: a limit in days may lack minutes and seconds. SLURM reads 0 as no limit.
     return int(days or 0) * 86400 + sum(
         number * unit for number, unit in zip(numbers, units, strict=False)
     ) or float("inf")
 
 
-def settings(given: dict[str, str], file: str | None) -> dict[str, Any]:
-    """The values of conf/slurm.yaml under those of a file and of the command line.
+def slurm_settings(words: Iterable[str], file: str | None) -> dict[str, Any]:
+    """Merge conf/slurm.yaml, the user's `file` and the command line's `slurm.KEY=VALUE` words. The
+    later ones win.
 
     Raises:
         ConfigError: lists every fault.
     """
     table = schema.load("slurm")
     result: Any = OmegaConf.to_container(OmegaConf.load(schema.CONF / "slurm.yaml"))
-    asked: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     if file is not None:
         try:
-            # As text: YAML reads a limit of 1:30:00 as a number, which would be minutes to SLURM.
-            read = yaml.load(Path(file).read_text("utf-8"), Loader=yaml.BaseLoader) or {}
+            # As text: YAML reads 1:30:00 as the number 5400, which SLURM would take as minutes.
+            content = yaml.load(Path(file).read_text("utf-8"), Loader=yaml.BaseLoader) or {}
         except (OSError, UnicodeError, yaml.YAMLError) as error:
             raise ConfigError(f"slurm={file} cannot be read: {error}") from None
-        if not isinstance(read, dict):
+        if not isinstance(content, dict):
             raise ConfigError(
                 f"slurm={file}: a file of KEY: VALUE is expected, with the keys of conf/slurm.yaml"
             )
-        asked |= read
-    asked |= given
+        values |= content
+    for word in words:
+        key, _, value = word.lstrip("+").removeprefix("slurm.").partition("=")
+        values[key] = value
     faults = []
-    for key, value in asked.items():
+    for key, value in values.items():
         leaf = table.children.get(key)
         if leaf is None:
             faults.append(
@@ -127,73 +130,76 @@ def settings(given: dict[str, str], file: str | None) -> dict[str, Any]:
 
 
 def _typed(value: Any, type_: str) -> Any:
-    """A value's text as its type has it: node lists and constraints hold characters that Hydra
-    would want quoted."""
+    """Convert a value's text to its type. Hydra's grammar is not used, since it would need quotes
+    around node lists and constraints."""
     if not isinstance(value, str):
         return value
     if type_.startswith("list"):
-        read = yaml.load(value, Loader=yaml.BaseLoader)
-        return [read] if isinstance(read, str) else read
+        content = yaml.load(value, Loader=yaml.BaseLoader)
+        return [content] if isinstance(content, str) else content
     if value.lower() in ("null", "~", "") and "null" in type_:
         return None
     return int(value) if "int" in type_ and re.fullmatch(r"-?\d+", value) else value
 
 
-def _faults(asked: dict[str, Any]) -> Iterator[str]:
-    """What the types alone do not tell."""
-    for key, value in asked.items():
+def _faults(slurm: dict[str, Any]) -> Iterator[str]:
+    """Yield faults of settings whose types are right."""
+    for key, value in slurm.items():
         lines = value if isinstance(value, list) else [value]
         if any(isinstance(line, str) and not line.isprintable() for line in lines):
             yield f"slurm.{key} holds a line break or another character that cannot be printed"
-    if asked["time"] is not None:
+    if slurm["time"] is not None:
         try:
-            limit = seconds(asked["time"])
+            limit = seconds(slurm["time"])
         except ValueError:
             yield (
-                f"slurm.time={asked['time']} is no time limit. Write MINUTES, MINUTES:SECONDS,"
+                f"slurm.time={slurm['time']} is no time limit. Write MINUTES, MINUTES:SECONDS,"
                 " HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES or"
                 " DAYS-HOURS:MINUTES:SECONDS"
             )
         else:
-            if asked["signal_before"] >= limit:
+            if slurm["signal_before"] >= limit:
                 yield (
-                    f"slurm.signal_before={asked['signal_before']} seconds leave nothing of"
-                    f" slurm.time={asked['time']} ({limit:g} seconds) to train in: ask for more"
-                    " time, or for a later signal"
+                    f"slurm.signal_before={slurm['signal_before']} seconds leave nothing of"
+                    f" slurm.time={slurm['time']} ({limit:g} seconds) to train in: set a longer"
+                    " time, or a later signal"
                 )
-    if asked["memory"] is not None and not re.fullmatch(r"\d+[KMGT]?", asked["memory"]):
+    if slurm["memory"] is not None and not re.fullmatch(r"\d+[KMGT]?", slurm["memory"]):
         yield (
-            f"slurm.memory={asked['memory']} is no memory. Write a number with its unit, as 64G"
+            f"slurm.memory={slurm['memory']} is no memory size. Write number and unit, as 64G"
             " (without a unit: megabytes)"
         )
-    for option in asked["extra"]:
-        found = re.match(r"--([a-z][a-z-]*)|-([A-Za-z])", option)
-        if found is None:
-            yield f"slurm.extra has {option!r}, but holds options of sbatch, as --reservation=NAME"
-        elif taken := _TAKEN.get(found.group(1) or found.group(2)):
-            yield f"slurm.extra has {option}, which {taken} sets"
+    for option in slurm["extra"]:
+        match = re.match(r"--([a-z][a-z-]*)|-([A-Za-z])", option)
+        if match is None:
+            yield (
+                f"slurm.extra has {option!r}, but holds options of sbatch, such as"
+                " --reservation=NAME"
+            )
+        elif setting := _SET_BY.get(match.group(1) or match.group(2)):
+            yield f"slurm.extra has {option}, which {setting} sets"
 
 
-def combinations(overrides: list[str], sweep: bool) -> tuple[list[str], list[list[str]]]:
-    """(arguments that all tasks share, for each task of the array those of its own; one empty list
-    without an array).
+def combinations(overrides: Iterable[str], sweep: bool) -> tuple[list[str], list[list[str]]]:
+    """Return (arguments of all tasks, further arguments of each task of the array). Without an
+    array the second has one empty list.
 
     Raises:
-        ConfigError: there are several values without --multirun, or nothing that could be told
-        apart.
+        ConfigError: there are several values without --multirun, or --multirun without several
+        values.
     """
-    shared, swept = [], []
+    common, swept = [], []
     for text in overrides:
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException as error:
             raise ConfigError(f"{text}: {explain(error)}") from None
         if not override.is_sweep_override():
-            shared.append(text)
+            common.append(text)
             continue
         if not sweep:
             raise ConfigError(
-                f"{text}: several values need --multirun, which makes an array of jobs of them"
+                f"{text}: several values need --multirun, which makes them an array of jobs"
             )
         if _key(text) in ("name", "resume", "runs"):
             raise ConfigError(
@@ -208,14 +214,14 @@ def combinations(overrides: list[str], sweep: bool) -> tuple[list[str], list[lis
         )
     if sweep and not swept:
         raise ConfigError("--multirun, but no key has several values: write KEY=VALUE1,VALUE2")
-    return shared, [list(picked) for picked in itertools.product(*swept)]
+    return common, [list(values) for values in itertools.product(*swept)]
 
 
-def composed(overrides: list[str], folder: str | None) -> dict[str, Any]:
-    """The checked config that a task would have, resolved.
+def compose_task(overrides: list[str], folder: str | None) -> dict[str, Any]:
+    """Compose, check and resolve the config of a task.
 
     Raises:
-        ConfigError and what Hydra raises: it could not be run.
+        ConfigError, and Hydra's errors: the config cannot be run.
     """
     search = [f"hydra.searchpath=[{_quoted('file://' + folder)}]"] if folder is not None else []
     plain: Any = OmegaConf.to_container(compose.compose([*search, *overrides]), resolve=True)
@@ -230,12 +236,11 @@ def _key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
-def resources(plain: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """What a config says about nodes and processes: `nodes`, `tasks` and `gpus` of each node,
-    `requeue`.
+def resources(plain: dict[str, Any], slurm: dict[str, Any]) -> dict[str, Any]:
+    """Return the resources that a config needs: `nodes`, `tasks` and `gpus` per node, `requeue`.
 
     Raises:
-        ConfigError: SLURM cannot be told.
+        ConfigError: the config leaves the number of processes or GPUs open, which SLURM needs.
     """
     lightning = plain["lightning"]
     devices = lightning["devices"]
@@ -248,16 +253,15 @@ def resources(plain: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     )
     if tasks < 1:
         raise ConfigError(
-            f"lightning.devices={devices}: SLURM has to be told how many processes a node has. Give"
-            " a number"
+            f"lightning.devices={devices}: SLURM needs the number of processes per node. Give a"
+            " number"
         )
-    gpus = asked["gpus"]
+    gpus = slurm["gpus"]
     if gpus == "auto":
         if lightning["accelerator"] not in ("cpu", "gpu", "cuda"):
             raise ConfigError(
-                f"lightning.accelerator={lightning['accelerator']}: SLURM has to be asked for GPUs."
-                " Say lightning=gpu or lightning=cpu, or give their number on a node with"
-                " slurm.gpus=N"
+                f"lightning.accelerator={lightning['accelerator']}: SLURM needs the number of GPUs."
+                " Set lightning=gpu or lightning=cpu, or slurm.gpus=N for N on each node"
             )
         gpus = 0 if lightning["accelerator"] == "cpu" else tasks
     elif lightning["accelerator"] in ("gpu", "cuda") and gpus < tasks:
@@ -268,52 +272,20 @@ def resources(plain: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     return {"nodes": lightning["num_nodes"], "tasks": tasks, "gpus": gpus, "requeue": requeue}
 
 
-def arguments(argv: list[str]) -> tuple[dict[str, str], dict[str, str], list[str], str | None]:
-    """(`slurm` and `dry`, slurm.KEY: VALUE, what is the trainer's, the folder of --config-dir) of a
-    command line.
-
-    Raises:
-        ConfigError: a word is not an argument.
-    """
-    options, given, overrides, folder = {"dry": "false"}, {}, [], None
-    words = iter(argv)
-    for word in words:
-        key, equals, value = word.partition("=")
-        if key in ("--config-dir", "-cd"):
-            folder = str(Path(value if equals else next(words, "")).absolute())
-            if not Path(folder).is_dir():
-                raise ConfigError(f"{word}: {folder} is no folder")
-        elif not equals and not word.startswith("~"):
-            raise ConfigError(f"{word}: not an argument. Arguments are written key=value.")
-        elif key in ("dry", "slurm"):
-            options[key] = value
-        elif key.lstrip("+").startswith("slurm."):
-            given[key.lstrip("+").removeprefix("slurm.")] = value
-        elif re.match(r"\W*hydra\b", key):
-            raise ConfigError(f"{word}: the job has its folder and its launcher from SLURM")
-        else:
-            overrides.append(word)
-    if options["dry"] not in ("true", "false"):
-        raise ConfigError(f"dry={options['dry']}: true or false")
-    return options, given, overrides, folder
-
-
 @dataclass(frozen=True)
 class Job:
-    """What is to be queued: `run` is the run's folder, without the job's number where it is
-    `numbered`."""
+    """A job before it is queued."""
 
     script: str
     name: str
     logs: Path
-    run: str
-    numbered: bool
+    run: str  # the run's folder
+    numbered: bool  # whether the job's number is added to it
     array: bool
-    dry: bool
 
 
 def _needs(
-    shared: list[str], own: list[list[str]], folder: str | None, asked: dict[str, Any]
+    common: list[str], per_task: list[list[str]], folder: str | None, slurm: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the resources that each task of an array needs, and the config of the last task.
 
@@ -321,10 +293,10 @@ def _needs(
         ConfigError: a task cannot run, or tasks need different resources.
     """
     needs, plain, task = None, {}, ""
-    for words in own:
+    for words in per_task:
         try:
-            plain = composed([*shared, *words], folder)
-            these = resources(plain, asked)
+            plain = compose_task([*common, *words], folder)
+            task_needs = resources(plain, slurm)
         except (
             HydraException,
             OmegaConfBaseException,
@@ -333,55 +305,53 @@ def _needs(
             ValueError,
         ) as error:
             raise ConfigError((f"{' '.join(words)}: " if words else "") + explain(error)) from None
-        if needs is not None and these != needs:
+        if needs is not None and task_needs != needs:
             raise ConfigError(
-                f"the tasks of an array ask for the same nodes and GPUs, but {task} for {needs} and"
-                f" {' '.join(words)} for {these}"
+                f"the tasks of an array must need the same nodes and GPUs, but {task} needs {needs}"
+                f" and {' '.join(words)} needs {task_needs}"
             )
-        needs, task = these, " ".join(words)
+        needs, task = task_needs, " ".join(words)
     assert needs is not None
     return needs, plain
 
 
-def prepared(argv: list[str], sweep: bool) -> Job:
-    """The job that a command line asks for.
+def prepare(
+    overrides: Iterable[str], slurm: dict[str, Any], folder: str | None, sweep: bool
+) -> Job:
+    """Check a job and write its script. `slurm` is from `slurm_settings`, `folder` is that of
+    --config-dir, and with `sweep` the job is an array.
 
     Raises:
-        ConfigError: it could not run.
+        ConfigError: the job could not run.
     """
-    options, given, overrides, folder = arguments(argv)
-    asked = settings(given, options.get("slurm"))
-    shared, own = combinations(overrides, sweep)
-    if asked["parallel"] is not None and not sweep:
+    common, per_task = combinations(overrides, sweep)
+    if slurm["parallel"] is not None and not sweep:
         raise ConfigError(
-            f"slurm.parallel={asked['parallel']} is for arrays, which --multirun makes"
+            f"slurm.parallel={slurm['parallel']} is for arrays, which --multirun makes"
         )
-    resumed = next(
-        (word.partition("=")[2] for word in reversed(shared) if _key(word) == "resume"), "auto"
+    resume = next(
+        (word.partition("=")[2] for word in reversed(common) if _key(word) == "resume"), "auto"
     )
-    if resumed == "never":
-        raise ConfigError(
-            "resume=never: a job that is started again goes on with its run. Leave it out"
-        )
-    if resumed == "auto":  # as the batch file says it
-        shared = [*(word for word in shared if _key(word) != "resume"), "resume=auto"]
-    needs, plain = _needs(shared, own, folder, asked)
+    if resume == "never":
+        raise ConfigError("resume=never: a requeued job resumes its run. Leave it out")
+    if resume == "auto":  # the batch file sets it
+        common = [*(word for word in common if _key(word) != "resume"), "resume=auto"]
+    needs, plain = _needs(common, per_task, folder, slurm)
     name, runs = str(plain["name"]), Path(plain["runs"])
-    if resumed == "auto":
+    if resume == "auto":
         if len(name) + _ID > 100:
             raise ConfigError(
                 f"name={name}: the job's numbers are added to it, so it has at most {100 - _ID}"
                 " characters"
             )
-        shared = [word for word in shared if _key(word) not in ("name", "resume")]
+        common = [word for word in common if _key(word) not in ("name", "resume")]
     logs = (runs / "slurm").absolute()
-    text = script(
-        name, logs, asked, needs, [*([f"--config-dir={folder}"] if folder else []), *shared], own
-    )
+    arguments = [*([f"--config-dir={folder}"] if folder else []), *common]
+    text = script(name, logs, slurm, needs, arguments, per_task)
     if redact(text) != text:
         raise ConfigError(
-            "the script would hold what looks like a secret. Export it instead: jobs are given the"
+            "the script would hold what looks like a secret. Export it instead: jobs inherit the"
             " environment"
         )
-    run = str(runs / name) if resumed == "auto" else resumed
-    return Job(text, name, logs, run, resumed == "auto", sweep, options["dry"] == "true")
+    run = str(runs / name) if resume == "auto" else resume
+    return Job(text, name, logs, run, resume == "auto", sweep)

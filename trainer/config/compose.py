@@ -1,6 +1,6 @@
-"""From a command line to a config that is known to be right, before torch is imported.
+"""Compose a config from a command line and check it, before torch is imported.
 
-`install` hooks the checks into Hydra's composition, so that they see exactly what Hydra will use,
+`install` hooks the checks into Hydra's composition. So they see exactly the config that Hydra uses,
 its own node included, before Hydra instantiates a callback or configures a logger from it.
 """
 
@@ -21,21 +21,19 @@ from trainer.config.groups import default_choices, root_schema
 from trainer.config.overrides import rewrite
 from trainer.config.run_name import _run_folder, run_folder
 
-RESOLVED_WITHIN = 2.0  # seconds of computing
+RESOLVE_SECONDS = 2.0  # limit on the CPU time of resolving interpolations
 
 
 def install(incomplete: bool = False) -> None:
-    """Make every composition of this process pass through `check`.
-
-    Raises:
-        ConfigError: from within Hydra's composition.
+    """Pass every composition of this process through `check`, which then raises ConfigError from
+    within Hydra's composition. `incomplete`: see `check`.
     """
 
     def check_config(config: DictConfig, overrides: list[str]) -> None:
         recorded: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)
         if sorted(recorded["hydra"] + recorded["task"]) != sorted(overrides):
             raise ConfigError(
-                "hydra.overrides is what the command line says, and is not taken from a config"
+                "hydra.overrides is Hydra's record of the command line, and no setting of a config"
             )
         _take_base(config)
         check(config, incomplete=incomplete)
@@ -64,52 +62,55 @@ def _check_file(file: Path) -> None:
 
 
 def _take_base(config: DictConfig) -> None:
-    """Where the config names a run as the target, put that run's base into it.
+    """If the config has a target run, use that run's base.
 
     Raises:
-        ConfigError: the run is no target, or another base was asked for.
+        ConfigError: the run cannot be a target, or the config has another base.
     """
     path = OmegaConf.select(config, "target.run")
     if not isinstance(path, str):
-        return  # none, or one that `check` refuses
+        return  # no target, or a value that `check` refuses
     try:
-        theirs, choice = target_base.base_of(path)
+        target, choice = target_base.base_of(path)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if choice in schema.options("base") and isinstance(theirs, dict):
-        schema.complete(theirs, schema.load(f"base/{choice}"), "base")
-    given: Any = OmegaConf.to_container(config.base, resolve=False)
-    if not isinstance(given, dict):
+    if choice in schema.options("base") and isinstance(target, dict):
+        schema.complete(target, schema.load(f"base/{choice}"), "base")
+    composed: Any = OmegaConf.to_container(config.base, resolve=False)
+    if not isinstance(composed, dict):
         return
-    asked = [override.lstrip("+") for override in config.hydra.overrides.task]
-    free = [f"base.{key}" for key in target_base.FREE]
-    named = {override.partition("=")[0] for override in asked if re.match(r"base\b", override)}
-    own = [place.partition(".")[2] for place in named & {*free}]
-    if config.hydra.runtime.choices.base != default_choices()["base"] or named - {*free}:
-        own = list(target_base.FREE)
-        if fault := target_base.other_base(path, theirs, given):
+    overrides = [override.lstrip("+") for override in config.hydra.overrides.task]
+    free = {f"base.{key}" for key in target_base.FREE}
+    keys = {text.partition("=")[0] for text in overrides if re.match(r"base\b", text)}
+    kept_keys = [key.partition(".")[2] for key in keys & free]
+    # The command line names a base: it must be the target's, but for the free settings.
+    if config.hydra.runtime.choices.base != default_choices()["base"] or keys - free:
+        kept_keys = list(target_base.FREE)
+        if fault := target_base.other_base(path, target, composed):
             raise ConfigError(fault)
     with open_dict(config):
-        config.base = theirs | {key: given[key] for key in own if key in given}
+        config.base = target | {key: composed[key] for key in kept_keys if key in composed}
         config.hydra.runtime.choices.base = choice
 
 
 def register_resolvers() -> None:
-    """`${run_folder:RUNS,NAME,RESUME}` is where a run lives; see `run_folder`."""
+    """Register `${run_folder:RUNS,NAME,RESUME}`, a run's folder; see `run_name.run_folder`."""
     OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
 
 
 def check(
     config: DictConfig, choices: dict[str, Any] | None = None, incomplete: bool = False
 ) -> None:
-    """Refuse a composed config that cannot be run. Which file each group took stands in Hydra's
-    node, or in `choices`. `incomplete` is for a config that is only shown: values may be missing.
+    """Refuse a composed config that cannot be run.
+
+    `choices` is the file that each group uses, for a config that a run folder records; None takes
+    it from Hydra's node. With `incomplete` values may be missing: the config is only printed.
 
     Raises:
-        ConfigError: lists every fault found.
+        ConfigError: lists every fault.
     """
     faults = [*forbidden.forbidden_settings(config), *secrets.secrets_in(config)]
-    # a run folder's config is only read: it asks for no package of its training
+    # A recorded config is only read, so packages that its training needed may be missing.
     composed = choices is None
     if not faults and choices is None:
         if config.hydra.job.config_name is None:  # Hydra's own, for --hydra-help
@@ -143,7 +144,7 @@ def check(
                 " --multirun"
             ]
     if faults:
-        # An override stands in Hydra's node once more.
+        # Hydra's node repeats each override, so the same fault would be reported twice.
         raise ConfigError(
             "\n".join(
                 [fault for fault in faults if not fault.startswith("hydra.overrides.")] or faults
@@ -152,18 +153,19 @@ def check(
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
-    """The config without Hydra's node as plain containers; `???` stays."""
+    """Convert the config without Hydra's node to plain containers; `???` stays."""
     bare = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     try:
-        with limits.limited(RESOLVED_WITHIN, "resolving them"):  # they can double a text each
+        # Each interpolation can double a text, so a few lines can grow without bound.
+        with limits.limited(RESOLVE_SECONDS, "resolving them"):
             return OmegaConf.to_container(bare, resolve=True)  # type: ignore[return-value]
     except Exception as error:
         raise ConfigError(f"an interpolation of the config cannot be resolved: {error}") from None
 
 
 def compose(argv: list[str]) -> DictConfig:
-    """Compose and check a config from command-line arguments without starting a run, for the other
-    verbs."""
+    """Compose and check a config from command-line arguments without starting a run, for the
+    commands."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
@@ -174,7 +176,7 @@ def compose(argv: list[str]) -> DictConfig:
 
 
 def _peft_faults(plain: dict[str, Any]) -> Iterator[str]:
-    """Faults of a method of PEFT's and its fields."""
+    """Yield faults of the fields of a PEFT method."""
     adapter = plain["adapter"]
     if adapter["_target_"] != "adapters.peft.Peft" or adapter["peft_type"] == "???":
         return

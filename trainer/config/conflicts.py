@@ -1,4 +1,4 @@
-"""Settings that are right one by one and wrong together, found before torch is imported.
+"""Settings that are right one by one and wrong together, refused before torch is imported.
 
 A method states its exclusions in its own file of conf/, as comments that open with `not with`:
 
@@ -13,7 +13,7 @@ configs whose group has the same `_target_`; in other files the conditions alone
     !key         not set                             key!=a|b*  none of these
     key<2        a number below it                   @fact      a function of FACTS
 
-What is computed from several numbers, as where a warm-up and a cooldown overlap, is in
+Conflicts that need arithmetic, such as a warm-up and a cooldown that overlap, are in
 trainer.config.lengths.
 """
 
@@ -54,12 +54,12 @@ class Conflict:
         return all(holds(condition, config) for condition in self.conditions)
 
     def explain(self, config: Config) -> str:
-        """The message with the config's values."""
-        return _FIELD.sub(lambda match: shown(value_of(config, match[1])), self.message)
+        """Return the message with the config's values."""
+        return _FIELD.sub(lambda match: as_yaml(value_of(config, match[1])), self.message)
 
 
 def conflicts(config: Config) -> Iterator[str]:
-    """The message of each row that applies to a plain config, which the schema has accepted."""
+    """Yield the message of each row that applies to a plain config, which the schema accepts."""
     for row in table():
         if row.applies(config):
             yield row.explain(config)
@@ -67,7 +67,7 @@ def conflicts(config: Config) -> Iterator[str]:
 
 @functools.cache
 def table() -> tuple[Conflict, ...]:
-    """All rows of conf/.
+    """Read all rows of conf/.
 
     Raises:
         ValueError: a comment opens with `not with` and is no row.
@@ -90,7 +90,7 @@ def table() -> tuple[Conflict, ...]:
 
 
 def _joined(text: str) -> list[str]:
-    """The comments that open with `not with`, each with the indented comments that continue it."""
+    """Join each comment that opens with `not with` to the indented comments that continue it."""
     rows: list[str] = []
     continues = False
     for line in text.splitlines():
@@ -105,7 +105,7 @@ def _joined(text: str) -> list[str]:
 
 
 def holds(condition: str, config: Config) -> bool:
-    """Whether one condition holds; see the module's text."""
+    """Return whether one condition holds; see the module's text."""
     match = _CONDITION.match(condition)
     assert match is not None
     negated, key, sign, expected = match.group("no", "key", "sign", "value")
@@ -116,20 +116,20 @@ def holds(condition: str, config: Config) -> bool:
         return bool(value) != bool(negated)
     if sign == "<":
         return isinstance(value, int | float) and operator.lt(value, float(expected))
-    matches = any(fnmatchcase(shown(value), pattern) for pattern in expected.split("|"))
+    matches = any(fnmatchcase(as_yaml(value), pattern) for pattern in expected.split("|"))
     return matches == (sign == "=")
 
 
 def value_of(config: Config, key: str) -> Any:
-    """The value at a dotted key, None where a part of it is missing."""
+    """Return the value at a dotted key; None if a name in it is missing."""
     value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
     return value
 
 
-def shown(value: Any) -> str:
-    """A value as YAML writes it."""
+def as_yaml(value: Any) -> str:
+    """Format a value as YAML writes it."""
     words = {None: "null", True: "true", False: "false"}
     return words[value] if value is None or isinstance(value, bool) else str(value)
 
@@ -140,7 +140,7 @@ def trains_adapter(config: Config) -> bool:
 
 
 def several_processes(config: Config) -> bool:
-    """Whether conf/lightning's settings ask for several processes, as far as they say so alone."""
+    """Whether conf/lightning's settings request several processes. devices=auto is not known."""
     lightning = config["lightning"]
     devices = lightning["devices"]
     if isinstance(devices, str):

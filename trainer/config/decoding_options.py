@@ -1,4 +1,4 @@
-"""Options that several commands have in common: of sampling, and of drafts."""
+"""Options of several commands: sampling, the drafter, the growth of drafts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors of configs and command lines: their text, and the exit code that they end with."""
+"""Errors of configs and command lines: their text and exit code."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from omegaconf.errors import OmegaConfBaseException
 from trainer.config.quoting import how_to_quote
 from trainer.config.secrets import redact
 
-EXIT_BAD_INPUT = 2  # config or data; see README, exit codes
+EXIT_BAD_INPUT = 2  # config or data; see docs/config.md, exit codes
 
 
 class ConfigError(ValueError):
-    """The config cannot be run. The message lists every fault: what, where, and the fix."""
+    """The config cannot be run. The message lists every fault with its key and its fix."""
 
 
 def explain(error: Exception) -> str:
-    """Return what is wrong when composing a config or creating the run folder fails."""
+    """Return a message for an error of composing a config or creating the run folder."""
     if (choices := getattr(error, "options", None)) and getattr(error, "missing_cfg_file", None):
         group, _, name = error.missing_cfg_file.rpartition("/")  # type: ignore[attr-defined]
         return no_such_choice(group, name, choices)
@@ -41,13 +41,13 @@ def explain(error: Exception) -> str:
 
 
 def no_such_choice(group: str, name: str, choices: list[str]) -> str:
-    """The message for a choice that a group does not have."""
+    """Return the message for a choice that a group does not have."""
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
     hint = f" Did you mean {close[0]}?" if close else ""
     return f"{group}={name}: there is no such choice.{hint} Known: {', '.join(choices)}"
 
 
 def bad(message: str) -> int:
-    """Print what is wrong with a command line or a config, and return the exit code."""
+    """Print an error message about a command line or a config, and return the exit code."""
     print(redact(message), file=sys.stderr)
     return EXIT_BAD_INPUT

@@ -25,7 +25,7 @@ def parse(argv: list[str], commands: list[str]) -> argparse.Namespace:
         raise ConfigError(f"{unknown[0]}: there is no such option. {hint}")
     if flags.experimental_rerun is not None:
         raise ConfigError(
-            "--experimental-rerun loads a pickle, which could run anything. Use resume=RUN_FOLDER."
+            "--experimental-rerun loads a pickle, which can run any code. Use resume=RUN_FOLDER."
         )
     for word in flags.overrides:
         if "=" not in word and not word.startswith("~"):
@@ -33,8 +33,8 @@ def parse(argv: list[str], commands: list[str]) -> argparse.Namespace:
             raise ConfigError(f"{word}: expected KEY=VALUE, in quotes if it has spaces{hint}")
     if flags.config_path is not None or flags.config_name is not None:
         raise ConfigError(
-            "conf/ is the schema of all configs. Add your own with --config-dir=FOLDER, as"
-            " FOLDER/experiment/NAME.yaml"
+            "conf/ is the schema of all configs. Put your own into FOLDER/experiment/NAME.yaml, and"
+            " give --config-dir=FOLDER"
         )
     launcher = [word for word in flags.overrides if word.startswith("hydra/launcher=")]
     if launcher and launcher[0] != "hydra/launcher=basic" and not flags.multirun:

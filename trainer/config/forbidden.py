@@ -1,7 +1,7 @@
 """Settings that a config may not have, because it may come from a stranger.
 
-A config may not name what is imported or instantiated, change anything outside of the run folder,
-read the environment, or pass text to a shell.
+A config may not choose which code is imported or instantiated, change anything outside of the run
+folder, read the environment, or pass text to a shell.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PUBLIC_VARIABLES = re.compile(
 
 @functools.cache
 def shipped_targets() -> frozenset[str]:
-    """The exact `_target_` names in the YAML files of conf/: nothing else is ever instantiated."""
+    """Return the `_target_` names in the YAML files of conf/. Nothing else is instantiated."""
     pattern = re.compile(r"^\s*_target_:\s*([\w.]+)\s*(?:#.*)?$", re.MULTILINE)
     return frozenset(
         name
@@ -43,14 +43,14 @@ def shipped_targets() -> frozenset[str]:
 
 
 def forbidden_settings(config: DictConfig) -> Iterator[str]:
-    """One message for each forbidden setting of a config: what, where, and the fix."""
+    """Yield a message for each forbidden setting of a config, with its key and its fix."""
     yield from _targets(config)
     yield from _remote_code(config)
-    yield from _launched(config)
+    yield from _launcher_faults(config)
 
 
 def _targets(config: DictConfig) -> Iterator[str]:
-    """Names that Hydra or logging would import, over the whole composed config."""
+    """Yield faults of names that Hydra or logging would import, in the whole composed config."""
     for path, value in schema.leaves(OmegaConf.to_container(config, resolve=False)):
         place, key = ".".join(path), path[-1] if path else ""
         allowed = _HYDRA_TARGETS if path[:1] == ("hydra",) else shipped_targets()
@@ -68,7 +68,7 @@ def _targets(config: DictConfig) -> Iterator[str]:
 
 
 def _hydra_faults(path: tuple[str, ...], place: str, key: str, value: Any) -> Iterator[str]:
-    """Settings of Hydra's own node that reach beyond the run folder."""
+    """Yield faults of settings of Hydra's node that act outside of the run folder."""
     if path[:2] in (("job", "env_set"), ("job", "env_copy")):
         yield (
             f"{place}: the environment is not set from a config, since it decides what other"
@@ -91,9 +91,9 @@ def _hydra_faults(path: tuple[str, ...], place: str, key: str, value: Any) -> It
 
 
 def _interpolation_faults(place: str, text: str) -> Iterator[str]:
-    """Resolvers that a config may not call.
+    """Yield faults of resolvers that a config may not call.
 
-    OmegaConf's own parser finds them, because a resolver's name can hold interpolations too.
+    OmegaConf's parser lists them, because a resolver's name can contain interpolations too.
     """
     nodes: list[Any] = [grammar_parser.parse(text)]
     while nodes:
@@ -102,20 +102,21 @@ def _interpolation_faults(place: str, text: str) -> Iterator[str]:
         if type(node).__name__ != "InterpolationResolverContext":
             continue
         name = node.resolverName().getText()
-        first = re.split(r"[\s,]", node.sequence().getText().strip())[0] if node.sequence() else ""
+        arguments = node.sequence().getText().strip() if node.sequence() else ""
+        variable = re.split(r"[\s,]", arguments)[0]
         if name not in _RESOLVERS:
             yield f"{place} uses the resolver {name!r}; known: {', '.join(sorted(_RESOLVERS))}."
-        elif name == "oc.env" and not _PUBLIC_VARIABLES.fullmatch(first):
+        elif name == "oc.env" and not _PUBLIC_VARIABLES.fullmatch(variable):
             yield (
-                f"{place} reads the environment variable {first}, which would end up in logs."
+                f"{place} reads the environment variable {variable}, which would end up in logs."
                 " Export it where it is used."
             )
 
 
 def _remote_code(config: DictConfig) -> Iterator[str]:
-    """Settings that run code from elsewhere: the command line may set them, a file may not."""
+    """Yield faults of settings that run a repository's code: only the command line may set them."""
     requested = OmegaConf.select(config, "base.trust_remote_code")
-    overrides = OmegaConf.select(config, "hydra.overrides.task")  # not there in a run.yaml
+    overrides = OmegaConf.select(config, "hydra.overrides.task")  # missing in a run.yaml
     if (
         requested
         and overrides is not None
@@ -138,7 +139,8 @@ def _remote_code(config: DictConfig) -> Iterator[str]:
 _SHELL = ("setup", "python", "srun_args", "additional_parameters", "additional_pip_args")
 
 
-def _launched(config: DictConfig) -> Iterator[str]:
+def _launcher_faults(config: DictConfig) -> Iterator[str]:
+    """Yield faults of a launcher's settings that a shell would run."""
     overrides = OmegaConf.select(config, "hydra.overrides.hydra")
     launcher = OmegaConf.select(config, "hydra.launcher") if overrides is not None else None
     for path, value in schema.leaves(

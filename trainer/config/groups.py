@@ -1,4 +1,4 @@
-"""The groups of conf/: the file that each takes by default, and the schema of what they compose."""
+"""The groups of conf/: their default files, and the schema of the composed config."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ def root_schema(choices: dict[str, Any]) -> schema.Table:
     for group in sorted(path.name for path in schema.CONF.iterdir() if any(path.glob("*.yaml"))):
         if group == "experiment":
             continue
-        known, chosen = schema.options(group), choices.get(group)
-        if chosen is not None and chosen not in known:
+        names, choice = schema.options(group), choices.get(group)
+        if choice is not None and choice not in names:
             raise ConfigError(
-                f"{group}={chosen}: conf/{group} has {', '.join(known)}. To add one, put its file"
+                f"{group}={choice}: conf/{group} has {', '.join(names)}. To add one, put its file"
                 " there"
             )
-        # Hydra does not record the files of a list such as logger=[wandb,tensorboard]
+        # Hydra does not record the files of a list such as logger=[wandb,tensorboard]. Then the
+        # schema has the keys of all files.
         tables = [
-            schema.load(f"{group}/{name}") for name in ([chosen] if chosen is not None else known)
+            schema.load(f"{group}/{name}") for name in ([choice] if choice is not None else names)
         ]
         if len({table.target for table in tables}) > 1:
-            raise ConfigError(f"{group}: choose one of {', '.join(known)}")
+            raise ConfigError(f"{group}: choose one of {', '.join(names)}")
         merged: dict[str, Any] = {}
         for table in tables:
             merged |= table.children
@@ -42,7 +43,7 @@ def root_schema(choices: dict[str, Any]) -> schema.Table:
 
 
 def default_choices() -> dict[str, str]:
-    """Return the file of each group that conf/config.yaml uses."""
+    """Return the file that conf/config.yaml uses for each group."""
     entries: Any = OmegaConf.to_container(OmegaConf.load(schema.CONF / "config.yaml").defaults)
     return {
         group: name

@@ -1,7 +1,7 @@
-"""Configs that older versions recorded: complete them, and map what moved.
+"""Configs that older versions recorded: add missing keys, and map moved classes.
 
-A recorded config is read with the names of today, and then checked as a new one is. To move a class
-of conf/, add a line to MOVED.
+A recorded config gets today's names, and is then checked like a new one. To move a class that conf/
+names, add a line to MOVED.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from trainer.config import schema
 from trainer.config.errors import ConfigError
 from trainer.config.groups import default_choices, root_schema
 
-# The names that older versions recorded as `_target_`, and those of the same classes today.
+# `_target_` names that older versions recorded -> the names of the same classes today
 MOVED = {
     "trainer.base.from_hub": "trainer.models.hub.from_hub",
     "trainer.base.from_wheel": "trainer.models.gguf.from_wheel",
@@ -23,7 +23,7 @@ MOVED = {
 
 
 def rename(node: Any) -> None:
-    """Replace the `_target_` names in a recorded config by those of today, in place."""
+    """Replace the `_target_` names in a recorded config by today's, in place."""
     if isinstance(node, dict):
         if isinstance(name := node.get("_target_"), str):
             node["_target_"] = MOVED.get(name, name)
@@ -35,18 +35,17 @@ def rename(node: Any) -> None:
 
 
 def complete(plain: dict[str, Any], choices: dict[str, Any]) -> list[str]:
-    """Give a config that an older version recorded, in place, what was added since, and return the
-    dotted places.
+    """Add to a recorded config, in place, the keys that are new since. Return their dotted names.
 
-    Keys get the values of the files that the groups took, and groups the files that
-    conf/config.yaml takes. Moved classes get their names of today. `check` refuses what is still
-    missing."""
+    A new key gets the value in its group's file, a new group the file that conf/config.yaml uses.
+    Moved classes get their new names. `compose.check` refuses what is missing then.
+    """
     rename(plain)
     for group, name in default_choices().items():
         if group not in plain:
             choices.setdefault(group, name)
     try:
-        known = root_schema(choices)
-    except ConfigError:  # which `check` raises again
+        table = root_schema(choices)
+    except ConfigError:  # `compose.check` raises it again, with the file's name
         return []
-    return schema.complete(plain, known)
+    return schema.complete(plain, table)

@@ -1,8 +1,9 @@
 """The hook into Hydra's composition: the one place that replaces functions of Hydra.
 
 Hydra composes a config, then creates a folder, configures logging and instantiates callbacks from
-it, all before the program's own code runs. Hydra has callbacks of its own, but names them in the
-config, which is what must be checked. So the two functions that compose are wrapped.
+it, all before the program's own code runs. Hydra's own callbacks are no place for the checks: the
+config names them, and it is the config that must be checked. So the two functions that compose are
+wrapped.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-VERSIONS = "1.3"  # of Hydra, whose private functions are wrapped
+VERSIONS = "1.3"  # of Hydra; the two functions are private, so others may differ
 COMPOSE = ["self", "config_name", "overrides", "run_mode", "from_shell", "validate_sweep_overrides"]
 READ = ["self", "config_path"]
 
@@ -26,19 +27,19 @@ def install(
     check_config: Callable[[DictConfig, list[str]], None],
     check_file: Callable[[Path], None],
 ) -> None:
-    """Pass every composition of this process through three checks, which raise to refuse it: of the
-    overrides before composing, of the composed config, and of each file before it is parsed. A
-    second call changes nothing.
+    """Pass every composition of this process through three checks: of the overrides before
+    composing, of the composed config, and of each file before it is parsed. A check raises to
+    refuse. A second call changes nothing.
 
     Raises:
-        RuntimeError: Hydra is of another version, or its functions take other parameters.
+        RuntimeError: Hydra has another version, or its functions have other parameters.
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra._internal.sources_registry import SourcesRegistry
     from hydra.core.plugins import Plugins
 
-    # Plugins are loaded by executing their modules, which defines FileConfigSource again: first
-    # load them, then ask for the class.
+    # Hydra executes its plugins' modules to load them, which defines FileConfigSource again. So
+    # load them first, and get the class afterwards.
     Plugins.instance()
     file_source: Any = SourcesRegistry.instance().resolve("file")
     compose, read = ConfigLoaderImpl.load_configuration, file_source.load_config
@@ -67,13 +68,14 @@ def install(
 
 
 def check_hydra(version: str, compose: Callable[..., Any], read: Callable[..., Any]) -> None:
-    """
+    """Check that these are the functions that `install` is written for.
+
     Raises:
-        RuntimeError: these are not the functions that `install` is written for.
+        RuntimeError: they are not.
     """
     parameters = [list(inspect.signature(function).parameters) for function in (compose, read)]
     if version.split(".")[:2] != VERSIONS.split(".") or parameters != [COMPOSE, READ]:
         raise RuntimeError(
-            f"Hydra {version} composes configs in another way than {VERSIONS}.x, so configs could"
-            f" not be checked. Install hydra-core=={VERSIONS}.*"
+            f"Hydra {version} composes configs differently from {VERSIONS}.x, so configs could not"
+            f" be checked. Install hydra-core=={VERSIONS}.*"
         )

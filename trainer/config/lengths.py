@@ -11,7 +11,7 @@ from typing import Any
 
 
 def problems(config: dict[str, Any]) -> Iterator[str]:
-    """One message for each pair of lengths of a plain config that does not fit."""
+    """Yield a message for each pair of lengths of a plain config that do not fit together."""
     yield from _milestones(config["schedule"])
     yield from _epochs(config)
     yield from _branch(config)
@@ -33,10 +33,10 @@ def _milestones(schedule: dict[str, Any]) -> Iterator[str]:
     if len(milestones) != len(factors):
         yield (
             f"schedule.milestones has {len(milestones)} entries and schedule.factors"
-            f" {len(factors)}: each milestone needs the factor from there on"
+            f" {len(factors)}: each milestone needs a factor"
         )
     if any(late <= early for early, late in itertools.pairwise(milestones)):
-        yield f"schedule.milestones={milestones} do not rise: give them in their order"
+        yield f"schedule.milestones={milestones} do not rise: give them in rising order"
     elif milestones and (milestones[0] < 1) != (milestones[-1] < 1):
         yield (
             f"schedule.milestones={milestones} mix fractions of the run with steps: give all below"
@@ -76,7 +76,7 @@ def _trigger(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _open_end(config: dict[str, Any]) -> Iterator[str]:
-    """A run that ends by its time alone has no number of steps to take fractions of."""
+    """Yield a fault if a run without a known number of steps has settings in fractions of it."""
     lengths = [config[key] for key in ("max_steps", "max_epochs", "max_tokens")]
     if config["max_time"] is None or any(length is not None for length in lengths):
         return
@@ -84,20 +84,20 @@ def _open_end(config: dict[str, Any]) -> Iterator[str]:
     open_ended = schedule["_target_"].endswith((".constant", ".inverse_sqrt"))
     if not open_ended or 0 < schedule["warmup"] < 1:
         yield (
-            "a run that ends by max_time alone has no known number of steps, which this"
-            " schedule's rates are fractions of: set schedule=constant schedule.warmup=20 (in"
-            " steps), and callbacks=[default,cooldown] callbacks.cooldown.deadline=max_time for"
-            " a cooldown at its end"
+            "a run that ends by max_time alone has no known number of steps, and this schedule"
+            " needs one: set schedule=constant schedule.warmup=20 (in steps), and"
+            " callbacks=[default,cooldown] callbacks.cooldown.deadline=max_time for a cooldown at"
+            " its end"
         )
 
 
 def _warmup_and_cooldown(config: dict[str, Any]) -> Iterator[str]:
     schedule, steps = config["schedule"], config["max_steps"]
-    parts = [schedule[key] for key in ("warmup", "cooldown") if schedule.get(key) is not None]
-    if config.get("branch") or steps is None or len(parts) < 2:
+    ramps = [schedule[key] for key in ("warmup", "cooldown") if schedule.get(key) is not None]
+    if config.get("branch") or steps is None or len(ramps) < 2:
         return
-    if sum(part if part >= 1 else part * steps for part in parts) > steps:
+    if sum(ramp if ramp >= 1 else ramp * steps for ramp in ramps) > steps:
         yield (
-            f"schedule.warmup={parts[0]} and schedule.cooldown={parts[1]} take more than the"
+            f"schedule.warmup={ramps[0]} and schedule.cooldown={ramps[1]} take more than the"
             f" run's {steps} steps: set fewer, or fractions of the run"
         )

@@ -1,4 +1,4 @@
-"""Limits on input that may come from a stranger: size of YAML, links of a folder, time of work."""
+"""Limits on input that may come from a stranger: size of YAML, links of a folder, CPU time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 DEPTH = 64
-CONFIG = (1 << 20, 10_000)  # bytes and nodes; an alias counts each time that it is used
+CONFIG = (1 << 20, 10_000)  # bytes and nodes; an alias counts each time it is used
 RECORD = (16 << 20, 400_000)  # of a run.yaml, which records each start of a run
 
 
@@ -22,7 +22,7 @@ class LimitExceeded(ValueError):
 
 
 def refuse_bomb(text: str, where: str, limits: tuple[int, int] = CONFIG) -> None:
-    """Refuse YAML that is too large or too deep, also after its aliases are expanded.
+    """Refuse YAML that is too large or too deep, before or after its aliases are expanded.
 
     Raises:
         LimitExceeded: a limit is exceeded.
@@ -82,16 +82,16 @@ def load_yaml(file: Path) -> Any:
 def link_outside(folder: Path, passed: str) -> Path | None:
     """Return the first symbolic link in a folder that leads out of it, None if there is none.
 
-    The folder itself may be a link. The content of its folder `passed` is not checked; where
-    `passed` itself leads is checked.
+    The folder itself may be a link. The content of its folder `passed` is not checked, but `passed`
+    itself is.
     """
     root = folder.resolve()
-    for place, folders, files in os.walk(root):
+    for parent, folders, files in os.walk(root):
         for name in (*folders, *files):
-            path = Path(place, name)
+            path = Path(parent, name)
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 return folder / path.relative_to(root)
-        if place == str(root):
+        if parent == str(root):
             folders[:] = [name for name in folders if name != passed]
     return None
 
@@ -100,8 +100,8 @@ def link_outside(folder: Path, passed: str) -> Path | None:
 def limited(seconds: float, what: str) -> Iterator[None]:
     """Stop the code inside after `seconds` of CPU time of this process.
 
-    It works in the main thread only. A single operation of the interpreter, such as one match of a
-    regular expression, ends before it is stopped.
+    It works in the main thread only, and not within one operation of the interpreter, such as a
+    match of a regular expression.
 
     Raises:
         LimitExceeded: the code took longer.
@@ -113,12 +113,11 @@ def limited(seconds: float, what: str) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise LimitExceeded(f"{what} took more than {seconds:g} s of computing, and was stopped")
 
-    # Virtual time: libraries use the real-time alarm, and on a busy machine waiting for a core must
-    # not count.
-    before = signal.signal(signal.SIGVTALRM, stop)
+    # The virtual timer: libraries use the real-time one, which also counts waiting for a core.
+    handler = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+        signal.signal(signal.SIGVTALRM, handler)

@@ -86,7 +86,7 @@ def parse(kind: type[T], argv: list[str], text: str | None, command: str) -> T:
 
 
 def values_of(options: Any) -> dict[str, Any]:
-    """The options by their names on the command line, without those that `rest` declares."""
+    """Return the options by their names on the command line, without those that `rest` declares."""
     fields = [field for field in dataclasses.fields(options) if "takes" not in field.metadata]
     return {_key(field): getattr(options, field.name) for field in fields}
 
@@ -96,7 +96,7 @@ def _key(field: dataclasses.Field[Any]) -> str:
 
 
 def _values(kind: Any, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """(the values of the fields by name, the faults)."""
+    """Return (the values of the fields by name, the faults)."""
     fields, hints = dataclasses.fields(kind), typing.get_type_hints(kind)
     known = {_key(field): field for field in fields if "takes" not in field.metadata}
     rests = [field for field in fields if "takes" in field.metadata]
@@ -139,7 +139,8 @@ def _nearest(key: str, known: dict[str, Any], rests: list[Any]) -> str:
 
 
 def _checked(text: str, hint: Any, metadata: Any) -> Any:
-    """
+    """Convert an option's text to a value of its type, within its bounds.
+
     Raises:
         ValueError: says what was expected.
     """
@@ -172,9 +173,10 @@ def _choices(hint: Any) -> list[str]:
 
 
 def _read(text: str, hint: Any) -> Any:
-    """
+    """Convert a text to the first of its types that can read it.
+
     Raises:
-        ValueError: the text is of none of the types.
+        ValueError: none of the types can.
     """
     for member in _members(hint):
         if member is types.NoneType:
@@ -204,7 +206,7 @@ def _read(text: str, hint: Any) -> Any:
 
 
 def _expected(hint: Any, bounds: dict[str, float]) -> str:
-    """What a value must be, in words."""
+    """Describe the values that an option takes."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     limit = " and".join(f" {name} {bound:g}" for name, bound in bounds.items())
     limit = f",{limit}" if limit else ""
@@ -217,7 +219,7 @@ def _expected(hint: Any, bounds: dict[str, float]) -> str:
 
 
 def _shown(field: dataclasses.Field[Any]) -> str:
-    """An option as --help writes it."""
+    """Format an option as --help writes it."""
     default, value = field.default, field.metadata["value"]
     if default is not None and default is not dataclasses.MISSING:
         value = value or (str(default).lower() if isinstance(default, bool) else f"{default}")
@@ -225,7 +227,7 @@ def _shown(field: dataclasses.Field[Any]) -> str:
 
 
 def _table(kind: Any) -> str:
-    """The options of a command, one after another, for --help."""
+    """Format the options of a command for --help."""
     return "Options\n" + "\n".join(line for field in _lines(kind) for line in field)
 
 
@@ -252,7 +254,7 @@ def _lines(kind: Any) -> Iterator[list[str]]:
 
 
 def _group(field: dataclasses.Field[Any]) -> int:
-    """Where --help lists a field: required options first, words of `rest` last."""
+    """Return a field's rank in --help: required options first, words of `rest` last."""
     return 2 if "takes" in field.metadata else int(field.default is not dataclasses.MISSING)
 
 
@@ -270,7 +272,7 @@ def exit_with(main: Callable[[list[str]], int]) -> NoReturn:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:
-        # Python flushes again as it exits: let it write to nowhere.
+        # Python flushes again as it exits, which would raise once more: redirect it to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = PIPE_CLOSED
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""Words of a command line, checked and written as Hydra's overrides."""
+"""Words of a command line: check their keys, and write them as Hydra's overrides."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def rewrite(argv: list[str], sweep: bool = False) -> list[str]:
     """
     words = [word for word in argv if "=" in word and re.match(r"[+~]*[A-Za-z_]", word)]
     check_keys(words)
-    return [_rewritten(word, sweep) if word in words else word for word in argv]
+    return [_rewrite(word, sweep) if word in words else word for word in argv]
 
 
-def _rewritten(word: str, sweep: bool) -> str:
+def _rewrite(word: str, sweep: bool) -> str:
     key = word.partition("=")[0]
     if re.match(r"[+~]*hydra\b", key):
         return word
@@ -35,41 +35,42 @@ def _rewritten(word: str, sweep: bool) -> str:
 
 
 def settings() -> set[str]:
-    """The names that an override may begin with: keys of conf/config.yaml, and groups."""
+    """Return the names that an override may begin with: keys of conf/config.yaml, and groups."""
     return {*schema.load("config").children, *groups()}
 
 
 def groups() -> list[str]:
-    """The groups of conf/."""
+    """Return the groups of conf/."""
     return sorted(path.name for path in schema.CONF.iterdir() if any(path.glob("*.yaml")))
 
 
 def is_setting(key: str) -> bool:
-    """Whether a key of a command line is that of a setting of conf/."""
+    """Return whether a key of a command line names a setting of conf/."""
     return re.split(r"[./]", key_of(key))[0] in settings()
 
 
 def is_override(key: str) -> bool:
-    """Whether a key is that of a setting of conf/, or of one that is misspelt or Hydra's: what
-    composing a config accepts or explains."""
+    """Return whether a key can be an override: a setting of conf/ or Hydra's, perhaps misspelt.
+    Composing a config accepts or explains it."""
     return re.match(r"[+~]*[A-Za-z_]", key) is not None
 
 
 def check_keys(words: list[str]) -> None:
-    """
+    """Check the first name of each override.
+
     Raises:
-        ConfigError: names each override whose first name is neither a key nor a group.
+        ConfigError: lists the names that are neither a key nor a group.
     """
     known = settings()
-    # `check` refuses a new node that names a class, in its own words
+    # `compose.check` has its own message for a new node that names a class
     ours = [word for word in words if not any(key in word for key in schema.INSTANTIATE_KEYS)]
-    first = dict.fromkeys(re.split(r"[./]", key_of(word))[0] for word in ours)
+    names = dict.fromkeys(re.split(r"[./]", key_of(word))[0] for word in ours)
     faults = [
         "slurm.KEY=VALUE is for jobs: graft submit ..."
         if name == "slurm"
         else f"{name}: there is no such key. {schema.nearest(name, sorted(known))}"
         " (conf/config.yaml)"
-        for name in first
+        for name in names
         if name not in known and name != "hydra"
     ]
     if faults:

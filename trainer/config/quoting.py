@@ -1,4 +1,4 @@
-"""Quotes around values that Hydra's grammar of overrides cannot read as they are."""
+"""Quotes around values that Hydra's grammar of overrides cannot read otherwise."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 from trainer.config import schema
 
-# A value that Hydra's grammar reads as it is. Everything else is tried with Hydra's parser.
+# Values that Hydra's grammar reads without quotes. Others are tried with Hydra's parser.
 _PLAIN = re.compile(r"[A-Za-z0-9_./+-]*")
 
 
 def key_of(word: str) -> str:
-    """The key of an override, without its marks and its package: `task.path` of `++task.path=x`."""
+    """Return an override's key without prefix and package: `task.path` of `++task.path=x`."""
     return word.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
 def quoted(word: str, sweep: bool = False) -> str:
     """Return an override with its value quoted if Hydra's grammar would not read it as meant.
 
-    Lists, dicts, interpolations, functions and, in a sweep, values separated by commas stay as they
-    are. A value that opens a list, a dict, a quotation or an interpolation and does not close it
-    stays too: Hydra refuses it, and `how_to_quote` says what to do.
+    Lists, dicts, interpolations, functions and, in a sweep, values separated by commas are not
+    changed. Neither is a value that opens a list, a dict, a quotation or an interpolation and does
+    not close it: Hydra refuses it, and `how_to_quote` explains the fix.
     """
     key, _, value = word.partition("=")
     if _PLAIN.fullmatch(value):
@@ -41,7 +41,7 @@ def quoted(word: str, sweep: bool = False) -> str:
 
 
 def _each_quoted(values: str) -> str:
-    """Quote those of several values that Hydra's grammar cannot read."""
+    """Quote each of several values that Hydra's grammar cannot read."""
     return ",".join(
         value if _parsed(f"key={value}") is not None else in_quotes(value)
         for value in values.split(",")
@@ -49,7 +49,7 @@ def _each_quoted(values: str) -> str:
 
 
 def _parsed(word: str) -> Any:
-    """Hydra's reading of an override; None if it cannot be read."""
+    """Parse an override as Hydra does; None if Hydra cannot read it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -60,21 +60,21 @@ def _parsed(word: str) -> Any:
 
 
 def in_quotes(value: str) -> str:
-    """A text in the quotes of Hydra's grammar."""
+    """Put a text into the quotes of Hydra's grammar."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     return QuotedString(text=value, quote=Quote.single).with_quotes()
 
 
 def how_to_quote(word: str) -> str:
-    """A sentence that says how to write a value so that Hydra reads it as text."""
+    """Explain how to write a value so that Hydra reads it as text."""
     key, _, value = word.lstrip("+").partition("=")
     literal = in_quotes(value).replace("${", "\\${")
-    return f"To give this text as it is, write {shlex.quote(f'{key}={literal}')}"
+    return f"If this is text, write {shlex.quote(f'{key}={literal}')}"
 
 
 def _takes_text(key: str) -> bool:
-    """Whether a setting of conf/ takes any text, so that a comma is part of it."""
+    """Return whether a setting of conf/ takes any text, so that a comma is part of it."""
     group, *path = key_of(key).split(".")
     tables = [schema.load(f"{group}/{name}") for name in schema.options(group)]
     if not tables:

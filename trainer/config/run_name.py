@@ -13,8 +13,14 @@ from trainer.config.errors import ConfigError
 
 
 def run_folder(runs: str, name: str, resume: str) -> str:
-    """Return the run's folder: the first of RUNS/NAME, NAME-2, NAME-3 ... that holds no run yet;
-    with resume=auto the newest of them that does; with resume=FOLDER that folder."""
+    """Return the run's folder.
+
+    With resume=never it is the first of RUNS/NAME, NAME-2, NAME-3 ... that holds no run; with
+    resume=auto the newest of them that holds one; with resume=FOLDER that folder.
+
+    Raises:
+        ConfigError: the name cannot be a folder's, or FOLDER holds no run.
+    """
     if resume not in ("never", "auto"):
         if not any((Path(resume) / file).exists() for file in ("run.yaml", "multirun.yaml")):
             raise ConfigError(
@@ -24,19 +30,20 @@ def run_folder(runs: str, name: str, resume: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise ConfigError(
             f"name is {name!r}. A run's name has at most 100 letters, digits, '.', '_' and '-', and"
-            " starts with none of those three"
+            " starts with a letter or digit"
         )
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    # Started by torchrun or srun: rank 0 decides on the folder.
+    # torchrun or srun started this rank. Rank 0 decides on the folder later; Hydra needs one now.
     if rank != "0":
         return str(Path(tempfile.gettempdir()) / f"graft-{os.getpid()}-rank-{rank}")
     candidate, newest, number = Path(runs) / name, None, 2
     while (candidate / "run.yaml").exists() or (candidate / "multirun.yaml").exists():
         newest, candidate, number = candidate, Path(runs) / f"{name}-{number}", number + 1
     if newest is not None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-        # A requeued job runs the same command again; its run is in the newest folder of its id.
-        own = newest / "job"
-        if own.exists() and own.read_text().strip() == job():
+        # A requeued job runs the same command again. The newest folder is its run's if it has the
+        # job's id.
+        job_file = newest / "job"
+        if job_file.exists() and job_file.read_text().strip() == job():
             return str(newest)
     return str(newest if resume == "auto" and newest else candidate)
 
@@ -49,7 +56,7 @@ def _run_folder(plain: dict[str, Any]) -> Iterator[str]:
 
 
 def job() -> str | None:
-    """Return the id of this process's batch job, as scontrol takes it: JOB, or ARRAY_TASK. None
+    """Return the id of this process's batch job in scontrol's form: JOB, or ARRAY_TASK. None
     outside a job, and in an interactive shell of salloc or srun --pty, which is never requeued."""
     number = os.environ.get("SLURM_JOB_ID")
     if not number or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):

@@ -26,7 +26,7 @@ import yaml
 from omegaconf import OmegaConf
 
 CONF = Path(__file__).resolve().parent.parent.parent / "conf"
-# hydra.utils.instantiate's own
+# the keys that hydra.utils.instantiate reads
 INSTANTIATE_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}
 _SCALARS: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -38,7 +38,7 @@ _SCALARS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Leaf:
-    """One setting: type and text of its comment, its file, and its value there, `???` for none."""
+    """One setting: its comment's type and text, its file, and its value there, `???` for none."""
 
     type: str
     doc: str
@@ -87,15 +87,15 @@ def load(relative: str) -> Table:
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     result = dict(below)
     for key, value in above.items():
-        old = result.get(key)
-        if isinstance(old, Table) and isinstance(value, Table):
+        base = result.get(key)
+        if isinstance(base, Table) and isinstance(value, Table):
             value = replace(
                 value,
-                children=_merged(old.children, value.children),
-                target=value.target or old.target,
+                children=_merged(base.children, value.children),
+                target=value.target or base.target,
             )
-        elif isinstance(old, Leaf) and isinstance(value, Leaf) and not value.type:
-            value = replace(value, type=old.type, doc=old.doc)  # a variant only changes the value
+        elif isinstance(base, Leaf) and isinstance(value, Leaf) and not value.type:
+            value = replace(value, type=base.type, doc=base.doc)  # a variant only changes the value
         result[key] = value
     return result
 
@@ -140,7 +140,7 @@ def problems(value: Any, schema: Any, where: str, incomplete: bool = False) -> l
         return []  # callbacks.NAME=null removes an entry
     if value is None and "none" in (options(where) if (CONF / where).is_dir() else ()):
         return [
-            f"{where} is null. To go without: {where}=none, or in a file `override /{where}: none`"
+            f"{where} is null. To have none: {where}=none, or in a file `override /{where}: none`"
             " under `defaults`"
         ]
     if not isinstance(value, dict):
@@ -177,15 +177,15 @@ def _leaf_problems(value: Any, leaf: Leaf, where: str, incomplete: bool) -> list
         return [f"{where} is {value!r}, and no object may be created there ({leaf.file})"]
     if accepts(value, leaf.type):
         return []
-    a_type = re.compile(r"(int|float|str|bool|list|mapping|null)\b")
-    choices = [choice for choice in _alternatives(leaf.type) if not a_type.match(choice)]
+    types = re.compile(r"(int|float|str|bool|list|mapping|null)\b")
+    choices = [choice for choice in _alternatives(leaf.type) if not types.match(choice)]
     close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.6)
     hint = f" Did you mean {close[0]}?" if close else ""
     return [f"{where} is {value!r}, but must be {leaf.type}.{hint} ({leaf.doc}; {leaf.file})"]
 
 
 def _changed_target(value: dict[str, Any], schema: Table, prefix: str) -> list[str]:
-    """Keys of hydra.utils.instantiate that differ from the file's own."""
+    """List keys of hydra.utils.instantiate whose values differ from those of the file."""
     fixed = {
         "_target_": schema.target,
         "_partial_": schema.partial or None,
@@ -193,15 +193,14 @@ def _changed_target(value: dict[str, Any], schema: Table, prefix: str) -> list[s
         "_convert_": None,
     }
     return [
-        f"{prefix}{key} is {value.get(key)!r}. {schema.file} has {item!r}, and only that may stand"
-        " there"
+        f"{prefix}{key} is {value.get(key)!r}. {schema.file} has {item!r}, and only that is allowed"
         for key, item in fixed.items()
         if value.get(key) != item
     ]
 
 
 def _missing(value: dict[str, Any], schema: Table, where: str) -> list[str]:
-    """Required keys that a mapping lacks. An entry such as callbacks.NAME may be removed."""
+    """List required keys that a mapping lacks. An entry such as callbacks.NAME may be removed."""
     entries = [
         key
         for key, child in schema.children.items()
@@ -211,9 +210,8 @@ def _missing(value: dict[str, Any], schema: Table, where: str) -> list[str]:
 
 
 def complete(value: dict[str, Any], schema: Table, where: str = "") -> list[str]:
-    """Add to a plain mapping, in place, missing keys that the schema's files have a value for.
-
-    Returns their dotted keys.
+    """Add missing keys to a plain mapping, in place, with the values of the schema's files. Return
+    their dotted names.
     """
     prefix = f"{where}." if where else ""
     missing, added = _missing(value, schema, where), []
@@ -253,7 +251,7 @@ def holds_object(value: Any) -> bool:
 
 
 def nearest(word: str, known: Any) -> str:
-    """Return a sentence that suggests the name that `word` was meant to be."""
+    """Return a sentence with the known name that is closest to `word`, or all of them."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"Did you mean {close[0]}?" if close else f"Known: {_listed(known)}."
 
@@ -274,24 +272,24 @@ def _alternatives(type_: str) -> list[str]:
 def _fits(value: Any, type_: str) -> bool:
     word = re.match(r"[a-z]+", type_)
     name = word.group(0) if word else ""
-    rest = type_[len(name) :].strip()
+    bound = type_[len(name) :].strip()
     if type_ == "null":
         return value is None
     if type_ == "mapping":
         return isinstance(value, dict)
     if name == "list":
-        inner = rest[1:-1]
+        inner = bound[1:-1]
         return isinstance(value, list) and (
             not inner or all(accepts(item, inner) for item in value)
         )
-    if name not in _SCALARS or not (rest == "" or re.match(r"(>|<|in\b)", rest)):
+    if name not in _SCALARS or not (bound == "" or re.match(r"(>|<|in\b)", bound)):
         # a literal choice
         return isinstance(value, str | int | float | bool) and str(value) == type_
     if not isinstance(value, _SCALARS[name]) or (isinstance(value, bool) and name != "bool"):
         return False
     if isinstance(value, float) and not math.isfinite(value):
         return False
-    return _within(value, rest)
+    return _within(value, bound)
 
 
 def _within(value: Any, bound: str) -> bool:
@@ -304,7 +302,7 @@ def _within(value: Any, bound: str) -> bool:
         ]
     match = re.fullmatch(r"in\s*([\[(])\s*(\S+)\s*,\s*(\S+?)\s*([\])])", bound)
     if match is None:
-        raise ValueError(f"the bound {bound!r} cannot be read; see trainer/schema.py")
+        raise ValueError(f"the bound {bound!r} cannot be read; see trainer/config/schema.py")
     opening, low, high, closing = match.groups()
     above = value >= float(low) if opening == "[" else value > float(low)
     below = value <= float(high) if closing == "]" else value < float(high)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from trainer.config import schema
 
 _SECRET_VALUE = re.compile(
-    # 40 hex digits are a W&B key, but as a folder's name a commit in the hub's cache.
+    # 40 hex digits are a W&B key; after a slash they are a commit in the hub's cache.
     r"(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|(?<![0-9a-f/])[0-9a-f]{40}(?![0-9a-f])"
     r"|wandb_v\d_\w{20,}|gh[pousr]_\w{30,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
     r"|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}"
@@ -28,11 +28,11 @@ _SECRET_KEY = re.compile(
 
 
 def secrets_in(config: DictConfig) -> Iterator[str]:
-    """One message for each value of a config that looks like a secret.
+    """Yield a message for each value of a config that looks like a secret.
 
     Secrets belong in the environment: a config is logged, stored and sent to dashboards.
     """
-    exported = list(_exported())
+    variables = list(_secret_variables())
     for path, value in schema.leaves(OmegaConf.to_container(config, resolve=False)):
         place = ".".join(path)
         if (
@@ -40,22 +40,24 @@ def secrets_in(config: DictConfig) -> Iterator[str]:
             or not value
             or re.match(r"hydra\.(overrides|runtime|job\.override_dirname)\b", place)
         ):
-            continue  # Hydra records the other values here once more
-        named = any(_SECRET_KEY.search(key) for key in path) and path[:1] != ("hydra",)
-        if named or (_SECRET_VALUE.search(value) and path[-1] not in ("sha256", "revision")):
+            continue  # Hydra repeats the other values here
+        key_is_secret = any(_SECRET_KEY.search(key) for key in path) and path[:1] != ("hydra",)
+        if key_is_secret or (
+            _SECRET_VALUE.search(value) and path[-1] not in ("sha256", "revision")
+        ):
             yield (
                 f"{place} looks like a secret. Configs are logged: export it (WANDB_API_KEY,"
                 " HF_TOKEN) instead."
             )
-        for name in (name for name, secret in exported if secret in value):
+        for name in (name for name, secret in variables if secret in value):
             yield (
                 f"{place} holds the value of the environment variable {name}, which is a secret by"
                 " its name. Configs are logged: take it out."
             )
 
 
-def _exported() -> Iterator[tuple[str, str]]:
-    """(name, value) of environment variables whose name says that they are secret."""
+def _secret_variables() -> Iterator[tuple[str, str]]:
+    """Yield (name, value) of environment variables whose name says that they are secret."""
     for name, value in os.environ.items():
         if _SECRET_KEY.search(name) and len(value) >= 8:
             yield name, value
@@ -63,7 +65,7 @@ def _exported() -> Iterator[tuple[str, str]]:
 
 def redact(text: str) -> str:
     """Replace what looks like a secret in a text, and every secret of the environment."""
-    for _, value in _exported():
+    for _, value in _secret_variables():
         text = text.replace(value, "[redacted]")
     return _SECRET_VALUE.sub("[redacted]", text)
 

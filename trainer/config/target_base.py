@@ -9,7 +9,7 @@ import yaml
 
 from trainer.config import history, limits
 
-# how the same weights are loaded and compute: these settings may differ from the target's
+# settings of how the same weights are loaded and compute, which may differ from the target's
 FREE = ("dtype", "attn_implementation", "trust_remote_code")
 
 
@@ -69,7 +69,7 @@ def base_of(path: str) -> tuple[dict[str, Any], str]:
         )
     if adapter == "adapters.full.Nothing":
         raise ValueError(
-            f"target.run={path}: that run trained no adapter, so that its target is the base alone:"
+            f"target.run={path}: that run trained no adapter, so the target is the base alone:"
             " leave target.run out"
         )
     return base, choice
@@ -77,21 +77,21 @@ def base_of(path: str) -> tuple[dict[str, Any], str]:
 
 def other_base(path: str, theirs: dict[str, Any], requested: dict[str, Any]) -> str | None:
     """Return a message if the requested base differs from the base of the target run."""
-    different = [
+    keys = [
         key
         for key in sorted(theirs.keys() | requested.keys())
         if key not in FREE and theirs.get(key) != requested.get(key)
     ]
-    if not different:
+    if not keys:
         return None
     return (
-        f"target.run={path} was trained on {_named(theirs)}, and the base asked for is"
-        f" {_named(requested)} (base.{different[0]}: {theirs.get(different[0])!r} there,"
-        f" {requested.get(different[0])!r} here). Leave base out: it is the run's"
+        f"target.run={path} was trained on {_name(theirs)}, and the requested base is"
+        f" {_name(requested)} (base.{keys[0]}: {theirs.get(keys[0])!r} there,"
+        f" {requested.get(keys[0])!r} here). Leave base out: the target run sets it"
     )
 
 
-def _named(base: dict[str, Any]) -> str:
+def _name(base: dict[str, Any]) -> str:
     return str(
         base.get("path") or base.get("member") or str(base.get("_target_")).rpartition(".")[2]
     )
