@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tasks.reading import DataError
 from tasks.task import Conversation, Labelled, Text
-from trainer.data.render import Refused, Renderer, Tokens, has_markers, stop_ids, template
+from trainer.data.render import Refused, Renderer, Tokens, has_markers, template
 from trainer.models.tiny import CHATML
 
 Message = dict[str, Any]
@@ -410,23 +410,6 @@ def test_a_labelled_text_trains_no_token_and_has_the_index_of_its_class(tiny):
 )
 def test_markers_are_found_however_they_are_written(source, marked):
     assert has_markers(source) is marked
-
-
-@pytest.mark.parametrize(
-    ("model_stops", "rows", "wanted"),
-    [
-        (None, [], {2}),
-        (7, [], {2, 7}),
-        ([7, 9], [], {2, 7, 9}),
-        # the last trained token is special
-        (None, [Tokens([1, 50, 1, 0], [False, True, True, False])], {1, 2}),
-        # an answer may hold a special token and end in another
-        (None, [Tokens([1, 50, 60], [True, True, True])], {2}),
-        (None, [Tokens([1, 50], [False, False])], {2}),
-    ],
-)
-def test_stops_are_the_tokenizers_the_models_and_the_trained_end(tiny, model_stops, rows, wanted):
-    assert stop_ids(tiny.tokenizer, model_stops, rows) == sorted(wanted)
 
 
 def outcome(renderer: Renderer, example: Conversation) -> Tokens | str:

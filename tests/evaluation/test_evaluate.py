@@ -15,7 +15,6 @@ from tests.toys.commands import exit_code
 from trainer import evaluate
 from trainer.assembly import trained as trained_module
 from trainer.assembly.rows import add_prompts, load_data
-from trainer.data.render import stop_ids
 from trainer.evaluation.answers import answers, means
 from trainer.evaluation.loss import evaluating, losses
 from trainer.models.losses import CausalLoss, ClassLoss
@@ -149,7 +148,7 @@ def test_a_request_to_stop_ends_it_between_batches(trained):
         == {}
     )
     assert next(asked) == 4
-    add_prompts(data, 4, found.model)
+    add_prompts(data, 4, found.stops)
     asked = itertools.count()
     assert answers(found.model, data.held_out, 2, 1, CPU, stop=lambda: next(asked) == 1) is None
 
@@ -186,7 +185,7 @@ def greedy(model, prompt, stops, count):
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
 def test_answers_are_greedy_and_in_the_rows_order_whatever_the_batch(trained, batch_size):
     found, data = parts(trained())
-    add_prompts(data, 9, found.model)
+    add_prompts(data, 9, found.stops)
     asked = answers(found.model, data.held_out, batch_size, 6, CPU)
     tokenizer = found.base.tokenizer
     examples = list(found.task.examples("eval"))[:9]
@@ -223,7 +222,7 @@ class Oracle(torch.nn.Module):
 
 def test_exact_match_is_the_share_of_right_answers(trained):
     found, data = parts(trained())
-    add_prompts(data, 8, None)
+    add_prompts(data, 8, found.stops)
     tokenizer = found.base.tokenizer
     right = {
         tuple(prompt): tokenizer(example.messages[-1]["content"])["input_ids"]
@@ -257,25 +256,12 @@ def test_only_rows_that_were_kept_are_asked(train, tmp_path):
             )
         )
     )
-    add_prompts(data, 3, found.model)
+    add_prompts(data, 3, found.stops)
     assert [example.where.rpartition(":")[2] for example, _ in data.held_out.prompts] == [
         "1",
         "3",
         "4",
     ]
-
-
-def test_an_answer_ends_where_training_taught_it_to(tiny):
-    from trainer.data.render import Tokens
-
-    end, other = tiny.tokenizer.eos_token_id, tiny.tokenizer.bos_token_id
-    assert stop_ids(tiny.tokenizer, None, []) == [end]
-    assert stop_ids(tiny.tokenizer, [7, 9], []) == [end, 7, 9]
-    assert stop_ids(tiny.tokenizer, 7, [Tokens([5, other, 6], [False, True, False])]) == sorted(
-        [other, end, 7]
-    )
-    # no special token
-    assert stop_ids(tiny.tokenizer, None, [Tokens([5, 6], [False, True])]) == [end]
 
 
 def test_modes_are_as_they_were_also_after_an_error(tiny):

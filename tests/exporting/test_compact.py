@@ -106,6 +106,10 @@ def test_what_is_written_is_the_compressed_adapter(run_of, tmp_path, kind, choic
         "adapter_config.json",
         "adapter_model.safetensors",
         coding.FILE,
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        *([] if kind == "classes" else ["generation_config.json"]),
     }
     assert result.difference < 1e-4
     before, after = (
@@ -147,9 +151,10 @@ def test_what_is_written_is_the_compressed_adapter(run_of, tmp_path, kind, choic
     # The compact file alone says the same.
     alone = tmp_path / "sent"
     alone.mkdir()
-    for name in ("adapter_config.json", coding.FILE):
+    for name in ("adapter_config.json", coding.FILE, "tokenizer.json"):
         shutil.copy(result.out / name, alone)
     assert compress.main([f"expand={alone}", f"out={tmp_path / 'again'}"]) == 0
+    assert (tmp_path / "again" / "tokenizer.json").is_file()
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert again.keys() == after.keys()
     assert all(torch.equal(again[key], after[key]) for key in after)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
@@ -14,7 +15,7 @@ from trainer import preflight
 from trainer.assembly.build import instantiate
 from trainer.assembly.rows import load_data
 from trainer.models.base import Base, BaseError
-from trainer.session import preview
+from trainer.session import inspect, preview
 from trainer.storage import journal
 
 AROUND = 21  # tokens of tiny's chat template around a question and its answer
@@ -416,3 +417,35 @@ def test_the_text_of_a_special_token_is_noticed(check, tmp_path):
     assert any(
         "2 rows have the text of a special token in a message" in line for line in found["warnings"]
     )
+
+
+def test_an_end_that_the_tokenizer_splits_is_shown(check, rows, tmp_path):
+    template = tmp_path / "pieces.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content }}</end>{% endgeneration"
+        " %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    _, found = check(f"task.path={rows}", f"task.chat_template={template}")
+    assert "writes '</end>' after an answer, which this tokenizer splits into 6 tokens" in "".join(
+        found["warnings"]
+    )
+    _, found = check(f"task.path={rows}")
+    assert "splits" not in "".join(found["warnings"])
+
+
+def test_a_drafters_rows_need_the_template_of_its_target(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspect.run_folder, "read", lambda run: (tmp_path, {}, "last"))
+    warnings = []
+
+    def warned(run="somewhere"):
+        warnings.clear()
+        renderer = SimpleNamespace(template="this")
+        inspect._template_of_target({"target": {"run": run}}, renderer, warnings)
+        return "".join(warnings)
+
+    assert warned() == ""  # of an older version
+    (tmp_path / "chat_template.jinja").write_text("this")
+    assert warned() == ""
+    (tmp_path / "chat_template.jinja").write_text("other")
+    assert f"set task.chat_template={tmp_path / 'chat_template.jinja'}" in warned()
+    assert warned(None) == ""

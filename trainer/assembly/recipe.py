@@ -109,6 +109,12 @@ class Recipe:
         """Whether FSDP2 shards the model among the ranks."""
         return self.trains and self.config["lightning"]["strategy"] == "fsdp2"
 
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end an answer: those of the rows, and those of the frozen target."""
+        target = self.target.ends(self.base.tokenizer) if self.target is not None else []
+        return list(dict.fromkeys([*self.data.ends, *target]))
+
     def identity(self, choices: dict[str, Any]) -> dict[str, Any]:
         """Return what run.yaml records, and what must be the same when a run is resumed."""
         return {

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from tasks.reading import DataError
 from trainer.config.errors import ConfigError
+from trainer.data import ends
 from trainer.data.batches import BatchOrder, Collate, Sequences
 from trainer.data.held_out import HeldOut
 from trainer.data.identity import of_rows, of_stream
 from trainer.data.packing import pack
-from trainer.data.render import Renderer, stop_ids
+from trainer.data.render import Renderer
 from trainer.data.rows import Rows, source_key, tokenise
 from trainer.models.base import Base
 from trainer.storage.progress import Progress
@@ -34,6 +35,15 @@ class Data:
     held_out: HeldOut | None
     collate: Collate
     identity: dict[str, dict[str, Any]]  # of each split's rows; see trainer.data.identity
+
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        """The tokens that trained answers end in, the most frequent one first. Of a stream the
+        first rows are read."""
+        rows = None if self.train is None else ends.of_rows(self.train.rows, self.renderer)
+        return (
+            ends.of_examples(self.task.examples("train"), self.renderer) if rows is None else rows
+        )
 
     def rows_of(self, sequences: list[Any]) -> list[str]:
         """Return the file and line of each row of some sequences."""
@@ -106,8 +116,9 @@ def load_held_out(config: dict[str, Any], base: Base, task: Any) -> Data:
     return data
 
 
-def add_prompts(data: Data, count: int, model: nn.Module | None) -> None:
-    """Render the prompts of the first `count` held-out conversations."""
+def add_prompts(data: Data, count: int, stops: list[int]) -> None:
+    """Render the prompts of the first `count` held-out conversations. Answers to them end in the
+    `stops` of trainer.data.ends.stop_ids."""
     held_out = data.held_out
     if held_out is None or data.task.kind != "conversation" or not count:
         return
@@ -119,10 +130,7 @@ def add_prompts(data: Data, count: int, model: nn.Module | None) -> None:
         if index in kept_rows:
             held_out.prompts.append((example, data.renderer.prompt(example)))
     held_out.grade = data.task.grade
-    model_stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    held_out.stops = stop_ids(
-        held_out.tokenizer, model_stops, (rows[i] for i in range(min(8, len(rows))))
-    )
+    held_out.stops = stops
 
 
 def batch_order(config: dict[str, Any], data: Data, ranks: int) -> BatchOrder:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import functools
+import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,14 @@ from adapters.delta import Adapter, Start, freeze
 from adapters.full import Nothing
 from adapters.linear import float_weight, is_linear
 from trainer.assembly.build import instantiate, new_modules
+from trainer.data import ends
+from trainer.data.render import Renderer
 from trainer.drafters import Drafter
 from trainer.models.base import Base, BaseError
 from trainer.models.precision import compute
 from trainer.storage import checkpoints, run_folder
+
+log = logging.getLogger("trainer")
 
 
 @dataclass
@@ -34,6 +40,10 @@ class Tuned:
         model = _attached(model, self.adapter, self.content["identity"], self.saved)
         freeze(model)
         return model.eval()
+
+    def ends(self, tokenizer: Any) -> list[int]:
+        """The tokens that its answers end in, as its run.yaml records them."""
+        return ends.recorded(self.content, tokenizer) or []
 
 
 def load_tuned(path: str, sha256: str | None = None) -> Tuned:
@@ -95,6 +105,37 @@ class Trained:
     drafter: Drafter | None = None
     # the run, step and checkpoint that the target's adapter is from; None for the base alone
     adapted: dict[str, Any] | None = None
+    recorded_ends: list[int] | None = None  # None where an older version wrote run.yaml
+    target_ends: list[int] = field(default_factory=list)
+
+    @functools.cached_property
+    def renderer(self) -> Renderer:
+        """The renderer of the run's rows, with the template that it was trained with."""
+        return Renderer(self.base.tokenizer, self.task)
+
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        """The tokens that trained answers end in, the most frequent one first: as run.yaml records
+        them, otherwise measured on the run's rows, or on a made-up conversation if those no longer
+        exist."""
+        own = self.recorded_ends
+        if own is None:
+            try:
+                own = ends.of_examples(self.task.examples("train"), self.renderer)
+            except Exception as error:  # whatever the reason that the rows cannot be read
+                own = ends.of_template(self.renderer)
+                log.warning(
+                    "%s records no end tokens, and its rows cannot be read (%s): the end tokens are"
+                    " those of its chat template alone",
+                    self.folder,
+                    str(error).partition("\n")[0],
+                )
+        return list(dict.fromkeys([*own, *self.target_ends]))
+
+    @property
+    def stops(self) -> list[int]:
+        """The tokens that end an answer when decoding."""
+        return ends.stop_ids(self.base.tokenizer, self.model, self.ends)
 
 
 def load_trained(
@@ -122,6 +163,7 @@ def load_trained(
     model = base.load(torch.float32 if fp32 else dtype, identity["labels"], device)
     if dequantise and base.quantization != "none":
         model = dequantised(model)
+    target_ends: list[int] = []
     drafter = (
         instantiate(config["drafter"])(model=model).to(device).eval() if config["drafter"] else None
     )
@@ -129,6 +171,7 @@ def load_trained(
         target = load_recorded_target(identity["target"], folder)
         adapter, model = target.adapter, target.attach(model)
         adapted: dict[str, Any] | None = target.record
+        target_ends = target.ends(base.tokenizer)
     else:
         adapter = instantiate(config["adapter"])
         adapted = (
@@ -140,6 +183,7 @@ def load_trained(
     if drafter is not None:
         drafter.load_state(saved["drafter"])
     task = instantiate(config["task"])
+    run_folder.use_template(folder, task)
     return Trained(
         folder,
         config,
@@ -150,6 +194,8 @@ def load_trained(
         saved["counters"]["step"],
         drafter,
         adapted,
+        ends.recorded(content, base.tokenizer),
+        target_ends,
     )
 
 

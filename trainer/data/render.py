@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -321,19 +321,6 @@ def _refuse_powers(source: str) -> None:
 def has_markers(source: str) -> bool:
     """Return whether a template marks the text that the model generates."""
     return re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
-
-
-def stop_ids(tokenizer: Any, model_stops: Any, rows: Iterable[Tokens]) -> list[int]:
-    """Return the tokens that end an answer: the tokenizer's, the model's, and the special token at
-    the end of trained answers."""
-    stops = {tokenizer.eos_token_id}
-    stops |= set(model_stops) if isinstance(model_stops, list | tuple) else {model_stops} - {None}
-    special = set(tokenizer.all_special_ids)
-    for row in rows:
-        last = next((i for i in range(len(row.ids) - 1, -1, -1) if row.trained[i]), None)
-        if last is not None and row.ids[last] in special:
-            stops.add(row.ids[last])
-    return sorted(stops)
 
 
 def _differs(what: str, part: str, whole: str) -> str:

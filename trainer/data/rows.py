@@ -93,6 +93,14 @@ class Rows:
             total += np.bincount(ids[trained], minlength=vocabulary)
         return total
 
+    def tokens(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield, for each chunk of rows, their ids (m,), whether each is trained (m,), and the
+        starts of the n rows (n + 1,)."""
+        for (ids, starts), (trained, _) in zip(
+            _flat(self.table, "ids"), _flat(self.table, "trained"), strict=True
+        ):
+            yield ids, trained, starts
+
     def examples(self) -> list[int]:
         """Return, for each row, the number of the example that it was made from."""
         return self.table.data.column("index").to_pylist()

@@ -10,7 +10,6 @@ from typing import Any
 from tasks.reading import DataError
 from trainer.assembly.rows import add_prompts, load_data
 from trainer.assembly.trained import Trained
-from trainer.data.render import Renderer, stop_ids
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def held_out_questions(run: Trained, count: int) -> list[Question]:
             "this run's task has no held-out rows: it had task.eval_fraction=0 and no"
             " task.eval_path. Give prompts=FILE.jsonl"
         )
-    add_prompts(data, count, run.model)
+    add_prompts(data, count, run.stops)
     return [Question("held out", example.messages[:-1]) for example, _ in data.held_out.prompts]
 
 
@@ -117,7 +116,7 @@ def held_out_prompts(run: Trained, count: int) -> tuple[list[list[int]], list[in
             "this run's task has no held-out rows: it had task.eval_fraction=0 and no"
             " task.eval_path"
         )
-    add_prompts(data, count, run.model)
+    add_prompts(data, count, run.stops)
     return [ids for _, ids in data.held_out.prompts], data.held_out.stops
 
 
@@ -126,10 +125,8 @@ class Prompts:
 
     def __init__(self, run: Trained):
         self.tokenizer = run.base.tokenizer
-        config = run.model.generation_config
-        self.stops = stop_ids(self.tokenizer, config.eos_token_id, [])  # type: ignore[union-attr]
-        chats = run.task.kind == "conversation"
-        self.renderer = Renderer(self.tokenizer, run.task) if chats else None
+        self.stops = run.stops
+        self.renderer = run.renderer if run.task.kind == "conversation" else None
 
     def ids(self, messages: list[dict[str, Any]]) -> list[int]:
         """Return token ids; a run on plain text reads the last message alone.

@@ -24,8 +24,9 @@ from tasks.reading import DataError
 from tasks.task import Conversation
 from trainer.assembly.build import instantiate
 from trainer.assembly.trained import load_trained
+from trainer.data.ends import of_template, stop_ids
 from trainer.data.prompts import PromptRow
-from trainer.data.render import Refused, Renderer, stop_ids
+from trainer.data.render import Refused, Renderer
 from trainer.evaluation.answers import continuations
 from trainer.models.base import Base
 from trainer.models.precision import compute
@@ -62,7 +63,7 @@ def make_responder(
         run = load_trained(options["run"], device)
         if run.task.kind == "label":
             raise DataError(f"{run.folder} trained a classifier, which writes no text")
-        model, base = run.model, run.base
+        model, base, trained_ends = run.model, run.base, run.ends
         adapted = run.adapted or {}
         weights = {
             "run": adapted.get("id"),
@@ -72,7 +73,7 @@ def make_responder(
         if run.task.kind == "conversation" and not keeps_template:
             task.chat_template = run.task.chat_template
     else:
-        base = instantiate(plain["base"])
+        base, trained_ends = instantiate(plain["base"]), []
         computed, _, _ = compute(
             plain["precision"], plain["base"]["dtype"], False, device.type == "cuda"
         )
@@ -82,15 +83,8 @@ def make_responder(
         )
     renderer = Renderer(base.tokenizer, task)
     renderer.template, renderer.train_on = template_with(renderer.template, jinja), "last"
-    example = Conversation(
-        [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}], ""
-    )
-    try:
-        rows = [renderer(example)]  # a template may end answers with another stop token
-    except Refused:
-        rows = []
-    eos_token_id = model.generation_config.eos_token_id  # type: ignore[union-attr]
-    stops = stop_ids(base.tokenizer, eos_token_id, rows)
+    # a template may end answers with another token than the run's
+    stops = stop_ids(base.tokenizer, model, [*trained_ends, *of_template(renderer)])
     for module in model.modules():
         if isinstance(getattr(module, "generation_config", None), GenerationConfig):
             module.generation_config = GenerationConfig()  # type: ignore[assignment]

@@ -27,7 +27,8 @@ def run_metrics(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = load_trained(run, device)
     data = load_held_out(trained.config, trained.base, trained.task)
-    add_prompts(data, generate, trained.model)
+    if generate:
+        add_prompts(data, generate, trained.stops)
     held_out: Any = data.held_out
     loss: Any
     if trained.task.kind == "label":

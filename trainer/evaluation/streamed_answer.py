@@ -16,7 +16,6 @@ from transformers import TextStreamer
 from tasks.reading import DataError
 from trainer.assembly.chosen_drafter import drafter_of, sampling
 from trainer.assembly.trained import Trained
-from trainer.data.render import Renderer, stop_ids
 from trainer.decoding.plugin import assist, refusal
 from trainer.drafters import DrafterError
 
@@ -44,13 +43,12 @@ def prompt_ids(run: Trained, prompt: str, system: str | None) -> tuple[list[int]
     if run.task.kind == "conversation":
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": prompt})
-        ids = Renderer(tokenizer, run.task).chat(messages)
+        ids = run.renderer.chat(messages)
     else:
         ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise DataError("the prompt is empty, and this model starts from at least one token")
-    eos_token_id = run.model.generation_config.eos_token_id  # type: ignore[union-attr]
-    return ids, stop_ids(tokenizer, eos_token_id, [])
+    return ids, run.stops
 
 
 def answer(

@@ -24,6 +24,7 @@ from trainer.data.held_out import HeldOut
 from trainer.evaluation.loss import losses
 from trainer.exporting.adapter import save_adapter, verify_adapter
 from trainer.exporting.compare import compare, outputs
+from trainer.exporting.serving import Serving
 from trainer.models.losses import CausalLoss, ClassLoss
 from trainer.storage import atomic, run_folder
 from trainer.storage.checkpoints import CheckpointError
@@ -90,6 +91,7 @@ def compress(run: str, choice: Choice, out: Path | None, evaluate: bool) -> Comp
     device = torch.device("cuda" if torch.cuda.is_available() and not quantised else "cpu")
     with _appearing(out) as temporary:
         source = load_trained(run, device, fp32=True)
+        Serving.of(source).write(temporary, source.model)
         save_adapter(source.adapter, source.model, source.base, source.task, temporary)
         folders = _subfolders(temporary, WEIGHTS)
         files = {folder: load_file(temporary / folder / WEIGHTS) for folder in folders}
@@ -149,6 +151,9 @@ def expand(source: Path, out: Path) -> None:
             (temporary / folder).mkdir(exist_ok=True)
             save_file(tensors, temporary / folder / WEIGHTS, {"format": "pt"})
             shutil.copyfile(config, temporary / folder / config.name)
+        for file in source.iterdir():  # the tokenizer and what ends an answer
+            if file.is_file() and file.name not in (coding.FILE, WEIGHTS, "adapter_config.json"):
+                shutil.copyfile(file, temporary / file.name)
 
 
 def refuse(adapter: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from trainer.exporting import engines
 from trainer.exporting.adapter import save_adapter, verify_adapter
 from trainer.exporting.heads import check_drafter, write_drafter, write_head
 from trainer.exporting.merged import write_merged
+from trainer.exporting.serving import Serving
 from trainer.storage import atomic
 from trainer.storage.checkpoints import CheckpointError
 from trainer.storage.progress import Progress
@@ -58,6 +59,7 @@ def _write(
     if to in engines.LAYOUTS:
         return write_head(run, folder, to, dtype, verifier, copied)
     if to in ("peft", "shira"):
+        Serving.of(run).write(folder, run.model)
         save_adapter(run.adapter, run.model, run.base, run.task, folder, pair=to == "shira")
         return verify_adapter(run, folder)
     return write_merged(run, folder, dtype, mtp=to == "mtp")

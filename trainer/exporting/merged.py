@@ -10,7 +10,7 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from trainer.assembly.trained import Trained
 from trainer.exporting import mtp_layers
@@ -22,6 +22,7 @@ from trainer.exporting.compare import (
     outputs,
     random_rows,
 )
+from trainer.exporting.serving import Serving
 from trainer.models.base import Base
 
 log = logging.getLogger("trainer")
@@ -46,10 +47,7 @@ def write_merged(run: Trained, folder: Path, dtype: torch.dtype, mtp: bool) -> f
     cast_parameters(merged, dtype)
     merged.config.dtype = dtype
     merged.save_pretrained(folder)
-    # Load the tokenizer again: the one in use has its length limit removed.
-    AutoTokenizer.from_pretrained(
-        run.base.path, trust_remote_code=run.base.trust_remote_code
-    ).save_pretrained(folder)
+    Serving.of(run).write(folder, merged)
     if mtp:
         drafter: Any = run.drafter
         mtp_layers.append(folder, mtp_layers.tensors(drafter, merged, dtype), {})

@@ -72,8 +72,7 @@ class Base:
             BaseError: there is no tokenizer, it has no end token, or it has more tokens than the
                 model.
         """
-        with _explained(self):
-            tokenizer = AutoTokenizer.from_pretrained(self.path, **self._source())
+        tokenizer = self.load_tokenizer()
         if tokenizer.eos_token_id is None:
             raise BaseError(
                 f"the tokenizer of {self.path} has no end-of-sequence token, so a model trained"
@@ -91,6 +90,16 @@ class Base:
                 " embeddings."
             )
         return tokenizer
+
+    def load_tokenizer(self) -> Any:
+        """Return the tokenizer as exports write it: as its files have it, with its own pad token
+        and length limit.
+
+        Raises:
+            BaseError: there is none.
+        """
+        with _explained(self):
+            return AutoTokenizer.from_pretrained(self.path, **self._source())
 
     @property
     def longest(self) -> int:

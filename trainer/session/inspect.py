@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from pathlib import Path
@@ -11,8 +12,9 @@ from tasks.reading import Bad
 from trainer.assembly.build import schedule
 from trainer.assembly.recipe import Recipe
 from trainer.assembly.rows import Data
+from trainer.data import ends
 from trainer.data.batches import BatchOrder
-from trainer.data.render import Refused
+from trainer.data.render import Refused, Renderer
 from trainer.data.rendering import special_text
 from trainer.drafters import DrafterError, io
 from trainer.models.base import Base, BaseError
@@ -56,6 +58,7 @@ def inspect(recipe: Recipe, folder: Path) -> dict[str, Any]:
             f" {steps} steps: give fewer, or fractions of the run"
         )
     _target(config, base, errors)
+    _template_of_target(config, recipe.data.renderer, warnings)
     # The run itself checks the device: preflight may be on another machine.
     fault = liger.fault(base.config.model_type) if config["fused"] == "liger" else None
     errors += [fault] if fault is not None else []
@@ -91,7 +94,7 @@ def _data(data: Data, warnings: list[str]) -> dict[str, Any]:
             share = 1 - report.ends_trained / report.kept
             warnings.append(
                 f"{name}: {share:.0%} of the answers end without a trained end token, so the model"
-                " does not learn to stop after them"
+                f" does not learn to stop after them{_end_in_pieces(data.renderer)}"
             )
         lost = report.dropped + report.answers_lost + report.skipped
         if report.rows and lost / report.rows > 0.1:
@@ -115,6 +118,25 @@ def _data(data: Data, warnings: list[str]) -> dict[str, Any]:
                 " tokeniser reads it as that token"
             )
     return result
+
+
+def _end_in_pieces(renderer: Renderer) -> str:
+    """Say that the tokenizer splits the text that the template writes after an answer, if it
+    does."""
+    try:
+        row = renderer(ends.made_up_row())
+    except Refused:
+        return ""
+    trained = [token for token, is_trained in zip(row.ids, row.trained, strict=True) if is_trained]
+    text = renderer.tokenizer.decode(trained).partition(ends.ANSWER)[2].strip()
+    pieces = renderer.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    if len(pieces) < 2:
+        return ""
+    return (
+        f". The chat template writes {text!r} after an answer, which this tokenizer splits into"
+        f" {len(pieces)} tokens, and decoding stops at single tokens: choose a template that ends"
+        f" answers in one token, such as {renderer.tokenizer.eos_token} (task.chat_template)"
+    )
 
 
 def _prompts(data: Data, warnings: list[str]) -> dict[str, int]:
@@ -192,8 +214,22 @@ def _target(config: dict[str, Any], base: Base, errors: list[str]) -> None:
         errors.append(str(error))
 
 
-def _check_monitor(config: dict[str, Any], data: Data, errors: list[str]) -> None:
-    """Check that callbacks.evaluation.monitor is a metric of this task that is measured."""
+def _template_of_target(config: dict[str, Any], renderer: Renderer, warnings: list[str]) -> None:
+    """Warn if a drafter's rows are rendered by another template than those of its target."""
+    run = config["target"]["run"]
+    if run is None or not isinstance(renderer.template, str):
+        return
+    with contextlib.suppress(run_folder.FolderError, OSError):  # reported by _target
+        file = run_folder.read(run)[0] / run_folder.TEMPLATE
+        if file.is_file() and file.read_text("utf-8") != renderer.template:
+            warnings.append(
+                f"target.run={run} was trained with another chat template than these rows, so the"
+                " drafter would learn other texts than the target writes: set"
+                f" task.chat_template={file}"
+            )
+
+
+def _check_names(config: dict[str, Any], data: Data, errors: list[str]) -> None:
     evaluation = config["callbacks"].get("evaluation")
     if not evaluation or data.held_out is None:
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from trainer.assembly.trained import checkpoint_record, load_trained
 from trainer.callbacks.averaging import Averaging
 from trainer.drafters import io as drafter_io
 from trainer.exporting import adapter as adapter_module
+from trainer.exporting.serving import Serving
 from trainer.storage import checkpoints
 from trainer.storage.journal import Journal
 from trainer.storage.progress import Progress
@@ -42,9 +42,12 @@ def save(
         save_drafter(folder, run_yaml, recipe, module)
     if not module.adapter.exportable or isinstance(module.adapter, Nothing):
         return
-    write = partial(
-        adapter_module.save_adapter, module.adapter, module.model, recipe.base, recipe.task
-    )
+    serving = Serving.of(recipe)
+
+    def write(folder: Path) -> None:
+        serving.write(folder, module.model)
+        adapter_module.save_adapter(module.adapter, module.model, recipe.base, recipe.task, folder)
+
     with Progress("saving the adapter"):
         for callback in callbacks:
             # before save_adapter, which may load another checkpoint's weights

@@ -33,6 +33,7 @@ from trainer.callbacks.stopping import Stopping
 from trainer.cluster import slurm_job
 from trainer.cluster.signals import Signals
 from trainer.config.conflicts import schedule_free
+from trainer.data import ends
 from trainer.data.batches import Batches
 from trainer.data.loader import Loader
 from trainer.data.streaming import StreamingBatches
@@ -169,7 +170,9 @@ class Session:
                 recipe.identity(self.choices),
                 start.earlier,
                 start.parent,
+                ends.record(recipe.ends, recipe.base.tokenizer),
             )
+            self.run_folder.write_template(recipe.data.renderer.template)
         self.journal.rewind(-1 if start.fresh else start.step, cooled=not start.drops_cooldown)
         if start.drops_cooldown and self.is_rank0:
             drop_cooldown(self.run_folder, start)
@@ -180,7 +183,8 @@ class Session:
 
     def attach(self, module: FineTune, recipe: Recipe, start: StartPoint) -> None:
         """Connect the run to its dashboards and callbacks, and take its first measurements."""
-        add_prompts(recipe.data, _prompt_count(self.config), module.model)
+        stops = ends.stop_ids(recipe.base.tokenizer, module.model, recipe.ends)
+        add_prompts(recipe.data, _prompt_count(self.config), stops)
         if self.is_rank0:
             self.dashboards.all = _dashboards(self.config, self.run_folder, self.run_yaml)
         self.journal.loggers = self.dashboards.all

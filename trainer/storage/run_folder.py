@@ -1,6 +1,8 @@
 """The run folder: a run's settings, its versions, and its results.
 
-run.yaml            config, overrides, versions, git revision and identity; written before training
+run.yaml            config, overrides, versions, git revision, identity and the tokens that end an
+                    answer; written before training
+chat_template.jinja the chat template that rendered the rows, if one did
 trainer.log         all log messages
 preflight.json      the checks of data and settings before training
 job                 the SLURM job of the last start, if there was one
@@ -78,6 +80,7 @@ FREE = (
 LENGTHS = ("max_steps", "max_epochs", "max_tokens")
 
 
+TEMPLATE = "chat_template.jinja"  # transformers' name for the file
 TRUSTED = "GRAFT_TRUST_REMOTE_CODE"  # allows the commands to run a model's own code
 
 _REQUIRED = {"id", "name", "overrides", "identity", "starts", "config"}
@@ -178,9 +181,10 @@ class RunFolder:
         identity: dict[str, Any],
         earlier: dict[str, Any] | None,
         parent: dict[str, Any] | None = None,
+        answer_ends: dict[str, int] | None = None,
     ) -> dict[str, Any]:
         """Write run.yaml and return its content. A resumed run keeps its id, its list of starts and
-        the parent that it branched off."""
+        the parent that it branched off. `answer_ends` is from trainer.data.ends.record."""
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": redact(
@@ -197,11 +201,30 @@ class RunFolder:
             "parent": earlier.get("parent") if earlier else parent,
             "overrides": overrides,
             "identity": identity,
+            "answer_ends": answer_ends or {},
             "starts": [*(earlier["starts"] if earlier else []), start],
             "config": plain,
         }
         write_text(self.file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
         return content
+
+    def write_template(self, template: Any) -> None:
+        """Write the chat template of the run's rows. A tokenizer's set of several templates stays
+        with the tokenizer."""
+        if isinstance(template, str):
+            write_text(self.path / TEMPLATE, template)
+
+
+def use_template(folder: Path, task: Any) -> None:
+    """Let a task render with the chat template that its run was trained with, whatever its file or
+    the tokenizer has become since. Runs of older versions have none in their folder."""
+    file = folder / TEMPLATE
+    if (
+        task.kind == "conversation"
+        and getattr(task, "chat_template", None) != "none"
+        and file.is_file()
+    ):
+        task.chat_template = str(file)
 
 
 def differences(

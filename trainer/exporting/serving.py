@@ -1,0 +1,114 @@
+"""What a server needs next to weights: the tokenizer with the chat template of training, and the
+tokens that end an answer.
+
+tokenizer*.json      the base's tokenizer. Its eos_token is the trained end token where the base's
+                     own ends no trained answer, unless the template writes eos_token
+chat_template.jinja  the template that rendered the rows
+generation_config.json  the base's settings, with all end tokens in eos_token_id
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig
+
+from trainer.assembly.recipe import Recipe
+from trainer.assembly.trained import Trained
+from trainer.data.ends import stop_ids
+from trainer.data.render import Refused, Renderer
+from trainer.exporting.compare import Mismatch
+from trainer.models.base import Base
+
+log = logging.getLogger("trainer")
+
+_PROBE = [{"role": "user", "content": "1"}]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a run's model is asked, and what ends its answers."""
+
+    base: Base
+    renderer: Renderer
+    ends: list[int]  # the tokens that trained answers end in, the most frequent one first
+
+    @classmethod
+    def of(cls, run: Trained | Recipe) -> Serving:
+        """Return that of a run, live or loaded."""
+        if isinstance(run, Recipe):
+            return cls(run.base, run.data.renderer, run.ends)
+        return cls(run.base, run.renderer, run.ends)
+
+    def write(self, folder: Path, model: Any) -> None:
+        """Write the tokenizer into `folder`, load it back and compare a prompt. For a model that
+        writes text, write the generation settings of `model` too.
+
+        Raises:
+            Mismatch: the loaded tokenizer renders another prompt than the run.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write_tokenizer(folder)
+        if self.renderer.kind != "label":
+            config = self.generation_config(model)
+            try:
+                config.save_pretrained(folder)
+            except ValueError as error:  # the base's own settings contradict each other
+                log.warning("the base's generation settings are left out: %s", error)
+                GenerationConfig(
+                    bos_token_id=config.bos_token_id,
+                    eos_token_id=config.eos_token_id,
+                    pad_token_id=config.pad_token_id,
+                ).save_pretrained(folder)
+
+    def generation_config(self, model: Any) -> GenerationConfig:
+        """Return the model's generation settings with all end tokens, the trained ones first."""
+        own = getattr(model, "generation_config", None)
+        config = copy.deepcopy(own) if own is not None else GenerationConfig()
+        rest = stop_ids(self.base.tokenizer, model, self.ends)
+        config.eos_token_id = list(dict.fromkeys([*self.ends, *rest]))
+        return config
+
+    def _write_tokenizer(self, folder: Path) -> None:
+        tokenizer, renderer = self.base.load_tokenizer(), self.renderer
+        if renderer.kind == "conversation":
+            expected = self._prompt()
+            tokenizer.chat_template = (
+                _joined(tokenizer) if renderer.template is None else renderer.template
+            )
+            writes_eos = "eos_token" in str(tokenizer.chat_template)
+            if self.ends and tokenizer.eos_token_id not in self.ends and not writes_eos:
+                tokenizer.eos_token = tokenizer.convert_ids_to_tokens(self.ends[0])
+        tokenizer.save_pretrained(folder)
+        if renderer.kind != "conversation" or expected is None:
+            return
+        loaded: Any = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=self.base.trust_remote_code
+        )
+        prompt = loaded.apply_chat_template(
+            _PROBE, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        if prompt != expected:
+            raise Mismatch(
+                f"the tokenizer of {folder}, loaded back, renders the prompt {prompt} where the run"
+                f" trained {expected}"
+            )
+
+    def _prompt(self) -> list[int] | None:
+        """The ids of a made-up prompt, None if the template refuses it."""
+        try:
+            return self.renderer.chat(_PROBE)
+        except Refused:
+            return None
+
+
+def _joined(tokenizer: Any) -> str:
+    """Return the template of task.chat_template=none: the messages as they are, after the token
+    that the tokenizer puts before a text."""
+    begins = tokenizer("1")["input_ids"][:1] == [tokenizer.bos_token_id]
+    bos = "{{ bos_token }}" if begins and tokenizer.bos_token_id is not None else ""
+    return bos + "{% for message in messages %}{{ message['content'] }}{% endfor %}"
