@@ -4,6 +4,7 @@ as a user would serve it."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,18 @@ def test_the_run_records_what_it_was_trained_with(ended):
 def test_every_command_is_listed():
     files = {file.stem for file in (ROOT / "trainer").glob("*.py") if file.stem[0] != "_"}
     assert files == set(VERBS)
+
+
+def test_nothing_else_makes_a_stop_set():
+    files = (ROOT / "trainer").rglob("*.py")
+    reads = re.compile(r"generation_config\W+(\w+\W+)?eos_token_id|\.eos_token_id\b")
+    users = {str(file.relative_to(ROOT)) for file in files if reads.search(file.read_text("utf-8"))}
+    assert users == {
+        "trainer/data/ends.py",
+        "trainer/data/render.py",  # appends the tokenizer's own end to a text
+        "trainer/exporting/serving.py",  # writes the stop set
+        "trainer/models/base.py",  # refuses a tokenizer without one
+    }
 
 
 @pytest.mark.parametrize("verb", [name for name, how in VERBS.items() if isinstance(how, tuple)])

@@ -229,7 +229,8 @@ def _template_of_target(config: dict[str, Any], renderer: Renderer, warnings: li
             )
 
 
-def _check_names(config: dict[str, Any], data: Data, errors: list[str]) -> None:
+def _check_monitor(config: dict[str, Any], data: Data, errors: list[str]) -> None:
+    """Check that callbacks.evaluation.monitor is a metric of this task that is measured."""
     evaluation = config["callbacks"].get("evaluation")
     if not evaluation or data.held_out is None:
         return
