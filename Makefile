@@ -3,6 +3,7 @@
 # make test         install, and run all tests
 # make test-other-cpu   run the tests that compare numbers as if on another processor
 # make docs         install, regenerate docs/cli.md and docs/knobs.md, and build the pages into site/
+# make audit        install, and ask a database of advisories about every pin; it fails if that could not be asked
 # make bench        install, and compare training speed with peers, in 10 minutes or so: tables and plots in runs/bench
 # The first that runs: a name on the PATH may be a version manager's that is not installed.
 ifndef PYTHON
@@ -11,7 +12,7 @@ endif
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart check test test-other-cpu bench docs lint clean
+.PHONY: quickstart check test test-other-cpu audit bench docs lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m trainer +experiment=quickstart
@@ -35,6 +36,9 @@ bench: $(VENV)/.installed-dev
 	-$(BIN)/python -m scripts.bench.train --install
 	$(BIN)/python -m scripts.bench.train out=runs/bench/chat data=chat batch_size=4 steps=7 warm=2 rounds=2 minutes=3
 	$(BIN)/python -m scripts.bench.train out=runs/bench/packed data=packed batch_size=4 steps=7 warm=2 rounds=2 minutes=3
+
+audit: $(VENV)/.installed
+	$(BIN)/python -m scripts.audit
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m scripts.docs

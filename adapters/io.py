@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,11 +82,19 @@ def write(folder: Path, config: Any, tensors: dict[str, Tensor]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors refuses tensors that share memory
     copies = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    save_file(copies, folder / "adapter_model.safetensors", {"format": "pt"})
+    file = unlinked(folder / "adapter_config.json")
+    save_file(copies, unlinked(folder / "adapter_model.safetensors"), {"format": "pt"})
     fields = config.to_dict()
     for key, value in fields.items():
         if isinstance(value, set):
             fields[key] = sorted(value)  # sets have no order, and the file should be reproducible
-    temporary = folder / "adapter_config.json.tmp"
+    temporary = unlinked(folder / "adapter_config.json.tmp")
     temporary.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, folder / "adapter_config.json")
+    temporary.replace(file)
+
+
+def unlinked(path: Path) -> Path:
+    """Remove a file, and return its path to write it again: a link that has this name is not
+    written through."""
+    path.unlink(missing_ok=True)
+    return path

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapters.delta import AdapterError
+from adapters.io import unlinked
 
 INT32 = 2**31
 EXPORTED = ".supertuning_indices"  # the ending of PEFT's keys of indices in an adapter folder
@@ -80,7 +81,7 @@ def random(o: int, i: int, k: int, generator: torch.Generator) -> Int[Tensor, " 
 
 def save(file: Path, supports: dict[str, Tensor], shapes: dict[str, tuple[int, int]]) -> None:
     """Write supports by their layers' names."""
-    temporary = file.with_name(file.name + ".tmp")
+    temporary = unlinked(file.with_name(file.name + ".tmp"))
     tensors = {name: indices.detach().cpu().contiguous() for name, indices in supports.items()}
     save_file(tensors, temporary, {"shapes": json.dumps(shapes)})
     temporary.rename(file)

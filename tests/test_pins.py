@@ -22,6 +22,7 @@ FLOORS = {
     "wandb": ("0.29.0", "CVE-2026-91771"),
     "hydra-core": ("1.3.6", "GHSA-37p2"),
     "jinja2": ("3.1.6", "CVE-2025-27516"),
+    "filelock": ("3.20.3", "CVE-2025-68146, CVE-2026-22701"),
     "sentencepiece": ("0.2.1", "CVE-2026-1260"),
 }
 NEVER = {

@@ -8,18 +8,26 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+# Ctrl-C during the imports, which take a second: no traceback. `main` puts Python's handler back.
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "graft":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import ast
 import atexit
 import difflib
 import logging
-import os
-import sys
+import threading
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config.errors import EXIT_BAD_INPUT, bad
+from trainer.config.errors import EXIT_BAD_INPUT, PANIC, bad, panicked
 from trainer.config.options import exit_with
+from trainer.config.shown import say
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -44,6 +52,8 @@ A config is composed from the files of conf/: one file of each group, then singl
 
 def main() -> None:
     """Run what the command line says, and exit with its code."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     exit_with(run_words)
 
 
@@ -57,10 +67,10 @@ def run_words(argv: list[str]) -> int:
     if first.isidentifier():
         return bad(f"graft --help lists the commands\n{no_such_command(first)}")
     if "--help" in argv or "-h" in argv or not argv:
-        print(help_text())
+        say(help_text())
         return 0 if argv else EXIT_BAD_INPUT
     if "--version" in argv:
-        print(f"graft {version()}")
+        say(f"graft {version()}")
         return 0
     return train(argv)
 
@@ -195,7 +205,12 @@ def _run(cfg: DictConfig, signals: Signals) -> float | None:
     except Unfinished as error:
         log.warning("%s", error)
         sys.exit(error.code)
-    except Exception as error:
+    except BaseException as error:
+        if type(error).__name__ == PANIC:
+            log.error("%s", panicked(error))
+            sys.exit(EXIT_BAD_INPUT)
+        if not isinstance(error, Exception):
+            raise
         config: Any = OmegaConf.to_container(cfg)
         explained = failures.explained(error, config)
         if explained is None:

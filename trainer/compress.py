@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.config.options import exit_with, option, parse
+from trainer.config.shown import say
 
 # the options that each method takes
 SETTINGS = {
@@ -109,7 +110,7 @@ def main(argv: list[str]) -> int:
     try:
         if options.expand is not None and options.out is not None:
             expand(options.expand, options.out)
-            print(options.out)
+            say(options.out)
             return 0
         quiet.quiet()
         assert options.run is not None
@@ -139,16 +140,16 @@ def _print(result: Any, name: str) -> None:
         tried = ", ".join(
             f"{strength:.3g}: {loss:.4f}" for strength, loss in result.searched.items()
         )
-        print(f"{name}={result.strength:.4g}, of least loss on {result.searched_on} ({tried})")
+        say(f"{name}={result.strength:.4g}, of least loss on {result.searched_on} ({tried})")
         if "held-out" in result.searched_on:
-            print("searched on held-out rows: the held-out loss after is better than on others")
+            say("searched on held-out rows: the held-out loss after is better than on others")
         if result.strength == max(result.searched):
-            print(
+            say(
                 "this is the end of the grid: a larger alpha may be better"
                 if name == "alpha"
                 else "this is the largest q, which does not scale"
             )
-    print(
+    say(
         f"{result.out}\nloaded back and compared: logits differ by {result.difference:.2e} of their"
         " spread"
     )

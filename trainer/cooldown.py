@@ -27,6 +27,7 @@ from trainer.config import schema
 from trainer.config.errors import bad
 from trainer.config.options import exit_with, option, parse, rest, values_of
 from trainer.config.overrides import is_setting
+from trainer.config.shown import say
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
 
     try:
         if options.family is not None:
-            print(branches.family(options.family)[0])
+            say(branches.family(options.family)[0])
             return 0
         given = {
             key: str(value).lower() if isinstance(value, bool) else value
@@ -90,13 +91,13 @@ def main(argv: list[str]) -> int:
             f"name={options.name}: {len(commands)} branches cannot share a name; leave it out"
         )
     for name, arguments in commands:
-        print("python -m trainer", shlex.join(arguments), flush=True)
+        say("python -m trainer", shlex.join(arguments), flush=True)
         command = [sys.executable, "-m", "trainer", *arguments]
         if not options.dry and (code := branches.finished(command)):
-            print(f"{name} ended with {code}", file=sys.stderr)
+            say(f"{name} ended with {code}", file=sys.stderr)
             return code
     if not options.dry:
-        print(branches.family(several["from"][0].rpartition("@")[0] or several["from"][0])[0])
+        say(branches.family(several["from"][0].rpartition("@")[0] or several["from"][0])[0])
     return 0
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.options import exit_with, option, parse
+from trainer.config.shown import say
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ def main(argv: list[str]) -> int:
     get_console().print(mlp_density.density_table(results, options.ppl))
     for name, result in results.items():
         for line in _lines(name, result):
-            print(line)
+            say(line)
     text = json.dumps({"step": run.step, **results}, indent=2) + "\n"
     atomic.write_text(options.json or run.folder / "density.json", text)
     mlp_density.plot(results, options.ppl, run.folder / "density.svg")
-    print(run.folder / "density.svg")
+    say(run.folder / "density.svg")
     return 0
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from trainer.config.decoding_options import DrafterOptions, GrowthOptions, SamplingOptions
 from trainer.config.errors import bad
 from trainer.config.options import exit_with, option, parse, values_of
+from trainer.config.shown import say
 
 SPECULATION = """\
 Measure speculative decoding on a set of prompts, against the target alone, in one run.
@@ -77,6 +78,7 @@ def main(argv: list[str]) -> int:
     from trainer.assembly import quiet
     from trainer.evaluation.run_metrics import run_metrics
     from trainer.session import failures
+    from trainer.storage import atomic
 
     quiet.quiet()
     try:
@@ -94,7 +96,7 @@ def main(argv: list[str]) -> int:
         table.add_row(metric, *(f"{values[metric]:.4f}" for values in results.values()))
     get_console().print(table)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+        atomic.write_output(options.json, json.dumps(results, indent=2) + "\n")
     return 0
 
 
@@ -108,6 +110,7 @@ def _speculation(argv: list[str]) -> int:
     from trainer.evaluation.run_drafter import load_run_and_drafter
     from trainer.evaluation.speedup import summary_by_category
     from trainer.session import failures
+    from trainer.storage import atomic
 
     quiet.quiet()
     settings = values_of(options)
@@ -139,14 +142,14 @@ def _speculation(argv: list[str]) -> int:
     for part in speedup_report.categories_report(summary):
         get_console().print(part)
     if options.json:
-        options.json.write_text(json.dumps(summary, indent=2) + "\n")
+        atomic.write_output(options.json, json.dumps(summary, indent=2) + "\n")
     if options.plot:
         speedup_report.plot(summary, options.plot)
     return 0
 
 
 def _report_progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    say(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Literal
 
 from trainer.config.options import exit_with, option, parse
+from trainer.config.shown import say
 
 Format = Literal["peft", "merged", "shira", "drafter", "mtp", "speculators", "sglang", "medusa"]
 
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int:
         )
     except Exception as error:
         return failures.report_and_exit_code(error)
-    print(f"{out}\nloaded back and compared: logits differ by {difference:.2e} of their spread")
+    say(f"{out}\nloaded back and compared: logits differ by {difference:.2e} of their spread")
     return 0
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from trainer.config.decoding_options import DrafterOptions, SamplingOptions
 from trainer.config.options import exit_with, option, parse, values_of
+from trainer.config.shown import say
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ def main(argv: list[str]) -> int:
             return 0
         with streamed_answer.drafting(run, settings):
             streamed_answer.answer(run.model, ids, run.base.tokenizer, stops, settings, _write)
-        print()
+        say()
     except Exception as error:
         return failures.report_and_exit_code(error)
     return 0
 
 
 def _write(text: str) -> None:
-    print(text, end="", flush=True)
+    say(text, end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def main(argv: list[str]) -> int:
     from trainer.assembly.recipe import Recipe
     from trainer.session import failures, preview
     from trainer.session.inspect import inspect
+    from trainer.storage import atomic
 
     quiet.quiet()
     try:
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         return failures.report_and_exit_code(error, config)
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        atomic.write_output(options.json, json.dumps(result, indent=2) + "\n")
     console = get_console()
     console.print(preview.table(result))
     for text in preview.samples(recipe.data, options.samples):

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from trainer.config.options import exit_with, option, parse, rest
 from trainer.config.overrides import is_setting
 from trainer.config.quoting import key_of
+from trainer.config.shown import say
 
 # what a head that is re-aligned keeps
 FIXED = ("target", "adapter", "base", "objective", "penalty", "branch", "resume")
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> int:
         run, arguments = realigned.arguments(
             options.draft, options.target_run, options.name, options.runs, list(options.overrides)
         )
-        print("python -m trainer", shlex.join(arguments), flush=True)
+        say("python -m trainer", shlex.join(arguments), flush=True)
         if options.dry:
             return 0
         if code := finished([sys.executable, "-m", "trainer", *arguments]):
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> int:
         return failures.report_and_exit_code(error)
     write_text(run / "realign.json", json.dumps(rows, indent=2) + "\n")
     write_text(run / "realign.md", realigned.table(rows))
-    print(realigned.table(rows))
+    say(realigned.table(rows))
     return 0
 
 

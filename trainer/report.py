@@ -8,11 +8,13 @@ page needs no network.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config.errors import bad
 from trainer.config.options import exit_with, option, parse
+from trainer.config.shown import say
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,14 @@ def main(argv: list[str]) -> int:
     options = parse(Options, argv, __doc__, "graft report")
     if not (options.run / "run.yaml").exists():
         return bad(f"run={options.run}: expected a run folder, and this one has no run.yaml")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    from trainer.session import failures
     from trainer.session.report_html import write
 
-    print(write(options.run))
+    try:
+        say(write(options.run))
+    except Exception as error:
+        return failures.report_and_exit_code(error)
     return 0
 
 

@@ -43,6 +43,7 @@ from trainer.config.decoding_options import SamplingOptions
 from trainer.config.errors import bad, explain
 from trainer.config.options import exit_with, option, parse, rest, values_of
 from trainer.config.quoting import in_quotes
+from trainer.config.shown import say
 
 # settings of conf/task/sft that have a meaning for the prompts of a file
 FILE_SETTINGS = ("system", "columns", "format", "chat_template")
@@ -137,7 +138,7 @@ def main(argv: list[str]) -> int:
     except (SystemExit, KeyboardInterrupt) as stop:
         if folder is not None:
             text = f"stopped with {len(folder.done)} of {count} conversations in {folder.path}"
-            print(f"{text}: run the same command again to resume", file=sys.stderr)
+            say(f"{text}: run the same command again to resume", file=sys.stderr)
         if signals.received is not None:
             return slurm_job.exit_code(config, signals.received, None, None)
         return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
@@ -147,9 +148,9 @@ def main(argv: list[str]) -> int:
         f"{name} {count:,}" for name, count in folder.counts.items() if count or name == "rows"
     )
     if not folder.counts["rows"]:
-        print(f"{folder.rows}: no conversation has an answer ({counts})", file=sys.stderr)
+        say(f"{folder.rows}: no conversation has an answer ({counts})", file=sys.stderr)
         return 1
-    print(f"{folder.rows}: {counts}")
+    say(f"{folder.rows}: {counts}")
     return 0
 
 

@@ -37,6 +37,7 @@ def main(argv: list[str]) -> int:
     from trainer.assembly.trained import load_trained
     from trainer.evaluation.adapter_sizes import sizes
     from trainer.session import failures
+    from trainer.storage import atomic
 
     quiet.quiet()
     try:
@@ -46,7 +47,8 @@ def main(argv: list[str]) -> int:
         return failures.report_and_exit_code(error)
     _print_table(layers)
     if options.json:
-        options.json.write_text(json.dumps([asdict(size) for size in layers], indent=2) + "\n")
+        text = json.dumps([asdict(size) for size in layers], indent=2) + "\n"
+        atomic.write_output(options.json, text)
     return 0
 
 

@@ -93,6 +93,7 @@ def main(argv: list[str]) -> int:
 
     from trainer.assembly import quiet
     from trainer.session import failures
+    from trainer.storage import atomic
 
     quiet.quiet()
     try:
@@ -102,7 +103,7 @@ def main(argv: list[str]) -> int:
     for part in report:
         get_console().print(part, soft_wrap=options.tree == "search")
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        atomic.write_output(options.json, json.dumps(result, indent=2) + "\n")
     return 0
 
 
@@ -112,6 +113,7 @@ def _measure(options: Options) -> tuple[dict[str, Any], Any]:
     from trainer.evaluation import decode_ways, questions, speedup, tree_search
     from trainer.evaluation.run_drafter import load_run_and_drafter
     from trainer.evaluation.speedup_report import prompts_report
+    from trainer.storage import atomic
 
     search = options.tree == "search"
     settings = values_of(options)
@@ -131,7 +133,8 @@ def _measure(options: Options) -> tuple[dict[str, Any], Any]:
         result = tree_search.search_tree(run, drafter, prompts, stops, limits)
         result |= {"drafter": options.drafter}
         if options.paths and result["paths"]:
-            Path(options.paths).expanduser().write_text(json.dumps(result["paths"]) + "\n")
+            text = json.dumps(result["paths"]) + "\n"
+            atomic.write_output(Path(options.paths).expanduser(), text)
         return result, tree_search.search_report(result, options.paths)
     sampling = Sampling(options.temperature, options.top_p, seed=options.seed)
     ways = decode_ways.Ways(run, drafter, stops, options.max_new_tokens, sampling, strategy)

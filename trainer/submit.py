@@ -22,6 +22,7 @@ from pathlib import Path
 from trainer.config.errors import ConfigError, bad, explain
 from trainer.config.options import exit_with, option, parse, rest
 from trainer.config.overrides import is_override
+from trainer.config.shown import say
 
 
 @dataclass(frozen=True)
@@ -63,21 +64,21 @@ def main(argv: list[str]) -> int:
         slurm = slurm_settings(options.slurm_settings, options.slurm)
         job = prepare(options.overrides, slurm, folder, sweep=len(words) < len(argv))
         if options.dry:
-            print(job.script, end="")
+            say(job.script, end="")
             return 0
         number, file = submit(job.script, job.name, job.logs)
     except (ConfigError, OSError) as error:
         return bad(f"graft submit --help shows the options\n{explain(error)}")
     task = "-TASK" if job.array else ""
-    print(f"job {number}")
-    print(f"run:              {job.run}{f'-{number}{task}' if job.numbered else ''}")
-    print(f"script:           {file}")
-    print(
+    say(f"job {number}")
+    say(f"run:              {job.run}{f'-{number}{task}' if job.numbered else ''}")
+    say(f"script:           {file}")
+    say(
         f"watch:            tail -F {job.logs / f'{job.name}-{number}{task}.log'}, squeue"
         f" --job={number}"
     )
-    print(f"save and requeue: scancel --signal=USR1 {number}")
-    print(f"cancel:           scancel {number}")
+    say(f"save and requeue: scancel --signal=USR1 {number}")
+    say(f"cancel:           scancel {number}")
     return 0
 
 

@@ -3,12 +3,19 @@ back afterwards."""
 
 from __future__ import annotations
 
+import ast
+import io
+import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
+from tests.conftest import ROOT
 from trainer.cluster import slurm_job
 from trainer.cluster.signals import HANDLED, Signals
 
@@ -29,17 +36,59 @@ def send(number):
 
 
 @pytest.mark.parametrize("number", HANDLED)
-def test_a_signal_within_a_step_is_noted_and_said(caplog, number):
+def test_a_signal_within_a_step_is_noted_and_said(capfd, number):
     with Signals() as signals:
         signals.deferred = True
         assert signals.received is None
         send(number)
         assert signals.received == number
-    assert (
-        f"{number.name}: the current step is finished, then the run is saved and stops"
-        in caplog.text
-    )
-    assert ("press Ctrl-C again to stop at once" in caplog.text) == (number == signal.SIGINT)
+    said = capfd.readouterr().err
+    assert f"{number.name}: the current step is finished, then the run is saved and stops" in said
+    assert ("press Ctrl-C again to stop at once" in said) == (number == signal.SIGINT)
+
+
+def test_a_signal_while_a_line_is_written_is_not_logged(capfd):
+    """A stream cannot be entered twice: logging would report an error of its own."""
+
+    class Stream(io.StringIO):
+        def write(self, text):
+            if "a line" in text:
+                send(signal.SIGTERM)
+            return super().write(text)
+
+        def flush(self):
+            assert not self.inside
+            self.inside = True
+            super().flush()
+            self.inside = False
+
+        inside = False
+
+    handler = logging.StreamHandler(Stream())
+    logger = logging.getLogger("trainer.cluster")
+    logger.addHandler(handler)
+    try:
+        with Signals() as signals:
+            signals.deferred = True
+            logger.warning("a line")
+    finally:
+        logger.removeHandler(handler)
+    assert handler.stream.getvalue() == "a line\n"
+    assert "SIGTERM: the current step" in capfd.readouterr().err
+
+
+def test_no_handler_of_a_signal_logs():
+    for path in sorted((ROOT / "trainer").rglob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        handlers = {
+            ast.unparse(node.args[1]).rpartition(".")[2]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "signal.signal"
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.name in handlers:
+                assert "log." not in ast.unparse(node), (path, node.name)
+                assert "print(" not in ast.unparse(node), (path, node.name)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -136,3 +185,29 @@ def test_a_signal_while_the_base_loads_ends_the_run_at_once(
         slurm_job.exit_code({"requeue": "auto"}, end.value.number, end.value.folder, end.value.step)
         == code
     )
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGUSR1, -signal.SIGUSR1)],
+)
+def test_a_signal_during_the_first_imports(number, code):
+    """A shell reports -N as 128 + N. Python would print a traceback of what it was importing."""
+    program = [sys.executable, "-m", "trainer", "experiment=smoke", "task.path=rows.jsonl"]
+    child = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    # the package is found, and the first of its modules that takes long is being imported
+    while child.poll() is None and b"omegaconf" not in mapped(child.pid):
+        time.sleep(0.002)
+    child.send_signal(number)
+    _, said = child.communicate(timeout=120)
+    assert child.returncode == code
+    assert b"Traceback" not in said
+
+
+def mapped(pid):
+    """What a process has imported so far, as far as its libraries tell: yaml's comes first."""
+    try:
+        with open(f"/proc/{pid}/maps", "rb") as file:
+            return b"omegaconf" if b"_yaml" in file.read() else b""
+    except OSError:
+        return b"omegaconf"

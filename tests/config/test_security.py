@@ -487,9 +487,33 @@ FILES = {
     "a hidden sweep": (
         [],
         "hydra: {mode: MULTIRUN, sweeper: {params: {adapter._target_: os.makedirs}}}",
-        ONLY,
+        "hydra.mode=MULTIRUN is taken from the command line",
     ),
 }
+
+
+# Where files are written; what is said names the setting.
+PLACES = {
+    "runs": "runs: CANARY",
+    "resume": "resume: CANARY",
+    "hydra.run.dir": "hydra: {run: {dir: CANARY}}",
+    "hydra.sweep.dir": "hydra: {sweep: {dir: CANARY}}",
+    "hydra.sweep.subdir": "hydra: {sweep: {subdir: CANARY}}",
+    "hydra.output_subdir": "hydra: {output_subdir: own}",
+    "hydra.mode": "hydra: {mode: MULTIRUN}",
+    "hydra.job.chdir": "hydra: {job: {chdir: true}}",
+    "target.features": "target: {features: CANARY}",
+}
+FILES |= {
+    f"a place: {place}": ([], body, "is taken from the command line or a file of conf/ only")
+    for place, body in PLACES.items()
+}
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "target.features"])
+def test_a_place_of_the_command_line_is_taken(compose, place):
+    value = {"hydra.mode": "MULTIRUN", "hydra.job.chdir": "true", "resume": "never"}.get(place, "x")
+    assert compose(*COMMON, f"{place}={value}") is not None
 
 
 @pytest.mark.parametrize("case", FILES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zipfile
 from types import SimpleNamespace
@@ -68,7 +69,7 @@ def copied(tiny, tmp_path):
 def test_a_bases_pickle_is_not_run(copied, canary, layout, name):
     (copied / "model.safetensors").unlink()
     (copied / name).write_bytes(dict(hostile_files(canary))[layout])
-    with pytest.raises(base.BaseError, match="cannot be loaded as a language model"):
+    with pytest.raises(base.BaseError, match=r"cannot be loaded as|could run code"):
         of_folder(copied).load(torch.float32)
 
 
@@ -192,3 +193,55 @@ def test_a_template_without_end_is_stopped(tiny, canary, monkeypatch):
         file.write_text(source)
         with pytest.raises(DataError, match="could compute forever"):
             Renderer(tiny.tokenizer, task)
+
+
+def test_a_generation_config_of_several_answers_gives_one(copied, canary, caplog):
+    wanted = {
+        "num_beams": 3,
+        "num_return_sequences": 3,
+        "return_dict_in_generate": True,
+        "prompt_lookup_num_tokens": 2,
+        "stop_strings": ["x"],
+        "penalty_alpha": 0.5,
+        "eos_token_id": 2,
+        "repetition_penalty": 1.25,
+    }
+    (copied / "generation_config.json").write_text(json.dumps(wanted))
+    model = of_folder(copied).load(torch.float32)
+    answer = model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False)
+    assert isinstance(answer, torch.Tensor)
+    assert len(answer) == 1
+    kept = model.generation_config
+    assert (kept.eos_token_id, kept.repetition_penalty) == (2, 1.25)
+    assert "one answer is decoded for each prompt" in caplog.text
+    assert "num_beams" in caplog.text
+
+
+def test_a_tokenizer_whose_pattern_explodes_is_refused(copied, canary):
+    file = copied / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": "(?:a|aa|a+)+$b"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    file.write_text(json.dumps(content))
+    with pytest.raises(base.BaseError, match=r"its tokenizer.json cannot be used"):
+        of_folder(copied).tokenizer
+
+
+def test_a_base_of_pickled_code_is_refused_without_advice_to_load_it(copied, canary):
+    (copied / "model.safetensors").unlink()
+    (copied / "pytorch_model.bin").write_bytes(dict(hostile_files(canary))["zip"])
+    with pytest.raises(base.BaseError, match="which could run code") as refusal:
+        of_folder(copied).load(torch.float32)
+    assert "weights_only" not in str(refusal.value)
+    assert "trust" not in str(refusal.value)
+
+
+def test_a_base_with_a_fifo_is_refused(copied, canary):
+    (copied / "config.json").unlink()
+    os.mkfifo(copied / "config.json")
+    with pytest.raises(base.BaseError, match="is a device, a FIFO or a socket"):
+        of_folder(copied).config

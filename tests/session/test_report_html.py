@@ -19,6 +19,7 @@ NASTY = "<script>alert('x')</script><img src=x onerror=alert(1)> & \"quoted\" </
 RECORD = {
     "id": "abcd1234",
     "name": "a run",
+    "overrides": [],
     "identity": {"choices": {"base": "tiny", "adapter": "lora"}, "steps": 4, "precision": "fp32"},
     "starts": [
         {

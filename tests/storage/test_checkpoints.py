@@ -17,6 +17,7 @@ import time
 import pytest
 import torch
 
+from tests.toys.disks import full_disk
 from trainer.storage import atomic, checkpoints
 from trainer.storage.checkpoints import Checkpoint, CheckpointError, complete, newest
 from trainer.training.lightning_trainer import AtomicCheckpointIO
@@ -400,14 +401,15 @@ def test_a_loading_process_that_is_lost_meanwhile_is_no_fault_of_the_disk(
     assert names(tmp_path) == ["step-00000003.ckpt", "step-00000003.json"]
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
+def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "notes.txt"
     atomic.write_text(path, "old")
     with pytest.raises(TypeError), atomic.file(path) as temporary:
         temporary.write_text(b"half")
-    (tmp_path / "notes.txt.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left"):
-        atomic.write_text(path, "half")
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.os, "fsync", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            atomic.write_text(path, "half")
     assert path.read_text() == "old"
     with atomic.file(path) as temporary:
         temporary.write_text("new")
@@ -437,7 +439,8 @@ def test_a_checkpoint_is_on_the_disk_before_its_manifest_says_so(tmp_path, monke
     sync, replace = os.fsync, os.replace
 
     def synced(descriptor):
-        events.append(("sync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+        events.append(("sync", re.sub(r"\.[0-9a-f]{8}\.tmp$", ".tmp", name)))
         sync(descriptor)
 
     def replaced(source, target):
@@ -450,5 +453,5 @@ def test_a_checkpoint_is_on_the_disk_before_its_manifest_says_so(tmp_path, monke
     assert events == [
         event
         for name in ("step-00000003.ckpt", "step-00000003.json")
-        for event in (("sync", f"{name}.tmp"), ("rename", name), ("sync", tmp_path.name))
+        for event in (("sync", f".{name}.tmp"), ("rename", name), ("sync", tmp_path.name))
     ]

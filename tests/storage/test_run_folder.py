@@ -8,13 +8,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.conftest import ROOT
-from trainer.storage import run_folder
+from tests.toys.disks import full_disk
+from trainer.storage import atomic, run_folder
 from trainer.storage.run_folder import FolderError, RunFolder, differences
 
 IDENTITY = {"choices": {"base": "tiny"}, "base": "abc", "steps": 3}
@@ -91,11 +91,10 @@ def test_a_place_that_cannot_be_written_names_another(tmp_path, made, said):
     assert str(refusal.value).endswith("Choose another folder with runs=FOLDER")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
-def test_a_full_disk_leaves_the_earlier_record(tmp_path):
+def test_a_full_disk_leaves_the_earlier_record(tmp_path, monkeypatch):
     with RunFolder.create(tmp_path / "run") as place:
         first = place.record(PLAIN, [], IDENTITY, None)
-        place.file.with_name("run.yaml.tmp").symlink_to("/dev/full")
+        monkeypatch.setattr(atomic.os, "fsync", full_disk)
         with pytest.raises(OSError, match="No space left") as refusal:
             place.record(PLAIN | {"seed": 1}, [], IDENTITY, first)
         assert refusal.value.errno == errno.ENOSPC
@@ -145,7 +144,7 @@ def test_the_git_revision_is_that_of_the_source(tmp_path):
     [
         (b"a: [\n", "cannot be read"),
         (b"\xff\xfe\x00", "cannot be read"),
-        (b"", "is not a run's record: it must have the keys config, id, identity"),
+        (b"", "is not a run's record: it is null, expected a mapping"),
         (b"42\n", "is not a run's record"),
         (b"id: x\nname: y\n", "is not a run's record"),
         (b"!!python/object/apply:os.getcwd []\n", "could not determine a constructor"),

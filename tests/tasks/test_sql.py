@@ -6,15 +6,18 @@ import contextlib
 import random
 import re
 import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tasks import sql
+from tasks import databases, sql_process
+from tasks.databases import same_result
 from tasks.reading import Bad
-from tasks.sql import SQL, bare, same_result, schema, tokens
+from tasks.sql import SQL, bare, schema, tokens
 from tests.conftest import ROOT, write_rows
+from tests.toys.growth import assert_linear
 
 REAL = ROOT.parent / "shared" / "data" / "sql_train.jsonl"
 CONTEXT = "CREATE TABLE games (score VARCHAR, visitor VARCHAR, year INTEGER)"
@@ -303,10 +306,10 @@ def test_the_random_rows_are_always_the_same_and_hold_the_literals_and_their_nei
     found = []
     for _ in range(2):
         with contextlib.closing(sqlite3.connect(":memory:")) as database:
-            sql.fill(database, TABLES, {None: ["a"], "year": [1999]}, random.Random("0 x"))
+            databases.fill(database, TABLES, {None: ["a"], "year": [1999]}, random.Random("0 x"))
             found.append(database.execute("SELECT * FROM games").fetchall())
     assert found[0] == found[1]
-    assert len(found[0]) == sql.ROWS
+    assert len(found[0]) == databases.ROWS
     assert {1998, 1999, 2000} <= {year for _, _, year in found[0]}
     assert "a" in {score for score, _, _ in found[0]}
 
@@ -354,13 +357,78 @@ def test_a_query_can_neither_write_nor_reach_out_nor_run_for_long(tmp_path, quer
 def test_that_the_guards_are_what_stops_a_query(monkeypatch):
     """The same calls without the authoriser and with more steps: what the tests above refuse would
     pass."""
-    monkeypatch.setattr(sql, "_allowed", lambda *_: sqlite3.SQLITE_OK)
+    monkeypatch.setattr(databases, "_allowed", lambda *_: sqlite3.SQLITE_OK)
     assert same_result("PRAGMA  encoding", "PRAGMA encoding", TABLES)
     endless = "SELECT COUNT(*) FROM games AS a, games AS b, games AS c, games AS d"
     assert not same_result(endless + " WHERE 1", endless, TABLES)
-    monkeypatch.setattr(sql, "STEPS", 10**9)
-    monkeypatch.setattr(sql, "ROWS", 12)
+    monkeypatch.setattr(databases, "STEPS", 10**9)
+    monkeypatch.setattr(databases, "ROWS", 12)
     assert same_result(endless + " WHERE 1", endless, TABLES)
+
+
+# One operation of SQLite each, which no count of steps stops, or rows of gigabytes.
+UNSTOPPABLE = {
+    "a LIKE of many wildcards": "SELECT '{a}' LIKE '{wild}'",
+    "a GLOB of many wildcards": "SELECT '{a}' GLOB '{star}'",
+    "long texts in many rows": (
+        "SELECT group_concat(a.score || '{a}') FROM games a, games b, games c"
+    ),
+    "wide rows": "WITH t AS (SELECT '{a}' AS x FROM games a, games b, games c) SELECT "
+    + ", ".join(["x"] * 900)
+    + " FROM t",
+}
+
+
+@pytest.mark.parametrize("case", UNSTOPPABLE)
+def test_a_query_that_sqlite_does_not_interrupt_ends_with_its_process(case, monkeypatch):
+    monkeypatch.setattr(databases, "SECONDS", 1)
+    sql_process._process.end()
+    query = UNSTOPPABLE[case].format(a="a" * 4000, wild="%a" * 400 + "b", star="*a" * 400 + "b")
+    started = time.monotonic()
+    assert not sql_process.same_result(query, query, TABLES)
+    assert time.monotonic() - started < 120
+    assert sql_process.same_result(ANSWER, ANSWER, TABLES)  # the next one has a new process
+    sql_process._process.end()
+
+
+def test_the_process_knows_nothing_of_ours(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "x")
+    sql_process._process.end()
+    assert sql_process.same_result(ANSWER, ANSWER, TABLES)
+    child = sql_process._process.child
+    assert Path(f"/proc/{child.pid}/environ").read_bytes() == b""
+    limits = Path(f"/proc/{child.pid}/limits").read_text()
+    assert re.search(rf"Max address space +{databases.MEMORY} ", limits)
+    assert re.search(r"Max file size +0 ", limits)
+    sql_process._process.end()
+    assert child.returncode is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CREATE TABLE a (",
+        "CREATE TABLE [",
+        'CREATE TABLE "',
+        "CREATE TABLE a (b, ",
+        "create table a(b int) ",
+        "CREATE ",
+        "CREATE TABLE a ('",
+        "CREATE TABLE a ((((",
+    ],
+)
+def test_reading_the_tables_takes_a_time_that_grows_with_the_text(text):
+    assert_linear(schema, lambda size: text * (size // len(text)))
+
+
+def test_wide_tables_and_their_queries_take_a_time_that_grows_with_them():
+    def wide(size):
+        return "CREATE TABLE t (" + ", ".join(f"c{i} INT" for i in range(size // 10)) + ")"
+
+    assert_linear(schema, wide)
+    columns = schema(wide(100_000))
+    assert len(columns["t"]) == 10_000
+    assert_linear(lambda query: tokens(query, columns), lambda size: "SELECT c1 " * (size // 10))
 
 
 @pytest.fixture(scope="module")

@@ -150,12 +150,12 @@ def load_trained(
     """
     folder, content, which = run_folder.read(path)
     config, identity = content["config"], content["identity"]
+    source = checkpoints.chosen(folder / "checkpoints", which)  # before a base is fetched
     base: Base = instantiate(config["base"])
     if base.fingerprint != identity["base"]:
         raise BaseError(
             f"{base.path} is not the model that this run was trained on: its weights have changed"
         )
-    source = checkpoints.chosen(folder / "checkpoints", which)
     saved = checkpoints.load(source)
     dtype, _, _ = compute(
         identity["precision"], config["base"]["dtype"], identity["trains_base"], False

@@ -66,7 +66,7 @@ class Checkpoints(lightning.Callback):
         if self.keep is None:
             return
         folder = self.run_state.folder.checkpoints
-        marked = [checkpoints.marked(folder, name) for name in ("best", "constant")]
+        marked = [checkpoints.marked(folder, name) for name in checkpoints.MARKS]
         for checkpoint in checkpoints.complete(folder)[: -self.keep]:
             if checkpoint not in marked:
                 checkpoints.remove(checkpoint)

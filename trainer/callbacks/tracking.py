@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from trainer.callbacks import wandb_settings
 from trainer.callbacks.dashboards import AXES, Dashboard, first_line, numbers
 from trainer.config.errors import ConfigError
 from trainer.config.secrets import redact
@@ -281,7 +282,11 @@ def _init(arguments: dict[str, Any], more_settings: dict[str, Any]) -> Any:
         finish_timeout_raises=True,
         **more_settings,
     )
-    return wandb.init(**arguments, settings=settings)
+    wandb_settings.own_only()
+    run = wandb.init(**arguments, settings=settings)
+    if arguments["mode"] == "online":
+        wandb_settings.report_server(run)
+    return run
 
 
 def _discard(existing: set[Path], folder: Path) -> None:

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from trainer.config import files
 from trainer.config.errors import ConfigError
+from trainer.config.shown import say
 
 TEMPLATE = Path(__file__).with_name("job.sbatch")
 
@@ -102,7 +104,9 @@ def submit(text: str, name: str, logs: Path) -> tuple[str, Path]:
     logs.mkdir(parents=True, exist_ok=True)
     # The file is named by the job's number, which sbatch returns.
     unnamed = logs / f"{name}-{os.getpid()}.part"
-    unnamed.write_text(text, "utf-8")
+    unnamed.unlink(missing_ok=True)
+    with os.fdopen(files.create(unnamed), "w", encoding="utf-8") as stream:
+        stream.write(text)
     try:
         done = subprocess.run(
             ["sbatch", "--parsable", str(unnamed)], capture_output=True, text=True
@@ -111,7 +115,7 @@ def submit(text: str, name: str, logs: Path) -> tuple[str, Path]:
             raise ConfigError(
                 f"sbatch refused the job: {done.stderr.strip() or done.stdout.strip()}"
             )
-        print(done.stderr, end="", file=sys.stderr)
+        say(done.stderr, end="", file=sys.stderr)
         job = done.stdout.strip().partition(";")[0]
         return job, unnamed.rename(logs / f"{name}-{job}.sbatch")
     finally:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-log = logging.getLogger(__name__)
-
+STDERR = 2
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -57,8 +57,11 @@ class Signals:
         name = signal.Signals(number).name
         if not self.deferred or (again and number == signal.SIGINT):
             raise SystemExit(128 + number)
-        log.warning(
-            "%s: the current step is finished, then the run is saved and stops%s",
-            name,
-            "; press Ctrl-C again to stop at once" * (number == signal.SIGINT),
+        # Not by logging: the signal may have come while a line is logged, and streams and locks of
+        # logging cannot be entered twice.
+        text = (
+            f"{name}: the current step is finished, then the run is saved and stops"
+            f"{'; press Ctrl-C again to stop at once' * (number == signal.SIGINT)}\n"
         )
+        with contextlib.suppress(OSError):
+            os.write(STDERR, text.encode())

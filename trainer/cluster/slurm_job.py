@@ -17,12 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trainer.config import files
 from trainer.config.run_name import job
 
 log = logging.getLogger("trainer")
 
 EXIT_REQUEUED = 75  # sysexits.h's EX_TEMPFAIL: saved, and requeued
 WAIT_FOR_RANK0_S = 5
+LARGEST = 64 << 20  # bytes of requeues.jsonl
 MAX_STARTS_WITHOUT_PROGRESS = 3  # starts in a row that trained no further step
 
 
@@ -168,17 +170,33 @@ def _no_requeue(
     if folder is None:
         return None
     file = folder / "requeues.jsonl"
-    earlier = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    earlier = _steps_of_requeues(file)
     if len(earlier) >= MAX_STARTS_WITHOUT_PROGRESS and all(
-        row["step"] == step for row in earlier[-MAX_STARTS_WITHOUT_PROGRESS:]
+        before == step for before in earlier[-MAX_STARTS_WITHOUT_PROGRESS:]
     ):
         return (
             f"its last {MAX_STARTS_WITHOUT_PROGRESS} starts have trained no step beyond {step}. Set"
             " a longer time limit, or save more often"
         )
-    with file.open("a") as out:
+    with files.append(file) as out:
         out.write(
             json.dumps({"time": time.time(), "job": job(), "step": step, "restarts": restarts})
             + "\n"
         )
     return None
+
+
+def _steps_of_requeues(file: Path) -> list[Any]:
+    """The steps at which the run was requeued. Damaged lines are skipped: they must not keep a job
+    from being requeued."""
+    steps = []
+    try:
+        lines = files.read_text(file, LARGEST, errors="replace").splitlines()
+    except (OSError, ValueError):
+        return []
+    for line in lines:
+        try:
+            steps.append(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return steps

@@ -20,8 +20,10 @@ from trainer.config.errors import ConfigError
 from trainer.config.groups import default_choices, root_schema
 from trainer.config.overrides import rewrite
 from trainer.config.run_name import _run_folder, run_folder
+from trainer.config.shown import protect_console
 
 RESOLVE_SECONDS = 2.0  # limit on the CPU time of resolving interpolations
+_hidden_modes: list[str] = []  # what is wrong with the mode that a file sets
 
 
 def install(incomplete: bool = False) -> None:
@@ -36,10 +38,20 @@ def install(incomplete: bool = False) -> None:
                 "hydra.overrides is Hydra's record of the command line, and no setting of a config"
             )
         _take_base(config)
+        # Hydra asks for the mode first, ignores an error there, and then sets the mode itself.
+        _hidden_modes.extend(
+            fault
+            for fault in forbidden.forbidden_settings(config)
+            if fault.startswith("hydra.mode=")
+        )
+        if _hidden_modes:
+            raise ConfigError(_hidden_modes[0])
         check(config, incomplete=incomplete)
 
+    _hidden_modes.clear()
     register_resolvers()
     secrets.redact_logs()
+    protect_console()
     hydra_hook.install(_check_overrides, check_config, _check_file)
 
 
@@ -121,10 +133,11 @@ def check(
         faults = schema.problems(plain, root_schema(choices or {}), "", incomplete)
         if not faults:
             faults = [
-                *_run_folder(plain),
+                *_run_folder(plain, composed),
                 *conflicts(plain),
                 *lengths.problems(plain),
                 *_peft_faults(plain),
+                *_empty_paths(plain),
             ]
         if (
             not faults
@@ -173,6 +186,16 @@ def compose(argv: list[str]) -> DictConfig:
     with initialize_config_dir(config_dir=str(schema.CONF), version_base="1.3", job_name="trainer"):
         config = hydra_compose("config", overrides=rewrite(argv), return_hydra_config=False)
     return config
+
+
+def _empty_paths(plain: dict[str, Any]) -> Iterator[str]:
+    """Paths of the data and the base that are empty, as a variable of a shell may be."""
+    for group in ("task", "base"):
+        for key in ("path", "eval_path"):
+            value = plain[group].get(key)
+            values = value if isinstance(value, list) else [value]
+            if value == [] or any(isinstance(text, str) and not text.strip() for text in values):
+                yield f"{group}.{key}={value!r}: expected a file, a folder or a name on the hub"
 
 
 def _peft_faults(plain: dict[str, Any]) -> Iterator[str]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import sys
+from pathlib import Path
 
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.quoting import how_to_quote
 from trainer.config.secrets import redact
+from trainer.config.shown import say
 
+PANIC = "PanicException"  # of the Rust code in tokenizers; it is no Exception
 EXIT_BAD_INPUT = 2  # config or data; see docs/config.md, exit codes
 
 
@@ -49,5 +54,55 @@ def no_such_choice(group: str, name: str, choices: list[str]) -> str:
 
 def bad(message: str) -> int:
     """Print an error message about a command line or a config, and return the exit code."""
-    print(redact(message), file=sys.stderr)
+    say(redact(message), file=sys.stderr)
     return EXIT_BAD_INPUT
+
+
+def panicked(error: BaseException) -> str:
+    """The message for an error of tokenizers' Rust code."""
+    return (
+        "the tokenizer gave up on a text: its tokenizer.json has a pattern that takes too long, or"
+        f" is damaged. Use another base, or leave the text out. The error: {error}"
+    )
+
+
+# of a write that a user can fix: the disk is full, a quota, no permission, a read-only disk, a link
+_UNWRITABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.ELOOP,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+}
+
+
+def full_disk(error: BaseException) -> bool:
+    """Whether an error says that a disk is full; safetensors and torch have errors of their own."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return (isinstance(error, OSError) and error.errno in full) or (
+        "No space left on device" in str(error)
+    )
+
+
+def unwritable(error: BaseException, fix: str = "run the command again") -> str | None:
+    """The message for an error of reading or writing files that a user can fix; None for another
+    error. `fix` is what to do afterwards."""
+    if full_disk(error):
+        place = getattr(error, "filename", None) or error
+        return f"the disk is full: {place}. Free some space, and {fix}"
+    if not isinstance(error, OSError) or error.errno not in _UNWRITABLE or not error.filename:
+        return None
+    place = str(error.filename)
+    cache = os.environ.get("GRAFT_CACHE")
+    default = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graft")
+    if Path(place).is_relative_to(cache or default):
+        advice = "Choose another cache with GRAFT_CACHE=FOLDER"
+    else:
+        advice = f"Choose another place, or fix that and {fix}"
+    return f"{place} cannot be read or written: {error.strerror}. {advice}"

@@ -47,6 +47,7 @@ def forbidden_settings(config: DictConfig) -> Iterator[str]:
     yield from _targets(config)
     yield from _remote_code(config)
     yield from _launcher_faults(config)
+    yield from _places(config)
 
 
 def _targets(config: DictConfig) -> Iterator[str]:
@@ -156,3 +157,74 @@ def _launcher_faults(config: DictConfig) -> Iterator[str]:
             yield f"{place} runs commands, and is taken from the command line only."
         elif isinstance(value, str) and not value.isprintable():
             yield f"{place} is {value!r}: a new line would become a command of the job's script."
+
+
+# where a run writes, and how often it runs
+_PLACES = (
+    "runs",
+    "resume",
+    "target.features",
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+    "hydra.sweep.subdir",
+    "hydra.output_subdir",
+    "hydra.mode",
+    "hydra.job.chdir",
+    "hydra.launcher.submitit_folder",
+)
+
+
+def _places(config: DictConfig) -> Iterator[str]:
+    """Places that neither the command line nor a file of conf/ has set: a file of --config-dir may
+    come from a stranger."""
+    hydra = OmegaConf.select(config, "hydra")
+    if hydra is None or "overrides" not in hydra:  # a run.yaml, which chooses no place
+        return
+    words = [*hydra.overrides.hydra, *hydra.overrides.task]
+    named = {re.sub(r"^[+~]+", "", word.partition("=")[0]) for word in words}
+    for place in _PLACES:
+        value = _raw(config, place)
+        parts = place.split(".")
+        if value is None or any(".".join(parts[:end]) in named for end in range(1, len(parts) + 1)):
+            continue
+        if not any(_raw(file, place) == value for file in _own_files(config)):
+            yield (
+                f"{place}={value} is taken from the command line or a file of conf/ only, since it"
+                " chooses where files are written. Give it on the command line."
+            )
+
+
+def _own_files(config: DictConfig) -> Iterator[Any]:
+    """The files of conf/ that may set a place, each below the name of its group: config.yaml, and
+    the chosen experiment, launcher and target."""
+    yield _of_conf("config.yaml")
+    choices = config.hydra.runtime.choices
+    for group, below in (
+        ("experiment", ""),
+        ("target", "target"),
+        ("hydra/launcher", "hydra.launcher"),
+    ):
+        file = schema.CONF / group / f"{choices.get(group)}.yaml"
+        if choices.get(group) in schema.options(group) and file.is_file():
+            content = _of_conf(f"{group}/{choices[group]}.yaml")
+            for key in reversed(below.split(".") if below else []):
+                content = OmegaConf.create({key: content})
+            yield content
+
+
+@functools.cache
+def _of_conf(file: str) -> Any:
+    return OmegaConf.load(schema.CONF / file)
+
+
+def _raw(node: Any, place: str) -> Any:
+    """The value at a dotted path, without resolving it; None if there is none."""
+    for key in place.split("."):
+        child = node._get_node(key) if isinstance(node, DictConfig) and key in node else None
+        if child is None:
+            return None
+        node = child
+        if isinstance(node, DictConfig) and isinstance(node._value(), str):
+            return node._value()  # an interpolation
+    value = node._value()
+    return None if value == "???" else getattr(value, "name", value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,11 @@ from typing import Any
 
 import yaml
 
+from trainer.config import files
+
 DEPTH = 64
+DIGITS = 1000  # of a number in YAML
+_NUMBER = re.compile(r"[-+0-9a-fA-FoxX_:.]*")
 CONFIG = (1 << 20, 10_000)  # bytes and nodes; an alias counts each time it is used
 RECORD = (16 << 20, 400_000)  # of a run.yaml, which records each start of a run
 
@@ -49,6 +54,7 @@ def refuse_bomb(text: str, where: str, limits: tuple[int, int] = CONFIG) -> None
                     raise LimitExceeded(f"{where}: *{event.anchor} contains itself")
                 count, anchor = sizes.get(event.anchor, 1), None
             elif isinstance(event, yaml.ScalarEvent):
+                _refuse_long_number(event, where)
                 count, anchor = 1, event.anchor
             else:
                 continue
@@ -64,36 +70,71 @@ def refuse_bomb(text: str, where: str, limits: tuple[int, int] = CONFIG) -> None
         raise LimitExceeded(f"{where} is nested too deeply") from None
 
 
+def _refuse_long_number(event: yaml.ScalarEvent, where: str) -> None:
+    """YAML reads 1:30:00 as a number to the base of 60, in a time that grows with the square of its
+    length."""
+    number = event.style is None or event.tag is not None
+    if number and len(event.value) > DIGITS and _NUMBER.fullmatch(event.value):
+        raise LimitExceeded(
+            f"{where} has a number of {len(event.value):,} characters; at most {DIGITS:,} are read"
+        )
+
+
 def load_yaml(file: Path) -> Any:
     """Read the content of a run.yaml.
 
     Raises:
         LimitExceeded, OSError, UnicodeDecodeError, yaml.YAMLError: it cannot be read.
     """
-    if file.stat().st_size > RECORD[0]:
-        raise LimitExceeded(
-            f"{file} has {file.stat().st_size:,} bytes; at most {RECORD[0]:,} are read"
-        )
-    text = file.read_text("utf-8")
+    try:
+        text = files.read_text(file, RECORD[0])
+    except files.Unreadable as error:
+        raise LimitExceeded(str(error)) from None
     refuse_bomb(text, str(file), RECORD)
-    return yaml.safe_load(text)
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, OverflowError, TypeError) as error:  # a date that is none, an odd key
+        raise LimitExceeded(f"{file} cannot be read: {error}") from None
 
 
-def link_outside(folder: Path, passed: str) -> Path | None:
-    """Return the first symbolic link in a folder that leads out of it, None if there is none.
+def strange_entry(folder: Path, passed: str = "", links: bool = False) -> str | None:
+    """Return a message about the first entry of a folder that a run never has there: a symbolic
+    link that leads out of it, unless `links` allows them, a device, a FIFO or a socket. None if
+    there is no such entry.
 
     The folder itself may be a link. The content of its folder `passed` is not checked, but `passed`
     itself is.
     """
     root = folder.resolve()
-    for parent, folders, files in os.walk(root):
-        for name in (*folders, *files):
-            path = Path(parent, name)
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
-                return folder / path.relative_to(root)
-        if parent == str(root):
-            folders[:] = [name for name in folders if name != passed]
+    if not root.is_dir():
+        return None
+    waiting = [root]
+    while waiting:
+        place = waiting.pop()
+        try:
+            with os.scandir(place) as entries:
+                ordered = sorted(entries, key=lambda entry: entry.name)
+        except PermissionError:  # it cannot be read or written either
+            continue
+        for entry in ordered:
+            shown = folder / Path(entry.path).relative_to(root)
+            if entry.is_symlink() and not links and not _leads_into(Path(entry.path), root):
+                return (
+                    f"{shown} is a link that leads out of the run folder. Replace it by a copy of"
+                    " its target"
+                )
+            if entry.is_dir(follow_symlinks=False):
+                waiting += [] if place == root and entry.name == passed else [Path(entry.path)]
+            elif not entry.is_file() and not entry.is_dir() and os.path.exists(entry.path):
+                return f"{shown} is a device, a FIFO or a socket, expected a file: remove it"
     return None
+
+
+def _leads_into(link: Path, root: Path) -> bool:
+    try:
+        return link.resolve().is_relative_to(root)
+    except (OSError, RuntimeError):  # a link to itself
+        return False
 
 
 @contextlib.contextmanager

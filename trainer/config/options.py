@@ -12,13 +12,16 @@ import math
 import os
 import sys
 import textwrap
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from trainer.config.errors import bad
+from trainer.config.errors import PANIC, bad, panicked, unwritable
+from trainer.config.secrets import redact, redact_logs
+from trainer.config.shown import protect_console, say
 
 T = TypeVar("T")
 PIPE_CLOSED = 141  # what a shell reports for a program that ends at `| head`: 128 + SIGPIPE
@@ -74,8 +77,10 @@ def parse(kind: type[T], argv: list[str], text: str | None, command: str) -> T:
         SystemExit: 0 after --help, which prints `text` and the options; 2 with every fault.
     """
     if "-h" in argv or "--help" in argv:
-        print(f"{(text or '').strip()}\n\n{_table(kind)}")
+        say(f"{(text or '').strip()}\n\n{_table(kind)}")
         raise SystemExit(0)
+    redact_logs()
+    protect_console()
     values, faults = _values(kind, argv)
     result = None if faults else kind(**values)
     faults += [] if result is None else list(getattr(result, "faults", tuple)())
@@ -275,4 +280,13 @@ def exit_with(main: Callable[[list[str]], int]) -> NoReturn:
         # Python flushes again as it exits, which would raise once more: redirect it to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = PIPE_CLOSED
+    except BaseException as error:
+        if type(error).__name__ == PANIC:
+            code = bad(panicked(error))
+        elif (message := unwritable(error)) is not None:
+            bad(message)
+            code = 1
+        else:  # as Python prints it, without secrets, and its text may be of a stranger
+            say(redact(traceback.format_exc()), end="", file=sys.stderr)
+            code = 1
     sys.exit(code)

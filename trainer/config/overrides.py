@@ -55,6 +55,19 @@ def is_override(key: str) -> bool:
     return re.match(r"[+~]*[A-Za-z_]", key) is not None
 
 
+def is_inherited(override: str) -> bool:
+    """Whether a new run may take an override from the record of another one. The record may come
+    from a stranger: Hydra's own settings and the places of files are not taken from it, nor words
+    that are no overrides."""
+    key, equals, _ = override.partition("=")
+    removes = override.startswith("~")
+    return (
+        bool(equals or removes)
+        and is_setting(key)
+        and key_of(key) not in ("runs", "resume", "target.features")
+    )
+
+
 def check_keys(words: list[str]) -> None:
     """Check the first name of each override.
 

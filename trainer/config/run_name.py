@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer.config import files, limits
 from trainer.config.errors import ConfigError
 
 
@@ -42,17 +43,24 @@ def run_folder(runs: str, name: str, resume: str) -> str:
     if newest is not None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         # A requeued job runs the same command again. The newest folder is its run's if it has the
         # job's id.
-        job_file = newest / "job"
-        if job_file.exists() and job_file.read_text().strip() == job():
-            return str(newest)
+        try:
+            if files.read_text(newest / "job", 1024).strip() == job():
+                return str(newest)
+        except (OSError, ValueError):  # none, or damaged: not this job's
+            pass
     return str(newest if resume == "auto" and newest else candidate)
 
 
-def _run_folder(plain: dict[str, Any]) -> Iterator[str]:
+def _run_folder(plain: dict[str, Any], written: bool) -> Iterator[str]:
+    """Faults of the run's folder; whether this process is going to write there."""
     try:
-        run_folder(plain["runs"], plain["name"], plain["resume"])
+        folder = Path(run_folder(plain["runs"], plain["name"], plain["resume"]))
     except ConfigError as error:
         yield str(error)
+        return
+    # Hydra opens the log there before the run checks its folder.
+    if written and (fault := limits.strange_entry(folder, "wandb")) is not None:
+        yield fault
 
 
 def job() -> str | None:

@@ -13,13 +13,18 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.config import schema
+from trainer.config.shown import shown
 
 _SECRET_VALUE = re.compile(
     # 40 hex digits are a W&B key; after a slash they are a commit in the hub's cache.
     r"(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|(?<![0-9a-f/])[0-9a-f]{40}(?![0-9a-f])"
     r"|wandb_v\d_\w{20,}|gh[pousr]_\w{30,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
-    r"|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}"
-    r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)|-----BEGIN [A-Z ]*PRIVATE KEY-----)"
+    # A web token begins with eyJ. The word around it is matched from its start, once: from each eyJ
+    # on would take a time that grows with the square of the word.
+    r"|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}"
+    r"|(?<![\w-])(?=[\w-]*eyJ)[\w-]{13,}\.[\w-]{10,}\.[\w-]{10,}"
+    r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[^-]+-----END [A-Z ]*PRIVATE KEY-----)?)"
 )
 _SECRET_KEY = re.compile(
     r"(^|_)((api|access|private|secret)_?key|token|secret|password|passwd|credentials?)$",
@@ -71,7 +76,7 @@ def redact(text: str) -> str:
 
 
 def redact_logs() -> None:
-    """Pass every log record of this process through `redact`, with its traceback."""
+    """Pass every log record of this process through `redact` and `shown`, with its traceback."""
     make = logging.getLogRecordFactory()
     if getattr(make, "redacts", False):
         return
@@ -83,11 +88,11 @@ def redact_logs() -> None:
             message = record.getMessage()
         except Exception:  # its arguments do not fit; logging reports this itself
             return record
-        if (redacted := redact(message)) != message:
+        if (redacted := shown(redact(message))) != message:
             record.msg, record.args = redacted, ()
         if record.exc_info and record.exc_info[1] is not None:
             trace = "".join(traceback.format_exception(record.exc_info[1])).rstrip()
-            if (redacted := redact(trace)) != trace:
+            if (redacted := shown(redact(trace))) != trace:
                 record.exc_text, record.exc_info = redacted, None
         return record
 

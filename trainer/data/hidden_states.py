@@ -98,8 +98,8 @@ def key_of(
 class HiddenStates:
     """Stored states of the rows of `sequences`.
 
-    The size of a shard is checked when the folder is opened, its sha256 when the shard is first
-    read, in each process.
+    The size of a shard is checked when the folder is opened. Its sha256 is checked by `prepare`,
+    before a run evaluates or trains, or else when the shard is first read.
 
     Raises:
         HiddenStatesError: the folder holds other states or is not complete, or a shard is missing
@@ -113,7 +113,10 @@ class HiddenStates:
         states_folder.refuse_other_key(folder, self.index, key, lengths)
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
         self.shards = sorted(written.items(), key=lambda item: item[1]["first"])
-        missing = [name for name, _ in states_folder.shards_of(self.index) if name not in written]
+        named = [name for name, _ in states_folder.shards_of(self.index)]
+        missing = [name for name in named if name not in written]
+        if not self.shards or not set(written) <= set(named):
+            raise HiddenStatesError(f"{folder} lists no shards, or others than it has")
         if missing:
             raise HiddenStatesError(
                 f"{folder} is not complete: {len(missing)} shards are still to be written, such as"
@@ -155,9 +158,13 @@ class HiddenStates:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             write(folder, key, sequences, target, shard_bytes)
-        return cls(folder, key, sequences)
+        states = cls(folder, key, sequences)
+        with Progress("checking the target's hidden states", len(states.shards), "shards") as done:
+            for number in done.each(range(len(states.shards))):
+                states._verify(number)
+        return states
 
-    def _map(self, number: int) -> Any:
+    def _verify(self, number: int) -> None:
         name, shard = self.shards[number]
         path = self.folder / name
         if name not in self._verified:
@@ -168,6 +175,10 @@ class HiddenStates:
             if changed:
                 raise unusable(path, "its content has changed since it was written")
             self._verified.add(name)
+
+    def _map(self, number: int) -> Any:
+        self._verify(number)
+        path = self.folder / self.shards[number][0]
         try:
             return safe_open(path, framework="pt")
         except SafetensorError as error:

@@ -9,13 +9,13 @@ tokenises.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from trainer.data.rows import Rows, cached_digest
+from trainer.storage import door
 
 log = logging.getLogger("trainer")
 
@@ -95,7 +95,7 @@ def _warn_unverified(what: str, same: str) -> None:
 def _counted(run: Path, split: str) -> dict[str, int]:
     """Return the counts of a split's rows in a run's preflight.json, or nothing if it has none."""
     try:
-        splits = json.loads((run / "preflight.json").read_text("utf-8"))["data"]
+        splits = door.json_file(run / "preflight.json", {"data": dict, "*": object})["data"]
         if split == "eval" and split not in splits:
             return dict.fromkeys(_COUNTS, 0)
         return {name: int(splits[split][count]) for name, count in _COUNTS.items()}

@@ -207,7 +207,7 @@ def tokenise(
                 key, folder, _kept(task, split, renderer, max_length, overlong, processes, report)
             )
         except DataError as error:
-            error_file.write_text(f"{uuid.uuid4()}\n{error}")
+            atomic.write_text(error_file, f"{uuid.uuid4()}\n{error}")
             raise
         rows = Rows(_table(key, folder), report)
         _describe(rows, report_file)

@@ -24,10 +24,20 @@ from torch import Tensor
 
 from tasks.reading import DataError
 from tasks.wheel import sha256
+from trainer.config import files
 from trainer.data.identity import same_as_key
-from trainer.storage import atomic
+from trainer.storage import atomic, door
 
 log = logging.getLogger(__name__)
+
+_INDEX = {
+    "key": {"layers": [int], "dtype": str, "*": object},
+    "tokens": int,
+    "hidden": int,
+    "features": int,
+    "cuts": [int],
+    "shards": {"*": {"bytes": int, "sha256": str, "first": int, "last": int, "*": object}},
+}
 
 MARGIN = 64 << 20  # bytes that stay free on the disk, besides a twentieth of what is written
 
@@ -68,7 +78,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     file = folder / "index.json"
     try:
-        index = json.loads(file.read_text("utf-8"))
+        index = door.parse(files.read_text(file, door.JSON_BYTES))
     except FileNotFoundError:
         raise HiddenStatesError(
             f"{folder} holds no states of a target: it has no index.json"
@@ -78,7 +88,9 @@ def read_index(folder: Path) -> dict[str, Any]:
     if (
         not isinstance(index, dict)
         or index.get("format") != 1
-        or not {"key", "tokens", "hidden", "features", "cuts", "shards"} <= index.keys()
+        or door.mismatch(index, _INDEX) is not None
+        or not index["cuts"]
+        or index["cuts"] != sorted(index["cuts"])
     ):
         raise HiddenStatesError(
             f"{file} is not of states that this version writes: choose another folder"

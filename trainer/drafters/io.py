@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.config import schema
+from trainer.config import files, schema
 from trainer.drafters import Drafter, DrafterError
 from trainer.models.base import Base
-from trainer.storage import atomic
+from trainer.storage import atomic, door
 
 FORMAT = 1
 # Settings of training, which do not change the meaning of the weights. Weights whose shapes they
@@ -105,6 +105,10 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         DrafterError: the folder was not written by `save`, or by another version.
     """
+    try:
+        door.refuse_devices(folder)
+    except door.FolderError as error:
+        raise DrafterError(str(error)) from None
     content = _content(folder / "config.json")
     _check_settings(content["drafter"], folder / "config.json")
     return content["drafter"], content["target"]
@@ -191,7 +195,7 @@ def _check_target(
 
 def _content(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text("utf-8"))
+        content = door.parse(files.read_text(file, door.JSON_BYTES))
     except (OSError, ValueError) as error:
         raise DrafterError(
             f"{file} cannot be read, so {file.parent} is no drafter's folder: {error}"

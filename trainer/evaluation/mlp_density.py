@@ -17,6 +17,7 @@ from tasks.reading import DataError
 from trainer.data.held_out import HeldOut
 from trainer.evaluation.loss import losses
 from trainer.penalties.deft import batch_tokens, medians
+from trainer.storage import atomic
 from trainer.training.finetune import real_tokens
 
 SAMPLE = 512  # tokens for CETT thresholds
@@ -306,5 +307,6 @@ def plot(results: dict[str, dict[str, Any]], percent: float, path: Path) -> None
             panel.set_ylim(bottom=0)
             panel.grid(alpha=0.25)
         axes[0][0].legend(frameon=False)
-        figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None})
+        with atomic.file(path) as temporary:
+            figure.savefig(temporary, format="svg", bbox_inches="tight", metadata={"Date": None})
         pyplot.close(figure)

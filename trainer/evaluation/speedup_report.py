@@ -10,6 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from trainer.evaluation.decode_ways import WAYS
+from trainer.storage import atomic
 
 
 def prompts_report(summary: dict[str, Any]) -> Iterator[Table | str]:
@@ -154,7 +155,8 @@ def plot(summary: dict[str, Any], path: Path) -> None:
         _bars(right, speeds, "tokens/s over transformers' generate")
         right.axvline(1, color="black", linewidth=0.8)
         right.set_yticklabels([])
-        figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None})
+        with atomic.file(path) as temporary:
+            figure.savefig(temporary, format="svg", bbox_inches="tight", metadata={"Date": None})
         pyplot.close(figure)
 
 

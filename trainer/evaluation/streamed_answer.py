@@ -16,6 +16,7 @@ from transformers import TextStreamer
 from tasks.reading import DataError
 from trainer.assembly.chosen_drafter import drafter_of, sampling
 from trainer.assembly.trained import Trained
+from trainer.config.shown import shown
 from trainer.decoding.plugin import assist, refusal
 from trainer.drafters import DrafterError
 
@@ -87,7 +88,7 @@ def compare(run: Trained, ids: list[int], stops: list[int], options: dict[str, A
         for name in texts:
 
             def write(text: str, name: str = name) -> None:
-                texts[name] += text
+                texts[name] += shown(text)  # Live prints it by itself
                 if live is not None:
                     live.update(table())
 

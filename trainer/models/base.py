@@ -11,6 +11,7 @@ import copy
 import functools
 import hashlib
 import os
+import pickle
 import re
 import socket
 import urllib.parse
@@ -30,8 +31,12 @@ from transformers import (
     PretrainedConfig,
 )
 
+from trainer.config.errors import PANIC
+from trainer.models.generation import keep_single_answers
 from trainer.speed.flash import isolate_packed_rows
+from trainer.storage import door
 
+PROBE = "A b, c! 12\n\n  " + "a" * 60  # words, digits, blanks, and a long word
 HEADS = ("score", "classifier")  # transformers' names for the new head of a classifier
 
 
@@ -60,6 +65,7 @@ class Base:
             BaseError: there is no such model, it cannot be reached, or it comes with its own code.
         """
         with _explained(self):
+            _refuse_devices(self.path)
             self._refuse_fetched_code()
             return AutoConfig.from_pretrained(self.path, **self._source())
 
@@ -99,7 +105,11 @@ class Base:
             BaseError: there is none.
         """
         with _explained(self):
-            return AutoTokenizer.from_pretrained(self.path, **self._source())
+            _refuse_devices(self.path)
+            tokenizer = AutoTokenizer.from_pretrained(self.path, **self._source())
+            with contextlib.suppress(Exception):  # a pattern that explodes raises no Exception
+                tokenizer(PROBE)
+            return tokenizer
 
     @property
     def longest(self) -> int:
@@ -135,6 +145,7 @@ class Base:
         with _explained(self):
             self._refuse_fetched_code()
             model, missing = self._from_pretrained(labels, arguments)
+        keep_single_answers(model, self.path)
         if missing:
             raise BaseError(
                 f"the weights of {self.path} lack {len(missing)} tensors, such as {missing[:3]}:"
@@ -231,6 +242,14 @@ class Base:
         )
 
 
+def _refuse_devices(path: str) -> None:
+    """Refuse a local folder with an entry that leads to a device or a FIFO."""
+    try:
+        door.refuse_devices(Path(path))
+    except door.FolderError as error:
+        raise BaseError(f"base {path!r}: {error}") from None
+
+
 def _repositories(node: Any) -> str | None:
     """Return the first `key='value'` of a config.json that takes an implementation, of attention
     or others, from a repository; None if there is none."""
@@ -272,12 +291,22 @@ def _explained(base: Base) -> Iterator[None]:
         yield
     except BaseError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
         path, text = base.path, str(error)
         first_line = text.splitlines()[0] if text else type(error).__name__
         if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "allocate memory" in text:
             raise
-        if "trust_remote_code" in text:
+        if isinstance(error, pickle.UnpicklingError) or "Weights only load failed" in text:
+            # torch's own message advises to load it all the same
+            reason = (
+                "its .bin file holds more than tensors and plain data, which could run code. Use"
+                " its safetensors files, or ask its author for them"
+            )
+        elif type(error).__name__ == PANIC:
+            reason = f"its tokenizer.json cannot be used: {first_line}"
+        elif "trust_remote_code" in text:
             reason = (
                 "it comes with its own Python code. If you trust that code, set"
                 " base.trust_remote_code=true"

@@ -40,6 +40,7 @@ def arguments(options: dict[str, str], more: list[str]) -> tuple[str, list[str]]
         ConfigError, FolderError, CheckpointError: the branch does not fit the run.
     """
     from trainer.config.errors import ConfigError
+    from trainer.config.overrides import is_inherited
     from trainer.storage import checkpoints, run_folder
     from trainer.storage.run_folder import FolderError
 
@@ -73,6 +74,7 @@ def arguments(options: dict[str, str], more: list[str]) -> tuple[str, list[str]]
         override
         for override in content["overrides"]
         if _key(override) not in (*_SET_BY_BRANCH, *trust, *map(_key, more))
+        and is_inherited(override)
     ]
     return name, [
         *inherited,
@@ -264,6 +266,8 @@ def _plot(trunk: dict[str, Any], members: list[dict[str, Any]], file: Path) -> N
     matplotlib.use("svg")
     from matplotlib import pyplot
 
+    from trainer.storage import atomic
+
     figure, axes = pyplot.subplots(figsize=(6.4, 3.8))
     for member in [trunk, *members]:
         points = [
@@ -279,5 +283,6 @@ def _plot(trunk: dict[str, Any], members: list[dict[str, Any]], file: Path) -> N
     axes.set_ylabel("held-out loss")
     if axes.has_data():
         axes.legend(frameon=False, fontsize=7)
-    figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
+    with atomic.file(file) as temporary:
+        figure.savefig(temporary, format="svg", bbox_inches="tight", metadata={"Date": None})
     pyplot.close(figure)

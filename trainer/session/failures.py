@@ -3,7 +3,6 @@ codes."""
 
 from __future__ import annotations
 
-import errno
 import sys
 from typing import Any
 
@@ -12,13 +11,14 @@ import torch
 from adapters.delta import AdapterError
 from tasks.reading import DataError
 from tasks.wheel import FetchError
-from trainer.config.errors import EXIT_BAD_INPUT, ConfigError
+from trainer.config.errors import EXIT_BAD_INPUT, ConfigError, unwritable
 from trainer.config.secrets import redact
+from trainer.config.shown import say
 from trainer.data.loader import LoadingError, killed
 from trainer.drafters import DrafterError
 from trainer.models.base import BaseError
 from trainer.models.losses import NonFinite
-from trainer.storage.checkpoints import CheckpointError
+from trainer.storage.checkpoints import CheckpointError, NoSuchCheckpoint
 from trainer.storage.run_folder import FolderError
 
 _BAD_INPUT = (
@@ -29,6 +29,7 @@ _BAD_INPUT = (
     DrafterError,
     FetchError,
     FolderError,
+    NoSuchCheckpoint,
 )
 _FAULTS = (CheckpointError, LoadingError, NonFinite)
 
@@ -54,14 +55,9 @@ def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] |
     if out_of_memory(error):
         first = str(error).partition("\n")[0] or type(error).__name__
         return f"out of memory: {first}\n{_smaller_settings(config)}", 1
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return (
-            (
-                f"the disk is full: {error.filename or error}. Free some space, and resume with"
-                " resume=auto"
-            ),
-            1,
-        )
+    fix = "resume with resume=auto" if config else "run the command again"
+    if (text := unwritable(error, fix)) is not None:
+        return text, 1
     return None
 
 
@@ -119,5 +115,5 @@ def report_and_exit_code(error: Exception, config: dict[str, Any] | None = None)
     explanation = explained(error, config or {})
     if explanation is None:
         raise error
-    print(redact(explanation[0]), file=sys.stderr)
+    say(redact(explanation[0]), file=sys.stderr)
     return explanation[1]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections import defaultdict
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import jinja2
 import yaml
 
-from trainer.storage import atomic, journal
+from trainer.storage import atomic, door, journal
+from trainer.storage.run_folder import FolderError, RunFolder
 
 _PAGE = Path(__file__).with_name("report.jinja")
 
@@ -30,17 +31,34 @@ _DATA_ROWS = [
 ]
 
 
+# what the page shows of run.yaml and of preflight.json
+_SHOWN = {
+    "identity": {"precision?": str, "steps?": (int, NoneType), "choices": {"*": (str, NoneType)}},
+    "config": {"base?": {"path?": (str, NoneType), "*": object}, "*": object},
+    "starts": [{"versions?": {"*": (str, NoneType)}, "*": object}],
+    "parent?": (dict, NoneType),
+}
+_SPLIT = {"*": object} | {f"{key}?": (int, NoneType) for key, _ in _DATA_ROWS}
+_CHECKED = {
+    "data?": {"train?": _SPLIT, "eval?": _SPLIT, "*": object},
+    "model?": {"parameters": int, "trainable": (int, NoneType), "*": object},
+    "warnings?": [str],
+    "*": object,
+}
+
+
 def write(folder: Path) -> Path:
-    """Write report.html from the files of a run folder and return its path."""
-    record = yaml.safe_load((folder / "run.yaml").read_text("utf-8"))
+    """Write report.html from the files of a run folder and return its path. Files that are damaged
+    are left out with a warning.
+
+    Raises:
+        FolderError: it is no run folder, or run.yaml is damaged.
+    """
+    record = record_of(folder)
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in journal.read(folder / "metrics.jsonl"):
         rows[row["kind"]].append(row)
-    checked = (
-        json.loads((folder / "preflight.json").read_text())
-        if (folder / "preflight.json").exists()
-        else {}
-    )
+    checked = door.decoration(folder / "preflight.json", _CHECKED, {})
     page = jinja2.Environment(autoescape=True).from_string(_PAGE.read_text("utf-8"))
     text = page.render(
         name=record["name"],
@@ -56,17 +74,33 @@ def write(folder: Path) -> Path:
         **_outcome(folder, rows),
     )
     path = folder / "report.html"
-    atomic.write_text(path, text)
+    # data may hold half a character, which UTF-8 cannot write
+    atomic.write_text(path, text.encode("utf-8", "replace").decode("utf-8"))
     return path
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """Return the content of run.yaml.
+
+    Raises:
+        FolderError: it is no run folder, it holds what no run writes, or run.yaml is damaged.
+    """
+    place = RunFolder(folder)
+    place.refuse_links()
+    record = place.earlier()
+    if record is None:
+        raise FolderError(f"{folder} is no run folder: it has no run.yaml")
+    if (fault := door.mismatch(record, _SHOWN)) is not None:
+        raise FolderError(f"{place.file} is not a run's record: {fault}")
+    return record
 
 
 def _subtitle(record: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) -> str:
     choices = record["identity"]["choices"]
     steps = rows["step"][-1]["step"] if rows["step"] else 0
-    base = record["config"]["base"].get("path") or choices["base"]
-    return (
-        f"{base} with adapter {choices['adapter']}, {steps} of {record['identity']['steps']} steps"
-    )
+    base = record["config"].get("base", {}).get("path") or choices.get("base")
+    planned = record["identity"].get("steps")
+    return f"{base} with adapter {choices.get('adapter')}, {steps} of {planned} steps"
 
 
 def _notes(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -90,9 +124,11 @@ def _outcome(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> dict[str, A
         return {"outcome": [], "best": None}
     first, last = evaluations[0], evaluations[-1]
     file = folder / "checkpoints" / "best.json"
-    step = json.loads(file.read_text())["step"] if file.exists() else last["step"]
+    step = door.decoration(file, {"step": int}, {"step": last["step"]})["step"]
     best = next((row for row in reversed(evaluations) if row["step"] == step), last)
-    names = [name for name in last if name not in ("kind", "step", "seconds")]
+    names = [
+        name for name in last if name not in ("kind", "step", "seconds") and _is_number(last[name])
+    ]
     table = [
         {
             "name": name,
@@ -105,14 +141,21 @@ def _outcome(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> dict[str, A
     return {"outcome": table, "best": best if best["step"] != last["step"] else None}
 
 
+def _is_number(value: Any) -> bool:
+    return door.mismatch(value, door.NUMBER) is None
+
+
 def _number(value: Any) -> str:
-    if value is None:
+    if not _is_number(value):
         return ""
     return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
 
 
 def _samples(folder: Path) -> list[dict[str, Any]]:
-    rows = journal.read(folder / "samples.jsonl")
+    shown = ("where", "prompt", "expected", "answer", "scores")
+    rows = [
+        row for row in journal.read(folder / "samples.jsonl") if all(key in row for key in shown)
+    ]
     steps = [row["step"] for row in rows]
     if not steps or min(steps) == max(steps):
         return []
@@ -134,13 +177,14 @@ def _samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def _scores(row: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.2g}" for name, value in row["scores"].items())
+    scores = ((name, value) for name, value in row["scores"].items() if value is not None)
+    return ", ".join(f"{name} {value:.2g}" for name, value in scores)
 
 
 def _data(checked: dict[str, Any]) -> list[dict[str, Any]]:
     splits = [(name, checked.get("data", {}).get(name)) for name in ("train", "eval")]
     return [
-        {"name": name, **{key: _number(split[key]) for key, _ in _DATA_ROWS}}
+        {"name": name, **{key: _number(split.get(key)) for key, _ in _DATA_ROWS}}
         for name, split in splits
         if split
     ]
@@ -157,20 +201,23 @@ def _facts(
     start = record["starts"][-1]
     model = checked.get("model", {})
     facts = [
-        ("command", start["command"]),
+        ("command", start.get("command")),
         (
             "started",
-            f"{start['time']} on {start['host']}, start {len(record['starts'])} of this run",
+            f"{start.get('time')} on {start.get('host')}, start {len(record['starts'])} of this"
+            " run",
         ),
-        ("git revision", start["git"] or "unknown"),
+        ("git revision", start.get("git") or "unknown"),
         (
             "versions",
             ", ".join(
-                f"{name} {version}" for name, version in start["versions"].items() if version
+                f"{name} {version}"
+                for name, version in start.get("versions", {}).items()
+                if version
             ),
         ),
         ("run id", record["id"]),
-        ("precision", record["identity"]["precision"]),
+        ("precision", record["identity"].get("precision")),
     ]
     if parent := record.get("parent"):
         facts.append(("branched off", f"{parent['run']} after step {parent['step']}"))
@@ -178,8 +225,9 @@ def _facts(
         facts.append(
             ("parameters", f"{model['parameters']:,}, {counted(model['trainable'])} trained")
         )
-    if rows["step"]:
-        steps = rows["step"]
+    timed = ("tokens_per_s", "seconds", "tokens")
+    steps = [row for row in rows["step"] if all(row.get(key) is not None for key in timed)]
+    if steps:
         speeds = sorted(row["tokens_per_s"] for row in steps)
         facts.append(
             (
@@ -222,7 +270,8 @@ def _curves(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[Curve
     if top1:
         curves = [(name.partition("/")[0], evaluations, name, "o-") for name in top1]
         plots.append(("held out, top-1 by offset", curves, False))
-        if any(row.get("accepted", 1) > 1 for row in evaluations):
+        accepted = [row.get("accepted") for row in evaluations]
+        if any(_is_number(value) and value > 1 for value in accepted):
             plots.append(("held out, tokens a step", [("", evaluations, "accepted", "o-")], False))
     scores = [
         name
@@ -256,7 +305,7 @@ def _plots(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
     for title, curves, logarithmic in _curves(rows):
         figure, axes = pyplot.subplots(figsize=(5.4, 2.9))
         for label, source, key, style in curves:
-            points = [(row["step"], row[key]) for row in source if row.get(key) is not None]
+            points = [(row["step"], row[key]) for row in source if _is_number(row.get(key))]
             if points:
                 axes.plot(
                     *zip(*points, strict=True),

@@ -21,9 +21,9 @@ from trainer.callbacks import progress
 from trainer.data.identity import changed
 from trainer.schedules import factor
 from trainer.schedules.cooldown import RuntimeCooldown
-from trainer.storage import checkpoints, run_folder
+from trainer.storage import atomic, checkpoints, run_folder
 from trainer.storage.checkpoints import Checkpoint, CheckpointError
-from trainer.storage.journal import Journal, read
+from trainer.storage.journal import Journal, read_lines
 from trainer.storage.run_folder import RunFolder
 
 log = logging.getLogger("trainer")
@@ -74,6 +74,7 @@ def find_start_point(folder: RunFolder, recipe: Recipe, identity: dict[str, Any]
             return StartPoint()
         parent, copied = branch_off(folder, recipe.config, identity)
         return StartPoint(copied.step, copied, parent=parent)
+    checkpoints.set_damaged_aside(folder.checkpoints)
     checkpoint, drops_cooldown = _checkpoint_to_resume(folder, recipe, identity, earlier)
     start = StartPoint(
         checkpoint.step if checkpoint is not None else 0,
@@ -132,12 +133,12 @@ def branch_off(
         except OSError:
             shutil.copyfile(file, copy)
     for name in ("metrics.jsonl", "samples.jsonl"):
-        rows = [
-            row for row in read(path / name) if row["step"] <= step and row.get("kind") != "stopped"
+        lines = [
+            line
+            for line, row in read_lines(path / name)
+            if row["step"] <= step and row.get("kind") != "stopped"
         ]
-        (folder.path / name).write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8"
-        )
+        atomic.write_text(folder.path / name, "".join(f"{line}\n" for line in lines))
     log.info("branching off %s after step %d", path, step)
     return parent, target
 

@@ -15,9 +15,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from trainer.config import files
+from trainer.storage import door
 from trainer.storage.atomic import write_text
 from trainer.storage.run_folder import FolderError
 
+_ROW = {"row": int, "answer?": int, "of?": int, "*": object}
+_LEFT_OUT = _ROW | {"why": str}
 FREE = ("batch_size", "rows")  # settings that may change when a command is continued
 REASONS = ("empty", "cut", "long", "refused")  # why a row is left out
 
@@ -53,9 +57,13 @@ class AnswersFolder:
         try:
             self._refuse_other_settings()
             for file in (self.rows, self.left_out):
+                shape = _LEFT_OUT if file == self.left_out else _ROW
                 for number, line in enumerate(whole_lines(file), 1):
                     try:
-                        self._note(json.loads(line))
+                        row = door.parse(line)
+                        if door.mismatch(row, shape) is not None:
+                            raise ValueError
+                        self._note(row)
                     except (ValueError, KeyError, TypeError):
                         raise FolderError(
                             f"{file}:{number} is not a line that this command writes: remove it"
@@ -87,8 +95,8 @@ class AnswersFolder:
                 )
             return
         try:
-            recorded = json.loads(self.record.read_text("utf-8"))["settings"]
-        except (ValueError, KeyError, TypeError):
+            recorded = door.json_file(self.record, {"settings": dict})["settings"]
+        except (OSError, ValueError):
             raise FolderError(f"{self.record} cannot be read: choose another out=") from None
         different = [
             f"{key}: {json.dumps(recorded.get(key))} then, {json.dumps(self.settings.get(key))} now"
@@ -111,7 +119,7 @@ class AnswersFolder:
                 if ("why" in line) == left_out
                 and (line["row"], line.get("answer", 1)) not in self.have
             ]
-            with file.open("a", encoding="utf-8") as stream:
+            with files.append(file) as stream:
                 stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new))
         for line in lines:
             self._note(line)
@@ -129,7 +137,8 @@ class AnswersFolder:
             counts["cut"] += line.get("cut", False)
             counts["inexact"] += line.get("inexact", False)
         for line in map(json.loads, whole_lines(self.left_out)):
-            counts[f"left out: {line['why']}"] += 1
+            why = f"left out: {line['why']}"
+            counts[why] = counts.get(why, 0) + 1
         content = {"settings": self.settings, **self.described, "counts": counts}
         write_text(self.record, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
@@ -138,11 +147,11 @@ def whole_lines(file: Path) -> Iterator[str]:
     """Yield the lines of a file. Half a line that a killed process left is removed from it."""
     if not file.exists():
         return
-    with file.open("rb+") as stream:
+    with files.edit(file) as stream:
         end = 0
         for line in stream:
             if not line.endswith(b"\n"):
                 stream.truncate(end)
                 return
             end += len(line)
-            yield line.decode("utf-8")
+            yield line.decode("utf-8", "replace")

@@ -23,13 +23,20 @@ from typing import Any
 import torch
 
 from tasks.wheel import sha256
-from trainer.storage import atomic
+from trainer.storage import atomic, door
 
 log = logging.getLogger(__name__)
+
+MARKS = ("best", "constant")  # NAME.json marks a checkpoint
+_MANIFEST = {"bytes": int, "sha256": str}
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read. The message says which, why, and what is left."""
+
+
+class NoSuchCheckpoint(CheckpointError):
+    """The run has no checkpoint of the name that the user gave."""
 
 
 @dataclass(frozen=True, order=True)
@@ -56,10 +63,11 @@ class Checkpoint:
 
     @property
     def sha256(self) -> str | None:
-        """The digest that the manifest records, None if there is no manifest."""
-        if not self.manifest.exists():
+        """The digest that the manifest records, None if there is none that can be read."""
+        try:
+            return door.json_file(self.manifest, _MANIFEST)["sha256"]
+        except (OSError, ValueError):
             return None
-        return json.loads(self.manifest.read_text())["sha256"]
 
 
 def save(content: dict[str, Any], path: Path) -> None:
@@ -127,14 +135,16 @@ def fault(checkpoint: Checkpoint) -> str | None:
     """Return what is wrong with a checkpoint's files, None if they are as they were written."""
     path = checkpoint.path
     try:
-        manifest = json.loads(checkpoint.manifest.read_text())
+        manifest = door.json_file(checkpoint.manifest, _MANIFEST)
+        if not path.is_file():
+            return f"{path.name} is missing" if not path.exists() else "it is no regular file"
         if path.stat().st_size != manifest["bytes"]:
             return f"it has {path.stat().st_size} bytes instead of {manifest['bytes']}"
         if sha256(path) != manifest["sha256"]:
             return "its content has changed since it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return "its manifest cannot be read"
     return None
 
@@ -177,10 +187,11 @@ def load(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         return torch.load(checkpoint.path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first_line = str(error).partition("\n")[0]
+        # torch's own message advises to load it all the same
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f": it names {named[1]}, which could run code" if named else ""
         raise CheckpointError(
-            f"{checkpoint.path} cannot be used: it is no checkpoint of tensors and plain data"
-            f" ({first_line})"
+            f"{checkpoint.path} cannot be used: it is no checkpoint of tensors and plain data{what}"
         ) from None
 
 
@@ -196,21 +207,45 @@ def remove_leftovers(folder: Path) -> None:
     keep = {checkpoint.path for checkpoint in complete(folder)}
     files = (path for path in folder.glob("step-*.ckpt") if path not in keep)
     for path in [*folder.glob("*.tmp"), *files]:
-        path.unlink(missing_ok=True)
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+
+
+def set_damaged_aside(folder: Path) -> None:
+    """Rename marks of the best and of the constant checkpoint that cannot be read. A run calls this
+    before it resumes."""
+    for name in MARKS:
+        try:
+            marked(folder, name)
+        except CheckpointError as error:
+            door.set_aside(folder / f"{name}.json", str(error.__cause__))
 
 
 def marked(folder: Path, name: str) -> Checkpoint | None:
     """Return the checkpoint that NAME.json marks as `best` or as the last of the `constant` phase,
-    None if there is no such file."""
+    None if there is no such file.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
     file = folder / f"{name}.json"
-    return Checkpoint.at(folder, json.loads(file.read_text())["step"]) if file.exists() else None
+    try:
+        return Checkpoint.at(folder, door.json_file(file, {"step": int})["step"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} is damaged ({door.reason(error)}), so it is not known which step is the {name}"
+            " one: name a step instead, as in RUN@STEP"
+        ) from error
 
 
 def chosen(folder: Path, which: str) -> Checkpoint:
     """Return the checkpoint that `last`, `best` or the number of a step means.
 
     Raises:
-        CheckpointError: there is no such checkpoint. The message lists the steps that there are.
+        NoSuchCheckpoint: there is none. The message lists the steps that there are.
+        CheckpointError: the checkpoints, or best.json, are damaged.
     """
     saved = complete(folder)
     steps = ", ".join(str(checkpoint.step) for checkpoint in saved) or "none"
@@ -221,9 +256,9 @@ def chosen(folder: Path, which: str) -> Checkpoint:
     elif which.isdecimal():
         checkpoint = Checkpoint.at(folder, int(which))
     else:
-        raise CheckpointError(
+        raise NoSuchCheckpoint(
             f"{which!r} names no checkpoint: give last, best, or one of the steps {steps}"
         )
     if checkpoint is None or checkpoint not in saved:
-        raise CheckpointError(f"{folder} has no checkpoint {which!r}; it has the steps {steps}")
+        raise NoSuchCheckpoint(f"{folder} has no checkpoint {which!r}; it has the steps {steps}")
     return checkpoint

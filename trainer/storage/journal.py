@@ -6,12 +6,40 @@ from __future__ import annotations
 import csv
 import json
 import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainer.storage import atomic
+from trainer.config import files
+from trainer.storage import atomic, door
 
 log = logging.getLogger(__name__)
+
+LARGEST = 2 << 30  # bytes of a file: seven million steps
+SAMPLES = "samples.jsonl"
+_ROW = {"kind": str, "step": int, "*": object}
+_NUMBERS = ("loss", "lr", "tokens", "seconds", "tokens_per_s", "trained_per_s", "grad_norm")
+_MEASURED = {f"{name}?": door.MAYBE_NUMBER for name in _NUMBERS}
+_KINDS: dict[str, Any] = {
+    "step": _MEASURED,
+    "evaluation": _MEASURED,
+    "average": _MEASURED,
+    "cooldown": {"steps": int, "reason": str, "level?": door.NUMBER},
+    "stopped": {
+        "reason": str,
+        "steps?": door.MAYBE_NUMBER,
+        "minutes?": door.MAYBE_NUMBER,
+        "max_time?": door.MAYBE_NUMBER,
+    },
+}
+_SAMPLE = {
+    "step": int,
+    "where?": str,
+    "prompt?": str,
+    "expected?": object,
+    "answer?": str,
+    "scores?": {"*": door.MAYBE_NUMBER},
+}
 
 
 class Journal:
@@ -21,7 +49,7 @@ class Journal:
     def __init__(self, folder: Path, loggers: list[Any], writes: bool = True):
         self.metrics, self.samples, self.csv = (
             folder / "metrics.jsonl",
-            folder / "samples.jsonl",
+            folder / SAMPLES,
             folder / "metrics.csv",
         )
         self.loggers, self.writes = loggers, writes  # each a callbacks.dashboards.Dashboard
@@ -33,15 +61,28 @@ class Journal:
         """Remove the rows after `step`, which a resumed run writes again, and the rows that say
         that the run was stopped. -1 removes all rows. Without `cooled`, also remove the rows that
         say that a cooldown began."""
-        removed = ('"kind": "stopped"',) if cooled else ('"kind": "stopped"', '"kind": "cooldown"')
+        removed = {"stopped"} if cooled else {"stopped", "cooldown"}
         for path in (self.metrics, self.samples):
             if self.writes and path.exists():
-                lines = [
-                    line
-                    for line in _lines(path)
-                    if _step(line) <= step and not any(kind in line for kind in removed)
-                ]
-                atomic.write_text(path, "".join(f"{line}\n" for line in lines))
+                self._rewind(path, step, removed if path == self.metrics else set())
+
+    def _rewind(self, path: Path, step: int, removed: set[str]) -> None:
+        try:
+            lines, fault = _parsed(path), None
+        except (OSError, ValueError) as error:  # too large, or no file
+            lines, fault = [], door.reason(error)
+        if damaged := _damaged(lines):
+            fault = f"line {damaged[0].number} is no row of it"
+        if fault is not None:
+            door.set_aside(path, f"{fault}; its whole lines are kept" if lines else fault)
+        kept = (
+            line.text
+            for line in lines
+            if line.row is not None
+            and line.row["step"] <= step
+            and line.row.get("kind") not in removed
+        )
+        atomic.write_text(path, "".join(f"{text}\n" for text in kept))
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append one row, and forward it to the dashboards."""
@@ -87,7 +128,7 @@ class Journal:
         names = list(dict.fromkeys(name for row in rows for name in row))
         with (
             atomic.file(self.csv) as temporary,
-            temporary.open("w", encoding="utf-8", newline="") as file,
+            temporary.open("w", encoding="utf-8", errors="replace", newline="") as file,
         ):
             writer = csv.DictWriter(file, names)
             writer.writeheader()
@@ -95,31 +136,71 @@ class Journal:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a journal file. A last line that a kill cut off is skipped."""
+    """Return the rows of a journal file, in the shape of their kind. A last line that a kill cut
+    off is skipped; other damaged lines are left out with a warning."""
+    return [row for _, row in read_lines(path)]
+
+
+def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return the rows of a journal file as `read` does, each with its line of text."""
     if not path.exists():
         return []
-    rows = []
-    for line in _lines(path):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    try:
+        lines = _parsed(path)
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read (%s) and is left out", path, door.reason(error))
+        return []
+    if damaged := _damaged(lines):
+        log.warning(
+            "%s: %d lines are damaged and left out, the first is line %d",
+            path,
+            len(damaged),
+            damaged[0].number,
+        )
+    return [(line.text, line.row) for line in lines if line.row is not None]
 
 
-def _lines(path: Path) -> list[str]:
+def _damaged(lines: list[_Line]) -> list[_Line]:
+    return [line for line in lines if line.row is None and not line.cut]
+
+
+@dataclass(frozen=True)
+class _Line:
+    number: int  # from 1, of those that are not empty
+    text: str
+    row: dict[str, Any] | None  # None: it is damaged
+    cut: bool = False  # whether a kill has cut it off
+
+
+def _parsed(path: Path) -> list[_Line]:
+    """Parse the lines of a journal file that are not empty.
+
+    Raises:
+        OSError, ValueError: the file cannot be read.
+    """
     # Not splitlines: an answer may hold U+2028, which JSON does not escape. A kill can cut a
     # character in two.
-    return path.read_text("utf-8", errors="replace").split("\n")
+    content = files.read_text(path, LARGEST, errors="replace")
+    lines = []
+    for number, text in enumerate(filter(str.strip, content.split("\n")), 1):
+        row, cut = None, False
+        try:
+            row = door.parse(text)
+        except ValueError as error:
+            cut = isinstance(error, json.JSONDecodeError) and text.startswith("{")
+        if row is not None and _fault(row, path.name == SAMPLES) is not None:
+            row = None
+        lines.append(_Line(number, text, row, cut))
+    whole = content.endswith("\n")
+    return [replace(line, cut=line.cut and line is lines[-1] and not whole) for line in lines]
+
+
+def _fault(row: Any, sample: bool) -> str | None:
+    if sample:
+        return door.mismatch(row, _SAMPLE)
+    return door.mismatch(row, _ROW) or door.mismatch(row, _KINDS.get(row["kind"], {}))
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with files.append(path) as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")

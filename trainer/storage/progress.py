@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, TypeVar
 
+from trainer.config.shown import say
+
 log = logging.getLogger("trainer")
 
 EVERY = 15.0  # seconds between two lines
@@ -85,7 +87,7 @@ def _say(line: str) -> None:
     if log.isEnabledFor(logging.INFO):
         log.info("%s", line)
     elif log.level == logging.NOTSET:  # no run has set logging up; ranks other than 0 set WARNING
-        print(line, file=sys.stderr, flush=True)
+        say(line, file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

@@ -28,16 +28,19 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config import compose, history, limits, run_name, target_base
+from trainer.config import compose, files, history, limits, run_name, target_base
 from trainer.config.errors import ConfigError
 from trainer.config.secrets import redact
+from trainer.storage import door
 from trainer.storage.atomic import write_text
+from trainer.storage.door import FolderError as FolderError
 
 log = logging.getLogger("trainer")
 
@@ -83,11 +86,16 @@ LENGTHS = ("max_steps", "max_epochs", "max_tokens")
 TEMPLATE = "chat_template.jinja"  # transformers' name for the file
 TRUSTED = "GRAFT_TRUST_REMOTE_CODE"  # allows the commands to run a model's own code
 
-_REQUIRED = {"id", "name", "overrides", "identity", "starts", "config"}
-
-
-class FolderError(RuntimeError):
-    """The run folder cannot be used. The message says why and how to fix it."""
+# of a run.yaml; what else a command needs, it checks itself
+_RECORD: dict[str, Any] = {
+    "id": str,
+    "name": str,
+    "overrides": [str],
+    "identity": {"choices": dict, "steps?": (int, NoneType), "*": object},
+    "starts": [dict],
+    "config": dict,
+    "parent?": (dict, NoneType),
+}
 
 
 class RunFolder:
@@ -112,10 +120,10 @@ class RunFolder:
         folder.refuse_links()
         try:
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
-            folder._lock = (path / ".lock").open("w")
+            folder._lock = files.append(path / ".lock")
             fcntl.flock(folder._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if (number := run_name.job()) is not None:
-                (path / "job").write_text(number)
+                write_text(path / "job", number)
         except BlockingIOError:
             folder._lock.close()
             raise FolderError(
@@ -136,19 +144,12 @@ class RunFolder:
             self._lock.close()
 
     def refuse_links(self) -> None:
-        """Refuse a folder with a symbolic link that leads out of it: writing here would write
-        there.
+        """Refuse a folder with a symbolic link that leads out of it, or with a device or a FIFO.
 
         Raises:
-            FolderError: there is such a link. The message names it.
+            FolderError: names the entry.
         """
-        # wandb/ is exempt: W&B links its logs to the user's cache, and a run never writes into the
-        # wandb folder of an earlier start.
-        if (link := limits.link_outside(self.path, "wandb")) is not None:
-            raise FolderError(
-                f"{link} is a link that leads out of the run folder. Replace it by a copy of its"
-                " target"
-            )
+        door.enter(self.path)
 
     @property
     def file(self) -> Path:
@@ -167,12 +168,14 @@ class RunFolder:
             content = limits.load_yaml(self.file)
         except (OSError, UnicodeDecodeError, limits.LimitExceeded, yaml.YAMLError) as error:
             raise FolderError(f"{self.file} cannot be read: {error}") from None
-        if not isinstance(content, dict) or not content.keys() >= _REQUIRED:
-            raise FolderError(
-                f"{self.file} is not a run's record: it must have the keys"
-                f" {', '.join(sorted(_REQUIRED))}"
-            )
-        return content
+        fault = door.mismatch(content, _RECORD)
+        if fault is None and not content["starts"]:
+            fault = "starts is empty"
+        if fault is None and content.get("parent") is not None:
+            fault = door.mismatch(content["parent"], {"run": str, "step": int}, "parent")
+        if fault is not None:
+            raise FolderError(f"{self.file} is not a run's record: {fault}")
+        return content  # type: ignore[no-any-return]
 
     def record(
         self,
@@ -258,10 +261,10 @@ def read(path: str) -> tuple[Path, dict[str, Any], str]:
     """
     folder_path, which = target_base.split(path)
     folder = RunFolder(folder_path)
+    folder.refuse_links()
     content = folder.earlier()
     if content is None:
         raise FolderError(f"{folder_path} is no run folder: it has no run.yaml")
-    folder.refuse_links()
     complete(content, folder.file)
     # A folder may come from a stranger: its config is checked against conf/, as a new one would be.
     try:
