@@ -180,7 +180,8 @@ def _places(config: DictConfig) -> Iterator[str]:
     hydra = OmegaConf.select(config, "hydra")
     if hydra is None or "overrides" not in hydra:  # a run.yaml, which chooses no place
         return
-    words = [*hydra.overrides.hydra, *hydra.overrides.task]
+    recorded: Any = OmegaConf.to_container(hydra.overrides, resolve=False)
+    words = [*recorded["hydra"], *recorded["task"]]
     named = {re.sub(r"^[+~]+", "", word.partition("=")[0]) for word in words}
     for place in _PLACES:
         value = _raw(config, place)
