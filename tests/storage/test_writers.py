@@ -46,6 +46,8 @@ REASONS = {
     ("trainer/models/tiny.py", "tiny", "save_pretrained"): "of gguf.py",
     ("tasks/wheel.py", "fetch", "FileLock"): LOCK,
     ("trainer/exporting/merged.py", "write_merged", "save_pretrained"): NEW_FOLDER,
+    ("trainer/exporting/serving.py", "write", "save_pretrained"): NEW_FOLDER,
+    ("trainer/exporting/serving.py", "_write_tokenizer", "save_pretrained"): NEW_FOLDER,
     ("trainer/exporting/compact.py", "compress", "save_file"): NEW_FOLDER,
     ("trainer/exporting/compact.py", "expand", "save_file"): NEW_FOLDER,
     ("trainer/exporting/compact.py", "expand", "copyfile"): NEW_FOLDER,
