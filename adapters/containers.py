@@ -95,15 +95,16 @@ def save_low_rank(
     def parts(delta: Any) -> dict[str, Tensor]:
         return {"lora_A.weight": delta.A, "lora_B.weight": delta.B}
 
+    _, names, transposed = io.delta_tensors(model, lambda _: {})
     config = functools.partial(
         LoraConfig,
         r=adapter.rank,
         lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
         use_rslora=adapter.rslora,
-        fan_in_fan_out=io.delta_tensors(model, lambda _: {})[2],
+        fan_in_fan_out=transposed,
     )
-    _write(model, folder, parts, config, base_name, task_type)
+    fields = io.lora_fields(model, names, adapter.dropout)
+    _write(model, folder, parts, config, base_name, task_type, fields=fields)
 
 
 def load_pair(base: nn.Module, folder: Path) -> nn.Module:
@@ -141,11 +142,12 @@ def _write(
     base_name: str,
     task_type: str,
     heads: bool = True,
+    fields: dict[str, Any] | None = None,
 ) -> None:
     tensors, names, _ = io.delta_tensors(model, parts)
     modules = io.trained_modules(model) if heads else []
     config = config_class(
-        target_modules=names,
+        **(fields or {"target_modules": io.shortened(names, model)}),
         modules_to_save=modules or None,
         base_model_name_or_path=base_name,
         task_type=task_type if heads else None,  # PEFT expects a head in a SEQ_CLS folder

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from adapters.linear import float_weight, is_linear, is_packed, output_layer, set_float_weight
+from adapters.reached import trained_by_text
 
 NamedLayers = list[tuple[str, nn.Module]]
 # Yields micro-batches of the training data from the first, for adapters that read data before
@@ -253,8 +254,8 @@ def targets(
 ) -> NamedLayers:
     """Return the linear layers to adapt, by name.
 
-    `entries` is `all-linear` (all layers but the output layer), a list of name endings, or a
-    regular expression for whole names.
+    `entries` is `all-linear` (all layers that text goes through, but the output layer), a list of
+    name endings, or a regular expression for whole names.
 
     Raises:
         AdapterError: an entry matches no linear layer. The message lists the layers of the model.
@@ -267,7 +268,8 @@ def targets(
         if is_linear(module) and not f"{name}.".startswith(untargeted)
     ]
     if entries == "all-linear":
-        chosen = [layer for layer in linears if layer[1] is not head]
+        reached = trained_by_text(model)
+        chosen = [(n, layer) for n, layer in linears if layer is not head and reached(n)]
     elif isinstance(entries, str):
         chosen = _matching(entries, linears)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +30,8 @@ def deltas(model: nn.Module) -> list[tuple[str, Any]]:
 def delta_tensors(
     model: nn.Module, parts: Callable[[Any], dict[str, Tensor]]
 ) -> tuple[dict[str, Tensor], list[str], bool]:
-    """Return each Delta's parts under PEFT's keys, the adapted layers' names for PEFT's
-    target_modules, and whether the layers are GPT-2's transposed Conv1D."""
+    """Return each Delta's parts under PEFT's keys, the adapted layers' names, and whether the
+    layers are GPT-2's transposed Conv1D."""
     tensors: dict[str, Tensor] = {}
     names: list[str] = []
     transposed = False
@@ -41,10 +42,10 @@ def delta_tensors(
             tensors |= {
                 f"{PREFIX}{name}.{key}": tensor for key, tensor in parts(module.delta).items()
             }
-    return tensors, _shortened(names, model), transposed
+    return tensors, names, transposed
 
 
-def _shortened(names: list[str], model: nn.Module) -> list[str]:
+def shortened(names: list[str], model: nn.Module) -> list[str]:
     """Return the names' endings (q_proj, ...) if they match only these layers, else the names."""
     endings = {name.rpartition(".")[2] for name in names}
     matching = {
@@ -54,6 +55,48 @@ def _shortened(names: list[str], model: nn.Module) -> list[str]:
         and (is_linear(module) or isinstance(module, AdaptedLinear))
     }
     return sorted(endings) if matching == set(names) else sorted(names)
+
+
+def lora_fields(model: nn.Module, names: list[str], dropout: float) -> dict[str, Any]:
+    """Return the fields of PEFT's LoraConfig that name the adapted layers.
+
+    On mixtures of experts PEFT takes some names in target_modules for the experts' matrices of
+    transformers 4 and rewrites them, although a dense MLP or a shared expert has layers of these
+    names too: it would load the adapter onto other weights (peft #3711). Such layers are named by
+    their weights in target_parameters, which PEFT leaves alone. It allows no dropout there; a saved
+    adapter has no use for it.
+    """
+    rewritten = [name for name in names if is_rewritten(model, name)]
+    if not rewritten:
+        return {"target_modules": shortened(names, model), "lora_dropout": dropout}
+    others = [name for name in names if name not in set(rewritten)]
+    return {
+        "target_modules": shortened(others, model),
+        "target_parameters": [f"{name}.weight" for name in rewritten],
+        "lora_dropout": 0.0,
+    }
+
+
+def is_rewritten(model: nn.Module, name: str) -> bool:
+    """Whether PEFT takes the name of a layer of this model for its experts' matrices."""
+    return name.rpartition(".")[2] in _rewritten_names(_model_type(model))
+
+
+def rewrites(model: nn.Module) -> bool:
+    """Whether PEFT rewrites target_modules for this model; it adds experts to `all-linear`."""
+    return bool(_rewritten_names(_model_type(model)))
+
+
+def _model_type(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", ""))
+
+
+@functools.cache
+def _rewritten_names(model_type: str) -> frozenset[str]:
+    from peft.utils import transformers_weight_conversion as conversion
+
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type, "")
+    return frozenset(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, {}))
 
 
 def trained_modules(model: nn.Module) -> list[str]:

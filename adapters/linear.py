@@ -11,14 +11,46 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 PACKED = ("Params4bit", "Int8Params")  # bitsandbytes' classes of quantised weights
 
 
+# Subclasses whose forward is their own and still x Wᵀ + b, by (class, whether on the meta device)
+_tried: dict[tuple[type, bool], bool] = {}
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer."""
-    return isinstance(module, nn.Linear | Conv1D)
+    """Whether a module computes x Wᵀ + b. A subclass with a forward of its own is tried out:
+    Falcon's layers do, and Llama 4's router, which returns a tuple, does not."""
+    kind: Any = type(module)
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    if (
+        kind.forward in (nn.Linear.forward, Conv1D.forward)
+        or type(module.weight).__name__ in PACKED
+    ):
+        return True
+    key = (kind, module.weight.is_meta)
+    if key not in _tried:
+        _tried[key] = _is_product(module)
+    return _tried[key]
+
+
+@torch.no_grad()
+def _is_product(linear: Any) -> bool:
+    """Whether a layer's own forward gives x Wᵀ + b for an x; on the meta device, its shape."""
+    weight = linear.weight
+    x = torch.linspace(-1, 1, 2 * linear.in_features, dtype=torch.float32, device=weight.device)
+    x = x.view(2, -1).to(weight.dtype)
+    try:
+        y, expected = type(linear).forward(linear, x), F.linear(x, weight, linear.bias)
+    except Exception:  # an own forward may want another shape, or a kernel that is not here
+        return False
+    if not isinstance(y, torch.Tensor) or y.shape != expected.shape:
+        return False
+    return y.is_meta or torch.allclose(y.float(), expected.float(), rtol=1e-2, atol=1e-3)
 
 
 def features(linear: Any) -> tuple[int, int]:
@@ -62,3 +94,9 @@ def set_float_weight(linear: Any, dense: Float[torch.Tensor, "o i"]) -> None:
         linear.weight.copy_(
             (dense.t() if isinstance(linear, Conv1D) else dense).to(linear.weight.dtype)
         )
+
+
+def not_a_view(y: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the output of an own autograd function in another shape. Autograd refuses to change a
+    view that such a function returns, and Falcon adds to its layers' outputs in place."""
+    return torch.ops.aten._unsafe_view(y, shape)  # as F.linear itself ends

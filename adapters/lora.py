@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from adapters import io
 from adapters.delta import Adapter, Delta, saved_for_backward
-from adapters.linear import features
+from adapters.linear import features, not_a_view
 
 
 class LoRA(Delta):
@@ -121,7 +121,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(W, A, B, low, *(sources if recompute is not None else (flat,)))
         ctx.scale, ctx.dtype, ctx.recompute = scale, dtype, recompute
         ctx.shape, ctx.input_dtype = x.shape, x.dtype
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return not_a_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -201,9 +201,8 @@ class LoRAAdapter(Adapter):
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
-            lora_dropout=self.dropout,
             use_rslora=self.rslora,
-            target_modules=names,
+            **io.lora_fields(model, names, self.dropout),
             modules_to_save=heads or None,
             fan_in_fan_out=fan_in_fan_out,
             base_model_name_or_path=base_name,

@@ -16,7 +16,6 @@ import ast
 import contextlib
 import copy
 import itertools
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import fields as dataclass_fields
@@ -37,15 +36,14 @@ from adapters.delta import (
     Start,
     cast_inputs,
     copy_tensors,
-    ends_with,
     freeze,
     refuse_quantised,
-    targets,
     untie,
 )
 from adapters.linear import float_weight, is_linear, set_float_weight
 from adapters.peft_fields import CHANGES_BASE, NAME, OURS, PROMPT_LEARNING, classes, config_class
 from adapters.peft_init import lora_layers
+from adapters.peft_targets import all_linear, refuse_unknown
 
 # what PEFT raises if a method does not fit a model
 PEFT_ERRORS = (ValueError, TypeError, KeyError, NotImplementedError, ImportError, RuntimeError)
@@ -147,7 +145,10 @@ class Peft(Adapter):
             if self.kind == "ADALORA" and values.get("total_step") is None:
                 values["total_step"] = start.steps
             if self.kind not in PROMPT_LEARNING:
-                _refuse_unknown(model, values.get("target_modules") or "all-linear")
+                chosen = values.get("target_modules") or "all-linear"
+                refuse_unknown(model, chosen)
+                if chosen == "all-linear" and values.get("target_modules"):
+                    values["target_modules"] = all_linear(model, self.kind)
         transposed = any(isinstance(module, Conv1D) for module in model.modules())
         if transposed and "fan_in_fan_out" in classes()[self.config_name].fields:
             values.setdefault("fan_in_fan_out", True)
@@ -311,23 +312,6 @@ def _silent() -> Iterator[None]:
         # AdaLoRA's layers of rank 0
         warnings.filterwarnings("ignore", message=".*LoRA tensor.* have invalid shape.*")
         yield
-
-
-def _refuse_unknown(model: nn.Module, entries: str | list[str]) -> None:
-    """Refuse target modules that match nothing. PEFT ignores them if another entry matches, and its
-    message lists no choices."""
-    names = [name for name, _ in model.named_modules()]
-    if entries == "all-linear":
-        return
-    if isinstance(entries, str):
-        with contextlib.suppress(re.error):  # `targets` reports it
-            if any(re.fullmatch(entries, name) for name in names):
-                return
-        targets(model, entries)
-    elif unknown := [
-        entry for entry in entries if not any(ends_with(name, entry) for name in names)
-    ]:
-        targets(model, unknown)
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

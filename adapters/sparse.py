@@ -42,7 +42,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters import sddmm
 from adapters.delta import AdaptedLinear, Delta, saved_for_backward
-from adapters.linear import features, float_weight, is_packed
+from adapters.linear import features, float_weight, is_packed, not_a_view
 
 Watcher = Callable[[Tensor, Tensor], None]  # receives dy (t, o) and x (t, i) of a backward pass
 
@@ -200,7 +200,7 @@ class _Linear(torch.autograd.Function):
         ctx.base, ctx.delta, ctx.recompute = base, delta, recompute
         ctx.dtype, ctx.shape = dtype, x.shape
         ctx.dtypes = (x.dtype, values.dtype if values is not None else None)
-        return y.view(*x.shape[:-1], delta.o)
+        return not_a_view(y, (*x.shape[:-1], delta.o))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ from adapters.delta import (
 )
 from adapters.linear import features, output_layer
 from adapters.sparse import SparseDelta, layers, supports
+
+log = logging.getLogger("trainer")
+TINY = 0.01  # of the largest layer's entries
 
 
 class SparseAdapter(Adapter):
@@ -62,6 +67,7 @@ class SparseAdapter(Adapter):
     def attach(self, model: nn.Module, start: Start) -> nn.Module:
         freeze(model)
         linears = targets(model, self.target_modules, self.exclude_modules, start.new_modules)
+        linears = self._large_enough(linears)
         sizes = self._sizes(linears)
         _untie_targets(model, linears)
         for name, linear in linears:
@@ -94,6 +100,30 @@ class SparseAdapter(Adapter):
         if start.saved is None:
             self.begin(model, start)
         return model
+
+    def _large_enough(self, linears: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+        """Leave out tiny layers of which the density is less than one entry, as Gemma 3n's of
+        4 x 4, unless they were named."""
+        sizes = {name: math.prod(features(linear)) for name, linear in linears}
+        if self.target_modules != "all-linear" or not 0 < self.density <= 1:
+            return linears
+        tiny = max(sizes.values()) * TINY
+        named = tuple(self.density_pattern)
+        small = [
+            name
+            for name, size in sizes.items()
+            if size < tiny and size * self.density < 1 and not ends_with(name, *named)
+        ]
+        if small:
+            log.info(
+                "%d layers, such as %s of %d entries, are too small for one at density %g and get"
+                " no adapter",
+                len(small),
+                small[0],
+                sizes[small[0]],
+                self.density,
+            )
+        return [layer for layer in linears if layer[0] not in set(small)]
 
     def _sizes(self, linears: list[tuple[str, nn.Module]]) -> dict[str, int]:
         """Return the number of entries of each layer's support. The first pattern that a name ends

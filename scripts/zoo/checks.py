@@ -125,11 +125,13 @@ def plain(place: Place, *overrides: str) -> Any:
 
 
 def stock(place: Place, folder: Path | str | None = None) -> Any:
-    """transformers' own model of a folder, by defaults the base's."""
-    import transformers
+    """transformers' own model of a folder, by defaults the base's, as its users load it."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    auto: Any = getattr(transformers, place.family.auto)
-    return auto.from_pretrained(folder or place.base, dtype=torch.float32).eval()
+    path = folder or place.base
+    known = type(AutoConfig.from_pretrained(path)) in AutoModelForCausalLM._model_mapping
+    auto: Any = AutoModelForCausalLM if known else AutoModelForImageTextToText
+    return auto.from_pretrained(path, dtype=torch.float32).eval()
 
 
 def preflight(place: Place) -> str:
@@ -154,6 +156,8 @@ def method(name: str) -> Any:
         effect = _effect(place, trained)
         if name == "full":
             return f"moves the logits by {effect:.2g} of their spread"
+        if not (folder / "adapter").exists():  # no layout of PEFT holds it
+            return f"merged only: {merged(place, name)}"
         _refuse_untrained(folder / "adapter")
         return f"stock PEFT loses {_lost(place, trained, folder / 'adapter'):.1e} of its effect"
 
@@ -215,11 +219,11 @@ def resume(place: Place) -> str:
     return "the same bits"
 
 
-def merged(place: Place) -> str:
-    """Export a LoRA merged; transformers loads it by itself, with the run's logits."""
+def merged(place: Place, name: str = "lora") -> str:
+    """Export a run merged; transformers loads it by itself, with the run's logits."""
     from trainer.exporting.formats import export
 
-    run = place.folder / "runs" / "lora"
+    run = place.folder / "runs" / name
     folder, _ = export(str(run), "merged", None, "float32")
     trained = load_trained(str(run), fp32=True)
     with torch.no_grad():

@@ -8,7 +8,8 @@ from typing import Any
 from scripts.zoo import checks, checks_decoder
 from scripts.zoo.families import Check, Family
 
-VOCABULARY = 259  # trainer.models.tiny's bytes and special tokens
+# trainer.models.tiny's 259 tokens, and some that transformers' own tokenizer classes add
+VOCABULARY = 264
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -248,7 +249,7 @@ def _vision_language() -> dict[str, Any]:
             DENSE["gemma3_text"],
             vision_config=VISION,
             mm_tokens_per_image=4,
-            image_token_index=258,
+            image_token_index=263,
         ),
         "qwen2_5_vl": functools.partial(
             vision_language,
@@ -256,8 +257,8 @@ def _vision_language() -> dict[str, Any]:
             "qwen2_5_vl_text",
             {"rope_parameters": rope},
             vision_config=qwen,
-            image_token_id=258,
-            video_token_id=257,
+            image_token_id=263,
+            video_token_id=262,
         ),
         "llama4": functools.partial(
             vision_language,
@@ -265,7 +266,7 @@ def _vision_language() -> dict[str, Any]:
             "llama4_text",
             EXPERTS | MOE["llama4_text"],
             vision_config=VISION | {"vision_output_dim": 16, "projector_output_dim": 16},
-            image_token_index=258,
+            image_token_index=263,
         ),
         "smolvlm": functools.partial(
             vision_language,
@@ -273,7 +274,7 @@ def _vision_language() -> dict[str, Any]:
             "llama",
             {},
             vision_config=VISION,
-            image_token_id=258,
+            image_token_id=263,
             scale_factor=2,
         ),
         "mistral3": functools.partial(
@@ -282,7 +283,7 @@ def _vision_language() -> dict[str, Any]:
             "mistral",
             {},
             vision_config=VISION | {"model_type": "pixtral", "head_dim": 8},
-            image_token_index=258,
+            image_token_index=263,
         ),
     }
 

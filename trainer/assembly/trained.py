@@ -161,7 +161,7 @@ def load_trained(
         identity["precision"], config["base"]["dtype"], identity["trains_base"], False
     )
     model = base.load(torch.float32 if fp32 else dtype, identity["labels"], device)
-    if dequantise and base.quantization != "none":
+    if dequantise and (base.quantization != "none" or base.is_quantized):
         model = dequantised(model)
     target_ends: list[int] = []
     drafter = (

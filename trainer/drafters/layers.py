@@ -175,6 +175,11 @@ def _layers(model: Any) -> nn.ModuleList:
         raise DrafterError(
             f"{type(layers[-1]).__name__} does not take {', '.join(sorted(missing))}: {_INSTEAD}"
         )
+    if unknown := _unknown_inputs(layers[-1]):
+        raise DrafterError(
+            f"{type(layers[-1]).__name__}'s attention needs {', '.join(unknown)}, which a head does"
+            f" not have: {_INSTEAD}"
+        )
     kind = _kind(model.config.get_text_config())
     if kind not in _MASKS:
         raise DrafterError(
@@ -182,6 +187,21 @@ def _layers(model: Any) -> nn.ModuleList:
             f" {', '.join(_MASKS)}: {_INSTEAD}"
         )
     return layers
+
+
+def _unknown_inputs(layer: nn.Module) -> list[str]:
+    """Return the inputs that a layer's attention must be given and a head has no values for, as
+    Gemma 4's keys and values of other layers."""
+    attention = getattr(layer, "self_attn", None)
+    if attention is None:
+        return []
+    return [
+        name
+        for name, parameter in list(inspect.signature(attention.forward).parameters.items())[1:]
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and name not in _TAKEN
+    ]
 
 
 def _kind(config: Any) -> str:

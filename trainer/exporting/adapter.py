@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import logging
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 
+from adapters.peft_fields import NAME
 from trainer.assembly.trained import Trained
-from trainer.exporting.compare import compare, outputs
+from trainer.exporting.compare import Mismatch, compare, effect, outputs
 from trainer.models.base import Base
 
 log = logging.getLogger("trainer")
+FILE = "adapter_model.safetensors"
 
 
 def save_adapter(
@@ -31,18 +36,58 @@ def verify_adapter(run: Trained, folder: Path) -> float:
     run's model in fp32, and return their distance.
 
     Raises:
-        Mismatch: they differ.
+        Mismatch: they differ, or PEFT has not read each tensor of the folder as it is.
     """
     expected = outputs(run.model, run)
+    with run.adapter.disabled(run.model):
+        base_logits = outputs(run.model, run)[-1]
+    moved = effect(expected[-1], base_logits)
     base = run.base.load(torch.float32, run.task.labels if run.task.kind == "label" else None)
     with warnings.catch_warnings():
         # Every AdaLoRA gives this warning.
         warnings.filterwarnings("ignore", message="The following rank_pattern keys.*lora_E")
         loaded = run.adapter.load_stock(base, folder).eval()
-    difference = compare(expected, outputs(loaded, run))
-    with run.adapter.disabled(run.model):
-        base_logits = outputs(run.model, run)[-1]
-    # Virtual tokens come before the row's own.
-    if torch.equal(expected[-1][:, -base_logits.shape[1] :], base_logits):
+    _check_tensors(loaded, folder)
+    difference = compare(expected, outputs(loaded, run), moved)
+    if moved == 0.0:
         log.warning("the adapter changes no logit: was it trained?")
     return difference
+
+
+def _check_tensors(loaded: nn.Module, folder: Path) -> None:
+    """Check that PEFT has each tensor of an adapter folder, with its values, and no other: it warns
+    of missing and unexpected ones, and goes on.
+
+    Raises:
+        Mismatch: naming some of the tensors.
+    """
+    file = folder / FILE
+    live: Any = loaded
+    if not file.exists() or live.peft_config[NAME].peft_type == "ADALORA":
+        return  # a pair of adapters; and AdaLoRA's ranks are cut as it is loaded
+    saved = load_file(file)
+    read = get_peft_model_state_dict(live, save_embedding_layers=False)
+    missing, unread = sorted(read.keys() - saved.keys()), sorted(saved.keys() - read.keys())
+    different = [
+        name
+        for name in sorted(read.keys() & saved.keys())
+        if not _equal(read[name].float(), saved[name].float())
+    ]
+    faults = [
+        f"{len(names)} {kind}, such as {names[0]}"
+        for names, kind in (
+            (missing, "tensors are not in the file"),
+            (unread, "of the file are not read"),
+            (different, "have other values"),
+        )
+        if names
+    ]
+    if faults:
+        raise Mismatch(
+            f"stock PEFT {version('peft')} reads the adapter otherwise than it was written:"
+            f" {'; '.join(faults)}. Export the merged model with to=merged"
+        )
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other.to(one.device))

@@ -10,8 +10,9 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
+from adapters.full import Full
 from trainer.assembly.trained import Trained
 from trainer.exporting import mtp_layers
 from trainer.exporting.compare import (
@@ -19,11 +20,13 @@ from trainer.exporting.compare import (
     Mismatch,
     compare,
     distance,
+    effect,
     outputs,
     random_rows,
 )
 from trainer.exporting.serving import Serving
 from trainer.models.base import Base
+from trainer.models.folders import text_model_class
 
 log = logging.getLogger("trainer")
 
@@ -40,8 +43,12 @@ def write_merged(run: Trained, folder: Path, dtype: torch.dtype, mtp: bool) -> f
         DrafterError: the drafter is no MTP layer of the base's family.
     """
     expected = outputs(run.model, run)
+    moved = None
+    if not isinstance(run.adapter, Full):  # which changes the base itself
+        with run.adapter.disabled(run.model):
+            moved = effect(expected[-1], outputs(run.model, run)[-1])
     merged: Any = run.adapter.merge(run.model)
-    difference = compare(expected, outputs(merged, run))
+    difference = compare(expected, outputs(merged, run), moved)
     if mtp:
         mtp_layers.check(run.drafter, merged)
     cast_parameters(merged, dtype)
@@ -56,7 +63,7 @@ def write_merged(run: Trained, folder: Path, dtype: torch.dtype, mtp: bool) -> f
     loaded = _load(run, folder)
     cast_parameters(merged, torch.float32)
     rounded = outputs(merged, run)
-    compare(rounded, outputs(loaded, run))  # the folder holds exactly the merged weights
+    compare(rounded, outputs(loaded, run), moved)  # the folder holds exactly the merged weights
     if mtp:
         _compare_mtp(run, merged, loaded, dtype)
     if dtype != torch.float32:
@@ -71,7 +78,9 @@ def write_merged(run: Trained, folder: Path, dtype: torch.dtype, mtp: bool) -> f
 
 def _load(run: Trained, folder: Path) -> Any:
     auto: Any = (
-        AutoModelForSequenceClassification if run.task.kind == "label" else AutoModelForCausalLM
+        AutoModelForSequenceClassification
+        if run.task.kind == "label"
+        else text_model_class(run.base.config)
     )
     loaded, info = auto.from_pretrained(
         folder,
@@ -81,6 +90,13 @@ def _load(run: Trained, folder: Path) -> Any:
     )
     if info["missing_keys"]:
         raise Mismatch(f"the export lacks {', '.join(sorted(info['missing_keys'])[:5])}")
+    layers = run.base.config.get_text_config().num_hidden_layers
+    if unread := sorted(
+        name for name in info["unexpected_keys"] if not mtp_layers.is_mtp(name, layers)
+    ):
+        raise Mismatch(
+            f"transformers does not read {len(unread)} tensors of the export, such as {unread[0]}"
+        )
     return loaded.eval()
 
 

@@ -199,7 +199,7 @@ def left_out(folder: Path, layers: int, export: Path) -> tuple[dict[str, Tensor]
     names = {
         name: file
         for name, file in _files(folder).items()
-        if _is_mtp(name, layers) and name not in exported
+        if is_mtp(name, layers) and name not in exported
     }
     extra: dict[str, Tensor] = {}
     for file in sorted(set(names.values())):
@@ -266,7 +266,7 @@ def own_logits(drafter: Drafter, model: Any, ids: Tensor) -> Tensor:
     return target.head(read.flatten(0, 1)).unflatten(0, read.shape[:2])
 
 
-def _is_mtp(name: str, layers: int) -> bool:
+def is_mtp(name: str, layers: int) -> bool:
     numbered = re.match(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.", name)
     return (
         int(numbered.group(1)) >= layers

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -25,13 +26,13 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
 )
 
 from trainer.config.errors import PANIC
+from trainer.models import folders, prequantised
 from trainer.models.generation import keep_single_answers
 from trainer.speed.flash import isolate_packed_rows
 from trainer.storage import door
@@ -64,10 +65,15 @@ class Base:
         Raises:
             BaseError: there is no such model, it cannot be reached, or it comes with its own code.
         """
+        if (fault := folders.adapter_fault(self.path)) is not None:
+            raise BaseError(fault)
         with _explained(self):
             _refuse_devices(self.path)
             self._refuse_fetched_code()
-            return AutoConfig.from_pretrained(self.path, **self._source())
+            config = AutoConfig.from_pretrained(self.path, **self._source())
+        if (fault := prequantised.fault(config)) is not None:
+            raise BaseError(f"base {self.path!r} {fault}")
+        return config
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -130,28 +136,25 @@ class Base:
             BaseError: as `config`, or the weights are incomplete, or the quantisation is not
                 available.
         """
-        attention = "sdpa" if self.attn_implementation == "auto" else self.attn_implementation
-        if attention.startswith("flash"):
+        if self.attn_implementation.startswith("flash"):
             isolate_packed_rows()
-        arguments: dict[str, Any] = self._source() | {
-            "dtype": dtype,
-            "attn_implementation": attention,
-        }
+        arguments: dict[str, Any] = self._source() | {"dtype": dtype}
         if self.quantization != "none":
-            arguments |= {
-                "quantization_config": self._quantization(dtype),
-                "device_map": {"": device},
-            }
+            arguments["quantization_config"] = self._quantization(dtype)
+        elif (dequantised := prequantised.dequantising(self.config)) is not None:
+            arguments["quantization_config"] = dequantised
+        if self.quantization != "none" or self.is_quantized:
+            arguments["device_map"] = {"": device}
         with _explained(self):
             self._refuse_fetched_code()
-            model, missing = self._from_pretrained(labels, arguments)
+            model, missing = self._with_attention(labels, arguments)
         keep_single_answers(model, self.path)
         if missing:
             raise BaseError(
                 f"the weights of {self.path} lack {len(missing)} tensors, such as {missing[:3]}:"
                 " the files are not of this model"
             )
-        if self.quantization == "none":
+        if "device_map" not in arguments:
             model.to(device)
         for module in model.modules():
             # On a CPU with AVX512-BF16 bitsandbytes repacks a 4-bit weight at its first use in eval
@@ -161,13 +164,28 @@ class Base:
                 module.support_avx512bf16_for_cpu = False
         return model.eval()
 
+    def _with_attention(
+        self, labels: list[str] | None, arguments: dict[str, Any]
+    ) -> tuple[Any, list[str]]:
+        """Load with the attention that was chosen. `auto` is sdpa where the model's class has it,
+        else eager: Gemma 2 caps its scores, gpt-oss has sinks, Bloom has biases by distance."""
+        if self.attn_implementation != "auto":
+            chosen = {"attn_implementation": self.attn_implementation}
+            return self._from_pretrained(labels, arguments | chosen)
+        try:
+            return self._from_pretrained(labels, arguments | {"attn_implementation": "sdpa"})
+        except ValueError as error:  # raised before weights are read
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+        return self._from_pretrained(labels, arguments | {"attn_implementation": "eager"})
+
     def _from_pretrained(
         self, labels: list[str] | None, arguments: dict[str, Any]
     ) -> tuple[Any, list[str]]:
         """Return the model as transformers loads it, and the names of tensors that its files
         lack."""
         if labels is None:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = folders.text_model_class(self.config).from_pretrained(
                 self.path, output_loading_info=True, **arguments
             )
             return loaded[0], sorted(loaded[1]["missing_keys"])
@@ -189,10 +207,19 @@ class Base:
         config = copy.deepcopy(self.config)
         if labels is not None:
             config.num_labels = len(labels)
-        auto: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+        auto: Any = (
+            folders.text_model_class(config)
+            if labels is None
+            else AutoModelForSequenceClassification
+        )
         with torch.device("meta"), _explained(self):
             model: nn.Module = auto.from_config(config, trust_remote_code=self.trust_remote_code)
         return model
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the model's own files are quantised."""
+        return getattr(self.config, "quantization_config", None) is not None
 
     @functools.cached_property
     def fingerprint(self) -> str:

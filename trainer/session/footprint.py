@@ -20,6 +20,7 @@ from trainer.assembly.build import instantiate, new_modules
 from trainer.assembly.recipe import Recipe
 from trainer.callbacks import every_steps
 from trainer.drafters import Drafter, DrafterError
+from trainer.models.experts import expert_tensors
 from trainer.models.losses import positions
 from trainer.penalties.deft import PenaltyError
 
@@ -30,6 +31,8 @@ class Footprint:
 
     parameters: int
     trainable: int | None  # None where only the loaded base can tell
+    experts: int  # parameters of routed experts
+    experts_frozen: int  # of them, how many stay as they are
     precision: str
     dtype: str
     memory_bytes: dict[str, int]
@@ -61,7 +64,9 @@ def estimate(recipe: Recipe, folder: Path) -> Footprint:
     skeleton = recipe.base.skeleton(recipe.labels)
     total = sum(p.numel() for p in skeleton.parameters())
     linears = sum(math.prod(features(linear)) for _, linear in targets(skeleton, "all-linear"))
+    experts = list(expert_tensors(skeleton).values())
     trainable = _trainable(recipe, skeleton, errors, warnings)
+    frozen = _frozen_experts(recipe.adapter, experts, total, warnings)
     cuda = recipe.device.type == "cuda"
     parts = _memory(recipe, total, linears, trainable or 0)
     needed = sum(parts.values())
@@ -74,6 +79,8 @@ def estimate(recipe: Recipe, folder: Path) -> Footprint:
     return Footprint(
         parameters=total,
         trainable=trainable,
+        experts=sum(p.numel() for p in experts),
+        experts_frozen=frozen,
         precision=recipe.precision,
         dtype=str(recipe.dtype).removeprefix("torch."),
         memory_bytes=parts,
@@ -106,6 +113,20 @@ def _trainable(
         errors.append("the adapter has no trainable parameter")
     _penalty(recipe.config, adapter, model, errors)
     return trainable
+
+
+def _frozen_experts(
+    adapter: Adapter, experts: list[nn.Parameter], total: int, warnings: list[str]
+) -> int:
+    """How many parameters of experts get no update: they are no linear layers, so that
+    `all-linear` does not reach them."""
+    frozen = sum(p.numel() for p in experts if not p.requires_grad)
+    if frozen and not isinstance(adapter, Nothing):
+        warnings.append(
+            f"{frozen:,} of {total:,} parameters ({frozen / total:.0%}) sit in experts, which are"
+            " no linear layers and stay frozen"
+        )
+    return frozen
 
 
 def _disk(recipe: Recipe, trainable: int, folder: Path, errors: list[str]) -> tuple[int, int]:
@@ -181,6 +202,7 @@ def _memory(recipe: Recipe, total: int, linears: int, trainable: int) -> dict[st
     config, base, dtype, train = recipe.config, recipe.base, recipe.dtype, recipe.data.train
     text = base.config.get_text_config()
     width, inner = getattr(text, "hidden_size", 0), getattr(text, "intermediate_size", 0) or 0
+    inner = max(inner) if isinstance(inner, list | tuple) else inner  # Gemma 3n: one a layer
     layers = getattr(text, "num_hidden_layers", 0)
     # bytes of a linear layer's weight; NF4: half a byte, and a scale for each block
     linear_bytes = {"none": dtype.itemsize, "nf4": 0.53, "int8": 1.0}[base.quantization]

@@ -21,6 +21,7 @@ from trainer.data import hidden_states
 from trainer.data.held_out import to_device
 from trainer.drafters import Drafter
 from trainer.drafters import io as drafter_io
+from trainer.models.causality import check_causality
 from trainer.models.packing_check import check_packing_isolation
 from trainer.session.footprint import parameters
 from trainer.session.start_point import StartPoint, cooldown_of
@@ -53,6 +54,8 @@ def load_model(recipe: Recipe, start: StartPoint, folder: Path | None) -> Loaded
     config, seed = recipe.config, recipe.config["seed"]
     lightning.seed_everything(seed, verbose=False)
     model = _load_base(recipe)
+    if recipe.labels is None and not getattr(model.config, "is_encoder_decoder", False):
+        check_causality(model, recipe.base)
     _use_kernels(model, recipe)
     lightning.seed_everything(seed, verbose=False)
     drafter = _make_drafter(recipe, model, start) if config["drafter"] else None

@@ -26,13 +26,12 @@ def use_flash(model: nn.Module, device: torch.device, dtype: torch.dtype) -> boo
     """Make `model` compute attention by flash-attn, whose time for packed rows grows with the
     length of the rows and not of their sequence. Return False, and change nothing, if the package
     is not installed or does not support this model's class, head size, dtype or GPU."""
-    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if device.type != "cuda":
+        return False
     if (
-        device.type != "cuda"
-        or dtype not in (torch.bfloat16, torch.float16)
+        dtype not in (torch.bfloat16, torch.float16)
         or not getattr(model, "_supports_flash_attn", False)
-        or width > WIDEST
+        or _head_width(model) > WIDEST
         or not is_flash_attn_2_available()
         or torch.cuda.get_device_capability(device) < (8, 0)
     ):
@@ -40,6 +39,13 @@ def use_flash(model: nn.Module, device: torch.device, dtype: torch.dtype) -> boo
     isolate_packed_rows()
     model.set_attn_implementation(FLASH)  # type: ignore[operator]
     return True
+
+
+def _head_width(model: nn.Module) -> int:
+    """Return the width of the widest attention head. Gemma 4's layers differ in theirs."""
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    widths = [module.head_dim for module in model.modules() if hasattr(module, "head_dim")]
+    return max(widths) if widths else config.hidden_size // config.num_attention_heads
 
 
 def isolate_packed_rows() -> None:

@@ -30,6 +30,7 @@ from trainer.schedules import factor
 from trainer.schedules.cooldown import RuntimeCooldown
 from trainer.training.fsdp import Sharded, average_unsharded_grads, local_shard
 from trainer.training.optimizer import clip_gradients, parameter_groups
+from trainer.training.untrained import warn_of_untrained
 
 
 class FineTune(lightning.LightningModule):
@@ -83,6 +84,7 @@ class FineTune(lightning.LightningModule):
         self.step = 0  # optimiser steps done, skipped ones included: the run's clock
         self.tokens = 0  # processed so far, over all ranks
         self.skipped = self.skipped_in_a_row = 0
+        self.gradients_checked = False  # whether parameters without a gradient were looked for
         self.step_done = False  # whether this micro-batch has ended a step
         self.grad_norm: Tensor | None = None
         self.density: float | None = None  # mean over layers in this step, if there is a penalty
@@ -160,6 +162,8 @@ class FineTune(lightning.LightningModule):
         return loss if penalty is None else loss + penalty
 
     def on_after_backward(self) -> None:
+        if not self.gradients_checked:
+            self.gradients_checked = warn_of_untrained(self.model)
         if self.penalty is not None:
             self.penalty.close()
 

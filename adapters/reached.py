@@ -1,0 +1,69 @@
+"""Which layers of a model an adapter can train: those that are called, on the way of a text.
+
+Two kinds are not. The vision tower of a vision-language model, and what projects its states, are
+called for images only. And some classes multiply by a layer's weight themselves, without calling
+the layer, so that what is attached to it has no effect: Mamba does so with dt_proj, and with
+out_proj where its fused kernel is installed. PEFT refuses that out_proj too.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+def trained_by_text(model: nn.Module) -> Callable[[str], bool]:
+    """Return the function that says of a layer's name whether a text calls the layer."""
+    inside = text_part(model)
+
+    def reached(name: str) -> bool:
+        if inside is not None and not name.startswith(inside):
+            return False
+        parent, _, child = name.rpartition(".")
+        return not _weight_is_read(type(model.get_submodule(parent)), child)
+
+    return reached
+
+
+def text_part(model: nn.Module) -> str | None:
+    """Return the start of the names of the language model's layers in a model of several
+    modalities; None where the whole model is one."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "get_text_config"):
+        return None
+    if config.get_text_config() is config or not hasattr(model, "get_decoder"):
+        return None
+    decoder: Any = model.get_decoder()
+    return next(
+        (f"{name}." for name, module in model.named_modules() if module is decoder and name), None
+    )
+
+
+@functools.cache
+def _weight_is_read(parent: type, child: str) -> bool:
+    """Whether a class of the Mamba kind reads the weight of its layer `child`, otherwise than to
+    start it or to ask for its type."""
+    layer = re.escape(child)
+    read = re.compile(
+        rf"(isinstance\(|init\.\w+\(|nn\.Parameter\()?\s*\bself\.{layer}\.weight\b(?!\s*(\.|=[^=]))"
+    )
+    source = "".join(
+        _source(kind) for kind in parent.__mro__ if not kind.__module__.startswith("torch.")
+    )
+    # Bloom's layers do so too, for a tensor parallelism that is never on.
+    return "mamba" in source.lower() and any(
+        match.group(1) is None for match in read.finditer(source)
+    )
+
+
+@functools.cache
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # made at run time, or without its file
+        return ""

@@ -1,0 +1,53 @@
+"""Models whose files are quantised already: GPTQ, AWQ, bitsandbytes, FP8, MXFP4 and others."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+INSTEAD = "Give the unquantised model; base.quantization=nf4 then makes 4 bits of it"
+
+
+def fault(config: Any) -> str | None:
+    """Return why a model with this config cannot be loaded here or cannot be trained, with the
+    method and the package that it needs; None for all others."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    plain = settings if isinstance(settings, dict) else settings.to_dict()
+    method = getattr(plain.get("quant_method"), "value", plain.get("quant_method"))
+    if method is None and (plain.get("load_in_4bit") or plain.get("load_in_8bit")):
+        method = "bitsandbytes"
+    try:
+        chosen = dequantising(config) or copy.deepcopy(settings)
+        quantiser = AutoHfQuantizer.from_config(chosen, pre_quantized=True)
+        quantiser.validate_environment(device_map={"": "cpu"})
+        trainable = hasattr(chosen, "dequantize") or bool(quantiser.is_trainable)
+    except Exception as error:  # ImportError, or ValueError of an unknown method or a device
+        first = str(error).partition("\n")[0].rstrip(".")
+        return f"is quantised by {method}, which cannot be loaded here: {first}. {INSTEAD}"
+    if trainable:
+        return None
+    return f"is quantised by {method}, through which transformers computes no gradient. {INSTEAD}"
+
+
+def dequantising(config: Any) -> Any:
+    """Return the quantisation config with which transformers dequantises a model as it loads it
+    (MXFP4, FP8), since their kernels compute no gradients; None for other models."""
+    from transformers.quantizers import AutoQuantizationConfig
+
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    try:
+        chosen = AutoQuantizationConfig.from_dict(
+            settings if isinstance(settings, dict) else settings.to_dict()
+        )
+    except (ValueError, ImportError):
+        return None
+    if not hasattr(chosen, "dequantize"):
+        return None
+    chosen.dequantize = True
+    return chosen
