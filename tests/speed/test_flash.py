@@ -256,7 +256,7 @@ def test_a_model_without_a_width_of_its_own(kernels, monkeypatch):
             get_text_config=lambda: SimpleNamespace(hidden_size=4096, num_attention_heads=8)
         ),
         _supports_flash_attn=True,
-        modules=lambda: [],
+        modules=list,
     )
     monkeypatch.setattr(flash_module, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
