@@ -10,7 +10,6 @@ import contextlib
 import copy
 import functools
 import hashlib
-import json
 import os
 import pickle
 import re
