@@ -516,6 +516,13 @@ def test_a_place_of_the_command_line_is_taken(compose, place):
     assert compose(*COMMON, f"{place}={value}") is not None
 
 
+FILES["a pattern that takes for ever"] = (
+    [],
+    "adapter: {target_modules: '(a|aa|.+)+[.]$|(.*)*x(.*)*y'}",
+    "took more than 1 s of computing",
+)
+
+
 @pytest.mark.parametrize("case", FILES)
 def test_a_strangers_experiment_runs_nothing(refused, canary, case):
     defaults, body, said = FILES[case]

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_rows
 from trainer.config import shown as module
 from trainer.config.errors import bad
 from trainer.config.shown import protect_console, say, shown
@@ -75,6 +75,28 @@ def test_what_rich_prints_is_shown_and_its_colours_stay(console):
     output = re.sub(r"\x1b\[[\d;]*m", "", output)  # rich's own colours
     assert not SENT & set(output), ascii(output)
     assert r"\x1b]0;title" in output
+
+
+def test_the_preview_of_a_strangers_rows(console, tmp_path, monkeypatch, capsys):
+    from trainer import preflight
+
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{number} {EVIL}"},
+                {"role": "assistant", "content": EVIL},
+            ]
+        }
+        for number in range(9)
+    ]
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", rows)
+    words = ["experiment=smoke", "task.path=rows.jsonl", "max_steps=1", "task.on_bad=skip"]
+    assert preflight.main(words) == 0, capsys.readouterr().err
+    output = console.file.getvalue()
+    assert r"\x1b]0;title" in output
+    assert "\x1b]" not in output
+    assert not SENT - {"\x1b"} & set(output)
 
 
 def test_a_traceback_is_shown():

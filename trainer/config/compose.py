@@ -23,6 +23,14 @@ from trainer.config.run_name import _run_folder, run_folder
 from trainer.config.shown import protect_console
 
 RESOLVE_SECONDS = 2.0  # limit on the CPU time of resolving interpolations
+PATTERN_SECONDS = 1.0  # of computing, for one pattern on LAYERS
+LAYERS = (
+    "model.layers.31.self_attn.q_proj",
+    "transformer.h.11.attn.c_attn",
+    "gpt_neox.layers.5.mlp.dense_4h_to_h",
+    "model.decoder.layers.10.fc1",
+    "a" * 60,
+)
 _hidden_modes: list[str] = []  # what is wrong with the mode that a file sets
 
 
@@ -138,6 +146,7 @@ def check(
                 *lengths.problems(plain),
                 *_peft_faults(plain),
                 *_empty_paths(plain),
+                *_slow_patterns(plain),
             ]
         if (
             not faults
@@ -196,6 +205,23 @@ def _empty_paths(plain: dict[str, Any]) -> Iterator[str]:
             values = value if isinstance(value, list) else [value]
             if value == [] or any(isinstance(text, str) and not text.strip() for text in values):
                 yield f"{group}.{key}={value!r}: expected a file, a folder or a name on the hub"
+
+
+def _slow_patterns(plain: dict[str, Any]) -> Iterator[str]:
+    """Patterns for the names of layers that take for ever on a name."""
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        pattern = plain["adapter"].get(key)
+        if not isinstance(pattern, str):
+            continue
+        setting = f"adapter.{key}={pattern!r}"
+        try:
+            with limits.limited(PATTERN_SECONDS, f"{setting} on the name of a layer"):
+                for name in LAYERS:
+                    re.fullmatch(pattern, name)
+        except re.error:
+            continue  # the adapter reports it, with the layers that there are
+        except limits.LimitExceeded as error:
+            yield str(error)
 
 
 def _peft_faults(plain: dict[str, Any]) -> Iterator[str]:

@@ -96,13 +96,19 @@ def unwritable(error: BaseException, fix: str = "run the command again") -> str 
     if full_disk(error):
         place = getattr(error, "filename", None) or error
         return f"the disk is full: {place}. Free some space, and {fix}"
-    if not isinstance(error, OSError) or error.errno not in _UNWRITABLE or not error.filename:
+    if not isinstance(error, OSError) or not error.filename:
         return None
     place = str(error.filename)
-    cache = os.environ.get("GRAFT_CACHE")
-    default = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graft")
-    if Path(place).is_relative_to(cache or default):
-        advice = "Choose another cache with GRAFT_CACHE=FOLDER"
-    else:
-        advice = f"Choose another place, or fix that and {fix}"
-    return f"{place} cannot be read or written: {error.strerror}. {advice}"
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graft"
+    cache = Path(os.environ.get("GRAFT_CACHE") or default)
+    if Path(place).is_relative_to(cache) or cache.is_relative_to(place):
+        return (
+            f"the cache {cache} cannot be used: {place}: {error.strerror}. Choose another one with"
+            " GRAFT_CACHE=FOLDER"
+        )
+    if error.errno not in _UNWRITABLE:
+        return None
+    return (
+        f"{place} cannot be read or written: {error.strerror}. Choose another place, or fix that"
+        f" and {fix}"
+    )

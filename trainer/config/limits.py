@@ -141,8 +141,8 @@ def _leads_into(link: Path, root: Path) -> bool:
 def limited(seconds: float, what: str) -> Iterator[None]:
     """Stop the code inside after `seconds` of CPU time of this process.
 
-    It works in the main thread only, and not within one operation of the interpreter, such as a
-    match of a regular expression.
+    It works in the main thread only, and not within one operation of a library; a match of a
+    regular expression is stopped.
 
     Raises:
         LimitExceeded: the code took longer.
