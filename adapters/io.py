@@ -18,6 +18,14 @@ from adapters.linear import is_linear
 PREFIX = "base_model.model."  # PEFT's wrapper: PeftModel.base_model.model
 
 
+def task_type(model: nn.Module, classifier: bool) -> str:
+    """Return PEFT's name for what a model does, by which PEFT chooses its wrapper."""
+    if classifier:
+        return "SEQ_CLS"
+    pairs = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return "SEQ_2_SEQ_LM" if pairs else "CAUSAL_LM"
+
+
 def deltas(model: nn.Module) -> list[tuple[str, Any]]:
     """Return every Delta, by its layer's name."""
     return [
@@ -100,14 +108,17 @@ def _rewritten_names(model_type: str) -> frozenset[str]:
 
 
 def trained_modules(model: nn.Module) -> list[str]:
-    """Return the trained modules outside the Deltas, such as a classification head."""
-    inside = [f"{name}." for name, module in model.named_modules() if isinstance(module, Delta)]
-    names = (
-        name.rpartition(".")[0]
-        for name, p in model.named_parameters()
-        if p.requires_grad and not name.startswith(tuple(inside))
-    )
-    return sorted(set(names))
+    """Return the outermost modules that are trained as a whole, such as a classification head. PEFT
+    puts a wrapper around each, so none may be inside another."""
+    inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, Delta))
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if not name or f"{name}.".startswith((*inside, *(f"{outer}." for outer in names))):
+            continue
+        parameters = list(module.parameters())
+        if parameters and all(p.requires_grad for p in parameters):
+            names.append(name)
+    return sorted(names)
 
 
 def module_tensors(model: nn.Module, names: list[str]) -> dict[str, Tensor]:

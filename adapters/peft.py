@@ -158,7 +158,14 @@ class Peft(Adapter):
         if self.kind == "ADALORA":
             # `load_state` sets it. PEFT would read layers' ranks from it, as for a LoRA
             values["rank_pattern"] = None
-        values["task_type"] = "SEQ_CLS" if start.new_modules else "CAUSAL_LM"
+        values["task_type"] = io.task_type(model, bool(start.new_modules))
+        if start.new_modules:
+            if "modules_to_save" not in classes()[self.config_name].fields:
+                raise AdapterError(
+                    f"PEFT's {self.config_name} trains no new head, which a classifier needs:"
+                    " choose another adapter, as adapter=lora"
+                )
+            values["modules_to_save"] = list(start.new_modules)
         try:
             return _build(self.config_name, values)
         except (ValueError, TypeError, ImportError) as error:

@@ -14,7 +14,7 @@ from torch import nn
 
 from trainer.config.errors import ConfigError
 from trainer.data.batches import BatchOrder
-from trainer.models.base import HEADS
+from trainer.models.heads import fresh_modules
 
 
 def instantiate(node: dict[str, Any], **arguments: Any) -> Any:
@@ -50,7 +50,8 @@ def schedule(config: dict[str, Any], order: BatchOrder | None) -> Callable[..., 
 
 
 def new_modules(model: nn.Module, labels: list[str] | None) -> tuple[str, ...]:
-    """Name the modules that the base has no weights for: the head of a classifier."""
+    """Name the modules that are trained as a whole: those that the base has no weights for, such as
+    the head of a classifier."""
     if labels is None:
         return ()
-    return tuple(name for name in HEADS if hasattr(model, name))
+    return getattr(model, "fresh_modules", None) or fresh_modules(model)[0]

@@ -63,14 +63,21 @@ def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True)
     Raises:
         DataError: see trainer.data.rows.tokenise.
     """
-    renderer = Renderer(base.tokenizer, task)
+    renderer = Renderer(base.tokenizer, task, base.decoder_start)
+    if base.decoder_start is not None and config["packing"]:
+        raise ConfigError(
+            f"packing=true puts several rows into one sequence, and {base.path} is an"
+            " encoder-decoder, whose decoder would see the prompts of all of them: set"
+            " packing=false"
+        )
+    start = base.decoder_start if task.kind != "label" else None
     settings = {
         "max_length": config["max_length"],
         "overlong": config["overlong"],
         "processes": config["tokenise_processes"],
     }
     labelled = task.kind == "label"
-    collate = Collate(base.tokenizer.pad_token_id, config["packing"], labelled)
+    collate = Collate(base.tokenizer.pad_token_id, config["packing"], labelled, start)
     training, identity = None, {}
     if train and task.streaming:
         key = source_key(task, "train", renderer, config["max_length"], config["overlong"])
@@ -90,7 +97,7 @@ def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True)
     if len(rows):
         log.info("eval: %s", rows.report.summary())
     # Evaluation is never packed: its numbers should not depend on how rows share sequences.
-    evaluation = Collate(base.tokenizer.pad_token_id, False, labelled)
+    evaluation = Collate(base.tokenizer.pad_token_id, False, labelled, start)
     held_out = (
         HeldOut(
             Sequences(rows), evaluation, task.labels if labelled else None, tokenizer=base.tokenizer

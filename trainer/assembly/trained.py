@@ -111,7 +111,7 @@ class Trained:
     @functools.cached_property
     def renderer(self) -> Renderer:
         """The renderer of the run's rows, with the template that it was trained with."""
-        return Renderer(self.base.tokenizer, self.task)
+        return Renderer(self.base.tokenizer, self.task, self.base.decoder_start)
 
     @functools.cached_property
     def ends(self) -> list[int]:
@@ -232,4 +232,6 @@ def dequantised(model: Any) -> nn.Module:
             if name.rpartition(".")[0] not in linears:
                 parameter.copy_(model.get_parameter(name))
     plain.generation_config = model.generation_config
+    if hasattr(model, "fresh_modules"):
+        plain.fresh_modules = model.fresh_modules
     return plain.eval()

@@ -196,13 +196,56 @@ class Collate:
     attention_mask  (B, T) int64, and classes (B,) int64; only with `labelled`
     lengths         (B,) int64, the tokens before the padding, 0 for a filler
     window_tokens, tokens (of this batch, without fillers) and sequences are plain numbers.
+
+    With `decoder_start` (Base.decoder_start) a row is a pair. input_ids and attention_mask (B, S)
+    are the encoder's, labels and decoder_input_ids (B, T) the decoder's, which start with that
+    token; lengths (B,) and decoder_lengths (B,) count each side.
     """
 
     pad: int
     packed: bool
     labelled: bool
+    decoder_start: int | None = None
 
     def __call__(self, items: Sequence[tuple[Pick, list[Tokens]]]) -> dict[str, Any]:
+        if self.decoder_start is not None:
+            return self._pairs(items)
+        return self._numbers(items) | self._sequences(items)
+
+    def _numbers(self, items: Sequence[tuple[Pick, list[Tokens]]]) -> dict[str, Any]:
+        return {
+            "window_tokens": items[0][0].window_tokens,
+            "tokens": sum(len(row.ids) for pick, rows in items if pick.trains for row in rows),
+            "sequences": [pick.sequence for pick, _ in items],
+        }
+
+    def _pairs(self, items: Sequence[tuple[Pick, list[Tokens]]]) -> dict[str, Any]:
+        assert self.decoder_start is not None
+        first = [row.trained.index(True) for _, (row,) in items]
+        read = [row.ids[:at] for at, (_, (row,)) in zip(first, items, strict=True)]
+        written = [
+            [self.decoder_start, *row.ids[at:]]
+            for at, (_, (row,)) in zip(first, items, strict=True)
+        ]
+        trains = [pick.trains for pick, _ in items]
+        labels = [
+            [-100, *ids[1:]] if real else [-100] for ids, real in zip(written, trains, strict=True)
+        ]
+        width = max(map(len, written))
+        lengths = [
+            torch.tensor([len(ids) if real else 0 for ids, real in zip(side, trains, strict=True)])
+            for side in (read, written)
+        ]
+        return self._numbers(items) | {
+            "input_ids": _padded(read, self.pad),
+            "attention_mask": _padded([[1] * len(ids) for ids in read], 0),
+            "decoder_input_ids": _padded(written, self.pad),
+            "labels": _padded(labels, -100, width),
+            "lengths": lengths[0],
+            "decoder_lengths": lengths[1],
+        }
+
+    def _sequences(self, items: Sequence[tuple[Pick, list[Tokens]]]) -> dict[str, Any]:
         longest = max(sum(len(row.ids) for row in rows) for _, rows in items)
         width = -(-longest // 8) * 8  # matrix units work on multiples of 8
         shape = (len(items), width)
@@ -230,12 +273,15 @@ class Collate:
             "lengths": torch.tensor(
                 [sum(len(row.ids) for row in rows) if pick.trains else 0 for pick, rows in items]
             ),
-            "window_tokens": items[0][0].window_tokens,
-            "tokens": sum(len(row.ids) for pick, rows in items if pick.trains for row in rows),
-            "sequences": [pick.sequence for pick, _ in items],
         }
         if self.packed:
             batch["position_ids"] = position_ids
         if self.labelled:
             batch |= {"attention_mask": attention_mask, "classes": classes}
         return batch
+
+
+def _padded(rows: list[list[int]], value: int, width: int = 0) -> torch.Tensor:
+    """Return rows as one matrix, filled with `value` on the right. Its width is a multiple of 8."""
+    width = -(-max(width, *map(len, rows)) // 8) * 8  # matrix units work on multiples of 8
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])

@@ -66,7 +66,7 @@ def take(
         if on_bad == "raise" and report.skipped >= SHOWN:
             raise DataError(listing(report))
         return None
-    row = fit(outcome, max_length, overlong, where, report)
+    row = fit(outcome, renderer, max_length, overlong, where, report)
     if row is None:
         return None
     report.kept += 1
@@ -78,7 +78,9 @@ def take(
     return row
 
 
-def fit(row: Tokens, max_length: int, overlong: str, where: str, report: Report) -> Tokens | None:
+def fit(
+    row: Tokens, renderer: Renderer, max_length: int, overlong: str, where: str, report: Report
+) -> Tokens | None:
     """Return a row that is no longer than max_length, None if it is dropped.
 
     Raises:
@@ -94,7 +96,7 @@ def fit(row: Tokens, max_length: int, overlong: str, where: str, report: Report)
     if overlong == "drop":
         report.dropped += 1
         return None
-    cut = Tokens(row.ids[:max_length], row.trained[:max_length], row.label)
+    cut = renderer.cut(row, max_length)
     if any(row.trained[1:]) and not any(cut.trained[1:]):
         report.answers_lost += 1
         return None

@@ -23,6 +23,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from tasks.reading import DataError
 from tasks.task import Conversation, Example, Labelled, Text
 from trainer.config import limits
+from trainer.models.base import BaseError
 from trainer.models.tiny import CHATML
 
 Span = tuple[int, int]
@@ -46,20 +47,33 @@ class Refused(ValueError):
 class Renderer:
     """Turns examples into Tokens, for one tokenizer, template and `train_on`.
 
+    With `decoder_start` (Base.decoder_start) a conversation becomes a pair: what the encoder reads,
+    which is not trained, and then what the decoder writes, which is.
+
     Raises:
         DataError: there is no chat template, which conversations need, or it cannot be used.
+        BaseError: the tokenizer has no end token, and the model would write text.
     """
 
-    def __init__(self, tokenizer: Any, task: Any):
+    def __init__(self, tokenizer: Any, task: Any, decoder_start: int | None = None):
         self.tokenizer, self.kind = tokenizer, task.kind
+        if task.kind != "label" and tokenizer.eos_token_id is None:
+            raise BaseError(
+                f"the tokenizer of {tokenizer.name_or_path} has no end-of-sequence token, so a"
+                " model trained with it would never stop. Set eos_token in its"
+                " tokenizer_config.json."
+            )
         self.train_on = getattr(task, "train_on", "everything")
+        self.decoder_start = decoder_start
+        if decoder_start is not None:
+            _refuse_one_sided(task)
         self.labels = (
             {label: index for index, label in enumerate(task.labels)}
             if task.kind == "label"
             else {}
         )
         self.template = (
-            template(getattr(task, "chat_template", None), tokenizer)
+            template(_template_name(task, tokenizer, decoder_start), tokenizer)
             if task.kind == "conversation"
             else None
         )
@@ -95,6 +109,8 @@ class Renderer:
             if ids[-1:] != [self.tokenizer.eos_token_id]:
                 ids.append(self.tokenizer.eos_token_id)
             return Tokens(ids, [True] * len(ids))
+        if self.decoder_start is not None:
+            return self._pair(example)
         if self.template is None:
             return self._plain(example)
         text, spans = self._spans(example)
@@ -128,6 +144,43 @@ class Renderer:
         answer.append(self.tokenizer.eos_token_id)
         learns_prompt = self.train_on == "everything"
         return Tokens(prompt + answer, [learns_prompt] * len(prompt) + [True] * len(answer))
+
+    def _pair(self, example: Conversation) -> Tokens:
+        """Return the ids that the encoder reads, then those that the decoder writes."""
+        answers = sum(message["role"] == "assistant" for message in example.messages)
+        if answers > 1 and (self.train_on != "last" or self.template is None):
+            raise Refused(
+                f"it has {answers} answers, and an encoder-decoder writes one. Use train_on=last"
+                " with a chat template, which puts the earlier ones into the prompt"
+            )
+        if self.template is not None:
+            text, spans = self._spans(example)
+            ids, trained = self._aligned(text, spans)
+            end = len(ids) - trained[::-1].index(True) if any(trained) else 0
+            return Tokens(ids[:end], trained[:end])
+        prompt = self.prompt(example)
+        answer = self.tokenizer(text_target=example.messages[-1]["content"])["input_ids"]
+        if answer[:1] == [self.decoder_start]:  # the batch puts it before every answer
+            answer = answer[1:]
+        if answer[-1:] != [self.tokenizer.eos_token_id]:
+            answer.append(self.tokenizer.eos_token_id)
+        return Tokens(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+
+    def cut(self, row: Tokens, length: int) -> Tokens:
+        """Return a longer row cut to `length` tokens. A text that is written loses its end. A pair
+        loses the end of its prompt, and a labelled text its own end; the special tokens that close
+        them stay. Nothing is left of a pair whose prompt came from a template, or would be gone."""
+        if self.kind != "label" and self.decoder_start is None:
+            return Tokens(row.ids[:length], row.trained[:length], row.label)
+        end = row.trained.index(True) if any(row.trained) else len(row.ids)
+        close = end
+        while close > 1 and row.ids[close - 1] in self.ends:
+            close -= 1
+        kept = max(0, close - (len(row.ids) - length))
+        if self.kind != "label" and (self.template is not None or kept == 0):
+            return Tokens([], [])
+        ids, trained = (values[:kept] + values[close:] for values in (row.ids, row.trained))
+        return Tokens(ids[:length], trained[:length], row.label)
 
     def _render(self, messages: list[dict[str, Any]], tools: Any, prompt: bool = False) -> str:
         return self._jinja(messages, tools, prompt, False)[0]
@@ -272,6 +325,31 @@ class Renderer:
             if text[begin:end].strip():
                 break
         return last
+
+
+def _refuse_one_sided(task: Any) -> None:
+    """Refuse what an encoder-decoder cannot learn: text without a prompt, and its own prompts.
+
+    Raises:
+        DataError: the task asks for it.
+    """
+    if task.kind == "text":
+        raise DataError(
+            "task=completion trains a text from its first token on, and this base is an"
+            " encoder-decoder, which answers a prompt. Use task=sft with prompt and completion"
+        )
+    if task.kind == "conversation" and getattr(task, "train_on", "all") == "everything":
+        raise DataError(
+            "task.train_on=everything trains the prompts too, which the encoder of an"
+            " encoder-decoder reads and never writes. Set task.train_on=all"
+        )
+
+
+def _template_name(task: Any, tokenizer: Any, decoder_start: int | None) -> str | None:
+    """Return task.chat_template. Encoder-decoders such as T5 have none and need none."""
+    chosen = getattr(task, "chat_template", None)
+    plain = chosen is None and decoder_start is not None and tokenizer.chat_template is None
+    return "none" if plain else chosen
 
 
 def template(chosen: str | None, tokenizer: Any) -> str | dict[str, str] | None:

@@ -38,6 +38,11 @@ def refusal(model: Any) -> str | None:
             f"{type(model).__name__} has layers whose state cannot be rolled back by some tokens,"
             " which every refused draft needs"
         )
+    if model.config.is_encoder_decoder:
+        return (
+            f"{type(model).__name__} is an encoder-decoder: a drafter continues the sequence that"
+            " the model reads, and its decoder writes another one"
+        )
     peft = getattr(model, "active_peft_config", None)
     if peft is not None and peft.is_prompt_learning:
         return (

@@ -143,7 +143,7 @@ def _stored(run: Trained) -> dict[str, int]:
     """Return the bytes of each tensor of the adapter's file, by its key without PEFT's prefix."""
     stored = {}
     with tempfile.TemporaryDirectory() as temporary:
-        kind = "SEQ_CLS" if run.task.kind == "label" else "CAUSAL_LM"
+        kind = io.task_type(run.model, run.task.kind == "label")
         run.adapter.save(run.model, Path(temporary), run.base.path, kind)
         for path in Path(temporary).rglob("adapter_model.safetensors"):
             with safe_open(path, framework="pt") as file:

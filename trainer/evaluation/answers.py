@@ -80,8 +80,19 @@ def continuations(
     from transformers import GenerationConfig
 
     longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    pairs = model.config.is_encoder_decoder  # type: ignore[union-attr]
+    # A decoder continues at the right end. An encoder's rows are padded there, as in training.
+    gaps = [longest - len(prompt) for prompt in prompts]
+    ids, mask = (
+        torch.tensor(
+            [
+                row + [fill] * gap if pairs else [fill] * gap + row
+                for row, gap in zip(rows, gaps, strict=True)
+            ],
+            device=device,
+        )
+        for rows, fill in ((prompts, pad), ([[1] * len(prompt) for prompt in prompts], 0))
+    )
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad
     )
@@ -89,7 +100,8 @@ def continuations(
     output = model.generate(  # type: ignore[operator]
         input_ids=ids, attention_mask=mask, generation_config=settings, **more
     )
-    return output[:, longest:].tolist()
+    # An encoder-decoder returns the decoder's sequence, after the token that starts it.
+    return output[:, 1 if pairs else longest :].tolist()
 
 
 def means(graded: list[dict[str, Any]]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tasks.reading import DataError
 from trainer.data.held_out import HeldOut
 from trainer.evaluation.loss import losses
-from trainer.penalties.deft import batch_tokens, medians
+from trainer.penalties.deft import Real, batch_tokens, medians, seen_by
 from trainer.storage import atomic
 from trainer.training.finetune import real_tokens
 
@@ -42,9 +42,17 @@ class Rows:
     ):
         self.loss, self.held_out, self.batch_size, self.device = loss, held_out, batch_size, device
 
+    def tokens(self, layer: str) -> int:
+        """Return how many tokens of all rows the layer of this name sees."""
+        lengths, trained = (int(sizes.sum()) for sizes in self.held_out.sequences.sizes())
+        if getattr(self.held_out.collate, "decoder_start", None) is None:
+            return lengths
+        in_decoder = "decoder" in layer.split(".")
+        return trained + len(self.held_out.sequences) if in_decoder else lengths - trained
+
     def loss_with(self, layers: Layers, change: Change) -> float:
         """Return the mean loss per trained token. `change` is called with every layer's input."""
-        now: dict[str, Tensor] = {}
+        now: dict[str, Real] = {}
 
         def loss(batch: dict[str, Any]) -> Any:
             now["real"] = real_tokens(batch)
@@ -52,7 +60,7 @@ class Rows:
 
         def hook(index: int) -> Callable[..., Any]:
             def changed(_: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-                other = change(index, inputs[0], now["real"])
+                other = change(index, inputs[0], seen_by(layers[index][0], now["real"]))
                 return None if other is None else (other, *inputs[1:])
 
             return changed
@@ -67,7 +75,7 @@ class Rows:
 
     def medians(self, layers: Layers) -> list[float]:
         """Return the median |h| of each layer, over h that are not 0."""
-        seen: list[tuple[dict[str, Any], Tensor]] = []
+        seen: list[tuple[dict[str, Any], Real]] = []
 
         def keep(batch: dict[str, Any]) -> Any:
             seen.append((batch, real_tokens(batch)))
@@ -152,8 +160,7 @@ def column_norms(module: nn.Module, like: Float[Tensor, "N F"]) -> Float[Tensor,
 def measured(layers: Layers, rows: Rows, taus: list[float], percent: float) -> dict[str, Any]:
     """Return the report of one model: `layers` by name, their `mean`, `loss`, and with `percent`
     the search's `ppl`."""
-    sizes = rows.held_out.sequences.sizes()[0]
-    every = max(1, int(sizes.sum()) // SAMPLE)
+    every = [max(1, rows.tokens(name) // SAMPLE) for name, _ in layers]
     counts = torch.zeros(len(layers), 3, dtype=torch.float64)
     samples: list[list[Tensor]] = [[] for _ in layers]
     tokens = [0] * len(layers)
@@ -164,7 +171,7 @@ def measured(layers: Layers, rows: Rows, taus: list[float], percent: float) -> d
         counts[index] += torch.tensor(
             [float(nonzero), float(above), real_rows.numel()], dtype=torch.float64
         )
-        samples[index].append(real_rows[-tokens[index] % every :: every])
+        samples[index].append(real_rows[-tokens[index] % every[index] :: every[index]])
         tokens[index] += len(real_rows)
 
     dense = rows.loss_with(layers, count)
@@ -188,11 +195,20 @@ def measured(layers: Layers, rows: Rows, taus: list[float], percent: float) -> d
         result["ppl"], sparsity = search(layers, rows, sampled, dense, percent)
         for (name, _), share in zip(layers, sparsity, strict=True):
             by_layer[name]["ppl_sparsity"] = share
-    metrics = next(iter(by_layer.values()))
-    result["mean"] = {
-        key: sum(layer[key] for layer in by_layer.values()) / len(by_layer) for key in metrics
+    return result | means(by_layer)
+
+
+def means(by_layer: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Return the `mean` of each number over all layers, and over those of the `encoder` and of the
+    `decoder` apart where there are both."""
+    decoder = [name for name in by_layer if "decoder" in name.split(".")]
+    encoder = [name for name in by_layer if "encoder" in name.split(".")]
+    groups = {"encoder": encoder, "decoder": decoder} if encoder and decoder else {}
+    numbers = next(iter(by_layer.values()))
+    return {
+        group: {key: sum(by_layer[name][key] for name in names) / len(names) for key in numbers}
+        for group, names in {**groups, "mean": list(by_layer)}.items()
     }
-    return result
 
 
 def search(
@@ -256,9 +272,10 @@ def density_table(results: dict[str, dict[str, Any]], percent: float) -> Any:
         (key, title.format(percent)) for key, title in COLUMNS.items() if key in first["mean"]
     ]
     table = Table("MLP", "tau", *(f"{title}\n{name}" for _, title in columns for name in results))
-    for layer in [*first["layers"], "mean"]:
+    groups = [name for name in ("encoder", "decoder", "mean") if name in first]
+    for layer in [*first["layers"], *groups]:
         values = [
-            result["mean"] if layer == "mean" else result["layers"][layer]
+            result[layer] if layer in groups else result["layers"][layer]
             for result in results.values()
         ]
         numbers = [f"{value[key]:.4f}" for key, _ in columns for value in values]

@@ -81,6 +81,11 @@ def make_responder(
             base.load(computed, None, device).eval(),
             {"run": None, "step": None, "adapter": None},
         )
+    if base.decoder_start is not None:
+        raise DataError(
+            f"{base.path} is an encoder-decoder. This command writes answers for draft heads, which"
+            " it cannot have"
+        )
     renderer = Renderer(base.tokenizer, task)
     renderer.template, renderer.train_on = template_with(renderer.template, jinja), "last"
     # a template may end answers with another token than the run's

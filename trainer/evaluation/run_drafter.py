@@ -8,6 +8,7 @@ import torch
 
 from tasks.reading import DataError
 from trainer.assembly import trained
+from trainer.assembly.build import instantiate
 from trainer.assembly.chosen_drafter import check_drafter, drafter_of
 from trainer.assembly.trained import Trained
 from trainer.drafters import Drafter, DrafterError
@@ -25,6 +26,12 @@ def load_run_and_drafter(options: dict[str, Any]) -> tuple[Trained, Drafter]:
     if content["identity"]["labels"] is not None:
         raise DataError("this run trained a classifier, which writes no text. Use: graft evaluate")
     check_drafter(content["config"], options)
+    base = instantiate(content["config"]["base"])
+    if base.decoder_start is not None:
+        raise DrafterError(
+            f"{base.path} is an encoder-decoder: a drafter continues the sequence that the model"
+            " reads, and its decoder writes another one. Use: graft evaluate, or graft generate"
+        )
     run = trained.load_trained(options["run"], "cuda" if torch.cuda.is_available() else "cpu")
     drafter = drafter_of(run, options)
     if drafter is None:

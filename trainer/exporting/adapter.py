@@ -13,6 +13,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
+from adapters import io
 from adapters.peft_fields import NAME
 from trainer.assembly.trained import Trained
 from trainer.exporting.compare import Mismatch, compare, effect, outputs
@@ -27,7 +28,7 @@ def save_adapter(
 ) -> None:
     """Save the adapter as stock PEFT reads it; with `pair` a sparse one as SHiRA and LoRA."""
     save = adapter.save_pair if pair else adapter.save
-    save(model, folder, base.path, "SEQ_CLS" if task.kind == "label" else "CAUSAL_LM")
+    save(model, folder, base.path, io.task_type(model, task.kind == "label"))
 
 
 @torch.no_grad()

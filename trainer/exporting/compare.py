@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from trainer.assembly.trained import Trained
+from trainer.models.heads import probe
 from trainer.storage.checkpoints import CheckpointError
 
 # Root mean square of the logits' difference over their spread. Summing in another order gives some
@@ -25,12 +26,17 @@ def outputs(model: nn.Module, run: Trained) -> list[torch.Tensor]:
     """Return the hidden states after each layer, then the logits, of `random_rows`."""
     ids = random_rows(model, run)
     output = model(
-        input_ids=ids,
+        **probe(model, ids),
         attention_mask=torch.ones_like(ids),
         output_hidden_states=True,
-        use_cache=False,
+        **({} if run.task.kind == "label" else {"use_cache": False}),
     )
-    return [*(state.float() for state in output.hidden_states), output.logits.float()]
+    states = [
+        state.float()
+        for name in ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
+        for state in getattr(output, name, None) or ()
+    ]
+    return [*states, output.logits.float()]
 
 
 def random_rows(model: nn.Module, run: Trained) -> torch.Tensor:
@@ -38,6 +44,10 @@ def random_rows(model: nn.Module, run: Trained) -> torch.Tensor:
     draw = torch.Generator().manual_seed(0)
     text = run.base.config.get_text_config()
     ids = torch.randint(3, text.vocab_size, (4, min(32, run.base.longest)), generator=draw)
+    if run.task.kind == "label" and run.base.config.is_encoder_decoder:
+        end = run.base.tokenizer.eos_token_id
+        ids[ids == end] = end + 1  # they classify by the state at the only end token
+        ids[:, -1] = end
     return ids.to(next(model.parameters()).device)
 
 

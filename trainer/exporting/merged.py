@@ -58,7 +58,7 @@ def write_merged(run: Trained, folder: Path, dtype: torch.dtype, mtp: bool) -> f
     if mtp:
         drafter: Any = run.drafter
         mtp_layers.append(folder, mtp_layers.tensors(drafter, merged, dtype), {})
-    elif run.task.kind != "label":
+    elif run.task.kind != "label" and run.base.decoder_start is None:
         _keep_mtp(run.base, merged, folder)
     loaded = _load(run, folder)
     cast_parameters(merged, torch.float32)

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
@@ -33,11 +34,11 @@ from transformers import (
 from trainer.config.errors import PANIC
 from trainer.models import folders, prequantised
 from trainer.models.generation import keep_single_answers
+from trainer.models.heads import first_positions, fresh_modules
 from trainer.speed.flash import isolate_packed_rows
 from trainer.storage import door
 
 PROBE = "A b, c! 12\n\n  " + "a" * 60  # words, digits, blanks, and a long word
-HEADS = ("score", "classifier")  # transformers' names for the new head of a classifier
 
 
 class BaseError(ValueError):
@@ -80,16 +81,17 @@ class Base:
         since padding is masked by length.
 
         Raises:
-            BaseError: there is no tokenizer, it has no end token, or it has more tokens than the
-                model.
+            BaseError: there is no tokenizer, it has neither a pad nor an end token, or it has more
+                tokens than the model.
         """
         tokenizer = self.load_tokenizer()
-        if tokenizer.eos_token_id is None:
-            raise BaseError(
-                f"the tokenizer of {self.path} has no end-of-sequence token, so a model trained"
-                " with it would never stop. Set eos_token in its tokenizer_config.json."
-            )
         if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise BaseError(
+                    f"the tokenizer of {self.path} has no pad token and no end-of-sequence token."
+                    " Set pad_token in its tokenizer_config.json, and eos_token for a model that"
+                    " writes text."
+                )
             tokenizer.pad_token = tokenizer.eos_token
         # Lengths are checked row by row (trainer.data); the tokenizer's warning would name no row.
         tokenizer.model_max_length = 1 << 30
@@ -116,11 +118,32 @@ class Base:
                 tokenizer(PROBE)
             return tokenizer
 
-    @property
+    @functools.cached_property
     def longest(self) -> int:
-        """The number of tokens of the longest sequence that the model supports."""
-        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        """The number of tokens of the longest sequence that the model supports. RoBERTa's positions
+        start after its padding token's, so two of its 514 are never used."""
+        text = self.config.get_text_config()
+        positions = getattr(text, "max_position_embeddings", None)
+        if positions and not hasattr(text, "rope_parameters"):
+            with torch.device("meta"), contextlib.suppress(Exception):  # `config` reports faults
+                positions -= first_positions(AutoModel.from_config(self.config))
         return min(filter(None, (positions, self.max_length)), default=1 << 30)
+
+    @functools.cached_property
+    def decoder_start(self) -> int | None:
+        """The token that opens every answer of an encoder-decoder's decoder. None for a model that
+        reads and writes one sequence.
+
+        Raises:
+            BaseError: the config of an encoder-decoder names none.
+        """
+        start = folders.decoder_start(self.config)
+        if start is None and self.config.is_encoder_decoder:
+            raise BaseError(
+                f"config.json of {self.path} has no decoder_start_token_id, so its decoder's first"
+                " token is not known. Set it there, as the model's authors used it"
+            )
+        return start
 
     def load(
         self,
@@ -191,15 +214,17 @@ class Base:
         names = dict(enumerate(labels))
         loaded = AutoModelForSequenceClassification.from_pretrained(
             self.path,
-            num_labels=len(labels),
-            id2label=names,
+            id2label=names,  # sets num_labels too
             label2id={label: index for index, label in names.items()},
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # of a head for other classes, which is made again
             **arguments,
         )
-        model, missing = loaded[0], loaded[1]["missing_keys"]
+        model = loaded[0]
+        lacking = loaded[1]["missing_keys"] | {key for key, *_ in loaded[1]["mismatched_keys"]}
         model.config.pad_token_id = self.tokenizer.pad_token_id
-        return model, sorted(name for name in missing if name.partition(".")[0] not in HEADS)
+        model.fresh_modules, foreign = fresh_modules(model, lacking)
+        return model, foreign
 
     def skeleton(self, labels: list[str] | None = None) -> nn.Module:
         """Return the model without its weights, on the meta device."""

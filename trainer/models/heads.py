@@ -3,13 +3,64 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Head = Callable[[Tensor], Tensor]  # (n, d) -> (n, V)
+CLASSIFIERS = ("classifier", "score")  # PEFT trains each module whose name ends in one of these
+
+
+def fresh_modules(
+    model: nn.Module, missing: Iterable[str] | None = None
+) -> tuple[tuple[str, ...], list[str]]:
+    """Return (the modules of a classifier that are trained as a whole, the `missing` tensors that
+    belong to none of them).
+
+    These are the modules outside the body and the pooler in it, as far as tensors of theirs are
+    `missing` in the files, and the classifier itself. Without `missing`, as on a model without
+    weights, they are all modules outside the body.
+    """
+    body = model.base_model_prefix
+    names: set[str] = set()
+    foreign = []
+    for key in sorted(missing or ()):
+        parts = key.split(".")
+        if parts[0] != body:
+            names.add(parts[0])
+        elif "pooler" in parts[:-1]:
+            names.add(".".join(parts[: parts.index("pooler") + 1]))
+        else:
+            foreign.append(key)
+    for name, child in model.named_children():
+        trained = missing is None or name.endswith(CLASSIFIERS)
+        if name != body and trained and next(child.parameters(), None) is not None:
+            names.add(name)
+    return tuple(sorted(names)), foreign
+
+
+def first_positions(model: nn.Module) -> int:
+    """Return how many entries at the start of the position embeddings no token ever gets: those up
+    to the padding token's, in models that count positions from there."""
+    return max(
+        (
+            module.padding_idx + 1
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
+            and name.endswith("position_embeddings")
+        ),
+        default=0,
+    )
+
+
+def probe(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """Return inputs for a forward pass over some tokens (B, T): an encoder-decoder that writes text
+    gets them on both sides."""
+    pairs = model.config.is_encoder_decoder and model.get_output_embeddings() is not None
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if pairs else {})
 
 
 @contextlib.contextmanager
@@ -93,12 +144,13 @@ def output_head(model: nn.Module) -> Head | None:
 
     was_training, reproduced = model.training, False
     model.eval()
-    probe = torch.arange(1, 7, device=next(model.parameters()).device).unsqueeze(0)
+    ids = torch.arange(1, 7, device=next(model.parameters()).device).unsqueeze(0)
+    inputs = probe(model, ids)
     with torch.no_grad():
-        expected = model(input_ids=probe, use_cache=False).logits[:, -4:].float()
+        expected = model(**inputs, use_cache=False).logits[:, -4:].float()
         with captured_hidden(layer) as hidden:
             try:
-                model(input_ids=probe, use_cache=False)
+                model(**inputs, use_cache=False)
             # A model may compute with the vocabulary's size after its output layer.
             except (RuntimeError, IndexError):
                 hidden.clear()

@@ -208,7 +208,7 @@ class CausalLoss:
         concatenated, (B, T, f); and the states that the head reads at the positions that the
         drafter has put after the batch's own, (B, m, d).
         """
-        length = batch["input_ids"].shape[1]
+        length = batch["labels"].shape[1]
         layers = self.drafter.layers if self.drafter is not None else ()
         decoder = self.target.decoder if self.drafter is not None else self.model
         with captured_hidden(self.layer) as read, captured_layers(decoder, layers) as between:
@@ -246,7 +246,9 @@ class CausalLoss:
 
 
 def _inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
-    return {key: batch[key] for key in ("input_ids", "position_ids") if key in batch}
+    # A causal model needs no mask: what it pads with comes after the row.
+    pairs = ("attention_mask", "decoder_input_ids") if "decoder_input_ids" in batch else ()
+    return {key: batch[key] for key in ("input_ids", "position_ids", *pairs) if key in batch}
 
 
 def _identity(logits: Tensor) -> Tensor:

@@ -56,12 +56,20 @@ _DOWN = re.compile(
     r")"
 )
 _CHUNK = 1 << 22  # activations that are converted to fp32 at one time
+# The tokens of a batch that count, True in (B, T): those of its sequences, or of an encoder and of
+# its decoder.
+Real = tuple[Tensor, ...]
 _SAMPLES = 1 << 16  # activations per layer and micro-batch in a median
 _MEMORY = 0.9  # decay per step of a layer's smoothed density
 
 
 class PenaltyError(BaseError):
     """The penalty does not fit the model. The message says why, and how to fix it."""
+
+
+def seen_by(layer: str, real: Real) -> Bool[Tensor, "B T"]:
+    """Return which tokens count of those that the layer of this name sees."""
+    return real[-1 if "decoder" in layer.split(".") else 0]
 
 
 def mlp_inputs(model: nn.Module, modules: str | list[str] = "auto") -> list[tuple[str, nn.Module]]:
@@ -233,6 +241,7 @@ class DensityDEFT:
         # density of each layer over the last steps; 0 before the first
         self.smoothed = [0.0] * len(self.layers)
         self.hooks: list[Any] = []
+        self.tokens: list[Tensor] = []  # how many of the current micro-batch count, by layer
         # the current micro-batch's densities by layer; None if they are not recorded
         self.densities: dict[int, list[Tensor]] | None = None
 
@@ -243,26 +252,33 @@ class DensityDEFT:
             return [1 / len(self.layers)] * len(self.layers)
         return [smoothed / total for smoothed in self.smoothed]
 
-    def open(self, real: Bool[Tensor, "B T"]) -> None:
+    def open(self, real: Real) -> None:
         """Start to measure. `real` is True for the tokens that count."""
         self.close()
         assert self.tau is not None, "calibrate or load_state comes first"
         self.densities = {}
-        for index, ((_, module), tau) in enumerate(zip(self.layers, self.tau, strict=True)):
+        counts = tuple(side.sum() for side in real)
+        self.tokens = [seen_by(name, counts) for name, _ in self.layers]
+        for index, ((name, module), tau) in enumerate(zip(self.layers, self.tau, strict=True)):
+            here = seen_by(name, real)
 
             def measure(
-                _: nn.Module, inputs: tuple[Tensor, ...], index: int = index, tau: float = tau
+                _: nn.Module,
+                inputs: tuple[Tensor, ...],
+                index: int = index,
+                tau: float = tau,
+                here: Tensor = here,
             ) -> None:
                 if torch.is_grad_enabled():
-                    value = density(batch_tokens(inputs[0], real), real, self.form, tau)
+                    value = density(batch_tokens(inputs[0], here), here, self.form, tau)
                     if self.densities is not None:
                         self.densities.setdefault(index, []).append(value)
 
             self.hooks.append(module.register_forward_pre_hook(measure))
 
     def term(self) -> tuple[Float[Tensor, ""], Float[Tensor, " L"], Float[Tensor, " L"]]:
-        """Return (the term to add to the loss, each layer's density, 1 for each measured layer).
-        The last two have no gradient.
+        """Return (the term to add to the loss, each layer's density, the number of tokens that it
+        was measured on, 0 if it was not called). The last two have no gradient.
 
         Raises:
             PenaltyError: no layer was called.
@@ -280,7 +296,8 @@ class DensityDEFT:
         first = next(iter(densities.values()))
         each, measured = torch.zeros(2, len(self.layers), dtype=first.dtype, device=first.device)
         for index, value in densities.items():
-            each[index], measured[index] = value.detach().to(first.device), 1.0
+            each[index] = value.detach().to(first.device)
+            measured[index] = self.tokens[index].to(first.device)
         total = sum(shares[index] for index in densities) or 1.0
         parts = [
             value.to(first.device) * (shares[index] / total) for index, value in densities.items()
@@ -302,9 +319,7 @@ class DensityDEFT:
                 self.smoothed[index] = _MEMORY * last + (1 - _MEMORY) * current if last else current
 
     @torch.no_grad()
-    def calibrate(
-        self, forward: Callable[[Any], Any], batches: Iterable[tuple[Any, Bool[Tensor, "B T"]]]
-    ) -> None:
+    def calibrate(self, forward: Callable[[Any], Any], batches: Iterable[tuple[Any, Real]]) -> None:
         """Set tau to each layer's median |a| over the first `calibration_batches` of (batch, its
         real tokens), unless eps is a number. Activations that are exactly 0 are ignored: otherwise
         tau would be 0 if a ReLU sets more than half of them to 0.
@@ -342,7 +357,7 @@ class DensityDEFT:
 def medians(
     layers: list[tuple[str, nn.Module]],
     forward: Callable[[Any], Any],
-    batches: Iterable[tuple[Any, Bool[Tensor, "B T"]]],
+    batches: Iterable[tuple[Any, Real]],
 ) -> list[tuple[str, float]]:
     """Return (name, median of |a| where a is not 0) of each layer's input, over evenly spaced
     activations of the real tokens.
@@ -351,11 +366,12 @@ def medians(
         PenaltyError: a layer has no activation but 0 or NaN.
     """
     samples: list[list[Tensor]] = [[] for _ in layers]
-    real = torch.zeros(0, dtype=torch.bool)  # of the current batch; the hooks read it
+    real: Real = ()  # of the current batch; the hooks read it
 
     def sampler(index: int) -> Callable[..., None]:
         def sample(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            values = batch_tokens(inputs[0], real)[real].reshape(-1)
+            here = seen_by(layers[index][0], real)
+            values = batch_tokens(inputs[0], here)[here].reshape(-1)
             samples[index].append(values[:: max(1, len(values) // _SAMPLES)].abs().float().cpu())
 
         return sample

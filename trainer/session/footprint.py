@@ -180,6 +180,12 @@ def _drafter(recipe: Recipe, skeleton: nn.Module, errors: list[str]) -> int:
             "a drafter predicts tokens, and this task gives one label to each row: set drafter=none"
         )
         return 0
+    if recipe.base.decoder_start is not None:
+        errors.append(
+            f"a drafter continues the sequence that the model reads, and {recipe.base.path} is an"
+            " encoder-decoder, whose decoder writes another one: set drafter=none"
+        )
+        return 0
     try:
         drafter: Drafter = instantiate(config["drafter"])(model=skeleton)
     except DrafterError as error:

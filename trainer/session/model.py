@@ -31,7 +31,7 @@ from trainer.speed.flash import use_flash
 from trainer.storage import checkpoints
 from trainer.storage.progress import Progress
 from trainer.training.distill import DraftLoss
-from trainer.training.finetune import FineTune
+from trainer.training.finetune import FineTune, real_tokens
 
 log = logging.getLogger("trainer")
 
@@ -235,10 +235,7 @@ def _calibration_batches(recipe: Recipe) -> Iterator[dict[str, torch.Tensor]]:
     for picks in _micro_batches(recipe):
         items = [data.train[pick] for pick in picks]
         batch = data.collate(items)
-        lengths = torch.tensor([[sum(len(row.ids) for row in rows)] for _, rows in items])
-        mask = (torch.arange(batch["input_ids"].shape[1]) < lengths).long()
-        yield {
-            "input_ids": batch["input_ids"],
-            "attention_mask": mask,
-            "labels": batch.get("classes", batch["labels"]),
-        }
+        real, labels = real_tokens(batch)[0].long(), batch.get("classes", batch["labels"])
+        if "decoder_input_ids" in batch:  # the model itself puts the start token before its labels
+            labels = labels[:, 1:].contiguous()
+        yield {"input_ids": batch["input_ids"], "attention_mask": real, "labels": labels}

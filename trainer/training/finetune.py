@@ -147,14 +147,14 @@ class FineTune(lightning.LightningModule):
         self.sums["sequences"] += batch["sequences"]
         loss = summed * (self.accumulate * self.trainer.world_size / max(1, batch["window_tokens"]))
         if self.penalty is not None:
-            term, densities, saw_tokens = self.penalty.term()
-            tokens = batch["lengths"].sum()
-            self.sums["density"] = (
-                self.sums.get("density", 0.0) + torch.stack([densities, saw_tokens]) * tokens
+            term, densities, tokens_seen = self.penalty.term()
+            self.sums["density"] = self.sums.get("density", 0.0) + torch.stack(
+                [densities * tokens_seen, tokens_seen]
             )
             if self.trainer.world_size > 1:
                 # DDP takes the mean over ranks. Weighted like this each token counts the same,
                 # whichever rank it is on.
+                tokens = torch.stack([side.sum() for side in real_tokens(batch)]).sum()
                 all_tokens = self.trainer.strategy.reduce(tokens.float(), reduce_op="sum")
                 term = term * (tokens * self.trainer.world_size / all_tokens.clamp(min=1))
             loss = loss + term
@@ -285,12 +285,16 @@ class FineTune(lightning.LightningModule):
         loops["epoch_loop.batch_progress"]["is_last_batch"] = self.step >= self.steps
 
 
-def real_tokens(batch: dict[str, Any]) -> Tensor:
-    """Return a mask (B, T), True at the tokens of rows, False at padding."""
-    ids = batch["input_ids"]
-    return torch.arange(ids.shape[1], device=ids.device) < batch["lengths"].to(
-        ids.device
-    ).unsqueeze(1)
+def real_tokens(batch: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Return masks (B, T), True at the tokens of rows, False at padding: one of the sequences, or
+    one of what the encoder reads and one of what the decoder writes."""
+    sides = [("input_ids", "lengths"), ("decoder_input_ids", "decoder_lengths")]
+    return tuple(
+        torch.arange(batch[ids].shape[1], device=batch[ids].device)
+        < batch[lengths].to(batch[ids].device).unsqueeze(1)
+        for ids, lengths in sides
+        if ids in batch
+    )
 
 
 def reseed(seed: int, rank: int, step: int, micro: int) -> None:
