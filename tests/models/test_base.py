@@ -354,9 +354,9 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(copied):
         hub(copied).tokenizer
 
 
-def test_a_tokenizer_without_an_end_is_refused(copied):
-    edited(copied, "tokenizer_config.json", eos_token=None)
-    with pytest.raises(BaseError, match="has no end-of-sequence token"):
+def test_a_tokenizer_without_padding_and_end_is_refused(copied):
+    edited(copied, "tokenizer_config.json", eos_token=None, pad_token=None)
+    with pytest.raises(BaseError, match="has no pad token and no end-of-sequence token"):
         hub(copied).tokenizer
 
 

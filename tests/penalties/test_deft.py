@@ -154,7 +154,7 @@ def test_the_term_is_the_mean_over_layers_and_real_tokens(form):
         values = torch.cat([inputs_of(model, names, row)[name] for row in ROWS])
         wanted.append(naive(values[None], form, 0.04, torch.ones(1, len(values))))
     assert each.tolist() == pytest.approx(wanted, rel=1e-9)
-    assert measured.tolist() == [1.0, 1.0]
+    assert measured.tolist() == [sum(map(len, ROWS))] * 2
     assert term.item() == pytest.approx(0.7 * sum(wanted) / 2, rel=1e-9)
     assert abs(wanted[0] - wanted[1]) > 1e-3
     made.close()
@@ -282,9 +282,9 @@ def test_a_relu_that_is_mostly_off_still_has_a_scale():
     layer = nn.Linear(4, 4)
     values = torch.tensor([[[0.0, 0.0, 0.0, 2.0], [0.0, 0.0, 3.0, 0.0], [5.0, 0.0, 0.0, 0.0]]])
     real = torch.tensor([[True, True, False]])
-    assert medians([("down_proj", layer)], layer, [(values, real)]) == [("down_proj", 2.0)]
+    assert medians([("down_proj", layer)], layer, [(values, (real,))]) == [("down_proj", 2.0)]
     with pytest.raises(PenaltyError, match="down_proj are all 0 or NaN"):
-        medians([("down_proj", layer)], layer, [(torch.zeros(1, 3, 4), real)])
+        medians([("down_proj", layer)], layer, [(torch.zeros(1, 3, 4), (real,))])
 
 
 # which layers
@@ -437,7 +437,7 @@ def test_experts_are_refused():
 
 def test_layers_that_see_other_tokens_are_refused():
     made = penalty(toys.llama())
-    made.open(torch.ones(3, 9, dtype=torch.bool))
+    made.open((torch.ones(3, 9, dtype=torch.bool),))
     with pytest.raises(
         PenaltyError, match=r"activations of shape \(5, 128\) for a batch of \(3, 9\)"
     ):
