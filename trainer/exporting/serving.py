@@ -107,8 +107,9 @@ class Serving:
 
 
 def _joined(tokenizer: Any) -> str:
-    """Return the template of task.chat_template=none: the messages as they are, after the token
-    that the tokenizer puts before a text."""
-    begins = tokenizer("1")["input_ids"][:1] == [tokenizer.bos_token_id]
-    bos = "{{ bos_token }}" if begins and tokenizer.bos_token_id is not None else ""
-    return bos + "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    """Return the template of task.chat_template=none: the messages as they are, between the tokens
+    that the tokenizer puts around a text. T5's puts its end token after the text that it reads."""
+    ids = tokenizer("1")["input_ids"]
+    bos = "{{ bos_token }}" if ids[0] == tokenizer.bos_token_id else ""
+    eos = "{{ eos_token }}" if ids[-1] == tokenizer.eos_token_id else ""
+    return bos + "{% for message in messages %}{{ message['content'] }}{% endfor %}" + eos
