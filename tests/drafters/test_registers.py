@@ -521,6 +521,54 @@ def test_a_model_that_ignores_what_it_is_given_is_noticed():
                 registers(model)
 
 
+LEAKS = {
+    "a token sees a register": ((5, 6),),
+    "a register sees one before it": ((8, 7),),
+    "a register sees a token too many": ((8, 3),),
+}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("leak", LEAKS)
+def test_a_weak_leak_is_noticed_below_the_rounding_of_bf16(leak, attention):
+    class Leaks(transformers.LlamaForCausalLM):
+        score = -4.0
+
+        def forward(self, *args, position_ids=None, attention_mask=None, **kwargs):
+            if attention_mask is not None:
+                dtype = kwargs["inputs_embeds"].dtype
+                if attention_mask.dtype == torch.bool:
+                    attention_mask = torch.zeros(attention_mask.shape, dtype=dtype).masked_fill(
+                        ~attention_mask, torch.finfo(dtype).min
+                    )
+                for row, column in LEAKS[leak]:
+                    attention_mask[..., row, column] = self.score
+            masked = {"position_ids": position_ids, "attention_mask": attention_mask}
+            return super().forward(*args, **masked, **kwargs)
+
+    model = toys.llama(torch.bfloat16, attn_implementation=attention)
+    model.__class__ = Leaks
+    with pytest.raises(DrafterError, match="does not keep registers apart"):
+        registers(model)
+    Leaks.score = torch.finfo(torch.bfloat16).min  # the same changes of the mask, without a leak
+    registers(model)
+
+
+def test_positions_that_hardly_matter_are_noticed_too():
+    class Deaf(transformers.LlamaForCausalLM):
+        def forward(self, *args, position_ids=None, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model = toys.llama(torch.bfloat16)
+    with torch.no_grad():  # nearly uniform attention: positions change logits by 3 %
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= 0.01
+    registers(model)
+    model.__class__ = Deaf
+    with pytest.raises(DrafterError, match="does not keep registers apart"):
+        registers(model)
+
+
 def test_tokens_that_no_training_has_seen_refuse_no_model():
     model = toys.llama(torch.bfloat16, tie_word_embeddings=False)
     with torch.no_grad():  # as special tokens at a vocabulary's start may be, at the extreme
