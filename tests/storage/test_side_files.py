@@ -209,3 +209,25 @@ def test_a_report_does_not_write_through_a_link(run, tmp_path):
     assert not (run / "report.html").is_symlink()
     assert (run / "metrics.jsonl").read_bytes() == before
     assert keys.read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("damage", ["other types", "bytes"])
+def test_a_run_resumes_with_all_of_them_damaged(train, chats, damage):
+    words = (f"task.path={chats}", "max_steps=3", "callbacks.checkpoints.every=1", "threads=1")
+    whole = train(*words, "name=whole")
+    run = train(*words, "name=killed")
+    folder = run / "checkpoints"
+    checkpoints.remove(Checkpoint.at(folder, 3))  # as if it was killed in its last step
+    (run / "report.html").unlink()
+    for name in (*SIDE, "requeues.jsonl", "job"):
+        damaged(run, name, damage)
+    assert train(*words, "name=killed", "resume=auto") == run
+    assert (run / "report.html").exists()
+    assert checkpoints.complete(folder)[-1].step == 3
+    results = [
+        (path / "adapter" / "adapter_model.safetensors").read_bytes() for path in (whole, run)
+    ]
+    assert results[0] == results[1]
+    for name in ("metrics.jsonl", "samples.jsonl", "checkpoints/best.json"):
+        assert (run / f"{name}.damaged").exists(), name
+    assert [row["step"] for row in journal.read(run / "metrics.jsonl")][-1] == 3
