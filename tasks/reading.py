@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+EXPANSION = 200  # of a gzip file, at most: text shrinks to a third or so, equal rows to a hundredth
+EXPANDED = 64 << 20  # bytes that any gzip file may expand to
 KINDS = ("jsonl", "json", "csv", "tsv", "parquet", "txt")
 csv.field_size_limit(2**31 - 1)  # long texts too; Python's own limit is 131072 characters
 
@@ -122,7 +124,36 @@ def _kind(file: Path) -> str:
 def _open(file: Path) -> Any:
     with file.open("rb") as stream:
         compressed = stream.read(2) == b"\x1f\x8b"  # by content: the name may be .jsonl
-    return gzip.open(file, "rb") if compressed else file.open("rb")
+    return io.BufferedReader(_Expanded(file)) if compressed else file.open("rb")
+
+
+class _Expanded(io.RawIOBase):
+    """The content of a gzip file. A small file can expand to a line that fills the memory.
+
+    Raises:
+        DataError: it expands to far more than text does.
+    """
+
+    def __init__(self, file: Path):
+        self.file, self.stream = file, gzip.GzipFile(file, "rb")
+        self.left = EXPANDED + EXPANSION * file.stat().st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self.stream.readinto(buffer)
+        self.left -= count
+        if self.left < 0:
+            raise DataError(
+                f"{self.file} expands to more than {EXPANSION} times its size, which no text does:"
+                " unpack it if it is what you want"
+            )
+        return count
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
 
 
 def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:

@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tasks import reading
 from tasks.reading import Bad, DataError, Source
 
 ROWS = [
@@ -414,3 +415,15 @@ def test_the_digest_follows_content_and_kind_and_not_the_place(tmp_path):
     assert len(set(digests)) == 5
     first.write_text('{"text": "c"}\n')
     assert source(first).fingerprint() not in digests
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "txt"])
+def test_a_gzip_file_that_expands_without_end(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(reading, "EXPANDED", 1 << 16)
+    file = tmp_path / f"rows.{kind}.gz"
+    file.write_bytes(packed(b'[{"text": "' + b"a" * (10 << 20) + b'"}]'))
+    with pytest.raises(DataError, match="expands to more than 200 times its size"):
+        rows(file)
+    file.write_bytes(packed(b'{"text": "a row of text"}\n' * 4000))  # equal rows
+    if kind == "jsonl":
+        assert len(rows(file)) == 4000
