@@ -4,19 +4,25 @@ messages            {"messages": [{"role": "user", "content": "Hi"},
                                   {"role": "assistant", "content": "Hello"}], "tools": [...]}
 sharegpt            {"conversations": [{"from": "human", "value": "Hi"},
                                        {"from": "gpt", "value": "Hello"}], "system": "..."}
-alpaca              {"instruction": "Add.", "input": "2 3", "output": "5"}
+                    {"conversations": [{"from": "function_call", "value": "{\"name\": ...}"}, ...]}
+alpaca              {"instruction": "Add.", "input": "2 3", "output": "5", "system": "...",
+                     "history": [["Hi", "Hello"]]}
 prompt_completion   {"prompt": "2 + 3 =", "completion": "5"}
                     either side may be a list of messages too
+
+Every format may have the columns `tools` (or OpenAI's older `functions`), `system` and
+`chat_template_kwargs`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from tasks.messages import message, parsed, tools
 from tasks.reading import DataError
-from tasks.task import Conversation, column, text_of
+from tasks.task import Conversation, Read, column, text_of
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _SHAREGPT = {
     "human": "user",
     "user": "user",
@@ -63,55 +69,128 @@ def detect(row: dict[str, Any], columns: dict[str, str]) -> str:
 
 
 def convert(
-    row: dict[str, Any], format_: str, columns: dict[str, str], system: str | None, where: str
+    row: dict[str, Any],
+    format_: str,
+    columns: dict[str, str],
+    system: str | None,
+    where: str,
+    weight: str | None = None,
 ) -> Conversation:
-    """Return one row as a Conversation that ends in an answer.
+    """Return one row as a Conversation that ends in an answer. `weight` is the column of its
+    weight.
 
     Raises:
         DataError: a column is missing, a value has the wrong type, or an answer is empty.
     """
-    tools = row.get(columns.get("tools", "tools")) or None
-    if format_ == "messages":
-        messages = [
-            _message(item, number)
-            for number, item in enumerate(_listed(column(row, columns, "messages"), "messages"), 1)
-        ]
-    elif format_ == "sharegpt":
-        turns = _listed(column(row, columns, "conversations"), "conversations")
-        messages = [_sharegpt(item, number) for number, item in enumerate(turns, 1)]
-        if row.get(columns.get("system", "system")):
-            messages.insert(
-                0,
-                {
-                    "role": "system",
-                    "content": text_of(row[columns.get("system", "system")], "system"),
-                },
-            )
-    elif format_ == "alpaca":
-        instruction = text_of(column(row, columns, "instruction"), "instruction")
-        extra = row.get(columns.get("input", "input")) or ""
-        if not isinstance(extra, str):
-            raise DataError(f"input must be text, and is {type(extra).__name__}")
-        question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-        messages = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": text_of(column(row, columns, "output"), "output")},
-        ]
-    else:
-        messages = _side(column(row, columns, "prompt"), "prompt", "user") + _side(
-            column(row, columns, "completion"), "completion", "assistant"
-        )
-    if system is not None and messages and messages[0]["role"] not in ("system", "developer"):
+    row = Read(row)
+    messages = _FORMATS[format_](row, columns)
+    first = row.get(columns.get("system", "system")) if _needs_system(messages) else None
+    if first is not None and first != "":
+        messages.insert(0, {"role": "system", "content": text_of(first, "system")})
+    if system is not None and _needs_system(messages):
         messages.insert(0, {"role": "system", "content": system})
     _check(messages)
-    if tools is not None and not isinstance(tools, list):
+    untrained = frozenset(i for i, m in enumerate(messages) if m.pop("train", True) is False)
+    return Conversation(
+        messages,
+        where,
+        _tools(row, columns),
+        messages[-1].get("content"),
+        untrained,
+        _variables(row.get(columns.get("chat_template_kwargs", "chat_template_kwargs"))),
+        1.0 if weight is None else _weight(column(row, columns, weight), weight),
+        tuple(f"column {name!r}" for name in row.unread()),
+    )
+
+
+def _needs_system(messages: list[dict[str, Any]]) -> bool:
+    return bool(messages) and messages[0]["role"] not in ("system", "developer")
+
+
+def _tools(row: Read, columns: dict[str, str]) -> list[dict[str, Any]] | None:
+    value = row.get(columns.get("tools", "tools"))
+    return tools(value or row.get("functions"))
+
+
+def _variables(value: Any) -> dict[str, Any]:
+    value = parsed(value, "chat_template_kwargs") if value else {}
+    if not isinstance(value, dict):
         raise DataError(
-            f"tools must be a list of function descriptions, and is {type(tools).__name__}"
+            f"chat_template_kwargs must be an object, and is {type(value).__name__}:"
+            f" {str(value)[:60]!r}"
         )
-    return Conversation(messages, where, tools, messages[-1].get("content"))
+    return {name: item for name, item in value.items() if item is not None}
+
+
+def _weight(value: Any, name: str) -> float:
+    if isinstance(value, str):  # of a csv file
+        try:
+            value = float(value)
+        except ValueError:
+            value = None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
+        raise DataError(f"{name} is {value!r}, expected a number of at least 0: the row's weight")
+    return float(value)
+
+
+def _messages(row: Read, columns: dict[str, str]) -> list[dict[str, Any]]:
+    items = _listed(column(row, columns, "messages"), "messages")
+    return [message(item, number) for number, item in enumerate(items, 1)]
+
+
+def _sharegpt(row: Read, columns: dict[str, str]) -> list[dict[str, Any]]:
+    items = _listed(column(row, columns, "conversations"), "conversations")
+    return [_turn(item, number) for number, item in enumerate(items, 1)]
+
+
+def _alpaca(row: Read, columns: dict[str, str]) -> list[dict[str, Any]]:
+    instruction = text_of(column(row, columns, "instruction"), "instruction")
+    extra = row.get(columns.get("input", "input")) or ""
+    if not isinstance(extra, str):
+        raise DataError(f"input must be text, and is {type(extra).__name__}")
+    question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
+    return [
+        *_history(row.get(columns.get("history", "history"))),
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": text_of(column(row, columns, "output"), "output")},
+    ]
+
+
+def _history(value: Any) -> list[dict[str, Any]]:
+    """Return the earlier turns of an Alpaca row, a list of [question, answer]."""
+    messages = []
+    for number, pair in enumerate(parsed(value, "history") if value else [], 1):
+        if (
+            not isinstance(pair, list | tuple)
+            or len(pair) != 2
+            or not all(isinstance(text, str) for text in pair)
+        ):
+            raise DataError(
+                f"history, entry {number}: expected [question, answer], and is {str(pair)[:60]!r}"
+            )
+        messages += [
+            {"role": "user", "content": pair[0]},
+            {"role": "assistant", "content": pair[1]},
+        ]
+    return messages
+
+
+def _prompt_completion(row: Read, columns: dict[str, str]) -> list[dict[str, Any]]:
+    return _side(column(row, columns, "prompt"), "prompt", "user") + _side(
+        column(row, columns, "completion"), "completion", "assistant"
+    )
+
+
+_FORMATS: dict[str, Callable[[Read, dict[str, str]], list[dict[str, Any]]]] = {
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "alpaca": _alpaca,
+    "prompt_completion": _prompt_completion,
+}
 
 
 def _listed(value: Any, name: str) -> list[Any]:
+    value = parsed(value, name) if isinstance(value, str) and value[:1] in "[{" else value
     if not isinstance(value, list) or not value:
         raise DataError(
             f"{name} must be a list with at least one entry, and is {str(value)[:60]!r}"
@@ -119,30 +198,9 @@ def _listed(value: Any, name: str) -> list[Any]:
     return value
 
 
-def _message(item: Any, number: int) -> dict[str, Any]:
-    if not isinstance(item, dict) or "role" not in item:
-        raise DataError(
-            f"message {number} must be an object with role and content, and is {str(item)[:60]!r}"
-        )
-    if item["role"] not in ROLES:
-        raise DataError(
-            f"message {number} has the role {item['role']!r}; known: {', '.join(ROLES)}"
-        )
-    content = item.get("content")
-    if isinstance(content, list):  # OpenAI's content parts
-        if not all(
-            isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
-        ):
-            raise DataError(f"message {number} has content parts that are not text")
-        content = "".join(part["text"] for part in content)
-    if content is None and item.get("tool_calls"):
-        content = ""
-    if not isinstance(content, str):
-        raise DataError(f"message {number}: content must be text, and is {type(content).__name__}")
-    return {**{key: value for key, value in item.items() if value is not None}, "content": content}
-
-
-def _sharegpt(item: Any, number: int) -> dict[str, Any]:
+def _turn(item: Any, number: int) -> dict[str, Any]:
+    if isinstance(item, dict) and "role" in item and "from" not in item:
+        return message(item, number)
     if not isinstance(item, dict) or "from" not in item or "value" not in item:
         raise DataError(
             f"turn {number} must be an object with from and value, and is {str(item)[:60]!r}"
@@ -151,25 +209,31 @@ def _sharegpt(item: Any, number: int) -> dict[str, Any]:
         raise DataError(f"turn {number} is from {item['from']!r}; known: {', '.join(_SHAREGPT)}")
     if not isinstance(item["value"], str):
         raise DataError(f"turn {number}: value must be text, and is {type(item['value']).__name__}")
-    return {"role": _SHAREGPT[item["from"]], "content": item["value"]}
+    more = {key: value for key, value in item.items() if key not in ("from", "value")}
+    more["content"] = item["value"]
+    if item["from"] == "function_call":
+        calls = parsed(item["value"], f"turn {number}: function_call")
+        more |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    return message({"role": _SHAREGPT[item["from"]]} | more, number)
 
 
 def _side(value: Any, name: str, role: str) -> list[dict[str, Any]]:
     if isinstance(value, list):
-        return [_message(item, number) for number, item in enumerate(_listed(value, name), 1)]
+        return [message(item, number) for number, item in enumerate(_listed(value, name), 1)]
     return [{"role": role, "content": text_of(value, name)}]
 
 
 def _check(messages: list[dict[str, Any]]) -> None:
     answers = [
-        (number, message)
-        for number, message in enumerate(messages, 1)
-        if message["role"] == "assistant"
+        (number, answer)
+        for number, answer in enumerate(messages, 1)
+        if answer["role"] == "assistant"
     ]
     if not answers:
         raise DataError("no assistant message: there is nothing to learn")
-    for number, message in answers:
-        if not message["content"].strip() and not message.get("tool_calls"):
+    for number, answer in answers:
+        said = answer["content"].strip() or answer.get("tool_calls")
+        if not said and answer.get("train", True):
             raise DataError(f"message {number}: the answer is empty")
     if messages[-1]["role"] != "assistant":
         raise DataError(

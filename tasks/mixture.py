@@ -56,11 +56,14 @@ class Mixture:
         train_on: str,
         metric: str,
         on_bad: str,
+        on_lost: str = "error",
+        chat_template_kwargs: dict[str, Any] | None = None,
     ):
         if not parts:
             raise DataError("task.parts is empty: give {NAME: {path: FILE, weight: 1}, ...}")
         self.chat_template, self.train_on, self.on_bad = chat_template, train_on, on_bad
         self.metric, self.metrics = metric, [metric]
+        self.on_lost, self.chat_template_kwargs = on_lost, dict(chat_template_kwargs or {})
         shared = {
             "format": format,
             "columns": columns,
@@ -77,6 +80,7 @@ class Mixture:
             "streaming": False,
             "shuffle_block": 1,
             "on_bad": on_bad,
+            "on_lost": on_lost,
         }
         self.parts: dict[str, tuple[SFT, float]] = {
             name: _part(f"task.parts.{name}", settings, shared) for name, settings in parts.items()

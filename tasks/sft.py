@@ -41,6 +41,9 @@ class SFT:
         streaming: bool,
         shuffle_block: int,
         on_bad: str,
+        on_lost: str = "error",
+        weight_column: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ):
         self.splits = Splits.of(
             path, split, eval_path, eval_split, eval_fraction, limit, eval_limit, streaming
@@ -49,6 +52,8 @@ class SFT:
         self.chat_template, self.train_on = chat_template, train_on
         self.metric, self.metrics = metric, [metric]
         self.streaming, self.shuffle_block, self.on_bad = streaming, shuffle_block, on_bad
+        self.on_lost, self.weight_column = on_lost, weight_column
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
     def examples(self, split: str) -> Iterator[Conversation | Bad]:
         format_ = self.format
@@ -63,14 +68,17 @@ class SFT:
                 except DataError as error:
                     raise DataError(f"{where}: {error}") from None
             try:
-                yield conversation.convert(row, format_, self.columns, self.system, where)
+                yield conversation.convert(
+                    row, format_, self.columns, self.system, where, self.weight_column
+                )
             except DataError as error:
                 yield Bad(where, str(error))
 
     def fingerprint(self, split: str) -> str:
+        weight = f" weight={self.weight_column}" if self.weight_column is not None else ""
         return (
             f"{self.splits.fingerprint(split)} {self.format} {sorted(self.columns.items())}"
-            f" {self.system}"
+            f" {self.system}{weight}"
         )
 
     def grade(self, example: Conversation, completion: str) -> dict[str, float]:

@@ -19,6 +19,35 @@ class Conversation:
     where: str
     tools: list[dict[str, Any]] | None = None
     reference: Any = None
+    untrained: frozenset[int] = frozenset()  # indices of answers that are not trained
+    variables: dict[str, Any] = field(default_factory=dict)  # for the chat template
+    weight: float = 1.0  # of the row in the loss
+    unread: tuple[str, ...] = ()  # what the row has and nothing reads
+
+
+class Read(dict[str, Any]):
+    """A row that records which of its columns are read."""
+
+    def __init__(self, row: dict[str, Any]):
+        super().__init__(row)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a column's value, or `default` if the row has none."""
+        self.names.add(name)
+        return super().get(name, default)
+
+    def unread(self) -> list[str]:
+        """Return the columns that were not read and hold something."""
+        return [
+            name
+            for name, value in self.items()
+            if name not in self.names and value is not None and value != ""
+        ]
 
 
 @dataclass
@@ -155,10 +184,13 @@ class Chats:
         system: str | None,
         chat_template: str | None,
         on_bad: str,
+        on_lost: str = "error",
+        chat_template_kwargs: dict[str, Any] | None = None,
     ):
         self.splits = Splits.of(
             path, split, eval_path, eval_split, eval_fraction, limit, eval_limit
         )
+        self.on_lost, self.chat_template_kwargs = on_lost, dict(chat_template_kwargs or {})
         self.columns, self.system, self.chat_template, self.on_bad = (
             dict(columns),
             system,

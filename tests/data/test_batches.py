@@ -261,6 +261,7 @@ def rows_of(lengths: list[int], labels: list[int] | None = None) -> Rows:
             "label": labels[i] if labels else -1,
             "index": i,
             "where": str(i),
+            "weight": 1.0,
         }
         for i, length in enumerate(lengths)
     ]
@@ -366,3 +367,19 @@ def test_a_padded_tail_of_a_pack_is_no_token():
     )
     assert batch["labels"].tolist() == [[-100, 7, -100] + [-100] * 5]
     assert batch["tokens"] == 3
+
+
+@pytest.mark.parametrize("packs", [None, [[0, 2], [1]]])
+def test_the_window_counts_trained_tokens_times_their_rows_weights(packs):
+    class Weighted:
+        lengths = np.array([4, 6, 5])
+        trained = np.array([3, 2, 4])
+        weights = np.array([0.5, 1.0, 2.0])
+
+        def __len__(self) -> int:
+            return 3
+
+    lengths, trained = Sequences(Weighted(), packs).sizes()
+    assert trained.tolist() == ([1.5, 2.0, 8.0] if packs is None else [9.5, 2.0])
+    made = BatchOrder(lengths, trained, 0, len(lengths), 1, epochs=1)
+    assert {pick.window_tokens for pick in made.micro_batches(0)[0]} == {11.5}

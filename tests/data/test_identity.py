@@ -69,9 +69,23 @@ def table(rows: list[dict[str, Any]], batches: int = 1) -> Rows:
 
 
 ROWS = [
-    {"ids": [5, 6, 7], "trained": [False, True, True], "label": -1, "index": 0, "where": "a:1"},
-    {"ids": [8], "trained": [False], "label": -1, "index": 1, "where": "a:2"},
-    {"ids": [9, 10], "trained": [True, True], "label": -1, "index": 2, "where": "a:3"},
+    {
+        "ids": [5, 6, 7],
+        "trained": [False, True, True],
+        "label": -1,
+        "index": 0,
+        "where": "a:1",
+        "weight": 1.0,
+    },
+    {"ids": [8], "trained": [False], "label": -1, "index": 1, "where": "a:2", "weight": 1.0},
+    {
+        "ids": [9, 10],
+        "trained": [True, True],
+        "label": -1,
+        "index": 2,
+        "where": "a:3",
+        "weight": 1.0,
+    },
 ]
 
 
@@ -86,6 +100,7 @@ def test_the_digest_follows_neither_batches_nor_places():
         {0: {"ids": [5, 6, 8]}},
         {0: {"trained": [False, True, False]}},
         {1: {"label": 0}},
+        {1: {"weight": 0.5}},
         {
             0: {"ids": [5, 6], "trained": [False, True]},
             1: {"ids": [7, 8], "trained": [True, False]},

@@ -53,7 +53,7 @@ def test_calls_of_tools_stay_as_they_are():
     call = {
         "role": "assistant",
         "content": "",
-        "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}],
     }
     row = {
         "messages": [
@@ -67,7 +67,7 @@ def test_calls_of_tools_stay_as_they_are():
     (found,) = prompts.rows_of_file(iter([("x:1", row)]), READ, None, True, 0, None)
     assert found.messages[1] == call
     assert [message["content"] for message in found.messages] == ["a", "", "1", None]
-    assert found.tools == [{"name": "f"}]
+    assert found.tools == [{"type": "function", "function": {"name": "f"}}]
 
 
 def test_every_row_that_is_missing_is_in_one_batch_among_rows_of_its_length():

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tasks.reading import DataError
 from tasks.task import Conversation, Labelled, Text
-from trainer.data.render import Refused, Renderer, Tokens, has_markers, template
+from trainer.data.chat_template import ChatTemplate, Refused, has_markers
+from trainer.data.render import Renderer, Tokens, template
 from trainer.models.tiny import CHATML
 
 Message = dict[str, Any]
@@ -54,6 +55,8 @@ TOOL = {
     "type": "function",
     "function": {"name": "add", "parameters": {"type": "object", "properties": {}}},
 }
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {}}}
 
 
 def chatml(messages: list[Message]) -> Pieces:
@@ -203,14 +206,21 @@ def test_an_answers_text_in_a_prompt_is_not_trained(tiny, shape):
     )
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tiny):
+def test_a_template_that_rewrites_earlier_turns_trains_each_after_its_own_prompt(tiny):
+    renderer = made(tiny.tokenizer, FORGETFUL)
     rewritten = chat("1", "<think>one</think>2", "3", "<think>two</think>4")
-    with pytest.raises(Refused, match=r"not additive.*train_on=last"):
-        made(tiny.tokenizer, FORGETFUL)(rewritten)
+    seen = [
+        chat("1", "<think>one</think>2"),
+        chat("1", "2", "3", "<think>two</think>4"),
+    ]
+    # In the second, only the last answer is trained: the first one is not as it was generated.
+    assert renderer.render(rewritten).sequences == [
+        Tokens(*naive(tiny.tokenizer, chatml(one.messages), "last")) for one in seen
+    ]
     # Without thoughts, or with one answer, nothing is rewritten.
     for example in (chat("1", "2", "3", "4"), chat("1", "<think>one</think>2")):
         wanted = naive(tiny.tokenizer, chatml(example.messages), "all")
-        assert made(tiny.tokenizer, FORGETFUL)(example) == Tokens(*wanted)
+        assert renderer.render(example).sequences == [Tokens(*wanted)]
 
 
 def test_training_the_last_answer_suits_a_template_that_rewrites_earlier_turns(tiny):
@@ -229,7 +239,7 @@ def test_training_the_last_answer_suits_a_template_that_rewrites_earlier_turns(t
                 "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt"
                 " %}A:{% endif %}"
             ),
-            "with a generation prompt",
+            "where the generation prompt has",
         ),
         (
             "{{ messages | length }}{% for m in messages %}{{ m.content }};{% endfor %}",
@@ -364,13 +374,13 @@ def test_tools_and_calls_stand_in_the_row_and_calls_are_trained(tiny, train_on):
 @pytest.mark.parametrize(
     ("example", "reason"),
     [
-        (Conversation(chat("1", "2").messages, "here", [TOOL]), "has tools"),
+        (Conversation(chat("1", "2").messages, "here", [TOOL]), "leaves out tool 1: name 'add'"),
         (
             Conversation(
-                [*chat("1").messages, {"role": "assistant", "content": "", "tool_calls": [TOOL]}],
+                [*chat("1").messages, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
                 "here",
             ),
-            "tool_calls",
+            r"message 2 \(assistant\): tool_calls, name 'add'",
         ),
     ],
 )
@@ -382,7 +392,11 @@ def test_tools_that_a_template_does_not_show_are_refused(tiny, source, example, 
 
 def test_of_several_templates_the_one_for_tools_is_taken_where_there_are_tools(tiny):
     renderer = made(tiny.tokenizer, None, kind="text")
-    renderer.kind, renderer.template = "conversation", {"default": UNMARKED, "tool_use": TOOLS}
+    renderer.kind = "conversation"
+    renderer.templates = {
+        name: ChatTemplate(source, renderer.special, {})
+        for name, source in {"default": UNMARKED, "tool_use": TOOLS}.items()
+    }
     decode = renderer.tokenizer.decode
     assert decode(renderer(chat("1", "2")).ids).startswith("<|im_start|>user")
     assert decode(renderer(Conversation(chat("1", "2").messages, "here", [TOOL])).ids).startswith(

@@ -28,7 +28,7 @@ from trainer.data import rows as rows_module
 from trainer.data.batches import Collate, Pick, Sequences
 from trainer.data.lengths import SHOWN
 from trainer.data.packing import pack
-from trainer.data.render import Renderer, Tokens
+from trainer.data.render import Rendered, Renderer, Tokens
 from trainer.data.rendering import render_one, rendered, special_text
 from trainer.data.rows import Rows, tokenise
 
@@ -265,7 +265,9 @@ def test_broken_rows_are_skipped_and_counted_where_asked(tiny, broken):
     assert "3 broken, skipped" in rows.report.summary()
     renderer = Renderer(tiny.tokenizer, task)
     kept = [render_one(example, renderer)[1] for example in task.examples("train")]
-    assert listed(rows) == [row for row in kept if isinstance(row, Tokens)]
+    assert listed(rows) == [
+        sequence for row in kept if not isinstance(row, str) for sequence in row.sequences
+    ]
 
 
 def test_many_broken_rows_end_the_reading_early(tiny, tmp_path):
@@ -297,7 +299,7 @@ def test_several_processes_give_what_one_gives(tiny, tmp_path, own_cache):
 class Killed:
     """A renderer whose process the system kills, as it does when out of memory."""
 
-    def __call__(self, example: Any) -> Tokens:
+    def render(self, example: Any) -> Rendered:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from scripts import docs
+from scripts import chat_templates, docs
 
 CHANGED = "run python -m scripts.docs and commit the result"
 
@@ -28,3 +28,8 @@ def test_a_setting_has_key_default_type_and_meaning():
         "All settings of [adapter=lora](#adapterlora), and with other values or further ones:\n"
         in page
     )
+
+
+def test_the_table_of_templates_is_that_of_the_rows():
+    text = chat_templates.PAGE.read_text("utf-8")
+    assert text == chat_templates.page(text), "run python -m scripts.chat_templates"

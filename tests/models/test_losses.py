@@ -171,6 +171,62 @@ def test_chunks_give_what_full_logits_give(chunk, dtype, tolerance):
     assert float(also_right) == guessed
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 10])
+def test_weights_count_each_loss_as_often_as_they_say(chunk):
+    torch.manual_seed(0)
+    head = nn.Linear(6, 17)
+    hidden = torch.randn(10, 6, requires_grad=True)
+    targets, weights = torch.randint(0, 17, (10,)), torch.rand(10) * 3
+    parameters = (head.weight, head.bias)
+    loss, right = chunked_cross_entropy(hidden, targets, head, chunk, parameters, weights)
+    loss.backward()
+
+    other, again = copy.deepcopy(head), hidden.detach().clone().requires_grad_(True)
+    other.zero_grad()
+    each = F.cross_entropy(other(again), targets, reduction="none")
+    wanted = sum(weights[t] * each[t] for t in range(10))
+    wanted.backward()
+    best = (other(again).argmax(-1) == targets).float()
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(right, (best * weights).sum())
+    for got, exact in ((hidden, again), (head.weight, other.weight), (head.bias, other.bias)):
+        torch.testing.assert_close(got.grad, exact.grad)
+    with torch.no_grad():
+        silent, _ = chunked_cross_entropy(hidden, targets, head, chunk, parameters, weights)
+    torch.testing.assert_close(silent, wanted.detach())
+
+
+def test_weights_of_0_and_1_are_a_mask_to_the_bit():
+    torch.manual_seed(0)
+    head = nn.Linear(6, 17)
+    hidden, targets = torch.randn(10, 6), torch.randint(0, 17, (10,))
+    ones = chunked_cross_entropy(hidden, targets, head, 4, (), torch.ones(10))
+    assert ones == chunked_cross_entropy(hidden, targets, head, 4)
+    keep = torch.tensor([1, 0, 0, 1, 1, 0, 1, 1, 0, 1], dtype=torch.bool)
+    # one position a chunk, so that both sum in the same order
+    masked = chunked_cross_entropy(hidden[keep], targets[keep], head, 1)
+    assert chunked_cross_entropy(hidden, targets, head, 1, (), keep.float()) == masked
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["llama", "shifted"])
+def test_a_step_over_weighted_rows_is_the_weighted_mean_of_their_losses(name, packed):
+    model = MODELS[name]
+    made = rows(5, 7, 4)
+    for row, weight in zip(made, (0.25, 2.0, 1.0), strict=True):
+        row.weight = weight
+    groups = [made[:2], made[2:]] if packed else [[row] for row in made]
+    items = [(Pick(i, True, 1), group) for i, group in enumerate(groups)]
+    _, sums = CausalLoss(model, 64)(Collate(0, packed, False, weighted=True)(items))
+    loss = tokens = 0.0
+    for row in made:
+        _, alone = CausalLoss(model, 64)(batch([row]))
+        loss += row.weight * float(alone["loss"])
+        tokens += row.weight * float(alone["tokens"])
+    assert float(sums["loss"]) == pytest.approx(loss, rel=1e-5)
+    assert float(sums["tokens"]) == pytest.approx(tokens)
+
+
 def test_a_frozen_head_gets_no_gradient_and_hidden_states_get_all_of_it():
     torch.manual_seed(0)
     head = nn.Linear(6, 17).requires_grad_(False)

@@ -17,7 +17,8 @@ from tasks import reading, wheel
 from tasks.reading import DataError
 from tasks.task import Conversation
 from tests.toys.hostile import hostile_files
-from trainer.data.render import Refused, Renderer
+from trainer.data.chat_template import Refused
+from trainer.data.render import Renderer
 from trainer.drafters import DrafterError, io
 from trainer.models import base, gguf, hub
 
@@ -178,7 +179,7 @@ def test_a_template_runs_no_code(tiny, canary, source):
 
 
 def test_a_template_without_end_is_stopped(tiny, canary, monkeypatch):
-    monkeypatch.setattr("trainer.data.render.RENDERED_WITHIN", 0.2)
+    monkeypatch.setattr("trainer.data.chat_template.RENDERED_WITHIN", 0.2)
     chat = Conversation(
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rows:1"
     )

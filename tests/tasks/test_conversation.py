@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tasks.conversation import ROLES, convert, detect
+from tasks.conversation import convert, detect
+from tasks.messages import ROLES
 from tasks.reading import DataError
 from tasks.task import Conversation
 
@@ -84,7 +85,7 @@ def test_content_in_parts_is_joined_and_empty_fields_are_left_out():
         },
         {"role": "assistant", "content": "5", "tool_calls": None, "reasoning": "easy"},
     ]
-    wanted = [TWO[0], {"role": "assistant", "content": "5", "reasoning": "easy"}]
+    wanted = [TWO[0], {"role": "assistant", "content": "5", "reasoning_content": "easy"}]
     assert converted({"messages": messages}, "messages").messages == wanted
 
 
@@ -123,7 +124,6 @@ def test_the_row_itself_is_not_changed():
         ("assistant", "assistant"),
         ("chatgpt", "assistant"),
         ("model", "assistant"),
-        ("function_call", "assistant"),
         ("system", "system"),
         ("tool", "tool"),
         ("observation", "tool"),
@@ -248,7 +248,7 @@ def turns(*given: Any) -> dict[str, Any]:
             with_answer([{"type": "image_url", "image_url": "x"}]),
             "message 2 has content parts that are not text",
         ),
-        ("messages", with_answer(["Hi"]), "message 2 has content parts that are not text"),
+        ("messages", with_answer([5]), "message 2 has content parts that are not text"),
         ("messages", with_answer(""), "message 2: the answer is empty"),
         ("messages", with_answer(" \n"), "message 2: the answer is empty"),
         (
@@ -264,8 +264,8 @@ def turns(*given: Any) -> dict[str, Any]:
         ),
         (
             "messages",
-            {"messages": TWO, "tools": "[]"},
-            "tools must be a list of function descriptions, and is str",
+            {"messages": TWO, "tools": "[1"},
+            "tools is text that is no JSON (Expecting",
         ),
         ("sharegpt", turns("x"), "turn 2 must be an object with from and value, and is 'x'"),
         ("sharegpt", turns({"from": "gpt"}), "turn 2 must be an object with from and value"),

@@ -427,3 +427,31 @@ def test_a_gzip_file_that_expands_without_end(tmp_path, monkeypatch, kind):
     file.write_bytes(packed(b'{"text": "a row of text"}\n' * 4000))  # equal rows
     if kind == "jsonl":
         assert len(rows(file)) == 4000
+
+
+def test_a_parquet_row_has_only_the_keys_that_it_had(tmp_path):
+    given = [
+        {"calls": [{"name": "a", "arguments": {"city": "Paris"}}], "note": None},
+        {"calls": [{"name": "b", "arguments": {"n": 1, "m": [None, 2]}}], "note": "x"},
+    ]
+    # Arrow gives every struct every key.
+    assert pyarrow.Table.from_pylist(given).to_pylist() != given
+    assert rows(written(tmp_path, "parquet", given)) == given
+
+
+def test_json_columns_of_datasets_are_parsed_and_keep_their_nulls(tmp_path):
+    import datasets
+
+    given = [
+        {"calls": [{"a": "Paris", "b": None}], "text": '"x"'},
+        {"calls": [{"n": 1}], "text": "y"},
+    ]
+    features = datasets.Features(
+        {"calls": datasets.List(datasets.Json()), "text": datasets.Value("string")}
+    )
+    table = datasets.Dataset.from_list(given, features=features)
+    file = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(table.data.table, file)
+    assert rows(file) == given
+    decoded = reading.decoded(table.features.to_dict())
+    assert [reading.present(dict(row), decoded) for row in table] == given

@@ -77,7 +77,10 @@ def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True)
         "processes": config["tokenise_processes"],
     }
     labelled = task.kind == "label"
-    collate = Collate(base.tokenizer.pad_token_id, config["packing"], labelled, start)
+    weighted = getattr(task, "weight_column", None) is not None
+    collate = Collate(
+        base.tokenizer.pad_token_id, config["packing"], labelled, start, weighted=weighted
+    )
     training, identity = None, {}
     if train and task.streaming:
         key = source_key(task, "train", renderer, config["max_length"], config["overlong"])
@@ -96,7 +99,8 @@ def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True)
     identity["eval"] = of_rows(rows)
     if len(rows):
         log.info("eval: %s", rows.report.summary())
-    # Evaluation is never packed: its numbers should not depend on how rows share sequences.
+    # Evaluation is never packed and has no weights: its numbers should not depend on how rows share
+    # sequences, and should be comparable under other weights.
     evaluation = Collate(base.tokenizer.pad_token_id, False, labelled, start)
     held_out = (
         HeldOut(

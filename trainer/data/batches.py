@@ -28,7 +28,8 @@ class Pick:
 
     sequence: int
     trains: bool
-    window_tokens: int  # trained tokens of the whole step, over all micro-batches and ranks
+    # trained tokens of the whole step, over all micro-batches and ranks, times their rows' weights
+    window_tokens: float
 
 
 class BatchOrder:
@@ -118,7 +119,7 @@ class BatchOrder:
     def micro_batches(self, step: int, rank: int = 0) -> list[list[Pick]]:
         """Return the micro-batches of one step for one rank."""
         window = self.window(step)
-        tokens = sum(int(self.trained[sequence]) for sequence, trains in window if trains)
+        tokens = sum(self.trained[sequence].item() for sequence, trains in window if trains)
         group = self.batch_size * self.ranks
         batches = []
         for start in range(0, len(window), group):
@@ -176,10 +177,12 @@ class Sequences(Dataset):
         return pick, [self.rows[row] for row in self.members(pick.sequence)]
 
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens and the trained tokens of each sequence."""
-        if self.packs is None:
-            return self.rows.lengths, self.rows.trained
+        """Return the tokens of each sequence, and its trained ones times their rows' weights."""
         lengths, trained = self.rows.lengths, self.rows.trained
+        if (weights := getattr(self.rows, "weights", None)) is not None:
+            trained = trained * weights
+        if self.packs is None:
+            return lengths, trained
         return np.array([lengths[p].sum() for p in self.packs]), np.array(
             [trained[p].sum() for p in self.packs]
         )
@@ -194,6 +197,7 @@ class Collate:
     position_ids    (B, T) int64, from 0 in each row, by which transformers keeps rows apart; only
                     with `packed`
     attention_mask  (B, T) int64, and classes (B,) int64; only with `labelled`
+    weights         (B, T) fp32, that of each token's row; only with `weighted`
     lengths         (B,) int64, the tokens before the padding, 0 for a filler
     window_tokens, tokens (of this batch, without fillers) and sequences are plain numbers.
 
@@ -206,6 +210,7 @@ class Collate:
     packed: bool
     labelled: bool
     decoder_start: int | None = None
+    weighted: bool = False
 
     def __call__(self, items: Sequence[tuple[Pick, list[Tokens]]]) -> dict[str, Any]:
         if self.decoder_start is not None:
@@ -236,7 +241,13 @@ class Collate:
             torch.tensor([len(ids) if real else 0 for ids, real in zip(side, trains, strict=True)])
             for side in (read, written)
         ]
-        return self._numbers(items) | {
+        batch = self._numbers(items)
+        if self.weighted:
+            weights = [
+                [row.weight] * len(ids) for ids, (_, (row,)) in zip(written, items, strict=True)
+            ]
+            batch["weights"] = _padded(weights, 0.0)
+        return batch | {
             "input_ids": _padded(read, self.pad),
             "attention_mask": _padded([[1] * len(ids) for ids in read], 0),
             "decoder_input_ids": _padded(written, self.pad),
@@ -254,6 +265,7 @@ class Collate:
         position_ids = torch.zeros(shape, dtype=torch.int64)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         classes = torch.full((len(items),), -100, dtype=torch.int64)
+        weights = torch.zeros(shape, dtype=torch.float32)
         for i, (pick, rows) in enumerate(items):
             at = 0
             for row in rows:
@@ -262,6 +274,7 @@ class Collate:
                 input_ids[i, here] = ids
                 position_ids[i, here] = torch.arange(len(row.ids))
                 attention_mask[i, here] = 1
+                weights[i, here] = row.weight
                 if pick.trains:
                     labels[i, here] = torch.where(trained, ids, -100)
                     labels[i, at] = -100  # nothing predicts a row's first token
@@ -278,10 +291,12 @@ class Collate:
             batch["position_ids"] = position_ids
         if self.labelled:
             batch |= {"attention_mask": attention_mask, "classes": classes}
+        if self.weighted:
+            batch["weights"] = weights
         return batch
 
 
-def _padded(rows: list[list[int]], value: int, width: int = 0) -> torch.Tensor:
+def _padded(rows: list[list[Any]], value: float, width: int = 0) -> torch.Tensor:
     """Return rows as one matrix, filled with `value` on the right. Its width is a multiple of 8."""
     width = -(-max(width, *map(len, rows)) // 8) * 8  # matrix units work on multiples of 8
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])

@@ -1,47 +1,51 @@
 """From an example to token ids, and to the exact set of those that are trained.
 
-The chat template renders a conversation to one text. The spans of the answers in that text come
-from the template's own `{% generation %}` markers. Without markers they come from rendering
-prefixes: the text before an answer is the conversation up to it with a generation prompt. Either
-way they are checked token by token: the prompt tokenised alone, as it will be when the model
-answers, must give the first tokens of the whole. A row that fails this check is refused with the
-reason; nothing ever falls back to training on everything.
+The chat template renders a conversation to one text, or to several where it writes earlier answers
+differently from those at inference (trainer.data.turns). The spans of the answers in a text are
+checked token by token: the prompt tokenised alone, as it will be when the model answers, must give
+the first tokens of the whole. A row that fails this check is refused with the reason; nothing ever
+falls back to training on everything. What a row says and its text does not is an error, or counted
+(trainer.data.lost).
 """
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from tasks.reading import DataError
 from tasks.task import Conversation, Example, Labelled, Text
-from trainer.config import limits
+from trainer.data.chat_template import ChatTemplate, Refused, Span
+from trainer.data.lost import explained, lost
+from trainer.data.turns import Turn, turns
 from trainer.models.base import BaseError
 from trainer.models.tiny import CHATML
 
-Span = tuple[int, int]
-RENDERED_WITHIN = 10.0  # processor seconds for one row: a template may come from a stranger
 TAILS = 1000  # ends of prompts whose tokens are cached; most templates have one
 
 
 @dataclass
 class Tokens:
-    """A row: its ids, whether each is trained, and the index of its class (-1 if it has none)."""
+    """A sequence: its ids, whether each is trained, the index of its class (-1 if it has none), and
+    its weight in the loss."""
 
     ids: list[int]
     trained: list[bool]
     label: int = -1
+    weight: float = 1.0
 
 
-class Refused(ValueError):
-    """A row cannot be rendered exactly. The message is the reason."""
+@dataclass
+class Rendered:
+    """What a row became: its sequences, the kinds of fields that the template left out, and what
+    nothing reads."""
+
+    sequences: list[Tokens]
+    lost: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
 
 class Renderer:
@@ -67,6 +71,9 @@ class Renderer:
         self.decoder_start = decoder_start
         if decoder_start is not None:
             _refuse_one_sided(task)
+        self.on_lost = getattr(task, "on_lost", "error")
+        self.may_lose = hasattr(task, "on_lost")
+        self.variables = dict(getattr(task, "chat_template_kwargs", None) or {})
         self.labels = (
             {label: index for index, label in enumerate(task.labels)}
             if task.kind == "label"
@@ -77,15 +84,18 @@ class Renderer:
             if task.kind == "conversation"
             else None
         )
-        for source in (
-            self.template.values() if isinstance(self.template, dict) else [self.template or ""]
-        ):
-            _refuse_powers(source)
+        self.special = dict(tokenizer.special_tokens_map)
         added = tokenizer.added_tokens_decoder
         self.ends = set(tokenizer.all_special_ids) | {
             index for index, token in added.items() if token.special
         }
-        self.special = dict(tokenizer.special_tokens_map)
+        ends = [token.content for index, token in added.items() if index in self.ends]
+        sources = self.template if isinstance(self.template, dict) else {"default": self.template}
+        self.templates = {
+            name: ChatTemplate(source, self.special, self.variables, ends)
+            for name, source in sources.items()
+            if source is not None
+        }
         # The tokenizer splits a text at these tokens first, so the texts before and after one are
         # tokenised independently. Without any of them, prompts are tokenised whole.
         self.anchors = {
@@ -96,35 +106,78 @@ class Renderer:
         self._tails: dict[str, list[int]] = {}
 
     def __call__(self, example: Example) -> Tokens:
+        """Return the last sequence of `render`: the one that ends in the last trained answer."""
+        return self.render(example).sequences[-1]
+
+    def render(self, example: Example) -> Rendered:
         """Return all tokens of an example, without a limit on their number.
 
         Raises:
-            Refused: the row cannot be rendered, or the spans of its answers are not exact.
+            Refused: the row cannot be rendered, the spans of its answers are not exact, or, with
+                on_lost=error, the template leaves something out.
         """
         if isinstance(example, Labelled):
-            ids = self.tokenizer(example.text)["input_ids"]
-            return Tokens(ids, [False] * len(ids), self.labels[example.label])
+            ids = plain_ids(self.tokenizer, example.text)
+            return Rendered([Tokens(ids, [False] * len(ids), self.labels[example.label])])
         if isinstance(example, Text):
-            ids = self.tokenizer(example.text)["input_ids"]
+            ids = plain_ids(self.tokenizer, example.text)
             if ids[-1:] != [self.tokenizer.eos_token_id]:
                 ids.append(self.tokenizer.eos_token_id)
-            return Tokens(ids, [True] * len(ids))
+            return Rendered([Tokens(ids, [True] * len(ids))])
+        chosen = self._template_for(example.tools)
         if self.decoder_start is not None:
-            return self._pair(example)
-        if self.template is None:
-            return self._plain(example)
-        text, spans = self._spans(example)
-        ids, trained = self._aligned(text, spans)
-        if self.train_on == "everything":
-            trained = [True] * len(ids)
-        return Tokens(ids, trained)
+            self._check_pair(example)
+        if chosen is None:
+            text = "".join(m["content"] for m in example.messages)
+            answers = {i for i, m in enumerate(example.messages) if m["role"] == "assistant"}
+            missing = self._lost(example, [Turn(text, [], len(example.messages), answers)], None)
+            return Rendered([self._plain(example)], missing, [*example.unread])
+        parts = turns(chosen, example, self.train_on)
+        missing = self._lost(example, parts, chosen)
+        rows = []
+        for part in parts:
+            ids, trained = self._aligned(part.text, part.spans)
+            if self.train_on == "everything":
+                trained = [True] * len(ids)
+            if self.decoder_start is not None and any(trained):  # it writes nothing after that
+                end = len(ids) - trained[::-1].index(True)
+                ids, trained = ids[:end], trained[:end]
+            rows.append(Tokens(ids, trained, weight=example.weight))
+        unread = [*example.unread, *chosen.unread(example.messages, example.variables)]
+        return Rendered(rows, missing, unread)
+
+    def _lost(
+        self, example: Conversation, parts: list[Turn], chosen: ChatTemplate | None
+    ) -> list[str]:
+        """Return the kinds of fields that are not in the texts of a row.
+
+        Raises:
+            Refused: there are some, and on_lost=error.
+        """
+        fields: dict[str, str] = {}
+        for part in parts:
+            messages = example.messages[: part.end]
+            # Of the last one only: the others have fewer messages, and the same tools.
+            tools = example.tools if part is parts[-1] else None
+            fields |= lost(messages, tools, part.text, part.trained)
+        if chosen is not None and not chosen.knows_tool:
+            fields |= {
+                f"message {i} (tool), since it knows no such role": "role tool"
+                for i, message in enumerate(example.messages, 1)
+                if message["role"] == "tool"
+            }
+        if fields and self.on_lost == "error":
+            raise Refused(explained(fields, chosen is None, self.may_lose))
+        return sorted(set(fields.values()))
 
     def prompt(self, example: Conversation) -> list[int]:
         """Return the ids after which the last answer is generated."""
         before = example.messages[:-1]
-        if self.template is None:
-            return self.tokenizer("".join(m["content"] for m in before))["input_ids"]
-        return self._encode(self._render(before, example.tools, prompt=True))[0]
+        chosen = self._template_for(example.tools)
+        if chosen is None:
+            return plain_ids(self.tokenizer, "".join(m["content"] for m in before))
+        text, _ = chosen.render(before, example.tools, example.variables, prompt=True)
+        return self._encode(text)[0]
 
     def chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """Return the ids of a conversation whose next message the model generates."""
@@ -138,40 +191,39 @@ class Renderer:
                 "chat_template=none joins one prompt and one answer, and it has several answers"
             )
         prompt = self.prompt(example)
-        answer = self.tokenizer(example.messages[-1]["content"], add_special_tokens=False)[
-            "input_ids"
-        ]
-        answer.append(self.tokenizer.eos_token_id)
+        answer = self._answer(example.messages[-1]["content"])
         learns_prompt = self.train_on == "everything"
-        return Tokens(prompt + answer, [learns_prompt] * len(prompt) + [True] * len(answer))
+        learns_answer = learns_prompt or len(example.messages) - 1 not in example.untrained
+        return Tokens(
+            prompt + answer,
+            [learns_prompt] * len(prompt) + [learns_answer] * len(answer),
+            weight=example.weight,
+        )
 
-    def _pair(self, example: Conversation) -> Tokens:
-        """Return the ids that the encoder reads, then those that the decoder writes."""
+    def _answer(self, text: str) -> list[int]:
+        """Return the ids of an answer that follows no template, with the end token."""
+        end = self.tokenizer.eos_token_id
+        if self.decoder_start is None:
+            return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], end]
+        ids = self.tokenizer(text_target=text)["input_ids"]
+        if ids[:1] == [self.decoder_start]:  # the batch puts it before every answer
+            ids = ids[1:]
+        return ids if ids[-1:] == [end] else [*ids, end]
+
+    def _check_pair(self, example: Conversation) -> None:
         answers = sum(message["role"] == "assistant" for message in example.messages)
         if answers > 1 and (self.train_on != "last" or self.template is None):
             raise Refused(
                 f"it has {answers} answers, and an encoder-decoder writes one. Use train_on=last"
                 " with a chat template, which puts the earlier ones into the prompt"
             )
-        if self.template is not None:
-            text, spans = self._spans(example)
-            ids, trained = self._aligned(text, spans)
-            end = len(ids) - trained[::-1].index(True) if any(trained) else 0
-            return Tokens(ids[:end], trained[:end])
-        prompt = self.prompt(example)
-        answer = self.tokenizer(text_target=example.messages[-1]["content"])["input_ids"]
-        if answer[:1] == [self.decoder_start]:  # the batch puts it before every answer
-            answer = answer[1:]
-        if answer[-1:] != [self.tokenizer.eos_token_id]:
-            answer.append(self.tokenizer.eos_token_id)
-        return Tokens(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
     def cut(self, row: Tokens, length: int) -> Tokens:
         """Return a longer row cut to `length` tokens. A text that is written loses its end. A pair
         loses the end of its prompt, and a labelled text its own end; the special tokens that close
         them stay. Nothing is left of a pair whose prompt came from a template, or would be gone."""
         if self.kind != "label" and self.decoder_start is None:
-            return Tokens(row.ids[:length], row.trained[:length], row.label)
+            return Tokens(row.ids[:length], row.trained[:length], row.label, row.weight)
         end = row.trained.index(True) if any(row.trained) else len(row.ids)
         close = end
         while close > 1 and row.ids[close - 1] in self.ends:
@@ -180,74 +232,12 @@ class Renderer:
         if self.kind != "label" and (self.template is not None or kept == 0):
             return Tokens([], [])
         ids, trained = (values[:kept] + values[close:] for values in (row.ids, row.trained))
-        return Tokens(ids[:length], trained[:length], row.label)
+        return Tokens(ids[:length], trained[:length], row.label, row.weight)
 
-    def _render(self, messages: list[dict[str, Any]], tools: Any, prompt: bool = False) -> str:
-        return self._jinja(messages, tools, prompt, False)[0]
-
-    def _jinja(
-        self, messages: list[dict[str, Any]], tools: Any, prompt: bool, markers: bool
-    ) -> tuple[str, list[Span]]:
-        try:
-            with limits.limited(RENDERED_WITHIN, "rendering a row"):
-                texts: Any = render_jinja_template(
-                    conversations=[messages],
-                    tools=tools,
-                    chat_template=self._template_for(tools),
-                    return_assistant_tokens_mask=markers,
-                    add_generation_prompt=prompt,
-                    **self.special,
-                )
-        except limits.LimitExceeded as error:  # each further row would take as long
-            raise DataError(f"the chat template cannot be used: {error}") from None
-        except Exception as error:
-            raise Refused(f"the chat template refuses it: {error}") from None
-        return texts[0][0], [(start, end) for start, end in texts[1][0]] if markers else []
-
-    def _template_for(self, tools: Any) -> str:
-        if isinstance(self.template, dict):
-            return (
-                self.template["tool_use"]
-                if tools and "tool_use" in self.template
-                else self.template["default"]
-            )
-        assert isinstance(self.template, str)
-        return self.template
-
-    def _spans(self, example: Conversation) -> tuple[str, list[Span]]:
-        """Return the rendered text, and the spans of the trained answers in it."""
-        messages, tools = example.messages, example.tools
-        source = self._template_for(tools)
-        if tools and "tools" not in source:
-            raise Refused("it has tools, which the chat template does not show to the model")
-        if any(m.get("tool_calls") for m in messages) and "tool_calls" not in source:
-            raise Refused("it has tool_calls, which the chat template does not write")
-        if has_markers(source):
-            text, spans = self._jinja(messages, tools, False, True)
-            if not spans:
-                raise Refused("the chat template's generation markers mark nothing in it")
-        else:
-            text = self._render(messages, tools)
-            answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-            # Only the last: a template may change earlier answers, as those with thoughts do.
-            answers = answers[-1:] if self.train_on == "last" else answers
-            spans = [self._prefix_span(messages, tools, i, text) for i in answers]
-        return text, spans[-1:] if self.train_on == "last" else spans
-
-    def _prefix_span(
-        self, messages: list[dict[str, Any]], tools: Any, index: int, text: str
-    ) -> Span:
-        before = self._render(messages[:index], tools, prompt=True)
-        upto = self._render(messages[: index + 1], tools) if index + 1 < len(messages) else text
-        if not text.startswith(before):
-            raise Refused(
-                _differs(
-                    f"rendered up to message {index + 1} with a generation prompt, it", before, text
-                )
-            )
-        if not text.startswith(upto):
-            raise Refused(_differs(f"rendered up to message {index + 1}, it", upto, text))
-        return len(before), len(upto)
+    def _template_for(self, tools: Any) -> ChatTemplate | None:
+        if tools and "tool_use" in self.templates:
+            return self.templates["tool_use"]
+        return self.templates.get("default")
 
     def _encode(self, text: str) -> tuple[list[int], Callable[[int], Span]]:
         """Return the ids, and a function that gives the span of the i-th of them in the text. The
@@ -379,36 +369,11 @@ def template(chosen: str | None, tokenizer: Any) -> str | dict[str, str] | None:
     return tokenizer.chat_template
 
 
-def _refuse_powers(source: str) -> None:
-    # 9**9**9 is a single operation, which no time limit can interrupt, and it is computed when the
-    # template is compiled. `round` computes powers of 10.
-    before = ""
-    try:
-        for _, kind, word in Environment().lex(source):
-            if (word == "**" and kind == "operator") or (
-                word == "round" and kind == "name" and before == "|"
-            ):
-                raise DataError(
-                    f"the chat template uses {word!r}, which could compute forever. Remove it"
-                )
-            before = before if kind == "whitespace" else word
-    except TemplateSyntaxError:
-        return  # reported when a row is rendered
-
-
-def has_markers(source: str) -> bool:
-    """Return whether a template marks the text that the model generates."""
-    return re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
-
-
-def _differs(what: str, part: str, whole: str) -> str:
-    """Return the reason for refusing a row whose prefix renders differently alone."""
-    at = next(
-        (i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b),
-        min(len(part), len(whole)),
-    )
-    return (
-        f"the chat template is not additive: {what} reads {part[max(0, at - 10) : at + 20]!r} where"
-        f" the whole has {whole[max(0, at - 10) : at + 20]!r}, so the answer's span is not known."
-        " Use train_on=last, or a template with {% generation %} markers (task.chat_template)"
-    )
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of a text alone. A text that brings the token that the tokenizer puts before
+    every text has it once."""
+    ids = tokenizer(text)["input_ids"]
+    first, name = tokenizer.bos_token_id, tokenizer.bos_token
+    if first is not None and ids[:2] == [first, first] and text.startswith(name):
+        return ids[1:]
+    return ids

@@ -13,7 +13,8 @@ from typing import Any
 
 from tasks.reading import Bad, DataError
 from tasks.task import Conversation, Example
-from trainer.data.render import Refused, Renderer, Tokens
+from trainer.data.chat_template import Refused
+from trainer.data.render import Rendered, Renderer
 
 # A worker process keeps its renderer between chunks: pickling it with each chunk would take longer
 # than tokenising.
@@ -26,29 +27,30 @@ def _start_worker(renderer: Renderer) -> None:
     _renderer = renderer
 
 
-def _render_chunk(chunk: list[Example | Bad]) -> list[tuple[str, Tokens | str]]:
+def _render_chunk(chunk: list[Example | Bad]) -> list[tuple[str, Rendered | str]]:
     assert _renderer is not None
     return [render_one(example, _renderer) for example in chunk]
 
 
-def render_one(example: Example | Bad, renderer: Renderer) -> tuple[str, Tokens | str]:
-    """Return (where, Tokens), or (where, the reason why the row cannot be used)."""
+def render_one(example: Example | Bad, renderer: Renderer) -> tuple[str, Rendered | str]:
+    """Return (where, what the row became), or (where, the reason why it cannot be used)."""
     if isinstance(example, Bad):
         return example.where, example.reason
     try:
-        row = renderer(example)
+        row = renderer.render(example)
     except Refused as refusal:
         return example.where, str(refusal)
-    if not row.ids:
-        return example.where, "it has no tokens"
-    if renderer.kind != "label" and not any(row.trained[1:]):
-        return example.where, "it has no trained token"
+    for sequence in row.sequences:
+        if not sequence.ids:
+            return example.where, "it has no tokens"
+        if renderer.kind != "label" and not any(sequence.trained[1:]):
+            return example.where, "it has no trained token"
     return example.where, row
 
 
 def rendered(
     examples: Iterable[Example | Bad], renderer: Renderer, processes: int
-) -> Iterator[tuple[str, Tokens | str]]:
+) -> Iterator[tuple[str, Rendered | str]]:
     """Yield `render_one` of each example, in their order. With `processes` above 1, that many
     worker processes render them.
 
@@ -63,7 +65,7 @@ def rendered(
     pool = ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), _start_worker, (renderer,)
     )
-    shares: deque[Future[list[tuple[str, Tokens | str]]]] = deque()
+    shares: deque[Future[list[tuple[str, Rendered | str]]]] = deque()
     try:
         for chunk in chunks(examples, 256):
             shares.append(pool.submit(_render_chunk, chunk))

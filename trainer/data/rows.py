@@ -25,9 +25,9 @@ import transformers
 from filelock import FileLock, Timeout
 
 import tasks.task
-from tasks import conversation, reading, wheel
+from tasks import conversation, messages, reading, wheel
 from tasks.reading import DataError
-from trainer.data import render
+from trainer.data import chat_template, lost, render, turns
 from trainer.data.lengths import Report, fit, listing, take
 from trainer.data.render import Renderer, Tokens
 from trainer.data.rendering import chunks, rendered
@@ -44,7 +44,12 @@ _FEATURES = datasets.Features(
         "label": datasets.Value("int32"),
         "index": datasets.Value("int64"),  # of the example in its split
         "where": datasets.Value("string"),
+        "weight": datasets.Value("float64"),  # of the row in the loss
     }
+)
+# Part of the identity of streamed rows, which older runs recorded without a weight.
+_STREAMED = str(
+    datasets.Features({name: value for name, value in _FEATURES.items() if name != "weight"})
 )
 
 
@@ -61,8 +66,19 @@ class Rows:
     def __getitem__(self, index: int) -> Tokens:
         row = self.table[int(index)]
         return Tokens(
-            np.asarray(row["ids"]).tolist(), np.asarray(row["trained"]).tolist(), int(row["label"])
+            np.asarray(row["ids"]).tolist(),
+            np.asarray(row["trained"]).tolist(),
+            int(row["label"]),
+            float(row.get("weight", 1.0)),
         )
+
+    @cached_property
+    def weights(self) -> np.ndarray | None:
+        """The weight of each row, (rows,) float64; None if all are 1."""
+        if "weight" not in self.table.column_names:  # of an earlier version
+            return None
+        weights = self.table.data.column("weight").to_numpy()
+        return None if (weights == 1.0).all() else weights
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -126,7 +142,9 @@ class Rows:
             flags.update(trained.astype("u1").tobytes())
         for chunk in self.table.data.column("label").chunks:
             labels.update(chunk.to_numpy().astype("<i4").tobytes())
-        parts = (lengths, tokens, flags, labels)
+        parts = [lengths, tokens, flags, labels]
+        if self.weights is not None:
+            parts.append(hashlib.sha256(self.weights.astype("<f8").tobytes()))
         return hashlib.sha256(b"".join(part.digest() for part in parts)).hexdigest()
 
     def digests(self) -> Iterator[bytes]:
@@ -286,7 +304,8 @@ def _table(key: str, folder: Path) -> datasets.Dataset:
 def cache_key(task: Any, split: str, renderer: Renderer, max_length: int, overlong: str) -> str:
     """Return a digest of everything that the tokenised rows depend on: data, template, tokenizer,
     lengths and code."""
-    code = [inspect.getsource(part) for part in (render, reading, conversation, tasks.task, fit)]
+    parts = (render, chat_template, turns, lost, fit, reading, conversation, messages, tasks.task)
+    code = [inspect.getsource(part) for part in parts]
     code.append(inspect.getsource(sys.modules[type(task).__module__]))
     return _key(*code, *_settings(task, split, renderer, max_length, overlong))
 
@@ -311,7 +330,7 @@ def _settings(
         else json.dumps(tokenizer.get_vocab())
     )
     return [
-        str(_FEATURES),
+        _STREAMED,
         backend,
         json.dumps(tokenizer.special_tokens_map, default=str),
         json.dumps(renderer.template),
@@ -322,6 +341,8 @@ def _settings(
         overlong,
         tokenizers.__version__,
         transformers.__version__,
+        *([f"on_lost={renderer.on_lost}"] if renderer.on_lost != "error" else []),
+        *([json.dumps(renderer.variables, sort_keys=True)] if renderer.variables else []),
     ]
 
 
@@ -336,14 +357,14 @@ def _kept(
 ) -> Iterator[dict[str, Any]]:
     for index, (where, outcome) in enumerate(rendered(task.examples(split), renderer, processes)):
         report.rows += 1
-        row = take(where, outcome, renderer, max_length, overlong, task.on_bad, report)
-        if row is not None:
+        for row in take(where, outcome, renderer, max_length, overlong, task.on_bad, report):
             yield {
                 "ids": row.ids,
                 "trained": row.trained,
                 "label": row.label,
                 "index": index,
                 "where": where,
+                "weight": row.weight,
             }
     if report.bad and task.on_bad == "raise":
         raise DataError(listing(report))

@@ -6,6 +6,7 @@ k is shuffled by (seed, k), and a resumed run reads the stream again up to where
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from trainer.data.batches import Collate, Pick
 from trainer.data.lengths import Report, take
 from trainer.data.render import Renderer, Tokens
 from trainer.data.rendering import rendered
+
+log = logging.getLogger("trainer")
 
 
 class StreamingBatches(IterableDataset):
@@ -37,6 +40,7 @@ class StreamingBatches(IterableDataset):
         self.task, self.renderer, self.collate, self.config = task, renderer, collate, config
         self.steps, self.start, self.rank, self.ranks = steps, start, rank, ranks
         self.report = Report()
+        self.noted: set[str] = set()
 
     def __len__(self) -> int:
         return self.steps * self.config["accumulate"]
@@ -56,18 +60,27 @@ class StreamingBatches(IterableDataset):
             for where, outcome in rendered(self.task.examples("train"), self.renderer, 1):
                 self.report.rows += 1
                 settings = self.config["max_length"], self.config["overlong"], self.task.on_bad
-                row = take(where, outcome, self.renderer, *settings, self.report)
+                rows = take(where, outcome, self.renderer, *settings, self.report)
                 if isinstance(outcome, str) and self.task.on_bad == "raise":
                     raise DataError(f"{where}: {outcome}\nFix it, or skip it with task.on_bad=skip")
-                if row is not None:
+                self._note(where)
+                for row in rows:
                     pending.append((where, row))
-                if len(pending) == self.task.shuffle_block:
-                    yield from self._shuffled(pending, block)
-                    pending, block = [], block + 1
+                    if len(pending) == self.task.shuffle_block:
+                        yield from self._shuffled(pending, block)
+                        pending, block = [], block + 1
             if self.report.kept == kept:
                 raise DataError(f"no row of the stream is usable: {self.report.summary()}")
             epoch += 1
         yield from self._shuffled(pending, block)
+
+    def _note(self, where: str) -> None:
+        """Log the first time that something of a row does not reach the model."""
+        for kind in ("lost", "unread"):
+            for name in getattr(self.report, kind).keys() - self.noted:
+                self.noted.add(name)
+                what = "the chat template leaves out" if kind == "lost" else "nothing reads"
+                log.warning("%s: %s %s; further rows like it are not reported", where, what, name)
 
     def _shuffled(self, rows: list[tuple[str, Tokens]], block: int) -> Iterator[tuple[str, Tokens]]:
         for index in np.random.default_rng([self.config["seed"], block]).permutation(len(rows)):
@@ -95,7 +108,7 @@ class StreamingBatches(IterableDataset):
         self, window: list[tuple[str, Tokens]], per_step: int
     ) -> Iterator[dict[str, Any]]:
         labelled = self.collate.labelled
-        trained = sum(1 if labelled else sum(row.trained[1:]) for _, row in window)
+        trained = sum(1 if labelled else _weighted(row) for _, row in window)
         size = self.config["batch_size"]
         # The stream's last step may be smaller. Fillers, which train nothing, complete it.
         filled = [(*item, True) for item in window] + [(*window[0], False)] * (
@@ -105,3 +118,9 @@ class StreamingBatches(IterableDataset):
             share = filled[first : first + size]
             batch = self.collate([(Pick(-1, trains, trained), [row]) for _, row, trains in share])
             yield batch | {"sequences": [where for where, _, _ in share]}
+
+
+def _weighted(row: Tokens) -> float:
+    """Return the trained tokens of a row times its weight."""
+    trained = sum(row.trained[1:])
+    return trained if row.weight == 1.0 else trained * row.weight

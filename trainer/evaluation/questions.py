@@ -10,6 +10,7 @@ from typing import Any
 from tasks.reading import DataError
 from trainer.assembly.rows import add_prompts, load_data
 from trainer.assembly.trained import Trained
+from trainer.data.render import plain_ids
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Prompts:
             DataError: the prompt is empty.
         """
         if self.renderer is None:
-            ids = self.tokenizer(messages[-1]["content"])["input_ids"]
+            ids = plain_ids(self.tokenizer, messages[-1]["content"])
         else:
             ids = self.renderer.chat(messages)
         if not ids:

@@ -24,9 +24,10 @@ from tasks.reading import DataError
 from tasks.task import Conversation
 from trainer.assembly.build import instantiate
 from trainer.assembly.trained import load_trained
+from trainer.data.chat_template import Refused
 from trainer.data.ends import of_template, stop_ids
 from trainer.data.prompts import PromptRow
-from trainer.data.render import Refused, Renderer
+from trainer.data.render import Renderer
 from trainer.evaluation.answers import continuations
 from trainer.models.base import Base
 from trainer.models.precision import compute

@@ -60,6 +60,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         head: Head,
         chunk: int,
         top: int,
+        weights: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         loss = hidden.new_zeros((), dtype=torch.float32)
@@ -81,8 +82,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             ahead = exact.amax(-1, keepdim=True) - exact.gather(-1, target)
             slopes = F.softmax(exact, dim=-1)
             del exact
-            loss += (ahead - slopes.amax(-1, keepdim=True).log()).sum()
+            losses = ahead - slopes.amax(-1, keepdim=True).log()
             slopes.scatter_add_(-1, target, slopes.new_full(target.shape, -1.0))
+            if weights is not None:
+                losses = losses * weights[rows].unsqueeze(-1)
+                slopes *= weights[rows].unsqueeze(-1)
+            loss += losses.sum()
             inputs = [part, *parameters]
             grad_part, *chunk_grads = torch.autograd.grad(logits, inputs, slopes.to(logits.dtype))
             grad_hidden[rows] = grad_part
@@ -102,7 +107,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scaled = [
             (grad * grad_loss).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
-        return (grad_hidden * grad_loss.to(grad_hidden.dtype), None, None, None, None, *scaled)
+        return (grad_hidden * grad_loss.to(grad_hidden.dtype), *[None] * 5, *scaled)
 
 
 def chunked_cross_entropy(
@@ -111,11 +116,12 @@ def chunked_cross_entropy(
     head: Head,
     chunk: int,
     parameters: tuple[Tensor, ...] = (),
+    weights: Float[Tensor, " n"] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Return (summed loss, number of right guesses) of next-token predictions; see
-    `chunked_predictions`."""
-    loss, best, _ = chunked_predictions(hidden, targets, head, chunk, parameters)
-    return loss, best.sum().float()
+    """Return (summed loss, number of right guesses) of next-token predictions, each times its
+    weight; see `chunked_predictions`."""
+    loss, best, _ = chunked_predictions(hidden, targets, head, chunk, parameters, weights=weights)
+    return loss, (best.sum() if weights is None else (best * weights).sum()).float()
 
 
 def chunked_predictions(
@@ -125,10 +131,12 @@ def chunked_predictions(
     chunk: int,
     parameters: tuple[Tensor, ...] = (),
     top: int = 1,
+    weights: Float[Tensor, " n"] | None = None,
 ) -> tuple[Float[Tensor, ""], Bool[Tensor, " n"], Bool[Tensor, " n"]]:
     """Return (summed loss, whether the best guess was right, whether one of the `top` best was).
 
-    `parameters` are those of the head that are trained. The loss is summed in fp32, whatever the
+    `parameters` are those of the head that are trained. With `weights`, each position's loss counts
+    that many times. The loss is summed in fp32, whatever the
     dtype of the hidden states. It is zero for n = 0.
     """
     if len(hidden) == 0:
@@ -136,12 +144,17 @@ def chunked_predictions(
         # A rank without targets gives all parameters a zero gradient: DDP waits for every one.
         return sum((p.sum().float() for p in parameters), hidden.sum().float()) * 0.0, none, none
     if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
-        return _ChunkedCrossEntropy.apply(hidden, targets, head, chunk, top, *parameters)
+        return _ChunkedCrossEntropy.apply(hidden, targets, head, chunk, top, weights, *parameters)
     loss = hidden.new_zeros((), dtype=torch.float32)
     right = []
     for start in range(0, len(hidden), chunk):
         logits = head(hidden[start : start + chunk]).float()
-        loss = loss + F.cross_entropy(logits, targets[start : start + chunk], reduction="sum")
+        rows = slice(start, start + chunk)
+        if weights is None:
+            loss = loss + F.cross_entropy(logits, targets[rows], reduction="sum")
+        else:
+            each = F.cross_entropy(logits, targets[rows], reduction="none")
+            loss = loss + (each * weights[rows]).sum()
         right.append(_right(logits, targets[start : start + chunk], top))
         del logits  # before the next chunk's exist
     best, among = (torch.cat(parts) for parts in zip(*right, strict=True))
@@ -171,16 +184,17 @@ class CausalLoss:
         self.head = output_head(model)
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (summed loss, {loss, tokens, right}); the sums are detached. With a drafter there
-        is also `offsets`, see Drafter.loss."""
+        """Return (summed loss, {loss, tokens, right}); the sums are detached, and count each token
+        as often as its row's weight. With a drafter there is also `offsets`, see Drafter.loss."""
         labels = batch["labels"][:, 1:]  # position t predicts token t + 1
         where = labels != -100
+        weights = batch["weights"][:, 1:][where] if "weights" in batch else None
         if self.head is None:
             logits = self.model(**_inputs(batch), use_cache=False).logits[
                 :, -batch["labels"].shape[1] :
             ]
             loss, right = chunked_cross_entropy(
-                logits[:, :-1][where], labels[where], _identity, self.chunk
+                logits[:, :-1][where], labels[where], _identity, self.chunk, weights=weights
             )
         else:
             more = (
@@ -191,9 +205,10 @@ class CausalLoss:
             hidden, features, extra = self.forward(batch, more)
             parameters = tuple(p for p in self.layer.parameters() if p.requires_grad)
             loss, right = chunked_cross_entropy(
-                hidden[:, :-1][where], labels[where], self.head, self.chunk, parameters
+                hidden[:, :-1][where], labels[where], self.head, self.chunk, parameters, weights
             )
-        sums = {"loss": loss.detach(), "tokens": where.sum(), "right": right.detach()}
+        tokens = where.sum() if weights is None else weights.sum()
+        sums = {"loss": loss.detach(), "tokens": tokens, "right": right.detach()}
         if self.drafter is not None:
             term, sums["offsets"] = self.drafted(batch, hidden, features, extra)
             loss = self.drafter.main_weight * loss + term

@@ -14,7 +14,8 @@ from trainer.assembly.recipe import Recipe
 from trainer.assembly.rows import Data
 from trainer.data import ends
 from trainer.data.batches import BatchOrder
-from trainer.data.render import Refused, Renderer
+from trainer.data.chat_template import Refused
+from trainer.data.render import Renderer
 from trainer.data.rendering import special_text
 from trainer.drafters import DrafterError, io
 from trainer.models.base import Base, BaseError
@@ -96,11 +97,12 @@ def _data(data: Data, warnings: list[str]) -> dict[str, Any]:
                 f"{name}: {share:.0%} of the answers end without a trained end token, so the model"
                 f" does not learn to stop after them{_end_in_pieces(data.renderer)}"
             )
-        lost = report.dropped + report.answers_lost + report.skipped
-        if report.rows and lost / report.rows > 0.1:
-            warnings.append(
-                f"{name}: {lost} of {report.rows} rows are left out ({report.summary()})"
-            )
+        lost = report.dropped + report.answers_lost + report.skipped + report.weightless
+        total = report.rows + report.further
+        if total and lost / total > 0.1:
+            what = "sequences" if report.further else "rows"
+            warnings.append(f"{name}: {lost} of {total} {what} are left out ({report.summary()})")
+        warnings += [f"{name}: {note}" for note in report.notes()]
     if len(digests) == 2:
         shared = len(digests["train"] & digests["eval"])
         result["shared"] = shared
@@ -149,6 +151,8 @@ def _prompts(data: Data, warnings: list[str]) -> dict[str, int]:
         try:
             row, prompt = renderer(example), renderer.prompt(example)
         except Refused:
+            continue
+        if len(example.messages) - 1 in example.untrained:
             continue
         tried += 1
         same += row.ids[: len(prompt)] == prompt

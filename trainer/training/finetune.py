@@ -6,6 +6,8 @@ A step's loss is the mean over all its trained tokens, whichever micro-batch or 
 
     N = trained tokens of the step, known before it starts
 
+With task.weight_column, a token of a row of weight w counts w times in both sums.
+
 Lightning averages the micro-batches' losses, and DDP the ranks' gradients, so each sum is scaled by
 their numbers / N.
 """
@@ -145,7 +147,7 @@ class FineTune(lightning.LightningModule):
                 self.sums[key] = self.sums.get(key, 0.0) + sums[key]
         self.sums["processed"] += batch["tokens"]
         self.sums["sequences"] += batch["sequences"]
-        loss = summed * (self.accumulate * self.trainer.world_size / max(1, batch["window_tokens"]))
+        loss = summed * (self.accumulate * self.trainer.world_size / (batch["window_tokens"] or 1))
         if self.penalty is not None:
             term, densities, tokens_seen = self.penalty.term()
             self.sums["density"] = self.sums.get("density", 0.0) + torch.stack(
