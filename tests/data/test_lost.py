@@ -12,7 +12,7 @@ import pytest
 
 from tasks.task import Conversation
 from tests.toys.chat_templates import NAMES, SHAPES, TOOL, call, rendered, renderer, said
-from trainer.data.chat_template import ChatTemplate, Refused
+from trainer.data.chat_template import Refused
 from trainer.data.lengths import Report, take
 from trainer.data.lost import lost, written
 from trainer.data.render import Renderer
@@ -79,7 +79,7 @@ def made(tiny: Any, source: str, **options: Any) -> Renderer:
     """A renderer with this template."""
     task = SimpleNamespace(kind="conversation", chat_template="none", train_on="all", **options)
     result = Renderer(tiny.tokenizer, task)
-    result.templates = {"default": ChatTemplate(source, result.special, result.variables)}
+    result.use(source)
     return result
 
 

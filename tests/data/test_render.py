@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tasks.reading import DataError
 from tasks.task import Conversation, Labelled, Text
-from trainer.data.chat_template import ChatTemplate, Refused, has_markers
+from trainer.data.chat_template import Refused, has_markers
 from trainer.data.render import Renderer, Tokens, template
 from trainer.models.tiny import CHATML
 
@@ -393,10 +393,7 @@ def test_tools_that_a_template_does_not_show_are_refused(tiny, source, example, 
 def test_of_several_templates_the_one_for_tools_is_taken_where_there_are_tools(tiny):
     renderer = made(tiny.tokenizer, None, kind="text")
     renderer.kind = "conversation"
-    renderer.templates = {
-        name: ChatTemplate(source, renderer.special, {})
-        for name, source in {"default": UNMARKED, "tool_use": TOOLS}.items()
-    }
+    renderer.use({"default": UNMARKED, "tool_use": TOOLS})
     decode = renderer.tokenizer.decode
     assert decode(renderer(chat("1", "2")).ids).startswith("<|im_start|>user")
     assert decode(renderer(Conversation(chat("1", "2").messages, "here", [TOOL])).ids).startswith(

@@ -28,7 +28,7 @@ from tests.toys.chat_templates import (
     trained,
 )
 from trainer.data.batches import Collate
-from trainer.data.chat_template import ChatTemplate
+from trainer.data.chat_template import ChatTemplate, with_defaults
 from trainer.data.packing import pack
 from trainer.data.render import Renderer, plain_ids
 from trainer.data.rows import Rows, tokenise
@@ -201,6 +201,18 @@ def rendered_or_reason(one: Renderer, example: Conversation) -> Any:
         return one.render(example)
     except ValueError as error:
         return error
+
+
+def test_variables_of_training_hold_in_an_exported_template():
+    text = with_defaults(source("qwen-3"), {"enable_thinking": False, "names": ["a", None]})
+    exported = template(str(text))
+    silent = exported.render(TWO[:1], None, {}, prompt=True)[0]
+    assert silent.endswith("assistant\n<think>\n\n</think>\n\n")
+    thinking = exported.render(TWO[:1], None, {"enable_thinking": True}, prompt=True)[0]
+    assert thinking.endswith("assistant\n")
+    both = with_defaults({"default": "{{ a }}", "tool_use": "{{ b }}"}, {"a": 1})
+    assert isinstance(both, dict)
+    assert template(both["default"]).render(TWO[:1], None, {})[0] == "1"
 
 
 def test_a_closed_thought_asks_for_the_option_that_opens_it():

@@ -237,6 +237,18 @@ def _all_in(words: list[str], text: str | None) -> bool:
     return text is not None and all(word in text for word in words)
 
 
+def with_defaults(source: str | dict[str, str], variables: dict[str, Any]) -> str | dict[str, str]:
+    """Return a template, or several, in which `variables` hold where a caller does not set them: a
+    model that was trained with them is then served with them."""
+    if isinstance(source, dict):
+        return {name: str(with_defaults(text, variables)) for name, text in source.items()}
+    lines = (
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"
+        for name, value in variables.items()
+    )
+    return "".join(lines) + source
+
+
 def has_markers(source: str) -> bool:
     """Return whether a template marks the text that the model generates."""
     return re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None

@@ -17,7 +17,8 @@ import numpy as np
 
 from tasks.reading import Bad
 from tasks.task import Conversation
-from trainer.data.render import Refused, Renderer, Tokens
+from trainer.data.chat_template import Refused
+from trainer.data.render import Renderer, Tokens
 from trainer.data.rows import Rows
 
 SAMPLE = 500  # rows that are rendered where no table of all rows exists
@@ -92,9 +93,11 @@ def of_examples(examples: Iterable[Any], renderer: Renderer) -> list[int]:
         if isinstance(example, Bad):
             continue
         try:
-            _add(counts, answers(example))
+            row = answers.render(example)
         except Refused:
             continue
+        for sequence in row.sequences:
+            _add(counts, sequence)
     return counts.chosen()
 
 

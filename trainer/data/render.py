@@ -79,22 +79,10 @@ class Renderer:
             if task.kind == "label"
             else {}
         )
-        self.template = (
-            template(_template_name(task, tokenizer, decoder_start), tokenizer)
-            if task.kind == "conversation"
-            else None
-        )
         self.special = dict(tokenizer.special_tokens_map)
         added = tokenizer.added_tokens_decoder
         self.ends = set(tokenizer.all_special_ids) | {
             index for index, token in added.items() if token.special
-        }
-        ends = [token.content for index, token in added.items() if index in self.ends]
-        sources = self.template if isinstance(self.template, dict) else {"default": self.template}
-        self.templates = {
-            name: ChatTemplate(source, self.special, self.variables, ends)
-            for name, source in sources.items()
-            if source is not None
         }
         # The tokenizer splits a text at these tokens first, so the texts before and after one are
         # tokenised independently. Without any of them, prompts are tokenised whole.
@@ -104,6 +92,24 @@ class Renderer:
             if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
         }
         self._tails: dict[str, list[int]] = {}
+        self.use(
+            template(_template_name(task, tokenizer, decoder_start), tokenizer)
+            if task.kind == "conversation"
+            else None
+        )
+
+    def use(self, chosen: str | dict[str, str] | None) -> None:
+        """Take another chat template: its Jinja text, several by name, or None to join prompt and
+        answer as they are."""
+        self.template = chosen
+        sources = chosen if isinstance(chosen, dict) else {"default": chosen}
+        added = self.tokenizer.added_tokens_decoder
+        ends = [token.content for index, token in added.items() if index in self.ends]
+        self.templates = {
+            name: ChatTemplate(source, self.special, self.variables, ends)
+            for name, source in sources.items()
+            if source is not None
+        }
 
     def __call__(self, example: Example) -> Tokens:
         """Return the last sequence of `render`: the one that ends in the last trained answer."""

@@ -88,7 +88,8 @@ def make_responder(
             " it cannot have"
         )
     renderer = Renderer(base.tokenizer, task)
-    renderer.template, renderer.train_on = template_with(renderer.template, jinja), "last"
+    renderer.use(template_with(renderer.template, jinja))
+    renderer.train_on = "last"
     # a template may end answers with another token than the run's
     stops = stop_ids(base.tokenizer, model, [*trained_ends, *of_template(renderer)])
     for module in model.modules():

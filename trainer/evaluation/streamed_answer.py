@@ -17,6 +17,7 @@ from tasks.reading import DataError
 from trainer.assembly.chosen_drafter import drafter_of, sampling
 from trainer.assembly.trained import Trained
 from trainer.config.shown import shown
+from trainer.data.render import plain_ids
 from trainer.decoding.plugin import assist, refusal
 from trainer.drafters import DrafterError
 
@@ -46,7 +47,7 @@ def prompt_ids(run: Trained, prompt: str, system: str | None) -> tuple[list[int]
         messages.append({"role": "user", "content": prompt})
         ids = run.renderer.chat(messages)
     else:
-        ids = tokenizer(prompt)["input_ids"]
+        ids = plain_ids(tokenizer, prompt)
     if not ids:
         raise DataError("the prompt is empty, and this model starts from at least one token")
     return ids, run.stops

@@ -19,8 +19,9 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from trainer.assembly.recipe import Recipe
 from trainer.assembly.trained import Trained
+from trainer.data.chat_template import Refused, with_defaults
 from trainer.data.ends import stop_ids
-from trainer.data.render import Refused, Renderer
+from trainer.data.render import Renderer
 from trainer.exporting.compare import Mismatch
 from trainer.models.base import Base
 
@@ -78,7 +79,9 @@ class Serving:
         if renderer.kind == "conversation":
             expected = self._prompt()
             tokenizer.chat_template = (
-                _joined(tokenizer) if renderer.template is None else renderer.template
+                _joined(tokenizer)
+                if renderer.template is None
+                else with_defaults(renderer.template, renderer.variables)
             )
             writes_eos = "eos_token" in str(tokenizer.chat_template)
             if self.ends and tokenizer.eos_token_id not in self.ends and not writes_eos:
