@@ -42,6 +42,7 @@ audit: $(VENV)/.installed
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m scripts.docs
+	$(BIN)/python -m scripts.chat_templates
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
 
 lint: $(VENV)/.installed-dev

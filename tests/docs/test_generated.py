@@ -32,4 +32,4 @@ def test_a_setting_has_key_default_type_and_meaning():
 
 def test_the_table_of_templates_is_that_of_the_rows():
     text = chat_templates.PAGE.read_text("utf-8")
-    assert text == chat_templates.page(text), "run python -m scripts.chat_templates"
+    assert text == chat_templates.page(), "run python -m scripts.chat_templates"
