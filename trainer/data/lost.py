@@ -31,12 +31,12 @@ def lost(
     """
     at = 0
     for index, message in enumerate(messages):
-        who = f"message {index + 1} ({message['role']})"
         start = 0 if message["role"] in ("system", "developer") else at
-        for field, kind, ways in _fields(message, index in thinking):
+        for field, kind, value, ways in _fields(message, index in thinking):
             end = _first(text, ways, start)
             if end < 0:
-                yield f"{who}: {field}", f"{kind} of role {message['role']}"
+                who = f"message {index + 1} ({message['role']})"
+                yield f"{who}: {field} {_short(value)}", f"{kind} of role {message['role']}"
             elif message["role"] not in ("system", "developer"):
                 at = max(at, end)
     for number, tool in enumerate(tools or [], 1):
@@ -51,21 +51,21 @@ def written(value: str, text: str) -> bool:
     return _first(text, _ways(value), 0) >= 0
 
 
-def _fields(message: dict[str, Any], thinks: bool) -> Iterator[tuple[str, str, Iterable[str]]]:
-    """Yield (field with its value, kind, the ways in which it may be written) of a message."""
+def _fields(message: dict[str, Any], thinks: bool) -> Iterator[tuple[str, str, Any, Iterable[str]]]:
+    """Yield (field, kind, value, the ways in which it may be written) of a message."""
     thought, content = (
         thought_of(message) if message["role"] == "assistant" else (None, message["content"])
     )
     if thinks and thought and thought.strip():
-        yield f"reasoning {_short(thought)}", "reasoning", _ways(thought)
+        yield "reasoning", "reasoning", thought, _ways(thought)
     if content.strip():
-        yield f"content {_short(content)}", "content", _ways(content)
+        yield "content", "content", content, _ways(content)
     for call in message.get("tool_calls") or []:
         function = call["function"]
-        yield f"tool_calls, name {function['name']!r}", "tool_calls", [function["name"]]
+        yield "tool_calls, name", "tool_calls", function["name"], [function["name"]]
         arguments = parsed(function["arguments"], "arguments")
         for path, value in _leaves(arguments, function["name"]):
-            yield f"tool_calls, argument {path} {_short(value)}", "tool_calls", _ways(value)
+            yield f"tool_calls, argument {path}", "tool_calls", value, _ways(value)
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
