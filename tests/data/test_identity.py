@@ -16,7 +16,7 @@ from tests.conftest import sums, write_rows
 from trainer.data import identity
 from trainer.data.lengths import Report
 from trainer.data.render import Renderer
-from trainer.data.rows import _FEATURES, Rows, cached_digest, source_key, tokenise
+from trainer.data.rows import _FEATURES, _STREAMED, Rows, cached_digest, source_key, tokenise
 
 OLD_KEY = "0123456789abcdef" * 2
 COUNTS = {"rows": 60, "tokens": 1740, "trained_tokens": 200}
@@ -209,3 +209,11 @@ def test_what_no_version_recorded_is_another_identity(own_cache, tmp_path, recor
     assert identity.changed(
         tmp_path, {"train": recorded}, {"train": {"sha256": "a" * 64} | COUNTS}
     ) == ["train"]
+
+
+def test_streams_of_older_runs_keep_their_identity():
+    """Their columns are part of it, and had no weight."""
+    assert _STREAMED == (
+        "{'ids': List(Value('int32')), 'trained': List(Value('bool')), 'label': Value('int32'),"
+        " 'index': Value('int64'), 'where': Value('string')}"
+    )
