@@ -41,13 +41,13 @@ CODE_NOTE = re.compile(r"(?:It is |[Ee]ach )?[Cc]alled with [^.]*(?:\.\s*|$)")
 
 
 def commands() -> list[str]:
-    """Each file directly in trainer/ that has a `main` is a command."""
+    """Return the commands: the files directly in trainer/ that have a `main`."""
     files = sorted((ROOT / "trainer").glob("[a-z]*.py"))
     return [file.stem for file in files if "\ndef main(" in file.read_text("utf-8")]
 
 
 def help_of(module: str) -> str:
-    """What `python -m MODULE --help` prints."""
+    """Return the output of `python -m MODULE --help`."""
     command = [sys.executable, "-m", module, "--help"]
     environment = os.environ | {"COLUMNS": "100", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
     done = subprocess.run(
@@ -57,7 +57,7 @@ def help_of(module: str) -> str:
 
 
 def cli() -> str:
-    """docs/cli.md."""
+    """Return the text of docs/cli.md."""
     lines = [
         "# Commands",
         "",
@@ -83,7 +83,7 @@ def _fenced(command: str, text: str) -> list[str]:
 
 
 def knobs() -> str:
-    """docs/knobs.md."""
+    """Return the text of docs/knobs.md."""
     lines = [
         "# Settings",
         "",
@@ -138,19 +138,19 @@ def _choice(group: str, choice: str) -> list[str]:
 
 
 def _conflicts(file: str) -> list[str]:
-    """A list entry for each row of the file's conflicts."""
+    """Return a list entry for each row of the file's conflicts."""
     rows = [row for row in conflicts.table() if row.file == file]
     entries = [line for row in rows for line in _wrapped(f"- {_message(row)}")]
     return ["", "Does not go together:", "", *entries] if rows else []
 
 
 def _message(row: conflicts.Conflict) -> str:
-    """A row's message, with `...` where it has a value of the config."""
+    """Return a row's message, with `...` for each value of the config."""
     return re.sub(r"\{[\w.]+\}", "...", row.message)
 
 
 def _knobs(table: schema.Table, prefix: str, file: str | None = None) -> list[str]:
-    """A list entry for each leaf; with `file`, only for those that this file of conf/ sets."""
+    """Return a list entry for each leaf; with `file`, only for those that this file sets."""
     lines = []
     for key, child in table.children.items():
         if isinstance(child, schema.Table):
@@ -163,7 +163,7 @@ def _knobs(table: schema.Table, prefix: str, file: str | None = None) -> list[st
 
 
 def _wrapped(text: str) -> list[str]:
-    """A list entry in lines of 100 columns; code spans are not broken."""
+    """Wrap a list entry to lines of 100 columns, without breaking code spans."""
     whole = re.sub(r"`[^`]*`", lambda span: span[0].replace(" ", "\0"), text)
     broken = textwrap.wrap(
         whole, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
@@ -172,7 +172,7 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _plain(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """Format a value as it is written on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict):
@@ -187,7 +187,7 @@ def _sentence(text: str) -> str:
 
 
 def _head(file: str) -> str:
-    """The comment at the top of a file of conf/, without notes that are for the code."""
+    """Return the comment at the top of a file of conf/, without notes for developers."""
     lines = []
     for line in (schema.CONF / f"{file}.yaml").read_text("utf-8").splitlines():
         if not line.startswith("#"):

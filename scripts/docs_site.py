@@ -32,7 +32,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Point links at the place that a file has in the site."""
+    """Rewrite links to the files' paths in the site."""
     uri = page.file.src_uri
     here = posixpath.dirname(uri)
 
@@ -45,18 +45,18 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def linked(uri: str) -> list[str]:
-    """The files that a page links to, as paths in the site."""
+    """Return the files that a page links to, as paths in the site."""
     text = source(uri).read_text("utf-8")
     return [in_site(uri, match[2]) for match in LINK.finditer(text) if "://" not in match[2]]
 
 
 def source(uri: str) -> Path:
-    """The file of the repository that stands at `uri` in the site."""
+    """Return the file of the repository that is at `uri` in the site."""
     inside, _, rest = uri.partition("/")
     return ROOT / rest if inside == ELSEWHERE else ROOT / "docs" / uri
 
 
 def in_site(uri: str, link: str) -> str:
-    """Where the target of a page's relative link stands in the site."""
+    """Return the path in the site of the target of a page's relative link."""
     path = source(uri).parent.joinpath(link).resolve().relative_to(ROOT).as_posix()
     return path.removeprefix("docs/") if path.startswith("docs/") else f"{ELSEWHERE}/{path}"

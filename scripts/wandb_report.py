@@ -1,10 +1,10 @@
-"""The layout of docs/dashboard.md as a report at W&B, over the runs of a project.
+"""Make a report at W&B with the layout of docs/dashboard.md, over the runs of a project.
 
     pip install wandb-workspaces
     python -m scripts.wandb_report project=graft [entity=TEAM] [title=TEXT] [dry=true]
 
-prints the address of the report, which is saved as a draft; with dry=true what would be sent.
-Either asks the server for the project.
+The report is saved as a draft and its address is printed. With dry=true the report is printed and
+not sent. Both read the project from the server.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SECTIONS: dict[str, list[tuple[str, list[str], bool]]] = {
 
 
 def made(project: str, entity: str, title: str) -> Any:
-    """The report; nothing is sent."""
+    """Return the report, without sending it."""
     import wandb_workspaces.reports.v2 as wr
 
     blocks: list[Any] = [wr.TableOfContents()]

@@ -6,12 +6,11 @@ and Super-Tuning.
         [shape=null|1b|8b] [supervised=1.0] [methods=[...]] [fused=true] [gradient=auto]
         [device=cpu]
 
-The same model, random tokens, loss (ours, logits in chunks) and optimiser for all, at equal
-trainable parameters; each in a process of its own, in turn. `shape` takes a Llama of that size with
+All have the same model, random tokens, loss (ours, logits in chunks) and optimiser, at equal
+trainable parameters. Each runs in a new process, in turn. `shape` uses a Llama of that size with
 random weights instead of a base, for a GPU. `supervised` is the share of positions that are
 trained; `fused` is for ours, as in conf/config.yaml. Ratios are to the first of `methods`. Memory
-is the peak above what the process had when the model was loaded: activations, gradients, adapter
-and optimiser.
+is the peak above the memory after loading the model: activations, gradients, adapter and optimiser.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ SHAPES = {
 
 
 def loaded(options: dict[str, Any]) -> Any:
-    """The base model."""
+    """Return the base model."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -100,7 +99,7 @@ def loaded(options: dict[str, Any]) -> Any:
 
 
 def adapted(method: str, model: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-    """(the model to call, our adapter or None), at the parameters of a LoRA of `rank`."""
+    """Return (the model to call, our adapter or None), with the parameters of a LoRA of `rank`."""
     import peft
 
     from adapters import mask
@@ -150,8 +149,8 @@ def adapted(method: str, model: Any, options: dict[str, Any]) -> tuple[Any, Any]
 
 
 class Peak(threading.Thread):
-    """The largest resident memory, in MB, while it runs: the process's own maximum may lie
-    before."""
+    """Measures the largest resident memory in MB while it runs. The process's maximum may be
+    earlier."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -165,7 +164,7 @@ class Peak(threading.Thread):
 
 
 def measured(method: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of each step, and the peak memory above the loaded model."""
+    """Return the seconds of each step, and the peak memory above the loaded model."""
     import torch
 
     from trainer.models.losses import CausalLoss

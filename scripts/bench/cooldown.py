@@ -1,5 +1,5 @@
-"""One constant run with a cooldown for each length, against a cosine run of each length: what they
-reach, and what they cost.
+"""One constant run with a cooldown for each length, compared with a cosine run of each length: loss
+and cost.
 
     python -m scripts.bench.cooldown data=FOLDER out=FOLDER [lengths=[40,80,160]] [fraction=0.2]
     [rates=[1e-3,3e-3,1e-2]]
@@ -11,8 +11,8 @@ As in Hägele et al. 2024 (arXiv 2405.18392): the peak rate of the cosine, which
 it, is searched on the shortest length among `rates`, by the held-out loss; the constant rate is
 half of it. The branches cool down by 1 - sqrt over `fraction` of their length. With `averages` the
 constant run also keeps an average of its weights (SWA), the paper's other comparison. Every run is
-one of the program in a process of its own, and goes on where the script was stopped. Writes
-OUT/cooldown.md and OUT/cooldown.svg.
+a new process of the program, and resumes where the script was stopped. Writes OUT/cooldown.md and
+OUT/cooldown.svg.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ FILES = {
 
 
 def trained(options: dict[str, Any], name: str, *overrides: str, verb: str = "") -> dict[str, Any]:
-    """The run of a name, trained if it is not there yet: its steps, tokens, and held-out loss after
-    the last step."""
+    """Train the run of a name if it does not exist. Return its steps, tokens, and held-out loss
+    after the last step."""
     folder = Path(options["out"]) / "runs" / name
     if not (folder / "report.html").exists():
         command = [sys.executable, "-m", "trainer" + (f".{verb}" if verb else ""), *overrides]
@@ -71,7 +71,7 @@ def trained(options: dict[str, Any], name: str, *overrides: str, verb: str = "")
 
 
 def common(options: dict[str, Any], name: str, steps: int, rate: float) -> list[str]:
-    """What all runs share."""
+    """Return the overrides of all runs."""
     train, held_out = (f"{options['data']}/{file}" for file in FILES[options["task"]])
     rows = (
         [f"task.path={train}", f"task.eval_path={held_out}"]
@@ -101,7 +101,7 @@ def common(options: dict[str, Any], name: str, steps: int, rate: float) -> list[
 
 
 def measured(options: dict[str, Any]) -> dict[str, Any]:
-    """All runs, and what they reached."""
+    """Train all runs, and return their results."""
     lengths = sorted(options["lengths"])
     cosine = ["schedule=cosine", "callbacks.checkpoints.every=null"]
     searched = {
@@ -161,7 +161,7 @@ def measured(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The lengths side by side, and what both ways cost."""
+    """Return a table of the lengths, and the cost of both ways."""
     lines = [
         f"Peak of the cosine {found['peak']:g} (held-out loss at {found['cosine'][0]['steps']}"
         " steps: "
@@ -187,7 +187,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def plot(found: dict[str, Any], file: Path) -> None:
-    """Final held-out losses by length."""
+    """Plot final held-out losses by length."""
     import matplotlib
 
     matplotlib.use("svg")

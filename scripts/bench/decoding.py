@@ -59,16 +59,16 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass
 class Meter:
-    """Seconds by what they went into, step by step."""
+    """Counts the seconds of each part, step by step."""
 
     now: Callable[[], float]
-    running: bool = False  # within a timed forward, whose inner ones are its own
+    running: bool = False  # within a timed forward pass, which includes the inner ones
     spent: dict[str, float] = field(default_factory=lambda: {"target": 0.0, "drafter": 0.0})
     began: float | None = None
     steps: list[dict[str, float]] = field(default_factory=list)
 
     def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """`call`, counted to `name`."""
+        """Return `call`, with its time counted as `name`."""
 
         @functools.wraps(call)
         def counted(*arguments: Any, **more: Any) -> Any:
@@ -84,11 +84,11 @@ class Meter:
         return counted
 
     def restart(self) -> None:
-        """A text begins: what comes before its first step's end is of no step."""
+        """Start a text. The time until the end of its first step belongs to no step."""
         self.began = None
 
     def lap(self) -> None:
-        """A step ends."""
+        """End a step."""
         now = self.now()
         if self.began is not None:
             self.steps.append({"step": now - self.began, **self.spent})
@@ -96,8 +96,7 @@ class Meter:
 
 
 def figures(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Medians over steps in milliseconds, and the median share of what is neither the target's nor
-    the drafter's."""
+    """Return medians over steps in milliseconds, and the median share of the rest."""
     rest = [step["step"] - step["target"] - step["drafter"] for step in steps]
     found = {
         name: 1000 * statistics.median(step[name] for step in steps)

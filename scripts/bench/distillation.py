@@ -58,7 +58,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def prepared(options: dict[str, Any], drafter: str) -> tuple[Any, Any, dict[str, Any]]:
-    """(model, drafter, config) with the frozen target on its device."""
+    """Return (model, drafter, config) with the frozen target on its device."""
     import torch
 
     from trainer.assembly import quiet
@@ -94,7 +94,7 @@ def prepared(options: dict[str, Any], drafter: str) -> tuple[Any, Any, dict[str,
 
 
 def batches(options: dict[str, Any], vocabulary: int, share: float) -> list[dict[str, Any]]:
-    """The steps' batches."""
+    """Return the steps' batches."""
     import torch
 
     draw = torch.Generator().manual_seed(1)
@@ -112,7 +112,7 @@ def batches(options: dict[str, Any], vocabulary: int, share: float) -> list[dict
 
 
 def masked(length: int, share: float) -> int:
-    """Positions at a row's beginning that are not trained; its first token never is."""
+    """Count the positions at a row's start that are not trained; the first token never is."""
     return max(1, length - round(length * share))
 
 
@@ -179,7 +179,7 @@ class Plain:
 
 
 def case(options: dict[str, Any], side: str, drafter: str, share: float) -> dict[str, Any]:
-    """One side in this process."""
+    """Measure one side in this process."""
     import torch
 
     from scripts.bench.growth import memory
@@ -239,8 +239,8 @@ def case(options: dict[str, Any], side: str, drafter: str, share: float) -> dict
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
-    """For each drafter and share the ratios of ours over the other sides, and how far the losses
-    are apart."""
+    """Return for each drafter and share the ratios of ours over the other sides, and the
+    differences of the losses."""
     lines = []
     for key in dict.fromkeys((row["drafter"], row["supervised"]) for row in rows):
         sides: dict[str, list[dict[str, Any]]] = {}
@@ -270,7 +270,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> int:
-    """Each case in turn; a table of what was measured."""
+    """Measure each case in turn, and print a table."""
     options = parse(DEFAULTS, __doc__)
     if "--worker" in sys.argv:
         side, drafter, share, file = sys.argv[sys.argv.index("--worker") + 1 :]

@@ -67,7 +67,7 @@ COSTS = {
 
 
 def inner(width: int) -> int:
-    """The width within an MLP: 8/3 of the model's, as Llama's, in multiples of 64."""
+    """Return the inner width of an MLP: 8/3 of the model's, as in Llama, in multiples of 64."""
     return -(-width * 8 // 3 // 64) * 64
 
 
@@ -83,20 +83,20 @@ def products(width: int, layers: int, vocabulary: int, length: int) -> dict[str,
 
 
 def crossing(width: int, layers: int, vocabulary: int) -> int:
-    """The length from which attention's products are more than all others."""
+    """Return the length from which attention's products are more than all others."""
     other = products(width, layers, vocabulary, 1)
     return math.ceil((other["layers"] + other["head"]) / (layers * width))
 
 
 def exponent(sizes: list[float], costs: list[float]) -> float:
-    """The slope of a straight line through log cost over log size, by least squares."""
+    """Return the slope of a straight line through log cost over log size, by least squares."""
     x, y = [math.log(size) for size in sizes], [math.log(cost) for cost in costs]
     mean = statistics.fmean(x)
     return sum((a - mean) * b for a, b in zip(x, y, strict=True)) / sum((a - mean) ** 2 for a in x)
 
 
 def memory(device: str, reset: bool) -> int:
-    """Bytes held at the most since the last reset, which begins with what is held now."""
+    """Return the peak memory in bytes since the last reset."""
     import torch
 
     if device != "cpu":

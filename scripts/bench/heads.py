@@ -1,5 +1,5 @@
-"""Drafters side by side at equal training time, on the base's own text: how much of what they draft
-is taken, and how much faster it is.
+"""Compare drafters at equal training time, on the base's own text: the acceptance of their drafts,
+and the speed-up.
 
     python -m scripts.bench.heads prompts=FILE.jsonl out=FOLDER [field=null] [base=smollm2_135m]
     [rows=600] [held_out=32]
@@ -18,9 +18,9 @@ each of `rates`, with a warm-up of
 3. python -m trainer.speculate decodes the held-out prompts greedily: with the drafter, without it,
 and by transformers' generate.
 
-Every piece is a process of its own and a line of OUT/results.jsonl: the script can be stopped at
-any time and goes on where it was; after `budget` minutes it starts no further piece. Then it writes
-OUT/heads.md and OUT/heads.svg from the lines that there are.
+Every piece is a new process and a line of OUT/results.jsonl. The script can be stopped at any time
+and resumes there. After `budget` minutes it starts no further piece. Then it writes OUT/heads.md
+and OUT/heads.svg from the existing lines.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def responses(options: dict[str, Any]) -> None:
-    """The base's greedy answers as chats, for training and held out; what is there already is
+    """Write the base's greedy answers as chats, for training and held out. Existing answers are
     kept."""
     count = sum(1 for _ in reading.Source(options["prompts"], "train", False, "prompts"))
     if count < options["rows"] + options["held_out"]:
@@ -94,7 +94,7 @@ def responses(options: dict[str, Any]) -> None:
 
 
 def complete(file: Path) -> list[str]:
-    """The whole lines of a file; half a line that a killed process left is taken out of it."""
+    """Return the complete lines of a file. A truncated line of a killed process is removed."""
     if not file.exists():
         return []
     text = file.read_text("utf-8")
@@ -162,7 +162,7 @@ def piece(drafter: str, rate: float, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(done: list[dict[str, Any]]) -> str:
-    """One line for each piece."""
+    """Return a table with a line for each piece."""
     most = max(len(row["decoding"]["positions"]) for row in done)
     heads = [
         "drafter",
@@ -204,7 +204,7 @@ def table(done: list[dict[str, Any]]) -> str:
 
 
 def plot(done: list[dict[str, Any]], file: Path) -> None:
-    """Of each drafter at its best rate: how much of each position is taken, and tokens a second
+    """Plot each drafter at its best rate: the acceptance of each position, and tokens per second
     over transformers'."""
     import matplotlib
 

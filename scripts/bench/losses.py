@@ -53,18 +53,18 @@ DEFAULTS: dict[str, Any] = {
     "json": None,
     "ways": ["materialised", "ours_256", "ours_512", "torch_256", "torch_auto", "torch_none_256"],
 }
-SAMPLE = 16  # the gradient is held against float64 on every so many positions
+SAMPLE = 16  # the gradient is compared with float64 on every 16th position
 
 
 def inputs(options: dict[str, Any], dtype: Any, device: str) -> tuple[Any, Any, Any]:
-    """(hidden (K, n, d), weight (V, d), targets (K, n)) of the most heads and positions; a smaller
-    case has the first of them."""
+    """Return (hidden (K, n, d), weight (V, d), targets (K, n)) of the largest case; a smaller case
+    uses the first of them."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
 
     def filled(std: float, *shape: int) -> torch.Tensor:
-        # Block by block: a temporary of the whole would already be the peak that is measured.
+        # Block by block: a temporary of the full size would be the measured peak.
         made = torch.empty(shape, dtype=dtype)
         for block in made.view(-1, shape[-1]).split(1024):
             block.copy_(torch.randn(block.shape, generator=draw).mul_(std).bfloat16())
@@ -99,7 +99,7 @@ def exact(options: dict[str, Any], file: str) -> None:
 
 
 def means(way: str, hidden: Any, weight: Any, targets: Any) -> list[Any]:
-    """Each head's mean loss, differentiable."""
+    """Return each head's mean loss, differentiable."""
     import torch
     from torch.nn import functional as F
 
@@ -129,8 +129,8 @@ def means(way: str, hidden: Any, weight: Any, targets: Any) -> list[Any]:
 def case(
     options: dict[str, Any], way: str, dtype: str, positions: int, heads: int, file: str
 ) -> dict[str, Any]:
-    """One case in this process; `file` is what `exact` wrote. {skipped: why} where this torch has
-    no such operation."""
+    """Measure one case in this process; `exact` wrote `file`. Return {skipped: reason} if this
+    torch lacks the operation."""
     import torch
 
     cuda = options["device"] != "cpu"
@@ -139,7 +139,7 @@ def case(
         hidden[:heads, :positions].clone().requires_grad_(True),
         targets[:heads, :positions].contiguous(),
     )
-    try:  # small: what is loaded on first use is not the loss's memory
+    try:  # a small call first: libraries that load on first use are not the loss's memory
         sum(means(way, hidden[:, :2], weight[:8], targets[:, :2] % 8)).backward()  # type: ignore[union-attr]
     except NotImplementedError as error:
         return {"skipped": str(error)}
@@ -186,7 +186,7 @@ def case(
 
 
 def worker(*arguments: str) -> None:
-    """This program's own process for a part of it; what it prints on failure is printed."""
+    """Run a part of this program in a new process, and print its output if it fails."""
     command = [sys.executable, "-m", "scripts.bench.losses", *sys.argv[1:], "--worker", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -197,7 +197,7 @@ def worker(*arguments: str) -> None:
 
 
 def main() -> int:
-    """Each case in turn; a table of what was measured."""
+    """Measure each case in turn, and print a table."""
     options = parse(DEFAULTS, __doc__)
     if "--worker" in sys.argv:
         import torch

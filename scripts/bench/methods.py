@@ -1,5 +1,5 @@
-"""Adaptation methods side by side at equal trainable parameters, on real data: what each reaches,
-and how far that spreads.
+"""Compare adaptation methods at equal trainable parameters, on real data: their results, and the
+spread over seeds.
 
     python -m scripts.bench.methods data=FOLDER out=FOLDER [tasks=[viggo,sql]] [methods=[...]]
     [rank=16] [steps=60] [batch_size=8]
@@ -7,10 +7,10 @@ and how far that spreads.
         [base=smollm2_135m] [minutes=null]
     python -m scripts.bench.methods out=FOLDER table=true
 
-`data` holds viggo_train.jsonl, viggo_valid.jsonl and sql_train.jsonl. Every piece is a run of the
-program in a process of its own, and its numbers are a line of OUT/results.jsonl: the script can be
-stopped at any time and goes on where it was; after `minutes` it starts no further piece. Then it
-writes OUT/methods.md and OUT/methods.svg from the lines that there are.
+`data` has viggo_train.jsonl, viggo_valid.jsonl and sql_train.jsonl. Every piece is a new process of
+the program, and its numbers are a line of OUT/results.jsonl. The script can be stopped at any time
+and resumes there. After `minutes` it starts no further piece. Then it writes OUT/methods.md and
+OUT/methods.svg from the existing lines.
 
 `methods=[lora,registers]` compares plain LoRA with one that is trained with register tokens
 (MuToR), at equal steps.
@@ -64,7 +64,7 @@ SCORES = {"viggo": ("exact_match", "slots_f1"), "sql": ("exact_match", "same_res
 
 
 def adapter(method: str, options: dict[str, Any], density: float, steps: int) -> list[str]:
-    """The overrides that make a method, at the budget of a LoRA of `rank`."""
+    """Return the overrides of a method, with the parameters of a LoRA of `rank`."""
     rank, warmup = options["rank"], max(1, steps // 8)
     # Replacements every eighth of the run: with the 20 steps of the paper's long runs there would
     # be next to none.
@@ -91,7 +91,7 @@ def adapter(method: str, options: dict[str, Any], density: float, steps: int) ->
 
 
 def density_of(options: dict[str, Any]) -> float:
-    """The density at which a sparse delta has as many values as a LoRA of `rank` has parameters."""
+    """Return the density at which a sparse delta has as many values as a LoRA of `rank`."""
     from adapters.delta import targets
     from adapters.linear import features
     from trainer.assembly.build import instantiate
@@ -108,15 +108,15 @@ def density_of(options: dict[str, Any]) -> float:
 
 
 def split(options: dict[str, Any]) -> dict[str, list[str]]:
-    """Files of rows: for the search a part of ViGGO's training rows, for the results rows that no
-    rate was chosen by."""
+    """Write the rows: for the search a part of ViGGO's training rows, for the results rows that the
+    search did not use."""
     data, out = Path(options["data"]), Path(options["out"])
     out.mkdir(parents=True, exist_ok=True)
     viggo, sql = (
         (data / f"{name}_train.jsonl").read_text("utf-8").splitlines(True)
         for name in ("viggo", "sql")
     )
-    # Rows of one meaning stand together, so the end of the file has meanings that the rest has not.
+    # Rows of one meaning follow each other: meanings at the end of the file are in no other rows.
     (out / "search_train.jsonl").write_text("".join(viggo[:-300]), "utf-8")
     (out / "search_eval.jsonl").write_text("".join(viggo[-300:]), "utf-8")
     (out / "sql_train.jsonl").write_text("".join(sql[:600]), "utf-8")
@@ -202,13 +202,13 @@ def piece(
 
 
 def grade(folder: Path, answers: int) -> None:
-    """Evaluate a run, with generated answers to that many rows; write its scores.json."""
+    """Evaluate a run, with generated answers to `count` rows, and write its scores.json."""
     command = [sys.executable, "-m", "trainer.evaluate", f"run={folder}", f"generate={answers}"]
     run([*command, "max_new_tokens=120", f"json={folder}/scores.json"])
 
 
 def run(command: list[str]) -> int:
-    """Run a command; returns its peak resident memory in bytes."""
+    """Run a command, and return its peak resident memory in bytes."""
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
         _, status, usage = os.wait4(process.pid, 0)
@@ -222,15 +222,15 @@ def run(command: list[str]) -> int:
 
 
 def trained_parameters(folder: Path) -> int:
-    """The number that preflight counted."""
+    """Return preflight's number of trained parameters."""
     return json.loads((folder / "preflight.json").read_text())["model"]["trainable"]
 
 
 def pieces(
     options: dict[str, Any], done: list[dict[str, Any]]
 ) -> Iterator[tuple[str, str, float, int]]:
-    """What is still to be run: the search of each method, then its seeds, so that early results are
-    whole ones."""
+    """Yield the missing pieces: the search of each method, then its seeds, so that early results
+    are complete."""
     have = {(row["method"], row["part"], row["rate"], row["seed"]) for row in done}
     for method in options["methods"]:
         while (rate := next_rate(method, options["rates"], done)) is not None:
@@ -244,7 +244,7 @@ def pieces(
 
 
 def next_rate(method: str, rates: list[float], done: list[dict[str, Any]]) -> float | None:
-    """The search's next rate, None when it has ended."""
+    """Return the search's next rate; None if it has ended."""
     tried = {
         row["rate"]: row["loss"]
         for row in done
@@ -262,7 +262,7 @@ def next_rate(method: str, rates: list[float], done: list[dict[str, Any]]) -> fl
 
 
 def best_rate(method: str, done: list[dict[str, Any]]) -> float:
-    """The searched rate of lowest loss."""
+    """Return the searched rate of lowest loss."""
     return min(
         (row for row in done if row["method"] == method and row["part"] == "search"),
         key=lambda row: row["loss"],
@@ -270,8 +270,8 @@ def best_rate(method: str, done: list[dict[str, Any]]) -> float:
 
 
 def table(options: dict[str, Any], done: list[dict[str, Any]]) -> str:
-    """Means and standard deviations over the seeds, from the lines that there are. Step times are
-    the lowest of the seeds' medians, since whatever else a machine does only adds to them."""
+    """Return means and standard deviations over the seeds, from the existing lines. Step times are
+    the lowest of the seeds' medians, since other load on the machine only adds to them."""
     lines = []
     for task in options["tasks"]:
         names = ["loss", *SCORES[task]]
@@ -305,7 +305,7 @@ def table(options: dict[str, Any], done: list[dict[str, Any]]) -> str:
 
 
 def plot(options: dict[str, Any], done: list[dict[str, Any]], file: Path) -> None:
-    """Each seed's held-out loss and first score, by method."""
+    """Plot each seed's held-out loss and first score, by method."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -1,6 +1,6 @@
-"""What our fit costs over a bare PyTorch loop, and against Hugging Face's Trainer with stock PEFT:
-the same model, rows, batches, adapter, optimiser and precision, each in a process of its own, in
-turn.
+"""The cost of our fit over a bare PyTorch loop, and compared with Hugging Face's Trainer with stock
+PEFT. All have the same model, rows, batches, adapter, optimiser and precision. Each runs in a new
+process, in turn.
 
     python -m scripts.bench.overhead [steps=14] [warm=4] [repeats=3] [batch_size=8] [precision=auto]
     [experiment=quickstart]
@@ -39,7 +39,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def overrides(options: dict[str, Any]) -> list[str]:
-    """The run that is measured: training only."""
+    """Return the overrides of the measured run: training only."""
     return [
         f"+experiment={options['experiment']}",
         f"max_steps={options['steps']}",
@@ -53,7 +53,7 @@ def overrides(options: dict[str, Any]) -> list[str]:
 
 
 def ours(options: dict[str, Any]) -> dict[str, Any]:
-    """The program in this process; step times from its journal."""
+    """Run the program in this process. Return step times from its journal."""
     with tempfile.TemporaryDirectory() as runs:
         sys.argv = ["trainer", *overrides(options), f"runs={runs}"]
         from trainer.__main__ import main
@@ -76,7 +76,7 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
 def prepared(
     options: dict[str, Any], masks: bool = False
 ) -> tuple[dict[str, Any], Any, Any, list[dict[str, Any]]]:
-    """(config, base, dtype, the run's batches) for the loops that are not the program."""
+    """Return (config, base, dtype, the run's batches) for the other loops."""
     from trainer.assembly import quiet
     from trainer.assembly import rows as rows_module
     from trainer.assembly.build import instantiate
@@ -99,7 +99,7 @@ def prepared(
 
 
 def bare(options: dict[str, Any]) -> dict[str, Any]:
-    """The same model and loss in a plain loop."""
+    """Train the same model with the same loss in a plain loop."""
     import torch
 
     from adapters.delta import Start
@@ -128,7 +128,7 @@ def bare(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def hf(options: dict[str, Any]) -> dict[str, Any]:
-    """Hugging Face's Trainer with stock PEFT's LoRA, fed the same batches."""
+    """Train with Hugging Face's Trainer and stock PEFT's LoRA, on the same batches."""
     import peft
     import torch
     import transformers
@@ -186,7 +186,7 @@ CONTESTANTS = {"ours": ours, "bare": bare, "hf": hf}
 
 
 def main() -> int:
-    """Each contestant `repeats` times in turn; a table of medians and ratios."""
+    """Run each contestant `repeats` times in turn, and print medians and ratios."""
     options = parse(DEFAULTS, __doc__)
     if "--worker" in sys.argv:
         name, out = sys.argv[sys.argv.index("--worker") + 1 :][:2]

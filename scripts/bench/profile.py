@@ -1,5 +1,5 @@
-"""Where the time and the memory of a training step go: by operation, and what the forward pass
-keeps for the backward one.
+"""The time and memory of a training step: time by operation, and the tensors that are saved for the
+backward pass.
 
     python -m scripts.bench.profile [batch_size=4] [length=256] [supervised=1.0] [steps=4] [rows=20]
     [overrides=[...]] [threads=null]
@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def prepared(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """(training module, optimiser, batch)."""
+    """Return (training module, optimiser, batch)."""
     import torch
 
     from adapters.delta import Start
@@ -83,7 +83,7 @@ def prepared(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
 def step(
     module: Any, optimizer: Any, batch: dict[str, Any], took: dict[str, list[float]] | None = None
 ) -> None:
-    """One step; `took` gets the seconds of its parts."""
+    """Run one step, and add the seconds of its parts to `took`."""
     import torch
 
     def part(name: str, since: float) -> float:
@@ -149,7 +149,7 @@ def kept(module: Any, batch: dict[str, Any]) -> list[tuple[int, str, str]]:
         )
         handles.append(child.register_forward_hook(lambda *_: inside.pop() and None))
     with Noted():
-        loss = module.loss(batch)  # whose graph holds them
+        loss = module.loss(batch)  # its graph holds the saved tensors
     for handle in handles:
         handle.remove()
     found = [told for storage, told in made.values() if not storage.expired()]
@@ -191,7 +191,7 @@ def limits(module: Any, batch: dict[str, Any]) -> tuple[float, float, float]:
 
 
 def main() -> int:
-    """Prints the tables."""
+    """Print the tables."""
     options = parse(DEFAULTS, __doc__)
     import torch
 

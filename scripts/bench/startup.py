@@ -120,7 +120,7 @@ trainer.train()
 
 
 def chats(rows: int, length: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Conversations of one question and one answer, `length` words together."""
+    """Return conversations of one question and one answer, of `length` words together."""
     draw = random.Random(seed)
     words = [
         "the",
@@ -154,22 +154,22 @@ def chats(rows: int, length: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def stage_of(line: str) -> str | None:
-    """The stage that a line of output says was reached."""
+    """Return the stage that a line of output reports."""
     if line.startswith(MARK):
         return line.removeprefix(MARK).strip()
     return next((stage for stage, said in SAID.items() if said.match(line)), None)
 
 
 def processor_seconds(stat: str, ticks: int) -> float:
-    """User and system seconds of a process and of its children that have ended, from its
+    """Return user and system seconds of a process and its ended children, from its
     /proc/PID/stat."""
     fields = stat.rpartition(")")[2].split()  # from the third field on; a name may have spaces
     return sum(int(fields[i]) for i in (11, 12, 13, 14)) / ticks
 
 
 def timed(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """Stages and what they took since the start of `command`, whose end is not waited for once it
-    has made its first step.
+    """Return the time of each stage since the start of `command`. It is stopped after its first
+    step.
 
     Raises:
         SystemExit: it ended before.
@@ -203,7 +203,7 @@ def timed(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
 
 
 def short(command: list[str], environment: dict[str, str]) -> dict[str, float]:
-    """Wall and processor seconds of a command that ends by itself."""
+    """Return wall and processor seconds of a command that ends by itself."""
     before, started = os.times(), time.perf_counter()
     subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     wall, after = time.perf_counter() - started, os.times()
@@ -214,7 +214,7 @@ def short(command: list[str], environment: dict[str, str]) -> dict[str, float]:
 
 
 def program(options: dict[str, Any], folder: str, rows: Path, runs: str) -> list[str]:
-    """The command of our run."""
+    """Return the command of our run."""
     return [
         sys.executable,
         "-m",
@@ -240,7 +240,7 @@ def program(options: dict[str, Any], folder: str, rows: Path, runs: str) -> list
 
 
 def described(options: dict[str, Any]) -> tuple[str, str]:
-    """(folder of the base, the dtype that `precision` gives it)."""
+    """Return (folder of the base, the dtype that `precision` gives it)."""
     from trainer.assembly.build import instantiate
     from trainer.config import compose
     from trainer.models import precision
@@ -265,19 +265,19 @@ def described(options: dict[str, Any]) -> tuple[str, str]:
 
 
 def medians(results: list[dict[str, Any]], key: str = "wall") -> dict[str, float]:
-    """Of each stage, over the rounds."""
+    """Return the median of each stage over the rounds."""
     return {stage: statistics.median(result[stage][key] for result in results) for stage in STAGES}
 
 
 def ratios(
     ours: list[dict[str, Any]], other: list[dict[str, Any]], key: str = "wall"
 ) -> list[float]:
-    """Ours over another's time to the first step, round by round."""
+    """Return our time to the first step over another's, round by round."""
     return [a["step"][key] / b["step"][key] for a, b in zip(ours, other, strict=True)]
 
 
 def table(found: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
-    """The medians of each cache and contestant, and the ratios."""
+    """Return a table of the medians of each cache and contestant, and the ratios."""
     lines = [
         "| cache | | " + " | ".join(f"{stage}, s" for stage in STAGES) + " |",
         "|---" * (2 + len(STAGES)) + "|",

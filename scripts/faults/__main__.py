@@ -1,11 +1,11 @@
-"""Inject faults into small runs, and hold what comes of each against what should.
+"""Inject faults into small runs, and compare each outcome with the expected one.
 
     python -m scripts.faults out=FOLDER [only=[kills,disk:lora]] [kills=100] [seed=0]
 
-Families: kills, points, disk, damage, ranks, loader, clock, nonfinite, memory; each is a file
-beside this one, which says what it does; only=[FAMILY:RUN:FAULT] does those whose names hold these
-parts. FOLDER/faults.jsonl gets a line for each injection, FOLDER/faults.md the table. The same
-command goes on where it was stopped. The exit code is 1 if anything came out as it should not.
+Families: kills, points, disk, damage, ranks, loader, clock, nonfinite, memory. Each has a file in
+this folder that describes it. only=[FAMILY:RUN:FAULT] selects injections by parts of their names.
+FOLDER/faults.jsonl gets a line for each injection, FOLDER/faults.md the table. The same command
+resumes where it was stopped. The exit code is 1 if any outcome is wrong.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ DEFAULTS = {"out": None, "only": list(HEADS), "kills": 100, "seed": 0}
 
 
 def main(argv: list[str]) -> int:
-    """The program; see the module's text."""
+    """Run the program; see the module's text."""
     options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(argv))
     unknown = [
         *(key for key in options if key not in DEFAULTS),
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     place = cases.prepare(Path(options["out"]))
     ledger = Ledger(place.path, options["only"])
     warm.ready()
-    # through every `finally`, so that nothing stays mounted
+    # exits through every `finally`, so that nothing stays mounted
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for name in dict.fromkeys(entry.partition(":")[0] for entry in options["only"]):
         began = time.monotonic()

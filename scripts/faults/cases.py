@@ -1,5 +1,5 @@
-"""The runs that faults are injected into: small, of every kind of training state, and what two of
-them are compared by."""
+"""The small runs that faults are injected into, one for each kind of training state, and the
+comparison of two of them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "callbacks.evaluation.samples=0",
     ),
 }
-SPECIAL = {  # what is worth more kills than its share of the time
+SPECIAL = {  # phases that get more kills than their share of the time
     "lora": ("saving", "training"),
     "rosa": ("saving", "making the mask"),
     "spiel": ("saving", "reselecting"),
@@ -78,7 +78,7 @@ SPECIAL = {  # what is worth more kills than its share of the time
 
 @dataclass(frozen=True)
 class Place:
-    """Where the harness works. `elsewhere` is on another file system, for $TMPDIR."""
+    """The folders of the harness. `elsewhere` is on another file system, for $TMPDIR."""
 
     path: Path
     elsewhere: Path
@@ -92,12 +92,12 @@ class Place:
         return self.path / "runs"
 
     def cache(self, name: str) -> dict[str, str]:
-        """An environment with a cache of its own."""
+        """Return an environment with a separate cache."""
         return {"GRAFT_CACHE": str(self.path / "cache" / name), "TMPDIR": str(self.elsewhere)}
 
 
 def prepare(path: Path) -> Place:
-    """Make the folder and its rows."""
+    """Create the folder and its rows."""
     memory = Path("/dev/shm")
     elsewhere = (
         memory if os.access(memory, os.W_OK) else path
@@ -123,7 +123,7 @@ def prepare(path: Path) -> Place:
 
 
 def words(place: Place, case: str, name: str, *more: str) -> list[str]:
-    """The arguments of a case's run."""
+    """Return the arguments of a case's run."""
     states = [f"target.features={place.path / 'features' / name}"] if case == "eagle3" else []
     return [
         *COMMON,
@@ -156,8 +156,7 @@ def start(
     before: Callable[[], None] | None = None,
     module: str = "trainer",
 ) -> Child:
-    """Start a case's run under a name: of a trainer's, of the cooldown of `constant`, or of
-    `respond`."""
+    """Start a case's run under a name: a training, a cooldown of `constant`, or `respond`."""
 
     def broken() -> None:
         small_shards()
@@ -193,7 +192,7 @@ def start(
 
 
 def constant(place: Place) -> None:
-    """The run of a constant rate whose cooldowns are killed."""
+    """Return the run of constant rate whose cooldowns are killed."""
     settings = (
         "schedule=constant",
         "schedule.warmup=2",
@@ -205,7 +204,7 @@ def constant(place: Place) -> None:
 
 
 def reference(place: Place, case: str) -> dict[str, Any]:
-    """The outcome of a case's run that nothing happened to."""
+    """Return the outcome of a case's undisturbed run."""
     name = f"{case}-alone"
     if case == "cooldown":
         constant(place)
@@ -215,7 +214,7 @@ def reference(place: Place, case: str) -> dict[str, Any]:
 
 
 def plainly(place: Place, case: str, name: str) -> None:
-    """A case's run in a process of its own, started as a user would."""
+    """Run a case in a new process, started as a user would."""
     given = [sys.executable, "-m", "trainer", *words(place, case, name)]
     environment = os.environ | warm.ENVIRONMENT | place.cache(name)
     ended = subprocess.run(given, capture_output=True, text=True, env=environment, timeout=600)
@@ -224,11 +223,11 @@ def plainly(place: Place, case: str, name: str) -> None:
 
 
 class Failed(RuntimeError):
-    """A run that had to end well did not."""
+    """A run failed that had to succeed."""
 
 
 def finish(child: Child, seconds: float = 300.0) -> None:
-    """Wait for a run that has to end well.
+    """Wait for a run that has to succeed.
 
     Raises:
         Failed: it did not.
@@ -238,7 +237,7 @@ def finish(child: Child, seconds: float = 300.0) -> None:
 
 
 def anew(place: Place, name: str) -> str:
-    """The name, with nothing left of an injection that was stopped half way."""
+    """Return the name, after removing what an interrupted injection left under it."""
     for folder in (
         place.runs / name,
         place.path / "cache" / name,
@@ -257,8 +256,8 @@ def is_done(place: Place, case: str, name: str) -> bool:
 
 
 def outcome(place: Place, case: str, name: str) -> dict[str, Any]:
-    """Digests of all weights that a run leaves, and of every number and text it logged but
-    times."""
+    """Return digests of all weights that a run wrote, and of every number and text that it logged,
+    except times."""
     from trainer.storage import journal
 
     if case == "respond":
@@ -288,18 +287,18 @@ def outcome(place: Place, case: str, name: str) -> dict[str, Any]:
 
 
 def digest(*files: Path) -> str:
-    """A sha256 over the names and contents of files."""
+    """Return the sha256 of the names and contents of files."""
     found = hashlib.sha256()
     for file in files:
         content = file.read_bytes() if file.exists() else b""
-        # others bear a run's own name
+        # other files contain the run's name
         folder = f"{file.parent.name}/" if file.parent.name in ("adapter", "drafter") else ""
         found.update(f"{folder}{file.name} {len(content)}\0".encode() + content)
     return found.hexdigest()
 
 
 def same(place: Place, case: str, name: str) -> dict[str, Any]:
-    """How a run that something happened to compares with the one left alone."""
+    """Compare a disturbed run with the undisturbed one."""
     wanted, found = reference(place, case), outcome(place, case, name)
     return {
         "weights": wanted["weights"] == found["weights"],
@@ -308,7 +307,7 @@ def same(place: Place, case: str, name: str) -> dict[str, Any]:
 
 
 def lost(place: Place, name: str) -> int:
-    """Steps that a run which was just ended has logged and not saved."""
+    """Count the steps that a killed run has logged and not saved."""
     from trainer.storage import checkpoints, journal
 
     run = place.runs / name

@@ -1,5 +1,5 @@
-"""A wall clock that is put forward or back by hours while a run is on: nothing may depend on it but
-the times that are shown."""
+"""A wall clock that is moved by hours while a run trains: only the displayed times may depend on
+it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ HOUR = 3600.0
 
 
 def jumping(*hours: float) -> Callable[[], None]:
-    """A patch under which every reading of the clock is off by the next of some hours, over and
-    over. Must be called in a child."""
+    """Shift each reading of the clock by the next of some hours, cyclically. Must be called in a
+    child."""
 
     def patch() -> None:
         whole, offsets = time.time, itertools.cycle(hours)
@@ -35,7 +35,7 @@ LIMITS = ("max_time=60",)
 
 
 def inject(place: Place, ledger: Ledger) -> None:
-    """Runs with a limit of an hour, which the clock passes many times."""
+    """Run with a time limit of an hour, which the clock exceeds many times."""
     for case in ("lora", "rosa", "cooldown", "respond"):
         for fault, hours in FAULTS.items():
             if (case in ("lora", "rosa") or hours == (0, 24)) and ledger.due("clock", case, fault):

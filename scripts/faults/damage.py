@@ -1,5 +1,5 @@
-"""Files that were cut off, or of which one bit has turned: checkpoints, caches, data, and what a
-run wrote about itself."""
+"""Files that were truncated, or in which one bit was flipped: checkpoints, caches, data, and a
+run's records."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DAMAGES = (cut, flip)
 
 
 def inject(place: Place, ledger: Ledger) -> None:
-    """Each kind of file, each kind of damage, found when a run that was killed goes on."""
+    """Damage each kind of file in each way; a killed run must notice it when it resumes."""
     for damage in DAMAGES:
         cuts = damage is cut
         for case in ("lora", "rosa"):
@@ -80,24 +80,24 @@ def inject(place: Place, ledger: Ledger) -> None:
 
 
 def newest(place: Place, name: str) -> list[Path]:
-    """The newest checkpoint."""
+    """Return the newest checkpoint."""
     return every(place, name)[-1:]
 
 
 def manifest(place: Place, name: str) -> list[Path]:
-    """The newest checkpoint's manifest."""
+    """Return the newest checkpoint's manifest."""
     return [newest(place, name)[0].with_suffix(".json")]
 
 
 def every(place: Place, name: str) -> list[Path]:
-    """All checkpoints."""
+    """Return all checkpoints."""
     from trainer.storage import checkpoints
 
     return [saved.path for saved in checkpoints.complete(place.runs / name / "checkpoints")]
 
 
 def tokens(place: Place, name: str) -> list[Path]:
-    """The tokenised training rows: the largest table of the run's own cache."""
+    """Return the tokenised training rows: the largest table of the run's cache."""
     return [
         max(
             (place.path / "cache" / name / "tokens").glob("**/*.arrow"),
@@ -107,22 +107,22 @@ def tokens(place: Place, name: str) -> list[Path]:
 
 
 def journal_end(place: Place, name: str) -> list[Path]:
-    """What was logged."""
+    """Return the journal."""
     return [place.runs / name / "metrics.jsonl"]
 
 
 def record(place: Place, name: str) -> list[Path]:
-    """What the run was asked to do."""
+    """Return the run's record, run.yaml."""
     return [place.runs / name / "run.yaml"]
 
 
 def rows(place: Place, name: str) -> list[Path]:
-    """The data, a copy of the run's own."""
+    """Return the data file, which only this run reads."""
     return [place.path / name / "rows.jsonl"]
 
 
 def shard(place: Place, name: str) -> list[Path]:
-    """One of the shards of features."""
+    """Return a shard of features."""
     return sorted((place.path / "features" / name).glob("shard-*.safetensors"))[1:2]
 
 
@@ -136,11 +136,11 @@ def one(
     wanted: str | None,
     codes: tuple[int, ...] = (0,),
 ) -> None:
-    """Kill a run, damage `files`, and start it again: it has to say `wanted` and end with one of
-    `codes`. Where that is no 0, they are mended, as the message asks, and it has to end as if
-    nothing had been.
+    """Kill a run, damage `files`, and start it again. It has to report `wanted` and exit with one
+    of `codes`. If that is not 0, the files are repaired as the message says, and the run has to end
+    like an undisturbed one.
 
-    Journals are left out of the comparison where they were what was damaged.
+    Damaged journals are left out of the comparison.
     """
     fault = f"{what} {damage.__doc__}"
     if not ledger.due("damage", case, fault):
@@ -164,7 +164,7 @@ def one(
     if ended != 0:
         for file in found:
             if files is shard:
-                file.unlink()  # as the message says
+                file.unlink()  # the fix that the message names
             else:
                 file.write_bytes(kept[file])
         cases.finish(cases.start(place, case, name, *path))

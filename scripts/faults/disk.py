@@ -1,5 +1,5 @@
-"""A disk that is full when a run wants to save, or to log: a file system of a few megabytes, which
-takes root to mount."""
+"""A disk that is full when a run saves or logs: a file system of a few megabytes. Mounting it needs
+root."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SIZE = "8m"
 
 
 def inject(place: Place, ledger: Ledger) -> None:
-    """A disk that fills up before a save, within one, and before a line of the log; space is freed,
-    and the run goes on."""
+    """Fill the disk before a save, within one, and before a line of the log. Then free the space
+    and resume the run."""
     for case, fault in (
         ("lora", before_save),
         ("rosa", before_save),
@@ -33,8 +33,7 @@ def inject(place: Place, ledger: Ledger) -> None:
 
 
 def one(place: Place, ledger: Ledger, case: str, fault: Callable[[Path], None]) -> None:
-    """Fill a run's disk, hold what it says against what it should, free the space, let it go on,
-    and compare."""
+    """Fill a run's disk, check its message, free the space, resume the run, and compare."""
     from trainer.storage import checkpoints
 
     told = fault.__doc__ or ""
@@ -65,13 +64,13 @@ class Unmounted(RuntimeError):
 
 @contextlib.contextmanager
 def mounted(folder: Path) -> Iterator[None]:
-    """A small file system of its own at a folder.
+    """Mount a small file system at a folder.
 
     Raises:
-        Unmounted: this takes root, or the machine does not let root do it.
+        Unmounted: this needs root, or the machine does not allow it.
     """
     if os.geteuid() != 0:
-        raise Unmounted("mounting a file system takes root")
+        raise Unmounted("mounting a file system needs root")
     made = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", folder],
         capture_output=True,
@@ -86,7 +85,7 @@ def mounted(folder: Path) -> Iterator[None]:
 
 
 def fill(folder: Path) -> None:
-    """Take all the space there is."""
+    """Fill up the disk."""
     with contextlib.suppress(OSError), (folder / "filler").open("ab", buffering=0) as file:
         while file.write(b"x" * 4096):
             pass

@@ -1,8 +1,7 @@
-"""SIGKILL at random moments, in everything that a run and its verbs do.
+"""SIGKILL at random moments, in everything that a run and the commands do.
 
-Each start is killed in a phase drawn beforehand, some milliseconds after it has begun; the same
-command goes on. A run that came to its end is held against one that was left alone, and the next
-begins.
+Each start is killed some milliseconds after a phase begins, which is drawn beforehand; the same
+command resumes. A run that ended is compared with an undisturbed one, and the next run begins.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from scripts.faults.ledger import Ledger
 from scripts.faults.points import POINTS
 from scripts.faults.warm import PHASES, Child
 
-# (how often it may have begun before the kill, seconds after that), at most
+# the largest (number of times that the phase begins before the kill, seconds after that)
 MOMENTS = {
     "starting": (0, 1.5),
     "tokenising": (2, 0.05),
@@ -36,7 +35,7 @@ USUAL = ("starting", "tokenising", "training", "evaluating", "exporting")
 
 
 def inject(place: Place, ledger: Ledger, kills: int, seed: int) -> None:
-    """So many kills over all cases, in rounds: each ends with a comparison."""
+    """Kill runs of all cases, in rounds. Each round ends with a comparison."""
     if ledger.due("kills", "lora", ALONE):
         process(place, ledger)
     if ledger.due("kills", "lora", CONTROL):
@@ -50,15 +49,15 @@ def inject(place: Place, ledger: Ledger, kills: int, seed: int) -> None:
 
 
 def process(place: Place, ledger: Ledger) -> None:
-    """A forked run against one in a process of its own: without this, the rest says nothing."""
+    """Compare a forked run with one in a new process: all other comparisons rely on it."""
     cases.plainly(place, "lora", "lora-process")
     same = cases.same(place, "lora", "lora-process")
     ledger.add("kills", "lora", ALONE, same=all(same.values()), ok=all(same.values()))
 
 
 def control(place: Place, ledger: Ledger) -> None:
-    """A run that goes on with other random draws: the comparison has to see it, and this is what
-    shows that it can."""
+    """Resume a run with other random draws, which the comparison has to notice: a check of the
+    comparison itself."""
     name = cases.anew(place, "lora-control")
     cases.start(place, "lora", name, before=POINTS["mid_window"]).wait()
     cases.finish(cases.start(place, "lora", name, before=other_draws))
@@ -68,7 +67,7 @@ def control(place: Place, ledger: Ledger) -> None:
 
 
 def other_draws() -> None:
-    """Draw dropout by another seed. Must be called in a child."""
+    """Draw dropout with another seed. Must be called in a child."""
     from trainer.training import finetune
 
     whole = finetune.reseed
@@ -84,14 +83,13 @@ def _ended(ledger: Ledger, case: str) -> int:
 
 
 def _open(ledger: Ledger, case: str) -> bool:
-    """Whether a round was begun and not ended."""
+    """Return whether a round was started and not finished."""
     rows = [row for row in ledger.of("kills", case) if "round" in row]
     return bool(rows) and bool(rows[-1].get("killed"))
 
 
 def one_round(place: Place, ledger: Ledger, case: str, wanted: int, draw: random.Random) -> None:
-    """Start a run over and over, killing it until `wanted` kills are done, to its end, and
-    compare."""
+    """Start a run repeatedly, kill it `wanted` times, let it end, and compare."""
     cases.reference(place, case)
     number = _ended(ledger, case)
     name = f"{case}-killed-{number}"
@@ -138,7 +136,7 @@ def one_round(place: Place, ledger: Ledger, case: str, wanted: int, draw: random
 
 
 def aim(case: str, draw: random.Random) -> str:
-    """The phase in which to kill: more often one that this case is about."""
+    """Draw the phase in which to kill: more often one that this case is about."""
     return (
         draw.choice(SPECIAL[case])
         if draw.random() < 0.7 or case == "respond"
@@ -147,7 +145,7 @@ def aim(case: str, draw: random.Random) -> str:
 
 
 def wait_for(child: Child, phase: str, draw: random.Random, seconds: float = 120.0) -> bool:
-    """Whether a child came to the moment that was drawn, in a phase, before its end."""
+    """Return whether a child reached the drawn moment of a phase before its end."""
     most, span = MOMENTS[phase]
     count = draw.randint(1, most) if most else 0
     delay = draw.uniform(0, span)

@@ -1,4 +1,4 @@
-"""What was injected and what came of it: faults.jsonl, a line for each, and faults.md, the
+"""The injections and their outcomes: faults.jsonl with a line for each, and faults.md with the
 table."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HEADS = {
 
 
 class Ledger:
-    """Rows of faults.jsonl; a line that a kill cut off is passed over."""
+    """The rows of faults.jsonl. A line that a kill truncated is skipped."""
 
     def __init__(self, folder: Path, only: list[str] | None = None):
         self.folder, self.file = folder, folder / "faults.jsonl"
@@ -42,7 +42,7 @@ class Ledger:
             self.rows = [json.loads(line) for line in whole]
 
     def add(self, family: str, case: str, fault: str, **values: Any) -> Row:
-        """Append what came of an injection and say it."""
+        """Append the outcome of an injection, and print it."""
         row = {"family": family, "case": case, "fault": fault, **values}
         self.rows.append(row)
         with self.file.open("a", encoding="utf-8") as file:
@@ -51,7 +51,7 @@ class Ledger:
         return row
 
     def asked(self, family: str, case: str, fault: str = "") -> bool:
-        """Whether an injection is among those asked for."""
+        """Return whether an injection is selected."""
         given = (family, case, fault)
         return any(
             all(part in value for part, value in zip(entry, given, strict=False))
@@ -59,7 +59,7 @@ class Ledger:
         )
 
     def due(self, family: str, case: str, fault: str) -> bool:
-        """Whether an injection is asked for and still to be done."""
+        """Return whether an injection is selected and not done yet."""
         return self.asked(family, case, fault) and not self.of(family, case, fault)
 
     def of(self, family: str, case: str | None = None, fault: str | None = None) -> list[Row]:
@@ -72,7 +72,7 @@ class Ledger:
         ]
 
     def write(self, places: list[Path]) -> bool:
-        """faults.md; returns whether everything came out as it should."""
+        """Write faults.md. Return whether all outcomes are right."""
         text, good = table(self.rows)
         for place in places:
             text = text.replace(str(place), "FOLDER")
@@ -81,7 +81,7 @@ class Ledger:
 
 
 def table(rows: list[Row]) -> tuple[str, bool]:
-    """The table, and whether everything came out as it should."""
+    """Return the table, and whether all outcomes are right."""
     import torch
 
     killed, left_out = (

@@ -1,5 +1,5 @@
-"""A data loading process that stops answering, or is killed: the run has to say so and end, and go
-on to the same end."""
+"""A data loading process that stops responding, or is killed: the run has to report it and exit,
+and to reach the same result after a resume."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SETTINGS = ("workers=1", "loading_timeout=0.05")
 
 
 def inject(place: Place, ledger: Ledger) -> None:
-    """One loading process, struck while training."""
+    """Stop or kill the loading process during training."""
     for fault, number in FAULTS:
         if ledger.due("loader", "lora", fault):
             one(place, ledger, fault, number)
 
 
 def one(place: Place, ledger: Ledger, fault: str, number: int) -> None:
-    """Strike the loading process after some steps."""
+    """Send a signal to the loading process after some steps."""
     cases.reference(place, "lora")
     name = cases.anew(place, f"lora-loader-{fault.replace(' ', '-')}")
     child = cases.start(place, "lora", name, *SETTINGS, before=slowly)
@@ -72,7 +72,7 @@ def one(place: Place, ledger: Ledger, fault: str, number: int) -> None:
 
 
 def slowly() -> None:
-    """Give the loading process so little lead that it is still needed when it is struck."""
+    """Let the loading process prefetch little, so that it is still needed when the signal comes."""
     from typing import Any
 
     from torch.utils import data

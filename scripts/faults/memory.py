@@ -1,5 +1,5 @@
-"""Memory that is refused: a limit on the process's address space, met by torch or by Python in the
-middle of a step."""
+"""Out of memory: a limit on the process's address space, which torch or Python reaches within a
+step."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from scripts.faults import cases
 from scripts.faults.cases import EVERY, Place
 from scripts.faults.ledger import Ledger
 
-# bytes over what is in use, and of the allocation that meets the limit
+# bytes: the limit above the memory in use, and the size of the failing allocation
 STEP, MARGIN, ASKED = 10, 64 << 20, 512 << 20
 
 
 def inject(place: Place, ledger: Ledger) -> None:
-    """An allocation that fails, in a step of each kind; the run goes on where there is memory."""
+    """Let an allocation fail in a step; the run resumes without the limit."""
     from trainer.storage import checkpoints
 
     for case, fault in (

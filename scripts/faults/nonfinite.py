@@ -1,4 +1,4 @@
-"""NaN in one element of a gradient at chosen steps, against runs that pass over the same steps by
+"""NaN in one element of a gradient at chosen steps, compared with runs that skip the same steps by
 other means."""
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ STEP = 10
 
 
 def inject(place: Place, ledger: Ledger) -> None:
-    """One bad step, which is passed over; as many in a row as are allowed, and none allowed, which
-    end the run."""
+    """Inject one bad step, which is skipped; then one more in a row than is allowed, which ends the
+    run, with a limit of several and of none."""
     for case in ("lora", "rosa", "mtp", "eagle3"):
         if ledger.due("nonfinite", case, "one step of NaN, nonfinite_limit=3"):
             passed_over(place, ledger, case)
@@ -28,7 +28,7 @@ def inject(place: Place, ledger: Ledger) -> None:
 
 
 def passed_over(place: Place, ledger: Ledger, case: str) -> None:
-    """One step of NaN against a run whose optimiser does nothing at that step."""
+    """Compare one step of NaN with a run whose optimiser does nothing at that step."""
     names = [cases.anew(place, f"{case}-nan"), cases.anew(place, f"{case}-idle")]
     for name, patch in zip(names, (spoiling(1), idle(1)), strict=True):
         cases.finish(cases.start(place, case, name, before=both(patch, watch_base)))
@@ -51,13 +51,13 @@ def passed_over(place: Place, ledger: Ledger, case: str) -> None:
 
 
 def ended(place: Place, ledger: Ledger, fault: str, limit: int) -> None:
-    """So many steps of NaN that the run ends; without them it goes on to the end it would have
-    had."""
+    """Inject NaN until the run ends. Without NaN it resumes, and has to reach the undisturbed
+    result."""
     name = cases.anew(place, f"lora-nan-{limit}")
     setting = f"objective.nonfinite_limit={limit}"
     like = cases.anew(
         place, f"lora-idle-{limit}"
-    )  # a checkpoint may lie between the bad steps: those before it stay passed over
+    )  # a checkpoint may lie between the bad steps: those before it stay skipped
     cases.finish(cases.start(place, "lora", like, setting, before=idle(saved_of(limit))))
     child = cases.start(place, "lora", name, setting, before=both(spoiling(limit), watch_base))
     code, gone = child.wait(), cases.lost(place, name)
@@ -80,7 +80,7 @@ def ended(place: Place, ledger: Ledger, fault: str, limit: int) -> None:
 
 
 def skipped(place: Place, name: str) -> list[dict[str, Any]]:
-    """What was written of the steps that were passed over."""
+    """Return the journal's rows of skipped steps."""
     from trainer.storage import journal
 
     return [
@@ -89,7 +89,7 @@ def skipped(place: Place, name: str) -> list[dict[str, Any]]:
 
 
 def unchanged(place: Place, name: str) -> bool:
-    """Whether the last start of a run left the base's weights as they were."""
+    """Return whether the last start of a run did not change the base's weights."""
     found = [
         json.loads(line.partition("BASE ")[2])
         for line in (place.path / "logs" / f"{name}.log").read_text().splitlines()
@@ -109,7 +109,7 @@ def both(*patches: Callable[[], None]) -> Callable[[], None]:
 
 
 def spoiling(steps: int) -> Callable[[], None]:
-    """A patch that puts a NaN into the gradients of so many steps from STEP on."""
+    """Return a patch that puts a NaN into the gradients of `count` steps from STEP on."""
 
     def patch() -> None:
         from trainer.training.finetune import FineTune
@@ -129,13 +129,13 @@ def spoiling(steps: int) -> Callable[[], None]:
 
 
 def saved_of(steps: int) -> int:
-    """How many of so many bad steps the last checkpoint before the run's end has seen."""
+    """Count the bad steps before the last checkpoint."""
     return max(0, (STEP + steps - 1) // EVERY * EVERY - STEP)
 
 
 def idle(steps: int) -> Callable[[], None]:
-    """A patch under which the optimiser does nothing at so many steps from STEP on: gradients are
-    taken away just before its step, whatever they are."""
+    """Return a patch under which the optimiser does nothing at some steps from STEP on: all
+    gradients are removed just before its step."""
 
     def patch() -> None:
         from trainer.training.finetune import FineTune
@@ -155,7 +155,7 @@ def idle(steps: int) -> Callable[[], None]:
 
 
 def watch_base() -> None:
-    """Print a digest of everything that is not trained, before and after training."""
+    """Print a digest of all frozen parameters, before and after training."""
     import lightning
 
     whole = lightning.Trainer.fit
@@ -171,8 +171,8 @@ def watch_base() -> None:
 
 
 def frozen(module: Any) -> dict[str, str]:
-    """A digest of each parameter that is not trained, without what a sparse adapter has written
-    into it."""
+    """Return a digest of each frozen parameter, without the values that a sparse adapter has added
+    to it."""
     from adapters.sparse import layers
 
     held = {

@@ -1,5 +1,5 @@
-"""SIGKILL at each point of a save, and in the middle of an accumulation window: what chance leaves
-out.
+"""SIGKILL at each point of a save, and within an accumulation window: moments that random kills
+rarely hit.
 
 The points are patched into a forked child; the program itself knows nothing of them.
 """
@@ -16,14 +16,14 @@ from scripts.faults import cases
 from scripts.faults.cases import EVERY, SETTINGS, Place
 from scripts.faults.ledger import Ledger
 
-# the step whose save is hit: with RoSA's mask made, SpIEL's support moved, and checkpoints before
+# the step whose save is hit: after RoSA's mask, a move of SpIEL's support, and checkpoints before
 # it
 SAVE = 9
-FEW = ("before_write", "after_rename")  # of the cases beside the first
+FEW = ("before_write", "after_rename")  # the points of all cases but the first
 
 
 def inject(place: Place, ledger: Ledger) -> None:
-    """Every point for LoRA, and for the others those that leave different files behind."""
+    """Kill LoRA's run at every point, the others at those that leave different files behind."""
     for case in SETTINGS:
         for point in POINTS if case == "lora" else FEW:
             if ledger.due("points", case, point):
@@ -31,7 +31,7 @@ def inject(place: Place, ledger: Ledger) -> None:
 
 
 def one(place: Place, ledger: Ledger, case: str, point: str) -> None:
-    """Kill a run at a point, let it go on, and compare."""
+    """Kill a run at a point, resume it, and compare."""
     cases.reference(place, case)
     name = cases.anew(place, f"{case}-{point}")
     child = cases.start(place, case, name, before=POINTS[point])
@@ -51,13 +51,13 @@ def one(place: Place, ledger: Ledger, case: str, point: str) -> None:
 
 
 def die() -> NoReturn:
-    """End this process as a power cut would."""
+    """Kill this process, as a power cut would."""
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
 
 
 def wrapped(owner: Any, name: str, hit: Callable[..., bool], after: bool = False) -> None:
-    """End this process before a call for which `hit(*arguments)` is true, or after it. Must be
+    """Kill this process before, or after, a call for which `hit(*arguments)` is true. Must be
     called in a child."""
     whole = getattr(owner, name)
 

@@ -1,5 +1,4 @@
-"""Two processes of DDP, one of which is killed or stops answering: the other has to end, and
-soon."""
+"""Two processes of DDP, one of which is killed or stops responding: the other has to exit soon."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from scripts.faults import cases, warm
 from scripts.faults.cases import EVERY, Place
 from scripts.faults.ledger import Ledger
 
-TIMEOUT = 1.0  # minutes: lightning.timeout, where it is what ends the run
+TIMEOUT = 1.0  # minutes: lightning.timeout, for the faults where it ends the run
 LIMIT = 60 * TIMEOUT + 60.0  # seconds in which the run has to end
 FAULTS = (
     ("the second process is killed", 1, signal.SIGKILL),
@@ -25,7 +24,7 @@ FAULTS = (
 
 
 def inject(place: Place, ledger: Ledger) -> None:
-    """Each fault in runs that Lightning starts, and one in a run of torchrun."""
+    """Inject each fault into runs that Lightning starts, and one into a run of torchrun."""
     torchrun = ("the second process is killed, under torchrun", 1, signal.SIGKILL)
     for fault, rank, number in (*FAULTS, torchrun):
         if not ledger.due("ranks", "lora", fault):
@@ -106,7 +105,7 @@ def _struck(members: list[psutil.Process], rank: int, number: int) -> float:
 
 
 def started(place: Place, name: str, torchrun: bool, *given: str) -> subprocess.Popen[str]:
-    """A run of two processes."""
+    """Start a run of two processes."""
     more = [
         "lightning=cpu",
         "lightning.strategy=ddp",
@@ -140,7 +139,7 @@ def started(place: Place, name: str, torchrun: bool, *given: str) -> subprocess.
 
 
 def _members(pid: int) -> list[psutil.Process]:
-    """The processes of a run in the order of their ranks."""
+    """Return the processes of a run in the order of their ranks."""
     found = {}
     try:
         parent = psutil.Process(pid)

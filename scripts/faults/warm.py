@@ -1,7 +1,6 @@
-"""The real programs, started by forking this process once everything is imported: a start costs
-what the program does, not the seconds that imports take. Nothing of torch's has run before the
-fork, and no thread of its own exists, so that a fork computes what a new process would; the harness
-holds the two against each other (trial `process`).
+"""The real programs, started by forking this process after all imports, so that a start takes no
+seconds for imports. Before the fork torch has computed nothing and started no thread, so a fork
+computes the same as a new process. The harness compares the two (trial `process`).
 """
 
 from __future__ import annotations
@@ -63,8 +62,8 @@ PHASES = (
 
 
 class Marks:
-    """What a child is doing and how often it began to, in memory that it shares with this process
-    and that outlives it."""
+    """The current phase of a child, and how often each phase began, in memory that it shares with
+    this process and that outlives the child."""
 
     def __init__(self) -> None:
         self.memory = mmap.mmap(-1, 4 * (len(PHASES) + 1))
@@ -86,8 +85,8 @@ class Marks:
 
 
 class Child:
-    """A program that was started: `wait` for its exit code, which is -N for signal N, or `kill` it
-    with all that it started."""
+    """A started program: `wait` for its exit code, which is -N for signal N, or `kill` it with all
+    its children."""
 
     def __init__(self, pid: int, log: Path, marks: Marks, before: int):
         self.pid, self.log, self.marks, self.before = pid, log, marks, before
@@ -101,7 +100,7 @@ class Child:
         return self.code
 
     def wait(self, seconds: float = 300.0, every: float = 0.01) -> int | None:
-        """The exit code; None, and the child is killed, if it takes longer."""
+        """Return the exit code; None if it takes longer, and the child is killed."""
         until = time.monotonic() + seconds
         while self.poll() is None:
             if time.monotonic() > until:
@@ -111,7 +110,7 @@ class Child:
         return self.code
 
     def kill(self) -> None:
-        # the group is its own as soon as the child has run its first lines
+        # the child has its process group only after its first lines
         for end in (os.killpg, os.kill):
             with contextlib.suppress(ProcessLookupError):
                 end(self.pid, signal.SIGKILL)
@@ -124,7 +123,7 @@ class Child:
         return self.log.read_bytes()[self.before :].decode("utf-8", errors="replace")
 
     def told(self, *parts: str) -> str:
-        """The message, in one line, that holds all these parts; "" if there is none."""
+        """Return the message that contains all these parts, in one line; "" if there is none."""
         messages = re.split(
             r"^(?=(?:DEBUG|INFO|WARNING|ERROR|CRITICAL|Traceback) )",
             self.said(),
@@ -150,7 +149,7 @@ def ready() -> None:
         (Path("/proc/self/task") / thread / "comm").read_text().strip()
         for thread in os.listdir("/proc/self/task")
     ]
-    # jemalloc, which pyarrow brings, takes care of its own over a fork.
+    # The threads of jemalloc, which pyarrow contains, survive a fork.
     if others := [
         name for name in names if not name.startswith(("python", "jemalloc", "pytest", "gpy"))
     ]:
@@ -164,8 +163,8 @@ def start(
     environment: dict[str, str] | None = None,
     before: Callable[[], None] | None = None,
 ) -> Child:
-    """`python -m MODULE ARGUMENTS` in a fork; `before` is called in it, to break something there
-    and nowhere else."""
+    """Run `python -m MODULE ARGUMENTS` in a fork. `before` is called in it first, to break
+    something only there."""
     marks = Marks()
     said = log.stat().st_size if log.exists() else 0  # by earlier starts
     sys.stdout.flush()
@@ -197,10 +196,10 @@ def start(
 
 
 def ran(module: str, arguments: list[str]) -> int:
-    """Run a program here; returns what it would exit with."""
+    """Run a program in this process; return its exit code."""
     sys.argv = [module, *arguments]
     try:
-        # a verb: run as __main__ it would be a second copy, without what `note` puts in
+        # a command: run as __main__ it would be a second copy, without the patches of `note`
         if module != "trainer":
             return importlib.import_module(module).main(arguments)
         runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -214,7 +213,7 @@ def ran(module: str, arguments: list[str]) -> int:
 
 
 def note(marks: Marks) -> None:
-    """Let this process tell what it is doing. Must be called in a child."""
+    """Patch this process to record its phases. Must be called in a child."""
     from adapters import rosa, spiel
     from trainer.assembly import rows as data_rows
     from trainer.callbacks import checkpoints, evaluation
@@ -269,7 +268,7 @@ def note(marks: Marks) -> None:
 
 
 def phase_of(module: Any) -> str:
-    """What a step of training is about."""
+    """Return the phase that a training step belongs to."""
     from adapters.rosa import RoSAAdapter
     from adapters.spiel import SpIEL
 

@@ -1,5 +1,4 @@
-"""Who is compared by scripts/bench/train.py, with which options, and the environments in which
-peers run."""
+"""The contestants of scripts/bench/train.py, their options, and the environments of peers."""
 
 from __future__ import annotations
 
@@ -56,7 +55,7 @@ OF_A_PEER = ("adapter_dtype", "autocast", "gradient_checkpointing")
 
 
 def parsed(arguments: list[str]) -> dict[str, Any]:
-    """The options, from KEY=VALUE arguments.
+    """Return the options of KEY=VALUE arguments.
 
     Raises:
         ValueError: an option or one of its values is unknown.
@@ -87,7 +86,7 @@ def parsed(arguments: list[str]) -> dict[str, Any]:
 
 
 def contestants(options: dict[str, Any]) -> dict[str, tuple[str, list[str]]]:
-    """Name -> (ours, ours_packed or a peer, what it is given), in their order.
+    """Return name -> (ours, ours_packed or a peer, its options), in their order.
 
     Raises:
         ValueError: a name is unknown.

@@ -28,7 +28,7 @@ class Ends(TrainerCallback):
 
 
 def arguments(spec: dict[str, Any], out: str) -> dict[str, Any]:
-    """The run's settings under transformers' names: rows in the order given, constant rate, no
+    """Return the run's settings under transformers' names: rows in their order, constant rate, no
     checkpoints."""
     return {
         "output_dir": out,

@@ -23,7 +23,7 @@ NAME = "graft-bench"
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """LitGPT's fields for a Llama of transformers.
+    """Return LitGPT's fields for a Llama of transformers.
 
     Raises:
         SystemExit: another architecture.

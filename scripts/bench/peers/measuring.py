@@ -1,4 +1,4 @@
-"""What every contestant of scripts/bench/train.py is given, and what it hands back.
+"""The input and output of the contestants of scripts/bench/train.py.
 
 A contestant is a script, run with `SPEC RESULT` in an interpreter that need not have our packages.
 SPEC (JSON) names the model's folder, the rows of each step, the adapter's values at the start
@@ -23,7 +23,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "litgpt", "lig
 
 
 def read() -> dict[str, Any]:
-    """The settings, from the command line."""
+    """Read the settings that the command line names."""
     return json.loads(Path(sys.argv[1]).read_text("utf-8"))
 
 
@@ -61,7 +61,7 @@ def batches(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def base(spec: dict[str, Any]) -> Any:
-    """The frozen model as transformers loads it, in the run's precision."""
+    """Load the frozen model with transformers, in the run's precision."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -72,7 +72,7 @@ def base(spec: dict[str, Any]) -> Any:
 
 
 def lora(spec: dict[str, Any]) -> Any:
-    """PEFT's config of the adapter."""
+    """Return PEFT's config of the adapter."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -132,7 +132,7 @@ class Clock:
 def memory() -> dict[str, Any]:
     """The process's largest resident memory and what torch's allocator had at most on the GPU, in
     bytes; versions of packages."""
-    # of this program alone; getrusage's may be that of the process that started it
+    # of this program only; getrusage's may include the process that started it
     status = Path("/proc/self/status")
     lines = (
         [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
@@ -157,7 +157,7 @@ def memory() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that matter, where they are installed."""
+    """Return the versions of the relevant packages that are installed."""
     found = {}
     for name in PACKAGES:
         try:
@@ -168,8 +168,8 @@ def versions() -> dict[str, str]:
 
 
 def same_batches(spec: dict[str, Any], seen: Iterator[dict[str, Any]]) -> None:
-    """Compare what a trainer's own loader gives with the rows: tokens, and labels where a loss is
-    taken.
+    """Compare the batches of a trainer's loader with the rows: tokens, and the labels that are
+    trained.
 
     Raises:
         AssertionError: they differ.
@@ -177,7 +177,7 @@ def same_batches(spec: dict[str, Any], seen: Iterator[dict[str, Any]]) -> None:
     for number, (mine, theirs) in enumerate(zip(batches(spec), seen, strict=True)):
         for name in ("input_ids", "labels"):
             ours, other = mine[name], theirs[name].to(mine[name].device)
-            # The first label is never asked for: whether it is masked is up to the collator.
+            # The first label is never trained, so a collator may mask it or not.
             assert ours.shape == other.shape, (
                 f"step {number}: {name} of {tuple(other.shape)}, expected {tuple(ours.shape)}"
             )

@@ -1,4 +1,4 @@
-"""One run of a contestant of scripts.bench.train, in a process of its own."""
+"""One run of a contestant of scripts.bench.train, in a new process."""
 
 from __future__ import annotations
 

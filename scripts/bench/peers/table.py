@@ -13,8 +13,8 @@ from scripts.bench.peers.contestants import PEERS, contestants
 
 
 def summary(runs: list[dict[str, Any]], warm: int, cuda: bool) -> dict[str, list[float]]:
-    """Of each round: the median warm step, tokens/s of all warm steps, peak memory in MB, seconds
-    to the first step, the last loss."""
+    """Return for each round the median warm step, tokens/s of all warm steps, peak memory in MB,
+    seconds to the first step and the last loss."""
     found: dict[str, list[float]] = {
         name: [] for name in ("step", "processed", "supervised", "memory", "first", "loss")
     }
@@ -50,7 +50,7 @@ def ratios(names: dict[str, dict[str, list[float]]], ours: str, peer: str) -> di
 
 
 def cell(values: list[float], form: str) -> str:
-    """A median, with the least and the greatest behind it."""
+    """Format a median with the minimum and maximum behind it."""
     text = format(statistics.median(values), form)
     return text if len(values) == 1 else f"{text} ({min(values):{form}}-{max(values):{form}})"
 
@@ -61,7 +61,7 @@ def table(
     skipped: dict[str, str],
     about: str,
 ) -> str:
-    """train.md."""
+    """Return the text of train.md."""
     cuda, who = options["device"] == "cuda", contestants(options)
     found = {name: summary(runs, options["warm"], cuda) for name, runs in results.items() if runs}
     ours = results["ours"][0] if results.get("ours") else None
@@ -113,7 +113,7 @@ def table(
 def bars(
     options: dict[str, Any], results: dict[str, list[dict[str, Any]]]
 ) -> dict[str, tuple[list[str], list[list[float]]]]:
-    """What the plot shows: title -> (contestants, each one's values of the rounds)."""
+    """Return the plot's content: title -> (contestants, each one's values of the rounds)."""
     cuda = options["device"] == "cuda"
     found = {name: summary(runs, options["warm"], cuda) for name, runs in results.items() if runs}
     names = [name for name in contestants(options) if name in found]
@@ -126,7 +126,7 @@ def bars(
 
 
 def plot(options: dict[str, Any], results: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """train.svg: medians as bars, from the least to the greatest as lines."""
+    """Draw train.svg: medians as bars, minimum to maximum as lines."""
     import matplotlib
 
     matplotlib.use("svg")
