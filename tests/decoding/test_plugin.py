@@ -13,6 +13,7 @@ from tests.toys import adapters as toys
 from tests.toys.speculative import p_value
 from trainer.assembly.build import instantiate
 from trainer.config import compose
+from trainer.decoding.criteria import STATEFUL
 from trainer.decoding.plugin import assist, drafting, first_path
 from trainer.drafters import Draft, DrafterError, chain
 from trainer.drafters.lookup import PromptLookup
@@ -246,3 +247,152 @@ def test_the_first_path_of_a_tree():
     draft = Draft(torch.tensor([1, 2, 3, 4, 5]), torch.tensor([-1, -1, 1, 0, 3]))
     assert first_path(draft).tolist() == [1, 4, 5]
     assert first_path(chain(torch.tensor([], dtype=torch.long))).tolist() == []
+
+
+def test_every_criterion_is_asked_after_each_accepted_token(model, tiny):
+    plain = text(model)
+    whole = PROMPT[0].tolist() + plain
+
+    class Until(transformers.StoppingCriteria):
+        """Stops after some calls, and remembers the lengths that it was asked for."""
+
+        def __init__(self, calls):
+            self.calls, self.lengths = calls, []
+
+        def __call__(self, input_ids, scores, **_):
+            self.lengths.append(input_ids.shape[1])
+            return torch.tensor([len(self.lengths) >= self.calls])
+
+    class Streamer(transformers.generation.streamers.BaseStreamer):
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            pass
+
+    for calls in (1, 2, 5, 6, 9):
+        streamer, told, alone = Streamer(), Until(calls), Until(calls)
+        assert text(model, stopping_criteria=[alone]) == plain[:calls]
+        with assist(model, Told(whole)):
+            out = model.generate(
+                PROMPT,
+                attention_mask=torch.ones_like(PROMPT),
+                do_sample=False,
+                max_new_tokens=30,
+                stopping_criteria=[told],
+                output_scores=True,
+                return_dict_in_generate=True,
+                streamer=streamer,
+            )
+        assert out.sequences[0].tolist() == whole[: 7 + calls]
+        assert streamer.tokens == whole[: 7 + calls]
+        assert told.lengths == alone.lengths
+        assert len(out.scores) == calls
+        assert out.past_key_values.get_seq_length() == 7 + calls - 1
+
+
+def test_stop_strings_end_the_text_where_they_do_without_a_drafter(model, tiny):
+    plain = text(model)
+    words = tiny.tokenizer
+    string = words.decode(plain[4:6])
+    settings = {"stop_strings": [string], "tokenizer": words}
+    wanted = text(model, **settings)
+    assert len(wanted) < len(plain)
+    with assist(model, Told(PROMPT[0].tolist() + plain)):
+        assert text(model, **settings) == wanted
+        config = transformers.GenerationConfig(stop_strings=[string], pad_token_id=0)
+        assert text(model, generation_config=config, tokenizer=words) == wanted
+        with pytest.raises(DrafterError, match="give generate"):
+            text(model, stop_strings=[string])
+
+
+class Counting(transformers.LogitsProcessor):
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        return scores
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"guidance_scale": 1.5}, "guidance_scale=1.5 reads a second text"),
+        ({"prompt_lookup_num_tokens": 3}, "these settings choose assisted generation"),
+        ({"logits_processor": [Counting()]}, "Counting depends on more than the text"),
+    ],
+)
+def test_what_reads_other_state_is_refused(model, settings, match):
+    with pytest.raises(DrafterError, match=match), assist(model, PromptLookup()):
+        text(model, **settings)
+
+
+def test_each_processor_of_transformers_is_known():
+    from transformers.generation import logits_process as module
+
+    known = {
+        name
+        for name, kind in vars(module).items()
+        if isinstance(kind, type) and issubclass(kind, transformers.LogitsProcessor)
+    }
+    stateless = {
+        "AlternatingCodebooksLogitsProcessor",
+        "BarkEosPrioritizerLogitsProcessor",
+        "DiaEOSChannelFilterLogitsProcessor",
+        "EncoderNoRepeatNGramLogitsProcessor",
+        "EncoderRepetitionPenaltyLogitsProcessor",
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "ExponentialDecayLengthPenalty",
+        "ForcedBOSTokenLogitsProcessor",
+        "ForcedEOSTokenLogitsProcessor",
+        "InfNanRemoveLogitsProcessor",
+        "LogitNormalization",
+        "LogitsProcessor",
+        "MinLengthLogitsProcessor",
+        "MinNewTokensLengthLogitsProcessor",
+        "MinPLogitsWarper",
+        "NoBadWordsLogitsProcessor",
+        "NoRepeatNGramLogitsProcessor",
+        "PrefixConstrainedLogitsProcessor",
+        "RepetitionPenaltyLogitsProcessor",
+        "SequenceBiasLogitsProcessor",
+        "SuppressTokensAtBeginLogitsProcessor",
+        "SuppressTokensLogitsProcessor",
+        "TemperatureLogitsWarper",
+        "TopHLogitsWarper",
+        "TopKLogitsWarper",
+        "TopPLogitsWarper",
+        "TypicalLogitsWarper",
+        "WatermarkLogitsProcessor",
+    }
+    assert known == stateless | STATEFUL
+
+
+def test_llama4_whose_decoder_is_the_model_itself(model):
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "intermediate_size_mlp": 24}
+    config = transformers.Llama4TextConfig(
+        **sizes,
+        vocab_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        num_local_experts=2,
+        attention_chunk_size=16,
+        initializer_range=0.4,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    llama4 = transformers.Llama4ForCausalLM(config).eval()
+    plain = text(llama4)
+    told = Told(PROMPT[0].tolist() + plain, lambda place: place % 5 == 3)
+    told.layers = ()
+    for drafter in (told, PromptLookup()):
+        with assist(llama4, drafter):
+            assert text(llama4) == plain

@@ -85,7 +85,7 @@ def test_a_drafter_comes_back_bit_by_bit(saved, kind):
 
 def test_what_is_not_of_this_model_is_refused(saved):
     _, folder, model = saved()
-    assert io.load(folder, model)
+    assert io.load(str(folder), model)
     with pytest.raises(
         DrafterError, match="was trained for some/base, and this base has other weights"
     ):

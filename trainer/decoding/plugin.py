@@ -9,8 +9,13 @@
 `model` is the drafter's target, and the drafter comes from trainer.drafters.io.load or needs no
 training. transformers verifies. Greedily its text is the one without a drafter. When sampling, a
 drafted token is accepted if the target draws the same token, so the text has the target's
-distribution, with all of generate's settings. It takes one sequence at a time, no beams, and
-chains: of a tree the first child of each node is proposed. trainer.decoding.speculative takes more.
+distribution, with all of generate's settings. Stopping criteria, stop strings too, are asked after
+every accepted token. stop_strings needs `assist`: transformers hands no tokenizer to a
+custom_generate.
+
+It takes one sequence at a time, no beams, and chains: of a tree the first child of each node is
+proposed. trainer.decoding.speculative takes more. Refused are processors of logits that depend on
+more than the text and its logits (trainer.decoding.criteria), and other ways of decoding.
 """
 
 from __future__ import annotations
@@ -25,10 +30,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from trainer.decoding import trees
+from trainer.decoding import criteria, positions, trees
 from trainer.drafters import Draft, Drafter, DrafterError, Target, TargetUpdate
 from trainer.models.cache_argument import cache_of
-from trainer.models.heads import captured_layers
+from trainer.models.heads import captured_layers, decoder_of
 
 
 def refusal(model: Any) -> str | None:
@@ -58,10 +63,10 @@ def assist(model: Any, drafter: Drafter, count: int | None = None) -> Iterator[N
     `drafting`."""
     plain, before = model.generate, vars(model).get("generate")
 
-    def generate(*arguments: Any, streamer: Any = None, **more: Any) -> Any:
-        # transformers gives the prompt to the streamer, but does not pass the streamer to
-        # custom_generate.
+    def generate(*arguments: Any, streamer: Any = None, tokenizer: Any = None, **more: Any) -> Any:
+        # transformers passes neither the streamer nor the tokenizer to custom_generate.
         decode = drafting(drafter, count, streamer)
+        more = criteria.with_stop_strings(model, tokenizer, more)
         return plain(*arguments, streamer=streamer, custom_generate=decode, **more)
 
     model.generate = generate
@@ -94,11 +99,8 @@ def drafting(
         if fault := refusal(model):
             raise DrafterError(fault)
         cache = cache_of(more)
-        if generation_config.num_beams > 1:
-            raise DrafterError(
-                f"num_beams={generation_config.num_beams}: a drafter drafts one text at a time, set"
-                " num_beams=1"
-            )
+        if fault := criteria.refusal(generation_config, logits_processor, input_ids):
+            raise DrafterError(fault)
         if cache is not None and cache.get_seq_length():
             raise DrafterError(
                 "the cache that generate was called with holds tokens already, and a drafter reads"
@@ -106,21 +108,25 @@ def drafting(
             )
         if not known or known[0].model is not model:
             known[:] = [Target(model)]
-        decoder = model.get_decoder()
+        decoder = decoder_of(model)
+        held = None if streamer is None else criteria.HeldStreamer(streamer)
+        after_each = criteria.AfterEachToken(stopping_criteria, input_ids.shape[1], held)
         with captured_layers(decoder, drafter.layers) as between, _read(decoder) as hidden:
+            positions.reset_tables(model)
             candidates = Candidates(
                 known[0], drafter, count, generation_config.max_length, hidden, between
             )
             model._get_candidate_generator = lambda **_: candidates
             try:
-                return model._assisted_decoding(
+                out = model._assisted_decoding(
                     input_ids,
                     logits_processor=logits_processor,
-                    stopping_criteria=stopping_criteria,
+                    stopping_criteria=after_each,
                     generation_config=generation_config,
-                    streamer=streamer,
+                    streamer=held,
                     **more,
                 )
+                return criteria.cut(out, input_ids.shape[1], after_each.length)
             finally:
                 del model._get_candidate_generator
 
@@ -148,6 +154,9 @@ class Candidates(CandidateGenerator):
         self.hidden, self.between = hidden, between
         self.memory, self.shape = drafter.start(target), trees.chain(self.most)
         self.read: Tensor | None = None  # what the last pass read, from the newest token on
+        self.boundary = positions.boundary(target.config)
+        if self.boundary is not None and longest > self.boundary.length:
+            positions.warn(target.model, self.boundary)
 
     @torch.no_grad()
     def get_candidates(  # type: ignore[override]
@@ -156,6 +165,7 @@ class Candidates(CandidateGenerator):
         model_outputs: Any = None,
         is_first_iteration: bool = True,
         n_last_matches: int = 0,
+        model_kwargs: Any = None,
         **_: Any,
     ) -> tuple[Int[Tensor, "1 t+n"], None]:
         if is_first_iteration:
@@ -163,15 +173,26 @@ class Candidates(CandidateGenerator):
             self.between.clear()
             return input_ids, None
         ids = input_ids[0]
+        most = self.most
+        if self.boundary is not None:
+            cached = cache_of(model_kwargs).get_seq_length()
+            limit = self.boundary.draft_limit(len(ids), cached)
+            most = most if limit is None else min(most, limit)
+            if not most and self.boundary.kind == "dynamic":  # nothing is drafted any more
+                self.hidden.clear()
+                self.between.clear()
+                return input_ids, None
         length = len(ids) - 1 if self.read is None else int(n_last_matches) + 1
-        states = self.hidden[0][0]
+        # A pass that crosses longrope's boundary reads the whole text again.
+        count = len(self.hidden[0][0]) if self.read is None else len(self.read)
+        states = self.hidden[0][0, -count:]
         if self.read is None and len(states) != length:
             raise DrafterError(
                 f"the target has read {len(states)} positions and the text has {length}: there are"
                 " virtual tokens"
             )
         features = (
-            torch.cat([layer[0, :length] for layer in self.between], dim=-1)
+            torch.cat([layer[0, -count:][:length] for layer in self.between], dim=-1)
             if self.between
             else states[:length, :0]
         )
@@ -186,7 +207,7 @@ class Candidates(CandidateGenerator):
         self.hidden.clear()
         self.between.clear()
         # The target's own token comes after the drafted ones.
-        fits = max(0, min(self.most, self.longest - len(ids) - 1))
+        fits = max(0, min(most, self.longest - len(ids) - 1))
         drawing = trees.Drawing(self.target.config.vocab_size, fits)
         draft = self.drafter.propose(
             self.memory, self.target, update, partial(self.shape, drawing=drawing)

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trainer.decoding import verify
+from trainer.decoding import positions, verify
 from trainer.decoding.clock import Clock
 from trainer.decoding.drawing import Drawing, empty_draft
 from trainer.decoding.sampling import Sampling
@@ -125,6 +125,14 @@ def generate_batch(
         DrafterError: the target's state cannot be rolled back, it cannot read trees, or the drafter
         does not propose tokens.
     """
+    limit = positions.boundary(target.config)
+    if limit is not None and max(map(len, prompts)) + max_new_tokens > limit.length:
+        positions.warn(target.model, limit)
+        if len(prompts) > 1:  # a batch shares one table
+            return [
+                generate(target, drafter, ids, max_new_tokens, stops, sampling, strategy)
+                for ids in prompts
+            ]
     return Decoder(target, drafter, max_new_tokens, stops, sampling, strategy).decode(prompts)
 
 
@@ -136,8 +144,15 @@ class Continuation:
     memory: Any  # the drafter's
     update: TargetUpdate
     tokens: list[int]
+    prompt: Tensor
     drafts: list[tuple[int, int]] = field(default_factory=list)
     nodes: int = 0
+    unread: bool = False  # whether the drafter has not read `update`
+
+    @property
+    def length(self) -> int:
+        """The number of tokens of the text."""
+        return len(self.prompt) + len(self.tokens)
 
 
 class Decoder:
@@ -170,6 +185,7 @@ class Decoder:
             self.shape = chain(drafter.depth)
         self.max_new_tokens, self.stops = max_new_tokens, set(stops)
         self.sampling, self.to_probabilities = sampling, sampling.to_probabilities()
+        self.boundary = positions.boundary(target.config)
         self.results: dict[int, Result] = {}
 
     @torch.no_grad()
@@ -179,6 +195,9 @@ class Decoder:
         Raises:
             DrafterError: the target cannot read trees, or the drafter does not propose tokens.
         """
+        longest = max(map(len, prompts))
+        self.max_new_tokens = positions.new_tokens(self.target.model, longest, self.max_new_tokens)
+        positions.reset_tables(self.target.model)
         rows = self.prefill(prompts)
         while rows := self.finish(rows):
             self.verify(rows, self.draft(rows))
@@ -212,7 +231,7 @@ class Decoder:
                 *states[i], following, first=ids[0], tried=(ids[-1:], logits[i : i + 1])
             )
             memory = None if drafter is None else drafter.start(target)
-            rows.append(Continuation(i, memory, update, [first]))
+            rows.append(Continuation(i, memory, update, [first], ids))
         self.prompt_seconds = self.clock.lap("prompt")
         return rows
 
@@ -242,6 +261,11 @@ class Decoder:
         for row in rows:
             # The target's own token comes after the drafted ones.
             limit = self.max_new_tokens - len(row.tokens) - 1
+            row.unread = limit > 0
+            most = None
+            if self.boundary is not None and limit > 0:
+                most = self.boundary.draft_limit(row.length, self.cache.lengths[0])
+                limit = limit if most is None else min(limit, most)
             draft = empty_draft()
             if self.drafter is not None and self.shape is not None and limit > 0:
                 drawing = Drawing(
@@ -250,6 +274,9 @@ class Decoder:
                 draft = self.drafter.propose(
                     row.memory, self.target, row.update, partial(self.shape, drawing=drawing)
                 )
+                row.unread = False
+                if most is not None:  # a drafter that overrides `propose` may go deeper
+                    draft = up_to_depth(draft, most)
             drafts.append(replace(draft, tokens=draft.tokens.to(self.clock.device)))
         self.clock.lap("draft")
         return drafts
@@ -261,7 +288,7 @@ class Decoder:
             torch.cat([row.update.ids[-1:], draft.tokens])
             for row, draft in zip(rows, drafts, strict=True)
         ]
-        states = self.cache.read(tokens, trees)
+        states = self._read(rows, tokens, trees)
         logits = self.target.head(torch.cat([hidden for hidden, _ in states]))
         verdict = self._verdict(logits, drafts)
         decisions = _decisions(verdict, trees, torch.cat([draft.tokens for draft in drafts]))
@@ -271,16 +298,33 @@ class Decoder:
         ):
             end, last = start + len(read), start + (path[-1] + 1 if path else 0)
             taken = slice(0, len(path) + 1) if is_chain(path) else [0, *(node + 1 for node in path)]
-            row.update = TargetUpdate(
+            update = TargetUpdate(
                 hidden[taken],
                 features[taken],
                 torch.cat([read[taken][1:], verdict.next_tokens[last : last + 1]]),
                 tried=(read, logits[start:end]),
             )
+            # Only longrope lets a drafter pause and continue.
+            waits = row.unread and self.boundary is not None and self.boundary.kind == "longrope"
+            row.update = _joined(row.update, update) if waits else update
             self._append(row, parents, path, text)
             start = end
         self.cache.commit([path for path, _ in decisions])
         self.clock.lap("verify")
+
+    def _read(
+        self, rows: Sequence[Continuation], tokens: list[Tensor], trees: list[list[int]]
+    ) -> list[Any]:
+        """Read the newest tokens and the trees, or the whole text where transformers would read it
+        again."""
+        if self.boundary is not None and len(rows) == 1 and not trees[0]:
+            row = rows[0]
+            text = torch.cat([row.prompt, row.prompt.new_tensor(row.tokens)])
+            if self.boundary.crossed(len(text), self.cache.lengths[0]) and positions.reads_again(
+                self.target.model, text, self.cache.cache
+            ):
+                return self.cache.read_again(text)
+        return self.cache.read(tokens, trees)
 
     def _draw(self, logits: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
         if self.to_probabilities is None:
@@ -308,6 +352,17 @@ class Decoder:
         row.drafts.append((depth_of(parents), len(path)) if end > len(path) else (end, end))
 
 
+def _joined(first: TargetUpdate, second: TargetUpdate) -> TargetUpdate:
+    """Return two updates, one after the other, as one."""
+    return TargetUpdate(
+        torch.cat([first.hidden, second.hidden]),
+        torch.cat([first.features, second.features]),
+        torch.cat([first.ids, second.ids]),
+        first.first,
+        second.tried,
+    )
+
+
 def _decisions(
     verdict: Verdict, trees: Sequence[list[int]], drafted: Int[Tensor, " n"]
 ) -> list[tuple[list[int], list[int]]]:
@@ -329,6 +384,23 @@ def _decisions(
         decisions.append((path, [*(tokens[start + node] for node in path), following[last]]))
         start, place = end, place + 1 + len(parents)
     return decisions
+
+
+def up_to_depth(draft: Draft, depth: int) -> Draft:
+    """Return a tree without its nodes of a larger depth."""
+    depths: list[int] = []
+    for parent in draft.parents.tolist():
+        depths.append(1 + (depths[parent] if parent >= 0 else 0))
+    keep = [node for node, deep in enumerate(depths) if deep <= depth]
+    if len(keep) == len(depths):
+        return draft
+    place = {node: index for index, node in enumerate(keep)} | {-1: -1}
+    return replace(
+        draft,
+        tokens=draft.tokens[keep],
+        parents=torch.tensor([place[int(draft.parents[node])] for node in keep], dtype=torch.long),
+        rows=None if draft.rows is None else draft.rows[keep],
+    )
 
 
 def depth_of(parents: Sequence[int]) -> int:

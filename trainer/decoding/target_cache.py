@@ -52,10 +52,23 @@ class TargetCache:
         self.target, self.layers, self.whole = target, layers, whole
         self.output = target.model.get_output_embeddings()
         self.model = target.model
-        self.cache = DynamicCache() if whole else DynamicCache(config=target.config)
+        self.cache = self._empty()
         self.lengths: list[int] = []  # L of each sequence, including virtual tokens
         self.parents: list[list[int]] = []  # of the last pass
         self.recording = self.masked = False
+
+    def _empty(self) -> DynamicCache:
+        return DynamicCache() if self.whole else DynamicCache(config=self.target.config)
+
+    def read_again(self, ids: Int[Tensor, " n"]) -> list[States]:
+        """Read the whole text of one sequence, its newest token included, in place of what was read
+        of it. Return the states of the newest token; `commit` follows as after `read`."""
+        self.cache, self.masked, self.parents = self._empty(), False, [[]]
+        states = self.open([ids])
+        self.lengths[0] -= 1  # `commit` counts the newest token
+        if self.recording:
+            self.cache.activate_past_recording()
+        return [(hidden[-1:], features[-1:]) for hidden, features in states]
 
     def open(self, prompts: Sequence[Int[Tensor, " n"]]) -> list[States]:
         """Read the prompts, one after another."""

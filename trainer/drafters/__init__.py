@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trainer.models.heads import Head, output_head
+from trainer.models.heads import Head, decoder_of, output_head
 from trainer.models.losses import chunked_predictions
 
 
@@ -42,7 +42,7 @@ class Target:
 
     def __init__(self, model: Any):
         self.model = model
-        self.decoder = model.get_decoder()
+        self.decoder = decoder_of(model)
         self.config = model.config.get_text_config()
         self.embed: Callable[[Tensor], Tensor] = model.get_input_embeddings()
         head = output_head(model)

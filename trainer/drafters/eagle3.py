@@ -37,7 +37,7 @@ from adapters.linear import features, float_weight
 from trainer.drafters import DrafterError, Target
 from trainer.drafters.layers import autocast_like, final_norm, projection
 from trainer.drafters.unrolled import Unrolled, masked_layer
-from trainer.models.heads import Head
+from trainer.models.heads import Head, decoder_of
 
 
 class Eagle3(Unrolled):
@@ -78,7 +78,7 @@ class Eagle3(Unrolled):
         size, output = config.hidden_size, model.get_output_embeddings()
         _, vocabulary = features(output)
         self.midlayer = wide_layer(model, init)
-        self.layers = read_layers(len(model.get_decoder().layers), aux_layers)
+        self.layers = read_layers(len(decoder_of(model).layers), aux_layers)
         self.coverage, self.norm_output = coverage, norm_output
         self.fc = projection(model, len(self.layers) * size, size)
         self.fc_norm = (

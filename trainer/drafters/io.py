@@ -156,7 +156,7 @@ def fill(drafter: Drafter, folder: Path) -> None:
         )
 
 
-def load(folder: Path, model: Any, fingerprint: str | None = None) -> Drafter:
+def load(folder: Path | str, model: Any, fingerprint: str | None = None) -> Drafter:
     """Load the drafter of a folder for a plain transformers model, on that model's device, in eval
     mode. With the `fingerprint` of the model's base, a drafter of another base is refused; without
     it, only one whose sizes or tensors do not fit.
@@ -168,6 +168,7 @@ def load(folder: Path, model: Any, fingerprint: str | None = None) -> Drafter:
         DrafterError: the folder was not written by `save`, is for another model, or its weights are
         incomplete or not finite.
     """
+    folder = Path(folder).expanduser()
     settings, target = read(folder)
     _check_target(folder, target, model.config.get_text_config(), fingerprint)
     drafter: Drafter = get_class(settings["_target_"])(

@@ -24,7 +24,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from adapters.linear import features, float_weight, is_linear
 from trainer.drafters import Drafter, DrafterError, Target, TargetOutput
 from trainer.models.cache_argument import cache_argument, with_cache
-from trainer.models.heads import Head, after_output
+from trainer.models.heads import Head, after_output, decoder_of
 
 _NORMS = ("norm", "final_layernorm", "final_layer_norm")
 _TAKEN = {"attention_mask", "position_ids", "position_embeddings"}
@@ -110,7 +110,7 @@ def final_norm(model: Any, init: str) -> nn.Module:
         `decoder_layer` needs them.
     """
     _layers(model)
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     source = next(
         (norm for name in _NORMS if (norm := getattr(decoder, name, None)) is not None), None
     )
@@ -158,7 +158,7 @@ _INSTEAD = "set drafter=mtp_medusa, whose heads do not need it, or drafter=none"
 
 
 def _layers(model: Any) -> nn.ModuleList:
-    decoder, name = model.get_decoder(), type(model).__name__
+    decoder, name = decoder_of(model), type(model).__name__
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise DrafterError(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from trainer.data.held_out import HeldOut
+from trainer.decoding import positions
 from trainer.storage.progress import Progress
 
 
@@ -81,6 +82,8 @@ def continuations(
 
     longest = max(map(len, prompts))
     pairs = model.config.is_encoder_decoder  # type: ignore[union-attr]
+    # An encoder-decoder's answer has positions of its own.
+    max_new_tokens = positions.new_tokens(model, 0 if pairs else longest, max_new_tokens)
     # A decoder continues at the right end. An encoder's rows are padded there, as in training.
     gaps = [longest - len(prompt) for prompt in prompts]
     ids, mask = (

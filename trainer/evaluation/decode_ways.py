@@ -14,7 +14,7 @@ import torch
 from tasks.reading import DataError
 from trainer.assembly.chosen_drafter import sampling as generation_config
 from trainer.assembly.trained import Trained
-from trainer.decoding import speculative, trees
+from trainer.decoding import positions, speculative, trees
 from trainer.decoding.clock import now
 from trainer.decoding.sampling import Sampling
 from trainer.decoding.speculative import Result, Strategy
@@ -138,10 +138,11 @@ def by_transformers(
     options = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": positions.new_tokens(model, len(ids), max_new_tokens),
     }
     # A base's own settings may have a penalty, which verification of drafts does not know.
     settings = generation_config(options, stops, pad, repetition_penalty=1.0)
+    positions.reset_tables(model)
     started = now(ids.device)
     out = model.generate(
         input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), generation_config=settings

@@ -18,6 +18,7 @@ from trainer.assembly.chosen_drafter import drafter_of, sampling
 from trainer.assembly.trained import Trained
 from trainer.config.shown import shown
 from trainer.data.render import plain_ids
+from trainer.decoding import positions
 from trainer.decoding.plugin import assist, refusal
 from trainer.drafters import DrafterError
 
@@ -63,7 +64,8 @@ def answer(
 ) -> None:
     """Answer one prompt, piece by piece."""
     torch.manual_seed(options["seed"])
-    settings = sampling(options, stops, tokenizer.pad_token_id)
+    count = positions.new_tokens(model, len(ids), options["max_new_tokens"])
+    settings = sampling(options | {"max_new_tokens": count}, stops, tokenizer.pad_token_id)
     prompt = torch.tensor([ids], device=next(model.parameters()).device)
     model.generate(
         input_ids=prompt,

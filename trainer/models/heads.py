@@ -63,6 +63,15 @@ def probe(model: Any, ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids} | ({"decoder_input_ids": ids} if pairs else {})
 
 
+def decoder_of(model: Any) -> Any:
+    """Return the decoder of a causal LM, without its output head."""
+    decoder = model.get_decoder()
+    # Llama 4's returns itself, with its head.
+    while hasattr(decoder, "lm_head") and isinstance(getattr(decoder, "model", None), nn.Module):
+        decoder = decoder.model
+    return decoder
+
+
 @contextlib.contextmanager
 def captured_layers(decoder: nn.Module, layers: tuple[int, ...]) -> Iterator[list[Tensor]]:
     """While open, collect states (B, T, d) of the decoder, in ascending order of `layers`. They are
