@@ -4,6 +4,7 @@ distribution when sampling."""
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -298,7 +299,8 @@ def table(monkeypatch):
     """A target that is a table: the next token's logits given the last token."""
     table = torch.randn(TOKENS, TOKENS, generator=torch.Generator().manual_seed(5)) * 1.5
     target = Target.__new__(Target)
-    target.model, target.head = None, lambda hidden: hidden @ table
+    target.model, target.head = torch.nn.Module(), lambda hidden: hidden @ table
+    target.config = SimpleNamespace()
 
     class Read:
         def __init__(self, target, layers, whole):
