@@ -120,7 +120,10 @@ def new_tokens(model: Any, prompt: int, asked: int) -> int:
     Raises:
         DrafterError: the model has no position for the first new token.
     """
-    config = model.config.get_text_config() if hasattr(model, "config") else None
+    whole = getattr(model, "config", None)
+    config = whole.get_text_config() if hasattr(whole, "get_text_config") else None
+    if getattr(config, "is_encoder_decoder", False):
+        prompt = 0  # the answer has positions of its own
     last = getattr(config, "max_position_embeddings", None)
     if last is None:
         return asked
@@ -133,7 +136,7 @@ def new_tokens(model: Any, prompt: int, asked: int) -> int:
     if not _learned_positions(model):
         _warn_last(name, last)
         return asked
-    if prompt >= last:
+    if prompt and prompt >= last:
         raise DrafterError(
             f"the prompt has {prompt} tokens, and {name} has {last} positions: shorten the prompt"
         )

@@ -82,8 +82,7 @@ def continuations(
 
     longest = max(map(len, prompts))
     pairs = model.config.is_encoder_decoder  # type: ignore[union-attr]
-    # An encoder-decoder's answer has positions of its own.
-    max_new_tokens = positions.new_tokens(model, 0 if pairs else longest, max_new_tokens)
+    max_new_tokens = positions.new_tokens(model, longest, max_new_tokens)
     # A decoder continues at the right end. An encoder's rows are padded there, as in training.
     gaps = [longest - len(prompt) for prompt in prompts]
     ids, mask = (
