@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +209,7 @@ class Oracle(torch.nn.Module):
     def __init__(self, known, end):
         super().__init__()
         self.known, self.end = known, end
+        self.config = SimpleNamespace(is_encoder_decoder=False)
 
     def generate(self, input_ids, attention_mask, generation_config):
         out = []
