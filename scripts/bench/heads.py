@@ -198,8 +198,8 @@ def table(done: list[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     return (
         "\n".join(lines)
-        + "\n\n`taken k`: how often the k-th drafted token was taken, with all before it, of how"
-        " often it was proposed.\n"
+        + "\n\n`taken k`: the share of proposed k-th tokens that were accepted together with all"
+        " before them.\n"
     )
 
 

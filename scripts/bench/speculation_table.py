@@ -16,8 +16,8 @@ COST_HEADS = (
     "texts that differ",
 )
 LEGEND = (
-    "\n\ntau: tokens of a target pass, its own among them. taken k: how often the k-th drafted"
-    " token was taken where all before it were. ratio: tokens/s over transformers' greedy"
+    "\n\ntau: tokens per target pass, including the target's own. taken k: how often the k-th"
+    " drafted token was accepted if all before it were. ratio: tokens/s over transformers' greedy"
     " generate, with 95 % of bootstraps over the prompts.\n"
 )
 
