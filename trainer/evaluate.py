@@ -124,7 +124,7 @@ def _speculation(argv: list[str]) -> int:
             if options.prompts
             else None
         )
-        run, drafter = load_run_and_drafter(settings)
+        run, drafter = load_run_and_drafter(options.run, options)
         prompts = questions.Prompts(run)
         sampling = Sampling(options.temperature, options.top_p, seed=options.seed)
         ways = decode_ways.Ways(

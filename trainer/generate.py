@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 
 from trainer.config.decoding_options import DrafterOptions, SamplingOptions
-from trainer.config.options import exit_with, option, parse, values_of
+from trainer.config.options import exit_with, option, parse
 from trainer.config.shown import say
 
 
@@ -41,16 +41,18 @@ def main(argv: list[str]) -> int:
     from trainer.session import failures
 
     quiet.quiet()
-    settings = values_of(options)
+    drafter = options if options.draft else None
     try:
         run = load_trained(options.run, "cuda" if torch.cuda.is_available() else "cpu")
         prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
         ids, stops = streamed_answer.prompt_ids(run, prompt, options.system)
         if options.compare:
-            streamed_answer.compare(run, ids, stops, settings)
+            streamed_answer.compare(run, ids, stops, options, options.max_new_tokens, drafter)
             return 0
-        with streamed_answer.drafting(run, settings):
-            streamed_answer.answer(run.model, ids, run.base.tokenizer, stops, settings, _write)
+        with streamed_answer.drafting(run, drafter):
+            streamed_answer.answer(
+                run.model, ids, run.base.tokenizer, stops, options, options.max_new_tokens, _write
+            )
         say()
     except Exception as error:
         return failures.report_and_exit_code(error)

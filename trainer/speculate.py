@@ -123,7 +123,7 @@ def _measure(options: Options) -> tuple[dict[str, Any], Any]:
     # A search has the bounds of a dynamic tree; `paths` is where it writes the tree.
     strategy = (replace(drafts, tree="eagle2", paths=None) if search else drafts).strategy()
     file = questions.read_prompts(options.prompts) if options.prompts else None
-    run, drafter = load_run_and_drafter(settings)
+    run, drafter = load_run_and_drafter(options.run, options)
     one = [[{"role": "user", "content": str(options.prompt)}]]
     prompts, stops = questions.prompt_ids(run, options.heldout, file or one)
     if search:

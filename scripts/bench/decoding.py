@@ -223,6 +223,7 @@ def measured_run(
 
     from trainer.assembly.chosen_drafter import drafter_of
     from trainer.assembly.trained import load_trained
+    from trainer.config.decoding_options import DrafterOptions
     from trainer.drafters import Drafter, Target
     from trainer.evaluation.questions import held_out_prompts
 
@@ -231,7 +232,7 @@ def measured_run(
     ids = [torch.tensor(prompt, device=device) for prompt in prompts]
     target = Target(run.model)
     for name in names:
-        drafter = None if name == "plain" else drafter_of(run, {"drafter": name, "small": None})
+        drafter = None if name == "plain" else drafter_of(run, DrafterOptions(drafter=name))
         # such a drafter chooses the shape itself
         own_shape = drafter is None or type(drafter).propose is not Drafter.propose
         for shape in options["shapes"][: 1 if own_shape else None]:

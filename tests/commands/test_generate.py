@@ -19,6 +19,7 @@ from tests.toys.commands import exit_code
 from trainer import generate
 from trainer.assembly import trained as trained_module
 from trainer.assembly.build import instantiate
+from trainer.config.decoding_options import SamplingOptions
 from trainer.data.render import Renderer
 from trainer.decoding.plugin import Candidates
 from trainer.evaluation import streamed_answer
@@ -159,9 +160,9 @@ def test_standard_input_is_a_prompt(ask, monkeypatch):
 def test_text_streams_word_by_word_and_is_the_whole_when_it_ends(trained):
     found = trained_module.load_trained(trained())
     tokenizer, pieces = found.base.tokenizer, []
-    options = {"seed": 3, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 300}
+    options = SamplingOptions(seed=3, temperature=1.0)
     streamed_answer.answer(
-        found.model, tokenizer("abc 12 ")["input_ids"], tokenizer, [], options, pieces.append
+        found.model, tokenizer("abc 12 ")["input_ids"], tokenizer, [], options, 300, pieces.append
     )
     torch.manual_seed(3)
     wanted = spoken(
@@ -176,11 +177,12 @@ def test_an_answer_ends_at_its_end_token(trained):
     found = trained_module.load_trained(trained())
     tokenizer = found.base.tokenizer
     ids = tokenizer(chat("3+4="), add_special_tokens=False)["input_ids"]
-    options = {"seed": 0, "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 12}
 
     def said(stops):
         pieces = []
-        streamed_answer.answer(found.model, ids, tokenizer, stops, options, pieces.append)
+        streamed_answer.answer(
+            found.model, ids, tokenizer, stops, SamplingOptions(), 12, pieces.append
+        )
         return "".join(pieces)
 
     whole = said([tokenizer.eos_token_id])

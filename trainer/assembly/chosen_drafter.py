@@ -7,61 +7,59 @@ from typing import Any
 from transformers import GenerationConfig
 
 from trainer.assembly.trained import Trained
+from trainer.config.decoding_options import DrafterOptions
 from trainer.drafters import Drafter, DrafterError
 from trainer.drafters.lookup import PromptLookup
 from trainer.drafters.recycling import TokenRecycling
 from trainer.drafters.small import small_model
 
 
-def sampling(options: dict[str, Any], stops: list[int], pad: int, **more: Any) -> GenerationConfig:
-    """transformers' settings for a verb's temperature, top_p and max_new_tokens."""
-    sampled = options["temperature"] > 0
-    # transformers would draw from the 50 likeliest tokens only.
-    chances = (
-        {"temperature": options["temperature"], "top_p": options["top_p"], "top_k": 0}
-        if sampled
-        else {}
-    )
+def generation_config(
+    temperature: float, top_p: float, max_new_tokens: int, stops: list[int], pad: int, **more: Any
+) -> GenerationConfig:
+    """Return transformers' settings for a command's options. A temperature of 0 is greedy."""
+    # top_k=0: by default transformers draws from the 50 likeliest tokens only.
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     return GenerationConfig(
-        do_sample=sampled,
-        max_new_tokens=options["max_new_tokens"],
+        do_sample=temperature > 0,
+        max_new_tokens=max_new_tokens,
         eos_token_id=stops,
         pad_token_id=pad,
-        **chances,
+        **drawing,
         **more,
     )
 
 
-def check_drafter(config: dict[str, Any], options: dict[str, Any]) -> None:
-    """Before a run's model is loaded, whether it has the drafter that is asked for.
+def check_drafter(config: dict[str, Any], run: str, options: DrafterOptions) -> None:
+    """Check that a run has the requested drafter, by its config, before its model is loaded.
 
     Raises:
         DrafterError: it has none.
     """
-    if options["drafter"] == "run" and not config.get("drafter"):
+    if options.drafter == "run" and not config.get("drafter"):
         raise DrafterError(
-            f"run={options['run']} has no drafter. Train one with the adapter, python -m trainer"
+            f"run={run} has no drafter. Train one with the adapter, python -m trainer"
             " ... drafter=mtp_shared, or give one that needs no training, drafter=lookup or"
             " drafter=recycling"
         )
 
 
-def drafter_of(trained: Trained, options: dict[str, Any]) -> Drafter | None:
-    """What a verb's options drafter and small ask for; None where the run has no drafter that
-    proposes.
+def drafter_of(trained: Trained, options: DrafterOptions) -> Drafter | None:
+    """Return the requested drafter; None if it is the run's, which has none that proposes tokens.
 
     Raises:
         BaseError, DrafterError: the small model cannot be loaded, or has other tokens.
     """
     model: Any = trained.model
-    if options["drafter"] == "run":
+    if options.drafter == "run":
         if trained.drafter is None or not trained.drafter.proposes:
             return None
         # In the target's dtype: autocast would convert fp32 weights again for every draft.
         return trained.drafter.to(model.get_input_embeddings().weight.dtype)
-    if options["drafter"] == "lookup":
+    if options.drafter == "lookup":
         return PromptLookup()
-    if options["drafter"] == "recycling":
+    if options.drafter == "recycling":
         return TokenRecycling(model.config.get_text_config().vocab_size)
     weight = next(trained.model.parameters())
-    return small_model(options["small"], trained.base, weight.dtype, weight.device)
+    assert options.small is not None  # DrafterOptions.faults
+    return small_model(options.small, trained.base, weight.dtype, weight.device)

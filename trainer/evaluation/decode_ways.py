@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tasks.reading import DataError
-from trainer.assembly.chosen_drafter import sampling as generation_config
+from trainer.assembly.chosen_drafter import generation_config
 from trainer.assembly.trained import Trained
 from trainer.decoding import positions, speculative, trees
 from trainer.decoding.clock import now
@@ -135,13 +135,11 @@ def by_transformers(
 ) -> Result:
     """Continue one prompt with transformers' own loop."""
     torch.manual_seed(sampling.seed or 0)
-    options = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_new_tokens": positions.new_tokens(model, len(ids), max_new_tokens),
-    }
+    count = positions.new_tokens(model, len(ids), max_new_tokens)
     # A base's own settings may have a penalty, which verification of drafts does not know.
-    settings = generation_config(options, stops, pad, repetition_penalty=1.0)
+    settings = generation_config(
+        sampling.temperature, sampling.top_p, count, stops, pad, repetition_penalty=1.0
+    )
     positions.reset_tables(model)
     started = now(ids.device)
     out = model.generate(

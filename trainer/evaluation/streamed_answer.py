@@ -14,8 +14,9 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from tasks.reading import DataError
-from trainer.assembly.chosen_drafter import drafter_of, sampling
+from trainer.assembly.chosen_drafter import drafter_of, generation_config
 from trainer.assembly.trained import Trained
+from trainer.config.decoding_options import DrafterOptions, SamplingOptions
 from trainer.config.shown import shown
 from trainer.data.render import plain_ids
 from trainer.decoding import positions
@@ -59,13 +60,16 @@ def answer(
     ids: list[int],
     tokenizer: Any,
     stops: list[int],
-    options: dict[str, Any],
+    options: SamplingOptions,
+    max_new_tokens: int,
     write: Callable[[str], None],
 ) -> None:
-    """Answer one prompt, piece by piece."""
-    torch.manual_seed(options["seed"])
-    count = positions.new_tokens(model, len(ids), options["max_new_tokens"])
-    settings = sampling(options | {"max_new_tokens": count}, stops, tokenizer.pad_token_id)
+    """Answer one prompt, and call `write` with each piece of text."""
+    torch.manual_seed(options.seed)
+    count = positions.new_tokens(model, len(ids), max_new_tokens)
+    settings = generation_config(
+        options.temperature, options.top_p, count, stops, tokenizer.pad_token_id
+    )
     prompt = torch.tensor([ids], device=next(model.parameters()).device)
     model.generate(
         input_ids=prompt,
@@ -75,8 +79,16 @@ def answer(
     )
 
 
-def compare(run: Trained, ids: list[int], stops: list[int], options: dict[str, Any]) -> None:
-    """Show the base's answer and the adapted model's, side by side."""
+def compare(
+    run: Trained,
+    ids: list[int],
+    stops: list[int],
+    options: SamplingOptions,
+    max_new_tokens: int,
+    drafter: DrafterOptions | None,
+) -> None:
+    """Show the base's answer and the adapted model's in two columns. The adapted model decodes with
+    the requested drafter; None is without one."""
     texts = {"base": "", "adapted": ""}
 
     def table() -> Table:
@@ -95,18 +107,22 @@ def compare(run: Trained, ids: list[int], stops: list[int], options: dict[str, A
                 if live is not None:
                     live.update(table())
 
-            with _base(run) if name == "base" else drafting(run, options) as model:
-                answer(model, ids, run.base.tokenizer, stops, options, write)
+            with _base(run) if name == "base" else drafting(run, drafter) as model:
+                answer(model, ids, run.base.tokenizer, stops, options, max_new_tokens, write)
     if not console.is_terminal:
         console.print(table())
 
 
 @contextlib.contextmanager
-def drafting(run: Trained, options: dict[str, Any]) -> Iterator[Any]:
-    """The model, with the drafter that the options name if it can draft."""
-    drafter = drafter_of(run, options) if options["draft"] else None
+def drafting(run: Trained, options: DrafterOptions | None) -> Iterator[Any]:
+    """Yield the model, with the requested drafter if there is one that can draft.
+
+    Raises:
+        DrafterError: another drafter than the run's is requested, and this model takes none.
+    """
+    drafter = drafter_of(run, options) if options is not None else None
     fault = refusal(run.model)
-    if drafter is not None and fault and options["drafter"] != "run":
+    if options is not None and drafter is not None and fault and options.drafter != "run":
         raise DrafterError(fault)
     if drafter is None or fault:
         yield run.model
