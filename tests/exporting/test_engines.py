@@ -60,6 +60,8 @@ def drafter_of(name, model, **changes) -> Any:
     """A drafter as its file of conf/ has it, with weights of which none is as it starts."""
     node: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "drafter" / f"{name}.yaml"))
     kind, _ = node.pop("_target_"), node.pop("_partial_")
+    if "layer" in node:
+        node["layer"] = "target"
     if name == "eagle3":
         node |= {"draft_vocab_size": DRAFTED, "coverage": 0.0, "offsets": 4}
     drafter = get_class(kind)(model=model, **node | changes)

@@ -449,3 +449,17 @@ def test_a_drafters_rows_need_the_template_of_its_target(tmp_path, monkeypatch):
     (tmp_path / "chat_template.jinja").write_text("other")
     assert f"set task.chat_template={tmp_path / 'chat_template.jinja'}" in warned()
     assert warned(None) == ""
+
+
+def test_what_engines_can_do_with_a_head_is_said_before_it_is_trained(check, rows, capsys):
+    words = [f"task.path={rows}", "adapter=none", "objective=distill", "drafter=eagle3"]
+    words += ["drafter.draft_vocab_size=null", "drafter.offsets=1"]
+    _, found = check(*words)
+    assert found["model"]["draft_head"] == (
+        "a layer of the target's own class; engines load it: to=speculators, to=sglang"
+    )
+    assert "to=speculators, to=sglang" in " ".join(capsys.readouterr().out.split())
+    _, found = check(*words, "drafter.layer=qwen3")
+    assert found["model"]["draft_head"] == (
+        "a layer of qwen3's class; engines load it: to=speculators"
+    )

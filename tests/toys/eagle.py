@@ -80,6 +80,7 @@ MODELS = {
 def knobs(name, **changes):
     """The file of conf/drafter, with changes."""
     settings = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "drafter" / f"{name}.yaml"))
+    settings |= {"layer": "target"} if "layer" in settings else {}
     return {key: value for key, value in settings.items() if not key.startswith("_")} | changes
 
 

@@ -21,6 +21,28 @@ MOVED = {
     "trainer.distill.Distill": "trainer.training.distill.Distill",
 }
 
+# Drafters that older versions made of the target's own layer, before drafter.layer was a setting.
+_OF_TARGET = ("trainer.drafters.eagle.Eagle", "trainer.drafters.eagle3.Eagle3")
+
+
+def keep_layer(drafter: Any) -> None:
+    """Give the recorded settings of a draft head of an older version, in place, the layer that it
+    has: the target's own."""
+    if isinstance(drafter, dict) and drafter.get("_target_") in _OF_TARGET:
+        drafter.setdefault("layer", "target")
+
+
+def adopt_layer(config: dict[str, Any], recorded: Any) -> None:
+    """Let a run that continues another one, of which `recorded` is the config, keep the layer of
+    its draft head, in place, where its own config says auto."""
+    earlier = recorded.get("drafter") if isinstance(recorded, dict) else None
+    keep_layer(earlier)
+    drafter = config.get("drafter")
+    if not isinstance(earlier, dict) or not isinstance(drafter, dict):
+        return
+    if drafter.get("layer") == "auto" and earlier.get("_target_") == drafter["_target_"]:
+        drafter["layer"] = earlier.get("layer", "auto")
+
 
 def rename(node: Any) -> None:
     """Replace the `_target_` names in a recorded config by today's, in place."""
@@ -41,6 +63,7 @@ def complete(plain: dict[str, Any], choices: dict[str, Any]) -> list[str]:
     Moved classes get their new names. `compose.check` refuses what is missing then.
     """
     rename(plain)
+    keep_layer(plain.get("drafter"))
     for group, name in default_choices().items():
         if group not in plain:
             choices.setdefault(group, name)

@@ -8,8 +8,8 @@
     v = 1, p = 0.1
 
 f (B, T, d) are the hidden states that the target's output head reads, after its final norm; fc (d,
-2d); Block is a decoder layer of the target's family without its input_layernorm, so it reads the
-output of fc. SmoothL1 is the mean over d. CE is against the target's whole distribution. EAGLE-2
+2d); Block is a decoder layer (trainer.drafters.families) without its input_layernorm, so it reads
+fc's output. SmoothL1 is the mean over d. CE is against the target's whole distribution. EAGLE-2
 (arXiv 2406.16858) has the same weights and grows its trees by confidence in decoding.
 
 The paper trains k = 1 only, and drafts further tokens by using f̂ in place of f. With K > 1 these
@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from trainer.drafters import Target, TargetOutput, offset_targets
 from trainer.drafters.distilled import taught_positions
+from trainer.drafters.families import family_of
 from trainer.drafters.layers import projection, run_layer
 from trainer.drafters.unrolled import Unrolled, masked_layer
 
@@ -45,11 +46,14 @@ class Eagle(Unrolled):
         model's decoder layers cannot be built.
     """
 
+    keeps_biases = True  # those of the layer's class
+
     def __init__(
         self,
         model: Any,
         offsets: int,
         depth: int | None,
+        layer: str,
         init: str,
         bias: bool,
         noise: float,
@@ -66,7 +70,8 @@ class Eagle(Unrolled):
         self.noise, self.feature_weight, self.token_weight = noise, feature_weight, token_weight
         size = model.config.get_text_config().hidden_size
         self.fc = projection(model, 2 * size, size)
-        self.midlayer = masked_layer(model, init)
+        self.family = family_of(model, layer, init, self.keeps_biases)
+        self.midlayer = masked_layer(self.family or model, init)
         self.midlayer.input_layernorm = nn.Identity()
         with torch.no_grad():
             if bias:

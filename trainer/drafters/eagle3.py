@@ -9,11 +9,11 @@
     L = Σ_k β^(k-1) Σ_t CE(p_{t+k}, q_k[t])        β = 0.8, k = 1 .. K = 7
 
 s (B, T, d) are the states entering the target's layers 2, L/2 and L - 3; fc (d, 3d); q, k and v of
-the attention are (.., 2d), and its heads, norms and rotary embeddings are those of the target's
-family. lm_head (v, d) is of the draft vocabulary, the v tokens that are trained most often, and
-starts as the target's rows of these tokens. All linear layers are without biases, since engines
-read EAGLE-3 heads as Llama's layers. p is the target's distribution over the draft vocabulary,
-renormalised; a position whose best token is not in it does not count.
+the attention are (.., 2d), and its heads, norms and rotary embeddings are those of the layer's
+family (trainer.drafters.families). lm_head (v, d) is of the draft vocabulary, the v tokens that are
+trained most often, and starts as the target's rows of these tokens. All linear layers are without
+biases, since engines read EAGLE-3 heads as Llama's layers. p is the target's distribution over the
+draft vocabulary, renormalised; a position whose best token is not in it does not count.
 
 The K passes of a row are computed as in trainer.drafters.unrolled, with gradients through all of
 them. `fc_norm` and `norm_output` are EAGLE-3.1's (norms of s_low, s_mid and s_high before fc;
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from adapters.linear import features, float_weight
 from trainer.drafters import DrafterError, Target
+from trainer.drafters.families import family_of
 from trainer.drafters.layers import autocast_like, final_norm, projection
 from trainer.drafters.unrolled import Unrolled, masked_layer
 from trainer.models.heads import Head, decoder_of
@@ -48,6 +49,7 @@ class Eagle3(Unrolled):
         model's decoder layers cannot be built.
     """
 
+    keeps_biases = False
     d2t: Tensor
     t2d: Tensor
 
@@ -62,6 +64,7 @@ class Eagle3(Unrolled):
         train_head: bool,
         norm_output: bool,
         fc_norm: bool,
+        layer: str,
         init: str,
         weights: list[float] | None,
         beta: float,
@@ -77,14 +80,16 @@ class Eagle3(Unrolled):
         config = model.config.get_text_config()
         size, output = config.hidden_size, model.get_output_embeddings()
         _, vocabulary = features(output)
-        self.midlayer = wide_layer(model, init)
+        self.family = family_of(model, layer, init, self.keeps_biases)
+        source = self.family or model
+        self.midlayer = wide_layer(source, init)
         self.layers = read_layers(len(decoder_of(model).layers), aux_layers)
         self.coverage, self.norm_output = coverage, norm_output
         self.fc = projection(model, len(self.layers) * size, size)
         self.fc_norm = (
-            nn.ModuleList(final_norm(model, "random") for _ in self.layers) if fc_norm else None
+            nn.ModuleList(final_norm(source, "random") for _ in self.layers) if fc_norm else None
         )
-        self.norm = final_norm(model, init)
+        self.norm = final_norm(source, init)
         drafted = vocabulary if draft_vocab_size is None else min(draft_vocab_size, vocabulary)
         self.lm_head = projection(model, size, drafted).requires_grad_(train_head)
         device = self.lm_head.weight.device

@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.config import files, schema
+from trainer.config import files, history, schema
 from trainer.drafters import Drafter, DrafterError
+from trainer.drafters.families import kind_of
 from trainer.models.base import Base
 from trainer.storage import atomic, door
 
@@ -110,6 +111,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except door.FolderError as error:
         raise DrafterError(str(error)) from None
     content = _content(folder / "config.json")
+    history.keep_layer(content["drafter"])
     _check_settings(content["drafter"], folder / "config.json")
     return content["drafter"], content["target"]
 
@@ -126,6 +128,7 @@ def check(folder: Path, base: Base, settings: dict[str, Any] | None = None) -> N
     if target.get("tokenizer", digest := _digest(base.tokenizer)) != digest:
         raise DrafterError(f"{folder} was trained for another tokenizer than that of {base.path}")
     expected = stored if settings is None else settings
+    stored, expected = (_with_layer(some, base) for some in (stored, expected))
     different = [
         f"drafter.{key}: {stored.get(key)!r} there, {expected.get(key)!r} here"
         for key in sorted(stored.keys() | expected.keys())
@@ -133,6 +136,15 @@ def check(folder: Path, base: Base, settings: dict[str, Any] | None = None) -> N
     ]
     if different:
         raise DrafterError(f"{folder} is a drafter of other settings: {'; '.join(different)}")
+
+
+def _with_layer(settings: dict[str, Any], base: Base) -> dict[str, Any]:
+    """Return a drafter's settings with the layer that `auto` stands for on a base."""
+    if "layer" not in settings:
+        return settings
+    biased = get_class(settings["_target_"]).keeps_biases
+    kind = kind_of(settings["layer"], base.config.get_text_config(), biased)
+    return settings | {"layer": kind}
 
 
 def fill(drafter: Drafter, folder: Path) -> None:

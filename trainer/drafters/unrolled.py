@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, offset_targets
 from trainer.drafters.distilled import Distilled
+from trainer.drafters.families import Family
 from trainer.drafters.layers import (
     autocast_like,
     decoder_layer,
@@ -122,6 +123,7 @@ class Unrolled(Distilled):
     """
 
     midlayer: Any  # the decoder layer, named layers.0 in a `state`
+    family: Family | None = None  # of the layer, if it is not of the target's class
     sparing = True  # skip slots that have no target in later passes
 
     def __init__(
@@ -143,6 +145,10 @@ class Unrolled(Distilled):
     @property
     def depth(self) -> int:
         return self._depth
+
+    def around(self, target: Target) -> Any:
+        """Return what the layer's inputs besides its states are made of."""
+        return target if self.family is None else self.family
 
     def first_input(
         self, hidden: Float[Tensor, "B T d"], features: Tensor | None
@@ -178,7 +184,7 @@ class Unrolled(Distilled):
         same_row = row_starts.unsqueeze(1) == row_starts.unsqueeze(2)
         causal = same_row & (places <= places.unsqueeze(1))
         distance = (places.unsqueeze(1) - places).expand_as(causal)
-        reach = window(target)
+        reach = window(self.around(target))
         for k in range(self.offsets):
             embedded = embeddings_ahead(k + 1, output, target)
             if k == 1 and later is not None and (slots := _chosen(later)) is not None:
@@ -227,8 +233,8 @@ class Unrolled(Distilled):
         return {
             "attention_mask": mask,
             "position_ids": positions,
-            **layer_cache(target, entries),
-            "position_embeddings": rotations(target, hidden, positions),
+            **layer_cache(self.around(target), entries),
+            "position_embeddings": rotations(self.around(target), hidden, positions),
         }
 
     def start(self, target: Target) -> Entries:
@@ -240,7 +246,7 @@ class Unrolled(Distilled):
         known, count = memory.get_seq_length(), len(update.ids)
         places = torch.arange(known + count, device=update.ids.device)
         distance = places[known:].unsqueeze(1) - places
-        reach = window(target)
+        reach = window(self.around(target))
         sees = (distance >= 0) if reach is None else (distance >= 0) & (distance < reach)
         embedded = self.in_own_dtype(target.embed(update.ids)).unsqueeze(0)
         with autocast_like(update.hidden):
@@ -329,7 +335,7 @@ class UnrolledGrowth:
         self.above = torch.cat([F.pad(self.above, (0, new)), above])
         self.depths = torch.cat([self.depths, depths])
         sees = torch.cat([above.new_ones(new, self.prefix), above], dim=1)
-        if (reach := window(target)) is not None:
+        if (reach := window(drafter.around(target))) is not None:
             at = torch.cat(
                 [torch.arange(self.prefix, device=tokens.device), self.prefix - 1 + self.depths[1:]]
             )

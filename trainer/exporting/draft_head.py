@@ -20,6 +20,7 @@ from adapters.linear import float_weight
 from trainer.drafters import Drafter, DrafterError, Target
 from trainer.drafters.eagle import Eagle
 from trainer.drafters.eagle3 import Eagle3
+from trainer.drafters.families import FAMILIES, unlike_engines
 from trainer.drafters.medusa import Medusa, MedusaHeads
 
 log = logging.getLogger("trainer")
@@ -32,8 +33,6 @@ _METHODS: dict[type, str] = {
 }
 _NAMES = {"eagle3": "EAGLE-3", "eagle": "EAGLE-1", "medusa": "Medusa"}
 _LAYOUTS = {"eagle3": ("speculators", "sglang"), "eagle": ("sglang",), "medusa": ("medusa",)}
-# The model types of targets, and the draft layer that engines have for them.
-FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "qwen3"}
 _INSTEAD = "to=drafter writes it for Graft"
 _SIZES = (
     "hidden_size",
@@ -95,10 +94,9 @@ def check(drafter: Drafter, to: str, model: Any) -> None:
                 f"to=medusa has no place for the biases of these heads' output layers. {_INSTEAD}"
             )
         return
-    config = model.config.get_text_config()
-    reason = _unlike_llama(config, drafter)
+    reason = _unlike_llama(_of_layer(drafter, model), drafter)
     if reason is None and to == "sglang":
-        reason = _not_for_sglang(config, drafter, method)
+        reason = _not_for_sglang(drafter, model, method)
     if reason:
         raise DrafterError(
             f"to={to} does not fit a drafter for {type(model).__name__}: {reason}. {_INSTEAD}"
@@ -106,36 +104,44 @@ def check(drafter: Drafter, to: str, model: Any) -> None:
 
 
 def _unlike_llama(config: Any, drafter: Drafter) -> str | None:
-    if config.model_type not in FAMILIES:
-        return (
-            "engines build draft layers of Llama's and Qwen3's kind, and this one is of"
-            f" {config.model_type}'s"
-        )
     biases = sorted(
         name for name in drafter.state() if name.startswith("layers.") and name.endswith(".bias")
     )
-    if biases:
+    if config.model_type in FAMILIES and biases:
         return f"{biases[0]} is a bias, which vLLM and SGLang drop without a message"
-    if config.hidden_act != "silu":
-        return f"its MLP's activation is {config.hidden_act}, and engines assume silu"
-    kinds = getattr(config, "layer_types", None) or [
-        "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
-    ]
-    if kinds[-1] != "full_attention":
-        return (
-            f"its layer is of the kind {kinds[-1]} (window {config.sliding_window}), and engines"
-            " let draft layers see everything"
-        )
-    rope = config.rope_parameters
-    if "rope_type" not in rope or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        return (
-            f"its rotary embedding {rope} does not rotate all of a head, or differs between layers"
-        )
-    return None
+    return unlike_engines(config)
 
 
-def _not_for_sglang(config: Any, drafter: Drafter, method: str) -> str | None:
-    if FAMILIES[config.model_type] == "qwen3":
+def _of_layer(drafter: Drafter, model: Any) -> Any:
+    """Return the config of the draft layer's class: its own, or the target's."""
+    family = getattr(drafter, "family", None)
+    return model.config.get_text_config() if family is None else family.config
+
+
+def described(drafter: Drafter, model: Any) -> str | None:
+    """Say which formats of engines a head has, or why it has none; None for heads that no engine
+    has a format for. Both may be on the meta device."""
+    method = _METHODS.get(type(drafter))
+    if method is None:
+        return None
+    fitting, reasons = [], []
+    for to in _LAYOUTS[method]:
+        try:
+            check(drafter, to, model)
+            fitting.append(f"to={to}")
+        except DrafterError as error:
+            reasons.append(str(error))
+    layer = ""
+    if method != "medusa":
+        family = getattr(drafter, "family", None)
+        kind = f"{family.config.model_type}'s" if family is not None else "the target's own"
+        layer = f"a layer of {kind} class; "
+    return layer + (f"engines load it: {', '.join(fitting)}" if fitting else reasons[0])
+
+
+def _not_for_sglang(drafter: Drafter, model: Any, method: str) -> str | None:
+    config = model.config.get_text_config()
+    if FAMILIES[_of_layer(drafter, model).model_type] == "qwen3":
         reason = (
             "its draft layer norms q and k as Qwen3 does, and SGLang's draft layer is Llama's,"
             " which drops those norms without a message"
@@ -162,7 +168,7 @@ def canonical(drafter: Any, model: Any, copied: bool = False) -> DraftHead:
         or `copied` does not apply.
     """
     _check_plain(model)
-    config, method, drafts = model.config.get_text_config(), _METHODS[type(drafter)], drafter.depth
+    method, drafts = _METHODS[type(drafter)], drafter.depth
     target = getattr(model.config, "architectures", None) or [type(model).__name__]
     state = {
         name: tensor.detach().cpu()
@@ -189,7 +195,7 @@ def canonical(drafter: Any, model: Any, copied: bool = False) -> DraftHead:
     if copied:
         raise DrafterError("unembedding=copied is for Medusa's heads: leave it out")
     tensors["embed_tokens.weight"] = model.get_input_embeddings().weight.detach().float().cpu()
-    layer = _layer_config(config)
+    layer = _layer_config(_of_layer(drafter, model))
     if method == "eagle":
         return DraftHead(method, tensors, own, drafts, target, layer)
     if not drafter.lm_head.weight.requires_grad:

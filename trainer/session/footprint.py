@@ -20,6 +20,7 @@ from trainer.assembly.build import instantiate, new_modules
 from trainer.assembly.recipe import Recipe
 from trainer.callbacks import every_steps
 from trainer.drafters import Drafter, DrafterError
+from trainer.exporting.draft_head import described
 from trainer.models.experts import expert_tensors
 from trainer.models.losses import positions
 from trainer.penalties.deft import PenaltyError
@@ -40,6 +41,7 @@ class Footprint:
     memory_free: int
     checkpoint_bytes: int
     disk_free: int
+    draft_head: str | None  # the class of its layer, and which engines load it
     errors: list[str]
     warnings: list[str]
 
@@ -65,7 +67,8 @@ def estimate(recipe: Recipe, folder: Path) -> Footprint:
     total = sum(p.numel() for p in skeleton.parameters())
     linears = sum(math.prod(features(linear)) for _, linear in targets(skeleton, "all-linear"))
     experts = list(expert_tensors(skeleton).values())
-    trainable = _trainable(recipe, skeleton, errors, warnings)
+    in_drafter, draft_head = _drafter(recipe, skeleton, errors)
+    trainable = _trainable(recipe, skeleton, in_drafter, errors, warnings)
     frozen = _frozen_experts(recipe.adapter, experts, total, warnings)
     cuda = recipe.device.type == "cuda"
     parts = _memory(recipe, total, linears, trainable or 0)
@@ -88,17 +91,21 @@ def estimate(recipe: Recipe, folder: Path) -> Footprint:
         memory_free=free,
         checkpoint_bytes=checkpoint_bytes,
         disk_free=disk,
+        draft_head=draft_head,
         errors=errors,
         warnings=warnings,
     )
 
 
 def _trainable(
-    recipe: Recipe, skeleton: nn.Module, errors: list[str], warnings: list[str]
+    recipe: Recipe,
+    skeleton: nn.Module,
+    in_drafter: int,
+    errors: list[str],
+    warnings: list[str],
 ) -> int | None:
     """Count the trained parameters; None where only the loaded base can tell."""
     adapter = recipe.adapter
-    in_drafter = _drafter(recipe, skeleton, errors)
     try:
         start = Start(new_modules(skeleton, recipe.labels), max(1, recipe.steps))
         model = adapter.attach(skeleton, start)
@@ -170,27 +177,27 @@ def _penalty(config: dict[str, Any], adapter: Adapter, model: nn.Module, errors:
         errors.append(str(error))
 
 
-def _drafter(recipe: Recipe, skeleton: nn.Module, errors: list[str]) -> int:
-    """Count the drafter's trained parameters."""
+def _drafter(recipe: Recipe, skeleton: nn.Module, errors: list[str]) -> tuple[int, str | None]:
+    """Return (the number of the drafter's trained parameters, what engines can do with it)."""
     config, train = recipe.config, recipe.data.train
     if not config["drafter"]:
-        return 0
+        return 0, None
     if recipe.labels is not None:
         errors.append(
             "a drafter predicts tokens, and this task gives one label to each row: set drafter=none"
         )
-        return 0
+        return 0, None
     if recipe.base.decoder_start is not None:
         errors.append(
             f"a drafter continues the sequence that the model reads, and {recipe.base.path} is an"
             " encoder-decoder, whose decoder writes another one: set drafter=none"
         )
-        return 0
+        return 0, None
     try:
         drafter: Drafter = instantiate(config["drafter"])(model=skeleton)
     except DrafterError as error:
         errors.append(str(error))
-        return 0
+        return 0, None
     longest = train.rows.report.longest if train is not None else config["max_length"]
     if longest < drafter.offsets + 2:
         errors.append(
@@ -199,7 +206,8 @@ def _drafter(recipe: Recipe, skeleton: nn.Module, errors: list[str]) -> int:
             f" drafter.{'d_max' if 'd_max' in config['drafter'] else 'offsets'}, or give longer"
             " rows"
         )
-    return sum(p.numel() for p in drafter.parameters() if p.requires_grad)
+    count = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
+    return count, described(drafter, skeleton)
 
 
 def _memory(recipe: Recipe, total: int, linears: int, trainable: int) -> dict[str, int]:

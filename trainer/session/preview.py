@@ -59,6 +59,8 @@ def table(result: dict[str, Any]) -> Table:
         f"{model['memory_needed'] / 1e9:.2f} GB ({parts}); {model['memory_free'] / 1e9:.1f} GB"
         " free",
     )
+    if model.get("draft_head"):
+        text_table.add_row("draft head", Text(model["draft_head"]))
     text_table.add_row(
         "checkpoint, about",
         f"{model['checkpoint_bytes'] / 1e6:.1f} MB; {model['disk_free'] / 1e9:.1f} GB of disk free",

@@ -32,6 +32,7 @@ from trainer.callbacks.schedulefree import ScheduleFree
 from trainer.callbacks.stopping import Stopping
 from trainer.cluster import slurm_job
 from trainer.cluster.signals import Signals
+from trainer.config import history
 from trainer.config.conflicts import schedule_free
 from trainer.data import ends
 from trainer.data.batches import Batches
@@ -45,7 +46,7 @@ from trainer.session.start_point import StartPoint, drop_cooldown, find_start_po
 from trainer.speed import cpu_load, malloc
 from trainer.storage import atomic, checkpoints
 from trainer.storage.journal import Journal
-from trainer.storage.run_folder import RunFolder
+from trainer.storage.run_folder import FolderError, RunFolder, read
 from trainer.training.finetune import FineTune
 from trainer.training.lightning_trainer import make_trainer
 from trainer.training.ranks import decide_on_rank0, destroy_process_group, shared_run_folder
@@ -130,6 +131,12 @@ class Session:
     def make_recipe(self) -> Recipe:
         """Collect everything that is known before weights are loaded."""
         trainer = self.lightning_trainer
+        with contextlib.suppress(FolderError):  # reported by start_point
+            earlier = self.run_folder.earlier()
+            if earlier is None and self.config["branch"]:
+                earlier = read(self.config["branch"]["run"])[1]
+            if earlier is not None:
+                history.adopt_layer(self.config, earlier["config"])
         return Recipe.of(
             self.config, self.adapter, trainer.strategy.root_device, trainer.world_size
         )
