@@ -452,14 +452,14 @@ def test_a_drafters_rows_need_the_template_of_its_target(tmp_path, monkeypatch):
 
 
 def test_what_engines_can_do_with_a_head_is_said_before_it_is_trained(check, rows, capsys):
-    words = [f"task.path={rows}", "adapter=none", "objective=distill", "drafter=eagle3"]
-    words += ["drafter.draft_vocab_size=null", "drafter.offsets=1"]
-    _, found = check(*words)
-    assert found["model"]["draft_head"] == (
-        "a layer of the target's own class; engines load it: to=speculators, to=sglang"
-    )
-    assert "to=speculators, to=sglang" in " ".join(capsys.readouterr().out.split())
-    _, found = check(*words, "drafter.layer=qwen3")
-    assert found["model"]["draft_head"] == (
-        "a layer of qwen3's class; engines load it: to=speculators"
-    )
+    words = [f"task.path={rows}", "adapter=none", "objective=distill", "drafter.offsets=1"]
+    _, found = check(*words, "drafter=eagle")
+    said = "a layer of the target's own class; engines load it: to=sglang"
+    assert found["model"]["draft_head"] == said
+    assert "engines load it: to=sglang" in " ".join(capsys.readouterr().out.split())
+    _, found = check(*words, "drafter=eagle", "drafter.layer=qwen3")
+    assert "SGLang's draft layer is Llama's" in found["model"]["draft_head"]
+    words += ["drafter.draft_vocab_size=null", "drafter.layer=qwen3"]
+    _, found = check(*words, "drafter=eagle3")
+    said = "a layer of qwen3's class; engines load it: to=speculators"
+    assert found["model"]["draft_head"] == said
