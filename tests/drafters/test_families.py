@@ -114,7 +114,9 @@ def test_its_sizes_and_table_are_the_targets():
 def test_a_layer_of_another_class_cannot_start_as_the_targets_last():
     for head in (Eagle, Eagle3):
         name = head.__name__.lower()
-        with pytest.raises(DrafterError, match="set drafter.init=random, or drafter.layer=target"):
+        with pytest.raises(
+            DrafterError, match=r"set drafter\.init=random, or drafter\.layer=target"
+        ):
             head(moe(), **knobs(name, layer="auto", init="last_layer"))
 
 
