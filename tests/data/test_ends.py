@@ -10,6 +10,7 @@ import pytest
 from tasks.reading import Bad
 from tasks.task import Conversation, Text
 from tests.toys.other_end import SPECIALS, tokenizer
+from trainer.assembly.rows import Data
 from trainer.data import ends
 from trainer.data.lengths import Report
 from trainer.data.render import Renderer
@@ -150,3 +151,10 @@ def test_a_record_is_read_with_its_own_tokenizer_only():
         {"answer_ends": {"<|im_end|>": "2"}},
     ):
         assert ends.recorded(broken, words) is None
+
+
+def test_a_run_that_continues_another_keeps_its_ends():
+    rows = SimpleNamespace(examples=lambda split: iter([chat("b"), chat("c")]))
+    data = Data(rows, renderer(), None, None, None, {})
+    data.earlier_ends = [EOM, IM_END]
+    assert data.ends == [IM_END, EOM]

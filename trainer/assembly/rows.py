@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -36,14 +36,17 @@ class Data:
     collate: Collate
     identity: dict[str, dict[str, Any]]  # of each split's rows; see trainer.data.identity
 
+    # of the run that this one resumes or branches off
+    earlier_ends: list[int] = field(default_factory=list)
+
     @functools.cached_property
     def ends(self) -> list[int]:
         """The tokens that trained answers end in, the most frequent one first. Of a stream the
         first rows are read."""
-        rows = None if self.train is None else ends.of_rows(self.train.rows, self.renderer)
-        return (
-            ends.of_examples(self.task.examples("train"), self.renderer) if rows is None else rows
-        )
+        measured = None if self.train is None else ends.of_rows(self.train.rows, self.renderer)
+        if measured is None:
+            measured = ends.of_examples(self.task.examples("train"), self.renderer)
+        return list(dict.fromkeys([*measured, *self.earlier_ends]))
 
     def rows_of(self, sequences: list[Any]) -> list[str]:
         """Return the file and line of each row of some sequences."""

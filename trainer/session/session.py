@@ -131,15 +131,19 @@ class Session:
     def make_recipe(self) -> Recipe:
         """Collect everything that is known before weights are loaded."""
         trainer = self.lightning_trainer
+        earlier = None
         with contextlib.suppress(FolderError):  # reported by start_point
             earlier = self.run_folder.earlier()
             if earlier is None and self.config["branch"]:
                 earlier = read(self.config["branch"]["run"])[1]
-            if earlier is not None:
-                history.adopt_layer(self.config, earlier["config"])
-        return Recipe.of(
+        if earlier is not None:
+            history.adopt_layer(self.config, earlier["config"])
+        recipe = Recipe.of(
             self.config, self.adapter, trainer.strategy.root_device, trainer.world_size
         )
+        if earlier is not None:
+            recipe.data.earlier_ends = ends.recorded(earlier, recipe.base.tokenizer) or []
+        return recipe
 
     def check(self, recipe: Recipe) -> None:
         """Check the run as preflight does, and log the warnings.
