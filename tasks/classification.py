@@ -19,6 +19,7 @@ class Classification:
     """Texts, each with one of a fixed set of classes."""
 
     kind = "label"
+    problem = "single_label_classification"  # transformers' name of what is learnt
     metrics: list[str] = []  # torchmetrics computes accuracy and F1 over the whole split
     streaming = False
 
@@ -63,7 +64,26 @@ class Classification:
             if not isinstance(row, Bad):
                 # `examples` reports rows without a label
                 with contextlib.suppress(DataError):
-                    yield self._label(row)
+                    yield from self.labels_of(row)
+
+    def labels_of(self, row: dict[str, Any]) -> list[str]:
+        """Return the classes that a row names.
+
+        Raises:
+            DataError: it names none, or not as text or a number.
+        """
+        return [self._label(row)]
+
+    def target(self, row: dict[str, Any]) -> str | float | list[str]:
+        """Return what a row's text is labelled with.
+
+        Raises:
+            DataError: the row has no label, or one of none of the classes.
+        """
+        label = self._label(row)
+        if label not in self.labels:
+            raise DataError(f"the class {label!r} is none of: {', '.join(self.labels)}")
+        return label
 
     def _label(self, row: dict[str, Any]) -> str:
         label = column(row, self.columns, "label")
@@ -80,9 +100,7 @@ class Classification:
                 yield row
                 continue
             try:
-                label = self._label(row)
-                if label not in self.labels:
-                    raise DataError(f"the class {label!r} is none of: {', '.join(self.labels)}")
+                label = self.target(row)
                 yield Labelled(text_of(column(row, self.columns, "text"), "text"), label, where)
             except DataError as error:
                 yield Bad(where, str(error))

@@ -60,10 +60,10 @@ class Text:
 
 @dataclass
 class Labelled:
-    """A text and its class."""
+    """A text and what it is labelled with: its class, its number, or all of its classes."""
 
     text: str
-    label: str
+    label: str | float | list[str]
     where: str
 
 

@@ -19,7 +19,7 @@ from trainer.data.batches import Collate, Pick
 from trainer.data.lengths import Report, fit
 from trainer.data.render import Refused, Renderer
 from trainer.models.base import Base, BaseError
-from trainer.models.losses import CausalLoss
+from trainer.models.losses import CausalLoss, ClassLoss
 
 HEADS = {
     "bert": ("bert.pooler", "classifier"),
@@ -225,3 +225,33 @@ def test_a_base_that_names_no_start_for_its_decoder_is_refused(base):
     with pytest.raises(BaseError, match="has no decoder_start_token_id"):
         found.decoder_start
     assert Path(found.path).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels", "targets"),
+    [
+        ("regression", ["value"], [0.5, -2.0, 3.25]),
+        ("multi_label_classification", ["a", "b", "c"], [["a", "c"], [], ["b"]]),
+        ("single_label_classification", ["a", "b", "c"], ["a", "c", "b"]),
+    ],
+)
+def test_the_loss_of_a_classifier_is_transformers_own(base, problem, labels, targets):
+    found = base("roberta")
+    render = Renderer(found.tokenizer, Task(kind="label", labels=labels))
+    rows = [render(Labelled("ab" * (i + 1), label, "here")) for i, label in enumerate(targets)]
+    picks = [(Pick(i, True, 3), [row]) for i, row in enumerate([*rows, rows[0]])]
+    picks[-1] = (Pick(0, False, 3), [rows[0]])
+    batch = Collate(found.tokenizer.pad_token_id, False, True)(picks)
+    model = found.load(torch.float32, labels)
+    model.config.problem_type = problem
+    summed, sums = ClassLoss(model)(batch)
+    own = model(
+        input_ids=batch["input_ids"][:3],
+        attention_mask=batch["attention_mask"][:3],
+        labels=batch["classes"][:3].squeeze(-1) if len(labels) == 1 else batch["classes"][:3],
+    )
+    assert int(sums["tokens"]) == 3  # the filler does not count
+    torch.testing.assert_close(summed / 3, own.loss)
+    wanted = {"regression": [[0.5], [-2.0], [3.25]], "single_label_classification": [0, 2, 1]}
+    hot = [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    assert batch["classes"][:3].tolist() == wanted.get(problem, hot)

@@ -15,7 +15,7 @@ from trainer import density, evaluate
 from trainer.assembly.trained import load_trained
 from trainer.exporting.compare import outputs
 from trainer.exporting.formats import export
-from trainer.storage import checkpoints
+from trainer.storage import checkpoints, journal
 
 SHORT = (
     "base=hf",
@@ -34,6 +34,14 @@ LABELS = [
     for i in range(24)
 ]
 ADDED = [{"prompt": f"{i}+{2 * i}=", "completion": str(3 * i)} for i in range(24)]
+ROWS = {
+    "sft": ADDED,
+    "regression": [{"text": "good " * (1 + i % 5), "label": i % 5 - 1.5} for i in range(24)],
+    "multi_label": [
+        {"text": f"{i:03b}", "labels": [name for name, on in zip("abc", f"{i:03b}") if on == "1"]}
+        for i in range(8)
+    ],
+}
 
 
 @pytest.fixture
@@ -44,8 +52,8 @@ def trained(train, tmp_path):
         base = tmp_path / family
         if not base.exists():
             encoders.made(family, base)
-        if kind == "sft":
-            rows = write_rows(tmp_path / "rows.jsonl", ADDED)
+        if kind != "sst2":
+            rows = write_rows(tmp_path / "rows.jsonl", ROWS[kind])
         else:
             rows = tmp_path / "rows.tsv"
             lines = [f"{row['text']}\t{row['label']}" for row in LABELS]
@@ -161,3 +169,28 @@ def test_encoder_decoders_classify(trained, family):
 @pytest.mark.parametrize("family", encoders.PAIRS)
 def test_every_encoder_decoder_answers_prompts(trained, family):
     check_resume(*answered(trained, family))
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem", "metrics"),
+    [
+        ("regression", "regression", {"mse", "pearson", "spearman"}),
+        ("multi_label", "multi_label_classification", {"f1_micro", "f1_macro", "exact_match"}),
+    ],
+)
+def test_numbers_and_several_classes_are_learnt(trained, kind, problem, metrics):
+    monitor = "callbacks.evaluation.monitor=" + sorted(metrics)[-1]
+    mode = "callbacks.evaluation.mode=max"
+    folder = trained("bert", kind, "adapter.rank=4", monitor, mode)
+    file = folder / "metrics.json"
+    assert evaluate.main([f"run={folder}", f"json={file}"]) == 0
+    found = json.loads(file.read_text())["adapted"]
+    assert found.keys() == {"loss", *metrics}
+    if kind == "regression":
+        assert found["mse"] == pytest.approx(found["loss"], rel=1e-5)
+    merged, _ = export(str(folder), "merged", None, "float32")
+    config = json.loads((merged / "config.json").read_text())
+    assert config["problem_type"] == problem
+    steps = [row for row in journal.read(folder / "metrics.jsonl") if row["kind"] == "step"]
+    assert steps
+    assert not any("accuracy" in row for row in steps)

@@ -49,6 +49,13 @@ def schedule(config: dict[str, Any], order: BatchOrder | None) -> Callable[..., 
     return lambda step, steps: in_steps(step, steps=steps, cooldown=cooldown(steps))
 
 
+def set_problem(model: Any, task: Any) -> None:
+    """Record in a classifier's config what it learns. Its loss reads it, and transformers'
+    pipelines do in a merged export."""
+    if task.kind == "label":
+        model.config.problem_type = task.problem
+
+
 def new_modules(model: nn.Module, labels: list[str] | None) -> tuple[str, ...]:
     """Name the modules that are trained as a whole: those that the base has no weights for, such as
     the head of a classifier."""

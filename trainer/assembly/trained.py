@@ -15,7 +15,7 @@ from torch import nn
 from adapters.delta import Adapter, Start, freeze
 from adapters.full import Nothing
 from adapters.linear import float_weight, is_linear
-from trainer.assembly.build import instantiate, new_modules
+from trainer.assembly.build import instantiate, new_modules, set_problem
 from trainer.data import ends
 from trainer.data.render import Renderer
 from trainer.drafters import Drafter
@@ -161,6 +161,8 @@ def load_trained(
         identity["precision"], config["base"]["dtype"], identity["trains_base"], False
     )
     model = base.load(torch.float32 if fp32 else dtype, identity["labels"], device)
+    task = instantiate(config["task"])
+    set_problem(model, task)
     if dequantise and (base.quantization != "none" or base.is_quantized):
         model = dequantised(model)
     target_ends: list[int] = []
@@ -182,7 +184,6 @@ def load_trained(
         model = _attached(model, adapter, identity, saved["adapter"])
     if drafter is not None:
         drafter.load_state(saved["drafter"])
-    task = instantiate(config["task"])
     run_folder.use_template(folder, task)
     return Trained(
         folder,

@@ -196,7 +196,9 @@ class Collate:
     labels          (B, T) int64, the id of a trained token, -100 elsewhere
     position_ids    (B, T) int64, from 0 in each row, by which transformers keeps rows apart; only
                     with `packed`
-    attention_mask  (B, T) int64, and classes (B,) int64; only with `labelled`
+    attention_mask  (B, T) int64; only with `labelled`
+    classes         (B,) int64, or of rows with `values` (B, C) fp32, NaN for a filler; only with
+                    `labelled`
     weights         (B, T) fp32, that of each token's row; only with `weighted`
     lengths         (B,) int64, the tokens before the padding, 0 for a filler
     window_tokens, tokens (of this batch, without fillers) and sequences are plain numbers.
@@ -290,6 +292,10 @@ class Collate:
         if self.packed:
             batch["position_ids"] = position_ids
         if self.labelled:
+            values = [rows[0].values for _, rows in items]
+            if values[0] is not None:
+                classes = torch.tensor(values, dtype=torch.float32)
+                classes[[i for i, (pick, _) in enumerate(items) if not pick.trains]] = torch.nan
             batch |= {"attention_mask": attention_mask, "classes": classes}
         if self.weighted:
             batch["weights"] = weights

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,15 @@ TAILS = 1000  # ends of prompts whose tokens are cached; most templates have one
 
 @dataclass
 class Tokens:
-    """A sequence: its ids, whether each is trained, the index of its class (-1 if it has none), and
-    its weight in the loss."""
+    """A sequence: its ids, whether each is trained, the index of its class (-1 if it has none), its
+    weight in the loss, and the numbers that a classifier's outputs are trained on where there is no
+    single class."""
 
     ids: list[int]
     trained: list[bool]
     label: int = -1
     weight: float = 1.0
+    values: list[float] | None = None
 
 
 @dataclass
@@ -124,7 +126,8 @@ class Renderer:
         """
         if isinstance(example, Labelled):
             ids = plain_ids(self.tokenizer, example.text)
-            return Rendered([Tokens(ids, [False] * len(ids), self.labels[example.label])])
+            label, values = self._target(example.label)
+            return Rendered([Tokens(ids, [False] * len(ids), label, values=values)])
         if isinstance(example, Text):
             ids = plain_ids(self.tokenizer, example.text)
             if ids[-1:] != [self.tokenizer.eos_token_id]:
@@ -206,6 +209,15 @@ class Renderer:
             weight=example.weight,
         )
 
+    def _target(self, label: str | float | list[str]) -> tuple[int, list[float] | None]:
+        """Return (the index of a class, None), or -1 and one number for each output: a number
+        itself, or 1 for each class of a list and 0 for the others."""
+        if isinstance(label, str):
+            return self.labels[label], None
+        if isinstance(label, list):
+            return -1, [float(name in label) for name in self.labels]
+        return -1, [label]
+
     def _answer(self, text: str) -> list[int]:
         """Return the ids of an answer that follows no template, with the end token."""
         end = self.tokenizer.eos_token_id
@@ -229,7 +241,7 @@ class Renderer:
         loses the end of its prompt, and a labelled text its own end; the special tokens that close
         them stay. Nothing is left of a pair whose prompt came from a template, or would be gone."""
         if self.kind != "label" and self.decoder_start is None:
-            return Tokens(row.ids[:length], row.trained[:length], row.label, row.weight)
+            return replace(row, ids=row.ids[:length], trained=row.trained[:length])
         end = row.trained.index(True) if any(row.trained) else len(row.ids)
         close = end
         while close > 1 and row.ids[close - 1] in self.ends:
@@ -238,7 +250,7 @@ class Renderer:
         if self.kind != "label" and (self.template is not None or kept == 0):
             return Tokens([], [])
         ids, trained = (values[:kept] + values[close:] for values in (row.ids, row.trained))
-        return Tokens(ids[:length], trained[:length], row.label, row.weight)
+        return replace(row, ids=ids[:length], trained=trained[:length])
 
     def _template_for(self, tools: Any) -> ChatTemplate | None:
         if tools and "tool_use" in self.templates:

@@ -53,6 +53,14 @@ _STREAMED = str(
 )
 
 
+def _features(task: Any) -> datasets.Features:
+    """Return the columns of a task's rows. Only those that are labelled with numbers or several
+    classes have `values`: the identity of other rows depends on the names of their columns."""
+    if getattr(task, "problem", None) in (None, "single_label_classification"):
+        return _FEATURES
+    return datasets.Features({**_FEATURES, "values": datasets.List(datasets.Value("float32"))})
+
+
 class Rows:
     """The tokenised rows of one split, memory-mapped. `digest` is that of their content, if it is
     known already."""
@@ -65,11 +73,13 @@ class Rows:
 
     def __getitem__(self, index: int) -> Tokens:
         row = self.table[int(index)]
+        values = np.asarray(row["values"]).tolist() if "values" in row else None
         return Tokens(
             np.asarray(row["ids"]).tolist(),
             np.asarray(row["trained"]).tolist(),
             int(row["label"]),
             float(row.get("weight", 1.0)),
+            values,
         )
 
     @cached_property
@@ -142,6 +152,10 @@ class Rows:
             flags.update(trained.astype("u1").tobytes())
         for chunk in self.table.data.column("label").chunks:
             labels.update(chunk.to_numpy().astype("<i4").tobytes())
+        if "values" in self.table.column_names:
+            for values, starts in _flat(self.table, "values"):
+                labels.update(np.diff(starts).astype("<i8").tobytes())
+                labels.update(values.astype("<f4").tobytes())
         parts = [lengths, tokens, flags, labels]
         if self.weights is not None:
             parts.append(hashlib.sha256(self.weights.astype("<f8").tobytes()))
@@ -149,8 +163,9 @@ class Rows:
 
     def digests(self) -> Iterator[bytes]:
         """Yield a digest of each row's tokens and label, to find duplicates."""
+        name = "values" if "values" in self.table.column_names else "label"
         for (ids, starts), labels in zip(
-            _flat(self.table, "ids"), self.table.data.column("label").chunks, strict=True
+            _flat(self.table, "ids"), self.table.data.column(name).chunks, strict=True
         ):
             for start, end, label in zip(
                 starts[:-1].tolist(), starts[1:].tolist(), labels.to_pylist(), strict=True
@@ -195,7 +210,9 @@ def tokenise(
         if split == "train":
             raise DataError("the training data has no row")
         return Rows(
-            datasets.Dataset.from_dict({name: [] for name in _FEATURES}, features=_FEATURES),
+            datasets.Dataset.from_dict(
+                {name: [] for name in _features(task)}, features=_features(task)
+            ),
             Report(),
         )
     key = cache_key(task, split, renderer, max_length, overlong)
@@ -221,8 +238,12 @@ def tokenise(
         report_file.unlink(missing_ok=True)
         shutil.rmtree(folder / key, ignore_errors=True)
         try:
+            schema = _features(task).arrow_schema
             _write(
-                key, folder, _kept(task, split, renderer, max_length, overlong, processes, report)
+                key,
+                folder,
+                schema,
+                _kept(task, split, renderer, max_length, overlong, processes, report),
             )
         except DataError as error:
             atomic.write_text(error_file, f"{uuid.uuid4()}\n{error}")
@@ -288,13 +309,13 @@ def _locked(path: Path, split: str) -> Iterator[bool]:
         lock.release()
 
 
-def _write(key: str, folder: Path, rows: Iterator[dict[str, Any]]) -> None:
+def _write(key: str, folder: Path, schema: pyarrow.Schema, rows: Iterator[dict[str, Any]]) -> None:
     """Write rows as datasets does. Its own writer inspects each token of each row, which takes as
     long as rendering them."""
     (folder / key).mkdir()
-    with pyarrow.ipc.new_stream(folder / key / "rows.arrow", _FEATURES.arrow_schema) as stream:
+    with pyarrow.ipc.new_stream(folder / key / "rows.arrow", schema) as stream:
         for chunk in chunks(rows, WRITTEN):
-            stream.write_batch(pyarrow.RecordBatch.from_pylist(chunk, _FEATURES.arrow_schema))
+            stream.write_batch(pyarrow.RecordBatch.from_pylist(chunk, schema))
 
 
 def _table(key: str, folder: Path) -> datasets.Dataset:
@@ -306,7 +327,8 @@ def cache_key(task: Any, split: str, renderer: Renderer, max_length: int, overlo
     lengths and code."""
     parts = (render, chat_template, turns, lost, fit, reading, conversation, messages, tasks.task)
     code = [inspect.getsource(part) for part in parts]
-    code.append(inspect.getsource(sys.modules[type(task).__module__]))
+    modules = {kind.__module__ for kind in type(task).__mro__ if kind is not object}
+    code += [inspect.getsource(sys.modules[name]) for name in sorted(modules)]
     return _key(*code, *_settings(task, split, renderer, max_length, overlong))
 
 
@@ -331,6 +353,7 @@ def _settings(
     )
     return [
         _STREAMED,
+        *(["values"] if "values" in _features(task) else []),
         backend,
         json.dumps(tokenizer.special_tokens_map, default=str),
         json.dumps(renderer.template),
@@ -362,6 +385,7 @@ def _kept(
                 "ids": row.ids,
                 "trained": row.trained,
                 "label": row.label,
+                **({} if row.values is None else {"values": row.values}),
                 "index": index,
                 "where": where,
                 "weight": row.weight,

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from trainer import drafters
 from trainer.data.batches import Pick
 from trainer.data.held_out import HeldOut, to_device
+from trainer.evaluation import class_metrics
 from trainer.storage.progress import Progress
 
 
@@ -40,7 +41,10 @@ def losses(
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     guesses = True  # whether the loss is on next tokens
     offsets: torch.Tensor | None = None
-    confusion = torch.zeros(len(held_out.labels or ()), len(held_out.labels or ()), device=device)
+    classes = len(held_out.labels or ())
+    confusion = torch.zeros(classes, classes, device=device)
+    # of each row, the model's outputs and the numbers that they should be; each rank fills its own
+    outputs: torch.Tensor | None = None
     with Progress("evaluation", len(picks), "batches") as progress:
         loader = DataLoader(
             held_out.sequences,  # type: ignore[arg-type]
@@ -63,8 +67,14 @@ def losses(
                     counts["offsets"].double() if offsets is None else offsets + counts["offsets"]
                 )
             if "scores" in counts:
-                classes = batch["classes"].to(device)
-                confusion += _confusion(counts["scores"], classes)
+                targets = batch["classes"].to(device)
+                if targets.is_floating_point():
+                    if outputs is None:
+                        shape = (len(held_out.sequences), 2, classes)
+                        outputs = torch.zeros(shape, dtype=torch.float64, device=device)
+                    _fill(outputs, batch["sequences"], counts["scores"], targets)
+                else:
+                    confusion += _confusion(counts["scores"], targets)
     total, tokens, right = reduce(sums).tolist()
     if not tokens:
         return {}
@@ -74,9 +84,20 @@ def losses(
             result["perplexity"] = math.exp(min(total / tokens, 700))
         if offsets is not None:
             result |= drafters.metrics(reduce(offsets))
+    elif outputs is not None:
+        result |= class_metrics.of_values(*reduce(outputs).unbind(1))
     else:
         result["f1"] = _macro_f1(reduce(confusion))
     return result
+
+
+def _fill(
+    outputs: torch.Tensor, rows: list[int], scores: torch.Tensor, targets: torch.Tensor
+) -> None:
+    """Put the outputs and targets of some rows into their places, but for fillers."""
+    for row, score, target in zip(rows, scores, targets, strict=True):
+        if not target.isnan().any():
+            outputs[row] = torch.stack([score, target])
 
 
 def _confusion(scores: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:

@@ -271,18 +271,28 @@ def _identity(logits: Tensor) -> Tensor:
 
 
 class ClassLoss:
-    """Cross-entropy of a sequence classifier; a row counts as one token."""
+    """The loss of a sequence classifier, as transformers computes it for the `problem_type` of its
+    config; a row counts as one token.
+
+    single_label_classification  cross-entropy
+    regression                   (output - number)²
+    multi_label_classification   binary cross-entropy, the mean over the classes
+    """
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self.problem = getattr(model.config, "problem_type", None) or "single_label_classification"
+        self.guesses = self.problem == "single_label_classification"  # one class of each row
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return (summed loss, {loss, tokens, right, scores}); the sums are detached, scores are
-        (B, classes)."""
+        (B, classes). `right` only where each row has one class."""
         logits = self.model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
         ).logits.float()
         classes = batch["classes"]
+        if not self.guesses:
+            return self._of_values(logits, classes)
         loss = F.cross_entropy(logits, classes, reduction="sum", ignore_index=-100)
         right = (logits.argmax(-1) == classes).sum().float()
         sums = {
@@ -292,3 +302,9 @@ class ClassLoss:
             "scores": logits.detach(),
         }
         return loss, sums
+
+    def _of_values(self, logits: Tensor, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        real = ~values.isnan().any(-1)
+        each = F.mse_loss if self.problem == "regression" else F.binary_cross_entropy_with_logits
+        loss = each(logits[real], values[real], reduction="sum") / values.shape[-1]
+        return loss, {"loss": loss.detach(), "tokens": real.sum(), "scores": logits.detach()}

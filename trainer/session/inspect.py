@@ -18,6 +18,7 @@ from trainer.data.chat_template import Refused
 from trainer.data.render import Renderer
 from trainer.data.rendering import special_text
 from trainer.drafters import DrafterError, io
+from trainer.evaluation import class_metrics
 from trainer.models.base import Base, BaseError
 from trainer.schedules import factor, length
 from trainer.session.footprint import estimate
@@ -238,7 +239,9 @@ def _check_monitor(config: dict[str, Any], data: Data, errors: list[str]) -> Non
     evaluation = config["callbacks"].get("evaluation")
     if not evaluation or data.held_out is None:
         return
-    metrics = ["loss", "accuracy", "f1" if data.task.kind == "label" else "perplexity"]
+    labelled = data.task.kind == "label"
+    more = class_metrics.NAMES[data.task.problem] if labelled else ("accuracy", "perplexity")
+    metrics = ["loss", *more]
     if config["objective"]["_target_"] == "trainer.training.distill.Distill":
         metrics = ["loss"]
     metrics += _drafter_metrics(config["drafter"])

@@ -14,7 +14,7 @@ from torch import nn
 
 from adapters.delta import Start
 from tasks.reading import DataError
-from trainer.assembly.build import instantiate, new_modules, schedule
+from trainer.assembly.build import instantiate, new_modules, schedule, set_problem
 from trainer.assembly.recipe import Recipe
 from trainer.assembly.rows import token_counts
 from trainer.data import hidden_states
@@ -148,7 +148,9 @@ def _load_base(recipe: Recipe) -> Any:
     # A model that FSDP2 shards may be larger than the memory of one device.
     device = torch.device("cpu") if recipe.sharded else recipe.device
     with Progress(f"loading {base.path}"):
-        return base.load(recipe.dtype, recipe.labels, device)
+        model = base.load(recipe.dtype, recipe.labels, device)
+    set_problem(model, recipe.task)
+    return model
 
 
 def _use_kernels(model: Any, recipe: Recipe) -> None:

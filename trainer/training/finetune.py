@@ -78,6 +78,8 @@ class FineTune(lightning.LightningModule):
             nonfinite_limit,
         )
         self.loss = ClassLoss(model) if labelled else self.make_loss(logits_chunk)
+        if isinstance(self.loss, ClassLoss) and not self.loss.guesses:
+            self.counted = ("loss", "tokens")
         if gradient_checkpointing:
             # True is every layer, N every N-th.
             model.activation_checkpointing_enable(
