@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     options = dict(word.split("=", 1) for word in argv if "=" in word)
     names = [word for word in argv if "=" not in word]
-    from scripts.zoo import checks, checks_decoder, families, running, table  # noqa: F401
+    from scripts.zoo import checks, checks_decoder, checks_encoder, families, running, table  # noqa: F401
 
     every = families.every()
     known = {*every, *(family.group for family in every.values())}

@@ -201,15 +201,18 @@ def _refuse_untrained(folder: Path) -> None:
         raise Wrong(f"{len(dead)} trained tensors never moved, such as {dead[0]}")
 
 
-def resume(place: Place) -> str:
+def resume(place: Place, *words: str) -> str:
     """Train three steps again from the second checkpoint: the same bits."""
-    whole = train(place, "name=whole", "adapter=lora", "adapter.rank=4", "adapter.dropout=0.1")
+    settings = ("adapter=lora", "adapter.rank=4", "adapter.dropout=0.1", *words)
+    shutil.rmtree(place.folder / "runs" / "cut", ignore_errors=True)
+    shutil.rmtree(place.folder / "runs" / "whole", ignore_errors=True)
+    whole = train(place, "name=whole", *settings)
     cut = whole.parent / "cut"
     shutil.copytree(whole, cut, symlinks=True)
     last = checkpoints.complete(cut / "checkpoints")[-1]
     checkpoints.remove(last)
     shutil.rmtree(cut / "adapter")
-    train(place, "name=cut", "adapter=lora", "adapter.rank=4", "adapter.dropout=0.1", "resume=auto")
+    train(place, "name=cut", *settings, "resume=auto")
     one, other = (
         load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, cut)
     )

@@ -27,7 +27,7 @@ class Family:
 
     `checks` are run in their order and by these names. `config` makes the tiny config, and `auto`
     is the class of transformers that makes the model. `group` is a heading of the table. `rows` are
-    written as JSON lines.
+    written as JSON lines. `tokenizer` is that of trainer.models.tiny unless one is made.
     """
 
     name: str
@@ -36,10 +36,12 @@ class Family:
     auto: str
     checks: dict[str, Check]
     rows: Callable[[], list[dict[str, Any]]]
+    tokenizer: Callable[[], Any] | None = None
 
 
 def every() -> dict[str, Family]:
     """All families by name, in the order of the table."""
-    from scripts.zoo import families_decoder
+    from scripts.zoo import families_decoder, families_encoder
 
-    return {family.name: family for family in families_decoder.families()}
+    families = [*families_decoder.families(), *families_encoder.families()]
+    return {family.name: family for family in families}

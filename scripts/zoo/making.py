@@ -24,7 +24,7 @@ def make(family: Family, folder: Path) -> Place:
         auto: Any = getattr(transformers, family.auto)
         model = auto.from_config(family.config())
         spread(model)
-        byte_tokenizer().save_pretrained(base)
+        (family.tokenizer or byte_tokenizer)().save_pretrained(base)
         model.save_pretrained(base)
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in family.rows()), "utf-8")

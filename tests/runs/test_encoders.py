@@ -38,7 +38,7 @@ ROWS = {
     "sft": ADDED,
     "regression": [{"text": "good " * (1 + i % 5), "label": i % 5 - 1.5} for i in range(24)],
     "multi_label": [
-        {"text": f"{i:03b}", "labels": [name for name, on in zip("abc", f"{i:03b}") if on == "1"]}
+        {"text": f"{i:03b}", "labels": [name for n, name in enumerate("abc") if i >> n & 1]}
         for i in range(8)
     ],
 }
