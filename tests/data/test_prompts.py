@@ -70,6 +70,13 @@ def test_calls_of_tools_stay_as_they_are():
     assert found.tools == [{"type": "function", "function": {"name": "f"}}]
 
 
+def test_variables_of_the_template_travel_with_the_prompt():
+    row = {"prompt": "a", "chat_template_kwargs": '{"enable_thinking": false}', "system": "s"}
+    (found,) = prompts.rows_of_file(iter([("x:1", row)]), READ, None, True, 0, None)
+    assert found.variables == {"enable_thinking": False}
+    assert [message["content"] for message in found.messages] == ["s", "a", None]
+
+
 def test_every_row_that_is_missing_is_in_one_batch_among_rows_of_its_length():
     spans, size = 3, 2
     span = prompts.SPAN * size

@@ -6,11 +6,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tasks import conversation, reading
 from tasks.reading import Bad, DataError
+from tasks.task import Conversation
 from tasks.wheel import sha256
 
 SPAN = 50  # batches of rows, among which those of similar length share a batch
@@ -24,6 +25,7 @@ class PromptRow:
     where: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+    variables: dict[str, Any] = field(default_factory=dict)  # for the chat template
 
 
 def load(options: dict[str, Any], plain: dict[str, Any], task: Any) -> tuple[list[PromptRow], str]:
@@ -58,13 +60,14 @@ def _rows_of_task(
     for index, example in itertools.islice(enumerate(task.examples(split)), skip, stop):
         if isinstance(example, Bad):
             raise DataError(f"{example.where}: {example.reason}")
-        yield PromptRow(index, example.where, _open(example.messages, every), example.tools)
+        messages = _open(example.messages, every)
+        yield PromptRow(index, example.where, messages, example.tools, example.variables)
 
 
 def rows_of_file(
     rows: Iterator[tuple[str, Any]],
     read: dict[str, Any],
-    field: str | None,
+    column: str | None,
     every: bool,
     skip: int,
     limit: int | None,
@@ -82,24 +85,28 @@ def rows_of_file(
         if isinstance(row, Bad):
             raise DataError(f"{row.where}: {row.reason}")
         try:
-            messages, tools = _messages(row, field, **read)
+            converted = _converted(row, column, **read)
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
-        yield PromptRow(index, where, _open(messages, every or "turns" in row), tools)
+        messages = _open(converted.messages, every or "turns" in row)
+        yield PromptRow(index, where, messages, converted.tools, converted.variables)
 
 
-def _messages(
-    row: dict[str, Any], field: str | None, columns: dict[str, str], format: str, system: str | None
-) -> tuple[list[dict[str, Any]], Any]:
-    """Return a row's messages and tools, checked as task=sft checks them. A message that the target
-    will write has a placeholder as its content."""
-    name = field or next(
+def _converted(
+    row: dict[str, Any],
+    chosen: str | None,
+    columns: dict[str, str],
+    format: str,
+    system: str | None,
+) -> Conversation:
+    """Return a row, checked as task=sft checks it. A message that the target will write has a
+    placeholder as its content."""
+    name = chosen or next(
         (name for name in ("messages", "turns", "prompt", "question") if name in row), None
     )
-    if name is None or (field is None and (columns or format != "auto")):
+    if name is None or (chosen is None and (columns or format != "auto")):
         kind = conversation.detect(row, columns) if format == "auto" else format
-        converted = conversation.convert(row, kind, columns, system, "")
-        return converted.messages, converted.tools
+        return conversation.convert(row, kind, columns, system, "")
     if name not in row:
         raise DataError(f"no column {name!r}; the row has: {', '.join(map(str, row))}")
     value = row[name] if isinstance(row[name], list) else [row[name]]
@@ -118,10 +125,8 @@ def _messages(
         messages = list(value)
         if isinstance(messages[-1], dict) and messages[-1].get("role") != "assistant":
             messages.append({"role": "assistant", "content": "."})
-    converted = conversation.convert(
-        {"messages": messages, "tools": row.get("tools")}, "messages", {}, system, ""
-    )
-    return converted.messages, converted.tools
+    rest = {key: row.get(key) for key in ("tools", "functions", "system", "chat_template_kwargs")}
+    return conversation.convert(rest | {"messages": messages}, "messages", {}, system, "")
 
 
 def _open(messages: list[dict[str, Any]], every: bool) -> list[dict[str, Any]]:

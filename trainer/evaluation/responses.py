@@ -227,12 +227,16 @@ class _Dialogue:
     def example(self, text: str) -> Conversation:
         """Return the conversation with this text as its last answer."""
         messages = [*self.written, *self.unanswered, {"role": "assistant", "content": text}]
-        return Conversation(messages, self.prompt_row.where, self.prompt_row.tools)
+        row = self.prompt_row
+        return Conversation(messages, row.where, row.tools, variables=row.variables)
 
     def lines(self, each: bool) -> list[dict[str, Any]]:
         """Return the lines for rows.jsonl, one per answer or one for all; or the line for
         left_out.jsonl, with a `why`, if the target wrote nothing."""
-        tools = {"tools": self.prompt_row.tools} if self.prompt_row.tools else {}
+        row = self.prompt_row
+        tools: dict[str, Any] = {"tools": row.tools} if row.tools else {}
+        if row.variables:
+            tools["chat_template_kwargs"] = row.variables
         if not self.answers:
             return [
                 {"row": self.prompt_row.row, **self.ended, "messages": self.unanswered, **tools}
