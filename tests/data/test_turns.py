@@ -65,9 +65,13 @@ def template(text: str, **special: str) -> ChatTemplate:
 def test_arguments_take_the_form_that_the_template_expects(as_text):
     calls = [call("Paris", "abcdefgh1", as_text)]
     row = {"messages": [said("user", U), said("assistant", "", tool_calls=calls)]}
-    # as an object: the issue's own example would be written "{\\"city\\": \\"Paris\\"}"
+    # as an object, and not as "{\\"city\\": \\"Paris\\"}"
     assert texts("hermes-3", row) == [
         '<tool_call>\n{"name": "get_time", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>'
+    ]
+    # a template that would write a text as a text
+    assert texts("llama-3.1", row) == [
+        '{"name": "get_time", "parameters": {"city": "Paris"}}<|eot_id|>'
     ]
     # as text: this template appends it to a string
     assert '```json\n{"city": "Paris"}\n```' in texts("deepseek-v3", row)[0]

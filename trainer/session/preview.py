@@ -78,11 +78,16 @@ def _split_lines(split: str, data: dict[str, Any] | None) -> list[tuple[str, str
             ("truncated", "truncated"),
             ("answers_lost", "lost their answer"),
             ("skipped", "broken"),
+            ("weightless", "of weight 0"),
         )
         if data[key]
     ]
+    # one row may be several sequences
+    read = f"{data['rows']:,} read"
+    if data["further"]:
+        read += f" as {data['rows'] + data['further']:,} sequences"
     lines = [
-        (f"{split} rows", ", ".join([f"{data['rows']:,} read, {data['kept']:,} kept", *lost])),
+        (f"{split} rows", ", ".join([f"{read}, {data['kept']:,} kept", *lost])),
         (
             f"{split} tokens",
             (
