@@ -43,6 +43,10 @@ def made(project: str, entity: str, title: str) -> Any:
     """Return the report, without sending it."""
     import wandb_workspaces.reports.v2 as wr
 
+    from trainer.callbacks import wandb_settings
+
+    wandb_settings.own_only()
+
     blocks: list[Any] = [wr.TableOfContents()]
     for name, panels in SECTIONS.items():
         lines = [

@@ -180,6 +180,8 @@ def _places(config: DictConfig) -> Iterator[str]:
     hydra = OmegaConf.select(config, "hydra")
     if hydra is None or "overrides" not in hydra:  # a run.yaml, which chooses no place
         return
+    if hydra.job.config_name is None:  # Hydra's own config, for --hydra-help
+        return
     recorded: Any = OmegaConf.to_container(hydra.overrides, resolve=False)
     words = [*recorded["hydra"], *recorded["task"]]
     named = {re.sub(r"^[+~]+", "", word.partition("=")[0]) for word in words}
