@@ -24,10 +24,8 @@ and losses are of all held-out rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trainer.config.options import exit_with, option, parse
 from trainer.config.shown import say
@@ -59,69 +57,20 @@ def main(argv: list[str]) -> int:
 
     quiet.quiet()
     try:
-        run, results = _measure(options)
+        run, results = mlp_density.measure_run(
+            options.run, options.compare, options.tau, options.ppl, options.batch_size
+        )
     except Exception as error:
         return failures.report_and_exit_code(error)
     get_console().print(mlp_density.density_table(results, options.ppl))
     for name, result in results.items():
-        for line in _lines(name, result):
+        for line in mlp_density.summary_lines(name, result):
             say(line)
     text = json.dumps({"step": run.step, **results}, indent=2) + "\n"
     atomic.write_text(options.json or run.folder / "density.json", text)
     mlp_density.plot(results, options.ppl, run.folder / "density.svg")
     say(run.folder / "density.svg")
     return 0
-
-
-def _measure(options: Options) -> tuple[Any, dict[str, dict[str, Any]]]:
-    """(the run, the results of the base and of the adapted model)."""
-    import contextlib
-
-    import torch
-
-    from trainer.assembly.rows import load_held_out
-    from trainer.assembly.trained import load_trained
-    from trainer.evaluation.mlp_density import Rows, measured
-    from trainer.models.losses import CausalLoss, ClassLoss
-    from trainer.penalties.deft import mlp_inputs
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = load_trained(options.run, device)
-    model, penalty = run.model, run.config.get("penalty") or {}
-    data = load_held_out(run.config, run.base, run.task)
-    layers = mlp_inputs(model, penalty.get("modules", "auto"))
-    chunk = run.config["objective"]["logits_chunk"]
-    loss = ClassLoss(model) if run.task.kind == "label" else CausalLoss(model, chunk)
-    assert data.held_out is not None
-    rows = Rows(loss, data.held_out, options.batch_size, device)
-    taus = _taus_of_penalty(options.run)
-    if options.tau is not None:
-        taus = [options.tau] * len(layers)
-    results: dict[str, dict[str, Any]] = {}
-    for name in ["base", "adapted"] if options.compare else ["adapted"]:
-        with run.adapter.disabled(model) if name == "base" else contextlib.nullcontext():
-            taus = taus or rows.medians(layers)
-            results[name] = measured(layers, rows, taus, options.ppl)
-    return run, results
-
-
-def _taus_of_penalty(run: str) -> list[float] | None:
-    """The thresholds that the run's penalty was calibrated to, if it had one."""
-    from trainer.storage import checkpoints, run_folder
-
-    folder, _, which = run_folder.read(run)
-    saved = checkpoints.load(checkpoints.chosen(folder / "checkpoints", which))
-    return saved["penalty"]["tau"] if "penalty" in saved else None
-
-
-def _lines(name: str, result: dict[str, Any]) -> Iterator[str]:
-    yield f"{name}: loss {result['loss']:.4f}"
-    if "ppl" in result:
-        ppl = result["ppl"]
-        yield (
-            f"{name}: with {result['mean']['ppl_sparsity']:.1%} of the neurons set to 0 (CETT"
-            f" {ppl['cett']:.4f}) exp(loss) is {ppl['ratio']:.4f} times as large"
-        )
 
 
 if __name__ == "__main__":

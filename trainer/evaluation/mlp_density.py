@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tasks.reading import DataError
+from trainer.assembly.rows import load_held_out
+from trainer.assembly.trained import Trained, load_trained
 from trainer.data.held_out import HeldOut
 from trainer.evaluation.loss import losses
-from trainer.penalties.deft import Real, batch_tokens, medians, seen_by
-from trainer.storage import atomic
+from trainer.models.losses import CausalLoss, ClassLoss
+from trainer.penalties.deft import Real, batch_tokens, medians, mlp_inputs, seen_by
+from trainer.storage import atomic, checkpoints, run_folder
 from trainer.training.finetune import real_tokens
 
 SAMPLE = 512  # tokens for CETT thresholds
@@ -261,6 +264,53 @@ COLUMNS = {
     "cett_half": "CETT at 50%",
     "ppl_sparsity": "PPL-{:g}%",
 }
+
+
+def measure_run(
+    path: str, compare: bool, tau: float | None, percent: float, batch_size: int
+) -> tuple[Trained, dict[str, dict[str, Any]]]:
+    """Return (the run, the results of `measured` by model: with `compare` the base, and adapted).
+
+    The thresholds are `tau`, else those that the run's penalty was calibrated to, else the medians
+    of the first model.
+
+    Raises:
+        DataError: the run holds out no rows. Others: see load_trained.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = load_trained(path, device)
+    model, penalty = run.model, run.config.get("penalty") or {}
+    data = load_held_out(run.config, run.base, run.task)
+    layers = mlp_inputs(model, penalty.get("modules", "auto"))
+    chunk = run.config["objective"]["logits_chunk"]
+    loss = ClassLoss(model) if run.task.kind == "label" else CausalLoss(model, chunk)
+    assert data.held_out is not None
+    rows = Rows(loss, data.held_out, batch_size, device)
+    taus = [tau] * len(layers) if tau is not None else _taus_of_penalty(path)
+    results: dict[str, dict[str, Any]] = {}
+    for name in ["base", "adapted"] if compare else ["adapted"]:
+        with run.adapter.disabled(model) if name == "base" else contextlib.nullcontext():
+            taus = taus or rows.medians(layers)
+            results[name] = measured(layers, rows, taus, percent)
+    return run, results
+
+
+def _taus_of_penalty(run: str) -> list[float] | None:
+    """Return the thresholds that the run's penalty was calibrated to; None if it has none."""
+    folder, _, which = run_folder.read(run)
+    saved = checkpoints.load(checkpoints.chosen(folder / "checkpoints", which))
+    return saved["penalty"]["tau"] if "penalty" in saved else None
+
+
+def summary_lines(name: str, result: dict[str, Any]) -> Iterator[str]:
+    """Yield a model's loss, and the share of neurons that can be set to 0."""
+    yield f"{name}: loss {result['loss']:.4f}"
+    if "ppl" in result:
+        ppl = result["ppl"]
+        yield (
+            f"{name}: with {result['mean']['ppl_sparsity']:.1%} of the neurons set to 0 (CETT"
+            f" {ppl['cett']:.4f}) exp(loss) is {ppl['ratio']:.4f} times as large"
+        )
 
 
 def density_table(results: dict[str, dict[str, Any]], percent: float) -> Any:
