@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from trainer.config.options import exit_with, option, parse
 from trainer.config.shown import say
@@ -93,7 +93,7 @@ class Options:
 
     @property
     def strength(self) -> float | None:
-        """alpha, or what is divided by; None to search for it."""
+        """The factor alpha, or the divisor q; None to search for it."""
         if self.method == "dare":
             return 1 - self.dropped
         strength = self.alpha if self.method == "compeft" else self.q
@@ -103,8 +103,10 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the command; see the module's text."""
     options = parse(Options, argv, __doc__, "graft compress")
+    from rich import get_console
+
     from trainer.assembly import quiet
-    from trainer.exporting.compact import Choice, compress, expand
+    from trainer.exporting.compact import Choice, compress, expand, sizes_table, summary_lines
     from trainer.session import failures
 
     try:
@@ -126,33 +128,10 @@ def main(argv: list[str]) -> int:
         result = compress(options.run, choice, options.out, options.evaluate)
     except Exception as error:
         return failures.report_and_exit_code(error)
-    _print(result, "alpha" if options.method == "compeft" else "q")
-    return 0
-
-
-def _print(result: Any, name: str) -> None:
-    from rich import get_console
-
-    from trainer.exporting.compact import sizes_table
-
     get_console().print(sizes_table(result))
-    if result.searched:
-        tried = ", ".join(
-            f"{strength:.3g}: {loss:.4f}" for strength, loss in result.searched.items()
-        )
-        say(f"{name}={result.strength:.4g}, of least loss on {result.searched_on} ({tried})")
-        if "held-out" in result.searched_on:
-            say("searched on held-out rows: the held-out loss after is better than on others")
-        if result.strength == max(result.searched):
-            say(
-                "this is the end of the grid: a larger alpha may be better"
-                if name == "alpha"
-                else "this is the largest q, which does not scale"
-            )
-    say(
-        f"{result.out}\nloaded back and compared: logits differ by {result.difference:.2e} of their"
-        " spread"
-    )
+    for line in summary_lines(result, "alpha" if options.method == "compeft" else "q"):
+        say(line)
+    return 0
 
 
 if __name__ == "__main__":

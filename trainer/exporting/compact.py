@@ -308,7 +308,7 @@ def _appearing(out: Path) -> Iterator[Path]:
 
 
 def sizes_table(result: Compressed) -> Any:
-    """The table of sizes and losses before and after."""
+    """Return the table of sizes and losses before and after."""
     from rich.table import Table
 
     table = Table("", "before", "after")
@@ -319,3 +319,22 @@ def sizes_table(result: Compressed) -> Any:
     if result.loss_before is not None and result.loss_after is not None:
         table.add_row("held-out loss", f"{result.loss_before:.4f}", f"{result.loss_after:.4f}")
     return table
+
+
+def summary_lines(result: Compressed, name: str) -> Iterator[str]:
+    """Yield the outcome of the search for alpha or q (`name`), the folder and the comparison."""
+    if result.searched:
+        tries = ", ".join(
+            f"{strength:.3g}: {loss:.4f}" for strength, loss in result.searched.items()
+        )
+        yield f"{name}={result.strength:.4g}, of least loss on {result.searched_on} ({tries})"
+        if "held-out" in result.searched_on:
+            yield "searched on held-out rows: the held-out loss after is better than on others"
+        if result.strength == max(result.searched):
+            yield (
+                "this is the end of the grid: a larger alpha may be better"
+                if name == "alpha"
+                else "this is the largest q, which does not scale"
+            )
+    yield str(result.out)
+    yield f"loaded back and compared: logits differ by {result.difference:.2e} of their spread"
