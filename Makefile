@@ -4,6 +4,7 @@
 # make test-other-cpu   run the tests that compare numbers as if on another processor
 # make docs         install, regenerate docs/cli.md and docs/knobs.md, and build the pages into site/
 # make audit        install, and ask a database of advisories about every pin; it fails if that could not be asked
+# make test-matrix  run the light tests with the oldest and the newest of each bound, in environments of their own
 # make bench        install, and compare training speed with peers, in 10 minutes or so: tables and plots in runs/bench
 # The first that runs: a name on the PATH may be a version manager's that is not installed.
 ifndef PYTHON
@@ -12,7 +13,7 @@ endif
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart check test test-other-cpu audit bench docs lint clean
+.PHONY: quickstart check test test-other-cpu audit test-matrix bench docs lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m trainer +experiment=quickstart
@@ -31,6 +32,9 @@ test-other-cpu: export MKL_ENABLE_INSTRUCTIONS = SSE4_2
 test-other-cpu: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -p tests.other_processor \
 		tests/adapters tests/drafters tests/penalties tests/speed/test_fused.py
+
+test-matrix: $(VENV)/.installed-dev
+	$(BIN)/python -m scripts.matrix
 
 bench: $(VENV)/.installed-dev
 	-$(BIN)/python -m scripts.bench.train --install

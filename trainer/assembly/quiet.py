@@ -46,6 +46,10 @@ def quiet() -> None:
         "ignore", message="(?s).*FSDP2-wrapped module .* returned a view tensor.*"
     )  # the view is of logits that are not used
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    # PEFT's prefixes, with transformers 5.24
+    warnings.filterwarnings(
+        "ignore", message=".past_key_values. is deprecated.*", category=FutureWarning
+    )
     # PEFT reads that attribute
     warnings.filterwarnings(
         "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
