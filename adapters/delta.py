@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,22 +16,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from adapters.linear import float_weight, is_linear, is_packed, output_layer, set_float_weight
+from adapters import trained_copies
+from adapters.errors import AdapterError, NeedsWeights
+from adapters.linear import (
+    ends_with,
+    float_weight,
+    is_linear,
+    output_layer,
+    set_float_weight,
+)
+from adapters.merging import refuse_quantised, untie
 from adapters.reached import trained_by_text
+from adapters.state import copy_tensors
+
+__all__ = ["AdapterError", "NeedsWeights", "copy_tensors", "ends_with", "refuse_quantised", "untie"]
 
 NamedLayers = list[tuple[str, nn.Module]]
 # Yields micro-batches of the training data from the first, for adapters that read data before
 # training.
 Batches = Callable[[], Iterable[dict[str, Tensor]]]
-
-
-class AdapterError(ValueError):
-    """The adapter does not fit the model. The message names the setting and the possible values."""
-
-
-class NeedsWeights(AdapterError):
-    """The trained parameters depend on the base's weights, which a model on the meta device does
-    not have."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Start:
     data: Batches | None = None  # training data, for initialisations that are computed from it
     folder: Path | None = None  # for files for the user; only set on the rank that writes them
     saved: dict[str, Any] | None = None  # an earlier `Adapter.state`; nothing is computed again
+    new_tokens: tuple[int, ...] = ()  # ids of tokens that the base has no trained rows for
 
 
 @dataclass(frozen=True)
@@ -119,13 +124,31 @@ class Adapter:
 
     target_modules: str | list[str] = "all-linear"
     exclude_modules: list[str] = []
+    train_modules: list[str] = []  # modules of the base that are trained whole
     exportable = True  # whether `save` can write a folder for stock PEFT
     compiles = True  # whether torch.compile may compile it together with the layers around it
+    reads_micro_batches = False  # whether more than a step's summed gradient decides something
     restart = 0  # the step at which the learning rate schedule starts again
 
     def make(self, linear: nn.Module) -> Delta:
         """Return the Delta of one linear layer. Called once per target."""
         raise NotImplementedError
+
+    @property
+    def names_modules(self) -> bool:
+        """Whether settings name modules of the model, which may be misspelt."""
+        return bool(
+            self.target_modules != "all-linear" or self.exclude_modules or self.train_modules
+        )
+
+    def check_names(self, model: nn.Module) -> None:
+        """Check the modules that settings name, on a model without weights.
+
+        Raises:
+            AdapterError: a name matches nothing.
+        """
+        targets(model, self.target_modules, self.exclude_modules)
+        trained_copies.chosen(model, self.train_modules)
 
     def attach(self, model: nn.Module, start: Start) -> nn.Module:
         """Freeze `model`, graft the adapter onto it and return the model to call.
@@ -139,6 +162,7 @@ class Adapter:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, AdaptedLinear(linear, self.make(linear)))
         train_modules(model, start.new_modules)
+        trained_copies.attach(model, self.train_modules, start.new_tokens)
         return model
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -168,6 +192,34 @@ class Adapter:
         """
         copy_tensors(self.state(model)["tensors"], state["tensors"])
 
+    def attach_continued(self, model: nn.Module, start: Start, state: dict[str, Any]) -> nn.Module:
+        """Attach the adapter for a new run, with the weights of an earlier run's `state`."""
+        model = self.attach(model, start)
+        self.load_state(model, state)
+        return model
+
+    def refuse_continuing(self) -> None:
+        """Refuse a new run from an earlier one's weights where the method cannot continue them.
+
+        Raises:
+            AdapterError: the method needs a start of its own.
+        """
+
+    def stock_faults(self, settings: dict[str, Any], stored: dict[str, Any]) -> list[str]:
+        """Return how a stock PEFT folder's config differs from this adapter with its `settings`."""
+        return [
+            f"{type(self).__name__} does not read PEFT's folders: give the folder of a run of the"
+            " same method"
+        ]
+
+    def load_stock_folder(self, model: nn.Module, folder: Path) -> None:
+        """Load the tensors of a stock PEFT folder that has no `stock_faults`, in place.
+
+        Raises:
+            AdapterError: modules or shapes differ.
+        """
+        raise AdapterError(f"adapter.from={folder}: {type(self).__name__} does not read it")
+
     def penalty(self, model: nn.Module) -> Tensor | None:
         """Return a term to add to the loss, once per step."""
         return None
@@ -191,6 +243,7 @@ class Adapter:
                 merge_linear(module)
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module.base)
+        trained_copies.dissolve(model)
         return model
 
     def save(self, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
@@ -204,7 +257,9 @@ class Adapter:
         """Load a folder that `save` wrote with stock PEFT, onto a plain base."""
         import peft
 
-        return peft.PeftModel.from_pretrained(base, folder)  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(?s).*a tied layer is part of the adapter.*")
+            return peft.PeftModel.from_pretrained(base, folder)  # type: ignore[arg-type]
 
     def disabled(self, model: nn.Module) -> Any:
         """Return a context in which the adapter is switched off and the base alone answers."""
@@ -228,22 +283,6 @@ def cast_inputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
     """Cast a module's inputs to its parameters' dtype: a forward pre-hook."""
     dtype = next(module.parameters()).dtype
     return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
-
-
-def untie(model: nn.Module) -> None:
-    """Untie the weight of an adapted output layer. An update that is merged into a tied weight
-    would change the embedding too."""
-    head: Any = output_layer(model)
-    embedding = model.get_input_embeddings() if head is not None else None  # type: ignore[operator]
-    # our name of the frozen layer, or PEFT's
-    linear = getattr(head, "base", None) or getattr(head, "base_layer", None)
-    if (
-        isinstance(linear, nn.Linear)
-        and isinstance(embedding, nn.Embedding)
-        and linear.weight is embedding.weight
-    ):
-        linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
-        model.config.tie_word_embeddings = False  # type: ignore[union-attr, assignment]
 
 
 def targets(
@@ -309,11 +348,6 @@ def _check_endings(setting: str, endings: Iterable[str], linears: NamedLayers) -
             )
 
 
-def ends_with(name: str, *endings: str) -> bool:
-    """Whether one of `endings` is the whole dotted name, or its last parts."""
-    return any(name == ending or name.endswith("." + ending) for ending in endings)
-
-
 def _choices(linears: NamedLayers) -> str:
     counts = Counter(name.rpartition(".")[2] for name, _ in linears)
     return "The model's linear layers: " + ", ".join(
@@ -335,44 +369,6 @@ def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def copy_tensors(into: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
-    """Copy saved tensors into live ones of the same names: all of them, or none.
-
-    Raises:
-        AdapterError: a name, shape or dtype differs.
-    """
-    missing, unknown = sorted(into.keys() - saved.keys()), sorted(saved.keys() - into.keys())
-    if missing or unknown:
-        raise AdapterError(
-            f"the saved adapter does not fit this model: {len(missing)} tensors are missing"
-            f" {missing[:3]}, {len(unknown)} are unknown {unknown[:3]}. It was trained with another"
-            " adapter or base."
-        )
-    for name, tensor in into.items():
-        if (tensor.shape, tensor.dtype) != (saved[name].shape, saved[name].dtype):
-            raise AdapterError(
-                f"the saved adapter does not fit this model: {name} is {tuple(saved[name].shape)}"
-                f" {saved[name].dtype} there and {tuple(tensor.shape)} {tensor.dtype} here. It was"
-                " trained with another adapter or base."
-            )
-    with torch.no_grad():
-        for name, tensor in into.items():
-            tensor.copy_(saved[name])
-
-
-def refuse_quantised(linear: Any) -> None:
-    """Refuse to merge into a quantised layer.
-
-    Raises:
-        AdapterError: the layer is quantised: rounding would erase the trained update.
-    """
-    if is_packed(linear):
-        raise AdapterError(
-            "the base is quantised: a merge would round the adapter away. Load it with"
-            " base.quantization=none"
-        )
-
-
 def merge_linear(layer: AdaptedLinear) -> None:
     """Merge a Delta into its base's weight. The sum is computed in fp32 and rounded once.
 
@@ -389,12 +385,16 @@ def merge_linear(layer: AdaptedLinear) -> None:
 def switched_off(model: nn.Module) -> Iterator[None]:
     """Let the base alone answer: every AdaptedLinear returns its frozen output."""
     layers = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    copies = [module for _, module in trained_copies.modules(model)]
     for layer in layers:
         layer.delta.take_out(layer.base)
-        layer.forward = layer.base.forward  # type: ignore[method-assign]
+    for module in [*layers, *copies]:
+        module.forward = module.base.forward  # type: ignore[method-assign]
     try:
         yield
     finally:
+        for module in copies:
+            del module.forward
         for layer in layers:
             del layer.forward
             layer.delta.fold_in(layer.base)

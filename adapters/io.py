@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters.delta import AdaptedLinear, Delta
 from adapters.linear import is_linear
+from adapters.trained_copies import TokenRows, Trained
 
 PREFIX = "base_model.model."  # PEFT's wrapper: PeftModel.base_model.model
 
@@ -107,12 +108,17 @@ def _rewritten_names(model_type: str) -> frozenset[str]:
     return frozenset(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, {}))
 
 
-def trained_modules(model: nn.Module) -> list[str]:
-    """Return the outermost modules that are trained as a whole, such as a classification head. PEFT
-    puts a wrapper around each, so none may be inside another."""
-    inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, Delta))
+def trained_modules(model: nn.Module, rows: bool = True) -> list[str]:
+    """Return the outermost modules that are trained as a whole, such as a classification head;
+    without `rows` none of which single rows are trained. PEFT puts a wrapper around each, so none
+    may be inside another."""
+    inside = tuple(
+        f"{name}." for name, m in model.named_modules() if isinstance(m, Delta | Trained)
+    )
     names: list[str] = []
     for name, module in model.named_modules():
+        if isinstance(module, Trained) and (rows or not isinstance(module, TokenRows)):
+            names.append(name)
         if not name or f"{name}.".startswith((*inside, *(f"{outer}." for outer in names))):
             continue
         parameters = list(module.parameters())
@@ -121,13 +127,32 @@ def trained_modules(model: nn.Module) -> list[str]:
     return sorted(names)
 
 
+def token_rows(model: nn.Module) -> tuple[dict[str, list[int]], dict[str, Tensor]]:
+    """Return the trained tokens of each embedding and output layer, as PEFT's
+    trainable_token_indices, and their rows under PEFT's keys. PEFT ties them itself where the base
+    is tied."""
+    indices: dict[str, list[int]] = {}
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, TokenRows) and id(module.rows) not in seen:
+            seen.add(id(module.rows))
+            indices[name] = module.tokens
+            tensors[f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"] = module.rows
+    return indices, tensors
+
+
 def module_tensors(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
     """Return all tensors of modules under PEFT's keys."""
     return {
         f"{PREFIX}{name}.{key}": tensor
         for name in names
-        for key, tensor in model.get_submodule(name).state_dict().items()
+        for key, tensor in _tensors(model.get_submodule(name)).items()
     }
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return module.shown() if isinstance(module, Trained) else module.state_dict()
 
 
 def write(folder: Path, config: Any, tensors: dict[str, Tensor]) -> None:

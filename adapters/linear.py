@@ -60,6 +60,11 @@ def features(linear: Any) -> tuple[int, int]:
     return linear.in_features, linear.out_features
 
 
+def ends_with(name: str, *endings: str) -> bool:
+    """Whether one of `endings` is the whole dotted name, or its last parts."""
+    return any(name == ending or name.endswith("." + ending) for ending in endings)
+
+
 def output_layer(model: nn.Module) -> nn.Module | None:
     """Return the layer that computes logits from hidden states, if the model has one."""
     getter = getattr(model, "get_output_embeddings", None)

@@ -15,6 +15,7 @@ adapter is saved in PEFT's layout.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapters import io
-from adapters.delta import Adapter, Delta, saved_for_backward
+from adapters import io, stock, trained_copies
+from adapters.delta import Adapter, Delta, copy_tensors, saved_for_backward
 from adapters.linear import features, not_a_view
+
+VARIANTS = ("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config")
 
 
 class LoRA(Delta):
@@ -172,8 +175,9 @@ class LoRAAdapter(Adapter):
         lr_ratio: float,
         dtype: str,
         fused: bool,
+        train_modules: Sequence[str] = (),
     ):
-        self.fused = fused
+        self.fused, self.train_modules = fused, list(train_modules)
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
         self.target_modules, self.exclude_modules = target_modules, list(exclude_modules)
         self.lr_ratio, self.dtype = lr_ratio, getattr(torch, dtype)
@@ -191,22 +195,47 @@ class LoRAAdapter(Adapter):
             return [{"params": list(trained.values()), "lr_scale": 1.0}]
         return [{"params": slow, "lr_scale": 1.0}, {"params": fast, "lr_scale": self.lr_ratio}]
 
+    def stock_faults(self, settings: dict[str, Any], stored: dict[str, Any]) -> list[str]:
+        if stored.get("peft_type") != "LORA":
+            return [f"adapter=lora here, peft_type={stored.get('peft_type')} there"]
+        names = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora"}
+        # variants that compute something else, and patterns; initialisations do not matter
+        others = {"rank_pattern", "alpha_pattern", "lora_bias", *VARIANTS}
+        others |= {key for key in stored if key.startswith("use_") and key != "use_rslora"}
+        return [
+            *stock.differences(settings, stored, names),
+            *stock.differences({}, stored, {key: key for key in sorted(others)}),
+        ]
+
+    def _stock_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the live tensors under PEFT's keys."""
+        tensors, _, _ = io.delta_tensors(
+            model, lambda delta: {"lora_A.weight": delta.A, "lora_B.weight": delta.B}
+        )
+        heads = io.trained_modules(model, rows=False)
+        return tensors | io.token_rows(model)[1] | io.module_tensors(model, heads)
+
+    def load_stock_folder(self, model: nn.Module, folder: Path) -> None:
+        live = {key: tensor.detach() for key, tensor in self._stock_tensors(model).items()}
+        copy_tensors(live, stock.read_tensors(folder, live))
+
     def save(self, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
         from peft import LoraConfig
 
-        tensors, names, fan_in_fan_out = io.delta_tensors(
-            model, lambda delta: {"lora_A.weight": delta.A, "lora_B.weight": delta.B}
-        )
-        heads = io.trained_modules(model)
+        _, names, fan_in_fan_out = io.delta_tensors(model, lambda _: {})
+        heads = io.trained_modules(model, rows=False)
+        tokens, _ = io.token_rows(model)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             use_rslora=self.rslora,
             **io.lora_fields(model, names, self.dropout),
             modules_to_save=heads or None,
+            trainable_token_indices=tokens or None,
+            ensure_weight_tying=trained_copies.ties(model, heads),
             fan_in_fan_out=fan_in_fan_out,
             base_model_name_or_path=base_name,
             task_type=task_type,  # type: ignore[arg-type]
             inference_mode=True,
         )
-        io.write(folder, config, tensors | io.module_tensors(model, heads))
+        io.write(folder, config, self._stock_tensors(model))

@@ -12,14 +12,12 @@ B A - B₀A₀ at twice the rank, which fits the original base.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import copy
 import itertools
 import warnings
-from collections.abc import Iterator
-from dataclasses import fields as dataclass_fields
-from dataclasses import is_dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters import io, peft_init
+from adapters import io, peft_init, peft_modules, stock, trained_copies
 from adapters.delta import (
     Adapter,
     AdapterError,
@@ -37,10 +35,10 @@ from adapters.delta import (
     cast_inputs,
     copy_tensors,
     freeze,
-    refuse_quantised,
-    untie,
 )
 from adapters.linear import float_weight, is_linear, set_float_weight
+from adapters.merging import record_ties, refuse_quantised, untie
+from adapters.peft_config import build, decides, plain
 from adapters.peft_fields import CHANGES_BASE, NAME, OURS, PROMPT_LEARNING, classes, config_class
 from adapters.peft_init import lora_layers
 from adapters.peft_targets import all_linear, refuse_unknown
@@ -59,7 +57,9 @@ ORDINARY_START = {
 class Peft(Adapter):
     """One of PEFT's methods, built from its configuration class."""
 
-    def __init__(self, peft_type: str, data_batches: int, **fields: Any):
+    def __init__(
+        self, peft_type: str, data_batches: int, train_modules: Sequence[str] = (), **fields: Any
+    ):
         entry = config_class(peft_type)
         if entry is None or entry.peft_type is None:
             raise AdapterError(
@@ -67,12 +67,24 @@ class Peft(Adapter):
             )
         self.kind, self.config_name, self.data_batches = entry.peft_type, entry.name, data_batches
         self.fields = {key: value for key, value in fields.items() if key not in OURS}
+        self.train_modules = list(train_modules)
         self.init = str(self.fields.get("init_lora_weights", ""))
         self.changes_base = self.kind == "LORA" and self.init.startswith(CHANGES_BASE)
         self.mergeable = self.kind not in PROMPT_LEARNING
         self.initial: dict[str, Tensor] = {}  # A₀ and B₀ where changes_base
         # tensors of the frozen base, by their names in the wrapped model
         self.base_names: set[str] = set()
+
+    @property
+    def names_modules(self) -> bool:
+        named = self.fields.get("target_modules") or "all-linear"
+        named = "" if self.kind in PROMPT_LEARNING else named
+        return named not in ("", "all-linear") or bool(self.train_modules)
+
+    def check_names(self, model: nn.Module) -> None:
+        if self.kind not in PROMPT_LEARNING:
+            refuse_unknown(model, self.fields.get("target_modules") or "all-linear")
+        trained_copies.chosen(model, self.train_modules)
 
     def attach(self, model: nn.Module, start: Start) -> nn.Module:
         freeze(model)
@@ -103,6 +115,7 @@ class Peft(Adapter):
         for name in start.new_modules:  # PEFT trains a copy of them
             trained = wrapped.get_base_model().get_submodule(name).modules_to_save[NAME].float()
             trained.register_forward_pre_hook(cast_inputs)
+        peft_modules.train(wrapped.get_base_model(), self.train_modules, start.new_tokens)
         self.base_names = {
             name for name, tensor in _named_tensors(wrapped) if id(tensor) in base_tensors
         }
@@ -149,6 +162,9 @@ class Peft(Adapter):
                 refuse_unknown(model, chosen)
                 if chosen == "all-linear" and values.get("target_modules"):
                     values["target_modules"] = all_linear(model, self.kind)
+            values |= peft_modules.fields(
+                model, values, self.train_modules, start.new_tokens, self.config_name
+            )
         transposed = any(isinstance(module, Conv1D) for module in model.modules())
         if transposed and "fan_in_fan_out" in classes()[self.config_name].fields:
             values.setdefault("fan_in_fan_out", True)
@@ -165,9 +181,10 @@ class Peft(Adapter):
                     f"PEFT's {self.config_name} trains no new head, which a classifier needs:"
                     " choose another adapter, as adapter=lora"
                 )
-            values["modules_to_save"] = list(start.new_modules)
+            others = values.get("modules_to_save") or []
+            values["modules_to_save"] = list(dict.fromkeys([*start.new_modules, *others]))
         try:
-            return _build(self.config_name, values)
+            return build(self.config_name, values)
         except (ValueError, TypeError, ImportError) as error:
             raise AdapterError(
                 f"PEFT's {self.config_name} refuses these settings: {error}"
@@ -220,6 +237,41 @@ class Peft(Adapter):
         if self.kind == "ADALORA":
             live.peft_config[NAME].rank_pattern = extra["config"].get("rank_pattern")
 
+    def attach_continued(self, model: nn.Module, start: Start, state: dict[str, Any]) -> nn.Module:
+        own = {key: value for key, value in self.fields.items() if "dropout" in key}
+        extra = state["extra"] | {"config": state["extra"]["config"] | own}
+        model = self.attach(model, replace(start, saved=state | {"extra": extra}))
+        self.load_state(model, state)
+        return model
+
+    def refuse_continuing(self) -> None:
+        if self.kind == "ADALORA":
+            raise AdapterError(
+                "adapter.from: AdaLoRA has spent its budget in the earlier run and cannot start"
+                " again from its ranks: use adapter=lora for a new run"
+            )
+
+    def stock_faults(self, settings: dict[str, Any], stored: dict[str, Any]) -> list[str]:
+        if stored.get("peft_type") != self.kind:
+            return [f"adapter.peft_type={self.kind} here, {stored.get('peft_type')} there"]
+        self.refuse_continuing()
+        if self.changes_base:
+            return [
+                f"adapter.init_lora_weights={self.init} takes its start out of the base's weights,"
+                " which that folder is not made for: set adapter.init_lora_weights=true"
+            ]
+        mine = self._plain_config(build(self.config_name, self.fields))
+        return list(
+            stock.differences(
+                mine, stored, {key: key for key in mine if decides(key) and key in stored}
+            )
+        )
+
+    def load_stock_folder(self, model: nn.Module, folder: Path) -> None:
+        with _silent():
+            live = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+            peft.set_peft_model_state_dict(model, stock.read_tensors(folder, live))
+
     def penalty(self, model: nn.Module) -> Tensor | None:
         if self.kind != "ADALORA":
             return None
@@ -251,7 +303,9 @@ class Peft(Adapter):
                 refuse_quantised(module)
         untie(live.get_base_model())
         try:
-            return live.merge_and_unload()
+            merged = live.merge_and_unload()
+            record_ties(merged)
+            return merged
         except (ValueError, NotImplementedError, AttributeError, TypeError) as error:
             raise AdapterError(f"PEFT cannot merge {self.kind}: {error}") from error
 
@@ -271,7 +325,7 @@ class Peft(Adapter):
     def _plain_config(self, config: Any) -> dict[str, Any]:
         """Return the config's fields as plain data."""
         fields = classes()[self.config_name].fields
-        return {key: _plain(value) for key, value in config.to_dict().items() if key in fields}
+        return {key: plain(value) for key, value in config.to_dict().items() if key in fields}
 
     def _difference(self, config: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         """Return the adapter B A - B₀A₀ at twice the rank."""
@@ -290,7 +344,7 @@ class Peft(Adapter):
         values |= {"r": 2 * config.r, "lora_alpha": factor * config.lora_alpha}
         values["rank_pattern"] = {k: 2 * v for k, v in (config.rank_pattern or {}).items()}
         values["alpha_pattern"] = {k: factor * v for k, v in (config.alpha_pattern or {}).items()}
-        return _build(self.config_name, values), doubled
+        return build(self.config_name, values), doubled
 
     @contextlib.contextmanager
     def disabled(self, model: nn.Module) -> Iterator[None]:
@@ -316,6 +370,7 @@ def _silent() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*used with low_cpu_mem_usage=False.*")  # EVA
         # LoRA-GA, at the first layer
         warnings.filterwarnings("ignore", message="Full backward hook is firing.*")
+        warnings.filterwarnings("ignore", message=peft_modules.TIED)
         # AdaLoRA's layers of rank 0
         warnings.filterwarnings("ignore", message=".*LoRA tensor.* have invalid shape.*")
         yield
@@ -328,33 +383,3 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for key, buffer in module.named_buffers(recurse=False):
             if key not in module._non_persistent_buffers_set:
                 yield f"{name}.{key}" if name else key, buffer
-
-
-def _build(class_name: str, values: dict[str, Any]) -> Any:
-    """Build one of PEFT's dataclasses from plain values, with nested dataclasses from mappings."""
-    cls = getattr(peft if hasattr(peft, class_name) else peft.tuners.lora.config, class_name)
-    annotations = classes()[class_name].fields
-    nested = {}
-    for key, value in values.items():
-        names = (
-            [node.id for node in ast.walk(annotations[key]) if isinstance(node, ast.Name)]
-            if key in annotations
-            else []
-        )
-        inner = next((name for name in names if name in classes()), None)
-        # PEFT's default for some of them is {}, which stays as it is: for an instance of their
-        # class PEFT warns.
-        nested[key] = _build(inner, value) if inner and isinstance(value, dict) and value else value
-    known = {f.name for f in dataclass_fields(cls) if f.init}
-    return cls(**{key: value for key, value in nested.items() if key in known})
-
-
-def _plain(value: Any) -> Any:
-    """Return plain data: dataclasses as mappings, sets as sorted lists, enums as values."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclass_fields(value)}
-    if isinstance(value, set | list | tuple):
-        return sorted(map(_plain, value)) if isinstance(value, set) else [_plain(v) for v in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return getattr(value, "value", value)

@@ -17,7 +17,7 @@ from typing import Any
 
 NAME = "default"  # PEFT's name for the only adapter
 # arguments of adapters.peft.Peft, not fields of PEFT
-OURS = {"_target_", "_partial_", "peft_type", "data_batches"}
+OURS = {"_target_", "_partial_", "peft_type", "data_batches", "train_modules", "from"}
 NOT_SETTABLE = {
     "task_type",
     "auto_mapping",

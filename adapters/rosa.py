@@ -27,6 +27,7 @@ over the processes before the mask is chosen.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,10 +188,12 @@ class RoSAAdapter(SparseAdapter):
         gradient: str,
         dtype: str,
         sparse_dtype: str,
+        train_modules: Sequence[str] = (),
     ):
         super().__init__(
             density, density_pattern, target_modules, exclude_modules, gradient, sparse_dtype
         )
+        self.train_modules = list(train_modules)
         self.rank = None if schedule == "spa_only" else rank
         self.alpha, self.rslora, self.dropout = alpha, rslora, dropout
         self.dtype = getattr(torch, dtype)
@@ -202,6 +205,7 @@ class RoSAAdapter(SparseAdapter):
         # the number of steps before the mask is chosen
         self.mask_step = self.warmup_steps + mask_steps if collects else 0
         self.restart = self.mask_step if restart_after_mask and schedule == "wl" else 0
+        self.reads_micro_batches = self.mask_step > 0
         self.step = 0
         self.folder: Path | None = None
         self.scores: dict[str, Scores] = {}
@@ -362,6 +366,13 @@ class RoSAAdapter(SparseAdapter):
             "scores": {name: scores.state() for name, scores in self.scores.items()},
         }
         return state
+
+    def refuse_continuing(self) -> None:
+        if self.mask_step:
+            raise AdapterError(
+                "adapter.from brings its own mask, and adapter.mask=gradient would choose another"
+                " one: set adapter.mask to the masks.safetensors of that run"
+            )
 
     def load_state(self, model: nn.Module, state: dict[str, Any]) -> None:
         super().load_state(model, state)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters import containers, mask, sddmm
+from adapters import containers, mask, sddmm, trained_copies
 from adapters.delta import (
     AdaptedLinear,
     Adapter,
@@ -78,6 +78,7 @@ class SparseAdapter(Adapter):
                 AdaptedLinear(linear, self.new_delta(linear, sizes[name])),
             )
         train_modules(model, start.new_modules)
+        trained_copies.attach(model, self.train_modules, start.new_tokens)
         if any(layer.delta.values is not None for _, layer in layers(model)):
             # PEFT has no sparse method for Conv1D, and no LoRA that wraps SHiRA's 8-bit layers.
             eight_bit = self.rank is not None and any(

@@ -31,6 +31,7 @@ candidates, and the step that chooses them is not counted.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -109,6 +110,8 @@ class Candidates:
 class SpIEL(SparseAdapter):
     """SpIEL-AG and SpIEL-MA, and their quantised forms, on the linear layers of a model."""
 
+    reads_micro_batches = True
+
     def __init__(
         self,
         variant: str,
@@ -125,10 +128,12 @@ class SpIEL(SparseAdapter):
         exclude_modules: list[str],
         gradient: str,
         sparse_dtype: str,
+        train_modules: Sequence[str] = (),
     ):
         super().__init__(
             density, density_pattern, target_modules, exclude_modules, gradient, sparse_dtype
         )
+        self.train_modules = list(train_modules)
         if accumulation_steps >= reselection_steps:
             raise AdapterError(
                 f"adapter.accumulation_steps={accumulation_steps} must be less than"
@@ -162,6 +167,13 @@ class SpIEL(SparseAdapter):
             support = mask.random(delta.o, delta.i, len(delta.indices), draw)
             delta.set_support(support.to(delta.indices.device), layer.base)
         self._watch(model)
+
+    def attach_continued(self, model: nn.Module, start: Start, state: dict[str, Any]) -> nn.Module:
+        model = super().attach_continued(model, start, state)
+        self._unwatch(model)
+        self.step, self.first = 0, {}
+        self._watch(model)
+        return model
 
     def rate(self, step: int) -> float:
         """Return the share of the support that is replaced after `step` steps."""

@@ -35,10 +35,12 @@ class Classification:
         columns: dict[str, str],
         labels: list | None,
         on_bad: str,
+        **more: Any,
     ):
         self.splits = Splits.of(
-            path, split, eval_path, eval_split, eval_fraction, limit, eval_limit
+            path, split, eval_path, eval_split, eval_fraction, limit, eval_limit, **more
         )
+        self.eval_sets = list(self.splits.more)
         self.columns, self.configured, self.on_bad = dict(columns), labels, on_bad
 
     @functools.cached_property

@@ -7,6 +7,7 @@ the rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from tasks.reading import Bad, DataError
 from tasks.task import Splits, Text, column, text_of
@@ -31,10 +32,12 @@ class Completion:
         streaming: bool,
         shuffle_block: int,
         on_bad: str,
+        **more: Any,
     ):
         self.splits = Splits.of(
-            path, split, eval_path, eval_split, eval_fraction, limit, eval_limit, streaming
+            path, split, eval_path, eval_split, eval_fraction, limit, eval_limit, streaming, **more
         )
+        self.eval_sets = list(self.splits.more)
         self.columns = dict(columns)
         self.streaming, self.shuffle_block, self.on_bad = streaming, shuffle_block, on_bad
 

@@ -16,6 +16,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from tasks import sources
 from tasks.reading import Bad, DataError
 from tasks.sft import SFT, score
 from tasks.task import Conversation
@@ -30,6 +31,8 @@ KEYS = {
     "format",
     "columns",
     "system",
+    "data_files",
+    "revision",
 }
 
 
@@ -58,6 +61,7 @@ class Mixture:
         on_bad: str,
         on_lost: str = "error",
         chat_template_kwargs: dict[str, Any] | None = None,
+        eval_sets: dict[str, Any] | None = None,
     ):
         if not parts:
             raise DataError("task.parts is empty: give {NAME: {path: FILE, weight: 1}, ...}")
@@ -85,8 +89,17 @@ class Mixture:
         self.parts: dict[str, tuple[SFT, float]] = {
             name: _part(f"task.parts.{name}", settings, shared) for name, settings in parts.items()
         }
+        further = {"eval_fraction": 0, "split": "test", "limit": eval_limit}
+        self.further: dict[str, SFT] = {
+            name: _part(f"task.eval_sets.{name}", settings, shared | further)[0]
+            for name, settings in sources.named_sets(eval_sets or {}).items()
+        }
+        self.eval_sets = list(self.further)
 
     def examples(self, split: str) -> Iterator[Conversation | Bad]:
+        if split.startswith("eval/"):
+            yield from self.further[split.removeprefix("eval/")].examples("train")
+            return
         for name, (part, weight) in self.parts.items():
             for index, example in enumerate(part.examples(split)):
                 yield from itertools.repeat(
@@ -94,6 +107,8 @@ class Mixture:
                 )
 
     def fingerprint(self, split: str) -> str:
+        if split.startswith("eval/"):
+            return self.further[split.removeprefix("eval/")].fingerprint("train")
         weights = (
             {name: weight for name, (_, weight) in self.parts.items()} if split == "train" else {}
         )

@@ -45,8 +45,21 @@ class Source:
         DataError: a file is missing, empty, or of an unknown kind.
     """
 
-    def __init__(self, path: str | list[str], split: str, streaming: bool, key: str):
+    def __init__(
+        self,
+        path: str | list[str],
+        split: str,
+        streaming: bool,
+        key: str,
+        data_files: Any = None,
+        revision: str | None = None,
+    ):
         self.split, self.streaming = split, streaming
+        self.version: dict[str, Any] = {
+            name: value
+            for name, value in (("data_files", data_files), ("revision", revision))
+            if value is not None
+        }
         patterns = [path] if isinstance(path, str) else list(path)
         if not all(patterns) or not patterns:
             raise DataError(f"{key} is empty: it must name files, or a data set on the hub")
@@ -66,6 +79,8 @@ class Source:
                 matches = [expanded]
             if matches:
                 self.files += matches
+            elif Path(str(expanded).partition(":")[0]).is_dir() and len(patterns) == 1:
+                self.hub = str(expanded)  # a clone of a data set's repository
             elif _looks_local(pattern):
                 raise DataError(
                     f"{key}={pattern!r}: there is no such file (the current folder is {Path.cwd()})"
@@ -77,6 +92,11 @@ class Source:
                 )
             else:
                 self.hub = pattern
+        if self.files and self.version:
+            raise DataError(
+                f"{key}={self.name}: {' and '.join(f'task.{name}' for name in self.version)} choose"
+                " from a data set on the hub or a folder, and this is a file: leave them out"
+            )
         for file in self.files:
             if _kind(file) not in KINDS:
                 raise DataError(
@@ -88,7 +108,9 @@ class Source:
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
         if self.hub is not None:
-            yield from _hub_rows(self.hub, self.split, self.streaming)
+            from tasks import hub
+
+            yield from hub.rows(self.hub, self.split, self.streaming, self.version)
         for file in self.files:
             try:
                 yield from _READERS[_kind(file)](file)
@@ -98,7 +120,9 @@ class Source:
     def fingerprint(self) -> str:
         """Return a digest of the files' contents, or of the hub data set's version."""
         if self.hub is not None:
-            return _hub_fingerprint(self.hub, self.split)
+            from tasks import hub
+
+            return hub.fingerprint(self.hub, self.split, self.version)
         digest = hashlib.sha256()
         for file in self.files:
             digest.update(f"{_kind(file)} ".encode())
@@ -353,33 +377,3 @@ _READERS: dict[str, Any] = {
     "parquet": _parquet,
     "txt": _txt,
 }
-
-
-def _hub_rows(name: str, split: str, streaming: bool) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
-    table = _load_hub("load_dataset", name, split=split, streaming=streaming)
-    features = getattr(table, "features", None)  # unknown for some streams
-    described = decoded(features.to_dict()) if features is not None else {}
-    # A Json feature of the hub is decoded, and a text in one is a text.
-    for number, row in enumerate(table, 1):
-        yield f"{name}[{split}]:row {number}", present(dict(row), described)
-
-
-def _load_hub(loader: str, name: str, **settings: Any) -> Any:
-    """Call a loader of `datasets`. `name` may end in a configuration: ORG/NAME:CONFIG."""
-    import datasets
-
-    repository, _, configuration = name.partition(":")
-    try:
-        return getattr(datasets, loader)(repository, configuration or None, **settings)
-    except ValueError as error:
-        raise DataError(f"data set {name!r}: {error}") from error
-    except Exception as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"{name!r} is no file here, and could not be loaded as a data set from the hub:"
-            f" {first_line}"
-        ) from error
-
-
-def _hub_fingerprint(name: str, split: str) -> str:
-    return f"{name} {split} {_load_hub('load_dataset_builder', name).hash}"  # of the commit

@@ -30,6 +30,7 @@ class Regression(Classification):
         eval_limit: int | None,
         columns: dict[str, str],
         on_bad: str,
+        **more: Any,
     ):
         super().__init__(
             path,
@@ -42,6 +43,7 @@ class Regression(Classification):
             columns,
             None,
             on_bad,
+            **more,
         )
 
     def target(self, row: dict[str, Any]) -> float:

@@ -44,10 +44,12 @@ class SFT:
         on_lost: str = "error",
         weight_column: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        **more: Any,
     ):
         self.splits = Splits.of(
-            path, split, eval_path, eval_split, eval_fraction, limit, eval_limit, streaming
+            path, split, eval_path, eval_split, eval_fraction, limit, eval_limit, streaming, **more
         )
+        self.eval_sets = list(self.splits.more)
         self.format, self.columns, self.system = format, dict(columns), system
         self.chat_template, self.train_on = chat_template, train_on
         self.metric, self.metrics = metric, [metric]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tasks import reading
+from tasks import reading, sources
 from tasks.reading import Bad, DataError
 
 
@@ -102,6 +103,7 @@ class Splits:
     limit: int | None
     eval_limit: int | None
     held_out: set[int] = field(default_factory=set)
+    more: dict[str, tuple[reading.Source, int | None]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -114,19 +116,32 @@ class Splits:
         limit: int | None,
         eval_limit: int | None,
         streaming: bool = False,
+        data_files: Any = None,
+        revision: str | None = None,
+        eval_sets: Mapping[str, Any] | None = None,
     ) -> Splits:
         """Return the splits that the keys shared by the tasks' YAML files describe.
+
+        `data_files` and `revision` are of `path`, and of `eval_path` where it names the same data
+        set.
 
         Raises:
             DataError: a file is missing, or of an unknown kind.
         """
-        source = reading.Source(path, split, streaming, "task.path")
+        source = reading.Source(path, split, streaming, "task.path", data_files, revision)
+        same = {"data_files": data_files, "revision": revision} if eval_path == path else {}
         evaluation = (
-            reading.Source(eval_path, eval_split, streaming, "task.eval_path")
+            reading.Source(eval_path, eval_split, streaming, "task.eval_path", **same)
             if eval_path is not None
             else None
         )
         splits = cls(source, evaluation, eval_fraction, limit, eval_limit)
+        splits.more = sources.further(eval_sets or {}, streaming, eval_split, eval_limit)
+        if splits.more and evaluation is None and not eval_fraction:
+            raise DataError(
+                "task.eval_sets are measured next to the held-out rows: set task.eval_path, or"
+                " task.eval_fraction above 0"
+            )
         if evaluation is None and eval_fraction > 0 and not streaming:
             rows = sum(1 for _ in splits.train)
             if rows < 2:
@@ -142,7 +157,11 @@ class Splits:
         return splits
 
     def rows(self, split: str) -> Iterator[tuple[str, Any]]:
-        """Yield (where, row) of `train` or `eval`; the row is a mapping or Bad."""
+        """Yield (where, row) of `train`, `eval` or `eval/NAME`; the row is a mapping or Bad."""
+        if split.startswith("eval/"):
+            further, limit = self.more[split.removeprefix("eval/")]
+            yield from itertools.islice(further, limit)
+            return
         source = self.eval if split == "eval" and self.eval is not None else self.train
         if split == "eval" and self.eval is None and not self.held_out:
             return
@@ -157,6 +176,9 @@ class Splits:
 
     def fingerprint(self, split: str) -> str:
         """Return a text that changes whenever the rows of a split do."""
+        if split.startswith("eval/"):
+            further, limit = self.more[split.removeprefix("eval/")]
+            return f"{further.fingerprint()} {split} {limit}"
         source = self.eval if split == "eval" and self.eval is not None else self.train
         has_eval = self.eval is not None
         limit = self.eval_limit if split == "eval" else self.limit
@@ -186,11 +208,13 @@ class Chats:
         on_bad: str,
         on_lost: str = "error",
         chat_template_kwargs: dict[str, Any] | None = None,
+        **more: Any,
     ):
         self.splits = Splits.of(
-            path, split, eval_path, eval_split, eval_fraction, limit, eval_limit
+            path, split, eval_path, eval_split, eval_fraction, limit, eval_limit, **more
         )
         self.on_lost, self.chat_template_kwargs = on_lost, dict(chat_template_kwargs or {})
+        self.eval_sets = list(self.splits.more)
         self.columns, self.system, self.chat_template, self.on_bad = (
             dict(columns),
             system,

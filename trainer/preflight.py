@@ -64,14 +64,16 @@ def main(argv: list[str]) -> int:
     from trainer.assembly.build import instantiate
     from trainer.assembly.recipe import Recipe
     from trainer.session import failures, preview
-    from trainer.session.inspect import inspect
+    from trainer.session.inspect import inspect, refuse_monitor
     from trainer.storage import atomic
 
     quiet.quiet()
     try:
         devices = config["lightning"]["devices"]
         ranks = (devices if isinstance(devices, int) else 1) * config["lightning"]["num_nodes"]
-        recipe = Recipe.of(config, instantiate(config["adapter"]), ranks=ranks)
+        recipe = Recipe.of(
+            config, instantiate(config["adapter"]), ranks=ranks, check_task=refuse_monitor
+        )
         result = inspect(recipe, Path(config["runs"]) / config["name"])
     except Exception as error:
         return failures.report_and_exit_code(error, config)

@@ -499,7 +499,7 @@ def no_torch(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--cfg", "job"], 0, "max_length: 1024"),
+        (["--cfg", "job"], 0, "max_length: null"),
         (["--cfg", "job", "experiment=smoke", "adapter=peft"], 0, "peft_type: ???"),
         (["--help"], 0, "adapter    adalora, corda"),
         (["--hydra-help"], 0, "Hydra"),

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
+from adapters.delta import AdapterError
 from tests.conftest import write_rows
 from tests.toys.commands import exit_code
 from trainer import preflight
 from trainer.assembly.build import instantiate
-from trainer.assembly.rows import load_data
+from trainer.assembly.early_checks import refuse_early
+from trainer.assembly.rows import load_data, resolve_length
 from trainer.models.base import Base, BaseError
 from trainer.session import inspect, preview
 from trainer.storage import journal
@@ -239,20 +241,49 @@ FAULTS = {
         ("callbacks.evaluation.monitor=exact_match", "callbacks.evaluation.generate=2"),
         "set callbacks.evaluation.generate_every=1",
     ),
+    "no such module": (("adapter.target_modules=[q_proj,nothing]",), "'nothing', which matches no"),
+    "no such module of PEFT": (
+        ("adapter=dora", "adapter.target_modules=[nothing]"),
+        "'nothing', which matches no",
+    ),
+    "no such module to leave out": (
+        ("adapter.exclude_modules=[q_porj]",),
+        "'q_porj', which matches no",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_a_fault_is_exit_code_2_and_the_run_does_not_start(check, train, rows, capsys, case):
+def test_what_the_config_shows_is_refused_before_rows_are_read(
+    check, train, rows, capsys, monkeypatch, case
+):
     overrides, said = FAULTS[case]
-    code, found = check(f"task.path={rows}", f"task.eval_path={rows}", *overrides)
+    monkeypatch.setattr(
+        "trainer.assembly.rows.tokenise", lambda *_, **__: pytest.fail("rows were read")
+    )
+    code, _ = check(f"task.path={rows}", f"task.eval_path={rows}", *overrides)
     assert code == 2
-    assert len(found["errors"]) == 1
-    assert said in found["errors"][0]
-    assert "error: " in capsys.readouterr().out
-    with pytest.raises(BaseError) as refusal:
+    assert said in capsys.readouterr().err
+    with pytest.raises((BaseError, AdapterError)) as refusal:
         train(f"task.path={rows}", f"task.eval_path={rows}", *overrides)
     assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "length"),
+    [
+        (("base.max_length=64",), 64),  # a short base needs no number
+        (("base.max_length=4096",), 1024),  # a long one is not filled
+        (("base.max_length=4096", "max_length=2000"), 2000),
+    ],
+)
+def test_max_length_is_what_the_base_allows(compose, chats, overrides, length):
+    cfg = compose("+experiment=smoke", f"task.path={chats}", "max_length=null", *overrides)
+    config = OmegaConf.to_container(cfg, resolve=False)
+    base = instantiate(config["base"])
+    resolve_length(config, base)
+    assert config["max_length"] == length
+    refuse_early(config, base, instantiate(config["adapter"]))
 
 
 @pytest.mark.parametrize(
@@ -261,7 +292,6 @@ def test_a_fault_is_exit_code_2_and_the_run_does_not_start(check, train, rows, c
         (("task.path=nowhere.jsonl",), "nowhere.jsonl"),
         (("task.path=ROWS", "max_length=8"), "no row of train is left"),
         (("task.path=ROWS", "overlong=raise", "max_length=64"), "more than max_length=64"),
-        (("task.path=ROWS", "adapter.target_modules=[nothing]"), "nothing"),
         (("task.path=ROWS", "no_such_key=1"), "no_such_key"),
         (("task.path=ROWS", "adapter=nothing"), "nothing"),
         (("task.path=ROWS", "base=hf", "base.path=./nowhere"), "there is no such folder"),

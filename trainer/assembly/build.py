@@ -19,7 +19,9 @@ from trainer.models.heads import fresh_modules
 
 def instantiate(node: dict[str, Any], **arguments: Any) -> Any:
     """Make an object from a plain config node. Its `_target_` was checked when the config was
-    composed."""
+    composed. `from` is no argument of an adapter, but where its weights start
+    (trainer.assembly.continued)."""
+    node = {key: value for key, value in node.items() if key != "from"}
     try:
         return hydra.utils.instantiate(OmegaConf.create(node), _convert_="all", **arguments)
     except InstantiationException as error:
@@ -54,6 +56,11 @@ def set_problem(model: Any, task: Any) -> None:
     pipelines do in a merged export."""
     if task.kind == "label":
         model.config.problem_type = task.problem
+
+
+def new_tokens(model: nn.Module) -> tuple[int, ...]:
+    """The ids of the tokens that the base got by base.add_tokens."""
+    return getattr(model, "added_tokens", ())
 
 
 def new_modules(model: nn.Module, labels: list[str] | None) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from adapters.delta import Adapter
 from adapters.full import Full, Nothing
 from trainer.assembly.build import instantiate
-from trainer.assembly.rows import Data, batch_order, load_data
+from trainer.assembly.early_checks import refuse_early
+from trainer.assembly.rows import Data, batch_order, load_data, resolve_length
 from trainer.assembly.trained import Tuned, load_tuned
 from trainer.config.errors import ConfigError
 from trainer.data.batches import BatchOrder
@@ -44,15 +46,21 @@ class Recipe:
         adapter: Adapter,
         device: torch.device | None = None,
         ranks: int = 1,
+        check_task: Callable[[dict[str, Any], Any], None] = lambda config, task: None,
     ) -> Recipe:
-        """Make the parts of a run and tokenise its rows. Without `device` this is only a check,
-        perhaps on another machine: the device is not checked and the target is not loaded.
+        """Make the parts of a run and tokenise its rows. `config` gets its max_length if it has
+        none. Without `device` this is only a check, perhaps on another machine: the device is not
+        checked and the target is not loaded. `check_task` is called before rows are tokenised.
 
         Raises:
+            BaseError, AdapterError: a setting does not fit the base; no row was read.
             ConfigError: a setting does not fit the device. Others: see trainer.data.rows.tokenise.
         """
         base: Base = instantiate(config["base"])
+        resolve_length(config, base)
+        refuse_early(config, base, adapter)
         task = instantiate(config["task"])
+        check_task(config, task)
         target = None
         if device is not None:
             if config["target"]["run"] is not None:

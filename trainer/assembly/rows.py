@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from trainer.models.base import Base
 from trainer.storage.progress import Progress
 
 log = logging.getLogger(__name__)
+
+DEFAULT_LENGTH = 1024  # tokens of the longest row where the base allows them
 
 
 @dataclass
@@ -59,6 +61,13 @@ class Data:
         ]
 
 
+def resolve_length(config: dict[str, Any], base: Base) -> None:
+    """Set `max_length` to what the base allows, at most DEFAULT_LENGTH, if the config has none. It
+    is set in place, so that run.yaml records a number."""
+    if config["max_length"] is None:
+        config["max_length"] = min(DEFAULT_LENGTH, base.longest)
+
+
 def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True) -> Data:
     """Load the tokenised rows from the cache, or tokenise them. Without `train` only the held-out
     rows are loaded.
@@ -66,6 +75,7 @@ def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True)
     Raises:
         DataError: see trainer.data.rows.tokenise.
     """
+    resolve_length(config, base)
     renderer = Renderer(base.tokenizer, task, base.decoder_start)
     if base.decoder_start is not None and config["packing"]:
         raise ConfigError(
@@ -112,6 +122,15 @@ def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True)
         if len(rows)
         else None
     )
+    for name in getattr(task, "eval_sets", ()) if held_out is not None else ():
+        split = f"eval/{name}"
+        with Progress(f"tokenising the rows of {split}"):
+            rows = tokenise(task, split, renderer, **settings)
+        if not len(rows):
+            raise DataError(f"task.eval_sets.{name} has no row")
+        identity[split] = of_rows(rows)
+        log.info("%s: %s", split, rows.report.summary())
+        held_out.more[name] = replace(held_out, sequences=Sequences(rows), prompts=[], more={})
     return Data(task, renderer, training, held_out, collate, identity)
 
 
@@ -131,14 +150,20 @@ def load_held_out(config: dict[str, Any], base: Base, task: Any) -> Data:
 
 
 def add_prompts(data: Data, count: int, stops: list[int]) -> None:
-    """Render the prompts of the first `count` held-out conversations. Answers to them end in the
-    `stops` of trainer.data.ends.stop_ids."""
+    """Render the prompts of the first `count` conversations of each set of evaluation. Answers to
+    them end in the `stops` of trainer.data.ends.stop_ids."""
     held_out = data.held_out
     if held_out is None or data.task.kind != "conversation" or not count:
         return
+    _add_prompts(data, "eval", held_out, count, stops)
+    for name, further in held_out.more.items():
+        _add_prompts(data, f"eval/{name}", further, count, stops)
+
+
+def _add_prompts(data: Data, split: str, held_out: HeldOut, count: int, stops: list[int]) -> None:
     rows: Rows = held_out.sequences.rows
     kept_rows = set(rows.examples())
-    for index, example in enumerate(data.task.examples("eval")):
+    for index, example in enumerate(data.task.examples(split)):
         if len(held_out.prompts) >= count:
             break
         if index in kept_rows:

@@ -15,7 +15,7 @@ from torch import nn
 from adapters.delta import Adapter, Start, freeze
 from adapters.full import Nothing
 from adapters.linear import float_weight, is_linear
-from trainer.assembly.build import instantiate, new_modules, set_problem
+from trainer.assembly.build import instantiate, new_modules, new_tokens, set_problem
 from trainer.data import ends
 from trainer.data.render import Renderer
 from trainer.drafters import Drafter
@@ -210,7 +210,13 @@ def _attached(
             "tensors": {name: tensor.to(dtype) for name, tensor in saved["tensors"].items()}
         }
     model = adapter.attach(
-        model, Start(new_modules(model, identity["labels"]), identity["steps"], saved=saved)
+        model,
+        Start(
+            new_modules(model, identity["labels"]),
+            identity["steps"],
+            saved=saved,
+            new_tokens=new_tokens(model),
+        ),
     )
     adapter.load_state(model, saved)
     return model
@@ -235,4 +241,5 @@ def dequantised(model: Any) -> nn.Module:
     plain.generation_config = model.generation_config
     if hasattr(model, "fresh_modules"):
         plain.fresh_modules = model.fresh_modules
+    plain.added_tokens = new_tokens(model)
     return plain.eval()

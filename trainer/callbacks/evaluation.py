@@ -12,8 +12,9 @@ from typing import Any
 import lightning
 
 from trainer.callbacks import RunState, every_steps, stop_requested
+from trainer.data.held_out import HeldOut
 from trainer.evaluation.answers import answers, means
-from trainer.evaluation.loss import evaluating, losses
+from trainer.evaluation.loss import evaluating, losses, prefixed
 from trainer.training.fsdp import Sharded, reshard
 
 log = logging.getLogger(__name__)
@@ -101,27 +102,29 @@ class Evaluation(lightning.Callback):
         started = time.monotonic()
         strategy = trainer.strategy
         with evaluating(module), trainer.precision_plugin.forward_context():
-            values = losses(
-                module.loss,
-                held_out,
-                self.batch_size,
-                module.device,
-                trainer.global_rank,
-                trainer.world_size,
-                lambda sums: strategy.reduce(sums, reduce_op="sum"),
-                lambda: stop_requested(trainer, module, self.run_state),
-            )
+            values = self._losses(trainer, module, held_out)
+            for name, further in held_out.more.items() if values else ():
+                of_set = self._losses(trainer, module, further)
+                values = values | prefixed(name, of_set) if of_set else {}
+                if not values:
+                    break
             if not values:
                 return False
             count = self.state["count"] + 1
             graded = graded or (
                 self.generate_every is not None and count % self.generate_every == 0
             )
-            texts = self._answers(trainer, module) if graded else []
+            texts = self._answers(trainer, module, held_out) if graded else []
+            of_sets: dict[str, Any] = {}
+            for name, further in held_out.more.items() if graded and texts is not None else ():
+                of_sets[name] = self._answers(trainer, module, further)
+                texts = None if of_sets[name] is None else texts
             if isinstance(strategy, Sharded):
                 reshard(module.model)
         if texts and self.generate:
             values |= means(texts[: self.generate])
+            for name, its in of_sets.items():
+                values |= prefixed(name, means(its[: self.generate]))
         # Ranks other than 0 wait here while rank 0 generates. They get its values, so that all
         # ranks judge by the same numbers.
         shared_values = strategy.broadcast([] if texts is None else [values])
@@ -140,10 +143,27 @@ class Evaluation(lightning.Callback):
         log.info("evaluation at step %d: %s", module.step, text)
         return self._judge(values, module.step)
 
-    def _answers(self, trainer: lightning.Trainer, module: Any) -> list[dict[str, Any]] | None:
+    def _losses(
+        self, trainer: lightning.Trainer, module: Any, held_out: HeldOut
+    ) -> dict[str, float]:
+        """Return the loss of one set and what is measured with it; {} if a signal to stop
+        interrupted it."""
+        return losses(
+            module.loss,
+            held_out,
+            self.batch_size,
+            module.device,
+            trainer.global_rank,
+            trainer.world_size,
+            lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"),
+            lambda: stop_requested(trainer, module, self.run_state),
+        )
+
+    def _answers(
+        self, trainer: lightning.Trainer, module: Any, held_out: HeldOut
+    ) -> list[dict[str, Any]] | None:
         """Generate and grade answers, on rank 0; None if a signal to stop interrupted it."""
-        held_out, run_state = self.run_state.held_out, self.run_state
-        assert held_out is not None
+        run_state = self.run_state
         sharded = isinstance(trainer.strategy, Sharded)  # then all ranks must generate together
         if not held_out.prompts or not (self.generate or self.samples):
             return []

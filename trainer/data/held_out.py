@@ -23,6 +23,7 @@ class HeldOut:
     grade: Callable[[Any, str], dict[str, float]] | None = None
     tokenizer: Any = None
     stops: list[int] = field(default_factory=list)
+    more: dict[str, HeldOut] = field(default_factory=dict)  # further sets of evaluation, by name
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

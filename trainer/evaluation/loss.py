@@ -134,3 +134,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for child, mode in modes:
             child.training = mode
+
+
+def prefixed(name: str, values: dict[str, float]) -> dict[str, float]:
+    """Return the numbers of a further set of evaluation under its name, as hard/loss."""
+    return {f"{name}/{key}": value for key, value in values.items()}

@@ -11,7 +11,7 @@ from trainer import drafters
 from trainer.assembly.rows import add_prompts, load_held_out
 from trainer.assembly.trained import load_trained
 from trainer.evaluation.answers import answers, means
-from trainer.evaluation.loss import losses
+from trainer.evaluation.loss import losses, prefixed
 from trainer.models.losses import CausalLoss, ClassLoss
 
 
@@ -41,8 +41,11 @@ def run_metrics(
     for name in ["base", "adapted"] if compare else ["adapted"]:
         base = trained.adapter.disabled(trained.model) if name == "base" else None
         with base or contextlib.nullcontext():
-            results[name] = losses(loss, held_out, batch_size, device)
-            if held_out.prompts:
-                graded = answers(trained.model, held_out, batch_size, max_new_tokens, device)
-                results[name] |= means(graded or [])
+            results[name] = {}
+            for of_set, part in [(None, held_out), *held_out.more.items()]:
+                values = losses(loss, part, batch_size, device)
+                if part.prompts:
+                    graded = answers(trained.model, part, batch_size, max_new_tokens, device)
+                    values |= means(graded or [])
+                results[name] |= values if of_set is None else prefixed(of_set, values)
     return results

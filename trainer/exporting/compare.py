@@ -42,8 +42,7 @@ def outputs(model: nn.Module, run: Trained) -> list[torch.Tensor]:
 def random_rows(model: nn.Module, run: Trained) -> torch.Tensor:
     """Return four rows of random tokens."""
     draw = torch.Generator().manual_seed(0)
-    text = run.base.config.get_text_config()
-    ids = torch.randint(3, text.vocab_size, (4, min(32, run.base.longest)), generator=draw)
+    ids = torch.randint(3, run.base.vocabulary, (4, min(32, run.base.longest)), generator=draw)
     if run.task.kind == "label" and run.base.config.is_encoder_decoder:
         end = run.base.tokenizer.eos_token_id
         ids[ids == end] = end + 1  # they classify by the state at the only end token

@@ -15,8 +15,8 @@ import pickle
 import re
 import socket
 import urllib.parse
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from trainer.config.errors import PANIC
-from trainer.models import folders, prequantised
+from trainer.models import added_tokens, folders, prequantised
 from trainer.models.generation import keep_single_answers
 from trainer.models.heads import first_positions, fresh_modules
 from trainer.speed.flash import isolate_packed_rows
@@ -57,6 +57,8 @@ class Base:
     revision: str | None = None
     trust_remote_code: bool = False
     max_length: int | None = None  # if the model's own config has none
+    add_tokens: Sequence[str] = ()  # the tokenizer and the model are extended by them
+    _added: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
     def config(self) -> Any:
@@ -96,9 +98,9 @@ class Base:
         # Lengths are checked row by row (trainer.data); the tokenizer's warning would name no row.
         tokenizer.model_max_length = 1 << 30
         vocabulary = self.config.get_text_config().vocab_size
-        if len(tokenizer) > vocabulary:
+        if (own := len(tokenizer) - len(self._added)) > vocabulary:
             raise BaseError(
-                f"the tokenizer of {self.path} has {len(tokenizer)} tokens, the model {vocabulary}:"
+                f"the tokenizer of {self.path} has {own} tokens, the model {vocabulary}:"
                 " they do not belong together, or tokens were added without resizing the model's"
                 " embeddings."
             )
@@ -106,17 +108,27 @@ class Base:
 
     def load_tokenizer(self) -> Any:
         """Return the tokenizer as exports write it: as its files have it, with its own pad token
-        and length limit.
+        and length limit, and with this base's added tokens.
 
         Raises:
-            BaseError: there is none.
+            BaseError: there is none, or a token cannot be added.
         """
         with _explained(self):
             _refuse_devices(self.path)
             tokenizer = AutoTokenizer.from_pretrained(self.path, **self._source())
             with contextlib.suppress(Exception):  # a pattern that explodes raises no Exception
                 tokenizer(PROBE)
-            return tokenizer
+        try:
+            self._added = added_tokens.extend(tokenizer, self.add_tokens)
+        except added_tokens.TokenError as error:
+            raise BaseError(str(error)) from None
+        return tokenizer
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of rows of the embedding: with added tokens, as many as they need."""
+        size = self.config.get_text_config().vocab_size
+        return max(size, len(self.tokenizer)) if self.add_tokens else size
 
     @functools.cached_property
     def longest(self) -> int:
@@ -176,6 +188,8 @@ class Base:
                 f"the weights of {self.path} lack {len(missing)} tensors, such as {missing[:3]}:"
                 " the files are not of this model"
             )
+        if self.add_tokens:
+            added_tokens.resize(model, self.vocabulary, self._added)
         if "device_map" not in arguments:
             model.to(device)
         for module in model.modules():
@@ -231,13 +245,15 @@ class Base:
         config = copy.deepcopy(self.config)
         if labels is not None:
             config.num_labels = len(labels)
+        config.get_text_config().vocab_size = self.vocabulary
         auto: Any = (
             folders.text_model_class(config)
             if labels is None
             else AutoModelForSequenceClassification
         )
         with torch.device("meta"), _explained(self):
-            model: nn.Module = auto.from_config(config, trust_remote_code=self.trust_remote_code)
+            model: Any = auto.from_config(config, trust_remote_code=self.trust_remote_code)
+        model.added_tokens = tuple(self._added) if self.add_tokens else ()
         return model
 
     @property

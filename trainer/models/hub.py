@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -20,6 +21,7 @@ def from_hub(
     quantization: str,
     double_quant: bool,
     trust_remote_code: bool,
+    add_tokens: Sequence[str] = (),
 ) -> Base:
     """Return the base that `path` names: a name on the hub, a folder or a .gguf file. `gguf_file`
     is a file of the hub's repository.
@@ -37,5 +39,12 @@ def from_hub(
     elif Path(path).expanduser().is_dir():
         path = str(Path(path).expanduser().resolve())
     return Base(
-        path, dtype, attn_implementation, quantization, double_quant, revision, trust_remote_code
+        path,
+        dtype,
+        attn_implementation,
+        quantization,
+        double_quant,
+        revision,
+        trust_remote_code,
+        add_tokens=tuple(add_tokens),
     )

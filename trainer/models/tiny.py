@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ def tiny(
     attn_implementation: str,
     quantization: str,
     double_quant: bool,
+    add_tokens: Sequence[str] = (),
 ) -> Base:
     """Return a seeded random Llama over bytes, which is made once and kept in the cache."""
     settings = {
@@ -49,7 +51,14 @@ def tiny(
                 torch.manual_seed(seed)
                 model = _model(len(tokenizer), layers, hidden_size, max_length)
                 save_pretrained(folder, model, tokenizer)
-    return Base(str(folder), dtype, attn_implementation, quantization, double_quant)
+    return Base(
+        str(folder),
+        dtype,
+        attn_implementation,
+        quantization,
+        double_quant,
+        add_tokens=tuple(add_tokens),
+    )
 
 
 def byte_tokenizer() -> Any:

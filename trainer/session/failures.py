@@ -95,7 +95,7 @@ def _smaller_settings(c: dict[str, Any]) -> str:
         )
     if c.get("objective", {}).get("gradient_checkpointing") is not True:
         settings.append("objective.gradient_checkpointing=true")
-    if c.get("max_length", 0) > 256:
+    if (c.get("max_length") or 0) > 256:
         settings.append(f"max_length={c['max_length'] // 2}")
     if c.get("precision") == "fp32":
         settings.append("precision=bf16-true")

@@ -16,7 +16,7 @@ from torch import nn
 from adapters.delta import Adapter, NeedsWeights, Start, targets
 from adapters.full import Nothing
 from adapters.linear import features
-from trainer.assembly.build import instantiate, new_modules
+from trainer.assembly.build import instantiate, new_modules, new_tokens
 from trainer.assembly.recipe import Recipe
 from trainer.callbacks import every_steps
 from trainer.drafters import Drafter, DrafterError
@@ -107,7 +107,11 @@ def _trainable(
     """Count the trained parameters; None where only the loaded base can tell."""
     adapter = recipe.adapter
     try:
-        start = Start(new_modules(skeleton, recipe.labels), max(1, recipe.steps))
+        start = Start(
+            new_modules(skeleton, recipe.labels),
+            max(1, recipe.steps),
+            new_tokens=new_tokens(skeleton),
+        )
         model = adapter.attach(skeleton, start)
         trainable = in_drafter + sum(p.numel() for p in model.parameters() if p.requires_grad)
     except NeedsWeights:

@@ -17,12 +17,10 @@ from trainer.data.batches import BatchOrder
 from trainer.data.chat_template import Refused
 from trainer.data.render import Renderer
 from trainer.data.rendering import special_text
-from trainer.drafters import DrafterError, io
 from trainer.evaluation import class_metrics
-from trainer.models.base import Base, BaseError
+from trainer.models.base import BaseError
 from trainer.schedules import factor, length
 from trainer.session.footprint import estimate
-from trainer.speed import liger
 from trainer.storage import run_folder
 
 log = logging.getLogger("trainer")
@@ -37,14 +35,9 @@ def inspect(recipe: Recipe, folder: Path) -> dict[str, Any]:
     Raises:
         AdapterError: the adapter does not fit the base.
     """
-    config, base, steps = recipe.config, recipe.base, recipe.steps
+    config, steps = recipe.config, recipe.steps
     errors: list[str] = []
     warnings: list[str] = []
-    if config["max_length"] > base.longest:
-        errors.append(
-            f"max_length={config['max_length']} is more than the {base.longest} tokens that"
-            f" {base.path} supports: set max_length={base.longest}"
-        )
     result: dict[str, Any] = {"data": _data(recipe.data, warnings)}
     if recipe.order is not None:
         result["run"] = _length(config, recipe.order, steps)
@@ -59,22 +52,19 @@ def inspect(recipe: Recipe, folder: Path) -> dict[str, Any]:
             f"a warm-up of {ramps[0]} steps and a cooldown of {ramps[1]} take more than the run's"
             f" {steps} steps: give fewer, or fractions of the run"
         )
-    _target(config, base, errors)
     _template_of_target(config, recipe.data.renderer, warnings)
-    # The run itself checks the device: preflight may be on another machine.
-    fault = liger.fault(base.config.model_type) if config["fused"] == "liger" else None
-    errors += [fault] if fault is not None else []
     footprint = estimate(recipe, folder)
     result["model"] = footprint.as_record()
     errors += footprint.errors
     warnings += footprint.warnings
-    _check_monitor(config, recipe.data, errors)
     return result | {"errors": errors, "warnings": warnings}
 
 
 def _data(data: Data, warnings: list[str]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     splits = {"train": data.train, "eval": data.held_out.sequences if data.held_out else None}
+    if data.held_out is not None:
+        splits |= {f"eval/{name}": part.sequences for name, part in data.held_out.more.items()}
     digests: dict[str, set[bytes]] = {}
     for name, sequences in splits.items():
         if sequences is None:
@@ -104,14 +94,8 @@ def _data(data: Data, warnings: list[str]) -> dict[str, Any]:
             what = "sequences" if report.further else "rows"
             warnings.append(f"{name}: {lost} of {total} {what} are left out ({report.summary()})")
         warnings += [f"{name}: {note}" for note in report.notes()]
-    if len(digests) == 2:
-        shared = len(digests["train"] & digests["eval"])
-        result["shared"] = shared
-        if shared:
-            warnings.append(
-                f"{shared} rows of evaluation are in the training data too: its numbers will be too"
-                " good"
-            )
+    if "train" in digests:
+        _shared(digests, result, warnings)
     if data.renderer.kind == "conversation" and not data.task.streaming:
         result["prompts"] = _prompts(data, warnings)
         result["special_text"] = special_text(data.task.examples("train"), data.renderer.tokenizer)
@@ -140,6 +124,20 @@ def _end_in_pieces(renderer: Renderer) -> str:
         f" {len(pieces)} tokens, and decoding stops at single tokens: choose a template that ends"
         f" answers in one token, such as {renderer.tokenizer.eos_token} (task.chat_template)"
     )
+
+
+def _shared(digests: dict[str, set[bytes]], result: dict[str, Any], warnings: list[str]) -> None:
+    """Count the rows of each set of evaluation that the training data has too."""
+    for name in [name for name in digests if name != "train"]:
+        shared = len(digests["train"] & digests[name])
+        if name == "eval":
+            result["shared"] = shared
+        if shared:
+            what = "evaluation" if name == "eval" else name
+            warnings.append(
+                f"{shared} rows of {what} are in the training data too: its numbers will be too"
+                " good"
+            )
 
 
 def _prompts(data: Data, warnings: list[str]) -> dict[str, int]:
@@ -203,28 +201,12 @@ def _rates(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _target(config: dict[str, Any], base: Base, errors: list[str]) -> None:
-    """Check that the target run and the first drafter have this run's base."""
-    try:
-        if (run := config["target"]["run"]) is not None and run_folder.read(run)[1]["identity"][
-            "base"
-        ] != base.fingerprint:
-            errors.append(
-                f"target.run={run}: {base.path} is not the model that this run was trained on: its"
-                " weights have changed"
-            )
-        if config["target"]["draft"] is not None and config["drafter"]:
-            io.check(io.folder_of(config["target"]["draft"]), base, config["drafter"])
-    except (run_folder.FolderError, DrafterError) as error:
-        errors.append(str(error))
-
-
 def _template_of_target(config: dict[str, Any], renderer: Renderer, warnings: list[str]) -> None:
     """Warn if a drafter's rows are rendered by another template than those of its target."""
     run = config["target"]["run"]
     if run is None or not isinstance(renderer.template, str):
         return
-    with contextlib.suppress(run_folder.FolderError, OSError):  # reported by _target
+    with contextlib.suppress(run_folder.FolderError, OSError):  # reported before
         file = run_folder.read(run)[0] / run_folder.TEMPLATE
         if file.is_file() and file.read_text("utf-8") != renderer.template:
             warnings.append(
@@ -234,30 +216,46 @@ def _template_of_target(config: dict[str, Any], renderer: Renderer, warnings: li
             )
 
 
-def _check_monitor(config: dict[str, Any], data: Data, errors: list[str]) -> None:
-    """Check that callbacks.evaluation.monitor is a metric of this task that is measured."""
+def refuse_monitor(config: dict[str, Any], task: Any) -> None:
+    """Check the metric that chooses the best checkpoint.
+
+    Raises:
+        BaseError: the task has no such metric, or does not measure it.
+    """
     evaluation = config["callbacks"].get("evaluation")
-    if not evaluation or data.held_out is None:
+    if not evaluation or not _evaluates(config["task"]):
         return
-    labelled = data.task.kind == "label"
-    more = class_metrics.NAMES[data.task.problem] if labelled else ("accuracy", "perplexity")
+    labelled = task.kind == "label"
+    more = class_metrics.NAMES[task.problem] if labelled else ("accuracy", "perplexity")
     metrics = ["loss", *more]
     if config["objective"]["_target_"] == "trainer.training.distill.Distill":
         metrics = ["loss"]
     metrics += _drafter_metrics(config["drafter"])
-    scores = data.task.metrics if evaluation["generate"] else []
+    scores = list(task.metrics) if evaluation["generate"] else []
+    further = getattr(task, "eval_sets", [])
+    metrics += [f"{name}/{metric}" for name in further for metric in list(metrics)]
+    scores += [f"{name}/{metric}" for name in further for metric in list(scores)]
     monitor, key = evaluation["monitor"], "callbacks.evaluation"
     if monitor not in metrics + scores:
-        hint = f" (set {key}.generate)" if monitor in data.task.metrics else ""
-        errors.append(
+        hint = f" (set {key}.generate)" if monitor in task.metrics else ""
+        raise BaseError(
             f"{key}.monitor={monitor} is no metric of this task{hint}; the metrics are:"
             f" {', '.join(metrics + scores)}"
         )
-    elif monitor in scores and evaluation["generate_every"] is None:
-        errors.append(
+    if monitor in scores and evaluation["generate_every"] is None:
+        raise BaseError(
             f"{key}.monitor={monitor} is measured only where answers are generated: set"
             f" {key}.generate_every=1"
         )
+
+
+def _evaluates(task: dict[str, Any]) -> bool:
+    """Whether a task's settings give it rows of evaluation."""
+    return (
+        bool(task.get("eval_path"))
+        or bool(task.get("eval_fraction"))
+        or "eval_fraction" not in task
+    )
 
 
 def _drafter_metrics(drafter: dict[str, Any]) -> list[str]:

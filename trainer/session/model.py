@@ -14,7 +14,8 @@ from torch import nn
 
 from adapters.delta import Start
 from tasks.reading import DataError
-from trainer.assembly.build import instantiate, new_modules, schedule, set_problem
+from trainer.assembly import continued
+from trainer.assembly.build import instantiate, new_modules, new_tokens, schedule, set_problem
 from trainer.assembly.recipe import Recipe
 from trainer.assembly.rows import token_counts
 from trainer.data import hidden_states
@@ -76,8 +77,9 @@ def load_model(recipe: Recipe, start: StartPoint, folder: Path | None) -> Loaded
             lambda: progress.each(_calibration_batches(recipe)),
             folder,
             saved,
+            new_tokens(model),
         )
-        model = recipe.adapter.attach(model, adapter_start)
+        model = continued.attach(config, recipe.adapter, model, adapter_start)
     log.info("trained: %s", parameters(model))
     if drafter is not None:
         log.info("drafter: %s", parameters(drafter))

@@ -16,7 +16,7 @@ from trainer.session.report_html import counted
 def table(result: dict[str, Any]) -> Table:
     """Show the result of `inspect` as a table."""
     text_table = Table(show_header=False, box=None, padding=(0, 2))
-    for split in ("train", "eval"):
+    for split in ("train", "eval", *(n for n in result["data"] if n.startswith("eval/"))):
         for name, text in _split_lines(split, result["data"].get(split)):
             text_table.add_row(name, Text(text))  # a broken row's reason may hold [brackets]
     if "shared" in result["data"]:

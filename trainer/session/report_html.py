@@ -182,7 +182,9 @@ def _scores(row: dict[str, Any]) -> str:
 
 
 def _data(checked: dict[str, Any]) -> list[dict[str, Any]]:
-    splits = [(name, checked.get("data", {}).get(name)) for name in ("train", "eval")]
+    data = checked.get("data", {})
+    names = ("train", "eval", *(name for name in data if name.startswith("eval/")))
+    splits = [(name, data.get(name)) for name in names]
     return [
         {"name": name, **{key: _number(split.get(key)) for key, _ in _DATA_ROWS}}
         for name, split in splits
@@ -247,12 +249,19 @@ Curve = tuple[str, list[dict[str, Any]], str, str]  # label, rows, key, matplotl
 def _curves(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[Curve], bool]]:
     """Return (title, curves, whether the axis is logarithmic) of each plot."""
     steps, evaluations = rows["step"], rows["evaluation"]
+    # of task.eval_sets; those of a drafter's offsets have a plot of their own
+    further = [
+        name
+        for name in (evaluations[-1] if evaluations else {})
+        if name.endswith("/loss") and "offset" not in name
+    ]
     plots: list[tuple[str, list[Curve], bool]] = [
         (
             "loss",
             [
                 ("training", steps, "loss", "-"),
                 ("held out", evaluations, "loss", "o-"),
+                *((name.removesuffix("/loss"), evaluations, name, "o-") for name in further),
                 ("averaged", rows["average"], "loss", "s-"),
             ],
             False,
@@ -278,6 +287,7 @@ def _curves(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[Curve
         for name in (evaluations[-1] if evaluations else {})
         if name not in ("kind", "step", "seconds", "loss", "perplexity", "accepted")
         and not name.startswith("offset")
+        and not name.endswith(("/loss", "/perplexity"))
     ]
     if scores:
         plots.append(("held out", [(name, evaluations, name, "o-") for name in scores], False))

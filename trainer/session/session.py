@@ -40,7 +40,7 @@ from trainer.data.loader import Loader
 from trainer.data.streaming import StreamingBatches
 from trainer.schedules import length
 from trainer.session import report_html, results
-from trainer.session.inspect import check_before_start
+from trainer.session.inspect import check_before_start, refuse_monitor
 from trainer.session.model import LoadedModel, calibrate_penalty, load_model
 from trainer.session.start_point import StartPoint, drop_cooldown, find_start_point
 from trainer.speed import cpu_load, malloc
@@ -139,7 +139,11 @@ class Session:
         if earlier is not None:
             history.adopt_layer(self.config, earlier["config"])
         recipe = Recipe.of(
-            self.config, self.adapter, trainer.strategy.root_device, trainer.world_size
+            self.config,
+            self.adapter,
+            trainer.strategy.root_device,
+            trainer.world_size,
+            refuse_monitor,
         )
         if earlier is not None:
             recipe.data.earlier_ends = ends.recorded(earlier, recipe.base.tokenizer) or []
@@ -208,7 +212,7 @@ class Session:
             recipe.steps,
             recipe.data.held_out,
             recipe.data.rows_of,
-            not isinstance(self.adapter, Full | Nothing),
+            not isinstance(self.adapter, Full | Nothing) and not self.config["adapter"].get("from"),
             self.config["max_time"],
             self.config["max_tokens"],
         )

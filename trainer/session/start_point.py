@@ -21,6 +21,7 @@ from trainer.callbacks import progress
 from trainer.data.identity import changed
 from trainer.schedules import factor
 from trainer.schedules.cooldown import RuntimeCooldown
+from trainer.session import same_step
 from trainer.storage import atomic, checkpoints, run_folder
 from trainer.storage.checkpoints import Checkpoint, CheckpointError
 from trainer.storage.journal import Journal, read_lines
@@ -181,9 +182,13 @@ def _checkpoint_to_resume(
     """
     run_folder.complete(earlier, folder.file)
     recorded = earlier["identity"]
+    otherwise, reason = same_step.split_otherwise(earlier["config"], recipe)
+    free = same_step.KEYS if otherwise and reason is None else ()
     differences = run_folder.differences(
-        earlier["config"], recipe.config, run_folder.FREE + run_folder.LENGTHS
+        earlier["config"], recipe.config, (*run_folder.FREE, *run_folder.LENGTHS, *free)
     )
+    if reason is not None:
+        differences.append(f"batch_size x accumulate is the same, but {reason}")
     differences += _identity_differences(recorded, identity)
     differences += [
         f"data: the rows of {split}, or how they are tokenised, have changed"

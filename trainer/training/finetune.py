@@ -286,7 +286,12 @@ class FineTune(lightning.LightningModule):
         # In a finished run that was extended, the recorded last micro-batch is no longer the last.
         # Lightning would end the epoch after it.
         loops = checkpoint["loops"]["fit_loop"]
-        loops["epoch_loop.batch_progress"]["is_last_batch"] = self.step >= self.steps
+        progress = loops["epoch_loop.batch_progress"]
+        progress["is_last_batch"] = self.step >= self.steps
+        if self.step < self.steps:
+            # A step may have another number of micro-batches now (trainer.session.same_step).
+            for part in ("total", "current"):
+                progress[part] |= dict.fromkeys(progress[part], self.step * self.accumulate)
 
 
 def real_tokens(batch: dict[str, Any]) -> tuple[Tensor, ...]:

@@ -1,0 +1,58 @@
+"""Faults that the config shows together with the base's own config, found before rows are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adapters.delta import Adapter
+from trainer.assembly import continued
+from trainer.drafters import DrafterError, io
+from trainer.models.base import Base, BaseError
+from trainer.speed import liger
+from trainer.storage import run_folder
+
+# tasks that give a label to a text
+LABELLED = ("tasks.classification.", "tasks.regression.", "tasks.multi_label.")
+
+
+def refuse_early(config: dict[str, Any], base: Base, adapter: Adapter) -> None:
+    """Check everything that needs no row.
+
+    Raises:
+        BaseError: lists every fault.
+        AdapterError: the adapter names a module that the base does not have, or `adapter.from` does
+            not fit.
+    """
+    faults: list[str] = []
+    if config["max_length"] > base.longest:
+        faults.append(
+            f"max_length={config['max_length']} is more than the {base.longest} tokens that"
+            f" {base.path} supports: set max_length={base.longest}"
+        )
+    faults += _target(config, base)
+    # Whether the device allows it is checked by the run: this may be another machine.
+    fault = liger.fault(base.config.model_type) if config["fused"] == "liger" else None
+    faults += [fault] if fault is not None else []
+    if faults:
+        raise BaseError("\n".join(faults))
+    continued.check(config, base, adapter)
+    if adapter.names_modules:
+        labelled = config["task"]["_target_"].startswith(LABELLED)
+        adapter.check_names(base.skeleton(["0", "1"] if labelled else None))
+
+
+def _target(config: dict[str, Any], base: Base) -> list[str]:
+    """Check that the target run and the first drafter have this run's base."""
+    try:
+        if (run := config["target"]["run"]) is not None and run_folder.read(run)[1]["identity"][
+            "base"
+        ] != base.fingerprint:
+            return [
+                f"target.run={run}: {base.path} is not the model that this run was trained on: its"
+                " weights have changed"
+            ]
+        if config["target"]["draft"] is not None and config["drafter"]:
+            io.check(io.folder_of(config["target"]["draft"]), base, config["drafter"])
+    except (run_folder.FolderError, DrafterError) as error:
+        return [str(error)]
+    return []
