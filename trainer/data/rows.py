@@ -25,7 +25,7 @@ import transformers
 from filelock import FileLock, Timeout
 
 import tasks.task
-from tasks import conversation, messages, reading, wheel
+from tasks import conversation, hub, messages, reading, wheel
 from tasks.reading import DataError
 from trainer.data import chat_template, lost, render, turns
 from trainer.data.lengths import Report, fit, listing, take
@@ -325,7 +325,18 @@ def _table(key: str, folder: Path) -> datasets.Dataset:
 def cache_key(task: Any, split: str, renderer: Renderer, max_length: int, overlong: str) -> str:
     """Return a digest of everything that the tokenised rows depend on: data, template, tokenizer,
     lengths and code."""
-    parts = (render, chat_template, turns, lost, fit, reading, conversation, messages, tasks.task)
+    parts = (
+        render,
+        chat_template,
+        turns,
+        lost,
+        fit,
+        reading,
+        hub,
+        conversation,
+        messages,
+        tasks.task,
+    )
     code = [inspect.getsource(part) for part in parts]
     modules = {kind.__module__ for kind in type(task).__mro__ if kind is not object}
     code += [inspect.getsource(sys.modules[name]) for name in sorted(modules)]
