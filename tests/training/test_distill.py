@@ -18,6 +18,7 @@ from adapters.full import Nothing
 from tests.conftest import sums, write_rows
 from trainer import evaluate, generate
 from trainer.assembly.build import instantiate
+from trainer.assembly.early_checks import target_faults
 from trainer.assembly.rows import Data, token_counts
 from trainer.assembly.trained import Tuned, load_trained
 from trainer.callbacks import evaluation
@@ -25,8 +26,9 @@ from trainer.config import compose as compose_module
 from trainer.config.errors import ConfigError
 from trainer.data.rows import Rows
 from trainer.drafters import Drafter, Target
+from trainer.models.base import BaseError
 from trainer.models.losses import CausalLoss
-from trainer.session.inspect import _check_monitor, _target
+from trainer.session.inspect import refuse_monitor
 from trainer.storage import checkpoints, journal
 from trainer.storage.checkpoints import CheckpointError
 from trainer.training.distill import Distill, DraftLoss
@@ -475,23 +477,24 @@ def test_states_on_disk_train_the_same(chats, distil, tuned, tmp_path):
 
 
 def test_preflight_names_what_does_not_fit(tiny, tmp_path):
-    errors: list[str] = []
-    _target(
-        {"target": {"run": None, "draft": str(tmp_path)}, "drafter": {"offsets": 2}}, tiny, errors
-    )
-    assert errors == [f"target.draft={tmp_path}: it is no drafter's folder: it has no config.json"]
-    found = Data(SimpleNamespace(kind="conversation", metrics=[]), None, None, object(), None, {})
+    assert target_faults(
+        {"target": {"run": None, "draft": str(tmp_path)}, "drafter": {"offsets": 2}}, tiny
+    ) == [f"target.draft={tmp_path}: it is no drafter's folder: it has no config.json"]
+    task = SimpleNamespace(kind="conversation", metrics=[])
 
     def said(objective, drafter, monitor):
         evaluated = {"generate": 0, "monitor": monitor, "generate_every": None}
-        errors = []
         settings = {
+            "task": {"eval_path": "rows.jsonl"},
             "callbacks": {"evaluation": evaluated},
             "objective": {"_target_": objective},
             "drafter": drafter,
         }
-        _check_monitor(settings, found, errors)
-        return "".join(errors)
+        try:
+            refuse_monitor(settings, task)
+        except BaseError as error:
+            return str(error)
+        return ""
 
     alone, taught = {"offsets": 1}, {"offsets": 1, "loss": "ce"}
     assert (

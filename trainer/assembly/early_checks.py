@@ -29,7 +29,7 @@ def refuse_early(config: dict[str, Any], base: Base, adapter: Adapter) -> None:
             f"max_length={config['max_length']} is more than the {base.longest} tokens that"
             f" {base.path} supports: set max_length={base.longest}"
         )
-    faults += _target(config, base)
+    faults += target_faults(config, base)
     # Whether the device allows it is checked by the run: this may be another machine.
     fault = liger.fault(base.config.model_type) if config["fused"] == "liger" else None
     faults += [fault] if fault is not None else []
@@ -41,7 +41,7 @@ def refuse_early(config: dict[str, Any], base: Base, adapter: Adapter) -> None:
         adapter.check_names(base.skeleton(["0", "1"] if labelled else None))
 
 
-def _target(config: dict[str, Any], base: Base) -> list[str]:
+def target_faults(config: dict[str, Any], base: Base) -> list[str]:
     """Check that the target run and the first drafter have this run's base."""
     try:
         if (run := config["target"]["run"]) is not None and run_folder.read(run)[1]["identity"][
