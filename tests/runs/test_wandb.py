@@ -223,7 +223,7 @@ def test_no_secret_is_in_a_byte_that_is_written_or_sent(server, run, tmp_path):
 def test_what_a_server_missed_is_uploaded_once_by_one_command(server, run, caplog):
     with caplog.at_level(logging.INFO):
         run(range(3), meanwhile=lambda: server.become("refuse"))
-        assert "not all was uploaded" in caplog.text
+        assert "not everything was uploaded" in caplog.text
         run(range(3, 5), init_timeout=1.0)
         run(range(5, 7), mode="offline")
     server.become("well")
