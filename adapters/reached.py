@@ -25,12 +25,13 @@ def trained_by_text(model: nn.Module) -> Callable[[str], bool]:
         if inside is not None and not name.startswith(inside):
             return False
         parent, _, child = name.rpartition(".")
-        return not _weight_is_read(type(model.get_submodule(parent)), child)
+        parent_class: Any = type(model.get_submodule(parent))
+        return not _weight_is_read(parent_class, child)
 
     return reached
 
 
-def text_part(model: nn.Module) -> str | None:
+def text_part(model: Any) -> str | None:
     """Return the start of the names of the language model's layers in a model of several
     modalities; None where the whole model is one."""
     config: Any = getattr(model, "config", None)
@@ -45,7 +46,7 @@ def text_part(model: nn.Module) -> str | None:
 
 
 @functools.cache
-def _weight_is_read(parent: type, child: str) -> bool:
+def _weight_is_read(parent: Any, child: str) -> bool:
     """Whether a class of the Mamba kind reads the weight of its layer `child`, otherwise than to
     start it or to ask for its type."""
     layer = re.escape(child)

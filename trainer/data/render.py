@@ -249,7 +249,8 @@ class Renderer:
         kept = max(0, close - (len(row.ids) - length))
         if self.kind != "label" and (self.template is not None or kept == 0):
             return Tokens([], [])
-        ids, trained = (values[:kept] + values[close:] for values in (row.ids, row.trained))
+        ids = row.ids[:kept] + row.ids[close:]
+        trained = row.trained[:kept] + row.trained[close:]
         return replace(row, ids=ids[:length], trained=trained[:length])
 
     def _template_for(self, tools: Any) -> ChatTemplate | None:

@@ -120,7 +120,7 @@ def new_tokens(model: Any, prompt: int, asked: int) -> int:
     Raises:
         DrafterError: the model has no position for the first new token.
     """
-    whole = getattr(model, "config", None)
+    whole: Any = getattr(model, "config", None)
     config = whole.get_text_config() if hasattr(whole, "get_text_config") else None
     if getattr(config, "is_encoder_decoder", False):
         prompt = 0  # the answer has positions of its own

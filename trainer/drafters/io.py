@@ -142,7 +142,8 @@ def _with_layer(settings: dict[str, Any], base: Base) -> dict[str, Any]:
     """Return a drafter's settings with the layer that `auto` stands for on a base."""
     if "layer" not in settings:
         return settings
-    biased = get_class(settings["_target_"]).keeps_biases
+    drafter: Any = get_class(settings["_target_"])
+    biased = drafter.keeps_biases
     kind = kind_of(settings["layer"], base.config.get_text_config(), biased)
     return settings | {"layer": kind}
 

@@ -280,7 +280,7 @@ def _curves(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[Curve
         curves = [(name.partition("/")[0], evaluations, name, "o-") for name in top1]
         plots.append(("held out, top-1 by offset", curves, False))
         accepted = [row.get("accepted") for row in evaluations]
-        if any(_is_number(value) and value > 1 for value in accepted):
+        if any(value and _is_number(value) and value > 1 for value in accepted):
             plots.append(("held out, tokens a step", [("", evaluations, "accepted", "o-")], False))
     scores = [
         name

@@ -44,7 +44,8 @@ def use_flash(model: nn.Module, device: torch.device, dtype: torch.dtype) -> boo
 def _head_width(model: nn.Module) -> int:
     """Return the width of the widest attention head. Gemma 4's layers differ in theirs."""
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    widths = [module.head_dim for module in model.modules() if hasattr(module, "head_dim")]
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "head_dim")]
+    widths = [module.head_dim for module in modules]
     return max(widths) if widths else config.hidden_size // config.num_attention_heads
 
 
