@@ -53,7 +53,7 @@ def of(task: str) -> dict[str, Check]:
 
     def method(name: str) -> Check:
         def check(place: Place) -> str:
-            folder = train(place, f"name={task}-{name}", *words, *METHODS[name])
+            folder = train(place, f"name={name}", *words, *METHODS[name])
             run = load_trained(str(folder), fp32=True)
             if name == "full":
                 return "trained"
@@ -64,12 +64,12 @@ def of(task: str) -> dict[str, Check]:
     def merged(place: Place) -> str:
         from trainer.exporting.formats import export
 
-        run = place.folder / "runs" / f"{task}-lora"
+        run = place.folder / "runs" / "lora"
         folder, _ = export(str(run), "merged", None, "float32")
         lost = _lost(load_trained(str(run), fp32=True), stock(place, folder))
         return f"loses {lost:.1e} of the adapter's effect"
 
-    parts: dict[str, Check] = {
+    return {
         "load": load,
         "preflight": lambda place: _preflight(place, words),
         **{name: method(name) for name in METHODS},
@@ -77,7 +77,6 @@ def of(task: str) -> dict[str, Check]:
         "merged": merged,
         "evaluate": lambda place: _evaluate(place, task),
     }
-    return {f"{task} {name}": check for name, check in parts.items()}
 
 
 def _load(place: Place, expected: Any, labels: list[str] | None) -> str:
@@ -133,6 +132,6 @@ def _lost(run: Trained, loaded: Any) -> float:
 def _evaluate(place: Place, task: str) -> str:
     from trainer.evaluation.run_metrics import run_metrics
 
-    run = place.folder / "runs" / f"{task}-lora"
+    run = place.folder / "runs" / "lora"
     found = run_metrics(str(run), False, 2 if task == "answer" else 0, 4, 8)["adapted"]
     return " ".join(f"{name} {value:.3g}" for name, value in found.items())

@@ -150,15 +150,17 @@ def rows() -> list[dict[str, Any]]:
 
 
 def families() -> list[Family]:
-    """The table's families of encoders and encoder-decoders."""
+    """The table's families of encoders and encoder-decoders. These come twice: they answer prompts,
+    and as NAME_classify they classify."""
     made = []
     for name, (_, auto, style) in configs().items():
-        tasks = ("classify", "answer") if name in PAIRS else ("classify",)
-        parts = {key: check for task in tasks for key, check in checks_encoder.of(task).items()}
-        group = "encoder-decoder" if name in PAIRS else "encoder"
-        config = functools.partial(_config, name)
-        words = functools.partial(tokenizer, style)
-        made.append(Family(name, group, config, auto, parts, rows, words))
+        config, words = functools.partial(_config, name), functools.partial(tokenizer, style)
+        classify, answer = (checks_encoder.of(task) for task in ("classify", "answer"))
+        if name in PAIRS:
+            made.append(Family(name, "pairs", config, auto, answer, rows, words))
+        title = f"{name}_classify" if name in PAIRS else name
+        group = "pairs" if name in PAIRS else "encoder"
+        made.append(Family(title, group, config, auto, classify, rows, words))
     return made
 
 
