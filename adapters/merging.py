@@ -17,7 +17,7 @@ def untie(model: Any) -> None:
     head = output_layer(model)
     if head is None:
         return
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     inner = [_adapted(layer) for layer in (head, embedding)]
     if inner == [None, None]:
         return

@@ -82,6 +82,9 @@ class TokenRows(Trained):
     Output      logit_j = rows[j] x + b_j for these tokens, else the base's
     """
 
+    base: Any
+    indices: Tensor
+
     def __init__(self, module: Any, tokens: tuple[int, ...]):
         super().__init__()
         self.base = module

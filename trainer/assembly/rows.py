@@ -122,7 +122,9 @@ def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True)
         if len(rows)
         else None
     )
-    for name in getattr(task, "eval_sets", ()) if held_out is not None else ():
+    for name in getattr(task, "eval_sets", ()):
+        if held_out is None:
+            break
         split = f"eval/{name}"
         with Progress(f"tokenising the rows of {split}"):
             rows = tokenise(task, split, renderer, **settings)
