@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -42,7 +44,10 @@ def outputs(model: nn.Module, run: Trained) -> list[torch.Tensor]:
 def random_rows(model: nn.Module, run: Trained) -> torch.Tensor:
     """Return four rows of random tokens."""
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, run.base.vocabulary, (4, min(32, run.base.longest)), generator=draw)
+    config: Any = model.config  # with added tokens it has more than the base's own
+    ids = torch.randint(
+        3, config.get_text_config().vocab_size, (4, min(32, run.base.longest)), generator=draw
+    )
     if run.task.kind == "label" and run.base.config.is_encoder_decoder:
         end = run.base.tokenizer.eos_token_id
         ids[ids == end] = end + 1  # they classify by the state at the only end token
