@@ -92,7 +92,8 @@ def test_missing_and_unread_tensors_are_named(tmp_path):
 def test_a_lost_adapter_is_seen_at_any_size_above_rounding(size):
     adapter = toys.lora(target_modules="all-linear")
     base = model_of("llama")
-    run: Any = SimpleNamespace(base=SimpleNamespace(config=base.config, longest=256))
+    task = SimpleNamespace(kind="text")
+    run: Any = SimpleNamespace(base=SimpleNamespace(config=base.config, longest=256), task=task)
     plain = outputs(base, run)
     expected = outputs(moved(adapter, base, size), run)
     moves = effect(expected[-1], plain[-1])
