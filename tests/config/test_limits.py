@@ -10,7 +10,16 @@ import time
 import pytest
 import yaml
 
-from trainer.config.limits import LimitExceeded, limited, load_yaml, refuse_bomb, strange_entry
+from tests.conftest import ROOT
+from trainer.config.limits import (
+    LOADER,
+    LimitExceeded,
+    limited,
+    load_yaml,
+    refuse_bomb,
+    strange_entry,
+)
+from trainer.config.schema import CONF
 
 
 def bomb(levels):
@@ -64,6 +73,25 @@ def test_what_grows_is_refused_at_once(text, said):
     with pytest.raises(LimitExceeded, match=said):
         refuse_bomb(text, "it")
     assert time.process_time() - started < 3
+
+
+@pytest.mark.parametrize(
+    "file", [*CONF.rglob("*.yaml"), ROOT / "tests/data/runs_0.1/runs/branch/run.yaml"],
+    ids=lambda path: path.name,
+)  # fmt: skip
+def test_libyaml_reads_what_pyyaml_reads_at_the_same_places(file):
+    text = file.read_text("utf-8")
+    assert yaml.load(text, Loader=LOADER) == yaml.safe_load(text)
+
+    def places(node):
+        """(line, column) where each node begins and ends."""
+        yield from ((mark.line, mark.column) for mark in (node.start_mark, node.end_mark))
+        for part in node.value if isinstance(node.value, list) else ():
+            for each in part if isinstance(part, tuple) else (part,):
+                yield from places(each)
+
+    if (node := yaml.compose(text, Loader=LOADER)) is not None:
+        assert [*places(node)] == [*places(yaml.compose(text))]
 
 
 def test_the_count_is_of_what_is_written_out():

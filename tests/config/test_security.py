@@ -12,6 +12,7 @@ import re
 import sys
 
 import pytest
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -19,6 +20,7 @@ from tests.conftest import ROOT, composed
 from tests.toys.hostile import Payload
 from tests.toys.secrets import SECRETS
 from trainer import __main__
+from trainer.config import limits
 from trainer.config.compose import check
 from trainer.config.errors import ConfigError
 
@@ -791,5 +793,6 @@ def test_no_file_of_ours_loads_a_pickle_or_asks_a_shell():
                 seen += 1
                 assert words["weights_only"] == "True", file
             if name == "yaml.load":
-                assert words["Loader"] in ("yaml.SafeLoader", "yaml.BaseLoader"), file
+                assert words["Loader"] in ("LOADER", "yaml.BaseLoader"), file
+    assert issubclass(limits.LOADER, yaml.constructor.SafeConstructor)
     assert seen == 1

@@ -30,6 +30,7 @@ from typing import Any
 import yaml
 
 from trainer.config import schema
+from trainer.config.limits import LOADER
 
 Config = dict[str, Any]
 _ROW = re.compile(r"^# not with (?P<conditions>.+?): (?P<message>.+)$")
@@ -77,7 +78,7 @@ def table() -> tuple[Conflict, ...]:
         text = path.read_text("utf-8")
         if "# not with " not in text:
             continue
-        content = yaml.safe_load(text) or {}
+        content = yaml.load(text, Loader=LOADER) or {}
         file = path.relative_to(schema.CONF).with_suffix("").as_posix()
         target = content.get("_target_") if "/" in file else None
         for line in _joined(text):

@@ -15,6 +15,8 @@ import yaml
 
 from trainer.config import files
 
+# libyaml's loader gives the same nodes at the same places, ten times as fast.
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 DEPTH = 64
 DIGITS = 1000  # of a number in YAML
 _NUMBER = re.compile(r"[-+0-9a-fA-FoxX_:.]*")
@@ -40,7 +42,7 @@ def refuse_bomb(text: str, where: str, limits: tuple[int, int] = CONFIG) -> None
     anchors: list[str | None] = []
     sizes: dict[str, int] = {}  # of anchored nodes, expanded
     try:
-        for event in yaml.parse(text, yaml.SafeLoader):
+        for event in yaml.parse(text, LOADER):
             if isinstance(event, yaml.CollectionStartEvent):
                 counts.append(1)
                 anchors.append(event.anchor)
@@ -92,7 +94,7 @@ def load_yaml(file: Path) -> Any:
         raise LimitExceeded(str(error)) from None
     refuse_bomb(text, str(file), RECORD)
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=LOADER)
     except (ValueError, OverflowError, TypeError) as error:  # a date that is none, an odd key
         raise LimitExceeded(f"{file} cannot be read: {error}") from None
 

@@ -25,6 +25,8 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from trainer.config.limits import LOADER
+
 CONF = Path(__file__).resolve().parent.parent.parent / "conf"
 # the keys that hydra.utils.instantiate reads
 INSTANTIATE_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}
@@ -68,7 +70,9 @@ def load(relative: str) -> Table:
     path = CONF / f"{relative}.yaml"
     text = path.read_text("utf-8")
     content: Any = OmegaConf.to_container(OmegaConf.load(path))
-    table = _table(yaml.compose(text), text.splitlines(), f"conf/{relative}.yaml", content)
+    table = _table(
+        yaml.compose(text, Loader=LOADER), text.splitlines(), f"conf/{relative}.yaml", content
+    )
     if re.search(r"^# open: ", text, re.MULTILINE):
         table = replace(table, open=True)
     for entry in content.get("defaults") or []:
