@@ -69,6 +69,16 @@ def satisfy(config, condition):
         put(config, key, "something else")
 
 
+def test_the_table_has_exactly_the_rows_of_the_list():
+    """A row that is lost from conf/, or that takes other conditions, is noticed here. For one that
+    is new, or that is meant to go, change tests/config/conflict_rows.txt too."""
+    rows = [f"{row.file}: {' and '.join(row.conditions)}" for row in ROWS]
+    listed = ROOT.joinpath("tests/config/conflict_rows.txt").read_text("utf-8").splitlines()
+    assert set(listed) - set(rows) == set(), "conf/ lacks these"
+    assert set(rows) - set(listed) == set(), "tests/config/conflict_rows.txt lacks these"
+    assert len(set(rows)) == len(rows)
+
+
 def test_each_row_can_be_reached(smoke):
     assert len(ROWS) > 50
     for row in ROWS:
