@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.errors import EXIT_BAD_INPUT, PANIC, bad, panicked
-from trainer.config.options import exit_with
+from trainer.config.options import INTERRUPTED, exit_with
 from trainer.config.shown import say
 
 if TYPE_CHECKING:
@@ -152,20 +152,36 @@ def train(argv: list[str]) -> int:
 
 
 def _job(cfg: DictConfig) -> float | None:
+    """One run of a checked config. One that cannot start leaves no folder."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from trainer.storage import run_folder
+
+    try:
+        return _run_with_signals(cfg)
+    except SystemExit as end:
+        if end.code in (EXIT_BAD_INPUT, INTERRUPTED):
+            run_folder.remove_unused(Path(HydraConfig.get().runtime.output_dir))
+        raise
+
+
+def _run_with_signals(cfg: DictConfig) -> float | None:
     """One run of a checked config, with its signals and exit codes."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     from trainer.cluster import slurm_job
     from trainer.cluster.signals import Signals
-    from trainer.config import compose
+    from trainer.config import compose, paths
 
     # Again, because a launcher's worker has not passed the hook into Hydra.
     choices: Any = OmegaConf.to_container(HydraConfig.get().runtime.choices)
     compose.check(cfg, choices)
-    settings: Any = OmegaConf.to_container(cfg.lightning)
-    if (fault := slurm_job.task_mismatch(settings)) is not None:
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    if (fault := slurm_job.task_mismatch(settings["lightning"])) is not None:
         sys.exit(bad(fault))
+    if missing := list(paths.problems(settings)):
+        sys.exit(bad("\n".join(missing)))
     with Signals() as signals:
         number, folder, step = None, None, None
         try:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from trainer.config import paths
 from trainer.config.options import exit_with, option, parse
 from trainer.config.shown import say
 
@@ -35,7 +36,9 @@ SETTINGS = {
 class Options:
     """What the command line says."""
 
-    run: str | None = option("the run folder", None, value="FOLDER[@last|best|STEP]")
+    run: str | None = option(
+        "the run folder", None, value="FOLDER[@last|best|STEP]", reads=paths.run_fault
+    )
     expand: Path | None = option("a compressed adapter to expand", None, value="FOLDER")
     method: Literal["compeft", "dare", "darex_q"] | None = option("how to compress", None)
     keep: float | None = option(

@@ -23,11 +23,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trainer.config import schema
+from trainer.config import paths, schema
 from trainer.config.errors import bad
 from trainer.config.options import exit_with, option, parse, rest, values_of
 from trainer.config.overrides import is_setting
 from trainer.config.shown import say
+from trainer.session import branches
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,18 @@ class Options:
     name: str | None = option("of the new run", None, value="NAME")
     force: bool = option("branch off a rate that is falling already", False)
     dry: bool = option("print the commands and run nothing", False)
-    family: str | None = option("print the table of a run's branches", None, value="RUN")
+    family: str | None = option(
+        "print the table of a run's branches", None, value="RUN", reads=paths.run_fault
+    )
     overrides: tuple[str, ...] = rest("other settings of the branch", "KEY=VALUE", is_setting)
 
     def faults(self) -> Iterator[str]:
         """Yield what does not go together."""
         if self.family is None and self.source is None:
             yield "missing: from, the run to branch off, or family"
+        for place in branches.places((self.source or "").split(",")):
+            if place and (fault := paths.run_fault(place)):
+                yield f"from={place}: {fault}"
         known = schema.load("branch/cooldown").children["shape"].type.split(" | ")
         for shape in self.shape.split(","):
             if shape not in known:
@@ -61,7 +67,7 @@ def main(argv: list[str]) -> int:
     """Run the command; see the module's text."""
     words = [word for word in argv if word not in ("--multirun", "-m")]
     options = parse(Options, words, __doc__, "graft cooldown")
-    from trainer.session import branches, failures
+    from trainer.session import failures
 
     try:
         if options.family is not None:
@@ -74,7 +80,7 @@ def main(argv: list[str]) -> int:
         several = {
             key: str(given[key]).split(",") for key in branches.SWEPT if given[key] is not None
         }
-        several["from"] = branches._places(several["from"])
+        several["from"] = branches.places(several["from"])
         swept = [key for key, values in several.items() if len(values) > 1]
         if swept and len(words) == len(argv):
             return bad(f"{swept[0]}={given[swept[0]]}: several values need --multirun")

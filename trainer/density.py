@@ -27,6 +27,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.config import paths
 from trainer.config.options import exit_with, option, parse
 from trainer.config.shown import say
 
@@ -35,7 +36,7 @@ from trainer.config.shown import say
 class Options:
     """What the command line says."""
 
-    run: str = option("the run folder", value="FOLDER[@last|best|STEP]")
+    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
     compare: bool = option("measure the base as well", True)
     tau: float | None = option("one threshold for all layers", None, value="NUMBER", at_least=0)
     ppl: float = option("the p of PPL-p%; 0 leaves it out", 1.0, at_least=0)

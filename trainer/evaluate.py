@@ -15,6 +15,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from trainer.config import paths
 from trainer.config.decoding_options import DrafterOptions, GrowthOptions, SamplingOptions
 from trainer.config.errors import bad
 from trainer.config.options import exit_with, option, parse, values_of
@@ -44,7 +45,7 @@ RECORDED = ("drafter", "max_new_tokens", "temperature", "top_p", "seed")
 class Options:
     """What the command line says."""
 
-    run: str = option("the run folder", value="FOLDER[@last|best|STEP]")
+    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
     compare: bool = option("evaluate the base as well", False)
     generate: int = option("answers to generate and grade", 0, at_least=0)
     batch_size: int = option("rows at once", 16, at_least=1)
@@ -56,8 +57,10 @@ class Options:
 class SpeculationOptions(GrowthOptions, DrafterOptions, SamplingOptions):
     """What the command line says, with task=speculation."""
 
-    run: str = option("the run folder", value="FOLDER[@last|best|STEP]")
-    prompts: str | None = option("a file of questions", None, value="FILE.jsonl")
+    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
+    prompts: str | None = option(
+        "a file of questions", None, value="FILE.jsonl", reads=paths.file_fault
+    )
     heldout: int = option("held-out conversations to ask without a file", 16, at_least=1)
     each: int = option("questions of each category, 0 for all", 0, at_least=0)
     max_new_tokens: int = option("of an answer", 128, at_least=2)

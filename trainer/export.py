@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from trainer.config import paths
 from trainer.config.options import exit_with, option, parse
 from trainer.config.shown import say
 
@@ -37,7 +38,7 @@ Format = Literal["peft", "merged", "shira", "drafter", "mtp", "speculators", "sg
 class Options:
     """What the command line says."""
 
-    run: str = option("the run folder", value="FOLDER[@last|best|STEP]")
+    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
     to: Format = option("the format", value="FORMAT")
     out: Path | None = option(
         "the folder to write, by default one in the run folder", None, value="FOLDER"

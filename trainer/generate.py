@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+from trainer.config import paths
 from trainer.config.decoding_options import DrafterOptions, SamplingOptions
 from trainer.config.options import exit_with, option, parse
 from trainer.config.shown import say
@@ -22,7 +23,7 @@ from trainer.config.shown import say
 class Options(DrafterOptions, SamplingOptions):
     """What the command line says."""
 
-    run: str = option("the run folder", value="FOLDER[@last|best|STEP]")
+    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
     prompt: str = option("the question; - reads standard input", value="TEXT")
     system: str | None = option("the system prompt", None, value="TEXT")
     compare: bool = option("show the base's answer as well", False)

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     options = parse(Options, list(_as_words(argv)), __doc__, "graft preflight")
     from omegaconf import OmegaConf
 
-    from trainer.config import compose
+    from trainer.config import compose, paths
 
     words = list(options.overrides)
     if options.config_dir:
@@ -55,6 +55,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         config: Any = OmegaConf.to_container(compose.compose(words), resolve=True)
+        paths.check(config)
     except Exception as error:  # a ConfigError, or Hydra's own: an unknown group or experiment
         return bad(explain(error))
     from rich import get_console

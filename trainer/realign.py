@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from trainer.config import paths
 from trainer.config.options import exit_with, option, parse, rest
 from trainer.config.overrides import is_setting
 from trainer.config.quoting import key_of
@@ -33,9 +34,12 @@ FIXED = ("target", "adapter", "base", "objective", "penalty", "branch", "resume"
 class Options:
     """What the command line says."""
 
-    draft: str = option("the draft head", value="RUN|FOLDER")
+    draft: str = option("the draft head", value="RUN|FOLDER", reads=paths.drafter_fault)
     target_run: str = option(
-        "the fine-tuned model", key="target.run", value="FOLDER[@last|best|STEP]"
+        "the fine-tuned model",
+        key="target.run",
+        value="FOLDER[@last|best|STEP]",
+        reads=paths.run_fault,
     )
     name: str | None = option("of the new run, DRAFT-TARGET by default", None, value="NAME")
     runs: str | None = option(

@@ -12,7 +12,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config.errors import bad
+from trainer.config import paths
 from trainer.config.options import exit_with, option, parse
 from trainer.config.shown import say
 
@@ -21,14 +21,12 @@ from trainer.config.shown import say
 class Options:
     """What the command line says."""
 
-    run: Path = option("the run folder", value="FOLDER")
+    run: Path = option("the run folder", value="FOLDER", reads=paths.run_fault)
 
 
 def main(argv: list[str]) -> int:
     """Run the command; see the module's text."""
     options = parse(Options, argv, __doc__, "graft report")
-    if not (options.run / "run.yaml").exists():
-        return bad(f"run={options.run}: expected a run folder, and this one has no run.yaml")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     from trainer.session import failures
     from trainer.session.report_html import write

@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.config import paths
 from trainer.config.decoding_options import SamplingOptions
 from trainer.config.errors import bad, explain
 from trainer.config.options import exit_with, option, parse, rest, values_of
@@ -54,7 +55,9 @@ class Options(SamplingOptions):
     """What the command line says."""
 
     base: str | None = option("the target: a base of conf/base", None, value="NAME")
-    run: str | None = option("or a run", None, value="FOLDER[@last|best|STEP]")
+    run: str | None = option(
+        "or a run", None, value="FOLDER[@last|best|STEP]", reads=paths.run_fault
+    )
     prompts: str | None = option("a file of prompts", None, value="FILE")
     task: str | None = option("or a task of conf/task", None, value="NAME")
     out: Path = option("the folder to write", value="FOLDER")
@@ -91,6 +94,7 @@ class Options(SamplingOptions):
                 if not word.startswith("task."):
                     yield f"{word}: a run brings its base and precision along"
         if self.prompts is not None:
+            yield from paths.rows_problems(self.prompts, "prompts")
             for key in keys:
                 if key.startswith("task.") and key[5:] not in FILE_SETTINGS:
                     yield f"{key} does nothing to prompts={self.prompts}"
@@ -166,6 +170,7 @@ def _composed(options: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     if options["prompts"] is not None:
         words += [f"task.path={in_quotes(options['prompts'])}", "task.eval_fraction=0"]
     config: Any = OmegaConf.to_container(compose.compose(words), resolve=True)
+    paths.check(config)
     return config
 
 
@@ -173,14 +178,10 @@ def _load(
     options: dict[str, Any], config: dict[str, Any], keeps_template: bool, jinja: dict[str, Any]
 ) -> tuple[list[Any], str, Any]:
     """(the rows to answer, their digest, the target)."""
-    from tasks import reading
     from trainer.assembly.build import instantiate
     from trainer.data import prompts
     from trainer.evaluation import responses
 
-    if options["prompts"] is not None:
-        # before the task, whose message would name task.path
-        reading.Source(options["prompts"], "train", False, "prompts")
     task = instantiate(config["task"])
     rows, key = prompts.load(options, config, task)
     responder = responses.make_responder(options, config, task, keeps_template, jinja)

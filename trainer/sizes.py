@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.config import paths
 from trainer.config.options import exit_with, option, parse
 
 
@@ -22,7 +23,7 @@ from trainer.config.options import exit_with, option, parse
 class Options:
     """What the command line says."""
 
-    run: str = option("the run folder", value="FOLDER[@last|best|STEP]")
+    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
     spectrum: bool = option(
         "print the effective rank, which takes a singular value decomposition of each dense D",
         True,

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.config import paths
 from trainer.config.decoding_options import DrafterOptions, GrowthOptions, SamplingOptions
 from trainer.config.options import exit_with, option, parse, values_of
 
@@ -49,9 +50,11 @@ SEARCHED = {"temperature": 0.0, "batch_size": 1, "policy": "fixed", "siblings": 
 class Options(GrowthOptions, DrafterOptions, SamplingOptions):
     """What the command line says."""
 
-    run: str = option("the run folder", value="FOLDER[@last|best|STEP]")
+    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
     prompt: str | None = option("one prompt", None, value="TEXT")
-    prompts: str | None = option("a file of prompts", None, value="FILE.jsonl")
+    prompts: str | None = option(
+        "a file of prompts", None, value="FILE.jsonl", reads=paths.file_fault
+    )
     heldout: int = option("the first N held-out conversations of the run's task", 0, at_least=0)
     max_new_tokens: int = option("of an answer", 128, at_least=1)
     batch_size: int = option("prompts at once", 1, at_least=1)

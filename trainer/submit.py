@@ -15,6 +15,7 @@ log are in RUNS/slurm.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,8 @@ def main(argv: list[str]) -> int:
         if options.dry:
             say(job.script, end="")
             return 0
+        for fault in job.missing:  # the nodes of the job may have another disk
+            print(f"warning: on this machine {fault}", file=sys.stderr)
         number, file = submit(job.script, job.name, job.logs)
     except (ConfigError, OSError) as error:
         return bad(f"graft submit --help shows the options\n{explain(error)}")

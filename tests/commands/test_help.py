@@ -96,7 +96,8 @@ def test_a_command_is_the_same_by_both_names(words, tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 2
-    assert done.stderr == "run=no: expected a run folder, and this one has no run.yaml\n"
+    fault = "run=no: no is no run folder: it has no run.yaml"
+    assert done.stderr == f"graft report --help shows the options\n{fault}\n"
 
 
 def test_the_console_script_is_the_program():

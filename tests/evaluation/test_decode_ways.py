@@ -289,7 +289,8 @@ def test_a_search_measures_this_machine(trained, shown, tmp_path):
 def test_a_bad_tree_says_what_is_wrong(tmp_path, capsys, content, said):
     file = tmp_path / "tree.json"
     file.write_text(content)
-    assert speculate.main(["run=somewhere", "prompt=x", "tree=static", f"paths={file}"]) == 2
+    (tmp_path / "run.yaml").touch()
+    assert speculate.main([f"run={tmp_path}", "prompt=x", "tree=static", f"paths={file}"]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -507,11 +508,12 @@ def test_what_cannot_be_decoded_says_why(trained, capsys, kind, arguments, said)
     ],
 )
 def test_a_run_that_cannot_draft_is_refused_before_its_model_is_loaded(
-    monkeypatch, capsys, content, said
+    tmp_path, monkeypatch, capsys, content, said
 ):
+    (tmp_path / "run.yaml").touch()
     monkeypatch.setattr(run_folder, "read", lambda path: (None, content, "best"))
     monkeypatch.setattr(trained_module, "load_trained", None)
-    assert speculate.main(["run=somewhere", "prompt=x"]) == 2
+    assert speculate.main([f"run={tmp_path}", "prompt=x"]) == 2
     assert said in capsys.readouterr().err
 
 

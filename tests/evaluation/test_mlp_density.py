@@ -284,7 +284,7 @@ def test_the_verb_takes_a_threshold_and_another_place(run, tmp_path, capsys):
     ]:
         assert exit_code(density.main, [f"run={run}", argument]) == 2
         assert said in capsys.readouterr().err
-    assert density.main(["run=nowhere"]) == 2
+    assert exit_code(density.main, ["run=nowhere"]) == 2
     assert "is no run folder" in capsys.readouterr().err
 
 

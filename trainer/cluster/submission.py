@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.cluster.batch_file import script
-from trainer.config import compose, schema
+from trainer.config import compose, paths, schema
 from trainer.config.errors import ConfigError, explain
 from trainer.config.secrets import redact
 
@@ -282,6 +282,7 @@ class Job:
     run: str  # the run's folder
     numbered: bool  # whether the job's number is added to it
     array: bool
+    missing: list[str]  # messages about paths that do not exist here
 
 
 def _needs(
@@ -353,5 +354,5 @@ def prepare(
             "the script would hold what looks like a secret. Export it instead: jobs inherit the"
             " environment"
         )
-    run = str(runs / name) if resume == "auto" else resume
-    return Job(text, name, logs, run, resume == "auto", sweep)
+    run, missing = str(runs / name) if resume == "auto" else resume, list(paths.problems(plain))
+    return Job(text, name, logs, run, resume == "auto", sweep, missing)

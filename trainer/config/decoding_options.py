@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from trainer.config import paths
 from trainer.config.options import option
 
 
@@ -31,6 +32,7 @@ class DrafterOptions:
         "a smaller model of the same tokenizer: its folder, or its name on the hub",
         None,
         value="PATH",
+        reads=paths.model_fault,
     )
 
     def faults(self) -> Iterator[str]:
@@ -73,3 +75,9 @@ class GrowthOptions:
         " verified by SpecTr's rule, or the best tokens. eagle2 and dyspec take the best",
         "without",
     )
+
+    def faults(self) -> Iterator[str]:
+        """Yield what does not go together."""
+        yield from getattr(super(), "faults", tuple)()
+        if self.tree == "static" and self.paths and (fault := paths.file_fault(self.paths)):
+            yield f"paths={self.paths}: {fault}"

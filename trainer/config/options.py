@@ -43,6 +43,7 @@ def option(
     value: str = "",
     key: str = "",
     writes: bool = False,
+    reads: Callable[[str], str | None] | None = None,
     **limits: float | None,
 ) -> Any:
     """Declare an option; without a default it is required.
@@ -52,13 +53,15 @@ def option(
         value: how --help writes its value, if it has no default to show.
         key: its name on the command line, if that is no name of a field.
         writes: it is a file to write, whose folder must exist.
+        reads: it is a path to read; returns what is wrong with it, as trainer.config.paths does.
         limits: at_least, above, at_most or below, of a number.
     """
     named = {name.replace("_", " "): limit for name, limit in limits.items()}
     bounds = {name: named.pop(name) for name in BOUNDS if named.get(name) is not None}
     if any(limit is not None for limit in named.values()):
         raise TypeError(f"no limit of an option: {', '.join(named)}")
-    metadata = {"text": text, "value": value, "key": key, "bounds": bounds, "writes": writes}
+    metadata = {"text": text, "value": value, "key": key, "bounds": bounds}
+    metadata |= {"writes": writes, "reads": reads}
     return dataclasses.field(default=default, metadata=metadata, kw_only=True)
 
 
@@ -83,11 +86,20 @@ def parse(kind: type[T], argv: list[str], text: str | None, command: str) -> T:
     protect_console()
     values, faults = _values(kind, argv)
     result = None if faults else kind(**values)
-    faults += [] if result is None else list(getattr(result, "faults", tuple)())
+    if result is not None:
+        faults += [*getattr(result, "faults", tuple)(), *_unreadable(result)]
     if result is None or faults:
         hint = f"{command} --help shows the options"
         raise SystemExit(bad("\n".join([hint, *faults])))
     return result
+
+
+def _unreadable(options: Any) -> Iterator[str]:
+    """Yield what is wrong with the paths that are read."""
+    for field in dataclasses.fields(options):
+        reads, value = field.metadata.get("reads"), getattr(options, field.name)
+        if reads and value is not None and (fault := reads(str(value))):
+            yield f"{_key(field)}={value}: {fault}"
 
 
 def values_of(options: Any) -> dict[str, Any]:

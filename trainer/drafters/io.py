@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.config import files, history, schema
+from trainer.config import files, history, paths, schema
 from trainer.drafters import Drafter, DrafterError
 from trainer.drafters.families import kind_of
 from trainer.models.base import Base
@@ -87,16 +87,9 @@ def folder_of(path: str) -> Path:
     Raises:
         DrafterError: there is none.
     """
-    root = Path(path).expanduser()
-    run = (root / "run.yaml").exists()
-    folder = root / "drafter" if run else root
-    if not (folder / "config.json").exists():
-        why = (
-            "that run has no drafter, or has not ended yet"
-            if run
-            else "it is no drafter's folder: it has no config.json"
-        )
-        raise DrafterError(f"target.draft={path}: {why}")
+    folder, fault = paths.drafter_folder(path)
+    if fault is not None:
+        raise DrafterError(f"target.draft={path}: {fault}")
     return folder
 
 

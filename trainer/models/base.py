@@ -31,6 +31,7 @@ from transformers import (
     PretrainedConfig,
 )
 
+from trainer.config import paths
 from trainer.config.errors import PANIC
 from trainer.models import added_tokens, folders, prequantised
 from trainer.models.generation import keep_single_answers
@@ -385,11 +386,8 @@ def _explained(base: Base) -> Iterator[None]:
             )
         elif Path(path).is_dir():
             reason = f"the folder cannot be loaded as a language model: {first_line}"
-        elif path.count("/") > 1 or path.startswith((".", "/", "~")):
-            reason = (
-                "there is no such folder. base.path is a folder, a .gguf file or a name on the hub,"
-                " as ORG/NAME"
-            )
+        elif paths.looks_local(path):
+            reason = paths.NO_BASE
         else:
             reason = (
                 f"it is not in the hub's cache, and could not be fetched from the hub: {first_line}"

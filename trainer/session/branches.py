@@ -156,7 +156,7 @@ def _length(options: dict[str, str], step: int) -> int:
     return length
 
 
-def _places(values: list[str]) -> list[str]:
+def places(values: list[str]) -> list[str]:
     """Expand `RUN@10,20` to RUN@10 and RUN@20."""
     run = values[0].rpartition("@")[0]
     return [value if not value.isdecimal() else f"{run}@{value}" for value in values]

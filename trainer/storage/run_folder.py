@@ -55,6 +55,8 @@ PACKAGES = (
     "hydra-core",
     "wandb",
 )
+# What a start writes before run.yaml.
+STARTED = {".lock", "trainer.log", "preflight.json", "job"}
 # Settings that may differ when a run is resumed: they change neither what is trained nor in which
 # order.
 FREE = (
@@ -228,6 +230,23 @@ def use_template(folder: Path, task: Any) -> None:
         and file.is_file()
     ):
         task.chat_template = str(file)
+
+
+def remove_unused(path: Path) -> None:
+    """Remove the folder of a start that failed before it was a run. It stays where it holds
+    anything else, or where another process uses it."""
+    try:
+        if {entry.name for entry in path.iterdir()} - STARTED - {"checkpoints"}:
+            return
+        with (path / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (path / "checkpoints").exists():
+                (path / "checkpoints").rmdir()
+            for name in STARTED:
+                (path / name).unlink(missing_ok=True)
+            path.rmdir()
+    except OSError:
+        return
 
 
 def differences(
