@@ -12,7 +12,6 @@ from tests.conftest import ROOT
 # Files that no light test imports, and the test file that reaches them: through a config, through
 # another file of their folder, or by a run.
 ELSEWHERE = {
-    "trainer.assembly.chosen_drafter": "tests/evaluation/test_decode_ways.py",
     "trainer.callbacks.checkpoints": "tests/callbacks/test_callbacks.py",
     "trainer.callbacks.stopping": "tests/callbacks/test_callbacks.py",
     "trainer.cluster.batch_file": "tests/cluster/test_submission.py",

@@ -1,0 +1,97 @@
+"""The adapter of a run as part of another one's target, from run folders of version 0.1.0."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.full import Nothing
+from tests.toys import adapters as toys
+from trainer.assembly import trained as trained_module
+from trainer.assembly.trained import Tuned, load_recorded_target, load_trained, load_tuned
+from trainer.models.base import BaseError
+from trainer.storage.checkpoints import CheckpointError
+from trainer.storage.run_folder import FolderError
+
+DATA = Path(__file__).resolve().parent.parent / "data" / "runs_0.1"
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """A copy of the folders, with the paths and the base that they record."""
+    shutil.copytree(DATA, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "runs"
+
+
+def test_a_target_is_recorded_by_run_step_and_digest(runs):
+    tuned = load_tuned(f"{runs / 'lora'}@4")
+    assert tuned.record == {
+        "run": str(runs / "lora"),
+        "id": tuned.content["id"],
+        "step": 4,
+        "sha256": tuned.record["sha256"],
+    }
+    assert len(tuned.record["sha256"]) == 64
+    assert load_tuned(str(runs / "lora")).record["step"] == 5
+    again = load_tuned(f"{runs / 'lora'}@4", tuned.record["sha256"])
+    assert all(map(torch.equal, again.saved["tensors"].values(), tuned.saved["tensors"].values()))
+
+
+def test_another_checkpoint_than_the_recorded_one_is_refused(runs):
+    with pytest.raises(CheckpointError, match="it has changed since"):
+        load_tuned(f"{runs / 'lora'}@4", "0" * 64)
+    with pytest.raises(CheckpointError, match="has no checkpoint '3'"):
+        load_tuned(f"{runs / 'lora'}@3")
+    with pytest.raises(FolderError, match="is no run folder"):
+        load_tuned(str(runs / "none"))
+
+
+def test_a_target_that_was_moved_with_its_neighbour_is_found(runs, tmp_path):
+    record = load_tuned(f"{runs / 'lora'}@4").record
+    moved = tmp_path / "elsewhere"
+    runs.rename(moved)
+    assert load_recorded_target(record, moved / "eagle3").record["id"] == record["id"]
+    with pytest.raises(FolderError, match="is no run folder"):
+        load_recorded_target(record, tmp_path / "other" / "eagle3")
+
+
+class Adds(Nothing):
+    """An adapter that leaves the model, and remembers what it was given."""
+
+    def attach(self, model, start):
+        self.start = start
+        return model
+
+    def load_state(self, model, saved):
+        self.loaded = saved
+
+
+def test_an_attached_target_is_frozen_and_in_eval_mode():
+    adapter, saved = Adds(), {"tensors": {}}
+    identity = {"trains_base": False, "labels": None, "steps": 3}
+    tuned = Tuned({}, {"identity": identity}, adapter, saved)
+    model = tuned.attach(toys.llama(torch.float32).train())
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert (adapter.start.steps, adapter.start.saved, adapter.loaded) == (3, saved, saved)
+
+
+def test_what_trained_the_base_is_cast_to_what_the_model_computes_in():
+    saved = {"tensors": {"w": torch.ones(2, dtype=torch.float64)}}
+    identity = {"trains_base": True, "labels": None, "steps": 3}
+    adapter = Adds()
+    trained_module._attached(toys.llama(torch.bfloat16), adapter, identity, saved)
+    assert adapter.loaded["tensors"]["w"].dtype == torch.bfloat16
+    assert saved["tensors"]["w"].dtype == torch.float64
+
+
+def test_a_base_that_has_changed_is_refused_before_it_is_loaded(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(trained_module.Base, "load", lambda *_, **__: pytest.fail("was loaded"))
+    monkeypatch.setattr(trained_module.Base, "fingerprint", "other")
+    with pytest.raises(BaseError, match="its weights have changed"):
+        load_trained(str(runs / "lora"))
