@@ -4,7 +4,9 @@ new one. Tests that need no torch do not wait for it: nothing here imports it be
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import json
 import logging
 import os
@@ -40,12 +42,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[marks.LIGHT] = marks.light_tests(items)
 
 
+def pytest_collection() -> None:
+    """Collect without garbage collections: imports create millions of objects, and all stay."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector skip what the imports have created."""
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of this session's own, so that no test depends on what the user's holds."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["GRAFT_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composed_once() -> None:
+    """Configs of conf/ are composed quickly, as tests.composing says."""
+    from tests import composing
+
+    composing.install()
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +146,32 @@ def compose() -> Callable[..., DictConfig]:
     return composed
 
 
+@pytest.fixture
+def pictures() -> Iterator[None]:
+    """Reports of runs have their pictures. Drawing them takes as long as the rest of a short run:
+    other tests leave them out."""
+    drawn.append(True)
+    yield
+    drawn.pop()
+
+
+drawn: list[bool] = []  # not empty: reports of runs have their pictures
+
+
+@contextlib.contextmanager
+def plain_reports() -> Iterator[None]:
+    """Reports without pictures."""
+    from trainer.session import report_html
+
+    draw = report_html._plots
+    if not drawn:
+        report_html._plots = lambda rows: []
+    try:
+        yield
+    finally:
+        report_html._plots = draw
+
+
 @pytest.fixture(scope="session")
 def train_in() -> Callable[..., Path]:
     """Run the program in this process on the smoke experiment, with run folders in a given folder;
@@ -148,7 +195,7 @@ def train_in() -> Callable[..., Path]:
             cfg.hydra.runtime.output_dir = cfg.hydra.run.dir
         HydraConfig.instance().set_config(cfg)
         job = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-        with Signals() as signals:
+        with Signals() as signals, plain_reports():
             run(job, signals)
         return Path(cfg.hydra.runtime.output_dir)
 
@@ -159,6 +206,12 @@ def train_in() -> Callable[..., Path]:
 def train(train_in: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """Run the program in this process on the smoke experiment; returns the run folder."""
     return functools.partial(train_in, tmp_path)
+
+
+@pytest.fixture
+def worker_processes() -> int:
+    """How many processes a test starts to tokenise rows; tests.marks knows it by this."""
+    return 2
 
 
 @pytest.fixture

@@ -5,17 +5,19 @@ It is read from their code, so that nobody has to remember it.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-FIXTURES = {"train", "train_in", "program"}
+FIXTURES = {"train", "train_in", "program", "worker_processes"}
 # By module and name of a function or class, as Python gives them.
 CALLS = {
     "subprocess.run",
     "subprocess.Popen",
+    "tests.adapters.test_rosa.train",
     "tests.toys.adapters.train",
     "tests.toys.finetuning.Run",
     "torch.multiprocessing.spawn.spawn",
@@ -52,6 +54,7 @@ def runs(item: pytest.Item) -> bool:
     return any(reaches(function) for function in [item.function, *fixtures])  # type: ignore[attr-defined]
 
 
+@functools.cache  # each case of a test asks again
 def reaches(function: Any) -> bool:
     """Whether a function uses one of CALLS, by itself or through functions of tests/."""
     seen, waiting = set(), [function]

@@ -279,7 +279,7 @@ def test_many_broken_rows_end_the_reading_early(tiny, tmp_path):
     assert (len(rows), rows.report.skipped, len(rows.report.bad)) == (1, 100, SHOWN)
 
 
-def test_several_processes_give_what_one_gives(tiny, tmp_path, own_cache):
+def test_several_processes_give_what_one_gives(tiny, tmp_path, own_cache, worker_processes):
     chats = sums(600)  # more than a process takes at once
     for row in chats[:256]:  # the first share takes the longest
         row["messages"][0]["content"] *= 500
@@ -287,7 +287,7 @@ def test_several_processes_give_what_one_gives(tiny, tmp_path, own_cache):
     lines[300] = BROKEN
     (tmp_path / "many.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     task = sft(tmp_path / "many.jsonl", on_bad="skip")
-    several = made(tiny, task, 10_000, processes=2)
+    several = made(tiny, task, 10_000, processes=worker_processes)
     found = listed(several), several.report, several.examples()
     del several
     shutil.rmtree(own_cache)
@@ -304,25 +304,29 @@ class Killed:
         raise AssertionError
 
 
-def test_a_killed_process_is_said_and_not_waited_for(chats):
+def test_a_killed_process_is_said_and_not_waited_for(chats, worker_processes):
     with pytest.raises(
         DataError, match="one of the 2 processes that tokenise the rows was killed from outside"
     ):
-        list(rendered(sft(chats).examples("train"), cast(Renderer, Killed()), 2))
+        list(rendered(sft(chats).examples("train"), cast(Renderer, Killed()), worker_processes))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_columns_of_no_known_format_are_named_whoever_reads_them(tiny, tmp_path, processes):
+def columns_of_no_known_format(tiny, tmp_path, processes):
     file = write_rows(tmp_path / "odd.jsonl", [{"question": "1+1=", "answer": "2"}])
     task = sft(file)
-    with pytest.raises(
-        DataError, match=r"odd\.jsonl:1: the columns \(question, answer\) are of no known format"
-    ):
+    message = r"odd\.jsonl:1: the columns \(question, answer\) are of no known format"
+    with pytest.raises(DataError, match=message):
         list(rendered(task.examples("train"), Renderer(tiny.tokenizer, task), processes))
-    with pytest.raises(
-        DataError, match=r"odd\.jsonl:1: the columns \(question, answer\) are of no known format"
-    ):
+    with pytest.raises(DataError, match=message):
         made(tiny, task)
+
+
+def test_columns_of_no_known_format_are_named(tiny, tmp_path):
+    columns_of_no_known_format(tiny, tmp_path, 1)
+
+
+def test_columns_of_no_known_format_are_named_whoever_reads_them(tiny, tmp_path, worker_processes):
+    columns_of_no_known_format(tiny, tmp_path, worker_processes)
 
 
 def test_training_data_without_a_row_is_an_error_and_evaluation_without_one_is_not(tiny, tmp_path):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
+from tests.docs import warm
 from tests.docs.pages import ROOT, blocks
 
 PAGE = "docs/get-started.md"
@@ -29,7 +31,7 @@ case "$1" in
         words+=(callbacks.evaluation.max_new_tokens=4)
         ;;
 esac
-exec {python} -m trainer "${words[@]}"
+exec {python} -S {warm} {socket} graft "${words[@]}"
 """
 
 
@@ -49,14 +51,35 @@ def test_only_installing_is_left_out():
     assert len(commands()) >= 7
 
 
-@pytest.mark.timeout(900)
-def test_every_command_works(tmp_path):
-    tool = tmp_path / "bin" / "graft"
+@pytest.fixture
+def graft(tmp_path):
+    """A folder with `graft`, whose commands start with everything imported."""
+    tool, place = tmp_path / "bin" / "graft", str(tmp_path / "socket")
     tool.parent.mkdir()
-    tool.write_text(GRAFT.replace("{python}", sys.executable))
+    names = {"{python}": sys.executable, "{warm}": warm.__file__, "{socket}": place}
+    text = GRAFT
+    for name, value in names.items():
+        text = text.replace(name, value)
+    tool.write_text(text)
     tool.chmod(0o755)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.docs.warm", place], cwd=ROOT, env=environment
+    )
+    try:
+        while not os.path.exists(place):
+            assert server.poll() is None
+            time.sleep(0.1)
+        yield tool.parent
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.timeout(900)
+def test_every_command_works(graft, tmp_path):
     environment = os.environ | {
-        "PATH": f"{tool.parent}:{os.environ['PATH']}",
+        "PATH": f"{graft}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "WANDB_MODE": "disabled",
     }

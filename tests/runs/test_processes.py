@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from tasks.reading import DataError
-from tests.conftest import ROOT, sums, write_rows
+from tests import composing
+from tests.conftest import ROOT, plain_reports, sums, write_rows
 from tests.ranks import spawn
 from trainer.config.errors import ConfigError
 from trainer.data import rows as rows_module
@@ -89,6 +90,7 @@ def start(folder: Path, *overrides: str) -> dict[str, Any]:
         "callbacks.evaluation.samples=0",
     ]
     install()
+    composing.install()
     with initialize_config_dir(
         config_dir=str(ROOT / "conf"), version_base="1.3", job_name="trainer"
     ):
@@ -100,7 +102,8 @@ def start(folder: Path, *overrides: str) -> dict[str, Any]:
     callbacks = session._callbacks
     session._callbacks = lambda *parts: [recorder, *callbacks(*parts)]  # type: ignore[assignment]
     try:
-        run(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), Signals())
+        with plain_reports():
+            run(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), Signals())
     finally:
         session._callbacks = callbacks
     rows = journal.read(folder / "smoke/metrics.jsonl")

@@ -44,11 +44,15 @@ CASES = {
 }
 
 
+# Cut off again after they were resumed.
+TWICE = ("lora with dropout", "accumulation", "adalora")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_ends_as_uninterrupted(train, chats, monkeypatch, case):
     settings = (f"task.path={chats}", *COMMON, *CASES[case])
     wanted = outcome(train(*settings, "name=alone"))
-    for step in (5, 8):
+    for step in (5, 8) if case in TWICE else (8,):
         with monkeypatch.context() as patch:
             cut_at(patch, step)
             with pytest.raises(PowerCut):

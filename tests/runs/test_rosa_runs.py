@@ -32,12 +32,6 @@ ROSA = (
 NO_CHECKPOINTS = "callbacks.checkpoints=null"  # and so nothing to load back and compare
 
 
-@pytest.fixture(autouse=True)
-def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing a report takes as long as the rest of such a run."""
-    monkeypatch.setattr("trainer.session.report_html.write", lambda _: None)
-
-
 def rows(run: Path, kind: str) -> list[dict[str, Any]]:
     return [row for row in journal.read(run / "metrics.jsonl") if row["kind"] == kind]
 
@@ -263,35 +257,3 @@ def test_cut_off_in_each_phase_it_ends_as_uninterrupted(train, chats, monkeypatc
     for name, indices in masks(alone).items():
         assert wanted[0][f"{name}.delta.indices"].tolist() == indices
         assert wanted[0][f"{name}.delta.values"].any()
-
-
-@pytest.mark.slow
-def test_two_processes_make_the_mask_and_the_weights_of_one(train, program, chats):
-    """What two processes do at once is what one does in twice the micro-batches."""
-    settings = (f"task.path={chats}", *ROSA, NO_CHECKPOINTS, "max_steps=6")
-    alone = train(*settings, "accumulate=2", "name=alone", "lightning=cpu")
-    done = program(
-        "+experiment=smoke",
-        *settings,
-        "precision=fp32",
-        "threads=1",
-        "name=both",
-        "lightning=cpu",
-        "lightning.devices=2",
-        "lightning.strategy=ddp",
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    both = chats.parent / "runs" / "both"
-    assert masks(both) == masks(alone)
-    wanted, found = (
-        load_file(run / "adapter" / "adapter_model.safetensors") for run in (alone, both)
-    )
-    assert any(
-        tensor.abs().max() > 1e-3 for name, tensor in wanted.items() if name.endswith("values")
-    )
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
-    (told,), (other,) = rows(alone, "adapter"), rows(both, "adapter")
-    assert other == told
-    losses, others = ([row["loss"] for row in rows(run, "step")] for run in (alone, both))
-    assert others == pytest.approx(losses, rel=1e-5)

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+from tests.toys.commands import exit_code
 from trainer import report
 from trainer.session import report_html
 
@@ -158,7 +159,7 @@ def sample(number, answer, where="rows:1", **values):
     } | values
 
 
-def test_a_real_runs_page_needs_nothing_outside_itself(train, chats):
+def test_a_real_runs_page_needs_nothing_outside_itself(train, chats, pictures):
     run = train(f"task.path={chats}", "max_steps=4", "callbacks.evaluation.generate=2")
     page = Page((run / "report.html").read_text("utf-8"))
     assert set(page.tags) & {"script", "link", "iframe", "object", "embed", "form", "base"} == set()
@@ -382,7 +383,7 @@ def test_every_start_is_counted_and_the_last_is_told(folder):
     assert page.row("git revision") == ["abc with changes"]
 
 
-def test_the_same_folder_gives_the_same_page(train, chats):
+def test_the_same_folder_gives_the_same_page(train, chats, pictures):
     run = train(f"task.path={chats}", "max_steps=2")
     before = (run / "report.html").read_text("utf-8")
     assert report.main([f"run={run}"]) == 0
@@ -400,5 +401,5 @@ def test_the_verb_says_where_the_page_is(folder, tmp_path, capsys):
 
 
 def test_the_verb_refuses_what_is_no_run(tmp_path, capsys):
-    assert report.main([f"run={tmp_path}"]) == 2
-    assert "expected a run folder, and this one has no run.yaml" in capsys.readouterr().err
+    assert exit_code(report.main, [f"run={tmp_path}"]) == 2
+    assert "is no run folder: it has no run.yaml" in capsys.readouterr().err

@@ -22,7 +22,6 @@ from trainer.training.finetune import FineTune
 ADAPTERS = {
     "lora": ["adapter=lora"],
     "lora with dropout": ["adapter=lora", "adapter.dropout=0.3"],
-    "plain lora": ["adapter=lora", "adapter.fused=false"],
     "peft": [
         "adapter=peft",
         "adapter.peft_type=LORA",
@@ -94,9 +93,7 @@ def trained(
     [
         ("lora", True, True),
         ("lora with dropout", False, True),
-        ("plain lora", True, False),
-        ("peft", False, False),
-        ("peft", True, True),
+        ("peft", True, False),
         ("rosa", True, True),
     ],
 )

@@ -331,7 +331,9 @@ def _plots(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
         if any(label for label, *_ in curves) and axes.has_data():
             axes.legend(frameon=False)
         picture = io.BytesIO()
-        figure.savefig(picture, format="svg", bbox_inches="tight", metadata={"Date": None})
+        # bbox_inches="tight" would draw the picture twice to find its size.
+        figure.subplots_adjust(left=0.14, right=0.98, top=0.9, bottom=0.17)
+        figure.savefig(picture, format="svg", metadata={"Date": None})
         pyplot.close(figure)
         plots.append({"title": title, "data": base64.b64encode(picture.getvalue()).decode()})
     return plots
