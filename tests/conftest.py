@@ -11,8 +11,10 @@ import json
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -206,6 +208,43 @@ def train_in() -> Callable[..., Path]:
 def train(train_in: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """Run the program in this process on the smoke experiment; returns the run folder."""
     return functools.partial(train_in, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def warm_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where a process waits that runs commands with everything imported; see tests.warm."""
+    place = str(tmp_path_factory.mktemp("warm") / "socket")
+    command = [sys.executable, "-m", "tests.warm", place]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    try:
+        while not os.path.exists(place):
+            assert server.poll() is None, "it has ended"
+            time.sleep(0.1)
+        yield place
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)  # with a command that does not end
+        server.wait()
+
+
+@pytest.fixture
+def warm_program(
+    tmp_path: Path, warm_socket: str
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `graft ...` in a process that has the imports already. One that starts processes of its
+    own, as Lightning does for several devices, needs `program`."""
+
+    def ran(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        from tests import warm
+
+        command = [sys.executable, "-S", warm.__file__, warm_socket, "graft", *words]
+        environment = os.environ | options.pop("env", {})
+        options = {"timeout": 300} | options
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment, **options
+        )
+
+    return ran
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-FIXTURES = {"train", "train_in", "program", "worker_processes"}
+FIXTURES = {"train", "train_in", "program", "warm_socket", "worker_processes"}
 # By module and name of a function or class, as Python gives them.
 CALLS = {
     "subprocess.run",

@@ -584,7 +584,7 @@ def test_experiments_of_ones_own_folder(program, tmp_path):
     )
 
 
-def test_a_sweep_runs_each_value_in_its_own_folder_and_goes_on(program, tmp_path):
+def test_a_sweep_runs_each_value_in_its_own_folder_and_goes_on(warm_program, tmp_path):
     write_rows(tmp_path / "rows.jsonl", sums(20))
     sweep = [
         "-m",
@@ -595,7 +595,7 @@ def test_a_sweep_runs_each_value_in_its_own_folder_and_goes_on(program, tmp_path
         "callbacks.evaluation=null",
         "resume=auto",
     ]
-    done = program(*sweep)
+    done = warm_program(*sweep)
     assert done.returncode == 0, done.stdout + done.stderr
     folders = [tmp_path / "runs" / "smoke-sweep" / name for name in ("0", "1")]
     assert [
@@ -607,7 +607,7 @@ def test_a_sweep_runs_each_value_in_its_own_folder_and_goes_on(program, tmp_path
     ]
     assert all((folder / "adapter" / "adapter_model.safetensors").exists() for folder in folders)
     assert len(json.loads((folders[0] / "preflight.json").read_text())["errors"]) == 0
-    again = program(*sweep)
+    again = warm_program(*sweep)
     assert again.stdout.count("nothing is left to do") == 2
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["smoke-sweep"]
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
-from tests.docs import warm
+from tests import warm
 from tests.docs.pages import ROOT, blocks
 
 PAGE = "docs/get-started.md"
@@ -52,28 +51,17 @@ def test_only_installing_is_left_out():
 
 
 @pytest.fixture
-def graft(tmp_path):
+def graft(tmp_path, warm_socket):
     """A folder with `graft`, whose commands start with everything imported."""
-    tool, place = tmp_path / "bin" / "graft", str(tmp_path / "socket")
+    tool = tmp_path / "bin" / "graft"
     tool.parent.mkdir()
-    names = {"{python}": sys.executable, "{warm}": warm.__file__, "{socket}": place}
+    names = {"{python}": sys.executable, "{warm}": warm.__file__, "{socket}": warm_socket}
     text = GRAFT
     for name, value in names.items():
         text = text.replace(name, value)
     tool.write_text(text)
     tool.chmod(0o755)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tests.docs.warm", place], cwd=ROOT, env=environment
-    )
-    try:
-        while not os.path.exists(place):
-            assert server.poll() is None
-            time.sleep(0.1)
-        yield tool.parent
-    finally:
-        server.kill()
-        server.wait()
+    return tool.parent
 
 
 @pytest.mark.timeout(900)

@@ -247,9 +247,9 @@ def run(train, chats):
     return train(f"task.path={chats}", *settings)
 
 
-def test_the_verb_compares_base_and_adapted(run, program):
+def test_the_verb_compares_base_and_adapted(run, warm_program):
     before = json.loads((run / "run.yaml").with_name("preflight.json").read_text())
-    done = program(f"run={run}", "ppl=5", "batch_size=5", verb="density")
+    done = warm_program("density", f"run={run}", "ppl=5", "batch_size=5")
     assert done.returncode == 0, done.stderr
     found = json.loads((run / "density.json").read_text())
     assert found.keys() == {"step", "base", "adapted"}

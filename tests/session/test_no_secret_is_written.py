@@ -11,13 +11,13 @@ from trainer import submit
 COMMON = ("experiment=smoke", "task.path=rows.jsonl", "max_steps=1")
 
 
-def test_no_byte_of_a_run_holds_a_secret(program, tmp_path):
+def test_no_byte_of_a_run_holds_a_secret(warm_program, tmp_path):
     write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{i}", "completion": "x"} for i in range(20)])
     remote = "https://me:ghp_remoteCANARYremoteCANARYremoteCANARY@host/a/b.git"
     for words in (["init", "--quiet"], ["remote", "add", "origin", remote]):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)
     visible = "a note that is meant to be seen"
-    done = program(
+    done = warm_program(
         *COMMON,
         "logger=[wandb,tensorboard]",
         "logger.wandb.mode=offline",

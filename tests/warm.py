@@ -1,7 +1,7 @@
 """Runs commands of Graft in processes that have its imports already, which take most of the time of
 a short command.
 
-    python -m tests.docs.warm SOCKET             waits for commands
+    python -m tests.warm SOCKET             waits for commands
     python -S warm.py SOCKET graft WORDS...      runs one there, with this process's folder,
                                                  environment, standard streams and exit code
 """
@@ -33,8 +33,9 @@ def serve(path: str) -> list[str]:
 
     assert all((quiet, trained, run_metrics, streamed_answer, formats, inspect, session))
     server = socket.socket(socket.AF_UNIX)
-    server.bind(path)
+    server.bind(f"{path}.new")
     server.listen()
+    os.rename(f"{path}.new", path)  # it is there once it listens
     while True:
         connection, _ = server.accept()
         text, streams, _, _ = socket.recv_fds(connection, 1 << 16, 3)
