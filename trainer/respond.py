@@ -164,9 +164,8 @@ def _composed(options: dict[str, Any], settings: list[str]) -> dict[str, Any]:
 
     from trainer.config import compose
 
-    words = [f"task={options['task'] or 'sft'}", *settings]
-    if options["base"] is not None:
-        words.insert(0, f"base={options['base']}")
+    words = [f"base={options['base']}"] if options["base"] is not None else []
+    words += [f"task={options['task'] or 'sft'}", *settings]
     if options["prompts"] is not None:
         words += [f"task.path={in_quotes(options['prompts'])}", "task.eval_fraction=0"]
     config: Any = OmegaConf.to_container(compose.compose(words), resolve=True)
