@@ -63,16 +63,16 @@ def test_a_task_without_held_out_rows_says_so(tiny, chats):
 
 def test_prompts_are_the_first_held_out_conversations_without_their_answers(loaded, tiny):
     _, data = loaded()
-    add_prompts(data, 4, None)
+    add_prompts(data, 4, [2, 7])
     examples = [*data.task.examples("eval")][:4]
     assert [example for example, _ in data.held_out.prompts] == examples
     texts = [tiny.tokenizer.decode(ids) for _, ids in data.held_out.prompts]
     for example, text in zip(examples, texts, strict=True):
         assert example.messages[0]["content"] in text
         assert not text.rstrip().endswith(example.reference)
-    assert data.held_out.stops
+    assert data.held_out.stops == [2, 7]
     assert data.held_out.grade(examples[0], examples[0].reference) == {data.task.metric: 1.0}
-    add_prompts(data, 2, None)
+    add_prompts(data, 2, [2, 7])
     assert len(data.held_out.prompts) == 4  # they are there already
 
 
