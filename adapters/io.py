@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adapters.delta import AdaptedLinear, Delta
-from adapters.linear import is_linear
 from adapters.trained_copies import TokenRows, Trained
 
 PREFIX = "base_model.model."  # PEFT's wrapper: PeftModel.base_model.model
@@ -55,19 +54,20 @@ def delta_tensors(
 
 
 def shortened(names: list[str], model: nn.Module) -> list[str]:
-    """Return the names' endings (q_proj, ...) if they match only these layers, else the names."""
+    """Return the names' endings (q_proj, ...) if they match only these layers, else the names. PEFT
+    matches modules of any class: of Gemma 3n's projections 0, 1 and 2 its decoder layers too."""
     endings = {name.rpartition(".")[2] for name in names}
-    matching = {
-        name
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in endings
-        and (is_linear(module) or isinstance(module, AdaptedLinear))
+    matching = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings} - {
+        f"{name}.{part}" for name in names for part in ("base", "delta")
     }
     return sorted(endings) if matching == set(names) else sorted(names)
 
 
-def lora_fields(model: nn.Module, names: list[str], dropout: float) -> dict[str, Any]:
-    """Return the fields of PEFT's LoraConfig that name the adapted layers.
+def lora_fields(
+    model: nn.Module, names: list[str], dropout: float, of_experts: list[str] | None = None
+) -> dict[str, Any]:
+    """Return the fields of PEFT's LoraConfig that name the adapted layers, and the tensors
+    `of_experts`.
 
     On mixtures of experts PEFT takes some names in target_modules for the experts' matrices of
     transformers 4 and rewrites them, although a dense MLP or a shared expert has layers of these
@@ -76,12 +76,12 @@ def lora_fields(model: nn.Module, names: list[str], dropout: float) -> dict[str,
     adapter has no use for it.
     """
     rewritten = [name for name in names if is_rewritten(model, name)]
-    if not rewritten:
+    if not rewritten and not of_experts:
         return {"target_modules": shortened(names, model), "lora_dropout": dropout}
     others = [name for name in names if name not in set(rewritten)]
     return {
         "target_modules": shortened(others, model),
-        "target_parameters": [f"{name}.weight" for name in rewritten],
+        "target_parameters": [*(f"{name}.weight" for name in rewritten), *(of_experts or [])],
         "lora_dropout": 0.0,
     }
 

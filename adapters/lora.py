@@ -14,8 +14,9 @@ adapter is saved in PEFT's layout.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapters import io, stock, trained_copies
-from adapters.delta import Adapter, Delta, copy_tensors, saved_for_backward
+from adapters import experts, io, stock, trained_copies
+from adapters.delta import Adapter, Delta, Start, copy_tensors, saved_for_backward
 from adapters.linear import features, not_a_view
 
 VARIANTS = ("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config")
@@ -161,6 +162,9 @@ def scaling(rank: int, alpha: float, rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
+FAST = ".B"
+
+
 class LoRAAdapter(Adapter):
     """LoRA, rsLoRA and LoRA+ on the linear layers of a model."""
 
@@ -175,9 +179,11 @@ class LoRAAdapter(Adapter):
         lr_ratio: float,
         dtype: str,
         fused: bool,
+        target_parameters: str | list[str],
         train_modules: Sequence[str] = (),
     ):
         self.fused, self.train_modules = fused, list(train_modules)
+        self.target_parameters = target_parameters
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
         self.target_modules, self.exclude_modules = target_modules, list(exclude_modules)
         self.lr_ratio, self.dtype = lr_ratio, getattr(torch, dtype)
@@ -186,11 +192,32 @@ class LoRAAdapter(Adapter):
         scale = scaling(self.rank, self.alpha, self.rslora)
         return LoRA(linear, self.rank, scale, self.dropout, self.dtype, self.fused)
 
+    def attach(self, model: nn.Module, start: Start) -> nn.Module:
+        model = super().attach(model, start)
+        scale = scaling(self.rank, self.alpha, self.rslora)
+        experts.attach(
+            model,
+            self.target_parameters,
+            lambda weight, transposed: experts.ExpertLoRA(
+                weight, self.rank, scale, self.dtype, transposed
+            ),
+        )
+        return model
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        experts.merge(model)
+        return super().merge(model)
+
+    @contextlib.contextmanager
+    def disabled(self, model: nn.Module) -> Iterator[None]:
+        with experts.switched_off(model), super().disabled(model):
+            yield
+
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns lr_ratio times as fast as A.
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        fast = [p for name, p in trained.items() if name.endswith(".delta.B")]
-        slow = [p for name, p in trained.items() if not name.endswith(".delta.B")]
+        fast = [p for name, p in trained.items() if name.endswith(FAST)]
+        slow = [p for name, p in trained.items() if not name.endswith(FAST)]
         if self.lr_ratio == 1.0:
             return [{"params": list(trained.values()), "lr_scale": 1.0}]
         return [{"params": slow, "lr_scale": 1.0}, {"params": fast, "lr_scale": self.lr_ratio}]
@@ -212,6 +239,7 @@ class LoRAAdapter(Adapter):
         tensors, _, _ = io.delta_tensors(
             model, lambda delta: {"lora_A.weight": delta.A, "lora_B.weight": delta.B}
         )
+        tensors |= experts.stock_tensors(model, io.PREFIX)[0]
         heads = io.trained_modules(model, rows=False)
         return tensors | io.token_rows(model)[1] | io.module_tensors(model, heads)
 
@@ -223,13 +251,14 @@ class LoRAAdapter(Adapter):
         from peft import LoraConfig
 
         _, names, fan_in_fan_out = io.delta_tensors(model, lambda _: {})
+        _, of_experts = experts.stock_tensors(model, io.PREFIX)
         heads = io.trained_modules(model, rows=False)
         tokens, _ = io.token_rows(model)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             use_rslora=self.rslora,
-            **io.lora_fields(model, names, self.dropout),
+            **io.lora_fields(model, names, self.dropout, of_experts),
             modules_to_save=heads or None,
             trainable_token_indices=tokens or None,
             ensure_weight_tying=trained_copies.ties(model, heads),

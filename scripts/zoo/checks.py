@@ -55,6 +55,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     ),
     "full": ("adapter=full", "optimizer.lr=1e-3"),
 }
+EXPERTS = {"experts": (*METHODS["lora"], "adapter.target_parameters=all-experts")}
 # Of an adapter's own effect on the logits: what an export may lose of it.
 LOST = 1e-2
 
@@ -151,7 +152,7 @@ def method(name: str) -> Any:
     """The check that trains an adapter, and loads it elsewhere."""
 
     def check(place: Place) -> str:
-        folder = train(place, f"name={name}", *METHODS[name])
+        folder = train(place, f"name={name}", *(METHODS | EXPERTS)[name])
         trained = load_trained(str(folder), fp32=True)
         effect = _effect(place, trained)
         if name == "full":

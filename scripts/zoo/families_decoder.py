@@ -301,6 +301,11 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
+def _has_experts(name: str) -> bool:
+    """Whether a family's layers have routed experts."""
+    return name == "granitemoehybrid" or (name in MOE and name != "qwen3_5_text")
+
+
 def families() -> list[Family]:
     """The table's families of decoders."""
     made = []
@@ -311,7 +316,9 @@ def families() -> list[Family]:
     ):
         for name, changes in table.items():
             make = functools.partial(config, name, changes)
-            made.append(Family(name, group, make, "AutoModelForCausalLM", CHECKS, rows))
+            of_experts = {"experts": checks.method("experts")} if _has_experts(name) else {}
+            steps = CHECKS | of_experts
+            made.append(Family(name, group, make, "AutoModelForCausalLM", steps, rows))
     for name, make in _vision_language().items():
         auto = "AutoModelForImageTextToText"
         made.append(Family(name, "vision", make, auto, CHECKS, rows))

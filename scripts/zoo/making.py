@@ -47,3 +47,5 @@ def spread(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.ndim == 3 and parameter.shape[-1] > 4:  # experts, not a convolution
             nn.init.normal_(parameter, std=1 / math.sqrt(max(parameter.shape[-2:])))
+        elif parameter.ndim == 1 and not parameter.any():  # Gemma 3n multiplies by one of these
+            nn.init.normal_(parameter, std=0.1)

@@ -84,7 +84,9 @@ class TargetCache:
             if peft is not None and peft.is_prompt_learning:
                 # Virtual tokens come before the first pass's tokens only.
                 self.model = self.model.get_base_model()
-        self.lengths = [cache.get_seq_length() for cache in caches]
+        self.lengths = [
+            length_of(cache, len(ids)) for cache, ids in zip(caches, prompts, strict=True)
+        ]
         if len(prompts) > 1:
             self._allow_trees(caches)
         return states
@@ -234,6 +236,15 @@ class TargetCache:
             else hidden[..., :0]
         )
         return list(zip(hidden, features, strict=True))
+
+
+def length_of(cache: DynamicCache, tokens: int) -> int:
+    """Return how many tokens a cache has read. One of recurrent layers alone, as Mamba's, does not
+    count them; then it is `tokens`."""
+    try:
+        return cache.get_seq_length()
+    except ValueError:  # it has no layer of attention
+        return tokens
 
 
 def is_chain(parents: Sequence[int]) -> bool:

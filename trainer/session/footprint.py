@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from adapters.delta import Adapter, NeedsWeights, Start, targets
+from adapters.experts import adapted_ids, expert_tensors
 from adapters.full import Nothing
 from adapters.linear import features
 from trainer.assembly.build import instantiate, new_modules, new_tokens
@@ -21,7 +22,6 @@ from trainer.assembly.recipe import Recipe
 from trainer.callbacks import every_steps
 from trainer.drafters import Drafter, DrafterError
 from trainer.exporting.draft_head import described
-from trainer.models.experts import expert_tensors
 from trainer.models.losses import positions
 from trainer.penalties.deft import PenaltyError
 
@@ -69,7 +69,7 @@ def estimate(recipe: Recipe, folder: Path) -> Footprint:
     experts = list(expert_tensors(skeleton).values())
     in_drafter, draft_head = _drafter(recipe, skeleton, errors)
     trainable = _trainable(recipe, skeleton, in_drafter, errors, warnings)
-    frozen = _frozen_experts(recipe.adapter, experts, total, warnings)
+    frozen = _frozen_experts(recipe.adapter, skeleton, experts, warnings)
     cuda = recipe.device.type == "cuda"
     parts = _memory(recipe, total, linears, trainable or 0)
     needed = sum(parts.values())
@@ -127,15 +127,18 @@ def _trainable(
 
 
 def _frozen_experts(
-    adapter: Adapter, experts: list[nn.Parameter], total: int, warnings: list[str]
+    adapter: Adapter, model: nn.Module, experts: list[nn.Parameter], warnings: list[str]
 ) -> int:
     """How many parameters of experts get no update: they are no linear layers, so that
     `all-linear` does not reach them."""
-    frozen = sum(p.numel() for p in experts if not p.requires_grad)
+    adapted = adapted_ids(model)
+    frozen = sum(p.numel() for p in experts if not p.requires_grad and id(p) not in adapted)
     if frozen and not isinstance(adapter, Nothing):
+        total = sum(p.numel() for p in model.parameters())
+        way = "" if hasattr(adapter, "target_parameters") else "adapter=lora with "
         warnings.append(
-            f"{frozen:,} of {total:,} parameters ({frozen / total:.0%}) sit in experts, which are"
-            " no linear layers and stay frozen"
+            f"{frozen:,} parameters ({frozen / total:.0%}) sit in experts, which are no linear"
+            f" layers and stay frozen: {way}adapter.target_parameters=all-experts trains them"
         )
     return frozen
 
@@ -202,6 +205,12 @@ def _drafter(recipe: Recipe, skeleton: nn.Module, errors: list[str]) -> tuple[in
     except DrafterError as error:
         errors.append(str(error))
         return 0, None
+    if drafter.proposes and getattr(skeleton, "_is_stateful", False):
+        errors.append(
+            f"{type(skeleton).__name__} has layers whose state cannot be rolled back by some tokens"
+            " (a recurrence), which every refused draft needs: a drafter for it could never decode."
+            " Set drafter=none"
+        )
     longest = train.rows.report.longest if train is not None else config["max_length"]
     if longest < drafter.offsets + 2:
         errors.append(

@@ -1,0 +1,87 @@
+"""Low-rank updates of experts, against naive sums and stock PEFT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+from adapters import experts
+from adapters.delta import AdapterError, Start
+from tests.toys import adapters as toys
+from tests.toys.families import logits, model_of
+
+MIXTURES = ["mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "granitemoe", "qwen3_5_moe_text"]
+
+
+def attached(name: str, **changes: Any) -> tuple[Any, Any]:
+    """An adapter on linear layers and all experts, and the model, none of its matrices zero."""
+    adapter = toys.lora(target_parameters="all-experts", **changes)
+    model = adapter.attach(model_of(name), Start())
+    draw = torch.Generator().manual_seed(1)
+    for key, parameter in model.named_parameters():
+        if key.endswith(".B"):
+            nn.init.normal_(parameter, std=0.1, generator=draw)
+    return adapter, model.eval()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_each_expert_has_its_own_update(transposed):
+    weight = torch.randn(3, 4, 6)
+    delta = experts.ExpertLoRA(weight, 2, 0.5, torch.float32, transposed)
+    nn.init.normal_(delta.B)
+    for e in range(3):
+        A, B = delta.A[2 * e : 2 * e + 2], delta.B[:, e::3]
+        update = 0.5 * B @ A
+        expected = weight[e] + (update.T if transposed else update)
+        torch.testing.assert_close(delta.weight(weight)[e], expected)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_stock_peft_loads_the_experts_updates(name, tmp_path):
+    adapter, model = attached(name)
+    expected, plain = logits(model), logits(model_of(name))
+    adapter.save(model, tmp_path, "base", "CAUSAL_LM")
+    loaded = PeftModel.from_pretrained(model_of(name), tmp_path).eval()
+    assert float((logits(loaded) - expected).norm() / (expected - plain).norm()) < 1e-4
+    with adapter.disabled(model):
+        torch.testing.assert_close(logits(model), plain)
+    torch.testing.assert_close(logits(adapter.merge(model)), expected, rtol=1e-4, atol=1e-4)
+    assert not experts.layers(model)
+
+
+def test_only_the_updates_learn_and_a_state_holds_them():
+    adapter, model = attached("mixtral")
+    model(input_ids=torch.arange(3, 43)[None], use_cache=False).logits.square().sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("experts.deltas.gate_up_proj.A" in name for name in trained)
+    state = adapter.state(model)
+    assert any("experts.deltas.down_proj.B" in name for name in state["tensors"])
+    _, other = attached("mixtral")
+    adapter.load_state(other, state)
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_the_tensors_of_a_model_are_listed():
+    with pytest.raises(AdapterError, match=r"experts\.down_proj, experts\.gate_up_proj"):
+        toys.lora(target_parameters=["w1"]).attach(model_of("mixtral"), Start())
+    with pytest.raises(AdapterError, match="The model's: none"):
+        toys.lora(target_parameters="all-experts").attach(model_of("llama"), Start())
+
+
+def test_one_of_the_tensors(tmp_path):
+    adapter = toys.lora(target_parameters=["experts.down_proj"])
+    model = adapter.attach(model_of("mixtral", "meta"), Start())
+    assert [list(layer.deltas) for _, layer in experts.layers(model)] == [["down_proj"]] * 2
+
+
+def test_parameters_of_experts_are_counted():
+    model = model_of("deepseek_v3", "meta")
+    names = experts.expert_tensors(model)
+    assert names
+    assert all(".experts." in name for name in names)  # and no shared expert
+    assert not experts.expert_tensors(model_of("mamba", "meta"))  # whose convolutions are 3-D
