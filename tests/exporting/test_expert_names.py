@@ -92,8 +92,10 @@ def test_missing_and_unread_tensors_are_named(tmp_path):
 def test_a_lost_adapter_is_seen_at_any_size_above_rounding(size):
     adapter = toys.lora(target_modules="all-linear")
     base = model_of("llama")
-    task = SimpleNamespace(kind="text")
-    run: Any = SimpleNamespace(base=SimpleNamespace(config=base.config, longest=256), task=task)
+    run: Any = SimpleNamespace(
+        base=SimpleNamespace(config=base.config, longest=256),
+        task=SimpleNamespace(kind="text", labels=None),
+    )
     plain = outputs(base, run)
     expected = outputs(moved(adapter, base, size), run)
     moves = effect(expected[-1], plain[-1])
