@@ -516,7 +516,9 @@ def test_lora_only_is_lora(tmp_path, changes):
     }
     assert set(names) == {*settings, "dtype"}
     torch.manual_seed(3)
-    lora = LoRAAdapter(**settings | changes, lr_ratio=1.0, dtype="float64", fused=True)
+    lora = LoRAAdapter(
+        **settings | changes, target_parameters=[], lr_ratio=1.0, dtype="float64", fused=True
+    )
     its = lora.attach(llama(), Start(steps=3))
     rosa, model = attached(
         schedule="lora_only", restart_after_mask=True, warmup_steps=64, **changes

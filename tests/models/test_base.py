@@ -175,6 +175,7 @@ def lora():
         dropout=0.0,
         target_modules="all-linear",
         exclude_modules=[],
+        target_parameters=[],
         lr_ratio=1.0,
         dtype="float32",
         fused=True,

@@ -61,6 +61,7 @@ def lora(**changes: Any) -> LoRAAdapter:
         "dropout": 0.0,
         "target_modules": "all-linear",
         "exclude_modules": [],
+        "target_parameters": [],
         "lr_ratio": 1.0,
         "dtype": "float32",
         "fused": True,
