@@ -62,7 +62,10 @@ def test_an_adapter_that_peft_reads_wrongly_is_refused_whatever_its_size(tmp_pat
         model=model,
         adapter=adapter,
         base=SimpleNamespace(
-            load=lambda *_: model_of("deepseek_v3"), config=model.config, longest=256
+            load=lambda *_: model_of("deepseek_v3"),
+            config=model.config,
+            longest=256,
+            vocabulary=264,
         ),
         task=SimpleNamespace(kind="text", labels=None),
     )
@@ -93,7 +96,7 @@ def test_a_lost_adapter_is_seen_at_any_size_above_rounding(size):
     adapter = toys.lora(target_modules="all-linear")
     base = model_of("llama")
     run: Any = SimpleNamespace(
-        base=SimpleNamespace(config=base.config, longest=256),
+        base=SimpleNamespace(config=base.config, longest=256, vocabulary=264),
         task=SimpleNamespace(kind="text", labels=None),
     )
     plain = outputs(base, run)
