@@ -180,7 +180,7 @@ class LoRAAdapter(Adapter):
         dtype: str,
         fused: bool,
         target_parameters: str | list[str],
-        train_modules: Sequence[str] = (),
+        train_modules: Sequence[str],
     ):
         self.fused, self.train_modules = fused, list(train_modules)
         self.target_parameters = target_parameters

@@ -22,7 +22,8 @@ def untie(model: Any) -> None:
     if inner == [None, None]:
         return
     linear, table = inner[0] or head, inner[1] or embedding
-    if getattr(linear, "weight", None) is table.weight:
+    tied = getattr(linear, "weight", None) is table.weight
+    if tied:
         linear.weight = nn.Parameter(table.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
 

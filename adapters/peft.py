@@ -16,7 +16,7 @@ import contextlib
 import copy
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,7 @@ ORDINARY_START = {
 class Peft(Adapter):
     """One of PEFT's methods, built from its configuration class."""
 
-    def __init__(
-        self, peft_type: str, data_batches: int, train_modules: Sequence[str] = (), **fields: Any
-    ):
+    def __init__(self, peft_type: str, data_batches: int, **fields: Any):
         entry = config_class(peft_type)
         if entry is None or entry.peft_type is None:
             raise AdapterError(
@@ -67,7 +65,7 @@ class Peft(Adapter):
             )
         self.kind, self.config_name, self.data_batches = entry.peft_type, entry.name, data_batches
         self.fields = {key: value for key, value in fields.items() if key not in OURS}
-        self.train_modules = list(train_modules)
+        self.train_modules: list[str] = list(fields.get("train_modules", []))
         self.init = str(self.fields.get("init_lora_weights", ""))
         self.changes_base = self.kind == "LORA" and self.init.startswith(CHANGES_BASE)
         self.mergeable = self.kind not in PROMPT_LEARNING

@@ -188,7 +188,7 @@ class RoSAAdapter(SparseAdapter):
         gradient: str,
         dtype: str,
         sparse_dtype: str,
-        train_modules: Sequence[str] = (),
+        train_modules: Sequence[str],
     ):
         super().__init__(
             density, density_pattern, target_modules, exclude_modules, gradient, sparse_dtype

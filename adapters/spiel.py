@@ -128,7 +128,7 @@ class SpIEL(SparseAdapter):
         exclude_modules: list[str],
         gradient: str,
         sparse_dtype: str,
-        train_modules: Sequence[str] = (),
+        train_modules: Sequence[str],
     ):
         super().__init__(
             density, density_pattern, target_modules, exclude_modules, gradient, sparse_dtype

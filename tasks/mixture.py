@@ -59,15 +59,15 @@ class Mixture:
         train_on: str,
         metric: str,
         on_bad: str,
-        on_lost: str = "error",
-        chat_template_kwargs: dict[str, Any] | None = None,
-        eval_sets: dict[str, Any] | None = None,
+        on_lost: str,
+        chat_template_kwargs: dict[str, Any],
+        eval_sets: dict[str, Any],
     ):
         if not parts:
             raise DataError("task.parts is empty: give {NAME: {path: FILE, weight: 1}, ...}")
         self.chat_template, self.train_on, self.on_bad = chat_template, train_on, on_bad
         self.metric, self.metrics = metric, [metric]
-        self.on_lost, self.chat_template_kwargs = on_lost, dict(chat_template_kwargs or {})
+        self.on_lost, self.chat_template_kwargs = on_lost, dict(chat_template_kwargs)
         shared = {
             "format": format,
             "columns": columns,
@@ -85,6 +85,8 @@ class Mixture:
             "shuffle_block": 1,
             "on_bad": on_bad,
             "on_lost": on_lost,
+            "weight_column": None,
+            "chat_template_kwargs": {},
         }
         self.parts: dict[str, tuple[SFT, float]] = {
             name: _part(f"task.parts.{name}", settings, shared) for name, settings in parts.items()
@@ -92,7 +94,7 @@ class Mixture:
         further = {"eval_fraction": 0, "split": "test", "limit": eval_limit}
         self.further: dict[str, SFT] = {
             name: _part(f"task.eval_sets.{name}", settings, shared | further)[0]
-            for name, settings in sources.named_sets(eval_sets or {}).items()
+            for name, settings in sources.named_sets(eval_sets).items()
         }
         self.eval_sets = list(self.further)
 

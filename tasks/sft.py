@@ -41,9 +41,9 @@ class SFT:
         streaming: bool,
         shuffle_block: int,
         on_bad: str,
-        on_lost: str = "error",
-        weight_column: str | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
+        on_lost: str,
+        weight_column: str | None,
+        chat_template_kwargs: dict[str, Any],
         **more: Any,
     ):
         self.splits = Splits.of(
@@ -55,7 +55,7 @@ class SFT:
         self.metric, self.metrics = metric, [metric]
         self.streaming, self.shuffle_block, self.on_bad = streaming, shuffle_block, on_bad
         self.on_lost, self.weight_column = on_lost, weight_column
-        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.chat_template_kwargs = dict(chat_template_kwargs)
 
     def examples(self, split: str) -> Iterator[Conversation | Bad]:
         format_ = self.format

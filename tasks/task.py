@@ -206,14 +206,14 @@ class Chats:
         system: str | None,
         chat_template: str | None,
         on_bad: str,
-        on_lost: str = "error",
-        chat_template_kwargs: dict[str, Any] | None = None,
+        on_lost: str,
+        chat_template_kwargs: dict[str, Any],
         **more: Any,
     ):
         self.splits = Splits.of(
             path, split, eval_path, eval_split, eval_fraction, limit, eval_limit, **more
         )
-        self.on_lost, self.chat_template_kwargs = on_lost, dict(chat_template_kwargs or {})
+        self.on_lost, self.chat_template_kwargs = on_lost, dict(chat_template_kwargs)
         self.eval_sets = list(self.splits.more)
         self.columns, self.system, self.chat_template, self.on_bad = (
             dict(columns),

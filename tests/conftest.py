@@ -88,7 +88,7 @@ def tiny(cache: Path) -> Any:
     """conf/base/tiny.yaml's base."""
     from trainer.models import tiny as tiny_module
 
-    return tiny_module.tiny(0, 2, 16, 512, "auto", "sdpa", "none", True)
+    return tiny_module.tiny(0, 2, 16, 512, "auto", "sdpa", "none", True, [])
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

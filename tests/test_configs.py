@@ -150,7 +150,9 @@ def targets_take_the_keys_of_the_file(name):
     for place, node in nodes(name):
         module, _, attribute = node["_target_"].rpartition(".")
         target = getattr(importlib.import_module(module), attribute)
-        keys = {key: value for key, value in node.items() if key not in schema.INSTANTIATE_KEYS}
+        # adapter.from is a word of Python: the program reads it, and no class does.
+        apart = {*schema.INSTANTIATE_KEYS, "from"}
+        keys = {key: value for key, value in node.items() if key not in apart}
         signature = inspect.signature(target)
         signature.bind_partial(**keys)
         assert not keys.keys() & given, f"{place} sets what code gives"

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
             say(job.script, end="")
             return 0
         for fault in job.missing:  # the nodes of the job may have another disk
-            print(f"warning: on this machine {fault}", file=sys.stderr)
+            say(f"warning: on this machine {fault}", file=sys.stderr)
         number, file = submit(job.script, job.name, job.logs)
     except (ConfigError, OSError) as error:
         return bad(f"graft submit --help shows the options\n{explain(error)}")

@@ -50,6 +50,7 @@ def adapter_of(kind: str, **changes: Any) -> Any:
             "exclude_modules": [],
             "gradient": "sampled",
             "sparse_dtype": "float32",
+            "train_modules": [],
         }
         return SpIEL(**settings | changes)
     return make(**FP32 | {"schedule": "spa_only" if kind == "sparse" else "wl"} | changes)

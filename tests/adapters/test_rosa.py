@@ -48,6 +48,7 @@ def make(**changes: Any) -> RoSAAdapter:
         "gradient": "sampled",
         "dtype": "float64",
         "sparse_dtype": "float64",
+        "train_modules": [],
     }
     return RoSAAdapter(**settings | changes)
 
@@ -517,7 +518,12 @@ def test_lora_only_is_lora(tmp_path, changes):
     assert set(names) == {*settings, "dtype"}
     torch.manual_seed(3)
     lora = LoRAAdapter(
-        **settings | changes, target_parameters=[], lr_ratio=1.0, dtype="float64", fused=True
+        **settings | changes,
+        target_parameters=[],
+        train_modules=[],
+        lr_ratio=1.0,
+        dtype="float64",
+        fused=True,
     )
     its = lora.attach(llama(), Start(steps=3))
     rosa, model = attached(

@@ -56,6 +56,7 @@ def make(**changes: Any) -> SpIEL:
         "exclude_modules": [],
         "gradient": "gathered",
         "sparse_dtype": "float32",
+        "train_modules": [],
     }
     return SpIEL(**settings | changes)
 

@@ -24,7 +24,7 @@ try:
     code = run_words(sys.argv[1:])
 except SystemExit as end:
     code = end.code
-heavy = ("torch", "transformers", "numpy", "rich", "lightning", "pyarrow", "datasets")
+heavy = ("torch", "transformers", "numpy", "lightning", "pyarrow", "datasets")
 print("CODE", code, [name for name in heavy if name in sys.modules])
 """
 

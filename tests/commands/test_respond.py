@@ -325,6 +325,9 @@ def test_a_row_trains_the_tokens_that_were_generated(ask, folder, naive):
         False,
         1,
         "raise",
+        "error",
+        None,
+        {},
     )
     assert [example.messages for example in task.examples("train")] == [
         line["messages"] for line in rows

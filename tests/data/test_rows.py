@@ -50,6 +50,9 @@ CHAT = {
     "streaming": False,
     "shuffle_block": 10,
     "on_bad": "raise",
+    "on_lost": "error",
+    "chat_template_kwargs": {},
+    "weight_column": None,
 }
 BROKEN = '{"messages": [{"role": "user", "content": "1+1="}]}'
 

@@ -289,6 +289,9 @@ def task(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> SFT:
         "streaming": False,
         "shuffle_block": 2,
         "on_bad": "raise",
+        "on_lost": "error",
+        "chat_template_kwargs": {},
+        "weight_column": None,
     }
     return SFT(str(file), **(options | changes))
 

@@ -417,8 +417,8 @@ def test_layers_of_other_families_are_their_own(config):
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_packed_base_is_unpacked_for_a_start_and_stepped_on(kind):
-    model = tiny(0, 2, 64, 64, "auto", "sdpa", kind, True).load(torch.float32)
-    plain = tiny(0, 2, 64, 64, "auto", "sdpa", "none", True).load(torch.float32)
+    model = tiny(0, 2, 64, 64, "auto", "sdpa", kind, True, []).load(torch.float32)
+    plain = tiny(0, 2, 64, 64, "auto", "sdpa", "none", True, []).load(torch.float32)
     freeze(model)
     for of in ("parallel", "shared"):
         drafter = make(of, model, init="last_layer").train()

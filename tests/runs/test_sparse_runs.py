@@ -51,6 +51,7 @@ def rosa(**changes: Any) -> RoSAAdapter:
         "gradient": "gathered",
         "dtype": "float64",
         "sparse_dtype": "float64",
+        "train_modules": [],
     }
     return RoSAAdapter(**settings | changes)
 
@@ -71,6 +72,7 @@ def spiel(**changes: Any) -> SpIEL:
         "exclude_modules": [],
         "gradient": "gathered",
         "sparse_dtype": "float32",
+        "train_modules": [],
     }
     return SpIEL(**settings | changes)
 

@@ -76,7 +76,7 @@ def test_the_base_is_a_normal_folder_that_transformers_loads(base):
 def test_the_loss_and_its_gradients_are_those_of_full_logits(base):
     ids, labels = padded(base.tokenizer, TEXTS)
     model = base.load(torch.float32)
-    model = LoRAAdapter(4, 8, False, 0.0, "all-linear", [], 1.0, "float32", True, []).attach(
+    model = LoRAAdapter(4, 8, False, 0.0, "all-linear", [], 1.0, "float32", True, [], []).attach(
         model, Start()
     )
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ def test_the_loss_and_its_gradients_are_those_of_full_logits(base):
 
 def test_lora_on_the_real_model_is_pefts(base, tmp_path):
     torch.manual_seed(0)
-    adapter = LoRAAdapter(8, 16, False, 0.0, "all-linear", [], 1.0, "float32", True, [])
+    adapter = LoRAAdapter(8, 16, False, 0.0, "all-linear", [], 1.0, "float32", True, [], [])
     model = adapter.attach(base.load(torch.float32), Start())
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -30,6 +30,8 @@ def task(path: Path, **changes: Any) -> GSM8K:
         "system": None,
         "chat_template": None,
         "on_bad": "raise",
+        "on_lost": "error",
+        "chat_template_kwargs": {},
     }
     return GSM8K(str(path), **settings | changes)
 

@@ -23,6 +23,9 @@ def mixture(parts: Any, **changes: Any) -> Mixture:
         "train_on": "all",
         "metric": "exact_match",
         "on_bad": "raise",
+        "on_lost": "error",
+        "chat_template_kwargs": {},
+        "eval_sets": {},
     }
     return Mixture(parts, **settings | changes)
 

@@ -36,6 +36,9 @@ def sft(path: Path | str, **changes: Any) -> SFT:
         "streaming": False,
         "shuffle_block": 10,
         "on_bad": "raise",
+        "on_lost": "error",
+        "chat_template_kwargs": {},
+        "weight_column": None,
     }
     return SFT(str(path), **settings | changes)
 

@@ -62,6 +62,7 @@ def lora(**changes: Any) -> LoRAAdapter:
         "target_modules": "all-linear",
         "exclude_modules": [],
         "target_parameters": [],
+        "train_modules": [],
         "lr_ratio": 1.0,
         "dtype": "float32",
         "fused": True,

@@ -30,5 +30,6 @@ def make(**changes: Any) -> RoSAAdapter:
         "gradient": "sampled",
         "dtype": "float64",
         "sparse_dtype": "float64",
+        "train_modules": [],
     }
     return RoSAAdapter(**settings | changes)

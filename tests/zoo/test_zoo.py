@@ -38,7 +38,7 @@ WHOLE = ["llama", "qwen3_next", "gemma3", "mamba"]
 @pytest.mark.parametrize("name", LIGHT)
 def test_an_adapter_leaves_for_stock_peft(name, tmp_path):
     place = make(families.every()[name], tmp_path)
-    base = from_hub(place.base, None, None, "auto", "auto", "none", True, False)
+    base = from_hub(place.base, None, None, "auto", "auto", "none", True, False, [])
     model, adapter = base.load(torch.float32), toys.lora(target_modules="all-linear")
     plain = logits(model)
     torch.testing.assert_close(plain, logits(stock(place)), rtol=1e-3, atol=1e-4)

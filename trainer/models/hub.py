@@ -21,7 +21,7 @@ def from_hub(
     quantization: str,
     double_quant: bool,
     trust_remote_code: bool,
-    add_tokens: Sequence[str] = (),
+    add_tokens: Sequence[str],
 ) -> Base:
     """Return the base that `path` names: a name on the hub, a folder or a .gguf file. `gguf_file`
     is a file of the hub's repository.

@@ -31,7 +31,7 @@ def tiny(
     attn_implementation: str,
     quantization: str,
     double_quant: bool,
-    add_tokens: Sequence[str] = (),
+    add_tokens: Sequence[str],
 ) -> Base:
     """Return a seeded random Llama over bytes, which is made once and kept in the cache."""
     settings = {
