@@ -40,6 +40,9 @@ SFT = {
     "streaming": False,
     "shuffle_block": 1,
     "on_bad": "error",
+    "on_lost": "error",
+    "weight_column": None,
+    "chat_template_kwargs": {},
 }
 
 

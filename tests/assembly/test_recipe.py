@@ -76,7 +76,9 @@ def test_the_identity_names_what_has_to_be_the_same_to_resume(recipe):
 
 def test_a_device_is_asked_for_only_in_a_run(recipe, monkeypatch):
     """A check may be made on another machine."""
-    monkeypatch.setattr(recipe_module.liger, "fault", lambda *_: "no Liger here")
+    monkeypatch.setattr(
+        recipe_module.liger, "fault", lambda _, cuda=True, *__: None if cuda else "no Liger here"
+    )
     assert recipe("fused=liger", "lightning=auto").device.type in ("cpu", "cuda")
     with pytest.raises(ConfigError, match="no Liger here"):
         recipe("fused=liger", "lightning=auto", device=torch.device("cpu"))

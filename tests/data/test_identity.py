@@ -14,9 +14,10 @@ import pytest
 from tasks.sft import SFT
 from tests.conftest import sums, write_rows
 from trainer.data import identity
+from trainer.data.cache_key import _STREAMED, FEATURES, source_key
 from trainer.data.lengths import Report
 from trainer.data.render import Renderer
-from trainer.data.rows import _FEATURES, _STREAMED, Rows, cached_digest, source_key, tokenise
+from trainer.data.rows import Rows, cached_digest, tokenise
 
 OLD_KEY = "0123456789abcdef" * 2
 COUNTS = {"rows": 60, "tokens": 1740, "trained_tokens": 200}
@@ -65,7 +66,7 @@ def table(rows: list[dict[str, Any]], batches: int = 1) -> Rows:
     """Rows as a table of some batches."""
     size = -(-len(rows) // batches)
     parts = [
-        datasets.Dataset.from_list(rows[i : i + size], features=_FEATURES)
+        datasets.Dataset.from_list(rows[i : i + size], features=FEATURES)
         for i in range(0, len(rows), size)
     ]
     return Rows(datasets.concatenate_datasets(parts), Report())

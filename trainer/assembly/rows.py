@@ -14,11 +14,12 @@ from tasks.reading import DataError
 from trainer.config.errors import ConfigError
 from trainer.data import ends
 from trainer.data.batches import BatchOrder, Collate, Sequences
+from trainer.data.cache_key import source_key
 from trainer.data.held_out import HeldOut
 from trainer.data.identity import of_rows, of_stream
 from trainer.data.packing import pack
 from trainer.data.render import Renderer
-from trainer.data.rows import Rows, source_key, tokenise
+from trainer.data.rows import Rows, tokenise
 from trainer.models.base import Base
 from trainer.storage.progress import Progress
 
@@ -68,6 +69,15 @@ def resolve_length(config: dict[str, Any], base: Base) -> None:
         config["max_length"] = min(DEFAULT_LENGTH, base.longest)
 
 
+def _refuse_packed_pairs(config: dict[str, Any], base: Base) -> None:
+    if base.decoder_start is not None and config["packing"]:
+        raise ConfigError(
+            f"packing=true puts several rows into one sequence, and {base.path} is an"
+            " encoder-decoder, whose decoder would see the prompts of all of them: set"
+            " packing=false"
+        )
+
+
 def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True) -> Data:
     """Load the tokenised rows from the cache, or tokenise them. Without `train` only the held-out
     rows are loaded.
@@ -77,18 +87,10 @@ def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True)
     """
     resolve_length(config, base)
     renderer = Renderer(base.tokenizer, task, base.decoder_start)
-    if base.decoder_start is not None and config["packing"]:
-        raise ConfigError(
-            f"packing=true puts several rows into one sequence, and {base.path} is an"
-            " encoder-decoder, whose decoder would see the prompts of all of them: set"
-            " packing=false"
-        )
+    _refuse_packed_pairs(config, base)
     start = base.decoder_start if task.kind != "label" else None
-    settings = {
-        "max_length": config["max_length"],
-        "overlong": config["overlong"],
-        "processes": config["tokenise_processes"],
-    }
+    settings = {key: config[key] for key in ("max_length", "overlong")}
+    settings["processes"] = config["tokenise_processes"]
     labelled = task.kind == "label"
     weighted = getattr(task, "weight_column", None) is not None
     collate = Collate(
@@ -103,9 +105,9 @@ def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True)
             rows = tokenise(task, "train", renderer, **settings)
         log.info("train: %s", rows.report.summary())
         identity["train"] = of_rows(rows)
-        packs = (
-            pack(rows.lengths, config["max_length"], config["seed"]) if config["packing"] else None
-        )
+        packs = None
+        if config["packing"]:
+            packs = pack(rows.lengths, config["max_length"], config["seed"])
         training = Sequences(rows, packs)
     with Progress("tokenising the held-out rows"):
         rows = tokenise(task, "eval", renderer, **settings)

@@ -72,12 +72,8 @@ def script(
         f"set -- {shlex.join(arguments)}",
     ]
     if array:
-        text.append('case "$SLURM_ARRAY_TASK_ID" in')
-        text += [
-            f'    {index}) set -- "$@" {shlex.join(words)} ;;'
-            for index, words in enumerate(per_task)
-        ]
-        text.append("esac")
+        tasks = [f'    {i}) set -- "$@" {shlex.join(words)} ;;' for i, words in enumerate(per_task)]
+        text += ['case "$SLURM_ARRAY_TASK_ID" in', *tasks, "esac"]
     return "\n".join(text) + "\n" + body.partition("\n")[2]
 
 

@@ -39,7 +39,7 @@ def of_rows(rows: Rows) -> dict[str, Any]:
 def of_stream(key: str) -> dict[str, Any]:
     """Return the identity of rows that are tokenised while training.
 
-    `key` is from `trainer.data.rows.source_key`."""
+    `key` is from `trainer.data.cache_key.source_key`."""
     return {"source": key}
 
 

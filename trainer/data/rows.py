@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
 import logging
 import shutil
-import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -20,15 +18,12 @@ import datasets
 import numpy as np
 import pyarrow
 import pyarrow.ipc
-import tokenizers
-import transformers
 from filelock import FileLock, Timeout
 
-import tasks.task
-from tasks import conversation, hub, messages, reading, wheel
+from tasks import wheel
 from tasks.reading import DataError
-from trainer.data import chat_template, lost, render, turns
-from trainer.data.lengths import Report, fit, listing, take
+from trainer.data.cache_key import cache_key, features
+from trainer.data.lengths import Report, listing, take
 from trainer.data.render import Renderer, Tokens
 from trainer.data.rendering import chunks, rendered
 from trainer.storage import atomic
@@ -37,28 +32,6 @@ log = logging.getLogger(__name__)
 
 WRITTEN = 1000  # rows that are written at a time
 WAIT = 30  # seconds between two messages of a process that waits for the rows of another one
-_FEATURES = datasets.Features(
-    {
-        "ids": datasets.List(datasets.Value("int32")),
-        "trained": datasets.List(datasets.Value("bool")),
-        "label": datasets.Value("int32"),
-        "index": datasets.Value("int64"),  # of the example in its split
-        "where": datasets.Value("string"),
-        "weight": datasets.Value("float64"),  # of the row in the loss
-    }
-)
-# Part of the identity of streamed rows, which older runs recorded without a weight.
-_STREAMED = str(
-    datasets.Features({name: value for name, value in _FEATURES.items() if name != "weight"})
-)
-
-
-def _features(task: Any) -> datasets.Features:
-    """Return the columns of a task's rows. Only those that are labelled with numbers or several
-    classes have `values`: the identity of other rows depends on the names of their columns."""
-    if getattr(task, "problem", None) in (None, "single_label_classification"):
-        return _FEATURES
-    return datasets.Features({**_FEATURES, "values": datasets.List(datasets.Value("float32"))})
 
 
 class Rows:
@@ -209,12 +182,9 @@ def tokenise(
     if next(iter(task.examples(split)), None) is None:
         if split == "train":
             raise DataError("the training data has no row")
-        return Rows(
-            datasets.Dataset.from_dict(
-                {name: [] for name in _features(task)}, features=_features(task)
-            ),
-            Report(),
-        )
+        columns = features(task)
+        empty = datasets.Dataset.from_dict({name: [] for name in columns}, features=columns)
+        return Rows(empty, Report())
     key = cache_key(task, split, renderer, max_length, overlong)
     folder = wheel.cache_dir() / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
@@ -238,13 +208,8 @@ def tokenise(
         report_file.unlink(missing_ok=True)
         shutil.rmtree(folder / key, ignore_errors=True)
         try:
-            schema = _features(task).arrow_schema
-            _write(
-                key,
-                folder,
-                schema,
-                _kept(task, split, renderer, max_length, overlong, processes, report),
-            )
+            rows_read = _kept(task, split, renderer, max_length, overlong, processes, report)
+            _write(key, folder, features(task).arrow_schema, rows_read)
         except DataError as error:
             atomic.write_text(error_file, f"{uuid.uuid4()}\n{error}")
             raise
@@ -320,64 +285,6 @@ def _write(key: str, folder: Path, schema: pyarrow.Schema, rows: Iterator[dict[s
 
 def _table(key: str, folder: Path) -> datasets.Dataset:
     return datasets.Dataset.from_file(str(folder / key / "rows.arrow"))
-
-
-def cache_key(task: Any, split: str, renderer: Renderer, max_length: int, overlong: str) -> str:
-    """Return a digest of everything that the tokenised rows depend on: data, template, tokenizer,
-    lengths and code."""
-    parts = (
-        render,
-        chat_template,
-        turns,
-        lost,
-        fit,
-        reading,
-        hub,
-        conversation,
-        messages,
-        tasks.task,
-    )
-    code = [inspect.getsource(part) for part in parts]
-    modules = {kind.__module__ for kind in type(task).__mro__ if kind is not object}
-    code += [inspect.getsource(sys.modules[name]) for name in sorted(modules)]
-    return _key(*code, *_settings(task, split, renderer, max_length, overlong))
-
-
-def source_key(task: Any, split: str, renderer: Renderer, max_length: int, overlong: str) -> str:
-    """Return a digest of data, template, tokenizer and lengths, without code: the identity of rows
-    that are never stored in a table."""
-    return _key(*_settings(task, split, renderer, max_length, overlong))
-
-
-def _key(*parts: Any) -> str:
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
-
-
-def _settings(
-    task: Any, split: str, renderer: Renderer, max_length: int, overlong: str
-) -> list[Any]:
-    tokenizer = renderer.tokenizer
-    backend = (
-        tokenizer.backend_tokenizer.to_str()
-        if getattr(tokenizer, "is_fast", False)
-        else json.dumps(tokenizer.get_vocab())
-    )
-    return [
-        _STREAMED,
-        *(["values"] if "values" in _features(task) else []),
-        backend,
-        json.dumps(tokenizer.special_tokens_map, default=str),
-        json.dumps(renderer.template),
-        renderer.train_on,
-        task.fingerprint(split),
-        task.on_bad,
-        max_length,
-        overlong,
-        tokenizers.__version__,
-        transformers.__version__,
-        *([f"on_lost={renderer.on_lost}"] if renderer.on_lost != "error" else []),
-        *([json.dumps(renderer.variables, sort_keys=True)] if renderer.variables else []),
-    ]
 
 
 def _kept(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -85,3 +86,28 @@ class DrawnNodes:
         if self.vocabulary is not None:
             q = q.new_zeros(len(q), self.drawing.size).index_copy(1, self.vocabulary, q)
         return Draft(tokens, above, q, torch.cat(self.rows), with_replacement)
+
+
+def up_to_depth(draft: Draft, depth: int) -> Draft:
+    """Return a tree without its nodes of a larger depth."""
+    depths: list[int] = []
+    for parent in draft.parents.tolist():
+        depths.append(1 + (depths[parent] if parent >= 0 else 0))
+    keep = [node for node, deep in enumerate(depths) if deep <= depth]
+    if len(keep) == len(depths):
+        return draft
+    place = {node: index for index, node in enumerate(keep)} | {-1: -1}
+    return replace(
+        draft,
+        tokens=draft.tokens[keep],
+        parents=torch.tensor([place[int(draft.parents[node])] for node in keep], dtype=torch.long),
+        rows=None if draft.rows is None else draft.rows[keep],
+    )
+
+
+def depth_of(parents: Sequence[int]) -> int:
+    """Return the number of levels of a tree."""
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(1 + (depths[parent] if parent >= 0 else 0))
+    return max(depths, default=0)

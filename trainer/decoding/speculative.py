@@ -30,7 +30,7 @@ from torch import Tensor
 
 from trainer.decoding import positions, verify
 from trainer.decoding.clock import Clock
-from trainer.decoding.drawing import Drawing, empty_draft
+from trainer.decoding.drawing import Drawing, depth_of, empty_draft, up_to_depth
 from trainer.decoding.sampling import Sampling
 from trainer.decoding.target_cache import TargetCache, allow_trees, cannot_roll_back, is_chain
 from trainer.decoding.trees import Shape, chain
@@ -384,28 +384,3 @@ def _decisions(
         decisions.append((path, [*(tokens[start + node] for node in path), following[last]]))
         start, place = end, place + 1 + len(parents)
     return decisions
-
-
-def up_to_depth(draft: Draft, depth: int) -> Draft:
-    """Return a tree without its nodes of a larger depth."""
-    depths: list[int] = []
-    for parent in draft.parents.tolist():
-        depths.append(1 + (depths[parent] if parent >= 0 else 0))
-    keep = [node for node, deep in enumerate(depths) if deep <= depth]
-    if len(keep) == len(depths):
-        return draft
-    place = {node: index for index, node in enumerate(keep)} | {-1: -1}
-    return replace(
-        draft,
-        tokens=draft.tokens[keep],
-        parents=torch.tensor([place[int(draft.parents[node])] for node in keep], dtype=torch.long),
-        rows=None if draft.rows is None else draft.rows[keep],
-    )
-
-
-def depth_of(parents: Sequence[int]) -> int:
-    """Return the number of levels of a tree."""
-    depths: list[int] = []
-    for parent in parents:
-        depths.append(1 + (depths[parent] if parent >= 0 else 0))
-    return max(depths, default=0)

@@ -75,11 +75,25 @@ def losses(
                     _fill(outputs, batch["sequences"], counts["scores"], targets)
                 else:
                     confusion += _confusion(counts["scores"], targets)
+    scored = (guesses, offsets, outputs, confusion)
+    return _numbers(reduce, sums, held_out.labels is not None, *scored)
+
+
+def _numbers(
+    reduce: Callable[[torch.Tensor], torch.Tensor],
+    sums: torch.Tensor,
+    labelled: bool,
+    guesses: bool,
+    offsets: torch.Tensor | None,
+    outputs: torch.Tensor | None,
+    confusion: torch.Tensor,
+) -> dict[str, float]:
+    """Return the numbers of an evaluation from the sums of a rank."""
     total, tokens, right = reduce(sums).tolist()
     if not tokens:
         return {}
     result = {"loss": total / tokens} | ({"accuracy": right / tokens} if guesses else {})
-    if held_out.labels is None:
+    if not labelled:
         if guesses:
             result["perplexity"] = math.exp(min(total / tokens, 700))
         if offsets is not None:
