@@ -17,7 +17,9 @@ CALLS = {"compile", "match", "search", "fullmatch", "sub", "split", "findall", "
 # Patterns that are put together at run time, and why they are harmless.
 COMPUTED = {
     "adapters/delta.py": "the user's own, on names of layers",
-    "adapters/peft.py": "the user's own, on names of layers",
+    "adapters/peft_targets.py": "the user's own, on names of layers",
+    "adapters/reached.py": "with the name of a layer, on the source of a class",
+    "trainer/config/compose.py": "with the name of a setting of ours",
     "trainer/config/forbidden.py": "with the name of a setting of ours",
     "trainer/exporting/mtp_layers.py": "with a number",
     "trainer/data/rendering.py": "of fixed texts",

@@ -154,6 +154,7 @@ def train(argv: list[str]) -> int:
 def _job(cfg: DictConfig) -> float | None:
     """One run of a checked config. One that cannot start leaves no folder."""
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
     from trainer.storage import run_folder
 
@@ -161,7 +162,10 @@ def _job(cfg: DictConfig) -> float | None:
         return _run_with_signals(cfg)
     except SystemExit as end:
         if end.code in (EXIT_BAD_INPUT, INTERRUPTED):
-            run_folder.remove_unused(Path(HydraConfig.get().runtime.output_dir))
+            hydra: Any = HydraConfig.get()
+            folder = OmegaConf.select(hydra, "runtime.output_dir")
+            if folder is not None:
+                run_folder.remove_unused(Path(folder))
         raise
 
 
@@ -177,7 +181,8 @@ def _run_with_signals(cfg: DictConfig) -> float | None:
     # Again, because a launcher's worker has not passed the hook into Hydra.
     choices: Any = OmegaConf.to_container(HydraConfig.get().runtime.choices)
     compose.check(cfg, choices)
-    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    settings: Any = OmegaConf.to_container(own, resolve=True)
     if (fault := slurm_job.task_mismatch(settings["lightning"])) is not None:
         sys.exit(bad(fault))
     if missing := list(paths.problems(settings)):

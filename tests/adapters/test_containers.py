@@ -612,7 +612,7 @@ def test_the_program_exports_rosa_as_each(train, chats, tmp_path, capsys):
         assert export.main([f"run={run}", f"to={to}"]) == 0
         assert "loaded back and compared: logits differ by" in capsys.readouterr().out
     assert config_of(run / "peft")["peft_type"] == "SUPERTUNING"
-    assert sorted(path.name for path in (run / "shira").iterdir()) == ["lora", "shira"]
+    assert {path.name for path in (run / "shira").iterdir() if path.is_dir()} == {"lora", "shira"}
     assert (run / "merged" / "model.safetensors").exists()
     own, again = tensors(run / "adapter"), tensors(run / "peft")  # what the run wrote at its end
     assert own.keys() == again.keys()

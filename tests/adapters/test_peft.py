@@ -20,7 +20,8 @@ from transformers import LlamaForSequenceClassification
 from adapters import peft_fields, peft_init
 from adapters.delta import AdapterError, Start
 from adapters.linear import float_weight
-from adapters.peft import Peft, _plain
+from adapters.peft import Peft
+from adapters.peft_config import plain
 from adapters.peft_fields import NAME
 from tests.toys import adapters as toys
 
@@ -693,7 +694,7 @@ def test_pefts_own_defaults_fit_what_is_read_of_their_types():
             )
             # some say str and mean str | None
             if default not in (None, dataclasses.MISSING) and field.init:
-                assert peft_fields._fits(_plain(default), entry.fields[field.name]), (
+                assert peft_fields._fits(plain(default), entry.fields[field.name]), (
                     cls.__name__,
                     field.name,
                     default,

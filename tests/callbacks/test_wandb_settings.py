@@ -22,7 +22,10 @@ def settings(tmp_path, monkeypatch):
     """Reads W&B's settings, as it does at its start, in a folder with a stranger's file."""
     from wandb.sdk.wandb_settings import Settings
 
-    monkeypatch.setattr(Settings, "read_system_settings", Settings.read_system_settings)
+    read_settings = Settings.read_system_settings  # another test may have replaced it
+    monkeypatch.setattr(
+        Settings, "read_system_settings", getattr(read_settings, "whole", read_settings)
+    )
     for name in ("wandb", ".wandb"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "settings").write_text("[default]\nbase_url = http://evil.example\n")

@@ -192,7 +192,8 @@ def test_a_run_that_only_time_ends_has_no_number_of_steps(epochs, said):
 def test_a_signal_before_there_is_a_folder_asks_too(slurm, compose, monkeypatch, tmp_path, caplog):
     from hydra.core.hydra_config import HydraConfig
 
-    cfg = compose("+experiment=smoke", "task.path=rows", f"runs={tmp_path}")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    cfg = compose("+experiment=smoke", f"task.path={tmp_path / 'rows.jsonl'}", f"runs={tmp_path}")
     HydraConfig.instance().set_config(cfg)
     monkeypatch.setattr(
         "trainer.run.run", lambda cfg, signals: os.kill(os.getpid(), signal.SIGUSR1)
@@ -208,7 +209,8 @@ def test_a_signal_before_there_is_a_folder_asks_too(slurm, compose, monkeypatch,
 def test_a_signal_after_the_end_makes_no_failure_of_it(slurm, compose, monkeypatch, tmp_path):
     from hydra.core.hydra_config import HydraConfig
 
-    cfg = compose("+experiment=smoke", "task.path=rows", f"runs={tmp_path}")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    cfg = compose("+experiment=smoke", f"task.path={tmp_path / 'rows.jsonl'}", f"runs={tmp_path}")
     HydraConfig.instance().set_config(cfg)
     monkeypatch.setattr("trainer.run.run", lambda cfg, signals: 0.5)
     assert __main__._job(cfg) == 0.5
@@ -272,7 +274,7 @@ def test_the_program_refuses_other_tasks_before_torch(slurm, program, monkeypatc
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     ended = program("+experiment=smoke", "task.path=rows", f"runs={slurm}")
     assert ended.returncode == 2
-    assert "srun has started 2. Ask for as many: --nodes=1 --ntasks-per-node=1" in ended.stderr
+    assert "srun has started 2. Start as many: --nodes=1 --ntasks-per-node=1" in ended.stderr
 
 
 @pytest.mark.parametrize("asked", ["true", "false", "auto"])

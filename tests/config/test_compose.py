@@ -545,9 +545,11 @@ def test_what_can_be_said_without_torch_is(program, no_torch, tmp_path, argument
     assert not list(tmp_path.glob("runs/**/run.yaml"))
 
 
-def test_that_torch_is_noticed(program, no_torch):
+def test_that_torch_is_noticed(program, no_torch, tmp_path):
     environment, mark = no_torch
-    assert program("experiment=smoke", TASK, env=environment).returncode == 1
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    assert program("experiment=smoke", f"task.path={rows}", env=environment).returncode == 1
     assert mark.exists()
 
 

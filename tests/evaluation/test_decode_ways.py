@@ -477,7 +477,7 @@ def test_texts_that_differ_are_told_and_no_error():
             ["prompt=x", "tree=search", "max_new_tokens=1"],
             "no answer to these prompts has a second token",
         ),
-        ("mtp_medusa", ["prompts=/nowhere.jsonl"], "prompts=/nowhere.jsonl cannot be read"),
+        ("mtp_medusa", ["prompts=/nowhere.jsonl"], "/nowhere.jsonl: there is no such file"),
         ("text", ["prompt="], "a prompt is empty"),
         ("text", ["heldout=2"], "this run continues plain text"),
     ],

@@ -330,7 +330,7 @@ def test_the_verb_knows_classes(trained, tmp_path):
     ("arguments", "code", "said"),
     [
         (["run=nowhere"], 2, "is no run folder"),
-        (["run=RUN@99"], 1, "has no checkpoint '99'; it has the steps"),
+        (["run=RUN@99"], 2, "has no checkpoint '99'; it has the steps"),
         (["run=RUN", "batch_size=0"], 2, "batch_size=0: expected a whole number, at least 1"),
         (
             ["run=RUN", "max_new_tokens=0"],

@@ -201,7 +201,10 @@ def test_what_does_not_fit_is_left_out(run, tmp_path):
         (["task=speculation", "tree=oak"], "tree=oak: expected one of chain"),
         (["task=speculation", "plot=/no/such/place.svg"], "there is no folder"),
         (["task=speculation", "drafter=other"], "drafter=other: expected one of run, lookup"),
-        (["task=speculation", "prompts=/no/such/file"], "prompts=/no/such/file cannot be read"),
+        (
+            ["task=speculation", "prompts=/no/such/file"],
+            "/no/such/file: there is no such file",
+        ),
     ],
 )
 def test_what_cannot_be_asked_says_why(run, capsys, arguments, said):

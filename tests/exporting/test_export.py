@@ -235,7 +235,7 @@ def test_an_export_with_nan_is_refused(run_of, tmp_path, monkeypatch):
         save_file(tensors, folder / "adapter_model.safetensors")
 
     monkeypatch.setattr(formats, "save_adapter", spoilt)
-    with pytest.raises(Mismatch, match="differs from the run's model by nan"):
+    with pytest.raises(Mismatch, match="have other values"):
         formats.export(str(run), "peft", tmp_path / "adapter", "float32")
     assert not list(tmp_path.glob("*adapter*"))
 

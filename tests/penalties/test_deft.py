@@ -567,7 +567,7 @@ def test_accumulation_averages_micro_batches_by_their_tokens(train, chats):
     ("extra", "said"),
     [
         (["penalty.modules=[fc9]"], "penalty.modules has 'fc9', which matches no linear layer"),
-        (["adapter=none"], "adapter=none trains nothing, so that a penalty has no effect"),
+        (["adapter=none"], "adapter=none trains nothing, so a penalty has no effect"),
         (
             ["task.streaming=true", "task.eval_path=ROWS"],
             "penalty.eps=auto is measured on training data beforehand",

@@ -120,7 +120,10 @@ def job(compose, monkeypatch, tmp_path):
     """Ends the program's job as a run that does `act`; returns the exit code."""
 
     def ended(act):
-        cfg = compose("+experiment=smoke", "task.path=rows", f"runs={tmp_path}")
+        (tmp_path / "rows.jsonl").write_text("{}\n")
+        cfg = compose(
+            "+experiment=smoke", f"task.path={tmp_path / 'rows.jsonl'}", f"runs={tmp_path}"
+        )
         HydraConfig.instance().set_config(cfg)
         monkeypatch.setattr("trainer.run.run", lambda cfg, signals: act())
         with pytest.raises(SystemExit) as end:

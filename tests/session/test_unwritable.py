@@ -78,7 +78,8 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
 
     (tmp_path / "taken").write_text("")
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "taken" / "cache"))
-    words = ["experiment=smoke", "task.path=rows.jsonl", "max_steps=1"]
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    words = ["experiment=smoke", f"task.path={tmp_path / 'rows.jsonl'}", "max_steps=1"]
     assert preflight.main(words) == 1
     said = capsys.readouterr().err
     assert f"the cache {tmp_path / 'taken' / 'cache'} cannot be used" in said

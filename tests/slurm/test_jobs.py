@@ -115,7 +115,7 @@ def test_tasks_that_are_not_the_runs_processes_are_refused(lab, outcome, scenari
     assert (found["state"], found["exit"]) == ("FAILED", "2:0")
     log = lab.log(found["job"])
     assert (
-        "are 1 processes, and srun has started 2. Ask for as many: --nodes=1 --ntasks-per-node=1"
+        "are 1 processes, and srun has started 2. Start as many: --nodes=1 --ntasks-per-node=1"
         in log
     )
     assert not (lab.run(found["job"]) / "run.yaml").exists()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from transformers import modeling_flash_attention_utils as flash
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -241,7 +242,7 @@ def test_flash_attention_by_name_keeps_rows_apart_too(tiny, monkeypatch):
     called = []
     monkeypatch.setattr(base, "isolate_packed_rows", lambda: called.append(True))
     monkeypatch.setattr(
-        base.AutoModelForCausalLM,
+        AutoModelForCausalLM,
         "from_pretrained",
         lambda *_, **given: (toys.llama(), {"missing_keys": []}),
     )

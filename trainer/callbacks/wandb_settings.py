@@ -49,6 +49,7 @@ def own_only() -> None:
         )
 
     read.own_only = True  # type: ignore[attr-defined]
+    read.whole = whole  # type: ignore[attr-defined]
     Settings.read_system_settings = read  # type: ignore[method-assign]
 
 
@@ -56,6 +57,6 @@ def report_server(run: Any) -> None:
     """Log the server of an online run if it is not W&B's own."""
     from wandb.sdk.wandb_settings import Settings
 
-    server = str(run.settings.base_url).rstrip("/")
-    if server != str(Settings.model_fields["base_url"].default).rstrip("/"):
+    server = str(getattr(getattr(run, "settings", None), "base_url", "")).rstrip("/")
+    if server and server != str(Settings.model_fields["base_url"].default).rstrip("/"):
         log.info("W&B: this run is sent to %s", shown(server))

@@ -133,7 +133,7 @@ def check(
     # A recorded config is only read, so packages that its training needed may be missing.
     composed = choices is None
     if not faults and choices is None:
-        if config.hydra.job.config_name is None:  # Hydra's own, for --hydra-help
+        if forbidden.is_hydras_own(config):
             return
         choices = OmegaConf.to_container(config.hydra.runtime.choices)  # type: ignore[assignment]
     if not faults:

@@ -174,16 +174,22 @@ _PLACES = (
 )
 
 
+def is_hydras_own(config: DictConfig) -> bool:
+    """Whether this is Hydra's own config, which it composes for --hydra-help."""
+    job = OmegaConf.select(config, "hydra.job")
+    return isinstance(job, DictConfig) and "config_name" in job and job.config_name is None
+
+
 def _places(config: DictConfig) -> Iterator[str]:
     """Places that neither the command line nor a file of conf/ has set: a file of --config-dir may
     come from a stranger."""
     hydra = OmegaConf.select(config, "hydra")
     if hydra is None or "overrides" not in hydra:  # a run.yaml, which chooses no place
         return
-    if hydra.job.config_name is None:  # Hydra's own config, for --hydra-help
+    if is_hydras_own(config):
         return
     recorded: Any = OmegaConf.to_container(hydra.overrides, resolve=False)
-    words = [*recorded["hydra"], *recorded["task"]]
+    words = [*recorded.get("hydra", []), *recorded.get("task", [])]
     named = {re.sub(r"^[+~]+", "", word.partition("=")[0]) for word in words}
     for place in _PLACES:
         value = _raw(config, place)

@@ -22,7 +22,7 @@ from trainer.data.chat_template import ChatTemplate, Refused, Span
 from trainer.data.lost import written
 
 _OPENS = re.compile(r"<think>\s*\Z")
-_EMPTY = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
+_EMPTY = re.compile(r"\s*(?:<think>\s*)?</think>\s*")
 
 
 @dataclass
@@ -157,11 +157,8 @@ class _Row:
                 " give it as reasoning_content, an empty text for an empty thought, or choose"
                 " another template (task.chat_template)"
             )
-        rest = (
-            _EMPTY.sub("", upto[len(head) :], count=1)
-            if _EMPTY.match(upto, len(head))
-            else (upto[len(head) :])
-        )
+        empty = _EMPTY.match(upto, len(head))
+        rest = upto[len(head) if empty is None else empty.end() :]
         opened = "" if opening else "<think>\n"
         inner = thought.strip("\n")
         text = f"{before}{opened}{inner}\n</think>\n\n{rest.lstrip()}"
