@@ -12,9 +12,10 @@ import pytest
 from torch.utils.data import DataLoader
 
 from trainer.data.batches import Batches, BatchOrder, Collate, Pick, Sequences
+from trainer.data.cache_key import FEATURES
 from trainer.data.lengths import Report
 from trainer.data.render import Tokens
-from trainer.data.rows import _FEATURES, Rows
+from trainer.data.rows import Rows
 
 SHAPES = [  # rows, batch_size, accumulate, ranks
     (1, 1, 1, 1),
@@ -265,7 +266,7 @@ def rows_of(lengths: list[int], labels: list[int] | None = None) -> Rows:
         }
         for i, length in enumerate(lengths)
     ]
-    return Rows(datasets.Dataset.from_list(listed, features=_FEATURES), Report())
+    return Rows(datasets.Dataset.from_list(listed, features=FEATURES), Report())
 
 
 @pytest.mark.parametrize("packs", [None, [[2, 0], [1], [3, 4, 5]]])

@@ -47,6 +47,8 @@ def task(path: Path, **changes: Any) -> SQL:
         "system": None,
         "chat_template": None,
         "on_bad": "raise",
+        "on_lost": "error",
+        "chat_template_kwargs": {},
     }
     return SQL(str(path), **settings | changes)
 

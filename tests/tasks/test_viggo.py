@@ -34,6 +34,8 @@ def task(path: Path, **changes: Any) -> ViGGO:
         "system": None,
         "chat_template": None,
         "on_bad": "raise",
+        "on_lost": "error",
+        "chat_template_kwargs": {},
     }
     return ViGGO(str(path), **settings | changes)
 
