@@ -72,7 +72,7 @@ def one(place: Place, ledger: Ledger, fault: str, number: int) -> None:
 
 
 def slowly() -> None:
-    """Let the loading process prefetch little, so that it is still needed when the signal comes."""
+    """Limit prefetching: the loading process must still be at work when the signal arrives."""
     from typing import Any
 
     from torch.utils import data

@@ -11,8 +11,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from adapters.delta import AdapterError, Start
+from adapters.trained_copies import TokenRows
 from tests.toys import adapters as toys
 from trainer.assembly.build import instantiate
 from trainer.config import compose
@@ -54,6 +56,14 @@ def trained(method, tied, *more, tokens=True, dtype=torch.float32):
         adapter.after_step(model, step + 1)
         optimizer.zero_grad()
     return adapter, model.eval(), base
+
+
+def test_rows_of_a_scaled_embedding_are_scaled():
+    """Gemma's embeddings multiply what they look up. Before the first step the rows are the
+    base's."""
+    table = Gemma3TextScaledWordEmbedding(12, 4, padding_idx=0, embed_scale=3.5)
+    ids = torch.tensor([[1, 7, 3, 9, 7]])
+    torch.testing.assert_close(TokenRows(table, (9, 7))(ids), table(ids), rtol=0, atol=0)
 
 
 CASES = {

@@ -1,4 +1,4 @@
-"""What is known of a run before its weights: what is trained, how long, and what identifies it."""
+"""A recipe, before any weights load: trained parameters, steps, and the run's identity."""
 
 from __future__ import annotations
 

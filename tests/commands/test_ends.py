@@ -26,7 +26,7 @@ from trainer.decoding import speculative
 IM_END, EOT = (other_end.SPECIALS.index(token) for token in ("<|im_end|>", "<|endoftext|>"))
 STOPS = [IM_END, EOT]
 ASKED = [{"role": "user", "content": "a"}]
-# Every command: how it is run so that it decodes, or None where it writes no text.
+# Every command, with arguments that make it decode; None if it never writes text.
 VERBS: dict[str, Any] = {
     "compress": None,
     "cooldown": None,

@@ -18,7 +18,7 @@ from trainer.storage import run_folder
 RUN = "nowhere is no run folder: it has no run.yaml"
 FILE = "there is no such file"
 SMOKE = ["experiment=smoke", "task.path=ROWS"]
-# A command line, and what is said. ROWS is a file that exists.
+# A command line and its message. ROWS is a file that exists.
 MISSING = {
     "train": (["experiment=smoke", "task.path=nowhere.jsonl"], FILE),
     "held-out rows": ([*SMOKE, "task.eval_path=nowhere.jsonl"], FILE),
