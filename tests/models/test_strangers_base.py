@@ -220,6 +220,15 @@ def test_a_generation_config_of_several_answers_gives_one(copied, canary, caplog
     assert "num_beams" in caplog.text
 
 
+def test_a_generation_config_of_one_answer_is_no_warning(copied, caplog):
+    neutral = {"output_hidden_states": False, "num_beams": 1, "num_return_sequences": 1}
+    (copied / "generation_config.json").write_text(json.dumps(neutral))
+    hub.from_hub(str(copied), None, None, "auto", "sdpa", "none", True, False, []).load(
+        torch.float32
+    )
+    assert "is not used" not in caplog.text
+
+
 def test_a_tokenizer_whose_pattern_explodes_is_refused(copied, canary):
     file = copied / "tokenizer.json"
     content = json.loads(file.read_text())

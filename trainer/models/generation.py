@@ -51,13 +51,15 @@ def keep_single_answers(model: Any, path: str) -> None:
     if config is None:
         return
     plain = vars(GenerationConfig())
-    changed = [
-        name
+    changed = {
+        name: value
         for name, value in vars(config).items()
         if not name.startswith("_") and name not in KEPT and value != plain.get(name)
-    ]
+    }
     for name in changed:
         setattr(config, name, plain.get(name))
+    # False and 1 are what transformers takes without a setting: one sequence, one beam, no states.
+    changed = {name: value for name, value in changed.items() if value not in (None, False, 1)}
     if changed:
         log.warning(
             "generation_config.json of %s sets %s, which is not used: one answer is decoded for"
