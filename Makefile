@@ -23,7 +23,7 @@ check: lint
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 	$(BIN)/python -m pytest -m slurm
 
 test-other-cpu: export ATEN_CPU_CAPABILITY = default

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adapters.delta import AdaptedLinear, Delta
+from adapters.experts import AdaptedExperts
 from adapters.trained_copies import TokenRows, Trained
 
 PREFIX = "base_model.model."  # PEFT's wrapper: PeftModel.base_model.model
@@ -112,9 +113,8 @@ def trained_modules(model: nn.Module, rows: bool = True) -> list[str]:
     """Return the outermost modules that are trained as a whole, such as a classification head;
     without `rows` none of which single rows are trained. PEFT puts a wrapper around each, so none
     may be inside another."""
-    inside = tuple(
-        f"{name}." for name, m in model.named_modules() if isinstance(m, Delta | Trained)
-    )
+    attached = Delta | Trained | AdaptedExperts
+    inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, attached))
     names: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, Trained) and (rows or not isinstance(module, TokenRows)):
