@@ -12,10 +12,15 @@ from tests.conftest import ROOT
 # Files that no light test imports, and the test file that reaches them: through a config, through
 # another file of their folder, or by a run.
 ELSEWHERE = {
+    "adapters.errors": "tests/adapters/test_laws.py",
+    "adapters.merging": "tests/adapters/test_laws.py",
+    "adapters.peft_modules": "tests/adapters/test_trained_copies.py",
+    "adapters.peft_targets": "tests/adapters/test_peft.py",
+    "adapters.state": "tests/adapters/test_delta.py",
+    "tasks.hub": "tests/tasks/test_sources.py",
+    "trainer.assembly.continued": "tests/runs/test_continued.py",
     "trainer.callbacks.checkpoints": "tests/callbacks/test_callbacks.py",
     "trainer.callbacks.stopping": "tests/callbacks/test_callbacks.py",
-    "trainer.cluster.batch_file": "tests/cluster/test_submission.py",
-    "trainer.config.decoding_options": "tests/commands/test_help.py",
     "trainer.config.flags": "tests/commands/test_help.py",
     "trainer.config.groups": "tests/config/test_compose.py",
     "trainer.config.lengths": "tests/config/test_compose.py",
@@ -28,16 +33,20 @@ ELSEWHERE = {
     "trainer.evaluation.streamed_answer": "tests/commands/test_generate.py",
     "trainer.exporting.medusa_layout": "tests/exporting/test_engines.py",
     "trainer.exporting.merged": "tests/exporting/test_export.py",
+    "trainer.exporting.serving": "tests/exporting/test_export.py",
+    "trainer.models.folders": "tests/models/test_base.py",
+    "trainer.models.generation": "tests/models/test_strangers_base.py",
     "trainer.realign": "tests/evaluation/test_realigned.py",
-    "trainer.respond": "tests/commands/test_respond.py",
     "trainer.schedules.cosine": "tests/schedules/test_schedules.py",
     "trainer.schedules.inverse_sqrt": "tests/schedules/test_schedules.py",
     "trainer.schedules.linear": "tests/schedules/test_schedules.py",
     "trainer.schedules.multistep": "tests/schedules/test_schedules.py",
     "trainer.session.model": "tests/runs/test_run.py",
     "trainer.session.results": "tests/runs/test_run.py",
+    "trainer.session.same_step": "tests/runs/test_same_step.py",
     "trainer.storage.answers": "tests/commands/test_respond.py",
     "trainer.training.optimizer": "tests/training/test_finetune.py",
+    "trainer.training.untrained": "tests/training/test_finetune.py",
 }
 
 
