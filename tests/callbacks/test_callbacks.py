@@ -433,7 +433,7 @@ def dashboard(tmp_path, monkeypatch):
     logger."""
     import wandb
 
-    def started(mode, failing, key=True, netrc=tmp_path / "none"):
+    def started(mode, failing, key=True, netrc=tmp_path / "none", base_url=None):
         (
             monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
             if key
@@ -441,6 +441,8 @@ def dashboard(tmp_path, monkeypatch):
         )
         monkeypatch.delenv("WANDB_MODE", raising=False)
         monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+        if base_url is not None:
+            monkeypatch.setenv("WANDB_BASE_URL", base_url)
         monkeypatch.setenv("NETRC", str(netrc))
         init = Refusing(failing, tmp_path)
         monkeypatch.setattr(wandb, "init", init)
@@ -525,10 +527,17 @@ def test_a_dashboard_that_fails_costs_the_copy_and_not_the_run(
         assert "wandb sync" in caplog.text
 
 
-def test_a_key_in_the_netrc_file_is_a_key(dashboard, tmp_path):
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password 0123456789\n")
+@pytest.mark.parametrize("server", ["default", "https://api.wandb.ai", "http://own.example:8080"])
+def test_a_key_in_the_netrc_file_is_a_key(dashboard, tmp_path, monkeypatch, server):
+    """Also under the name that W&B itself takes by default, which is its own to change."""
+    from wandb.sdk.wandb_settings import Settings
+
+    default = Settings.model_fields["base_url"].default
+    host = (default if server == "default" else server).partition("://")[2]
+    (tmp_path / ".netrc").write_text(f"machine {host} login user password {'0' * 40}\n")
     (tmp_path / ".netrc").chmod(0o600)
-    assert dashboard("auto", [], False, tmp_path / ".netrc") == (["online"], True)
+    base_url = server if "own" in server else None
+    assert dashboard("auto", [], False, tmp_path / ".netrc", base_url) == (["online"], True)
 
 
 @pytest.mark.parametrize(

@@ -145,10 +145,7 @@ def test_what_the_script_runs(asked, tmp_path):
         "n7",
         str(10000 + 41234 % 20000),
     )
-    assert variables["WANDB_MODE"] == "offline"
-    assert "WANDB_MODE" not in given(text, tmp_path, WANDB_API_KEY="set")[1]
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n")
-    assert "WANDB_MODE" not in given(text, tmp_path)[1]
+    assert "WANDB_MODE" not in variables  # the run itself looks for a key
 
 
 def test_the_template_by_hand_runs_the_same(tmp_path):

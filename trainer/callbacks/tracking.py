@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import netrc
 import os
 import platform
 import shlex
@@ -20,7 +19,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import psutil
 
@@ -209,7 +207,7 @@ def wandb_logger(
     if count := sum(not _complete(file) for file in files):
         log.info("W&B: %d earlier parts of this run are not uploaded. %s", count, command(folder))
     online = mode != "offline"
-    if online and not _has_key():
+    if online and not wandb_settings.has_key():
         online = False
         log.info("W&B: no API key, so this run is logged offline. %s", command(folder))
     settings: dict[str, Any] = {"x_stats_sampling_interval": system}
@@ -347,16 +345,6 @@ def _complete(file: Path) -> bool:
 def command(folder: Path) -> str:
     """Return the command that uploads the parts of a run that W&B's server lacks."""
     return f"Upload it with: wandb sync --include-online {shlex.quote(str(folder / 'wandb'))}"
-
-
-def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 class TensorBoard:

@@ -60,3 +60,24 @@ def report_server(run: Any) -> None:
     server = str(getattr(getattr(run, "settings", None), "base_url", "")).rstrip("/")
     if server and server != str(Settings.model_fields["base_url"].default).rstrip("/"):
         log.info("W&B: this run is sent to %s", shown(server))
+
+
+def has_key() -> bool:
+    """Return whether W&B has a key for the server that its settings name, or for its default."""
+    from wandb.errors import AuthenticationError
+    from wandb.sdk.lib import wbauth
+    from wandb.sdk.wandb_settings import Settings
+
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    own_only()
+    settings = Settings()
+    settings.update_from_system_settings()
+    settings.update_from_env_vars(dict(os.environ))
+    if settings.api_key or settings.identity_token_file:
+        return True
+    try:
+        # wandb itself knows which entries of the netrc file belong to a server of several names
+        return wbauth.read_netrc_auth(host=settings.base_url) is not None
+    except AuthenticationError:
+        return True  # there is one, and wandb says what is wrong with it
