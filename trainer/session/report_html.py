@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import defaultdict
 from pathlib import Path
 from types import NoneType
@@ -12,10 +10,11 @@ from typing import Any
 import jinja2
 import yaml
 
+from trainer.session.pictures import Curve, picture
 from trainer.storage import atomic, door, journal
 from trainer.storage.run_folder import FolderError, RunFolder
 
-_PAGE = Path(__file__).with_name("report.jinja")
+_PAGES = jinja2.FileSystemLoader(Path(__file__).parent)
 
 _DATA_ROWS = [
     ("rows", "rows read"),
@@ -59,8 +58,7 @@ def write(folder: Path) -> Path:
     for row in journal.read(folder / "metrics.jsonl"):
         rows[row["kind"]].append(row)
     checked = door.decoration(folder / "preflight.json", _CHECKED, {})
-    page = jinja2.Environment(autoescape=True).from_string(_PAGE.read_text("utf-8"))
-    text = page.render(
+    text = page("report.jinja").render(
         name=record["name"],
         subtitle=_subtitle(record, rows),
         notes=_notes(rows),
@@ -77,6 +75,11 @@ def write(folder: Path) -> Path:
     # data may hold half a character, which UTF-8 cannot write
     atomic.write_text(path, text.encode("utf-8", "replace").decode("utf-8"))
     return path
+
+
+def page(name: str) -> jinja2.Template:
+    """Return the template of a page in this folder."""
+    return jinja2.Environment(loader=_PAGES, autoescape=True).get_template(name)
 
 
 def record_of(folder: Path) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def _outcome(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> dict[str, A
     step = door.decoration(file, {"step": int}, {"step": last["step"]})["step"]
     best = next((row for row in reversed(evaluations) if row["step"] == step), last)
     names = [
-        name for name in last if name not in ("kind", "step", "seconds") and _is_number(last[name])
+        name for name in last if name not in ("kind", "step", "seconds") and is_number(last[name])
     ]
     table = [
         {
@@ -141,12 +144,13 @@ def _outcome(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> dict[str, A
     return {"outcome": table, "best": best if best["step"] != last["step"] else None}
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value of the journal is a number."""
     return door.mismatch(value, door.NUMBER) is None
 
 
 def _number(value: Any) -> str:
-    if not _is_number(value):
+    if not is_number(value):
         return ""
     return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
 
@@ -243,10 +247,10 @@ def _facts(
     return facts
 
 
-Curve = tuple[str, list[dict[str, Any]], str, str]  # label, rows, key, matplotlib's format
+Line = tuple[str, list[dict[str, Any]], str, str]  # label, rows, key, matplotlib's format
 
 
-def _curves(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[Curve], bool]]:
+def _curves(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[Line], bool]]:
     """Return (title, curves, whether the axis is logarithmic) of each plot."""
     steps, evaluations = rows["step"], rows["evaluation"]
     # of task.eval_sets; those of a drafter's offsets have a plot of their own
@@ -255,7 +259,7 @@ def _curves(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[Curve
         for name in (evaluations[-1] if evaluations else {})
         if name.endswith("/loss") and "offset" not in name
     ]
-    plots: list[tuple[str, list[Curve], bool]] = [
+    plots: list[tuple[str, list[Line], bool]] = [
         (
             "loss",
             [
@@ -280,7 +284,7 @@ def _curves(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[Curve
         curves = [(name.partition("/")[0], evaluations, name, "o-") for name in top1]
         plots.append(("held out, top-1 by offset", curves, False))
         accepted = [row.get("accepted") for row in evaluations]
-        if any(value and _is_number(value) and value > 1 for value in accepted):
+        if any(value and is_number(value) and value > 1 for value in accepted):
             plots.append(("held out, tokens a step", [("", evaluations, "accepted", "o-")], False))
     scores = [
         name
@@ -296,44 +300,16 @@ def _curves(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[Curve
 
 def _plots(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
     """Draw the plots as base64-encoded SVG, {title, data}."""
-    import matplotlib
+    return [
+        picture(
+            title,
+            [Curve(label, points(source, key), style) for label, source, key, style in lines],
+            logarithmic,
+        )
+        for title, lines, logarithmic in _curves(rows)
+    ]
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
 
-    pyplot.rcParams.update(
-        {
-            "font.size": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.alpha": 0.25,
-            "svg.fonttype": "none",
-        }
-    )
-    plots = []
-    for title, curves, logarithmic in _curves(rows):
-        figure, axes = pyplot.subplots(figsize=(5.4, 2.9))
-        for label, source, key, style in curves:
-            points = [(row["step"], row[key]) for row in source if _is_number(row.get(key))]
-            if points:
-                axes.plot(
-                    *zip(*points, strict=True),
-                    style,
-                    label=label or None,
-                    linewidth=1.2,
-                    markersize=3,
-                )
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xlabel("step")
-        if logarithmic and axes.has_data() and axes.dataLim.y1 > 0:
-            axes.set_yscale("log")
-        if any(label for label, *_ in curves) and axes.has_data():
-            axes.legend(frameon=False)
-        picture = io.BytesIO()
-        # bbox_inches="tight" would draw the picture twice to find its size.
-        figure.subplots_adjust(left=0.14, right=0.98, top=0.9, bottom=0.17)
-        figure.savefig(picture, format="svg", metadata={"Date": None})
-        pyplot.close(figure)
-        plots.append({"title": title, "data": base64.b64encode(picture.getvalue()).decode()})
-    return plots
+def points(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """Return (step, number) of the journal's rows that have a number of this name."""
+    return [(row["step"], row[key]) for row in rows if is_number(row.get(key))]
