@@ -28,6 +28,7 @@ STOPS = [IM_END, EOT]
 ASKED = [{"role": "user", "content": "a"}]
 # Every command, with arguments that make it decode; None if it never writes text.
 VERBS: dict[str, Any] = {
+    "compare": None,
     "compress": None,
     "cooldown": None,
     "density": None,

@@ -15,6 +15,7 @@ from trainer.config.errors import ConfigError
 OLD = ROOT / "tests" / "data" / "runs_0.1" / "runs" / "lora"
 # The arguments of each command that takes a run folder, once for each way to name one.
 TAKES = {
+    "compare": [["{run}"], ["family={run}"]],
     "compress": [["run={run}", "method=dare"]],
     "cooldown": [["from={run}", "steps=2"], ["family={run}"]],
     "density": [["run={run}"]],

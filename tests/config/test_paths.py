@@ -54,6 +54,7 @@ MISSING = {
     "cooldown": (["cooldown", "from=nowhere@10", "steps=3"], RUN),
     "family": (["cooldown", "family=nowhere"], RUN),
     "export": (["export", "run=nowhere", "to=peft"], RUN),
+    "compare": (["compare", "nowhere"], RUN),
     "compress": (["compress", "run=nowhere", "method=dare"], RUN),
     "sizes": (["sizes", "run=nowhere"], RUN),
     "density": (["density", "run=nowhere"], RUN),

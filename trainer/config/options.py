@@ -72,6 +72,13 @@ def rest(text: str, value: str, takes: Callable[[str], bool]) -> Any:
     return dataclasses.field(default=(), metadata=metadata, kw_only=True)
 
 
+def places(text: str, value: str) -> Any:
+    """Declare a field for the words that are no KEY=VALUE: a tuple of paths, as a shell makes them
+    of `runs/*`. A path may have = in its name."""
+    metadata = {"text": text, "value": value, "takes": lambda key: False, "places": True}
+    return dataclasses.field(default=(), metadata=metadata, kw_only=True)
+
+
 def parse(kind: type[T], argv: list[str], text: str | None, command: str) -> T:
     """Read a command's options. If `kind` has a method `faults`, it yields messages about options
     that do not go together.
@@ -119,8 +126,12 @@ def _values(kind: Any, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     rests = [field for field in fields if "takes" in field.metadata]
     values: dict[str, Any] = {}
     faults = []
+    bare = next((field.name for field in fields if field.metadata.get("places")), None)
     for word in argv:
         key, equals, value = word.partition("=")
+        if bare and key not in known and (not equals or "/" in key or Path(word).exists()):
+            values[bare] = (*values.get(bare, ()), word)
+            continue
         takers = [field for field in rests if field.metadata["takes"](key)]
         if takers and word.startswith("~"):
             values[takers[0].name] = (*values.get(takers[0].name, ()), word)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -197,13 +198,8 @@ def family(run: str) -> tuple[str, Path]:
     path, content, _ = run_folder.read(run)
     trunk = _member(path)
     members = []
-    for file in sorted(path.parent.glob("*/run.yaml")):
-        try:
-            record = run_folder.RunFolder(file.parent).earlier()
-        except run_folder.FolderError:  # a damaged folder next to the family's is no reason to fail
-            continue
-        if record is not None and (record.get("parent") or {}).get("id") == content["id"]:
-            members.append(_member(file.parent) | {"at": record["parent"]["step"]})
+    for folder, record in branched_off(path, content["id"]):
+        members.append(_member(folder) | {"at": record["parent"]["step"]})
     members.sort(key=lambda member: (member["at"], member["steps"]))
     lines = [
         "| run | branched after | cooldown steps | steps | tokens | held-out loss |",
@@ -233,6 +229,33 @@ def family(run: str) -> tuple[str, Path]:
     write_text(path / "family.md", text)
     _plot(trunk, members, path / "family.svg")
     return text, path / "family.md"
+
+
+def branched_off(path: Path, run_id: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield (folder, content of run.yaml) of each branch of a run, in the order of names."""
+    from trainer.storage import run_folder
+
+    for file in sorted(path.parent.glob("*/run.yaml")):
+        try:
+            record = run_folder.RunFolder(file.parent).earlier()
+        except run_folder.FolderError:  # a damaged folder next to the family's is no reason to fail
+            continue
+        if record is not None and (record.get("parent") or {}).get("id") == run_id:
+            yield file.parent, record
+
+
+def with_branches(run: Path) -> list[Path]:
+    """Return the folders of a run and of its branches.
+
+    Raises:
+        FolderError: it is no run folder.
+    """
+    from trainer.storage.run_folder import FolderError, RunFolder
+
+    record = RunFolder(run).earlier()
+    if record is None:
+        raise FolderError(f"{run} is no run folder: it has no run.yaml")
+    return [run, *(folder for folder, _ in branched_off(run, record["id"]))]
 
 
 def _member(path: Path) -> dict[str, Any]:

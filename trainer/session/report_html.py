@@ -10,9 +10,9 @@ from typing import Any
 import jinja2
 import yaml
 
-from trainer.session.pictures import Curve, picture
+from trainer.evaluation.pictures import Curve, picture
+from trainer.evaluation.run_summary import is_number, points, record_of
 from trainer.storage import atomic, door, journal
-from trainer.storage.run_folder import FolderError, RunFolder
 
 _PAGES = jinja2.FileSystemLoader(Path(__file__).parent)
 
@@ -30,13 +30,7 @@ _DATA_ROWS = [
 ]
 
 
-# what the page shows of run.yaml and of preflight.json
-_SHOWN = {
-    "identity": {"precision?": str, "steps?": (int, NoneType), "choices": {"*": (str, NoneType)}},
-    "config": {"base?": {"path?": (str, NoneType), "*": object}, "*": object},
-    "starts": [{"versions?": {"*": (str, NoneType)}, "*": object}],
-    "parent?": (dict, NoneType),
-}
+# what the page shows of preflight.json
 _SPLIT = {"*": object} | {f"{key}?": (int, NoneType) for key, _ in _DATA_ROWS}
 _CHECKED = {
     "data?": {"train?": _SPLIT, "eval?": _SPLIT, "*": object},
@@ -80,22 +74,6 @@ def write(folder: Path) -> Path:
 def page(name: str) -> jinja2.Template:
     """Return the template of a page in this folder."""
     return jinja2.Environment(loader=_PAGES, autoescape=True).get_template(name)
-
-
-def record_of(folder: Path) -> dict[str, Any]:
-    """Return the content of run.yaml.
-
-    Raises:
-        FolderError: it is no run folder, it holds what no run writes, or run.yaml is damaged.
-    """
-    place = RunFolder(folder)
-    place.refuse_links()
-    record = place.earlier()
-    if record is None:
-        raise FolderError(f"{folder} is no run folder: it has no run.yaml")
-    if (fault := door.mismatch(record, _SHOWN)) is not None:
-        raise FolderError(f"{place.file} is not a run's record: {fault}")
-    return record
 
 
 def _subtitle(record: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) -> str:
@@ -142,11 +120,6 @@ def _outcome(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> dict[str, A
         for name in names
     ]
     return {"outcome": table, "best": best if best["step"] != last["step"] else None}
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of the journal is a number."""
-    return door.mismatch(value, door.NUMBER) is None
 
 
 def _number(value: Any) -> str:
@@ -308,8 +281,3 @@ def _plots(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
         )
         for title, lines, logarithmic in _curves(rows)
     ]
-
-
-def points(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    """Return (step, number) of the journal's rows that have a number of this name."""
-    return [(row["step"], row[key]) for row in rows if is_number(row.get(key))]

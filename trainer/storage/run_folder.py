@@ -26,6 +26,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from types import NoneType
@@ -254,7 +255,7 @@ def differences(
 ) -> list[str]:
     """Return a line of text for each setting that differs between two plain configs. `ignore`
     lists dotted keys that are not compared."""
-    first, second = dict(_flat(recorded)), dict(_flat(now))
+    first, second = dict(flat(recorded)), dict(flat(now))
     return [
         f"{key}: {json.dumps(first.get(key))} in the run, {json.dumps(second.get(key))} now"
         for key in sorted(first.keys() | second.keys())
@@ -263,10 +264,11 @@ def differences(
     ]
 
 
-def _flat(node: Any, prefix: str = "") -> Any:
+def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of each leaf of a plain config."""
     if isinstance(node, dict) and node:
         for key, value in node.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, node
 
@@ -308,9 +310,9 @@ def read(path: str) -> tuple[Path, dict[str, Any], str]:
     return folder.path, content, which
 
 
-def complete(content: dict[str, Any], file: Path) -> None:
+def complete(content: dict[str, Any], file: Path, warn: bool = True) -> None:
     """Add to a run.yaml that an older version wrote, in place, the settings that are new since,
-    with the defaults of conf/, and log a warning that names them.
+    with the defaults of conf/, and log a warning that names them if `warn`.
 
     Raises:
         FolderError: it is not a run's record.
@@ -321,7 +323,7 @@ def complete(content: dict[str, Any], file: Path) -> None:
         raise FolderError(
             f"{file} is not a run's record: {type(error).__name__}: {error}"
         ) from None
-    if keys:
+    if keys and warn:
         _warn_completed(file, ", ".join(keys))
 
 

@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from trainer.session.pictures import Curve, picture
-from trainer.session.tables import LONGEST, Table, duration, mean_sd, size, spread
+from trainer.evaluation.pictures import Curve, picture
+from trainer.evaluation.tables import LONGEST, Table, duration, mean_sd, size, spread
 
 
 @pytest.mark.parametrize(
