@@ -402,6 +402,12 @@ SAMPLED = {
     "tree without replacement": {"shape": Levels(FORM)},
     "tree without replacement that ends early": {"shape": Levels(FORM, confidence_policy(0.85))},
     "tree with replacement": {"shape": Levels(FORM, with_replacement=True)},
+    "chain, by the recursive rule": {"rule": "recursive"},
+    "tree, by the recursive rule": {"shape": Levels(FORM), "rule": "recursive"},
+    "tree with replacement, by the recursive rule": {
+        "shape": Levels(FORM, with_replacement=True),
+        "rule": "recursive",
+    },
     "SpecTr": {"shape": Levels(FORM, with_replacement=True), "rule": "spectr"},
     "tree of the best": {"shape": Levels(FORM, best=True)},
     "EAGLE-2": {"shape": eagle2(2, 2, 4)},
@@ -434,7 +440,7 @@ def test_sampled_texts_are_distributed_as_the_targets(table, how, name, temperat
     assert p_value(found, joint(table.table, 3, 1.3, 1.0)) < 1e-6
 
 
-@pytest.mark.parametrize("how", ["chain", "tree without replacement", "tree with replacement"])
+@pytest.mark.parametrize("how", [how for how in SAMPLED if how.endswith("recursive rule")])
 def test_a_rule_that_refills_from_p_is_noticed(table, monkeypatch, how):
     right = verify._in_turn
 

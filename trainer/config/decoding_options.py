@@ -76,6 +76,13 @@ class GrowthOptions:
         "without",
     )
 
+    rule: Literal["traversal", "recursive"] = option(
+        "which drafted tokens are accepted when sampling. Both keep the target's distribution."
+        " traversal decides from the leaves up and accepts at least as many; siblings=spectr has a"
+        " rule of its own",
+        "traversal",
+    )
+
     def faults(self) -> Iterator[str]:
         """Yield what does not go together."""
         yield from getattr(super(), "faults", tuple)()

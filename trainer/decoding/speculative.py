@@ -33,6 +33,7 @@ from trainer.decoding.clock import Clock
 from trainer.decoding.drawing import Drawing, depth_of, empty_draft, up_to_depth
 from trainer.decoding.sampling import Sampling
 from trainer.decoding.target_cache import TargetCache, allow_trees, cannot_roll_back, is_chain
+from trainer.decoding.traversal import traversal
 from trainer.decoding.trees import Shape, chain
 from trainer.decoding.verify import Verdict
 from trainer.drafters import Draft, Drafter, DrafterError, Target, TargetUpdate
@@ -92,7 +93,7 @@ class Strategy:
 
     shape: Shape | None = None  # None: a chain of as many tokens as the drafter can propose
     # One of verify.RULES, used only when sampling. typical_lossy is not lossless.
-    rule: str = "recursive"
+    rule: str = "traversal"
 
 
 def generate(
@@ -338,6 +339,8 @@ class Decoder:
         p = self.to_probabilities(logits)
         if self.rule == "typical_lossy":
             return verify.typical_lossy(p, drafts, self.generator)
+        if self.rule == "traversal":
+            return traversal(p, drafts, self.generator)
         return verify.sampled(p, drafts, self.generator, self.rule)
 
     def _append(

@@ -1,5 +1,5 @@
 """Which of a tree's tokens are accepted, and the token after them: rules that keep the text exactly
-the target's.
+the target's. `traversal` decides whole paths and has a file of its own.
 
     place          the newest token, then the tree's nodes, each with a row p: the target's
                    distribution of the token after it. Several sequences follow one another.
@@ -38,7 +38,7 @@ from torch import Tensor
 
 from trainer.drafters import Draft
 
-RULES = ("recursive", "spectr", "typical_lossy")
+RULES = ("traversal", "recursive", "spectr", "typical_lossy")
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class DraftOptions:
     paths: str | None = None
     policy: str = "fixed"
     siblings: str = "without"
+    rule: str = "traversal"
 
     def strategy(self) -> Strategy:
         """Return how drafts are built and verified.
@@ -51,7 +52,7 @@ class DraftOptions:
         shape = trees.named(
             self.tree, self.count, self.top_k, self.size, self.policy, self.siblings, paths
         )
-        return Strategy(shape, "spectr" if self.siblings == "spectr" else "recursive")
+        return Strategy(shape, "spectr" if self.siblings == "spectr" else self.rule)
 
 
 def _read_paths(file: str) -> list[list[int]]:
