@@ -76,7 +76,7 @@ class Options(GrowthOptions, DrafterOptions, SamplingOptions):
             return
         if self.paths and not Path(self.paths).expanduser().parent.is_dir():
             yield f"paths={self.paths}: there is no folder {Path(self.paths).expanduser().parent}"
-        if self.drafter in ("lookup", "recycling"):
+        if self.drafter not in ("run", "small"):
             yield (
                 f"drafter={self.drafter} makes trees of its own: tree=search is for drafter=run"
                 " and drafter=small"

@@ -14,7 +14,10 @@ GROUPS = sorted(
     path.name for path in schema.CONF.iterdir() if path.is_dir() and path.name != "hydra"
 )
 # Options of commands that are called as a group of conf/ is, and names that stand for a user's own.
-OTHER_CHOICES = {"task": {"speculation"}, "drafter": {"lookup", "recycling", "small", "run"}}
+OTHER_CHOICES = {
+    "task": {"speculation"},
+    "drafter": {"lookup", "edit", "recycling", "small", "run"},
+}
 
 
 def keys(node, prefix):

@@ -8,7 +8,9 @@ from transformers import GenerationConfig
 
 from trainer.assembly.trained import Trained
 from trainer.config.decoding_options import DrafterOptions
+from trainer.decoding.fused import Fused
 from trainer.drafters import Drafter, DrafterError
+from trainer.drafters.edit import EditLookup
 from trainer.drafters.lookup import PromptLookup
 from trainer.drafters.recycling import TokenRecycling
 from trainer.drafters.small import small_model
@@ -36,7 +38,7 @@ def check_drafter(config: dict[str, Any], run: str, options: DrafterOptions) -> 
     Raises:
         DrafterError: it has none.
     """
-    if options.drafter == "run" and not config.get("drafter"):
+    if options.drafter.startswith("run") and not config.get("drafter"):
         raise DrafterError(
             f"run={run} has no drafter. Train one with the adapter, python -m trainer"
             " ... drafter=mtp_shared, or give one that needs no training, drafter=lookup or"
@@ -50,16 +52,28 @@ def drafter_of(trained: Trained, options: DrafterOptions) -> Drafter | None:
     Raises:
         BaseError, DrafterError: the small model cannot be loaded, or has other tokens.
     """
+    name, _, copying = options.drafter.partition("+")
+    drafter = _drafter_of(trained, name, options.small)
+    if drafter is None or not copying:
+        return drafter
+    second = _drafter_of(trained, copying, None)
+    assert second is not None
+    return Fused(drafter, second)
+
+
+def _drafter_of(trained: Trained, name: str, small: str | None) -> Drafter | None:
     model: Any = trained.model
-    if options.drafter == "run":
+    if name == "run":
         if trained.drafter is None or not trained.drafter.proposes:
             return None
         # In the target's dtype: autocast would convert fp32 weights again for every draft.
         return trained.drafter.to(model.get_input_embeddings().weight.dtype)
-    if options.drafter == "lookup":
+    if name == "lookup":
         return PromptLookup()
-    if options.drafter == "recycling":
+    if name == "edit":
+        return EditLookup()
+    if name == "recycling":
         return TokenRecycling(model.config.get_text_config().vocab_size)
     weight = next(trained.model.parameters())
-    assert options.small is not None  # DrafterOptions.faults
-    return small_model(options.small, trained.base, weight.dtype, weight.device)
+    assert small is not None  # DrafterOptions.faults
+    return small_model(small, trained.base, weight.dtype, weight.device)

@@ -23,9 +23,21 @@ class SamplingOptions:
 class DrafterOptions:
     """Which drafter drafts."""
 
-    drafter: Literal["run", "lookup", "recycling", "small"] = option(
-        "run: the run's own. lookup copies n-grams of the text so far, recycling proposes what the"
-        " model nearly said before, small asks the model of small=PATH; these need no training",
+    drafter: Literal[
+        "run",
+        "lookup",
+        "edit",
+        "recycling",
+        "small",
+        "run+lookup",
+        "run+edit",
+        "run+recycling",
+        "small+lookup",
+        "small+edit",
+    ] = option(
+        "run: the run's own. lookup copies n-grams of the text so far, edit copies the prompt that"
+        " the answer rewrites, recycling proposes what the model nearly said before, small asks the"
+        " model of small=PATH; these need no training. A+B merges the drafts of both into one tree",
         "run",
     )
     small: str | None = option(
@@ -37,7 +49,7 @@ class DrafterOptions:
 
     def faults(self) -> Iterator[str]:
         """Yield what does not go together."""
-        if (self.drafter == "small") != (self.small is not None):
+        if self.drafter.startswith("small") != (self.small is not None):
             yield (
                 "drafter=small and small=PATH, the small model's folder or its name on the hub, are"
                 " given together"
@@ -86,5 +98,11 @@ class GrowthOptions:
     def faults(self) -> Iterator[str]:
         """Yield what does not go together."""
         yield from getattr(super(), "faults", tuple)()
+        merged = getattr(self, "drafter", "")
+        if "+" in merged and (self.rule != "traversal" or self.siblings == "spectr"):
+            yield (
+                f"drafter={merged} has drawn and copied siblings, which only rule=traversal with"
+                " siblings=without, with or best verifies"
+            )
         if self.tree == "static" and self.paths and (fault := paths.file_fault(self.paths)):
             yield f"paths={self.paths}: {fault}"

@@ -31,6 +31,7 @@ from torch import Tensor
 from trainer.decoding import positions, verify
 from trainer.decoding.clock import Clock
 from trainer.decoding.drawing import Drawing, depth_of, empty_draft, up_to_depth
+from trainer.decoding.fused import Fused
 from trainer.decoding.sampling import Sampling
 from trainer.decoding.target_cache import TargetCache, allow_trees, cannot_roll_back, is_chain
 from trainer.decoding.traversal import traversal
@@ -184,6 +185,11 @@ class Decoder:
         self.shape = strategy.shape
         if drafter is not None and self.shape is None:
             self.shape = chain(drafter.depth)
+        if isinstance(drafter, Fused) and sampling.temperature and self.rule != "traversal":
+            raise DrafterError(
+                f"rule={self.rule}: merged drafts have drawn and copied siblings, which only"
+                " rule=traversal verifies"
+            )
         self.max_new_tokens, self.stops = max_new_tokens, set(stops)
         self.sampling, self.to_probabilities = sampling, sampling.to_probabilities()
         self.boundary = positions.boundary(target.config)

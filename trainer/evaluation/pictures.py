@@ -38,7 +38,7 @@ def picture(
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    pyplot.rcParams.update(STYLE | {"svg.hashsalt": title})
+    pyplot.rcParams.update(STYLE | {"svg.hashsalt": title})  # type: ignore[arg-type]
     figure, axes = pyplot.subplots(figsize=(5.4, 2.9))
     for curve in curves:
         if curve.points:
