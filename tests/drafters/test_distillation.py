@@ -127,6 +127,53 @@ def test_value_and_gradient_are_those_of_whole_distributions(kind, heads, vocabu
     assert not found.requires_grad
 
 
+@pytest.mark.parametrize("vocabulary", [None, SOME], ids=["all", "some"])
+def test_the_top_k_loss_is_that_of_a_loop_over_the_likeliest_tokens(vocabulary):
+    hidden, teacher, weights, table, own = material(9, 1, vocabulary)
+    how = Distillation(
+        "ce", lambda h: h @ table.T, (lambda h: h @ own[0].T,), vocabulary, topk=3, topk_weight=2.5
+    )
+    leaf = hidden.clone().requires_grad_(True)
+    total, counts = chunked_distillation(leaf, teacher, weights, how, 4)
+    total.backward()
+
+    plain = hidden.double().requires_grad_(True)
+    expected = torch.zeros((), dtype=torch.float64)
+    for k in range(3):
+        for i in range(9):
+            p = torch.softmax(table.double() @ teacher[i].double(), 0)
+            q = torch.softmax(own[0].double() @ plain[k, i], 0)
+            ce, _, _ = numbers_of("ce", p, q, vocabulary, 0.0)
+            if ce is None:
+                continue
+            drafted = p if vocabulary is None else p[vocabulary] / p[vocabulary].sum()
+            likely = sorted(range(len(drafted)), key=lambda x: -float(drafted[x]))[:3]
+            top = -sum(drafted[x] * q[x].log() for x in likely)
+            expected = expected + weights[k, i].double() * (ce + 2.5 * top)
+    expected.backward()
+    torch.testing.assert_close(total.detach().double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(leaf.grad.double(), plain.grad, rtol=1e-4, atol=1e-5)
+    without = Distillation("ce", how.head, how.heads, vocabulary, fast=False)
+    assert torch.equal(counts, chunked_distillation(leaf, teacher, weights, without, 4)[1])
+
+
+def test_the_top_k_loss_of_all_tokens_is_the_cross_entropy():
+    hidden, teacher, weights, table, own = material(9, 1, None)
+    heads = (lambda h: h @ table.T, (lambda h: h @ own[0].T,))
+    results = []
+    for how in (
+        Distillation("ce", *heads, topk=VOCABULARY, topk_weight=1.0),
+        Distillation("ce", *heads, fast=False),
+    ):
+        leaf = hidden.clone().requires_grad_(True)
+        total, _ = chunked_distillation(leaf, teacher, weights, how, 50)
+        total.backward()
+        results.append((total.detach(), leaf.grad))
+    (both, slope), (once, half) = results
+    torch.testing.assert_close(both, 2 * once)
+    torch.testing.assert_close(slope, 2 * half, rtol=1e-5, atol=1e-6)
+
+
 def test_what_is_not_trained_gets_no_gradient_and_costs_none():
     hidden, teacher, weights, table, own = material(5, 1, None)
     asked = []

@@ -268,3 +268,23 @@ def test_its_state_is_named_as_engines_name_it_and_comes_back():
 def test_models_that_it_cannot_be_built_for_are_named():
     with pytest.raises(DrafterError, match="drafter=none"):
         eagle(toys.gpt2(torch.float32))
+
+
+def test_hass_adds_its_loss_to_that_between_distributions():
+    model = llama()
+    output, _ = output_of(APART, SIZE)
+    losses = {}
+    for name, settings in {
+        "plain": {},
+        "hass": {"topk": 5, "topk_weight": 2.0},
+        "no features": {"feature_weight": 0.0, "token_weight": 1.0},
+        "top alone": {"feature_weight": 0.0, "token_weight": 1.0, "topk": 5, "topk_weight": 2.0},
+    }.items():
+        torch.manual_seed(0)
+        drafter = Eagle(model, **knobs("eagle", noise=0.0, **settings))
+        losses[name] = float(drafter.loss(output, Target(model), 8)[0].detach())
+    added = losses["hass"] - losses["plain"]
+    assert added > 0
+    assert added == pytest.approx(losses["top alone"] - losses["no features"], rel=1e-4)
+    with pytest.raises(DrafterError, match=r"topk=null"):
+        Eagle(model, **knobs("eagle", token_weight=0.0, topk=5))

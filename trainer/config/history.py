@@ -27,9 +27,12 @@ _OF_TARGET = ("trainer.drafters.eagle.Eagle", "trainer.drafters.eagle3.Eagle3")
 
 def keep_layer(drafter: Any) -> None:
     """Give the recorded settings of a draft head of an older version, in place, the layer that it
-    has: the target's own."""
+    has, the target's own, and no loss that is newer."""
     if isinstance(drafter, dict) and drafter.get("_target_") in _OF_TARGET:
         drafter.setdefault("layer", "target")
+        if drafter["_target_"].endswith(".Eagle"):
+            drafter.setdefault("topk", None)
+            drafter.setdefault("topk_weight", 1.0)
 
 
 def adopt_layer(config: dict[str, Any], recorded: Any) -> None:

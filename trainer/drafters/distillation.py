@@ -121,18 +121,24 @@ class _ChunkedDistillation(torch.autograd.Function):
 def _compared(
     how: Distillation, truth: Truth, logits: Float[Tensor, "c v"], buffers: list[Tensor]
 ) -> tuple[Tensor, Float[Tensor, "c v"], Float[Tensor, "4 c"]]:
-    """Return (loss, slopes at the logits, numbers) of a chunk."""
+    """Return (loss, slopes at the logits, numbers) of a chunk. The loss in `numbers` is that of the
+    kind alone."""
     if how.quick:
         loss, slopes, acceptance, guesses = how.quickly(truth, logits, buffers)
+        whole = loss
     else:
         log_q = F.log_softmax(logits.float(), dim=-1)
         loss, slopes, acceptance = how.loss(truth.p, log_q)
         guesses = log_q.topk(min(how.top, log_q.shape[-1]), dim=-1).indices
+        whole = loss
+        if how.topk is not None:
+            more, slope = how.likely(truth, log_q)
+            whole, slopes = loss + how.topk_weight * more, slopes + how.topk_weight * slope
         del log_q
     guesses = guesses if how.vocabulary is None else how.vocabulary[guesses]
     right = guesses == truth.best.unsqueeze(-1)
     numbers = [loss * truth.inside, right[:, 0].float(), right.any(-1).float(), acceptance]
-    return loss, slopes, torch.stack(numbers)
+    return whole, slopes, torch.stack(numbers)
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,12 @@ class Distillation:
     (LK losses: arXiv 2602.23881.) With a draft `vocabulary` q covers those tokens only. Then ce and
     kl use p over them, renormalised, α uses p as it is, and positions whose best token is not among
     them do not count (as in EAGLE-3's reference).
+
+    With `topk`, HASS's loss (arXiv 2408.15766, section 3.2) is added, topk_weight times
+
+        - Σ_{x in K} p(x) log q(x), K the `topk` most likely tokens of p, which is not renormalised
+
+    with the slope q Σ_K p - p at K, q Σ_K p elsewhere. It is not least at q = p: it sharpens q.
     """
 
     kind: str
@@ -172,11 +184,13 @@ class Distillation:
     eta: float = 3.0
     top: int = 5
     fast: bool = True  # whether ce and kl may use `quickly` instead of `loss`
+    topk: int | None = None
+    topk_weight: float = 1.0
 
     @property
     def quick(self) -> bool:
         """Whether `quickly` is used."""
-        return self.fast and self.kind in ("ce", "kl")
+        return self.fast and self.kind in ("ce", "kl") and self.topk is None
 
     @torch.no_grad()
     def truth(self, logits: Float[Tensor, "c V"]) -> Truth:
@@ -209,6 +223,16 @@ class Distillation:
         acceptance = torch.minimum(truth.p, q, out=spare).sum(-1)
         q -= truth.whole
         return (ce if self.kind == "ce" else ce + truth.entropy), q, acceptance, guesses
+
+    def likely(
+        self, truth: Truth, log_q: Float[Tensor, "c v"]
+    ) -> tuple[Tensor, Float[Tensor, "c v"]]:
+        """Return (HASS's top-k loss (c,), its slope at the drafter's logits (c, v))."""
+        assert self.topk is not None
+        p, places = truth.whole.topk(min(self.topk, log_q.shape[-1]), dim=-1)
+        loss = -(p * log_q.gather(-1, places)).sum(-1)
+        slope = log_q.exp() * p.sum(-1, keepdim=True)
+        return loss, slope.scatter_add(-1, places, -p)
 
     def loss(
         self, p: Float[Tensor, "c v"], log_q: Float[Tensor, "c v"]

@@ -77,6 +77,8 @@ class Distilled(Heads):
         if loss not in KINDS:
             raise DrafterError(f"drafter.loss={loss}: one of {', '.join(KINDS)}")
         self.kind, self.eta = loss, eta
+        self.topk: int | None = None  # HASS's loss, see Distillation
+        self.topk_weight = 1.0
         self.confidence: nn.ModuleList | None = None
         self.confidence_weight = 0.0
 
@@ -162,7 +164,13 @@ class Distilled(Heads):
             counted.append(where.roll(k, dims=1)[taught])
         hidden, counts = torch.stack(drafts), torch.stack(counted).float()
         how = Distillation(
-            self.kind, target.head, self.draft_heads(target), self.vocabulary, self.eta
+            self.kind,
+            target.head,
+            self.draft_heads(target),
+            self.vocabulary,
+            self.eta,
+            topk=self.topk,
+            topk_weight=self.topk_weight,
         )
         weights = counts * counts.new_tensor(self.weights).unsqueeze(1)
         total, counted_numbers = chunked_distillation(

@@ -13,8 +13,8 @@ fc's output. SmoothL1 is the mean over d. CE is against the target's whole distr
 (arXiv 2406.16858) has the same weights and grows its trees by confidence in decoding.
 
 The paper trains k = 1 only, and drafts further tokens by using f̂ in place of f. With K > 1 these
-passes are trained too, as in HASS (arXiv 2408.15766), without its top-k loss: pass k reads the
-features that pass k - 1 predicted, without a gradient to them. trainer.drafters.unrolled computes
+passes are trained too, as in HASS (arXiv 2408.15766): pass k reads the features that pass k - 1
+predicted, without a gradient to them. HASS is offsets=3 topk=10. trainer.drafters.unrolled computes
 the passes of a row at once.
 
 Differs from the paper:
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.drafters import Target, TargetOutput, offset_targets
+from trainer.drafters import DrafterError, Target, TargetOutput, offset_targets
 from trainer.drafters.distilled import taught_positions
 from trainer.drafters.families import family_of
 from trainer.drafters.layers import projection, run_layer
@@ -63,10 +63,19 @@ class Eagle(Unrolled):
         weight: float,
         loss: str,
         eta: float,
+        topk: int | None,
+        topk_weight: float,
         confidence: float | None,
         lr_scale: float,
     ):
         super().__init__(offsets, depth, weights, [1.0] * offsets, weight, lr_scale, loss, eta)
+        if topk is not None and not token_weight:
+            raise DrafterError(
+                "drafter.topk is added to the loss between distributions: drafter.token_weight=0"
+                " leaves it out. Set a token_weight above 0, or topk=null"
+            )
+        # `loss` multiplies by token_weight.
+        self.topk, self.topk_weight = topk, topk_weight / (token_weight or 1.0)
         self.noise, self.feature_weight, self.token_weight = noise, feature_weight, token_weight
         size = model.config.get_text_config().hidden_size
         self.fc = projection(model, 2 * size, size)

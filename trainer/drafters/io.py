@@ -41,6 +41,8 @@ _OF_TRAINING = {
     "noise",
     "feature_weight",
     "token_weight",
+    "topk",
+    "topk_weight",
     "dropout",
     "train_head",
     "coverage",
