@@ -134,6 +134,28 @@ class Adapter:
         """Return the Delta of one linear layer. Called once per target."""
         raise NotImplementedError
 
+    def plan(self, steps: int, rows: int) -> int:
+        """Return how many steps the method takes before the `steps` that train its result, each of
+        `rows` sequences. Called once, before anything is attached."""
+        return 0
+
+    def planned_settings(self) -> dict[str, Any]:
+        """Return settings that `plan` has resolved to numbers, as run.yaml records them."""
+        return {}
+
+    @property
+    def only_prepares(self) -> bool:
+        """Whether its steps so far have prepared it, so that it changes no logit yet."""
+        return False
+
+    def plan_text(self, steps: int) -> str | None:
+        """Say what the `steps` steps of a run are for, if not all train the result."""
+        return None
+
+    def plan_warnings(self, steps: int, rows: int) -> list[str]:
+        """Return warnings about a run of `steps` steps, each of `rows` sequences."""
+        return []
+
     @property
     def names_modules(self) -> bool:
         """Whether settings name modules of the model, which may be misspelt."""
@@ -228,6 +250,10 @@ class Adapter:
         """Called before each optimiser step and before gradients are clipped, also for steps that
         will be skipped. Gradients that a backward hook saw are `loss_scale` times too large;
         parameters' gradients are not."""
+
+    def after_clipping(self, model: nn.Module, factor: Tensor) -> None:
+        """Called after `before_step` with the factor by which the step's gradients were clipped, a
+        tensor without dimensions, at most 1. A step that is skipped does not call it."""
 
     def after_step(self, model: nn.Module, step: int) -> dict[str, float] | None:
         """Called after optimiser step number `step`, before the gradients are cleared. Returns

@@ -4,7 +4,7 @@
 
     schedule   wl         warmup_steps with B A alone; mask_steps in which B A still trains and
                           gradients are collected; then both train. The paper's wl64 is
-                          warmup_steps=64
+                          warmup_steps=64. A number below 1 is a fraction of the run's steps
                spa_only   mask_steps in which nothing trains, then S alone
                lora_only  B A alone
     mask       the int(density · o i) entries of each layer with the largest mean of G²
@@ -16,8 +16,11 @@ paper's recipe has one row in each: batch_size=1 accumulate=32.
 
 The paper trains in two runs: one of wl64 that ends with its mask, and one from the pretrained
 weights with that mask and a fresh low-rank part. restart_after_mask does the same in one run: after
-the mask, B A, its moments and the learning rate schedule start again. To train in two runs, set
-max_steps=65 for the first, which writes masks.safetensors, and adapter.mask=FILE for the second.
+the mask, B A, its moments and the learning rate schedule start again. The steps before that are no
+part of max_steps, max_epochs and max_tokens, so the paper's second run is whole; those of spa_only,
+which train nothing, are not either. count_mask_steps=true counts them all. To train in two runs,
+set count_mask_steps=true max_steps=68 mask_steps=4 for the first, which writes masks.safetensors,
+and adapter.mask=FILE for the second.
 
 Differs from the paper: the reference code trains only the adapters, uses one density for all
 layers whatever the pattern says, sums scores in bf16, and every process chooses its own mask. Here
@@ -37,11 +40,13 @@ from torch import Tensor, nn
 from adapters import lora, mask
 from adapters.delta import AdapterError, Start
 from adapters.linear import float_weight
+from adapters.rosa_scores import Scores
 from adapters.sparse import SparseDelta, layers, sparse_values, supports
 from adapters.sparse_adapter import SparseAdapter
 
-CANDIDATES = 4  # scores=candidates sums this many times the support's entries
-CHUNK = 1 << 22  # scores that are copied to the CPU at one time
+# A mask of one micro-batch of 4 rows shares 36 % of its entries with one of eight (SmolLM2-135M).
+MASK_ROWS = 32  # as the paper's: one step of 32 rows
+LONG = 0.25  # a larger share of the run for its mask is worth a warning
 
 
 class RoSA(SparseDelta):
@@ -65,103 +70,6 @@ class RoSA(SparseDelta):
         lora.initialise(self.A, self.B)
 
 
-class Scores:
-    """Sums over micro-batches of G² or G of one layer, in fp32.
-
-    `kind` is one of:
-        exact       sums for all (o, i) entries, in the CPU's memory
-        candidates  sums for the 4 k entries that are largest in the first micro-batch
-        first       no sums: the k entries that are largest in the first micro-batch
-    """
-
-    def __init__(self, delta: SparseDelta, kind: str, squared: bool, name: str):
-        self.shape, self.k = (delta.o, delta.i), len(delta.indices)
-        self.kind, self.squared, self.name = kind, squared, name
-        self.sums: Tensor | None = None
-        # of the current step, whose loss scale is known only when it ends
-        self.step_sums: Tensor | None = None
-        self.flat: Tensor | None = None  # the candidates
-        self.count = self.step_count = 0
-
-    def __call__(self, dy: Tensor, x: Tensor) -> None:
-        """Add one micro-batch. A gradient that is not finite is ignored, as its step is."""
-        if self.kind == "first" and self.count + self.step_count:
-            return
-        wide = torch.promote_types(x.dtype, torch.float32)
-        gradient = dy.to(wide).t() @ x.to(wide)
-        if not torch.isfinite(gradient).all():
-            return
-        o, i = self.shape
-        self.step_count += 1
-        if self.kind == "exact":
-            if self.step_sums is None:
-                self.step_sums = torch.zeros(o, i)
-            rows = max(1, CHUNK // i)
-            for start in range(0, o, rows):
-                chunk = slice(start, start + rows)
-                self.step_sums[chunk] += self._score(gradient[chunk]).cpu()
-            return
-        scores = self._score(gradient).view(-1)
-        if self.flat is None:
-            count = self.k if self.kind == "first" else min(CANDIDATES * self.k, o * i)
-            self.flat = mask.top(scores.abs(), count, self.name)
-        at_candidates = scores.index_select(0, self.flat)
-        self.step_sums = at_candidates if self.step_sums is None else self.step_sums + at_candidates
-
-    def end_step(self, loss_scale: float, device: torch.device) -> None:
-        """Add the current step to the sums.
-
-        The sums are over all processes, since only rank 0 writes checkpoints. The loss scale of
-        16-mixed, which changes from step to step, is divided out.
-        """
-        if mask.processes() > 1:
-            total = (
-                torch.zeros(self.shape, device=device)
-                if self.step_sums is None
-                else self.step_sums.to(device)
-            )
-            count = torch.tensor(self.step_count, device=device)
-            torch.distributed.all_reduce(total)
-            torch.distributed.all_reduce(count)
-            self.step_sums, self.step_count = total.cpu(), int(count)
-        if self.step_sums is not None:
-            self.step_sums /= loss_scale**2 if self.squared else loss_scale
-            self.sums = self.step_sums if self.sums is None else self.sums.add_(self.step_sums)
-            self.step_sums = None
-            self.count, self.step_count = self.count + self.step_count, 0
-
-    def _score(self, gradient: Tensor) -> Tensor:
-        return gradient.float().square() if self.squared else gradient.float()
-
-    def support(self, device: torch.device) -> Tensor:
-        """Return the k entries of largest score.
-
-        Raises:
-            AdapterError: no micro-batch had a finite gradient, or the scores are not finite.
-        """
-        if self.step_sums is not None:
-            self.end_step(1.0, device)
-        if self.sums is None or not self.count:
-            raise AdapterError(
-                f"no micro-batch of the mask's steps had a finite gradient at {self.name}: lower"
-                " optimizer.lr, raise the warm-up, or look at the rows"
-            )
-        chosen = mask.top(self.sums.abs().to(device), self.k, self.name)
-        return chosen if self.flat is None else self.flat.to(device).index_select(0, chosen)
-
-    def state(self) -> dict[str, Any]:
-        """Return the sums, for a checkpoint between two of the mask's steps."""
-        return {"sums": self.sums, "flat": self.flat, "count": self.count}
-
-    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
-        """Continue from a `state`."""
-        sums, flat = state["sums"], state["flat"]
-        if self.kind != "exact":  # exact sums stay on the CPU
-            sums = sums.to(device) if sums is not None else None
-            flat = flat.to(device) if flat is not None else None
-        self.sums, self.flat, self.count = sums, flat, state["count"]
-
-
 class RoSAAdapter(SparseAdapter):
     """RoSA and QRoSA on the linear layers of a model."""
 
@@ -174,9 +82,10 @@ class RoSAAdapter(SparseAdapter):
         density: float,
         density_pattern: dict[str, float],
         schedule: str,
-        warmup_steps: int,
-        mask_steps: int,
+        warmup_steps: float,
+        mask_steps: float | str,
         restart_after_mask: bool,
+        count_mask_steps: bool,
         mask: str,
         score: str,
         scores: str,
@@ -200,18 +109,73 @@ class RoSAAdapter(SparseAdapter):
         self.schedule, self.source, self.mask_seed = schedule, mask, mask_seed
         self.score, self.scores_kind = score, scores
         self.sparse_lr_ratio, self.sparse_weight_decay = sparse_lr_ratio, sparse_weight_decay
-        collects = schedule != "lora_only" and mask == "gradient"
-        self.warmup_steps = warmup_steps if collects and schedule == "wl" else 0
-        # the number of steps before the mask is chosen
-        self.mask_step = self.warmup_steps + mask_steps if collects else 0
-        self.restart = self.mask_step if restart_after_mask and schedule == "wl" else 0
-        self.reads_micro_batches = self.mask_step > 0
+        self.reads_micro_batches = schedule != "lora_only" and mask == "gradient"
+        self.asked = (warmup_steps if schedule == "wl" else 0, mask_steps)
+        self.wl = schedule == "wl"
+        self.restarts = restart_after_mask and schedule == "wl"
+        # whether the steps before the mask are no part of the result, and come before the run's
+        self.leads = not count_mask_steps and (self.restarts or schedule == "spa_only")
+        self._settle(1, MASK_ROWS)  # until `plan` has the run's numbers
         self.step = 0
         self.folder: Path | None = None
         self.scores: dict[str, Scores] = {}
         # statistics of a mask that exists from the start, until they are logged
         self.first_mask_statistics: dict[str, float] | None = None
         self.live_optimizer: torch.optim.Optimizer | None = None
+
+    def _settle(self, steps: int, rows: int) -> None:
+        """Convert the settings to steps, for a result that trains `steps` steps of `rows` rows."""
+        warmup, masked = self.asked
+        if masked == "auto":
+            masked = -(-MASK_ROWS // max(1, rows))
+        elif isinstance(masked, float) and masked < 1:
+            masked = max(1, round(masked * steps))
+        warmup = round(warmup * steps) if 0 < warmup < 1 else int(warmup)
+        self.planned = {"warmup_steps": warmup, "mask_steps": int(masked)}
+        self.warmup_steps = warmup if self.reads_micro_batches else 0
+        # the number of steps before the mask is chosen
+        self.mask_step = warmup + int(masked) if self.reads_micro_batches else 0
+        self.restart = self.mask_step if self.restarts or self.leads else 0
+
+    def plan(self, steps: int, rows: int) -> int:
+        self._settle(steps, rows)
+        return self.mask_step if self.leads else 0
+
+    def planned_settings(self) -> dict[str, Any]:
+        collects = self.reads_micro_batches
+        return {
+            key: n for key, n in self.planned.items() if collects and (self.wl or "mask" in key)
+        }
+
+    def plan_text(self, steps: int) -> str | None:
+        if not self.mask_step:
+            return None
+        rest = steps - self.mask_step
+        if not rest:
+            return f"all {steps} steps choose the mask, and none train with it"
+        before = "" if self.restart else f"; the first {self.mask_step} of B A alone train it too"
+        return f"{self.mask_step} steps choose the mask, {rest} train the result{before}"
+
+    def plan_warnings(self, steps: int, rows: int) -> list[str]:
+        warnings = []
+        if self.restart and LONG * steps < self.mask_step < steps:
+            warnings.append(
+                f"{self.mask_step} of {steps} steps ({self.mask_step / steps:.0%}) choose the mask,"
+                " more than a quarter: lower adapter.warmup_steps, of which the paper has 64, or"
+                " train for longer"
+            )
+        seen = (self.mask_step - self.warmup_steps) * rows
+        if self.mask_step and seen < MASK_ROWS:
+            warnings.append(
+                f"the mask is chosen from the gradients of {seen} rows (adapter.mask_steps="
+                f"{self.mask_step - self.warmup_steps}), and fewer than {MASK_ROWS} choose other"
+                " entries each time: set adapter.mask_steps=auto"
+            )
+        return warnings
+
+    @property
+    def only_prepares(self) -> bool:
+        return 0 < self.step == self.mask_step
 
     def new_delta(self, linear: Any, k: int) -> SparseDelta:
         if self.rank is None:
@@ -292,13 +256,16 @@ class RoSAAdapter(SparseAdapter):
         sparse = sparse_values(model)
         sparse_ids = {id(p) for p in sparse}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in sparse_ids]
-        groups: list[dict[str, Any]] = [{"params": others, "lr_scale": 1.0}] if others else []
+        groups: list[dict[str, Any]] = []
+        if others:
+            groups.append({"params": others, "lr_scale": 1.0, "part": "low_rank"})
         if sparse:
             groups.append(
                 {
                     "params": sparse,
                     "lr_scale": self.sparse_lr_ratio,
                     "weight_decay": self.sparse_weight_decay,
+                    "part": "sparse",
                 }
             )
         return groups

@@ -14,7 +14,9 @@
     AG  score: |Σ g| over the previous accumulation_steps steps. It is only summed for candidates:
         the k entries whose gradient is largest in the first micro-batch of these steps. Adam's
         moments of a grown entry are set so that their bias correction gives the mean of g and of
-        g². Each entry has its own age.
+        g². Each entry has its own age. Gradients of the window are not clipped, and the first
+        support, which is random, has small ones. So the moments are multiplied by the factor (for
+        g², its square) that clips the first step with the grown entries
     MA  score: r_i c_j of SM3's accumulators (Anil et al. 2019, arXiv 1901.11150), which take o + i
         numbers for each layer: ν = min(r_i, c_j) + g²,  r_i = max(r_i, ν),  c_j = max(c_j, ν)
 
@@ -124,6 +126,7 @@ class SpIEL(SparseAdapter):
         policy: str,
         momentum: float,
         support_seed: int,
+        clip_moments: bool,
         target_modules: str | list[str],
         exclude_modules: list[str],
         gradient: str,
@@ -146,6 +149,9 @@ class SpIEL(SparseAdapter):
         self.variant, self.weight_decay, self.momentum = variant, weight_decay, momentum
         self.every, self.window = reselection_steps, accumulation_steps
         self.initial_rate, self.policy, self.support_seed = initial_rate, policy, support_seed
+        self.clip_moments = clip_moments
+        # (k,) bool by layer: the grown entries, whose moments wait for the next step's clipping
+        self.unclipped: dict[str, Tensor] = {}
         self.step, self.steps = 0, 1
         # the supports after the first replacement, to report how much of them is left
         self.first: dict[str, Tensor] = {}
@@ -171,7 +177,7 @@ class SpIEL(SparseAdapter):
     def attach_continued(self, model: nn.Module, start: Start, state: dict[str, Any]) -> nn.Module:
         model = super().attach_continued(model, start, state)
         self._unwatch(model)
-        self.step, self.first = 0, {}
+        self.step, self.first, self.unclipped = 0, {}, {}
         self._watch(model)
         return model
 
@@ -230,6 +236,16 @@ class SpIEL(SparseAdapter):
         for candidates in self.candidates.values():
             candidates.end_step(loss_scale, next(model.parameters()).device)
 
+    @torch.no_grad()
+    def after_clipping(self, model: nn.Module, factor: Tensor) -> None:
+        for name, layer in layers(model):
+            if name not in self.unclipped:
+                continue
+            grown, state = self.unclipped.pop(name), self._moments(layer.delta)
+            for key, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
+                clipped = state[key] * factor.to(state[key]) ** power
+                state[key].copy_(torch.where(grown, clipped, state[key]))
+
     def after_step(self, model: nn.Module, step: int) -> dict[str, float] | None:
         super().after_step(model, step)
         self.step = step
@@ -253,6 +269,8 @@ class SpIEL(SparseAdapter):
                 tensor = delta.values if key == "values" else state[key]
                 tensor.copy_(grown[key].to(tensor.dtype))
             delta.set_support(grown["flat"], layer.base)
+            if self.clip_moments and "exp_avg" in state:
+                self.unclipped[name] = grown["new"]
             replaced, total = replaced + int(changed.sum()), total + len(changed)
             first = self.first.setdefault(name, delta.indices.clone())
             stayed += int(torch.isin(delta.indices, first).sum())
@@ -292,6 +310,8 @@ class SpIEL(SparseAdapter):
         ascending = torch.argsort(flat)
         result = {"flat": flat[ascending]}
         fresh = self._fresh(candidates, grown[new], state)
+        is_new = [torch.zeros_like(delta.indices[keep]), torch.ones_like(grown[new])]
+        result["new"] = torch.cat(is_new).bool()[ascending]
         for key, tensor in {"values": delta.values.detach(), **state}.items():
             result[key] = torch.cat([tensor[keep].to(fresh[key].dtype), fresh[key]])[ascending]
         return result
@@ -339,6 +359,7 @@ class SpIEL(SparseAdapter):
             "steps": self.steps,
             "candidates": {name: sums.state() for name, sums in self.candidates.items()},
             "first": self.first,
+            "unclipped": self.unclipped,
         }
         return state
 
@@ -348,6 +369,8 @@ class SpIEL(SparseAdapter):
         # A run that is extended keeps its planned schedule of replacements.
         self.step, self.steps = extra["step"], extra["steps"]
         self.first = {name: tensor.to(device) for name, tensor in extra["first"].items()}
+        unclipped = extra.get("unclipped", {})
+        self.unclipped = {name: tensor.to(device) for name, tensor in unclipped.items()}
         self._unwatch(model)
         self._watch(model)
         for name, saved in extra["candidates"].items():

@@ -16,6 +16,7 @@ ELSEWHERE = {
     "adapters.merging": "tests/adapters/test_laws.py",
     "adapters.peft_modules": "tests/adapters/test_trained_copies.py",
     "adapters.peft_targets": "tests/adapters/test_peft.py",
+    "adapters.rosa_scores": "tests/adapters/test_rosa.py",
     "adapters.state": "tests/adapters/test_delta.py",
     "tasks.hub": "tests/tasks/test_sources.py",
     "trainer.assembly.continued": "tests/runs/test_continued.py",
@@ -45,7 +46,6 @@ ELSEWHERE = {
     "trainer.session.results": "tests/runs/test_run.py",
     "trainer.session.same_step": "tests/runs/test_same_step.py",
     "trainer.storage.answers": "tests/commands/test_respond.py",
-    "trainer.training.optimizer": "tests/training/test_finetune.py",
     "trainer.training.untrained": "tests/training/test_finetune.py",
 }
 

@@ -44,6 +44,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "adapter.density=0.05",
         "adapter.warmup_steps=4",
         "adapter.mask_steps=5",
+        "adapter.count_mask_steps=true",
         "adapter.dropout=0.1",
     ),
     "spiel": (

@@ -44,9 +44,10 @@ METHODS: dict[str, tuple[str, ...]] = {
         "adapter.rank=4",
         "adapter.density=0.05",
         "adapter.warmup_steps=1",
+        "adapter.mask_steps=1",
         "adapter.restart_after_mask=false",
     ),
-    "sparse": ("adapter=sparse", "adapter.density=0.05"),
+    "sparse": ("adapter=sparse", "adapter.density=0.05", "adapter.mask_steps=1"),
     "spiel": (
         "adapter=spiel",
         "adapter.density=0.05",

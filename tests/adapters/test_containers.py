@@ -607,6 +607,7 @@ def test_the_program_exports_rosa_as_each(train, chats, tmp_path, capsys):
         "adapter.rank=2",
         "adapter.alpha=2",
         "adapter.warmup_steps=1",
+        "adapter.mask_steps=1",
     )
     for to in ("peft", "shira", "merged"):
         assert export.main([f"run={run}", f"to={to}"]) == 0

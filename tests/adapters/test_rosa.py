@@ -37,6 +37,7 @@ def make(**changes: Any) -> RoSAAdapter:
         "warmup_steps": 1,
         "mask_steps": 1,
         "restart_after_mask": False,
+        "count_mask_steps": True,
         "mask": "gradient",
         "score": "squared",
         "scores": "exact",
@@ -747,3 +748,53 @@ def test_a_state_of_each_phase_goes_on(tmp_path, restart, scores):
         assert masks(other) == masks(model)
         for ours, theirs in zip(parts(other).values(), parts(model).values(), strict=True):
             assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+# the steps of a run
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "rows", "expected"),
+    [  # (steps before the run's own, warm-up, step of the mask, restart)
+        ({}, 160, 8, (68, 64, 68, 68)),
+        ({}, 160, 1, (96, 64, 96, 96)),
+        ({}, 160, 64, (65, 64, 65, 65)),
+        ({"mask_steps": 1}, 160, 8, (65, 64, 65, 65)),
+        ({"warmup_steps": 0.1, "mask_steps": 0.05}, 160, 8, (24, 16, 24, 24)),
+        ({"warmup_steps": 0.1, "mask_steps": 0.05}, 2, 8, (1, 0, 1, 1)),
+        ({"count_mask_steps": True}, 160, 8, (0, 64, 68, 68)),
+        ({"restart_after_mask": False}, 160, 8, (0, 64, 68, 0)),
+        ({"schedule": "spa_only"}, 160, 8, (4, 0, 4, 4)),
+        ({"schedule": "spa_only", "count_mask_steps": True}, 160, 8, (0, 0, 4, 0)),
+        ({"schedule": "lora_only"}, 160, 8, (0, 0, 0, 0)),
+        ({"mask": "random"}, 160, 8, (0, 0, 0, 0)),
+    ],
+)
+def test_the_steps_before_the_result_come_first(changes, steps, rows, expected):
+    defaults = {
+        "warmup_steps": 64,
+        "mask_steps": "auto",
+        "restart_after_mask": True,
+        "count_mask_steps": False,
+    }
+    adapter = make(**defaults | changes)
+    before = adapter.plan(steps, rows)
+    assert (before, adapter.warmup_steps, adapter.mask_step, adapter.restart) == expected
+    again = make(**defaults | changes | adapter.planned_settings())
+    assert again.plan(3 * steps, 2 * rows) == before  # recorded numbers stay
+
+
+def test_what_the_steps_are_for_is_reported():
+    adapter = make(warmup_steps=64, mask_steps="auto", restart_after_mask=True)
+    assert adapter.plan(164, 8) == 0
+    assert adapter.plan_text(164) == "68 steps choose the mask, 96 train the result"
+    (warning,) = adapter.plan_warnings(164, 8)
+    assert "68 of 164 steps (41%) choose the mask, more than a quarter" in warning
+    assert not adapter.plan_warnings(300, 8)
+    few = make(warmup_steps=4, mask_steps=1)
+    assert few.plan(160, 4) == 0
+    (warning,) = few.plan_warnings(160, 4)
+    assert "from the gradients of 4 rows (adapter.mask_steps=1), and fewer than 32" in warning
+    assert few.plan_text(160).endswith("; the first 5 of B A alone train it too")
+    assert few.plan_text(5) == "all 5 steps choose the mask, and none train with it"
+    assert make(mask="random").plan_text(9) is None

@@ -18,6 +18,7 @@ from adapters.sparse_adapter import SparseAdapter
 from adapters.spiel import Candidates, SpIEL
 from adapters.spiel_optimizers import SM3, SpielAdamW
 from trainer.config.errors import ConfigError
+from trainer.training.optimizer import clip_gradients
 
 LR, BETAS, EPS = 0.05, (0.9, 0.99), 1e-8
 ADAM = {"lr": LR, "betas": BETAS, "eps": EPS}
@@ -52,6 +53,7 @@ def make(**changes: Any) -> SpIEL:
         "policy": "linear",
         "momentum": 0.0,
         "support_seed": 0,
+        "clip_moments": True,
         "target_modules": "all-linear",
         "exclude_modules": [],
         "gradient": "gathered",
@@ -94,8 +96,9 @@ def one_step(
     step: int,
     micro: list[tuple[Tensor, Tensor]],
     scale: float = 1.0,
+    limit: float | None = None,
 ) -> Any:
-    """One step of two micro-batches, as FineTune makes it with a loss scale."""
+    """One step of two micro-batches, as FineTune makes it with a loss scale and clipping."""
     optimizer.zero_grad()
     for x, t in micro:
         (half_loss(model(x), t) * scale).backward()
@@ -103,6 +106,8 @@ def one_step(
         if p.grad is not None:
             p.grad /= scale
     adapter.before_step(model, scale)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    adapter.after_clipping(model, clip_gradients(trained, None, limit)[1])
     optimizer.step()
     return adapter.after_step(model, step)
 
@@ -114,8 +119,17 @@ class Naive:
     """SpIEL in plain Python: for each layer a dict from an entry to its value and what its
     optimiser keeps of it."""
 
-    def __init__(self, adapter: SpIEL, model: Any, steps: int, momentum: float = 0.0):
+    def __init__(
+        self,
+        adapter: SpIEL,
+        model: Any,
+        steps: int,
+        momentum: float = 0.0,
+        limit: float | None = None,
+    ):
         plain = Net()
+        self.limit = limit
+        self.factors: list[float] = []
         self.layers = {name: plain.get_submodule(name) for name in ("first", "last")}
         self.variant, self.policy, self.decay, self.steps = (
             adapter.variant,
@@ -153,8 +167,15 @@ class Naive:
     def step(self, done: int, micro: list[tuple[Tensor, Tensor]]) -> dict[str, float] | None:
         """One step; `done` includes it."""
         seen = [self.gradients(x, t) for x, t in micro]
+        totals = {
+            name: [sum(parts) for parts in zip(*(found[name] for found in seen), strict=True)]
+            for name in self.layers
+        }
+        squares = sum(totals[name][e] ** 2 for name in self.layers for e in self.entries[name])
+        norm = math.sqrt(squares) + 1e-6
+        self.factors.append(1.0 if self.limit is None else min(1.0, self.limit / norm))
         for name in self.layers:
-            total = [sum(parts) for parts in zip(*(found[name] for found in seen), strict=True)]
+            total = totals[name]
             if (done - 1) % 4 == 0:
                 start = seen[0][name]
                 largest = sorted(range(len(start)), key=lambda e: -abs(start[e]))[
@@ -168,11 +189,15 @@ class Naive:
                 for e in self.open[name]["g"]:
                     self.open[name]["g"][e] += total[e]
                     self.open[name]["g2"][e] += total[e] ** 2
-            (self.adam if self.variant == "AG" else self.sm3)(name, total)
+            clipped = [g * self.factors[-1] for g in total]
+            (self.adam if self.variant == "AG" else self.sm3)(name, clipped)
         return self.reselect(done) if done % 4 == 2 and done < self.steps else None
 
     def adam(self, name: str, g: list[float]) -> None:
         for e, entry in self.entries[name].items():
+            if entry.pop("grown", False):  # its moments are of gradients that nothing has clipped
+                entry["m"] *= self.factors[-1]
+                entry["v"] *= self.factors[-1] ** 2
             entry["age"] += 1
             entry["m"] = BETAS[0] * entry["m"] + (1 - BETAS[0]) * g[e]
             entry["v"] = BETAS[1] * entry["v"] + (1 - BETAS[1]) * g[e] ** 2
@@ -218,6 +243,7 @@ class Naive:
                         "m": mean * (1 - BETAS[0] ** 2),
                         "v": mean2 * (1 - BETAS[1] ** 2),
                         "age": 2.0,
+                        "grown": True,
                     }
             replaced, total = replaced + len(new), total + len(entries)
             stayed += len(self.first.setdefault(name, set(entries)) & set(entries))
@@ -280,14 +306,20 @@ def agree(adapter: SpIEL, model: Any, optimizer: Any, naive: Naive) -> None:
 
 
 def follow(
-    steps: int, features: int = 6, momentum: float = 0.0, **changes: Any
+    steps: int,
+    features: int = 6,
+    momentum: float = 0.0,
+    limit: float | None = None,
+    **changes: Any,
 ) -> tuple[Naive, list[dict[str, float]]]:
     """Both side by side; returns the reference after the run and what was reported."""
     adapter, model, optimizer = attached(steps, momentum=momentum, **changes)
-    naive, data, news = Naive(adapter, model, steps, momentum), rows(2 * steps, features), []
+    naive = Naive(adapter, model, steps, momentum, limit)
+    data, news = rows(2 * steps, features), []
     for done in range(1, steps + 1):
         micro = data[2 * done - 2 : 2 * done]
-        wanted, found = naive.step(done, micro), one_step(adapter, model, optimizer, done, micro)
+        wanted = naive.step(done, micro)
+        found = one_step(adapter, model, optimizer, done, micro, limit=limit)
         assert (found is None) == (wanted is None), done
         if wanted is not None:
             assert found == pytest.approx(wanted)
@@ -310,6 +342,36 @@ def test_a_run_is_that_of_plain_loops(variant, momentum, policy):
     assert (news[0]["rate"] == 1) == (policy == "linear")
     assert [row["rate"] for row in news] == sorted((row["rate"] for row in news), reverse=True)
     assert news[0]["still_of_first"] == 1 > news[-1]["still_of_first"]
+
+
+@pytest.mark.parametrize("limit", [0.02, 0.2])
+@pytest.mark.parametrize("variant", ["AG", "MA"])
+def test_clipped_gradients_meet_clipped_moments(variant, limit):
+    naive, news = follow(18, variant=variant, limit=limit)
+    assert len(news) == 4
+    assert min(naive.factors) < 0.6
+    # the steps after a replacement, which 0.02 clips all and 0.2 some
+    assert (limit == 0.02) == all(naive.factors[done] < 0.5 for done in (2, 6, 10, 14))
+
+
+def test_old_runs_keep_moments_that_are_not_clipped():
+    adapter, model, optimizer = attached(20, clip_moments=False)
+    clipped, other, its_optimizer = attached(20)
+    data = rows(6)
+    for done in (1, 2, 3):
+        micro = data[2 * done - 2 : 2 * done]
+        one_step(adapter, model, optimizer, done, micro, limit=0.02)
+        one_step(clipped, other, its_optimizer, done, micro, limit=0.02)
+        if done == 2:
+            first = optimizer.state[next(sparse.layers(model))[1].delta.values][
+                "exp_avg_sq"
+            ].clone()
+    values = [next(sparse.layers(m))[1].delta.values for m in (model, other)]
+    moments = [
+        o.state[v]["exp_avg_sq"] for o, v in zip((optimizer, its_optimizer), values, strict=True)
+    ]
+    assert (moments[0] >= 0.98 * first).all()
+    assert moments[1].sum() < 0.1 * moments[0].sum()
 
 
 @pytest.mark.parametrize("features", [0, 1, 2, 3])

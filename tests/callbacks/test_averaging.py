@@ -277,6 +277,7 @@ def test_rosas_average_begins_with_its_mask(train, chats):
         "adapter=rosa",
         "adapter.warmup_steps=2",
         "adapter.mask_steps=1",
+        "adapter.count_mask_steps=true",
         "adapter.density=0.05",
         "adapter.rank=2",
         "callbacks.averaging.start=0",

@@ -24,3 +24,36 @@ def test_moved_classes_get_the_name_of_today_and_others_keep_theirs():
 def test_every_moved_name_is_one_of_conf_and_no_old_one_is():
     assert set(history.MOVED.values()) <= forbidden.shipped_targets()
     assert not history.MOVED.keys() & forbidden.shipped_targets()
+
+
+ROSA = {"_target_": "adapters.rosa.RoSAAdapter", "warmup_steps": 64}
+
+
+def test_older_runs_of_sparse_methods_count_and_clip_as_they_did():
+    for node, key, value in (
+        (ROSA | {"mask_steps": 1}, "count_mask_steps", True),
+        ({"_target_": "adapters.spiel.SpIEL"}, "clip_moments", False),
+    ):
+        recorded = dict(node)
+        history.keep_counting(recorded)
+        assert recorded[key] is value
+        history.keep_counting(recorded | {key: not value})
+        # a run that resumes or branches off one composes its settings of today
+        config = {"adapter": node | {key: not value}, "drafter": None}
+        assert history.adopt(config, {"adapter": node})
+        assert config["adapter"][key] is value
+        config = {"adapter": node | {key: not value}, "drafter": None}
+        assert not history.adopt(config, {"adapter": node | {key: value}})  # a difference stays one
+        assert config["adapter"][key] is not value
+
+
+def test_steps_that_a_run_has_resolved_stay_when_it_is_continued():
+    recorded = {"adapter": ROSA | {"mask_steps": 4, "count_mask_steps": False}}
+    now = ROSA | {"mask_steps": "auto", "warmup_steps": 0.1, "count_mask_steps": False}
+    config = {"adapter": now, "drafter": None}
+    assert history.adopt(config, recorded)
+    assert (config["adapter"]["warmup_steps"], config["adapter"]["mask_steps"]) == (64, 4)
+    config = {"adapter": ROSA | {"mask_steps": 7, "count_mask_steps": False}, "drafter": None}
+    assert not history.adopt(config, recorded)
+    other = {"adapter": {"_target_": "adapters.lora.LoRAAdapter"}, "drafter": None}
+    assert not history.adopt(other, recorded)

@@ -704,6 +704,7 @@ def test_a_sparse_adapter_learns_with_them(train, chats):
         "adapter.density=0.05",
         "adapter.warmup_steps=2",
         "adapter.mask_steps=2",
+        "adapter.count_mask_steps=true",
     )
     is_ordinary(train(f"task.path={chats}", *sparse, *SETTINGS))
 

@@ -159,6 +159,8 @@ CASES = {
         "adapter=rosa",
         "adapter.density=0.1",
         "adapter.warmup_steps=1",
+        "adapter.mask_steps=1",
+        "adapter.count_mask_steps=true",
         "adapter.score=mean",
         "max_steps=3",
     ],

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from adapters.delta import AdapterError
 from tests.toys.power_cuts import PowerCut, cut_at, outcome
+from trainer.config import limits
 from trainer.config.errors import ConfigError
 from trainer.models.base import Base
 from trainer.storage import journal
@@ -24,6 +25,7 @@ ROSA = (
     "adapter.density=0.1",
     "adapter.warmup_steps=2",
     "adapter.mask_steps=2",
+    "adapter.count_mask_steps=true",
     "max_steps=7",
     "batch_size=2",
     "adapter.gradient=sampled",
@@ -88,11 +90,73 @@ def test_a_run_tells_and_leaves_its_mask_and_a_second_takes_it(train, chats):
                 assert 1e-3 < again[name].abs().max() / 0.2857 <= 1.5e-2 * 1.01
 
 
-def test_a_run_may_end_with_its_mask(train, chats):
-    run = train(f"task.path={chats}", *ROSA, NO_CHECKPOINTS, "max_steps=4")
+def test_a_run_may_end_with_its_mask(train, chats, caplog):
+    caplog.set_level("INFO", "trainer")
+    run = train(f"task.path={chats}", *ROSA, "max_steps=4")
+    assert "all 4 steps choose the mask, and none train with it" in caplog.text
+    assert "loaded back by stock PEFT" in caplog.text
+    assert "changes no logit" not in caplog.text
     assert len(masks(run)) == 14
     saved = load_file(run / "adapter" / "adapter_model.safetensors")
     assert not any(tensor.any() for name, tensor in saved.items() if name.endswith("values"))
+
+
+COUNTED = ("adapter.count_mask_steps=false", "schedule=linear", "schedule.warmup=2")
+
+
+def test_the_second_run_of_the_paper_is_whole(train, chats, caplog):
+    caplog.set_level("INFO", "trainer")
+    settings = (
+        f"task.path={chats}",
+        *ROSA,
+        *COUNTED,
+        "max_steps=5",
+        "callbacks.checkpoints.every=1",
+    )
+    run = train(*settings)
+    assert "4 steps choose the mask, 5 train the result" in caplog.text
+    assert "4 of 9 steps (44%) choose the mask" in caplog.text
+    # in the mask's steps the rates of a run of nine; then a rise of two and a fall of three
+    assert rates(run) == pytest.approx([1 / 2, 1, 1, 6 / 7, 1 / 2, 1, 1, 2 / 3, 1 / 3])
+    steps = rows(run, "step")
+    for row in steps:  # both parts' rates, and the norms of both once both are trained
+        assert row["lr/sparse"] == pytest.approx(0.2857 * row["lr/low_rank"])
+        assert row["lr/low_rank"] == row["lr"]
+        assert ("grad_norm/sparse" in row) == (row["step"] > 4)
+        parts = [row.get(f"grad_norm/{part}", 0.0) for part in ("low_rank", "sparse")]
+        assert math.hypot(*parts) == pytest.approx(row["grad_norm"], rel=1e-4)
+    # another length keeps the mask's place
+    longer = train(*settings, "max_steps=6", "name=longer")
+    assert [row["step"] for row in rows(longer, "adapter")] == [4]
+    assert len(rows(longer, "step")) == 10
+
+
+def test_steps_that_depend_on_the_run_are_recorded_and_stay(train, chats):
+    settings = (
+        f"task.path={chats}",
+        *ROSA,
+        "adapter.count_mask_steps=false",
+        "schedule=constant",
+        "adapter.warmup_steps=0.5",
+        "adapter.mask_steps=auto",
+        "callbacks.checkpoints.every=1",
+        "batch_size=16",
+        "name=run",
+    )
+    run = train(*settings, "max_steps=2")
+    config = limits.load_yaml(run / "run.yaml")["config"]["adapter"]
+    assert (config["warmup_steps"], config["mask_steps"]) == (1, 2)
+    assert len(rows(run, "step")) == 5
+    train(*settings, "max_steps=4", "resume=auto")
+    assert [row["step"] for row in rows(run, "step")] == list(range(1, 8))
+    assert [row["step"] for row in rows(run, "adapter")] == [3]
+
+
+def test_epochs_are_counted_from_the_mask_too(train, chats):
+    settings = (f"task.path={chats}", *ROSA, *COUNTED, NO_CHECKPOINTS, "max_steps=null")
+    alone = train(*settings, "max_epochs=1", "adapter.mask=random", "name=alone")
+    run = train(*settings, "max_epochs=1", "name=run")
+    assert len(rows(run, "step")) == 4 + len(rows(alone, "step"))
 
 
 def test_what_a_mask_without_gradients_is_like_is_told_too(train, chats):

@@ -40,6 +40,7 @@ def rosa(**changes: Any) -> RoSAAdapter:
         "warmup_steps": 0,
         "mask_steps": 2,
         "restart_after_mask": False,
+        "count_mask_steps": True,
         "mask": "gradient",
         "score": "squared",
         "scores": "exact",

@@ -10,9 +10,10 @@ from tests.conftest import ROOT
 from trainer.storage import journal
 
 DATA = ROOT.parent / "shared" / "data"
+MASK = ["adapter.warmup_steps=1", "adapter.mask_steps=1", "adapter.count_mask_steps=true"]
 SHORT = {
-    "rosa_gsm8k": ("gsm8k_train.jsonl", ["adapter.warmup_steps=1"]),
-    "rosa_sql": ("sql_train.jsonl", ["adapter.warmup_steps=1"]),
+    "rosa_gsm8k": ("gsm8k_train.jsonl", MASK),
+    "rosa_sql": ("sql_train.jsonl", MASK),
     "spiel_viggo": (
         "viggo_train.jsonl",
         ["adapter.reselection_steps=3", "adapter.accumulation_steps=2"],

@@ -19,6 +19,7 @@ def make(**changes: Any) -> RoSAAdapter:
         "warmup_steps": 0,
         "mask_steps": 1,
         "restart_after_mask": False,
+        "count_mask_steps": True,
         "mask": "random",
         "score": "squared",
         "scores": "exact",

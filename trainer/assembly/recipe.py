@@ -76,12 +76,7 @@ class Recipe:
         )
         data = load_data(config, base, task)
         order = batch_order(config, data, ranks) if data.train is not None else None
-        if not _trains(config, adapter):
-            steps = 0
-        elif order is not None:
-            steps = order.steps(config["max_steps"], config["max_tokens"])
-        else:
-            steps = config["max_steps"]
+        steps = _steps(config, adapter, order, ranks) if _trains(config, adapter) else 0
         return cls(
             config,
             base,
@@ -136,6 +131,22 @@ class Recipe:
             "ranks": self.ranks,
             "target": self.target.record if self.target is not None else None,
         }
+
+
+def _steps(config: dict[str, Any], adapter: Adapter, order: BatchOrder | None, ranks: int) -> int:
+    """Return the optimiser steps of a run: those that its settings ask for, after those that the
+    adapter needs before."""
+    limits = config["max_steps"], config["max_tokens"]
+    rows = config["batch_size"] * config["accumulate"] * ranks
+    steps = order.steps(*limits) if order is not None else config["max_steps"]
+    before = adapter.plan(steps, rows)
+    config["adapter"] |= adapter.planned_settings()  # in place, so that run.yaml records numbers
+    if config["branch"]:  # its max_steps count from the start of the run that it branches off
+        return steps  # type: ignore[no-any-return]
+    if before and order is not None:
+        order.extend(before)
+        steps = order.steps(*limits, after=before)
+    return before + steps  # type: ignore[no-any-return]
 
 
 def _trains(config: dict[str, Any], adapter: Adapter) -> bool:

@@ -50,6 +50,7 @@ class Metrics(lightning.Callback):
             **({"accuracy": float(sums["right"]) / tokens} if "right" in sums else {}),
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "grad_norm": finite(float(module.grad_norm)),
+            **parts(trainer, module),
             "tokens": module.tokens,
             "skipped": module.skipped,
             "tokens_per_s": self.last_processed / elapsed,
@@ -91,6 +92,16 @@ class Metrics(lightning.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seconds = state_dict["seconds"]
+
+
+def parts(trainer: lightning.Trainer, module: Any) -> dict[str, float | None]:
+    """Return rate and gradient norm of each part of an adapter that has several, such as RoSA's."""
+    if len(module.parts) < 2:
+        return {}
+    groups = trainer.optimizers[0].param_groups
+    rates = {f"lr/{part}": groups[number]["lr"] for part, number in module.group_of.items()}
+    norms = {f"grad_norm/{part}": finite(float(n)) for part, n in module.part_norms.items()}
+    return rates | norms
 
 
 def finite(value: float) -> float | None:

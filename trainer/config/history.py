@@ -21,6 +21,11 @@ MOVED = {
     "trainer.distill.Distill": "trainer.training.distill.Distill",
 }
 
+# Settings that older versions lacked, by the adapters' names, with what these versions did.
+_ADAPTERS: dict[str, dict[str, Any]] = {
+    "adapters.rosa.RoSAAdapter": {"count_mask_steps": True},
+    "adapters.spiel.SpIEL": {"clip_moments": False},
+}
 # Drafters that older versions made of the target's own layer, before drafter.layer was a setting.
 _OF_TARGET = ("trainer.drafters.eagle.Eagle", "trainer.drafters.eagle3.Eagle3")
 
@@ -33,6 +38,35 @@ def keep_layer(drafter: Any) -> None:
         if drafter["_target_"].endswith(".Eagle"):
             drafter.setdefault("topk", None)
             drafter.setdefault("topk_weight", 1.0)
+
+
+def keep_counting(adapter: Any) -> None:
+    """Give the recorded settings of a sparse method of an older version, in place, the steps and
+    moments that it has: those of the mask are part of the run, moments are not clipped."""
+    if not isinstance(adapter, dict):
+        return
+    for key, value in _ADAPTERS.get(adapter.get("_target_", ""), {}).items():
+        adapter.setdefault(key, value)
+
+
+def adopt(config: dict[str, Any], recorded: Any) -> bool:
+    """Let a run that continues another one, of which `recorded` is the config, keep what an older
+    version meant by the same settings, in place. Return whether the adapter's settings changed."""
+    adopt_layer(config, recorded)
+    earlier = recorded.get("adapter") if isinstance(recorded, dict) else None
+    adapter = config["adapter"]
+    if not isinstance(earlier, dict) or earlier.get("_target_") != adapter["_target_"]:
+        return False
+    before = dict(adapter)
+    old = _ADAPTERS.get(adapter["_target_"], {})
+    adapter |= {key: value for key, value in old.items() if key not in earlier and key in adapter}
+    # Steps that were chosen by the run's rows or length stay when these change.
+    for key in ("warmup_steps", "mask_steps"):
+        now, then = adapter.get(key), earlier.get(key)
+        chosen = now == "auto" or (isinstance(now, float) and now < 1)
+        if chosen and isinstance(then, int):
+            adapter[key] = then
+    return bool(adapter != before)
 
 
 def adopt_layer(config: dict[str, Any], recorded: Any) -> None:
@@ -67,6 +101,7 @@ def complete(plain: dict[str, Any], choices: dict[str, Any]) -> list[str]:
     """
     rename(plain)
     keep_layer(plain.get("drafter"))
+    keep_counting(plain.get("adapter"))
     for group, name in default_choices().items():
         if group not in plain:
             choices.setdefault(group, name)

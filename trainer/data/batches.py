@@ -57,19 +57,23 @@ class BatchOrder:
         self.sequences = round(len(lengths) * epochs) if epochs is not None else 1 << 62
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
 
-    def steps(self, steps: int | None, tokens: int | None) -> int:
+    def steps(self, steps: int | None, tokens: int | None, after: int = 0) -> int:
         """Return the number of optimiser steps until the first limit: the epochs, `steps`, or the
-        step in which `tokens` are reached."""
-        limit = -(-self.sequences // self.per_step)
+        step in which `tokens` are reached. Those before `after` do not count."""
+        limit = -(-self.sequences // self.per_step) - after
         if steps is not None:
             limit = min(limit, steps)
         if tokens is not None:
             seen = step = 0
             while seen < tokens and step < limit:
-                seen += self._tokens(step)
+                seen += self._tokens(after + step)
                 step += 1
             limit = step
         return limit
+
+    def extend(self, steps: int) -> None:
+        """Let the order have further sequences after its epochs, for as many steps."""
+        self.sequences += steps * self.per_step
 
     def last_steps(self, tokens: int, steps: int) -> int:
         """Return how many of the last of `steps` steps have at least `tokens` tokens together; all

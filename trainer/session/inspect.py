@@ -12,6 +12,7 @@ from tasks.reading import Bad
 from trainer.assembly.build import schedule
 from trainer.assembly.recipe import Recipe
 from trainer.assembly.rows import Data
+from trainer.config.rates import recommended
 from trainer.data import ends
 from trainer.data.batches import BatchOrder
 from trainer.data.chat_template import Refused
@@ -41,7 +42,15 @@ def inspect(recipe: Recipe, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"data": _data(recipe.data, warnings)}
     if recipe.order is not None:
         result["run"] = _length(config, recipe.order, steps)
+        rows = recipe.order.per_step
+    else:
+        rows = config["batch_size"] * config["accumulate"] * recipe.ranks
+    if (plan := recipe.adapter.plan_text(steps)) is not None:
+        result["plan"] = plan
+    warnings += recipe.adapter.plan_warnings(steps, rows)
     result["schedule"] = _rates(recipe)
+    if steps and (advice := recommended(config)) is not None:
+        result["recommended_rate"] = {"rate": advice[0], "source": advice[1]}
     ramps = [
         length(config["schedule"][key], steps)
         for key in ("warmup", "cooldown")
@@ -276,6 +285,8 @@ def check_before_start(recipe: Recipe, folder: Path) -> dict[str, Any]:
         BaseError: there are errors; its text has all of them.
     """
     result = inspect(recipe, folder)
+    if "plan" in result:
+        log.info("%s", result["plan"])
     for warning in result["warnings"]:
         log.warning("%s", warning)
     if result["errors"]:

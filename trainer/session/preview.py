@@ -41,12 +41,16 @@ def table(result: dict[str, Any]) -> Table:
             else ""
         )
         text_table.add_row("padding", f"{run['padding_share']:.1%} of a batch{packing}")
+    if "plan" in result:
+        text_table.add_row("", result["plan"])
     if rates := result["schedule"]:
         bars = "".join(
             "▁▂▃▄▅▆▇█"[min(7, int(8 * rate / rates["peak"]))] if rate else " "
             for _, rate in rates["rates"]
         )
         text_table.add_row("learning rate", f"{bars}  peak {rates['peak']:g}")
+    if advice := result.get("recommended_rate"):
+        text_table.add_row("", f"recommended {advice['rate']:g}: {advice['source']}")
     model = result["model"]
     text_table.add_row(
         "parameters",

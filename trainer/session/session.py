@@ -136,8 +136,8 @@ class Session:
             earlier = self.run_folder.earlier()
             if earlier is None and self.config["branch"]:
                 earlier = read(self.config["branch"]["run"])[1]
-        if earlier is not None:
-            history.adopt_layer(self.config, earlier["config"])
+        if earlier is not None and history.adopt(self.config, earlier["config"]):
+            self.adapter = instantiate(self.config["adapter"])
         recipe = Recipe.of(
             self.config,
             self.adapter,
@@ -214,7 +214,7 @@ class Session:
             recipe.data.rows_of,
             not isinstance(self.adapter, Full | Nothing) and not self.config["adapter"].get("from"),
             self.config["max_time"],
-            self.config["max_tokens"],
+            self.config["max_tokens"] if recipe.order is None else None,
         )
         self.run_state.constant_until = _constant_until(recipe)
         self.callbacks = _callbacks(self.config, self.run_state)
@@ -329,8 +329,9 @@ def _constant_until(recipe: Recipe) -> int | None:
     if recipe.config["branch"] or "cooldown" not in schedule:
         return None
     tokens = schedule["cooldown_tokens"]
+    scheduled = steps - recipe.adapter.restart
     if tokens is None or recipe.order is None:
-        cooldown = length(schedule["cooldown"], steps)
+        cooldown = length(schedule["cooldown"], scheduled)
     else:
         cooldown = recipe.order.last_steps(tokens, steps)
     return (steps - cooldown) or None

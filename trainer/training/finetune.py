@@ -31,7 +31,7 @@ from trainer.penalties.deft import DensityDEFT
 from trainer.schedules import factor
 from trainer.schedules.cooldown import RuntimeCooldown
 from trainer.training.fsdp import Sharded, average_unsharded_grads, local_shard
-from trainer.training.optimizer import clip_gradients, parameter_groups
+from trainer.training.optimizer import clip_gradients, parameter_groups, part_norms
 from trainer.training.untrained import warn_of_untrained
 
 
@@ -91,6 +91,7 @@ class FineTune(lightning.LightningModule):
         self.gradients_checked = False  # whether parameters without a gradient were looked for
         self.step_done = False  # whether this micro-batch has ended a step
         self.grad_norm: Tensor | None = None
+        self.part_norms: dict[str, Tensor] = {}  # of an adapter of several parts, before clipping
         self.density: float | None = None  # mean over layers in this step, if there is a penalty
         self.densities: dict[str, float] = {}  # the same, of each layer that saw a token
         self.news: dict[str, float] = {}  # numbers that the adapter reports after the step
@@ -122,6 +123,12 @@ class FineTune(lightning.LightningModule):
         optimizer = self.adapter.optimizer(groups, self.make_optimizer)
         # A loaded optimiser state brings its old rates along; these are the config's.
         self.peaks = [group["lr"] * group["lr_scale"] for group in optimizer.param_groups]
+        self.parts: dict[str, list[nn.Parameter]] = {}
+        self.group_of: dict[str, int] = {}  # by part: the number of its first group
+        for number, group in enumerate(optimizer.param_groups):
+            if part := group.get("part"):
+                self.group_of.setdefault(part, number)
+                self.parts.setdefault(part, []).extend(group["params"])
         return optimizer
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -192,12 +199,14 @@ class FineTune(lightning.LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if isinstance(self.trainer.strategy, Sharded):
             average_unsharded_grads(parameters)
-        self.grad_norm = clip_gradients(parameters, self.drafter, self.max_grad_norm)
+        self.part_norms = part_norms(self.parts) if len(self.parts) > 1 else {}
+        self.grad_norm, clipped = clip_gradients(parameters, self.drafter, self.max_grad_norm)
         # Reading the values waits for the GPU. It cannot be avoided: the next lines depend on them.
         if torch.isfinite(self.grad_norm) & torch.isfinite(
             torch.as_tensor(self.sums["loss"], device=self.grad_norm.device)
         ):
             self.skipped_in_a_row = 0
+            self.adapter.after_clipping(self.model, clipped)
             if self.penalty is not None:
                 self.penalty.update(densities)
             return

@@ -113,15 +113,25 @@ def average_unsharded_grads(parameters: Iterable[nn.Parameter]) -> None:
 def clip_grad_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Clip by the total norm, as torch.nn.utils.clip_grad_norm_ does. Some of the parameters may be
     sharded. Return the norm before."""
-    by_kind: list[list[nn.Parameter]] = [[], []]  # torch's function takes one kind only
-    for parameter in parameters:
-        by_kind[isinstance(parameter, DTensor)].append(parameter)
-    groups = [group for group in by_kind if group]
-    norms = [
-        nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups
-    ]
-    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-    for group in groups:
+    norm = grad_norm(parameters)
+    for group in _by_kind(parameters):
         nn.utils.clip_grads_with_norm_(group, limit, norm)
     return norm
+
+
+def grad_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """Return the total norm of the gradients. Some of the parameters may be sharded."""
+    norms = [
+        nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+        for group in _by_kind(parameters)
+    ]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _by_kind(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Separate parameters that are sharded from others: torch's functions take one kind only."""
+    by_kind: list[list[nn.Parameter]] = [[], []]
+    for parameter in parameters:
+        by_kind[isinstance(parameter, DTensor)].append(parameter)
+    return [group for group in by_kind if group]

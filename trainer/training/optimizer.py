@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from adapters.delta import Adapter
 from trainer.drafters import Drafter
-from trainer.training.fsdp import clip_grad_norm
+from trainer.training.fsdp import clip_grad_norm, grad_norm
 
 
 def parameter_groups(
@@ -32,9 +32,10 @@ def parameter_groups(
 
 def clip_gradients(
     parameters: list[nn.Parameter], drafter: Drafter | None, max_norm: float | None
-) -> Tensor:
-    """Clip the gradients and return their norm before clipping. A drafter whose loss does not reach
-    the adapter (`detach`) is clipped by its own norm."""
+) -> tuple[Tensor, Tensor]:
+    """Clip the gradients. Return their norm before clipping, and the factor of the adapter's
+    gradients. A drafter whose loss does not reach the adapter (`detach`) is clipped by its own
+    norm."""
     limit = max_norm if max_norm is not None else float("inf")
     detached = set(drafter.parameters()) if drafter is not None and drafter.detach else set()
     groups = [
@@ -42,4 +43,14 @@ def clip_gradients(
         [p for p in parameters if p in detached],
     ]
     norms = [clip_grad_norm(group, limit) for group in groups if group]
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    factor = (limit / (norms[0] + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    return norm, factor
+
+
+def part_norms(parts: dict[str, list[nn.Parameter]]) -> dict[str, Tensor]:
+    """Return the norm of the gradients of each part that has some."""
+    with_gradient = {
+        name: [p for p in parameters if p.grad is not None] for name, parameters in parts.items()
+    }
+    return {name: grad_norm(group) for name, group in with_gradient.items() if group}
