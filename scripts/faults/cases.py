@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.faults import warm
+from scripts.faults import commands, pairs, warm
+from scripts.faults.pairs import Pair
 from scripts.faults.warm import Child
 
 TIMES = ("seconds", "tokens_per_s", "trained_per_s", "minutes")
@@ -66,14 +67,24 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "callbacks.evaluation.samples=0",
     ),
 }
-SPECIAL = {  # phases that get more kills than their share of the time
-    "lora": ("saving", "training"),
-    "rosa": ("saving", "making the mask"),
-    "spiel": ("saving", "reselecting"),
-    "mtp": ("saving", "training"),
-    "eagle3": ("saving", "caching features"),
-    "cooldown": ("saving", "cooling down"),
-    "respond": ("regenerating",),
+SETTINGS["features"] = (*SETTINGS["eagle3"], "max_steps=3", "callbacks.evaluation.every=null")
+SETTINGS["requeue"] = SETTINGS["lora"]
+SETTINGS["two"] = (*SETTINGS["lora"], *pairs.SETTINGS)
+WHOLE = ("starting", "tokenising", "training", "saving", "evaluating", "exporting")
+# The phases of each kind of run, in their order. Each gets the same number of kills.
+PHASES_OF: dict[str, tuple[str, ...]] = {
+    "lora": WHOLE,
+    "rosa": (*WHOLE[:3], "making the mask", *WHOLE[3:]),
+    "spiel": (*WHOLE[:3], "reselecting", *WHOLE[3:]),
+    "mtp": WHOLE,
+    "eagle3": (*WHOLE[:2], "caching features", *WHOLE[2:]),
+    "features": ("starting", "tokenising", "caching features"),
+    "cooldown": (*WHOLE[:2], "cooling down", *WHOLE[3:]),
+    "respond": ("starting", "regenerating", "saving"),
+    "export": ("starting", "exporting", "comparing"),
+    "compress": ("starting", "exporting", "compressing", "comparing"),
+    "requeue": ("starting", "training", "saving", "requeueing"),
+    "two": ("training", "saving", "evaluating", "exporting"),
 }
 
 
@@ -125,7 +136,11 @@ def prepare(path: Path) -> Place:
 
 def words(place: Place, case: str, name: str, *more: str) -> list[str]:
     """Return the arguments of a case's run."""
-    states = [f"target.features={place.path / 'features' / name}"] if case == "eagle3" else []
+    states = (
+        [f"target.features={place.path / 'features' / name}"]
+        if case in ("eagle3", "features")
+        else []
+    )
     return [
         *COMMON,
         f"task.path={place.rows}",
@@ -156,8 +171,8 @@ def start(
     *more: str,
     before: Callable[[], None] | None = None,
     module: str = "trainer",
-) -> Child:
-    """Start a case's run under a name: a training, a cooldown of `constant`, or `respond`."""
+) -> Child | Pair:
+    """Start a case's run under a name: a training of one or two processes, or a command."""
 
     def broken() -> None:
         small_shards()
@@ -165,31 +180,14 @@ def start(
             before()
 
     log = place.path / "logs" / f"{name}.log"
-    if case == "cooldown":
-        module = "trainer.cooldown"
-        given = [
-            f"from={place.runs / 'constant'}@9",
-            "steps=10",
-            f"name={name}",
-            "resume=auto",
-            f"callbacks.checkpoints.every={EVERY}",
-            *more,
-        ]
-    elif case == "respond":
-        module = "trainer.respond"
-        given = [
-            "base=tiny",
-            f"prompts={place.rows}",
-            f"out={place.path / 'answers' / name}",
-            "max_new_tokens=12",
-            "batch_size=5",
-            "temperature=1",
-            "precision=fp32",
-            *more,
-        ]
-    else:
-        given = words(place, case, name, *more)
-    return warm.start(module, given, log, place.cache(name), broken)
+    # a folder that a command writes names the base's place, which is in the cache
+    cache = place.cache(case if case in commands.WRITERS else name)
+    environment = cache | (commands.queue(place) if case == "requeue" else {})
+    command = commands.arguments(place, case, name, EVERY)
+    module, given = command or (module, words(place, case, name))
+    if case == "two":
+        return pairs.start([*given, *more], log, environment, broken)
+    return warm.start(module, [*given, *more], log, environment, broken)
 
 
 def constant(place: Place) -> None:
@@ -209,6 +207,8 @@ def reference(place: Place, case: str) -> dict[str, Any]:
     name = f"{case}-alone"
     if case == "cooldown":
         constant(place)
+    if case in commands.WRITERS:
+        reference(place, "lora")
     if not is_done(place, case, name):
         finish(start(place, case, name))
     return outcome(place, case, name)
@@ -227,7 +227,7 @@ class Failed(RuntimeError):
     """A run failed that had to succeed."""
 
 
-def finish(child: Child, seconds: float = 300.0) -> None:
+def finish(child: Child | Pair, seconds: float = 300.0) -> None:
     """Wait for a run that has to succeed.
 
     Raises:
@@ -251,6 +251,8 @@ def anew(place: Place, name: str) -> str:
 
 
 def is_done(place: Place, case: str, name: str) -> bool:
+    if case in commands.WRITERS:
+        return (place.path / "answers" / name).exists()
     if case == "respond":
         return (place.path / "answers" / name / "ended").exists()
     return (place.runs / name / "report.html").exists()
@@ -261,8 +263,12 @@ def outcome(place: Place, case: str, name: str) -> dict[str, Any]:
     except times."""
     from trainer.storage import journal
 
+    folder = place.path / "answers" / name
+    if case in commands.WRITERS:
+        left = [path.name for path in folder.parent.glob(f".{name}*")]
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {"weights": digest(*files), "logged": left}
     if case == "respond":
-        folder = place.path / "answers" / name
         (folder / "ended").touch()
         return {
             "weights": "",

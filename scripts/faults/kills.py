@@ -1,24 +1,28 @@
-"""SIGKILL at random moments, in everything that a run and the commands do.
+"""SIGKILL at random moments of each phase of each kind of run, as many in one phase as in another.
 
-Each start is killed some milliseconds after a phase begins, which is drawn beforehand; the same
-command resumes. A run that ended is compared with an undisturbed one, and the next run begins.
+A start is stopped at a moment that is drawn beforehand. If it is in the phase that is aimed for it
+is killed; if that has passed it continues, and is stopped in the next one. The same command resumes.
+Each phase gets one kill in a round; then the run ends and is compared with an undisturbed one.
 """
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
 
-from scripts.faults import cases
-from scripts.faults.cases import EVERY, SPECIAL, Place
+from scripts.faults import cases, commands
+from scripts.faults.cases import EVERY, PHASES_OF, Place
 from scripts.faults.ledger import Ledger
+from scripts.faults.pairs import LIMIT, Pair
 from scripts.faults.points import POINTS
 from scripts.faults.warm import PHASES, Child
 
 # the largest (number of times that the phase begins before the kill, seconds after that)
 MOMENTS = {
-    "starting": (0, 1.5),
-    "tokenising": (2, 0.05),
+    "starting": (1, 1.0),
+    "tokenising": (1, 0.05),
     "caching features": (1, 0.4),
     "training": (12, 0.03),
     "making the mask": (8, 0.03),
@@ -26,26 +30,43 @@ MOMENTS = {
     "cooling down": (12, 0.03),
     "saving": (3, 0.02),
     "evaluating": (2, 0.1),
-    "exporting": (2, 0.1),
+    "exporting": (1, 0.1),
     "regenerating": (16, 0.03),
+    "comparing": (2, 0.1),
+    "compressing": (4, 0.02),
+    "requeueing": (1, 0.1),
 }
 ALONE = "nothing, in a process of its own"
 CONTROL = "no fault but other random draws after going on"
-USUAL = ("starting", "tokenising", "training", "evaluating", "exporting")
+ROUNDS = 4  # times as many rounds as a kind needs, if no aim misses
+SIGNALLED = (75, 138)  # exit codes of a run that SIGUSR1 has stopped: requeued, or not
 
 
 def inject(place: Place, ledger: Ledger, kills: int, seed: int) -> None:
-    """Kill runs of all cases, in rounds. Each round ends with a comparison."""
+    """Kill runs of all kinds, in rounds. Each round ends with a comparison."""
     if ledger.due("kills", "lora", ALONE):
         process(place, ledger)
     if ledger.due("kills", "lora", CONTROL):
         control(place, ledger)
-    chosen = [case for case in SPECIAL if ledger.asked("kills", case, "SIGKILL")]
-    for number, case in enumerate(chosen):
-        wanted = kills // len(chosen) + (number < kills % len(chosen))
-        draw = random.Random(f"{seed} {case}")
-        while _killed(ledger, case) < wanted or _open(ledger, case):
-            one_round(place, ledger, case, wanted, draw)
+    chosen = [case for case in PHASES_OF if ledger.asked("kills", case, "SIGKILL")]
+    ledger.expected = shares = shared(kills, chosen)
+    draws = {case: random.Random(f"{seed} {case}") for case in chosen}
+    # one round of each kind at a time: a harness that is stopped has killed all kinds alike
+    for _ in range(ROUNDS * max((max(share.values()) for share in shares.values()), default=0)):
+        for case in chosen:
+            if ledger.missing(case, shares[case]) or _open(ledger, case):
+                one_round(place, ledger, case, shares[case], draws[case])
+
+
+def shared(kills: int, chosen: list[str]) -> dict[str, dict[str, int]]:
+    """Share kills among the phases of kinds of runs, as equally as whole numbers can be."""
+    phases = [(case, phase) for case in chosen for phase in PHASES_OF[case]]
+    shares: dict[str, dict[str, int]] = {case: {} for case in chosen}
+    # the phases that get one more are spread over the list, not its first ones
+    for number, (case, phase) in enumerate(phases):
+        before, after = (kills * at // len(phases) for at in (number, number + 1))
+        shares[case][phase] = after - before
+    return shares
 
 
 def process(place: Place, ledger: Ledger) -> None:
@@ -74,86 +95,118 @@ def other_draws() -> None:
     finetune.reseed = lambda seed, *given: whole(seed + 1, *given)
 
 
-def _killed(ledger: Ledger, case: str) -> int:
-    return sum(1 for row in ledger.of("kills", case) if row.get("killed"))
-
-
-def _ended(ledger: Ledger, case: str) -> int:
-    return sum(1 for row in ledger.of("kills", case) if "round" in row and not row.get("killed"))
-
-
 def _open(ledger: Ledger, case: str) -> bool:
     """Return whether a round was started and not finished."""
     rows = [row for row in ledger.of("kills", case) if "round" in row]
     return bool(rows) and bool(rows[-1].get("killed"))
 
 
-def one_round(place: Place, ledger: Ledger, case: str, wanted: int, draw: random.Random) -> None:
-    """Start a run repeatedly, kill it `wanted` times, let it end, and compare."""
+def one_round(
+    place: Place, ledger: Ledger, case: str, share: dict[str, int], draw: random.Random
+) -> None:
+    """Kill a run once in each phase whose share is not reached, let it end, and compare."""
     cases.reference(place, case)
-    number = _ended(ledger, case)
+    number = sum(1 for row in ledger.of("kills", case) if row.get("ended"))
     name = f"{case}-killed-{number}"
-    worst = 0
-    while True:
+    ended = False
+    for phase in ledger.missing(case, share):
         child = cases.start(place, case, name)
-        phase = aim(case, draw)
-        if _killed(ledger, case) < wanted and wait_for(child, phase, draw):
-            child.kill()
-            gone = 0 if case == "respond" else cases.lost(place, name)
-            worst = max(worst, gone)
-            if child.code == -9:
-                ledger.add(
-                    "kills",
-                    case,
-                    f"SIGKILL while {child.marks.phase}",
-                    killed=True,
-                    round=number,
-                    lost=gone,
-                    ok=gone <= EVERY,
-                )
-        code = child.wait()
-        if code == 0:
+        if isinstance(child, Pair):
+            child.target = draw.randint(0, phase != "exporting")
+        # a moment that was too late in earlier rounds is aimed for earlier
+        within = 1 / (1 + max(0, number - ledger.kills(case, phase)))
+        killed = ready(child, case, phase, draw) and strike(child, phase, draw, within)
+        if killed:
+            note(place, ledger, case, name, number, phase, child)
+        if (code := child.wait()) == 0:
+            ended = True
             break
-        if code != -9:
-            ledger.add("kills", case, "going on", round=number, said=child.said()[-1500:], ok=False)
+        if not killed and not (case == "requeue" and code in SIGNALLED):
+            said = child.said()[-1500:]
+            ledger.add("kills", case, "the start after a kill", round=number, said=said, ok=False)
             return
-    same = cases.same(place, case, name)
-    left = sorted(path.name for path in place.elsewhere.iterdir())
-    said = f"{len(left)} files left in $TMPDIR" if left else ""
-    in_round = sum(
-        1 for row in ledger.of("kills", case) if row.get("round") == number and row.get("killed")
-    )
+    if not ended:
+        code = cases.start(place, case, name).wait()
+        if code != 0:
+            said = f"exit code {code}"
+            ledger.add("kills", case, "the start after a kill", round=number, said=said, ok=False)
+            return
+    same = all(cases.same(place, case, name).values())
+    left = len(list(place.elsewhere.iterdir()))
     ledger.add(
         "kills",
         case,
         "the end of a run",
         round=number,
-        kills=in_round,
-        same=all(same.values()),
-        said=said,
-        ok=all(same.values()),
+        ended=True,
+        same=same,
+        said=f"{left} files left in $TMPDIR" if left else "",
+        ok=same,
     )
 
 
-def aim(case: str, draw: random.Random) -> str:
-    """Draw the phase in which to kill: more often one that this case is about."""
-    return (
-        draw.choice(SPECIAL[case])
-        if draw.random() < 0.7 or case == "respond"
-        else draw.choice(USUAL)
+def note(
+    place: Place,
+    ledger: Ledger,
+    case: str,
+    name: str,
+    number: int,
+    phase: str,
+    child: Child | Pair,
+) -> None:
+    """Record a kill, with the steps that it has cost."""
+    trains = case != "respond" and case not in commands.WRITERS
+    gone = cases.lost(place, name) if trains else 0
+    who = f" of rank {child.target}" if isinstance(child, Pair) else ""
+    late = isinstance(child, Pair) and child.seconds >= LIMIT
+    values = {"seconds": round(child.seconds, 1)} if isinstance(child, Pair) else {}
+    ledger.add(
+        "kills",
+        case,
+        f"SIGKILL{who} while {phase}",
+        killed=True,
+        phase=phase,
+        round=number,
+        lost=gone,
+        ok=gone <= EVERY and not late,
+        **values,
     )
 
 
-def wait_for(child: Child, phase: str, draw: random.Random, seconds: float = 120.0) -> bool:
-    """Return whether a child reached the drawn moment of a phase before its end."""
+def ready(child: Child | Pair, case: str, phase: str, draw: random.Random) -> bool:
+    """Send a job of a queue its signal before it is killed, except at its start. Return whether the
+    child still runs."""
+    if case != "requeue" or phase == "starting":
+        return True
+    assert isinstance(child, Child)
+    count = child.marks.count("training") + draw.randint(1, 6)
+    if reached(child, "training", count):
+        os.kill(child.pid, signal.SIGUSR1)
+    return child.poll() is None
+
+
+def strike(child: Child | Pair, phase: str, draw: random.Random, within: float = 1.0) -> bool:
+    """Kill a child within a phase, in the first part `within` of its moments. Return False if the
+    child ended before."""
     most, span = MOMENTS[phase]
-    count = draw.randint(1, most) if most else 0
-    delay = draw.uniform(0, span)
+    count, delay = draw.randint(1, most), draw.uniform(0, span * within)
+    while reached(child, phase, count):
+        time.sleep(delay)
+        child.stop()
+        if child.poll() is None and child.marks.phase == phase:
+            child.kill()
+            return True
+        child.resume()
+        count, delay = child.marks.count(phase) + (phase != "starting"), delay / 2
+    return False
+
+
+def reached(child: Child | Pair, phase: str, count: int, seconds: float = 180.0) -> bool:
+    """Wait until a phase has begun `count` times. Return False if the child ends before."""
     until = time.monotonic() + seconds
     while child.poll() is None and time.monotonic() < until:
-        if child.marks.count(phase) >= count or (count > 1 and child.marks.count("exporting")):
-            time.sleep(delay)
-            return child.poll() is None
+        if child.marks.count(phase) >= count:
+            return True
         time.sleep(0.0005)
     return False
 

@@ -32,6 +32,8 @@ class Ledger:
         self.folder, self.file = folder, folder / "faults.jsonl"
         self.only = [entry.split(":") for entry in only or HEADS]
         self.rows: list[Row] = []
+        # of each kind of run: its phases, and how many kills each must have
+        self.expected: dict[str, dict[str, int]] = {}
         if self.file.exists():
             whole = [
                 line
@@ -71,13 +73,33 @@ class Ledger:
             and fault in (None, row["fault"])
         ]
 
+    def missing(self, case: str, share: dict[str, int]) -> list[str]:
+        """Return the phases of a kind of run that have fewer kills than their share."""
+        return [phase for phase, count in share.items() if self.kills(case, phase) < count]
+
+    def kills(self, case: str, phase: str) -> int:
+        """Count the kills of a kind of run in a phase."""
+        return sum(1 for row in self.of("kills", case) if row.get("phase") == phase)
+
+    def uneven(self) -> list[str]:
+        """Name each kind of run and phase that has not as many kills as it must have."""
+        return [
+            f"{case}, {phase}: {self.kills(case, phase)} kills instead of {count}"
+            for case, share in self.expected.items()
+            for phase, count in share.items()
+            if self.kills(case, phase) != count
+        ]
+
     def write(self, places: list[Path]) -> bool:
         """Write faults.md. Return whether all outcomes are right."""
         text, good = table(self.rows)
+        if uneven := self.uneven():
+            text += "\nThe kills are not spread evenly:\n\n"
+            text += "".join(f"- {line}\n" for line in uneven)
         for place in places:
             text = text.replace(str(place), "FOLDER")
         (self.folder / "faults.md").write_text(text, "utf-8")
-        return good
+        return good and not uneven
 
 
 def table(rows: list[Row]) -> tuple[str, bool]:
@@ -103,6 +125,7 @@ def table(rows: list[Row]) -> tuple[str, bool]:
             " number and text but times, are those of the run that was left alone, bit for bit."
         ),
     ]
+    lines += spread(rows)
     for family, head in HEADS.items():
         found = [row for row in rows if row["family"] == family]
         if not found:
@@ -122,6 +145,24 @@ def table(rows: list[Row]) -> tuple[str, bool]:
             groups.setdefault((row["case"], row["fault"]), []).append(row)
         lines += [_line(case, fault, group) for (case, fault), group in groups.items()]
     return "\n".join(lines) + "\n", not bad
+
+
+def spread(rows: list[Row]) -> list[str]:
+    """Return a table of the kills in each phase of each kind of run."""
+    kinds: dict[str, dict[str, int]] = {}
+    for row in rows:
+        if row.get("phase"):
+            counts = kinds.setdefault(row["case"], {})
+            counts[row["phase"]] = counts.get(row["phase"], 0) + 1
+    lines = [
+        f"| {case} | {sum(counts.values())} |"
+        f" {', '.join(f'{phase} {count}' for phase, count in counts.items())} |"
+        for case, counts in kinds.items()
+    ]
+    if not lines:
+        return []
+    head = ["", "## Kills in each phase", "", "| run | kills | in each phase |", "|---|---|---|"]
+    return head + lines
 
 
 def _line(case: str, fault: str, group: list[Row]) -> str:

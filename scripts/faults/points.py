@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from scripts.faults import cases
-from scripts.faults.cases import EVERY, SETTINGS, Place
+from scripts.faults.cases import EVERY, Place
 from scripts.faults.ledger import Ledger
 
 # the step whose save is hit: after RoSA's mask, a move of SpIEL's support, and checkpoints before
 # it
 SAVE = 9
+CASES = ("lora", "rosa", "spiel", "mtp", "eagle3")
 FEW = ("before_write", "after_rename")  # the points of all cases but the first
 
 
 def inject(place: Place, ledger: Ledger) -> None:
     """Kill LoRA's run at every point, the others at those that leave different files behind."""
-    for case in SETTINGS:
+    for case in CASES:
         for point in POINTS if case == "lora" else FEW:
             if ledger.due("points", case, point):
                 one(place, ledger, case, point)

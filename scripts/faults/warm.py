@@ -45,6 +45,10 @@ IMPORTED = (
     "safetensors.torch",
     "matplotlib.pyplot",
     "trainer.report",
+    "trainer.compress",
+    "trainer.exporting.compact",
+    "trainer.export",
+    "trainer.exporting.formats",
 )
 PHASES = (
     "starting",
@@ -58,6 +62,9 @@ PHASES = (
     "evaluating",
     "exporting",
     "regenerating",
+    "comparing",
+    "compressing",
+    "requeueing",
 )
 
 
@@ -109,11 +116,23 @@ class Child:
             time.sleep(every)
         return self.code
 
-    def kill(self) -> None:
+    def _send(self, number: int) -> None:
         # the child has its process group only after its first lines
-        for end in (os.killpg, os.kill):
+        for send in (os.killpg, os.kill):
             with contextlib.suppress(ProcessLookupError):
-                end(self.pid, signal.SIGKILL)
+                send(self.pid, number)
+
+    def stop(self) -> None:
+        """Stop the child with all its children, so that its phase does not change."""
+        self._send(signal.SIGSTOP)
+        time.sleep(0.002)
+
+    def resume(self) -> None:
+        """Let a stopped child continue."""
+        self._send(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self._send(signal.SIGKILL)
         while self.poll() is None:
             time.sleep(0.001)
 
@@ -214,12 +233,16 @@ def ran(module: str, arguments: list[str]) -> int:
 
 def note(marks: Marks) -> None:
     """Patch this process to record its phases. Must be called in a child."""
+    marks.enter("starting")
     from adapters import rosa, spiel
     from trainer.assembly import rows as data_rows
     from trainer.callbacks import checkpoints, evaluation
+    from trainer.cluster import slurm_job
     from trainer.data import hidden_states
     from trainer.evaluation import answer_prompts, responses
+    from trainer.exporting import compact, formats, merged
     from trainer.session import branches, report_html, results
+    from trainer.storage import answers
     from trainer.training import finetune, lightning_trainer
 
     def within(owner: Any, name: str, phase: str) -> None:
@@ -248,6 +271,14 @@ def note(marks: Marks) -> None:
         (report_html, "write", "exporting"),
         (answer_prompts, "write", "regenerating"),
         (responses, "respond", "regenerating"),
+        (answers.AnswersFolder, "add", "saving"),
+        (formats, "_write", "exporting"),
+        (formats, "verify_adapter", "comparing"),
+        (merged, "outputs", "comparing"),
+        (compact, "save_adapter", "exporting"),
+        (compact, "compressed", "compressing"),
+        (compact, "verify_adapter", "comparing"),
+        (slurm_job, "exit_code", "requeueing"),
     ):
         within(owner, name, phase)
     whole = finetune.FineTune.on_train_batch_start
