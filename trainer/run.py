@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import logging
+
 from omegaconf import DictConfig
 
+from trainer.callbacks.rollback import RolledBack
 from trainer.cluster.signals import Signals
 from trainer.session.model import make_module
 from trainer.session.session import Session
+
+log = logging.getLogger("trainer")
 
 
 def run(cfg: DictConfig, signals: Signals) -> float | None:
@@ -15,6 +21,18 @@ def run(cfg: DictConfig, signals: Signals) -> float | None:
     Raises:
         slurm_job.Stopped: a signal ended it. Others: see trainer.session.failures.
     """
+    while True:
+        try:
+            return run_once(cfg, signals)
+        except RolledBack as back:
+            log.warning("%s", back)
+        signals.restart()
+        gc.collect()  # the model of the start that is over
+
+
+def run_once(cfg: DictConfig, signals: Signals) -> float | None:
+    """Start or resume the run, and do what is left of it. Raises RolledBack if it has to resume
+    from an earlier checkpoint."""
     with Session.open(cfg, signals) as session:
         recipe = session.make_recipe()  # base, task, adapter, tokenised rows, order of batches
         session.check(recipe)  # preflight: warnings are logged, errors end the run

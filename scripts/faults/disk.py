@@ -1,21 +1,25 @@
-"""A disk that is full when a run saves or logs: a file system of a few megabytes. Mounting it needs
-root."""
+"""A disk that fills when a run saves or logs, or when a command writes its output: a file system of
+a few megabytes, which needs root to mount, or a limit on the size of files, which does not."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import resource
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from scripts.faults import cases
+from scripts.faults import cases, commands, warm
 from scripts.faults.cases import EVERY, Place
 from scripts.faults.ledger import Ledger
 
 STEP = 9
 SIZE = "8m"
+LIMITED = "a file can be no longer than half of a checkpoint, as on a disk that fills in a save"
+COMMAND = "the disk fills while the command writes, and then has room"
 
 
 def inject(place: Place, ledger: Ledger) -> None:
@@ -25,11 +29,19 @@ def inject(place: Place, ledger: Ledger) -> None:
         ("lora", before_save),
         ("rosa", before_save),
         ("eagle3", before_save),
+        ("lora", mid_save),
+        ("mtp", mid_save),
         ("lora", within_save),
         ("lora", before_log),
     ):
         if ledger.due("disk", case, fault.__doc__ or ""):
             one(place, ledger, case, fault)
+    for case in ("lora", "spiel"):
+        if ledger.due("disk", case, LIMITED):
+            limited(place, ledger, case)
+    for case in (*commands.WRITERS, "report"):
+        if ledger.due("disk", case, COMMAND):
+            command(place, ledger, case)
 
 
 def one(place: Place, ledger: Ledger, case: str, fault: Callable[[Path], None]) -> None:
@@ -58,6 +70,63 @@ def one(place: Place, ledger: Ledger, case: str, fault: Callable[[Path], None]) 
     ledger.add("disk", case, told, code=code, lost=gone, said=said, same=same, ok=ok)
 
 
+def limited(place: Place, ledger: Ledger, case: str) -> None:
+    """Let a run save into files that end amid a write, then resume it without the limit."""
+    from trainer.storage import checkpoints
+
+    cases.reference(place, case)
+    name = cases.anew(place, f"{case}-limited")
+    child = cases.start(place, case, name, before=small_files)
+    code, gone = child.wait(), cases.lost(place, name)
+    folder = place.runs / name / "checkpoints"
+    saved = checkpoints.complete(folder)
+    intact = bool(saved) and checkpoints.fault(saved[-1]) is None
+    left = [path.name for path in folder.glob(".*")]
+    said = child.told("could not be written")
+    cases.finish(cases.start(place, case, name))
+    same = all(cases.same(place, case, name).values())
+    ok = code == 1 and bool(said) and intact and not left and same and gone <= EVERY
+    ledger.add("disk", case, LIMITED, code=code, lost=gone, said=said, same=same, ok=ok)
+
+
+def command(place: Place, ledger: Ledger, case: str) -> None:
+    """Let a command write to a full disk, then to one with room, and compare."""
+    cases.reference(place, "export" if case == "report" else case)
+    folder = place.path / "full"
+    folder.mkdir(exist_ok=True)
+    out, log = folder / case, place.path / "logs" / f"{case}-full.log"
+    module, given = commands.arguments(place, case, case, EVERY) or ("trainer.report", [])
+    given = [word for word in given if not word.startswith("out=")]
+    given.append(f"run={out}" if case == "report" else f"out={out}")
+    try:
+        with mounted(folder):
+            if case == "report":
+                shutil.copytree(place.runs / "lora-alone", out)
+            fill(folder, 12 << 10)
+            child = warm.start(module, given, log, place.cache(case))
+            code, said = child.wait(), child.told("disk is full")
+            left = [path.name for path in out.parent.iterdir() if path.name.startswith(".")]
+            left += [path.name for path in out.glob("*.tmp")] if case == "report" else []
+            torn = case != "report" and out.exists()
+            (folder / "filler").unlink()
+            again = warm.start(module, given, log, place.cache(case)).wait()
+            same = again == 0 and (
+                case == "report" or files(out) == files(place.path / "answers" / f"{case}-alone")
+            )
+    except Unmounted as reason:
+        ledger.add("disk", case, COMMAND, skipped=True, said=str(reason), ok=True)
+        return
+    traced = "Traceback" in child.said()
+    ok = code == 1 and bool(said) and not left and not torn and not traced and same
+    said += f" {left} left" if left else ""
+    ledger.add("disk", case, COMMAND, code=code, said=said, same=same, ok=ok)
+
+
+def files(folder: Path) -> str:
+    """Return a digest of all files of a folder."""
+    return cases.digest(*sorted(path for path in folder.rglob("*") if path.is_file()))
+
+
 class Unmounted(RuntimeError):
     """A file system cannot be mounted here."""
 
@@ -84,14 +153,16 @@ def mounted(folder: Path) -> Iterator[None]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def fill(folder: Path) -> None:
-    """Fill up the disk."""
-    with contextlib.suppress(OSError), (folder / "filler").open("ab", buffering=0) as file:
-        while file.write(b"x" * 4096):
-            pass
+def fill(folder: Path, room: int = 0) -> None:
+    """Fill up the disk, but for `room` bytes."""
+    with (folder / "filler").open("ab", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while file.write(b"x" * 4096):
+                pass
+        file.truncate(max(0, file.tell() - room))
 
 
-def before_save(run: Path) -> None:
+def before_save(run: Path, room: int = 0) -> None:
     """the disk is full when a save begins"""
     from trainer.training.lightning_trainer import AtomicCheckpointIO
 
@@ -99,8 +170,28 @@ def before_save(run: Path) -> None:
 
     def patched(self: Any, content: dict[str, Any], *given: Any, **named: Any) -> None:
         if content["counters"]["step"] == STEP:
-            fill(run)
+            fill(run, room)
         whole(self, content, *given, **named)
+
+    AtomicCheckpointIO.save_checkpoint = patched  # type: ignore[method-assign, assignment]
+
+
+def mid_save(run: Path) -> None:
+    """the disk fills in the middle of a save"""
+    before_save(run, 20 << 10)
+
+
+def small_files() -> None:
+    """Limit the size of files to half of a checkpoint, at a step's save."""
+    from trainer.training.lightning_trainer import AtomicCheckpointIO
+
+    whole = AtomicCheckpointIO.save_checkpoint
+
+    def patched(self: Any, content: dict[str, Any], path: Any, *given: Any, **named: Any) -> None:
+        if content["counters"]["step"] == STEP:
+            earlier = max(Path(path).parent.glob("step-*.ckpt")).stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (earlier // 2, earlier // 2))
+        whole(self, content, path, *given, **named)
 
     AtomicCheckpointIO.save_checkpoint = patched  # type: ignore[method-assign, assignment]
 

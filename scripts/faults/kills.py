@@ -1,8 +1,9 @@
 """SIGKILL at random moments of each phase of each kind of run, as many in one phase as in another.
 
 A start is stopped at a moment that is drawn beforehand. If it is in the phase that is aimed for it
-is killed; if that has passed it continues, and is stopped in the next one. The same command resumes.
-Each phase gets one kill in a round; then the run ends and is compared with an undisturbed one.
+is killed; if that has passed it continues, and is stopped in the next one. The same command then
+resumes. Each phase gets one kill in a round; then the run ends and is compared with an undisturbed
+one.
 """
 
 from __future__ import annotations

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 
 import pytest
 
-from scripts.faults import ledger
+from scripts.faults import cases, kills, ledger
 from tests.conftest import ROOT
 
 # A process of its own: what is forked there must not hold the threads that other tests have left.
@@ -93,3 +94,66 @@ def test_the_table_tells_what_went_wrong(tmp_path):
         in (tmp_path / "faults.md").read_text()
     )
     assert [json.loads(line)["lost"] for line in book.file.read_text().splitlines()] == [2, 3]
+
+
+@pytest.mark.parametrize("number", [0, 1, 20, 57, 200])
+def test_kills_are_shared_among_the_phases_alike(number):
+    shares = kills.shared(number, list(cases.PHASES_OF))
+    counts = [count for share in shares.values() for count in share.values()]
+    assert sum(counts) == number
+    assert max(counts) - min(counts) <= 1
+    assert {case: tuple(share) for case, share in shares.items()} == cases.PHASES_OF
+
+
+def test_kills_that_are_not_spread_evenly_fail_the_harness(tmp_path):
+    book = ledger.Ledger(tmp_path)
+    book.expected = {"lora": {"training": 1, "saving": 1}}
+    for count, (phase, good) in enumerate([("training", False), ("saving", True)]):
+        book.add("kills", "lora", f"SIGKILL while {phase}", killed=True, phase=phase, ok=True)
+        assert book.write([]) == good, count
+    book.add("kills", "lora", "SIGKILL while saving", killed=True, phase="saving", ok=True)
+    assert not book.write([])
+    text = (tmp_path / "faults.md").read_text()
+    assert "lora, saving: 2 kills instead of 1" in text
+    assert "| lora | 3 | training 1, saving 2 |" in text
+
+
+class Phases:
+    """A child that enters phases by being looked at, and is killed only while it is stopped."""
+
+    def __init__(self, phases: list[str]):
+        self.phases, self.at, self.stopped, self.killed = phases, 0, False, None
+        self.marks = self
+
+    @property
+    def phase(self) -> str:
+        return self.phases[self.at]
+
+    def count(self, phase: str) -> int:
+        return self.phases[: self.at + 1].count(phase)
+
+    def poll(self) -> int | None:
+        if not self.stopped and self.at < len(self.phases) - 1:
+            self.at += 1
+        return 0 if self.at == len(self.phases) - 1 else None
+
+    def stop(self) -> None:
+        self.at, self.stopped = min(self.at + self.late, len(self.phases) - 1), True
+
+    def resume(self) -> None:
+        self.stopped, self.late = False, 0
+
+    def kill(self) -> None:
+        self.killed = self.phase
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_child_is_killed_in_the_phase_that_was_aimed_for_and_in_no_other(late):
+    child = Phases(["starting", "saving", "training", "saving", "training", "exporting", "end"])
+    child.late = late  # phases that pass before it stops
+    assert kills.strike(child, "exporting", random.Random(0)) == (late == 0)
+    assert child.killed == ("exporting" if late == 0 else None)
+    child = Phases(["starting", "training", "saving", *["training", "saving"] * 12, "end"])
+    child.late = late
+    assert kills.strike(child, "saving", random.Random(0))
+    assert child.killed == "saving"

@@ -38,6 +38,7 @@ class RunState:
     constant_until: int | None = None
     minutes: float = 0.0  # of training, over all starts, up to the step before
     evals_since_best: int = 0
+    doubtful: bool = False  # whether the last step was bad (callbacks/rollback.py)
 
 
 def stop_requested(trainer: Any, module: Any, run_state: RunState) -> bool:

@@ -32,6 +32,8 @@ class Checkpoints(lightning.Callback):
         """Save after the current step, if one of the reasons applies. `best` marks it as the best
         so far."""
         due = self.every is not None and module.step % self.every == 0
+        if self.run_state.doubtful:  # or bad steps would push the good ones out of `keep`
+            due = best = False
         last = module.step >= self.run_state.steps or self.run_state.stopped is not None
         # With every=null a planned cooldown is no reason to save.
         constant = module.step == self.run_state.constant_until and (

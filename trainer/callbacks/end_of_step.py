@@ -12,6 +12,7 @@ from trainer.callbacks.cooldown import CooldownTrigger
 from trainer.callbacks.evaluation import Evaluation
 from trainer.callbacks.metrics import Metrics
 from trainer.callbacks.progress import ProgressBar
+from trainer.callbacks.rollback import Rollback
 from trainer.callbacks.stopping import Stopping
 
 
@@ -29,10 +30,11 @@ class EndOfStep(lightning.Callback):
         cooldown: CooldownTrigger | None = None,
         checkpoints: Checkpoints | None = None,
         progress: ProgressBar | None = None,
+        rollback: Rollback | None = None,
     ):
         self.metrics, self.stopping, self.evaluation = metrics, stopping, evaluation
         self.averaging, self.cooldown = averaging, cooldown
-        self.checkpoints, self.progress = checkpoints, progress
+        self.checkpoints, self.progress, self.rollback = checkpoints, progress, rollback
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -41,6 +43,8 @@ class EndOfStep(lightning.Callback):
             return
         best = False
         self.metrics.record(trainer, module)
+        if self.rollback is not None:  # it may end the fit, before a bad step is saved
+            self.rollback.check(module)
         if self.evaluation is not None:
             best = self.evaluation.evaluate_if_due(trainer, module)
         if self.averaging is not None:  # it evaluates where the weights themselves were evaluated

@@ -37,6 +37,8 @@ class Metrics(lightning.Callback):
         self.last_trained = self.last_trained + sums["tokens"]
         if module.skipped_in_a_row:
             self._skipped(module)
+        if module.smaller is not None:
+            self.run_state.journal.write("memory", module.step, module.smaller)
         if module.news:
             self.run_state.journal.write("adapter", module.step, module.news)
         if module.step % self.every and module.step < self.run_state.steps:
@@ -84,7 +86,9 @@ class Metrics(lightning.Callback):
     def on_exception(
         self, trainer: lightning.Trainer, module: Any, exception: BaseException
     ) -> None:
-        if isinstance(exception, NonFinite):  # raised before the end of its step
+        if (
+            isinstance(exception, NonFinite) and module.skipped_in_a_row
+        ):  # raised before the end of its step
             self._skipped(module)
 
     def state_dict(self) -> dict[str, Any]:

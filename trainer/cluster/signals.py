@@ -40,6 +40,11 @@ class Signals:
             for number in HANDLED:
                 signal.signal(number, self._record)
 
+    def restart(self) -> None:
+        """Handle signals as before training, for a run that starts again in this process."""
+        self.deferred, self.cool = False, None
+        self.install()
+
     def ignore(self) -> None:
         """Ignore further signals. The run is saved; requeueing sends one more signal, which must
         not change the exit code."""

@@ -55,6 +55,8 @@ class BatchOrder:
         self.group_by_length = group_by_length
         self.per_step = batch_size * accumulate * ranks
         self.sequences = round(len(lengths) * epochs) if epochs is not None else 1 << 62
+        # (step, count): from this step on, rows of so many steps more are skipped
+        self.skips: list[tuple[int, int]] = []
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
 
     def steps(self, steps: int | None, tokens: int | None, after: int = 0) -> int:
@@ -109,11 +111,12 @@ class BatchOrder:
         epoch, offset = divmod(position, len(self.lengths))
         return int(self._order(epoch)[offset])
 
-    def window(self, step: int) -> list[tuple[int, bool]]:
+    def window(self, step: int, skipped: int = 0) -> list[tuple[int, bool]]:
         """Return (sequence, whether it trains) for all of one step: micro-batch by micro-batch, and
-        in each of them rank by rank."""
-        first = step * self.per_step
-        last = min(first + self.per_step, self.sequences)
+        in each of them rank by rank. The rows of `skipped` steps before it are left out: the order
+        goes on into the next epoch instead."""
+        first = (step + skipped) * self.per_step
+        last = min(first + self.per_step, self.sequences + skipped * self.per_step)
         real = [(self.at(position), True) for position in range(first, last)]
         # In a smaller last step, too, every rank must have the same number of micro-batches.
         group = self.batch_size * self.ranks
@@ -122,7 +125,7 @@ class BatchOrder:
 
     def micro_batches(self, step: int, rank: int = 0) -> list[list[Pick]]:
         """Return the micro-batches of one step for one rank."""
-        window = self.window(step)
+        window = self.window(step, sum(count for at, count in self.skips if step >= at))
         tokens = sum(self.trained[sequence].item() for sequence, trains in window if trains)
         group = self.batch_size * self.ranks
         batches = []

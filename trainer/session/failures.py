@@ -20,6 +20,7 @@ from trainer.models.base import BaseError
 from trainer.models.losses import NonFinite
 from trainer.storage.checkpoints import CheckpointError, NoSuchCheckpoint
 from trainer.storage.run_folder import FolderError
+from trainer.training.out_of_memory import TooLarge, out_of_memory
 
 _BAD_INPUT = (
     ConfigError,
@@ -52,6 +53,9 @@ def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] |
         )
     if (text := killed(error)) is not None:
         return text, 1
+    if isinstance(error, TooLarge):
+        # it was already run with one row at a time
+        return f"{error}\n{_smaller_settings(config | {'batch_size': 1})}", 1
     if out_of_memory(error):
         first = str(error).partition("\n")[0] or type(error).__name__
         return f"out of memory: {first}\n{_smaller_settings(config)}", 1
@@ -71,16 +75,6 @@ def lost(error: BaseException) -> bool:
             word in text
             for word in ("Connection", "Timed out", "timed out", "Broken pipe", "Socket")
         )
-    )
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the CPU or an accelerator."""
-    text = str(error)
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or "can't allocate memory" in text
-        or "out of memory" in text.lower()
     )
 
 

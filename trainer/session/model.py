@@ -24,6 +24,7 @@ from trainer.drafters import Drafter
 from trainer.drafters import io as drafter_io
 from trainer.models.causality import check_causality
 from trainer.models.packing_check import check_packing_isolation
+from trainer.session import same_step
 from trainer.session.footprint import parameters
 from trainer.session.start_point import StartPoint, cooldown_of
 from trainer.speed import fused, liger
@@ -110,6 +111,7 @@ def make_module(recipe: Recipe, loaded: LoadedModel, start: StartPoint) -> FineT
         runtime_cooldown=cooldown_of(config["branch"]) if config["branch"] else None,
     )
     module.drop_cooldown = start.drops_cooldown
+    module.parts_differ = same_step.parts_differ(config, recipe)
     if config["target"]["features"] is not None:
         _use_stored_states(module, recipe)
     return module

@@ -91,6 +91,16 @@ def _notes(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
         for row in rows["cooldown"]
     ]
     notes += [f"Stopped after step {row['step']}: {row['reason']}." for row in rows["stopped"]]
+    notes += [
+        f"The loss exploded up to step {row.get('from')}: the run went back to step {row['step']}"
+        f" and skipped the rows of {row.get('skipped_steps')} steps."
+        for row in rows["rollback"]
+    ]
+    notes += [
+        f"From step {row['step']} on, at most {row.get('rows')} rows were run at a time, since"
+        f" {row.get('rows_before')} did not fit into memory."
+        for row in rows["memory"]
+    ]
     if rows["skipped"]:
         notes.append(
             f"{len(rows['skipped'])} steps were skipped because their loss or gradient was not"

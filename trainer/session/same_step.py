@@ -30,6 +30,12 @@ def _reason(config: dict[str, Any], recipe: Recipe) -> str | None:
         return "group_by_length=true orders rows by micro-batches"
     if config["task"].get("streaming"):
         return "task.streaming=true reads rows by micro-batches"
+    return parts_differ(config, recipe)
+
+
+def parts_differ(config: dict[str, Any], recipe: Recipe) -> str | None:
+    """Return why the rows of a micro-batch, run in several parts, do not give the same gradient;
+    None if they do, up to rounding."""
     if config["penalty"]:
         return "a penalty is a mean over a micro-batch"
     if config["drafter"]:

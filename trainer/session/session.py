@@ -28,6 +28,7 @@ from trainer.callbacks.dashboards import Dashboards
 from trainer.callbacks.end_of_step import EndOfStep
 from trainer.callbacks.evaluation import Evaluation
 from trainer.callbacks.metrics import Metrics
+from trainer.callbacks.rollback import Rollback
 from trainer.callbacks.schedulefree import ScheduleFree
 from trainer.callbacks.stopping import Stopping
 from trainer.cluster import slurm_job
@@ -38,6 +39,7 @@ from trainer.data import ends
 from trainer.data.batches import Batches
 from trainer.data.loader import Loader
 from trainer.data.streaming import StreamingBatches
+from trainer.models.losses import NonFinite
 from trainer.schedules import length
 from trainer.session import report_html, results
 from trainer.session.inspect import check_before_start, refuse_monitor
@@ -46,7 +48,7 @@ from trainer.session.start_point import StartPoint, drop_cooldown, find_start_po
 from trainer.speed import cpu_load, malloc
 from trainer.storage import atomic, checkpoints
 from trainer.storage.journal import Journal
-from trainer.storage.run_folder import FolderError, RunFolder, read
+from trainer.storage.run_folder import FolderError, RunFolder, read, rollbacks_of
 from trainer.training.finetune import FineTune
 from trainer.training.lightning_trainer import make_trainer
 from trainer.training.ranks import decide_on_rank0, destroy_process_group, shared_run_folder
@@ -147,6 +149,8 @@ class Session:
         )
         if earlier is not None:
             recipe.data.earlier_ends = ends.recorded(earlier, recipe.base.tokenizer) or []
+            if recipe.order is not None:
+                recipe.order.skips = _skips(earlier, self.config["branch"])
         return recipe
 
     def check(self, recipe: Recipe) -> None:
@@ -225,6 +229,7 @@ class Session:
 
         Raises:
             slurm_job.Stopped: a signal ended the run. Unfinished: it ended for no known reason.
+            RolledBack: the run has to resume from an earlier checkpoint.
         """
         trainer = self.lightning_trainer
         loader = _loader(recipe, start.step, trainer)
@@ -235,7 +240,13 @@ class Session:
             if advice is not None:
                 log.warning("%s", advice)
         checkpoint = str(start.checkpoint.path) if start.checkpoint else None
-        trainer.fit(module.train(), loader, ckpt_path=checkpoint)
+        try:
+            trainer.fit(module.train(), loader, ckpt_path=checkpoint)
+        except NonFinite as error:
+            for callback in self.callbacks:
+                if isinstance(callback, Rollback):
+                    callback.go_back(error, module)
+            raise
         if self.owns_process_group and torch.distributed.is_initialized():
             destroy_process_group(trainer)
         report_end(self.run_state, module)
@@ -289,6 +300,16 @@ def report_end(run_state: RunState, module: FineTune) -> None:
     elif module.step != run_state.steps:
         step = f"step {module.step}{progress.of(run_state.steps)}"
         raise Unfinished(f"the run ended after {step} without a reason", 1)
+
+
+def _skips(earlier: dict[str, Any], branch: dict[str, Any]) -> list[tuple[int, int]]:
+    """Return the steps whose rows rollbacks have skipped, as BatchOrder.skips. `earlier` is the
+    run.yaml of the run, or of the parent of a new branch."""
+    return [
+        (back["at"], back["steps"])
+        for back in rollbacks_of(earlier)
+        if not branch or back["at"] <= branch["step"] or earlier.get("parent")
+    ]
 
 
 def _set_up_process(config: dict[str, Any]) -> cpu_load.Seconds:

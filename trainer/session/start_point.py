@@ -125,6 +125,8 @@ def branch_off(
         "step": step,
         "sha256": source.sha256,
     }
+    if rollbacks := [back for back in content.get("rollbacks", []) if back["at"] <= step]:
+        parent["rollbacks"] = rollbacks
     target = Checkpoint.at(folder.checkpoints, step)
     for file, copy in ((source.path, target.path), (source.manifest, target.manifest)):
         copy.unlink(missing_ok=True)
@@ -148,12 +150,7 @@ def drop_cooldown(folder: RunFolder, start: StartPoint) -> None:
     """Remove the checkpoints of the cooldown that an extended run leaves out. The adapter that it
     exported is kept under the name of its step."""
     assert start.earlier is not None
-    for checkpoint in checkpoints.complete(folder.checkpoints):
-        if checkpoint.step > start.step:
-            checkpoints.remove(checkpoint)
-    best = checkpoints.marked(folder.checkpoints, "best")
-    if best is not None and not best.path.exists():
-        (folder.checkpoints / "best.json").unlink()
+    checkpoints.remove_after(folder.checkpoints, start.step)
     renamed = folder.path / f"adapter-{start.earlier['identity']['steps']}"
     if (folder.path / "adapter").exists() and not renamed.exists():
         (folder.path / "adapter").rename(renamed)

@@ -202,6 +202,16 @@ def remove(checkpoint: Checkpoint) -> None:
     checkpoint.path.unlink(missing_ok=True)
 
 
+def remove_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints after a step, and a mark of the best one if it is among them."""
+    for checkpoint in complete(folder):
+        if checkpoint.step > step:
+            remove(checkpoint)
+    best = marked(folder, "best")
+    if best is not None and not best.path.exists():
+        (folder / "best.json").unlink()
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what interrupted saves and removals left behind."""
     keep = {checkpoint.path for checkpoint in complete(folder)}

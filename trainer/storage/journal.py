@@ -44,7 +44,7 @@ _SAMPLE = {
 
 class Journal:
     """Appends to metrics.jsonl and samples.jsonl. Rows are {kind, step, ...}; kinds are step,
-    evaluation, average, adapter, penalty, density, cooldown, skipped, stopped."""
+    evaluation, average, adapter, penalty, density, cooldown, skipped, memory, rollback, stopped."""
 
     def __init__(self, folder: Path, loggers: list[Any], writes: bool = True):
         self.metrics, self.samples, self.csv = (

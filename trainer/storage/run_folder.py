@@ -72,6 +72,7 @@ FREE = (
     "workers",
     "loading_timeout",
     "tokenise_processes",
+    "objective.repeat_smaller",
     "lightning.profiler",
     "lightning.timeout",
     "threads",
@@ -90,6 +91,7 @@ TEMPLATE = "chat_template.jinja"  # transformers' name for the file
 TRUSTED = "GRAFT_TRUST_REMOTE_CODE"  # allows the commands to run a model's own code
 
 # of a run.yaml; what else a command needs, it checks itself
+_ROLLBACKS = [{"at": int, "steps": int, "*": object}]
 _RECORD: dict[str, Any] = {
     "id": str,
     "name": str,
@@ -98,6 +100,7 @@ _RECORD: dict[str, Any] = {
     "starts": [dict],
     "config": dict,
     "parent?": (dict, NoneType),
+    "rollbacks?": _ROLLBACKS,
 }
 
 
@@ -175,7 +178,12 @@ class RunFolder:
         if fault is None and not content["starts"]:
             fault = "starts is empty"
         if fault is None and content.get("parent") is not None:
-            fault = door.mismatch(content["parent"], {"run": str, "step": int}, "parent")
+            parent = {"run": str, "step": int, "rollbacks?": _ROLLBACKS}
+            fault = door.mismatch(content["parent"], parent, "parent")
+        if fault is None and any(
+            min(back["at"], back["steps"]) < 0 for back in rollbacks_of(content)
+        ):
+            fault = "a rollback has a negative number"
         if fault is not None:
             raise FolderError(f"{self.file} is not a run's record: {fault}")
         return content  # type: ignore[no-any-return]
@@ -211,14 +219,30 @@ class RunFolder:
             "starts": [*(earlier["starts"] if earlier else []), start],
             "config": plain,
         }
+        if rollbacks := rollbacks_of(earlier or {"parent": parent}):
+            content["rollbacks"] = rollbacks
         write_text(self.file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
         return content
+
+    def add_rollback(self, rollback: dict[str, Any]) -> None:
+        """Record in run.yaml that the run has gone back: `at` which step it resumes, and over how
+        many `steps` it skips the rows."""
+        content: Any = self.earlier()
+        content["rollbacks"] = [*rollbacks_of(content), rollback]
+        write_text(self.file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
     def write_template(self, template: Any) -> None:
         """Write the chat template of the run's rows. A tokenizer's set of several templates stays
         with the tokenizer."""
         if isinstance(template, str):
             write_text(self.path / TEMPLATE, template)
+
+
+def rollbacks_of(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rollbacks that a run.yaml records, a branch's those of its parent first."""
+    if "rollbacks" in content:
+        return list(content["rollbacks"])
+    return list((content.get("parent") or {}).get("rollbacks", []))
 
 
 def use_template(folder: Path, task: Any) -> None:

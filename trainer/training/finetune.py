@@ -32,6 +32,7 @@ from trainer.schedules import factor
 from trainer.schedules.cooldown import RuntimeCooldown
 from trainer.training.fsdp import Sharded, average_unsharded_grads, local_shard
 from trainer.training.optimizer import clip_gradients, parameter_groups, part_norms
+from trainer.training.out_of_memory import Repeating
 from trainer.training.untrained import warn_of_untrained
 
 
@@ -42,7 +43,8 @@ class FineTune(lightning.LightningModule):
     `schedule(step, steps=...)` gives the rate's factor for a 0-based step of the planned ones,
     until a `runtime_cooldown` takes over; `optimizer` makes the optimiser from parameter groups. A
     step whose loss or gradient is not finite changes nothing and is counted; `nonfinite_limit` of
-    them in a row raise NonFinite."""
+    them in a row raise NonFinite. With `repeat_smaller` a step that does not fit into memory is
+    repeated in smaller micro-batches, see trainer.training.out_of_memory."""
 
     # checkpoints hold the adapter only; on_load_checkpoint compares the names itself
     strict_loading = False
@@ -62,6 +64,7 @@ class FineTune(lightning.LightningModule):
         logits_chunk: int | None,
         gradient_checkpointing: bool | int,
         nonfinite_limit: int,
+        repeat_smaller: bool = False,
         penalty: DensityDEFT | None = None,
         drafter: Drafter | None = None,
         runtime_cooldown: RuntimeCooldown | None = None,
@@ -88,6 +91,11 @@ class FineTune(lightning.LightningModule):
         self.step = 0  # optimiser steps done, skipped ones included: the run's clock
         self.tokens = 0  # processed so far, over all ranks
         self.skipped = self.skipped_in_a_row = 0
+        self.repeat_smaller = repeat_smaller
+        self.parts_differ: str | None = None  # why a micro-batch in parts is another one
+        self.repeating: Repeating | None = None
+        self.rows_at_once: int | None = None  # None: those of a whole micro-batch
+        self.smaller: dict[str, Any] | None = None  # how this step had to become smaller
         self.gradients_checked = False  # whether parameters without a gradient were looked for
         self.step_done = False  # whether this micro-batch has ended a step
         self.grad_norm: Tensor | None = None
@@ -134,7 +142,10 @@ class FineTune(lightning.LightningModule):
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         micro = batch_idx % self.accumulate
         if micro == 0:
+            self.smaller = None
             self.sums = dict.fromkeys(self.counted, 0.0) | {"processed": 0, "sequences": []}
+            if self.repeating is not None:
+                self.repeating.window.clear()
             rate = factor(
                 self.schedule, self.step, self.steps, self.adapter.restart, self.runtime_cooldown
             )
@@ -147,7 +158,30 @@ class FineTune(lightning.LightningModule):
             self.drafter.on_step(self.step, self.steps)
         reseed(self.seed, self.global_rank, self.step, micro)
 
+    def restart_step(self) -> None:
+        """Set the gradients and sums of the current step back to nothing."""
+        self.sums = dict.fromkeys(self.counted, 0.0) | {"processed": 0, "sequences": []}
+        for optimizer in self.trainer.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def on_train_start(self) -> None:
+        # Ranks would have to repeat a step together, and DDP would have summed some gradients.
+        if self.repeat_smaller and self.trainer.world_size == 1:
+            self.repeating = Repeating(self, self.parts_differ)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        return self.loss_of(batch) if self.repeating is None else self.repeating.forward(batch)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's. A step that does not fit into memory is repeated in smaller parts."""
+        if self.repeating is None:
+            super().backward(loss, *args, **kwargs)
+        else:
+            self.repeating.backward(loss)
+
+    def loss_of(self, batch: dict[str, Any], share: float = 1.0) -> Tensor:
+        """Return the loss of a micro-batch, or of a part with this share of its rows, and add to
+        the step's sums."""
         if self.penalty is not None:
             self.penalty.open(real_tokens(batch))
         summed, sums = self.loss(batch)
@@ -170,7 +204,7 @@ class FineTune(lightning.LightningModule):
                 term = term * (tokens * self.trainer.world_size / all_tokens.clamp(min=1))
             loss = loss + term
         penalty = self.adapter.penalty(self.model)
-        return loss if penalty is None else loss + penalty
+        return loss if penalty is None else loss + penalty * share
 
     def on_after_backward(self) -> None:
         if not self.gradients_checked:
@@ -270,7 +304,8 @@ class FineTune(lightning.LightningModule):
         if self.runtime_cooldown is not None:
             checkpoint["cooling"] = asdict(self.runtime_cooldown)
         checkpoint["counters"] = {
-            k: getattr(self, k) for k in ("step", "tokens", "skipped", "skipped_in_a_row")
+            k: getattr(self, k)
+            for k in ("step", "tokens", "skipped", "skipped_in_a_row", "rows_at_once")
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
