@@ -11,6 +11,7 @@ from typing import Any
 from scripts.faults import cases
 from scripts.faults.cases import EVERY, Place
 from scripts.faults.ledger import Ledger
+from scripts.faults.nonfinite import both
 from scripts.faults.points import wrapped
 
 # bytes: the limit above the memory in use, and the size of the failing allocation
@@ -54,7 +55,7 @@ def repeated(place: Place, ledger: Ledger) -> None:
     names = [cases.anew(place, f"lora-{name}") for name in ("fits", "smaller", "smaller-killed")]
     cases.finish(cases.start(place, "lora", names[0], *words))
     cases.finish(cases.start(place, "lora", names[1], *words, before=by_rows))
-    killed = cases.start(place, "lora", names[2], *words, before=lambda: (by_rows(), killed_at()))
+    killed = cases.start(place, "lora", names[2], *words, before=both(by_rows, killed_at))
     code = killed.wait()
     cases.finish(cases.start(place, "lora", names[2], *words))  # the parts stay small by themselves
     said = killed.told("did not fit into memory")

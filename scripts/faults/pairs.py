@@ -31,6 +31,10 @@ class Pair:
         self.seconds = 0.0  # that the other rank took to end
 
     @property
+    def pid(self) -> int:
+        return self.ranks[0].pid
+
+    @property
     def marks(self) -> Marks:
         return self.ranks[0].marks
 
