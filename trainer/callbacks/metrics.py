@@ -86,9 +86,8 @@ class Metrics(lightning.Callback):
     def on_exception(
         self, trainer: lightning.Trainer, module: Any, exception: BaseException
     ) -> None:
-        if (
-            isinstance(exception, NonFinite) and module.skipped_in_a_row
-        ):  # raised before the end of its step
+        raised_before_end_of_step = isinstance(exception, NonFinite) and module.skipped_in_a_row
+        if raised_before_end_of_step:
             self._skipped(module)
 
     def state_dict(self) -> dict[str, Any]:
