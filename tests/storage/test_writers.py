@@ -58,7 +58,7 @@ REASONS = {
     ("trainer/evaluation/speedup_report.py", "plot", "savefig"): RANDOM,
     ("trainer/evaluation/mlp_density.py", "plot", "savefig"): RANDOM,
     ("trainer/session/branches.py", "_plot", "savefig"): RANDOM,
-    ("trainer/session/report_html.py", "_plots", "savefig"): "into memory",
+    ("trainer/evaluation/pictures.py", "picture", "savefig"): "into memory",
     ("trainer/session/start_point.py", "branch_off", "copyfile"): "the name is unlinked before",
     ("trainer/callbacks/tracking.py", "__init__", "SummaryWriter"): (
         "names hold the time, the host and the process"
