@@ -84,7 +84,7 @@ WORDS = 128  # of sddmm.c: 4-byte words of a column in a tile
 FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-shared", "-fPIC")
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return the processor's features that -march=native depends on. Machines with different
     processors may share a home directory."""
     try:
@@ -109,7 +109,7 @@ def library() -> ctypes.CDLL | None:
     source = Path(__file__).with_suffix(".c")
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graft"
     folder = Path(os.environ.get("GRAFT_CACHE") or default) / "native"
-    identity = repr((source.read_bytes(), compiler, FLAGS, _processor())).encode()
+    identity = repr((source.read_bytes(), compiler, FLAGS, processor())).encode()
     built = folder / f"sddmm-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     try:
         if not built.exists():

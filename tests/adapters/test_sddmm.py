@@ -270,7 +270,7 @@ def test_it_is_compiled_once_for_a_machine(monkeypatch, tmp_path):
         monkeypatch.setattr(sddmm.subprocess, "run", lambda *_, **__: pytest.fail("it is there"))
         sddmm.library.cache_clear()
         assert sddmm.library() is not None
-        monkeypatch.setattr(sddmm, "_processor", lambda: "another machine of the same home")
+        monkeypatch.setattr(sddmm, "processor", lambda: "another machine of the same home")
         monkeypatch.setattr(
             sddmm.subprocess,
             "run",

@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 from tests.toys import adapters as toys
 from trainer.config.errors import ConfigError
 from trainer.models.losses import CausalLoss
-from trainer.speed import fused
+from trainer.speed import attention, fused
 from trainer.speed.compile import compile_layers, refuse
 from trainer.storage import journal
 
@@ -144,7 +144,9 @@ def test_evaluation_and_the_first_layer_are_plain():
     assert not torch._dynamo.utils.counters["stats"]
     layers: Any = model.get_submodule("model.layers")
     assert ["forward" in vars(layer) for layer in layers] == [False, True, True]
-    fused.ALL_ATTENTION_FUNCTIONS.register(fused.BLOCKED, fused.blocked_attention_forward)
+    attention.ALL_ATTENTION_FUNCTIONS.register(
+        attention.BLOCKED, attention.blocked_attention_forward
+    )
 
 
 def test_what_cannot_be_compiled_is_refused(monkeypatch, tmp_path):

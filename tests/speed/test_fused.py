@@ -1,4 +1,4 @@
-"""Attention, norms and gates of the trainer against what transformers and plain loops compute."""
+"""Norms, gates and models of the trainer against what transformers and plain loops compute."""
 
 from __future__ import annotations
 
@@ -17,104 +17,6 @@ from adapters.rosa import RoSA
 from tests.toys import adapters as toys
 from trainer.models.losses import CausalLoss
 from trainer.speed import fused, malloc
-
-
-def naive(q, k, v, scale, sees):
-    """Attention position by position, in float64."""
-    (B, H, T, _), K = q.shape, k.shape[1]
-    rows = []
-    for b in range(B):
-        for t in range(T):
-            for h in range(H):
-                seen = [s for s in range(T) if sees(b, t, s)]
-                scores = torch.stack(
-                    [scale * (q[b, h, t] * k[b, h // (H // K), s]).sum() for s in seen]
-                )
-                chances = scores.softmax(0)
-                rows.append(
-                    sum(p * v[b, h // (H // K), s] for p, s in zip(chances, seen, strict=True))
-                )
-    return torch.stack(rows).view(B, T, H, -1)
-
-
-def heads(B, H, K, T, d, dtype=torch.float64):
-    torch.manual_seed(0)
-    return [torch.randn(B, n, T, d, dtype=dtype, requires_grad=True) for n in (H, K, K)]
-
-
-SIGHTS = {
-    "causal": lambda b, t, s: s <= t,
-    "documents": lambda b, t, s: s <= t and (s < 3 + b) == (t < 3 + b),
-    "window": lambda b, t, s: t - 4 < s <= t,
-    "both ways": lambda b, t, s: True,
-}
-
-
-@pytest.mark.parametrize("block", [3, 64])
-@pytest.mark.parametrize("kind", SIGHTS)
-def test_attention_is_that_of_loops(kind, block):
-    B, T = 2, 10
-    q, k, v = heads(B, 6, 2, T, 4)
-    sees = SIGHTS[kind]
-    mask = torch.tensor([[[[sees(b, t, s) for s in range(T)] for t in range(T)]] for b in range(B)])
-    plans = fused.plans_of_mask(mask, torch.float64, block)
-    if kind == "causal":
-        assert fused.causal_plan(T, torch.float64, q.device, block)[-1][:4] == plans[0][-1][:4]
-        plans = [fused.causal_plan(T, torch.float64, q.device, block)]
-    upstream = torch.randn(B, T, 6, 4, dtype=torch.float64)
-    found, wanted = fused.attention(q, k, v, 0.5, plans), naive(q, k, v, 0.5, sees)
-    torch.testing.assert_close(found, wanted)
-    for ours, theirs in zip(
-        torch.autograd.grad(found, (q, k, v), upstream),
-        torch.autograd.grad(wanted, (q, k, v), upstream),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_only_what_some_query_sees_is_multiplied():
-    T = 256
-    document = torch.arange(T) // 64
-    mask = (document[:, None] == document) & (torch.arange(T)[:, None] >= torch.arange(T))
-    (plan,) = fused.plans_of_mask(mask[None, None], torch.float32)
-    assert [entry[:4] for entry in plan] == [(a, a + 64, a, a + 64) for a in range(0, T, 64)]
-
-
-def test_masks_that_blocks_cannot_hold_are_left_to_transformers():
-    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
-    assert fused.plans_of_mask(mask, torch.float32) is not None
-    assert fused.plans_of_mask(mask.expand(1, 2, 4, 4), torch.float32) is None  # heads may differ
-    mask[0, 0, 2] = False  # a query that sees nothing
-    assert fused.plans_of_mask(mask, torch.float32) is None
-
-
-def test_gradients_in_bf16_are_as_near_as_those_of_torch():
-    q, k, v = heads(2, 6, 2, 150, 16, torch.float32)
-    upstream = torch.randn(2, 150, 6, 16)
-
-    def errors(dtype, attend):
-        inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        exact = [x.detach().to(dtype).double().requires_grad_() for x in (q, k, v)]
-        grads = torch.autograd.grad(attend(*inputs), inputs, upstream.to(dtype))
-        wanted = torch.autograd.grad(dense(*exact), exact, upstream.to(dtype).double())
-        return [
-            float((g.double() - w).norm() / w.norm()) for g, w in zip(grads, wanted, strict=True)
-        ]
-
-    def dense(q, k, v):
-        several = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return nn.functional.scaled_dot_product_attention(q, *several, is_causal=True).transpose(
-            1, 2
-        )
-
-    def ours(q, k, v):
-        return fused.attention(q, k, v, 0.25, [fused.causal_plan(150, torch.float32, q.device)])
-
-    for found, theirs in zip(
-        errors(torch.bfloat16, ours), errors(torch.bfloat16, dense), strict=True
-    ):
-        assert found < 1.3 * theirs
-    assert max(errors(torch.float32, ours)) < 2e-6
 
 
 def test_norms_and_gates_by_gradcheck():

@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from trainer.drafters import DrafterError, Target
 from trainer.models.cache_argument import cache_of, model_with_cache
 from trainer.models.heads import captured_hidden, captured_layers
-from trainer.speed.fused import BLOCKED
+from trainer.speed.attention import BLOCKED
 
 # The states that the output head reads, and those of further layers, concatenated.
 States = tuple[Float[Tensor, "n d"], Float[Tensor, "n f"]]

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from trainer.drafters import Drafter, DrafterError, Target, TargetOutput
 from trainer.models.losses import chunked_predictions
-from trainer.speed.fused import BLOCKED
+from trainer.speed.attention import BLOCKED
 
 # transformers' names of layers that attend to the whole row, or to nothing
 _FULL = {"full_attention", "mlp", "moe"}

@@ -6,8 +6,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from trainer.data.loader import Loader
 from trainer.data.streaming import StreamingBatches
 from trainer.models.losses import NonFinite
 from trainer.schedules import length
-from trainer.session import report_html, results
+from trainer.session import kernels, report_html, results
 from trainer.session.inspect import check_before_start, refuse_monitor
 from trainer.session.model import LoadedModel, calibrate_penalty, load_model
 from trainer.session.start_point import StartPoint, drop_cooldown, find_start_point
@@ -80,6 +79,7 @@ class Session:
     owns_process_group: bool  # False where the process group was there before the run
     cpu_before: cpu_load.Seconds
     run_yaml: dict[str, Any] = field(default_factory=dict)  # stays empty on ranks other than 0
+    earlier: dict[str, Any] | None = None  # run.yaml of the run that this one continues
 
     @classmethod
     @contextlib.contextmanager
@@ -140,6 +140,7 @@ class Session:
                 earlier = read(self.config["branch"]["run"])[1]
         if earlier is not None and history.adopt(self.config, earlier["config"]):
             self.adapter = instantiate(self.config["adapter"])
+        self.earlier = earlier
         recipe = Recipe.of(
             self.config,
             self.adapter,
@@ -167,7 +168,13 @@ class Session:
             CheckpointError, FolderError: see trainer.session.start_point.
         """
         identity = recipe.identity(self.choices)
-        decide = partial(find_start_point, self.run_folder, recipe, identity)
+
+        def decide() -> StartPoint:
+            start = find_start_point(self.run_folder, recipe, identity)
+            if start.ended is not None:
+                return start
+            return replace(start, attention=kernels.attention_of(recipe, self.earlier))
+
         start = decide_on_rank0(self.lightning_trainer, decide, StartPoint)
         if self.is_rank0:  # after the decision, which reads the row counts of an earlier start
             text = json.dumps(self.preflight, indent=2)
@@ -190,6 +197,7 @@ class Session:
                 start.earlier,
                 start.parent,
                 ends.record(recipe.ends, recipe.base.tokenizer),
+                start.attention,
             )
             self.run_folder.write_template(recipe.data.renderer.template)
         self.journal.rewind(-1 if start.fresh else start.step, cooled=not start.drops_cooldown)

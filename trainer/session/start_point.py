@@ -41,6 +41,7 @@ class StartPoint:
     # whether the run was extended, so that it resumes from before its cooldown
     drops_cooldown: bool = False
     ended: str | None = None  # why nothing is left to do
+    attention: dict[str, Any] | None = None  # the kernels; see trainer.session.kernels
 
     @property
     def fresh(self) -> bool:

@@ -2,7 +2,7 @@
 
 A graph is compiled for each kind of layer, and all layers of that kind share it. Lengths and batch
 sizes are symbols in the graph, so batches of other lengths and resumed runs use the same code.
-Attention on a CPU (trainer.speed.fused) stays outside, since its blocks follow each batch's mask.
+Attention on a CPU (trainer.speed.attention) stays outside: its blocks follow each batch's mask.
 Evaluation and generation run the plain layers.
 """
 
@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adapters.delta import Adapter
 from trainer.config.errors import ConfigError
-from trainer.speed import fused
+from trainer.speed import attention
 
 GRAPHS = 64  # per function, at most: one for each kind of layer, more for batches of one row
 
@@ -61,7 +61,7 @@ def compile_layers(model: nn.Module) -> int:
         )
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     ALL_ATTENTION_FUNCTIONS.register(
-        fused.BLOCKED, torch.compiler.disable(fused.blocked_attention_forward)
+        attention.BLOCKED, torch.compiler.disable(attention.blocked_attention_forward)
     )
     for layer in layers[1:]:
         layer.forward = _in_training(layer, layer.forward)  # type: ignore[method-assign]

@@ -77,6 +77,7 @@ FREE = (
     "lightning.timeout",
     "threads",
     "fused",
+    "cpu_attention",
     "compile",
     "base.attn_implementation",
     "max_time",
@@ -196,9 +197,11 @@ class RunFolder:
         earlier: dict[str, Any] | None,
         parent: dict[str, Any] | None = None,
         answer_ends: dict[str, int] | None = None,
+        attention: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Write run.yaml and return its content. A resumed run keeps its id, its list of starts and
-        the parent that it branched off. `answer_ends` is from trainer.data.ends.record."""
+        the parent that it branched off. `answer_ends` is from trainer.data.ends.record,
+        `attention` from trainer.session.kernels."""
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": redact(
@@ -216,6 +219,7 @@ class RunFolder:
             "overrides": overrides,
             "identity": identity,
             "answer_ends": answer_ends or {},
+            **({"attention": attention} if attention is not None else {}),
             "starts": [*(earlier["starts"] if earlier else []), start],
             "config": plain,
         }

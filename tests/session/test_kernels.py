@@ -1,0 +1,106 @@
+"""The kernels of a run's attention: chosen once, recorded, and kept when the run is resumed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.session import kernels
+from trainer.speed import attention_choice
+
+
+def recipe(longest: int = 300, packing: bool = False, device: str = "cpu", **config: Any) -> Any:
+    settings = {
+        "fused": True,
+        "cpu_attention": "auto",
+        "deterministic": False,
+        "max_length": 512,
+        "packing": packing,
+    }
+    base = SimpleNamespace(
+        num_attention_heads=4, num_key_value_heads=2, hidden_size=32, head_dim=None
+    )
+    return SimpleNamespace(
+        config=settings | config,
+        device=torch.device(device),
+        precision="fp32",
+        dtype=torch.float32,
+        base=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: base)),
+        data=SimpleNamespace(
+            train=SimpleNamespace(rows=SimpleNamespace(lengths=np.array([5, longest])))
+        ),
+    )
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[Any]:
+    """The calls of a measurement that takes no time."""
+    calls: list[Any] = []
+
+    def measure(shape: Any, lengths: list[int]) -> Any:
+        calls.append((shape, lengths))
+        return {str(length): [[1.0, 2.0], [0.5, 3.0], [1.0, 6.0]] for length in lengths}
+
+    monkeypatch.setattr(attention_choice, "_measure", measure)
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
+    return calls
+
+
+def test_only_lengths_of_the_run_are_timed(measured, caplog):
+    with caplog.at_level("INFO", logger="trainer"):
+        kernels.attention_of(recipe(longest=300), None)
+    assert "rows of 128, 256: forward by flash, backward by blocks" in caplog.text
+    kernels.attention_of(recipe(longest=50, packing=True), None)  # sequences of max_length
+    assert [lengths for _, lengths in measured] == [[128, 256], [512]]
+    threads = torch.get_num_threads()
+    assert {shape for shape, _ in measured} == {(2, 8, "float32", threads)}
+
+
+def test_a_resumed_run_keeps_its_kernels(measured):
+    first = kernels.attention_of(recipe(), None)
+    assert first["times"].keys() == {"128", "256"}
+    first["times"]["128"][1] = [9.0, 9.0]
+    assert kernels.attention_of(recipe(longest=600), {"attention": first}) == first
+    assert len(measured) == 1
+
+
+def test_a_run_without_a_record_resumes_with_blocks(measured):
+    assert kernels.attention_of(recipe(), {"config": {}}) is None
+    assert not measured
+
+
+def test_another_machine_measures_for_itself(measured):
+    first = kernels.attention_of(recipe(), None)
+    other = kernels.attention_of(recipe(), {"attention": first | {"machine": "other"}})
+    assert other == first
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fused": False},
+        {"fused": "liger"},
+        {"device": "meta"},
+        {"deterministic": True},
+        {"cpu_attention": "blocks"},
+        {"longest": 100},
+    ],
+)
+def test_nothing_is_timed_where_nothing_is_chosen(measured, changes):
+    assert kernels.attention_of(recipe(**changes), None) is None
+    assert not measured
+
+
+def test_a_setting_decides_even_in_a_resumed_run(measured):
+    first = kernels.attention_of(recipe(), None)
+    measured.clear()
+    for setting in ("mixed", "flash"):
+        record = kernels.attention_of(recipe(cpu_attention=setting), {"attention": first})
+        choice = attention_choice.recorded(record)
+        assert choice.fixed == attention_choice.NAMES[setting]
+    assert kernels.attention_of(recipe(cpu_attention="blocks"), {"attention": first}) is None
+    assert not measured

@@ -1,0 +1,58 @@
+"""The kernels of a run's attention, as the run and this machine allow."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from trainer.assembly.recipe import Recipe
+from trainer.speed import attention_choice
+from trainer.speed.attention_choice import Choice, Shape
+
+log = logging.getLogger("trainer")
+
+
+def attention_of(recipe: Recipe, earlier: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the choice of kernels that run.yaml records. A run that continues `earlier`, the
+    content of a run.yaml, keeps its choice on the same machine. None is attention by blocks, as
+    runs without a record had it."""
+    config = recipe.config
+    setting = config["cpu_attention"]
+    if config["fused"] is not True or recipe.device.type != "cpu":
+        return None
+    choice: Choice | None = None
+    if setting == "auto" and earlier is not None:
+        content = earlier.get("attention")
+        choice = attention_choice.recorded(content)
+        if choice is None and content is None:
+            return None
+    if choice is None and not (setting == "auto" and config["deterministic"]):
+        shape = _shape(recipe)
+        choice = attention_choice.choose(setting, shape, _longest(recipe)) if shape else None
+    if choice is None:
+        return None
+    log.info("attention: %s (cpu_attention=%s)", choice.describe(), setting)
+    return choice.record()
+
+
+def _shape(recipe: Recipe) -> Shape | None:
+    """Return the shape of the base's attention; None if its config does not say it."""
+    config = recipe.base.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int) or not isinstance(getattr(config, "hidden_size", None), int):
+        return None
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    dtype = torch.bfloat16 if recipe.precision == "bf16-mixed" else recipe.dtype
+    name = str(dtype).removeprefix("torch.")
+    return Shape(max(1, heads // keys), width, name, torch.get_num_threads())
+
+
+def _longest(recipe: Recipe) -> int:
+    """Return the tokens of the longest sequence, as far as it is known."""
+    limit = int(recipe.config["max_length"])
+    if recipe.config["packing"] or recipe.data.train is None:
+        return limit
+    return min(limit, int(recipe.data.train.rows.lengths.max(initial=0)))
