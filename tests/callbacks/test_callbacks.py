@@ -213,15 +213,26 @@ def test_answers_are_graded_at_both_ends_and_where_asked_between(train, chats):
     assert len({row["where"] for row in kept}) == 3
 
 
-def test_fewer_answers_are_kept_than_graded(train, chats):
+def test_fewer_answers_are_kept_than_graded(train, chats, caplog):
     settings = (
         f"task.path={chats}",
         f"task.eval_path={chats}",
         "callbacks.evaluation.max_new_tokens=1",
         "max_steps=1",
     )
-    run = train(*settings, "callbacks.evaluation.generate=5", "callbacks.evaluation.samples=2")
+    with caplog.at_level(logging.INFO, "trainer"):
+        run = train(
+            *settings,
+            "callbacks.evaluation.generate=5",
+            "callbacks.evaluation.generate_before=1",
+            "callbacks.evaluation.samples=2",
+        )
     assert [row["step"] for row in journal.read(run / "samples.jsonl")] == [0, 0, 1, 1]
+    assert of(run, "evaluation", "answers") == [1, 5]
+    for row in rows(run, "evaluation"):
+        assert 0 < row["answer_seconds"] < row["seconds"]
+    text = r"evaluation at step 1: .*loss [\d.]+ s, 5 graded answers [\d.]+ s"
+    assert re.search(text, caplog.text)
     other = train(*settings, "callbacks.evaluation.generate=0", "callbacks.evaluation.samples=2")
     assert [row["step"] for row in journal.read(other / "samples.jsonl")] == [0, 0, 1, 1]
     assert not any("exact_match" in row for row in rows(other, "evaluation"))

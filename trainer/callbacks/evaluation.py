@@ -6,15 +6,19 @@ import contextlib
 import logging
 import math
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import lightning
+import psutil
 
+from adapters.folded import folded
 from trainer.callbacks import RunState, every_steps, stop_requested
 from trainer.data.held_out import HeldOut
 from trainer.evaluation.answers import answers, means
 from trainer.evaluation.loss import evaluating, losses, prefixed
+from trainer.storage.journal import NO_METRICS
 from trainer.training.fsdp import Sharded, reshard
 
 log = logging.getLogger(__name__)
@@ -23,7 +27,7 @@ log = logging.getLogger(__name__)
 class Evaluation(lightning.Callback):
     """Measures the held-out loss every `every` steps. Before and after training, and at every
     `generate_every`-th evaluation between, it also generates and grades answers to the first
-    `generate` held-out rows."""
+    `generate` held-out rows; before training only to `generate_before` of them, if that is set."""
 
     def __init__(
         self,
@@ -32,6 +36,7 @@ class Evaluation(lightning.Callback):
         batch_size: int,
         generate: int,
         generate_every: int | None,
+        generate_before: int | None,
         samples: int,
         max_new_tokens: int,
         monitor: str,
@@ -45,6 +50,7 @@ class Evaluation(lightning.Callback):
             samples,
         )
         self.every, self.generate_every = every_steps(every, run_state.steps), generate_every
+        self.generate_before = generate if generate_before is None else generate_before
         self.max_new_tokens, self.monitor, self.sign, self.patience = (
             max_new_tokens,
             monitor,
@@ -114,6 +120,7 @@ class Evaluation(lightning.Callback):
             graded = graded or (
                 self.generate_every is not None and count % self.generate_every == 0
             )
+            losses_done = time.monotonic()
             texts = self._answers(trainer, module, held_out) if graded else []
             of_sets: dict[str, Any] = {}
             for name, further in held_out.more.items() if graded and texts is not None else ():
@@ -121,10 +128,11 @@ class Evaluation(lightning.Callback):
                 texts = None if of_sets[name] is None else texts
             if isinstance(strategy, Sharded):
                 reshard(module.model)
-        if texts and self.generate:
-            values |= means(texts[: self.generate])
+        count_graded = self._graded(module.step)
+        if texts and count_graded:
+            values |= means(texts[:count_graded])
             for name, its in of_sets.items():
-                values |= prefixed(name, means(its[: self.generate]))
+                values |= prefixed(name, means(its[:count_graded]))
         # Ranks other than 0 wait here while rank 0 generates. They get its values, so that all
         # ranks judge by the same numbers.
         shared_values = strategy.broadcast([] if texts is None else [values])
@@ -133,14 +141,16 @@ class Evaluation(lightning.Callback):
         values = shared_values[0]
         if texts:
             self.run_state.journal.write_samples(module.step, texts[: self.samples])
+        if texts:
+            values |= {
+                "answers": min(count_graded, len(texts)),
+                "answer_seconds": time.monotonic() - losses_done,
+            }
         values["seconds"] = time.monotonic() - started
         self.run_state.paused_seconds += values["seconds"]
         self.state |= {"evaluated": module.step, "count": count}
         self.run_state.journal.write("evaluation", module.step, values)
-        text = "  ".join(
-            f"{name} {value:.4g}" for name, value in values.items() if name != "seconds"
-        )
-        log.info("evaluation at step %d: %s", module.step, text)
+        log.info("evaluation at step %d: %s", module.step, _text(values))
         return self._judge(values, module.step)
 
     def _losses(
@@ -171,9 +181,16 @@ class Evaluation(lightning.Callback):
             return []
         on_all_ranks = partial(stop_requested, trainer, module, run_state)
         stop = on_all_ranks if sharded else lambda: run_state.signals.received is not None
-        return answers(
-            module.model, held_out, self.batch_size, self.max_new_tokens, module.device, stop
-        )
+        count = max(self._graded(module.step), self.samples)
+        some = replace(held_out, prompts=held_out.prompts[:count])
+        with folded(module.model, psutil.virtual_memory().available):
+            return answers(
+                module.model, some, self.batch_size, self.max_new_tokens, module.device, stop
+            )
+
+    def _graded(self, step: int) -> int:
+        """Return how many answers of each set are graded after a step."""
+        return self.generate if step else min(self.generate, self.generate_before)
 
     def _judge(self, values: dict[str, float], step: int) -> bool:
         """Return whether these are the best values so far. After `patience` evaluations without a
@@ -201,3 +218,15 @@ class Evaluation(lightning.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.state = dict(state_dict)
         self.run_state.evals_since_best = self.state["without"]
+
+
+def _text(values: dict[str, Any]) -> str:
+    """Return the numbers of an evaluation, and the time of the loss and of the answers."""
+    numbers = "  ".join(
+        f"{name} {value:.4g}" for name, value in values.items() if name not in NO_METRICS
+    )
+    answering = values.get("answer_seconds", 0.0)
+    times = f"loss {values['seconds'] - answering:.1f} s"
+    if "answers" in values:
+        times += f", {values['answers']} graded answers {answering:.1f} s"
+    return f"{numbers}  ({times})"

@@ -28,6 +28,7 @@ from trainer.config.errors import ConfigError
 from trainer.config.secrets import redact
 from trainer.models.losses import NonFinite
 from trainer.storage.atomic import write_text
+from trainer.storage.journal import NO_METRICS
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ class Wandb:
                     else ""
                 )
                 for name, value in self.last.items()
-                if name != "seconds" and isinstance(value, int | float)
+                if name not in NO_METRICS and isinstance(value, int | float)
             )
             self.run.alert(
                 f"{self.title} has finished",

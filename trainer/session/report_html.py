@@ -13,6 +13,7 @@ import yaml
 from trainer.evaluation.pictures import Curve, picture
 from trainer.evaluation.run_summary import is_number, points, record_of
 from trainer.storage import atomic, door, journal
+from trainer.storage.journal import NO_METRICS
 
 _PAGES = jinja2.FileSystemLoader(Path(__file__).parent)
 
@@ -118,7 +119,7 @@ def _outcome(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> dict[str, A
     step = door.decoration(file, {"step": int}, {"step": last["step"]})["step"]
     best = next((row for row in reversed(evaluations) if row["step"] == step), last)
     names = [
-        name for name in last if name not in ("kind", "step", "seconds") and is_number(last[name])
+        name for name in last if name not in set(NO_METRICS) - {"answers"} and is_number(last[name])
     ]
     table = [
         {
@@ -272,7 +273,7 @@ def _curves(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[Line]
     scores = [
         name
         for name in (evaluations[-1] if evaluations else {})
-        if name not in ("kind", "step", "seconds", "loss", "perplexity", "accepted")
+        if name not in (*NO_METRICS, "loss", "perplexity", "accepted")
         and not name.startswith("offset")
         and not name.endswith(("/loss", "/perplexity"))
     ]

@@ -18,7 +18,7 @@ from trainer.drafters import io as drafter_io
 from trainer.exporting import adapter as adapter_module
 from trainer.exporting.serving import Serving
 from trainer.storage import checkpoints
-from trainer.storage.journal import Journal
+from trainer.storage.journal import NO_METRICS, Journal
 from trainer.storage.progress import Progress
 from trainer.storage.run_folder import RunFolder
 from trainer.training.finetune import FineTune
@@ -130,9 +130,11 @@ def show(journal: Journal) -> None:
         else rich.table.Table("held out", "")
     )
     for name in evaluations[-1]:
-        if name not in ("kind", "step", "seconds"):
+        if name not in NO_METRICS or name == "answers":
             rows = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
-            table.add_row(name, *(f"{row[name]:.4f}" if name in row else "" for row in rows))
+            style = "d" if name == "answers" else ".4f"
+            title = "graded answers" if name == "answers" else name
+            table.add_row(title, *(f"{row[name]:{style}}" if name in row else "" for row in rows))
     rich.get_console().print(table)
 
 

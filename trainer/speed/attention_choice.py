@@ -3,9 +3,9 @@
 On an Intel Xeon with AMX, SmolLM2's attention over 4096 tokens in bf16 took 440 ms forward and 784
 backward by blocks, and 131 and 714 by torch's flash kernel; over 256 tokens 12 and 21 against 6 and
 40. On other processors the order is another one. So both are timed at a few lengths, before the
-first step, in at most a second. The times are cached for a machine, its thread count and the
-versions of torch and of this code, and recorded in run.yaml: what runs is computed from the times,
-so that a resumed run takes the same kernels.
+first step, in half a second, or a whole one with rows of 2048 and more. The times are cached for a
+machine, its thread count and the versions of torch and of this code, and recorded in run.yaml: what
+runs is computed from the times, so that a resumed run takes the same kernels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ log = logging.getLogger("trainer")
 VERSION = 1  # of the kernels and of the measurement
 LENGTHS = (128, 256, 512, 1024, 2048)  # longer rows cost what their length squared says
 MASKED = 1024  # the longest row that is timed with a mask
-BUDGET = 0.4  # seconds after which nothing is timed a second time
+TOKENS = 512  # that a thread computes at a time, for short rows
+BUDGET = 0.08  # seconds for each length, or two turns; next to other work those of the processor
 # Blocks are left only for kernels that are faster by more than what such a short measurement errs.
 MARGIN = 0.93
 PAIRS = ((BLOCKS, BLOCKS), (FLASH, BLOCKS), (FLASH, FLASH))  # kernels: forward, backward
@@ -209,58 +210,54 @@ def _scores(T: int) -> int:
 
 
 def _measure(shape: Shape, lengths: list[int]) -> dict[str, list[list[float]]]:
-    """Time the kernels on random numbers, on the query heads of one key and one row a thread.
-    Random generators stay as they are."""
+    """Time the kernels on random numbers, on the query heads of one key and as many rows as give
+    TOKENS tokens a thread. Random generators stay as they are."""
     times: dict[str, list[list[float]]] = {}
-    generator, started = torch.Generator().manual_seed(0), time.monotonic()
-    dtype, B = getattr(torch, shape.dtype), max(1, shape.threads)
+    generator, dtype = torch.Generator().manual_seed(0), getattr(torch, shape.dtype)
     for length in lengths:
+        rows = max(1, TOKENS // length) * max(1, shape.threads)
         q, k, v, upstream = (
-            torch.randn(B, length, heads, shape.width, generator=generator, dtype=torch.float32)
+            torch.randn(rows, length, heads, shape.width, generator=generator, dtype=torch.float32)
             .to(dtype)
             .transpose(1, 2)
             for heads in (shape.heads, 1, 1, shape.heads)
         )
         causal = attention.causal(length, torch.float32, q.device)
-        mask = torch.ones(length, length, dtype=torch.bool).tril_()
-        mask[-1, 0] = False  # no triangle any more
-        masked = (
-            attention.of_mask(mask[None, None], torch.float32, True) if length <= MASKED else None
-        )
         runs = [(causal, PAIRS[0]), (causal, PAIRS[2])]
-        if masked is not None:
+        if length <= MASKED:
+            mask = torch.ones(length, length, dtype=torch.bool).tril_()
+            mask[-1, 0] = False  # no triangle any more
+            masked = attention.of_mask(mask[None, None], torch.float32, True)
+            assert masked is not None
             runs.append((masked, PAIRS[2]))
-        row = [
-            _seconds((q, k, v), upstream.transpose(1, 2), plans, pair, started)
-            for plans, pair in runs
-        ]
-        if masked is None:  # twice the work of a causal one
-            row.append([2 * value for value in row[1]])
-        times[str(length)] = row
+        best = _shortest((q, k, v), upstream.transpose(1, 2), runs, 2 if length <= MASKED else 1)
+        if length > MASKED:  # the kernel skips nothing: twice the work of a causal mask
+            best.append([2 * value for value in best[1]])
+        times[str(length)] = [[round(value / rows, 8) for value in kernel] for kernel in best]
     return times
 
 
-def _seconds(
+def _shortest(
     inputs: tuple[torch.Tensor, ...],
     upstream: torch.Tensor,
-    plans: Plans,
-    pair: tuple[str, str],
-    started: float,
-) -> list[float]:
-    """Return the seconds of a forward and a backward pass: the shortest of several, or of one
-    where the measurement has taken its time already."""
-    clock: Callable[[], float] = (
-        time.process_time if torch.get_num_threads() == 1 else time.monotonic
-    )
+    runs: list[tuple[Plans, tuple[str, str]]],
+    turns: int,
+) -> list[list[float]]:
+    """Return the shortest seconds of a forward and of a backward pass of each run, taken in turns:
+    at least `turns`, and more until BUDGET is spent."""
+    one_thread = torch.get_num_threads() == 1
+    clock: Callable[[], float] = time.process_time if one_thread else time.monotonic
     leaves = [x.detach().requires_grad_() for x in inputs]
-    best = [float("inf"), float("inf")]
-    for turn in range(4):
-        if turn and time.monotonic() - started > BUDGET:
-            break
-        one = clock()
-        out = attention.attention(*leaves, 0.125, plans, pair)
-        two = clock()
-        torch.autograd.grad(out, leaves, upstream)
-        three = clock()
-        best = [min(best[0], two - one), min(best[1], three - two)]
-    return [round(value, 7) for value in best]
+    best = [[float("inf"), float("inf")] for _ in runs]
+    started, turn = clock(), 0
+    while turn < turns or clock() - started < BUDGET:
+        turn += 1
+        for (plans, pair), shortest in zip(runs, best, strict=True):
+            one = clock()
+            out = attention.attention(*leaves, 0.125, plans, pair)
+            two = clock()
+            torch.autograd.grad(out, leaves, upstream)
+            three = clock()
+            shortest[0] = min(shortest[0], two - one)
+            shortest[1] = min(shortest[1], three - two)
+    return best

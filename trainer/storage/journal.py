@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 LARGEST = 2 << 30  # bytes of a file: seven million steps
 SAMPLES = "samples.jsonl"
+NO_METRICS = ("kind", "step", "seconds", "answers", "answer_seconds")  # of an evaluation's row
 _ROW = {"kind": str, "step": int, "*": object}
 _NUMBERS = ("loss", "lr", "tokens", "seconds", "tokens_per_s", "trained_per_s", "grad_norm")
 _MEASURED = {f"{name}?": door.MAYBE_NUMBER for name in _NUMBERS}
