@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from trainer.cluster.signals import Signals
 
 HERE = Path(__file__).parent
+_readings: list[Any] = []  # of the cores' use, when the command began
 COMMANDS = sorted(path.stem for path in HERE.glob("[a-z]*.py") if path.stem != "run")
 CONFIG = """\
 A config is composed from the files of conf/: one file of each group, then single values.
@@ -126,8 +127,10 @@ def train(argv: list[str]) -> int:
     from trainer.cluster import slurm_job
     from trainer.config import compose, flags
     from trainer.config.errors import explain
+    from trainer.speed import cpu_load
 
     slurm_job.exit_1_on_sigterm()
+    _readings.append(cpu_load.seconds())
     traced = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         chosen = flags.parse(argv, COMMANDS)
@@ -210,8 +213,13 @@ def _run(cfg: DictConfig, signals: Signals) -> float | None:
     from omegaconf import OmegaConf
 
     from trainer.cluster import slurm_job
-    from trainer.speed import fast_imports
+    from trainer.speed import fast_imports, threads
 
+    if cfg.threads == "auto" and _readings and threads.let_waiting_yield(_readings[0]):
+        logging.getLogger("trainer").info(
+            "other processes are busy: waiting threads yield (%s)",
+            ", ".join(f"{name}={value}" for name, value in threads.SHORT_SPIN.items()),
+        )
     with fast_imports.without_gc():
         from trainer.run import run
         from trainer.session import failures

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trainer.session import kernels
-from trainer.speed import attention_choice
+from trainer.speed import attention_choice, cpu_load
 
 
 def recipe(longest: int = 300, packing: bool = False, device: str = "cpu", **config: Any) -> Any:
@@ -93,6 +93,29 @@ def test_another_machine_measures_for_itself(measured):
 def test_nothing_is_timed_where_nothing_is_chosen(measured, changes):
     assert kernels.attention_of(recipe(**changes), None) is None
     assert not measured
+
+
+@pytest.mark.parametrize(
+    ("earlier", "count"),
+    [
+        (None, 3),  # as many as are free
+        ({"threads": 1}, 1),
+        ({}, 5),  # of an older version: what torch takes
+        ({"threads": 10**6}, 5),
+        ({"threads": "2"}, 5),
+    ],
+)
+def test_a_run_that_continues_has_the_same_threads(earlier, count, monkeypatch, caplog):
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(kernels.threads, "choose", lambda before, most: (most - 2, "two are busy"))
+    with caplog.at_level("INFO", logger="trainer"):
+        kernels.set_threads(recipe(), earlier, cpu_load.seconds())
+    assert chosen == [count]
+    assert f"threads: {count} (" in caplog.text
+    kernels.set_threads(recipe(device="meta"), earlier, cpu_load.seconds())
+    assert chosen == [count]
 
 
 def test_a_setting_decides_even_in_a_resumed_run(measured):

@@ -1,4 +1,4 @@
-"""The kernels of a run's attention, as the run and this machine allow."""
+"""The threads of a run and the kernels of its attention, as the run and this machine allow."""
 
 from __future__ import annotations
 
@@ -8,10 +8,28 @@ from typing import Any
 import torch
 
 from trainer.assembly.recipe import Recipe
-from trainer.speed import attention_choice
+from trainer.speed import attention_choice, cpu_load, threads
 from trainer.speed.attention_choice import Choice, Shape
+from trainer.speed.cpu_load import Seconds
 
 log = logging.getLogger("trainer")
+
+
+def set_threads(recipe: Recipe, earlier: dict[str, Any] | None, before: Seconds) -> None:
+    """Take as many threads as cores are free, on a CPU. A run that continues `earlier`, the content
+    of a run.yaml, takes as many as that had, since sums of other parts have other bits."""
+    if recipe.device.type != "cpu":
+        return
+    count = torch.get_num_threads()
+    if earlier is None:
+        count, reason = threads.choose(before, count)
+    else:
+        recorded = earlier.get("threads")
+        if isinstance(recorded, int) and 0 < recorded <= cpu_load.available():
+            count = recorded
+        reason = "as in the run that this one continues"
+    torch.set_num_threads(count)
+    log.info("threads: %d (%s)", count, reason)
 
 
 def attention_of(recipe: Recipe, earlier: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -168,6 +168,8 @@ class Session:
             CheckpointError, FolderError: see trainer.session.start_point.
         """
         identity = recipe.identity(self.choices)
+        if self.config["threads"] == "auto" and self.lightning_trainer.world_size == 1:
+            kernels.set_threads(recipe, self.earlier, self.cpu_before)
 
         def decide() -> StartPoint:
             start = find_start_point(self.run_folder, recipe, identity)
@@ -197,7 +199,8 @@ class Session:
                 start.earlier,
                 start.parent,
                 ends.record(recipe.ends, recipe.base.tokenizer),
-                start.attention,
+                {"threads": torch.get_num_threads()}
+                | ({"attention": start.attention} if start.attention is not None else {}),
             )
             self.run_folder.write_template(recipe.data.renderer.template)
         self.journal.rewind(-1 if start.fresh else start.step, cooled=not start.drops_cooldown)
@@ -323,7 +326,7 @@ def _skips(earlier: dict[str, Any], branch: dict[str, Any]) -> list[tuple[int, i
 def _set_up_process(config: dict[str, Any]) -> cpu_load.Seconds:
     """Set threads and memory of this process. Return the processor time used so far."""
     cpu_before = cpu_load.seconds()
-    if config["threads"] is not None:
+    if isinstance(config["threads"], int):
         torch.set_num_threads(config["threads"])
     if config["fused"]:
         malloc.keep_freed()

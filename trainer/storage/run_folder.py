@@ -197,11 +197,11 @@ class RunFolder:
         earlier: dict[str, Any] | None,
         parent: dict[str, Any] | None = None,
         answer_ends: dict[str, int] | None = None,
-        attention: dict[str, Any] | None = None,
+        machine: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Write run.yaml and return its content. A resumed run keeps its id, its list of starts and
         the parent that it branched off. `answer_ends` is from trainer.data.ends.record,
-        `attention` from trainer.session.kernels."""
+        `machine` the threads and kernels that a resumed run takes again."""
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": redact(
@@ -219,7 +219,7 @@ class RunFolder:
             "overrides": overrides,
             "identity": identity,
             "answer_ends": answer_ends or {},
-            **({"attention": attention} if attention is not None else {}),
+            **(machine or {}),
             "starts": [*(earlier["starts"] if earlier else []), start],
             "config": plain,
         }
