@@ -27,6 +27,7 @@ from trainer.models.heads import Head, captured_hidden, captured_layers, output_
 
 LOGITS = 12 << 20  # logits in a chunk: 256 positions of a vocabulary of 49152
 ON_GPU = 4 * LOGITS  # on a GPU larger chunks: the output weight is read once per chunk
+TILE = 128  # rows of a GPU's tile of a matrix product
 
 
 class NonFinite(RuntimeError):
@@ -35,8 +36,12 @@ class NonFinite(RuntimeError):
 
 def positions(vocabulary: int, device: str) -> int:
     """Return the default number of positions in a chunk. It falls with the vocabulary, so that the
-    memory of the logits hardly grows."""
-    return max(16, (LOGITS if device == "cpu" else ON_GPU) // max(1, vocabulary))
+    memory of the logits hardly grows. On a GPU it is a multiple of TILE, if it is that many: its
+    products have whole tiles."""
+    if device == "cpu":
+        return max(16, LOGITS // max(1, vocabulary))
+    count = ON_GPU // max(1, vocabulary)
+    return count // TILE * TILE if count >= TILE else max(16, count)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
