@@ -3,9 +3,9 @@
 On an Intel Xeon with AMX, SmolLM2's attention over 4096 tokens in bf16 took 440 ms forward and 784
 backward by blocks, and 131 and 714 by torch's flash kernel; over 256 tokens 12 and 21 against 6 and
 40. On other processors the order is another one. So both are timed at a few lengths, before the
-first step, in half a second, or a whole one with rows of 2048 and more. The times are cached for a
-machine, its thread count and the versions of torch and of this code, and recorded in run.yaml: what
-runs is computed from the times, so that a resumed run takes the same kernels.
+first step: 0.4 seconds for rows of up to 512 tokens, and one for longer ones. The times are cached
+for a machine, its thread count and the versions of torch and of this code, and recorded in
+run.yaml: what runs is computed from the times, so that a resumed run takes the same kernels.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ log = logging.getLogger("trainer")
 
 VERSION = 1  # of the kernels and of the measurement
 LENGTHS = (128, 256, 512, 1024, 2048)  # longer rows cost what their length squared says
-MASKED = 1024  # the longest row that is timed with a mask
-TOKENS = 512  # that a thread computes at a time, for short rows
-BUDGET = 0.08  # seconds for each length, or two turns; next to other work those of the processor
+MASKED = 512  # the longest row that is timed with a mask
+TOKENS = 1024  # that a thread computes at a time, in two rows at least: blocks multiply batches
+BUDGET = 0.05  # seconds for each length, or two turns; next to other work those of the processor
 # Blocks are left only for kernels that are faster by more than what such a short measurement errs.
 MARGIN = 0.93
 PAIRS = ((BLOCKS, BLOCKS), (FLASH, BLOCKS), (FLASH, FLASH))  # kernels: forward, backward
@@ -215,7 +215,7 @@ def _measure(shape: Shape, lengths: list[int]) -> dict[str, list[list[float]]]:
     times: dict[str, list[list[float]]] = {}
     generator, dtype = torch.Generator().manual_seed(0), getattr(torch, shape.dtype)
     for length in lengths:
-        rows = max(1, TOKENS // length) * max(1, shape.threads)
+        rows = max(2 if length < LENGTHS[-1] else 1, TOKENS // length) * max(1, shape.threads)
         q, k, v, upstream = (
             torch.randn(rows, length, heads, shape.width, generator=generator, dtype=torch.float32)
             .to(dtype)
@@ -230,7 +230,7 @@ def _measure(shape: Shape, lengths: list[int]) -> dict[str, list[list[float]]]:
             masked = attention.of_mask(mask[None, None], torch.float32, True)
             assert masked is not None
             runs.append((masked, PAIRS[2]))
-        best = _shortest((q, k, v), upstream.transpose(1, 2), runs, 2 if length <= MASKED else 1)
+        best = _shortest((q, k, v), upstream.transpose(1, 2), runs, 2 if rows > 1 else 1)
         if length > MASKED:  # the kernel skips nothing: twice the work of a causal mask
             best.append([2 * value for value in best[1]])
         times[str(length)] = [[round(value / rows, 8) for value in kernel] for kernel in best]
