@@ -5,7 +5,7 @@
 # make docs         install, regenerate docs/cli.md and docs/knobs.md, and build the pages into site/
 # make audit        install, and ask a database of advisories about every pin; it fails if that could not be asked
 # make test-matrix  run the light tests with the oldest and the newest of each bound, in environments of their own
-# make bench        install, and compare training speed with peers, in 10 minutes or so: tables and plots in runs/bench
+# make bench        install, and compare training speed with peers, in 15 minutes or so: tables and plots in runs/bench
 # The first that runs: a name on the PATH may be a version manager's that is not installed.
 ifndef PYTHON
 PYTHON := $(shell for name in python3 python3.13 python3.12 python3.11; do $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
@@ -39,7 +39,9 @@ test-matrix: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	-$(BIN)/python -m scripts.bench.train --install
 	$(BIN)/python -m scripts.bench.train out=runs/bench/chat data=chat batch_size=4 steps=7 warm=2 rounds=2 minutes=3
-	$(BIN)/python -m scripts.bench.train out=runs/bench/packed data=packed batch_size=4 steps=7 warm=2 rounds=2 minutes=3
+	$(BIN)/python -m scripts.bench.train out=runs/bench/packed-256 data=packed batch_size=4 steps=7 warm=2 rounds=2 minutes=3
+	$(BIN)/python -m scripts.bench.train out=runs/bench/packed-1024 data=packed length=1024 batch_size=1 steps=7 warm=2 rounds=2 minutes=2 contestants=[ours,hf_strongest]
+	$(BIN)/python -m scripts.bench.train out=runs/bench/packed-4096 data=packed length=4096 batch_size=1 steps=4 warm=1 rounds=2 minutes=4 contestants=[ours,hf_strongest]
 
 audit: $(VENV)/.installed
 	$(BIN)/python -m scripts.audit

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +83,38 @@ def test_contestants():
     assert found["b"] == ("hf", ["autocast=true"])
     assert found["c"] == ("ours_packed", ["x=1"])
     assert "ours_packed" not in contestants.contestants(options("data=packed"))
+
+
+def test_the_strongest_peer_leads(monkeypatch, tmp_path):
+    """It has bf16 adapters and our setting of malloc, which the plain one has not."""
+    from trainer.speed import malloc
+
+    found = contestants.contestants(options())
+    assert list(found)[:2] == ["ours", "hf_strongest"]
+    assert set(malloc.USER_SETTINGS) > set(contestants.ALLOCATOR)
+    environments, specs = [], []
+
+    def waited(command, env):
+        environments.append(env)
+        specs.append(json.loads(Path(command[-2]).read_text()))
+        Path(command[-1]).write_text(json.dumps({"ends": [2.0, 3.0]}))
+        return 1.0, None
+
+    monkeypatch.setattr(runs, "waited", waited)
+    (tmp_path / "rows.json").write_text("[]")
+    for name in ("hf_strongest", "hf"):
+        kind, settings = found[name]
+        runs.run_peer(options("envs=here"), {"rows": str(tmp_path / "rows.json")}, kind, settings)
+    assert [spec["adapter_dtype"] for spec in specs] == ["bfloat16", "float32"]
+    assert environments[0].items() > contestants.ALLOCATOR.items()
+    assert not (set(environments[1]) - set(os.environ)) & set(contestants.ALLOCATOR)
+
+
+def test_the_figures_can_be_posted():
+    made = table.figures(options(), RESULTS, "a machine")
+    assert json.loads(json.dumps(made)) == made
+    assert list(made["contestants"]) == ["ours", "ours_packed", "hf"]
+    assert made["ours over"] == {"hf": table.ratios(made["contestants"], "ours", "hf")}
 
 
 def test_a_result_is_of_its_settings():

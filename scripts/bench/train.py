@@ -9,14 +9,15 @@ All contestants have the same model, rows, tokens, labels, batches, precision, i
 optimiser (fused AdamW, clip 1.0, constant rate) and seed, and log at each step. The loss curves
 show that they do the same work: the table has each contestant's largest difference from ours. Each
 run is a process. The contestants run in turn, `rounds` times. Results go to OUT/results.jsonl, from
-which a stopped benchmark continues. Then OUT/train.md and OUT/train.svg are written. Use another
-OUT after a change of the program.
+which a stopped benchmark continues. Then OUT/train.md, train.json and train.svg are written. Use
+another OUT after a change of the program.
 
 Contestants: ours (`python -m trainer`), ours_packed (the same rows with packing=true; chat only),
-bare, hf, trl and litgpt. Their files in scripts/bench/peers/ describe the last four. `variants`
+bare, hf, trl and litgpt, whose files in scripts/bench/peers/ describe them. hf_strongest is hf with
+what costs it nothing: adapters in bf16 and our setting of malloc. It leads the table. `variants`
 adds more, by name: variants.compiled=[compile=true] has overrides of our config,
-variants.hf_bf16=[hf,adapter_dtype=bfloat16] the options adapter_dtype, autocast and
-gradient_checkpointing of a peer.
+variants.hf_bf16=[hf,adapter_dtype=bfloat16] the options adapter_dtype, autocast,
+gradient_checkpointing and allocator of a peer.
 
 Options, with their defaults:
   data=chat             chat: long prompts and short answers, padded to the longest row of a batch;
@@ -37,8 +38,9 @@ Options, with their defaults:
                         LitGPT always has bf16 adapters with bf16
   autocast=false gradient_checkpointing=false
                         TRL sets both by default; here both are off for all unless they are set
+  allocator=false       our setting of malloc for the peers, too
   rank=16 alpha=32 lr=2e-4 seed=0 device=cpu threads=null
-  contestants=[ours,ours_packed,bare,hf,trl,litgpt]
+  contestants=[ours,hf_strongest,ours_packed,bare,hf,trl,litgpt]
   variants={} extra=[]  extra: overrides for all of ours
   envs=~/.cache/graft/bench
                         folder of the peers' virtual environments; here: use this environment, as
@@ -74,7 +76,7 @@ from scripts.bench.peers.contestants import (
     parsed,
 )
 from scripts.bench.peers.runs import run_ours, run_peer, waited
-from scripts.bench.peers.table import described, plot, summary, table
+from scripts.bench.peers.table import described, figures, plot, summary, table
 from scripts.bench.peers.work import digest, prepare
 
 # the options that change the rows or the initial adapter
@@ -250,6 +252,8 @@ def main() -> int:
     command = shlex.join(["python", "-m", "scripts.bench.train", *arguments])
     text = table(options, done, skipped, described(options, spec, done, command))
     (out / "train.md").write_text(text, "utf-8")
+    content = figures(options, done, text.partition("\n\n|")[0])
+    (out / "train.json").write_text(json.dumps(content, indent=1), "utf-8")
     plot(options, done, out / "train.svg")
     print(f"\n{text}\n{out / 'train.md'}, {out / 'train.svg'}")
     return 0

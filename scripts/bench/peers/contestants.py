@@ -31,13 +31,14 @@ DEFAULTS: dict[str, Any] = {
     "adapter_dtype": "float32",
     "autocast": False,
     "gradient_checkpointing": False,
+    "allocator": False,
     "rank": 16,
     "alpha": 32,
     "lr": 2e-4,
     "seed": 0,
     "device": "cpu",
     "threads": None,
-    "contestants": ["ours", "ours_packed", "bare", "hf", "trl", "litgpt"],
+    "contestants": ["ours", "hf_strongest", "ours_packed", "bare", "hf", "trl", "litgpt"],
     "variants": {},
     "extra": [],
     "envs": "~/.cache/graft/bench",
@@ -51,7 +52,11 @@ REQUIREMENTS = {
     "litgpt": ["litgpt==0.5.13"],
 }
 NOT_INSTALLED: dict[Path, str] = {}
-OF_A_PEER = ("adapter_dtype", "autocast", "gradient_checkpointing")
+OF_A_PEER = ("adapter_dtype", "autocast", "gradient_checkpointing", "allocator")
+# HF Trainer with what costs it nothing: adapters in bf16, and malloc as trainer.speed.malloc sets
+# it. It is the first to be compared with.
+STRONGEST = {"hf_strongest": ("hf", ["adapter_dtype=bfloat16", "allocator=true"])}
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
 
 def parsed(arguments: list[str]) -> dict[str, Any]:
@@ -93,10 +98,13 @@ def contestants(options: dict[str, Any]) -> dict[str, tuple[str, list[str]]]:
     """
     found: dict[str, tuple[str, list[str]]] = {}
     for name in options["contestants"]:
+        if name in STRONGEST:
+            found[name] = STRONGEST[name][0], list(STRONGEST[name][1])
+            continue
         if name not in ("ours", "ours_packed", *PEERS):
             raise ValueError(
-                f"no contestant {name}; there are ours, ours_packed, {', '.join(PEERS)}; others are"
-                " variants.NAME=[...]"
+                f"no contestant {name}; there are ours, ours_packed, hf_strongest,"
+                f" {', '.join(PEERS)}; others are variants.NAME=[...]"
             )
         if name != "ours_packed" or options["data"] == "chat":
             found[name] = name, []

@@ -16,7 +16,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from scripts.bench.peers.contestants import OF_A_PEER, PEERS, ROOT, environment, interpreter
+from scripts.bench.peers.contestants import (
+    ALLOCATOR,
+    OF_A_PEER,
+    PEERS,
+    ROOT,
+    environment,
+    interpreter,
+)
 from scripts.bench.peers.work import overrides
 
 
@@ -120,7 +127,7 @@ def run_peer(
         name: value
         for name, value in environment(options).items()
         if name != "PYTHONPATH" or options["envs"] == "here"
-    }
+    } | (ALLOCATOR if settings["allocator"] else {})
     with tempfile.TemporaryDirectory() as temporary:
         spec_file, result_file = Path(temporary) / "spec.json", Path(temporary) / "result.json"
         spec_file.write_text(json.dumps(settings), "utf-8")

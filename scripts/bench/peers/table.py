@@ -110,6 +110,25 @@ def table(
     return "\n".join(lines) + "\n"
 
 
+def figures(
+    options: dict[str, Any], results: dict[str, list[dict[str, Any]]], about: str
+) -> dict[str, Any]:
+    """Return the numbers of the table, to be posted or compared: for each contestant the values of
+    all rounds, and the medians of ours over each peer's."""
+    cuda, who = options["device"] == "cuda", contestants(options)
+    numbers = {name: summary(runs, options["warm"], cuda) for name, runs in results.items() if runs}
+    return {
+        "about": about,
+        "options": options,
+        "contestants": {name: numbers[name] for name in who if name in numbers},
+        "ours over": {
+            name: ratios(numbers, "ours", name)
+            for name, (kind, _) in who.items()
+            if kind in PEERS and name in numbers and "ours" in numbers
+        },
+    }
+
+
 def bars(
     options: dict[str, Any], results: dict[str, list[dict[str, Any]]]
 ) -> dict[str, tuple[list[str], list[list[float]]]]:
