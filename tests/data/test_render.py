@@ -466,6 +466,24 @@ def test_prompts_that_are_not_tokenised_again_give_what_those_that_are_give(
         assert any(isinstance(one, str) for one in found)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_prepared_together_are_those_rendered_alone(tiny, shape):
+    """Their texts are tokenised in one call; a row that was not prepared is as good."""
+    template = SHAPES[shape][0]
+    alone, together = made(tiny.tokenizer, template), made(tiny.tokenizer, template)
+    examples = [conversation(seed, 1 + seed % 3, seed % 2 == 0) for seed in range(12)]
+    examples += [chat("same", "words"), chat("same", "words")]
+    calls = []
+    tokenise = together._encode._all
+    together._encode._all = lambda texts: calls.append(len(texts)) or tokenise(texts)
+    together.prepare(examples)
+    assert calls == [len(together._encode._known)]
+    assert calls[0] >= 12
+    order = [*reversed(examples), conversation(99, 2, True)]
+    assert [outcome(together, one) for one in order] == [outcome(alone, one) for one in order]
+    assert not together._prepared
+
+
 def test_a_prompt_is_tokenised_from_its_last_special_token_on_and_once(tiny, monkeypatch):
     renderer = made(tiny.tokenizer, UNMARKED)
     asked: list[str] = []

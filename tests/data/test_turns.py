@@ -29,8 +29,9 @@ from tests.toys.chat_templates import (
 )
 from trainer.data.batches import Collate
 from trainer.data.chat_template import ChatTemplate, with_defaults
+from trainer.data.encoding import plain_ids
 from trainer.data.packing import pack
-from trainer.data.render import Renderer, plain_ids
+from trainer.data.render import Renderer
 from trainer.data.rows import Rows, tokenise
 from trainer.data.streaming import StreamingBatches
 

@@ -11,14 +11,15 @@ falls back to training on everything. What a row says and its text does not is a
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tasks.reading import DataError
+from tasks.reading import Bad, DataError
 from tasks.task import Conversation, Example, Labelled, Text
 from trainer.data.chat_template import ChatTemplate, Refused, Span
+from trainer.data.encoding import Encoder, plain_ids
 from trainer.data.lost import explained, lost
 from trainer.data.turns import Turn, turns
 from trainer.models.base import BaseError
@@ -76,11 +77,8 @@ class Renderer:
         self.on_lost = getattr(task, "on_lost", "error")
         self.may_lose = hasattr(task, "on_lost")
         self.variables = dict(getattr(task, "chat_template_kwargs", None) or {})
-        self.labels = (
-            {label: index for index, label in enumerate(task.labels)}
-            if task.kind == "label"
-            else {}
-        )
+        labels = task.labels if task.kind == "label" else []
+        self.labels = {label: index for index, label in enumerate(labels)}
         self.special = dict(tokenizer.special_tokens_map)
         added = tokenizer.added_tokens_decoder
         self.ends = set(tokenizer.all_special_ids) | {
@@ -94,6 +92,9 @@ class Renderer:
             if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
         }
         self._tails: dict[str, list[int]] = {}
+        self._encode = Encoder(tokenizer)
+        # by identity: an example, and its texts or the reason why it has none
+        self._prepared: dict[int, tuple[Example, list[Turn] | Refused]] = {}
         self.use(
             template(_template_name(task, tokenizer, decoder_start), tokenizer)
             if task.kind == "conversation"
@@ -116,6 +117,24 @@ class Renderer:
     def __call__(self, example: Example) -> Tokens:
         """Return the last sequence of `render`: the one that ends in the last trained answer."""
         return self.render(example).sequences[-1]
+
+    def prepare(self, examples: Iterable[Example | Bad]) -> None:
+        """Tokenise the texts of the conversations that will be rendered next in one call."""
+        self._prepared.clear()
+        texts: list[str] = []
+        for example in examples:
+            if not isinstance(example, Conversation):
+                continue
+            if (chosen := self._template_for(example.tools)) is None:
+                continue
+            try:
+                parts: list[Turn] | Refused = turns(chosen, example, self.train_on)
+            except Refused as refusal:
+                parts = refusal
+            else:
+                texts += [part.text for part in parts]
+            self._prepared[id(example)] = example, parts
+        self._encode.ahead(texts)
 
     def render(self, example: Example) -> Rendered:
         """Return all tokens of an example, without a limit on their number.
@@ -141,7 +160,10 @@ class Renderer:
             answers = {i for i, m in enumerate(example.messages) if m["role"] == "assistant"}
             missing = self._lost(example, [Turn(text, [], len(example.messages), answers)], None)
             return Rendered([self._plain(example)], missing, [*example.unread])
-        parts = turns(chosen, example, self.train_on)
+        _, parts = self._prepared.pop(id(example), (example, None))
+        if isinstance(parts, Refused):
+            raise parts
+        parts = turns(chosen, example, self.train_on) if parts is None else parts
         missing = self._lost(example, parts, chosen)
         rows = []
         for part in parts:
@@ -257,17 +279,6 @@ class Renderer:
         if tools and "tool_use" in self.templates:
             return self.templates["tool_use"]
         return self.templates.get("default")
-
-    def _encode(self, text: str) -> tuple[list[int], Callable[[int], Span]]:
-        """Return the ids, and a function that gives the span of the i-th of them in the text. The
-        spans of all ids would take half as long as tokenising."""
-        encoded = self.tokenizer(
-            [text],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
-        return encoded["input_ids"][0], encoded.encodings[0].token_to_chars
 
     def _aligned(self, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
         """Return the ids of the text, and whether each is in a span. The start of every span is
@@ -386,13 +397,3 @@ def template(chosen: str | None, tokenizer: Any) -> str | dict[str, str] | None:
             " Jinja file, or to none (prompt and answer joined as they are)"
         )
     return tokenizer.chat_template
-
-
-def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of a text alone. A text that brings the token that the tokenizer puts before
-    every text has it once."""
-    ids = tokenizer(text)["input_ids"]
-    first, name = tokenizer.bos_token_id, tokenizer.bos_token
-    if first is not None and ids[:2] == [first, first] and text.startswith(name):
-        return ids[1:]
-    return ids

@@ -16,6 +16,7 @@ from tasks.task import Conversation, Example
 from trainer.data.chat_template import Refused
 from trainer.data.render import Rendered, Renderer
 
+TOGETHER = 256  # examples whose texts are tokenised in one call
 # A worker process keeps its renderer between chunks: pickling it with each chunk would take longer
 # than tokenising.
 _renderer: Renderer | None = None
@@ -29,6 +30,7 @@ def _start_worker(renderer: Renderer) -> None:
 
 def _render_chunk(chunk: list[Example | Bad]) -> list[tuple[str, Rendered | str]]:
     assert _renderer is not None
+    _renderer.prepare(chunk)
     return [render_one(example, _renderer) for example in chunk]
 
 
@@ -58,8 +60,10 @@ def rendered(
         DataError: a worker process was killed.
     """
     if processes <= 1:
-        for example in examples:
-            yield render_one(example, renderer)
+        for chunk in chunks(examples, TOGETHER):
+            renderer.prepare(chunk)
+            for example in chunk:
+                yield render_one(example, renderer)
         return
     # Not multiprocessing.Pool: it waits forever for the results of a process that was killed.
     pool = ProcessPoolExecutor(
@@ -67,7 +71,7 @@ def rendered(
     )
     shares: deque[Future[list[tuple[str, Rendered | str]]]] = deque()
     try:
-        for chunk in chunks(examples, 256):
+        for chunk in chunks(examples, TOGETHER):
             shares.append(pool.submit(_render_chunk, chunk))
             if len(shares) > 2 * processes:
                 yield from shares.popleft().result()

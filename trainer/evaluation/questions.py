@@ -10,7 +10,7 @@ from typing import Any
 from tasks.reading import DataError
 from trainer.assembly.rows import add_prompts, load_data
 from trainer.assembly.trained import Trained
-from trainer.data.render import plain_ids
+from trainer.data.encoding import plain_ids
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from trainer.assembly.chosen_drafter import drafter_of, generation_config
 from trainer.assembly.trained import Trained
 from trainer.config.decoding_options import DrafterOptions, SamplingOptions
 from trainer.config.shown import shown
-from trainer.data.render import plain_ids
+from trainer.data.encoding import plain_ids
 from trainer.decoding import positions
 from trainer.decoding.plugin import assist, refusal
 from trainer.drafters import DrafterError
