@@ -171,6 +171,24 @@ def test_chunks_give_what_full_logits_give(chunk, dtype, tolerance):
     assert float(also_right) == guessed
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_whole_tiles_on_a_gpu_give_the_loss_of_all_logits(dtype, tolerance):
+    torch.manual_seed(0)
+    vocabulary = 128256
+    head = nn.Linear(64, vocabulary, bias=False, device="cuda", dtype=dtype).requires_grad_(False)
+    hidden = torch.randn(900, 64, device="cuda", dtype=dtype, requires_grad=True)
+    targets = torch.randint(0, vocabulary, (900,), device="cuda")
+    loss, _ = chunked_cross_entropy(hidden, targets, head, positions(vocabulary, "cuda"))
+    (grad,) = torch.autograd.grad(loss, hidden)
+    exact = hidden.detach().double().requires_grad_()
+    wanted = F.cross_entropy(exact @ head.weight.double().T, targets, reduction="sum")
+    (wanted_grad,) = torch.autograd.grad(wanted, exact)
+    torch.testing.assert_close(loss.double(), wanted, rtol=tolerance, atol=0)
+    error = (grad.double() - wanted_grad).abs().max()
+    assert error < 5 * tolerance * wanted_grad.abs().max()
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 10])
 def test_weights_count_each_loss_as_often_as_they_say(chunk):
     torch.manual_seed(0)
