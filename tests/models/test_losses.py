@@ -32,7 +32,13 @@ from trainer.data.render import Tokens
 from trainer.drafters import Target
 from trainer.drafters.parallel import ParallelHeads
 from trainer.models.heads import captured_hidden, output_head
-from trainer.models.losses import CausalLoss, ClassLoss, chunked_cross_entropy, positions
+from trainer.models.losses import (
+    CausalLoss,
+    ClassLoss,
+    chunked_cross_entropy,
+    largest,
+    positions,
+)
 
 SHAPE = {
     "vocab_size": 64,
@@ -169,6 +175,19 @@ def test_chunks_give_what_full_logits_give(chunk, dtype, tolerance):
         )
     assert float(again) == pytest.approx(float(loss.detach()), rel=1e-6)
     assert float(also_right) == guessed
+
+
+@pytest.mark.parametrize("vocabulary", [3, 511, 512, 513, 1000, 1024, 5003])
+def test_the_largest_logit_and_its_first_place_are_those_of_argmax(vocabulary):
+    draw = torch.Generator().manual_seed(vocabulary)
+    # of so few numbers that most rows have several largest ones
+    tied = torch.randint(0, 4, (300, vocabulary), generator=draw).float()
+    apart = torch.randn(300, vocabulary, generator=draw)
+    apart[:20, -1] = apart[20:40, 0] = 9.0  # at the ends, of which the last block is shorter
+    for logits in (tied, apart, -apart.abs(), torch.zeros(3, vocabulary)):
+        most, place = largest(logits)
+        assert torch.equal(most, logits.amax(-1, keepdim=True))
+        assert torch.equal(place, logits.argmax(-1))
 
 
 @pytest.mark.gpu

@@ -27,6 +27,7 @@ from trainer.models.heads import Head, captured_hidden, captured_layers, output_
 
 LOGITS = 12 << 20  # logits in a chunk: 256 positions of a vocabulary of 49152
 ON_GPU = 4 * LOGITS  # on a GPU larger chunks: the output weight is read once per chunk
+BLOCK = 256  # logits of which the largest is looked for first
 TILE = 128  # rows of a GPU's tile of a matrix product
 
 
@@ -80,11 +81,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 part = hidden[rows].detach().requires_grad_(True)
                 logits = head(part)
             exact = logits.detach().float()
-            best[rows], among[rows] = _right(exact, targets[rows], top)
+            most, guess = largest(exact)
+            best[rows], among[rows] = _right(exact, targets[rows], guess, top)
             # By hand, since autograd would save twice as many numbers of a chunk's size.
             # log Σ exp comes from the largest logit and its probability, which is at least 1 / V:
             # one pass over the exponentials instead of two.
-            ahead = exact.amax(-1, keepdim=True) - exact.gather(-1, target)
+            ahead = most - exact.gather(-1, target)
             slopes = F.softmax(exact, dim=-1)
             del exact
             losses = ahead - slopes.amax(-1, keepdim=True).log()
@@ -160,14 +162,35 @@ def chunked_predictions(
         else:
             each = F.cross_entropy(logits, targets[rows], reduction="none")
             loss = loss + (each * weights[rows]).sum()
-        right.append(_right(logits, targets[start : start + chunk], top))
+        _, guess = largest(logits)
+        right.append(_right(logits, targets[start : start + chunk], guess, top))
         del logits  # before the next chunk's exist
     best, among = (torch.cat(parts) for parts in zip(*right, strict=True))
     return loss, best, among
 
 
-def _right(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    best = logits.argmax(-1) == targets
+def largest(logits: Float[Tensor, "n V"]) -> tuple[Float[Tensor, "n 1"], Int[Tensor, " n"]]:
+    """Return the largest logit of each row, and the first place where it is.
+
+    On a CPU torch's argmax takes 6.6 times as long as its amax, 38 ms for 256 rows of 49152. So the
+    largest of each BLOCK logits is looked for first, and its place in that block alone: 7.3 ms for
+    both results.
+    """
+    V = logits.shape[-1]
+    if logits.device.type != "cpu" or V < 2 * BLOCK:
+        return logits.amax(-1, keepdim=True), logits.argmax(-1)
+    whole = V // BLOCK * BLOCK
+    most = logits[:, :whole].unflatten(-1, (-1, BLOCK)).amax(-1)
+    if whole < V:
+        most = torch.cat([most, logits[:, whole:].amax(-1, keepdim=True)], -1)
+    block = most.argmax(-1, keepdim=True)
+    places = (block * BLOCK + torch.arange(BLOCK)).clamp_(max=V - 1)
+    inside = logits.gather(-1, places).argmax(-1, keepdim=True)
+    return most.gather(-1, block), places.gather(-1, inside).squeeze(-1)
+
+
+def _right(logits: Tensor, targets: Tensor, guess: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    best = guess == targets
     if top == 1:
         return best, best
     return best, (
