@@ -86,11 +86,10 @@ class Summary:
     @property
     def metrics(self) -> list[str]:
         """Names of the held-out numbers, in the order of the journal."""
-        names = dict.fromkeys(name for row in self.rows["evaluation"] for name in row)
         rows = self.rows["evaluation"]
-        skipped = ("kind", "step", "seconds")
-        numbers = (n for n in names if n not in skipped and any(is_number(r.get(n)) for r in rows))
-        return list(numbers)
+        every = dict.fromkeys(name for row in rows for name in row)
+        names = [name for name in every if name not in journal.NO_METRICS]
+        return [name for name in names if any(is_number(row.get(name)) for row in rows)]
 
     @cached_property
     def best_row(self) -> dict[str, Any]:
