@@ -45,7 +45,7 @@ def prepared(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     from trainer.assembly.build import instantiate
     from trainer.config import compose
     from trainer.models import precision
-    from trainer.speed import fused, liger, malloc
+    from trainer.speed import attention_choice, fused, liger, malloc
 
     quiet.quiet()
     words = [f"base={options['base']}", "task=completion", "task.path=x", *options["overrides"]]
@@ -59,7 +59,15 @@ def prepared(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     model = described.load(dtype, None, device)
     if plain["fused"]:
         malloc.keep_freed()
-        print(f"fused: {liger.put_in(model) if plain['fused'] == 'liger' else fused.fuse(model)}")
+        shape = attention_choice.shape_of(model.config.get_text_config(), dtype)
+        choice = None
+        if shape is not None and device.type == "cpu":
+            setting = plain["cpu_attention"]
+            choice = attention_choice.choose(setting, shape, options["length"])
+        if choice is not None:
+            print(f"attention: {choice.describe()}")
+        own = plain["fused"] != "liger"
+        print(f"fused: {fused.fuse(model, choice) if own else liger.put_in(model)}")
     model = adapter.attach(model, Start())
     module = instantiate(plain["objective"])(
         model=model,

@@ -9,7 +9,7 @@ import torch
 
 from trainer.assembly.recipe import Recipe
 from trainer.speed import attention_choice, cpu_load, threads
-from trainer.speed.attention_choice import Choice, Shape
+from trainer.speed.attention_choice import Choice
 from trainer.speed.cpu_load import Seconds
 
 log = logging.getLogger("trainer")
@@ -47,25 +47,13 @@ def attention_of(recipe: Recipe, earlier: dict[str, Any] | None) -> dict[str, An
         if choice is None and content is None:
             return None
     if choice is None and not (setting == "auto" and config["deterministic"]):
-        shape = _shape(recipe)
+        dtype = torch.bfloat16 if recipe.precision == "bf16-mixed" else recipe.dtype
+        shape = attention_choice.shape_of(recipe.base.config.get_text_config(), dtype)
         choice = attention_choice.choose(setting, shape, _longest(recipe)) if shape else None
     if choice is None:
         return None
     log.info("attention: %s (cpu_attention=%s)", choice.describe(), setting)
     return choice.record()
-
-
-def _shape(recipe: Recipe) -> Shape | None:
-    """Return the shape of the base's attention; None if its config does not say it."""
-    config = recipe.base.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    if not isinstance(heads, int) or not isinstance(getattr(config, "hidden_size", None), int):
-        return None
-    keys = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    dtype = torch.bfloat16 if recipe.precision == "bf16-mixed" else recipe.dtype
-    name = str(dtype).removeprefix("torch.")
-    return Shape(max(1, heads // keys), width, name, torch.get_num_threads())
 
 
 def _longest(recipe: Recipe) -> int:

@@ -50,6 +50,18 @@ class Shape(NamedTuple):
     threads: int
 
 
+def shape_of(config: Any, dtype: torch.dtype) -> Shape | None:
+    """Return the shape of a model's attention in this process; None if its config does not say
+    it."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int) or not isinstance(getattr(config, "hidden_size", None), int):
+        return None
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    name = str(dtype).removeprefix("torch.")
+    return Shape(max(1, heads // keys), width, name, torch.get_num_threads())
+
+
 @dataclass
 class Choice:
     """Chooses the kernels of a batch. `times` has, for each length as text, the seconds of
