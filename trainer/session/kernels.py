@@ -8,11 +8,21 @@ from typing import Any
 import torch
 
 from trainer.assembly.recipe import Recipe
-from trainer.speed import attention_choice, cpu_load, threads
+from trainer.speed import attention_choice, cpu_load, malloc, threads
 from trainer.speed.attention_choice import Choice
 from trainer.speed.cpu_load import Seconds
 
 log = logging.getLogger("trainer")
+
+
+def set_up_process(config: dict[str, Any]) -> Seconds:
+    """Set threads and memory of this process. Return the processor time used so far."""
+    cpu_before = cpu_load.seconds()
+    if isinstance(config["threads"], int):
+        torch.set_num_threads(config["threads"])
+    if config["fused"]:
+        malloc.keep_freed()
+    return cpu_before
 
 
 def set_threads(recipe: Recipe, earlier: dict[str, Any] | None, before: Seconds) -> None:

@@ -44,7 +44,7 @@ from trainer.session import kernels, report_html, results
 from trainer.session.inspect import check_before_start, refuse_monitor
 from trainer.session.model import LoadedModel, calibrate_penalty, load_model
 from trainer.session.start_point import StartPoint, drop_cooldown, find_start_point
-from trainer.speed import cpu_load, malloc
+from trainer.speed import cpu_load
 from trainer.storage import atomic, checkpoints
 from trainer.storage.journal import Journal
 from trainer.storage.run_folder import FolderError, RunFolder, read, rollbacks_of
@@ -112,7 +112,7 @@ class Session:
                         dashboards,
                         Journal(run_folder.path, [], trainer.is_global_zero),
                         owns_process_group,
-                        _set_up_process(config),
+                        kernels.set_up_process(config),
                     )
             except SystemExit:
                 if signals.received is None:
@@ -321,16 +321,6 @@ def _skips(earlier: dict[str, Any], branch: dict[str, Any]) -> list[tuple[int, i
         for back in rollbacks_of(earlier)
         if not branch or back["at"] <= branch["step"] or earlier.get("parent")
     ]
-
-
-def _set_up_process(config: dict[str, Any]) -> cpu_load.Seconds:
-    """Set threads and memory of this process. Return the processor time used so far."""
-    cpu_before = cpu_load.seconds()
-    if isinstance(config["threads"], int):
-        torch.set_num_threads(config["threads"])
-    if config["fused"]:
-        malloc.keep_freed()
-    return cpu_before
 
 
 def _prompt_count(config: dict[str, Any]) -> int:
