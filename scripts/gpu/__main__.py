@@ -56,8 +56,8 @@ def main(words: list[str]) -> int:
         return 2
     out = Path(options["out"]).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    began, results = time.monotonic(), []
-    python = sys.executable
+    began, python = time.monotonic(), sys.executable
+    results: list[dict[str, Any]] = []
     if options["wheels"]:
         result, python = install(Path(options["wheels"]).resolve(), out)
         results.append(result)

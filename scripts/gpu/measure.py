@@ -280,6 +280,15 @@ def eagle3(options: dict[str, Any]) -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
+def trained(options: dict[str, Any]) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return the sides of training an adapter."""
+    batch = batch_of(options, 512 if options["shape"] == "tiny" else VOCABULARY)
+    return {
+        "ours": lambda: measured(ours(options), batch, options),
+        "HF + PEFT": lambda: measured(with_peft(options), batch, options),
+    }
+
+
 def about(options: dict[str, Any]) -> str:
     """Describe machine and versions."""
     import peft
@@ -307,14 +316,7 @@ def main() -> int:
     if options["method"] == "eagle3":
         peer, sides = "all logits", eagle3(options)
     else:
-        vocabulary = 512 if options["shape"] == "tiny" else VOCABULARY
-        batch = batch_of(options, vocabulary)
-        makers = {"ours": ours, "HF + PEFT": with_peft}
-        peer = "HF + PEFT"
-        sides = {
-            name: lambda maker=maker: measured(maker(options), batch, options)  # type: ignore[misc]
-            for name, maker in makers.items()
-        }
+        peer, sides = "HF + PEFT", trained(options)
     result: dict[str, Any] = {"about": about(options), "peer": peer, "sides": {}, "problems": {}}
     for name, measure in sides.items():
         try:

@@ -163,8 +163,8 @@ def recorded(content: Any) -> Choice | None:
         shape = Shape(*content["shape"])
         if any(len(kernels) != 3 for kernels in times.values()) or not _plausible(shape, times):
             return None
-        fixed = tuple(content["fixed"]) if content["fixed"] else None
-        if fixed is not None and fixed not in PAIRS:
+        fixed = next((pair for pair in PAIRS if list(pair) == content["fixed"]), None)
+        if fixed is None and content["fixed"] is not None:
             return None
         return Choice(content["machine"], shape, times, fixed)
     except (AttributeError, KeyError, TypeError, ValueError):
