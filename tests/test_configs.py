@@ -31,7 +31,7 @@ NEEDED = {
     "experiment/mtp_bytes": ["task.path=rows.jsonl"],
     **{
         f"experiment/{head}_chat": ["task.path=rows.jsonl"]
-        for head in ("eagle", "eagle3", "medusa", "medusa2", "hydra", "hydra_plus")
+        for head in ("dspark", "eagle", "eagle3", "medusa", "medusa2", "hydra", "hydra_plus")
     },
 }
 # What code gives when it calls what a file names; the first comments say so.

@@ -422,7 +422,10 @@ ADAPTERS: dict[str, list[str]] = {
     "spiel": SPIEL,
     "supertuning": [],
 }
+BLOCK = ["drafter.aux_layers=[0,1,2]", "drafter.offsets=2", "drafter.draft_layers=1"]
 DRAFTERS: dict[str, list[str]] = {
+    "dflash": BLOCK,
+    "dspark": [*BLOCK, "drafter.markov_rank=4"],
     "eagle": ["drafter.noise=0", "drafter.offsets=2"],
     "eagle3": ["drafter.aux_layers=[0,1,2]", *EAGLE3[3:]],
     "hydra": ["drafter.offsets=2"],

@@ -162,6 +162,7 @@ class Distillation:
 
         ce = - Σ p log q        kl = Σ p log (p / q)        tv = 1 - α
         lk_alpha = - log α      lk_hybrid = w kl + (1 - w) tv
+        ce_l1 = ce · ce + l1 · Σ |q - p|, of block drafters only
         α = Σ min(p, q), the probability that a token drawn from q is accepted
         w = exp(- eta α), a constant for the slope
 
@@ -186,6 +187,8 @@ class Distillation:
     fast: bool = True  # whether ce and kl may use `quickly` instead of `loss`
     topk: int | None = None
     topk_weight: float = 1.0
+    ce: float = 0.1  # of ce_l1
+    l1: float = 0.9
 
     @property
     def quick(self) -> bool:
@@ -241,13 +244,19 @@ class Distillation:
         q = log_q.exp()
         acceptance = torch.minimum(p, q).sum(-1)
         whole = p if self.vocabulary is None else _renormalised(p)
-        if self.kind in ("ce", "kl", "lk_hybrid"):
+        if self.kind in ("ce", "kl", "lk_hybrid", "ce_l1"):
             ce = -(whole * log_q).sum(-1)
             kl = ce + torch.xlogy(whole, whole).sum(-1)
-            if self.kind != "lk_hybrid":
+            if self.kind in ("ce", "kl"):
                 return (ce if self.kind == "ce" else kl), q - whole, acceptance
         below = (q < p).float()  # where raising q raises α
         rise = q * (below - (below * q).sum(-1, keepdim=True))
+        if self.kind == "ce_l1":  # Σ |q - p| = 2 (1 - α)
+            return (
+                self.ce * ce + 2 * self.l1 * (1 - acceptance),
+                self.ce * (q - whole) - 2 * self.l1 * rise,
+                acceptance,
+            )
         if self.kind == "tv":
             return 1 - acceptance, -rise, acceptance
         if self.kind == "lk_alpha":

@@ -1,0 +1,366 @@
+"""Block drafters against a loop over anchors in plain float64, one block at a time without any
+mask."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.toys import adapters as toys
+from tests.toys.eagle import SIZE, TINY, knobs, llama, made, rms, rotated
+from tests.toys.packed_rows import APART, PACKED, ROWS, output_of
+from trainer.decoding import trees
+from trainer.decoding.sampling import Sampling
+from trainer.decoding.speculative import Strategy, generate, generate_batch
+from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, io
+from trainer.drafters.block import Block, context_layers
+from trainer.models.heads import captured_hidden, captured_layers, decoder_of
+
+FEATURES = 3 * SIZE
+TOY = {"offsets": 3, "aux_layers": [0, 1, 2], "markov_rank": 6, "draft_layers": 2}
+
+
+def block(model, name="dspark", **changes):
+    return made(Block, model, **knobs(name, **(TOY | changes)))
+
+
+def slots(drafter, model, context, tokens, place, anchor):
+    """u (K, d) of one block, from the context's states (s, f) before the anchor."""
+    w = {name: tensor.double() for name, tensor in drafter.state().items()}
+    config = drafter.family.config
+    eps, size = config.rms_norm_eps, config.head_dim
+    theta = config.rope_parameters["rope_theta"]
+    table = model.get_input_embeddings().weight.detach().double()
+    count = drafter.offsets
+    mask = int(drafter.mask_token)
+    z = table[torch.tensor([tokens[anchor], *[mask] * (count - 1)])]
+    c = rms(context.double() @ w["fc.weight"].T, w["context_norm.weight"], eps)
+    places = [*range(place - len(context), place), *range(place, place + count)]
+    for n in range(len(drafter.blocks)):
+        p = {k.removeprefix(f"blocks.{n}."): v for k, v in w.items() if f"blocks.{n}." in k}
+        x = rms(z, p["input_layernorm.weight"], eps)
+        both = torch.cat([c, x])
+
+        def heads(states, name, normed, p=p):
+            out = (states @ p[f"self_attn.{name}_proj.weight"].T).unflatten(-1, (-1, size))
+            return rms(out, p[f"self_attn.{name}_norm.weight"], eps) if normed else out
+
+        q = rotated(heads(x, "q", True).transpose(0, 1), places[len(context) :], theta)
+        k = rotated(heads(both, "k", True).transpose(0, 1), places, theta)
+        v = heads(both, "v", False).transpose(0, 1)
+        groups = len(q) // len(k)
+        k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+        mixed = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(size), -1) @ v
+        z = z + mixed.transpose(0, 1).flatten(1) @ p["self_attn.o_proj.weight"].T
+        x = rms(z, p["post_attention_layernorm.weight"], eps)
+        gate = torch.nn.functional.silu(x @ p["mlp.gate_proj.weight"].T)
+        z = z + (gate * (x @ p["mlp.up_proj.weight"].T)) @ p["mlp.down_proj.weight"].T
+    return rms(z, w["norm.weight"], eps)
+
+
+def naive(drafter, model, states):
+    """(loss, numbers) of all anchors of all rows."""
+    w = {name: tensor.double() for name, tensor in drafter.state().items()}
+    head = model.get_output_embeddings().weight.detach().double()
+    total = torch.zeros((), dtype=torch.float64)
+    numbers = torch.zeros(drafter.offsets, 7, dtype=torch.float64)
+    errors = torch.zeros(drafter.offsets, dtype=torch.float64)
+    for (ids, first), (hidden, more) in zip(ROWS, states, strict=True):
+        trained = [at > 0 and at >= first for at in range(len(ids))]
+        for anchor in range(len(ids) - 1):
+            if not (trained[anchor] and trained[anchor + 1]):
+                continue
+            u = slots(drafter, model, more[:anchor], ids, anchor, anchor)
+            unbroken = product = 1.0
+            for k in range(drafter.offsets):
+                goal = anchor + 1 + k
+                if goal >= len(ids):
+                    break
+                p = torch.softmax(head @ hidden[goal - 1].double(), 0)
+                y = w["markov.w1.weight"][ids[goal - 1]] if drafter.markov is not None else None
+                logits = head @ u[k]
+                if y is not None:
+                    logits = logits + w["markov.w2.weight"] @ y
+                q = torch.softmax(logits, 0)
+                alpha = torch.minimum(p, q).sum()
+                loss = -drafter.ce * (p * q.log()).sum() + drafter.l1 * (p - q).abs().sum()
+                weight = drafter.weights[k]
+                total = total + weight * loss
+                best = int(q.argmax()) == int(p.argmax())
+                unbroken, product = unbroken * best, product * float(alpha)
+                among = int(p.argmax()) in q.topk(5).indices.tolist()
+                numbers[k] += torch.tensor(
+                    [float(loss), 1, best, among, unbroken, float(alpha), product]
+                )
+                if drafter.confidence is not None:
+                    z = torch.cat([u[k], y])
+                    c = torch.sigmoid(w["confidence.weight"][0] @ z + w["confidence.bias"][0])
+                    bce = -(alpha * c.log() + (1 - alpha) * (1 - c).log())
+                    total = total + drafter.confidence_weight * weight * bce
+                    errors[k] += abs(float(c) - float(alpha))
+    return total, numbers, errors
+
+
+@pytest.mark.parametrize("packs", [APART, PACKED], ids=["apart", "packed"])
+@pytest.mark.parametrize("name", ["dspark", "dflash"])
+def test_loss_and_numbers_are_those_of_a_loop_over_anchors(name, packs):
+    model = llama()
+    changes = {} if name == "dspark" else {"markov_rank": 0}
+    drafter = block(model, name, weight=0.7, **changes)
+    output, states = output_of(packs, SIZE, FEATURES)
+    total, numbers = drafter.eval().loss(output, Target(model), 3)
+    expected, counts, errors = naive(drafter, model, states)
+    torch.testing.assert_close(total.detach().double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(numbers[:, :7].double(), counts, rtol=1e-4, atol=1e-4)
+    if name == "dspark":
+        torch.testing.assert_close(numbers[:, 7].double(), errors, rtol=1e-4, atol=1e-4)
+    assert counts[0, 1] > counts[2, 1] > 0
+    trained, again = drafter.train().loss(output, Target(model), 3)  # with anchors enough for all
+    torch.testing.assert_close(trained.detach(), total.detach(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(again[:, 1], numbers[:, 1])
+
+
+def test_gradients_are_those_of_finite_differences():
+    model = llama()
+    # The acceptance head's targets have no gradient, though they change with the parameters.
+    drafter, target = block(model, confidence=None).eval(), Target(model)
+    output, _ = output_of(PACKED, SIZE, FEATURES)
+    drafter.loss(output, target, 4)[0].backward()
+    draw = torch.Generator().manual_seed(2)
+    for name in (
+        "fc.weight",
+        "blocks.1.self_attn.k_proj.weight",
+        "markov.w1.weight",
+        "norm.weight",
+    ):
+        parameter = dict(drafter.named_parameters())[name]
+        way = torch.randn(parameter.shape, generator=draw)
+        slope = float((parameter.grad * way).sum())
+        with torch.no_grad():
+            parameter += 1e-3 * way
+            up = float(drafter.loss(output, target, 4)[0])
+            parameter -= 2e-3 * way
+            down = float(drafter.loss(output, target, 4)[0])
+            parameter += 1e-3 * way
+        assert (up - down) / 2e-3 == pytest.approx(slope, rel=2e-2, abs=2e-2)
+
+
+def test_nothing_at_or_after_an_anchor_reaches_its_block():
+    model = llama()
+    drafter, target = block(model).eval(), Target(model)
+    output, _ = output_of(PACKED, SIZE, FEATURES)
+    at = torch.tensor([[2, 4], [3, 6]])
+    before = drafter.slots(output, target, at)
+    changed = output.features.clone()
+    ids = output.ids.clone()
+    for row, places in enumerate(at.tolist()):
+        changed[row, places[1] :] += 1.0
+        ids[row, places[1] + 1 :] = 1
+    after = drafter.slots(replace(output, features=changed, ids=ids), target, at)
+    assert torch.equal(before, after)
+    changed[:, 1] += 1.0  # the check notices what a block may read
+    assert not torch.equal(before, drafter.slots(replace(output, features=changed), target, at))
+
+
+def test_fewer_anchors_stand_for_all():
+    model = llama()
+    drafter = block(model, anchors=2).train()
+    output, _ = output_of(APART, SIZE, FEATURES)
+    torch.manual_seed(0)
+    sums = torch.zeros(len(APART))
+    seen = [set() for _ in APART]
+    for _ in range(60):
+        at, real, share = drafter.anchors_of(output)
+        assert at.shape == (len(APART), 2)
+        assert (at[:, 1:] > at[:, :-1])[real[:, 1:]].all()
+        sums = real.sum(1) * share
+        for row in range(len(APART)):
+            seen[row] |= set(at[row][real[row]].tolist())
+    valid = [len(ids) - 1 - first for ids, first in ROWS]
+    assert sums.tolist() == valid
+    assert [len(places) for places in seen] == valid
+    fixed = [drafter.eval().anchors_of(output)[0] for _ in range(2)]
+    assert torch.equal(*fixed)
+
+
+def test_rows_without_trained_tokens_have_a_loss_of_zero_and_all_gradients():
+    model = llama()
+    drafter = block(model).train()
+    output, _ = output_of(APART, SIZE, FEATURES)
+    output = replace(output, labels=torch.full_like(output.labels, -100))
+    total, numbers = drafter.loss(output, Target(model), 4)
+    total.backward()
+    assert float(total.detach()) == 0.0
+    assert not numbers.any()
+    used = {name for name, p in drafter.named_parameters() if p.grad is not None}
+    assert {"fc.weight", "norm.weight", "blocks.0.mlp.up_proj.weight"} <= used
+
+
+def test_a_context_that_grows_is_that_of_all_at_once():
+    model = llama()
+    drafter, target = block(model).eval(), Target(model)
+    draw = torch.Generator().manual_seed(3)
+    hidden = torch.randn(12, SIZE, generator=draw)
+    states = torch.randn(12, FEATURES, generator=draw)
+    ids = torch.randint(0, 64, (13,), generator=draw)
+    whole, parts = drafter.start(target), drafter.start(target)
+    at_once = drafter.grow(whole, target, TargetUpdate(hidden, states, ids[1:], ids[0]))
+    start = 0
+    for count in (3, 1, 5, 3):
+        part = slice(start, start + count)
+        update = TargetUpdate(hidden[part], states[part], ids[1:][part], ids[0])
+        growth = drafter.grow(parts, target, update)
+        start += count
+    torch.testing.assert_close(growth.u, at_once.u, rtol=1e-5, atol=1e-5)
+    for (keys, values), (others, more) in zip(whole, parts, strict=True):
+        torch.testing.assert_close(keys, others, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(values, more, rtol=1e-5, atol=1e-5)
+        assert keys.shape[2] == 12
+    expected = slots(drafter, model, states, [0] * 12 + [int(ids[-1])], 12, 12)
+    torch.testing.assert_close(at_once.u.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_tree_is_drafted_as_blocks_are_trained():
+    model = llama()
+    drafter, target = block(model).eval(), Target(model)
+    draw = torch.Generator().manual_seed(3)
+    states = torch.randn(5, FEATURES, generator=draw)
+    hidden, ids = states[:, :SIZE], torch.tensor([4, 8, 2, 9, 1, 7])
+    growth = drafter.grow(
+        drafter.start(target), target, TargetUpdate(hidden, states, ids[1:], ids[0])
+    )
+    w = {name: tensor.double() for name, tensor in drafter.state().items()}
+    u = slots(drafter, model, states, ids.tolist(), 5, 5)
+    head = model.get_output_embeddings().weight.double()
+
+    def logits(k, before):
+        return head @ u[k] + w["markov.w2.weight"] @ w["markov.w1.weight"][before]
+
+    def sure(k, before):
+        z = torch.cat([u[k], w["markov.w1.weight"][before]])
+        return torch.sigmoid(w["confidence.weight"][0] @ z + w["confidence.bias"][0])
+
+    torch.testing.assert_close(growth.first().double(), logits(0, 7), rtol=1e-5, atol=1e-5)
+    second = growth.extend(torch.tensor([3, 5]), torch.tensor([-1, -1]))
+    for row, token in enumerate((3, 5)):
+        torch.testing.assert_close(second[row].double(), logits(1, token), rtol=1e-5, atol=1e-5)
+    assert growth.confidence.tolist() == pytest.approx([float(sure(0, 7))] * 2, rel=1e-4)
+    third = growth.extend(torch.tensor([6]), torch.tensor([1]))
+    torch.testing.assert_close(third[0].double(), logits(2, 6), rtol=1e-5, atol=1e-5)
+    assert growth.confidence.tolist() == pytest.approx([float(sure(1, 5))], rel=1e-4)
+
+
+SHAPES = {
+    "chain": None,
+    "short chain": trees.chain(2),
+    "static": trees.Levels([(0,), (1,), (0, 0), (0, 1), (1, 0)]),
+    "eagle2": trees.eagle2(3, 3, 8),
+    "dyspec": trees.dyspec(6),
+    "refusal": trees.chain(3, trees.refusal_policy(0.5)),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["dspark", "dflash"])
+def test_texts_are_the_targets(name, shape):
+    model = llama()
+    changes = {} if name == "dspark" else {"markov_rank": 0}
+    drafter, target = block(model, name, **changes).eval(), Target(model)
+    prompts = [torch.tensor([5, 9, 13, 7]), torch.tensor([40, 41]), torch.tensor([3])]
+    plain = [result.tokens for result in generate_batch(target, None, prompts, 20, [])]
+    how = Strategy(SHAPES[shape])
+    alone = generate(target, drafter, prompts[0], 20, [], strategy=how).tokens
+    assert alone == plain[0]
+    together = generate_batch(target, drafter, prompts, 20, [], strategy=how)
+    assert [result.tokens for result in together] == plain
+    sampled = generate(
+        target, drafter, prompts[0], 20, [], Sampling(1.0, 1.0, seed=3), Strategy(SHAPES[shape])
+    )
+    assert len(sampled.tokens) == 20
+
+
+def test_it_learns_what_the_target_does_next():
+    """Trained on one text of the target's, its measured acceptance is the training's."""
+    model = llama()
+    target = Target(model)
+    prompt = torch.tensor([5, 9, 13, 7])
+    text = generate(target, None, prompt, 40, []).tokens
+    ids = torch.cat([prompt, torch.tensor(text)])
+    drafter = block(model, markov_rank=8).train()
+    labels = ids.clone()
+    labels[: len(prompt)] = -100
+    with (
+        torch.no_grad(),
+        captured_hidden(model.get_output_embeddings()) as hidden,
+        captured_layers(decoder_of(model), drafter.layers) as between,
+    ):
+        model(input_ids=ids[None])
+    output = TargetOutput(
+        hidden[0],
+        ids[None],
+        labels[None],
+        torch.arange(len(ids))[None],
+        hidden[0][:, :0],
+        torch.cat(list(between), dim=-1),
+    )
+    optimizer = torch.optim.Adam(drafter.parameters(), lr=3e-3)
+    for _ in range(120):
+        optimizer.zero_grad()
+        drafter.loss(output, target, 64)[0].backward()
+        optimizer.step()
+    numbers = drafter.eval().loss(output, target, 64)[1]
+    accepted = 1 + float((numbers[:, 4] / numbers[:, 1]).sum())
+    assert accepted > 3.5  # of 4
+    result = generate(target, drafter, prompt, 40, [])
+    assert result.tokens == text
+    assert len(result.drafts) <= math.ceil(39 / (accepted - 0.6))
+
+
+def test_the_states_that_are_read():
+    assert context_layers(36, None) == (2, 10, 18, 26, 34)
+    assert context_layers(30, None) == (2, 9, 15, 21, 28)
+    assert context_layers(2, None) == (1, 2)
+    assert context_layers(4, [0, 4]) == (0, 4)
+    for wrong in ([], [2, 1], [5], [-1]):
+        with pytest.raises(DrafterError, match="aux_layers"):
+            context_layers(4, wrong)
+
+
+def test_its_folder_gives_it_back(tmp_path):
+    model = llama()
+    drafter = block(model)
+    drafter.calibrate(lambda: torch.tensor([1] * 60 + [0, 3, 0, 2]))
+    assert int(drafter.mask_token) == 62
+    settings = {"_target_": "trainer.drafters.block.Block", "_partial_": True}
+    io.save(drafter, settings | knobs("dspark", **TOY), {}, tmp_path / "draft")
+    other = block(model)
+    io.fill(other, tmp_path / "draft")
+    for name, tensor in drafter.state().items():
+        assert torch.equal(tensor, other.state()[name]), name
+
+
+def test_bad_settings_are_refused_with_the_way_out():
+    model = llama()
+    for settings, text in (
+        ({"markov_rank": 0}, r"confidence=1\.0 reads the Markov head"),
+        ({"ce": 0.0, "l1": 0.0}, "leave no loss"),
+        ({"mask_token": 64}, r"the model has tokens 0 \.\. 63"),
+        ({"offsets": 0}, r"drafter\.offsets=0"),
+    ):
+        with pytest.raises(DrafterError, match=text):
+            block(model, **settings)
+    with pytest.raises(DrafterError, match="is trained 3 times"):
+        block(model, mask_token=5).calibrate(lambda: torch.full((64,), 3))
+    with pytest.raises(DrafterError, match="name one"):
+        block(model).calibrate(lambda: torch.full((64,), 3))
+
+
+def test_it_can_be_made_without_weights():
+    with torch.device("meta"):
+        model = toys.llama(torch.float32, **TINY)
+        drafter = Block(model, **knobs("dspark", **TOY))
+    assert all(parameter.device.type == "meta" for parameter in drafter.parameters())

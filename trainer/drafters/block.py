@@ -1,0 +1,362 @@
+"""A block of tokens drafted in one pass: DSpark (arXiv 2607.05147), and DFlash (arXiv 2602.06036),
+its case without a Markov head.
+
+    c_s = norm_c(F [h_s of `layers`])                            s < a: the context, once for all
+    z_0 = emb(x_a), z_1 .. z_{K-1} = emb(mask)                   the block at the anchor a
+    z <- z + Attention(norm(z); keys and values of [c_s, s < a; norm(z_0) .. norm(z_{K-1})])
+    z <- z + MLP(norm(z))                                        N layers of Qwen3's kind
+    u_k = norm_out(z_{k-1}),  U_k = head(u_k)                    head and emb are the target's
+    q_k(. | x_{a+k-1}) = softmax(U_k + W_2 W_1[x_{a+k-1}])       predicts x_{a+k}, k = 1 .. K
+    c_k = σ(w·[u_k ; W_1[x_{a+k-1}]] + w_0)                      whether x_{a+k} is accepted
+
+    L = Σ_a Σ_k exp(-(k-1)/γ) (ce CE(p, q_k) + l1 |q_k - p|_1 + v BCE(c_k, Σ min(p, q_k)))
+
+F (d, n d), W_1 (V, r), W_2 (V, r). The tokens of a block see each other in both directions, without
+knowing what they will be; W makes neighbours fit. A block is trained at each of up to `anchors`
+random positions of a row whose token and next token are trained, and their loss counts for all such
+positions. A slot counts while all tokens up to it are trained, so that a block never
+reaches over the end of an answer. In evaluation the anchors are evenly spaced.
+
+In decoding the context's keys and values are kept, and a block is computed once for each draft.
+Every node of a tree has its own q, by its parent's token, so trees grow as with any head.
+
+Differs from the paper:
+    CE is against the target's distribution and not the row's token: the same mean for rows that the
+    target wrote, with less variance. The acceptance head has no gradient to u and W_1, as all such
+    heads here. W_2 starts at 0. Only the vanilla Markov head is there, which engines load.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adapters.linear import features
+from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate
+from trainer.drafters.block_layer import KeysValues, keys_values, run_block
+from trainer.drafters.distillation import Distillation, chunked_distillation
+from trainer.drafters.families import family_of
+from trainer.drafters.layers import (
+    Heads,
+    autocast_like,
+    decoder_layer,
+    final_norm,
+    projection,
+    rotations,
+)
+from trainer.models.heads import Head, decoder_of
+
+
+class Block(Heads):
+    """A block drafter; conf/drafter/dspark.yaml documents the settings.
+
+    Raises:
+        DrafterError: a setting is out of its range, or the acceptance head has no Markov head.
+    """
+
+    mask_token: Tensor
+
+    def __init__(
+        self,
+        model: Any,
+        offsets: int,
+        draft_layers: int,
+        aux_layers: list[int] | None,
+        markov_rank: int,
+        mask_token: int | None,
+        anchors: int,
+        decay: float,
+        ce: float,
+        l1: float,
+        confidence: float | None,
+        weight: float,
+        lr_scale: float,
+    ):
+        default = [math.exp(-k / decay) for k in range(offsets)]
+        super().__init__(offsets, None, default, weight, True, lr_scale)
+        if confidence is not None and not markov_rank:
+            raise DrafterError(
+                f"drafter.confidence={confidence} reads the Markov head: set drafter.markov_rank"
+                " above 0, or drafter.confidence=null"
+            )
+        if not ce + l1:
+            raise DrafterError("drafter.ce=0 and drafter.l1=0 leave no loss: set one above 0")
+        size = model.config.get_text_config().hidden_size
+        _, vocabulary = features(model.get_output_embeddings())
+        if mask_token is not None and mask_token >= vocabulary:
+            raise DrafterError(
+                f"drafter.mask_token={mask_token}: the model has tokens 0 .. {vocabulary - 1}"
+            )
+        self.chosen = mask_token
+        self.layers = context_layers(len(decoder_of(model).layers), aux_layers)
+        self.anchors, self.ce, self.l1 = anchors, ce, l1
+        family: Any = family_of(model, "qwen3", "random", keeps_biases=False)
+        self.family = family
+        self.fc = projection(model, len(self.layers) * size, size)
+        self.context_norm = final_norm(family, "random")
+        self.blocks = nn.ModuleList(decoder_layer(family, "random") for _ in range(draft_layers))
+        self.norm = final_norm(family, "random")
+        device = self.fc.weight.device
+        self.markov: nn.ModuleDict | None = None
+        if markov_rank:
+            first = nn.Embedding(vocabulary, markov_rank, device=device, dtype=torch.float32)
+            second = projection(model, markov_rank, vocabulary)
+            if device.type != "meta":
+                nn.init.normal_(first.weight, std=0.02)
+                nn.init.zeros_(second.weight)
+            self.markov = nn.ModuleDict({"w1": first, "w2": second})
+        self.confidence_weight = confidence or 0.0
+        self.confidence: nn.Linear | None = None
+        if confidence is not None:
+            self.confidence = nn.Linear(size + markov_rank, 1, device=device, dtype=torch.float32)
+            if device.type != "meta":
+                nn.init.zeros_(self.confidence.weight)
+                nn.init.constant_(self.confidence.bias, math.log(0.7 / 0.3))
+        start = vocabulary - 1 if mask_token is None else mask_token
+        self.register_buffer("mask_token", torch.tensor(start, device=device))
+
+    def calibrate(self, counts: Callable[[], Int[Tensor, " V"]]) -> None:
+        frequency = counts().cpu()
+        unused = (frequency == 0).nonzero()[:, 0]
+        if self.chosen is None:
+            if not len(unused):
+                raise DrafterError(
+                    "drafter.mask_token=null is a token that no row trains, and the rows train all"
+                    f" {len(frequency)}: name one, drafter.mask_token=ID"
+                )
+            self.mask_token.fill_(int(unused[-1]))
+        elif frequency[self.chosen]:
+            raise DrafterError(
+                f"drafter.mask_token={self.chosen} is trained {int(frequency[self.chosen])} times"
+                " in the rows, and has to stand for tokens that are not known yet: set"
+                " drafter.mask_token=null, or a token that no row has"
+            )
+
+    def loss(self, output: TargetOutput, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
+        output = replace(output, hidden=output.hidden.detach())
+        at, real, share = self.anchors_of(output)
+        goal = at.unsqueeze(2) + 1 + torch.arange(self.offsets, device=at.device)
+        counts = counted(goal, at, real, output)
+        u = self.slots(output, target, at)
+        row, anchor, slot = counts.nonzero().unbind(1)
+        ahead = goal[row, anchor, slot]
+        z = self.head_input(u[row, anchor, slot], output.ids[row, ahead - 1])
+        weights = u.new_tensor(self.weights, dtype=torch.float32)[slot] * share[row]
+        how = Distillation("ce_l1", target.head, (self.draft_head(target),), ce=self.ce, l1=self.l1)
+        total, numbers = chunked_distillation(
+            z[None],
+            output.hidden[row, ahead - 1],
+            weights[None],
+            how,
+            chunk,
+            () if self.markov is None else tuple(self.markov["w2"].parameters()),
+        )
+        # Where nothing counts, all parameters still take part, as DDP needs.
+        total = total + 0.0 * u.float().sum()
+        loss, best, among, acceptance = numbers[:, 0]
+        spread = [
+            torch.zeros(counts.shape, device=u.device).index_put((row, anchor, slot), part)
+            for part in (loss, best, among, acceptance)
+        ]
+        sums = [part.sum((0, 1)) for part in spread]
+        known = counts.float()
+        unbroken, expected = ((part.cumprod(2) * known).sum((0, 1)) for part in spread[1::2])
+        columns = [sums[0], known.sum((0, 1)), *sums[1:3], unbroken, sums[3], expected]
+        if self.confidence is not None:
+            logits = self.acceptance_logits(z.detach())
+            wrong = F.binary_cross_entropy_with_logits(logits, acceptance, reduction="none")
+            total = total + self.confidence_weight * (weights * wrong).sum()
+            error = (logits.detach().sigmoid() - acceptance).abs()
+            columns.append(
+                torch.zeros_like(known).index_put((row, anchor, slot), error).sum((0, 1))
+            )
+        return total, torch.stack(columns, dim=1)
+
+    def anchors_of(
+        self, output: TargetOutput
+    ) -> tuple[Int[Tensor, "B A"], Bool[Tensor, "B A"], Float[Tensor, " B"]]:
+        """Return (ascending positions, which of them are anchors and not padding, how many anchors
+        each of them stands for)."""
+        valid = torch.zeros_like(output.labels, dtype=torch.bool)
+        valid[:, :-1] = (
+            (output.labels[:, :-1] != -100)
+            & (output.labels[:, 1:] != -100)
+            & (output.positions[:, 1:] == output.positions[:, :-1] + 1)
+        )
+        many = valid.sum(1)
+        count = max(1, min(self.anchors, int(many.max())))
+        if self.training:
+            # Drawn on the CPU, so that they are the same for every device.
+            chance = torch.rand(valid.shape).to(valid.device)
+            kept = valid & (chance.masked_fill(~valid, 2.0).argsort(1).argsort(1) < count)
+        else:
+            rank = valid.cumsum(1)
+            most = many.clamp_min(count).unsqueeze(1)
+            kept = valid & (rank * count // most != (rank - 1) * count // most)
+        at = kept.byte().sort(dim=1, descending=True, stable=True).indices[:, :count]
+        real = kept.gather(1, at)
+        return at, real, many / real.sum(1).clamp_min(1)
+
+    def slots(
+        self, output: TargetOutput, target: Target, at: Int[Tensor, "B A"]
+    ) -> Float[Tensor, "B A K d"]:
+        """Return u of the blocks at these anchors, in the dtype of the target's states."""
+        assert output.features is not None, "the states of `layers` are missing"
+        places = torch.arange(output.ids.shape[1], device=at.device)
+        start = (places - output.positions).gather(1, at).unsqueeze(2)
+        sees = (places >= start) & (places < at.unsqueeze(2))
+        positions = output.positions.gather(1, at).unsqueeze(2) + torch.arange(
+            self.offsets, device=at.device
+        )
+        with autocast_like(output.hidden):
+            context = self.context(output.features)
+            turn = rotations(self.family, context, output.positions)
+            z = self.entering(target, output.ids.gather(1, at))
+            turned = rotations(self.family, context, positions.flatten(1))
+            for layer in self.blocks:
+                z = run_block(layer, z, turned, keys_values(layer, context, turn), sees)
+            return self.norm(z).to(output.hidden.dtype)
+
+    def context(self, states: Float[Tensor, "B T f"]) -> Float[Tensor, "B T d"]:
+        """Return c of the target's states."""
+        return self.context_norm(self.fc(states.to(self.fc.weight.dtype)))
+
+    def entering(self, target: Target, tokens: Int[Tensor, "B A"]) -> Float[Tensor, "B A K d"]:
+        """Return the blocks' input."""
+        with torch.no_grad():
+            mask = self.mask_token.expand(*tokens.shape, self.offsets - 1)
+            embedded = target.embed(torch.cat([tokens.unsqueeze(2), mask], dim=2))
+        return embedded.to(self.fc.weight.dtype)
+
+    def head_input(
+        self, u: Float[Tensor, "n d"], before: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n d+r"]:
+        """Return [u ; W_1[the token before]], which `draft_head` and the acceptance head read."""
+        if self.markov is None:
+            return u
+        return torch.cat([u, self.markov["w1"](before).to(u.dtype)], dim=-1)
+
+    def draft_head(self, target: Target) -> Head:
+        """Return the function from `head_input` to logits."""
+        size = self.fc.out_features
+
+        def head(z: Tensor) -> Tensor:
+            logits = target.head(z[:, :size])
+            if self.markov is None:
+                return logits
+            weight: Any = self.markov["w2"].weight
+            return logits.float() + F.linear(z[:, size:].to(weight.dtype), weight).float()
+
+        return head
+
+    def acceptance_logits(self, z: Float[Tensor, "n d+r"]) -> Float[Tensor, " n"]:
+        """Return the logits of c. There is a head."""
+        assert self.confidence is not None
+        with autocast_like(z):
+            return self.confidence(z.to(self.confidence.weight.dtype))[:, 0].float()
+
+    def start(self, target: Target) -> list[KeysValues]:
+        """Return each layer's keys and values of the context; empty before the first proposal."""
+        return []
+
+    @torch.no_grad()
+    def grow(self, memory: list[KeysValues], target: Target, update: TargetUpdate) -> BlockGrowth:
+        known = memory[0][0].shape[2] if memory else 0
+        count = len(update.ids)
+        places = torch.arange(known, known + count + self.offsets, device=update.ids.device)
+        with autocast_like(update.hidden):
+            context = self.context(update.features.unsqueeze(0))
+            turn = rotations(self.family, context, places[None, :count])
+            turned = rotations(self.family, context, places[None, count:])
+            z = self.entering(target, update.ids[None, -1:])
+            sees = torch.ones(1, 1, known + count, dtype=torch.bool, device=z.device)
+            for number, layer in enumerate(self.blocks):
+                more = keys_values(layer, context, turn)
+                if number == len(memory):
+                    memory.append(more)
+                else:
+                    pairs = zip(memory[number], more, strict=True)
+                    keys, values = (torch.cat(pair, dim=2) for pair in pairs)
+                    memory[number] = keys, values
+                z = run_block(layer, z, turned, memory[number], sees)
+            u = self.norm(z)[0, 0].to(update.hidden.dtype)
+        return BlockGrowth(self, target, u, update.ids[-1:])
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the weights, and the id of the mask token."""
+        return super().state() | {"mask_token": self.mask_token}
+
+
+class BlockGrowth:
+    """A trainer.drafters.Growth: a node's logits are its slot's, with the bias of its token."""
+
+    branches = True
+    vocabulary: Int[Tensor, " v"] | None = None
+    confidence: Float[Tensor, " m"] | None = None
+
+    def __init__(
+        self, drafter: Block, target: Target, u: Float[Tensor, "K d"], anchor: Int[Tensor, " 1"]
+    ):
+        self.drafter, self.u, self.anchor = drafter, u, anchor
+        self.head, self.depth = drafter.draft_head(target), len(u)
+        self.depths = torch.zeros(1, dtype=torch.long, device=u.device)
+        self.tokens = anchor
+
+    @torch.no_grad()
+    def first(self) -> Float[Tensor, " V"]:
+        return self.head(self.drafter.head_input(self.u[:1], self.anchor))[0]
+
+    @torch.no_grad()
+    def extend(self, tokens: Int[Tensor, " m"], parents: Int[Tensor, " m"]) -> Float[Tensor, "m V"]:
+        above = self.depths[parents + 1]
+        if self.drafter.confidence is not None:
+            z = self.drafter.head_input(self.u[above], self.tokens[parents + 1])
+            self.confidence = self.drafter.acceptance_logits(z).sigmoid()
+        self.depths = torch.cat([self.depths, above + 1])
+        self.tokens = torch.cat([self.tokens, tokens])
+        # Nothing is read of the logits after the last level.
+        slot = (above + 1).clamp_max(self.depth - 1)
+        return self.head(self.drafter.head_input(self.u[slot], tokens))
+
+
+def context_layers(depth: int, requested: list[int] | None) -> tuple[int, ...]:
+    """Return the states of the target that are read, as transformers counts hidden_states: the
+    outputs of layers round(1 + i (L - 4) / 4), i = 0 .. 4, of L = `depth`, or the `requested` ones.
+
+    Raises:
+        DrafterError: the target has no such states, or they are not ascending.
+    """
+    if requested is None:
+        places = (round(1 + i * (depth - 4) / 4) for i in range(5))
+        return tuple(sorted({min(max(place, 0), depth - 1) + 1 for place in places}))
+    ascending = list(requested) == sorted(set(requested))
+    if not requested or not ascending or requested[0] < 0 or requested[-1] > depth:
+        raise DrafterError(
+            f"drafter.aux_layers={list(requested)}: give ascending numbers of the target's"
+            f" hidden_states, from 0 (the embeddings) to {depth} (the output of its last layer)"
+        )
+    return tuple(requested)
+
+
+def counted(
+    goal: Int[Tensor, "B A K"],
+    at: Int[Tensor, "B A"],
+    real: Bool[Tensor, "B A"],
+    output: TargetOutput,
+) -> Bool[Tensor, "B A K"]:
+    """Return which slots have a target: their tokens x_goal, and all before them in the block, are
+    trained and in the anchor's row."""
+    inside = goal.clamp_max(output.ids.shape[1] - 1)
+    flat = inside.flatten(1)
+    labels = output.labels.gather(1, flat).view(goal.shape)
+    positions = output.positions.gather(1, flat).view(goal.shape)
+    expected = output.positions.gather(1, at).unsqueeze(2) + goal - at.unsqueeze(2)
+    right = (goal == inside) & (labels != -100) & (positions == expected) & real.unsqueeze(2)
+    return right.long().cumprod(2).bool()
