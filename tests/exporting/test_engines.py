@@ -402,14 +402,14 @@ def test_damage_is_found(tmp_path):
 
 
 REFUSED = [
-    ("hydra", "llama", "medusa", {}, {}, "no engine has a format for Hydra"),
+    ("hydra", "llama", "medusa", {}, {}, "there is no writer for Hydra"),
     (
         "mtp_sequential",
         "llama",
         "speculators",
         {},
         {},
-        "no engine has a format for SequentialModules.*to=mtp",
+        "there is no writer for SequentialModules.*to=mtp",
     ),
     (
         "eagle",

@@ -73,7 +73,7 @@ def check(drafter: Drafter, to: str, model: Any) -> None:
     method = _METHODS.get(type(drafter))
     if method is None:
         raise DrafterError(
-            f"to={to} is for the heads of drafter=eagle, eagle3 and medusa: no engine has a format"
+            f"to={to} is for the heads of drafter=eagle, eagle3 and medusa: there is no writer"
             f" for {type(drafter).__name__}. {_INSTEAD}, and a layer of the base's own MTP kind is"
             " to=mtp"
         )

@@ -271,7 +271,8 @@ def _drafter_metrics(drafter: dict[str, Any]) -> list[str]:
     """Name the metrics that trainer.drafters.metrics returns."""
     if not drafter:
         return []
-    distilled = drafter.get("loss", "labels") != "labels"  # taught by the target's distributions
+    # taught by the target's distributions; l1 is a block drafter's distance to them
+    distilled = drafter.get("loss", "labels") != "labels" or "l1" in drafter
     per_offset = ["loss", "top1", "top5", *(["acceptance"] if distilled else [])]
     offsets = drafter["offsets"] if "offsets" in drafter else drafter["d_max"] - 1
     names = [f"offset{k}/{name}" for k in range(1, offsets + 1) for name in per_offset]
