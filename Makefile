@@ -19,18 +19,18 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python -m trainer +experiment=quickstart
 
 check: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not run and not slow and not gpu and not slurm"
+	$(BIN)/python -m pytest -n 2 -m "not run and not slow and not gpu and not slurm"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m slow
 	$(BIN)/python -m pytest -m slurm
 
 test-other-cpu: export ATEN_CPU_CAPABILITY = default
 test-other-cpu: export ONEDNN_MAX_CPU_ISA = AVX2
 test-other-cpu: export MKL_ENABLE_INSTRUCTIONS = SSE4_2
 test-other-cpu: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -p tests.other_processor \
+	$(BIN)/python -m pytest -n 2 -p tests.other_processor \
 		tests/adapters tests/drafters tests/penalties tests/speed/test_fused.py
 
 test-matrix: $(VENV)/.installed-dev

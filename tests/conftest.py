@@ -30,18 +30,31 @@ os.environ.pop("WANDB_API_KEY", None)
 import pytest
 from omegaconf import DictConfig
 
-from tests import marks
+from tests import marks, spreading
 
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the tests that train, decode or start a process, which `make check` leaves out."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Iterator[None]:
+    """Mark the tests that train, decode or start a process, which `make check` leaves out, and put
+    the longest files first where several processes share them."""
     for item in items:
         if marks.runs(item):
             item.add_marker(pytest.mark.run)
     config.stash[marks.LIGHT] = marks.light_tests(items)
+    yield  # here pytest leaves out what -m does not select
+    if hasattr(config, "workerinput"):
+        items[:] = spreading.longest_first(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give out whole files, the longest first."""
+    return spreading.scheduler(config, log)
 
 
 def pytest_collection() -> None:
