@@ -74,7 +74,7 @@ WHOLE = ("starting", "tokenising", "training", "saving", "evaluating", "exportin
 # The phases of each kind of run, in their order. Each gets the same number of kills.
 PHASES_OF: dict[str, tuple[str, ...]] = {
     "lora": WHOLE,
-    "rosa": (*WHOLE[:3], "making the mask", *WHOLE[3:]),
+    "rosa": (*WHOLE[:2], "making the mask", *WHOLE[2:]),
     "spiel": (*WHOLE[:3], "reselecting", *WHOLE[3:]),
     "mtp": WHOLE,
     "eagle3": (*WHOLE[:2], "caching features", *WHOLE[2:]),

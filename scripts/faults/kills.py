@@ -31,9 +31,9 @@ MOMENTS = {
     "cooling down": (12, 0.03),
     "saving": (3, 0.02),
     "evaluating": (2, 0.1),
-    "exporting": (1, 0.1),
+    "exporting": (1, 0.03),
     "regenerating": (16, 0.03),
-    "comparing": (2, 0.1),
+    "comparing": (2, 0.05),
     "compressing": (4, 0.02),
     "requeueing": (1, 0.1),
 }
@@ -116,7 +116,7 @@ def one_round(
             child.target = draw.randint(0, phase != "exporting")
         # a moment that was too late in earlier rounds is aimed for earlier
         within = 1 / (1 + max(0, number - ledger.kills(case, phase)))
-        killed = ready(child, case, phase, draw) and strike(child, phase, draw, within)
+        killed = ready(child, case, phase, draw) and strike(child, phase, draw, within, case)
         if killed:
             note(place, ledger, case, name, number, phase, child)
         if (code := child.wait()) == 0:
@@ -186,11 +186,15 @@ def ready(child: Child | Pair, case: str, phase: str, draw: random.Random) -> bo
     return child.poll() is None
 
 
-def strike(child: Child | Pair, phase: str, draw: random.Random, within: float = 1.0) -> bool:
+def strike(
+    child: Child | Pair, phase: str, draw: random.Random, within: float = 1.0, case: str = ""
+) -> bool:
     """Kill a child within a phase, in the first part `within` of its moments. Return False if the
     child ended before."""
     most, span = MOMENTS[phase]
     count, delay = draw.randint(1, most), draw.uniform(0, span * within)
+    if case == "requeue":  # what comes after the signal, and nothing that was before it
+        count = child.marks.count(phase) + (phase not in ("starting", "training"))
     while reached(child, phase, count):
         time.sleep(delay)
         child.stop()
