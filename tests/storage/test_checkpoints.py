@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import multiprocessing
 import os
 import random
 import re
+import resource
 import stat
 import subprocess
 import tempfile
@@ -263,6 +265,36 @@ def test_a_full_disk_costs_nothing_that_was_there(small_disk):
         save(small_disk, 3, numbers=800_000)
     save(small_disk, 4, numbers=400_000)
     assert newest(small_disk) == Checkpoint.at(small_disk, 4)
+
+
+def test_a_save_that_a_limit_cuts_in_its_middle_costs_nothing_that_was_there(tmp_path):
+    """A limit on the size of files ends a write as a full disk does, without root."""
+    save(tmp_path, 1, numbers=100_000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # half of a checkpoint
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"size of files is reached \(ulimit -f\)"
+        ) as refusal:
+            save(tmp_path, 2, numbers=100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "step-00000001.ckpt before it is untouched" in str(refusal.value)
+    assert names(tmp_path) == ["step-00000001.ckpt", "step-00000001.json"]
+    assert newest(tmp_path) == Checkpoint.at(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [(errno.EDQUOT, "your quota on this disk is used up"), (errno.EROFS, "Read-only file system")],
+)
+def test_the_systems_own_error_is_reported(tmp_path, monkeypatch, number, says):
+    def refused(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refused)
+    with pytest.raises(CheckpointError, match=says):
+        save(tmp_path, 1)
 
 
 def test_a_disk_too_full_for_the_manifest(small_disk):

@@ -107,14 +107,17 @@ def _refuse_nonfinite(content: dict[str, Any], path: Path) -> None:
 
 def _cannot_write(path: Path, error: Exception) -> str:
     free = shutil.disk_usage(path.parent).free
-    if (
-        getattr(error, "errno", None) == errno.ENOSPC
-        or free < 1 << 20
-        or "unexpected pos" in str(error)
-    ):
+    # torch reports the place in its file, and the system's error only as the context
+    caused_by = _system_error(error)
+    number = caused_by.errno if caused_by is not None else None
+    if number == errno.EFBIG:
+        reason = "a limit on the size of files is reached (ulimit -f). Raise it"
+    elif number == errno.EDQUOT:
+        reason = "your quota on this disk is used up. Free some space"
+    elif number == errno.ENOSPC or free < 1 << 20 or "unexpected pos" in str(error):
         reason = f"the disk is full ({free / 1e6:.1f} MB free). Free some space"
-    elif isinstance(error, OSError):
-        reason = f"{error.strerror or error}. Fix that"
+    elif caused_by is not None:
+        reason = f"{caused_by.strerror or caused_by}. Fix that"
     else:
         reason = f"{error}. Fix that"
     earlier = complete(path.parent)
@@ -122,6 +125,13 @@ def _cannot_write(path: Path, error: Exception) -> str:
         f"{earlier[-1].path.name} before it is untouched" if earlier else "there was none before it"
     )
     return f"{path} could not be written: {reason}, and resume with resume=auto; {left}"
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """Return the first error of the operating system among an error and what it came from."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def complete(folder: Path) -> list[Checkpoint]:
