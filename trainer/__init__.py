@@ -1,6 +1,17 @@
 """Graft: parameter-efficient fine-tuning from one Hydra config. `python -m trainer
 +experiment=NAME` is the program."""
 
+import os
+import sys
+
+# Ctrl-C during the imports of the program, which take a second: no traceback. argv[0] is -m while
+# Python looks for the program; importing this package elsewhere changes no handler. _signal is the
+# part of signal that imports nothing. exit_with puts Python's own handler back.
+if sys.argv[:1] == ["-m"] or os.path.basename("".join(sys.argv[:1])) == "graft":
+    import _signal
+
+    _signal.signal(_signal.SIGINT, lambda *_: os._exit(130))
+
 import logging
 from importlib import metadata
 

@@ -8,19 +8,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-
-# Ctrl-C during the imports, which take a second: no traceback. `main` puts Python's handler back.
-if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "graft":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
 import ast
 import atexit
 import difflib
 import logging
-import threading
+import os
+import sys
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,8 +46,6 @@ A config is composed from the files of conf/: one file of each group, then singl
 
 def main() -> None:
     """Run what the command line says, and exit with its code."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     exit_with(run_words)
 
 

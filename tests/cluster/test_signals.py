@@ -204,6 +204,23 @@ def test_a_signal_during_the_first_imports(number, code):
     assert b"Traceback" not in said
 
 
+@pytest.mark.parametrize("module", ["trainer", "trainer.respond"])
+def test_a_ctrl_c_during_the_very_first_import(tmp_path, module):
+    """A module that the package imports first sends the signal itself, so that no time is lost."""
+    (tmp_path / "logging.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-m", module], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (130, "")
+    # a program that only imports the package keeps Python's own handler
+    program = "import sys, _signal; sys.path.insert(0, sys.argv[1]); import trainer; print(1)"
+    plain = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert "KeyboardInterrupt" in plain.stderr
+
+
 def mapped(pid):
     """What a process has imported so far, as far as its libraries tell: yaml's comes first."""
     try:

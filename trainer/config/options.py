@@ -10,8 +10,10 @@ import dataclasses
 import difflib
 import math
 import os
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 import types
 import typing
@@ -291,6 +293,9 @@ def exit_with(main: Callable[[list[str]], int]) -> NoReturn:
 
     Exit without a traceback after Ctrl-C, and if the reader of the output has closed it (`| head`).
     """
+    if threading.current_thread() is threading.main_thread():
+        # during the imports a handler of the package's __init__ is there
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         try:
             code: Any = main(sys.argv[1:])
