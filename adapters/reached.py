@@ -3,7 +3,8 @@
 Two kinds are not. The vision tower of a vision-language model, and what projects its states, are
 called for images only. And some classes multiply by a layer's weight themselves, without calling
 the layer, so that what is attached to it has no effect: Mamba does so with dt_proj, and with
-out_proj where its fused kernel is installed. PEFT refuses that out_proj too.
+out_proj where its fused kernel is installed (PEFT refuses that out_proj too), Gemma 3n with
+correction_coefs while it trains, DeBERTa with in_proj, LongCat Flash with its router.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+_ASKED = "dtype|device|shape|ndim|size|data|requires_grad|_is_hf_initialized"
+_NEVER_READ = ("Bloom",)  # its classes read weights for a tensor parallelism that is never on
 
 
 def trained_by_text(model: nn.Module) -> Callable[[str], bool]:
@@ -47,19 +51,19 @@ def text_part(model: Any) -> str | None:
 
 @functools.cache
 def _weight_is_read(parent: Any, child: str) -> bool:
-    """Whether a class of the Mamba kind reads the weight of its layer `child`, otherwise than to
-    start it or to ask for its type."""
+    """Whether a class reads the weight of its layer `child`, otherwise than to start it or to ask
+    for its type or its shape."""
+    if parent.__name__.startswith(_NEVER_READ):
+        return False
     layer = re.escape(child)
     read = re.compile(
-        rf"(isinstance\(|init\.\w+\(|nn\.Parameter\()?\s*\bself\.{layer}\.weight\b(?!\s*(\.|=[^=]))"
+        rf"(isinstance\(|init\.\w+\(|nn\.Parameter\()?\s*\bself\.{layer}\.weight\b"
+        rf"(?!\s*(\.({_ASKED})\b|=[^=]))"
     )
     source = "".join(
         _source(kind) for kind in parent.__mro__ if not kind.__module__.startswith("torch.")
     )
-    # Bloom's layers do so too, for a tensor parallelism that is never on.
-    return "mamba" in source.lower() and any(
-        match.group(1) is None for match in read.finditer(source)
-    )
+    return any(match.group(1) is None for match in read.finditer(source))
 
 
 @functools.cache

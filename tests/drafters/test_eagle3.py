@@ -28,6 +28,7 @@ from tests.toys.eagle import (
     weights_of,
 )
 from tests.toys.eagle3 import COUNTS, FEATURES
+from tests.toys.families import model_of
 from tests.toys.packed_rows import APART, PACKED, ROWS, numbers_of, output_of
 from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, io, offset_targets
 from trainer.drafters.eagle3 import Eagle3, read_layers
@@ -457,3 +458,17 @@ def test_nothing_trained_has_no_gradient_of_later_passes():
     assert not total
     assert not numbers.any()
     assert all(p.grad is None or not p.grad.any() for p in drafter.parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "device", "reason"),
+    [
+        ("gemma3n_text", "cpu", r"layers have the shape \(4, 1, 4, 32\) for a text of 4 tokens"),
+        ("rwkv", "meta", r"RwkvForCausalLM has no get_decoder\(\)\.layers"),
+        ("gpt2", "meta", r"GPT2LMHeadModel has no get_decoder\(\)\.layers"),
+    ],
+)
+def test_layers_that_the_head_cannot_read_are_refused(family, device, reason):
+    settings = knobs("eagle3", offsets=2, aux_layers=[0, 1, 2], layer="llama")
+    with pytest.raises(DrafterError, match=reason):
+        Eagle3(model_of(family, device), **settings)

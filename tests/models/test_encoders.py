@@ -18,6 +18,7 @@ from trainer.assembly.build import new_modules
 from trainer.data.batches import Collate, Pick
 from trainer.data.lengths import Report, fit
 from trainer.data.render import Refused, Renderer
+from trainer.evaluation.answers import continuations
 from trainer.models.base import Base, BaseError
 from trainer.models.losses import CausalLoss, ClassLoss
 
@@ -255,3 +256,26 @@ def test_the_loss_of_a_classifier_is_transformers_own(base, problem, labels, tar
     wanted = {"regression": [[0.5], [-2.0], [3.25]], "single_label_classification": [0, 2, 1]}
     hot = [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
     assert batch["classes"][:3].tolist() == wanted.get(problem, hot)
+
+
+def test_a_base_of_beams_and_forced_tokens_writes_one_greedy_answer(tmp_path, caplog):
+    """BART's generation_config.json has four beams, a forced first token and no repeated 3-grams:
+    the tokens stay, and beams are named as unused."""
+    from transformers import AutoModelForSeq2SeqLM, GenerationConfig
+
+    folder = encoders.made("bart", tmp_path)
+    chosen = {"forced_bos_token_id": 7, "forced_eos_token_id": 2, "no_repeat_ngram_size": 3}
+    beams = {"num_beams": 4, "early_stopping": True, "length_penalty": 2.0}
+    own = {"decoder_start_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "bos_token_id": 0}
+    GenerationConfig(**chosen, **beams, **own).save_pretrained(folder)
+    model = Base(str(folder), "auto", "auto", "none", True).load(torch.float32)
+    assert "num_beams" in caplog.text
+    prompts = [[0, 40, 41, 42, 2], [0, 50, 2]]
+    answers = continuations(model, prompts, 1, [2], 8, torch.device("cpu"))
+    stock = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        expected = stock.generate(
+            input_ids=torch.tensor([prompt]), num_beams=1, do_sample=False, max_new_tokens=8
+        )[0, 1:].tolist()
+        assert answer[0] == 7
+        assert answer[: len(expected)] == expected

@@ -181,6 +181,8 @@ class Decoder:
             raise DrafterError(f"rule={strategy.rule}: one of {', '.join(verify.RULES)}")
         if drafter is not None and getattr(target.model, "_is_stateful", False):
             raise DrafterError(cannot_roll_back(target))
+        if drafter is not None and target.gives_logits:
+            raise DrafterError(target.no_head())
         self.target, self.drafter, self.rule = target, drafter, strategy.rule
         self.shape = strategy.shape
         if drafter is not None and self.shape is None:

@@ -15,6 +15,7 @@ keep all entries, including those outside a sliding window.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import weakref
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trainer.drafters import DrafterError, Target
-from trainer.models.cache_argument import cache_of, model_with_cache
+from trainer.models.cache_argument import cache_of, makes_its_own, model_with_cache
 from trainer.models.heads import captured_hidden, captured_layers
 from trainer.speed.attention import BLOCKED
 
@@ -57,7 +58,9 @@ class TargetCache:
         self.parents: list[list[int]] = []  # of the last pass
         self.recording = self.masked = False
 
-    def _empty(self) -> DynamicCache:
+    def _empty(self) -> Any:
+        if makes_its_own(self.model):
+            return None
         return DynamicCache() if self.whole else DynamicCache(config=self.target.config)
 
     def read_again(self, ids: Int[Tensor, " n"]) -> list[States]:
@@ -216,19 +219,20 @@ class TargetCache:
         self.cache, self.masked = merge_caches(caches, self.target), True
 
     def _pass(self, ids: Int[Tensor, "B n"], **inputs: object) -> list[States]:
+        reads = not self.target.gives_logits
         with (
-            captured_hidden(self.output) as captured,
+            captured_hidden(self.output) if reads else contextlib.nullcontext([]) as captured,
             captured_layers(self.target.decoder, self.layers) as between,
         ):
-            self.cache = cache_of(
-                self.model(
-                    input_ids=ids,
-                    use_cache=True,
-                    **model_with_cache(self.model, self.cache),
-                    **inputs,
-                )
+            out = self.model(
+                input_ids=ids,
+                use_cache=True,
+                **model_with_cache(self.model, self.cache),
+                **inputs,
             )
-        hidden, count = captured[0][:, -ids.shape[1] :], ids.shape[1]
+        self.cache = cache_of(out)
+        count = ids.shape[1]
+        hidden = (captured[0] if reads else out.logits)[:, -count:]
         self.dtype = hidden.dtype
         features = (
             torch.cat([layer[:, -count:] for layer in between], dim=-1)
@@ -240,10 +244,10 @@ class TargetCache:
 
 def length_of(cache: DynamicCache, tokens: int) -> int:
     """Return how many tokens a cache has read. One of recurrent layers alone, as Mamba's, does not
-    count them; then it is `tokens`."""
+    count them, and RWKV's is no cache; then it is `tokens`."""
     try:
         return cache.get_seq_length()
-    except ValueError:  # it has no layer of attention
+    except (ValueError, AttributeError):  # it has no layer of attention
         return tokens
 
 

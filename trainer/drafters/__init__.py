@@ -34,29 +34,42 @@ class DrafterError(ValueError):
 
 
 class Target:
-    """The model that a drafter drafts for, and the parts that they share.
+    """The model that a drafter drafts for, and the parts that they share. With `drafted`=False it
+    is decoded without a drafter.
 
     Raises:
-        DrafterError: it is not known how the model computes logits from its hidden states.
+        DrafterError: it is `drafted`, and it is not known how the model computes logits from its
+            hidden states.
     """
 
-    def __init__(self, model: Any):
+    gives_logits = False  # whether plain decoding reads the model's own logits, not its states
+
+    def __init__(self, model: Any, drafted: bool = True):
         self.model = model
         self.decoder = decoder_of(model)
         self.config = model.config.get_text_config()
         self.embed: Callable[[Tensor], Tensor] = model.get_input_embeddings()
         head = output_head(model)
-        if head is None:
-            raise DrafterError(
-                f"{type(model).__name__}'s logits are not its output layer's with a known scale or"
-                " cap, so no drafter can share its head: set drafter=none"
-            )
-        self.head: Head = head
+        self.gives_logits = head is None
+        if head is None and drafted:
+            raise DrafterError(self.no_head())
+        self.head: Head = head or _as_it_is
+
+    def no_head(self) -> str:
+        """Return why no drafter can draft for a model whose head is not known."""
+        return (
+            f"{type(self.model).__name__}'s logits are not its output layer's with a known scale or"
+            " cap, so no drafter can share its head: set drafter=none"
+        )
 
     @property
     def depth(self) -> int:
         """L, the number of the target's decoder layers."""
         return len(self.decoder.layers)
+
+
+def _as_it_is(logits: Tensor) -> Tensor:
+    return logits
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,15 @@ from torch import Tensor, nn
 from adapters.linear import features, float_weight
 from trainer.drafters import DrafterError, Target
 from trainer.drafters.families import family_of
-from trainer.drafters.layers import autocast_like, final_norm, projection
+from trainer.drafters.layers import (
+    autocast_like,
+    check_states,
+    final_norm,
+    layers_of,
+    projection,
+)
 from trainer.drafters.unrolled import Unrolled, masked_layer
-from trainer.models.heads import Head, decoder_of
+from trainer.models.heads import Head
 
 
 class Eagle3(Unrolled):
@@ -83,7 +89,8 @@ class Eagle3(Unrolled):
         self.family = family_of(model, layer, init, self.keeps_biases)
         source = self.family or model
         self.midlayer = wide_layer(source, init)
-        self.layers = read_layers(len(decoder_of(model).layers), aux_layers)
+        self.layers = read_layers(len(layers_of(model)), aux_layers)
+        check_states(model, self.layers)
         self.coverage, self.norm_output = coverage, norm_output
         self.fc = projection(model, len(self.layers) * size, size)
         self.fc_norm = (

@@ -24,7 +24,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from adapters.linear import features, float_weight, is_linear
 from trainer.drafters import Drafter, DrafterError, Target, TargetOutput
 from trainer.models.cache_argument import cache_argument, with_cache
-from trainer.models.heads import Head, after_output, decoder_of
+from trainer.models.heads import Head, after_output, captured_layers, decoder_of
 
 _NORMS = ("norm", "final_layernorm", "final_layer_norm")
 _TAKEN = {"attention_mask", "position_ids", "position_embeddings"}
@@ -157,14 +157,48 @@ def head_of_layer(layer: nn.Linear, target: Target) -> Head:
 _INSTEAD = "set drafter=mtp_medusa, whose heads do not need it, or drafter=none"
 
 
-def _layers(model: Any) -> nn.ModuleList:
-    decoder, name = decoder_of(model), type(model).__name__
-    layers = getattr(decoder, "layers", None)
+def layers_of(model: Any) -> nn.ModuleList:
+    """Return the decoder layers of a target.
+
+    Raises:
+        DrafterError: it keeps them under another name.
+    """
+    layers = getattr(decoder_of(model), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise DrafterError(
-            f"{name} has no get_decoder().layers, so a head of decoder layers cannot be built:"
-            f" {_INSTEAD}"
+            f"{type(model).__name__} has no get_decoder().layers, so a head of decoder layers"
+            f" cannot be built: {_INSTEAD}"
         )
+    return layers
+
+
+@torch.no_grad()
+def check_states(model: Any, layers: tuple[int, ...]) -> None:
+    """Check that the states between a target's layers are one vector for each token. Those of Gemma
+    3n are several. On the meta device some models cannot be tried.
+
+    Raises:
+        DrafterError: they are not.
+    """
+    decoder, size = decoder_of(model), model.config.get_text_config().hidden_size
+    device = next(model.parameters()).device
+    with captured_layers(decoder, layers) as states:
+        try:
+            decoder(input_ids=torch.arange(1, 5, device=device)[None], use_cache=False)
+        except Exception:
+            if device.type != "meta":
+                raise
+    if unlike := [state for state in states if tuple(state.shape) != (1, 4, size)]:
+        raise DrafterError(
+            f"the states between {type(model).__name__}'s layers have the shape"
+            f" {tuple(unlike[0].shape)} for a text of 4 tokens, and EAGLE-3's head reads one vector"
+            f" of hidden_size={size} for each token: {_INSTEAD}"
+        )
+
+
+def _layers(model: Any) -> nn.ModuleList:
+    decoder, name = decoder_of(model), type(model).__name__
+    layers = layers_of(model)
     if getattr(decoder, "rotary_emb", None) is None:
         raise DrafterError(f"{name}'s layers do not take rotary embeddings as an input: {_INSTEAD}")
     forward = type(layers[-1]).forward

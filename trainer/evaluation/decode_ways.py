@@ -86,7 +86,8 @@ class Ways:
         strategy: Strategy,
     ):
         self.model, self.pad = run.model, run.base.tokenizer.pad_token_id
-        self.target, self.drafter, self.stops = Target(run.model), drafter, stops
+        self.target = Target(run.model, drafted=drafter is not None)
+        self.drafter, self.stops = drafter, stops
         self.max_new_tokens, self.sampling, self.strategy = max_new_tokens, sampling, strategy
         self.device = next(run.model.parameters()).device
         self.warm = False

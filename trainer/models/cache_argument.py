@@ -1,7 +1,8 @@
 """The name under which transformers' models, decoder layers and mask functions take a cache.
 
 transformers 5.24 renamed `past_key_values` to `cache`; some families' layers say `layer_past`, and
-state-space models `cache_params`. The name is read from the signature, so no version is asked for.
+state-space models `cache_params`. RWKV takes and returns a `state`, which is no object of
+transformers' caches. The name is read from the signature, so no version is asked for.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-NAMES = ("cache", "past_key_values", "layer_past", "past_key_value", "cache_params")
+NAMES = ("cache", "past_key_values", "layer_past", "past_key_value", "cache_params", "state")
+BARE = "state"  # the name of a cache that the model makes itself: the first pass gets None
 
 
 def cache_argument(function: Callable[..., Any]) -> str | None:
@@ -36,6 +38,11 @@ def model_with_cache(model: Any, cache: Any) -> dict[str, Any]:
     has no such argument itself."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return with_cache(inner.forward, cache)
+
+
+def makes_its_own(model: Any) -> bool:
+    """Whether a model's first pass takes no cache and returns one."""
+    return next(iter(model_with_cache(model, None))) == BARE
 
 
 def cache_of(values: Any) -> Any:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 Head = Callable[[Tensor], Tensor]  # (n, d) -> (n, V)
+# the names of the soft cap on logits: Gemma's, Recurrent Gemma's, xLSTM's
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 CLASSIFIERS = ("classifier", "score")  # PEFT trains each module whose name ends in one of these
 
 
@@ -125,7 +127,7 @@ def captured_hidden(output_layer: nn.Module) -> Iterator[list[Tensor]]:
 def after_output(config: Any) -> Callable[[Tensor], Tensor]:
     """Return the function that follows a model's output layer, as its config says: a scale, a
     soft cap, or neither."""
-    cap = getattr(config, "final_logit_softcapping", None)
+    cap = next((value for name in CAPS if (value := getattr(config, name, None))), None)
     factor = getattr(config, "logit_scale", None) or 1.0 / (
         getattr(config, "logits_scaling", None) or 1.0
     )

@@ -47,5 +47,6 @@ def check_packing_isolation(model: nn.Module, base: Base) -> None:
     if difference > (0.05 if next(model.parameters()).dtype != torch.float32 else 1e-3) * scale:
         raise BaseError(
             f"in {base.path} packed rows see each other (logits differ by {difference:.3g} of"
-            f" {scale:.3g}): it carries state that attention masks do not stop. Set packing=false"
+            f" {scale:.3g}): its layers carry state from token to token, or its attention masks are"
+            " made without position_ids. Set packing=false"
         )
