@@ -1,6 +1,7 @@
-"""Sequence classification: a text and its class.
+"""Sequence classification: a text, or a pair of texts, and its class.
 
 {"text": "hide new secretions from the parental units", "label": "negative"}
+{"text": "A man plays a flute.", "text_pair": "A man makes music.", "label": "entailment"}
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import Any
 from tasks.reading import Bad, DataError
 from tasks.task import Labelled, Splits, column, text_of
 
+PAIR = "text_pair"  # our name of the column with the second text
+
 
 class Classification:
-    """Texts, each with one of a fixed set of classes."""
+    """Texts or pairs of texts, each with one of a fixed set of classes."""
 
     kind = "label"
     problem = "single_label_classification"  # transformers' name of what is learnt
@@ -76,6 +79,26 @@ class Classification:
         """
         return [self._label(row)]
 
+    @functools.cached_property
+    def pairs(self) -> bool:
+        """Whether rows are pairs of texts: task.columns names a `text_pair`, or the first row has a
+        column of that name."""
+        if PAIR in self.columns:
+            return True
+        first = next((row for _, row in self.splits.rows("train")), None)
+        return first is not None and not isinstance(first, Bad) and PAIR in first
+
+    def labelled(self, row: dict[str, Any], where: str) -> Labelled:
+        """Return the example of a row.
+
+        Raises:
+            DataError: the row lacks a column, or a text or its label cannot be used.
+        """
+        label = self.target(row)
+        text = text_of(column(row, self.columns, "text"), "text")
+        second = text_of(column(row, self.columns, PAIR), PAIR) if self.pairs else None
+        return Labelled(text, label, where, second)
+
     def target(self, row: dict[str, Any]) -> str | float | list[str]:
         """Return what a row's text is labelled with.
 
@@ -102,8 +125,7 @@ class Classification:
                 yield row
                 continue
             try:
-                label = self.target(row)
-                yield Labelled(text_of(column(row, self.columns, "text"), "text"), label, where)
+                yield self.labelled(row, where)
             except DataError as error:
                 yield Bad(where, str(error))
 

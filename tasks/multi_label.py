@@ -1,4 +1,4 @@
-"""Multi-label classification: a text and all classes that it has, none or several.
+"""Multi-label classification: a text, or a pair of texts, and all its classes, none or several.
 
 {"text": "a funny and sad film", "labels": ["comedy", "drama"]}
 """

@@ -1,4 +1,4 @@
-"""Regression: a text and its number, such as a rating or a similarity.
+"""Regression: a text, or a pair of texts, and its number, such as a rating or a similarity.
 
 {"text": "hide new secretions from the parental units", "label": 1.8}
 """

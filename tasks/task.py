@@ -61,11 +61,12 @@ class Text:
 
 @dataclass
 class Labelled:
-    """A text and what it is labelled with: its class, its number, or all of its classes."""
+    """A text, or a pair of texts, and its label: a class, a number, or several classes."""
 
     text: str
     label: str | float | list[str]
     where: str
+    second: str | None = None  # of a pair
 
 
 Example = Conversation | Text | Labelled

@@ -17,18 +17,27 @@ SMALL = {
     "intermediate_size": 64,
 }
 POSITIONS = 64
-# special tokens at 0, 1, 2 and 3, in the order of the originals, and what stands around a text
+# special tokens at 0, 1, 2 and 3, in the order of the originals, and what stands around a text and
+# around a pair of texts
 STYLES = {
-    "bert": (["[PAD]", "[UNK]", "[CLS]", "[SEP]"], "[CLS] $A [SEP]"),
-    "roberta": (["<s>", "<pad>", "</s>", "<unk>"], "<s> $A </s>"),
-    "t5": (["<pad>", "</s>", "<unk>"], "$A </s>"),
-    "gemma": (["<pad>", "<eos>", "<bos>", "<unk>"], "<bos> $A"),
+    "bert": (
+        ["[PAD]", "[UNK]", "[CLS]", "[SEP]"],
+        "[CLS] $A [SEP]",
+        "[CLS] $A [SEP] $B:1 [SEP]:1",
+    ),
+    "roberta": (["<s>", "<pad>", "</s>", "<unk>"], "<s> $A </s>", "<s> $A </s> </s> $B </s>"),
+    "t5": (["<pad>", "</s>", "<unk>"], "$A </s>", "$A </s> $B </s>"),
+    "gemma": (["<pad>", "<eos>", "<bos>", "<unk>"], "<bos> $A", "<bos> $A <bos> $B"),
 }
 
 
 def configs() -> dict[str, tuple[Any, str, str]]:
     """(config, auto class of the checkpoint, tokenizer style) by family. The checkpoints are of the
     pretrained model, so a classifier's head, and a pooler where they have none, is missing."""
+    return _encoders() | _pairs()
+
+
+def _encoders() -> dict[str, tuple[Any, str, str]]:
     import transformers as t
 
     bert = {"max_position_embeddings": POSITIONS}
@@ -40,12 +49,7 @@ def configs() -> dict[str, tuple[Any, str, str]]:
         "eos_token_id": 2,
     }
     relative = {"position_biased_input": False, "relative_attention": True, "position_buckets": 8}
-    masked, pairs = "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"
-    t5 = {"vocab_size": 300, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    t5 |= {"decoder_start_token_id": 0}
-    bart = {"vocab_size": 300, "d_model": 32, "max_position_embeddings": POSITIONS}
-    for side in ("encoder", "decoder"):
-        bart |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 64}
+    masked = "AutoModelForMaskedLM"
     return {
         "bert": (t.BertConfig(**SMALL, **bert), masked, "bert"),
         "roberta": (t.RobertaConfig(**SMALL, **roberta), masked, "roberta"),
@@ -77,6 +81,19 @@ def configs() -> dict[str, tuple[Any, str, str]]:
             masked,
             "bert",
         ),
+    }
+
+
+def _pairs() -> dict[str, tuple[Any, str, str]]:
+    import transformers as t
+
+    pairs = "AutoModelForSeq2SeqLM"
+    t5 = {"vocab_size": 300, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    t5 |= {"decoder_start_token_id": 0}
+    bart = {"vocab_size": 300, "d_model": 32, "max_position_embeddings": POSITIONS}
+    for side in ("encoder", "decoder"):
+        bart |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 64}
+    return {
         "t5": (t.T5Config(**t5), pairs, "t5"),
         "flan_t5": (
             t.T5Config(**t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
@@ -88,17 +105,8 @@ def configs() -> dict[str, tuple[Any, str, str]]:
     }
 
 
-ENCODERS = (
-    "bert",
-    "roberta",
-    "xlm_roberta",
-    "distilbert",
-    "electra",
-    "albert",
-    "deberta_v2",
-    "modernbert",
-)
-PAIRS = ("t5", "flan_t5", "bart", "t5gemma")
+# of these transformers has no sequence classifier
+ANSWER_ONLY = ()
 
 
 def _t5gemma() -> Any:
@@ -115,7 +123,7 @@ def tokenizer(style: str) -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    specials, around = STYLES[style]
+    specials, around, around_pair = STYLES[style]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     over_bytes = Tokenizer(models.BPE({t: i for i, t in enumerate(specials + alphabet)}, []))
     over_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -123,7 +131,9 @@ def tokenizer(style: str) -> Any:
     over_bytes.add_special_tokens([AddedToken(token, special=True) for token in specials])
     ids = {token: i for i, token in enumerate(specials)}
     over_bytes.post_processor = processors.TemplateProcessing(
-        single=around, special_tokens=[(t, ids[t]) for t in specials if t in around]
+        single=around,
+        pair=around_pair,
+        special_tokens=[(t, ids[t]) for t in specials if t in around],
     )
     roles = {
         "bert": {"cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"},
@@ -137,8 +147,10 @@ def tokenizer(style: str) -> Any:
         "t5": {"eos_token": "</s>", "unk_token": "<unk>"},
         "gemma": {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"},
     }[style]
+    types = ["token_type_ids"] if style == "bert" else []
     return PreTrainedTokenizerFast(
         tokenizer_object=over_bytes,
+        model_input_names=["input_ids", *types, "attention_mask"],
         pad_token="[PAD]" if style == "bert" else "<pad>",
         **roles,
     )
@@ -153,13 +165,16 @@ def families() -> list[Family]:
     """The table's families of encoders and encoder-decoders. These come twice: they answer prompts,
     and as NAME_classify they classify."""
     made = []
+    pairs = _pairs()
     for name, (_, auto, style) in configs().items():
         config, words = functools.partial(_config, name), functools.partial(tokenizer, style)
         classify, answer = (checks_encoder.of(task) for task in ("classify", "answer"))
-        if name in PAIRS:
+        if name in pairs:
             made.append(Family(name, "pairs", config, auto, answer, rows, words))
-        title = f"{name}_classify" if name in PAIRS else name
-        group = "pairs" if name in PAIRS else "encoder"
+        if name in ANSWER_ONLY:
+            continue
+        title = f"{name}_classify" if name in pairs else name
+        group = "pairs" if name in pairs else "encoder"
         made.append(Family(title, group, config, auto, classify, rows, words))
     return made
 

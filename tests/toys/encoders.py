@@ -6,9 +6,22 @@ from pathlib import Path
 
 import torch
 
-from scripts.zoo.families_encoder import ENCODERS, PAIRS, configs, tokenizer
+from scripts.zoo.families_encoder import configs, tokenizer
 
 __all__ = ["ENCODERS", "PAIRS", "configs", "made", "tokenizer"]
+
+# a choice of scripts.zoo's, which has more
+ENCODERS = (
+    "bert",
+    "roberta",
+    "xlm_roberta",
+    "distilbert",
+    "electra",
+    "albert",
+    "deberta_v2",
+    "modernbert",
+)
+PAIRS = ("t5", "flan_t5", "bart", "t5gemma")
 
 
 def made(family: str, folder: Path) -> Path:

@@ -204,6 +204,7 @@ class Collate:
     position_ids    (B, T) int64, from 0 in each row, by which transformers keeps rows apart; only
                     with `packed`
     attention_mask  (B, T) int64; only with `labelled`
+    token_type_ids  (B, T) int64; only of pairs of texts whose tokenizer makes them
     classes         (B,) int64, or of rows with `values` (B, C) fp32, NaN for a filler; only with
                     `labelled`
     weights         (B, T) fp32, that of each token's row; only with `weighted`
@@ -304,6 +305,9 @@ class Collate:
                 classes = torch.tensor(values, dtype=torch.float32)
                 classes[[i for i, (pick, _) in enumerate(items) if not pick.trains]] = torch.nan
             batch |= {"attention_mask": attention_mask, "classes": classes}
+            types = [rows[0].types or [] for _, rows in items]
+            if all(types):
+                batch["token_type_ids"] = _padded(types, 0, width)
         if self.weighted:
             batch["weights"] = weights
         return batch

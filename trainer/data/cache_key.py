@@ -17,7 +17,7 @@ import transformers
 
 import tasks.task
 from tasks import conversation, hub, messages, reading
-from trainer.data import chat_template, lost, render, turns
+from trainer.data import chat_template, encoding, lost, render, tokens, turns
 from trainer.data.lengths import fit
 from trainer.data.render import Renderer
 
@@ -39,10 +39,14 @@ _STREAMED = str(
 
 def features(task: Any) -> datasets.Features:
     """Return the columns of a task's rows. Only those that are labelled with numbers or several
-    classes have `values`: the identity of other rows depends on the names of their columns."""
-    if getattr(task, "problem", None) in (None, "single_label_classification"):
-        return FEATURES
-    return datasets.Features({**FEATURES, "values": datasets.List(datasets.Value("float32"))})
+    classes have `values`, and only pairs of texts `types`: the identity of other rows depends on
+    the names of their columns."""
+    further: dict[str, Any] = {}
+    if getattr(task, "problem", None) not in (None, "single_label_classification"):
+        further["values"] = datasets.List(datasets.Value("float32"))
+    if getattr(task, "pairs", False):
+        further["types"] = datasets.List(datasets.Value("int32"))
+    return datasets.Features({**FEATURES, **further}) if further else FEATURES
 
 
 def cache_key(task: Any, split: str, renderer: Renderer, max_length: int, overlong: str) -> str:
@@ -53,6 +57,8 @@ def cache_key(task: Any, split: str, renderer: Renderer, max_length: int, overlo
         chat_template,
         turns,
         lost,
+        encoding,
+        tokens,
         fit,
         reading,
         hub,
@@ -87,7 +93,7 @@ def _settings(
     )
     return [
         _STREAMED,
-        *(["values"] if "values" in features(task) else []),
+        *(name for name in ("values", "types") if name in features(task)),
         backend,
         json.dumps(tokenizer.special_tokens_map, default=str),
         json.dumps(renderer.template),

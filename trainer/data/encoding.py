@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tasks.reading import DataError
+
 Span = tuple[int, int]
 
 
@@ -47,7 +49,34 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     """Return the ids of a text alone. A text that brings the token that the tokenizer puts before
     every text has it once."""
     ids = tokenizer(text)["input_ids"]
+    return ids[1:] if _begins_twice(tokenizer, text, ids) else ids
+
+
+def pair_ids(
+    tokenizer: Any, texts: tuple[str, str], length: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Return the ids of two texts, joined as the tokenizer joins them, and their token_type_ids,
+    which are empty if it makes none. With `length` the longer text loses its end, as the tokenizer
+    does it by truncation=longest_first.
+
+    Raises:
+        DataError: `length` leaves no room for two texts.
+    """
+    options: dict[str, Any] = {}
+    if length is not None:
+        own = tokenizer.num_special_tokens_to_add(pair=True)
+        if length < own + 2:
+            raise DataError(
+                f"max_length={length} has no room for two texts and the {own} special tokens"
+                " around them: set a larger max_length"
+            )
+        options = {"truncation": "longest_first", "max_length": length}
+    encoded = tokenizer(*texts, **options)
+    ids, types = encoded["input_ids"], list(encoded.get("token_type_ids") or [])
+    first = int(_begins_twice(tokenizer, texts[0], ids))
+    return ids[first:], types[first:]
+
+
+def _begins_twice(tokenizer: Any, text: str, ids: list[int]) -> bool:
     first, name = tokenizer.bos_token_id, tokenizer.bos_token
-    if first is not None and ids[:2] == [first, first] and text.startswith(name):
-        return ids[1:]
-    return ids
+    return first is not None and ids[:2] == [first, first] and text.startswith(name)

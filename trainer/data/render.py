@@ -12,43 +12,21 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tasks.reading import Bad, DataError
 from tasks.task import Conversation, Example, Labelled, Text
 from trainer.data.chat_template import ChatTemplate, Refused, Span
-from trainer.data.encoding import Encoder, plain_ids
+from trainer.data.encoding import Encoder, pair_ids, plain_ids
 from trainer.data.lost import explained, lost
+from trainer.data.tokens import Rendered, Tokens
 from trainer.data.turns import Turn, turns
 from trainer.models.base import BaseError
 from trainer.models.tiny import CHATML
 
 TAILS = 1000  # ends of prompts whose tokens are cached; most templates have one
-
-
-@dataclass
-class Tokens:
-    """A sequence: its ids, whether each is trained, the index of its class (-1 if it has none), its
-    weight in the loss, and the numbers that a classifier's outputs are trained on where there is no
-    single class."""
-
-    ids: list[int]
-    trained: list[bool]
-    label: int = -1
-    weight: float = 1.0
-    values: list[float] | None = None
-
-
-@dataclass
-class Rendered:
-    """What a row became: its sequences, the kinds of fields that the template left out, and what
-    nothing reads."""
-
-    sequences: list[Tokens]
-    lost: list[str] = field(default_factory=list)
-    unread: list[str] = field(default_factory=list)
 
 
 class Renderer:
@@ -144,9 +122,15 @@ class Renderer:
                 on_lost=error, the template leaves something out.
         """
         if isinstance(example, Labelled):
-            ids = plain_ids(self.tokenizer, example.text)
             label, values = self._target(example.label)
-            return Rendered([Tokens(ids, [False] * len(ids), label, values=values)])
+            if example.second is not None:
+                texts = (example.text, example.second)
+                ids, types = pair_ids(self.tokenizer, texts)
+            else:
+                texts, types = None, None
+                ids = plain_ids(self.tokenizer, example.text)
+            nothing = [False] * len(ids)
+            return Rendered([Tokens(ids, nothing, label, 1.0, values, types, texts)])
         if isinstance(example, Text):
             ids = plain_ids(self.tokenizer, example.text)
             if ids[-1:] != [self.tokenizer.eos_token_id]:
@@ -261,7 +245,16 @@ class Renderer:
     def cut(self, row: Tokens, length: int) -> Tokens:
         """Return a longer row cut to `length` tokens. A text that is written loses its end. A pair
         loses the end of its prompt, and a labelled text its own end; the special tokens that close
-        them stay. Nothing is left of a pair whose prompt came from a template, or would be gone."""
+        them stay. Of a pair of texts the longer one loses its end, as the tokenizer does it by
+        truncation=longest_first. Nothing is left of a pair whose prompt came from a template, or
+        would be gone.
+
+        Raises:
+            DataError: `length` leaves no room for two texts.
+        """
+        if row.texts is not None:
+            ids, types = pair_ids(self.tokenizer, row.texts, length)
+            return replace(row, ids=ids, trained=[False] * len(ids), types=types)
         if self.kind != "label" and self.decoder_start is None:
             return replace(row, ids=row.ids[:length], trained=row.trained[:length])
         end = row.trained.index(True) if any(row.trained) else len(row.ids)

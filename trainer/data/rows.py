@@ -53,6 +53,7 @@ class Rows:
             int(row["label"]),
             float(row.get("weight", 1.0)),
             values,
+            np.asarray(row["types"]).tolist() if "types" in row else None,
         )
 
     @cached_property
@@ -129,6 +130,10 @@ class Rows:
             for values, starts in _flat(self.table, "values"):
                 labels.update(np.diff(starts).astype("<i8").tobytes())
                 labels.update(values.astype("<f4").tobytes())
+        if "types" in self.table.column_names:
+            for types, starts in _flat(self.table, "types"):
+                labels.update(np.diff(starts).astype("<i8").tobytes())
+                labels.update(types.astype("<i4").tobytes())
         parts = [lengths, tokens, flags, labels]
         if self.weights is not None:
             parts.append(hashlib.sha256(self.weights.astype("<f8").tobytes()))
@@ -304,6 +309,7 @@ def _kept(
                 "trained": row.trained,
                 "label": row.label,
                 **({} if row.values is None else {"values": row.values}),
+                **({} if row.types is None else {"types": row.types}),
                 "index": index,
                 "where": where,
                 "weight": row.weight,

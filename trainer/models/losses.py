@@ -16,6 +16,7 @@ have a peak of 0.12 to 0.26 GB against 1.2 GB with all logits.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -311,13 +312,13 @@ class ClassLoss:
         self.model = model
         self.problem = getattr(model.config, "problem_type", None) or "single_label_classification"
         self.guesses = self.problem == "single_label_classification"  # one class of each row
+        self.reads_types = _reads_types(model)
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return (summed loss, {loss, tokens, right, scores}); the sums are detached, scores are
         (B, classes). `right` only where each row has one class."""
-        logits = self.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        ).logits.float()
+        names = ["input_ids", "attention_mask", *(["token_type_ids"] if self.reads_types else [])]
+        logits = self.model(**{key: batch[key] for key in names if key in batch}).logits.float()
         classes = batch["classes"]
         if not self.guesses:
             return self._of_values(logits, classes)
@@ -336,3 +337,11 @@ class ClassLoss:
         each = F.mse_loss if self.problem == "regression" else F.binary_cross_entropy_with_logits
         loss = each(logits[real], values[real], reduction="sum") / values.shape[-1]
         return loss, {"loss": loss.detach(), "tokens": real.sum(), "scores": logits.detach()}
+
+
+def _reads_types(model: Any) -> bool:
+    """Return whether a classifier tells the two texts of a pair apart by token_type_ids. RoBERTa
+    takes them and knows one type; some tokenizers make them for models that take none."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    takes = "token_type_ids" in inspect.signature(inner.forward).parameters
+    return takes and getattr(model.config, "type_vocab_size", 2) > 1
