@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapters import io
+from adapters import experts, io
 from adapters.delta import AdapterError
 
 
@@ -49,7 +50,7 @@ def save_supertuning(
         alpha = io.deltas(model)[0][1].scale * adapter.rank
         low_rank = {"r": adapter.rank, "lora_alpha": alpha, "lora_dropout": adapter.dropout}
     config = functools.partial(SupertuningConfig, sparsity=sparsity, **low_rank)
-    _write(model, folder, parts, config, base_name, task_type)
+    _write(model, folder, _tensors(model, parts), config, base_name, task_type)
 
 
 def save_shira(
@@ -62,15 +63,12 @@ def save_shira(
     """
     from peft import ShiraConfig
 
-    deltas = [delta for _, delta in io.deltas(model)]
-    budget = max(math.ceil(len(delta.indices) / (delta.o + delta.i)) for delta in deltas)
-    for name, delta in io.deltas(model):
-        if budget * (delta.o + delta.i) > delta.o * delta.i:
-            raise AdapterError(
-                f"SHiRA holds r (in + out) entries of each layer, and r={budget}, which this"
-                f" support needs, is more than {name} ({delta.o} x {delta.i}) has. Export it with"
-                " to=merged"
-            )
+    budget = _budget(model)
+    if (name := _beyond(model, budget)) is not None:
+        raise AdapterError(
+            f"SHiRA holds r (in + out) entries of each layer, and r={budget}, which this support"
+            f" needs, is more than {name} has. Export it with to=merged"
+        )
 
     def parts(delta: Any) -> dict[str, Tensor]:
         k = budget * (delta.o + delta.i)
@@ -83,7 +81,8 @@ def save_shira(
     # With a mask type that PEFT does not know, it takes the indices from the file.
     settings: dict[str, Any] = {"r": budget, "mask_type": "saved", "random_seed": 0}
     config = functools.partial(ShiraConfig, **settings)
-    _write(model, folder, parts, config, base_name, task_type, heads=not adapter.rank)
+    tensors = _tensors(model, parts)
+    _write(model, folder, tensors, config, base_name, task_type, heads=not adapter.rank)
 
 
 def save_low_rank(
@@ -103,8 +102,30 @@ def save_low_rank(
         use_rslora=adapter.rslora,
         fan_in_fan_out=transposed,
     )
-    fields = io.lora_fields(model, names, adapter.dropout)
-    _write(model, folder, parts, config, base_name, task_type, fields=fields)
+    further, of_experts = experts.stock_tensors(model, io.PREFIX)
+    tensors = _tensors(model, parts) | further
+    fields = io.lora_fields(model, names, adapter.dropout, of_experts)
+    _write(model, folder, tensors, config, base_name, task_type, fields=fields)
+
+
+def holds_pair(model: nn.Module) -> bool:
+    """Whether SHiRA and LoRA can hold the two parts of a model's deltas: the support is not too
+    dense for SHiRA, and LoRA can name the layers that SHiRA wraps (see io.lora_fields)."""
+    named = not any(io.is_rewritten(model, name) for name, _ in io.deltas(model))
+    return named and _beyond(model, _budget(model)) is None
+
+
+def _budget(model: nn.Module) -> int:
+    """Return SHiRA's r: with r (in + out) entries each layer's support has room."""
+    return max(math.ceil(len(d.indices) / (d.o + d.i)) for _, d in io.deltas(model))
+
+
+def _beyond(model: nn.Module, budget: int) -> str | None:
+    """Return the name of a layer that has fewer than r (in + out) entries, None if none has."""
+    for name, delta in io.deltas(model):
+        if budget * (delta.o + delta.i) > delta.o * delta.i:
+            return f"{name} ({delta.o} x {delta.i})"
+    return None
 
 
 def load_pair(base: nn.Module, folder: Path) -> nn.Module:
@@ -134,17 +155,21 @@ def _padded_support(indices: Tensor, k: int) -> Tensor:
     return torch.cat([indices, first[~torch.isin(first, indices)][: k - len(indices)]])
 
 
+def _tensors(model: nn.Module, parts: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
+    return io.delta_tensors(model, parts)[0]
+
+
 def _write(
     model: nn.Module,
     folder: Path,
-    parts: Any,
+    tensors: dict[str, Tensor],
     config_class: Any,
     base_name: str,
     task_type: str,
     heads: bool = True,
     fields: dict[str, Any] | None = None,
 ) -> None:
-    tensors, names, _ = io.delta_tensors(model, parts)
+    names = [name for name, _ in io.deltas(model)]
     modules = io.trained_modules(model) if heads else []
     config = config_class(
         **(fields or {"target_modules": io.shortened(names, model)}),

@@ -6,7 +6,8 @@ gpt-oss. Each expert e gets an update of its own:
     W_e + s B_e A_e        A (E r, i), rows e r .. e r + r - 1 are A_e
                            B (o, r E), columns e, e + E, ... are B_e
 
-This is PEFT's layout for `target_parameters`, which its LoRA alone has. The corrected tensor exists
+This is PEFT's layout for `target_parameters`, which its LoRA alone has; RoSA's low-rank part is
+saved in it too. The corrected tensor exists
 during a forward pass of its layer: as much memory again as the layer's experts take.
 """
 

@@ -22,6 +22,8 @@ which train nothing, are not either. count_mask_steps=true counts them all. To t
 set count_mask_steps=true max_steps=68 mask_steps=4 for the first, which writes masks.safetensors,
 and adapter.mask=FILE for the second.
 
+Experts of a mixture (target_parameters) get the low-rank part alone, which PEFT's LoRA can hold.
+
 Differs from the paper: the reference code trains only the adapters, uses one density for all
 layers whatever the pattern says, sums scores in bf16, and every process chooses its own mask. Here
 classification heads are trained too, patterns are respected, sums are fp32, and scores are summed
@@ -37,7 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters import lora, mask
+from adapters import experts, lora, mask
 from adapters.delta import AdapterError, Start
 from adapters.linear import float_weight
 from adapters.rosa_scores import Scores
@@ -97,12 +99,13 @@ class RoSAAdapter(SparseAdapter):
         gradient: str,
         dtype: str,
         sparse_dtype: str,
+        target_parameters: str | list[str],
         train_modules: Sequence[str],
     ):
         super().__init__(
             density, density_pattern, target_modules, exclude_modules, gradient, sparse_dtype
         )
-        self.train_modules = list(train_modules)
+        self.train_modules, self.target_parameters = list(train_modules), target_parameters
         self.rank = None if schedule == "spa_only" else rank
         self.alpha, self.rslora, self.dropout = alpha, rslora, dropout
         self.dtype = getattr(torch, dtype)
@@ -314,8 +317,9 @@ class RoSAAdapter(SparseAdapter):
     def _restart_low_rank(self, model: nn.Module) -> None:
         """Initialise A and B again, and drop their moments."""
         draw = torch.Generator().manual_seed(self.mask_seed)  # the same in all processes
-        for _, layer in layers(model):
-            delta: Any = layer.delta
+        low_rank: list[Any] = [layer.delta for _, layer in layers(model)]
+        low_rank += [delta for _, layer in experts.layers(model) for delta in layer.deltas.values()]
+        for delta in low_rank:
             A = torch.empty(delta.A.shape, dtype=delta.A.dtype)
             B = torch.empty(delta.B.shape, dtype=delta.B.dtype)
             lora.initialise(A, B, generator=draw)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters import containers, mask, sddmm, trained_copies
+from adapters import containers, experts, lora, mask, sddmm, trained_copies
 from adapters.delta import (
     AdaptedLinear,
     Adapter,
@@ -37,6 +39,8 @@ class SparseAdapter(Adapter):
     alpha = 0.0
     rslora = False
     dropout = 0.0
+    dtype = torch.float32  # of the low-rank part
+    target_parameters: str | list[str] = []
 
     def __init__(
         self,
@@ -79,6 +83,7 @@ class SparseAdapter(Adapter):
             )
         train_modules(model, start.new_modules)
         trained_copies.attach(model, self.train_modules, start.new_tokens)
+        self._attach_experts(model)
         if any(layer.delta.values is not None for _, layer in layers(model)):
             # PEFT has no sparse method for Conv1D, and no LoRA that wraps SHiRA's 8-bit layers.
             eight_bit = self.rank is not None and any(
@@ -87,6 +92,8 @@ class SparseAdapter(Adapter):
             self.exportable = not eight_bit and not any(
                 isinstance(linear, Conv1D) for _, linear in linears
             )
+            if experts.layers(model):  # of PEFT's methods for both parts only LoRA has experts
+                self.exportable &= containers.holds_pair(model)
         self.ways = dict(start.saved["extra"]["ways"]) if start.saved is not None else {}
         if self.way == "native" and sddmm.library() is None:
             raise AdapterError(
@@ -101,6 +108,39 @@ class SparseAdapter(Adapter):
         if start.saved is None:
             self.begin(model, start)
         return model
+
+    def _attach_experts(self, model: nn.Module) -> None:
+        """Put low-rank updates on the tensors of experts that target_parameters names.
+
+        Raises:
+            AdapterError: none has such a name, or the method has no low-rank part.
+        """
+        if not self.target_parameters:
+            return
+        rank = self.rank
+        if rank is None:
+            raise AdapterError(
+                f"adapter.target_parameters={self.target_parameters} gives experts a low-rank"
+                " update, and this adapter has none: sparse updates are of linear layers only, here"
+                " and in PEFT. Set adapter=rosa or adapter=lora"
+            )
+        scale = lora.scaling(rank, self.alpha, self.rslora)
+        experts.attach(
+            model,
+            self.target_parameters,
+            lambda weight, transposed: experts.ExpertLoRA(
+                weight, rank, scale, self.dtype, transposed
+            ),
+        )
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        experts.merge(model)
+        return super().merge(model)
+
+    @contextlib.contextmanager
+    def disabled(self, model: nn.Module) -> Iterator[None]:
+        with experts.switched_off(model), super().disabled(model):
+            yield
 
     def _large_enough(self, linears: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
         """Leave out tiny layers of which the density is less than one entry, as Gemma 3n's of
@@ -192,7 +232,7 @@ class SparseAdapter(Adapter):
     def save(self, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
         if not self._has_support(model):
             containers.save_low_rank(self, model, folder, base_name, task_type)
-        elif any(layer.delta.packed for _, layer in layers(model)):
+        elif experts.layers(model) or any(layer.delta.packed for _, layer in layers(model)):
             self.save_pair(model, folder, base_name, task_type)
         else:
             containers.save_supertuning(self, model, folder, base_name, task_type)

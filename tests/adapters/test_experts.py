@@ -13,6 +13,7 @@ from torch import nn
 from adapters import experts
 from adapters.delta import AdapterError, Start
 from tests.toys import adapters as toys
+from tests.toys import sparse
 from tests.toys.families import logits, model_of
 
 MIXTURES = ["mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "granitemoe", "qwen3_5_moe_text"]
@@ -55,6 +56,69 @@ def test_stock_peft_loads_the_experts_updates(name, tmp_path):
         torch.testing.assert_close(logits(model), plain)
     torch.testing.assert_close(logits(adapter.merge(model)), expected, rtol=1e-4, atol=1e-4)
     assert not experts.layers(model)
+
+
+def rosa(name: str, **changes: Any) -> tuple[Any, Any]:
+    """RoSA on linear layers and all experts, with no part zero, and the model."""
+    changes = {"dtype": "float32", "sparse_dtype": "float32"} | changes
+    adapter = sparse.make(target_parameters="all-experts", density=0.05, **changes)
+    model = adapter.attach(model_of(name), Start(steps=4))
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith((".B", ".values")):
+                parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
+    adapter.after_step(model, 2)
+    return adapter, model.eval()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoe"])
+def test_stock_peft_loads_rosas_two_parts_and_its_experts(name, tmp_path):
+    adapter, model = rosa(name)
+    expected, plain = logits(model), logits(model_of(name))
+    assert adapter.exportable
+    adapter.save(model, tmp_path, "base", "CAUSAL_LM")
+    loaded = adapter.load_stock(model_of(name), tmp_path).eval()
+    assert float((logits(loaded) - expected).norm() / (expected - plain).norm()) < 1e-4
+    for _, layer in experts.layers(model):  # they are a part of the effect
+        for delta in layer.deltas.values():
+            delta.scale = 0.0
+    assert float((logits(model) - expected).norm() / (expected - plain).norm()) > 0.05
+    for _, layer in experts.layers(model):
+        for delta in layer.deltas.values():
+            delta.scale = 1.5
+    with adapter.disabled(model):
+        torch.testing.assert_close(logits(model), plain)
+    torch.testing.assert_close(logits(adapter.merge(model)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("deepseek_v3", {}),  # PEFT takes the names of its dense MLP for experts
+        ("mixtral", {"density_pattern": {"q_proj": 0.9}}),  # too dense for SHiRA
+    ],
+)
+def test_rosa_that_no_pair_of_peft_holds_is_exported_merged(name, changes, tmp_path):
+    adapter, model = rosa(name, **changes)
+    assert not adapter.exportable
+    with pytest.raises(AdapterError, match="to=merged"):
+        adapter.save(model, tmp_path, "base", "CAUSAL_LM")
+    expected = logits(model)
+    torch.testing.assert_close(logits(adapter.merge(model)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rosas_restart_draws_the_experts_part_again():
+    adapter, model = rosa("mixtral")
+    adapter._restart_low_rank(model)
+    deltas = [delta for _, layer in experts.layers(model) for delta in layer.deltas.values()]
+    assert deltas
+    assert not any(delta.B.any() for delta in deltas)
+
+
+def test_experts_need_a_low_rank_part():
+    with pytest.raises(AdapterError, match="Set adapter=rosa or adapter=lora"):
+        rosa("mixtral", schedule="spa_only")
 
 
 def test_only_the_updates_learn_and_a_state_holds_them():

@@ -52,6 +52,7 @@ def rosa(**changes: Any) -> RoSAAdapter:
         "gradient": "gathered",
         "dtype": "float64",
         "sparse_dtype": "float64",
+        "target_parameters": [],
         "train_modules": [],
     }
     return RoSAAdapter(**settings | changes)

@@ -135,7 +135,8 @@ def _frozen_experts(
     frozen = sum(p.numel() for p in experts if not p.requires_grad and id(p) not in adapted)
     if frozen and not isinstance(adapter, Nothing):
         total = sum(p.numel() for p in model.parameters())
-        way = "" if hasattr(adapter, "target_parameters") else "adapter=lora with "
+        low_rank = getattr(adapter, "rank", None) is not None
+        way = "" if low_rank and hasattr(adapter, "target_parameters") else "adapter=lora with "
         warnings.append(
             f"{frozen:,} parameters ({frozen / total:.0%}) sit in experts, which are no linear"
             f" layers and stay frozen: {way}adapter.target_parameters=all-experts trains them"
