@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from adapters.containers import load_pair
 from adapters.io import PREFIX
 from scripts.zoo.families import Place
 from trainer.assembly.recipe import Recipe
@@ -56,7 +57,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     ),
     "full": ("adapter=full", "optimizer.lr=1e-3"),
 }
-EXPERTS = {"experts": (*METHODS["lora"], "adapter.target_parameters=all-experts")}
+EXPERTS = {
+    f"{name}_experts": (*METHODS[name], "adapter.target_parameters=all-experts")
+    for name in ("lora", "rosa")
+}
 # Of an adapter's own effect on the logits: what an export may lose of it.
 LOST = 1e-2
 
@@ -158,10 +162,13 @@ def method(name: str) -> Any:
         effect = _effect(place, trained)
         if name == "full":
             return f"moves the logits by {effect:.2g} of their spread"
-        if not (folder / "adapter").exists():  # no layout of PEFT holds it
+        exported = folder / "adapter"
+        if not exported.exists():  # no layout of PEFT holds it
             return f"merged only: {merged(place, name)}"
-        _refuse_untrained(folder / "adapter")
-        return f"stock PEFT loses {_lost(place, trained, folder / 'adapter'):.1e} of its effect"
+        pair = [exported / "lora", exported / "shira"]
+        for part in pair if pair[0].exists() else [exported]:
+            _refuse_untrained(part)
+        return f"stock PEFT loses {_lost(place, trained, exported):.1e} of its effect"
 
     return check
 
@@ -183,7 +190,11 @@ def _lost(place: Place, trained: Trained, folder: Path) -> float:
 
     plain_logits = outputs(stock(place), trained)[-1]
     expected = outputs(trained.model, trained)[-1]
-    loaded = outputs(PeftModel.from_pretrained(stock(place), folder).eval(), trained)[-1]
+    if (folder / "shira").exists():
+        peft_model = load_pair(stock(place), folder)
+    else:
+        peft_model = PeftModel.from_pretrained(stock(place), folder)
+    loaded = outputs(peft_model.eval(), trained)[-1]
     lost = float((loaded - expected).norm() / (expected - plain_logits).norm())
     if not lost < LOST:
         raise Wrong(f"stock PEFT loads it and has lost {lost:.2g} of its effect")

@@ -69,10 +69,18 @@ def of(task: str) -> dict[str, Check]:
         lost = _lost(load_trained(str(run), fp32=True), stock(place, folder))
         return f"loses {lost:.1e} of the adapter's effect"
 
+    def two_texts(place: Place) -> str:
+        column = "task.columns={text_pair: text}"
+        folder = train(place, "name=two_texts", *words, *METHODS["lora"], column)
+        run = load_trained(str(folder), fp32=True)
+        return f"stock PEFT loses {_lost(run, _peft(stock(place), folder)):.1e} of its effect"
+
+    further = {"two_texts": two_texts} if task == "classify" else {}
     return {
         "load": load,
         "preflight": lambda place: _preflight(place, words),
         **{name: method(name) for name in METHODS},
+        **further,
         "resume": lambda place: checks.resume(place, *words),
         "merged": merged,
         "evaluate": lambda place: _evaluate(place, task),
@@ -87,7 +95,8 @@ def _load(place: Place, expected: Any, labels: list[str] | None) -> str:
     model: Any = instantiate(config["base"]).load(torch.float32, labels)
     ids = torch.arange(5, 45)[None]
     ids[:, -1] = 2  # an end token, by whose state some classify
-    inputs = {"input_ids": ids} | ({} if labels else {"decoder_input_ids": ids})
+    pairs = model.config.is_encoder_decoder
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if pairs else {})
     parts = [getattr(one, one.base_model_prefix) if labels else one for one in (model, expected)]
     with torch.no_grad():
         own, stock = (part.eval()(**inputs)[0] for part in parts)

@@ -316,8 +316,8 @@ def families() -> list[Family]:
     ):
         for name, changes in table.items():
             make = functools.partial(config, name, changes)
-            of_experts = {"experts": checks.method("experts")} if _has_experts(name) else {}
-            steps = CHECKS | of_experts
+            of_experts = {key: checks.method(key) for key in checks.EXPERTS}
+            steps = CHECKS | (of_experts if _has_experts(name) else {})
             made.append(Family(name, group, make, "AutoModelForCausalLM", steps, rows))
     for name, make in _vision_language().items():
         auto = "AutoModelForImageTextToText"

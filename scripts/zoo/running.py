@@ -26,12 +26,17 @@ import psutil
 
 from scripts.zoo.families import Check, Family, Place
 
-LIMIT = 300  # seconds of one family
+LIMIT = 900  # seconds of one family, also on a busy machine
 NEEDS = {"merged": "lora", "generate": "lora", "evaluate": "lora"}
 
 
-def run(family: Family, results: Path, log: Path | None = None) -> dict[str, Any]:
-    """Check a family in a child process and write its results as JSON."""
+def run(
+    family: Family, results: Path, log: Path | None = None, keep: bool = False
+) -> dict[str, Any]:
+    """Check a family in a child process and write its results as JSON. With `keep` the results of
+    other checks stay."""
+    if not keep:
+        (results / f"{family.name}.json").unlink(missing_ok=True)
     context = multiprocessing.get_context("fork")  # the child has all imports
     child = context.Process(target=_child, args=(family, results, log))
     child.start()
@@ -76,7 +81,7 @@ def check_all(family: Family, folder: Path, file: Path, log: Path | None = None)
     """Run all checks of a family in `folder`. Tracebacks go to `log`."""
     from scripts.zoo.making import make
 
-    content: dict[str, Any] = {"group": family.group, "checks": {}}
+    content = {"checks": {}, **read(file), "group": family.group}
     place = make(family, folder)
     for name, check in family.checks.items():
         needed = NEEDS.get(name)
@@ -127,6 +132,6 @@ def _outcome(check: Check, place: Place, name: str, log: Path | None) -> dict[st
     text = text.strip().replace(place.base, "BASE").replace(str(place.folder), "FOLDER")
     return {
         "outcome": outcome,
-        "text": text.partition("\n")[0][:300],
+        "text": text.partition("\n")[0][:400],
         "seconds": round(time.monotonic() - began, 1),
     }

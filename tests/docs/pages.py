@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-GENERATED = {"docs/cli.md", "docs/knobs.md", "docs/template-table.md"}
+GENERATED = {"docs/cli.md", "docs/knobs.md", "docs/template-table.md", "docs/families.md"}
 PAGES = [
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md",
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from peft import PeftModel
 
 from scripts.zoo import families, running, table
-from scripts.zoo.checks import stock
+from scripts.zoo.__main__ import RESULTS
+from scripts.zoo.checks import ROOT, stock
 from scripts.zoo.making import make
 from tests.toys import adapters as toys
 from tests.toys.families import logits, moved
@@ -53,7 +55,7 @@ def test_an_adapter_leaves_for_stock_peft(name, tmp_path):
 def test_there_are_families_of_each_kind():
     groups = [family.group for family in families.every().values()]
     assert len(groups) >= 45
-    assert {"dense", "moe", "state", "vision"} <= set(groups)
+    assert {"dense", "moe", "state", "vision", "encoder", "pairs"} == set(groups)
 
 
 def cells(**outcomes: str) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def test_a_cell_of_the_table_has_its_outcome_or_its_reason(tmp_path, monkeypatch
     table.write(tmp_path)
     page = (tmp_path / "page.md").read_text("utf-8")
     assert "| llama | ✓ | 1 | ✗ 2 |" in page
-    assert "1. lora / why\n2. rosa / why" in page
+    assert "1. Lora / why\n2. Rosa / why" in page
     assert "1 ok, 1 refused, 1 failed" in page
 
 
@@ -104,3 +106,53 @@ def test_the_whole_way(name, tmp_path, monkeypatch):
         for key, cell in content["checks"].items()
         if cell["outcome"] in ("failed", "skipped")
     ]
+
+
+def test_the_page_is_that_of_the_results_and_of_all_families():
+    page = table.PAGE.read_text("utf-8")
+    assert re.findall(r"^\| (\w+) \| ", page, re.MULTILINE) == sorted_by_group(families.every())
+    assert versions_out(page) == versions_out(table.page(RESULTS))
+    count = table.distinct(families.every())
+    assert f"{count} families" in (ROOT / "README.md").read_text("utf-8")
+    assert not [line for line in page.splitlines() if "| ✗" in line]  # nothing fails
+
+
+def sorted_by_group(every: dict[str, Any]) -> list[str]:
+    """The families in the order of the page, after the heading of each table."""
+    groups = dict.fromkeys(family.group for family in every.values())
+    return [
+        name
+        for group in groups
+        for name in ["family", *(n for n, family in every.items() if family.group == group)]
+    ]
+
+
+def versions_out(page: str) -> str:
+    return re.sub(r"transformers [\w.]+\s+and\s+PEFT\s+[\w.]+", "", page)
+
+
+def test_every_check_has_its_column_and_every_group_its_heading():
+    for family in families.every().values():
+        assert family.group in table.GROUPS
+        assert set(family.checks) <= set(table.COLUMNS)
+
+
+def test_a_reason_is_that_of_all_families():
+    one = table.plain("MptForCausalLM has no x: set y. (logits differ by 2.69 of 3.9) <b> | c")
+    assert one == "The model has no x: set y. (b) / c"
+
+
+def test_some_checks_may_run_again(tmp_path, monkeypatch, capsys):
+    from scripts.zoo import __main__ as program
+
+    runs: list[tuple[str, list[str], bool]] = []
+
+    def run(family: Any, results: Any, log: Any, keep: bool) -> dict[str, Any]:
+        runs.append((family.name, list(family.checks), keep))
+        return {"checks": {}}
+
+    monkeypatch.setattr(running, "run", run)
+    assert program.main(["llama", "bert", "checks=generate", f"results={tmp_path}"]) == 0
+    assert runs == [("llama", ["lora", "generate"], True)]  # it needs the other's run
+    assert program.main(["checks=generat", f"results={tmp_path}"]) == 2
+    assert "generat: unknown" in capsys.readouterr().err
