@@ -42,7 +42,7 @@ def _table() -> tuple[tuple[str, float, tuple[str, ...], str], ...]:
     Raises:
         ValueError: a comment opens with `rate` and is no row.
     """
-    rows = []
+    rows: list[Any] = []
     for path in sorted((schema.CONF / "adapter").glob("*.yaml")):
         text = path.read_text("utf-8")
         matches = list(_ROW.finditer(text))

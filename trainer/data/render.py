@@ -106,12 +106,12 @@ class Renderer:
             if (chosen := self._template_for(example.tools)) is None:
                 continue
             try:
-                parts: list[Turn] | Refused = turns(chosen, example, self.train_on)
+                rendered = turns(chosen, example, self.train_on)
             except Refused as refusal:
-                parts = refusal
-            else:
-                texts += [part.text for part in parts]
-            self._prepared[id(example)] = example, parts
+                self._prepared[id(example)] = example, refusal
+                continue
+            texts += [turn.text for turn in rendered]
+            self._prepared[id(example)] = example, rendered
         self._encode.ahead(texts)
 
     def render(self, example: Example) -> Rendered:

@@ -67,7 +67,8 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return *_blocks_backward(*ctx.saved_tensors, dout, ctx.scale, ctx.plans), None, None
+        q, k, v = ctx.saved_tensors
+        return *_blocks_backward(q, k, v, dout, ctx.scale, ctx.plans), None, None
 
 
 def _blocks_forward(

@@ -266,7 +266,8 @@ def _shortest(
         turn += 1
         for (plans, pair), shortest in zip(runs, best, strict=True):
             one = clock()
-            out = attention.attention(*leaves, 0.125, plans, pair)
+            q, k, v = leaves
+            out = attention.attention(q, k, v, 0.125, plans, pair)
             two = clock()
             torch.autograd.grad(out, leaves, upstream)
             three = clock()

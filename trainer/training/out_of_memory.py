@@ -57,7 +57,9 @@ class Module(Protocol):
     step: int
     smaller: dict[str, Any] | None
     trainer: Any
-    device: Any
+
+    @property
+    def device(self) -> Any: ...
 
     def loss_of(self, batch: dict[str, Any], share: float = 1.0) -> Tensor: ...
 
