@@ -52,8 +52,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Recompute:
-    """Recipe to recompute a tensor from tensors that are saved anyway. The producer stores it as
-    `tensor.recompute`."""
+    """Recipe to recompute a tensor from saved ones; its producer has it as `tensor.recompute`."""
 
     make: Callable[..., Tensor]
     tensors: tuple[Tensor, ...]
@@ -128,6 +127,7 @@ class Adapter:
     exportable = True  # whether `save` can write a folder for stock PEFT
     compiles = True  # whether torch.compile may compile it together with the layers around it
     reads_micro_batches = False  # whether more than a step's summed gradient decides something
+    selects_by_rank = False  # whether what it selects depends on the number of ranks
     restart = 0  # the step at which the learning rate schedule starts again
 
     def make(self, linear: nn.Module) -> Delta:

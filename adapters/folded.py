@@ -58,6 +58,7 @@ def _layers(model: nn.Module) -> list[AdaptedLinear]:
         for module in modules
         if isinstance(module, AdaptedLinear)
         and "forward" not in vars(module)
+        and not getattr(module.delta, "sharded", False)
         and type(module.base) is nn.Linear
         and _is_plain(module.base.weight)
         and uses[id(module.base.weight)] == 1

@@ -14,6 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from adapters import shards
+from adapters.packed import Packed4bit
+
 PACKED = ("Params4bit", "Int8Params")  # bitsandbytes' classes of quantised weights
 
 
@@ -79,7 +82,9 @@ def is_packed(linear: Any) -> bool:
 
 def float_weight(linear: Any) -> Float[torch.Tensor, "o i"]:
     """Return the dense (out, in) weight of a linear layer in fp32 (fp64 stays fp64). A packed
-    weight is dequantised."""
+    weight is dequantised. A sharded weight is gathered: all ranks must call it together."""
+    if isinstance(linear, Packed4bit):
+        return linear.dense().float()
     weight = linear.weight
     if type(weight).__name__ == "Params4bit":
         import bitsandbytes.functional as bnb
@@ -89,7 +94,8 @@ def float_weight(linear: Any) -> Float[torch.Tensor, "o i"]:
         from peft.utils.integrations import dequantize_bnb_weight
 
         return dequantize_bnb_weight(weight, state=getattr(linear, "state", None)).float()
-    dense = weight.detach().float() if weight.dtype != torch.float64 else weight.detach()
+    dense = shards.whole(weight)
+    dense = dense.float() if dense.dtype != torch.float64 else dense
     return dense.t() if isinstance(linear, Conv1D) else dense
 
 

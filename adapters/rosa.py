@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters import experts, lora, mask
+from adapters import experts, lora, mask, shards
 from adapters.delta import AdapterError, Start
 from adapters.linear import float_weight
 from adapters.rosa_scores import Scores
@@ -324,8 +324,8 @@ class RoSAAdapter(SparseAdapter):
             B = torch.empty(delta.B.shape, dtype=delta.B.dtype)
             lora.initialise(A, B, generator=draw)
             with torch.no_grad():
-                delta.A.copy_(A)
-                delta.B.copy_(B)
+                delta.A.copy_(shards.shard_like(delta.A, A))
+                delta.B.copy_(shards.shard_like(delta.B, B))
             if self.live_optimizer is not None:
                 for parameter in (delta.A, delta.B):
                     self.live_optimizer.state.pop(parameter, None)

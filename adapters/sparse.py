@@ -15,6 +15,10 @@ for bit. On a bf16 base W + S is rounded to bf16, as it is when such weights are
 themselves are fp32 and accumulate updates that rounding hides. A 4- or 8-bit weight is dequantised
 before the sum, in the forward pass and again in the backward pass.
 
+If FSDP2 shards the model, a rank holds some rows of W and an equal share of S, whose entries are in
+the order of rows. After each step all ranks gather S, layer by layer, and each writes its rows of
+W + S. So the forward pass gathers the sum, as it gathers any weight.
+
 Forward    y = x (W + S)ᵀ + s (x̃ Aᵀ) Bᵀ + b          x̃ = D(x)
 Backward   dx = dy (W + S) + D'(s (dy B) A)
            dA = s (dy B)ᵀ x̃
@@ -37,10 +41,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from adapters import sddmm
+from adapters import sddmm, shards
 from adapters.delta import AdaptedLinear, Delta, saved_for_backward
 from adapters.linear import features, float_weight, is_packed, not_a_view
 
@@ -55,7 +60,8 @@ class SparseDelta(Delta):
     indices: Any  # (k,) int32, sorted row · i + column
     A: Any  # (r, i), and B (o, r), of methods with a low-rank part; else None
     B: Any
-    base_values: Any  # (k,) the base's entries at the support, while this delta is folded in
+    # (k,) the base's entries at the support, or at this rank's part of it, while folded in
+    base_values: Any
     crow: Any  # (o + 1,) and col (k,) int32: the support in CSR
     col: Any
     scale = 0.0
@@ -78,6 +84,7 @@ class SparseDelta(Delta):
         self.watch: Watcher | None = None
         # the version of the values that the base's weight contains
         self.folded_version: tuple[int, int] | None = None
+        self.sharded = False  # whether it is folded into a shard of the base's weight
         self.packed = is_packed(linear)
         self.transposed = isinstance(linear, Conv1D)
 
@@ -101,36 +108,45 @@ class SparseDelta(Delta):
         self.col = (flat % self.i).int()
         if self.packed:
             return
-        self.base_values = base.weight.detach().view(-1).index_select(0, self.base_positions())
+        self.sharded = isinstance(base.weight, DTensor)
+        memory = shards.local(base.weight).view(-1)
+        self.base_values = memory.index_select(0, self.base_positions(base)[0])
         self.folded_version = None
         self.refresh(base)
 
     def take_out(self, base: Any) -> None:
         if self.base_values is not None:
-            with torch.no_grad():
-                base.weight.view(-1).index_copy_(0, self.base_positions(), self.base_values)
+            positions, _ = self.base_positions(base)
+            shards.local(base.weight).view(-1).index_copy_(0, positions, self.base_values)
             self.base_values = self.folded_version = None
 
     def refresh(self, base: Any) -> None:
-        """Update the base's weight if the values have changed."""
+        """Update the base's weight if the values have changed. If they are sharded, all ranks must
+        call it together."""
         version = (id(self.values), self.values._version) if self.values is not None else None
         if self.base_values is None or version == self.folded_version:
             return
-        with torch.no_grad():
-            dtype = self.base_values.dtype
-            wide = torch.promote_types(dtype, self.values.dtype)
-            base.weight.view(-1).index_copy_(
-                0, self.base_positions(), (self.base_values.to(wide) + self.values).to(dtype)
-            )
+        positions, entries = self.base_positions(base)
+        dtype = self.base_values.dtype
+        wide = torch.promote_types(dtype, self.values.dtype)
+        total = self.base_values.to(wide) + shards.whole(self.values)[entries]
+        shards.local(base.weight).view(-1).index_copy_(0, positions, total.to(dtype))
         self.folded_version = version
 
-    def base_positions(self) -> Tensor:
-        """Return the support as positions in the base's memory."""
+    def base_positions(self, base: Any) -> tuple[Tensor, Any]:
+        """Return the support as positions in the memory of the base's weight, and the entries of
+        the support that they are: all, or those in this rank's shard."""
         flat = self.indices.long()
-        return flat % self.i * self.o + flat // self.i if self.transposed else flat
+        positions = flat % self.i * self.o + flat // self.i if self.transposed else flat
+        if not self.sharded:
+            return positions, slice(None)
+        assert isinstance(base.weight, DTensor)  # FSDP2 has not gathered the weight
+        start, end = shards.bounds(base.weight)
+        entries = ((positions >= start) & (positions < end)).nonzero().squeeze(1)
+        return positions[entries] - start, entries
 
     def linear(self, base: Any, x: Tensor) -> Tensor:
-        if self.values is not None and self.has_support:
+        if self.values is not None and self.has_support and not self.sharded:
             self.refresh(base)
         return _Linear.apply(x, self.values, self.A, self.B, base, self, *saved_for_backward(x))
 
@@ -156,8 +172,9 @@ class SparseDelta(Delta):
         """Return the loss's gradient at the support."""
         if self.way == "gathered":
             return sddmm.gathered(dy, x, self.indices)
-        # the native code does not take fp16, which autocast may use
-        native = self.way == "native" and x.dtype in sddmm.NATIVE
+        # The native code takes no fp16, which autocast may use. With FSDP2 the way is chosen on
+        # the CPU, where the model is loaded, and the run may be on GPUs.
+        native = self.way == "native" and x.dtype in sddmm.NATIVE and x.device.type == "cpu"
         return (sddmm.native if native else sddmm.sampled)(dy, x, self.crow, self.col)
 
 

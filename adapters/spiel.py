@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters import mask
+from adapters import mask, shards
 from adapters.delta import AdapterError, Start
 from adapters.sparse import layers, sparse_values, supports
 from adapters.sparse_adapter import SparseAdapter
@@ -146,6 +146,7 @@ class SpIEL(SparseAdapter):
             raise AdapterError(
                 f"adapter.momentum={momentum:g} is of variant=MA; AG has optimizer.betas"
             )
+        self.selects_by_rank = variant == "AG"
         self.variant, self.weight_decay, self.momentum = variant, weight_decay, momentum
         self.every, self.window = reselection_steps, accumulation_steps
         self.initial_rate, self.policy, self.support_seed = initial_rate, policy, support_seed
@@ -160,11 +161,7 @@ class SpIEL(SparseAdapter):
 
     def attach(self, model: nn.Module, start: Start) -> nn.Module:
         self.steps = start.steps
-        model = super().attach(model, start)
-        self.owners: dict[Any, Any] = {
-            layer.delta.values: layer.delta for _, layer in layers(model)
-        }
-        return model
+        return super().attach(model, start)
 
     def begin(self, model: nn.Module, start: Start) -> None:
         draw = torch.Generator().manual_seed(self.support_seed)
@@ -201,6 +198,10 @@ class SpIEL(SparseAdapter):
             layer.delta.watch = None
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        # The values are those that the optimiser gets: FSDP2 has replaced the first ones by shards.
+        self.owners: dict[Any, Any] = {
+            layer.delta.values: layer.delta for _, layer in layers(model)
+        }
         sparse = sparse_values(model)
         sparse_ids = {id(p) for p in sparse}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in sparse_ids]
@@ -243,8 +244,9 @@ class SpIEL(SparseAdapter):
                 continue
             grown, state = self.unclipped.pop(name), self._moments(layer.delta)
             for key, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
-                clipped = state[key] * factor.to(state[key]) ** power
-                state[key].copy_(torch.where(grown, clipped, state[key]))
+                moment, (start, end) = shards.local(state[key]), shards.bounds(state[key])
+                clipped = moment * factor.to(moment) ** power
+                moment.copy_(torch.where(grown[start:end], clipped, moment))
 
     def after_step(self, model: nn.Module, step: int) -> dict[str, float] | None:
         super().after_step(model, step)
@@ -262,12 +264,15 @@ class SpIEL(SparseAdapter):
         for name, layer in layers(model):
             delta: Any = layer.delta
             state = self._moments(delta)
-            grown = self._grown(delta, self.candidates.get(name), rate, state)
+            # All ranks choose from all values, and get the same.
+            moments = {key: shards.whole(tensor) for key, tensor in state.items()}
+            values = shards.whole(delta.values)
+            grown = self._grown(delta, values, self.candidates.get(name), rate, moments)
             delta.take_out(layer.base)
             changed = ~torch.isin(delta.indices, grown["flat"])
             for key in ("values", *state):
                 tensor = delta.values if key == "values" else state[key]
-                tensor.copy_(grown[key].to(tensor.dtype))
+                tensor.copy_(shards.shard_like(tensor, grown[key].to(tensor.dtype)))
             delta.set_support(grown["flat"], layer.base)
             if self.clip_moments and "exp_avg" in state:
                 self.unclipped[name] = grown["new"]
@@ -290,11 +295,16 @@ class SpIEL(SparseAdapter):
         }
 
     def _grown(
-        self, delta: Any, candidates: Candidates | None, rate: float, state: dict[str, Tensor]
+        self,
+        delta: Any,
+        values: Tensor,
+        candidates: Candidates | None,
+        rate: float,
+        state: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         """Return the support after dropping and growing, sorted, with its values and moments."""
         n = int(len(delta.indices) * rate)
-        order = torch.argsort(delta.values.abs(), stable=True)  # smallest first
+        order = torch.argsort(values.abs(), stable=True)  # smallest first
         dropped = torch.zeros_like(delta.indices, dtype=torch.bool)
         dropped[order[:n]] = True
         scored, scores = self._scores(delta, candidates, delta.indices[~dropped])
@@ -312,7 +322,7 @@ class SpIEL(SparseAdapter):
         fresh = self._fresh(candidates, grown[new], state)
         is_new = [torch.zeros_like(delta.indices[keep]), torch.ones_like(grown[new])]
         result["new"] = torch.cat(is_new).bool()[ascending]
-        for key, tensor in {"values": delta.values.detach(), **state}.items():
+        for key, tensor in {"values": values, **state}.items():
             result[key] = torch.cat([tensor[keep].to(fresh[key].dtype), fresh[key]])[ascending]
         return result
 
@@ -323,7 +333,7 @@ class SpIEL(SparseAdapter):
         if self.variant == "AG":
             if candidates is None or candidates.flat is None or not candidates.steps:
                 # no gradient was finite: nothing grows
-                return delta.indices[:0], delta.values.detach()[:0].float()
+                return delta.indices[:0], torch.zeros(0, device=delta.indices.device)
             free = ~torch.isin(candidates.flat, active)
             return candidates.flat[free], candidates.g[free].abs()  # type: ignore[index]
         state = self.live_optimizer.accumulators(delta.values)

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from adapters import shards
 from adapters.sparse import SparseDelta
 
 
@@ -56,14 +58,14 @@ class SpielAdamW(Fp32State):
                         key: torch.zeros_like(p, dtype=torch.float32)
                         for key in ("exp_avg", "exp_avg_sq", "age")
                     }
-                grad, m, v = p.grad.float(), state["exp_avg"], state["exp_avg_sq"]
-                age = state["age"]
+                m, v, age = (shards.local(state[key]) for key in ("exp_avg", "exp_avg_sq", "age"))
+                own, grad = shards.local(p), shards.local(p.grad).float()
                 age += 1
                 m.lerp_(grad, 1 - beta1)
                 v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
                 denominator = (v / (1 - beta2**age)).sqrt_().add_(group["eps"])
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_((group["lr"] * m / (1 - beta1**age) / denominator).to(p.dtype))
+                own.mul_(1 - group["lr"] * group["weight_decay"])
+                own.sub_((group["lr"] * m / (1 - beta1**age) / denominator).to(p.dtype))
         return loss
 
 
@@ -101,6 +103,13 @@ class SM3(Fp32State):
                 state["momentum"] = torch.zeros_like(p, dtype=torch.float32)
         return state
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            # A sum over rows can have as many entries as a support, and look like one of its
+            # moments, of which each rank holds a share.
+            state |= {key: shards.whole(state[key]) for key in ("rows", "columns") if key in state}
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Update all parameters that have a gradient."""
@@ -109,13 +118,14 @@ class SM3(Fp32State):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                state, grad = self.accumulators(p), p.grad.float().flatten()
+                state, grad = self.accumulators(p), shards.local(p.grad).float().flatten()
                 r, c = state["rows"], state["columns"]
                 delta = self.supports.get(p)
+                start, end = shards.bounds(p)
                 flat = (
-                    delta.indices.long()
+                    delta.indices[start:end].long()
                     if delta is not None
-                    else torch.arange(p.numel(), device=p.device)
+                    else torch.arange(start, end, device=p.device)
                 )
                 row, column = flat // len(c), flat % len(c)
                 least = (
@@ -124,9 +134,14 @@ class SM3(Fp32State):
                 nu = least + grad.square()
                 r.scatter_reduce_(0, row, nu, "amax")
                 c.scatter_reduce_(0, column, nu, "amax")
+                if isinstance(p, DTensor):  # rows and columns are those of all ranks' shards
+                    for accumulator in (r, c):
+                        torch.distributed.all_reduce(accumulator, torch.distributed.ReduceOp.MAX)
                 update = grad / (nu + group["eps"]).sqrt()
                 if group["momentum"]:
-                    update = state["momentum"].flatten().lerp_(update, 1 - group["momentum"])
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_((group["lr"] * update).view(p.shape).to(p.dtype))
+                    momentum = shards.local(state["momentum"]).view(-1)
+                    update = momentum.lerp_(update, 1 - group["momentum"])
+                own = shards.local(p)
+                own.mul_(1 - group["lr"] * group["weight_decay"])
+                own.sub_((group["lr"] * update).view(own.shape).to(p.dtype))
         return loss

@@ -178,13 +178,15 @@ def frozen(module: Any) -> dict[str, str]:
     held = {
         id(layer.base.weight): layer
         for _, layer in layers(module.model)
-        if getattr(layer.delta, "kept", None) is not None
+        if getattr(layer.delta, "base_values", None) is not None
     }
     found = {}
     for name, parameter in module.model.named_parameters():
         if not parameter.requires_grad and parameter.numel():
             plain = parameter.detach().clone()
             if (layer := held.get(id(parameter))) is not None:
-                plain.view(-1).index_copy_(0, layer.delta.base_positions(), layer.delta.base_values)
+                plain.view(-1).index_copy_(
+                    0, layer.delta.base_positions(layer.base)[0], layer.delta.base_values
+                )
             found[name] = hashlib.sha256(plain.numpy().tobytes()).hexdigest()
     return found

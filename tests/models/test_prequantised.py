@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from tests.toys.families import folder_of, logits
 from trainer.models.base import BaseError
 from trainer.models.hub import from_hub
+from trainer.models.prequantised import sharding_fault
 
 
 def hub(path: Any, quantization: str = "none") -> Any:
@@ -39,6 +41,21 @@ def test_a_missing_package_is_named(copied, settings, said):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": settings}))
     with pytest.raises(BaseError, match=rf"{said}.*base\.quantization=nf4"):
         hub(copied).config
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (None, None),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, None),
+        ({"quant_method": "fp8"}, None),  # transformers dequantises it
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quantised by bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4}, "is quantised by gptq, and lightning.strategy=fsdp2"),
+    ],
+)
+def test_what_fsdp2_can_shard(settings, says):
+    fault = sharding_fault(SimpleNamespace(quantization_config=settings))
+    assert fault is None if says is None else says in fault
 
 
 def test_a_bitsandbytes_folder_is_a_base_of_4_bits(tiny, tmp_path):

@@ -116,8 +116,6 @@ def start(folder: Path, *overrides: str) -> dict[str, Any]:
 ENVIRONMENT = {
     "TORCHELASTIC_RUN_ID": "test",
     "GROUP_RANK": "0",
-    "WORLD_SIZE": "2",
-    "LOCAL_WORLD_SIZE": "2",
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "1",
 }
@@ -167,10 +165,22 @@ CASES = {
     "medusa": ["drafter=medusa", "drafter.offsets=2", *SHORT],
     "eagle3": [*EAGLE3, "drafter.aux_layers=[0,1,2]", *SHORT],
 }
+NF4 = ["base.quantization=nf4", "base.hidden_size=64"]
 SHARDED = {
     "fsdp2 lora": ["max_steps=3", "accumulate=2"],
     "fsdp2 full": ["adapter=full", "max_steps=3"],
+    "fsdp2 rosa": [*CASES["rosa"], "max_steps=4"],
+    "fsdp2 nf4": [*NF4, "base.double_quant=true", "max_steps=2"],
 }
+# A run of one process, then of two with FSDP2, then of one.
+MOVED = [
+    *CASES["rosa"],
+    "adapter.restart_after_mask=false",
+    "schedule=constant",
+    "callbacks.checkpoints.every=1",
+    "name=smoke",
+]
+ONE = ["batch_size=4", "accumulate=2"]  # the step of two processes with batches of 4
 
 
 def given(folder: Path, name: str, settings: list[str]) -> list[str]:
@@ -188,12 +198,15 @@ def given(folder: Path, name: str, settings: list[str]) -> list[str]:
 
 
 def _member(rank: int, folder: Path) -> None:
+    asked = json.loads((folder / "cases.json").read_text())
+    processes = torch.distributed.get_world_size()
     os.environ |= ENVIRONMENT | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
         "GRAFT_CACHE": str(folder / "cache"),
     }
-    asked = json.loads((folder / "cases.json").read_text())
     tokenised = rows_module._kept
 
     def kept(task: Any, split: str, renderer: Any, *rest: Any) -> Any:
@@ -206,9 +219,9 @@ def _member(rank: int, folder: Path) -> None:
     for name, settings in asked.items():
         faulthandler.dump_traceback_later(200, exit=True)
         both = [
-            "lightning.devices=2",
+            f"lightning.devices={processes}",
             f"lightning.strategy={'fsdp2' if name.startswith('fsdp2') else 'ddp'}",
-            "batch_size=4",
+            f"batch_size={8 // processes}",
         ]
         try:
             torch.save(
@@ -230,8 +243,8 @@ def _member(rank: int, folder: Path) -> None:
     torch.distributed.destroy_process_group(group)
 
 
-def pair(folder: Path, cases: dict[str, list[str]]) -> dict[str, dict[str, list[str]]]:
-    """Go through cases with two processes."""
+def write_files(folder: Path) -> None:
+    """Write the rows of all cases."""
     write_rows(folder / "chats.jsonl", sums(60))
     write_rows(folder / "texts.jsonl", [{"text": "abc " * (3 + i % 9)} for i in range(60)])
     write_rows(
@@ -242,10 +255,13 @@ def pair(folder: Path, cases: dict[str, list[str]]) -> dict[str, dict[str, list[
         ],
     )
     (folder / "broken.jsonl").write_text("{}\n" * 3)
+
+
+def together(folder: Path, cases: dict[str, list[str]], processes: int = 2) -> None:
+    """Go through cases with several processes."""
     cases = {name: given(folder, name, settings) for name, settings in cases.items()}
     (folder / "cases.json").write_text(json.dumps(cases))
-    spawn(_member, folder)
-    return cases
+    spawn(_member, folder, processes)
 
 
 REFUSED = {
@@ -264,8 +280,25 @@ REFUSED = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have gone through the cases of the default suite."""
     made = tmp_path_factory.mktemp("processes")
-    pair(made, CASES | SHARDED | REFUSED)
+    write_files(made)
+    moved = given(made, "fsdp2 moved", [*MOVED, "max_steps=2"])
+    start(made / "fsdp2 moved/both", *moved, *ONE)
+    on = {"fsdp2 moved": [*MOVED, "max_steps=4", "resume=auto"]}
+    together(made, CASES | SHARDED | on | REFUSED)
     return made
+
+
+def seen(folder: Path, name: str) -> list[dict[str, Any]]:
+    """What the Recorder of each process saw."""
+    files = sorted(folder.glob(f"{name}.[0-9].pt"))
+    return [torch.load(file, weights_only=True) for file in files]
+
+
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Whether both have the same bits."""
+    return first.keys() == second.keys() and all(
+        torch.equal(tensor, second[key]) for key, tensor in first.items()
+    )
 
 
 def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
@@ -282,22 +315,21 @@ def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 def compare(folder: Path, name: str, settings: list[str]) -> tuple[float, float]:
     """Hold a case of two processes against the same in one; gives the largest relative differences
     of gradients and weights."""
-    first, second = (torch.load(folder / f"{name}.{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, *others = seen(folder, name)
     alone = start(folder / name / "alone", *given(folder, name, settings), "batch_size=8")
     for kind in ("weights", "buffers"):
-        assert first[kind].keys() == second[kind].keys()
-        assert all(torch.equal(tensor, second[kind][key]) for key, tensor in first[kind].items()), (
+        assert all(equal(first[kind], other[kind]) for other in others), (
             f"{kind} differ between processes"
         )
     assert first["buffers"].keys() == alone["buffers"].keys()
     assert all(
         torch.equal(tensor, alone["buffers"][key]) for key, tensor in first["buffers"].items()
     ), "another support"
-    together = [
-        sorted(map(str, a + b))
-        for a, b in zip(first["sequences"], second["sequences"], strict=True)
+    rows = [
+        sorted(str(row) for part in parts for row in part)
+        for parts in zip(*(one["sequences"] for one in (first, *others)), strict=True)
     ]
-    assert together == [sorted(map(str, rows)) for rows in alone["sequences"]], (
+    assert rows == [sorted(map(str, rows)) for rows in alone["sequences"]], (
         "rows were lost or repeated"
     )
     assert len(first["rows"]) == len(alone["rows"])
@@ -347,15 +379,30 @@ def test_a_process_that_does_not_answer_is_told_of(folder):
     assert said.endswith(", 1)")
 
 
-def test_a_run_of_two_processes_does_not_go_on_in_one(folder):
-    """Not with the same global batch either: the sums' order and dropout would be others."""
-    with pytest.raises(CheckpointError, match="ranks: 2 in the run, 1 now"):
-        start(
-            folder / "lora/both",
-            *given(folder, "lora", CASES["lora"]),
-            "batch_size=8",
-            "resume=auto",
-        )
+def test_a_run_of_two_processes_resumes_in_one_only_with_the_same_steps(folder):
+    settings = given(folder, "lora", CASES["lora"])
+    with pytest.raises(CheckpointError, match="ranks: 2 in the run, 1 now") as refused:
+        start(folder / "lora/both", *settings, "batch_size=4", "resume=auto")
+    assert "a step had 16 rows, and would have 8: keep batch_size x" in str(refused.value)
+
+
+def test_a_run_resumes_with_another_number_of_processes(folder, caplog):
+    """From one process to two with FSDP2, and back: the run of one process up to rounding."""
+    settings = given(folder, "fsdp2 moved", MOVED)
+    whole = start(folder / "fsdp2 moved/alone", *settings, *ONE, "max_steps=6")
+    first, second = seen(folder, "fsdp2 moved")
+    assert equal(first["weights"], second["weights"])
+    with caplog.at_level("INFO"):
+        last = start(folder / "fsdp2 moved/both", *settings, *ONE, "max_steps=6", "resume=auto")
+    assert "1 processes instead of 2: weights, optimiser state, rates and the rows" in caplog.text
+    assert len(first["gradients"]) == len(last["gradients"]) == 2
+    assert whole["buffers"]
+    assert equal(last["buffers"], whole["buffers"])
+    assert difference(last["weights"], whole["weights"]) < 1e-4
+    recorded = [row["loss"] for row in last["rows"] if row["kind"] == "step"]
+    wanted = [row["loss"] for row in whole["rows"] if row["kind"] == "step"]
+    assert len(wanted) == 6
+    assert recorded == pytest.approx(wanted, rel=1e-4)
 
 
 FSDP2 = "lightning.strategy=fsdp2 lightning.devices=2"
@@ -371,9 +418,15 @@ FSDP2 = "lightning.strategy=fsdp2 lightning.devices=2"
         ("lightning.strategy=fsdp lightning.devices=2", "set lightning.strategy=fsdp2"),
         ("lightning.strategy=ddp_spawn lightning.devices=2", "set it to auto, ddp or fsdp2"),
         ("lightning.strategy=fsdp2", "and there is one"),
-        (f"{FSDP2} base.quantization=nf4", "are blocks with constants"),
-        (f"{FSDP2} adapter=rosa", "into which RoSA writes single entries"),
-        (f"{FSDP2} adapter=spiel", "into which SpIEL writes single entries"),
+        (f"{FSDP2} base.quantization=int8", "keeps what 8-bit weights are multiplied with"),
+        (f"{FSDP2} adapter=rosa adapter.dtype=bfloat16", "set both to float32"),
+        (f"{FSDP2} adapter=rosa adapter.sparse_dtype=bfloat16", "set both to float32"),
+        (
+            f"{FSDP2} adapter=sparse adapter.train_modules=[lm_head]",
+            "not tested with adapter",
+        ),
+        (f"{FSDP2} adapter=spiel base.add_tokens=[a]", "not tested with base.add_tokens"),
+        (f"{FSDP2} adapter=shira", "adapter=sparse with adapter.mask=random"),
         (f"{FSDP2} adapter=dora", "PEFT's methods are not tested"),
         (f"{FSDP2} adapter=deft", "penalty=deft reads activations"),
         (f"{FSDP2} callbacks=[default,averaging]", "callbacks.averaging averages full weights"),
@@ -452,9 +505,25 @@ WIDE |= {
     if name != "registers"
 }
 WIDE |= {f"fsdp2 {name}": CASES[name] for name in ("classes", "medusa", "eagle3")}
+WIDE |= {
+    "fsdp2 sparse": ["adapter=sparse", "adapter.mask=random", "adapter.density=0.1", "max_steps=3"],
+    "fsdp2 nf4 rosa": [*NF4, *CASES["rosa"], "max_steps=4"],
+    "fsdp2 spiel_ma": ["adapter=spiel_ma", *SPIEL, "max_steps=6"],
+}
+# With several processes SpIEL's candidates are those of the first one, so DDP is the reference.
+SPIELS = {f"{way} spiel_ag": ["adapter=spiel", *SPIEL, "max_steps=6"] for way in ("ddp", "fsdp2")}
 # A run, the same cut off after its second step, and that one gone on with.
 RESUMED = {}
-for _name, _more in {"ddp": ["accumulate=2"], "fsdp2": [], "fsdp2 full": ["adapter=full"]}.items():
+RESUMES = {
+    "ddp": ["accumulate=2"],
+    "fsdp2": [],
+    "fsdp2 full": ["adapter=full"],
+    "fsdp2 nf4": NF4,
+    "fsdp2 rosa": CASES["rosa"],
+    "fsdp2 spiel": ["adapter=spiel", *SPIEL],
+    "fsdp2 spiel_ma": ["adapter=spiel_ma", *SPIEL],
+}
+for _name, _more in RESUMES.items():
     _common = [*_more, "schedule=constant", "callbacks.checkpoints.every=1"]
     RESUMED |= {
         f"{_name} whole": [*_common, "max_steps=4"],
@@ -471,7 +540,8 @@ def test_the_wide_cases_are_all_of_conf():
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("wide")
-    pair(made, WIDE | RESUMED)
+    write_files(made)
+    together(made, WIDE | SPIELS | RESUMED)
     return made
 
 
@@ -491,7 +561,41 @@ def test_any_method_in_two_processes(wide, name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2 full"])
+def test_spiel_with_fsdp2_is_spiel_with_ddp(wide):
+    (ddp, _), (fsdp2, _) = (seen(wide, f"{way} spiel_ag") for way in ("ddp", "fsdp2"))
+    assert equal(ddp["buffers"], fsdp2["buffers"])
+    assert difference(fsdp2["weights"], ddp["weights"]) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("four")
+    write_files(made)
+    together(made, FOUR, processes=4)
+    return made
+
+
+FOUR = {name: (WIDE | SHARDED)[name] for name in WIDE | SHARDED if name.startswith("fsdp2")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", FOUR)
+def test_four_processes_are_one_with_the_whole_batch(four, name):
+    gradients, weights = compare(four, name, FOUR[name])
+    assert gradients < 1e-3
+    assert weights < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_one_of_four_processes_tokenises_for_all(four):
+    test_one_process_tokenises_for_all(four)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", RESUMES)
 def test_two_processes_go_on_bit_for_bit(wide, name):
     for rank in (0, 1):
         whole, on = (

@@ -7,6 +7,7 @@ from typing import Any
 from adapters.delta import Adapter
 from trainer.assembly import continued
 from trainer.drafters import DrafterError, io
+from trainer.models import prequantised
 from trainer.models.base import Base, BaseError
 from trainer.speed import liger
 from trainer.storage import run_folder
@@ -33,6 +34,9 @@ def refuse_early(config: dict[str, Any], base: Base, adapter: Adapter) -> None:
     # Whether the device allows it is checked by the run: this may be another machine.
     fault = liger.fault(base.config.model_type) if config["fused"] == "liger" else None
     faults += [fault] if fault is not None else []
+    if config["lightning"]["strategy"] == "fsdp2":
+        fault = prequantised.sharding_fault(base.config)
+        faults += [f"base {base.path!r} {fault}"] if fault is not None else []
     if faults:
         raise BaseError("\n".join(faults))
     continued.check(config, base, adapter)

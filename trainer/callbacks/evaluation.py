@@ -19,7 +19,7 @@ from trainer.data.held_out import HeldOut
 from trainer.evaluation.answers import answers, means
 from trainer.evaluation.loss import evaluating, losses, prefixed
 from trainer.storage.journal import NO_METRICS
-from trainer.training.fsdp import Sharded, reshard
+from trainer.training.fsdp import Sharded, resharding
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,11 @@ class Evaluation(lightning.Callback):
             return False
         started = time.monotonic()
         strategy = trainer.strategy
-        with evaluating(module), trainer.precision_plugin.forward_context():
+        with (
+            resharding(module.model),
+            evaluating(module),
+            trainer.precision_plugin.forward_context(),
+        ):
             values = self._losses(trainer, module, held_out)
             for name, further in held_out.more.items() if values else ():
                 of_set = self._losses(trainer, module, further)
@@ -126,8 +130,6 @@ class Evaluation(lightning.Callback):
             for name, further in held_out.more.items() if graded and texts is not None else ():
                 of_sets[name] = self._answers(trainer, module, further)
                 texts = None if of_sets[name] is None else texts
-            if isinstance(strategy, Sharded):
-                reshard(module.model)
         count_graded = self._graded(module.step)
         if texts and count_graded:
             values |= means(texts[:count_graded])

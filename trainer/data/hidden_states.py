@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -33,6 +32,7 @@ from trainer.data.batches import Collate, Pick, Sequences
 from trainer.data.held_out import to_device
 from trainer.data.states_folder import HiddenStatesError, unusable
 from trainer.models.base import Base
+from trainer.storage.locks import locked
 from trainer.storage.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ class HiddenStates:
             HiddenStatesError: as `HiddenStates` and `write`.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
+        with locked(folder / ".lock", "the target's hidden states"):
             write(folder, key, sequences, target, shard_bytes)
         states = cls(folder, key, sequences)
         with Progress("checking the target's hidden states", len(states.shards), "shards") as done:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ import datasets
 import numpy as np
 import pyarrow
 import pyarrow.ipc
-from filelock import FileLock, Timeout
 
 from tasks import wheel
 from tasks.reading import DataError
@@ -27,11 +25,9 @@ from trainer.data.lengths import Report, listing, take
 from trainer.data.render import Renderer, Tokens
 from trainer.data.rendering import chunks, rendered
 from trainer.storage import atomic
-
-log = logging.getLogger(__name__)
+from trainer.storage.locks import locked
 
 WRITTEN = 1000  # rows that are written at a time
-WAIT = 30  # seconds between two messages of a process that waits for the rows of another one
 
 
 class Rows:
@@ -176,8 +172,7 @@ def tokenise(
     on.
 
     Of several processes that share the cache, one makes the rows and the others wait for its lock
-    as long as it takes. The lock ends with its process, and needs no torch.distributed, whose
-    messages time out.
+    as long as it takes (trainer.storage.locks).
 
     Raises:
         DataError: a row is broken and on_bad=raise, a row is too long and overlong=raise, or no row
@@ -196,7 +191,7 @@ def tokenise(
     report_file = folder / f"{key}.json"
     error_file = folder / f"{key}.error"
     before = _text(error_file)
-    with _locked(folder / f"{key}.lock", split) as waited:
+    with locked(folder / f"{key}.lock", f"the rows of {split}") as waited:
         # The process that held the lock may have failed: its error is ours.
         if waited and (error_text := _text(error_file)) not in ("", before):
             raise DataError(error_text.partition("\n")[2])
@@ -255,28 +250,6 @@ def _digest(table: datasets.Dataset) -> str:
 
 def _text(file: Path) -> str:
     return file.read_text() if file.exists() else ""
-
-
-@contextlib.contextmanager
-def _locked(path: Path, split: str) -> Iterator[bool]:
-    """Hold a lock. Yields whether another process held it before."""
-    lock, waited = FileLock(path), 0
-    while True:
-        try:
-            lock.acquire(timeout=WAIT if waited else 0)
-            break
-        except Timeout:
-            if waited:
-                log.info(
-                    "%s: another process has been tokenising the rows for %d s; waiting for it",
-                    split,
-                    waited * WAIT,
-                )
-            waited += 1
-    try:
-        yield waited > 0
-    finally:
-        lock.release()
 
 
 def _write(key: str, folder: Path, schema: pyarrow.Schema, rows: Iterator[dict[str, Any]]) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks import wheel
 from trainer.models.base import Base, BaseError
 from trainer.storage import atomic
+from trainer.storage.locks import locked
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def convert(file: Path, sha256: str) -> Path:
     """
     folder = _model_folder(sha256)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with locked(Path(f"{folder}.lock"), f"{file.name} as a Hugging Face folder"):
         if (folder / "config.json").exists():
             return folder
         log.info("Converting %s to a Hugging Face folder (once; kept in %s)", file.name, folder)

@@ -33,6 +33,23 @@ def fault(config: Any) -> str | None:
     return f"is quantised by {method}, through which transformers computes no gradient. {INSTEAD}"
 
 
+def sharding_fault(config: Any) -> str | None:
+    """Return why FSDP2 cannot shard a model with this config; None if it can. It shards plain
+    weights, and the 4-bit ones of bitsandbytes (adapters.packed)."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None or dequantising(config) is not None:
+        return None
+    plain = settings if isinstance(settings, dict) else settings.to_dict()
+    if plain.get("load_in_4bit"):
+        return None
+    method = getattr(plain.get("quant_method"), "value", plain.get("quant_method"))
+    return (
+        f"is quantised by {method}, and lightning.strategy=fsdp2 shards plain weights and 4-bit"
+        " ones of bitsandbytes only: set lightning.strategy=ddp, or give the unquantised model with"
+        " base.quantization=nf4"
+    )
+
+
 def dequantising(config: Any) -> Any:
     """Return the quantisation config with which transformers dequantises a model as it loads it
     (MXFP4, FP8), since their kernels compute no gradients; None for other models."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from tasks import wheel
 from trainer.models.base import Base
 from trainer.models.gguf import save_pretrained
+from trainer.storage.locks import locked
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if"
@@ -44,7 +45,7 @@ def tiny(
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     folder = wheel.cache_dir() / "models" / f"tiny-{digest[:12]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with locked(Path(f"{folder}.lock"), "the tiny base"):
         if not (folder / "config.json").exists():
             tokenizer = byte_tokenizer()
             with torch.random.fork_rng(devices=[]):

@@ -158,11 +158,12 @@ def drop_cooldown(folder: RunFolder, start: StartPoint) -> None:
         log.info("the cooled-down adapter stays in %s", renamed)
 
 
-def _identity_differences(recorded: dict[str, Any], identity: dict[str, Any]) -> list[str]:
+def _identity_differences(
+    recorded: dict[str, Any], identity: dict[str, Any], same_ranks: bool = True
+) -> list[str]:
     """List how the parts of a recorded run differ from those of this one. Rows are left out."""
-    differences = run_folder.differences(
-        recorded, identity, ("choices", "steps", "base", "data", "target.run")
-    )
+    free = ("choices", "steps", "base", "data", "target.run", *(() if same_ranks else ("ranks",)))
+    differences = run_folder.differences(recorded, identity, free)
     if recorded["base"] != identity["base"]:
         differences.append("base: its weights have changed")
     return differences
@@ -180,17 +181,19 @@ def _checkpoint_to_resume(
     """
     run_folder.complete(earlier, folder.file)
     recorded = earlier["identity"]
-    otherwise, reason = same_step.split_otherwise(earlier["config"], recipe)
-    free = same_step.KEYS if otherwise and reason is None else ()
+    split = same_step.Split(earlier["config"], recorded.get("ranks", 1), recipe)
+    fault = split.fault()
+    free = same_step.KEYS if fault is None else ()
+    free += same_step.LAUNCH if fault is None and split.other_ranks else ()
     differences = run_folder.differences(
         earlier["config"], recipe.config, (*run_folder.FREE, *run_folder.LENGTHS, *free)
     )
-    if reason is not None:
-        differences.append(f"batch_size x accumulate is the same, but {reason}")
-    differences += _identity_differences(recorded, identity)
+    if fault is not None:
+        differences.append(fault)
+    differences += _identity_differences(recorded, identity, same_ranks=fault is not None)
     differences += [
-        f"data: the rows of {split}, or how they are tokenised, have changed"
-        for split in changed(folder.path, recorded["data"], identity["data"])
+        f"data: the rows of {rows}, or how they are tokenised, have changed"
+        for rows in changed(folder.path, recorded["data"], identity["data"])
     ]
     checkpoint = checkpoints.newest(folder.checkpoints)
     done, steps, drops_cooldown = checkpoint.step if checkpoint else 0, recipe.steps, False
@@ -220,6 +223,8 @@ def _checkpoint_to_resume(
             progress.of(steps),
             ", from before the cooldown" * drops_cooldown,
         )
+        if (explanation := split.explanation()) is not None:
+            log.info("%s", explanation)
     return checkpoint, drops_cooldown
 
 

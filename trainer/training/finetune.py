@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from adapters.delta import Adapter
+from adapters.shards import shard_like
 from trainer.drafters import Drafter, Target
 from trainer.models.losses import CausalLoss, ClassLoss, NonFinite
 from trainer.penalties.deft import DensityDEFT
 from trainer.schedules import factor
 from trainer.schedules.cooldown import RuntimeCooldown
-from trainer.training.fsdp import Sharded, average_unsharded_grads, local_shard
+from trainer.training.fsdp import Sharded, average_unsharded_grads
 from trainer.training.optimizer import clip_gradients, parameter_groups, part_norms
 from trainer.training.out_of_memory import Repeating
 from trainer.training.untrained import warn_of_untrained
@@ -311,10 +312,10 @@ class FineTune(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["adapter"]
         if isinstance(self.trainer.strategy, Sharded):
-            shards = self.adapter.state(self.model)["tensors"]
+            live = self.adapter.state(self.model)["tensors"]
             saved = saved | {
                 "tensors": {
-                    name: local_shard(shards.get(name), tensor)
+                    name: shard_like(live.get(name), tensor)
                     for name, tensor in saved["tensors"].items()
                 }
             }

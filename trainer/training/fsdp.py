@@ -13,7 +13,8 @@ exported, read and evaluated like any other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,8 +22,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
+
+from adapters.delta import AdaptedLinear
+from adapters.packed import unpack_parameters
+from adapters.shards import shard_like
 
 
 class Sharded(ModelParallelStrategy):
@@ -40,12 +45,19 @@ class Sharded(ModelParallelStrategy):
 
     def shard(self, model: Any) -> None:
         """Shard a model that all ranks have loaded. Its layers are the modules that transformers
-        never splits over devices (`_no_split_modules`)."""
+        never splits over devices (`_no_split_modules`). A delta that is folded into the weights is
+        folded into their shards."""
+        unpack_parameters(model, self.root_device)
+        deltas = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+        for module in deltas:
+            module.delta.take_out(module.base)
         layers = set(model._no_split_modules or ())
         for module in list(model.modules()):
             if type(module).__name__ in layers:
                 fully_shard(module, mesh=self.device_mesh, reshard_after_forward=True)
         fully_shard(model, mesh=self.device_mesh, reshard_after_forward=False)
+        for module in deltas:
+            module.delta.fold_in(module.base)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return {}  # FineTune.on_save_checkpoint adds the trained tensors
@@ -70,7 +82,7 @@ class Sharded(ModelParallelStrategy):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             state = {
                 number: {
-                    key: local_shard(parameters[number], value) for key, value in moments.items()
+                    key: shard_like(parameters[number], value) for key, value in moments.items()
                 }
                 for number, moments in saved["state"].items()
             }
@@ -82,24 +94,16 @@ def full_tensors(tree: Any) -> Any:
     return pytree.tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), tree)
 
 
-def local_shard(shard: Any, value: Any) -> Any:
-    """Return this rank's shard of a full tensor, with the placement of `shard`. Other values are
-    returned unchanged."""
-    if not isinstance(shard, DTensor) or not isinstance(value, Tensor):
-        return value
-    if value.shape != shard.shape:
-        return value
-    return distribute_tensor(
-        value.to(shard.device), shard.device_mesh, shard.placements, src_data_rank=None
-    )
-
-
-def reshard(model: nn.Module) -> None:
+@contextlib.contextmanager
+def resharding(model: nn.Module) -> Iterator[None]:
     """Reshard parameters after an evaluation's forward pass, which has no backward pass that does.
     Otherwise the next step would see the gathered weights."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def average_unsharded_grads(parameters: Iterable[nn.Parameter]) -> None:
