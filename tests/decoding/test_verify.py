@@ -24,13 +24,13 @@ def rows(count, size, seed, zeros=False):
 def draws(q, k, replacement):
     """((tokens, their chance) of all ordered draws of k tokens."""
     for tokens in itertools.product(range(len(q)), repeat=k):
-        chance, now = 1.0, q
+        chance, now = 1.0, q.tolist()
         for token in tokens:
-            chance = chance * float(now[token])
+            chance *= now[token]
             if not replacement:
-                now = now.clone()
-                now[token] = 0
-                now = now / now.sum() if now.sum() > 0 else now
+                now[token] = 0.0
+                left = sum(now)
+                now = [each / left for each in now] if left > 0 else now
         if chance > 0:
             yield tokens, chance
 
@@ -44,6 +44,18 @@ def outcome(steps, p, q, tokens):
         found.append(reached * chance)
         reached *= 1 - chance
     return found, reached * left[0]
+
+
+def outcomes(steps, p, q, tokens):
+    """`outcome` of several families of as many children: (families, children) chances, and
+    (families, tokens) of the distribution times the chance of -1."""
+    count = len(tokens)
+    chances, left = steps(
+        p.expand(count, -1), q.expand(count, -1), torch.tensor(tokens), [len(tokens[0])] * count
+    )
+    refused = (1 - chances).cumprod(1)
+    before = torch.cat([torch.ones_like(refused[:, :1]), refused[:, :-1]], 1)
+    return before * chances, refused[:, -1:] * left
 
 
 STEPS = {
@@ -60,13 +72,11 @@ def test_a_token_is_distributed_as_the_targets(rule, zeros):
     for seed in range(8):
         size, k = 3 + seed % 4, 1 + seed % 3
         p, q = rows(2, size, seed, zeros)
-        written, total = torch.zeros(size, dtype=torch.float64), 0.0
-        for tokens, chance in draws(q, k, replacement):
-            taken, left = outcome(steps, p, q, tokens)
-            for token, weight in zip(tokens, taken, strict=True):
-                written[token] += chance * weight
-            written += chance * left
-            total += chance
+        tokens, drawn = zip(*draws(q, k, replacement), strict=True)
+        chance, total = torch.tensor(drawn, dtype=torch.float64)[:, None], sum(drawn)
+        taken, left = outcomes(steps, p, q, tokens)
+        written = (chance * left).sum(0)
+        written.index_add_(0, torch.tensor(tokens).flatten(), (chance * taken).flatten())
         # Where fewer tokens than k have a chance, the draws without replacement end with tokens
         # that have none.
         if total > 1 - 1e-9:
@@ -87,14 +97,12 @@ def test_the_first_child_is_taken_as_often_as_p_and_q_share():
 
 def test_more_children_are_taken_more_often_and_without_replacement_most():
     p, q = rows(2, 5, 8)
-    taken = {
-        (rule, k): sum(
-            chance * sum(outcome(steps, p, q, tokens)[0])
-            for tokens, chance in draws(q, k, replacement)
-        )
-        for rule, (steps, replacement) in STEPS.items()
-        for k in (1, 2, 3)
-    }
+    taken = {}
+    for rule, (steps, replacement) in STEPS.items():
+        for k in (1, 2, 3):
+            tokens, chance = zip(*draws(q, k, replacement), strict=True)
+            accepted, _ = outcomes(steps, p, q, tokens)
+            taken[rule, k] = float(accepted.sum(1) @ torch.tensor(chance, dtype=torch.float64))
     for rule in STEPS:
         assert taken[rule, 1] < taken[rule, 2] < taken[rule, 3]
     assert taken["without replacement", 2] > taken["with replacement", 2]
@@ -108,6 +116,17 @@ def test_children_that_have_no_chance_are_not_taken_and_change_nothing():
     more = outcome(verify.without_replacement, p, q, [0, 1, 2, 3])
     assert more[0] == [*one[0], 0.0, 0.0]
     assert torch.equal(one[1], more[1])
+
+
+def test_families_together_have_the_outcomes_of_each_alone():
+    p, q = rows(2, 5, 8)
+    for steps, replacement in STEPS.values():
+        tokens, _ = zip(*draws(q, 3, replacement), strict=True)
+        taken, left = outcomes(steps, p, q, tokens[::7])
+        for row, family in enumerate(tokens[::7]):
+            alone, rest = outcome(steps, p, q, family)
+            assert taken[row].tolist() == pytest.approx(alone, abs=1e-12)
+            torch.testing.assert_close(left[row], rest, rtol=0, atol=1e-12)
 
 
 def test_parents_with_few_children_do_not_feel_those_with_many():

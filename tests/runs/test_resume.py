@@ -98,6 +98,19 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(train, chats, monkeypa
     assert all(torch.equal(found[0][name], wanted[0][name]) for name in wanted[0])
 
 
+@pytest.fixture(scope="module")
+def stopped(train_in, tmp_path_factory):
+    """Where a run stopped in its last step, and its settings."""
+    folder = tmp_path_factory.mktemp("stopped")
+    rows = write_rows(folder / "chats.jsonl", sums(60))
+    settings = (f"task.path={rows}", *COMMON)
+    with pytest.MonkeyPatch.context() as patch:
+        cut_at(patch, 10)
+        with pytest.raises(PowerCut):
+            train_in(folder, *settings)
+    return folder, settings
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
@@ -109,14 +122,10 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(train, chats, monkeypa
         ("max_steps=10", "steps: 11 in the run, 10 now"),  # a cooldown's rates depend on the length
     ],
 )
-def test_another_config_is_refused(train, chats, monkeypatch, changed, named):
-    settings = (f"task.path={chats}", *COMMON)
-    with monkeypatch.context() as patch:
-        cut_at(patch, 10)
-        with pytest.raises(PowerCut):
-            train(*settings)
+def test_another_config_is_refused(train_in, stopped, changed, named):
+    folder, settings = stopped
     with pytest.raises(CheckpointError, match="cannot be resumed as this one") as refusal:
-        train(*settings, changed, "resume=auto")
+        train_in(folder, *settings, changed, "resume=auto")
     assert named in str(refusal.value)
 
 

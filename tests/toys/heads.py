@@ -114,13 +114,11 @@ def rms(x, weight, eps):
 
 def rotated(vector, position, theta):
     half = len(vector) // 2
-    out = torch.empty_like(vector)
-    for j in range(half):
-        angle = position * theta ** (-j / half)
-        a, b = vector[j], vector[j + half]
-        out[j] = a * math.cos(angle) - b * math.sin(angle)
-        out[j + half] = b * math.cos(angle) + a * math.sin(angle)
-    return out
+    angles = [position * theta ** (-j / half) for j in range(half)]
+    cosines = torch.tensor([math.cos(angle) for angle in angles]).to(vector)
+    sines = torch.tensor([math.sin(angle) for angle in angles]).to(vector)
+    a, b = vector[:half], vector[half:]
+    return torch.cat([a * cosines - b * sines, b * cosines + a * sines])
 
 
 def block(w, prefix, config, xs):
