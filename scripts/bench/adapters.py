@@ -109,9 +109,9 @@ def adapted(method: str, model: Any, options: dict[str, Any]) -> tuple[Any, Any]
     from trainer.assembly.build import instantiate
     from trainer.config import compose
 
-    found = [features(linear) for _, linear in targets(model, "all-linear")]
+    sizes = [features(linear) for _, linear in targets(model, "all-linear")]
     rank = options["rank"]
-    density = rank * sum(i + o for i, o in found) / sum(i * o for i, o in found)
+    density = rank * sum(i + o for i, o in sizes) / sum(i * o for i, o in sizes)
     ours = {
         "lora": ["adapter=lora", f"adapter.rank={rank}"],
         "rosa": ["adapter=rosa", f"adapter.rank={rank // 2}", f"adapter.density={density / 2}"],

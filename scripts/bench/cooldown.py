@@ -160,22 +160,22 @@ def measured(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> str:
     """Return a table of the lengths, and the cost of both ways."""
     lines = [
-        f"Peak of the cosine {found['peak']:g} (held-out loss at {found['cosine'][0]['steps']}"
+        f"Peak of the cosine {results['peak']:g} (held-out loss at {results['cosine'][0]['steps']}"
         " steps: "
-        + ", ".join(f"{rate}: {loss:.4f}" for rate, loss in found["searched"].items())
-        + f"), constant rate {found['peak'] / 2:g}.\n",
+        + ", ".join(f"{rate}: {loss:.4f}" for rate, loss in results["searched"].items())
+        + f"), constant rate {results['peak'] / 2:g}.\n",
         "| steps | cosine | cooldown | difference |",
         "|---|---|---|---|",
     ]
-    for cosine, branch in zip(found["cosine"], found["branches"], strict=True):
+    for cosine, branch in zip(results["cosine"], results["branches"], strict=True):
         a, b = cosine["evaluation"], branch["evaluation"]
         lines.append(f"| {cosine['steps']} | {a:.4f} | {b:.4f} | {b - a:+.4f} |")
-    trunk = found["constant"]
-    alone, start = sum(run["steps"] for run in found["cosine"]), trunk["steps"]
-    cooled = start + sum(int(run["name"].rpartition("-")[2]) for run in found["branches"])
+    trunk = results["constant"]
+    alone, start = sum(run["steps"] for run in results["cosine"]), trunk["steps"]
+    cooled = start + sum(int(run["name"].rpartition("-")[2]) for run in results["branches"])
     lines.append(f"\nThe constant run's own end, after {start} steps: {trunk['evaluation']:.4f}")
     if "average" in trunk:
         lines[-1] += f"; the average of its weights: {trunk['average']:.4f}"
@@ -186,7 +186,7 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(found: dict[str, Any], file: Path) -> None:
+def plot(results: dict[str, Any], file: Path) -> None:
     """Plot final held-out losses by length."""
     import matplotlib
 
@@ -195,8 +195,8 @@ def plot(found: dict[str, Any], file: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(5, 3.4))
     for name, runs in (
-        ("cosine, a run each", found["cosine"]),
-        ("cooldowns of one constant run", found["branches"]),
+        ("cosine, a run each", results["cosine"]),
+        ("cooldowns of one constant run", results["branches"]),
     ):
         axes.plot(
             [run["steps"] for run in runs], [run["evaluation"] for run in runs], "o-", label=name
@@ -220,10 +220,10 @@ def main() -> int:
     results = out / "results.json"
     if not options["table"]:
         results.write_text(json.dumps(measured(options), indent=1) + "\n")
-    found = json.loads(results.read_text())
-    text = table(found)
+    content = json.loads(results.read_text())
+    text = table(content)
     (out / "cooldown.md").write_text(text, "utf-8")
-    plot(found, out / "cooldown.svg")
+    plot(content, out / "cooldown.svg")
     print(text + f"\n{os.cpu_count()} cores, torch {__import__('torch').__version__}")
     return 0
 

@@ -98,15 +98,15 @@ class Meter:
 def figures(steps: list[dict[str, float]]) -> dict[str, float]:
     """Return medians over steps in milliseconds, and the median share of the rest."""
     rest = [step["step"] - step["target"] - step["drafter"] for step in steps]
-    found = {
+    medians = {
         name: 1000 * statistics.median(step[name] for step in steps)
         for name in ("step", "target", "drafter")
     }
-    found["rest"] = 1000 * statistics.median(rest)
-    found["share"] = statistics.median(
+    medians["rest"] = 1000 * statistics.median(rest)
+    medians["share"] = statistics.median(
         one / step["step"] for one, step in zip(rest, steps, strict=True)
     )
-    return found | {"steps": len(steps)}
+    return medians | {"steps": len(steps)}
 
 
 @contextlib.contextmanager

@@ -86,11 +86,11 @@ def prepared(options: dict[str, Any], drafter: str) -> tuple[Any, Any, dict[str,
     )
     torch.manual_seed(plain["seed"])
     model = instantiate(plain["base"]).load(dtype, None, device).eval().requires_grad_(False)
-    made = instantiate(plain["drafter"])(model=model).to(device).train()
+    head = instantiate(plain["drafter"])(model=model).to(device).train()
     vocabulary = model.get_output_embeddings().weight.shape[0]
     # the draft vocabulary is of the smallest ids
-    made.calibrate(lambda: 10**12 // torch.arange(1, vocabulary + 1) ** 2)
-    return model, made, plain
+    head.calibrate(lambda: 10**12 // torch.arange(1, vocabulary + 1) ** 2)
+    return model, head, plain
 
 
 def batches(options: dict[str, Any], vocabulary: int, share: float) -> list[dict[str, Any]]:
@@ -98,17 +98,17 @@ def batches(options: dict[str, Any], vocabulary: int, share: float) -> list[dict
     import torch
 
     draw = torch.Generator().manual_seed(1)
-    found = []
+    picks = []
     for _ in range(options["steps"] + 1):
         ids = torch.randint(
             10, vocabulary, (options["batch_size"], options["length"]), generator=draw
         )
         labels = ids.clone()
         labels[:, : masked(options["length"], share)] = -100
-        found.append(
+        picks.append(
             {"input_ids": ids.to(options["device"]), "labels": labels.to(options["device"])}
         )
-    return found
+    return picks
 
 
 def masked(length: int, share: float) -> int:
@@ -189,15 +189,15 @@ def case(options: dict[str, Any], side: str, drafter: str, share: float) -> dict
         from trainer.speed.malloc import keep_freed
 
         keep_freed()  # as the program does
-    model, made, plain = prepared(options, drafter)
+    model, head, plain = prepared(options, drafter)
     if side == "ours":
         from trainer.drafters import Target
         from trainer.training.distill import DraftLoss
 
-        loss_of: Any = DraftLoss(model, plain["objective"]["logits_chunk"], made, Target(model))
+        loss_of: Any = DraftLoss(model, plain["objective"]["logits_chunk"], head, Target(model))
     else:
-        loss_of = Plain(model, made)
-    trained = [p for p in made.parameters() if p.requires_grad]
+        loss_of = Plain(model, head)
+    trained = [p for p in head.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
 
     def step(batch: dict[str, Any]) -> tuple[float, int]:

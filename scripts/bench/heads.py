@@ -177,8 +177,8 @@ def table(done: list[dict[str, Any]]) -> str:
     heads += ["transformers tokens/s", "own loop", "with the drafter", "ratio", "texts that differ"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in done:
-        found = row["decoding"]
-        taken = [f"{place['taken'] / place['proposed']:.1%}" for place in found["positions"]]
+        measured = row["decoding"]
+        taken = [f"{place['taken'] / place['proposed']:.1%}" for place in measured["positions"]]
         cells = [
             row["drafter"],
             f"{row['rate']:g}",
@@ -187,13 +187,14 @@ def table(done: list[dict[str, Any]]) -> str:
             f"{row['rows']}",
             f"{row['parameters']:,}",
         ]
-        cells += [f"{found['accepted']:.2f}", *taken, *[""] * (most - len(taken))]
+        cells += [f"{measured['accepted']:.2f}", *taken, *[""] * (most - len(taken))]
         cells += [
-            f"{found[way]['tokens_per_second']:.1f}" for way in ("transformers", "plain", "drafter")
+            f"{measured[way]['tokens_per_second']:.1f}"
+            for way in ("transformers", "plain", "drafter")
         ]
         cells += [
-            f"{found['drafter']['ratio']:.2f}",
-            f"{found['drafter']['different_texts']} of {found['prompts']}",
+            f"{measured['drafter']['ratio']:.2f}",
+            f"{measured['drafter']['different_texts']} of {measured['prompts']}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return (
@@ -213,8 +214,8 @@ def plot(done: list[dict[str, Any]], file: Path) -> None:
 
     best: dict[str, dict[str, Any]] = {}
     for row in done:
-        kept = best.get(row["drafter"])
-        if kept is None or row["decoding"]["accepted"] > kept["decoding"]["accepted"]:
+        best_row = best.get(row["drafter"])
+        if best_row is None or row["decoding"]["accepted"] > best_row["decoding"]["accepted"]:
             best[row["drafter"]] = row
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     for name, row in best.items():
@@ -237,10 +238,10 @@ def plot(done: list[dict[str, Any]], file: Path) -> None:
 
 def main() -> int:
     """Run what is missing, then write table and plot."""
-    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(sys.argv[1:]))
-    options = {**DEFAULTS, **given}
+    overrides: Any = OmegaConf.to_container(OmegaConf.from_dotlist(sys.argv[1:]))
+    options = {**DEFAULTS, **overrides}
     if (
-        given.keys() - DEFAULTS.keys()
+        overrides.keys() - DEFAULTS.keys()
         or options["out"] is None
         or (options["prompts"] is None and not options["table"])
     ):
@@ -267,10 +268,10 @@ def main() -> int:
             result = piece(drafter, rate, options)
             with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
-            found = result["decoding"]
+            measured = result["decoding"]
             print(
-                f"{drafter} {rate:g}: {found['accepted']:.2f} tokens a step,"
-                f" {found['drafter']['ratio']:.2f} as fast",
+                f"{drafter} {rate:g}: {measured['accepted']:.2f} tokens a step,"
+                f" {measured['drafter']['ratio']:.2f} as fast",
                 flush=True,
             )
     done = [json.loads(line) for line in complete(results)]

@@ -65,10 +65,10 @@ def inputs(options: dict[str, Any], dtype: Any, device: str) -> tuple[Any, Any, 
 
     def filled(std: float, *shape: int) -> torch.Tensor:
         # Block by block: a temporary of the full size would be the measured peak.
-        made = torch.empty(shape, dtype=dtype)
-        for block in made.view(-1, shape[-1]).split(1024):
+        block_tensor = torch.empty(shape, dtype=dtype)
+        for block in block_tensor.view(-1, shape[-1]).split(1024):
             block.copy_(torch.randn(block.shape, generator=draw).mul_(std).bfloat16())
-        return made.to(device)
+        return block_tensor.to(device)
 
     weight = filled(0.1, options["vocabulary"], options["width"])
     hidden = filled(1.0, max(options["heads"]), max(options["positions"]), options["width"])
@@ -89,11 +89,11 @@ def exact(options: dict[str, Any], file: str) -> None:
     gradients = torch.empty(hidden[:, ::SAMPLE].shape, dtype=torch.float64)
     for head, start in itertools.product(range(len(hidden)), range(0, hidden.shape[1], 8 * SAMPLE)):
         rows = slice(start, start + 8 * SAMPLE)
-        logits, wanted = hidden[head, rows] @ weight.T, targets[head, rows, None]
+        logits, target = hidden[head, rows] @ weight.T, targets[head, rows, None]
         total = logits.logsumexp(-1, keepdim=True)
-        losses[head, rows] = (total - logits.gather(-1, wanted))[:, 0]
+        losses[head, rows] = (total - logits.gather(-1, target))[:, 0]
         slopes = (logits[::SAMPLE] - total[::SAMPLE]).exp()
-        slopes.scatter_add_(-1, wanted[::SAMPLE], torch.full_like(total[::SAMPLE], -1.0))
+        slopes.scatter_add_(-1, target[::SAMPLE], torch.full_like(total[::SAMPLE], -1.0))
         gradients[head, start // SAMPLE : start // SAMPLE + len(slopes)] = slopes @ weight
     torch.save((losses, gradients), file)
 
@@ -167,8 +167,8 @@ def case(
     )
     losses, gradients = torch.load(file)
     assert hidden.grad is not None
-    found = hidden.grad[:, ::SAMPLE].double().cpu() * positions
-    wanted = gradients[:heads, : found.shape[1]]
+    gradient = hidden.grad[:, ::SAMPLE].double().cpu() * positions
+    target = gradients[:heads, : gradient.shape[1]]
     wall, processor = (
         statistics.median(values) for values in zip(*(times[1:] or times), strict=True)
     )
@@ -181,7 +181,7 @@ def case(
             abs(float(r) - float(w))
             for r, w in zip(reported, losses[:heads, :positions].mean(1), strict=True)
         ),
-        "gradient_error": float((found - wanted).norm() / wanted.norm()),
+        "gradient_error": float((gradient - target).norm() / target.norm()),
     }
 
 

@@ -100,11 +100,11 @@ def density_of(options: dict[str, Any]) -> float:
     plain: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
         compose.compose([f"base={options['base']}", "task=viggo", "task.path=x"]), resolve=True
     )
-    found = [
+    sizes = [
         features(linear)
         for _, linear in targets(instantiate(plain["base"]).skeleton(), "all-linear")
     ]
-    return options["rank"] * sum(i + o for i, o in found) / sum(i * o for i, o in found)
+    return options["rank"] * sum(i + o for i, o in sizes) / sum(i * o for i, o in sizes)
 
 
 def split(options: dict[str, Any]) -> dict[str, list[str]]:

@@ -88,12 +88,12 @@ def prepared(
         compose.compose(overrides(options)), resolve=True
     )  # type: ignore[assignment]
     base = instantiate(plain["base"])
-    found = rows_module.load_data(plain, base, instantiate(plain["task"]))
-    plan = rows_module.batch_order(plain, found, 1)
-    found.collate.labelled = masks  # which makes attention masks too
-    assert found.train is not None
+    data = rows_module.load_data(plain, base, instantiate(plain["task"]))
+    plan = rows_module.batch_order(plain, data, 1)
+    data.collate.labelled = masks  # which makes attention masks too
+    assert data.train is not None
     picks = [batch for step in range(options["steps"]) for batch in plan.micro_batches(step)]
-    batches = [found.collate([found.train[pick] for pick in batch]) for batch in picks]
+    batches = [data.collate([data.train[pick] for pick in batch]) for batch in picks]
     dtype, _, _ = compute(plain["precision"], plain["base"]["dtype"], False, False)
     return plain, base, dtype, batches
 

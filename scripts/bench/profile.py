@@ -89,17 +89,17 @@ def prepared(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def step(
-    module: Any, optimizer: Any, batch: dict[str, Any], took: dict[str, list[float]] | None = None
+    module: Any, optimizer: Any, batch: dict[str, Any], times: dict[str, list[float]] | None = None
 ) -> None:
-    """Run one step, and add the seconds of its parts to `took`."""
+    """Run one step, and add the seconds of its parts to `times`."""
     import torch
 
     def part(name: str, since: float) -> float:
         if batch["input_ids"].is_cuda:
             torch.cuda.synchronize()
         now = time.perf_counter()
-        if took is not None:
-            took.setdefault(name, []).append(now - since)
+        if times is not None:
+            times.setdefault(name, []).append(now - since)
         return now
 
     began = at = time.perf_counter()
@@ -115,7 +115,7 @@ def step(
     part("step", began)
 
 
-def kept(module: Any, batch: dict[str, Any]) -> list[tuple[int, str, str]]:
+def saved_tensors(module: Any, batch: dict[str, Any]) -> list[tuple[int, str, str]]:
     """(bytes, the module that made it, shape and dtype) of what is there after a forward pass and
     was not before, each storage once.
 
@@ -130,7 +130,7 @@ def kept(module: Any, batch: dict[str, Any]) -> list[tuple[int, str, str]]:
         tensor.untyped_storage()._cdata for tensor in [*module.parameters(), *module.buffers()]
     }
     inside: list[str] = []
-    made: dict[int, tuple[StorageWeakRef, tuple[int, str, str]]] = {}
+    results: dict[int, tuple[StorageWeakRef, tuple[int, str, str]]] = {}
 
     class Noted(TorchDispatchMode):
         def __torch_dispatch__(
@@ -142,12 +142,12 @@ def kept(module: Any, batch: dict[str, Any]) -> list[tuple[int, str, str]]:
                     isinstance(tensor, torch.Tensor)
                     and (storage := tensor.untyped_storage())._cdata not in weights
                 ):
-                    told = (
+                    entry = (
                         storage.nbytes(),
                         inside[-1] if inside else "",
                         f"{tuple(tensor.shape)} {tensor.dtype}",
                     )
-                    made[storage._cdata] = StorageWeakRef(storage), told
+                    results[storage._cdata] = StorageWeakRef(storage), entry
             return out
 
     handles = []
@@ -160,9 +160,9 @@ def kept(module: Any, batch: dict[str, Any]) -> list[tuple[int, str, str]]:
         loss = module.loss(batch)  # its graph holds the saved tensors
     for handle in handles:
         handle.remove()
-    found = [told for storage, told in made.values() if not storage.expired()]
+    saved = [entry for storage, entry in results.values() if not storage.expired()]
     del loss
-    return found
+    return saved
 
 
 def limits(module: Any, batch: dict[str, Any]) -> tuple[float, float, float]:
@@ -207,15 +207,15 @@ def main() -> int:
         torch.set_num_threads(options["threads"])
     module, optimizer, batch = prepared(options)
     step(module, optimizer, batch)
-    took: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
     for _ in range(options["steps"]):
-        step(module, optimizer, batch, took)
-    whole = statistics.median(took["step"])
+        step(module, optimizer, batch, times)
+    whole = statistics.median(times["step"])
     print(
         f"{batch['input_ids'].numel() / whole:.0f} tokens/s; median seconds of {options['steps']}"
         " steps"
     )
-    for name, seconds in took.items():
+    for name, seconds in times.items():
         print(
             f"  {name:20}{statistics.median(seconds):8.3f} "
             f" {statistics.median(seconds) / whole:6.1%}"
@@ -245,10 +245,10 @@ def main() -> int:
             f" {getattr(event, own) / total:6.1%}{event.count:8}"
         )
 
-    found = kept(module, batch)
-    print(f"\nkept for the backward pass: {sum(size for size, _, _ in found) / 1e6:.0f} MB")
+    saved = saved_tensors(module, batch)
+    print(f"\nkept for the backward pass: {sum(size for size, _, _ in saved) / 1e6:.0f} MB")
     sizes: collections.Counter[tuple[str, str]] = collections.Counter()
-    for size, where, what in found:
+    for size, where, what in saved:
         sizes[where, what] += size
     for (where, what), size in sizes.most_common(options["rows"]):
         print(f"  {size / 1e6:8.1f} MB  {where:28}{what}")

@@ -157,7 +157,7 @@ def stage_of(line: str) -> str | None:
     """Return the stage that a line of output reports."""
     if line.startswith(MARK):
         return line.removeprefix(MARK).strip()
-    return next((stage for stage, said in SAID.items() if said.match(line)), None)
+    return next((stage for stage, table_rows in SAID.items() if table_rows.match(line)), None)
 
 
 def processor_seconds(stat: str, ticks: int) -> float:
@@ -276,14 +276,14 @@ def ratios(
     return [a["step"][key] / b["step"][key] for a, b in zip(ours, other, strict=True)]
 
 
-def table(found: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+def table(by_cache: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
     """Return a table of the medians of each cache and contestant, and the ratios."""
     lines = [
         "| cache | | " + " | ".join(f"{stage}, s" for stage in STAGES) + " |",
         "|---" * (2 + len(STAGES)) + "|",
     ]
-    said = []
-    for cache, of in found.items():
+    table_rows = []
+    for cache, of in by_cache.items():
         for name, results in of.items():
             wall, spent = medians(results), medians(results, "processor")
             lines.append(
@@ -293,12 +293,12 @@ def table(found: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
             )
             if name != "ours" and "ours" in of:
                 both = [ratios(of["ours"], results, key) for key in ("wall", "processor")]
-                said.append(
+                table_rows.append(
                     f"{cache}, ours / {name} to the first step: {statistics.median(both[0]):.3f}"
                     f" wall ({', '.join(f'{one:.3f}' for one in both[0])}),"
                     f" {statistics.median(both[1]):.3f} processor"
                 )
-    return "\n".join([*lines, "", *said])
+    return "\n".join([*lines, "", *table_rows])
 
 
 SHORT = {"--help": ["--help"], "a wrong key": ["task=sft", "task.path=x", "no_such_key=1"]}

@@ -142,5 +142,5 @@ def _evaluate(place: Place, task: str) -> str:
     from trainer.evaluation.run_metrics import run_metrics
 
     run = place.folder / "runs" / "lora"
-    found = run_metrics(str(run), False, 2 if task == "answer" else 0, 4, 8)["adapted"]
-    return " ".join(f"{name} {value:.3g}" for name, value in found.items())
+    metrics = run_metrics(str(run), False, 2 if task == "answer" else 0, 4, 8)["adapted"]
+    return " ".join(f"{name} {value:.3g}" for name, value in metrics.items())

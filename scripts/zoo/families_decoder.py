@@ -49,7 +49,7 @@ CHECKS: dict[str, Check] = {
     "generate": checks_decoder.generate,
     **{name: checks_decoder.head(name) for name in checks_decoder.HEADS},
 }
-# What a family has beside COMMON. A value of None leaves that key out.
+# What a family has in addition to COMMON. A value of None leaves that key out.
 DENSE: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 16},
@@ -308,7 +308,7 @@ def _has_experts(name: str) -> bool:
 
 def families() -> list[Family]:
     """The table's families of decoders."""
-    made = []
+    result = []
     for group, table in (
         ("dense", DENSE),
         ("moe", {name: EXPERTS | changes for name, changes in MOE.items()}),
@@ -318,8 +318,8 @@ def families() -> list[Family]:
             make = functools.partial(config, name, changes)
             of_experts = {key: checks.method(key) for key in checks.EXPERTS}
             steps = CHECKS | (of_experts if _has_experts(name) else {})
-            made.append(Family(name, group, make, "AutoModelForCausalLM", steps, rows))
+            result.append(Family(name, group, make, "AutoModelForCausalLM", steps, rows))
     for name, make in _vision_language().items():
         auto = "AutoModelForImageTextToText"
-        made.append(Family(name, "vision", make, auto, CHECKS, rows))
-    return made
+        result.append(Family(name, "vision", make, auto, CHECKS, rows))
+    return result

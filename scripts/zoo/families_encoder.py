@@ -164,19 +164,19 @@ def rows() -> list[dict[str, Any]]:
 def families() -> list[Family]:
     """The table's families of encoders and encoder-decoders. These come twice: they answer prompts,
     and as NAME_classify they classify."""
-    made = []
+    result = []
     pairs = _pairs()
     for name, (_, auto, style) in configs().items():
         config, words = functools.partial(_config, name), functools.partial(tokenizer, style)
         classify, answer = (checks_encoder.of(task) for task in ("classify", "answer"))
         if name in pairs:
-            made.append(Family(name, "pairs", config, auto, answer, rows, words))
+            result.append(Family(name, "pairs", config, auto, answer, rows, words))
         if name in ANSWER_ONLY:
             continue
         title = f"{name}_classify" if name in pairs else name
         group = "pairs" if name in pairs else "encoder"
-        made.append(Family(title, group, config, auto, classify, rows, words))
-    return made
+        result.append(Family(title, group, config, auto, classify, rows, words))
+    return result
 
 
 def _config(name: str) -> Any:

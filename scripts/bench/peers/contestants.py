@@ -96,10 +96,10 @@ def contestants(options: dict[str, Any]) -> dict[str, tuple[str, list[str]]]:
     Raises:
         ValueError: a name is unknown.
     """
-    found: dict[str, tuple[str, list[str]]] = {}
+    programs: dict[str, tuple[str, list[str]]] = {}
     for name in options["contestants"]:
         if name in STRONGEST:
-            found[name] = STRONGEST[name][0], list(STRONGEST[name][1])
+            programs[name] = STRONGEST[name][0], list(STRONGEST[name][1])
             continue
         if name not in ("ours", "ours_packed", *PEERS):
             raise ValueError(
@@ -107,7 +107,7 @@ def contestants(options: dict[str, Any]) -> dict[str, tuple[str, list[str]]]:
                 f" {', '.join(PEERS)}; others are variants.NAME=[...]"
             )
         if name != "ours_packed" or options["data"] == "chat":
-            found[name] = name, []
+            programs[name] = name, []
     for name, variant in options["variants"].items():
         kind, rest = (
             (variant[0], variant[1:])
@@ -119,8 +119,8 @@ def contestants(options: dict[str, Any]) -> dict[str, tuple[str, list[str]]]:
                 raise ValueError(
                     f"variants.{name}: {item}: of a peer one can set {', '.join(OF_A_PEER)}"
                 )
-        found[name] = kind, list(rest)
-    return found
+        programs[name] = kind, list(rest)
+    return programs
 
 
 def interpreter(peer: str, envs: str) -> str:

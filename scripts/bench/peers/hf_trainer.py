@@ -57,9 +57,9 @@ def train(spec: dict[str, Any], trainer: Trainer, clock: measuring.Clock, **more
     trainer.add_callback(Ends(clock))
     trainer.train()
     clock.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    found = measuring.memory()
+    peak = measuring.memory()
     measuring.same_batches(spec, iter(trainer.get_train_dataloader()))
-    clock.write(**found, **more)
+    clock.write(**peak, **more)
 
 
 def main() -> None:

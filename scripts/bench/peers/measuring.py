@@ -38,15 +38,15 @@ def padded(batch: list[dict[str, list[int]]], pad: int) -> dict[str, list[list[i
     right."""
     longest = max(len(row["input_ids"]) for row in batch)
     width = -(-longest // EIGHT) * EIGHT
-    made: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "attention_mask": []}
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "attention_mask": []}
     for row in batch:
         missing = width - len(row["input_ids"])
-        made["input_ids"].append(row["input_ids"] + [pad] * missing)
-        made["labels"].append(row["labels"] + [IGNORED] * missing)
-        made["attention_mask"].append([1] * (width - missing) + [0] * missing)
-    if all(all(mask) for mask in made["attention_mask"]):
-        del made["attention_mask"]
-    return made
+        columns["input_ids"].append(row["input_ids"] + [pad] * missing)
+        columns["labels"].append(row["labels"] + [IGNORED] * missing)
+        columns["attention_mask"].append([1] * (width - missing) + [0] * missing)
+    if all(all(mask) for mask in columns["attention_mask"]):
+        del columns["attention_mask"]
+    return columns
 
 
 def batches(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -101,8 +101,8 @@ def begin(spec: dict[str, Any], model: Any) -> Any:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    found: Any = set_peft_model_state_dict(model, load_file(spec["start"]))
-    assert not found.unexpected_keys, found.unexpected_keys[:3]
+    loaded: Any = set_peft_model_state_dict(model, load_file(spec["start"]))
+    assert not loaded.unexpected_keys, loaded.unexpected_keys[:3]
     return model
 
 
@@ -158,13 +158,13 @@ def memory() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of the relevant packages that are installed."""
-    found = {}
+    loaded = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            loaded[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return loaded
 
 
 def same_batches(spec: dict[str, Any], seen: Iterator[dict[str, Any]]) -> None:

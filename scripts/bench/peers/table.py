@@ -15,18 +15,18 @@ from scripts.bench.peers.contestants import PEERS, contestants
 def summary(runs: list[dict[str, Any]], warm: int, cuda: bool) -> dict[str, list[float]]:
     """Return for each round the median warm step, tokens/s of all warm steps, peak memory in MB,
     seconds to the first step and the last loss."""
-    found: dict[str, list[float]] = {
+    rounds: dict[str, list[float]] = {
         name: [] for name in ("step", "processed", "supervised", "memory", "first", "loss")
     }
     for run in runs:
         seconds = run["seconds"][warm - 1 :]
-        found["step"].append(statistics.median(seconds))
+        rounds["step"].append(statistics.median(seconds))
         for name in ("processed", "supervised"):
-            found[name].append(sum(run[name][warm:]) / sum(seconds))
-        found["memory"].append((run["peak_gpu"] if cuda else run["peak_rss"]) / 1e6)
-        found["first"].append(run["first"])
-        found["loss"].append(run["losses"][-1])
-    return found
+            rounds[name].append(sum(run[name][warm:]) / sum(seconds))
+        rounds["memory"].append((run["peak_gpu"] if cuda else run["peak_rss"]) / 1e6)
+        rounds["first"].append(run["first"])
+        rounds["loss"].append(run["losses"][-1])
+    return rounds
 
 
 def difference(run: dict[str, Any], ours: dict[str, Any] | None) -> float | None:
@@ -63,7 +63,7 @@ def table(
 ) -> str:
     """Return the text of train.md."""
     cuda, who = options["device"] == "cuda", contestants(options)
-    found = {name: summary(runs, options["warm"], cuda) for name, runs in results.items() if runs}
+    rounds = {name: summary(runs, options["warm"], cuda) for name, runs in results.items() if runs}
     ours = results["ours"][0] if results.get("ours") else None
     memory = "peak GPU MB" if cuda else "peak RSS MB"
     lines = [
@@ -76,18 +76,18 @@ def table(
         "|---" * 9 + "|",
     ]
     for name in who:
-        if name not in found:
+        if name not in rounds:
             lines.append(f"| {name} | skipped: {skipped.get(name, 'not run yet')} |" + " |" * 7)
             continue
-        numbers, apart = found[name], difference(results[name][0], ours)
+        numbers, apart = rounds[name], difference(results[name][0], ours)
         lines.append(
             f"| {name} | {cell(numbers['step'], '.3f')} | {cell(numbers['processed'], '.1f')} |"
             f" {cell(numbers['supervised'], '.1f')} | {cell(numbers['memory'], '.0f')} |"
             f" {cell(numbers['first'], '.2f')} | {statistics.median(numbers['loss']):.4f} |"
             f" {'other batches' if apart is None else f'{apart:.1e}'} | {len(numbers['step'])} |"
         )
-    peers = [name for name, (kind, _) in who.items() if kind in PEERS and name in found]
-    mine = [name for name, (kind, _) in who.items() if kind not in PEERS and name in found]
+    peers = [name for name, (kind, _) in who.items() if kind in PEERS and name in rounds]
+    mine = [name for name, (kind, _) in who.items() if kind not in PEERS and name in rounds]
     if peers and mine:
         lines += [
             "",
@@ -101,11 +101,11 @@ def table(
         ]
         for peer in peers:
             cells = [
-                ", ".join(f"{value:.2f}x" for value in ratios(found, name, peer).values())
+                ", ".join(f"{value:.2f}x" for value in ratios(rounds, name, peer).values())
                 for name in mine
             ]
             lines.append(f"| {peer} | {' | '.join(cells)} |")
-    changed = [f"{name}: {' '.join(given)}" for name, (_, given) in who.items() if given]
+    changed = [f"{name}: {' '.join(changes)}" for name, (_, changes) in who.items() if changes]
     lines += ["", *(f"- {line}" for line in changed)] if changed else []
     return "\n".join(lines) + "\n"
 
@@ -134,14 +134,14 @@ def bars(
 ) -> dict[str, tuple[list[str], list[list[float]]]]:
     """Return the plot's content: title -> (contestants, each one's values of the rounds)."""
     cuda = options["device"] == "cuda"
-    found = {name: summary(runs, options["warm"], cuda) for name, runs in results.items() if runs}
-    names = [name for name in contestants(options) if name in found]
+    rounds = {name: summary(runs, options["warm"], cuda) for name, runs in results.items() if runs}
+    names = [name for name in contestants(options) if name in rounds]
     titles = {
         "supervised tokens/s": "supervised",
         "peak memory, MB": "memory",
         "seconds to the first step": "first",
     }
-    return {title: (names, [found[name][key] for name in names]) for title, key in titles.items()}
+    return {title: (names, [rounds[name][key] for name in names]) for title, key in titles.items()}
 
 
 def plot(options: dict[str, Any], results: dict[str, list[dict[str, Any]]], file: Path) -> None:
@@ -218,7 +218,7 @@ def described(
         f" {psutil.virtual_memory().total / 2**30:.0f} GiB"
         + (f"; {', '.join(gpus)}" if gpus and options["device"] == "cuda" else "")
         + f"; Python {platform.python_version()}, "
-        + ", ".join(f"{name} {'/'.join(found)}" for name, found in versions.items() if found)
+        + ", ".join(f"{name} {'/'.join(many)}" for name, many in versions.items() if many)
         + ".",
         f"A warm step: {len(steps[0])} rows, {wide:.0f} positions, {real:.0f} of them tokens,"
         f" {trained:.0f} of these supervised. {spec['precision']}, adapters in"

@@ -24,8 +24,8 @@ def main() -> None:
     tokenizer.pad_token_id = spec["pad"]
     rows = Dataset.from_list(list(itertools.chain.from_iterable(measuring.rows(spec))))
     clock = measuring.Clock(spec)
-    given = spec["adapter_dtype"] == "float32"  # what SFTTrainer makes of a peft_config
-    model = measuring.base(spec) if given else measuring.adapted(spec)
+    wrapped = spec["adapter_dtype"] == "float32"  # what SFTTrainer makes of a peft_config
+    model = measuring.base(spec) if wrapped else measuring.adapted(spec)
     with tempfile.TemporaryDirectory() as out:
         settings = SFTConfig(
             **arguments(spec, out), max_length=None, pad_to_multiple_of=measuring.EIGHT
@@ -35,7 +35,7 @@ def main() -> None:
             settings,
             train_dataset=rows,
             processing_class=tokenizer,
-            peft_config=measuring.lora(spec) if given else None,
+            peft_config=measuring.lora(spec) if wrapped else None,
         )
         measuring.begin(spec, trainer.model)
         train(spec, trainer, clock, loss=settings.loss_type)
