@@ -53,7 +53,10 @@ class BFCL:
         eval_rows: int,
         split_seed: int,
         limit: int | None,
+        on_lost: str,
+        chat_template_kwargs: dict[str, Any],
     ):
+        self.on_lost, self.chat_template_kwargs = on_lost, dict(chat_template_kwargs)
         archive = wheel.fetch(package, version)
         digest = wheel.sha256(archive)
         if digest != sha256:

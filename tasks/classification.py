@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tasks.reading import Bad, DataError
-from tasks.task import Labelled, Splits, column, text_of
+from tasks.task import Labelled, Splits, column, text_of, weight_fingerprint, weight_of
 
 PAIR = "text_pair"  # our name of the column with the second text
 
@@ -38,6 +38,7 @@ class Classification:
         columns: dict[str, str],
         labels: list | None,
         on_bad: str,
+        weight_column: str | None = None,
         **more: Any,
     ):
         self.splits = Splits.of(
@@ -45,6 +46,7 @@ class Classification:
         )
         self.eval_sets = list(self.splits.more)
         self.columns, self.configured, self.on_bad = dict(columns), labels, on_bad
+        self.weight_column = weight_column
 
     @functools.cached_property
     def labels(self) -> list[str]:
@@ -125,12 +127,17 @@ class Classification:
                 yield row
                 continue
             try:
-                yield self.labelled(row, where)
+                example = self.labelled(row, where)
+                example.weight = weight_of(row, self.columns, self.weight_column)
+                yield example
             except DataError as error:
                 yield Bad(where, str(error))
 
     def fingerprint(self, split: str) -> str:
-        return f"{self.splits.fingerprint(split)} {sorted(self.columns.items())} {self.labels}"
+        weight = weight_fingerprint(self.weight_column)
+        return (
+            f"{self.splits.fingerprint(split)} {sorted(self.columns.items())} {self.labels}{weight}"
+        )
 
     def grade(self, example: Labelled, completion: str) -> dict[str, float]:
         return {}

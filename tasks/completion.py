@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tasks.reading import Bad, DataError
-from tasks.task import Splits, Text, column, text_of
+from tasks.task import Splits, Text, column, text_of, weight_fingerprint, weight_of
 
 
 class Completion:
@@ -32,13 +32,14 @@ class Completion:
         streaming: bool,
         shuffle_block: int,
         on_bad: str,
+        weight_column: str | None = None,
         **more: Any,
     ):
         self.splits = Splits.of(
             path, split, eval_path, eval_split, eval_fraction, limit, eval_limit, streaming, **more
         )
         self.eval_sets = list(self.splits.more)
-        self.columns = dict(columns)
+        self.columns, self.weight_column = dict(columns), weight_column
         self.streaming, self.shuffle_block, self.on_bad = streaming, shuffle_block, on_bad
 
     def examples(self, split: str) -> Iterator[Text | Bad]:
@@ -47,12 +48,14 @@ class Completion:
                 yield row
                 continue
             try:
-                yield Text(text_of(column(row, self.columns, "text"), "text"), where)
+                text = text_of(column(row, self.columns, "text"), "text")
+                yield Text(text, where, weight_of(row, self.columns, self.weight_column))
             except DataError as error:
                 yield Bad(where, str(error))
 
     def fingerprint(self, split: str) -> str:
-        return f"{self.splits.fingerprint(split)} {sorted(self.columns.items())}"
+        weight = weight_fingerprint(self.weight_column)
+        return f"{self.splits.fingerprint(split)} {sorted(self.columns.items())}{weight}"
 
     def grade(self, example: Text, completion: str) -> dict[str, float]:
         return {}

@@ -21,7 +21,7 @@ from typing import Any
 
 from tasks.messages import message, parsed, tools
 from tasks.reading import DataError
-from tasks.task import Conversation, Read, column, text_of
+from tasks.task import Conversation, Read, column, text_of, weight_of
 
 _SHAREGPT = {
     "human": "user",
@@ -98,7 +98,7 @@ def convert(
         messages[-1].get("content"),
         untrained,
         _variables(row.get(columns.get("chat_template_kwargs", "chat_template_kwargs"))),
-        1.0 if weight is None else _weight(column(row, columns, weight), weight),
+        weight_of(row, columns, weight),
         tuple(f"column {name!r}" for name in row.unread()),
     )
 
@@ -120,17 +120,6 @@ def _variables(value: Any) -> dict[str, Any]:
             f" {str(value)[:60]!r}"
         )
     return {name: item for name, item in value.items() if item is not None}
-
-
-def _weight(value: Any, name: str) -> float:
-    if isinstance(value, str):  # of a csv file
-        try:
-            value = float(value)
-        except ValueError:
-            value = None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
-        raise DataError(f"{name} is {value!r}, expected a number of at least 0: the row's weight")
-    return float(value)
 
 
 def _messages(row: Read, columns: dict[str, str]) -> list[dict[str, Any]]:
@@ -232,8 +221,8 @@ def _check(messages: list[dict[str, Any]]) -> None:
     if not answers:
         raise DataError("no assistant message: there is nothing to learn")
     for number, answer in answers:
-        said = answer["content"].strip() or answer.get("tool_calls")
-        if not said and answer.get("train", True):
+        has_text = answer["content"].strip() or answer.get("tool_calls")
+        if not has_text and answer.get("train", True):
             raise DataError(f"message {number}: the answer is empty")
     if messages[-1]["role"] != "assistant":
         raise DataError(

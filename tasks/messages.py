@@ -1,6 +1,6 @@
 """One message, one tool call and the tools of a row, in the form of OpenAI's API.
 
-What data sets write instead, and what becomes of it:
+Forms that data sets write instead, and the result:
 
     a message, tool_calls, arguments or tools as JSON text    the value
     role function; function_call                              role tool; tool_calls

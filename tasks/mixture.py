@@ -62,11 +62,12 @@ class Mixture:
         on_lost: str,
         chat_template_kwargs: dict[str, Any],
         eval_sets: dict[str, Any],
+        weight_column: str | None = None,
     ):
         if not parts:
             raise DataError("task.parts is empty: give {NAME: {path: FILE, weight: 1}, ...}")
         self.chat_template, self.train_on, self.on_bad = chat_template, train_on, on_bad
-        self.metric, self.metrics = metric, [metric]
+        self.metric, self.metrics, self.weight_column = metric, [metric], weight_column
         self.on_lost, self.chat_template_kwargs = on_lost, dict(chat_template_kwargs)
         shared = {
             "format": format,
@@ -85,13 +86,13 @@ class Mixture:
             "shuffle_block": 1,
             "on_bad": on_bad,
             "on_lost": on_lost,
-            "weight_column": None,
+            "weight_column": weight_column,
             "chat_template_kwargs": {},
         }
         self.parts: dict[str, tuple[SFT, float]] = {
             name: _part(f"task.parts.{name}", settings, shared) for name, settings in parts.items()
         }
-        further = {"eval_fraction": 0, "split": "test", "limit": eval_limit}
+        further = {"weight_column": None, "eval_fraction": 0, "split": "test", "limit": eval_limit}
         self.further: dict[str, SFT] = {
             name: _part(f"task.eval_sets.{name}", settings, shared | further)[0]
             for name, settings in sources.named_sets(eval_sets).items()

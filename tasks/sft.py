@@ -15,7 +15,7 @@ from typing import Any
 
 from tasks import conversation
 from tasks.reading import Bad, DataError
-from tasks.task import Conversation, Splits
+from tasks.task import Conversation, Splits, weight_fingerprint
 
 
 class SFT:
@@ -77,7 +77,7 @@ class SFT:
                 yield Bad(where, str(error))
 
     def fingerprint(self, split: str) -> str:
-        weight = f" weight={self.weight_column}" if self.weight_column is not None else ""
+        weight = weight_fingerprint(self.weight_column)
         return (
             f"{self.splits.fingerprint(split)} {self.format} {sorted(self.columns.items())}"
             f" {self.system}{weight}"

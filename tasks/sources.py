@@ -26,8 +26,8 @@ def named_sets(
         DataError: a name or a setting cannot be used.
     """
     result = {}
-    for name, given in eval_sets.items():
-        settings = dict(given) if isinstance(given, Mapping) else {"path": given}
+    for name, value in eval_sets.items():
+        settings = dict(value) if isinstance(value, Mapping) else {"path": value}
         where = f"{key}.{name}"
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name.startswith("offset"):
             raise DataError(
@@ -36,7 +36,7 @@ def named_sets(
             )
         if "path" not in settings or settings.keys() - {*KEYS}:
             raise DataError(
-                f"{where} is {given!r}, expected a path, or a mapping with path and, optionally,"
+                f"{where} is {value!r}, expected a path, or a mapping with path and, optionally,"
                 f" {', '.join(KEYS[1:])}"
             )
         limit = settings.get("limit")

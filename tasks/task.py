@@ -57,6 +57,7 @@ class Text:
 
     text: str
     where: str
+    weight: float = 1.0  # of the row in the loss
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Labelled:
     label: str | float | list[str]
     where: str
     second: str | None = None  # of a pair
+    weight: float = 1.0  # of the row in the loss
 
 
 Example = Conversation | Text | Labelled
@@ -105,6 +107,7 @@ class Splits:
     eval_limit: int | None
     held_out: set[int] = field(default_factory=set)
     more: dict[str, tuple[reading.Source, int | None]] = field(default_factory=dict)
+    total: int | None = None  # rows of `train`, where they were counted to hold some out
 
     @classmethod
     def of(
@@ -144,7 +147,7 @@ class Splits:
                 " task.eval_fraction above 0"
             )
         if evaluation is None and eval_fraction > 0 and not streaming:
-            rows = sum(1 for _ in splits.train)
+            rows = splits.total = sum(1 for _ in splits.train)
             if rows < 2:
                 raise DataError(
                     f"{source.name} has {rows} rows, too few to hold some out: set"
@@ -174,6 +177,15 @@ class Splits:
                 return
             count += 1
             yield where, row
+
+    def count(self, split: str) -> int | None:
+        """Return the number of rows of a split, None if it is not known before they are read."""
+        if self.total is None or split not in ("train", "eval"):
+            return None
+        held_out = split == "eval"
+        rows = len(self.held_out) if held_out else self.total - len(self.held_out)
+        limit = self.eval_limit if held_out else self.limit
+        return rows if limit is None else min(rows, limit)
 
     def fingerprint(self, split: str) -> str:
         """Return a text that changes whenever the rows of a split do."""
@@ -209,11 +221,13 @@ class Chats:
         on_bad: str,
         on_lost: str,
         chat_template_kwargs: dict[str, Any],
+        weight_column: str | None = None,
         **more: Any,
     ):
         self.splits = Splits.of(
             path, split, eval_path, eval_split, eval_fraction, limit, eval_limit, **more
         )
+        self.weight_column = weight_column
         self.on_lost, self.chat_template_kwargs = on_lost, dict(chat_template_kwargs)
         self.eval_sets = list(self.splits.more)
         self.columns, self.system, self.chat_template, self.on_bad = (
@@ -237,7 +251,11 @@ class Chats:
                 yield row
                 continue
             try:
-                yield self.conversation(row, where)
+                example = self.conversation(row, where)
+                example.weight = weight_of(row, self.columns, self.weight_column)
+                read = f"column {self.columns.get(str(self.weight_column), self.weight_column)!r}"
+                example.unread = tuple(name for name in example.unread if name != read)
+                yield example
             except DataError as error:
                 yield Bad(where, str(error))
 
@@ -252,7 +270,34 @@ class Chats:
         return text_of(column(row, self.columns, name), name)
 
     def fingerprint(self, split: str) -> str:
-        return f"{self.splits.fingerprint(split)} {sorted(self.columns.items())} {self.system}"
+        weight = weight_fingerprint(self.weight_column)
+        return (
+            f"{self.splits.fingerprint(split)} {sorted(self.columns.items())} {self.system}{weight}"
+        )
+
+
+def weight_fingerprint(name: str | None) -> str:
+    """Return what a column of weights adds to a task's fingerprint: nothing without one."""
+    return "" if name is None else f" weight={name}"
+
+
+def weight_of(row: dict[str, Any], columns: dict[str, str], name: str | None) -> float:
+    """Return a row's weight in the loss by the name of its column; 1 without such a column.
+
+    Raises:
+        DataError: the row has no such column, or it holds no number of at least 0.
+    """
+    if name is None:
+        return 1.0
+    value = column(row, columns, name)
+    if isinstance(value, str):  # of a csv file
+        try:
+            value = float(value)
+        except ValueError:
+            value = None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
+        raise DataError(f"{name} is {value!r}, expected a number of at least 0: the row's weight")
+    return float(value)
 
 
 def column(row: dict[str, Any], columns: dict[str, str], name: str) -> Any:

@@ -105,12 +105,14 @@ def task(file: Path | None, **changes: Any) -> BFCL:
         "eval_rows": 4,
         "split_seed": 0,
         "limit": None,
+        "on_lost": "error",
+        "chat_template_kwargs": {},
     }
     return BFCL(**settings | changes)
 
 
-def names(found: BFCL, split: str) -> list[str]:
-    return [example.where for example in found.examples(split)]
+def names(actual: BFCL, split: str) -> list[str]:
+    return [example.where for example in actual.examples(split)]
 
 
 # fetching
@@ -198,12 +200,12 @@ def test_an_unknown_category_lists_the_known_ones(cached):
 
 
 def test_a_row_asks_with_its_functions_and_answers_with_the_first_accepted_call(cached):
-    found = {
+    actual = {
         example.where: example
         for split in ("train", "eval")
         for example in task(cached).examples(split)
     }
-    assert found["simple:simple_3"] == Conversation(
+    assert actual["simple:simple_3"] == Conversation(
         [
             {"role": "system", "content": bfcl.SYSTEM + json.dumps([AREA], separators=(",", ":"))},
             {"role": "user", "content": "Base 3?"},
@@ -213,7 +215,7 @@ def test_a_row_asks_with_its_functions_and_answers_with_the_first_accepted_call(
         None,
         ("area", {"base": [3], "unit": ["m", ""]}),
     )
-    assert len(found) == 12
+    assert len(actual) == 12
 
 
 def test_a_rows_own_instructions_and_nested_values_are_kept(cached):
@@ -229,9 +231,9 @@ def test_a_rows_own_instructions_and_nested_values_are_kept(cached):
 
 @pytest.mark.parametrize("categories", [["simple"], ["live", "simple"]])
 def test_every_answer_that_is_learned_is_graded_right(cached, categories):
-    found = task(cached, categories=categories)
-    for example in [*found.examples("train"), *found.examples("eval")]:
-        assert found.grade(example, example.messages[-1]["content"]) == {
+    actual = task(cached, categories=categories)
+    for example in [*actual.examples("train"), *actual.examples("eval")]:
+        assert actual.grade(example, example.messages[-1]["content"]) == {
             "function_name": 1.0,
             "exact_call": 1.0,
         }
@@ -285,13 +287,13 @@ def test_the_digest_follows_the_wheels_content_and_not_its_name(cached):
     ],
 )
 def test_a_completion_is_graded_by_its_function_and_its_arguments(cached, completion, name, call):
-    found = task(cached)
+    actual = task(cached)
     example = Conversation([], "here", reference=("area", {"base": [3], "unit": ["m", ""]}))
-    assert found.grade(example, completion) == {"function_name": name, "exact_call": call}
+    assert actual.grade(example, completion) == {"function_name": name, "exact_call": call}
 
 
 @pytest.mark.parametrize(
-    ("completion", "wanted"),
+    ("completion", "expected"),
     [
         ('{"name": "f", "arguments": {"a": [1, {"b": null}]}}', ("f", {"a": [1, {"b": None}]})),
         ('x {"name": "f", "arguments": {}} {"name": "g", "arguments": {}}', ("f", {})),
@@ -305,8 +307,8 @@ def test_a_completion_is_graded_by_its_function_and_its_arguments(cached, comple
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_the_first_json_object_is_the_call(completion, wanted):
-    assert parsed_call(completion) == wanted
+def test_the_first_json_object_is_the_call(completion, expected):
+    assert parsed_call(completion) == expected
 
 
 @pytest.mark.parametrize(

@@ -48,16 +48,16 @@ def test_separated_values_are_read_by_their_header(tmp_path, kind):
     file = tmp_path / f"rows.{kind}"
     mark = {"csv": ",", "tsv": "\t"}[kind]
     file.write_text(f"sentence{mark}class\ngood{mark}1\nbad{mark}0\n")
-    found = task(file, columns={"text": "sentence", "label": "class"})
-    assert found.labels == ["0", "1"]
-    assert [(row.text, row.label) for row in found.examples("train")] == [
+    actual = task(file, columns={"text": "sentence", "label": "class"})
+    assert actual.labels == ["0", "1"]
+    assert [(row.text, row.label) for row in actual.examples("train")] == [
         ("good", "1"),
         ("bad", "0"),
     ]
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"),
+    ("arguments", "expected"),
     [
         (["b", "a", "b"], ["a", "b"]),
         ([10, 9, -1, 9], ["-1", "9", "10"]),
@@ -67,8 +67,10 @@ def test_separated_values_are_read_by_their_header(tmp_path, kind):
         ([1.5, 0.5], ["0.5", "1.5"]),
     ],
 )
-def test_the_classes_of_the_training_rows_are_sorted_numbers_by_value(tmp_path, given, wanted):
-    assert task(labelled(tmp_path, *given)).labels == wanted
+def test_the_classes_of_the_training_rows_are_sorted_numbers_by_value(
+    tmp_path, arguments, expected
+):
+    assert task(labelled(tmp_path, *arguments)).labels == expected
 
 
 def test_classes_that_are_given_keep_their_order_and_may_have_no_row(tmp_path):
@@ -77,11 +79,11 @@ def test_classes_that_are_given_keep_their_order_and_may_have_no_row(tmp_path):
 
 def test_the_classes_are_those_of_all_training_rows_and_of_no_other(tmp_path):
     file = labelled(tmp_path, *(str(n % 7) for n in range(40)), "rare")
-    found = task(file, eval_fraction=0.2)
-    trained = {row.label for row in found.examples("train")}
+    actual = task(file, eval_fraction=0.2)
+    trained = {row.label for row in actual.examples("train")}
     assert trained - {"rare"} == set("0123456")
-    assert found.labels == sorted(trained)
-    assert len(list(found.examples("train"))) + len(list(found.examples("eval"))) == 41
+    assert actual.labels == sorted(trained)
+    assert len(list(actual.examples("train"))) + len(list(actual.examples("eval"))) == 41
     assert task(file, limit=3).labels == ["0", "1", "2"]
 
 
@@ -120,9 +122,9 @@ def test_a_class_that_only_evaluation_has_is_a_bad_row(tmp_path):
 def test_a_broken_row_is_bad_with_its_line_and_adds_no_class(tmp_path, row, reason):
     rows = [{"text": "t", "label": "a"}, row, {"text": "t", "label": "b"}]
     file = write_rows(tmp_path / "rows.jsonl", rows)
-    found = task(file)
-    assert found.labels == ["a", "b"]
-    assert [row for row in found.examples("train") if isinstance(row, Bad)] == [
+    actual = task(file)
+    assert actual.labels == ["a", "b"]
+    assert [row for row in actual.examples("train") if isinstance(row, Bad)] == [
         Bad(f"{file}:2", reason)
     ]
 
@@ -136,16 +138,16 @@ def test_a_line_that_is_no_json_is_bad(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("labels", "given", "message"),
+    ("labels", "arguments", "message"),
     [
         (["a", "a"], None, r"1 classes \(a\)"),
         ([None], None, r"0 classes \(none\)"),
         (["a", "b"], ["a"], r"1 classes \(a\)"),
     ],
 )
-def test_fewer_than_two_classes_are_refused(tmp_path, labels, given, message):
+def test_fewer_than_two_classes_are_refused(tmp_path, labels, arguments, message):
     with pytest.raises(DataError, match=message + "; classification needs two or more"):
-        task(labelled(tmp_path, *labels), labels=given).labels
+        task(labelled(tmp_path, *labels), labels=arguments).labels
 
 
 @pytest.mark.parametrize(

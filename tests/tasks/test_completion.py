@@ -51,8 +51,8 @@ def test_several_kinds_of_files_are_one_text_after_the_other(tmp_path, streaming
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     (tmp_path / "b.csv").write_text("text\nthree\n")
     write_rows(tmp_path / "c.jsonl", [{"text": "four"}, {"text": "five"}])
-    found = task(tmp_path / "*", streaming=streaming, limit=4).examples("train")
-    assert [row.text for row in found] == ["one", "two", "three", "four"]
+    actual = task(tmp_path / "*", streaming=streaming, limit=4).examples("train")
+    assert [row.text for row in actual] == ["one", "two", "three", "four"]
 
 
 def test_held_out_texts_are_not_trained(tmp_path):

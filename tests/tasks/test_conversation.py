@@ -85,8 +85,8 @@ def test_content_in_parts_is_joined_and_empty_fields_are_left_out():
         },
         {"role": "assistant", "content": "5", "tool_calls": None, "reasoning": "easy"},
     ]
-    wanted = [TWO[0], {"role": "assistant", "content": "5", "reasoning_content": "easy"}]
-    assert converted({"messages": messages}, "messages").messages == wanted
+    expected = [TWO[0], {"role": "assistant", "content": "5", "reasoning_content": "easy"}]
+    assert converted({"messages": messages}, "messages").messages == expected
 
 
 def test_calls_and_tools_are_kept_and_a_call_needs_no_content():
@@ -96,9 +96,9 @@ def test_calls_and_tools_are_kept_and_a_call_needs_no_content():
         {"role": "tool", "content": "5", "tool_call_id": "1"},
         TWO[1],
     ]
-    found = converted({"messages": messages, "tools": [TOOL]}, "messages")
-    assert found.messages == [messages[0], messages[1] | {"content": ""}, messages[2], messages[3]]
-    assert (found.tools, found.reference) == ([TOOL], "5")
+    actual = converted({"messages": messages, "tools": [TOOL]}, "messages")
+    assert actual.messages == [messages[0], messages[1] | {"content": ""}, messages[2], messages[3]]
+    assert (actual.tools, actual.reference) == ([TOOL], "5")
 
 
 @pytest.mark.parametrize("tools", [None, []])
@@ -145,8 +145,8 @@ def test_the_names_of_sharegpts_speakers_are_roles(name, role):
 
 @pytest.mark.parametrize(("system", "put"), [("Be brief.", True), ("", False), (None, False)])
 def test_sharegpts_system_column_comes_first(system, put):
-    found = converted(ROWS["sharegpt"] | {"system": system}, "sharegpt").messages
-    assert found == [{"role": "system", "content": "Be brief."}] * put + TWO
+    actual = converted(ROWS["sharegpt"] | {"system": system}, "sharegpt").messages
+    assert actual == [{"role": "system", "content": "Be brief."}] * put + TWO
 
 
 # alpaca
@@ -185,9 +185,13 @@ def with_answer(content: Any) -> dict[str, Any]:
     return {"messages": [TWO[0], {"role": "assistant", "content": content}]}
 
 
-def turns(*given: Any) -> dict[str, Any]:
+def turns(*arguments: Any) -> dict[str, Any]:
     return {
-        "conversations": [{"from": "human", "value": "a"}, *given, {"from": "gpt", "value": "b"}]
+        "conversations": [
+            {"from": "human", "value": "a"},
+            *arguments,
+            {"from": "gpt", "value": "b"},
+        ]
     }
 
 

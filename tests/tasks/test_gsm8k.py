@@ -45,14 +45,14 @@ def test_a_row_becomes_a_question_and_its_worked_answer(tmp_path):
     assert list(task(file).examples("train")) == [
         Conversation(chat, f"{file}:1", None, ROW["answer"])
     ]
-    (told,) = task(file, system="Think.").examples("train")
-    assert told.messages == [{"role": "system", "content": "Think."}, *chat]
+    (reported,) = task(file, system="Think.").examples("train")
+    assert reported.messages == [{"role": "system", "content": "Think."}, *chat]
 
 
 def test_other_columns_are_named(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", [{"problem": "q", "solution": "#### 1"}])
-    (found,) = task(file, columns={"question": "problem", "answer": "solution"}).examples("train")
-    assert (found.messages[0]["content"], found.reference) == ("q", "#### 1")
+    (actual,) = task(file, columns={"question": "problem", "answer": "solution"}).examples("train")
+    assert (actual.messages[0]["content"], actual.reference) == ("q", "#### 1")
 
 
 @pytest.mark.parametrize(
@@ -163,12 +163,12 @@ def test_numbers_are_found(text, strict, flexible):
     ],
 )
 def test_an_answer_is_graded_strictly_and_flexibly(tmp_path, completion, exact, flexible):
-    found = task(
+    actual = task(
         write_rows(tmp_path / "rows.jsonl", [{"question": "q", "answer": "540 * 2\n#### 1,080"}])
     )
-    (example,) = found.examples("train")
-    assert found.grade(example, completion) == {"exact_match": exact, "flexible": flexible}
-    assert list(found.grade(example, completion)) == found.metrics
+    (example,) = actual.examples("train")
+    assert actual.grade(example, completion) == {"exact_match": exact, "flexible": flexible}
+    assert list(actual.grade(example, completion)) == actual.metrics
 
 
 def test_no_text_takes_long():
@@ -186,17 +186,17 @@ def test_no_text_takes_long():
 
 @pytest.mark.skipif(not REAL.is_file(), reason="../shared/data/gsm8k_train.jsonl is not there")
 def test_the_real_answers_are_right_and_those_of_other_questions_mostly_not():
-    found = task(REAL)
-    examples = list(found.examples("train"))
+    actual = task(REAL)
+    examples = list(actual.examples("train"))
     assert len(examples) == 7473
     others = random.Random(0).sample(examples, len(examples))
     assert all(
-        found.grade(example, example.reference) == {"exact_match": 1.0, "flexible": 1.0}
+        actual.grade(example, example.reference) == {"exact_match": 1.0, "flexible": 1.0}
         for example in examples
     )
     chance = [
-        found.grade(example, other.reference)
+        actual.grade(example, other.reference)
         for example, other in zip(examples, others, strict=True)
     ]
-    for metric in found.metrics:
+    for metric in actual.metrics:
         assert sum(scores[metric] for scores in chance) < 0.03 * len(examples)

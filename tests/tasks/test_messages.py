@@ -47,11 +47,11 @@ def test_the_older_form_of_calls_and_their_results():
         {"role": "function", "name": "go", "content": "ok"},
         *answered()["messages"],
     ]
-    found = converted(row | {"functions": [FUNCTION]})
-    assert found.messages[1]["tool_calls"] == [{"type": "function", "function": call}]
-    assert "function_call" not in found.messages[1]
-    assert found.messages[2]["role"] == "tool"
-    assert found.tools == [TOOL]
+    actual = converted(row | {"functions": [FUNCTION]})
+    assert actual.messages[1]["tool_calls"] == [{"type": "function", "function": call}]
+    assert "function_call" not in actual.messages[1]
+    assert actual.messages[2]["role"] == "tool"
+    assert actual.tools == [TOOL]
 
 
 def test_sharegpts_calls_and_tools_are_read_as_such():
@@ -64,18 +64,18 @@ def test_sharegpts_calls_and_tools_are_read_as_such():
         {"role": "user", "content": "More?"},
         {"role": "assistant", "content": "No."},
     ]
-    found = converted({"conversations": turns, "tools": json.dumps([FUNCTION])}, "sharegpt")
-    assert [call["function"] for call in found.messages[1]["tool_calls"]] == calls
-    assert found.messages[1]["content"] == ""
-    assert found.tools == [TOOL]
-    assert found.untrained == {3}
-    assert [one["role"] for one in found.messages[4:]] == ["user", "assistant"]
+    actual = converted({"conversations": turns, "tools": json.dumps([FUNCTION])}, "sharegpt")
+    assert [call["function"] for call in actual.messages[1]["tool_calls"]] == calls
+    assert actual.messages[1]["content"] == ""
+    assert actual.tools == [TOOL]
+    assert actual.untrained == {3}
+    assert [one["role"] for one in actual.messages[4:]] == ["user", "assistant"]
 
 
 def test_json_text_in_place_of_values_is_parsed():
-    (asked, answer) = answered()["messages"]
-    for messages in ([json.dumps(asked), json.dumps(answer)], json.dumps([asked, answer])):
-        assert converted({"messages": messages}).messages == [asked, answer]
+    (requested, answer) = answered()["messages"]
+    for messages in ([json.dumps(requested), json.dumps(answer)], json.dumps([requested, answer])):
+        assert converted({"messages": messages}).messages == [requested, answer]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_thoughts_in_content_parts_are_reasoning():
 
 
 @pytest.mark.parametrize(
-    ("answer", "wanted"),
+    ("answer", "expected"),
     [
         ({"content": "b"}, (None, "b")),
         ({"content": "<think>a</think>b"}, ("a", "b")),
@@ -113,8 +113,8 @@ def test_thoughts_in_content_parts_are_reasoning():
         ({"content": "b", "reasoning_content": ""}, ("", "b")),
     ],
 )
-def test_the_reasoning_of_an_answer(answer, wanted):
-    assert thought_of({"role": "assistant"} | answer) == wanted
+def test_the_reasoning_of_an_answer(answer, expected):
+    assert thought_of({"role": "assistant"} | answer) == expected
 
 
 @pytest.mark.parametrize(
@@ -132,9 +132,9 @@ def test_the_reasoning_of_an_answer(answer, wanted):
 def test_flags_of_answers_say_which_are_trained(flags, untrained):
     row = answered(**flags)
     row["messages"] += answered()["messages"]
-    found = converted(row)
-    assert found.untrained == untrained
-    assert found.messages == [*answered()["messages"], *answered()["messages"]]
+    actual = converted(row)
+    assert actual.untrained == untrained
+    assert actual.messages == [*answered()["messages"], *answered()["messages"]]
 
 
 def test_an_answer_that_is_not_trained_may_be_empty():
@@ -145,17 +145,17 @@ def test_an_answer_that_is_not_trained_may_be_empty():
 
 def test_alpacas_system_and_history_come_first():
     row = {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]}
-    found = converted(row, "alpaca")
-    assert [one["content"] for one in found.messages] == ["s", "a", "b", "c", "d"]
-    assert [one["role"] for one in found.messages] == [
+    actual = converted(row, "alpaca")
+    assert [one["content"] for one in actual.messages] == ["s", "a", "b", "c", "d"]
+    assert [one["role"] for one in actual.messages] == [
         "system",
         "user",
         "assistant",
         "user",
         "assistant",
     ]
-    assert converted(row | {"history": json.dumps([["a", "b"]])}, "alpaca") == found
-    assert found.unread == ()
+    assert converted(row | {"history": json.dumps([["a", "b"]])}, "alpaca") == actual
+    assert actual.unread == ()
 
 
 @pytest.mark.parametrize("format_", ["messages", "prompt_completion"])
@@ -167,8 +167,8 @@ def test_a_system_column_belongs_to_every_format(format_):
 def test_columns_that_nothing_reads_are_named():
     row = answered() | {"id": 7, "empty": None, "weight": 2.0, "tools": [TOOL]}
     assert converted(row).unread == ("column 'id'", "column 'weight'")
-    found = converted(row, weight="weight")
-    assert (found.unread, found.weight) == (("column 'id'",), 2.0)
+    actual = converted(row, weight="weight")
+    assert (actual.unread, actual.weight) == (("column 'id'",), 2.0)
     own = answered()
     own["messages"].insert(0, {"role": "system", "content": "s"})
     assert converted(own | {"system": "other"}).unread == ("column 'system'",)

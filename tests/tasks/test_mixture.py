@@ -32,11 +32,11 @@ def mixture(parts: Any, **changes: Any) -> Mixture:
 
 @pytest.fixture
 def files(tmp_path):
-    made = {}
+    built = {}
     for name, count in {"a": 40, "b": 400}.items():
         rows = [{"prompt": f"{name}{i}?", "completion": f"{i}!"} for i in range(count)]
-        made[name] = str(write_rows(tmp_path / f"{name}.jsonl", rows))
-    return made
+        built[name] = str(write_rows(tmp_path / f"{name}.jsonl", rows))
+    return built
 
 
 def counted(task: Mixture, split: str = "train") -> Counter[str]:
@@ -44,13 +44,13 @@ def counted(task: Mixture, split: str = "train") -> Counter[str]:
 
 
 def test_a_weight_says_how_often_a_row_comes(files):
-    found = counted(
+    actual = counted(
         mixture({"a": {"path": files["a"], "weight": 2}, "b": {"path": files["b"], "weight": 0.25}})
     )
-    assert {prompt: times for prompt, times in found.items() if prompt[0] == "a"} == {
+    assert {prompt: times for prompt, times in actual.items() if prompt[0] == "a"} == {
         f"a{i}?": 2 for i in range(40)
     }
-    some = {prompt: times for prompt, times in found.items() if prompt[0] == "b"}
+    some = {prompt: times for prompt, times in actual.items() if prompt[0] == "b"}
     assert set(some.values()) == {1}
     assert 70 < len(some) < 130  # 100 of 400 expected; four standard deviations are 35
 
@@ -98,7 +98,7 @@ def test_the_digest_changes_with_weights_in_training_only(files):
 
 
 @pytest.mark.parametrize(
-    ("parts", "said"),
+    ("parts", "message"),
     [
         ({}, "task.parts is empty"),
         ({"a": "rows.jsonl"}, "task.parts.a is 'rows.jsonl', expected a mapping with path"),
@@ -111,6 +111,6 @@ def test_the_digest_changes_with_weights_in_training_only(files):
         ({"a": {"path": "not-there.jsonl"}}, "task.parts.a: "),
     ],
 )
-def test_what_cannot_be_mixed_is_refused(parts, said):
-    with pytest.raises(DataError, match=said):
+def test_what_cannot_be_mixed_is_refused(parts, message):
+    with pytest.raises(DataError, match=message):
         mixture(parts)

@@ -36,20 +36,20 @@ def packed(content: bytes) -> bytes:
     return gzip.compress(content, mtime=0)
 
 
-def written(folder: Path, kind: str, given: list[dict[str, Any]]) -> Path:
+def written(folder: Path, kind: str, arguments: list[dict[str, Any]]) -> Path:
     """A file of this kind with these rows."""
     file = folder / f"rows.{kind}"
     if kind in ("jsonl", "ndjson"):
-        file.write_text("".join(json.dumps(row) + "\n" for row in given), "utf-8")
+        file.write_text("".join(json.dumps(row) + "\n" for row in arguments), "utf-8")
     elif kind == "json":
-        file.write_text(json.dumps(given, ensure_ascii=False, indent=1), "utf-8")
+        file.write_text(json.dumps(arguments, ensure_ascii=False, indent=1), "utf-8")
     elif kind == "csv":
         with file.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, list(given[0]))
+            writer = csv.DictWriter(stream, list(arguments[0]))
             writer.writeheader()
-            writer.writerows(given)
+            writer.writerows(arguments)
     else:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(given), file)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(arguments), file)
     return file
 
 
@@ -193,17 +193,19 @@ def data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "owner" / "name"
     folder.mkdir(parents=True)
-    for split, given in (("train", ROWS), ("test", ROWS[:1])):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    for split, arguments in (("train", ROWS), ("test", ROWS[:1])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in arguments))
     return folder
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize(("split", "wanted"), [("train", ROWS), ("test", ROWS[:1])])
-def test_a_data_set_gives_the_rows_of_its_split_streamed_or_not(data_set, streaming, split, wanted):
-    found = list(Source("owner/name", split, streaming, "task.path"))
-    assert found == [
-        (f"owner/name[{split}]:row {number}", row) for number, row in enumerate(wanted, 1)
+@pytest.mark.parametrize(("split", "expected"), [("train", ROWS), ("test", ROWS[:1])])
+def test_a_data_set_gives_the_rows_of_its_split_streamed_or_not(
+    data_set, streaming, split, expected
+):
+    actual = list(Source("owner/name", split, streaming, "task.path"))
+    assert actual == [
+        (f"owner/name[{split}]:row {number}", row) for number, row in enumerate(expected, 1)
     ]
 
 
@@ -430,28 +432,28 @@ def test_a_gzip_file_that_expands_without_end(tmp_path, monkeypatch, kind):
 
 
 def test_a_parquet_row_has_only_the_keys_that_it_had(tmp_path):
-    given = [
+    arguments = [
         {"calls": [{"name": "a", "arguments": {"city": "Paris"}}], "note": None},
         {"calls": [{"name": "b", "arguments": {"n": 1, "m": [None, 2]}}], "note": "x"},
     ]
     # Arrow gives every struct every key.
-    assert pyarrow.Table.from_pylist(given).to_pylist() != given
-    assert rows(written(tmp_path, "parquet", given)) == given
+    assert pyarrow.Table.from_pylist(arguments).to_pylist() != arguments
+    assert rows(written(tmp_path, "parquet", arguments)) == arguments
 
 
 def test_json_columns_of_datasets_are_parsed_and_keep_their_nulls(tmp_path):
     import datasets
 
-    given = [
+    arguments = [
         {"calls": [{"a": "Paris", "b": None}], "text": '"x"'},
         {"calls": [{"n": 1}], "text": "y"},
     ]
     features = datasets.Features(
         {"calls": datasets.List(datasets.Json()), "text": datasets.Value("string")}
     )
-    table = datasets.Dataset.from_list(given, features=features)
+    table = datasets.Dataset.from_list(arguments, features=features)
     file = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(table.data.table, file)
-    assert rows(file) == given
+    assert rows(file) == arguments
     decoded = reading.decoded(table.features.to_dict())
-    assert [reading.present(dict(row), decoded) for row in table] == given
+    assert [reading.present(dict(row), decoded) for row in table] == arguments

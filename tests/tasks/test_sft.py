@@ -54,14 +54,14 @@ def pairs(tmp_path: Path) -> Path:
 
 def test_a_row_becomes_a_conversation_with_its_file_line_and_answer(chats):
     task = sft(chats)
-    found = list(task.examples("train"))
-    wanted = [
+    actual = list(task.examples("train"))
+    reference = [
         Conversation(row["messages"], f"{chats}:{n}", None, row["messages"][1]["content"])
         for n, row in enumerate(sums(60), 1)
     ]
-    assert found == wanted
-    assert task.grade(found[0], f" {found[0].reference}\n") == {"exact_match": 1.0}
-    assert task.grade(found[0], "no") == {"exact_match": 0.0}
+    assert actual == reference
+    assert task.grade(actual[0], f" {actual[0].reference}\n") == {"exact_match": 1.0}
+    assert task.grade(actual[0], "no") == {"exact_match": 0.0}
 
 
 def test_the_first_readable_row_decides_on_the_format(tmp_path):
@@ -94,12 +94,12 @@ def test_a_chosen_format_settles_columns_that_fit_several(tmp_path):
 def test_every_broken_row_is_named_with_what_was_expected(tmp_path):
     rows = [PAIRS[0], {"prompt": "a", "completion": ""}, {"prompt": 5, "completion": "b"}, PAIRS[1]]
     file = write_rows(tmp_path / "rows.jsonl", rows)
-    found = list(sft(file).examples("train"))
-    assert found[1:3] == [
+    actual = list(sft(file).examples("train"))
+    assert actual[1:3] == [
         Bad(f"{file}:2", "completion is empty"),
         Bad(f"{file}:3", "prompt must be text, and is int: '5'"),
     ]
-    assert [type(row) for row in found] == [Conversation, Bad, Bad, Conversation]
+    assert [type(row) for row in actual] == [Conversation, Bad, Bad, Conversation]
 
 
 # splits
@@ -118,14 +118,14 @@ def test_held_out_rows_are_a_fixed_draw_and_are_not_trained(pairs, fraction, cou
 def test_the_draw_is_the_same_in_every_release_and_follows_the_number_of_rows_alone(
     pairs, tmp_path
 ):
-    wanted = ["3?", "4?", "5?", "8?", "10?"]
-    assert prompts(sft(pairs, eval_fraction=0.25), "eval") == wanted
+    reference = ["3?", "4?", "5?", "8?", "10?"]
+    assert prompts(sft(pairs, eval_fraction=0.25), "eval") == reference
     others = write_rows(
         tmp_path / "others.jsonl",
         [{"prompt": f"other {row['prompt']}", "completion": "x"} for row in PAIRS],
     )
     assert prompts(sft(others, eval_fraction=0.25), "eval") == [
-        f"other {prompt}" for prompt in wanted
+        f"other {prompt}" for prompt in reference
     ]
 
 
@@ -166,10 +166,10 @@ def test_a_stream_has_the_rows_of_a_file_that_is_read_before(pairs, tmp_path):
             ("train", limits.get("limit", 20)),
             ("eval", limits.get("eval_limit", 7)),
         ):
-            found = list(streamed.examples(split))
-            assert found == list(read.examples(split))
-            assert len(found) == count
-            assert [row.where for row in found if isinstance(row, Bad)] == [f"{other}:4"] * (
+            actual = list(streamed.examples(split))
+            assert actual == list(read.examples(split))
+            assert len(actual) == count
+            assert [row.where for row in actual if isinstance(row, Bad)] == [f"{other}:4"] * (
                 split == "eval"
             )
 
@@ -266,7 +266,7 @@ def test_no_evaluation_and_evaluation_on_the_training_file_have_other_digests(pa
 
 
 @pytest.mark.parametrize(
-    ("metric", "found", "wanted", "expected"),
+    ("metric", "actual", "reference", "expected"),
     [
         ("exact_match", "5", "5", 1.0),
         ("exact_match", "  a\n b ", "a b", 1.0),
@@ -287,12 +287,12 @@ def test_no_evaluation_and_evaluation_on_the_training_file_have_other_digests(pa
         *((metric, "", "the cat", 0.0) for metric in ("exact_match", "contains", "bleu", "chrf")),
     ],
 )
-def test_answers_are_scored(metric, found, wanted, expected):
-    assert score(metric, found, wanted) == pytest.approx(expected, abs=1e-6)
+def test_answers_are_scored(metric, actual, reference, expected):
+    assert score(metric, actual, reference) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("found", "wanted", "expected"),
+    ("actual", "reference", "expected"),
     [
         # the shares of its 1 to 4 words in a row that are right, those of 2 and more as (right + 1)
         # / (all + 1)
@@ -312,12 +312,12 @@ def test_answers_are_scored(metric, found, wanted, expected):
         ),
     ],
 )
-def test_bleu_by_hand(found, wanted, expected):
-    assert score("bleu", found, wanted) == pytest.approx(expected, abs=1e-6)
+def test_bleu_by_hand(actual, reference, expected):
+    assert score("bleu", actual, reference) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("found", "wanted", "expected"),
+    ("actual", "reference", "expected"),
     [
         # the mean over 1 to 6 letters and 1 to 2 words in a row of 5PR / (4P + R)
         ("ab", "ac", (1 / 2 + 0 + 0) / 3),
@@ -326,14 +326,15 @@ def test_bleu_by_hand(found, wanted, expected):
         ("a b", "a c", (1 / 2 + 0 + 1 / 2 + 0) / 4),
     ],
 )
-def test_chrf_by_hand(found, wanted, expected):
-    assert score("chrf", found, wanted) == pytest.approx(expected, abs=1e-6)
+def test_chrf_by_hand(actual, reference, expected):
+    assert score("chrf", actual, reference) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("metric", ["bleu", "chrf"])
 def test_a_nearer_answer_scores_higher(metric):
-    wanted = "the cat sat on the mat"
+    reference = "the cat sat on the mat"
     scores = [
-        score(metric, found, wanted) for found in ("a dog ran", "a cat sat on the mat", wanted)
+        score(metric, actual, reference)
+        for actual in ("a dog ran", "a cat sat on the mat", reference)
     ]
     assert 0 <= scores[0] < scores[1] < scores[2] <= 1 + 1e-6

@@ -54,11 +54,11 @@ def task(path: Path, **changes: Any) -> SQL:
 
 
 def test_both_layouts_give_the_same_chat(tmp_path):
-    found = list(task(write_rows(tmp_path / "rows.jsonl", [CHAT, PAIR])).examples("train"))
+    actual = list(task(write_rows(tmp_path / "rows.jsonl", [CHAT, PAIR])).examples("train"))
     tables = {"games": TABLES["games"]}
-    assert [example.messages for example in found] == [CHAT["messages"]] * 2
-    assert [example.reference for example in found] == [(tables, ANSWER)] * 2
-    assert found[1].where.endswith("rows.jsonl:2")
+    assert [example.messages for example in actual] == [CHAT["messages"]] * 2
+    assert [example.reference for example in actual] == [(tables, ANSWER)] * 2
+    assert actual[1].where.endswith("rows.jsonl:2")
 
 
 def test_other_columns_are_named_and_a_system_prompt_stands_first(tmp_path):
@@ -66,8 +66,8 @@ def test_other_columns_are_named_and_a_system_prompt_stands_first(tmp_path):
         tmp_path / "rows.jsonl", [{"q": QUESTION, "schema": CONTEXT, "query": ANSWER}]
     )
     names = {"question": "q", "context": "schema", "answer": "query"}
-    (found,) = task(file, columns=names, system="S").examples("train")
-    assert found.messages == [{"role": "system", "content": "S"}, *CHAT["messages"]]
+    (actual,) = task(file, columns=names, system="S").examples("train")
+    assert actual.messages == [{"role": "system", "content": "S"}, *CHAT["messages"]]
 
 
 @pytest.mark.parametrize(
@@ -269,10 +269,10 @@ def test_finding_nothing_in_common_is_no_proof(right):
 
 
 def graded(folder: Path, answer: str, completion: str) -> dict[str, float]:
-    found = task(write_rows(folder / "rows.jsonl", [PAIR | {"answer": answer}]))
-    (example,) = found.examples("train")
-    scores = found.grade(example, completion)
-    assert list(scores) == found.metrics
+    actual = task(write_rows(folder / "rows.jsonl", [PAIR | {"answer": answer}]))
+    (example,) = actual.examples("train")
+    scores = actual.grade(example, completion)
+    assert list(scores) == actual.metrics
     return scores
 
 
@@ -305,15 +305,15 @@ def test_an_answer_is_graded(tmp_path, answer, completion, exact, same):
 
 
 def test_the_random_rows_are_always_the_same_and_hold_the_literals_and_their_neighbours():
-    found = []
+    actual = []
     for _ in range(2):
         with contextlib.closing(sqlite3.connect(":memory:")) as database:
             databases.fill(database, TABLES, {None: ["a"], "year": [1999]}, random.Random("0 x"))
-            found.append(database.execute("SELECT * FROM games").fetchall())
-    assert found[0] == found[1]
-    assert len(found[0]) == databases.ROWS
-    assert {1998, 1999, 2000} <= {year for _, _, year in found[0]}
-    assert "a" in {score for score, _, _ in found[0]}
+            actual.append(database.execute("SELECT * FROM games").fetchall())
+    assert actual[0] == actual[1]
+    assert len(actual[0]) == databases.ROWS
+    assert {1998, 1999, 2000} <= {year for _, _, year in actual[0]}
+    assert "a" in {score for score, _, _ in actual[0]}
 
 
 HOSTILE = [
@@ -437,15 +437,15 @@ def test_wide_tables_and_their_queries_take_a_time_that_grows_with_them():
 def real() -> tuple[SQL, list[Any]]:
     if not REAL.is_file():
         pytest.skip("../shared/data/sql_train.jsonl is not there")
-    found = task(REAL)
-    return found, list(found.examples("train"))
+    actual = task(REAL)
+    return actual, list(actual.examples("train"))
 
 
 def test_the_real_queries_are_right_and_those_of_other_questions_are_not(real):
-    found, examples = real
+    actual, examples = real
     assert len(examples) == 800
     assert all(
-        set(found.grade(example, example.reference[1]).values()) == {1.0} for example in examples
+        set(actual.grade(example, example.reference[1]).values()) == {1.0} for example in examples
     )
     # The same tokens are right unrun; run, most show something.
     assert (
@@ -457,7 +457,7 @@ def test_the_real_queries_are_right_and_those_of_other_questions_are_not(real):
     )
     others = random.Random(0).sample(examples, 800)
     chance = [
-        found.grade(example, other.reference[1])
+        actual.grade(example, other.reference[1])
         for example, other in zip(examples, others, strict=True)
     ]
     assert sum(scores["same_result"] for scores in chance) < 8
@@ -476,11 +476,11 @@ def test_the_real_queries_are_right_and_those_of_other_questions_are_not(real):
     ],
 )
 def test_real_queries_with_one_change(real, pattern, replacement, count, least, most):
-    found, examples = real
+    actual, examples = real
     changed = [
         (example, re.sub(pattern, replacement, example.reference[1])) for example in examples
     ]
     changed = [(example, query) for example, query in changed if query != example.reference[1]]
     assert len(changed) == count
-    right = sum(found.grade(example, query)["same_result"] for example, query in changed[:160])
+    right = sum(actual.grade(example, query)["same_result"] for example, query in changed[:160])
     assert least <= right / len(changed[:160]) <= most

@@ -45,8 +45,8 @@ def test_a_row_of_a_file_or_of_the_hub_becomes_a_sentence_and_its_meaning(tmp_pa
     file = write_rows(tmp_path / "rows.jsonl", [ROW | more])
     chat = [{"role": "user", "content": ROW["target"]}, {"role": "assistant", "content": MEANING}]
     assert list(task(file).examples("train")) == [Conversation(chat, f"{file}:1", None, MEANING)]
-    (told,) = task(file, system="Parse.").examples("train")
-    assert told.messages == [{"role": "system", "content": "Parse."}, *chat]
+    (reported,) = task(file, system="Parse.").examples("train")
+    assert reported.messages == [{"role": "system", "content": "Parse."}, *chat]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_what_is_no_meaning_is_not_read(text):
 
 
 @pytest.mark.parametrize(
-    ("found", "wanted", "expected"),
+    ("actual", "reference", "expected"),
     [
         ("ab", "ab", 1.0),
         ("ab", "ba", 1.0),
@@ -169,8 +169,8 @@ def test_what_is_no_meaning_is_not_read(text):
         ("", "", 1.0),
     ],
 )
-def test_f1_by_hand(found, wanted, expected):
-    pairs = [Counter((slot, "value") for slot in slots) for slots in (found, wanted)]
+def test_f1_by_hand(actual, reference, expected):
+    pairs = [Counter((slot, "value") for slot in slots) for slots in (actual, reference)]
     assert f1(*pairs) == pytest.approx(expected)
 
 
@@ -197,10 +197,10 @@ def test_f1_by_hand(found, wanted, expected):
     ],
 )
 def test_an_answer_is_graded(tmp_path, completion, exact, function, slots):
-    found = task(write_rows(tmp_path / "rows.jsonl", [ROW]))
-    (example,) = found.examples("train")
-    scores = found.grade(example, completion)
-    assert list(scores) == found.metrics
+    actual = task(write_rows(tmp_path / "rows.jsonl", [ROW]))
+    (example,) = actual.examples("train")
+    scores = actual.grade(example, completion)
+    assert list(scores) == actual.metrics
     assert scores == pytest.approx({"exact_match": exact, "function": function, "slots_f1": slots})
 
 
@@ -210,15 +210,15 @@ def test_an_answer_is_graded(tmp_path, completion, exact, function, slots):
 )
 @pytest.mark.parametrize(("name", "count"), [("viggo_train", 5103), ("viggo_valid", 714)])
 def test_the_real_meanings_are_right_and_those_of_other_sentences_mostly_not(name, count):
-    found = task(DATA / f"{name}.jsonl")
-    examples = list(found.examples("train"))
+    actual = task(DATA / f"{name}.jsonl")
+    examples = list(actual.examples("train"))
     assert len(examples) == count
     assert all(
-        set(found.grade(example, example.reference).values()) == {1.0} for example in examples
+        set(actual.grade(example, example.reference).values()) == {1.0} for example in examples
     )
     others = random.Random(0).sample(examples, count)
     chance = [
-        found.grade(example, other.reference)
+        actual.grade(example, other.reference)
         for example, other in zip(examples, others, strict=True)
     ]
     for metric, most in (("exact_match", 0.01), ("function", 0.4), ("slots_f1", 0.15)):

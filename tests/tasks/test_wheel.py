@@ -57,10 +57,10 @@ def test_exactly_the_version_is_asked_for_without_its_dependencies(tmp_path, mon
     monkeypatch.setattr(sys, "executable", str(pip(tmp_path, WRITES)))
     assert wheel.fetch("some-data", "1.0") == folder / NAME
     assert (folder / NAME).read_bytes() == WHOLE
-    (asked,) = (call.split() for call in calls(tmp_path))
-    assert asked[:3] == ["-m", "pip", "download"]
-    assert {"--no-deps", "--only-binary=:all:"} <= set(asked)
-    assert asked[-1] == "some-data==1.0"
+    (requested,) = (call.split() for call in calls(tmp_path))
+    assert requested[:3] == ["-m", "pip", "download"]
+    assert {"--no-deps", "--only-binary=:all:"} <= set(requested)
+    assert requested[-1] == "some-data==1.0"
 
 
 def test_a_fetched_wheel_is_not_fetched_again_until_it_is_forgotten(tmp_path, monkeypatch, folder):
@@ -90,8 +90,8 @@ def test_what_was_never_fetched_can_be_forgotten(empty_cache):
 def test_two_fetches_at_once_ask_once(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(pip(tmp_path, f"sleep 0.3\n{WRITES}")))
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: wheel.fetch("some-data", "1.0").read_bytes(), range(4)))
-    assert found == [WHOLE] * 4
+        actual = list(pool.map(lambda _: wheel.fetch("some-data", "1.0").read_bytes(), range(4)))
+    assert actual == [WHOLE] * 4
     assert len(calls(tmp_path)) == 1
 
 
@@ -163,7 +163,7 @@ def test_offline_the_message_names_the_reason_and_the_folder_and_a_wheel_put_the
 
 
 @pytest.mark.parametrize(
-    ("variables", "wanted"),
+    ("variables", "expected"),
     [
         ({"GRAFT_CACHE": "mine", "XDG_CACHE_HOME": "xdg"}, "mine"),
         ({"XDG_CACHE_HOME": "xdg"}, "xdg/graft"),
@@ -171,12 +171,12 @@ def test_offline_the_message_names_the_reason_and_the_folder_and_a_wheel_put_the
         ({}, "home/.cache/graft"),
     ],
 )
-def test_the_cache_is_where_the_variables_say(monkeypatch, variables, wanted):
+def test_the_cache_is_where_the_variables_say(monkeypatch, variables, expected):
     for name in ("GRAFT_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in ({"HOME": "home"} | variables).items():
         monkeypatch.setenv(name, value)
-    assert wheel.cache_dir() == Path(wanted)
+    assert wheel.cache_dir() == Path(expected)
 
 
 @pytest.mark.parametrize("size", [0, 1, 3_000_000])

@@ -20,6 +20,7 @@ from trainer.data.identity import of_rows, of_stream
 from trainer.data.packing import pack
 from trainer.data.render import Renderer
 from trainer.data.rows import Rows, tokenise
+from trainer.data.stops import Stops
 from trainer.models.base import Base
 from trainer.storage.progress import Progress
 
@@ -101,7 +102,7 @@ def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True)
         key = source_key(task, "train", renderer, config["max_length"], config["overlong"])
         identity["train"] = of_stream(key)
     elif train:
-        with Progress("tokenising the training rows"):
+        with Progress("tokenising the training rows", _count(task, "train"), "rows"):
             rows = tokenise(task, "train", renderer, **settings)
         log.info("train: %s", rows.report.summary())
         identity["train"] = of_rows(rows)
@@ -109,7 +110,7 @@ def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True)
         if config["packing"]:
             packs = pack(rows.lengths, config["max_length"], config["seed"])
         training = Sequences(rows, packs)
-    with Progress("tokenising the held-out rows"):
+    with Progress("tokenising the held-out rows", _count(task, "eval"), "rows"):
         rows = tokenise(task, "eval", renderer, **settings)
     identity["eval"] = of_rows(rows)
     if len(rows):
@@ -128,7 +129,7 @@ def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True)
         if held_out is None:
             break
         split = f"eval/{name}"
-        with Progress(f"tokenising the rows of {split}"):
+        with Progress(f"tokenising the rows of {split}", unit="rows"):
             rows = tokenise(task, split, renderer, **settings)
         if not len(rows):
             raise DataError(f"task.eval_sets.{name} has no row")
@@ -136,6 +137,12 @@ def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True)
         log.info("%s: %s", split, rows.report.summary())
         held_out.more[name] = replace(held_out, sequences=Sequences(rows), prompts=[], more={})
     return Data(task, renderer, training, held_out, collate, identity)
+
+
+def _count(task: Any, split: str) -> int | None:
+    """Return the number of rows of a split, None if it is not known yet."""
+    splits = getattr(task, "splits", None)
+    return splits.count(split) if splits is not None else None
 
 
 def load_held_out(config: dict[str, Any], base: Base, task: Any) -> Data:
@@ -153,9 +160,9 @@ def load_held_out(config: dict[str, Any], base: Base, task: Any) -> Data:
     return data
 
 
-def add_prompts(data: Data, count: int, stops: list[int]) -> None:
+def add_prompts(data: Data, count: int, stops: Stops) -> None:
     """Render the prompts of the first `count` conversations of each set of evaluation. Answers to
-    them end in the `stops` of trainer.data.ends.stop_ids."""
+    them end in the `stops` of trainer.data.ends.stop_set."""
     held_out = data.held_out
     if held_out is None or data.task.kind != "conversation" or not count:
         return
@@ -164,7 +171,7 @@ def add_prompts(data: Data, count: int, stops: list[int]) -> None:
         _add_prompts(data, f"eval/{name}", further, count, stops)
 
 
-def _add_prompts(data: Data, split: str, held_out: HeldOut, count: int, stops: list[int]) -> None:
+def _add_prompts(data: Data, split: str, held_out: HeldOut, count: int, stops: Stops) -> None:
     rows: Rows = held_out.sequences.rows
     kept_rows = set(rows.examples())
     for index, example in enumerate(data.task.examples(split)):
@@ -181,7 +188,8 @@ def batch_order(config: dict[str, Any], data: Data, ranks: int) -> BatchOrder:
     assert data.train is not None
     lengths, trained_tokens = data.train.sizes()
     if data.task.kind == "label":  # each row has one label, whatever its length
-        trained_tokens = np.ones_like(trained_tokens)
+        weights = data.train.rows.weights
+        trained_tokens = np.ones_like(trained_tokens) if weights is None else weights
     return BatchOrder(
         lengths,
         trained_tokens,

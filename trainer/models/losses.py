@@ -17,6 +17,7 @@ have a peak of 0.12 to 0.26 GB against 1.2 GB with all logits.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -315,28 +316,44 @@ class ClassLoss:
         self.reads_types = _reads_types(model)
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (summed loss, {loss, tokens, right, scores}); the sums are detached, scores are
-        (B, classes). `right` only where each row has one class."""
+        """Return (summed loss, {loss, tokens, right, scores}); the sums are detached, and count
+        each row as often as its weight. Scores are (B, classes). `right` only where each row has
+        one class."""
         names = ["input_ids", "attention_mask", *(["token_type_ids"] if self.reads_types else [])]
         logits = self.model(**{key: batch[key] for key in names if key in batch}).logits.float()
         classes = batch["classes"]
+        weights = batch["weights"][:, 0] if "weights" in batch else None
         if not self.guesses:
-            return self._of_values(logits, classes)
-        loss = F.cross_entropy(logits, classes, reduction="sum", ignore_index=-100)
-        right = (logits.argmax(-1) == classes).sum().float()
+            return self._of_values(logits, classes, weights)
+        loss = _weighted_sum(F.cross_entropy, logits, classes, weights)
+        real, right = classes != -100, logits.argmax(-1) == classes
         sums = {
             "loss": loss.detach(),
-            "tokens": (classes != -100).sum(),
-            "right": right,
+            "tokens": (real if weights is None else real * weights).sum(),
+            "right": (right if weights is None else right * weights).sum().float(),
             "scores": logits.detach(),
         }
         return loss, sums
 
-    def _of_values(self, logits: Tensor, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _of_values(
+        self, logits: Tensor, values: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         real = ~values.isnan().any(-1)
         each = F.mse_loss if self.problem == "regression" else F.binary_cross_entropy_with_logits
-        loss = each(logits[real], values[real], reduction="sum") / values.shape[-1]
-        return loss, {"loss": loss.detach(), "tokens": real.sum(), "scores": logits.detach()}
+        weights = None if weights is None else weights[real]
+        loss = _weighted_sum(each, logits[real], values[real], weights) / values.shape[-1]
+        tokens = real.sum() if weights is None else weights.sum()
+        return loss, {"loss": loss.detach(), "tokens": tokens, "scores": logits.detach()}
+
+
+def _weighted_sum(
+    loss: Callable[..., Tensor], logits: Tensor, targets: Tensor, weights: Tensor | None
+) -> Tensor:
+    """Return the sum of a loss over rows and outputs, each row's times its weight."""
+    if weights is None:
+        return loss(logits, targets, reduction="sum")
+    each = loss(logits, targets, reduction="none")
+    return (each.reshape(len(weights), -1).sum(-1) * weights).sum()
 
 
 def _reads_types(model: Any) -> bool:

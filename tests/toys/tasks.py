@@ -1,0 +1,22 @@
+"""Tasks made from their files of conf/task, without composing a config."""
+
+from __future__ import annotations
+
+from omegaconf import OmegaConf
+
+from tests.conftest import ROOT
+from trainer.assembly.build import instantiate
+
+
+def task_of(name, file, **more):
+    """Return the task of a file of rows. `more` are settings of it."""
+    config = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "task" / f"{name}.yaml"))
+    for inherited in config.pop("defaults", []):
+        if inherited != "_self_":
+            below = OmegaConf.load(ROOT / "conf" / "task" / f"{inherited}.yaml")
+            config = OmegaConf.to_container(below) | config
+    where = {"parts": {"a": {"path": str(file)}}} if "parts" in config else {"path": str(file)}
+    config |= where | {"eval_fraction": 0, "eval_path": None} if "parts" not in config else where
+    labels = {"labels": ["x", "y"]} if name in ("classification", "multi_label") else {}
+    config |= {"eval_fraction": 0} | labels | more
+    return instantiate(config)
