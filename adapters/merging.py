@@ -1,4 +1,4 @@
-"""What merging needs: tied weights that come apart, and layers that cannot take an update."""
+"""Preparation for merging: tied weights that come apart, and layers that cannot take an update."""
 
 from __future__ import annotations
 

@@ -35,30 +35,30 @@ def fields(
     Raises:
         AdapterError: the method cannot train them, or a name matches nothing.
     """
-    wanted = trained_copies.chosen(model, names)
-    if not tokens and not wanted:
+    modules = trained_copies.chosen(model, names)
+    if not tokens and not modules:
         return {}
     embedding, head = trained_copies.tied(model)
-    if wanted & {embedding, head} - {None}:
-        wanted |= {name for name in (embedding, head) if name}
+    if modules & {embedding, head} - {None}:
+        modules |= {name for name in (embedding, head) if name}
     result: dict[str, Any] = {}
     if tokens:
-        layers = [name for name in trained_copies.vocabulary_layers(model) if name not in wanted]
+        layers = [name for name in trained_copies.vocabulary_layers(model) if name not in modules]
         if config_name == "LoraConfig":
             rows = [name for name in layers if name != head]  # PEFT ties the output layer itself
             result["trainable_token_indices"] = {name: list(tokens) for name in rows}
         else:
-            wanted |= set(layers)
-    if not wanted:
+            modules |= set(layers)
+    if not modules:
         return result
     if "modules_to_save" not in classes()[config_name].fields:
         raise AdapterError(
             f"PEFT's {config_name} has no modules_to_save, so adapter.train_modules and"
             " base.add_tokens do not go with it: use adapter=lora"
         )
-    if head in wanted and "ensure_weight_tying" in classes()[config_name].fields:
+    if head in modules and "ensure_weight_tying" in classes()[config_name].fields:
         result["ensure_weight_tying"] = True
-    return result | {"modules_to_save": sorted({*(values.get("modules_to_save") or []), *wanted})}
+    return result | {"modules_to_save": sorted({*(values.get("modules_to_save") or []), *modules})}
 
 
 def train(model: Any, names: list[str], tokens: tuple[int, ...]) -> None:

@@ -31,7 +31,7 @@ def all_linear(model: nn.Module, kind: str) -> str | list[str]:
     rewrites = kind == "LORA" and io.rewrites(model)
     if of_peft == set(names) and not rewrites:
         return "all-linear"
-    kept = [name for name in names if name not in set(rewritten)]
+    others = [name for name in names if name not in set(rewritten)]
     if rewritten:
         log.warning(
             "%d linear layers, such as %s, get no adapter: PEFT takes their names for those of"
@@ -39,12 +39,12 @@ def all_linear(model: nn.Module, kind: str) -> str | list[str]:
             len(rewritten),
             rewritten[0],
         )
-    if not kept:
+    if not others:
         raise AdapterError(
             f"PEFT can adapt none of this model's linear layers, such as {names[0]}, whose names"
             " it takes for those of experts (peft #3711): set adapter=lora"
         )
-    return io.shortened(kept, model)
+    return io.shortened(others, model)
 
 
 def refuse_unknown(model: nn.Module, entries: str | list[str]) -> None:

@@ -137,20 +137,20 @@ def attach(model: Any, names: Iterable[str], tokens: tuple[int, ...]) -> None:
     Raises:
         AdapterError: a name matches no module, or one that cannot be trained whole.
     """
-    wanted = chosen(model, names)
-    if not tokens and not wanted:
+    copied = chosen(model, names)
+    if not tokens and not copied:
         return
-    _refuse_adapted(model, tokens, wanted)
+    _refuse_adapted(model, tokens, copied)
     embedding, head = tied(model)
-    if tokens or wanted & set(vocabulary_layers(model)):
+    if tokens or copied & set(vocabulary_layers(model)):
         _refuse_shared(model)
-    if wanted & {embedding, head} - {None}:
-        wanted |= {name for name in (embedding, head) if name}
+    if copied & {embedding, head} - {None}:
+        copied |= {name for name in (embedding, head) if name}
     wrapped: dict[str, Trained] = {}
-    for name in sorted(wanted):
+    for name in sorted(copied):
         wrapped[name] = TrainedCopy(model.get_submodule(name))
     if tokens:
-        for name in sorted(set(vocabulary_layers(model)) - wanted):
+        for name in sorted(set(vocabulary_layers(model)) - copied):
             wrapped[name] = TokenRows(model.get_submodule(name), tokens)
     if embedding in wrapped and head in wrapped:
         first, second = wrapped[embedding], wrapped[head]
@@ -163,7 +163,7 @@ def attach(model: Any, names: Iterable[str], tokens: tuple[int, ...]) -> None:
         setattr(model.get_submodule(parent), child, module)
 
 
-def _refuse_adapted(model: Any, tokens: tuple[int, ...], wanted: set[str]) -> None:
+def _refuse_adapted(model: Any, tokens: tuple[int, ...], copied: set[str]) -> None:
     """Refuse an adapted output layer where its rows, or the embedding that it shares its weight
     with, would be trained too."""
     head, embedding = output_layer(model), model.get_input_embeddings()
@@ -171,7 +171,7 @@ def _refuse_adapted(model: Any, tokens: tuple[int, ...], wanted: set[str]) -> No
         return
     names = {name for name, module in model.named_modules() if module is embedding}
     shared = getattr(head, "weight", None) is embedding.weight
-    if tokens or (shared and names & wanted):
+    if tokens or (shared and names & copied):
         setting = "base.add_tokens" if tokens else "adapter.train_modules"
         raise AdapterError(
             f"{setting} trains the output layer's weight, which adapter.target_modules adapts too:"

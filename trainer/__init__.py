@@ -19,7 +19,7 @@ from importlib import metadata
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # PyPI has other projects that install packages of these names. pip overwrites one with the other
-# without a word, and uninstalling theirs removes our files, so no run starts beside them.
+# without a word, and uninstalling theirs removes our files. So no run starts if they are there.
 for _name in ("adapters", "trainer", "tasks"):
     try:
         _version = metadata.version(_name)

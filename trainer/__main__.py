@@ -8,17 +8,15 @@
 
 from __future__ import annotations
 
-import ast
-import atexit
-import difflib
 import logging
 import os
 import sys
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config.errors import EXIT_BAD_INPUT, PANIC, bad, panicked
+from trainer.config import commands
+from trainer.config.errors import EXIT_BAD_INPUT, bad
 from trainer.config.options import INTERRUPTED, exit_with
 from trainer.config.shown import say
 
@@ -27,21 +25,7 @@ if TYPE_CHECKING:
 
     from trainer.cluster.signals import Signals
 
-HERE = Path(__file__).parent
 _readings: list[Any] = []  # of the cores' use, when the command began
-COMMANDS = sorted(path.stem for path in HERE.glob("[a-z]*.py") if path.stem != "run")
-CONFIG = """\
-A config is composed from the files of conf/: one file of each group, then single values.
-
-    adapter=rosa               the group's choice, conf/adapter/rosa.yaml
-    optimizer.lr=1e-4          one value; the files of conf/ name and explain all of them
-    experiment=quickstart      conf/experiment/quickstart.yaml, which sets several of both
-    --config-dir=FOLDER        your own experiments, FOLDER/experiment/NAME.yaml
-    --multirun seed=0,1,2      one run for each value
-    --cfg job                  print the composed config and stop
-
---hydra-help shows Hydra's own options. The groups of conf/ and their choices:
-"""
 
 
 def main() -> None:
@@ -52,59 +36,19 @@ def main() -> None:
 def run_words(argv: list[str]) -> int:
     """Run a command, print help, or train."""
     first = argv[0] if argv else ""
-    if first in COMMANDS:
+    if first in commands.NAMES:
         return import_module(f"trainer.{first}").main(argv[1:])  # type: ignore[no-any-return]
     if first == "help":
         return run_words([*argv[1:2], "--help"])
     if first.isidentifier():
-        return bad(f"graft --help lists the commands\n{no_such_command(first)}")
+        return bad(f"graft --help lists the commands\n{commands.no_such_command(first)}")
     if "--help" in argv or "-h" in argv or not argv:
-        say(help_text())
+        say(commands.help_text(__doc__ or ""))
         return 0 if argv else EXIT_BAD_INPUT
     if "--version" in argv:
-        say(f"graft {version()}")
+        say(f"graft {commands.version()}")
         return 0
     return train(argv)
-
-
-def no_such_command(word: str) -> str:
-    """The message for a word that is no command."""
-    if word in ("run", "train"):
-        return f"{word}: training needs no command. Use: graft experiment=NAME"
-    close = difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.6)
-    hint = f"Did you mean {close[0]}?" if close else f"Known: {', '.join(COMMANDS)}."
-    return f"{word}: there is no such command. {hint}"
-
-
-def help_text() -> str:
-    """The text of `graft --help`. The commands are read and not imported, which takes seconds."""
-    from trainer.config import schema
-    from trainer.config.overrides import groups
-
-    trees = {name: ast.parse((HERE / f"{name}.py").read_text("utf-8")) for name in COMMANDS}
-    commands = [
-        f"    {name:<10} {(ast.get_docstring(tree) or '').partition(chr(10))[0]}"
-        for name, tree in trees.items()
-    ]
-    choices = [f"    {name:<10} {', '.join(schema.options(name))}" for name in groups()]
-    return "\n".join(
-        [
-            __doc__ or "",
-            "Commands; graft COMMAND --help shows the options:\n",
-            *commands,
-            "",
-            CONFIG,
-            *choices,
-        ]
-    )
-
-
-def version() -> str:
-    """The installed version of Graft."""
-    try:
-        return metadata.version("graft-trainer")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 def train(argv: list[str]) -> int:
@@ -124,20 +68,21 @@ def train(argv: list[str]) -> int:
     _readings.append(cpu_load.seconds())
     traced = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
-        chosen = flags.parse(argv, COMMANDS)
+        chosen = flags.parse(argv, commands.NAMES)
         sys.argv[1:] = compose.rewrite(argv, chosen.multirun)
-        compose.install(incomplete=bool(chosen.hydra_help or chosen.cfg or chosen.info))
+        only_shown = bool(chosen.hydra_help or chosen.cfg or chosen.info)
+        compose.install(only_shown, reads_files=not only_shown and not chosen.multirun)
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
         hydra.main(config_path="../conf", config_name="config", version_base="1.3")(_job)()
     except SystemExit as end:
         slurm_job.wait_for_rank0(end.code)
-        _exit_with_process_group(end.code)
+        slurm_job.exit_with_process_group(end.code)
         raise
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         raise
-    # What composing a config and creating the run folder raise; later errors end in _job.
+    # Errors of composing a config and of creating the run folder; later ones end in _job.
     except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
         if traced:
             raise
@@ -226,32 +171,8 @@ def _run(cfg: DictConfig, signals: Signals) -> float | None:
         log.warning("%s", error)
         sys.exit(error.code)
     except BaseException as error:
-        if type(error).__name__ == PANIC:
-            log.error("%s", panicked(error))
-            sys.exit(EXIT_BAD_INPUT)
-        if not isinstance(error, Exception):
-            raise
         config: Any = OmegaConf.to_container(cfg)
-        explained = failures.explained(error, config)
-        if explained is None:
-            log.exception(
-                "an error that Graft has no explanation for; please report it with this traceback"
-            )
-            sys.exit(1)
-        log.error("%s", explained[0])
-        log.debug("", exc_info=error)
-        sys.exit(explained[1])
-
-
-def _exit_with_process_group(code: object) -> None:
-    """Exit immediately if the process group still exists: a rank has died, and torch, which
-    destroys the group as the interpreter ends, could wait for it forever."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_initialized():
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else int(code is not None))
+        sys.exit(failures.log_and_exit_code(error, config))
 
 
 if __name__ == "__main__":

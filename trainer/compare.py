@@ -1,4 +1,4 @@
-"""Compare runs: the settings that differ, what each reached, and their curves on one page.
+"""Compare runs: settings that differ, results, and their curves on one page.
 
     graft compare FOLDER FOLDER ... [OPTIONS]
     graft compare family=RUN
@@ -25,7 +25,7 @@ from trainer.config.shown import say
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The options of the command line."""
 
     family: Path | None = option(
         "compare a run with the cooldowns that branched off it",

@@ -34,7 +34,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The options of the command line."""
 
     run: str | None = option(
         "the run folder", None, value="FOLDER[@last|best|STEP]", reads=paths.run_fault
@@ -85,22 +85,9 @@ class Options:
                         f"{key}={getattr(self, key)} has no effect with method={self.method},"
                         f" which takes {', '.join(takes)}"
                     )
-            least = 1 - self.dropped
+            least = 1 - (0.9 if self.drop is None else self.drop)
             if isinstance(self.q, float) and not least <= self.q <= 1:
                 yield f"q={self.q:g}: expected auto, or from 1 - drop = {least:g} to 1"
-
-    @property
-    def dropped(self) -> float:
-        """The share of entries to drop."""
-        return 0.9 if self.drop is None else self.drop
-
-    @property
-    def strength(self) -> float | None:
-        """The factor alpha, or the divisor q; None to search for it."""
-        if self.method == "dare":
-            return 1 - self.dropped
-        strength = self.alpha if self.method == "compeft" else self.q
-        return strength if isinstance(strength, float) else None
 
 
 def main(argv: list[str]) -> int:
@@ -120,13 +107,9 @@ def main(argv: list[str]) -> int:
         quiet.quiet()
         assert options.run is not None
         assert options.method is not None
-        choice = Choice(
-            options.method,
-            options.factors or ("both" if options.method == "compeft" else "B"),
-            0.2 if options.keep is None else options.keep,
-            options.dropped,
-            options.strength,
-            options.seed or 0,
+        strength = options.alpha if options.method == "compeft" else options.q
+        choice = Choice.of(
+            options.method, options.factors, options.keep, options.drop, strength, options.seed
         )
         result = compress(options.run, choice, options.out, options.evaluate)
     except Exception as error:

@@ -17,7 +17,6 @@ family= writes family.md and family.svg into RUN's folder.
 
 from __future__ import annotations
 
-import itertools
 import shlex
 import sys
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 
 from trainer.config import paths, schema
 from trainer.config.errors import bad
-from trainer.config.options import exit_with, option, parse, rest, values_of
+from trainer.config.options import exit_with, option, parse, rest
 from trainer.config.overrides import is_setting
 from trainer.config.shown import say
 from trainer.session import branches
@@ -33,7 +32,7 @@ from trainer.session import branches
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The options of the command line."""
 
     source: str | None = option(
         "the run, and the checkpoint to branch off", None, key="from", value="RUN[@STEP|last|best]"
@@ -73,23 +72,20 @@ def main(argv: list[str]) -> int:
         if options.family is not None:
             say(branches.family(options.family)[0])
             return 0
-        given = {
-            key: str(value).lower() if isinstance(value, bool) else value
-            for key, value in values_of(options).items()
-        }
-        several = {
-            key: str(given[key]).split(",") for key in branches.SWEPT if given[key] is not None
-        }
-        several["from"] = branches.places(several["from"])
-        swept = [key for key, values in several.items() if len(values) > 1]
-        if swept and len(words) == len(argv):
-            return bad(f"{swept[0]}={given[swept[0]]}: several values need --multirun")
-        commands = [
-            branches.arguments(
-                given | dict(zip(several, values, strict=True)), list(options.overrides)
-            )
-            for values in itertools.product(*several.values())
-        ]
+        branch = branches.Branch(
+            str(options.source),
+            options.fraction,
+            options.steps,
+            options.shape,
+            options.final,
+            options.name,
+            options.force,
+        )
+        each, swept = branches.sweep(branch)
+        if swept is not None and len(words) == len(argv):
+            key = "from" if swept == "source" else swept
+            return bad(f"{key}={getattr(branch, swept)}: several values need --multirun")
+        commands = [branches.arguments(one, list(options.overrides)) for one in each]
     except Exception as error:
         return failures.report_and_exit_code(error)
     if options.name is not None and len(commands) > 1:
@@ -103,7 +99,7 @@ def main(argv: list[str]) -> int:
             say(f"{name} ended with {code}", file=sys.stderr)
             return code
     if not options.dry:
-        say(branches.family(several["from"][0].rpartition("@")[0] or several["from"][0])[0])
+        say(branches.family(each[0].source.rpartition("@")[0] or each[0].source)[0])
     return 0
 
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config import paths
-from trainer.config.decoding_options import DrafterOptions, GrowthOptions, SamplingOptions
+from trainer.config.decoding_options import MeasureOptions
 from trainer.config.errors import bad
-from trainer.config.options import exit_with, option, parse, values_of
+from trainer.config.options import exit_with, option, parse
 from trainer.config.shown import say
 
 SPECULATION = """\
@@ -37,13 +37,11 @@ verified a draft), and the speed-up (new tokens per second over another way's, i
 prompt's pass). Intervals are 95 % of bootstraps over the questions, with all turns of a question
 together.
 """
-# options that a summary records, besides those of drafts
-RECORDED = ("drafter", "max_new_tokens", "temperature", "top_p", "seed")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The options of the command line."""
 
     run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
     compare: bool = option("evaluate the base as well", False)
@@ -54,17 +52,15 @@ class Options:
 
 
 @dataclass(frozen=True)
-class SpeculationOptions(GrowthOptions, DrafterOptions, SamplingOptions):
-    """What the command line says, with task=speculation."""
+class SpeculationOptions(MeasureOptions):
+    """The options of the command line, with task=speculation."""
 
-    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
     prompts: str | None = option(
         "a file of questions", None, value="FILE.jsonl", reads=paths.file_fault
     )
     heldout: int = option("held-out conversations to ask without a file", 16, at_least=1)
     each: int = option("questions of each category, 0 for all", 0, at_least=0)
     max_new_tokens: int = option("of an answer", 128, at_least=2)
-    json: Path | None = option("write the result as JSON", None, value="FILE", writes=True)
     plot: Path | None = option("draw the result", None, value="FILE.svg", writes=True)
 
 
@@ -108,40 +104,15 @@ def _speculation(argv: list[str]) -> int:
     from rich import get_console
 
     from trainer.assembly import quiet
-    from trainer.decoding.sampling import Sampling
-    from trainer.evaluation import decode_ways, questions, speedup_report
-    from trainer.evaluation.run_drafter import load_run_and_drafter
-    from trainer.evaluation.speedup import summary_by_category
+    from trainer.evaluation import drafter_measures, speedup_report
     from trainer.session import failures
     from trainer.storage import atomic
 
     quiet.quiet()
-    settings = values_of(options)
     try:
-        drafts = decode_ways.DraftOptions(
-            **{name: settings[name] for name in asdict(decode_ways.DraftOptions())}
-        )
-        strategy = drafts.strategy()
-        chosen = (
-            questions.read_questions(options.prompts, options.each or None)
-            if options.prompts
-            else None
-        )
-        run, drafter = load_run_and_drafter(options.run, options)
-        prompts = questions.Prompts(run)
-        sampling = Sampling(options.temperature, options.top_p, seed=options.seed)
-        ways = decode_ways.Ways(
-            run, drafter, prompts.stops, options.max_new_tokens, sampling, strategy
-        )
-        if chosen is None:
-            chosen = questions.held_out_questions(run, options.heldout)
-        answers, left_out = decode_ways.answer_questions(
-            ways, prompts, chosen, run.base.longest, _report_progress
-        )
+        summary = drafter_measures.by_category(options, options.each, _report_progress)
     except Exception as error:
         return failures.report_and_exit_code(error)
-    record = {name: settings[name] for name in RECORDED} | asdict(drafts)
-    summary = summary_by_category(answers, left_out, record)
     for part in speedup_report.categories_report(summary):
         get_console().print(part)
     if options.json:

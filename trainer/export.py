@@ -36,7 +36,7 @@ Format = Literal["peft", "merged", "shira", "drafter", "mtp", "speculators", "sg
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The options of the command line."""
 
     run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
     to: Format = option("the format", value="FORMAT")

@@ -21,7 +21,7 @@ from trainer.config.shown import say
 
 @dataclass(frozen=True)
 class Options(DrafterOptions, SamplingOptions):
-    """What the command line says."""
+    """The options of the command line."""
 
     run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
     prompt: str = option("the question; - reads standard input", value="TEXT")

@@ -31,7 +31,7 @@ FLAGS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The options of the command line."""
 
     json: Path | None = option("write the result as JSON", None, value="FILE", writes=True)
     samples: int = option("rows to preview", 2, at_least=0)

@@ -32,7 +32,7 @@ FIXED = ("target", "adapter", "base", "objective", "penalty", "branch", "resume"
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The options of the command line."""
 
     draft: str = option("the draft head", value="RUN|FOLDER", reads=paths.drafter_fault)
     target_run: str = option(

@@ -21,7 +21,7 @@ from trainer.config.options import exit_with, option, parse
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The options of the command line."""
 
     run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
     spectrum: bool = option(

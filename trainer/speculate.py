@@ -22,41 +22,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from trainer.config import paths
-from trainer.config.decoding_options import DrafterOptions, GrowthOptions, SamplingOptions
-from trainer.config.options import exit_with, option, parse, values_of
+from trainer.config.decoding_options import MeasureOptions
+from trainer.config.options import exit_with, option, parse
 
-# options that a summary records
-RECORDED = (
-    "max_new_tokens",
-    "temperature",
-    "top_p",
-    "seed",
-    "count",
-    "tree",
-    "policy",
-    "batch_size",
-)
 Tree = Literal["chain", "static", "eagle2", "dyspec", "search"]
 # what a search measures with
 SEARCHED = {"temperature": 0.0, "batch_size": 1, "policy": "fixed", "siblings": "without"}
 
 
 @dataclass(frozen=True)
-class Options(GrowthOptions, DrafterOptions, SamplingOptions):
-    """What the command line says."""
+class Options(MeasureOptions):
+    """The options of the command line."""
 
-    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
     prompt: str | None = option("one prompt", None, value="TEXT")
-    prompts: str | None = option(
-        "a file of prompts", None, value="FILE.jsonl", reads=paths.file_fault
-    )
-    heldout: int = option("the first N held-out conversations of the run's task", 0, at_least=0)
-    max_new_tokens: int = option("of an answer", 128, at_least=1)
     batch_size: int = option("prompts at once", 1, at_least=1)
     # wider than the field that it overrides
     tree: Tree = option(  # type: ignore[assignment]
@@ -65,7 +47,6 @@ class Options(GrowthOptions, DrafterOptions, SamplingOptions):
         " extends the likeliest node. search: see above",
         "chain",
     )
-    json: Path | None = option("write the result as JSON", None, value="FILE", writes=True)
 
     def faults(self) -> Iterator[str]:
         """Yield what does not go together."""
@@ -95,55 +76,26 @@ def main(argv: list[str]) -> int:
     from rich import get_console
 
     from trainer.assembly import quiet
+    from trainer.evaluation import drafter_measures
+    from trainer.evaluation.speedup_report import prompts_report
+    from trainer.evaluation.tree_search import search_report
     from trainer.session import failures
     from trainer.storage import atomic
 
     quiet.quiet()
+    searches = options.tree == "search"
     try:
-        result, report = _measure(options)
+        if searches:
+            result = drafter_measures.search(options, options.prompt)
+        else:
+            result = drafter_measures.by_prompt(options, options.prompt, options.batch_size)
     except Exception as error:
         return failures.report_and_exit_code(error)
-    for part in report:
-        get_console().print(part, soft_wrap=options.tree == "search")
+    for part in search_report(result, options.paths) if searches else prompts_report(result):
+        get_console().print(part, soft_wrap=searches)
     if options.json:
         atomic.write_output(options.json, json.dumps(result, indent=2) + "\n")
     return 0
-
-
-def _measure(options: Options) -> tuple[dict[str, Any], Any]:
-    """(the result, its report for the console)."""
-    from trainer.decoding.sampling import Sampling
-    from trainer.evaluation import decode_ways, questions, speedup, tree_search
-    from trainer.evaluation.run_drafter import load_run_and_drafter
-    from trainer.evaluation.speedup_report import prompts_report
-    from trainer.storage import atomic
-
-    search = options.tree == "search"
-    settings = values_of(options)
-    drafts = decode_ways.DraftOptions(
-        **{name: settings[name] for name in asdict(decode_ways.DraftOptions())}
-    )
-    # A search has the bounds of a dynamic tree; `paths` is where it writes the tree.
-    strategy = (replace(drafts, tree="eagle2", paths=None) if search else drafts).strategy()
-    file = questions.read_prompts(options.prompts) if options.prompts else None
-    run, drafter = load_run_and_drafter(options.run, options)
-    one = [[{"role": "user", "content": str(options.prompt)}]]
-    prompts, stops = questions.prompt_ids(run, options.heldout, file or one)
-    if search:
-        limits = tree_search.SearchLimits(
-            options.size, options.top_k, options.count, options.max_new_tokens
-        )
-        result = tree_search.search_tree(run, drafter, prompts, stops, limits)
-        result |= {"drafter": options.drafter}
-        if options.paths and result["paths"]:
-            text = json.dumps(result["paths"]) + "\n"
-            atomic.write_output(Path(options.paths).expanduser(), text)
-        return result, tree_search.search_report(result, options.paths)
-    sampling = Sampling(options.temperature, options.top_p, seed=options.seed)
-    ways = decode_ways.Ways(run, drafter, stops, options.max_new_tokens, sampling, strategy)
-    results = decode_ways.decode_in_batches(ways, prompts, options.batch_size)
-    result = speedup.summary_of_prompts(results, {name: settings[name] for name in RECORDED})
-    return result, prompts_report(result)
 
 
 if __name__ == "__main__":

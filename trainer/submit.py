@@ -28,7 +28,7 @@ from trainer.config.shown import say
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The options of the command line."""
 
     dry: bool = option("print the script and queue nothing", False)
     slurm: str | None = option(

@@ -25,7 +25,7 @@ def generation_config(
     return GenerationConfig(
         do_sample=temperature > 0,
         max_new_tokens=max_new_tokens,
-        eos_token_id=stops,
+        eos_token_id=[*stops],
         pad_token_id=pad,
         **drawing,
         **more,

@@ -21,7 +21,7 @@ from trainer.storage import run_folder
 
 log = logging.getLogger("trainer")
 
-# What decides which tensors an adapter has, or what they mean.
+# Settings that decide which tensors an adapter has, or their meaning.
 SHAPES = (
     "_target_",
     "peft_type",

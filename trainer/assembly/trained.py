@@ -18,10 +18,12 @@ from adapters.linear import float_weight, is_linear
 from trainer.assembly.build import instantiate, new_modules, new_tokens, set_problem
 from trainer.data import ends
 from trainer.data.render import Renderer
+from trainer.data.stops import Stops
 from trainer.drafters import Drafter
 from trainer.models.base import Base, BaseError
 from trainer.models.precision import compute
 from trainer.storage import checkpoints, run_folder
+from trainer.storage.progress import Progress
 
 log = logging.getLogger("trainer")
 
@@ -133,9 +135,9 @@ class Trained:
         return list(dict.fromkeys([*own, *self.target_ends]))
 
     @property
-    def stops(self) -> list[int]:
-        """The tokens that end an answer when decoding."""
-        return ends.stop_ids(self.base.tokenizer, self.model, self.ends)
+    def stops(self) -> Stops:
+        """The tokens, and the texts, that end an answer when decoding."""
+        return ends.stop_set(self.base.tokenizer, self.model, self.ends, self.renderer)
 
 
 def load_trained(
@@ -160,7 +162,8 @@ def load_trained(
     dtype, _, _ = compute(
         identity["precision"], config["base"]["dtype"], identity["trains_base"], False
     )
-    model = base.load(torch.float32 if fp32 else dtype, identity["labels"], device)
+    with Progress(f"loading {base.path}"):
+        model = base.load(torch.float32 if fp32 else dtype, identity["labels"], device)
     task = instantiate(config["task"])
     set_problem(model, task)
     if dequantise and (base.quantization != "none" or base.is_quantized):

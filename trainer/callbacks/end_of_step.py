@@ -39,6 +39,8 @@ class EndOfStep(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self.progress is not None:
+            self.progress.count(module, batch_idx, trainer.accumulate_grad_batches)
         if not module.step_done:
             return
         best = False

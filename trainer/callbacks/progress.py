@@ -1,4 +1,5 @@
-"""The progress of training: a bar on a terminal, a line every 15 seconds elsewhere."""
+"""The progress of training: a bar on a terminal, a line every 15 seconds elsewhere. A step that
+takes longer has lines within it."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from rich.progress import (
 )
 
 from trainer.callbacks import RunState
+from trainer.storage import progress
 from trainer.storage.progress import EVERY, clock
 
 log = logging.getLogger(__name__)
@@ -32,12 +34,17 @@ class ProgressBar(lightning.Callback):
     def __init__(self, run_state: RunState, every: int):
         self.run_state, self.every = run_state, every
         self.bar: Progress | None = None
+        self.ticks: progress.Progress | None = None
         self.logged = self.train_start = 0.0
         self.first_step = 0
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self.train_start, self.first_step = time.monotonic(), module.step
-        if not trainer.is_global_zero or not get_console().is_terminal:
+        if not trainer.is_global_zero:
+            return
+        if not get_console().is_terminal:
+            self.ticks = progress.Progress("training", self._total(), "steps", module.step)
+            self.ticks.__enter__()
             return
         time_left = [TextColumn("left"), TimeRemainingColumn()] if self._total() is not None else []
         self.bar = Progress(
@@ -51,6 +58,13 @@ class ProgressBar(lightning.Callback):
         )
         self.task = self.bar.add_task("", total=self._total(), completed=module.step)
         self.bar.start()
+
+    def count(self, module: Any, batch: int, accumulate: int) -> None:
+        """Count a micro-batch, and with the last one its step."""
+        if self.ticks is not None and module.step_done:
+            self.ticks.advance(module.step - self.ticks.done)
+        elif self.ticks is not None:
+            self.ticks.within(batch % accumulate + 1, accumulate, "micro-batches")
 
     def update(self, trainer: lightning.Trainer, module: Any) -> None:
         """Show the current step, or log it if there is no bar."""
@@ -70,6 +84,8 @@ class ProgressBar(lightning.Callback):
             self.bar.update(self.task, completed=module.step, description=text)
         elif time.monotonic() - self.logged > EVERY or module.step >= self.run_state.steps:
             self.logged = time.monotonic()
+            if self.ticks is not None:
+                self.ticks.spoke = self.logged
             done = module.step - self.first_step
             left = self._left((time.monotonic() - self.train_start) / max(1, done), module.step)
             log.info(
@@ -106,6 +122,9 @@ class ProgressBar(lightning.Callback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+        if self.ticks is not None:
+            self.ticks.__exit__()
+            self.ticks = None
 
 
 def planned(steps: int) -> int | None:

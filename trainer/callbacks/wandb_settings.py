@@ -1,7 +1,7 @@
 """W&B's settings: the user's own, and no others.
 
-W&B also reads wandb/settings in the current folder. Whoever wrote the files of that folder would
-choose the server that gets the user's key.
+W&B also reads wandb/settings in the current folder. A stranger who wrote the files of that folder
+would choose the server that gets the user's key.
 """
 
 from __future__ import annotations

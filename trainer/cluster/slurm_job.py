@@ -8,11 +8,13 @@ pre-emption and exits with 0 would count as completed and would not be requeued.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -200,3 +202,14 @@ def _steps_of_requeues(file: Path) -> list[Any]:
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return steps
+
+
+def exit_with_process_group(code: object) -> None:
+    """Exit immediately if the process group still exists: a rank has died, and torch, which
+    destroys the group as the interpreter ends, could wait for it forever."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))

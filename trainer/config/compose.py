@@ -14,7 +14,16 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from trainer.config import forbidden, hydra_hook, lengths, limits, schema, secrets, target_base
+from trainer.config import (
+    forbidden,
+    hydra_hook,
+    lengths,
+    limits,
+    paths,
+    schema,
+    secrets,
+    target_base,
+)
 from trainer.config.conflicts import conflicts, schedule_free
 from trainer.config.errors import ConfigError
 from trainer.config.groups import default_choices, root_schema
@@ -32,11 +41,15 @@ LAYERS = (
     "a" * 60,
 )
 _hidden_modes: list[str] = []  # what is wrong with the mode that a file sets
+# Hydra composes twice, and ignores an error the first time: the error of some overrides.
+_refused: dict[tuple[str, ...], ConfigError] = {}
+_flags = {"incomplete": False, "reads_files": False}  # of the last `install`
 
 
-def install(incomplete: bool = False) -> None:
+def install(incomplete: bool = False, reads_files: bool = False) -> None:
     """Pass every composition of this process through `check`, which then raises ConfigError from
-    within Hydra's composition. `incomplete`: see `check`.
+    within Hydra's composition. `incomplete`: see `check`. With `reads_files` the files that the
+    config names must exist.
     """
 
     def check_config(config: DictConfig, overrides: list[str]) -> None:
@@ -54,16 +67,34 @@ def install(incomplete: bool = False) -> None:
         )
         if _hidden_modes:
             raise ConfigError(_hidden_modes[0])
-        check(config, incomplete=incomplete)
+        # Without a sweep both compositions give the same config.
+        once = not any(mark in override for override in overrides for mark in ",(")
+        try:
+            plain = check(config, incomplete=_flags["incomplete"])
+            if _flags["reads_files"] and once and plain is not None:
+                paths.check(plain)
+        except ConfigError as error:
+            if once:
+                _refused[_without_mode(overrides)] = error
+            raise
         protect_console()  # last, as it imports rich
 
+    _flags.update(incomplete=incomplete, reads_files=reads_files)
     _hidden_modes.clear()
+    _refused.clear()
     register_resolvers()
     secrets.redact_logs()
     hydra_hook.install(_check_overrides, check_config, _check_file)
 
 
+def _without_mode(overrides: list[str]) -> tuple[str, ...]:
+    """Return the overrides without the mode, which Hydra adds for the second composition."""
+    return tuple(override for override in overrides if not override.startswith("hydra.mode="))
+
+
 def _check_overrides(overrides: list[str]) -> None:
+    if (error := _refused.get(_without_mode(overrides))) is not None:
+        raise error
     for override in overrides:
         # A package on the search path is imported before there is a config to check.
         if re.match(r"\W*hydra\.searchpath\b.*(pkg:|\$)", override, re.DOTALL):
@@ -120,8 +151,9 @@ def register_resolvers() -> None:
 
 def check(
     config: DictConfig, choices: dict[str, Any] | None = None, incomplete: bool = False
-) -> None:
-    """Refuse a composed config that cannot be run.
+) -> dict[str, Any] | None:
+    """Refuse a composed config that cannot be run. Return it without Hydra's node as plain
+    containers; None for a config of Hydra's own.
 
     `choices` is the file that each group uses, for a config that a run folder records; None takes
     it from Hydra's node. With `incomplete` values may be missing: the config is only printed.
@@ -129,12 +161,13 @@ def check(
     Raises:
         ConfigError: lists every fault.
     """
+    plain: dict[str, Any] = {}
     faults = [*forbidden.forbidden_settings(config), *secrets.secrets_in(config)]
     # A recorded config is only read, so packages that its training needed may be missing.
     composed = choices is None
     if not faults and choices is None:
         if forbidden.is_hydras_own(config):
-            return
+            return None
         choices = OmegaConf.to_container(config.hydra.runtime.choices)  # type: ignore[assignment]
     if not faults:
         plain = _plain(config)
@@ -172,6 +205,7 @@ def check(
                 [fault for fault in faults if not fault.startswith("hydra.overrides.")] or faults
             )
         )
+    return plain
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

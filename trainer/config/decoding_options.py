@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from trainer.config import paths
 from trainer.config.options import option
+
+# options that every measurement of decoding records
+RECORDED = ("max_new_tokens", "temperature", "top_p", "seed")
 
 
 @dataclass(frozen=True)
@@ -106,3 +110,20 @@ class GrowthOptions:
             )
         if self.tree == "static" and self.paths and (fault := paths.file_fault(self.paths)):
             yield f"paths={self.paths}: {fault}"
+
+
+@dataclass(frozen=True)
+class MeasureOptions(GrowthOptions, DrafterOptions, SamplingOptions):
+    """How decoding with a drafter is measured, and on which prompts."""
+
+    run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
+    prompts: str | None = option(
+        "a file of prompts", None, value="FILE.jsonl", reads=paths.file_fault
+    )
+    heldout: int = option("the first N held-out conversations of the run's task", 0, at_least=0)
+    max_new_tokens: int = option("of an answer", 128, at_least=1)
+    json: Path | None = option("write the result as JSON", None, value="FILE", writes=True)
+
+    def recorded(self, *more: str) -> dict[str, Any]:
+        """Return the options that a result records, and `more` of them."""
+        return {name: getattr(self, name) for name in (*RECORDED, *more)}

@@ -1,8 +1,8 @@
 """Opens files in folders that may come from a stranger.
 
-What is read is a regular file within a limit of bytes: a device or a FIFO would never end. What is
-written is never written through a link: `create` opens a new file only, and `append` refuses a
-link. `trainer.storage.atomic` builds on it; no other code opens a file to write.
+Only regular files within a limit of bytes are read: a device or a FIFO would never end. Nothing is
+written through a link: `create` opens a new file only, and `append` refuses a link.
+`trainer.storage.atomic` builds on it; no other code opens a file to write.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def read_text(file: Path, most: int, errors: str = "strict") -> str:
 
 
 def create(path: Path) -> int:
-    """Return the descriptor of a new file. Whatever has this name already, a link too, is an error.
+    """Return the descriptor of a new file. It is an error if the name exists, also as a link.
 
     Raises:
         OSError: the name is taken, or the file cannot be created.

@@ -7,7 +7,7 @@ A leaf's line ends in a comment. It opens with the type, up to the first colon:
     int >= 1    float > 0    float in [0, 1)                               (bounds)
     anything else                                                          (a literal choice)
 
-It needs PyYAML and OmegaConf only: a wrong key or value is reported before torch is imported.
+It needs PyYAML only: a wrong key or value is reported before torch is imported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
 
 from trainer.config.limits import LOADER
 
@@ -36,6 +35,17 @@ _SCALARS: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "bool": (bool,),
 }
+
+
+class _Loader(LOADER):  # type: ignore[misc]
+    """Reads numbers as OmegaConf does: 1e-4 is a float."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?\d+(_\d+)*[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,9 +79,9 @@ def load(relative: str) -> Table:
     """Return the schema of one file of conf/, merged with the files of its defaults list."""
     path = CONF / f"{relative}.yaml"
     text = path.read_text("utf-8")
-    content: Any = OmegaConf.to_container(OmegaConf.load(path))
+    content: Any = yaml.load(text, Loader=_Loader) or {}
     table = _table(
-        yaml.compose(text, Loader=LOADER), text.splitlines(), f"conf/{relative}.yaml", content
+        yaml.compose(text, Loader=_Loader), text.splitlines(), f"conf/{relative}.yaml", content
     )
     if re.search(r"^# open: ", text, re.MULTILINE):
         table = replace(table, open=True)

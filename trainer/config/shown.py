@@ -1,7 +1,7 @@
 """Text from data, files and models as a terminal may print it.
 
 A terminal obeys control characters: they can hide text, set the title, fill the clipboard or, in
-old terminals, type commands. Whatever is printed passes through `shown`, which writes them as
+old terminals, type commands. All printed text passes through `shown`, which writes them as
 escapes: ESC becomes \\x1b. `say` prints, `protect_console` does it for what rich prints, and
 `trainer.config.secrets.redact_logs` for logs.
 """

@@ -1,4 +1,4 @@
-"""What tokenised rows depend on: the columns of their table, and the key of the cache.
+"""The inputs of tokenised rows: the columns of their table, and the key of the cache.
 
 The key of stored rows has the code that makes them. The identity of a stream has none, so that a
 run resumes with a later version."""

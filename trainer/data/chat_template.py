@@ -1,7 +1,7 @@
 """A chat template: what it can show, and conversations in the form that it reads.
 
 Templates disagree on the form of the same fact: arguments of calls as an object or as JSON text,
-content as text or as a list of parts. A template is asked once, by rendering a probe.
+content as text or as a list of parts. Rendering a probe once shows what a template takes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError
@@ -19,10 +20,12 @@ from tasks.messages import THOUGHTS, parsed
 from tasks.reading import DataError
 from trainer.config import limits
 from trainer.data.lost import LINKS
+from trainer.models.tiny import CHATML
+from trainer.storage.run_folder import MORE_TEMPLATES, TEMPLATE
 
 Span = tuple[int, int]
 RENDERED_WITHIN = 10.0  # processor seconds for one row: a template may come from a stranger
-# What the renderer sets itself, so that a row's chat_template_kwargs must not.
+# Variables that the renderer sets, so that a row's chat_template_kwargs must not.
 _OWN = {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"}
 
 
@@ -220,6 +223,39 @@ class ChatTemplate:
             return self._jinja(messages, None, {}, prompt)[0]
         except Refused:
             return None
+
+
+def template(chosen: str | None, tokenizer: Any) -> str | dict[str, str] | None:
+    """Return the Jinja text that `task.chat_template` names, None if prompt and answer are joined
+    without one. Next to a chat_template.jinja there may be others by name, as transformers and runs
+    write them.
+
+    Raises:
+        DataError: there is no such file, or the tokenizer has no template.
+    """
+    if chosen == "none":
+        return None
+    if chosen == "chatml":
+        return CHATML
+    if chosen is not None:
+        file = Path(chosen).expanduser()
+        if not file.is_file():
+            raise DataError(
+                f"task.chat_template={chosen!r}: there is no such file. Give a Jinja file, chatml,"
+                " or none"
+            )
+        more = sorted((file.parent / MORE_TEMPLATES).glob("*.jinja"))
+        if file.name != TEMPLATE or not more:
+            return file.read_text("utf-8")
+        return {"default": file.read_text("utf-8")} | {
+            other.stem: other.read_text("utf-8") for other in more
+        }
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "the base's tokenizer has no chat template. Set task.chat_template=chatml, or to a"
+            " Jinja file, or to none (prompt and answer joined as they are)"
+        )
+    return tokenizer.chat_template
 
 
 def _chat(question: Any, answer: Any) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What ends an answer: the tokens that trained answers end in, and every verb's stop set.
+"""The ends of answers: the tokens that trained answers end in, and every verb's stop set.
 
 The end tokens are measured on the rendered rows: a special token counts if the stretch of trained
 tokens ends in it. A token after which the same stretch continues (gpt-oss's <|end|> between thought
@@ -20,6 +20,7 @@ from tasks.task import Conversation
 from trainer.data.chat_template import Refused
 from trainer.data.render import Renderer, Tokens
 from trainer.data.rows import Rows
+from trainer.data.stops import Stops
 
 SAMPLE = 500  # rows that are rendered where no table of all rows exists
 CONTINUED = 0.01  # the largest share of an end token's places after which the answer continues
@@ -121,11 +122,32 @@ def _add(counts: _Counts, row: Tokens) -> None:
     counts.add(np.array(row.ids), np.array(row.trained), last, cut)
 
 
+def of_pieces(renderer: Renderer) -> list[str]:
+    """Return the texts that a template writes after an answer where none of their tokens is
+    special, so that no id alone ends an answer; none if it refuses a made-up conversation."""
+    if renderer.kind != "conversation" or renderer.template is None:
+        return []
+    try:
+        row = renderer(made_up_row())
+    except Refused:
+        return []
+    trained = [token for token, is_trained in zip(row.ids, row.trained, strict=True) if is_trained]
+    if renderer.ends & set(trained):
+        return []
+    text = renderer.tokenizer.decode(trained).partition(ANSWER)[2].strip()
+    return [text] if text else []
+
+
+def stop_set(tokenizer: Any, model: Any, ends: Iterable[int], renderer: Renderer) -> Stops:
+    """Return the ids of `stop_ids`, and the texts of `of_pieces`."""
+    return Stops(stop_ids(tokenizer, model, ends), of_pieces(renderer), tokenizer)
+
+
 def stop_ids(tokenizer: Any, model: Any, ends: Iterable[int]) -> list[int]:
     """Return the ids that end an answer, in ascending order: the trained end tokens, the
     tokenizer's, and those of the model's own generation settings.
 
-    Everything that decodes takes its stop set from here.
+    Everything that decodes takes its stop set from here, or from `stop_set`.
     """
     config = getattr(model, "generation_config", None)
     own = getattr(config, "eos_token_id", None)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from trainer.data.batches import Sequences
+from trainer.data.stops import Stops
 
 
 @dataclass
@@ -22,7 +23,7 @@ class HeldOut:
     prompts: list[tuple[Any, list[int]]] = field(default_factory=list)
     grade: Callable[[Any, str], dict[str, float]] | None = None
     tokenizer: Any = None
-    stops: list[int] = field(default_factory=list)
+    stops: Stops = field(default_factory=Stops)
     more: dict[str, HeldOut] = field(default_factory=dict)  # further sets of evaluation, by name
 
 

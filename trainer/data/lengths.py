@@ -95,7 +95,7 @@ def take(
     for counts, names in ((report.lost, outcome.lost), (report.unread, outcome.unread)):
         for name in names:
             counts[name] = counts.get(name, 0) + 1
-    kept = []
+    kept_rows = []
     for sequence in outcome.sequences:
         if sequence.weight == 0:
             report.weightless += 1
@@ -103,14 +103,14 @@ def take(
         row = fit(sequence, renderer, max_length, overlong, where, report)
         if row is None:
             continue
-        kept.append(row)
+        kept_rows.append(row)
         report.kept += 1
         report.tokens += len(row.ids)
         report.trained_tokens += sum(row.trained)
         report.longest = max(report.longest, len(row.ids))
         last = next((i for i in range(len(row.ids) - 1, -1, -1) if row.trained[i]), None)
         report.ends_trained += last is not None and row.ids[last] in renderer.ends
-    return kept
+    return kept_rows
 
 
 def fit(

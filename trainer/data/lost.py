@@ -1,4 +1,4 @@
-"""What a row says and its rendered text does not.
+"""The fields of a row that its rendered text lacks.
 
 A text counts as written if it occurs as it is, stripped, or escaped as JSON, HTML or Python write
 it. Messages must occur in their order, except for system texts, which templates move. Of tools,
@@ -132,8 +132,8 @@ def _as_html(text: str) -> str:
 def _first(text: str, ways: Iterable[str], start: int) -> int:
     """Return the end of the first way that occurs in the text after `start`, -1 if none does."""
     for way in ways:
-        if (found := text.find(way, start)) >= 0:
-            return found + len(way)
+        if (position := text.find(way, start)) >= 0:
+            return position + len(way)
     return -1
 
 

@@ -13,6 +13,7 @@ from tasks import conversation, reading
 from tasks.reading import Bad, DataError
 from tasks.task import Conversation
 from tasks.wheel import sha256
+from trainer.config.answer_options import PromptOptions
 
 SPAN = 50  # batches of rows, among which those of similar length share a batch
 
@@ -28,27 +29,28 @@ class PromptRow:
     variables: dict[str, Any] = field(default_factory=dict)  # for the chat template
 
 
-def load(options: dict[str, Any], plain: dict[str, Any], task: Any) -> tuple[list[PromptRow], str]:
-    """Return the conversations to answer, and a digest of their source, for the options of
-    trainer.respond.
+def load(options: PromptOptions, config: dict[str, Any], task: Any) -> tuple[list[PromptRow], str]:
+    """Return the conversations to answer, and a digest of their source.
 
     Raises:
         DataError: there are no rows, one is broken, or the task's rows are no conversations.
     """
-    every, skip, limit = options["answers"] == "all", options["skip"], options["rows"]
-    if options["prompts"] is not None:
-        source = reading.Source(options["prompts"], "train", False, "prompts")
-        read = {name: plain["task"][name] for name in ("columns", "format", "system")}
-        rows = list(rows_of_file(iter(source), read, options["field"], every, skip, limit))
+    every = options.answers == "all"
+    if options.prompts is not None:
+        source = reading.Source(options.prompts, "train", False, "prompts")
+        read = {name: config["task"][name] for name in ("columns", "format", "system")}
+        rows = list(
+            rows_of_file(iter(source), read, options.field, every, options.skip, options.rows)
+        )
         digest = sha256(source.files[0]) if len(source.files) == 1 else source.fingerprint()
     else:
         if task.kind != "conversation":
-            raise DataError(f"task={options['task']}: its rows are no conversations")
-        rows = list(_rows_of_task(task, options["split"], every, skip, limit))
-        digest = hashlib.sha256(task.fingerprint(options["split"]).encode()).hexdigest()
+            raise DataError(f"task={options.task}: its rows are no conversations")
+        rows = list(_rows_of_task(task, options.split, every, options.skip, options.rows))
+        digest = hashlib.sha256(task.fingerprint(options.split).encode()).hexdigest()
     if not rows:
         raise DataError(
-            f"{options['prompts'] or options['task']}: there is no row after the first {skip}"
+            f"{options.prompts or options.task}: there is no row after the first {options.skip}"
         )
     return rows, digest
 
@@ -85,22 +87,26 @@ def rows_of_file(
         if isinstance(row, Bad):
             raise DataError(f"{row.where}: {row.reason}")
         try:
-            converted = _converted(row, column, **read)
+            converted = opened(row, column, **read)
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
         messages = _open(converted.messages, every or "turns" in row)
         yield PromptRow(index, where, messages, converted.tools, converted.variables)
 
 
-def _converted(
+def opened(
     row: dict[str, Any],
     chosen: str | None,
     columns: dict[str, str],
     format: str,
     system: str | None,
 ) -> Conversation:
-    """Return a row, checked as task=sft checks it. A message that the target will write has a
-    placeholder as its content."""
+    """Return a row of a file of prompts, checked as task=sft checks it. `chosen` is the column that
+    holds the prompt. A message that the target will write has a placeholder as its content.
+
+    Raises:
+        DataError: the row has no such column, or is broken.
+    """
     name = chosen or next(
         (name for name in ("messages", "turns", "prompt", "question") if name in row), None
     )

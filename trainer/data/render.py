@@ -4,7 +4,7 @@ The chat template renders a conversation to one text, or to several where it wri
 differently from those at inference (trainer.data.turns). The spans of the answers in a text are
 checked token by token: the prompt tokenised alone, as it will be when the model answers, must give
 the first tokens of the whole. A row that fails this check is refused with the reason; nothing ever
-falls back to training on everything. What a row says and its text does not is an error, or counted
+falls back to training on everything. A field of a row that its text lacks is an error, or counted
 (trainer.data.lost).
 """
 
@@ -13,18 +13,16 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from tasks.reading import Bad, DataError
 from tasks.task import Conversation, Example, Labelled, Text
-from trainer.data.chat_template import ChatTemplate, Refused, Span
+from trainer.data.chat_template import ChatTemplate, Refused, Span, template
 from trainer.data.encoding import Encoder, pair_ids, plain_ids
 from trainer.data.lost import explained, lost
 from trainer.data.tokens import Rendered, Tokens
 from trainer.data.turns import Turn, turns
 from trainer.models.base import BaseError
-from trainer.models.tiny import CHATML
 
 TAILS = 1000  # ends of prompts whose tokens are cached; most templates have one
 
@@ -130,12 +128,12 @@ class Renderer:
                 texts, types = None, None
                 ids = plain_ids(self.tokenizer, example.text)
             nothing = [False] * len(ids)
-            return Rendered([Tokens(ids, nothing, label, 1.0, values, types, texts)])
+            return Rendered([Tokens(ids, nothing, label, example.weight, values, types, texts)])
         if isinstance(example, Text):
             ids = plain_ids(self.tokenizer, example.text)
             if ids[-1:] != [self.tokenizer.eos_token_id]:
                 ids.append(self.tokenizer.eos_token_id)
-            return Rendered([Tokens(ids, [True] * len(ids))])
+            return Rendered([Tokens(ids, [True] * len(ids), weight=example.weight)])
         chosen = self._template_for(example.tools)
         if self.decoder_start is not None:
             self._check_pair(example)
@@ -261,11 +259,11 @@ class Renderer:
         close = end
         while close > 1 and row.ids[close - 1] in self.ends:
             close -= 1
-        kept = max(0, close - (len(row.ids) - length))
-        if self.kind != "label" and (self.template is not None or kept == 0):
+        keep = max(0, close - (len(row.ids) - length))
+        if self.kind != "label" and (self.template is not None or keep == 0):
             return Tokens([], [])
-        ids = row.ids[:kept] + row.ids[close:]
-        trained = row.trained[:kept] + row.trained[close:]
+        ids = row.ids[:keep] + row.ids[close:]
+        trained = row.trained[:keep] + row.trained[close:]
         return replace(row, ids=ids[:length], trained=trained[:length])
 
     def _template_for(self, tools: Any) -> ChatTemplate | None:
@@ -363,30 +361,3 @@ def _template_name(task: Any, tokenizer: Any, decoder_start: int | None) -> str 
     chosen = getattr(task, "chat_template", None)
     plain = chosen is None and decoder_start is not None and tokenizer.chat_template is None
     return "none" if plain else chosen
-
-
-def template(chosen: str | None, tokenizer: Any) -> str | dict[str, str] | None:
-    """Return the Jinja text that `task.chat_template` names, None if prompt and answer are joined
-    without one.
-
-    Raises:
-        DataError: there is no such file, or the tokenizer has no template.
-    """
-    if chosen == "none":
-        return None
-    if chosen == "chatml":
-        return CHATML
-    if chosen is not None:
-        file = Path(chosen).expanduser()
-        if not file.is_file():
-            raise DataError(
-                f"task.chat_template={chosen!r}: there is no such file. Give a Jinja file, chatml,"
-                " or none"
-            )
-        return file.read_text("utf-8")
-    if tokenizer.chat_template is None:
-        raise DataError(
-            "the base's tokenizer has no chat template. Set task.chat_template=chatml, or to a"
-            " Jinja file, or to none (prompt and answer joined as they are)"
-        )
-    return tokenizer.chat_template

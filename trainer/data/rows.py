@@ -26,6 +26,7 @@ from trainer.data.render import Renderer, Tokens
 from trainer.data.rendering import chunks, rendered
 from trainer.storage import atomic
 from trainer.storage.locks import locked
+from trainer.storage.progress import current
 
 WRITTEN = 1000  # rows that are written at a time
 
@@ -274,8 +275,11 @@ def _kept(
     processes: int,
     report: Report,
 ) -> Iterator[dict[str, Any]]:
+    progress = current()
     for index, (where, outcome) in enumerate(rendered(task.examples(split), renderer, processes)):
         report.rows += 1
+        if progress is not None:
+            progress.advance()
         for row in take(where, outcome, renderer, max_length, overlong, task.on_bad, report):
             yield {
                 "ids": row.ids,

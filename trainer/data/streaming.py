@@ -56,7 +56,7 @@ class StreamingBatches(IterableDataset):
         epoch = block = 0
         pending: list[tuple[str, Tokens]] = []
         while epochs is None or epoch < epochs:
-            kept = self.report.kept
+            rows_before = self.report.kept
             for where, outcome in rendered(self.task.examples("train"), self.renderer, 1):
                 self.report.rows += 1
                 settings = self.config["max_length"], self.config["overlong"], self.task.on_bad
@@ -69,7 +69,7 @@ class StreamingBatches(IterableDataset):
                     if len(pending) == self.task.shuffle_block:
                         yield from self._shuffled(pending, block)
                         pending, block = [], block + 1
-            if self.report.kept == kept:
+            if self.report.kept == rows_before:
                 raise DataError(f"no row of the stream is usable: {self.report.summary()}")
             epoch += 1
         yield from self._shuffled(pending, block)

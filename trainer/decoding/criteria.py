@@ -1,8 +1,8 @@
 """transformers' settings of generate, one accepted token after the other.
 
-A pass of assisted decoding accepts several tokens, and transformers asks its stopping criteria once
-for all of them. Here each of them is asked for, in order, as if it were the newest: the text ends
-at the first one that a criterion stops at.
+A pass of assisted decoding accepts several tokens, and transformers checks its stopping criteria
+once for all of them. Here they are checked for each token in order, as if it were the newest. The
+text ends at the first token that a criterion stops at.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class HeldStreamer(BaseStreamer):
 
 
 class AfterEachToken(StoppingCriteria):
-    """Stopping criteria, asked after each token that is new since the last call. `length` is that
+    """Stopping criteria, checked after each token that is new since the last call. `length` is that
     of the text, up to the token that they stopped at."""
 
     def __init__(self, inner: Any, length: int, streamer: HeldStreamer | None):

@@ -9,7 +9,7 @@
 `model` is the drafter's target, and the drafter comes from trainer.drafters.io.load or needs no
 training. transformers verifies. Greedily its text is the one without a drafter. When sampling, a
 drafted token is accepted if the target draws the same token, so the text has the target's
-distribution, with all of generate's settings. Stopping criteria, stop strings too, are asked after
+distribution, with all of generate's settings. Stopping criteria and stop strings are checked after
 every accepted token. stop_strings needs `assist`: transformers hands no tokenizer to a
 custom_generate.
 

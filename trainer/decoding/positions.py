@@ -50,17 +50,17 @@ def boundary(config: Any) -> Boundary | None:
     """Return the boundary of a model, from its text config; None if no length changes its table."""
     rope = getattr(config, "rope_parameters", None) or {}
     tables = [rope] if "rope_type" in rope else [t for t in rope.values() if isinstance(t, dict)]
-    found = []
+    boundaries = []
     for table in tables:
         kind = table.get("rope_type", "default")
         if "dynamic" in kind:
-            found.append(Boundary(config.max_position_embeddings, "dynamic"))
+            boundaries.append(Boundary(config.max_position_embeddings, "dynamic"))
         elif kind == "longrope":
             length = table.get("original_max_position_embeddings") or getattr(
                 config, "original_max_position_embeddings", config.max_position_embeddings
             )
-            found.append(Boundary(int(length), "longrope"))
-    return min(found, key=lambda found: found.length, default=None)
+            boundaries.append(Boundary(int(length), "longrope"))
+    return min(boundaries, key=lambda boundary: boundary.length, default=None)
 
 
 def warn(model: Any, limit: Boundary) -> None:
@@ -88,8 +88,8 @@ def reset_tables(model: nn.Module) -> None:
         if not hasattr(module, "original_max_seq_len"):
             continue
         for name in list(vars(module) | dict(module.named_buffers(recurse=False))):
-            prefix, found, _ = name.partition("original_inv_freq")
-            if not found or not hasattr(module, f"{prefix}inv_freq"):
+            prefix, separator, _ = name.partition("original_inv_freq")
+            if not separator or not hasattr(module, f"{prefix}inv_freq"):
                 continue
             current, original = getattr(module, f"{prefix}inv_freq"), getattr(module, name)
             module.register_buffer(
@@ -113,8 +113,8 @@ def reads_again(model: Any, ids: Int[Tensor, " n"], cache: Any) -> bool:
     return inputs.get("past_key_values") is None
 
 
-def new_tokens(model: Any, prompt: int, asked: int) -> int:
-    """Return how many tokens to write after a prompt of this length: `asked`, or what fits where
+def new_tokens(model: Any, prompt: int, limit: int) -> int:
+    """Return how many tokens to write after a prompt of this length: `limit`, or what fits where
     the model has no position after its last one. A warning says if the text passes it.
 
     Raises:
@@ -126,23 +126,23 @@ def new_tokens(model: Any, prompt: int, asked: int) -> int:
         prompt = 0  # the answer has positions of its own
     last = getattr(config, "max_position_embeddings", None)
     if last is None:
-        return asked
+        return limit
     rope = getattr(config, "rope_parameters", None) or {}
     if "dynamic" in str(rope.get("rope_type")):
         last = int(last * rope.get("factor", 1.0))
-    if prompt + asked <= last:
-        return asked
+    if prompt + limit <= last:
+        return limit
     name = type(model).__name__
     if not _learned_positions(model):
         _warn_last(name, last)
-        return asked
+        return limit
     if prompt and prompt >= last:
         raise DrafterError(
             f"the prompt has {prompt} tokens, and {name} has {last} positions: shorten the prompt"
         )
     log.warning(
         "max_new_tokens=%d: after %d tokens %s has positions for %d more; the text ends there",
-        asked,
+        limit,
         prompt,
         name,
         last - prompt,

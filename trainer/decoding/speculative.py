@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from trainer.data.stops import Stops
 from trainer.decoding import positions, verify
 from trainer.decoding.clock import Clock
 from trainer.decoding.drawing import Drawing, depth_of, empty_draft, up_to_depth
@@ -192,7 +193,8 @@ class Decoder:
                 f"rule={self.rule}: merged drafts have drawn and copied siblings, which only"
                 " rule=traversal verifies"
             )
-        self.max_new_tokens, self.stops = max_new_tokens, set(stops)
+        self.max_new_tokens = max_new_tokens
+        self.stops = Stops.of(stops)
         self.sampling, self.to_probabilities = sampling, sampling.to_probabilities()
         self.boundary = positions.boundary(target.config)
         self.results: dict[int, Result] = {}
@@ -248,7 +250,8 @@ class Decoder:
         """Store the results of the sequences that have ended and return the others."""
         unfinished = []
         for index, row in enumerate(rows):
-            if row.tokens[-1] not in self.stops and len(row.tokens) < self.max_new_tokens:
+            ended = self.stops.end(row.tokens, len(row.tokens) - 1) is not None
+            if not ended and len(row.tokens) < self.max_new_tokens:
                 unfinished.append(index)
                 continue
             self.results[row.number] = Result(
@@ -355,7 +358,8 @@ class Decoder:
         self, row: Continuation, parents: Sequence[int], path: Sequence[int], text: list[int]
     ) -> None:
         """Add a step's tokens to a sequence, up to its end."""
-        end = next((i for i, token in enumerate(text, 1) if token in self.stops), len(text))
+        before = len(row.tokens)
+        end = (self.stops.end([*row.tokens, *text], before) or before + len(text)) - before
         end = min(end, self.max_new_tokens - len(row.tokens))
         row.tokens += text[:end]
         row.nodes += len(parents)

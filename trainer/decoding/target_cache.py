@@ -1,4 +1,4 @@
-"""What a target has read of one or several sequences, and passes over trees of further tokens.
+"""The cache of a target for one or several sequences, and passes over trees of further tokens.
 
     a pass over n + 1 places (the newest token, then a tree's nodes) of a sequence of L tokens:
         position of a place   L + its depth, 0 for the newest token

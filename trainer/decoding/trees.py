@@ -8,9 +8,9 @@
                     below the `top_k` best of each level
     dyspec(..)      the same, with no node left out
 
-A policy ends a tree early. It is asked before each level except the first, and sees only what was
-drawn above that level. So the text keeps the target's distribution: whether a level exists is
-decided before its tokens are drawn.
+A policy ends a tree early. It decides before each level except the first, and sees only the tokens
+that were drawn above that level. So the text keeps the target's distribution: whether a level
+exists is decided before its tokens are drawn.
 """
 
 from __future__ import annotations

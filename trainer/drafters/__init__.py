@@ -90,8 +90,8 @@ class TargetOutput:
 
 @dataclass(frozen=True)
 class TargetUpdate:
-    """What the target has computed since the last proposal for one sequence: its states at the n
-    positions p .. p+n-1 that were accepted since then. Over all proposals positions start at 0."""
+    """The target's states since the last proposal for one sequence: those of the n positions
+    p .. p+n-1 that were accepted since then. Over all proposals positions start at 0."""
 
     hidden: Float[Tensor, "n d"]  # the output head's input
     # the states of `Drafter.layers`, concatenated; f is 0 if there are none

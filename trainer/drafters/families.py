@@ -70,7 +70,7 @@ def family_of(model: Any, layer: str, init: str, keeps_biases: bool) -> Family |
     settings._attn_implementation = "eager" if config._attn_implementation == "eager" else "sdpa"
     with torch.device("meta"):
         inner = _CLASSES[kind][1](settings)
-    # These two are computed with, and not only built anew.
+    # These two compute here; they are not only built from the settings.
     norm, rotary = type(inner.model.norm), type(inner.model.rotary_emb)
     decoder = SimpleNamespace(
         layers=inner.model.layers,

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from trainer.data.held_out import HeldOut
+from trainer.data.stops import Stops
 from trainer.decoding import positions
-from trainer.storage.progress import Progress
+from trainer.storage.progress import Progress, current
 
 
 @torch.no_grad()
@@ -63,7 +64,9 @@ def generate(
 ) -> list[str]:
     """Return greedy continuations of several prompts, as text without special tokens."""
     rows = continuations(model, prompts, tokenizer.pad_token_id, stops, max_new_tokens, device)
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    return [
+        Stops.of(stops).without_end(tokenizer.decode(row, skip_special_tokens=True)) for row in rows
+    ]
 
 
 def continuations(
@@ -78,7 +81,7 @@ def continuations(
     """Return the ids that follow several prompts, including the token that ended them, then `pad`.
     Decoding is greedy over the scores that `choose`, a transformers LogitsProcessorList,
     returns."""
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
 
     longest = max(map(len, prompts))
     pairs = model.config.is_encoder_decoder  # type: ignore[union-attr]
@@ -96,14 +99,33 @@ def continuations(
         for rows, fill in ((prompts, pad), ([[1] * len(prompt) for prompt in prompts], 0))
     )
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=[*stops], pad_token_id=pad
     )
-    more = {} if choose is None else {"logits_processor": choose}
+    processors = LogitsProcessorList(choose or [])
+    if (progress := current()) is not None:
+        processors.append(_Counted(progress, ids.shape[1], max_new_tokens, len(prompts)))
+    more = Stops.of(stops).arguments()
+    more |= {"logits_processor": processors} if processors else {}
     output = model.generate(  # type: ignore[operator]
-        input_ids=ids, attention_mask=mask, generation_config=settings, **more
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=settings,
+        **more,
     )
     # An encoder-decoder returns the decoder's sequence, after the token that starts it.
     return output[:, 1 if pairs else longest :].tolist()
+
+
+class _Counted:
+    """A processor of scores that changes none, and counts the tokens of an answer."""
+
+    def __init__(self, progress: Progress, longest: int, most: int, rows: int):
+        self.progress, self.longest, self.most, self.rows = progress, longest, most, rows
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        count = max(0, input_ids.shape[1] - self.longest)
+        self.progress.within(min(count, self.most), self.most, "tokens", self.rows)
+        return scores
 
 
 def means(graded: list[dict[str, Any]]) -> dict[str, float]:

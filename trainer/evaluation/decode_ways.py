@@ -5,21 +5,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from tasks.reading import DataError
 from trainer.assembly.chosen_drafter import generation_config
 from trainer.assembly.trained import Trained
+from trainer.config.decoding_options import GrowthOptions
+from trainer.data.stops import Stops
 from trainer.decoding import positions, speculative, trees
 from trainer.decoding.clock import now
 from trainer.decoding.sampling import Sampling
 from trainer.decoding.speculative import Result, Strategy
 from trainer.drafters import Drafter, Target
 from trainer.evaluation.questions import Prompts, Question
+from trainer.storage.progress import Progress
 
 WAYS = {
     "transformers": "transformers' generate",
@@ -41,6 +44,12 @@ class DraftOptions:
     policy: str = "fixed"
     siblings: str = "without"
     rule: str = "traversal"
+
+    @classmethod
+    def of(cls, options: GrowthOptions, **changes: Any) -> Self:
+        """Return the options of a command, with some changed."""
+        values = {field.name: getattr(options, field.name) for field in fields(cls)}
+        return cls(**(values | changes))
 
     def strategy(self) -> Strategy:
         """Return how drafts are built and verified.
@@ -145,7 +154,10 @@ def by_transformers(
     positions.reset_tables(model)
     started = now(ids.device)
     out = model.generate(
-        input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), generation_config=settings
+        input_ids=ids[None],
+        attention_mask=torch.ones_like(ids[None]),
+        generation_config=settings,
+        **Stops.of(stops).arguments(),
     )
     tokens = out[0, len(ids) :].tolist()
     return Result(tokens, [(0, 0)] * (len(tokens) - 1), now(ids.device) - started, 0.0)
@@ -156,9 +168,12 @@ def decode_in_batches(
 ) -> dict[str, list[Result]]:
     """Return each prompt's result by each way."""
     results: dict[str, list[Result]] = {way: [] for way in WAYS}
-    for start in range(0, len(prompts), batch_size):
-        for way, batch in ways.decode(prompts[start : start + batch_size]).items():
-            results[way] += batch
+    with Progress("decoding", len(prompts), "prompts") as progress:
+        for start in range(0, len(prompts), batch_size):
+            chosen = prompts[start : start + batch_size]
+            for way, batch in ways.decode(chosen).items():
+                results[way] += batch
+            progress.advance(len(chosen))
     return results
 
 
@@ -185,33 +200,46 @@ def answer_questions(
     A later turn follows the target's own answers to those before.
 
     Raises:
-        DataError: a question cannot be asked of this run.
+        DataError: this run cannot answer a question.
         DrafterError: the drafter cannot draft for the target.
     """
     answers: list[Answer] = []
     left_out = 0
-    for number, question in enumerate(questions):
-        if prompts.renderer is None and question.further:
-            raise DataError(
-                "this run continues plain text, and a question of several turns needs a chat"
-            )
-        messages = list(question.messages)
-        for turn, text in enumerate((None, *question.further)):
-            messages += [] if text is None else [{"role": "user", "content": text}]
-            ids = prompts.ids(messages)
-            if len(ids) + ways.max_new_tokens > longest:
-                left_out += len(question.further) + 1 - turn
-                break
-            by_way = ways.decode([ids], turn=len(answers))
-            results = {way: result for way, (result,) in by_way.items()}
-            answers.append(Answer(number, turn, question.category, results))
-            tokens = results["transformers"].tokens
-            content = prompts.tokenizer.decode(tokens, skip_special_tokens=True)
-            messages.append({"role": "assistant", "content": content})
-        report(f"{number + 1} of {len(questions)} questions")
+    with Progress("decoding", len(questions), "questions") as progress:
+        for number, question in enumerate(progress.each(questions)):
+            if prompts.renderer is None and question.further:
+                raise DataError(
+                    "this run continues plain text, and a question of several turns needs a chat"
+                )
+            left_out += _answer_turns(ways, prompts, question, number, longest, answers)
+            report(f"{number + 1} of {len(questions)} questions")
     if not answers:
         raise DataError(
             f"no prompt fits the model: it takes {longest} tokens, {ways.max_new_tokens} of them"
             " new"
         )
     return answers, left_out
+
+
+def _answer_turns(
+    ways: Ways,
+    prompts: Prompts,
+    question: Question,
+    number: int,
+    longest: int,
+    answers: list[Answer],
+) -> int:
+    """Add the answers to a question's turns. Return the number of turns that do not fit."""
+    messages = list(question.messages)
+    for turn, text in enumerate((None, *question.further)):
+        messages += [] if text is None else [{"role": "user", "content": text}]
+        ids = prompts.ids(question, messages)
+        if len(ids) + ways.max_new_tokens > longest:
+            return len(question.further) + 1 - turn
+        by_way = ways.decode([ids], turn=len(answers))
+        results = {way: result for way, (result,) in by_way.items()}
+        answers.append(Answer(number, turn, question.category, results))
+        tokens = results["transformers"].tokens
+        content = prompts.tokenizer.decode(tokens, skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": content})
+    return 0

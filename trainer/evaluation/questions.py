@@ -3,53 +3,56 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tasks.reading import DataError
+from tasks.task import Conversation
 from trainer.assembly.rows import add_prompts, load_data
 from trainer.assembly.trained import Trained
+from trainer.data import prompts
+from trainer.data.chat_template import Refused
 from trainer.data.encoding import plain_ids
+from trainer.data.stops import Stops
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and the user's further turns."""
+    """A prompt, the user's further turns, and what the chat template gets with them."""
 
     category: str
     messages: list[dict[str, Any]]
     further: list[str] = field(default_factory=list)
+    tools: list[dict[str, Any]] | None = None
+    variables: dict[str, Any] = field(default_factory=dict)  # for the chat template
 
 
-def read_prompts(path: str) -> list[list[dict[str, Any]]]:
-    """Read the conversations of a file, each up to the last answer, which is left out.
+def read_prompts(path: str) -> list[Question]:
+    """Read the conversations of a file, each up to the last answer, which is left out. Rows are
+    read as task=sft reads them.
 
     Raises:
         DataError: the file cannot be read, or a line has neither form.
     """
-    prompts = []
+    questions = []
     for number, row in _rows(path):
-        prompt, messages = (
-            (row.get("prompt"), row.get("messages")) if isinstance(row, dict) else (None, None)
-        )
-        if isinstance(prompt, str):
-            messages = [{"role": "user", "content": prompt}]
-        elif not (
-            isinstance(messages, list)
-            and messages
-            and all(isinstance(message, dict) and "content" in message for message in messages)
+        messages = row.get("messages") if isinstance(row, dict) else None
+        if not (
+            isinstance(row, dict)
+            and (isinstance(row.get("prompt"), str) or (isinstance(messages, list) and messages))
         ):
             raise DataError(
                 f'{path}:{number}: a line is {{"prompt": "..."}} or {{"messages": [...]}} with at'
                 " least one message"
             )
-        prompts.append(messages[:-1] if messages[-1].get("role") == "assistant" else messages)
-    if not all(prompts):
+        column = "prompt" if isinstance(row.get("prompt"), str) else "messages"
+        questions.append(_question(row, column, "all", f"{path}:{number}"))
+    if not all(question.messages for question in questions):
         raise DataError(f"{path}: a conversation of one answer has no prompt")
-    if not prompts:
+    if not questions:
         raise DataError(f"prompts={path} is empty")
-    return prompts
+    return questions
 
 
 def read_questions(path: str, each: int | None = None) -> list[Question]:
@@ -62,7 +65,7 @@ def read_questions(path: str, each: int | None = None) -> list[Question]:
     rows = _rows(path)
     first = rows[0][1] if rows else None
     if not (isinstance(first, dict) and "turns" in first):
-        return _first([Question("all", messages) for messages in read_prompts(path)], each)
+        return _first(read_prompts(path), each)
     questions = []
     for number, row in rows:
         turns = row.get("turns") if isinstance(row, dict) else None
@@ -75,9 +78,22 @@ def read_questions(path: str, each: int | None = None) -> list[Question]:
                 f'{path}:{number}: a line is {{"question_id": ..., "category": "...", "turns":'
                 ' ["...", ...]} with at least one turn'
             )
-        messages = [{"role": "user", "content": turns[0]}]
-        questions.append(Question(str(row.get("category", "all")), messages, turns[1:]))
+        category = str(row.get("category", "all"))
+        first_turn = row | {"turns": turns[:1]}
+        question = _question(first_turn, "turns", category, f"{path}:{number}")
+        questions.append(replace(question, further=turns[1:]))
     return _first(questions, each)
+
+
+def _question(row: dict[str, Any], column: str, category: str, where: str) -> Question:
+    """Return a row's conversation without its last answer."""
+    try:
+        example = prompts.opened(row, column, {}, "auto", None)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    return Question(
+        category, example.messages[:-1], tools=example.tools, variables=example.variables
+    )
 
 
 def held_out_questions(run: Trained, count: int) -> list[Question]:
@@ -97,10 +113,15 @@ def held_out_questions(run: Trained, count: int) -> list[Question]:
             " task.eval_path. Give prompts=FILE.jsonl"
         )
     add_prompts(data, count, run.stops)
-    return [Question("held out", example.messages[:-1]) for example, _ in data.held_out.prompts]
+    return [
+        Question(
+            "held out", example.messages[:-1], tools=example.tools, variables=example.variables
+        )
+        for example, _ in data.held_out.prompts
+    ]
 
 
-def held_out_prompts(run: Trained, count: int) -> tuple[list[list[int]], list[int]]:
+def held_out_prompts(run: Trained, count: int) -> tuple[list[list[int]], Stops]:
     """Return (the first held-out prompts of a run as token ids, stop tokens).
 
     Raises:
@@ -129,34 +150,43 @@ class Prompts:
         self.stops = run.stops
         self.renderer = run.renderer if run.task.kind == "conversation" else None
 
-    def ids(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Return token ids; a run on plain text reads the last message alone.
+    def ids(self, question: Question, messages: list[dict[str, Any]] | None = None) -> list[int]:
+        """Return the token ids of a question, or of `messages` with the question's tools. A run on
+        plain text reads the last message alone.
 
         Raises:
-            DataError: the prompt is empty.
+            DataError: the prompt is empty, or the chat template refuses it.
         """
+        messages = question.messages if messages is None else messages
         if self.renderer is None:
             ids = plain_ids(self.tokenizer, messages[-1]["content"])
         else:
-            ids = self.renderer.chat(messages)
+            answer = {"role": "assistant", "content": ""}
+            example = Conversation(
+                [*messages, answer], "prompt", question.tools, variables=question.variables
+            )
+            try:
+                ids = self.renderer.prompt(example)
+            except Refused as refusal:
+                raise DataError(f"a prompt cannot be rendered: {refusal}") from None
         if not ids:
             raise DataError("a prompt is empty, and this model starts from at least one token")
         return ids
 
 
 def prompt_ids(
-    run: Trained, heldout: int, conversations: list[list[dict[str, Any]]]
-) -> tuple[list[list[int]], list[int]]:
+    run: Trained, heldout: int, questions: list[Question]
+) -> tuple[list[list[int]], Stops]:
     """Return (prompts as token ids, stop tokens) of the first `heldout` held-out conversations, or
-    with 0 of the given ones.
+    with 0 of the questions.
 
     Raises:
         DataError: the task has no such prompts.
     """
     if heldout:
         return held_out_prompts(run, heldout)
-    prompts = Prompts(run)
-    return [prompts.ids(messages) for messages in conversations], prompts.stops
+    reader = Prompts(run)
+    return [reader.ids(question) for question in questions], reader.stops
 
 
 def _rows(path: str) -> list[tuple[int, Any]]:

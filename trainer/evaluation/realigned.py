@@ -196,6 +196,7 @@ def measure(run: Path, draft: Path, batch_size: int) -> list[dict[str, Any]]:
     from trainer.models.precision import compute
     from trainer.storage import run_folder
     from trainer.storage.checkpoints import CheckpointError
+    from trainer.storage.progress import Progress
     from trainer.training.distill import DraftLoss
 
     folder, content, _ = run_folder.read(str(run))
@@ -225,7 +226,8 @@ def measure(run: Path, draft: Path, batch_size: int) -> list[dict[str, Any]]:
         except (run_folder.FolderError, CheckpointError) as error:
             row["not_measured"] = str(error)
             continue
-        model = base.load(dtype, None, device)
+        with Progress(f"loading {base.path}"):
+            model = base.load(dtype, None, device)
         drafter = io.load(head, model, base.fingerprint)
         model = model if tuned is None else tuned.attach(model)
         loss = DraftLoss(model, config["objective"]["logits_chunk"], drafter, Target(model))

@@ -24,13 +24,16 @@ from tasks.reading import DataError
 from tasks.task import Conversation
 from trainer.assembly.build import instantiate
 from trainer.assembly.trained import load_trained
+from trainer.config.answer_options import AnswerOptions, DrawingOptions
 from trainer.data.chat_template import Refused
-from trainer.data.ends import of_template, stop_ids
+from trainer.data.ends import of_template, stop_set
 from trainer.data.prompts import PromptRow
 from trainer.data.render import Renderer
+from trainer.data.stops import Stops
 from trainer.evaluation.answers import continuations
 from trainer.models.base import Base
 from trainer.models.precision import compute
+from trainer.storage.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -40,28 +43,22 @@ class Responder:
     model: Any
     base: Base
     renderer: Renderer
-    stops: list[int]
+    stops: Stops
     device: torch.device
     described: dict[str, Any]  # its weights, for the provenance
 
 
-def make_responder(
-    options: dict[str, Any],
-    plain: dict[str, Any],
-    task: Any,
-    keeps_template: bool,
-    jinja: dict[str, Any],
-) -> Responder:
-    """Load the target. A run uses its own task's chat template, unless `keeps_template` is True:
-    then it uses the template of `task`.
+def make_responder(options: AnswerOptions, config: dict[str, Any], task: Any) -> Responder:
+    """Load the target. A run uses its own task's chat template, unless the options name one: then
+    it uses the template of `task`.
 
     Raises:
         as load_trained and Base.load; DataError for a model that writes no text, or a template
         option without effect.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if options["run"] is not None:
-        run = load_trained(options["run"], device)
+    if options.run is not None:
+        run = load_trained(options.run, device)
         if run.task.kind == "label":
             raise DataError(f"{run.folder} trained a classifier, which writes no text")
         model, base, trained_ends = run.model, run.base, run.ends
@@ -71,27 +68,26 @@ def make_responder(
             "step": adapted.get("step"),
             "adapter": adapted.get("sha256"),
         }
-        if run.task.kind == "conversation" and not keeps_template:
+        if run.task.kind == "conversation" and not options.names_template:
             task.chat_template = run.task.chat_template
     else:
-        base, trained_ends = instantiate(plain["base"]), []
+        base, trained_ends = instantiate(config["base"]), []
         computed, _, _ = compute(
-            plain["precision"], plain["base"]["dtype"], False, device.type == "cuda"
+            config["precision"], config["base"]["dtype"], False, device.type == "cuda"
         )
-        model, weights = (
-            base.load(computed, None, device).eval(),
-            {"run": None, "step": None, "adapter": None},
-        )
+        weights = {"run": None, "step": None, "adapter": None}
+        with Progress(f"loading {base.path}"):
+            model = base.load(computed, None, device).eval()
     if base.decoder_start is not None:
         raise DataError(
             f"{base.path} is an encoder-decoder. This command writes answers for draft heads, which"
             " it cannot have"
         )
     renderer = Renderer(base.tokenizer, task)
-    renderer.use(template_with(renderer.template, jinja))
+    renderer.use(template_with(renderer.template, options.template_variables))
     renderer.train_on = "last"
     # a template may end answers with another token than the run's
-    stops = stop_ids(base.tokenizer, model, [*trained_ends, *of_template(renderer)])
+    stops = stop_set(base.tokenizer, model, [*trained_ends, *of_template(renderer)], renderer)
     for module in model.modules():
         if isinstance(getattr(module, "generation_config", None), GenerationConfig):
             module.generation_config = GenerationConfig()  # type: ignore[assignment]
@@ -106,22 +102,22 @@ def make_responder(
 
 
 def template_with(
-    source: str | dict[str, str] | None, options: dict[str, Any]
+    source: str | dict[str, str] | None, variables: dict[str, Any]
 ) -> str | dict[str, str] | None:
-    """Return the chat template with its options set at its start.
+    """Return the chat template with some variables set at its start.
 
     Raises:
         DataError: there is no template, or it never reads one of them.
     """
-    if not options:
+    if not variables:
         return source
     if source is None:
-        raise DataError(f"template.{next(iter(options))}: there is no chat template")
+        raise DataError(f"template.{next(iter(variables))}: there is no chat template")
     whole = source if isinstance(source, str) else "".join(source.values())
-    if unread := [name for name in options if name not in whole]:
+    if unread := [name for name in variables if name not in whole]:
         raise DataError(f"template.{unread[0]}: the chat template never reads {unread[0]!r}")
     # Jinja's constants have Python's syntax.
-    head = "".join(f"{{%- set {name} = {value!r} -%}}" for name, value in options.items())
+    head = "".join(f"{{%- set {name} = {value!r} -%}}" for name, value in variables.items())
     return (
         head + source
         if isinstance(source, str)
@@ -158,20 +154,20 @@ class Drawn(LogitsProcessor):
 
 
 def drawing(
-    options: dict[str, Any], seeds: list[tuple[int, int]], prompt: int
+    options: DrawingOptions, seeds: list[tuple[int, int]], prompt: int
 ) -> LogitsProcessorList:
     """Return the processors of scores: none if greedy, otherwise temperature, top_k and top_p in
     transformers' order, and one draw for each (row, turn)."""
-    if options["temperature"] == 0:
+    if options.temperature == 0:
         return LogitsProcessorList()
-    processors: list[LogitsProcessor] = [TemperatureLogitsWarper(options["temperature"])]
-    if options["top_k"]:
-        processors.append(TopKLogitsWarper(options["top_k"]))
-    if options["top_p"] < 1:
-        processors.append(TopPLogitsWarper(options["top_p"]))
+    processors: list[LogitsProcessor] = [TemperatureLogitsWarper(options.temperature)]
+    if options.top_k:
+        processors.append(TopKLogitsWarper(options.top_k))
+    if options.top_p < 1:
+        processors.append(TopPLogitsWarper(options.top_p))
     u = np.stack(
         [
-            np.random.default_rng([options["seed"], row, turn]).random(options["max_new_tokens"])
+            np.random.default_rng([options.seed, row, turn]).random(options.max_new_tokens)
             for row, turn in seeds
         ]
     )
@@ -183,7 +179,7 @@ def answers(
     responder: Responder,
     prompts: list[list[int]],
     seeds: list[tuple[int, int]],
-    options: dict[str, Any],
+    options: DrawingOptions,
 ) -> list[list[int]]:
     """Return the ids of an answer to each prompt, including the stop token, which an answer that
     was cut lacks."""
@@ -194,12 +190,11 @@ def answers(
         prompts,
         pad,
         responder.stops,
-        options["max_new_tokens"],
+        options.max_new_tokens,
         responder.device,
         choose,
     )
-    ends = ([i for i, token in enumerate(ids) if token in responder.stops] for ids in rows)
-    return [ids[: end[0] + 1] if end else ids for ids, end in zip(rows, ends, strict=True)]
+    return [ids[: responder.stops.end(ids)] for ids in rows]
 
 
 @dataclass
@@ -258,7 +253,7 @@ class _Dialogue:
 
 
 def respond(
-    responder: Responder, batch: list[PromptRow], options: dict[str, Any]
+    responder: Responder, batch: list[PromptRow], options: DrawingOptions
 ) -> list[dict[str, Any]]:
     """Answer some conversations. Return the lines of rows.jsonl and those of left_out.jsonl, which
     have a `why`.
@@ -270,22 +265,20 @@ def respond(
     active = dialogues
     for turn in itertools.count():
         active = [dialogue for dialogue in active if not dialogue.ended and dialogue.advance()]
-        prompts = [_prompt(responder, dialogue, options["max_new_tokens"]) for dialogue in active]
+        prompts = [_prompt(responder, dialogue, options.max_new_tokens) for dialogue in active]
         active, prompts = (
             [dialogue for dialogue in active if not dialogue.ended],
             [prompt for prompt in prompts if prompt],
         )
         if not active:
             return [
-                line
-                for dialogue in dialogues
-                for line in dialogue.lines(options["per"] == "answer")
+                line for dialogue in dialogues for line in dialogue.lines(options.per == "answer")
             ]
         answered = answers(
             responder, prompts, [(dialogue.prompt_row.row, turn) for dialogue in active], options
         )
         for dialogue, prompt, ids in zip(active, prompts, answered, strict=True):
-            _take(responder, dialogue, prompt, ids, options["cut"] == "drop")
+            _take(responder, dialogue, prompt, ids, options.cut == "drop")
     raise AssertionError
 
 
@@ -308,7 +301,8 @@ def _take(
 ) -> None:
     """Add an answer to its conversation."""
     text = responder.base.tokenizer.decode(ids, skip_special_tokens=True)
-    cut = ids[-1] not in responder.stops
+    text = responder.stops.without_end(text)
+    cut = responder.stops.end(ids) is None
     if not text.strip() or (cut and drops):
         dialogue.ended = {"why": "cut" if text.strip() else "empty"}
         return

@@ -139,12 +139,12 @@ def different_texts(answers: Sequence[Answer]) -> dict[str, int]:
 
 
 def summary_by_category(
-    answers: Sequence[Answer], left_out: int, options: Mapping[str, Any]
+    answers: Sequence[Answer], left_out: int, temperature: float
 ) -> dict[str, Any]:
-    """Return as plain data the options, the `figures` of all answers and of each category, and the
-    costs of each answer."""
-    result = {**options, **figures(answers), "left_out": left_out}
-    if options["temperature"] == 0:
+    """Return as plain data the `figures` of all answers and of each category, and the costs of each
+    answer. With a temperature of 0 it says how many texts differ from transformers'."""
+    result = {"temperature": temperature, **figures(answers), "left_out": left_out}
+    if temperature == 0:
         result["different_texts"] = different_texts(answers)
     names = list(dict.fromkeys(answer.category for answer in answers))
     result["categories"] = {
@@ -171,9 +171,9 @@ def summary_by_category(
 
 
 def summary_of_prompts(
-    results: Mapping[str, Sequence[Result]], options: Mapping[str, Any]
+    results: Mapping[str, Sequence[Result]], batch_size: int, temperature: float
 ) -> dict[str, Any]:
-    """Return as plain data the options and, for prompts decoded in batches, for each way its
+    """Return as plain data, for prompts decoded in batches, for each way its
     tokens, target steps, seconds, tokens per second and their ratio to transformers'; for the
     drafter the tokens per step, the counts of each draft position, and how many steps accepted 0, 1
     ... tokens; and, if greedy, how many texts differ from transformers'."""
@@ -185,7 +185,8 @@ def summary_of_prompts(
     taken = [count for result in results["drafter"] for _, count in result.drafts]
     summary: dict[str, Any] = {
         "prompts": len(answers),
-        **options,
+        "batch_size": batch_size,
+        "temperature": temperature,
         "accepted": counts["tau"]["value"],
         "histogram": [taken.count(count) for count in range(max(taken, default=0) + 1)],
         "positions": [
@@ -195,7 +196,7 @@ def summary_of_prompts(
     }
     for way in WAYS:
         tokens = counts["ways"][way]["tokens"]
-        seconds = sum(batch_seconds(results[way], options["batch_size"], way))
+        seconds = sum(batch_seconds(results[way], batch_size, way))
         summary[way] = {
             "tokens": tokens,
             "steps": counts["ways"][way]["target_passes"],
@@ -205,7 +206,7 @@ def summary_of_prompts(
     rate = summary["transformers"]["tokens_per_second"]
     for way in WAYS:
         summary[way]["ratio"] = summary[way]["tokens_per_second"] / rate
-    if options["temperature"] == 0:
+    if temperature == 0:
         for way, count in different_texts(answers).items():
             summary[way]["different_texts"] = count
     return summary

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,23 +19,32 @@ from trainer.assembly.trained import Trained
 from trainer.config.decoding_options import DrafterOptions, SamplingOptions
 from trainer.config.shown import shown
 from trainer.data.encoding import plain_ids
+from trainer.data.stops import Stops
 from trainer.decoding import positions
 from trainer.decoding.plugin import assist, refusal
 from trainer.drafters import DrafterError
 
 
 class _Streamer(TextStreamer):
-    """Pass text on as it is decoded."""
+    """Pass text on as it is decoded. The beginning of a text in `ends` is held back until it is
+    clear that the answer does not end there."""
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]):
+    def __init__(self, tokenizer: Any, write: Callable[[str], None], ends: Sequence[str]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write = write
+        self.write, self.ends, self.held = write, ends, ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text, self.held = self.held + text, ""
+        if any(end in text for end in self.ends):
+            text = text[: min(text.find(end) for end in self.ends if end in text)]
+        elif not stream_end:
+            heads = [end[:length] for end in self.ends for length in range(1, len(end))]
+            self.held = max((head for head in heads if text.endswith(head)), key=len, default="")
+            text = text.removesuffix(self.held)
         self.write(text)
 
 
-def prompt_ids(run: Trained, prompt: str, system: str | None) -> tuple[list[int], list[int]]:
+def prompt_ids(run: Trained, prompt: str, system: str | None) -> tuple[list[int], Stops]:
     """(the prompt's token ids, the stop tokens).
 
     Raises:
@@ -75,7 +84,8 @@ def answer(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         generation_config=settings,
-        streamer=_Streamer(tokenizer, write),
+        streamer=_Streamer(tokenizer, write, Stops.of(stops).texts),
+        **Stops.of(stops).arguments(),
     )
 
 

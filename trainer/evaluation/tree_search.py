@@ -18,6 +18,7 @@ from trainer.decoding.calibration import Ranks, Text
 from trainer.decoding.target_cache import allow_trees
 from trainer.drafters import Drafter, DrafterError, Target
 from trainer.evaluation.decode_ways import WARM_UP_TOKENS
+from trainer.storage.progress import Progress
 
 # The pass over one token is the same work as a chain and as a tree: a larger ratio is a sign of
 # other programs.
@@ -29,7 +30,7 @@ Passes = Mapping[str, Mapping[int, Sequence[float]]]  # seconds by shape and num
 
 @dataclass(frozen=True)
 class SearchLimits:
-    """What a searched tree may be, and how long the measured answers are."""
+    """Limits of a searched tree, and the length of the measured answers."""
 
     size: int  # nodes
     top_k: int  # children of a node
@@ -63,14 +64,18 @@ def search_tree(
     branches, no_trees = _can_branch(target, drafter, longest)
     widths = {"chain": 1} | ({"tree": limits.top_k} if branches else {})
     width, depth = max(widths.values()), min(drafter.depth, limits.count or trees.LONGEST)
-    ranks = [calibration.ranks(target, drafter, text, width, depth) for text in texts]
-    passes = calibration.time_verification(
-        target,
-        longest.ids[: max(1, run.base.longest - limits.size - 1)],
-        sorted({limits.size + 1, *(n for n in calibration.WIDTHS if n <= limits.size)}),
-        trees=branches,
-        layers=drafter.layers,
-    )
+    with Progress("measuring the drafter's guesses", len(texts), "texts") as progress:
+        ranks = [
+            calibration.ranks(target, drafter, text, width, depth) for text in progress.each(texts)
+        ]
+    with Progress("timing the target's passes"):
+        passes = calibration.time_verification(
+            target,
+            longest.ids[: max(1, run.base.longest - limits.size - 1)],
+            sorted({limits.size + 1, *(n for n in calibration.WIDTHS if n <= limits.size)}),
+            trees=branches,
+            layers=drafter.layers,
+        )
     verify = calibration.least_seconds(passes, limits.size)
     best = calibration.fastest_tree(
         ranks,
@@ -100,9 +105,11 @@ def _texts(
     ]
     # A drafter that cannot draft fails here, before the long measurements.
     speculative.generate(target, drafter, ids[0], min(WARM_UP_TOKENS, max_new_tokens), stops)
-    return [
-        calibration.greedy_text(target, drafter, prompt, max_new_tokens, stops) for prompt in ids
-    ]
+    with Progress("answering the prompts", len(ids), "prompts") as progress:
+        return [
+            calibration.greedy_text(target, drafter, prompt, max_new_tokens, stops)
+            for prompt in progress.each(ids)
+        ]
 
 
 def _can_branch(target: Target, drafter: Drafter, text: Text) -> tuple[bool, str | None]:

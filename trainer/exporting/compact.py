@@ -53,6 +53,28 @@ class Choice:
     strength: float | None = None
     seed: int = 0
 
+    @classmethod
+    def of(
+        cls,
+        method: str,
+        factors: str | None,
+        keep: float | None,
+        drop: float | None,
+        strength: float | str | None,
+        seed: int | None,
+    ) -> Choice:
+        """Return a method's choice; None takes its default, a strength of auto searches for it.
+        dare has no strength to choose: it divides by 1 - drop."""
+        dropped = 0.9 if drop is None else drop
+        return cls(
+            method,
+            factors or ("both" if method == "compeft" else "B"),
+            0.2 if keep is None else keep,
+            dropped,
+            1 - dropped if method == "dare" else strength if isinstance(strength, float) else None,
+            seed or 0,
+        )
+
     @property
     def grid(self) -> list[float]:
         """The strengths that a search tries."""

@@ -15,7 +15,7 @@ from trainer.storage.checkpoints import CheckpointError
 # 1e-5 in fp32.
 TOLERANCE = 1e-3
 # An adapter that moves the logits by less than that must still be in its export: the share of its
-# own effect that may be missing, beside what rounding takes.
+# own effect that may be missing, in addition to what rounding takes.
 LOST = 0.02
 ROUNDING = 5e-5
 

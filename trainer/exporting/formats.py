@@ -34,8 +34,7 @@ def export(
     """
     if to in ("drafter", "mtp", *engines.LAYOUTS):
         check_drafter(run, to)
-    with Progress(f"loading {run}"):
-        source = load_trained(run, fp32=True, dequantise=to in ("merged", "mtp"))
+    source = load_trained(run, fp32=True, dequantise=to in ("merged", "mtp"))
     if to == "shira" and not hasattr(source.adapter, "save_pair"):
         raise AdapterError(
             "to=shira is for adapters with a sparse part, and this run's is"

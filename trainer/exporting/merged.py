@@ -53,8 +53,11 @@ def write_merged(run: Trained, folder: Path, dtype: torch.dtype, mtp: bool) -> f
         mtp_layers.check(run.drafter, merged)
     cast_parameters(merged, dtype)
     merged.config.dtype = dtype
+    serving = Serving.of(run)
+    if run.task.kind != "label":
+        serving.set_ends(merged)
     merged.save_pretrained(folder)
-    Serving.of(run).write(folder, merged)
+    serving.write(folder, merged)
     if mtp:
         drafter: Any = run.drafter
         mtp_layers.append(folder, mtp_layers.tensors(drafter, merged, dtype), {})

@@ -1,10 +1,11 @@
-"""What a server needs next to weights: the tokenizer with the chat template of training, and the
-tokens that end an answer.
+"""The files that a server needs next to weights: the tokenizer with the chat template of training,
+and the tokens that end an answer.
 
 tokenizer*.json      the base's tokenizer. Its eos_token is the trained end token where the base's
                      own ends no trained answer, unless the template writes eos_token
 chat_template.jinja  the template that rendered the rows
 generation_config.json  the base's settings, with all end tokens in eos_token_id
+config.json          of a merged model: the same end tokens
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _PROBE = [{"role": "user", "content": "1"}]
 
 @dataclass(frozen=True)
 class Serving:
-    """How a run's model is asked, and what ends its answers."""
+    """How a run's model is prompted, and the tokens that end its answers."""
 
     base: Base
     renderer: Renderer
@@ -73,6 +74,13 @@ class Serving:
         rest = stop_ids(self.base.tokenizer, model, self.ends)
         config.eos_token_id = list(dict.fromkeys([*self.ends, *rest]))
         return config
+
+    def set_ends(self, model: Any) -> None:
+        """Put the end tokens into a model's config, where transformers reads them if there are no
+        generation settings, and other programs always."""
+        ends, config = self.generation_config(model).eos_token_id, model.config
+        for part in {id(one): one for one in (config, config.get_text_config())}.values():
+            part.eos_token_id = ends[0] if len(ends) == 1 else ends
 
     def _write_tokenizer(self, folder: Path) -> None:
         tokenizer, renderer = self.base.load_tokenizer(), self.renderer

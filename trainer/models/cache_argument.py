@@ -2,7 +2,7 @@
 
 transformers 5.24 renamed `past_key_values` to `cache`; some families' layers say `layer_past`, and
 state-space models `cache_params`. RWKV takes and returns a `state`, which is no object of
-transformers' caches. The name is read from the signature, so no version is asked for.
+transformers' caches. The name is read from the signature, whatever the version.
 """
 
 from __future__ import annotations

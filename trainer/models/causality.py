@@ -16,7 +16,7 @@ SHARED = 8  # of them the same in both texts
 def check_causality(model: nn.Module, base: Base) -> None:
     """Compare the logits of two texts that begin alike: up to the first different token they must
     be the same. Both are of one length and in one batch, so that rounding is the same too, but for
-    routing that depends on the whole batch; hence the tolerance.
+    routing that depends on the whole batch. So there is a tolerance.
 
     Raises:
         BaseError: the model sees later tokens.

@@ -1,4 +1,4 @@
-"""What a base's generation_config.json may choose."""
+"""The settings that a base's generation_config.json may choose."""
 
 from __future__ import annotations
 

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-KNOWN: dict[str, Any] = {
-    "from": None,
-    "fraction": None,
-    "steps": None,
-    "shape": "1-sqrt",
-    "final": "0",
-    "name": None,
-    "force": "false",
-    "dry": "false",
-    "family": None,
-}
-SWEPT = ("from", "fraction", "steps", "shape", "final")
 # A branch sets these itself, so the run's values are not inherited.
 _SET_BY_BRANCH = (
     "resume",
@@ -34,7 +24,35 @@ _SET_BY_BRANCH = (
 )
 
 
-def arguments(options: dict[str, str], more: list[str]) -> tuple[str, list[str]]:
+@dataclass(frozen=True)
+class Branch:
+    """A cooldown to branch off, as the command line says it. Its length is either `fraction` or
+    `steps`."""
+
+    source: str  # RUN[@STEP|last|best]
+    fraction: str | None = None
+    steps: str | None = None
+    shape: str = "1-sqrt"
+    final: str = "0"
+    name: str | None = None
+    force: bool = False
+
+
+def sweep(branch: Branch) -> tuple[list[Branch], str | None]:
+    """Return (every combination of the values that are separated by commas, the first option with
+    several values). `source=RUN@10,20` is RUN@10 and RUN@20."""
+    values = {
+        name: str(value).split(",")
+        for name in ("source", "fraction", "steps", "shape", "final")
+        if (value := getattr(branch, name)) is not None
+    }
+    values["source"] = places(values["source"])
+    swept = next((name for name, several in values.items() if len(several) > 1), None)
+    combinations = itertools.product(*values.values())
+    return [replace(branch, **dict(zip(values, each, strict=True))) for each in combinations], swept
+
+
+def arguments(branch: Branch, more: list[str]) -> tuple[str, list[str]]:
     """Return (name, arguments of `python -m trainer`) of one branch.
 
     Raises:
@@ -45,7 +63,7 @@ def arguments(options: dict[str, str], more: list[str]) -> tuple[str, list[str]]
     from trainer.storage import checkpoints, run_folder
     from trainer.storage.run_folder import FolderError
 
-    path, content, which = run_folder.read(options["from"])
+    path, content, which = run_folder.read(branch.source)
     config = content["config"]
     if config["branch"]:
         raise FolderError(
@@ -53,21 +71,21 @@ def arguments(options: dict[str, str], more: list[str]) -> tuple[str, list[str]]
             " with another length"
         )
     step = checkpoints.chosen(path / "checkpoints", which).step
-    length = _length(options, step)
+    length = _length(branch, step)
     rates = _rates(path, content, step)
     if rates[-1] <= 0:
         raise ConfigError(
             f"{path} has a rate of 0 after step {step}, which cannot fall any further: branch off"
             " an earlier checkpoint"
         )
-    if rates[-1] < max(rates) and options["force"] != "true":
+    if rates[-1] < max(rates) and not branch.force:
         raise ConfigError(
             f"after step {step} of {path} the rate is already falling ({rates[-1]:.3g} of the peak,"
             f" {max(rates):.3g} before): a cooldown branches off the constant phase. Give an"
             " earlier checkpoint, or force=true to cool down from there"
         )
-    shape = "" if options["shape"] == "1-sqrt" else f"-{options['shape']}"
-    name = options["name"] or f"{path.name}-cooldown-{step}-{length}{shape}"
+    shape = "" if branch.shape == "1-sqrt" else f"-{branch.shape}"
+    name = branch.name or f"{path.name}-cooldown-{step}-{length}{shape}"
     # run_folder.read has checked by the config whether the base's own code may run. The overrides
     # are as the folder records them, so that this one is not inherited without a check.
     trust = () if config["base"].get("trust_remote_code") else ("base.trust_remote_code",)
@@ -86,8 +104,8 @@ def arguments(options: dict[str, str], more: list[str]) -> tuple[str, list[str]]
         f"branch.step={step}",
         f"branch.steps={length}",
         f"branch.level={rates[-1]!r}",
-        f"branch.shape={options['shape']}",
-        f"branch.final={options['final']}",
+        f"branch.shape={branch.shape}",
+        f"branch.final={branch.final}",
         f"max_steps={step + length}",
         "max_epochs=null",
         "max_tokens=null",
@@ -133,11 +151,11 @@ def _runtime_cooldown(path: Path, config: dict[str, Any], step: int) -> Any:
     return None
 
 
-def _length(options: dict[str, str], step: int) -> int:
+def _length(branch: Branch, step: int) -> int:
     """Return the cooldown's number of steps."""
     from trainer.config.errors import ConfigError
 
-    fraction, steps = options["fraction"], options["steps"]
+    fraction, steps = branch.fraction, branch.steps
     if (fraction is None) == (steps is None):
         raise ConfigError("give the cooldown's length: either fraction=F of all steps, or steps=N")
     try:

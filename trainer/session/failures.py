@@ -3,6 +3,7 @@ codes."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from adapters.delta import AdapterError
 from tasks.reading import DataError
 from tasks.wheel import FetchError
-from trainer.config.errors import EXIT_BAD_INPUT, ConfigError, unwritable
+from trainer.config.errors import EXIT_BAD_INPUT, PANIC, ConfigError, panicked, unwritable
 from trainer.config.secrets import redact
 from trainer.config.shown import say
 from trainer.data.loader import LoadingError, killed
@@ -21,6 +22,8 @@ from trainer.models.losses import NonFinite
 from trainer.storage.checkpoints import CheckpointError, NoSuchCheckpoint
 from trainer.storage.run_folder import FolderError
 from trainer.training.out_of_memory import TooLarge, out_of_memory
+
+log = logging.getLogger("trainer")
 
 _BAD_INPUT = (
     ConfigError,
@@ -110,4 +113,23 @@ def report_and_exit_code(error: Exception, config: dict[str, Any] | None = None)
     if explanation is None:
         raise error
     say(redact(explanation[0]), file=sys.stderr)
+    return explanation[1]
+
+
+def log_and_exit_code(error: BaseException, config: dict[str, Any]) -> int:
+    """Log an error's explanation and return the exit code, for a run. SystemExit and Ctrl-C
+    are no errors: they are raised again."""
+    if type(error).__name__ == PANIC:
+        log.error("%s", panicked(error))
+        return EXIT_BAD_INPUT
+    if not isinstance(error, Exception):
+        raise error
+    explanation = explained(error, config)
+    if explanation is None:
+        log.exception(
+            "an error that Graft has no explanation for; please report it with this traceback"
+        )
+        return 1
+    log.error("%s", explanation[0])
+    log.debug("", exc_info=error)
     return explanation[1]

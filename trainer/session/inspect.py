@@ -15,7 +15,7 @@ from trainer.assembly.rows import Data
 from trainer.config.rates import recommended
 from trainer.data import ends
 from trainer.data.batches import BatchOrder
-from trainer.data.chat_template import Refused
+from trainer.data.chat_template import Refused, template
 from trainer.data.render import Renderer
 from trainer.data.rendering import special_text
 from trainer.evaluation import class_metrics
@@ -119,19 +119,15 @@ def _data(data: Data, warnings: list[str]) -> dict[str, Any]:
 def _end_in_pieces(renderer: Renderer) -> str:
     """Say that the tokenizer splits the text that the template writes after an answer, if it
     does."""
-    try:
-        row = renderer(ends.made_up_row())
-    except Refused:
+    texts = ends.of_pieces(renderer)
+    if not texts:
         return ""
-    trained = [token for token, is_trained in zip(row.ids, row.trained, strict=True) if is_trained]
-    text = renderer.tokenizer.decode(trained).partition(ends.ANSWER)[2].strip()
-    pieces = renderer.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-    if len(pieces) < 2:
-        return ""
+    pieces = renderer.tokenizer(texts[0], add_special_tokens=False)["input_ids"]
     return (
-        f". The chat template writes {text!r} after an answer, which this tokenizer splits into"
-        f" {len(pieces)} tokens, and decoding stops at single tokens: choose a template that ends"
-        f" answers in one token, such as {renderer.tokenizer.eos_token} (task.chat_template)"
+        f". The chat template writes {texts[0]!r} after an answer, for which this tokenizer has no"
+        f" special token ({len(pieces)} tokens). The commands of this program stop at that text."
+        " Other programs need it as a stop string, or choose a template that ends answers in one"
+        f" token, such as {renderer.tokenizer.eos_token} (task.chat_template)"
     )
 
 
@@ -213,11 +209,11 @@ def _rates(recipe: Recipe) -> dict[str, Any]:
 def _template_of_target(config: dict[str, Any], renderer: Renderer, warnings: list[str]) -> None:
     """Warn if a drafter's rows are rendered by another template than those of its target."""
     run = config["target"]["run"]
-    if run is None or not isinstance(renderer.template, str):
+    if run is None or renderer.template is None:
         return
     with contextlib.suppress(run_folder.FolderError, OSError):  # reported before
         file = run_folder.read(run)[0] / run_folder.TEMPLATE
-        if file.is_file() and file.read_text("utf-8") != renderer.template:
+        if file.is_file() and template(str(file), None) != renderer.template:
             warnings.append(
                 f"target.run={run} was trained with another chat template than these rows, so the"
                 " drafter would learn other texts than the target writes: set"

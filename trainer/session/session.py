@@ -45,7 +45,7 @@ from trainer.session.inspect import check_before_start, refuse_monitor
 from trainer.session.model import LoadedModel, calibrate_penalty, load_model
 from trainer.session.start_point import StartPoint, drop_cooldown, find_start_point
 from trainer.speed import cpu_load
-from trainer.storage import atomic, checkpoints
+from trainer.storage import atomic, checkpoints, run_folder
 from trainer.storage.journal import Journal
 from trainer.storage.run_folder import FolderError, RunFolder, read, rollbacks_of
 from trainer.training.finetune import FineTune
@@ -202,7 +202,7 @@ class Session:
                 {"threads": torch.get_num_threads()}
                 | ({"attention": start.attention} if start.attention is not None else {}),
             )
-            self.run_folder.write_template(recipe.data.renderer.template)
+            run_folder.write_template(self.run_folder.path, recipe.data.renderer.template)
         self.journal.rewind(-1 if start.fresh else start.step, cooled=not start.drops_cooldown)
         if start.drops_cooldown and self.is_rank0:
             drop_cooldown(self.run_folder, start)
@@ -213,7 +213,9 @@ class Session:
 
     def attach(self, module: FineTune, recipe: Recipe, start: StartPoint) -> None:
         """Connect the run to its dashboards and callbacks, and take its first measurements."""
-        stops = ends.stop_ids(recipe.base.tokenizer, module.model, recipe.ends)
+        stops = ends.stop_set(
+            recipe.base.tokenizer, module.model, recipe.ends, recipe.data.renderer
+        )
         add_prompts(recipe.data, _prompt_count(self.config), stops)
         if self.is_rank0:
             self.dashboards.all = _dashboards(self.config, self.run_folder, self.run_yaml)

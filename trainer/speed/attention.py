@@ -284,16 +284,16 @@ def of_mask(mask: Tensor, dtype: torch.dtype, flash: bool) -> Plans | None:
 
 
 def _plans(
-    module: Any, query: Tensor, key: Tensor, attention_mask: Any, options: dict[str, Any]
+    module: Any, query: Tensor, key: Tensor, attention_mask: Any, keywords: dict[str, Any]
 ) -> Plans | None:
     """Return the plans of a batch, None if this file does not support the case."""
-    T, is_causal = query.shape[2], options.get("is_causal")
+    T, is_causal = query.shape[2], keywords.get("is_causal")
     supported = (
         query.device.type == "cpu"
         and T == key.shape[2] > 1
-        and not options.get("dropout")
-        and not options.get("output_attentions")
-        and all(options.get(name) is None for name in UNSUPPORTED)
+        and not keywords.get("dropout")
+        and not keywords.get("output_attentions")
+        and all(keywords.get(name) is None for name in UNSUPPORTED)
     )
     if not supported:
         return None

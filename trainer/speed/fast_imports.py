@@ -107,7 +107,7 @@ def lazy_compile() -> Iterator[None]:
 
 
 def _compile_on_first_call(
-    compile_function: Callable[..., Any], function: Callable[..., Any], options: dict[str, Any]
+    compile_function: Callable[..., Any], function: Callable[..., Any], arguments: dict[str, Any]
 ) -> Callable[..., Any]:
     """Return a function that compiles `function` at its first call."""
     results: list[Callable[..., Any]] = []
@@ -115,7 +115,7 @@ def _compile_on_first_call(
     @functools.wraps(function)
     def compiled(*args: Any, **kwargs: Any) -> Any:
         if not results:
-            results.append(compile_function(function, **options))
+            results.append(compile_function(function, **arguments))
         return results[0](*args, **kwargs)
 
     return compiled

@@ -1,8 +1,8 @@
 """The number of CPU threads of a run, by the cores that are free; and how waiting threads wait.
 
 On two cores with one busy process, two threads did 170 to 210 tokens/s and one did 390
-(trainer.speed.cpu_load). A waiting thread of OpenMP spins, which takes its core from whoever the
-thread waits for: 244 to 257 tokens/s with a short spin. Undisturbed, a short spin costs 22 %, so it
+(trainer.speed.cpu_load). A waiting thread of OpenMP spins, and takes the core of the thread that it
+waits for: 244 to 257 tokens/s with a short spin. Undisturbed, a short spin costs 22 %, so it
 is for machines with other work alone.
 """
 

@@ -135,8 +135,8 @@ def _system_error(error: BaseException | None) -> OSError | None:
 
 
 def complete(folder: Path) -> list[Checkpoint]:
-    """Return the checkpoints that have a manifest, oldest first. What an interrupted save left is
-    not among them."""
+    """Return the checkpoints that have a manifest, oldest first. Files of an
+    interrupted save are not among them."""
     names = (re.fullmatch(r"step-(\d{8})\.json", path.name) for path in folder.glob("step-*.json"))
     return sorted(Checkpoint.at(folder, int(match.group(1))) for match in names if match)
 

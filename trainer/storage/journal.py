@@ -76,14 +76,14 @@ class Journal:
             fault = f"line {damaged[0].number} is no row of it"
         if fault is not None:
             door.set_aside(path, f"{fault}; its whole lines are kept" if lines else fault)
-        kept = (
+        whole_lines = (
             line.text
             for line in lines
             if line.row is not None
             and line.row["step"] <= step
             and line.row.get("kind") not in removed
         )
-        atomic.write_text(path, "".join(f"{text}\n" for text in kept))
+        atomic.write_text(path, "".join(f"{text}\n" for text in whole_lines))
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append one row, and forward it to the dashboards."""

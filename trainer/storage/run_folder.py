@@ -2,7 +2,8 @@
 
 run.yaml            config, overrides, versions, git revision, identity and the tokens that end an
                     answer; written before training
-chat_template.jinja the chat template that rendered the rows, if one did
+chat_template.jinja the chat template that rendered the rows, if one did; the others of a set,
+                    such as tool_use, are in additional_chat_templates/
 trainer.log         all log messages
 preflight.json      the checks of data and settings before training
 job                 the SLURM job of the last start, if there was one
@@ -22,6 +23,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -56,7 +58,7 @@ PACKAGES = (
     "hydra-core",
     "wandb",
 )
-# What a start writes before run.yaml.
+# The files that a start writes before run.yaml.
 STARTED = {".lock", "trainer.log", "preflight.json", "job"}
 # Settings that may differ when a run is resumed: they change neither what is trained nor in which
 # order.
@@ -88,7 +90,8 @@ FREE = (
 LENGTHS = ("max_steps", "max_epochs", "max_tokens")
 
 
-TEMPLATE = "chat_template.jinja"  # transformers' name for the file
+TEMPLATE = "chat_template.jinja"  # transformers' names for the file, and for those next to it
+MORE_TEMPLATES = "additional_chat_templates"
 TRUSTED = "GRAFT_TRUST_REMOTE_CODE"  # allows the commands to run a model's own code
 
 # of a run.yaml; what else a command needs, it checks itself
@@ -235,11 +238,16 @@ class RunFolder:
         content["rollbacks"] = [*rollbacks_of(content), rollback]
         write_text(self.file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
-    def write_template(self, template: Any) -> None:
-        """Write the chat template of the run's rows. A tokenizer's set of several templates stays
-        with the tokenizer."""
-        if isinstance(template, str):
-            write_text(self.path / TEMPLATE, template)
+
+def write_template(folder: Path, template: str | dict[str, str] | None) -> None:
+    """Write a chat template, or a tokenizer's set of several by name, as transformers does: that
+    named default in chat_template.jinja, the others in additional_chat_templates/NAME.jinja."""
+    named = {"default": template} if isinstance(template, str) else template or {}
+    for name, text in named.items():
+        if re.fullmatch(r"\w+", name):  # a stranger's tokenizer may have a path as a name
+            file = folder / (TEMPLATE if name == "default" else f"{MORE_TEMPLATES}/{name}.jinja")
+            file.parent.mkdir(exist_ok=True)
+            write_text(file, text)
 
 
 def rollbacks_of(content: dict[str, Any]) -> list[dict[str, Any]]:
