@@ -18,16 +18,16 @@ def test_repeated_rows_differ_in_their_digits_only():
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
         ),
     ]
-    made = list(preflight.varied(chats, 7))
-    texts = [tuple(message["content"] for message in chat) for chat in made]
+    built = list(preflight.varied(chats, 7))
+    texts = [tuple(message["content"] for message in chat) for chat in built]
     assert len(set(texts)) == 7
-    assert [[message["role"] for message in chat] for chat in made] == [["user", "assistant"]] * 7
-    for number, (asked, told) in enumerate(texts):
+    assert [[message["role"] for message in chat] for chat in built] == [["user", "assistant"]] * 7
+    for number, (requested, reported) in enumerate(texts):
         plain = "".join(
-            "#" if letter.isdigit() else letter for letter in asked.removesuffix(f" ({number})")
+            "#" if letter.isdigit() else letter for letter in requested.removesuffix(f" ({number})")
         )
-        assert (plain, len(told)) == (("# + ##?", 2) if number % 2 == 0 else ("a", 1))
-    assert made == list(preflight.varied(chats, 7))
+        assert (plain, len(reported)) == (("# + ##?", 2) if number % 2 == 0 else ("a", 1))
+    assert built == list(preflight.varied(chats, 7))
     with pytest.raises(ValueError, match="the columns text are neither"):
         preflight.messages({"text": "a"})
 
@@ -63,8 +63,8 @@ def test_products_are_those_of_plain_loops():
         if key <= query
     )
     matrices = length * layers * (4 * width * width + 3 * width * 192)
-    found = growth.products(width, layers, vocabulary, length)
-    assert found == {
+    actual = growth.products(width, layers, vocabulary, length)
+    assert actual == {
         "layers": matrices,
         "attention": attention,
         "head": length * width * vocabulary,

@@ -41,8 +41,8 @@ def test_each_step_is_split_into_what_its_forwards_took():
             clock.seconds += 5.0
             meter.lap()
     assert meter.steps == [{"step": 10.0, "target": 3.0, "drafter": 2.0}] * 4
-    found = decoding.figures(meter.steps)
-    assert found == {
+    actual = decoding.figures(meter.steps)
+    assert actual == {
         "step": 10_000.0,
         "target": 3_000.0,
         "drafter": 2_000.0,
@@ -50,12 +50,12 @@ def test_each_step_is_split_into_what_its_forwards_took():
         "share": 0.5,
         "steps": 4,
     }
-    row = found | {
+    row = actual | {
         "drafter": "Eagle3",
         "shape": "tree",
         "dtype": "float32",
         "tokens": 2.5,
-        "drafter_ms": found["drafter"],
+        "drafter_ms": actual["drafter"],
     }
     assert (
         decoding.table([row]).splitlines()[-1]
@@ -91,11 +91,11 @@ def test_ratios_are_taken_round_by_round():
             for wall in walls
         ]
 
-    found = {"cold": {"ours": of(4.0, 9.0, 6.0), "hf": of(8.0, 10.0, 10.0)}}
-    assert startup.ratios(found["cold"]["ours"], found["cold"]["hf"]) == pytest.approx(
+    actual = {"cold": {"ours": of(4.0, 9.0, 6.0), "hf": of(8.0, 10.0, 10.0)}}
+    assert startup.ratios(actual["cold"]["ours"], actual["cold"]["hf"]) == pytest.approx(
         [0.5, 0.9, 0.6]
     )
-    shown = startup.table(found)
+    shown = startup.table(actual)
     assert "| cold | ours | 6.00 (12.00) | 6.00 (12.00) | 6.00 (12.00) |" in shown
     assert "ours / hf to the first step: 0.600 wall (0.500, 0.900, 0.600), 0.600 processor" in shown
 
@@ -163,5 +163,5 @@ def test_the_entries_of_one_sequence_are_kept_as_those_of_several(path):
     assert one[2] == several[2] == [7 + len(path)]
     assert torch.equal(one[0], several[0])
     assert torch.equal(one[1], several[1])
-    wanted = [*range(7), *(7 + node for node in path)]
-    assert torch.equal(one[0], torch.arange(2 * 12 * 3.0).view(1, 2, 12, 3)[:, :, wanted])
+    expected = [*range(7), *(7 + node for node in path)]
+    assert torch.equal(one[0], torch.arange(2 * 12 * 3.0).view(1, 2, 12, 3)[:, :, expected])

@@ -55,10 +55,10 @@ def test_every_pin_is_of_one_version():
 @pytest.mark.parametrize("name", FLOORS)
 def test_no_version_with_a_known_weakness(name):
     floor, advisory = FLOORS[name]
-    asked = [each for each in ASKED if each.name.lower() == name]
+    requested = [each for each in ASKED if each.name.lower() == name]
     if name in PINS:
         assert Version(PINS[name]) >= Version(floor), advisory
-    for each in asked:
+    for each in requested:
         lowest = [
             Version(part.version) for part in each.specifier if part.operator in (">=", "==", "~=")
         ]
@@ -71,7 +71,7 @@ def test_no_version_with_a_known_weakness(name):
     try:
         assert Version(metadata.version(name)) >= Version(floor), advisory
     except metadata.PackageNotFoundError:
-        assert not asked
+        assert not requested
 
 
 def test_what_is_needed_is_pinned_within_its_bounds():

@@ -110,42 +110,44 @@ def test_a_code_that_is_cut_off_is_named(m):
             compress.golomb_decode(code[:length], 100, m)
 
 
-@pytest.mark.parametrize(("keep", "kept"), [(0.2, 6), (1.0, 30), (1e-9, 1)])
-def test_compeft_is_its_formula(keep, kept):
+@pytest.mark.parametrize(("keep", "folder_kept"), [(0.2, 6), (1.0, 30), (1e-9, 1)])
+def test_compeft_is_its_formula(keep, folder_kept):
     update = drawn(5, 6).double()
-    found = compress.compeft(update.float(), keep, 2.5)
+    actual = compress.compeft(update.float(), keep, 2.5)
     values = update.flatten().tolist()
     mean = sum(values) / len(values)
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
-    largest = sorted(range(len(values)), key=lambda i: -abs(values[i]))[:kept]
-    wanted = [
+    largest = sorted(range(len(values)), key=lambda i: -abs(values[i]))[:folder_kept]
+    expected = [
         2.5 * deviation * math.copysign(1, values[i]) if i in largest else 0.0
         for i in range(len(values))
     ]
     torch.testing.assert_close(
-        found.double().flatten(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=0
+        actual.double().flatten(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0
     )
 
 
 def test_compeft_keeps_no_zeros_and_the_dtype():
     update = torch.tensor([0.0, 0.0, 1.0, -3.0, 0.0], dtype=torch.bfloat16)
-    found = compress.compeft(update, 1.0, 1.0)
-    assert found.dtype == torch.bfloat16
-    assert found.sign().tolist() == [0, 0, 1, -1, 0]
+    actual = compress.compeft(update, 1.0, 1.0)
+    assert actual.dtype == torch.bfloat16
+    assert actual.sign().tolist() == [0, 0, 1, -1, 0]
     assert compress.compeft(torch.zeros(3, 4), 0.5, 1.0).eq(0).all()
 
 
 def test_dare_is_its_formula_and_its_seed():
     update = drawn(40, 30)
-    found = compress.dare(update, 0.7, 0.3, torch.Generator().manual_seed(3))
-    kept = torch.rand(40, 30, generator=torch.Generator().manual_seed(3)) >= 0.7
-    assert torch.equal(found != 0, kept)
-    assert 0.25 < kept.double().mean() < 0.35
-    torch.testing.assert_close(found[kept], update[kept] / 0.3)
-    assert not torch.equal(found, compress.dare(update, 0.7, 0.3, torch.Generator().manual_seed(4)))
+    actual = compress.dare(update, 0.7, 0.3, torch.Generator().manual_seed(3))
+    folder_kept = torch.rand(40, 30, generator=torch.Generator().manual_seed(3)) >= 0.7
+    assert torch.equal(actual != 0, folder_kept)
+    assert 0.25 < folder_kept.double().mean() < 0.35
+    torch.testing.assert_close(actual[folder_kept], update[folder_kept] / 0.3)
+    assert not torch.equal(
+        actual, compress.dare(update, 0.7, 0.3, torch.Generator().manual_seed(4))
+    )
     assert torch.equal(compress.dare(update, 0.0, 1.0, torch.Generator()), update)
     q = compress.dare(update, 0.7, 0.6, torch.Generator().manual_seed(3))
-    torch.testing.assert_close(q, found / 2)
+    torch.testing.assert_close(q, actual / 2)
 
 
 def test_dare_in_one_factor_keeps_the_product_on_average_with_the_noise_that_is_said():
@@ -153,8 +155,8 @@ def test_dare_in_one_factor_keeps_the_product_on_average_with_the_noise_that_is_
     tries = torch.stack([compress.dare(B, drop, 1 - drop, draw) @ A for _ in range(1500)]).double()
     torch.testing.assert_close(tries.mean(0), (B @ A).double(), rtol=0, atol=0.3)
     noise = (tries - B @ A).square().sum((1, 2)).mean()
-    wanted = drop / (1 - drop) * (B.square().sum(0) * A.square().sum(1)).sum()
-    assert float(noise) == pytest.approx(float(wanted), rel=0.05)
+    expected = drop / (1 - drop) * (B.square().sum(0) * A.square().sum(1)).sum()
+    assert float(noise) == pytest.approx(float(expected), rel=0.05)
     both = torch.stack(
         [
             compress.dare(B, drop, 1 - drop, draw) @ compress.dare(A, drop, 1 - drop, draw)
@@ -163,7 +165,7 @@ def test_dare_in_one_factor_keeps_the_product_on_average_with_the_noise_that_is_
     )
     # 1 / 0.25² - 1 = 15
     assert float((both - B @ A).square().sum((1, 2)).mean()) == pytest.approx(
-        float(wanted) * 5, rel=0.1
+        float(expected) * 5, rel=0.1
     )
 
 
@@ -215,11 +217,11 @@ def test_a_file_gives_everything_back_bit_for_bit(tmp_path, kind):
     }[kind]
     tensors = TENSORS | {key: change(TENSORS[key]) for key in keys}
     compress.write(tmp_path / "compact.safetensors", tensors, keys)
-    found = compress.read(tmp_path / "compact.safetensors")
-    assert found.keys() == tensors.keys()
+    actual = compress.read(tmp_path / "compact.safetensors")
+    assert actual.keys() == tensors.keys()
     for key, tensor in tensors.items():
-        assert found[key].dtype == tensor.dtype
-        assert torch.equal(found[key], tensor), key
+        assert actual[key].dtype == tensor.dtype
+        assert torch.equal(actual[key], tensor), key
     stored = load_file(tmp_path / "compact.safetensors")
     assert (":signs" in stored) == (kind == "compeft")
     assert not {"x.supertuning_indices", "z.supertuning_indices", *keys} & stored.keys()

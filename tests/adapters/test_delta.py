@@ -58,7 +58,7 @@ def folder(tmp_path: Path) -> Path:
 )
 def test_all_linear_layers_are_those_of_stock_peft(model):
     new = ("score",) if hasattr(model, "score") else ()
-    found = names(model, "all-linear", (), new)
+    actual = names(model, "all-linear", (), new)
     task = "SEQ_CLS" if new else "CAUSAL_LM"
     config = peft.LoraConfig(
         target_modules="all-linear",
@@ -71,12 +71,12 @@ def test_all_linear_layers_are_those_of_stock_peft(model):
         for n, module in wrapped.get_base_model().named_modules()
         if isinstance(module, peft.tuners.lora.LoraLayer)
     ]
-    assert found == theirs
-    assert len(found) in (8, 14)
+    assert actual == theirs
+    assert len(actual) in (8, 14)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "exclude", "count"),
+    ("expected", "exclude", "count"),
     [
         (["q_proj", "v_proj"], [], 4),
         (["layers.1.mlp.up_proj"], [], 1),
@@ -87,21 +87,21 @@ def test_all_linear_layers_are_those_of_stock_peft(model):
         (r"model\.layers\.1\..*", [], 7),
     ],
 )
-def test_names_ends_patterns_and_exceptions(wanted, exclude, count):
+def test_names_ends_patterns_and_exceptions(expected, exclude, count):
     model = toys.llama()
-    found = names(model, wanted, exclude)
-    assert len(found) == len(set(found)) == count
-    for name in found:
+    actual = names(model, expected, exclude)
+    assert len(actual) == len(set(actual)) == count
+    for name in actual:
         assert not any(name.endswith("." + entry) for entry in exclude)
         assert (
-            wanted == "all-linear"
-            or isinstance(wanted, str)
-            or any(f".{name}".endswith("." + entry) for entry in wanted)
+            expected == "all-linear"
+            or isinstance(expected, str)
+            or any(f".{name}".endswith("." + entry) for entry in expected)
         )
 
 
 @pytest.mark.parametrize(
-    ("wanted", "exclude", "message"),
+    ("expected", "exclude", "message"),
     [
         # ends of names, not of words
         (["q_proj", "proj"], [], r"target_modules has 'proj', which matches no linear layer"),
@@ -117,9 +117,9 @@ def test_names_ends_patterns_and_exceptions(wanted, exclude, count):
         ),
     ],
 )
-def test_what_matches_nothing_is_named_with_the_choices(wanted, exclude, message):
+def test_what_matches_nothing_is_named_with_the_choices(expected, exclude, message):
     with pytest.raises(AdapterError, match=message) as error:
-        targets(toys.llama(), wanted, exclude)
+        targets(toys.llama(), expected, exclude)
     if "regular" not in message:
         assert "k_proj (2x)" in str(error.value)
         assert "lm_head (1x)" in str(error.value)
@@ -193,11 +193,13 @@ def test_an_nf4_weight_is_its_table_times_its_scales(folder):
             values.append(
                 float(state.code[code]) * float(state.absmax[len(values) // state.blocksize])
             )
-    found = float_weight(linear)
-    assert found.shape == features(linear)[::-1] == (32, 64)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, torch.tensor(values).reshape(32, 64))
-    assert not torch.equal(found, toys.llama(torch.float32).model.layers[0].self_attn.k_proj.weight)
+    actual = float_weight(linear)
+    assert actual.shape == features(linear)[::-1] == (32, 64)
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, torch.tensor(values).reshape(32, 64))
+    assert not torch.equal(
+        actual, toys.llama(torch.float32).model.layers[0].self_attn.k_proj.weight
+    )
 
 
 def test_a_doubly_quantised_weight_is_bitsandbytes_own(folder):
@@ -217,10 +219,10 @@ def test_an_int8_weight_is_its_integers_times_their_rows_scales(folder):
             linear.weight.data,
             linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB,
         )
-        wanted = torch.stack(
+        expected = torch.stack(
             [row.double() * float(scale) / 127 for row, scale in zip(integers, scales, strict=True)]
         )
-        torch.testing.assert_close(float_weight(linear).double(), wanted, rtol=1e-6, atol=0)
+        torch.testing.assert_close(float_weight(linear).double(), expected, rtol=1e-6, atol=0)
     plain = toys.llama(torch.float32).model.layers[0].self_attn.k_proj.weight
     assert 0 < (float_weight(linear) - plain).abs().max() <= plain.abs().max() / 127
 
@@ -240,10 +242,10 @@ def test_dense_weights_go_out_and_in(dtype, transposed):
     assert dense.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     x = torch.randn(2, i, dtype=dtype)
     bias = linear.bias if transposed else torch.zeros(o, dtype=dtype)
-    wanted = x.double() @ dense.double().T + bias.double()
-    assert (linear(x).double() - wanted).abs().max() < 2 * torch.finfo(
+    expected = x.double() @ dense.double().T + bias.double()
+    assert (linear(x).double() - expected).abs().max() < 2 * torch.finfo(
         dtype
-    ).eps * 64 * wanted.abs().max()
+    ).eps * 64 * expected.abs().max()
     set_float_weight(linear, dense)
     assert torch.equal(linear.weight, held)
     set_float_weight(linear, 2 * dense)
@@ -257,11 +259,11 @@ def test_a_merge_rounds_once():
     delta = LoRA(linear, 4, 0.5, 0.0, torch.float32)
     nn.init.normal_(delta.B, std=0.01)
     before = linear.weight.clone()
-    wanted = (before.double() + 0.5 * delta.B.detach().double() @ delta.A.detach().double()).to(
+    expected = (before.double() + 0.5 * delta.B.detach().double() @ delta.A.detach().double()).to(
         torch.bfloat16
     )
     merge_linear(AdaptedLinear(linear, delta))
-    different = linear.weight != wanted
+    different = linear.weight != expected
     assert different.float().mean() < 0.001  # fp32 may fall on the other side of a tie
     assert (linear.weight != before).float().mean() > 0.5
 
@@ -282,7 +284,7 @@ def test_a_failure_while_switched_off_switches_it_on_again():
     adapter = toys.lora(dtype="float64")
     model = adapter.attach(toys.llama(), Start())
     toys.train(adapter, model)
-    wanted = toys.logits(model)
+    expected = toys.logits(model)
 
     def fails() -> None:
         with switched_off(model):
@@ -291,8 +293,8 @@ def test_a_failure_while_switched_off_switches_it_on_again():
 
     with pytest.raises(ZeroDivisionError):
         fails()
-    assert torch.equal(toys.logits(model), wanted)
-    assert not torch.equal(wanted, toys.logits(toys.llama()))
+    assert torch.equal(toys.logits(model), expected)
+    assert not torch.equal(expected, toys.logits(toys.llama()))
 
 
 def test_models_still_find_weight_and_bias():
@@ -337,9 +339,9 @@ def test_a_new_head_is_saved_for_stock_peft(tmp_path):
     other = classifier(torch.float32)
     nn.init.normal_(other.score.weight)  # each start draws its own
     stock: Any = peft.PeftModel.from_pretrained(other, tmp_path).eval()
-    wanted = model(input_ids=toys.IDS).logits
-    torch.testing.assert_close(stock(input_ids=toys.IDS).logits, wanted, rtol=0, atol=1e-4)
-    assert (wanted - classifier(torch.float32)(input_ids=toys.IDS).logits).abs().max() > 0.1
+    expected = model(input_ids=toys.IDS).logits
+    torch.testing.assert_close(stock(input_ids=toys.IDS).logits, expected, rtol=0, atol=1e-4)
+    assert (expected - classifier(torch.float32)(input_ids=toys.IDS).logits).abs().max() > 0.1
 
 
 def test_a_new_head_on_a_quantised_base_is_not_quantised(folder):
@@ -374,12 +376,12 @@ def test_full_trains_every_weight_and_holds_a_tied_one_once():
         not torch.equal(before[name], tensor)
         for name, tensor in adapter.state(model)["tensors"].items()
     )
-    wanted = toys.logits(model)
+    expected = toys.logits(model)
     again = Full()
     other = again.attach(toys.llama(), Start())
     again.load_state(other, adapter.state(model))
-    assert torch.equal(toys.logits(other), wanted)
-    assert torch.equal(toys.logits(again.merge(other)), wanted)
+    assert torch.equal(toys.logits(other), expected)
+    assert torch.equal(toys.logits(again.merge(other)), expected)
 
 
 def test_nothing_trains_nothing():

@@ -116,7 +116,7 @@ def case(request: pytest.FixtureRequest, folder: Path) -> Case:
     name = request.param
     base = base_of(name, folder)
     before = tensors(base)
-    kept = {id(tensor): tensor.detach().clone() for tensor in before.values()}
+    folder_kept = {id(tensor): tensor.detach().clone() for tensor in before.values()}
     base_logits = toys.logits(base)
     torch.manual_seed(1)
     adapter = make(name)
@@ -125,7 +125,9 @@ def case(request: pytest.FixtureRequest, folder: Path) -> Case:
     attached = {key: tensor.detach().clone() for key, tensor in tensors(model).items()}
     if name not in NOTHING_TRAINED:
         toys.train(adapter, model, range(STEPS))
-    return Case(name, adapter, model, base_logits, start_logits, toys.logits(model), kept, attached)
+    return Case(
+        name, adapter, model, base_logits, start_logits, toys.logits(model), folder_kept, attached
+    )
 
 
 def tolerance(case: Case) -> float:

@@ -95,14 +95,14 @@ def test_one_layer_is_its_formula(bias, rank):
     (y * upstream).sum().backward()
     w, a, b = adapted.base.weight, adapted.delta.A.detach(), adapted.delta.B.detach()
     rows, gradients = x.detach().reshape(12, 7), upstream.reshape(12, 5)
-    wanted = torch.zeros(12, 5, dtype=torch.float64)
+    expected = torch.zeros(12, 5, dtype=torch.float64)
     wanted_a, wanted_b, wanted_x = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(rows)
     for t in range(12):
-        wanted[t] = w @ rows[t] + 0.7 * (b @ (a @ rows[t])) + (adapted.base.bias if bias else 0)
+        expected[t] = w @ rows[t] + 0.7 * (b @ (a @ rows[t])) + (adapted.base.bias if bias else 0)
         wanted_b += 0.7 * torch.outer(gradients[t], a @ rows[t])
         wanted_a += 0.7 * torch.outer(b.T @ gradients[t], rows[t])
         wanted_x[t] = w.T @ gradients[t] + 0.7 * (a.T @ (b.T @ gradients[t]))
-    torch.testing.assert_close(y.reshape(12, 5), wanted)
+    torch.testing.assert_close(y.reshape(12, 5), expected)
     torch.testing.assert_close(adapted.delta.A.grad, wanted_a)
     torch.testing.assert_close(adapted.delta.B.grad, wanted_b)
     torch.testing.assert_close(x.grad.reshape(12, 7), wanted_x)
@@ -168,14 +168,14 @@ def test_a_half_precision_base_keeps_a_and_b_in_fp32():
     y.backward(upstream)
     exact = copy.deepcopy(adapted).double()
     exact.zero_grad()
-    wanted = exact(x.double())
-    wanted.backward(upstream.double())
+    expected = exact(x.double())
+    expected.backward(upstream.double())
     assert y.dtype == torch.bfloat16
     assert adapted.delta.A.grad.dtype == adapted.delta.B.grad.dtype == torch.float32
     # bf16 keeps 8 bits, and a result passes through at most four such roundings: of A or B, of x
     # Aᵀ, of the sum, of the result.
     for got, right in (
-        (y, wanted),
+        (y, expected),
         (adapted.delta.A.grad, exact.delta.A.grad),
         (adapted.delta.B.grad, exact.delta.B.grad),
     ):
@@ -190,11 +190,11 @@ def test_under_autocast_the_products_are_bf16_and_gradients_fp32():
         y = adapted(x)
     y.float().square().sum().backward()
     exact = copy.deepcopy(adapted).double()
-    wanted = exact(x.double())
+    expected = exact(x.double())
     assert y.dtype == torch.bfloat16
     assert adapted.delta.A.grad.dtype == adapted.delta.B.grad.dtype == torch.float32
-    assert (y.double() - wanted).abs().max() < 4 * 2**-8 * wanted.abs().max()
-    assert (y.double() - wanted).abs().max() > 0
+    assert (y.double() - expected).abs().max() < 4 * 2**-8 * expected.abs().max()
+    assert (y.double() - expected).abs().max() > 0
 
 
 def test_dropout_falls_on_the_adapters_input_only():
@@ -204,8 +204,8 @@ def test_dropout_falls_on_the_adapters_input_only():
     torch.manual_seed(5)
     y = adapted.train()(x)
     torch.manual_seed(5)
-    kept = F.dropout(x, 0.5)
-    torch.testing.assert_close(y, frozen + 0.7 * kept @ adapted.delta.A.T @ adapted.delta.B.T)
+    stored = F.dropout(x, 0.5)
+    torch.testing.assert_close(y, frozen + 0.7 * stored @ adapted.delta.A.T @ adapted.delta.B.T)
     assert not torch.equal(adapted(x), y)
     torch.testing.assert_close(
         adapted.eval()(x), frozen + 0.7 * x @ adapted.delta.A.T @ adapted.delta.B.T
@@ -249,8 +249,8 @@ def test_quantised_bases_answer_as_their_dequantised_weights_and_the_update(
     w = float_weight(adapted.base).double()
     a, b = adapted.delta.A.detach().double(), adapted.delta.B.detach().double()
     dense = w + scaling(adapter.rank, adapter.alpha, adapter.rslora) * b @ a
-    wanted = x.detach().double() @ dense.T
-    assert (y - wanted).abs().max() < tolerance * wanted.abs().max()
+    expected = x.detach().double() @ dense.T
+    assert (y - expected).abs().max() < tolerance * expected.abs().max()
     wanted_x = upstream.double() @ dense
     assert (x.grad - wanted_x).abs().max() < tolerance * wanted_x.abs().max()
     rows, gradients = x.detach().double().reshape(12, 64), upstream.double().reshape(12, 128)
@@ -293,7 +293,7 @@ def test_lora_plus_rates_are_stock_pefts(ratio):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "saved"),
+    ("expected", "saved"),
     [
         (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
         (
@@ -305,8 +305,8 @@ def test_lora_plus_rates_are_stock_pefts(ratio):
     ],
 )
 @TIED
-def test_saved_names_mean_the_adapted_layers_and_no_others(tmp_path, wanted, saved):
-    adapter = make(target_modules=wanted)
+def test_saved_names_mean_the_adapted_layers_and_no_others(tmp_path, expected, saved):
+    adapter = make(target_modules=expected)
     model = attached(adapter, toys.llama())
     adapter.save(model, tmp_path, "base", "CAUSAL_LM")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -325,14 +325,14 @@ def test_saved_names_mean_the_adapted_layers_and_no_others(tmp_path, wanted, sav
 def test_on_a_tied_output_layer_a_merge_leaves_the_embedding_alone(tmp_path):
     adapter = make(target_modules=["lm_head", "q_proj"])
     model = attached(adapter, toys.llama())
-    wanted = toys.logits(model)
+    expected = toys.logits(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     merged: Any = adapter.merge(model)
-    torch.testing.assert_close(toys.logits(merged), wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(toys.logits(merged), expected, rtol=0, atol=1e-12)
     assert torch.equal(merged.model.embed_tokens.weight, toys.llama().model.embed_tokens.weight)
     merged.float().save_pretrained(tmp_path)
     loaded = type(merged).from_pretrained(tmp_path)
-    torch.testing.assert_close(toys.logits(loaded).double(), wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(toys.logits(loaded).double(), expected, rtol=0, atol=1e-4)
 
 
 def test_the_saved_files_are_the_same_each_time(tmp_path: Path):

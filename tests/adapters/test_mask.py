@@ -98,26 +98,27 @@ def test_the_top_is_that_of_a_plain_sort(dtype, o, i, k):
         if o * i < 256
         else torch.randn(o, i, generator=draw).to(dtype)
     )
-    found = mask.top(scores, k, "x")
-    assert found.dtype == torch.int32
-    assert found.shape == (k,)
+    actual = mask.top(scores, k, "x")
+    assert actual.dtype == torch.int32
+    assert actual.shape == (k,)
     plain = scores.flatten().tolist()
     order = sorted(range(o * i), key=lambda entry: -plain[entry])
-    assert found.tolist() == sorted(set(found.tolist()))
+    assert actual.tolist() == sorted(set(actual.tolist()))
     # Scores that are equal may be told apart either way; bf16 has some.
-    assert sorted(plain[e] for e in found.tolist()) == sorted(plain[e] for e in order[:k])
+    assert sorted(plain[e] for e in actual.tolist()) == sorted(plain[e] for e in order[:k])
     if len(set(plain)) == o * i:
-        assert found.tolist() == sorted(order[:k])
+        assert actual.tolist() == sorted(order[:k])
     assert (
-        torch.equal(mask.top(scores.t().contiguous().t(), k, "x"), found) or len(set(plain)) < o * i
+        torch.equal(mask.top(scores.t().contiguous().t(), k, "x"), actual)
+        or len(set(plain)) < o * i
     )
 
 
 def test_equal_scores_give_k_entries():
     for k in (1, 10, 24):
-        found = mask.top(torch.zeros(4, 6), k, "x").tolist()
-        assert len(set(found)) == k
-        assert all(0 <= entry < 24 for entry in found)
+        actual = mask.top(torch.zeros(4, 6), k, "x").tolist()
+        assert len(set(actual)) == k
+        assert all(0 <= entry < 24 for entry in actual)
     scores = torch.tensor([[1.0, -torch.inf], [torch.inf, 0.0]])
     assert mask.top(scores, 2, "x").tolist() == [0, 2]
 
@@ -140,20 +141,20 @@ def test_scores_that_choose_nothing():
     [(6, 7, 1), (6, 7, 10), (6, 7, 11), (6, 7, 41), (6, 7, 42), (1, 1, 1), (300, 200, 600)],
 )
 def test_random_entries_are_sorted_and_of_their_seed(o, i, k):
-    found = [mask.random(o, i, k, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
-    for support in found:
+    actual = [mask.random(o, i, k, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    for support in actual:
         assert support.dtype == torch.int32
         assert len(support) == k
         assert support.tolist() == sorted(set(support.tolist()))
         assert 0 <= support.min() <= support.max() < o * i
-    assert torch.equal(found[0], found[1])
+    assert torch.equal(actual[0], actual[1])
     if 1 < k < o * i:
-        assert not torch.equal(found[0], found[2])
+        assert not torch.equal(actual[0], actual[2])
     draw = torch.Generator().manual_seed(1)
-    assert torch.equal(mask.random(o, i, k, draw), found[0])
+    assert torch.equal(mask.random(o, i, k, draw), actual[0])
     if 1 < k < o * i:
         # a generator goes on from layer to layer
-        assert not torch.equal(mask.random(o, i, k, draw), found[0])
+        assert not torch.equal(mask.random(o, i, k, draw), actual[0])
     before = torch.get_rng_state()
     mask.random(o, i, k, draw)
     assert torch.equal(torch.get_rng_state(), before)
@@ -180,9 +181,9 @@ def test_what_is_saved_is_loaded(tmp_path):
     file = tmp_path / "masks.safetensors"
     mask.save(file, SUPPORTS, SHAPES)
     for place in (file, tmp_path):
-        found = mask.load(place, WANTED)
-        assert found.keys() == SUPPORTS.keys()
-        for name, indices in found.items():
+        actual = mask.load(place, WANTED)
+        assert actual.keys() == SUPPORTS.keys()
+        for name, indices in actual.items():
             assert indices.dtype == torch.int32
             assert torch.equal(indices, SUPPORTS[name])
     assert [path.name for path in tmp_path.iterdir()] == ["masks.safetensors"]
@@ -321,12 +322,12 @@ def test_statistics_are_those_of_plain_loops(o, i, k):
     sizes = {r * i + c: abs(weight[r, c].item()) for r in range(o) for c in range(i)}
     largest = sorted(sizes, key=lambda entry: -sizes[entry])[:k]
     among = sum(entry in largest for entry in support.tolist()) / k
-    found = mask.statistics(support, weight)
-    assert found == pytest.approx(
+    actual = mask.statistics(support, weight)
+    assert actual == pytest.approx(
         {"rows": len(rows) / o, "columns": len(columns) / i, "among_largest": among}, abs=1e-6
     )
     assert mask.statistics(mask.top(weight.abs(), k, "x"), weight)["among_largest"] == 1
-    assert mask.statistics(support, -weight) == found
+    assert mask.statistics(support, -weight) == actual
     if k > 2:
         assert among > 0
 
@@ -344,14 +345,14 @@ def _agreement(rank: int, folder: Path) -> None:
         "name": {"layers.1.q_proj" if rank else "layers.0.q_proj": SUPPORTS["layers.0.q_proj"]},
         "equal again": {name: indices.clone() for name, indices in SUPPORTS.items()},
     }
-    said = {"processes": str(mask.processes())}
+    text = {"processes": str(mask.processes())}
     for case, supports in cases.items():
         try:
             mask.refuse_divergence(supports)
-            said[case] = ""
+            text[case] = ""
         except AdapterError as error:
-            said[case] = str(error)
-    (folder / f"{rank}.json").write_text(json.dumps(said))
+            text[case] = str(error)
+    (folder / f"{rank}.json").write_text(json.dumps(text))
 
 
 def test_processes_with_other_supports_are_stopped(tmp_path):

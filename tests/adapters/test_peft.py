@@ -186,13 +186,13 @@ def test_adaloras_penalty_is_what_pefts_own_forward_adds():
 def test_adalora_is_told_of_each_step_that_had_a_gradient(monkeypatch):
     adapter = adalora()
     model = attach(adapter, toys.llama())
-    told = []
-    monkeypatch.setattr(model.base_model, "update_and_allocate", told.append)
+    reported = []
+    monkeypatch.setattr(model.base_model, "update_and_allocate", reported.append)
     toys.train(adapter, model, range(3))
     for parameter in model.parameters():
         parameter.grad = None
     adapter.after_step(model, 4)  # one that was skipped
-    assert told == [1, 2, 3]
+    assert reported == [1, 2, 3]
 
 
 def test_adaloras_ranks_fall_to_their_target():
@@ -241,13 +241,13 @@ def test_adalora_goes_on_as_if_it_had_not_been_stopped(stopped):
     optimizer_2.load_state_dict(copy.deepcopy(optimizer_1.state_dict()))
     toys.train(second, model_2, range(stopped, 8), optimizer_2)
 
-    wanted, found = through.state(model), second.state(model_2)
+    expected, actual = through.state(model), second.state(model_2)
     assert all(
-        torch.equal(found["tensors"][name], tensor) for name, tensor in wanted["tensors"].items()
+        torch.equal(actual["tensors"][name], tensor) for name, tensor in expected["tensors"].items()
     )
     assert (
-        found["extra"]["config"]["rank_pattern"]
-        == wanted["extra"]["config"]["rank_pattern"]
+        actual["extra"]["config"]["rank_pattern"]
+        == expected["extra"]["config"]["rank_pattern"]
         is not None
     )
     assert torch.equal(toys.logits(model_2), toys.logits(model))
@@ -260,7 +260,7 @@ def test_adalora_goes_on_as_if_it_had_not_been_stopped(stopped):
 @pytest.mark.parametrize("base", [toys.llama, toys.gpt2])
 @pytest.mark.parametrize("init", CHANGES_BASE)
 def test_what_is_taken_out_of_the_base_comes_back(init, base, tmp_path):
-    def made() -> Peft:
+    def built() -> Peft:
         return Peft(
             "LORA",
             4,
@@ -271,7 +271,7 @@ def test_what_is_taken_out_of_the_base_comes_back(init, base, tmp_path):
             **CHANGES_BASE[init],
         )
 
-    adapter, plain = made(), base(torch.float32)
+    adapter, plain = built(), base(torch.float32)
     weights = {name: p.detach().clone() for name, p in plain.named_parameters()}
     alone = toys.logits(plain)
     if init == "olora" and base is toys.gpt2:
@@ -298,7 +298,7 @@ def test_what_is_taken_out_of_the_base_comes_back(init, base, tmp_path):
     assert torch.equal(toys.logits(model), trained)
 
     # Twice: what a state is made from, when it is itself from a state.
-    once, twice = made(), made()
+    once, twice = built(), built()
     first = attach(once, base(torch.float32), adapter.state(model))
     second = attach(twice, base(torch.float32), once.state(first))
     assert torch.equal(toys.logits(second), trained)
@@ -348,13 +348,13 @@ def test_the_saved_difference_is_the_same_update_at_twice_the_rank(settings, tmp
         )
         scale = alpha / len(a) ** (0.5 if settings.get("use_rslora") else 1)
         whole = float_weight(toys.llama(torch.float32).get_submodule(name)).double()
-        wanted = float_weight(module.get_base_layer()).double() + scale * b @ a - whole
+        expected = float_weight(module.get_base_layer()).double() + scale * b @ a - whole
         prefix = f"base_model.model.{name}"
         doubled_a, doubled_b = saved[f"{prefix}.lora_A.weight"], saved[f"{prefix}.lora_B.weight"]
         assert doubled_a.shape[0] == 2 * len(a)
         loaded = stock.get_submodule(prefix).scaling[NAME] * doubled_b @ doubled_a
-        assert wanted.abs().max() > 1e-3
-        torch.testing.assert_close(loaded, wanted, rtol=0, atol=1e-6)
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-6)
 
 
 def test_pissa_starts_from_the_weights_largest_components():
@@ -469,9 +469,9 @@ def test_on_a_tied_output_layer_a_merge_leaves_the_embedding_alone():
     adapter = make("LORA", target_modules=["lm_head", "q_proj"])
     model = attach(adapter, toys.llama())
     toys.train(adapter, model)
-    wanted = toys.logits(model)
+    expected = toys.logits(model)
     merged: Any = adapter.merge(model)
-    torch.testing.assert_close(toys.logits(merged), wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(toys.logits(merged), expected, rtol=0, atol=1e-12)
     assert torch.equal(merged.model.embed_tokens.weight, toys.llama().model.embed_tokens.weight)
     assert not torch.allclose(merged.lm_head.weight, merged.model.embed_tokens.weight, atol=1e-3)
     assert merged.config.tie_word_embeddings is False
@@ -622,8 +622,8 @@ def test_each_fault_is_named(adapter, state, message):
         "classification": False,
         "checkpointing": False,
     } | state
-    (found,) = peft_fields.problems(adapter, **settings)
-    assert re.search(message, found), found
+    (actual,) = peft_fields.problems(adapter, **settings)
+    assert re.search(message, actual), actual
 
 
 @pytest.mark.parametrize(
@@ -664,19 +664,19 @@ def test_right_fields_have_no_fault(adapter):
 
 
 def test_the_fields_read_from_source_are_pefts_own():
-    found = peft_fields.classes()
-    for name, entry in found.items():
+    actual = peft_fields.classes()
+    for name, entry in actual.items():
         cls = getattr(peft, name, None) or getattr(peft.tuners.lora.config, name, None)
         if dataclasses.is_dataclass(cls):
             assert set(entry.fields) == {field.name for field in dataclasses.fields(cls)}, name
-    assert {name for name, entry in found.items() if entry.peft_type} == {
+    assert {name for name, entry in actual.items() if entry.peft_type} == {
         cls.__name__ for cls in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.values()
     }
     for kind, cls in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items():
         assert (
             peft_fields.config_class(kind.value)
             is peft_fields.config_class(cls.__name__)
-            is found[cls.__name__]
+            is actual[cls.__name__]
         )
     assert {kind.value for kind in peft.PeftType} == set(peft_fields.usable()) | set(
         peft_fields.UNUSABLE

@@ -73,7 +73,7 @@ def parts(adapted: Any) -> dict[str, nn.Parameter]:
 
 
 def reference(
-    adapted: Any, x: Tensor, upstream: Tensor, kept: Tensor | None = None
+    adapted: Any, x: Tensor, upstream: Tensor, stored: Tensor | None = None
 ) -> dict[str, Tensor]:
     """y and all gradients in float64 by autograd: W + S M with a dense S and a mask M, and the
     low-rank branch beside it."""
@@ -81,23 +81,23 @@ def reference(
     copied = copy.deepcopy(adapted)
     copied.delta.take_out(copied.base)
     w = float_weight(copied.base).double()
-    found = {name: p.detach().double().requires_grad_() for name, p in parts(adapted).items()}
+    actual = {name: p.detach().double().requires_grad_() for name, p in parts(adapted).items()}
     x = x.detach().double().requires_grad_()
     s, m = torch.zeros_like(w), torch.zeros_like(w)
     if delta.has_support:
-        for value, entry in zip(found["values"].tolist(), delta.indices.tolist(), strict=True):
+        for value, entry in zip(actual["values"].tolist(), delta.indices.tolist(), strict=True):
             s[entry // delta.i, entry % delta.i] = value
             m[entry // delta.i, entry % delta.i] = 1
     s.requires_grad_()
     y = x @ (w + s * m).T
     if adapted.bias is not None:
         y = y + adapted.bias.double()
-    if "A" in found:
-        dropped = x if kept is None else x * kept.double().view(x.shape) / (1 - delta.dropout)
-        y = y + SCALE * (dropped @ found["A"].T) @ found["B"].T
+    if "A" in actual:
+        dropped = x if stored is None else x * stored.double().view(x.shape) / (1 - delta.dropout)
+        y = y + SCALE * (dropped @ actual["A"].T) @ actual["B"].T
     y.backward(upstream.double())
     right = {"y": y.detach(), "x": x.grad} | {
-        name: p.grad for name, p in found.items() if name != "values"
+        name: p.grad for name, p in actual.items() if name != "values"
     }
     if delta.has_support:
         right["values"] = torch.stack(
@@ -124,16 +124,16 @@ def inputs(adapted: Any, *shape: int, dtype: torch.dtype = torch.float64) -> tup
     ).to(dtype)
 
 
-def same(found: dict[str, Tensor], right: dict[str, Tensor], rounding: float = 1e-12) -> None:
+def same(actual: dict[str, Tensor], right: dict[str, Tensor], rounding: float = 1e-12) -> None:
     """Each result is right up to so many of its own largest number, and none is zero."""
-    assert found.keys() == right.keys()
-    for name, wanted in right.items():
-        assert found[name].shape == wanted.shape
-        if wanted.numel():
-            assert wanted.abs().max() > 0, name
+    assert actual.keys() == right.keys()
+    for name, expected in right.items():
+        assert actual[name].shape == expected.shape
+        if expected.numel():
+            assert expected.abs().max() > 0, name
             assert (
-                found[name].double() - wanted.double()
-            ).abs().max() <= rounding * wanted.abs().max(), name
+                actual[name].double() - expected.double()
+            ).abs().max() <= rounding * expected.abs().max(), name
 
 
 # the layer
@@ -155,13 +155,13 @@ def test_its_gradient_is_that_of_its_value(path, way, kind, dropout):
     names = [name for name in parts(adapted) if name != "values" or adapted.delta.has_support]
     x = torch.randn(2, 2, 4, dtype=torch.float64, requires_grad=True)
 
-    def of(x, *given):
+    def of(x, *arguments):
         torch.manual_seed(5)  # the same dropout each time
         # gradcheck goes back through the first output after computing others
         apart = copy.deepcopy(adapted)
         apart.delta.folded_version = None
         return torch.func.functional_call(
-            apart, {f"delta.{n}": p for n, p in zip(names, given, strict=True)}, (x,)
+            apart, {f"delta.{n}": p for n, p in zip(names, arguments, strict=True)}, (x,)
         )
 
     assert torch.autograd.gradcheck(of, (x, *(parts(adapted)[name] for name in names)))
@@ -196,9 +196,9 @@ def test_it_is_a_dense_delta_times_a_mask(path, way, kind, sizes):
     if x.numel():
         same(results(adapted, x, upstream), right)
     else:
-        found = results(adapted, x, upstream)
-        assert found["y"].shape == right["y"].shape
-        assert all((found[name] == 0).all() for name in right)
+        actual = results(adapted, x, upstream)
+        assert actual["y"].shape == right["y"].shape
+        assert all((actual[name] == 0).all() for name in right)
 
 
 @pytest.mark.parametrize("path", ["both", "before", "low"])
@@ -207,12 +207,12 @@ def test_dropout_falls_on_the_low_rank_part_only(path, conv):
     adapted = layer(path, conv=conv, dropout=0.4)
     x, upstream = inputs(adapted, 9, 4)
     torch.manual_seed(5)
-    kept = torch.empty(36, 7, dtype=torch.bool).bernoulli_(0.6)
-    assert 0.5 < kept.float().mean() < 0.7
+    stored = torch.empty(36, 7, dtype=torch.bool).bernoulli_(0.6)
+    assert 0.5 < stored.float().mean() < 0.7
     torch.manual_seed(5)
-    found = results(adapted.train(), x, upstream)
-    same(found, reference(adapted, x, upstream, kept))
-    assert not torch.equal(results(adapted, x, upstream)["y"], found["y"])
+    actual = results(adapted.train(), x, upstream)
+    same(actual, reference(adapted, x, upstream, stored))
+    assert not torch.equal(results(adapted, x, upstream)["y"], actual["y"])
     same(results(adapted.eval(), x, upstream), reference(adapted, x, upstream))
 
 
@@ -278,9 +278,9 @@ def test_another_gradient_of_the_gradient_is_refused():
 def test_half_precision(path, way, dtype):
     adapted = layer(path, 48, 64, 150, dtype=dtype, way=way)
     x, upstream = inputs(adapted, 3, 10, dtype=dtype)
-    found = results(adapted, x, upstream)
-    assert found.pop("y").dtype == found.pop("x").dtype == dtype
-    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    actual = results(adapted, x, upstream)
+    assert actual.pop("y").dtype == actual.pop("x").dtype == dtype
+    assert {gradient.dtype for gradient in actual.values()} == {torch.float32}
     # A result passes through at most four roundings to the dtype: of W + S, A or B, of x Aᵀ, of the
     # sum, of the result.
     same(results(adapted, x, upstream), reference(adapted, x, upstream), 4 * torch.finfo(dtype).eps)
@@ -292,9 +292,9 @@ def test_bf16_values_collect_their_gradient_in_bf16():
     delta.set_support(torch.arange(50) * 61, linear)
     adapted = AdaptedLinear(linear, delta)
     x, upstream = inputs(adapted, 10, dtype=torch.bfloat16)
-    found = results(adapted, x, upstream)
-    assert found["values"].dtype == torch.bfloat16
-    same(found, reference(adapted, x, upstream), 4 * 2**-8)
+    actual = results(adapted, x, upstream)
+    assert actual["values"].dtype == torch.bfloat16
+    same(actual, reference(adapted, x, upstream), 4 * 2**-8)
 
 
 @pytest.mark.parametrize(
@@ -308,17 +308,17 @@ def test_bf16_values_collect_their_gradient_in_bf16():
 def test_under_autocast_the_products_are_bf16_and_gradients_fp32(path, way, conv):
     adapted = layer(path, 48, 64, 150, dtype=torch.float32, way=way, conv=conv)
     x, upstream = inputs(adapted, 3, 10, dtype=torch.float32)
-    given = x.clone().requires_grad_()
+    arguments = x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        y = adapted(given)
+        y = adapted(arguments)
         plain = nn.functional.linear(x, float_weight(adapted.base), adapted.bias)
     y.backward(upstream.to(y.dtype))
-    found = {"y": y.detach(), "x": given.grad} | {
+    actual = {"y": y.detach(), "x": arguments.grad} | {
         n: p.grad for n, p in parts(adapted).items() if p.grad is not None
     }
     assert y.dtype == plain.dtype == torch.bfloat16
-    assert {gradient.dtype for name, gradient in found.items() if name != "y"} == {torch.float32}
-    same(found, reference(adapted, x, upstream), 4 * 2**-8)
+    assert {gradient.dtype for name, gradient in actual.items() if name != "y"} == {torch.float32}
+    same(actual, reference(adapted, x, upstream), 4 * 2**-8)
     if path == "sparse":
         assert torch.equal(y, plain)  # what is held is multiplied as torch multiplies any weight
 
@@ -358,31 +358,31 @@ def test_recomputed_in_the_backward_pass_it_is_the_same(dropout):
     adapted = layer(dropout=dropout).train()
     x, upstream = inputs(adapted, 6)
     torch.manual_seed(5)
-    wanted = results(adapted, x, upstream)
+    expected = results(adapted, x, upstream)
     adapted.zero_grad()
     x.requires_grad_()
     torch.manual_seed(5)
     y = checkpoint(adapted, x, use_reentrant=False)
     before = adapted.base.weight._version
     y.backward(upstream)
-    found = {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in parts(adapted).items()}
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    actual = {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in parts(adapted).items()}
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert adapted.base.weight._version == before
 
 
 def test_micro_batches_add_up():
     adapted = layer()
     x, upstream = inputs(adapted, 6, 3)
-    wanted = results(adapted, x, upstream)
+    expected = results(adapted, x, upstream)
     adapted.zero_grad()
     for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
         adapted(x[rows]).backward(upstream[rows])
-    same({n: p.grad for n, p in parts(adapted).items()}, {n: wanted[n] for n in parts(adapted)})
+    same({n: p.grad for n, p in parts(adapted).items()}, {n: expected[n] for n in parts(adapted)})
     adapted.zero_grad()
     first, second = adapted(x[:2]), adapted(x[2:])  # both forward passes first
     second.backward(upstream[2:])
     first.backward(upstream[:2])
-    same({n: p.grad for n, p in parts(adapted).items()}, {n: wanted[n] for n in parts(adapted)})
+    same({n: p.grad for n, p in parts(adapted).items()}, {n: expected[n] for n in parts(adapted)})
 
 
 def test_a_step_between_forward_and_backward_is_noticed():
@@ -428,16 +428,16 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
     for mask_of in ("random", "gradient"):
         _, model = attached(toys.llama(), mask=mask_of)
         toys.loss(model).backward()
-        wanted = gradients(model)
-        assert len(wanted) == 14 * (3 if mask_of == "random" else 2)
+        expected = gradients(model)
+        assert len(expected) == 14 * (3 if mask_of == "random" else 2)
         for rank in (0, 1):
-            found = torch.load(tmp_path / f"{mask_of}{rank}.pt")
+            actual = torch.load(tmp_path / f"{mask_of}{rank}.pt")
             if mask_of == "gradient":  # no support yet: what DDP makes up for values is not a move
                 assert not any(
-                    gradient.any() for name, gradient in found.items() if name not in wanted
+                    gradient.any() for name, gradient in actual.items() if name not in expected
                 )
-            for name, gradient in wanted.items():
-                torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12)
+            for name, gradient in expected.items():
+                torch.testing.assert_close(actual[name], gradient, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("way", ["sampled", "gathered", "auto"])
@@ -445,9 +445,9 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
 def test_in_a_model_it_is_a_dense_delta_times_a_mask(way, transposed):
     plain = (toys.gpt2 if transposed else toys.llama)()
     adapter, model = attached(copy.deepcopy(plain), gradient=way)
-    found = list(sparse.layers(model))
-    assert all(layer.delta.way in ("sampled", "gathered") for _, layer in found)
-    for name, adapted in found:
+    actual = list(sparse.layers(model))
+    assert all(layer.delta.way in ("sampled", "gathered") for _, layer in actual)
+    for name, adapted in actual:
         delta: Any = adapted.delta
         dense = torch.zeros(delta.o, delta.i, dtype=torch.float64)
         dense.view(-1)[delta.indices.long()] = delta.values.detach()
@@ -457,7 +457,7 @@ def test_in_a_model_it_is_a_dense_delta_times_a_mask(way, transposed):
     torch.testing.assert_close(toys.logits(model), toys.logits(plain), rtol=0, atol=1e-11)
     toys.loss(model).backward()
     toys.loss(plain).backward()
-    for name, adapted in found:
+    for name, adapted in actual:
         delta = adapted.delta
         gradient = plain.get_submodule(name).weight.grad
         gradient = gradient.T if transposed else gradient
@@ -481,16 +481,16 @@ def test_in_a_model_it_is_a_dense_delta_times_a_mask(way, transposed):
 def kept_for_backward(run: Any, parameters: list[Tensor]) -> dict[int, Tensor]:
     """Tensors that a forward pass keeps, but for parameters, one for each memory."""
     own = {p.untyped_storage().data_ptr() for p in parameters}
-    found: dict[int, Tensor] = {}
+    actual: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in own:
-            found[tensor.untyped_storage().data_ptr()] = tensor
+            actual[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
-    return found
+    return actual
 
 
 @pytest.mark.parametrize("case", ["float32", "bfloat16", "autocast", "nf4", "int8"])
@@ -514,14 +514,14 @@ def test_it_keeps_no_more_than_lora_and_its_input_once(tmp_path, case, dropout):
             outputs.append(adapted(x))
 
     own = [*base.parameters(), *delta.parameters()]
-    kept = kept_for_backward(lambda: run(rosa), own)
+    stored = kept_for_backward(lambda: run(rosa), own)
     number = 2 if case in ("autocast", "bfloat16") else 4
-    shapes = sorted(tuple(tensor.shape) for tensor in kept.values())
+    shapes = sorted(tuple(tensor.shape) for tensor in stored.values())
     assert shapes == sorted([(t, i), (t, r)] + [(t, i)] * (dropout > 0))
-    bytes_kept = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    bytes_kept = sum(tensor.untyped_storage().nbytes() for tensor in stored.values())
     assert bytes_kept == number * (t * i + t * r) + t * i * (dropout > 0)
     if case != "autocast":
-        assert x.untyped_storage().data_ptr() in kept
+        assert x.untyped_storage().data_ptr() in stored
     delta.take_out(base)
     lora = AdaptedLinear(base, LoRA(base, r, SCALE, dropout, torch.float32)).train()
     theirs = kept_for_backward(lambda: run(lora), [*base.parameters(), *lora.delta.parameters()])
@@ -534,8 +534,8 @@ def test_layers_of_one_input_keep_it_once():
     first, second = (layer("sparse", 48, 64, 150, dtype=torch.float32) for _ in range(2))
     own = [*first.parameters(), *second.parameters()]
     outputs = []
-    kept = kept_for_backward(lambda: outputs.extend([first(x), second(x)]), own)
-    assert list(kept) == [x.untyped_storage().data_ptr()]
+    stored = kept_for_backward(lambda: outputs.extend([first(x), second(x)]), own)
+    assert list(stored) == [x.untyped_storage().data_ptr()]
 
 
 # holding
@@ -625,15 +625,15 @@ def test_after_a_step_the_weight_is_up_to_date(optimizer):
 
 def test_after_a_step_of_an_optimiser_that_goes_behind_versions_too():
     adapter, model = attached(toys.llama())
-    wanted = {}
+    expected = {}
     for name, adapted in sparse.layers(model):
         version = adapted.delta.values._version
         adapted.delta.values.data.add_(0.5)  # as fused and foreign ones do
         assert adapted.delta.values._version == version
-        wanted[name] = held(adapted)
+        expected[name] = held(adapted)
     adapter.after_step(model, 2)
     assert all(
-        torch.equal(adapted.base.weight, wanted[name]) for name, adapted in sparse.layers(model)
+        torch.equal(adapted.base.weight, expected[name]) for name, adapted in sparse.layers(model)
     )
 
 
@@ -646,29 +646,29 @@ def test_another_parameter_in_the_values_place_is_noticed():
 
 def test_a_copy_is_whole_and_its_own():
     _, model = attached(toys.llama())
-    wanted = toys.logits(model)
+    expected = toys.logits(model)
     other = copy.deepcopy(model)
-    assert torch.equal(toys.logits(other), wanted)
+    assert torch.equal(toys.logits(other), expected)
     with torch.no_grad():
         for _, adapted in sparse.layers(other):
             adapted.delta.values.mul_(2)
     moved = toys.logits(other)
-    assert not torch.allclose(moved, wanted, atol=1e-2)
-    assert torch.equal(toys.logits(model), wanted)
+    assert not torch.allclose(moved, expected, atol=1e-2)
+    assert torch.equal(toys.logits(model), expected)
     for _, adapted in sparse.layers(other):
         assert torch.equal(adapted.base.weight, held(adapted))
         adapted.delta.take_out(adapted.base)
     plain = dict(toys.llama().named_parameters())
     for name, adapted in sparse.layers(other):
         assert torch.equal(adapted.base.weight, plain[f"{name}.weight"])
-    assert torch.equal(toys.logits(model), wanted)
+    assert torch.equal(toys.logits(model), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_switched_off_and_on(dtype):
     own = {} if dtype == torch.float64 else {"dtype": "float32", "sparse_dtype": "float32"}
     adapter, model = attached(toys.llama(dtype), **own)
-    wanted = toys.logits(model)
+    expected = toys.logits(model)
     for _ in range(2):
         with adapter.disabled(model):
             plain = dict(toys.llama(dtype).named_parameters())
@@ -677,11 +677,11 @@ def test_switched_off_and_on(dtype):
                 for name, x in sparse.layers(model)
             )
             assert torch.equal(toys.logits(model), toys.logits(toys.llama(dtype)))
-        assert torch.equal(toys.logits(model), wanted)
+        assert torch.equal(toys.logits(model), expected)
     with torch.inference_mode(), adapter.disabled(model):
         toys.logits(model)
     toys.train(adapter, model.train())  # what was made in inference mode does not get in the way
-    assert not torch.equal(toys.logits(model), wanted)
+    assert not torch.equal(toys.logits(model), expected)
     with adapter.disabled(model):
         assert torch.equal(toys.logits(model), toys.logits(toys.llama(dtype)))
 
@@ -712,7 +712,7 @@ def test_merged_it_gives_the_same_logits(dtype, schedule):
     adapter, model = attached(
         toys.llama(dtype), schedule=schedule, dtype="float32", sparse_dtype="float32"
     )
-    wanted = toys.logits(model)
+    expected = toys.logits(model)
     weights = {name: adapted.base.weight.clone() for name, adapted in sparse.layers(model)}
     merged: Any = adapter.merge(copy.deepcopy(model))
     assert not list(sparse.layers(merged))
@@ -722,7 +722,7 @@ def test_merged_it_gives_the_same_logits(dtype, schedule):
             torch.equal(merged.get_submodule(name).weight, weight)
             for name, weight in weights.items()
         )
-        assert torch.equal(toys.logits(merged), wanted)
+        assert torch.equal(toys.logits(merged), expected)
     else:
         # The merge rounds W + S + B A, where the adapter rounds W + S, A, B and products: as far
         # from what is right, elsewhere.
@@ -731,11 +731,11 @@ def test_merged_it_gives_the_same_logits(dtype, schedule):
             right = toys.exact(right.double())
         right = toys.logits(adapter.merge(right))
         off, merged_off = (
-            (found.double() - right).abs() for found in (wanted, toys.logits(merged))
+            (actual.double() - right).abs() for actual in (expected, toys.logits(merged))
         )
         assert merged_off.mean() < 1.5 * off.mean()
         assert 0 < off.mean() < 4 * torch.finfo(dtype).eps * right.abs().max()
-    assert (toys.logits(toys.llama(dtype)) - wanted).abs().mean() > 0.3
+    assert (toys.logits(toys.llama(dtype)) - expected).abs().mean() > 0.3
 
 
 def test_a_merge_rounds_once():
@@ -759,24 +759,24 @@ def test_a_merge_rounds_once():
 def test_on_a_tied_output_layer_the_embedding_stays(tmp_path):
     adapter, model = attached(toys.llama(), target_modules=["lm_head", "q_proj"])
     embedding = toys.llama().model.embed_tokens.weight
-    wanted = toys.logits(model)
+    expected = toys.logits(model)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     assert not torch.equal(model.lm_head.weight, embedding)
     assert torch.equal(model.model.embed_tokens.weight, embedding)
-    assert not torch.allclose(wanted, toys.logits(toys.llama()), atol=1e-2)
+    assert not torch.allclose(expected, toys.logits(toys.llama()), atol=1e-2)
     with adapter.disabled(model):
         assert torch.equal(toys.logits(model), toys.logits(toys.llama()))
         assert torch.equal(model.lm_head.weight, embedding)
     merged: Any = adapter.merge(model)
     assert torch.equal(merged.model.embed_tokens.weight, embedding)
-    torch.testing.assert_close(toys.logits(merged), wanted, rtol=0, atol=1e-11)
+    torch.testing.assert_close(toys.logits(merged), expected, rtol=0, atol=1e-11)
     merged.float().save_pretrained(tmp_path)
     loaded = type(merged).from_pretrained(tmp_path)
-    torch.testing.assert_close(toys.logits(loaded).double(), wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(toys.logits(loaded).double(), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("wanted", [["first", "second"], ["first"], ["second"]])
-def test_layers_that_share_a_weight(wanted):
+@pytest.mark.parametrize("expected", [["first", "second"], ["first"], ["second"]])
+def test_layers_that_share_a_weight(expected):
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -788,11 +788,11 @@ def test_layers_that_share_a_weight(wanted):
 
     torch.manual_seed(2)
     plain = Two()
-    adapter, model = attached(copy.deepcopy(plain), target_modules=wanted, density=0.2)
+    adapter, model = attached(copy.deepcopy(plain), target_modules=expected, density=0.2)
     x = torch.randn(5, 16, dtype=torch.float64)
     for name in ("first", "second"):
         adapted, y = model.get_submodule(name), plain.get_submodule(name)(x)
-        if name in wanted:
+        if name in expected:
             dense = torch.zeros(256, dtype=torch.float64)
             dense[adapted.delta.indices.long()] = adapted.delta.values.detach()
             y = y + x @ dense.view(16, 16).T + 1.5 * x @ adapted.delta.A.T @ adapted.delta.B.T
@@ -929,12 +929,12 @@ def test_patterns_give_densities_by_names_ends():
 
 def test_a_states_supports_are_held_again():
     adapter, model = attached(toys.llama())
-    wanted, state = toys.logits(model), copy.deepcopy(adapter.state(model))
+    expected, state = toys.logits(model), copy.deepcopy(adapter.state(model))
     other_adapter = make(mask="magnitude")
     other = other_adapter.attach(toys.llama(), Start())
-    assert not torch.equal(toys.logits(other), wanted)
+    assert not torch.equal(toys.logits(other), expected)
     other_adapter.load_state(other, state)
-    assert torch.equal(toys.logits(other), wanted)
+    assert torch.equal(toys.logits(other), expected)
     for name, adapted in sparse.layers(other):
         assert torch.equal(adapted.delta.indices, dict(sparse.layers(model))[name].delta.indices)
         assert torch.equal(adapted.base.weight, held(adapted))
@@ -942,4 +942,4 @@ def test_a_states_supports_are_held_again():
     broken["tensors"].popitem()
     with pytest.raises(AdapterError, match="does not fit this model"):
         other_adapter.load_state(other, broken)
-    assert torch.equal(toys.logits(other), wanted)
+    assert torch.equal(toys.logits(other), expected)

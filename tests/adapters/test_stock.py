@@ -50,14 +50,14 @@ SAME = ["adapter.target_modules=[q_proj,down_proj]", "adapter.train_modules=[mod
 
 @pytest.mark.parametrize("words", [OURS, PEFTS], ids=["ours", "PEFT's"])
 def test_a_stock_folder_is_the_start(words, folder):
-    path, wanted = folder
+    path, expected = folder
     node = settings_of(*words, *SAME)
     adapter = instantiate(node)
     assert adapter.stock_faults(node, stock.read_config(path)) == []
     model = adapter.attach(toys.llama(torch.float32), Start(steps=3))
-    assert not torch.equal(toys.logits(model.eval()), wanted)
+    assert not torch.equal(toys.logits(model.eval()), expected)
     adapter.load_stock_folder(model, path)
-    torch.testing.assert_close(toys.logits(model.eval()), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(toys.logits(model.eval()), expected, rtol=1e-5, atol=1e-5)
     assert any(p.requires_grad for p in model.parameters())
 
 

@@ -53,10 +53,10 @@ def test_a_parts_own_error_is_raised_and_not_hydras():
 
 def test_what_is_given_joins_the_node_and_lists_stay_lists():
     node = {"_target_": "types.SimpleNamespace", "names": ["a"], "deep": {"b": [1]}}
-    found = instantiate(node, more=2)
-    assert (found.names, found.deep, found.more) == (["a"], {"b": [1]}, 2)
-    assert type(found.names) is list
-    assert type(found.deep) is dict
+    actual = instantiate(node, more=2)
+    assert (actual.names, actual.deep, actual.more) == (["a"], {"b": [1]}, 2)
+    assert type(actual.names) is list
+    assert type(actual.deep) is dict
 
 
 def order(lengths, batch_size):
@@ -71,9 +71,9 @@ def test_a_cooldown_in_tokens_is_the_one_of_as_many_steps(tokens):
     # the steps that have the tokens, counted from the last one back
     sizes = [sum(lengths[i] for i, _ in rows.window(step)) for step in range(steps)]
     sums = [*itertools.accumulate(reversed(sizes))]
-    wanted = next((n for n, total in enumerate(sums, 1) if total >= tokens), steps)
+    expected = next((n for n, total in enumerate(sums, 1) if total >= tokens), steps)
     in_tokens = schedule({"schedule": COOLDOWN | {"cooldown_tokens": tokens}}, rows)
-    in_steps = schedule({"schedule": COOLDOWN | {"cooldown": wanted}}, rows)
+    in_steps = schedule({"schedule": COOLDOWN | {"cooldown": expected}}, rows)
     for step in range(steps + 1):
         assert in_tokens(step, steps) == in_steps(step, steps=steps)
 

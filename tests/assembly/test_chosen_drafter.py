@@ -54,8 +54,8 @@ def test_the_named_drafter_is_made():
 
 def test_the_runs_drafter_computes_in_the_targets_dtype():
     drafter = Proposes(2, 2)
-    found = drafter_of(trained(drafter, torch.bfloat16), OWN)
-    assert found is drafter
-    assert found.weight.dtype == torch.bfloat16
+    actual = drafter_of(trained(drafter, torch.bfloat16), OWN)
+    assert actual is drafter
+    assert actual.weight.dtype == torch.bfloat16
     drafter.proposes = False  # registers: they take part in training alone
     assert drafter_of(trained(drafter), OWN) is None

@@ -17,7 +17,7 @@ from trainer.config.errors import ConfigError
 def recipe(chats):
     """A recipe of the smoke experiment with some overrides."""
 
-    def made(*overrides, device=None, ranks=1):
+    def built(*overrides, device=None, ranks=1):
         cfg = composed(
             "experiment=smoke", f"task.path={chats}", "precision=fp32", "lightning=cpu", *overrides
         )
@@ -25,7 +25,7 @@ def recipe(chats):
         config = OmegaConf.to_container(bare, resolve=True)
         return Recipe.of(config, instantiate(config["adapter"]), device, ranks)
 
-    return made
+    return built
 
 
 @pytest.mark.parametrize(
@@ -42,10 +42,10 @@ def recipe(chats):
     ],
 )
 def test_steps_are_those_of_the_rows_or_of_the_config(recipe, overrides, ranks, steps):
-    made = recipe(*overrides, ranks=ranks)
-    assert made.steps == steps
-    assert made.trains == bool(steps)
-    assert (made.order is None) == ("task.streaming=true" in overrides)
+    built = recipe(*overrides, ranks=ranks)
+    assert built.steps == steps
+    assert built.trains == bool(steps)
+    assert (built.order is None) == ("task.streaming=true" in overrides)
 
 
 def test_full_trains_the_base_and_the_others_do_not(recipe):
@@ -62,13 +62,13 @@ def test_only_what_trains_is_sharded(recipe):
 
 
 def test_the_identity_names_what_has_to_be_the_same_to_resume(recipe):
-    made = recipe("max_steps=7")
-    identity = made.identity({"adapter": "lora"})
+    built = recipe("max_steps=7")
+    identity = built.identity({"adapter": "lora"})
     assert identity | {"base": "", "data": ""} == {
         "choices": {"adapter": "lora"}, "base": "", "data": "", "precision": "fp32",
         "trains_base": False, "labels": None, "steps": 7, "ranks": 1, "target": None,
     }  # fmt: skip
-    assert identity["base"] == made.base.fingerprint
+    assert identity["base"] == built.base.fingerprint
     assert set(identity["data"]) == {"train", "eval"}
     other = recipe("max_steps=7", "task.limit=20").identity({})
     assert other["data"]["train"] != identity["data"]["train"]

@@ -89,12 +89,12 @@ def test_a_classifiers_rows_count_one_trained_label_each(tiny, tmp_path):
 def test_tokens_are_counted_where_they_are_trained(loaded):
     config, data = loaded()
     rows = data.train.rows
-    wanted = Counter()
+    expected = Counter()
     for index in range(len(rows)):
         row = rows[index]
-        wanted.update(int(i) for i, t in zip(row.ids, row.trained, strict=True) if t)
+        expected.update(int(i) for i, t in zip(row.ids, row.trained, strict=True) if t)
     counts = token_counts(data, 512)
-    assert {i: int(n) for i, n in enumerate(counts) if n} == dict(wanted)
+    assert {i: int(n) for i, n in enumerate(counts) if n} == dict(expected)
     assert batch_order(config, data, 2).ranks == 2
 
 

@@ -68,15 +68,15 @@ def test_it_is_the_library_in_a_plain_loop(warmup):
         optimizer.train()
         learn(model, optimizer)
         optimizer.eval()
-    found, _ = with_callback(20, warmup)
-    assert torch.equal(found.weight, model.weight)
-    assert torch.equal(found.bias, model.bias)
+    actual, _ = with_callback(20, warmup)
+    assert torch.equal(actual.weight, model.weight)
+    assert torch.equal(actual.bias, model.bias)
     once, optimizer = toy(lr=0.1, warmup_steps=warmup)
     optimizer.train()
     for _ in range(20):
         learn(once, optimizer)
     optimizer.eval()
-    torch.testing.assert_close(found.weight, once.weight, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual.weight, once.weight, rtol=1e-12, atol=1e-12)
 
 
 def test_what_is_seen_between_steps_is_the_papers_x():
@@ -105,9 +105,9 @@ def test_what_is_seen_between_steps_is_the_papers_x():
 
 def test_checkpoints_and_evaluations_have_the_average(train, chats):
     run = train(f"task.path={chats}", *FREE)
-    found = load_trained(str(run), fp32=True)
-    data = load_data(found.config, found.base, found.task, train=False)
-    again = losses(CausalLoss(found.model, 64), data.held_out, 7, torch.device("cpu"))
+    actual = load_trained(str(run), fp32=True)
+    data = load_data(actual.config, actual.base, actual.task, train=False)
+    again = losses(CausalLoss(actual.model, 64), data.held_out, 7, torch.device("cpu"))
     evaluations = [
         row for row in journal.read(run / "metrics.jsonl") if row["kind"] == "evaluation"
     ]
@@ -150,8 +150,8 @@ def test_a_schedule_free_run_goes_on_with_the_same_bits_wherever_it_is_looked_at
         with pytest.raises(PowerCut):
             train(*settings, *looked)
     cut = train(*settings, *looked, "resume=auto")
-    wanted, found = outcome(alone)[0], outcome(cut)[0]
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    expected, actual = outcome(alone)[0], outcome(cut)[0]
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
     steps = [[row for row in outcome(run)[1] if row["kind"] == "step"] for run in (alone, cut)]
     assert steps[0] == steps[1]
 
@@ -167,8 +167,8 @@ def test_a_sparse_adapter_is_held_as_the_average(train, chats):
         "adapter.rank=2",
         "adapter.restart_after_mask=false",
     )
-    found = load_trained(str(run), fp32=True)
-    data = load_data(found.config, found.base, found.task, train=False)
-    again = losses(CausalLoss(found.model, 64), data.held_out, 7, torch.device("cpu"))
+    actual = load_trained(str(run), fp32=True)
+    data = load_data(actual.config, actual.base, actual.task, train=False)
+    again = losses(CausalLoss(actual.model, 64), data.held_out, 7, torch.device("cpu"))
     last = [row for row in journal.read(run / "metrics.jsonl") if row["kind"] == "evaluation"][-1]
     assert last["loss"] == pytest.approx(again["loss"], rel=1e-5)

@@ -34,10 +34,10 @@ def settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def read():
-        made = Settings()
-        made.settings_system = str(own)
-        made.update_from_system_settings()
-        return made
+        built = Settings()
+        built.settings_system = str(own)
+        built.update_from_system_settings()
+        return built
 
     return read
 

@@ -42,9 +42,11 @@ def test_a_signal_within_a_step_is_noted_and_said(capfd, number):
         assert signals.received is None
         send(number)
         assert signals.received == number
-    said = capfd.readouterr().err
-    assert f"{number.name}: the current step is finished, then the run is saved and stops" in said
-    assert ("press Ctrl-C again to stop at once" in said) == (number == signal.SIGINT)
+    message = capfd.readouterr().err
+    assert (
+        f"{number.name}: the current step is finished, then the run is saved and stops" in message
+    )
+    assert ("press Ctrl-C again to stop at once" in message) == (number == signal.SIGINT)
 
 
 def test_a_signal_while_a_line_is_written_is_not_logged(capfd):
@@ -153,18 +155,18 @@ def test_signals_are_taken_back_from_who_took_them_in_between():
 
 
 def test_in_another_thread_no_handler_is_touched(handlers):
-    found = []
+    actual = []
 
     def inside():
         with Signals() as signals:
-            found.append(
+            actual.append(
                 (signals.received, {number: signal.getsignal(number) for number in HANDLED})
             )
 
     thread = threading.Thread(target=inside)
     thread.start()
     thread.join()
-    assert found == [(None, handlers)]
+    assert actual == [(None, handlers)]
 
 
 def test_a_run_gives_the_signals_back(train, chats, handlers):
@@ -199,9 +201,9 @@ def test_a_signal_during_the_first_imports(number, code):
     while child.poll() is None and b"omegaconf" not in mapped(child.pid):
         time.sleep(0.002)
     child.send_signal(number)
-    _, said = child.communicate(timeout=120)
+    _, message = child.communicate(timeout=120)
     assert child.returncode == code
-    assert b"Traceback" not in said
+    assert b"Traceback" not in message
 
 
 @pytest.mark.parametrize("module", ["trainer", "trainer.respond"])

@@ -51,7 +51,7 @@ def slurm(monkeypatch, tmp_path):
         signal.signal(number, handler)
 
 
-def asked(folder: Path) -> list[str]:
+def requested(folder: Path) -> list[str]:
     file = folder / "asked"
     return (
         [line for line in file.read_text().splitlines() if line.startswith("requeue")]
@@ -63,7 +63,7 @@ def asked(folder: Path) -> list[str]:
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
 def test_a_stopped_job_is_asked_back(slurm, number):
     assert slurm_job.exit_code(SETTINGS, number, slurm, 4) == 75
-    assert asked(slurm) == ["requeue 77"]
+    assert requested(slurm) == ["requeue 77"]
     row = json.loads((slurm / "requeues.jsonl").read_text())
     assert (row["job"], row["step"], row["restarts"]) == ("77", 4, 0)
 
@@ -72,13 +72,13 @@ def test_a_task_of_an_array_is_asked_back_by_its_own_name(slurm, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "70")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert slurm_job.exit_code(SETTINGS, signal.SIGUSR1, None, None) == 75
-    assert asked(slurm) == ["requeue 70_3"]
+    assert requested(slurm) == ["requeue 70_3"]
 
 
 def test_one_process_asks_for_all(slurm, monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert slurm_job.exit_code(SETTINGS, signal.SIGUSR1, slurm, 4) == 1
-    assert asked(slurm) == []
+    assert requested(slurm) == []
 
 
 @pytest.mark.parametrize(("tasks", "code"), [("2", 1), ("1", -signal.SIGTERM)])
@@ -107,7 +107,7 @@ def test_the_others_leave_after_the_first(monkeypatch, rank, tasks, code, waits)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"requeue": False}, ""),
         ({"job": "JobState=COMPLETING Requeue=1"}, "its state is COMPLETING"),
@@ -117,7 +117,7 @@ def test_the_others_leave_after_the_first(monkeypatch, rank, tasks, code, waits)
         ({"refusal": "slurm_requeue error: Job has not been found"}, "Job has not been found"),
     ],
 )
-def test_what_does_not_come_back_says_why(slurm, monkeypatch, caplog, changes, said):
+def test_what_does_not_come_back_says_why(slurm, monkeypatch, caplog, changes, message):
     if "job" in changes:
         (slurm / "job").write_text(changes["job"])
     if "refusal" in changes:
@@ -125,8 +125,8 @@ def test_what_does_not_come_back_says_why(slurm, monkeypatch, caplog, changes, s
     monkeypatch.setenv("SLURM_RESTART_COUNT", changes.get("restarts", "0"))
     settings = SETTINGS | {key: changes[key] for key in ("requeue",) if key in changes}
     assert slurm_job.exit_code(settings, signal.SIGTERM, slurm, 4) == 143
-    assert asked(slurm) == (["requeue 77"] if "refusal" in changes else [])
-    assert said in caplog.text
+    assert requested(slurm) == (["requeue 77"] if "refusal" in changes else [])
+    assert message in caplog.text
 
 
 def test_true_asks_also_where_the_job_was_not_submitted_so(slurm):
@@ -140,7 +140,7 @@ def test_ctrl_c_and_other_places_ask_nobody(slurm, monkeypatch):
     assert slurm_job.exit_code(SETTINGS, signal.SIGUSR1, slurm, 4) == 138
     monkeypatch.delenv("SLURM_JOB_ID")
     assert slurm_job.exit_code(SETTINGS, signal.SIGTERM, slurm, 4) == 143
-    assert asked(slurm) == []
+    assert requested(slurm) == []
 
 
 def test_starts_that_gain_nothing_end(slurm, caplog):
@@ -152,7 +152,7 @@ def test_starts_that_gain_nothing_end(slurm, caplog):
 
 
 @pytest.mark.parametrize(
-    ("step", "steps", "said"),
+    ("step", "steps", "message"),
     [
         (3, 9, "SIGTERM: saved after step 3 of 9. Resume with resume=x"),
         (3, None, "SIGTERM: saved after step 3. Resume with resume=x"),
@@ -164,12 +164,12 @@ def test_starts_that_gain_nothing_end(slurm, caplog):
         ),
     ],
 )
-def test_a_stop_says_how_far_it_came(step, steps, said):
-    assert str(slurm_job.Stopped(15, Path("x"), step, steps)) == said
+def test_a_stop_says_how_far_it_came(step, steps, message):
+    assert str(slurm_job.Stopped(15, Path("x"), step, steps)) == message
 
 
-@pytest.mark.parametrize(("epochs", "said"), [(1, "step 3 of 8"), (None, "step 3")])
-def test_a_run_that_only_time_ends_has_no_number_of_steps(epochs, said):
+@pytest.mark.parametrize(("epochs", "message"), [(1, "step 3 of 8"), (None, "step 3")])
+def test_a_run_that_only_time_ends_has_no_number_of_steps(epochs, message):
     from trainer.data.batches import BatchOrder
     from trainer.session.session import Unfinished, report_end
 
@@ -182,10 +182,10 @@ def test_a_run_that_only_time_ends_has_no_number_of_steps(epochs, said):
         stopped=None,
         steps=steps,
     )
-    with pytest.raises(slurm_job.Stopped, match=f"saved after {said}. Resume"):
+    with pytest.raises(slurm_job.Stopped, match=f"saved after {message}. Resume"):
         report_end(context, module)
     context.signals.received = None
-    with pytest.raises(Unfinished, match=f"the run ended after {said} without a reason"):
+    with pytest.raises(Unfinished, match=f"the run ended after {message} without a reason"):
         report_end(context, module)
 
 
@@ -201,7 +201,7 @@ def test_a_signal_before_there_is_a_folder_asks_too(slurm, compose, monkeypatch,
     with caplog.at_level(logging.INFO), pytest.raises(SystemExit) as end:
         __main__._job(cfg)
     assert end.value.code == 75
-    assert asked(slurm) == ["requeue 77"]
+    assert requested(slurm) == ["requeue 77"]
     # the queue's own would make another exit code
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
 
@@ -215,7 +215,7 @@ def test_a_signal_after_the_end_makes_no_failure_of_it(slurm, compose, monkeypat
     monkeypatch.setattr("trainer.run.run", lambda cfg, signals: 0.5)
     assert __main__._job(cfg) == 0.5
     assert all(signal.getsignal(number) == signal.SIG_IGN for number in HANDLED)
-    assert asked(slurm) == []
+    assert requested(slurm) == []
 
 
 def test_the_end_of_the_job(slurm, monkeypatch):
@@ -277,9 +277,9 @@ def test_the_program_refuses_other_tasks_before_torch(slurm, program, monkeypatc
     assert "srun has started 2. Start as many: --nodes=1 --ntasks-per-node=1" in ended.stderr
 
 
-@pytest.mark.parametrize("asked", ["true", "false", "auto"])
-def test_each_of_its_values_can_be_asked_for(compose, asked):
-    assert compose("+experiment=smoke", "task.path=x", f"requeue={asked}").requeue == {
+@pytest.mark.parametrize("requested", ["true", "false", "auto"])
+def test_each_of_its_values_can_be_asked_for(compose, requested):
+    assert compose("+experiment=smoke", "task.path=x", f"requeue={requested}").requeue == {
         "true": True,
         "false": False,
-    }.get(asked, asked)
+    }.get(requested, requested)

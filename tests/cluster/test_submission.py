@@ -19,7 +19,7 @@ SMOKE = ("+experiment=smoke", "task.path=rows.jsonl", "lightning=cpu")
 
 
 @pytest.fixture
-def asked(tmp_path, monkeypatch, capsys):
+def requested(tmp_path, monkeypatch, capsys):
     """(exit code, stdout, stderr) of a submission that queues nothing, from a folder of its own."""
     monkeypatch.chdir(tmp_path)
 
@@ -45,7 +45,7 @@ def options(text):
     return {key: value for key, _, value in (line.partition("=") for line in lines)}
 
 
-def given(text, tmp_path, **variables):
+def values(text, tmp_path, **variables):
     """The command that a script's last line runs, with programs of SLURM that only say what they
     are given."""
     programs = tmp_path / "programs"
@@ -71,8 +71,8 @@ def given(text, tmp_path, **variables):
     )
 
 
-def test_nodes_tasks_and_gpus_are_the_configs(asked, tmp_path):
-    code, text, err = asked(
+def test_nodes_tasks_and_gpus_are_the_configs(requested, tmp_path):
+    code, text, err = requested(
         "+experiment=smoke",
         "task.path=rows.jsonl",
         "lightning=gpu",
@@ -118,12 +118,12 @@ def test_nodes_tasks_and_gpus_are_the_configs(asked, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_the_script_runs(asked, tmp_path):
-    code, text, _ = asked(
+def test_what_the_script_runs(requested, tmp_path):
+    code, text, _ = requested(
         *SMOKE, "name=mine", "optimizer.lr=0.002", "task.path='my rows.jsonl'", "resume=auto"
     )
     assert code == 0
-    words, variables = given(text, tmp_path)
+    words, variables = values(text, tmp_path)
     arguments = [
         "+experiment=smoke",
         "task.path=rows.jsonl",
@@ -150,7 +150,7 @@ def test_what_the_script_runs(asked, tmp_path):
 
 def test_the_template_by_hand_runs_the_same(tmp_path):
     text = (ROOT / "trainer/cluster/job.sbatch").read_text()
-    words, _ = given(f"set -- +experiment=smoke seed=1\n{text}", tmp_path)
+    words, _ = values(f"set -- +experiment=smoke seed=1\n{text}", tmp_path)
     assert words == [
         "--kill-on-bad-exit=1",
         "python",
@@ -161,23 +161,23 @@ def test_the_template_by_hand_runs_the_same(tmp_path):
         "name=mine-41234",
         "resume=auto",
     ]
-    words, _ = given(f"set -- resume=runs/other\n{text}", tmp_path)
+    words, _ = values(f"set -- resume=runs/other\n{text}", tmp_path)
     assert words[-1] == "resume=runs/other"
     own = options(text)
     assert (own["signal"], own["open-mode"], own["requeue"]) == ("USR1@120", "append", "")
 
 
-def test_a_job_of_a_run_that_is_there(asked, tmp_path):
+def test_a_job_of_a_run_that_is_there(requested, tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old/run.yaml").touch()
-    code, text, _ = asked(*SMOKE, "resume=old")
+    code, text, _ = requested(*SMOKE, "resume=old")
     assert code == 0
-    words, _ = given(text, tmp_path)
+    words, _ = values(text, tmp_path)
     assert words[-1] == "resume=old"
 
 
-def test_an_array_has_a_task_for_each_combination(asked, tmp_path):
-    code, text, err = asked(
+def test_an_array_has_a_task_for_each_combination(requested, tmp_path):
+    code, text, err = requested(
         "--multirun", *SMOKE, "optimizer.lr=1e-3,1e-2", "seed=1,2", "slurm.parallel=2"
     )
     assert (code, err) == (0, "")
@@ -185,7 +185,7 @@ def test_an_array_has_a_task_for_each_combination(asked, tmp_path):
     assert options(text)["output"].endswith("/runs/slurm/smoke-%A-%a.log")
     seen = []
     for task in range(4):
-        words, _ = given(text, tmp_path, SLURM_ARRAY_JOB_ID="41000", SLURM_ARRAY_TASK_ID=str(task))
+        words, _ = values(text, tmp_path, SLURM_ARRAY_JOB_ID="41000", SLURM_ARRAY_TASK_ID=str(task))
         assert words[-2:] == [f"name=mine-41000-{task}", "resume=auto"]
         seen.append(words[-4:-2])
     assert seen == [
@@ -194,7 +194,7 @@ def test_an_array_has_a_task_for_each_combination(asked, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["slurm.partitoin=x"], "slurm.partitoin: there is no such key. Did you mean partition?"),
         (["slurm.time=soon"], "slurm.time=soon is no time limit. Write MINUTES"),
@@ -258,10 +258,10 @@ def test_an_array_has_a_task_for_each_combination(asked, tmp_path):
         (["dry=perhaps"], "dry=perhaps: expected true or false"),
     ],
 )
-def test_what_cannot_run_is_told_before_anything_waits(asked, words, said):
-    code, out, err = asked(*SMOKE, *words)
+def test_what_cannot_run_is_told_before_anything_waits(requested, words, message):
+    code, out, err = requested(*SMOKE, *words)
     assert (code, out) == (2, "")
-    assert said in err
+    assert message in err
     assert "Traceback" not in err
 
 
@@ -281,28 +281,28 @@ def test_limits_are_read_as_sbatch_reads_them(limit, expected):
     assert submission.seconds(limit) == expected
 
 
-def test_a_file_for_a_cluster(asked, tmp_path):
+def test_a_file_for_a_cluster(requested, tmp_path):
     (tmp_path / "cluster.yaml").write_text(
         "time: 1:30:00\npartition: 7\ncpus_per_task: 2\nsetup: [module load cuda, 'source"
         " env/bin/activate']\nqos: null\n"
     )
-    code, text, _ = asked(*SMOKE, "slurm=cluster.yaml", "slurm.cpus_per_task=3")
+    code, text, _ = requested(*SMOKE, "slurm=cluster.yaml", "slurm.cpus_per_task=3")
     assert code == 0
-    found = options(text)
+    actual = options(text)
     # YAML alone reads 5400
-    assert (found["time"], found["partition"], found["cpus-per-task"]) == ("1:30:00", "7", "3")
-    assert "qos" not in found
+    assert (actual["time"], actual["partition"], actual["cpus-per-task"]) == ("1:30:00", "7", "3")
+    assert "qos" not in actual
     assert "\nmodule load cuda\nsource env/bin/activate\n" in text
     (tmp_path / "cluster.yaml").write_text("tiem: 3\n")
     assert (
         "slurm.tiem: there is no such key. Did you mean time?"
-        in asked(*SMOKE, "slurm=cluster.yaml")[2]
+        in requested(*SMOKE, "slurm=cluster.yaml")[2]
     )
     (tmp_path / "cluster.yaml").write_text("- 3\n")
-    assert "a file of KEY: VALUE is expected" in asked(*SMOKE, "slurm=cluster.yaml")[2]
+    assert "a file of KEY: VALUE is expected" in requested(*SMOKE, "slurm=cluster.yaml")[2]
 
 
-def test_experiments_of_ones_own(asked, tmp_path):
+def test_experiments_of_ones_own(requested, tmp_path):
     folder = tmp_path / "my experiments/experiment"
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text(
@@ -310,9 +310,9 @@ def test_experiments_of_ones_own(asked, tmp_path):
         " mine\ntask: {path: rows.jsonl}\n"
     )
     for words in (["--config-dir", "my experiments"], ["--config-dir=my experiments"]):
-        code, text, err = asked(*words, "+experiment=mine")
+        code, text, err = requested(*words, "+experiment=mine")
         assert (code, err) == (0, "")
-        assert given(text, tmp_path)[0][4:6] == [
+        assert values(text, tmp_path)[0][4:6] == [
             f"--config-dir={tmp_path}/my experiments",
             "+experiment=mine",
         ]
@@ -333,16 +333,16 @@ TOKEN = "hf_" + "A1b2" * 8
         "slurm.setup=[export WANDB_API_KEY=canary-0123456789]",
     ],
 )
-def test_no_secret_is_written_or_told(asked, monkeypatch, word):
+def test_no_secret_is_written_or_told(requested, monkeypatch, word):
     monkeypatch.setenv("WANDB_API_KEY", "canary-0123456789")
-    code, out, err = asked(*SMOKE, "logger=wandb", word)
+    code, out, err = requested(*SMOKE, "logger=wandb", word)
     assert (code, out) == (2, "")
     assert err
     assert TOKEN not in err
     assert "canary" not in err
 
 
-def test_without_slurm_it_says_so(asked, tmp_path, monkeypatch, capsys):
+def test_without_slurm_it_says_so(requested, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert submit.main([*SMOKE]) == 2

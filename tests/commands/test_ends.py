@@ -20,7 +20,7 @@ from tests.toys import other_end
 from tests.toys.commands import exit_code
 from trainer import evaluate, export, generate, respond, speculate
 from trainer.assembly.trained import load_trained
-from trainer.data.render import template
+from trainer.data.chat_template import template
 from trainer.decoding import speculative
 
 IM_END, EOT = (other_end.SPECIALS.index(token) for token in ("<|im_end|>", "<|endoftext|>"))
@@ -166,6 +166,12 @@ def test_a_merged_folder_stops_where_training_ended_by_defaults(ended, tmp_path,
     assert served(model, merged) == "yes<|im_end|>"
     assert (merged / "chat_template.jinja").read_text() == template("chatml", None)
     assert AutoTokenizer.from_pretrained(merged).eos_token == "<|im_end|>"
+    # Where nothing reads the generation settings, the model's own config has the same ends.
+    assert model.config.eos_token_id == STOPS
+    (merged / "generation_config.json").unlink()
+    bare = AutoModelForCausalLM.from_pretrained(merged)
+    assert bare.generation_config.eos_token_id == STOPS
+    assert served(bare, merged) == "yes<|im_end|>"
     # The base's settings are what the folder would have had.
     base = {"eos_token_id": EOT, "pad_token_id": 0}
     assert len(served(model, merged, **base)) > len("yes<|im_end|>")
@@ -202,3 +208,57 @@ def test_a_run_of_an_older_version_finds_its_ends_again(ended, tmp_path, caplog,
     found.task.examples = lambda split: (_ for _ in ()).throw(OSError("the rows are gone"))
     assert found.stops == STOPS
     assert "the rows are gone" in caplog.text
+
+
+PIECES = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<!z>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def ended_in_pieces(train_in, tmp_path_factory):
+    """A run whose template ends answers in a text that no single token is."""
+    place = tmp_path_factory.mktemp("pieces")
+    rows = [{"messages": [*ASKED, {"role": "assistant", "content": "yes"}]}] * 24
+    path = write_rows(place / "rows.jsonl", rows)
+    (place / "pieces.jinja").write_text(PIECES)
+    return train_in(
+        place,
+        "base=hf",
+        f"base.path={other_end.base(place / 'base')}",
+        f"task.path={path}",
+        f"task.eval_path={path}",
+        f"task.chat_template={place / 'pieces.jinja'}",
+        "adapter=lora",
+        "adapter.target_modules=all-linear",
+        "max_steps=150",
+        "max_epochs=null",
+        "optimizer.lr=0.02",
+        "callbacks.evaluation.samples=1",
+        "callbacks.evaluation.generate=2",
+    )
+
+
+def test_an_answer_that_ends_in_several_tokens_ends_there(ended_in_pieces, tmp_path, capsys):
+    """In the samples of training, and in every command that decodes."""
+    run = ended_in_pieces
+    assert load_trained(str(run)).stops.texts == ("<!z>",)
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert rows[-1]["answer"] == "yes"
+    capsys.readouterr()
+    assert generate.main([f"run={run}", "prompt=a", "max_new_tokens=30"]) == 0
+    assert capsys.readouterr().out.strip() == "yes"
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
+    out = tmp_path / "answers"
+    words = [f"run={run}", f"prompts={prompts}", f"out={out}", "max_new_tokens=30"]
+    assert respond.main(words) == 0
+    (row,) = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert row["messages"] == [*ASKED, {"role": "assistant", "content": "yes"}]
+    assert {"cut", "inexact"} & row.keys() == set()
+    words = [f"run={run}", "prompt=a", "drafter=lookup", "max_new_tokens=30"]
+    assert speculate.main([*words, f"json={tmp_path / 's.json'}"]) == 0
+    result = json.loads((tmp_path / "s.json").read_text())
+    count = len("yes<!z>")  # a token a byte
+    assert {result[way]["tokens"] for way in ("transformers", "plain", "drafter")} == {count}
+    assert result["drafter"]["different_texts"] == 0

@@ -27,31 +27,31 @@ from trainer.storage import run_folder
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory):
+def stored(tmp_path_factory):
     return tmp_path_factory.mktemp("kept")
 
 
 @pytest.fixture
-def trained(train, kept):
+def trained(train, stored):
     """A run of a kind, made once; its answers are not those of its base."""
 
-    def made(kind="sft"):
-        note = kept / kind
+    def built(kind="sft"):
+        note = stored / kind
         if not note.exists():
-            rows = write_rows(kept / f"{kind}.jsonl", sums(40))
+            rows = write_rows(stored / f"{kind}.jsonl", sums(40))
             settings = [
                 "callbacks.evaluation=null",
-                f"runs={kept}",
+                f"runs={stored}",
                 f"name={kind}-run",
                 "max_steps=15",
             ]
             if kind == "completion":
                 rows = write_rows(
-                    kept / "text.jsonl", [{"text": "abc " * (1 + i % 9)} for i in range(40)]
+                    stored / "text.jsonl", [{"text": "abc " * (1 + i % 9)} for i in range(40)]
                 )
             if kind == "classification":
                 rows = write_rows(
-                    kept / "labels.jsonl",
+                    stored / "labels.jsonl",
                     [{"text": "abc " * (1 + i % 9), "label": str(i % 2)} for i in range(40)],
                 )
                 settings[-1] = "max_steps=1"
@@ -74,20 +74,20 @@ def trained(train, kept):
             )
         return note.read_text()
 
-    return made
+    return built
 
 
 @pytest.fixture
 def ask(trained, capsys, monkeypatch):
     """Runs the verb on a run of a kind; returns what it printed."""
 
-    def asked(*arguments, kind="sft", which="", code=0):
+    def requested(*arguments, kind="sft", which="", code=0):
         run = trained(kind)
         capsys.readouterr()
         assert exit_code(generate.main, [f"run={run}{which}", *arguments]) == code
         return capsys.readouterr().out
 
-    return asked
+    return requested
 
 
 def chat(text, system=None):
@@ -119,15 +119,15 @@ def loaded(run, base=False):
 @pytest.mark.parametrize("prompt", ["3+4=", "größe 🦙?", "{{ x }} [b]"])
 def test_greedy_is_transformers_own_with_the_exported_adapter(ask, trained, prompt):
     model, tokenizer = loaded(trained())
-    wanted = spoken(model, tokenizer, chat(prompt), 12)
-    assert ask(f"prompt={prompt}", "max_new_tokens=12") == wanted + "\n"
-    assert wanted != spoken(loaded(trained(), base=True)[0], tokenizer, chat(prompt), 12)
+    expected = spoken(model, tokenizer, chat(prompt), 12)
+    assert ask(f"prompt={prompt}", "max_new_tokens=12") == expected + "\n"
+    assert expected != spoken(loaded(trained(), base=True)[0], tokenizer, chat(prompt), 12)
 
 
 def test_plain_text_is_continued_as_it_is(ask, trained):
     model, tokenizer = loaded(trained("completion"))
-    wanted = spoken(model, tokenizer, "abc ab", 10)
-    assert ask("prompt=abc ab", "max_new_tokens=10", kind="completion") == wanted + "\n"
+    expected = spoken(model, tokenizer, "abc ab", 10)
+    assert ask("prompt=abc ab", "max_new_tokens=10", kind="completion") == expected + "\n"
 
 
 def test_a_system_prompt_stands_before_the_question(ask, trained, monkeypatch):
@@ -144,51 +144,51 @@ def test_a_system_prompt_stands_before_the_question(ask, trained, monkeypatch):
 
 
 def test_a_prompt_is_asked_as_rows_were_trained(trained):
-    found = trained_module.load_trained(trained())
-    renderer = Renderer(found.base.tokenizer, found.task)
-    example = next(iter(found.task.examples("train")))
+    actual = trained_module.load_trained(trained())
+    renderer = Renderer(actual.base.tokenizer, actual.task)
+    example = next(iter(actual.task.examples("train")))
     assert renderer.chat(example.messages[:-1]) == renderer.prompt(example)
     assert renderer(example).ids[: len(renderer.prompt(example))] == renderer.prompt(example)
 
 
 def test_standard_input_is_a_prompt(ask, monkeypatch):
-    wanted = ask("prompt=3+4=", "max_new_tokens=6")
+    expected = ask("prompt=3+4=", "max_new_tokens=6")
     monkeypatch.setattr(sys, "stdin", io.StringIO("3+4="))
-    assert ask("prompt=-", "max_new_tokens=6") == wanted
+    assert ask("prompt=-", "max_new_tokens=6") == expected
 
 
 def test_text_streams_word_by_word_and_is_the_whole_when_it_ends(trained):
-    found = trained_module.load_trained(trained())
-    tokenizer, pieces = found.base.tokenizer, []
+    actual = trained_module.load_trained(trained())
+    tokenizer, pieces = actual.base.tokenizer, []
     options = SamplingOptions(seed=3, temperature=1.0)
     streamed_answer.answer(
-        found.model, tokenizer("abc 12 ")["input_ids"], tokenizer, [], options, 300, pieces.append
+        actual.model, tokenizer("abc 12 ")["input_ids"], tokenizer, [], options, 300, pieces.append
     )
     torch.manual_seed(3)
-    wanted = spoken(
-        found.model, tokenizer, "abc 12 ", 300, do_sample=True, top_k=0, eos_token_id=None
+    expected = spoken(
+        actual.model, tokenizer, "abc 12 ", 300, do_sample=True, top_k=0, eos_token_id=None
     )
-    assert "".join(pieces) == wanted
+    assert "".join(pieces) == expected
     assert len([piece for piece in pieces if piece]) > 1
-    assert len(set(wanted)) > 60  # all tokens are drawn from, not the likeliest fifty
+    assert len(set(expected)) > 60  # all tokens are drawn from, not the likeliest fifty
 
 
 def test_an_answer_ends_at_its_end_token(trained):
-    found = trained_module.load_trained(trained())
-    tokenizer = found.base.tokenizer
+    actual = trained_module.load_trained(trained())
+    tokenizer = actual.base.tokenizer
     ids = tokenizer(chat("3+4="), add_special_tokens=False)["input_ids"]
 
-    def said(stops):
+    def message(stops):
         pieces = []
         streamed_answer.answer(
-            found.model, ids, tokenizer, stops, SamplingOptions(), 12, pieces.append
+            actual.model, ids, tokenizer, stops, SamplingOptions(), 12, pieces.append
         )
         return "".join(pieces)
 
-    whole = said([tokenizer.eos_token_id])
+    whole = message([tokenizer.eos_token_id])
     first = tokenizer(whole[0])["input_ids"][-1]
-    assert whole.startswith(said([first]))
-    assert len(said([first])) < len(whole)
+    assert whole.startswith(message([first]))
+    assert len(message([first])) < len(whole)
 
 
 @pytest.fixture
@@ -206,18 +206,18 @@ def proposals(monkeypatch):
 
 def test_a_drafter_changes_nothing_but_the_way(ask, trained, proposals, tiny):
     common = ("prompt=3+4=", "max_new_tokens=20")
-    wanted = ask(*common, "draft=false", kind="drafter")
+    expected = ask(*common, "draft=false", kind="drafter")
     assert not proposals
-    assert ask(*common, kind="drafter") == wanted
+    assert ask(*common, kind="drafter") == expected
     assert set(proposals) == {"MedusaHeads"}
-    for name, made, more in (
+    for name, built, more in (
         ("lookup", "PromptLookup", ()),
         ("recycling", "TokenRecycling", ()),
         ("small", "SmallModel", (f"small={tiny.path}",)),
     ):
         proposals.clear()
-        assert ask(*common, f"drafter={name}", *more, kind="drafter") == wanted
-        assert set(proposals) == {made}
+        assert ask(*common, f"drafter={name}", *more, kind="drafter") == expected
+        assert set(proposals) == {built}
     sampled = [ask(*common, "temperature=1", f"seed={seed}", kind="drafter") for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
 
@@ -293,15 +293,15 @@ def test_an_earlier_checkpoint_can_be_asked(train, chats, capsys):
     )
     run = train(f"task.path={chats}", *settings, "schedule=constant")
     capsys.readouterr()
-    said = []
+    message = []
     for which in ("@1", "@12", "@last", ""):
         assert generate.main([f"run={run}{which}", "prompt=1+1=", "max_new_tokens=12"]) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0] != said[1] == said[2] == said[3]
+        message.append(capsys.readouterr().out)
+    assert message[0] != message[1] == message[2] == message[3]
 
 
 @pytest.mark.parametrize(
-    ("kind", "arguments", "said"),
+    ("kind", "arguments", "message"),
     [
         (
             "sft",
@@ -331,10 +331,10 @@ def test_an_earlier_checkpoint_can_be_asked(train, chats, capsys):
         ("classification", ["prompt=x"], "this run trained a classifier, which writes no text"),
     ],
 )
-def test_what_cannot_be_asked_says_why(trained, capsys, kind, arguments, said):
+def test_what_cannot_be_asked_says_why(trained, capsys, kind, arguments, message):
     run = trained(kind)
     capsys.readouterr()
     assert exit_code(generate.main, [f"run={run}", *arguments]) == 2
     out, err = capsys.readouterr()
-    assert said in err
+    assert message in err
     assert out == ""

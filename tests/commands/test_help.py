@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from trainer.__main__ import COMMANDS, no_such_command, run_words
+from trainer.__main__ import run_words
 from trainer.config import options
+from trainer.config.commands import NAMES, no_such_command
 
-WRONG = {name: ["zzz=1"] for name in COMMANDS} | {
+WRONG = {name: ["zzz=1"] for name in NAMES} | {
     "submit": ["zzz"],
     "evaluate task=speculation": ["zzz=1"],
 }
@@ -51,7 +52,7 @@ def test_help_and_a_wrong_argument_import_nothing_heavy(command):
 
 def test_the_list_of_commands_has_a_line_for_each():
     done = ran("--help")
-    for name in COMMANDS:
+    for name in NAMES:
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"    {name} "))
         first = (ROOT / "trainer" / f"{name}.py").read_text("utf-8").split('"""')[1]
         assert line.split(maxsplit=1)[1] == first.splitlines()[0].strip()
@@ -61,7 +62,7 @@ def test_the_list_of_commands_has_a_line_for_each():
 
 
 def test_a_command_file_is_short():
-    for name in COMMANDS:
+    for name in NAMES:
         text = (ROOT / "trainer" / f"{name}.py").read_text("utf-8")
         lines = text.split('"""', 2)[2].splitlines()  # without the help text
         assert len(lines) <= 160, name
@@ -107,16 +108,16 @@ def test_the_console_script_is_the_program():
     assert scripts == {"graft": "trainer.__main__:main"}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", NAMES)
 def test_a_misspelt_command_is_suggested(command):
     swapped = command[:2] + command[3] + command[2] + command[4:]
     for word in (swapped, command[:-1], command + "s"):
-        if word not in COMMANDS:
+        if word not in NAMES:
             assert no_such_command(word).endswith(f"Did you mean {command}?")
 
 
 def test_a_word_like_no_command_lists_all_commands():
-    assert no_such_command("zzz").endswith(f"Known: {', '.join(COMMANDS)}.")
+    assert no_such_command("zzz").endswith(f"Known: {', '.join(NAMES)}.")
     assert "graft experiment=NAME" in no_such_command("train")
 
 

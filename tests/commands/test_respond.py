@@ -21,6 +21,7 @@ from tests.conftest import sums, write_rows
 from tests.toys.commands import exit_code
 from trainer import generate, respond
 from trainer.assembly import trained as trained_module
+from trainer.config import answer_options
 from trainer.data.render import Renderer
 from trainer.evaluation import answers as answers_module
 from trainer.evaluation import responses
@@ -73,19 +74,19 @@ _settings: dict[str, object] = {}
 @pytest.fixture
 def ask(folder, tmp_path, capsys, monkeypatch):
     """Runs the verb on the base; returns its exit code, the folder, and what was said."""
-    whole = respond._composed
+    whole = answer_options.composed
 
-    def composed(options, given):  # composing a config takes longer than the answers
-        key = json.dumps([options["base"], options["task"], given])
-        if options["prompts"] is None or key not in _settings:
-            _settings[key] = whole(options, given)
-        plain = copy.deepcopy(_settings[key])
-        plain["task"]["path"] = options["prompts"] or plain["task"]["path"]
-        return plain
+    def composed(options):  # composing a config takes longer than the answers
+        key = json.dumps([options.base, options.task, options.settings])
+        if options.prompts is None or key not in _settings:
+            _settings[key] = whole(options)
+        config = copy.deepcopy(_settings[key])
+        config["task"]["path"] = options.prompts or config["task"]["path"]
+        return config
 
-    monkeypatch.setattr(respond, "_composed", composed)
+    monkeypatch.setattr(answer_options, "composed", composed)
 
-    def asked(rows, *arguments, out="out", target=True):
+    def requested(rows, *arguments, out="out", target=True):
         prompts = (
             rows
             if isinstance(rows, str)
@@ -99,10 +100,10 @@ def ask(folder, tmp_path, capsys, monkeypatch):
         ]
         capsys.readouterr()
         code = exit_code(respond.main, [*base, *words, *arguments])
-        said = capsys.readouterr()
-        return SimpleNamespace(code=code, folder=tmp_path / out, out=said.out, err=said.err)
+        output = capsys.readouterr()
+        return SimpleNamespace(code=code, folder=tmp_path / out, out=output.out, err=output.err)
 
-    return asked
+    return requested
 
 
 def lines(file):
@@ -113,10 +114,10 @@ def lines(file):
     )
 
 
-def by_row(found):
+def by_row(actual):
     return {
         line["row"]: line
-        for line in lines(found.folder / "rows.jsonl") + lines(found.folder / "left_out.jsonl")
+        for line in lines(actual.folder / "rows.jsonl") + lines(actual.folder / "left_out.jsonl")
     }
 
 
@@ -133,46 +134,46 @@ def spoken(naive, messages, count, options=None, seed=None):
     )
     ids = naive.tokenizer(text, add_special_tokens=False)["input_ids"]
     u = None if seed is None else np.random.default_rng(seed).random(count)
-    said = []
+    output = []
     for step in range(count):
-        scores = model(torch.tensor([ids + said])).logits[0, -1]
+        scores = model(torch.tensor([ids + output])).logits[0, -1]
         if u is None:
             token = int(scores.argmax())
         else:
             p = (scores / options["temperature"]).softmax(-1)
             order = p.argsort(descending=True).tolist()
-            kept, total = [], 0.0
+            stored, total = [], 0.0
             if options.get("top_k"):
                 order = order[: options["top_k"]]
             whole = float(p[order].sum())
             for candidate in order:
                 if total >= options.get("top_p", 1.0):
                     break
-                kept.append(candidate)
+                stored.append(candidate)
                 total += float(p[candidate]) / whole
-            kept.sort()
-            share, upto, token = float(p[kept].sum()), 0.0, kept[-1]
-            for candidate in kept:
+            stored.sort()
+            share, upto, token = float(p[stored].sum()), 0.0, stored[-1]
+            for candidate in stored:
                 upto += float(p[candidate]) / share
                 if upto > u[step]:
                     token = candidate
                     break
-        said.append(token)
+        output.append(token)
         if token == naive.tokenizer.eos_token_id:
             break
     model.float()
     return (
-        naive.tokenizer.decode(said, skip_special_tokens=True),
-        said[-1] == naive.tokenizer.eos_token_id,
+        naive.tokenizer.decode(output, skip_special_tokens=True),
+        output[-1] == naive.tokenizer.eos_token_id,
     )
 
 
-def compared(found, row, messages, text, ended):
+def compared(actual, row, messages, text, ended):
     if not text.strip():
-        assert found["why"] == "empty"
+        assert actual["why"] == "empty"
         return "empty"
-    assert found["messages"] == [*messages, {"role": "assistant", "content": text}], row
-    assert found.get("cut", False) is (not ended)
+    assert actual["messages"] == [*messages, {"role": "assistant", "content": text}], row
+    assert actual.get("cut", False) is (not ended)
     return "ended" if ended else "cut"
 
 
@@ -187,9 +188,9 @@ def compared(found, row, messages, text, ended):
     ],
 )
 def test_answers_are_those_of_each_row_alone(ask, naive, options):
-    found = ask(prompts(), "seed=7", *(f"{name}={value}" for name, value in options.items()))
-    assert found.code == 0, found.err
-    rows, kinds = by_row(found), set()
+    actual = ask(prompts(), "seed=7", *(f"{name}={value}" for name, value in options.items()))
+    assert actual.code == 0, actual.err
+    rows, kinds = by_row(actual), set()
     assert sorted(rows) == list(range(len(ASKED)))
     for row, text in enumerate(ASKED):
         messages = [{"role": "user", "content": text}]
@@ -218,11 +219,11 @@ def test_each_turn_is_answered_after_the_one_before(ask, naive):
     for row, text in enumerate(ASKED):
         messages = []
         for turn, question in enumerate((text, "And then?", "Why?")):
-            asked = [*messages, {"role": "user", "content": question}]
-            said, ended = spoken(naive, asked, 30, {"temperature": 1.0}, [0, row, turn])
-            if not said.strip():
+            requested = [*messages, {"role": "user", "content": question}]
+            output, ended = spoken(naive, requested, 30, {"temperature": 1.0}, [0, row, turn])
+            if not output.strip():
                 break
-            messages = [*asked, {"role": "assistant", "content": said}]
+            messages = [*requested, {"role": "assistant", "content": output}]
             if not ended:
                 break
         assert rows[row]["messages"] == (messages or [{"role": "user", "content": text}])
@@ -234,11 +235,11 @@ def test_each_turn_is_answered_after_the_one_before(ask, naive):
 def test_a_row_for_each_answer(ask):
     turns = [{"turns": [text, "And then?", "Why?"]} for text in ASKED]
     whole = by_row(ask(turns, "max_new_tokens=30", "temperature=1", out="whole"))
-    found = ask(turns, "max_new_tokens=30", "temperature=1", "per=answer")
-    rows = lines(found.folder / "rows.jsonl")
-    kept = [row for row in whole.values() if "why" not in row]
-    assert len(rows) == sum(len(row["messages"]) // 2 for row in kept) > len(kept)
-    for row in kept:
+    actual = ask(turns, "max_new_tokens=30", "temperature=1", "per=answer")
+    rows = lines(actual.folder / "rows.jsonl")
+    stored = [row for row in whole.values() if "why" not in row]
+    assert len(rows) == sum(len(row["messages"]) // 2 for row in stored) > len(stored)
+    for row in stored:
         own = sorted(
             (line for line in rows if line["row"] == row["row"]), key=lambda line: line["answer"]
         )
@@ -249,9 +250,9 @@ def test_a_row_for_each_answer(ask):
         assert row.get("inexact", False) == any(line.get("inexact", False) for line in own)
     # as a kill in the middle of a write
     part = [line for line in rows if not (line["of"] > 1 and line["answer"] == 2)]
-    write_rows(found.folder / "rows.jsonl", part)
+    write_rows(actual.folder / "rows.jsonl", part)
     ask(turns, "max_new_tokens=30", "temperature=1", "per=answer")
-    again = lines(found.folder / "rows.jsonl")
+    again = lines(actual.folder / "rows.jsonl")
     assert again[: len(part)] == part
     assert sorted(map(json.dumps, again)) == sorted(map(json.dumps, rows))
 
@@ -283,31 +284,31 @@ def test_which_answers_are_written_anew(ask, naive):
 
 
 def test_a_row_trains_the_tokens_that_were_generated(ask, folder, naive):
-    found = ask(
+    actual = ask(
         [{"prompt": f"{text} {i}"} for i in range(4) for text in ASKED],
         "temperature=1",
         "max_new_tokens=30",
     )
-    rows, exact = lines(found.folder / "rows.jsonl"), 0
+    rows, exact = lines(actual.folder / "rows.jsonl"), 0
     for line in rows:
         ids = naive.tokenizer.apply_chat_template(
             line["messages"][:-1], add_generation_prompt=True, return_dict=False
         )
         u = np.random.default_rng([0, line["row"], 0]).random(30)
-        said = []
+        output = []
         with torch.no_grad():
             for at in u:
-                p = naive.model(torch.tensor([ids + said])).logits[0, -1].double().softmax(-1)
-                said.append(int((p.cumsum(-1) > at).nonzero()[0]))
-                if said[-1] == 2:
+                p = naive.model(torch.tensor([ids + output])).logits[0, -1].double().softmax(-1)
+                output.append(int((p.cumsum(-1) > at).nonzero()[0]))
+                if output[-1] == 2:
                     break
         whole = naive.tokenizer.apply_chat_template(line["messages"], return_dict=False)
-        assert line.get("inexact", False) == (whole[: len(ids + said)] != ids + said)
+        assert line.get("inexact", False) == (whole[: len(ids + output)] != ids + output)
         exact += "inexact" not in line
     assert 0 < exact < len(rows)  # random bytes are often no text
-    counts = json.loads((found.folder / "provenance.json").read_text())["counts"]
+    counts = json.loads((actual.folder / "provenance.json").read_text())["counts"]
     assert counts["inexact"] == len(rows) - exact
-    file = str(found.folder / "rows.jsonl")
+    file = str(actual.folder / "rows.jsonl")
     task = SFT(
         file,
         "train",
@@ -336,8 +337,8 @@ def test_a_row_trains_the_tokens_that_were_generated(ask, folder, naive):
 
 def test_what_has_no_answer_is_counted_and_told_apart(ask, naive):
     rows = [*prompts(), {"prompt": "long " * 100}]
-    kept = ask(rows, out="kept")
-    left = lines(kept.folder / "left_out.jsonl")
+    stored = ask(rows, out="kept")
+    left = lines(stored.folder / "left_out.jsonl")
     assert {(line["row"], line["why"]) for line in left if line["why"] == "long"} == {(8, "long")}
     empty = [
         row
@@ -347,7 +348,7 @@ def test_what_has_no_answer_is_counted_and_told_apart(ask, naive):
     assert [
         line["row"] for line in sorted(left, key=lambda line: line["row"]) if line["why"] == "empty"
     ] == empty
-    cut = {line["row"] for line in lines(kept.folder / "rows.jsonl") if line.get("cut")}
+    cut = {line["row"] for line in lines(stored.folder / "rows.jsonl") if line.get("cut")}
     dropped = ask(rows, "cut=drop", out="dropped")
     assert (
         {line["row"] for line in lines(dropped.folder / "left_out.jsonl") if line["why"] == "cut"}
@@ -370,7 +371,7 @@ def test_what_has_no_answer_is_counted_and_told_apart(ask, naive):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, None])
 def test_a_stopped_command_goes_on_to_the_same_rows(ask, monkeypatch, number):
-    wanted = by_row(ask(prompts(), "temperature=1", out="whole"))
+    expected = by_row(ask(prompts(), "temperature=1", out="whole"))
     whole, calls = answers_module.continuations, itertools.count(1)
 
     def stopping(*arguments):
@@ -385,35 +386,40 @@ def test_a_stopped_command_goes_on_to_the_same_rows(ask, monkeypatch, number):
     assert stopped.code == 128 + (number or signal.SIGINT)
     assert "stopped with 3 of 8 conversations" in stopped.err
     assert "run the same command again to resume" in stopped.err
-    kept = {name: (stopped.folder / name).read_bytes() for name in ("rows.jsonl", "left_out.jsonl")}
-    assert all(content == b"" or content.endswith(b"\n") for content in kept.values())
+    stored = {
+        name: (stopped.folder / name).read_bytes() for name in ("rows.jsonl", "left_out.jsonl")
+    }
+    assert all(content == b"" or content.endswith(b"\n") for content in stored.values())
     with (stopped.folder / "rows.jsonl").open("ab") as file:
         # as a kill would leave it
         file.write('{"messages": [{"role": "user", "content": "grö'.encode()[:-1])
     went_on = ask(prompts(), "temperature=1")
     assert went_on.code == 0
-    assert by_row(went_on) == wanted
-    rows = [line["row"] for name in kept for line in lines(went_on.folder / name)]
+    assert by_row(went_on) == expected
+    rows = [line["row"] for name in stored for line in lines(went_on.folder / name)]
     assert sorted(rows) == list(range(8))
     assert all(
-        (went_on.folder / name).read_bytes().startswith(content) for name, content in kept.items()
+        (went_on.folder / name).read_bytes().startswith(content) for name, content in stored.items()
     )
     monkeypatch.setattr(responses, "continuations", lambda *_: pytest.fail("asked again"))
     assert ask(prompts(), "temperature=1").code == 0
 
 
 def test_a_row_of_a_batch_that_was_half_written_is_asked_among_the_same_rows(ask, monkeypatch):
-    found = ask(prompts(), "temperature=1")
-    file, wanted = found.folder / "rows.jsonl", by_row(found)
+    actual = ask(prompts(), "temperature=1")
+    file, expected = actual.folder / "rows.jsonl", by_row(actual)
     content = file.read_text("utf-8").split("\n")
     file.write_text("\n".join(content[1:]), "utf-8")
     widths, whole = [], answers_module.continuations
     monkeypatch.setattr(
         responses,
         "continuations",
-        lambda model, asked, *rest: (widths.append(len(asked)), whole(model, asked, *rest))[1],
+        lambda model, requested, *rest: (
+            widths.append(len(requested)),
+            whole(model, requested, *rest),
+        )[1],
     )
-    assert by_row(ask(prompts(), "temperature=1")) == wanted
+    assert by_row(ask(prompts(), "temperature=1")) == expected
     assert widths in ([3], [2])
 
 
@@ -428,20 +434,20 @@ def test_other_settings_in_the_same_folder_are_refused(ask, tmp_path):
         ("task.chat_template=none", "template: "),
         ("base.dtype=bfloat16", "target: "),
     ]
-    refused = [(ask(prompts(), "temperature=1", word), said) for word, said in changes]
+    refused = [(ask(prompts(), "temperature=1", word), output) for word, output in changes]
     refused.append((ask([{"prompt": "other"}], "temperature=1"), "prompts: "))
-    for found, said in refused:
-        assert found.code == 2
-        assert "was begun with other settings" in found.err
-        assert said in found.err
+    for actual, output in refused:
+        assert actual.code == 2
+        assert "was begun with other settings" in actual.err
+        assert output in actual.err
     assert by_row(first) == before
 
 
 def test_a_line_that_is_none_of_ours_is_named(ask):
-    found = ask(prompts(), "temperature=1", "rows=2")
-    with (found.folder / "rows.jsonl").open("a") as file:
+    actual = ask(prompts(), "temperature=1", "rows=2")
+    with (actual.folder / "rows.jsonl").open("a") as file:
         file.write("[1, 2\n")
-    number = (found.folder / "rows.jsonl").read_bytes().count(b"\n")
+    number = (actual.folder / "rows.jsonl").read_bytes().count(b"\n")
     again = ask(prompts(), "temperature=1", "rows=2")
     assert again.code == 2
     assert f"rows.jsonl:{number} is not a line that this command writes" in again.err
@@ -459,9 +465,9 @@ def test_two_processes_do_not_share_a_folder(ask, tmp_path):
 
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out" / ".lock"):
-        found = ask(prompts())
-    assert found.code == 2
-    assert "is in use by another process" in found.err
+        actual = ask(prompts())
+    assert actual.code == 2
+    assert "is in use by another process" in actual.err
 
 
 def test_a_template_is_given_what_serving_gives_it(ask, folder, naive, tmp_path, monkeypatch):
@@ -475,12 +481,17 @@ def test_a_template_is_given_what_serving_gives_it(ask, folder, naive, tmp_path,
     monkeypatch.setattr(
         responses,
         "answers",
-        lambda responder, asked, *rest: (seen.extend(asked), whole(responder, asked, *rest))[1],
+        lambda responder, requested, *rest: (
+            seen.extend(requested),
+            whole(responder, requested, *rest),
+        )[1],
     )
-    found = ask(prompts()[:1], f"task.chat_template={tmp_path / 't.jinja'}", "template.think=false")
-    assert found.code in (0, 1)
+    actual = ask(
+        prompts()[:1], f"task.chat_template={tmp_path / 't.jinja'}", "template.think=false"
+    )
+    assert actual.code in (0, 1)
     assert naive.tokenizer.decode(seen[0]).endswith("assistant\n<t></t>")
-    chosen = found.folder / "chat_template.jinja"
+    chosen = actual.folder / "chat_template.jinja"
     task = SimpleNamespace(kind="conversation", chat_template=str(chosen), train_on="last")
     assert Renderer(naive.tokenizer, task).chat([{"role": "user", "content": ASKED[0]}]) == seen[0]
     refused = ask(prompts(), "template.thinks=false", out="other")
@@ -494,12 +505,12 @@ def test_a_run_answers_with_its_adapter(ask, train, tmp_path, capsys):
         f"task.path={rows}", f"task.eval_path={rows}", "callbacks.evaluation=null", "max_steps=8"
     )
     words = ("prompt=3+4=", "max_new_tokens=9")
-    found = ask([{"prompt": "3+4="}], f"run={run}@last", "max_new_tokens=9", target=False)
-    (line,) = by_row(found).values()
+    actual = ask([{"prompt": "3+4="}], f"run={run}@last", "max_new_tokens=9", target=False)
+    (line,) = by_row(actual).values()
     capsys.readouterr()
     assert generate.main([f"run={run}", *words]) == 0
     assert capsys.readouterr().out == line["messages"][-1]["content"] + "\n"
-    target = json.loads((found.folder / "provenance.json").read_text())["settings"]["target"]
+    target = json.loads((actual.folder / "provenance.json").read_text())["settings"]["target"]
     trained = trained_module.load_trained(str(run))
     assert target["step"] == trained.step == 8
     assert target["base"] == trained.base.fingerprint
@@ -508,17 +519,17 @@ def test_a_run_answers_with_its_adapter(ask, train, tmp_path, capsys):
 
 def test_a_task_s_own_rows_are_asked(ask, tmp_path, naive):
     rows = write_rows(tmp_path / "sums.jsonl", sums(6))
-    found = by_row(ask("task=sft", f"task.path={rows}", "task.eval_fraction=0", "rows=4"))
+    actual = by_row(ask("task=sft", f"task.path={rows}", "task.eval_fraction=0", "rows=4"))
     for row, chat in enumerate(sums(6)[:4]):
-        compared(found[row], row, chat["messages"][:-1], *spoken(naive, chat["messages"][:-1], 12))
-    assert sorted(found) == [0, 1, 2, 3]
+        compared(actual[row], row, chat["messages"][:-1], *spoken(naive, chat["messages"][:-1], 12))
+    assert sorted(actual) == [0, 1, 2, 3]
     refused = ask("task=completion", f"task.path={rows}", out="other")
     assert refused.code == 2
 
 
 def test_the_record_says_what_made_the_rows(ask, tmp_path, folder):
-    found = ask(prompts(), "temperature=0.5", "top_p=0.9", "seed=3")
-    record = json.loads((found.folder / "provenance.json").read_text())
+    actual = ask(prompts(), "temperature=0.5", "top_p=0.9", "seed=3")
+    record = json.loads((actual.folder / "provenance.json").read_text())
     settings = record["settings"]
     assert (
         settings["prompts"] == hashlib.sha256((tmp_path / "asked.jsonl").read_bytes()).hexdigest()
@@ -532,11 +543,11 @@ def test_the_record_says_what_made_the_rows(ask, tmp_path, folder):
     assert settings["target"]["dtype"] == "float32"
     assert record["base"] == str(folder)
     assert record["versions"].keys() == {"torch", "transformers", "tokenizers"}
-    assert record["counts"]["rows"] == len(lines(found.folder / "rows.jsonl"))
+    assert record["counts"]["rows"] == len(lines(actual.folder / "rows.jsonl"))
 
 
 def test_the_model_s_own_generation_settings_do_not_count(ask, folder, tmp_path):
-    wanted = by_row(ask(prompts(), "temperature=1", out="plain"))
+    expected = by_row(ask(prompts(), "temperature=1", out="plain"))
     file = folder / "generation_config.json"
     before = file.read_text()
     file.write_text(
@@ -551,13 +562,13 @@ def test_the_model_s_own_generation_settings_do_not_count(ask, folder, tmp_path)
         )
     )
     try:
-        assert by_row(ask(prompts(), "temperature=1", out="other")) == wanted
+        assert by_row(ask(prompts(), "temperature=1", out="other")) == expected
     finally:
         file.write_text(before)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "output"),
     [
         (["run=x"], "either base=NAME, of conf/base, or run=FOLDER"),
         (["task=sft"], "either prompts=FILE or task=NAME"),
@@ -575,15 +586,15 @@ def test_the_model_s_own_generation_settings_do_not_count(ask, folder, tmp_path)
         (["bach_size=3"], "Did you mean batch_size?"),
     ],
 )
-def test_what_cannot_be_asked_says_why(capsys, arguments, said):
+def test_what_cannot_be_asked_says_why(capsys, arguments, output):
     with pytest.raises(SystemExit) as stop:
         respond.main(["base=tiny", "prompts=x.jsonl", "out=y", *arguments])
     assert stop.value.code == 2
-    assert said in capsys.readouterr().err
+    assert output in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("rows", "words", "said"),
+    ("rows", "words", "output"),
     [
         ([{"text": "a"}], [], "asked.jsonl:1: the columns (text) are of no known format"),
         ([{"prompt": "a"}, {"prompt": ""}], [], "asked.jsonl:2: prompt is empty"),
@@ -592,7 +603,7 @@ def test_what_cannot_be_asked_says_why(capsys, arguments, said):
         ([{"messages": [{"role": "robot", "content": "a"}]}], [], "the role 'robot'"),
     ],
 )
-def test_rows_that_cannot_be_asked_are_named(ask, rows, words, said):
-    found = ask(rows, *words)
-    assert found.code == 2
-    assert said in found.err
+def test_rows_that_cannot_be_asked_are_named(ask, rows, words, output):
+    actual = ask(rows, *words)
+    assert actual.code == 2
+    assert output in actual.err

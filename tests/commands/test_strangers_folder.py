@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from tests.conftest import ROOT, composed, sums, write_rows
-from trainer.__main__ import COMMANDS
+from trainer.config.commands import NAMES
 from trainer.config.errors import ConfigError
 
 OLD = ROOT / "tests" / "data" / "runs_0.1" / "runs" / "lora"
@@ -68,7 +68,7 @@ def files(folder):
 
 
 def test_every_command_is_in_the_list():
-    assert {*TAKES, *CONFIGS} == set(COMMANDS)
+    assert {*TAKES, *CONFIGS} == set(NAMES)
 
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=lambda function: function.__name__)

@@ -249,11 +249,11 @@ COMBINATIONS = {
 
 @pytest.mark.parametrize("case", COMBINATIONS)
 def test_settings_that_do_not_go_together(compose, case):
-    overrides, said = COMBINATIONS[case]
+    overrides, message = COMBINATIONS[case]
     with pytest.raises(ConfigError) as refusal:
         compose("+experiment=smoke", TASK, *overrides)
     (line,) = str(refusal.value).splitlines()
-    assert said in line
+    assert message in line
 
 
 def test_nothing_to_train_needs_no_end(compose):
@@ -282,7 +282,7 @@ def test_bad_values_are_told_all_at_once(compose):
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"),
+    ("values", "expected"),
     [
         ("experiment=smoke", "+experiment=smoke"),
         ("+experiment=smoke", "+experiment=smoke"),
@@ -303,8 +303,8 @@ def test_bad_values_are_told_all_at_once(compose):
         ("word", "word"),
     ],
 )
-def test_arguments_as_hydra_takes_them(given, wanted):
-    assert rewrite([given]) == [wanted]
+def test_arguments_as_hydra_takes_them(values, expected):
+    assert rewrite([values]) == [expected]
 
 
 def test_the_command_line_changes_what_an_experiment_says(compose):
@@ -380,8 +380,8 @@ def test_what_has_come_since_a_run_is_as_conf_has_it(compose):
         "callbacks.evaluation=null",
         "~callbacks.progress",
     )
-    wanted, choices = recorded(cfg)
-    older, made = recorded(cfg)
+    expected, choices = recorded(cfg)
+    older, built = recorded(cfg)
     lacks = [
         "adapter.rslora",
         "callbacks.averaging.export",
@@ -398,13 +398,13 @@ def test_what_has_come_since_a_run_is_as_conf_has_it(compose):
         for key in path:
             node = node[key]
         del node[last]
-    del made["penalty"], made["target"]
-    places = complete(older, made)
+    del built["penalty"], built["target"]
+    places = complete(older, built)
     assert sorted(places) == lacks
-    assert older == wanted
-    assert made == choices
-    assert complete(older, made) == []
-    check(OmegaConf.create(older), made)
+    assert older == expected
+    assert built == choices
+    assert complete(older, built) == []
+    check(OmegaConf.create(older), built)
 
 
 def test_what_is_asked_for_has_no_default(compose):
@@ -497,7 +497,7 @@ def no_torch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["--cfg", "job"], 0, "max_length: null"),
         (["--cfg", "job", "experiment=smoke", "adapter=peft"], 0, "peft_type: ???"),
@@ -535,10 +535,10 @@ def no_torch(tmp_path):
         (["--multirun", "experiment=smoke", TASK, "optimizer.lr=1e-3,-1"], 2, "optimizer.lr is -1"),
     ],
 )
-def test_what_can_be_said_without_torch_is(program, no_torch, tmp_path, arguments, code, said):
+def test_what_can_be_said_without_torch_is(program, no_torch, tmp_path, arguments, code, message):
     environment, mark = no_torch
     done = program(*arguments, env=environment)
-    assert said in done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert done.returncode == code, done.stderr
     assert not mark.exists()

@@ -61,19 +61,19 @@ FAULTS = {
 
 @pytest.mark.parametrize("case", FAULTS)
 def test_a_fault_is_named_with_its_place(case):
-    config, said = FAULTS[case]
+    config, message = FAULTS[case]
     (fault,) = forbidden.forbidden_settings(OmegaConf.create(config))
-    assert said in fault
+    assert message in fault
 
 
 def test_what_a_config_may_hold():
-    asked = ["+base.trust_remote_code=true"]
+    requested = ["+base.trust_remote_code=true"]
     config = {
         "adapter": {"_target_": "adapters.lora.LoRAAdapter"},
         "a": "${oc.env:USER}/${now:%Y}",
         "base": {"trust_remote_code": True},
         "hydra": {
-            "overrides": {"task": asked, "hydra": ["hydra.launcher.setup=[x]"]},
+            "overrides": {"task": requested, "hydra": ["hydra.launcher.setup=[x]"]},
             "launcher": {"setup": ["x"]},
             "output_subdir": None,
         },

@@ -38,7 +38,7 @@ def written_out(node):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (bomb(9), "more than 10,000 values"),
         (bomb(60), "more than 10,000 values"),
@@ -68,9 +68,9 @@ def written_out(node):
         "many",
     ],
 )
-def test_what_grows_is_refused_at_once(text, said):
+def test_what_grows_is_refused_at_once(text, message):
     started = time.process_time()
-    with pytest.raises(LimitExceeded, match=said):
+    with pytest.raises(LimitExceeded, match=message):
         refuse_bomb(text, "it")
     assert time.process_time() - started < 3
 
@@ -155,13 +155,13 @@ def test_work_without_end_is_stopped_and_the_signal_given_back():
 
 
 def test_elsewhere_than_in_the_main_thread_nothing_is_limited():
-    found = []
+    actual = []
 
     def work():
         with limited(0.01, "it"):
-            found.append(sum(range(100_000)))
+            actual.append(sum(range(100_000)))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert len(found) == 1
+    assert len(actual) == 1

@@ -55,7 +55,7 @@ def test_defaults_and_null(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["run=a", "comapre=true"], "comapre=true: there is no such option. Did you mean compare?"),
         (["run=a", "zzz=1"], "zzz=1: there is no such option. Known: run, n, share, compare,"),
@@ -78,14 +78,14 @@ def test_defaults_and_null(tmp_path):
         (["run=a", "n=9", "compare=true"], "n and compare do not go together"),
     ],
 )
-def test_the_fault_is_last_after_one_line_of_advice(capsys, words, said):
+def test_the_fault_is_last_after_one_line_of_advice(capsys, words, message):
     with pytest.raises(SystemExit) as end:
         read(*words)
     first, *others = capsys.readouterr().err.splitlines()
     assert end.value.code == 2
     assert first == "graft do --help shows the options"
     assert len(others) == 1
-    assert said in others[0]
+    assert message in others[0]
 
 
 def test_all_faults_are_said_at_once(capsys):

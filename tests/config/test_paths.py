@@ -13,6 +13,7 @@ from tests.conftest import ROOT, composed, sums, write_rows
 from tests.toys.commands import exit_code
 from trainer import __main__
 from trainer.config import paths
+from trainer.config.commands import NAMES
 from trainer.storage import run_folder
 
 RUN = "nowhere is no run folder: it has no run.yaml"
@@ -92,9 +93,35 @@ def test_what_is_missing_is_said_before_anything_heavy(folder, monkeypatch, capf
     assert not before or sorted(p for p in folder.iterdir() if p.name != "runs") == before
 
 
+def test_a_missing_file_of_rows_is_said_after_one_composition(folder, monkeypatch, capfd):
+    """Hydra composes twice, once for its mode: a config that was refused is not composed again."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    whole, composed = ConfigLoaderImpl._load_configuration_impl, []
+    monkeypatch.setattr(
+        ConfigLoaderImpl,
+        "_load_configuration_impl",
+        lambda *arguments, **named: composed.append(1) or whole(*arguments, **named),
+    )
+    for case in ("train", "a base"):
+        composed.clear()
+        words, said = words_of(case)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # a start sets it
+        monkeypatch.setattr(sys, "argv", ["graft", *words])
+        assert exit_code(__main__.run_words, words) == 2
+        assert said in capfd.readouterr().err
+        assert len(composed) == 1
+    (folder / "nowhere.jsonl").write_bytes((folder / "rows.jsonl").read_bytes())
+    words = [*words_of("train")[0], "batch_size=0"]  # what was refused is not remembered for long
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(sys, "argv", ["graft", *words])
+    assert exit_code(__main__.run_words, words) == 2
+    assert "batch_size is 0" in capfd.readouterr().err
+
+
 def test_every_command_is_among_them():
     commands = {MISSING[case][0][0] for case in MISSING}
-    assert commands >= {*__main__.COMMANDS} - {"submit"}
+    assert commands >= {*NAMES} - {"submit"}
 
 
 @pytest.mark.parametrize("case", ["train", "export"])

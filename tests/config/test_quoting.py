@@ -109,7 +109,7 @@ def test_what_cannot_be_read_says_how_to_write_it(compose, value):
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "text"),
     [
         ("experiments=smoke", "Did you mean experiment?"),
         ("+experiments=smoke", "Did you mean experiment?"),
@@ -120,7 +120,7 @@ def test_what_cannot_be_read_says_how_to_write_it(compose, value):
         ("zzz=1", "Known: "),
     ],
 )
-def test_a_name_that_conf_does_not_have(word, said):
+def test_a_name_that_conf_does_not_have(word, text):
     with pytest.raises(ConfigError, match=r"there is no such key|is for jobs") as raised:
         rewrite(["seed=1", word])
-    assert said in str(raised.value)
+    assert text in str(raised.value)

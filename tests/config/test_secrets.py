@@ -39,10 +39,10 @@ def test_logs_and_messages_hold_no_secret(capsys):
     except ValueError:
         log.exception("failed")
     bad(f"it has {SECRETS['AWS_SECRET_ACCESS_KEY']}")
-    said = stream.getvalue() + capsys.readouterr().err
-    assert said.count("[redacted]") == 3
-    assert "Traceback" in said
-    assert not any(secret in said for secret in SECRETS.values())
+    message = stream.getvalue() + capsys.readouterr().err
+    assert message.count("[redacted]") == 3
+    assert "Traceback" in message
+    assert not any(secret in message for secret in SECRETS.values())
 
 
 def test_a_record_holds_no_exception_whose_text_has_a_secret():

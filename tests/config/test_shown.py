@@ -57,11 +57,11 @@ def test_logs_are_shown(caplog):
 @pytest.fixture
 def console(monkeypatch):
     """rich's own console, on a terminal with colours."""
-    made = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=120)
-    monkeypatch.setattr(rich, "_console", made)
+    built = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=120)
+    monkeypatch.setattr(rich, "_console", built)
     protect_console()
     protect_console()
-    return made
+    return built
 
 
 def test_what_rich_prints_is_shown_and_its_colours_stay(console):

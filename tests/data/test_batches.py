@@ -47,16 +47,16 @@ def plan(
     return BatchOrder(*sizes(rows), seed, batch_size, accumulate, ranks, **{"epochs": 1, **options})
 
 
-def order(made: BatchOrder, steps: range) -> list[list[list[list[Pick]]]]:
+def order(built: BatchOrder, steps: range) -> list[list[list[list[Pick]]]]:
     """Picks by step, rank and micro-batch."""
-    return [[made.micro_batches(step, rank) for rank in range(made.ranks)] for step in steps]
+    return [[built.micro_batches(step, rank) for rank in range(built.ranks)] for step in steps]
 
 
-def counted(made: BatchOrder, steps: range) -> list[int]:
+def counted(built: BatchOrder, steps: range) -> list[int]:
     """The sequences that train, in the order of the picks."""
     return [
         p.sequence
-        for ranks in order(made, steps)
+        for ranks in order(built, steps)
         for batches in ranks
         for batch in batches
         for p in batch
@@ -72,48 +72,48 @@ def counted(made: BatchOrder, steps: range) -> list[int]:
 def test_each_row_is_used_exactly_once_an_epoch_over_all_ranks(
     rows, batch_size, accumulate, ranks, epochs, grouped
 ):
-    made = plan(rows, batch_size, accumulate, ranks, epochs=epochs, group_by_length=grouped)
-    steps = made.steps(None, None)
+    built = plan(rows, batch_size, accumulate, ranks, epochs=epochs, group_by_length=grouped)
+    steps = built.steps(None, None)
     assert steps == -(-rows * epochs // (batch_size * accumulate * ranks))
-    assert Counter(counted(made, range(steps))) == dict.fromkeys(range(rows), epochs)
+    assert Counter(counted(built, range(steps))) == dict.fromkeys(range(rows), epochs)
     for epoch in range(epochs):
-        assert sorted(made.at(epoch * rows + i) for i in range(rows)) == list(range(rows))
-    assert made.positions(steps) == rows * epochs
+        assert sorted(built.at(epoch * rows + i) for i in range(rows)) == list(range(rows))
+    assert built.positions(steps) == rows * epochs
 
 
 @pytest.mark.parametrize(("rows", "batch_size", "accumulate", "ranks"), SHAPES)
 def test_ranks_take_disjoint_shares_of_every_step_and_as_many_micro_batches(
     rows, batch_size, accumulate, ranks
 ):
-    made = plan(rows, batch_size, accumulate, ranks, epochs=1)
-    for step in range(made.steps(None, None)):
-        shares = [made.micro_batches(step, rank) for rank in range(ranks)]
+    built = plan(rows, batch_size, accumulate, ranks, epochs=1)
+    for step in range(built.steps(None, None)):
+        shares = [built.micro_batches(step, rank) for rank in range(ranks)]
         # else a rank would wait for the others without end
         assert len({len(share) for share in shares}) == 1
         assert all(1 <= len(batch) <= batch_size for share in shares for batch in share)
         if ranks > 1:
             assert all(len(batch) == batch_size for share in shares for batch in share)
         first = step * batch_size * accumulate * ranks
-        wanted = [
-            made.at(position)
+        expected = [
+            built.at(position)
             for position in range(first, min(first + batch_size * accumulate * ranks, rows))
         ]
-        found = [p.sequence for share in shares for batch in share for p in batch if p.trains]
-        assert sorted(found) == sorted(wanted)
-        assert len(set(found)) == len(found)
+        actual = [p.sequence for share in shares for batch in share for p in batch if p.trains]
+        assert sorted(actual) == sorted(expected)
+        assert len(set(actual)) == len(actual)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_micro_batches_take_the_order_one_after_another(ranks):
-    made = plan(24, 2, 2, ranks)
+    built = plan(24, 2, 2, ranks)
     flat = [
         pick.sequence
         for step in range(24 // (4 * ranks))
         for number in range(2)
         for rank in range(ranks)
-        for pick in made.micro_batches(step, rank)[number]
+        for pick in built.micro_batches(step, rank)[number]
     ]
-    assert flat == [made.at(position) for position in range(24)]
+    assert flat == [built.at(position) for position in range(24)]
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -133,8 +133,8 @@ def test_the_order_depends_on_the_seed_and_the_step_only(grouped):
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_every_epoch_has_an_order_of_its_own(grouped):
-    made = plan(30, 2, epochs=5, group_by_length=grouped)
-    orders = {tuple(made.at(epoch * 30 + i) for i in range(30)) for epoch in range(5)}
+    built = plan(30, 2, epochs=5, group_by_length=grouped)
+    orders = {tuple(built.at(epoch * 30 + i) for i in range(30)) for epoch in range(5)}
     assert len(orders) == 5
     assert tuple(range(30)) not in orders
 
@@ -143,35 +143,35 @@ def test_every_epoch_has_an_order_of_its_own(grouped):
 def test_window_tokens_are_the_trained_tokens_of_the_whole_step(
     rows, batch_size, accumulate, ranks
 ):
-    made = plan(rows, batch_size, accumulate, ranks, epochs=1.5)
+    built = plan(rows, batch_size, accumulate, ranks, epochs=1.5)
     used = 0
-    for step in range(made.steps(None, None)):
+    for step in range(built.steps(None, None)):
         picks = [
-            p for rank in range(ranks) for batch in made.micro_batches(step, rank) for p in batch
+            p for rank in range(ranks) for batch in built.micro_batches(step, rank) for p in batch
         ]
         naive = 0
         for pick in picks:
             if pick.trains:
-                naive += int(made.trained[pick.sequence])
+                naive += int(built.trained[pick.sequence])
                 used += 1
         assert {pick.window_tokens for pick in picks} == {naive}
-        assert made.positions(step + 1) == used
+        assert built.positions(step + 1) == used
     assert used == round(1.5 * rows)
 
 
 @pytest.mark.parametrize(("epochs", "uses"), [(0.5, 10), (1, 20), (1.25, 25), (2.5, 50), (0.26, 5)])
 def test_epochs_may_be_fractions(epochs, uses):
-    made = plan(20, 3, epochs=epochs)
-    steps = made.steps(None, None)
+    built = plan(20, 3, epochs=epochs)
+    steps = built.steps(None, None)
     assert steps == -(-uses // 3)
-    times = Counter(counted(made, range(steps)))
+    times = Counter(counted(built, range(steps)))
     assert sum(times.values()) == uses
     assert set(times.values()) <= {uses // 20, uses // 20 + 1}
 
 
-@pytest.mark.parametrize(("limit", "wanted"), [(1, 1), (4, 4), (7, 7), (100, 7)])
-def test_the_first_limit_ends_a_run(limit, wanted):
-    assert plan(20, 3).steps(limit, None) == wanted
+@pytest.mark.parametrize(("limit", "expected"), [(1, 1), (4, 4), (7, 7), (100, 7)])
+def test_the_first_limit_ends_a_run(limit, expected):
+    assert plan(20, 3).steps(limit, None) == expected
     assert plan(20, 3, epochs=None).steps(limit, None) == limit
 
 
@@ -186,45 +186,46 @@ def test_tokens_end_a_run_in_the_step_that_reaches_them():
 
 def tokens_end_a_run(tokens, epochs, ranks, max_steps):
     """Count the steps of a run one by one until it has had so many tokens."""
-    made = plan(20, 3, 1, ranks, epochs=epochs)
+    built = plan(20, 3, 1, ranks, epochs=epochs)
     most = min(max_steps or 10**9, -(-20 * epochs // (3 * ranks)) if epochs else 10**9)
-    seen = wanted = 0
-    while seen < tokens and wanted < most:
+    seen = expected = 0
+    while seen < tokens and expected < most:
         seen += sum(
-            int(made.lengths[sequence]) for sequence in counted(made, range(wanted, wanted + 1))
+            int(built.lengths[sequence])
+            for sequence in counted(built, range(expected, expected + 1))
         )
-        wanted += 1
-    assert made.steps(max_steps, tokens) == wanted, (tokens, epochs, ranks, max_steps)
+        expected += 1
+    assert built.steps(max_steps, tokens) == expected, (tokens, epochs, ranks, max_steps)
 
 
-@pytest.mark.parametrize(("more", "wanted"), [(-1, 3), (0, 3), (1, 4)])
-def test_a_step_that_reaches_the_tokens_exactly_is_the_last(more, wanted):
-    made = plan(20, 3)
-    tokens = sum(int(made.lengths[sequence]) for sequence in counted(made, range(3)))
-    assert made.steps(None, tokens + more) == wanted
+@pytest.mark.parametrize(("more", "expected"), [(-1, 3), (0, 3), (1, 4)])
+def test_a_step_that_reaches_the_tokens_exactly_is_the_last(more, expected):
+    built = plan(20, 3)
+    tokens = sum(int(built.lengths[sequence]) for sequence in counted(built, range(3)))
+    assert built.steps(None, tokens + more) == expected
 
 
 @pytest.mark.parametrize("rows", [40, 43])
 def test_length_grouping_gives_each_batch_neighbours_in_length(rows):
-    made = plan(rows, 4, group_by_length=True)
-    batches = [[p.sequence for p in made.micro_batches(step)[0]] for step in range(rows // 4)]
-    found = sorted(
-        (sorted(made.lengths[batch].tolist(), reverse=True) for batch in batches), reverse=True
+    built = plan(rows, 4, group_by_length=True)
+    batches = [[p.sequence for p in built.micro_batches(step)[0]] for step in range(rows // 4)]
+    actual = sorted(
+        (sorted(built.lengths[batch].tolist(), reverse=True) for batch in batches), reverse=True
     )
-    longest_first = sorted(made.lengths.tolist(), reverse=True)
-    assert found == [longest_first[i : i + 4] for i in range(0, rows // 4 * 4, 4)]
-    lengths = [made.lengths[batch].max() for batch in batches]
+    longest_first = sorted(built.lengths.tolist(), reverse=True)
+    assert actual == [longest_first[i : i + 4] for i in range(0, rows // 4 * 4, 4)]
+    lengths = [built.lengths[batch].max() for batch in batches]
     assert lengths != sorted(lengths)
     assert lengths != sorted(lengths, reverse=True)
 
 
 def test_length_grouping_needs_less_padding_and_still_draws_batches_at_random():
-    def padding(made: BatchOrder) -> int:
+    def padding(built: BatchOrder) -> int:
         batches = [
-            [p.sequence for p in made.micro_batches(step)[0]]
-            for step in range(made.steps(None, None))
+            [p.sequence for p in built.micro_batches(step)[0]]
+            for step in range(built.steps(None, None))
         ]
-        return sum(int(made.lengths[b].max() * len(b) - made.lengths[b].sum()) for b in batches)
+        return sum(int(built.lengths[b].max() * len(b) - built.lengths[b].sum()) for b in batches)
 
     grouped, plain = plan(600, 4, group_by_length=True), plan(600, 4)
     assert padding(grouped) < 0.1 * padding(plain)
@@ -248,9 +249,9 @@ def test_the_sampler_started_at_a_step_yields_what_skipping_to_it_leaves(start, 
 
 
 def test_the_samplers_length_counts_a_smaller_last_step():
-    made = plan(13, 2, 3)  # steps of 6, 6 and 1
-    for stop, wanted in [(0, 0), (1, 3), (2, 6), (3, 7)]:
-        assert len(Batches(made, 0, stop, 0)) == len(list(Batches(made, 0, stop, 0))) == wanted
+    built = plan(13, 2, 3)  # steps of 6, 6 and 1
+    for stop, expected in [(0, 0), (1, 3), (2, 6), (3, 7)]:
+        assert len(Batches(built, 0, stop, 0)) == len(list(Batches(built, 0, stop, 0))) == expected
 
 
 def rows_of(lengths: list[int], labels: list[int] | None = None) -> Rows:
@@ -272,17 +273,17 @@ def rows_of(lengths: list[int], labels: list[int] | None = None) -> Rows:
 @pytest.mark.parametrize("packs", [None, [[2, 0], [1], [3, 4, 5]]])
 def test_sequences_have_the_sizes_of_their_rows(packs):
     rows = rows_of([3, 9, 4, 1, 2, 5])
-    made = Sequences(rows, packs)
+    built = Sequences(rows, packs)
     members = packs or [[i] for i in range(6)]
-    assert len(made) == len(members)
-    lengths, trained = made.sizes()
+    assert len(built) == len(members)
+    lengths, trained = built.sizes()
     for i, held in enumerate(members):
-        pick, found = made[Pick(i, True, 0)]
-        assert (pick.sequence, made.members(i)) == (i, held)
-        assert found == [rows[row] for row in held]
-        assert lengths[i] == sum(len(row.ids) for row in found)
+        pick, actual = built[Pick(i, True, 0)]
+        assert (pick.sequence, built.members(i)) == (i, held)
+        assert actual == [rows[row] for row in held]
+        assert lengths[i] == sum(len(row.ids) for row in actual)
         # Nothing predicts the first token of a row.
-        assert trained[i] == sum(flag for row in found for flag in row.trained[1:])
+        assert trained[i] == sum(flag for row in actual for flag in row.trained[1:])
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -338,13 +339,13 @@ def test_the_loaders_labels_and_tokens_are_those_that_the_plan_counts(
     rows, batch_size, accumulate, ranks
 ):
     sequences = Sequences(rows_of([random.Random(i).randint(2, 20) for i in range(rows)]))
-    made = BatchOrder(*sequences.sizes(), 0, batch_size, accumulate, ranks, epochs=1)
-    steps = made.steps(None, None)
+    built = BatchOrder(*sequences.sizes(), 0, batch_size, accumulate, ranks, epochs=1)
+    steps = built.steps(None, None)
     trained = tokens = windows = 0
     for rank in range(ranks):
         loader = DataLoader(
             sequences,
-            batch_sampler=Batches(made, 0, steps, rank),
+            batch_sampler=Batches(built, 0, steps, rank),
             collate_fn=Collate(0, False, False),
         )
         seen = list(loader)
@@ -352,8 +353,8 @@ def test_the_loaders_labels_and_tokens_are_those_that_the_plan_counts(
         trained += sum(int((batch["labels"] != -100).sum()) for batch in seen)
         tokens += sum(batch["tokens"] for batch in seen)
         windows = sum(batch["window_tokens"] for batch in seen[::accumulate])
-    assert trained == made.trained.sum() == windows
-    assert tokens == made.lengths.sum()
+    assert trained == built.trained.sum() == windows
+    assert tokens == built.lengths.sum()
 
 
 def test_the_end_token_is_trained_where_it_also_pads():
@@ -382,5 +383,5 @@ def test_the_window_counts_trained_tokens_times_their_rows_weights(packs):
 
     lengths, trained = Sequences(Weighted(), packs).sizes()
     assert trained.tolist() == ([1.5, 2.0, 8.0] if packs is None else [9.5, 2.0])
-    made = BatchOrder(lengths, trained, 0, len(lengths), 1, epochs=1)
-    assert {pick.window_tokens for pick in made.micro_batches(0)[0]} == {11.5}
+    built = BatchOrder(lengths, trained, 0, len(lengths), 1, epochs=1)
+    assert {pick.window_tokens for pick in built.micro_batches(0)[0]} == {11.5}

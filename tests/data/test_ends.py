@@ -61,57 +61,57 @@ class Table:
             )
 
 
-def measured(made: Renderer, *examples: Conversation | Text, cut: int | None = None):
-    rows = [made(example) for example in examples]
+def measured(built: Renderer, *examples: Conversation | Text, cut: int | None = None):
+    rows = [built(example) for example in examples]
     for row in rows:
         row.ids, row.trained = row.ids[:cut], row.trained[:cut]
     longest = max(len(row.ids) for row in rows)
-    return ends.of_rows(Table(rows, longest, 0 if cut is None else len(rows)), made)
+    return ends.of_rows(Table(rows, longest, 0 if cut is None else len(rows)), built)
 
 
 def test_the_end_is_the_templates_and_not_the_tokenizers():
-    made = renderer()
-    assert made.tokenizer.eos_token_id == EOT
-    assert measured(made, chat("b"), chat("b", "c"), chat("d")) == [IM_END]
-    assert ends.of_examples(iter([chat("b"), Bad("there", "broken"), chat("b")]), made) == [IM_END]
-    assert ends.of_template(made) == [IM_END]
+    built = renderer()
+    assert built.tokenizer.eos_token_id == EOT
+    assert measured(built, chat("b"), chat("b", "c"), chat("d")) == [IM_END]
+    assert ends.of_examples(iter([chat("b"), Bad("there", "broken"), chat("b")]), built) == [IM_END]
+    assert ends.of_template(built) == [IM_END]
 
 
 def test_several_ends_stand_by_their_number():
-    made = renderer("two")
+    built = renderer("two")
     rows = [chat("call x", "b"), chat("b"), chat("call x", "c")]
-    assert measured(made, *rows) == [IM_END, EOM]
-    assert ends.of_examples(rows, made) == [IM_END, EOM]
-    assert measured(made, chat("call x"), chat("call y"), chat("b")) == [EOM, IM_END]
+    assert measured(built, *rows) == [IM_END, EOM]
+    assert ends.of_examples(rows, built) == [IM_END, EOM]
+    assert measured(built, chat("call x"), chat("call y"), chat("b")) == [EOM, IM_END]
 
 
 def test_a_token_after_which_the_answer_continues_ends_none():
-    made = renderer("two")
-    assert measured(made, chat("hm b"), chat("b")) == [IM_END]
+    built = renderer("two")
+    assert measured(built, chat("hm b"), chat("b")) == [IM_END]
     # also where it ends others: the model would stop after its thought
-    assert measured(made, chat("hm b"), chat("call x"), chat("b")) == [IM_END]
+    assert measured(built, chat("hm b"), chat("call x"), chat("b")) == [IM_END]
     # a rare literal of it in a text changes nothing
     often = [chat("call x")] * 200
-    assert measured(made, chat("hm b"), *often) == [EOM, IM_END]
+    assert measured(built, chat("hm b"), *often) == [EOM, IM_END]
 
 
 def test_a_row_that_was_cut_does_not_end_there():
-    made = renderer()
-    row = made(chat("b<|eom|>cdefghi", "z"))
+    built = renderer()
+    row = built(chat("b<|eom|>cdefghi", "z"))
     at = row.ids.index(EOM) + 1
     assert row.trained[at - 1]
-    assert measured(made, chat("b<|eom|>cdefghi", "z"), cut=at) == []
+    assert measured(built, chat("b<|eom|>cdefghi", "z"), cut=at) == []
 
 
 @pytest.mark.parametrize("train_on", ["all", "last", "everything"])
 def test_what_is_trained_changes_no_end(train_on):
-    made = renderer("two", train_on=train_on)
+    built = renderer("two", train_on=train_on)
     rows = [chat("call x", "b")] * 3
     if train_on == "everything":  # the table does not show where the answers end
-        assert measured(made, *rows) is None
-    found = ends.of_examples(rows, made)
-    assert found == ([IM_END] if train_on == "last" else [IM_END, EOM])
-    assert made.train_on == train_on
+        assert measured(built, *rows) is None
+    actual = ends.of_examples(rows, built)
+    assert actual == ([IM_END] if train_on == "last" else [IM_END, EOM])
+    assert built.train_on == train_on
 
 
 def test_without_a_template_and_in_texts_it_is_the_tokenizers():
@@ -123,7 +123,7 @@ def test_without_a_template_and_in_texts_it_is_the_tokenizers():
 
 
 @pytest.mark.parametrize(
-    ("own", "trained", "wanted"),
+    ("own", "trained", "expected"),
     [
         (None, [], [EOT]),
         (7, [], [EOT, 7]),
@@ -131,9 +131,9 @@ def test_without_a_template_and_in_texts_it_is_the_tokenizers():
         (EOT, [EOM, IM_END], [IM_END, EOT, EOM]),
     ],
 )
-def test_stops_are_the_trained_ends_the_tokenizers_and_the_models(own, trained, wanted):
+def test_stops_are_the_trained_ends_the_tokenizers_and_the_models(own, trained, expected):
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=own))
-    assert ends.stop_ids(tokenizer(), model, trained) == wanted
+    assert ends.stop_ids(tokenizer(), model, trained) == expected
     assert ends.stop_ids(tokenizer(), None, trained) == sorted({EOT, *trained})
 
 

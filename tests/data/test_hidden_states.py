@@ -67,11 +67,11 @@ class Reads(Drafter):
 
 @pytest.fixture(scope="module")
 def model(tiny):
-    found = tiny.load(torch.float32)
+    actual = tiny.load(torch.float32)
     with torch.no_grad():
-        for parameter in found.parameters():
+        for parameter in actual.parameters():
             parameter.mul_(3)  # states that differ from place to place
-    return found.requires_grad_(False)
+    return actual.requires_grad_(False)
 
 
 def online(model, layers=LAYERS):
@@ -125,17 +125,17 @@ def test_gradients_from_disk_are_those_of_a_forward_pass(tmp_path, model, packs,
     disk, pass_ = online(model, layers), online(model, layers)
     disk.states = HiddenStates(tmp_path, KEY | {"layers": list(layers)}, sequences).states
     for number, batch in enumerate(batches(sequences, packs is not None)):
-        found, wanted = gradients(disk, batch), gradients(pass_, batch)
-        assert number or all(value.abs().sum() > 0 for value in (wanted[0], *wanted[2:]))
-        for one, other in zip(found, wanted, strict=True):
+        actual, expected = gradients(disk, batch), gradients(pass_, batch)
+        assert number or all(value.abs().sum() > 0 for value in (expected[0], *expected[2:]))
+        for one, other in zip(actual, expected, strict=True):
             # attention in blocks of another size rounds otherwise
             torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6)
 
 
 def test_each_place_holds_its_own_row_and_padding_is_zero(tmp_path, model):
     sequences = Sequences(Rows(), PACKS)
-    found = cached(tmp_path, model, sequences)
-    hidden, features = found.batch([3, 0], 72)
+    actual = cached(tmp_path, model, sequences)
+    hidden, features = actual.batch([3, 0], 72)
     assert hidden.shape == (2, 72, 16)
     assert features.shape == (2, 72, 48)
     with torch.no_grad():
@@ -171,20 +171,20 @@ def test_a_sequence_that_only_fills_a_share_is_laid_out_too(tmp_path, model):
 
 
 def test_a_batch_of_other_rows_is_refused(tmp_path, model):
-    found = cached(tmp_path, model, Sequences(Rows()))
+    actual = cached(tmp_path, model, Sequences(Rows()))
     batch = next(batches(Sequences(Rows(seed=1)), False))
     with pytest.raises(HiddenStatesError, match="holds states of other rows"):
-        found.states(batch)
+        actual.states(batch)
 
 
 def test_states_are_stored_as_they_are_computed(tmp_path, tiny):
     model = tiny.load(torch.bfloat16).requires_grad_(False)
     sequences = Sequences(Rows())
-    found = cached(tmp_path / "a", model, sequences, key=KEY | {"dtype": "bfloat16"}, batch_size=1)
+    actual = cached(tmp_path / "a", model, sequences, key=KEY | {"dtype": "bfloat16"}, batch_size=1)
     batch = next(batches(Sequences(sequences.rows, [[4]]), False))
     hidden, features = passes(model)(batch)
     length = sequences.rows.lengths[4]
-    got = found.row(4)
+    got = actual.row(4)
     assert got[0].dtype == torch.bfloat16
     assert torch.equal(got[0], hidden[0, :length])
     assert torch.equal(got[1], features[0, :length])
@@ -228,19 +228,21 @@ def test_what_is_left_of_a_killed_start_is_kept(tmp_path, model):
 @pytest.mark.parametrize("fault", ["cut", "missing"])
 def test_a_torn_shard_is_refused_and_made_again(tmp_path, model, fault):
     sequences = Sequences(Rows())
-    wanted = cached(tmp_path, model, sequences).row(5)
+    expected = cached(tmp_path, model, sequences).row(5)
     file = tmp_path / "shard-00001.safetensors"
     content = file.read_bytes()
     file.unlink() if fault == "missing" else file.write_bytes(content[:-7])
-    said = (
+    message = (
         "it is missing"
         if fault == "missing"
         else f"it has {len(content) - 7} bytes instead of {len(content)}"
     )
-    with pytest.raises(HiddenStatesError, match=f"shard-00001.safetensors cannot be used: {said}"):
+    with pytest.raises(
+        HiddenStatesError, match=f"shard-00001.safetensors cannot be used: {message}"
+    ):
         HiddenStates(tmp_path, KEY, sequences)
-    found = cached(tmp_path, model, sequences).row(5)
-    assert torch.equal(found[0], wanted[0])
+    actual = cached(tmp_path, model, sequences).row(5)
+    assert torch.equal(actual[0], expected[0])
     assert file.read_bytes() == content
 
 
@@ -251,16 +253,16 @@ def test_an_altered_shard_is_refused_when_it_is_first_read(tmp_path, model):
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
-    found = HiddenStates(tmp_path, KEY, sequences)
-    found.row(0)
+    actual = HiddenStates(tmp_path, KEY, sequences)
+    actual.row(0)
     with pytest.raises(
         HiddenStatesError, match=r"shard-00001.safetensors cannot be used: its content has changed"
     ):
-        found.row(found.firsts[1])
+        actual.row(actual.firsts[1])
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"base": "other"}, "the base's weights: b there, other expected"),
         ({"adapter": "a1"}, "adapter: None there, a1 expected"),
@@ -270,7 +272,7 @@ def test_an_altered_shard_is_refused_when_it_is_first_read(tmp_path, model):
         ({"layers": [0, 5]}, r"layers: \[0, 1, 2\] there, \[0, 5\] expected"),
     ],
 )
-def test_states_of_something_else_are_refused(tmp_path, model, changed, said):
+def test_states_of_something_else_are_refused(tmp_path, model, changed, message):
     sequences = Sequences(Rows(4))
     cached(tmp_path, model, sequences)
     before = (tmp_path / "index.json").read_bytes()
@@ -278,7 +280,7 @@ def test_states_of_something_else_are_refused(tmp_path, model, changed, said):
         lambda: HiddenStates(tmp_path, KEY | changed, sequences),
         lambda: cached(tmp_path, model, sequences, key=KEY | changed),
     ):
-        with pytest.raises(HiddenStatesError, match=said):
+        with pytest.raises(HiddenStatesError, match=message):
             use()
     assert (tmp_path / "index.json").read_bytes() == before
 

@@ -47,7 +47,7 @@ def sft(path: Path, **changes: Any) -> SFT:
     return SFT(str(path), **(settings | changes))
 
 
-def made(tiny: Any, task: Any) -> Rows:
+def built(tiny: Any, task: Any) -> Rows:
     return tokenise(task, "train", Renderer(tiny.tokenizer, task), 512, "raise", 1)
 
 
@@ -120,15 +120,15 @@ def test_the_digest_follows_tokens_trained_ones_labels_and_where_rows_end(change
 def test_other_source_text_of_the_code_makes_other_entries_with_the_same_identity(
     tiny, chats, own_cache, monkeypatch
 ):
-    first = identity.of_rows(made(tiny, sft(chats)))
+    first = identity.of_rows(built(tiny, sft(chats)))
     source = inspect.getsource
     monkeypatch.setattr(inspect, "getsource", lambda part: source(part) + "# a comment\n")
-    second = identity.of_rows(made(tiny, sft(chats)))
+    second = identity.of_rows(built(tiny, sft(chats)))
     assert len(list(own_cache.glob("*.json"))) == 2
     assert first == second
     assert first["rows"] == 60
     write_rows(chats, sums(60, seed=1))
-    assert identity.of_rows(made(tiny, sft(chats)))["sha256"] != first["sha256"]
+    assert identity.of_rows(built(tiny, sft(chats)))["sha256"] != first["sha256"]
 
 
 def test_a_stream_is_known_by_its_files_and_settings_and_not_by_code(tiny, chats, monkeypatch):
@@ -146,12 +146,12 @@ def test_a_stream_is_known_by_its_files_and_settings_and_not_by_code(tiny, chats
 
 
 def test_a_cache_entry_of_an_earlier_version_is_given_its_digest_once(tiny, chats, own_cache):
-    rows = made(tiny, sft(chats))
+    rows = built(tiny, sft(chats))
     (file,) = own_cache.glob("*.json")
     stored = json.loads(file.read_text())
     assert stored.pop("content") == rows.digest
     file.write_text(json.dumps(stored))
-    assert made(tiny, sft(chats)).digest == rows.digest
+    assert built(tiny, sft(chats)).digest == rows.digest
     assert json.loads(file.read_text()) == stored | {"content": rows.digest}
 
 
@@ -170,7 +170,7 @@ def preflight(folder: Path, **splits: dict[str, int]) -> None:
 
 def test_a_key_whose_entry_is_there_is_compared_by_digest(tiny, chats, own_cache, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
-    now = identity.of_rows(made(tiny, sft(chats)))
+    now = identity.of_rows(built(tiny, sft(chats)))
     (key,) = (file.stem for file in own_cache.glob("*.json"))
     preflight(tmp_path, train=COUNTS)  # which nobody needs then
     assert identity.changed(tmp_path, {"train": key}, {"train": now}) == []

@@ -75,7 +75,7 @@ PLACES = {
 }
 
 
-def made(tiny: Any, source: str, **options: Any) -> Renderer:
+def built(tiny: Any, source: str, **options: Any) -> Renderer:
     """A renderer with this template."""
     task = SimpleNamespace(kind="conversation", chat_template="none", train_on="all", **options)
     result = Renderer(tiny.tokenizer, task)
@@ -84,8 +84,8 @@ def made(tiny: Any, source: str, **options: Any) -> Renderer:
 
 
 def test_a_row_that_is_written_whole_loses_nothing(tiny):
-    found = made(tiny, WHOLE).render(ROW)
-    assert (found.lost, found.unread, len(found.sequences)) == ([], [], 1)
+    actual = built(tiny, WHOLE).render(ROW)
+    assert (actual.lost, actual.unread, len(actual.sequences)) == ([], [], 1)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -94,10 +94,10 @@ def test_each_place_that_a_template_leaves_out_is_named(tiny, place):
     source = WHOLE.replace(shown, instead)
     assert source != WHOLE
     with pytest.raises(Refused, match=re.escape(f"leaves out {place}")):
-        made(tiny, source).render(ROW)
-    found = made(tiny, source, on_lost="warn").render(ROW)
-    assert len(found.lost) == 1
-    assert found.sequences
+        built(tiny, source).render(ROW)
+    actual = built(tiny, source, on_lost="warn").render(ROW)
+    assert len(actual.lost) == 1
+    assert actual.sequences
 
 
 def test_without_a_template_calls_reasoning_and_tools_are_named(tiny):
@@ -114,10 +114,10 @@ def test_without_a_template_calls_reasoning_and_tools_are_named(tiny):
 def test_the_results_of_calls_need_a_template_that_knows_them():
     row = {"messages": [said("user", "a"), said("tool", "b"), said("assistant", "c")]}
     for name, known in (("chatml", False), ("qwen-2.5", True), ("llama-3.1", True)):
-        found = rendered(name, row)
-        assert isinstance(found, list) is known
+        actual = rendered(name, row)
+        assert isinstance(actual, list) is known
         if not known:
-            assert "message 2 (tool), since it knows no such role" in found
+            assert "message 2 (tool), since it knows no such role" in actual
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,8 @@ def test_earlier_thoughts_that_are_not_trained_may_be_cut():
 def test_keys_and_variables_that_the_template_does_not_name_are_unread(tiny):
     messages = [said("user", "a", mood="good"), said("assistant", "b", score=3, tool_call_id="1")]
     row = Conversation(messages, "here", variables={"mood": "good"}, unread=("column 'id'",))
-    found = made(tiny, WHOLE).render(row)
-    assert found.unread == [
+    actual = built(tiny, WHOLE).render(row)
+    assert actual.unread == [
         "column 'id'",
         "chat_template_kwargs 'mood'",
         "message key 'mood'",
@@ -176,7 +176,7 @@ def test_keys_and_variables_that_the_template_does_not_name_are_unread(tiny):
 
 def test_what_is_lost_and_unread_is_counted_and_said_once(tiny):
     source = WHOLE.replace("{{ m.reasoning_content }}", "")
-    maker, report = made(tiny, source, on_lost="warn"), Report()
+    maker, report = built(tiny, source, on_lost="warn"), Report()
     rows = [said("user", "a"), said("assistant", "b", reasoning_content="why")]
     for _ in range(3):
         example = Conversation(rows, "here", unread=("column 'id'",))
@@ -196,10 +196,10 @@ def test_a_marker_in_any_place_of_any_shape_is_trained_or_refused(name):
     for shape, row in SHAPES.items():
         for path in list(_places(row)):
             marked = _with(row, path, "zqx7")
-            found = rendered(name, marked)
-            if isinstance(found, str):
+            actual = rendered(name, marked)
+            if isinstance(actual, str):
                 continue
-            texts = [renderer(name).tokenizer.decode(sequence.ids) for sequence in found]
+            texts = [renderer(name).tokenizer.decode(sequence.ids) for sequence in actual]
             assert any("zqx7" in text for text in texts), (shape, path)
             places += 1
     assert places > 5

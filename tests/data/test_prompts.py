@@ -32,8 +32,8 @@ READ = {"columns": {}, "format": "auto", "system": None}
     ],
 )
 def test_the_shapes_of_a_row(row, messages):
-    (found,) = prompts.rows_of_file(iter([("x:1", row)]), READ, None, False, 0, None)
-    assert [message["content"] for message in found.messages] == messages
+    (actual,) = prompts.rows_of_file(iter([("x:1", row)]), READ, None, False, 0, None)
+    assert [message["content"] for message in actual.messages] == messages
     (renamed,) = prompts.rows_of_file(
         iter([("x:1", {"q": "a", "r": "b"})]),
         READ | {"columns": {"prompt": "q", "completion": "r"}},
@@ -64,33 +64,33 @@ def test_calls_of_tools_stay_as_they_are():
         ],
         "tools": [{"name": "f"}],
     }
-    (found,) = prompts.rows_of_file(iter([("x:1", row)]), READ, None, True, 0, None)
-    assert found.messages[1] == call
-    assert [message["content"] for message in found.messages] == ["a", "", "1", None]
-    assert found.tools == [{"type": "function", "function": {"name": "f"}}]
+    (actual,) = prompts.rows_of_file(iter([("x:1", row)]), READ, None, True, 0, None)
+    assert actual.messages[1] == call
+    assert [message["content"] for message in actual.messages] == ["a", "", "1", None]
+    assert actual.tools == [{"type": "function", "function": {"name": "f"}}]
 
 
 def test_variables_of_the_template_travel_with_the_prompt():
     row = {"prompt": "a", "chat_template_kwargs": '{"enable_thinking": false}', "system": "s"}
-    (found,) = prompts.rows_of_file(iter([("x:1", row)]), READ, None, True, 0, None)
-    assert found.variables == {"enable_thinking": False}
-    assert [message["content"] for message in found.messages] == ["s", "a", None]
+    (actual,) = prompts.rows_of_file(iter([("x:1", row)]), READ, None, True, 0, None)
+    assert actual.variables == {"enable_thinking": False}
+    assert [message["content"] for message in actual.messages] == ["s", "a", None]
 
 
 def test_every_row_that_is_missing_is_in_one_batch_among_rows_of_its_length():
     spans, size = 3, 2
     span = prompts.SPAN * size
     lengths = [(17 * row) % 101 for row in range(spans * span - 3)]
-    found = [
+    actual = [
         PromptRow(row, "", [{"content": "a" * length}, {"content": None}])
         for row, length in enumerate(lengths)
     ]
-    made = list(prompts.batches(found, size, set()))
-    assert sorted(ask.row for batch in made for ask in batch) == list(range(len(lengths)))
-    assert {len(batch) for batch in made} == {size, 1}
+    built = list(prompts.batches(actual, size, set()))
+    assert sorted(ask.row for batch in built for ask in batch) == list(range(len(lengths)))
+    assert {len(batch) for batch in built} == {size, 1}
     for number in range(spans):
-        within = [lengths[ask.row] for batch in made for ask in batch if ask.row // span == number]
+        within = [lengths[ask.row] for batch in built for ask in batch if ask.row // span == number]
         assert within == sorted(within, reverse=True) != sorted(within)
-    done = set(range(span)) | {found[-1].row}
-    again = list(prompts.batches(found, size, done))
-    assert again == [batch for batch in made if any(ask.row not in done for ask in batch)] != made
+    done = set(range(span)) | {actual[-1].row}
+    again = list(prompts.batches(actual, size, done))
+    assert again == [batch for batch in built if any(ask.row not in done for ask in batch)] != built

@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 from tasks.reading import DataError
 from tasks.task import Conversation, Labelled, Text
-from trainer.data.chat_template import Refused, has_markers
-from trainer.data.render import Renderer, Tokens, template
+from trainer.data.chat_template import Refused, has_markers, template
+from trainer.data.render import Renderer, Tokens
 from trainer.models.tiny import CHATML
+from trainer.storage.run_folder import use_template, write_template
 
 Message = dict[str, Any]
 Pieces = list[tuple[str, bool]]
@@ -509,3 +510,24 @@ def test_a_tail_that_begins_otherwise_on_its_own_is_not_taken(tiny):
         *renderer._encode("<|im_start|>assistant\n")[0],
     ]
     assert renderer(chat("1", "2")) == wanted
+
+
+def test_a_set_of_named_templates_is_written_and_read_whole(tmp_path, tiny):
+    """As a run folder keeps it, and as transformers writes and reads it."""
+    named = {"default": UNMARKED, "tool_use": TOOLS, "../outside": "{{ x }}"}
+    (tmp_path / "run").mkdir()
+    write_template(tmp_path / "run", named)
+    assert not list(tmp_path.rglob("outside*"))
+    safe = {name: text for name, text in named.items() if name != "../outside"}
+    file = tmp_path / "run" / "chat_template.jinja"
+    assert template(str(file), tiny.tokenizer) == safe
+    task = SimpleNamespace(kind="conversation", chat_template=None, train_on="all")
+    use_template(tmp_path / "run", task)
+    assert Renderer(tiny.tokenizer, task).template == safe
+    words = copy.deepcopy(tiny.tokenizer)
+    words.chat_template = safe
+    words.save_pretrained(tmp_path / "saved")
+    assert template(str(tmp_path / "saved" / "chat_template.jinja"), tiny.tokenizer) == safe
+    alone = tmp_path / "alone.jinja"
+    alone.write_text(UNMARKED)
+    assert template(str(alone), tiny.tokenizer) == UNMARKED

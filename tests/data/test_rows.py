@@ -83,7 +83,7 @@ def listed(rows: Rows) -> list[Tokens]:
     return [rows[i] for i in range(len(rows))]
 
 
-def made(
+def built(
     tiny: Any,
     task: Any,
     max_length: int = 512,
@@ -109,7 +109,7 @@ def key(
 
 def test_rows_are_those_of_the_renderer_in_order_with_their_places(tiny, chats):
     task = sft(chats)
-    rows, renderer = made(tiny, task), Renderer(tiny.tokenizer, task)
+    rows, renderer = built(tiny, task), Renderer(tiny.tokenizer, task)
     examples = list(task.examples("train"))
     assert listed(rows) == [renderer(example) for example in examples]
     assert [rows.where(i) for i in range(60)] == [f"{chats}:{i + 1}" for i in range(60)]
@@ -132,7 +132,7 @@ def test_labels_are_kept_with_their_rows(tiny, tmp_path):
         labels=None,
         on_bad="raise",
     )
-    assert [row.label for row in listed(made(tiny, task))] == [0, 2, 1] * 3
+    assert [row.label for row in listed(built(tiny, task))] == [0, 2, 1] * 3
 
 
 LENGTHS = [3, 9, 10, 11, 20, 30, 5]  # of the texts; a row has one more token
@@ -143,7 +143,7 @@ LENGTHS = [3, 9, 10, 11, 20, 30, 5]  # of the texts; a row has one more token
 def test_overlong_rows_are_dropped_or_cut_and_counted(tiny, tmp_path, overlong, max_length):
     task = texts(text_file(tmp_path / "t.jsonl", LENGTHS))
     whole = [Renderer(tiny.tokenizer, task)(example) for example in task.examples("train")]
-    rows = made(tiny, task, max_length, overlong)
+    rows = built(tiny, task, max_length, overlong)
     longer = [row for row in whole if len(row.ids) > max_length]
     if overlong == "drop":
         assert listed(rows) == [row for row in whole if len(row.ids) <= max_length]
@@ -182,7 +182,7 @@ def test_a_row_that_truncation_leaves_no_answer_is_dropped_and_counted_apart(tin
     ]
     task = sft(write_rows(tmp_path / "c.jsonl", [{"messages": messages} for messages in chats]))
     whole = [Renderer(tiny.tokenizer, task)(example) for example in task.examples("train")]
-    rows = made(tiny, task, 50, "truncate")
+    rows = built(tiny, task, 50, "truncate")
     assert [rows.examples(), rows.report.answers_lost, rows.report.truncated] == [[0, 2, 3], 2, 1]
     assert rows[1] == Tokens(whole[2].ids[:50], whole[2].trained[:50])
     assert rows.report.tokens_cut == len(whole[2].ids) - 50
@@ -194,7 +194,7 @@ def test_a_row_of_which_only_the_first_token_is_trained_has_nothing_to_learn(tin
     task = texts(
         write_rows(tmp_path / "t.jsonl", [{"text": "<|im_end|>"}, {"text": "ab"}]), on_bad="skip"
     )
-    rows = made(tiny, task)
+    rows = built(tiny, task)
     assert (rows.examples(), rows.report.bad) == (
         [1],
         [(f"{tmp_path}/t.jsonl:1", "it has no trained token")],
@@ -202,7 +202,7 @@ def test_a_row_of_which_only_the_first_token_is_trained_has_nothing_to_learn(tin
     with pytest.raises(
         DataError, match=r"no row of train is left: .*1 lost their answer to truncation"
     ):
-        made(tiny, task, 1, "truncate")
+        built(tiny, task, 1, "truncate")
 
 
 def test_a_labelled_row_that_is_cut_keeps_its_class(tiny, tmp_path):
@@ -210,7 +210,7 @@ def test_a_labelled_row_that_is_cut_keeps_its_class(tiny, tmp_path):
         tmp_path / "c.jsonl", [{"text": "x" * 30, "label": 1}, {"text": "y", "label": 0}]
     )
     task = Classification(str(file), **SPLIT, columns={}, labels=None, on_bad="raise")
-    rows = made(tiny, task, 10, "truncate")
+    rows = built(tiny, task, 10, "truncate")
     assert [(len(row.ids), row.label) for row in listed(rows)] == [(10, 1), (1, 0)]
     assert rows.report.answers_lost == 0
 
@@ -218,8 +218,8 @@ def test_a_labelled_row_that_is_cut_keeps_its_class(tiny, tmp_path):
 def test_an_overlong_row_is_an_error_where_asked_and_names_its_place(tiny, tmp_path):
     task = texts(text_file(tmp_path / "t.jsonl", [3, 20]))
     with pytest.raises(DataError, match=r"t\.jsonl:2: 21 tokens, more than max_length=20"):
-        made(tiny, task, 20, "raise")
-    assert len(made(tiny, task, 21, "raise")) == 2
+        built(tiny, task, 20, "raise")
+    assert len(built(tiny, task, 21, "raise")) == 2
 
 
 def test_nothing_left_is_an_error_that_counts_why(tiny, tmp_path):
@@ -228,7 +228,7 @@ def test_nothing_left_is_an_error_that_counts_why(tiny, tmp_path):
         with pytest.raises(
             DataError, match=r"no row of train is left: 0 of 2 rows kept; 2 longer than max_length"
         ):
-            made(tiny, task, 8, "drop")
+            built(tiny, task, 8, "drop")
 
 
 def test_only_broken_rows_are_an_error_even_where_they_are_skipped(tiny, tmp_path):
@@ -236,7 +236,7 @@ def test_only_broken_rows_are_an_error_even_where_they_are_skipped(tiny, tmp_pat
     with pytest.raises(
         DataError, match=r"no row of train is left: 0 of 3 rows kept; 3 broken, skipped"
     ):
-        made(tiny, sft(tmp_path / "broken.jsonl", on_bad="skip"))
+        built(tiny, sft(tmp_path / "broken.jsonl", on_bad="skip"))
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def broken(tmp_path: Path) -> Path:
 
 def test_broken_rows_are_all_named_at_once(tiny, broken):
     with pytest.raises(DataError) as raised:
-        made(tiny, sft(broken))
+        built(tiny, sft(broken))
     message = str(raised.value)
     assert [f"broken.jsonl:{line}: " in message for line in range(1, 11)] == [
         line in (3, 6, 9) for line in range(1, 11)
@@ -261,15 +261,15 @@ def test_broken_rows_are_all_named_at_once(tiny, broken):
 
 def test_broken_rows_are_skipped_and_counted_where_asked(tiny, broken):
     task = sft(broken, on_bad="skip")
-    rows = made(tiny, task)
+    rows = built(tiny, task)
     assert rows.examples() == [0, 1, 3, 4, 6, 7, 9]
     assert (rows.report.rows, rows.report.kept, rows.report.skipped) == (10, 7, 3)
     assert [where for where, _ in rows.report.bad] == [f"{broken}:{line}" for line in (3, 6, 9)]
     assert "3 broken, skipped" in rows.report.summary()
     renderer = Renderer(tiny.tokenizer, task)
-    kept = [render_one(example, renderer)[1] for example in task.examples("train")]
+    stored = [render_one(example, renderer)[1] for example in task.examples("train")]
     assert listed(rows) == [
-        sequence for row in kept if not isinstance(row, str) for sequence in row.sequences
+        sequence for row in stored if not isinstance(row, str) for sequence in row.sequences
     ]
 
 
@@ -277,8 +277,8 @@ def test_many_broken_rows_end_the_reading_early(tiny, tmp_path):
     file = tmp_path / "broken.jsonl"
     file.write_text("\n".join([json.dumps(sums(1)[0]), *[BROKEN] * 100]) + "\n", "utf-8")
     with pytest.raises(DataError, match=f"and {SHOWN - 5} more broken rows"):
-        made(tiny, sft(file))
-    rows = made(tiny, sft(file, on_bad="skip"))
+        built(tiny, sft(file))
+    rows = built(tiny, sft(file, on_bad="skip"))
     assert (len(rows), rows.report.skipped, len(rows.report.bad)) == (1, 100, SHOWN)
 
 
@@ -290,13 +290,13 @@ def test_several_processes_give_what_one_gives(tiny, tmp_path, own_cache, worker
     lines[300] = BROKEN
     (tmp_path / "many.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     task = sft(tmp_path / "many.jsonl", on_bad="skip")
-    several = made(tiny, task, 10_000, processes=worker_processes)
-    found = listed(several), several.report, several.examples()
+    several = built(tiny, task, 10_000, processes=worker_processes)
+    actual = listed(several), several.report, several.examples()
     del several
     shutil.rmtree(own_cache)
-    one = made(tiny, task, 10_000)
-    assert found == (listed(one), one.report, one.examples())
-    assert found[2] == [i for i in range(600) if i != 300]
+    one = built(tiny, task, 10_000)
+    assert actual == (listed(one), one.report, one.examples())
+    assert actual[2] == [i for i in range(600) if i != 300]
 
 
 class Killed:
@@ -321,7 +321,7 @@ def columns_of_no_known_format(tiny, tmp_path, processes):
     with pytest.raises(DataError, match=message):
         list(rendered(task.examples("train"), Renderer(tiny.tokenizer, task), processes))
     with pytest.raises(DataError, match=message):
-        made(tiny, task)
+        built(tiny, task)
 
 
 def test_columns_of_no_known_format_are_named(tiny, tmp_path):
@@ -336,59 +336,59 @@ def test_training_data_without_a_row_is_an_error_and_evaluation_without_one_is_n
     file = tmp_path / "blank.jsonl"
     file.write_text("\n \n")
     with pytest.raises(DataError, match="the training data has no row"):
-        made(tiny, texts(file))
-    assert len(made(tiny, texts(file), split="eval")) == 0
+        built(tiny, texts(file))
+    assert len(built(tiny, texts(file), split="eval")) == 0
 
 
 # The cache
 
 
 def test_cached_rows_equal_fresh_ones_and_are_not_made_again(tiny, chats, monkeypatch):
-    fresh = made(tiny, sft(chats), 30, "drop")
+    fresh = built(tiny, sft(chats), 30, "drop")
     assert fresh.report.dropped == 0
 
     calls = []
     monkeypatch.setattr(
         rows_module, "rendered", lambda *arguments: calls.append(arguments) or rendered(*arguments)
     )
-    cached = made(tiny, sft(chats), 30, "drop")
+    cached = built(tiny, sft(chats), 30, "drop")
     assert listed(cached) == listed(fresh)
     assert asdict(cached.report) == asdict(fresh.report)
     assert cached.lengths.tolist() == fresh.lengths.tolist()
     assert not calls
-    made(tiny, sft(chats), 31, "drop")
+    built(tiny, sft(chats), 31, "drop")
     assert len(calls) == 1
 
 
 @pytest.mark.parametrize("suffix", ["json", "arrow"])
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", None])
 def test_a_broken_cache_entry_is_made_again(tiny, chats, own_cache, suffix, content):
-    fresh = made(tiny, sft(chats))
-    wanted, report = listed(fresh), asdict(fresh.report)
-    found = list(own_cache.rglob(f"*.{suffix}"))
-    assert found
+    fresh = built(tiny, sft(chats))
+    expected, report = listed(fresh), asdict(fresh.report)
+    actual = list(own_cache.rglob(f"*.{suffix}"))
+    assert actual
     del fresh
-    for file in found:
+    for file in actual:
         if suffix == "json" and file.name == "dataset_info.json":
             continue
         file.unlink()
         if content is not None:
             file.write_bytes(content)
-    again = made(tiny, sft(chats))
-    assert listed(again) == wanted
+    again = built(tiny, sft(chats))
+    assert listed(again) == expected
     assert asdict(again.report) == report
-    assert listed(made(tiny, sft(chats))) == wanted
+    assert listed(built(tiny, sft(chats))) == expected
 
 
 def test_a_cache_entry_with_another_number_of_rows_is_made_again(tiny, chats, own_cache):
-    wanted = listed(made(tiny, sft(chats)))
+    expected = listed(built(tiny, sft(chats)))
     whole = next(own_cache.rglob("*.arrow"))
-    made(tiny, sft(chats, limit=5))
+    built(tiny, sft(chats, limit=5))
     fewer = next(file for file in own_cache.rglob("*.arrow") if file != whole)
     content = fewer.read_bytes()
     whole.unlink()
     whole.write_bytes(content)
-    assert listed(made(tiny, sft(chats))) == wanted
+    assert listed(built(tiny, sft(chats))) == expected
 
 
 def test_an_interrupted_making_leaves_no_entry_behind(tiny, chats, own_cache, monkeypatch):
@@ -400,9 +400,9 @@ def test_an_interrupted_making_leaves_no_entry_behind(tiny, chats, own_cache, mo
 
         patch.setattr(rows_module, "rendered", stops)
         with pytest.raises(KeyboardInterrupt):
-            made(tiny, sft(chats))
+            built(tiny, sft(chats))
     assert not list(own_cache.glob("*.json"))
-    assert len(made(tiny, sft(chats))) == 60
+    assert len(built(tiny, sft(chats))) == 60
 
 
 def test_equal_settings_and_contents_share_a_cache_key(tiny, chats, tmp_path):
@@ -469,7 +469,7 @@ def test_digests_tell_equal_rows_from_others(tiny, tmp_path):
     task = texts(
         write_rows(tmp_path / "t.jsonl", [{"text": text} for text in ["a", "b", "a", "ab"]])
     )
-    digests = list(made(tiny, task).digests())
+    digests = list(built(tiny, task).digests())
     assert digests[0] == digests[2]
     assert len(set(digests)) == 3
 
@@ -521,7 +521,7 @@ def test_packing_draws_among_equal_lengths_by_the_seed():
 def test_a_packed_row_has_the_logits_that_it_has_alone(tiny, tmp_path, max_length):
     draw = random.Random(max_length)
     task = texts(text_file(tmp_path / "t.jsonl", [draw.randint(1, 30) for _ in range(12)]))
-    rows = made(tiny, task, max_length, "raise")
+    rows = built(tiny, task, max_length, "raise")
     sequences = Sequences(rows, pack(rows.lengths, max_length, 0))
     assert len(sequences) < len(rows)
     batch = Collate(0, True, False)([sequences[Pick(i, True, 1)] for i in range(len(sequences))])

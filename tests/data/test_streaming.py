@@ -73,8 +73,8 @@ def line(where: str) -> int:
     return int(where.rpartition(":")[2])
 
 
-def lines(made: StreamingBatches) -> list[int]:
-    return [line(where) for where, _ in made.rows()]
+def lines(built: StreamingBatches) -> list[int]:
+    return [line(where) for where, _ in built.rows()]
 
 
 def same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
@@ -95,24 +95,24 @@ def test_each_row_comes_once_an_epoch(tiny, numbered, block, epochs):
 
 @pytest.mark.parametrize("block", [1, 5, 10])
 def test_rows_are_shuffled_within_blocks(tiny, numbered, block):
-    found = lines(stream(tiny, numbered, block=block))
+    actual = lines(stream(tiny, numbered, block=block))
     for first in range(0, 23, block):
-        assert sorted(found[first : first + block]) == list(
+        assert sorted(actual[first : first + block]) == list(
             range(first + 1, min(first + block, 23) + 1)
         )
-    assert (found == sorted(found)) == (block == 1)
+    assert (actual == sorted(actual)) == (block == 1)
 
 
 def test_each_block_has_an_order_of_its_own_and_a_block_may_span_epochs(tiny, numbered):
-    found = lines(stream(tiny, numbered, block=10, max_epochs=4))
+    actual = lines(stream(tiny, numbered, block=10, max_epochs=4))
     read = [number for _ in range(4) for number in range(1, 24)]
     orders = set()
     for first in range(0, 90, 10):
-        assert sorted(found[first : first + 10]) == sorted(read[first : first + 10])
+        assert sorted(actual[first : first + 10]) == sorted(read[first : first + 10])
         if len(set(read[first : first + 10])) == 10:
             orders.add(
                 tuple(
-                    read[first : first + 10].index(number) for number in found[first : first + 10]
+                    read[first : first + 10].index(number) for number in actual[first : first + 10]
                 )
             )
     assert len(orders) == 9
@@ -136,9 +136,9 @@ def test_a_stream_that_starts_at_a_step_goes_on_as_if_it_had_not_stopped(
         whole = list(stream(tiny, numbered, steps, 0, rank, **options))
         assert len(whole) == steps * accumulate
         for start in range(steps + 1):
-            made = stream(tiny, numbered, steps, start, rank, **options)
-            assert same(list(made), whole[start * accumulate :])
-            assert len(made) == len(whole)  # counted from step 0
+            built = stream(tiny, numbered, steps, start, rank, **options)
+            assert same(list(built), whole[start * accumulate :])
+            assert len(built) == len(whole)  # counted from step 0
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate", "ranks"), SHAPES)
@@ -176,11 +176,11 @@ def test_window_tokens_are_the_trained_tokens_of_the_whole_step(
 
 
 @pytest.mark.parametrize(
-    ("steps", "epochs", "wanted"),
+    ("steps", "epochs", "expected"),
     [(3, 1, 3), (3, None, 3), (40, None, 40), (40, 1, 12), (12, 1, 12), (0, 1, 0)],
 )
-def test_a_stream_ends_with_its_steps_or_its_data(tiny, numbered, steps, epochs, wanted):
-    assert len(list(stream(tiny, numbered, steps, max_epochs=epochs))) == wanted
+def test_a_stream_ends_with_its_steps_or_its_data(tiny, numbered, steps, epochs, expected):
+    assert len(list(stream(tiny, numbered, steps, max_epochs=epochs))) == expected
 
 
 def test_what_fills_up_the_last_step_trains_nothing(tiny, numbered):
@@ -194,18 +194,20 @@ def test_batches_hold_the_tokens_of_the_rows_that_they_name(tiny, numbered):
     for batch in stream(tiny, numbered, batch_size=3):
         for where, ids in zip(batch["sequences"], batch["input_ids"], strict=True):
             letters = chr(96 + line(where)) * line(where)
-            wanted = tiny.tokenizer(letters + "<|im_end|>")["input_ids"]
-            assert ids.tolist() == wanted + [0] * (len(ids) - len(wanted))
+            expected = tiny.tokenizer(letters + "<|im_end|>")["input_ids"]
+            assert ids.tolist() == expected + [0] * (len(ids) - len(expected))
 
 
-@pytest.mark.parametrize(("overlong", "kept"), [("drop", range(1, 10)), ("truncate", range(1, 24))])
-def test_overlong_rows_are_dropped_or_cut_and_counted(tiny, numbered, overlong, kept):
-    made = stream(tiny, numbered, max_length=10, overlong=overlong)
-    rows = list(made.rows())
-    assert sorted(line(where) for where, _ in rows) == list(kept)
+@pytest.mark.parametrize(
+    ("overlong", "stored"), [("drop", range(1, 10)), ("truncate", range(1, 24))]
+)
+def test_overlong_rows_are_dropped_or_cut_and_counted(tiny, numbered, overlong, stored):
+    built = stream(tiny, numbered, max_length=10, overlong=overlong)
+    rows = list(built.rows())
+    assert sorted(line(where) for where, _ in rows) == list(stored)
     assert max(len(row.ids) for _, row in rows) == 10
-    assert (made.report.rows, made.report.kept) == (23, len(kept))
-    assert (made.report.dropped, made.report.truncated) == (
+    assert (built.report.rows, built.report.kept) == (23, len(stored))
+    assert (built.report.dropped, built.report.truncated) == (
         (14, 0) if overlong == "drop" else (0, 14)
     )
 
@@ -221,9 +223,9 @@ def test_broken_rows_are_an_error_or_skipped_and_counted(tiny, numbered):
     numbered.write_text("\n".join(content), "utf-8")
     with pytest.raises(DataError, match=r"rows\.jsonl:7: not JSON"):
         lines(stream(tiny, numbered))
-    made = stream(tiny, numbered, on_bad="skip")
-    assert sorted(lines(made)) == [number for number in range(1, 24) if number != 7]
-    assert made.report.skipped == 1
+    built = stream(tiny, numbered, on_bad="skip")
+    assert sorted(lines(built)) == [number for number in range(1, 24) if number != 7]
+    assert built.report.skipped == 1
 
 
 @pytest.mark.parametrize("epochs", [1, None])

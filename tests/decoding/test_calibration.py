@@ -95,12 +95,12 @@ def known(target, prompt, count, seed, vocabulary=None):
 
 def cut(row, width):
     """Up to the first that is not among the `width` best."""
-    kept = []
+    stored = []
     for rank in row:
-        kept.append(min(rank, width))
+        stored.append(min(rank, width))
         if rank >= width:
             break
-    return kept
+    return stored
 
 
 @pytest.mark.parametrize("width", [1, 3, 10])
@@ -108,30 +108,30 @@ def test_ranks_are_those_of_the_texts_own_tokens(target, width):
     drafter, ids, order = known(target, PROMPT, 20, 1)
     text = greedy_text(target, drafter, PROMPT, 20, [])
     assert text.ids.tolist() == ids
-    found = ranks(target, drafter, text, width, 4)
-    assert found == [
+    actual = ranks(target, drafter, text, width, 4)
+    assert actual == [
         cut(order[n][: min(4, len(ids) - 1 - n)], width) for n in range(len(PROMPT), len(ids) - 1)
     ]
-    assert len({len(row) for row in found}) > 1
+    assert len({len(row) for row in actual}) > 1
 
 
 def test_what_a_draft_vocabulary_lacks_is_never_right(target):
     vocabulary = torch.arange(1, V, 2)
     drafter, ids, order = known(target, PROMPT, 20, 2, vocabulary)
-    found = ranks(target, drafter, greedy_text(target, drafter, PROMPT, 20, []), 6, 3)
-    for n, row in enumerate(found, len(PROMPT)):
-        wanted = [
+    actual = ranks(target, drafter, greedy_text(target, drafter, PROMPT, 20, []), 6, 3)
+    for n, row in enumerate(actual, len(PROMPT)):
+        expected = [
             rank if ids[n + 1 + i] % 2 else 99
             for i, rank in enumerate(order[n][: min(3, len(ids) - 1 - n)])
         ]
-        assert row == cut(wanted, 6)
+        assert row == cut(expected, 6)
 
 
 def test_a_growth_that_ends_early_is_wrong_there(target):
     drafter, _, order = known(target, PROMPT, 20, 3)
     drafter.offsets = 2
-    found = ranks(target, drafter, greedy_text(target, drafter, PROMPT, 20, []), 41, 4)
-    assert found[0] == [*order[len(PROMPT)][:2], 41]
+    actual = ranks(target, drafter, greedy_text(target, drafter, PROMPT, 20, []), 41, 4)
+    assert actual[0] == [*order[len(PROMPT)][:2], 41]
 
 
 def test_acceptance_is_how_often_a_rank_is_right_below_right_nodes():
@@ -190,8 +190,8 @@ def test_a_pass_takes_no_longer_than_one_over_more_tokens_or_over_a_tree():
 def test_passes_and_drafts_are_timed(target, monkeypatch):
     clock = iter(range(10**6))
     monkeypatch.setattr(calibration, "now", lambda device: float(next(clock)))
-    took = time_verification(target, PROMPT, [1, 2, 9], 3)
-    assert took == {shape: {n: [1.0] * 3 for n in (1, 2, 9)} for shape in ("chain", "tree")}
+    seconds = time_verification(target, PROMPT, [1, 2, 9], 3)
+    assert seconds == {shape: {n: [1.0] * 3 for n in (1, 2, 9)} for shape in ("chain", "tree")}
     assert list(time_verification(target, PROMPT, [1, 2], 1, trees=False)) == ["chain"]
     drafter, _, _ = known(target, PROMPT, 12, 8)
     text = greedy_text(target, drafter, PROMPT, 12, [])
@@ -221,7 +221,7 @@ TEXT = [[[0, 0, 0, 0][: 40 - n] if n % 4 else [1, 0, 2][: 40 - n] for n in range
 @pytest.mark.parametrize("level", [0.0, 0.2, 0.5, 3.0])
 def test_the_fastest_chain_is_the_one_of_all_lengths(level):
     verify = [1.0, 1.05, 1.1, 1.2, 1.5, 2.0, 2.5]
-    found = fastest_tree(
+    actual = fastest_tree(
         TEXT,
         {"chain": 1},
         {"chain": verify},
@@ -232,8 +232,8 @@ def test_the_fastest_chain_is_the_one_of_all_lengths(level):
         paths = [(0,) * k for k in range(1, length + 1)]
         rates[length] = replay(TEXT, paths) / (verify[length] + level * length)
     best = max(rates, key=rates.get)
-    assert found.paths == [(0,) * k for k in range(1, best + 1)]
-    assert found.tokens / found.seconds == pytest.approx(rates[best])
+    assert actual.paths == [(0,) * k for k in range(1, best + 1)]
+    assert actual.tokens / actual.seconds == pytest.approx(rates[best])
     assert (best == 0) == (level == 3.0)
 
 

@@ -85,17 +85,17 @@ def test_greedy_texts_stay_and_no_step_is_shorter_than_by_the_better_of_both():
     prompts = [torch.tensor([5, 9, 13, 7, 5, 9]), torch.tensor([40, 41])]
     for prompt in prompts:
         plain = generate(target, None, prompt, 40, []).tokens
-        kept = Both(
+        stored = Both(
             [
                 PromptLookup(6),
                 TokenRecycling(vocabulary),
                 Fused(TokenRecycling(vocabulary), PromptLookup(6)),
             ]
         )
-        result = generate(target, kept, prompt, 40, [])
+        result = generate(target, stored, prompt, 40, [])
         assert result.tokens == plain
         position = 1
-        for drafts, (_, taken) in zip(kept.proposals, result.drafts, strict=False):
+        for drafts, (_, taken) in zip(stored.proposals, result.drafts, strict=False):
             rest = plain[position:]
             best = 0
             for draft in drafts[:2]:

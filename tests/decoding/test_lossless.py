@@ -65,10 +65,10 @@ class Liked:
         self.drafter, self.rest, self.depths = drafter, rest, []
 
     def logits(self, k):
-        found = torch.randn(V, generator=self.drafter.draw)
+        actual = torch.randn(V, generator=self.drafter.draw)
         if k < len(self.rest) and torch.rand((), generator=self.drafter.draw) < 0.6:
-            found[self.rest[k]] += 3
-        return found
+            actual[self.rest[k]] += 3
+        return actual
 
     def first(self):
         return self.logits(0)
@@ -88,8 +88,8 @@ def prompts_of(count, seed=0):
 def test_every_shape_writes_transformers_text_alone_and_together(kind):
     model = tiny(kind)
     target, prompts = Target(model), prompts_of(4)
-    wanted = [alone(model, ids, LENGTH) for ids in prompts]
-    whole = [[*ids.tolist(), *text, 0] for ids, text in zip(prompts, wanted, strict=True)]
+    expected = [alone(model, ids, LENGTH) for ids in prompts]
+    whole = [[*ids.tolist(), *text, 0] for ids, text in zip(prompts, expected, strict=True)]
     shapes = (
         SHAPES
         if kind in ("llama", "gemma2, a cap and a window of 5")
@@ -99,16 +99,18 @@ def test_every_shape_writes_transformers_text_alone_and_together(kind):
         one = generate(
             target, Partly(whole, number), prompts[number % 4], LENGTH, [], strategy=Strategy(shape)
         )
-        assert one.tokens == wanted[number % 4], name
+        assert one.tokens == expected[number % 4], name
         assert one.nodes > 0
         together = generate_batch(
             target, Partly(whole, number), prompts[:3], LENGTH, [], strategy=Strategy(shape)
         )
-        assert [found.tokens for found in together] == wanted[:3], name
-        assert min(len(found.drafts) for found in together) < LENGTH - 1
-        for found in together:
-            assert 1 + len(found.drafts) + sum(taken for _, taken in found.drafts) == LENGTH
-    assert [found.tokens for found in generate_batch(target, None, prompts, LENGTH, [])] == wanted
+        assert [actual.tokens for actual in together] == expected[:3], name
+        assert min(len(actual.drafts) for actual in together) < LENGTH - 1
+        for actual in together:
+            assert 1 + len(actual.drafts) + sum(taken for _, taken in actual.drafts) == LENGTH
+    assert [
+        actual.tokens for actual in generate_batch(target, None, prompts, LENGTH, [])
+    ] == expected
 
 
 def test_rows_end_at_their_own_stops():
@@ -116,13 +118,13 @@ def test_rows_end_at_their_own_stops():
     target, prompts = Target(model), prompts_of(5, seed=4)
     whole = [[*ids.tolist(), *alone(model, ids, LENGTH), 0] for ids in prompts]
     stops = [whole[0][len(prompts[0]) + 3], whole[2][len(prompts[2]) + 9]]
-    wanted = [alone(model, ids, LENGTH, stops) for ids in prompts]
-    assert len(set(map(len, wanted))) > 1
+    expected = [alone(model, ids, LENGTH, stops) for ids in prompts]
+    assert len(set(map(len, expected))) > 1
     for shape in (chain(3), Levels(EAGLE1)):
-        found = generate_batch(
+        actual = generate_batch(
             target, Partly(whole), prompts, LENGTH, stops, strategy=Strategy(shape)
         )
-        assert [one.tokens for one in found] == wanted
+        assert [one.tokens for one in actual] == expected
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2, a cap and a window of 5"])
@@ -136,13 +138,16 @@ def test_a_drafter_is_told_the_states_and_features_of_what_was_accepted(kind):
     for (memory, update), text in zip(drafter.told.values(), whole, strict=True):
         assert memory == text[: len(memory)]
         ids = torch.tensor(memory[:-1])
-        with torch.no_grad(), target_cache.captured_layers(model.get_decoder(), (0, 1, 2)) as kept:
+        with (
+            torch.no_grad(),
+            target_cache.captured_layers(model.get_decoder(), (0, 1, 2)) as stored,
+        ):
             states = model.get_decoder()(input_ids=ids[None]).last_hidden_state[0]
-        told = torch.cat([one.hidden for one in update])
-        torch.testing.assert_close(told, states[: len(told)], rtol=1e-3, atol=1e-4)
+        reported = torch.cat([one.hidden for one in update])
+        torch.testing.assert_close(reported, states[: len(reported)], rtol=1e-3, atol=1e-4)
         features = torch.cat([one.features for one in update])
         torch.testing.assert_close(
-            features, torch.cat([layer[0] for layer in kept], dim=-1), rtol=1e-3, atol=1e-4
+            features, torch.cat([layer[0] for layer in stored], dim=-1), rtol=1e-3, atol=1e-4
         )
         for one in update[1:]:
             tokens, logits = one.tried
@@ -155,12 +160,12 @@ def test_heads_draft_trees(name):
     model = tiny()
     drafter = made(name, model)
     prompts = prompts_of(3, seed=2)
-    wanted = [alone(model, ids, LENGTH) for ids in prompts]
+    expected = [alone(model, ids, LENGTH) for ids in prompts]
     for shape in (Levels([(0,), (1,), (0, 0), (1, 0), (1, 1)]), eagle2(3, 3, 9), dyspec(9)):
-        found = generate_batch(
+        actual = generate_batch(
             Target(model), drafter, prompts, LENGTH, [], strategy=Strategy(shape)
         )
-        assert [one.tokens for one in found] == wanted
+        assert [one.tokens for one in actual] == expected
 
 
 class Own(Drafter):
@@ -269,18 +274,21 @@ def test_many_prompts_through_trees():
     """Dozens of texts in one pass at a time, on the family with most kinds of layers."""
     model = tiny("gemma2, a cap and a window of 5")
     target, prompts = Target(model), prompts_of(30, seed=9)
-    plain = [found.tokens for found in generate_batch(target, None, prompts, LENGTH, [])]
+    plain = [actual.tokens for actual in generate_batch(target, None, prompts, LENGTH, [])]
     assert plain[:3] == [alone(model, ids, LENGTH) for ids in prompts[:3]]
     whole = [[*ids.tolist(), *text, 0] for ids, text in zip(prompts, plain, strict=True)]
-    found = generate_batch(
+    actual = generate_batch(
         target, Partly(whole), prompts, LENGTH, [], strategy=Strategy(eagle2(3, 4, 10))
     )
-    assert [one.tokens for one in found] == plain
+    assert [one.tokens for one in actual] == plain
 
 
 def test_seconds_are_told_apart():
     model = tiny()
-    found = generate(Target(model), made("mtp_medusa", model), PROMPT, 12, [])
-    assert found.draft_seconds > 0
-    assert found.verify_seconds > 0
-    assert found.prompt_seconds + found.draft_seconds + found.verify_seconds <= found.seconds * 1.01
+    actual = generate(Target(model), made("mtp_medusa", model), PROMPT, 12, [])
+    assert actual.draft_seconds > 0
+    assert actual.verify_seconds > 0
+    assert (
+        actual.prompt_seconds + actual.draft_seconds + actual.verify_seconds
+        <= actual.seconds * 1.01
+    )

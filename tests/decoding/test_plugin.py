@@ -105,11 +105,11 @@ def test_it_is_told_each_accepted_state_once_and_the_text_stays(model, tree):
     position = 0
     for one in update:
         position += len(one.ids)
-        tokens, given = one.tried
+        tokens, arguments = one.tried
         taken = position - len(one.ids)  # the pass read from here on
         taken = position - 1 if taken == 0 else taken
         assert int(tokens[0]) == whole[taken]
-        torch.testing.assert_close(given[0], logits[taken], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(arguments[0], logits[taken], atol=1e-4, rtol=1e-4)
 
 
 def drafters(model):
@@ -154,13 +154,13 @@ def test_greedy_with_each_trained_drafter(model, name):
 def test_stops_and_processors_are_generates_own(model):
     plain = text(model)
     stop = plain[7]
-    wanted = text(model, eos_token_id=stop)
-    assert wanted == plain[: plain.index(stop) + 1]
+    expected = text(model, eos_token_id=stop)
+    assert expected == plain[: plain.index(stop) + 1]
     penalised = text(model, repetition_penalty=1.3)
     assert penalised != plain
     whole = PROMPT[0].tolist() + plain
     with assist(model, Told(whole)):
-        assert text(model, eos_token_id=stop) == wanted
+        assert text(model, eos_token_id=stop) == expected
     with assist(model, Told(PROMPT[0].tolist() + penalised)):
         assert text(model, repetition_penalty=1.3) == penalised
     for limit in (1, 2, 5, 6):
@@ -202,10 +202,10 @@ def test_a_sampled_token_is_the_targets_whatever_is_drafted():
             .double()
             .softmax(-1)
         )
-    wanted = first @ after
-    often = int(wanted.argmax())
+    expected = first @ after
+    often = int(expected.argmax())
     drafter = Told([often] * 9)
-    found = torch.zeros(7, dtype=torch.float64)
+    actual = torch.zeros(7, dtype=torch.float64)
     torch.manual_seed(4)
     seen = passes(model)
     decode = drafting(drafter)
@@ -220,10 +220,12 @@ def test_a_sampled_token_is_the_targets_whatever_is_drafted():
             eos_token_id=None,
             custom_generate=decode,
         )
-        found[out[0, 3]] += 1
+        actual[out[0, 3]] += 1
     assert 2 * 150 < len(seen) < 3 * 150  # some were taken, not all
-    assert p_value(found, wanted) > 0.01
-    assert p_value(found, (wanted + torch.nn.functional.one_hot(torch.tensor(often), 7)) / 2) < 1e-3
+    assert p_value(actual, expected) > 0.01
+    assert (
+        p_value(actual, (expected + torch.nn.functional.one_hot(torch.tensor(often), 7)) / 2) < 1e-3
+    )
 
 
 def test_what_it_cannot_do_is_refused(model):
@@ -299,12 +301,12 @@ def test_stop_strings_end_the_text_where_they_do_without_a_drafter(model, tiny):
     words = tiny.tokenizer
     string = words.decode(plain[4:6])
     settings = {"stop_strings": [string], "tokenizer": words}
-    wanted = text(model, **settings)
-    assert len(wanted) < len(plain)
+    expected = text(model, **settings)
+    assert len(expected) < len(plain)
     with assist(model, Told(PROMPT[0].tolist() + plain)):
-        assert text(model, **settings) == wanted
+        assert text(model, **settings) == expected
         config = transformers.GenerationConfig(stop_strings=[string], pad_token_id=0)
-        assert text(model, generation_config=config, tokenizer=words) == wanted
+        assert text(model, generation_config=config, tokenizer=words) == expected
         with pytest.raises(DrafterError, match="give generate"):
             text(model, stop_strings=[string])
 

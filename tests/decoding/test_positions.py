@@ -72,11 +72,11 @@ def fresh(kind, prompt=PROMPT, count=COUNT):
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_and_drafted_texts_are_transformers_own(kind):
     model = model_of(kind)
-    wanted = fresh(kind)
-    whole = PROMPT.tolist() + wanted
-    assert len(set(wanted)) > 5
+    expected = fresh(kind)
+    whole = PROMPT.tolist() + expected
+    assert len(set(expected)) > 5
     target = Target(model)
-    assert generate(target, None, PROMPT, COUNT, []).tokens == wanted
+    assert generate(target, None, PROMPT, COUNT, []).tokens == expected
     drafters = {
         "right": Told(whole),
         "wrong": Told(whole, lambda place: place % 3 == 1),
@@ -86,13 +86,13 @@ def test_plain_and_drafted_texts_are_transformers_own(kind):
     }
     for name, drafter in drafters.items():
         result = generate(target, drafter, PROMPT, COUNT, [])
-        assert result.tokens == wanted, name
+        assert result.tokens == expected, name
         if name == "right":
             again = sum(drafts[1] for drafts in result.drafts)
             # drafts are accepted up to N, with longrope also after it, otherwise to the end
             assert again > (5 if kind == "dynamic" else 15)
     tree = Strategy(Levels(EAGLE1))
-    assert generate(target, drafters["head"], PROMPT, COUNT, [], strategy=tree).tokens == wanted
+    assert generate(target, drafters["head"], PROMPT, COUNT, [], strategy=tree).tokens == expected
     prompts = [PROMPT, PROMPT[:3], PROMPT.repeat(3)]
     batch = generate_batch(target, drafters["head"], prompts, COUNT, [])
     for prompt, result in zip(prompts, batch, strict=True):
@@ -103,15 +103,15 @@ def test_plain_and_drafted_texts_are_transformers_own(kind):
 def test_so_are_those_of_the_plugin(kind):
     model = model_of(kind)
     for prompt in (PROMPT, PROMPT.repeat(3)):
-        wanted = fresh(kind, prompt)
-        whole = prompt.tolist() + wanted
+        expected = fresh(kind, prompt)
+        whole = prompt.tolist() + expected
         for drafter in (
             Told(whole),
             Told(whole, lambda place: place % 3 == 1),
             made("mtp_shared", model),
         ):
             with assist(model, drafter):
-                assert alone(model, prompt, COUNT) == wanted
+                assert alone(model, prompt, COUNT) == expected
 
 
 def test_a_boundary_is_known_from_the_config():

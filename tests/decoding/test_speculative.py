@@ -56,12 +56,12 @@ class Toy(Drafter):
         assert len(update.hidden) == len(update.ids) >= 1
         self.updates.append(update)
         self.asked.append(0)
-        found = self.guess(sum(len(one.ids) for one in self.updates) + 1, self.offsets)
+        actual = self.guess(sum(len(one.ids) for one in self.updates) + 1, self.offsets)
         return Told(
             self,
             [
                 F.one_hot(torch.tensor(token), self.tokens).float()
-                for token in found[: self.offsets]
+                for token in actual[: self.offsets]
             ],
         )
 
@@ -115,16 +115,16 @@ def test_greedy_is_transformers_greedy(kind):
     text = alone(model, PROMPT, 30)
     assert len(set(text)) > 4
     for name, drafter in drafters(PROMPT, text).items():
-        found = generate(target, drafter, PROMPT, 30, [])
-        assert found.tokens == text, name
-        assert 1 + found.steps + sum(taken for _, taken in found.drafts) == 30, name
+        actual = generate(target, drafter, PROMPT, 30, [])
+        assert actual.tokens == text, name
+        assert 1 + actual.steps + sum(taken for _, taken in actual.drafts) == 30, name
         if name == "right":
-            assert found.drafts == [(4, 4)] * 5 + [(3, 3)]
-            assert found.histogram == [0, 0, 0, 1, 5]
+            assert actual.drafts == [(4, 4)] * 5 + [(3, 3)]
+            assert actual.histogram == [0, 0, 0, 1, 5]
         if name == "half":
-            assert 15 < found.steps + 1 < 30
+            assert 15 < actual.steps + 1 < 30
         if name in ("nothing", "none"):
-            assert found.drafts == [(0, 0)] * 29
+            assert actual.drafts == [(0, 0)] * 29
 
 
 @pytest.mark.parametrize("name", ["lora", "rosa", "dora", "prompt_tuning", "prefix_tuning"])
@@ -173,7 +173,7 @@ def test_greedy_with_an_adapter(name):
         ), which
     short = alone(model, PROMPT[:3], 25)
     assert [
-        found.tokens for found in generate_batch(target, None, [PROMPT, PROMPT[:3]], 25, [])
+        actual.tokens for actual in generate_batch(target, None, [PROMPT, PROMPT[:3]], 25, [])
     ] == [text, short]
 
 
@@ -182,9 +182,9 @@ def test_greedy_with_each_drafter(name):
     model = tiny("gemma2, a cap and a window of 5" if name == "mtp_medusa" else "llama")
     text = alone(model, PROMPT, 20)
     drafter = made(name, model)
-    found = generate(Target(model), drafter, PROMPT, 20, [])
-    assert found.tokens == text
-    assert found.drafts[0][0] >= drafter.offsets
+    actual = generate(Target(model), drafter, PROMPT, 20, [])
+    assert actual.tokens == text
+    assert actual.drafts[0][0] >= drafter.offsets
     drawn = [
         generate(Target(model), drafter, PROMPT, 20, [], Sampling(1.0, 0.9, seed=seed)).tokens
         for seed in (0, 0, 1)
@@ -203,18 +203,18 @@ def test_a_drafter_is_told_each_accepted_state_once_with_the_token_after_it(kind
     model = tiny(kind)
     text = alone(model, PROMPT, 20)
     drafter = oracle(PROMPT, text, lambda place: place % 3 == 0)
-    found = generate(Target(model), drafter, PROMPT, 20, [])
+    actual = generate(Target(model), drafter, PROMPT, 20, [])
     whole = torch.tensor([*PROMPT.tolist(), *text])
-    told = torch.cat([update.ids for update in drafter.updates])
-    assert torch.equal(told, whole[1 : 1 + len(told)])
-    assert len(told) > 20
+    reported = torch.cat([update.ids for update in drafter.updates])
+    assert torch.equal(reported, whole[1 : 1 + len(reported)])
+    assert len(reported) > 20
     with torch.no_grad():
         states = model.get_decoder()(input_ids=whole.unsqueeze(0)).last_hidden_state[0]
     assert torch.allclose(
-        torch.cat([update.hidden for update in drafter.updates]), states[: len(told)], atol=1e-4
+        torch.cat([update.hidden for update in drafter.updates]), states[: len(reported)], atol=1e-4
     )
     assert [len(update.ids) for update in drafter.updates[1:]] == [
-        taken + 1 for _, taken in found.drafts[: len(drafter.updates) - 1]
+        taken + 1 for _, taken in actual.drafts[: len(drafter.updates) - 1]
     ]
     assert int(drafter.updates[0].first) == PROMPT[0]
     assert all(update.first is None for update in drafter.updates[1:])
@@ -229,13 +229,13 @@ def test_a_stop_ends_the_text_where_plain_decoding_ends(place):
     model = tiny()
     text = alone(model, PROMPT, 12)
     stops = [text[place], 40]
-    wanted = alone(model, PROMPT, 12, stops)
-    assert wanted == text[: text.index(text[place]) + 1]
+    expected = alone(model, PROMPT, 12, stops)
+    assert expected == text[: text.index(text[place]) + 1]
     for name, drafter in drafters(PROMPT, text).items():
-        found = generate(Target(model), drafter, PROMPT, 12, stops)
-        assert found.tokens == wanted, name
+        actual = generate(Target(model), drafter, PROMPT, 12, stops)
+        assert actual.tokens == expected, name
         if name == "right":
-            assert all(proposed == taken for proposed, taken in found.drafts)
+            assert all(proposed == taken for proposed, taken in actual.drafts)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 5, 6, 7])
@@ -244,25 +244,25 @@ def test_the_number_of_new_tokens_is_exact(limit):
     text = alone(model, PROMPT, 12)
     drafter = oracle(PROMPT, text)
     assert generate(Target(model), drafter, PROMPT, limit, []).tokens == text[:limit]
-    assert all(asked <= max(0, limit - 2) for asked in drafter.asked)
+    assert all(requested <= max(0, limit - 2) for requested in drafter.asked)
 
 
-@pytest.mark.parametrize(("count", "asked"), [(1, 1), (3, 3), (9, 4), (None, 4)])
-def test_as_many_are_asked_for_as_wanted_and_known(count, asked):
+@pytest.mark.parametrize(("count", "requested"), [(1, 1), (3, 3), (9, 4), (None, 4)])
+def test_as_many_are_asked_for_as_wanted_and_known(count, requested):
     model = tiny()
     drafter = oracle(PROMPT, alone(model, PROMPT, 12))
     generate(
         Target(model), drafter, PROMPT, 12, [], strategy=Strategy(chain(count) if count else None)
     )
-    assert max(getattr(drafter, "asked", []), default=None) == asked
+    assert max(getattr(drafter, "asked", []), default=None) == requested
 
 
 def test_logits_are_made_where_they_are_needed_only():
     target = Target(tiny())
     rows, head = [], target.head
     target.head = lambda hidden: (rows.append(len(hidden)), head(hidden))[1]
-    found = generate(target, Toy(lambda at, count: [0] * count), PROMPT, 8, [])
-    assert rows == [1, *(proposed + 1 for proposed, _ in found.drafts)]
+    actual = generate(target, Toy(lambda at, count: [0] * count), PROMPT, 8, [])
+    assert rows == [1, *(proposed + 1 for proposed, _ in actual.drafts)]
 
 
 def test_a_recurrent_target_is_refused_before_it_writes():
@@ -340,13 +340,13 @@ def probabilities(logits, temperature, top_p):
 def joint(table, first, temperature, top_p):
     """Each text's probability, by counting all of them."""
     rows = [probabilities(row, temperature, top_p).double() for row in table]
-    found = torch.zeros([TOKENS] * LENGTH, dtype=torch.float64)
+    actual = torch.zeros([TOKENS] * LENGTH, dtype=torch.float64)
     for text in itertools.product(range(TOKENS), repeat=LENGTH):
         chance, last = 1.0, first
         for token in text:
             chance, last = chance * rows[last][token], token
-        found[text] = chance
-    return found
+        actual[text] = chance
+    return actual
 
 
 class Sampler(Drafter):
@@ -380,15 +380,15 @@ class Rows:
 
 
 def counted(target, drafter, temperature, top_p, **strategy):
-    found = torch.zeros([TOKENS] * LENGTH, dtype=torch.float64)
+    actual = torch.zeros([TOKENS] * LENGTH, dtype=torch.float64)
     prompts = [torch.tensor([1, 3])] * 250
     for seed in range(DRAWS // 250):
         sampling = Sampling(temperature, top_p, seed=seed)
         for result in generate_batch(
             target, drafter, prompts, LENGTH, [], sampling, Strategy(**strategy)
         ):
-            found[tuple(result.tokens)] += 1
-    return found
+            actual[tuple(result.tokens)] += 1
+    return actual
 
 
 OTHER = torch.randn(TOKENS, TOKENS, generator=torch.Generator().manual_seed(6)) * 2
@@ -435,9 +435,9 @@ def drafting(table):
     ],
 )
 def test_sampled_texts_are_distributed_as_the_targets(table, how, name, temperature, top_p):
-    found = counted(table, drafting(table.table)[name], temperature, top_p, **SAMPLED[how])
-    assert p_value(found, joint(table.table, 3, temperature, top_p)) > 1e-3
-    assert p_value(found, joint(table.table, 3, 1.3, 1.0)) < 1e-6
+    actual = counted(table, drafting(table.table)[name], temperature, top_p, **SAMPLED[how])
+    assert p_value(actual, joint(table.table, 3, temperature, top_p)) > 1e-3
+    assert p_value(actual, joint(table.table, 3, 1.3, 1.0)) < 1e-6
 
 
 @pytest.mark.parametrize("how", [how for how in SAMPLED if how.endswith("recursive rule")])
@@ -448,24 +448,26 @@ def test_a_rule_that_refills_from_p_is_noticed(table, monkeypatch, how):
         """Behind refused tokens a draw from p, not from what is left of it."""
         return right(p, *rest)[0], p
 
-    monkeypatch.setattr(verify, "_in_turn", lambda *given, replacement: from_p(*given, replacement))
-    found = counted(table, Sampler(OTHER), 1.0, 1.0, **SAMPLED[how])
-    assert p_value(found, joint(table.table, 3, 1.0, 1.0)) < 1e-6
+    monkeypatch.setattr(
+        verify, "_in_turn", lambda *arguments, replacement: from_p(*arguments, replacement)
+    )
+    actual = counted(table, Sampler(OTHER), 1.0, 1.0, **SAMPLED[how])
+    assert p_value(actual, joint(table.table, 3, 1.0, 1.0)) < 1e-6
 
 
 def test_typical_acceptance_writes_otherwise(table):
-    found = counted(
+    actual = counted(
         table, Sampler(OTHER), 1.0, 1.0, shape=Levels(FORM, best=True), rule="typical_lossy"
     )
-    assert p_value(found, joint(table.table, 3, 1.0, 1.0)) < 1e-6
+    assert p_value(actual, joint(table.table, 3, 1.0, 1.0)) < 1e-6
 
 
 def test_a_draft_of_the_targets_own_distribution_is_always_taken(table):
     for seed in range(50):
-        found = generate(
+        actual = generate(
             table, Sampler(table.table), torch.tensor([1]), 9, [], Sampling(0.9, 0.95, seed=seed)
         )
-        assert all(proposed == taken for proposed, taken in found.drafts)
+        assert all(proposed == taken for proposed, taken in actual.drafts)
 
 
 def test_how_often_a_draft_is_taken_is_what_p_and_q_share(table):
@@ -495,10 +497,13 @@ def test_how_often_a_draft_is_taken_is_what_p_and_q_share(table):
 def test_without_a_drafter_the_draws_are_those_of_transformers(temperature, top_p):
     model = tiny()
     torch.manual_seed(7)
-    wanted = alone(model, PROMPT, 20, do_sample=True, top_k=0, temperature=temperature, top_p=top_p)
+    expected = alone(
+        model, PROMPT, 20, do_sample=True, top_k=0, temperature=temperature, top_p=top_p
+    )
     torch.manual_seed(7)
     assert (
-        generate(Target(model), None, PROMPT, 20, [], Sampling(temperature, top_p)).tokens == wanted
+        generate(Target(model), None, PROMPT, 20, [], Sampling(temperature, top_p)).tokens
+        == expected
     )
 
 

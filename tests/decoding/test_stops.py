@@ -50,14 +50,14 @@ def test_each_stop_and_each_cap_ends_the_text_where_it_does_without_drafts(kind)
     plain = alone(model, PROMPT, LENGTH)
     target, whole = Target(model), PROMPT.tolist() + plain
     tried = 0
-    for (name, made), stop, cap in itertools.product(
+    for (name, built), stop, cap in itertools.product(
         drafters(whole).items(), (None, plain[2], plain[7]), CAPS
     ):
         end = LENGTH if stop is None else plain.index(stop) + 1
-        wanted, stops = plain[: min(end, cap)], [] if stop is None else [stop]
-        assert generate(target, made(), PROMPT, cap, stops).tokens == wanted, (name, stop, cap)
-        with assist(model, made()):
-            assert alone(model, PROMPT, cap, stops) == wanted, (name, stop, cap)
+        expected, stops = plain[: min(end, cap)], [] if stop is None else [stop]
+        assert generate(target, built(), PROMPT, cap, stops).tokens == expected, (name, stop, cap)
+        with assist(model, built()):
+            assert alone(model, PROMPT, cap, stops) == expected, (name, stop, cap)
         tried += 2
     assert tried == 432 // len(KINDS)
 
@@ -68,9 +68,9 @@ def test_each_processor_writes_what_it_does_without_drafts(kind):
     changed = 0
     plain = alone(model, PROMPT, LENGTH, [9])
     for settings in PROCESSORS:
-        wanted = alone(model, PROMPT, LENGTH, [9], **settings)
-        changed += wanted != plain
-        for name, made in drafters(PROMPT.tolist() + wanted).items():
-            with assist(model, made()):
-                assert alone(model, PROMPT, LENGTH, [9], **settings) == wanted, (name, settings)
+        expected = alone(model, PROMPT, LENGTH, [9], **settings)
+        changed += expected != plain
+        for name, built in drafters(PROMPT.tolist() + expected).items():
+            with assist(model, built()):
+                assert alone(model, PROMPT, LENGTH, [9], **settings) == expected, (name, settings)
     assert changed >= 3

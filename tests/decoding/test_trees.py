@@ -58,23 +58,23 @@ class Table:
 
 def paths_of(draft):
     """The tokens from the newest one to each node."""
-    found = []
+    actual = []
     for token, parent in zip(draft.tokens.tolist(), draft.parents.tolist(), strict=True):
-        assert parent < len(found)
-        found.append((*(found[parent] if parent >= 0 else ()), token))
-    return found
+        assert parent < len(actual)
+        actual.append((*(actual[parent] if parent >= 0 else ()), token))
+    return actual
 
 
 def everything(growth):
     """The log-probability of each path of up to `depth` tokens."""
-    found = {(): 0.0}
+    actual = {(): 0.0}
     for length in range(1, growth.depth + 1):
         for path in itertools.product(range(V), repeat=length):
-            found[path] = found[path[:-1]] + float(
+            actual[path] = actual[path[:-1]] + float(
                 growth.logits(path[:-1]).log_softmax(-1)[path[-1]]
             )
-    del found[()]
-    return found
+    del actual[()]
+    return actual
 
 
 def warm(logits):
@@ -95,19 +95,19 @@ def test_a_chain_is_the_best_tokens_one_after_another():
 )
 def test_no_tree_is_deeper_than_wanted_known_and_allowed(count, limit, depth, length):
     for shape in (chain(count), eagle2(2, count, 20), dyspec(20, count)):
-        found = paths_of(shape(Table(depth), Drawing(V, limit)))
-        assert max(map(len, found), default=0) == length
+        actual = paths_of(shape(Table(depth), Drawing(V, limit)))
+        assert max(map(len, actual), default=0) == length
 
 
 def test_a_fixed_tree_has_the_tokens_of_its_ranks():
     growth = Table(5)
-    found = paths_of(Levels(EAGLE1)(growth, Drawing(V, 9)))
-    assert len(found) == 25
-    wanted = {(): ()}
+    actual = paths_of(Levels(EAGLE1)(growth, Drawing(V, 9)))
+    assert len(actual) == 25
+    expected = {(): ()}
     for ranks in sorted(EAGLE1, key=len):
-        above = wanted[ranks[:-1]]
-        wanted[ranks] = (*above, int(Table(5).logits(above).argsort(descending=True)[ranks[-1]]))
-    assert sorted(found) == sorted(wanted[ranks] for ranks in EAGLE1)
+        above = expected[ranks[:-1]]
+        expected[ranks] = (*above, int(Table(5).logits(above).argsort(descending=True)[ranks[-1]]))
+    assert sorted(actual) == sorted(expected[ranks] for ranks in EAGLE1)
     assert growth.calls == [4, 4, 1, 1]  # nodes without children are not asked about
 
 
@@ -115,9 +115,9 @@ def test_a_fixed_tree_has_the_tokens_of_its_ranks():
 @pytest.mark.parametrize("seed", range(3))
 def test_dyspec_has_the_likeliest_nodes_of_all(size, seed):
     growth = Table(3, seed=seed)
-    found = paths_of(dyspec(size)(growth, Drawing(V, 9)))
+    actual = paths_of(dyspec(size)(growth, Drawing(V, 9)))
     scores = everything(Table(3, seed=seed))
-    assert set(found) == set(sorted(scores, key=scores.get, reverse=True)[:size])
+    assert set(actual) == set(sorted(scores, key=scores.get, reverse=True)[:size])
     assert sum(growth.calls) <= 2 * size
 
 
@@ -137,9 +137,9 @@ def test_eagle2_has_the_likeliest_nodes_below_the_best_of_each_level(seed):
         frontier = sorted(level, key=scores.get, reverse=True)[:3]
     for size in (2, 9, 20):
         growth = Table(4, seed=seed)
-        found = paths_of(eagle2(3, 4, size)(growth, Drawing(V, 9)))
-        assert len(found) == size
-        assert set(found) == set(sorted(pool, key=scores.get, reverse=True)[:size])
+        actual = paths_of(eagle2(3, 4, size)(growth, Drawing(V, 9)))
+        assert len(actual) == size
+        assert set(actual) == set(sorted(pool, key=scores.get, reverse=True)[:size])
         assert growth.calls == [3, 3, 3]
 
 
@@ -147,8 +147,8 @@ def test_parents_stay_with_children_of_the_same_chance():
     growth = Table(3)
     # a chance of one, as far as fp32 goes
     growth.logits = lambda path: torch.tensor([60.0] + [0.0] * (V - 1))
-    found = paths_of(eagle2(2, 3, 3)(growth, Drawing(V, 9)))
-    assert found == [(0,), (0, 0), (0, 0, 0)]
+    actual = paths_of(eagle2(2, 3, 3)(growth, Drawing(V, 9)))
+    assert actual == [(0,), (0, 0), (0, 0, 0)]
 
 
 def test_draws_say_what_they_were_drawn_from():
@@ -174,13 +174,15 @@ def test_draws_without_replacement_come_in_their_order():
     growth = Table(1)
     growth.logits = lambda path: q.log()
     generator, count = torch.Generator().manual_seed(0), 3000
-    found = torch.zeros(3, 3)
+    actual = torch.zeros(3, 3)
     for _ in range(count):
         first, second = Levels([(0,), (1,)])(growth, Drawing(3, 9, warm, generator)).tokens.tolist()
-        found[first, second] += 1 / count
+        actual[first, second] += 1 / count
     for i, j in itertools.permutations(range(3), 2):
-        wanted = float(q[i] * q[j] / (1 - q[i]))
-        assert abs(float(found[i, j]) - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / count)
+        expected = float(q[i] * q[j] / (1 - q[i]))
+        assert abs(float(actual[i, j]) - expected) < 4 * math.sqrt(
+            expected * (1 - expected) / count
+        )
 
 
 def test_a_draft_vocabulary_is_spread_over_the_targets():
@@ -193,9 +195,9 @@ def test_a_draft_vocabulary_is_spread_over_the_targets():
     torch.testing.assert_close(draft.probabilities[0, [1, 4, 9]], warm(growth.logits(())))
     torch.testing.assert_close(draft.probabilities.sum(-1), torch.ones(2))
     for shape in (eagle2(5, 2, 6), dyspec(6)):
-        found = shape(Table(2, vocabulary=torch.tensor([1, 4, 9])), Drawing(12, 9))
-        assert len(found.tokens) == 6
-        assert set(found.tokens.tolist()) <= {1, 4, 9}
+        actual = shape(Table(2, vocabulary=torch.tensor([1, 4, 9])), Drawing(12, 9))
+        assert len(actual.tokens) == 6
+        assert set(actual.tokens.tolist()) <= {1, 4, 9}
 
 
 @pytest.mark.parametrize(("threshold", "length"), [(0.0, 6), (1.0, 1), (None, None)])
@@ -203,14 +205,14 @@ def test_a_confident_chain_ends_where_no_token_is_likely(threshold, length):
     path = chain(6)(Table(6), Drawing(V, 9)).tokens.tolist()
     tops = [float(warm(Table(6).logits(tuple(path[:k]))).max()) for k in range(6)]
     threshold = sorted(tops[1:])[2] + 1e-6 if threshold is None else threshold
-    wanted = next((k for k in range(1, 6) if tops[k] < threshold), 6)
-    assert length in (None, wanted)
+    expected = next((k for k in range(1, 6) if tops[k] < threshold), 6)
+    assert length in (None, expected)
     growth = Table(6)
     assert (
         chain(6, confidence_policy(threshold))(growth, Drawing(V, 9)).tokens.tolist()
-        == path[:wanted]
+        == path[:expected]
     )
-    assert len(growth.calls) == min(5, wanted)
+    assert len(growth.calls) == min(5, expected)
 
 
 def test_a_hopeful_chain_ends_where_a_refusal_is_likely():
@@ -226,13 +228,13 @@ def test_a_hopeful_chain_ends_where_a_refusal_is_likely():
         == 4
     )
     path = chain(6)(Table(6), Drawing(V, 9)).tokens.tolist()
-    alive, wanted = 1.0, 6
+    alive, expected = 1.0, 6
     for k in range(1, 6):  # its own chances, where it predicts none
         alive *= float(warm(Table(6).logits(tuple(path[: k - 1])))[path[k - 1]])
         if 1 - alive > 0.8:
-            wanted = k
+            expected = k
             break
-    assert chain(6, refusal_policy(0.8))(Table(6), Drawing(V, 9)).tokens.tolist() == path[:wanted]
+    assert chain(6, refusal_policy(0.8))(Table(6), Drawing(V, 9)).tokens.tolist() == path[:expected]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +270,7 @@ def test_a_tree_of_a_drafter_that_does_not_branch_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("paths", "said"),
+    ("paths", "message"),
     [
         ([(0, 0)], r"node \[0, 0\] has no parent: add \[0\]"),
         ([(0,), (0,)], "each once"),
@@ -276,8 +278,8 @@ def test_a_tree_of_a_drafter_that_does_not_branch_is_refused():
         ([(-1,)], "count from 0"),
     ],
 )
-def test_a_tree_with_holes_is_refused(paths, said):
-    with pytest.raises(DrafterError, match=said):
+def test_a_tree_with_holes_is_refused(paths, message):
+    with pytest.raises(DrafterError, match=message):
         Levels(paths)
 
 
@@ -309,8 +311,8 @@ def test_a_search_finds_the_tree_of_the_most_tokens_for_its_cost():
         [1, 3, 9],
         [1 + max(0, n - 3) for n in range(12)],
     ):
-        found = search(acceptance, cost)
-        assert set(found) == set(ranked[: best(cost)])
+        actual = search(acceptance, cost)
+        assert set(actual) == set(ranked[: best(cost)])
     assert len(search(acceptance, [1.0] * 6)) == 5
     assert search(acceptance, [1, 3, 9]) == []
     Levels(search(acceptance, [1.0] * 9))  # closed under parents
@@ -319,7 +321,7 @@ def test_a_search_finds_the_tree_of_the_most_tokens_for_its_cost():
 def closed(paths):
     """All sets of these nodes that hold the parent of each."""
     for keep in itertools.product([False, True], repeat=len(paths)):
-        tree = {path for path, kept in zip(paths, keep, strict=True) if kept}
+        tree = {path for path, stored in zip(paths, keep, strict=True) if stored}
         if all(len(path) == 1 or path[:-1] in tree for path in tree):
             yield tree
 
@@ -341,22 +343,22 @@ def test_no_small_tree_is_better_than_the_one_found(acceptance, slope):
             1 + sum(math.prod(acceptance[d][r] for d, r in enumerate(path)) for path in tree)
         ) / cost[len(tree)]
 
-    found = search(acceptance, cost)
-    assert rate(found) == pytest.approx(max(map(rate, closed(paths))))
-    assert bool(found) == (rate(found) > 1)
-    assert not found or slope < 0.9
+    actual = search(acceptance, cost)
+    assert rate(actual) == pytest.approx(max(map(rate, closed(paths))))
+    assert bool(actual) == (rate(actual) > 1)
+    assert not actual or slope < 0.9
 
 
 def test_what_a_tree_gives_may_be_told():
     acceptance, cost = [[0.6, 0.2], [0.5]], [1 + 0.1 * n for n in range(5)]
-    asked = []
-    found = search(
+    requested = []
+    actual = search(
         acceptance,
         cost,
-        lambda nodes: (asked.append(list(nodes)), 5.0 if len(nodes) == 3 else 1.0)[1],
+        lambda nodes: (requested.append(list(nodes)), 5.0 if len(nodes) == 3 else 1.0)[1],
     )
-    assert asked == [[(0,)], [(0,), (0, 0)], [(0,), (0, 0), (1,)], [(0,), (0, 0), (1,), (1, 0)]]
-    assert found == [(0,), (1,), (0, 0)]
+    assert requested == [[(0,)], [(0,), (0, 0)], [(0,), (0, 0), (1,)], [(0,), (0, 0), (1,), (1, 0)]]
+    assert actual == [(0,), (1,), (0, 0)]
 
 
 def test_options_make_the_shapes_they_name():

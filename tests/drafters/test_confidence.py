@@ -81,7 +81,7 @@ def test_its_loss_is_that_of_plain_loops_and_reaches_nothing_else(name, packs):
     table = model.get_output_embeddings().weight.detach().double()
     with torch.no_grad():
         states = [by_row(packs, one) for one in drafter.states(output, target)]
-    heads, kept, weights = drafter.draft_heads(target), drafter.vocabulary, drafter.weights
+    heads, stored, weights = drafter.draft_heads(target), drafter.vocabulary, drafter.weights
     expected, apart = torch.zeros((), dtype=torch.float64), torch.zeros(K, dtype=torch.float64)
     outside = 0
     for row, (ids, first) in enumerate(ROWS):
@@ -94,15 +94,15 @@ def test_its_loss_is_that_of_plain_loops_and_reaches_nothing_else(name, packs):
                     q = torch.softmax(
                         heads[(k - 1) % len(heads)](states[k - 1][row][t][None])[0].double(), 0
                     )
-                outside += kept is not None and int(p.argmax()) not in kept.tolist()
-                alpha = torch.minimum(p if kept is None else p[kept], q).sum()
+                outside += stored is not None and int(p.argmax()) not in stored.tolist()
+                alpha = torch.minimum(p if stored is None else p[stored], q).sum()
                 c = chance(w, k, states[k - 1][row][t].double())
                 expected = expected - 0.4 * weights[k - 1] * (
                     alpha * torch.log(c) + (1 - alpha) * torch.log(1 - c)
                 )
                 apart[k - 1] += (c - alpha).abs().detach()
     expected.backward()
-    assert outside > 0 or kept is None
+    assert outside > 0 or stored is None
     torch.testing.assert_close((total - alone).double(), expected.detach(), rtol=1e-4, atol=1e-4)
     assert numbers.shape == (K, 8)
     assert torch.equal(numbers[:, :7], before)
@@ -115,14 +115,14 @@ def test_its_loss_is_that_of_plain_loops_and_reaches_nothing_else(name, packs):
             )
         elif p.requires_grad:
             assert torch.equal(p.grad, others[n].grad), n
-    found = metrics(numbers)
-    assert found["offset2/confidence_error"] == pytest.approx(
+    actual = metrics(numbers)
+    assert actual["offset2/confidence_error"] == pytest.approx(
         float(apart[1] / numbers[1, 1]), rel=1e-4
     )
-    assert found.keys() - metrics(before).keys() == {
+    assert actual.keys() - metrics(before).keys() == {
         f"offset{k}/confidence_error" for k in range(1, K + 1)
     }
-    assert found["expected"] == metrics(before)["expected"]
+    assert actual["expected"] == metrics(before)["expected"]
 
 
 def row_of(name, known=6):
@@ -151,11 +151,11 @@ def test_nodes_have_the_chance_that_is_trained_for_what_they_are_drawn_from(name
     growth.first()
     assert growth.confidence is None
     w = {n: p.double() for n, p in drafter.state().items()}
-    found = []
+    actual = []
     for parents, tokens in (([-1, -1], [3, 9]), ([1, 0, 1], [7, 1, 4])):
         growth.extend(torch.tensor(tokens), torch.tensor(parents))
         assert growth.confidence.shape == (len(tokens),)
-        for parent, token, said in zip(parents, tokens, growth.confidence, strict=True):
+        for parent, token, text in zip(parents, tokens, growth.confidence, strict=True):
             above = paths[parent + 1]
             paths.append((*above, token))
             row = torch.cat([ids, torch.tensor(above, dtype=torch.long)])[None]
@@ -173,23 +173,23 @@ def test_nodes_have_the_chance_that_is_trained_for_what_they_are_drawn_from(name
                 states[1][None] if name == "eagle3" else None,
             )
             z = list(drafter.states(output, target))[len(above)][0, known - 1]
-            found.append(float(said))
-            assert float(said) == pytest.approx(
+            actual.append(float(text))
+            assert float(text) == pytest.approx(
                 float(chance(w, len(above) + 1, z.double())), abs=1e-5
             )
     # children of one node are drawn from the same logits
-    assert found[0] == pytest.approx(found[1])
+    assert actual[0] == pytest.approx(actual[1])
     # of the newest token and of both its children
-    assert len({round(one, 4) for one in found}) == 3
+    assert len({round(one, 4) for one in actual}) == 3
 
 
 def forced(drafter, *chances):
     """Heads that always say the same, the last one for all others."""
     with torch.no_grad():
         for i, head in enumerate(drafter.confidence):
-            said = chances[min(i, len(chances) - 1)]
+            text = chances[min(i, len(chances) - 1)]
             head[-1].weight.zero_()
-            head[-1].bias.fill_(math.log(said / (1 - said)))
+            head[-1].bias.fill_(math.log(text / (1 - text)))
     return drafter
 
 
@@ -228,10 +228,10 @@ def test_decoding_with_drafts_that_it_ends_gives_the_targets_text(name, shape):
             head[-1].weight.mul_(2 / logits.std())
             head[-1].bias.sub_(logits.mean()).mul_(2 / logits.std()).add_(1)
 
-    went_on, told = [], refusal_policy(0.5)
+    went_on, reported = [], refusal_policy(0.5)
 
     def policy(top, alive):
-        went_on.append(told(top, alive))
+        went_on.append(reported(top, alive))
         return went_on[-1]
 
     how = trees.chain(4, policy) if shape == "chain" else trees.eagle2(3, 4, 12, policy)
@@ -274,14 +274,14 @@ def test_it_learns_what_is_taken():
     output, _ = output_of(APART, SIZE)
     drafter.requires_grad_(False).confidence.requires_grad_(True)
     optimizer = torch.optim.AdamW(drafter.confidence.parameters(), 5e-3)
-    found = []
+    actual = []
     for _ in range(25):
         total, numbers = drafter.loss(output, target, 64)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        found.append([metrics(numbers)[f"offset{k}/confidence_error"] for k in (1, 2, 3)])
-    assert all(last < 0.4 * first for first, last in zip(found[0], found[-1], strict=True))
+        actual.append([metrics(numbers)[f"offset{k}/confidence_error"] for k in (1, 2, 3)])
+    assert all(last < 0.4 * first for first, last in zip(actual[0], actual[-1], strict=True))
 
 
 def test_rows_without_a_trained_token_give_it_a_gradient_of_zero():

@@ -28,7 +28,7 @@ def moe():
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "biases", "wanted"),
+    ("family", "changes", "biases", "expected"),
     [
         ("llama", {}, True, "target"),
         ("mistral", {}, True, "target"),
@@ -42,9 +42,9 @@ def moe():
         ("qwen3_moe", EXPERTS, False, "llama"),
     ],
 )
-def test_auto_is_the_targets_own_where_engines_load_it(family, changes, biases, wanted):
+def test_auto_is_the_targets_own_where_engines_load_it(family, changes, biases, expected):
     config = model_of(family, **changes).config
-    assert kind_of("auto", config, biases) == wanted
+    assert kind_of("auto", config, biases) == expected
     assert kind_of("target", config, biases) == "target"
     assert kind_of("qwen3", config, biases) == "qwen3"
 
@@ -54,11 +54,11 @@ def test_auto_is_the_targets_own_where_engines_load_it(family, changes, biases, 
 def test_a_head_for_experts_has_a_layer_that_engines_load(name, layer, tmp_path):
     model = moe()
     drafter = drafter_of(name, model, layer=layer)
-    made = {"auto": LlamaDecoderLayer, "qwen3": Qwen3DecoderLayer}.get(layer)
-    assert isinstance(drafter.midlayer, made or type(model.model.layers[-1]))
-    said = draft_head.described(drafter, model)
+    built = {"auto": LlamaDecoderLayer, "qwen3": Qwen3DecoderLayer}.get(layer)
+    assert isinstance(drafter.midlayer, built or type(model.model.layers[-1]))
+    message = draft_head.described(drafter, model)
     if layer == "target":
-        assert "this one is of qwen3_moe's" in said
+        assert "this one is of qwen3_moe's" in message
         with pytest.raises(DrafterError, match="qwen3_moe"):
             draft_head.check(drafter, "sglang", model)
         return
@@ -66,7 +66,7 @@ def test_a_head_for_experts_has_a_layer_that_engines_load(name, layer, tmp_path)
     ways = {"auto": {"eagle": ["sglang"], "eagle3": ["speculators", "sglang"]}}
     ways["qwen3"] = {"eagle": [], "eagle3": ["speculators"]}
     if ways[layer][name]:
-        assert said.endswith(
+        assert message.endswith(
             "engines load it: " + ", ".join(f"to={to}" for to in ways[layer][name])
         )
     for to in ways[layer][name]:
@@ -84,10 +84,10 @@ def test_a_head_for_experts_has_a_layer_that_engines_load(name, layer, tmp_path)
 @pytest.mark.parametrize("name", ["eagle", "eagle3"])
 def test_its_drafts_leave_the_text_as_it_is(name):
     model = moe()
-    wanted = alone(model, PROMPT, 12)
+    expected = alone(model, PROMPT, 12)
     for layer in ("llama", "qwen3"):
         drafter = drafter_of(name, model, layer=layer)
-        assert generate(Target(model), drafter, PROMPT, 12, []).tokens == wanted
+        assert generate(Target(model), drafter, PROMPT, 12, []).tokens == expected
 
 
 def test_its_sizes_and_table_are_the_targets():

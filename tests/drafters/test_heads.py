@@ -46,7 +46,7 @@ def naive(kind, drafter, model, hidden, ids):
     """For each offset the states (T - k, d) of a row at the positions t whose x_{t+k} there is."""
     w = {name: tensor.double() for name, tensor in drafter.state().items()}
     config, embedding = model.config, model.get_input_embeddings().weight.detach().double()
-    below, found = [h.double() for h in hidden], []
+    below, actual = [h.double() for h in hidden], []
     for k in range(1, drafter.offsets + 1):
         if kind == "medusa":
             states = list(below)
@@ -72,8 +72,8 @@ def naive(kind, drafter, model, hidden, ids):
             below = block(w, f"{name}.mtp_block", config, entering)
             states = [rms(x, w[f"{name}.post_norm.weight"], config.rms_norm_eps) for x in below]
         states = states[: max(0, len(ids) - k)]
-        found.append(torch.stack(states) if states else torch.zeros(0, SIZE, dtype=torch.float64))
-    return found
+        actual.append(torch.stack(states) if states else torch.zeros(0, SIZE, dtype=torch.float64))
+    return actual
 
 
 # states and loss
@@ -85,15 +85,17 @@ def test_states_and_loss_are_those_of_plain_loops(kind, offsets, packs):
     model, hidden = llama(), hidden_states()
     drafter, target = stirred(make(kind, model, offsets)), Target(model)
     output = output_of(packs, hidden)
-    wanted = [naive(kind, drafter, model, h, ids) for h, (ids, _) in zip(hidden, ROWS, strict=True)]
+    reference = [
+        naive(kind, drafter, model, h, ids) for h, (ids, _) in zip(hidden, ROWS, strict=True)
+    ]
 
     states = list(drafter.states(output, target))
     assert len(states) == offsets
     for k, of_offset in enumerate(states):
         assert of_offset.isfinite().all()
-        for row, found in enumerate(by_row(packs, of_offset)):
+        for row, actual in enumerate(by_row(packs, of_offset)):
             torch.testing.assert_close(
-                found[: len(wanted[row][k])].double(), wanted[row][k], rtol=1e-5, atol=2e-5
+                actual[: len(reference[row][k])].double(), reference[row][k], rtol=1e-5, atol=2e-5
             )
 
     total, numbers = drafter.loss(output, target, 4)
@@ -112,7 +114,7 @@ def test_states_and_loss_are_those_of_plain_loops(kind, offsets, packs):
                 if t + 1 + k >= len(ids) or t + 1 + k < first:
                     unbroken = False
                     continue
-                logits = head @ wanted[row][k - 1][t]
+                logits = head @ reference[row][k - 1][t]
                 better = int((logits > logits[ids[t + 1 + k]]).sum())
                 unbroken = unbroken and better == 0
                 loss = torch.log(torch.exp(logits).sum()) - logits[ids[t + 1 + k]]
@@ -288,9 +290,11 @@ def test_a_skeleton_counts_the_same_parameters(kind):
     with torch.device("meta"):
         skeleton = transformers.LlamaForCausalLM(model.config)
     changes = {} if kind == "medusa" else {"init": "last_layer"}
-    found, wanted = make(kind, skeleton, **changes), make(kind, model, **changes)
-    assert all(p.is_meta for p in found.parameters())
-    shapes = [{name: p.shape for name, p in drafter.state().items()} for drafter in (found, wanted)]
+    actual, reference = make(kind, skeleton, **changes), make(kind, model, **changes)
+    assert all(p.is_meta for p in actual.parameters())
+    shapes = [
+        {name: p.shape for name, p in drafter.state().items()} for drafter in (actual, reference)
+    ]
     assert shapes[0] == shapes[1]
 
 
@@ -400,13 +404,13 @@ def test_layers_of_other_families_are_their_own(config):
             with_kwargs=True,
         )
     )
-    wanted = model.get_decoder()(
+    reference = model.get_decoder()(
         input_ids=ids, position_ids=positions, use_cache=False
     ).last_hidden_state
     hook.remove()
     layer, norm = decoder_layer(model, "last_layer").eval(), final_norm(model, "last_layer")
-    found = norm(run_layer(layer, reached[0], layer_inputs(Target(model), reached[0], positions)))
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    actual = norm(run_layer(layer, reached[0], layer_inputs(Target(model), reached[0], positions)))
+    torch.testing.assert_close(actual, reference, rtol=1e-5, atol=1e-5)
     check_decoding(
         stirred(make("shared", model)),
         model,
@@ -445,15 +449,15 @@ def test_half_precision_is_computed_from_whole_weights(kind):
     drafter, whole = stirred(make(kind, model)), stirred(make(kind, llama()))
     whole.load_state(drafter.state())
     exact = llama(torch.bfloat16).float()
-    output, wanted = (
+    output, reference = (
         output_of(PACKED, hidden_states(), torch.bfloat16),
         output_of(PACKED, hidden_states()),
     )
-    for found, other in zip(
-        drafter.states(output, Target(model)), whole.states(wanted, Target(exact)), strict=True
+    for actual, other in zip(
+        drafter.states(output, Target(model)), whole.states(reference, Target(exact)), strict=True
     ):
-        assert found.dtype == torch.bfloat16
-        assert float((found.float() - other).detach().norm() / other.detach().norm()) < 0.03
+        assert actual.dtype == torch.bfloat16
+        assert float((actual.float() - other).detach().norm() / other.detach().norm()) < 0.03
     total, _ = drafter.loss(output, Target(model), 4)
     total.backward()
     assert {p.grad.dtype for p in drafter.parameters()} == {torch.float32}
@@ -491,9 +495,9 @@ def check_decoding(drafter, model, steps, rtol=1e-5):
         known += n
         assert growth.branches
         assert growth.depth == drafter.offsets
-        found, above, numbers = {}, [()], {(): -1}
+        actual, above, numbers = {}, [()], {(): -1}
         if count:
-            found[()] = growth.first()
+            actual[()] = growth.first()
         for k in range(1, min(count, drafter.offsets)):
             level = []
             for which_child in range(2):
@@ -506,11 +510,11 @@ def check_decoding(drafter, model, steps, rtol=1e-5):
                 parents = torch.tensor([numbers[path[:-1]] for path in paths])
                 rows = growth.extend(torch.tensor([own] * len(paths)), parents)
                 numbers |= {path: len(numbers) - 1 + i for i, path in enumerate(paths)}
-                found |= dict(zip(paths, rows, strict=True))
+                actual |= dict(zip(paths, rows, strict=True))
                 level += paths
             above = level
-        assert len(found) == 2 ** min(count, drafter.offsets) - 1
-        for path, logits in found.items():
+        assert len(actual) == 2 ** min(count, drafter.offsets) - 1
+        for path, logits in actual.items():
             ids = torch.cat([text[: known + 1], torch.tensor(path, dtype=torch.long), text[:8]])[
                 None
             ]
@@ -518,11 +522,11 @@ def check_decoding(drafter, model, steps, rtol=1e-5):
                 [hidden[:known], torch.randn(ids.shape[1] - known, hidden.shape[1])]
             )[None]
             positions = torch.arange(ids.shape[1])[None]
-            wanted = list(
+            reference = list(
                 drafter.states(TargetOutput(states, ids, ids, positions, states[:, :0]), target)
             )
             torch.testing.assert_close(
-                logits, target.head(wanted[len(path)][0, known - 1]), rtol=rtol, atol=rtol
+                logits, target.head(reference[len(path)][0, known - 1]), rtol=rtol, atol=rtol
             )
 
 
@@ -656,15 +660,16 @@ def test_heads_alone_are_trained_and_saved(train, chats):
         "max_steps=8",
         "optimizer.lr=3e-3",
     )
-    found = load_trained(str(run))
-    fresh = found.base.load(torch.float32)
+    actual = load_trained(str(run))
+    fresh = actual.base.load(torch.float32)
     assert all(
-        torch.equal(p, q) for p, q in zip(found.model.parameters(), fresh.parameters(), strict=True)
+        torch.equal(p, q)
+        for p, q in zip(actual.model.parameters(), fresh.parameters(), strict=True)
     )
     start = SequentialModules(fresh, 3, True, None, 0.6, 1.0, "last_layer", True, 1.0).state()
-    kept = load_file(run / "drafter" / "model.safetensors")
-    for name, tensor in found.drafter.state().items():
-        assert torch.equal(kept[name], tensor)
+    stored = load_file(run / "drafter" / "model.safetensors")
+    for name, tensor in actual.drafter.state().items():
+        assert torch.equal(stored[name], tensor)
         assert not torch.equal(start[name], tensor)
     rows = [row for row in journal.read(run / "metrics.jsonl") if row["kind"] == "evaluation"]
     assert rows[-1]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-6)
@@ -689,9 +694,9 @@ def test_a_run_that_goes_on_is_the_run(train, chats, monkeypatch):
         with pytest.raises(PowerCut):
             train(*settings, "name=cut", "resume=auto")
     cut = train(*settings, "name=cut", "resume=auto")
-    wanted, found = outcome(whole), outcome(cut)
-    assert found[1] == wanted[1]
-    assert all(torch.equal(found[0][key], wanted[0][key]) for key in wanted[0])
+    reference, actual = outcome(whole), outcome(cut)
+    assert actual[1] == reference[1]
+    assert all(torch.equal(actual[0][key], reference[0][key]) for key in reference[0])
     one, other = (load_file(run / "drafter" / "model.safetensors") for run in (whole, cut))
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
@@ -711,7 +716,7 @@ def test_a_trained_head_learns_from_drafts_where_it_may(detach):
     if detach:
         assert head.grad is None
         return
-    found, head.grad = head.grad, None
+    actual, head.grad = head.grad, None
     plain = sum(
         weight
         * torch.nn.functional.cross_entropy(
@@ -722,4 +727,4 @@ def test_a_trained_head_learns_from_drafts_where_it_may(detach):
         )
     )
     plain.backward()
-    torch.testing.assert_close(found, head.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, head.grad, rtol=1e-4, atol=1e-5)

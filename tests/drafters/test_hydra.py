@@ -96,9 +96,9 @@ def test_states_are_those_of_plain_loops(kind, packs):
         for k in (1, 2, 3):
             assert states[k - 1][row].isfinite().all()
             for t in range(len(ids) - k):
-                wanted, _ = naive(w, drafter, k, own[t], ids[t + 1 : t + 1 + k])
+                reference, _ = naive(w, drafter, k, own[t], ids[t + 1 : t + 1 + k])
                 torch.testing.assert_close(
-                    states[k - 1][row][t].double(), wanted, rtol=1e-5, atol=2e-5
+                    states[k - 1][row][t].double(), reference, rtol=1e-5, atol=2e-5
                 )
 
 
@@ -113,7 +113,10 @@ def test_loss_numbers_and_slopes_are_those_of_plain_loops(kind, loss, packs):
 
     w = weights_of(drafter, model)
     own = {name: w[name].requires_grad_(True) for name in drafter.state()}
-    expected, wanted = torch.zeros(3, 7, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    expected, reference = (
+        torch.zeros(3, 7, dtype=torch.float64),
+        torch.zeros((), dtype=torch.float64),
+    )
     for row, (ids, first) in enumerate(ROWS):
         states = before_heads(w, drafter, model.config, hidden[row])
         for t in range(len(ids)):
@@ -139,11 +142,11 @@ def test_loss_numbers_and_slopes_are_those_of_plain_loops(kind, loss, packs):
                     [one.detach(), 1, better == 0, better < 5, unbroken, accepted.detach(), chance],
                     dtype=torch.float64,
                 )
-                wanted = wanted + 0.7 * [1.0, 0.5, 0.25][k - 1] * one
-    wanted.backward()
+                reference = reference + 0.7 * [1.0, 0.5, 0.25][k - 1] * one
+    reference.backward()
     expected = expected[:, :5] if loss == "labels" else expected
     torch.testing.assert_close(numbers.double(), expected, rtol=1e-5, atol=2e-5)
-    torch.testing.assert_close(total.detach().double(), wanted.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total.detach().double(), reference.detach(), rtol=1e-5, atol=1e-5)
     for name, parameter in drafter.named_parameters():
         torch.testing.assert_close(parameter.grad.double(), own[name].grad, rtol=1e-4, atol=2e-5)
     assert ("expected" in metrics(numbers)) == (loss != "labels")
@@ -206,17 +209,17 @@ def test_a_tree_has_the_logits_of_its_paths(kind):
             None,
             None,
         )
-        _, wanted = naive(w, drafter, 1, states[known - 1], [newest])
-        torch.testing.assert_close(growth.first().double(), wanted, rtol=1e-5, atol=2e-5)
+        _, reference = naive(w, drafter, 1, states[known - 1], [newest])
+        torch.testing.assert_close(growth.first().double(), reference, rtol=1e-5, atol=2e-5)
         paths = []
         for level in levels:
             parents, tokens = zip(*level, strict=True)
             paths += [(*(paths[parent] if parent >= 0 else ()), token) for parent, token in level]
-            found = growth.extend(torch.tensor(tokens), torch.tensor(parents))
-            assert found.shape == (len(level), 64)
-            for logits, path in zip(found, paths[-len(level) :], strict=True):
-                _, wanted = naive(w, drafter, len(path) + 1, states[known - 1], [newest, *path])
-                torch.testing.assert_close(logits.double(), wanted, rtol=1e-5, atol=2e-5)
+            actual = growth.extend(torch.tensor(tokens), torch.tensor(parents))
+            assert actual.shape == (len(level), 64)
+            for logits, path in zip(actual, paths[-len(level) :], strict=True):
+                _, reference = naive(w, drafter, len(path) + 1, states[known - 1], [newest, *path])
+                torch.testing.assert_close(logits.double(), reference, rtol=1e-5, atol=2e-5)
         assert memory.cache.get_seq_length() == (known if kind == "plus" else 0)
 
 
@@ -257,8 +260,8 @@ def test_a_drafts_text_is_in_windows_as_in_training():
             TargetUpdate(hidden[0, at], hidden[0, :new, :0], ids[0, known + 1 : known + new + 1]),
         )
         known += new
-        wanted = drafter.head_of(1, target)[0](first[0, known - 1])
-        torch.testing.assert_close(growth.first(), wanted, rtol=1e-5, atol=1e-5)
+        reference = drafter.head_of(1, target)[0](first[0, known - 1])
+        torch.testing.assert_close(growth.first(), reference, rtol=1e-5, atol=1e-5)
 
 
 # where training starts, and what is trained
@@ -332,10 +335,10 @@ def test_dropout_is_on_while_training_only(kind):
     whole = make(model, kind, dropout=0.0).eval()
     whole.load_state(drafter.state())
     output = output_of(PACKED, hidden)
-    for found, wanted in zip(
+    for actual, reference in zip(
         drafter.states(output, target), whole.states(output, target), strict=True
     ):
-        assert torch.equal(found, wanted)
+        assert torch.equal(actual, reference)
     drafter.train()
     torch.manual_seed(0)
     for states in drafter.states(output, target):
@@ -370,20 +373,20 @@ def test_half_precision_is_computed_from_whole_weights():
     whole.load_state(drafter.state())
     output = output_of(PACKED, hidden_states(), torch.bfloat16)
     total, _ = drafter.loss(output, Target(model), 4)
-    wanted, _ = whole.loss(output_of(PACKED, hidden_states()), Target(llama()), 4)
+    reference, _ = whole.loss(output_of(PACKED, hidden_states()), Target(llama()), 4)
     total.backward()
-    assert float(total.detach()) == pytest.approx(float(wanted.detach()), rel=0.02)
+    assert float(total.detach()) == pytest.approx(float(reference.detach()), rel=0.02)
     assert (
         {p.dtype for p in drafter.parameters()}
         == {p.grad.dtype for p in drafter.parameters()}
         == {torch.float32}
     )
-    update, found = TargetUpdate(output.hidden[0], output.hidden[0, :, :0], output.ids[0]), []
+    update, actual = TargetUpdate(output.hidden[0], output.hidden[0, :, :0], output.ids[0]), []
     for one in (drafter, drafter.bfloat16()):  # the second as whoever decodes may have it
         growth = one.grow(one.start(Target(model)), Target(model), update)
-        found.append(growth.extend(torch.tensor([1, 2]), torch.tensor([-1, -1])))
-    assert {logits.dtype for logits in found} == {torch.bfloat16}
-    assert float((found[0] - found[1]).float().norm() / found[0].float().norm()) < 0.03
+        actual.append(growth.extend(torch.tensor([1, 2]), torch.tensor([-1, -1])))
+    assert {logits.dtype for logits in actual} == {torch.bfloat16}
+    assert float((actual[0] - actual[1]).float().norm() / actual[0].float().norm()) < 0.03
 
 
 @pytest.mark.parametrize("kind", KINDS)

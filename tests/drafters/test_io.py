@@ -44,13 +44,13 @@ def saved(tmp_path):
     """A stirred drafter, its folder, and a model like the one it was made for but with other
     weights in what it starts from."""
 
-    def made(kind="mtp_sequential"):
+    def built(kind="mtp_sequential"):
         model, settings = llama(), node(kind)
         drafter = stirred(instantiate(settings)(model=model))
         io.save(drafter, settings, target_of(model), tmp_path / "drafter")
         return drafter, tmp_path / "drafter", model
 
-    return made
+    return built
 
 
 def edited(folder, **changes):
@@ -77,10 +77,10 @@ def test_a_drafter_comes_back_bit_by_bit(saved, kind):
     hidden, ids = torch.randn(2, 7, 32), torch.randint(3, 60, (2, 7))
     output = TargetOutput(hidden, ids, ids, torch.arange(7).expand(2, -1), hidden[:, :0])
     target = Target(model)
-    for wanted, got in zip(
+    for expected, got in zip(
         drafter.states(output, target), again.states(output, target), strict=True
     ):
-        assert torch.equal(wanted, got)
+        assert torch.equal(expected, got)
 
 
 def test_what_is_not_of_this_model_is_refused(saved):

@@ -42,9 +42,9 @@ def test_it_copies_what_a_plain_search_finds(count, longest):
     for symbols in (2, 4, 12):
         text = [draw.randrange(symbols) for _ in range(60)]
         memory, known = drafter.start(None), 5
-        told = update(text[1:known], text[0])
+        reported = update(text[1:known], text[0])
         while True:
-            draft = drafter.propose(memory, None, told, None)
+            draft = drafter.propose(memory, None, reported, None)
             assert draft.tokens.tolist() == searched(text[:known], count, longest)
             assert draft.parents.tolist() == list(range(-1, len(draft.tokens) - 1))
             assert draft.probabilities is None
@@ -52,7 +52,7 @@ def test_it_copies_what_a_plain_search_finds(count, longest):
             step = draw.randint(1, 4)
             if known + step > len(text):
                 break
-            told, known = update(text[known : known + step]), known + step
+            reported, known = update(text[known : known + step]), known + step
     assert proposals > 10
 
 
@@ -78,6 +78,6 @@ def test_the_decoders_text_stays():
     target = Target(toys.llama(torch.float32))
     prompts = [torch.tensor([5, 9, 13, 7, 5, 9]), torch.tensor([40, 41])]
     plain = generate_batch(target, None, prompts, 30, [])
-    found = generate_batch(target, PromptLookup(4), prompts, 30, [])
-    assert [result.tokens for result in found] == [result.tokens for result in plain]
-    assert found[0].steps < 29  # a random model with tied embeddings repeats itself
+    actual = generate_batch(target, PromptLookup(4), prompts, 30, [])
+    assert [result.tokens for result in actual] == [result.tokens for result in plain]
+    assert actual[0].steps < 29  # a random model with tied embeddings repeats itself

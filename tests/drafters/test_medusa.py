@@ -57,7 +57,10 @@ def test_loss_numbers_and_slopes_are_those_of_plain_loops(packs):
     total.backward()
 
     w = {name: tensor.double().requires_grad_(True) for name, tensor in drafter.state().items()}
-    expected, wanted = torch.zeros(3, 5, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    expected, reference = (
+        torch.zeros(3, 5, dtype=torch.float64),
+        torch.zeros((), dtype=torch.float64),
+    )
     for states, (ids, first) in zip(hidden, ROWS, strict=True):
         for t in range(len(ids)):
             unbroken = True
@@ -72,10 +75,10 @@ def test_loss_numbers_and_slopes_are_those_of_plain_loops(packs):
                 expected[k - 1] += torch.tensor(
                     [loss.detach(), 1, better == 0, better < 5, unbroken]
                 )
-                wanted = wanted + 0.7 * 0.8**k * loss
-    wanted.backward()
+                reference = reference + 0.7 * 0.8**k * loss
+    reference.backward()
     torch.testing.assert_close(numbers.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(total.detach().double(), wanted.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total.detach().double(), reference.detach(), rtol=1e-5, atol=1e-5)
     for name, parameter in drafter.named_parameters():
         torch.testing.assert_close(parameter.grad.double(), w[name].grad, rtol=1e-4, atol=1e-5)
 
@@ -104,17 +107,17 @@ def test_heads_start_as_a_copy_of_the_targets(config):
         parameter.normal_(std=0.5)
     drafter, target = make(model), Target(model)
     hidden = torch.randn(1, 7, SIZE)
-    wanted = target.head(hidden)
-    assert wanted.std() > 0.1
+    reference = target.head(hidden)
+    assert reference.std() > 0.1
     output = TargetOutput(
         hidden, *[torch.zeros(1, 7, dtype=torch.int64)] * 2, torch.arange(7)[None], hidden[:, :0]
     )
     for k, states in enumerate(drafter.states(output, target), 1):
         head, parameters = drafter.head_of(k, target)
-        torch.testing.assert_close(head(states), wanted)
+        torch.testing.assert_close(head(states), reference)
         parameters[0].mul_(2)
-        assert not torch.allclose(head(states), wanted)
-    torch.testing.assert_close(target.head(hidden), wanted, rtol=0, atol=0)
+        assert not torch.allclose(head(states), reference)
+    torch.testing.assert_close(target.head(hidden), reference, rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -122,7 +125,7 @@ def test_a_tree_has_the_heads_logits_and_runs_no_more_of_them_than_it_asks_for()
     model, hidden = llama(), hidden_states()[0]
     drafter, target = stirred(make(model)), Target(model)
     w = {name: tensor.double() for name, tensor in drafter.state().items()}
-    wanted = [naive(w, k, 2, hidden[-1].double()) for k in range(3)]
+    reference = [naive(w, k, 2, hidden[-1].double()) for k in range(3)]
     ran = []
     for k, head in enumerate(drafter.heads):
         head[-1].register_forward_pre_hook(lambda *_, k=k: ran.append(k))
@@ -135,16 +138,16 @@ def test_a_tree_has_the_heads_logits_and_runs_no_more_of_them_than_it_asks_for()
         None,
         None,
     )
-    torch.testing.assert_close(growth.first().double(), wanted[0], rtol=1e-5, atol=1e-5)
-    found = growth.extend(torch.tensor([4, 9, 2]), torch.tensor([-1, -1, -1]))  # nodes 0, 1 and 2
-    torch.testing.assert_close(found.double(), wanted[1].expand(3, -1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(growth.first().double(), reference[0], rtol=1e-5, atol=1e-5)
+    actual = growth.extend(torch.tensor([4, 9, 2]), torch.tensor([-1, -1, -1]))  # nodes 0, 1 and 2
+    torch.testing.assert_close(actual.double(), reference[1].expand(3, -1), rtol=1e-5, atol=1e-5)
     assert ran == [0, 1]
     for parent in (1, 0):  # nodes 3 and 4
         deeper = growth.extend(torch.tensor([7]), torch.tensor([parent]))
-        torch.testing.assert_close(deeper.double(), wanted[2][None], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(deeper.double(), reference[2][None], rtol=1e-5, atol=1e-5)
     # a sibling that comes after deeper nodes
     late = growth.extend(torch.tensor([5]), torch.tensor([-1]))
-    torch.testing.assert_close(late.double(), wanted[1][None], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(late.double(), reference[1][None], rtol=1e-5, atol=1e-5)
     assert ran == [0, 1, 2]
 
 
@@ -173,11 +176,11 @@ def test_the_heads_loss_rises_and_its_numbers_do_not():
 def test_a_run_tells_its_drafter_the_step():
     model = llama()
     adapter, model = adapted(model=model)
-    told = []
+    reported = []
 
     class Watching(Drafter):
         def on_step(self, step, steps):
-            told.append((step, steps))
+            reported.append((step, steps))
 
     module = FineTune(
         model,
@@ -196,7 +199,7 @@ def test_a_run_tells_its_drafter_the_step():
     )
     module.step = 3
     module.on_train_batch_start({}, 1)
-    assert told == [(3, 7)]
+    assert reported == [(3, 7)]
 
 
 @pytest.mark.parametrize("own_head", [True, False])
@@ -236,21 +239,21 @@ def test_half_precision_is_computed_from_whole_weights():
     drafter, whole = stirred(make(model)), stirred(make(llama()))
     whole.load_state(drafter.state())
     total, _ = drafter.loss(output_of(PACKED, hidden_states(), torch.bfloat16), Target(model), 4)
-    wanted, _ = whole.loss(output_of(PACKED, hidden_states()), Target(llama()), 4)
+    reference, _ = whole.loss(output_of(PACKED, hidden_states()), Target(llama()), 4)
     total.backward()
-    assert float(total.detach()) == pytest.approx(float(wanted.detach()), rel=0.02)
+    assert float(total.detach()) == pytest.approx(float(reference.detach()), rel=0.02)
     assert (
         {p.dtype for p in drafter.parameters()}
         == {p.grad.dtype for p in drafter.parameters()}
         == {torch.float32}
     )
     hidden = hidden_states()[0].bfloat16()
-    found = [
+    actual = [
         one.grow(None, Target(model), TargetUpdate(hidden, hidden[:, :0], torch.arange(8))).first()
         for one in (drafter, drafter.bfloat16())  # the second as whoever decodes may have it
     ]
-    assert {logits.dtype for logits in found} == {torch.bfloat16}
-    assert float((found[0] - found[1]).float().norm() / found[0].float().norm()) < 0.03
+    assert {logits.dtype for logits in actual} == {torch.bfloat16}
+    assert float((actual[0] - actual[1]).float().norm() / actual[0].float().norm()) < 0.03
 
 
 def test_names_shapes_and_states(tmp_path):

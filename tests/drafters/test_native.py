@@ -34,16 +34,16 @@ def test_transformers_own_mtp_layer_is_the_drafter(tmp_path, kind):
     assert not notes["missing_keys"]
     assert not notes["unexpected_keys"]
     ids = torch.randint(3, 64, (2, 14), generator=torch.Generator().manual_seed(1))
-    wanted, got = (
+    expected, got = (
         mtp_layers.own_logits(drafter, model, ids),
         mtp_layers.transformers_logits(loaded.eval(), ids),
     )
-    assert wanted.shape == (2, 13, 64)
-    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5)
-    assert wanted.std() > 0.05
+    assert expected.shape == (2, 13, 64)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    assert expected.std() > 0.05
     with torch.no_grad():
         next(drafter.parameters()).mul_(1.5)
-    assert (mtp_layers.own_logits(drafter, model, ids) - wanted).abs().max() > 1e-3
+    assert (mtp_layers.own_logits(drafter, model, ids) - expected).abs().max() > 1e-3
     if loaded._is_stateful:
         with pytest.raises(ValueError, match="not supported with stateful models"):
             loaded.generate(ids[:1], max_new_tokens=4, use_mtp=True)
@@ -175,18 +175,18 @@ def test_the_mtp_layers_of_files_are_found_by_their_names(tmp_path):
     (tmp_path / "config.json").write_text(
         '{"text_config": {"mtp_num_hidden_layers": 1, "num_hidden_layers": 2}}'
     )
-    found, settings = mtp_layers.left_out(tmp_path, 2, tmp_path / "none")
-    assert sorted(found) == sorted([*names[1:7]])
+    actual, settings = mtp_layers.left_out(tmp_path, 2, tmp_path / "none")
+    assert sorted(actual) == sorted([*names[1:7]])
     assert all(
         torch.equal(tensor, load_file(tmp_path / "model.safetensors")[name])
-        for name, tensor in found.items()
+        for name, tensor in actual.items()
     )
     assert settings == {"mtp_num_hidden_layers": 1}
     assert mtp_layers.left_out(tmp_path / "none", 2, tmp_path) == ({}, {})
     (tmp_path / "export").mkdir()
     # a model that keeps it
     save_file({"mtp.fc.weight": torch.zeros(2)}, tmp_path / "export" / "model.safetensors")
-    assert mtp_layers.left_out(tmp_path, 2, tmp_path / "export")[0].keys() == found.keys() - {
+    assert mtp_layers.left_out(tmp_path, 2, tmp_path / "export")[0].keys() == actual.keys() - {
         "mtp.fc.weight"
     }
     assert mtp_layers.left_out(tmp_path, 2, tmp_path) == ({}, {})

@@ -23,11 +23,11 @@ def update(newest, tried=None):
 
 def paths(shape):
     """The ranks that lead to each node, level by level."""
-    above, found = [()], []
+    above, actual = [()], []
     for level in shape:
         above = [(*above[parent], rank) for parent, rank in level]
-        found += above
-    return found
+        actual += above
+    return actual
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def paths(shape):
     [(1, 1, 1), (7, 3, 4), (20, 2, 6), (80, 8, 6), (9, 8, 1), (5, 1, 3)],
 )
 def test_the_tree_holds_the_likeliest_paths(nodes, candidates, depth):
-    found = paths(levels(nodes, candidates, depth))
+    actual = paths(levels(nodes, candidates, depth))
 
     def chance(path):
         product = 1.0
@@ -49,19 +49,19 @@ def test_the_tree_holds_the_likeliest_paths(nodes, candidates, depth):
         for p in itertools.product(range(min(candidates, 8)), repeat=d)
         if d < 4 or sum(p) < 9
     )
-    wanted = sorted((chance(path) for path in everything), reverse=True)[:nodes]
-    assert sorted(map(chance, found), reverse=True) == pytest.approx(wanted)
-    assert len(set(found)) == len(found)
-    assert all(path[:-1] in found for path in found if len(path) > 1)
+    expected = sorted((chance(path) for path in everything), reverse=True)[:nodes]
+    assert sorted(map(chance, actual), reverse=True) == pytest.approx(expected)
+    assert len(set(actual)) == len(actual)
+    assert all(path[:-1] in actual for path in actual if len(path) > 1)
 
 
 def table(passes, candidates):
     """What the target last said, token by token."""
-    kept = {}
+    stored = {}
     for tokens, logits in passes:
         for token, row in zip(tokens.tolist(), logits.tolist(), strict=True):
-            kept[token] = sorted(range(V), key=lambda v: -row[v])[:candidates]
-    return kept
+            stored[token] = sorted(range(V), key=lambda v: -row[v])[:candidates]
+    return stored
 
 
 def test_trees_are_read_from_the_targets_last_words():
@@ -74,21 +74,21 @@ def test_trees_are_read_from_the_targets_last_words():
         passes.append(tried)
         newest = int(tried[0][-1])
         draft = drafter.propose(None, None, update(newest, tried), None)
-        kept = table(passes, 3)
-        wanted = {}
+        stored = table(passes, 3)
+        expected = {}
         for path in shape:
             token = newest
             for rank in path:
-                token = kept[token][rank] if token in kept else None
+                token = stored[token][rank] if token in stored else None
                 if token is None:
                     break
             if token is not None:
-                wanted[path] = token
-        numbers = {path: number for number, path in enumerate(wanted)}
-        assert draft.tokens.tolist() == list(wanted.values())
-        assert draft.parents.tolist() == [numbers.get(path[:-1], -1) for path in wanted]
+                expected[path] = token
+        numbers = {path: number for number, path in enumerate(expected)}
+        assert draft.tokens.tolist() == list(expected.values())
+        assert draft.parents.tolist() == [numbers.get(path[:-1], -1) for path in expected]
         assert draft.probabilities is None
-        sizes.append(len(wanted))
+        sizes.append(len(expected))
     assert sizes[0] < sizes[-1] == 14
 
 
@@ -108,10 +108,10 @@ def test_the_decoders_text_stays_and_repeats_are_drafted():
     target = Target(toys.llama(torch.float32, tie_word_embeddings=False))
     prompts = [torch.tensor([5, 9, 13, 7]), torch.tensor([40, 41])]
     plain = generate_batch(target, None, prompts, 30, [])
-    for asked in (prompts, prompts[:1]):
-        found = generate_batch(target, TokenRecycling(64, 20), asked, 30, [])
-        assert [result.tokens for result in found] == [
-            result.tokens for result in plain[: len(asked)]
+    for requested in (prompts, prompts[:1]):
+        actual = generate_batch(target, TokenRecycling(64, 20), requested, 30, [])
+        assert [result.tokens for result in actual] == [
+            result.tokens for result in plain[: len(requested)]
         ]
     drafter = TokenRecycling(64, 20)
     first, second = (generate_batch(target, drafter, prompts[:1], 30, [])[0] for _ in range(2))

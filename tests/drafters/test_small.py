@@ -67,8 +67,10 @@ def test_chains_go_on_from_what_was_accepted(target, window):
         for place in range(growth.depth - 1):
             token = torch.randint(0, 64, (1,), generator=draw)
             drafted.append(int(token))
-            found = growth.extend(token, torch.tensor([place - 1]))
-            torch.testing.assert_close(found[0], after(small, text + drafted), rtol=1e-4, atol=1e-4)
+            actual = growth.extend(token, torch.tensor([place - 1]))
+            torch.testing.assert_close(
+                actual[0], after(small, text + drafted), rtol=1e-4, atol=1e-4
+            )
     assert memory.length == len(text)
 
 
@@ -83,12 +85,12 @@ def test_trees_see_their_own_branch_only(target):
         ([1, 2], [0, 2]),
         ([3, 4, 5, 6], [3, 3, 4, 4]),
     ):
-        found = growth.extend(torch.tensor(tokens), torch.tensor(parents))
+        actual = growth.extend(torch.tensor(tokens), torch.tensor(parents))
         paths += [
             [*(paths[parent] if parent >= 0 else []), token]
             for token, parent in zip(tokens, parents, strict=True)
         ]
-        for row, path in zip(found, paths[-len(tokens) :], strict=True):
+        for row, path in zip(actual, paths[-len(tokens) :], strict=True):
             torch.testing.assert_close(row, after(small, text + path), rtol=1e-4, atol=1e-4)
     growth = drafter.grow(memory, target, update([31, 2, 60]))
     torch.testing.assert_close(
@@ -96,15 +98,15 @@ def test_trees_see_their_own_branch_only(target):
     )
 
 
-@pytest.mark.parametrize(("own", "kept"), [(64, None), (80, None), (48, 48)])
-def test_padded_vocabularies(target, own, kept):
+@pytest.mark.parametrize(("own", "stored"), [(64, None), (80, None), (48, 48)])
+def test_padded_vocabularies(target, own, stored):
     drafter = SmallModel(toys.llama(torch.float32, num_hidden_layers=1, vocab_size=own))
     growth = drafter.grow(drafter.start(target), target, update([9], 5))
     below = growth.extend(torch.tensor([3]), torch.tensor([-1]))
     assert growth.first().shape == below[0].shape == (min(own, 64),)
-    assert (growth.vocabulary is None) == (kept is None)
-    if kept:
-        assert growth.vocabulary.tolist() == list(range(kept))
+    assert (growth.vocabulary is None) == (stored is None)
+    if stored:
+        assert growth.vocabulary.tolist() == list(range(stored))
 
 
 def test_a_recurrent_model_is_refused():
@@ -120,9 +122,9 @@ def test_a_recurrent_model_is_refused():
 
 
 def test_a_model_of_other_tokens_is_refused(tiny, tmp_path):
-    made = small_model(tiny.path, tiny, torch.float32, "cpu", 2)
-    assert made.offsets == 2
-    assert made.state() == {}
+    built = small_model(tiny.path, tiny, torch.float32, "cpu", 2)
+    assert built.offsets == 2
+    assert built.state() == {}
     shutil.copytree(tiny.path, tmp_path / "other")
     file = tmp_path / "other" / "tokenizer.json"
     content = json.loads(file.read_text())
@@ -149,16 +151,16 @@ def test_the_decoders_text_stays(target, shape):
     prompts = [torch.tensor([5, 9, 13, 7]), torch.tensor([40, 41])]
     plain = generate_batch(target, None, prompts, 20, [])
     for one in (prompts, prompts[:1]):
-        found = generate_batch(target, drafter, one, 20, [], strategy=Strategy(shape))
-        assert [result.tokens for result in found] == [
+        actual = generate_batch(target, drafter, one, 20, [], strategy=Strategy(shape))
+        assert [result.tokens for result in actual] == [
             result.tokens for result in plain[: len(one)]
         ]
     same = SmallModel(target.model, 4)
-    found = generate_batch(target, same, prompts[:1], 20, [], strategy=Strategy(shape))[0]
+    actual = generate_batch(target, same, prompts[:1], 20, [], strategy=Strategy(shape))[0]
     if isinstance(shape, trees.Best):  # its deepest nodes need not be the best guess's
-        assert found.steps < 10
+        assert actual.steps < 10
     else:
-        assert all(taken == proposed for proposed, taken in found.drafts)
+        assert all(taken == proposed for proposed, taken in actual.drafts)
     drawn = [
         generate_batch(
             target,

@@ -34,25 +34,25 @@ def naive_ranks(x: list[float]) -> list[float]:
 @pytest.mark.parametrize("count", [7, 50])
 def test_regression_is_naive_loops_and_torchmetrics(count):
     scores, values = drawn(count), (drawn(count + 1)[:count] * 2).round() / 2  # with ties
-    found = class_metrics.regression(scores, values)
+    actual = class_metrics.regression(scores, values)
     x, y = scores.tolist(), values.tolist()
-    assert found["mse"] == pytest.approx(float(mean_squared_error(scores, values)), rel=1e-5)
-    assert found["pearson"] == pytest.approx(naive_pearson(x, y), rel=1e-5)
-    assert found["pearson"] == pytest.approx(float(pearson_corrcoef(scores, values)), abs=1e-5)
+    assert actual["mse"] == pytest.approx(float(mean_squared_error(scores, values)), rel=1e-5)
+    assert actual["pearson"] == pytest.approx(naive_pearson(x, y), rel=1e-5)
+    assert actual["pearson"] == pytest.approx(float(pearson_corrcoef(scores, values)), abs=1e-5)
     ranked = naive_pearson(naive_ranks(x), naive_ranks(y))
-    assert found["spearman"] == pytest.approx(ranked, rel=1e-6)
-    assert found["spearman"] == pytest.approx(float(spearman_corrcoef(scores, values)), abs=1e-4)
+    assert actual["spearman"] == pytest.approx(ranked, rel=1e-6)
+    assert actual["spearman"] == pytest.approx(float(spearman_corrcoef(scores, values)), abs=1e-4)
 
 
 def test_a_constant_output_has_no_correlation():
-    found = class_metrics.regression(torch.ones(4), torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    assert (found["mse"], found["pearson"], found["spearman"]) == (3.5, 0.0, 0.0)
+    actual = class_metrics.regression(torch.ones(4), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert (actual["mse"], actual["pearson"], actual["spearman"]) == (3.5, 0.0, 0.0)
 
 
 def test_several_labels_are_naive_loops_and_torchmetrics():
     scores, values = drawn(40, 5), (drawn(41, 5)[:40] > 0.3).float()
     scores[:, 3], values[:, 3] = -1.0, 0.0  # a class that no row has and no guess names
-    found = class_metrics.multi_label(scores, values)
+    actual = class_metrics.multi_label(scores, values)
     f1, hits, sizes = [], 0, 0
     for c in range(5):
         guess, true = scores[:, c] > 0, values[:, c] == 1
@@ -60,23 +60,23 @@ def test_several_labels_are_naive_loops_and_torchmetrics():
         size = int(guess.sum() + true.sum())
         f1.append(2 * right / size if size else 0.0)
         hits, sizes = hits + right, sizes + size
-    assert found["f1_macro"] == pytest.approx(sum(f1) / 5)
-    assert found["f1_micro"] == pytest.approx(2 * hits / sizes)
+    assert actual["f1_macro"] == pytest.approx(sum(f1) / 5)
+    assert actual["f1_micro"] == pytest.approx(2 * hits / sizes)
     rows = [
         all((s > 0) == (v == 1) for s, v in zip(row, want, strict=True))
         for row, want in zip(scores.tolist(), values.tolist(), strict=True)
     ]
-    assert found["exact_match"] == pytest.approx(sum(rows) / 40)
+    assert actual["exact_match"] == pytest.approx(sum(rows) / 40)
     chances, truth = scores.sigmoid(), values.int()
     for average in ("micro", "macro"):
-        assert found[f"f1_{average}"] == pytest.approx(
+        assert actual[f"f1_{average}"] == pytest.approx(
             float(multilabel_f1_score(chances, truth, 5, average=average)), abs=1e-6
         )
-    assert found["exact_match"] == pytest.approx(float(multilabel_exact_match(chances, truth, 5)))
+    assert actual["exact_match"] == pytest.approx(float(multilabel_exact_match(chances, truth, 5)))
 
 
 def test_each_problem_has_the_metrics_that_its_names_say():
     for problem, columns in (("regression", 1), ("multi_label_classification", 3)):
-        found = class_metrics.of_values(drawn(6, columns), drawn(6, columns).sign().clamp(min=0))
-        assert tuple(found) == class_metrics.NAMES[problem]
+        actual = class_metrics.of_values(drawn(6, columns), drawn(6, columns).sign().clamp(min=0))
+        assert tuple(actual) == class_metrics.NAMES[problem]
     assert not set(itertools.chain(*class_metrics.NAMES.values())) & {"loss"}

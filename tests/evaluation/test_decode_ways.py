@@ -20,34 +20,34 @@ from trainer.decoding import calibration
 from trainer.decoding.speculative import Result
 from trainer.drafters import DrafterError
 from trainer.evaluation import decode_ways, questions, tree_search
-from trainer.evaluation.questions import read_prompts
+from trainer.evaluation.questions import Question, read_prompts
 from trainer.evaluation.speedup import summary_of_prompts
 from trainer.evaluation.speedup_report import prompts_report
 from trainer.storage import run_folder
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory):
+def stored(tmp_path_factory):
     return tmp_path_factory.mktemp("kept")
 
 
 @pytest.fixture
-def trained(train, kept):
+def trained(train, stored):
     """A run of a kind, made once."""
 
-    def made(kind="mtp_medusa"):
-        note = kept / kind
+    def built(kind="mtp_medusa"):
+        note = stored / kind
         if not note.exists():
-            rows = write_rows(kept / f"{kind}.jsonl", sums(40))
+            rows = write_rows(stored / f"{kind}.jsonl", sums(40))
             drafter, task = f"drafter={kind}", "sft"
             if kind == "text":
                 rows = write_rows(
-                    kept / "text.jsonl", [{"text": "abc " * (1 + i % 9)} for i in range(40)]
+                    stored / "text.jsonl", [{"text": "abc " * (1 + i % 9)} for i in range(40)]
                 )
                 drafter, task = "drafter=mtp_medusa", "completion"
             settings = [
                 "callbacks.evaluation=null",
-                f"runs={kept}",
+                f"runs={stored}",
                 f"name={kind}-run",
                 "max_steps=6",
                 drafter,
@@ -57,7 +57,7 @@ def trained(train, kept):
             )
         return note.read_text()
 
-    return made
+    return built
 
 
 @pytest.fixture
@@ -71,23 +71,23 @@ def test_a_run_is_decoded_three_ways_and_counted(trained, shown, tmp_path):
     file = tmp_path / "found.json"
     arguments = [f"run={trained()}", "heldout=3", "max_new_tokens=14", "count=2", f"json={file}"]
     assert speculate.main(arguments) == 0
-    found = json.loads(file.read_text())
-    assert (found["prompts"], found["count"], found["temperature"]) == (3, 2, 0.0)
-    assert found["plain"]["different_texts"] == found["drafter"]["different_texts"] == 0
+    actual = json.loads(file.read_text())
+    assert (actual["prompts"], actual["count"], actual["temperature"]) == (3, 2, 0.0)
+    assert actual["plain"]["different_texts"] == actual["drafter"]["different_texts"] == 0
     assert (
-        found["transformers"]["tokens"]
-        == found["plain"]["tokens"]
-        == found["drafter"]["tokens"]
-        == found["plain"]["steps"]
+        actual["transformers"]["tokens"]
+        == actual["plain"]["tokens"]
+        == actual["drafter"]["tokens"]
+        == actual["plain"]["steps"]
     )
-    assert found["transformers"]["ratio"] == 1
-    assert 1 <= found["accepted"] <= 3
-    assert len(found["positions"]) == 2
-    steps = found["drafter"]["steps"] - 3
-    assert sum(found["histogram"]) == steps
+    assert actual["transformers"]["ratio"] == 1
+    assert 1 <= actual["accepted"] <= 3
+    assert len(actual["positions"]) == 2
+    steps = actual["drafter"]["steps"] - 3
+    assert sum(actual["histogram"]) == steps
     assert (
-        steps + sum(place["taken"] for place in found["positions"])
-        >= found["drafter"]["tokens"] - 3
+        steps + sum(place["taken"] for place in actual["positions"])
+        >= actual["drafter"]["tokens"] - 3
     )
     page = shown.getvalue()
     assert "All 3 texts are those of transformers' greedy decoding" in page
@@ -98,7 +98,7 @@ def test_a_run_is_decoded_three_ways_and_counted(trained, shown, tmp_path):
 def test_trees_and_batches_write_the_same(trained, shown, tmp_path, tree):
     file, paths = tmp_path / "found.json", tmp_path / "tree.json"
     paths.write_text("[[0], [1], [0, 0]]")
-    asked = [
+    requested = [
         f"tree={tree}",
         "batch_size=2",
         *([f"paths={paths}"] if tree == "static" else ["top_k=3", "size=6"]),
@@ -111,23 +111,23 @@ def test_trees_and_batches_write_the_same(trained, shown, tmp_path, tree):
                 "max_new_tokens=10",
                 "policy=refusal:0.999",
                 f"json={file}",
-                *asked,
+                *requested,
             ]
         )
         == 0
     )
-    found = json.loads(file.read_text())
-    assert found["plain"]["different_texts"] == found["drafter"]["different_texts"] == 0
-    assert (found["tree"], found["batch_size"]) == (tree, 2)
+    actual = json.loads(file.read_text())
+    assert actual["plain"]["different_texts"] == actual["drafter"]["different_texts"] == 0
+    assert (actual["tree"], actual["batch_size"]) == (tree, 2)
     if tree == "static":
-        assert len(found["positions"]) <= 2
+        assert len(actual["positions"]) <= 2
 
 
 @pytest.fixture
 def costs(monkeypatch):
     """Passes and drafts that take what is told."""
 
-    def told(more, draft):
+    def reported(more, draft):
         def time_verification(target, context, widths, trees, layers):
             return {
                 shape: {n: [1 + more * n] for n in widths}
@@ -139,25 +139,27 @@ def costs(monkeypatch):
             calibration, "time_drafting", lambda target, drafter, text, trees: [draft] * len(trees)
         )
 
-    return told
+    return reported
 
 
 def test_a_searched_tree_is_one_to_decode_with_and_gives_what_was_expected(
     trained, shown, tmp_path, costs
 ):
     costs(1e-9, 0.0)
-    file, searched, found = (
+    file, searched, actual = (
         tmp_path / name for name in ("tree.json", "searched.json", "found.json")
     )
-    asked = [f"run={trained()}", "heldout=4", "max_new_tokens=12", f"paths={file}"]
-    assert speculate.main([*asked, "tree=search", "size=12", "top_k=4", f"json={searched}"]) == 0
+    requested = [f"run={trained()}", "heldout=4", "max_new_tokens=12", f"paths={file}"]
+    assert (
+        speculate.main([*requested, "tree=search", "size=12", "top_k=4", f"json={searched}"]) == 0
+    )
     expected = json.loads(searched.read_text())
     assert json.loads(file.read_text()) == expected["paths"] != []
     assert len(expected["paths"]) <= 12
     assert max(max(path) for path in expected["paths"]) < 4
     assert f"tree=static paths={file}" in shown.getvalue()
-    assert speculate.main([*asked, "tree=static", f"json={found}"]) == 0
-    assert json.loads(found.read_text())["accepted"] == pytest.approx(expected["tokens"])
+    assert speculate.main([*requested, "tree=static", f"json={actual}"]) == 0
+    assert json.loads(actual.read_text())["accepted"] == pytest.approx(expected["tokens"])
     assert expected["ratio"] == pytest.approx(expected["tokens"])
 
 
@@ -177,7 +179,7 @@ def test_where_drafting_does_not_pay_no_tree_is_written(trained, shown, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("chain", "tree", "said"),
+    ("chain", "tree", "message"),
     [
         ([1.0, 1.4, 1.4], [1.1, 1.2, 1.3], None),
         (
@@ -198,21 +200,21 @@ def test_where_drafting_does_not_pay_no_tree_is_written(trained, shown, tmp_path
         ),
     ],
 )
-def test_a_busy_machine_is_noticed(chain, tree, said):
+def test_a_busy_machine_is_noticed(chain, tree, message):
     assert (
         tree_search.busy({"chain": {1: chain, 2: [2.0] * 3}, "tree": {1: tree, 2: [2.0] * 3}})
-        == said
+        == message
     )
     assert tree_search.busy({"chain": {1: [1.0, 1.1, 1.2]}}) is None
 
 
 def test_a_busy_machine_is_told_and_recorded(trained, shown, tmp_path, monkeypatch, costs):
     costs(1e-9, 0.0)
-    file, took = tmp_path / "found.json", calibration.time_verification
+    file, seconds = tmp_path / "found.json", calibration.time_verification
     monkeypatch.setattr(
         calibration,
         "time_verification",
-        lambda *given, **more: took(*given, **more) | {"tree": {1: [9.0], 2: [9.0]}},
+        lambda *values, **more: seconds(*values, **more) | {"tree": {1: [9.0], 2: [9.0]}},
     )
     assert (
         speculate.main(
@@ -269,16 +271,16 @@ def test_a_search_measures_this_machine(trained, shown, tmp_path):
         )
         == 0
     )
-    found = json.loads(file.read_text())
+    actual = json.loads(file.read_text())
     assert all(
-        list(took) == ["1", "2", "3", "4"] and min(took.values()) > 0
-        for took in found["passes_ms"].values()
+        list(seconds) == ["1", "2", "3", "4"] and min(seconds.values()) > 0
+        for seconds in actual["passes_ms"].values()
     )
-    assert set(found["passes_ms"]) == {"chain", "tree"}
+    assert set(actual["passes_ms"]) == {"chain", "tree"}
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("[[0, 0]]", "has no parent: add"),
         ("[[0], [0]]", "each once"),
@@ -286,16 +288,16 @@ def test_a_search_measures_this_machine(trained, shown, tmp_path):
         ("[[0.5]]", "expected the paths"),
     ],
 )
-def test_a_bad_tree_says_what_is_wrong(tmp_path, capsys, content, said):
+def test_a_bad_tree_says_what_is_wrong(tmp_path, capsys, content, message):
     file = tmp_path / "tree.json"
     file.write_text(content)
     (tmp_path / "run.yaml").touch()
     assert speculate.main([f"run={tmp_path}", "prompt=x", "tree=static", f"paths={file}"]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_one_prompt_and_a_file_of_prompts_are_asked_as_rows_were_trained(trained, tmp_path):
-    found = trained_module.load_trained(trained())
+    actual = trained_module.load_trained(trained())
     chat = [{"role": "user", "content": "1+2="}]
     lines = [
         {"prompt": "1+2="},
@@ -303,11 +305,11 @@ def test_one_prompt_and_a_file_of_prompts_are_asked_as_rows_were_trained(trained
         {"messages": [*chat, {"role": "assistant", "content": "3"}]},
     ]
     file = write_rows(tmp_path / "prompts.jsonl", lines)
-    ids, stops = questions.prompt_ids(found, 0, questions.read_prompts(str(file)))
-    assert ids == [Renderer(found.base.tokenizer, found.task).chat(chat)] * 3
-    assert stops == [found.base.tokenizer.eos_token_id]
-    assert questions.prompt_ids(found, 0, [chat])[0] == ids[:1]
-    held, _ = questions.prompt_ids(found, 5, [])
+    ids, stops = questions.prompt_ids(actual, 0, questions.read_prompts(str(file)))
+    assert ids == [Renderer(actual.base.tokenizer, actual.task).chat(chat)] * 3
+    assert stops == [actual.base.tokenizer.eos_token_id]
+    assert questions.prompt_ids(actual, 0, [Question("all", chat)])[0] == ids[:1]
+    held, _ = questions.prompt_ids(actual, 5, [])
     assert len(held) == 5
 
 
@@ -349,18 +351,8 @@ def test_the_numbers_are_means_over_texts():
             Result([1] * 4, [(2, 0), (1, 1)], 0.5, 0),
         ],
     }
-    options = {
-        "max_new_tokens": 6,
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "seed": 0,
-        "count": None,
-        "tree": "chain",
-        "policy": "fixed",
-        "batch_size": 1,
-    }
-    found = summary_of_prompts(ways, options)
-    assert found["transformers"] == {
+    actual = summary_of_prompts(ways, 1, 0.0)
+    assert actual["transformers"] == {
         "tokens": 10,
         "steps": 10,
         "seconds": 5.0,
@@ -368,14 +360,14 @@ def test_the_numbers_are_means_over_texts():
         "ratio": 1.0,
     }
     assert (
-        found["drafter"]["steps"],
-        found["drafter"]["ratio"],
-        found["drafter"]["different_texts"],
+        actual["drafter"]["steps"],
+        actual["drafter"]["ratio"],
+        actual["drafter"]["different_texts"],
     ) == (6, 5.0, 0)
-    assert found["plain"]["different_texts"] == 1
-    assert found["accepted"] == 8 / 4
-    assert found["histogram"] == [1, 2, 1]
-    assert found["positions"] == [
+    assert actual["plain"]["different_texts"] == 1
+    assert actual["accepted"] == 8 / 4
+    assert actual["histogram"] == [1, 2, 1]
+    assert actual["positions"] == [
         {"proposed": 4, "reached": 4, "taken": 3},
         {"proposed": 3, "reached": 2, "taken": 1},
     ]
@@ -384,22 +376,12 @@ def test_the_numbers_are_means_over_texts():
 def test_texts_that_differ_are_told_and_no_error():
     ways = {way: [Result([1, 2], [(1, 0)], 1.0, 0)] for way in decode_ways.WAYS}
     ways["drafter"] = [Result([1, 3], [(1, 0)], 1.0, 0)]
-    options = {
-        "max_new_tokens": 6,
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "seed": 0,
-        "count": None,
-        "tree": "chain",
-        "policy": "fixed",
-        "batch_size": 1,
-    }
-    *_, line = prompts_report(summary_of_prompts(ways, options))
+    *_, line = prompts_report(summary_of_prompts(ways, 1, 0.0))
     assert "1 of 1 texts differ from transformers' (0 without the drafter)" in line
 
 
 @pytest.mark.parametrize(
-    ("kind", "arguments", "said"),
+    ("kind", "arguments", "message"),
     [
         ("mtp_medusa", [], "give one of prompt, prompts and heldout"),
         ("mtp_medusa", ["prompt=x", "heldout=2"], "give one of prompt, prompts and heldout"),
@@ -482,17 +464,17 @@ def test_texts_that_differ_are_told_and_no_error():
         ("text", ["heldout=2"], "this run continues plain text"),
     ],
 )
-def test_what_cannot_be_decoded_says_why(trained, capsys, kind, arguments, said):
+def test_what_cannot_be_decoded_says_why(trained, capsys, kind, arguments, message):
     run = trained(kind)
     capsys.readouterr()
     assert exit_code(speculate.main, [f"run={run}", *arguments]) == 2
     out, err = capsys.readouterr()
-    assert said in err
+    assert message in err
     assert out == ""
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (
             {"config": {"drafter": {}}, "identity": {"labels": None}},
@@ -508,17 +490,17 @@ def test_what_cannot_be_decoded_says_why(trained, capsys, kind, arguments, said)
     ],
 )
 def test_a_run_that_cannot_draft_is_refused_before_its_model_is_loaded(
-    tmp_path, monkeypatch, capsys, content, said
+    tmp_path, monkeypatch, capsys, content, message
 ):
     (tmp_path / "run.yaml").touch()
     monkeypatch.setattr(run_folder, "read", lambda path: (None, content, "best"))
     monkeypatch.setattr(trained_module, "load_trained", None)
     assert speculate.main([f"run={tmp_path}", "prompt=x"]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("{", "prompts.jsonl:1 is no JSON"),
         ("[1]", 'a line is {"prompt": "..."}'),
@@ -527,9 +509,9 @@ def test_a_run_that_cannot_draft_is_refused_before_its_model_is_loaded(
         ("", "is empty"),
     ],
 )
-def test_a_bad_file_of_prompts_names_the_line(tmp_path, line, said):
+def test_a_bad_file_of_prompts_names_the_line(tmp_path, line, message):
     file = tmp_path / "prompts.jsonl"
     file.write_text(line + "\n")
     with pytest.raises(DataError) as raised:
         read_prompts(str(file))
-    assert said in str(raised.value)
+    assert message in str(raised.value)

@@ -25,16 +25,16 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory):
+def stored(tmp_path_factory):
     return tmp_path_factory.mktemp("kept")
 
 
 @pytest.fixture
-def trained(train, kept, tmp_path):
+def trained(train, stored, tmp_path):
     """A run of a kind, made once, with its held-out rows."""
 
-    def made(kind="sft", *overrides):
-        note = kept / kind
+    def built(kind="sft", *overrides):
+        note = stored / kind
         if not note.exists():
             if kind == "classification":
                 labels = [
@@ -44,18 +44,18 @@ def trained(train, kept, tmp_path):
                     }
                     for i in range(40)
                 ]
-                rows = write_rows(kept / "labels.jsonl", labels)
+                rows = write_rows(stored / "labels.jsonl", labels)
             elif kind == "completion":
                 rows = write_rows(
-                    kept / "text.jsonl", [{"text": "abc " * (1 + i % 9)} for i in range(40)]
+                    stored / "text.jsonl", [{"text": "abc " * (1 + i % 9)} for i in range(40)]
                 )
             else:
-                rows = write_rows(kept / "rows.jsonl", sums(40))
+                rows = write_rows(stored / "rows.jsonl", sums(40))
             extra = (
                 f"task={kind}",
                 f"task.path={rows}",
                 f"task.eval_path={rows}",
-                f"runs={kept}",
+                f"runs={stored}",
                 f"name={kind}-run",
             )
             note.write_text(
@@ -63,12 +63,12 @@ def trained(train, kept, tmp_path):
             )
         return note.read_text()
 
-    return made
+    return built
 
 
 def parts(path):
-    found = trained_module.load_trained(path)
-    return found, load_data(found.config, found.base, found.task, train=False)
+    actual = trained_module.load_trained(path)
+    return actual, load_data(actual.config, actual.base, actual.task, train=False)
 
 
 @torch.no_grad()
@@ -89,10 +89,10 @@ def naive(model, rows):
 @pytest.mark.parametrize("kind", ["sft", "completion"])
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_loss_perplexity_and_accuracy_are_those_of_a_loop_over_the_rows(trained, kind, batch_size):
-    found, data = parts(trained(kind))
-    values = losses(CausalLoss(found.model, 16), data.held_out, batch_size, CPU)
+    actual, data = parts(trained(kind))
+    values = losses(CausalLoss(actual.model, 16), data.held_out, batch_size, CPU)
     rows = data.held_out.sequences.rows
-    loss, accuracy = naive(found.model, [rows[i] for i in range(len(rows))])
+    loss, accuracy = naive(actual.model, [rows[i] for i in range(len(rows))])
     assert values["loss"] == pytest.approx(loss, rel=1e-5)
     assert values["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
     assert values["accuracy"] == pytest.approx(accuracy, abs=1e-9)
@@ -101,22 +101,22 @@ def test_loss_perplexity_and_accuracy_are_those_of_a_loop_over_the_rows(trained,
 
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_classes_are_judged_by_loss_accuracy_and_macro_f1(trained, batch_size):
-    found, data = parts(trained("classification"))
-    values = losses(ClassLoss(found.model), data.held_out, batch_size, CPU)
+    actual, data = parts(trained("classification"))
+    values = losses(ClassLoss(actual.model), data.held_out, batch_size, CPU)
     rows = [data.held_out.sequences.rows[i] for i in range(len(data.held_out.sequences))]
     with torch.no_grad():
-        logits = torch.cat([found.model(input_ids=torch.tensor([row.ids])).logits for row in rows])
-    wanted = torch.tensor([row.label for row in rows])
+        logits = torch.cat([actual.model(input_ids=torch.tensor([row.ids])).logits for row in rows])
+    expected = torch.tensor([row.label for row in rows])
     guessed = logits.argmax(-1)
     assert values["loss"] == pytest.approx(
-        float(-logits.log_softmax(-1)[range(len(rows)), wanted].mean()), rel=1e-5
+        float(-logits.log_softmax(-1)[range(len(rows)), expected].mean()), rel=1e-5
     )
-    assert values["accuracy"] == pytest.approx(float((guessed == wanted).float().mean()))
+    assert values["accuracy"] == pytest.approx(float((guessed == expected).float().mean()))
     scores = []
     for label in range(3):
-        hits = float(((guessed == label) & (wanted == label)).sum())
+        hits = float(((guessed == label) & (expected == label)).sum())
         scores.append(
-            2 * hits / max(1.0, float((guessed == label).sum() + (wanted == label).sum()))
+            2 * hits / max(1.0, float((guessed == label).sum() + (expected == label).sum()))
         )
     assert values["f1"] == pytest.approx(sum(scores) / 3, rel=1e-5)
     assert "perplexity" not in values
@@ -125,8 +125,8 @@ def test_classes_are_judged_by_loss_accuracy_and_macro_f1(trained, batch_size):
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_share_the_rows_and_their_sums(trained, ranks):
-    found, data = parts(trained())
-    loss = CausalLoss(found.model, 64)
+    actual, data = parts(trained())
+    loss = CausalLoss(actual.model, 64)
     alone = losses(loss, data.held_out, 6, CPU)
     shares = []
 
@@ -142,25 +142,29 @@ def test_ranks_share_the_rows_and_their_sums(trained, ranks):
 
 
 def test_a_request_to_stop_ends_it_between_batches(trained):
-    found, data = parts(trained())
-    asked = itertools.count()
+    actual, data = parts(trained())
+    requested = itertools.count()
     assert (
-        losses(CausalLoss(found.model, 64), data.held_out, 4, CPU, stop=lambda: next(asked) == 3)
+        losses(
+            CausalLoss(actual.model, 64), data.held_out, 4, CPU, stop=lambda: next(requested) == 3
+        )
         == {}
     )
-    assert next(asked) == 4
-    add_prompts(data, 4, found.stops)
-    asked = itertools.count()
-    assert answers(found.model, data.held_out, 2, 1, CPU, stop=lambda: next(asked) == 1) is None
+    assert next(requested) == 4
+    add_prompts(data, 4, actual.stops)
+    requested = itertools.count()
+    assert (
+        answers(actual.model, data.held_out, 2, 1, CPU, stop=lambda: next(requested) == 1) is None
+    )
 
 
 def test_the_loops_order_is_from_long_to_short(trained):
-    found, data = parts(trained("completion"))
+    actual, data = parts(trained("completion"))
     seen = []
 
     def loss(batch):
         seen.append(batch["input_ids"].shape[1])
-        return CausalLoss(found.model, 64)(batch)
+        return CausalLoss(actual.model, 64)(batch)
 
     losses(loss, data.held_out, 5, CPU)
     assert seen == sorted(seen, reverse=True)
@@ -185,18 +189,18 @@ def greedy(model, prompt, stops, count):
 
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
 def test_answers_are_greedy_and_in_the_rows_order_whatever_the_batch(trained, batch_size):
-    found, data = parts(trained())
-    add_prompts(data, 9, found.stops)
-    asked = answers(found.model, data.held_out, batch_size, 6, CPU)
-    tokenizer = found.base.tokenizer
-    examples = list(found.task.examples("eval"))[:9]
-    assert [row["where"] for row in asked] == [example.where for example in examples]
-    for row, example in zip(asked, examples, strict=True):
+    actual, data = parts(trained())
+    add_prompts(data, 9, actual.stops)
+    requested = answers(actual.model, data.held_out, batch_size, 6, CPU)
+    tokenizer = actual.base.tokenizer
+    examples = list(actual.task.examples("eval"))[:9]
+    assert [row["where"] for row in requested] == [example.where for example in examples]
+    for row, example in zip(requested, examples, strict=True):
         prompt = data.renderer.prompt(example)
         assert row["prompt"] == tokenizer.decode(prompt)
         assert row["prompt"].endswith("<|im_start|>assistant\n")
         assert row["expected"] == example.messages[-1]["content"]
-        ids = greedy(found.model, prompt, {tokenizer.eos_token_id}, 6)
+        ids = greedy(actual.model, prompt, {tokenizer.eos_token_id}, 6)
         assert row["answer"] == tokenizer.decode(ids, skip_special_tokens=True)
         assert row["scores"] == {"exact_match": float(row["answer"].strip() == row["expected"])}
     assert len({len(prompt) for _, prompt in data.held_out.prompts}) > 1  # some were padded
@@ -211,7 +215,7 @@ class Oracle(torch.nn.Module):
         self.known, self.end = known, end
         self.config = SimpleNamespace(is_encoder_decoder=False)
 
-    def generate(self, input_ids, attention_mask, generation_config):
+    def generate(self, input_ids, attention_mask, generation_config, **_):
         out = []
         for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
             prompt = tuple(i for i, m in zip(ids, mask, strict=True) if m)
@@ -223,17 +227,17 @@ class Oracle(torch.nn.Module):
 
 
 def test_exact_match_is_the_share_of_right_answers(trained):
-    found, data = parts(trained())
-    add_prompts(data, 8, found.stops)
-    tokenizer = found.base.tokenizer
+    actual, data = parts(trained())
+    add_prompts(data, 8, actual.stops)
+    tokenizer = actual.base.tokenizer
     right = {
         tuple(prompt): tokenizer(example.messages[-1]["content"])["input_ids"]
         for i, (example, prompt) in enumerate(data.held_out.prompts)
         if i % 4 == 0
     }
-    asked = answers(Oracle(right, tokenizer.eos_token_id), data.held_out, 3, 8, CPU)
-    assert [row["scores"]["exact_match"] for row in asked] == [1.0, 0.0, 0.0, 0.0] * 2
-    assert means(asked) == {"exact_match": 0.25}
+    requested = answers(Oracle(right, tokenizer.eos_token_id), data.held_out, 3, 8, CPU)
+    assert [row["scores"]["exact_match"] for row in requested] == [1.0, 0.0, 0.0, 0.0] * 2
+    assert means(requested) == {"exact_match": 0.25}
 
 
 def test_the_mean_of_no_answers_is_nothing():
@@ -248,7 +252,7 @@ def test_only_rows_that_were_kept_are_asked(train, tmp_path):
     rows = sums(6)
     rows[1]["messages"][0]["content"] = "q" * 600  # longer than max_length
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    found, data = parts(
+    actual, data = parts(
         str(
             train(
                 f"task.path={path}",
@@ -258,7 +262,7 @@ def test_only_rows_that_were_kept_are_asked(train, tmp_path):
             )
         )
     )
-    add_prompts(data, 3, found.stops)
+    add_prompts(data, 3, actual.stops)
     assert [example.where.rpartition(":")[2] for example, _ in data.held_out.prompts] == [
         "1",
         "3",
@@ -297,18 +301,18 @@ def test_the_verb_finds_what_the_run_found(trained, tmp_path, capsys):
     file = tmp_path / "found.json"
     settings = ["compare=true", f"json={file}", "batch_size=3"]
     assert evaluate.main([f"run={run}", *settings]) == 0
-    found = json.loads(file.read_text())
+    actual = json.loads(file.read_text())
     before, after = [
         row for row in journal.read(Path(run) / "metrics.jsonl") if row["kind"] == "evaluation"
     ]
     for name in ("loss", "accuracy", "perplexity"):
-        assert found["base"][name] == pytest.approx(before[name], rel=1e-5)
-        assert found["adapted"][name] == pytest.approx(after[name], rel=1e-5)
-    assert found["adapted"]["loss"] < found["base"]["loss"]
+        assert actual["base"][name] == pytest.approx(before[name], rel=1e-5)
+        assert actual["adapted"][name] == pytest.approx(after[name], rel=1e-5)
+    assert actual["adapted"]["loss"] < actual["base"]["loss"]
     out = capsys.readouterr().out
     assert "base" in out
-    assert f"{found['base']['loss']:.4f}" in out
-    assert f"{found['adapted']['loss']:.4f}" in out
+    assert f"{actual['base']['loss']:.4f}" in out
+    assert f"{actual['adapted']['loss']:.4f}" in out
 
 
 def test_the_verb_grades_answers_where_asked(trained, tmp_path):
@@ -327,7 +331,7 @@ def test_the_verb_knows_classes(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["run=nowhere"], 2, "is no run folder"),
         (["run=RUN@99"], 2, "has no checkpoint '99'; it has the steps"),
@@ -340,13 +344,13 @@ def test_the_verb_knows_classes(trained, tmp_path):
         (["run=RUN", "generate=-1"], 2, "generate=-1: expected a whole number, at least 0"),
     ],
 )
-def test_what_cannot_be_evaluated_says_why(trained, capsys, arguments, code, said):
+def test_what_cannot_be_evaluated_says_why(trained, capsys, arguments, code, message):
     run = trained()
     capsys.readouterr()
     words = [argument.replace("RUN", run) for argument in arguments]
     assert exit_code(evaluate.main, words) == code
     err = capsys.readouterr().err
-    assert said in err
+    assert message in err
     assert "Traceback" not in err
 
 

@@ -125,14 +125,14 @@ def test_what_an_adapted_layer_applies_is_found_by_calling_it():
 def test_shares_and_cett_are_those_of_loops(monkeypatch):
     monkeypatch.setattr(mlp_density, "SAMPLE", 10**6)
     _, model = sharp()
-    rows, kept = held_out(model)
-    found = measured(mlp_inputs(model), rows, [0.02, 0.3], 0.0)
-    assert found["loss"] == pytest.approx(loss_of(model, kept), rel=1e-5)
-    assert "ppl" not in found
+    rows, stored = held_out(model)
+    actual = measured(mlp_inputs(model), rows, [0.02, 0.3], 0.0)
+    assert actual["loss"] == pytest.approx(loss_of(model, stored), rel=1e-5)
+    assert "ppl" not in actual
     for (name, layer), h, tau in zip(
-        mlp_inputs(model), inputs_of(model, kept), [0.02, 0.3], strict=True
+        mlp_inputs(model), inputs_of(model, stored), [0.02, 0.3], strict=True
     ):
-        one = found["layers"][name]
+        one = actual["layers"][name]
         above = sum(abs(value) > tau for token in h.tolist() for value in token)
         assert one["tau"] == tau
         # A batch may round differently from its rows: a few activations may cross a threshold.
@@ -146,8 +146,8 @@ def test_shares_and_cett_are_those_of_loops(monkeypatch):
             for token, score in zip(h, scores, strict=True)
         ]
         assert one["cett_half"] == pytest.approx(sum(lengths) / len(lengths), rel=1e-3)
-    assert found["mean"]["above_tau"] == pytest.approx(
-        sum(one["above_tau"] for one in found["layers"].values()) / 2
+    assert actual["mean"]["above_tau"] == pytest.approx(
+        sum(one["above_tau"] for one in actual["layers"].values()) / 2
     )
 
 
@@ -168,12 +168,12 @@ def test_cett_does_not_depend_on_the_scale_of_activations():
 def test_the_search_finds_what_trying_every_value_finds(percent, monkeypatch):
     monkeypatch.setattr(mlp_density, "LEVELS", 16)
     _, model = sharp()
-    rows, kept = held_out(model, guessed(model))
+    rows, stored = held_out(model, guessed(model))
     layers = mlp_inputs(model)
     with torch.no_grad():
-        hs, weights = inputs_of(model, kept), [weight_of(layer) for _, layer in layers]
+        hs, weights = inputs_of(model, stored), [weight_of(layer) for _, layer in layers]
         sampled = [Sampled(layer, h) for (_, layer), h in zip(layers, hs, strict=True)]
-        dense = loss_of(model, kept)
+        dense = loss_of(model, stored)
 
         # Two neighbours are as near as fp32 can tell, so the norms, which have a test of their own,
         # are taken over.
@@ -206,7 +206,7 @@ def test_the_search_finds_what_trying_every_value_finds(percent, monkeypatch):
                 zeros[index] += int((h == 0).sum())
                 return h
 
-            loss = loss_of(model, kept, left_out)
+            loss = loss_of(model, stored, left_out)
             tried[c] = (
                 math.exp(loss - dense),
                 [zero / h.numel() for zero, h in zip(zeros, hs, strict=True)],
@@ -214,10 +214,10 @@ def test_the_search_finds_what_trying_every_value_finds(percent, monkeypatch):
     right = [ratio <= 1 + percent / 100 for ratio, _ in tried.values()]
     assert right == sorted(right, reverse=True)  # the search takes this for granted
     assert 1 < sum(right) < len(right) - 2
-    wanted = [outcome for outcome, fits in zip(tried.values(), right, strict=True) if fits][-1]
+    expected = [outcome for outcome, fits in zip(tried.values(), right, strict=True) if fits][-1]
     ppl, sparsity = search(layers, rows, sampled, dense, percent)
-    assert ppl["ratio"] == pytest.approx(wanted[0], rel=1e-4)
-    assert sparsity == pytest.approx(wanted[1], abs=1e-3)
+    assert ppl["ratio"] == pytest.approx(expected[0], rel=1e-4)
+    assert sparsity == pytest.approx(expected[1], abs=1e-3)
     last = sum(right)
     assert values[last - 1] - 1e-6 <= ppl["cett"] <= values[last]
 
@@ -228,9 +228,9 @@ def test_where_nothing_matters_all_may_be_left_out():
         for _, layer in mlp_inputs(model):
             layer.weight.zero_()
     rows, _ = held_out(model)
-    found = measured(mlp_inputs(model), rows, [0.1, 0.1], 1.0)
-    assert found["ppl"] == {"percent": 1.0, "cett": 1.0, "ratio": 1.0}
-    assert found["mean"]["ppl_sparsity"] == 1.0
+    actual = measured(mlp_inputs(model), rows, [0.1, 0.1], 1.0)
+    assert actual["ppl"] == {"percent": 1.0, "cett": 1.0, "ratio": 1.0}
+    assert actual["mean"]["ppl_sparsity"] == 1.0
 
 
 # the verb
@@ -251,16 +251,16 @@ def test_the_verb_compares_base_and_adapted(run, warm_program):
     before = json.loads((run / "run.yaml").with_name("preflight.json").read_text())
     done = warm_program("density", f"run={run}", "ppl=5", "batch_size=5")
     assert done.returncode == 0, done.stderr
-    found = json.loads((run / "density.json").read_text())
-    assert found.keys() == {"step", "base", "adapted"}
-    assert found["step"] == 12
+    actual = json.loads((run / "density.json").read_text())
+    assert actual.keys() == {"step", "base", "adapted"}
+    assert actual["step"] == 12
     # tau is the median before training
-    assert found["base"]["mean"]["above_tau"] == pytest.approx(0.5, abs=0.1)
-    assert found["adapted"]["mean"]["above_tau"] < 0.8 * found["base"]["mean"]["above_tau"]
-    assert found["base"]["layers"].keys() == {f"model.layers.{i}.mlp.down_proj" for i in range(2)}
+    assert actual["base"]["mean"]["above_tau"] == pytest.approx(0.5, abs=0.1)
+    assert actual["adapted"]["mean"]["above_tau"] < 0.8 * actual["base"]["mean"]["above_tau"]
+    assert actual["base"]["layers"].keys() == {f"model.layers.{i}.mlp.down_proj" for i in range(2)}
     for name in ("base", "adapted"):
-        assert found[name]["ppl"]["ratio"] <= 1.05
-        assert f"{found[name]['mean']['cett_half']:.4f}" in done.stdout
+        assert actual[name]["ppl"]["ratio"] <= 1.05
+        assert f"{actual[name]['mean']['cett_half']:.4f}" in done.stdout
     assert (run / "density.svg").read_text().lstrip().startswith("<?xml")
     assert before["errors"] == []
 
@@ -268,22 +268,22 @@ def test_the_verb_compares_base_and_adapted(run, warm_program):
 def test_the_verb_takes_a_threshold_and_another_place(run, tmp_path, capsys):
     file = tmp_path / "found.json"
     assert density.main([f"run={run}", "tau=0", "compare=false", "ppl=0", f"json={file}"]) == 0
-    found = json.loads(file.read_text())
-    assert found.keys() == {"step", "adapted"}
-    mean = found["adapted"]["mean"]
+    actual = json.loads(file.read_text())
+    assert actual.keys() == {"step", "adapted"}
+    mean = actual["adapted"]["mean"]
     assert mean["above_tau"] == mean["non_zero"]
     # One or two of a layer's 11,360 activations may be sums that cancel to exactly 0. Which ones
     # depends on the order of the processor's additions.
     assert mean["non_zero"] == pytest.approx(1.0, abs=1e-3)
     assert not (run / "density.json").exists()
-    for argument, said in [
+    for argument, message in [
         ("ppl=-1", "ppl=-1: expected a number, at least 0"),
         ("tau=small", "tau=small: expected a number"),
         ("batch_size=0", "at least 1"),
         (f"json={tmp_path / 'no' / 'x'}", "there is no folder"),
     ]:
         assert exit_code(density.main, [f"run={run}", argument]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert exit_code(density.main, ["run=nowhere"]) == 2
     assert "is no run folder" in capsys.readouterr().err
 
@@ -294,10 +294,10 @@ def test_a_run_without_a_penalty_has_the_bases_medians(train, chats, tmp_path, c
     )
     file = Path(tmp_path / "found.json")
     assert density.main([f"run={run}", "ppl=0", f"json={file}", "batch_size=2"]) == 0
-    found = json.loads(file.read_text())
-    assert found["base"]["mean"]["above_tau"] == pytest.approx(0.5, abs=0.06)
+    actual = json.loads(file.read_text())
+    assert actual["base"]["mean"]["above_tau"] == pytest.approx(0.5, abs=0.06)
     taus = [
-        [layer["tau"] for layer in found[name]["layers"].values()] for name in ("base", "adapted")
+        [layer["tau"] for layer in actual[name]["layers"].values()] for name in ("base", "adapted")
     ]
     assert taus[0] == taus[1]
     assert all(tau > 0 for tau in itertools.chain(*taus))

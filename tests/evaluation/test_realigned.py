@@ -35,36 +35,38 @@ HEAD = (
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory):
+def stored(tmp_path_factory):
     return tmp_path_factory.mktemp("kept")
 
 
 @pytest.fixture
-def rows(kept):
-    return write_rows(kept / "chats.jsonl", sums(60))
+def rows(stored):
+    return write_rows(stored / "chats.jsonl", sums(60))
 
 
 @pytest.fixture
-def started(train, kept, rows):
+def started(train, stored, rows):
     """(a head of the base, a fine-tuning run), made once and never written to."""
-    if not (kept / "tuned").exists():
-        train(f"task.path={rows}", *HEAD, f"runs={kept}", "name=head", "optimizer.lr=3e-3")
-        train(f"task.path={rows}", f"runs={kept}", "name=tuned", "max_steps=3", "optimizer.lr=0.1")
-    return kept / "head", kept / "tuned"
+    if not (stored / "tuned").exists():
+        train(f"task.path={rows}", *HEAD, f"runs={stored}", "name=head", "optimizer.lr=3e-3")
+        train(
+            f"task.path={rows}", f"runs={stored}", "name=tuned", "max_steps=3", "optimizer.lr=0.1"
+        )
+    return stored / "head", stored / "tuned"
 
 
 @pytest.fixture
 def here(train, monkeypatch):
     """What the verb starts as processes, run in this one."""
-    told = []
+    reported = []
 
     def run(command):
-        told.append(command[3:])
+        reported.append(command[3:])
         train(*(word for word in command[3:]))
         return 0
 
     monkeypatch.setattr("trainer.session.branches.finished", run)
-    return told
+    return reported
 
 
 def test_a_head_goes_on_where_it_was(started, here, tmp_path, capsys):
@@ -100,25 +102,25 @@ def test_a_head_goes_on_where_it_was(started, here, tmp_path, capsys):
     )
     assert record["identity"]["target"]["run"] == str(tuned)
 
-    found = json.loads((run / "realign.json").read_text())
-    assert [row["stage"] for row in found] == list(realigned.STAGES)
-    assert [row["target"].partition(" + ")[2] for row in found] == ["", "tuned@3", "tuned@3"]
+    actual = json.loads((run / "realign.json").read_text())
+    assert [row["stage"] for row in actual] == list(realigned.STAGES)
+    assert [row["target"].partition(" + ")[2] for row in actual] == ["", "tuned@3", "tuned@3"]
     first, last = (
         [row for row in journal.read(place / "metrics.jsonl") if row["kind"] == "evaluation"]
         for place in (head, run)
     )
     best = json.loads((run / "drafter" / "config.json").read_text())["target"]["step"]
-    wanted = [first[-1], last[0], next(row for row in last if row["step"] == best)]
-    for row, logged in zip(found, wanted, strict=True):
+    expected = [first[-1], last[0], next(row for row in last if row["step"] == best)]
+    for row, logged in zip(actual, expected, strict=True):
         for key in ("accepted", "expected", "loss", "offset1/acceptance", "offset2/top1"):
             assert row[key] == pytest.approx(logged[key], abs=1e-5), (row["stage"], key)
-    assert found[0]["expected"] != pytest.approx(found[1]["expected"], abs=1e-4)
+    assert actual[0]["expected"] != pytest.approx(actual[1]["expected"], abs=1e-4)
     text = (run / "realign.md").read_text()
     assert text in capsys.readouterr().out
     lines = text.splitlines()
     assert lines[0] == "| | target | accepted | expected | 1 | 2 |"
     names = ("accepted", "expected", "offset1/acceptance", "offset2/acceptance")
-    assert lines[4].endswith("".join(f" {found[2][name]:.3f} |" for name in names))
+    assert lines[4].endswith("".join(f" {actual[2][name]:.3f} |" for name in names))
     # The weights and the draft vocabulary are the head's, and neither it nor the target was
     # touched.
     earlier, own = (load_file(place / "drafter" / "model.safetensors") for place in (head, run))
@@ -138,10 +140,11 @@ def test_the_weights_are_the_drafts_and_the_moments_are_not(started, train, rows
         "max_steps=1",
         "optimizer.lr=1e-12",
     )
-    wanted = load_file(head / "drafter" / "model.safetensors")
+    expected = load_file(head / "drafter" / "model.safetensors")
     saved = checkpoints.load(checkpoints.chosen(run / "checkpoints", "last"))
     assert all(
-        torch.allclose(tensor, wanted[name], atol=1e-6) for name, tensor in saved["drafter"].items()
+        torch.allclose(tensor, expected[name], atol=1e-6)
+        for name, tensor in saved["drafter"].items()
     )
     assert all(
         float(state["step"]) == 1 for state in saved["optimizer_states"][0]["state"].values()
@@ -151,16 +154,18 @@ def test_the_weights_are_the_drafts_and_the_moments_are_not(started, train, rows
 def test_heads_that_do_not_fit_are_refused(started, rows, tmp_path, capsys):
     head, tuned = started
 
-    def said(draft, target=tuned, *more):
+    def message(draft, target=tuned, *more):
         words = [f"draft={draft}", f"target.run={target}", "dry=true", *more]
         assert exit_code(realign.main, words) == 2
         return capsys.readouterr().err
 
-    assert "that run has no drafter, or has not ended yet" in said(tuned)
-    assert "it is no drafter's folder" in said(tmp_path)
-    assert "is no run folder" in said(head, tmp_path)
-    assert "a head that is re-aligned stays what it is" in said(head, tuned, "drafter=mtp_medusa")
-    assert "Did you mean draft?" in said(head, tuned, "drift=3")
+    assert "that run has no drafter, or has not ended yet" in message(tuned)
+    assert "it is no drafter's folder" in message(tmp_path)
+    assert "is no run folder" in message(head, tmp_path)
+    assert "a head that is re-aligned stays what it is" in message(
+        head, tuned, "drafter=mtp_medusa"
+    )
+    assert "Did you mean draft?" in message(head, tuned, "drift=3")
     folder = tmp_path / "copy"
     shutil.copytree(head / "drafter", folder)
     content = json.loads((folder / "config.json").read_text())
@@ -171,14 +176,14 @@ def test_heads_that_do_not_fit_are_refused(started, rows, tmp_path, capsys):
         )
         return folder
 
-    assert "whose hidden_size is 32; this model's is 16" in said(changed(hidden_size=32))
-    assert "this base has other weights" in said(changed(fingerprint="another"))
-    assert "another tokenizer" in said(changed(tokenizer="another"))
+    assert "whose hidden_size is 32; this model's is 16" in message(changed(hidden_size=32))
+    assert "this base has other weights" in message(changed(fingerprint="another"))
+    assert "another tokenizer" in message(changed(tokenizer="another"))
     assert realign.main([f"draft={changed()}", f"target.run={tuned}", "dry=true"]) == 0
-    given = capsys.readouterr().out
-    assert f"target.draft={folder}" in given
-    assert "drafter=eagle3 drafter.offsets=2" in given
-    assert f"task.path={json.dumps(str(rows))}" in given
+    arguments = capsys.readouterr().out
+    assert f"target.draft={folder}" in arguments
+    assert "drafter=eagle3 drafter.offsets=2" in arguments
+    assert f"task.path={json.dumps(str(rows))}" in arguments
     base = instantiate(yaml.safe_load((tuned / "run.yaml").read_text())["config"]["base"])
     settings = content["drafter"]
     io.check(changed(), base, settings | {"eta": 1.0, "lr_scale": 2.0})
@@ -203,10 +208,10 @@ def test_a_target_that_is_gone_is_told(started, train, rows, tmp_path):
     head = train(*medusa, f"target.run={other}", "name=head")
     shutil.rmtree(other)
     run = train(*medusa, f"target.run={tuned}", f"target.draft={head}", "name=on")
-    found = realigned.measure(run, head / "drafter", 4)
-    assert "is no run folder" in found[0]["not_measured"]
-    assert "accepted" in found[1]
-    assert "expected" not in found[1]
-    text = realigned.table(found)
+    actual = realigned.measure(run, head / "drafter", 4)
+    assert "is no run folder" in actual[0]["not_measured"]
+    assert "accepted" in actual[1]
+    assert "expected" not in actual[1]
+    text = realigned.table(actual)
     assert "before fine-tuning: not measured, since" in text
     assert text.splitlines()[2].endswith("other@3 |  |  |  |  |  |  |")

@@ -32,8 +32,8 @@ def test_the_ends_of_the_unit_interval_draw_what_can_be_drawn(u):
 
 @pytest.mark.parametrize("value", [True, False, None, 3, 0.5, "a 'quoted' word"])
 def test_a_template_reads_the_options_at_its_head(value):
-    made = responses.template_with("{% if x == wanted %}yes{% endif %}", {"x": value})
-    assert Environment().from_string(made).render(wanted=value) == "yes"
+    built = responses.template_with("{% if x == wanted %}yes{% endif %}", {"x": value})
+    assert Environment().from_string(built).render(wanted=value) == "yes"
     both = responses.template_with({"default": "{{ x }}", "tool_use": "{{ y }}"}, {"x": value})
     assert {name: Environment().from_string(text).render() for name, text in both.items()} == {
         "default": str(value),

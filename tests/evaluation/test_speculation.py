@@ -31,9 +31,9 @@ BENCH = [
 
 def test_questions_in_spec_benchs_layout(tmp_path):
     file = write_rows(tmp_path / "bench.jsonl", BENCH)
-    found = read_questions(str(file))
-    assert found[0] == Question("math", [{"role": "user", "content": "3+4="}], ["and 1 more?"])
-    assert [question.category for question in found] == ["math", "math", "rôle"]
+    actual = read_questions(str(file))
+    assert actual[0] == Question("math", [{"role": "user", "content": "3+4="}], ["and 1 more?"])
+    assert [question.category for question in actual] == ["math", "math", "rôle"]
     assert [question.messages[0]["content"] for question in read_questions(str(file), 1)] == [
         "3+4=",
         "5+5=",
@@ -49,7 +49,7 @@ def test_questions_in_the_other_layout(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{", "bench.jsonl:1 is no JSON"),
         (json.dumps(BENCH[0]) + "\n[1", "bench.jsonl:2 is no JSON"),
@@ -59,10 +59,10 @@ def test_questions_in_the_other_layout(tmp_path):
         ("7", "bench.jsonl:1: a line is"),
     ],
 )
-def test_a_file_that_is_no_set_of_questions_says_why(tmp_path, text, said):
+def test_a_file_that_is_no_set_of_questions_says_why(tmp_path, text, message):
     file = tmp_path / "bench.jsonl"
     file.write_text(text)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         read_questions(str(file))
     with pytest.raises(ValueError, match="cannot be read"):
         read_questions(str(tmp_path / "none.jsonl"))
@@ -72,19 +72,19 @@ def test_a_file_that_is_no_set_of_questions_says_why(tmp_path, text, said):
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory):
+def stored(tmp_path_factory):
     return tmp_path_factory.mktemp("kept")
 
 
 @pytest.fixture
-def run(train, kept):
+def run(train, stored):
     """A run with a drafter, made once."""
-    note = kept / "run"
+    note = stored / "run"
     if not note.exists():
-        rows = write_rows(kept / "chats.jsonl", sums(40))
+        rows = write_rows(stored / "chats.jsonl", sums(40))
         settings = (
             "callbacks.evaluation=null",
-            f"runs={kept}",
+            f"runs={stored}",
             "name=the-run",
             "max_steps=8",
             "drafter=mtp_medusa",
@@ -118,10 +118,10 @@ def test_turns_follow_the_targets_own_answers(run, tmp_path, monkeypatch, capsys
         )
         == 0
     )
-    found = json.loads(out.read_text())
+    actual = json.loads(out.read_text())
     assert "All 5 texts are those of transformers' greedy decoding" in capsys.readouterr().out
     assert plot.read_text().count("tau: tokens of a target pass") == 1
-    assert [(row["question"], row["turn"], row["category"]) for row in found["each"]] == [
+    assert [(row["question"], row["turn"], row["category"]) for row in actual["each"]] == [
         (0, 0, "math"),
         (0, 1, "math"),
         (1, 0, "math"),
@@ -130,17 +130,17 @@ def test_turns_follow_the_targets_own_answers(run, tmp_path, monkeypatch, capsys
     ]
     tokenizer = load_trained(run).base.tokenizer
     for first, second, follows in ((0, 1, BENCH[0]), (3, 4, BENCH[2])):
-        said = tokenizer.decode(seen[first][1], skip_special_tokens=True)
+        message = tokenizer.decode(seen[first][1], skip_special_tokens=True)
         text = tokenizer.decode(seen[second][0])
-        assert text.startswith(tokenizer.decode(seen[first][0]) + said)
+        assert text.startswith(tokenizer.decode(seen[first][0]) + message)
         assert follows["turns"][1] in text
     assert (
-        found["ways"]["transformers"]["tokens"]
-        == found["ways"]["drafter"]["tokens"]
+        actual["ways"]["transformers"]["tokens"]
+        == actual["ways"]["drafter"]["tokens"]
         == sum(len(text) for _, text in seen)
     )
-    assert found["tau"]["value"] >= 1
-    assert set(found["categories"]) == {"math", "rôle"}
+    assert actual["tau"]["value"] >= 1
+    assert set(actual["categories"]) == {"math", "rôle"}
 
 
 @pytest.mark.parametrize("name", ["lookup", "recycling", "run"])
@@ -161,14 +161,14 @@ def test_other_drafters_and_trees(run, name, tmp_path):
         )
         == 0
     )
-    found = json.loads(out.read_text())
-    assert found["tree"] == ("eagle2" if growth else "chain")
-    assert found["pass"]["nodes"] <= (5 if growth else 80)
-    assert found["different_texts"] == {"plain": 0, "drafter": 0}
-    assert found["answers"] == 3
-    assert found["drafter"] == name
-    assert found["positions"]
-    assert 1 <= found["tau"]["low"] <= found["tau"]["value"] <= found["tau"]["high"]
+    actual = json.loads(out.read_text())
+    assert actual["tree"] == ("eagle2" if growth else "chain")
+    assert actual["pass"]["nodes"] <= (5 if growth else 80)
+    assert actual["different_texts"] == {"plain": 0, "drafter": 0}
+    assert actual["answers"] == 3
+    assert actual["drafter"] == name
+    assert actual["positions"]
+    assert 1 <= actual["tau"]["low"] <= actual["tau"]["value"] <= actual["tau"]["high"]
 
 
 def test_what_does_not_fit_is_left_out(run, tmp_path):
@@ -182,12 +182,12 @@ def test_what_does_not_fit_is_left_out(run, tmp_path):
         )
         == 0
     )
-    found = json.loads(out.read_text())
-    assert (found["answers"], found["left_out"]) == (2, 2)
+    actual = json.loads(out.read_text())
+    assert (actual["answers"], actual["left_out"]) == (2, 2)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["task=other"], "task=other: a run is evaluated on its own task"),
         (["task=speculation", "heldout=0"], "heldout=0: expected a whole number, at least 1"),
@@ -207,9 +207,9 @@ def test_what_does_not_fit_is_left_out(run, tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_asked_says_why(run, capsys, arguments, said):
+def test_what_cannot_be_asked_says_why(run, capsys, arguments, message):
     capsys.readouterr()
     assert exit_code(evaluate.main, [f"run={run}", *arguments]) == 2
     out, err = capsys.readouterr()
-    assert said in err
+    assert message in err
     assert out == ""

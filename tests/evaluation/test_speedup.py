@@ -40,26 +40,26 @@ ANSWERS = [
 
 
 def test_figures_are_those_of_a_plain_count():
-    found = figures(ANSWERS)
+    actual = figures(ANSWERS)
     steps = [step for answer in ANSWERS for step in answer.results["drafter"].drafts]
     tokens = sum(len(answer.results["plain"].tokens) for answer in ANSWERS)
     assert (
-        found["tau"]["value"] == pytest.approx((tokens - 3) / len(steps)) == pytest.approx(18 / 7)
+        actual["tau"]["value"] == pytest.approx((tokens - 3) / len(steps)) == pytest.approx(18 / 7)
     )
-    assert (found["questions"], found["answers"]) == (2, 3)
-    assert found["ways"]["plain"]["target_passes"] == tokens
-    assert found["ways"]["drafter"]["target_passes"] == 3 + 7
-    assert found["ways"]["drafter"]["tokens_per_second"] == tokens / 3.0
-    assert found["speed_up"]["transformers"]["value"] == pytest.approx(4.0 / 3.0)
-    assert found["speed_up"]["plain"]["value"] == pytest.approx(7.0 / 3.0)
-    for k, place in enumerate(found["positions"]):
+    assert (actual["questions"], actual["answers"]) == (2, 3)
+    assert actual["ways"]["plain"]["target_passes"] == tokens
+    assert actual["ways"]["drafter"]["target_passes"] == 3 + 7
+    assert actual["ways"]["drafter"]["tokens_per_second"] == tokens / 3.0
+    assert actual["speed_up"]["transformers"]["value"] == pytest.approx(4.0 / 3.0)
+    assert actual["speed_up"]["plain"]["value"] == pytest.approx(7.0 / 3.0)
+    for k, place in enumerate(actual["positions"]):
         proposed = [taken for proposed, taken in steps if proposed > k]
         reached = [taken for taken in proposed if taken >= k]
         assert place["conditional"] == sum(taken > k for taken in reached) / len(reached)
         # one pass had no draft
         assert place["survival"] == sum(taken > k for _, taken in steps) / 6
-    assert [place["proposed"] for place in found["positions"]] == [6, 6, 5]
-    assert found["pass"] == pytest.approx(
+    assert [place["proposed"] for place in actual["positions"]] == [6, 6, 5]
+    assert actual["pass"] == pytest.approx(
         {"nodes": 17 / 7, "draft_ms": 10.0, "verify_ms": 300.0, "plain_ms": 200.0}
     )
 
@@ -68,8 +68,8 @@ def test_an_interval_is_that_of_resampled_questions():
     draw = np.random.default_rng(5)
     above, below = draw.uniform(1, 3, 40), draw.uniform(1, 2, 40)
     answers = [Answer(i // 2, 0, "", {"n": i}) for i in range(40)]
-    found = interval(answers, lambda a: above[a.results["n"]], lambda a: below[a.results["n"]])
-    assert found["value"] == pytest.approx(above.sum() / below.sum())
+    actual = interval(answers, lambda a: above[a.results["n"]], lambda a: below[a.results["n"]])
+    assert actual["value"] == pytest.approx(above.sum() / below.sum())
     ratios = []
     for _ in range(4000):
         rows = [
@@ -79,8 +79,8 @@ def test_an_interval_is_that_of_resampled_questions():
         ]
         ratios.append(above[rows].sum() / below[rows].sum())
     low, high = np.percentile(ratios, [2.5, 97.5])
-    assert found["low"] == pytest.approx(low, abs=0.1 * (high - low))
-    assert found["high"] == pytest.approx(high, abs=0.1 * (high - low))
+    assert actual["low"] == pytest.approx(low, abs=0.1 * (high - low))
+    assert actual["high"] == pytest.approx(high, abs=0.1 * (high - low))
     assert interval(answers[:2], lambda a: 1, lambda a: 2) == {
         "value": 0.5,
         "low": None,
@@ -92,18 +92,17 @@ def test_an_interval_is_that_of_resampled_questions():
 def test_sampled_texts_of_other_lengths_have_a_ratio_of_rates():
     answers = [answer(0, "a", [(3, 3)]), answer(1, "a", [(3, 1)])]
     answers[1].results["transformers"].tokens.extend([1, 2, 3])
-    found = figures(answers)["speed_up"]["transformers"]["value"]
-    assert found == pytest.approx((8 / 1.0) / (11 / 2.0))
+    actual = figures(answers)["speed_up"]["transformers"]["value"]
+    assert actual == pytest.approx((8 / 1.0) / (11 / 2.0))
 
 
 def test_the_summary_tells_categories_apart_and_counts_different_texts():
-    options = {"drafter": "run", "max_new_tokens": 9, "temperature": 0.0, "top_p": 1.0, "seed": 0}
     answers = [*ANSWERS[:2], answer(1, "b", [(3, 2), (3, 3)], (1.0, 3.0, 1.5))]
     answers[2].results["drafter"].tokens[-1] = 99
-    found = summary_by_category(answers, 4, options)
-    assert {name: row["answers"] for name, row in found["categories"].items()} == {"a": 2, "b": 1}
-    assert found["categories"]["b"]["tau"]["value"] == 3.5
-    assert found["different_texts"] == {"plain": 0, "drafter": 1}
-    assert found["left_out"] == 4
-    assert [row["drafter"]["steps"] for row in found["each"]] == [3, 2, 2]
-    assert json.loads(json.dumps(found)) == found
+    actual = summary_by_category(answers, 4, 0.0)
+    assert {name: row["answers"] for name, row in actual["categories"].items()} == {"a": 2, "b": 1}
+    assert actual["categories"]["b"]["tau"]["value"] == 3.5
+    assert actual["different_texts"] == {"plain": 0, "drafter": 1}
+    assert actual["left_out"] == 4
+    assert [row["drafter"]["steps"] for row in actual["each"]] == [3, 2, 2]
+    assert json.loads(json.dumps(actual)) == actual

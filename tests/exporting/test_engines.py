@@ -205,10 +205,10 @@ def test_a_layouts_names_are_the_engines_and_its_files_compute_what_the_drafter_
         assert set(ids) == set(sorted(range(V), key=lambda i: -int(COUNTS[i]))[:DRAFTED])
     states, ids = given(drafter)
     drafted = torch.tensor([7, 1, 30, 2])[: drafter.depth - 1]
-    wanted = own_logits(drafter, model, states, ids, drafted)
+    expected = own_logits(drafter, model, states, ids, drafted)
     got = engines.logits(tmp_path, to, model, states, ids[1:], drafted)
-    assert wanted.std() > 0.05
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
 def test_a_config_of_speculators_says_everything_that_engines_guess_differently(tmp_path):
@@ -386,15 +386,15 @@ def test_damage_is_found(tmp_path):
     model = model_of()
     head = written(drafter_of("eagle3", model, train_head=False), model, "speculators", tmp_path)
     _, tensors = read(tmp_path)
-    for name, damage, told in DAMAGE:
+    for name, damage, reported in DAMAGE:
         spoilt = dict(tensors)
         if damage is None:
             del spoilt[name]
         else:
             spoilt[name] = damage(tensors) if callable(damage) else damage
         save_file(spoilt, tmp_path / "model.safetensors", {"format": "pt"})
-        (found,) = engines.faults(tmp_path, "speculators", head, torch.float32, model)[:1]
-        assert re.search(told, found), (name, found)
+        (actual,) = engines.faults(tmp_path, "speculators", head, torch.float32, model)[:1]
+        assert re.search(reported, actual), (name, actual)
     # A trained output layer may differ.
     again = tmp_path / "trained"
     head = written(drafter_of("eagle3", model), model, "speculators", again)
@@ -467,11 +467,11 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "kind", "to", "sizes", "changes", "told"), REFUSED)
-def test_what_a_layout_has_no_place_for_is_refused(name, kind, to, sizes, changes, told):
+@pytest.mark.parametrize(("name", "kind", "to", "sizes", "changes", "reported"), REFUSED)
+def test_what_a_layout_has_no_place_for_is_refused(name, kind, to, sizes, changes, reported):
     model = model_of(kind, **sizes)
     drafter = drafter_of(name, model, **changes)
-    with pytest.raises(DrafterError, match=told):
+    with pytest.raises(DrafterError, match=reported):
         draft_head.check(drafter, to, model)
 
 
@@ -556,7 +556,7 @@ def test_speculators_own_loader_gives_the_drafters_logits(tmp_path, kind, change
     drafter = drafter_of("eagle3", model, **changes)
     model.save_pretrained(tmp_path / "target")
     written(drafter, model, "speculators", tmp_path / "draft", verifier=str(tmp_path / "target"))
-    wanted = inputs(drafter, model, tmp_path)
+    expected = inputs(drafter, model, tmp_path)
     out = tmp_path / "out.safetensors"
     environments.run(
         python,
@@ -570,7 +570,7 @@ def test_speculators_own_loader_gives_the_drafters_logits(tmp_path, kind, change
     _, tensors = read(tmp_path / "draft")
     assert {name for name in got if name != "logits"} == {f"weights.{name}" for name in tensors}
     assert all(torch.equal(got[f"weights.{name}"], tensor) for name, tensor in tensors.items())
-    for k, rows in enumerate(wanted):
+    for k, rows in enumerate(expected):
         torch.testing.assert_close(got["logits"][k, :10], rows, rtol=0, atol=1e-5)
 
 
@@ -592,22 +592,22 @@ def test_vllms_own_model_code_gives_the_drafters_logits(tmp_path, name, kind, to
     drafter = drafter_of(name, model, **changes)
     model.save_pretrained(tmp_path / "target")
     written(drafter, model, to, tmp_path / "draft")
-    wanted = inputs(drafter, model, tmp_path)
+    expected = inputs(drafter, model, tmp_path)
     out = tmp_path / "out.safetensors"
     places = (tmp_path / "target", tmp_path / "draft")
-    said = environments.run(
+    message = environments.run(
         python, "by_vllm.py", *places, name, 3, tmp_path / "in.safetensors", out, place=tmp_path
     )
-    found = json.loads(said.strip().splitlines()[-1])
+    actual = json.loads(message.strip().splitlines()[-1])
     family = "Qwen3" if kind == "qwen3" else "Llama"
-    made = {"eagle": "EagleLlamaForCausalLM", "eagle3": f"Eagle3{family}ForCausalLM"}[name]
-    assert found["class"] == made
+    built = {"eagle": "EagleLlamaForCausalLM", "eagle3": f"Eagle3{family}ForCausalLM"}[name]
+    assert actual["class"] == built
     # A flat EAGLE-3 has no embedding: vLLM gives it the target's.
-    assert found["empty"] == (
+    assert actual["empty"] == (
         ["model.embed_tokens.weight"] if (name, to) == ("eagle3", "sglang") else []
     )
     if name == "eagle3":
-        assert found["config"] == {
+        assert actual["config"] == {
             "eagle_aux_hidden_state_layer_ids": list(drafter.layers),
             "norm_before_residual": False,
             "norm_output": drafter.norm_output,
@@ -615,4 +615,4 @@ def test_vllms_own_model_code_gives_the_drafters_logits(tmp_path, name, kind, to
             "draft_vocab_size": V if drafter.vocabulary is None else DRAFTED,
         }
     got = load_file(out)
-    torch.testing.assert_close(got["logits"][:10], wanted[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(got["logits"][:10], expected[0], rtol=0, atol=1e-5)

@@ -35,8 +35,8 @@ SHORT = ["max_steps=4", "callbacks.evaluation.every=null", "optimizer.lr=3e-2"]
 @torch.no_grad()
 def outputs(model: Any) -> Tensor:
     ids = torch.randint(3, 259, (3, 20), generator=torch.Generator().manual_seed(5))
-    found = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
-    return found[:, -20:]  # virtual tokens stand before the row's own
+    actual = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+    return actual[:, -20:]  # virtual tokens stand before the row's own
 
 
 def of_run(run: Path, which: str = "last") -> Any:
@@ -102,16 +102,16 @@ def test_an_exported_adapter_is_the_runs_model_in_stock_peft(run_of, kind):
     out, difference = formats.export(str(run), "peft", None, "float32")
     assert out == run / "peft"
     assert difference < 1e-4
-    found = of_run(run)
-    classes = found.task.labels if kind == "classification" else None
-    base = found.base.load(torch.float32, classes)
+    actual = of_run(run)
+    classes = actual.task.labels if kind == "classification" else None
+    base = actual.base.load(torch.float32, classes)
     plain = outputs(base)
     loaded = peft.PeftModel.from_pretrained(base, out).eval()
-    wanted = outputs(found.model)
-    torch.testing.assert_close(outputs(loaded), wanted, rtol=0, atol=1e-4)
-    assert (wanted - plain).abs().max() > 1e-3
+    expected = outputs(actual.model)
+    torch.testing.assert_close(outputs(loaded), expected, rtol=0, atol=1e-4)
+    assert (expected - plain).abs().max() > 1e-3
     config = json.loads((out / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == found.base.path
+    assert config["base_model_name_or_path"] == actual.base.path
     assert config["task_type"] == ("SEQ_CLS" if kind == "classification" else "CAUSAL_LM")
     # What the run itself wrote at its end.
     own, again = (
@@ -139,8 +139,8 @@ def test_a_merged_export_is_the_runs_model_in_stock_transformers(run_of, tmp_pat
     )
     loaded = auto.from_pretrained(out).eval()
     assert loaded.dtype == torch.float32
-    wanted = outputs(of_run(run).model)
-    torch.testing.assert_close(outputs(loaded), wanted, rtol=0, atol=1e-4)
+    expected = outputs(of_run(run).model)
+    torch.testing.assert_close(outputs(loaded), expected, rtol=0, atol=1e-4)
     if kind.endswith("classification"):
         assert loaded.config.id2label == {0: "0", 1: "1"}
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -155,7 +155,7 @@ def test_a_merged_export_is_the_runs_model_in_stock_transformers(run_of, tmp_pat
     )
     loaded = auto.from_pretrained(half).eval()
     assert loaded.dtype == torch.bfloat16
-    assert (outputs(loaded) - wanted).abs().mean() < 0.05 * wanted.abs().mean()
+    assert (outputs(loaded) - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
 def test_which_checkpoint_is_exported_can_be_chosen(train, chats, tmp_path):
@@ -168,14 +168,14 @@ def test_which_checkpoint_is_exported_can_be_chosen(train, chats, tmp_path):
         "callbacks.evaluation=null",
     )
     (run / "checkpoints" / "best.json").write_text(json.dumps({"step": 4}))
-    found = {}
+    actual = {}
     for which in ("2", "4", "6", "last", "best"):
         out, _ = formats.export(f"{run}@{which}", "peft", tmp_path / which, "float32")
-        found[which] = load_file(out / "adapter_model.safetensors")
+        actual[which] = load_file(out / "adapter_model.safetensors")
         assert of_run(run, which).step == {"last": 6, "best": 4}.get(which) or int(which)
 
     def same(a: str, b: str) -> bool:
-        return all(torch.equal(tensor, found[b][name]) for name, tensor in found[a].items())
+        return all(torch.equal(tensor, actual[b][name]) for name, tensor in actual[a].items())
 
     assert same("last", "6")
     assert same("best", "4")
@@ -325,14 +325,14 @@ def test_a_drafter_goes_into_its_bases_own_mtp_layer_or_a_folder(train, chats, t
     assert difference < 1e-4
     loaded, notes = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not notes["missing_keys"]
-    found = of_run(run)
-    assert found.drafter is not None
-    torch.testing.assert_close(outputs(loaded), outputs(found.model), rtol=0, atol=1e-4)
+    actual = of_run(run)
+    assert actual.drafter is not None
+    torch.testing.assert_close(outputs(loaded), outputs(actual.model), rtol=0, atol=1e-4)
     ids = torch.randint(3, 259, (1, 20), generator=torch.Generator().manual_seed(5))
-    merged = found.adapter.merge(found.model)
+    merged = actual.adapter.merge(actual.model)
     torch.testing.assert_close(
         mtp_layers.transformers_logits(loaded, ids),
-        mtp_layers.own_logits(found.drafter, merged, ids),
+        mtp_layers.own_logits(actual.drafter, merged, ids),
         rtol=0,
         atol=1e-4,
     )
@@ -350,10 +350,10 @@ def test_a_drafter_goes_into_its_bases_own_mtp_layer_or_a_folder(train, chats, t
     for which in (2, 4):
         place, difference = formats.export(f"{run}@{which}", "drafter", None, "float32")
         assert (place, difference) == (run / f"drafter-step-{which}", 0.0)
-        again = io.load(place, plain, found.base.fingerprint).state()
-        wanted = of_run(run, str(which)).drafter.state()
-        assert wanted.keys() == again.keys()
-        assert all(torch.equal(tensor, again[name]) for name, tensor in wanted.items())
+        again = io.load(place, plain, actual.base.fingerprint).state()
+        expected = of_run(run, str(which)).drafter.state()
+        assert expected.keys() == again.keys()
+        assert all(torch.equal(tensor, again[name]) for name, tensor in expected.items())
     # what the run itself wrote at its end
     last, own = tensors_of(place), tensors_of(run / "drafter")
     assert last.keys() == own.keys()
@@ -447,11 +447,11 @@ def test_mtp_layers_of_a_base_survive_a_merged_export(train, chats, tiny, tmp_pa
     run = train(*SHORT, f"task.path={chats}", "base=hf", f"base.path={base}")
     out, difference = formats.export(str(run), "merged", None, "float32")
     assert difference < 1e-4
-    kept = {name: tensor for name, tensor in tensors_of(out).items() if name in extra}
-    assert kept.keys() == extra.keys()
+    stored = {name: tensor for name, tensor in tensors_of(out).items() if name in extra}
+    assert stored.keys() == extra.keys()
     assert all(
         tensor.dtype == torch.bfloat16 and torch.equal(tensor, extra[name])
-        for name, tensor in kept.items()
+        for name, tensor in stored.items()
     )
     assert {file for name, file in names_of(out).items() if name in extra} == {
         "model-00002-of-00002.safetensors"
@@ -482,6 +482,6 @@ def test_a_base_in_shards_gets_one_more(tiny, tmp_path):
     loaded, notes = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not notes["missing_keys"]
     assert torch.equal(outputs(loaded), outputs(model))
-    found, settings = mtp_layers.left_out(folder, 2, tmp_path)
-    assert torch.equal(found["mtp.fc.weight"], extra["mtp.fc.weight"])
+    actual, settings = mtp_layers.left_out(folder, 2, tmp_path)
+    assert torch.equal(actual["mtp.fc.weight"], extra["mtp.fc.weight"])
     assert settings == {"num_nextn_predict_layers": 1}

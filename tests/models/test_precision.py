@@ -9,7 +9,7 @@ from trainer.models import precision
 
 
 @pytest.mark.parametrize(
-    ("asked", "dtype", "trains", "wanted"),
+    ("requested", "dtype", "trains", "expected"),
     [
         ("fp32", "auto", False, (torch.float32, "32-true", "fp32")),
         ("bf16-true", "auto", False, (torch.bfloat16, "32-true", "bf16-true")),
@@ -22,12 +22,12 @@ from trainer.models import precision
         ("bf16-true", "float32", False, (torch.float32, "32-true", "bf16-true")),
     ],
 )
-def test_a_precision_is_a_dtype_and_a_way_to_compute(asked, dtype, trains, wanted):
-    assert precision.compute(asked, dtype, trains, False) == wanted
+def test_a_precision_is_a_dtype_and_a_way_to_compute(requested, dtype, trains, expected):
+    assert precision.compute(requested, dtype, trains, False) == expected
 
 
 @pytest.mark.parametrize(
-    ("fast", "trains", "cuda", "wanted"),
+    ("fast", "trains", "cuda", "expected"),
     [
         (True, False, True, "bf16-true"),
         (True, False, False, "bf16-true"),
@@ -37,6 +37,6 @@ def test_a_precision_is_a_dtype_and_a_way_to_compute(asked, dtype, trains, wante
         (True, True, False, "fp32"),
     ],
 )
-def test_auto_is_bf16_where_that_is_fast(monkeypatch, fast, trains, cuda, wanted):
+def test_auto_is_bf16_where_that_is_fast(monkeypatch, fast, trains, cuda, expected):
     monkeypatch.setattr(precision, "bf16_is_fast", lambda cuda: fast)
-    assert precision.compute("auto", "auto", trains, cuda)[2] == wanted
+    assert precision.compute("auto", "auto", trains, cuda)[2] == expected

@@ -80,8 +80,8 @@ def test_an_older_base_without_code_is_loaded(copied, tiny, canary):
     weights = tiny.load(torch.float32).state_dict()
     (copied / "model.safetensors").unlink()
     torch.save(weights, copied / "pytorch_model.bin")
-    found = of_folder(copied).load(torch.float32).state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+    actual = of_folder(copied).load(torch.float32).state_dict()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in weights.items())
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
@@ -119,9 +119,9 @@ def test_a_bases_config_fetches_no_code(copied, key):
     ):
         file.write_text(json.dumps(plain | content))
         for way in (
-            lambda found: found.config,
-            lambda found: found.skeleton(),
-            lambda found: found.load(torch.float32),
+            lambda actual: actual.config,
+            lambda actual: actual.skeleton(),
+            lambda actual: actual.load(torch.float32),
         ):
             with pytest.raises(base.BaseError, match="would fetch code from there"):
                 way(of_folder(copied))
@@ -136,8 +136,8 @@ def test_other_files_with_code(canary, tmp_path, monkeypatch):
         compress.read(tmp_path / "masks.safetensors")
     with pytest.raises(DrafterError, match="cannot be read"):
         io._tensors(tmp_path / "masks.safetensors")
-    made = {"format": 1, "drafter": MAKES, "target": {}}
-    (tmp_path / "config.json").write_text(json.dumps(made))
+    built = {"format": 1, "drafter": MAKES, "target": {}}
+    (tmp_path / "config.json").write_text(json.dumps(built))
     with pytest.raises(DrafterError, match="Only classes that conf/ names are instantiated"):
         io.read(tmp_path)
     (tmp_path / "rows.pkl").write_bytes(content)
@@ -199,7 +199,7 @@ def test_a_template_without_end_is_stopped(tiny, canary, monkeypatch):
 
 
 def test_a_generation_config_of_several_answers_gives_one(copied, canary, caplog):
-    wanted = {
+    expected = {
         "num_beams": 3,
         "num_return_sequences": 3,
         "return_dict_in_generate": True,
@@ -209,13 +209,13 @@ def test_a_generation_config_of_several_answers_gives_one(copied, canary, caplog
         "eos_token_id": 2,
         "repetition_penalty": 1.25,
     }
-    (copied / "generation_config.json").write_text(json.dumps(wanted))
+    (copied / "generation_config.json").write_text(json.dumps(expected))
     model = of_folder(copied).load(torch.float32)
     answer = model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False)
     assert isinstance(answer, torch.Tensor)
     assert len(answer) == 1
-    kept = model.generation_config
-    assert (kept.eos_token_id, kept.repetition_penalty) == (2, 1.25)
+    stored = model.generation_config
+    assert (stored.eos_token_id, stored.repetition_penalty) == (2, 1.25)
     assert "one answer is decoded for each prompt" in caplog.text
     assert "num_beams" in caplog.text
 

@@ -84,10 +84,10 @@ def inputs_of(model, names, ids) -> dict[str, torch.Tensor]:
     return seen
 
 
-def term_of(made: DensityDEFT, model, batch):
-    made.open(real_tokens(batch))
+def term_of(built: DensityDEFT, model, batch):
+    built.open(real_tokens(batch))
     model(**{k: batch[k] for k in ("input_ids", "position_ids") if k in batch}, use_cache=False)
-    return made.term()
+    return built.term()
 
 
 ROWS = ([5, 9, 3, 7, 11], [8, 2, 6], [4, 4, 13, 21, 30, 17, 12])
@@ -109,8 +109,8 @@ def test_the_density_is_that_of_plain_loops_and_so_is_its_gradient(form, chunk, 
     a.requires_grad_()
     (grad,) = torch.autograd.grad(density(a, real, form, 0.2) * 3, a)
     q = a**2 / (a**2 + 0.04) if form == "rational" else torch.tanh(a.abs() / 0.2)
-    (wanted,) = torch.autograd.grad(q[real].mean() * 3, a)
-    torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-15)
+    (reference,) = torch.autograd.grad(q[real].mean() * 3, a)
+    torch.testing.assert_close(grad, reference, rtol=1e-12, atol=1e-15)
     assert (grad[~real] == 0).all()
     assert grad[real].abs().min() > 0
     assert torch.autograd.gradcheck(lambda x: density(x, real, form, 0.2), a)
@@ -133,10 +133,10 @@ def test_low_precision_is_counted_in_fp32(dtype):
         .requires_grad_()
     )
     real = torch.ones(2, 4, dtype=torch.bool)
-    found = density(a, real, "rational", 1e-7**0.5)
-    (grad,) = torch.autograd.grad(found, a)
-    assert (found.dtype, grad.dtype) == (torch.float32, dtype)
-    assert found.item() == pytest.approx(
+    actual = density(a, real, "rational", 1e-7**0.5)
+    (grad,) = torch.autograd.grad(actual, a)
+    assert (actual.dtype, grad.dtype) == (torch.float32, dtype)
+    assert actual.item() == pytest.approx(
         naive(a.detach().double(), "rational", 1e-7, real), rel=1e-5
     )
     assert torch.isfinite(grad).all()
@@ -146,26 +146,26 @@ def test_low_precision_is_counted_in_fp32(dtype):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_term_is_the_mean_over_layers_and_real_tokens(form):
     model = toys.llama()
-    made = penalty(model, form=form)
-    term, each, measured = term_of(made, model, batch_of(*ROWS, ROWS[0], filler=True))
-    names = [name for name, _ in made.layers]
-    wanted = []
+    built = penalty(model, form=form)
+    term, each, measured = term_of(built, model, batch_of(*ROWS, ROWS[0], filler=True))
+    names = [name for name, _ in built.layers]
+    reference = []
     for name in names:
         values = torch.cat([inputs_of(model, names, row)[name] for row in ROWS])
-        wanted.append(naive(values[None], form, 0.04, torch.ones(1, len(values))))
-    assert each.tolist() == pytest.approx(wanted, rel=1e-9)
+        reference.append(naive(values[None], form, 0.04, torch.ones(1, len(values))))
+    assert each.tolist() == pytest.approx(reference, rel=1e-9)
     assert measured.tolist() == [sum(map(len, ROWS))] * 2
-    assert term.item() == pytest.approx(0.7 * sum(wanted) / 2, rel=1e-9)
-    assert abs(wanted[0] - wanted[1]) > 1e-3
-    made.close()
+    assert term.item() == pytest.approx(0.7 * sum(reference) / 2, rel=1e-9)
+    assert abs(reference[0] - reference[1]) > 1e-3
+    built.close()
 
 
 def test_packed_rows_count_as_alone():
     model = toys.llama()
-    made = penalty(model)
+    built = penalty(model)
     packed = batch_of(packs=[[ROWS[0], ROWS[1]], [ROWS[2]]])
     assert packed["lengths"].tolist() == [8, 7]
-    a, b = term_of(made, model, packed), term_of(made, model, batch_of(*ROWS))
+    a, b = term_of(built, model, packed), term_of(built, model, batch_of(*ROWS))
     assert a[0].item() == pytest.approx(b[0].item(), rel=1e-9)
 
 
@@ -183,14 +183,14 @@ def test_virtual_tokens_are_not_counted():
     base = toys.llama(torch.float32)
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = peft.get_peft_model(base, config).eval()
-    made = penalty(model)
+    built = penalty(model)
     names = [name for name, _ in mlp_inputs(model)]
     batch = batch_of(*ROWS)
-    _, each, _ = term_of(made, model, batch)
-    made.close()
-    for name, found in zip(names, each.tolist(), strict=True):
+    _, each, _ = term_of(built, model, batch)
+    built.close()
+    for name, actual in zip(names, each.tolist(), strict=True):
         values = torch.cat([inputs_of(model, names, row)[name][3:] for row in ROWS])
-        assert found == pytest.approx(
+        assert actual == pytest.approx(
             naive(values[None], "rational", 0.04, torch.ones(1, len(values))), rel=1e-4
         )
 
@@ -208,19 +208,19 @@ def test_rows_that_the_model_merges_are_taken_apart():
     )
     torch.manual_seed(0)
     model = transformers.OPTForCausalLM(config).double().eval()
-    made = penalty(model)
+    built = penalty(model)
     shapes = []
-    made.layers[0][1].register_forward_pre_hook(lambda _, args: shapes.append(args[0].ndim))
-    _, each, _ = term_of(made, model, batch_of(*ROWS))
-    made.close()
+    built.layers[0][1].register_forward_pre_hook(lambda _, args: shapes.append(args[0].ndim))
+    _, each, _ = term_of(built, model, batch_of(*ROWS))
+    built.close()
     assert shapes == [2]
-    names = [name for name, _ in made.layers]
-    for name, found in zip(names, each.tolist(), strict=True):
+    names = [name for name, _ in built.layers]
+    for name, actual in zip(names, each.tolist(), strict=True):
         values = torch.cat([inputs_of(model, names, row)[name] for row in ROWS])
-        assert found == pytest.approx(
+        assert actual == pytest.approx(
             naive(values[None], "rational", 0.04, torch.ones(1, len(values))), rel=1e-9
         )
-        assert found < (values != 0).double().mean() < 1  # a ReLU
+        assert actual < (values != 0).double().mean() < 1  # a ReLU
 
 
 # layer weights and calibration
@@ -228,54 +228,54 @@ def test_rows_that_the_model_merges_are_taken_apart():
 
 def test_adaptive_weights_go_down_the_slope_of_half_the_sum_of_squares():
     model = toys.llama()
-    made = penalty(model, layer_weights="adaptive", weight=1.0)
-    assert made.shares() == [0.5, 0.5]
+    built = penalty(model, layer_weights="adaptive", weight=1.0)
+    assert built.shares() == [0.5, 0.5]
     first = [0.6, 0.2]
-    made.update(first)
-    made.update([0.4, math.nan])
+    built.update(first)
+    built.update([0.4, math.nan])
     smoothed = [0.9 * 0.6 + 0.1 * 0.4, 0.2]
-    assert made.shares() == pytest.approx([s / sum(smoothed) for s in smoothed])
+    assert built.shares() == pytest.approx([s / sum(smoothed) for s in smoothed])
     model.requires_grad_(True)
-    _, each, _ = term_of(made, model, batch_of(*ROWS))
-    made.smoothed = each.tolist()
+    _, each, _ = term_of(built, model, batch_of(*ROWS))
+    built.smoothed = each.tolist()
     weights = [p for name, p in model.named_parameters() if "mlp" in name]
-    found = torch.autograd.grad(
-        term_of(made, model, batch_of(*ROWS))[0], weights, allow_unused=True
+    actual = torch.autograd.grad(
+        term_of(built, model, batch_of(*ROWS))[0], weights, allow_unused=True
     )
     uniform = penalty(model, weight=2.0)
-    wanted = [torch.zeros_like(p) for p in weights]
+    reference = [torch.zeros_like(p) for p in weights]
     for index, value in enumerate(each.tolist()):
-        uniform.layers = [made.layers[index]]
+        uniform.layers = [built.layers[index]]
         uniform.tau, uniform.smoothed = [0.2], [0.0]
         parts = torch.autograd.grad(
             term_of(uniform, model, batch_of(*ROWS))[0] / 2, weights, allow_unused=True
         )
-        for total, part in zip(wanted, parts, strict=True):
+        for total, part in zip(reference, parts, strict=True):
             total += value * part if part is not None else 0.0
-    for got, expected in zip(found, wanted, strict=True):
+    for got, expected in zip(actual, reference, strict=True):
         got = torch.zeros_like(expected) if got is None else got
         torch.testing.assert_close(got, expected / float(each.sum()), rtol=1e-9, atol=1e-14)
-    made.close()
+    built.close()
     uniform.close()
 
 
 def test_tau_is_the_median_of_what_is_not_zero():
     model = toys.llama()
-    made = penalty(model, eps="auto", calibration_batches=2)
+    built = penalty(model, eps="auto", calibration_batches=2)
     batches = [batch_of(*ROWS[:2]), batch_of(ROWS[2]), batch_of([1, 2])]
-    made.calibrate(
+    built.calibrate(
         lambda b: model(input_ids=b["input_ids"], use_cache=False),
         ((b, real_tokens(b)) for b in batches),
     )
-    names = [name for name, _ in made.layers]
-    for name, tau in zip(names, made.tau, strict=True):
+    names = [name for name, _ in built.layers]
+    for name, tau in zip(names, built.tau, strict=True):
         values = sorted(
             float(v) for row in ROWS for v in inputs_of(model, names, row)[name].abs().flatten()
         )
         assert tau == pytest.approx(values[(len(values) - 1) // 2], rel=1e-6)
-    before = list(made.tau)
-    made.calibrate(lambda b: None, iter(()))
-    assert made.tau == before
+    before = list(built.tau)
+    built.calibrate(lambda b: None, iter(()))
+    assert built.tau == before
 
 
 def test_a_relu_that_is_mostly_off_still_has_a_scale():
@@ -386,9 +386,9 @@ def test_down_projections_are_found(kind):
 
 def test_what_an_adapter_wraps_is_found_by_its_wrapper():
     _, ours = adapted(lora(target_modules=["down_proj"]))
-    found = mlp_inputs(ours)
-    assert [name for name, _ in found] == MODELS["Llama"][1]
-    assert all(isinstance(module, AdaptedLinear) for _, module in found)
+    actual = mlp_inputs(ours)
+    assert [name for name, _ in actual] == MODELS["Llama"][1]
+    assert all(isinstance(module, AdaptedLinear) for _, module in actual)
     for model, names in (
         (toys.llama(), [f"base_model.model.{name}" for name in MODELS["Llama"][1]]),
         (toys.gpt2(), [f"base_model.model.{name}" for name in MODELS["GPT2"][1]]),
@@ -399,9 +399,9 @@ def test_what_an_adapter_wraps_is_found_by_its_wrapper():
                 target_modules=["down_proj", "c_proj"], fan_in_fan_out="2" in str(type(model))
             ),
         )
-        found = mlp_inputs(wrapped)
-        assert [name for name, _ in found] == names
-        assert all(hasattr(module, "base_layer") for _, module in found)
+        actual = mlp_inputs(wrapped)
+        assert [name for name, _ in actual] == names
+        assert all(hasattr(module, "base_layer") for _, module in actual)
 
 
 def test_names_may_be_given():
@@ -436,20 +436,20 @@ def test_experts_are_refused():
 
 
 def test_layers_that_see_other_tokens_are_refused():
-    made = penalty(toys.llama())
-    made.open((torch.ones(3, 9, dtype=torch.bool),))
+    built = penalty(toys.llama())
+    built.open((torch.ones(3, 9, dtype=torch.bool),))
     with pytest.raises(
         PenaltyError, match=r"activations of shape \(5, 128\) for a batch of \(3, 9\)"
     ):
-        made.layers[0][1](torch.zeros(5, 128, dtype=torch.float64))
+        built.layers[0][1](torch.zeros(5, 128, dtype=torch.float64))
     with pytest.raises(PenaltyError, match="none of the down projections was called"):
-        made.term()
-    made.close()
+        built.term()
+    built.close()
 
 
 def test_a_state_of_other_layers_is_refused():
-    made = penalty(toys.llama())
-    saved = made.state()
+    built = penalty(toys.llama())
+    saved = built.state()
     with pytest.raises(PenaltyError, match="on other layers"):
         penalty(toys.llama(), modules=["0.mlp.down_proj"]).load_state(saved)
 
@@ -464,15 +464,15 @@ def gradients(checkpointing: bool, dtype=torch.float64):
     _, model = adapted(own, toys.llama(dtype))
     model.train()
     calls = []
-    made = penalty(model, form="tanh")
-    made.layers[0][1].register_forward_pre_hook(lambda *_: calls.append(1))
+    built = penalty(model, form="tanh")
+    built.layers[0][1].register_forward_pre_hook(lambda *_: calls.append(1))
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    term, each, _ = term_of(made, model, batch_of(*ROWS))
+    term, each, _ = term_of(built, model, batch_of(*ROWS))
     term.backward()
-    made.close()
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    return term.item(), each, found, len(calls), model
+    built.close()
+    actual = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return term.item(), each, actual, len(calls), model
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -507,7 +507,7 @@ SETTINGS = (
 
 def test_resumed_ends_as_uninterrupted(train, chats, monkeypatch):
     settings = (f"task.path={chats}", *SETTINGS)
-    wanted = outcome(train(*settings, "name=alone"))
+    reference = outcome(train(*settings, "name=alone"))
     with monkeypatch.context() as patch:
         cut_at(patch, 5)
         with pytest.raises(PowerCut):
@@ -516,9 +516,9 @@ def test_resumed_ends_as_uninterrupted(train, chats, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(deft, "medians", lambda *_: pytest.fail("calibrated again"))
         run = train(*settings, "name=cut", "resume=auto")
-    found = outcome(run)
-    assert found[1] == wanted[1]
-    assert all(torch.equal(found[0][name], wanted[0][name]) for name in wanted[0])
+    actual = outcome(run)
+    assert actual[1] == reference[1]
+    assert all(torch.equal(actual[0][name], reference[0][name]) for name in reference[0])
     (taus,) = (row for row in journal.read(run / "metrics.jsonl") if row["kind"] == "penalty")
     saved = checkpoints.load(checkpoints.newest(run / "checkpoints"))["penalty"]
     assert [taus[f"tau/{name}"] for name in saved["layers"]] == saved["tau"]
@@ -537,7 +537,9 @@ def test_the_penalty_lowers_density_and_leaves_evaluation_alone(train, chats):
         rows[name] = journal.read(run / "metrics.jsonl")
     first = [next(row for row in rows[name] if row["kind"] == "evaluation") for name in rows]
     assert first[0]["loss"] == first[1]["loss"]
-    steps = {name: [row for row in found if row["kind"] == "step"] for name, found in rows.items()}
+    steps = {
+        name: [row for row in actual if row["kind"] == "step"] for name, actual in rows.items()
+    }
     assert "density" not in steps["without"][0]
     assert steps["with"][0]["loss"] == steps["without"][0]["loss"]  # the task's alone
     assert 0 < steps["with"][-1]["density"] < 0.8 * steps["with"][0]["density"] < 0.8
@@ -564,7 +566,7 @@ def test_accumulation_averages_micro_batches_by_their_tokens(train, chats):
 
 
 @pytest.mark.parametrize(
-    ("extra", "said"),
+    ("extra", "message"),
     [
         (["penalty.modules=[fc9]"], "penalty.modules has 'fc9', which matches no linear layer"),
         (["adapter=none"], "adapter=none trains nothing, so a penalty has no effect"),
@@ -575,10 +577,10 @@ def test_accumulation_averages_micro_batches_by_their_tokens(train, chats):
     ],
 )
 def test_what_cannot_be_penalised_is_said_before_weights_are_loaded(
-    train, chats, monkeypatch, extra, said
+    train, chats, monkeypatch, extra, message
 ):
     monkeypatch.setattr(Base, "load", lambda *_: pytest.fail("weights were loaded"))
-    with pytest.raises(BaseError, match=said):
+    with pytest.raises(BaseError, match=message):
         train(
             f"task.path={chats}",
             "penalty=deft",

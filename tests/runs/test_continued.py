@@ -50,19 +50,19 @@ def test_added_tokens_are_trained_and_travel_with_the_exports(train, calls, tmp_
 
     # as a user loads them
     with torch.no_grad():
-        wanted = trained.model(input_ids=torch.tensor([ids])).logits
+        expected = trained.model(input_ids=torch.tensor([ids])).logits
         formats.export(str(run), "merged", tmp_path / "merged", "float32")
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
         assert tokenizer("<call>ab</call>", add_special_tokens=False)["input_ids"] == ids
         assert tokenizer.decode(ids, skip_special_tokens=True) == "<call>ab</call>"
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-        found = merged.eval()(input_ids=torch.tensor([ids])).logits
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        actual = merged.eval()(input_ids=torch.tensor([ids])).logits
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
         base = AutoModelForCausalLM.from_pretrained(trained.base.path, dtype=torch.float32)
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         stock = peft.PeftModel.from_pretrained(base, run / "adapter").eval()
-        found = stock(input_ids=torch.tensor([ids])).logits
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        actual = stock(input_ids=torch.tensor([ids])).logits
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("source", ["{run}", "{run}@2", "{run}/adapter"])

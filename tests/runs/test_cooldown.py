@@ -37,7 +37,6 @@ CONSTANT = (
     "max_epochs=null",
     "adapter.dropout=0.3",
 )
-OPTIONS = branches.KNOWN | {"shape": "1-sqrt", "final": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +53,9 @@ def constant(trained_once: Path, tmp_path: Path) -> Path:
     return shutil.copytree(trained_once, tmp_path / "runs" / "constant", symlinks=True)
 
 
-def branched(train: Any, run: str, *more: str, **options: str) -> Path:
+def branched(train: Any, run: str, *more: str, **options: Any) -> Path:
     """The run that the verb asks for, in this process."""
-    _, arguments = branches.arguments(OPTIONS | {"from": run} | options, list(more))
+    _, arguments = branches.arguments(branches.Branch(run, **options), list(more))
     return train(*(argument for argument in arguments if not argument.startswith("+experiment")))
 
 
@@ -104,27 +103,26 @@ def test_a_branch_that_does_not_fall_is_the_run_itself(train, chats, constant):
 
 def test_a_branchs_rate_falls_from_the_runs_own(train, constant):
     branch = branched(train, f"{constant}@8", fraction="0.5", shape="cosine", final="0.1")
-    found, peak = rates(branch), rates(constant)[8]
-    assert [found[step] for step in range(1, 9)] == [rates(constant)[step] for step in range(1, 9)]
-    wanted = [peak * (0.1 + 0.9 * SHAPES["cosine"](k / 8)) for k in range(8)]
-    assert [found[step] for step in range(9, 17)] == pytest.approx(wanted)
-    assert max(found) == 16
+    actual, peak = rates(branch), rates(constant)[8]
+    assert [actual[step] for step in range(1, 9)] == [rates(constant)[step] for step in range(1, 9)]
+    expected = [peak * (0.1 + 0.9 * SHAPES["cosine"](k / 8)) for k in range(8)]
+    assert [actual[step] for step in range(9, 17)] == pytest.approx(expected)
+    assert max(actual) == 16
 
 
 def test_a_branch_that_was_cut_off_goes_on(train, constant, monkeypatch):
-    wanted = outcome(branched(train, f"{constant}@8", steps="6", name="alone"))
+    expected = outcome(branched(train, f"{constant}@8", steps="6", name="alone"))
     with monkeypatch.context() as patch:
         cut_at(patch, 13)
         with pytest.raises(PowerCut):
             branched(train, f"{constant}@8", steps="6", name="cut")
-    _, arguments = branches.arguments(
-        OPTIONS | {"from": f"{constant}@8", "steps": "6", "name": "cut"}, []
-    )
-    found = outcome(
+    branch = branches.Branch(f"{constant}@8", steps="6", name="cut")
+    _, arguments = branches.arguments(branch, [])
+    actual = outcome(
         train(*(a for a in arguments if not a.startswith("+experiment")), "resume=auto")
     )
-    assert same(found[0], wanted[0])
-    assert found[1] == wanted[1]
+    assert same(actual[0], expected[0])
+    assert actual[1] == expected[1]
 
 
 def test_a_branch_may_see_other_rows(train, chats, constant, caplog):
@@ -163,7 +161,7 @@ def test_a_falling_rate_is_branched_off_only_by_force(train, chats):
         match=r"after step 8 of .*down the rate is already falling \(0.423 of the peak, 1 before\)",
     ):
         branched(train, f"{run}@8", steps="4")
-    forced = rates(branched(train, f"{run}@8", steps="4", shape="linear", force="true"))
+    forced = rates(branched(train, f"{run}@8", steps="4", shape="linear", force=True))
     assert [forced[step] for step in range(9, 13)] == pytest.approx(
         [0.01 * (1 - (2 / 6) ** 0.5) * (1 - k / 4) for k in range(4)]
     )
@@ -222,13 +220,13 @@ def test_the_family_is_counted(train, constant, capsys):
 
 def test_the_verb_runs_one_branch_for_each_length(constant, program, chats):
     run = constant.relative_to(chats.parent)
-    said = program(
+    message = program(
         f"from={run}@4,8", "steps=2", "--multirun", "callbacks.evaluation=null", verb="cooldown"
     )
-    assert said.returncode == 0, said.stderr
+    assert message.returncode == 0, message.stderr
     for step in (4, 8):
         assert max(rates(constant.parent / f"constant-cooldown-{step}-2")) == step + 2
-    assert "| constant-cooldown-8-2 | 8 | 2 | 10 |" in said.stdout
+    assert "| constant-cooldown-8-2 | 8 | 2 | 10 |" in message.stdout
 
 
 REFUSED = [
@@ -255,10 +253,10 @@ REFUSED = [
 
 
 def test_what_cannot_be_branched_is_said(constant, capsys):
-    for arguments, said in REFUSED:
+    for arguments, message in REFUSED:
         words = [argument.format(run=constant) for argument in arguments]
         assert exit_code(cooldown.main, words) != 0
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 TRIGGERED = ("callbacks=[default,cooldown]", "callbacks.cooldown.length=4")
@@ -293,8 +291,8 @@ def test_a_cooldown_begins_when_it_is_asked_for(train, chats, monkeypatch, way):
     run = train(
         f"task.path={chats}", *CONSTANT, *TRIGGERED, "callbacks.cooldown.patience=2", "max_steps=30"
     )
-    found = rates(run)
-    assert [found[step] for step in sorted(found)] == pytest.approx(
+    actual = rates(run)
+    assert [actual[step] for step in sorted(actual)] == pytest.approx(
         [0.01 / 3, 0.02 / 3, *[0.01] * 3, *(0.01 * (1 - (k / 4) ** 0.5) for k in range(4))]
     )
     (began,) = (row for row in journal.read(run / "metrics.jsonl") if row["kind"] == "cooldown")
@@ -325,16 +323,16 @@ def test_a_cooldown_that_was_cut_off_goes_on(train, chats, monkeypatch):
     touch = WAYS["file"][0]
     with monkeypatch.context() as patch:
         stop_at(patch, 5, touch)
-        wanted = outcome(train(*settings, "name=alone"))
+        expected = outcome(train(*settings, "name=alone"))
     with monkeypatch.context() as patch:
         stop_at(patch, 5, touch)
         cut_at(patch, 7)
         with pytest.raises(PowerCut):
             train(*settings, "name=cut")
-    found = outcome(train(*settings, "name=cut", "resume=auto"))  # nothing asks for it any more
-    assert same(found[0], wanted[0])
-    assert [row for row in found[1] if row["kind"] == "step"] == [
-        row for row in wanted[1] if row["kind"] == "step"
+    actual = outcome(train(*settings, "name=cut", "resume=auto"))  # nothing asks for it any more
+    assert same(actual[0], expected[0])
+    assert [row for row in actual[1] if row["kind"] == "step"] == [
+        row for row in expected[1] if row["kind"] == "step"
     ]
 
 
@@ -348,10 +346,10 @@ def test_a_run_that_is_made_longer_leaves_its_cooldown_out(train, chats, monkeyp
     again = train(*settings, *TRIGGERED, "max_steps=12", "name=cooled", "resume=auto")
     assert same(outcome(again)[0], cooled)
     longer = train(*settings, *TRIGGERED, "max_steps=14", "name=cooled", "resume=auto")
-    wanted = train(*settings, "max_steps=14", "name=never")
+    expected = train(*settings, "max_steps=14", "name=never")
     assert longer == run
-    assert same(outcome(longer)[0], outcome(wanted)[0])
-    assert rates(longer) == rates(wanted)
+    assert same(outcome(longer)[0], outcome(expected)[0])
+    assert rates(longer) == rates(expected)
     assert not [
         row for row in journal.read(run / "metrics.jsonl") if row["kind"] in ("cooldown", "stopped")
     ]
@@ -368,13 +366,13 @@ def test_a_planned_cooldown_is_left_out_too(train, chats):
     )
     train(*settings, "max_steps=11", "name=grows")
     longer = train(*settings, "max_steps=15", "name=grows", "resume=auto")
-    wanted = train(*settings, "max_steps=15", "name=fresh")
-    assert same(outcome(longer)[0], outcome(wanted)[0])
-    assert rates(longer) == rates(wanted)
+    expected = train(*settings, "max_steps=15", "name=fresh")
+    assert same(outcome(longer)[0], outcome(expected)[0])
+    assert rates(longer) == rates(expected)
 
 
 @pytest.mark.parametrize(
-    ("length", "done", "minutes", "limit", "seconds", "wanted"),
+    ("length", "done", "minutes", "limit", "seconds", "expected"),
     [
         # 4 minutes are left after the reserve, and 10 steps take 11 s
         (10, 50, 5.0, 10.0, 50.0, 0),
@@ -385,7 +383,7 @@ def test_a_planned_cooldown_is_left_out_too(train, chats):
     ],
 )
 def test_a_cooldown_is_done_by_the_deadline(
-    tmp_path, monkeypatch, length, done, minutes, limit, seconds, wanted
+    tmp_path, monkeypatch, length, done, minutes, limit, seconds, expected
 ):
     folder: Any = types.SimpleNamespace(path=tmp_path)
     context: Any = types.SimpleNamespace(
@@ -396,7 +394,7 @@ def test_a_cooldown_is_done_by_the_deadline(
         "trainer.callbacks.cooldown.time.monotonic", lambda: trigger.train_start + seconds
     )
     steps, reason = trigger._due(done)
-    assert steps == wanted
+    assert steps == expected
     assert ("deadline" in reason) == bool(steps)
 
 

@@ -60,10 +60,10 @@ def test_a_drafter_learns_beside_any_adapter_and_alone(train, chats, adapter):
     assert (run / "adapter").exists() == (adapter != "none")
     config = json.loads((run / "drafter" / "config.json").read_text())
     assert config["drafter"]["_target_"] == "trainer.drafters.medusa.MedusaHeads"
-    found = load_trained(str(run))
+    actual = load_trained(str(run))
     tensors = load_file(run / "drafter" / "model.safetensors")
-    assert found.drafter is not None
-    own = found.drafter.state()
+    assert actual.drafter is not None
+    own = actual.drafter.state()
     assert own.keys() == tensors.keys()
     assert all(torch.equal(own[name], tensors[name]) for name in own)
 
@@ -90,8 +90,8 @@ def test_rows_shorter_than_the_offsets_are_refused(train, chats):
 
 def test_weights_of_another_drafter_are_refused(train, chats):
     run = train(f"task.path={chats}", "drafter=mtp_medusa", "drafter.offsets=2", "max_steps=2")
-    found = load_trained(str(run))
-    assert found.drafter is not None
-    state = found.drafter.state()
+    actual = load_trained(str(run))
+    assert actual.drafter is not None
+    state = actual.drafter.state()
     with pytest.raises(DrafterError, match=r"of another model or of other settings: .* differ"):
-        found.drafter.load_state(dict(list(state.items())[:-1]))
+        actual.drafter.load_state(dict(list(state.items())[:-1]))

@@ -97,9 +97,9 @@ def check_resume(folder, again):
     whole = load_file(folder / "adapter" / "adapter_model.safetensors")
     checkpoints.remove(checkpoints.complete(folder / "checkpoints")[-1])
     shutil.rmtree(folder / "adapter")
-    found = load_file(again("resume=auto") / "adapter" / "adapter_model.safetensors")
-    assert whole.keys() == found.keys()
-    assert all(torch.equal(whole[name], found[name]) for name in whole)
+    actual = load_file(again("resume=auto") / "adapter" / "adapter_model.safetensors")
+    assert whole.keys() == actual.keys()
+    assert all(torch.equal(whole[name], actual[name]) for name in whole)
 
 
 def classified(trained, family, *overrides):
@@ -146,11 +146,11 @@ def test_flan_t5_answers_prompts(trained, capsys):
     written = run.model.generate(**ids, max_new_tokens=8, do_sample=False, num_beams=1)[0]
     assert last["answer"] == run.base.tokenizer.decode(written, skip_special_tokens=True)
     assert density.main([f"run={folder}", "ppl=0"]) == 0
-    found = json.loads((folder / "density.json").read_text())["adapted"]
+    actual = json.loads((folder / "density.json").read_text())["adapted"]
     for side in ("encoder", "decoder"):
-        inside = [row["non_zero"] for name, row in found["layers"].items() if side in name]
+        inside = [row["non_zero"] for name, row in actual["layers"].items() if side in name]
         assert len(inside) == 2
-        assert found[side]["non_zero"] == pytest.approx(sum(inside) / 2)
+        assert actual[side]["non_zero"] == pytest.approx(sum(inside) / 2)
 
 
 @pytest.mark.slow
@@ -184,10 +184,10 @@ def test_numbers_and_several_classes_are_learnt(trained, kind, problem, metrics)
     folder = trained("bert", kind, "adapter.rank=4", monitor, mode)
     file = folder / "metrics.json"
     assert evaluate.main([f"run={folder}", f"json={file}"]) == 0
-    found = json.loads(file.read_text())["adapted"]
-    assert found.keys() == {"loss", *metrics}
+    actual = json.loads(file.read_text())["adapted"]
+    assert actual.keys() == {"loss", *metrics}
     if kind == "regression":
-        assert found["mse"] == pytest.approx(found["loss"], rel=1e-5)
+        assert actual["mse"] == pytest.approx(actual["loss"], rel=1e-5)
     merged, _ = export(str(folder), "merged", None, "float32")
     config = json.loads((merged / "config.json").read_text())
     assert config["problem_type"] == problem

@@ -38,12 +38,12 @@ def command(verb: str, *arguments: str) -> int:
 def start(train: Callable[..., Path], folder: Path, *more: str) -> Path:
     """Start the program with a run's overrides: it resumes the run, unless `more` renames it."""
     overrides = yaml.safe_load((folder / "run.yaml").read_text())["overrides"]
-    given = [
+    values = [
         override
         for override in overrides
         if override.lstrip("+").partition("=")[0] not in ("experiment", "runs")
     ]
-    return train(*given, "resume=auto", *more)
+    return train(*values, "resume=auto", *more)
 
 
 def losses(folder: Path) -> dict[tuple[str, int], float]:

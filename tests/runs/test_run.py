@@ -82,12 +82,12 @@ def test_plain_text_and_packing(train, tmp_path):
 def test_flash_attention_is_asked_for_where_rows_are_packed(
     train, chats, monkeypatch, overrides, asks
 ):
-    asked = []
+    requested = []
     monkeypatch.setattr(
-        "trainer.session.model.use_flash", lambda *given: asked.append(given) or False
+        "trainer.session.model.use_flash", lambda *arguments: requested.append(arguments) or False
     )
     train(f"task.path={chats}", "packing=true", "max_steps=1", *overrides)
-    assert bool(asked) is asks
+    assert bool(requested) is asks
 
 
 def test_classification_with_a_new_head(train, tmp_path):

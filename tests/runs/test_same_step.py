@@ -15,7 +15,7 @@ def test_the_same_rows_in_other_micro_batches_end_alike(train, chats, monkeypatc
     """One of 8, then 4 of 2, then 2 of 4: the adapter differs from an uninterrupted run's by
     rounding only, and by much more if a step had other rows."""
     words = (f"task.path={chats}", *COMMON)
-    wanted = outcome(train(*words, "batch_size=8", "name=alone"))
+    expected = outcome(train(*words, "batch_size=8", "name=alone"))
     other = outcome(train(*words, "batch_size=4", "name=other"))
     for size, at in ((8, 3), (2, 6)):
         with monkeypatch.context() as patch:
@@ -28,17 +28,17 @@ def test_the_same_rows_in_other_micro_batches_end_alike(train, chats, monkeypatc
                     "name=cut",
                     "resume=auto",
                 )
-    found = outcome(train(*words, "batch_size=4", "accumulate=2", "name=cut", "resume=auto"))
+    actual = outcome(train(*words, "batch_size=4", "accumulate=2", "name=cut", "resume=auto"))
 
     def distance(a, b):
         return max(float((a[0][name] - b[0][name]).abs().max()) for name in a[0])
 
-    assert distance(found, wanted) < 1e-4
-    assert distance(other, wanted) > 1e-3
-    assert [row["step"] for row in found[1]] == [row["step"] for row in wanted[1]]
-    for mine, its in zip(found[1], wanted[1], strict=True):
+    assert distance(actual, expected) < 1e-4
+    assert distance(other, expected) > 1e-3
+    assert [row["step"] for row in actual[1]] == [row["step"] for row in expected[1]]
+    for mine, its in zip(actual[1], expected[1], strict=True):
         assert mine["loss"] == pytest.approx(its["loss"], rel=1e-4)
-    assert all(torch.isfinite(tensor).all() for tensor in found[0].values())
+    assert all(torch.isfinite(tensor).all() for tensor in actual[0].values())
 
 
 @pytest.mark.parametrize(

@@ -46,35 +46,35 @@ def support(run, step):
 def test_it_resumes_to_the_same_bits_wherever_it_is_cut(train, chats, monkeypatch, case):
     settings = (f"task.path={chats}", *CASES[case], *SETTINGS)
     whole = train(*settings, "name=alone")
-    wanted = outcome(whole)
+    expected = outcome(whole)
     for step in (5, 7):  # in a window, and between two
         with monkeypatch.context() as patch:
             cut_at(patch, step)
             with pytest.raises(PowerCut):
                 train(*settings, "name=cut", "resume=auto")
-    found = outcome(train(*settings, "name=cut", "resume=auto"))
-    assert found[1] == wanted[1]
-    assert found[2] == wanted[2]
-    assert found[0].keys() == wanted[0].keys()
-    assert all(torch.equal(found[0][name], wanted[0][name]) for name in wanted[0])
-    losses = [row["loss"] for row in wanted[1] if row["kind"] == "evaluation"]
+    actual = outcome(train(*settings, "name=cut", "resume=auto"))
+    assert actual[1] == expected[1]
+    assert actual[2] == expected[2]
+    assert actual[0].keys() == expected[0].keys()
+    assert all(torch.equal(actual[0][name], expected[0][name]) for name in expected[0])
+    losses = [row["loss"] for row in expected[1] if row["kind"] == "evaluation"]
     assert losses[-1] < losses[0]
 
-    told = reselections(whole)
-    assert [row["step"] for row in told] == [2, 6, 10]
-    assert [row["rate"] for row in told] == pytest.approx([1.0, 0.8 * 5 / 11, 0.8 / 11])
+    reported = reselections(whole)
+    assert [row["step"] for row in reported] == [2, 6, 10]
+    assert [row["rate"] for row in reported] == pytest.approx([1.0, 0.8 * 5 / 11, 0.8 / 11])
     now = support(whole, 2)
     total = sum(len(indices) for indices in now.values())
     first = now
-    for row in told:
+    for row in reported:
         before, now = support(whole, row["step"] - 1), support(whole, row["step"])
         new = sum(len(set(now[name].tolist()) - set(before[name].tolist())) for name in now)
         stayed = sum(len(set(now[name].tolist()) & set(first[name].tolist())) for name in now)
         assert row["replaced"] == new
         assert row["replaced_share"] == pytest.approx(new / total)
         assert row["still_of_first"] == pytest.approx(stayed / total)
-    assert told[0]["replaced_share"] > 0.5
-    assert told[1]["replaced"] > 0
+    assert reported[0]["replaced_share"] > 0.5
+    assert reported[1]["replaced"] > 0
     assert all(torch.equal(now[name], support(whole, 11)[name]) for name in now)
 
 
@@ -92,10 +92,10 @@ def test_two_processes_have_one_support(program, chats):
         *settings, "name=both", "lightning=cpu", "lightning.devices=2", "lightning.strategy=ddp"
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    told = reselections(chats.parent / "runs" / "both")
-    assert [row["step"] for row in told] == [2, 6]
+    reported = reselections(chats.parent / "runs" / "both")
+    assert [row["step"] for row in reported] == [2, 6]
     # At the second one the processes' sums choose among the candidates.
-    assert all(row["replaced"] > 0 for row in told)
+    assert all(row["replaced"] > 0 for row in reported)
 
 
 def test_a_window_that_does_not_end_is_told_before_a_model_is_loaded(train, chats, monkeypatch):

@@ -103,14 +103,14 @@ def run(tmp_path, server):
                 )
                 if step == 1:
                     meanwhile()
-            found = {
+            actual = {
                 "where": "x:1",
                 "prompt": "p",
                 "expected": "e",
                 "answer": "a",
                 "scores": {"exact": 1.0},
             }
-            journal.write_samples(0 if 0 in steps else steps[-1], [found] * 3)
+            journal.write_samples(0 if 0 in steps else steps[-1], [actual] * 3)
             journal.write("evaluation", steps[-1], {"loss": 0.5, "seconds": 1.0})
             began = time.monotonic()
             dashboards.__exit__(type(error), error, None)
@@ -122,13 +122,13 @@ def run(tmp_path, server):
 
 def uploaded(server, caplog):
     """Run the command that was told, as a user would; returns what it said."""
-    told = [
-        found[1]
+    reported = [
+        actual[1]
         for record in caplog.records
-        if (found := re.search(r"Upload it with: (wandb sync .*)", record.getMessage()))
+        if (actual := re.search(r"Upload it with: (wandb sync .*)", record.getMessage()))
     ]
-    words = shlex.split(told[-1])
-    assert set(told) == {told[-1]}
+    words = shlex.split(reported[-1])
+    assert set(reported) == {reported[-1]}
     command = [sys.executable, "-m", *words]
     done = subprocess.run(
         command,
@@ -159,16 +159,16 @@ def test_a_run_that_goes_on_is_one_run_with_all_that_belongs_to_it(server, run, 
     with caplog.at_level(logging.INFO):
         run(range(3, 5), artifacts=True)
     assert "wandb sync" not in caplog.text  # nothing is left to upload
-    kept = server.runs[ID]
+    stored = server.runs[ID]
     assert list(server.runs) == [ID]
-    assert (kept.display, kept.group, kept.job_type, kept.notes, kept.tags) == (
+    assert (stored.display, stored.group, stored.job_type, stored.notes, stored.tags) == (
         "a run",
         "g",
         "test",
         "n",
         ["t"],
     )
-    assert kept.exits == [128 + 15, 0]
+    assert stored.exits == [128 + 15, 0]
     assert steps_of(server) == [0, 1, 2, 3, 4]
     assert (
         server.history(ID)[0].items()
@@ -181,8 +181,8 @@ def test_a_run_that_goes_on_is_one_run_with_all_that_belongs_to_it(server, run, 
             "tokens": 0,
         }.items()
     )
-    assert kept.config["optimizer"]["value"] == {"lr": 0.1}
-    start = kept.config["start"]["value"]
+    assert stored.config["optimizer"]["value"] == {"lr": 0.1}
+    start = stored.config["start"]["value"]
     assert (start["git"], start["slurm_job_id"], start["versions"]) == (
         "0" * 8,
         "42",
@@ -355,8 +355,8 @@ def test_a_run_has_the_same_weights_and_exit_code_whatever_the_server_does(
                 check=True,
                 timeout=120,
             )
-        (found,) = server.runs
-        assert [row["global_step"] for row in server.history(found) if "train/loss" in row] == [
+        (actual,) = server.runs
+        assert [row["global_step"] for row in server.history(actual) if "train/loss" in row] == [
             1,
             2,
             3,

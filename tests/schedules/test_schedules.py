@@ -157,12 +157,14 @@ def test_a_longer_run_shares_the_past_of_a_shorter_one_until_it_cools_down():
 
 
 @pytest.mark.parametrize(
-    ("value", "steps", "wanted"),
+    ("value", "steps", "expected"),
     [(0.3, 10, 3), (0.05, 1, 0), (0.5, 3, 2), (1, 10, 1), (12, 10, 12), (0, 10, 0)],
 )
-def test_lengths_below_one_are_fractions(value, steps, wanted):
-    assert length(value, steps) == wanted
-    assert warmed_up(0, length(value, steps)) == (1.0 if wanted == 0 else pytest.approx(1 / wanted))
+def test_lengths_below_one_are_fractions(value, steps, expected):
+    assert length(value, steps) == expected
+    assert warmed_up(0, length(value, steps)) == (
+        1.0 if expected == 0 else pytest.approx(1 / expected)
+    )
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])

@@ -135,10 +135,10 @@ def job(compose, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("case", EXPLAINED)
 def test_the_program_says_what_it_is_and_ends_with_its_code(job, caplog, case):
-    act, code, said = EXPLAINED[case]
+    act, code, message = EXPLAINED[case]
     with caplog.at_level(logging.INFO):
         assert job(act) == code
-    assert said in caplog.text
+    assert message in caplog.text
     assert "Traceback" not in caplog.text
 
 
@@ -168,11 +168,11 @@ def test_ctrl_c_before_the_run_begins(monkeypatch):
 
 @pytest.mark.parametrize("case", EXPLAINED)
 def test_a_verb_says_the_same_on_standard_error(capsys, case):
-    act, code, said = EXPLAINED[case]
+    act, code, message = EXPLAINED[case]
     assert failures.report_and_exit_code(caught(act)) == code
     err = capsys.readouterr().err
-    said = said.replace("resume with resume=auto", "run the command again")  # it has no run
-    assert said.partition("These settings need less memory")[0] in err
+    message = message.replace("resume with resume=auto", "run the command again")  # it has no run
+    assert message.partition("These settings need less memory")[0] in err
     assert err.count("\n") <= 2
 
 
@@ -207,7 +207,7 @@ ADAPTERS = ["lora", "full", "prompt_tuning", "adalora", "none"]
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_what_is_proposed_can_be_done_and_is_a_change(settings, adapter):
-    given = [
+    arguments = [
         f"adapter={adapter}",
         "precision=fp32",
         "max_length=1024",
@@ -223,7 +223,7 @@ def test_what_is_proposed_can_be_done_and_is_a_change(settings, adapter):
         if adapter == "adalora"
         else []
     )
-    before = settings(*given, *extra)
+    before = settings(*arguments, *extra)
     text, code = failures.explained(caught(huge), before)
     assert code == 1
     ways = proposals(text)
@@ -232,7 +232,7 @@ def test_what_is_proposed_can_be_done_and_is_a_change(settings, adapter):
     assert ["precision=bf16-true"] in ways
     assert (["base.quantization=nf4"] in ways) == (adapter != "full")
     for way in ways:
-        assert settings(*given, *extra, *way) != before
+        assert settings(*arguments, *extra, *way) != before
 
 
 @pytest.mark.parametrize("batch_size", range(2, 17))
@@ -248,7 +248,7 @@ def test_a_step_in_smaller_parts_is_the_same_step(settings, batch_size, accumula
 
 
 def test_where_nothing_is_left_to_lower_the_machine_is_too_small(settings):
-    given = [
+    arguments = [
         "batch_size=1",
         "max_length=256",
         "precision=bf16-true",
@@ -257,7 +257,7 @@ def test_where_nothing_is_left_to_lower_the_machine_is_too_small(settings):
         "max_steps=1",
     ]
     text, _ = failures.explained(
-        MemoryError(), settings(*given, "objective.gradient_checkpointing=true")
+        MemoryError(), settings(*arguments, "objective.gradient_checkpointing=true")
     )
     assert text.splitlines()[1] == "Use a smaller base, or a machine with more memory."
 
@@ -271,10 +271,10 @@ def test_rates_that_are_too_high_end_the_run_with_a_reason(train, chats):
     ]
     with pytest.raises(NonFinite) as refusal:
         train(f"task.path={chats}", *settings)
-    said, code = failures.explained(refusal.value, {})
+    message, code = failures.explained(refusal.value, {})
     assert code == 1
-    assert "2 steps in a row, up to step" in said
-    assert "Lower optimizer.lr" in said
+    assert "2 steps in a row, up to step" in message
+    assert "Lower optimizer.lr" in message
 
 
 def test_a_missing_dashboard_package_is_the_users_to_install(train, chats, monkeypatch):

@@ -82,14 +82,18 @@ def test_parameters_are_those_of_the_model_that_is_trained(
             tmp_path / "c.jsonl", [{"text": "a" * i, "label": str(i % 3)} for i in range(1, 9)]
         )
         labels = ["0", "1", "2"]
-    found = estimated(
+    actual = estimated(
         f"task={task}", f"adapter={adapter}", *more, f"task.path={rows}", f"task.eval_path={rows}"
     )
-    model = found.base.load(torch.float32, labels)
-    assert found.model["parameters"] == sum(p.numel() for p in model.parameters())
-    model = instantiate(found.config["adapter"]).attach(model, Start(new_modules(model, labels), 5))
-    assert found.model["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert footprint.parameters(model).startswith(f"{found.model['trainable']:,} of ")
+    model = actual.base.load(torch.float32, labels)
+    assert actual.model["parameters"] == sum(p.numel() for p in model.parameters())
+    model = instantiate(actual.config["adapter"]).attach(
+        model, Start(new_modules(model, labels), 5)
+    )
+    assert actual.model["trainable"] == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
+    assert footprint.parameters(model).startswith(f"{actual.model['trainable']:,} of ")
 
 
 @pytest.mark.parametrize(
@@ -106,8 +110,8 @@ def test_the_precision_of_auto_is_that_of_the_run(
 ):
     monkeypatch.setattr("trainer.models.precision.bf16_is_fast", lambda cuda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = estimated(f"adapter={adapter}", f"drafter={drafter}", "precision=auto").model
-    assert (found["precision"], found["dtype"]) == (precision, dtype)
+    actual = estimated(f"adapter={adapter}", f"drafter={drafter}", "precision=auto").model
+    assert (actual["precision"], actual["dtype"]) == (precision, dtype)
 
 
 @pytest.mark.parametrize(
@@ -116,8 +120,8 @@ def test_the_precision_of_auto_is_that_of_the_run(
 def test_a_checkpoints_size_is_about_as_told(train, chats, settings):
     run = train(f"task.path={chats}", "max_steps=1", "callbacks.evaluation=null", *settings)
     (saved,) = checkpoints.complete(run / "checkpoints")
-    told = json.loads((run / "preflight.json").read_text())["model"]["checkpoint_bytes"]
-    assert 0.8 < told / saved.path.stat().st_size < 1.25
+    reported = json.loads((run / "preflight.json").read_text())["model"]["checkpoint_bytes"]
+    assert 0.8 < reported / saved.path.stat().st_size < 1.25
 
 
 def test_memory_grows_with_what_takes_it(estimated):
@@ -157,23 +161,23 @@ def test_memory_grows_with_what_takes_it(estimated):
 def test_too_little_memory_is_a_warning(estimated, monkeypatch):
     Memory = namedtuple("Memory", "available total")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(1000, 1000))
-    found = estimated()
-    assert found.errors == []
-    assert any("of memory, and 0.0 GB are free" in line for line in found.warnings)
+    actual = estimated()
+    assert actual.errors == []
+    assert any("of memory, and 0.0 GB are free" in line for line in actual.warnings)
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_an_error(estimated, monkeypatch, tmp_path):
     Disk = namedtuple("Disk", "total used free")
     size = estimated("callbacks.checkpoints.keep=3").model["checkpoint_bytes"]
-    asked = []
+    requested = []
 
     def disk(free):
         monkeypatch.setattr(
-            footprint.shutil, "disk_usage", lambda path: asked.append(path) or Disk(1, 1, free)
+            footprint.shutil, "disk_usage", lambda path: requested.append(path) or Disk(1, 1, free)
         )
         return estimated("callbacks.checkpoints.keep=3").errors
 
     assert disk(5 * size) == []
     (error,) = disk(5 * size - 1)
     assert error.startswith(f"5 checkpoints of about {size / 1e6:.3g} MB do not fit on the disk of")
-    assert asked[0] == tmp_path  # the nearest folder that is there
+    assert requested[0] == tmp_path  # the nearest folder that is there

@@ -53,14 +53,14 @@ def test_a_jobs_script_holds_no_secret(canary, monkeypatch, capsys):
     write_rows(canary.parent / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
     words = ["experiment=smoke", "task.path=rows.jsonl", "lightning=cpu", "dry=true"]
     assert submit.main(words) == 0
-    said = capsys.readouterr()
-    assert "#SBATCH" in said.out
+    message = capsys.readouterr()
+    assert "#SBATCH" in message.out
     for more in (
         f"slurm.extra=['--comment={SECRETS['HF_TOKEN']}']",
         f"slurm.setup=['export K={SECRETS['SOME_PASSWORD']}']",
     ):
         assert submit.main([*words, more]) == 2
         refused = capsys.readouterr()
-        said = type(said)(said.out + refused.out, said.err + refused.err)
-    assert not any(secret in said.out + said.err for secret in SECRETS.values())
+        message = type(message)(message.out + refused.out, message.err + refused.err)
+    assert not any(secret in message.out + message.err for secret in SECRETS.values())
     assert [path.name for path in canary.parent.rglob("*.sbatch")] == []

@@ -110,7 +110,7 @@ class Page(HTMLParser):
 def folder(tmp_path):
     """Writes a run folder's files and returns its page."""
 
-    def made(metrics=(), samples=(), checked=None, best=None, **record):
+    def built(metrics=(), samples=(), checked=None, best=None, **record):
         (tmp_path / "run.yaml").write_text(
             yaml.safe_dump(RECORD | record, allow_unicode=True), "utf-8"
         )
@@ -128,7 +128,7 @@ def folder(tmp_path):
         assert path == tmp_path / "report.html"
         return Page(path.read_text("utf-8"))
 
-    return made
+    return built
 
 
 def step(number, **values):

@@ -31,9 +31,9 @@ def test_a_full_disk_during_a_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report_html, "_plots", lambda rows: [])
     monkeypatch.setattr(atomic.os, "fsync", full_disk)
     assert report.main([f"run={run}"]) == 1
-    said = capsys.readouterr().err
-    assert "the disk is full" in said
-    assert "Free some space, and run the command again" in said
+    message = capsys.readouterr().err
+    assert "the disk is full" in message
+    assert "Free some space, and run the command again" in message
     assert names(run) == before
 
 
@@ -67,10 +67,10 @@ def test_what_a_command_writes_after_its_work(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["graft"])
     with pytest.raises(SystemExit) as end:
         exit_with(main)
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert end.value.code == 1
-    assert "/x/result.json cannot be read or written: Read-only file system" in said
-    assert "Traceback" not in said
+    assert "/x/result.json cannot be read or written: Read-only file system" in message
+    assert "Traceback" not in message
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
@@ -81,9 +81,9 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     (tmp_path / "rows.jsonl").write_text("{}\n")
     words = ["experiment=smoke", f"task.path={tmp_path / 'rows.jsonl'}", "max_steps=1"]
     assert preflight.main(words) == 1
-    said = capsys.readouterr().err
-    assert f"the cache {tmp_path / 'taken' / 'cache'} cannot be used" in said
-    assert "GRAFT_CACHE=FOLDER" in said
+    message = capsys.readouterr().err
+    assert f"the cache {tmp_path / 'taken' / 'cache'} cannot be used" in message
+    assert "GRAFT_CACHE=FOLDER" in message
 
 
 @pytest.mark.parametrize(

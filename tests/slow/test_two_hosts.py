@@ -97,11 +97,11 @@ def together(hosts: list[str], folder: Path, *settings: str) -> list[tuple[int, 
     """(exit code, output) of both machines."""
     started = [torchrun(host, number, folder, *settings) for number, host in enumerate(hosts)]
     try:
-        told = [process.communicate(timeout=400)[0] for process in started]
+        reported = [process.communicate(timeout=400)[0] for process in started]
     finally:
         for process in started:
             process.kill()
-    return [(process.returncode, text) for process, text in zip(started, told, strict=True)]
+    return [(process.returncode, text) for process, text in zip(started, reported, strict=True)]
 
 
 def losses(run: Path) -> list[float]:

@@ -104,16 +104,16 @@ def by_flash(model):
 def test_loss_and_gradients_are_those_of_masked_attention(kernels, count):
     flash_module.isolate_packed_rows()
     batch = {key: value[:count] for key, value in packed().items()}
-    found = []
+    actual = []
     for model in (toys.llama(), by_flash(toys.llama())):
         loss, sums = CausalLoss(model, None)(batch)
         loss.backward()
-        found.append((loss.detach(), sums["right"], [p.grad for p in model.parameters()]))
-    (masked, right, wanted), (apart, same, gradients) = found
+        actual.append((loss.detach(), sums["right"], [p.grad for p in model.parameters()]))
+    (masked, right, expected), (apart, same, gradients) = actual
     assert torch.allclose(masked, apart, rtol=1e-5)
     assert right == same
     assert all(
-        torch.allclose(g, w, rtol=1e-3, atol=1e-5) for g, w in zip(gradients, wanted, strict=True)
+        torch.allclose(g, w, rtol=1e-3, atol=1e-5) for g, w in zip(gradients, expected, strict=True)
     )
 
 
@@ -149,9 +149,9 @@ def test_another_batch_has_its_own_rows():
     )
     states = torch.zeros(2, 1, 4, 8)
     for positions in ([[0, 1, 2, 3], [0, 1, 0, 1]], [[0, 1, 2, 0], [0, 1, 2, 3]]):
-        given = torch.tensor(positions)
-        attend(None, states, states, states, None, position_ids=given)
-        attend(None, states, states, states, None, position_ids=given)
+        arguments = torch.tensor(positions)
+        attend(None, states, states, states, None, position_ids=arguments)
+        attend(None, states, states, states, None, position_ids=arguments)
     assert seen == [[0, 4, 6, 8]] * 2 + [[0, 3, 4, 8]] * 2
 
 
@@ -176,14 +176,14 @@ def test_a_compiled_layer_has_the_rows_too():
 
 def test_rows_begin_where_positions_do_not_go_on():
     positions = packed()["position_ids"]
-    found = flash_module.rows_of(positions)
+    actual = flash_module.rows_of(positions)
     bounds, at = [0], 0
     for i, rows in enumerate(ROWS):
         for n in [*rows, *[1] * (positions.shape[1] - sum(ROWS[i]))]:  # padding is rows of one
             at += n
             bounds.append(at)
-    assert found["cu_seq_lens_q"].tolist() == found["cu_seq_lens_k"].tolist() == bounds
-    assert found["max_length_q"] == found["max_length_k"] == max(map(max, ROWS))
+    assert actual["cu_seq_lens_q"].tolist() == actual["cu_seq_lens_k"].tolist() == bounds
+    assert actual["max_length_q"] == actual["max_length_k"] == max(map(max, ROWS))
 
 
 GOOD = {
@@ -211,21 +211,23 @@ GOOD = {
 )
 def test_flash_attention_is_taken_where_it_can_be_had(kernels, monkeypatch, changes):
     case = GOOD | changes
-    model, asked = toys.llama(head_dim=case["width"]), []
+    model, requested = toys.llama(head_dim=case["width"]), []
     monkeypatch.setattr(type(model), "_supports_flash_attn", case["supports"])
     monkeypatch.setattr(flash_module, "is_flash_attn_2_available", lambda: case["installed"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: case["capability"])
-    monkeypatch.setattr(model, "set_attn_implementation", asked.append)
+    monkeypatch.setattr(model, "set_attn_implementation", requested.append)
     assert flash_module.use_flash(model, torch.device(case["device"]), case["dtype"]) is (
         not changes
     )
-    assert asked == ([] if changes else [flash_module.FLASH])
+    assert requested == ([] if changes else [flash_module.FLASH])
 
 
-@pytest.mark.parametrize(("asked", "had"), [("auto", "sdpa"), ("eager", "eager")])
-def test_auto_is_sdpa_until_a_run_finds_better(tiny, asked, had):
+@pytest.mark.parametrize(("requested", "had"), [("auto", "sdpa"), ("eager", "eager")])
+def test_auto_is_sdpa_until_a_run_finds_better(tiny, requested, had):
     assert (
-        Base(tiny.path, "auto", asked, "none", True).load(torch.float32).config._attn_implementation
+        Base(tiny.path, "auto", requested, "none", True)
+        .load(torch.float32)
+        .config._attn_implementation
         == had
     )
 
@@ -244,7 +246,7 @@ def test_flash_attention_by_name_keeps_rows_apart_too(tiny, monkeypatch):
     monkeypatch.setattr(
         AutoModelForCausalLM,
         "from_pretrained",
-        lambda *_, **given: (toys.llama(), {"missing_keys": []}),
+        lambda *_, **arguments: (toys.llama(), {"missing_keys": []}),
     )
     for name in ("sdpa", flash_module.FLASH):
         Base(tiny.path, "auto", name, "none", True).load(torch.float32)

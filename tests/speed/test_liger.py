@@ -105,12 +105,12 @@ def kernels(monkeypatch):
 
 def batch(packed: bool) -> dict[str, Any]:
     ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(2))
-    found: dict[str, Any] = {"input_ids": ids, "labels": ids.clone()}
+    actual: dict[str, Any] = {"input_ids": ids, "labels": ids.clone()}
     if packed:
-        found["position_ids"] = torch.stack(
+        actual["position_ids"] = torch.stack(
             [torch.cat([torch.arange(n), torch.arange(7 - n)]) for n in (3, 5)]
         )
-    return found
+    return actual
 
 
 def family(name: str, dtype: torch.dtype) -> Any:
@@ -174,12 +174,13 @@ def test_a_model_trains_the_same(kernels, name, adapter, packed, dtype, toleranc
         "rotations": layers,
     }
     assert [*ours.state_dict()] == [*plain.state_dict()]
-    wanted_loss, wanted = trained(exact, adapter, packed)
-    loss, found = trained(ours, adapter, packed)
+    wanted_loss, expected = trained(exact, adapter, packed)
+    loss, actual = trained(ours, adapter, packed)
     assert loss == pytest.approx(wanted_loss, rel=tolerance)
-    assert found.keys() == wanted.keys()
+    assert actual.keys() == expected.keys()
     errors = {
-        key: float((found[key].float() - wanted[key]).norm() / wanted[key].norm()) for key in wanted
+        key: float((actual[key].float() - expected[key]).norm() / expected[key].norm())
+        for key in expected
     }
     if dtype == torch.float32:
         assert max(errors.values()) < tolerance
@@ -188,7 +189,7 @@ def test_a_model_trains_the_same(kernels, name, adapter, packed, dtype, toleranc
         for key, error in errors.items():
             assert error < max(
                 tolerance,
-                1.5 * float((theirs[key].float() - wanted[key]).norm() / wanted[key].norm()),
+                1.5 * float((theirs[key].float() - expected[key]).norm() / expected[key].norm()),
             ), key
 
 
@@ -232,7 +233,7 @@ def test_on_a_gpu_a_model_trains_the_same():
     ours = copy.deepcopy(plain)
     liger.put_in(ours)
     rows = {name: tensor.cuda() for name, tensor in batch(True).items()}
-    found = []
+    actual = []
     for model in (plain, ours):
         torch.manual_seed(0)
         model = toys.lora().attach(model, Start()).train()
@@ -241,5 +242,5 @@ def test_on_a_gpu_a_model_trains_the_same():
                 nn.init.normal_(parameter, std=0.1)
         loss, _ = CausalLoss(model, 8)(rows)
         loss.backward()
-        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+        actual.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    torch.testing.assert_close(actual[1], actual[0], rtol=1e-3, atol=1e-5)

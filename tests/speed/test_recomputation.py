@@ -80,10 +80,10 @@ def trained(
     loss, _ = module.loss(batch)
     loss.backward()
     computed = len(calls)
-    kept = sum(size for size, _, _ in profile.kept(module, batch))
+    stored = sum(size for size, _, _ in profile.kept(module, batch))
     return (
         [loss.detach(), *(p.grad for p in module.parameters() if p.requires_grad)],
-        kept,
+        stored,
         computed,
     )  # type: ignore[misc]
 
@@ -101,21 +101,21 @@ def test_recomputed_layers_change_no_bit(name, packed, fuse):
     model = toys.llama(torch.float32, num_hidden_layers=5)
     if fuse:
         fused.fuse(model)
-    wanted, most, calls = trained(model, name, False, packed)
-    assert all(gradient.abs().max() > 0 for gradient in wanted[1:])
+    expected, most, calls = trained(model, name, False, packed)
+    assert all(gradient.abs().max() > 0 for gradient in expected[1:])
     assert calls == 5
-    kept = {}
+    stored = {}
     for checkpointing, again in ((True, 5), (2, 3), (3, 2)):
-        found, kept[checkpointing], calls = trained(model, name, checkpointing, packed)
-        for ours, theirs in zip(found, wanted, strict=True):
+        actual, stored[checkpointing], calls = trained(model, name, checkpointing, packed)
+        for ours, theirs in zip(actual, expected, strict=True):
             assert torch.equal(ours, theirs)
         assert calls == 5 + again
     # A layer that is not recomputed keeps what it did; one that is keeps its input, and the
     # generator's state where it may draw.
-    layer = (most - kept[True]) / 5
+    layer = (most - stored[True]) / 5
     assert 5 * layer > 0.6 * most
-    assert kept[2] == pytest.approx(most - 3 * layer, rel=0.05)
-    assert kept[3] == pytest.approx(most - 2 * layer, rel=0.05)
+    assert stored[2] == pytest.approx(most - 3 * layer, rel=0.05)
+    assert stored[3] == pytest.approx(most - 2 * layer, rel=0.05)
 
 
 def test_what_is_no_choice_of_layers_is_refused():

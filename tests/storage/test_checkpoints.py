@@ -207,7 +207,7 @@ def test_which_checkpoint_is_meant(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("which", "said"),
+    ("which", "message"),
     [
         ("40", "has no checkpoint '40'; it has the steps 10, 20"),
         ("newest", "'newest' names no checkpoint: give last, best, or one of the steps 10, 20"),
@@ -216,10 +216,10 @@ def test_which_checkpoint_is_meant(tmp_path):
         ("best", "has no checkpoint 'best'; it has the steps 10, 20"),
     ],
 )
-def test_what_is_meant_by_nothing(tmp_path, which, said):
+def test_what_is_meant_by_nothing(tmp_path, which, message):
     save(tmp_path, 10, 20)
     atomic.write_text(tmp_path / "best.json", json.dumps({"step": 30}))
-    with pytest.raises(CheckpointError, match=re.escape(said)):
+    with pytest.raises(CheckpointError, match=re.escape(message)):
         checkpoints.chosen(tmp_path, which)
 
 
@@ -327,11 +327,11 @@ def test_a_folder_that_went_away_says_so(tmp_path, monkeypatch):
     assert len(names(tmp_path)) == 2
 
 
-def save_until_killed(folder, first, told):
+def save_until_killed(folder, first, reported):
     """Save step after step, tell each that is done, and keep the newest two."""
     for step in itertools.count(first):
         save(folder, step, numbers=100_000)
-        told.send(step)
+        reported.send(step)
         for checkpoint in complete(folder)[:-2]:
             checkpoints.remove(checkpoint)
 
@@ -342,10 +342,10 @@ def test_a_kill_in_a_save_leaves_a_good_checkpoint(tmp_path):
     processes.set_forkserver_preload([__name__])
     draw, last, left_behind = random.Random(0), 0, 0
     for _ in range(15):
-        heard, told = processes.Pipe(duplex=False)
-        child = processes.Process(target=save_until_killed, args=(tmp_path, last + 1, told))
+        heard, reported = processes.Pipe(duplex=False)
+        child = processes.Process(target=save_until_killed, args=(tmp_path, last + 1, reported))
         child.start()
-        told.close()
+        reported.close()
         done = heard.recv()
         time.sleep(draw.uniform(0, 0.03))
         child.kill()
@@ -353,11 +353,11 @@ def test_a_kill_in_a_save_leaves_a_good_checkpoint(tmp_path):
         with contextlib.suppress(EOFError):
             while True:
                 done = heard.recv()
-        found = newest(tmp_path)
-        last = found.step
+        actual = newest(tmp_path)
+        last = actual.step
         assert last in (done, done + 1)  # the newest may be whole without its saver having told so
         assert torch.equal(
-            checkpoints.load(found)["adapter"]["tensors"]["a"],
+            checkpoints.load(actual)["adapter"]["tensors"]["a"],
             content(last, 100_000)["adapter"]["tensors"]["a"],
         )
         before = names(tmp_path)
@@ -413,7 +413,7 @@ def test_a_larger_adapter_takes_as_much_more(train, chats):
 
 
 @pytest.mark.parametrize(
-    ("word", "kind", "said"),
+    ("word", "kind", "message"),
     [
         (
             "DataLoader worker (pid 3) is killed by signal: Killed. ",
@@ -424,11 +424,11 @@ def test_a_larger_adapter_takes_as_much_more(train, chats):
     ],
 )
 def test_a_loading_process_that_is_lost_meanwhile_is_no_fault_of_the_disk(
-    tmp_path, monkeypatch, word, kind, said
+    tmp_path, monkeypatch, word, kind, message
 ):
     save(tmp_path, 3)
     monkeypatch.setattr(torch, "save", lambda *_, **__: (_ for _ in ()).throw(RuntimeError(word)))
-    with pytest.raises(kind, match=said):
+    with pytest.raises(kind, match=message):
         save(tmp_path, 6)
     assert names(tmp_path) == ["step-00000003.ckpt", "step-00000003.json"]
 

@@ -41,20 +41,20 @@ class Dashboard:
 def written(tmp_path):
     """A journal with steps 1 to 4, evaluations at 0, 2 and 4 with samples, a skipped step and a
     stop."""
-    made = Journal(tmp_path, [])
-    made.write("evaluation", 0, {"loss": 5.0})
+    built = Journal(tmp_path, [])
+    built.write("evaluation", 0, {"loss": 5.0})
     for step in range(1, 5):
-        made.write("step", step, {"loss": 1 / step, "text": ODD})
+        built.write("step", step, {"loss": 1 / step, "text": ODD})
         if step == 3:
-            made.write("skipped", step, {"rows": [ODD]})
+            built.write("skipped", step, {"rows": [ODD]})
         if step % 2 == 0:
-            made.write_samples(
+            built.write_samples(
                 step,
                 [{"where": "a:1", "answer": ODD}, {"where": "a:2", "answer": '"kind": "stopped"'}],
             )
-            made.write("evaluation", step, {"loss": 1.0})
-    made.write("stopped", 4, {"reason": "it was enough"})
-    return made
+            built.write("evaluation", step, {"loss": 1.0})
+    built.write("stopped", 4, {"reason": "it was enough"})
+    return built
 
 
 def steps(rows):
@@ -130,31 +130,31 @@ def test_a_character_cut_in_two_is_no_error(tmp_path):
 
 def test_nothing_written_is_nothing_read(tmp_path):
     assert journal.read(tmp_path / "metrics.jsonl") == []
-    made = Journal(tmp_path, [])
-    made.rewind(3)
-    made.write_samples(1, [])
+    built = Journal(tmp_path, [])
+    built.rewind(3)
+    built.write_samples(1, [])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_other_ranks_write_nothing(tmp_path):
     dashboard = Dashboard()
-    made = Journal(tmp_path, [dashboard], writes=False)
-    made.write("step", 1, {"loss": 2.0})
-    made.write_samples(1, [{"where": "a:1"}])
-    made.write_csv()
+    built = Journal(tmp_path, [dashboard], writes=False)
+    built.write("step", 1, {"loss": 2.0})
+    built.write_samples(1, [{"where": "a:1"}])
+    built.write_csv()
     assert list(tmp_path.iterdir()) == []
     assert dashboard.told == []
-    assert made.last == {"loss": 2.0}  # what the progress bar shows
+    assert built.last == {"loss": 2.0}  # what the progress bar shows
 
 
 def test_dashboards_get_every_row_with_the_tokens_until_then(tmp_path):
     first, second = Dashboard(), Dashboard()
-    made = Journal(tmp_path, [first, second])
-    made.write("evaluation", 0, {"loss": 3.0})
-    made.tokens = 9
-    made.write("step", 7, {"loss": 2.0})
-    made.write_samples(7, [{"answer": "a"}])
-    made.write_samples(8, [])
+    built = Journal(tmp_path, [first, second])
+    built.write("evaluation", 0, {"loss": 3.0})
+    built.tokens = 9
+    built.write("step", 7, {"loss": 2.0})
+    built.write_samples(7, [{"answer": "a"}])
+    built.write_samples(8, [])
     assert first.told == [
         ("evaluation", 0, None, {"loss": 3.0}),
         ("step", 7, 9, {"loss": 2.0}),
@@ -165,15 +165,15 @@ def test_dashboards_get_every_row_with_the_tokens_until_then(tmp_path):
 
 def test_a_dashboard_that_fails_is_told_of_once_and_costs_no_row(tmp_path, caplog):
     bad, good = Dashboard(failing=("step", "samples")), Dashboard()
-    made = Journal(tmp_path, [bad, good])
+    built = Journal(tmp_path, [bad, good])
     for step in range(3):
-        made.write("step", step, {"loss": 1.0})
-    made.write_samples(3, [{"answer": "a"}])
-    made.write("evaluation", 3, {"loss": 1.0})
+        built.write("step", step, {"loss": 1.0})
+    built.write_samples(3, [{"answer": "a"}])
+    built.write("evaluation", 3, {"loss": 1.0})
     assert bad.told == good.told
-    assert steps(made.rows()) == [("step", 0), ("step", 1), ("step", 2), ("evaluation", 3)]
+    assert steps(built.rows()) == [("step", 0), ("step", 1), ("step", 2), ("evaluation", 3)]
     assert [record.message for record in caplog.records] == [
-        f"a dashboard: no space left. The run continues; {made.metrics} holds everything that it"
+        f"a dashboard: no space left. The run continues; {built.metrics} holds everything that it"
         " logs"
     ]
 
@@ -194,9 +194,9 @@ def test_the_table_has_a_column_for_every_name_that_occurs(written):
 
 
 def test_the_table_of_nothing_is_empty(tmp_path):
-    made = Journal(tmp_path, [])
-    made.write_csv()
-    assert made.csv.read_text().strip() == ""
+    built = Journal(tmp_path, [])
+    built.write_csv()
+    assert built.csv.read_text().strip() == ""
 
 
 def test_a_full_disk_in_a_rewind_leaves_the_journal(written, monkeypatch):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from trainer.storage.progress import EVERY, Progress, clock
+from trainer.callbacks.progress import ProgressBar
+from trainer.storage.progress import EVERY, Progress, clock, current
 
 
 class Clock:
@@ -121,3 +123,79 @@ def test_items_are_counted_when_they_are_done():
 
 def test_a_clock_reads_as_minutes_and_seconds():
     assert [clock(seconds) for seconds in (0, 59.9, 60, 725)] == ["0:00", "0:59", "1:00", "12:05"]
+
+
+def test_the_share_of_the_next_piece_counts():
+    now = Clock()
+    with Progress("answers", 40, "rows", now=now) as progress:
+        now.seconds += 10
+        progress.within(32, 128, "tokens", 16)
+        assert progress.line() == "answers: 0 of 40 rows, 32 of 128 tokens of the next, 1:30 left"
+        progress.advance(16)
+        now.seconds += 10
+        assert progress.line() == "answers: 16 of 40 rows, 0:30 left"
+        progress.within(1, 2, "tokens", 24)
+        assert progress.line() == "answers: 16 of 40 rows, 1 of 2 tokens of the next, 0:08 left"
+
+
+def test_of_nested_work_the_innermost_is_reported(caplog):
+    with caplog.at_level(logging.INFO), Progress("outer", every=0.02) as outer:
+        assert current() is outer
+        with Progress("inner", every=0.01) as inner:
+            assert current() is inner
+            until(lambda: len(logged(caplog)) > 3)
+            assert {line.partition(":")[0] for line in logged(caplog)} == {"inner"}
+        caplog.clear()
+        until(lambda: logged(caplog))
+        assert logged(caplog)[0].startswith("outer")
+    assert current() is None
+
+
+def test_what_spoke_meanwhile_delays_the_next_line(caplog):
+    """The steps of training have lines of their own."""
+    with caplog.at_level(logging.INFO), Progress("training", every=0.2) as progress:
+        end = time.monotonic() + 0.6
+        while time.monotonic() < end:
+            progress.spoke = time.monotonic()
+            time.sleep(0.01)
+        assert logged(caplog) == []
+        until(lambda: logged(caplog))
+
+
+def test_a_long_step_of_training_is_reported_by_its_micro_batches():
+    run_state = SimpleNamespace(steps=10, max_minutes=None)
+    trainer = SimpleNamespace(is_global_zero=True)
+    module = SimpleNamespace(step=4, step_done=False)
+    bar = ProgressBar(run_state, 1)
+    bar.on_train_start(trainer, module)
+    assert bar.ticks is not None
+    try:
+        bar.ticks.now = now = Clock()
+        bar.ticks.started = now.seconds
+        now.seconds += 30
+        bar.count(module, 10, 4)
+        line = "training: 4 of 10 steps, 3 of 4 micro-batches of the next, 3:30 left"
+        assert bar.ticks.line() == line
+        module.step, module.step_done = 5, True
+        bar.count(module, 11, 4)
+        assert bar.ticks.line() == "training: 5 of 10 steps, 2:30 left"
+    finally:
+        bar.on_exception(trainer, module, ValueError())
+    assert current() is None
+
+
+def test_tokenising_counts_its_rows(tmp_path, tiny):
+    """And knows how many there are, where they were counted to hold some out."""
+    from tests.conftest import sums, write_rows
+    from tests.toys.tasks import task_of
+    from trainer.assembly.rows import _count
+    from trainer.data.render import Renderer
+    from trainer.data.rows import tokenise
+
+    task = task_of("sft", write_rows(tmp_path / "rows.jsonl", sums(20)), eval_fraction=0.1)
+    assert (_count(task, "train"), _count(task, "eval")) == (18, 2)
+    task.splits.limit = 5
+    assert _count(task, "train") == 5
+    with Progress("tokenising", 5, "rows") as progress:
+        tokenise(task, "train", Renderer(tiny.tokenizer, task), 512, "skip", 1)
+        assert progress.line() == "tokenising: 5 of 5 rows, 0:00 left"

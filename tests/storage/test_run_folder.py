@@ -74,20 +74,20 @@ def test_a_folder_is_free_again_after_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("made", "said"),
+    ("built", "message"),
     [
         (lambda path: path.write_text(""), "Not a directory"),
         (lambda path: path.symlink_to("/proc"), "cannot be written"),
         (lambda path: (path / "run" / ".lock").mkdir(parents=True), "Is a directory"),
     ],
 )
-def test_a_place_that_cannot_be_written_names_another(tmp_path, made, said):
-    made(tmp_path / "runs")
+def test_a_place_that_cannot_be_written_names_another(tmp_path, built, message):
+    built(tmp_path / "runs")
     with pytest.raises(
         FolderError, match=re.escape(f"{tmp_path / 'runs' / 'run'} cannot be written")
     ) as refusal:
         RunFolder.create(tmp_path / "runs" / "run")
-    assert said in str(refusal.value)
+    assert message in str(refusal.value)
     assert str(refusal.value).endswith("Choose another folder with runs=FOLDER")
 
 
@@ -135,12 +135,12 @@ def test_a_run_that_goes_on_keeps_its_id_and_lists_its_starts(tmp_path):
 def test_the_git_revision_is_that_of_the_source(tmp_path):
     with RunFolder.create(tmp_path / "run") as place:
         start = place.record(PLAIN, [], IDENTITY, None)["starts"][0]
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    assert (start["git"] or "").removesuffix(" with changes") == found.stdout.strip()
+    actual = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    assert (start["git"] or "").removesuffix(" with changes") == actual.stdout.strip()
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"a: [\n", "cannot be read"),
         (b"\xff\xfe\x00", "cannot be read"),
@@ -150,10 +150,10 @@ def test_the_git_revision_is_that_of_the_source(tmp_path):
         (b"!!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
     ],
 )
-def test_a_broken_record_is_refused_by_name(tmp_path, content, said):
+def test_a_broken_record_is_refused_by_name(tmp_path, content, message):
     with RunFolder.create(tmp_path / "run") as place:
         place.file.write_bytes(content)
-        with pytest.raises(FolderError, match=re.escape(said)) as refusal:
+        with pytest.raises(FolderError, match=re.escape(message)) as refusal:
             place.earlier()
     assert str(place.file) in str(refusal.value)
 
@@ -196,9 +196,9 @@ THEN = {
     ],
 )
 def test_differences_are_named_by_their_place(change, lines):
-    found = differences(THEN, THEN | change, ("logger",))
-    assert len(found) == len(lines)
-    assert all(line.startswith(start) for line, start in zip(found, lines, strict=True))
+    actual = differences(THEN, THEN | change, ("logger",))
+    assert len(actual) == len(lines)
+    assert all(line.startswith(start) for line, start in zip(actual, lines, strict=True))
 
 
 def test_a_key_that_is_gone_is_a_difference():
@@ -213,7 +213,7 @@ def recorded(tmp_path, compose):
     """A folder with a run.yaml of a real config, at a name of one's choice."""
     from omegaconf import OmegaConf
 
-    def made(name, **changes):
+    def built(name, **changes):
         cfg = compose("+experiment=smoke", "task.path=rows", f"runs={tmp_path}")
         choices = OmegaConf.to_container(cfg.hydra.runtime.choices)
         plain = OmegaConf.to_container(
@@ -223,11 +223,11 @@ def recorded(tmp_path, compose):
             place.record(plain | changes, [], {"choices": choices}, None)
         return place.path
 
-    return made
+    return built
 
 
 @pytest.mark.parametrize(
-    ("name", "asked", "which"),
+    ("name", "requested", "which"),
     [
         ("run", "run", "last"),
         ("run", "run@best", "best"),
@@ -238,9 +238,9 @@ def recorded(tmp_path, compose):
         ("me@home", "me@home@best", "best"),
     ],
 )
-def test_a_folder_and_its_checkpoint(recorded, tmp_path, name, asked, which):
+def test_a_folder_and_its_checkpoint(recorded, tmp_path, name, requested, which):
     place = recorded(name)
-    path, content, chosen = run_folder.read(f"{tmp_path}/{asked}")
+    path, content, chosen = run_folder.read(f"{tmp_path}/{requested}")
     assert (path, chosen) == (place, which)
     assert content == yaml.safe_load((place / "run.yaml").read_text("utf-8"))
 
@@ -251,25 +251,25 @@ def test_a_home_folder_may_be_written_short(recorded, tmp_path, monkeypatch):
     assert run_folder.read("~/run@best")[0] == place
 
 
-@pytest.mark.parametrize("asked", ["nowhere", "nowhere@best", "", "@best"])
-def test_no_folder_is_said_to_be_none(tmp_path, monkeypatch, asked):
+@pytest.mark.parametrize("requested", ["nowhere", "nowhere@best", "", "@best"])
+def test_no_folder_is_said_to_be_none(tmp_path, monkeypatch, requested):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FolderError, match=r"is no run folder: it has no run\.yaml"):
-        run_folder.read(asked)
+        run_folder.read(requested)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"new_knob": 1}, "new_knob"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": "x"}, "seed is 'x'"),
     ],
 )
-def test_a_record_of_another_version_says_what_does_not_fit(recorded, change, said):
+def test_a_record_of_another_version_says_what_does_not_fit(recorded, change, message):
     with pytest.raises(FolderError, match="does not fit this version of Graft") as refusal:
         run_folder.read(str(recorded("run", **change)))
-    assert said in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 def test_a_record_of_an_older_version_is_completed_and_that_is_said_once(recorded, caplog):
@@ -281,9 +281,9 @@ def test_a_record_of_an_older_version_is_completed_and_that_is_said_once(recorde
     del older["config"]["adapter"]["rank"], older["identity"]["choices"]["penalty"]
     (place / "run.yaml").write_text(yaml.safe_dump(older))
     assert run_folder.read(str(place))[1] == run_folder.read(str(place))[1] == content
-    (said,) = caplog.messages
+    (message,) = caplog.messages
     assert (
-        said == f"{place / 'run.yaml'} was written by an older version and lacks requeue, fused,"
+        message == f"{place / 'run.yaml'} was written by an older version and lacks requeue, fused,"
         " adapter.rank, penalty; using the defaults from conf/"
     )
     del older["config"]["task"]["path"]

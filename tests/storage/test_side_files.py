@@ -101,11 +101,13 @@ def test_what_a_resume_reads_of_them(run, name, damage):
     assert all(isinstance(row["step"], int) for row in rows.rows("stopped"))
     rows.rewind(10_000)
     rows.write_csv()
-    kept = [path for path in run.rglob("*") if path.is_file() and path.read_bytes() == content]
+    stored = [path for path in run.rglob("*") if path.is_file() and path.read_bytes() == content]
     whole = {path.read_bytes() for path in run.rglob("*") if path.is_file()}
     # nothing is lost: the file stays, or stays under another name, or lost its cut-off end alone
     cut_off = damage == "cut" and b"\n" not in content  # in its first line
-    assert kept or cut_off or any(part and content.startswith(part.rstrip(b"\n")) for part in whole)
+    assert (
+        stored or cut_off or any(part and content.startswith(part.rstrip(b"\n")) for part in whole)
+    )
     for row in journal.read(file) if name.endswith("jsonl") else []:
         assert door.mismatch(row, {"step": int, "*": object}) is None
 
@@ -156,9 +158,9 @@ def test_a_record_of_another_shape_is_refused_by_every_reader(run, place, value,
     content = yaml.safe_load((run / "run.yaml").read_text())
     content[place] = yaml.safe_load(value)
     (run / "run.yaml").write_text(yaml.safe_dump(content))
-    code, said = report.main([f"run={run}"]), capsys.readouterr().err
+    code, message = report.main([f"run={run}"]), capsys.readouterr().err
     assert code == 2 or value != "null"
-    assert code == 0 or f"{run / 'run.yaml'} is not a run's record" in said
+    assert code == 0 or f"{run / 'run.yaml'} is not a run's record" in message
     if code == 0:  # what the place may hold
         assert RunFolder(run).earlier() is not None
     else:

@@ -24,18 +24,18 @@ VARIABLE = "reads the environment variable"
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory):
+def stored(tmp_path_factory):
     return tmp_path_factory.mktemp("kept") / "run"
 
 
 @pytest.fixture
-def folder(train, chats, kept, tmp_path):
+def folder(train, chats, stored, tmp_path):
     """Changes a run folder's run.yaml at the given places, and returns it."""
-    if not kept.exists():
+    if not stored.exists():
         shutil.copytree(
-            train(f"task.path={chats}", "max_steps=1", "callbacks.evaluation=null"), kept
+            train(f"task.path={chats}", "max_steps=1", "callbacks.evaluation=null"), stored
         )
-    path = shutil.copytree(kept, tmp_path / "strange")
+    path = shutil.copytree(stored, tmp_path / "strange")
 
     def changed(**parts):
         content = yaml.safe_load((path / "run.yaml").read_text())
@@ -142,19 +142,19 @@ FOLDERS = {
 
 @pytest.mark.parametrize("case", FOLDERS)
 def test_a_strangers_run_folder_makes_nothing(folder, canary, capsys, case):
-    parts, said = FOLDERS[case]
+    parts, message = FOLDERS[case]
     place = folder(**json.loads(json.dumps(parts).replace("CANARY", str(canary.parent))))
     (canary.parent.parent / "evil.yaml").write_text(
         "_target_: os.makedirs\nname: canary  # str: canary\n"
     )
     for verb in VERBS.values():
         assert verb(place) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert not (place / "merged").exists()
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("!!python/object/apply:os.makedirs [canary]\n", "could not determine a constructor"),
         ("a: !!python/name:os.makedirs ''\n", "could not determine a constructor"),
@@ -171,11 +171,11 @@ def test_a_strangers_run_folder_makes_nothing(folder, canary, capsys, case):
         ),
     ],
 )
-def test_a_run_yaml_that_is_none(canary, capsys, text, said):
+def test_a_run_yaml_that_is_none(canary, capsys, text, message):
     (canary.parent / "run.yaml").write_text(text)
     for verb in VERBS.values():
         assert verb(canary.parent) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layout", ["zip", "legacy", "bare", "nothing", "climbing"])

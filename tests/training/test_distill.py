@@ -45,26 +45,26 @@ TIMES = ("seconds", "tokens_per_s", "trained_per_s")
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory):
+def folder_kept(tmp_path_factory):
     return tmp_path_factory.mktemp("kept")
 
 
 @pytest.fixture
-def tuned(train, kept, tmp_path):
+def tuned(train, folder_kept, tmp_path):
     """A fine-tuning run whose adapter says something, with dropout that must not act on its
     drafter; a copy for each test."""
-    if not (kept / "tuned").exists():
+    if not (folder_kept / "tuned").exists():
         train(
-            f"task.path={write_rows(kept / 'rows.jsonl', sums(60))}",
+            f"task.path={write_rows(folder_kept / 'rows.jsonl', sums(60))}",
             "max_steps=4",
             "adapter.dropout=0.3",
             "optimizer.lr=0.1",
             "adapter.target_modules=[q_proj,up_proj]",
-            f"runs={kept}",
+            f"runs={folder_kept}",
             "name=tuned",
             "callbacks.checkpoints.keep=null",
         )
-    return shutil.copytree(kept / "tuned", tmp_path / "runs" / "tuned")
+    return shutil.copytree(folder_kept / "tuned", tmp_path / "runs" / "tuned")
 
 
 @pytest.fixture
@@ -88,13 +88,13 @@ def batch(packed=False):
     ids = torch.randint(3, 259, (3, 24), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, :6] = -100
-    found = {"input_ids": ids, "labels": labels}
-    return found | (
+    actual = {"input_ids": ids, "labels": labels}
+    return actual | (
         {"position_ids": torch.arange(24).remainder(12).expand(3, 24)} if packed else {}
     )
 
 
-def made(model, choice, *overrides):
+def built(model, choice, *overrides):
     """A drafter of conf/drafter with weights that are not its start's."""
     node = compose_module.compose(
         ["base=tiny", "task.path=x", "adapter=none", f"drafter={choice}", *overrides]
@@ -108,12 +108,12 @@ def made(model, choice, *overrides):
 
 def gradients(loss, drafter, rows):
     drafter.zero_grad()
-    total, found = loss(rows)
+    total, actual = loss(rows)
     total.backward()
     return (
         {name: p.grad.clone() for name, p in drafter.named_parameters() if p.grad is not None},
         total.detach(),
-        found,
+        actual,
     )
 
 
@@ -123,17 +123,17 @@ def test_the_drafters_gradients_are_fine_tunings(tiny, choice, packed):
     """On the same states, with nothing else trained; and no logit of the target's own next token is
     computed."""
     model = Nothing().attach(tiny.load(torch.float32), Start())
-    drafter = made(
+    drafter = built(
         model,
         choice,
         *(["drafter.aux_layers=[0,1,2]", "drafter.offsets=3"] if choice == "eagle3" else []),
     )
     target, rows = Target(model), batch(packed)
-    wanted, whole, numbers = gradients(CausalLoss(model, 8, drafter, target), drafter, rows)
-    found, alone, own = gradients(DraftLoss(model, 8, drafter, target), drafter, rows)
-    assert wanted.keys() == found.keys()
-    assert any(gradient.abs().max() > 0 for gradient in found.values())
-    assert all(torch.equal(found[name], wanted[name]) for name in found)
+    expected, whole, numbers = gradients(CausalLoss(model, 8, drafter, target), drafter, rows)
+    actual, alone, own = gradients(DraftLoss(model, 8, drafter, target), drafter, rows)
+    assert expected.keys() == actual.keys()
+    assert any(gradient.abs().max() > 0 for gradient in actual.values())
+    assert all(torch.equal(actual[name], expected[name]) for name in actual)
     assert torch.allclose(alone, whole - drafter.main_weight * numbers["loss"], rtol=1e-5)
     assert torch.equal(own["offsets"], numbers["offsets"])
     assert own["tokens"] == numbers["tokens"]
@@ -143,19 +143,19 @@ def test_the_drafters_gradients_are_fine_tunings(tiny, choice, packed):
 
 def test_states_may_come_from_elsewhere(tiny):
     model = Nothing().attach(tiny.load(torch.float32), Start())
-    drafter = made(model, "eagle3", "drafter.aux_layers=[0,1,2]", "drafter.offsets=2")
+    drafter = built(model, "eagle3", "drafter.aux_layers=[0,1,2]", "drafter.offsets=2")
     target, rows = Target(model), batch()
     loss = DraftLoss(model, 8, drafter, target)
-    wanted, total, _ = gradients(loss, drafter, rows)
-    kept = loss.forward(rows)[:2]
-    assert kept[1].shape == (3, 24, 3 * 16)
-    assert not kept[1].requires_grad
+    expected, total, _ = gradients(loss, drafter, rows)
+    folder_kept = loss.forward(rows)[:2]
+    assert folder_kept[1].shape == (3, 24, 3 * 16)
+    assert not folder_kept[1].requires_grad
     calls = []
-    stored = DraftLoss(model, 8, drafter, target, lambda batch: calls.append(batch) or kept)
-    found, again, _ = gradients(stored, drafter, rows)
+    stored = DraftLoss(model, 8, drafter, target, lambda batch: calls.append(batch) or folder_kept)
+    actual, again, _ = gradients(stored, drafter, rows)
     assert calls == [rows]
     assert again == total
-    assert all(torch.equal(found[name], wanted[name]) for name in found)
+    assert all(torch.equal(actual[name], expected[name]) for name in actual)
 
 
 def test_only_a_drafter_is_trained(tiny):
@@ -177,7 +177,7 @@ def test_only_a_drafter_is_trained(tiny):
     with pytest.raises(ValueError, match="objective=distill trains a drafter, and there is none"):
         Distill(**arguments)
     with pytest.raises(ValueError, match="trains the drafter only: set adapter=none"):
-        Distill(**arguments, drafter=made(model, "mtp_medusa"))
+        Distill(**arguments, drafter=built(model, "mtp_medusa"))
 
 
 def test_the_served_model_is_the_target(train, chats, distil, tuned, tmp_path, monkeypatch):
@@ -186,12 +186,12 @@ def test_the_served_model_is_the_target(train, chats, distil, tuned, tmp_path, m
     models = []
     attach = Tuned.attach
 
-    def kept(self, model):
+    def folder_kept(self, model):
         model = attach(self, model)
         models.append((model, copy.deepcopy(model.state_dict())))
         return model
 
-    monkeypatch.setattr(Tuned, "attach", kept)
+    monkeypatch.setattr(Tuned, "attach", folder_kept)
     same = ("drafter=mtp_medusa", "callbacks.evaluation.every=1")
     run = distil("name=unmerged", *same)
     model, before = models[0]
@@ -200,15 +200,15 @@ def test_the_served_model_is_the_target(train, chats, distil, tuned, tmp_path, m
     assert any("delta" in name for name in before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
-    found = load_trained(str(tuned), fp32=True)
-    found.adapter.merge(found.model).save_pretrained(tmp_path / "merged")
-    found.base.tokenizer.save_pretrained(tmp_path / "merged")
+    actual = load_trained(str(tuned), fp32=True)
+    actual.adapter.merge(actual.model).save_pretrained(tmp_path / "merged")
+    actual.base.tokenizer.save_pretrained(tmp_path / "merged")
     common = (f"task.path={chats}", *DRAFT, "max_steps=4", *same)
     merged = train(*common, "base=hf", f"base.path={tmp_path / 'merged'}", "name=merged")
     alone = train(*common, "name=alone")
-    wanted, own, other = drafter_of(merged), drafter_of(run), drafter_of(alone)
-    assert all(torch.allclose(own[name], wanted[name], atol=1e-4) for name in wanted)
-    assert not all(torch.allclose(other[name], wanted[name], atol=1e-3) for name in wanted)
+    expected, own, other = drafter_of(merged), drafter_of(run), drafter_of(alone)
+    assert all(torch.allclose(own[name], expected[name], atol=1e-4) for name in expected)
+    assert not all(torch.allclose(other[name], expected[name], atol=1e-3) for name in expected)
     losses = [
         [row["loss"] for row in rows_of(place, "evaluation")] for place in (run, merged, alone)
     ]
@@ -224,7 +224,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(chats, tuned, distil, monkey
     settings = ("callbacks.checkpoints.every=2", "callbacks.evaluation.every=2")
     calls = []
     monkeypatch.setattr(Drafter, "calibrate", lambda self, counts: calls.append(counts()))
-    wanted = distil("name=alone", *settings)
+    expected = distil("name=alone", *settings)
     with monkeypatch.context() as patch:
         step = FineTune.on_train_batch_start
 
@@ -238,16 +238,16 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(chats, tuned, distil, monkey
             distil("name=cut", *settings)
     # The first start counted; the one that goes on does not, and takes the weights that it finds.
     assert len(calls) == 2
-    found = distil("name=cut", "resume=auto", *settings)
+    actual = distil("name=cut", "resume=auto", *settings)
     assert len(calls) == 2
     assert calls[0].sum() > 59
     assert calls[0].dtype == torch.int64
-    first, second = drafter_of(wanted), drafter_of(found)
+    first, second = drafter_of(expected), drafter_of(actual)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert rows_of(found, "step") == rows_of(wanted, "step")
-    assert rows_of(found, "evaluation") == rows_of(wanted, "evaluation")
+    assert rows_of(actual, "step") == rows_of(expected, "step")
+    assert rows_of(actual, "evaluation") == rows_of(expected, "evaluation")
 
-    record = yaml.safe_load((found / "run.yaml").read_text())["identity"]["target"]
+    record = yaml.safe_load((actual / "run.yaml").read_text())["identity"]["target"]
     manifest = json.loads((tuned / "checkpoints" / "step-00000004.json").read_text())
     assert record == {
         "run": str(tuned),
@@ -256,27 +256,29 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(chats, tuned, distil, monkey
         "sha256": manifest["sha256"],
     }
     assert (
-        json.loads((found / "drafter" / "config.json").read_text())["target"]["adapter"] == record
+        json.loads((actual / "drafter" / "config.json").read_text())["target"]["adapter"] == record
     )
     with pytest.raises(CheckpointError, match=r"target\.step: 4 in the run, 2 now"):
         distil("name=cut", "resume=auto", f"target.run={tuned}@2", "max_steps=6")
     for file in (tuned / "checkpoints").glob("step-00000004.*"):
         file.rename(file.with_name(file.name + ".gone"))
     with pytest.raises(CheckpointError, match="has no checkpoint '4'; it has the steps"):
-        load_trained(str(found))
+        load_trained(str(actual))
 
 
 def test_the_verbs_use_base_adapter_and_drafter(chats, tuned, distil, tmp_path, capsys):
     run = distil("name=draft", "drafter=mtp_medusa")
-    found, target = load_trained(str(run), fp32=True), load_trained(str(tuned), fp32=True)
+    actual, target = load_trained(str(run), fp32=True), load_trained(str(tuned), fp32=True)
     ids = torch.arange(5, 20)[None]
-    assert torch.equal(found.model(input_ids=ids).logits, target.model(input_ids=ids).logits)
-    with found.adapter.disabled(found.model):
+    assert torch.equal(actual.model(input_ids=ids).logits, target.model(input_ids=ids).logits)
+    with actual.adapter.disabled(actual.model):
         assert not torch.allclose(
-            found.model(input_ids=ids).logits, target.model(input_ids=ids).logits
+            actual.model(input_ids=ids).logits, target.model(input_ids=ids).logits
         )
     tensors = load_file(run / "drafter" / "model.safetensors")
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in found.drafter.state().items())
+    assert all(
+        torch.equal(tensor, tensors[name]) for name, tensor in actual.drafter.state().items()
+    )
     assert not (run / "adapter").exists()
 
     assert evaluate.main([f"run={run}", f"json={tmp_path / 'found.json'}"]) == 0
@@ -388,26 +390,26 @@ def test_the_base_is_the_targets(compose, tmp_path):
 
 
 def test_runs_that_are_no_target_are_refused(compose, tmp_path):
-    def said(folder, *more):
+    def message(folder, *more):
         return refused(compose, "drafter=mtp_shared", "adapter=none", f"target.run={folder}", *more)
 
-    assert "it has no run.yaml" in said(tmp_path / "none")
+    assert "it has no run.yaml" in message(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "run.yaml").write_text("a: 1")
-    assert "is not a run's record: KeyError: 'config'" in said(tmp_path / "empty")
-    assert "trained a classifier" in said(
+    assert "is not a run's record: KeyError: 'config'" in message(tmp_path / "empty")
+    assert "trained a classifier" in message(
         record(tmp_path / "classifier", identity__labels=["a", "b"])
     )
-    assert "trained no adapter" in said(
+    assert "trained no adapter" in message(
         record(tmp_path / "alone", config__adapter___target_="adapters.full.Nothing")
     )
     draft = record(tmp_path / "draft", config__target__run="runs/sql")
-    assert f"give target.run=runs/sql, and target.draft={draft}" in said(draft)
+    assert f"give target.run=runs/sql, and target.draft={draft}" in message(draft)
     strange = record(tmp_path / "strange", config__base___target_="os.system")
     with pytest.raises(ConfigError, match=r"base\._target_ is 'os\.system'"):
         compose("task.path=x", "drafter=mtp_shared", "adapter=none", f"target.run={strange}")
     fits = record(tmp_path / "fits", config__base__seed=0)
-    assert "brings that run's adapter, frozen: set adapter=none" in said(fits, "adapter=lora")
+    assert "brings that run's adapter, frozen: set adapter=none" in message(fits, "adapter=lora")
 
 
 def test_the_best_drafter_is_the_one_that_is_kept(train, chats, monkeypatch):
@@ -463,9 +465,9 @@ def test_states_on_disk_train_the_same(chats, distil, tuned, tmp_path):
     online = distil(*eagle, "name=online")
     stored = distil(*eagle, "name=stored", f"target.features={tmp_path / 'states'}")
     assert (tmp_path / "states" / "index.json").exists()
-    wanted, found = drafter_of(online), drafter_of(stored)
+    expected, actual = drafter_of(online), drafter_of(stored)
     assert all(
-        torch.allclose(found[name].float(), wanted[name].float(), atol=1e-5) for name in wanted
+        torch.allclose(actual[name].float(), expected[name].float(), atol=1e-5) for name in expected
     )
     losses = [[row["loss"] for row in rows_of(place, "step")] for place in (online, stored)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
@@ -482,7 +484,7 @@ def test_preflight_names_what_does_not_fit(tiny, tmp_path):
     ) == [f"target.draft={tmp_path}: it is no drafter's folder: it has no config.json"]
     task = SimpleNamespace(kind="conversation", metrics=[])
 
-    def said(objective, drafter, monitor):
+    def message(objective, drafter, monitor):
         evaluated = {"generate": 0, "monitor": monitor, "generate_every": None}
         settings = {
             "task": {"eval_path": "rows.jsonl"},
@@ -498,16 +500,16 @@ def test_preflight_names_what_does_not_fit(tiny, tmp_path):
 
     alone, taught = {"offsets": 1}, {"offsets": 1, "loss": "ce"}
     assert (
-        said("trainer.training.distill.Distill", taught, "expected")
-        == said("trainer.training.finetune.FineTune", taught, "offset1/acceptance")
+        message("trainer.training.distill.Distill", taught, "expected")
+        == message("trainer.training.finetune.FineTune", taught, "offset1/acceptance")
         == ""
     )
-    assert said("trainer.training.distill.Distill", alone, "expected").endswith(
+    assert message("trainer.training.distill.Distill", alone, "expected").endswith(
         "the metrics are: loss, accepted, offset1/loss, offset1/top1, offset1/top5"
     )
-    assert "the metrics are: loss, accepted, expected" in said(
+    assert "the metrics are: loss, accepted, expected" in message(
         "trainer.training.distill.Distill", taught, "accuracy"
     )
-    assert said("trainer.training.finetune.FineTune", {}, "accepted").endswith(
+    assert message("trainer.training.finetune.FineTune", {}, "accepted").endswith(
         "the metrics are: loss, accuracy, perplexity"
     )

@@ -103,9 +103,10 @@ def naive(
     return gradients, weights
 
 
-def same(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> bool:
+def same(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> bool:
     return all(
-        (a - b).abs().max() <= tolerance * b.abs().max() for a, b in zip(found, wanted, strict=True)
+        (a - b).abs().max() <= tolerance * b.abs().max()
+        for a, b in zip(actual, expected, strict=True)
     )
 
 
@@ -355,10 +356,12 @@ def test_each_step_has_its_schedules_rate_and_groups_keep_their_ratio(tmp_path):
     )
     seen = Seen()
     run.fit(*adapted(lora(lr_ratio=16.0)), seen, steps=6)
-    wanted = [0.5, 1.0] + [0.1 + 0.9 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
-    assert [rates[0] for rates in seen.rates] == pytest.approx([1e-2 * factor for factor in wanted])
+    expected = [0.5, 1.0] + [0.1 + 0.9 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
+    assert [rates[0] for rates in seen.rates] == pytest.approx(
+        [1e-2 * factor for factor in expected]
+    )
     assert [rates[1] for rates in seen.rates] == pytest.approx(
-        [16e-2 * factor for factor in wanted]
+        [16e-2 * factor for factor in expected]
     )
 
 
@@ -453,8 +456,8 @@ def test_mixed_precision_keeps_trained_weights_and_gradients_in_fp32(tmp_path):
         == {torch.float32}
     )
     # The base's weights and each activation have 8 bits, through two layers and back.
-    for got, wanted in zip(seen.gradients[0], exact.gradients[0], strict=True):
-        assert 0 < (got - wanted).norm() < 0.1 * wanted.norm()
+    for got, expected in zip(seen.gradients[0], exact.gradients[0], strict=True):
+        assert 0 < (got - expected).norm() < 0.1 * expected.norm()
     assert seen.sums[2]["loss"] == pytest.approx(exact.sums[2]["loss"], rel=0.02)
     assert seen.sums[2]["loss"] / seen.sums[2]["tokens"] < 10
 
@@ -483,12 +486,12 @@ def test_adalora_is_penalised_once_a_step_and_told_of_each(tmp_path, monkeypatch
             "ADALORA", 1, init_r=4, target_r=2, target_modules=["q_proj"], orth_reg_weight=0.5
         )
         adapter, model = adapted(adapter)
-        told: list[int] = []
+        reported: list[int] = []
         allocate = model.base_model.update_and_allocate
         monkeypatch.setattr(
             model.base_model,
             "update_and_allocate",
-            lambda step: (told.append(step), allocate(step)),
+            lambda step: (reported.append(step), allocate(step)),
         )
         seen = Seen()
         overrides = [
@@ -497,10 +500,10 @@ def test_adalora_is_penalised_once_a_step_and_told_of_each(tmp_path, monkeypatch
             "objective.max_grad_norm=null",
         ]
         Run(tmp_path, overrides).fit(adapter, model, seen)
-        return seen, told
+        return seen, reported
 
-    (whole, told), (divided, _) = fitted(1), fitted(4)
-    assert told == [1, 2, 3]
+    (whole, reported), (divided, _) = fitted(1), fitted(4)
+    assert reported == [1, 2, 3]
     for step in range(3):
         for a, b in zip(divided.gradients[step], whole.gradients[step], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

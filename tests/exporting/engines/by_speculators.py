@@ -16,14 +16,14 @@ config = SpeculatorModelConfig.from_pretrained(folder)
 # its default needs blocks of 128 tokens
 config.transformer_layer_config._attn_implementation = "eager"
 model = SpeculatorModel.from_pretrained(folder, config=config).float().eval()
-found = []
-model.lm_head.register_forward_hook(lambda module, args, output: found.append(output[0]))
-given = load_file(inputs)
+actual = []
+model.lm_head.register_forward_hook(lambda module, args, output: actual.append(output[0]))
+arguments = load_file(inputs)
 with torch.no_grad():
     model(
-        hidden_states=given["states"][None],
-        input_ids=given["ids"][None],
-        document_ids=torch.zeros_like(given["ids"])[None],
+        hidden_states=arguments["states"][None],
+        input_ids=arguments["ids"][None],
+        document_ids=torch.zeros_like(arguments["ids"])[None],
         ttt_steps=3,
     )
 written = {
@@ -33,7 +33,7 @@ written = {
 }
 save_file(
     {
-        "logits": torch.stack(found),
+        "logits": torch.stack(actual),
         **{f"weights.{name}": tensor for name, tensor in written.items()},
     },
     out,

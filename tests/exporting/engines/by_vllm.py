@@ -98,7 +98,7 @@ def main(target, folder, method, tokens, inputs, out):
         )
     )
 
-    given = load_file(inputs)
+    arguments = load_file(inputs)
     shared = load_file(os.path.join(target, "model.safetensors"))
     embedding = shared["model.embed_tokens.weight"]
     if "model.embed_tokens.weight" in empty:  # vLLM gives a draft the target's own then
@@ -115,12 +115,12 @@ def main(target, folder, method, tokens, inputs, out):
     linear.UnquantizedLinearMethod.apply = lambda self, layer, x, bias=None: F.linear(
         x, layer.weight, bias
     )
-    positions = torch.arange(len(given["ids"]))
+    positions = torch.arange(len(arguments["ids"]))
     with torch.no_grad(), set_forward_context(None, config):
-        states = given["states"]
+        states = arguments["states"]
         if hasattr(model, "combine_hidden_states"):
             states = model.combine_hidden_states(states)
-        normed, fed = model(given["ids"], positions, states)
+        normed, fed = model(arguments["ids"], positions, states)
         head = (
             model.lm_head.weight[: hf.draft_vocab_size]
             if hasattr(model, "lm_head")

@@ -66,18 +66,18 @@ def python(name: str, packages: tuple[str, ...], sources: str | None = None) -> 
     place = CACHE / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
     if not place.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=CACHE))
+        built = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=CACHE))
         try:
-            venv.create(made, with_pip=False, symlinks=True)
-            site = next(made.glob("lib/python*/site-packages"))
+            venv.create(built, with_pip=False, symlinks=True)
+            site = next(built.glob("lib/python*/site-packages"))
             (site / "host.pth").write_text("\n".join(_hosts()) + "\n")
             _pip("install", "--target", str(site), *packages)
             if sources is not None:
-                _unpack(sources, made / "wheel", site)
-            made.chmod(0o755)
-            made.rename(place)
+                _unpack(sources, built / "wheel", site)
+            built.chmod(0o755)
+            built.rename(place)
         finally:
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(built, ignore_errors=True)
     return place / "bin" / "python"
 
 
