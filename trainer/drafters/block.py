@@ -195,13 +195,13 @@ class Block(Heads):
         if self.training:
             # Drawn on the CPU, so that they are the same for every device.
             chance = torch.rand(valid.shape).to(valid.device)
-            kept = valid & (chance.masked_fill(~valid, 2.0).argsort(1).argsort(1) < count)
+            chosen = valid & (chance.masked_fill(~valid, 2.0).argsort(1).argsort(1) < count)
         else:
             rank = valid.cumsum(1)
             most = many.clamp_min(count).unsqueeze(1)
-            kept = valid & (rank * count // most != (rank - 1) * count // most)
-        at = kept.byte().sort(dim=1, descending=True, stable=True).indices[:, :count]
-        real = kept.gather(1, at)
+            chosen = valid & (rank * count // most != (rank - 1) * count // most)
+        at = chosen.byte().sort(dim=1, descending=True, stable=True).indices[:, :count]
+        real = chosen.gather(1, at)
         return at, real, many / real.sum(1).clamp_min(1)
 
     def slots(
