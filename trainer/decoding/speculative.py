@@ -193,8 +193,7 @@ class Decoder:
                 f"rule={self.rule}: merged drafts have drawn and copied siblings, which only"
                 " rule=traversal verifies"
             )
-        self.max_new_tokens = max_new_tokens
-        self.stops = Stops.of(stops)
+        self.max_new_tokens, self.stops = max_new_tokens, Stops.of(stops)
         self.sampling, self.to_probabilities = sampling, sampling.to_probabilities()
         self.boundary = positions.boundary(target.config)
         self.results: dict[int, Result] = {}
