@@ -1,8 +1,9 @@
 """Composes configs in tests as Hydra does, but reads and merges the files of conf/ once for each
 choice of groups: later compositions copy the result and apply their single values to it.
 
-The hook of trainer.config.hydra_hook, Hydra's parser and its errors are the real ones. Folders
-outside conf/ are read each time. tests/config/test_composing.py compares both ways.
+The hook of trainer.config.hydra_hook, Hydra's parser and its errors are the real ones. Files
+outside conf/ are read each time, and merged into what comes before them in the defaults list.
+tests/config/test_composing.py compares both ways.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from hydra._internal import config_loader_impl
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
 from hydra.core.object_type import ObjectType
+from omegaconf import flag_override
+from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.schema import CONF
 
@@ -28,7 +31,8 @@ read = ConfigRepository.load_config
 
 files: dict[tuple[Any, ...], Any] = {}
 lists: dict[tuple[Any, ...], Any] = {}
-merged: dict[int, Any] = {}  # by the id of a defaults list in `lists`
+# By the id of a defaults list in `lists`, or by the first entries of another list.
+merged: dict[tuple[Any, ...], Any] = {}
 
 
 def place(source: Any) -> str:
@@ -75,11 +79,28 @@ def create_once(
 
 def merge_once(loader: Any, defaults: list[Any], repo: Any) -> Any:
     """ConfigLoaderImpl._compose_config_from_defaults_list."""
-    if not any(each.defaults is defaults for each in lists.values()):
-        return merge(loader, defaults, repo)
-    if id(defaults) not in merged:
-        merged[id(defaults)] = merge(loader, defaults, repo)
-    return copy.deepcopy(merged[id(defaults)])
+    if any(each.defaults is defaults for each in lists.values()):
+        key, count = (id(defaults),), len(defaults)
+    else:
+        foreign = (at for at, each in enumerate(defaults) if not is_ours(each, repo))
+        count = next(foreign, len(defaults))
+        key = tuple(dataclasses.astuple(each) for each in defaults[:count])
+    if key not in merged:
+        merged[key] = merge(loader, defaults[:count], repo)
+    config = copy.deepcopy(merged[key])
+    try:
+        with flag_override(config, "no_deepcopy_set_nodes", True):
+            for each in defaults[count:]:
+                config.merge_with(merge(loader, [each], repo))
+    except OmegaConfBaseException:
+        return merge(loader, defaults, repo)  # which raises Hydra's error
+    return config
+
+
+def is_ours(default: Any, repo: Any) -> bool:
+    """Whether an entry of a defaults list is a file of conf/ or of Hydra's."""
+    source = repo.delegate._find_object_source(default.config_path, ObjectType.CONFIG)
+    return source is not None and place(source) in OURS
 
 
 def install() -> None:

@@ -79,3 +79,35 @@ def test_a_folder_of_ones_own_is_read_each_time(tmp_path):
         file.write_text("# @package _global_\n" + yaml.safe_dump(content))
         words = ["experiment=mine", TASK, f"hydra.searchpath=['file://{tmp_path}']"]
         assert compose(words).max_steps == steps
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {
+            "defaults": [{"override /adapter": "rosa"}, {"override /base": "tiny"}, "_self_"],
+            "adapter": {"rank": 4},
+            "task": {"columns": {"a": "b"}},
+        },
+        {"defaults": [{"/base@own.base": "tiny"}], "own": {"a": [1, {"b": None}]}},
+        {"optimizer": 3, "task": {"columns": {"a": "${name}"}}},
+        {"hydra": {"searchpath": ["pkg://other"]}},
+        {"hydra": {"run": "text", "job": {"chdir": True}}},
+    ],
+)
+def test_a_file_of_ones_own_is_merged_as_hydra_does(tmp_path, content):
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text("# @package _global_\n" + yaml.safe_dump(content))
+    words = ["experiment=mine", TASK, f"hydra.searchpath=['file://{tmp_path}']"]
+
+    def outcome():
+        try:
+            return OmegaConf.to_yaml(composed(*words))
+        except Exception as error:
+            return type(error), str(error)
+
+    first, again = outcome(), outcome()
+    with composing.as_hydra_does():
+        wanted = outcome()
+    assert first == again == wanted

@@ -92,19 +92,8 @@ def _hydra_faults(path: tuple[str, ...], place: str, key: str, value: Any) -> It
 
 
 def _interpolation_faults(place: str, text: str) -> Iterator[str]:
-    """Yield faults of resolvers that a config may not call.
-
-    OmegaConf's parser lists them, because a resolver's name can contain interpolations too.
-    """
-    nodes: list[Any] = [grammar_parser.parse(text)]
-    while nodes:
-        node = nodes.pop()
-        nodes += getattr(node, "children", None) or []
-        if type(node).__name__ != "InterpolationResolverContext":
-            continue
-        name = node.resolverName().getText()
-        arguments = node.sequence().getText().strip() if node.sequence() else ""
-        variable = re.split(r"[\s,]", arguments)[0]
+    """Yield faults of resolvers that a config may not call."""
+    for name, variable in _resolvers(text):
         if name not in _RESOLVERS:
             yield f"{place} uses the resolver {name!r}; known: {', '.join(sorted(_RESOLVERS))}."
         elif name == "oc.env" and not _PUBLIC_VARIABLES.fullmatch(variable):
@@ -112,6 +101,23 @@ def _interpolation_faults(place: str, text: str) -> Iterator[str]:
                 f"{place} reads the environment variable {variable}, which would end up in logs."
                 " Export it where it is used."
             )
+
+
+@functools.lru_cache(maxsize=256)  # parsing takes 1 ms, and Hydra's own node has many of these
+def _resolvers(text: str) -> tuple[tuple[str, str], ...]:
+    """Return (name, first argument) of each resolver that a text calls.
+
+    OmegaConf's parser lists them, because a resolver's name can contain interpolations too.
+    """
+    nodes: list[Any] = [grammar_parser.parse(text)]
+    calls = []
+    while nodes:
+        node = nodes.pop()
+        nodes += getattr(node, "children", None) or []
+        if type(node).__name__ == "InterpolationResolverContext":
+            arguments = node.sequence().getText().strip() if node.sequence() else ""
+            calls.append((node.resolverName().getText(), re.split(r"[\s,]", arguments)[0]))
+    return tuple(calls)
 
 
 def _remote_code(config: DictConfig) -> Iterator[str]:
