@@ -113,6 +113,7 @@ ROWS = {
     "sft": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     "sql": {"question": "q", "context": "CREATE TABLE a (b INT)", "answer": "SELECT b FROM a"},
     "gsm8k": {"question": "q", "answer": "#### 1"},
+    "metamath": {"query": "q", "response": "The answer is: 1"},
     "viggo": {"target": "x", "meaning_representation": "inform(name[x])"},
     "completion": {"text": "some text"},
 }

@@ -21,7 +21,7 @@ TASKS = {"datasets", "pyarrow", "filelock", "torchmetrics"}
 ORDER = [
     "config", "schedules", "speed", "cluster", "storage", "models", "data", "penalties",
     "drafters", "decoding", "training", "assembly", "evaluation", "exporting", "callbacks",
-    "session",
+    "session", "studies",
 ]  # fmt: skip
 BEFORE_TORCH = ("config", "cluster")  # these answer before torch is imported, which takes seconds
 

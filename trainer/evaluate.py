@@ -3,7 +3,8 @@
     graft evaluate run=FOLDER[@last|best|STEP] [OPTIONS]
 
 Metrics are loss, perplexity and accuracy over the rows, and with generate=N the task's grades of N
-generated answers. During training the Evaluation callback measures the same.
+generated answers. During training the Evaluation callback measures the same. task.eval_path=FILE
+takes other rows than those that the run held out.
 
 With task=speculation the run's drafter is evaluated instead: graft evaluate task=speculation --help
 """
@@ -12,13 +13,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trainer.config import paths
 from trainer.config.decoding_options import MeasureOptions
 from trainer.config.errors import bad
-from trainer.config.options import exit_with, option, parse
+from trainer.config.options import exit_with, option, parse, rest
 from trainer.config.shown import say
 
 SPECULATION = """\
@@ -49,6 +52,19 @@ class Options:
     batch_size: int = option("rows at once", 16, at_least=1)
     max_new_tokens: int = option("of a generated answer", 128, at_least=1)
     json: Path | None = option("write the metrics as JSON", None, value="FILE", writes=True)
+    rows: Path | None = option(
+        "write loss, answer and scores of each row", None, value="FILE.jsonl", writes=True
+    )
+    task: tuple[str, ...] = rest(
+        "other rows, as task.eval_path=FILE", "task.KEY=VALUE", lambda key: key.startswith("task.")
+    )
+
+    def faults(self) -> Iterator[str]:
+        """Yield what does not go together."""
+        for word in self.task:
+            key, _, path = word.partition("=")
+            if key == "task.eval_path":
+                yield from paths.rows_problems(path, key)
 
 
 @dataclass(frozen=True)
@@ -80,6 +96,7 @@ def main(argv: list[str]) -> int:
     from trainer.storage import atomic
 
     quiet.quiet()
+    rows: list[dict[str, Any]] | None = [] if options.rows else None
     try:
         results = run_metrics(
             options.run,
@@ -87,6 +104,8 @@ def main(argv: list[str]) -> int:
             options.generate,
             options.batch_size,
             options.max_new_tokens,
+            options.task,
+            rows,
         )
     except Exception as error:
         return failures.report_and_exit_code(error)
@@ -96,6 +115,9 @@ def main(argv: list[str]) -> int:
     get_console().print(table)
     if options.json:
         atomic.write_output(options.json, json.dumps(results, indent=2) + "\n")
+    if options.rows:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows or []]
+        atomic.write_output(options.rows, "".join(lines))
     return 0
 
 

@@ -35,7 +35,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from scripts.bench.methods import run, trained_parameters
+from scripts.bench.processes import run, trained_parameters
 from tasks import reading
 
 DEFAULTS: dict[str, Any] = {

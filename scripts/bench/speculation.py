@@ -45,8 +45,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from scripts.bench.heads import complete, responses
-from scripts.bench.methods import run, trained_parameters
 from scripts.bench.options import parse
+from scripts.bench.processes import run, trained_parameters
 from scripts.bench.speculation_table import plot, table
 
 DEFAULTS: dict[str, Any] = {

@@ -15,6 +15,7 @@ from trainer.config import options
 from trainer.config.commands import NAMES, no_such_command
 
 WRONG = {name: ["zzz=1"] for name in NAMES} | {
+    "study": ["zzz"],
     "submit": ["zzz"],
     "evaluate task=speculation": ["zzz=1"],
 }

@@ -29,7 +29,7 @@ TAKES = {
     "speculate": [["run={run}", "prompt=x"]],
 }
 # They take a config; test_a_config_that_names_a_strangers_folder has its folders.
-CONFIGS = {"preflight", "submit"}
+CONFIGS = {"preflight", "study", "submit"}
 
 
 @pytest.fixture

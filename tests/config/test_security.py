@@ -146,6 +146,10 @@ HOSTILE = {
     "a Hydra callback": (["+hydra.callbacks.a={_target_: os.makedirs, name: CANARY}"], ONLY),
     "a launcher": (["hydra.launcher._target_=os.makedirs", "+hydra.launcher.name=CANARY"], ONLY),
     "a sweeper": (["hydra.sweeper._target_=os.makedirs", "--multirun"], ONLY),
+    "a function of a sweeper": (
+        ["+hydra.sweeper.custom_search_space=os.makedirs", "--multirun"],
+        "names code or a database of Optuna",
+    ),
     "a handler": (
         ["hydra.job_logging.handlers.file.class=logging.handlers.SocketHandler"],
         "Log handlers are one of",

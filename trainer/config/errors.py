@@ -47,6 +47,11 @@ def explain(error: Exception) -> str:
 
 def no_such_choice(group: str, name: str, choices: list[str]) -> str:
     """Return the message for a choice that a group does not have."""
+    if (group, name) == ("hydra/sweeper", "optuna"):
+        return (
+            "hydra/sweeper=optuna needs a package that is not installed: pip install"
+            " hydra-optuna-sweeper"
+        )
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
     hint = f" Did you mean {close[0]}?" if close else ""
     return f"{group}={name}: there is no such choice.{hint} Known: {', '.join(choices)}"

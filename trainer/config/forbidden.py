@@ -21,10 +21,17 @@ _HYDRA_TARGETS = {
     "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
     "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
     "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
+    "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper",
+    "optuna.samplers.TPESampler",
+    "optuna.samplers.RandomSampler",
+    "optuna.samplers.GridSampler",
+    "optuna.samplers.CmaEsSampler",
 }
 _LOGGING_CLASSES = {"logging.StreamHandler", "logging.FileHandler", "rich.logging.RichHandler"}
 _LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 _LOG_FILE = "${hydra.runtime.output_dir}/${hydra.job.name}.log"
+# settings of Optuna's sweeper that import a function, or open a database or any file
+_OF_SWEEPER = ("custom_search_space", "storage", "constraints_func")
 _RESOLVERS = {"run_folder", "hydra", "now", "oc.select", "oc.env"}
 _PUBLIC_VARIABLES = re.compile(
     r"(SLURM_\w+|USER|HOME|HOSTNAME|TMPDIR|SCRATCH|CUDA_VISIBLE_DEVICES)"
@@ -74,6 +81,11 @@ def _hydra_faults(path: tuple[str, ...], place: str, key: str, value: Any) -> It
         yield (
             f"{place}: the environment is not set from a config, since it decides what other"
             " programs run. Export it instead."
+        )
+    elif path[:1] == ("sweeper",) and {*path} & {*_OF_SWEEPER} and value is not None:
+        yield (
+            f"{place} is {value!r}. It names code or a database of Optuna, which no config chooses:"
+            " leave it out."
         )
     elif path == ("output_subdir",) and not (value is None or re.fullmatch(r"\.?\w+", str(value))):
         yield f"{place} is {value!r}. It is a folder's name within the run folder, or null."

@@ -53,7 +53,7 @@ def save(
             # before save_adapter, which may load another checkpoint's weights
             if isinstance(callback, Averaging):
                 callback.save(write)
-        save_adapter(folder, module, write, recipe.config["export"])
+        save_adapter(folder, module, write, recipe.config)
 
 
 def save_drafter(
@@ -79,11 +79,11 @@ def save_drafter(
 
 
 def save_adapter(
-    folder: RunFolder, module: FineTune, write: Callable[[Path], None], which: str
+    folder: RunFolder, module: FineTune, write: Callable[[Path], None], config: dict[str, Any]
 ) -> None:
     """Call `write` to save the adapter. Load it back and compare, if two more copies of the base
     fit into memory."""
-    target = folder.path / "adapter"
+    target, which = folder.path / "adapter", config["export"]
     if not checkpoints.complete(folder.checkpoints):  # callbacks.checkpoints=null
         write(target)
         log.info(
@@ -99,6 +99,9 @@ def save_adapter(
         )
         module.adapter.load_state(module.model, checkpoints.load(checkpoint)["adapter"])
     write(target)
+    if not config["check_export"]:
+        log.info("adapter: %s. Not loaded back, since check_export=false", target)
+        return
     needed = 2 * 4 * sum(p.numel() for p in module.model.parameters())
     if needed > psutil.virtual_memory().available / 2:
         log.info(

@@ -279,9 +279,10 @@ class Session:
     def report(self) -> float | None:
         """Write report.html and print the held-out numbers. Return the last loss, for sweeps."""
         if self.is_rank0:
-            report_html.write(self.run_folder.path)
             results.show(self.journal)
-            log.info("report: %s", self.run_folder.path / "report.html")
+            if self.config["report"]:
+                report_html.write(self.run_folder.path)
+                log.info("report: %s", self.run_folder.path / "report.html")
         return self.last_loss()
 
     def last_loss(self) -> float | None:

@@ -71,6 +71,8 @@ FREE = (
     "name",
     "logger",
     "callbacks",
+    "check_export",
+    "report",
     "workers",
     "loading_timeout",
     "tokenise_processes",
