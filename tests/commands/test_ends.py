@@ -32,6 +32,7 @@ VERBS: dict[str, Any] = {
     "compress": None,
     "cooldown": None,
     "density": None,
+    "doctor": None,
     "evaluate": (evaluate, ["generate=2"]),
     "export": None,
     "generate": (generate, ["prompt=a", "max_new_tokens=30"]),
