@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 def whole(tensor: Any) -> Tensor:
     """Gather a sharded tensor on each rank, detached."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    sharded: Any = tensor.detach()  # a DTensor again, which torch's types do not say
+    return sharded.full_tensor() if isinstance(tensor, DTensor) else sharded
 
 
 def local(tensor: Any) -> Tensor:

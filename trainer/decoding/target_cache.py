@@ -220,8 +220,11 @@ class TargetCache:
 
     def _pass(self, ids: Int[Tensor, "B n"], **inputs: object) -> list[States]:
         reads = not self.target.gives_logits
+        reading: contextlib.AbstractContextManager[Any] = (
+            captured_hidden(self.output) if reads else contextlib.nullcontext([])
+        )
         with (
-            captured_hidden(self.output) if reads else contextlib.nullcontext([]) as captured,
+            reading as captured,
             captured_layers(self.target.decoder, self.layers) as between,
         ):
             out = self.model(

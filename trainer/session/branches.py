@@ -41,7 +41,7 @@ class Branch:
 def sweep(branch: Branch) -> tuple[list[Branch], str | None]:
     """Return (every combination of the values that are separated by commas, the first option with
     several values). `source=RUN@10,20` is RUN@10 and RUN@20."""
-    values = {
+    values: dict[str, Any] = {
         name: str(value).split(",")
         for name in ("source", "fraction", "steps", "shape", "final")
         if (value := getattr(branch, name)) is not None
@@ -162,7 +162,7 @@ def _length(branch: Branch, step: int) -> int:
         length = (
             int(steps)
             if steps is not None
-            else round(step * float(fraction) / (1 - float(fraction)))
+            else round(step * float(fraction or 0) / (1 - float(fraction or 0)))
         )
     except (ValueError, ZeroDivisionError):
         length = 0

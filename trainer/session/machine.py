@@ -205,8 +205,7 @@ def _places() -> Iterator[Check]:
     text = "switched off by HF_HUB_OFFLINE" if offline else "asked when a model is loaded"
     yield Check("places", "hub", "ok", text)
     for name in ("HF_TOKEN", "WANDB_API_KEY"):
-        there = bool(os.environ.get(name))
-        yield Check("places", name, "ok", "set" if there else "not set")
+        yield Check("places", name, "ok", "set" if os.environ.get(name) else "not set")
 
 
 def as_rows(lines: list[Check]) -> list[dict[str, Any]]:

@@ -183,7 +183,7 @@ def _checkpoint_to_resume(
     recorded = earlier["identity"]
     split = same_step.Split(earlier["config"], recorded.get("ranks", 1), recipe)
     fault = split.fault()
-    free = same_step.KEYS if fault is None else ()
+    free: tuple[str, ...] = same_step.KEYS if fault is None else ()
     free += same_step.LAUNCH if fault is None and split.other_ranks else ()
     differences = run_folder.differences(
         earlier["config"], recipe.config, (*run_folder.FREE, *run_folder.LENGTHS, *free)
