@@ -38,7 +38,7 @@ class Classification:
         columns: dict[str, str],
         labels: list | None,
         on_bad: str,
-        weight_column: str | None = None,
+        weight_column: str | None,
         **more: Any,
     ):
         self.splits = Splits.of(

@@ -32,7 +32,7 @@ class Completion:
         streaming: bool,
         shuffle_block: int,
         on_bad: str,
-        weight_column: str | None = None,
+        weight_column: str | None,
         **more: Any,
     ):
         self.splits = Splits.of(

@@ -57,8 +57,8 @@ def value_of(text: str | None) -> float | str | None:
 
 def right(answer: str, expected: str) -> bool:
     """Return whether an answer's result is the expected one's."""
-    found = value_of(answer_of(answer))
-    return found is not None and found == value_of(answer_of(expected))
+    value = value_of(answer_of(answer))
+    return value is not None and value == value_of(answer_of(expected))
 
 
 def accuracy(pairs: Iterable[tuple[str, str]]) -> float:

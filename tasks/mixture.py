@@ -62,7 +62,7 @@ class Mixture:
         on_lost: str,
         chat_template_kwargs: dict[str, Any],
         eval_sets: dict[str, Any],
-        weight_column: str | None = None,
+        weight_column: str | None,
     ):
         if not parts:
             raise DataError("task.parts is empty: give {NAME: {path: FILE, weight: 1}, ...}")

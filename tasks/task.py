@@ -221,7 +221,7 @@ class Chats:
         on_bad: str,
         on_lost: str,
         chat_template_kwargs: dict[str, Any],
-        weight_column: str | None = None,
+        weight_column: str | None,
         **more: Any,
     ):
         self.splits = Splits.of(

@@ -91,6 +91,7 @@ def _read(options: Options) -> Any:
 
     from trainer.config import limits
     from trainer.config.errors import ConfigError
+    from trainer.config.limits import LOADER
     from trainer.studies import plan
 
     changes: dict[str, Any] = {}
@@ -98,7 +99,7 @@ def _read(options: Options) -> Any:
         key, _, value = word.removeprefix("study.").partition("=")
         try:
             limits.refuse_bomb(value, word)
-            changes[key] = yaml.load(value, Loader=limits.LOADER)
+            changes[key] = yaml.load(value, Loader=LOADER)
         except Exception as error:
             raise ConfigError(f"{word}: {error}") from None
     overrides = [word for word in options.overrides if word != "resume=auto"]
@@ -121,9 +122,9 @@ def _run(options: Options, study: Any, words: list[str]) -> int:
     if options.retry and not options.dry:
         running.forget_failures(study, results, Path.unlink)
     if options.submit:
-        kept = [w for w in words if w.partition("=")[0] not in ("submit", "dry", "retry")]
-        kept = [word for word in kept if not word.startswith("slurm.")]
-        message = jobs.queue(study, results, kept, list(options.slurm), options.dry)
+        others = [w for w in words if w.partition("=")[0] not in ("submit", "dry", "retry")]
+        others = [word for word in others if not word.startswith("slurm.")]
+        message = jobs.queue(study, results, others, list(options.slurm), options.dry)
         if message is not None:
             say(message, flush=True)
             return 0

@@ -44,6 +44,7 @@ def adapter_of(kind: str, **changes: Any) -> Any:
             "accumulation_steps": 1,
             "initial_rate": 0.2,
             "policy": "linear",
+            "clip_moments": True,
             "momentum": 0.0,
             "support_seed": 0,
             "target_modules": "all-linear",

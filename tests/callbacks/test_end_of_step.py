@@ -9,6 +9,7 @@ import pytest
 
 from trainer.callbacks.end_of_step import EndOfStep
 
+TRAINER: Any = SimpleNamespace(accumulate_grad_batches=2)
 PARTS = ("evaluation", "averaging", "cooldown", "checkpoints", "progress")
 
 
@@ -40,8 +41,9 @@ def names(calls: list[Any]) -> list[str]:
 def test_a_step_is_measured_judged_and_saved_in_this_order(best):
     calls: list[Any] = []
     end = end_of_step(calls, best)
-    end.on_train_batch_end(None, SimpleNamespace(step_done=True), None, None, 0)  # type: ignore[arg-type]
+    end.on_train_batch_end(TRAINER, SimpleNamespace(step_done=True), None, None, 0)  # type: ignore[arg-type]
     assert names(calls) == [
+        "progress.count",
         "metrics.record",
         "evaluation.evaluate_if_due",
         "averaging.after_step",
@@ -56,8 +58,8 @@ def test_a_step_is_measured_judged_and_saved_in_this_order(best):
 def test_the_middle_of_an_accumulation_window_ends_no_step():
     calls: list[Any] = []
     end = end_of_step(calls)
-    end.on_train_batch_end(None, SimpleNamespace(step_done=False), None, None, 0)  # type: ignore[arg-type]
-    assert calls == []
+    end.on_train_batch_end(TRAINER, SimpleNamespace(step_done=False), None, None, 0)  # type: ignore[arg-type]
+    assert calls == [("progress.count", 2)]
 
 
 @pytest.mark.parametrize("best", [True, False])
@@ -77,7 +79,7 @@ def test_the_end_of_training_is_evaluated_before_it_is_saved(best):
 def test_a_part_that_the_config_leaves_out_is_left_out(name):
     calls: list[Any] = []
     end, module = end_of_step(calls, without=name), SimpleNamespace(step_done=True)
-    end.on_train_batch_end(None, module, None, None, 0)  # type: ignore[arg-type]
+    end.on_train_batch_end(TRAINER, module, None, None, 0)  # type: ignore[arg-type]
     end.on_train_end(None, module)  # type: ignore[arg-type]
     assert not [call for call in names(calls) if call.startswith(f"{name}.")]
     assert {call.partition(".")[0] for call in names(calls)} == {

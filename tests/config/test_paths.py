@@ -60,6 +60,7 @@ MISSING = {
     "sizes": (["sizes", "run=nowhere"], RUN),
     "density": (["density", "run=nowhere"], RUN),
     "report": (["report", "run=nowhere"], RUN),
+    "study": (["study", "nowhere.yaml"], "there is no such file, or one of"),
 }  # fmt: skip
 
 
@@ -121,7 +122,7 @@ def test_a_missing_file_of_rows_is_said_after_one_composition(folder, monkeypatc
 
 def test_every_command_is_among_them():
     commands = {MISSING[case][0][0] for case in MISSING}
-    assert commands >= {*NAMES} - {"submit"}
+    assert commands >= {*NAMES} - {"doctor", "submit"}
 
 
 @pytest.mark.parametrize("case", ["train", "export"])

@@ -36,6 +36,7 @@ SETTINGS: dict[str, Any] = {
     "limit": None,
     "eval_limit": None,
     "on_bad": "raise",
+    "weight_column": None,
 }
 
 

@@ -75,7 +75,13 @@ def text_file(path: Path, lengths: list[int]) -> Path:
 
 
 def texts(path: Path, **changes: Any) -> Completion:
-    options = {"columns": {}, "streaming": False, "shuffle_block": 10, "on_bad": "raise"}
+    options = {
+        "columns": {},
+        "streaming": False,
+        "shuffle_block": 10,
+        "on_bad": "raise",
+        "weight_column": None,
+    }
     return Completion(str(path), **(SPLIT | options | changes))
 
 
@@ -131,6 +137,7 @@ def test_labels_are_kept_with_their_rows(tiny, tmp_path):
         columns={},
         labels=None,
         on_bad="raise",
+        weight_column=None,
     )
     assert [row.label for row in listed(built(tiny, task))] == [0, 2, 1] * 3
 
@@ -209,7 +216,9 @@ def test_a_labelled_row_that_is_cut_keeps_its_class(tiny, tmp_path):
     file = write_rows(
         tmp_path / "c.jsonl", [{"text": "x" * 30, "label": 1}, {"text": "y", "label": 0}]
     )
-    task = Classification(str(file), **SPLIT, columns={}, labels=None, on_bad="raise")
+    task = Classification(
+        str(file), **SPLIT, columns={}, labels=None, on_bad="raise", weight_column=None
+    )
     rows = built(tiny, task, 10, "truncate")
     assert [(len(row.ids), row.label) for row in listed(rows)] == [(10, 1), (1, 0)]
     assert rows.report.answers_lost == 0

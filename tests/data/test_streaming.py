@@ -39,7 +39,9 @@ def stream(
     on_bad: str = "raise",
     **changes: Any,
 ) -> StreamingBatches:
-    task = Completion(str(file), "train", None, "test", 0.0, None, None, {}, True, block, on_bad)
+    task = Completion(
+        str(file), "train", None, "test", 0.0, None, None, {}, True, block, on_bad, None
+    )
     config = {
         "max_epochs": 1,
         "max_length": 512,

@@ -195,6 +195,7 @@ def test_a_run_tells_its_drafter_the_step():
         8,
         False,
         3,
+        repeat_smaller=False,
         drafter=Watching(),
     )
     module.step = 3

@@ -58,6 +58,7 @@ def trained(
         model=model,
         adapter=adapter,
         optimizer=optimizer,
+        repeat_smaller=False,
         schedule=lambda *_, **__: 1.0,
         steps=1,
         labelled=False,
@@ -80,7 +81,7 @@ def trained(
     loss, _ = module.loss(batch)
     loss.backward()
     computed = len(calls)
-    stored = sum(size for size, _, _ in profile.kept(module, batch))
+    stored = sum(size for size, _, _ in profile.saved_tensors(module, batch))
     return (
         [loss.detach(), *(p.grad for p in module.parameters() if p.requires_grad)],
         stored,

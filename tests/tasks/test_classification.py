@@ -24,6 +24,7 @@ def task(path: Path, **changes: Any) -> Classification:
         "columns": {},
         "labels": None,
         "on_bad": "raise",
+        "weight_column": None,
     }
     return Classification(str(path), **settings | changes)
 

@@ -25,6 +25,7 @@ def task(path: Path, **changes: Any) -> Completion:
         "streaming": False,
         "shuffle_block": 10,
         "on_bad": "raise",
+        "weight_column": None,
     }
     return Completion(str(path), **settings | changes)
 

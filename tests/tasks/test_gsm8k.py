@@ -30,6 +30,7 @@ def task(path: Path, **changes: Any) -> GSM8K:
         "system": None,
         "chat_template": None,
         "on_bad": "raise",
+        "weight_column": None,
         "on_lost": "error",
         "chat_template_kwargs": {},
     }

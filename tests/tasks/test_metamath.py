@@ -23,6 +23,7 @@ def task(path: Any) -> MetaMath:
         "system": None,
         "chat_template": "none",
         "on_bad": "raise",
+        "weight_column": None,
         "on_lost": "error",
         "chat_template_kwargs": {},
     }

@@ -23,6 +23,7 @@ def mixture(parts: Any, **changes: Any) -> Mixture:
         "train_on": "all",
         "metric": "exact_match",
         "on_bad": "raise",
+        "weight_column": None,
         "on_lost": "error",
         "chat_template_kwargs": {},
         "eval_sets": {},

@@ -22,6 +22,7 @@ SHARED = {
     "eval_limit": None,
     "columns": {},
     "on_bad": "raise",
+    "weight_column": None,
 }
 
 

@@ -47,6 +47,7 @@ def task(path: Path, **changes: Any) -> SQL:
         "system": None,
         "chat_template": None,
         "on_bad": "raise",
+        "weight_column": None,
         "on_lost": "error",
         "chat_template_kwargs": {},
     }

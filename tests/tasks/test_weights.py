@@ -20,6 +20,7 @@ ROWS = {
     "classification": {"text": "a", "label": "x"},
     "completion": {"text": "one two"},
     "gsm8k": {"question": "1+1?", "answer": "2\n#### 2"},
+    "metamath": {"query": "1+1?", "response": "The answer is: 2"},
     "mixture": {"prompt": "1+1=", "completion": "2"},
     "multi_label": {"text": "a", "labels": ["x"]},
     "regression": {"text": "a", "label": 0.5},

@@ -384,6 +384,7 @@ def test_vectors_do_not_decay(tmp_path, adapter):
         8,
         False,
         3,
+        repeat_smaller=False,
     )
     optimizer = module.configure_optimizers()
     decays = {

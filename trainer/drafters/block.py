@@ -46,12 +46,14 @@ from trainer.drafters.families import family_of
 from trainer.drafters.layers import (
     Heads,
     autocast_like,
+    check_states,
     decoder_layer,
     final_norm,
+    layers_of,
     projection,
     rotations,
 )
-from trainer.models.heads import Head, decoder_of
+from trainer.models.heads import Head
 
 
 class Block(Heads):
@@ -95,7 +97,8 @@ class Block(Heads):
                 f"drafter.mask_token={mask_token}: the model has tokens 0 .. {vocabulary - 1}"
             )
         self.chosen = mask_token
-        self.layers = context_layers(len(decoder_of(model).layers), aux_layers)
+        self.layers = context_layers(len(layers_of(model)), aux_layers)
+        check_states(model, self.layers)
         self.anchors, self.ce, self.l1 = anchors, ce, l1
         family: Any = family_of(model, "qwen3", "random", keeps_biases=False)
         self.family = family

@@ -191,7 +191,7 @@ def check_states(model: Any, layers: tuple[int, ...]) -> None:
     if unlike := [state for state in states if tuple(state.shape) != (1, 4, size)]:
         raise DrafterError(
             f"the states between {type(model).__name__}'s layers have the shape"
-            f" {tuple(unlike[0].shape)} for a text of 4 tokens, and EAGLE-3's head reads one vector"
+            f" {tuple(unlike[0].shape)} for a text of 4 tokens, and the head reads one vector"
             f" of hidden_size={size} for each token: {_INSTEAD}"
         )
 

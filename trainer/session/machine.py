@@ -74,12 +74,12 @@ def _versions() -> Iterator[Check]:
         yield Check("versions", "graft", "ok", metadata.version(PROJECT))
     ranges = {r.name: r for r in map(Requirement, lines) if r.marker is None}
     for name in dict.fromkeys((*SHOWN, *ranges)):
-        version, wanted = installed(name), ranges.get(name)
-        needed = f"{name}{wanted.specifier}" if wanted else name
+        version, requirement = installed(name), ranges.get(name)
+        needed = f"{name}{requirement.specifier}" if requirement else name
         if version is None:
             yield Check("versions", name, "wrong", "not installed", f"pip install '{needed}'")
-        elif wanted and not wanted.specifier.contains(version, prereleases=True):
-            text = f"{version}, tested are {wanted.specifier}"
+        elif requirement and not requirement.specifier.contains(version, prereleases=True):
+            text = f"{version}, tested are {requirement.specifier}"
             yield Check("versions", name, "wrong", text, f"pip install '{needed}'")
         elif name in SHOWN:
             yield Check("versions", name, "ok", version)
@@ -166,8 +166,8 @@ def _fast_on_cuda() -> Iterator[Check]:
         ("causal-conv1d", "causal_conv1d", "convolutions of Mamba and Qwen3-Next"),
     ):
         there = _module(module)
-        said = f"{text}: fast" if there else f"{text}: transformers' slow code, without a message"
-        yield Check("speed", package, "ok" if there else "slow", said,
+        note = f"{text}: fast" if there else f"{text}: transformers' slow code, without a message"
+        yield Check("speed", package, "ok" if there else "slow", note,
                     "" if there else f"pip install {package}")  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def of_run(
     config = record["config"]
     steps = [row for row in journal.read(run / "metrics.jsonl") if row["kind"] == "step"]
     last = steps[-250:]  # the board's eval_steps
-    found = accuracy(answers)
+    test_accuracy = accuracy(answers)
     return {
         "run_info": {
             "created_at": record["starts"][0]["time"],
@@ -97,7 +97,7 @@ def of_run(
             "metrics": [
                 {
                     "step": result["steps"],
-                    "test accuracy": found,
+                    "test accuracy": test_accuracy,
                     "train loss": sum(row["loss"] for row in last) / max(1, len(last)),
                     "train samples": result["steps"] * config["batch_size"] * config["accumulate"],
                     "train total tokens": steps[-1]["tokens"] if steps else 0,

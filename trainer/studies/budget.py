@@ -223,7 +223,7 @@ def _density(count: Callable[[float], int], budget: int) -> float:
     density = 0.01
     for _ in range(30):
         try:
-            found = count(density)
+            parameters = count(density)
         except AdapterError as error:  # less than one entry of some layer
             if low or density < 1e-7:
                 raise
@@ -232,9 +232,9 @@ def _density(count: Callable[[float], int], budget: int) -> float:
             if high - low < 1e-7:
                 raise fault from None
             continue
-        if abs(found - budget) <= max(64, budget // 2000):
+        if abs(parameters - budget) <= max(64, budget // 2000):
             break
-        low, high = (density, high) if found < budget else (low, density)
-        guess = density * budget / max(1, found)
+        low, high = (density, high) if parameters < budget else (low, density)
+        guess = density * budget / max(1, parameters)
         density = guess if low < guess < high else (low + high) / 2
     return float(f"{density:.6g}")

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.config import files
 from trainer.config.errors import ConfigError
 from trainer.config.shown import say
 from trainer.storage import atomic, journal
@@ -121,7 +122,7 @@ class Runner:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         if self.threads is not None:
             environment |= {"OMP_NUM_THREADS": str(self.threads)}
-        with log.open("a", encoding="utf-8") as file:
+        with files.append(log) as file:
             file.write(shlex.join(["python", *command[1:]]) + "\n")
             file.flush()
             if self.stopping:

@@ -129,18 +129,18 @@ def _against(
         return {}
     names = [name for name in runs[seeds[0]].get("test", {}) if name in base[seeds[0]]["test"]]
     pairs = [(rows_of(study, runs[seed]), rows_of(study, base[seed])) for seed in seeds]
-    found = {}
+    compared = {}
     for name in names:
         differences = [runs[seed]["test"][name] - base[seed]["test"][name] for seed in seeds]
         by_row = _row_differences(pairs, name)
-        found[name] = {
+        compared[name] = {
             "difference": statistics.mean(differences),
             "over_seeds": over_seeds(differences),
             "over_rows": over_rows(by_row),
         }
         if by_row and name != "loss":
-            found[name] |= wins_and_losses(pairs, name)
-    return found
+            compared[name] |= wins_and_losses(pairs, name)
+    return compared
 
 
 def rows_of(study: Study, result: dict[str, Any]) -> Rows:

@@ -65,7 +65,7 @@ class FineTune(lightning.LightningModule):
         logits_chunk: int | None,
         gradient_checkpointing: bool | int,
         nonfinite_limit: int,
-        repeat_smaller: bool = False,
+        repeat_smaller: bool,
         penalty: DensityDEFT | None = None,
         drafter: Drafter | None = None,
         runtime_cooldown: RuntimeCooldown | None = None,
