@@ -317,7 +317,9 @@ class RoSAAdapter(SparseAdapter):
     def _restart_low_rank(self, model: nn.Module) -> None:
         """Initialise A and B again, and drop their moments."""
         draw = torch.Generator().manual_seed(self.mask_seed)  # the same in all processes
-        low_rank: list[Any] = [layer.delta for _, layer in layers(model)]
+        low_rank: list[Any] = [
+            layer.delta for _, layer in layers(model) if layer.delta.A is not None
+        ]
         low_rank += [delta for _, layer in experts.layers(model) for delta in layer.deltas.values()]
         for delta in low_rank:
             A = torch.empty(delta.A.shape, dtype=delta.A.dtype)

@@ -19,7 +19,7 @@ from scripts.faults import commands, pairs, warm
 from scripts.faults.pairs import Pair
 from scripts.faults.warm import Child
 
-TIMES = ("seconds", "tokens_per_s", "trained_per_s", "minutes")
+TIMES = ("seconds", "answer_seconds", "tokens_per_s", "trained_per_s", "minutes")
 EVERY = 3  # steps between checkpoints: what a kill may cost
 STEPS = 22
 SHARD = 300_000  # bytes of a shard of features, so that there are several

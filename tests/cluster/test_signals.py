@@ -216,7 +216,11 @@ def test_a_ctrl_c_during_the_very_first_import(tmp_path, module):
     )
     assert (done.returncode, done.stderr) == (130, "")
     # a program that only imports the package keeps Python's own handler
-    program = "import sys, _signal; sys.path.insert(0, sys.argv[1]); import trainer; print(1)"
+    # a shell starts its background jobs without Ctrl-C, and Python then installs no handler
+    program = (
+        "import sys, _signal; _signal.signal(2, _signal.default_int_handler);"
+        " sys.path.insert(0, sys.argv[1]); import trainer; print(1)"
+    )
     plain = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
     )

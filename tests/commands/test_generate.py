@@ -322,7 +322,7 @@ def test_an_earlier_checkpoint_can_be_asked(train, chats, capsys):
         (
             "sft",
             ["prompt=x", "drafter=looky"],
-            "drafter=looky: expected one of run, lookup, recycling, small",
+            "drafter=looky: expected one of run, lookup, edit, recycling, small, run+lookup",
         ),
         ("sft", ["prompt=x", "drafter=small"], "drafter=small and small=PATH"),
         ("sft", ["prompt=x", "small=there"], "drafter=small and small=PATH"),

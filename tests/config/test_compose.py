@@ -555,6 +555,7 @@ def test_that_torch_is_noticed(program, no_torch, tmp_path):
 
 def test_a_folder_that_cannot_be_made(program, no_torch, tmp_path):
     (tmp_path / "file").touch()
+    (tmp_path / "rows.jsonl").write_text("{}\n")
     done = program("experiment=smoke", TASK, "runs=file/runs", env=no_torch[0])
     assert done.returncode == 2
     assert (

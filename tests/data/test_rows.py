@@ -311,6 +311,9 @@ def test_several_processes_give_what_one_gives(tiny, tmp_path, own_cache, worker
 class Killed:
     """A renderer whose process the system kills, as it does when out of memory."""
 
+    def prepare(self, examples: Any) -> None:
+        pass
+
     def render(self, example: Any) -> Rendered:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError

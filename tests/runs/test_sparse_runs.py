@@ -68,6 +68,7 @@ def spiel(**changes: Any) -> SpIEL:
         "accumulation_steps": 3,
         "initial_rate": 0.6,
         "policy": "linear",
+        "clip_moments": True,
         "momentum": 0.0,
         "support_seed": 0,
         "target_modules": "all-linear",

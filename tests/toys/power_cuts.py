@@ -7,7 +7,7 @@ import pytest
 from trainer.storage import checkpoints, journal
 from trainer.training.finetune import FineTune
 
-TIMES = ("seconds", "tokens_per_s", "trained_per_s")
+TIMES = ("seconds", "answer_seconds", "tokens_per_s", "trained_per_s")
 
 
 class PowerCut(Exception):

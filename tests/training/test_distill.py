@@ -41,7 +41,7 @@ DRAFT = (
     "drafter.offsets=2",
     "batch_size=4",
 )
-TIMES = ("seconds", "tokens_per_s", "trained_per_s")
+TIMES = ("seconds", "answer_seconds", "tokens_per_s", "trained_per_s")
 
 
 @pytest.fixture(scope="module")
