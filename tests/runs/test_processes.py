@@ -528,8 +528,6 @@ RESUMES = {
     "fsdp2 full": ["adapter=full"],
     "fsdp2 nf4": NF4,
     "fsdp2 rosa": CASES["rosa"],
-    "fsdp2 spiel": ["adapter=spiel", *SPIEL],
-    "fsdp2 spiel_ma": ["adapter=spiel_ma", *SPIEL],
 }
 for _name, _more in RESUMES.items():
     _common = [*_more, "schedule=constant", "callbacks.checkpoints.every=1"]
