@@ -368,7 +368,7 @@ def test_two_processes_are_one_with_the_whole_batch(folder, name):
 
 def test_one_process_tokenises_for_all(folder):
     keys = (folder / "tokenised").read_text().split()
-    assert len(keys) > 4
+    assert len(keys) >= 4
     assert sorted(keys) == sorted(set(keys))
 
 

@@ -332,7 +332,7 @@ def test_a_run_has_the_same_weights_and_exit_code_whatever_the_server_does(
         began = time.monotonic()
         both = program(*settings, *wandb, "name=watched", env=environment)
         assert both.returncode == 0, both.stdout + both.stderr
-        assert time.monotonic() - began < 120
+        assert time.monotonic() - began < 240  # 92 s on two quiet cores
         first, second = (
             load_file(run / "adapter" / "adapter_model.safetensors")
             for run in (alone, tmp_path / "runs" / "watched")

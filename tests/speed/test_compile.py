@@ -106,6 +106,7 @@ def test_the_same_numbers_for_all_lengths_from_few_graphs(kind, backend):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # four runs that compile
 def test_a_compiled_run_learns_the_same_and_goes_on_as_the_same(program, chats):
     def losses(name: str, *overrides: str) -> list[float]:
         task = (
