@@ -62,15 +62,17 @@ def train(argv: list[str]) -> int:
     from trainer.cluster import slurm_job
     from trainer.config import compose, flags
     from trainer.config.errors import explain
-    from trainer.speed import cpu_load
 
     slurm_job.exit_1_on_sigterm()
-    _readings.append(cpu_load.seconds())
     traced = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         chosen = flags.parse(argv, commands.NAMES)
         sys.argv[1:] = compose.rewrite(argv, chosen.multirun)
         only_shown = bool(chosen.hydra_help or chosen.cfg or chosen.info)
+        if not only_shown:
+            from trainer.speed import cpu_load
+
+            _readings.append(cpu_load.seconds())
         compose.install(only_shown, reads_files=not only_shown and not chosen.multirun)
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
         hydra.main(config_path="../conf", config_name="config", version_base="1.3")(_job)()
