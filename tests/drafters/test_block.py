@@ -160,9 +160,11 @@ def test_nothing_at_or_after_an_anchor_reaches_its_block():
         changed[row, places[1] :] += 1.0
         ids[row, places[1] + 1 :] = 1
     after = drafter.slots(replace(output, features=changed, ids=ids), target, at)
-    assert torch.equal(before, after)
+    # Keys that no query sees have weight 0; a kernel may group the other terms differently.
+    torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-6)
     changed[:, 1] += 1.0  # the check notices what a block may read
-    assert not torch.equal(before, drafter.slots(replace(output, features=changed), target, at))
+    other = drafter.slots(replace(output, features=changed), target, at)
+    assert float((before - other).detach().abs().max()) > 1e-2
 
 
 def test_fewer_anchors_stand_for_all():
