@@ -161,7 +161,7 @@ def test_nothing_at_or_after_an_anchor_reaches_its_block():
         ids[row, places[1] + 1 :] = 1
     after = drafter.slots(replace(output, features=changed, ids=ids), target, at)
     # Keys that no query sees have weight 0; a kernel may group the other terms differently.
-    torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-5)
     changed[:, 1] += 1.0  # the check notices what a block may read
     other = drafter.slots(replace(output, features=changed), target, at)
     assert float((before - other).detach().abs().max()) > 1e-2
