@@ -173,6 +173,7 @@ def test_only_a_drafter_is_trained(tiny):
         "logits_chunk": 8,
         "gradient_checkpointing": False,
         "nonfinite_limit": 3,
+        "repeat_smaller": False,
     }
     with pytest.raises(ValueError, match="objective=distill trains a drafter, and there is none"):
         Distill(**arguments)
