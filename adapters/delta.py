@@ -4,9 +4,7 @@ into their weights."""
 from __future__ import annotations
 
 import contextlib
-import re
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +19,14 @@ from adapters.errors import AdapterError, NeedsWeights
 from adapters.linear import (
     ends_with,
     float_weight,
-    is_linear,
-    output_layer,
     set_float_weight,
 )
 from adapters.merging import refuse_quantised, untie
-from adapters.reached import trained_by_text
 from adapters.state import copy_tensors
+from adapters.targets import targets
 
 __all__ = ["AdapterError", "NeedsWeights", "copy_tensors", "ends_with", "refuse_quantised", "untie"]
 
-NamedLayers = list[tuple[str, nn.Module]]
 # Yields micro-batches of the training data from the first, for adapters that read data before
 # training.
 Batches = Callable[[], Iterable[dict[str, Tensor]]]
@@ -145,7 +140,7 @@ class Adapter:
 
     @property
     def only_prepares(self) -> bool:
-        """Whether its steps so far have prepared it, so that it changes no logit yet."""
+        """Whether its steps so far only chose a mask: it changes no logits yet."""
         return False
 
     def plan_text(self, steps: int) -> str | None:
@@ -309,76 +304,6 @@ def cast_inputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
     """Cast a module's inputs to its parameters' dtype: a forward pre-hook."""
     dtype = next(module.parameters()).dtype
     return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
-
-
-def targets(
-    model: nn.Module,
-    entries: str | list[str],
-    exclude: Iterable[str] = (),
-    new_modules: Iterable[str] = (),
-) -> NamedLayers:
-    """Return the linear layers to adapt, by name.
-
-    `entries` is `all-linear` (all layers that text goes through, but the output layer), a list of
-    name endings, or a regular expression for whole names.
-
-    Raises:
-        AdapterError: an entry matches no linear layer. The message lists the layers of the model.
-    """
-    head = output_layer(model)
-    untargeted = tuple(f"{name}." for name in new_modules) or ("\0",)  # \0 starts no name
-    linears = [
-        (name, module)
-        for name, module in model.named_modules()
-        if is_linear(module) and not f"{name}.".startswith(untargeted)
-    ]
-    if entries == "all-linear":
-        reached = trained_by_text(model)
-        chosen = [(n, layer) for n, layer in linears if layer is not head and reached(n)]
-    elif isinstance(entries, str):
-        chosen = _matching(entries, linears)
-    else:
-        _check_endings("target_modules", entries, linears)
-        chosen = [layer for layer in linears if ends_with(layer[0], *entries)]
-    exclude = list(exclude)
-    _check_endings("exclude_modules", exclude, linears)
-    chosen = [layer for layer in chosen if not ends_with(layer[0], *exclude)]
-    if not chosen:
-        raise AdapterError(
-            f"adapter.target_modules={entries!r} without {exclude!r} leaves no linear layer."
-            f" {_choices(linears)}"
-        )
-    return chosen
-
-
-def _matching(pattern: str, linears: NamedLayers) -> NamedLayers:
-    try:
-        chosen = [layer for layer in linears if re.fullmatch(pattern, layer[0])]
-    except re.error as error:
-        raise AdapterError(
-            f"adapter.target_modules={pattern!r} is no regular expression: {error}"
-        ) from error
-    if not chosen:
-        raise AdapterError(
-            f"adapter.target_modules={pattern!r} matches no linear layer. {_choices(linears)}"
-        )
-    return chosen
-
-
-def _check_endings(setting: str, endings: Iterable[str], linears: NamedLayers) -> None:
-    for ending in endings:
-        if not any(ends_with(name, ending) for name, _ in linears):
-            raise AdapterError(
-                f"adapter.{setting} has {ending!r}, which matches no linear layer."
-                f" {_choices(linears)}"
-            )
-
-
-def _choices(linears: NamedLayers) -> str:
-    counts = Counter(name.rpartition(".")[2] for name, _ in linears)
-    return "The model's linear layers: " + ", ".join(
-        f"{name} ({count}x)" for name, count in counts.items()
-    )
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:

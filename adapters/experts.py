@@ -7,8 +7,8 @@ gpt-oss. Each expert e gets an update of its own:
                            B (o, r E), columns e, e + E, ... are B_e
 
 This is PEFT's layout for `target_parameters`, which its LoRA alone has; RoSA's low-rank part is
-saved in it too. The corrected tensor exists
-during a forward pass of its layer: as much memory again as the layer's experts take.
+saved in it too. The corrected tensor exists during a forward pass of its layer: as much memory
+again as the layer's experts take.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from adapters.delta import AdapterError, Delta, ends_with
+from adapters.delta import Adapter, AdapterError, Delta, ends_with
 
 ALL = "all-experts"
 _INSIDE = re.compile(r"(^|\.)experts(\.|$)")  # and not shared_experts
@@ -73,6 +73,19 @@ class AdaptedExperts(nn.Module):
         return {name: delta.weight(getattr(self.base, name)) for name, delta in deltas.items()}
 
 
+class UpdatesExperts(Adapter):
+    """An adapter that may also have updates of experts (`attach`)."""
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        merge(model)
+        return super().merge(model)
+
+    @contextlib.contextmanager
+    def disabled(self, model: nn.Module) -> Iterator[None]:
+        with switched_off(model), super().disabled(model):
+            yield
+
+
 def expert_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of a model's routed experts by name: those inside a module called
     experts, and matrices of several experts in one tensor (E, ., .)."""
@@ -113,9 +126,9 @@ def _end(name: str) -> str:
 
 
 def attach(
-    model: nn.Module, entries: str | list[str], make: Callable[[Tensor, bool], ExpertLoRA]
+    model: nn.Module, entries: str | list[str], rank: int, scale: float, dtype: torch.dtype
 ) -> None:
-    """Put the updates of `make(tensor, transposed)` on the chosen tensors of experts."""
+    """Put a low-rank update on each of the chosen tensors of experts."""
     of_module: dict[str, list[str]] = {}
     for name in chosen(model, entries) if entries else []:
         parent, _, key = name.rpartition(".")
@@ -123,7 +136,9 @@ def attach(
     for name, keys in of_module.items():
         experts: Any = model.get_submodule(name)
         transposed = bool(getattr(experts, "is_transposed", False))
-        deltas = {key: make(getattr(experts, key), transposed) for key in keys}
+        deltas = {
+            key: ExpertLoRA(getattr(experts, key), rank, scale, dtype, transposed) for key in keys
+        }
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, AdaptedExperts(experts, deltas))
 

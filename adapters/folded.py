@@ -1,7 +1,7 @@
 """Weights with their deltas merged for a while, as decoding reads them.
 
-A token's forward pass through a LoRA takes 1.5 times that of its base: two small products for each
-layer cost as much as their calls do. Merged layers are as fast as the base.
+While a model writes, token by token, the two small products of each LoRA layer cost as much as
+their calls do. Merged layers are as fast as the base.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SPARE = 4  # merged weights may take a fourth of the free memory
 def folded(model: nn.Module, available: float = float("inf")) -> Iterator[int]:
     """Merge the deltas of a model's linear layers into copies of their weights, and yield how many
     layers were merged. At the end each layer has its own weight again, bit for bit: the tensor was
-    only set aside. What is quantised, shared, on a GPU or switched off stays as it is, and so does
-    everything where the `available` bytes of memory are short."""
+    only set aside. Layers that are quantised, shared, on a GPU or switched off are not merged. No
+    layer is merged if the copies need too much of the `available` bytes of memory."""
     layers = _layers(model)
     needed = sum(layer.base.weight.nbytes for layer in layers)
     if needed * SPARE > available:

@@ -14,9 +14,8 @@ adapter is saved in PEFT's layout.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapters import experts, io, stock, trained_copies
-from adapters.delta import Adapter, Delta, Start, copy_tensors, saved_for_backward
+from adapters.delta import Delta, Start, copy_tensors, saved_for_backward
 from adapters.linear import features, not_a_view
 
 VARIANTS = ("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config")
@@ -165,7 +164,7 @@ def scaling(rank: int, alpha: float, rslora: bool) -> float:
 FAST = ".B"
 
 
-class LoRAAdapter(Adapter):
+class LoRAAdapter(experts.UpdatesExperts):
     """LoRA, rsLoRA and LoRA+ on the linear layers of a model."""
 
     def __init__(
@@ -195,23 +194,8 @@ class LoRAAdapter(Adapter):
     def attach(self, model: nn.Module, start: Start) -> nn.Module:
         model = super().attach(model, start)
         scale = scaling(self.rank, self.alpha, self.rslora)
-        experts.attach(
-            model,
-            self.target_parameters,
-            lambda weight, transposed: experts.ExpertLoRA(
-                weight, self.rank, scale, self.dtype, transposed
-            ),
-        )
+        experts.attach(model, self.target_parameters, self.rank, scale, self.dtype)
         return model
-
-    def merge(self, model: nn.Module) -> nn.Module:
-        experts.merge(model)
-        return super().merge(model)
-
-    @contextlib.contextmanager
-    def disabled(self, model: nn.Module) -> Iterator[None]:
-        with experts.switched_off(model), super().disabled(model):
-            yield
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns lr_ratio times as fast as A.

@@ -16,9 +16,10 @@ import torch
 from peft.utils.loftq_utils import _low_rank_decomposition, _SafetensorLoader
 from torch import Tensor, nn
 
-from adapters.delta import AdapterError, Start, targets
+from adapters.delta import AdapterError, Start
 from adapters.linear import float_weight
 from adapters.peft_fields import NAME
+from adapters.targets import targets
 
 
 def before_wrapping(init: str, model: nn.Module, config: Any, start: Start, batches: int) -> None:

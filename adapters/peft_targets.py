@@ -10,8 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from adapters import io
-from adapters.delta import AdapterError, ends_with, targets
+from adapters.delta import AdapterError, ends_with
 from adapters.linear import output_layer
+from adapters.targets import targets
 
 log = logging.getLogger("trainer")
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +14,21 @@ from transformers.pytorch_utils import Conv1D
 from adapters import containers, experts, lora, mask, sddmm, trained_copies
 from adapters.delta import (
     AdaptedLinear,
-    Adapter,
     AdapterError,
     Start,
     ends_with,
     freeze,
-    targets,
     train_modules,
 )
 from adapters.linear import features, output_layer
 from adapters.sparse import SparseDelta, layers, supports
+from adapters.targets import targets
 
 log = logging.getLogger("trainer")
 TINY = 0.01  # of the largest layer's entries
 
 
-class SparseAdapter(Adapter):
+class SparseAdapter(experts.UpdatesExperts):
     """The common base class of RoSA and SpIEL."""
 
     compiles = False
@@ -125,22 +122,7 @@ class SparseAdapter(Adapter):
                 " and in PEFT. Set adapter=rosa or adapter=lora"
             )
         scale = lora.scaling(rank, self.alpha, self.rslora)
-        experts.attach(
-            model,
-            self.target_parameters,
-            lambda weight, transposed: experts.ExpertLoRA(
-                weight, rank, scale, self.dtype, transposed
-            ),
-        )
-
-    def merge(self, model: nn.Module) -> nn.Module:
-        experts.merge(model)
-        return super().merge(model)
-
-    @contextlib.contextmanager
-    def disabled(self, model: nn.Module) -> Iterator[None]:
-        with experts.switched_off(model), super().disabled(model):
-            yield
+        experts.attach(model, self.target_parameters, rank, scale, self.dtype)
 
     def _large_enough(self, linears: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
         """Leave out tiny layers of which the density is less than one entry, as Gemma 3n's of

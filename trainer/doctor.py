@@ -1,4 +1,4 @@
-"""Say what this machine has: versions, devices, what is fast here, and what is missing.
+"""List this machine's versions and devices, its slow parts, and missing packages.
 
     graft doctor [json=FILE]
 

@@ -103,9 +103,10 @@ def adapted(method: str, model: Any, options: dict[str, Any]) -> tuple[Any, Any]
     import peft
 
     from adapters import mask
-    from adapters.delta import Start, targets
+    from adapters.delta import Start
     from adapters.linear import features
     from adapters.sparse import layers
+    from adapters.targets import targets
     from trainer.assembly.build import instantiate
     from trainer.config import compose
 

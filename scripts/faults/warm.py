@@ -231,9 +231,8 @@ def ran(module: str, arguments: list[str]) -> int:
     return 0
 
 
-def note(marks: Marks) -> None:
-    """Patch this process to record its phases. Must be called in a child."""
-    marks.enter("starting")
+def phases() -> list[tuple[Any, str, str]]:
+    """Return (owner, name of a function, phase that runs within it)."""
     from adapters import rosa, spiel
     from trainer.assembly import rows as data_rows
     from trainer.callbacks import checkpoints, evaluation
@@ -241,24 +240,11 @@ def note(marks: Marks) -> None:
     from trainer.data import hidden_states
     from trainer.evaluation import answer_prompts, responses
     from trainer.exporting import compact, formats, merged
-    from trainer.session import branches, report_html, results
+    from trainer.session import report_html, results
     from trainer.storage import answers
-    from trainer.training import finetune, lightning_trainer
+    from trainer.training import lightning_trainer
 
-    def within(owner: Any, name: str, phase: str) -> None:
-        whole = getattr(owner, name)
-
-        def noted(*given: Any, **named: Any) -> Any:
-            before = marks.phase
-            marks.enter(phase)
-            try:
-                return whole(*given, **named)
-            finally:
-                struct.pack_into("I", marks.memory, 0, PHASES.index(before))
-
-        setattr(owner, name, noted)
-
-    for owner, name, phase in (
+    return [
         (data_rows, "tokenise", "tokenising"),
         (hidden_states, "write", "caching features"),
         (rosa.RoSAAdapter, "_set_supports", "making the mask"),
@@ -279,7 +265,29 @@ def note(marks: Marks) -> None:
         (compact, "compressed", "compressing"),
         (compact, "verify_adapter", "comparing"),
         (slurm_job, "exit_code", "requeueing"),
-    ):
+    ]
+
+
+def note(marks: Marks) -> None:
+    """Patch this process to record its phases. Must be called in a child."""
+    marks.enter("starting")
+    from trainer.session import branches
+    from trainer.training import finetune
+
+    def within(owner: Any, name: str, phase: str) -> None:
+        whole = getattr(owner, name)
+
+        def noted(*given: Any, **named: Any) -> Any:
+            before = marks.phase
+            marks.enter(phase)
+            try:
+                return whole(*given, **named)
+            finally:
+                struct.pack_into("I", marks.memory, 0, PHASES.index(before))
+
+        setattr(owner, name, noted)
+
+    for owner, name, phase in phases():
         within(owner, name, phase)
     whole = finetune.FineTune.on_train_batch_start
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.delta import Start, targets
+from adapters.delta import Start
 from adapters.linear import is_linear
 from adapters.reached import text_part
+from adapters.targets import targets
 from tests.toys import adapters as toys
 from tests.toys import sparse as toys_sparse
 from tests.toys.families import model_of

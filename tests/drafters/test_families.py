@@ -134,7 +134,7 @@ def test_a_record_of_an_older_version_keeps_the_targets_layer():
         history.adopt_layer(config, other)
     assert config["drafter"]["layer"] == "auto"
     medusa = {"_target_": "trainer.drafters.medusa.Medusa"}
-    history.keep_layer(medusa)
+    history.keep_head(medusa)
     assert "layer" not in medusa
 
 

@@ -132,7 +132,7 @@ def run(base, tmp_path_factory) -> Path:
         "callbacks.evaluation.every=null",
         "logger=none",
     ]
-    # One thread: with another test next to it, two on two cores took three times as long.
+    # One thread: another test runs next to it on two cores.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200

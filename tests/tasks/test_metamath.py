@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from tasks.metamath import MetaMath, accuracy, answer_of, right, value_of
+from tasks.metamath import accuracy, answer_of, right, value_of
 from tasks.reading import Bad
 from tests.conftest import write_rows
-
-
-def task(path: Any) -> MetaMath:
-    settings = {
-        "split": "train",
-        "eval_path": None,
-        "eval_split": "test",
-        "eval_fraction": 0.0,
-        "limit": None,
-        "eval_limit": None,
-        "columns": {},
-        "system": None,
-        "chat_template": "none",
-        "on_bad": "raise",
-        "weight_column": None,
-        "on_lost": "error",
-        "chat_template_kwargs": {},
-    }
-    return MetaMath(str(path), **settings)
+from tests.toys.tasks import task_of
 
 
 def test_rows_of_both_data_sets_become_the_boards_prompt(tmp_path):
@@ -36,7 +16,9 @@ def test_rows_of_both_data_sets_become_the_boards_prompt(tmp_path):
         {"question": "2+1?", "answer": "2+1=3\n#### 3"},
         {"query": "1?", "response": "no result"},
     ]
-    first, second, bad = task(write_rows(tmp_path / "a.jsonl", rows)).examples("train")
+    first, second, bad = task_of("metamath", write_rows(tmp_path / "a.jsonl", rows)).examples(
+        "train"
+    )
     assert [m["content"] for m in first.messages] == [
         "Question: 1+1? Think step by step.\nAnswer:",
         "Two. The answer is: 2",

@@ -168,23 +168,10 @@ def load_trained(
     set_problem(model, task)
     if dequantise and (base.quantization != "none" or base.is_quantized):
         model = dequantised(model)
-    target_ends: list[int] = []
     drafter = (
         instantiate(config["drafter"])(model=model).to(device).eval() if config["drafter"] else None
     )
-    if identity.get("target") is not None:
-        target = load_recorded_target(identity["target"], folder)
-        adapter, model = target.adapter, target.attach(model)
-        adapted: dict[str, Any] | None = target.record
-        target_ends = target.ends(base.tokenizer)
-    else:
-        adapter = instantiate(config["adapter"])
-        adapted = (
-            None
-            if isinstance(adapter, Nothing)
-            else checkpoint_record(folder, content["id"], source)
-        )
-        model = _attached(model, adapter, identity, saved["adapter"])
+    adapter, model, adapted, target_ends = _adapted(model, folder, content, source, saved, base)
     if drafter is not None:
         drafter.load_state(saved["drafter"])
     run_folder.use_template(folder, task)
@@ -201,6 +188,28 @@ def load_trained(
         ends.recorded(content, base.tokenizer),
         target_ends,
     )
+
+
+def _adapted(
+    model: nn.Module,
+    folder: Path,
+    content: dict[str, Any],
+    source: checkpoints.Checkpoint,
+    saved: dict[str, Any],
+    base: Base,
+) -> tuple[Adapter, nn.Module, dict[str, Any] | None, list[int]]:
+    """Attach the target's adapter, or the run's own. Return (adapter, model, record of the
+    adapter's checkpoint, end tokens of the target)."""
+    identity = content["identity"]
+    if identity.get("target") is not None:
+        target = load_recorded_target(identity["target"], folder)
+        model = target.attach(model)
+        return target.adapter, model, target.record, target.ends(base.tokenizer)
+    adapter = instantiate(content["config"]["adapter"])
+    record = None
+    if not isinstance(adapter, Nothing):
+        record = checkpoint_record(folder, content["id"], source)
+    return adapter, _attached(model, adapter, identity, saved["adapter"]), record, []
 
 
 def _attached(

@@ -30,7 +30,7 @@ _ADAPTERS: dict[str, dict[str, Any]] = {
 _OF_TARGET = ("trainer.drafters.eagle.Eagle", "trainer.drafters.eagle3.Eagle3")
 
 
-def keep_layer(drafter: Any) -> None:
+def keep_head(drafter: Any) -> None:
     """Give the recorded settings of a draft head of an older version, in place, the layer that it
     has, the target's own, and no loss that is newer."""
     if isinstance(drafter, dict) and drafter.get("_target_") in _OF_TARGET:
@@ -73,7 +73,7 @@ def adopt_layer(config: dict[str, Any], recorded: Any) -> None:
     """Let a run that continues another one, of which `recorded` is the config, keep the layer of
     its draft head, in place, where its own config says auto."""
     earlier = recorded.get("drafter") if isinstance(recorded, dict) else None
-    keep_layer(earlier)
+    keep_head(earlier)
     drafter = config.get("drafter")
     if not isinstance(earlier, dict) or not isinstance(drafter, dict):
         return
@@ -100,7 +100,7 @@ def complete(plain: dict[str, Any], choices: dict[str, Any]) -> list[str]:
     Moved classes get their new names. `compose.check` refuses what is missing then.
     """
     rename(plain)
-    keep_layer(plain.get("drafter"))
+    keep_head(plain.get("drafter"))
     keep_counting(plain.get("adapter"))
     for group, name in default_choices().items():
         if group not in plain:

@@ -51,6 +51,7 @@ from trainer.drafters.layers import (
     final_norm,
     layers_of,
     projection,
+    requested_layers,
     rotations,
 )
 from trainer.models.heads import Head
@@ -96,7 +97,7 @@ class Block(Heads):
             raise DrafterError(
                 f"drafter.mask_token={mask_token}: the model has tokens 0 .. {vocabulary - 1}"
             )
-        self.chosen = mask_token
+        self.requested_mask = mask_token
         self.layers = context_layers(len(layers_of(model)), aux_layers)
         check_states(model, self.layers)
         self.anchors, self.ce, self.l1 = anchors, ce, l1
@@ -128,18 +129,19 @@ class Block(Heads):
     def calibrate(self, counts: Callable[[], Int[Tensor, " V"]]) -> None:
         frequency = counts().cpu()
         unused = (frequency == 0).nonzero()[:, 0]
-        if self.chosen is None:
+        if self.requested_mask is None:
             if not len(unused):
                 raise DrafterError(
                     "drafter.mask_token=null is a token that no row trains, and the rows train all"
                     f" {len(frequency)}: name one, drafter.mask_token=ID"
                 )
             self.mask_token.fill_(int(unused[-1]))
-        elif frequency[self.chosen]:
+        elif frequency[self.requested_mask]:
             raise DrafterError(
-                f"drafter.mask_token={self.chosen} is trained {int(frequency[self.chosen])} times"
-                " in the rows, and has to stand for tokens that are not known yet: set"
-                " drafter.mask_token=null, or a token that no row has"
+                f"drafter.mask_token={self.requested_mask} is trained"
+                f" {int(frequency[self.requested_mask])} times in the rows, and has to stand for"
+                " tokens that are not known yet: set drafter.mask_token=null, or a token that no row"
+                " has"
             )
 
     def loss(self, output: TargetOutput, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
@@ -339,13 +341,7 @@ def context_layers(depth: int, requested: list[int] | None) -> tuple[int, ...]:
     if requested is None:
         places = (round(1 + i * (depth - 4) / 4) for i in range(5))
         return tuple(sorted({min(max(place, 0), depth - 1) + 1 for place in places}))
-    ascending = list(requested) == sorted(set(requested))
-    if not requested or not ascending or requested[0] < 0 or requested[-1] > depth:
-        raise DrafterError(
-            f"drafter.aux_layers={list(requested)}: give ascending numbers of the target's"
-            f" hidden_states, from 0 (the embeddings) to {depth} (the output of its last layer)"
-        )
-    return tuple(requested)
+    return requested_layers(depth, requested)
 
 
 def counted(

@@ -42,6 +42,7 @@ from trainer.drafters.layers import (
     final_norm,
     layers_of,
     projection,
+    requested_layers,
 )
 from trainer.drafters.unrolled import Unrolled, masked_layer
 from trainer.models.heads import Head
@@ -208,13 +209,7 @@ def read_layers(depth: int, requested: list[int] | None) -> tuple[int, ...]:
         return (
             (1, depth // 2, depth - 1) if depth >= 4 else tuple(range(max(0, depth - 2), depth + 1))
         )
-    ascending = list(requested) == sorted(set(requested))
-    if not requested or not ascending or requested[0] < 0 or requested[-1] > depth:
-        raise DrafterError(
-            f"drafter.aux_layers={list(requested)}: give ascending numbers of the target's"
-            f" hidden_states, from 0 (the embeddings) to {depth} (the output of its last layer)"
-        )
-    return tuple(requested)
+    return requested_layers(depth, requested)
 
 
 def wide_layer(model: Any, init: str) -> Any:

@@ -110,7 +110,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except door.FolderError as error:
         raise DrafterError(str(error)) from None
     content = _content(folder / "config.json")
-    history.keep_layer(content["drafter"])
+    history.keep_head(content["drafter"])
     _check_settings(content["drafter"], folder / "config.json")
     return content["drafter"], content["target"]
 

@@ -173,6 +173,21 @@ def layers_of(model: Any) -> nn.ModuleList:
 
 
 @torch.no_grad()
+def requested_layers(depth: int, requested: list[int]) -> tuple[int, ...]:
+    """Return drafter.aux_layers, the states of a target of `depth` layers that a head reads.
+
+    Raises:
+        DrafterError: the target has no such states, or they are not ascending.
+    """
+    ascending = list(requested) == sorted(set(requested))
+    if not requested or not ascending or requested[0] < 0 or requested[-1] > depth:
+        raise DrafterError(
+            f"drafter.aux_layers={list(requested)}: give ascending numbers of the target's"
+            f" hidden_states, from 0 (the embeddings) to {depth} (the output of its last layer)"
+        )
+    return tuple(requested)
+
+
 def check_states(model: Any, layers: tuple[int, ...]) -> None:
     """Check that the states between a target's layers are one vector for each token. Those of Gemma
     3n are several. On the meta device some models cannot be tried.

@@ -13,10 +13,11 @@ import psutil
 import torch
 from torch import nn
 
-from adapters.delta import Adapter, NeedsWeights, Start, targets
+from adapters.delta import Adapter, NeedsWeights, Start
 from adapters.experts import adapted_ids, expert_tensors
 from adapters.full import Nothing
 from adapters.linear import features
+from adapters.targets import targets
 from trainer.assembly.build import instantiate, new_modules, new_tokens
 from trainer.assembly.recipe import Recipe
 from trainer.callbacks import every_steps

@@ -1,4 +1,4 @@
-"""What this machine has: versions, devices, what is fast here, and what is missing."""
+"""This machine: versions, devices, slow parts, missing packages."""
 
 from __future__ import annotations
 
