@@ -140,8 +140,8 @@ class Block(Heads):
             raise DrafterError(
                 f"drafter.mask_token={self.requested_mask} is trained"
                 f" {int(frequency[self.requested_mask])} times in the rows, and has to stand for"
-                " tokens that are not known yet: set drafter.mask_token=null, or a token that no row"
-                " has"
+                " tokens that are not known yet: set drafter.mask_token=null, or a token that no"
+                " row has"
             )
 
     def loss(self, output: TargetOutput, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
