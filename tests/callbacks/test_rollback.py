@@ -168,6 +168,31 @@ def test_nan_goes_back_too_and_not_more_often_than_allowed(train, chats, monkeyp
     assert all(each.step <= 4 for each in checkpoints.complete(run / "checkpoints"))
 
 
+def test_a_damaged_checkpoint_is_passed_over_and_leaves_nothing(train, chats, monkeypatch, caplog):
+    """The resume that follows starts from the older one, so the damaged one must be gone."""
+    whole = checkpoints.fault
+
+    def fault(checkpoint: Any) -> str | None:
+        return "its content has changed" if checkpoint.step == 6 else whole(checkpoint)
+
+    remove, removed = checkpoints.remove_after, []
+    monkeypatch.setattr(checkpoints, "fault", fault)
+
+    def remove_after(folder: Any, step: int) -> None:
+        removed.append(step)
+        remove(folder, step)
+        assert [each.step for each in checkpoints.complete(folder)][-1] == 4
+        monkeypatch.setattr(checkpoints, "fault", whole)  # a new one of step 6 is whole
+
+    monkeypatch.setattr(checkpoints, "remove_after", remove_after)
+    poisoned(monkeypatch, 6, 1e4, count=2)
+    run = train(f"task.path={chats}", *WORDS, "resume=auto")
+    record = yaml.safe_load((run / "run.yaml").read_text())
+    assert [(back["at"], back["steps"]) for back in record["rollbacks"]] == [(4, 4)]
+    assert removed == [4]
+    assert outcome(run)[2]["step"] == 12
+
+
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(train, chats, monkeypatch):
     poisoned(monkeypatch, 0, float("nan"), count=3)
     with pytest.raises(NonFinite, match="no checkpoint from before step 1 to go back to"):

@@ -100,6 +100,28 @@ def test_a_step_in_parts_has_the_gradient_of_the_whole_step(
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)  # the toy computes in fp64
 
 
+def test_a_penalty_of_the_adapter_counts_once(tmp_path, monkeypatch):
+    """AdaLoRA has one: each part of a step adds its share of it."""
+    words = ["batch_size=4", "max_epochs=4"]
+
+    def with_penalty() -> Any:
+        adapter, model = adapted()
+        adapter.penalty = lambda model: sum(
+            (p**2).sum() for p in model.parameters() if p.requires_grad
+        )
+        return adapter, model
+
+    plain, whole, split = Steps(), Steps(), Steps()
+    Run(tmp_path, words).fit(*adapted(), plain)
+    Run(tmp_path, words).fit(*with_penalty(), whole)
+    limited(monkeypatch, MemoryError(), 2, "forward")
+    Run(tmp_path, words).fit(*with_penalty(), split)
+    for mine, its in zip(split.gradients, whole.gradients, strict=True):
+        for a, b in zip(mine, its, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(plain.gradients[-1][0], whole.gradients[-1][0])
+
+
 def test_the_middle_of_a_window_is_repeated_from_its_first_micro_batch(tmp_path, monkeypatch):
     """Memory runs out in the second of three micro-batches: the first one's gradient must not
     count twice."""
