@@ -16,7 +16,7 @@ from tests.toys.growth import LIMIT, SIZE, assert_linear, seconds
 CALLS = {"compile", "match", "search", "fullmatch", "sub", "split", "findall", "finditer"}
 # Patterns that are put together at run time, and why they are harmless.
 COMPUTED = {
-    "adapters/delta.py": "the user's own, on names of layers",
+    "adapters/targets.py": "the user's own, on names of layers",
     "adapters/peft_targets.py": "the user's own, on names of layers",
     "adapters/reached.py": "with the name of a layer, on the source of a class",
     "trainer/config/compose.py": "with the name of a setting of ours",
