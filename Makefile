@@ -19,7 +19,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python -m trainer +experiment=quickstart
 
 check: lint
-	$(BIN)/python -m pytest -n 2 -m "not run and not slow and not gpu and not slurm"
+	$(BIN)/python -m pytest -n 2 -m "not run and not long and not slow and not gpu and not slurm"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2

@@ -85,6 +85,16 @@ def composed_once() -> None:
 
 
 @pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Each test draws the same random numbers, whatever ran before it in its process."""
+    random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+
+
+@pytest.fixture(autouse=True)
 def no_closed_logs() -> None:
     """Without handlers that a test before has left with a stream of its own, now closed: they would
     tell of it in this one."""

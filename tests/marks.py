@@ -29,7 +29,7 @@ CALLS = {
 }
 
 HEAVY = ("run", "slow", "gpu", "slurm")
-# Test file -> how many of its tests `make check` runs.
+# Test file -> how many of its tests train nothing.
 LIGHT = pytest.StashKey[dict[str, int]]()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 # Seconds of a test by its first marker of these, by order of magnitude. A limit that a test
 # declares is at most five times what it takes.
-SECONDS = {"slurm": 60.0, "slow": 30.0, "run": 3.0}
+SECONDS = {"slurm": 60.0, "slow": 30.0, "run": 3.0, "long": 1.0}
 LIGHT = 0.05
 SHARE_OF_LIMIT = 0.2
 

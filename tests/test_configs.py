@@ -128,6 +128,7 @@ def test_every_common_knob_says_its_type_and_meaning(name):
     knobs_say_their_type_and_meaning(name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", GROUPED)
 def test_an_option_describes_itself_composes_and_fits_what_it_names(compose, name):
     knobs_say_their_type_and_meaning(name)
@@ -185,6 +186,7 @@ def a_partial_says_what_it_is_called_with(name):
         assert re.match(r"# .*\b[Cc]alled with (the|its) \w+", first), first
 
 
+@pytest.mark.long
 def test_all_that_vary_a_file_change_something_in_it():
     for name in GROUPED:
         text = (schema.CONF / f"{name}.yaml").read_text()
@@ -198,6 +200,7 @@ def test_all_that_vary_a_file_change_something_in_it():
             )
 
 
+@pytest.mark.long
 def test_an_experiment_composes_with_a_plus_and_without(compose):
     needed = NEEDED["experiment/smoke"]
     plus, plain = compose("+experiment=smoke", *needed), compose("experiment=smoke", *needed)
@@ -206,6 +209,7 @@ def test_an_experiment_composes_with_a_plus_and_without(compose):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_has_its_files_name_composes_and_repeats_no_default(compose, name):
     assert compose(f"+experiment={name}", *NEEDED.get(f"experiment/{name}", [])).name == name

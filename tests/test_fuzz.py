@@ -133,6 +133,7 @@ def tasks():
     return made
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ROWS)
 def test_random_rows_end_in_our_errors(tasks, tmp_path, name):
     for seed in range(60 * MORE):
@@ -158,6 +159,7 @@ def good():
     return config, choices
 
 
+@pytest.mark.long
 def test_random_configs_end_in_our_errors(good):
     config, choices = good
     refused = 0
@@ -176,6 +178,7 @@ def test_random_configs_end_in_our_errors(good):
     assert refused > 40 * MORE
 
 
+@pytest.mark.long
 def test_random_run_folders_end_in_our_errors(tmp_path, monkeypatch):
     from trainer.session import report_html
 

@@ -28,6 +28,7 @@ def test_what_a_failing_part_says_is_kept(tmp_path):
     assert (tmp_path / "broken.log").read_text() == "no device\n"
 
 
+@pytest.mark.long
 def test_a_part_that_takes_too_long_is_stopped_with_what_it_has(tmp_path):
     file = tmp_path / "slow.json"
     text = (
@@ -108,6 +109,7 @@ def test_torchs_own_wheels_stay_those_of_the_machine(tmp_path, monkeypatch):
     assert "nvidia_nccl" not in script
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("method", "packed"), [("lora", True), ("lora", False), ("qlora", True), ("rosa", True)]
 )
@@ -126,6 +128,7 @@ def test_both_sides_start_from_the_same_loss(method, packed):
         assert number["losses"][-1] < number["first_loss"]
 
 
+@pytest.mark.long
 def test_a_head_is_distilled_and_decodes(tmp_path):
     options = QUICK | {"method": "eagle3", "profile": str(tmp_path / "profile.txt")}
     sides = measure.eagle3(options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import os
 import subprocess
@@ -30,13 +31,18 @@ def files(package):
     return sorted((ROOT / package).rglob("*.py"))
 
 
-def imported(path, whole=True):
-    """Dotted names that a file imports; without `whole` only those that importing the file
-    imports."""
+@functools.cache
+def import_nodes(path, whole=True):
+    """The imports in a file; without `whole` only those that importing the file runs."""
     tree = ast.parse(path.read_text("utf-8"))
     nodes = ast.walk(tree) if whole else tree.body
+    return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def imported(path, whole=True):
+    """Dotted names that a file imports."""
     names = set()
-    for node in nodes:
+    for node in import_nodes(path, whole):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -70,8 +76,7 @@ def modules():
 def modules_imported(path, known, whole=True):
     """The files of trainer/ that a file imports, by dotted name."""
     names = set()
-    tree = ast.parse(path.read_text("utf-8"))
-    for node in ast.walk(tree) if whole else tree.body:
+    for node in import_nodes(path, whole):
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "trainer":
             full = {f"{node.module}.{alias.name}" for alias in node.names}
             names |= {name if name in known else node.module for name in full}

@@ -183,6 +183,7 @@ def test_every_computed_pattern_is_listed():
     assert len(ALL) > 60
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("path", "pattern", "called"),
     sorted(
@@ -214,6 +215,7 @@ def grows(method, attack):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "quadratic",
     [r"eyJ[\w-]{10,}\.[\w-]{10,}", r"CREATE\s+TABLE\s+(\[[^\]]+\])\(", r"\s+x", r"(a|b|ab)*c$"],

@@ -150,6 +150,7 @@ def test_dare_is_its_formula_and_its_seed():
     torch.testing.assert_close(q, actual / 2)
 
 
+@pytest.mark.long
 def test_dare_in_one_factor_keeps_the_product_on_average_with_the_noise_that_is_said():
     B, A, drop, draw = drawn(6, 3), drawn(3, 5, seed=1), 0.75, torch.Generator().manual_seed(0)
     tries = torch.stack([compress.dare(B, drop, 1 - drop, draw) @ A for _ in range(1500)]).double()

@@ -110,6 +110,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 # Super-Tuning
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_stock_peft_answers_and_merges_alike(tmp_path, kind, dtype):
@@ -227,6 +228,7 @@ def test_saved_again_by_stock_peft_the_tensors_are_the_same(tmp_path, folder, ki
 PATTERN = {"layers.1.mlp.up_proj": 0.29, "up_proj": 0.1, "q_proj": 0.005}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pair", [False, True])
 def test_other_densities_are_padded_and_exact(tmp_path, kind, pair):
@@ -292,6 +294,7 @@ def test_a_density_of_one_and_layers_left_out(tmp_path, pair):
     equal(peft.PeftModel.from_pretrained(toys.llama(), tmp_path), toys.logits(model), 1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rank", [3, 7])
 @pytest.mark.parametrize("pair", [False, True])
 def test_rsloras_scale_is_kept(tmp_path, rank, pair):
@@ -344,6 +347,7 @@ def test_values_in_bf16_are_exported_as_they_are(tmp_path, kind):
 # SHiRA and LoRA
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "dtype"), [("rosa", torch.float64), ("rosa", torch.float32), ("sparse", torch.float64)]
 )
@@ -378,6 +382,7 @@ def dequantised(base: Any) -> Any:
     return plain
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_from_an_nf4_base_it_is_shira_and_lora(tmp_path, folder, kind):
     adapter, model = attached(kind, toys.quantised(folder, "nf4"))
@@ -392,6 +397,7 @@ def test_from_an_nf4_base_it_is_shira_and_lora(tmp_path, folder, kind):
     assert (toys.logits(toys.quantised(folder, "nf4")) - wanted).abs().mean() > 0.3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sparse", "spiel"])
 def test_from_an_int8_base_it_is_shira(tmp_path, folder, kind):
     adapter, model = attached(kind, toys.quantised(folder, "int8"))
@@ -516,6 +522,7 @@ def classifier() -> Any:
         return LlamaForSequenceClassification(LlamaConfig(**config)).eval()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pair", [False, True])
 def test_a_classification_head_goes_along(tmp_path, kind, pair):

@@ -42,6 +42,7 @@ def test_each_expert_has_its_own_update(transposed):
         torch.testing.assert_close(delta.weight(weight)[e], expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MIXTURES)
 def test_stock_peft_loads_the_experts_updates(name, tmp_path):
     adapter, model = attached(name)
@@ -72,6 +73,7 @@ def rosa(name: str, **changes: Any) -> tuple[Any, Any]:
     return adapter, model.eval()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoe"])
 def test_stock_peft_loads_rosas_two_parts_and_its_experts(name, tmp_path):
     adapter, model = rosa(name)

@@ -119,6 +119,7 @@ def test_its_gradient_is_that_of_its_value():
     assert torch.autograd.gradcheck(of, (x, adapted.delta.A, adapted.delta.B))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("rank", [4, 80])  # 80 is more than any layer has features
 @pytest.mark.parametrize("bias", [False, True])
@@ -138,6 +139,7 @@ def test_stock_peft_computes_the_same(rslora, rank, bias):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bias", [False, True])
 def test_five_steps_of_training_are_stock_pefts(bias):
     adapter = make(dtype="float32")

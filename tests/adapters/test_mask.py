@@ -160,6 +160,7 @@ def test_random_entries_are_sorted_and_of_their_seed(o, i, k):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("k", [5, 10, 11, 20])
 def test_random_entries_and_pairs_of_them_are_equally_likely(k):
     n, times = 42, 4000

@@ -427,6 +427,7 @@ def test_eva_spans_the_layers_inputs(tmp_path):
     assert torch.equal(toys.logits(stock), toys.logits(model))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_loftq_is_the_best_update_of_its_rank_for_what_rounding_lost(kind, tmp_path):
     toys.llama(torch.float32).save_pretrained(tmp_path)

@@ -311,6 +311,7 @@ def test_the_mask_is_of_the_largest_gradients(micro, mask_steps, score, scores, 
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("score", ["squared", "mean"])
 def test_a_loss_scale_that_changes_from_step_to_step_changes_no_mask(score):
     """As 16-mixed has it: gradients of a step are larger by its scale."""
@@ -636,6 +637,7 @@ def meta(**changes: Any) -> Any:
         return toys.LlamaForCausalLM(toys.llama(torch.float32, **SMALL | changes).config)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("spoil", "changes", "message"),
     [

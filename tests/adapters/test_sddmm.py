@@ -164,6 +164,7 @@ def test_inputs_are_left_alone():
     assert all(torch.equal(tensor, before[name]) for name, tensor in case.items())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fastest_is_one_of_the_ways(dtype):
     for o, i, k in ((48, 64, 20), (1, 7, 1), (13, 11, 143)):
@@ -260,6 +261,7 @@ def test_where_it_is_native_nothing_is_measured(monkeypatch):
         assert sddmm.fastest.__wrapped__(24, 32, 76, dtype, torch.device("cpu")) == "native"
 
 
+@pytest.mark.long
 @compiled
 def test_it_is_compiled_once_for_a_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))

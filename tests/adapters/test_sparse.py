@@ -139,6 +139,7 @@ def same(actual: dict[str, Tensor], right: dict[str, Tensor], rounding: float = 
 # the layer
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("path", "way", "kind", "dropout"),
     [
@@ -807,6 +808,7 @@ def test_layers_that_share_a_weight(expected):
 # quantised bases
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("path", ["both", "sparse", "before"])
 @pytest.mark.parametrize("way", ["sampled", "gathered"])

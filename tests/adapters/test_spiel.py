@@ -331,6 +331,7 @@ def follow(
 # dropping and growing
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("policy", ["linear", "cosine"])
 @pytest.mark.parametrize(("variant", "momentum"), [("AG", 0.0), ("MA", 0.0), ("MA", 0.7)])
 def test_a_run_is_that_of_plain_loops(variant, momentum, policy):
@@ -344,6 +345,7 @@ def test_a_run_is_that_of_plain_loops(variant, momentum, policy):
     assert news[0]["still_of_first"] == 1 > news[-1]["still_of_first"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("limit", [0.02, 0.2])
 @pytest.mark.parametrize("variant", ["AG", "MA"])
 def test_clipped_gradients_meet_clipped_moments(variant, limit):
@@ -374,6 +376,7 @@ def test_old_runs_keep_moments_that_are_not_clipped():
     assert moments[1].sum() < 0.1 * moments[0].sum()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("features", [0, 1, 2, 3])
 def test_no_more_grow_than_have_a_score(features):
     follow(10, features=features, variant="MA", density=0.5)
@@ -668,6 +671,7 @@ def test_the_state_of_bf16_values_is_fp32_and_stays_it(which):
     assert torch.equal(p, again)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which", [0, 1])
 def test_weight_decay_pulls_to_the_base(which):
     adapter, model, _ = attached(20, weight_decay=2.0, variant=("AG", "MA")[which])
@@ -779,6 +783,7 @@ def test_an_optimiser_without_ages_is_refused(variant, other):
         adapter.optimizer(adapter.parameter_groups(model), other)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["spiel", "spiel_ma"])
 def test_the_config_asks_for_adamw(compose, name):
     assert (

@@ -61,6 +61,7 @@ def test_a_stock_folder_is_the_start(words, folder):
     assert any(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -93,6 +94,7 @@ def test_what_ours_does_not_compute_is_refused(folder):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", [OURS, PEFTS], ids=["ours", "PEFT's"])
 @pytest.mark.parametrize(
     ("changed", "says"),

@@ -87,6 +87,7 @@ GRID = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "tied", "case"), GRID)
 def test_it_trains_switches_off_resumes_exports_and_merges(method, tied, case, tmp_path):
     more, tokens = CASES[case]
@@ -116,6 +117,7 @@ def test_it_trains_switches_off_resumes_exports_and_merges(method, tied, case, t
     assert loaded.config.tie_word_embeddings is tied  # what was tied stays tied
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_only_the_rows_of_new_tokens_change(method, tied, tmp_path):

@@ -28,6 +28,7 @@ def recipe(chats):
     return built
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("overrides", "ranks", "steps"),
     [
@@ -48,12 +49,14 @@ def test_steps_are_those_of_the_rows_or_of_the_config(recipe, overrides, ranks, 
     assert (built.order is None) == ("task.streaming=true" in overrides)
 
 
+@pytest.mark.long
 def test_full_trains_the_base_and_the_others_do_not(recipe):
     assert recipe("adapter=full").trains_base
     assert not recipe().trains_base
     assert not recipe("adapter=none").trains_base
 
 
+@pytest.mark.long
 def test_only_what_trains_is_sharded(recipe):
     shared = ["lightning.strategy=fsdp2", "lightning.devices=2"]
     assert recipe(*shared).sharded

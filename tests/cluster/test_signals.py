@@ -79,6 +79,7 @@ def test_a_signal_while_a_line_is_written_is_not_logged(capfd):
     assert "SIGTERM: the current step" in capfd.readouterr().err
 
 
+@pytest.mark.long
 def test_no_handler_of_a_signal_logs():
     for path in sorted((ROOT / "trainer").rglob("*.py")):
         tree = ast.parse(path.read_text("utf-8"))

@@ -193,6 +193,7 @@ def test_an_array_has_a_task_for_each_combination(requested, tmp_path):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -321,6 +322,7 @@ def test_experiments_of_ones_own(requested, tmp_path):
 TOKEN = "hf_" + "A1b2" * 8
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "word",
     [

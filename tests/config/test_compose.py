@@ -247,6 +247,7 @@ COMBINATIONS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", COMBINATIONS)
 def test_settings_that_do_not_go_together(compose, case):
     overrides, message = COMBINATIONS[case]
@@ -321,6 +322,7 @@ def test_the_command_line_changes_what_an_experiment_says(compose):
     assert "progress" not in cfg.callbacks
 
 
+@pytest.mark.long
 def test_two_loggers_at_once(compose):
     cfg = compose("experiment=smoke", TASK, "logger=[wandb,tensorboard]", "logger.wandb.project=p")
     assert list(cfg.logger) == ["wandb", "tensorboard"]
@@ -369,6 +371,7 @@ def recorded(cfg):
     )
 
 
+@pytest.mark.long
 def test_what_has_come_since_a_run_is_as_conf_has_it(compose):
     cfg = compose(
         "experiment=smoke",
@@ -420,6 +423,7 @@ def test_what_is_asked_for_has_no_default(compose):
     assert complete(older, choices | {"adapter": "of long ago"}) == []  # `check` refuses it
 
 
+@pytest.mark.long
 def test_a_targets_base_of_an_older_version(compose, tmp_path):
     plain, choices = recorded(compose("experiment=smoke", TASK, "base=tiny", "base.seed=3"))
     del plain["base"]["double_quant"]

@@ -32,6 +32,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", WORDS)
 def test_a_config_is_hydras(case):
     composed(*WORDS[case])
@@ -44,6 +45,7 @@ def test_a_config_is_hydras(case):
     assert not OmegaConf.is_readonly(quick.hydra)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", FAULTS)
 def test_an_error_is_hydras(case):
     with pytest.raises(Exception, match=r".+") as quick:
@@ -60,6 +62,7 @@ def test_what_a_test_changes_in_a_config_stays_there():
     assert composed("experiment=smoke", TASK).optimizer.lr != 7.0
 
 
+@pytest.mark.long
 def test_conf_is_read_once_by_every_way_to_compose(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["trainer", "experiment=smoke", TASK, "--cfg", "job"])
     for again in (False, True):
@@ -81,6 +84,7 @@ def test_a_folder_of_ones_own_is_read_each_time(tmp_path):
         assert compose(words).max_steps == steps
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "content",
     [

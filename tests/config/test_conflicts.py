@@ -99,6 +99,7 @@ def opposite(condition):
     return {"=": f"{key}!={expected}", "!=": f"{key}={expected}"}[sign]
 
 
+@pytest.mark.long
 def test_each_condition_counts(smoke):
     """A condition that always holds would make a row wider than it reads."""
     for row in ROWS:

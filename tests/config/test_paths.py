@@ -80,6 +80,7 @@ def words_of(case):
     return [word.replace("ROWS", "rows.jsonl").replace("RUN", "past") for word in words], said
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", MISSING)
 def test_what_is_missing_is_said_before_anything_heavy(folder, monkeypatch, capfd, case):
     words, said = words_of(case)
@@ -164,6 +165,7 @@ def test_a_misspelt_run_is_suggested(folder):
     assert paths.run_fault("runs/quickstart@best") is None
 
 
+@pytest.mark.long
 def test_what_may_be_on_the_hub_is_not_missing(folder):
     for words in (
         ["task.path=org/name"],

@@ -39,6 +39,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_a_path_arrives_as_it_was_written(compose, name):
     assert compose("experiment=smoke", f"task.path={name}").task.path == name
@@ -98,6 +99,7 @@ def test_several_values_without_multirun_are_a_sweep_that_was_forgotten():
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("value", ["[a", "{a: b", "'a b", '"a', "${name", "[a (1), {b]"])
 def test_what_cannot_be_read_says_how_to_write_it(compose, value):
     with pytest.raises(HydraException) as raised:

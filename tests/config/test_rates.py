@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from trainer.config import compose, rates
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("words", "rate"),
     [

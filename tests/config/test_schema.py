@@ -300,6 +300,7 @@ def test_options_are_the_files_of_a_group(conf):
     assert schema.options("group") == ["a", "b"]
 
 
+@pytest.mark.long
 def test_the_files_are_read_as_omegaconf_reads_them():
     """The schema reads them by PyYAML's own parser in C, which takes a tenth of the time."""
     import yaml

@@ -292,6 +292,7 @@ def targets_alone(case):
     return said in (ONLY, THERE, NOWHERE) and plain and case not in WHOLE
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", [case for case in HOSTILE if targets_alone(case)])
 def test_a_hostile_target_is_refused(good, canary, case):
     overrides, said = HOSTILE[case]
@@ -310,6 +311,7 @@ def test_most_targets_are_checked_alone_and_each_kind_by_the_program_too():
     assert not {"a sweeper", "a quoted space", "no target"} & {*alone}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", [case for case in HOSTILE if not targets_alone(case)])
 def test_a_hostile_command_line_runs_nothing(refused, canary, case):
     (canary.parent / "stranger").mkdir()
@@ -529,6 +531,7 @@ FILES["a pattern that takes for ever"] = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", FILES)
 def test_a_strangers_experiment_runs_nothing(refused, canary, case):
     defaults, body, said = FILES[case]
@@ -667,6 +670,7 @@ EVERYWHERE = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", EVERYWHERE)
 def test_nothing_foreign_is_made_anywhere(good, place):
     if place == "adapter":
@@ -682,6 +686,7 @@ def test_nothing_foreign_is_made_anywhere(good, place):
             check(cfg)
 
 
+@pytest.mark.long
 def test_a_file_may_ask_for_little_and_gets_it(compose, canary):
     """What a refusal is worth is seen by what is not refused."""
     assert (
@@ -699,6 +704,7 @@ def test_a_file_may_ask_for_little_and_gets_it(compose, canary):
     assert cfg.hydra.run.dir == "elsewhere"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "override",
     [
@@ -766,6 +772,7 @@ def calls(tree):
             )
 
 
+@pytest.mark.long
 def test_no_file_of_ours_loads_a_pickle_or_asks_a_shell():
     """Every way to read code as data, wherever it may be written one day."""
     seen = 0

@@ -111,6 +111,7 @@ def test_a_traceback_is_shown():
     assert not SENT & set(done.stderr)
 
 
+@pytest.mark.long
 def test_nothing_is_printed_but_through_say():
     for package in ("trainer", "adapters", "tasks"):
         for path in sorted((ROOT / package).rglob("*.py")):

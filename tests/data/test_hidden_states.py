@@ -117,6 +117,7 @@ def gradients(loss, batch):
 PACKS = [[0, 3, 7], [1], [2, 4], [5, 6, 8, 9], [10, 11, 12]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layers", [(), LAYERS, (1,), (0, 2)])
 @pytest.mark.parametrize("packs", [None, PACKS])
 def test_gradients_from_disk_are_those_of_a_forward_pass(tmp_path, model, packs, layers):

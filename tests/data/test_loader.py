@@ -31,6 +31,7 @@ class Struck(torch.utils.data.Dataset):
         return torch.tensor([index])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("minutes", [0, 5])
 def test_batches_are_those_of_a_plain_loader(workers, minutes):
@@ -44,6 +45,7 @@ def test_batches_are_those_of_a_plain_loader(workers, minutes):
         ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("at", [0, 5])
 def test_a_process_that_stops_is_ended_and_told(at):
     began = time.monotonic()

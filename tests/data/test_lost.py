@@ -188,6 +188,7 @@ def test_what_is_lost_and_unread_is_counted_and_said_once(tiny):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_a_marker_in_any_place_of_any_shape_is_trained_or_refused(name):
     """The law on all templates: a word in each place of a row occurs in the ids, or the row is

@@ -157,6 +157,7 @@ def chat(*contents: str) -> Conversation:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("train_on", ["all", "last", "everything"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_mask_equals_a_naive_one_over_the_rendered_text(tiny, shape, train_on):
@@ -442,6 +443,7 @@ def unknowing() -> PreTrainedTokenizerFast:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("train_on", ["all", "last"])
 @pytest.mark.parametrize("shape", [*SHAPES, "merging", "unknowing"])
 def test_prompts_that_are_not_tokenised_again_give_what_those_that_are_give(

@@ -372,6 +372,7 @@ def test_cached_rows_equal_fresh_ones_and_are_not_made_again(tiny, chats, monkey
     assert len(calls) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("suffix", ["json", "arrow"])
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", None])
 def test_a_broken_cache_entry_is_made_again(tiny, chats, own_cache, suffix, content):

@@ -128,6 +128,7 @@ def test_the_order_depends_on_the_seed_only(tiny, numbered):
     assert lines(stream(tiny, numbered, block=23, seed=1)) != first
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("batch_size", "accumulate", "ranks"), SHAPES)
 def test_a_stream_that_starts_at_a_step_goes_on_as_if_it_had_not_stopped(
     tiny, numbered, batch_size, accumulate, ranks

@@ -123,6 +123,7 @@ def drafters(model):
     }
 
 
+@pytest.mark.long
 def test_greedy_is_plain_greedy(model):
     seen = passes(model)
     plain = text(model, 24)
@@ -184,6 +185,7 @@ def test_what_is_accepted_streams(model):
     assert streamer.told == [*PROMPT[0].tolist(), *plain, "end"]
 
 
+@pytest.mark.long
 def test_a_sampled_token_is_the_targets_whatever_is_drafted():
     model = toys.llama(
         torch.float32,

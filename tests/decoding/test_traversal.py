@@ -155,6 +155,7 @@ def targets(length, seed):
 SHAPES = [(1,), (1, 1), (1, 1, 1), (2,), (2, 1), (1, 2), (2, 2)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("replacement", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_texts_have_the_targets_law(shape, replacement):
@@ -163,6 +164,7 @@ def test_texts_have_the_targets_law(shape, replacement):
         assert float((joint - targets(len(shape) + 1, seed)).abs().max()) < 1e-12
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2)])
 def test_drawn_and_chosen_siblings_keep_the_law(shape):
     for seed in range(3):
@@ -170,6 +172,7 @@ def test_drawn_and_chosen_siblings_keep_the_law(shape):
         assert float((joint - targets(len(shape) + 1, seed)).abs().max()) < 1e-12
 
 
+@pytest.mark.long
 def test_a_policy_that_looks_at_all_tokens_drawn_so_far_keeps_the_law():
     def exists(level, nodes):
         return sum(token for token, *_ in nodes) % 2 == level % 2
@@ -255,6 +258,7 @@ def recursive_mean(shape, replacement, seed):
     return mean
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("replacement", [False, True])
 def test_a_step_is_never_shorter_than_by_the_recursive_rule(replacement):
     gains = []
@@ -293,6 +297,7 @@ def test_drafts_that_are_verified_together_are_as_alone(monkeypatch):
     assert together.taken.any()
 
 
+@pytest.mark.long
 def test_the_random_numbers_are_used_as_the_law_says():
     """10,000 steps of a chain of two drawn with torch's generator, against the target's pairs."""
     generator = torch.Generator().manual_seed(0)

@@ -178,6 +178,7 @@ def steps_of(monkeypatch, p, draft, rule):
 ABOVE = [-1, -1, 0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["without replacement", "with replacement", "spectr", "chain"])
 def test_a_tree_of_two_levels_writes_pairs_as_the_target_does(kind, monkeypatch):
     size = 3

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from scripts import chat_templates, docs
 
 CHANGED = "run python -m scripts.docs and commit the result"
@@ -30,6 +32,7 @@ def test_a_setting_has_key_default_type_and_meaning():
     )
 
 
+@pytest.mark.long
 def test_the_table_of_templates_is_that_of_the_rows():
     text = chat_templates.PAGE.read_text("utf-8")
     assert text == chat_templates.page(), "run python -m scripts.chat_templates"

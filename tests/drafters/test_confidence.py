@@ -62,6 +62,7 @@ def chance(w, k, z):
     return 1 / (1 + torch.exp(-(w[f"{at}.3.weight"][0] @ z + w[f"{at}.3.bias"][0])))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("packs", [APART, PACKED], ids=["apart", "packed"])
 @pytest.mark.parametrize("name", METHODS)
 def test_its_loss_is_that_of_plain_loops_and_reaches_nothing_else(name, packs):

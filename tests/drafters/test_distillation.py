@@ -292,6 +292,7 @@ def target_of(size=SIZE, vocabulary=VOCABULARY):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("chunk", [3, 100])
 @pytest.mark.parametrize("packs", [APART, PACKED], ids=["apart", "packed"])
 @pytest.mark.parametrize("make", [Lines, Voiced])

@@ -55,6 +55,7 @@ def smooth_l1(a, b):
     return torch.where(apart < 1, apart**2 / 2, apart - 0.5).mean()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("packs", [APART, PACKED], ids=["apart", "packed"])
 @pytest.mark.parametrize(
     ("kind", "passes", "bias"),

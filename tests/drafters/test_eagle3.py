@@ -63,6 +63,7 @@ def naive(w, model, features, ids, passes, norm_output=False, fc_norm=False, win
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("packs", [APART, PACKED], ids=["apart", "packed"])
 @pytest.mark.parametrize(
     ("kind", "changes"),
@@ -132,6 +133,7 @@ def test_states_loss_and_gradient_are_those_of_the_reference(kind, changes, pack
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
     [{}, {"norm_output": True, "fc_norm": True, "draft_vocab_size": None}],
@@ -396,6 +398,7 @@ def partly_trained(dtype, length=80):
     return TargetOutput(hidden, ids, labels, at, hidden[:, :0], features)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [eagle, eagle3])
 @pytest.mark.parametrize(
     ("kind", "tolerance"), [("llama", 1e-5), ("mistral", 1e-5), ("eager", 1e-5), ("dense", 1e-11)]

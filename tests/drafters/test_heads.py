@@ -79,6 +79,7 @@ def naive(kind, drafter, model, hidden, ids):
 # states and loss
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("packs", [APART, PACKED], ids=["apart", "packed"])
 @pytest.mark.parametrize(("kind", "offsets"), [*((kind, 3) for kind in KINDS), ("shared", 1)])
 def test_states_and_loss_are_those_of_plain_loops(kind, offsets, packs):
@@ -220,6 +221,7 @@ def test_no_more_logits_than_a_chunk(kind):
 # what is trained
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_adapter_learns_from_heads_only_where_it_may(kind, detach):
@@ -368,6 +370,7 @@ def test_a_random_start_is_the_seeds_and_is_not_the_targets():
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "config",
     [
@@ -419,6 +422,7 @@ def test_layers_of_other_families_are_their_own(config):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_packed_base_is_unpacked_for_a_start_and_stepped_on(kind):
     model = tiny(0, 2, 64, 64, "auto", "sdpa", kind, True, []).load(torch.float32)
@@ -443,6 +447,7 @@ def test_a_packed_base_is_unpacked_for_a_start_and_stepped_on(kind):
         assert losses[1] < losses[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_is_computed_from_whole_weights(kind):
     model = llama(torch.bfloat16)
@@ -547,6 +552,7 @@ PATTERNS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()

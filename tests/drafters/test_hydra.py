@@ -102,6 +102,7 @@ def test_states_are_those_of_plain_loops(kind, packs):
                 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("packs", [APART, PACKED], ids=["apart", "packed"])
 @pytest.mark.parametrize("loss", ["labels", "ce", "tv"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -345,6 +346,7 @@ def test_dropout_is_on_while_training_only(kind):
         assert 0.3 < float((states == 0).float().mean()) < 0.7  # of what the output layer is given
 
 
+@pytest.mark.long
 def test_heads_learn_to_read_the_tokens_between():
     """Text whose next token follows from the last, and hidden states that say nothing: the k-th
     head has to read x_{t+k}."""

@@ -17,6 +17,7 @@ from trainer.drafters import DrafterError
 from trainer.exporting import mtp_layers
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_own_mtp_layer_is_the_drafter(tmp_path, kind):
     model = tiny_of(kind)

@@ -164,6 +164,7 @@ def test_cett_does_not_depend_on_the_scale_of_activations():
     assert 0 < before < 0.2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("percent", [2.0, 20.0])
 def test_the_search_finds_what_trying_every_value_finds(percent, monkeypatch):
     monkeypatch.setattr(mlp_density, "LEVELS", 16)

@@ -26,6 +26,7 @@ def stock(name: str, folder: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder_of(name, folder), dtype=torch.float32).eval()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", REWRITTEN)
 def test_stock_peft_reads_an_adapter_beside_experts(name, tmp_path):
     adapter = toys.lora(target_modules="all-linear", dropout=0.1)
@@ -50,6 +51,7 @@ def old_folder(model: Any, adapter: Any, folder: Any) -> None:
     io.write(folder, config, tensors)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
 @pytest.mark.parametrize("size", [0.2, 1e-4])

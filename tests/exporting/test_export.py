@@ -469,6 +469,7 @@ def test_mtp_layers_of_a_base_survive_a_merged_export(train, chats, tiny, tmp_pa
         )
 
 
+@pytest.mark.long
 def test_a_base_in_shards_gets_one_more(tiny, tmp_path):
     folder = base_of("llama", tiny, tmp_path / "base")
     model: Any = AutoModelForCausalLM.from_pretrained(folder)

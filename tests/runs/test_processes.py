@@ -415,6 +415,7 @@ def test_a_run_resumes_with_another_number_of_processes(folder, caplog):
 FSDP2 = "lightning.strategy=fsdp2 lightning.devices=2"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -149,6 +149,7 @@ def steps_of(server):
     return [row["global_step"] for row in history if "train/loss" in row]
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_is_one_run_with_all_that_belongs_to_it(server, run, caplog):
     adapter = run.folder / "adapter"
     adapter.mkdir()
@@ -209,6 +210,7 @@ def test_a_run_that_goes_on_is_one_run_with_all_that_belongs_to_it(server, run, 
     }
 
 
+@pytest.mark.long
 def test_no_secret_is_in_a_byte_that_is_written_or_sent(server, run, tmp_path):
     run(range(2))
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -256,6 +258,7 @@ def test_a_server_that_hangs_or_fails_at_the_start_or_the_end_costs_seconds(
     assert steps_of(server) == [0, 1, 2, 3]
 
 
+@pytest.mark.long
 def test_losses_that_are_not_finite_raise_an_alarm(server, run):
     run([0], error=NonFinite("3 steps in a row, up to step 9, had a loss that is not finite"))
     (alert,) = server.alerts
@@ -285,6 +288,7 @@ def test_numbers_are_grouped_by_what_they_are_of(kind, key, name):
     assert numbers(kind, {key: 1.0, "text": "a", "tokens": 9, "none": None}) == {name: 1.0}
 
 
+@pytest.mark.long
 def test_the_sweep_composes_with_every_value(compose):
     sweep = yaml.safe_load((ROOT / "scripts" / "wandb_sweep.yaml").read_text())
     assert sweep["command"][-1] == "${args_no_hyphens}"

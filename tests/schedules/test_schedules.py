@@ -28,6 +28,7 @@ def make(name: str, **changes: Any) -> Callable[..., float]:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_factors_are_in_bounds_learn_from_the_start_and_depend_on_the_step_alone(name):
     for warmup, steps in itertools.product([0, 0.05, 0.5, 1, 3, 50], STEPS):
@@ -79,6 +80,7 @@ def test_constant():
     assert {factor(step, steps=steps) for steps in STEPS for step in range(steps)} == {1.0}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("final", [0.0, 0.2])
 def test_cooldown_holds_the_peak_and_then_falls_as_its_shape(shape, final):

@@ -95,6 +95,7 @@ def test_settings_of_another_choice_are_not_listed(tmp_path):
     assert own == {"adapter.alpha", "adapter.dropout"}  # which both have
 
 
+@pytest.mark.long
 def test_the_page_holds_all_and_leads_nowhere(sweep, capsys):
     make(sweep / "nasty", {"name": NASTY, "task.path": NASTY}, (2.0, 1.1))
     words = [*(str(run) for run in folders(sweep)), "markdown=table.md", "json=table.json"]
@@ -134,6 +135,7 @@ def test_a_folder_of_runs_a_sweeps_numbers_and_a_family(tmp_path, monkeypatch, c
     assert "other" not in shown
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -154,6 +156,7 @@ def test_bad_input_is_one_line(sweep, capsys, words, message):
     assert not list(sweep.parent.glob("*.html"))
 
 
+@pytest.mark.long
 def test_a_damaged_journal_and_a_run_that_has_not_begun(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = make(tmp_path / "a")

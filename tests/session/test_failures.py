@@ -133,6 +133,7 @@ def job(compose, monkeypatch, tmp_path):
     return ended
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", EXPLAINED)
 def test_the_program_says_what_it_is_and_ends_with_its_code(job, caplog, case):
     act, code, message = EXPLAINED[case]
@@ -142,6 +143,7 @@ def test_the_program_says_what_it_is_and_ends_with_its_code(job, caplog, case):
     assert "Traceback" not in caplog.text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("error", UNEXPLAINED, ids=repr)
 def test_what_is_ours_to_mend_comes_with_its_traceback(job, caplog, error):
     assert failures.explained(error, {}) is None
@@ -205,6 +207,7 @@ def proposals(text):
 ADAPTERS = ["lora", "full", "prompt_tuning", "adalora", "none"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_what_is_proposed_can_be_done_and_is_a_change(settings, adapter):
     arguments = [

@@ -70,6 +70,7 @@ PARTS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("task", "adapter", "more"), [(task, adapter, more) for task, adapter, *more in PARTS]
 )
@@ -96,6 +97,7 @@ def test_parameters_are_those_of_the_model_that_is_trained(
     assert footprint.parameters(model).startswith(f"{actual.model['trainable']:,} of ")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("adapter", "drafter", "precision", "dtype"),
     [
@@ -124,6 +126,7 @@ def test_a_checkpoints_size_is_about_as_told(train, chats, settings):
     assert 0.8 < reported / saved.path.stat().st_size < 1.25
 
 
+@pytest.mark.long
 def test_memory_grows_with_what_takes_it(estimated):
     def needed(*overrides):
         return estimated(*overrides).model

@@ -20,6 +20,8 @@ from trainer.models.base import Base, BaseError
 from trainer.session import inspect, preview
 from trainer.storage import journal
 
+pytestmark = pytest.mark.long
+
 AROUND = 21  # tokens of tiny's chat template around a question and its answer
 
 

@@ -16,6 +16,8 @@ from tests.toys.commands import exit_code
 from trainer import report
 from trainer.session import report_html
 
+pytestmark = pytest.mark.long
+
 NASTY = "<script>alert('x')</script><img src=x onerror=alert(1)> & \"quoted\" </pre></body>"
 RECORD = {
     "id": "abcd1234",

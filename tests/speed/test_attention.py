@@ -50,6 +50,7 @@ SIGHTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("block", [3, 64])
 @pytest.mark.parametrize("kernels", PAIRS)
 @pytest.mark.parametrize("kind", SIGHTS)

@@ -155,6 +155,7 @@ def test_another_batch_has_its_own_rows():
     assert seen == [[0, 4, 6, 8]] * 2 + [[0, 3, 4, 8]] * 2
 
 
+@pytest.mark.long
 def test_a_compiled_layer_has_the_rows_too():
     attend = flash_module._with_row_bounds(
         lambda module, query, *_, cu_seq_lens_q, max_length_q, **__: (

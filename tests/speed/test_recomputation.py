@@ -89,6 +89,7 @@ def trained(
     )  # type: ignore[misc]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "packed", "fuse"),
     [

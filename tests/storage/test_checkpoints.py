@@ -336,6 +336,7 @@ def save_until_killed(folder, first, reported):
             checkpoints.remove(checkpoint)
 
 
+@pytest.mark.long
 def test_a_kill_in_a_save_leaves_a_good_checkpoint(tmp_path):
     """The moment of each kill is chance; what must hold holds at every moment."""
     processes = multiprocessing.get_context("forkserver")

@@ -101,6 +101,7 @@ def test_rewound_and_written_again_it_is_the_same_file(written):
     assert written.metrics.read_bytes() == before
 
 
+@pytest.mark.long
 def test_a_file_cut_anywhere_loses_only_its_last_line(written):
     whole = written.metrics.read_bytes()
     lines = whole.split(b"\n")

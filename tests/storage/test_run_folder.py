@@ -226,6 +226,7 @@ def recorded(tmp_path, compose):
     return built
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "requested", "which"),
     [
@@ -258,6 +259,7 @@ def test_no_folder_is_said_to_be_none(tmp_path, monkeypatch, requested):
         run_folder.read(requested)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -79,6 +79,7 @@ def damaged(folder, name, damage):
     return file, content
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", SIDE)
 def test_a_report_is_written_without_them(run, name, damage, capsys):
@@ -149,6 +150,7 @@ def test_a_manifest_of_another_shape_makes_its_checkpoint_damaged(tmp_path, text
         checkpoints.newest(tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", ["id", "name", "overrides", "identity", "starts", "config"])
 @pytest.mark.parametrize("value", ["[1]", "{a: 1}", "7", "null", "''", "[{a: [1]}]", "~"])
 def test_a_record_of_another_shape_is_refused_by_every_reader(run, place, value, capsys):

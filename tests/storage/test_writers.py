@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ast
 
+import pytest
+
 from tests.conftest import ROOT
 
 # what opens a file to write, by the name that is called
@@ -116,6 +118,7 @@ def writers():
                     yield str(path.relative_to(ROOT)), function, name
 
 
+@pytest.mark.long
 def test_every_writer_is_listed_with_a_reason():
     assert set(writers()) == set(REASONS)
 

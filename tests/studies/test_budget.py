@@ -25,6 +25,7 @@ def study(tmp_path, methods, parameters, **changes):
     return make(tmp_path, **known | {"baseline": first} | changes)
 
 
+@pytest.mark.long
 def test_each_method_gets_the_budget(tmp_path):
     methods = {
         "lora": (["adapter=lora"], True),
@@ -62,6 +63,7 @@ def test_a_later_word_replaces_an_earlier_one(tmp_path):
     assert budget.last_of_each(["a=1", "+b=2", "a=3", "b=4"]) == ["a=3", "b=4"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("words", "parameters", "message"),
     [
@@ -86,6 +88,7 @@ def test_what_cannot_be_met_is_reported_by_method(tmp_path, words, parameters, m
         )
 
 
+@pytest.mark.long
 def test_data_without_validation_rows_are_refused(tmp_path):
     plain = study(tmp_path, {"lora": (["adapter=lora"], True)}, None)
     data = plain.data["sums"]

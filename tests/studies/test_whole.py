@@ -94,6 +94,7 @@ def test_a_study_runs_ends_in_a_table_and_is_extended(file, tmp_path, capsys):
     assert "is the result of a run with other settings" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_jobs_of_a_study_are_an_array_with_a_task_for_each_run(file, capsys):
     words = [str(file), "submit=true", "dry=true", "study.seeds=[0,1]", "slurm.time=10"]
     words += ["study.methods={lora: [adapter=lora]}"]
@@ -107,6 +108,7 @@ def test_jobs_of_a_study_are_an_array_with_a_task_for_each_run(file, capsys):
         assert "submit" not in line
 
 
+@pytest.mark.long
 def test_faults_come_before_the_first_run(file, capsys):
     for words, message in (
         (["study.parameters=1"], "methods.lora: adapter.rank=1 has"),

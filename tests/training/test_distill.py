@@ -117,6 +117,7 @@ def gradients(loss, drafter, rows):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("choice", ["mtp_parallel", "mtp_medusa", "eagle3"])
 def test_the_drafters_gradients_are_fine_tunings(tiny, choice, packed):
@@ -299,6 +300,7 @@ def refused(compose, *overrides):
     return str(error.value)
 
 
+@pytest.mark.long
 def test_what_does_not_go_together_is_refused_before_torch(compose):
     distil = ("objective=distill", "adapter=none")
     assert "drafter=none is none: choose one" in refused(compose, *distil)
@@ -350,6 +352,7 @@ def record(folder, **changes):
     return folder
 
 
+@pytest.mark.long
 def test_the_base_is_the_targets(compose, tmp_path):
     run = record(tmp_path / "tuned")
     cfg = compose(
@@ -390,6 +393,7 @@ def test_the_base_is_the_targets(compose, tmp_path):
         compose(*own[:-2], "base=smollm2_135m")
 
 
+@pytest.mark.long
 def test_runs_that_are_no_target_are_refused(compose, tmp_path):
     def message(folder, *more):
         return refused(compose, "drafter=mtp_shared", "adapter=none", f"target.run={folder}", *more)

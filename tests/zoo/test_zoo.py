@@ -37,6 +37,7 @@ LIGHT = [
 WHOLE = ["llama", "qwen3_next", "gemma3", "mamba"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", LIGHT)
 def test_an_adapter_leaves_for_stock_peft(name, tmp_path):
     place = make(families.every()[name], tmp_path)
