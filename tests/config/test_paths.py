@@ -165,6 +165,19 @@ def test_a_misspelt_run_is_suggested(folder):
     assert paths.run_fault("runs/quickstart@best") is None
 
 
+def test_a_cache_that_cannot_be_written_is_a_problem(tmp_path, monkeypatch):
+    assert paths.cache_fault() is None
+    (tmp_path / "taken").write_text("a file")
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "taken" / "cache"))
+    config = {"task": {}, "base": {}, "target": {}}
+    (message,) = paths.problems(config)
+    assert "taken/cache cannot be used" in message
+    assert "GRAFT_CACHE=FOLDER" in message
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "new"))
+    assert list(paths.problems(config)) == []
+    assert (tmp_path / "new").is_dir()
+
+
 @pytest.mark.long
 def test_what_may_be_on_the_hub_is_not_missing(folder):
     for words in (

@@ -80,7 +80,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "taken" / "cache"))
     (tmp_path / "rows.jsonl").write_text("{}\n")
     words = ["experiment=smoke", f"task.path={tmp_path / 'rows.jsonl'}", "max_steps=1"]
-    assert preflight.main(words) == 1
+    assert preflight.main(words) == 2
     message = capsys.readouterr().err
     assert f"the cache {tmp_path / 'taken' / 'cache'} cannot be used" in message
     assert "GRAFT_CACHE=FOLDER" in message

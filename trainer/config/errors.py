@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import os
 import sys
 from pathlib import Path
 
@@ -95,6 +94,21 @@ def full_disk(error: BaseException) -> bool:
     )
 
 
+def cache_dir() -> Path:
+    """The folder for fetched and computed files."""
+    from tasks import wheel
+
+    return wheel.cache_dir()
+
+
+def unusable_cache(cache: Path, error: OSError) -> str:
+    """The message for a cache that cannot be read or written."""
+    return (
+        f"the cache {cache} cannot be used: {error.filename}: {error.strerror}. Choose another one"
+        " with GRAFT_CACHE=FOLDER"
+    )
+
+
 def unwritable(error: BaseException, fix: str = "run the command again") -> str | None:
     """The message for an error of reading or writing files that a user can fix; None for another
     error. `fix` is what to do afterwards."""
@@ -104,13 +118,9 @@ def unwritable(error: BaseException, fix: str = "run the command again") -> str 
     if not isinstance(error, OSError) or not error.filename:
         return None
     place = str(error.filename)
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graft"
-    cache = Path(os.environ.get("GRAFT_CACHE") or default)
+    cache = cache_dir()
     if Path(place).is_relative_to(cache) or cache.is_relative_to(place):
-        return (
-            f"the cache {cache} cannot be used: {place}: {error.strerror}. Choose another one with"
-            " GRAFT_CACHE=FOLDER"
-        )
+        return unusable_cache(cache, error)
     if error.errno not in _UNWRITABLE:
         return None
     return (

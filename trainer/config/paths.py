@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.config.errors import ConfigError
+from trainer.config.errors import ConfigError, cache_dir, full_disk, unusable_cache
 from trainer.config.target_base import split
 
 NO_BASE = (
@@ -28,6 +29,8 @@ def problems(config: dict[str, Any]) -> Iterator[str]:
     """The message for each path of a plain config that does not exist. `target.run` is checked
     when the config is composed."""
     yield from _task_problems(config["task"])
+    if (fault := cache_fault()) is not None:
+        yield fault
     base = config["base"]
     path = base.get("path")
     if isinstance(path, str) and base.get("gguf_file") is None and (fault := base_fault(path)):
@@ -59,6 +62,18 @@ def rows_problems(path: str | list[str], key: str) -> Iterator[str]:
         reading.Source(path, "train", False, key)
     except reading.DataError as error:
         yield str(error)
+
+
+def cache_fault() -> str | None:
+    """Say why nothing can be written to the cache. A full disk is no fault yet: the cache may hold
+    all that the run needs."""
+    cache = cache_dir()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return None
+    except OSError as error:
+        return None if full_disk(error) else unusable_cache(cache, error)
 
 
 def file_fault(path: str | Path) -> str | None:
