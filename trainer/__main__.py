@@ -158,7 +158,7 @@ def _run(cfg: DictConfig, signals: Signals) -> float | None:
             "other processes are busy: waiting threads yield (%s)",
             ", ".join(f"{name}={value}" for name, value in threads.SHORT_SPIN.items()),
         )
-    with fast_imports.without_gc(), fast_imports.without_torchmetrics():
+    with fast_imports.without_gc():
         from trainer.run import run
         from trainer.session import failures
         from trainer.session.session import Unfinished

@@ -104,36 +104,6 @@ print("torch._inductor.compile_fx" in sys.modules)
     assert done.stdout.split() == ["False", "True"], done.stderr
 
 
-def test_lightning_does_not_bring_torchmetrics():
-    """It trains without, and whoever imports torchmetrics later has the real one."""
-    program = """
-import sys
-from trainer.speed import fast_imports
-with fast_imports.without_torchmetrics():
-    import lightning.pytorch
-print("torchmetrics" in sys.modules, any(name.startswith("torchmetrics.") for name in sys.modules))
-import torchmetrics, torch
-mean = torchmetrics.MeanMetric()
-mean.update(torch.tensor([1.0, 3.0]))
-print(float(mean.compute()), "torchmetrics.metric" in sys.modules)
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
-try:
-    _ResultMetric(None, True)
-except RuntimeError as error:
-    print("GRAFT_PLAIN_IMPORTS=1" in str(error))
-with fast_imports.without_torchmetrics():
-    import torchmetrics as again
-print(again is torchmetrics)
-"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == ["False", "False", "2.0", "True", "True", "True"], done.stderr
-
-
-def test_nothing_is_logged_by_lightning():
-    sources = [file.read_text("utf-8") for file in (ROOT / "trainer").rglob("*.py")]
-    assert not any("self.log(" in text or ".log_dict(" in text for text in sources)
-
-
 def test_its_kernels_compute_the_same():
     """bitsandbytes' own compiled functions, called in a process that imported them so and in one
     that did not."""
