@@ -98,7 +98,7 @@ def knobs_say_their_type_and_meaning(name):
     values = content(name)
     for place, leaf, value in leaves(schema.load(name), values):
         assert leaf.doc, f"{place} has no comment"
-        for alternative in schema._alternatives(leaf.type):
+        for alternative in schema.alternatives(leaf.type):
             assert TYPE.fullmatch(alternative), (
                 f"{place}: {alternative!r} is not in the grammar of trainer/schema.py"
             )
@@ -120,7 +120,7 @@ def knobs_say_their_type_and_meaning(name):
     ],
 )
 def test_a_type_outside_the_grammar_is_noticed(written):
-    assert not all(TYPE.fullmatch(part) for part in schema._alternatives(written))
+    assert not all(TYPE.fullmatch(part) for part in schema.alternatives(written))
 
 
 @pytest.mark.parametrize("name", ["config", "slurm"])

@@ -55,15 +55,10 @@ def main(argv: list[str]) -> int:
     """Run the command; see the module's text."""
     options = parse(Options, argv, __doc__, "graft compare")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    from rich import get_console
-
     from trainer.evaluation.run_summary import folders, summary
     from trainer.session import branches, compared, failures
     from trainer.storage import atomic
 
-    console = get_console()
-    if not console.is_terminal:
-        console.width = 160  # a file's lines, not a terminal's
     try:
         places = [run for name in options.runs for run in folders(Path(name).expanduser())]
         if options.family is not None:
@@ -74,7 +69,7 @@ def main(argv: list[str]) -> int:
         if (settings := compared.settings_table(groups)) is not None:
             tables = {"Settings that differ": settings} | tables
         for table in tables.values():
-            console.print(table.rich())
+            table.show()
         if options.markdown is not None:
             text = "\n".join(f"## {name}\n\n{table.markdown()}" for name, table in tables.items())
             atomic.write_output(options.markdown, text)

@@ -29,6 +29,7 @@ ASKED = [{"role": "user", "content": "a"}]
 # Every command, with arguments that make it decode; None if it never writes text.
 VERBS: dict[str, Any] = {
     "compare": None,
+    "completion": None,
     "compress": None,
     "cooldown": None,
     "density": None,
@@ -37,10 +38,12 @@ VERBS: dict[str, Any] = {
     "export": None,
     "generate": (generate, ["prompt=a", "max_new_tokens=30"]),
     "preflight": None,
+    "push": None,
     "realign": None,
     "report": None,
     "respond": (respond, ["max_new_tokens=30"]),
     "run": "its samples: see the fixture",
+    "schema": None,
     "sizes": None,
     "study": None,
     "speculate": (speculate, ["prompt=a", "drafter=lookup", "max_new_tokens=30"]),

@@ -22,6 +22,7 @@ TAKES = {
     "evaluate": [["run={run}"], ["task=speculation", "run={run}"]],
     "export": [["run={run}", "to=peft"], ["run={run}", "to=drafter"]],
     "generate": [["run={run}", "prompt=x"]],
+    "push": [["run={run}", "to=org/name"]],
     "realign": [["draft={run}", "target.run={run}"]],
     "report": [["run={run}"]],
     "respond": [["run={run}", "prompts=rows.jsonl", "out=out"]],
@@ -70,6 +71,7 @@ def files(folder):
 
 def test_every_command_is_in_the_list():
     assert {*TAKES, *CONFIGS, *NOTHING} == set(NAMES)
+>>>>>>> 6092f6a (The commands' page)
 
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=lambda function: function.__name__)

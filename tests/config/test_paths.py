@@ -59,6 +59,7 @@ MISSING = {
     "compress": (["compress", "run=nowhere", "method=dare"], RUN),
     "sizes": (["sizes", "run=nowhere"], RUN),
     "density": (["density", "run=nowhere"], RUN),
+    "push": (["push", "run=nowhere", "to=org/name"], RUN),
     "report": (["report", "run=nowhere"], RUN),
     "study": (["study", "nowhere.yaml"], "there is no such file, or one of"),
 }  # fmt: skip

@@ -55,6 +55,7 @@ REASONS = {
     ("trainer/exporting/engines.py", "write", "write_text"): NEW_FOLDER,
     ("trainer/exporting/mtp_layers.py", "append", "save_file"): NEW_FOLDER,
     ("trainer/exporting/mtp_layers.py", "append", "write_text"): NEW_FOLDER,
+    ("trainer/exporting/upload.py", "_readme", "write_bytes"): "into a new, temporary folder",
     ("trainer/evaluation/speedup_report.py", "plot", "savefig"): RANDOM,
     ("trainer/evaluation/mlp_density.py", "plot", "savefig"): RANDOM,
     ("trainer/session/branches.py", "_plot", "savefig"): RANDOM,

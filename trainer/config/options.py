@@ -178,7 +178,7 @@ def _checked(text: str, hint: Any, metadata: Any) -> Any:
     try:
         value = _read(text, hint)
     except ValueError:
-        close = difflib.get_close_matches(text, _choices(hint), n=1, cutoff=0.6)
+        close = difflib.get_close_matches(text, choices_of(hint), n=1, cutoff=0.6)
         close_text = f". Did you mean {close[0]}?" if close else ""
         raise ValueError(f"expected {_expected(hint, bounds)}{close_text}") from None
     number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -189,7 +189,8 @@ def _checked(text: str, hint: Any, metadata: Any) -> Any:
     return value
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
+def members(hint: Any) -> tuple[Any, ...]:
+    """Return the types of a union, or the one type."""
     return (
         typing.get_args(hint)
         if typing.get_origin(hint) in (typing.Union, types.UnionType)
@@ -197,8 +198,9 @@ def _members(hint: Any) -> tuple[Any, ...]:
     )
 
 
-def _choices(hint: Any) -> list[str]:
-    literals = [m for m in _members(hint) if typing.get_origin(m) is Literal]
+def choices_of(hint: Any) -> list[str]:
+    """Return the literal values that a type takes."""
+    literals = [m for m in members(hint) if typing.get_origin(m) is Literal]
     return [str(choice) for member in literals for choice in typing.get_args(member)]
 
 
@@ -208,7 +210,7 @@ def _read(text: str, hint: Any) -> Any:
     Raises:
         ValueError: none of the types can.
     """
-    for member in _members(hint):
+    for member in members(hint):
         if member is types.NoneType:
             if text == "null":
                 return None
@@ -220,10 +222,10 @@ def _read(text: str, hint: Any) -> Any:
                 return text.lower() == "true"
         elif member is Path:
             # a union may end in None, and null is not a path then
-            if not (text == "null" and types.NoneType in _members(hint)):
+            if not (text == "null" and types.NoneType in members(hint)):
                 return Path(text).expanduser()
         elif member is str:
-            if not (text == "null" and types.NoneType in _members(hint)):
+            if not (text == "null" and types.NoneType in members(hint)):
                 return text
         else:
             try:
@@ -240,11 +242,11 @@ def _expected(hint: Any, bounds: dict[str, float]) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     limit = " and".join(f" {name} {bound:g}" for name, bound in bounds.items())
     limit = f",{limit}" if limit else ""
-    parts = [names[member] + limit for member in _members(hint) if member in (int, float)]
-    parts += [names[member] for member in _members(hint) if member in (bool, str)]
-    choices = _choices(hint)
+    parts = [names[member] + limit for member in members(hint) if member in (int, float)]
+    parts += [names[member] for member in members(hint) if member in (bool, str)]
+    choices = choices_of(hint)
     parts += [f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]] if choices else []
-    parts += ["null"] if types.NoneType in _members(hint) else []
+    parts += ["null"] if types.NoneType in members(hint) else []
     return ", or ".join(parts)
 
 
@@ -270,7 +272,7 @@ def _lines(kind: Any) -> Iterator[list[str]]:
             head = field.metadata["value"]
         else:
             head = _shown(field)
-            if choices := _choices(hints[field.name]):
+            if choices := choices_of(hints[field.name]):
                 text += f" ({', '.join(choices)})"
             if field.default is dataclasses.MISSING:
                 text += " (required)"

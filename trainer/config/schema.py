@@ -192,7 +192,7 @@ def _leaf_problems(value: Any, leaf: Leaf, where: str, incomplete: bool) -> list
     if accepts(value, leaf.type):
         return []
     types = re.compile(r"(int|float|str|bool|list|mapping|null)\b")
-    choices = [choice for choice in _alternatives(leaf.type) if not types.match(choice)]
+    choices = [choice for choice in alternatives(leaf.type) if not types.match(choice)]
     close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.6)
     hint = f" Did you mean {close[0]}?" if close else ""
     return [f"{where} is {value!r}, but must be {leaf.type}.{hint} ({leaf.doc}; {leaf.file})"]
@@ -276,10 +276,11 @@ def _listed(names: Any) -> str:
 
 def accepts(value: Any, type_: str) -> bool:
     """Return whether a value fits a type of the grammar above."""
-    return any(_fits(value, alternative.strip()) for alternative in _alternatives(type_))
+    return any(_fits(value, alternative.strip()) for alternative in alternatives(type_))
 
 
-def _alternatives(type_: str) -> list[str]:
+def alternatives(type_: str) -> list[str]:
+    """Return the alternatives of a type of the grammar above."""
     return re.split(r"\s*\|\s*(?![^\[(]*[\])])", type_)
 
 

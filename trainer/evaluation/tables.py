@@ -19,7 +19,16 @@ class Table:
     rows: list[list[str]]
     texts: frozenset[int] = frozenset({0})
 
-    def rich(self) -> Any:
+    def show(self, longest: int = LONGEST) -> None:
+        """Print the table. A file's lines are wider than a terminal's."""
+        from rich import get_console
+
+        console = get_console()
+        if not console.is_terminal:
+            console.width = 160
+        console.print(self.rich(longest))
+
+    def rich(self, longest: int = LONGEST) -> Any:
         """The table for a terminal, with long cells cut."""
         from rich.table import Table as Rich
         from rich.text import Text
@@ -28,7 +37,7 @@ class Table:
         for at, column in enumerate(self.columns):
             table.add_column(Text(column), justify="left" if at in self.texts else "right")
         for row in self.rows:
-            table.add_row(*(Text(_cut(cell)) for cell in row))
+            table.add_row(*(Text(_cut(cell, longest)) for cell in row))
         return table
 
     def markdown(self) -> str:
@@ -38,8 +47,8 @@ class Table:
         return "".join("| " + " | ".join(map(_escaped, line)) + " |\n" for line in lines)
 
 
-def _cut(cell: str) -> str:
-    return cell if len(cell) <= LONGEST else cell[: LONGEST - 1] + "…"
+def _cut(cell: str, longest: int) -> str:
+    return cell if len(cell) <= longest else cell[: longest - 1] + "…"
 
 
 def _escaped(cell: str) -> str:

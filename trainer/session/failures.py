@@ -17,6 +17,7 @@ from trainer.config.secrets import redact
 from trainer.config.shown import say
 from trainer.data.loader import LoadingError, killed
 from trainer.drafters import DrafterError
+from trainer.exporting.upload import UploadError
 from trainer.models.base import BaseError
 from trainer.models.losses import NonFinite
 from trainer.storage.checkpoints import CheckpointError, NoSuchCheckpoint
@@ -35,7 +36,7 @@ _BAD_INPUT = (
     FolderError,
     NoSuchCheckpoint,
 )
-_FAULTS = (CheckpointError, LoadingError, NonFinite)
+_FAULTS = (CheckpointError, LoadingError, NonFinite, UploadError)
 
 
 def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] | None:

@@ -1,0 +1,307 @@
+"""Model cards: README.md of a result, with the metadata that the Hub reads.
+
+A card is made of the run's record, its journal and the files next to it. It names no folder of
+this machine and no secret, and the same run gives the same card.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+
+from trainer.config import files, paths
+from trainer.config.secrets import redact
+from trainer.config.shown import shown
+from trainer.evaluation.pictures import Curve, picture
+from trainer.evaluation.run_summary import Summary, points, summary
+from trainer.evaluation.tables import Table, duration
+from trainer.exporting import card_loading
+from trainer.storage import atomic, door
+
+FILE, PICTURE = "README.md", "loss.svg"
+MARK = "<!-- written by graft -->"
+LARGEST = 1 << 20  # bytes of a base's own card
+_COUNTS = {
+    "data?": {"*": {"kept?": (int, type(None)), "trained_tokens?": (int, type(None)), "*": object}},
+    "model?": {"parameters": int, "trainable": (int, type(None)), "*": object},
+    "*": object,
+}
+_TARGETS = {
+    "adapter": "stock PEFT",
+    "merged": "transformers",
+    "drafter": "Graft",
+    "mtp": "transformers",
+}
+
+
+def write(
+    folder: Path,
+    to: str,
+    run: Path,
+    parity: float | None,
+    step: int | None = None,
+    base: str | None = None,
+) -> None:
+    """Write README.md, and the picture that it shows, into a result's folder.
+
+    Args:
+        to: the format of the export; adapter and drafter are those that a run writes itself.
+        run: the run folder.
+        parity: the distance of the logits that were compared, None if none were.
+        step: the checkpoint's step, None for the last.
+        base: the base's name on the Hub, by default that of the run if it has one.
+    """
+    kind = "adapter" if to in ("peft", "shira") else to
+    source = summary(run)
+    path = source.settings.get("base.path")
+    base = base or (path if _on_hub(path) else None)
+    drawn = [
+        Curve("training", points(source.rows["step"], "loss")),
+        Curve("held out", points(source.rows["evaluation"], "loss"), "o-"),
+    ]
+    curves = [curve for curve in drawn if curve.points]
+    data = _metadata(kind, source, base)
+    facts = _facts(source, step)
+    body = _body(folder, kind, source, base, (facts, bool(curves), _parity(kind, parity)))
+    text = f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n{body}\n"
+    if curves:
+        atomic.write_text(
+            folder / PICTURE, base64.b64decode(picture("loss", curves)["data"]).decode("utf-8")
+        )
+    atomic.write_text(folder / FILE, redact(shown(text)))
+
+
+def _body(
+    folder: Path, kind: str, source: Summary, base: str | None, parts: tuple[Any, bool, str]
+) -> str:
+    """Return the text. `parts` are the facts of the training, whether there is a picture, and what
+    was compared."""
+    facts, drawn, checked = parts
+    lines = [
+        f"# {_word(source.name)}",
+        "",
+        _first_sentence(kind, source, base),
+        "",
+        *card_loading.section(folder, kind, base, source),
+        "## Held-out numbers",
+        "",
+        *_numbers(source),
+        *(["", f"![loss]({PICTURE})"] if drawn else []),
+        "",
+        "## Training",
+        "",
+        Table(["", ""], facts, frozenset({0, 1})).markdown().rstrip(),
+        "",
+        "## Checked",
+        "",
+        checked,
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _first_sentence(kind: str, source: Summary, base: str | None) -> str:
+    method = _word(source.choices.get("adapter"))
+    of = f"[{base}](https://huggingface.co/{base})" if base else _base_text(source)
+    if kind == "adapter":
+        return f"An adapter ({method}) for {of}, trained with Graft."
+    if kind in ("merged", "mtp"):
+        return f"{of} with an adapter ({method}) merged into it, trained with Graft."
+    return f"A draft head ({_word(source.choices.get('drafter'))}) for {of}, trained with Graft."
+
+
+def _base_text(source: Summary) -> str:
+    settings = source.settings
+    if settings.get("base.package"):
+        return f"{_word(settings['base.member'])} of the package {_word(settings['base.package'])}"
+    name = Path(str(settings.get("base.path") or source.choices.get("base"))).name
+    return f"the base {_word(name)}"
+
+
+def _on_hub(path: Any) -> bool:
+    """Whether a path is written as a name on the Hub, ORG/NAME."""
+    if not isinstance(path, str) or path.count("/") != 1 or paths.looks_local(path):
+        return False
+    try:
+        huggingface_hub.utils.validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return not Path(path).exists() and not path.endswith(".gguf")
+
+
+def _metadata(kind: str, source: Summary, base: str | None) -> ModelCardData:
+    own = _card_of_base(source, base)
+    datasets = sorted({name for name in map(_dataset, _task_paths(source)) if name})
+    labels = source.record["identity"].get("labels")
+    task = "text-classification" if labels is not None else "text-generation"
+    more: dict[str, Any] = {}
+    if base is not None:
+        relation = {"adapter": "adapter", "merged": "finetune", "mtp": "finetune"}
+        more = {"base_model": base, "base_model_relation": relation.get(kind)}
+    results = _results(source, task)
+    if results:
+        more |= {"model_name": _word(source.name), "eval_results": results}
+    return ModelCardData(
+        license=getattr(own, "license", None),
+        language=getattr(own, "language", None),
+        library_name="peft" if kind == "adapter" else "transformers",
+        pipeline_tag=task,
+        datasets=datasets or None,
+        tags=_tags(kind, source),
+        **{key: value for key, value in more.items() if value is not None},
+    )
+
+
+def _tags(kind: str, source: Summary) -> list[str]:
+    names = [str(source.choices.get("adapter"))] if kind in ("adapter", "merged", "mtp") else []
+    if kind not in ("adapter", "merged"):
+        names += ["speculative-decoding", str(source.choices.get("drafter"))]
+    return ["graft", *dict.fromkeys(name for name in names if name not in ("None", "none"))]
+
+
+def _card_of_base(source: Summary, base: str | None) -> Any:
+    """The metadata of the base's own card, if it is on this machine; nothing is fetched."""
+    path = source.settings.get("base.path")
+    file: Any = None
+    if isinstance(path, str) and Path(path).is_dir():
+        file = Path(path) / FILE
+    elif base is not None:
+        revision = source.settings.get("base.revision")
+        file = huggingface_hub.try_to_load_from_cache(base, FILE, revision=revision)
+    if not isinstance(file, str | Path) or not Path(file).is_file():
+        return None
+    try:
+        card = ModelCard(files.read_text(Path(file), LARGEST), ignore_metadata_errors=True)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return None
+    return card.data if _plain_words(card.data) else None
+
+
+def _plain_words(data: Any) -> bool:
+    """Whether licence and language are words, as the Hub demands of them."""
+    language = getattr(data, "language", None) or []
+    words = [
+        getattr(data, "license", None) or "x",
+        *([language] if isinstance(language, str) else language),
+    ]
+    return all(isinstance(word, str) and re.fullmatch(r"[\w.-]{1,40}", word) for word in words)
+
+
+def _task_paths(source: Summary) -> list[Any]:
+    found = []
+    for key, value in source.settings.items():
+        if key.startswith("task.") and key.rpartition(".")[2] == "path":
+            found += value if isinstance(value, list) else [value]
+    return found
+
+
+def _dataset(path: Any) -> str | None:
+    """A data set's name on the Hub, without its configuration; None for a file."""
+    name = str(path).partition(":")[0]
+    return name if _on_hub(name) and not re.search(r"\.\w{2,7}$", name) else None
+
+
+def _results(source: Summary, task: str) -> list[EvalResult]:
+    names = [_dataset(path) or Path(str(path)).name for path in _task_paths(source)]
+    where = _word(", ".join(names) or str(source.choices.get("task")))
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=next(filter(None, map(_dataset, _task_paths(source))), "custom"),
+            dataset_name=f"{where}, held out",
+            metric_type=_word(name),
+            metric_value=round(float(source.final(name)), 6),
+        )
+        for name in source.metrics
+        if source.final(name) is not None and not name.startswith("offset")
+    ]
+
+
+def _numbers(source: Summary) -> list[str]:
+    rows = []
+    for name in source.metrics:
+        values = (source.first(name), source.final(name), source.best(name))
+        rows.append([name, *("" if v is None else f"{v:.4f}" for v in values)])
+    if not rows:
+        return ["Nothing was held out."]
+    best = source.best_row.get("step")
+    columns = ["", "before", "after", f"best (step {best})" if best is not None else "best"]
+    return [Table(columns, rows).markdown().rstrip()]
+
+
+def _facts(source: Summary, step: int | None) -> list[list[str]]:
+    counts = door.decoration(source.folder / "preflight.json", _COUNTS, {})
+    data, model = counts.get("data", {}), counts.get("model", {})
+    setting = source.settings.get
+    rows = [["method", _method(source, "adapter")]]
+    if source.choices.get("drafter") not in (None, "none"):
+        rows.append(["draft head", _method(source, "drafter")])
+    if model.get("trainable") is not None:
+        share = f"{model['trainable']:,} of {model['parameters']:,}"
+        rows.append(["trained parameters", share])
+    names = [_dataset(path) or Path(str(path)).name for path in _task_paths(source)]
+    rows.append(["data", _word(", ".join(names) or str(source.choices.get("task")))])
+    for split, title in (("train", "rows trained on"), ("eval", "rows held out")):
+        if data.get(split, {}).get("kept") is not None:
+            rows.append([title, f"{data[split]['kept']:,}"])
+    tokens, seconds = source.last("tokens"), source.last("seconds")
+    rows += [
+        ["steps", f"{source.steps:,}" + (f", this is step {step:,}" if step is not None else "")],
+        ["tokens", f"{tokens:,}" if tokens is not None else ""],
+        ["batch", f"{setting('batch_size')} × {setting('accumulate')} rows"],  # noqa: RUF001
+        ["longest row", f"{setting('max_length') or 'as the base allows'}"],
+        ["learning rate", f"{setting('optimizer.lr')}, schedule {source.choices.get('schedule')}"],
+        ["precision", str(source.record["identity"].get("precision") or "")],
+        ["quantised base", str(setting("base.quantization") or "none")],
+        ["seed", str(source.seed)],
+        ["training time", duration(seconds)],
+        ["versions", _versions(source)],
+    ]
+    return [[name, _word(value)] for name, value in rows if value]
+
+
+def _method(source: Summary, group: str) -> str:
+    """The choice of a group with its settings, without paths and what is unset."""
+    own = {
+        key.removeprefix(f"{group}."): value
+        for key, value in source.settings.items()
+        if key.startswith(f"{group}.") and not key.rpartition(".")[2].startswith("_")
+    }
+    words = [
+        f"{key}={value if not isinstance(value, list) else '+'.join(map(str, value))}"
+        for key, value in own.items()
+        if value not in (None, False, "", [], {}) and "/" not in str(value)
+    ]
+    return ", ".join([str(source.choices.get(group)), *words])
+
+
+def _versions(source: Summary) -> str:
+    recorded = source.record["starts"][-1].get("versions", {})
+    return ", ".join(f"{name} {recorded[name]}" for name in ("torch", "transformers", "peft")
+                     if recorded.get(name))  # fmt: skip
+
+
+def _parity(kind: str, parity: float | None) -> str:
+    if parity is None:
+        return "This folder was not loaded back. `graft export` writes one that is compared."
+    if kind == "drafter":
+        return "The folder was loaded back, and every tensor is the trained one."
+    who = _TARGETS.get(kind, "code that reads the files as the engine does")
+    library = {"stock PEFT": "peft", "transformers": "transformers"}.get(who)
+    named = f"{who} {version(library)}" if library else who
+    return (
+        f"The folder was loaded back by {named}, and its logits in fp32 differ from those of the"
+        f" trained model by {parity:.1e} of their spread (root mean square)."
+    )
+
+
+def _word(value: Any) -> str:
+    """Text of a run as Markdown that stays in its line."""
+    return re.sub(r"([`<>\[\]*])", r"\\\1", " ".join(str(value).split()))

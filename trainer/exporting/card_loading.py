@@ -1,0 +1,172 @@
+"""How to load a result: commands and code for a model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trainer.config import files
+from trainer.evaluation.run_summary import Summary
+
+PLACE = "ORG/NAME"  # stands for the card's own repository; graft push puts its name there
+_LIMIT = 16 << 20
+_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+
+
+def section(folder: Path, kind: str, base: str | None, source: Summary) -> list[str]:
+    """Return the lines of the section that says how to load a folder, which has its files."""
+    name = base or "path/to/base"
+    lines = ["## Load it", ""]
+    if base is None:
+        lines += ["`path/to/base` is the base that it was trained on.", ""]
+    if kind == "adapter":
+        return lines + _adapter(folder, name)
+    if kind in ("merged", "mtp"):
+        return lines[:2] + _merged(folder, kind)
+    return lines + _drafter(kind, name, source)
+
+
+def _code(language: str, *lines: str) -> list[str]:
+    return [f"```{language}", *lines, "```", ""]
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(files.read_text(folder / name, _LIMIT))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _adapter(folder: Path, base: str) -> list[str]:
+    pair = (folder / "shira" / "adapter_config.json").exists()
+    config = _read(folder / "lora" if pair else folder, "adapter_config.json")
+    auto = _CLASSES.get(str(config.get("task_type")), "AutoModelForCausalLM")
+    generates = auto != "AutoModelForSequenceClassification"
+    if pair:
+        load = [
+            f'inner = PeftModel.from_pretrained(base, "{PLACE}", subfolder="shira",'
+            ' adapter_name="shira")',
+            f'model = PeftModel.from_pretrained(inner.get_base_model(), "{PLACE}",'
+            ' subfolder="lora")',
+        ]
+    else:
+        load = [f'model = PeftModel.from_pretrained(base, "{PLACE}")']
+    extra = ", GenerationConfig" if generates else ""
+    lines = _code(
+        "python",
+        "from peft import PeftModel",
+        f"from transformers import {auto}, AutoTokenizer{extra}",
+        "",
+        f'base = {auto}.from_pretrained("{base}")',
+        *load,
+        f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")',
+        *_asked(folder, generates),
+    )
+    if not generates or auto == "AutoModelForSeq2SeqLM":
+        return lines
+    if config.get("peft_type") != "LORA" or pair or config.get("use_dora"):
+        merge = "graft export run=RUN to=merged out=FOLDER"
+        return [*lines, "vLLM, SGLang and llama.cpp serve the merged model:", "",
+                *_code("bash", merge, "vllm serve FOLDER")]  # fmt: skip
+    rank = max([config.get("r") or 8, *(config.get("rank_pattern") or {}).values()])
+    served = f"--tokenizer {PLACE} --generation-config {PLACE}"
+    lines += ["vLLM and SGLang:", ""]
+    lines += _code(
+        "bash",
+        f"vllm serve {base} --enable-lora --max-lora-rank {_next_rank(rank)} \\",
+        f"    --lora-modules tuned={PLACE} {served}",
+        f"python -m sglang.launch_server --model-path {base} --enable-lora \\",
+        f"    --lora-paths tuned={PLACE} --tokenizer-path {PLACE}",
+    )
+    lines += ["llama.cpp, from the run's folder:", ""]
+    return lines + _code(
+        "bash",
+        "graft export run=RUN to=merged out=FOLDER",
+        "python convert_hf_to_gguf.py FOLDER --outfile tuned.gguf  # of llama.cpp",
+        "llama-server -m tuned.gguf",
+    )
+
+
+def _asked(folder: Path, generates: bool) -> list[str]:
+    if not generates:
+        return ['logits = model(**tokenizer("A text.", return_tensors="pt")).logits']
+    chat = (folder / "chat_template.jinja").exists()
+    ask = (
+        ['chat = [{"role": "user", "content": "Hello"}]',
+         "inputs = tokenizer.apply_chat_template(",
+         '    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+         ")"]
+        if chat
+        else ['inputs = tokenizer("Hello", return_tensors="pt")']
+    )  # fmt: skip
+    settings = (folder / "generation_config.json").exists()
+    how = f', generation_config=GenerationConfig.from_pretrained("{PLACE}")' if settings else ""
+    return [
+        *ask,
+        f"output = model.generate(**inputs, max_new_tokens=200{how})",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))',
+    ]
+
+
+def _next_rank(rank: int) -> int:
+    """The least rank that vLLM's option takes, at least `rank`."""
+    return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
+
+
+def _merged(folder: Path, kind: str) -> list[str]:
+    config = _read(folder, "config.json")
+    architecture = str((config.get("architectures") or [""])[0])
+    auto = "AutoModelForCausalLM"
+    if architecture.endswith("ForSequenceClassification"):
+        auto = "AutoModelForSequenceClassification"
+    elif config.get("is_encoder_decoder"):
+        auto = "AutoModelForSeq2SeqLM"
+    generates = auto != "AutoModelForSequenceClassification"
+    asked = [line.replace(f', generation_config=GenerationConfig.from_pretrained("{PLACE}")', "")
+             for line in _asked(folder, generates)]  # fmt: skip
+    lines = _code(
+        "python",
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        f'model = {auto}.from_pretrained("{PLACE}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")',
+        *asked,
+    )
+    if auto != "AutoModelForCausalLM":
+        return lines
+    draft = ' --speculative-config \'{"method": "mtp", "num_speculative_tokens": 1}\''
+    lines += _code(
+        "bash",
+        f"vllm serve {PLACE}{draft if kind == 'mtp' else ''}",
+        f"python -m sglang.launch_server --model-path {PLACE}",
+        "python convert_hf_to_gguf.py FOLDER --outfile model.gguf  # of llama.cpp",
+        "llama-server -m model.gguf",
+    )
+    return lines
+
+
+def _drafter(kind: str, base: str, source: Summary) -> list[str]:
+    adapted = "The head drafts for the base alone."
+    if source.choices.get("adapter") not in (None, "none") or source.settings.get("target.run"):
+        adapted = "The head drafts for the base with the run's adapter: serve the two together."
+    method = "eagle3" if "eagle3" in str(source.choices.get("drafter")) else "eagle"
+    setting = f'{{"method": "{method}", "model": "{PLACE}", "num_speculative_tokens": 3}}'
+    ways = {
+        "speculators": [f"vllm serve {PLACE}",
+                        f"vllm serve TARGET --speculative-config '{setting}'"],
+        "sglang": [f"python -m sglang.launch_server --model-path TARGET"
+                   f" --speculative-algorithm {method.upper()} \\",
+                   f"    --speculative-draft-model-path {PLACE}"],
+        "medusa": [f"text-generation-launcher --model-id {PLACE}"],
+    }  # fmt: skip
+    own = ["graft speculate run=RUN prompt=Hello"]
+    return [
+        adapted + (" TARGET is that model." if kind in ("speculators", "sglang") else ""),
+        "",
+        *_code("bash", *ways.get(kind, own)),
+    ]
