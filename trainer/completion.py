@@ -105,7 +105,7 @@ def _options(command: str, word: str, earlier: list[str]) -> Iterator[str]:
     if kind is None:
         return
     hints = typing.get_type_hints(kind)
-    given = {each.partition("=")[0] for each in earlier}
+    earlier_keys = {each.partition("=")[0] for each in earlier}
     for field in dataclasses.fields(kind):
         if "takes" in field.metadata:
             if not field.metadata.get("places"):
@@ -113,7 +113,7 @@ def _options(command: str, word: str, earlier: list[str]) -> Iterator[str]:
                 yield from (w for w in _settings(word, earlier) if allowed(w.partition("=")[0]))
             continue
         key = field.metadata.get("key") or field.name
-        if key in given:
+        if key in earlier_keys:
             continue
         yield f"{key}="
         if word.startswith(f"{key}="):

@@ -27,7 +27,7 @@ from trainer.config import schema
         ("graft adapter=lor", ["adapter=lora", "adapter=loraplus"]),
         ("graft +experiment=smo", ["+experiment=smoke"]),
         ("graft adapter.ra", ["adapter.rank="]),
-        ("graft adapter=rosa adapter.den", ["adapter.density="]),
+        ("graft adapter=rosa adapter.den", ["adapter.density=", "adapter.density_pattern="]),
         ("graft callbacks.evaluation.mo", [
             "callbacks.evaluation.monitor=", "callbacks.evaluation.mode=",
         ]),
@@ -103,8 +103,8 @@ def test_tab_in_bash(tmp_path):
         typed(master, 'eval "$(graft completion shell=bash)"; echo rea""dy\n', "ready")
         typed(master, "graft experiment=smo\t", "experiment=smoke")
         typed(master, " adapter=ros\t", "adapter=rosa")
-        typed(master, " adapter.dens\t", r"adapter\.density=")
-        typed(master, "\x15graft exp\t", "experiment|export")
+        typed(master, " adapter.restart\t", r"adapter\.restart_after_mask=")
+        typed(master, "\x15graft exper\t", "experiment=")
         typed(master, "\x15graft export to=spec\t", "to=speculators")
     finally:
         shell.kill()

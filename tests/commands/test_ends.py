@@ -37,6 +37,7 @@ VERBS: dict[str, Any] = {
     "evaluate": (evaluate, ["generate=2"]),
     "export": None,
     "generate": (generate, ["prompt=a", "max_new_tokens=30"]),
+    "import": None,
     "preflight": None,
     "push": None,
     "realign": None,

@@ -56,9 +56,11 @@ def valid(value, content):
         return all(LIMITS[name](value, content[name]) for name in LIMITS if name in content)
     if isinstance(value, list) and "items" in content:
         return all(valid(item, content["items"]) for item in value)
+    if isinstance(value, dict) and not set(content.get("required", [])) <= set(value):
+        return False
     if isinstance(value, dict) and "properties" in content:
         further = content.get("additionalProperties", True)
-        return set(content.get("required", [])) <= set(value) and all(
+        return all(
             valid(item, content["properties"][key]) if key in content["properties"] else further
             for key, item in value.items()
         )

@@ -66,7 +66,12 @@ def _experiment() -> dict[str, Any]:
         }
         for group in own
     ]  # fmt: skip
-    hydra = {"type": "object", "required": ["override /hydra/launcher"]}
+    hydra = {
+        "type": "object",
+        "properties": {"override /hydra/launcher": {"type": "string"}},
+        "required": ["override /hydra/launcher"],
+        "additionalProperties": False,
+    }
     defaults = {"type": "array", "items": _any([{"type": "string"}, hydra, *choices])}
     return {
         "type": "object",

@@ -29,8 +29,9 @@ from trainer.storage import atomic, door
 FILE, PICTURE = "README.md", "loss.svg"
 MARK = "<!-- written by graft -->"
 LARGEST = 1 << 20  # bytes of a base's own card
+_SPLIT = {"kept?": (int, type(None)), "*": object}
 _COUNTS = {
-    "data?": {"*": {"kept?": (int, type(None)), "trained_tokens?": (int, type(None)), "*": object}},
+    "data?": {"train?": _SPLIT, "eval?": _SPLIT, "*": object},
     "model?": {"parameters": int, "trainable": (int, type(None)), "*": object},
     "*": object,
 }
@@ -63,11 +64,7 @@ def write(
     source = summary(run)
     path = source.settings.get("base.path")
     base = base or (path if _on_hub(path) else None)
-    drawn = [
-        Curve("training", points(source.rows["step"], "loss")),
-        Curve("held out", points(source.rows["evaluation"], "loss"), "o-"),
-    ]
-    curves = [curve for curve in drawn if curve.points]
+    curves = _curves(source)
     data = _metadata(kind, source, base)
     facts = _facts(source, step)
     body = _body(folder, kind, source, base, (facts, bool(curves), _parity(kind, parity)))
@@ -77,6 +74,14 @@ def write(
             folder / PICTURE, base64.b64decode(picture("loss", curves)["data"]).decode("utf-8")
         )
     atomic.write_text(folder / FILE, redact(shown(text)))
+
+
+def _curves(source: Summary) -> list[Curve]:
+    drawn = [
+        Curve("training", points(source.rows["step"], "loss")),
+        Curve("held out", points(source.rows["evaluation"], "loss"), "o-"),
+    ]
+    return [curve for curve in drawn if curve.points]
 
 
 def _body(
