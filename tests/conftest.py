@@ -185,18 +185,16 @@ drawn: list[bool] = []  # not empty: reports of runs have their pictures
 
 @contextlib.contextmanager
 def plain_reports() -> Iterator[None]:
-    """Reports and model cards without pictures."""
-    from trainer.exporting import card
+    """Reports without pictures."""
     from trainer.session import report_html
 
-    draw, curves = report_html._plots, card._curves
+    draw = report_html._plots
     if not drawn:
         report_html._plots = lambda rows: []
-        card._curves = lambda source: []
     try:
         yield
     finally:
-        report_html._plots, card._curves = draw, curves
+        report_html._plots = draw
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import torch
 
 from adapters.delta import AdapterError
 from trainer.assembly.trained import Trained, load_trained
-from trainer.exporting import card, engines
+from trainer.exporting import engines
 from trainer.exporting.adapter import save_adapter, verify_adapter
 from trainer.exporting.heads import check_drafter, write_drafter, write_head
 from trainer.exporting.merged import write_merged
@@ -47,7 +47,6 @@ def export(
     with atomic.folder(out) as temporary, Progress(f"exporting to {out}"):
         copied = unembedding == "copied"
         difference = _write(source, to, temporary, getattr(torch, dtype), verifier, copied)
-        card.write(temporary, to, source.folder, difference, source.step)
     return out, difference
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from trainer.assembly.trained import checkpoint_record, load_trained
 from trainer.callbacks.averaging import Averaging
 from trainer.drafters import io as drafter_io
 from trainer.exporting import adapter as adapter_module
-from trainer.exporting import card
 from trainer.exporting.serving import Serving
 from trainer.storage import checkpoints
 from trainer.storage.journal import NO_METRICS, Journal
@@ -46,9 +44,9 @@ def save(
         return
     serving = Serving.of(recipe)
 
-    def write(target: Path) -> None:
-        serving.write(target, module.model)
-        adapter_module.save_adapter(module.adapter, module.model, recipe.base, recipe.task, target)
+    def write(folder: Path) -> None:
+        serving.write(folder, module.model)
+        adapter_module.save_adapter(module.adapter, module.model, recipe.base, recipe.task, folder)
 
     with Progress("saving the adapter"):
         for callback in callbacks:
@@ -77,7 +75,6 @@ def save_drafter(
         )
     trained_for = drafter_io.trained_for(recipe.base, folder.path, step, adapter)
     drafter_io.save(drafter, config["drafter"], trained_for, folder.path / "drafter")
-    card.write(folder.path / "drafter", "drafter", folder.path, None, step)
     log.info("drafter: %s", folder.path / "drafter")
 
 
@@ -93,7 +90,7 @@ def save_adapter(
             "adapter: %s. Not loaded back, since the run kept no checkpoint to compare it with",
             target,
         )
-        return None, module.step
+        return
     checkpoint = checkpoints.chosen(folder.checkpoints, which)
     if checkpoint.step != module.step:
         log.info(
@@ -114,7 +111,7 @@ def save_adapter(
             needed / 1e9,
             folder.path,
         )
-        return None, checkpoint.step
+        return
     with Progress(f"loading {target} back to compare it"):
         trained = load_trained(f"{folder.path}@{which}", fp32=True)
         difference = adapter_module.verify_adapter(trained, target)
@@ -123,7 +120,6 @@ def save_adapter(
         target,
         difference,
     )
-    return difference, checkpoint.step
 
 
 def show(journal: Journal) -> None:
