@@ -295,7 +295,10 @@ def _versions(source: Summary) -> str:
 
 def _parity(kind: str, parity: float | None) -> str:
     if parity is None:
-        return "This folder was not loaded back. `graft export` writes one that is compared."
+        return (
+            "No comparison of this folder is recorded: `graft export` writes one that is loaded"
+            " back and compared."
+        )
     if kind == "drafter":
         return "The folder was loaded back, and every tensor is the trained one."
     who = _TARGETS.get(kind, "code that reads the files as the engine does")
