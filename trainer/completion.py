@@ -51,7 +51,7 @@ complete -c graft -f -a '(graft completion line=(commandline -cp | string collec
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The options of the command line."""
 
     shell: Literal["bash", "zsh", "fish"] | None = option("print the script for a shell", None)
     line: str | None = option("print what can follow a line", None, value="TEXT")

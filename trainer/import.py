@@ -20,7 +20,7 @@ from trainer.config.shown import say
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The options of the command line."""
 
     of: Literal["auto", "axolotl", "llama-factory", "torchtune", "litgpt", "trl"] = option(
         "whose config it is; trl is TRL and PEFT", "auto"

@@ -23,7 +23,7 @@ from trainer.config.shown import say
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The options of the command line."""
 
     run: Path = option("the run folder", value="FOLDER", reads=paths.run_fault)
     to: str = option("the repository", value="ORG/NAME")

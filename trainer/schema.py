@@ -21,7 +21,7 @@ from trainer.config.shown import say
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The options of the command line."""
 
     of: str = option("what to describe", "experiment", value="experiment|GROUP|GROUP/CHOICE")
     out: Path | None = option("write it to a file", None, value="FILE", writes=True)

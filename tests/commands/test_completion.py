@@ -16,8 +16,8 @@ import pytest
 from tests.conftest import ROOT
 from tests.toys.commands import exit_code
 from trainer import completion
-from trainer.__main__ import COMMANDS
 from trainer.config import schema
+from trainer.config.commands import NAMES
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_what_can_follow(line, offered):
 
 def test_every_command_every_group_and_every_choice_is_offered():
     words = completion.candidates("graft ")
-    assert set(words) >= {*COMMANDS, "help", "adapter=", "task."}
-    for command in COMMANDS:
+    assert set(words) >= {*NAMES, "help", "adapter=", "task."}
+    for command in NAMES:
         completion.candidates(f"graft {command} ")
     for group in ("adapter", "drafter", "task"):
         offered = completion.candidates(f"graft {group}=")
