@@ -62,9 +62,9 @@ def main(argv: list[str]) -> int:
 
     try:
         planned = plan(options.run, options.part, options.to, options.base)
-        rows = [[part.name, size(part.bytes), part.note] for part in planned.parts]
+        rows = [[part.name, size(part.length), part.note] for part in planned.parts]
         rows += [[name, "", "stays here: no loader reads it"] for name in planned.left]
-        total = size(sum(part.bytes for part in planned.parts))
+        total = size(sum(part.length for part in planned.parts))
         table = Table([f"{planned.folder}", total, ""], rows, frozenset({0, 2}))
         table.show(longest=80)
         kind = "private" if options.private else "public"

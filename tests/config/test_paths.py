@@ -61,6 +61,7 @@ MISSING = {
     "density": (["density", "run=nowhere"], RUN),
     "push": (["push", "run=nowhere", "to=org/name"], RUN),
     "report": (["report", "run=nowhere"], RUN),
+    "import": (["import", "nowhere.yml"], FILE),
     "study": (["study", "nowhere.yaml"], "there is no such file, or one of"),
 }  # fmt: skip
 
@@ -124,7 +125,7 @@ def test_a_missing_file_of_rows_is_said_after_one_composition(folder, monkeypatc
 
 def test_every_command_is_among_them():
     commands = {MISSING[case][0][0] for case in MISSING}
-    assert commands >= {*NAMES} - {"doctor", "submit"}
+    assert commands >= {*NAMES} - {"completion", "doctor", "schema", "submit"}
 
 
 @pytest.mark.parametrize("case", ["train", "export"])

@@ -156,7 +156,7 @@ def alternative(type_: str) -> dict[str, Any]:
 
 def _spellings(choice: str) -> list[Any]:
     """A literal choice as YAML may read it: 8 and true are no texts."""
-    value = {"true": True, "false": False}.get(choice)
+    value: bool | int | None = {"true": True, "false": False}.get(choice)
     if value is None and re.fullmatch(r"-?\d+", choice):
         value = int(choice)
     return [choice] if value is None else [choice, value]

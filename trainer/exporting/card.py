@@ -200,11 +200,11 @@ def _plain_words(data: Any) -> bool:
 
 
 def _task_paths(source: Summary) -> list[Any]:
-    found = []
+    values = []
     for key, value in source.settings.items():
         if key.startswith("task.") and key.rpartition(".")[2] == "path":
-            found += value if isinstance(value, list) else [value]
-    return found
+            values += value if isinstance(value, list) else [value]
+    return values
 
 
 def _dataset(path: Any) -> str | None:

@@ -65,7 +65,7 @@ def _adapter(folder: Path, base: str) -> list[str]:
         f'base = {auto}.from_pretrained("{base}")',
         *load,
         f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")',
-        *_asked(folder, generates),
+        *_generation(folder, generates),
     )
     if not generates or auto == "AutoModelForSeq2SeqLM":
         return lines
@@ -92,7 +92,7 @@ def _adapter(folder: Path, base: str) -> list[str]:
     )
 
 
-def _asked(folder: Path, generates: bool) -> list[str]:
+def _generation(folder: Path, generates: bool) -> list[str]:
     if not generates:
         return ['logits = model(**tokenizer("A text.", return_tensors="pt")).logits']
     chat = (folder / "chat_template.jinja").exists()
@@ -127,15 +127,15 @@ def _merged(folder: Path, kind: str) -> list[str]:
     elif config.get("is_encoder_decoder"):
         auto = "AutoModelForSeq2SeqLM"
     generates = auto != "AutoModelForSequenceClassification"
-    asked = [line.replace(f', generation_config=GenerationConfig.from_pretrained("{PLACE}")', "")
-             for line in _asked(folder, generates)]  # fmt: skip
+    ask = [line.replace(f', generation_config=GenerationConfig.from_pretrained("{PLACE}")', "")
+             for line in _generation(folder, generates)]  # fmt: skip
     lines = _code(
         "python",
         f"from transformers import {auto}, AutoTokenizer",
         "",
         f'model = {auto}.from_pretrained("{PLACE}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")',
-        *asked,
+        *ask,
     )
     if auto != "AutoModelForCausalLM":
         return lines

@@ -52,7 +52,7 @@ class Part:
     """One file: `content` replaces what the folder has. `note` says what was taken out."""
 
     name: str
-    bytes: int
+    length: int  # in bytes
     content: bytes | None
     note: str = ""
 
@@ -180,7 +180,7 @@ def _readme(run: Path, folder: Path, repo: str, base: str | None) -> bytes:
                 f"`{base}` is the base that it was trained on.\n\n", ""
             )
             edited = ModelCard(text, ignore_metadata_errors=True)
-            edited.data.base_model = base
+            edited.data["base_model"] = base
             text = str(edited)
     return text.encode("utf-8")
 
@@ -219,7 +219,8 @@ def _refuse_traces(part: Part, run: Path) -> None:
         return
     places = {str(Path.home()), str(Path.cwd()), str(run.resolve()), str(run.resolve().parent)}
     for place in sorted(places - {"/", "/root", "."}, key=len, reverse=True):
-        if re.search(rf"{re.escape(place)}(?![\w.-])", text):
+        after = text.split(place)[1:]
+        if any(not re.match(r"[\w.-]", rest[:1]) for rest in after):
             raise UploadError(
                 f"{part.name} names a folder of this machine, {place}: take it out, or remove the"
                 " file"
@@ -255,7 +256,8 @@ def push(planned: Plan, private: bool) -> str:
     except huggingface_hub.errors.OfflineModeIsEnabled:
         raise UploadError("HF_HUB_OFFLINE is set: unset it to upload") from None
     except (OSError, ValueError, RuntimeError) as error:
-        raise UploadError(f"the Hub cannot be reached: {error}") from None
+        cause = f" {error.__cause__}" if error.__cause__ is not None else ""
+        raise UploadError(f"the upload to {planned.repo} failed: {error}{cause}") from None
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in CLIENTS:
             raise
