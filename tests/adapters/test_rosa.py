@@ -762,6 +762,7 @@ def test_a_state_of_each_phase_goes_on(tmp_path, restart, scores):
         ({}, 160, 8, (68, 64, 68, 68)),
         ({}, 160, 1, (96, 64, 96, 96)),
         ({}, 160, 64, (65, 64, 65, 65)),
+        ({}, 160, 5, (71, 64, 71, 71)),  # seven steps of five rows: at least 32 gradients
         ({"mask_steps": 1}, 160, 8, (65, 64, 65, 65)),
         ({"warmup_steps": 0.1, "mask_steps": 0.05}, 160, 8, (24, 16, 24, 24)),
         ({"warmup_steps": 0.1, "mask_steps": 0.05}, 2, 8, (1, 0, 1, 1)),
