@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
@@ -103,3 +104,9 @@ def test_a_streams_tokens_are_not_known_beforehand(loaded):
     assert data.rows_of(["a.jsonl:3"]) == ["a.jsonl:3"]
     with pytest.raises(ConfigError, match=r"which task\.streaming=true does not allow"):
         token_counts(data, 512)
+
+
+def test_an_encoder_decoders_rows_are_not_packed():
+    base = SimpleNamespace(decoder_start=0, path="t5-small")
+    with pytest.raises(ConfigError, match=r"t5-small is an encoder-decoder.*set packing=false"):
+        load_data({"packing": True, "max_length": 16}, base, None)

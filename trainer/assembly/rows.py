@@ -87,8 +87,8 @@ def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True)
         DataError: see trainer.data.rows.tokenise.
     """
     resolve_length(config, base)
-    renderer = Renderer(base.tokenizer, task, base.decoder_start)
     _refuse_packed_pairs(config, base)
+    renderer = Renderer(base.tokenizer, task, base.decoder_start)
     start = base.decoder_start if task.kind != "label" else None
     settings = {key: config[key] for key in ("max_length", "overlong")}
     settings["processes"] = config["tokenise_processes"]
