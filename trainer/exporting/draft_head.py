@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from adapters.linear import float_weight
 from trainer.drafters import Drafter, DrafterError, Target
+from trainer.drafters.block import Block
 from trainer.drafters.eagle import Eagle
 from trainer.drafters.eagle3 import Eagle3
 from trainer.drafters.families import FAMILIES, unlike_engines
@@ -26,13 +27,30 @@ from trainer.drafters.medusa import Medusa, MedusaHeads
 log = logging.getLogger("trainer")
 
 _METHODS: dict[type, str] = {
+    Block: "block",
     Eagle: "eagle",
     Eagle3: "eagle3",
     Medusa: "medusa",
     MedusaHeads: "medusa",
 }
-_NAMES = {"eagle3": "EAGLE-3", "eagle": "EAGLE-1", "medusa": "Medusa"}
-_LAYOUTS = {"eagle3": ("speculators", "sglang"), "eagle": ("sglang",), "medusa": ("medusa",)}
+_NAMES = {
+    "block": "DSpark or DFlash",
+    "eagle3": "EAGLE-3",
+    "eagle": "EAGLE-1",
+    "medusa": "Medusa",
+}
+_LAYOUTS = {
+    "block": ("speculators", "sglang"),
+    "eagle3": ("speculators", "sglang"),
+    "eagle": ("sglang",),
+    "medusa": ("medusa",),
+}
+_OF_BLOCKS = {
+    "context_norm.": "hidden_norm.",
+    "blocks.": "layers.",
+    "markov.w": "markov_head.markov_w",
+    "confidence.": "confidence_head.proj.",
+}
 _INSTEAD = "to=drafter writes it for Graft"
 _SIZES = (
     "hidden_size",
@@ -52,7 +70,7 @@ class DraftHead:
     """A trained draft head: `tensors` in speculators' names or Medusa's, and the facts for its
     config."""
 
-    method: str  # eagle, eagle3 or medusa
+    method: str  # block, eagle, eagle3 or medusa
     tensors: dict[str, Tensor]
     own: frozenset[str]  # names of tensors that were trained, not copied from the target
     drafts: int  # tokens that follow one another in a draft
@@ -62,6 +80,8 @@ class DraftHead:
     layers: tuple[int, ...] = ()
     norm_output: bool = False  # EAGLE-3.1: the next step reads the state after the final norm
     blocks: int = 0  # residual blocks of one of Medusa's heads
+    mask_token: int = 0  # of a block: the id in place of tokens that are not drafted yet
+    depth: int = 0  # of a block: the target's layers
 
 
 def check(drafter: Drafter, to: str, model: Any) -> None:
@@ -73,15 +93,15 @@ def check(drafter: Drafter, to: str, model: Any) -> None:
     method = _METHODS.get(type(drafter))
     if method is None:
         raise DrafterError(
-            f"to={to} is for the heads of drafter=eagle, eagle3 and medusa: there is no writer"
-            f" for {type(drafter).__name__}. {_INSTEAD}, and a layer of the base's own MTP kind is"
-            " to=mtp"
+            f"to={to} is for the heads of drafter=dspark, dflash, eagle, eagle3 and medusa: there"
+            f" is no writer for {type(drafter).__name__}. {_INSTEAD}, and a layer of the base's own"
+            " MTP kind is to=mtp"
         )
     fitting = _LAYOUTS[method]
     if to not in fitting:
         methods = {
-            "speculators": "EAGLE-3 alone",
-            "sglang": "EAGLE-1 and EAGLE-3",
+            "speculators": "EAGLE-3, DSpark and DFlash",
+            "sglang": "EAGLE-1, EAGLE-3, DSpark and DFlash",
             "medusa": "Medusa's heads",
         }[to]
         raise DrafterError(
@@ -141,7 +161,13 @@ def described(drafter: Drafter, model: Any) -> str | None:
 
 def _not_for_sglang(drafter: Drafter, model: Any, method: str) -> str | None:
     config = model.config.get_text_config()
-    if FAMILIES[_of_layer(drafter, model).model_type] == "qwen3":
+    if method == "block" and drafter.layers[0] == 0:
+        return (
+            f"it reads the target's states {', '.join(map(str, drafter.layers))}, and SGLang counts"
+            " them from the first layer's output, state 1; train with other drafter.aux_layers, or"
+            " use to=speculators for vLLM alone"
+        )
+    if method != "block" and FAMILIES[_of_layer(drafter, model).model_type] == "qwen3":
         reason = (
             "its draft layer norms q and k as Qwen3 does, and SGLang's draft layer is Llama's,"
             " which drops those norms without a message"
@@ -165,11 +191,17 @@ def canonical(drafter: Any, model: Any, copied: bool = False) -> DraftHead:
 
     Raises:
         DrafterError: the target's logits are not its output layer's weight times the hidden states,
-        or `copied` does not apply.
+        the target scales its embeddings, or `copied` does not apply.
     """
     _check_plain(model)
     method, drafts = _METHODS[type(drafter)], drafter.depth
+    if method in ("block", "eagle"):
+        _check_embedding(model)
     target = getattr(model.config, "architectures", None) or [type(model).__name__]
+    if copied and method != "medusa":
+        raise DrafterError("unembedding=copied is for Medusa's heads: leave it out")
+    if method == "block":
+        return _block(drafter, model, target)
     state = {
         name: tensor.detach().cpu()
         for name, tensor in drafter.state().items()
@@ -192,8 +224,6 @@ def canonical(drafter: Any, model: Any, copied: bool = False) -> DraftHead:
             )
         tensors |= dict.fromkeys(last, output_weight(model)) if copied else {}
         return DraftHead(method, tensors, own, drafts, target, blocks=drafter.blocks)
-    if copied:
-        raise DrafterError("unembedding=copied is for Medusa's heads: leave it out")
     tensors["embed_tokens.weight"] = model.get_input_embeddings().weight.detach().float().cpu()
     layer = _layer_config(_of_layer(drafter, model))
     if method == "eagle":
@@ -203,6 +233,40 @@ def canonical(drafter: Any, model: Any, copied: bool = False) -> DraftHead:
     return DraftHead(
         method, tensors, own, drafts, target, layer, tuple(drafter.layers), drafter.norm_output
     )
+
+
+def _block(drafter: Block, model: Any, target: list[str]) -> DraftHead:
+    state = {name: tensor.detach().cpu() for name, tensor in drafter.state().items()}
+    tensors = {_in_engines(name): t.float() for name, t in state.items() if name != "mask_token"}
+    return DraftHead(
+        "block",
+        tensors,
+        frozenset(tensors),
+        drafter.depth,
+        target,
+        _layer_config(drafter.family.config) | {"num_hidden_layers": len(drafter.blocks)},
+        tuple(drafter.layers),
+        mask_token=int(drafter.mask_token),
+        depth=model.config.get_text_config().num_hidden_layers,
+    )
+
+
+def _in_engines(name: str) -> str:
+    """Return the name that engines give a tensor of a block drafter."""
+    for ours, theirs in _OF_BLOCKS.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def flat_rope(layer: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of a layer with the keys of its rotary table that servers with an older
+    transformers read."""
+    rope = layer["rope_parameters"]
+    config = layer | {"rope_theta": rope["rope_theta"]}
+    if rope["rope_type"] != "default":
+        config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return config
 
 
 def _layer_config(config: Any) -> dict[str, Any]:
@@ -240,4 +304,17 @@ def _check_plain(model: Any) -> None:
             f"{type(model).__name__}'s logits are not its output layer's weight times the hidden"
             " states alone (a scale, a cap or a bias follows), and this format has no place for"
             f" that. {_INSTEAD}"
+        )
+
+
+@torch.no_grad()
+def _check_embedding(model: Any) -> None:
+    """Refuse embeddings that are more than rows of their weight, as Gemma's: engines give a draft
+    the rows. The first norm of EAGLE-3's layer makes a scale of them irrelevant."""
+    layer = model.get_input_embeddings()
+    ids = torch.arange(1, 5, device=layer.weight.device)
+    if not torch.allclose(layer(ids).float(), layer.weight[ids].float(), rtol=1e-3):
+        raise DrafterError(
+            f"{type(model).__name__} scales its embeddings, and engines give a draft head the rows"
+            f" as they are stored. {_INSTEAD}"
         )

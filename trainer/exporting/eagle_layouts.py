@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from trainer.exporting.draft_head import DraftHead, output_weight
+from trainer.exporting.draft_head import DraftHead, flat_rope, output_weight
 
 FILE = "model.safetensors"
 
@@ -63,11 +63,7 @@ def speculators(head: DraftHead, verifier: str) -> tuple[dict[str, Tensor], dict
 
 def sglang(head: DraftHead, verifier: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return (tensors, config) in SGLang's layout."""
-    rope = head.layer["rope_parameters"]
-    # Servers with an older transformers read only these keys.
-    config = head.layer | {"rope_theta": rope["rope_theta"]}
-    if rope["rope_type"] != "default":
-        config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    config = flat_rope(head.layer)
     if head.method == "eagle":
         # SGLang uses the first; vLLM puts Eagle before each and uses the second.
         config["architectures"] = ["LlamaForCausalLMEagle", "LlamaForCausalLM"]

@@ -1,8 +1,8 @@
 """Trained draft heads in the layouts that serving engines load.
 
 A head is first one dictionary of tensors (trainer.exporting.draft_head), and each layout is a
-renaming of it (trainer.exporting.eagle_layouts, medusa_layout). `faults` reads a written folder and
-lists its faults; `logits` computes from its files alone, in plain torch.
+renaming of it (trainer.exporting.block_layouts, eagle_layouts, medusa_layout). `faults` reads a
+written folder and lists its faults; `logits` computes from its files alone, in plain torch.
 """
 
 from __future__ import annotations
@@ -17,14 +17,25 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.exporting import eagle_layouts, medusa_layout
+from trainer.exporting import block_layouts, eagle_layouts, medusa_layout
 from trainer.exporting.draft_head import DraftHead, output_weight
 
 Content = tuple[dict[str, Tensor], dict[str, Any]]  # tensors and config
 
+
+def _speculators(head: DraftHead, verifier: str) -> Content:
+    layouts = block_layouts if head.method == "block" else eagle_layouts
+    return layouts.speculators(head, verifier)
+
+
+def _sglang(head: DraftHead, verifier: str) -> Content:
+    layouts = block_layouts if head.method == "block" else eagle_layouts
+    return layouts.sglang(head, verifier)
+
+
 _WRITERS: dict[str, Callable[[DraftHead, str], Content]] = {
-    "speculators": eagle_layouts.speculators,
-    "sglang": eagle_layouts.sglang,
+    "speculators": _speculators,
+    "sglang": _sglang,
     "medusa": medusa_layout.content,
 }
 LAYOUTS = tuple(_WRITERS)
@@ -61,7 +72,7 @@ def faults(folder: Path, to: str, head: DraftHead, dtype: torch.dtype, model: An
         full = f"0.{head.blocks}.weight" in head.tensors
         expected = medusa_layout.expected_shapes(config, size, full)
     else:
-        expected = eagle_layouts.expected_shapes(to, config, size)
+        expected = _layouts(config).expected_shapes(to, config, size)
     problems = _misfits(tensors, expected, dtype)
     if problems:
         return problems
@@ -74,6 +85,13 @@ def faults(folder: Path, to: str, head: DraftHead, dtype: torch.dtype, model: An
             problems.append("d2t and t2d name different tokens")
         if problems:
             return problems
+    if head.method == "block":
+        fillers = block_layouts.fillers(head, to)
+        return [
+            f"{name} is not what the format needs in place of a trained one"
+            for name in sorted(tensors.keys() - head.own)
+            if not torch.equal(tensors[name], fillers[name].to(dtype))
+        ]
     return _not_the_targets(tensors, head, dtype, model, draft_ids)
 
 
@@ -139,7 +157,11 @@ def logits(
     }
     if to == "medusa":
         return medusa_layout.logits(config, tensors, states[-1], output_weight(model))
-    return eagle_layouts.logits(config, tensors, model, states, ids, drafted)
+    return _layouts(config).logits(config, tensors, model, states, ids, drafted)
+
+
+def _layouts(config: dict[str, Any]) -> Any:
+    return block_layouts if "block_size" in config else eagle_layouts
 
 
 def _file(to: str) -> str:

@@ -20,11 +20,12 @@ os.environ.update(
 )
 
 
-def main(target, folder, method, tokens, inputs, out):
+def load(target, folder, method, tokens):
+    """(model, its name in vLLM's registry, parameters that nothing was loaded into, vLLM's config)
+    of a draft's folder."""
     import torch
     import vllm.platforms
-    from safetensors.torch import load_file, save_file
-    from torch.nn import functional as F
+    from safetensors.torch import load_file
     from vllm.platforms.cpu import CpuPlatform
 
     vllm.platforms._current_platform = CpuPlatform()
@@ -39,9 +40,6 @@ def main(target, folder, method, tokens, inputs, out):
         set_current_vllm_config,
     )
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
-    from vllm.forward_context import set_forward_context
-    from vllm.model_executor.layers import linear
-    from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.models import ModelRegistry, registry
 
     # each would import vLLM anew, to keep CUDA out of this process
@@ -83,7 +81,29 @@ def main(target, folder, method, tokens, inputs, out):
         for name, p in model.named_parameters()
         if (p.isnan().any() if p.is_floating_point() else bool((p == -1).all()))
     ]
-    hf = draft.hf_config
+    return model, architecture, empty, config
+
+
+def plain_linear():
+    """Without vLLM's kernels."""
+    from torch.nn import functional as F
+    from vllm.model_executor.layers import linear
+
+    linear.UnquantizedLinearMethod.apply = lambda self, layer, x, bias=None: F.linear(
+        x, layer.weight, bias
+    )
+
+
+def main(target, folder, method, tokens, inputs, out):
+    import torch
+    from safetensors.torch import load_file, save_file
+    from torch.nn import functional as F
+
+    model, architecture, empty, config = load(target, folder, method, tokens)
+    from vllm.forward_context import set_forward_context
+    from vllm.model_executor.layers.attention import Attention
+
+    hf = config.speculative_config.draft_model_config.hf_config
     names = (
         "eagle_aux_hidden_state_layer_ids",
         "norm_before_residual",
@@ -94,7 +114,12 @@ def main(target, folder, method, tokens, inputs, out):
     seen = {name: getattr(hf, name, None) for name in names}
     print(
         json.dumps(
-            {"class": kind.__name__, "architecture": architecture, "empty": empty, "config": seen}
+            {
+                "class": type(model).__name__,
+                "architecture": architecture,
+                "empty": empty,
+                "config": seen,
+            }
         )
     )
 
@@ -112,9 +137,7 @@ def main(target, folder, method, tokens, inputs, out):
         return y.transpose(0, 1).flatten(1)
 
     Attention.forward = attend
-    linear.UnquantizedLinearMethod.apply = lambda self, layer, x, bias=None: F.linear(
-        x, layer.weight, bias
-    )
+    plain_linear()
     positions = torch.arange(len(arguments["ids"]))
     with torch.no_grad(), set_forward_context(None, config):
         states = arguments["states"]
