@@ -418,7 +418,7 @@ REFUSED = [
         "speculators",
         {},
         {},
-        "to=speculators is a format of EAGLE-3 alone, and this drafter is EAGLE-1: to=sglang",
+        "to=speculators is a format of EAGLE-3, .* and this drafter is EAGLE-1: to=sglang",
     ),
     ("mtp_medusa", "llama", "sglang", {}, {}, "this drafter is Medusa: to=medusa"),
     ("eagle3", "llama", "medusa", {}, {}, "this drafter is EAGLE-3: to=speculators or to=sglang"),
