@@ -45,6 +45,7 @@ VERBS: dict[str, Any] = {
     "respond": (respond, ["max_new_tokens=30"]),
     "run": "its samples: see the fixture",
     "schema": None,
+    "shrink": None,
     "sizes": None,
     "study": None,
     "speculate": (speculate, ["prompt=a", "drafter=lookup", "max_new_tokens=30"]),

@@ -30,8 +30,8 @@ TAKES = {
     "speculate": [["run={run}", "prompt=x"]],
 }
 # They take a config; test_a_config_that_names_a_strangers_folder has its folders.
-CONFIGS = {"preflight", "study", "submit"}
 NOTHING = {"completion", "doctor", "import", "schema"}  # they read no folder
+CONFIGS = {"preflight", "shrink", "study", "submit"}
 
 
 @pytest.fixture

@@ -62,6 +62,10 @@ MISSING = {
     "push": (["push", "run=nowhere", "to=org/name"], RUN),
     "report": (["report", "run=nowhere"], RUN),
     "import": (["import", "nowhere.yml"], FILE),
+    "shrink": (
+        ["shrink", "base.path=./nowhere", "to=out", "method=wanda"],
+        "there is no such folder",
+    ),
     "study": (["study", "nowhere.yaml"], "there is no such file, or one of"),
 }  # fmt: skip
 
