@@ -63,7 +63,7 @@ MISSING = {
     "report": (["report", "run=nowhere"], RUN),
     "import": (["import", "nowhere.yml"], FILE),
     "shrink": (
-        ["shrink", "base.path=./nowhere", "to=out", "method=wanda"],
+        ["shrink", "base.path=./nowhere", "task.path=ROWS", "to=out", "method=wanda"],
         "there is no such folder",
     ),
     "study": (["study", "nowhere.yaml"], "there is no such file, or one of"),
