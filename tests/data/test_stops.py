@@ -108,3 +108,10 @@ def test_a_streamed_answer_does_not_show_its_end(words, text):
         streamer.put(torch.tensor([token]))
     streamer.end()
     assert "".join(shown) == text.removesuffix("</end>")
+
+
+def test_an_answer_ends_at_the_first_of_several_texts():
+    stops = Stops([], ["<b>", "<a>", "<c>"])
+    assert stops.without_end("x<a>y<b>z") == "x"
+    assert stops.without_end("x<b>y<a>z") == "x"
+    assert stops.without_end("x") == "x"
