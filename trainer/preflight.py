@@ -4,7 +4,8 @@
 
 This command reads the whole data set and prints a table and a preview, with trained tokens in one
 colour and masked tokens in another. Errors make the exit code 2. Training runs the same checks
-before it loads anything.
+before it loads anything. With probe=true the model is loaded, and two steps on the longest batch
+show what memory and time the run really takes.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Options:
 
     json: Path | None = option("write the result as JSON", None, value="FILE", writes=True)
     samples: int = option("rows to preview", 2, at_least=0)
+    probe: bool = option("load the model and measure two steps on the longest batch", False)
     config_dir: Path | None = option(
         "a folder with your own experiments", None, key="--config-dir", value="FOLDER"
     )
@@ -63,7 +65,7 @@ def main(argv: list[str]) -> int:
 
     from trainer.assembly import quiet
     from trainer.assembly.build import instantiate
-    from trainer.assembly.recipe import Recipe
+    from trainer.assembly.recipe import Recipe, local_device
     from trainer.session import failures, preview
     from trainer.session.inspect import inspect, refuse_monitor
     from trainer.storage import atomic
@@ -73,9 +75,17 @@ def main(argv: list[str]) -> int:
         devices = config["lightning"]["devices"]
         ranks = (devices if isinstance(devices, int) else 1) * config["lightning"]["num_nodes"]
         recipe = Recipe.of(
-            config, instantiate(config["adapter"]), ranks=ranks, check_task=refuse_monitor
+            config,
+            instantiate(config["adapter"]),
+            local_device(config) if options.probe else None,
+            ranks,
+            refuse_monitor,
         )
         result = inspect(recipe, Path(config["runs"]) / config["name"])
+        if options.probe and not result["errors"]:
+            from trainer.session.probe import probe
+
+            result["probe"] = probe(recipe)
     except Exception as error:
         return failures.report_and_exit_code(error, config)
     if options.json:

@@ -4,6 +4,7 @@ weights."""
 from __future__ import annotations
 
 import json
+import re
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -166,7 +167,11 @@ def test_too_little_memory_is_a_warning(estimated, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(1000, 1000))
     actual = estimated()
     assert actual.errors == []
-    assert any("of memory, and 0.0 GB are free" in line for line in actual.warnings)
+    (warning,) = [line for line in actual.warnings if "of memory, and 0.0 GB are free" in line]
+    ways = re.findall(r"([\d.]+) GB with ([^;]+)", warning)
+    assert ways[0][1].startswith("batch_size=")
+    assert ways[-1][1] == "all of these"
+    assert all(float(ways[-1][0]) <= float(size) for size, _ in ways)
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_an_error(estimated, monkeypatch, tmp_path):

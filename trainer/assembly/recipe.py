@@ -67,7 +67,7 @@ class Recipe:
                 target = load_tuned(config["target"]["run"])
             _check_speed(config, base, adapter, device)
         else:
-            device = _local_device(config)
+            device = local_device(config)
         dtype, _, precision = compute(
             config["precision"],
             config["base"]["dtype"],
@@ -153,7 +153,7 @@ def _trains(config: dict[str, Any], adapter: Adapter) -> bool:
     return not isinstance(adapter, Nothing) or bool(config["drafter"])
 
 
-def _local_device(config: dict[str, Any]) -> torch.device:
+def local_device(config: dict[str, Any]) -> torch.device:
     """Return the device that the run would have on this machine."""
     cuda = torch.cuda.is_available() and config["lightning"]["accelerator"] != "cpu"
     return torch.device("cuda" if cuda else "cpu")

@@ -20,6 +20,7 @@ from trainer.drafters import DrafterError
 from trainer.exporting.upload import UploadError
 from trainer.models.base import BaseError
 from trainer.models.losses import NonFinite
+from trainer.session import smaller
 from trainer.storage.checkpoints import CheckpointError, NoSuchCheckpoint
 from trainer.storage.run_folder import FolderError
 from trainer.training.out_of_memory import TooLarge, out_of_memory
@@ -59,10 +60,10 @@ def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] |
         return text, 1
     if isinstance(error, TooLarge):
         # it was already run with one row at a time
-        return f"{error}\n{_smaller_settings(config | {'batch_size': 1})}", 1
+        return f"{error}\n{smaller.advice(config | {'batch_size': 1})}", 1
     if out_of_memory(error):
         first = str(error).partition("\n")[0] or type(error).__name__
-        return f"out of memory: {first}\n{_smaller_settings(config)}", 1
+        return f"out of memory: {first}\n{smaller.advice(config)}", 1
     fix = "resume with resume=auto" if config else "run the command again"
     if (text := unwritable(error, fix)) is not None:
         return text, 1
@@ -79,31 +80,6 @@ def lost(error: BaseException) -> bool:
             word in text
             for word in ("Connection", "Timed out", "timed out", "Broken pipe", "Socket")
         )
-    )
-
-
-def _smaller_settings(c: dict[str, Any]) -> str:
-    """Name settings that need less memory than this config."""
-    settings = []
-    if (size := c.get("batch_size", 1)) > 1:
-        smaller = max(divisor for divisor in range(1, size // 2 + 1) if size % divisor == 0)
-        settings.append(
-            f"batch_size={smaller} accumulate={c['accumulate'] * size // smaller} (the same step in"
-            " smaller parts)"
-        )
-    if c.get("objective", {}).get("gradient_checkpointing") is not True:
-        settings.append("objective.gradient_checkpointing=true")
-    if (c.get("max_length") or 0) > 256:
-        settings.append(f"max_length={c['max_length'] // 2}")
-    if c.get("precision") == "fp32":
-        settings.append("precision=bf16-true")
-    trains_base = c.get("adapter", {}).get("_target_") == "adapters.full.Full"
-    if c.get("base", {}).get("quantization") == "none" and not trains_base:
-        settings.append("base.quantization=nf4")
-    return (
-        "These settings need less memory: " + ", or ".join(settings)
-        if settings
-        else "Use a smaller base, or a machine with more memory."
     )
 
 

@@ -3,9 +3,10 @@ the base's modules without their weights (torch's meta device)."""
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from trainer.drafters import Drafter, DrafterError
 from trainer.exporting.draft_head import described
 from trainer.models.losses import positions
 from trainer.penalties.deft import PenaltyError
+from trainer.session import smaller
 
 
 @dataclass
@@ -77,7 +79,8 @@ def estimate(recipe: Recipe, folder: Path) -> Footprint:
     free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
     if needed > free:
         warnings.append(
-            f"the run needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+            f"the run needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are"
+            f" free. {_smaller(recipe, total, linears, trainable or 0)}"
         )
     checkpoint_bytes, disk = _disk(recipe, trainable or 0, folder, errors)
     return Footprint(
@@ -264,10 +267,29 @@ def _memory(recipe: Recipe, total: int, linears: int, trainable: int) -> dict[st
         "weights": int(linears * linear_bytes + (total - linears) * dtype.itemsize),
         "trained": trainable * (4 + 4 + moments),
         "activations": int(tokens * saved),
-        "logits": (
-            (config["objective"]["logits_chunk"] or positions(vocabulary, device)) * vocabulary * 12
-        ),
+        "logits": min(tokens, config["objective"]["logits_chunk"] or positions(vocabulary, device))
+        * vocabulary
+        * 12,
     }
+
+
+def _smaller(recipe: Recipe, total: int, linears: int, trainable: int) -> str:
+    """Say what the run would need with each setting that takes less memory, and with all."""
+    changes = smaller.settings(recipe.config)
+    if not changes:
+        return smaller.advice(recipe.config)
+    together = {key: value for change in changes.values() for key, value in change.items()}
+    sizes = {}
+    for words, change in {**changes, "all of these": together}.items():
+        config = smaller.changed(recipe.config, change)
+        base = copy.copy(recipe.base)
+        base.quantization = config["base"]["quantization"]
+        other = replace(recipe, config=config, base=base)
+        if config["precision"] != recipe.config["precision"]:
+            other = replace(other, dtype=torch.bfloat16)
+        sizes[words] = sum(_memory(other, total, linears, trainable).values())
+    texts = [f"{size / 1e9:.1f} GB with {words}" for words, size in sizes.items()]
+    return "It would need about " + "; ".join(texts)
 
 
 def _existing(folder: Path) -> Path:

@@ -63,6 +63,12 @@ def table(result: dict[str, Any]) -> Table:
         f"{model['memory_needed'] / 1e9:.2f} GB ({parts}); {model['memory_free'] / 1e9:.1f} GB"
         " free",
     )
+    if measured := result.get("probe"):
+        text_table.add_row(
+            "longest batch, measured",
+            f"{measured['peak_bytes'] / 1e9:.2f} GB at the peak, {measured['step_seconds']:.2f} s"
+            f" for a step of {measured['tokens']:,} tokens",
+        )
     if model.get("draft_head"):
         text_table.add_row("draft head", Text(model["draft_head"]))
     text_table.add_row(
