@@ -74,7 +74,9 @@ def test_what_cannot_be_measured_is_refused(recipe_of, overrides, ranks, message
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("extra", [[], ["adapter=rosa", "adapter.density=0.1"], ["penalty=deft"], ["drafter=medusa"]])
+@pytest.mark.parametrize(
+    "extra", [[], ["adapter=rosa", "adapter.density=0.1"], ["penalty=deft"], ["drafter=medusa"]]
+)
 def test_the_command_reports_it_and_leaves_nothing(tmp_path, monkeypatch, capsys, extra):
     monkeypatch.chdir(tmp_path)
     texts = ["a", "b" * 40, "c" * 9]
