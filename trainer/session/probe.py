@@ -26,7 +26,7 @@ from trainer.session.model import calibrate_penalty, load_model, make_module
 from trainer.session.start_point import StartPoint
 from trainer.training.lightning_trainer import make_trainer
 
-STEPS = 2  # the first makes the optimiser's moments, the second runs beside them
+STEPS = 2  # the first makes the optimiser's moments, the second runs with them
 SAMPLE_SECONDS = 0.002  # between two readings of the process's memory
 
 
