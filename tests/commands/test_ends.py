@@ -36,6 +36,7 @@ VERBS: dict[str, Any] = {
     "doctor": None,
     "evaluate": (evaluate, ["generate=2"]),
     "export": None,
+    "merge": None,
     "generate": (generate, ["prompt=a", "max_new_tokens=30"]),
     "import": None,
     "preflight": None,

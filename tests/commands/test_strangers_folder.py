@@ -22,6 +22,7 @@ TAKES = {
     "evaluate": [["run={run}"], ["task=speculation", "run={run}"]],
     "export": [["run={run}", "to=peft"], ["run={run}", "to=drafter"]],
     "generate": [["run={run}", "prompt=x"]],
+    "merge": [["runs=[{run},{run}@last]", "to=out"]],
     "push": [["run={run}", "to=org/name"]],
     "realign": [["draft={run}", "target.run={run}"]],
     "report": [["run={run}"]],

@@ -57,6 +57,7 @@ MISSING = {
     "export": (["export", "run=nowhere", "to=peft"], RUN),
     "compare": (["compare", "nowhere"], RUN),
     "compress": (["compress", "run=nowhere", "method=dare"], RUN),
+    "merge": (["merge", "runs=[nowhere,past]", "to=out"], RUN),
     "sizes": (["sizes", "run=nowhere"], RUN),
     "density": (["density", "run=nowhere"], RUN),
     "push": (["push", "run=nowhere", "to=org/name"], RUN),

@@ -36,7 +36,7 @@ def test_stock_peft_reads_an_adapter_beside_experts(name, tmp_path):
     loaded = PeftModel.from_pretrained(model_of(name), tmp_path / "adapter").eval()
     plain = logits(model_of(name))
     assert float((logits(loaded) - expected).norm() / (expected - plain).norm()) < 1e-4
-    assert exporting._check_tensors(loaded, tmp_path / "adapter") is None
+    assert exporting.check_tensors(loaded, tmp_path / "adapter") is None
     layers = [delta for delta, _ in io.deltas(model)]
     assert any(layer.endswith("down_proj") for layer in layers) or name == "ernie4_5_moe"
 
@@ -80,16 +80,16 @@ def test_missing_and_unread_tensors_are_named(tmp_path):
     model = moved(adapter, model_of("llama"), 1e-5)
     adapter.save(model, tmp_path, "base", "CAUSAL_LM")
     loaded = PeftModel.from_pretrained(model_of("llama"), tmp_path)
-    exporting._check_tensors(loaded, tmp_path)
+    exporting.check_tensors(loaded, tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
     first, *_ = sorted(tensors)
     save_file({n: t for n, t in tensors.items() if n != first} | {"other": torch.ones(2)}, file)
     with pytest.raises(Mismatch, match=r"1 tensors are not in the file.*1 of the file are not"):
-        exporting._check_tensors(loaded, tmp_path)
+        exporting.check_tensors(loaded, tmp_path)
     save_file(tensors | {first: tensors[first] + 1e-6}, file)
     with pytest.raises(Mismatch, match="1 have other values"):
-        exporting._check_tensors(loaded, tmp_path)
+        exporting.check_tensors(loaded, tmp_path)
 
 
 @torch.no_grad()

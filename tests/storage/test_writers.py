@@ -55,6 +55,7 @@ REASONS = {
     ("trainer/shrinking/resuming.py", "save", "save_file"): RANDOM,
     ("trainer/exporting/compact.py", "expand", "save_file"): NEW_FOLDER,
     ("trainer/exporting/compact.py", "expand", "copyfile"): NEW_FOLDER,
+    ("trainer/exporting/combined.py", "merge", "write_text"): NEW_FOLDER,
     ("trainer/exporting/engines.py", "write", "save_file"): NEW_FOLDER,
     ("trainer/exporting/engines.py", "write", "write_text"): NEW_FOLDER,
     ("trainer/exporting/mtp_layers.py", "append", "save_file"): NEW_FOLDER,

@@ -113,6 +113,17 @@ def run_fault(path: str | Path) -> str | None:
     return f"{folder} is no run folder: it has no run.yaml{hint}"
 
 
+def listed(text: str) -> list[str]:
+    """Return the members of `[A,B]`, as a command line has them."""
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    return [part.strip().strip("\"'") for part in inner.split(",") if part.strip()]
+
+
+def runs_fault(text: str) -> str | None:
+    """Say what is wrong with the first run of a list that is none."""
+    return next((fault for run in listed(text) if (fault := run_fault(run))), None)
+
+
 def drafter_folder(path: str) -> tuple[Path, str | None]:
     """(a drafter's folder, what is wrong with it), where `path` is that folder or the one of the
     run that trained it."""

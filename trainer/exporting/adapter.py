@@ -48,14 +48,14 @@ def verify_adapter(run: Trained, folder: Path) -> float:
         # Every AdaLoRA gives this warning.
         warnings.filterwarnings("ignore", message="The following rank_pattern keys.*lora_E")
         loaded = run.adapter.load_stock(base, folder).eval()
-    _check_tensors(loaded, folder)
+    check_tensors(loaded, folder)
     difference = compare(expected, outputs(loaded, run), moved)
     if moved == 0.0 and not run.adapter.only_prepares:
         log.warning("the adapter changes no logit: was it trained?")
     return difference
 
 
-def _check_tensors(loaded: nn.Module, folder: Path) -> None:
+def check_tensors(loaded: nn.Module, folder: Path) -> None:
     """Check that PEFT has each tensor of an adapter folder, with its values, and no other: it warns
     of missing and unexpected ones, and goes on.
 
