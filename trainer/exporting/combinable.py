@@ -140,7 +140,7 @@ def rank(adapter: dict[str, Any]) -> int | None:
 
 
 def check_method(
-    runs: list[str], contents: list[dict[str, Any]], method: str, asked: int | None
+    runs: list[str], contents: list[dict[str, Any]], method: str, new_rank: int | None
 ) -> None:
     """
     Raises:
@@ -159,9 +159,9 @@ def check_method(
             f"method={method} cuts a low-rank update, and none of the runs has one: use method="
             f"{'cat' if method == 'svd' else method.removesuffix('_svd')}"
         )
-    if asked is not None and asked > sum(low for low in ranks if low):
+    if new_rank is not None and new_rank > sum(low for low in ranks if low):
         raise AdapterError(
-            f"rank={asked}: the sum of the runs' updates has rank {sum(r for r in ranks if r)} at"
+            f"rank={new_rank}: the sum of the runs' updates has rank {sum(r for r in ranks if r)} at"
             " most. Leave rank out, or use method=cat"
         )
 
