@@ -161,8 +161,8 @@ def check_method(
         )
     if new_rank is not None and new_rank > sum(low for low in ranks if low):
         raise AdapterError(
-            f"rank={new_rank}: the sum of the runs' updates has rank {sum(r for r in ranks if r)} at"
-            " most. Leave rank out, or use method=cat"
+            f"rank={new_rank}: the sum of the runs' updates has rank"
+            f" {sum(r for r in ranks if r)} at most. Leave rank out, or use method=cat"
         )
 
 
