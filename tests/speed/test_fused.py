@@ -117,6 +117,23 @@ def test_generation_is_that_of_the_plain_model():
     assert ours.generate(ids, **arguments).tolist() == plain.generate(ids, **arguments).tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_of_another_formula_is_left_alone(dtype):
+    class OddRMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.variance_epsilon = nn.Parameter(torch.randn(16, dtype=dtype)), 1e-6
+
+        def forward(self, x):
+            return (1 + self.weight) * x / x.pow(2).mean(-1, keepdim=True).add(1e-6).sqrt()
+
+    llama: Any = toys.llama(dtype)
+    llama.model.norm = OddRMSNorm()
+    fused.fuse(llama)
+    assert "forward" not in vars(llama.model.norm)
+    assert "forward" in vars(llama.model.layers[0].input_layernorm)
+
+
 def test_what_computes_otherwise_is_left_alone():
     gemma: Any = AutoModelForCausalLM.from_config(
         Gemma2Config(
@@ -140,20 +157,6 @@ def test_what_computes_otherwise_is_left_alone():
     counts = fused.fuse(gpt)
     assert counts["norms"] == counts["gates"] == 0
     torch.testing.assert_close(gpt(ids).logits, wanted)
-
-    class OddRMSNorm(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight, self.variance_epsilon = nn.Parameter(torch.randn(16)), 1e-6
-
-        def forward(self, x):
-            return (1 + self.weight) * x / x.pow(2).mean(-1, keepdim=True).add(1e-6).sqrt()
-
-    llama: Any = toys.llama(torch.float32)
-    llama.model.norm = OddRMSNorm()
-    fused.fuse(llama)
-    assert "forward" not in vars(llama.model.norm)
-    assert "forward" in vars(llama.model.layers[0].input_layernorm)
 
 
 def test_attention_dropout_is_transformers_own():
