@@ -73,9 +73,14 @@ def test_links_are_neither_written_through_nor_followed(tmp_path):
 def test_a_link_that_took_the_new_files_place_is_not_renamed(tmp_path):
     """Whoever may write into the folder can replace the temporary file while it is written."""
     (tmp_path / "other").write_text("theirs")
-    with pytest.raises(OSError, match="symbolic links"), atomic.file(tmp_path / "a") as temporary:
-        temporary.unlink()
-        temporary.symlink_to(tmp_path / "other")
+
+    def attacked():
+        with atomic.file(tmp_path / "a") as temporary:
+            temporary.unlink()
+            temporary.symlink_to(tmp_path / "other")
+
+    with pytest.raises(OSError, match="symbolic links"):
+        attacked()
     assert not (tmp_path / "a").is_symlink()
     assert (tmp_path / "other").read_text() == "theirs"
 
