@@ -54,6 +54,7 @@ from trainer.drafters.layers import (
     requested_layers,
     rotations,
 )
+from trainer.drafters.mask_token import check_mask, chosen_mask
 from trainer.models.heads import Head
 
 
@@ -93,10 +94,7 @@ class Block(Heads):
             raise DrafterError("drafter.ce=0 and drafter.l1=0 leave no loss: set one above 0")
         size = model.config.get_text_config().hidden_size
         _, vocabulary = features(model.get_output_embeddings())
-        if mask_token is not None and mask_token >= vocabulary:
-            raise DrafterError(
-                f"drafter.mask_token={mask_token}: the model has tokens 0 .. {vocabulary - 1}"
-            )
+        check_mask(mask_token, vocabulary)
         self.requested_mask = mask_token
         self.layers = context_layers(len(layers_of(model)), aux_layers)
         check_states(model, self.layers)
@@ -127,22 +125,7 @@ class Block(Heads):
         self.register_buffer("mask_token", torch.tensor(start, device=device))
 
     def calibrate(self, counts: Callable[[], Int[Tensor, " V"]]) -> None:
-        frequency = counts().cpu()
-        unused = (frequency == 0).nonzero()[:, 0]
-        if self.requested_mask is None:
-            if not len(unused):
-                raise DrafterError(
-                    "drafter.mask_token=null is a token that no row trains, and the rows train all"
-                    f" {len(frequency)}: name one, drafter.mask_token=ID"
-                )
-            self.mask_token.fill_(int(unused[-1]))
-        elif frequency[self.requested_mask]:
-            raise DrafterError(
-                f"drafter.mask_token={self.requested_mask} is trained"
-                f" {int(frequency[self.requested_mask])} times in the rows, and has to stand for"
-                " tokens that are not known yet: set drafter.mask_token=null, or a token that no"
-                " row has"
-            )
+        self.mask_token.fill_(chosen_mask(self.requested_mask, counts().cpu()))
 
     def loss(self, output: TargetOutput, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
         output = replace(output, hidden=output.hidden.detach())

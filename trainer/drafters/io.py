@@ -51,6 +51,8 @@ _OF_TRAINING = {
     "train_head",
     "coverage",
     "confidence",
+    "keep",
+    "keep_least",
 }
 
 

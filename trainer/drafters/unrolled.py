@@ -51,6 +51,11 @@ class Entries:
     def get_seq_length(self, *_: Any) -> int:
         return 0 if self.keys is None else self.keys.shape[2]
 
+    def crop(self, length: int) -> None:
+        """Forget all entries after the first `length`."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+
 
 DIAGONAL = "sdpa_and_diagonal"
 
