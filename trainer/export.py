@@ -14,7 +14,7 @@ An export is complete only after it was loaded back and gave the run's own logit
     mtp           merged, with the drafter as the MTP layer of the base's own family: for
                   generate(use_mtp=True), vLLM and SGLang. trainer/exporting/mtp_layers.py lists
                   the bases.
-    speculators   a drafter (EAGLE-3, DSpark, DFlash) as vLLM loads it
+    speculators   a drafter (EAGLE-3, P-EAGLE, DSpark, DFlash) as vLLM loads it
     sglang        a drafter (EAGLE-1, EAGLE-3, DSpark, DFlash) as SGLang loads it
     medusa        Medusa's own file
 

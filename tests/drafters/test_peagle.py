@@ -1,4 +1,4 @@
-"""P-EAGLE against a loop over rollouts in plain float64, each a causal row without any other mask."""
+"""P-EAGLE against a loop over rollouts in plain float64, each a causal row without a mask."""
 
 from __future__ import annotations
 
@@ -95,14 +95,15 @@ def test_loss_numbers_and_gradient_are_those_of_a_loop_over_rollouts(kind, chang
                 p = torch.softmax(table @ hidden[goal - 1].double(), 0)
                 q = torch.softmax(head @ z[k], 0)
                 loss, alpha, best = numbers_of(drafter.kind, p, q, drafter.vocabulary, 3.0)
+                alpha = float(alpha.detach())
                 order = q.topk(5).indices
                 order = order if drafter.vocabulary is None else drafter.vocabulary[order]
                 unbroken *= int(order[0]) == best
-                product *= float(alpha)
-                value = 0.0 if loss is None else float(loss)
+                product *= alpha
+                value = 0.0 if loss is None else float(loss.detach())
                 counts[k] += torch.tensor(
                     [value, 1, int(order[0]) == best, best in order.tolist(), unbroken,
-                     float(alpha), product]
+                     alpha, product]
                 )  # fmt: skip
                 beta = changes.get("beta", 1.0)
                 expected = expected + (0 if loss is None else 0.7 * beta**k * loss)
@@ -280,7 +281,10 @@ def test_its_folder_gives_it_back(tmp_path):
     io.fill(other, tmp_path / "draft")
     for name, tensor in drafter.state().items():
         assert torch.equal(tensor, other.state()[name]), name
-    assert {"layers.0.hidden_norm.weight", "layers.1.input_layernorm.weight"} <= other.state().keys()
+    assert {
+        "layers.0.hidden_norm.weight",
+        "layers.1.input_layernorm.weight",
+    } <= other.state().keys()
 
 
 def test_bad_settings_are_refused_with_the_way_out():
@@ -303,9 +307,7 @@ def test_rows_without_trained_tokens_have_a_loss_of_zero_and_all_gradients():
     total.backward()
     assert float(total.detach()) == 0.0
     assert not numbers.any()
-    missing = {
-        name for name, p in drafter.named_parameters() if p.requires_grad and p.grad is None
-    }
+    missing = {name for name, p in drafter.named_parameters() if p.requires_grad and p.grad is None}
     assert missing <= {"lm_head.weight"}
 
 

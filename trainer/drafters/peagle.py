@@ -23,7 +23,6 @@ Differs from the paper:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -249,7 +248,9 @@ class PEagle(Eagle3):
         with torch.no_grad():
             return self.in_own_dtype(target.embed(self.mask_token.expand(rows, count)))
 
-    def through(self, embedded: Tensor, hidden: Tensor, inputs: list[Any]) -> Float[Tensor, "B S d"]:
+    def through(
+        self, embedded: Tensor, hidden: Tensor, inputs: list[Any]
+    ) -> Float[Tensor, "B S d"]:
         """Return the output head's input, given each layer's inputs."""
         z = self.step(embedded, hidden, inputs[0])
         for layer, around in zip(self.more, inputs[1:], strict=True):

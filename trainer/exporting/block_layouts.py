@@ -148,7 +148,7 @@ def logits(
 ) -> Float[Tensor, "k V"]:
     """Compute, from the files alone, the logits after `ids` and after each drafted token."""
     layer = dict(config.get("transformer_layer_config", config))
-    settings = AutoConfig.for_model(
+    settings: Any = AutoConfig.for_model(
         **{key: value for key, value in layer.items() if key not in ("architectures", "dtype")}
     )
     eps, block, n = settings.rms_norm_eps, config["block_size"], len(states)

@@ -23,6 +23,7 @@ from trainer.drafters.eagle import Eagle
 from trainer.drafters.eagle3 import Eagle3
 from trainer.drafters.families import FAMILIES, unlike_engines
 from trainer.drafters.medusa import Medusa, MedusaHeads
+from trainer.drafters.peagle import PEagle
 
 log = logging.getLogger("trainer")
 
@@ -32,18 +33,21 @@ _METHODS: dict[type, str] = {
     Eagle3: "eagle3",
     Medusa: "medusa",
     MedusaHeads: "medusa",
+    PEagle: "peagle",
 }
 _NAMES = {
     "block": "DSpark or DFlash",
     "eagle3": "EAGLE-3",
     "eagle": "EAGLE-1",
     "medusa": "Medusa",
+    "peagle": "P-EAGLE",
 }
 _LAYOUTS = {
     "block": ("speculators", "sglang"),
     "eagle3": ("speculators", "sglang"),
     "eagle": ("sglang",),
     "medusa": ("medusa",),
+    "peagle": ("speculators",),
 }
 _OF_BLOCKS = {
     "context_norm.": "hidden_norm.",
@@ -70,7 +74,7 @@ class DraftHead:
     """A trained draft head: `tensors` in speculators' names or Medusa's, and the facts for its
     config."""
 
-    method: str  # block, eagle, eagle3 or medusa
+    method: str  # block, eagle, eagle3, medusa or peagle
     tensors: dict[str, Tensor]
     own: frozenset[str]  # names of tensors that were trained, not copied from the target
     drafts: int  # tokens that follow one another in a draft
@@ -80,7 +84,7 @@ class DraftHead:
     layers: tuple[int, ...] = ()
     norm_output: bool = False  # EAGLE-3.1: the next step reads the state after the final norm
     blocks: int = 0  # residual blocks of one of Medusa's heads
-    mask_token: int = 0  # of a block: the id in place of tokens that are not drafted yet
+    mask_token: int = 0  # of a block or P-EAGLE: the id in place of tokens not drafted yet
     depth: int = 0  # of a block: the target's layers
 
 
@@ -93,14 +97,14 @@ def check(drafter: Drafter, to: str, model: Any) -> None:
     method = _METHODS.get(type(drafter))
     if method is None:
         raise DrafterError(
-            f"to={to} is for the heads of drafter=dspark, dflash, eagle, eagle3 and medusa: there"
-            f" is no writer for {type(drafter).__name__}. {_INSTEAD}, and a layer of the base's own"
-            " MTP kind is to=mtp"
+            f"to={to} is for the heads of drafter=dspark, dflash, eagle, eagle3, peagle and medusa:"
+            f" there is no writer for {type(drafter).__name__}. {_INSTEAD}, and a layer of the"
+            " base's own MTP kind is to=mtp"
         )
     fitting = _LAYOUTS[method]
     if to not in fitting:
         methods = {
-            "speculators": "EAGLE-3, DSpark and DFlash",
+            "speculators": "EAGLE-3, P-EAGLE, DSpark and DFlash",
             "sglang": "EAGLE-1, EAGLE-3, DSpark and DFlash",
             "medusa": "Medusa's heads",
         }[to]
@@ -115,6 +119,8 @@ def check(drafter: Drafter, to: str, model: Any) -> None:
             )
         return
     reason = _unlike_llama(_of_layer(drafter, model), drafter)
+    if reason is None and method == "peagle" and getattr(drafter, "fc_norm", None) is not None:
+        reason = "vLLM leaves out P-EAGLE's fc_norm without a message"
     if reason is None and to == "sglang":
         reason = _not_for_sglang(drafter, model, method)
     if reason:
@@ -205,9 +211,9 @@ def canonical(drafter: Any, model: Any, copied: bool = False) -> DraftHead:
     state = {
         name: tensor.detach().cpu()
         for name, tensor in drafter.state().items()
-        if not name.startswith("confidence.")
+        if not name.startswith("confidence.") and name != "mask_token"
     }
-    if len(state) < len(drafter.state()):
+    if any(name.startswith("confidence.") for name in drafter.state()):
         log.warning(
             "the head that predicts acceptance (drafter.confidence) is left out: engines have no"
             " place for it. to=drafter keeps it"
@@ -230,8 +236,12 @@ def canonical(drafter: Any, model: Any, copied: bool = False) -> DraftHead:
         return DraftHead(method, tensors, own, drafts, target, layer)
     if not drafter.lm_head.weight.requires_grad:
         own -= {"lm_head.weight"}
+    reads, mask = tuple(drafter.layers), 0
+    if method == "peagle":
+        layer["num_hidden_layers"] = 1 + len(drafter.more)
+        mask = int(drafter.mask_token)
     return DraftHead(
-        method, tensors, own, drafts, target, layer, tuple(drafter.layers), drafter.norm_output
+        method, tensors, own, drafts, target, layer, reads, drafter.norm_output, mask_token=mask
     )
 
 

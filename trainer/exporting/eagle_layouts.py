@@ -1,7 +1,7 @@
 """EAGLE heads in the layouts of speculators and SGLang.
 
-speculators   EAGLE-3 as speculators 0.9 and vLLM 0.33 read it: a nested config, and embedding and
-              head stored with the layer
+speculators   EAGLE-3 and P-EAGLE as speculators 0.9 and vLLM 0.33 read them: a nested config, and
+              embedding and head stored with the layers
 sglang        EAGLE-1 and EAGLE-3 flat, as SGLang 0.5.23, SpecForge and vLLM 0.33 read them: a Llama
               config, and midlayer.*
 """
@@ -37,13 +37,15 @@ def speculators(head: DraftHead, verifier: str) -> tuple[dict[str, Tensor], dict
         "verifier_accept_k": 1,
         "accept_tolerance": 0.0,
     }
-    return head.tensors, {
-        "architectures": ["Eagle3DraftModel"],
-        "speculators_model_type": "eagle3",
+    classes = {"eagle3": "Eagle3DraftModel", "peagle": "PEagleDraftModel"}
+    mask = {"mask_token_id": head.mask_token} if head.method == "peagle" else {}
+    return head.tensors, mask | {
+        "architectures": [classes[head.method]],
+        "speculators_model_type": head.method,
         "speculators_version": "0.9.0",
         "transformers_version": transformers.__version__,
         "speculators_config": {
-            "algorithm": "eagle3",
+            "algorithm": head.method,
             "proposal_methods": [greedy],
             "default_proposal_method": "greedy",
             "verifier": {"name_or_path": verifier, "architectures": head.target},
@@ -111,6 +113,11 @@ def expected_shapes(
     shapes |= {"fc.weight": (d, states * d), "norm.weight": (d,), "lm_head.weight": (drafted, d)}
     if config["fc_norm"]:
         shapes |= {f"fc_norm.{i}.weight": (d,) for i in range(states)}
+    for n in range(1, layer["num_hidden_layers"]):
+        narrow = _layer_shapes(layer, d, False) | {"input_layernorm": (d,)}
+        shapes |= {f"layers.{n}.{name}.weight": shape for name, shape in narrow.items()}
+    if "mask_token_id" in config:
+        shapes["mask_hidden"] = (1, 1, states * d)
     if drafted < vocabulary:
         shapes |= {"d2t": (drafted,), "t2d": (vocabulary,)}
     return shapes | ({"embed_tokens.weight": size} if to == "speculators" else {})
@@ -158,6 +165,10 @@ def logits(
     if embedding is None:
         embedding = model.get_input_embeddings().weight.detach().float().cpu()
     tokens = embedding[torch.cat([ids, drafted])]
+    if "mask_token_id" in config:
+        mask = embedding[config["mask_token_id"]].expand(len(drafted), -1)
+        tokens = torch.cat([tokens[: len(ids)], mask])
+        states = torch.cat([states, tensors["mask_hidden"][0].expand(len(drafted), -1)])
     if eagle3:
         parts = list(states.chunk(len(config["eagle_aux_hidden_state_layer_ids"]), dim=-1))
         if config["fc_norm"]:
@@ -179,12 +190,24 @@ def logits(
             residual = inputs = F.linear(
                 torch.cat([embedded, states], -1), tensors["fc.weight"], tensors["fc.bias"]
             )
-        last = _layer(layer_config, tensors, norm, inputs, residual)[-1]
+        out = _layer(layer_config, tensors, norm, inputs, residual)
+        if "mask_token_id" in config:
+            return _at_once(layer_config, tensors, norm, out)[len(ids) - 1 :]
+        last = out[-1]
         normed = norm("norm", last) if eagle3 else last
         output = tensors["lm_head.weight"] if eagle3 else output_weight(model)
         rows.append(F.linear(normed, output))
         states = torch.cat([states, (normed if eagle3 and config["norm_output"] else last)[None]])
     return torch.stack(rows)
+
+
+def _at_once(
+    config: Any, tensors: dict[str, Tensor], norm: Callable[[str, Tensor], Tensor], out: Tensor
+) -> Float[Tensor, "n v"]:
+    """Compute P-EAGLE's layers after the first, and the logits of all slots."""
+    for n in range(1, config.num_hidden_layers):
+        out = _layer(config, tensors, norm, norm(f"layers.{n}.input_layernorm", out), out, n)
+    return F.linear(norm("norm", out), tensors["lm_head.weight"])
 
 
 def _layer(
@@ -193,16 +216,17 @@ def _layer(
     norm: Callable[[str, Tensor], Tensor],
     x: Tensor,
     residual: Tensor,
+    number: int = 0,
 ) -> Tensor:
     """Compute a causal decoder layer after its first norm, over (n, inputs)."""
 
     def linear(name: str, x: Tensor) -> Tensor:
-        return F.linear(x, tensors[f"layers.0.{name}.weight"])
+        return F.linear(x, tensors[f"layers.{number}.{name}.weight"])
 
     def heads(kind: str) -> Tensor:
         y = linear(f"self_attn.{kind}_proj", x).unflatten(-1, (-1, config.head_dim)).transpose(0, 1)
         return (
-            norm(f"layers.0.self_attn.{kind}_norm", y)
+            norm(f"layers.{number}.self_attn.{kind}_norm", y)
             if kind != "v" and config.model_type == "qwen3"
             else y
         )
@@ -219,7 +243,7 @@ def _layer(
     future = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
     mixed = scores.masked_fill(future, -math.inf).softmax(-1) @ v
     hidden = residual + linear("self_attn.o_proj", mixed.transpose(0, 1).flatten(1))
-    y = norm("layers.0.post_attention_layernorm", hidden)
+    y = norm(f"layers.{number}.post_attention_layernorm", hidden)
     return hidden + linear(
         "mlp.down_proj", F.silu(linear("mlp.gate_proj", y)) * linear("mlp.up_proj", y)
     )

@@ -20,7 +20,7 @@ os.environ.update(
 )
 
 
-def load(target, folder, method, tokens):
+def load(target, folder, method, tokens, **more):
     """(model, its name in vLLM's registry, parameters that nothing was loaded into, vLLM's config)
     of a draft's folder."""
     import torch
@@ -53,6 +53,7 @@ def load(target, folder, method, tokens):
         model=folder,
         method=method,
         num_speculative_tokens=int(tokens),
+        **more,
     )
     config = VllmConfig(
         model_config=base,
@@ -94,6 +95,21 @@ def plain_linear():
     )
 
 
+def plain_attention():
+    """Causal, over the tokens of a call."""
+    from torch.nn import functional as F
+    from vllm.model_executor.layers.attention import Attention
+
+    def attend(self, query, key, value, *rest, **others):
+        q, k, v = (x.view(len(x), -1, self.head_size).transpose(0, 1) for x in (query, key, value))
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.impl.scale, enable_gqa=True
+        )
+        return y.transpose(0, 1).flatten(1)
+
+    Attention.forward = attend
+
+
 def main(target, folder, method, tokens, inputs, out):
     import torch
     from safetensors.torch import load_file, save_file
@@ -101,7 +117,6 @@ def main(target, folder, method, tokens, inputs, out):
 
     model, architecture, empty, config = load(target, folder, method, tokens)
     from vllm.forward_context import set_forward_context
-    from vllm.model_executor.layers.attention import Attention
 
     hf = config.speculative_config.draft_model_config.hf_config
     names = (
@@ -129,14 +144,7 @@ def main(target, folder, method, tokens, inputs, out):
     if "model.embed_tokens.weight" in empty:  # vLLM gives a draft the target's own then
         model.model.embed_tokens.weight.data[: len(embedding)] = embedding
 
-    def attend(self, query, key, value, *rest, **others):
-        q, k, v = (x.view(len(x), -1, self.head_size).transpose(0, 1) for x in (query, key, value))
-        y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.impl.scale, enable_gqa=True
-        )
-        return y.transpose(0, 1).flatten(1)
-
-    Attention.forward = attend
+    plain_attention()
     plain_linear()
     positions = torch.arange(len(arguments["ids"]))
     with torch.no_grad(), set_forward_context(None, config):
