@@ -175,25 +175,25 @@ class PEagle(Eagle3):
     ) -> tuple[list[Int[Tensor, "B A"]], list[Bool[Tensor, "B A"]]]:
         """Return, for the depths 1 .. K - 1, the ascending positions that are kept, and which of
         them are kept and not padding."""
-        kept, _ = offset_targets(1, output.labels, output.positions)
-        many = kept.sum(1)
+        alive, _ = offset_targets(1, output.labels, output.positions)
+        many = alive.sum(1)
         anchors, real = [], []
         for depth in range(1, self.offsets):
             where, _ = offset_targets(depth + 1, output.labels, output.positions)
-            valid = kept & where
+            valid = alive & where
             share = max(self.keep**depth, self.keep_least)
             count = torch.minimum((many * share).ceil().long(), valid.sum(1)).unsqueeze(1)
             if self.training:
                 # Drawn on the CPU, so that they are the same for every device.
                 chance = torch.rand(valid.shape).to(valid.device)
-                kept = valid & (chance.masked_fill(~valid, 2.0).argsort(1).argsort(1) < count)
+                alive = valid & (chance.masked_fill(~valid, 2.0).argsort(1).argsort(1) < count)
             else:
                 rank, most = valid.cumsum(1), valid.sum(1, keepdim=True).clamp_min(1)
-                kept = valid & (rank * count // most != (rank - 1) * count // most)
-            width = max(1, int(kept.sum(1).max()))
-            at = kept.byte().sort(dim=1, descending=True, stable=True).indices[:, :width]
+                alive = valid & (rank * count // most != (rank - 1) * count // most)
+            width = max(1, int(alive.sum(1).max()))
+            at = alive.byte().sort(dim=1, descending=True, stable=True).indices[:, :width]
             anchors.append(at)
-            real.append(kept.gather(1, at))
+            real.append(alive.gather(1, at))
         return anchors, real
 
     def slots(
