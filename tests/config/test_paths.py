@@ -58,6 +58,12 @@ MISSING = {
     "compare": (["compare", "nowhere"], RUN),
     "compress": (["compress", "run=nowhere", "method=dare"], RUN),
     "merge": (["merge", "runs=[nowhere,past]", "to=out"], RUN),
+    "select": (["select", "run=nowhere", "keep=0.5", "by=random", "to=o.jsonl"], RUN),
+    "a pool": (
+        ["select", "run=past", "keep=0.5", "by=random", "to=o.jsonl", "task.path=nowhere.jsonl"],
+        FILE,
+    ),
+    "targets": (["select", "run=past", "keep=2", "to=o.jsonl", "target=nowhere.jsonl"], FILE),
     "sizes": (["sizes", "run=nowhere"], RUN),
     "density": (["density", "run=nowhere"], RUN),
     "push": (["push", "run=nowhere", "to=org/name"], RUN),

@@ -34,6 +34,7 @@ CASES = {
     "packing": ("packing=true", "max_length=64"),
     "length groups": ("group_by_length=true",),
     "several epochs": ("max_epochs=null", "task.limit=20"),
+    "a share of the rows": ("max_epochs=null", "repeat_random=0.3"),
     "adalora": ("adapter=adalora", "adapter.tfinal=2"),
     "pissa": ("adapter=pissa", "adapter.r=4"),
     "shira": ("adapter=shira", "adapter.r=2"),

@@ -180,6 +180,17 @@ def test_steps_and_epochs(check, rows, epochs, batch_size, accumulate, steps, ex
     )
 
 
+def test_a_share_of_the_rows_makes_epochs_shorter(check, rows):
+    _, actual = check(
+        f"task.path={rows}", f"task.eval_path={rows}", "repeat_random=0.3", "batch_size=1",
+        "max_epochs=4", "max_steps=null",
+    )  # fmt: skip
+    run = actual["run"]
+    assert (run["steps"], run["steps_per_epoch"], run["epochs"]) == (12, 3, 4)
+    assert (run["sequences"], run["drawn_from"]) == (3, 10)
+    assert 0 < run["tokens_per_epoch"] < actual["data"]["train"]["tokens"]
+
+
 def test_padding_is_what_shorter_rows_leave_of_a_batch(check, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [chat("q" * 9, "a"), chat("q" * 29, "a")])
     settings = (f"task.path={path}", f"task.eval_path={path}", "max_epochs=1")

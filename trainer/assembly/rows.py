@@ -21,6 +21,7 @@ from trainer.data.packing import pack
 from trainer.data.render import Renderer
 from trainer.data.rows import Rows, tokenise
 from trainer.data.stops import Stops
+from trainer.data.subset import Subset
 from trainer.models.base import Base
 from trainer.storage.progress import Progress
 
@@ -199,7 +200,29 @@ def batch_order(config: dict[str, Any], data: Data, ranks: int) -> BatchOrder:
         ranks,
         config["group_by_length"],
         config["max_epochs"],
+        _subset(config, data, len(lengths)),
     )
+
+
+def _subset(config: dict[str, Any], data: Data, count: int) -> Subset | None:
+    """Return the share of the rows that an epoch sees, None if it sees all.
+
+    Raises:
+        ConfigError: there are no classes by which to draw.
+    """
+    share, strata = config["repeat_random"], None
+    if share is None:
+        return None
+    if config["repeat_random_stratified"]:
+        problem = getattr(data.task, "problem", "single_label_classification")
+        if data.task.kind != "label" or problem != "single_label_classification":
+            raise ConfigError(
+                "repeat_random_stratified=true draws equally from classes, and this task's rows"
+                " have none: set repeat_random_stratified=false"
+            )
+        assert data.train is not None
+        strata = np.array([data.train.rows[row].label for row in range(count)])
+    return Subset(count, share, config["seed"], config["repeat_random_draw"], strata)
 
 
 def token_counts(data: Data, vocabulary: int) -> torch.Tensor:

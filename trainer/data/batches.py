@@ -1,8 +1,9 @@
 """The rows of each micro-batch: a function of the seed and the number of the step alone.
 
 The order of the sequences in epoch e depends on (seed, e) only, and epochs follow each other
-without a gap. A step takes the next batch_size x accumulate x ranks of them. So a run can start
-anywhere, and a resumed run sees exactly the rows that it would have seen. The last step of the last
+without a gap. With a Subset an epoch has only some of them. A step takes the next
+batch_size x accumulate x ranks of them. So a run can start anywhere, and a resumed run sees exactly
+the rows that it would have seen. The last step of the last
 epoch may be smaller: each row is used exactly as often as `max_epochs` says.
 """
 
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset, Sampler
 
 from trainer.data.render import Tokens
 from trainer.data.rows import Rows
+from trainer.data.subset import Subset
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,15 @@ class BatchOrder:
         ranks: int = 1,
         group_by_length: bool = False,
         epochs: float | None = None,
+        subset: Subset | None = None,
     ):
         self.lengths, self.trained, self.seed = lengths, trained, seed
         self.batch_size, self.accumulate, self.ranks = batch_size, accumulate, ranks
         self.group_by_length = group_by_length
         self.per_step = batch_size * accumulate * ranks
-        self.sequences = round(len(lengths) * epochs) if epochs is not None else 1 << 62
+        self.subset = subset
+        self.per_epoch = len(lengths) if subset is None else subset.size
+        self.sequences = round(self.per_epoch * epochs) if epochs is not None else 1 << 62
         # (step, count): from this step on, rows of so many steps more are skipped
         self.skips: list[tuple[int, int]] = []
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
@@ -90,9 +95,13 @@ class BatchOrder:
         sequences = [sequence for sequence, trains in self.window(step) if trains]
         return int(self.lengths[sequences].sum())
 
+    def members(self, epoch: int) -> np.ndarray:
+        """Return the sequences that an epoch sees."""
+        return np.arange(len(self.lengths)) if self.subset is None else self.subset.of(epoch)
+
     def _make_order(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self.lengths))
+        order = rng.permutation(self.members(epoch))
         if not self.group_by_length:
             return order
         # Among the rows of 50 random batches, those of similar length share a batch; then the
@@ -108,7 +117,7 @@ class BatchOrder:
 
     def at(self, position: int) -> int:
         """Return the sequence at a position of the endless order."""
-        epoch, offset = divmod(position, len(self.lengths))
+        epoch, offset = divmod(position, self.per_epoch)
         return int(self._order(epoch)[offset])
 
     def window(self, step: int, skipped: int = 0) -> list[tuple[int, bool]]:

@@ -169,10 +169,11 @@ def _prompts(data: Data, warnings: list[str]) -> dict[str, int]:
 
 
 def _length(config: dict[str, Any], order: BatchOrder, steps: int) -> dict[str, Any]:
-    lengths = order.lengths
+    seen = order.members(0)
+    lengths = order.lengths[seen]
     per_epoch = -(-len(lengths) // order.per_step)
     sizes = [
-        [lengths[pick.sequence] for pick in batch]
+        [order.lengths[pick.sequence] for pick in batch]
         for step in range(min(steps, 50))
         for batch in order.micro_batches(step)
     ]
@@ -184,9 +185,11 @@ def _length(config: dict[str, Any], order: BatchOrder, steps: int) -> dict[str, 
         "epochs": order.positions(steps) / max(1, len(lengths)),
         "sequences": len(lengths),
         "tokens_per_epoch": int(lengths.sum()),
-        "trained_tokens_per_epoch": int(order.trained.sum()),
+        "trained_tokens_per_epoch": int(order.trained[seen].sum()),
         "padding_share": 1 - float(real) / float(padded) if padded else 0.0,
     }
+    if order.subset is not None:
+        result["drawn_from"] = order.subset.count
     if config["packing"] and len(lengths):
         result["packing_efficiency"] = float(lengths.sum()) / (len(lengths) * config["max_length"])
     return result

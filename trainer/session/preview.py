@@ -31,6 +31,9 @@ def table(result: dict[str, Any]) -> Table:
             "steps",
             f"{run['steps']:,} ({run['steps_per_epoch']:,} an epoch, {run['epochs']:.2f} epochs)",
         )
+        if "drawn_from" in run:
+            drawn = f"{run['sequences']:,} of {run['drawn_from']:,}, by repeat_random"
+            text_table.add_row("sequences an epoch", drawn)
         text_table.add_row(
             "tokens an epoch",
             f"{run['tokens_per_epoch']:,}, {run['trained_tokens_per_epoch']:,} of them trained",
