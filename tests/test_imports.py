@@ -21,8 +21,8 @@ TASKS = {"datasets", "pyarrow", "filelock", "torchmetrics"}
 # command.
 ORDER = [
     "config", "schedules", "speed", "cluster", "storage", "models", "data", "penalties",
-    "drafters", "decoding", "training", "assembly", "evaluation", "exporting", "shrinking",
-    "callbacks", "session", "studies",
+    "drafters", "decoding", "training", "assembly", "evaluation", "selection", "exporting",
+    "shrinking", "callbacks", "session", "studies",
 ]  # fmt: skip
 BEFORE_TORCH = ("config", "cluster")  # these answer before torch is imported, which takes seconds
 

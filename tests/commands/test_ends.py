@@ -46,6 +46,7 @@ VERBS: dict[str, Any] = {
     "respond": (respond, ["max_new_tokens=30"]),
     "run": "its samples: see the fixture",
     "schema": None,
+    "select": None,
     "shrink": None,
     "sizes": None,
     "study": None,

@@ -27,6 +27,7 @@ TAKES = {
     "realign": [["draft={run}", "target.run={run}"]],
     "report": [["run={run}"]],
     "respond": [["run={run}", "prompts=rows.jsonl", "out=out"]],
+    "select": [["run={run}", "keep=0.5", "by=random", "to=out.jsonl"]],
     "sizes": [["run={run}"]],
     "speculate": [["run={run}", "prompt=x"]],
 }

@@ -65,6 +65,8 @@ REASONS = {
     ("trainer/evaluation/mlp_density.py", "plot", "savefig"): RANDOM,
     ("trainer/session/branches.py", "_plot", "savefig"): RANDOM,
     ("trainer/evaluation/pictures.py", "picture", "savefig"): "into memory",
+    ("trainer/selection/selected.py", "_write", "open"): RANDOM,
+    ("trainer/selection/store.py", "blocks", "memmap"): "to read",
     ("trainer/session/start_point.py", "branch_off", "copyfile"): "the name is unlinked before",
     ("trainer/callbacks/tracking.py", "__init__", "SummaryWriter"): (
         "names hold the time, the host and the process"

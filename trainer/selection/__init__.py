@@ -1,0 +1,1 @@
+"""Which rows of a pool to train on, for a target or without one."""
