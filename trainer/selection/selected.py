@@ -83,7 +83,7 @@ class Pool:
 
     def row(self, place: int) -> Any:
         """Return the tokens of the member at a place."""
-        return self.rows[self.members[place]]
+        return self.rows[int(self.members[place])]
 
 
 def select(plan: Plan) -> Selected:
