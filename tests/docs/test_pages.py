@@ -17,6 +17,7 @@ GROUPS = sorted(
 OTHER_CHOICES = {
     "task": {"speculation"},
     "drafter": {"lookup", "edit", "recycling", "small", "run"},
+    "target": {"eval"},  # of graft select
 }
 
 
