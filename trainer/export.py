@@ -9,6 +9,10 @@ An export is complete only after it was loaded back and gave the run's own logit
                   quantised base is merged as its rounding left it, which is what the adapter was
                   trained on. MTP layers in the files of a base, which transformers does not load,
                   are copied as they are.
+    gguf          the merged model as one file for llama.cpp and Ollama, with tokenizer and chat
+                  template: Llama, Mistral, SmolLM 2, Qwen 2 and 3, Gemma 2 and 3, Phi 3. dtype=q8_0
+                  takes half the bytes of float16.
+    gguf_lora     a LoRA that llama.cpp applies to the base's own GGUF file
     shira         for adapters with a sparse part
     drafter       the run's drafter as a folder, as the run itself writes it after its last step
     mtp           merged, with the drafter as the MTP layer of the base's own family: for
@@ -23,6 +27,7 @@ trainer/exporting/draft_head.py says which drafter fits which format.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,7 +36,10 @@ from trainer.config import paths
 from trainer.config.options import exit_with, option, parse
 from trainer.config.shown import say
 
-Format = Literal["peft", "merged", "shira", "drafter", "mtp", "speculators", "sglang", "medusa"]
+Format = Literal[
+    "peft", "merged", "gguf", "gguf_lora", "shira", "drafter", "mtp", "speculators", "sglang",
+    "medusa",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,9 @@ class Options:
     out: Path | None = option(
         "the folder to write, by default one in the run folder", None, value="FOLDER"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = option("of the weights", "float32")
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = option(
+        "of the weights; q8_0 for to=gguf alone", "float32"
+    )
     verifier: str | None = option(
         "the model that the config of a drafter names as the one it drafts for, by default the"
         " base",
@@ -55,6 +65,11 @@ class Options:
         " version has them",
         "shared",
     )
+
+    def faults(self) -> Iterator[str]:
+        """Yield what does not go together."""
+        if self.dtype == "q8_0" and self.to != "gguf":
+            yield f"dtype=q8_0 is a type of to=gguf; to={self.to} has float32, bfloat16, float16"
 
 
 def main(argv: list[str]) -> int:

@@ -19,7 +19,18 @@ from trainer.exporting import card
 
 OLD = ROOT / "tests" / "data" / "runs_0.1" / "runs"
 SECRET = "hf_" + "a1B2" * 8
-FORMATS = ["adapter", "shira", "merged", "mtp", "drafter", "speculators", "sglang", "medusa"]
+FORMATS = [
+    "adapter",
+    "shira",
+    "merged",
+    "gguf",
+    "gguf_lora",
+    "mtp",
+    "drafter",
+    "speculators",
+    "sglang",
+    "medusa",
+]
 
 
 @pytest.fixture

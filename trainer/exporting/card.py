@@ -35,6 +35,8 @@ _COUNTS = {
     "model?": {"parameters": int, "trainable": (int, type(None)), "*": object},
     "*": object,
 }
+# formats of draft heads
+ENGINES = ("drafter", "speculators", "sglang", "medusa")
 _TARGETS = {
     "adapter": "stock PEFT",
     "merged": "transformers",
@@ -117,7 +119,9 @@ def _first_sentence(kind: str, source: Summary, base: str | None) -> str:
     of = f"[{base}](https://huggingface.co/{base})" if base else _base_text(source)
     if kind == "adapter":
         return f"An adapter ({method}) for {of}, trained with Graft."
-    if kind in ("merged", "mtp"):
+    if kind == "gguf_lora":
+        return f"An adapter ({method}) for {of} as a GGUF file, trained with Graft."
+    if kind in ("merged", "mtp", "gguf"):
         return f"{of} with an adapter ({method}) merged into it, trained with Graft."
     return f"A draft head ({_word(source.choices.get('drafter'))}) for {of}, trained with Graft."
 
@@ -148,7 +152,8 @@ def _metadata(kind: str, source: Summary, base: str | None) -> ModelCardData:
     task = "text-classification" if labels is not None else "text-generation"
     more: dict[str, Any] = {}
     if base is not None:
-        relation = {"adapter": "adapter", "merged": "finetune", "mtp": "finetune"}
+        relation = {"adapter": "adapter", "gguf_lora": "adapter", "merged": "finetune",
+                    "mtp": "finetune", "gguf": "finetune"}  # fmt: skip
         more = {"base_model": base, "base_model_relation": relation.get(kind)}
     results = _results(source, task)
     if results:
@@ -156,7 +161,9 @@ def _metadata(kind: str, source: Summary, base: str | None) -> ModelCardData:
     return ModelCardData(
         license=getattr(own, "license", None),
         language=getattr(own, "language", None),
-        library_name="peft" if kind == "adapter" else "transformers",
+        library_name={"adapter": "peft", "gguf": "gguf", "gguf_lora": "gguf"}.get(
+            kind, "transformers"
+        ),
         pipeline_tag=task,
         datasets=datasets or None,
         tags=_tags(kind, source),
@@ -165,8 +172,8 @@ def _metadata(kind: str, source: Summary, base: str | None) -> ModelCardData:
 
 
 def _tags(kind: str, source: Summary) -> list[str]:
-    names = [str(source.choices.get("adapter"))] if kind in ("adapter", "merged", "mtp") else []
-    if kind not in ("adapter", "merged"):
+    names = [str(source.choices.get("adapter"))] if kind not in ENGINES else []
+    if kind == "mtp" or kind in ENGINES:
         names += ["speculative-decoding", str(source.choices.get("drafter"))]
     return ["graft", *dict.fromkeys(name for name in names if name not in ("None", "none"))]
 
@@ -301,6 +308,17 @@ def _parity(kind: str, parity: float | None) -> str:
         )
     if kind == "drafter":
         return "The folder was loaded back, and every tensor is the trained one."
+    if kind == "gguf":
+        return (
+            "The file was loaded back by transformers and computes what the merged model does with"
+            f" weights rounded alike. The rounding moves the logits by {parity:.1e} of their spread"
+            " (root mean square)."
+        )
+    if kind == "gguf_lora":
+        return (
+            "The file was read back, and each layer's update is that of the merged model, within"
+            f" {parity:.1e} of its size."
+        )
     who = _TARGETS.get(kind, "code that reads the files as the engine does")
     library = {"stock PEFT": "peft", "transformers": "transformers"}.get(who)
     named = f"{who} {version(library)}" if library else who

@@ -27,6 +27,8 @@ def section(folder: Path, kind: str, base: str | None, source: Summary) -> list[
         return lines + _adapter(folder, name)
     if kind in ("merged", "mtp"):
         return lines[:2] + _merged(folder, kind)
+    if kind in ("gguf", "gguf_lora"):
+        return lines[:2] + _gguf(kind)
     return lines + _drafter(kind, name, source)
 
 
@@ -148,6 +150,26 @@ def _merged(folder: Path, kind: str) -> list[str]:
         "llama-server -m model.gguf",
     )
     return lines
+
+
+def _gguf(kind: str) -> list[str]:
+    if kind == "gguf":
+        return _code(
+            "bash",
+            f"hf download {PLACE} --local-dir .",
+            "llama-server -m model.gguf",
+            "ollama create tuned -f Modelfile && ollama run tuned",
+        )
+    return [
+        "`base.gguf` is the base's own GGUF file, in any type.",
+        "",
+        *_code(
+            "bash",
+            f"hf download {PLACE} --local-dir .",
+            "llama-server -m base.gguf --lora adapter.gguf",
+            "ollama create tuned -f Modelfile && ollama run tuned",
+        ),
+    ]
 
 
 def _drafter(kind: str, base: str, source: Summary) -> list[str]:

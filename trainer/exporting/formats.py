@@ -8,7 +8,7 @@ import torch
 
 from adapters.delta import AdapterError
 from trainer.assembly.trained import Trained, load_trained
-from trainer.exporting import engines
+from trainer.exporting import card, engines, gguf_lora, gguf_model
 from trainer.exporting.adapter import save_adapter, verify_adapter
 from trainer.exporting.heads import check_drafter, write_drafter, write_head
 from trainer.exporting.merged import write_merged
@@ -34,7 +34,7 @@ def export(
     """
     if to in ("drafter", "mtp", *engines.LAYOUTS):
         check_drafter(run, to)
-    source = load_trained(run, fp32=True, dequantise=to in ("merged", "mtp"))
+    source = load_trained(run, fp32=True, dequantise=to in ("merged", "mtp", "gguf"))
     if to == "shira" and not hasattr(source.adapter, "save_pair"):
         raise AdapterError(
             "to=shira is for adapters with a sparse part, and this run's is"
@@ -46,13 +46,19 @@ def export(
         raise CheckpointError(f"{out} exists. Remove it, or choose another folder with out=FOLDER")
     with atomic.folder(out) as temporary, Progress(f"exporting to {out}"):
         copied = unembedding == "copied"
-        difference = _write(source, to, temporary, getattr(torch, dtype), verifier, copied)
+        difference = _write(source, to, temporary, dtype, verifier, copied)
+        card.write(temporary, to, source.folder, difference, source.step)
     return out, difference
 
 
 def _write(
-    run: Trained, to: str, folder: Path, dtype: torch.dtype, verifier: str | None, copied: bool
+    run: Trained, to: str, folder: Path, type_: str, verifier: str | None, copied: bool
 ) -> float:
+    if to == "gguf":
+        return gguf_model.write_gguf(run, folder, type_)
+    if to == "gguf_lora":
+        return gguf_lora.write_gguf_lora(run, folder)
+    dtype: torch.dtype = getattr(torch, type_)
     if to == "drafter":
         return write_drafter(run, folder)
     if to in engines.LAYOUTS:

@@ -82,15 +82,17 @@ class Serving:
         for part in {id(one): one for one in (config, config.get_text_config())}.values():
             part.eos_token_id = ends[0] if len(ends) == 1 else ends
 
+    def chat_template(self, tokenizer: Any) -> str | dict[str, str]:
+        """Return the template that renders a conversation as the run does, or several by name."""
+        if self.renderer.template is None:
+            return _joined(tokenizer)
+        return with_defaults(self.renderer.template, self.renderer.variables)
+
     def _write_tokenizer(self, folder: Path) -> None:
         tokenizer, renderer = self.base.load_tokenizer(), self.renderer
         if renderer.kind == "conversation":
             expected = self._prompt()
-            tokenizer.chat_template = (
-                _joined(tokenizer)
-                if renderer.template is None
-                else with_defaults(renderer.template, renderer.variables)
-            )
+            tokenizer.chat_template = self.chat_template(tokenizer)
             writes_eos = "eos_token" in str(tokenizer.chat_template)
             if self.ends and tokenizer.eos_token_id not in self.ends and not writes_eos:
                 tokenizer.eos_token = tokenizer.convert_ids_to_tokens(self.ends[0])
