@@ -185,16 +185,18 @@ drawn: list[bool] = []  # not empty: reports of runs have their pictures
 
 @contextlib.contextmanager
 def plain_reports() -> Iterator[None]:
-    """Reports without pictures."""
+    """Reports and model cards without pictures."""
+    from trainer.exporting import card
     from trainer.session import report_html
 
-    draw = report_html._plots
+    draw, curves = report_html._plots, card._curves
     if not drawn:
         report_html._plots = lambda rows: []
+        card._curves = lambda source: []
     try:
         yield
     finally:
-        report_html._plots = draw
+        report_html._plots, card._curves = draw, curves
 
 
 @pytest.fixture(scope="session")

@@ -280,7 +280,7 @@ def test_the_verb(run_of, tmp_path, capsys):
     }
     assert oct((tmp_path / "out").stat().st_mode)[-3:] == "755"
     for wrong, message in (
-        (["to=gguf"], "expected one of peft, merged, shira, drafter, mtp"),
+        (["to=onnx"], "expected one of peft, merged, gguf, gguf_lora, shira, drafter, mtp"),
         (["to=peft", "dtype=int4"], "float32, bfloat16, float16"),
     ):
         assert exit_code(export.main, [f"run={run}", *wrong]) == 2

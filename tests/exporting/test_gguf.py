@@ -38,6 +38,7 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
 }  # fmt: skip
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
 CONFIGS = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "llama, own output layer": LlamaConfig(**SIZES, head_dim=32),
@@ -45,9 +46,9 @@ CONFIGS = {
     "mistral": MistralConfig(**SIZES, head_dim=16, sliding_window=None),
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=32),
-    "gemma2": Gemma2Config(**SIZES, head_dim=16, query_pre_attn_scalar=16),
-    "gemma3": Gemma3TextConfig(**(SIZES | {"num_hidden_layers": 6}), head_dim=16),
-    "phi3": Phi3Config(**SIZES),
+    "gemma2": Gemma2Config(**SIZES, **GEMMA),
+    "gemma3": Gemma3TextConfig(**(SIZES | {"num_hidden_layers": 6}), **GEMMA),
+    "phi3": Phi3Config(**SIZES, sliding_window=128),
 }
 TYPES = ("float32", "float16", "bfloat16", "q8_0")
 
@@ -82,12 +83,16 @@ def model_of(name):
     return model
 
 
-def written(model, folder, dtype="float32", template=None):
-    vocabulary = gguf_vocabulary.of(words(byte_level()), model.config.vocab_size)
+def written(model, folder, dtype="float32", template=None, tokenizer=None):
+    tokenizer = tokenizer or words(byte_level())
+    vocabulary = gguf_vocabulary.of(tokenizer, model.config.vocab_size)
     kind = "conversation" if template else "text"
     renderer = SimpleNamespace(kind=kind, template=template, variables={})
     family = gguf_model.family_of(model.config)
-    serving = SimpleNamespace(renderer=renderer, ends=[1])
+    base = SimpleNamespace(load_tokenizer=lambda: tokenizer)
+    serving = SimpleNamespace(
+        renderer=renderer, ends=[1], base=base, chat_template=lambda tokenizer: template
+    )
     gguf_model._write(folder / "model.gguf", model, family, dtype, vocabulary, serving)
 
 
@@ -175,6 +180,15 @@ def test_what_llama_cpp_cannot_read_is_refused():
     yarn = LlamaConfig(**SIZES, rope_parameters=LLAMA3 | {"rope_type": "yarn"})
     with pytest.raises(AdapterError, match="rotary scaling 'yarn'"):
         gguf_model.family_of(yarn)
+    for kind in (MistralConfig, Phi3Config):
+        with pytest.raises(AdapterError, match="ignores sliding_window=8 of"):
+            gguf_model.family_of(kind(**SIZES, sliding_window=8))
+    for changes, text in (
+        ({"query_pre_attn_scalar": 256}, "divides attention by the root of 16"),
+        ({"layer_types": ["full_attention"] * 2}, "every layer 2 of this model"),
+    ):
+        with pytest.raises(AdapterError, match=text):
+            gguf_model.family_of(Gemma2Config(**(SIZES | GEMMA | changes)))
     for config, tensors, text in (
         ({"peft_type": "IA3"}, {}, "is for LoRA, and this is IA3"),
         ({"peft_type": "LORA", "use_dora": True}, {}, "no DoRA"),

@@ -2,9 +2,9 @@
 
     PYTHON llama_cpp.py < REQUEST
 
-The request is JSON: `model`, `lora` (or null), `ids`, `texts` and `out`. The logits of all positions
-go to the file `out` (float32, positions x vocabulary); the ids of the texts and the chat template
-are printed as JSON.
+The request is JSON: `model`, `lora` (or null), `ids`, `texts` and `out`. The logits go to the file
+`out` (float32, positions x vocabulary); the ids of the texts and the chat template are printed as
+JSON.
 """
 
 from __future__ import annotations

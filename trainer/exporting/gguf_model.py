@@ -61,6 +61,9 @@ FAMILIES = {
     "gemma3_text": Family(gguf.MODEL_ARCH.GEMMA3, offset=True),
     "phi3": Family(gguf.MODEL_ARCH.PHI3),
 }
+# every which layer looks at all tokens, and the layers of the largest size, whose scale is another
+# one (llama.cpp, load_arch_hparams)
+GEMMA = {"gemma2": (2, 46), "gemma3_text": (6, 62)}
 
 
 def family_of(config: Any) -> Family:
@@ -86,18 +89,31 @@ def _unlike(config: Any) -> str | None:
     kind = _rope(config).get("rope_type", "default")
     if kind not in ("default", "llama3", "linear", "longrope"):
         return f"the rotary scaling {kind!r} is not written here"
+    if config.model_type in GEMMA:
+        return _unlike_gemma(config)
     window = getattr(config, "sliding_window", None)
-    if config.model_type == "mistral" and window and window < config.max_position_embeddings:
-        return f"llama.cpp computes no Mistral with sliding_window={window}"
-    if config.model_type == "gemma3_text":
-        local = (config.rope_parameters or {}).get("sliding_attention", {})
-        pattern = [t == "full_attention" for t in config.layer_types]
-        sixth = [(at + 1) % 6 == 0 for at in range(len(pattern))]
-        if local.get("rope_theta", 10000.0) != 10000.0 or pattern != sixth:
-            return (
-                "llama.cpp has every sixth layer of Gemma 3 look at all tokens, and 10000 as the"
-                " rotary base of the others"
-            )
+    if window and window < config.max_position_embeddings:
+        return f"llama.cpp ignores sliding_window={window} of {config.model_type}"
+    return None
+
+
+def _unlike_gemma(config: Any) -> str | None:
+    """The same for a Gemma, whose layers and scale llama.cpp derives from the type and the size."""
+    every, largest = GEMMA[config.model_type]
+    pattern = [kind == "full_attention" for kind in config.layer_types]
+    if pattern != [(at + 1) % every == 0 for at in range(len(pattern))]:
+        return f"llama.cpp has every layer {every} of this model look at all tokens, and no other"
+    local = (config.rope_parameters or {}).get("sliding_attention", {})
+    if local.get("rope_theta", 10000.0) != 10000.0:
+        return f"llama.cpp has 10000 as the rotary base of short layers, not {local['rope_theta']}"
+    scale = config.head_dim
+    if config.num_hidden_layers == largest:
+        scale = config.hidden_size // config.num_attention_heads
+    if config.query_pre_attn_scalar != scale:
+        return (
+            f"llama.cpp divides attention by the root of {scale}, and query_pre_attn_scalar="
+            f"{config.query_pre_attn_scalar}"
+        )
     return None
 
 
@@ -233,7 +249,7 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     partial = _rope(config).get("partial_rotary_factor") or 1.0
     writer.add_rope_dimension_count(int(width * partial))
     window = getattr(config, "sliding_window", None)
-    if window and config.model_type in ("gemma2", "gemma3_text", "phi3"):
+    if window and config.model_type in GEMMA:
         writer.add_sliding_window(window)
     if (cap := getattr(config, "attn_logit_softcapping", None)) is not None:
         writer.add_attn_logit_softcapping(cap)
