@@ -172,6 +172,11 @@ def test_too_little_memory_is_a_warning(estimated, monkeypatch):
     assert ways[0][1].startswith("batch_size=")
     assert ways[-1][1] == "all of these"
     assert all(float(ways[-1][0]) <= float(size) for size, _ in ways)
+    needed = actual.model["memory_needed"]
+    for free, warns in ((needed - 1, True), (needed, False)):
+        memory = Memory(free, free)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda memory=memory: memory)
+        assert any("of memory, and" in line for line in estimated().warnings) is warns
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_an_error(estimated, monkeypatch, tmp_path):

@@ -229,8 +229,9 @@ def _drafter(recipe: Recipe, skeleton: nn.Module, errors: list[str]) -> tuple[in
 
 
 def _memory(recipe: Recipe, total: int, linears: int, trainable: int) -> dict[str, int]:
-    """Estimate the memory in bytes. A decoder layer's activations take about 30 d + 5 m numbers per
-    token, 12 d + 3 m if fused (SmolLM2 with LoRA, measured)."""
+    """Estimate the memory in bytes. A decoder layer's activations take about 15 d + 4 m numbers per
+    token, 12 d + 3 m if fused, and its backward pass four times as many for a moment (SmolLM2 with
+    LoRA, `graft preflight probe=true`, docs/speed.md)."""
     config, base, dtype, train = recipe.config, recipe.base, recipe.dtype, recipe.data.train
     text = base.config.get_text_config()
     width, inner = getattr(text, "hidden_size", 0), getattr(text, "intermediate_size", 0) or 0
@@ -245,7 +246,7 @@ def _memory(recipe: Recipe, total: int, linears: int, trainable: int) -> dict[st
     )
     tokens = config["batch_size"] * (config["max_length"] if config["packing"] else longest)
     per_layer = (
-        12 * width + 3 * inner if config["fused"] else 30 * width + 5 * inner
+        12 * width + 3 * inner if config["fused"] else 15 * width + 4 * inner
     ) * dtype.itemsize
     vocabulary, device = (
         getattr(text, "vocab_size", 0),
@@ -262,14 +263,18 @@ def _memory(recipe: Recipe, total: int, linears: int, trainable: int) -> dict[st
             + (layers - recomputed) * per_layer
             + (per_layer if recomputed else 0)
         )
+    chunk = min(tokens, config["objective"]["logits_chunk"] or positions(vocabulary, device))
+    logits = chunk * vocabulary * 12
+    # Recomputing leaves the logits' memory in pieces, which the backward pass cannot take.
+    backward = 4 * tokens * per_layer
+    backward = backward if config["objective"]["gradient_checkpointing"] else backward - logits
     moments = 2 if "8bit" in config["optimizer"]["_target_"] else 8
     return {
         "weights": int(linears * linear_bytes + (total - linears) * dtype.itemsize),
         "trained": trainable * (4 + 4 + moments),
         "activations": int(tokens * saved),
-        "logits": min(tokens, config["objective"]["logits_chunk"] or positions(vocabulary, device))
-        * vocabulary
-        * 12,
+        "logits": logits,
+        "backward": max(0, int(backward)),
     }
 
 

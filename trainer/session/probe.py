@@ -131,6 +131,13 @@ def probe(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def in_use() -> int:
+    """Return the memory of this process without the pages of files, such as those of weights that
+    are being read: the system takes these back when memory is short."""
+    info = psutil.Process().memory_info()
+    return int(info.rss - getattr(info, "shared", 0))
+
+
 @contextlib.contextmanager
 def measured(device: torch.device) -> Iterator[Peak]:
     """Measure the most memory that is in use while this is open: the device's on CUDA, else the
@@ -144,12 +151,12 @@ def measured(device: torch.device) -> Iterator[Peak]:
         finally:
             peak.bytes = torch.cuda.max_memory_reserved(device) - before
         return
-    process, ended = psutil.Process(), threading.Event()
-    before = process.memory_info().rss
+    ended = threading.Event()
+    before = in_use()
 
     def watch() -> None:
         while not ended.wait(SAMPLE_SECONDS):
-            peak.bytes = max(peak.bytes, process.memory_info().rss - before)
+            peak.bytes = max(peak.bytes, in_use() - before)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
