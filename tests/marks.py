@@ -26,6 +26,7 @@ CALLS = {
     "trainer.decoding.speculative.generate_batch",
     "trainer.respond.main",
     "trainer.run.run",
+    "trainer.serving.listening.serve",
 }
 
 HEAVY = ("run", "slow", "gpu", "slurm")

@@ -22,7 +22,7 @@ TASKS = {"datasets", "pyarrow", "filelock", "torchmetrics"}
 ORDER = [
     "config", "schedules", "speed", "cluster", "storage", "models", "data", "penalties",
     "drafters", "decoding", "training", "assembly", "evaluation", "selection", "exporting",
-    "shrinking", "callbacks", "session", "studies",
+    "shrinking", "callbacks", "session", "serving", "studies",
 ]  # fmt: skip
 BEFORE_TORCH = ("config", "cluster")  # these answer before torch is imported, which takes seconds
 
@@ -150,7 +150,7 @@ def test_what_trains_knows_nothing_of_configs_and_runs(folder):
 
 def test_the_verbs_wait_for_no_trainer_of_lightnings():
     """It takes two seconds or more to import."""
-    verbs = "evaluate, export, generate, preflight, report, respond, speculate"
+    verbs = "evaluate, export, generate, preflight, report, respond, serve, speculate"
     program = (
         f"import sys; from trainer import {verbs}; print([n for n in ('lightning', 'peft',"
         " 'bitsandbytes') if n in sys.modules])"

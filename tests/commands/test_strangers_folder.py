@@ -28,6 +28,7 @@ TAKES = {
     "report": [["run={run}"]],
     "respond": [["run={run}", "prompts=rows.jsonl", "out=out"]],
     "select": [["run={run}", "keep=0.5", "by=random", "to=out.jsonl"]],
+    "serve": [["run={run}"], ["runs=[{run}]"]],
     "sizes": [["run={run}"]],
     "speculate": [["run={run}", "prompt=x"]],
 }

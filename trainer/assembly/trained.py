@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,10 +142,15 @@ class Trained:
 
 
 def load_trained(
-    path: str, device: torch.device | str = "cpu", fp32: bool = False, dequantise: bool = False
+    path: str,
+    device: torch.device | str = "cpu",
+    fp32: bool = False,
+    dequantise: bool = False,
+    load_base: Callable[..., nn.Module] | None = None,
 ) -> Trained:
     """Load the model of `FOLDER` or `FOLDER@last|best|STEP`, in the precision of its training or in
     fp32. `dequantise` replaces a quantised base by an unquantised one with the rounded weights.
+    `load_base` takes the arguments of Base.load, and may return a model that is loaded already.
 
     Raises:
         FolderError, CheckpointError, BaseError: the folder, its checkpoint or its base cannot be
@@ -163,7 +169,8 @@ def load_trained(
         identity["precision"], config["base"]["dtype"], identity["trains_base"], False
     )
     with Progress(f"loading {base.path}"):
-        model = base.load(torch.float32 if fp32 else dtype, identity["labels"], device)
+        loaded = (base, torch.float32 if fp32 else dtype, identity["labels"], device)
+        model = (load_base or Base.load)(*loaded)
     task = instantiate(config["task"])
     set_problem(model, task)
     if dequantise and (base.quantization != "none" or base.is_quantized):

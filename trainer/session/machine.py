@@ -31,6 +31,7 @@ SHOWN = ("torch", "transformers", "peft", "lightning", "datasets", "accelerate",
 EXTRAS = {
     "tensorboard": ("tensorboard", "tensorboard", "logger=tensorboard"),
     "schedulefree": ("schedulefree", "schedulefree", "optimizer=schedulefree"),
+    "serve": ("uvicorn", "uvicorn", "graft serve"),
     "slurm": ("submitit", "submitit", "graft submit and hydra/launcher=slurm"),
     "liger": ("liger-kernel", "liger_kernel", "fused=liger, on a GPU"),
 }

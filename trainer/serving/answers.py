@@ -1,0 +1,169 @@
+"""Responses of the two endpoints, whole or as the pieces of a stream.
+
+Next to OpenAI's fields a response has `graft`: passes of the model, seconds, and drafted tokens;
+with graft_tokens=true the answer's tokens, each with `drafted`.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from trainer.serving.models import Served
+from trainer.serving.requests import ChatSettings, Settings
+from trainer.serving.worker import End, Piece, Placed, Usage
+
+
+class Answer:
+    """Builds the response to one request."""
+
+    def __init__(self, model: Served, settings: Settings):
+        self.model, self.settings = model, settings
+        self.chat = isinstance(settings, ChatSettings)
+        kind = "chatcmpl" if self.chat else "cmpl"
+        self.head = {
+            "id": f"{kind}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model.name,
+            "system_fingerprint": "base" if model.step is None else f"{model.name}-{model.step}",
+        }
+
+    def whole(self, pieces: Sequence[Piece], end: End) -> dict[str, Any]:
+        """Return the response of a request that does not stream."""
+        text = "".join(piece.text for piece in pieces)
+        tokens = [placed for piece in pieces for placed in piece.tokens]
+        choice: dict[str, Any] = {"index": 0, "finish_reason": end.reason}
+        if self.chat:
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            choice["text"] = text
+        choice["logprobs"] = self._logprobs(tokens)
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {
+            **self.head,
+            "object": kind,
+            "choices": [choice],
+            "usage": usage(end.usage),
+            "graft": self._facts(end.usage, tokens),
+        }
+
+    def first(self) -> Iterator[dict[str, Any]]:
+        """Yield what a stream begins with."""
+        if self.chat:
+            yield self._chunk({"role": "assistant", "content": ""}, None, None)
+
+    def piece(self, piece: Piece) -> dict[str, Any]:
+        """Return a piece of the stream."""
+        delta = {"content": piece.text} if self.chat else piece.text
+        chunk = self._chunk(delta, self._logprobs(piece.tokens), None)
+        if self.settings.graft_tokens:
+            chunk["graft"] = self._facts(piece.usage, piece.tokens)
+        return chunk
+
+    def last(self, end: End) -> Iterator[dict[str, Any]]:
+        """Yield what a stream ends with."""
+        yield self._chunk({} if self.chat else "", None, end.reason) | {
+            "graft": self._facts(end.usage, [])
+        }
+        if self.settings.with_usage:
+            chunk = self._chunk("", None, None)
+            yield chunk | {"choices": [], "usage": usage(end.usage)}
+
+    def _chunk(self, delta: Any, logprobs: Any, reason: str | None) -> dict[str, Any]:
+        choice = {"index": 0, "logprobs": logprobs, "finish_reason": reason}
+        choice["delta" if self.chat else "text"] = delta
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        chunk = {**self.head, "object": kind, "choices": [choice]}
+        return chunk | {"usage": None} if self.settings.with_usage else chunk
+
+    def _facts(self, cost: Usage, tokens: Sequence[Placed]) -> dict[str, Any]:
+        facts: dict[str, Any] = {
+            "tokens": cost.tokens,
+            "passes": cost.passes,
+            "drafted": cost.drafted,
+            "accepted": cost.accepted,
+            "seconds": round(cost.seconds, 4),
+        }
+        if self.settings.graft_tokens:
+            facts["answer"] = [
+                {
+                    "id": placed.token.id,
+                    "text": self.model.texts(placed.token.id)[0],
+                    "offset": placed.offset,
+                    "drafted": placed.token.drafted,
+                }
+                for placed in tokens
+            ]
+        return facts
+
+    def _logprobs(self, tokens: Sequence[Placed]) -> dict[str, Any] | None:
+        if self.settings.top is None:
+            return None
+        return self._chat_logprobs(tokens) if self.chat else self._text_logprobs(tokens)
+
+    def _chat_logprobs(self, tokens: Sequence[Placed]) -> dict[str, Any]:
+        def one(token: int, logprob: float | None) -> dict[str, Any]:
+            text, codes = self.model.texts(token)
+            return {"token": text, "logprob": logprob, "bytes": codes}
+
+        content = [
+            one(placed.token.id, placed.token.logprob)
+            | {"top_logprobs": [one(*pair) for pair in placed.token.top]}
+            for placed in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _text_logprobs(self, tokens: Sequence[Placed]) -> dict[str, Any]:
+        def name(token: int) -> str:
+            text, codes = self.model.texts(token)
+            if "�" not in text:
+                return text
+            return "bytes:" + "".join(f"\\x{code:02x}" for code in codes)
+
+        return {
+            "tokens": [name(placed.token.id) for placed in tokens],
+            "token_logprobs": [placed.token.logprob for placed in tokens],
+            "top_logprobs": [
+                {name(token): logprob for token, logprob in placed.token.top} for placed in tokens
+            ],
+            "text_offset": [placed.offset for placed in tokens],
+        }
+
+
+def usage(cost: Usage) -> dict[str, Any]:
+    """Return the usage as OpenAI counts it. Drafted tokens are its predicted ones."""
+    return {
+        "prompt_tokens": cost.prompt_tokens,
+        "completion_tokens": cost.tokens,
+        "total_tokens": cost.prompt_tokens + cost.tokens,
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": cost.accepted,
+            "rejected_prediction_tokens": cost.drafted - cost.accepted,
+        },
+    }
+
+
+def event(content: dict[str, Any] | str) -> bytes:
+    """Return one server-sent event. JSON escapes line breaks, so a text cannot begin another."""
+    text = content if isinstance(content, str) else json.dumps(content)
+    return f"data: {text}\n\n".encode()
+
+
+def listed(models: dict[str, Served], created: int) -> list[dict[str, Any]]:
+    """Return the entries of /v1/models."""
+    return [
+        {
+            "id": model.name,
+            "object": "model",
+            "created": created,
+            "owned_by": "graft",
+            "root": model.of,
+            "parent": None if model.step is None else "base",
+            "max_model_len": model.longest,
+            "graft": {"kind": model.kind, "step": model.step, "drafts": model.drafts},
+        }
+        for model in models.values()
+    ]

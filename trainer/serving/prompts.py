@@ -1,0 +1,136 @@
+"""A request's token ids, and how its answer is decoded."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from tasks import messages as chats
+from tasks.reading import DataError
+from tasks.task import Conversation
+from trainer.config.errors import PANIC, panicked
+from trainer.data.chat_template import Refused
+from trainer.data.encoding import plain_ids
+from trainer.decoding.sampling import Sampling
+from trainer.serving.errors import ApiError
+from trainer.serving.models import Served
+from trainer.serving.requests import ChatSettings, Settings, TextSettings
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the worker decodes."""
+
+    ids: list[int]
+    max_tokens: int
+    sampling: Sampling
+    repeats: bool  # whether the same request has to give the same text
+    ends: tuple[str, ...]  # texts that end the answer
+    top: int | None  # likeliest tokens to report; None for no log-probabilities
+
+
+def find(models: dict[str, Served], name: str) -> Served:
+    """Return a model by its name.
+
+    Raises:
+        ApiError: there is none.
+    """
+    if name not in models:
+        raise ApiError(
+            404,
+            f"model={name[:100]!r}: there is no such model. Known: {', '.join(models)}",
+            "model",
+            "model_not_found",
+        )
+    return models[name]
+
+
+def prompt(model: Served, settings: Settings, default_tokens: int) -> Prompt:
+    """Return a request as the worker decodes it.
+
+    Raises:
+        ApiError: the chat or the prompt cannot be used, or does not fit into the model.
+    """
+    try:
+        ids = _ids(model, settings)
+    except BaseException as error:
+        if type(error).__name__ != PANIC:
+            raise
+        raise ApiError(400, panicked(error), "prompt") from None
+    if not ids:
+        raise ApiError(
+            400, "the prompt is empty, and this model starts from at least one token", "prompt"
+        )
+    # drawn here, so that one request's draws do not depend on those before
+    seed = settings.seed if settings.seed is not None else secrets.randbits(63)
+    temperature = 1.0 if settings.temperature is None else settings.temperature
+    sampling = Sampling(temperature, settings.top_p or 1.0, settings.top_k or 0, seed)
+    return Prompt(
+        ids,
+        _room(model, len(ids), settings.max_tokens, default_tokens),
+        sampling,
+        settings.seed is not None and temperature > 0,
+        (*model.stops.texts, *settings.stops),
+        settings.top,
+    )
+
+
+def _ids(model: Served, settings: Settings) -> list[int]:
+    if isinstance(settings, ChatSettings):
+        return _chat_ids(model, settings)
+    assert isinstance(settings, TextSettings)
+    text = settings.prompt
+    if isinstance(text, list) and len(text) == 1 and isinstance(text[0], str):
+        text = text[0]
+    if isinstance(text, str):
+        return plain_ids(model.tokenizer, text)
+    ids = [item for item in text if isinstance(item, int)]
+    if len(ids) != len(text):
+        raise ApiError(
+            400, f"prompt has {len(text)} texts, expected one; send a request for each", "prompt"
+        )
+    if largest := max((i for i in ids if i >= model.target.config.vocab_size), default=0):
+        raise ApiError(
+            400,
+            f"prompt has the token {largest}, expected ids below {model.target.config.vocab_size}",
+            "prompt",
+        )
+    return ids
+
+
+def _chat_ids(model: Served, settings: ChatSettings) -> list[int]:
+    if model.kind != "chat":
+        raise ApiError(
+            400,
+            f"model={model.name} was trained on plain text: use /v1/completions",
+            "model",
+        )
+    try:
+        messages = [chats.message(item, number) for number, item in enumerate(settings.messages, 1)]
+        tools = None if settings.tool_choice == "none" else chats.tools(settings.tools)
+        variables = settings.chat_template_kwargs or {}
+        answer = {"role": "assistant", "content": ""}
+        chat = Conversation([*messages, answer], "chat", tools, variables=variables)
+        return model.renderer.prompt(chat)
+    except (DataError, Refused) as error:
+        raise ApiError(400, str(error), "messages") from None
+
+
+def _room(model: Served, length: int, limit: int | None, default: int) -> int:
+    """Return how many tokens the answer may have.
+
+    Raises:
+        ApiError: the model has no room for that many.
+    """
+    room = model.longest - length
+    if room < (limit or 1):
+        answer = f" and max_tokens={limit}" if limit else ""
+        raise ApiError(
+            400,
+            f"the prompt has {length} tokens{answer}, and {model.name} takes {model.longest}"
+            " tokens of prompt and answer together: shorten the prompt"
+            + (" or lower max_tokens" if room > 0 else ""),
+            "messages" if model.kind == "chat" else "prompt",
+            "context_length_exceeded",
+        )
+    return limit or min(default, room)

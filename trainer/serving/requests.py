@@ -1,0 +1,159 @@
+"""A request's settings, with the names and limits of OpenAI's API.
+
+What would change the answer and is not supported is refused; settings that only name or trace a
+request are read and ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trainer.config.shown import shown
+from trainer.serving.errors import ApiError
+
+MOST_STOPS = 16
+MOST_TOP = 20  # likeliest tokens, as OpenAI's limit
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Stop = Annotated[str, Field(min_length=1, max_length=500)]
+
+
+class StreamOptions(BaseModel):
+    """What a stream ends with."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    include_usage: bool = False
+    include_obfuscation: bool = False  # ignored
+
+
+class Settings(BaseModel):
+    """Settings of both endpoints."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model: str
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None  # 0 keeps all tokens; vLLM has it, too
+    seed: Seed | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    graft_tokens: bool = False  # each token's text, and whether it was drafted
+    # ignored
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """The texts that end the answer."""
+        return [self.stop] if isinstance(self.stop, str) else [*(self.stop or [])]
+
+    @property
+    def top(self) -> int | None:
+        """How many likeliest tokens to report; None for no log-probabilities."""
+        raise NotImplementedError
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether the stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class Format(BaseModel):
+    """The form of the answer: only text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["text"]
+
+
+class ChatSettings(Settings):
+    """A request of /v1/chat/completions."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
+    tools: list[dict[str, Any]] | None = None  # for the template; calls stay text
+    tool_choice: Literal["auto", "none"] | None = None
+    parallel_tool_calls: bool | None = None  # ignored
+    chat_template_kwargs: dict[str, Any] | None = None
+    response_format: Format | None = None
+
+    @property
+    def top(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TextSettings(Settings):
+    """A request of /v1/completions."""
+
+    prompt: str | list[Annotated[int, Field(ge=0)]] | list[str]
+    logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
+    echo: Literal[False] | None = None
+    suffix: Literal[""] | None = None
+    best_of: Literal[1] | None = None
+
+    @property
+    def top(self) -> int | None:
+        return self.logprobs
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def parse(kind: type[AnySettings], body: bytes) -> AnySettings:
+    """Read a request.
+
+    Raises:
+        ApiError: it is no JSON, or a setting is unknown or has a wrong value.
+    """
+    try:
+        settings = kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _explained(kind, error) from None
+    if isinstance(settings, ChatSettings):
+        if settings.top_logprobs is not None and not settings.logprobs:
+            raise ApiError(
+                400,
+                f"top_logprobs={settings.top_logprobs} has no effect without logprobs=true",
+                "top_logprobs",
+            )
+        if settings.max_completion_tokens is not None:
+            settings.max_tokens = settings.max_completion_tokens
+    if settings.stream_options is not None and not settings.stream:
+        raise ApiError(400, "stream_options has no effect without stream=true", "stream_options")
+    return settings
+
+
+def _explained(kind: type[Settings], error: ValidationError) -> ApiError:
+    """Return the first fault as a message: the setting, its value, and what was expected."""
+    fault = error.errors(include_url=False)[0]
+    # of a union pydantic names the member after the field
+    place = [part for part in fault["loc"] if isinstance(part, int) or part.isidentifier()]
+    kinds = {"str", "int", "constrained"}
+    name = ".".join(str(part) for part in place if part not in kinds)
+    if fault["type"] == "json_invalid":
+        what = str(fault["msg"]).removeprefix("Invalid JSON: ")
+        return ApiError(400, f"the body is no JSON: {what}", code="invalid_json")
+    if fault["type"] == "model_type":
+        return ApiError(400, "the body must be a JSON object")
+    if fault["type"] == "missing":
+        return ApiError(400, f"{name}: missing", name)
+    if fault["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, kind.model_fields, n=1, cutoff=0.6)
+        hint = f"Did you mean {close[0]}?" if close else "This server does not support it."
+        return ApiError(400, f"{shown(name[:60])}: there is no such setting. {hint}", name[:60])
+    value = shown(repr(fault["input"])[:60])
+    expected = str(fault["msg"]).replace("Input should be", "expected")
+    return ApiError(400, f"{name}={value}: {expected[0].lower()}{expected[1:]}", name)
