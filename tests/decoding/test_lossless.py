@@ -8,16 +8,15 @@ import torch
 
 from tests.toys.speculative import PROMPT, alone, made, tiny
 from trainer.decoding import target_cache
+from trainer.decoding.policies import confidence_policy, entropy_policy, refusal_policy
 from trainer.decoding.speculative import Strategy, generate, generate_batch
 from trainer.decoding.target_cache import TargetCache
 from trainer.decoding.trees import (
     EAGLE1,
     Levels,
     chain,
-    confidence_policy,
     dyspec,
     eagle2,
-    refusal_policy,
 )
 from trainer.drafters import Draft, Drafter, DrafterError, Target
 
@@ -31,6 +30,7 @@ SHAPES = {
     "eagle2": eagle2(3, 5, 12),
     "dyspec": dyspec(10),
     "dyspec that gives up": dyspec(10, 6, refusal_policy(0.6)),
+    "static that is unsure": Levels(EAGLE1, entropy_policy(1.0)),
 }
 FAMILIES = ("llama", "qwen2", "mistral, a window of 6", "gemma2, a cap and a window of 5", "gpt2")
 

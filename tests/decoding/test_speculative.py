@@ -20,6 +20,7 @@ from tests.toys.speculative import MODELS, PROMPT, alone, made, p_value, tiny
 from trainer.assembly.build import instantiate
 from trainer.config import compose
 from trainer.decoding import verify
+from trainer.decoding.policies import confidence_policy, refusal_policy
 from trainer.decoding.sampling import Sampling
 from trainer.decoding.speculative import (
     PositionCounts,
@@ -29,7 +30,7 @@ from trainer.decoding.speculative import (
     generate_batch,
     position_counts,
 )
-from trainer.decoding.trees import Levels, chain, confidence_policy, dyspec, eagle2, refusal_policy
+from trainer.decoding.trees import Levels, chain, dyspec, eagle2
 from trainer.drafters import Drafter, DrafterError, Target
 
 PRESETS = sorted(

@@ -10,15 +10,14 @@ import torch
 
 from trainer.decoding import trees
 from trainer.decoding.drawing import Drawing
+from trainer.decoding.policies import confidence_policy, entropy_policy, refusal_policy
 from trainer.decoding.trees import (
     EAGLE1,
     Levels,
     chain,
-    confidence_policy,
     dyspec,
     eagle2,
     named,
-    refusal_policy,
     search,
 )
 from trainer.drafters import DrafterError
@@ -215,6 +214,21 @@ def test_a_confident_chain_ends_where_no_token_is_likely(threshold, length):
     assert len(growth.calls) == min(5, expected)
 
 
+@pytest.mark.parametrize("threshold", [0.0, None, 10.0])
+def test_a_chain_ends_where_the_next_distribution_is_flat(threshold):
+    path = chain(6)(Table(6), Drawing(V, 9)).tokens.tolist()
+    each = [warm(Table(6).logits(tuple(path[:k]))).tolist() for k in range(6)]
+    nats = [-sum(p * math.log(p) for p in q) for q in each]
+    threshold = sorted(nats[1:])[2] + 1e-6 if threshold is None else threshold
+    expected = next((k for k in range(1, 6) if nats[k] > threshold), 6)
+    drafted = chain(6, entropy_policy(threshold))(Table(6), Drawing(V, 9)).tokens.tolist()
+    assert drafted == path[:expected]
+    named_alike = named("chain", 6, policy=f"entropy:{threshold}")
+    assert named_alike(Table(6), Drawing(V, 9)).tokens.tolist() == drafted
+    tree = eagle2(2, 3, 6, entropy_policy(0.0))(Table(6), Drawing(V, 9))
+    assert (tree.parents == -1).all()  # the first level is never asked for
+
+
 def test_a_hopeful_chain_ends_where_a_refusal_is_likely():
     # The chance that all are taken is 0.9, 0.72, 0.576, 0.4608 ..
     growth = Table(6, confidence=lambda path: 0.9 if len(path) == 1 else 0.8)
@@ -370,5 +384,5 @@ def test_options_make_the_shapes_they_name():
     assert len(paths_of(named("dyspec", size=7)(Table(), Drawing(V, 9)))) == 7
     assert named("static", siblings="spectr")(Table(5), Drawing(V, 9, warm)).with_replacement
     assert len(named("static", 1, paths=[[0], [1], [0, 0]])(Table(), Drawing(V, 9)).tokens) == 2
-    assert named("chain", policy="confidence:1").policy(lambda: 0.9, None) is False
+    assert named("chain", policy="confidence:1").policy(lambda: 0.9, None, None) is False
     assert set(trees.TREES) == {"chain", "static", "eagle2", "dyspec"}

@@ -13,6 +13,7 @@ from tests.toys import adapters as toys
 from tests.toys.eagle import SIZE, TINY, knobs, llama, made, rms, rotated
 from tests.toys.packed_rows import APART, PACKED, ROWS, output_of
 from trainer.decoding import trees
+from trainer.decoding.policies import refusal_policy
 from trainer.decoding.sampling import Sampling
 from trainer.decoding.speculative import Strategy, generate, generate_batch
 from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, io
@@ -262,7 +263,7 @@ SHAPES = {
     "static": trees.Levels([(0,), (1,), (0, 0), (0, 1), (1, 0)]),
     "eagle2": trees.eagle2(3, 3, 8),
     "dyspec": trees.dyspec(6),
-    "refusal": trees.chain(3, trees.refusal_policy(0.5)),
+    "refusal": trees.chain(3, refusal_policy(0.5)),
 }
 
 

@@ -14,8 +14,8 @@ from tests.toys.eagle3 import COUNTS, FEATURES
 from tests.toys.packed_rows import APART, PACKED, ROWS, output_of
 from trainer.decoding import trees
 from trainer.decoding.drawing import Drawing
+from trainer.decoding.policies import refusal_policy
 from trainer.decoding.speculative import Strategy, generate
-from trainer.decoding.trees import refusal_policy
 from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, io, metrics
 from trainer.drafters.eagle import Eagle
 from trainer.drafters.eagle3 import Eagle3
@@ -231,8 +231,8 @@ def test_decoding_with_drafts_that_it_ends_gives_the_targets_text(name, shape):
 
     went_on, reported = [], refusal_policy(0.5)
 
-    def policy(top, alive):
-        went_on.append(reported(top, alive))
+    def policy(*level):
+        went_on.append(reported(*level))
         return went_on[-1]
 
     how = trees.chain(4, policy) if shape == "chain" else trees.eagle2(3, 4, 12, policy)

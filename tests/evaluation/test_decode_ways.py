@@ -414,7 +414,7 @@ def test_texts_that_differ_are_told_and_no_error():
         (
             "mtp_medusa",
             ["prompt=x", "policy=hope"],
-            "policy=hope: one of fixed, confidence:THRESHOLD, refusal:THRESHOLD",
+            "policy=hope: one of fixed, confidence:THRESHOLD, refusal:THRESHOLD, entropy:THRESHOLD",
         ),
         (
             "mtp_medusa",
@@ -422,6 +422,7 @@ def test_texts_that_differ_are_told_and_no_error():
             "policy=refusal: add a threshold from 0 to 1",
         ),
         ("mtp_medusa", ["prompt=x", "policy=refusal:2"], "its threshold is a probability"),
+        ("mtp_medusa", ["prompt=x", "policy=entropy:-1"], "an entropy in nats, 0 or more"),
         ("mtp_medusa", ["prompt=x", "paths=/nowhere.json"], "paths=/nowhere.json cannot be read"),
         ("mtp_medusa", ["prompt=x", "json=/nowhere/at/all.json"], "there is no folder /nowhere/at"),
         (

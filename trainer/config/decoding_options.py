@@ -83,7 +83,8 @@ class GrowthOptions:
     )
     policy: str = option(
         "when to stop early: fixed, confidence:P where the drafter gives no next token the"
-        " probability P, refusal:P where it expects a refusal with more than P",
+        " probability P, refusal:P where it expects a refusal with more than P, entropy:H where its"
+        " next distribution has more than H nats",
         "fixed",
     )
     siblings: Literal["without", "with", "spectr", "best"] = option(

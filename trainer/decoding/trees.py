@@ -8,9 +8,7 @@
                     below the `top_k` best of each level
     dyspec(..)      the same, with no node left out
 
-A policy ends a tree early. It decides before each level except the first, and sees only the tokens
-that were drawn above that level. So the text keeps the target's distribution: whether a level
-exists is decided before its tokens are drawn.
+A policy (trainer.decoding.policies) ends a tree early.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trainer.decoding.drawing import Drawing, DrawnNodes, empty_draft
+from trainer.decoding.policies import Policy, named_policy
 from trainer.drafters import Draft, DrafterError, Growth
 
 Path = tuple[int, ...]
@@ -70,29 +69,6 @@ class Shape(Protocol):
     branches: bool
 
     def __call__(self, growth: Growth, drawing: Drawing) -> Draft: ...
-
-
-class Policy(Protocol):
-    """Decides whether a tree gets one more level."""
-
-    def __call__(self, top: Callable[[], float], alive: Callable[[], float]) -> bool:
-        """`top` returns the largest probability of any token of that level, given its parent.
-        `alive` returns, over all drawn paths, the largest probability that every token of the path
-        is accepted: by the drafter's `confidence` or, without it, by its own probabilities of the
-        tokens."""
-
-
-def confidence_policy(threshold: float) -> Policy:
-    """Continue while the next level's best token has at least this probability (Kangaroo, arXiv
-    2404.18911, section 3.2: 0.6)."""
-    return lambda top, alive: top() >= threshold
-
-
-def refusal_policy(threshold: float) -> Policy:
-    """Continue while the probability of a refusal, 1 - Π of the predicted acceptances, is at most
-    `threshold` (SpecDec++, arXiv 2405.19715, section 3: 0.3 to 0.9). For a drafter that predicts no
-    acceptance, the draft's own probability of its token is used."""
-    return lambda top, alive: 1 - alive() <= threshold
 
 
 class Levels:
@@ -177,7 +153,8 @@ class Levels:
                 # Only nodes that have children keep their probability; `chosen_rows` are rows of
                 # the level above.
                 alive = alive[chosen_rows] * confidence
-                if not self.policy(_largest(logits.float().softmax(-1)), _largest(alive)):
+                q = logits.float().softmax(-1)
+                if not self.policy(_largest(q), _largest(alive), _least_entropy(q)):
                     break
         return drawn.draft(parents, self.with_replacement and not self.best)
 
@@ -192,6 +169,10 @@ def _depth(shape: Shape, growth: Growth, depth: int, drawing: Drawing) -> int:
 
 def _largest(values: Tensor) -> Callable[[], float]:
     return partial(lambda tensor: float(tensor.max()), values)
+
+
+def _least_entropy(q: Float[Tensor, "m v"]) -> Callable[[], float]:
+    return partial(lambda q: float(torch.special.entr(q).sum(-1).min()), q)
 
 
 def chain(count: int, policy: Policy | None = None, best: bool = False) -> Levels:
@@ -251,7 +232,8 @@ class Best:
                 if confidence is None:
                     confidence = children.values.flatten()[order].exp()
                 alive = alive[rows[order]] * confidence
-                if not self.policy(_largest(next_logits.float().softmax(-1)), _largest(alive)):
+                q = next_logits.float().softmax(-1)
+                if not self.policy(_largest(q), _largest(alive), _least_entropy(q)):
                     break
             logits, above, in_pool = next_logits, products[order], start + order
             in_growth = added + torch.arange(len(order), device=device)
@@ -324,7 +306,6 @@ def search(
 
 TREES = ("chain", "static", "eagle2", "dyspec")
 SIBLINGS = ("without", "with", "spectr", "best")
-_POLICIES = {"confidence": confidence_policy, "refusal": refusal_policy}
 
 
 def named(
@@ -356,7 +337,7 @@ def named(
         raise DrafterError(
             f"paths are a static tree's, and tree={tree}: set tree=static, or leave paths out"
         )
-    stop = _policy(policy)
+    stop = named_policy(policy)
     if tree == "eagle2":
         return eagle2(top_k, 8 if count is None else count, size, stop)
     if tree == "dyspec":
@@ -369,23 +350,3 @@ def named(
         ]
         return Levels(nodes, stop, siblings in ("with", "spectr"), siblings == "best")
     return chain(LONGEST if count is None else count, stop, siblings == "best")
-
-
-def _policy(text: str) -> Policy | None:
-    """Read fixed, confidence:THRESHOLD or refusal:THRESHOLD."""
-    if text == "fixed":
-        return None
-    kind, _, threshold = text.partition(":")
-    if kind not in _POLICIES:
-        raise DrafterError(
-            f"policy={text}: one of fixed, {', '.join(f'{name}:THRESHOLD' for name in _POLICIES)}"
-        )
-    try:
-        value = float(threshold)
-    except ValueError:
-        raise DrafterError(
-            f"policy={text}: add a threshold from 0 to 1, as in {kind}:0.6"
-        ) from None
-    if not 0 <= value <= 1:
-        raise DrafterError(f"policy={text}: its threshold is a probability, from 0 to 1")
-    return _POLICIES[kind](value)
