@@ -34,6 +34,7 @@ VERBS: dict[str, Any] = {
     "cooldown": None,
     "density": None,
     "doctor": None,
+    "draft": None,
     "evaluate": (evaluate, ["generate=2"]),
     "export": None,
     "merge": None,

@@ -20,6 +20,7 @@ TAKES = {
     "cooldown": [["from={run}", "steps=2"], ["family={run}"]],
     "density": [["run={run}"]],
     "evaluate": [["run={run}"], ["task=speculation", "run={run}"]],
+    "draft": [["run={run}", "prompts=rows.jsonl", "out=out"]],
     "export": [["run={run}", "to=peft"], ["run={run}", "to=drafter"]],
     "generate": [["run={run}", "prompt=x"]],
     "merge": [["runs=[{run},{run}@last]", "to=out"]],

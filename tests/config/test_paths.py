@@ -50,6 +50,7 @@ MISSING = {
     ),
     "respond": (["respond", "run=nowhere", "prompts=ROWS", "out=out"], RUN),
     "prompts": (["respond", "base=tiny", "prompts=nowhere.jsonl", "out=out"], FILE),
+    "draft": (["draft", "run=nowhere", "prompts=ROWS", "out=out"], RUN),
     "realign": (["realign", "draft=nowhere", "target.run=nowhere"], RUN),
     "a head": (["realign", "draft=nowhere", "target.run=RUN"], "no drafter's folder"),
     "cooldown": (["cooldown", "from=nowhere@10", "steps=3"], RUN),
