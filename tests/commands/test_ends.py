@@ -35,6 +35,7 @@ VERBS: dict[str, Any] = {
     "density": None,
     "doctor": None,
     "draft": None,
+    "ensemble": None,
     "evaluate": (evaluate, ["generate=2"]),
     "export": None,
     "merge": None,

@@ -19,6 +19,7 @@ TAKES = {
     "compress": [["run={run}", "method=dare"]],
     "cooldown": [["from={run}", "steps=2"], ["family={run}"]],
     "density": [["run={run}"]],
+    "ensemble": [["runs=[{run},{run}@last]"]],
     "evaluate": [["run={run}"], ["task=speculation", "run={run}"]],
     "draft": [["run={run}", "prompts=rows.jsonl", "out=out"]],
     "export": [["run={run}", "to=peft"], ["run={run}", "to=drafter"]],

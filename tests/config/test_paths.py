@@ -58,6 +58,7 @@ MISSING = {
     "export": (["export", "run=nowhere", "to=peft"], RUN),
     "compare": (["compare", "nowhere"], RUN),
     "compress": (["compress", "run=nowhere", "method=dare"], RUN),
+    "ensemble": (["ensemble", "runs=[past,nowhere]"], RUN),
     "merge": (["merge", "runs=[nowhere,past]", "to=out"], RUN),
     "select": (["select", "run=nowhere", "keep=0.5", "by=random", "to=o.jsonl"], RUN),
     "a pool": (
