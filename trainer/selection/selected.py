@@ -150,7 +150,9 @@ def _pool(plan: Plan, folder: Path, config: dict[str, Any], base: Any) -> Pool:
         else:
             targets = _targets(plan.target, folder, config, base)
         same = {_ids(targets[row]) for row in range(len(targets))}
-        members = np.array([row for row in members if _ids(rows[row]) not in same], np.int64)
+        members = np.array(
+            [row for row in range(len(rows)) if _ids(rows[row]) not in same], np.int64
+        )
     if not len(members):
         raise DataError(
             f"the pool {task.splits.train.name} has no row"
