@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -67,8 +68,40 @@ def top(scores: Float[Tensor, "*shape"], k: int, name: str) -> Int[Tensor, " k"]
     return torch.topk(flat, k, sorted=False).indices.sort().values.int()
 
 
-def random(o: int, i: int, k: int, generator: torch.Generator) -> Int[Tensor, " k"]:
-    """Draw k uniformly random entries of an (o, i) weight, with a generator on the CPU."""
+def among(
+    scores: Float[Tensor, "*shape"], allowed: Bool[Tensor, " n"] | None
+) -> Float[Tensor, "*shape"]:
+    """Return scores of which those outside `allowed`, if there is one, are -inf."""
+    return scores if allowed is None else scores.masked_fill(~allowed.view(scores.shape), -math.inf)
+
+
+def refuse_outside(
+    support: Int[Tensor, " k"], allowed: Bool[Tensor, " n"] | None, name: str
+) -> None:
+    """
+    Raises:
+        AdapterError: a support that was read from a file has entries that are not allowed.
+    """
+    if allowed is not None and not allowed[support.long()].all():
+        outside = int((~allowed[support.long()]).sum())
+        raise AdapterError(
+            f"adapter.within=nonzero: {outside} of the {len(support)} entries of adapter.mask at"
+            f" {name} are zeros of the base. Use a mask that was made on this base, or within=all"
+        )
+
+
+def random(
+    o: int,
+    i: int,
+    k: int,
+    generator: torch.Generator,
+    allowed: Bool[Tensor, " n"] | None = None,
+) -> Int[Tensor, " k"]:
+    """Draw k uniformly random entries of an (o, i) weight, with a generator on the CPU; of the
+    allowed ones, if these are given."""
+    if allowed is not None:
+        places = allowed.cpu().nonzero().squeeze(1)
+        return places[torch.randperm(len(places), generator=generator)[:k]].sort().values.int()
     if k > o * i // 4:
         return torch.randperm(o * i, generator=generator)[:k].sort().values.int()
     drawn = torch.zeros(0, dtype=torch.int64)

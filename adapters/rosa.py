@@ -33,6 +33,7 @@ over the processes before the mask is chosen.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,16 @@ class RoSAAdapter(SparseAdapter):
         sparse_dtype: str,
         target_parameters: str | list[str],
         train_modules: Sequence[str],
+        within: str,
     ):
         super().__init__(
-            density, density_pattern, target_modules, exclude_modules, gradient, sparse_dtype
+            density,
+            density_pattern,
+            target_modules,
+            exclude_modules,
+            gradient,
+            sparse_dtype,
+            within,
         )
         self.train_modules, self.target_parameters = list(train_modules), target_parameters
         self.rank = None if schedule == "spa_only" else rank
@@ -219,13 +227,20 @@ class RoSAAdapter(SparseAdapter):
         }
         if self.source not in ("gradient", "magnitude", "random"):
             sizes = {name: ((d.o, d.i), len(d.indices)) for name, d in deltas.items()}
-            return mask.load(Path(self.source), sizes)
+            masks = mask.load(Path(self.source), sizes)
+            if next(model.parameters()).device.type != "meta":
+                for name, layer in layers(model):
+                    mask.refuse_outside(masks[name], layer.delta.surviving(layer.base), name)
+            return masks
         if next(model.parameters()).device.type == "meta":
             return {}
+        bases = {name: layer.base for name, layer in layers(model)}
         if self.source == "random":
             draw = torch.Generator().manual_seed(self.mask_seed)
-            return {n: mask.random(d.o, d.i, len(d.indices), draw) for n, d in deltas.items()}
-        bases = {name: layer.base for name, layer in layers(model)}
+            return {
+                name: mask.random(d.o, d.i, len(d.indices), draw, d.surviving(bases[name]))
+                for name, d in deltas.items()
+            }
         return {
             name: mask.top(float_weight(bases[name]).abs(), len(delta.indices), name)
             for name, delta in deltas.items()
@@ -237,7 +252,11 @@ class RoSAAdapter(SparseAdapter):
             return
         for name, layer in layers(model):
             self.scores[name] = layer.delta.watch = Scores(
-                layer.delta, self.scores_kind, self.score == "squared", name
+                layer.delta,
+                self.scores_kind,
+                self.score == "squared",
+                name,
+                partial(layer.delta.surviving, layer.base),
             )
 
     def _set_supports(self, model: nn.Module, chosen: dict[str, Tensor]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +25,16 @@ class Scores:
         first       no sums: the k entries that are largest in the first micro-batch
     """
 
-    def __init__(self, delta: SparseDelta, kind: str, squared: bool, name: str):
+    def __init__(
+        self,
+        delta: SparseDelta,
+        kind: str,
+        squared: bool,
+        name: str,
+        allowed: Callable[[], Tensor | None] = lambda: None,
+    ):
         self.shape, self.k = (delta.o, delta.i), len(delta.indices)
+        self.allowed = allowed  # which entries may be chosen, (o·i,) bool; None: all
         self.kind, self.squared, self.name = kind, squared, name
         self.sums: Tensor | None = None
         # of the current step, whose loss scale is known only when it ends
@@ -54,7 +63,7 @@ class Scores:
         scores = self._score(gradient).view(-1)
         if self.flat is None:
             count = self.k if self.kind == "first" else min(CANDIDATES * self.k, o * i)
-            self.flat = mask.top(scores.abs(), count, self.name)
+            self.flat = mask.top(mask.among(scores.abs(), self.allowed()), count, self.name)
         at_candidates = scores.index_select(0, self.flat)
         self.step_sums = at_candidates if self.step_sums is None else self.step_sums + at_candidates
 
@@ -96,7 +105,10 @@ class Scores:
                 f"no micro-batch of the mask's steps had a finite gradient at {self.name}: lower"
                 " optimizer.lr, raise the warm-up, or look at the rows"
             )
-        chosen = mask.top(self.sums.abs().to(device), self.k, self.name)
+        scores, allowed = self.sums.abs().to(device), self.allowed()
+        if allowed is not None and self.flat is not None:
+            allowed = allowed[self.flat.long()]
+        chosen = mask.top(mask.among(scores, allowed), self.k, self.name)
         return chosen if self.flat is None else self.flat.to(device).index_select(0, chosen)
 
     def state(self) -> dict[str, Any]:

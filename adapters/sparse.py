@@ -25,6 +25,9 @@ Backward   dx = dy (W + S) + D'(s (dy B) A)
            dB = s dyᵀ (x̃ Aᵀ)
            dS_j = Σ_t dy[t, row_j] x[t, col_j]
 Shapes     x (t, i), dy (t, o), A (r, i), B (o, r), S and dS (k,)
+Confined   with within=nonzero zeros of W stay zero. S has none of them in its support, and the
+           low-rank part is M ⊙ s B A with M = (W ≠ 0), so y = x (W + S + M ⊙ s B A)ᵀ + b, without
+           D; its gradients take the dense dyᵀ x
 Notes      x, or the tensors that recompute it, is saved once for all three parts. x̃ Aᵀ (t, r) is
            saved too, and D's mask if its rate is not 0.
 
@@ -39,7 +42,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -66,6 +69,7 @@ class SparseDelta(Delta):
     col: Any
     scale = 0.0
     dropout = 0.0
+    confined = False  # whether zeros of W stay zero in W + S + s B A (adapter.within=nonzero)
 
     def __init__(self, linear: Any, k: int, dtype: torch.dtype):
         super().__init__()
@@ -150,6 +154,22 @@ class SparseDelta(Delta):
             self.refresh(base)
         return _Linear.apply(x, self.values, self.A, self.B, base, self, *saved_for_backward(x))
 
+    def surviving(self, base: Any) -> Bool[Tensor, " oi"] | None:
+        """Return which entries of W are not zero, in the order of flat indices; None if all may
+        change. W may contain S: the support is always among them."""
+        if not self.confined:
+            return None
+        allowed = float_weight(base).reshape(-1) != 0
+        if self.has_support:
+            allowed[self.indices.long()] = True
+        return allowed
+
+    def confined_low(self, base: Any) -> Float[Tensor, "o i"]:
+        """Return M ⊙ s B A, where M is 1 at the entries of W that are not zero."""
+        low = self.scale * (self.B.detach() @ self.A.detach())
+        allowed: Any = self.surviving(base)
+        return low.masked_fill_(~allowed.view(low.shape), 0)
+
     def dense(self, base: Any, dtype: torch.dtype) -> Float[Tensor, "o i"]:
         """Return W + S in a dtype: the base's weight itself if it has that dtype, else a new
         tensor."""
@@ -162,11 +182,29 @@ class SparseDelta(Delta):
         return dense.to(dtype)
 
     def weight(self, w: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
+        zeros = w == 0 if self.confined else None
         if self.has_support:
             w = w.flatten().index_add(0, self.indices, self.values.to(w.dtype)).view(w.shape)
         if self.A is not None and self.B is not None:
-            w = w + self.scale * (self.B.to(w.dtype) @ self.A.to(w.dtype))
+            low = self.scale * (self.B.to(w.dtype) @ self.A.to(w.dtype))
+            w = w + (low if zeros is None else low.masked_fill(zeros, 0))
         return w
+
+    def confined_backward(
+        self, ctx: Any, dy: Float[Tensor, "t o"], x: Float[Tensor, "t i"], dvalues: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of a confined layer with a low-rank part, in the order of _Linear's
+        inputs: dA = Bᵀ D and dB = D Aᵀ with D = s M ⊙ dyᵀ x (o, i)."""
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dense = self.dense(ctx.base, x.dtype) + self.confined_low(ctx.base).to(x.dtype)
+            dx = (dy @ dense).view(ctx.shape).to(ctx.dtypes[0])
+        allowed: Any = self.surviving(ctx.base)
+        full = self.scale * (dy.t() @ x)
+        full = full.masked_fill_(~allowed.view(full.shape), 0).to(self.A.dtype)
+        dA = self.B.t() @ full if ctx.needs_input_grad[2] else None
+        dB = full @ self.A.t() if ctx.needs_input_grad[3] else None
+        return dx, dvalues, dA, dB, None, None, None, *(None for _ in ctx.saved_tensors[5:])
 
     def gradient(self, dy: Float[Tensor, "t o"], x: Float[Tensor, "t i"]) -> Float[Tensor, " k"]:
         """Return the loss's gradient at the support."""
@@ -198,9 +236,12 @@ class _Linear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             flat = x.to(dtype).reshape(-1, x.shape[-1])
             bias = base.bias.to(dtype) if base.bias is not None else None
-            y = F.linear(flat, delta.dense(base, dtype), bias)
+            dense = delta.dense(base, dtype)
             low = dropout_mask = None
-            if A is not None and B is not None:
+            if A is not None and delta.confined:
+                dense = dense + delta.confined_low(base).to(dtype)
+            y = F.linear(flat, dense, bias)
+            if A is not None and B is not None and not delta.confined:
                 dropped = flat
                 if delta.dropout and delta.training:
                     dropout_mask = torch.empty_like(flat, dtype=torch.bool).bernoulli_(
@@ -240,6 +281,8 @@ class _Linear(torch.autograd.Function):
             # infinities in the gradients: 0 * sum passes them on.
             elif A is None:
                 dvalues = torch.zeros_like(delta.values) + 0 * dy.float().sum()
+            if A is not None and delta.confined:
+                return delta.confined_backward(ctx, dy, x, dvalues)
             if ctx.needs_input_grad[0]:
                 dx = dy @ delta.dense(ctx.base, x.dtype)
             if A is not None and B is not None:

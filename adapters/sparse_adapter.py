@@ -47,6 +47,7 @@ class SparseAdapter(experts.UpdatesExperts):
         exclude_modules: list[str],
         gradient: str,
         sparse_dtype: str,
+        within: str,
     ):
         for ending, value in density_pattern.items():
             if not isinstance(value, int | float):
@@ -57,6 +58,7 @@ class SparseAdapter(experts.UpdatesExperts):
         self.density, self.density_pattern = density, dict(density_pattern)
         self.target_modules, self.exclude_modules = target_modules, list(exclude_modules)
         self.way, self.sparse_dtype = gradient, getattr(torch, sparse_dtype)
+        self.within = within
 
     def new_delta(self, linear: Any, k: int) -> SparseDelta:
         """Return the delta of one target. Called once per target."""
@@ -78,6 +80,7 @@ class SparseAdapter(experts.UpdatesExperts):
                 child,
                 AdaptedLinear(linear, self.new_delta(linear, sizes[name])),
             )
+        self._confine(model)
         train_modules(model, start.new_modules)
         trained_copies.attach(model, self.train_modules, start.new_tokens)
         self._attach_experts(model)
@@ -89,6 +92,8 @@ class SparseAdapter(experts.UpdatesExperts):
             self.exportable = not eight_bit and not any(
                 isinstance(linear, Conv1D) for _, linear in linears
             )
+            # PEFT's low-rank parts fill zeros of the base.
+            self.exportable &= self.within == "all" or self.rank is None
             if experts.layers(model):  # of PEFT's methods for both parts only LoRA has experts
                 self.exportable &= containers.holds_pair(model)
         self.ways = dict(start.saved["extra"]["ways"]) if start.saved is not None else {}
@@ -105,6 +110,35 @@ class SparseAdapter(experts.UpdatesExperts):
         if start.saved is None:
             self.begin(model, start)
         return model
+
+    def _confine(self, model: nn.Module) -> None:
+        """With within=nonzero, let zeros of the base stay zero.
+
+        Raises:
+            AdapterError: the base has no zeros, or a support is larger than what is not zero.
+        """
+        if self.within == "all":
+            return
+        zeros = 0
+        for name, layer in layers(model):
+            delta = layer.delta
+            delta.confined = True
+            if layer.base.weight.device.type == "meta":
+                zeros = 1  # as far as is known
+                continue
+            allowed: Any = delta.surviving(layer.base)
+            count, k = int(allowed.sum()), 0 if delta.values is None else len(delta.indices)
+            zeros += len(allowed) - count
+            if k > count:
+                raise AdapterError(
+                    f"adapter.within=nonzero: {name} has {count} entries that are not zero, and its"
+                    f" density asks for {k}: lower adapter.density"
+                )
+        if not zeros:
+            raise AdapterError(
+                "adapter.within=nonzero keeps zeros of the base, and it has none. Use within=all,"
+                " or a base that graft shrink has pruned"
+            )
 
     def _attach_experts(self, model: nn.Module) -> None:
         """Put low-rank updates on the tensors of experts that target_parameters names.

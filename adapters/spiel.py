@@ -33,7 +33,8 @@ candidates, and the step that chooses them is not counted.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,8 +50,9 @@ from adapters.spiel_optimizers import SM3, SpielAdamW
 class Candidates:
     """Sums of one layer's gradient over the steps of one window, at the entries that may grow."""
 
-    def __init__(self, k: int, name: str):
+    def __init__(self, k: int, name: str, allowed: Callable[[], Tensor | None] = lambda: None):
         self.k, self.name = k, name
+        self.allowed = allowed  # which entries may grow, (o·i,) bool; None: all
         self.flat: Tensor | None = None  # (k,) int32, sorted
         self.step_sum: Tensor | None = None  # of the current step
         self.g: Tensor | None = None  # Σ over steps
@@ -64,7 +66,7 @@ class Candidates:
         if not torch.isfinite(gradient).all():  # the product can overflow fp16 by itself
             return
         if self.flat is None:
-            self.flat = mask.top(gradient.abs(), self.k, self.name)
+            self.flat = mask.top(mask.among(gradient.abs(), self.allowed()), self.k, self.name)
             self.g = torch.zeros_like(gradient[: self.k])
             self.g2 = torch.zeros_like(self.g)
         at_candidates = gradient.index_select(0, self.flat)
@@ -132,9 +134,16 @@ class SpIEL(SparseAdapter):
         gradient: str,
         sparse_dtype: str,
         train_modules: Sequence[str],
+        within: str,
     ):
         super().__init__(
-            density, density_pattern, target_modules, exclude_modules, gradient, sparse_dtype
+            density,
+            density_pattern,
+            target_modules,
+            exclude_modules,
+            gradient,
+            sparse_dtype,
+            within,
         )
         self.train_modules = list(train_modules)
         if accumulation_steps >= reselection_steps:
@@ -153,6 +162,7 @@ class SpIEL(SparseAdapter):
         self.clip_moments = clip_moments
         # (k,) bool by layer: the grown entries, whose moments wait for the next step's clipping
         self.unclipped: dict[str, Tensor] = {}
+        self.allowed: Tensor | None = None  # entries of the layer at hand that may grow; None: all
         self.step, self.steps = 0, 1
         # the supports after the first replacement, to report how much of them is left
         self.first: dict[str, Tensor] = {}
@@ -167,7 +177,8 @@ class SpIEL(SparseAdapter):
         draw = torch.Generator().manual_seed(self.support_seed)
         for _, layer in layers(model):
             delta: Any = layer.delta
-            support = mask.random(delta.o, delta.i, len(delta.indices), draw)
+            allowed = delta.surviving(layer.base)
+            support = mask.random(delta.o, delta.i, len(delta.indices), draw, allowed)
             delta.set_support(support.to(delta.indices.device), layer.base)
         self._watch(model)
 
@@ -188,8 +199,9 @@ class SpIEL(SparseAdapter):
         if self.variant != "AG" or self.step % self.every >= self.window:
             return
         for name, layer in layers(model):
+            allowed = partial(layer.delta.surviving, layer.base)
             layer.delta.watch = self.candidates.setdefault(
-                name, Candidates(len(layer.delta.indices), name)
+                name, Candidates(len(layer.delta.indices), name, allowed)
             )
 
     def _unwatch(self, model: nn.Module) -> None:
@@ -267,6 +279,7 @@ class SpIEL(SparseAdapter):
             # All ranks choose from all values, and get the same.
             moments = {key: shards.whole(tensor) for key, tensor in state.items()}
             values = shards.whole(delta.values)
+            self.allowed = delta.surviving(layer.base)
             grown = self._grown(delta, values, self.candidates.get(name), rate, moments)
             delta.take_out(layer.base)
             changed = ~torch.isin(delta.indices, grown["flat"])
@@ -338,6 +351,7 @@ class SpIEL(SparseAdapter):
             return candidates.flat[free], candidates.g[free].abs()  # type: ignore[index]
         state = self.live_optimizer.accumulators(delta.values)
         scores = torch.outer(state["rows"], state["columns"]).view(-1)
+        scores = mask.among(scores, self.allowed)
         scores[active.long()] = -1.0
         best = torch.topk(
             scores, min(len(delta.indices), int((scores > 0).sum())), sorted=False

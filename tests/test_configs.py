@@ -27,8 +27,13 @@ NEEDED = {
     "adapter/loftq": ["base.quantization=nf4"],
     "optimizer/schedulefree": ["schedule=constant"],
     "objective/distill": ["adapter=none", "drafter=mtp_shared"],
+    "objective/heal": ["objective.teacher=ORG/NAME"],
     "experiment/smoke": ["task.path=rows.jsonl"],
     "experiment/mtp_bytes": ["task.path=rows.jsonl"],
+    **{
+        f"experiment/heal_{adapter}": ["task.path=rows.jsonl", "objective.teacher=ORG/NAME"]
+        for adapter in ("lora", "rosa")
+    },
     **{
         f"experiment/{head}_chat": ["task.path=rows.jsonl"]
         for head in ("dspark", "eagle", "eagle3", "medusa", "medusa2", "hydra", "hydra_plus")
@@ -221,6 +226,7 @@ def test_an_experiment_has_its_files_name_composes_and_repeats_no_default(compos
         for k, v in entry.items()
     }
     groups = [f"{key.removeprefix('override /')}={value}" for key, value in choices.items()]
+    groups += [word for word in NEEDED.get("objective/heal", ()) if "objective=heal" in groups]
     default = compose("task.path=x", *groups) if "task=bfcl" not in groups else compose(*groups)
 
     def values(node, where=""):

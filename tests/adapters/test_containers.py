@@ -51,6 +51,7 @@ def adapter_of(kind: str, **changes: Any) -> Any:
             "exclude_modules": [],
             "gradient": "sampled",
             "sparse_dtype": "float32",
+            "within": "all",
             "train_modules": [],
         }
         return SpIEL(**settings | changes)

@@ -49,6 +49,7 @@ def make(**changes: Any) -> RoSAAdapter:
         "gradient": "sampled",
         "dtype": "float64",
         "sparse_dtype": "float64",
+        "within": "all",
         "target_parameters": [],
         "train_modules": [],
     }

@@ -58,6 +58,7 @@ def make(**changes: Any) -> SpIEL:
         "exclude_modules": [],
         "gradient": "gathered",
         "sparse_dtype": "float32",
+        "within": "all",
         "train_modules": [],
     }
     return SpIEL(**settings | changes)

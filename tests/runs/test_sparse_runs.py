@@ -52,6 +52,7 @@ def rosa(**changes: Any) -> RoSAAdapter:
         "gradient": "gathered",
         "dtype": "float64",
         "sparse_dtype": "float64",
+        "within": "all",
         "target_parameters": [],
         "train_modules": [],
     }
@@ -75,6 +76,7 @@ def spiel(**changes: Any) -> SpIEL:
         "exclude_modules": [],
         "gradient": "gathered",
         "sparse_dtype": "float32",
+        "within": "all",
         "train_modules": [],
     }
     return SpIEL(**settings | changes)

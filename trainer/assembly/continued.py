@@ -22,6 +22,7 @@ from trainer.storage import run_folder
 log = logging.getLogger("trainer")
 
 # Settings that decide which tensors an adapter has, or their meaning.
+NEW = {"within": "all"}  # what runs without this setting have
 SHAPES = (
     "_target_",
     "peft_type",
@@ -42,6 +43,7 @@ SHAPES = (
     "init_lora_weights",
     "dtype",
     "sparse_dtype",
+    "within",
 )
 
 
@@ -68,7 +70,7 @@ def check(config: dict[str, Any], base: Base, adapter: Adapter) -> None:
     faults = [
         f"adapter.{key}={mine.get(key)} here, {theirs.get(key)} there"
         for key in SHAPES
-        if (mine.get(key) or None) != (theirs.get(key) or None)
+        if (mine.get(key, NEW.get(key)) or None) != (theirs.get(key, NEW.get(key)) or None)
     ]
     if content["identity"]["base"] != base.fingerprint:
         faults.append(

@@ -11,6 +11,7 @@ from trainer.models import prequantised
 from trainer.models.base import Base, BaseError
 from trainer.speed import liger
 from trainer.storage import run_folder
+from trainer.training import heal
 
 # tasks that give a label to a text
 LABELLED = ("tasks.classification.", "tasks.regression.", "tasks.multi_label.")
@@ -31,6 +32,10 @@ def refuse_early(config: dict[str, Any], base: Base, adapter: Adapter) -> None:
             f" {base.path} supports: set max_length={base.longest}"
         )
     faults += target_faults(config, base)
+    labelled = config["task"]["_target_"].startswith(LABELLED)
+    if (teacher := config["objective"].get("teacher")) is not None:
+        fault = heal.fault(base, teacher, labelled)
+        faults += [fault] if fault is not None else []
     # Whether the device allows it is checked by the run: this may be another machine.
     fault = liger.fault(base.config.model_type) if config["fused"] == "liger" else None
     faults += [fault] if fault is not None else []
@@ -41,7 +46,6 @@ def refuse_early(config: dict[str, Any], base: Base, adapter: Adapter) -> None:
         raise BaseError("\n".join(faults))
     continued.check(config, base, adapter)
     if adapter.names_modules:
-        labelled = config["task"]["_target_"].startswith(LABELLED)
         adapter.check_names(base.skeleton(["0", "1"] if labelled else None))
 
 

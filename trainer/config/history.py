@@ -23,8 +23,8 @@ MOVED = {
 
 # Settings that older versions lacked, by the adapters' names, with what these versions did.
 _ADAPTERS: dict[str, dict[str, Any]] = {
-    "adapters.rosa.RoSAAdapter": {"count_mask_steps": True},
-    "adapters.spiel.SpIEL": {"clip_moments": False},
+    "adapters.rosa.RoSAAdapter": {"count_mask_steps": True, "within": "all"},
+    "adapters.spiel.SpIEL": {"clip_moments": False, "within": "all"},
 }
 # Drafters that older versions made of the target's own layer, before drafter.layer was a setting.
 _OF_TARGET = ("trainer.drafters.eagle.Eagle", "trainer.drafters.eagle3.Eagle3")

@@ -35,6 +35,9 @@ def problems(config: dict[str, Any]) -> Iterator[str]:
     path = base.get("path")
     if isinstance(path, str) and base.get("gguf_file") is None and (fault := base_fault(path)):
         yield fault
+    teacher = (config.get("objective") or {}).get("teacher")
+    if isinstance(teacher, str) and base_fault(teacher) is not None:
+        yield f"objective.teacher={teacher}: {NO_BASE.replace('base.path', 'it')}"
     branch, draft = config.get("branch"), config["target"].get("draft")
     if branch and (fault := run_fault(branch["run"])):
         yield f"branch.run={branch['run']}: {fault}"

@@ -29,6 +29,7 @@ from trainer.models.base import Base
 from trainer.models.folders import text_model_class
 
 log = logging.getLogger("trainer")
+PRUNED = 0.05  # share of zeros from which a base counts as pruned; random weights have none
 
 
 @torch.no_grad()
@@ -47,7 +48,10 @@ def write_merged(run: Trained, folder: Path, dtype: torch.dtype, mtp: bool) -> f
     if not isinstance(run.adapter, Full):  # which changes the base itself
         with run.adapter.disabled(run.model):
             moved = effect(expected[-1], outputs(run.model, run)[-1])
+    with run.adapter.disabled(run.model):
+        before = zeros(run.model)
     merged: Any = run.adapter.merge(run.model)
+    report_filled(before, zeros(merged), getattr(run.adapter, "within", "all"))
     difference = compare(expected, outputs(merged, run), moved)
     if mtp:
         mtp_layers.check(run.drafter, merged)
@@ -77,6 +81,33 @@ def write_merged(run: Trained, folder: Path, dtype: torch.dtype, mtp: bool) -> f
             100 * agreement,
         )
     return difference
+
+
+def zeros(model: nn.Module) -> tuple[int, int]:
+    """Return (zeros, entries) of a model's frozen matrices."""
+    matrices = [p for p in model.parameters() if p.ndim == 2 and p.is_floating_point()]
+    frozen = [p for p in matrices if not p.requires_grad]
+    return sum(int((p == 0).sum()) for p in frozen), sum(p.numel() for p in frozen)
+
+
+def report_filled(before: tuple[int, int], after: tuple[int, int], within: str) -> None:
+    """Warn if a merged adapter has filled the zeros of a pruned base.
+
+    Raises:
+        Mismatch: the adapter was to keep them.
+    """
+    (count, entries), filled = before, before[0] - after[0]
+    if count < PRUNED * entries or filled <= 0:
+        return
+    if within == "nonzero":
+        raise Mismatch(f"{filled} zeros of the base are filled, despite adapter.within=nonzero")
+    log.warning(
+        "the base is pruned (%.0f %% of its weights are zero), and merging fills %.0f %% of its"
+        " zeros: the pattern is lost. Keep the adapter unmerged (to=peft), or train one that keeps"
+        " zeros: adapter=rosa, sparse or spiel with adapter.within=nonzero",
+        100 * count / entries,
+        100 * filled / count,
+    )
 
 
 def _load(run: Trained, folder: Path) -> Any:

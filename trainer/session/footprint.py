@@ -27,6 +27,7 @@ from trainer.exporting.draft_head import described
 from trainer.models.losses import positions
 from trainer.penalties.deft import PenaltyError
 from trainer.session import smaller
+from trainer.training import heal
 
 
 @dataclass
@@ -268,9 +269,11 @@ def _memory(recipe: Recipe, total: int, linears: int, trainable: int) -> dict[st
     # Recomputing leaves the logits' memory in pieces, which the backward pass cannot take.
     backward = 4 * tokens * per_layer
     backward = backward if config["objective"]["gradient_checkpointing"] else backward - logits
+    teacher = config["objective"].get("teacher")
+    taught = heal.parameters(teacher) * dtype.itemsize if teacher is not None else 0
     moments = 2 if "8bit" in config["optimizer"]["_target_"] else 8
     return {
-        "weights": int(linears * linear_bytes + (total - linears) * dtype.itemsize),
+        "weights": int(linears * linear_bytes + (total - linears) * dtype.itemsize) + taught,
         "trained": trainable * (4 + 4 + moments),
         "activations": int(tokens * saved),
         "logits": logits,

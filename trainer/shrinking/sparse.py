@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.exporting.merged import PRUNED
 from trainer.models.base import BaseError
 from trainer.shrinking import magnitude, sparsegpt, wanda
 from trainer.shrinking.families import Shape, linears_of
 from trainer.shrinking.patterns import Pattern
 from trainer.shrinking.walk import Method
-
-PRUNED = 0.05  # share of zeros from which a weight counts as pruned; random weights have none
 
 
 class Sparse(Method):
