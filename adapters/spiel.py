@@ -164,8 +164,7 @@ class SpIEL(SparseAdapter):
         self.unclipped: dict[str, Tensor] = {}
         self.allowed: Tensor | None = None  # entries of the layer at hand that may grow; None: all
         self.step, self.steps = 0, 1
-        # the supports after the first replacement, to report how much of them is left
-        self.first: dict[str, Tensor] = {}
+        self.first: dict[str, Tensor] = {}  # the supports after the first replacement, to report
         self.candidates: dict[str, Candidates] = {}
         self.live_optimizer: Any = None
 
@@ -177,8 +176,8 @@ class SpIEL(SparseAdapter):
         draw = torch.Generator().manual_seed(self.support_seed)
         for _, layer in layers(model):
             delta: Any = layer.delta
-            allowed = delta.surviving(layer.base)
-            support = mask.random(delta.o, delta.i, len(delta.indices), draw, allowed)
+            size = (delta.o, delta.i, len(delta.indices))
+            support = mask.random(*size, draw, delta.surviving(layer.base))
             delta.set_support(support.to(delta.indices.device), layer.base)
         self._watch(model)
 
