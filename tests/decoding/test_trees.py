@@ -10,7 +10,7 @@ import torch
 
 from trainer.decoding import trees
 from trainer.decoding.drawing import Drawing
-from trainer.decoding.policies import confidence_policy, entropy_policy, refusal_policy
+from trainer.decoding.policies import Level, confidence_policy, entropy_policy, refusal_policy
 from trainer.decoding.trees import (
     EAGLE1,
     Levels,
@@ -384,5 +384,6 @@ def test_options_make_the_shapes_they_name():
     assert len(paths_of(named("dyspec", size=7)(Table(), Drawing(V, 9)))) == 7
     assert named("static", siblings="spectr")(Table(5), Drawing(V, 9, warm)).with_replacement
     assert len(named("static", 1, paths=[[0], [1], [0, 0]])(Table(), Drawing(V, 9)).tokens) == 2
-    assert named("chain", policy="confidence:1").policy(lambda: 0.9, None, None) is False
+    level = Level(2, torch.tensor([[0.9, 0.1]]), torch.ones(1), torch.ones(1))
+    assert named("chain", policy="confidence:1").policy(level) is False
     assert set(trees.TREES) == {"chain", "static", "eagle2", "dyspec"}

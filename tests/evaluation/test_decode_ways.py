@@ -277,6 +277,13 @@ def test_a_search_measures_this_machine(trained, shown, tmp_path):
         for seconds in actual["passes_ms"].values()
     )
     assert set(actual["passes_ms"]) == {"chain", "tree"}
+    costs, drafted = actual["profit"], tmp_path / "drafted.json"
+    assert len(costs["seconds"]) == len(costs["acceptance"]) + 1 > 1
+    assert sorted(costs["seconds"])[0] == costs["seconds"][0] > 0  # without a draft
+    assert all(0.25 <= theta <= 4 for theta in costs["temperatures"])
+    words = [f"run={trained()}", "heldout=2", "max_new_tokens=12", f"json={drafted}"]
+    assert speculate.main([*words, f"policy=profitable:{file}"]) == 0
+    assert json.loads(drafted.read_text())["drafter"]["different_texts"] == 0
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,8 @@ class GrowthOptions:
     policy: str = option(
         "when to stop early: fixed, confidence:P where the drafter gives no next token the"
         " probability P, refusal:P where it expects a refusal with more than P, entropy:H where its"
-        " next distribution has more than H nats",
+        " next distribution has more than H nats, profitable:FILE where a longer chain gives fewer"
+        " tokens a second, by the file of graft speculate tree=search json=FILE",
         "fixed",
     )
     siblings: Literal["without", "with", "spectr", "best"] = option(

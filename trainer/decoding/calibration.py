@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from trainer.decoding import profit
 from trainer.decoding.clock import now
 from trainer.decoding.drawing import Drawing
 from trainer.decoding.speculative import generate
@@ -116,6 +117,31 @@ def _along(growth: Growth, following: Int[Tensor, " m"], width: int) -> Iterator
         yield rank
         if rank == width:
             return
+
+
+@torch.no_grad()
+def observed(
+    target: Target, drafter: Drafter, text: Text, depth: int
+) -> list[list[tuple[float, bool]]]:
+    """Return, for a greedy chain of at most `depth` tokens after each token of the text, the logit
+    of each drafted token's predicted acceptance, and whether it and all before it are the text's.
+    The last token that the drafter can draft is left out: nothing asks for its prediction."""
+    memory, drafts, read = drafter.start(target), [], 0
+    for newest in range(text.start, len(text.ids) - 1):
+        growth = drafter.grow(memory, target, text.update(read, newest))
+        following = text.ids[newest + 1 : newest + 1 + depth].tolist()
+        logits, right, draft = growth.first(), True, []
+        for k, token in enumerate(following[: growth.depth - 1]):
+            q = logits.float().softmax(-1)
+            best = q.argmax()
+            known = best if growth.vocabulary is None else growth.vocabulary[best]
+            logits = growth.extend(known[None], torch.tensor([k - 1], device=known.device))[0]
+            own = q[best] if growth.confidence is None else growth.confidence[0]
+            right = right and int(known) == token
+            draft.append((profit.logit(float(own)), right))
+        drafts.append(draft)
+        read = newest
+    return drafts
 
 
 def acceptance(texts: Iterable[Ranks], width: int) -> list[list[float]]:

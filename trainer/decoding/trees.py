@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -23,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trainer.decoding.drawing import Drawing, DrawnNodes, empty_draft
-from trainer.decoding.policies import Policy, named_policy
+from trainer.decoding.policies import Level, Policy, named_policy
 from trainer.drafters import Draft, DrafterError, Growth
 
 Path = tuple[int, ...]
@@ -154,7 +153,7 @@ class Levels:
                 # the level above.
                 alive = alive[chosen_rows] * confidence
                 q = logits.float().softmax(-1)
-                if not self.policy(_largest(q), _largest(alive), _least_entropy(q)):
+                if not self.policy(Level(level + 1, q, confidence, alive)):
                     break
         return drawn.draft(parents, self.with_replacement and not self.best)
 
@@ -165,14 +164,6 @@ def _depth(shape: Shape, growth: Growth, depth: int, drawing: Drawing) -> int:
             "this drafter drafts one token after another, and the tree branches: use tree=chain"
         )
     return min(depth, growth.depth, drawing.limit)
-
-
-def _largest(values: Tensor) -> Callable[[], float]:
-    return partial(lambda tensor: float(tensor.max()), values)
-
-
-def _least_entropy(q: Float[Tensor, "m v"]) -> Callable[[], float]:
-    return partial(lambda q: float(torch.special.entr(q).sum(-1).min()), q)
 
 
 def chain(count: int, policy: Policy | None = None, best: bool = False) -> Levels:
@@ -233,7 +224,7 @@ class Best:
                     confidence = children.values.flatten()[order].exp()
                 alive = alive[rows[order]] * confidence
                 q = next_logits.float().softmax(-1)
-                if not self.policy(_largest(q), _largest(alive), _least_entropy(q)):
+                if not self.policy(Level(level + 1, q, confidence, alive)):
                     break
             logits, above, in_pool = next_logits, products[order], start + order
             in_growth = added + torch.arange(len(order), device=device)
@@ -337,6 +328,8 @@ def named(
         raise DrafterError(
             f"paths are a static tree's, and tree={tree}: set tree=static, or leave paths out"
         )
+    if policy.startswith("profitable") and tree != "chain":
+        raise DrafterError(f"policy={policy} is for chains: set tree=chain, or another policy")
     stop = named_policy(policy)
     if tree == "eagle2":
         return eagle2(top_k, 8 if count is None else count, size, stop)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from tasks.reading import DataError
 from trainer.assembly.trained import Trained
-from trainer.decoding import calibration, speculative, trees
+from trainer.decoding import calibration, profit, speculative, trees
 from trainer.decoding.calibration import Ranks, Text
 from trainer.decoding.target_cache import allow_trees
 from trainer.drafters import Drafter, DrafterError, Target
@@ -90,6 +90,33 @@ def search_tree(
         "busy": busy(passes),
         **_expected(best, verify["chain"][0]),
         **_measured(ranks, width, passes, verify),
+        "profit": _profit(target, drafter, texts, ranks, verify["chain"]),
+    }
+
+
+def _profit(
+    target: Target,
+    drafter: Drafter,
+    texts: Sequence[Text],
+    ranks: Sequence[Ranks],
+    verify: Sequence[float],
+) -> dict[str, list[float]]:
+    """Return what trainer.decoding.profit reads: seconds and acceptance of chains, temperatures."""
+    rates = [row[0] for row in calibration.acceptance(ranks, 1)][: len(verify) - 1]
+    longest = max(texts, key=lambda text: len(text.ids) - text.start)
+    chains = [[(0,) * length for length in range(1, 1 + last)] for last in range(1, 1 + len(rates))]
+    drafting = calibration.time_drafting(target, drafter, longest, chains) if chains else []
+    with Progress("measuring predicted acceptance", len(texts), "texts") as progress:
+        drafts = [
+            draft
+            for text in progress.each(texts)
+            for draft in calibration.observed(target, drafter, text, len(rates))
+        ]
+    seconds = [a + b for a, b in zip(verify, [0.0, *drafting], strict=False)]
+    return {
+        "seconds": seconds,
+        "acceptance": rates,
+        "temperatures": profit.temperatures(drafts),
     }
 
 
