@@ -22,6 +22,7 @@ from trainer.data.stops import Stops
 from trainer.decoding import speculative
 from trainer.decoding.speculative import Strategy
 from trainer.drafters import Drafter, DrafterError, Target
+from trainer.drafters.recycling import TokenRecycling
 from trainer.models.base import Base
 from trainer.serving.shared_base import KEEP_THE_BASE, SharedBase
 from trainer.serving.text import TokenTexts
@@ -145,9 +146,8 @@ def _served(
     model: nn.Module = run.model
     shared = make(run)
     # Recycling remembers earlier texts: a seed repeats a text only with a memory of its own.
-    remembers = shared is not None and any(
-        hasattr(part, "following") for part in (shared, *vars(shared).values())
-    )
+    parts = () if shared is None else (shared, *vars(shared).values())
+    remembers = any(isinstance(part, TokenRecycling) for part in parts)
     return Served(
         name,
         Path(base.path).name,

@@ -70,7 +70,7 @@ class _Ended(Exception):
     """The answer needs no further pass."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A request in the queue. `emit` takes its events, in the worker's thread; the last one is an
     End or an ApiError, unless it was cancelled."""
