@@ -75,6 +75,17 @@ def compeft(update: Float[Tensor, "*s"], keep: float, alpha: float) -> Float[Ten
     return ternary.view(update.shape).to(update.dtype)
 
 
+def compeft_together(updates: list[Tensor], keep: float, alpha: float) -> list[Tensor]:
+    """Return `compeft` of all updates as one vector, as its paper has it: one threshold and one σ.
+    A tensor of small entries may become all zero."""
+    flat = torch.cat([update.flatten().float() for update in updates])
+    parts = compeft(flat, keep, alpha).split([update.numel() for update in updates])
+    return [
+        part.view(update.shape).to(update.dtype)
+        for part, update in zip(parts, updates, strict=True)
+    ]
+
+
 def balanced(
     B: Float[Tensor, "o r"], A: Float[Tensor, "r i"]
 ) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r i"]]:

@@ -3,7 +3,8 @@
     graft compress run=FOLDER[@last|best|STEP] method=compeft|dare|darex_q [OPTIONS]
     graft compress expand=FOLDER out=FOLDER
 
-compeft keeps the signs of the largest entries of each tensor and one scale. dare drops entries at
+compeft keeps the signs of the largest entries of each tensor and one scale; with scope=run, as its
+paper has it, the largest of all tensors and one scale for all. dare drops entries at
 random and divides the others by 1 - drop; darex_q divides them by q. adapters/compress.py has the
 formulas and papers. auto tries a grid on training rows and takes the value of least loss.
 
@@ -26,7 +27,7 @@ from trainer.config.shown import say
 
 # the options that each method takes
 SETTINGS = {
-    "compeft": ("keep", "alpha"),
+    "compeft": ("keep", "alpha", "scope"),
     "dare": ("drop", "seed"),
     "darex_q": ("drop", "q", "seed"),
 }
@@ -58,6 +59,7 @@ class Options:
         "darex_q: divisor, from 1 - drop to 1", None, value="auto|NUMBER"
     )
     seed: int | None = option("dare, darex_q: of the draws", None, value="0", at_least=0)
+    scope: Literal["tensor", "run"] | None = option("compeft: threshold and scale of each", None)
     factors: Literal["both", "B"] | None = option(
         "what to compress of a low-rank pair: both by default for compeft, else B", None
     )
@@ -68,7 +70,7 @@ class Options:
 
     def faults(self) -> Iterator[str]:
         """Yield what does not go together."""
-        numbers = ("keep", "alpha", "drop", "q", "seed")
+        numbers = ("keep", "alpha", "drop", "q", "seed", "scope")
         if (self.run is None) == (self.expand is None):
             yield "give either run=FOLDER or expand=FOLDER"
         elif self.expand is not None:
@@ -109,8 +111,9 @@ def main(argv: list[str]) -> int:
         assert options.method is not None
         strength = options.alpha if options.method == "compeft" else options.q
         choice = Choice.of(
-            options.method, options.factors, options.keep, options.drop, strength, options.seed
-        )
+            options.method, options.factors, options.keep, options.drop, strength, options.seed,
+            options.scope,
+        )  # fmt: skip
         result = compress(options.run, choice, options.out, options.evaluate)
     except Exception as error:
         return failures.report_and_exit_code(error)

@@ -292,3 +292,28 @@ def test_hundreds_of_small_tensors_take_few_bytes_each(tmp_path):
     assert all(
         torch.equal(tensor, tensors[key]) for key, tensor in compress.read(tmp_path / "f").items()
     )
+
+
+def test_together_there_is_one_threshold_and_one_scale():
+    """As ComPEFT has it: all updates are one vector."""
+    updates = [drawn(4, 5), 0.01 * drawn(3, 3, seed=1), drawn(7, seed=2).double()]
+    actual = compress.compeft_together(updates, 0.3, 2.0)
+    flat = [float(value) for update in updates for value in update.flatten()]
+    mean = sum(flat) / len(flat)
+    sigma = (sum((value - mean) ** 2 for value in flat) / len(flat)) ** 0.5
+    largest = sorted(range(len(flat)), key=lambda i: -abs(flat[i]))[: round(0.3 * len(flat))]
+    expected = torch.zeros(len(flat))
+    for i in largest:
+        expected[i] = math.copysign(2.0 * sigma, flat[i])
+    torch.testing.assert_close(torch.cat([part.flatten().float() for part in actual]), expected)
+    assert [(part.shape, part.dtype) for part in actual] == [(u.shape, u.dtype) for u in updates]
+    assert not actual[1].any()  # its entries are small
+    alone = compress.compeft_together(updates[:1], 0.3, 2.0)[0]
+    assert torch.equal(alone, compress.compeft(updates[0], 0.3, 2.0))
+
+
+def test_a_tensor_without_entries_is_stored(tmp_path):
+    tensors = {"x.lora_B.weight": torch.zeros(4, 3), "x.lora_A.weight": drawn(3, 5)}
+    compress.write(tmp_path / "f", tensors, [*tensors])
+    read = compress.read(tmp_path / "f")
+    assert all(torch.equal(read[key], tensor) for key, tensor in tensors.items())

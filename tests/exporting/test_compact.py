@@ -90,7 +90,7 @@ def logits(model: Any) -> torch.Tensor:
     ("kind", "choice"),
     [
         ("lora", COMPEFT),
-        ("lora", replace(COMPEFT, factors="B")),
+        ("lora", replace(COMPEFT, factors="B", scope="run")),
         ("lora", DARE),
         ("lora", replace(DARE, factors="both")),
         ("dora", COMPEFT),
@@ -314,8 +314,9 @@ def test_the_verb(run_of, tmp_path, capsys):
         (["run=x", "method=compeft", "alpha=-1"], "alpha=-1: expected a number, above 0, or auto"),
         (
             ["run=x", "method=compeft", "drop=0.5"],
-            "drop=0.5 has no effect with method=compeft, which takes keep, alpha",
+            "drop=0.5 has no effect with method=compeft, which takes keep, alpha, scope",
         ),
+        (["run=x", "method=dare", "scope=run"], "scope=run has no effect with method=dare"),
         (["run=x", "method=dare", "drop=1"], "drop=1: expected a number, at least 0 and below 1"),
         (["run=x", "method=dare", "q=0.5"], "q=0.5 has no effect with method=dare"),
         (["run=x", "method=dare", "factors=A"], "factors=A: expected one of both, B"),

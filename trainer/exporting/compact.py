@@ -52,6 +52,7 @@ class Choice:
     drop: float = 0.0
     strength: float | None = None
     seed: int = 0
+    scope: str = "tensor"  # or run: of compeft's threshold and scale
 
     @classmethod
     def of(
@@ -62,6 +63,7 @@ class Choice:
         drop: float | None,
         strength: float | str | None,
         seed: int | None,
+        scope: str | None = None,
     ) -> Choice:
         """Return a method's choice; None takes its default, a strength of auto searches for it.
         dare has no strength to choose: it divides by 1 - drop."""
@@ -73,6 +75,7 @@ class Choice:
             dropped,
             1 - dropped if method == "dare" else strength if isinstance(strength, float) else None,
             seed or 0,
+            scope or "tensor",
         )
 
     @property
@@ -211,6 +214,8 @@ def refuse(adapter: dict[str, Any]) -> None:
 
 def compressed(files: Files, choice: Choice, strength: float) -> Files:
     """Compress the updates among the tensors, with one seed for all."""
+    if choice.scope == "run":
+        return _compressed_together(files, choice, strength)
     draw = torch.Generator().manual_seed(choice.seed)
     result: Files = {}
     for folder, tensors in files.items():
@@ -221,6 +226,20 @@ def compressed(files: Files, choice: Choice, strength: float) -> Files:
                 if choice.method == "compeft"
                 else coding.dare(tensors[key], choice.drop, strength, draw)
             )
+    return result
+
+
+def _compressed_together(files: Files, choice: Choice, strength: float) -> Files:
+    result = {folder: dict(tensors) for folder, tensors in files.items()}
+    places = [
+        (folder, key)
+        for folder, tensors in files.items()
+        for key in sorted(coding.updates(tensors, choice.factors))
+    ]
+    updates = [files[folder][key] for folder, key in places]
+    together = coding.compeft_together(updates, choice.keep, strength)
+    for (folder, key), tensor in zip(places, together, strict=True):
+        result[folder][key] = tensor
     return result
 
 
