@@ -162,7 +162,7 @@ def write(folder: Path, config: Any, tensors: dict[str, Tensor]) -> None:
     # safetensors refuses tensors that share memory
     copies = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     file = unlinked(folder / "adapter_config.json")
-    save_file(copies, unlinked(folder / "adapter_model.safetensors"), {"format": "pt"})
+    save_tensors(copies, folder / "adapter_model.safetensors", {"format": "pt"})
     fields = config.to_dict()
     for key, value in fields.items():
         if isinstance(value, set):
@@ -170,6 +170,14 @@ def write(folder: Path, config: Any, tensors: dict[str, Tensor]) -> None:
     temporary = unlinked(folder / "adapter_config.json.tmp")
     temporary.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     temporary.replace(file)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file with the mode that the umask gives. The library's own is 0600."""
+    unlinked(path).touch(exist_ok=False)
+    mode = path.stat().st_mode & 0o777
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 def unlinked(path: Path) -> Path:

@@ -17,11 +17,10 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from adapters.delta import AdapterError
-from adapters.io import unlinked
+from adapters.io import save_tensors
 
 INT32 = 2**31
 EXPORTED = ".supertuning_indices"  # the ending of PEFT's keys of indices in an adapter folder
@@ -114,9 +113,9 @@ def random(
 
 def save(file: Path, supports: dict[str, Tensor], shapes: dict[str, tuple[int, int]]) -> None:
     """Write supports by their layers' names."""
-    temporary = unlinked(file.with_name(file.name + ".tmp"))
+    temporary = file.with_name(file.name + ".tmp")
     tensors = {name: indices.detach().cpu().contiguous() for name, indices in supports.items()}
-    save_file(tensors, temporary, {"shapes": json.dumps(shapes)})
+    save_tensors(tensors, temporary, {"shapes": json.dumps(shapes)})
     temporary.rename(file)
 
 

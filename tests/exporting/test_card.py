@@ -155,3 +155,14 @@ def test_old_runs_have_cards_too(tmp_path):
         text = text_of(folder_of(tmp_path / f"{name}-out"), "peft", run, None)
         assert "No comparison of this folder" in text
         assert yaml.safe_load(text.split("---")[1])["library_name"] == "peft"
+
+
+def test_a_card_of_the_users_own_stays(run, tmp_path):
+    folder = folder_of(tmp_path / "adapter")
+    (folder / "README.md").write_text("# My own words\n")
+    card.write(folder, "adapter", run, 1e-6)
+    assert (folder / "README.md").read_text() == "# My own words\n"
+    (folder / "README.md").unlink()
+    card.write(folder, "adapter", run, 1e-6)
+    card.write(folder, "adapter", run, 2e-6)
+    assert "2.0e-06" in (folder / "README.md").read_text()

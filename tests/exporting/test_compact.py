@@ -104,6 +104,7 @@ def test_what_is_written_is_the_compressed_adapter(run_of, tmp_path, kind, choic
     run = run_of(kind)
     result = compact.compress(str(run), choice, tmp_path / "out", True)
     assert {path.name for path in result.out.iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         coding.FILE,

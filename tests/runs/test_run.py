@@ -45,6 +45,12 @@ def test_chats_are_learnt_and_everything_is_written(train, chats):
     assert last["perplexity"] == pytest.approx(math.exp(last["loss"]))
     assert "exact_match" in last
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    card = (run / "adapter" / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert "loaded back by stock PEFT" in card
+    assert str(run) not in card
+    modes = {oct(path.stat().st_mode)[-3:] for path in run.rglob("*") if path.is_file()}
+    assert modes == {"644"}
     assert config["peft_type"] == "LORA"
     assert config["target_modules"] == [
         "down_proj",

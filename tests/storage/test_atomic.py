@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from adapters import io
 from tests.conftest import ROOT
 from trainer.config import files
 from trainer.storage import atomic
@@ -121,3 +124,23 @@ def test_without_locks_nothing_is_taken_for_a_leftover(tmp_path, monkeypatch):
     with atomic.file(tmp_path / "out"), atomic.file(tmp_path / "out"):
         assert len(names(tmp_path)) == 2
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o027])
+def test_every_file_has_the_mode_that_the_umask_gives(tmp_path, umask):
+    """safetensors and mkdtemp alone make files and folders that only their owner reads."""
+    before = os.umask(umask)
+    try:
+        with atomic.file(tmp_path / "file") as temporary:
+            save_file({"a": torch.zeros(2)}, temporary)
+        with atomic.folder(tmp_path / "folder") as temporary:
+            (temporary / "inner").mkdir(0o700)
+            save_file({"a": torch.zeros(2)}, temporary / "inner" / "x")
+            (temporary / "link").symlink_to("nowhere")
+        io.save_tensors({"a": torch.zeros(2)}, tmp_path / "adapter", {})
+    finally:
+        os.umask(before)
+    for name in ("file", "folder/inner/x", "adapter"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask, name
+    for name in ("folder", "folder/inner"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o777 & ~umask, name

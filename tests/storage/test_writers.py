@@ -72,9 +72,9 @@ REASONS = {
         "names hold the time, the host and the process"
     ),
     ("trainer/config/options.py", "exit_with", "os.open"): "/dev/null",
-    ("adapters/io.py", "write", "save_file"): "the name is unlinked before",
+    ("adapters/io.py", "save_tensors", "touch"): "O_EXCL",
+    ("adapters/io.py", "save_tensors", "save_file"): "safetensors renames a file of its own",
     ("adapters/io.py", "write", "write_text"): "the name is unlinked before",
-    ("adapters/mask.py", "save", "save_file"): "the name is unlinked before",
     ("adapters/compress.py", "write", "save_file"): NEW_FOLDER,
 }  # fmt: skip
 

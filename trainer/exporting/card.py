@@ -53,7 +53,8 @@ def write(
     step: int | None = None,
     base: str | None = None,
 ) -> None:
-    """Write README.md, and the picture that it shows, into a result's folder.
+    """Write README.md, and the picture that it shows, into a result's folder. A README.md that
+    Graft has not written stays as it is.
 
     Args:
         to: the format of the export; adapter and drafter are those that a run writes itself.
@@ -62,6 +63,8 @@ def write(
         step: the checkpoint's step, None for the last.
         base: the base's name on the Hub, by default that of the run if it has one.
     """
+    if not _ours(folder / FILE):
+        return
     kind = "adapter" if to in ("peft", "shira") else to
     source = summary(run)
     path = source.settings.get("base.path")
@@ -76,6 +79,16 @@ def write(
             folder / PICTURE, base64.b64decode(picture("loss", curves)["data"]).decode("utf-8")
         )
     atomic.write_text(folder / FILE, redact(shown(text)))
+
+
+def _ours(file: Path) -> bool:
+    """Whether a card is missing, or was written by Graft."""
+    try:
+        return MARK in files.read_text(file, LARGEST)
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
 
 
 def _curves(source: Summary) -> list[Curve]:

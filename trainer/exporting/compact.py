@@ -22,6 +22,7 @@ from trainer.assembly.trained import Trained, load_trained
 from trainer.data.batches import Sequences
 from trainer.data.held_out import HeldOut
 from trainer.evaluation.loss import losses
+from trainer.exporting import card
 from trainer.exporting.adapter import save_adapter, verify_adapter
 from trainer.exporting.compare import compare, outputs
 from trainer.exporting.serving import Serving
@@ -152,6 +153,7 @@ def compress(run: str, choice: Choice, out: Path | None, evaluate: bool) -> Comp
             result.after += compact.stat().st_size
         source.model.to("cpu")
         result.difference = verify_adapter(source, temporary)
+        card.write(temporary, "adapter", source.folder, result.difference, source.step)
     return result
 
 

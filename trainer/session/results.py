@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trainer.assembly.trained import checkpoint_record, load_trained
 from trainer.callbacks.averaging import Averaging
 from trainer.drafters import io as drafter_io
 from trainer.exporting import adapter as adapter_module
+from trainer.exporting import card
 from trainer.exporting.serving import Serving
 from trainer.storage import checkpoints
 from trainer.storage.journal import NO_METRICS, Journal
@@ -44,16 +46,22 @@ def save(
         return
     serving = Serving.of(recipe)
 
-    def write(folder: Path) -> None:
-        serving.write(folder, module.model)
-        adapter_module.save_adapter(module.adapter, module.model, recipe.base, recipe.task, folder)
+    def write(target: Path) -> None:
+        serving.write(target, module.model)
+        adapter_module.save_adapter(module.adapter, module.model, recipe.base, recipe.task, target)
 
     with Progress("saving the adapter"):
         for callback in callbacks:
             # before save_adapter, which may load another checkpoint's weights
             if isinstance(callback, Averaging):
-                callback.save(write)
-        save_adapter(folder, module, write, recipe.config)
+                callback.save(partial(_with_card, write, folder.path))
+        parity, step = save_adapter(folder, module, write, recipe.config)
+        card.write(folder.path / "adapter", "adapter", folder.path, parity, step)
+
+
+def _with_card(write: Callable[[Path], None], run: Path, target: Path) -> None:
+    write(target)
+    card.write(target, "adapter", run, None)
 
 
 def save_drafter(
@@ -75,14 +83,16 @@ def save_drafter(
         )
     trained_for = drafter_io.trained_for(recipe.base, folder.path, step, adapter)
     drafter_io.save(drafter, config["drafter"], trained_for, folder.path / "drafter")
+    card.write(folder.path / "drafter", "drafter", folder.path, None, step)
     log.info("drafter: %s", folder.path / "drafter")
 
 
 def save_adapter(
     folder: RunFolder, module: FineTune, write: Callable[[Path], None], config: dict[str, Any]
-) -> None:
+) -> tuple[float | None, int]:
     """Call `write` to save the adapter. Load it back and compare, if two more copies of the base
-    fit into memory."""
+    fit into memory. Return the distance of the logits, None if they were not compared, and the
+    step."""
     target, which = folder.path / "adapter", config["export"]
     if not checkpoints.complete(folder.checkpoints):  # callbacks.checkpoints=null
         write(target)
@@ -90,7 +100,7 @@ def save_adapter(
             "adapter: %s. Not loaded back, since the run kept no checkpoint to compare it with",
             target,
         )
-        return
+        return None, module.step
     checkpoint = checkpoints.chosen(folder.checkpoints, which)
     if checkpoint.step != module.step:
         log.info(
@@ -101,7 +111,7 @@ def save_adapter(
     write(target)
     if not config["check_export"]:
         log.info("adapter: %s. Not loaded back, since check_export=false", target)
-        return
+        return None, checkpoint.step
     needed = 2 * 4 * sum(p.numel() for p in module.model.parameters())
     if needed > psutil.virtual_memory().available / 2:
         log.info(
@@ -111,7 +121,7 @@ def save_adapter(
             needed / 1e9,
             folder.path,
         )
-        return
+        return None, checkpoint.step
     with Progress(f"loading {target} back to compare it"):
         trained = load_trained(f"{folder.path}@{which}", fp32=True)
         difference = adapter_module.verify_adapter(trained, target)
@@ -120,6 +130,7 @@ def save_adapter(
         target,
         difference,
     )
+    return difference, checkpoint.step
 
 
 def show(journal: Journal) -> None:

@@ -26,9 +26,11 @@ _MARKER = ".graft-writes"  # in a temporary folder, locked by its writer
 def file(path: Path) -> Iterator[Path]:
     """Yield the path of a new temporary file, which replaces `path` if the block raises nothing."""
     with _new(path) as temporary:
+        mode = temporary.stat().st_mode & 0o777
         yield temporary
         descriptor = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
+            os.fchmod(descriptor, mode)  # safetensors replaces it by a file of mode 0600
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -75,9 +77,19 @@ def folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _new_folder(path) as temporary:
         yield temporary
+        _share(temporary, (temporary / _MARKER).stat().st_mode & 0o777)
         (temporary / _MARKER).unlink()
-        temporary.chmod(0o755)  # mkdtemp makes folders that only the user can read
         os.replace(temporary, path)
+
+
+def _share(folder: Path, mode: int) -> None:
+    """Give a folder and all in it the modes that the umask gives; `mode` is that of a file. The
+    folders of mkdtemp and the files of safetensors are readable by their owner alone."""
+    for place, _, names in os.walk(folder):
+        os.chmod(place, mode | (mode & 0o444) >> 2)
+        for name in names:
+            if not os.path.islink(path := os.path.join(place, name)):
+                os.chmod(path, mode)
 
 
 @contextlib.contextmanager
