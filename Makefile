@@ -17,6 +17,12 @@ BIN := $(VENV)/bin
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m trainer +experiment=quickstart
+	@printf '%s\n' '' \
+	  'The report: runs/quickstart/report.html' \
+	  'Try next, after source $(BIN)/activate:' \
+	  '  graft generate run=runs/quickstart compare=true prompt="What is the weather in Paris?"' \
+	  '  graft serve run=runs/quickstart' \
+	  '  graft compare runs'
 
 check: lint
 	$(BIN)/python -m pytest -n 2 -m "not run and not long and not slow and not gpu and not slurm"

@@ -111,6 +111,16 @@ def test_what_the_settings_are():
     assert imported.convert(TORCHTUNE, "torchtune").settings["schedule.warmup"] == 100
 
 
+def test_a_rule_for_all_keys_of_a_part():
+    config = TORCHTUNE | {"profiler": {"enabled": True, "with_flops": False, "x": {"y": 1}}}
+    result = imported.convert(config, "torchtune")
+    for key in ("enabled", "with_flops", "x"):
+        assert "no profiler" in result.explained[f"profiler.{key}"]
+    assert imported.convert({"base_model": "x", "profiler.y": 1}, "axolotl").unknown == [
+        "profiler.y"
+    ]
+
+
 def test_which_trainer_is_found():
     assert {kind: imported.kind_of(config) for kind, config in CONFIGS.items()} == {
         kind: kind for kind in CONFIGS

@@ -1,9 +1,9 @@
 """Configs of other trainers as an experiment of this one.
 
 Each trainer has a table: its key -> our setting, a function that makes settings, or a sentence that
-says why there is no counterpart. What no table names is reported as unknown; nothing is dropped in
-silence. Only settings that differ from our defaults need to be read: the experiment is a draft that
-`graft preflight` checks.
+says why there is no counterpart. A key PART.* stands for all keys of a part. What no table names is
+reported as unknown; nothing is dropped in silence. Only settings that differ from our defaults need
+to be read: the experiment is a draft that `graft preflight` checks.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ NO = "no: "  # a rule that begins so says why there is no counterpart
 
 _LATER = f"{NO}set by this trainer itself"
 _LOG = f"{NO}every step is logged; callbacks and logger say what else"
+_KERNELS = f"{NO}fused=true has kernels of its own, fused=liger those of Liger"
+_WATCH = f"{NO}callbacks.rollback goes back where the loss is a multiple of its median"
+_DISTILLED = f"{NO}no distillation from a teacher"
+_IMAGES = f"{NO}only texts are trained on"
 _DIST = f"{NO}lightning=gpu lightning.strategy=fsdp2 is the counterpart; it has few options"
 
 
@@ -214,6 +218,20 @@ AXOLOTL: dict[str, Rule] = COMMON | {
     "liger_fused_linear_cross_entropy": f"{NO}the loss is computed in chunks anyway",
     "group_by_length": "group_by_length", "auto_resume_from_checkpoints": _when("resume", "auto"),
     "gradient_checkpointing_kwargs": _LATER, "neftune_noise_alpha": f"{NO}no noise on embeddings",
+    "attn_implementation": "base.attn_implementation", "liger_layer_norm": _when("fused", "liger"),
+    "lora_mlp_kernel": _KERNELS, "lora_qkv_kernel": _KERNELS, "lora_o_kernel": _KERNELS,
+    "use_kernels": _KERNELS, "fused_attn_kernel": _KERNELS, "liger_rms_norm_gated": _KERNELS,
+    "use_scattermoe": _KERNELS, "experts_implementation": _KERNELS,
+    "quantize_moe_experts": f"{NO}base.quantization is for linear layers",
+    "lora_target_parameters": f"{NO}adapter.target_modules names layers",
+    "loss_watchdog_threshold": _WATCH,
+    "loss_watchdog_patience": _WATCH,
+    "eot_tokens": f"{NO}the chat template says what ends an answer",
+    "tokenizer_use_mistral_common": f"{NO}tokenizers are those of transformers",
+    "push_dataset_to_hub": f"{NO}tokenised rows stay here", "torchdistx_path": _LATER,
+    "gptq_groupsize": f"{NO}no GPTQ", "gptq_model_v1": f"{NO}no GPTQ",
+    "activation_offloading": f"{NO}no offloading", "max_packed_sequence_len": "max_length",
+    "ddp_find_unused_parameters": _DIST, "gpu_memory_limit": f"{NO}graft preflight shows the need",
     "shuffle_merged_datasets": _LATER, "sample_packing_eff_est": _LATER, "torch_compile": "compile",
 }  # fmt: skip
 
@@ -316,4 +334,14 @@ TORCHTUNE: dict[str, Rule] = {
     f"{NO}choose logger=wandb, tensorboard or none", "metric_logger.log_dir": _LOG,
     "metric_logger.project": _wandb("project"), "log_every_n_steps": _LOG, "log_level": _LOG,
     "log_peak_memory_stats": _LOG, "low_cpu_ram": _LATER,
+    "profiler.*": f"{NO}no profiler; metrics.jsonl has the time of each step",
+    "run_val_every_n_steps": _steps("callbacks.evaluation.every"),
+    "batch_size_val": "callbacks.evaluation.batch_size",
+    "dataset_val.*": f"{NO}set task.eval_path, task.eval_split or task.eval_fraction",
+    "optimizer_in_bwd": f"{NO}the optimiser steps after the backward pass",
+    "quantizer.*": f"{NO}base.quantization rounds the frozen base before training",
+    "teacher_model.*": _DISTILLED, "teacher_checkpointer.*": _DISTILLED, "kd_loss.*": _DISTILLED,
+    "kd_ratio": _DISTILLED, "model.decoder_trainable": _IMAGES, "model.encoder_trainable": _IMAGES,
+    "model.fusion_trainable": _IMAGES, "model.image_size": _IMAGES, "tokenizer.image_size": _IMAGES,
+    "collate_fn": f"{NO}batches are padded to their longest row",
 }  # fmt: skip

@@ -65,7 +65,7 @@ def convert(content: dict[str, Any], kind: str) -> Imported:
     """Apply a trainer's table to its config. Every key is carried, explained or unknown."""
     result, table = Imported(kind), TABLES[kind]
     for key, value in _entries(content, table, kind):
-        rule = table.get(key)
+        rule = table.get(key, table.get(f"{key.partition('.')[0]}.*"))
         if rule is None:
             result.unknown.append(key)
         elif isinstance(rule, str) and rule.startswith(NO):
