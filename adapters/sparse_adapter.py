@@ -47,7 +47,7 @@ class SparseAdapter(experts.UpdatesExperts):
         exclude_modules: list[str],
         gradient: str,
         sparse_dtype: str,
-        within: str,
+        within: str = "all",
     ):
         for ending, value in density_pattern.items():
             if not isinstance(value, int | float):
