@@ -83,6 +83,11 @@ def test_other_settings_are_refused_and_a_stopped_step_is_done_again(tmp_path, m
     assert asked[2:] == ["+experiment=eagle3_chat"]
     assert draft.main([*words, "dry=true"]) == 0
     assert "answers: done\nhead\n" in capsys.readouterr().out
+    # Stopped after an export was written, and before it was recorded.
+    (tmp_path / "out" / "drafter").mkdir()
+    (step,) = (step for step in work_of(tmp_path).steps() if step.name == "export drafter")
+    assert drafting._do(step) == 0
+    assert len(asked) == 3
     (tmp_path / "out" / "draft.json").write_text("[]")
     with pytest.raises(ConfigError, match="cannot be read"):
         work_of(tmp_path)

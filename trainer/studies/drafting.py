@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -43,6 +44,7 @@ class Step:
     name: str
     words: Callable[[], list[str]] | None = None
     call: Callable[[], None] | None = None
+    output: Path | None = None  # a folder that the step writes at once, as its last act
 
 
 class Work:
@@ -100,7 +102,8 @@ class Work:
         if self.options.draft is not None:
             yield Step("stale", call=self._stale)
         for to in self.options.to.split(","):
-            yield Step(f"export {to}", lambda to=to: self._export(to))  # type: ignore[misc]
+            words = lambda to=to: self._export(to)  # noqa: E731
+            yield Step(f"export {to}", words, output=self.out / to)
 
     def _answers(self) -> list[str]:
         o = self.options
@@ -234,6 +237,10 @@ def run(options: Any) -> int:
 
 
 def _do(step: Step) -> int:
+    if step.output is not None and step.output.exists():
+        # It was stopped between the rename of the checked export and the record of it.
+        say(f"{step.name}: {step.output} is complete", flush=True)
+        return 0
     if step.call is not None:
         say(step.name, flush=True)
         step.call()
