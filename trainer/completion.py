@@ -1,4 +1,4 @@
-"""Complete words of `graft` in bash, zsh and fish: commands, options, groups, choices and keys.
+"""Complete words of `graft` in bash, zsh and fish: commands, options, choices and keys.
 
     eval "$(graft completion shell=bash)"                        in ~/.bashrc
     eval "$(graft completion shell=zsh)"                         in ~/.zshrc, after compinit
