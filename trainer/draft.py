@@ -1,4 +1,4 @@
-"""Train a draft head for a fine-tuned model: answers, distillation, evaluation, exports.
+"""Train a draft head for a fine-tuned model: answers, head, evaluation, exports.
 
     graft draft run=FOLDER[@last|best|STEP] prompts=FILE out=FOLDER [OPTIONS] [KEY=VALUE ...]
 
