@@ -1,4 +1,4 @@
-"""Turn a config of Axolotl, LLaMA-Factory, torchtune, LitGPT, TRL or PEFT into an experiment.
+"""Turn a config of Axolotl, LLaMA-Factory, torchtune, LitGPT or TRL into an experiment.
 
     graft import FILE [out=FILE]
 
