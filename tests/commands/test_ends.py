@@ -49,6 +49,7 @@ VERBS: dict[str, Any] = {
     "run": "its samples: see the fixture",
     "schema": None,
     "select": None,
+    "serve": "its answers: tests/serving compares them with generate's",
     "shrink": None,
     "sizes": None,
     "study": None,

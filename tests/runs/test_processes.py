@@ -497,6 +497,7 @@ DRAFTERS: dict[str, list[str]] = {
     "mtp_parallel": [],
     "mtp_sequential": [],
     "mtp_shared": [],
+    "peagle": [*BLOCK, *EAGLE3[3:5], "drafter.keep=1"],  # fewer positions are drawn
     "registers": ["drafter.share=1"],
 }
 # They begin from the first batches of a process's rows, or choose entries by the first process's;

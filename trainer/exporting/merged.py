@@ -44,14 +44,14 @@ def write_merged(run: Trained, folder: Path, dtype: torch.dtype, mtp: bool) -> f
         DrafterError: the drafter is no MTP layer of the base's family.
     """
     expected = outputs(run.model, run)
-    moved = None
+    moved, before = None, None
     if not isinstance(run.adapter, Full):  # which changes the base itself
         with run.adapter.disabled(run.model):
             moved = effect(expected[-1], outputs(run.model, run)[-1])
-    with run.adapter.disabled(run.model):
-        before = zeros(run.model)
+            before = zeros(run.model)
     merged: Any = run.adapter.merge(run.model)
-    report_filled(before, zeros(merged), getattr(run.adapter, "within", "all"))
+    if before is not None:
+        report_filled(before, zeros(merged), getattr(run.adapter, "within", "all"))
     difference = compare(expected, outputs(merged, run), moved)
     if mtp:
         mtp_layers.check(run.drafter, merged)
