@@ -44,6 +44,7 @@ def database(monkeypatch):
     thread.join()
 
 
+@pytest.mark.long
 def test_every_pin_is_asked_about(database, capsys):
     count = len(audit.pins((ROOT / "constraints.txt").read_text()))
     assert audit.main([]) == 1
@@ -54,6 +55,7 @@ def test_every_pin_is_asked_about(database, capsys):
     assert audit.main([]) == 0
 
 
+@pytest.mark.long
 def test_what_was_not_asked_is_not_green(database, monkeypatch, capsys):
     database.answer = staticmethod(lambda queries: [])
     assert audit.main([]) == audit.NOT_ASKED

@@ -99,6 +99,7 @@ def test_linear_has_products_across_the_runs(tmp_path):
     assert combine.lost(low) > 0.5
 
 
+@pytest.mark.long
 def test_draws_are_those_of_the_seed(tmp_path):
     folders = {position: saved(tmp_path / str(position), position)[0] for position in range(2)}
 

@@ -284,6 +284,7 @@ def test_a_damaged_file_is_named(tmp_path, about):
     assert torch.nonzero(compress.read(tmp_path / "f")["x"]).flatten().tolist() == [1, 8]
 
 
+@pytest.mark.long
 def test_hundreds_of_small_tensors_take_few_bytes_each(tmp_path):
     keys = [f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_B.weight" for i in range(300)]
     tensors = {key: compress.compeft(drawn(64, 4, seed=i), 0.2, 1.0) for i, key in enumerate(keys)}

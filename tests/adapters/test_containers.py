@@ -312,6 +312,7 @@ def test_rsloras_scale_is_kept(tmp_path, rank, pair):
     assert (toys.logits(other) - toys.logits(model)).abs().max() > 0.1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_bf16_base_the_two_round_elsewhere(tmp_path, kind):
     """Ours rounds W + S once. PEFT rounds S to bf16, then W + S, and B A x is in fp32 there: as far
@@ -550,6 +551,7 @@ def test_a_classification_head_goes_along(tmp_path, kind, pair):
 # masks of them
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_exported_adapter_is_a_mask(tmp_path, kind):
     adapter, model = attached(kind, toys.llama())

@@ -94,6 +94,7 @@ def test_stock_peft_loads_rosas_two_parts_and_its_experts(name, tmp_path):
     torch.testing.assert_close(logits(adapter.merge(model)), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "changes"),
     [

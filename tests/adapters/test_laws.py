@@ -278,6 +278,7 @@ def test_a_state_holds_nothing_of_the_base(case):
         )
 
 
+@pytest.mark.long
 def test_loftq_starts_nearer_to_the_unrounded_base(folder):
     exact = toys.logits(toys.llama(torch.float32))
     rounded = base_of("loftq", folder)

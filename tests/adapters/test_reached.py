@@ -41,6 +41,7 @@ def test_an_own_forward_that_adds_something_is_no_linear_layer():
     assert not is_linear(Shifted(4, 4))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "smolvlm", "mistral3", "llama4"])
 def test_no_adapter_in_a_vision_tower(family):
     names = [name for name, _ in targets(model_of(family, "meta"), "all-linear")]
@@ -55,6 +56,7 @@ def test_a_text_model_is_one_part():
     assert text_part(model_of("gemma3", "meta")) == "model.language_model."
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "left"),
     [

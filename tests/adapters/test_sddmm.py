@@ -171,6 +171,7 @@ def test_the_fastest_is_one_of_the_ways(dtype):
         assert sddmm.fastest(o, i, k, dtype, torch.device("cpu"), tokens=16) in sddmm.WAYS
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("slow", ["sampled", "gathered"])
 def test_the_fastest_is_the_one_that_takes_less_time(monkeypatch, slow):
     plain = getattr(sddmm, slow)

@@ -707,6 +707,7 @@ def test_a_new_support_gives_the_old_one_back():
         same(results(adapted, x, upstream), reference(adapted, x, upstream))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("schedule", ["wl", "spa_only"])
 def test_merged_it_gives_the_same_logits(dtype, schedule):
@@ -756,6 +757,7 @@ def test_a_merge_rounds_once():
 # shared weights
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Model.*tie_word_embeddings=True.*:UserWarning")
 def test_on_a_tied_output_layer_the_embedding_stays(tmp_path):
     adapter, model = attached(toys.llama(), target_modules=["lm_head", "q_proj"])

@@ -48,6 +48,7 @@ PEFTS = ["adapter=peft", "adapter.peft_type=LORA", "adapter.r=4", "adapter.lora_
 SAME = ["adapter.target_modules=[q_proj,down_proj]", "adapter.train_modules=[model.norm]"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", [OURS, PEFTS], ids=["ours", "PEFT's"])
 def test_a_stock_folder_is_the_start(words, folder):
     path, expected = folder

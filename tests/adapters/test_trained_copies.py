@@ -135,6 +135,7 @@ def test_only_the_rows_of_new_tokens_change(method, tied, tmp_path):
         assert changed == list(NEW)
 
 
+@pytest.mark.long
 def test_a_bf16_base_trains_copies_in_fp32(tmp_path):
     adapter, model, _ = trained(
         "lora", True, "adapter.train_modules=[embed_tokens]", dtype=torch.bfloat16
@@ -157,6 +158,7 @@ def test_rows_start_as_the_mean_of_their_pieces():
             torch.testing.assert_close(new.weight[:-2], old.weight, rtol=0, atol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("more", "says"),
     [
@@ -176,6 +178,7 @@ def test_what_does_not_fit_is_refused_by_name(more, says):
         adapter_of("lora", *more).attach(base_of(False), Start(new_tokens=tuple(NEW)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ensure", [True, False])
 def test_a_lora_on_a_tied_embedding_merges_as_it_answers(ensure, tmp_path):
     """PEFT's merge writes into the tied weight, and so into the output layer too."""

@@ -73,6 +73,7 @@ def trained(adapter, model, steps=9):
     return model.eval()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_zeros_of_the_base_are_zeros_of_the_merged_weight(way):
     base = pruned()
@@ -92,6 +93,7 @@ def test_zeros_of_the_base_are_zeros_of_the_merged_weight(way):
     assert torch.allclose(toys.logits(merged), expected, atol=1e-10)
 
 
+@pytest.mark.long
 def test_without_it_a_merged_update_fills_zeros():
     for adapter in (adapter_of("rosa", within="all"), adapter_of("spiel", within="all")):
         before, merged = weights(pruned()), weights(adapter.merge(trained(adapter, pruned())))

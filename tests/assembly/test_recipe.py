@@ -64,6 +64,7 @@ def test_only_what_trains_is_sharded(recipe):
     assert not recipe().sharded
 
 
+@pytest.mark.long
 def test_the_identity_names_what_has_to_be_the_same_to_resume(recipe):
     built = recipe("max_steps=7")
     identity = built.identity({"adapter": "lora"})
@@ -77,6 +78,7 @@ def test_the_identity_names_what_has_to_be_the_same_to_resume(recipe):
     assert other["data"]["train"] != identity["data"]["train"]
 
 
+@pytest.mark.long
 def test_a_device_is_asked_for_only_in_a_run(recipe, monkeypatch):
     """A check may be made on another machine."""
     monkeypatch.setattr(

@@ -32,6 +32,7 @@ def loaded(tiny, chats):
     return load
 
 
+@pytest.mark.long
 def test_rows_are_trained_or_held_out_and_named_by_their_lines(loaded, chats):
     _, data = loaded()
     lines = {f"{chats}:{number}" for number in range(1, 61)}
@@ -77,6 +78,7 @@ def test_prompts_are_the_first_held_out_conversations_without_their_answers(load
     assert len(data.held_out.prompts) == 4  # they are there already
 
 
+@pytest.mark.long
 def test_a_classifiers_rows_count_one_trained_label_each(tiny, tmp_path):
     rows = [{"text": "a" * (i + 1), "label": "ab"[i % 2]} for i in range(12)]
     file = write_rows(tmp_path / "rows.jsonl", rows)

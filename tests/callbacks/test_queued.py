@@ -152,6 +152,7 @@ def test_trackio_gets_the_runs_name_and_numbers(monkeypatch):
     assert calls[1:] == [({"train/loss": 2.0, "tokens": 7.0}, 3), "end"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("choice", ARGUMENTS)
 def test_a_config_chooses_it(compose, choice):
     cfg = compose("experiment=smoke", "task.path=x", f"logger={choice}")

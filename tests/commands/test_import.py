@@ -76,6 +76,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_key_is_accounted_for_and_the_experiment_composes(kind, place, capsys):
     (place / "other.yml").write_text(yaml.safe_dump(CONFIGS[kind]))

@@ -78,6 +78,7 @@ def test_every_command_is_in_the_list():
     assert {*TAKES, *CONFIGS, *NOTHING} == set(NAMES)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("hostile", HOSTILE, ids=lambda function: function.__name__)
 @pytest.mark.parametrize(
     ("command", "words"),
@@ -109,6 +110,7 @@ def test_a_resume_refuses_it_before_the_log_is_opened(run, hostile):
         composed("experiment=smoke", "task.path=rows.jsonl", f"resume={run}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("hostile", HOSTILE, ids=lambda function: function.__name__)
 def test_a_config_that_names_a_strangers_folder(run, capsys, hostile):
     from trainer import preflight

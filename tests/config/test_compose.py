@@ -257,6 +257,7 @@ def test_settings_that_do_not_go_together(compose, case):
     assert message in line
 
 
+@pytest.mark.long
 def test_nothing_to_train_needs_no_end(compose):
     assert compose("+experiment=smoke", TASK, "adapter=none", "max_steps=null").max_steps is None
 
@@ -332,6 +333,7 @@ def test_two_loggers_at_once(compose):
         compose("experiment=smoke", TASK, "logger=[wandb,tensorboard]", "logger.wandb.porject=p")
 
 
+@pytest.mark.long
 def test_a_callback_beside_the_default_ones(compose):
     cfg = compose(
         "experiment=smoke",

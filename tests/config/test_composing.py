@@ -74,6 +74,7 @@ def test_conf_is_read_once_by_every_way_to_compose(monkeypatch):
         assert end.value.code == 0
 
 
+@pytest.mark.long
 def test_a_folder_of_ones_own_is_read_each_time(tmp_path):
     file = tmp_path / "experiment" / "mine.yaml"
     file.parent.mkdir()

@@ -79,6 +79,7 @@ def test_the_table_has_exactly_the_rows_of_the_list():
     assert len(set(rows)) == len(rows)
 
 
+@pytest.mark.long
 def test_each_row_can_be_reached(smoke):
     assert len(ROWS) > 50
     for row in ROWS:
@@ -132,6 +133,7 @@ def leaf_exists(key, file):
     return rest in ("", "_target_") or key == "adapter.peft_type"
 
 
+@pytest.mark.long
 def test_each_row_names_settings_that_exist():
     classes = {
         str(

@@ -74,6 +74,7 @@ def leaves(table):
             yield child
 
 
+@pytest.mark.long
 def test_each_setting_takes_the_same_values_in_an_editor():
     files = ["config", *(name for name in json_schema.names() if "/" in name)]
     compared = 0
@@ -87,6 +88,7 @@ def test_each_setting_takes_the_same_values_in_an_editor():
     assert compared > 3000
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", schema.options("experiment"))
 def test_our_own_experiments_fit(name):
     content = json_schema.of("experiment")
@@ -112,6 +114,7 @@ def test_each_file_fits_its_own_schema(name):
         assert valid(value, json_schema.of(group) | {"additionalProperties": True})
 
 
+@pytest.mark.long
 def test_the_command(tmp_path, capsys):
     assert exit_code(command.main, ["of=adapter/lora"]) == 0
     content = json.loads(capsys.readouterr().out)

@@ -141,6 +141,7 @@ def endless():
         pass
 
 
+@pytest.mark.long
 def test_work_without_end_is_stopped_and_the_signal_given_back():
     handler = signal.getsignal(signal.SIGVTALRM)
     with (

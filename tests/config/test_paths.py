@@ -113,6 +113,7 @@ def test_what_is_missing_is_said_before_anything_heavy(folder, monkeypatch, capf
     assert not before or sorted(p for p in folder.iterdir() if p.name != "runs") == before
 
 
+@pytest.mark.long
 def test_a_missing_file_of_rows_is_said_after_one_composition(folder, monkeypatch, capfd):
     """Hydra composes twice, once for its mode: a config that was refused is not composed again."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl

@@ -518,6 +518,7 @@ FILES |= {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", [place for place in PLACES if place != "target.features"])
 def test_a_place_of_the_command_line_is_taken(compose, place):
     value = {"hydra.mode": "MULTIRUN", "hydra.job.chdir": "true", "resume": "never"}.get(place, "x")

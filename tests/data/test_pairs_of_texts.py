@@ -129,6 +129,7 @@ def test_rows_keep_their_types_and_the_digest_depends_on_them(tmp_path, monkeypa
     assert Rows(other.cast(table.features), rows.report).digest != rows.digest
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "style", "reads"),
     [

@@ -103,6 +103,7 @@ def cut(row, width):
     return stored
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("width", [1, 3, 10])
 def test_ranks_are_those_of_the_texts_own_tokens(target, width):
     drafter, ids, order = known(target, PROMPT, 20, 1)

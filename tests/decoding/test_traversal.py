@@ -182,6 +182,7 @@ def test_a_policy_that_looks_at_all_tokens_drawn_so_far_keeps_the_law():
         assert float((joint - targets(4, seed)).abs().max()) < 1e-12
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("replacement", [False, True])
 def test_budgets_are_those_of_the_recursion(replacement):
     compared = 0

@@ -168,6 +168,7 @@ def test_draws_say_what_they_were_drawn_from():
     assert Levels(form, best=True)(Table(4), Drawing(V, 9, warm)).probabilities is None
 
 
+@pytest.mark.long
 def test_draws_without_replacement_come_in_their_order():
     q = torch.tensor([0.6, 0.3, 0.1])
     growth = Table(1)

@@ -12,6 +12,7 @@ from scripts import chat_templates, docs
 CHANGED = "run python -m scripts.docs and commit the result"
 
 
+@pytest.mark.long
 def test_the_settings_are_those_of_conf():
     assert (docs.DOCS / "knobs.md").read_text("utf-8") == docs.knobs(), CHANGED
 
@@ -22,6 +23,7 @@ def test_the_commands_are_those_of_the_help_texts():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_a_setting_has_key_default_type_and_meaning():
     page = docs.knobs()
     assert "- `adapter.rank` = `16` (`int >= 1`): r, the inner dimension of B A\n" in page

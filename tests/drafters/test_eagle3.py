@@ -336,6 +336,7 @@ def test_bf16_states_train_fp32_weights():
     )
 
 
+@pytest.mark.long
 def test_it_learns_what_the_target_does_next():
     model = llama()
     drafter = made(Eagle3, model, **knobs("eagle3", offsets=3)).train()
@@ -463,6 +464,7 @@ def test_nothing_trained_has_no_gradient_of_later_passes():
     assert all(p.grad is None or not p.grad.any() for p in drafter.parameters())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "device", "reason"),
     [

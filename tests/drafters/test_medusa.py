@@ -203,6 +203,7 @@ def test_a_run_tells_its_drafter_the_step():
     assert reported == [(3, 7)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("own_head", [True, False])
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_adapter_learns_from_heads_only_where_it_may(own_head, detach):

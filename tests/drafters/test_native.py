@@ -55,6 +55,7 @@ def test_transformers_own_mtp_layer_is_the_drafter(tmp_path, kind):
         )
 
 
+@pytest.mark.long
 def test_the_names_and_keys_are_the_families_own(tmp_path):
     """Names as in the released files, which vLLM's and SGLang's loaders ask for."""
     for kind, offsets in (("glm4_moe", 1), ("qwen3_5_text", 3)):

@@ -65,6 +65,7 @@ def rollout(w, drafter, model, features, ids, at):
     return rms(z, w["norm.weight"], eps)[at:]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("packs", [APART, PACKED], ids=["apart", "packed"])
 @pytest.mark.parametrize(
     ("kind", "changes"),

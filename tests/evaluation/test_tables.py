@@ -53,6 +53,7 @@ def test_a_cell_cannot_break_a_table(capsys):
     assert "[red]2" in shown
 
 
+@pytest.mark.long
 def test_a_picture_is_the_same_each_time_and_holds_its_curves():
     curves = [Curve("first", [(0, 1.0), (1, 0.5)]), Curve("", [(0, 2.0)], "o-", "#123456")]
     one, two = picture("loss", curves), picture("loss", curves)

@@ -77,6 +77,7 @@ CASES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "kind", "to", "changes", "expected"), CASES)
 def test_names_are_the_engines_and_the_files_compute_what_the_drafter_does(
     tmp_path, name, kind, to, changes, expected

@@ -82,6 +82,7 @@ def test_the_hub_reads_what_the_run_says(run, tmp_path):
     assert "![loss](loss.svg)" in text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_card_of_each_format_is_whole_and_the_same_each_time(run, tmp_path, to):
     place = folder_of(tmp_path / "out")
@@ -97,6 +98,7 @@ def test_a_card_of_each_format_is_whole_and_the_same_each_time(run, tmp_path, to
     assert "None" not in text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("config", "expected", "unexpected"),
     [
@@ -131,6 +133,7 @@ def test_no_path_no_secret_and_no_markup_of_a_stranger(tmp_path):
     assert ModelCard(text).data.base_model is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("own", "licence", "language"),
     [
@@ -149,6 +152,7 @@ def test_licence_and_language_are_those_of_the_base(tmp_path, own, licence, lang
     assert (data.license, data.language) == (licence, language)
 
 
+@pytest.mark.long
 def test_old_runs_have_cards_too(tmp_path):
     for name in ("lora", "rosa", "eagle3", "branch"):
         run = shutil.copytree(OLD / name, tmp_path / name)

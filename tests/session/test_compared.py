@@ -116,6 +116,7 @@ def test_the_page_holds_all_and_leads_nowhere(sweep, capsys):
     assert (sweep / "again.html").read_text("utf-8") == text
 
 
+@pytest.mark.long
 def test_a_folder_of_runs_a_sweeps_numbers_and_a_family(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for job in (10, 9):

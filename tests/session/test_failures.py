@@ -153,12 +153,14 @@ def test_what_is_ours_to_mend_comes_with_its_traceback(job, caplog, error):
     assert type(error).__name__ in caplog.text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("code", [130, 143, 1])
 def test_a_run_that_was_stopped_ends_with_the_signals_code(job, caplog, code):
     assert job(raising(Unfinished("saved after step 3 of 9", code))) == code
     assert "saved after step 3 of 9" in caplog.text
 
 
+@pytest.mark.long
 def test_ctrl_c_before_the_run_begins(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["trainer", "+experiment=smoke", "task.path=rows"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")

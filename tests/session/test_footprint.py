@@ -162,6 +162,7 @@ def test_memory_grows_with_what_takes_it(estimated):
     assert 2 * less < half < 0.7 * needed("base.layers=8")["memory_bytes"]["activations"]
 
 
+@pytest.mark.long
 def test_too_little_memory_is_a_warning(estimated, monkeypatch):
     Memory = namedtuple("Memory", "available total")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(1000, 1000))
@@ -179,6 +180,7 @@ def test_too_little_memory_is_a_warning(estimated, monkeypatch):
         assert any("of memory, and" in line for line in estimated().warnings) is warns
 
 
+@pytest.mark.long
 def test_a_disk_too_small_for_the_checkpoints_is_an_error(estimated, monkeypatch, tmp_path):
     Disk = namedtuple("Disk", "total used free")
     size = estimated("callbacks.checkpoints.keep=3").model["checkpoint_bytes"]

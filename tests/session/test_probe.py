@@ -60,6 +60,7 @@ def recipe_of(compose, chats):
     return made
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("overrides", "ranks", "message"),
     [

@@ -104,6 +104,7 @@ def test_a_model_without_a_layer_is_the_model_that_skips_it(family, tmp_path):
     assert torch.equal(logits(stock(model, tmp_path)), logits(model))
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_a_narrowed_model_is_the_model_with_those_neurons_at_zero(family, tmp_path):
     name, model, shape = family

@@ -36,6 +36,7 @@ def loaded(folder):
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 def test_a_pruned_folder_is_a_plain_model_with_a_card(place, tiny, method, capsys):
     assert shrink(f"method={method}") == 0
@@ -59,6 +60,7 @@ def test_a_pruned_folder_is_a_plain_model_with_a_card(place, tiny, method, capsy
     assert sorted(path.name for path in place.iterdir()) == ["out", "rows.jsonl"]
 
 
+@pytest.mark.long
 def test_a_folder_with_fewer_layers_and_one_with_narrower_mlps(place):
     assert shrink("method=drop_layers", "layers=1", "score=cosine") == 0
     assert loaded("out").config.num_hidden_layers == 1
@@ -74,6 +76,7 @@ def test_a_folder_with_fewer_layers_and_one_with_narrower_mlps(place):
     assert loaded("both").num_parameters() < loaded("narrow").num_parameters()
 
 
+@pytest.mark.long
 def test_a_stopped_command_resumes_after_its_last_layer(place, monkeypatch, capsys):
     assert shrink("to=whole", "method=wanda") == 0
     pruned, change = [], Sparse.change
@@ -105,6 +108,7 @@ def test_a_stopped_command_resumes_after_its_last_layer(place, monkeypatch, caps
     assert records[0]["layers_figures"] == records[1]["layers_figures"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", ["other settings", "a damaged layer"])
 def test_a_layer_of_other_settings_or_a_damaged_one_is_made_again(place, monkeypatch, damage):
     monkeypatch.setattr(making, "write", lambda *arguments: 1 / 0)
@@ -214,6 +218,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_shrunk_is_refused_in_a_line(place, case, capsys):
     make, message = REFUSED[case]
@@ -230,6 +235,7 @@ def test_what_cannot_be_shrunk_is_refused_in_a_line(place, case, capsys):
     assert sorted(place.rglob("*")) == before
 
 
+@pytest.mark.long
 def test_a_pruned_base_is_refused_but_for_dropped_layers(place, capsys):
     assert shrink("method=wanda", "evaluate=false") == 0
     words = ["base=hf", "base.path=out", "evaluate=false"]

@@ -31,6 +31,7 @@ def test_the_advice_leaves_the_others_their_cores(others, own, threads, count, a
     assert (advice is None) if advised is None else f"threads={advised} may be" in advice
 
 
+@pytest.mark.long
 def test_what_this_process_uses_is_its_own():
     then = cpu_load.seconds()
     end = time.process_time() + 0.5

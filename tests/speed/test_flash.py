@@ -100,6 +100,7 @@ def by_flash(model):
     return model
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [1, 2])
 def test_loss_and_gradients_are_those_of_masked_attention(kernels, count):
     flash_module.isolate_packed_rows()

@@ -62,6 +62,7 @@ def test_what_was_done_earlier_does_not_make_it_faster():
     assert progress.line() == "respond: 80 of 100 rows, 0:10 left"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("level", "printed"), [(logging.NOTSET, True), (logging.WARNING, False)])
 def test_a_command_prints_and_other_ranks_are_silent(capsys, monkeypatch, level, printed):
     monkeypatch.setattr(logging.getLogger("trainer"), "level", level)
@@ -151,6 +152,7 @@ def test_of_nested_work_the_innermost_is_reported(caplog):
     assert current() is None
 
 
+@pytest.mark.long
 def test_what_spoke_meanwhile_delays_the_next_line(caplog):
     """The steps of training have lines of their own."""
     with caplog.at_level(logging.INFO), Progress("training", every=0.2) as progress:

@@ -198,6 +198,7 @@ def data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(("split", "expected"), [("train", ROWS), ("test", ROWS[:1])])
 def test_a_data_set_gives_the_rows_of_its_split_streamed_or_not(
@@ -419,6 +420,7 @@ def test_the_digest_follows_content_and_kind_and_not_the_place(tmp_path):
     assert source(first).fingerprint() not in digests
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "txt"])
 def test_a_gzip_file_that_expands_without_end(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(reading, "EXPANDED", 1 << 16)

@@ -108,6 +108,7 @@ def test_further_sets_have_their_own_rows(name, files):
     assert len({task.fingerprint(split) for split in splits}) == 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("sets", "says"),
     [

@@ -348,6 +348,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("query", HOSTILE, ids=lambda query: query[:40])
 def test_a_query_can_neither_write_nor_reach_out_nor_run_for_long(tmp_path, query):
     file = tmp_path / "out.db"
@@ -382,6 +383,7 @@ UNSTOPPABLE = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", UNSTOPPABLE)
 def test_a_query_that_sqlite_does_not_interrupt_ends_with_its_process(case, monkeypatch):
     monkeypatch.setattr(databases, "SECONDS", 1)
@@ -407,6 +409,7 @@ def test_the_process_knows_nothing_of_ours(tmp_path, monkeypatch):
     assert child.returncode is not None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "text",
     [

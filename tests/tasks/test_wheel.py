@@ -87,6 +87,7 @@ def test_what_was_never_fetched_can_be_forgotten(empty_cache):
     assert not empty_cache.exists()
 
 
+@pytest.mark.long
 def test_two_fetches_at_once_ask_once(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(pip(tmp_path, f"sleep 0.3\n{WRITES}")))
     with ThreadPoolExecutor(4) as pool:

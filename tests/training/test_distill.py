@@ -142,6 +142,7 @@ def test_the_drafters_gradients_are_fine_tunings(tiny, choice, packed):
     assert own["loss"] == alone
 
 
+@pytest.mark.long
 def test_states_may_come_from_elsewhere(tiny):
     model = Nothing().attach(tiny.load(torch.float32), Start())
     drafter = built(model, "eagle3", "drafter.aux_layers=[0,1,2]", "drafter.offsets=2")
