@@ -3,10 +3,10 @@
 #   docker build -t graft:cuda .                         NVIDIA: torch's own wheels bring CUDA
 #   docker build -t graft --build-arg TORCH_INDEX=URL .  CPU: URL is the index of torch's CPU wheels,
 #                                                        which pytorch.org/get-started names
-#   docker run --rm -v "$PWD:/work" -v graft-cache:/home/graft/.cache graft doctor
-#   docker run --rm --gpus all -v "$PWD:/work" graft:cuda experiment=smoke task.path=rows.jsonl
+#   docker run --rm -v "$PWD:/workspace" -v graft-cache:/home/graft/.cache graft doctor
+#   docker run --rm --gpus all -v "$PWD:/workspace" graft:cuda experiment=smoke task.path=rows.jsonl
 #
-# Run folders go to /work/runs. With another user id: --build-arg UID=$(id -u).
+# Run folders go to /workspace/runs. With another user id: --build-arg UID=$(id -u).
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim
 
@@ -31,9 +31,9 @@ RUN pip install --no-cache-dir --constraint constraints.txt \
         ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch \
     && pip install --no-cache-dir --constraint constraints.txt ".[tensorboard,schedulefree]"
 
-RUN useradd --create-home --uid "$UID" graft && mkdir /work && chown graft /work
+RUN useradd --create-home --uid "$UID" graft && mkdir /workspace && chown graft /workspace
 USER graft
-WORKDIR /work
+WORKDIR /workspace
 VOLUME ["/home/graft/.cache"]
 ENTRYPOINT ["graft"]
 CMD ["--help"]

@@ -17,7 +17,7 @@ VALUES = {"loss": 2.0, "global_step": 1, "name": "a"}
 
 
 class Client:
-    """Keeps what is sent, and fails or hangs where it is asked to."""
+    """Keeps the rows that are sent. It can fail or hang at a step."""
 
     def __init__(self, fails_at=None, hangs_at=None):
         self.rows, self.closed = [], []

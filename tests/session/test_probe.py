@@ -1,4 +1,4 @@
-"""Two steps on the longest batch: which batch that is, what is measured, and what is refused."""
+"""Two steps on the longest batch: its choice, the measured memory, and the refusals."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_links_are_neither_written_through_nor_followed(tmp_path):
 
 
 def test_a_link_that_took_the_new_files_place_is_not_renamed(tmp_path):
-    """Whoever may write into the folder can replace the temporary file while it is written."""
+    """A process that can write into the folder replaces the temporary file."""
     (tmp_path / "other").write_text("theirs")
 
     def attacked():

@@ -134,7 +134,7 @@ def mlflow_logger(
     experiment: str,
     finish_timeout: float,
 ) -> Dashboard | None:
-    """Log to MLflow by Lightning's logger. A resumed run goes on with its MLflow run, which has the
+    """Log to MLflow by Lightning's logger. A resumed run continues its MLflow run, which has the
     tag `graft.id`.
 
     Raises:
@@ -174,7 +174,7 @@ def comet_logger(
     online: bool,
     finish_timeout: float,
 ) -> Dashboard | None:
-    """Log to Comet by Lightning's logger. A resumed run goes on with its experiment, whose key is
+    """Log to Comet by Lightning's logger. A resumed run continues its experiment, whose key is
     made from the run's id.
 
     Raises:

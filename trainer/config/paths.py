@@ -123,7 +123,7 @@ def listed(text: str) -> list[str]:
 
 
 def runs_fault(text: str) -> str | None:
-    """Say what is wrong with the first run of a list that is none."""
+    """Name the first entry of a list that is no run folder, and the reason."""
     return next((fault for run in listed(text) if (fault := run_fault(run))), None)
 
 

@@ -27,23 +27,8 @@ def table(result: dict[str, Any]) -> Table:
             "prompts as at inference", f"{prompts['as_at_inference']} of {prompts['tried']} tried"
         )
     if run := result.get("run"):
-        text_table.add_row(
-            "steps",
-            f"{run['steps']:,} ({run['steps_per_epoch']:,} an epoch, {run['epochs']:.2f} epochs)",
-        )
-        if "drawn_from" in run:
-            drawn = f"{run['sequences']:,} of {run['drawn_from']:,}, by repeat_random"
-            text_table.add_row("sequences an epoch", drawn)
-        text_table.add_row(
-            "tokens an epoch",
-            f"{run['tokens_per_epoch']:,}, {run['trained_tokens_per_epoch']:,} of them trained",
-        )
-        packing = (
-            f", packed sequences {run['packing_efficiency']:.1%} full"
-            if "packing_efficiency" in run
-            else ""
-        )
-        text_table.add_row("padding", f"{run['padding_share']:.1%} of a batch{packing}")
+        for name, text in _run_lines(run):
+            text_table.add_row(name, text)
     if "plan" in result:
         text_table.add_row("", result["plan"])
     if rates := result["schedule"]:
@@ -79,6 +64,27 @@ def table(result: dict[str, Any]) -> Table:
         f"{model['checkpoint_bytes'] / 1e6:.1f} MB; {model['disk_free'] / 1e9:.1f} GB of disk free",
     )
     return text_table
+
+
+def _run_lines(run: dict[str, Any]) -> list[tuple[str, str]]:
+    """Say how long the run is, and what its batches hold."""
+    lines = [
+        (
+            "steps",
+            f"{run['steps']:,} ({run['steps_per_epoch']:,} an epoch, {run['epochs']:.2f} epochs)",
+        )
+    ]
+    if "drawn_from" in run:
+        drawn = f"{run['sequences']:,} of {run['drawn_from']:,}, by repeat_random"
+        lines.append(("sequences an epoch", drawn))
+    tokens = f"{run['tokens_per_epoch']:,}, {run['trained_tokens_per_epoch']:,} of them trained"
+    packing = (
+        f", packed sequences {run['packing_efficiency']:.1%} full"
+        if "packing_efficiency" in run
+        else ""
+    )
+    padding = f"{run['padding_share']:.1%} of a batch{packing}"
+    return [*lines, ("tokens an epoch", tokens), ("padding", padding)]
 
 
 def _split_lines(split: str, data: dict[str, Any] | None) -> list[tuple[str, str]]:

@@ -80,7 +80,7 @@ def shrink(options: ShrinkOptions, config: dict[str, Any]) -> dict[str, Any]:
             "before": sizes(model, work.dtype) | measured(model, held_out, work),
         }
         apply(work, model, rows, resumed)
-        cast_parameters(model, work.dtype)  # what is measured is what is written
+        cast_parameters(model, work.dtype)  # the figures are those of the written dtype
         cast_parameters(model, _computed(work))
         work.record["after"] = sizes(model, work.dtype) | measured(model, held_out, work)
         write(work, model, rows[0])
