@@ -68,7 +68,7 @@ $(BIN)/python:
 	"$(PYTHON)" -m venv $(VENV) || { echo "A virtual environment could not be made. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e .
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[serve]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

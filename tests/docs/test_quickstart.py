@@ -37,3 +37,14 @@ def test_it_names_the_report_and_commands_that_exist(ending, tmp_path, monkeypat
     for _, verb, *words in lines:
         command = importlib.import_module(f"trainer.{verb}")
         parse(command.Options, words, command.__doc__, f"graft {verb}")
+
+
+def test_what_these_commands_need_is_installed():
+    """`graft serve` has packages of its own: the command that make names must not ask for them."""
+    done = subprocess.run(
+        ["make", "-n", "-s", "-C", str(ROOT), "quickstart", "VENV=nowhere"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "-e '.[serve]'" in done.stdout
