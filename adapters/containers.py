@@ -109,8 +109,8 @@ def save_low_rank(
 
 
 def holds_pair(model: nn.Module) -> bool:
-    """Whether SHiRA and LoRA can hold the two parts of a model's deltas: the support is not too
-    dense for SHiRA, and LoRA can name the layers that SHiRA wraps (see io.lora_fields)."""
+    """Return whether SHiRA and LoRA can hold the two parts of a model's deltas: the support is not
+    too dense for SHiRA, and LoRA can name the layers that SHiRA wraps (see io.lora_fields)."""
     named = not any(io.is_rewritten(model, name) for name, _ in io.deltas(model))
     return named and _beyond(model, _budget(model)) is None
 

@@ -140,7 +140,7 @@ class Adapter:
 
     @property
     def only_prepares(self) -> bool:
-        """Whether its steps so far only chose a mask: it changes no logits yet."""
+        """Return whether its steps so far only chose a mask: it changes no logits yet."""
         return False
 
     def plan_text(self, steps: int) -> str | None:
@@ -153,7 +153,7 @@ class Adapter:
 
     @property
     def names_modules(self) -> bool:
-        """Whether settings name modules of the model, which may be misspelt."""
+        """Return whether settings name modules of the model, which may be misspelt."""
         return bool(
             self.target_modules != "all-linear" or self.exclude_modules or self.train_modules
         )

@@ -88,12 +88,13 @@ def lora_fields(
 
 
 def is_rewritten(model: nn.Module, name: str) -> bool:
-    """Whether PEFT takes the name of a layer of this model for its experts' matrices."""
+    """Return whether PEFT takes the name of a layer of this model for its experts' matrices."""
     return name.rpartition(".")[2] in _rewritten_names(_model_type(model))
 
 
 def rewrites(model: nn.Module) -> bool:
-    """Whether PEFT rewrites target_modules for this model; it adds experts to `all-linear`."""
+    """Return whether PEFT rewrites target_modules for this model; it adds experts to
+    `all-linear`."""
     return bool(_rewritten_names(_model_type(model)))
 
 

@@ -25,7 +25,7 @@ _tried: dict[tuple[type, bool], bool] = {}
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module computes x Wᵀ + b. A subclass with a forward of its own is tried out:
+    """Return whether a module computes x Wᵀ + b. A subclass with a forward of its own is tried out:
     Falcon's layers do, and Llama 4's router, which returns a tuple, does not."""
     kind: Any = type(module)
     if not isinstance(module, nn.Linear | Conv1D):
@@ -43,7 +43,8 @@ def is_linear(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _is_product(linear: Any) -> bool:
-    """Whether a layer's own forward gives x Wᵀ + b for an x; on the meta device, its shape."""
+    """Return whether a layer's own forward gives x Wᵀ + b for an x; on the meta device, its
+    shape."""
     weight = linear.weight
     x = torch.linspace(-1, 1, 2 * linear.in_features, dtype=torch.float32, device=weight.device)
     x = x.view(2, -1).to(weight.dtype)
@@ -64,7 +65,7 @@ def features(linear: Any) -> tuple[int, int]:
 
 
 def ends_with(name: str, *endings: str) -> bool:
-    """Whether one of `endings` is the whole dotted name, or its last parts."""
+    """Return whether one of `endings` is the whole dotted name, or its last parts."""
     return any(name == ending or name.endswith("." + ending) for ending in endings)
 
 
@@ -75,7 +76,7 @@ def output_layer(model: nn.Module) -> nn.Module | None:
 
 
 def is_packed(linear: Any) -> bool:
-    """Whether a linear layer's weight is quantised."""
+    """Return whether a linear layer's weight is quantised."""
     weight = linear.weight
     return not weight.is_floating_point() or type(weight).__name__ in PACKED
 

@@ -35,7 +35,7 @@ _FREE = {
 
 
 def decides(field: str) -> bool:
-    """Whether a field decides which tensors a method has, or what they mean."""
+    """Return whether a field decides which tensors a method has, or what they mean."""
     return field not in _FREE and not field.startswith("init_") and "dropout" not in field
 
 

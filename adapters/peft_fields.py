@@ -208,8 +208,8 @@ def _field_problems(setting: str, key: str, value: Any, entry: ConfigClass) -> I
 
 
 def _fits(value: Any, annotation: ast.expr) -> bool:
-    """Whether a plain value fits an annotation. Names of other types accept mappings, strings and
-    null."""
+    """Return whether a plain value fits an annotation. Names of other types accept mappings,
+    strings and null."""
     if isinstance(annotation, ast.Constant):
         return annotation.value is value or (
             isinstance(annotation.value, str)

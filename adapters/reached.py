@@ -1,4 +1,4 @@
-"""Which layers of a model an adapter can train: those that are called, on the way of a text.
+"""The layers of a model that an adapter can train: those that are called, on the way of a text.
 
 Two kinds are not. The vision tower of a vision-language model, and what projects its states, are
 called for images only. And some classes multiply by a layer's weight themselves, without calling
@@ -51,8 +51,8 @@ def text_part(model: Any) -> str | None:
 
 @functools.cache
 def _weight_is_read(parent: Any, child: str) -> bool:
-    """Whether a class reads the weight of its layer `child`, otherwise than to start it or to ask
-    for its type or its shape."""
+    """Return whether a class reads the weight of its layer `child`, otherwise than to start it or
+    to ask for its type or its shape."""
     if parent.__name__.startswith(_NEVER_READ):
         return False
     layer = re.escape(child)

@@ -185,7 +185,7 @@ def gathered(
 
 
 def native_available(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `native` is available for such tensors on this machine."""
+    """Return whether `native` is available for such tensors on this machine."""
     return device.type == "cpu" and dtype in NATIVE and library() is not None
 
 

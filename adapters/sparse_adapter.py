@@ -254,7 +254,7 @@ class SparseAdapter(experts.UpdatesExperts):
             containers.save_supertuning(self, model, folder, base_name, task_type)
 
     def _has_support(self, model: nn.Module) -> bool:
-        """Whether some layer has a support.
+        """Return whether some layer has a support.
 
         Raises:
             AdapterError: stock PEFT cannot load this adapter, or there is nothing to save.

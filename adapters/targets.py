@@ -1,4 +1,4 @@
-"""Which linear layers of a model an adapter is attached to, by its settings."""
+"""The linear layers of a model that an adapter is attached to, by its settings."""
 
 from __future__ import annotations
 

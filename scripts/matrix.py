@@ -50,7 +50,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Result:
-    """What a suite gave in an environment."""
+    """The result of a suite in an environment."""
 
     environment: Environment
     outcome: str  # of pytest, or why it did not run

@@ -60,7 +60,7 @@ def made(project: str, entity: str, title: str) -> Any:
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The command line's options."""
 
     project: str = option("the project", value="NAME")
     entity: str = option("the entity, by default your own", "", value="NAME")

@@ -83,8 +83,8 @@ class Classification:
 
     @functools.cached_property
     def pairs(self) -> bool:
-        """Whether rows are pairs of texts: task.columns names a `text_pair`, or the first row has a
-        column of that name."""
+        """Return whether rows are pairs of texts: task.columns names a `text_pair`, or the first
+        row has a column of that name."""
         if PAIR in self.columns:
             return True
         first = next((row for _, row in self.splits.rows("train")), None)

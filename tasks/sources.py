@@ -1,4 +1,4 @@
-"""Where a task's rows come from besides `path` and `split`: files and a version of a hub data set,
+"""Sources of a task's rows besides `path` and `split`: files and a version of a hub data set,
 and further sets of evaluation.
 
     data_files   the files of a data set to read, {SPLIT: pattern} or patterns of the training split

@@ -19,6 +19,8 @@ ARCHAIC = re.compile(
     r"|thence|whence|upon which|thereof|lest|hitherto)\b",
     re.IGNORECASE,
 )
+QUESTION_WORDS = {"How", "What", "When", "Where", "Whether", "Which", "Who", "Why"}
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 # of a command; the others' limit is below. evaluate is two commands, study has two kinds of words
 LINES = {"__main__": 200, "evaluate": 160, "study": 160}
 MOST_LINES = 130
@@ -63,6 +65,17 @@ def archaic(text):
     ]
 
 
+def question_words(text):
+    """Docstrings that start as a question or a clause, and not with a verb or a noun."""
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, DOCUMENTED)]
+    first = {node: ((ast.get_docstring(node) or "").split() or [""])[0] for node in nodes}
+    return [
+        f"{getattr(node, 'lineno', 1)}: {word}"
+        for node, word in first.items()
+        if word in QUESTION_WORDS
+    ]
+
+
 def untyped_options(text):
     """Functions that take the options of a command as a mapping."""
     return [
@@ -79,6 +92,7 @@ def untyped_options(text):
     [
         (participles, (*PRODUCT, "scripts/bench", "scripts/zoo")),
         (archaic, (*PRODUCT, "scripts/bench", "scripts/zoo")),
+        (question_words, (*PRODUCT, "scripts")),
         (untyped_options, PRODUCT),
     ],
 )
@@ -98,6 +112,8 @@ def test_every_file_keeps_the_rule(rule, folders):
         (archaic, "# as it cannot be had here"),
         (archaic, '"""Compute it anew."""'),
         (archaic, 'raise ValueError(f"{x} stands beside it")'),
+        (question_words, '"""What a row becomes."""'),
+        (question_words, 'def f():\n    """Whether a row is kept."""'),
         (untyped_options, "def f(options: dict[str, Any]): pass"),
         (untyped_options, "def f(options): pass"),
     ],

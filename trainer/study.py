@@ -27,7 +27,7 @@ from trainer.config.shown import say
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The command line's options."""
 
     file: str = option("the study's file, or a name", value="FILE.yaml|NAME")
     parallel: int = option("runs at once", 1, at_least=1)

@@ -175,7 +175,7 @@ def method(name: str) -> Any:
 
 @torch.no_grad()
 def _effect(place: Place, trained: Trained) -> float:
-    """How far a trained model is from its base, over the spread of the base's logits."""
+    """Return how far a trained model is from its base, over the spread of the base's logits."""
     plain_logits = outputs(stock(place), trained)[-1]
     effect = distance(plain_logits, outputs(trained.model, trained)[-1])
     if not effect > 1e-4:

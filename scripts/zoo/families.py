@@ -10,7 +10,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Place:
-    """Where a family is checked: its model's folder, a file of rows, a folder for runs."""
+    """The place where a family is checked: its model's folder, a file of rows, a folder for
+    runs."""
 
     family: Family
     base: str

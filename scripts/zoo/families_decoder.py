@@ -302,7 +302,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def _has_experts(name: str) -> bool:
-    """Whether a family's layers have routed experts."""
+    """Return whether a family's layers have routed experts."""
     return name == "granitemoehybrid" or (name in MOE and name != "qwen3_5_text")
 
 

@@ -74,7 +74,7 @@ Outcomes: {counts}.
 
 
 def counts(results: Path) -> str:
-    """How many cells have which outcome."""
+    """Return how many cells have which outcome."""
     cells = [
         cell["outcome"]
         for name in every()
@@ -127,7 +127,7 @@ def _section(group: str, families: list[Family], results: Path) -> str:
 
 
 def distinct(names: Iterable[str]) -> int:
-    """How many families there are: encoder-decoders have two rows."""
+    """Return how many families there are: encoder-decoders have two rows."""
     return len({name.removesuffix("_classify") for name in names})
 
 

@@ -85,7 +85,7 @@ def check(config: dict[str, Any], base: Base, adapter: Adapter) -> None:
 
 
 def is_run(path: str) -> bool:
-    """Whether `FOLDER` or `FOLDER@last|best|STEP` is a run's."""
+    """Return whether `FOLDER` or `FOLDER@last|best|STEP` is a run's."""
     return (split(path)[0] / "run.yaml").exists()
 
 
@@ -110,7 +110,7 @@ def attach(config: dict[str, Any], adapter: Adapter, model: nn.Module, start: St
 
 
 def _other_base(stored: dict[str, Any], base: Base) -> list[str]:
-    """Whether a PEFT folder names another base, as far as names and local folders tell."""
+    """Return whether a PEFT folder names another base, as far as names and local folders tell."""
     name = stored.get("base_model_name_or_path")
     if not name or name == base.path:
         return []

@@ -99,17 +99,17 @@ class Recipe:
 
     @property
     def trains(self) -> bool:
-        """Whether anything is trained: an adapter, a drafter or both."""
+        """Return whether anything is trained: an adapter, a drafter or both."""
         return _trains(self.config, self.adapter)
 
     @property
     def trains_base(self) -> bool:
-        """Whether the base's own weights are trained."""
+        """Return whether the base's own weights are trained."""
         return isinstance(self.adapter, Full)
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP2 shards the model among the ranks."""
+        """Return whether FSDP2 shards the model among the ranks."""
         return self.trains and self.config["lightning"]["strategy"] == "fsdp2"
 
     @property

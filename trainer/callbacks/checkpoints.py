@@ -1,4 +1,4 @@
-"""When a run is saved, and which checkpoints are kept."""
+"""Times to save a run, and the checkpoints that are kept."""
 
 from __future__ import annotations
 

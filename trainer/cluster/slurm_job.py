@@ -46,13 +46,13 @@ class Stopped(RuntimeError):
 
 
 def first_process() -> bool:
-    """Whether this process is rank 0, as torchrun, srun and Lightning number ranks."""
+    """Return whether this process is rank 0, as torchrun, srun and Lightning number ranks."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
 
 
 def has_several_ranks() -> bool:
-    """Whether srun has started several ranks. When one exits with an error, srun sends SIGTERM to
-    all; srun's exit code is the highest of theirs."""
+    """Return whether srun has started several ranks. When one exits with an error, srun sends
+    SIGTERM to all; srun's exit code is the highest of theirs."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 

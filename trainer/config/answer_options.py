@@ -18,7 +18,7 @@ FILE_SETTINGS = ("system", "columns", "format", "chat_template")
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """Which model answers."""
+    """The model that answers."""
 
     base: str | None = option("the target: a base of conf/base", None, value="NAME")
     run: str | None = option(
@@ -33,7 +33,7 @@ class TargetOptions:
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """Which conversations are answered."""
+    """The conversations that are answered."""
 
     prompts: str | None = option("a file of prompts", None, value="FILE")
     task: str | None = option("or a task of conf/task", None, value="NAME")
@@ -55,7 +55,7 @@ class PromptOptions:
 
 @dataclass(frozen=True)
 class DrawingOptions(SamplingOptions):
-    """How an answer is drawn, and what becomes of it."""
+    """The way an answer is drawn, and its use."""
 
     max_new_tokens: int = option("of an answer", 512, at_least=1)
     top_k: int = option("draw from the k likeliest tokens; 0 takes all", 0, at_least=0)
@@ -111,7 +111,7 @@ class AnswerOptions(DrawingOptions, PromptOptions, TargetOptions):
 
     @property
     def names_template(self) -> bool:
-        """Whether the chat template is that of the task, and not that of the run."""
+        """Return whether the chat template is that of the task, and not that of the run."""
         return any(word.startswith("task.chat_template=") for word in self.settings)
 
 

@@ -48,7 +48,7 @@ class Conflict:
     message: str
 
     def applies(self, config: Config) -> bool:
-        """Whether all conditions hold for a plain config."""
+        """Return whether all conditions hold for a plain config."""
         group = self.file.partition("/")[0]
         if self.target is not None and value_of(config, f"{group}._target_") != self.target:
             return False
@@ -136,12 +136,13 @@ def as_yaml(value: Any) -> str:
 
 
 def trains_adapter(config: Config) -> bool:
-    """Whether an adapter, or all of the base, is trained."""
+    """Return whether an adapter, or all of the base, is trained."""
     return bool(config["adapter"]["_target_"] != "adapters.full.Nothing")
 
 
 def several_processes(config: Config) -> bool:
-    """Whether conf/lightning's settings request several processes. devices=auto is not known."""
+    """Return whether conf/lightning's settings request several processes. devices=auto is not
+    known."""
     lightning = config["lightning"]
     devices = lightning["devices"]
     if isinstance(devices, str):
@@ -151,7 +152,7 @@ def several_processes(config: Config) -> bool:
 
 
 def schedule_free(config: Config) -> bool:
-    """Whether a plain config's optimiser is one of the package schedulefree."""
+    """Return whether a plain config's optimiser is one of the package schedulefree."""
     return bool(config["optimizer"]["_target_"].startswith("schedulefree."))
 
 

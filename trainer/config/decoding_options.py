@@ -16,7 +16,7 @@ RECORDED = ("max_new_tokens", "temperature", "top_p", "seed")
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How tokens are drawn."""
+    """The way tokens are drawn."""
 
     temperature: float = option("0 is greedy", 0.0, at_least=0)
     top_p: float = option("draw from the likeliest tokens of this share", 1.0, above=0, at_most=1)
@@ -25,7 +25,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class DrafterOptions:
-    """Which drafter drafts."""
+    """The drafter to use."""
 
     drafter: Literal[
         "run",
@@ -62,7 +62,7 @@ class DrafterOptions:
 
 @dataclass(frozen=True)
 class GrowthOptions:
-    """How a draft grows, as trainer.decoding.trees reads it."""
+    """The growth of a draft, as trainer.decoding.trees reads it."""
 
     tree: Literal["chain", "static", "eagle2", "dyspec"] = option(
         "chain: one token after another. static: EAGLE-1's tree, or that of paths=FILE. eagle2:"
@@ -116,7 +116,7 @@ class GrowthOptions:
 
 @dataclass(frozen=True)
 class MeasureOptions(GrowthOptions, DrafterOptions, SamplingOptions):
-    """How decoding with a drafter is measured, and on which prompts."""
+    """The measurement of decoding with a drafter, and its prompts."""
 
     run: str = option("the run folder", value="FOLDER[@last|best|STEP]", reads=paths.run_fault)
     prompts: str | None = option(

@@ -87,7 +87,8 @@ _UNWRITABLE = {
 
 
 def full_disk(error: BaseException) -> bool:
-    """Whether an error says that a disk is full; safetensors and torch have errors of their own."""
+    """Return whether an error says that a disk is full; safetensors and torch have errors of their
+    own."""
     full = (errno.ENOSPC, errno.EDQUOT)
     return (isinstance(error, OSError) and error.errno in full) or (
         "No space left on device" in str(error)

@@ -193,7 +193,7 @@ _PLACES = (
 
 
 def is_hydras_own(config: DictConfig) -> bool:
-    """Whether this is Hydra's own config, which it composes for --hydra-help."""
+    """Return whether this is Hydra's own config, which it composes for --hydra-help."""
     job = OmegaConf.select(config, "hydra.job")
     return isinstance(job, DictConfig) and "config_name" in job and job.config_name is None
 

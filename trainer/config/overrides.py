@@ -56,9 +56,9 @@ def is_override(key: str) -> bool:
 
 
 def is_inherited(override: str) -> bool:
-    """Whether a new run may take an override from the record of another one. The record may come
-    from a stranger: Hydra's own settings and the places of files are not taken from it, nor words
-    that are no overrides."""
+    """Return whether a new run may take an override from the record of another one. The record may
+    come from a stranger: Hydra's own settings and the places of files are not taken from it, nor
+    words that are no overrides."""
     key, equals, _ = override.partition("=")
     removes = override.startswith("~")
     return (

@@ -86,7 +86,7 @@ def file_fault(path: str | Path) -> str | None:
 
 
 def looks_local(path: str) -> bool:
-    """Whether a path cannot be a name on the hub, ORG/NAME."""
+    """Return whether a path cannot be a name on the hub, ORG/NAME."""
     return path.count("/") > 1 or path.startswith((".", "/", "~"))
 
 

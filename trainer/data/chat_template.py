@@ -160,7 +160,7 @@ class ChatTemplate:
 
     @cached_property
     def takes_text(self) -> bool:
-        """Whether the template takes the arguments of calls as JSON text."""
+        """Return whether the template takes the arguments of calls as JSON text."""
         text = '{"probe_key": "probe value"}'
         as_object = self._probe(_called(json.loads(text)))
         as_text = self._probe(_called(text))
@@ -172,7 +172,7 @@ class ChatTemplate:
 
     @cached_property
     def takes_parts(self) -> bool:
-        """Whether the template shows content only as a list of parts."""
+        """Return whether the template shows content only as a list of parts."""
         words = ["zq1", "zq2"]
         if _all_in(words, self._probe(_chat(*words))):
             return False
@@ -181,7 +181,7 @@ class ChatTemplate:
 
     @cached_property
     def takes_thoughts_in_parts(self) -> bool:
-        """Whether the template shows reasoning only as a part of the content."""
+        """Return whether the template shows reasoning only as a part of the content."""
         if "thinking" not in self.words:
             return False
         question, answer = _chat("zq1", "zq2")
@@ -193,8 +193,8 @@ class ChatTemplate:
 
     @cached_property
     def rewrites(self) -> bool:
-        """Whether an answer reads differently once other turns follow it, does not begin as the
-        generation prompt does, or is marked together with what that prompt supplies."""
+        """Return whether an answer reads differently once other turns follow it, does not begin as
+        the generation prompt does, or is marked together with what that prompt supplies."""
         chat = [
             *_chat("zq1", "<think>\nzq2\n</think>\n\nzq3"),
             *_chat("zq4", "<think>\nzq5\n</think>\n\nzq6"),

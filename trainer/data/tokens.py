@@ -1,4 +1,4 @@
-"""What a row becomes: sequences of token ids."""
+"""Sequences of token ids, made from rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Tokens:
 
 @dataclass
 class Rendered:
-    """What a row became: its sequences, the kinds of fields that the template left out, and what
+    """The result of a row: its sequences, the kinds of fields that the template left out, and what
     nothing reads."""
 
     sequences: list[Tokens]

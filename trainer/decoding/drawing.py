@@ -15,7 +15,7 @@ from trainer.drafters import Draft, DrafterError
 
 @dataclass(frozen=True)
 class Drawing:
-    """How a tree's nodes are chosen: drawn from `to_probabilities` of the logits or, if that is
+    """The choice of a tree's nodes: drawn from `to_probabilities` of the logits or, if that is
     None, the most likely tokens. No node is deeper than `limit`."""
 
     size: int  # V, the target's

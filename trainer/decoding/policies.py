@@ -1,4 +1,4 @@
-"""When to end a tree of drafted tokens early.
+"""Policies that end a tree of drafted tokens early.
 
 A policy decides before each level except the first, and sees only the tokens that were drawn above
 that level. So the text keeps the target's distribution: whether a level exists is decided before

@@ -1,4 +1,4 @@
-"""What a longer chain costs and gives on a machine, and the temperatures of predicted acceptances.
+"""Costs and gains of a longer chain on a machine, and the temperatures of predicted acceptances.
 
 `graft speculate tree=search json=FILE` measures both; policy=profitable:FILE reads them.
 

@@ -1,4 +1,4 @@
-"""How tokens are drawn from a distribution: temperature, top-k and top-p, and a seed."""
+"""Ways to draw tokens from a distribution: temperature, top-k and top-p, and a seed."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Result:
 
     @property
     def histogram(self) -> list[int]:
-        """How many steps accepted 0, 1, 2 ... drafted tokens."""
+        """The number of steps that accepted 0, 1, 2 ... drafted tokens."""
         taken = [count for _, count in self.drafts]
         return [taken.count(count) for count in range(max(taken, default=0) + 1)]
 
@@ -91,7 +91,7 @@ def position_counts(results: Iterable[Result]) -> list[PositionCounts]:
 
 @dataclass(frozen=True)
 class Strategy:
-    """How drafts are built and verified."""
+    """The way drafts are built and verified."""
 
     shape: Shape | None = None  # None: a chain of as many tokens as the drafter can propose
     # One of verify.RULES, used only when sampling. typical_lossy is not lossless.

@@ -1,4 +1,4 @@
-"""Which tokens to verify next: trees grown from a drafter's distributions
+"""The tokens to verify next: trees grown from a drafter's distributions
 (trainer.drafters.Growth).
 
     shape           a callable (Growth, Drawing) -> Draft

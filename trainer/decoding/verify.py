@@ -1,4 +1,4 @@
-"""Which of a tree's tokens are accepted, and the token after them: rules that keep the text exactly
+"""Acceptance of a tree's tokens, and the token after them: rules that keep the text exactly
 the target's. `traversal` decides whole paths and has a file of its own.
 
     place          the newest token, then the tree's nodes, each with a row p: the target's

@@ -165,7 +165,8 @@ class Drafter(nn.Module):
 
     @property
     def depth(self) -> int:
-        """How many tokens may follow one another in a draft: K, unless the method can continue."""
+        """Return how many tokens may follow one another in a draft: K, unless the method can
+        continue."""
         return self.offsets
 
     def calibrate(self, counts: Callable[[], Int[Tensor, " V"]]) -> None:

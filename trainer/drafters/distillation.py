@@ -158,7 +158,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Distillation:
-    """How drafters learn a teacher's distributions p with their own, q.
+    """The way drafters learn a teacher's distributions p with their own, q.
 
         ce = - Σ p log q        kl = Σ p log (p / q)        tv = 1 - α
         lk_alpha = - log α      lk_hybrid = w kl + (1 - w) tv
@@ -192,7 +192,7 @@ class Distillation:
 
     @property
     def quick(self) -> bool:
-        """Whether `quickly` is used."""
+        """Return whether `quickly` is used."""
         return self.fast and self.kind in ("ce", "kl") and self.topk is None
 
     @torch.no_grad()

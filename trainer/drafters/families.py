@@ -19,6 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from trainer.drafters import DrafterError
+from trainer.models.layer_config import of_layer
 
 # The model types of targets, and the draft layer that engines have for them.
 FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "qwen3"}
@@ -118,6 +119,7 @@ def unlike_engines(config: Any) -> str | None:
 
 def layer_config(config: Any, kind: str) -> Any:
     """Return transformers' config of one llama or qwen3 layer with a target's sizes."""
+    config = of_layer(config)
     heads = config.num_attention_heads
     settings: dict[str, Any] = {
         "vocab_size": config.vocab_size,

@@ -1,4 +1,5 @@
-"""What a run did, read from run.yaml and metrics.jsonl of a folder that may be a stranger's."""
+"""The history of a run, read from run.yaml and metrics.jsonl of a folder that may be a
+stranger's."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of the journal is a number."""
+    """Return whether a value of the journal is a number."""
     return door.mismatch(value, door.NUMBER) is None
 
 

@@ -1,4 +1,4 @@
-"""How a draft head ages: an old head on its old model, on the new one, and after re-alignment.
+"""The ageing of a draft head: an old head on its old model, on the new one, and after re-alignment.
 
 Each stage decodes the same prompts greedily. tau is the tokens of a target pass, with the target's
 own; `first` is how often the first drafted token was accepted.

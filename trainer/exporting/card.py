@@ -82,7 +82,7 @@ def write(
 
 
 def _ours(file: Path) -> bool:
-    """Whether a card is missing, or was written by Graft."""
+    """Return whether a card is missing, or was written by Graft."""
     try:
         return MARK in files.read_text(file, LARGEST)
     except FileNotFoundError:
@@ -148,7 +148,7 @@ def _base_text(source: Summary) -> str:
 
 
 def _on_hub(path: Any) -> bool:
-    """Whether a path is written as a name on the Hub, ORG/NAME."""
+    """Return whether a path is written as a name on the Hub, ORG/NAME."""
     if not isinstance(path, str) or path.count("/") != 1 or paths.looks_local(path):
         return False
     try:
@@ -210,7 +210,7 @@ def _card_of_base(source: Summary, base: str | None) -> Any:
 
 
 def _plain_words(data: Any) -> bool:
-    """Whether licence and language are words, as the Hub demands of them."""
+    """Return whether licence and language are words, as the Hub demands of them."""
     language = getattr(data, "language", None) or []
     words = [
         getattr(data, "license", None) or "x",

@@ -1,4 +1,4 @@
-"""How to load a result: commands and code for a model card."""
+"""Ways to load a result: commands and code for a model card."""
 
 from __future__ import annotations
 

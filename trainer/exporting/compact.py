@@ -44,7 +44,7 @@ Files = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Choice:
-    """How the tensors are compressed. `strength` is alpha or the divisor; None searches for it.
+    """The compression of the tensors. `strength` is alpha or the divisor; None searches for it.
     `factors` is both or B: which of a low-rank pair are compressed."""
 
     method: str

@@ -45,7 +45,7 @@ BLOCK = 32  # numbers that share a scale in Q8_0
 
 @dataclass(frozen=True)
 class Family:
-    """How llama.cpp keeps the models of one type of transformers."""
+    """The form in which llama.cpp keeps the models of one type of transformers."""
 
     architecture: gguf.MODEL_ARCH
     paired: bool = False  # rows of q and k in pairs

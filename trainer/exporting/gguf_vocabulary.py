@@ -34,7 +34,8 @@ RULES = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file says of a tokenizer. `model` is gpt2 (bytes) or llama (sentencepiece)."""
+    """The tokenizer as a GGUF file describes it. `model` is gpt2 (bytes) or llama
+    (sentencepiece)."""
 
     model: str
     rule: str

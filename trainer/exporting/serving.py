@@ -33,7 +33,7 @@ _PROBE = [{"role": "user", "content": "1"}]
 
 @dataclass(frozen=True)
 class Serving:
-    """How a run's model is prompted, and the tokens that end its answers."""
+    """The prompt format of a run's model, and the tokens that end its answers."""
 
     base: Base
     renderer: Renderer

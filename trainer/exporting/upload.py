@@ -59,7 +59,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What would go to `repo`; `left` are files that stay here."""
+    """The files that would go to `repo`; `left` are files that stay here."""
 
     folder: Path
     repo: str

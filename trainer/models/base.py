@@ -259,7 +259,7 @@ class Base:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the model's own files are quantised."""
+        """Return whether the model's own files are quantised."""
         return getattr(self.config, "quantization_config", None) is not None
 
     @functools.cached_property

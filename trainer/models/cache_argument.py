@@ -41,7 +41,7 @@ def model_with_cache(model: Any, cache: Any) -> dict[str, Any]:
 
 
 def makes_its_own(model: Any) -> bool:
-    """Whether a model's first pass takes no cache and returns one."""
+    """Return whether a model's first pass takes no cache and returns one."""
     return next(iter(model_with_cache(model, None))) == BARE
 
 

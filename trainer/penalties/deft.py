@@ -113,14 +113,14 @@ def mlp_inputs(model: nn.Module, modules: str | list[str] = "auto") -> list[tupl
 
 
 def _bert_like(name: str, named: dict[str, nn.Module]) -> bool:
-    """Whether it is BERT's `layer.0.output.dense`, and not `layer.0.attention.output.dense`. Only
-    the former's parent also has an `intermediate`."""
+    """Return whether it is BERT's `layer.0.output.dense`, and not `layer.0.attention.output.dense`.
+    Only the former's parent also has an `intermediate`."""
     layer, separator, rest = name.rpartition("output.dense")
     return separator != "" and rest == "" and f"{layer}intermediate" in named
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, or an adapter around one."""
+    """Return whether a module is a linear layer, or an adapter around one."""
     inner: Any = module
     while isinstance(inner, nn.Module) and not isinstance(inner, nn.Linear | Conv1D):
         # our name of the frozen layer, or PEFT's

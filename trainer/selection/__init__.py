@@ -1,1 +1,1 @@
-"""Which rows of a pool to train on, for a target or without one."""
+"""The choice of rows of a pool to train on, for a target or without one."""

@@ -45,7 +45,7 @@ UPDATES = (".B", ".lora_B.default.weight")  # the factors that start at zero
 
 @dataclass(frozen=True)
 class Plan:
-    """What to choose from, for what, and how."""
+    """The pool to choose from, the target, and the method."""
 
     run: str
     by: str

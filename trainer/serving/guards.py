@@ -1,4 +1,4 @@
-"""Who may send a request: checks before any route.
+"""Checks of who may send a request, before any route.
 
 A web page that a user visits can send requests to this machine. With DNS rebinding its own name
 leads here, so a Host that is neither an address nor a name of this server is refused, and an Origin
@@ -83,7 +83,7 @@ class Guards:
             )
 
     def allows(self, host: str) -> bool:
-        """Whether a Host header, with or without a port, names this server."""
+        """Return whether a Host header, with or without a port, names this server."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:

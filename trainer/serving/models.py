@@ -52,7 +52,7 @@ class Served:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next(self.target.model.parameters()).device
 
 

@@ -19,7 +19,7 @@ from trainer.serving.requests import ChatSettings, Settings, TextSettings
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the worker decodes."""
+    """The input that the worker decodes."""
 
     ids: list[int]
     max_tokens: int

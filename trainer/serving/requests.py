@@ -21,7 +21,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=500)]
 
 
 class StreamOptions(BaseModel):
-    """What a stream ends with."""
+    """The end of a stream."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
@@ -61,12 +61,12 @@ class Settings(BaseModel):
 
     @property
     def top(self) -> int | None:
-        """How many likeliest tokens to report; None for no log-probabilities."""
+        """Return how many likeliest tokens to report; None for no log-probabilities."""
         raise NotImplementedError
 
     @property
     def with_usage(self) -> bool:
-        """Whether the stream ends with the usage."""
+        """Return whether the stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 

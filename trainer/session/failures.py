@@ -71,7 +71,7 @@ def explained(error: BaseException, config: dict[str, Any]) -> tuple[str, int] |
 
 
 def lost(error: BaseException) -> bool:
-    """Whether an error says that the ranks of a run cannot reach each other any more."""
+    """Return whether an error says that the ranks of a run cannot reach each other any more."""
     text = str(error)
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError)

@@ -134,7 +134,7 @@ def _trainable(
 def _frozen_experts(
     adapter: Adapter, model: nn.Module, experts: list[nn.Parameter], warnings: list[str]
 ) -> int:
-    """How many parameters of experts get no update: they are no linear layers, so that
+    """Return how many parameters of experts get no update: they are no linear layers, so that
     `all-linear` does not reach them."""
     adapted = adapted_ids(model)
     frozen = sum(p.numel() for p in experts if not p.requires_grad and id(p) not in adapted)

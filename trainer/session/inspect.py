@@ -258,7 +258,7 @@ def refuse_monitor(config: dict[str, Any], task: Any) -> None:
 
 
 def _evaluates(task: dict[str, Any]) -> bool:
-    """Whether a task's settings give it rows of evaluation."""
+    """Return whether a task's settings give it rows of evaluation."""
     return (
         bool(task.get("eval_path"))
         or bool(task.get("eval_fraction"))

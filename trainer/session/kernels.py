@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from trainer.assembly.recipe import Recipe
+from trainer.models.layer_config import of_layer
 from trainer.speed import attention_choice, cpu_load, malloc, threads
 from trainer.speed.attention_choice import Choice
 from trainer.speed.cpu_load import Seconds
@@ -58,7 +59,8 @@ def attention_of(recipe: Recipe, earlier: dict[str, Any] | None) -> dict[str, An
             return None
     if choice is None and not (setting == "auto" and config["deterministic"]):
         dtype = torch.bfloat16 if recipe.precision == "bf16-mixed" else recipe.dtype
-        shape = attention_choice.shape_of(recipe.base.config.get_text_config(), dtype)
+        layer = of_layer(recipe.base.config.get_text_config(), 0)
+        shape = attention_choice.shape_of(layer, dtype)
         choice = attention_choice.choose(setting, shape, _longest(recipe)) if shape else None
     if choice is None:
         return None

@@ -1,5 +1,5 @@
-"""Whether a run may be resumed with another batch_size, accumulate or number of ranks: a step then
-has the same rows, and its gradient is the same sum, up to rounding."""
+"""Return whether a run may be resumed with another batch_size, accumulate or number of ranks: a
+step then has the same rows, and its gradient is the same sum, up to rounding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAUNCH = ("lightning.devices", "lightning.num_nodes", "lightning.strategy")
 
 @dataclass(frozen=True)
 class Split:
-    """How an earlier run split its steps, and how this one does."""
+    """The split of steps in an earlier run and in this one."""
 
     recorded: dict[str, Any]  # the earlier run's config
     recorded_ranks: int
@@ -24,19 +24,19 @@ class Split:
 
     @property
     def other_ranks(self) -> bool:
-        """Whether the number of ranks differs."""
+        """Return whether the number of ranks differs."""
         return self.recorded_ranks != self.recipe.ranks
 
     @property
     def same_rows(self) -> bool:
-        """Whether a step has as many rows as before. They are the same then."""
+        """Return whether a step has as many rows as before. They are the same then."""
         return _rows(self.recorded, self.recorded_ranks) == _rows(
             self.recipe.config, self.recipe.ranks
         )
 
     @property
     def same_parts(self) -> bool:
-        """Whether micro-batches have the same rows, whichever rank they are on."""
+        """Return whether micro-batches have the same rows, whichever rank they are on."""
         return self.recorded["batch_size"] == self.recipe.config["batch_size"]
 
     def fault(self) -> str | None:

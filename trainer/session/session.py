@@ -127,7 +127,7 @@ class Session:
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this process is rank 0, which alone writes the run folder."""
+        """Return whether this process is rank 0, which alone writes the run folder."""
         return self.lightning_trainer.is_global_zero
 
     def make_recipe(self) -> Recipe:

@@ -1,4 +1,4 @@
-"""Where a run starts: from nothing, from its own last checkpoint, or from another run's.
+"""The start of a run: from nothing, from its own last checkpoint, or from another run's.
 
 A branch keeps weights, optimiser, data position and random draws of its parent. Only its later
 rates differ (conf/branch), and its rows if it has a task of its own. The parent is read and never
@@ -32,7 +32,7 @@ log = logging.getLogger("trainer")
 
 @dataclass(frozen=True)
 class StartPoint:
-    """Where a run starts: fresh, resumed or branched off."""
+    """The start of a run: fresh, resumed or branched off."""
 
     step: int = 0  # optimiser steps that are done
     checkpoint: Checkpoint | None = None
@@ -45,7 +45,7 @@ class StartPoint:
 
     @property
     def fresh(self) -> bool:
-        """Whether the run starts at its first step."""
+        """Return whether the run starts at its first step."""
         return self.checkpoint is None
 
     def to_json(self) -> str:

@@ -12,7 +12,7 @@ from trainer.models.base import Base, BaseError
 
 @dataclass(frozen=True)
 class Shape:
-    """Where the parts of a family's model are, as names of modules.
+    """The names of the modules of a family's model.
 
     layers  the list of decoder layers, from the model
     up      the MLP's projections to its neurons, from a layer; empty where they are one packed
@@ -27,7 +27,7 @@ class Shape:
     width: str = "intermediate_size"
 
     def is_mlp(self, name: str) -> bool:
-        """Whether a linear of a layer belongs to the MLP and not to attention."""
+        """Return whether a linear of a layer belongs to the MLP and not to attention."""
         return name.startswith("mlp.") or name in (*self.up, self.down)
 
 

@@ -1,4 +1,4 @@
-"""Which entries of a weight stay: n of every m neighbouring inputs, or a share of each row."""
+"""The entries of a weight that stay: n of every m neighbouring inputs, or a share of each row."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Pattern:
         return mask.view(scores.shape)
 
     def follows(self, weight: Float[Tensor, "o i"]) -> bool:
-        """Whether no group, or no row, of a weight has more entries than may stay."""
+        """Return whether no group, or no row, of a weight has more entries than may stay."""
         if self.fault(weight.shape[1]) is not None:
             return False
         parts = weight if self.group is None else weight.unflatten(1, (-1, self.group))

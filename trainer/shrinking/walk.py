@@ -22,7 +22,7 @@ States = list[Float[Tensor, "1 t d"]]
 
 
 class Method:
-    """What is done to each layer of a walk.
+    """The work on each layer of a walk.
 
     reads    whether layers run while `watch` is open; without it no row is needed
     changes  whether `change` changes the layer

@@ -226,7 +226,7 @@ class _Flash(torch.autograd.Function):
 
 
 class Plans:
-    """What the queries of a batch see, as blocks and as pieces."""
+    """The keys that the queries of a batch see, as blocks and as pieces."""
 
     def __init__(self, blocks: list[BlockPlan], pieces: list[list[Piece]] | None):
         self.blocks = blocks

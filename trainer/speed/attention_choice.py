@@ -1,4 +1,4 @@
-"""Which kernels compute attention on a CPU, by measurement.
+"""The choice of attention kernels on a CPU, by measurement.
 
 On an Intel Xeon with AMX, SmolLM2's attention over 4096 tokens in bf16 took 440 ms forward and 784
 backward by blocks, and 131 and 714 by torch's flash kernel; over 256 tokens 12 and 21 against 6 and
@@ -42,7 +42,7 @@ NAMES = {"blocks": PAIRS[0], "mixed": PAIRS[1], "flash": PAIRS[2]}
 
 
 class Shape(NamedTuple):
-    """What the times of a kernel depend on, besides the length."""
+    """The values that the times of a kernel depend on, besides the length."""
 
     heads: int  # query heads that share a key
     width: int  # of a head

@@ -146,7 +146,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _is_free(path: Path) -> bool:
-    """Whether a file exists, is regular, and no process holds its lock."""
+    """Return whether a file exists, is regular, and no process holds its lock."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

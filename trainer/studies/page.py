@@ -1,4 +1,4 @@
-"""What a study leaves: study.md and study.html with tables, and the commands of its runs."""
+"""The results of a study: study.md and study.html with tables, and the commands of its runs."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class TooLarge(RuntimeError):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the CPU or an accelerator."""
+    """Return whether an error says that memory ran out, on the CPU or an accelerator."""
     text = str(error)
     return (
         isinstance(error, MemoryError | torch.OutOfMemoryError)
@@ -51,7 +51,7 @@ def parts(batch: dict[str, Any], rows: int | None) -> Iterator[tuple[dict[str, A
 
 
 class Module(Protocol):
-    """What `Repeating` needs of FineTune."""
+    """The part of FineTune that `Repeating` needs."""
 
     rows_at_once: int | None
     step: int
