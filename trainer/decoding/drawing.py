@@ -31,8 +31,8 @@ def empty_draft() -> Draft:
 
 
 class DrawnNodes:
-    """The nodes of a tree so far. Their tokens are indices into the drafter's vocabulary until
-    `ids` maps them to the target's."""
+    """The nodes so far of the trees of B sequences, the same number for each. Their tokens are
+    indices into the drafter's vocabulary until `ids` maps them to the target's."""
 
     def __init__(self, drawing: Drawing, vocabulary: Int[Tensor, " v"] | None):
         self.drawing, self.vocabulary = drawing, vocabulary
@@ -43,8 +43,8 @@ class DrawnNodes:
         self.count = 0  # rows of `probabilities`
 
     def children(
-        self, logits: Float[Tensor, "m v"], width: int, best: bool, with_replacement: bool
-    ) -> Int[Tensor, "m width"]:
+        self, logits: Float[Tensor, "B m v"], width: int, best: bool, with_replacement: bool
+    ) -> Int[Tensor, "B m width"]:
         """Choose `width` indices for each row, and remember what they were drawn from."""
         if width > logits.shape[-1]:
             raise DrafterError(
@@ -56,16 +56,18 @@ class DrawnNodes:
             if width > 1:
                 return logits.topk(width, dim=-1).indices
             return logits.max(-1, keepdim=True).indices
-        self.q = self.drawing.to_probabilities(logits)
+        flat = self.drawing.to_probabilities(logits.flatten(0, 1))
+        self.q = flat.unflatten(0, logits.shape[:2])
         generator = self.drawing.generator
         if width > 1 and not with_replacement:
             # An exponential race gives draws without replacement in their order; tokens of
             # probability 0 come last.
             race = torch.empty_like(self.q).exponential_(generator=generator).clamp_min_(1e-30)
             return (self.q / race).topk(width, dim=-1).indices
-        return torch.multinomial(self.q, width, replacement=True, generator=generator)
+        drawn = torch.multinomial(flat, width, replacement=True, generator=generator)
+        return drawn.unflatten(0, logits.shape[:2])
 
-    def add(self, indices: Int[Tensor, " n"], rows: Int[Tensor, " n"] | None, count: int) -> None:
+    def add(self, indices: Int[Tensor, "B n"], rows: Int[Tensor, " n"] | None, count: int) -> None:
         """Add nodes, drawn from these rows of the `count` last distributions."""
         self.tokens.append(indices)
         if self.q is not None and rows is not None:
@@ -73,19 +75,33 @@ class DrawnNodes:
             self.probabilities.append(self.q)
             self.count += count
 
-    def ids(self, indices: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    def ids(self, indices: Int[Tensor, "B n"]) -> Int[Tensor, "B n"]:
         """Return the target's ids."""
         return indices if self.vocabulary is None else self.vocabulary[indices]
 
-    def draft(self, parents: list[int], with_replacement: bool) -> Draft:
-        """Return the finished tree."""
-        tokens, above = self.ids(torch.cat(self.tokens)), torch.tensor(parents)
+    def drafts(self, parents: Sequence[Sequence[int]], with_replacement: bool) -> list[Draft]:
+        """Return the finished trees. A sequence has as many of the nodes as `parents` has for
+        it."""
+        tokens = self.ids(torch.cat(self.tokens, dim=1))
+        trees = [
+            Draft(own[: len(above)], torch.tensor(above, dtype=torch.long))
+            for own, above in zip(tokens, parents, strict=True)
+        ]
         if not self.rows:
-            return Draft(tokens, above)
-        q = torch.cat(self.probabilities)
+            return trees
+        q, rows = torch.cat(self.probabilities, dim=1), torch.cat(self.rows)
         if self.vocabulary is not None:
-            q = q.new_zeros(len(q), self.drawing.size).index_copy(1, self.vocabulary, q)
-        return Draft(tokens, above, q, torch.cat(self.rows), with_replacement)
+            wide = q.new_zeros(*q.shape[:2], self.drawing.size)
+            q = wide.index_copy(2, self.vocabulary, q)
+        return [
+            replace(
+                tree,
+                probabilities=own,
+                rows=rows[: len(tree.tokens)],
+                with_replacement=with_replacement,
+            )
+            for tree, own in zip(trees, q, strict=True)
+        ]
 
 
 def up_to_depth(draft: Draft, depth: int) -> Draft:

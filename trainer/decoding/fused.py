@@ -82,6 +82,14 @@ class Fused(Untrained):
     ) -> Draft:
         first = self.first.propose(memory[0], target, update, build)
         second = self.second.propose(memory[1], target, update, build)
+        return self.fused(first, second)
+
+    def fused(self, first: Draft, second: Draft) -> Draft:
+        """Return one draft of the two parts' drafts.
+
+        Raises:
+            DrafterError: the second was drawn by chance.
+        """
         if second.probabilities is not None:
             raise DrafterError(
                 f"{type(self.second).__name__} draws tokens by chance: only look-ups are merged"

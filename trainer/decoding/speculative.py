@@ -13,15 +13,14 @@ of plain greedy decoding. Otherwise tokens are accepted by the rules of trainer.
 the text has the target's distribution. p and q are the distributions after temperature, top-k and
 top-p. trainer.decoding.trees builds trees, trainer.decoding.target_cache reads them.
 
-Several sequences share the target's passes. The drafter proposes for one sequence at a time, and
-each sequence ends on its own.
+Several sequences share the passes of target and drafter (trainer.decoding.drafting), and each
+sequence ends on its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +30,8 @@ from torch import Tensor
 from trainer.data.stops import Stops
 from trainer.decoding import positions, verify
 from trainer.decoding.clock import Clock
-from trainer.decoding.drawing import Drawing, depth_of, empty_draft, up_to_depth
+from trainer.decoding.drafting import Drafting, Limit, drafting
+from trainer.decoding.drawing import Drawing, depth_of, empty_draft
 from trainer.decoding.fused import Fused
 from trainer.decoding.sampling import Sampling
 from trainer.decoding.target_cache import TargetCache, allow_trees, cannot_roll_back, is_chain
@@ -144,7 +144,6 @@ class Continuation:
     """A sequence that is being decoded."""
 
     number: int
-    memory: Any  # the drafter's
     update: TargetUpdate
     tokens: list[int]
     prompt: Tensor
@@ -167,6 +166,7 @@ class Decoder:
 
     cache: TargetCache
     clock: Clock
+    drafting: Drafting | None
     generator: torch.Generator | None
 
     def __init__(
@@ -240,8 +240,10 @@ class Decoder:
             update = TargetUpdate(
                 *states[i], following, first=ids[0], tried=(ids[-1:], logits[i : i + 1])
             )
-            memory = None if drafter is None else drafter.start(target)
-            rows.append(Continuation(i, memory, update, [first], ids))
+            rows.append(Continuation(i, update, [first], ids))
+        self.drafting = None
+        if drafter is not None and self.shape is not None:
+            self.drafting = drafting(drafter, target, self.shape, len(prompts))
         self.prompt_seconds = self.clock.lap("prompt")
         return rows
 
@@ -264,31 +266,28 @@ class Decoder:
             )
         if unfinished and len(unfinished) < len(rows):
             self.cache.select_rows(unfinished)
+            if self.drafting is not None:
+                self.drafting.select(unfinished)
         return [rows[index] for index in unfinished]
 
     def draft(self, rows: Sequence[Continuation]) -> list[Draft]:
         """Propose a tree for each sequence; an empty one where there is nothing to propose."""
-        drafts = []
+        limits = []
         for row in rows:
             # The target's own token comes after the drafted ones.
-            limit = self.max_new_tokens - len(row.tokens) - 1
+            limit, most = self.max_new_tokens - len(row.tokens) - 1, None
             row.unread = limit > 0
-            most = None
             if self.boundary is not None and limit > 0:
                 most = self.boundary.draft_limit(row.length, self.cache.lengths[0])
                 limit = limit if most is None else min(limit, most)
-            draft = empty_draft()
-            if self.drafter is not None and self.shape is not None and limit > 0:
-                drawing = Drawing(
-                    self.vocabulary_size, limit, self.to_probabilities, self.generator
-                )
-                draft = self.drafter.propose(
-                    row.memory, self.target, row.update, partial(self.shape, drawing=drawing)
-                )
-                row.unread = False
-                if most is not None:  # a drafter that overrides `propose` may go deeper
-                    draft = up_to_depth(draft, most)
-            drafts.append(replace(draft, tokens=draft.tokens.to(self.clock.device)))
+            row.unread &= self.drafting is None or limit < 1
+            limits.append(Limit(limit, most))
+        drafts = [empty_draft() for _ in rows]
+        if self.drafting is not None:
+            deepest = max(limit.depth for limit in limits)
+            drawing = Drawing(self.vocabulary_size, deepest, self.to_probabilities, self.generator)
+            drafts = self.drafting.drafts([row.update for row in rows], drawing, limits)
+        drafts = [replace(draft, tokens=draft.tokens.to(self.clock.device)) for draft in drafts]
         self.clock.lap("draft")
         return drafts
 

@@ -1,7 +1,7 @@
 """The tokens to verify next: trees grown from a drafter's distributions
 (trainer.drafters.Growth).
 
-    shape           a callable (Growth, Drawing) -> Draft
+    shape           a callable (Growth, Drawing) -> Draft; with `together`, several at once
     Levels(paths)   a tree of fixed form: node (0, 2) is the third child of the first child of the
                     newest token; `chain` is one
     eagle2(..)      the `size` nodes with the largest product of draft probabilities, among those
@@ -14,16 +14,17 @@ A policy (trainer.decoding.policies) ends a tree early.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trainer.decoding.drawing import Drawing, DrawnNodes, empty_draft
-from trainer.decoding.policies import Level, Policy, named_policy
-from trainer.drafters import Draft, DrafterError, Growth
+from trainer.decoding.growing import Alone, Ends, Shape
+from trainer.decoding.policies import Policy, named_policy
+from trainer.drafters import BatchGrowth, Draft, DrafterError, Growth
 
 Path = tuple[int, ...]
 
@@ -60,14 +61,6 @@ EAGLE1: tuple[Path, ...] = tuple(
         "00001",
     ]
 )
-
-
-class Shape(Protocol):
-    """A way to grow trees; `branches` is True if a node may have several children."""
-
-    branches: bool
-
-    def __call__(self, growth: Growth, drawing: Drawing) -> Draft: ...
 
 
 class Levels:
@@ -113,57 +106,64 @@ class Levels:
         ]
 
     def __call__(self, growth: Growth, drawing: Drawing) -> Draft:
-        depth = _depth(self, growth, len(self.levels), drawing)
+        return self.together(Alone(growth), drawing, [drawing.limit])[0]
+
+    def together(self, growth: BatchGrowth, drawing: Drawing, limits: Sequence[int]) -> list[Draft]:
+        depth = _depth(self, growth, len(self.levels), limits)
         if depth < 1:
-            return empty_draft()
-        drawn = DrawnNodes(drawing, growth.vocabulary)
-        logits = growth.first().unsqueeze(0)
+            return [empty_draft() for _ in limits]
+        drawn, ends = DrawnNodes(drawing, growth.vocabulary), Ends(limits, self.policy)
+        logits = growth.first().unsqueeze(1)
         above: list[Path] = [()]  # the nodes of the rows of `logits`
         in_growth: dict[Path, int] = {(): -1}  # numbers of the nodes, as the growth counts them
         in_draft: dict[Path, int] = {(): -1}
-        alive: Float[Tensor, " m"] = logits.new_ones(1, dtype=torch.float32)
+        alive: Float[Tensor, "B m"] = logits.new_ones(len(limits), 1, dtype=torch.float32)
         parents: list[int] = []
+        upto = [0]  # the number of nodes down to each level
         for level, paths in enumerate(self.levels[:depth], 1):
             width = max(path[-1] for path in paths) + 1
             tokens = drawn.children(logits, width, self.best, self.with_replacement)
             rows = torch.tensor([above.index(path[:-1]) for path in paths])
             device_rows = rows.to(tokens.device)
             ranks = torch.tensor([path[-1] for path in paths], device=tokens.device)
-            nodes = tokens[device_rows, ranks]
+            nodes = tokens[:, device_rows, ranks]
             drawn.add(nodes, rows, len(above))
             parents += [in_draft[path[:-1]] for path in paths]
             in_draft |= {path: len(in_draft) - 1 + i for i, path in enumerate(paths)}
+            upto.append(len(parents))
             if level == depth:
                 break
             inner = {path[:-1] for path in self.levels[level]}
             chosen = [i for i, path in enumerate(paths) if path in inner]
             at = torch.tensor(chosen, device=tokens.device)
-            chosen_rows, logits_above = device_rows[at], logits
+            chosen_rows, logits_above, grown = device_rows[at], logits, nodes[:, at]
+            numbers = [in_growth[paths[i][:-1]] for i in chosen]
             logits = growth.extend(
-                drawn.ids(nodes[at]),
-                torch.tensor([in_growth[paths[i][:-1]] for i in chosen], device=tokens.device),
+                drawn.ids(grown), torch.tensor(numbers, device=at.device).expand(len(grown), -1)
             )
             above = [paths[i] for i in chosen]
             in_growth |= {path: len(in_growth) - 1 + i for i, path in enumerate(above)}
             if self.policy is not None:
                 confidence = growth.confidence
                 if confidence is None:
-                    confidence = logits_above.float().softmax(-1)[chosen_rows, nodes[at]]
+                    q_above = logits_above.float().softmax(-1)[:, chosen_rows]
+                    confidence = q_above.gather(2, grown.unsqueeze(2))[..., 0]
                 # Only nodes that have children keep their probability; `chosen_rows` are rows of
                 # the level above.
-                alive = alive[chosen_rows] * confidence
-                q = logits.float().softmax(-1)
-                if not self.policy(Level(level + 1, q, confidence, alive)):
-                    break
-        return drawn.draft(parents, self.with_replacement and not self.best)
+                alive = alive[:, chosen_rows] * confidence
+                ends.ask(level + 1, logits.float().softmax(-1), confidence, alive)
+            if not ends.going(level + 1):
+                break
+        trees = [parents[: upto[min(max(0, end), len(upto) - 1)]] for end in ends.depths]
+        return drawn.drafts(trees, self.with_replacement and not self.best)
 
 
-def _depth(shape: Shape, growth: Growth, depth: int, drawing: Drawing) -> int:
+def _depth(shape: Shape, growth: BatchGrowth, depth: int, limits: Sequence[int]) -> int:
     if shape.branches and not growth.branches:
         raise DrafterError(
             "this drafter drafts one token after another, and the tree branches: use tree=chain"
         )
-    return min(depth, growth.depth, drawing.limit)
+    return min(depth, growth.depth, max(limits))
 
 
 def chain(count: int, policy: Policy | None = None, best: bool = False) -> Levels:
@@ -190,66 +190,91 @@ class Best:
         self.size, self.depth, self.top_k, self.policy = size, depth, top_k, policy
 
     def __call__(self, growth: Growth, drawing: Drawing) -> Draft:
-        depth = _depth(self, growth, self.depth, drawing)
+        return self.together(Alone(growth), drawing, [drawing.limit])[0]
+
+    def together(self, growth: BatchGrowth, drawing: Drawing, limits: Sequence[int]) -> list[Draft]:
+        depth = _depth(self, growth, self.depth, limits)
         if depth < 1:
-            return empty_draft()
-        drawn = DrawnNodes(drawing, growth.vocabulary)
+            return [empty_draft() for _ in limits]
+        drawn, ends = DrawnNodes(drawing, growth.vocabulary), Ends(limits, self.policy)
         width = self.size if self.top_k is None else self.top_k
-        logits = growth.first().unsqueeze(0)
+        logits = growth.first().unsqueeze(1)
         device = logits.device
-        above = torch.zeros(1, device=device)  # log-probabilities of the nodes of `logits`' rows
-        alive = torch.ones(1, device=device)
-        in_pool = in_growth = torch.full((1,), -1, device=device)
-        scores, tokens, parents, added = above[:0], in_pool[:0], in_pool[:0], 0
+        # log-probabilities of the nodes of `logits`' rows; -inf for one that gets no children
+        above = torch.zeros(len(limits), 1, device=device)
+        alive = torch.ones_like(above)
+        in_pool = in_growth = torch.full_like(above, -1, dtype=torch.long)
+        scores, tokens, parents, added = above[:, :0], in_pool[:, :0], in_pool[:, :0], 0
         for level in range(1, depth + 1):
+            if min(ends.depths) < level:
+                over = torch.tensor([end < level for end in ends.depths], device=device)
+                above = above.masked_fill(over.unsqueeze(1), -math.inf)
             log_q = logits.float().log_softmax(-1)
             children = log_q.topk(min(width, log_q.shape[-1]), dim=-1)
-            products = (above.unsqueeze(1) + children.values).flatten()
-            rows = torch.arange(len(above), device=device).repeat_interleave(
-                children.values.shape[1]
+            products = (above.unsqueeze(2) + children.values).flatten(1)
+            rows = torch.arange(above.shape[1], device=device).repeat_interleave(
+                children.values.shape[2]
             )
-            start = len(scores)
-            scores = torch.cat([scores, products])
-            tokens = torch.cat([tokens, children.indices.flatten()])
-            parents = torch.cat([parents, in_pool[rows]])
-            if level == depth:
+            start = scores.shape[1]
+            scores = torch.cat([scores, products], dim=1)
+            tokens = torch.cat([tokens, children.indices.flatten(1)], dim=1)
+            parents = torch.cat([parents, in_pool[:, rows]], dim=1)
+            if level == depth or not ends.going(level + 1):
                 break
-            order = self._grown(products, scores, width)
-            if not len(order):
+            order, grows = self._grown(products, scores, width)
+            if not order.shape[1]:
                 break
-            next_logits = growth.extend(drawn.ids(tokens[start + order]), in_growth[rows[order]])
+            next_logits = growth.extend(
+                drawn.ids(tokens.gather(1, start + order)), in_growth.gather(1, rows[order])
+            )
             if self.policy is not None:
                 confidence = growth.confidence
                 if confidence is None:
-                    confidence = children.values.flatten()[order].exp()
-                alive = alive[rows[order]] * confidence
-                q = next_logits.float().softmax(-1)
-                if not self.policy(Level(level + 1, q, confidence, alive)):
-                    break
-            logits, above, in_pool = next_logits, products[order], start + order
-            in_growth = added + torch.arange(len(order), device=device)
-            added += len(order)
+                    confidence = children.values.flatten(1).gather(1, order).exp()
+                alive = (alive.gather(1, rows[order]) * confidence).masked_fill(~grows, -math.inf)
+                ends.ask(level + 1, next_logits.float().softmax(-1), confidence, alive)
+            logits, in_pool = next_logits, start + order
+            above = products.gather(1, order).masked_fill(~grows, -math.inf)
+            in_growth = (added + torch.arange(order.shape[1], device=device)).expand_as(order)
+            added += order.shape[1]
         chosen, chosen_parents = self._chosen(scores, parents)
-        drawn.add(tokens[chosen], None, 0)
-        return drawn.draft(chosen_parents, False)
+        drawn.add(tokens.gather(1, chosen), None, 0)
+        return drawn.drafts(chosen_parents, False)
 
-    def _grown(self, products: Tensor, scores: Tensor, width: int) -> Int[Tensor, " m"]:
-        """Return which of a level's nodes get children, the most likely first."""
-        order = products.sort(descending=True, stable=True).indices[:width]
-        if self.top_k is None and len(scores) > self.size:
-            least = scores.topk(self.size).values[-1]
-            order = order[: int((products >= least).sum())]
-        return order
+    def _grown(
+        self, products: Tensor, scores: Tensor, width: int
+    ) -> tuple[Int[Tensor, "B m"], Bool[Tensor, "B m"]]:
+        """Return (which of a level's nodes get children, the most likely first; False for those
+        that only fill up a sequence that has fewer of them)."""
+        likely, order = products.sort(dim=1, descending=True, stable=True)
+        likely, order = likely[:, :width], order[:, :width]
+        grows = likely > -math.inf
+        if self.top_k is None and scores.shape[1] > self.size:
+            grows &= likely >= scores.topk(self.size, dim=1).values[:, -1:]
+        most = int(grows.sum(1).max()) if self.top_k is None or len(products) > 1 else width
+        return order[:, :most], grows[:, :most]
 
-    def _chosen(self, scores: Tensor, parents: Tensor) -> tuple[Int[Tensor, " n"], list[int]]:
-        """Return the nodes with the highest scores, and their parents' numbers among them."""
+    def _chosen(
+        self, scores: Tensor, parents: Tensor
+    ) -> tuple[Int[Tensor, "B n"], list[list[int]]]:
+        """Return the nodes with the highest scores, and their parents' numbers among them. Nodes
+        that a sequence does not have come last, without a parent."""
+        count = scores.shape[1]
         # The sort is stable, so of equal scores the first drawn wins: a parent stands before its
         # children and is always chosen with them.
-        chosen = scores.sort(descending=True, stable=True).indices[: self.size].sort().values
-        # The last entry is that of the newest token, which is -1.
-        numbers = torch.full((len(scores) + 1,), -1, device=scores.device)
-        numbers[chosen] = torch.arange(len(chosen), device=scores.device)
-        return chosen, numbers[parents[chosen]].tolist()
+        values, chosen = scores.sort(dim=1, descending=True, stable=True)
+        chosen = chosen[:, : self.size].masked_fill(values[:, : self.size] == -math.inf, count)
+        chosen = chosen.sort(dim=1).values
+        # The last entry is that of no node.
+        numbers = scores.new_full((len(scores), count + 1), -1, dtype=torch.long)
+        new = torch.arange(chosen.shape[1], device=scores.device)
+        numbers.scatter_(1, chosen, new.expand_as(chosen))
+        real, chosen = chosen < count, chosen.clamp_max(count - 1)
+        own = parents.gather(1, chosen)
+        numbers = numbers.gather(1, own.clamp_min(0)).masked_fill(own < 0, -1)
+        many = real.sum(1, keepdim=True)
+        lists = torch.cat([many, numbers], dim=1).tolist()
+        return chosen, [row[1 : 1 + row[0]] for row in lists]
 
 
 def eagle2(top_k: int, depth: int, size: int, policy: Policy | None = None) -> Best:

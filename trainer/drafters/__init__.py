@@ -16,7 +16,7 @@ trainer.decoding.trees builds the tree. A drafter that proposes a whole block at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -148,6 +148,31 @@ class Growth(Protocol):
 TreeBuilder = Callable[[Growth], Draft]
 
 
+class BatchGrowth(Protocol):
+    """A drafter's distributions over the trees of B sequences, which grow together. Otherwise as
+    Growth: nodes of each sequence count from 0."""
+
+    depth: int
+    branches: bool
+    vocabulary: Int[Tensor, " v"] | None
+    confidence: Float[Tensor, "B m"] | None
+
+    def first(self) -> Float[Tensor, "B v"]:
+        """Return the logits of the token after each newest one."""
+
+    def extend(
+        self, tokens: Int[Tensor, "B m"], parents: Int[Tensor, "B m"]
+    ) -> Float[Tensor, "B m v"]:
+        """Add m nodes of one depth to each sequence, and return the logits after each."""
+
+
+class BatchMemory(Protocol):
+    """A drafter's memory of several sequences."""
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Drop all sequences but these."""
+
+
 class Drafter(nn.Module):
     """A method of drafting, built for one target model before the adapter is attached to it."""
 
@@ -243,6 +268,18 @@ class Drafter(nn.Module):
         """Return the tokens to verify next; there may be none. Every call must read its
         `update`."""
         return build(self.grow(memory, target, update))
+
+    def start_batch(self, target: Target, count: int) -> BatchMemory | None:
+        """Return an empty memory of `count` sequences, for `grow_batch`; None if this drafter can
+        only draft for one sequence after another."""
+        return None
+
+    def grow_batch(
+        self, memory: Any, target: Target, updates: Sequence[TargetUpdate]
+    ) -> BatchGrowth:
+        """Read each sequence's update in one pass, and start a tree after each newest token.
+        Otherwise as `grow`."""
+        raise NotImplementedError
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the trained parameters, with an `lr_scale` for the optimiser's rate."""

@@ -29,7 +29,7 @@ Differs from the paper:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +40,7 @@ from torch.nn import functional as F
 
 from adapters.linear import features
 from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate
+from trainer.drafters.block_batch import BlockBatch
 from trainer.drafters.block_layer import KeysValues, keys_values, run_block
 from trainer.drafters.distillation import Distillation, chunked_distillation
 from trainer.drafters.families import family_of
@@ -55,6 +56,7 @@ from trainer.drafters.layers import (
     rotations,
 )
 from trainer.drafters.mask_token import check_mask, chosen_mask
+from trainer.drafters.ragged import RaggedMemory, padded
 from trainer.models.heads import Head
 
 
@@ -276,6 +278,31 @@ class Block(Heads):
                 z = run_block(layer, z, turned, memory[number], sees)
             u = self.norm(z)[0, 0].to(update.hidden.dtype)
         return BlockGrowth(self, target, u, update.ids[-1:])
+
+    def start_batch(self, target: Target, count: int) -> RaggedMemory:
+        return RaggedMemory.empty(len(self.blocks), count)
+
+    @torch.no_grad()
+    def grow_batch(
+        self, memory: RaggedMemory, target: Target, updates: Sequence[TargetUpdate]
+    ) -> BlockBatch:
+        read = padded(updates)
+        device = read.ids.device
+        anchor = read.newest(read.ids.unsqueeze(2))
+        with autocast_like(read.hidden):
+            context = self.context(read.features)
+            places = memory.read(read.counts, 0, device)
+            turn = rotations(self.family, context, places.at)
+            at = torch.tensor(memory.lengths).to(device, non_blocking=True).unsqueeze(1)
+            block = at + torch.arange(self.offsets, device=device)
+            turned = rotations(self.family, context, block)
+            z = self.entering(target, anchor)
+            sees = (torch.arange(places.end, device=device) < at).unsqueeze(1)
+            for layer, entries in zip(self.blocks, memory.layers, strict=True):
+                known = entries.update(*keys_values(layer, context, turn))
+                z = run_block(layer, z, turned, known, sees)
+            u = self.norm(z)[:, 0].to(read.hidden.dtype)
+        return BlockBatch(self, target, u, anchor)
 
     def state(self) -> dict[str, Tensor]:
         """Return the weights, and the id of the mask token."""

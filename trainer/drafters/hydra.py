@@ -24,7 +24,7 @@ heads.{k}.{n} (U_k), k and j from 0, and prefix.block and prefix.norm.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,7 @@ from trainer.drafters.layers import (
     run_layer,
 )
 from trainer.drafters.medusa import ResidualBlock
+from trainer.drafters.ragged import RaggedMemory, padded, ragged_inputs
 from trainer.models.heads import Head
 
 
@@ -217,6 +218,25 @@ class Hydra(Distilled):
         newest = self.in_own_dtype(target.embed(update.ids[-1:]))
         return HydraGrowth(self, target, torch.cat([hidden[-1:], newest], dim=-1), update.hidden)
 
+    def start_batch(self, target: Target, count: int) -> RaggedMemory:
+        return RaggedMemory.empty(0 if self.prefix is None else 1, count)
+
+    @torch.no_grad()
+    def grow_batch(
+        self, memory: RaggedMemory, target: Target, updates: Sequence[TargetUpdate]
+    ) -> HydraBatch:
+        read = padded(updates)
+        hidden = self.in_own_dtype(read.hidden)
+        if self.prefix is not None:
+            places = memory.read(read.counts, 0, hidden.device)
+            with autocast_like(read.hidden):
+                around = ragged_inputs(target, hidden, places, memory.layers[0])
+                hidden = self.in_own_dtype(self.prefix(hidden, around))
+        token = read.newest(read.ids.unsqueeze(2))[:, 0]
+        newest = self.in_own_dtype(target.embed(token))
+        root = torch.cat([read.newest(hidden), newest], dim=-1)
+        return HydraBatch(self, target, root, read.hidden[:0, 0])
+
     def head_input(
         self, k: int, inputs: Float[Tensor, "... c"], like: Tensor
     ) -> Float[Tensor, "... d"]:
@@ -268,3 +288,49 @@ class HydraGrowth:
 
     def _logits(self, k: int, read: Float[Tensor, "m d"]) -> Float[Tensor, "m V"]:
         return self._drafter.head_of(k, self._target)[0](read)
+
+
+class HydraBatch:
+    """A trainer.drafters.BatchGrowth, of HydraGrowth's numbers."""
+
+    branches = True
+    vocabulary: Int[Tensor, " v"] | None = None
+    confidence: Float[Tensor, "B m"] | None = None
+
+    def __init__(self, drafter: Hydra, target: Target, root: Float[Tensor, "B c"], like: Tensor):
+        self.depth = drafter.offsets
+        self._drafter, self._target, self._like = drafter, target, like
+        # of the last level: the number of its first node, s_t and the embeddings up to each node's,
+        # and the input of U_k
+        self._start, self._inputs = -1, root.unsqueeze(1)
+        self._read = self._head_input(1, self._inputs)
+
+    @torch.no_grad()
+    def first(self) -> Float[Tensor, "B V"]:
+        return self._logits(1, self._read)[:, 0]
+
+    @torch.no_grad()
+    def extend(
+        self, tokens: Int[Tensor, "B m"], parents: Int[Tensor, "B m"]
+    ) -> Float[Tensor, "B m V"]:
+        rows = (parents - self._start).unsqueeze(2)
+        above, read = (
+            states.gather(1, rows.expand(-1, -1, states.shape[2]))
+            for states in (self._inputs, self._read)
+        )
+        embedded = self._target.embed(tokens).to(above.dtype)
+        k = above.shape[-1] // self._target.config.hidden_size
+        predicted = self._drafter.predicted(k - 1, read.flatten(0, 1))
+        self.confidence = None if predicted is None else predicted.unflatten(0, tokens.shape)
+        self._start += self._inputs.shape[1]
+        self._inputs = torch.cat([above, embedded], dim=-1)
+        self._read = self._head_input(k, self._inputs)
+        return self._logits(k, self._read)
+
+    def _head_input(self, k: int, inputs: Float[Tensor, "B m c"]) -> Float[Tensor, "B m d"]:
+        flat = self._drafter.head_input(k, inputs.flatten(0, 1), self._like)
+        return flat.unflatten(0, inputs.shape[:2])
+
+    def _logits(self, k: int, read: Float[Tensor, "B m d"]) -> Float[Tensor, "B m V"]:
+        head = self._drafter.head_of(k, self._target)[0]
+        return head(read.flatten(0, 1)).unflatten(0, read.shape[:2])

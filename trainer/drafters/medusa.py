@@ -25,7 +25,7 @@ there is also a .bias, which their files have no place for.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ from trainer.drafters.layers import (
     head_of_layer,
     output_layer,
 )
+from trainer.drafters.ragged import IndependentBatch, RaggedMemory
 from trainer.models.heads import Head
 
 
@@ -104,6 +105,18 @@ class MedusaHeads(Heads):
         newest = update.hidden[-1:]
         return IndependentGrowth(
             self.offsets, lambda k: self.head_of(k, target)[0](self._head_input(k, newest))[0]
+        )
+
+    def start_batch(self, target: Target, count: int) -> RaggedMemory:
+        return RaggedMemory.empty(0, count)
+
+    @torch.no_grad()
+    def grow_batch(
+        self, memory: RaggedMemory, target: Target, updates: Sequence[TargetUpdate]
+    ) -> IndependentBatch:
+        newest = torch.stack([update.hidden[-1] for update in updates])
+        return IndependentBatch(
+            self.offsets, lambda k: self.head_of(k, target)[0](self._head_input(k, newest))
         )
 
     def _head_input(self, k: int, hidden: Tensor) -> Tensor:

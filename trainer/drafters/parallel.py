@@ -14,7 +14,7 @@ Differs from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,12 @@ from trainer.drafters.layers import (
     final_norm,
     layer_inputs,
     run_layer,
+)
+from trainer.drafters.ragged import (
+    IndependentBatch,
+    RaggedMemory,
+    padded,
+    ragged_inputs,
 )
 
 
@@ -97,6 +103,23 @@ class ParallelHeads(Heads):
                 states = head(entering, layer_inputs(target, entering, positions, cache))
             newest.append(states[0, -1:].to(update.hidden.dtype))
         return IndependentGrowth(self.offsets, lambda k: target.head(newest[k - 1])[0])
+
+    def start_batch(self, target: Target, count: int) -> RaggedMemory:
+        return RaggedMemory.empty(len(self.heads), count)
+
+    @torch.no_grad()
+    def grow_batch(
+        self, memory: RaggedMemory, target: Target, updates: Sequence[TargetUpdate]
+    ) -> IndependentBatch:
+        read = padded(updates)
+        entering = self.in_own_dtype(read.hidden)
+        places = memory.read(read.counts, 0, entering.device)
+        newest = []
+        for head, entries in zip(self.heads, memory.layers, strict=True):
+            with autocast_like(read.hidden):
+                states = head(entering, ragged_inputs(target, entering, places, entries))
+            newest.append(read.newest(states).to(read.hidden.dtype))
+        return IndependentBatch(self.offsets, lambda k: target.head(newest[k - 1]))
 
     def in_own_dtype(self, hidden: Tensor) -> Tensor:
         return hidden.to(next(self.parameters()).dtype)

@@ -23,13 +23,14 @@ Differs from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from adapters.linear import features
 from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, offset_targets
@@ -43,6 +44,7 @@ from trainer.drafters.layers import (
     window,
 )
 from trainer.drafters.mask_token import check_mask, chosen_mask
+from trainer.drafters.ragged import IndependentBatch, RaggedMemory, padded
 from trainer.drafters.unrolled import Entries, masked_layer
 
 
@@ -292,6 +294,38 @@ class PEagle(Eagle3):
             entries.crop(known + count)
         (head,) = self.draft_heads(target)
         growth = IndependentGrowth(self.offsets, lambda offset: head(z[offset - 1 : offset])[0])
+        growth.vocabulary = self.vocabulary
+        return growth
+
+    def start_batch(self, target: Target, count: int) -> RaggedMemory:
+        return RaggedMemory.empty(1 + len(self.more), count)
+
+    @torch.no_grad()
+    def grow_batch(
+        self, memory: Any, target: Target, updates: Sequence[TargetUpdate]
+    ) -> IndependentBatch:
+        read, ahead = padded(updates), self.offsets - 1
+        rows, device = len(updates), read.ids.device
+        counts = torch.tensor(read.counts).to(device, non_blocking=True).unsqueeze(1)
+        places = memory.read(read.counts, ahead, device)
+        # Masks follow each row's own last position, over its padding.
+        index = torch.arange(places.at.shape[1], device=device)
+        masked = (index >= counts).unsqueeze(2)
+        embedded = F.pad(self.in_own_dtype(target.embed(read.ids)), (0, 0, 0, ahead))
+        embedded = torch.where(masked, self.masks(target, rows, 1), embedded)
+        slots = counts - 1 + torch.arange(self.offsets, device=device)
+        with autocast_like(read.hidden):
+            states = F.pad(self.in_own_dtype(read.features), (0, 0, 0, ahead))
+            hidden = self.first_input(states, torch.where(masked, self.mask_hidden, states))
+            sees = places.within(window(self.around(target)))
+            inputs = [
+                self.layer_inputs(target, embedded, places.at, sees, cache)
+                for cache in memory.layers
+            ]
+            z = self.through(embedded, hidden, inputs).to(read.hidden.dtype)
+        z = z.gather(1, slots.unsqueeze(2).expand(-1, -1, z.shape[2]))
+        (head,) = self.draft_heads(target)
+        growth = IndependentBatch(self.offsets, lambda offset: head(z[:, offset - 1]))
         growth.vocabulary = self.vocabulary
         return growth
 

@@ -27,7 +27,7 @@ Implementations differ in the following; training and decoding here do the same:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,8 @@ from trainer.drafters.layers import (
     projection,
     run_layer,
 )
+from trainer.drafters.ragged import RaggedMemory
+from trainer.drafters.sequential_batch import SequentialBatch, SequentialMemory
 
 
 class Module(nn.Module):
@@ -120,7 +122,7 @@ class SequentialModules(Heads):
         hidden = self.in_own_dtype(output.hidden)
         inputs = layer_inputs(target, hidden, output.positions)
         for k in range(1, self.offsets + 1):
-            module = self._module(k)
+            module = self.module(k)
             embedded = self.in_own_dtype(embeddings_ahead(k, output, target))
             with autocast_like(output.hidden):
                 hidden = module(embedded, hidden, inputs)
@@ -172,7 +174,7 @@ class SequentialModules(Heads):
     ) -> tuple[Float[Tensor, "m p d"], Float[Tensor, "m d"]]:
         """Return (h_k at the p positions up to `end` that depth k has not read, the head's input at
         the last of them). Keep those whose tokens are known."""
-        module, cache, many = self._module(k), memory.caches[k - 1], len(tokens)
+        module, cache, many = self.module(k), memory.caches[k - 1], len(tokens)
         settled = max(0, len(memory.ids) + 1 - k)
         known = cache.get_seq_length()
         if many > 1:
@@ -192,12 +194,29 @@ class SequentialModules(Heads):
                     memory.waiting[k] = torch.cat([memory.waiting[k], states[0, : settled - known]])
         return states, read
 
+    def start_batch(self, target: Target, count: int) -> SequentialMemory:
+        none = next(self.parameters()).new_empty(0, target.config.hidden_size)
+        return SequentialMemory(
+            [RaggedMemory.empty(1, count) for _ in range(self.offsets)],
+            [none[:, 0].long() for _ in range(count)],
+            [[none] * count for _ in range(self.offsets)],
+        )
+
+    def grow_batch(
+        self, memory: SequentialMemory, target: Target, updates: Sequence[TargetUpdate]
+    ) -> SequentialBatch:
+        for row, update in enumerate(updates):
+            memory.ids[row] = torch.cat([memory.ids[row], update.ids])
+            states = self.in_own_dtype(update.hidden)
+            memory.waiting[0][row] = torch.cat([memory.waiting[0][row], states])
+        return SequentialBatch(self, memory, target, updates[0].hidden[:0])
+
     @property
     def depths(self) -> Any:
         """The modules: K of them, or the shared one."""
         return self._modules["layers"]
 
-    def _module(self, k: int) -> Any:
+    def module(self, k: int) -> Any:
         return self.depths[min(k, len(self.depths)) - 1]
 
     def in_own_dtype(self, hidden: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ passes of slot t, so a loss computes them only for slots that have targets from 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ from trainer.drafters.layers import (
     rotations,
     window,
 )
+from trainer.drafters.ragged import RaggedMemory, padded
+from trainer.drafters.unrolled_batch import UnrolledBatch
 
 
 class Entries:
@@ -264,6 +266,12 @@ class Unrolled(Distilled):
             )
             out = self.step(embedded, hidden, inputs)[:, -1:]
         return UnrolledGrowth(self, target, memory, out, update.hidden[:0])
+
+    def start_batch(self, target: Target, count: int) -> RaggedMemory:
+        return RaggedMemory.empty(1, count)
+
+    def grow_batch(self, memory: Any, target: Target, updates: Sequence[TargetUpdate]) -> Any:
+        return UnrolledBatch(self, target, memory, padded(updates))
 
     def in_own_dtype(self, states: Tensor) -> Tensor:
         """Cast to the dtype of this head's weights."""
