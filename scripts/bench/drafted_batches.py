@@ -85,9 +85,7 @@ def train(drafter: Any, target: Any, texts: Any, steps: int) -> None:
     from trainer.drafters import TargetOutput
     from trainer.models.heads import captured_layers
 
-    drafter.calibrate(
-        lambda: torch.bincount(texts.flatten(), minlength=target.config.vocab_size)
-    )
+    drafter.calibrate(lambda: torch.bincount(texts.flatten(), minlength=target.config.vocab_size))
     with torch.no_grad(), captured_layers(target.decoder, drafter.layers) as between:
         hidden = target.decoder(input_ids=texts).last_hidden_state
     features = torch.cat(list(between), dim=-1) if between else None
