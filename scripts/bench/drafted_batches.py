@@ -1,4 +1,4 @@
-"""What a batch gives with and without a drafter, on a toy.
+"""Tokens a second of a batch with and without a drafter, on a toy.
 
     python -m scripts.bench.drafted_batches [drafters=[eagle3,mtp_shared,dspark]] [batch=8]
         [hidden=256] [layers=4] [vocabulary=2048] [offsets=4] [max_new_tokens=48] [train=60]

@@ -21,7 +21,7 @@ log = logging.getLogger("trainer")
 
 @dataclass(frozen=True)
 class Limit:
-    """How deep a sequence's tree may be, and the depth that its tokens are cut to afterwards."""
+    """The depth of a sequence's tree, and the depth that its tokens are cut to afterwards."""
 
     depth: int
     cut: int | None = None

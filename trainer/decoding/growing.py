@@ -1,5 +1,5 @@
-"""What shapes of trees (trainer.decoding.trees) are, and how they grow the trees of several
-sequences in one pass of the drafter for each level.
+"""The shapes of trees (trainer.decoding.trees), and the trees of several sequences that grow in one
+pass of the drafter for each level.
 
 Sequences of a batch have trees of the same form, or trees that are filled up to the same number of
 nodes a level. Each tree ends at its own depth: a node that a sequence does not have is computed and

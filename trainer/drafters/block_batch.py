@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from trainer.drafters import Target
-
-if TYPE_CHECKING:
-    from trainer.drafters.block import Block
 
 
 class BlockBatch:
@@ -23,7 +20,7 @@ class BlockBatch:
 
     def __init__(
         self,
-        drafter: Block,
+        drafter: Any,
         target: Target,
         u: Float[Tensor, "B K d"],
         anchor: Int[Tensor, "B 1"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,9 +19,6 @@ from torch.nn.utils.rnn import pad_sequence
 from trainer.drafters import Target
 from trainer.drafters.layers import autocast_like
 from trainer.drafters.ragged import RaggedMemory, places_from, ragged_inputs
-
-if TYPE_CHECKING:
-    from trainer.drafters.sequential import SequentialModules
 
 
 @dataclass
@@ -58,9 +55,7 @@ class SequentialBatch:
     vocabulary: Tensor | None = None
     confidence: Tensor | None = None
 
-    def __init__(
-        self, drafter: SequentialModules, memory: SequentialMemory, target: Target, like: Tensor
-    ):
+    def __init__(self, drafter: Any, memory: SequentialMemory, target: Target, like: Tensor):
         self.depth, self.drafter, self.memory = drafter.offsets, drafter, memory
         self.target, self.like = target, like
         none = memory.waiting[0][0][:0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,9 +13,6 @@ from trainer.drafters import Target
 from trainer.drafters.layers import autocast_like, window
 from trainer.drafters.ragged import RaggedMemory, Updates
 
-if TYPE_CHECKING:
-    from trainer.drafters.unrolled import Unrolled
-
 
 class UnrolledBatch:
     """A trainer.drafters.BatchGrowth. Node i of a sequence is at place length + i; the next update
@@ -25,7 +22,7 @@ class UnrolledBatch:
     confidence: Float[Tensor, "B m"] | None = None
 
     @torch.no_grad()
-    def __init__(self, drafter: Unrolled, target: Target, memory: RaggedMemory, read: Updates):
+    def __init__(self, drafter: Any, target: Target, memory: RaggedMemory, read: Updates):
         self.drafter, self.target, self.entries = drafter, target, memory.layers[0]
         self.like = read.hidden[:0, 0]  # has the dtype of the target's states
         self.depth, self.vocabulary = drafter.depth, drafter.vocabulary
