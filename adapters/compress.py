@@ -27,7 +27,8 @@ update, and dropping in those gives more noise.
 
 A file stores the positions of nonzero entries as gaps in Golomb's code (Golomb 1966). If all
 magnitudes are the same, as in ComPEFT, it stores one sign bit for each entry and one scale, else
-the values.
+the values. A tensor without zeros that has 16 values at most, as BiLoRA's factors, is stored as
+these values and 1, 2 or 4 bits for each entry.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ from adapters.delta import AdapterError
 
 FILE = "compact.safetensors"
 FORMAT = "graft-compact-1"
+WITH_LEVELS = "graft-compact-2"  # the same, with tensors of kind levels
 MAX_INDEX_BYTES = 1 << 26  # of JSON: about 100 bytes for each tensor
+PACKED = {":signs", ":levels"}  # streams of bits
 # endings of PEFT's keys, which Super-Tuning's keys share
 LOW_RANK = ("lora_A.weight", "lora_B.weight")
 SPARSE = ("supertuning_values", "shira_weight")
@@ -223,7 +226,8 @@ def write(path: Path, tensors: dict[str, Tensor], keys: Iterable[str]) -> None:
         :golomb        uint8, the positions
         :signs         uint8, of kind signs: one bit for each entry, 1 for a negative number
         :scales        fp32, of kind signs: the magnitude
-        :values.DTYPE  of kind values: the numbers
+        :values.DTYPE  of kind values: the numbers; of kind levels: the different ones, rising
+        :levels        uint8, of kind levels: M bits for each entry, the number of its value
     A tensor of kind indices is a list of sorted indices padded with zeros. Its code has the indices
     as positions.
     """
@@ -236,6 +240,13 @@ def write(path: Path, tensors: dict[str, Tensor], keys: Iterable[str]) -> None:
         kind, positions, n = "indices", None, tensor.numel()
         if key in coded:
             flat = tensor.flatten()
+            if (bits := _level_bits(flat)) is not None:
+                values, codes = flat.unique(return_inverse=True)
+                streams.setdefault(f":values.{_name(tensor.dtype)}", []).append(values)
+                streams.setdefault(":levels", []).append(_bits_of(codes, bits))
+                about = [key, list(tensor.shape), _name(tensor.dtype), "levels"]
+                index.append([*about, len(values), bits, 0])
+                continue
             positions = torch.nonzero(flat).flatten()
             values = flat[positions]
             equal_magnitudes = (
@@ -262,11 +273,25 @@ def write(path: Path, tensors: dict[str, Tensor], keys: Iterable[str]) -> None:
             [key, list(tensor.shape), _name(tensor.dtype), kind, len(positions), m, len(code)]
         )
     stored |= {key: torch.cat(parts) for key, parts in streams.items()}
-    if ":signs" in stored:
-        stored[":signs"] = pack_bits(stored[":signs"])
+    for name in PACKED & stored.keys():
+        stored[name] = pack_bits(stored[name])
     text = zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
     stored[":about"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    save_file(stored, path, {"format": FORMAT})
+    save_file(stored, path, {"format": WITH_LEVELS if ":levels" in stored else FORMAT})
+
+
+def _level_bits(flat: Tensor) -> int | None:
+    """Return the bits that number the values of a tensor: 1, 2 or 4, or None if it has zeros or
+    more than 16 values."""
+    if not len(flat) or not flat.all() or not flat.isfinite().all():
+        return None
+    count = len(flat.unique())
+    return next((bits for bits in (1, 2, 4) if count <= 2**bits), None)
+
+
+def _bits_of(codes: Int[Tensor, " n"], bits: int) -> UInt8[Tensor, " m"]:
+    places = torch.arange(bits - 1, -1, -1)
+    return ((codes[:, None] >> places) & 1).flatten().to(torch.uint8)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -293,7 +318,7 @@ def read(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             file_format = (file.metadata() or {}).get("format")
-            if file_format != FORMAT:
+            if file_format not in (FORMAT, WITH_LEVELS):
                 raise AdapterError(
                     f"its format is {file_format!r}, expected {FORMAT!r}: it is no compressed"
                     " adapter"
@@ -301,8 +326,8 @@ def read(path: Path) -> dict[str, Tensor]:
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
         text = bytes(stored[":about"].tolist())
         index = json.loads(zlib.decompressobj().decompress(text, MAX_INDEX_BYTES))
-        if ":signs" in stored:
-            stored[":signs"] = unpack_bits(stored[":signs"])
+        for name in PACKED & stored.keys():
+            stored[name] = unpack_bits(stored[name])
         offsets: dict[str, int] = {}
 
         def take(stream: str, count: int) -> Tensor:
@@ -347,6 +372,9 @@ def _decoded(
     ):
         raise AdapterError(f"it is damaged: {count} entries of {shape} {dtype}, M = {m}")
     n = math.prod(shape)
+    if kind == "levels":
+        codes = (take(":levels", n * m).view(n, m) << torch.arange(m - 1, -1, -1)).sum(1)
+        return take(f":values.{dtype}", count)[codes].view(shape)
     positions = golomb_decode(take(":golomb", size), count, m)
     if kind == "indices":
         return (

@@ -91,6 +91,10 @@ class Delta(nn.Module):
         """Restore the base's weight, bit for bit."""
 
 
+class Pool(nn.ModuleDict):
+    """Modules whose parameters several deltas share: a module of the model, not of a delta."""
+
+
 class AdaptedLinear(nn.Module):
     """A frozen linear layer with a Delta on its output."""
 

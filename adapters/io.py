@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters.delta import AdaptedLinear, Delta
+from adapters.delta import AdaptedLinear, Delta, Pool
 from adapters.experts import AdaptedExperts
 from adapters.trained_copies import TokenRows, Trained
 
@@ -114,7 +114,7 @@ def trained_modules(model: nn.Module, rows: bool = True) -> list[str]:
     """Return the outermost modules that are trained as a whole, such as a classification head;
     without `rows` none of which single rows are trained. PEFT puts a wrapper around each, so none
     may be inside another."""
-    attached = Delta | Trained | AdaptedExperts
+    attached = Delta | Pool | Trained | AdaptedExperts
     inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, attached))
     names: list[str] = []
     for name, module in model.named_modules():

@@ -28,6 +28,7 @@ from adapters import experts, io, stock, trained_copies
 from adapters.delta import Delta, Start, copy_tensors, saved_for_backward
 from adapters.linear import features, not_a_view
 
+LOW_RANK = ("lora_A.weight", "lora_B.weight")  # PEFT's keys of A and B
 VARIANTS = ("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config")
 
 
@@ -53,6 +54,10 @@ class LoRA(Delta):
         self.dropout = dropout
         self.fused = fused
 
+    def factors(self) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
+        """Return A and B as they are used. Methods that compute them override this."""
+        return self.A, self.B
+
     def linear(self, base: Any, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         if (
             self.fused
@@ -70,8 +75,7 @@ class LoRA(Delta):
                     x,
                     base.weight,
                     base.bias,
-                    self.A,
-                    self.B,
+                    *self.factors(),
                     self.scale,
                     dtype,
                     *saved_for_backward(x),
@@ -81,17 +85,19 @@ class LoRA(Delta):
     def forward(self, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         # y has the dtype of the frozen product, which autocast may have chosen.
         x = F.dropout(x, self.dropout, self.training).to(y.dtype)
-        low: Tensor = F.linear(x, self.A.to(y.dtype))
+        A, B = self.factors()
+        low: Tensor = F.linear(x, A.to(y.dtype))
         flat = torch.addmm(
             y.reshape(-1, y.shape[-1]),
             low.reshape(-1, low.shape[-1]),
-            self.B.to(y.dtype).t(),
+            B.to(y.dtype).t(),
             alpha=self.scale,
         )
         return flat.view(y.shape)
 
     def weight(self, w: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
-        return w + self.scale * (self.B.to(w.dtype) @ self.A.to(w.dtype))
+        A, B = self.factors()
+        return w + self.scale * (B.to(w.dtype) @ A.to(w.dtype))
 
 
 class _Linear(torch.autograd.Function):
@@ -221,7 +227,8 @@ class LoRAAdapter(experts.UpdatesExperts):
     def _stock_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the live tensors under PEFT's keys."""
         tensors, _, _ = io.delta_tensors(
-            model, lambda delta: {"lora_A.weight": delta.A, "lora_B.weight": delta.B}
+            model,
+            lambda delta: dict(zip(LOW_RANK, delta.factors(), strict=True)),
         )
         tensors |= experts.stock_tensors(model, io.PREFIX)[0]
         heads = io.trained_modules(model, rows=False)

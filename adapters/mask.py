@@ -23,6 +23,7 @@ from adapters.delta import AdapterError
 from adapters.io import save_tensors
 
 INT32 = 2**31
+EXACT = 1024  # eigenvectors of 1024 x 1024 take half a second of a core, and ten are needed
 EXPORTED = ".supertuning_indices"  # the ending of PEFT's keys of indices in an adapter folder
 
 
@@ -72,6 +73,47 @@ def among(
 ) -> Float[Tensor, "*shape"]:
     """Return scores of which those outside `allowed`, if there is one, are -inf."""
     return scores if allowed is None else scores.masked_fill(~allowed.view(scores.shape), -math.inf)
+
+
+def decompose(
+    weight: Float[Tensor, "o i"],
+    k: int,
+    rank: int,
+    name: str,
+    allowed: Bool[Tensor, " n"] | None = None,
+    rounds: int = 10,
+) -> Int[Tensor, " k"]:
+    """Return the support of S in W ≈ L + S, L of a rank and S of k entries, of the allowed ones if
+    these are given: DSEE's choice (Chen et al. 2021, arXiv 2111.00160).
+
+    From S = 0, in each round
+        L = the largest `rank` singular triplets of W - S
+        S = the k entries of W - L of largest size
+    """
+    sparse = torch.zeros_like(weight)
+    for _ in range(rounds):
+        rest = weight - _low_rank(weight - sparse, rank)
+        support = top(among(rest.abs(), allowed), k, name)
+        sparse = torch.zeros_like(weight)
+        places = support.long()
+        sparse.view(-1)[places] = rest.reshape(-1)[places]
+    return support
+
+
+def _low_rank(matrix: Float[Tensor, "o i"], rank: int) -> Float[Tensor, "o i"]:
+    """Return the nearest matrix of a rank. Where the smaller side is longer than EXACT, it is
+    computed by block power iterations from a fixed draw, which are close to it."""
+    if rank == 0:
+        return torch.zeros_like(matrix)
+    if matrix.shape[0] < matrix.shape[1]:
+        return _low_rank(matrix.t(), rank).t()
+    if matrix.shape[1] <= EXACT:
+        v = torch.linalg.eigh(matrix.t().double() @ matrix.double())[1][:, -rank:].to(matrix.dtype)
+        return matrix @ v @ v.t()
+    with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(matrix, q=min(rank + 10, matrix.shape[1]), niter=4)
+    return (u[:, :rank] * s[:rank]) @ v[:, :rank].t()
 
 
 def refuse_outside(

@@ -10,6 +10,8 @@
     mask       the int(density · o i) entries of each layer with the largest mean of G²
                (score=squared, an empirical Fisher) or |mean of G| (score=mean).
                G = dyᵀ x is the gradient of the full weight in one micro-batch
+               mask=decompose needs no gradients: the entries that a matrix of rank r fits worst,
+               as DSEE has it (Chen et al. 2021, arXiv 2111.00160; adapters/mask.py)
 
 The gradient of a micro-batch is squared, so the mask depends on the size of the micro-batches. The
 paper's recipe has one row in each: batch_size=1 accumulate=32.
@@ -23,6 +25,10 @@ set count_mask_steps=true max_steps=68 mask_steps=4 for the first, which writes 
 and adapter.mask=FILE for the second.
 
 Experts of a mixture (target_parameters) get the low-rank part alone, which PEFT's LoRA can hold.
+
+Differs from DSEE: S is not scaled by alpha / r, and has adapter.density of each weight, where its
+scripts have 16 entries of each. Its decomposition raises the rank in steps of 5 and thresholds at
+0.01; here both sizes are fixed. Its pruning of the weights afterwards is `graft shrink`.
 
 Differs from the paper: the reference code trains only the adapters, uses one density for all
 layers whatever the pattern says, sums scores in bf16, and every process chooses its own mask. Here
@@ -117,6 +123,7 @@ class RoSAAdapter(SparseAdapter):
         self.rank = None if schedule == "spa_only" else rank
         self.alpha, self.rslora, self.dropout = alpha, rslora, dropout
         self.dtype = getattr(torch, dtype)
+        self.fitted_rank = rank  # of the low-rank part of W in mask=decompose
         self.schedule, self.source, self.mask_seed = schedule, mask, mask_seed
         self.score, self.scores_kind = score, scores
         self.sparse_lr_ratio, self.sparse_weight_decay = sparse_lr_ratio, sparse_weight_decay
@@ -225,7 +232,7 @@ class RoSAAdapter(SparseAdapter):
         deltas: dict[str, Any] = {
             name: layer.delta for name, layer in layers(model) if layer.delta.values is not None
         }
-        if self.source not in ("gradient", "magnitude", "random"):
+        if self.source not in ("gradient", "magnitude", "random", "decompose"):
             sizes = {name: ((d.o, d.i), len(d.indices)) for name, d in deltas.items()}
             masks = mask.load(Path(self.source), sizes)
             if next(model.parameters()).device.type != "meta":
@@ -239,6 +246,17 @@ class RoSAAdapter(SparseAdapter):
             draw = torch.Generator().manual_seed(self.mask_seed)
             return {
                 name: mask.random(d.o, d.i, len(d.indices), draw, d.surviving(bases[name]))
+                for name, d in deltas.items()
+            }
+        if self.source == "decompose":
+            return {
+                name: mask.decompose(
+                    float_weight(bases[name]),
+                    len(d.indices),
+                    self.fitted_rank,
+                    name,
+                    d.surviving(bases[name]),
+                )
                 for name, d in deltas.items()
             }
         return {

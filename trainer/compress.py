@@ -1,11 +1,12 @@
 """Compress a run's adapter, and print what that costs in held-out loss.
 
-    graft compress run=FOLDER[@last|best|STEP] method=compeft|dare|darex_q [OPTIONS]
+    graft compress run=FOLDER[@last|best|STEP] method=compeft|dare|darex_q|levels [OPTIONS]
     graft compress expand=FOLDER out=FOLDER
 
 compeft keeps the signs of the largest entries of each tensor and one scale; with scope=run, as its
 paper has it, the largest of all tensors and one scale for all. dare drops entries at
-random and divides the others by 1 - drop; darex_q divides them by q. adapters/compress.py has the
+random and divides the others by 1 - drop; darex_q divides them by q. levels packs what
+adapter=bilora trained to its bits, without a loss. adapters/compress.py has the
 formulas and papers. auto tries a grid on training rows and takes the value of least loss.
 
 The output is an adapter that stock PEFT loads, at full size. It is complete only after it was
@@ -30,6 +31,7 @@ SETTINGS = {
     "compeft": ("keep", "alpha", "scope"),
     "dare": ("drop", "seed"),
     "darex_q": ("drop", "q", "seed"),
+    "levels": (),
 }
 
 
@@ -41,7 +43,7 @@ class Options:
         "the run folder", None, value="FOLDER[@last|best|STEP]", reads=paths.run_fault
     )
     expand: Path | None = option("a compressed adapter to expand", None, value="FOLDER")
-    method: Literal["compeft", "dare", "darex_q"] | None = option("how to compress", None)
+    method: Literal["compeft", "dare", "darex_q", "levels"] | None = option("how to compress", None)
     keep: float | None = option(
         "compeft: share of entries to keep, 0.2 by default", None, value="0.2", above=0, at_most=1
     )
@@ -85,7 +87,7 @@ class Options:
                 if getattr(self, key) is not None and key not in takes:
                     yield (
                         f"{key}={getattr(self, key)} has no effect with method={self.method},"
-                        f" which takes {', '.join(takes)}"
+                        f" which takes {', '.join(takes) or 'none of them'}"
                     )
             least = 1 - (0.9 if self.drop is None else self.drop)
             if isinstance(self.q, float) and not least <= self.q <= 1:

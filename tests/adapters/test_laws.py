@@ -29,6 +29,7 @@ STEPS = 3
 
 # What a preset cannot run without.
 SETTINGS = {
+    "mos": ["adapter.rank=3"],  # two layers of a kind share two rows
     "peft": ["adapter.peft_type=LOHA", "adapter.r=4", "adapter.target_modules=all-linear"],
     "loftq": ["base.quantization=nf4"],
     "rosa": ["adapter.warmup_steps=1"],
@@ -225,6 +226,39 @@ def test_a_state_restores_it_bit_by_bit(case, folder):
     if case.name not in WHOLE_BASE:
         with again.disabled(once_more):
             assert close(case, toys.logits(once_more), case.base_logits)
+
+
+def continued(name: str, folder: Path, cut: int | None) -> Tensor:
+    """The logits after STEPS + 2 steps, of which those from `cut` on are those of another model
+    that took over the state of the adapter and of its optimiser."""
+    steps = STEPS + 2
+    torch.manual_seed(1)
+    adapter = make(name)
+    model = adapter.attach(base_of(name, folder), Start(steps=steps, data=toys.batches))
+    optimizer = toys.optimiser(adapter, model)
+    toys.train(adapter, model, range(steps if cut is None else cut), optimizer)
+    if cut is None:
+        return toys.logits(model)
+    file = io.BytesIO()
+    torch.save([adapter.state(model), optimizer.state_dict()], file)
+    random = torch.get_rng_state()
+    file.seek(0)
+    state, moments = torch.load(file, weights_only=True)
+    torch.manual_seed(2)
+    other = make(name)
+    model = other.attach(base_of(name, folder), Start(steps=steps, saved=state))
+    optimizer = toys.optimiser(other, model)
+    other.load_state(model, state)
+    optimizer.load_state_dict(moments)
+    torch.set_rng_state(random)
+    toys.train(other, model, range(cut, steps), optimizer)
+    return toys.logits(model)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in NOTHING_TRAINED])
+def test_a_resumed_run_takes_the_same_steps(name, folder):
+    assert torch.equal(continued(name, folder, 2), continued(name, folder, None))
 
 
 def test_a_state_of_another_shape_is_refused_and_changes_nothing(case):

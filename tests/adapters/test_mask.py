@@ -25,6 +25,41 @@ SUPPORTS = {
 }
 
 
+# which, by decomposition
+
+
+def planted() -> tuple[Tensor, list[int]]:
+    """A matrix of rank 3, and twelve spikes that are not its largest entries."""
+    draw = torch.Generator().manual_seed(0)
+    left, right = torch.randn(40, 3, generator=draw), torch.randn(3, 30, generator=draw)
+    spikes = sorted(torch.randperm(1200, generator=draw)[:12].tolist())
+    matrix = (left @ right).double()
+    matrix.view(-1)[spikes] += 4.0
+    return matrix, spikes
+
+
+@pytest.mark.parametrize("exact", [1024, 8])
+def test_planted_spikes_are_separated_from_a_low_rank(monkeypatch, exact):
+    monkeypatch.setattr(mask, "EXACT", exact)
+    matrix, spikes = planted()
+    assert mask.decompose(matrix, 12, 3, "x").tolist() == spikes
+    by_size = mask.top(matrix.abs(), 12, "x").tolist()
+    assert len({*by_size} & {*spikes}) < 10
+    assert mask.decompose(matrix, 12, 0, "x").tolist() == by_size
+
+
+def test_a_decomposition_keeps_to_what_is_allowed_and_draws_nothing(monkeypatch):
+    monkeypatch.setattr(mask, "EXACT", 8)
+    matrix, spikes = planted()
+    allowed = torch.ones(1200, dtype=torch.bool)
+    allowed[spikes[:4]] = False
+    state = torch.get_rng_state()
+    chosen = mask.decompose(matrix, 12, 3, "x", allowed).tolist()
+    assert {*spikes[4:]} <= {*chosen}
+    assert not {*spikes[:4]} & {*chosen}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # how many
 
 

@@ -559,9 +559,31 @@ def test_lora_only_is_lora(tmp_path, changes):
 # masks that are there from the start
 
 
+def decomposed(weight: torch.Tensor, k: int, rank: int) -> list[int]:
+    """The support of S in ten rounds of W ≈ L + S, with whole singular value decompositions."""
+    low, entries = torch.zeros_like(weight), []
+    kept: dict[int, float] = {}
+    for _ in range(10):
+        rest = weight.clone()
+        for entry, value in kept.items():
+            rest.view(-1)[entry] -= value
+        u, s, v = torch.linalg.svd(rest, full_matrices=False)
+        low = sum(s[n] * torch.outer(u[:, n], v[n]) for n in range(rank))
+        entries = largest((weight - low).abs(), k)
+        kept = {entry: float((weight - low).view(-1)[entry]) for entry in entries}
+    return entries
+
+
 @pytest.mark.parametrize(
     ("mask", "schedule"),
-    [("magnitude", "wl"), ("random", "wl"), ("file", "wl"), ("file", "spa_only")],
+    [
+        ("magnitude", "wl"),
+        ("random", "wl"),
+        ("decompose", "wl"),
+        ("decompose", "spa_only"),
+        ("file", "wl"),
+        ("file", "spa_only"),
+    ],
 )
 def test_other_masks_are_live_from_the_first_step(tmp_path, mask, schedule):
     file = tmp_path / "given.safetensors"
@@ -599,6 +621,8 @@ def test_other_masks_are_live_from_the_first_step(tmp_path, mask, schedule):
         assert len(set(entries)) == len(entries) == int(DENSITY * weight.numel())
         if mask == "magnitude":
             assert entries == largest(weight.abs(), len(entries))
+        elif mask == "decompose":
+            assert entries == decomposed(weight, len(entries), adapter.fitted_rank)
         elif mask == "file":
             assert entries == sorted(given[name].tolist())
         else:

@@ -25,6 +25,7 @@ from trainer.storage.checkpoints import CheckpointError
 
 SETTINGS = {
     "lora": ["adapter=lora", "adapter.rank=4"],
+    "mos": ["adapter=mos", "adapter.rank=3", "seed=5"],
     "peft": ["adapter=pissa", "adapter.r=3", "adapter.lora_alpha=3", "seed=2"],
     "rosa": ["adapter=rosa", "adapter.rank=4", "adapter.density=0.05", "adapter.warmup_steps=1",
              "adapter.mask_steps=1", "seed=3"],
@@ -59,7 +60,7 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("kinds", "weights"),
-    [(("lora", "peft"), (0.7, 0.5)), (("rosa", "sparse", "lora"), (0.5, -0.5, 1.0))],
+    [(("lora", "peft"), (0.7, 0.5)), (("rosa", "sparse", "mos"), (0.5, -0.5, 1.0))],
 )
 def test_cat_is_the_sum_of_what_the_runs_merge_to(run_of, tmp_path, kinds, weights):
     runs = [str(run_of(kind)) for kind in kinds]

@@ -45,6 +45,8 @@ SETTINGS = {
         "adapter.density_pattern={v_proj: 0.02}",
     ],
     "sparse": ["adapter=sparse", "adapter.density=0.05", "adapter.mask_steps=1"],
+    "bilora": ["adapter=bilora"],
+    "mos": ["adapter=mos", "adapter.rank=3"],
     "pissa": ["adapter=pissa", "adapter.r=4", "adapter.lora_alpha=4"],
     "prompt_tuning": ["adapter=prompt_tuning", "adapter.num_virtual_tokens=4"],
     "full": ["adapter=full"],
@@ -267,6 +269,8 @@ def test_an_adapter_that_answers_differently_is_refused(run_of, tmp_path, monkey
             ),
         ),
         ("pissa", "init_lora_weights=pissa.* is saved as the difference of two products"),
+        ("bilora", "adapter=bilora is trained with few values, and method=compeft would round"),
+        ("mos", "adapter=mos trains pools, and its LoRA repeats them in each layer"),
         ("full", "adapter=full leaves no adapter to compress"),
     ],
 )
@@ -278,6 +282,23 @@ def test_what_makes_no_sense_is_refused_before_a_model_is_loaded(
     with pytest.raises(AdapterError, match=message):
         compact.compress(str(run), COMPEFT, tmp_path / "out", False)
     assert not (tmp_path / "out").exists()
+
+
+def test_few_values_are_packed_without_a_loss(run_of, tmp_path):
+    run = run_of("bilora")
+    choice = Choice.of("levels", None, None, None, None, None)
+    result = compact.compress(str(run), choice, tmp_path / "out", False)
+    assert result.difference < 1e-4
+    compact.expand(result.out, tmp_path / "expanded")
+    before, after = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (run / "adapter", tmp_path / "expanded")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    assert result.after < result.before / 8  # 32 bits to one, and a header for tiny matrices
+    with pytest.raises(AdapterError, match="method=levels packs factors of at most 16 values"):
+        compact.compress(str(run_of("lora")), choice, tmp_path / "other", False)
 
 
 def test_the_verb(run_of, tmp_path, capsys):
@@ -346,7 +367,7 @@ def test_a_compact_file_without_its_config_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "pissa", "rosa", "sparse", "classes"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "mos", "pissa", "rosa", "sparse", "classes"])
 def test_sizes_are_those_of_the_update(run_of, tmp_path, kind):
     run = run_of(kind)
     assert sizes.main([f"run={run}", f"json={tmp_path / 'sizes.json'}"]) == 0
@@ -364,6 +385,10 @@ def test_sizes_are_those_of_the_update(run_of, tmp_path, kind):
     merged = found.adapter.merge(found.model).state_dict()
     seen = 0
     for module, row in layers.items():
+        if row["density"] is None and kind == "mos":
+            assert module.startswith("graft_pools.")
+            assert row["bytes"] == 0  # the file has the layers' LoRA
+            continue
         if row["density"] is None:
             assert (kind, module) == ("classes", "score")
             assert row["parameters"] == merged["score.weight"].numel()

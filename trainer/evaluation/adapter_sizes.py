@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from adapters import io
-from adapters.delta import AdaptedLinear, AdapterError
+from adapters.delta import AdaptedLinear, AdapterError, Pool
 from adapters.linear import float_weight
 from trainer.assembly.trained import Trained
 
@@ -57,7 +57,9 @@ def sizes(run: Trained, spectrum: bool) -> list[Size]:
         layers.append(size)
     if not layers:  # prompt methods: the saved tensors are not the trained parameters
         return [Size("all", sum(stored.values()), sum(parameters.values()))]
-    rest = sorted({key.rpartition(".")[0] for key in stored})
+    pools = [name for name, module in run.model.named_modules() if isinstance(module, Pool)]
+    shared = [name for name in parameters if name.startswith(tuple(f"{pool}." for pool in pools))]
+    rest = sorted({key.rpartition(".")[0] for key in [*stored, *shared]})
     names = {name: _own_name(name) for name in parameters}
     for module in rest:
         trained = sum(
@@ -100,14 +102,22 @@ def _updates(
             base = float_weight(module.base).double()
             update = delta.weight(base) - base
             delta.fold_in(module.base)
-            alone = hasattr(delta, "A") and getattr(delta, "values", None) is None
-            yield name, name, base, update, (delta.B, delta.A) if alone else None
+            yield name, name, base, update, _factors(delta)
         elif isinstance(module, BaseTunerLayer):
             yield (
                 name,
                 name.removeprefix(io.PREFIX),
                 *_merged(run.adapter, name.removeprefix(io.PREFIX), module),
             )
+
+
+def _factors(delta: Any) -> tuple[Tensor, Tensor] | None:
+    """Return B and A if they are all of a delta's update, up to its scale."""
+    if hasattr(delta, "factors"):
+        A, B = delta.factors()
+        return B, A
+    alone = hasattr(delta, "A") and getattr(delta, "values", None) is None
+    return (delta.B, delta.A) if alone else None
 
 
 def _merged(

@@ -13,8 +13,13 @@ from adapters.peft_fields import CHANGES_BASE, config_class
 from trainer.storage import run_folder
 from trainer.storage.checkpoints import CheckpointError
 
-OURS = ("adapters.lora.LoRAAdapter", "adapters.rosa.RoSAAdapter", "adapters.spiel.SpIEL")
-ALLOWED = "LoRA, rsLoRA, RoSA, sparse adapters and SpIEL can be combined"
+OURS = (
+    "adapters.lora.LoRAAdapter",
+    "adapters.mos.MoSAdapter",
+    "adapters.rosa.RoSAAdapter",
+    "adapters.spiel.SpIEL",
+)
+ALLOWED = "LoRA, rsLoRA, MoS, RoSA, sparse adapters and SpIEL can be combined"
 SAME_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 
 

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from adapters import compress as coding
 from adapters import io
 from adapters.delta import AdapterError
-from adapters.peft_fields import CHANGES_BASE, config_class
 from trainer.assembly.rows import Data, load_data
 from trainer.assembly.trained import Trained, load_trained
 from trainer.data.batches import Sequences
 from trainer.data.held_out import HeldOut
 from trainer.evaluation.loss import losses
-from trainer.exporting import card
+from trainer.exporting import card, compressible
 from trainer.exporting.adapter import save_adapter, verify_adapter
 from trainer.exporting.compare import compare, outputs
 from trainer.exporting.serving import Serving
@@ -30,8 +29,6 @@ from trainer.models.losses import CausalLoss, ClassLoss
 from trainer.storage import atomic, run_folder
 from trainer.storage.checkpoints import CheckpointError
 
-# PEFT's methods whose tensors are an update that starts at zero
-KINDS = ("LORA", "SHIRA", "SUPERTUNING")
 ALPHAS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)  # the range that ComPEFT's authors search
 Q_STEPS = 8  # from 1 - drop to 1, in equal factors
 SEARCH_ROWS = 64
@@ -71,10 +68,18 @@ class Choice:
         dropped = 0.9 if drop is None else drop
         return cls(
             method,
-            factors or ("both" if method == "compeft" else "B"),
+            factors or ("both" if method in ("compeft", "levels") else "B"),
             0.2 if keep is None else keep,
             dropped,
-            1 - dropped if method == "dare" else strength if isinstance(strength, float) else None,
+            (
+                1 - dropped
+                if method == "dare"
+                else 1.0
+                if method == "levels"
+                else strength
+                if isinstance(strength, float)
+                else None
+            ),
             seed or 0,
             scope or "tensor",
         )
@@ -111,7 +116,7 @@ def compress(run: str, choice: Choice, out: Path | None, evaluate: bool) -> Comp
         Mismatch: the loaded adapter answers differently; nothing is left behind.
     """
     run_path, content, _ = run_folder.read(run)
-    refuse(content["config"]["adapter"])
+    compressible.refuse(content["config"]["adapter"], choice.method)
     out = out or run_path / choice.method
     quantised = content["config"]["base"].get("quantization", "none") != "none"
     device = torch.device("cuda" if torch.cuda.is_available() and not quantised else "cpu")
@@ -144,7 +149,8 @@ def compress(run: str, choice: Choice, out: Path | None, evaluate: bool) -> Comp
         else:
             result.strength = choice.strength  # type: ignore[assignment]
         small = compressed(files, choice, result.strength)
-        put(source.model, small)
+        if choice.method != "levels":
+            put(source.model, small)
         result.loss_after = loss(held_out)
         for folder, tensors in small.items():
             compact = temporary / folder / coding.FILE
@@ -183,39 +189,10 @@ def expand(source: Path, out: Path) -> None:
                 shutil.copyfile(file, temporary / file.name)
 
 
-def refuse(adapter: dict[str, Any]) -> None:
-    """Refuse an adapter without an update that can be compressed.
-
-    Raises:
-        AdapterError: this adapter, as configured, has none.
-    """
-    allowed = (
-        f"Compression is for LoRA, RoSA and sparse adapters, and for PEFT's {', '.join(KINDS)}"
-    )
-    if adapter["_target_"].startswith("adapters.full."):
-        raise AdapterError(
-            f"adapter={adapter['_target_'].rpartition('.')[2].lower()} leaves no adapter to"
-            f" compress. {allowed}"
-        )
-    if adapter["_target_"] != "adapters.peft.Peft":
-        return
-    entry = config_class(adapter["peft_type"])
-    kind = entry.peft_type if entry else adapter["peft_type"]
-    if kind not in KINDS:
-        raise AdapterError(
-            f"{kind} is not the sum of its weights and an update that starts at zero. {allowed}"
-        )
-    init = str(adapter.get("init_lora_weights", ""))
-    if kind == "LORA" and init.startswith(CHANGES_BASE):
-        raise AdapterError(
-            f"init_lora_weights={init} is saved as the difference of two products, in which large"
-            f" parts cancel. After compression they would not. {allowed} with another"
-            " initialisation"
-        )
-
-
 def compressed(files: Files, choice: Choice, strength: float) -> Files:
-    """Compress the updates among the tensors, with one seed for all."""
+    """Compress the updates among the tensors, with one seed for all. levels changes none."""
+    if choice.method == "levels":
+        return files
     if choice.scope == "run":
         return _compressed_together(files, choice, strength)
     draw = torch.Generator().manual_seed(choice.seed)
