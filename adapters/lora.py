@@ -238,6 +238,10 @@ class LoRAAdapter(experts.UpdatesExperts):
         live = {key: tensor.detach() for key, tensor in self._stock_tensors(model).items()}
         copy_tensors(live, stock.read_tensors(folder, live))
 
+    def config_fields(self, model: nn.Module) -> dict[str, Any]:
+        """Return the fields of PEFT's LoraConfig that hold the ranks."""
+        return {"r": self.rank}
+
     def save(self, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
         from peft import LoraConfig
 
@@ -246,7 +250,7 @@ class LoRAAdapter(experts.UpdatesExperts):
         heads = io.trained_modules(model, rows=False)
         tokens, _ = io.token_rows(model)
         config = LoraConfig(
-            r=self.rank,
+            **self.config_fields(model),
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             use_rslora=self.rslora,
             **io.lora_fields(model, names, self.dropout, of_experts),

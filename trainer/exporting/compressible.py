@@ -9,6 +9,13 @@ from adapters.peft_fields import CHANGES_BASE, config_class
 
 # PEFT's methods whose tensors are an update that starts at zero
 KINDS = ("LORA", "SHIRA", "SUPERTUNING")
+# adapters whose LoRA is computed from what they train, so that it cannot be put back
+COMPUTED = {
+    "adapters.mos.MoSAdapter": "adapter=mos trains pools, and its LoRA repeats them in each layer:"
+    " compressed one by one, the layers' factors are larger than the pools",
+    "adapters.increlora.IncreLoRAAdapter": "adapter=increlora has a factor for each piece, which is"
+    " part of A in its LoRA",
+}
 
 
 def refuse(adapter: dict[str, Any], method: str) -> None:
@@ -34,11 +41,8 @@ def refuse(adapter: dict[str, Any], method: str) -> None:
             f"adapter={adapter['_target_'].rpartition('.')[2].lower()} leaves no adapter to"
             f" compress. {allowed}"
         )
-    if adapter["_target_"] == "adapters.mos.MoSAdapter":
-        raise AdapterError(
-            "adapter=mos trains pools, and its LoRA repeats them in each layer: compressed one by"
-            f" one, the layers' factors are larger than the pools. {allowed}"
-        )
+    if reason := COMPUTED.get(adapter["_target_"]):
+        raise AdapterError(f"{reason}. {allowed}")
     if adapter["_target_"] != "adapters.peft.Peft":
         return
     entry = config_class(adapter["peft_type"])
