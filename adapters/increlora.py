@@ -70,7 +70,7 @@ class IncreLoRA(LoRA):
 
     @property
     def used(self) -> int:
-        """How many pieces compute: the live ones and the reserve."""
+        """The number of pieces that compute: the live ones and the reserve."""
         return self.pieces + self.reserve
 
     @property
