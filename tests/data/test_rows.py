@@ -122,6 +122,10 @@ def test_rows_are_those_of_the_renderer_in_order_with_their_places(tiny, chats):
     assert rows.examples() == list(range(60))
     assert rows.lengths.tolist() == [len(row.ids) for row in listed(rows)]
     assert rows.trained.tolist() == [sum(row.trained[1:]) for row in listed(rows)]
+    assert rows.prompts.tolist() == [
+        next((at for at, flag in enumerate(row.trained) if at and flag), len(row.ids))
+        for row in listed(rows)
+    ]
     report = rows.report
     assert (report.rows, report.kept, report.ends_trained) == (60, 60, 60)
     assert report.tokens == rows.lengths.sum()
@@ -170,6 +174,10 @@ def test_overlong_rows_are_dropped_or_cut_and_counted(tiny, tmp_path, overlong, 
             cut,
         )
     assert rows.trained.tolist() == [len(row.ids) - 1 for row in listed(rows)]
+    assert rows.prompts.tolist() == [
+        next((at for at, flag in enumerate(row.trained) if at and flag), len(row.ids))
+        for row in listed(rows)
+    ]
     assert rows.report.answers_lost == 0
     assert (rows.report.rows, rows.report.kept) == (len(whole), len(rows))
     assert rows.report.ends_trained == len(whole) - len(longer)

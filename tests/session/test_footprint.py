@@ -160,6 +160,11 @@ def test_memory_grows_with_what_takes_it(estimated):
         "activations"
     ]
     assert 2 * less < half < 0.7 * needed("base.layers=8")["memory_bytes"]["activations"]
+    shorter, same = (
+        needed(f"objective.context_window={window}")["memory_bytes"] for window in (4, 1000)
+    )
+    assert shorter["activations"] < 0.8 * plain["memory_bytes"]["activations"]
+    assert same == plain["memory_bytes"]
 
 
 @pytest.mark.long

@@ -36,6 +36,12 @@ def refuse_early(config: dict[str, Any], base: Base, adapter: Adapter) -> None:
     if (teacher := config["objective"].get("teacher")) is not None:
         fault = heal.fault(base, teacher, labelled)
         faults += [fault] if fault is not None else []
+    window = config["objective"]["context_window"]
+    if window is not None and base.config.is_encoder_decoder:
+        faults.append(
+            f"objective.context_window={window}: {base.path} reads its prompts with an encoder,"
+            " which has no keys and values to keep: set objective.context_window=null"
+        )
     # Whether the device allows it is checked by the run: this may be another machine.
     fault = liger.fault(base.config.model_type) if config["fused"] == "liger" else None
     faults += [fault] if fault is not None else []

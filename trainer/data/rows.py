@@ -79,6 +79,19 @@ class Rows:
             counts.append(count)
         return np.concatenate(counts) if counts else np.zeros(0, np.int64)
 
+    @cached_property
+    def prompts(self) -> np.ndarray:
+        """The number of tokens before the first trained one of each row, whose first token does not
+        count; all of them in a row without one."""
+        counts = []
+        for flags, starts in _flat(self.table, "trained"):
+            trained = flags.astype(bool)
+            trained[starts[:-1][np.diff(starts) > 0]] = False
+            places = np.append(np.flatnonzero(trained), len(trained))
+            first = places[np.searchsorted(places, starts[:-1])]
+            counts.append(np.minimum(first, starts[1:]) - starts[:-1])
+        return np.concatenate(counts) if counts else np.zeros(0, np.int64)
+
     def counts(self, vocabulary: int) -> np.ndarray:
         """Return how often each token of the vocabulary is trained, (V,) int64."""
         total = np.zeros(vocabulary, np.int64)

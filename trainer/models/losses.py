@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.models.context import after_context
 from trainer.models.heads import Head, captured_hidden, captured_layers, output_head
 
 LOGITS = 12 << 20  # logits in a chunk: 256 positions of a vocabulary of 49152
@@ -202,7 +203,10 @@ def _right(logits: Tensor, targets: Tensor, guess: Tensor, top: int) -> tuple[Te
 
 class CausalLoss:
     """The loss of a batch of trainer.data.batches.Collate. With a drafter (trainer.drafters) the
-    drafter's loss is added."""
+    drafter's loss is added. With a `window`, prompt tokens before it have no gradient, see
+    trainer.models.context."""
+
+    window: int | None = None
 
     def __init__(
         self, model: nn.Module, chunk: int | None, drafter: Any = None, target: Any = None
@@ -216,13 +220,12 @@ class CausalLoss:
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return (summed loss, {loss, tokens, right}); the sums are detached, and count each token
         as often as its row's weight. With a drafter there is also `offsets`, see Drafter.loss."""
+        batch = self.windowed(batch)
         labels = batch["labels"][:, 1:]  # position t predicts token t + 1
         where = labels != -100
         weights = batch["weights"][:, 1:][where] if "weights" in batch else None
         if self.head is None:
-            logits = self.model(**_inputs(batch), use_cache=False).logits[
-                :, -batch["labels"].shape[1] :
-            ]
+            logits = self.model(**_inputs(batch)).logits[:, -batch["labels"].shape[1] :]
             loss, right = chunked_cross_entropy(
                 logits[:, :-1][where], labels[where], _identity, self.chunk, weights=weights
             )
@@ -244,6 +247,14 @@ class CausalLoss:
             loss = self.drafter.main_weight * loss + term
         return loss, sums
 
+    def windowed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch to train on whose tokens before the window, if there is one, have run."""
+        if self.window is None or not torch.is_grad_enabled():
+            return batch
+        return after_context(
+            batch, self.window, self.model, None if self.head is None else self.layer
+        )
+
     def forward(
         self, batch: dict[str, Any], more: dict[str, Tensor] | None = None
     ) -> tuple[Float[Tensor, "B T d"], Float[Tensor, "B T f"] | None, Float[Tensor, "B m d"]]:
@@ -257,7 +268,7 @@ class CausalLoss:
         layers = self.drafter.layers if self.drafter is not None else ()
         decoder = self.target.decoder if self.drafter is not None else self.model
         with captured_hidden(self.layer) as read, captured_layers(decoder, layers) as between:
-            self.model(**(_inputs(batch) if more is None else more), use_cache=False)
+            self.model(**(_inputs(batch) if more is None else {**more, "use_cache": False}))
         # Virtual tokens of prompt learning come before the row's tokens, those of a drafter after.
         hidden, extra = (
             (read[0][:, :length], read[0][:, length:])
@@ -290,10 +301,13 @@ class CausalLoss:
         return self.drafter.loss(output, self.target, self.chunk)
 
 
-def _inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
+def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    if "arguments" in batch:  # of trainer.models.context
+        return {"input_ids": batch["input_ids"], **batch["arguments"]}
     # A causal model needs no mask: what it pads with comes after the row.
     pairs = ("attention_mask", "decoder_input_ids") if "decoder_input_ids" in batch else ()
-    return {key: batch[key] for key in ("input_ids", "position_ids", *pairs) if key in batch}
+    names = ("input_ids", "position_ids", *pairs)
+    return {key: batch[key] for key in names if key in batch} | {"use_cache": False}
 
 
 def _identity(logits: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import nn
@@ -24,8 +25,8 @@ from trainer.assembly.recipe import Recipe
 from trainer.callbacks import every_steps
 from trainer.drafters import Drafter, DrafterError
 from trainer.exporting.draft_head import described
+from trainer.models.base import BaseError
 from trainer.models.losses import positions
-from trainer.penalties.deft import PenaltyError
 from trainer.session import smaller
 from trainer.training import heal
 
@@ -186,7 +187,7 @@ def _penalty(config: dict[str, Any], adapter: Adapter, model: nn.Module, errors:
         )
     try:
         instantiate(config["penalty"])(model=model)
-    except PenaltyError as error:
+    except BaseError as error:
         errors.append(str(error))
 
 
@@ -245,6 +246,9 @@ def _memory(recipe: Recipe, total: int, linears: int, trainable: int) -> dict[st
         if train is not None
         else config["max_length"]
     )
+    window = config["objective"]["context_window"]
+    if window is not None and train is not None and len(train.rows):
+        longest = int((train.rows.lengths - np.maximum(train.rows.prompts - window, 0)).max())
     tokens = config["batch_size"] * (config["max_length"] if config["packing"] else longest)
     per_layer = (
         12 * width + 3 * inner if config["fused"] else 15 * width + 4 * inner

@@ -23,6 +23,7 @@ from trainer.data.held_out import to_device
 from trainer.drafters import Drafter
 from trainer.drafters import io as drafter_io
 from trainer.models.causality import check_causality
+from trainer.models.context import check_context
 from trainer.models.packing_check import check_packing_isolation
 from trainer.session import same_step
 from trainer.session.footprint import parameters
@@ -86,6 +87,8 @@ def load_model(recipe: Recipe, start: StartPoint, folder: Path | None) -> Loaded
         log.info("drafter: %s", parameters(drafter))
     if config["packing"]:
         check_packing_isolation(model, recipe.base)
+    if config["objective"]["context_window"] is not None:
+        check_context(model, recipe.base)
     if config["compile"]:
         log.info(
             "compiled in training: %d layers, when the first batches come", compile_layers(model)

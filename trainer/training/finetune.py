@@ -45,7 +45,8 @@ class FineTune(lightning.LightningModule):
     until a `runtime_cooldown` takes over; `optimizer` makes the optimiser from parameter groups. A
     step whose loss or gradient is not finite changes nothing and is counted; `nonfinite_limit` of
     them in a row raise NonFinite. With `repeat_smaller` a step that does not fit into memory is
-    repeated in smaller micro-batches, see trainer.training.out_of_memory."""
+    repeated in smaller micro-batches, see trainer.training.out_of_memory. Prompt tokens before the
+    last `context_window` ones run without a gradient, see trainer.models.context."""
 
     # checkpoints hold the adapter only; on_load_checkpoint compares the names itself
     strict_loading = False
@@ -69,6 +70,7 @@ class FineTune(lightning.LightningModule):
         penalty: DensityDEFT | None = None,
         drafter: Drafter | None = None,
         runtime_cooldown: RuntimeCooldown | None = None,
+        context_window: int | None = None,
     ):
         super().__init__()
         self.model, self.adapter, self.penalty, self.drafter = model, adapter, penalty, drafter
@@ -84,6 +86,8 @@ class FineTune(lightning.LightningModule):
         self.loss = ClassLoss(model) if labelled else self.make_loss(logits_chunk)
         if isinstance(self.loss, ClassLoss) and not self.loss.guesses:
             self.counted = ("loss", "tokens")
+        if isinstance(self.loss, CausalLoss):
+            self.loss.window = context_window
         if gradient_checkpointing:
             # True is every layer, N every N-th.
             model.activation_checkpointing_enable(
@@ -155,6 +159,8 @@ class FineTune(lightning.LightningModule):
             ):
                 group["lr"] = peak * rate
         self.step_done = False
+        if self.penalty is not None:
+            self.penalty.strength = self.penalty.phase.share(self.step, self.steps)
         if self.drafter is not None:
             self.drafter.on_step(self.step, self.steps)
         reseed(self.seed, self.global_rank, self.step, micro)

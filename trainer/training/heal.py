@@ -84,17 +84,19 @@ class TeacherLoss(CausalLoss):
             return super().__call__(batch)
         assert self.head is not None
         assert self.taught.head is not None
-        labels = batch["labels"][:, 1:]
+        mine = self.windowed(batch)
+        labels = mine["labels"][:, 1:]
         where = labels != -100
-        weights = batch["weights"][:, 1:][where] if "weights" in batch else None
-        hidden = self.forward(batch)[0][:, :-1][where]
+        weights = mine["weights"][:, 1:][where] if "weights" in mine else None
+        hidden = self.forward(mine)[0][:, :-1][where]
         parameters = tuple(p for p in self.layer.parameters() if p.requires_grad)
         loss, right = chunked_cross_entropy(
             hidden, labels[where], self.head, self.chunk, parameters, weights
         )
         with torch.no_grad():
             self.taught.model.to(hidden.device)
-            states = self.taught.forward(batch)[0][:, :-1][where]
+            theirs = batch["labels"][:, 1:] != -100
+            states = self.taught.forward(batch)[0][:, :-1][theirs]
         how = Distillation("kl", self.taught.head, (self.head,))
         scale = torch.ones_like(hidden[:, 0]) if weights is None else weights
         divergence, _ = chunked_distillation(
