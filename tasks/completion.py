@@ -17,7 +17,6 @@ class Completion:
     """Texts. Every token is trained, and the end token after them."""
 
     kind = "text"
-    metrics: list[str] = []
 
     def __init__(
         self,
@@ -33,6 +32,7 @@ class Completion:
         shuffle_block: int,
         on_bad: str,
         weight_column: str | None,
+        prompt_tokens: int | None = None,
         **more: Any,
     ):
         self.splits = Splits.of(
@@ -41,6 +41,8 @@ class Completion:
         self.eval_sets = list(self.splits.more)
         self.columns, self.weight_column = dict(columns), weight_column
         self.streaming, self.shuffle_block, self.on_bad = streaming, shuffle_block, on_bad
+        self.prompt_tokens = prompt_tokens
+        self.metrics = [] if prompt_tokens is None else ["ttr"]  # by trainer.evaluation.answers
 
     def examples(self, split: str) -> Iterator[Text | Bad]:
         for where, row in self.splits.rows(split):

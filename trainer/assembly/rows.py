@@ -11,10 +11,12 @@ import numpy as np
 import torch
 
 from tasks.reading import DataError
+from tasks.task import Text
 from trainer.config.errors import ConfigError
 from trainer.data import ends
 from trainer.data.batches import BatchOrder, Collate, Sequences
 from trainer.data.cache_key import source_key
+from trainer.data.encoding import plain_ids
 from trainer.data.held_out import HeldOut
 from trainer.data.identity import of_rows, of_stream
 from trainer.data.packing import pack
@@ -162,10 +164,11 @@ def load_held_out(config: dict[str, Any], base: Base, task: Any) -> Data:
 
 
 def add_prompts(data: Data, count: int, stops: Stops) -> None:
-    """Render the prompts of the first `count` conversations of each set of evaluation. Answers to
-    them end in the `stops` of trainer.data.ends.stop_set."""
+    """Render the prompts of the first `count` conversations, or texts that are continued, of each
+    set of evaluation. Answers to them end in the `stops` of trainer.data.ends.stop_set."""
     held_out = data.held_out
-    if held_out is None or data.task.kind != "conversation" or not count:
+    continued = getattr(data.task, "prompt_tokens", None) is not None
+    if held_out is None or not (data.task.kind == "conversation" or continued) or not count:
         return
     _add_prompts(data, "eval", held_out, count, stops)
     for name, further in held_out.more.items():
@@ -178,10 +181,19 @@ def _add_prompts(data: Data, split: str, held_out: HeldOut, count: int, stops: S
     for index, example in enumerate(data.task.examples(split)):
         if len(held_out.prompts) >= count:
             break
-        if index in kept_rows:
-            held_out.prompts.append((example, data.renderer.prompt(example)))
+        if index in kept_rows and (prompt := _prompt(data, example)):
+            held_out.prompts.append((example, prompt))
     held_out.grade = data.task.grade
     held_out.stops = stops
+
+
+def _prompt(data: Data, example: Any) -> list[int] | None:
+    """Return the ids that the model continues; None of a text that ends in them."""
+    if not isinstance(example, Text):
+        return data.renderer.prompt(example)
+    ids = plain_ids(data.renderer.tokenizer, example.text)
+    count = data.task.prompt_tokens
+    return ids[:count] if len(ids) > count else None
 
 
 def batch_order(config: dict[str, Any], data: Data, ranks: int) -> BatchOrder:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from tasks.task import Text
+from trainer.data.encoding import plain_ids
 from trainer.data.held_out import HeldOut
 from trainer.data.stops import Stops
 from trainer.decoding import positions
+from trainer.evaluation.diversity import type_token_ratio
 from trainer.storage.progress import Progress, current
 
 
@@ -32,26 +36,49 @@ def answers(
             if stop():
                 return None
             chosen = by_length[start : start + batch_size]
-            texts = generate(
+            rows = continuations(
                 model,
                 [held_out.prompts[i][1] for i in chosen],
-                held_out.tokenizer,
+                held_out.tokenizer.pad_token_id,
                 held_out.stops,
                 max_new_tokens,
                 device,
             )
-            for i, text in zip(chosen, texts, strict=True):
-                example, prompt = held_out.prompts[i]
-                assert held_out.grade is not None
-                graded[i] = {
-                    "where": example.where,
-                    "prompt": held_out.tokenizer.decode(prompt),
-                    "expected": example.messages[-1]["content"],
-                    "answer": text,
-                    "scores": held_out.grade(example, text),
-                }
+            for i, row in zip(chosen, rows, strict=True):
+                graded[i] = _graded(held_out, i, row, max_new_tokens)
             progress.advance(len(chosen))
     return [graded[i] for i in range(len(held_out.prompts))]
+
+
+def _graded(held_out: HeldOut, index: int, row: list[int], most: int) -> dict[str, Any]:
+    """Return one prompt with its answer, the ids `row`, and its scores."""
+    example, prompt = held_out.prompts[index]
+    tokenizer = held_out.tokenizer
+    text = _text(row, tokenizer, held_out.stops)
+    assert held_out.grade is not None
+    scores = held_out.grade(example, text)
+    if isinstance(example, Text):  # its prompt is its beginning
+        expected = tokenizer.decode(plain_ids(tokenizer, example.text)[len(prompt) :][:most])
+        scores = scores | {"ttr": type_token_ratio(_written(row, tokenizer, held_out.stops))}
+    else:
+        expected = example.messages[-1]["content"]
+    return {
+        "where": example.where,
+        "prompt": tokenizer.decode(prompt),
+        "expected": expected,
+        "answer": text,
+        "scores": scores,
+    }
+
+
+def _text(row: list[int], tokenizer: Any, stops: Any) -> str:
+    return Stops.of(stops).without_end(tokenizer.decode(row, skip_special_tokens=True))
+
+
+def _written(row: list[int], tokenizer: Any, stops: Any) -> list[int]:
+    """Return the ids of a continuation up to the token that ended it."""
+    ends = {*stops, tokenizer.pad_token_id}
+    return list(itertools.takewhile(lambda token: token not in ends, row))
 
 
 def generate(
@@ -64,9 +91,7 @@ def generate(
 ) -> list[str]:
     """Return greedy continuations of several prompts, as text without special tokens."""
     rows = continuations(model, prompts, tokenizer.pad_token_id, stops, max_new_tokens, device)
-    return [
-        Stops.of(stops).without_end(tokenizer.decode(row, skip_special_tokens=True)) for row in rows
-    ]
+    return [_text(row, tokenizer, stops) for row in rows]
 
 
 def continuations(

@@ -24,6 +24,8 @@ share one mean; the gate's branch alone is never measured. `eps: auto` sets tau 
 median |a| at the start, since 1e-7 is too small for a SiLU, whose activations are hardly ever that
 near 0.
 
+With `start`, `end` and `ramp` the weight is that of a phase of the run (trainer.penalties.phase).
+
 The class is called DensityDEFT because PEFT's DeftConfig is another method.
 """
 
@@ -41,6 +43,8 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters.delta import ends_with
 from trainer.models.base import BaseError
+from trainer.penalties.forms import FORMS
+from trainer.penalties.phase import Phase
 
 # Endings of the names of down projections in transformers.
 _DOWN = re.compile(
@@ -133,25 +137,6 @@ def _choices(linears: list[tuple[str, nn.Module]]) -> str:
     return "The model's linear layers: " + ", ".join(itertools.islice(names, 40))
 
 
-def rational(a: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """Return (q, dq/da) of q = a² / (a² + tau²)."""
-    x = a / tau
-    below = 1 / (1 + x * x)
-    return x * x * below, x * below * below * (2 / tau)
-
-
-def tanh(a: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """Return (q, dq/da) of q = tanh(|a| / tau). The slope at 0 is set to 0."""
-    q = torch.tanh(a.abs() / tau)
-    return q, a.sign() * (1 - q * q) / tau
-
-
-FORMS: dict[str, Callable[[Tensor, float], tuple[Tensor, Tensor]]] = {
-    "rational": rational,
-    "tanh": tanh,
-}
-
-
 class _Density(torch.autograd.Function):
     """Σ_t weight_t mean_f q(a[t, f]).
 
@@ -231,7 +216,12 @@ class DensityDEFT:
         layer_weights: str,
         modules: str | list[str],
         calibration_batches: int,
+        start: float = 0.0,
+        end: float = 1.0,
+        ramp: float = 0.0,
     ):
+        self.phase = Phase(start, end, ramp)
+        self.strength = 1.0  # of the current step: the phase's share of the weight
         self.layers = mlp_inputs(model, modules)
         self.weight, self.form = weight, form
         self.layer_weights, self.calibration_batches = layer_weights, calibration_batches
@@ -302,7 +292,7 @@ class DensityDEFT:
         parts = [
             value.to(first.device) * (shares[index] / total) for index, value in densities.items()
         ]
-        return self.weight * torch.stack(parts).sum(), each, measured
+        return self.strength * self.weight * torch.stack(parts).sum(), each, measured
 
     def close(self) -> None:
         """Stop measuring."""
