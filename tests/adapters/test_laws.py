@@ -38,9 +38,10 @@ SETTINGS = {
 }
 
 NOTHING_TRAINED = {"none"}
-WHOLE_BASE = {"full"}
+WHOLE_BASE = {"full", "sr_ste"}
 ON_NF4 = {"loftq"}  # it corrects the rounding of an NF4 base, so there has to be one
 STARTS_ELSEWHERE = {
+    "sr_ste": "half of the base's weights are left out from the first step",
     "prompt_tuning": "its virtual tokens are attended to from the first step",
     "prefix_tuning": "its prefix is attended to from the first step",
     "loftq": (

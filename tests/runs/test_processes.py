@@ -496,12 +496,14 @@ ADAPTERS: dict[str, list[str]] = {
     "pissa": ["adapter.r=4"],
     "prefix_tuning": [],
     "prompt_tuning": [],
+    "pst": ["adapter.renew=1"],
     "rosa": CASES["rosa"][1:],
     "rslora": [],
     "shira": ["adapter.r=4"],
     "sparse": ["adapter.density=0.1", "adapter.score=mean"],
     "spiel_ma": SPIEL,
     "spiel": SPIEL,
+    "sr_ste": [],
     "supertuning": [],
 }
 TIMES = ("seconds", "answer_seconds", "time", "tokens_per_s", "trained_per_s", "minutes")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+WHOLE_BASE = ("adapters.full.Full", "adapters.sr_ste.SrSte")  # they train the base's own weights
+
 
 def settings(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the changes that need less memory, by the words of a command line. A change maps a
@@ -24,7 +26,7 @@ def settings(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
         changes |= _one("max_length", config["max_length"] // 2)
     if config.get("precision") == "fp32":
         changes |= _one("precision", "bf16-true")
-    trains_base = config.get("adapter", {}).get("_target_") == "adapters.full.Full"
+    trains_base = config.get("adapter", {}).get("_target_") in WHOLE_BASE
     if config.get("base", {}).get("quantization") == "none" and not trains_base:
         changes |= _one("base.quantization", "nf4")
     return changes
