@@ -1,4 +1,4 @@
-"""Make a smaller base from a base: zeros, fewer layers, or narrower MLPs.
+"""Make a smaller base from a base: zeros, fewer layers, narrower MLPs or states.
 
     graft shrink base.path=FOLDER|NAME task.path=ROWS to=FOLDER method=METHOD [OPTIONS] [KEY=VALUE]
 
@@ -7,6 +7,7 @@
     sparsegpt    zero some and move the others to make up for it (arXiv 2301.00774)
     drop_layers  leave out the decoder layers that change the states least
     narrow       leave out neurons of the MLPs, as many in each layer
+    slice        rotate the states and leave out the numbers that vary least (arXiv 2401.15024)
 
 Rows of the task calibrate it. A device holds one decoder layer at a time. The result is a plain
 folder of transformers with config, weights, tokenizer and chat template; its README.md says what

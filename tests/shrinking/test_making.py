@@ -215,6 +215,19 @@ REFUSED = {
         lambda place: ["base=tiny", "method=narrow", "ffn=0.5", "score=angular"],
         "score=angular: method=narrow takes activation_weight or activation",
     ),
+    "no width": (lambda place: ["base=tiny", "method=slice"], "missing: width= of method=slice"),
+    "search": (
+        lambda place: ["base=tiny", "method=narrow", "ffn=0.5", "search=evolution"],
+        "search=evolution has no effect with method=narrow",
+    ),
+    "no search": (
+        lambda place: ["base=tiny", "method=drop_layers", "layers=1", "offspring=4"],
+        "offspring=4 has no effect without search=evolution",
+    ),
+    "all states": (
+        lambda place: ["base=tiny", "method=slice", "width=0.9"],
+        "width=0.9 of 16, in multiples of 32, is 0, which leaves none. Use another width=, or",
+    ),
 }
 
 
@@ -248,3 +261,20 @@ def test_a_pruned_base_is_refused_but_for_dropped_layers(place, capsys):
     assert shrink(*words, "to=again", "method=drop_layers", "layers=1") == 0
     weight = layers_of(loaded("again"), SHAPE)[0].mlp.down_proj.weight
     assert Pattern.of("2:4").follows(weight)
+
+
+@pytest.mark.long
+def test_narrower_states_and_a_search_for_layers(place, capsys):
+    assert shrink("method=slice", "width=0.75", "multiple=4") == 0
+    record = json.loads((place / "out/shrink.json").read_text())
+    model = loaded("out")
+    assert model.config.hidden_size == record["states"] == 12
+    assert "after one rotation of the whole model" in capsys.readouterr().out
+    words = ("to=searched", "method=drop_layers", "layers=1", "search=evolution", "generations=2")
+    assert shrink(*words, "offspring=2", "base.layers=3") == 0
+    record = json.loads((place / "searched/shrink.json").read_text())
+    assert loaded("searched").config.num_hidden_layers == 2
+    assert record["divergence"] <= record["divergence_least_influence"]
+    assert record["generations"] == 2
+    assert "2 generations of a search" in (place / "searched/README.md").read_text()
+    assert not (place / ".searched.shrink").exists()

@@ -16,10 +16,12 @@ SETTINGS = {
     "magnitude": PRUNING,
     "wanda": PRUNING,
     "sparsegpt": PRUNING,
-    "drop_layers": ("layers", "score"),
+    "drop_layers": ("layers", "score", "search", "generations", "offspring"),
     "narrow": ("ffn", "multiple", "score"),
+    "slice": ("width", "multiple"),
 }
-NEEDED = {"drop_layers": "layers", "narrow": "ffn"}
+NEEDED = {"drop_layers": "layers", "narrow": "ffn", "slice": "width"}
+MULTIPLES = {"narrow": 128, "slice": 32}
 # the first is the default
 SCORES = {"drop_layers": ("angular", "cosine"), "narrow": ("activation_weight", "activation")}
 TAKEN = ("base", "task", "max_length", "overlong", "batch_size", "tokenise_processes")
@@ -30,7 +32,7 @@ class ShrinkOptions:
     """The options of graft shrink."""
 
     to: Path = option("the folder to write, which must not exist", value="FOLDER")
-    method: Literal["magnitude", "wanda", "sparsegpt", "drop_layers", "narrow"] = option(
+    method: Literal["magnitude", "wanda", "sparsegpt", "drop_layers", "narrow", "slice"] = option(
         "how to shrink", value="METHOD"
     )
     pattern: Literal["2:4", "4:8", "unstructured"] | None = option(
@@ -50,9 +52,19 @@ class ShrinkOptions:
     ffn: float | None = option(
         "narrow: share of the MLP's neurons that stays", None, value="0.75", above=0, below=1
     )
-    multiple: int | None = option(
-        "narrow: their number is a multiple of this, 128 by default", None, at_least=1
+    width: float | None = option(
+        "slice: share of a state's numbers that stays", None, value="0.9", above=0, below=1
     )
+    multiple: int | None = option(
+        "narrow, slice: what stays is a multiple of this, 128 or 32 by default", None, at_least=1
+    )
+    search: Literal["evolution"] | None = option(
+        "drop_layers: which layers go is searched for, from those of least influence on", None
+    )
+    generations: int | None = option(
+        "search: layers x (those that stay) / 1.5 by default", None, at_least=1
+    )
+    offspring: int | None = option("search: of a generation, 32 by default", None, at_least=2)
     score: Literal["angular", "cosine", "activation_weight", "activation"] | None = option(
         "what says which parts matter: angular or cosine for layers, activation_weight or"
         " activation for neurons; the first by default",
@@ -84,6 +96,9 @@ class ShrinkOptions:
         if self.density is not None and self.pattern != "unstructured" and "density" in takes:
             pattern = self.pattern or "2:4"
             yield f"density={self.density:g} needs pattern=unstructured, not {pattern}"
+        for key in ("generations", "offspring"):
+            if getattr(self, key) is not None and self.search is None and key in takes:
+                yield f"{key}={getattr(self, key)} has no effect without search=evolution"
         scores = SCORES.get(self.method)
         if scores is not None and self.score is not None and self.score not in scores:
             yield f"score={self.score}: method={self.method} takes {' or '.join(scores)}"
@@ -92,7 +107,10 @@ class ShrinkOptions:
     def described(self) -> dict[str, Any]:
         """The method's settings, with its defaults."""
         values = {key: getattr(self, key) for key in SETTINGS[self.method]}
-        defaults: dict[str, Any] = {"pattern": "2:4", "part": "all", "multiple": 128}
+        defaults: dict[str, Any] = {"pattern": "2:4", "part": "all"}
+        defaults["multiple"] = MULTIPLES.get(self.method)
+        if self.search is not None:
+            defaults["offspring"] = 32
         if self.pattern == "unstructured":
             defaults["density"] = 0.5
         defaults["score"] = SCORES.get(self.method, (None,))[0]

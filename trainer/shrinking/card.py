@@ -40,9 +40,23 @@ def removed(record: dict[str, Any]) -> str:
     if record["method"] == "drop_layers":
         dropped = ", ".join(map(str, record["dropped"]))
         were = "s {} were" if len(record["dropped"]) > 1 else " {} was"
+        what = f"the least {record['score']} change of the states."
+        if "generations" in record:
+            what = (
+                f"the least divergence from the base that {record['generations']} generations of a"
+                f" search have come to, {record['divergence']:.4f} on the calibration rows. It is"
+                f" {record['divergence_least_influence']:.4f} without the layers of least"
+                f" {record['score']} change of the states."
+            )
         return (
-            f"Decoder layer{were.format(dropped)} dropped, of {len(figures)} (the first is 0): the"
-            f" least {record['score']} change of the states."
+            f"Decoder layer{were.format(dropped)} dropped, of {len(figures)} (the first is 0):"
+            f" {what}"
+        )
+    if record["method"] == "slice":
+        return (
+            f"The states have {record['states']} numbers after one rotation of the whole model:"
+            f" {record['variance']:.1%} of their variance on the calibration rows. The head has a"
+            " weight of its own, also where the base shared it with the embedding."
         )
     if record["method"] == "narrow":
         return (

@@ -23,7 +23,7 @@ from trainer.models.base import Base
 from trainer.models.folders import text_model_class
 from trainer.models.losses import CausalLoss
 from trainer.models.precision import bf16_is_fast
-from trainer.shrinking import card, drop_layers, narrow
+from trainer.shrinking import card, drop_layers, evolution, narrow, search_layers, sliced
 from trainer.shrinking.families import Shape, layers_of, shape_of
 from trainer.shrinking.patterns import Pattern
 from trainer.shrinking.resuming import Resumed
@@ -102,6 +102,10 @@ def prepared(options: ShrinkOptions, config: dict[str, Any]) -> Work:
     if options.method == "drop_layers":
         drop_layers.check(settings["layers"], len(layers))
         method = drop_layers.Influence(settings["score"])
+    elif options.method == "slice":
+        sliced.check(base.config.model_type)
+        size = base.config.hidden_size
+        method = sliced.Sliced(sliced.width(settings["width"], size, settings["multiple"]), size)
     elif options.method == "narrow":
         narrow.check(shape, base.config.model_type)
         neurons = getattr(base.config, shape.width)
@@ -177,11 +181,36 @@ def apply(work: Work, model: Any, rows: list[Tensor], resumed: Resumed) -> None:
     figures = walk(model, layers, rows, work.method, work.device, resumed)
     work.record["layers_figures"] = figures
     if isinstance(work.method, drop_layers.Influence):
-        work.record["dropped"] = drop_layers.least(figures, work.options.described["layers"])
+        least = drop_layers.least(figures, work.options.described["layers"])
+        work.record["dropped"] = least
+        if work.options.search is not None:
+            work.record |= searched(work, model, rows, least, resumed)
         drop_layers.drop(model, work.shape, work.record["dropped"])
+    elif isinstance(work.method, sliced.Sliced):
+        rotation, share = work.method.rotation()
+        work.record |= {"states": work.method.states, "variance": share}
+        sliced.apply(model, layers, rotation)
     elif isinstance(work.method, narrow.Narrow):
         work.record["neurons"] = work.method.neurons
         setattr(model.config, work.shape.width, work.method.neurons)
+
+
+def searched(
+    work: Work, model: Any, rows: list[Tensor], least: list[int], resumed: Resumed
+) -> dict[str, Any]:
+    """Search for the layers that go, from those of least influence on. The device holds the whole
+    model meanwhile."""
+    options, parts = work.options, len(work.record["layers_figures"])
+    count = options.described["layers"]
+    settings = evolution.Settings(
+        options.generations or evolution.generations_of(parts, count),
+        options.described["offspring"],
+    )
+    judge = search_layers.Divergence(model, layers_of(model, work.shape), rows, work.device)
+    job = evolution.Search(parts, count, judge, options.seed, settings)
+    record = search_layers.search(judge, job, tuple(least), resumed.path / "search.json")
+    model.to("cpu")
+    return record
 
 
 def sizes(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:

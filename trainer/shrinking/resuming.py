@@ -52,7 +52,7 @@ class Resumed:
         except (OSError, ValueError):
             same = False
         if not same:
-            for file in self.path.glob("layer-*.safetensors"):
+            for file in (*self.path.glob("layer-*.safetensors"), *self.path.glob("search.json")):
                 file.unlink()
             atomic.write_text(record, json.dumps(self.settings, indent=2) + "\n")
         elif done := len(list(self.path.glob("layer-*.safetensors"))):
