@@ -24,7 +24,7 @@ def keep(scores: Float[Tensor, "o i"]) -> Bool[Tensor, "o i"]:
 
 
 def follows(weight: Float[Tensor, "o i"]) -> bool:
-    """Whether a weight has the pattern."""
+    """Return whether a weight has the pattern."""
     if weight.shape[-1] % 4:
         return False
     return bool((weight.unflatten(-1, (-1, 4)).count_nonzero(-1) <= 2).all())

@@ -131,7 +131,7 @@ def _table(
         elif isinstance(value_node, yaml.MappingNode) and not comment.startswith("mapping"):
             children[key] = _table(value_node, lines, file, values[key])
         else:
-            type_, _, doc = comment.partition(":")
+            type_, _, doc = comment.partition(": ")  # a choice may be 2:4
             children[key] = Leaf(type_.strip(), doc.strip(), file, values[key])
     return Table(children, target, file, partial=partial)
 

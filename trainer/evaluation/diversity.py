@@ -1,4 +1,4 @@
-"""How diverse generated tokens are."""
+"""The diversity of generated tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of n parts go, by evolution under a fixed number of them: EvoPress (arXiv 2410.14649).
+"""Parts of a model that go, k of n, by evolution: EvoPress (arXiv 2410.14649).
 
     parent      a set of k of n parts that go
     offspring   copies with min(U{1..3}, U{1..3}) swaps each: a part comes back, another one goes

@@ -1,5 +1,5 @@
-"""How far a model without some of its layers is from the whole one, and the search for those that
-can go (method=drop_layers search=evolution).
+"""The divergence of a model without some of its layers from the whole one, and the search for
+those that can go (method=drop_layers search=evolution).
 
     KL(p ‖ q) ≥ Σ_top p (log p - log q) + p_rest (log p_rest - log q_rest)       mean over tokens
 
