@@ -22,14 +22,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +31,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from adapters import native as native_code
 
 WAYS = ("native", "sampled", "gathered")
 CHUNK = 1 << 24  # entries of the dense gradient that are computed at one time
@@ -79,44 +71,11 @@ NATIVE_SHARE = 0.1  # the largest share of a weight's entries for which `fastest
 WORDS = 128  # of sddmm.c: 4-byte words of a column in a tile
 
 
-# No -ffast-math: loading a library linked with it rounds small numbers to zero in the whole
-# process.
-FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-shared", "-fPIC")
-
-
-def processor() -> str:
-    """Return the processor's features that -march=native depends on. Machines with different
-    processors may share a home directory."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.node()}"
-    keys = ("model name", "flags", "Features", "CPU part")
-    return "".join(sorted({line for line in lines if line.startswith(keys)}))
-
-
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return sddmm.c, compiled for this machine, or None if no compiler here compiles it.
-
-    Compiling takes a second; the library is cached. The compiler is $CC, cc, gcc or clang. The
-    cache is $GRAFT_CACHE, else graft in the user's cache folder.
-    """
-    installed = (shutil.which(name) for name in ("cc", "gcc", "clang"))
-    compiler = shlex.split(os.environ.get("CC", "")) or [path for path in installed if path][:1]
-    if not compiler:
-        return None
-    source = Path(__file__).with_suffix(".c")
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graft"
-    folder = Path(os.environ.get("GRAFT_CACHE") or default) / "native"
-    identity = repr((source.read_bytes(), compiler, FLAGS, processor())).encode()
-    built = folder / f"sddmm-{hashlib.sha256(identity).hexdigest()[:16]}.so"
-    try:
-        if not built.exists():
-            _compile(compiler, source, built)
-        loaded = ctypes.CDLL(str(built))
-    except (OSError, subprocess.SubprocessError) as error:
-        log.debug("sddmm.c is not used: %s %s", error, getattr(error, "stderr", b""))
+    """Return sddmm.c, compiled for this machine, or None if no compiler here compiles it."""
+    loaded = native_code.library(Path(__file__).with_suffix(".c"))
+    if loaded is None:
         return None
     for name in NATIVE.values():
         getattr(loaded, name).argtypes = (
@@ -124,17 +83,6 @@ def library() -> ctypes.CDLL | None:
         )
         getattr(loaded, name).restype = None
     return loaded
-
-
-def _compile(compiler: list[str], source: Path, built: Path) -> None:
-    """Compile in a temporary folder next to `built`, so that a killed process leaves no incomplete
-    library. The compiler's temporary files go there too."""
-    built.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=built.parent) as temporary:
-        command = [*compiler, *FLAGS, str(source), "-o", f"{temporary}/sddmm.so"]
-        environment = os.environ | {"TMPDIR": temporary}
-        subprocess.run(command, check=True, capture_output=True, timeout=60, env=environment)
-        os.replace(f"{temporary}/sddmm.so", built)
 
 
 def native(

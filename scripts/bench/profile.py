@@ -45,7 +45,7 @@ def prepared(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     from trainer.assembly.build import instantiate
     from trainer.config import compose
     from trainer.models import precision
-    from trainer.speed import attention_choice, fused, liger, malloc
+    from trainer.speed import attention_choice, elementwise_choice, fused, liger, malloc
 
     quiet.quiet()
     words = [f"base={options['base']}", "task=completion", "task.path=x", *options["overrides"]]
@@ -67,7 +67,14 @@ def prepared(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
         if choice is not None:
             print(f"attention: {choice.describe()}")
         own = plain["fused"] != "liger"
-        print(f"fused: {fused.fuse(model, choice) if own else liger.put_in(model)}")
+        shape = elementwise_choice.shape_of(model.config.get_text_config(), dtype)
+        parts = None
+        if shape is not None and device.type == "cpu":
+            parts = elementwise_choice.choose(plain["cpu_elementwise"], shape)
+        if parts is not None:
+            print(f"elementwise: {parts.describe()}")
+        native = parts.kinds if parts is not None else ()
+        print(f"fused: {fused.fuse(model, choice, native) if own else liger.put_in(model)}")
     model = adapter.attach(model, Start())
     module = instantiate(plain["objective"])(
         model=model,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from adapters import native as native_code
 from adapters import sddmm
 
 # t, o, i, k: prime sizes, one row, one column, one token, all entries, one entry.
@@ -270,12 +271,14 @@ def test_it_is_compiled_once_for_a_machine(monkeypatch, tmp_path):
     try:
         assert sddmm.library() is not None
         (built,) = (tmp_path / "native").iterdir()
-        monkeypatch.setattr(sddmm.subprocess, "run", lambda *_, **__: pytest.fail("it is there"))
+        monkeypatch.setattr(
+            native_code.subprocess, "run", lambda *_, **__: pytest.fail("it is there")
+        )
         sddmm.library.cache_clear()
         assert sddmm.library() is not None
-        monkeypatch.setattr(sddmm, "processor", lambda: "another machine of the same home")
+        monkeypatch.setattr(native_code, "processor", lambda: "another machine of the same home")
         monkeypatch.setattr(
-            sddmm.subprocess,
+            native_code.subprocess,
             "run",
             lambda *_, **__: (_ for _ in ()).throw(OSError("no compiler there")),
         )

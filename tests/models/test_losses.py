@@ -36,9 +36,9 @@ from trainer.models.losses import (
     CausalLoss,
     ClassLoss,
     chunked_cross_entropy,
-    largest,
     positions,
 )
+from trainer.speed.predictions import largest
 
 SHAPE = {
     "vocab_size": 64,

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from trainer.session import kernels
-from trainer.speed import attention_choice, cpu_load
+from trainer.speed import attention_choice, cpu_load, elementwise, elementwise_choice
 
 
 def recipe(longest: int = 300, packing: bool = False, device: str = "cpu", **config: Any) -> Any:
     settings = {
         "fused": True,
         "cpu_attention": "auto",
+        "cpu_elementwise": "auto",
+        "compile": False,
         "deterministic": False,
         "max_length": 512,
         "packing": packing,
@@ -127,3 +129,49 @@ def test_a_setting_decides_even_in_a_resumed_run(measured):
         assert choice.fixed == attention_choice.NAMES[setting]
     assert kernels.attention_of(recipe(cpu_attention="blocks"), {"attention": first}) is None
     assert not measured
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
+    """A recipe of a model that is wide enough to be measured, which takes no time."""
+    monkeypatch.setattr(
+        elementwise_choice, "measure", lambda _: {kind: [2.0, 1.0] for kind in elementwise.KINDS}
+    )
+    monkeypatch.setattr(elementwise, "library", lambda: object())
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
+
+    def made(**config: Any) -> Any:
+        made = recipe(**config)
+        text = made.base.config.get_text_config()
+        text.hidden_size, text.intermediate_size, text.vocab_size = 512, 1024, 97
+        return made
+
+    return made
+
+
+def test_elementwise_parts_are_chosen_recorded_and_kept(wide, caplog):
+    with caplog.at_level("INFO", logger="trainer"):
+        first = kernels.elementwise_of(wide(), None)
+    assert "elementwise: gates by C (1000.0 and 2000.0 ms), norms by C" in caplog.text
+    assert first["kinds"] == list(elementwise.KINDS)
+    fewer = first | {"kinds": ["norms"]}
+    assert kernels.elementwise_of(wide(), {"elementwise": fewer}) == fewer
+    assert kernels.elementwise_of(wide(), {"elementwise": fewer | {"machine": "other"}}) == first
+    assert kernels.elementwise_of(wide(), {"config": {}}) is None  # torch, as it had
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"fused": False},
+        {"fused": "liger"},
+        {"compile": True},
+        {"device": "cuda"},
+        {"deterministic": True},
+        {"cpu_elementwise": "torch"},
+    ],
+    ids=str,
+)
+def test_elementwise_parts_are_torchs(wide, config):
+    assert kernels.elementwise_of(wide(**config), None) is None
+    assert kernels.elementwise_of(wide(cpu_elementwise="c", deterministic=True), None) is not None

@@ -70,7 +70,7 @@ def test_what_is_missing_has_its_command(monkeypatch):
     monkeypatch.setattr(machine, "bf16_is_fast", lambda cuda: True)
     lines = [*machine._fast(), *machine._optional()]
     assert {line.name for line in lines if line.fix} >= {
-        "sparse gradient in C", "flash attention", "flash-linear-attention", "causal-conv1d",
+        "kernels in C", "flash attention", "flash-linear-attention", "causal-conv1d",
         "tensorboard", "liger-kernel",
     }  # fmt: skip
     assert not [line for line in lines if line.state == "missing" and not line.fix]

@@ -37,7 +37,7 @@ REASONS = {
     ("trainer/drafters/io.py", "save", "save_file"): RANDOM,
     ("trainer/data/states_folder.py", "save_shard", "save_file"): RANDOM,
     ("trainer/storage/locks.py", "locked", "FileLock"): LOCK,
-    ("trainer/speed/attention_choice.py", "_write", "NamedTemporaryFile"): "O_EXCL, random name",
+    ("trainer/speed/attention_choice.py", "write", "NamedTemporaryFile"): "O_EXCL, random name",
     ("trainer/data/rows.py", "_write", "new_stream"): "a folder that was made before it",
     ("trainer/models/gguf.py", "save_pretrained", "save_pretrained"): NEW_FOLDER,
     ("trainer/models/gguf.py", "_save_model", "save_pretrained"): NEW_FOLDER,

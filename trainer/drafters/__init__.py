@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from trainer.models.heads import Head, decoder_of, output_head
 from trainer.models.losses import chunked_predictions
+from trainer.speed import fused
 
 
 class DrafterError(ValueError):
@@ -54,6 +55,7 @@ class Target:
         if head is None and drafted:
             raise DrafterError(self.no_head())
         self.head: Head = head or _as_it_is
+        self.native = fused.has_native_losses(model)  # whether C computes losses
 
     def no_head(self) -> str:
         """Return why no drafter can draft for a model whose head is not known."""
@@ -240,7 +242,7 @@ class Drafter(nn.Module):
             where, targets = offset_targets(k, output.labels, output.positions)
             head, trained = self.head_of(k, target)
             summed, best, among = chunked_predictions(
-                hidden[where], targets, head, chunk, trained, top=5
+                hidden[where], targets, head, chunk, trained, top=5, native=target.native
             )
             total = total + self.weights[k - 1] * summed
             right = torch.zeros_like(unbroken)

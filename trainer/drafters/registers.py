@@ -201,7 +201,13 @@ class Registers(Drafter):
         for d in range(1, self.d_max + 1):
             where = (places.ahead == d) & (places.targets != -100)
             summed, best, among = chunked_predictions(
-                output.extra[where], places.targets[where], target.head, chunk, trained, 5
+                output.extra[where],
+                places.targets[where],
+                target.head,
+                chunk,
+                trained,
+                top=5,
+                native=target.native,
             )
             total = total + self.weight / self.share * summed
             numbers[d - 1, :4] = torch.stack(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,10 +28,10 @@ from torch.nn import functional as F
 
 from trainer.models.context import after_context
 from trainer.models.heads import Head, captured_hidden, captured_layers, output_head
+from trainer.speed import fused, predictions
 
 LOGITS = 12 << 20  # logits in a chunk: 256 positions of a vocabulary of 49152
 ON_GPU = 4 * LOGITS  # on a GPU larger chunks: the output weight is read once per chunk
-BLOCK = 256  # logits of which the largest is looked for first
 TILE = 128  # rows of a GPU's tile of a matrix product
 
 
@@ -68,7 +69,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         head: Head,
         chunk: int,
-        top: int,
+        slopes_of: Callable[..., tuple[Tensor, ...]],
         weights: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,27 +80,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            target = targets[rows].unsqueeze(-1)
             with torch.enable_grad():
                 part = hidden[rows].detach().requires_grad_(True)
                 logits = head(part)
-            exact = logits.detach().float()
-            most, guess = largest(exact)
-            best[rows], among[rows] = _right(exact, targets[rows], guess, top)
-            # By hand, since autograd would save twice as many numbers of a chunk's size.
-            # log Σ exp comes from the largest logit and its probability, which is at least 1 / V:
-            # one pass over the exponentials instead of two.
-            ahead = most - exact.gather(-1, target)
-            slopes = F.softmax(exact, dim=-1)
-            del exact
-            losses = ahead - slopes.amax(-1, keepdim=True).log()
-            slopes.scatter_add_(-1, target, slopes.new_full(target.shape, -1.0))
-            if weights is not None:
-                losses = losses * weights[rows].unsqueeze(-1)
-                slopes *= weights[rows].unsqueeze(-1)
+            losses, best[rows], among[rows], slopes = slopes_of(
+                logits.detach(), targets[rows], None if weights is None else weights[rows]
+            )
             loss += losses.sum()
             inputs = [part, *parameters]
-            grad_part, *chunk_grads = torch.autograd.grad(logits, inputs, slopes.to(logits.dtype))
+            grad_part, *chunk_grads = torch.autograd.grad(logits, inputs, slopes)
             grad_hidden[rows] = grad_part
             for total, grad in zip(grads, chunk_grads, strict=True):
                 total += grad
@@ -127,10 +116,13 @@ def chunked_cross_entropy(
     chunk: int,
     parameters: tuple[Tensor, ...] = (),
     weights: Float[Tensor, " n"] | None = None,
+    native: bool = False,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Return (summed loss, number of right guesses) of next-token predictions, each times its
     weight; see `chunked_predictions`."""
-    loss, best, _ = chunked_predictions(hidden, targets, head, chunk, parameters, weights=weights)
+    loss, best, _ = chunked_predictions(
+        hidden, targets, head, chunk, parameters, weights=weights, native=native
+    )
     return loss, (best.sum() if weights is None else (best * weights).sum()).float()
 
 
@@ -142,63 +134,35 @@ def chunked_predictions(
     parameters: tuple[Tensor, ...] = (),
     top: int = 1,
     weights: Float[Tensor, " n"] | None = None,
+    native: bool = False,
 ) -> tuple[Float[Tensor, ""], Bool[Tensor, " n"], Bool[Tensor, " n"]]:
     """Return (summed loss, whether the best guess was right, whether one of the `top` best was).
 
     `parameters` are those of the head that are trained. With `weights`, each position's loss counts
-    that many times. The loss is summed in fp32, whatever the
-    dtype of the hidden states. It is zero for n = 0.
+    that many times. `native` takes elementwise.c for what it supports.
+    The loss is summed in fp32, whatever the dtype of the hidden states. It is zero for n = 0.
     """
     if len(hidden) == 0:
         none = torch.zeros_like(targets, dtype=torch.bool)
         # A rank without targets gives all parameters a zero gradient: DDP waits for every one.
         return sum((p.sum().float() for p in parameters), hidden.sum().float()) * 0.0, none, none
     if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
-        return _ChunkedCrossEntropy.apply(hidden, targets, head, chunk, top, weights, *parameters)
+        slopes_of = partial(predictions.with_slopes, top=top, native=native)
+        return _ChunkedCrossEntropy.apply(
+            hidden, targets, head, chunk, slopes_of, weights, *parameters
+        )
     loss = hidden.new_zeros((), dtype=torch.float32)
     right = []
     for start in range(0, len(hidden), chunk):
-        logits = head(hidden[start : start + chunk]).float()
         rows = slice(start, start + chunk)
-        if weights is None:
-            loss = loss + F.cross_entropy(logits, targets[rows], reduction="sum")
-        else:
-            each = F.cross_entropy(logits, targets[rows], reduction="none")
-            loss = loss + (each * weights[rows]).sum()
-        _, guess = largest(logits)
-        right.append(_right(logits, targets[start : start + chunk], guess, top))
+        logits = head(hidden[rows])
+        some = None if weights is None else weights[rows]
+        summed, *both = predictions.without_slopes(logits, targets[rows], some, top, native)
+        loss = loss + summed
+        right.append(both)
         del logits  # before the next chunk's exist
     best, among = (torch.cat(parts) for parts in zip(*right, strict=True))
     return loss, best, among
-
-
-def largest(logits: Float[Tensor, "n V"]) -> tuple[Float[Tensor, "n 1"], Int[Tensor, " n"]]:
-    """Return the largest logit of each row, and the first place where it is.
-
-    On a CPU torch's argmax takes 6.6 times as long as its amax, 38 ms for 256 rows of 49152. So the
-    largest of each BLOCK logits is looked for first, and its place in that block alone: 7.3 ms for
-    both results.
-    """
-    V = logits.shape[-1]
-    if logits.device.type != "cpu" or V < 2 * BLOCK:
-        return logits.amax(-1, keepdim=True), logits.argmax(-1)
-    whole = V // BLOCK * BLOCK
-    most = logits[:, :whole].unflatten(-1, (-1, BLOCK)).amax(-1)
-    if whole < V:
-        most = torch.cat([most, logits[:, whole:].amax(-1, keepdim=True)], -1)
-    block = most.argmax(-1, keepdim=True)
-    places = (block * BLOCK + torch.arange(BLOCK)).clamp_(max=V - 1)
-    inside = logits.gather(-1, places).argmax(-1, keepdim=True)
-    return most.gather(-1, block), places.gather(-1, inside).squeeze(-1)
-
-
-def _right(logits: Tensor, targets: Tensor, guess: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    best = guess == targets
-    if top == 1:
-        return best, best
-    return best, (
-        logits.topk(min(top, logits.shape[-1]), dim=-1).indices == targets.unsqueeze(-1)
-    ).any(-1)
 
 
 class CausalLoss:
@@ -216,6 +180,7 @@ class CausalLoss:
         self.model, self.drafter, self.target = model, drafter, target
         self.layer: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         self.head = output_head(model)
+        self.native = fused.has_native_losses(model)
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return (summed loss, {loss, tokens, right}); the sums are detached, and count each token
@@ -227,7 +192,12 @@ class CausalLoss:
         if self.head is None:
             logits = self.model(**_inputs(batch)).logits[:, -batch["labels"].shape[1] :]
             loss, right = chunked_cross_entropy(
-                logits[:, :-1][where], labels[where], _identity, self.chunk, weights=weights
+                logits[:, :-1][where],
+                labels[where],
+                _identity,
+                self.chunk,
+                weights=weights,
+                native=self.native,
             )
         else:
             more = (
@@ -238,7 +208,13 @@ class CausalLoss:
             hidden, features, extra = self.forward(batch, more)
             parameters = tuple(p for p in self.layer.parameters() if p.requires_grad)
             loss, right = chunked_cross_entropy(
-                hidden[:, :-1][where], labels[where], self.head, self.chunk, parameters, weights
+                hidden[:, :-1][where],
+                labels[where],
+                self.head,
+                self.chunk,
+                parameters,
+                weights,
+                self.native,
             )
         tokens = where.sum() if weights is None else weights.sum()
         sums = {"loss": loss.detach(), "tokens": tokens, "right": right.detach()}

@@ -1,15 +1,18 @@
-"""The threads of a run and the kernels of its attention, as the run and this machine allow."""
+"""The threads of a run, the kernels of its attention and of its elementwise parts, as the run and
+this machine allow."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from trainer.assembly.recipe import Recipe
 from trainer.models.layer_config import of_layer
-from trainer.speed import attention_choice, cpu_load, malloc, threads
+from trainer.session.start_point import StartPoint
+from trainer.speed import attention_choice, cpu_load, elementwise_choice, malloc, threads
 from trainer.speed.attention_choice import Choice
 from trainer.speed.cpu_load import Seconds
 
@@ -66,6 +69,40 @@ def attention_of(recipe: Recipe, earlier: dict[str, Any] | None) -> dict[str, An
         return None
     log.info("attention: %s (cpu_attention=%s)", choice.describe(), setting)
     return choice.record()
+
+
+def elementwise_of(recipe: Recipe, earlier: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the choice of elementwise parts that run.yaml records. A run that continues `earlier`,
+    the content of a run.yaml, keeps its choice on the same machine. None is torch, as runs without
+    a record had it."""
+    config = recipe.config
+    setting = config["cpu_elementwise"]
+    if config["fused"] is not True or config["compile"] or recipe.device.type != "cpu":
+        return None
+    choice: elementwise_choice.Choice | None = None
+    if setting == "auto" and earlier is not None:
+        content = earlier.get("elementwise")
+        choice = elementwise_choice.recorded(content)
+        if choice is None and content is None:
+            return None
+    if choice is None and not (setting == "auto" and config["deterministic"]):
+        dtype = torch.bfloat16 if recipe.precision == "bf16-mixed" else recipe.dtype
+        layer = of_layer(recipe.base.config.get_text_config(), 0)
+        shape = elementwise_choice.shape_of(layer, dtype)
+        choice = elementwise_choice.choose(setting, shape) if shape else None
+    if choice is None:
+        return None
+    log.info("elementwise: %s (cpu_elementwise=%s)", choice.describe(), setting)
+    return choice.record()
+
+
+def choose(start: StartPoint, recipe: Recipe, earlier: dict[str, Any] | None) -> StartPoint:
+    """Return the start point with the records of all kernels."""
+    return replace(
+        start,
+        attention=attention_of(recipe, earlier),
+        elementwise=elementwise_of(recipe, earlier),
+    )
 
 
 def _longest(recipe: Recipe) -> int:

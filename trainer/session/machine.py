@@ -139,8 +139,8 @@ def _fast() -> Iterator[Check]:
             yield Check("speed", name, "ok" if there else "slow", "yes" if there else "no")
     compiler = sddmm.library() is not None
     yield Check(
-        "speed", "sparse gradient in C", "ok" if compiler else "slow",
-        "compiled" if compiler else "no C compiler: RoSA and SpIEL take the slower way",
+        "speed", "kernels in C", "ok" if compiler else "slow",
+        "compiled" if compiler else "no C compiler: elementwise parts, RoSA and SpIEL are slower",
         "" if compiler else "apt-get install gcc",
     )  # fmt: skip
     if cuda:

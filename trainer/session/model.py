@@ -28,7 +28,7 @@ from trainer.models.packing_check import check_packing_isolation
 from trainer.session import same_step
 from trainer.session.footprint import parameters
 from trainer.session.start_point import StartPoint, cooldown_of
-from trainer.speed import attention_choice, fused, liger
+from trainer.speed import attention_choice, elementwise_choice, fused, liger
 from trainer.speed.compile import compile_layers
 from trainer.speed.flash import use_flash
 from trainer.storage import checkpoints
@@ -59,7 +59,7 @@ def load_model(recipe: Recipe, start: StartPoint, folder: Path | None) -> Loaded
     model = _load_base(recipe)
     if recipe.labels is None and not getattr(model.config, "is_encoder_decoder", False):
         check_causality(model, recipe.base)
-    _use_kernels(model, recipe, start.attention)
+    _use_kernels(model, recipe, start)
     lightning.seed_everything(seed, verbose=False)
     drafter = _make_drafter(recipe, model, start) if config["drafter"] else None
     if (target := recipe.target) is not None:
@@ -160,9 +160,9 @@ def _load_base(recipe: Recipe) -> Any:
     return model
 
 
-def _use_kernels(model: Any, recipe: Recipe, attention: dict[str, Any] | None) -> None:
-    """Replace attention, norms and activations by the kernels that the config asks for.
-    `attention` is the record of those that compute attention on a CPU."""
+def _use_kernels(model: Any, recipe: Recipe, start: StartPoint) -> None:
+    """Replace attention, norms and activations by the kernels that the config asks for, on a CPU by
+    those that the start point records."""
     config = recipe.config
     flash = (
         recipe.base.attn_implementation == "auto"
@@ -180,7 +180,9 @@ def _use_kernels(model: Any, recipe: Recipe, attention: dict[str, Any] | None) -
             ", ".join(f"{count} {kind}" for kind, count in liger.put_in(model).items()),
         )
     elif config["fused"]:
-        fused.fuse(model, attention_choice.recorded(attention))
+        parts = elementwise_choice.recorded(start.elementwise)
+        native = parts.kinds if parts is not None else ()
+        fused.fuse(model, attention_choice.recorded(start.attention), native)
 
 
 def _make_drafter(recipe: Recipe, model: Any, start: StartPoint) -> Drafter:

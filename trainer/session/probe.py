@@ -116,7 +116,7 @@ def probe(recipe: Recipe) -> dict[str, Any]:
     times = StepTimes()
     with measured(recipe.device) as peak, tempfile.TemporaryDirectory() as folder:
         kernels.set_up_process(config)
-        start = StartPoint(attention=kernels.attention_of(recipe, None))
+        start = kernels.choose(StartPoint(), recipe, None)
         module = make_module(recipe, load_model(recipe, start, Path(folder)), start)
         if module.penalty is not None:
             calibrate_penalty(module, recipe)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ class Session:
             start = find_start_point(self.run_folder, recipe, identity)
             if start.ended is not None:
                 return start
-            return replace(start, attention=kernels.attention_of(recipe, self.earlier))
+            return kernels.choose(start, recipe, self.earlier)
 
         start = decide_on_rank0(self.lightning_trainer, decide, StartPoint)
         if self.is_rank0:  # after the decision, which reads the row counts of an earlier start
@@ -200,7 +200,7 @@ class Session:
                 start.parent,
                 ends.record(recipe.ends, recipe.base.tokenizer),
                 {"threads": torch.get_num_threads()}
-                | ({"attention": start.attention} if start.attention is not None else {}),
+                | {name: record for name, record in start.kernels().items() if record is not None},
             )
             run_folder.write_template(self.run_folder.path, recipe.data.renderer.template)
         self.journal.rewind(-1 if start.fresh else start.step, cooled=not start.drops_cooldown)

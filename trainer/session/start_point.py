@@ -41,12 +41,18 @@ class StartPoint:
     # whether the run was extended, so that it resumes from before its cooldown
     drops_cooldown: bool = False
     ended: str | None = None  # why nothing is left to do
-    attention: dict[str, Any] | None = None  # the kernels; see trainer.session.kernels
+    # the kernels of attention and of elementwise parts; see trainer.session.kernels
+    attention: dict[str, Any] | None = None
+    elementwise: dict[str, Any] | None = None
 
     @property
     def fresh(self) -> bool:
         """Return whether the run starts at its first step."""
         return self.checkpoint is None
+
+    def kernels(self) -> dict[str, dict[str, Any] | None]:
+        """Return the records of the kernels, as run.yaml has them."""
+        return {"attention": self.attention, "elementwise": self.elementwise}
 
     def to_json(self) -> str:
         """Write as text, for the other ranks. run.yaml is left out: only rank 0 uses it."""

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from adapters.sddmm import processor
+from adapters.native import processor
 from tasks.wheel import cache_dir
 from trainer.speed import attention, flash_pieces
 from trainer.speed.attention import BLOCKS, FLASH, Plans
@@ -200,19 +200,20 @@ def choose(setting: str, shape: Shape, longest: int) -> Choice | None:
     if missing:
         known = known | _measure(shape, missing)
         choice.times = known
-        _write(file, json.dumps(choice.record()))
+        write(file, json.dumps(choice.record()))
     choice.times = {str(length): known[str(length)] for length in lengths}
     return choice
 
 
-def _write(file: Any, text: str) -> None:
+def write(file: Any, text: str) -> None:
+    """Write a file of the cache at once; without it the next run measures again."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
             temporary.write(text)
         os.replace(temporary.name, file)
     except OSError as error:
-        log.debug("times of attention are not cached: %s", error)
+        log.debug("times are not cached: %s", error)
 
 
 def _scores(T: int) -> int:

@@ -10,6 +10,9 @@ numbers are those of the plain modules up to the rounding of the compute dtype.
     SwiGLU      saves gate and up, not silu(gate); a LoRA that follows recomputes its input from
                 them (adapters.delta.Recompute)
 
+On a CPU norms, SwiGLU, rotary embeddings and the losses can also be computed by elementwise.c, as
+`native` says.
+
 For a LoRA step of SmolLM2 in bf16, 4 x 256 tokens, 433 MB are saved for the backward pass instead
 of 703. With trainer.speed.malloc and the fused LoRA the step takes 2.6 instead of 3.7 seconds of
 one CPU core: `python -m scripts.bench.profile`, and scripts.bench.train with
@@ -19,7 +22,8 @@ variants.plain=[fused=false,adapter.fused=false].
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,14 +32,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapters.delta import Recompute
-from trainer.speed import attention
+from trainer.speed import attention, elementwise, rotations
 from trainer.speed.attention_choice import Choice
 
 
-def fuse(model: nn.Module, choice: Choice | None = None) -> dict[str, int]:
+def fuse(
+    model: nn.Module, choice: Choice | None = None, native: Collection[str] = ()
+) -> dict[str, int]:
     """Put the fused modules into `model`, in place, and return how many there are of each kind.
-    `choice` says which kernels compute attention; without it blocks do. Call it before an adapter
-    is attached."""
+    `choice` says which kernels compute attention; without it blocks do. `native` are the kinds of
+    trainer.speed.elementwise that C computes. Call it before an adapter is attached."""
     counts = {"attention": 0, "norms": 0, "gates": 0}
     config: Any = model.config
     if next(model.parameters()).device.type == "cpu" and config._attn_implementation == "sdpa":
@@ -46,8 +52,8 @@ def fuse(model: nn.Module, choice: Choice | None = None) -> dict[str, int]:
                 module.attention_choice = choice  # type: ignore[assignment]
                 counts["attention"] += 1
     for kind, forward, fits in (
-        ("norms", _norm_forward, _is_norm),
-        ("gates", _gated_forward, _is_gated),
+        ("norms", partial(_norm_forward, native="norms" in native), _is_norm),
+        ("gates", partial(_gated_forward, native="gates" in native), _is_gated),
     ):
         tried: dict[tuple[type, Any], bool] = {}
         for module in model.modules():
@@ -59,7 +65,17 @@ def fuse(model: nn.Module, choice: Choice | None = None) -> dict[str, int]:
             if tried[key]:
                 module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
                 counts[kind] += 1
+    if "rotations" in native:
+        counts["rotations"] = rotations.put_in(model)
+    if "losses" in native:
+        model.native_losses = True  # type: ignore[assignment]
     return counts
+
+
+def has_native_losses(model: nn.Module) -> bool:
+    """Return whether `fuse` has decided that C computes the losses of `model`, which other
+    modules may have wrapped since."""
+    return any(getattr(module, "native_losses", False) for module in model.modules())
 
 
 def _same(module: Any, forward: Callable[..., Tensor]) -> bool:
@@ -101,13 +117,13 @@ def _is_gated(module: Any) -> bool:
     )
 
 
-def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+def _norm_forward(self: Any, hidden_states: Tensor, native: bool) -> Tensor:
+    return rms_norm(hidden_states, self.weight, self.variance_epsilon, native)
 
 
-def _gated_forward(self: Any, x: Tensor) -> Tensor:
+def _gated_forward(self: Any, x: Tensor, native: bool) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)
-    return self.down_proj(swiglu(gate, up))
+    return self.down_proj(swiglu(gate, up, native))
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -118,7 +134,12 @@ class _RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, native: bool) -> Tensor:
+        ctx.native = native and elementwise.supports(x, weight)
+        if ctx.native:
+            y, r = elementwise.norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, r.unsqueeze(-1))
+            return y
         wide = x.float() if x.dtype != torch.float64 else x
         r = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
         ctx.save_for_backward(x, weight, r)
@@ -128,6 +149,8 @@ class _RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, r = ctx.saved_tensors
+        if ctx.native and not ctx.needs_input_grad[1] and elementwise.supports(dy, x):
+            return elementwise.norm_back(dy, x, weight, r), None, None, None
         hat = x.to(r.dtype).mul(r)
         dw = (dy * hat).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         dx = None
@@ -135,39 +158,50 @@ class _RMSNorm(torch.autograd.Function):
             g = (dy * weight).to(r.dtype)
             along = torch.linalg.vecdot(g, hat).div_(x.shape[-1]).unsqueeze(-1)
             dx = torch.addcmul(g, hat, along, value=-1).mul_(r).to(x.dtype)
-        return dx, dw, None
+        return dx, dw, None, None
 
 
 def rms_norm(
-    x: Float[Tensor, "*b d"], weight: Float[Tensor, " d"], eps: float
+    x: Float[Tensor, "*b d"], weight: Float[Tensor, " d"], eps: float, native: bool = False
 ) -> Float[Tensor, "*b d"]:
     """Compute Llama's RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467). Statistics are in fp32,
-    the product with the weight is in the weight's dtype."""
-    return _RMSNorm.apply(x, weight, eps)
+    the product with the weight is in the weight's dtype. `native` takes elementwise.c for what it
+    supports: all but the gradient of a trained weight."""
+    return _RMSNorm.apply(x, weight, eps, native)
 
 
 class _SwiGLU(torch.autograd.Function):
     """h = silu(gate) · up, all (..., f); silu(gate) is recomputed in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, native: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        ctx.native = native
+        return _gated(gate, up, native)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
+        if ctx.native and elementwise.supports(dh, gate, up):
+            return *elementwise.gated_back(dh, gate, up), None
         dgate = torch.ops.aten.silu_backward(dh * up, gate)
-        return dgate, F.silu(gate).mul_(dh)
+        return dgate, F.silu(gate).mul_(dh), None
 
 
-def swiglu(gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
+def _gated(gate: Tensor, up: Tensor, native: bool) -> Tensor:
+    if native and elementwise.supports(gate, up):
+        return elementwise.gated(gate, up)
+    return F.silu(gate).mul_(up)
+
+
+def swiglu(
+    gate: Float[Tensor, "*b f"], up: Float[Tensor, "*b f"], native: bool = False
+) -> Float[Tensor, "*b f"]:
     """Compute silu(gate) · up (Shazeer 2020, arXiv 2002.05202). The result carries the recipe to
-    recompute it, for a module that would otherwise save it for its backward pass."""
-    h = _SwiGLU.apply(gate, up)
+    recompute it, for a module that would otherwise save it for its backward pass. `native` takes
+    elementwise.c for what it supports."""
+    h = _SwiGLU.apply(gate, up, native)
     if h.requires_grad:
-        h.recompute = Recompute(
-            lambda gate, up: F.silu(gate).mul_(up), (gate.detach(), up.detach())
-        )
+        h.recompute = Recompute(partial(_gated, native=native), (gate.detach(), up.detach()))
     return h

@@ -24,6 +24,8 @@ from typing import Any
 
 from torch import nn
 
+from trainer.speed.rotations import with_globals
+
 INSTALL = "pip install 'liger-kernel>=0.8.5,<0.9' triton"
 OFF = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
@@ -88,7 +90,7 @@ def put_in(model: nn.Module) -> dict[str, int]:
         elif replaced := changed.get(type(module).__module__):
             forward = type(module).forward
             if {*forward.__code__.co_names} & replaced.keys():
-                bound = types.MethodType(_with_globals(forward, replaced), module)
+                bound = types.MethodType(with_globals(forward, replaced), module)
                 module.forward = bound  # type: ignore[method-assign]
                 counts["rotations"] += 1
     return counts
@@ -107,16 +109,3 @@ def _undo(family: Any, plain: dict[str, Any]) -> dict[str, Any]:
         else:
             delattr(family, name)
     return changed
-
-
-def _with_globals(function: Any, names: dict[str, Any]) -> Any:
-    """Return a copy of a function that sees other values under some of its global names."""
-    copy = types.FunctionType(
-        function.__code__,
-        function.__globals__ | names,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy

@@ -82,6 +82,7 @@ FREE = (
     "threads",
     "fused",
     "cpu_attention",
+    "cpu_elementwise",
     "compile",
     "base.attn_implementation",
     "max_time",

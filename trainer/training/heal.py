@@ -91,7 +91,7 @@ class TeacherLoss(CausalLoss):
         hidden = self.forward(mine)[0][:, :-1][where]
         parameters = tuple(p for p in self.layer.parameters() if p.requires_grad)
         loss, right = chunked_cross_entropy(
-            hidden, labels[where], self.head, self.chunk, parameters, weights
+            hidden, labels[where], self.head, self.chunk, parameters, weights, self.native
         )
         with torch.no_grad():
             self.taught.model.to(hidden.device)
