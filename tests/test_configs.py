@@ -26,6 +26,7 @@ NEEDED = {
     "adapter/peft": ["adapter.peft_type=LOHA"],
     "adapter/loftq": ["base.quantization=nf4"],
     "optimizer/schedulefree": ["schedule=constant"],
+    "drafter/uno": ["adapter=none"],
     "objective/distill": ["adapter=none", "drafter=mtp_shared"],
     "objective/heal": ["objective.teacher=ORG/NAME"],
     "experiment/smoke": ["task.path=rows.jsonl"],
@@ -36,7 +37,16 @@ NEEDED = {
     },
     **{
         f"experiment/{head}_chat": ["task.path=rows.jsonl"]
-        for head in ("dspark", "eagle", "eagle3", "medusa", "medusa2", "hydra", "hydra_plus")
+        for head in (
+            "dspark",
+            "eagle",
+            "eagle3",
+            "medusa",
+            "medusa2",
+            "hydra",
+            "hydra_plus",
+            "uno",
+        )
     },
 }
 # What code gives when it calls what a file names; the first comments say so.

@@ -55,6 +55,7 @@ class Options:
         "hydra_chat",
         "hydra_plus_chat",
         "medusa_chat",
+        "uno_chat",
     ] = option("of a new head, as conf/experiment has it", "eagle3_chat")
     draft: str | None = option(
         "an older head to continue instead", None, value="RUN|FOLDER", reads=paths.drafter_fault

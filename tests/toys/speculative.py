@@ -73,7 +73,7 @@ def alone(model, ids, count, stops=(), **settings):
 def made(name, model):
     """The drafter of conf/drafter/NAME.yaml, its weights random."""
     node = OmegaConf.to_container(
-        compose.compose([f"drafter={name}", "base=tiny", "task.path=x"]).drafter
+        compose.compose([f"drafter={name}", "adapter=none", "base=tiny", "task.path=x"]).drafter
     )
     drafter = instantiate(node)(model=model).eval()
     draw = torch.Generator().manual_seed(1)

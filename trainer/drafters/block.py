@@ -40,6 +40,7 @@ from torch.nn import functional as F
 
 from adapters.linear import features
 from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate
+from trainer.drafters.anchors import anchors_of, counted, goals, numbers_of
 from trainer.drafters.block_batch import BlockBatch
 from trainer.drafters.block_layer import KeysValues, keys_values, run_block
 from trainer.drafters.distillation import Distillation, chunked_distillation
@@ -132,7 +133,7 @@ class Block(Heads):
     def loss(self, output: TargetOutput, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
         output = replace(output, hidden=output.hidden.detach())
         at, real, share = self.anchors_of(output)
-        goal = at.unsqueeze(2) + 1 + torch.arange(self.offsets, device=at.device)
+        goal = goals(at, self.offsets)
         counts = counted(goal, at, real, output)
         u = self.slots(output, target, at)
         row, anchor, slot = counts.nonzero().unbind(1)
@@ -150,49 +151,29 @@ class Block(Heads):
         )
         # Where nothing counts, all parameters still take part, as DDP needs.
         total = total + 0.0 * u.float().sum()
-        loss, best, among, acceptance = numbers[:, 0]
+        acceptance = numbers[3, 0]
         spread = [
             torch.zeros(counts.shape, device=u.device).index_put((row, anchor, slot), part)
-            for part in (loss, best, among, acceptance)
+            for part in numbers[:, 0]
         ]
-        sums = [part.sum((0, 1)) for part in spread]
-        known = counts.float()
-        unbroken, expected = ((part.cumprod(2) * known).sum((0, 1)) for part in spread[1::2])
-        columns = [sums[0], known.sum((0, 1)), *sums[1:3], unbroken, sums[3], expected]
+        columns = list(numbers_of(counts, *spread).unbind(1))
         if self.confidence is not None:
             logits = self.acceptance_logits(z.detach())
             wrong = F.binary_cross_entropy_with_logits(logits, acceptance, reduction="none")
             total = total + self.confidence_weight * (weights * wrong).sum()
             error = (logits.detach().sigmoid() - acceptance).abs()
             columns.append(
-                torch.zeros_like(known).index_put((row, anchor, slot), error).sum((0, 1))
+                torch.zeros(counts.shape, device=u.device)
+                .index_put((row, anchor, slot), error)
+                .sum((0, 1))
             )
         return total, torch.stack(columns, dim=1)
 
     def anchors_of(
         self, output: TargetOutput
     ) -> tuple[Int[Tensor, "B A"], Bool[Tensor, "B A"], Float[Tensor, " B"]]:
-        """Return (ascending positions, which of them are anchors and not padding, how many anchors
-        each of them stands for)."""
-        valid = torch.zeros_like(output.labels, dtype=torch.bool)
-        valid[:, :-1] = (
-            (output.labels[:, :-1] != -100)
-            & (output.labels[:, 1:] != -100)
-            & (output.positions[:, 1:] == output.positions[:, :-1] + 1)
-        )
-        many = valid.sum(1)
-        count = max(1, min(self.anchors, int(many.max())))
-        if self.training:
-            # Drawn on the CPU, so that they are the same for every device.
-            chance = torch.rand(valid.shape).to(valid.device)
-            chosen = valid & (chance.masked_fill(~valid, 2.0).argsort(1).argsort(1) < count)
-        else:
-            rank = valid.cumsum(1)
-            most = many.clamp_min(count).unsqueeze(1)
-            chosen = valid & (rank * count // most != (rank - 1) * count // most)
-        at = chosen.byte().sort(dim=1, descending=True, stable=True).indices[:, :count]
-        real = chosen.gather(1, at)
-        return at, real, many / real.sum(1).clamp_min(1)
+        """Return the anchors of a batch, as trainer.drafters.anchors does."""
+        return anchors_of(output, self.anchors, drawn=self.training)
 
     def slots(
         self, output: TargetOutput, target: Target, at: Int[Tensor, "B A"]
@@ -352,20 +333,3 @@ def context_layers(depth: int, requested: list[int] | None) -> tuple[int, ...]:
         places = (round(1 + i * (depth - 4) / 4) for i in range(5))
         return tuple(sorted({min(max(place, 0), depth - 1) + 1 for place in places}))
     return requested_layers(depth, requested)
-
-
-def counted(
-    goal: Int[Tensor, "B A K"],
-    at: Int[Tensor, "B A"],
-    real: Bool[Tensor, "B A"],
-    output: TargetOutput,
-) -> Bool[Tensor, "B A K"]:
-    """Return which slots have a target: their tokens x_goal, and all before them in the block, are
-    trained and in the anchor's row."""
-    inside = goal.clamp_max(output.ids.shape[1] - 1)
-    flat = inside.flatten(1)
-    labels = output.labels.gather(1, flat).view(goal.shape)
-    positions = output.positions.gather(1, flat).view(goal.shape)
-    expected = output.positions.gather(1, at).unsqueeze(2) + goal - at.unsqueeze(2)
-    right = (goal == inside) & (labels != -100) & (positions == expected) & real.unsqueeze(2)
-    return right.long().cumprod(2).bool()

@@ -1,0 +1,77 @@
+"""Places of a row from which a block of tokens is drafted in training, and the numbers of such
+blocks.
+
+A block at the anchor a has K slots; slot k = 1 .. K predicts x_{a+k}.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from trainer.drafters import TargetOutput
+
+
+def anchors_of(
+    output: TargetOutput, most: int, drawn: bool
+) -> tuple[Int[Tensor, "B A"], Bool[Tensor, "B A"], Float[Tensor, " B"]]:
+    """Return (ascending positions, which of them are anchors and not padding, how many anchors each
+    of them stands for). They are at most `most` of the positions whose token and next token are
+    trained: `drawn` at random, or evenly spaced."""
+    valid = torch.zeros_like(output.labels, dtype=torch.bool)
+    valid[:, :-1] = (
+        (output.labels[:, :-1] != -100)
+        & (output.labels[:, 1:] != -100)
+        & (output.positions[:, 1:] == output.positions[:, :-1] + 1)
+    )
+    many = valid.sum(1)
+    count = max(1, min(most, int(many.max())))
+    if drawn:
+        # Drawn on the CPU, so that they are the same for every device.
+        chance = torch.rand(valid.shape).to(valid.device)
+        chosen = valid & (chance.masked_fill(~valid, 2.0).argsort(1).argsort(1) < count)
+    else:
+        rank = valid.cumsum(1)
+        each = many.clamp_min(count).unsqueeze(1)
+        chosen = valid & (rank * count // each != (rank - 1) * count // each)
+    at = chosen.byte().sort(dim=1, descending=True, stable=True).indices[:, :count]
+    real = chosen.gather(1, at)
+    return at, real, many / real.sum(1).clamp_min(1)
+
+
+def goals(at: Int[Tensor, "B A"], slots: int) -> Int[Tensor, "B A K"]:
+    """Return the positions a + 1 .. a + K that the slots of each anchor predict."""
+    return at.unsqueeze(2) + 1 + torch.arange(slots, device=at.device)
+
+
+def counted(
+    goal: Int[Tensor, "B A K"],
+    at: Int[Tensor, "B A"],
+    real: Bool[Tensor, "B A"],
+    output: TargetOutput,
+) -> Bool[Tensor, "B A K"]:
+    """Return which slots have a target: their tokens x_goal, and all before them in the block, are
+    trained and in the anchor's row."""
+    inside = goal.clamp_max(output.ids.shape[1] - 1)
+    flat = inside.flatten(1)
+    labels = output.labels.gather(1, flat).view(goal.shape)
+    positions = output.positions.gather(1, flat).view(goal.shape)
+    expected = output.positions.gather(1, at).unsqueeze(2) + goal - at.unsqueeze(2)
+    right = (goal == inside) & (labels != -100) & (positions == expected) & real.unsqueeze(2)
+    return right.long().cumprod(2).bool()
+
+
+def numbers_of(
+    counts: Bool[Tensor, "B A K"],
+    loss: Float[Tensor, "B A K"],
+    best: Float[Tensor, "B A K"],
+    among: Float[Tensor, "B A K"],
+    acceptance: Float[Tensor, "B A K"],
+) -> Float[Tensor, "K 7"]:
+    """Return the numbers of trainer.drafters.distilled, given each slot's and 0 where a slot does
+    not count."""
+    known = counts.float()
+    unbroken, expected = (part.cumprod(2) * known for part in (best, acceptance))
+    columns = (loss, known, best, among, unbroken, acceptance, expected)
+    return torch.stack([part.sum((0, 1)) for part in columns], dim=1)

@@ -1,0 +1,138 @@
+"""Passes of the target that a drafter runs itself, over a cache of its own, with positions that see
+chosen others.
+
+A pass of N positions after S cached ones takes a mask (B, N, S + N). transformers' models pass 4-D
+masks on unchanged: True where attention is allowed, or added to the scores for eager.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from trainer.drafters import DrafterError, Target, TargetUpdate
+from trainer.models.cache_argument import model_with_cache
+from trainer.models.heads import captured_hidden
+from trainer.speed.attention import BLOCKED
+
+_KINDS = {"full_attention", "sliding_attention"}
+
+
+def inner_model(model: Any) -> Any:
+    """Return transformers' model within PEFT's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def run(
+    target: Target, cache: DynamicCache, ids: Int[Tensor, "B N"], **inputs: Any
+) -> Float[Tensor, "B N d"]:
+    """Return the states that the output head reads, and add the positions to the cache."""
+    with captured_hidden(target.model.get_output_embeddings()) as captured:
+        target.model(
+            input_ids=ids, use_cache=True, **model_with_cache(target.model, cache), **inputs
+        )
+    return captured[0]
+
+
+def masks(
+    target: Target,
+    sees: Bool[Tensor, "B N M"],
+    queries: Int[Tensor, "B N"],
+    keys: Int[Tensor, "B M"],
+    dtype: torch.dtype,
+) -> Any:
+    """Return a model's attention_mask, given which positions see which and where all of them are: a
+    tensor, or one for each kind of attention."""
+    result: dict[str, Tensor] = {}
+    for kind in kinds(target.config):
+        within = sees
+        if kind == "sliding_attention":
+            distance = queries.unsqueeze(2) - keys.unsqueeze(1)
+            within = sees & (distance < target.config.sliding_window)
+        mask = within.unsqueeze(1)
+        if target.config._attn_implementation == "eager":
+            low = torch.finfo(dtype).min
+            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, low)
+        result[kind] = mask
+    return result if len(result) > 1 else next(iter(result.values()))
+
+
+def kinds(config: Any) -> list[str]:
+    """Return the layers' kinds of attention, as transformers' `layer_types` calls them, each
+    once."""
+    if several := getattr(config, "layer_types", None):
+        return sorted(set(several))
+    return ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
+
+
+def room(config: Any, length: int) -> int | None:
+    """Return how many positions may follow `length` ones before a table of positions ends, or
+    before it changes with the length; None for no limit."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    tables = [rope, *(table for table in rope.values() if isinstance(table, dict))]
+    limits = [table.get("original_max_position_embeddings") for table in tables]
+    limits.append(getattr(config, "max_position_embeddings", None))
+    return min((limit - length for limit in limits if limit and limit >= length), default=None)
+
+
+def refuse(model: Any, name: str) -> None:
+    """Refuse a model whose config shows that the passes of drafter=`name` cannot run on it. The
+    model may have weights or only shapes.
+
+    Raises:
+        DrafterError: its attention takes no 4-D mask, its layers keep other state than keys and
+        values, or it takes no position_ids.
+    """
+    config, kind = model.config.get_text_config(), type(model).__name__
+    attention = config._attn_implementation
+    if attention not in ("sdpa", "eager", BLOCKED):
+        raise DrafterError(
+            f"drafter={name} needs a 4-D mask, which attn_implementation={attention} does not take:"
+            " set base.attn_implementation=sdpa"
+        )
+    if other := set(kinds(config)) - _KINDS:
+        raise DrafterError(
+            f"drafter={name} runs the target's own layers over further positions, and {kind} has"
+            f" layers of the kind {', '.join(sorted(other))}: train another drafter, such as eagle3"
+        )
+    if getattr(model, "_is_stateful", False) or not DynamicCache(config=config).is_croppable:
+        raise DrafterError(
+            f"drafter={name} needs a state that can be rolled back, which {kind}'s layers do not"
+            " have: set drafter=none"
+        )
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise DrafterError(
+            f"drafter={name} gives drafted tokens their positions, and {kind} takes no"
+            " position_ids: train another drafter, such as eagle3"
+        )
+
+
+def refuse_virtual_tokens(model: Any, name: str) -> None:
+    """Refuse an adapter that puts virtual tokens before the text.
+
+    Raises:
+        DrafterError: the model has one.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if config is not None and config.is_prompt_learning:
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        raise DrafterError(
+            f"drafter={name} runs the target over the text alone, and PEFT's {kind} puts virtual"
+            " tokens before it: train another drafter, such as eagle3, or an adapter such as lora"
+        )
+
+
+def cropped(cache: DynamicCache, length: int) -> None:
+    """Drop what follows the first `length` positions."""
+    if length:
+        cache.crop(length - cache.get_seq_length())
+
+
+def text_of(update: TargetUpdate) -> Int[Tensor, " n"]:
+    """Return the tokens of an update that a cache of the whole text has not read."""
+    return update.ids if update.first is None else torch.cat([update.first.view(1), update.ids])

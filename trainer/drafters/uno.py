@@ -1,0 +1,193 @@
+"""Uno: the target itself, with a LoRA, drafts a block in one pass (Sahoo et al. 2026, "Unlocking
+Lossless Speedups in LLMs via Discrete Diffusion"; SGLang 0.5.23 serves it).
+
+    ids of a block at the anchor a    x_a, z_1 .. z_{K-1}        z_j drawn uniformly from all V ids
+    positions                         a, a + 1 .. a + K - 1      causal, after x_0 .. x_{a-1}
+    weights                           the target's at x_a; the target's and s B A at z_1 .. z_{K-1}
+    logits at x_a predict x_{a+1}: they are the target's own; logits at z_j predict x_{a+1+j}
+
+    L = Σ_a Σ_{j=1}^{K-1} w_j loss(p_{a+j}, q_j)        w_j = β^(j-1), divided by their sum
+    p_{a+j} = the target's distribution of x_{a+1+j} after the row's own tokens
+
+No token stands for a mask, and nothing but A (r, i) and B (o, r) of the linear layers is trained.
+Slot k = j + 1 of a block is offset k, so offset 1 is the target's own token: its acceptance is 1.
+A step of K slots takes two passes of the target, one that drafts and one that verifies. It gives
+1 + a tokens, where the a accepted ones are at least 1. So a block pays from 1 accepted z on.
+
+A block is trained at up to `anchors` random positions of a row whose token and next token are
+trained, and their loss counts for all such positions. A slot counts while all tokens up to it are
+trained. The row's own positions have no LoRA, so one pass without a gradient gives their keys and
+values, and a second one runs the z alone. In evaluation the anchors are evenly spaced, and z is the
+same every time.
+
+In decoding the drafter keeps keys and values of the text of its own, from the target's weights. A
+draft's pass reads the newly accepted tokens, then z, which is dropped afterwards. z is drawn from a
+generator of its own, so texts depend on the seed of sampling alone.
+
+Differs from the paper:
+    The authors' training loss, data, alpha and targets are not published. The loss here follows
+    from what the engine serves: it distils the target's distribution at each z, from the
+    distribution of z that the engine draws. `loss` has the distances of all distilled drafters.
+    The engine shares one cache between drafting and verifying; here the text is read twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from adapters.linear import features
+from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, passes
+from trainer.drafters.anchors import anchors_of, counted, goals, numbers_of
+from trainer.drafters.distillation import KINDS, Distillation, chunked_distillation
+from trainer.drafters.layers import Heads, IndependentGrowth, decayed
+from trainer.drafters.lora_rows import RowLoRA
+
+
+@dataclass
+class Memory:
+    """Keys and values of the first `length` tokens, from the target's own weights."""
+
+    cache: DynamicCache
+    length: int = 0
+    draw: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+
+class Uno(Heads):
+    """Uno's LoRA; conf/drafter/uno.yaml documents the settings.
+
+    Raises:
+        DrafterError: a setting is out of its range, or the target cannot run such passes.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        offsets: int,
+        rank: int,
+        alpha: float,
+        target_modules: str | list[str],
+        anchors: int,
+        beta: float,
+        weight: float,
+        loss: str,
+        eta: float,
+        lr_scale: float,
+    ):
+        if offsets < 2:
+            raise DrafterError(
+                f"drafter.offsets={offsets}: the first token of a draft is the target's own, so"
+                " expected at least 2"
+            )
+        if loss not in KINDS:
+            raise DrafterError(f"drafter.loss={loss}: one of {', '.join(KINDS)}")
+        super().__init__(offsets, None, [0.0, *decayed(beta, offsets - 1)], weight, True, lr_scale)
+        passes.refuse(model, "uno")
+        self.rank, self.alpha, self.anchors, self.kind, self.eta = rank, alpha, anchors, loss, eta
+        _, self.vocabulary_size = features(model.get_output_embeddings())
+        self.lora = RowLoRA(model, rank, alpha, target_modules)
+
+    def loss(self, output: TargetOutput, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
+        at, real, share = anchors_of(output, self.anchors, drawn=self.training)
+        goal = goals(at, self.offsets)
+        counts = counted(goal, at, real, output)
+        z = self.slots(output, target, at, self.drawn((*at.shape, self.offsets - 1), at.device))
+        row, anchor, slot = counts[:, :, 1:].nonzero().unbind(1)
+        weights = z.new_tensor(self.weights[1:], dtype=torch.float32)[slot] * share[row]
+        total, numbers = chunked_distillation(
+            z[row, anchor, slot][None],
+            output.hidden[row, goal[row, anchor, slot + 1] - 1].detach(),
+            weights[None],
+            Distillation(self.kind, target.head, (target.head,), eta=self.eta),
+            chunk,
+        )
+        # Where nothing counts, all parameters still take part, as DDP needs.
+        total = total + 0.0 * z.float().sum()
+        # The first slot is the target's own: always right, at a distance of 0.
+        own = counts & (torch.arange(self.offsets, device=z.device) == 0)
+        first = (torch.zeros_like(own, dtype=torch.float32), own.float(), own.float(), own.float())
+        spread = [
+            start.index_put((row, anchor, slot + 1), part)
+            for start, part in zip(first, numbers[:, 0], strict=True)
+        ]
+        return total, numbers_of(counts, *spread)
+
+    def drawn(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Return z: from the run's generator in training, always the same in evaluation. It is
+        drawn on the CPU, so that it is the same for every device."""
+        draw = None if self.training else torch.Generator().manual_seed(0)
+        return torch.randint(self.vocabulary_size, shape, generator=draw).to(device)
+
+    def slots(
+        self,
+        output: TargetOutput,
+        target: Target,
+        at: Int[Tensor, "B A"],
+        z: Int[Tensor, "B A K-1"],
+    ) -> Float[Tensor, "B A K-1 d"]:
+        """Return the states that the head reads at z, of the blocks at these anchors."""
+        passes.refuse_virtual_tokens(target.model, "uno")
+        places = torch.arange(output.ids.shape[1], device=at.device)
+        start = places - output.positions  # of each position's row
+        dtype = output.hidden.dtype
+        cache = DynamicCache()
+        with torch.no_grad():
+            sees = (start.unsqueeze(1) == start.unsqueeze(2)) & (places <= places.unsqueeze(1))
+            mask = passes.masks(target, sees, output.positions, output.positions, dtype)
+            passes.run(
+                target, cache, output.ids, position_ids=output.positions, attention_mask=mask
+            )
+        rows, blocks, width = z.shape
+        own = (start.gather(1, at).unsqueeze(2) == start.unsqueeze(1)) & (places <= at.unsqueeze(2))
+        sees = torch.cat([own.repeat_interleave(width, 1), _causal(blocks, width, at)], dim=2)
+        ahead = 1 + torch.arange(width, device=at.device)
+        # No slot with a target is behind the longest row.
+        positions = (output.positions.gather(1, at).unsqueeze(2) + ahead).flatten(1)
+        positions = positions.clamp_max(int(output.positions.max()))
+        keys = torch.cat([output.positions, positions], dim=1)
+        mask = passes.masks(target, sees, positions, keys, dtype)
+        with self.lora.on(target, rows=blocks * width, last=blocks * width):
+            hidden = passes.run(
+                target, cache, z.flatten(1), position_ids=positions, attention_mask=mask
+            )
+        return hidden.view(rows, blocks, width, -1)
+
+    def start(self, target: Target) -> Memory:
+        passes.refuse_virtual_tokens(target.model, "uno")
+        cache = DynamicCache(config=target.config)
+        cache.activate_past_recording()
+        return Memory(cache)
+
+    @torch.no_grad()
+    def grow(self, memory: Memory, target: Target, update: TargetUpdate) -> IndependentGrowth:
+        passes.cropped(memory.cache, memory.length)
+        ids = passes.text_of(update)
+        memory.length += len(ids)
+        room = passes.room(target.config, memory.length)
+        more = self.offsets - 1 if room is None else min(self.offsets - 1, room)
+        z = torch.randint(self.vocabulary_size, (more,), generator=memory.draw)
+        tokens = torch.cat([ids, z.to(ids.device)]).unsqueeze(0)
+        if more:
+            with self.lora.on(target, rows=tokens.shape[1], last=more):
+                hidden = passes.run(target, memory.cache, tokens)[0, -1 - more :]
+        else:
+            hidden = passes.run(target, memory.cache, tokens)[0, -1:]
+        return IndependentGrowth(1 + more, lambda k: target.head(hidden[k - 1 : k])[0])
+
+    def state(self) -> dict[str, Tensor]:
+        """Return A and B by the names of their layers."""
+        return {name: tensor.detach() for name, tensor in self.lora.tensors().items()}
+
+
+def _causal(blocks: int, width: int, at: Int[Tensor, "B A"]) -> Tensor:
+    """Return which z see which, (B, A (K-1), A (K-1)): those before them in their block, and
+    themselves."""
+    block = torch.arange(blocks, device=at.device).repeat_interleave(width)
+    place = torch.arange(width, device=at.device).repeat(blocks)
+    sees = (block.unsqueeze(1) == block) & (place.unsqueeze(1) >= place)
+    return sees.expand(len(at), -1, -1)
