@@ -123,6 +123,7 @@ class Adapter:
     target_modules: str | list[str] = "all-linear"
     exclude_modules: list[str] = []
     train_modules: list[str] = []  # modules of the base that are trained whole
+    mergeable = True  # whether a weight can hold its correction
     exportable = True  # whether `save` can write a folder for stock PEFT
     compiles = True  # whether torch.compile may compile it together with the layers around it
     reads_micro_batches = False  # whether more than a step's summed gradient decides something
@@ -259,9 +260,21 @@ class Adapter:
         numbers to log."""
         return None
 
+    def refuse_merging(self) -> None:
+        """
+        Raises:
+            AdapterError: no weight can hold the correction.
+        """
+        if not self.mergeable:
+            raise AdapterError(
+                f"the correction of {type(self).__name__} depends on the input, so no weight holds"
+                " it: use the run's folder"
+            )
+
     def merge(self, model: nn.Module) -> nn.Module:
         """Merge the adapter into the weights, in place and in their dtype, and return the model
         without it."""
+        self.refuse_merging()
         untie(model)
         for name, module in list(model.named_modules()):
             if isinstance(module, AdaptedLinear):

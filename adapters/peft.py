@@ -289,13 +289,17 @@ class Peft(Adapter):
         if self.kind == "ADALORA" and any(p.grad is not None for p in live.parameters()):
             live.base_model.update_and_allocate(step)
 
-    def merge(self, model: nn.Module) -> nn.Module:
-        live: Any = model
-        if not self.mergeable or not hasattr(live.base_model, "merge_and_unload"):
+    def refuse_merging(self) -> None:
+        if not self.mergeable:
             raise AdapterError(
                 f"{self.kind} cannot be merged into weights: it works on activations. Export it"
                 " with to=peft"
             )
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        live: Any = model
+        self.mergeable &= hasattr(live.base_model, "merge_and_unload")
+        self.refuse_merging()
         for module in live.modules():
             if is_linear(module):
                 refuse_quantised(module)

@@ -53,6 +53,7 @@ UNMERGEABLE = {
     "prompt_tuning": "works on activations",
     "prefix_tuning": "works on activations",
     "loftq": "the base is quantised",
+    "mola": "depends on the input, so no weight holds it",
 }
 # what a sparse delta works out anew from its support and the base
 WORKING = (".delta.base_values", ".delta.crow", ".delta.col")
@@ -167,6 +168,9 @@ def test_training_moves_the_outputs(case):
 
 def test_merged_weights_give_the_adapters_outputs(case):
     model = copy.deepcopy(case.model)
+    if not case.adapter.mergeable:
+        with pytest.raises(AdapterError, match=UNMERGEABLE[case.name]):
+            case.adapter.refuse_merging()
     if case.name in UNMERGEABLE:
         with pytest.raises(AdapterError, match=UNMERGEABLE[case.name]):
             case.adapter.merge(model)

@@ -30,6 +30,8 @@ SHAPES = (
     "r",
     "alpha",
     "lora_alpha",
+    "experts",
+    "top",
     "pool_rank",
     "private_rank",
     "shards",

@@ -40,6 +40,8 @@ def export(
             "to=shira is for adapters with a sparse part, and this run's is"
             f" {type(source.adapter).__name__}: to=peft"
         )
+    if to in ("merged", "mtp", "gguf"):
+        source.adapter.refuse_merging()
     # The run's folder `drafter` holds that of its last step.
     out = out or source.folder / (f"drafter-step-{source.step}" if to == "drafter" else to)
     if out.exists():
