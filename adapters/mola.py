@@ -15,8 +15,8 @@ The correction depends on the input. So no weight holds it, and no format of PEF
 does: a run is evaluated, continued, decoded and served from its folder.
 
 Differs from the paper: its code has a balance loss, off by default, which is not here. Its preprint
-finds that higher layers need more experts, and its published version the middle ones: hence the
-list. Dropout is 0 by default, where its scripts have 0.05.
+finds that higher layers need more experts, and its published version the middle ones, so the
+numbers are a list. Dropout is 0 by default, where its scripts have 0.05.
 """
 
 from __future__ import annotations
