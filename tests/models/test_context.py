@@ -18,8 +18,9 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from scripts.zoo.families import every
 from tests.toys import adapters as toys
-from tests.toys.families import moved
+from tests.toys.families import model_of, moved
 from trainer.assembly.early_checks import refuse_early
 from trainer.models import context
 from trainer.models.base import Base, BaseError
@@ -247,3 +248,32 @@ class Forgets(torch.nn.Module):
 def test_a_model_that_forgets_its_context_is_refused(base):
     with pytest.raises(BaseError, match="its logits differ by"):
         context.check_context(Forgets(toys.llama(torch.float32)), base)
+
+
+# Why a family does not continue after a context; every other one does.
+REFUSED = {
+    "falcon_mamba": "must match the size of tensor",
+    "jamba": "its logits differ",
+    "mamba": "must match the size of tensor",
+    "qwen3_5_moe_text": "modified by an inplace operation",
+    "qwen3_5_text": "modified by an inplace operation",
+    "qwen3_next": "modified by an inplace operation",
+    "recurrent_gemma": "returns no cache",
+    "rwkv": "its logits differ",
+}
+# one of each kind of cache; the others are slow tests
+OFTEN = ("deepseek_v3", "gemma3_text", "gpt_neox", "lfm2", "qwen3_next", "rwkv")
+CAUSAL = sorted(name for name, family in every().items() if "CausalLM" in family.auto)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in CAUSAL],
+)
+def test_each_family_continues_or_is_refused(base, name):
+    model = model_of(name).float().requires_grad_(True)
+    if name in REFUSED:
+        with pytest.raises(BaseError, match=f"cannot continue after a context: .*{REFUSED[name]}"):
+            context.check_context(model, base)
+    else:
+        context.check_context(model, base)
