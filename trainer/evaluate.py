@@ -7,6 +7,8 @@ generated answers. During training the Evaluation callback measures the same. ta
 takes other rows than those that the run held out.
 
 With task=speculation the run's drafter is evaluated instead: graft evaluate task=speculation --help
+
+With harness=TASKS lm-eval asks its benchmarks, or yours: graft evaluate harness=TASKS --help
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 from trainer.config import paths
 from trainer.config.decoding_options import MeasureOptions
 from trainer.config.errors import bad
+from trainer.config.harness_options import HARNESS, HarnessOptions
 from trainer.config.options import exit_with, option, parse, rest
 from trainer.config.shown import say
 
@@ -82,6 +85,8 @@ class SpeculationOptions(MeasureOptions):
 
 def main(argv: list[str]) -> int:
     """Run the command; see the module's text."""
+    if any(word.partition("=")[0] == "harness" for word in argv):
+        return _harness(argv)
     if tasks := [word for word in argv if word.startswith("task=")]:
         if tasks != ["task=speculation"]:
             return bad(f"{tasks[-1]}: a run is evaluated on its own task, or with task=speculation")
@@ -141,6 +146,19 @@ def _speculation(argv: list[str]) -> int:
         atomic.write_output(options.json, json.dumps(summary, indent=2) + "\n")
     if options.plot:
         speedup_report.plot(summary, options.plot)
+    return 0
+
+
+def _harness(argv: list[str]) -> int:
+    options = parse(HarnessOptions, argv, HARNESS, "graft evaluate harness=TASKS")
+    from trainer.assembly import quiet
+    from trainer.session import benchmarks, failures
+
+    quiet.quiet()
+    try:
+        benchmarks.run(options)
+    except Exception as error:
+        return failures.report_and_exit_code(error)
     return 0
 
 

@@ -18,6 +18,7 @@ WRONG = {name: ["zzz=1"] for name in NAMES} | {
     "study": ["zzz"],
     "submit": ["zzz"],
     "evaluate task=speculation": ["zzz=1"],
+    "evaluate harness=TASKS": ["zzz=1"],
 }
 PROGRAM = """
 import sys

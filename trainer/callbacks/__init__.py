@@ -7,13 +7,15 @@ they act at the end of a step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from trainer.cluster.signals import Signals
 from trainer.data.held_out import HeldOut
+from trainer.data.render import Renderer
+from trainer.data.stops import Stops
 from trainer.storage.journal import Journal
 from trainer.storage.run_folder import RunFolder
 
@@ -30,6 +32,8 @@ class RunState:
     rows_of: Callable[[list[int]], list[str]]  # sequences -> file and line of their rows
     # whether the evaluation before training uses the base without its adapter
     evaluate_base_first: bool
+    renderer: Renderer | None = None  # of chats, and the tokens that end an answer, for lm-eval
+    stops: Stops = field(default_factory=Stops)
     max_minutes: float | None = None
     max_tokens: int | None = None  # processed; BatchOrder.steps applies it, except to a stream
     stopped: str | None = None  # why the run ends before its planned steps

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any, Protocol
 
+from trainer.assembly.build import instantiate
 from trainer.config.secrets import redact
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,23 @@ class Dashboards:
         self.all.clear()
 
 
+def make_dashboards(config: dict[str, Any], folder: Path, record: dict[str, Any]) -> list[Any]:
+    """Connect to the dashboards of a run, under its id."""
+    start = record["starts"][-1] | {"number": len(record["starts"])}
+    loggers = [instantiate(node) for node in config["logger"].values() if node is not None]
+    dashboards = [
+        logger(
+            folder=folder,
+            run_id=record["id"],
+            name=config["name"],
+            config=config,
+            start=start,
+        )
+        for logger in loggers
+    ]
+    return [dashboard for dashboard in dashboards if dashboard is not None]
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, without secrets."""
     return redact(str(error)).partition("\n")[0] or type(error).__name__
@@ -53,6 +72,8 @@ def first_line(error: BaseException) -> str:
 def numbers(kind: str, values: dict[str, Any]) -> dict[str, float]:
     """Return the numbers of a row of the journal, under names by which dashboards group them
     (docs/dashboard.md)."""
+    if kind == "harness" and values.get("model") == "base":
+        kind = "harness_base"  # a curve of its own: both models are measured at the same step
     return {
         f"{_prefix(kind, key)}/{key}": value
         for key, value in values.items()

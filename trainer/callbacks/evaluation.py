@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,8 +16,10 @@ import psutil
 
 from adapters.folded import folded
 from trainer.callbacks import RunState, every_steps, stop_requested
+from trainer.callbacks.benchmarked import Benchmarks
 from trainer.data.held_out import HeldOut
 from trainer.evaluation.answers import answers, means
+from trainer.evaluation.harness import Settings
 from trainer.evaluation.loss import evaluating, losses, prefixed
 from trainer.storage.journal import NO_METRICS
 from trainer.training.fsdp import Sharded, resharding
@@ -27,7 +30,9 @@ log = logging.getLogger(__name__)
 class Evaluation(lightning.Callback):
     """Measures the held-out loss every `every` steps. Before and after training, and at every
     `generate_every`-th evaluation between, it also generates and grades answers to the first
-    `generate` held-out rows; before training only to `generate_before` of them, if that is set."""
+    `generate` held-out rows; before training only to `generate_before` of them, if that is set.
+    The tasks of `harness` are measured by lm-eval at both ends, and at every `harness_every`-th
+    evaluation between."""
 
     def __init__(
         self,
@@ -42,6 +47,12 @@ class Evaluation(lightning.Callback):
         monitor: str,
         mode: str,
         patience: int | None,
+        harness: list[str],
+        harness_every: int | None,
+        harness_include: str | None,
+        harness_limit: float | None,
+        harness_num_fewshot: int | None,
+        harness_chat: bool,
     ):
         self.run_state, self.batch_size, self.generate, self.samples = (
             run_state,
@@ -57,6 +68,18 @@ class Evaluation(lightning.Callback):
             1 if mode == "min" else -1,
             patience,
         )
+        self.benchmarks: Benchmarks | None = None
+        self.benchmarks_every = harness_every
+        if harness:
+            questions = Settings(
+                tuple(harness),
+                harness_include,
+                harness_limit,
+                harness_num_fewshot,
+                harness_chat,
+                batch_size,
+            )
+            self.benchmarks = Benchmarks(questions, run_state)
         self.state: dict[str, Any] = {
             "evaluated": -1,
             "best": math.inf,
@@ -106,30 +129,23 @@ class Evaluation(lightning.Callback):
         if held_out is None or not len(held_out.sequences):
             return False
         started = time.monotonic()
-        strategy = trainer.strategy
+        strategy, count = trainer.strategy, self.state["count"] + 1
+        benchmarks = self.benchmarks if self._has_benchmarks(count, graded) else None
+        graded = graded or (self.generate_every is not None and count % self.generate_every == 0)
         with (
             resharding(module.model),
             evaluating(module),
             trainer.precision_plugin.forward_context(),
         ):
-            values = self._losses(trainer, module, held_out)
-            for name, further in held_out.more.items() if values else ():
-                of_set = self._losses(trainer, module, further)
-                values = values | prefixed(name, of_set) if of_set else {}
-                if not values:
-                    break
+            values = self._all_losses(trainer, module, held_out)
             if not values:
                 return False
-            count = self.state["count"] + 1
-            graded = graded or (
-                self.generate_every is not None and count % self.generate_every == 0
-            )
             losses_done = time.monotonic()
-            texts = self._answers(trainer, module, held_out) if graded else []
-            of_sets: dict[str, Any] = {}
-            for name, further in held_out.more.items() if graded and texts is not None else ():
-                of_sets[name] = self._answers(trainer, module, further)
-                texts = None if of_sets[name] is None else texts
+            texts, of_sets = self._all_answers(trainer, module, held_out, graded)
+            answers_done = time.monotonic()
+            scores: dict[str, float] | None = {}
+            if texts is not None and benchmarks is not None:
+                scores = self._scores(trainer, module, benchmarks)
         count_graded = self._graded(module.step)
         if texts and count_graded:
             values |= means(texts[:count_graded])
@@ -137,23 +153,55 @@ class Evaluation(lightning.Callback):
                 values |= prefixed(name, means(its[:count_graded]))
         # Ranks other than 0 wait here while rank 0 generates. They get its values, so that all
         # ranks judge by the same numbers.
-        shared_values = strategy.broadcast([] if texts is None else [values])
+        interrupted = texts is None or scores is None
+        shared_values = strategy.broadcast([] if interrupted else [values, scores or {}])
         if not shared_values:
             return False
         values = shared_values[0]
         if texts:
             self.run_state.journal.write_samples(module.step, texts[: self.samples])
-        if texts:
             values |= {
                 "answers": min(count_graded, len(texts)),
-                "answer_seconds": time.monotonic() - losses_done,
+                "answer_seconds": answers_done - losses_done,
             }
         values["seconds"] = time.monotonic() - started
         self.run_state.paused_seconds += values["seconds"]
         self.state |= {"evaluated": module.step, "count": count}
         self.run_state.journal.write("evaluation", module.step, values)
         log.info("evaluation at step %d: %s", module.step, _text(values))
-        return self._judge(values, module.step)
+        return self._judge(shared_values[1] | values, module.step)
+
+    def _all_losses(
+        self, trainer: lightning.Trainer, module: Any, held_out: HeldOut
+    ) -> dict[str, float]:
+        """Return the losses of the held-out rows and of the further sets; {} if a signal to stop
+        interrupted them."""
+        values = self._losses(trainer, module, held_out)
+        for name, further in held_out.more.items() if values else ():
+            of_set = self._losses(trainer, module, further)
+            if not of_set:
+                return {}
+            values = values | prefixed(name, of_set)
+        return values
+
+    def _all_answers(
+        self, trainer: lightning.Trainer, module: Any, held_out: HeldOut, graded: bool
+    ) -> tuple[list[dict[str, Any]] | None, dict[str, Any]]:
+        """Return the answers to the held-out rows, None if a signal to stop interrupted them, and
+        those of the further sets by name."""
+        of_sets: dict[str, Any] = {}
+        texts = self._answers(trainer, module, held_out) if graded else []
+        for name, further in held_out.more.items() if graded and texts is not None else ():
+            of_sets[name] = self._answers(trainer, module, further)
+            if of_sets[name] is None:
+                return None, of_sets
+        return texts, of_sets
+
+    def _has_benchmarks(self, count: int, ends: bool) -> bool:
+        """Return whether the `count`-th evaluation has benchmarks. Those at both `ends` of a run
+        do."""
+        every = self.benchmarks_every
+        return ends or (every is not None and count % every == 0)
 
     def _losses(
         self, trainer: lightning.Trainer, module: Any, held_out: HeldOut
@@ -175,20 +223,34 @@ class Evaluation(lightning.Callback):
         self, trainer: lightning.Trainer, module: Any, held_out: HeldOut
     ) -> list[dict[str, Any]] | None:
         """Generate and grade answers, on rank 0; None if a signal to stop interrupted it."""
-        run_state = self.run_state
         sharded = isinstance(trainer.strategy, Sharded)  # then all ranks must generate together
         if not held_out.prompts or not (self.generate or self.samples):
             return []
         if not trainer.is_global_zero and not sharded:
             return []
-        on_all_ranks = partial(stop_requested, trainer, module, run_state)
-        stop = on_all_ranks if sharded else lambda: run_state.signals.received is not None
+        stop = self._stop(trainer, module)
         count = max(self._graded(module.step), self.samples)
         some = replace(held_out, prompts=held_out.prompts[:count])
         with folded(module.model, psutil.virtual_memory().available):
             return answers(
                 module.model, some, self.batch_size, self.max_new_tokens, module.device, stop
             )
+
+    def _scores(
+        self, trainer: lightning.Trainer, module: Any, benchmarks: Benchmarks
+    ) -> dict[str, float] | None:
+        """Let lm-eval measure the model, on rank 0; None if a signal to stop interrupted it."""
+        if not trainer.is_global_zero and not isinstance(trainer.strategy, Sharded):
+            return {}
+        with folded(module.model, psutil.virtual_memory().available):
+            return benchmarks.measure(module, self._stop(trainer, module))
+
+    def _stop(self, trainer: lightning.Trainer, module: Any) -> Callable[[], bool]:
+        """Return what says between two batches whether a signal came. Sharded ranks, which must
+        compute together, also decide together."""
+        if isinstance(trainer.strategy, Sharded):
+            return partial(stop_requested, trainer, module, self.run_state)
+        return lambda: self.run_state.signals.received is not None
 
     def _graded(self, step: int) -> int:
         """Return how many answers of each set are graded after a step."""

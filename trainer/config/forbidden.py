@@ -145,6 +145,16 @@ def _remote_code(config: DictConfig) -> Iterator[str]:
             "base.trust_remote_code=true is taken from the command line only, since it lets the"
             " model's repository run code."
         )
+    include = OmegaConf.select(config, "callbacks.evaluation.harness_include")
+    if (
+        include is not None
+        and overrides is not None
+        and not any(re.match(r"\+*callbacks\.evaluation\.harness_include=", o) for o in overrides)
+    ):
+        yield (
+            f"callbacks.evaluation.harness_include={include} is taken from the command line only,"
+            " since tasks of lm-eval may run code."
+        )
     attention = str(OmegaConf.select(config, "base.attn_implementation"))
     if not re.fullmatch(r"\w+", attention):
         # transformers accepts a repository's name here, and downloads its code

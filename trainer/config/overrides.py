@@ -57,14 +57,15 @@ def is_override(key: str) -> bool:
 
 def is_inherited(override: str) -> bool:
     """Return whether a new run may take an override from the record of another one. The record may
-    come from a stranger: Hydra's own settings and the places of files are not taken from it, nor
-    words that are no overrides."""
+    come from a stranger: Hydra's own settings, the places of files and what runs code are not taken
+    from it, nor words that are no overrides."""
     key, equals, _ = override.partition("=")
     removes = override.startswith("~")
     return (
         bool(equals or removes)
         and is_setting(key)
         and key_of(key) not in ("runs", "resume", "target.features")
+        and not key_of(key).endswith("harness_include")
     )
 
 

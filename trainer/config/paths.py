@@ -85,6 +85,16 @@ def file_fault(path: str | Path) -> str | None:
     return None if file.is_file() else f"there is no such file (the current folder is {Path.cwd()})"
 
 
+def task_folder_fault(path: str | Path) -> str | None:
+    """Say what is wrong with a folder of lm-eval's tasks."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return f"there is no such folder (the current folder is {Path.cwd()})"
+    if not any(folder.rglob("*.yaml")):
+        return "there is no .yaml file in it or below it"
+    return None
+
+
 def looks_local(path: str) -> bool:
     """Return whether a path cannot be a name on the hub, ORG/NAME."""
     return path.count("/") > 1 or path.startswith((".", "/", "~"))

@@ -23,7 +23,7 @@ from trainer.config.shown import shown
 from trainer.evaluation.pictures import Curve, picture
 from trainer.evaluation.run_summary import Summary, points, summary
 from trainer.evaluation.tables import Table, duration
-from trainer.exporting import card_loading
+from trainer.exporting import card_benchmarks, card_loading
 from trainer.storage import atomic, door
 
 FILE, PICTURE = "README.md", "loss.svg"
@@ -81,6 +81,19 @@ def write(
     atomic.write_text(folder / FILE, redact(shown(text)))
 
 
+def refresh(folder: Path, kind: str, run: Path) -> None:
+    """Write what lm-eval has measured since into a card that Graft has written."""
+    file = folder / FILE
+    if not file.is_file() or not _ours(file):
+        return
+    source = summary(run)
+    path = source.settings.get("base.path")
+    data = _metadata(kind, source, path if _on_hub(path) else None)
+    body = files.read_text(file, LARGEST).partition(MARK)[2]
+    text = f"---\n{data.to_yaml()}\n---\n\n{MARK}{card_benchmarks.replaced(body, source)}"
+    atomic.write_text(file, redact(shown(text)))
+
+
 def _ours(file: Path) -> bool:
     """Return whether a card is missing, or was written by Graft."""
     try:
@@ -116,7 +129,8 @@ def _body(
         *_numbers(source),
         *(["", f"![loss]({PICTURE})"] if drawn else []),
         "",
-        "## Training",
+        *card_benchmarks.section(source),
+        card_benchmarks.NEXT,
         "",
         Table(["", ""], facts, frozenset({0, 1})).markdown().rstrip(),
         "",
@@ -168,7 +182,7 @@ def _metadata(kind: str, source: Summary, base: str | None) -> ModelCardData:
         relation = {"adapter": "adapter", "gguf_lora": "adapter", "merged": "finetune",
                     "mtp": "finetune", "gguf": "finetune"}  # fmt: skip
         more = {"base_model": base, "base_model_relation": relation.get(kind)}
-    results = _results(source, task)
+    results = _results(source, task) + card_benchmarks.results(source, task)
     if results:
         more |= {"model_name": _word(source.name), "eval_results": results}
     return ModelCardData(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,14 @@ def refuse_monitor(config: dict[str, Any], task: Any) -> None:
     metrics += [f"{name}/{metric}" for name in further for metric in list(metrics)]
     scores += [f"{name}/{metric}" for name in further for metric in list(scores)]
     monitor, key = evaluation["monitor"], "callbacks.evaluation"
+    benchmark = monitor.rpartition("/")[0]
+    if benchmark and any(fnmatch(benchmark, name) for name in evaluation["harness"]):
+        if evaluation["harness_every"] is None:
+            raise BaseError(
+                f"{key}.monitor={monitor} is measured only where lm-eval is asked: set"
+                f" {key}.harness_every=1"
+            )
+        return
     if monitor not in metrics + scores:
         hint = f" (set {key}.generate)" if monitor in task.metrics else ""
         raise BaseError(

@@ -32,6 +32,7 @@ EXTRAS = {
     "tensorboard": ("tensorboard", "tensorboard", "logger=tensorboard"),
     "schedulefree": ("schedulefree", "schedulefree", "optimizer=schedulefree"),
     "serve": ("uvicorn", "uvicorn", "graft serve"),
+    "eval": ("lm-eval", "lm_eval", "graft evaluate harness=TASKS"),
     "slurm": ("submitit", "submitit", "graft submit and hydra/launcher=slurm"),
     "liger": ("liger-kernel", "liger_kernel", "fused=liger, on a GPU"),
 }

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from trainer.evaluation import harness_table
 from trainer.evaluation.pictures import Curve, picture
 from trainer.evaluation.run_summary import is_number, points, record_of
 from trainer.storage import atomic, door, journal
@@ -64,6 +65,7 @@ def write(folder: Path) -> Path:
         warnings=checked.get("warnings", []),
         facts=_facts(record, rows, checked),
         config=yaml.safe_dump(record["config"], sort_keys=False),
+        benchmarks=harness_table.table(rows["harness"]),
         **_outcome(folder, rows),
     )
     path = folder / "report.html"

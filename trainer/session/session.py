@@ -22,8 +22,8 @@ from trainer.assembly import quiet
 from trainer.assembly.build import instantiate
 from trainer.assembly.recipe import Recipe
 from trainer.assembly.rows import add_prompts
-from trainer.callbacks import RunState, progress
-from trainer.callbacks.dashboards import Dashboards
+from trainer.callbacks import RunState, benchmarked, progress
+from trainer.callbacks.dashboards import Dashboards, make_dashboards
 from trainer.callbacks.end_of_step import EndOfStep
 from trainer.callbacks.evaluation import Evaluation
 from trainer.callbacks.metrics import Metrics
@@ -208,7 +208,12 @@ class Session:
             drop_cooldown(self.run_folder, start)
 
     def load_model(self, recipe: Recipe, start: StartPoint) -> LoadedModel:
-        """Load the base and attach kernels, target, drafter and adapter to it."""
+        """Load the base and attach kernels, target, drafter and adapter to it.
+
+        Raises:
+            ConfigError: lm-eval lacks a task that the run is measured on.
+        """
+        benchmarked.refuse_unknown(self.config)
         return load_model(recipe, start, self.run_folder.path if self.is_rank0 else None)
 
     def attach(self, module: FineTune, recipe: Recipe, start: StartPoint) -> None:
@@ -218,7 +223,7 @@ class Session:
         )
         add_prompts(recipe.data, _prompt_count(self.config), stops)
         if self.is_rank0:
-            self.dashboards.all = _dashboards(self.config, self.run_folder, self.run_yaml)
+            self.dashboards.all = make_dashboards(self.config, self.run_folder.path, self.run_yaml)
         self.journal.loggers = self.dashboards.all
         if module.penalty is not None and start.fresh:
             self.journal.write("penalty", 0, calibrate_penalty(module, recipe))
@@ -230,6 +235,8 @@ class Session:
             recipe.data.held_out,
             recipe.data.rows_of,
             not isinstance(self.adapter, Full | Nothing) and not self.config["adapter"].get("from"),
+            recipe.data.renderer,
+            stops,
             self.config["max_time"],
             self.config["max_tokens"] if recipe.order is None else None,
         )
@@ -330,22 +337,6 @@ def _prompt_count(config: dict[str, Any]) -> int:
     """Return how many held-out prompts an evaluation answers."""
     evaluation = config["callbacks"].get("evaluation")
     return max(evaluation["generate"], evaluation["samples"]) if evaluation else 0
-
-
-def _dashboards(config: dict[str, Any], run_folder: RunFolder, record: dict[str, Any]) -> list[Any]:
-    start = record["starts"][-1] | {"number": len(record["starts"])}
-    loggers = [instantiate(node) for node in config["logger"].values() if node is not None]
-    dashboards = [
-        logger(
-            folder=run_folder.path,
-            run_id=record["id"],
-            name=config["name"],
-            config=config,
-            start=start,
-        )
-        for logger in loggers
-    ]
-    return [dashboard for dashboard in dashboards if dashboard is not None]
 
 
 def _constant_until(recipe: Recipe) -> int | None:

@@ -25,6 +25,12 @@ _KINDS: dict[str, Any] = {
     "step": _MEASURED,
     "evaluation": _MEASURED,
     "average": _MEASURED,
+    "harness": {
+        "model": str,
+        "settings?": str,
+        "rows?": {"*": door.MAYBE_NUMBER},
+        "seconds?": door.MAYBE_NUMBER,
+    },
     "cooldown": {"steps": int, "reason": str, "level?": door.NUMBER},
     "stopped": {
         "reason": str,
@@ -45,7 +51,8 @@ _SAMPLE = {
 
 class Journal:
     """Appends to metrics.jsonl and samples.jsonl. Rows are {kind, step, ...}; kinds are step,
-    evaluation, average, adapter, penalty, density, cooldown, skipped, memory, rollback, stopped."""
+    evaluation, harness, average, adapter, penalty, density, cooldown, skipped, memory, rollback,
+    stopped."""
 
     def __init__(self, folder: Path, loggers: list[Any], writes: bool = True):
         self.metrics, self.samples, self.csv = (

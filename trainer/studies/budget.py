@@ -76,6 +76,7 @@ DEFAULTS = [
     "check_export=false",
     "callbacks.evaluation.every=null",
     "callbacks.evaluation.samples=0",
+    "callbacks.evaluation.harness=[]",
     "callbacks.checkpoints.every=null",
     "callbacks.checkpoints.keep=1",
 ]
