@@ -226,7 +226,7 @@ REFUSED = {
     ),
     "all states": (
         lambda place: ["base=tiny", "method=slice", "width=0.9"],
-        "width=0.9 of 16, in multiples of 32, is 0, which leaves none. Use another width=, or",
+        "width=0.9 of 16, in multiples of 32, is 0, which leaves none. Use another width=",
     ),
 }
 

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.toys import adapters as toys
 from tests.toys.families import model_of
@@ -131,8 +131,24 @@ def test_stock_transformers_load_the_folder(name, tmp_path):
     assert all(type(module).__module__ != sliced.__name__ for module in loaded.modules())
 
 
+@pytest.mark.parametrize("name", sliced.FAMILIES)
+def test_the_width_is_one_that_the_config_takes(name, tmp_path):
+    config = model_of(name).config
+    odd = config.num_attention_heads + 1
+    config.head_dim = 8
+    states = sliced.width(odd / config.hidden_size, config.hidden_size, 1, sliced.heads(config))
+    config.hidden_size = states
+    config.save_pretrained(tmp_path)
+    assert (states == odd) == (sliced.heads(config) == 1)
+
+
 def test_widths_and_families_that_do_not_fit():
     assert sliced.width(0.9, 576, 32) == 512
+    # SmolLM2 has 9 heads, and its config wants a multiple of them
+    assert sliced.heads(LlamaConfig(hidden_size=576, num_attention_heads=9)) == 9
+    assert sliced.width(0.89, 576, 8, 9) == 504
+    with pytest.raises(BaseError, match=r"multiples of 288, is 576, .*all\. .*or multiple=8$"):
+        sliced.width(0.89, 576, 32, 9)
     with pytest.raises(BaseError, match=r"width=0\.99 of 64, in multiples of 32, is 64, .*all"):
         sliced.width(0.99, 64, 32)
     with pytest.raises(BaseError, match=r"width=0\.1 of 64, .*is 0, which leaves none"):

@@ -93,7 +93,8 @@ def after_context(
         else:
             with captured_hidden(output):
                 values = model(**context, use_cache=True)
-    # Autocast would keep the copies of trained weights that it has made without a gradient.
+    # Autocast of older torch would keep the copies of trained weights that it has made without a
+    # gradient; 2.13 does not.
     torch.clear_autocast_cache()
     cache = cache_of(values)
     if cache is None:

@@ -104,8 +104,9 @@ def prepared(options: ShrinkOptions, config: dict[str, Any]) -> Work:
         method = drop_layers.Influence(settings["score"])
     elif options.method == "slice":
         sliced.check(base.config.model_type)
-        size = base.config.hidden_size
-        method = sliced.Sliced(sliced.width(settings["width"], size, settings["multiple"]), size)
+        size, of_heads = base.config.hidden_size, sliced.heads(base.config)
+        states = sliced.width(settings["width"], size, settings["multiple"], of_heads)
+        method = sliced.Sliced(states, size)
     elif options.method == "narrow":
         narrow.check(shape, base.config.model_type)
         neurons = getattr(base.config, shape.width)

@@ -21,6 +21,7 @@ SmolLM2-135M. The states are divided by their rms first: late ones, far larger, 
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -54,18 +55,37 @@ def check(family: str) -> None:
         )
 
 
-def width(share: float, states: int, multiple: int) -> int:
-    """Return how many of a state's numbers stay: the share of them, to the nearest multiple.
+def heads(config: Any) -> int:
+    """Return what a family's config wants hidden_size to be a multiple of: the number of attention
+    heads, or 1. Llama's checks it, although head_dim is a key of its own."""
+    trial = copy.deepcopy(config)
+    trial.hidden_size = trial.num_attention_heads + 1
+    try:
+        trial.validate()
+    except Exception:  # of huggingface_hub's, with a ValueError as its cause
+        return int(config.num_attention_heads)
+    return 1
+
+
+def width(share: float, states: int, multiple: int, of_heads: int = 1) -> int:
+    """Return how many of a state's numbers stay: the share of them, to the nearest multiple of
+    `multiple` and of `heads`.
 
     Raises:
         BaseError: none or all would stay.
     """
-    left = round(share * states / multiple) * multiple
+
+    def nearest(m: int) -> int:
+        step = math.lcm(m, of_heads)
+        return round(share * states / step) * step
+
+    left = nearest(multiple)
     if not 0 < left < states:
-        smaller = next(m for m in (32, 16, 8, 4, 2, 1) if m < states)
+        fits = [m for m in (32, 16, 8, 4, 2, 1) if m < multiple and 0 < nearest(m) < states]
         raise BaseError(
-            f"width={share:g} of {states}, in multiples of {multiple}, is {left}, which leaves"
-            f" {'none' if not left else 'all'}. Use another width=, or multiple={smaller}"
+            f"width={share:g} of {states}, in multiples of {math.lcm(multiple, of_heads)}, is"
+            f" {left}, which leaves {'none' if not left else 'all'}. Use another width="
+            + (f", or multiple={fits[0]}" if fits else "")
         )
     return left
 
