@@ -19,7 +19,7 @@ An export is complete only after it was loaded back and gave the run's own logit
                   generate(use_mtp=True), vLLM and SGLang. trainer/exporting/mtp_layers.py lists
                   the bases.
     speculators   a drafter (EAGLE-3, P-EAGLE, DSpark, DFlash) as vLLM loads it
-    sglang        a drafter (EAGLE-1, EAGLE-3, DSpark, DFlash) as SGLang loads it
+    sglang        a drafter (EAGLE-1, EAGLE-3, DSpark, DFlash, Uno) as SGLang loads it
     medusa        Medusa's own file
 
 trainer/exporting/draft_head.py says which drafter fits which format.

@@ -176,6 +176,7 @@ def _drafter(kind: str, base: str, source: Summary) -> list[str]:
     adapted = "The head drafts for the base alone."
     if source.choices.get("adapter") not in (None, "none") or source.settings.get("target.run"):
         adapted = "The head drafts for the base with the run's adapter: serve the two together."
+    served_as_lora = kind == "sglang" and source.choices.get("drafter") == "uno"
     method = "eagle3" if "eagle3" in str(source.choices.get("drafter")) else "eagle"
     setting = f'{{"method": "{method}", "model": "{PLACE}", "num_speculative_tokens": 3}}'
     ways = {
@@ -184,11 +185,13 @@ def _drafter(kind: str, base: str, source: Summary) -> list[str]:
         "sglang": [f"python -m sglang.launch_server --model-path TARGET"
                    f" --speculative-algorithm {method.upper()} \\",
                    f"    --speculative-draft-model-path {PLACE}"],
+        "uno": ["python -m sglang.launch_server --model-path TARGET --speculative-algorithm UNO \\",
+                f"    --uno-lora-path {PLACE} --speculative-num-draft-tokens 8"],
         "medusa": [f"text-generation-launcher --model-id {PLACE}"],
     }  # fmt: skip
     own = ["graft speculate run=RUN prompt=Hello"]
     return [
         adapted + (" TARGET is that model." if kind in ("speculators", "sglang") else ""),
         "",
-        *_code("bash", *ways.get(kind, own)),
+        *_code("bash", *ways.get("uno" if served_as_lora else kind, own)),
     ]

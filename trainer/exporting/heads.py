@@ -13,7 +13,8 @@ from torch import Tensor
 from trainer.assembly.build import instantiate
 from trainer.assembly.trained import Trained
 from trainer.drafters import Drafter, DrafterError, Target, TargetUpdate, io
-from trainer.exporting import draft_head, engines, mtp_layers
+from trainer.drafters.uno import Uno
+from trainer.exporting import draft_head, engines, mtp_layers, uno_layout
 from trainer.exporting.compare import TOLERANCE, Mismatch, distance
 from trainer.exporting.merged import cast_parameters
 from trainer.storage.run_folder import read
@@ -44,7 +45,9 @@ def check_drafter(run: str, to: str) -> None:
         return
     skeleton = instantiate(config["base"]).skeleton(labels)
     drafter = instantiate(config["drafter"])(model=skeleton)
-    if to == "mtp":
+    if isinstance(drafter, Uno):
+        uno_layout.check(drafter, to, skeleton)
+    elif to == "mtp":
         mtp_layers.check(drafter, skeleton)
     else:
         draft_head.check(drafter, to, skeleton)
@@ -88,6 +91,9 @@ def write_head(
     """
     drafter, model = run.drafter, cast(Any, run.model)
     assert drafter is not None
+    if isinstance(drafter, Uno):
+        base = run.base.load(torch.float32)
+        return uno_layout.write(drafter, base, folder, dtype, verifier or run.base.path)
     head = draft_head.canonical(drafter, model, copied)
     engines.write(head, to, folder, dtype, verifier or run.base.path)
     if wrong := engines.faults(folder, to, head, dtype, model):
