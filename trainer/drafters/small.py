@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -78,8 +78,8 @@ class SmallModel(Untrained):
 class SmallModelGrowth:
     """The growth of the small model over one tree."""
 
-    drafter: SmallModel
-    memory: Memory
+    drafter: Any  # a SmallModel, or one that drafts as it does
+    memory: Any
     newest: Float[Tensor, " v"]
     size: int  # of the target's vocabulary, which may have other padding
     confidence: Tensor | None = None
@@ -87,7 +87,7 @@ class SmallModelGrowth:
     depths: Tensor = field(init=False)  # (n,) from 0
 
     def __post_init__(self) -> None:
-        self.depth, self.branches = self.drafter.offsets, self.drafter.branches
+        self.depth, self.branches = self.drafter.depth, self.drafter.branches
         size = len(self.newest)
         self.vocabulary = (
             torch.arange(size, device=self.newest.device) if size < self.size else None
@@ -111,14 +111,19 @@ class SmallModelGrowth:
         ).roll(before, dims=1)
         self.ancestors = torch.cat([torch.nn.functional.pad(self.ancestors, (0, more)), visible])
         self.depths = torch.cat([self.depths, depths])
+        return self.logits_of(tokens, depths, visible)[:, : self.size]
+
+    def logits_of(
+        self, tokens: Int[Tensor, " m"], depths: Int[Tensor, " m"], visible: Bool[Tensor, "m n"]
+    ) -> Float[Tensor, "m v"]:
+        """Return the logits after m further nodes, given which of all nodes each of them sees."""
         model, length = self.drafter.model, self.memory.length
-        logits = model(
+        return model(
             input_ids=tokens.unsqueeze(0),
             position_ids=(length + depths).unsqueeze(0),
             attention_mask=self._mask(visible, model.dtype),
             **model_with_cache(model, self.memory.cache),
         ).logits[0]
-        return logits[:, : self.size]
 
     def _mask(self, visible: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Return what is added to attention scores (1, 1, m, length + n); None if each node follows
