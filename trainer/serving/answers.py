@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from trainer.serving import tool_calls
 from trainer.serving.models import Served
 from trainer.serving.requests import ChatSettings, Settings
 from trainer.serving.worker import End, Piece, Placed, Usage
@@ -23,6 +24,9 @@ class Answer:
     def __init__(self, model: Served, settings: Settings):
         self.model, self.settings = model, settings
         self.chat = isinstance(settings, ChatSettings)
+        # With tools the text of a stream waits for its end: a call is known as a whole only.
+        self.tools = settings.called if isinstance(settings, ChatSettings) else []
+        self.held = ""
         kind = "chatcmpl" if self.chat else "cmpl"
         self.head = {
             "id": f"{kind}-{secrets.token_hex(12)}",
@@ -37,7 +41,11 @@ class Answer:
         tokens = [placed for piece in pieces for placed in piece.tokens]
         choice: dict[str, Any] = {"index": 0, "finish_reason": end.reason}
         if self.chat:
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            content, written = self._calls(text)
+            choice["message"] = {"role": "assistant", "content": content, "refusal": None}
+            if written:
+                choice["message"]["tool_calls"] = written
+                choice["finish_reason"] = "tool_calls"
         else:
             choice["text"] = text
         choice["logprobs"] = self._logprobs(tokens)
@@ -57,7 +65,10 @@ class Answer:
 
     def piece(self, piece: Piece) -> dict[str, Any]:
         """Return a piece of the stream."""
-        delta = {"content": piece.text} if self.chat else piece.text
+        text = piece.text
+        if self.tools:
+            self.held, text = self.held + text, ""
+        delta = {"content": text} if self.chat else text
         chunk = self._chunk(delta, self._logprobs(piece.tokens), None)
         if self.settings.graft_tokens:
             chunk["graft"] = self._facts(piece.usage, piece.tokens)
@@ -65,12 +76,32 @@ class Answer:
 
     def last(self, end: End) -> Iterator[dict[str, Any]]:
         """Yield what a stream ends with."""
-        yield self._chunk({} if self.chat else "", None, end.reason) | {
+        reason = end.reason
+        if self.tools:
+            content, written = self._calls(self.held)
+            if content:
+                yield self._chunk({"content": content}, None, None)
+            if written:
+                numbered = [{"index": index, **call} for index, call in enumerate(written)]
+                yield self._chunk({"tool_calls": numbered}, None, None)
+                reason = "tool_calls"
+        yield self._chunk({} if self.chat else "", None, reason) | {
             "graft": self._facts(end.usage, [])
         }
         if self.settings.with_usage:
             chunk = self._chunk("", None, None)
             yield chunk | {"choices": [], "usage": usage(end.usage)}
+
+    def _calls(self, text: str) -> tuple[str | None, list[dict[str, Any]]]:
+        """Return the content of an answer, None for nothing but calls, and its calls."""
+        if not self.tools:
+            return text, []
+        content, read = tool_calls.calls(text, self.tools)
+        written = [
+            {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": call}
+            for call in read
+        ]
+        return content if content or not written else None, written
 
     def _chunk(self, delta: Any, logprobs: Any, reason: str | None) -> dict[str, Any]:
         choice = {"index": 0, "logprobs": logprobs, "finish_reason": reason}

@@ -84,11 +84,16 @@ class ChatSettings(Settings):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
-    tools: list[dict[str, Any]] | None = None  # for the template; calls stay text
+    tools: list[dict[str, Any]] | None = None  # for the template; calls of them are read
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = None  # ignored
     chat_template_kwargs: dict[str, Any] | None = None
     response_format: Format | None = None
+
+    @property
+    def called(self) -> list[dict[str, Any]]:
+        """The tools that an answer may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
 
     @property
     def top(self) -> int | None:
