@@ -236,6 +236,8 @@ class IncreLoRAAdapter(LoRAAdapter):
             return None
         scores = {name: m * u for name, (m, u) in self.means.items()}
         able = [(name, delta) for name, delta in io.deltas(model) if delta.reserve]
+        if not able:
+            return None
         able.sort(key=lambda layer: -scores[layer[0]])  # stable: equal ones in the model's order
         for _, delta in able[: self.top]:
             if delta.reserve <= self._left(model):
