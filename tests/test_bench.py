@@ -10,6 +10,7 @@ import pytest
 
 from scripts.bench import train
 from scripts.bench.peers import contestants, measuring, runs, table, work
+from trainer.models import flops
 
 
 def run(
@@ -186,6 +187,7 @@ def test_the_table():
         RESULTS,
         {"bare": "no such package"},
         "about",
+        {"flop": [1e12, 2e12, 3e12], "peak": 5e12},
     )
     lines = {
         line.split(" |")[0].strip("| "): line
@@ -195,10 +197,10 @@ def test_the_table():
     assert text.startswith("about\n")
     numbers = (
         "1.500 (1.000-2.000) | 18.8 (12.5-25.0) | 1.9 (1.2-2.5) | 110 (100-120) | 5.00 (4.00-6.00)"
-        " | 1.0000 | 0.0e+00 | 2"
+        " | 1.0000 | 0.0e+00 | 1.875 (1.250-2.500) | 37.5% (25.0%-50.0%) | 2"
     )
     assert lines["ours"] == f"| ours | {numbers} |"
-    assert "other batches" in lines["ours_packed"]
+    assert lines["ours_packed"].endswith("| other batches |  |  | 1 |")
     assert "skipped: no such package" in lines["bare"]
     # Over hf in the two rounds: 2.5 and 2 times the speed, 0.5 and 0.6 of the memory, 0.5 and 0.75
     # of the time to the first step.
@@ -227,6 +229,11 @@ def test_what_was_measured_is_told(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     spec = {"rows": str(tmp_path / "rows.json"), "precision": "bf16-true", "dtype": "bfloat16"}
     text = table.described(options(), spec, RESULTS, "the command")
+    assert "FLOP" not in text
+    known = spec | {"flop": [1.0], "peak": 2e11, "peak_source": "measured"}
+    assert "The peak is 0.2 TFLOP/s, measured." in table.described(options(), known, RESULTS, "")
+    counts = flops.Counts(10.0, 1.0, 7.0, False, ((3, None),))
+    assert work.flop(counts, rows[0]) == 46 * 11 + 28 * 3 + 12 * 3 * (45 + 3)
     assert "2 rows, 32 positions, 11 of them tokens, 3 of these supervised" in text
     assert "torch 2.13.0" in text
     assert "adapters in float32 (LitGPT: bfloat16)" in text

@@ -173,10 +173,11 @@ def saved_tensors(module: Any, batch: dict[str, Any]) -> list[tuple[int, str, st
 
 
 def limits(module: Any, batch: dict[str, Any]) -> tuple[float, float, float]:
-    """(products a second of the machine for such a model, bytes a second of a large copy, products
-    that a step of a LoRA cannot do without: each frozen weight once forward and once backward, the
-    output layer's at supervised positions)."""
+    """(FLOP/s of the machine in products of such a model, bytes a second of a large copy, FLOP of a
+    step by the formula of trainer.models.flops)."""
     import torch
+
+    from trainer.models.flops import count
 
     model, ids = module.model, batch["input_ids"]
     config = model.config.get_text_config()
@@ -196,13 +197,10 @@ def limits(module: Any, batch: dict[str, Any]) -> tuple[float, float, float]:
             seconds.append(time.perf_counter() - started)
         return min(seconds)
 
-    head = model.get_output_embeddings().weight.numel()
-    linears = (
-        sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) - head
-    )
-    needed = 2 * linears * ids.numel() + 2 * head * int((batch["labels"][:, 1:] != -100).sum())
-    rate = x.numel() * config.intermediate_size / least(lambda: x @ weight.t())
-    return rate, 2 * large.numel() / least(lambda: large.clone()), needed
+    supervised = int((batch["labels"][:, 1:] != -100).sum())
+    flop = count(model).flop(ids.numel(), supervised, [ids.shape[1]] * len(ids))
+    rate = 2 * x.numel() * config.intermediate_size / least(lambda: x @ weight.t())
+    return rate, 2 * large.numel() / least(lambda: large.clone()), flop
 
 
 def main() -> int:
@@ -228,11 +226,11 @@ def main() -> int:
             f" {statistics.median(seconds) / whole:6.1%}"
         )
 
-    rate, bandwidth, needed = limits(module, batch)
+    rate, bandwidth, flop = limits(module, batch)
     print(
-        f"this machine: {2 * rate / 1e12:.2f} TFLOP/s in products of the model's shape,"
-        f" {bandwidth / 1e9:.1f} GB/s copied. The step's {2 * needed / 1e9:.0f} GFLOP of products"
-        f" with frozen weights would take {needed / rate:.2f} s, {needed / rate / whole:.0%} of it"
+        f"this machine: {rate / 1e12:.2f} TFLOP/s in products of the model's shape,"
+        f" {bandwidth / 1e9:.1f} GB/s copied. The step's {flop / 1e9:.0f} GFLOP are"
+        f" {flop / whole / 1e12:.2f} TFLOP/s, {flop / rate / whole:.0%} of it"
     )
 
     cuda = options["device"] != "cpu"

@@ -51,7 +51,8 @@ Options, with their defaults:
 
 Step seconds are the median of the warm steps. Tokens/s are over all warm steps, as batches differ
 in length; processed tokens are without padding. The table has medians over the rounds, with the
-minimum and maximum. Peak memory is the process's largest resident set, on a GPU the peak of torch's
+minimum and maximum. TFLOP/s are model FLOP by formula (trainer.models.flops), over the peak of the
+machine. Peak memory is the process's largest resident set, on a GPU the peak of torch's
 allocator. The time to the first step starts with the command; the tokenised rows are in our cache
 by then, and the peers read them from a file.
 """
@@ -250,7 +251,7 @@ def main() -> int:
         print("no result yet", file=sys.stderr)
         return 1
     command = shlex.join(["python", "-m", "scripts.bench.train", *arguments])
-    text = table(options, done, skipped, described(options, spec, done, command))
+    text = table(options, done, skipped, described(options, spec, done, command), spec)
     (out / "train.md").write_text(text, "utf-8")
     content = figures(options, done, text.partition("\n\n|")[0])
     (out / "train.json").write_text(json.dumps(content, indent=1), "utf-8")

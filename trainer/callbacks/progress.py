@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from trainer.callbacks import RunState
+from trainer.models.flops import Work
 from trainer.storage import progress
 from trainer.storage.progress import EVERY, clock
 
@@ -74,7 +75,7 @@ class ProgressBar(lightning.Callback):
         loss = math.nan if row.get("loss") is None else row["loss"]
         text = (
             f"loss {loss:.4f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tokens/s"
-            f" ({row['trained_per_s']:,.0f} trained)"
+            f" ({row['trained_per_s']:,.0f} trained){_of_peak(trainer, module, row)}"
             if row
             else ""
         )
@@ -125,6 +126,16 @@ class ProgressBar(lightning.Callback):
         if self.ticks is not None:
             self.ticks.__exit__()
             self.ticks = None
+
+
+def _of_peak(trainer: lightning.Trainer, module: Any, row: dict[str, Any]) -> str:
+    """Return the operations a second, and their part of what the devices reach at most, as text;
+    empty for a module without a formula."""
+    work: Work | None = getattr(module, "work", None)
+    if work is None:
+        return ""
+    rate = work.rate(row["tokens_per_s"], row["trained_per_s"])
+    return f"  {rate / 1e12:.3g} TFLOP/s, {rate / work.peak / trainer.world_size:.0%} of peak"
 
 
 def planned(steps: int) -> int | None:

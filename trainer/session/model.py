@@ -22,6 +22,7 @@ from trainer.data import hidden_states
 from trainer.data.held_out import to_device
 from trainer.drafters import Drafter
 from trainer.drafters import io as drafter_io
+from trainer.models import flops
 from trainer.models.causality import check_causality
 from trainer.models.context import check_context
 from trainer.models.packing_check import check_packing_isolation
@@ -115,9 +116,26 @@ def make_module(recipe: Recipe, loaded: LoadedModel, start: StartPoint) -> FineT
     )
     module.drop_cooldown = start.drops_cooldown
     module.parts_differ = same_step.parts_differ(config, recipe)
+    module.work = _work(module, recipe)
     if config["target"]["features"] is not None:
         _use_stored_states(module, recipe)
     return module
+
+
+def _work(module: FineTune, recipe: Recipe) -> flops.Work | None:
+    """Return the operations of the run's training, if the formula describes it: one pass of a
+    decoder over its rows, and nothing besides."""
+    model: Any = module.model
+    plain = type(module) is FineTune and module.drafter is None and module.penalty is None
+    encodes = recipe.labels is not None or getattr(model.config, "is_encoder_decoder", False)
+    lengths = getattr(getattr(recipe.data.train, "rows", None), "lengths", None)
+    if not plain or encodes or lengths is None:
+        return None
+    dtype = torch.bfloat16 if recipe.precision == "bf16-mixed" else recipe.dtype
+    rate, source = flops.peak(recipe.device, dtype)
+    work = flops.Work.of(model, lengths, rate)
+    log.info("peak: %.3g TFLOP/s of products, %s", rate / 1e12, source)
+    return work
 
 
 def calibrate_penalty(module: FineTune, recipe: Recipe) -> dict[str, float]:

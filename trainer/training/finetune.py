@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from adapters.delta import Adapter
 from adapters.shards import shard_like
 from trainer.drafters import Drafter, Target
+from trainer.models.flops import Work
 from trainer.models.losses import CausalLoss, ClassLoss, NonFinite
 from trainer.penalties.deft import DensityDEFT
 from trainer.schedules import factor
@@ -97,6 +98,7 @@ class FineTune(lightning.LightningModule):
         self.tokens = 0  # processed so far, over all ranks
         self.skipped = self.skipped_in_a_row = 0
         self.repeat_smaller = repeat_smaller
+        self.work: Work | None = None  # the operations of a step, where a formula has them
         self.parts_differ: str | None = None  # why a micro-batch in parts is another one
         self.repeating: Repeating | None = None
         self.rows_at_once: int | None = None  # None: those of a whole micro-batch

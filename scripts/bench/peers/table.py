@@ -49,6 +49,17 @@ def ratios(names: dict[str, dict[str, list[float]]], ours: str, peer: str) -> di
     }
 
 
+def utilisation(
+    run: dict[str, Any], ours: dict[str, Any] | None, spec: dict[str, Any], warm: int
+) -> tuple[float, float] | None:
+    """Return (FLOP/s, their part of the peak) of the warm steps; None for other batches than those
+    whose operations were counted, or a `spec` that has none."""
+    if "flop" not in spec or (ours is not None and difference(run, ours) is None):
+        return None
+    rate = sum(spec["flop"][warm:]) / sum(run["seconds"][warm - 1 :])
+    return rate, rate / spec["peak"]
+
+
 def cell(values: list[float], form: str) -> str:
     """Format a median with the minimum and maximum behind it."""
     text = format(statistics.median(values), form)
@@ -60,6 +71,7 @@ def table(
     results: dict[str, list[dict[str, Any]]],
     skipped: dict[str, str],
     about: str,
+    spec: dict[str, Any],
 ) -> str:
     """Return the text of train.md."""
     cuda, who = options["device"] == "cuda", contestants(options)
@@ -71,20 +83,21 @@ def table(
         "",
         (
             f"| contestant | step s | processed tokens/s | supervised tokens/s | {memory} | first"
-            " step s | last loss | loss from ours | rounds |"
+            " step s | last loss | loss from ours | TFLOP/s | of peak | rounds |"
         ),
-        "|---" * 9 + "|",
+        "|---" * 11 + "|",
     ]
     for name in who:
         if name not in rounds:
-            lines.append(f"| {name} | skipped: {skipped.get(name, 'not run yet')} |" + " |" * 7)
+            lines.append(f"| {name} | skipped: {skipped.get(name, 'not run yet')} |" + " |" * 9)
             continue
         numbers, apart = rounds[name], difference(results[name][0], ours)
         lines.append(
             f"| {name} | {cell(numbers['step'], '.3f')} | {cell(numbers['processed'], '.1f')} |"
             f" {cell(numbers['supervised'], '.1f')} | {cell(numbers['memory'], '.0f')} |"
             f" {cell(numbers['first'], '.2f')} | {statistics.median(numbers['loss']):.4f} |"
-            f" {'other batches' if apart is None else f'{apart:.1e}'} | {len(numbers['step'])} |"
+            f" {'other batches' if apart is None else f'{apart:.1e}'} |"
+            f" {_work(results[name], ours, spec, options['warm'])} | {len(numbers['step'])} |"
         )
     peers = [name for name, (kind, _) in who.items() if kind in PEERS and name in rounds]
     mine = [name for name, (kind, _) in who.items() if kind not in PEERS and name in rounds]
@@ -108,6 +121,17 @@ def table(
     changed = [f"{name}: {' '.join(changes)}" for name, (_, changes) in who.items() if changes]
     lines += ["", *(f"- {line}" for line in changed)] if changed else []
     return "\n".join(lines) + "\n"
+
+
+def _work(
+    runs: list[dict[str, Any]], ours: dict[str, Any] | None, spec: dict[str, Any], warm: int
+) -> str:
+    """Return two cells: TFLOP/s, and their part of the peak."""
+    both = [found for run in runs if (found := utilisation(run, ours, spec, warm)) is not None]
+    if not both:
+        return " | "
+    rates, parts = zip(*both, strict=True)
+    return f"{cell([rate / 1e12 for rate in rates], '.3f')} | {cell([*parts], '.1%')}"
 
 
 def figures(
@@ -182,6 +206,18 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _formula(spec: dict[str, Any]) -> list[str]:
+    """Describe the operations and the peak that they are compared with."""
+    if "flop" not in spec:
+        return []
+    return [
+        "",
+        "FLOP by formula (trainer/models/flops.py): for each token 4 for a frozen weight and 6 for"
+        " a trained one, for each trained position 4 V d, for each pair of query and key 12 H w in"
+        f" a layer. The peak is {spec['peak'] / 1e12:.3g} TFLOP/s, {spec['peak_source']}.",
+    ]
+
+
 def described(
     options: dict[str, Any],
     spec: dict[str, Any],
@@ -227,6 +263,7 @@ def described(
         + f"; LoRA r={options['rank']} alpha={options['alpha']} on all linear layers, fused AdamW"
         f" at {options['lr']:g}, clip 1.0; {options['steps']} steps, the first {options['warm']}"
         " left out.",
+        *_formula(spec),
         "",
         f"    {command}",
     ]

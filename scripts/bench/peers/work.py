@@ -67,6 +67,7 @@ def prepare(options: dict[str, Any], work: Path) -> None:
     from trainer.assembly import quiet
     from trainer.assembly.build import instantiate
     from trainer.config import compose
+    from trainer.models import flops
     from trainer.models.precision import compute
 
     quiet.quiet()
@@ -93,6 +94,8 @@ def prepare(options: dict[str, Any], work: Path) -> None:
     adapter = instantiate(plain["adapter"])
     adapted = adapter.attach(model, Start(steps=options["steps"]))
     adapter.save(adapted, work / "start", base.path, "CAUSAL_LM")
+    counts = flops.count(adapted)
+    peak, source = flops.peak(torch.device(options["device"]), dtype)
     copied = ("batch_size", "steps", "rank", "alpha", "lr", "seed", "device")
     spec = {
         "model": str(Path(base.path).resolve()),
@@ -103,6 +106,9 @@ def prepare(options: dict[str, Any], work: Path) -> None:
         "dtype": str(dtype).removeprefix("torch."),
         "precision": precision,
         "mean_length": mean_length,
+        "flop": [flop(counts, rows) for rows in steps],
+        "peak": peak,
+        "peak_source": source,
         **{name: options[name] for name in copied},
     }
     (work / "spec.json").write_text(json.dumps(spec, indent=2), "utf-8")
@@ -130,6 +136,13 @@ def batches(
             for row in rows
         )
     return steps, float(data.train.rows.lengths.mean())
+
+
+def flop(counts: Any, rows: list[dict[str, list[int]]]) -> float:
+    """Return the operations of a step on these rows (trainer.models.flops)."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    trained = sum(label != -100 for row in rows for label in row["labels"])
+    return counts.flop(sum(lengths), trained, lengths)
 
 
 def labelled(ids: list[int], trained: list[bool]) -> dict[str, list[int]]:
