@@ -106,7 +106,7 @@ def run(name: str, words: list[str], limit: float, out: Path) -> dict[str, Any]:
     file.unlink(missing_ok=True)
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "HF_HUB_OFFLINE": "1",
     }
     began = time.monotonic()

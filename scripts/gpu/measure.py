@@ -135,7 +135,7 @@ def ours(options: dict[str, Any]) -> Side:
     from trainer.assembly.build import instantiate
     from trainer.config.compose import compose
     from trainer.models.losses import CausalLoss
-    from trainer.speed import flash, fused
+    from trainer.speed import flash, fused, varlen
 
     model = llama(options)
     words = [f"adapter.rank={options['rank']}", f"adapter.alpha={options['rank']}", "task.path=x"]
@@ -143,7 +143,9 @@ def ours(options: dict[str, Any]) -> Side:
         words = ["adapter=rosa", "adapter.mask=random", *words]
     plain: Any = OmegaConf.to_container(compose(words), resolve=True)
     if options["packed"]:
-        flash.use_flash(model, torch.device(options["device"]), torch.bfloat16)
+        device = torch.device(options["device"])
+        if not flash.use_flash(model, device, torch.bfloat16):
+            varlen.use_varlen(model, device, torch.bfloat16)
     fused.fuse(model)
     model = instantiate(plain["adapter"]).attach(model, Start(steps=1000)).train()
     loss_of = CausalLoss(model, None)

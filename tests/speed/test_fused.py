@@ -233,3 +233,13 @@ def test_layers_behind_a_gate_train_the_same(kind, autocast):
         found.append([out, *torch.autograd.grad(out.float().square().sum(), [*inputs, *trained])])
     for ours, plain in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_segments_grow_unless_the_user_has_decided():
+    environment: dict[str, str] = {}
+    assert malloc.expand_segments(environment)
+    assert environment == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    for name in malloc.SEGMENTS:
+        environment = {name: "backend:native"}
+        assert not malloc.expand_segments(environment)
+        assert environment == {name: "backend:native"}

@@ -26,6 +26,7 @@ def set_up_process(config: dict[str, Any]) -> Seconds:
         torch.set_num_threads(config["threads"])
     if config["fused"]:
         malloc.keep_freed()
+        malloc.expand_segments()
     return cpu_before
 
 

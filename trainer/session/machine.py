@@ -157,11 +157,14 @@ def _fast_on_cuda() -> Iterator[Check]:
     else:
         fix = "pip install flash-attn --no-build-isolation"
         yield Check(
-            "speed", "flash attention", "slow", "not installed; packed rows use a mask", fix
+            "speed", "flash attention", "slow", "not installed; packed rows use torch's own", fix
         )
     varlen = _module("torch.nn.attention.varlen")
     yield Check(
-        "speed", "varlen attention of torch", "ok" if varlen else "slow", "yes" if varlen else "no"
+        "speed",
+        "varlen attention of torch",
+        "ok" if varlen else "slow",
+        "for packed rows, by itself" if varlen else "no: packed rows use a mask",
     )
     for package, module, text in (
         ("flash-linear-attention", "fla", "linear attention of Qwen3-Next and Qwen3.5"),

@@ -32,6 +32,7 @@ from trainer.session.start_point import StartPoint, cooldown_of
 from trainer.speed import attention_choice, elementwise_choice, fused, liger
 from trainer.speed.compile import compile_layers
 from trainer.speed.flash import use_flash
+from trainer.speed.varlen import use_varlen
 from trainer.storage import checkpoints
 from trainer.storage.progress import Progress
 from trainer.training.distill import DraftLoss
@@ -191,6 +192,11 @@ def _use_kernels(model: Any, recipe: Recipe, start: StartPoint) -> None:
     if flash and use_flash(model, recipe.device, recipe.dtype):
         log.info(
             "attention of packed rows uses flash-attn; base.attn_implementation=sdpa uses torch's"
+        )
+    elif flash and use_varlen(model, recipe.device, recipe.dtype):
+        log.info(
+            "attention of packed rows uses torch.nn.attention.varlen; base.attn_implementation=sdpa"
+            " uses a mask"
         )
     if config["fused"] == "liger":
         log.info(

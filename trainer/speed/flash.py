@@ -31,7 +31,7 @@ def use_flash(model: nn.Module, device: torch.device, dtype: torch.dtype) -> boo
     if (
         dtype not in (torch.bfloat16, torch.float16)
         or not getattr(model, "_supports_flash_attn", False)
-        or _head_width(model) > WIDEST
+        or head_width(model) > WIDEST
         or not is_flash_attn_2_available()
         or torch.cuda.get_device_capability(device) < (8, 0)
     ):
@@ -41,7 +41,7 @@ def use_flash(model: nn.Module, device: torch.device, dtype: torch.dtype) -> boo
     return True
 
 
-def _head_width(model: nn.Module) -> int:
+def head_width(model: nn.Module) -> int:
     """Return the width of the widest attention head. Gemma 4's layers differ in theirs."""
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     modules: list[Any] = [module for module in model.modules() if hasattr(module, "head_dim")]

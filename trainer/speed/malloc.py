@@ -1,4 +1,6 @@
-"""A setting of glibc's malloc. By default it returns large freed tensors to the kernel, and gets
+"""Settings of the allocators of a CPU and of a GPU.
+
+The first is of glibc's malloc. By default it returns large freed tensors to the kernel, and gets
 them back as pages that the kernel fills with zeros one by one. A training step frees and allocates
 the same sizes again and again."""
 
@@ -6,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import MutableMapping
 
 _TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 LARGEST = 1 << 30  # bytes of a block that is kept; larger ones still go back at once
@@ -27,3 +30,17 @@ def keep_freed() -> bool:
     except (OSError, AttributeError, TypeError):  # another C library
         return False
     return bool(mallopt(_MMAP, LARGEST)) and bool(mallopt(_TRIM, 2**31 - 1))
+
+
+# The first is torch's name today; it still reads the second, with a warning.
+SEGMENTS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def expand_segments(environment: MutableMapping[str, str] = os.environ) -> bool:
+    """Let torch's allocator of a GPU grow its segments, so that batches of other lengths do not
+    leave holes in its memory. Call it before the first tensor on a GPU. Return False if the user
+    has set one of SEGMENTS."""
+    if any(name in environment for name in SEGMENTS):
+        return False
+    environment[SEGMENTS[0]] = "expandable_segments:True"
+    return True
