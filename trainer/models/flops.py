@@ -126,7 +126,7 @@ def _attention(config: Any) -> tuple[tuple[int, int | None], ...]:
     """Return (H w, window) of each layer with attention."""
     layers = getattr(config, "num_hidden_layers", None) or 0
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
-    found: list[tuple[int, int | None]] = []
+    attending: list[tuple[int, int | None]] = []
     for index, kind in enumerate(kinds):
         if kind not in ("full_attention", "sliding_attention", "chunked_attention"):
             continue
@@ -136,8 +136,8 @@ def _attention(config: Any) -> tuple[tuple[int, int | None], ...]:
             continue
         width = getattr(layer, "head_dim", None) or layer.hidden_size // heads
         window = None if kind == "full_attention" else getattr(layer, "sliding_window", None)
-        found.append((heads * width, window))
-    return tuple(found)
+        attending.append((heads * width, window))
+    return tuple(attending)
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

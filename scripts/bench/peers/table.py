@@ -127,7 +127,8 @@ def _work(
     runs: list[dict[str, Any]], ours: dict[str, Any] | None, spec: dict[str, Any], warm: int
 ) -> str:
     """Return two cells: TFLOP/s, and their part of the peak."""
-    both = [found for run in runs if (found := utilisation(run, ours, spec, warm)) is not None]
+    each = [utilisation(run, ours, spec, warm) for run in runs]
+    both = [pair for pair in each if pair is not None]
     if not both:
         return " | "
     rates, parts = zip(*both, strict=True)
