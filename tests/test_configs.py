@@ -27,6 +27,12 @@ NEEDED = {
     "adapter/loftq": ["base.quantization=nf4"],
     "optimizer/schedulefree": ["schedule=constant"],
     "drafter/uno": ["adapter=none"],
+    "drafter/native": [
+        "adapter=none",
+        "objective=distill",
+        "callbacks.evaluation.monitor=accepted",
+        "callbacks.evaluation.mode=max",
+    ],
     "objective/distill": ["adapter=none", "drafter=mtp_shared"],
     "objective/heal": ["objective.teacher=ORG/NAME"],
     "experiment/smoke": ["task.path=rows.jsonl"],
@@ -46,6 +52,7 @@ NEEDED = {
             "hydra",
             "hydra_plus",
             "uno",
+            "native",
         )
     },
 }

@@ -4,6 +4,7 @@ base where asked."""
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 
@@ -338,3 +339,26 @@ def test_what_cannot_be_asked_says_why(trained, capsys, kind, arguments, message
     out, err = capsys.readouterr()
     assert message in err
     assert out == ""
+
+
+def test_a_file_of_prompts_is_answered_in_batches(ask, tmp_path):
+    texts = ["3+4=", "12+5=", "9+9="]
+    lines = [{"prompt": texts[0]}, {"messages": [{"role": "user", "content": texts[1]}]}]
+    lines.append({"prompt": texts[2]})
+    file = write_rows(tmp_path / "prompts.jsonl", lines)
+    for kind in ("sft", "drafter"):
+        alone = [ask(f"prompt={text}", "max_new_tokens=7", kind=kind)[:-1] for text in texts]
+        for size in (1, 2):
+            out = ask(f"prompts={file}", f"batch_size={size}", "max_new_tokens=7", kind=kind)
+            messages = [json.loads(line)["messages"] for line in out.splitlines()]
+            assert [row[-2]["content"] for row in messages] == texts
+            assert [row[-1] for row in messages] == [
+                {"role": "assistant", "content": answer} for answer in alone
+            ]
+
+
+def test_a_prompt_or_a_file(ask, tmp_path):
+    file = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
+    for words in ([], ["prompt=a", f"prompts={file}"], [f"prompts={file}", "compare=true"]):
+        ask(*words, code=2)
+    ask(f"prompts={tmp_path / 'none.jsonl'}", code=2)

@@ -24,6 +24,7 @@ from trainer.config import compose, rates
         (["adapter=full"], 1e-5),
         (["adapter=loraplus"], None),
         (["adapter=none", "drafter=medusa"], None),
+        (["+experiment=native_chat"], 2e-5),
     ],
 )
 def test_each_method_has_the_rate_of_its_own_rows(words, rate):

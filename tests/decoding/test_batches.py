@@ -23,7 +23,8 @@ from trainer.drafters.medusa import MedusaHeads
 from trainer.drafters.small import SmallModel
 
 PRESETS = sorted(
-    {path.stem for path in (ROOT / "conf" / "drafter").glob("*.yaml")} - {"none", "registers"}
+    {path.stem for path in (ROOT / "conf" / "drafter").glob("*.yaml")}
+    - {"none", "registers", "native"}
 )
 SHAPES = {
     "chain that ends early": chain(5, confidence_policy(0.2)),

@@ -24,7 +24,8 @@ from trainer.models.cache_argument import model_with_cache
 
 PROMPT = torch.tensor([[5, 9, 13, 7, 30, 22, 11]])
 TRAINED = sorted(
-    {path.stem for path in (ROOT / "conf" / "drafter").glob("*.yaml")} - {"none", "registers"}
+    {path.stem for path in (ROOT / "conf" / "drafter").glob("*.yaml")}
+    - {"none", "registers", "native"}
 )
 
 

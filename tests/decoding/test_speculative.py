@@ -34,7 +34,8 @@ from trainer.decoding.trees import Levels, chain, dyspec, eagle2
 from trainer.drafters import Drafter, DrafterError, Target
 
 PRESETS = sorted(
-    {path.stem for path in (ROOT / "conf" / "drafter").glob("*.yaml")} - {"none", "registers"}
+    {path.stem for path in (ROOT / "conf" / "drafter").glob("*.yaml")}
+    - {"none", "registers", "native"}
 )
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from adapters.delta import Adapter, Start, freeze
 from adapters.full import Nothing
 from adapters.linear import float_weight, is_linear
+from trainer.assembly import guarded
 from trainer.assembly.build import instantiate, new_modules, new_tokens, set_problem
 from trainer.data import ends
 from trainer.data.render import Renderer
@@ -180,7 +181,7 @@ def load_trained(
     )
     adapter, model, adapted, target_ends = _adapted(model, folder, content, source, saved, base)
     if drafter is not None:
-        drafter.load_state(saved["drafter"])
+        guarded.load(drafter, folder, which, saved)
     run_folder.use_template(folder, task)
     return Trained(
         folder,

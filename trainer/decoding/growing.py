@@ -44,11 +44,7 @@ class Alone:
     def __init__(self, growth: Growth):
         self.growth, self.depth, self.branches = growth, growth.depth, growth.branches
         self.vocabulary = growth.vocabulary
-
-    @property
-    def confidence(self) -> Float[Tensor, "1 m"] | None:
-        confidence = self.growth.confidence
-        return None if confidence is None else confidence.unsqueeze(0)
+        self.confidence: Float[Tensor, "1 m"] | None = None
 
     def first(self) -> Float[Tensor, "1 v"]:
         return self.growth.first().unsqueeze(0)
@@ -56,7 +52,10 @@ class Alone:
     def extend(
         self, tokens: Int[Tensor, "1 m"], parents: Int[Tensor, "1 m"]
     ) -> Float[Tensor, "1 m v"]:
-        return self.growth.extend(tokens[0], parents[0]).unsqueeze(0)
+        logits = self.growth.extend(tokens[0], parents[0])
+        confidence = self.growth.confidence
+        self.confidence = None if confidence is None else confidence.unsqueeze(0)
+        return logits.unsqueeze(0)
 
 
 class Ends:

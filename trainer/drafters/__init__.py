@@ -184,6 +184,9 @@ class Drafter(nn.Module):
     # False for a method that only shapes the adapter: it is not saved
     proposes = True
     detach = True  # whether gradients stop at the target's hidden states
+    # True for a head that the base brings: its own weights are kept unless training improves them
+    guarded = False
+    elsewhere = False  # whether engines decode with it for targets that this project cannot
     # further states of the target that the drafter reads, as transformers counts hidden_states:
     # 0 .. L
     layers: tuple[int, ...] = ()
@@ -204,6 +207,10 @@ class Drafter(nn.Module):
         Raises:
             DrafterError: the rows do not suit the settings.
         """
+
+    def restore(self) -> None:
+        """Load the weights that the base brings; for a `guarded` drafter."""
+        raise NotImplementedError
 
     def inputs(self, batch: dict[str, Any], target: Target) -> dict[str, Tensor] | None:
         """Return the target's inputs for training, or None for the batch's own `input_ids` and

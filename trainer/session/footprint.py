@@ -212,7 +212,7 @@ def _drafter(recipe: Recipe, skeleton: nn.Module, errors: list[str]) -> tuple[in
     except DrafterError as error:
         errors.append(str(error))
         return 0, None
-    if drafter.proposes and getattr(skeleton, "_is_stateful", False):
+    if drafter.proposes and not drafter.elsewhere and getattr(skeleton, "_is_stateful", False):
         errors.append(
             f"{type(skeleton).__name__} has layers whose state cannot be rolled back by some tokens"
             " (a recurrence), which every refused draft needs: a drafter for it could never decode."

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from trainer.assembly import guarded
 from trainer.evaluation import harness_table
 from trainer.evaluation.pictures import Curve, picture
 from trainer.evaluation.run_summary import is_number, points, record_of
@@ -57,7 +58,7 @@ def write(folder: Path) -> Path:
     text = page("report.jinja").render(
         name=record["name"],
         subtitle=_subtitle(record, rows),
-        notes=_notes(rows),
+        notes=_notes(rows) + _guard(folder),
         plots=_plots(rows),
         samples=_samples(folder),
         data=_data(checked),
@@ -110,6 +111,11 @@ def _notes(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
             " finite."
         )
     return notes
+
+
+def _guard(folder: Path) -> list[str]:
+    verdict = guarded.read(folder)
+    return [] if verdict is None else [f"{verdict.text()}."]
 
 
 def _outcome(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

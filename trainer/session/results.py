@@ -12,6 +12,7 @@ import psutil
 import rich
 
 from adapters.full import Nothing
+from trainer.assembly import guarded
 from trainer.assembly.recipe import Recipe
 from trainer.assembly.trained import checkpoint_record, load_trained
 from trainer.callbacks.averaging import Averaging
@@ -72,7 +73,9 @@ def save_drafter(
     assert drafter is not None
     if checkpoints.complete(folder.checkpoints):
         checkpoint = checkpoints.chosen(folder.checkpoints, config["export"])
-        if checkpoint.step != step:
+        if drafter.guarded:
+            step = _kept(folder, drafter)
+        elif checkpoint.step != step:
             step = checkpoint.step
             log.info("the best evaluation was after step %d: its drafter is exported", step)
             drafter.load_state(checkpoints.load(checkpoint)["drafter"])
@@ -85,6 +88,18 @@ def save_drafter(
     drafter_io.save(drafter, config["drafter"], trained_for, folder.path / "drafter")
     card.write(folder.path / "drafter", "drafter", folder.path, None, step)
     log.info("drafter: %s", folder.path / "drafter")
+
+
+def _kept(folder: RunFolder, drafter: Any) -> int:
+    """Load the best measured head of a run into its drafter, the stock one included. Return its
+    step."""
+    saved = {checkpoint.step: checkpoint for checkpoint in checkpoints.complete(folder.checkpoints)}
+    verdict = guarded.judge(folder.path, list(saved))
+    if verdict is None or not verdict.kept:
+        drafter.restore()
+        return 0
+    drafter.load_state(checkpoints.load(saved[verdict.kept])["drafter"])
+    return verdict.kept
 
 
 def save_adapter(
