@@ -23,18 +23,21 @@ from trainer.models.tiny import byte_tokenizer
 SETTINGS = {"offsets": 1, "weights": None, "beta": 0.6, "weight": 1.0, "lr_scale": 1.0}
 
 
+def written(folder, model, drafter):
+    """A base's folder with an MTP layer."""
+    mtp_layers.check(drafter, model)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    mtp_layers.append(folder, mtp_layers.tensors(drafter, model, torch.float32), {})
+    return folder, {name: tensor.clone() for name, tensor in drafter.state_dict().items()}
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A Mellum with an MTP layer in its files, and that layer."""
     folder = tmp_path_factory.mktemp("base") / "mellum"
-    tokenizer = byte_tokenizer()
-    model = tiny_of("mellum", vocab_size=len(tokenizer), max_position_embeddings=512)
-    drafter = stirred(make("sequential", model, offsets=1))
-    mtp_layers.check(drafter, model)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    mtp_layers.append(folder, mtp_layers.tensors(drafter, model, torch.float32), {})
-    return folder, {name: tensor.clone() for name, tensor in drafter.state_dict().items()}
+    model = tiny_of("mellum", vocab_size=len(byte_tokenizer()), max_position_embeddings=512)
+    return written(folder, model, stirred(make("sequential", model, offsets=1)))
 
 
 def test_the_layer_is_the_base_s_own_and_is_restored(base):
@@ -108,13 +111,11 @@ def test_nothing_is_judged_without_a_measurement_before(tmp_path):
 
 
 def test_a_run_exports_and_decodes_with_the_better_head(train, base, tmp_path, caplog):
-    folder, stock = base
     rows = write_rows(tmp_path / "chats.jsonl", sums(40))
     words = (
         f"task.path={rows}",
         "task.eval_fraction=0.2",
         "base=hf",
-        f"base.path={folder}",
         "adapter=none",
         "objective=distill",
         "drafter=native",
@@ -125,18 +126,23 @@ def test_a_run_exports_and_decodes_with_the_better_head(train, base, tmp_path, c
         "callbacks.evaluation.mode=max",
         "export=best",
     )
-    for name, rate, better in (("worse", "1e3", False), ("better", "2e-2", True)):
+    # A head of no use becomes better. Then the better one is the stock head, and becomes worse.
+    for name, rate in (("better", "2e-2"), ("worse", "1e3")):
         caplog.clear()
-        run = train(*words, f"name={name}", f"optimizer.lr={rate}")
-        verdict = guarded.read(run)
+        folder, stock = base
+        run = train(*words, f"base.path={folder}", f"name={name}", f"optimizer.lr={rate}")
+        verdict, better = guarded.read(run), name == "better"
         assert bool(verdict.kept) == better, verdict
         exported = load_file(run / "drafter" / "model.safetensors")
         same = all(torch.equal(tensor, stock[key]) for key, tensor in exported.items())
         assert same != better
-        loaded = load_trained(str(run)).drafter
-        for key, tensor in loaded.state().items():
+        loaded = load_trained(str(run))
+        for key, tensor in loaded.drafter.state().items():
             assert torch.equal(tensor, exported[key])
         warned = any(verdict.text() == record.message for record in caplog.records)
         assert warned or better
-        sentence = verdict.text().partition(":")[0]
-        assert sentence in (run / "report.html").read_text()
+        assert verdict.text().partition(":")[0] in (run / "report.html").read_text()
+        if better:
+            base = written(tmp_path / "second", loaded.model, loaded.drafter)
+    assert verdict.stock > 1.2
+    assert "made the stock head worse" in verdict.text()
