@@ -1,5 +1,5 @@
-"""Which head a run keeps that trained a head its base brings: the stock one, unless a checkpoint is
-accepted more often on held-out rows.
+"""The head that a run keeps if its base brings one: the stock head, unless a checkpoint is accepted
+more often on held-out rows.
 
     drafter_guard.json in the run's folder: {metric, stock, trained, step, kept}
     stock      the metric before training
@@ -66,10 +66,10 @@ def judge(run: Path, steps: Sequence[int]) -> Verdict | None:
     step = max((s for s in steps if s in values and s), key=lambda s: (values[s], -s), default=0)
     if step:
         trained = values[step]
-    kept = step if trained is not None and trained > stock else 0
-    verdict = Verdict(stock, trained, step, kept)
+    better = trained is not None and trained > stock
+    verdict = Verdict(stock, trained, step, step if better else 0)
     atomic.write_text(run / FILE, json.dumps(asdict(verdict), indent=2) + "\n")
-    log.log(logging.INFO if kept else logging.WARNING, "%s", verdict.text())
+    log.log(logging.INFO if better else logging.WARNING, "%s", verdict.text())
     return verdict
 
 

@@ -25,7 +25,7 @@ log = logging.getLogger("trainer")
 
 @dataclass(frozen=True)
 class Batches:
-    """How many prompts are answered at once, and how long an answer may be."""
+    """The number of prompts that are answered at once, and the longest answer."""
 
     size: int
     max_new_tokens: int
@@ -47,8 +47,8 @@ def answer_file(
     """
     if run.task.kind == "label" or run.model.config.is_encoder_decoder:
         raise DataError("prompts=FILE is for causal models that write text: give prompt=TEXT")
-    asked = questions.read_prompts(file)
-    prompts, stops = questions.prompt_ids(run, 0, asked)
+    rows = questions.read_prompts(file)
+    prompts, stops = questions.prompt_ids(run, 0, rows)
     drafts = None if drafter is None else drafter_of(run, drafter)
     target = Target(run.model, drafted=drafts is not None)
     size, device = _size(target, batches.size), next(run.model.parameters()).device
@@ -64,7 +64,7 @@ def answer_file(
                 # other draws for each batch
                 Sampling(sampling.temperature, sampling.top_p, seed=sampling.seed + start),
             )
-            for question, result in zip(asked[start : start + size], results, strict=True):
+            for question, result in zip(rows[start : start + size], results, strict=True):
                 text = run.base.tokenizer.decode(result.tokens, skip_special_tokens=True)
                 answer = {"role": "assistant", "content": stops.without_end(text)}
                 write(json.dumps({"messages": [*question.messages, answer]}, ensure_ascii=False))
