@@ -1,10 +1,11 @@
 """The layers of a model that an adapter can train: those that are called, on the way of a text.
 
-Two kinds are not. The vision tower of a vision-language model, and what projects its states, are
+Three kinds are not. The vision tower of a vision-language model, and what projects its states, are
 called for images only. And some classes multiply by a layer's weight themselves, without calling
 the layer, so that what is attached to it has no effect: Mamba does so with dt_proj, and with
 out_proj where its fused kernel is installed (PEFT refuses that out_proj too), Gemma 3n with
-correction_coefs while it trains, DeBERTa with in_proj, LongCat Flash with its router.
+correction_coefs while it trains, DeBERTa with in_proj, LongCat Flash with its router. And what a
+class computes without gradients, as the indexers of sparse attention (DeepSeek V3.2, GLM 5).
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ def trained_by_text(model: nn.Module) -> Callable[[str], bool]:
             return False
         parent, _, child = name.rpartition(".")
         parent_class: Any = type(model.get_submodule(parent))
+        parts = parent.split(".")
+        outer = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+        if any(_without_gradients(type(model.get_submodule(path))) for path in outer):
+            return False
         return not _weight_is_read(parent_class, child)
 
     return reached
@@ -64,6 +69,19 @@ def _weight_is_read(parent: Any, child: str) -> bool:
         _source(kind) for kind in parent.__mro__ if not kind.__module__.startswith("torch.")
     )
     return any(match.group(1) is None for match in read.finditer(source))
+
+
+@functools.cache
+def _without_gradients(kind: type[nn.Module]) -> bool:
+    """Return whether a class's forward is decorated with torch.no_grad."""
+    if kind.__module__.startswith("torch."):
+        return False
+    try:
+        source = inspect.getsource(kind.forward)
+    except (OSError, TypeError):
+        return False
+    decorators = source.partition("def forward")[0]
+    return re.search(r"@torch\.(no_grad|inference_mode)\b", decorators) is not None
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from typing import Any
 
 from scripts.zoo import checks, checks_decoder
 from scripts.zoo.families import Check, Family
+from scripts.zoo.families_more import MORE
 
 # trainer.models.tiny's 259 tokens, and some that transformers' own tokenizer classes add
 VOCABULARY = 264
@@ -319,6 +320,10 @@ def families() -> list[Family]:
             of_experts = {key: checks.method(key) for key in checks.EXPERTS}
             steps = CHECKS | (of_experts if _has_experts(name) else {})
             result.append(Family(name, group, make, "AutoModelForCausalLM", steps, rows))
+    short = {key: CHECKS[key] for key in ("load", "lora", "merged", "generate")}
+    for name, changes in MORE.items():
+        make = functools.partial(config, name, EXPERTS | changes)
+        result.append(Family(name, "more", make, "AutoModelForCausalLM", short, rows))
     for name, make in _vision_language().items():
         auto = "AutoModelForImageTextToText"
         result.append(Family(name, "vision", make, auto, CHECKS, rows))

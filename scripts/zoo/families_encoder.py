@@ -101,12 +101,24 @@ def _pairs() -> dict[str, tuple[Any, str, str]]:
             "t5",
         ),
         "bart": (t.BartConfig(**bart, forced_eos_token_id=2), pairs, "roberta"),
+        "mbart": (t.MBartConfig(**bart, forced_eos_token_id=2), pairs, "roberta"),
+        "mt5": (t.MT5Config(**t5), pairs, "t5"),
+        "marian": (
+            t.MarianConfig(**bart, pad_token_id=1, eos_token_id=2, decoder_start_token_id=1),
+            pairs,
+            "roberta",
+        ),
+        "pegasus": (
+            t.PegasusConfig(**bart, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0),
+            pairs,
+            "t5",
+        ),
         "t5gemma": (_t5gemma(), pairs, "gemma"),
     }
 
 
 # of these transformers has no sequence classifier
-ANSWER_ONLY = ()
+ANSWER_ONLY = ("marian", "pegasus")
 
 
 def _t5gemma() -> Any:

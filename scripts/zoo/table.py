@@ -16,6 +16,7 @@ GROUPS = {
     "dense": "Dense decoders",
     "moe": "Mixtures of experts",
     "state": "State-space and hybrid models",
+    "more": "More decoders, with the same settings for all",
     "vision": "Vision-language bases, used for text",
     "encoder": "Encoders, which classify",
     "pairs": "Encoder-decoders, which answer prompts and classify",

@@ -82,7 +82,8 @@ def test_layers_whose_weights_are_read_past_them_get_no_adapter(family, left):
 
 
 @pytest.mark.parametrize(
-    "family", ["mamba", "gemma3", "llama4_text", "qwen3_5_text", "falcon", "gemma3n_text"]
+    "family",
+    ["mamba", "gemma3", "llama4_text", "qwen3_5_text", "falcon", "gemma3n_text", "axk2"],
 )
 def test_every_attached_layer_gets_a_gradient(family):
     model = toys.lora().attach(model_of(family), Start())
@@ -91,6 +92,14 @@ def test_every_attached_layer_gets_a_gradient(family):
     deltas = {n: p for n, p in model.named_parameters() if n.endswith("delta.B")}
     assert deltas
     assert not [name for name, p in deltas.items() if p.grad is None]
+
+
+def test_an_indexer_of_sparse_attention_gets_no_adapter():
+    """It chooses positions under torch.no_grad, so an adapter on it would stay as it started."""
+    model = model_of("axk2", "meta")
+    inside = {name for name, layer in model.named_modules() if ".indexer." in name}
+    assert [name for name in inside if is_linear(model.get_submodule(name))]
+    assert not inside & {name for name, _ in targets(model, "all-linear")}
 
 
 def test_a_layers_output_may_be_changed_in_place():

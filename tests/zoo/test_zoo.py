@@ -56,7 +56,7 @@ def test_an_adapter_leaves_for_stock_peft(name, tmp_path):
 def test_there_are_families_of_each_kind():
     groups = [family.group for family in families.every().values()]
     assert len(groups) >= 45
-    assert {"dense", "moe", "state", "vision", "encoder", "pairs"} == set(groups)
+    assert {"dense", "moe", "state", "more", "vision", "encoder", "pairs"} == set(groups)
 
 
 def cells(**outcomes: str) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def test_the_whole_way(name, tmp_path, monkeypatch):
 
 def test_the_page_is_that_of_the_results_and_of_all_families():
     page = table.PAGE.read_text("utf-8")
-    assert re.findall(r"^\| (\w+) \| ", page, re.MULTILINE) == sorted_by_group(families.every())
+    assert re.findall(r"^\| ([\w-]+) \| ", page, re.MULTILINE) == sorted_by_group(families.every())
     assert versions_out(page) == versions_out(table.page(RESULTS))
     count = table.distinct(families.every())
     assert f"{count} families" in (ROOT / "README.md").read_text("utf-8")
