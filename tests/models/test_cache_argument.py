@@ -3,13 +3,20 @@
 import inspect
 
 import pytest
+import torch
 import transformers
 
+from tests.toys.families import model_of
+from trainer.decoding.speculative import generate
+from trainer.drafters import DrafterError, Target
+from trainer.drafters.lookup import PromptLookup
 from trainer.models.cache_argument import (
     NAMES,
     cache_argument,
     cache_of,
+    makes_its_own,
     model_with_cache,
+    rolls_back,
     with_cache,
 )
 
@@ -63,3 +70,30 @@ def test_installed_transformers_takes_that_name_everywhere():
     )
     wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
     assert model_with_cache(wrapped, "kept") == {name: "kept"}
+
+
+@pytest.mark.parametrize(
+    ("family", "own", "back"),
+    [
+        ("llama", False, True),
+        ("mamba", False, False),
+        ("rwkv", True, False),  # its state is no cache
+        ("minimax", True, False),  # its class of cache refuses to drop tokens
+        ("minimax_m2", False, True),
+        ("kimi_linear", False, False),
+    ],
+)
+def test_a_model_says_which_cache_it_takes(family, own, back):
+    model = model_of(family, "meta")
+    assert makes_its_own(model) is own
+    assert rolls_back(model) is back
+
+
+def test_a_model_with_a_cache_of_its_own_writes_as_transformers_does():
+    model = model_of("minimax")
+    prompt = torch.arange(5, 15)
+    text = generate(Target(model), None, prompt, 8, []).tokens
+    stock = model.generate(prompt[None], max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert text == stock[0, len(prompt) :].tolist()
+    with pytest.raises(DrafterError, match="cannot be rolled back"):
+        generate(Target(model), PromptLookup(), prompt, 8, [])

@@ -32,13 +32,13 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from trainer.decoding import criteria, positions, trees
 from trainer.drafters import Draft, Drafter, DrafterError, Target, TargetUpdate
-from trainer.models.cache_argument import cache_of
+from trainer.models.cache_argument import cache_of, rolls_back
 from trainer.models.heads import captured_layers, decoder_of
 
 
 def refusal(model: Any) -> str | None:
     """Return why no drafter can draft for `model` in transformers' generate, or None."""
-    if getattr(model, "_is_stateful", False):
+    if not rolls_back(model):
         return (
             f"{type(model).__name__} has layers whose state cannot be rolled back by some tokens,"
             " which every refused draft needs"

@@ -39,6 +39,7 @@ from trainer.decoding.traversal import traversal
 from trainer.decoding.trees import Shape, chain
 from trainer.decoding.verify import Verdict
 from trainer.drafters import Draft, Drafter, DrafterError, Target, TargetUpdate
+from trainer.models.cache_argument import rolls_back
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class Decoder:
     ):
         if strategy.rule not in verify.RULES:
             raise DrafterError(f"rule={strategy.rule}: one of {', '.join(verify.RULES)}")
-        if drafter is not None and getattr(target.model, "_is_stateful", False):
+        if drafter is not None and not rolls_back(target.model):
             raise DrafterError(cannot_roll_back(target))
         if drafter is not None and target.gives_logits:
             raise DrafterError(target.no_head())

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from trainer.drafters import DrafterError, Growth, Target, TargetUpdate
 from trainer.drafters.untrained import Untrained
 from trainer.models.base import Base
-from trainer.models.cache_argument import model_with_cache
+from trainer.models.cache_argument import model_with_cache, rolls_back
 
 
 @dataclass
@@ -43,7 +43,7 @@ class SmallModel(Untrained):
             raise DrafterError(f"depth={depth}: a small model drafts at least 1 token")
         super().__init__(depth)
         if (
-            getattr(model, "_is_stateful", False)
+            not rolls_back(model)
             or not DynamicCache(config=model.config.get_text_config()).is_croppable
         ):
             raise DrafterError(

@@ -41,8 +41,19 @@ def model_with_cache(model: Any, cache: Any) -> dict[str, Any]:
 
 
 def makes_its_own(model: Any) -> bool:
-    """Return whether a model's first pass takes no cache and returns one."""
-    return next(iter(model_with_cache(model, None))) == BARE
+    """Return whether a model's first pass takes no cache and returns one: RWKV's state, or the
+    class of cache that MiniMax demands."""
+    return next(iter(model_with_cache(model, None))) == BARE or not _takes_dynamic_cache(model)
+
+
+def rolls_back(model: Any) -> bool:
+    """Return whether the last tokens can be taken out of a model's cache, as drafting needs."""
+    return not getattr(model, "_is_stateful", False) and _takes_dynamic_cache(model)
+
+
+def _takes_dynamic_cache(model: Any) -> bool:
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    return supports is None or bool(supports())
 
 
 def cache_of(values: Any) -> Any:

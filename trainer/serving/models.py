@@ -24,6 +24,7 @@ from trainer.decoding.speculative import Strategy
 from trainer.drafters import Drafter, DrafterError, Target
 from trainer.drafters.recycling import TokenRecycling
 from trainer.models.base import Base
+from trainer.models.cache_argument import rolls_back
 from trainer.serving.shared_base import KEEP_THE_BASE, SharedBase
 from trainer.serving.text import TokenTexts
 from trainer.storage import run_folder
@@ -124,7 +125,7 @@ def _drafters(options: DrafterOptions | None) -> Callable[[Trained], Drafter | N
     small: list[Drafter | None] = []
 
     def make(run: Trained) -> Drafter | None:
-        if options is None or getattr(run.model, "_is_stateful", False):
+        if options is None or not rolls_back(run.model):
             return None
         if not options.drafter.startswith("small"):
             return drafter_of(run, options)

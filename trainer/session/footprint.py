@@ -26,6 +26,7 @@ from trainer.callbacks import every_steps
 from trainer.drafters import Drafter, DrafterError
 from trainer.exporting.draft_head import described
 from trainer.models.base import BaseError
+from trainer.models.cache_argument import rolls_back
 from trainer.models.losses import positions
 from trainer.session import smaller
 from trainer.training import heal
@@ -212,7 +213,7 @@ def _drafter(recipe: Recipe, skeleton: nn.Module, errors: list[str]) -> tuple[in
     except DrafterError as error:
         errors.append(str(error))
         return 0, None
-    if drafter.proposes and not drafter.elsewhere and getattr(skeleton, "_is_stateful", False):
+    if drafter.proposes and not drafter.elsewhere and not rolls_back(skeleton):
         errors.append(
             f"{type(skeleton).__name__} has layers whose state cannot be rolled back by some tokens"
             " (a recurrence), which every refused draft needs: a drafter for it could never decode."
