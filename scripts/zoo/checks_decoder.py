@@ -56,7 +56,8 @@ def generate(place: Place) -> str:
 
     run = load_trained(str(place.folder / "runs" / "lora"), fp32=True)
     ids = _prompt(run)
-    own = speculative.generate(Target(run.model), None, ids, NEW_TOKENS, [NO_TOKEN]).tokens
+    target = Target(run.model, drafted=False)
+    own = speculative.generate(target, None, ids, NEW_TOKENS, [NO_TOKEN]).tokens
     if own != (expected := _stock_text(run, ids)):
         raise Wrong(f"own {own[:8]}, transformers {expected[:8]}")
     return f"{len(own)} tokens alike"

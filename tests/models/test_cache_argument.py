@@ -81,6 +81,7 @@ def test_installed_transformers_takes_that_name_everywhere():
         ("minimax", True, False),  # its class of cache refuses to drop tokens
         ("minimax_m2", False, True),
         ("kimi_linear", False, False),
+        ("mpt", False, True),
     ],
 )
 def test_a_model_says_which_cache_it_takes(family, own, back):
@@ -89,8 +90,9 @@ def test_a_model_says_which_cache_it_takes(family, own, back):
     assert rolls_back(model) is back
 
 
-def test_a_model_with_a_cache_of_its_own_writes_as_transformers_does():
-    model = model_of("minimax")
+@pytest.mark.parametrize("family", ["minimax", "openai-gpt"])
+def test_a_model_without_a_usual_cache_writes_as_transformers_does(family):
+    model = model_of(family)
     prompt = torch.arange(5, 15)
     text = generate(Target(model), None, prompt, 8, []).tokens
     stock = model.generate(prompt[None], max_new_tokens=8, do_sample=False, eos_token_id=None)

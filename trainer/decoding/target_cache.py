@@ -28,7 +28,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trainer.drafters import DrafterError, Target
-from trainer.models.cache_argument import cache_of, makes_its_own, model_with_cache
+from trainer.models.cache_argument import cache_of, makes_its_own, model_with_cache, takes_a_cache
 from trainer.models.heads import captured_hidden, captured_layers
 from trainer.speed.attention import BLOCKED
 
@@ -52,14 +52,14 @@ class TargetCache:
     def __init__(self, target: Target, layers: tuple[int, ...] = (), whole: bool = False):
         self.target, self.layers, self.whole = target, layers, whole
         self.output = target.model.get_output_embeddings()
-        self.model = target.model
+        self.model, self.bare = target.model, not takes_a_cache(target.model)
         self.cache = self._empty()
         self.lengths: list[int] = []  # L of each sequence, including virtual tokens
         self.parents: list[list[int]] = []  # of the last pass
         self.recording = self.masked = False
 
     def _empty(self) -> Any:
-        if makes_its_own(self.model):
+        if self.bare or makes_its_own(self.model):
             return None
         return DynamicCache() if self.whole else DynamicCache(config=self.target.config)
 
@@ -79,6 +79,7 @@ class TargetCache:
         caches: list[DynamicCache] = []
         for ids in prompts:
             self.model = self.target.model
+            self.text = ids[None, :0]  # of a model without a cache
             if caches:
                 self.cache = DynamicCache()
             states += self._pass(ids.unsqueeze(0))
@@ -215,6 +216,8 @@ class TargetCache:
 
     def _allow_trees(self, caches: Sequence[DynamicCache]) -> None:
         """Put all sequences into one cache, from which trees can be read."""
+        if self.bare:
+            raise DrafterError(_no_trees(self.target, "it takes no cache"))
         allow_trees(self.target)
         self.cache, self.masked = merge_caches(caches, self.target), True
 
@@ -227,14 +230,14 @@ class TargetCache:
             reading as captured,
             captured_layers(self.target.decoder, self.layers) as between,
         ):
-            out = self.model(
-                input_ids=ids,
-                use_cache=True,
-                **model_with_cache(self.model, self.cache),
-                **inputs,
-            )
-        self.cache = cache_of(out)
-        count = ids.shape[1]
+            if self.bare:
+                self.text = torch.cat([self.text, ids], dim=1)
+                inputs |= {"input_ids": self.text}
+            else:
+                inputs |= {"input_ids": ids, "use_cache": True}
+                inputs |= model_with_cache(self.model, self.cache)
+            out = self.model(**inputs)
+        self.cache, count = cache_of(out), ids.shape[1]
         hidden = (captured[0] if reads else out.logits)[:, -count:]
         self.dtype = hidden.dtype
         features = (

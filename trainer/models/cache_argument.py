@@ -40,6 +40,13 @@ def model_with_cache(model: Any, cache: Any) -> dict[str, Any]:
     return with_cache(inner.forward, cache)
 
 
+def takes_a_cache(model: Any) -> bool:
+    """Return whether a model reads a text bit by bit. The first GPT reads it whole for each
+    token."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return cache_argument(inner.forward) is not None
+
+
 def makes_its_own(model: Any) -> bool:
     """Return whether a model's first pass takes no cache and returns one: RWKV's state, or the
     class of cache that MiniMax demands."""
@@ -48,7 +55,9 @@ def makes_its_own(model: Any) -> bool:
 
 def rolls_back(model: Any) -> bool:
     """Return whether the last tokens can be taken out of a model's cache, as drafting needs."""
-    return not getattr(model, "_is_stateful", False) and _takes_dynamic_cache(model)
+    if getattr(model, "_is_stateful", False) or not takes_a_cache(model):
+        return False
+    return _takes_dynamic_cache(model)
 
 
 def _takes_dynamic_cache(model: Any) -> bool:
