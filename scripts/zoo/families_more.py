@@ -69,11 +69,9 @@ MORE: dict[str, dict[str, Any]] = {
     "olmo_hybrid": {},
     "openai-gpt": {},
     "persimmon": {},
-    "qwen4_exp_text": {},
     "solar_open": {},
     "vaultgemma": {},
     "xglm": {},
     "xlm": {},
-    "xlstm": {},
-    "youtu": {},
+    "youtu": MLA,
 }
