@@ -72,7 +72,7 @@ def _weight_is_read(parent: Any, child: str) -> bool:
 
 
 @functools.cache
-def _without_gradients(kind: type[nn.Module]) -> bool:
+def _without_gradients(kind: Any) -> bool:
     """Return whether a class's forward is decorated with torch.no_grad."""
     if kind.__module__.startswith("torch."):
         return False

@@ -97,6 +97,7 @@ class SrSte(Full):
     def merge(self, model: nn.Module) -> nn.Module:
         for layer in layers(model):
             layer.weight.copy_(layer.weight * two_of_four.keep(layer.weight.abs()))
+        layer_class: Any = nn.Linear
         for layer in list(layers(model)):
-            layer.__class__ = nn.Linear
+            layer.__class__ = layer_class
         return super().merge(model)

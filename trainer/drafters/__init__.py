@@ -157,7 +157,10 @@ class BatchGrowth(Protocol):
     depth: int
     branches: bool
     vocabulary: Int[Tensor, " v"] | None
-    confidence: Float[Tensor, "B m"] | None
+
+    @property
+    def confidence(self) -> Float[Tensor, "B m"] | None:
+        """The predicted acceptance of the newest nodes; None without a prediction."""
 
     def first(self) -> Float[Tensor, "B v"]:
         """Return the logits of the token after each newest one."""

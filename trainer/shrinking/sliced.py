@@ -158,7 +158,8 @@ def apply(model: Any, layers: nn.ModuleList, Q: Float[Tensor, "d k"]) -> None:
     for norm in norms:
         norm.weight = nn.Parameter(norm.weight.new_full((k,), math.sqrt(d / k)))
     config = model.config
-    config.head_dim = layers[0].self_attn.head_dim
+    first: Any = layers[0]
+    config.head_dim = first.self_attn.head_dim
     config.hidden_size, config.tie_word_embeddings = k, False
     config.rms_norm_eps = config.rms_norm_eps * d / k
     for module in model.modules():
