@@ -32,8 +32,9 @@ def trained_by_text(model: nn.Module) -> Callable[[str], bool]:
         parent, _, child = name.rpartition(".")
         parent_class: Any = type(model.get_submodule(parent))
         parts = parent.split(".")
-        outer = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
-        if any(_without_gradients(type(model.get_submodule(path))) for path in outer):
+        outer = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        classes: list[Any] = [type(model.get_submodule(path)) for path in outer]
+        if any(_without_gradients(kind) for kind in classes):
             return False
         return not _weight_is_read(parent_class, child)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from trainer.drafters import DrafterError, Target, TargetUpdate
-from trainer.models.cache_argument import model_with_cache
+from trainer.models.cache_argument import model_with_cache, rolls_back
 from trainer.models.heads import captured_hidden
 from trainer.speed.attention import BLOCKED
 
@@ -100,7 +100,7 @@ def refuse(model: Any, name: str) -> None:
             f"drafter={name} runs the target's own layers over further positions, and {kind} has"
             f" layers of the kind {', '.join(sorted(other))}: train another drafter, such as eagle3"
         )
-    if getattr(model, "_is_stateful", False) or not DynamicCache(config=config).is_croppable:
+    if not rolls_back(model) or not DynamicCache(config=config).is_croppable:
         raise DrafterError(
             f"drafter={name} needs a state that can be rolled back, which {kind}'s layers do not"
             " have: set drafter=none"

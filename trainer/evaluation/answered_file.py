@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from trainer.decoding.speculative import generate_batch
 from trainer.decoding.target_cache import allow_trees
 from trainer.drafters import DrafterError, Target
 from trainer.evaluation import questions
+from trainer.models.cache_argument import rolls_back
 from trainer.storage.progress import Progress
 
 log = logging.getLogger("trainer")
@@ -45,7 +47,8 @@ def answer_file(
         DataError: the run writes no text, or the file cannot be read.
         DrafterError: the drafter cannot draft for the model.
     """
-    if run.task.kind == "label" or run.model.config.is_encoder_decoder:
+    model: Any = run.model
+    if run.task.kind == "label" or model.config.is_encoder_decoder:
         raise DataError("prompts=FILE is for causal models that write text: give prompt=TEXT")
     rows = questions.read_prompts(file)
     prompts, stops = questions.prompt_ids(run, 0, rows)
@@ -75,8 +78,8 @@ def _size(target: Target, size: int) -> int:
     if size == 1:
         return 1
     try:
-        if getattr(target.model, "_is_stateful", False):
-            raise DrafterError(f"{type(target.model).__name__} has a recurrent state")
+        if not rolls_back(target.model):
+            raise DrafterError(f"{type(target.model).__name__} has a state of its own kind")
         allow_trees(target)
     except DrafterError as error:
         log.warning("batch_size=%d: one prompt at a time, since %s", size, error)
