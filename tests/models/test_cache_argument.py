@@ -90,6 +90,13 @@ def test_a_model_says_which_cache_it_takes(family, own, back):
     assert rolls_back(model) is back
 
 
+def test_a_cache_that_is_not_returned_is_kept():
+    model, ids = model_of("recurrent_gemma"), torch.arange(5, 25)
+    text = generate(Target(model, drafted=False), None, ids[:14], 8, []).tokens
+    stock = model.generate(ids[None, :14], max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert text == stock[0, 14:].tolist()
+
+
 @pytest.mark.parametrize("family", ["minimax", "openai-gpt"])
 def test_a_model_without_a_usual_cache_writes_as_transformers_does(family):
     model = model_of(family)

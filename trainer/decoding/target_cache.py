@@ -237,7 +237,7 @@ class TargetCache:
                 inputs |= {"input_ids": ids, "use_cache": True}
                 inputs |= model_with_cache(self.model, self.cache)
             out = self.model(**inputs)
-        self.cache, count = cache_of(out), ids.shape[1]
+        self.cache, count = cache_of(out, self.cache), ids.shape[1]
         hidden = (captured[0] if reads else out.logits)[:, -count:]
         self.dtype = hidden.dtype
         features = (

@@ -65,7 +65,7 @@ def _takes_dynamic_cache(model: Any) -> bool:
     return supports is None or bool(supports())
 
 
-def cache_of(values: Any) -> Any:
-    """Return the cache among a model's outputs, or among keyword arguments; None if there is
-    none."""
-    return next((values[name] for name in NAMES if name in values), None)
+def cache_of(values: Any, default: Any = None) -> Any:
+    """Return the cache among a model's outputs, or among keyword arguments; `default` if there is
+    none. RecurrentGemma writes to the cache that it gets, and does not return it."""
+    return next((values[name] for name in NAMES if name in values), default)
