@@ -7,6 +7,7 @@ import ast
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ from huggingface_hub import ModelCard
 from tests.conftest import ROOT
 from tests.session.test_compared import make
 from tests.session.test_report_html import NASTY
-from trainer.exporting import card
+from trainer.exporting import card, card_loading
 
 OLD = ROOT / "tests" / "data" / "runs_0.1" / "runs"
 SECRET = "hf_" + "a1B2" * 8
@@ -170,3 +171,23 @@ def test_a_card_of_the_users_own_stays(run, tmp_path):
     card.write(folder, "adapter", run, 1e-6)
     card.write(folder, "adapter", run, 2e-6)
     assert "2.0e-06" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("drafter", "to", "expected", "unexpected"),
+    [
+        ("eagle", "sglang", "--speculative-algorithm EAGLE ", "EAGLE3"),
+        ("eagle3", "sglang", "--speculative-algorithm EAGLE3 ", "DSPARK"),
+        ("dflash", "sglang", "--speculative-algorithm DSPARK ", "EAGLE"),
+        ("uno", "sglang", "--speculative-algorithm UNO ", "EAGLE"),
+        ("eagle3", "speculators", '"method": "eagle3"', "RUNNER"),
+        ("dspark", "speculators", '"method": "dspark"', "eagle"),
+        ("dspark", "speculators", "VLLM_USE_V2_MODEL_RUNNER=1 vllm serve ", "eagle"),
+        ("peagle", "speculators", "vllm serve ", "method"),
+    ],
+)
+def test_a_drafts_card_names_the_method_of_each_engine(drafter, to, expected, unexpected):
+    source = SimpleNamespace(choices={"adapter": "none", "drafter": drafter}, settings={})
+    text = "\n".join(card_loading._drafter(to, "BASE", source))
+    assert expected in text
+    assert unexpected not in text

@@ -172,16 +172,22 @@ def _gguf(kind: str) -> list[str]:
     ]
 
 
+# drafter -> the method of engines
+_METHODS = {"eagle3": "eagle3", "dspark": "dspark", "dflash": "dspark"}
+
+
 def _drafter(kind: str, base: str, source: Summary) -> list[str]:
     adapted = "The head drafts for the base alone."
     if source.choices.get("adapter") not in (None, "none") or source.settings.get("target.run"):
         adapted = "The head drafts for the base with the run's adapter: serve the two together."
-    served_as_lora = kind == "sglang" and source.choices.get("drafter") == "uno"
-    method = "eagle3" if "eagle3" in str(source.choices.get("drafter")) else "eagle"
+    drafter = str(source.choices.get("drafter"))
+    served_as_lora = kind == "sglang" and drafter == "uno"
+    method = _METHODS.get(drafter, "eagle")
+    vllm = "VLLM_USE_V2_MODEL_RUNNER=1 vllm" if method == "dspark" else "vllm"
     setting = f'{{"method": "{method}", "model": "{PLACE}", "num_speculative_tokens": 3}}'
     ways = {
-        "speculators": [f"vllm serve {PLACE}",
-                        f"vllm serve TARGET --speculative-config '{setting}'"],
+        "speculators": [f"{vllm} serve {PLACE}",
+                        f"{vllm} serve TARGET --speculative-config '{setting}'"],
         "sglang": [f"python -m sglang.launch_server --model-path TARGET"
                    f" --speculative-algorithm {method.upper()} \\",
                    f"    --speculative-draft-model-path {PLACE}"],
@@ -189,6 +195,8 @@ def _drafter(kind: str, base: str, source: Summary) -> list[str]:
                 f"    --uno-lora-path {PLACE} --speculative-num-draft-tokens 8"],
         "medusa": [f"text-generation-launcher --model-id {PLACE}"],
     }  # fmt: skip
+    if drafter == "peagle":
+        del ways["speculators"][1]  # vLLM reads its method from the folder alone
     own = ["graft speculate run=RUN prompt=Hello"]
     return [
         adapted + (" TARGET is that model." if kind in ("speculators", "sglang") else ""),
