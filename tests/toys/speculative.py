@@ -72,9 +72,9 @@ def alone(model, ids, count, stops=(), **settings):
 
 def made(name, model):
     """The drafter of conf/drafter/NAME.yaml, its weights random."""
-    node = OmegaConf.to_container(
-        compose.compose([f"drafter={name}", "adapter=none", "base=tiny", "task.path=x"]).drafter
-    )
+    adapter = "lora" if name == "registers" else "none"
+    settings = [f"drafter={name}", f"adapter={adapter}", "base=tiny", "task.path=x"]
+    node = OmegaConf.to_container(compose.compose(settings).drafter)
     drafter = instantiate(node)(model=model).eval()
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
