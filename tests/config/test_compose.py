@@ -507,7 +507,7 @@ def no_torch(tmp_path):
     [
         (["--cfg", "job"], 0, "max_length: null"),
         (["--cfg", "job", "experiment=smoke", "adapter=peft"], 0, "peft_type: ???"),
-        (["--help"], 0, "adapter    adalora, corda"),
+        (["--help"], 0, "adapter    adalora, bilora, corda"),
         (["--hydra-help"], 0, "Hydra"),
         (["--info", "defaults-tree"], 0, "adapter: lora"),
         (["experiment=smoke", TASK, "adapter.rnak=3"], 2, "Did you mean rank?"),

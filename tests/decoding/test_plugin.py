@@ -140,9 +140,8 @@ def test_greedy_is_plain_greedy(model):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_greedy_with_each_trained_drafter(model, name):
-    node = OmegaConf.to_container(
-        compose.compose([f"drafter={name}", "base=tiny", "task.path=x"]).drafter
-    )
+    settings = [f"drafter={name}", "adapter=none", "base=tiny", "task.path=x"]
+    node = OmegaConf.to_container(compose.compose(settings).drafter)
     drafter = instantiate(node)(model=model).eval()
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():

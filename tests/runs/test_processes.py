@@ -517,6 +517,7 @@ DRAFTERS: dict[str, list[str]] = {
     "eagle3": ["drafter.aux_layers=[0,1,2]", *EAGLE3[3:]],
     "hydra": ["drafter.offsets=2"],
     "hydra_plus": ["drafter.offsets=2", "drafter.dropout=0"],
+    "kangaroo": [],
     "medusa": ["drafter.offsets=2"],
     "mtp_medusa": [],
     "mtp_parallel": [],
@@ -577,8 +578,9 @@ for _name, _more in REWOUND.items():
 
 
 def test_the_wide_cases_are_all_of_conf():
-    # native is for bases that bring a head: tests/assembly/test_guarded.py trains it
-    for group, found in (("adapter", ADAPTERS), ("drafter", [*DRAFTERS, "native"])):
+    # native is for bases that bring a head: tests/assembly/test_guarded.py trains it. Uno draws
+    # its slots in each process: tests/drafters/test_uno.py has its steps.
+    for group, found in (("adapter", ADAPTERS), ("drafter", [*DRAFTERS, "native", "uno"])):
         assert {*found, "none"} == {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
 
 

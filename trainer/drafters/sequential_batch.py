@@ -68,9 +68,7 @@ class SequentialBatch:
     def extend(
         self, tokens: Int[Tensor, "B m"], parents: Int[Tensor, "B m"]
     ) -> Float[Tensor, "B m V"]:
-        # A chain's parents are known without asking the device.
-        above = [[-1]] if not self.nodes[0] else [[len(self.nodes[0]) - 1]]
-        above = above * len(tokens) if tokens.shape[1] == 1 else parents.tolist()
+        above = parents.tolist()
         heads = [
             [nodes[i] if i >= 0 else self.root for i in rows]
             for nodes, rows in zip(self.nodes, above, strict=True)

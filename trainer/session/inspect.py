@@ -246,7 +246,7 @@ def refuse_monitor(config: dict[str, Any], task: Any) -> None:
     scores += [f"{name}/{metric}" for name in further for metric in list(scores)]
     monitor, key = evaluation["monitor"], "callbacks.evaluation"
     benchmark = monitor.rpartition("/")[0]
-    if benchmark and any(fnmatch(benchmark, name) for name in evaluation["harness"]):
+    if benchmark and any(fnmatch(benchmark, name) for name in evaluation.get("harness", ())):
         if evaluation["harness_every"] is None:
             raise BaseError(
                 f"{key}.monitor={monitor} is measured only where lm-eval is asked: set"
