@@ -249,13 +249,8 @@ def write(path: Path, tensors: dict[str, Tensor], keys: Iterable[str]) -> None:
                 continue
             positions = torch.nonzero(flat).flatten()
             values = flat[positions]
-            equal_magnitudes = (
-                len(values)
-                and values.dtype != torch.float64
-                and bool((values.abs() == values[0].abs()).all())
-            )
-            kind = "signs" if equal_magnitudes else "values"
-            if equal_magnitudes:
+            kind = "signs" if _equal_magnitudes(values) else "values"
+            if kind == "signs":
                 streams.setdefault(":signs", []).append((values < 0).to(torch.uint8))
                 streams.setdefault(":scales", []).append(values[:1].abs().float())
             else:
@@ -278,6 +273,13 @@ def write(path: Path, tensors: dict[str, Tensor], keys: Iterable[str]) -> None:
     text = zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
     stored[":about"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     save_file(stored, path, {"format": WITH_LEVELS if ":levels" in stored else FORMAT})
+
+
+def _equal_magnitudes(values: Tensor) -> bool:
+    """Return whether numbers differ in their signs alone, so that one fp32 scale holds them."""
+    if not len(values) or values.dtype == torch.float64:
+        return False
+    return bool((values.abs() == values[0].abs()).all())
 
 
 def _level_bits(flat: Tensor) -> int | None:

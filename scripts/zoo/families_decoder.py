@@ -7,7 +7,7 @@ from typing import Any
 
 from scripts.zoo import checks, checks_decoder
 from scripts.zoo.families import Check, Family
-from scripts.zoo.families_more import MORE
+from scripts.zoo.families_more import MLA, MORE
 
 # trainer.models.tiny's 259 tokens, and some that transformers' own tokenizer classes add
 VOCABULARY = 264
@@ -30,15 +30,6 @@ EXPERTS: dict[str, Any] = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
-}
-MLA: dict[str, Any] = {
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 8,
 }
 CHECKS: dict[str, Check] = {
     "load": checks.load,

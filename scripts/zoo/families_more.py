@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 # sizes of compressed keys and values, as in DeepSeek V3
-MLA = {
+MLA: dict[str, Any] = {
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 8,

@@ -1,5 +1,5 @@
 """Attention of packed rows by torch's varlen kernel. Plain loops stand in for it where there is no
-GPU: what is tested is what it gets, and when."""
+GPU: tests check its arguments, and when it is called."""
 
 from __future__ import annotations
 

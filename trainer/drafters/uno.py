@@ -119,7 +119,7 @@ class Uno(Heads):
 
     def drawn(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Return z: from the run's generator in training, always the same in evaluation. It is
-        drawn on the CPU, so that it is the same for every device."""
+        drawn on the CPU, and so equal on every device."""
         draw = None if self.training else torch.Generator().manual_seed(0)
         return torch.randint(self.vocabulary_size, shape, generator=draw).to(device)
 

@@ -1,7 +1,7 @@
 """Benchmarks of lm-eval (EleutherAI's evaluation harness) on a model in memory.
 
 lm-eval asks, grades and computes the standard errors. The model is the one of the run, with its
-adapter un-merged, so that it computes what was trained. https://github.com/EleutherAI/lm-evaluation-harness
+adapter un-merged, as it was trained. https://github.com/EleutherAI/lm-evaluation-harness
 """
 
 from __future__ import annotations
