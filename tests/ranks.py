@@ -21,6 +21,7 @@ def spawn(work: Callable[[int, Path], None], folder: Path, processes: int = 2) -
 
 
 def _member(rank: int, work: Callable[[int, Path], None], folder: Path, processes: int) -> None:
+    faulthandler.enable()  # a crash names its line
     faulthandler.dump_traceback_later(200, exit=True)
     torch.set_num_threads(1)
     torch.distributed.init_process_group(

@@ -112,7 +112,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return (y, r) of x (..., d) and weight (d,); r (...,) is in fp32."""
     x, weight = x.contiguous(), weight.contiguous()
     d = x.shape[-1]
-    y, r = torch.empty_like(x), torch.empty(x.shape[:-1])
+    y, r = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     call, size = _function("norm", x.dtype), x.element_size() * d
 
     def part(a: int, b: int) -> None:
@@ -161,15 +161,16 @@ def entropy(
     target's: larger ones, and equal ones of smaller index. With `top` of 1 it is 0 or not. Slopes
     (n, V) are the gradients of weight · loss at the logits, in their dtype, None if not asked for.
     """
-    logits, targets = logits.contiguous(), targets.contiguous()
+    logits, targets = logits.contiguous(), targets.long().contiguous()
     n, V = logits.shape
     wide = None if weights is None else weights.float().contiguous()
-    losses, ranks = torch.empty(n), torch.empty(n, dtype=torch.int64)
+    losses = logits.new_empty(n, dtype=torch.float32)
+    ranks = logits.new_empty(n, dtype=torch.int64)
     slope = torch.empty_like(logits) if slopes else None
     call, size = _function("entropy", logits.dtype), logits.element_size() * V
 
     def part(a: int, b: int) -> None:
-        scratch = torch.empty(V)
+        scratch = logits.new_empty(V, dtype=torch.float32)
         call(
             logits.data_ptr() + a * size,
             targets.data_ptr() + 8 * a,
