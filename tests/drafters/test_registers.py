@@ -586,7 +586,7 @@ def test_virtual_tokens_are_refused(peft_type):
             model, Start(steps=1, data=toys.batches)
         )
     assert isinstance(wrapped, peft.PeftModel)
-    with pytest.raises(DrafterError, match=f"{peft_type} puts virtual ones.*lora"):
+    with pytest.raises(DrafterError, match=f"{peft_type} puts virtual tokens.*lora"):
         CausalLoss(wrapped, 5, drafter, Target(wrapped))(batch_of(*APART))
 
 

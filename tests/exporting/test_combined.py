@@ -23,9 +23,13 @@ from trainer.exporting.combined import merge
 from trainer.exporting.compare import Mismatch
 from trainer.storage.checkpoints import CheckpointError
 
+ADAPTERS = Path(__file__).parents[2] / "conf" / "adapter"
 SETTINGS = {
     "lora": ["adapter=lora", "adapter.rank=4"],
     "mos": ["adapter=mos", "adapter.rank=3", "seed=5"],
+    "bilora": ["adapter=bilora", "adapter.rank=2", "adapter.alpha=2", "seed=6"],
+    "increlora": ["adapter=increlora", "adapter.target_rank=2", "adapter.grow_by=1",
+                  "adapter.warmup_steps=1", "adapter.interval=1", "seed=7"],
     "peft": ["adapter=pissa", "adapter.r=3", "adapter.lora_alpha=3", "seed=2"],
     "rosa": ["adapter=rosa", "adapter.rank=4", "adapter.density=0.05", "adapter.warmup_steps=1",
              "adapter.mask_steps=1", "seed=3"],
@@ -60,7 +64,11 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("kinds", "weights"),
-    [(("lora", "peft"), (0.7, 0.5)), (("rosa", "sparse", "mos"), (0.5, -0.5, 1.0))],
+    [
+        (("lora", "peft"), (0.7, 0.5)),
+        (("rosa", "sparse", "mos"), (0.5, -0.5, 1.0)),
+        (("increlora", "bilora"), (0.6, 0.8)),
+    ],
 )
 def test_cat_is_the_sum_of_what_the_runs_merge_to(run_of, tmp_path, kinds, weights):
     runs = [str(run_of(kind)) for kind in kinds]
@@ -186,8 +194,12 @@ def test_runs_without_a_sum_are_refused_before_a_model_is_loaded(
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        ({"_target_": "adapters.full.Full"}, "which is no sum of updates. LoRA, rsLoRA"),
-        ({"_target_": "adapters.peft.Peft", "peft_type": "OFT"}, "has adapter.peft_type=OFT."),
+        ({"_target_": "adapters.full.Full"}, "trained all weights of the base, so there is no"),
+        ({"_target_": "adapters.mola.MoLAAdapter"}, "chooses among its experts token by token"),
+        (
+            {"_target_": "adapters.peft.Peft", "peft_type": "OFT"},
+            "has adapter.peft_type=OFT, which",
+        ),
         (
             {"_target_": "adapters.peft.Peft", "peft_type": "LORA", "use_dora": True},
             "has adapter.use_dora=True, which is no sum of updates",
@@ -205,6 +217,23 @@ def test_kinds_without_a_sum(adapter, message):
         "config": {"adapter": adapter, "base": {}},
     }
     assert message in next(combinable.faults_of(content))
+
+
+def test_each_adapter_can_be_combined_or_says_why_not():
+    targets = {
+        yaml.safe_load(file.read_text()).get("_target_") for file in ADAPTERS.glob("*.yaml")
+    } - {None, "adapters.peft.Peft"}
+    assert {*combinable.OURS, *combinable.OTHERS} >= targets
+    assert not {*combinable.OURS} & {*combinable.OTHERS}
+
+
+def test_several_ranks_have_no_sum_of_factors():
+    grown = {"_target_": "adapters.increlora.IncreLoRAAdapter", "max_rank": 8}
+    runs = [{"config": {"adapter": grown}}] * 2
+    with pytest.raises(AdapterError, match=r"a has several ranks, .* or method=ties_svd$"):
+        combinable.check_method(["a", "b"], runs, "ties", None)
+    for method in ("cat", "svd", "ties_svd"):
+        combinable.check_method(["a", "b"], runs, method, None)
 
 
 def test_ranks_are_those_that_are_saved():

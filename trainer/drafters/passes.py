@@ -67,7 +67,10 @@ def kinds(config: Any) -> list[str]:
     once."""
     if several := getattr(config, "layer_types", None):
         return sorted(set(several))
-    return ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
+    if getattr(config, "sliding_window", None):
+        return ["sliding_attention"]
+    chunked = getattr(config, "attention_chunk_size", None)
+    return ["chunked_attention" if chunked else "full_attention"]
 
 
 def room(config: Any, length: int) -> int | None:
@@ -88,13 +91,8 @@ def refuse(model: Any, name: str) -> None:
         DrafterError: its attention takes no 4-D mask, its layers keep other state than keys and
         values, or it takes no position_ids.
     """
+    refuse_mask_and_positions(model, name)
     config, kind = model.config.get_text_config(), type(model).__name__
-    attention = config._attn_implementation
-    if attention not in ("sdpa", "eager", BLOCKED):
-        raise DrafterError(
-            f"drafter={name} needs a 4-D mask, which attn_implementation={attention} does not take:"
-            " set base.attn_implementation=sdpa"
-        )
     if other := set(kinds(config)) - _KINDS:
         raise DrafterError(
             f"drafter={name} runs the target's own layers over further positions, and {kind} has"
@@ -105,10 +103,24 @@ def refuse(model: Any, name: str) -> None:
             f"drafter={name} needs a state that can be rolled back, which {kind}'s layers do not"
             " have: set drafter=none"
         )
+
+
+def refuse_mask_and_positions(model: Any, name: str) -> None:
+    """Refuse a model that takes no 4-D mask or no position_ids.
+
+    Raises:
+        DrafterError: drafter=`name` cannot say which of its positions see which, or where they are.
+    """
+    attention = model.config.get_text_config()._attn_implementation
+    if attention not in ("sdpa", "eager", BLOCKED):
+        raise DrafterError(
+            f"drafter={name} needs a 4-D mask, which attn_implementation={attention} does not take:"
+            " set base.attn_implementation=sdpa"
+        )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise DrafterError(
-            f"drafter={name} gives drafted tokens their positions, and {kind} takes no"
-            " position_ids: train another drafter, such as eagle3"
+            f"drafter={name} sets the positions of its tokens, and {type(model).__name__} takes no"
+            " position_ids: set drafter=none, or another drafter, such as eagle3"
         )
 
 
@@ -123,7 +135,7 @@ def refuse_virtual_tokens(model: Any, name: str) -> None:
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         raise DrafterError(
             f"drafter={name} runs the target over the text alone, and PEFT's {kind} puts virtual"
-            " tokens before it: train another drafter, such as eagle3, or an adapter such as lora"
+            " tokens before it: set another drafter, such as eagle3, or an adapter such as lora"
         )
 
 

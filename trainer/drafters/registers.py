@@ -26,19 +26,16 @@ Differs from the paper:
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import peft
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from trainer.drafters import Drafter, DrafterError, Target, TargetOutput
+from trainer.drafters import Drafter, DrafterError, Target, TargetOutput, passes
 from trainer.models.losses import chunked_predictions
-from trainer.speed.attention import BLOCKED
 
 # transformers' names of layers that attend to the whole row, or to nothing
 _FULL = {"full_attention", "mlp", "moe"}
@@ -239,27 +236,11 @@ def _no_drafts() -> NoReturn:
 def refuse(model: Any) -> None:
     """Raise DrafterError if the config of a model, loaded or not, shows that its tokens would see
     registers."""
-    config, kind = model.config.get_text_config(), type(model).__name__
-    attention = config._attn_implementation
-    if attention not in ("sdpa", "eager", BLOCKED):
+    passes.refuse_mask_and_positions(model, "registers")
+    if other := set(passes.kinds(model.config.get_text_config())) - _FULL:
         raise DrafterError(
-            f"drafter=registers needs a 4-D mask, which attn_implementation={attention} does not"
-            " take: set base.attn_implementation=sdpa, or drafter=none"
-        )
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise DrafterError(
-            f"drafter=registers gives registers the positions of later tokens, and {kind} takes no"
-            " position_ids: set drafter=none"
-        )
-    layers = set(getattr(config, "layer_types", None) or [])
-    if not layers and getattr(config, "sliding_window", None):
-        layers = {"sliding_attention"}
-    if not layers and getattr(config, "attention_chunk_size", None):
-        layers = {"chunked_attention"}
-    if layers - _FULL:
-        raise DrafterError(
-            f"drafter=registers needs layers that attend to the whole row, and {kind} has"
-            f" {', '.join(sorted(layers - _FULL))}: set drafter=none"
+            "drafter=registers needs layers that attend to the whole row, and"
+            f" {type(model).__name__} has {', '.join(sorted(other))}: set drafter=none"
         )
 
 
@@ -383,14 +364,7 @@ def _follows_positions(
 
 
 def _refuse_adapter(model: Any) -> None:
-    if isinstance(model, peft.PeftModel) and model.active_peft_config.is_prompt_learning:
-        kind = str(
-            getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type)
-        )
-        raise DrafterError(
-            f"drafter=registers needs rows that begin with their own tokens, and PEFT's {kind} puts"
-            " virtual ones before them: set drafter=none, or an adapter such as lora"
-        )
+    passes.refuse_virtual_tokens(model, "registers")
     if not any(p.requires_grad for p in model.parameters()):
         raise DrafterError(
             "drafter=registers teaches the adapter, and adapter=none has nothing to learn: set an"

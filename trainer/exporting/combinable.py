@@ -14,12 +14,27 @@ from trainer.storage import run_folder
 from trainer.storage.checkpoints import CheckpointError
 
 OURS = (
+    "adapters.bilora.BiLoRAAdapter",
+    "adapters.increlora.IncreLoRAAdapter",
     "adapters.lora.LoRAAdapter",
     "adapters.mos.MoSAdapter",
     "adapters.rosa.RoSAAdapter",
     "adapters.spiel.SpIEL",
 )
-ALLOWED = "LoRA, rsLoRA, MoS, RoSA, sparse adapters and SpIEL can be combined"
+ALLOWED = "LoRA, rsLoRA, BiLoRA, IncreLoRA, MoS, RoSA, sparse adapters and SpIEL can be combined"
+_EXPORT = "graft export to=merged writes the model of one run"
+# Adapters that are no update of fixed weights -> why, and what to do instead
+OTHERS = {
+    "adapters.full.Full": "trained all weights of the base, so there is no update to add"
+    f" up. {_EXPORT}",
+    "adapters.full.Nothing": "trained nothing. Give runs that trained an adapter",
+    "adapters.mola.MoLAAdapter": "chooses among its experts token by token, so no fixed update has"
+    " its effect. graft serve answers from the run's folder",
+    "adapters.pst.PSTAdapter": "removed weights of the base, which the update of another run would"
+    f" bring back. {_EXPORT}",
+    "adapters.sr_ste.SrSte": "trained the base's weights in the pattern 2:4, which a sum of runs"
+    f" would break. {_EXPORT}",
+}
 SAME_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 
 
@@ -52,11 +67,8 @@ def faults_of(content: dict[str, Any]) -> Iterator[str]:
     if kind == "adapters.peft.Peft":
         yield from _peft_faults(adapter)
     elif kind not in OURS:
-        yield (
-            f"has adapter={identity['choices'].get('adapter', kind.rpartition('.')[2].lower())},"
-            f" which is no sum of updates. {ALLOWED}; of others give one run to"
-            " graft export to=merged"
-        )
+        name = identity["choices"].get("adapter", kind.rpartition(".")[2].lower())
+        yield f"has adapter={name}, which {OTHERS[kind]}. {ALLOWED}"
     if identity["labels"] is not None:
         yield (
             "trained a classification head, and heads of several tasks have no sum. Combine runs"
@@ -80,7 +92,7 @@ def _peft_faults(adapter: dict[str, Any]) -> Iterator[str]:
     entry = config_class(adapter["peft_type"])
     kind = entry.peft_type if entry else adapter["peft_type"]
     if kind != "LORA":
-        yield f"has adapter.peft_type={kind}. {ALLOWED}"
+        yield f"has adapter.peft_type={kind}, which PEFT does not combine. {ALLOWED}"
     variants = [
         key
         for key, value in adapter.items()
@@ -134,14 +146,20 @@ def _first_difference(first: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def rank(adapter: dict[str, Any]) -> int | None:
-    """Return the rank of a run's saved low-rank part, from its config; None if it has none."""
+    """Return the rank of a run's saved low-rank part, from its config: the largest of its layers,
+    or a bound of it. None if it has none."""
     if adapter["_target_"] == "adapters.peft.Peft":
         largest = max([adapter.get("r") or 8, *(adapter.get("rank_pattern") or {}).values()])
         doubled = str(adapter.get("init_lora_weights", "")).startswith(CHANGES_BASE)
         return 2 * largest if doubled else largest
     if adapter.get("schedule") == "spa_only":
         return None
-    return adapter.get("rank")
+    return adapter.get("rank", adapter.get("max_rank"))
+
+
+def _ranks_differ(adapter: dict[str, Any]) -> bool:
+    """Return whether the layers of a run's low-rank part have several ranks."""
+    return "max_rank" in adapter or bool(adapter.get("rank_pattern"))
 
 
 def check_method(
@@ -153,8 +171,13 @@ def check_method(
     """
     ranks = [rank(content["config"]["adapter"]) for content in contents]
     low = {r for r in ranks if r is not None}
-    if method in SAME_RANK and len(low) > 1:
-        texts = ", ".join(f"{run} has rank {r}" for run, r in zip(runs, ranks, strict=True) if r)
+    differ = [_ranks_differ(content["config"]["adapter"]) for content in contents]
+    if method in SAME_RANK and (len(low) > 1 or any(differ)):
+        texts = ", ".join(
+            f"{run} has {'several ranks' if several else f'rank {r}'}"
+            for run, r, several in zip(runs, ranks, differ, strict=True)
+            if r
+        )
         raise AdapterError(
             f"method={method} adds the factors, which must have one rank, and {texts}. Use"
             f" method=cat, or method={'svd' if method == 'linear' else f'{method}_svd'}"

@@ -9,7 +9,8 @@ from adapters.peft_fields import CHANGES_BASE, config_class
 
 # PEFT's methods whose tensors are an update that starts at zero
 KINDS = ("LORA", "SHIRA", "SUPERTUNING")
-# adapters whose LoRA is computed from what they train, so that it cannot be put back
+# Adapters that train other tensors than A and B. Their LoRA follows from these, and these do not
+# follow from a LoRA: a compressed one could not be loaded back into such an adapter.
 COMPUTED = {
     "adapters.mos.MoSAdapter": "adapter=mos trains pools, and its LoRA repeats them in each layer:"
     " compressed one by one, the layers' factors are larger than the pools",

@@ -4,8 +4,9 @@ this machine allow."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -13,10 +14,17 @@ from trainer.assembly.recipe import Recipe
 from trainer.models.layer_config import of_layer
 from trainer.session.start_point import StartPoint
 from trainer.speed import attention_choice, cpu_load, elementwise_choice, malloc, threads
-from trainer.speed.attention_choice import Choice
 from trainer.speed.cpu_load import Seconds
 
 log = logging.getLogger("trainer")
+
+
+class Choice(Protocol):
+    """Which kernels compute a part of a step."""
+
+    def describe(self) -> str: ...
+
+    def record(self) -> dict[str, Any]: ...
 
 
 def set_up_process(config: dict[str, Any]) -> Seconds:
@@ -48,52 +56,55 @@ def set_threads(recipe: Recipe, earlier: dict[str, Any] | None, before: Seconds)
 
 
 def attention_of(recipe: Recipe, earlier: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the choice of kernels that run.yaml records. A run that continues `earlier`, the
-    content of a run.yaml, keeps its choice on the same machine. None is attention by blocks, as
-    runs without a record had it."""
+    """Return the choice of attention kernels that run.yaml records. None is attention by blocks."""
+
+    def measured(setting: str, layer: Any, dtype: torch.dtype) -> attention_choice.Choice | None:
+        shape = attention_choice.shape_of(layer, dtype)
+        return attention_choice.choose(setting, shape, _longest(recipe)) if shape else None
+
+    return _record_of(recipe, earlier, "attention", attention_choice.recorded, measured)
+
+
+def elementwise_of(recipe: Recipe, earlier: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the choice of elementwise parts that run.yaml records. None is torch."""
+
+    def measured(setting: str, layer: Any, dtype: torch.dtype) -> elementwise_choice.Choice | None:
+        shape = elementwise_choice.shape_of(layer, dtype)
+        return elementwise_choice.choose(setting, shape) if shape else None
+
+    if recipe.config["compile"]:
+        return None
+    return _record_of(recipe, earlier, "elementwise", elementwise_choice.recorded, measured)
+
+
+def _record_of(
+    recipe: Recipe,
+    earlier: dict[str, Any] | None,
+    kind: str,
+    recorded: Callable[[Any], Choice | None],
+    measured: Callable[[str, Any, torch.dtype], Choice | None],
+) -> dict[str, Any] | None:
+    """Return the choice of kernels of a kind, as run.yaml records it. `recorded` reads a record;
+    `measured` chooses for the setting cpu_KIND, a layer's config and a dtype.
+
+    A run that continues `earlier`, the content of a run.yaml, keeps its choice on the same machine,
+    and has none where that had none: runs of versions before the record. None is the plain way."""
     config = recipe.config
-    setting = config["cpu_attention"]
+    setting = config[f"cpu_{kind}"]
     if config["fused"] is not True or recipe.device.type != "cpu":
         return None
     choice: Choice | None = None
     if setting == "auto" and earlier is not None:
-        content = earlier.get("attention")
-        choice = attention_choice.recorded(content)
+        content = earlier.get(kind)
+        choice = recorded(content)
         if choice is None and content is None:
             return None
     if choice is None and not (setting == "auto" and config["deterministic"]):
         dtype = torch.bfloat16 if recipe.precision == "bf16-mixed" else recipe.dtype
-        layer = of_layer(recipe.base.config.get_text_config(), 0)
-        shape = attention_choice.shape_of(layer, dtype)
-        choice = attention_choice.choose(setting, shape, _longest(recipe)) if shape else None
+        choice = measured(setting, of_layer(recipe.base.config.get_text_config(), 0), dtype)
     if choice is None:
         return None
-    log.info("attention: %s (cpu_attention=%s)", choice.describe(), setting)
-    return choice.record()
-
-
-def elementwise_of(recipe: Recipe, earlier: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the choice of elementwise parts that run.yaml records. A run that continues `earlier`,
-    the content of a run.yaml, keeps its choice on the same machine. None is torch, as runs without
-    a record had it."""
-    config = recipe.config
-    setting = config["cpu_elementwise"]
-    if config["fused"] is not True or config["compile"] or recipe.device.type != "cpu":
-        return None
-    choice: elementwise_choice.Choice | None = None
-    if setting == "auto" and earlier is not None:
-        content = earlier.get("elementwise")
-        choice = elementwise_choice.recorded(content)
-        if choice is None and content is None:
-            return None
-    if choice is None and not (setting == "auto" and config["deterministic"]):
-        dtype = torch.bfloat16 if recipe.precision == "bf16-mixed" else recipe.dtype
-        layer = of_layer(recipe.base.config.get_text_config(), 0)
-        shape = elementwise_choice.shape_of(layer, dtype)
-        choice = elementwise_choice.choose(setting, shape) if shape else None
-    if choice is None:
-        return None
-    log.info("elementwise: %s (cpu_elementwise=%s)", choice.describe(), setting)
+    log.info("%s: %s (cpu_%s=%s)", kind, choice.describe(), kind, setting)
     return choice.record()
 
 

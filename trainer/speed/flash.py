@@ -62,16 +62,6 @@ def isolate_packed_rows() -> None:
 
 
 def _with_row_bounds(attend: Callable[..., Any]) -> Callable[..., Any]:
-    # All layers of a forward pass get the same position_ids: compute their bounds once.
-    last: tuple[Any, dict[str, Any]] = (lambda: None, {})
-
-    @torch.compiler.disable
-    def bounds(positions: Tensor) -> dict[str, Any]:
-        nonlocal last
-        if last[0]() is not positions:
-            last = weakref.ref(positions), rows_of(positions)
-        return last[1]
-
     def attend_within_rows(
         module: nn.Module,
         query: Tensor,
@@ -90,11 +80,25 @@ def _with_row_bounds(attend: Callable[..., Any]) -> Callable[..., Any]:
             and positions is not None
             and positions.shape == (batch, length)
         ):
-            options |= bounds(positions)
+            options |= rows_of_pass(positions)
         return attend(module, query, key, value, attention_mask, **options)
 
     attend_within_rows.isolates_packed_rows = True  # type: ignore[attr-defined]
     return attend_within_rows
+
+
+# (weak reference to position_ids, their bounds) of the last forward pass
+_last: tuple[Any, dict[str, Any]] = (lambda: None, {})
+
+
+@torch.compiler.disable
+def rows_of_pass(positions: Int[Tensor, "B T"]) -> dict[str, Any]:
+    """Return `rows_of` the position_ids of a forward pass. All its layers get the same tensor, so
+    the bounds are computed once."""
+    global _last
+    if _last[0]() is not positions:
+        _last = weakref.ref(positions), rows_of(positions)
+    return _last[1]
 
 
 def rows_of(positions: Int[Tensor, "B T"]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import weakref
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trainer.speed.flash import WIDEST, head_width, rows_of
+from trainer.speed.flash import WIDEST, head_width, rows_of_pass
 
 VARLEN = "varlen"  # the attention's name in transformers
 MODULE = "torch.nn.attention.varlen"
@@ -59,18 +58,6 @@ def noted_mask(*arguments: Any, **options: Any) -> Tensor | None:
     return mask
 
 
-# All layers of a forward pass get the same position_ids: their bounds are computed once.
-_last: tuple[Any, dict[str, Any]] = (lambda: None, {})
-
-
-@torch.compiler.disable
-def _bounds(positions: Tensor) -> dict[str, Any]:
-    global _last
-    if _last[0]() is not positions:
-        _last = weakref.ref(positions), rows_of(positions)
-    return _last[1]
-
-
 def varlen_attention_forward(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
@@ -93,7 +80,7 @@ def varlen_attention_forward(
     if not by_rows:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     assert positions is not None
-    rows = _bounds(positions)
+    rows = rows_of_pass(positions)
     window = options.get("sliding_window")
     q, k, v = (x.transpose(1, 2).reshape(B * T, -1, d) for x in (query, key, value))
     out = importlib.import_module(MODULE).varlen_attn(
