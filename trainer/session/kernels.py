@@ -20,7 +20,7 @@ log = logging.getLogger("trainer")
 
 
 class Choice(Protocol):
-    """Which kernels compute a part of a step."""
+    """The kernels that compute a part of a step."""
 
     def describe(self) -> str: ...
 
