@@ -18,6 +18,7 @@ import gzip
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -102,11 +103,20 @@ class Stub:
 
             do_GET = do_PUT = do_POST
 
-        server = _Server(("127.0.0.1", port), Handler)
+        server = self._bound(port, Handler)
         threading.Thread(
             target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
         ).start()
         return server
+
+    def _bound(self, port: int, handler: type[BaseHTTPRequestHandler]) -> _Server:
+        """Return a server on a port, which another process's connection may hold for a moment."""
+        for _ in range(100):
+            try:
+                return _Server(("127.0.0.1", port), handler)
+            except OSError:
+                time.sleep(0.1)
+        return _Server(("127.0.0.1", port), handler)
 
     def _close(self) -> None:
         self._server.shutdown()

@@ -228,7 +228,7 @@ def _member(rank: int, folder: Path) -> None:
 
     rows_module._kept = kept
     for name, settings in asked.items():
-        faulthandler.dump_traceback_later(200, exit=True)
+        faulthandler.dump_traceback_later(400, exit=True)
         both = [
             f"lightning.devices={processes}",
             f"lightning.strategy={'fsdp2' if name.startswith('fsdp2') else 'ddp'}",
