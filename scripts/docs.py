@@ -28,6 +28,7 @@ GROUPS = {
     "adapter": "What is trained on the frozen base.",
     "penalty": "A term that is added to the task's loss.",
     "drafter": "A head that predicts further tokens.",
+    "drafter_adapter": "What of an earlier head is trained, if not all of it.",
     "target": "The model that a draft head is trained for.",
     "objective": "Loss, clipping and recomputation.",
     "optimizer": "The optimiser.",

@@ -27,6 +27,7 @@ NEEDED = {
     "adapter/loftq": ["base.quantization=nf4"],
     "optimizer/schedulefree": ["schedule=constant"],
     "drafter/uno": ["adapter=none"],
+    "drafter_adapter/lora": ["drafter=eagle3", "target.draft=runs/x"],
     "drafter/native": [
         "adapter=none",
         "objective=distill",

@@ -20,6 +20,7 @@ SET = {
     "callbacks.cooldown": ("callbacks/cooldown", "cooldown"),
     "branch": ("branch/cooldown", None),
     "drafter": ("drafter/medusa", None),
+    "drafter_adapter": ("drafter_adapter/lora", None),
     "penalty": ("penalty/deft", None),
 }
 

@@ -16,12 +16,12 @@ from torch import nn
 from adapters.delta import Adapter, Start, freeze
 from adapters.full import Nothing
 from adapters.linear import float_weight, is_linear
-from trainer.assembly import guarded
+from trainer.assembly import guarded, start_heads
 from trainer.assembly.build import instantiate, new_modules, new_tokens, set_problem
 from trainer.data import ends
 from trainer.data.render import Renderer
 from trainer.data.stops import Stops
-from trainer.drafters import Drafter
+from trainer.drafters import Drafter, head_lora
 from trainer.models.base import Base, BaseError
 from trainer.models.precision import compute
 from trainer.storage import checkpoints, run_folder
@@ -177,11 +177,14 @@ def load_trained(
     if dequantise and (base.quantization != "none" or base.is_quantized):
         model = dequantised(model)
     drafter = (
-        instantiate(config["drafter"])(model=model).to(device).eval() if config["drafter"] else None
+        start_heads.make(config, model, start_heads.source_of(config, folder)).to(device).eval()
+        if config["drafter"]
+        else None
     )
     adapter, model, adapted, target_ends = _adapted(model, folder, content, source, saved, base)
     if drafter is not None:
         guarded.load(drafter, folder, which, saved)
+        head_lora.merge(drafter)
     run_folder.use_template(folder, task)
     return Trained(
         folder,

@@ -19,9 +19,16 @@ def rewrite(argv: list[str], sweep: bool = False) -> list[str]:
     Raises:
         ConfigError: a key begins with a name that conf/ does not have.
     """
+    argv = [_of_drafter(word) for word in argv]
     words = [word for word in argv if "=" in word and re.match(r"[+~]*[A-Za-z_]", word)]
     check_keys(words)
     return [_rewrite(word, sweep) if word in words else word for word in argv]
+
+
+def _of_drafter(word: str) -> str:
+    """Return drafter.adapter=lora and drafter.adapter.r=8 in the names of conf/drafter_adapter."""
+    word = re.sub(r"^(\+*)drafter[./]adapter(?=[.=])", r"\1drafter_adapter", word)
+    return re.sub(r"^(\+*drafter_adapter\.)r=", r"\1rank=", word)
 
 
 def _rewrite(word: str, sweep: bool) -> str:

@@ -291,6 +291,7 @@ def chunked_distillation(
     position, the loss, 1 if the drafter's best guess is the teacher's, 1 if the teacher's is among
     the `top` best, and α; zeros in chunks without weights.
     """
+    parameters = tuple(p for p in parameters if p.requires_grad)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or bool(parameters))
     return _ChunkedDistillation.apply(
         hidden, teacher.detach(), weights.float(), how, chunk, needs_grad, *parameters

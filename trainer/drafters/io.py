@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,14 @@ def save(drafter: Drafter, settings: dict[str, Any], target: dict[str, Any], fol
         folder / "config.json",
         json.dumps({"format": FORMAT, "drafter": settings, "target": target}, indent=2) + "\n",
     )
+
+
+def copy(source: Path, folder: Path) -> None:
+    """Copy a drafter's folder: its weights first, then its settings, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("model.safetensors", "config.json"):
+        with atomic.file(folder / name) as temporary:
+            shutil.copyfile(source / name, temporary)
 
 
 def trained_for(base: Base, run: Path, step: int, adapter: dict[str, Any] | None) -> dict[str, Any]:

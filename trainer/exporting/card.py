@@ -150,7 +150,11 @@ def _first_sentence(kind: str, source: Summary, base: str | None) -> str:
         return f"An adapter ({method}) for {of} as a GGUF file, trained with Graft."
     if kind in ("merged", "mtp", "gguf"):
         return f"{of} with an adapter ({method}) merged into it, trained with Graft."
-    return f"A draft head ({_word(source.choices.get('drafter'))}) for {of}, trained with Graft."
+    merged = ""
+    if source.choices.get("drafter_adapter") == "lora":
+        merged = " by a LoRA on an earlier head, which is merged into it here"
+    drafter = _word(source.choices.get("drafter"))
+    return f"A draft head ({drafter}) for {of}, trained with Graft{merged}."
 
 
 def _base_text(source: Summary) -> str:
@@ -282,6 +286,8 @@ def _facts(source: Summary, step: int | None) -> list[list[str]]:
     rows = [["method", _method(source, "adapter")]]
     if source.choices.get("drafter") not in (None, "none"):
         rows.append(["draft head", _method(source, "drafter")])
+    if source.choices.get("drafter_adapter") == "lora":
+        rows.append(["trained of the head", _method(source, "drafter_adapter")])
     if model.get("trainable") is not None:
         share = f"{model['trainable']:,} of {model['parameters']:,}"
         rows.append(["trained parameters", share])

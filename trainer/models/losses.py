@@ -146,6 +146,7 @@ def chunked_predictions(
         none = torch.zeros_like(targets, dtype=torch.bool)
         # A rank without targets gives all parameters a zero gradient: DDP waits for every one.
         return sum((p.sum().float() for p in parameters), hidden.sum().float()) * 0.0, none, none
+    parameters = tuple(p for p in parameters if p.requires_grad)
     if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
         slopes_of = partial(predictions.with_slopes, top=top, native=native)
         return _ChunkedCrossEntropy.apply(

@@ -20,10 +20,11 @@ from adapters.experts import adapted_ids, expert_tensors
 from adapters.full import Nothing
 from adapters.linear import features
 from adapters.targets import targets
+from trainer.assembly import start_heads
 from trainer.assembly.build import instantiate, new_modules, new_tokens
 from trainer.assembly.recipe import Recipe
 from trainer.callbacks import every_steps
-from trainer.drafters import Drafter, DrafterError
+from trainer.drafters import DrafterError, head_lora
 from trainer.exporting.draft_head import described
 from trainer.models.base import BaseError
 from trainer.models.cache_argument import rolls_back
@@ -209,7 +210,7 @@ def _drafter(recipe: Recipe, skeleton: nn.Module, errors: list[str]) -> tuple[in
         )
         return 0, None
     try:
-        drafter: Drafter = instantiate(config["drafter"])(model=skeleton)
+        drafter = start_heads.make(config, skeleton, None)
     except DrafterError as error:
         errors.append(str(error))
         return 0, None
@@ -228,6 +229,7 @@ def _drafter(recipe: Recipe, skeleton: nn.Module, errors: list[str]) -> tuple[in
             " rows"
         )
     count = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
+    head_lora.merge(drafter)  # engines get the merged head
     return count, described(drafter, skeleton)
 
 

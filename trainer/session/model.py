@@ -14,7 +14,7 @@ from torch import nn
 
 from adapters.delta import Start
 from tasks.reading import DataError
-from trainer.assembly import continued
+from trainer.assembly import continued, start_heads
 from trainer.assembly.build import instantiate, new_modules, new_tokens, schedule, set_problem
 from trainer.assembly.recipe import Recipe
 from trainer.assembly.rows import token_counts
@@ -63,7 +63,7 @@ def load_model(recipe: Recipe, start: StartPoint, folder: Path | None) -> Loaded
         check_causality(model, recipe.base)
     _use_kernels(model, recipe, start)
     lightning.seed_everything(seed, verbose=False)
-    drafter = _make_drafter(recipe, model, start) if config["drafter"] else None
+    drafter = _make_drafter(recipe, model, start, folder) if config["drafter"] else None
     if (target := recipe.target) is not None:
         model = target.attach(model)
         log.info(
@@ -209,12 +209,17 @@ def _use_kernels(model: Any, recipe: Recipe, start: StartPoint) -> None:
         fused.fuse(model, attention_choice.recorded(start.attention), native)
 
 
-def _make_drafter(recipe: Recipe, model: Any, start: StartPoint) -> Drafter:
+def _make_drafter(recipe: Recipe, model: Any, start: StartPoint, folder: Path | None) -> Drafter:
     """Make the drafter. In a fresh run it starts from an earlier drafter, or is calibrated on its
-    rows; otherwise the checkpoint replaces its weights."""
-    drafter: Drafter = instantiate(recipe.config["drafter"])(model=model)
-    draft = recipe.config["target"]["draft"]
-    if not start.fresh:
+    rows; otherwise the checkpoint replaces its weights, or those of its LoRA."""
+    config = recipe.config
+    run = start.checkpoint.path.parent.parent if start.checkpoint is not None else None
+    source = start_heads.source_of(config, run)
+    drafter = start_heads.make(config, model, source)
+    if source is not None and folder is not None:
+        start_heads.keep(source, folder)
+    draft = config["target"]["draft"]
+    if not start.fresh or config["drafter_adapter"]:
         return drafter
     if draft is not None:
         drafter_io.fill(drafter, drafter_io.folder_of(draft))

@@ -16,6 +16,7 @@ from trainer.assembly import guarded
 from trainer.assembly.recipe import Recipe
 from trainer.assembly.trained import checkpoint_record, load_trained
 from trainer.callbacks.averaging import Averaging
+from trainer.drafters import head_lora
 from trainer.drafters import io as drafter_io
 from trainer.exporting import adapter as adapter_module
 from trainer.exporting import card
@@ -79,6 +80,7 @@ def save_drafter(
             step = checkpoint.step
             log.info("the best evaluation was after step %d: its drafter is exported", step)
             drafter.load_state(checkpoints.load(checkpoint)["drafter"])
+    head_lora.merge(drafter)
     adapter = run_yaml["identity"]["target"]
     if config["adapter"]["_target_"] != "adapters.full.Nothing":
         adapter = checkpoint_record(

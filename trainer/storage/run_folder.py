@@ -12,6 +12,7 @@ samples.jsonl       generated answers before and after training
 checkpoints/        from which the run resumes
 adapter/            the result, as stock PEFT loads it
 drafter/            the draft head, if one was trained (trainer.drafters.io)
+start_head/         the head that drafter_adapter=lora trains further, as it was
 report.html         all of it to look at
 """
 
