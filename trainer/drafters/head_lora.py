@@ -4,8 +4,8 @@
 
 A head that a fine-tune made stale is re-aligned with few trained numbers: gradients, moments and
 checkpoints have the size of A and B. The layers that give logits, which are as wide as the
-vocabulary, stay as they are, and so do norms, biases and tables. B is zero at the start, so training
-starts from the earlier head's own predictions.
+vocabulary, stay as they are, and so do norms, biases and tables. B is zero at the start, so the
+first predictions are the earlier head's own.
 
 `merge` adds the update to the weights. What is written and decoded with is the merged head, in the
 same formats as any other.
@@ -138,10 +138,10 @@ def chosen(
         and not ends_with(name, "lm_head")
     ]
     if not inner:
+        kind = type(drafter).__name__
         raise DrafterError(
-            f"drafter_adapter=lora puts a LoRA on a head's linear layers, and {type(drafter).__name__}"
-            " has none but those that give logits: set drafter_adapter=none, which trains the"
-            " whole head"
+            f"drafter_adapter=lora puts a LoRA on a head's linear layers, and {kind} has none but"
+            " those that give logits: set drafter_adapter=none, which trains the whole head"
         )
     return inner
 
