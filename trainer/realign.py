@@ -7,7 +7,7 @@ the same base. A new run starts from the head's weights with its settings, on th
 rates of the run that trained it. KEY=VALUE changes them, as in task=sql max_epochs=1
 optimizer.lr=1e-4. With experiment=NAME everything but the head is the experiment's.
 
-drafter.adapter=lora trains a LoRA on the head's linear layers in place of all its weights.
+drafter_adapter=lora trains a LoRA on the head's linear layers in place of all its weights.
 
 The new run's folder gets realign.md and realign.json, which are printed: the head's acceptance on
 the held-out rows of the new run, on the target that it was trained for, on the new target, and on
