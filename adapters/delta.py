@@ -260,6 +260,12 @@ class Adapter:
         numbers to log."""
         return None
 
+    def ignores_skips(self) -> bool:
+        """Return whether the adapter does the same after a step that was skipped as after any. Then
+        the host need not know which it was. An adapter with hooks of its own says so itself."""
+        hooks = ("after_clipping", "after_step")
+        return all(getattr(type(self), hook) is getattr(Adapter, hook) for hook in hooks)
+
     def refuse_merging(self) -> None:
         """
         Raises:

@@ -284,6 +284,9 @@ class Peft(Adapter):
                 terms.append(torch.linalg.norm(gram - identity))
         return live.peft_config[NAME].orth_reg_weight * torch.stack(terms).mean()
 
+    def ignores_skips(self) -> bool:
+        return self.kind != "ADALORA"  # which scores parameters by their gradients
+
     def after_step(self, model: nn.Module, step: int) -> None:
         live: Any = model
         if self.kind == "ADALORA" and any(p.grad is not None for p in live.parameters()):

@@ -218,6 +218,9 @@ class SparseAdapter(experts.UpdatesExperts):
         if delta.way == "native" and not sddmm.native_available(torch.float32, device):
             delta.way = "sampled"  # the same sums in another order
 
+    def ignores_skips(self) -> bool:
+        return type(self).after_clipping is SparseAdapter.after_clipping
+
     def after_step(self, model: nn.Module, step: int) -> dict[str, float] | None:
         for _, layer in layers(model):
             layer.delta.folded_version = None  # some optimisers do not increase tensors' versions

@@ -33,6 +33,10 @@ def end_of_step(calls: list[Any], best: bool = False, without: str = "") -> EndO
     return EndOfStep(metrics, stopping, **parts)  # type: ignore[arg-type]
 
 
+def module_of(calls: list[Any]) -> Any:
+    return SimpleNamespace(step=3, step_done=True, settle=lambda: calls.append(("module.settle",)))
+
+
 def names(calls: list[Any]) -> list[str]:
     return [call[0] for call in calls]
 
@@ -41,10 +45,12 @@ def names(calls: list[Any]) -> list[str]:
 def test_a_step_is_measured_judged_and_saved_in_this_order(best):
     calls: list[Any] = []
     end = end_of_step(calls, best)
-    end.on_train_batch_end(TRAINER, SimpleNamespace(step_done=True), None, None, 0)  # type: ignore[arg-type]
+    end.on_train_batch_end(TRAINER, module_of(calls), None, None, 0)  # type: ignore[arg-type]
     assert names(calls) == [
         "progress.count",
         "metrics.record",
+        "evaluation.due",
+        *(["module.settle"] if best else []),
         "evaluation.evaluate_if_due",
         "averaging.after_step",
         "cooldown.check",
@@ -65,8 +71,9 @@ def test_the_middle_of_an_accumulation_window_ends_no_step():
 @pytest.mark.parametrize("best", [True, False])
 def test_the_end_of_training_is_evaluated_before_it_is_saved(best):
     calls: list[Any] = []
-    end_of_step(calls, best).on_train_end(None, SimpleNamespace())  # type: ignore[arg-type]
+    end_of_step(calls, best).on_train_end(None, module_of(calls))  # type: ignore[arg-type]
     assert names(calls) == [
+        "module.settle",
         "evaluation.evaluate_last",
         "averaging.evaluate_last",
         "stopping.check_data",
@@ -78,12 +85,13 @@ def test_the_end_of_training_is_evaluated_before_it_is_saved(best):
 @pytest.mark.parametrize("name", PARTS)
 def test_a_part_that_the_config_leaves_out_is_left_out(name):
     calls: list[Any] = []
-    end, module = end_of_step(calls, without=name), SimpleNamespace(step_done=True)
+    end, module = end_of_step(calls, without=name), module_of(calls)
     end.on_train_batch_end(TRAINER, module, None, None, 0)  # type: ignore[arg-type]
     end.on_train_end(None, module)  # type: ignore[arg-type]
     assert not [call for call in names(calls) if call.startswith(f"{name}.")]
     assert {call.partition(".")[0] for call in names(calls)} == {
         "metrics",
+        "module",
         "stopping",
         *PARTS,
     } - {name}

@@ -52,6 +52,7 @@ class Checkpoints(lightning.Callback):
         """Save the current step, once."""
         if self.saved == module.step:
             return
+        module.settle()  # so that the journal has this step, and its counts are right
         started = time.monotonic()
         folder = self.run_state.folder.checkpoints
         trainer.save_checkpoint(checkpoints.Checkpoint.at(folder, module.step).path)

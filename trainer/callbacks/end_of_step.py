@@ -48,6 +48,8 @@ class EndOfStep(lightning.Callback):
         if self.rollback is not None:  # it may end the fit, before a bad step is saved
             self.rollback.check(module)
         if self.evaluation is not None:
+            if self.evaluation.due(module.step):  # not of a run that this step ends
+                module.settle()
             best = self.evaluation.evaluate_if_due(trainer, module)
         if self.averaging is not None:  # it evaluates where the weights themselves were evaluated
             self.averaging.after_step(trainer, module)
@@ -61,6 +63,7 @@ class EndOfStep(lightning.Callback):
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
         best = False
+        module.settle()
         if self.evaluation is not None:
             best = self.evaluation.evaluate_last(trainer, module)
         if self.averaging is not None:

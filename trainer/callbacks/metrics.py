@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning
@@ -12,6 +14,50 @@ import torch
 from trainer.callbacks import RunState
 from trainer.drafters import metrics
 from trainer.models.losses import NonFinite
+from trainer.training.late import Copy
+
+
+@dataclass
+class Row:
+    """A step's numbers. Without `rates` it has no row of its own in the journal."""
+
+    step: int
+    tokens: int  # processed so far
+    numbers: Copy
+    sequences: list[Any]
+    smaller: dict[str, Any] | None = None
+    news: dict[str, float] = field(default_factory=dict)
+    rates: dict[str, float] | None = None
+    density: float | None = None
+    densities: dict[str, float] = field(default_factory=dict)
+    memory: float | None = None  # GB
+    processed: int = 0  # tokens since the last row
+    elapsed: float = 1.0  # seconds of training since the last row
+    seconds: float = 0.0
+
+    def values(self, numbers: dict[str, Any], skipped: int) -> dict[str, Any]:
+        """Return the journal's row, from the numbers that were read."""
+        tokens, rates = max(1, int(numbers["tokens"])), dict(self.rates or {})
+        row = {
+            "loss": finite(float(numbers["loss"]) / tokens),
+            **({"accuracy": float(numbers["right"]) / tokens} if "right" in numbers else {}),
+            "lr": rates.pop("lr"),
+            "grad_norm": finite(float(numbers["grad_norm"])),
+            **rates,
+            **{f"grad_norm/{part}": finite(float(n)) for part, n in numbers["norms"].items()},
+            "tokens": self.tokens,
+            "skipped": skipped,
+            "tokens_per_s": self.processed / self.elapsed,
+            "trained_per_s": int(numbers["trained"]) / self.elapsed,
+            "seconds": self.seconds,
+        }
+        if self.density is not None:
+            row["density"] = self.density
+        if "offsets" in numbers:
+            row |= metrics(numbers["offsets"])
+        if self.memory is not None:
+            row["memory_gb"] = self.memory
+        return row
 
 
 class Metrics(lightning.Callback):
@@ -28,67 +74,80 @@ class Metrics(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self.last_time, self.run_state.paused_seconds = time.monotonic(), 0.0
         self.run_state.journal.tokens = module.tokens
+        self.run_state.journal.before = module.settle
 
     def record(self, trainer: lightning.Trainer, module: Any) -> None:
-        """Write the journal's rows of the current step."""
+        """Write the journal's rows of the current step. If the module is read late, they are
+        written when the step is, and at the end of the run at once."""
+        row = self._row(trainer, module)
+        if module.unread is None:
+            self._write(row, module)
+            return
+        module.unread.write = lambda ends: self._write(row, module, ends)
+        if module.step >= self.run_state.steps:
+            module.settle()
+
+    def _row(self, trainer: lightning.Trainer, module: Any) -> Row:
+        """Take the current step's numbers, as far as they will be written."""
         sums = module.sums
-        self.run_state.journal.tokens = module.tokens
         self.last_processed += int(sums["processed"])
         self.last_trained = self.last_trained + sums["tokens"]
-        if module.skipped_in_a_row:
-            self._skipped(module)
-        if module.smaller is not None:
-            self.run_state.journal.write("memory", module.step, module.smaller)
-        if module.news:
-            self.run_state.journal.write("adapter", module.step, module.news)
+        numbers = {"grad_norm": module.grad_norm, "loss": sums["loss"]}
+        row = Row(module.step, module.tokens, Copy(numbers), sums["sequences"])
+        row.smaller, row.news = module.smaller, module.news
         if module.step % self.every and module.step < self.run_state.steps:
-            return
+            return row
         now = time.monotonic()
         elapsed = max(now - self.last_time - self.run_state.paused_seconds, 1e-9)
         self.seconds += elapsed
-        tokens = max(1, int(sums["tokens"]))
-        row = {
-            "loss": finite(float(sums["loss"]) / tokens),
-            **({"accuracy": float(sums["right"]) / tokens} if "right" in sums else {}),
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "grad_norm": finite(float(module.grad_norm)),
-            **parts(trainer, module),
-            "tokens": module.tokens,
-            "skipped": module.skipped,
-            "tokens_per_s": self.last_processed / elapsed,
-            "trained_per_s": int(self.last_trained) / elapsed,
-            "seconds": self.seconds,
-        }
-        if module.density is not None:
-            row["density"] = module.density
-        if "offsets" in sums:
-            row |= metrics(sums["offsets"])
-        if torch.cuda.is_available():
-            row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        self.run_state.journal.write("step", module.step, row)
+        numbers |= {name: sums[name] for name in ("tokens", "right", "offsets") if name in sums}
+        numbers |= {"norms": dict(module.part_norms), "trained": self.last_trained}
+        row.numbers, row.density, row.densities = Copy(numbers), module.density, {}
+        row.elapsed, row.seconds, row.processed = elapsed, self.seconds, self.last_processed
+        row.rates = rates(trainer, module)
         if module.densities and module.step % max(self.every, self.run_state.steps // 100) == 0:
-            self.run_state.journal.write("density", module.step, module.densities)
+            row.densities = module.densities
+        if torch.cuda.is_available():
+            row.memory = torch.cuda.max_memory_allocated() / 1e9
         self.last_processed = self.last_trained = 0
         self.last_time, self.run_state.paused_seconds = now, 0.0
+        return row
 
-    def _skipped(self, module: Any) -> None:
+    def _write(self, row: Row, module: Any, ends: bool = False) -> None:
+        """Write a step's rows; of a step that ends the run only that it was skipped."""
+        journal, numbers = self.run_state.journal, row.numbers.read()
+        journal.tokens = row.tokens
+        if module.skipped_in_a_row:
+            self._skipped(row.step, numbers, row.sequences)
+        if ends:
+            return
+        if row.smaller is not None:
+            journal.write("memory", row.step, row.smaller)
+        if row.news:
+            journal.write("adapter", row.step, row.news)
+        if row.rates is None:
+            return
+        journal.write("step", row.step, row.values(numbers, module.skipped))
+        if row.densities:
+            journal.write("density", row.step, row.densities)
+
+    def _skipped(self, step: int, numbers: dict[str, Any], sequences: list[Any]) -> None:
         # JSON has no NaN, so these two are text.
-        values = {
-            "loss": str(float(module.sums["loss"])),
-            "grad_norm": str(float(module.grad_norm)),
-        }
+        values = {name: str(float(numbers[name])) for name in ("loss", "grad_norm")}
         self.run_state.journal.write(
-            "skipped",
-            module.step,
-            values | {"rows": self.run_state.rows_of(module.sums["sequences"])},
+            "skipped", step, values | {"rows": self.run_state.rows_of(sequences)}
         )
 
     def on_exception(
         self, trainer: lightning.Trainer, module: Any, exception: BaseException
     ) -> None:
-        raised_before_end_of_step = isinstance(exception, NonFinite) and module.skipped_in_a_row
-        if raised_before_end_of_step:
-            self._skipped(module)
+        if not isinstance(exception, NonFinite):
+            # A device that fails has no numbers any more, and the first error is the one to see.
+            with contextlib.suppress(RuntimeError):
+                module.settle()
+        elif module.skipped_in_a_row and not module.late:  # raised before the end of the step
+            numbers = {"loss": module.sums["loss"], "grad_norm": module.grad_norm}
+            self._skipped(module.step, numbers, module.sums["sequences"])
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
@@ -97,14 +156,11 @@ class Metrics(lightning.Callback):
         self.seconds = state_dict["seconds"]
 
 
-def parts(trainer: lightning.Trainer, module: Any) -> dict[str, float | None]:
-    """Return rate and gradient norm of each part of an adapter that has several, such as RoSA's."""
-    if len(module.parts) < 2:
-        return {}
+def rates(trainer: lightning.Trainer, module: Any) -> dict[str, float]:
+    """Return the rate, and that of each part of an adapter that has several, such as RoSA's."""
     groups = trainer.optimizers[0].param_groups
-    rates = {f"lr/{part}": groups[number]["lr"] for part, number in module.group_of.items()}
-    norms = {f"grad_norm/{part}": finite(float(n)) for part, n in module.part_norms.items()}
-    return rates | norms
+    parts = module.group_of.items() if len(module.parts) > 1 else ()
+    return {"lr": groups[0]["lr"]} | {f"lr/{part}": groups[number]["lr"] for part, number in parts}
 
 
 def finite(value: float) -> float | None:

@@ -69,7 +69,9 @@ class ProgressBar(lightning.Callback):
 
     def update(self, trainer: lightning.Trainer, module: Any) -> None:
         """Show the current step, or log it if there is no bar."""
-        if module.step % self.every or not trainer.is_global_zero:
+        # the newest step whose numbers were read
+        step = module.step - (getattr(module, "unread", None) is not None)
+        if step % self.every or not step or not trainer.is_global_zero:
             return
         row = self.run_state.journal.last
         loss = math.nan if row.get("loss") is None else row["loss"]
@@ -80,18 +82,18 @@ class ProgressBar(lightning.Callback):
             else ""
         )
         if self.bar is not None:
-            if self._total() is None and (left := self._left(0.0, module.step)) is not None:
+            if self._total() is None and (left := self._left(0.0, step)) is not None:
                 text = f"{text}  left {clock(left)}"  # the bar's own column needs a number of steps
-            self.bar.update(self.task, completed=module.step, description=text)
-        elif time.monotonic() - self.logged > EVERY or module.step >= self.run_state.steps:
+            self.bar.update(self.task, completed=step, description=text)
+        elif time.monotonic() - self.logged > EVERY or step >= self.run_state.steps:
             self.logged = time.monotonic()
             if self.ticks is not None:
                 self.ticks.spoke = self.logged
-            done = module.step - self.first_step
-            left = self._left((time.monotonic() - self.train_start) / max(1, done), module.step)
+            done = step - self.first_step
+            left = self._left((time.monotonic() - self.train_start) / max(1, done), step)
             log.info(
                 "step %d%s  %s%s",
-                module.step,
+                step,
                 of(self.run_state.steps, "/"),
                 text,
                 "" if left is None else f"  left {clock(left)}",

@@ -43,6 +43,8 @@ class RolledBack(RuntimeError):
 class Rollback(lightning.Callback):
     """Finds bad steps, and goes back at most `times` times in a run."""
 
+    judges_steps = True  # at once, before anything of them is saved
+
     def __init__(
         self, run_state: RunState, factor: float | None, window: int, steps: int, times: int
     ):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ class Journal:
         self.failed: set[int] = set()  # dashboards whose first error was reported
         self.tokens: int | None = None  # processed up to the current step
         self.last: dict[str, Any] = {}  # the newest row of kind step
+        # writes the rows of a step that wait for its numbers, so that rows stay in order
+        self.before: Callable[[], None] | None = None
 
     def rewind(self, step: int, cooled: bool = True) -> None:
         """Remove the rows after `step`, which a resumed run writes again, and the rows that say
@@ -94,6 +97,8 @@ class Journal:
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append one row, and forward it to the dashboards."""
+        if self.before is not None:
+            self.before()
         if kind == "step":
             self.last = values
         if not self.writes:

@@ -14,6 +14,7 @@ their numbers / N.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -28,10 +29,11 @@ from adapters.delta import Adapter
 from adapters.shards import shard_like
 from trainer.drafters import Drafter, Target
 from trainer.models.flops import Work
-from trainer.models.losses import CausalLoss, ClassLoss, NonFinite
+from trainer.models.losses import CausalLoss, ClassLoss
 from trainer.penalties.deft import DensityDEFT
 from trainer.schedules import factor
 from trainer.schedules.cooldown import RuntimeCooldown
+from trainer.training import late
 from trainer.training.fsdp import Sharded, average_unsharded_grads
 from trainer.training.optimizer import clip_gradients, parameter_groups, part_norms
 from trainer.training.out_of_memory import Repeating
@@ -45,7 +47,8 @@ class FineTune(lightning.LightningModule):
     `schedule(step, steps=...)` gives the rate's factor for a 0-based step of the planned ones,
     until a `runtime_cooldown` takes over; `optimizer` makes the optimiser from parameter groups. A
     step whose loss or gradient is not finite changes nothing and is counted; `nonfinite_limit` of
-    them in a row raise NonFinite. With `repeat_smaller` a step that does not fit into memory is
+    them in a row raise NonFinite. On a GPU the host reads this one step later, see
+    trainer.training.late. With `repeat_smaller` a step that does not fit into memory is
     repeated in smaller micro-batches, see trainer.training.out_of_memory. Prompt tokens before the
     last `context_window` ones run without a gradient, see trainer.models.context."""
 
@@ -105,6 +108,8 @@ class FineTune(lightning.LightningModule):
         self.smaller: dict[str, Any] | None = None  # how this step had to become smaller
         self.gradients_checked = False  # whether parameters without a gradient were looked for
         self.step_done = False  # whether this micro-batch has ended a step
+        self.late = False  # whether steps are read one step later, see trainer.training.late
+        self.unread: late.Unread | None = None  # the last step, if it was not read
         self.grad_norm: Tensor | None = None
         self.part_norms: dict[str, Tensor] = {}  # of an adapter of several parts, before clipping
         self.density: float | None = None  # mean over layers in this step, if there is a penalty
@@ -177,6 +182,7 @@ class FineTune(lightning.LightningModule):
         # Ranks would have to repeat a step together, and DDP would have summed some gradients.
         if self.repeat_smaller and self.trainer.world_size == 1:
             self.repeating = Repeating(self, self.parts_differ)
+        self.late = late.possible(self)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         return self.loss_of(batch) if self.repeating is None else self.repeating.forward(batch)
@@ -244,10 +250,13 @@ class FineTune(lightning.LightningModule):
             average_unsharded_grads(parameters)
         self.part_norms = part_norms(self.parts) if len(self.parts) > 1 else {}
         self.grad_norm, clipped = clip_gradients(parameters, self.drafter, self.max_grad_norm)
-        # Reading the values waits for the GPU. It cannot be avoided: the next lines depend on them.
-        if torch.isfinite(self.grad_norm) & torch.isfinite(
+        finite = torch.isfinite(self.grad_norm) & torch.isfinite(
             torch.as_tensor(self.sums["loss"], device=self.grad_norm.device)
-        ):
+        )
+        if self.late:
+            late.skip_if(self.trainer.optimizers, finite)
+            return
+        if finite:  # on a GPU this waits for the step
             self.skipped_in_a_row = 0
             self.adapter.after_clipping(self.model, clipped)
             if self.penalty is not None:
@@ -292,18 +301,38 @@ class FineTune(lightning.LightningModule):
         self.step_done = True
         self.news = self.adapter.after_step(self.model, self.step) or {}
         self.tokens += int(self.sums["processed"])
-        if self.skipped_in_a_row >= self.nonfinite_limit:
-            loss = float(self.sums["loss"])
-            norm = 0.0 if self.grad_norm is None else float(self.grad_norm)
-            raise NonFinite(
-                f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, had a loss or"
-                f" gradient that is not finite (loss {loss:.4g}, gradient norm {norm:.4g}). Nothing"
-                " was learnt from them. Lower optimizer.lr, raise the warm-up, or look at the rows"
-                f" of the last one: {self.sums['sequences'][:16]}. metrics.jsonl has file and line"
-                " of each, under skipped"
-            )
+        norm = 0.0 if self.grad_norm is None else self.grad_norm
+        numbers = {"loss": self.sums["loss"], "grad_norm": norm}
+        if not self.late:
+            if self.skipped_in_a_row >= self.nonfinite_limit:
+                late.end_run(self.skipped_in_a_row, self.step, self.sums["sequences"], numbers)
+            return
+        self.settle()
+        self.unread = late.Unread(self.step, self.sums["sequences"], late.Copy(numbers))
+
+    def settle(self) -> None:
+        """Read the last step if it was not read: count it, and write its rows of the journal.
+
+        Raises:
+            NonFinite: it is the last of `nonfinite_limit` in a row.
+        """
+        unread, self.unread = self.unread, None
+        if unread is None:
+            return
+        numbers = unread.numbers.read()
+        if all(math.isfinite(float(number)) for number in numbers.values()):
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        ends = self.skipped_in_a_row >= self.nonfinite_limit
+        if unread.write is not None:
+            unread.write(ends)
+        if ends:
+            late.end_run(self.skipped_in_a_row, unread.step, unread.sequences, numbers)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.settle()
         checkpoint["state_dict"] = {}  # Lightning's copy would hold the frozen base
         checkpoint["adapter"] = self.adapter.state(self.model)
         if self.penalty is not None:
