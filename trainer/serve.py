@@ -13,8 +13,12 @@ decodes without it.
 It is for trying and evaluating on one machine: requests are decoded one after another. To serve
 many users, export the run; docs/serve.md has the commands of other servers.
 
-Only this machine can reach it, unless host= names another address. Then set a key, which clients
-send as OPENAI_API_KEY: GRAFT_API_KEY in the environment, or api_key=, which `ps` shows to others.
+POST /v1/load_lora_adapter and /v1/unload_lora_adapter, as vLLM has them, load further runs of the
+same base while it runs, and unload runs.
+
+Only this machine can reach it, unless host= names another address, which also turns loading off.
+Then set a key, which clients send as OPENAI_API_KEY: GRAFT_API_KEY in the environment, or api_key=,
+which `ps` shows to others.
 """
 
 from __future__ import annotations
@@ -87,9 +91,17 @@ def main(argv: list[str]) -> int:
         models.check(runs, options)
         opened = listening.bound(options.host, options.port)
         strategy = DraftOptions.of(options).strategy()
-        served = models.load(runs, options if options.draft else None, strategy)
+        loader = models.Loader(options if options.draft else None, strategy)
+        served = loader.start(runs)
         key = options.api_key or os.environ.get("GRAFT_API_KEY") or None
-        server = listening.make_server(served, options.host, key, options.max_tokens, options.queue)
+        server = listening.make_server(
+            served,
+            options.host,
+            key,
+            options.max_tokens,
+            options.queue,
+            loader if _is_loopback(options.host) else None,
+        )
         for line in models.described(served):
             say(f"    {line}")
         _announce(options.host, opened.getsockname()[1], key)

@@ -71,7 +71,7 @@ def test_the_fix_installs_the_extra():
 def test_a_port_in_use_is_reported_before_a_model_is_loaded(monkeypatch, capsys):
     from trainer.serving import models
 
-    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(models.Loader, "start", lambda *_: pytest.fail("it was loaded"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert serve.main([f"run={RUNS / 'lora'}", f"port={port}"]) == 2
@@ -115,3 +115,15 @@ def test_an_address_of_the_network_is_warned_of(host, key, said, capsys):
     assert not said or said in out
     assert "secret" not in out
     assert f"http://{'[::1]' if host == '::1' else host}:80/v1" in out
+
+
+@pytest.mark.parametrize(("host", "loads"), [("127.0.0.1", True), ("0.0.0.0", False)])
+def test_only_a_loopback_address_loads_further_runs(host, loads, monkeypatch):
+    from trainer.serving import listening, models
+
+    made = []
+    monkeypatch.setattr(models.Loader, "start", lambda *_: {})
+    monkeypatch.setattr(listening, "make_server", lambda *words: made.append(words[-1]))
+    monkeypatch.setattr(listening, "serve", lambda _, opened: opened.close())
+    assert serve.main([f"run={RUNS / 'lora'}", f"host={host}", "port=0"]) == 0
+    assert isinstance(made[0], models.Loader) is loads

@@ -16,7 +16,7 @@ import pytest
 from tests.serving.test_server import QUESTION
 from tests.toys.serving import RUNS, loaded, running
 from trainer.decoding.streaming import Streaming
-from trainer.serving.worker import Piece
+from trainer.serving.events import Piece
 
 CHAT = {"model": "lora", "messages": QUESTION, "max_tokens": 3, "temperature": 0}
 
@@ -84,7 +84,9 @@ def test_a_request_is_refused(server, change, status, message):
         ("", "the prompt is empty"),
         ([], "the prompt is empty"),
         ([999], "prompt has the token 999, expected ids below"),
-        (["a", "b"], "prompt has 2 texts, expected one"),
+        ([["a"]], "prompt"),
+        (["a"] * 65, "prompt has 65 texts, expected at most 64"),
+        (["a", ""], "the prompt is empty"),
     ],
 )
 def test_a_prompt_is_refused(server, prompt, message):

@@ -10,8 +10,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from trainer.serving import tool_calls
 from trainer.serving.answers import Answer
+from trainer.serving.events import End, Piece, Usage
 from trainer.serving.requests import ChatSettings
-from trainer.serving.worker import End, Piece, Usage
 
 TOOLS = [{"type": "function", "function": {"name": name}} for name in ("add", "find")]
 ADD = {"name": "add", "arguments": '{"a": 1, "b": "ä"}'}
@@ -65,7 +65,7 @@ def pieces(text):
 
 @pytest.mark.parametrize(("text", "content"), [(TAGGED, None), (f"I add. {TAGGED}", "I add.")])
 def test_a_whole_answer_has_its_calls(text, content):
-    whole = answer().whole(pieces(text), End("stop", Usage(1)))
+    whole = answer().whole([(pieces(text), End("stop", Usage(1)))])
     choice = ChatCompletion.model_validate(whole).choices[0]
     assert choice.finish_reason == "tool_calls"
     assert choice.message.content == content
@@ -81,7 +81,7 @@ def test_a_stream_has_the_text_and_the_calls_of_the_whole_answer(text):
     read = [ChatCompletionChunk.model_validate(chunk).choices[0] for chunk in chunks]
     content = "".join(choice.delta.content or "" for choice in read)
     calls = [call for choice in read for call in choice.delta.tool_calls or ()]
-    whole = answer().whole(pieces(text), End("stop", Usage(1)))["choices"][0]
+    whole = answer().whole([(pieces(text), End("stop", Usage(1)))])["choices"][0]
     assert content == (whole["message"]["content"] or "")
     made = whole["message"].get("tool_calls", [])
     assert [call.function.model_dump() for call in calls] == [call["function"] for call in made]
@@ -91,7 +91,7 @@ def test_a_stream_has_the_text_and_the_calls_of_the_whole_answer(text):
 
 def test_without_tools_a_call_is_text():
     for settings in ({"tools": None}, {"tool_choice": "none"}):
-        whole = answer(**settings).whole(pieces(TAGGED), End("stop", Usage(1)))
+        whole = answer(**settings).whole([(pieces(TAGGED), End("stop", Usage(1)))])
         choice = whole["choices"][0]
         assert choice["message"]["content"] == TAGGED
         assert choice["finish_reason"] == "stop"

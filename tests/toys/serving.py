@@ -35,16 +35,19 @@ class Running:
 def loaded(*names: str, drafter: str | None = "run") -> dict[str, Any]:
     """Models of runs of an earlier version, by the names of their folders."""
     options = None if drafter is None else DrafterOptions(drafter=drafter)
-    return models.load([str(RUNS / name) for name in names], options, Strategy())
+    return models.Loader(options, Strategy()).start([str(RUNS / name) for name in names])
 
 
 @contextlib.contextmanager
 def running(
-    served: dict[str, Any], api_key: str | None = None, queue: int = 64
+    served: dict[str, Any],
+    api_key: str | None = None,
+    queue: int = 64,
+    loader: models.Loader | None = None,
 ) -> Iterator[Running]:
     """Serve models on a free port until the context ends."""
     opened = listening.bound("127.0.0.1", 0)
-    server = listening.make_server(served, "127.0.0.1", api_key, 64, queue)
+    server = listening.make_server(served, "127.0.0.1", api_key, 64, queue, loader)
     thread = threading.Thread(target=listening.serve, args=(server, opened), daemon=True)
     thread.start()
     try:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from trainer.decoding import positions
 from trainer.decoding.sampling import Sampling
 from trainer.decoding.speculative import Continuation, Decoder, Strategy
 from trainer.drafters import Drafter, Target
+from trainer.models import losses
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Streaming(Decoder):
     """Decodes one text and hands each pass to `report`, which may raise an exception to stop.
 
     `top` is the number of likeliest tokens whose log-probabilities are reported; None reports no
-    log-probability at all. The tokens are those of `speculative.generate`.
+    log-probability at all. The tokens are those of `speculative.generate`. `report_prompt` gets the
+    prompt's own tokens first; the first of them has no log-probability.
     """
 
     def __init__(
@@ -51,13 +53,22 @@ class Streaming(Decoder):
         strategy: Strategy,
         report: Callable[[Pass], None],
         top: int | None = None,
+        report_prompt: Callable[[list[Token]], None] | None = None,
     ):
         super().__init__(target, drafter, max_new_tokens, stops, sampling, strategy)
-        self.report, self.top = report, top
+        self.report, self.top, self.report_prompt = report, top, report_prompt
+
+    @torch.no_grad()
+    def read(self, prompt: Int[Tensor, " n"]) -> None:
+        """Read the prompt, for `report_prompt`."""
+        positions.reset_tables(self.target.model)
+        self.prefill([prompt])
 
     def prefill(self, prompts: Sequence[Int[Tensor, " n"]]) -> list[Continuation]:
         rows = super().prefill(prompts)
         (row,) = rows
+        if self.report_prompt is not None:
+            self.report_prompt(self._of_prompt(prompts[0], row.update.hidden))
         self.report(Pass(self._tokens(row.tokens, 0, row, [0]), 0))
         return rows
 
@@ -80,16 +91,34 @@ class Streaming(Decoder):
         if self.top is None:
             return [Token(*pair) for pair in zip(ids, drafted, strict=True)]
         assert row.update.tried is not None
-        rows = log_probabilities(row.update.tried[1][places[: len(ids)]])
+        return self._scored(ids, drafted, row.update.tried[1][places[: len(ids)]])
+
+    def _of_prompt(self, prompt: Int[Tensor, " n"], hidden: Float[Tensor, "n d"]) -> list[Token]:
+        """Return the prompt's tokens. Logits are computed for a few positions at a time."""
+        ids = prompt.tolist()
+        if self.top is None:
+            return [Token(id_, False) for id_ in ids]
+        tokens = [Token(ids[0], False)]
+        count = losses.positions(self.vocabulary_size, hidden.device.type)
+        for start in range(0, len(ids) - 1, count):
+            rows = hidden[start : min(start + count, len(ids) - 1)]
+            some = ids[start + 1 : start + 1 + len(rows)]
+            tokens += self._scored(some, [False] * len(some), self.target.head(rows))
+        return tokens
+
+    def _scored(
+        self, ids: list[int], drafted: list[bool], logits: Float[Tensor, "n V"]
+    ) -> list[Token]:
+        """Return tokens with their log-probabilities by the logits that each was drawn from."""
+        assert self.top is not None
+        rows = log_probabilities(logits)
         own = rows.gather(1, torch.tensor(ids, device=rows.device).unsqueeze(1))[:, 0].tolist()
-        best: Any = rows.topk(self.top, dim=-1) if self.top else None
-        tops = [()] * len(ids) if best is None else zip(*map(Tensor.tolist, best), strict=True)
-        return [
-            Token(id_, is_drafted, logprob, tuple(zip(*pair, strict=True)) if pair else ())
-            for id_, is_drafted, logprob, pair in zip(
-                ids, drafted, own, [(v[1], v[0]) if v else () for v in tops], strict=True
-            )
+        values, indices = rows.topk(self.top, dim=-1)
+        tops = [
+            tuple(zip(*pair, strict=True))
+            for pair in zip(indices.tolist(), values.tolist(), strict=True)
         ]
+        return [Token(*parts) for parts in zip(ids, drafted, own, tops, strict=True)]
 
 
 def log_probabilities(logits: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:

@@ -10,12 +10,14 @@ import json
 import secrets
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import astuple
 from typing import Any
 
+from trainer.decoding.streaming import Token
 from trainer.serving import tool_calls
+from trainer.serving.events import End, Piece, Placed, Usage
 from trainer.serving.models import Served
 from trainer.serving.requests import ChatSettings, Settings
-from trainer.serving.worker import End, Piece, Placed, Usage
 
 
 class Answer:
@@ -35,11 +37,29 @@ class Answer:
             "system_fingerprint": "base" if model.step is None else f"{model.name}-{model.step}",
         }
 
-    def whole(self, pieces: Sequence[Piece], end: End) -> dict[str, Any]:
-        """Return the response of a request that does not stream."""
+    def whole(self, answers: Sequence[tuple[Sequence[Piece], End]]) -> dict[str, Any]:
+        """Return the response of a request that does not stream: a choice for each prompt."""
+        kind = "chat.completion" if self.chat else "text_completion"
+        cost = total([end.usage for _, end in answers])
+        written = [
+            placed
+            for pieces, _ in answers
+            for piece in pieces
+            if not piece.echo
+            for placed in piece.tokens
+        ]
+        return {
+            **self.head,
+            "object": kind,
+            "choices": [self._choice(i, *answer) for i, answer in enumerate(answers)],
+            "usage": usage(cost),
+            "graft": self._facts(cost, written),
+        }
+
+    def _choice(self, index: int, pieces: Sequence[Piece], end: End) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
         tokens = [placed for piece in pieces for placed in piece.tokens]
-        choice: dict[str, Any] = {"index": 0, "finish_reason": end.reason}
+        choice: dict[str, Any] = {"index": index, "finish_reason": end.reason}
         if self.chat:
             content, written = self._calls(text)
             choice["message"] = {"role": "assistant", "content": content, "refusal": None}
@@ -49,14 +69,7 @@ class Answer:
         else:
             choice["text"] = text
         choice["logprobs"] = self._logprobs(tokens)
-        kind = "chat.completion" if self.chat else "text_completion"
-        return {
-            **self.head,
-            "object": kind,
-            "choices": [choice],
-            "usage": usage(end.usage),
-            "graft": self._facts(end.usage, tokens),
-        }
+        return choice
 
     def first(self) -> Iterator[dict[str, Any]]:
         """Yield what a stream begins with."""
@@ -71,7 +84,7 @@ class Answer:
         delta = {"content": text} if self.chat else text
         chunk = self._chunk(delta, self._logprobs(piece.tokens), None)
         if self.settings.graft_tokens:
-            chunk["graft"] = self._facts(piece.usage, piece.tokens)
+            chunk["graft"] = self._facts(piece.usage, [] if piece.echo else piece.tokens)
         return chunk
 
     def last(self, end: End) -> Iterator[dict[str, Any]]:
@@ -154,14 +167,26 @@ class Answer:
                 return text
             return "bytes:" + "".join(f"\\x{code:02x}" for code in codes)
 
+        def top(token: Token) -> dict[str, float] | None:
+            if token.logprob is None:  # the first token of a prompt follows nothing
+                return None
+            likeliest: dict[str, float] = {}
+            # the token itself is always there, as in OpenAI's API; of equal names the likelier one
+            for id_, logprob in (*token.top, (token.id, token.logprob)):
+                likeliest.setdefault(name(id_), logprob)
+            return likeliest
+
         return {
             "tokens": [name(placed.token.id) for placed in tokens],
             "token_logprobs": [placed.token.logprob for placed in tokens],
-            "top_logprobs": [
-                {name(token): logprob for token, logprob in placed.token.top} for placed in tokens
-            ],
+            "top_logprobs": [top(placed.token) for placed in tokens],
             "text_offset": [placed.offset for placed in tokens],
         }
+
+
+def total(costs: Sequence[Usage]) -> Usage:
+    """Return the cost of several answers together."""
+    return Usage(*(sum(parts) for parts in zip(*map(astuple, costs), strict=True)))
 
 
 def usage(cost: Usage) -> dict[str, Any]:

@@ -15,28 +15,38 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from trainer.serving import prompts, requests
 from trainer.serving.answers import Answer, event, listed
 from trainer.serving.errors import ApiError
+from trainer.serving.events import Done, End, Event, Piece
 from trainer.serving.guards import Guards
 from trainer.serving.models import Served
-from trainer.serving.requests import ChatSettings, Settings, TextSettings
-from trainer.serving.worker import End, Event, Job, Piece, Worker
+from trainer.serving.prompts import Prompt
+from trainer.serving.registry import Registry
+from trainer.serving.requests import (
+    ChatSettings,
+    LoadSettings,
+    Settings,
+    TextSettings,
+    UnloadSettings,
+)
+from trainer.serving.worker import Job, Task, Worker
 
 MOST_BYTES = 2 << 20  # of a request's body
 BODY_SECONDS = 60  # for a client to send it
 WAITING_SECONDS = 15  # between signs of life of a stream that waits
 PAGE = Path(__file__).with_name("page.html")
+GONE = Response(status_code=499)  # nobody reads it: the client has gone
 
 
 class Service:
     """The models, the worker, and the handlers of the routes."""
 
-    def __init__(self, models: dict[str, Served], worker: Worker, default_tokens: int):
-        self.models, self.worker, self.default_tokens = models, worker, default_tokens
+    def __init__(self, registry: Registry, worker: Worker, default_tokens: int):
+        self.registry, self.worker, self.default_tokens = registry, worker, default_tokens
         self.created = int(time.time())
         self.page = PAGE.read_text("utf-8")
 
@@ -49,6 +59,8 @@ class Service:
             Route("/v1/models/{name:path}", self.one),
             Route("/v1/chat/completions", self.complete_chat, methods=["POST"]),
             Route("/v1/completions", self.complete_text, methods=["POST"]),
+            Route("/v1/load_lora_adapter", self.load, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", self.unload, methods=["POST"]),
         ]
         handlers: Any = {ApiError: _refused, HTTPException: _no_route, Exception: _failed}
         guards = Middleware(Guards, host=host, api_key=api_key)
@@ -64,11 +76,11 @@ class Service:
 
     async def list(self, request: Request) -> Response:
         """Return the models."""
-        return JSONResponse({"object": "list", "data": listed(self.models, self.created)})
+        return JSONResponse({"object": "list", "data": listed(self.registry.models, self.created)})
 
     async def one(self, request: Request) -> Response:
         """Return one model."""
-        model = prompts.find(self.models, request.path_params["name"])
+        model = prompts.find(self.registry.models, request.path_params["name"])
         return JSONResponse(listed({model.name: model}, self.created)[0])
 
     async def complete_chat(self, request: Request) -> Response:
@@ -82,30 +94,86 @@ class Service:
     async def answer(self, request: Request, kind: type[Settings]) -> Response:
         """Put a request into the queue and return its answer, whole or as a stream."""
         settings = requests.parse(kind, await _body(request))
-        model = prompts.find(self.models, settings.model)
-        prompt = prompts.prompt(model, settings, self.default_tokens)
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        job = Job(model, prompt, lambda item: _put(loop, events, item))
+        model = prompts.find(self.registry.models, settings.model)
         answer = Answer(model, settings)
-        self.worker.submit(job)
+        jobs = []
+        for prompt in self._prompts(model, settings):
+            events = Events()
+            jobs.append((Job(model, prompt, events.put), events))
+        self.worker.submit(*(job for job, _ in jobs))
         if settings.stream:
-            return Stream(self.worker, job, events, answer)
-        pieces: list[Piece] = []
-        async for item in _each(self.worker, job, events, request.receive):
+            return Stream(self.worker, *jobs[0], answer)
+        answers = []
+        try:
+            for job, events in jobs:
+                pieces = [item async for item in _each(self.worker, job, events, request.receive)]
+                end = pieces.pop() if pieces else None
+                if isinstance(end, ApiError):
+                    raise end
+                if not isinstance(end, End):
+                    return GONE
+                answers.append(([item for item in pieces if isinstance(item, Piece)], end))
+        finally:
+            for job, _ in jobs:
+                self.worker.cancel(job)
+        return JSONResponse(answer.whole(answers))
+
+    def _prompts(self, model: Served, settings: Settings) -> list[Prompt]:
+        read = prompts.prompts(model, settings, self.default_tokens)
+        if len(read) > self.worker.most_waiting:
+            raise ApiError(
+                400,
+                f"prompt has {len(read)} texts, expected at most {self.worker.most_waiting}: send"
+                " them in several requests, or start the server with a larger queue=",
+                "prompt",
+            )
+        return read
+
+    async def load(self, request: Request) -> Response:
+        """Load a run, between two requests."""
+        settings = requests.parse_plain(LoadSettings, await _body(request))
+        self.registry.check(settings.lora_name, settings.lora_path, settings.load_inplace)
+        events = Events()
+        task = Task(
+            lambda: self.registry.load(
+                settings.lora_name, settings.lora_path, settings.load_inplace
+            ),
+            events.put,
+        )
+        self.worker.submit(task)
+        async for item in _each(self.worker, task, events, request.receive):
             if isinstance(item, ApiError):
                 raise item
-            if isinstance(item, End):
-                return JSONResponse(answer.whole(pieces, item))
-            if item is not None:
-                pieces.append(item)
-        return Response(status_code=499)  # nobody reads it: the client has gone
+            if isinstance(item, Done):
+                return PlainTextResponse(str(item.result))
+        return GONE
+
+    async def unload(self, request: Request) -> Response:
+        """Take a run out of the list. Requests that it has already got are answered."""
+        settings = requests.parse_plain(UnloadSettings, await _body(request))
+        return PlainTextResponse(self.registry.unload(settings.lora_name))
+
+
+class Events:
+    """A job's events, from the worker's thread to the loop."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[Event] = asyncio.Queue()
+        self.get = self.queue.get
+
+    def put(self, item: Event) -> None:
+        """Hand an event to the loop. A loop that has ended needs none."""
+        try:
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
+        except RuntimeError:
+            return
 
 
 class Stream(Response):
     """An answer as server-sent events. Its decoding ends when the client goes."""
 
-    def __init__(self, worker: Worker, job: Job, events: asyncio.Queue[Event], answer: Answer):
+    def __init__(self, worker: Worker, job: Job, events: Events, answer: Answer):
         super().__init__()
         self.worker, self.job, self.events, self.answer = worker, job, events, answer
 
@@ -133,12 +201,12 @@ class Stream(Response):
                 for chunk in self.answer.last(item):
                     yield event(chunk)
                 yield event("[DONE]")
-            else:
+            elif isinstance(item, ApiError):
                 yield event(item.body)
 
 
 async def _each(
-    worker: Worker, job: Job, events: asyncio.Queue[Event], receive: Any
+    worker: Worker, job: Job | Task, events: Events, receive: Any
 ) -> AsyncIterator[Event | None]:
     """Yield a job's events up to the last one, and None after each WAITING_SECONDS without any. It
     ends early if the client goes, and then the job is cancelled."""
@@ -170,14 +238,6 @@ async def _each(
 async def _disconnected(receive: Any) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _put(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], item: Event) -> None:
-    """Hand an event of the worker's thread to the loop. A loop that has ended needs none."""
-    try:
-        loop.call_soon_threadsafe(events.put_nowait, item)
-    except RuntimeError:
-        return
 
 
 async def _body(request: Request) -> bytes:
@@ -226,7 +286,7 @@ async def _no_route(request: Request, error: Exception) -> Response:
     what = f"{request.method} {request.url.path[:100]}"
     message = (
         f"{what}: there is no such address. Known: /v1/models, /v1/chat/completions,"
-        " /v1/completions"
+        " /v1/completions, /v1/load_lora_adapter, /v1/unload_lora_adapter"
         if error.status_code == 404
         else f"{what}: {error.detail}"
     )

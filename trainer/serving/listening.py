@@ -10,7 +10,8 @@ import uvicorn
 
 from trainer.config.errors import ConfigError
 from trainer.serving.app import Service
-from trainer.serving.models import Served
+from trainer.serving.models import Loader, Served
+from trainer.serving.registry import Registry
 from trainer.serving.worker import Worker
 
 
@@ -60,10 +61,12 @@ def make_server(
     api_key: str | None,
     default_tokens: int,
     most_waiting: int,
+    loader: Loader | None = None,
 ) -> Server:
-    """Return a server with a worker, both not started."""
+    """Return a server with a worker, both not started. Without a loader it loads no further
+    runs."""
     worker = Worker(most_waiting)
-    app: Any = Service(models, worker, default_tokens).app(host, api_key)
+    app: Any = Service(Registry(models, loader), worker, default_tokens).app(host, api_key)
     config = uvicorn.Config(
         app,
         log_config=None,

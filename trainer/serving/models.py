@@ -73,7 +73,7 @@ def names_of(paths: list[str]) -> list[str]:
     return [name if counts[name] == 1 else path for name, path in zip(short, paths, strict=True)]
 
 
-def check(paths: list[str], options: DrafterOptions) -> None:
+def check(paths: list[str], options: DrafterOptions | None) -> None:
     """Check runs by their records, before a model is loaded.
 
     Raises:
@@ -85,7 +85,7 @@ def check(paths: list[str], options: DrafterOptions) -> None:
             raise DataError(
                 f"run={path} trained a classifier, which writes no text. Use: graft evaluate"
             )
-        if "+" in options.drafter:
+        if options is not None and "+" in options.drafter:
             check_drafter(content["config"], path, options)
         if instantiate(content["config"]["base"]).decoder_start is not None:
             raise DrafterError(
@@ -94,46 +94,63 @@ def check(paths: list[str], options: DrafterOptions) -> None:
             )
 
 
-def load(paths: list[str], options: DrafterOptions | None, strategy: Strategy) -> dict[str, Served]:
-    """Load runs and their base, and decode a few tokens with each. Without options nothing is
-    drafted.
+class Loader:
+    """Loads runs of one base. Without options nothing is drafted."""
 
-    Raises:
-        as load_trained, SharedBase.load and drafter_of; DrafterError if a drafter cannot draft.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    shared, served = SharedBase(), list[Served]()
-    make = _drafters(options)
-    for path, name in zip(paths, names_of(paths), strict=True):
-        _, content, _ = run_folder.read(path)
-        config = content["config"]
-        trains_drafter = content["identity"].get("target") is not None
-        shared.copies = trains_drafter or config["adapter"]["_target_"] not in KEEP_THE_BASE
-        run = load_trained(path, device, load_base=shared.load)
-        shared.share()
-        if not served:
-            alone = dataclasses.replace(run, model=shared.model, drafter=None)
-            served.append(_served(BASE, alone, make, strategy, None))
-        served.append(_served(name, run, make, strategy, run.step))
-    for model in served:
+    def __init__(self, options: DrafterOptions | None, strategy: Strategy):
+        self.options, self.strategy = options, strategy
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.shared = SharedBase()
+        self.small: list[Drafter | None] = []  # the small model that drafts for all runs
+
+    def start(self, paths: list[str]) -> dict[str, Served]:
+        """Load the base and the first runs, by their names.
+
+        Raises:
+            as load.
+        """
+        served = list[Served]()
+        for path, name in zip(paths, names_of(paths), strict=True):
+            run = self._run(path)
+            if not served:
+                alone = dataclasses.replace(run, model=self.shared.model, drafter=None)
+                served.append(_served(BASE, alone, self._drafter, self.strategy, None))
+            served.append(_served(name, run, self._drafter, self.strategy, run.step))
+        for model in served:
+            _warm_up(model)
+        return {model.name: model for model in served}
+
+    def load(self, path: str, name: str) -> Served:
+        """Load one run, and decode a few tokens with it.
+
+        Raises:
+            as check, load_trained, SharedBase.load and drafter_of; DrafterError if a drafter cannot
+            draft.
+        """
+        check([path], self.options)
+        run = self._run(path)
+        model = _served(name, run, self._drafter, self.strategy, run.step)
         _warm_up(model)
-    return {model.name: model for model in served}
+        return model
 
+    def _run(self, path: str) -> Trained:
+        _, content, _ = run_folder.read(path)
+        trains_drafter = content["identity"].get("target") is not None
+        adapter = content["config"]["adapter"]["_target_"]
+        self.shared.copies = trains_drafter or adapter not in KEEP_THE_BASE
+        try:
+            return load_trained(path, self.device, load_base=self.shared.load)
+        finally:
+            self.shared.share()
 
-def _drafters(options: DrafterOptions | None) -> Callable[[Trained], Drafter | None]:
-    """Return what makes a run's drafter. All runs share one small model."""
-    small: list[Drafter | None] = []
-
-    def make(run: Trained) -> Drafter | None:
-        if options is None or not rolls_back(run.model):
+    def _drafter(self, run: Trained) -> Drafter | None:
+        if self.options is None or not rolls_back(run.model):
             return None
-        if not options.drafter.startswith("small"):
-            return drafter_of(run, options)
-        if not small:
-            small.append(drafter_of(run, options))
-        return small[0]
-
-    return make
+        if not self.options.drafter.startswith("small"):
+            return drafter_of(run, self.options)
+        if not self.small:
+            self.small.append(drafter_of(run, self.options))
+        return self.small[0]
 
 
 def _served(

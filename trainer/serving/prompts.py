@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tasks import messages as chats
@@ -27,6 +28,9 @@ class Prompt:
     repeats: bool  # whether the same request has to give the same text
     ends: tuple[str, ...]  # texts that end the answer
     top: int | None  # likeliest tokens to report; None for no log-probabilities
+    continues: bool = False  # whether the answer continues the text of `ids`
+    echo: bool = False  # whether the response begins with the prompt
+    text: str | None = None  # the prompt as the client wrote it, if that is a text
 
 
 def find(models: dict[str, Served], name: str) -> Served:
@@ -45,14 +49,34 @@ def find(models: dict[str, Served], name: str) -> Served:
     return models[name]
 
 
-def prompt(model: Served, settings: Settings, default_tokens: int) -> Prompt:
-    """Return a request as the worker decodes it.
+def prompts(model: Served, settings: Settings, default_tokens: int) -> list[Prompt]:
+    """Return a request as the worker decodes it: one prompt for each choice of the response.
 
     Raises:
-        ApiError: the chat or the prompt cannot be used, or does not fit into the model.
+        ApiError: the chat or a prompt cannot be used, or does not fit into the model.
     """
+    # drawn here, so that one request's draws do not depend on those before
+    seed = settings.seed if settings.seed is not None else secrets.randbits(63)
+    if isinstance(settings, ChatSettings):
+        return [_prompt(model, settings, default_tokens, seed, None)]
+    assert isinstance(settings, TextSettings)
+    several = settings.prompt
+    if isinstance(several, str) or not several or isinstance(several[0], int):
+        several = [several]  # type: ignore[list-item]
+    if settings.stream and len(several) > 1:
+        raise ApiError(400, f"stream=true takes one prompt, got {len(several)}", "prompt")
+    return [_prompt(model, settings, default_tokens, seed, one) for one in several]
+
+
+def _prompt(
+    model: Served,
+    settings: Settings,
+    default_tokens: int,
+    seed: int,
+    text: str | Sequence[object] | None,
+) -> Prompt:
     try:
-        ids = _ids(model, settings)
+        ids = _chat_ids(model, settings) if text is None else _text_ids(model, text)
     except BaseException as error:
         if type(error).__name__ != PANIC:
             raise
@@ -61,8 +85,6 @@ def prompt(model: Served, settings: Settings, default_tokens: int) -> Prompt:
         raise ApiError(
             400, "the prompt is empty, and this model starts from at least one token", "prompt"
         )
-    # drawn here, so that one request's draws do not depend on those before
-    seed = settings.seed if settings.seed is not None else secrets.randbits(63)
     temperature = 1.0 if settings.temperature is None else settings.temperature
     sampling = Sampling(temperature, settings.top_p or 1.0, settings.top_k or 0, seed)
     return Prompt(
@@ -72,23 +94,16 @@ def prompt(model: Served, settings: Settings, default_tokens: int) -> Prompt:
         settings.seed is not None and temperature > 0,
         (*model.stops.texts, *settings.stops),
         settings.top,
+        text is not None,
+        isinstance(settings, TextSettings) and bool(settings.echo),
+        text if isinstance(text, str) else None,
     )
 
 
-def _ids(model: Served, settings: Settings) -> list[int]:
-    if isinstance(settings, ChatSettings):
-        return _chat_ids(model, settings)
-    assert isinstance(settings, TextSettings)
-    text = settings.prompt
-    if isinstance(text, list) and len(text) == 1 and isinstance(text[0], str):
-        text = text[0]
+def _text_ids(model: Served, text: str | Sequence[object]) -> list[int]:
     if isinstance(text, str):
         return plain_ids(model.tokenizer, text)
     ids = [item for item in text if isinstance(item, int)]
-    if len(ids) != len(text):
-        raise ApiError(
-            400, f"prompt has {len(text)} texts, expected one; send a request for each", "prompt"
-        )
     if largest := max((i for i in ids if i >= model.target.config.vocab_size), default=0):
         raise ApiError(
             400,
@@ -98,7 +113,8 @@ def _ids(model: Served, settings: Settings) -> list[int]:
     return ids
 
 
-def _chat_ids(model: Served, settings: ChatSettings) -> list[int]:
+def _chat_ids(model: Served, settings: Settings) -> list[int]:
+    assert isinstance(settings, ChatSettings)
     if model.kind != "chat":
         raise ApiError(
             400,
@@ -123,7 +139,7 @@ def _room(model: Served, length: int, limit: int | None, default: int) -> int:
         ApiError: the model has no room for that many.
     """
     room = model.longest - length
-    if room < (limit or 1):
+    if room < (1 if limit is None else limit):
         answer = f" and max_tokens={limit}" if limit else ""
         raise ApiError(
             400,
@@ -133,4 +149,4 @@ def _room(model: Served, length: int, limit: int | None, default: int) -> int:
             "messages" if model.kind == "chat" else "prompt",
             "context_length_exceeded",
         )
-    return limit or min(default, room)
+    return min(default, room) if limit is None else limit

@@ -33,7 +33,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     model: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0 only with echo
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None  # 0 keeps all tokens; vLLM has it, too
@@ -100,12 +100,15 @@ class ChatSettings(Settings):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
+Ids = list[Annotated[int, Field(ge=0)]]
+
+
 class TextSettings(Settings):
     """A request of /v1/completions."""
 
-    prompt: str | list[Annotated[int, Field(ge=0)]] | list[str]
+    prompt: str | Ids | list[str] | list[Ids]
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
-    echo: Literal[False] | None = None
+    echo: bool | None = None
     suffix: Literal[""] | None = None
     best_of: Literal[1] | None = None
 
@@ -114,7 +117,28 @@ class TextSettings(Settings):
         return self.logprobs
 
 
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w./@+:-]+$")]
+
+
+class LoadSettings(BaseModel):
+    """A request of /v1/load_lora_adapter, with vLLM's names. The path is a run, as FOLDER@STEP."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    lora_name: Name
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    load_inplace: bool = False  # replace the model of this name
+
+
+class UnloadSettings(BaseModel):
+    """A request of /v1/unload_lora_adapter, with vLLM's names."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    lora_name: Annotated[str, Field(max_length=200)]
+    lora_int_id: int | None = None  # ignored
+
+
 AnySettings = TypeVar("AnySettings", bound=Settings)
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
 def parse(kind: type[AnySettings], body: bytes) -> AnySettings:
@@ -123,10 +147,7 @@ def parse(kind: type[AnySettings], body: bytes) -> AnySettings:
     Raises:
         ApiError: it is no JSON, or a setting is unknown or has a wrong value.
     """
-    try:
-        settings = kind.model_validate_json(body)
-    except ValidationError as error:
-        raise _explained(kind, error) from None
+    settings = parse_plain(kind, body)
     if isinstance(settings, ChatSettings):
         if settings.top_logprobs is not None and not settings.logprobs:
             raise ApiError(
@@ -136,12 +157,30 @@ def parse(kind: type[AnySettings], body: bytes) -> AnySettings:
             )
         if settings.max_completion_tokens is not None:
             settings.max_tokens = settings.max_completion_tokens
+    if settings.max_tokens == 0 and not (isinstance(settings, TextSettings) and settings.echo):
+        raise ApiError(
+            400,
+            "max_tokens=0: expected at least 1, or /v1/completions with echo=true",
+            "max_tokens",
+        )
     if settings.stream_options is not None and not settings.stream:
         raise ApiError(400, "stream_options has no effect without stream=true", "stream_options")
     return settings
 
 
-def _explained(kind: type[Settings], error: ValidationError) -> ApiError:
+def parse_plain(kind: type[AnyModel], body: bytes) -> AnyModel:
+    """Read JSON as a class's fields.
+
+    Raises:
+        ApiError: it is no JSON, or a field is unknown or has a wrong value.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _explained(kind, error) from None
+
+
+def _explained(kind: type[BaseModel], error: ValidationError) -> ApiError:
     """Return the first fault as a message: the setting, its value, and what was expected."""
     fault = error.errors(include_url=False)[0]
     # of a union pydantic names the member after the field

@@ -11,21 +11,31 @@ from tokenizers import pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 BROKEN = "�"  # stands for bytes that are no character, or not yet
+CONTEXT = 6  # tokens of a prompt that a text is decoded after
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how vocabularies of SentencePiece write a byte
 
 
 class Text:
-    """The text of an answer so far. Special tokens are left out.
+    """The text of an answer so far. Special tokens are left out, unless `special`.
 
     `text` ends before the first of `ends`, once one of them occurs; `ended` says so. The end of
-    `text` may be the beginning of a stop string: `sure` is the length that cannot be.
+    `text` may be the beginning of a stop string: `sure` is the length that cannot be. The text
+    continues the tokens `before` it, which are no part of it.
     """
 
-    def __init__(self, tokenizer: Any, ends: Sequence[str]):
-        self.tokenizer, self.ends = tokenizer, tuple(ends)
+    def __init__(
+        self,
+        tokenizer: Any,
+        ends: Sequence[str],
+        special: bool = False,
+        before: Sequence[int] = (),
+    ):
+        self.tokenizer, self.ends, self.special = tokenizer, tuple(ends), special
         self.text, self.ended = "", False
-        self._ids: list[int] = []
-        self._first = self._read = 0  # of the tokens that are decoded together
+        self._ids: list[int] = [*before[-CONTEXT:]]
+        if self._decode(self._ids).endswith(BROKEN):  # half a character, which no text continues
+            self._ids = []
+        self._first, self._read = 0, len(self._ids)  # of the tokens that are decoded together
         self._longest = max(map(len, self.ends), default=0)
 
     def add(self, token: int) -> None:
@@ -59,7 +69,9 @@ class Text:
             self.text, self.ended = self.text[: min(places)], True
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[no-any-return]
+        return self.tokenizer.decode(  # type: ignore[no-any-return]
+            ids, skip_special_tokens=not self.special
+        )
 
 
 class TokenTexts:

@@ -7,13 +7,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from trainer.data.stops import Stops
 from trainer.decoding.streaming import Pass, Streaming, Token
+from trainer.serving import echo
 from trainer.serving.errors import ApiError
+from trainer.serving.events import Done, End, Event, Piece, Placed, Usage
 from trainer.serving.models import Served
 from trainer.serving.prompts import Prompt
 from trainer.serving.text import Text
@@ -24,46 +27,6 @@ log = logging.getLogger("trainer")
 
 CLOSED = "the server is shutting down"
 JOIN_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A token of an answer, and where its text begins in the answer's."""
-
-    token: Token
-    offset: int
-
-
-@dataclass(frozen=True)
-class Usage:
-    """The cost of an answer so far."""
-
-    prompt_tokens: int
-    tokens: int = 0  # of the answer, including its end token
-    passes: int = 0  # of the target, including the prompt's
-    drafted: int = 0
-    accepted: int = 0
-    seconds: float = 0.0  # since the prompt was read
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The next text of an answer, and the tokens that begin in it."""
-
-    text: str
-    tokens: list[Placed]
-    usage: Usage
-
-
-@dataclass(frozen=True)
-class End:
-    """The end of an answer: `stop` at an end token or a stop string, or `length`."""
-
-    reason: str
-    usage: Usage
-
-
-Event = Piece | End | ApiError
 
 
 class _Ended(Exception):
@@ -80,14 +43,43 @@ class Job:
     emit: Callable[[Event], None]
     cancelled: threading.Event = field(default_factory=threading.Event)
 
+    def work(self) -> None:
+        """Decode the answer."""
+        Answering(self).decode()
+
+    def explained(self, error: BaseException) -> ApiError:
+        """Return an error as a response."""
+        return explained(error)
+
+
+@dataclass(eq=False)
+class Task:
+    """Work between two requests, with the models in no one else's hands. Its last event is Done or
+    an ApiError; an error with an explanation is the client's, with status 400."""
+
+    do: Callable[[], Any]
+    emit: Callable[[Event], None]
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def work(self) -> None:
+        """Do it."""
+        self.emit(Done(self.do()))
+
+    def explained(self, error: BaseException) -> ApiError:
+        """Return an error as a response."""
+        if isinstance(error, ApiError) or out_of_memory(error):
+            return explained(error)
+        known = failures.explained(error, {})
+        return ApiError(400, known[0]) if known else explained(error)
+
 
 class Worker:
-    """Decodes jobs in their order, in a thread of its own."""
+    """Decodes jobs and does tasks in their order, in a thread of its own."""
 
     def __init__(self, most_waiting: int):
         self.most_waiting = most_waiting
-        self.waiting: deque[Job] = deque()
-        self.current: Job | None = None
+        self.waiting: deque[Job | Task] = deque()
+        self.current: Job | Task | None = None
         self.closed = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="decoding", daemon=True)
@@ -96,8 +88,8 @@ class Worker:
         """Start the thread."""
         self.thread.start()
 
-    def submit(self, job: Job) -> None:
-        """Put a job into the queue.
+    def submit(self, *jobs: Job | Task) -> None:
+        """Put jobs into the queue, all or none.
 
         Raises:
             ApiError: the queue is full, or the server stops.
@@ -105,17 +97,17 @@ class Worker:
         with self.changed:
             if self.closed:
                 raise ApiError(503, CLOSED)
-            if len(self.waiting) >= self.most_waiting:
+            if len(self.waiting) + len(jobs) > self.most_waiting:
                 raise ApiError(
                     429,
                     f"{len(self.waiting)} requests are waiting, which is the most: send the request"
                     " again later, or start the server with a larger queue=",
                     code="queue_full",
                 )
-            self.waiting.append(job)
+            self.waiting.extend(jobs)
             self.changed.notify()
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: Job | Task) -> None:
         """Take a job out of the queue, or stop its decoding before the next pass."""
         job.cancelled.set()
         with self.changed:
@@ -147,9 +139,9 @@ class Worker:
                 job = self.current = self.waiting.popleft()
             try:
                 if not job.cancelled.is_set():
-                    Answering(job).decode()
+                    job.work()
             except BaseException as error:  # whatever it is, the next request is answered
-                job.emit(explained(error))
+                job.emit(job.explained(error))
             finally:
                 with self.changed:
                     self.current = None
@@ -160,10 +152,13 @@ class Answering:
 
     def __init__(self, job: Job):
         self.job, self.prompt, self.model = job, job.prompt, job.model
-        self.text = Text(self.model.tokenizer, self.prompt.ends)
+        # a continued text keeps the space before its first token
+        before = self.prompt.ids if self.prompt.continues else ()
+        self.text = Text(self.model.tokenizer, self.prompt.ends, before=before)
         self.usage = Usage(len(self.prompt.ids))
         self.placed: list[Placed] = []  # tokens whose text was not sent yet
         self.sent = 0  # characters
+        self.shift = 0  # characters of the prompt before the answer
         self.reason = "length"
         self.started = 0.0
 
@@ -180,10 +175,14 @@ class Answering:
             self.model.strategy,
             self.take,
             self.prompt.top,
+            self.take_prompt if self.prompt.echo else None,
         )
         self.started = time.perf_counter()
         try:
-            decoder.decode([ids])
+            if self.prompt.max_tokens:
+                decoder.decode([ids])
+            else:
+                decoder.read(ids)
         except _Ended:
             if self.job.cancelled.is_set():
                 return
@@ -192,6 +191,17 @@ class Answering:
             self.reason = "stop"
         self.send(len(self.text.text), last=True)
         self.job.emit(End(self.reason, self.usage))
+
+    def take_prompt(self, tokens: list[Token]) -> None:
+        """Emit the prompt's own text and tokens, and end there if no answer is to follow."""
+        text, offsets = echo.text_and_offsets(self.model.tokenizer, self.prompt)
+        placed = [Placed(*pair) for pair in zip(tokens, offsets, strict=True)]
+        self.shift = len(text)
+        if not self.prompt.max_tokens:
+            self.usage = replace(self.usage, passes=1)
+        self.job.emit(Piece(text, placed, self.usage, echo=True))
+        if not self.prompt.max_tokens:
+            raise _Ended
 
     def take(self, done: Pass) -> None:
         """Take a pass's tokens, and emit the text that is sure."""
@@ -227,7 +237,8 @@ class Answering:
         if text or ready:
             self.placed = self.placed[len(ready) :]
             self.sent = end
-            self.job.emit(Piece(text, ready, self.usage))
+            moved = [replace(placed, offset=placed.offset + self.shift) for placed in ready]
+            self.job.emit(Piece(text, moved, self.usage))
 
 
 def explained(error: BaseException) -> ApiError:
