@@ -94,14 +94,9 @@ def main(argv: list[str]) -> int:
         loader = models.Loader(options if options.draft else None, strategy)
         served = loader.start(runs)
         key = options.api_key or os.environ.get("GRAFT_API_KEY") or None
-        server = listening.make_server(
-            served,
-            options.host,
-            key,
-            options.max_tokens,
-            options.queue,
-            loader if _is_loopback(options.host) else None,
-        )
+        limits = (options.max_tokens, options.queue)
+        further = loader if _is_loopback(options.host) else None
+        server = listening.make_server(served, options.host, key, *limits, further)
         for line in models.described(served):
             say(f"    {line}")
         _announce(options.host, opened.getsockname()[1], key)

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 
 from adapters.combine import Combination
 from adapters.errors import AdapterError
@@ -85,6 +86,8 @@ def test_cat_is_the_sum_of_what_the_runs_merge_to(run_of, tmp_path, kinds, weigh
         for name, tensor in plain.named_parameters():
             target = expected.get_parameter(name)
             target.data += weight * (whole[name].detach() - tensor.detach())
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert (data.library_name, data.tags[:2]) == ("peft", ["graft", "merge"])
     loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "out").eval()
     before = logits(source.base.load(torch.float32))
     assert (logits(loaded) - before).abs().max() > 1e-2

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from tests.conftest import sums, write_rows
@@ -55,6 +56,9 @@ def test_a_pruned_folder_is_a_plain_model_with_a_card(place, tiny, method, capsy
     assert record["after"]["nonzero"] == total - zeros
     text = (place / "out/README.md").read_text()
     assert "2:4" in text
+    data = ModelCard(text).data
+    assert (data.library_name, data.tags) == ("transformers", ["graft", "pruned", method])
+    assert "of their spread" in text
     assert f"{record['after']['loss']:.4f}" in text
     assert f"{record['after']['loss']:.4f}" in capsys.readouterr().out
     assert sorted(path.name for path in place.iterdir()) == ["out", "rows.jsonl"]

@@ -7,28 +7,22 @@ this machine and no secret, and the same run gives the same card.
 from __future__ import annotations
 
 import base64
-import re
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import ModelCardData
 
-from trainer.config import files, paths
-from trainer.config.secrets import redact
-from trainer.config.shown import shown
+from trainer.config import files
 from trainer.evaluation.pictures import Curve, picture
 from trainer.evaluation.run_summary import Summary, points, summary
 from trainer.evaluation.tables import Table, duration
 from trainer.exporting import card_benchmarks, card_loading
+from trainer.exporting.card_metadata import FILE, LARGEST, MARK, Origin, base_text, ours, put, word
 from trainer.storage import atomic, door
 
-FILE, PICTURE = "README.md", "loss.svg"
-MARK = "<!-- written by graft -->"
-LARGEST = 1 << 20  # bytes of a base's own card
+PICTURE = "loss.svg"
 _SPLIT = {"kept?": (int, type(None)), "*": object}
 _COUNTS = {
     "data?": {"train?": _SPLIT, "eval?": _SPLIT, "*": object},
@@ -63,45 +57,31 @@ def write(
         step: the checkpoint's step, None for the last.
         base: the base's name on the Hub, by default that of the run if it has one.
     """
-    if not _ours(folder / FILE):
+    if not ours(folder / FILE):
         return
     kind = "adapter" if to in ("peft", "shira") else to
     source = summary(run)
-    path = source.settings.get("base.path")
-    base = base or (path if _on_hub(path) else None)
+    origin = Origin.of(source.settings)
+    origin = origin if base is None else replace(origin, base=base)
     curves = _curves(source)
-    data = _metadata(kind, source, base)
     facts = _facts(source, step)
-    body = _body(folder, kind, source, base, (facts, bool(curves), _parity(kind, parity)))
-    text = f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n{body}\n"
+    body = _body(folder, kind, source, origin.base, (facts, bool(curves), _parity(kind, parity)))
     if curves:
         atomic.write_text(
             folder / PICTURE, base64.b64decode(picture("loss", curves)["data"]).decode("utf-8")
         )
-    atomic.write_text(folder / FILE, redact(shown(text)))
+    put(folder, _metadata(kind, source, origin), f"\n\n{body}\n")
 
 
 def refresh(folder: Path, kind: str, run: Path) -> None:
     """Write what lm-eval has measured since into a card that Graft has written."""
     file = folder / FILE
-    if not file.is_file() or not _ours(file):
+    if not file.is_file() or not ours(file):
         return
     source = summary(run)
-    path = source.settings.get("base.path")
-    data = _metadata(kind, source, path if _on_hub(path) else None)
     body = files.read_text(file, LARGEST).partition(MARK)[2]
-    text = f"---\n{data.to_yaml()}\n---\n\n{MARK}{card_benchmarks.replaced(body, source)}"
-    atomic.write_text(file, redact(shown(text)))
-
-
-def _ours(file: Path) -> bool:
-    """Return whether a card is missing, or was written by Graft."""
-    try:
-        return MARK in files.read_text(file, LARGEST)
-    except FileNotFoundError:
-        return True
-    except (OSError, ValueError):
-        return False
+    data = _metadata(kind, source, Origin.of(source.settings))
+    put(folder, data, card_benchmarks.replaced(body, source))
 
 
 def _curves(source: Summary) -> list[Curve]:
@@ -119,7 +99,7 @@ def _body(
     was compared."""
     facts, drawn, checked = parts
     lines = [
-        f"# {_word(source.name)}",
+        f"# {word(source.name)}",
         "",
         _first_sentence(kind, source, base),
         "",
@@ -142,8 +122,8 @@ def _body(
 
 
 def _first_sentence(kind: str, source: Summary, base: str | None) -> str:
-    method = _word(source.choices.get("adapter"))
-    of = f"[{base}](https://huggingface.co/{base})" if base else _base_text(source)
+    method = word(source.choices.get("adapter"))
+    of = base_text(source.settings, base, source.choices.get("base"))
     if kind == "adapter":
         return f"An adapter ({method}) for {of}, trained with Graft."
     if kind == "gguf_lora":
@@ -153,52 +133,25 @@ def _first_sentence(kind: str, source: Summary, base: str | None) -> str:
     merged = ""
     if source.choices.get("drafter_adapter") == "lora":
         merged = " by a LoRA on an earlier head, which is merged into it here"
-    drafter = _word(source.choices.get("drafter"))
+    drafter = word(source.choices.get("drafter"))
     return f"A draft head ({drafter}) for {of}, trained with Graft{merged}."
 
 
-def _base_text(source: Summary) -> str:
-    settings = source.settings
-    if settings.get("base.package"):
-        return f"{_word(settings['base.member'])} of the package {_word(settings['base.package'])}"
-    name = Path(str(settings.get("base.path") or source.choices.get("base"))).name
-    return f"the base {_word(name)}"
-
-
-def _on_hub(path: Any) -> bool:
-    """Return whether a path is written as a name on the Hub, ORG/NAME."""
-    if not isinstance(path, str) or path.count("/") != 1 or paths.looks_local(path):
-        return False
-    try:
-        huggingface_hub.utils.validate_repo_id(path)
-    except HFValidationError:
-        return False
-    return not Path(path).exists() and not path.endswith(".gguf")
-
-
-def _metadata(kind: str, source: Summary, base: str | None) -> ModelCardData:
-    own = _card_of_base(source, base)
-    datasets = sorted({name for name in map(_dataset, _task_paths(source)) if name})
+def _metadata(kind: str, source: Summary, origin: Origin) -> ModelCardData:
     labels = source.record["identity"].get("labels")
     task = "text-classification" if labels is not None else "text-generation"
-    more: dict[str, Any] = {}
-    if base is not None:
-        relation = {"adapter": "adapter", "gguf_lora": "adapter", "merged": "finetune",
-                    "mtp": "finetune", "gguf": "finetune"}  # fmt: skip
-        more = {"base_model": base, "base_model_relation": relation.get(kind)}
-    results = _results(source, task) + card_benchmarks.results(source, task)
-    if results:
-        more |= {"model_name": _word(source.name), "eval_results": results}
-    return ModelCardData(
-        license=getattr(own, "license", None),
-        language=getattr(own, "language", None),
-        library_name={"adapter": "peft", "gguf": "gguf", "gguf_lora": "gguf"}.get(
-            kind, "transformers"
-        ),
-        pipeline_tag=task,
-        datasets=datasets or None,
-        tags=_tags(kind, source),
-        **{key: value for key, value in more.items() if value is not None},
+    relation = {"adapter": "adapter", "gguf_lora": "adapter", "merged": "finetune",
+                "mtp": "finetune", "gguf": "finetune"}  # fmt: skip
+    values = {name: source.final(name) for name in source.metrics if not name.startswith("offset")}
+    results = origin.results(task, values, str(source.choices.get("task")))
+    library = {"adapter": "peft", "gguf": "gguf", "gguf_lora": "gguf"}.get(kind, "transformers")
+    return origin.metadata(
+        library,
+        task,
+        _tags(kind, source),
+        relation.get(kind),
+        source.name,
+        results + card_benchmarks.results(source, task),
     )
 
 
@@ -206,65 +159,7 @@ def _tags(kind: str, source: Summary) -> list[str]:
     names = [str(source.choices.get("adapter"))] if kind not in ENGINES else []
     if kind == "mtp" or kind in ENGINES:
         names += ["speculative-decoding", str(source.choices.get("drafter"))]
-    return ["graft", *dict.fromkeys(name for name in names if name not in ("None", "none"))]
-
-
-def _card_of_base(source: Summary, base: str | None) -> Any:
-    """The metadata of the base's own card, if it is on this machine; nothing is fetched."""
-    path = source.settings.get("base.path")
-    file: Any = None
-    if isinstance(path, str) and Path(path).is_dir():
-        file = Path(path) / FILE
-    elif base is not None:
-        revision = source.settings.get("base.revision")
-        file = huggingface_hub.try_to_load_from_cache(base, FILE, revision=revision)
-    if not isinstance(file, str | Path) or not Path(file).is_file():
-        return None
-    try:
-        card = ModelCard(files.read_text(Path(file), LARGEST), ignore_metadata_errors=True)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return None
-    return card.data if _plain_words(card.data) else None
-
-
-def _plain_words(data: Any) -> bool:
-    """Return whether licence and language are words, as the Hub demands of them."""
-    language = getattr(data, "language", None) or []
-    words = [
-        getattr(data, "license", None) or "x",
-        *([language] if isinstance(language, str) else language),
-    ]
-    return all(isinstance(word, str) and re.fullmatch(r"[\w.-]{1,40}", word) for word in words)
-
-
-def _task_paths(source: Summary) -> list[Any]:
-    values = []
-    for key, value in source.settings.items():
-        if key.startswith("task.") and key.rpartition(".")[2] == "path":
-            values += value if isinstance(value, list) else [value]
-    return values
-
-
-def _dataset(path: Any) -> str | None:
-    """A data set's name on the Hub, without its configuration; None for a file."""
-    name = str(path).partition(":")[0]
-    return name if _on_hub(name) and not re.search(r"\.\w{2,7}$", name) else None
-
-
-def _results(source: Summary, task: str) -> list[EvalResult]:
-    names = [_dataset(path) or Path(str(path)).name for path in _task_paths(source)]
-    where = _word(", ".join(names) or str(source.choices.get("task")))
-    return [
-        EvalResult(
-            task_type=task,
-            dataset_type=next(filter(None, map(_dataset, _task_paths(source))), "custom"),
-            dataset_name=f"{where}, held out",
-            metric_type=_word(name),
-            metric_value=round(float(source.final(name)), 6),
-        )
-        for name in source.metrics
-        if source.final(name) is not None and not name.startswith("offset")
-    ]
+    return names
 
 
 def _numbers(source: Summary) -> list[str]:
@@ -291,8 +186,7 @@ def _facts(source: Summary, step: int | None) -> list[list[str]]:
     if model.get("trainable") is not None:
         share = f"{model['trainable']:,} of {model['parameters']:,}"
         rows.append(["trained parameters", share])
-    names = [_dataset(path) or Path(str(path)).name for path in _task_paths(source)]
-    rows.append(["data", _word(", ".join(names) or str(source.choices.get("task")))])
+    rows.append(["data", Origin.of(source.settings).data or str(source.choices.get("task"))])
     for split, title in (("train", "rows trained on"), ("eval", "rows held out")):
         if data.get(split, {}).get("kept") is not None:
             rows.append([title, f"{data[split]['kept']:,}"])
@@ -309,7 +203,7 @@ def _facts(source: Summary, step: int | None) -> list[list[str]]:
         ["training time", duration(seconds)],
         ["versions", _versions(source)],
     ]
-    return [[name, _word(value)] for name, value in rows if value]
+    return [[name, word(value)] for name, value in rows if value]
 
 
 def _method(source: Summary, group: str) -> str:
@@ -359,8 +253,3 @@ def _parity(kind: str, parity: float | None) -> str:
         f"The folder was loaded back by {named}, and its logits in fp32 differ from those of the"
         f" trained model by {parity:.1e} of their spread (root mean square)."
     )
-
-
-def _word(value: Any) -> str:
-    """Text of a run as Markdown that stays in its line."""
-    return re.sub(r"([`<>\[\]*])", r"\\\1", " ".join(str(value).split()))

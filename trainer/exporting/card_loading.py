@@ -19,17 +19,32 @@ _CLASSES = {
 
 def section(folder: Path, kind: str, base: str | None, source: Summary) -> list[str]:
     """Return the lines of the section that says how to load a folder, which has its files."""
-    name = base or "path/to/base"
-    lines = ["## Load it", ""]
-    if base is None:
-        lines += ["`path/to/base` is the base that it was trained on.", ""]
     if kind == "adapter":
-        return lines + _adapter(folder, name)
+        return adapter_section(folder, base)
+    lines, name = _head(base)
     if kind in ("merged", "mtp"):
         return lines[:2] + _merged(folder, kind)
     if kind in ("gguf", "gguf_lora"):
         return lines[:2] + _gguf(kind)
     return lines + _drafter(kind, name, source)
+
+
+def adapter_section(folder: Path, base: str | None) -> list[str]:
+    """Return the lines of the section for an adapter."""
+    lines, name = _head(base)
+    return lines + _adapter(folder, name)
+
+
+def model_section(folder: Path) -> list[str]:
+    """Return the lines of the section for a whole model."""
+    return [*_head("")[0], *_merged(folder, "merged")]
+
+
+def _head(base: str | None) -> tuple[list[str], str]:
+    lines = ["## Load it", ""]
+    if base is None:
+        lines += ["`path/to/base` is the base that it was trained on.", ""]
+    return lines, base or "path/to/base"
 
 
 def _code(language: str, *lines: str) -> list[str]:

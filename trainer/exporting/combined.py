@@ -28,7 +28,7 @@ from trainer.assembly.rows import load_data
 from trainer.assembly.trained import Trained, dequantised, load_trained
 from trainer.data.held_out import HeldOut
 from trainer.evaluation.loss import losses
-from trainer.exporting import combinable
+from trainer.exporting import card_merged, combinable
 from trainer.exporting.adapter import check_tensors, save_adapter
 from trainer.exporting.compare import compare, effect, outputs
 from trainer.exporting.serving import Serving
@@ -89,6 +89,7 @@ def merge(runs: list[str], how: Combination, out: Path, evaluate: bool) -> Merge
         shutil.rmtree(parts, ignore_errors=True)
         record = _record(contents[0], sources, how, result)
         (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        card_merged.write(temporary, out.name, contents, record)
     return result
 
 

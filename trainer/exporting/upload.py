@@ -22,7 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from trainer.config import files
 from trainer.config.secrets import redact
 from trainer.evaluation.run_summary import record_of
-from trainer.exporting import card
+from trainer.exporting import card, card_metadata
 from trainer.exporting.card_loading import PLACE
 from trainer.storage import door
 from trainer.storage.door import FolderError
@@ -101,7 +101,7 @@ def plan(run: Path, part: str | None, repo: str, base: str | None) -> Plan:
     parts, left = [], []
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
-        if not file.is_file() or name == card.FILE:
+        if not file.is_file() or name == card_metadata.FILE:
             continue
         if any(piece.startswith(".") for piece in Path(name).parts) or not _wanted(file):
             left.append(name)
@@ -111,7 +111,7 @@ def plan(run: Path, part: str | None, repo: str, base: str | None) -> Plan:
         else:
             parts.append(_small(file, name, base))
     readme = _readme(run, folder, repo, base)
-    parts.append(Part(card.FILE, len(readme), readme))
+    parts.append(Part(card_metadata.FILE, len(readme), readme))
     for each in parts:
         if each.content is not None and not each.name.endswith(BINARY):
             _refuse_traces(each, run)
@@ -160,7 +160,7 @@ def _without_paths(value: Any, base: str | None, changed: list[str], key: str = 
 
 def _readme(run: Path, folder: Path, repo: str, base: str | None) -> bytes:
     """The card, with its own repository's name and the base's."""
-    file = folder / card.FILE
+    file = folder / card_metadata.FILE
     if not file.exists():  # of an older version
         with tempfile.TemporaryDirectory() as temporary:
             for config in folder.glob("*.json"):
@@ -168,12 +168,12 @@ def _readme(run: Path, folder: Path, repo: str, base: str | None) -> bytes:
                     (Path(temporary) / config.name).write_bytes(files.read_bytes(config, LARGEST))
             to = "drafter" if folder.name.startswith("drafter") else folder.name
             card.write(Path(temporary), to, run, None)
-            text = (Path(temporary) / card.FILE).read_text("utf-8").replace(
+            text = (Path(temporary) / card_metadata.FILE).read_text("utf-8").replace(
                 f"\n![loss]({card.PICTURE})\n", ""
             )  # fmt: skip
     else:
-        text = files.read_text(file, card.LARGEST)
-    if card.MARK in text:
+        text = files.read_text(file, card_metadata.LARGEST)
+    if card_metadata.MARK in text:
         text = text.replace(PLACE, repo)
         if base is not None:
             text = text.replace("path/to/base", base).replace(

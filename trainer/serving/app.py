@@ -7,7 +7,7 @@ import base64
 import hashlib
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ class Service:
                 self.worker.cancel(job)
         return JSONResponse(answer.whole(answers))
 
-    def _prompts(self, model: Served, settings: Settings) -> list[Prompt]:
+    def _prompts(self, model: Served, settings: Settings) -> Sequence[Prompt]:
         read = prompts.prompts(model, settings, self.default_tokens)
         if len(read) > self.worker.most_waiting:
             raise ApiError(

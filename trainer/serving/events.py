@@ -1,4 +1,4 @@
-"""What the worker reports of a request while it works on it."""
+"""Events of a request, from the worker to the routes."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tasks import messages as chats
 from tasks.reading import DataError
@@ -60,12 +61,12 @@ def prompts(model: Served, settings: Settings, default_tokens: int) -> list[Prom
     if isinstance(settings, ChatSettings):
         return [_prompt(model, settings, default_tokens, seed, None)]
     assert isinstance(settings, TextSettings)
-    several = settings.prompt
-    if isinstance(several, str) or not several or isinstance(several[0], int):
-        several = [several]  # type: ignore[list-item]
+    prompt = settings.prompt
+    one = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
+    several: Sequence[Any] = [prompt] if one else prompt
     if settings.stream and len(several) > 1:
         raise ApiError(400, f"stream=true takes one prompt, got {len(several)}", "prompt")
-    return [_prompt(model, settings, default_tokens, seed, one) for one in several]
+    return [_prompt(model, settings, default_tokens, seed, text) for text in several]
 
 
 def _prompt(

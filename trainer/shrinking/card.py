@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from trainer.exporting import card_loading
+from trainer.exporting.card_metadata import Origin, base_text, put, word
+from trainer.storage.run_folder import flat
 
 PAPERS = {
     "wanda": "Wanda (arXiv 2306.11695)",
@@ -12,26 +17,52 @@ PAPERS = {
 }
 
 
-def text(path: str, record: dict[str, Any]) -> str:
-    """Return the card of a base that was made from the base at `path`."""
-    name = _name(path)
-    local = Path(path).is_dir()
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    head += [] if local else [f"base_model: {path}"]
-    head += ["tags: [graft, pruned]", "---"]
+def write(
+    folder: Path, name: str, config: dict[str, Any], record: dict[str, Any], difference: float
+) -> None:
+    """Write README.md into the folder of a smaller base, which has its other files.
+
+    Args:
+        name: of the result.
+        config: the composed one, with the base and the task.
+        record: shrink.json of the result.
+        difference: of the loaded folder's logits, over their spread.
+    """
+    settings = dict(flat(config))
+    origin = Origin.of(settings).inherited()
+    values = {key: record["after"].get(key) for key in ("loss", "perplexity", "accuracy")}
+    task = "text-generation"
+    data = origin.metadata(
+        "transformers",
+        task,
+        ["pruned", record["method"]],
+        None,  # the Hub has no relation for it
+        name,
+        origin.results(task, values, "rows of the task"),
+    )
     parts = [
-        "\n".join(head),
-        f"# {name}, shrunk by {record['method']}",
+        f"# {word(name)}",
+        f"{_capital(base_text(settings, Origin.of(settings).base, None))}, shrunk by"
+        f" {record['method']} with Graft.",
         removed(record),
         table(record),
         _warning(record),
-        f"Calibrated on {record['rows']} training rows ({record['tokens']:,} tokens). shrink.json"
-        " has all settings and the figures of each layer.",
-        "## Use",
-        "The folder is an ordinary model of transformers. Train it as any base:",
-        "```bash\ngraft base=hf base.path=THIS_FOLDER task.path=ROWS adapter=lora\n```",
+        f"Calibrated on {record['rows']} training rows ({record['tokens']:,} tokens)"
+        f"{f' of {word(origin.data)}' if origin.data else ''}. shrink.json has all settings and the"
+        " figures of each layer.",
+        "\n".join(card_loading.model_section(folder)).rstrip(),
+        "It trains as any base:",
+        f"```bash\ngraft base=hf base.path={card_loading.PLACE} task.path=ROWS adapter=lora\n```",
+        "## Checked",
+        f"The folder was loaded back by transformers {version('transformers')}, and its logits"
+        f" differ from those of the model in memory by {difference:.1e} of their spread (root mean"
+        " square).",
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    put(folder, data, "\n\n" + "\n\n".join(part for part in parts if part) + "\n")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def removed(record: dict[str, Any]) -> str:
@@ -98,7 +129,3 @@ def _warning(record: dict[str, Any]) -> str:
         "Zeros make a dense product no faster: only an engine with kernels for the pattern gains"
         " speed. A LoRA merged into these weights fills the zeros."
     )
-
-
-def _name(path: str) -> str:
-    return Path(path).name or path

@@ -255,11 +255,11 @@ def write(work: Work, model: Any, row: Tensor) -> None:
         work.base.load_tokenizer().save_pretrained(temporary)
         text = json.dumps(work.record, indent=2) + "\n"
         (temporary / "shrink.json").write_text(text, "utf-8")
-        (temporary / "README.md").write_text(card.text(work.base.path, work.record), "utf-8")
         loaded: Any = text_model_class(model.config).from_pretrained(
             temporary, dtype=_computed(work), attn_implementation=model.config._attn_implementation
         )
-        compare(expected, _outputs(loaded.eval(), row))
+        difference = compare(expected, _outputs(loaded.eval(), row))
+        card.write(temporary, work.options.to.name, work.config, work.record, difference)
 
 
 def _outputs(model: Any, row: Tensor) -> list[Tensor]:
