@@ -28,6 +28,7 @@ NEEDED = {
     "optimizer/schedulefree": ["schedule=constant"],
     "drafter/uno": ["adapter=none"],
     "drafter_adapter/lora": ["drafter=eagle3", "target.draft=runs/x"],
+    "drafter/ppd": ["adapter=none"],
     "drafter/native": [
         "adapter=none",
         "objective=distill",
@@ -55,6 +56,7 @@ NEEDED = {
             "hydra_plus",
             "uno",
             "native",
+            "ppd",
         )
     },
 }

@@ -27,7 +27,7 @@ from trainer.training.finetune import FineTune
 
 HEADS = sorted(
     {path.stem for path in (ROOT / "conf" / "drafter").glob("*.yaml")}
-    - {"none", "registers", "native", "uno"}
+    - {"none", "registers", "native", "ppd", "uno"}
 )
 R, ALPHA = 3, 5.0
 

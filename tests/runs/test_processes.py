@@ -579,8 +579,8 @@ for _name, _more in REWOUND.items():
 
 def test_the_wide_cases_are_all_of_conf():
     # native is for bases that bring a head: tests/assembly/test_guarded.py trains it. Uno draws
-    # its slots in each process: tests/drafters/test_uno.py has its steps.
-    for group, found in (("adapter", ADAPTERS), ("drafter", [*DRAFTERS, "native", "uno"])):
+    # its slots in each process, and PPD its anchors: tests/drafters has their steps.
+    for group, found in (("adapter", ADAPTERS), ("drafter", [*DRAFTERS, "native", "ppd", "uno"])):
         assert {*found, "none"} == {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
 
 

@@ -7,7 +7,9 @@ masks on unchanged: True where attention is allowed, or added to the scores for 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from trainer.drafters import DrafterError, Target, TargetUpdate
+from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate
 from trainer.models.cache_argument import model_with_cache, rolls_back
 from trainer.models.heads import captured_hidden
 from trainer.speed.attention import BLOCKED
@@ -28,15 +30,54 @@ def inner_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+@dataclass(frozen=True)
+class Block:
+    """Further positions after each of some anchors of a row. Those of A anchors follow each other,
+    W of each, N = A W in all."""
+
+    inputs: dict[str, Tensor]  # input_ids or inputs_embeds of all N
+    ahead: Int[Tensor, " W"]  # how far each is behind its anchor's position
+    sees: Bool[Tensor, "N N"]  # which see which, besides the text up to their anchor
+
+
 def run(
-    target: Target, cache: DynamicCache, ids: Int[Tensor, "B N"], **inputs: Any
+    target: Target, cache: DynamicCache, ids: Int[Tensor, "B N"] | None = None, **inputs: Any
 ) -> Float[Tensor, "B N d"]:
     """Return the states that the output head reads, and add the positions to the cache."""
+    if ids is not None:
+        inputs["input_ids"] = ids
     with captured_hidden(target.model.get_output_embeddings()) as captured:
-        target.model(
-            input_ids=ids, use_cache=True, **model_with_cache(target.model, cache), **inputs
-        )
+        target.model(use_cache=True, **model_with_cache(target.model, cache), **inputs)
     return captured[0]
+
+
+def after_anchors(
+    target: Target,
+    output: TargetOutput,
+    at: Int[Tensor, "B A"],
+    block: Block,
+    around: contextlib.AbstractContextManager[Any],
+) -> Float[Tensor, "B N d"]:
+    """Return the states of further positions after the anchors `at` of the target's rows, which see
+    their own row up to the anchor. The rows' own positions run first, without a gradient; `around`
+    is open while the further ones run."""
+    places = torch.arange(output.ids.shape[1], device=at.device)
+    start = places - output.positions  # of each position's row
+    dtype, cache = output.hidden.dtype, DynamicCache()
+    with torch.no_grad():
+        sees = (start.unsqueeze(1) == start.unsqueeze(2)) & (places <= places.unsqueeze(1))
+        mask = masks(target, sees, output.positions, output.positions, dtype)
+        run(target, cache, output.ids, position_ids=output.positions, attention_mask=mask)
+    own = (start.gather(1, at).unsqueeze(2) == start.unsqueeze(1)) & (places <= at.unsqueeze(2))
+    own = own.repeat_interleave(len(block.ahead), 1)
+    sees = torch.cat([own, block.sees.expand(len(at), -1, -1)], dim=2)
+    # No position with a target is behind the longest row.
+    positions = (output.positions.gather(1, at).unsqueeze(2) + block.ahead).flatten(1)
+    positions = positions.clamp_max(int(output.positions.max()))
+    keys = torch.cat([output.positions, positions], dim=1)
+    mask = masks(target, sees, positions, keys, dtype)
+    with around:
+        return run(target, cache, position_ids=positions, attention_mask=mask, **block.inputs)
 
 
 def masks(

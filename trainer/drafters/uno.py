@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -132,29 +132,11 @@ class Uno(Heads):
     ) -> Float[Tensor, "B A K-1 d"]:
         """Return the states that the head reads at z, of the blocks at these anchors."""
         passes.refuse_virtual_tokens(target.model, "uno")
-        places = torch.arange(output.ids.shape[1], device=at.device)
-        start = places - output.positions  # of each position's row
-        dtype = output.hidden.dtype
-        cache = DynamicCache()
-        with torch.no_grad():
-            sees = (start.unsqueeze(1) == start.unsqueeze(2)) & (places <= places.unsqueeze(1))
-            mask = passes.masks(target, sees, output.positions, output.positions, dtype)
-            passes.run(
-                target, cache, output.ids, position_ids=output.positions, attention_mask=mask
-            )
         rows, blocks, width = z.shape
-        own = (start.gather(1, at).unsqueeze(2) == start.unsqueeze(1)) & (places <= at.unsqueeze(2))
-        sees = torch.cat([own.repeat_interleave(width, 1), _causal(blocks, width, at)], dim=2)
         ahead = 1 + torch.arange(width, device=at.device)
-        # No slot with a target is behind the longest row.
-        positions = (output.positions.gather(1, at).unsqueeze(2) + ahead).flatten(1)
-        positions = positions.clamp_max(int(output.positions.max()))
-        keys = torch.cat([output.positions, positions], dim=1)
-        mask = passes.masks(target, sees, positions, keys, dtype)
-        with self.lora.on(target, rows=blocks * width, last=blocks * width):
-            hidden = passes.run(
-                target, cache, z.flatten(1), position_ids=positions, attention_mask=mask
-            )
+        block = passes.Block({"input_ids": z.flatten(1)}, ahead, _causal(blocks, width, at.device))
+        lora = self.lora.on(target, rows=blocks * width, last=blocks * width)
+        hidden = passes.after_anchors(target, output, at, block, lora)
         return hidden.view(rows, blocks, width, -1)
 
     def start(self, target: Target) -> Memory:
@@ -184,10 +166,8 @@ class Uno(Heads):
         return {name: tensor.detach() for name, tensor in self.lora.tensors().items()}
 
 
-def _causal(blocks: int, width: int, at: Int[Tensor, "B A"]) -> Tensor:
-    """Return which z see which, (B, A (K-1), A (K-1)): those before them in their block, and
-    themselves."""
-    block = torch.arange(blocks, device=at.device).repeat_interleave(width)
-    place = torch.arange(width, device=at.device).repeat(blocks)
-    sees = (block.unsqueeze(1) == block) & (place.unsqueeze(1) >= place)
-    return sees.expand(len(at), -1, -1)
+def _causal(blocks: int, width: int, device: torch.device) -> Bool[Tensor, "N N"]:
+    """Return which z see which, N = A (K-1): those before them in their block, and themselves."""
+    block = torch.arange(blocks, device=device).repeat_interleave(width)
+    place = torch.arange(width, device=device).repeat(blocks)
+    return (block.unsqueeze(1) == block) & (place.unsqueeze(1) >= place)
