@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from scripts.bench import decoding, startup
-from trainer.decoding.target_cache import TargetCache, tree_positions
+from trainer.decoding.layout import tree_positions
+from trainer.decoding.target_cache import TargetCache
 
 
 class Hand:

@@ -12,9 +12,11 @@ import torch
 from tests.toys.eagle import MODELS, SIZE, knobs, llama, made
 from tests.toys.packed_rows import APART, PACKED, ROWS, output_of
 from tests.toys.speculative import tiny
-from trainer.decoding import trees
+from trainer.decoding import speculative, trees
+from trainer.decoding.prompted_cache import PromptedCache
 from trainer.decoding.sampling import Sampling
-from trainer.decoding.speculative import Strategy, generate
+from trainer.decoding.speculative import Strategy, generate, generate_batch
+from trainer.decoding.target_cache import TargetCache, allow_trees
 from trainer.drafters import DrafterError, Target, TargetUpdate, io
 from trainer.drafters.ppd import PromptTokens
 
@@ -144,6 +146,77 @@ def test_the_text_is_the_targets(kind):
         assert result.tokens == plain.tokens
 
 
+TREE = [-1, -1, 0, 2]
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("parents", [TREE, [-1, 0], []], ids=["tree", "chain", "nothing"])
+def test_the_verifying_pass_looks_ahead_after_every_node(parents, members):
+    """The places have the states that they have without prompts, which see no other chain; the
+    accepted ones are kept, and no prompt is."""
+    model = llama()
+    drafter, target = ppd(model, members=members), Target(model)
+    prompts = [torch.tensor([5, 9, 3, 7]), torch.tensor([4, 21, 13, 30, 17, 12])]
+    tokens = [torch.tensor([11, 13, 2, 8, 21][: 1 + len(parents)]), torch.tensor([9])]
+    paths = [[node for node in (0, 2) if node < len(parents) and parents is TREE], []]
+    with torch.no_grad():
+        plain = TargetCache(target, whole=True)
+        prompted = PromptedCache(target, (), drafter.appended(target))
+        for cache in (plain, prompted):
+            cache.open(prompts)
+        assert prompted.after(0, []) is None
+        for step in range(2):
+            trees_ = [parents, []] if step == 0 else [[-1], [-1, -1]]
+            rows = tokens if step == 0 else [torch.tensor([3, 4]), torch.tensor([6, 7, 8])]
+            expected, got = plain.read(rows, trees_), prompted.read(rows, trees_)
+            for (hidden, _), (own, _) in zip(expected, got, strict=True):
+                torch.testing.assert_close(own, hidden, rtol=1e-4, atol=1e-5)
+            if step == 0:
+                for node in range(-1, len(parents)):
+                    path, above = [], node
+                    while above >= 0:
+                        path.insert(0, above)
+                        above = parents[above]
+                    text = [*prompts[0].tolist(), 11, *(int(tokens[0][1 + n]) for n in path)]
+                    states = prompted.after(0, path)
+                    logits = target.head(states.mean(0))
+                    wanted = looked_ahead(drafter, model, text)
+                    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+            for cache in (plain, prompted):
+                cache.commit(paths if step == 0 else [[0], [1]])
+            assert plain.lengths == prompted.lengths
+            assert plain.cache.get_seq_length() == prompted.cache.get_seq_length()
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("shape", ["chain", "tree"])
+def test_a_step_is_one_pass(members, shape, monkeypatch):
+    model = tiny()
+    drafter, target = ppd(model, members=members), Target(model)
+    shapes = {"chain": trees.chain(K), "tree": trees.Levels([(0,), (1,), (0, 0), (0, 1)])}
+    passes, prompt = [], torch.tensor([5, 9, 13, 7, 30, 22, 11])
+    plain = [generate(target, None, ids, 24, []).tokens for ids in (prompt, prompt[:4])]
+    run = lambda: generate(target, drafter, prompt, 24, [], strategy=Strategy(shapes[shape]))  # noqa: E731
+    allow_trees(target)  # tries the target out, with passes of its own
+    with monkeypatch.context() as patch:
+        patch.setattr(speculative, "prompts_for", lambda *_: None)
+        apart = run()
+    handle = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    one = run()
+    handle.remove()
+    assert one.tokens == apart.tokens == plain[0]
+    assert len(passes) == 1 + one.steps
+    assert one.drafts[0] == (0, 0)
+    assert sum(taken for _, taken in one.drafts) > 0
+    together = generate_batch(
+        target, drafter, [prompt, prompt[:4]], 24, [], strategy=Strategy(shapes[shape])
+    )
+    assert [result.tokens for result in together] == plain
+    drawn = Sampling(temperature=1.0, seed=3)
+    result = generate(target, drafter, prompt, 24, [], drawn, Strategy(shapes[shape]))
+    assert len(result.tokens) == 24
+
+
 def test_a_perfect_look_ahead_is_accepted():
     """A target that repeats one token is looked ahead by any prompt."""
     model = tiny()
@@ -160,7 +233,8 @@ def test_a_perfect_look_ahead_is_accepted():
         drafter.prompts[..., 0] = 9.0
     result = generate(Target(model), drafter, torch.tensor([5, 9, 13]), 16, [])
     assert result.tokens == [17] * 16
-    assert result.steps == 4  # the first token, then 4 a step, the last of them 3
+    # the first token; a step without a draft; then 4 tokens a step
+    assert result.steps == 5
 
 
 def test_what_it_cannot_do_is_refused():

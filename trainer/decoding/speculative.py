@@ -33,10 +33,13 @@ from trainer.decoding.clock import Clock
 from trainer.decoding.drafting import Drafting, Limit, drafting
 from trainer.decoding.drawing import Drawing, depth_of, empty_draft
 from trainer.decoding.fused import Fused
+from trainer.decoding.layout import is_chain
+from trainer.decoding.prompted_cache import PromptedCache, prompts_for
 from trainer.decoding.sampling import Sampling
-from trainer.decoding.target_cache import TargetCache, allow_trees, cannot_roll_back, is_chain
+from trainer.decoding.target_cache import TargetCache, allow_trees, cannot_roll_back
 from trainer.decoding.traversal import traversal
 from trainer.decoding.trees import Shape, chain
+from trainer.decoding.verdicts import decisions_of, joined
 from trainer.decoding.verify import Verdict
 from trainer.drafters import Draft, Drafter, DrafterError, Target, TargetUpdate
 from trainer.models.cache_argument import rolls_back
@@ -224,10 +227,13 @@ class Decoder:
         builds_trees = drafter is not None and type(drafter).propose is not Drafter.propose
         device = prompts[0].device
         self.generator, self.clock = self.sampling.generator(device), Clock(device)
-        self.cache = TargetCache(
-            target,
-            () if drafter is None else drafter.layers,
-            whole=branches or builds_trees or together,
+        layers = () if drafter is None else drafter.layers
+        whole = branches or builds_trees or together
+        appended = prompts_for(drafter, target) if self.boundary is None else None
+        self.cache = (
+            TargetCache(target, layers, whole)
+            if appended is None
+            else PromptedCache(target, layers, appended)
         )
         states = self.cache.open(prompts)
         if drafter is not None and not together:
@@ -277,6 +283,8 @@ class Decoder:
         for row in rows:
             # The target's own token comes after the drafted ones.
             limit, most = self.max_new_tokens - len(row.tokens) - 1, None
+            if isinstance(self.cache, PromptedCache) and row.update.extra is None:
+                limit = 0
             row.unread = limit > 0
             if self.boundary is not None and limit > 0:
                 most = self.boundary.draft_limit(row.length, self.cache.lengths[0])
@@ -302,10 +310,10 @@ class Decoder:
         states = self._read(rows, tokens, trees)
         logits = self.target.head(torch.cat([hidden for hidden, _ in states]))
         verdict = self._verdict(logits, drafts)
-        decisions = _decisions(verdict, trees, torch.cat([draft.tokens for draft in drafts]))
+        decisions = decisions_of(verdict, trees, torch.cat([draft.tokens for draft in drafts]))
         start = 0  # in `logits`: a sequence's newest token, then its nodes
-        for row, parents, read, (hidden, features), (path, text) in zip(
-            rows, trees, tokens, states, decisions, strict=True
+        for i, (row, parents, read, (hidden, features), (path, text)) in enumerate(
+            zip(rows, trees, tokens, states, decisions, strict=True)
         ):
             end, last = start + len(read), start + (path[-1] + 1 if path else 0)
             taken = slice(0, len(path) + 1) if is_chain(path) else [0, *(node + 1 for node in path)]
@@ -314,10 +322,11 @@ class Decoder:
                 features[taken],
                 torch.cat([read[taken][1:], verdict.next_tokens[last : last + 1]]),
                 tried=(read, logits[start:end]),
+                extra=self.cache.after(i, path),
             )
             # Only longrope lets a drafter pause and continue.
             waits = row.unread and self.boundary is not None and self.boundary.kind == "longrope"
-            row.update = _joined(row.update, update) if waits else update
+            row.update = joined(row.update, update) if waits else update
             self._append(row, parents, path, text)
             start = end
         self.cache.commit([path for path, _ in decisions])
@@ -364,37 +373,3 @@ class Decoder:
         row.nodes += len(parents)
         # Tokens after a stop count as neither proposed nor taken.
         row.drafts.append((depth_of(parents), len(path)) if end > len(path) else (end, end))
-
-
-def _joined(first: TargetUpdate, second: TargetUpdate) -> TargetUpdate:
-    """Return two updates, one after the other, as one."""
-    return TargetUpdate(
-        torch.cat([first.hidden, second.hidden]),
-        torch.cat([first.features, second.features]),
-        torch.cat([first.ids, second.ids]),
-        first.first,
-        second.tried,
-    )
-
-
-def _decisions(
-    verdict: Verdict, trees: Sequence[list[int]], drafted: Int[Tensor, " n"]
-) -> list[tuple[list[int], list[int]]]:
-    """Return for each sequence the accepted path of nodes, and its tokens with the target's own
-    after them."""
-    # The only time that a step waits for the device.
-    numbers = torch.cat([verdict.next_tokens, verdict.taken.to(drafted), drafted]).tolist()
-    places, nodes = len(verdict.next_tokens), len(drafted)
-    following, accepted = numbers[:places], numbers[places : places + nodes]
-    tokens = numbers[places + nodes :]
-    weights = None if verdict.weights is None else verdict.weights.tolist()
-    decisions, start, place = [], 0, 0
-    for parents in trees:
-        end = start + len(parents)
-        path = verify.walk(
-            parents, accepted[start:end], None if weights is None else weights[start:end]
-        )
-        last = place + (path[-1] + 1 if path else 0)
-        decisions.append((path, [*(tokens[start + node] for node in path), following[last]]))
-        start, place = end, place + 1 + len(parents)
-    return decisions

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from trainer.decoding.layout import is_chain, tree_positions
 from trainer.drafters import DrafterError, Target
 from trainer.models.cache_argument import cache_of, makes_its_own, model_with_cache, takes_a_cache
 from trainer.models.heads import captured_hidden, captured_layers
@@ -155,6 +156,15 @@ class TargetCache:
             masks[kind] = _added(within, self.dtype)
         return positions, masks
 
+    def inputs(self, ids: Int[Tensor, "B n"]) -> dict[str, Tensor]:
+        """Return a pass's tokens as the model takes them."""
+        return {"input_ids": ids}
+
+    def after(self, row: int, path: Sequence[int]) -> Float[Tensor, "E K d"] | None:
+        """Return the states of what the last pass put after the end of a path; see
+        trainer.decoding.prompted_cache."""
+        return None
+
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep, of each sequence's last pass, the newest token and these nodes, each the child of
         the one before. All others are rolled back."""
@@ -234,7 +244,7 @@ class TargetCache:
                 self.text = torch.cat([self.text, ids], dim=1)
                 inputs |= {"input_ids": self.text}
             else:
-                inputs |= {"input_ids": ids, "use_cache": True}
+                inputs |= self.inputs(ids) | {"use_cache": True}
                 inputs |= model_with_cache(self.model, self.cache)
             out = self.model(**inputs)
         self.cache, count = cache_of(out, self.cache), ids.shape[1]
@@ -255,25 +265,6 @@ def length_of(cache: DynamicCache, tokens: int) -> int:
         return cache.get_seq_length()
     except (ValueError, AttributeError):  # it has no layer of attention
         return tokens
-
-
-def is_chain(parents: Sequence[int]) -> bool:
-    """Return whether each node follows the one before."""
-    return all(parent == node - 1 for node, parent in enumerate(parents))
-
-
-def tree_positions(
-    trees: Sequence[Sequence[int]], most: int
-) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N N"]]:
-    """Return (depths, who sees whom) of the newest token, `most` - 1 nodes and, in shorter trees,
-    padding that sees itself; N = `most`."""
-    depths = [[0] * most for _ in trees]
-    sees = [[[place == other for other in range(most)] for place in range(most)] for _ in trees]
-    for depth, seen, parents in zip(depths, sees, trees, strict=True):
-        for node, parent in enumerate(parents, 1):
-            depth[node] = depth[parent + 1] + 1
-            seen[node] = [*seen[parent + 1][:node], True, *seen[node][node + 1 :]]
-    return torch.tensor(depths), torch.tensor(sees)
 
 
 def merge_caches(caches: Sequence[DynamicCache], target: Target) -> DynamicCache:

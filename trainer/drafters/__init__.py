@@ -103,6 +103,8 @@ class TargetUpdate:
     first: Int[Tensor, ""] | None = None  # x_0, at the first proposal
     # all tokens of the last pass, including refused ones, and the logits after each
     tried: tuple[Int[Tensor, " m"], Float[Tensor, "m V"]] | None = None
+    # the states of `Drafter.appended` after the last of these positions; None if it did not run
+    extra: Float[Tensor, "E K d"] | None = None
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,12 @@ class Drafter(nn.Module):
                 ).float()
             )
         return total, torch.stack(numbers)
+
+    def appended(self, target: Target) -> Float[Tensor, "E K d"] | None:
+        """Return embeddings for the verifying pass to put after the newest token and after each
+        node, if the target allows it: E chains of K, which see the text up to there and themselves.
+        Their states come back as `TargetUpdate.extra`."""
+        return None
 
     def start(self, target: Target) -> Any:
         """Return an empty memory of one sequence, for `propose`."""

@@ -17,16 +17,18 @@ trained, and their loss counts for all such positions. A token of it counts whil
 its own are trained. The row's own positions do not see prompts: one pass without a gradient gives
 their keys and values, and a second one runs the prompts alone.
 
-In decoding the drafter keeps keys and values of the text of its own. A draft's pass reads the
-accepted tokens but the newest, x_{t+1}, then the prompts, which are dropped afterwards.
+In decoding the pass that verifies a tree has such chains after the newest token and after every
+node, so a step is one pass of the target, over (1 + E K) times the tokens. The chain after the last
+accepted token is the next draft. The first step has none, and drafts nothing. Where the target
+cannot read trees, or its table of positions ends or changes, the drafter reads the text itself: a
+step is then two passes, the second over the new tokens and one chain. Both give the same drafts.
 
 Differs from the paper:
     The authors cut each row at one random place, where the target writes what follows; here a row
     has many anchors, blind to each other, and should be the target's own text. Prompts start as the
     mean of the table with noise of its spread, not as words.
-    The authors put prompts after every node of a tree into the pass that verifies it, so that a
-    step is one pass. Here a step is two, over fewer tokens. Their typical acceptance is not
-    lossless, and is not used.
+    Every node has all K prompts; the authors give fewer to nodes that are seldom reached. Their
+    typical acceptance is not lossless, and is not the default here.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ from trainer.drafters.layers import Heads, IndependentGrowth, decayed
 
 @dataclass
 class Memory:
-    """Keys and values of the first `length` tokens, and the token after them."""
+    """Keys and values of the first `length` tokens, and the token after them. All of it stays
+    empty if the verifying pass runs the prompts."""
 
     cache: DynamicCache = field(default_factory=DynamicCache)
     length: int = 0
@@ -157,8 +160,15 @@ class PromptTokens(Heads):
         passes.refuse_virtual_tokens(target.model, "ppd")
         return Memory()
 
+    def appended(self, target: Target) -> Float[Tensor, "E K d"]:
+        passes.refuse_virtual_tokens(target.model, "ppd")
+        return self.prompts.detach().transpose(0, 1)
+
     @torch.no_grad()
     def grow(self, memory: Memory, target: Target, update: TargetUpdate) -> IndependentGrowth:
+        if update.extra is not None:  # the verifying pass has read the prompts
+            states = update.extra.mean(0) if self.members > 1 else update.extra[0]
+            return IndependentGrowth(self.offsets, lambda k: target.head(states[k - 1 : k])[0])
         passes.cropped(memory.cache, memory.length)
         ids = passes.text_of(update)
         ids = ids if memory.newest is None else torch.cat([memory.newest, ids])
