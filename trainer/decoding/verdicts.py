@@ -1,4 +1,4 @@
-"""What a verdict on drafts means for each sequence."""
+"""The accepted path and tokens of each sequence, from a verdict on all drafts."""
 
 from __future__ import annotations
 
