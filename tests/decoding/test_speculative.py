@@ -186,7 +186,8 @@ def test_greedy_with_each_drafter(name):
     drafter = made(name, model)
     actual = generate(Target(model), drafter, PROMPT, 20, [])
     assert actual.tokens == text
-    assert actual.drafts[0][0] >= drafter.offsets
+    # not the first one of all: PPD's look ahead comes with a verifying pass
+    assert max(depth for depth, _ in actual.drafts) >= drafter.offsets
     drawn = [
         generate(Target(model), drafter, PROMPT, 20, [], Sampling(1.0, 0.9, seed=seed)).tokens
         for seed in (0, 0, 1)
