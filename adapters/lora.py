@@ -24,9 +24,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapters import experts, io, stock, trained_copies
+from adapters import experts, io, over_quantised, stock, trained_copies
 from adapters.delta import Delta, Start, copy_tensors, saved_for_backward
 from adapters.linear import features, not_a_view
+from adapters.over_quantised import OverQuantised
 
 LOW_RANK = ("lora_A.weight", "lora_B.weight")  # PEFT's keys of A and B
 VARIANTS = ("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config")
@@ -80,6 +81,13 @@ class LoRA(Delta):
                     dtype,
                     *saved_for_backward(x),
                 )
+        if (
+            self.fused
+            and over_quantised.supports(base)
+            and not (self.dropout and self.training)
+            and not torch.is_autocast_enabled(x.device.type)
+        ):
+            return OverQuantised.apply(x, *self.factors(), base, self.scale, *saved_for_backward(x))
         return super().linear(base, x)
 
     def forward(self, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
