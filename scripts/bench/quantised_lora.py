@@ -24,13 +24,13 @@ def layer(kind: str, i: int, o: int, device: str) -> Any:
 
     weight = torch.nn.Linear(i, o, False).to(torch.bfloat16).weight.detach()
     if kind == "int8":
-        made: Any = bnb.nn.Linear8bitLt(i, o, False, has_fp16_weights=False)
-        made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        quantised: Any = bnb.nn.Linear8bitLt(i, o, False, has_fp16_weights=False)
+        quantised.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     else:
-        made = bnb.nn.Linear4bit(i, o, False, compute_dtype=torch.bfloat16, quant_type=kind)
-        made.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type=kind)
-        made.support_avx512bf16_for_cpu = False  # its kernel has no backward pass
-    return made.to(device).train()
+        quantised = bnb.nn.Linear4bit(i, o, False, compute_dtype=torch.bfloat16, quant_type=kind)
+        quantised.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type=kind)
+        quantised.support_avx512bf16_for_cpu = False  # its kernel has no backward pass
+    return quantised.to(device).train()
 
 
 def measure(kind: str, i: int, o: int, options: dict[str, Any]) -> tuple[float, float]:
