@@ -47,6 +47,7 @@ NEEDED = {
     **{
         f"experiment/{head}_chat": ["task.path=rows.jsonl"]
         for head in (
+            "clover",
             "dspark",
             "eagle",
             "eagle3",

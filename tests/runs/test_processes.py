@@ -511,6 +511,7 @@ ADAPTERS: dict[str, list[str]] = {
 TIMES = ("seconds", "answer_seconds", "time", "tokens_per_s", "trained_per_s", "minutes")
 BLOCK = ["drafter.aux_layers=[0,1,2]", "drafter.offsets=2", "drafter.draft_layers=1"]
 DRAFTERS: dict[str, list[str]] = {
+    "clover": ["drafter.offsets=2"],
     "dflash": BLOCK,
     "dspark": [*BLOCK, "drafter.markov_rank=4"],
     "eagle": ["drafter.noise=0", "drafter.offsets=2"],
