@@ -70,7 +70,7 @@ def naive_states(drafter, model, h, ids):
 
 
 def with_features(packs):
-    output, states = output_of(packs, SIZE, 1)
+    output, states = output_of(packs, SIZE, SIZE)
     return output, states
 
 

@@ -14,8 +14,8 @@ output head reads. e(x) are rows of the output layer's weight, which is not trai
 and M_1 are (d, d), M_2 is (d, 2d); RAB_2, M_2 and norm_h serve all k. SmoothL1 is the mean over d.
 The layers read accepted tokens alone: a drafted token costs a few small products, and no attention.
 
-At the start Q, K and M_1 are I + N, M_2 is [I 0] + N, V is N and biases are 0; the layers are copies
-of the target's last one and norms of its final norm.
+At the start Q, K and M_1 are I + N, M_2 is [I 0] + N, V is N and biases are 0. The layers are
+copies of the target's last one, and the norms of its final norm.
 
 Differs from the paper:
     N is uniform in ±0.005. The authors' is in 0 .. 0.01, whose rows sum to 20 for d = 4096 and
