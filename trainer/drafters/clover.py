@@ -166,12 +166,12 @@ class Clover(Distilled):
             output, target, chunk, self.counted_states(output, target)
         )
         taught = taught_positions(output)
-        wanted = output.hidden.detach()[taught].float()
+        states = output.hidden.detach()[taught].float()
         distance = total.new_zeros(())
         for k, weight in enumerate(self.weights, 1):
             where, _ = offset_targets(k, output.labels, output.positions)
             counts = where.roll(k, dims=1)[taught]
-            error = F.smooth_l1_loss(drafts[k - 1].float(), wanted, reduction="none").mean(-1)
+            error = F.smooth_l1_loss(drafts[k - 1].float(), states, reduction="none").mean(-1)
             distance = distance + weight * (error * counts).sum()
         return self.feature_weight * distance + self.token_weight * total, numbers
 
