@@ -34,7 +34,7 @@ from trainer.config.overrides import is_setting
 from trainer.config.quoting import key_of
 from trainer.config.shown import say
 
-FORMATS = ("drafter", "speculators", "sglang", "medusa", "mtp")
+FORMATS = ("drafter", "speculators", "sglang", "medusa", "mtp", "gguf_draft")
 # settings that the command gives the runs itself
 FIXED = ("target", "base", "objective", "branch", "resume", "name", "runs", "schedule")
 

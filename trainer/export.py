@@ -21,6 +21,7 @@ An export is complete only after it was loaded back and gave the run's own logit
     speculators   a drafter (EAGLE-3, P-EAGLE, DSpark, DFlash) as vLLM loads it
     sglang        a drafter (EAGLE-1, EAGLE-3, DSpark, DFlash, Uno) as SGLang loads it
     medusa        Medusa's own file
+    gguf_draft    a drafter (EAGLE-3, DSpark, DFlash) as llama.cpp loads it, with -md
 
 trainer/exporting/draft_head.py says which drafter fits which format.
 """
@@ -38,7 +39,7 @@ from trainer.config.shown import say
 
 Format = Literal[
     "peft", "merged", "gguf", "gguf_lora", "shira", "drafter", "mtp", "speculators", "sglang",
-    "medusa",
+    "medusa", "gguf_draft",
 ]  # fmt: skip
 
 
@@ -52,7 +53,7 @@ class Options:
         "the folder to write, by default one in the run folder", None, value="FOLDER"
     )
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = option(
-        "of the weights; q8_0 for to=gguf alone", "float32"
+        "of the weights; q8_0 for to=gguf and to=gguf_draft alone", "float32"
     )
     verifier: str | None = option(
         "the model that the config of a drafter names as the one it drafts for, by default the"
@@ -68,8 +69,8 @@ class Options:
 
     def faults(self) -> Iterator[str]:
         """Yield what does not go together."""
-        if self.dtype == "q8_0" and self.to != "gguf":
-            yield f"dtype=q8_0 is a type of to=gguf; to={self.to} has float32, bfloat16, float16"
+        if self.dtype == "q8_0" and self.to not in ("gguf", "gguf_draft"):
+            yield f"dtype=q8_0 is a type of GGUF; to={self.to} has float32, bfloat16, float16"
 
 
 def main(argv: list[str]) -> int:

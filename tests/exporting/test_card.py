@@ -31,6 +31,7 @@ FORMATS = [
     "speculators",
     "sglang",
     "medusa",
+    "gguf_draft",
 ]
 
 

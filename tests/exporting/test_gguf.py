@@ -240,7 +240,7 @@ def test_the_command_writes_a_model_and_a_lora(run, tmp_path, capsys):
     assert "tokenizer.chat_template" in reader.fields
     assert (tmp_path / "g" / "Modelfile").read_text().startswith("FROM ./model.gguf\n")
     assert "llama-server -m model.gguf" in (tmp_path / "g" / "README.md").read_text()
-    capsys.readouterr()
+    assert "GGUF tensors" not in capsys.readouterr().err  # transformers' bar
     assert exit_code(export.main, [f"run={run}", "to=gguf_lora", f"out={tmp_path / 'l'}"]) == 0
     reader = gguf.GGUFReader(str(tmp_path / "l" / "adapter.gguf"))
     names = {tensor.name for tensor in reader.tensors}
@@ -250,4 +250,4 @@ def test_the_command_writes_a_model_and_a_lora(run, tmp_path, capsys):
 
 def test_a_type_that_only_gguf_has_is_refused_elsewhere(run, capsys):
     assert exit_code(export.main, [f"run={run}", "to=merged", "dtype=q8_0"]) == 2
-    assert "dtype=q8_0 is a type of to=gguf" in capsys.readouterr().err
+    assert "dtype=q8_0 is a type of GGUF; to=" in capsys.readouterr().err

@@ -30,7 +30,7 @@ _COUNTS = {
     "*": object,
 }
 # formats of draft heads
-ENGINES = ("drafter", "speculators", "sglang", "medusa")
+ENGINES = ("drafter", "speculators", "sglang", "medusa", "gguf_draft")
 _TARGETS = {
     "adapter": "stock PEFT",
     "merged": "transformers",
@@ -144,7 +144,8 @@ def _metadata(kind: str, source: Summary, origin: Origin) -> ModelCardData:
                 "mtp": "finetune", "gguf": "finetune"}  # fmt: skip
     values = {name: source.final(name) for name in source.metrics if not name.startswith("offset")}
     results = origin.results(task, values, str(source.choices.get("task")))
-    library = {"adapter": "peft", "gguf": "gguf", "gguf_lora": "gguf"}.get(kind, "transformers")
+    library = "gguf" if kind.startswith("gguf") else "transformers"
+    library = "peft" if kind == "adapter" else library
     return origin.metadata(
         library,
         task,

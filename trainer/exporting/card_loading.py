@@ -209,12 +209,15 @@ def _drafter(kind: str, base: str, source: Summary) -> list[str]:
         "uno": ["python -m sglang.launch_server --model-path TARGET --speculative-algorithm UNO \\",
                 f"    --uno-lora-path {PLACE} --speculative-num-draft-tokens 8"],
         "medusa": [f"text-generation-launcher --model-id {PLACE}"],
+        "gguf_draft": [f"hf download {PLACE} --local-dir .",
+                       f"llama-server -m TARGET.gguf -md draft.gguf --spec-type draft-{method}"],
     }  # fmt: skip
     if drafter == "peagle":
         del ways["speculators"][1]  # vLLM reads its method from the folder alone
     own = ["graft speculate run=RUN prompt=Hello"]
     return [
-        adapted + (" TARGET is that model." if kind in ("speculators", "sglang") else ""),
+        adapted
+        + (" TARGET is that model." if kind in ("speculators", "sglang", "gguf_draft") else ""),
         "",
         *_code("bash", *ways.get("uno" if served_as_lora else kind, own)),
     ]

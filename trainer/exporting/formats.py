@@ -10,7 +10,7 @@ from adapters.delta import AdapterError
 from trainer.assembly.trained import Trained, load_trained
 from trainer.exporting import card, engines, gguf_lora, gguf_model
 from trainer.exporting.adapter import save_adapter, verify_adapter
-from trainer.exporting.heads import check_drafter, write_drafter, write_head
+from trainer.exporting.heads import check_drafter, write_drafter, write_gguf, write_head
 from trainer.exporting.merged import write_merged
 from trainer.exporting.serving import Serving
 from trainer.storage import atomic
@@ -32,7 +32,7 @@ def export(
         Mismatch: the loaded export differs; nothing is left behind.
         DrafterError: the run has no drafter, or the drafter does not fit the format.
     """
-    if to in ("drafter", "mtp", *engines.LAYOUTS):
+    if to in ("drafter", "mtp", "gguf_draft", *engines.LAYOUTS):
         check_drafter(run, to)
     source = load_trained(run, fp32=True, dequantise=to in ("merged", "mtp", "gguf"))
     if to == "shira" and not hasattr(source.adapter, "save_pair"):
@@ -60,6 +60,8 @@ def _write(
         return gguf_model.write_gguf(run, folder, type_)
     if to == "gguf_lora":
         return gguf_lora.write_gguf_lora(run, folder)
+    if to == "gguf_draft":
+        return write_gguf(run, folder, type_)
     dtype: torch.dtype = getattr(torch, type_)
     if to == "drafter":
         return write_drafter(run, folder)

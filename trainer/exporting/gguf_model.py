@@ -27,6 +27,7 @@ from trainer.exporting.compare import Mismatch, distance, outputs
 from trainer.exporting.merged import cast_parameters
 from trainer.exporting.serving import Serving
 from trainer.models.base import PROBE
+from trainer.models.gguf import without_bar
 from trainer.storage import atomic
 
 log = logging.getLogger("trainer")
@@ -153,6 +154,7 @@ def write_gguf(run: Trained, folder: Path, dtype: str) -> float:
     _write(file, merged, family, dtype, vocabulary, Serving.of(run))
     rounded = round_weights(merged, dtype)
     reference = outputs(rounded, run)[-1]
+    without_bar()
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=FILE, dtype=torch.float32, config=readable(run.model.config)
     ).eval()
@@ -214,8 +216,8 @@ def _write(
     writer.add_name("Graft")  # a name with "mistral" in it changes how transformers reads it
     writer.add_file_type(TYPES[dtype][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_sizes(writer, config)
-    _add_rope(writer, config)
+    add_sizes(writer, config)
+    add_rope(writer, config)
     template: Any = None
     if serving.renderer.kind == "conversation":
         template = serving.chat_template(serving.base.load_tokenizer())
@@ -223,7 +225,7 @@ def _write(
             template = template.get("default")
     vocabulary.add(writer, serving.ends, template)
     for name, tensor in tensors(model, family):
-        array, kind = _encoded(tensor, dtype)
+        array, kind = encoded(tensor, dtype)
         writer.add_tensor(name, array, raw_dtype=kind)
     for name, array in rope_tensors(config).items():
         writer.add_tensor(name, array)
@@ -233,7 +235,8 @@ def _write(
     writer.close()
 
 
-def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
+def add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
+    """Add the sizes of a model to its file."""
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     writer.add_context_length(config.max_position_embeddings)
@@ -257,7 +260,8 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_final_logit_softcapping(cap)
 
 
-def _add_rope(writer: gguf.GGUFWriter, config: Any) -> None:
+def add_rope(writer: gguf.GGUFWriter, config: Any) -> None:
+    """Add the rotary base and scaling to a model's file."""
     rope = _rope(config)
     writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
     if rope.get("rope_type") == "linear":
@@ -325,6 +329,12 @@ def paired(tensor: Tensor, heads: int) -> Tensor:
     return rows.transpose(1, 2).reshape(tensor.shape)
 
 
+def unpaired(tensor: Tensor, heads: int) -> Tensor:
+    """Move the rows of each head from pairs to two halves."""
+    rows = tensor.reshape(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
+    return rows.transpose(1, 2).reshape(tensor.shape)
+
+
 def _kind(shape: torch.Size, dtype: str) -> gguf.GGMLQuantizationType:
     if len(shape) < 2:
         return gguf.GGMLQuantizationType.F32
@@ -333,7 +343,8 @@ def _kind(shape: torch.Size, dtype: str) -> gguf.GGMLQuantizationType:
     return TYPES[dtype][0]
 
 
-def _encoded(tensor: Tensor, dtype: str) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
+def encoded(tensor: Tensor, dtype: str) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
+    """Return a tensor as a file holds it, and its type."""
     kind = _kind(tensor.shape, dtype)
     array = np.ascontiguousarray(tensor.float().cpu().numpy())
     return gguf.quants.quantize(array, kind), kind
@@ -342,7 +353,7 @@ def _encoded(tensor: Tensor, dtype: str) -> tuple[np.ndarray, gguf.GGMLQuantizat
 def round_weights(model: nn.Module, dtype: str) -> nn.Module:
     """Round the parameters in place as the file does."""
     for parameter in model.parameters():
-        array, kind = _encoded(parameter.data, dtype)
+        array, kind = encoded(parameter.data, dtype)
         plain = gguf.quants.dequantize(array, kind)
         parameter.data = torch.from_numpy(np.ascontiguousarray(plain)).view_as(parameter.data)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,9 +15,10 @@ from trainer.assembly.build import instantiate
 from trainer.assembly.trained import Trained
 from trainer.drafters import Drafter, DrafterError, Target, TargetUpdate, io
 from trainer.drafters.uno import Uno
-from trainer.exporting import draft_head, engines, mtp_layers, uno_layout
+from trainer.exporting import draft_head, engines, gguf_drafts, gguf_model, mtp_layers, uno_layout
 from trainer.exporting.compare import TOLERANCE, Mismatch, distance
 from trainer.exporting.merged import cast_parameters
+from trainer.exporting.serving import Serving
 from trainer.storage.run_folder import read
 
 log = logging.getLogger("trainer")
@@ -45,6 +47,8 @@ def check_drafter(run: str, to: str) -> None:
         return
     skeleton = instantiate(config["base"]).skeleton(labels)
     drafter = instantiate(config["drafter"])(model=skeleton)
+    if to == "gguf_draft":
+        return gguf_drafts.check(drafter, skeleton)
     if isinstance(drafter, Uno):
         uno_layout.check(drafter, to, skeleton)
     elif to == "mtp":
@@ -100,7 +104,14 @@ def write_head(
         raise Mismatch(
             f"the export is not what to={to} should have written: {'; '.join(wrong[:5])}"
         )
-    difference = _compare_head(run, folder, to, dtype, head)
+    for part in (drafter, model.get_input_embeddings(), model.get_output_embeddings()):
+        cast_parameters(part, dtype)
+        cast_parameters(part, torch.float32)
+
+    def of_files(states: Tensor, ids: Tensor, drafted: Tensor) -> Tensor:
+        return engines.logits(folder, to, model, states, ids, drafted)
+
+    difference = _compare_head(run, head, of_files)
     if head.method == "eagle" and "fc.bias" in head.own:
         log.warning(
             "SGLang adds the bias of this drafter's fc, and vLLM drops it: train with"
@@ -116,20 +127,38 @@ def write_head(
     return difference
 
 
+@torch.no_grad()
+def write_gguf(run: Trained, folder: Path, dtype: str) -> float:
+    """Write a drafter as a GGUF file, and compare the logits computed from the file with the
+    drafter's own, rounded alike.
+
+    Raises:
+        Mismatch: the logits differ.
+    """
+    model = cast(Any, run.model)
+    head = draft_head.canonical(run.drafter, model)
+    folder.mkdir(parents=True, exist_ok=True)
+    gguf_drafts.write(head, folder, dtype, Serving.of(run))
+    gguf_model.round_weights(cast(Drafter, run.drafter), dtype)
+
+    def of_file(states: Tensor, ids: Tensor, drafted: Tensor) -> Tensor:
+        return gguf_drafts.logits(head, folder, model, states, ids, drafted)
+
+    return _compare_head(run, head, of_file)
+
+
 def _compare_head(
-    run: Trained, folder: Path, to: str, dtype: torch.dtype, head: draft_head.DraftHead
+    run: Trained, head: draft_head.DraftHead, of_files: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> float:
     drafter, model = cast(Drafter, run.drafter), cast(Any, run.model)
-    for part in (drafter, model.get_input_embeddings(), model.get_output_embeddings()):
-        cast_parameters(part, dtype)
-        cast_parameters(part, torch.float32)
     draw, count, sizes = torch.Generator().manual_seed(0), 12, model.config.get_text_config()
     states = torch.randn(count, max(1, len(head.layers)) * sizes.hidden_size, generator=draw)
     ids = torch.randint(3, sizes.vocab_size, (count + 1 + head.drafts,), generator=draw)
-    drafted = ids[count + 1 : count + (head.drafts if to == "medusa" else min(head.drafts, 4))]
+    most = head.drafts if head.method == "medusa" else min(head.drafts, 4)
+    drafted = ids[count + 1 : count + most]
     difference = distance(
         draft_logits(drafter, Target(model), states, ids[: count + 1], drafted),
-        engines.logits(folder, to, model, states, ids[1 : count + 1], drafted),
+        of_files(states, ids[1 : count + 1], drafted),
     )
     if not difference <= TOLERANCE:
         raise Mismatch(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,6 +21,7 @@ from tasks import wheel
 from trainer.models.base import Base, BaseError
 from trainer.storage import atomic
 from trainer.storage.locks import locked
+from trainer.storage.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +78,13 @@ def from_wheel(
     )
 
 
+def without_bar() -> None:
+    """Give transformers' reader of GGUF files the progress bar that its own setting turns off."""
+    from transformers import modeling_gguf_pytorch_utils as reader  # a second or so
+
+    reader.tqdm = transformers.utils.logging.tqdm
+
+
 def _model_folder(sha256: str) -> Path:
     return wheel.cache_dir() / "models" / sha256[:16]
 
@@ -92,13 +101,15 @@ def convert(file: Path, sha256: str) -> Path:
         if (folder / "config.json").exists():
             return folder
         log.info("Converting %s to a Hugging Face folder (once; kept in %s)", file.name, folder)
+        without_bar()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                file.parent, gguf_file=file.name, trust_remote_code=False
-            )
-            loaded = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
-            )
+            with Progress(f"converting {file.name}"):
+                tokenizer = AutoTokenizer.from_pretrained(
+                    file.parent, gguf_file=file.name, trust_remote_code=False
+                )
+                loaded = AutoModelForCausalLM.from_pretrained(
+                    file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+                )
         except Exception as error:
             raise BaseError(
                 f"{file.name} cannot be read as a GGUF language model: {error}"
