@@ -63,6 +63,13 @@ def test_the_table_has_ratios_and_problems():
         {"part": "lora", "state": "done", "last_lines": [], "measured": measured},
         {"part": "rosa", "state": "failed", "last_lines": ["why"], "measured": broken},
     ]
+    decoded = {"tokens_per_s": 90.0, "peak_gb": None, "first_loss": None, "steps": 7}
+    decoded |= {"peer": "plain"}
+    sides = {"ours": side(10.0), "drafted": decoded, "plain": decoded | {"tokens_per_s": 60.0}}
+    both = {"part": "head", "state": "done", "last_lines": [],
+            "measured": measured | {"peer": "gone", "sides": sides}}  # fmt: skip
+    assert "| head | drafted | 90 | 1.50 |  |  |  | 7 |" in gpu.table([both])
+    assert "| head | ours | 10 |  | 2.00 |  | 6.2000 | 5 |" in gpu.table([both])
     text = gpu.table(results)
     assert "| lora | ours | 3000 | 1.50 | 2.00 | 1.00 | 6.2000 | 5 |" in text
     assert "| rosa | ours | 1000 |  | 2.00 |  | 6.2000 | 5 |" in text
@@ -92,6 +99,8 @@ def test_parts_run_one_after_the_other_within_the_time(tmp_path, monkeypatch, ca
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert [result["part"] for result in results] == list(limits)
     assert "shape=tiny" in results[1]["command"]
+    assert "--collect-only" in results[0]["command"]  # no test runs without its device
+    assert "--collect-only" not in gpu.command("tests", "python", "cuda", 9, tmp_path)
     assert gpu.main(["wheel=x"]) == gpu.main(["parts=lora"]) == 2
     assert "no option wheel" in (said := capsys.readouterr().err)
     assert "no part lora; parts: tests, lora_8b_packed" in said
@@ -126,6 +135,43 @@ def test_both_sides_start_from_the_same_loss(method, packed):
     for number in numbers.values():
         assert number["steps"] >= 2
         assert number["losses"][-1] < number["first_loss"]
+
+
+@pytest.mark.long
+def test_each_part_starts_with_the_options_that_it_is_given(monkeypatch, tmp_path):
+    """A dry run of every part as far as its two sides: models, adapters and a batch are made."""
+    sides: dict[str, list[str]] = {}
+    for name in gpu.PARTS:
+        words = gpu.command(name, "python", "cpu", 60, tmp_path)[3:]
+        monkeypatch.setattr("sys.argv", ["measure", *words])
+        options = measure.parse(measure.DEFAULTS, None)
+        assert options["shape"] == "tiny"
+        assert options["seconds"] == 1
+        options["length"] = 64
+        if options["method"] == "eagle3":
+            sides[name] = list(measure.eagle3(options))
+            continue
+        sides[name] = list(measure.trained(options))
+        batch = measure.batch_of(options, 512)
+        for maker in (measure.ours, measure.with_peft):
+            trained, loss_of = maker(options)
+            assert trained
+            assert loss_of(batch).isfinite()
+    assert {len(names) for names in sides.values()} == {2, 4}
+
+
+def test_files_with_tests_for_a_gpu_are_the_only_ones_collected():
+    files = gpu.gpu_tests()
+    assert {"tests/speed/test_varlen.py", "tests/training/test_late.py"} <= set(files)
+    assert "tests/test_pins.py" not in files
+    assert set(files) <= set(gpu.command("tests", "python", "cuda", 9, gpu.ROOT))
+
+
+def test_results_are_strict_json(tmp_path):
+    """Other tools read them, and JSON has no NaN."""
+    options = QUICK | {"method": "eagle3"}
+    sides = measure.eagle3(options)
+    json.dumps(sides["decoding without a draft"](), allow_nan=False)
 
 
 @pytest.mark.long

@@ -9,7 +9,7 @@ installed into OUT/venv, next to the torch that is there. Without it, this Pytho
 Parts, each in a process of its own: `pytest -m gpu`; LoRA, QLoRA and RoSA on random Llamas of 1B
 and 8B, packed and padded, each against HF + PEFT; EAGLE-3 distilled and decoding. A part that fails
 or takes too long keeps what it said in OUT/PART.log, and the others run. device=cpu is a dry run
-with tiny shapes.
+with tiny shapes, of two steps a side; tests for a GPU are then collected and not run.
 
 It writes OUT/results.json, OUT/gpu.md and OUT/PART.profile.txt. The exit code is 1 if a part
 failed.
@@ -88,11 +88,20 @@ def install(wheels: Path, out: Path) -> tuple[dict[str, Any], str]:
 def command(name: str, python: str, device: str, limit: float, out: Path) -> list[str]:
     """Return the command of a part."""
     if name == TESTS:
-        return [python, "-m", "pytest", "-m", "gpu", "-q", "-n", "0", "-p", "no:cacheprovider"]
+        dry = ["--collect-only"] if device == "cpu" else []
+        words = ["-m", "pytest", "-m", "gpu", "-q", "-n", "0", "-p", "no:cacheprovider"]
+        return [python, *words, *dry, *gpu_tests()]
     shapes = [word if device != "cpu" else _tiny(word) for word in PARTS[name]]
     budget = f"seconds={max(1.0, limit - 25 if device != 'cpu' else 1.0):.0f}"
     places = [f"json={out / f'{name}.json'}", f"profile={out / f'{name}.profile.txt'}"]
     return [python, "-m", "scripts.gpu.measure", *shapes, f"device={device}", budget, *places]
+
+
+def gpu_tests() -> list[str]:
+    """Return the files that have tests for a GPU. To collect all tests takes a minute or two."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    marked = [file for file in files if "pytest.mark.gpu\n" in file.read_text("utf-8")]
+    return [str(file.relative_to(ROOT)) for file in marked]
 
 
 def _tiny(word: str) -> str:
@@ -155,17 +164,8 @@ def table(results: list[dict[str, Any]]) -> str:
         if measured is None:
             lines.append(f"| {result['part']} | {result['state']} |" + " |" * 6)
             continue
-        theirs = measured["sides"].get(measured["peer"])
         for name, side in measured["sides"].items():
-            ratios = [
-                f"{side[key] / theirs[key]:.2f}" if theirs else ""
-                for key in ("tokens_per_s", "peak_gb")
-            ]
-            lines.append(
-                f"| {result['part']} | {name} | {side['tokens_per_s']:.0f} | {ratios[0]} |"
-                f" {side['peak_gb']:.2f} | {ratios[1]} | {side['first_loss']:.4f} |"
-                f" {side['steps']} |"
-            )
+            lines.append(f"| {result['part']} | {name} | {_cells(side, measured)} |")
         for name, problem in measured["problems"].items():
             lines.append(f"| {result['part']} | {name}: {problem} |" + " |" * 6)
         lines += [f"| {result['part']} | {result['state']} |" + " |" * 6] * (
@@ -176,6 +176,19 @@ def table(results: list[dict[str, Any]]) -> str:
         lines += ["", f"{result['part']}: {result['state']}", "", "```text"]
         lines += [*result["last_lines"], "```"]
     return "\n".join(lines) + "\n"
+
+
+def _cells(side: dict[str, Any], measured: dict[str, Any]) -> str:
+    """Return the numbers of a side, with their ratios to its peer's. What was not measured is
+    empty."""
+    peer = measured["sides"].get(side.get("peer", measured["peer"]), {})
+    cells = []
+    for key, digits in (("tokens_per_s", 0), ("peak_gb", 2)):
+        value, other = side[key], peer.get(key)
+        cells.append("" if value is None else f"{value:.{digits}f}")
+        cells.append(f"{value / other:.2f}" if value and other else "")
+    loss = side["first_loss"]
+    return " | ".join([*cells, "" if loss is None else f"{loss:.4f}", str(side["steps"])])
 
 
 if __name__ == "__main__":

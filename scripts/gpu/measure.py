@@ -268,9 +268,10 @@ def eagle3(options: dict[str, Any]) -> dict[str, Callable[[], dict[str, Any]]]:
         seconds = time.perf_counter() - began
         return {
             "tokens_per_s": len(result.tokens) / seconds,
-            "peak_gb": 0.0,
-            "first_loss": float("nan"),
+            "peak_gb": None,  # of the training before
+            "first_loss": None,
             "steps": result.steps,
+            "peer": "decoding without a draft",
         }
 
     chunk = plain["objective"]["logits_chunk"]
