@@ -49,12 +49,15 @@ class Options:
     prompts: str = option("a file of prompts, which the model answers", value="FILE")
     out: Path = option("the folder to write", value="FOLDER", writes=True)
     experiment: Literal[
+        "clover_chat",
         "dspark_chat",
         "eagle3_chat",
         "eagle_chat",
         "hydra_chat",
         "hydra_plus_chat",
         "medusa_chat",
+        "native_chat",
+        "ppd_chat",
         "uno_chat",
     ] = option("of a new head, as conf/experiment has it", "eagle3_chat")
     draft: str | None = option(

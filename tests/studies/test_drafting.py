@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+from typing import get_args, get_type_hints
 
 import pytest
 
-from tests.conftest import composed, sums, write_rows
+from tests.conftest import ROOT, composed, sums, write_rows
 from tests.toys.commands import exit_code
 from trainer import draft
 from trainer.config import commands
@@ -28,6 +29,15 @@ def options(tmp_path, *more):
 def work_of(tmp_path, *more):
     parsed = draft.parse(draft.Options, options(tmp_path, *more), draft.__doc__, "graft draft")
     return drafting.Work(parsed)
+
+
+def test_every_experiment_that_distils_a_head_is_offered():
+    distilling = {
+        path.stem
+        for path in (ROOT / "conf" / "experiment").glob("*.yaml")
+        if "override /objective: distill" in path.read_text()
+    }
+    assert {*get_args(get_type_hints(draft.Options)["experiment"])} == distilling
 
 
 def test_the_steps_are_commands_that_a_user_can_type(tmp_path):
