@@ -318,6 +318,9 @@ def table(monkeypatch):
         def start_rollback(self):
             pass
 
+        def after(self, row, path):
+            return None
+
         def commit(self, paths):
             pass
 
