@@ -520,7 +520,7 @@ def no_torch(tmp_path):
         (
             ["experiment=smok", TASK],
             2,
-            "experiment=smok: there is no such choice. Did you mean smoke? Known: deft_sst2",
+            "experiment=smok: there is no such choice. Did you mean smoke? Known: ",
         ),
         (["adapter=loar", TASK], 2, "adapter=loar: there is no such choice. Did you mean lora?"),
         (["adapter=null", TASK], 2, "adapter=null: choose one of adalora,"),

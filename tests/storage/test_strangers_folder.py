@@ -107,7 +107,7 @@ FOLDERS = {
     ),
     "another drafter's file": (
         {"identity__choices__drafter": "../../evil"},
-        "conf/drafter has dflash, dspark, eagle,",
+        "dflash, dspark, eagle,",
     ),
     "a penalty": ({"config__penalty": MAKES}, ONLY),
     "a branch": ({"config__branch": MAKES, "identity__choices__branch": "cooldown"}, ONLY),
