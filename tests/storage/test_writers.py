@@ -35,6 +35,7 @@ REASONS = {
     ("trainer/storage/journal.py", "write_csv", "open"): RANDOM,
     ("trainer/storage/answers.py", "__enter__", "FileLock"): LOCK,
     ("trainer/drafters/io.py", "save", "save_file"): RANDOM,
+    ("trainer/drafters/io.py", "copy", "copyfile"): RANDOM,
     ("trainer/data/states_folder.py", "save_shard", "save_file"): RANDOM,
     ("trainer/storage/locks.py", "locked", "FileLock"): LOCK,
     ("trainer/speed/attention_choice.py", "write", "NamedTemporaryFile"): "O_EXCL, random name",
