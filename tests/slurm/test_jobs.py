@@ -54,7 +54,8 @@ def test_a_signal_costs_no_step(lab, outcome, scenario):
     assert {int(step) for step in re.findall(r"resuming after step (\d+) of", lab.log(job))} == set(
         saved
     )
-    assert all(0 < step < STEPS for step in saved)
+    # A time limit may end in the last evaluation, after all steps.
+    assert all(0 < step <= STEPS for step in saved)
 
 
 @pytest.mark.parametrize("scenario", ["preempted"])
