@@ -7,8 +7,8 @@ checkpoints have the size of A and B. The layers that give logits, which are as 
 vocabulary, stay as they are, and so do norms, biases and tables. B is zero at the start, so the
 first predictions are the earlier head's own.
 
-`merge` adds the update to the weights. What is written and decoded with is the merged head, in the
-same formats as any other.
+`merge` adds the update to the weights. A run saves the merged head, in the same formats as any
+other, and decodes with it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Numbers of a step that the host reads one step later, so that it never waits for the device while
-a step runs.
+"""Numbers of a step that the host reads one step later. To read them at once, it would have to wait
+for the device in every step.
 
 The check that loss and gradient are finite stays on the device: a fused Adam changes neither
 weights nor moments nor step counts where `found_inf` is 1. Numbers are copied to the host at the
