@@ -92,7 +92,6 @@ def test_one_operation_is_two(kind, dtype):
     for mine, wanted in zip(*pairs, strict=True):
         assert mine.dtype == wanted.dtype
         assert (mine - wanted).abs().max() <= tolerance * wanted.abs().max()
-    assert torch.equal(pairs[0][0], pairs[1][0])  # forward: the same operations
     no_dx = one(x)
     torch.testing.assert_close(
         torch.autograd.grad(no_dx, one.delta.B, upstream)[0], pairs[0][3], rtol=0, atol=0
