@@ -222,7 +222,8 @@ def grows(method, attack):
 )
 def test_the_attacks_find_what_is_not(quadratic):
     pattern = re.compile(quadratic)
-    assert any(grows(pattern.search, attack) for attack in attacks(pattern))
+    # noise of the machine hides a ratio of times, and does not make one: try more than once
+    assert any(grows(pattern.search, attack) for _ in range(4) for attack in attacks(pattern))
 
 
 def redacted(value):

@@ -1,4 +1,4 @@
-"""The search for layers that go: its budget, its path, and what it finds, against all sets."""
+"""The search by evolution: its budget, its path, and what it finds, against all candidates."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.toys.families import model_of
-from trainer.shrinking import drop_layers, evolution, search_layers
-from trainer.shrinking.evolution import Search, Settings
+from trainer.shrinking import divergence, drop_layers, evolution
+from trainer.shrinking.evolution import Levels, Search, Sets, Settings
 from trainer.shrinking.families import FAMILIES, layers_of
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def judged(log=None):
 def test_it_finds_the_best_of_all_sets():
     best = min(itertools.combinations(range(6), 2), key=tangled)
     for seed in range(3):
-        job = Search(6, 2, judged(), seed, SMALL)
+        job = Search(Sets(6, 2), judged(), seed, SMALL)
         job.start([(0, 1)])
         while job.generation < SMALL.generations:
             job.step()
@@ -46,7 +46,7 @@ def test_it_finds_the_best_of_all_sets():
 
 def test_every_generation_keeps_the_budget_and_is_never_worse():
     log = []
-    job = Search(12, 4, judged(log), 3, replace(SMALL, initial=0))
+    job = Search(Sets(12, 4), judged(log), 3, replace(SMALL, initial=0))
     job.start([(0, 1, 2, 3)])
     assert job.parent == (0, 1, 2, 3)
     values = [tangled(job.parent)]
@@ -67,30 +67,51 @@ def test_every_generation_keeps_the_budget_and_is_never_worse():
     assert values[-1] < values[0]
 
 
-def test_the_same_seed_takes_the_same_path_and_a_search_resumes_on_it():
+LEVELS = Levels(((4, 6), (6, 4), (4, 6), (6, 4), (4, 6)), -2, 1)
+
+
+@pytest.mark.parametrize("space", [Sets(10, 3), LEVELS])
+def test_the_same_seed_takes_the_same_path_and_a_search_resumes_on_it(space):
     def path(seed, stop=None):
-        job = Search(10, 3, judged(), seed, SMALL)
+        job = Search(space, judged(), seed, SMALL)
         job.start([])
         parents = [job.parent]
         while job.generation < 6:
             if job.generation == stop:
                 state = json.loads(json.dumps(job.state()))
-                job = Search(10, 3, judged(), seed, SMALL)
+                job = Search(space, judged(), seed, SMALL)
                 assert job.load(state)
             parents.append(job.step())
         return parents
 
     assert path(1) == path(1) == path(1, stop=3)
     assert path(1) != path(2)
-    other = Search(10, 4, judged(), 1, SMALL)
+    other = Search(Sets(10, 4), judged(), 1, SMALL)
     assert not other.load({"parent": [1, 2, 3], "generation": 2})
     assert not other.load({"parent": [1, 2, 3, 10], "generation": 2})
     assert not other.load({"generation": 2})
 
 
+def test_levels_keep_the_number_of_entries_and_their_bounds():
+    log = []
+    job = Search(LEVELS, judged(log), 0, replace(SMALL, initial=3))
+    job.start([(0,) * 5])
+    for _ in range(12):
+        job.step()
+    seen = {levels for candidates, _ in log for levels in candidates}
+    assert len(seen) > 12
+    for levels in seen:
+        assert sum(levels[0::2]) == sum(levels[1::2]) == 0  # for each shape
+        assert set(levels) <= {-2, -1, 0, 1}
+        assert LEVELS.holds(levels)
+    assert not LEVELS.holds((1, -1, 0, 0, 0))
+    assert not LEVELS.holds((2, 0, -2, 0, 0))
+    assert not LEVELS.holds((0, 0, 0, 0))
+
+
 def test_a_set_from_outside_may_win_at_the_start():
     best = min(itertools.combinations(range(9), 3), key=tangled)
-    job = Search(9, 3, judged(), 0, Settings(1, initial=1))
+    job = Search(Sets(9, 3), judged(), 0, Settings(1, initial=1))
     job.start([best])
     assert job.parent == best
 
@@ -102,12 +123,12 @@ def test_the_papers_number_of_generations():
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "opt", "phi"])
 def test_divergences_are_those_of_models_without_the_layers(name, monkeypatch):
-    monkeypatch.setattr(search_layers, "TOP", 5)
-    monkeypatch.setattr(search_layers, "CHUNK", 4)
+    monkeypatch.setattr(divergence, "TOP", 5)
+    monkeypatch.setattr(divergence, "CHUNK", 4)
     shape = FAMILIES[name]
     model = model_of(name).float()
     layers = layers_of(model, shape)
-    judge = search_layers.Divergence(model, layers, ROWS, CPU)
+    judge = divergence.Divergence(model, layers, ROWS, CPU, drop_layers.without(len(layers)))
     assert judge.of((), [0, 1, 2]) == pytest.approx(0.0, abs=1e-6)
     smaller = model_of(name).float()
     drop_layers.drop(smaller, shape, [1])

@@ -208,7 +208,7 @@ REFUSED = {
     ),
     "other option": (
         lambda place: ["base=tiny", "method=wanda", "ffn=0.5"],
-        "ffn=0.5 has no effect with method=wanda, which takes pattern, density, part",
+        "ffn=0.5 has no effect with method=wanda, which takes pattern, density, part, search",
     ),
     "needed": (lambda place: ["base=tiny", "method=narrow"], "missing: ffn= of method=narrow"),
     "density": (

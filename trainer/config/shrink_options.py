@@ -11,12 +11,13 @@ from trainer.config import paths
 from trainer.config.options import option, rest
 
 # the options that each method takes
-PRUNING = ("pattern", "density", "part")
+SEARCHING = ("search", "generations", "offspring")
+PRUNING = ("pattern", "density", "part", *SEARCHING, "step")
 SETTINGS = {
     "magnitude": PRUNING,
     "wanda": PRUNING,
     "sparsegpt": PRUNING,
-    "drop_layers": ("layers", "score", "search", "generations", "offspring"),
+    "drop_layers": ("layers", "score", *SEARCHING),
     "narrow": ("ffn", "multiple", "score"),
     "slice": ("width", "multiple"),
 }
@@ -59,12 +60,19 @@ class ShrinkOptions:
         "narrow, slice: what stays is a multiple of this, 128 or 32 by default", None, at_least=1
     )
     search: Literal["evolution"] | None = option(
-        "drop_layers: which layers go is searched for, from those of least influence on", None
+        "drop_layers: search for the layers that go, from those of least influence on; pruning,"
+        " pattern=unstructured: search for the share of each linear",
+        None,
     )
     generations: int | None = option(
-        "search: layers x (those that stay) / 1.5 by default", None, at_least=1
+        "search: layers x (those that stay) / 1.5 by default, 400 for shares", None, at_least=1
     )
-    offspring: int | None = option("search: of a generation, 32 by default", None, at_least=2)
+    offspring: int | None = option(
+        "search: of a generation, 32 by default, 64 for shares", None, at_least=2
+    )
+    step: float | None = option(
+        "pruning, search: how far shares are apart, 0.05 by default", None, value="0.05", above=0
+    )
     score: Literal["angular", "cosine", "activation_weight", "activation"] | None = option(
         "what says which parts matter: angular or cosine for layers, activation_weight or"
         " activation for neurons; the first by default",
@@ -96,7 +104,12 @@ class ShrinkOptions:
         if self.density is not None and self.pattern != "unstructured" and "density" in takes:
             pattern = self.pattern or "2:4"
             yield f"density={self.density:g} needs pattern=unstructured, not {pattern}"
-        for key in ("generations", "offspring"):
+        if self.search is not None and self.pattern != "unstructured" and "pattern" in takes:
+            yield (
+                f"search={self.search} needs pattern=unstructured: each linear of the pattern"
+                f" {self.pattern or '2:4'} keeps the same share"
+            )
+        for key in ("generations", "offspring", "step"):
             if getattr(self, key) is not None and self.search is None and key in takes:
                 yield f"{key}={getattr(self, key)} has no effect without search=evolution"
         scores = SCORES.get(self.method)
@@ -110,7 +123,7 @@ class ShrinkOptions:
         defaults: dict[str, Any] = {"pattern": "2:4", "part": "all"}
         defaults["multiple"] = MULTIPLES.get(self.method)
         if self.search is not None:
-            defaults["offspring"] = 32
+            defaults |= {"offspring": 32 if self.method == "drop_layers" else 64, "step": 0.05}
         if self.pattern == "unstructured":
             defaults["density"] = 0.5
         defaults["score"] = SCORES.get(self.method, (None,))[0]

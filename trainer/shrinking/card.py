@@ -97,6 +97,14 @@ def removed(record: dict[str, Any]) -> str:
     pattern = record["pattern"]
     what = f"{record['density']:g} of each row" if pattern == "unstructured" else pattern
     part = {"all": "all linears"}.get(record["part"], f"the linears of the {record['part']}")
+    if "generations" in record:
+        return (
+            f"By {PAPERS[record['method']]}, {part} of the decoder layers keep {what} on average:"
+            f" the other weights are zero. The share of each linear is that of the least divergence"
+            f" from the base in {record['generations']} generations of a search (EvoPress, arXiv"
+            f" 2410.14649), {record['divergence']:.4f} on the calibration rows. It is"
+            f" {record['divergence_uniform']:.4f} with the same share in all."
+        )
     return (
         f"By {PAPERS[record['method']]}, {part} of the decoder layers have the pattern {what}: the"
         " other weights are zero."

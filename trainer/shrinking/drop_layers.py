@@ -9,6 +9,7 @@ at once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.models.base import BaseError
+from trainer.shrinking.divergence import Layers
+from trainer.shrinking.evolution import Candidate
 from trainer.shrinking.families import Shape
 from trainer.shrinking.walk import Method
 
@@ -59,6 +62,15 @@ def least(figures: list[dict[str, Any]], count: int) -> list[int]:
     """Return the layers of least influence, in their order in the model."""
     order = sorted(range(len(figures)), key=lambda index: figures[index]["influence"])
     return sorted(order[:count])
+
+
+def without(layers: int) -> Layers:
+    """Return which of so many layers run where those of a candidate are left out."""
+
+    def stay(gone: Candidate) -> Iterator[int]:
+        return (index for index in range(layers) if index not in gone)
+
+    return stay
 
 
 def drop(model: Any, shape: Shape, dropped: list[int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,15 @@ from trainer.models.base import Base
 from trainer.models.folders import text_model_class
 from trainer.models.losses import CausalLoss
 from trainer.models.precision import bf16_is_fast
-from trainer.shrinking import card, drop_layers, evolution, narrow, search_layers, sliced
+from trainer.shrinking import (
+    card,
+    divergence,
+    drop_layers,
+    evolution,
+    narrow,
+    search_levels,
+    sliced,
+)
 from trainer.shrinking.families import Shape, layers_of, shape_of
 from trainer.shrinking.patterns import Pattern
 from trainer.shrinking.resuming import Resumed
@@ -116,6 +124,8 @@ def prepared(options: ShrinkOptions, config: dict[str, Any]) -> Work:
         pattern = Pattern.of(settings["pattern"], settings.get("density"))
         sparse = Sparse(options.method, pattern, settings["part"], shape)
         sparse.check(layers)
+        if options.search is not None:
+            search_levels.check(sparse, layers, settings["step"])
         method = sparse
     cuda = torch.cuda.is_available() and config["lightning"]["accelerator"] != "cpu"
     stored = base.config.dtype or torch.float32
@@ -179,6 +189,8 @@ def held_out_of(data: Data, options: ShrinkOptions) -> HeldOut | None:
 def apply(work: Work, model: Any, rows: list[Tensor], resumed: Resumed) -> None:
     """Shrink the model in place, and record the figures of its layers."""
     layers = layers_of(model, work.shape)
+    if isinstance(work.method, Sparse) and work.options.search is not None:
+        work.record |= levels_searched(work, work.method, model, rows, resumed)
     figures = walk(model, layers, rows, work.method, work.device, resumed)
     work.record["layers_figures"] = figures
     if isinstance(work.method, drop_layers.Influence):
@@ -201,17 +213,46 @@ def searched(
 ) -> dict[str, Any]:
     """Search for the layers that go, from those of least influence on. The device holds the whole
     model meanwhile."""
-    options, parts = work.options, len(work.record["layers_figures"])
+    options, layers = work.options, layers_of(model, work.shape)
     count = options.described["layers"]
     settings = evolution.Settings(
-        options.generations or evolution.generations_of(parts, count),
+        options.generations or evolution.generations_of(len(layers), count),
         options.described["offspring"],
     )
-    judge = search_layers.Divergence(model, layers_of(model, work.shape), rows, work.device)
-    job = evolution.Search(parts, count, judge, options.seed, settings)
-    record = search_layers.search(judge, job, tuple(least), resumed.path / "search.json")
+    without = drop_layers.without(len(layers))
+    judge = divergence.Divergence(model, layers, rows, work.device, without)
+    space = evolution.Sets(len(layers), count)
+    job = evolution.Search(space, judge, options.seed, settings)
+    record = divergence.search(judge, job, tuple(least), resumed.path / "search.json")
     model.to("cpu")
-    return record
+    return {
+        "dropped": list(record["best"]),
+        "generations": record["generations"],
+        "divergence": record["divergence"],
+        "divergence_least_influence": record["divergence_start"],
+    }
+
+
+def levels_searched(
+    work: Work, method: Sparse, model: Any, rows: list[Tensor], resumed: Resumed
+) -> dict[str, Any]:
+    """Search for the share of each linear that stays, from the same share of all on. The device
+    holds the whole model meanwhile."""
+    options, layers = work.options, layers_of(model, work.shape)
+    settings = replace(evolution.OF_LEVELS, offspring=options.described["offspring"])
+    if options.generations is not None:
+        settings = replace(settings, generations=options.generations)
+    masks = search_levels.masks(method, model, layers, rows, options.described["step"], work.device)
+    judge = divergence.Divergence(model, layers, rows, work.device, masks.run_at)
+    job = evolution.Search(masks.space, judge, options.seed, settings)
+    record = divergence.search(judge, job, masks.uniform, resumed.path / "search.json")
+    method.patterns = masks.patterns(record["best"])
+    model.to("cpu")
+    return {
+        "generations": record["generations"],
+        "divergence": record["divergence"],
+        "divergence_uniform": record["divergence_start"],
+    }
 
 
 def sizes(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:

@@ -18,10 +18,11 @@ from trainer.shrinking.walk import Method
 
 class Sparse(Method):
     """Prunes the linears of each layer. `by` is magnitude, wanda or sparsegpt; `part` is all, mlp
-    or attention."""
+    or attention. `patterns` are those of single linears, where they differ."""
 
     def __init__(self, by: str, pattern: Pattern, part: str, shape: Shape):
         self.by, self.pattern, self.part, self.shape = by, pattern, part, shape
+        self.patterns: dict[nn.Module, Pattern] = {}
         self.reads = by != "magnitude"
         self._statistics: dict[str, Any] = {}
         # Linears with the same input, such as q, k and v, share a statistic: that of the first.
@@ -70,22 +71,26 @@ class Sparse(Method):
 
     @torch.no_grad()
     def change(self, layer: nn.Module) -> dict[str, Any]:
-        """Prune the linears. The figure is the share of weights that stay."""
+        """Prune the linears. The figures are the share of weights that stay, and with patterns of
+        their own that of each linear."""
         stay = total = 0
+        shares: dict[str, float] = {}
         for name, linear in linears_of(layer, self.shape, self.part).items():
-            linear.weight.copy_(self._pruned(name, linear.weight))
+            pattern = self.patterns.get(linear, self.pattern)
+            linear.weight.copy_(self._pruned(name, linear.weight, pattern))
             stay += int(linear.weight.count_nonzero())
             total += linear.weight.numel()
+            shares[name] = round(pattern.density, 4)
         self._statistics.clear()
-        return {"density": stay / total}
+        return {"density": stay / total} | ({"linears": shares} if self.patterns else {})
 
-    def _pruned(self, name: str, weight: Tensor) -> Tensor:
+    def _pruned(self, name: str, weight: Tensor, pattern: Pattern) -> Tensor:
         if self.by == "magnitude":
-            return magnitude.prune(weight, self.pattern)
+            return magnitude.prune(weight, pattern)
         statistic = self._statistics[self._source[name]]
         if self.by == "wanda":
-            return wanda.prune(weight, statistic.norms, self.pattern)
-        return sparsegpt.prune(weight, statistic, self.pattern)
+            return wanda.prune(weight, statistic.norms, pattern)
+        return sparsegpt.prune(weight, statistic, pattern)
 
 
 def refuse_pruned(layers: nn.ModuleList, shape: Shape, path: str, action: str) -> None:

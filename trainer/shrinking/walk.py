@@ -26,10 +26,12 @@ class Method:
 
     reads    whether layers run while `watch` is open; without it no row is needed
     changes  whether `change` changes the layer
+    doing    the word for it in the log
     """
 
     reads = True
     changes = True
+    doing = "shrink"
 
     def watch(self, layer: nn.Module) -> list[Any]:
         """Hook the modules whose inputs are read. Return the handles of the hooks."""
@@ -59,7 +61,7 @@ def walk(
     figures: list[dict[str, Any]] = []
     rows = rows if method.reads else []
     states, arguments = entry(model, layers, rows) if rows else ([], {})
-    with Progress("shrink", len(layers), "layers") as progress:
+    with Progress(method.doing, len(layers), "layers") as progress:
         for index, layer in enumerate(layers):
             layer.to(device)
             first = None

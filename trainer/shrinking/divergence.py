@@ -1,9 +1,9 @@
-"""The divergence of a model without some of its layers from the whole one, and the search for
-those that can go (method=drop_layers search=evolution).
+"""The divergence of a smaller model from the whole one, and the search for the smallest
+(search=evolution).
 
     KL(p ‖ q) ≥ Σ_top p (log p - log q) + p_rest (log p_rest - log q_rest)       mean over tokens
 
-p are the whole model's next-token distributions and q those without the layers. Only the TOP most
+p are the whole model's next-token distributions and q those of the smaller one. Only the TOP most
 likely tokens of p are kept, and what is left of p as one more token.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trainer.models.heads import after_output
-from trainer.shrinking.evolution import Gone, Search
+from trainer.shrinking.evolution import Candidate, Search
 from trainer.shrinking.walk import entry, run
 from trainer.storage import atomic, door
 from trainer.storage.progress import Progress
@@ -28,8 +29,12 @@ TOP = 64  # tokens of a distribution that are kept
 CHUNK = 256  # positions whose logits exist at one time
 
 
+# The layers that run for a candidate, in order. Each is as the candidate has it while it runs.
+Layers = Callable[[Candidate], Iterator[int]]
+
+
 class Divergence:
-    """Judges sets of layers that go, by rows that are drawn for each judgement."""
+    """Judges candidates by rows that are drawn for each judgement."""
 
     def __init__(
         self,
@@ -37,15 +42,19 @@ class Divergence:
         layers: nn.ModuleList,
         rows: list[Int[Tensor, " t"]],
         device: torch.device,
+        layers_of: Layers,
     ):
-        self.model, self.layers, self.device = model, layers, device
+        self.model, self.layers, self.device, self.layers_of = model, layers, device, layers_of
         self.finish = after_output(model.config.get_text_config())
         self.states, self.arguments = entry(model, layers, rows)
         model.to(device)
-        everything = range(len(layers))
-        self.teacher = [self._distribution(self._after(state, everything)) for state in self.states]
+        everything = iter(range(len(layers)))
+        rows_of = list(range(len(rows)))
+        self.teacher = [self._distribution(hidden) for hidden in self._after(rows_of, everything)]
 
-    def __call__(self, candidates: list[Gone], tokens: int, draw: random.Random) -> list[float]:
+    def __call__(
+        self, candidates: list[Candidate], tokens: int, draw: random.Random
+    ) -> list[float]:
         """Return the divergence of each candidate, over rows of at least so many tokens, or all."""
         order = draw.sample(range(len(self.states)), len(self.states))
         chosen, count = [], 0
@@ -54,16 +63,15 @@ class Divergence:
                 break
             chosen.append(place)
             count += self.states[place].shape[1]
-        return [self.of(gone, chosen) for gone in candidates]
+        return [self.of(candidate, chosen) for candidate in candidates]
 
     @torch.no_grad()
-    def of(self, gone: Gone, rows: list[int]) -> float:
+    def of(self, candidate: Candidate, rows: list[int]) -> float:
         """Return the mean divergence over the tokens of some rows."""
-        stay = [index for index in range(len(self.layers)) if index not in gone]
         total = count = 0.0
-        for row in rows:
+        results = self._after(rows, self.layers_of(candidate))
+        for row, hidden in zip(rows, results, strict=True):
             places, log_p = self.teacher[row]
-            hidden = self._after(self.states[row], stay)
             for start in range(0, len(hidden), CHUNK):
                 part = slice(start, start + CHUNK)
                 log_q = _with_rest(self._logits(hidden[part]), places[part].to(self.device))
@@ -73,12 +81,16 @@ class Divergence:
         return total / max(1.0, count)
 
     @torch.no_grad()
-    def _after(self, state: Float[Tensor, "1 t d"], stay: Any) -> Float[Tensor, "t d"]:
-        """Return the states of a row after the layers that stay and the final norm."""
-        arguments = self.arguments[state.shape[1]]
-        for index in stay:
-            state = run(self.layers[index], state, arguments[index], self.device)
-        return self._norm()(state.to(self.device))[0]
+    def _after(self, rows: list[int], layers: Iterator[int]) -> Iterator[Float[Tensor, "t d"]]:
+        """Yield the states of each row after some layers and the final norm."""
+        states = [self.states[row] for row in rows]
+        for index in layers:
+            states = [
+                run(self.layers[index], state, self.arguments[state.shape[1]][index], self.device)
+                for state in states
+            ]
+        for state in states:
+            yield self._norm()(state.to(self.device))[0]
 
     def _norm(self) -> Any:
         body = self.model.base_model
@@ -110,9 +122,9 @@ def _with_rest(logits: Float[Tensor, "n v"], places: Int[Tensor, "n k"]) -> Floa
     return torch.cat([log_p.gather(-1, places), rest.clamp(min=-80.0)], -1)
 
 
-def search(judge: Divergence, job: Search, least: Gone, file: Path) -> dict[str, Any]:
-    """Run a search to its end, or on from the generation in `file`. Return its record: the layers
-    that go, and the divergence of these and of `least` over all rows."""
+def search(judge: Divergence, job: Search, start: Candidate, file: Path) -> dict[str, Any]:
+    """Run a search to its end, or on from the generation in `file`. Return the number of
+    generations, the best candidate, and the divergence of it and of `start` over all rows."""
     try:
         done = job.load(door.json_file(file, dict))
     except (OSError, ValueError):
@@ -120,7 +132,7 @@ def search(judge: Divergence, job: Search, least: Gone, file: Path) -> dict[str,
     total = job.settings.generations
     with Progress("search", total, "generations", done=job.generation if done else 0) as progress:
         if not done:
-            job.start([least])
+            job.start([start])
         while job.generation < total:
             job.step()
             atomic.write_text(file, json.dumps(job.state()))
@@ -128,8 +140,8 @@ def search(judge: Divergence, job: Search, least: Gone, file: Path) -> dict[str,
     rows = list(range(len(judge.states)))
     assert job.parent is not None
     return {
-        "dropped": list(job.parent),
         "generations": total,
+        "best": job.parent,
         "divergence": judge.of(job.parent, rows),
-        "divergence_least_influence": judge.of(least, rows),
+        "divergence_start": judge.of(start, rows),
     }
