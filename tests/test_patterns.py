@@ -206,7 +206,7 @@ def test_a_pattern_is_linear(path, pattern, called):
 
 def grows(method, attack):
     """Whether four times a text takes more than eight times as long, where a square takes sixteen
-    times. What takes less than 3 ms is not looked at: the fastest processors need 8 for a square."""
+    times. What takes less than 3 ms is not looked at: a fast processor needs 8 for a square."""
     part = attack[: len(attack) // 4] + attack[-1]
     if seconds(method, part) > LIMIT:  # it may be worse than a square
         return True
