@@ -98,8 +98,21 @@ def test_each_prompt_has_a_choice(server):
     assert [choice.text for choice in together.choices] == alone
     assert len(set(alone)) > 1
     assert together.usage.completion_tokens == 15
-    with pytest.raises(openai.BadRequestError, match="stream=true takes one prompt, got 3"):
-        client.completions.create(prompt=prompts, stream=True, **settings)
+    chunks = list(
+        client.completions.create(
+            prompt=prompts, stream=True, stream_options={"include_usage": True}, **settings
+        )
+    )
+    texts, ended = ["", "", ""], []
+    for chunk in chunks[:-1]:
+        (choice,) = chunk.choices
+        assert choice.index == len(ended)  # one choice after another
+        texts[choice.index] += choice.text
+        if choice.finish_reason is not None:
+            ended.append(choice.finish_reason)
+    assert texts == alone
+    assert ended == ["length"] * 3
+    assert (chunks[-1].choices, chunks[-1].usage) == ([], together.usage)
     with pytest.raises(openai.BadRequestError, match="prompt has 4 texts, expected at most 3"):
         client.completions.create(prompt=[*prompts, "y"], **settings)
 

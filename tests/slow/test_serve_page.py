@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -154,3 +155,24 @@ def test_a_question_is_answered_side_by_side(tmp_path, monkeypatch):
             and "Content Security Policy" in event["params"]["entry"]["text"]
         ]
         assert refused == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+def test_the_page_notices_runs_that_come_and_go(tmp_path, monkeypatch):
+    monkeypatch.chdir(RUNS.parent)
+    models = perturbed(loaded("lora", drafter="lookup"))
+    with running(models) as up, opened(f"{up.url}/", tmp_path / "profile") as page:
+        page.until("document.querySelectorAll('.pane select').length === 2")
+        listed = (
+            "[...document.querySelectorAll('.pane select')[1].options].map((each) => each.value)"
+        )
+        assert page.run(listed) == ["base", "lora"]
+        models["newer"] = dataclasses.replace(models["lora"], name="newer")
+        page.run("window.dispatchEvent(new Event('focus'))")
+        page.until(f"{listed}.length === 3")
+        assert page.run(listed) == ["base", "lora", "newer"]
+        assert page.run("document.querySelectorAll('.pane select')[1].value") == "lora"
+        del models["newer"], models["lora"]
+        page.run("document.querySelectorAll('.pane select')[0].focus()")
+        page.until(f"{listed}.length === 1")
+        assert page.run("document.querySelectorAll('.pane select')[1].value") == "base"

@@ -76,19 +76,19 @@ class Answer:
         if self.chat:
             yield self._chunk({"role": "assistant", "content": ""}, None, None)
 
-    def piece(self, piece: Piece) -> dict[str, Any]:
-        """Return a piece of the stream."""
+    def piece(self, piece: Piece, index: int = 0) -> dict[str, Any]:
+        """Return a piece of the stream, of the choice `index`."""
         text = piece.text
         if self.tools:
             self.held, text = self.held + text, ""
         delta = {"content": text} if self.chat else text
-        chunk = self._chunk(delta, self._logprobs(piece.tokens), None)
+        chunk = self._chunk(delta, self._logprobs(piece.tokens), None, index)
         if self.settings.graft_tokens:
             chunk["graft"] = self._facts(piece.usage, [] if piece.echo else piece.tokens)
         return chunk
 
-    def last(self, end: End) -> Iterator[dict[str, Any]]:
-        """Yield what a stream ends with."""
+    def last(self, end: End, index: int = 0) -> Iterator[dict[str, Any]]:
+        """Yield what a choice of a stream ends with."""
         reason = end.reason
         if self.tools:
             content, written = self._calls(self.held)
@@ -98,12 +98,15 @@ class Answer:
                 numbered = [{"index": index, **call} for index, call in enumerate(written)]
                 yield self._chunk({"tool_calls": numbered}, None, None)
                 reason = "tool_calls"
-        yield self._chunk({} if self.chat else "", None, reason) | {
+        yield self._chunk({} if self.chat else "", None, reason, index) | {
             "graft": self._facts(end.usage, [])
         }
+
+    def cost(self, ends: Sequence[End]) -> Iterator[dict[str, Any]]:
+        """Yield the usage of a stream, after all choices, if it was asked for."""
         if self.settings.with_usage:
             chunk = self._chunk("", None, None)
-            yield chunk | {"choices": [], "usage": usage(end.usage)}
+            yield chunk | {"choices": [], "usage": usage(total([end.usage for end in ends]))}
 
     def _calls(self, text: str) -> tuple[str | None, list[dict[str, Any]]]:
         """Return the content of an answer, None for nothing but calls, and its calls."""
@@ -116,8 +119,10 @@ class Answer:
         ]
         return content if content or not written else None, written
 
-    def _chunk(self, delta: Any, logprobs: Any, reason: str | None) -> dict[str, Any]:
-        choice = {"index": 0, "logprobs": logprobs, "finish_reason": reason}
+    def _chunk(
+        self, delta: Any, logprobs: Any, reason: str | None, index: int = 0
+    ) -> dict[str, Any]:
+        choice = {"index": index, "logprobs": logprobs, "finish_reason": reason}
         choice["delta" if self.chat else "text"] = delta
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         chunk = {**self.head, "object": kind, "choices": [choice]}

@@ -102,7 +102,7 @@ class Service:
             jobs.append((Job(model, prompt, events.put), events))
         self.worker.submit(*(job for job, _ in jobs))
         if settings.stream:
-            return Stream(self.worker, *jobs[0], answer)
+            return Stream(self.worker, jobs, answer)
         answers = []
         try:
             for job, events in jobs:
@@ -171,11 +171,12 @@ class Events:
 
 
 class Stream(Response):
-    """An answer as server-sent events. Its decoding ends when the client goes."""
+    """An answer as server-sent events, one choice after another. Its decoding ends when the client
+    goes."""
 
-    def __init__(self, worker: Worker, job: Job, events: Events, answer: Answer):
+    def __init__(self, worker: Worker, jobs: Sequence[tuple[Job, Events]], answer: Answer):
         super().__init__()
-        self.worker, self.job, self.events, self.answer = worker, job, events, answer
+        self.worker, self.jobs, self.answer = worker, jobs, answer
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
@@ -187,22 +188,30 @@ class Stream(Response):
         except OSError:  # the client has gone
             pass
         finally:
-            self.worker.cancel(self.job)
+            for job, _ in self.jobs:
+                self.worker.cancel(job)
 
     async def _parts(self, receive: Any) -> AsyncIterator[bytes]:
         for chunk in self.answer.first():
             yield event(chunk)
-        async for item in _each(self.worker, self.job, self.events, receive):
-            if item is None:
-                yield b": waiting\n\n"
-            elif isinstance(item, Piece):
-                yield event(self.answer.piece(item))
-            elif isinstance(item, End):
-                for chunk in self.answer.last(item):
-                    yield event(chunk)
-                yield event("[DONE]")
-            elif isinstance(item, ApiError):
-                yield event(item.body)
+        ends: list[End] = []
+        for index, (job, events) in enumerate(self.jobs):
+            async for item in _each(self.worker, job, events, receive):
+                if item is None:
+                    yield b": waiting\n\n"
+                elif isinstance(item, Piece):
+                    yield event(self.answer.piece(item, index))
+                elif isinstance(item, End):
+                    ends.append(item)
+                    for chunk in self.answer.last(item, index):
+                        yield event(chunk)
+                elif isinstance(item, ApiError):
+                    yield event(item.body)
+            if len(ends) == index:  # it failed, or the client has gone
+                return
+        for chunk in self.answer.cost(ends):
+            yield event(chunk)
+        yield event("[DONE]")
 
 
 async def _each(

@@ -64,8 +64,6 @@ def prompts(model: Served, settings: Settings, default_tokens: int) -> list[Prom
     prompt = settings.prompt
     one = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
     several: Sequence[Any] = [prompt] if one else prompt
-    if settings.stream and len(several) > 1:
-        raise ApiError(400, f"stream=true takes one prompt, got {len(several)}", "prompt")
     return [_prompt(model, settings, default_tokens, seed, text) for text in several]
 
 
