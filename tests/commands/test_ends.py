@@ -87,7 +87,7 @@ def ended(train_in, tmp_path_factory):
             "adapter.target_modules=all-linear",
             "max_steps=60",
             "max_epochs=null",
-            "optimizer.lr=0.02",
+            "optimizer.lr=0.01",
             "callbacks.evaluation.samples=1",
             "callbacks.evaluation.generate=2",
         )

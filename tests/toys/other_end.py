@@ -44,6 +44,8 @@ def base(folder: Path, **more: Any) -> Path:
             eos_token_id=words.eos_token_id,
         )
     )
+    with torch.no_grad():
+        model.lm_head.weight.mul_(10)  # with a small head no adapter can make one token likely
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
