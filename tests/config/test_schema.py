@@ -7,6 +7,8 @@ import math
 import pytest
 
 from trainer.config import schema
+from trainer.config.groups import default_choices
+from trainer.config.overrides import groups
 
 
 @pytest.fixture
@@ -314,3 +316,26 @@ def test_the_files_are_read_as_omegaconf_reads_them():
     assert yaml.load("[1e-4, 1E3, 2.5e+1, 12, 1_0e2, e3]", Loader=schema._Loader) == [
         1e-4, 1e3, 25.0, 12, 1e3, "e3",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "group", "sentence"),
+    [
+        ("lr", "", "Did you mean optimizer.lr?"),
+        ("path", "", "Did you mean base.path or task.path?"),
+        ("learning_rate", "", "Here it is optimizer.lr."),
+        ("epochs", "", "Here it is max_epochs."),
+        ("lora_alpha", "", "Here it is adapter.alpha."),
+        ("packign", "", "Did you mean packing?"),
+        ("save_strategy", "", "Here: callbacks.checkpoints.every counts steps or a fraction of"),
+        ("r", "adapter", "Here it is adapter.rank."),
+        ("lora_alpha", "adapter", "Here it is adapter.alpha."),
+        ("within", "adapter", "It is a key of adapter="),
+        ("path", "base", "It is a key of base=hf."),
+        ("ranks", "adapter", "Did you mean rank?"),
+    ],
+)
+def test_an_unknown_key_is_named_as_it_is_called_here(key, group, sentence):
+    known = schema.load(f"{group}/{default_choices()[group]}" if group else "config").children
+    names = known if group else sorted({*known, *groups()})
+    assert schema.hint(key, names, group).startswith(sentence)

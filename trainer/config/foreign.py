@@ -345,3 +345,14 @@ TORCHTUNE: dict[str, Rule] = {
     "model.fusion_trainable": _IMAGES, "model.image_size": _IMAGES, "tokenizer.image_size": _IMAGES,
     "collate_fn": f"{NO}batches are padded to their longest row",
 }  # fmt: skip
+
+
+def counterpart(key: str) -> str | None:
+    """Return a sentence on a key of another trainer: its name here, or why there is none. None for
+    a key that needs its value to be read, and for one that no trainer has."""
+    for table in (COMMON, TRL, LLAMA_FACTORY, AXOLOTL, LITGPT, TORCHTUNE):
+        rule = table.get(key)
+        if isinstance(rule, str) and rule != _LATER:
+            reason = rule.removeprefix(NO)
+            return f"Here it is {rule}." if reason == rule else f"Here: {reason}."
+    return None

@@ -89,8 +89,7 @@ def check_keys(words: list[str]) -> None:
     faults = [
         "slurm.KEY=VALUE is for jobs: graft submit ..."
         if name == "slurm"
-        else f"{name}: there is no such key. {schema.nearest(name, sorted(known))}"
-        " (conf/config.yaml)"
+        else f"{name}: there is no such key. {schema.hint(name, sorted(known))} (conf/config.yaml)"
         for name in names
         if name not in known and name != "hydra"
     ]

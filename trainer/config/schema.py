@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from trainer.config.foreign import counterpart
 from trainer.config.limits import LOADER
 
 CONF = Path(__file__).resolve().parent.parent.parent / "conf"
@@ -171,8 +172,8 @@ def problems(value: Any, schema: Any, where: str, incomplete: bool = False) -> l
             faults += problems(item, schema.children[key], f"{prefix}{key}", incomplete)
         elif not schema.open:
             faults.append(
-                f"{prefix}{key}: there is no such key. {nearest(str(key), schema.children)}"
-                f" ({schema.file})"
+                f"{prefix}{key}: there is no such key."
+                f" {hint(str(key), schema.children, where)} ({schema.file})"
             )
         elif holds_object(item):
             faults.append(
@@ -262,6 +263,29 @@ def holds_object(value: Any) -> bool:
     if isinstance(value, dict):
         return bool(INSTANTIATE_KEYS & value.keys()) or any(map(holds_object, value.values()))
     return isinstance(value, list) and any(map(holds_object, value))
+
+
+def hint(key: str, known: Any, group: str = "") -> str:
+    """Return a sentence on an unknown key of a group, or of the whole config: what it is called
+    here, who has it, or the closest known one."""
+    here = counterpart(key)
+    if not group:
+        parts = [name for name in known if key in load_group(name)]
+        dotted = " or ".join(f"{part}.{key}" for part in parts[:3])
+        return here or (f"Did you mean {dotted}?" if parts else nearest(key, known))
+    if here is not None and any(f" {group}.{name}." in here for name in known):
+        return here
+    names = options(group) if "." not in group else []
+    others = [name for name in names if key in load(f"{group}/{name}").children]
+    if others:
+        more = f" and {len(others) - 4} more" if len(others) > 5 else ""
+        return f"It is a key of {group}={', '.join(others[: 4 if more else 5])}{more}."
+    return nearest(key, known)
+
+
+def load_group(name: str) -> set[str]:
+    """Return the keys of all files of a group; none for what is no group."""
+    return {key for choice in options(name) for key in load(f"{name}/{choice}").children}
 
 
 def nearest(word: str, known: Any) -> str:
