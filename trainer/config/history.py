@@ -26,18 +26,22 @@ _ADAPTERS: dict[str, dict[str, Any]] = {
     "adapters.rosa.RoSAAdapter": {"count_mask_steps": True, "within": "all"},
     "adapters.spiel.SpIEL": {"clip_moments": False, "within": "all"},
 }
-# Drafters that older versions made of the target's own layer, before drafter.layer was a setting.
-_OF_TARGET = ("trainer.drafters.eagle.Eagle", "trainer.drafters.eagle3.Eagle3")
+# The same of drafters. Heads were made of the target's own layer, and blocks of random ones.
+_DRAFTERS: dict[str, dict[str, Any]] = {
+    "trainer.drafters.block.Block": {"init": "random"},
+    "trainer.drafters.eagle.Eagle": {"layer": "target", "topk": None, "topk_weight": 1.0},
+    "trainer.drafters.eagle3.Eagle3": {"layer": "target"},
+    "trainer.drafters.peagle.PEagle": {"init": "random"},
+}
 
 
 def keep_head(drafter: Any) -> None:
-    """Give the recorded settings of a draft head of an older version, in place, the layer that it
-    has, the target's own, and no loss that is newer."""
-    if isinstance(drafter, dict) and drafter.get("_target_") in _OF_TARGET:
-        drafter.setdefault("layer", "target")
-        if drafter["_target_"].endswith(".Eagle"):
-            drafter.setdefault("topk", None)
-            drafter.setdefault("topk_weight", 1.0)
+    """Give the recorded settings of a draft head of an older version, in place, the layer and the
+    start that it has, and no loss that is newer."""
+    if not isinstance(drafter, dict) or not isinstance(name := drafter.get("_target_"), str):
+        return
+    for key, value in _DRAFTERS.get(name, {}).items():
+        drafter.setdefault(key, value)
 
 
 def keep_counting(adapter: Any) -> None:
@@ -71,13 +75,18 @@ def adopt(config: dict[str, Any], recorded: Any) -> bool:
 
 def adopt_layer(config: dict[str, Any], recorded: Any) -> None:
     """Let a run that continues another one, of which `recorded` is the config, keep the layer of
-    its draft head, in place, where its own config says auto."""
+    its draft head, in place, where its own config says auto, and the start of an older version."""
     earlier = recorded.get("drafter") if isinstance(recorded, dict) else None
-    keep_head(earlier)
     drafter = config.get("drafter")
     if not isinstance(earlier, dict) or not isinstance(drafter, dict):
+        keep_head(earlier)
         return
-    if drafter.get("layer") == "auto" and earlier.get("_target_") == drafter["_target_"]:
+    old = earlier.keys()
+    same = earlier.get("_target_") == drafter["_target_"]
+    if same and "init" in _DRAFTERS.get(drafter["_target_"], {}).keys() - old:
+        drafter["init"] = "random"
+    keep_head(earlier)
+    if drafter.get("layer") == "auto" and same:
         drafter["layer"] = earlier.get("layer", "auto")
 
 

@@ -17,6 +17,8 @@ random positions of a row whose token and next token are trained, and their loss
 positions. A slot counts while all tokens up to it are trained, so that a block never
 reaches over the end of an answer. In evaluation the anchors are evenly spaced.
 
+With init=last_layer the block starts as the target's last layers (trainer.drafters.block_start).
+
 In decoding the context's keys and values are kept, and a block is computed once for each draft.
 Every node of a tree has its own q, by its parent's token, so trees grow as with any head.
 
@@ -43,6 +45,7 @@ from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate
 from trainer.drafters.anchors import anchors_of, counted, goals, numbers_of
 from trainer.drafters.block_batch import BlockBatch
 from trainer.drafters.block_layer import KeysValues, keys_values, run_block
+from trainer.drafters.block_start import start_as_last_layers
 from trainer.drafters.distillation import Distillation, chunked_distillation
 from trainer.drafters.families import family_of
 from trainer.drafters.layers import (
@@ -77,6 +80,7 @@ class Block(Heads):
         draft_layers: int,
         aux_layers: list[int] | None,
         markov_rank: int,
+        init: str,
         mask_token: int | None,
         anchors: int,
         decay: float,
@@ -108,6 +112,8 @@ class Block(Heads):
         self.context_norm = final_norm(family, "random")
         self.blocks = nn.ModuleList(decoder_layer(family, "random") for _ in range(draft_layers))
         self.norm = final_norm(family, "random")
+        if init == "last_layer":
+            start_as_last_layers(model, self.fc, list(self.blocks), self.norm)
         device = self.fc.weight.device
         self.markov: nn.ModuleDict | None = None
         if markov_rank:

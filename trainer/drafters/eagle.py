@@ -35,6 +35,7 @@ from trainer.drafters import DrafterError, Target, TargetOutput, offset_targets
 from trainer.drafters.distilled import taught_positions
 from trainer.drafters.families import family_of
 from trainer.drafters.layers import projection, run_layer
+from trainer.drafters.starts import pass_last
 from trainer.drafters.unrolled import Unrolled, masked_layer
 
 
@@ -86,7 +87,7 @@ class Eagle(Unrolled):
             if bias:
                 self.fc.bias = nn.Parameter(torch.zeros_like(self.fc.weight[:, 0]))
             if init == "last_layer":
-                self.fc.weight.copy_(torch.eye(size, 2 * size).roll(size, dims=1))
+                pass_last(self.fc)
         self.predict_acceptance(model, confidence, 1)
 
     def first_input(self, hidden: Tensor, features: Tensor | None) -> Tensor:

@@ -44,6 +44,7 @@ from trainer.drafters.layers import (
     projection,
     requested_layers,
 )
+from trainer.drafters.starts import pass_last
 from trainer.drafters.unrolled import Unrolled, masked_layer
 from trainer.models.heads import Head
 
@@ -105,9 +106,8 @@ class Eagle3(Unrolled):
         self.register_buffer("t2d", torch.arange(vocabulary, device=device) < drafted)
         self._rows: Callable[[], Tensor] = lambda: float_weight(output)
         self._start_head()
-        with torch.no_grad():
-            if init == "last_layer":
-                self.fc.weight.copy_(torch.eye(self.fc.in_features, size).roll(-size, dims=0).t())
+        if init == "last_layer":
+            pass_last(self.fc)
         self.predict_acceptance(model, confidence, 1)
 
     @property
@@ -212,15 +212,15 @@ def read_layers(depth: int, requested: list[int] | None) -> tuple[int, ...]:
     return requested_layers(depth, requested)
 
 
-def wide_layer(model: Any, init: str) -> Any:
+def wide_layer(model: Any, init: str, back: int = 1) -> Any:
     """Return a layer of the target's family, without biases, whose attention reads an embedding and
-    a feature side by side. With `init` last_layer the part for the feature is the target's last
-    layer, and the part for the embedding is 0.
+    a feature side by side. With `init` last_layer the part for the feature is the target's
+    `back`-th layer from the end, and the part for the embedding is 0.
 
     Raises:
         DrafterError: its parts are not where transformers' layers have them.
     """
-    layer = masked_layer(model, init)
+    layer = masked_layer(model, init, back)
     attention, size = layer.self_attn, model.config.get_text_config().hidden_size
     for name in ("q_proj", "k_proj", "v_proj"):
         narrow = getattr(attention, name, None)

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from adapters.linear import features, float_weight, is_linear
+from adapters.linear import features
 from trainer.drafters import Drafter, DrafterError, Target, TargetOutput
+from trainer.drafters.starts import copy_layer, copy_weights
 from trainer.models.cache_argument import cache_argument, with_cache
 from trainer.models.heads import Head, after_output, captured_layers, decoder_of
 
@@ -78,12 +79,13 @@ def decayed(beta: float, count: int) -> list[float]:
     return [power / sum(powers) for power in powers]
 
 
-def decoder_layer(model: Any, init: str) -> nn.Module:
+def decoder_layer(model: Any, init: str, back: int = 1) -> nn.Module:
     """Return a trained fp32 layer of the class of the model's last one, which stores its keys and
     values as a cache's layer 0.
 
-    `init` is random, as transformers starts the model's own, or last_layer, a copy of the weights,
-    dequantised if they are packed. It is on the meta device if the model is.
+    `init` is random, as transformers starts the model's own, or last_layer, a copy of the weights
+    of the `back`-th layer from the end, dequantised if they are packed. It is on the meta device if
+    the model is.
 
     Raises:
         DrafterError: the model's layers cannot be built and called that way; the message says why.
@@ -97,7 +99,7 @@ def decoder_layer(model: Any, init: str) -> nn.Module:
         if hasattr(module, "layer_idx"):
             module.layer_idx = 0
     if init == "last_layer":
-        _copy_weights(last, layer)
+        copy_layer(layer_from_end(model, back), layer)
     return layer
 
 
@@ -110,18 +112,26 @@ def final_norm(model: Any, init: str) -> nn.Module:
         `decoder_layer` needs them.
     """
     _layers(model)
-    decoder = decoder_of(model)
-    source = next(
-        (norm for name in _NORMS if (norm := getattr(decoder, name, None)) is not None), None
-    )
-    if source is None:
-        raise DrafterError(
-            f"{type(decoder).__name__} has no final norm called {', '.join(_NORMS)}: {_INSTEAD}"
-        )
+    source = final_norm_of(model)
     norm = _fresh(model, lambda: copy.deepcopy(source))
     if init == "last_layer":
-        _copy_weights(source, norm)
+        copy_weights(source, norm)
     return norm
+
+
+def final_norm_of(model: Any) -> nn.Module:
+    """Return a target's final norm.
+
+    Raises:
+        DrafterError: it is not where transformers' decoders have it.
+    """
+    decoder = decoder_of(model)
+    for name in _NORMS:
+        if (norm := getattr(decoder, name, None)) is not None:
+            return norm
+    raise DrafterError(
+        f"{type(decoder).__name__} has no final norm called {', '.join(_NORMS)}: {_INSTEAD}"
+    )
 
 
 def projection(model: Any, inputs: int, outputs: int) -> nn.Linear:
@@ -138,7 +148,7 @@ def output_layer(model: Any) -> nn.Linear:
     layer = _fresh(
         model, lambda: nn.Linear(inputs, outputs, bias=getattr(source, "bias", None) is not None)
     )
-    _copy_weights(source, layer)
+    copy_weights(source, layer)
     return layer
 
 
@@ -170,6 +180,22 @@ def layers_of(model: Any) -> nn.ModuleList:
             f" cannot be built: {_INSTEAD}"
         )
     return layers
+
+
+def layer_from_end(model: Any, back: int) -> nn.Module:
+    """Return a target's decoder layer; 1 is its last one.
+
+    Raises:
+        DrafterError: it has fewer layers.
+    """
+    layers = layers_of(model)
+    if back > len(layers):
+        raise DrafterError(
+            f"drafter.draft_layers={back} and drafter.init=last_layer copy the target's last {back}"
+            f" layers, and {type(model).__name__} has {len(layers)}: set fewer draft_layers, or"
+            " drafter.init=random"
+        )
+    return layers[-back]
 
 
 @torch.no_grad()
@@ -273,20 +299,6 @@ def _fresh(model: Any, build: Callable[[], Any]) -> Any:
         for part in module.modules():
             model._init_weights(part)
     return module.to(device).requires_grad_(True)
-
-
-def _copy_weights(source: nn.Module, into: nn.Module) -> None:
-    if next(into.parameters()).device.type == "meta":
-        return
-    with torch.no_grad():
-        for name, module in into.named_modules():
-            original: Any = source.get_submodule(name)
-            for key, tensor in [
-                *module.named_parameters(recurse=False),
-                *module.named_buffers(recurse=False),
-            ]:
-                packed = key == "weight" and is_linear(original)
-                tensor.copy_(float_weight(original) if packed else getattr(original, key))
 
 
 def layer_inputs(

@@ -13,6 +13,8 @@ n max(r^Î´, r_min) of a row's n trained positions, drawn from those that depth Î
 have a trained target (r = `keep`, r_min = `keep_least`). So 8 depths take about 3.4 n slots and not
 8 n. In evaluation the kept positions are evenly spaced. Depth 0 is EAGLE-3 with one pass.
 
+With init=last_layer the N layers start as the target's last N, on the last of the states.
+
 In decoding one pass runs the accepted positions and K - 1 slots with the mask. Only the keys and
 values of the former are stored. All nodes of a depth have the same logits.
 
@@ -35,7 +37,7 @@ from torch.nn import functional as F
 from adapters.linear import features
 from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, offset_targets
 from trainer.drafters.distillation import Distillation, chunked_distillation
-from trainer.drafters.eagle3 import Eagle3
+from trainer.drafters.eagle3 import Eagle3, wide_layer
 from trainer.drafters.layers import (
     IndependentGrowth,
     autocast_like,
@@ -69,6 +71,7 @@ class PEagle(Eagle3):
         train_head: bool,
         fc_norm: bool,
         layer: str,
+        init: str,
         keep: float,
         keep_least: float,
         mask_token: int | None,
@@ -90,7 +93,7 @@ class PEagle(Eagle3):
             False,
             fc_norm,
             layer,
-            "random",
+            init,
             weights,
             beta,
             weight,
@@ -109,8 +112,11 @@ class PEagle(Eagle3):
         check_mask(mask_token, vocabulary)
         self.requested_mask = mask_token
         source = self.family or model
+        if init == "last_layer" and draft_layers > 1:
+            self.midlayer = wide_layer(source, init, draft_layers)
         self.more = nn.ModuleList(
-            _without_biases(masked_layer(source, "random")) for _ in range(draft_layers - 1)
+            _without_biases(masked_layer(source, init, draft_layers - number))
+            for number in range(1, draft_layers)
         )
         device = self.fc.weight.device
         self.mask_hidden = nn.Parameter(torch.empty(1, 1, self.fc.in_features, device=device))

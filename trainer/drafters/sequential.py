@@ -50,6 +50,7 @@ from trainer.drafters.layers import (
 )
 from trainer.drafters.ragged import RaggedMemory
 from trainer.drafters.sequential_batch import SequentialBatch, SequentialMemory
+from trainer.drafters.starts import pass_last
 
 
 class Module(nn.Module):
@@ -68,8 +69,7 @@ class Module(nn.Module):
         self.mtp_block = decoder_layer(model, init)
         self.post_norm = final_norm(model, init)
         if init == "last_layer":
-            with torch.no_grad():
-                self.eh_proj.weight.copy_(torch.eye(size, 2 * size).roll(size, dims=1))
+            pass_last(self.eh_proj)
 
     def forward(self, embedded: Tensor, hidden: Tensor, inputs: Any) -> Tensor:
         both = torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1)

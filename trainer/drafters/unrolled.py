@@ -374,14 +374,14 @@ class UnrolledGrowth:
         return self.drafter.draft_heads(self.target)[0](read)
 
 
-def masked_layer(model: Any, init: str) -> Any:
+def masked_layer(model: Any, init: str, back: int = 1) -> Any:
     """Return a `decoder_layer` that takes a mask for each position: with sdpa, or eager if the
     model is eager.
 
     Raises:
         DrafterError: its parts are not where transformers' layers have them.
     """
-    layer: Any = decoder_layer(model, init)
+    layer: Any = decoder_layer(model, init, back)
     missing = [
         name
         for name in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
