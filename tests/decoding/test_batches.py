@@ -18,6 +18,7 @@ from trainer.decoding.sampling import Sampling
 from trainer.decoding.speculative import Strategy, generate, generate_batch
 from trainer.decoding.trees import EAGLE1, Levels, chain, dyspec, eagle2
 from trainer.drafters import Drafter, Target, TargetUpdate
+from trainer.drafters.batch_passes import layout
 from trainer.drafters.lookup import PromptLookup
 from trainer.drafters.medusa import MedusaHeads
 from trainer.drafters.small import SmallModel
@@ -32,6 +33,11 @@ SHAPES = {
     "dyspec that gives up": dyspec(6, 4, refusal_policy(0.95)),
 }
 OF_WINDOWS = ("static",)
+KINDS = ("llama", "mistral, a window of 6")
+CASES = [(name, kind) for name in [*PRESETS, "small"] for kind in KINDS]
+OWN = ("uno", "ppd", "kangaroo", "clover")
+# These run the target itself, whose layers are of two kinds.
+CASES += [(name, "gemma2, a cap and a window of 5") for name in OWN[:3]]
 V, WIDTH, LENGTH = 41, 16, 9
 # the lengths of three prompts, then how many tokens each sequence gets a step
 PROMPTS, STEPS = (1, 7, 4), ((1, 3, 2), (5, 1, 1))
@@ -63,8 +69,7 @@ def same_trees(actual, expected):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["llama", "mistral, a window of 6"])
-@pytest.mark.parametrize("name", [*PRESETS, "small"])
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_batch_drafts_what_each_sequence_drafts_alone(name, kind):
     model = tiny(kind)
     target, drafter = Target(model), drafter_of(name, model)
@@ -88,7 +93,23 @@ def test_a_batch_drafts_what_each_sequence_drafts_alone(name, kind):
             same_trees(actual, expected)
 
 
-@pytest.mark.parametrize("name", ["eagle3", "mtp_sequential", "dspark", "hydra_plus"])
+def test_places_of_a_pass_over_texts_and_what_follows_them():
+    """Sequences of 3 and 1 tokens read 1 and 3 more, and two chains of two positions."""
+    ahead, chains = torch.tensor([1, 1, 2, 2]), torch.eye(2).repeat(2, 2).tril().bool()
+    found = layout([3, 1], [1, 3], ahead, chains)
+    #                            text, padding, the chains behind it
+    assert found.at.tolist() == [[3, 8, 9, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7]]
+    assert found.positions.tolist() == [[3, 3, 3, 4, 4, 5, 5], [1, 2, 3, 4, 4, 5, 5]]
+    assert found.keys.tolist() == [[0, 1, 2, 3, 4, 4, 5, 5, 8, 9]] * 2
+    text = [1, 1, 1, 1]
+    ends = [[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1]]
+    wanted = [[*text, *end, 0, 0] for end in ends]
+    assert found.sees[0].int().tolist() == [[*text, 0, 0, 0, 0, 0, 0]] * 3 + wanted
+    first = [[1] * (2 + row) + [0] * (8 - row) for row in range(3)]
+    assert found.sees[1].int().tolist() == first + wanted
+
+
+@pytest.mark.parametrize("name", ["eagle3", "mtp_sequential", "dspark", "hydra_plus", *OWN])
 def test_drawn_drafts_come_from_the_distributions_of_each_sequence(name):
     model = tiny()
     target, drafter = Target(model), made(name, model)

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from trainer.drafters import TargetOutput
+from trainer.drafters import Target, TargetOutput
+from trainer.drafters.distillation import Distillation, chunked_distillation
 
 
 def anchors_of(
@@ -60,6 +61,34 @@ def counted(
     expected = output.positions.gather(1, at).unsqueeze(2) + goal - at.unsqueeze(2)
     right = (goal == inside) & (labels != -100) & (positions == expected) & real.unsqueeze(2)
     return right.long().cumprod(2).bool()
+
+
+def distilled_slots(
+    states: Float[Tensor, "B A K d"],
+    counts: Bool[Tensor, "B A K"],
+    goal: Int[Tensor, "B A K"],
+    weights: Float[Tensor, "B K"],
+    output: TargetOutput,
+    target: Target,
+    how: tuple[str, float],
+    chunk: int,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "4 B A K"]]:
+    """Return the weighted loss of the target's head on the slots that count, and chunked
+    distillation's numbers of each slot, 0 where it does not count. `how` is the kind of loss and
+    lk_hybrid's eta. Without slots that count, all that `states` depends on still has a gradient of
+    0, as DDP needs."""
+    row, anchor, slot = counts.nonzero().unbind(1)
+    total, numbers = chunked_distillation(
+        states[row, anchor, slot][None],
+        output.hidden[row, goal[row, anchor, slot] - 1].detach(),
+        weights[row, slot][None],
+        Distillation(how[0], target.head, (target.head,), eta=how[1]),
+        chunk,
+    )
+    total = total + 0.0 * states.float().sum()
+    spread = numbers.new_zeros(len(numbers), *counts.shape)
+    spread[:, row, anchor, slot] = numbers[:, 0]
+    return total, spread
 
 
 def numbers_of(

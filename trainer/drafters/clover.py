@@ -24,7 +24,7 @@ Differs from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,7 @@ from trainer.drafters.layers import (
     layers_of,
     run_layer,
 )
+from trainer.drafters.ragged import RaggedMemory, padded, ragged_inputs
 
 NOISE = 0.005
 
@@ -191,6 +192,22 @@ class Clover(Distilled):
             m = self.norm(s[0, -1:])
         return CloverGrowth(self, target, m, update.hidden)
 
+    def start_batch(self, target: Target, count: int) -> RaggedMemory:
+        return RaggedMemory.empty(len(self.blocks), count)
+
+    @torch.no_grad()
+    def grow_batch(
+        self, memory: RaggedMemory, target: Target, updates: Sequence[TargetUpdate]
+    ) -> CloverBatch:
+        read, dtype = padded(updates), self.first_input.weight.dtype
+        with autocast_like(read.hidden):
+            s = self.before(read.features.to(dtype), self.rows(read.ids, target).to(dtype))
+            places = memory.read(read.counts, 0, s.device)
+            for block, entries in zip(self.blocks, memory.layers, strict=True):
+                s = run_layer(block, s, ragged_inputs(target, s, places, entries))
+            m = self.norm(read.newest(s))
+        return CloverBatch(self, target, m.unsqueeze(1), read.hidden)
+
 
 class CloverGrowth:
     """The growth of Clover-2's head: a node carries m_k. The nodes of a call are a batch."""
@@ -206,20 +223,54 @@ class CloverGrowth:
 
     @torch.no_grad()
     def first(self) -> Float[Tensor, " V"]:
-        return self._logits(1, self._m[:1], self._m[:1])[0]
+        return self.logits(1, self._m[:1], self._m[:1])[0]
 
     @torch.no_grad()
     def extend(self, tokens: Int[Tensor, " m"], parents: Int[Tensor, " m"]) -> Float[Tensor, "m V"]:
-        above = self._m[parents.to(self._m.device) + 1]
+        m, logits = self.further(tokens, self._m[parents.to(self._m.device) + 1])
+        self._m = torch.cat([self._m, m.to(self._m.dtype)])
+        return logits
+
+    def further(
+        self, tokens: Int[Tensor, " n"], above: Float[Tensor, "n d"]
+    ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n V"]]:
+        """Return m and the logits after tokens, from the m of their parents."""
         with autocast_like(self._like):
             e = self._drafter.rows(tokens, self._target).to(above.dtype)
             m = self._drafter.after(above, e)
-        self._m = torch.cat([self._m, m.to(self._m.dtype)])
-        return self._logits(2, m, e)
+        return m, self.logits(2, m, e)
 
-    def _logits(
+    def logits(
         self, k: int, m: Float[Tensor, "n d"], e: Float[Tensor, "n d"]
     ) -> Float[Tensor, "n V"]:
+        """Return the logits of z_k."""
         with autocast_like(self._like):
             z = self._drafter.head_input(k, m, e)
         return self._target.head(z.to(self._like.dtype))
+
+
+class CloverBatch:
+    """A trainer.drafters.BatchGrowth, of CloverGrowth's numbers."""
+
+    branches = True
+    vocabulary: Int[Tensor, " v"] | None = None
+    confidence: Float[Tensor, "B m"] | None = None
+
+    def __init__(self, drafter: Clover, target: Target, m: Float[Tensor, "B 1 d"], like: Tensor):
+        self.depth = drafter.offsets
+        self._growth = CloverGrowth(drafter, target, m[0], like)
+        self._m = m  # of the newest token, then of each node
+
+    @torch.no_grad()
+    def first(self) -> Float[Tensor, "B V"]:
+        return self._growth.logits(1, self._m[:, 0], self._m[:, 0])
+
+    @torch.no_grad()
+    def extend(
+        self, tokens: Int[Tensor, "B m"], parents: Int[Tensor, "B m"]
+    ) -> Float[Tensor, "B m V"]:
+        rows = (parents + 1).unsqueeze(2).expand(-1, -1, self._m.shape[2])
+        above = self._m.gather(1, rows).flatten(0, 1)
+        m, logits = self._growth.further(tokens.flatten(), above)
+        self._m = torch.cat([self._m, m.to(self._m.dtype).unflatten(0, tokens.shape)], dim=1)
+        return logits.unflatten(0, tokens.shape)

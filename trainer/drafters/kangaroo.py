@@ -26,7 +26,7 @@ Differs from the paper:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ from transformers import DynamicCache
 from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, passes
 from trainer.drafters.distilled import Distilled
 from trainer.drafters.families import family_of
+from trainer.drafters.kangaroo_batch import KangarooBatch
 from trainer.drafters.layers import (
     autocast_like,
     check_states,
@@ -49,6 +50,7 @@ from trainer.drafters.layers import (
     rotations,
     run_layer,
 )
+from trainer.drafters.ragged import RaggedMemory
 from trainer.drafters.small import SmallModelGrowth
 from trainer.drafters.unrolled import Entries
 from trainer.models.cache_argument import with_cache
@@ -153,26 +155,49 @@ class Kangaroo(Distilled):
     ) -> Float[Tensor, "n d"]:
         """Return m of further tokens, which see S positions by `sees`; `keys` are all positions
         that are read so far, these included."""
-        at, seen = positions.unsqueeze(0), (sees.unsqueeze(0), positions[None], keys[None])
+        inputs = ids, positions, keys, sees
+        at_once = (part.unsqueeze(0) for part in inputs)
+        return self.run(target, memory.cache, memory.entries, *at_once)[0]
+
+    def run(
+        self,
+        target: Target,
+        cache: Any,
+        entries: Any,
+        ids: Int[Tensor, "B n"],
+        positions: Int[Tensor, "B n"],
+        keys: Int[Tensor, "B S"],
+        sees: Bool[Tensor, "B n S"],
+    ) -> Float[Tensor, "B n d"]:
+        """Return m, and add to the cache of the E layers and the adapter's entries."""
+        seen, decoder = (sees, positions, keys), target.decoder
         mask = passes.masks(target, *seen, target.embed(ids).dtype)
-        decoder = target.decoder
         with first_layers(decoder, self.exit), captured_layers(decoder, self.layers) as states:
             decoder(
-                input_ids=ids.unsqueeze(0),
-                position_ids=at,
+                input_ids=ids,
+                position_ids=positions,
                 attention_mask=mask,
                 use_cache=True,
-                **with_cache(decoder.forward, memory.cache),
+                **with_cache(decoder.forward, cache),
             )
         with autocast_like(states[0]):
             f = states[0].to(self.layer.input_layernorm.weight.dtype)
             inputs = {
                 "attention_mask": passes.masks(self.family, *seen, f.dtype),
-                "position_ids": at,
-                **layer_cache(self.family, memory.entries),
-                "position_embeddings": rotations(self.family, f, at),
+                "position_ids": positions,
+                **layer_cache(self.family, entries),
+                "position_embeddings": rotations(self.family, f, positions),
             }
-            return self.norm(run_layer(self.layer, f, inputs))[0].to(states[0].dtype)
+            return self.norm(run_layer(self.layer, f, inputs)).to(states[0].dtype)
+
+    def start_batch(self, target: Target, count: int) -> RaggedMemory:
+        passes.refuse_virtual_tokens(target.model, "kangaroo")
+        return RaggedMemory.empty(self.exit + 1, count)
+
+    def grow_batch(
+        self, memory: RaggedMemory, target: Target, updates: Sequence[TargetUpdate]
+    ) -> KangarooBatch:
+        return KangarooBatch(self, target, memory, updates)
 
 
 @dataclass

@@ -34,6 +34,7 @@ Differs from the paper:
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,9 +44,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, passes
-from trainer.drafters.anchors import anchors_of, counted, goals, numbers_of
-from trainer.drafters.distillation import KINDS, Distillation, chunked_distillation
-from trainer.drafters.layers import Heads, IndependentGrowth, decayed
+from trainer.drafters.anchors import anchors_of, counted, distilled_slots, goals, numbers_of
+from trainer.drafters.batch_passes import after_texts, padded, room
+from trainer.drafters.distillation import KINDS
+from trainer.drafters.layers import Heads, IndependentGrowth, decayed, layers_of
+from trainer.drafters.ragged import Entries, IndependentBatch, RaggedMemory
 
 
 @dataclass
@@ -56,6 +59,17 @@ class Memory:
     cache: DynamicCache = field(default_factory=DynamicCache)
     length: int = 0
     newest: Int[Tensor, " n"] | None = None
+
+
+@dataclass
+class BatchMemory(RaggedMemory):
+    """The same of several sequences."""
+
+    newest: list[Int[Tensor, " n"] | None] = field(default_factory=list)
+
+    def select(self, rows: Sequence[int]) -> None:
+        super().select(rows)
+        self.newest = [self.newest[row] for row in rows]
 
 
 class PromptTokens(Heads):
@@ -102,20 +116,12 @@ class PromptTokens(Heads):
         goal = goals(at, self.offsets + 1)
         counts = counted(goal, at, real, output)[:, :, 1:]
         states = self.looked_ahead(output, target, at)
-        row, anchor, k = counts.nonzero().unbind(1)
-        weights = states.new_tensor(self.weights, dtype=torch.float32)[k] * share[row]
-        total, numbers = chunked_distillation(
-            states[row, anchor, k][None],
-            output.hidden[row, goal[row, anchor, k + 1] - 1].detach(),
-            weights[None],
-            Distillation(self.kind, target.head, (target.head,), eta=self.eta),
-            chunk,
+        weights = share.unsqueeze(1) * share.new_tensor(self.weights)
+        how = self.kind, self.eta
+        total, numbers = distilled_slots(
+            states, counts, goal[:, :, 1:], weights, output, target, how, chunk
         )
-        # Where nothing counts, all parameters still take part, as DDP needs.
-        total = total + 0.0 * states.float().sum()
-        zeros = torch.zeros_like(counts, dtype=torch.float32)
-        spread = [zeros.index_put((row, anchor, k), part) for part in numbers[:, 0]]
-        return total, numbers_of(counts, *spread)
+        return total, numbers_of(counts, *numbers)
 
     def looked_ahead(
         self, output: TargetOutput, target: Target, at: Int[Tensor, "B A"]
@@ -194,6 +200,34 @@ class PromptTokens(Heads):
         )
         states = self.averaged(hidden[0, len(text) :])
         return IndependentGrowth(count, lambda k: target.head(states[k - 1 : k])[0])
+
+    def start_batch(self, target: Target, count: int) -> BatchMemory:
+        passes.refuse_virtual_tokens(target.model, "ppd")
+        layers = [Entries() for _ in layers_of(target.model)]
+        return BatchMemory(layers, [0] * count, [None] * count)
+
+    @torch.no_grad()
+    def grow_batch(
+        self, memory: BatchMemory, target: Target, updates: Sequence[TargetUpdate]
+    ) -> IndependentBatch:
+        """As `grow`. All sequences have as many prompts as the longest one has room for."""
+        extras = [update.extra for update in updates if update.extra is not None]
+        if extras:  # the verifying pass has read the prompts, of all sequences
+            read = torch.stack(extras).mean(1)
+            return IndependentBatch(self.offsets, lambda k: target.head(read[:, k - 1]))
+        texts = [passes.text_of(update) for update in updates]
+        texts = [
+            text if newest is None else torch.cat([newest, text])
+            for text, newest in zip(texts, memory.newest, strict=True)
+        ]
+        memory.newest, texts = [text[-1:] for text in texts], [text[:-1] for text in texts]
+        ids, counts = padded(texts)
+        count = max(1, room(target, memory, counts, self.offsets))
+        embedded = self.embedded(count, target).expand(len(texts), -1, -1)
+        block = passes.Block({"inputs_embeds": embedded}, *self.chains(count, ids.device))
+        _, hidden = after_texts(target, memory, ids, counts, block, contextlib.nullcontext())
+        states = self.averaged(hidden)
+        return IndependentBatch(count, lambda k: target.head(states[:, k - 1]))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [group | {"weight_decay": 0.0} for group in super().parameter_groups()]

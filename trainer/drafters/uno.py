@@ -33,6 +33,8 @@ Differs from the paper:
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,10 +45,12 @@ from transformers import DynamicCache
 
 from adapters.linear import features
 from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, passes
-from trainer.drafters.anchors import anchors_of, counted, goals, numbers_of
-from trainer.drafters.distillation import KINDS, Distillation, chunked_distillation
-from trainer.drafters.layers import Heads, IndependentGrowth, decayed
+from trainer.drafters.anchors import anchors_of, counted, distilled_slots, goals, numbers_of
+from trainer.drafters.batch_passes import after_texts, padded, room
+from trainer.drafters.distillation import KINDS
+from trainer.drafters.layers import Heads, IndependentGrowth, decayed, layers_of
 from trainer.drafters.lora_rows import RowLoRA
+from trainer.drafters.ragged import Entries, IndependentBatch, RaggedMemory
 
 
 @dataclass
@@ -56,6 +60,23 @@ class Memory:
     cache: DynamicCache
     length: int = 0
     draw: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+
+@dataclass
+class BatchMemory(RaggedMemory):
+    """The same of several sequences, each with its own random numbers."""
+
+    draws: list[torch.Generator] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, layers: int, count: int) -> BatchMemory:
+        """Return the memory of `count` sequences, of which nothing has been read."""
+        draws = [torch.Generator().manual_seed(0) for _ in range(count)]
+        return cls([Entries() for _ in range(layers)], [0] * count, draws)
+
+    def select(self, rows: Sequence[int]) -> None:
+        super().select(rows)
+        self.draws = [self.draws[row] for row in rows]
 
 
 class Uno(Heads):
@@ -97,25 +118,15 @@ class Uno(Heads):
         goal = goals(at, self.offsets)
         counts = counted(goal, at, real, output)
         z = self.slots(output, target, at, self.drawn((*at.shape, self.offsets - 1), at.device))
-        row, anchor, slot = counts[:, :, 1:].nonzero().unbind(1)
-        weights = z.new_tensor(self.weights[1:], dtype=torch.float32)[slot] * share[row]
-        total, numbers = chunked_distillation(
-            z[row, anchor, slot][None],
-            output.hidden[row, goal[row, anchor, slot + 1] - 1].detach(),
-            weights[None],
-            Distillation(self.kind, target.head, (target.head,), eta=self.eta),
-            chunk,
+        weights = share.unsqueeze(1) * share.new_tensor(self.weights[1:])
+        how = self.kind, self.eta
+        total, numbers = distilled_slots(
+            z, counts[:, :, 1:], goal[:, :, 1:], weights, output, target, how, chunk
         )
-        # Where nothing counts, all parameters still take part, as DDP needs.
-        total = total + 0.0 * z.float().sum()
         # The first slot is the target's own: always right, at a distance of 0.
-        own = counts & (torch.arange(self.offsets, device=z.device) == 0)
-        first = (torch.zeros_like(own, dtype=torch.float32), own.float(), own.float(), own.float())
-        spread = [
-            start.index_put((row, anchor, slot + 1), part)
-            for start, part in zip(first, numbers[:, 0], strict=True)
-        ]
-        return total, numbers_of(counts, *spread)
+        own = counts[:, :, :1].float()
+        first = torch.stack([torch.zeros_like(own), own, own, own])
+        return total, numbers_of(counts, *torch.cat([first, numbers], dim=3))
 
     def drawn(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Return z: from the run's generator in training, always the same in evaluation. It is
@@ -160,6 +171,30 @@ class Uno(Heads):
         else:
             hidden = passes.run(target, memory.cache, tokens)[0, -1:]
         return IndependentGrowth(1 + more, lambda k: target.head(hidden[k - 1 : k])[0])
+
+    def start_batch(self, target: Target, count: int) -> BatchMemory:
+        passes.refuse_virtual_tokens(target.model, "uno")
+        return BatchMemory.of(len(layers_of(target.model)), count)
+
+    @torch.no_grad()
+    def grow_batch(
+        self, memory: BatchMemory, target: Target, updates: Sequence[TargetUpdate]
+    ) -> IndependentBatch:
+        """As `grow`. All sequences have as many z as the longest one has room for."""
+        ids, counts = padded([passes.text_of(update) for update in updates])
+        more = room(target, memory, counts, self.offsets - 1)
+        drawn = [
+            torch.randint(self.vocabulary_size, (more,), generator=draw) for draw in memory.draws
+        ]
+        z = torch.stack(drawn).to(ids.device)
+        ahead = 1 + torch.arange(more, device=ids.device)
+        block = passes.Block({"input_ids": z}, ahead, _causal(1, more, ids.device))
+        on: Any = contextlib.nullcontext()
+        if more:
+            on = self.lora.on(target, rows=ids.shape[1] + more, last=more)
+        newest, slots = after_texts(target, memory, ids, counts, block, on)
+        hidden = torch.cat([newest.unsqueeze(1), slots], dim=1)
+        return IndependentBatch(1 + more, lambda k: target.head(hidden[:, k - 1]))
 
     def state(self) -> dict[str, Tensor]:
         """Return A and B by the names of their layers."""
