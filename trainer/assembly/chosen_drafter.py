@@ -53,15 +53,15 @@ def drafter_of(trained: Trained, options: DrafterOptions) -> Drafter | None:
         BaseError, DrafterError: the small model cannot be loaded, or has other tokens.
     """
     name, _, copying = options.drafter.partition("+")
-    drafter = _drafter_of(trained, name, options.small)
+    drafter = _drafter_of(trained, name, options)
     if drafter is None or not copying:
         return drafter
-    second = _drafter_of(trained, copying, None)
+    second = _drafter_of(trained, copying, options)
     assert second is not None
     return Fused(drafter, second)
 
 
-def _drafter_of(trained: Trained, name: str, small: str | None) -> Drafter | None:
+def _drafter_of(trained: Trained, name: str, options: DrafterOptions) -> Drafter | None:
     model: Any = trained.model
     if name == "run":
         if trained.drafter is None or not trained.drafter.proposes:
@@ -75,5 +75,7 @@ def _drafter_of(trained: Trained, name: str, small: str | None) -> Drafter | Non
     if name == "recycling":
         return TokenRecycling(model.config.get_text_config().vocab_size)
     weight = next(trained.model.parameters())
-    assert small is not None  # DrafterOptions.faults
-    return small_model(small, trained.base, weight.dtype, weight.device)
+    assert options.small is not None  # DrafterOptions.faults
+    return small_model(
+        options.small, trained.base, weight.dtype, weight.device, context=options.context
+    )

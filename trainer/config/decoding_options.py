@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from trainer.config import paths
 from trainer.config.options import option
 
 # options that every measurement of decoding records
+LEAST_CONTEXT = 16  # tokens of a text that a small model reads
 RECORDED = ("max_new_tokens", "temperature", "top_p", "seed")
 
 
@@ -50,6 +52,12 @@ class DrafterOptions:
         value="PATH",
         reads=paths.model_fault,
     )
+    context: str = option(
+        "small: the part of a long text that the small model reads. last:N is its end of N tokens,"
+        " bm25:N the end of N/2 and the chunks that share most with it. The text stays the same",
+        "all",
+        value="all",
+    )
 
     def faults(self) -> Iterator[str]:
         """Yield what does not go together."""
@@ -58,6 +66,30 @@ class DrafterOptions:
                 "drafter=small and small=PATH, the small model's folder or its name on the hub, are"
                 " given together"
             )
+        try:
+            kind, _ = context_of(self.context)
+        except ValueError as fault:
+            yield str(fault)
+        else:
+            if kind != "all" and self.small is None:
+                yield f"context={self.context} has no effect without drafter=small"
+
+
+def context_of(setting: str) -> tuple[str, int]:
+    """Return (kind, tokens) of a setting of context=, such as (last, 512).
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if setting == "all":
+        return "all", 0
+    match = re.fullmatch(r"(last|bm25):(\d{1,9})", setting)
+    if match is None or int(match.group(2)) < LEAST_CONTEXT:
+        raise ValueError(
+            f"context={setting}: expected all, last:N or bm25:N, with N of {LEAST_CONTEXT} tokens"
+            " or more"
+        )
+    return match.group(1), int(match.group(2))
 
 
 @dataclass(frozen=True)

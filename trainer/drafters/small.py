@@ -3,6 +3,9 @@ the same text as the target, and continues it.
 
 Its own cache keeps the accepted tokens only. A tree's entries are dropped, and its accepted tokens
 are read again in one pass with the newest token.
+
+With a `context` it reads a part of a long text, at positions of its own from 0 on. When the cache
+has twice as many tokens, that part is chosen and read again, so the cache stays bounded.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from trainer.drafters import DrafterError, Growth, Target, TargetUpdate
+from trainer.drafters.contexts import Context
 from trainer.drafters.untrained import Untrained
 from trainer.models.base import Base
 from trainer.models.cache_argument import model_with_cache, rolls_back
@@ -23,22 +27,23 @@ from trainer.models.cache_argument import model_with_cache, rolls_back
 
 @dataclass
 class Memory:
-    """The small model's keys and values at the first `length` tokens, followed by those of the last
-    tree."""
+    """The small model's keys and values at `length` tokens, followed by those of the last tree.
+    With a context, `text` has all tokens so far."""
 
     cache: DynamicCache
     length: int = 0
+    text: Int[Tensor, " t"] | None = None
 
 
 class SmallModel(Untrained):
     """A causal model of transformers, up to `depth` tokens ahead. Its trees branch if all its
-    layers have full attention.
+    layers have full attention. It reads the part of a text that `context` chooses.
 
     Raises:
         DrafterError: `depth` is less than 1, or the model's state cannot be rolled back.
     """
 
-    def __init__(self, model: Any, depth: int = 5):
+    def __init__(self, model: Any, depth: int = 5, context: str = "all"):
         if depth < 1:
             raise DrafterError(f"depth={depth}: a small model drafts at least 1 token")
         super().__init__(depth)
@@ -51,20 +56,29 @@ class SmallModel(Untrained):
                 " refused drafts need"
             )
         self.model = model.eval().requires_grad_(False)
+        self.context = Context(context)
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
         self.branches = not getattr(config, "sliding_window", None) and kinds <= {"full_attention"}
 
     def start(self, target: Target) -> Memory:
+        return Memory(self._cache())
+
+    def _cache(self) -> DynamicCache:
         cache = DynamicCache(config=self.model.config.get_text_config())
         cache.activate_past_recording()
-        return Memory(cache)
+        return cache
 
     @torch.no_grad()
     def grow(self, memory: Memory, target: Target, update: TargetUpdate) -> Growth:
         if memory.length:
             memory.cache.crop(memory.length - memory.cache.get_seq_length())
         ids = update.ids if update.first is None else torch.cat([update.first.view(1), update.ids])
+        if self.context.kind != "all":
+            memory.text = ids if memory.text is None else torch.cat([memory.text, ids])
+            if memory.length + len(ids) > 2 * self.context.size or not memory.length:
+                memory.cache, memory.length = self._cache(), 0
+                ids = self.context.of(memory.text)
         logits = self.model(
             input_ids=ids.unsqueeze(0),
             logits_to_keep=1,
@@ -138,7 +152,12 @@ class SmallModelGrowth:
 
 
 def small_model(
-    path: str, base: Base, dtype: torch.dtype, device: torch.device | str, depth: int = 5
+    path: str,
+    base: Base,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    depth: int = 5,
+    context: str = "all",
 ) -> SmallModel:
     """Load a drafter from a model's folder, or by its name on the hub.
 
@@ -167,4 +186,4 @@ def small_model(
             f"{path} cannot draft for {base.path}: its {len(actual)} tokens are not the same as the"
             f" target's {len(expected)} ({reason}). Use a small model with the target's tokenizer"
         )
-    return SmallModel(described.load(dtype, None, device), depth)
+    return SmallModel(described.load(dtype, None, device), depth, context)
