@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.exporting.test_engines import model_of
-from tests.toys.eagle import SIZE, knobs, llama, qwen3
+from tests.toys import adapters as toys
+from tests.toys.eagle import SIZE, TINY, knobs, llama, qwen3
 from tests.toys.packed_rows import APART, output_of
 from trainer.config import history
 from trainer.drafters import DrafterError, Target, TargetUpdate
@@ -133,6 +134,13 @@ def test_peagles_layers_are_the_targets_last_ones():
             assert torch.equal(tensor, theirs.get_parameter(name)), name
     output, _ = output_of(APART, SIZE, 3 * SIZE)
     assert three.loss(output, Target(model), 5)[0].isfinite()
+
+
+def test_a_model_without_weights_is_enough_for_the_sizes():
+    with torch.device("meta"):
+        model = toys.llama(torch.float32, **TINY)
+    assert block(model, draft_layers=2).fc.weight.is_meta
+    PEagle(model, **knobs("peagle", draft_layers=2, init="last_layer"))
 
 
 @pytest.mark.parametrize("name", ["block.Block", "peagle.PEagle"])

@@ -14,8 +14,8 @@ from trainer.drafters import DrafterError
 
 def copy_weights(source: nn.Module, into: nn.Module, besides: Collection[str] = ()) -> None:
     """Copy the tensors of `source` that `into` has, dequantised if they are packed, but not those
-    of the submodules `besides`. On the meta device nothing happens."""
-    if next(into.parameters()).device.type == "meta":
+    of the submodules `besides`. Where one of them is on the meta device nothing happens."""
+    if any(next(module.parameters()).is_meta for module in (source, into)):
         return
     with torch.no_grad():
         for name, module in into.named_modules():
