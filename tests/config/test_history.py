@@ -57,3 +57,10 @@ def test_steps_that_a_run_has_resolved_stay_when_it_is_continued():
     assert not history.adopt(config, recorded)
     other = {"adapter": {"_target_": "adapters.lora.LoRAAdapter"}, "drafter": None}
     assert not history.adopt(other, recorded)
+
+
+def test_a_run_without_a_head_keeps_its_settings():
+    config = {"adapter": {"_target_": "adapters.lora.LoRAAdapter", "rank": 4}, "drafter": {}}
+    recorded = {"adapter": dict(config["adapter"]), "drafter": {}}
+    assert not history.adopt(config, recorded)
+    assert config == {"adapter": recorded["adapter"], "drafter": {}}

@@ -171,6 +171,11 @@ class Cluster:
     def state(self, number: str) -> str:
         return self.job(number).get("JobState", "")
 
+    def seconds(self, number: str) -> int:
+        """The time that a job has been running."""
+        hours, minutes, seconds = self.job(number)["RunTime"].split(":")
+        return (int(hours) * 60 + int(minutes)) * 60 + int(seconds)
+
     def ended(self, number: str, timeout: float = 400) -> dict[str, str]:
         """Wait for a job's end, however often it is queued again; returns what SLURM tells of
         it."""

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -62,7 +61,6 @@ class Lab:
         self.environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(map(str, (folder / "site", ROOT, *before)))
         }
-        self.calm = threading.Event()  # the run with a short limit trains
         self.said: dict[str, str] = {}  # what trainer.submit has printed, by job
 
     def submit(self, *overrides: str, pause: float = 0, partition: str = "usual") -> str:
@@ -160,12 +158,7 @@ def outcome(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Callable[[str]
     }
     names = [name for name in scenarios.ORDER if name in {*chosen, "alone"}]
 
-    def goes(name: str) -> Any:
-        if name != "time_limit" and "time_limit" in names:
-            lab.calm.wait(60)  # its limit is short on a machine where all start at once
-        return getattr(scenarios, name)(lab)
-
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        going = {name: pool.submit(goes, name) for name in names}
+        going = {name: pool.submit(getattr(scenarios, name), lab) for name in names}
         yield lambda name: going[name].result()
         pool.shutdown(wait=False, cancel_futures=True)

@@ -82,8 +82,9 @@ def adopt_layer(config: dict[str, Any], recorded: Any) -> None:
         keep_head(earlier)
         return
     old = earlier.keys()
-    same = earlier.get("_target_") == drafter["_target_"]
-    if same and "init" in _DRAFTERS.get(drafter["_target_"], {}).keys() - old:
+    kind = drafter.get("_target_", "")  # a run without a head has none
+    same = earlier.get("_target_", "") == kind
+    if same and "init" in _DRAFTERS.get(kind, {}).keys() - old:
         drafter["init"] = "random"
     keep_head(earlier)
     if drafter.get("layer") == "auto" and same:
