@@ -3,6 +3,8 @@
     graft cooldown from=RUN[@STEP|last|best] fraction=F|steps=N [OPTIONS] [KEY=VALUE ...]
     graft cooldown family=RUN
 
+run= is another name of from=.
+
 Each branch is a run next to RUN, with its settings, weights, optimiser, data position and random
 draws. Only the learning rate differs: it falls to `final` of its value. RUN itself may still be
 training; keep its checkpoints with callbacks.checkpoints.keep=null.
@@ -37,6 +39,7 @@ class Options:
     source: str | None = option(
         "the run, and the checkpoint to branch off", None, key="from", value="RUN[@STEP|last|best]"
     )
+    run: str | None = option("the same as from", None, value="RUN[@STEP|last|best]")
     fraction: str | None = option("the cooldown's share of all its steps", None, value="F")
     steps: str | None = option("the cooldown's steps", None, value="N")
     shape: str = option("of the falling rate, see conf/branch/cooldown.yaml", "1-sqrt")
@@ -49,13 +52,21 @@ class Options:
     )
     overrides: tuple[str, ...] = rest("other settings of the branch", "KEY=VALUE", is_setting)
 
+    @property
+    def parent(self) -> tuple[str, str | None]:
+        """Return (the option's name, its value) of the run to branch off."""
+        return ("from", self.source) if self.run is None else ("run", self.run)
+
     def faults(self) -> Iterator[str]:
         """Yield what does not go together."""
-        if self.family is None and self.source is None:
-            yield "missing: from, the run to branch off, or family"
-        for place in branches.places((self.source or "").split(",")):
+        key, parent = self.parent
+        if self.source is not None and self.run is not None:
+            yield "from and run are two names of one option: give one of them"
+        if self.family is None and parent is None:
+            yield "missing: from (or run), the run to branch off, or family"
+        for place in branches.places((parent or "").split(",")):
             if place and (fault := paths.run_fault(place)):
-                yield f"from={place}: {fault}"
+                yield f"{key}={place}: {fault}"
         known = schema.load("branch/cooldown").children["shape"].type.split(" | ")
         for shape in self.shape.split(","):
             if shape not in known:
@@ -73,7 +84,7 @@ def main(argv: list[str]) -> int:
             say(branches.family(options.family)[0])
             return 0
         branch = branches.Branch(
-            str(options.source),
+            str(options.parent[1]),
             options.fraction,
             options.steps,
             options.shape,
@@ -83,7 +94,7 @@ def main(argv: list[str]) -> int:
         )
         each, swept = branches.sweep(branch)
         if swept is not None and len(words) == len(argv):
-            key = "from" if swept == "source" else swept
+            key = options.parent[0] if swept == "source" else swept
             return bad(f"{key}={getattr(branch, swept)}: several values need --multirun")
         commands = [branches.arguments(one, list(options.overrides)) for one in each]
     except Exception as error:

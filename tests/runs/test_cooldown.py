@@ -221,7 +221,7 @@ def test_the_family_is_counted(train, constant, capsys):
 def test_the_verb_runs_one_branch_for_each_length(constant, program, chats):
     run = constant.relative_to(chats.parent)
     message = program(
-        f"from={run}@4,8", "steps=2", "--multirun", "callbacks.evaluation=null", verb="cooldown"
+        f"run={run}@4,8", "steps=2", "--multirun", "callbacks.evaluation=null", verb="cooldown"
     )
     assert message.returncode == 0, message.stderr
     for step in (4, 8):
@@ -230,7 +230,10 @@ def test_the_verb_runs_one_branch_for_each_length(constant, program, chats):
 
 
 REFUSED = [
-    (["steps=3"], "missing: from"),
+    (["steps=3"], "missing: from (or run), the run to branch off, or family"),
+    (["from={run}@4", "run={run}@4", "steps=3"], "from and run are two names of one option"),
+    (["run={run}@4,8", "steps=3"], "run={run}@4,8: several values need --multirun"),
+    (["run=nowhere", "steps=3"], "run=nowhere: nowhere is no run folder"),
     (["from={run}@4"], "give the cooldown's length"),
     (["from={run}@4", "steps=3", "fraction=0.5"], "give the cooldown's length"),
     (["from={run}@4", "steps=0"], "steps=0 after step 4 is no cooldown"),
@@ -256,7 +259,7 @@ def test_what_cannot_be_branched_is_said(constant, capsys):
     for arguments, message in REFUSED:
         words = [argument.format(run=constant) for argument in arguments]
         assert exit_code(cooldown.main, words) != 0
-        assert message in capsys.readouterr().err
+        assert message.format(run=constant) in capsys.readouterr().err
 
 
 TRIGGERED = ("callbacks=[default,cooldown]", "callbacks.cooldown.length=4")
