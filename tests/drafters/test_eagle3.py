@@ -30,9 +30,10 @@ from tests.toys.eagle import (
 from tests.toys.eagle3 import COUNTS, FEATURES
 from tests.toys.families import model_of
 from tests.toys.packed_rows import APART, PACKED, ROWS, numbers_of, output_of
-from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, io, offset_targets
+from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, io
 from trainer.drafters.eagle3 import Eagle3, read_layers
 from trainer.models.losses import CausalLoss
+from trainer.models.on_host import offset_mask
 
 
 def eagle3(model, **changes):
@@ -316,7 +317,11 @@ def test_bf16_states_train_fp32_weights():
     drafter, target = eagle3(model), Target(model)
     output, _ = output_of(PACKED, SIZE, FEATURES)
     output = TargetOutput(
-        *(t.bfloat16() if t.is_floating_point() else t for t in vars(output).values())
+        *(
+            t.bfloat16() if t.is_floating_point() else t
+            for t in vars(output).values()
+            if t is not None
+        )
     )
     total, _ = drafter.loss(output, target, 5)
     total.backward()
@@ -415,7 +420,7 @@ def test_later_passes_of_the_slots_that_count_are_those_of_all_slots(make, kind,
     )
     if kind == "dense":
         drafter.midlayer.self_attn.config._attn_implementation = "sdpa"
-    where = [offset_targets(k, output.labels, output.positions)[0] for k in range(1, 6)]
+    where = [offset_mask(k, output.labels, output.positions) for k in range(1, 6)]
     pull = torch.randn(
         5, 3, 80, SIZE, generator=torch.Generator().manual_seed(6), dtype=torch.float64
     )

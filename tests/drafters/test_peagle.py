@@ -28,10 +28,11 @@ from tests.toys.packed_rows import APART, PACKED, ROWS, numbers_of, output_of
 from trainer.decoding import trees
 from trainer.decoding.sampling import Sampling
 from trainer.decoding.speculative import Strategy, generate, generate_batch
-from trainer.drafters import DrafterError, Target, TargetOutput, io, offset_targets
+from trainer.drafters import DrafterError, Target, TargetOutput, io
 from trainer.drafters.eagle3 import Eagle3
 from trainer.drafters.peagle import PEagle
 from trainer.models.heads import captured_hidden, captured_layers, decoder_of
+from trainer.models.on_host import offset_mask
 
 ALL = {"keep": 1.0, "keep_least": 1.0}
 TOY = {"offsets": 3, "draft_layers": 2, "draft_vocab_size": 44, "coverage": 0.5}
@@ -144,7 +145,7 @@ def test_kept_positions_are_nested_and_as_many_as_the_settings_say():
     output, _ = output_of(APART, SIZE, FEATURES)
     torch.manual_seed(0)
     seen = [set(), set(), set()]
-    first, _ = offset_targets(1, output.labels, output.positions)
+    first = offset_mask(1, output.labels, output.positions)
     for _ in range(40):
         anchors, real = drafter.rollouts(output)
         for row in range(len(APART)):
@@ -152,7 +153,7 @@ def test_kept_positions_are_nested_and_as_many_as_the_settings_say():
             many = len(before)
             for depth, (at, kept) in enumerate(zip(anchors, real, strict=True), 1):
                 chosen = at[row][kept[row]].tolist()
-                where, _ = offset_targets(depth + 1, output.labels, output.positions)
+                where = offset_mask(depth + 1, output.labels, output.positions)
                 valid = before & set(where[row].nonzero()[:, 0].tolist())
                 assert chosen == sorted(chosen)
                 assert set(chosen) <= valid
@@ -161,7 +162,7 @@ def test_kept_positions_are_nested_and_as_many_as_the_settings_say():
                 before = set(chosen)
                 seen[depth - 1] |= {(row, place) for place in chosen}
     for depth, places in enumerate(seen, 1):
-        where, _ = offset_targets(depth + 1, output.labels, output.positions)
+        where = offset_mask(depth + 1, output.labels, output.positions)
         assert places == {tuple(one) for one in (first & where).nonzero().tolist()} or depth > 1
     drafter.eval()
     (one, _), (two, _) = drafter.rollouts(output), drafter.rollouts(output)

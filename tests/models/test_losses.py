@@ -38,6 +38,7 @@ from trainer.models.losses import (
     chunked_cross_entropy,
     positions,
 )
+from trainer.models.on_host import supervised_positions
 from trainer.speed.predictions import largest
 
 SHAPE = {
@@ -589,6 +590,7 @@ def test_a_batch_without_a_trained_token_has_zero_gradients():
     model = adapted(toys.llama())
     here = batch(rows(9))
     here["labels"] = torch.full_like(here["labels"], -100)
+    here["supervised"] = supervised_positions(here["labels"])
     summed, sums = CausalLoss(model, 4)(here)
     summed.backward()
     assert (float(summed.detach()), int(sums["tokens"])) == (0.0, 0)

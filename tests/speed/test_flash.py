@@ -141,6 +141,11 @@ def test_unpacked_batches_and_caches_are_left_alone(kernels):
     assert [set(options) for options in seen] == [{"position_ids"}] * 4
     attend(None, states, states, states, None, position_ids=at.expand(2, 4))
     assert seen[-1]["cu_seq_lens_q"].tolist() == [0, 4, 8]
+    # one sequence whose rows its batch brings along
+    flash_module.remember(one := at[None], torch.tensor([0, 1, 4], dtype=torch.int32), 3)
+    attend(None, states[:1], states[:1], states[:1], None, position_ids=one)
+    assert seen[-1]["cu_seq_lens_k"].tolist() == [0, 1, 4]
+    assert seen[-1]["max_length_q"] == 3
 
 
 def test_another_batch_has_its_own_rows():

@@ -210,3 +210,5 @@ def test_parts_are_the_rows_in_their_order(rows):
     for key in ("input_ids", "labels", "lengths", "weights"):
         assert torch.equal(torch.cat([part[key] for part, _ in found]), batch[key])
     assert all(part["window_tokens"] == 7 for part, _ in found)
+    for part, _ in found if len(found) > 1 else ():  # what is of the whole batch would be wrong
+        assert not part.keys() & {"supervised", "host"}

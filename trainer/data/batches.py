@@ -21,6 +21,8 @@ from torch.utils.data import Dataset, Sampler
 from trainer.data.render import Tokens
 from trainer.data.rows import Rows
 from trainer.data.subset import Subset
+from trainer.models.on_host import Host, flat, supervised_positions
+from trainer.speed import flash
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,10 @@ class Collate:
                     `labelled`
     weights         (B, T) fp32, that of each token's row; only with `weighted`
     lengths         (B,) int64, the tokens before the padding, 0 for a filler
+    supervised      (n,) int64, trainer.models.on_host.supervised_positions of the labels; of rows
+                    with `values` those that are no fillers
+    row_bounds      (rows + 1,) int32, trainer.speed.flash.rows_of; only with `packed`
+    host            trainer.models.on_host.Host, which stays on the host; not with `labelled`
     window_tokens, tokens (of this batch, without fillers) and sequences are plain numbers.
 
     With `decoder_start` (Base.decoder_start) a row is a pair. input_ids and attention_mask (B, S)
@@ -233,8 +239,10 @@ class Collate:
 
     def __call__(self, items: Sequence[tuple[Pick, list[Tokens]]]) -> dict[str, Any]:
         if self.decoder_start is not None:
-            return self._pairs(items)
-        return self._numbers(items) | self._sequences(items)
+            batch = self._pairs(items)
+            return batch | {"supervised": supervised_positions(batch["labels"])}
+        batch = self._numbers(items) | self._sequences(items)
+        return batch | (_rows_with_values(batch) if self.labelled else _known(batch))
 
     def _numbers(self, items: Sequence[tuple[Pick, list[Tokens]]]) -> dict[str, Any]:
         return {
@@ -320,6 +328,24 @@ class Collate:
         if self.weighted:
             batch["weights"] = weights
         return batch
+
+
+def _rows_with_values(batch: dict[str, Any]) -> dict[str, Any]:
+    classes = batch["classes"]
+    real = ~classes.isnan().any(-1) if classes.is_floating_point() else None
+    return {} if real is None else {"supervised": flat(real)}
+
+
+def _known(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return what is computed here so that a device need not be asked for it."""
+    labels, positions = batch["labels"], batch.get("position_ids")
+    host = Host(labels, positions, batch["lengths"].tolist())
+    known: dict[str, Any] = {"supervised": supervised_positions(labels), "host": host}
+    if positions is not None:
+        rows = flash.rows_of(positions)
+        bounds, host.longest = rows["cu_seq_lens_q"], rows["max_length_q"]
+        known["row_bounds"], host.several = bounds, len(bounds) > len(labels) + 1
+    return known
 
 
 def _padded(rows: list[list[Any]], value: float, width: int = 0) -> torch.Tensor:

@@ -228,7 +228,8 @@ class HiddenStates:
         """Return the states of a batch of Collate, on its device. This takes the place of a forward
         pass (trainer.training.distill.DraftLoss.states)."""
         ids, lengths = batch["input_ids"], self.sequences.rows.lengths
-        for sequence, length in zip(batch["sequences"], batch["lengths"].tolist(), strict=True):
+        known = batch["host"].lengths if "host" in batch else batch["lengths"].tolist()
+        for sequence, length in zip(batch["sequences"], known, strict=True):
             # 0: a filler
             if length not in (0, lengths[self.sequences.members(sequence)].sum()):
                 raise HiddenStatesError(

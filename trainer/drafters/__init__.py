@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from trainer.models.heads import Head, decoder_of, output_head
 from trainer.models.losses import chunked_predictions
+from trainer.models.on_host import Host, count, flat, offset_mask, picked, placed, sent
 from trainer.speed import fused
 
 
@@ -88,6 +89,11 @@ class TargetOutput:
     extra: Float[Tensor, "B R d"]
     # the states of `Drafter.layers`, concatenated; None if there are none
     features: Float[Tensor, "B T f"] | None = None
+    host: Host | None = None  # labels and positions where they can be read without waiting
+
+    def on_host(self) -> Host:
+        """Return `host`, or make it."""
+        return self.host or Host(self.labels.cpu(), self.positions.cpu())
 
 
 @dataclass(frozen=True)
@@ -251,18 +257,16 @@ class Drafter(nn.Module):
         total = output.hidden.new_zeros((), dtype=torch.float32)
         numbers, unbroken = [], torch.ones_like(output.ids, dtype=torch.bool)
         for k, hidden in enumerate(self.states(output, target), 1):
-            where, targets = offset_targets(k, output.labels, output.positions)
+            at, targets = offset_targets(k, output)
             head, trained = self.head_of(k, target)
             summed, best, among = chunked_predictions(
-                hidden[where], targets, head, chunk, trained, top=5, native=target.native
+                picked(hidden, at), targets, head, chunk, trained, top=5, native=target.native
             )
             total = total + self.weights[k - 1] * summed
-            right = torch.zeros_like(unbroken)
-            right[where] = best
-            unbroken = unbroken & right
+            unbroken = unbroken & placed(best, at, unbroken.shape)
             numbers.append(
                 torch.stack(
-                    [summed.detach(), where.sum(), best.sum(), among.sum(), unbroken.sum()]
+                    [summed.detach(), count(at), best.sum(), among.sum(), unbroken.sum()]
                 ).float()
             )
         return total, torch.stack(numbers)
@@ -343,19 +347,19 @@ def metrics(numbers: Float[Tensor, "K n"]) -> dict[str, float]:
     """
     result: dict[str, float] = {}
     accepted = expected = 1.0
-    for k, (loss, count, best, among, unbroken, *chances) in enumerate(numbers.tolist(), 1):
-        if count:
+    for k, (loss, targets, best, among, unbroken, *chances) in enumerate(numbers.tolist(), 1):
+        if targets:
             result |= {
-                f"offset{k}/loss": loss / count,
-                f"offset{k}/top1": best / count,
-                f"offset{k}/top5": among / count,
+                f"offset{k}/loss": loss / targets,
+                f"offset{k}/top1": best / targets,
+                f"offset{k}/top5": among / targets,
             }
-            accepted += unbroken / count
-        if count and chances:
-            result[f"offset{k}/acceptance"] = chances[0] / count
-            expected += chances[1] / count
+            accepted += unbroken / targets
+        if targets and chances:
+            result[f"offset{k}/acceptance"] = chances[0] / targets
+            expected += chances[1] / targets
             if len(chances) > 2:
-                result[f"offset{k}/confidence_error"] = chances[2] / count
+                result[f"offset{k}/confidence_error"] = chances[2] / targets
     if not result:
         return result
     return (
@@ -363,16 +367,9 @@ def metrics(numbers: Float[Tensor, "K n"]) -> dict[str, float]:
     )
 
 
-def offset_targets(
-    offset: int, labels: Int[Tensor, "B T"], positions: Int[Tensor, "B T"]
-) -> tuple[Tensor, Int[Tensor, " n"]]:
-    """Return (where, targets) of an offset: a mask (B, T) of the positions t whose token
-    x_{t+1+offset} is trained and in the same row, and those tokens (n,)."""
-    ahead = offset + 1
-    where = torch.zeros_like(labels, dtype=torch.bool)
-    if labels.shape[1] > ahead:
-        same = positions[:, ahead:] == positions[:, :-ahead] + ahead
-        where[:, :-ahead] = same & (labels[:, ahead:] != -100)
-    shifted = torch.full_like(labels, -100)
-    shifted[:, :-ahead] = labels[:, ahead:]
-    return where, shifted[where]
+def offset_targets(offset: int, output: TargetOutput) -> tuple[Int[Tensor, " n"], Tensor]:
+    """Return (positions, targets) of an offset: the flat indices b T + t of the positions t whose
+    token x_{t+1+offset} is trained and in the same row, and those tokens, both (n,)."""
+    host = output.on_host()
+    at = sent(flat(offset_mask(offset, host.labels, host.positions)), output.labels.device)
+    return at, picked(output.labels, at + offset + 1)

@@ -1,7 +1,8 @@
 """Places of a row from which a block of tokens is drafted in training, and the numbers of such
 blocks.
 
-A block at the anchor a has K slots; slot k = 1 .. K predicts x_{a+k}.
+A block at the anchor a has K slots; slot k = 1 .. K predicts x_{a+k}. All of this is computed on
+the host, from a batch's labels and positions, and sent to the device.
 """
 
 from __future__ import annotations
@@ -12,25 +13,25 @@ from torch import Tensor
 
 from trainer.drafters import Target, TargetOutput
 from trainer.drafters.distillation import Distillation, chunked_distillation
+from trainer.models.on_host import Host, all_sent
 
 
 def anchors_of(
-    output: TargetOutput, most: int, drawn: bool
+    host: Host, most: int, drawn: bool
 ) -> tuple[Int[Tensor, "B A"], Bool[Tensor, "B A"], Float[Tensor, " B"]]:
     """Return (ascending positions, which of them are anchors and not padding, how many anchors each
     of them stands for). They are at most `most` of the positions whose token and next token are
     trained: `drawn` at random, or evenly spaced."""
-    valid = torch.zeros_like(output.labels, dtype=torch.bool)
+    valid = torch.zeros_like(host.labels, dtype=torch.bool)
     valid[:, :-1] = (
-        (output.labels[:, :-1] != -100)
-        & (output.labels[:, 1:] != -100)
-        & (output.positions[:, 1:] == output.positions[:, :-1] + 1)
+        (host.labels[:, :-1] != -100)
+        & (host.labels[:, 1:] != -100)
+        & (host.positions[:, 1:] == host.positions[:, :-1] + 1)
     )
     many = valid.sum(1)
     count = max(1, min(most, int(many.max())))
     if drawn:
-        # Drawn on the CPU, so that they are the same for every device.
-        chance = torch.rand(valid.shape).to(valid.device)
+        chance = torch.rand(valid.shape)
         chosen = valid & (chance.masked_fill(~valid, 2.0).argsort(1).argsort(1) < count)
     else:
         rank = valid.cumsum(1)
@@ -50,15 +51,15 @@ def counted(
     goal: Int[Tensor, "B A K"],
     at: Int[Tensor, "B A"],
     real: Bool[Tensor, "B A"],
-    output: TargetOutput,
+    host: Host,
 ) -> Bool[Tensor, "B A K"]:
     """Return which slots have a target: their tokens x_goal, and all before them in the block, are
     trained and in the anchor's row."""
-    inside = goal.clamp_max(output.ids.shape[1] - 1)
+    inside = goal.clamp_max(host.labels.shape[1] - 1)
     flat = inside.flatten(1)
-    labels = output.labels.gather(1, flat).view(goal.shape)
-    positions = output.positions.gather(1, flat).view(goal.shape)
-    expected = output.positions.gather(1, at).unsqueeze(2) + goal - at.unsqueeze(2)
+    labels = host.labels.gather(1, flat).view(goal.shape)
+    positions = host.positions.gather(1, flat).view(goal.shape)
+    expected = host.positions.gather(1, at).unsqueeze(2) + goal - at.unsqueeze(2)
     right = (goal == inside) & (labels != -100) & (positions == expected) & real.unsqueeze(2)
     return right.long().cumprod(2).bool()
 
@@ -74,14 +75,16 @@ def distilled_slots(
     chunk: int,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "4 B A K"]]:
     """Return the weighted loss of the target's head on the slots that count, and chunked
-    distillation's numbers of each slot, 0 where it does not count. `how` is the kind of loss and
-    lk_hybrid's eta. Without slots that count, all that `states` depends on still has a gradient of
-    0, as DDP needs."""
+    distillation's numbers of each slot, 0 where it does not count. `counts`, `goal` and `weights`
+    are on the host. `how` is the kind of loss and lk_hybrid's eta. Without slots that count, all
+    that `states` depends on still has a gradient of 0, as DDP needs."""
     row, anchor, slot = counts.nonzero().unbind(1)
+    before, each = goal[row, anchor, slot] - 1, weights[row, slot]
+    row, anchor, slot, before, each = all_sent(states.device, row, anchor, slot, before, each)
     total, numbers = chunked_distillation(
         states[row, anchor, slot][None],
-        output.hidden[row, goal[row, anchor, slot] - 1].detach(),
-        weights[row, slot][None],
+        output.hidden[row, before].detach(),
+        each[None],
         Distillation(how[0], target.head, (target.head,), eta=how[1]),
         chunk,
     )

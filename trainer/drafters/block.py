@@ -62,6 +62,7 @@ from trainer.drafters.layers import (
 from trainer.drafters.mask_token import check_mask, chosen_mask
 from trainer.drafters.ragged import RaggedMemory, padded
 from trainer.models.heads import Head
+from trainer.models.on_host import Host, all_sent
 
 
 class Block(Heads):
@@ -138,14 +139,18 @@ class Block(Heads):
 
     def loss(self, output: TargetOutput, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
         output = replace(output, hidden=output.hidden.detach())
-        at, real, share = self.anchors_of(output)
+        host = output.on_host()
+        at, real, share = self.anchors_of(host)
         goal = goals(at, self.offsets)
-        counts = counted(goal, at, real, output)
-        u = self.slots(output, target, at)
+        counts = counted(goal, at, real, host)
         row, anchor, slot = counts.nonzero().unbind(1)
         ahead = goal[row, anchor, slot]
+        weights = torch.tensor(self.weights)[slot] * share[row]
+        at, counts, row, anchor, slot, weights, ahead = all_sent(
+            output.hidden.device, at, counts, row, anchor, slot, weights, ahead
+        )
+        u = self.slots(output, target, at)
         z = self.head_input(u[row, anchor, slot], output.ids[row, ahead - 1])
-        weights = u.new_tensor(self.weights, dtype=torch.float32)[slot] * share[row]
         how = Distillation("ce_l1", target.head, (self.draft_head(target),), ce=self.ce, l1=self.l1)
         total, numbers = chunked_distillation(
             z[None],
@@ -176,10 +181,10 @@ class Block(Heads):
         return total, torch.stack(columns, dim=1)
 
     def anchors_of(
-        self, output: TargetOutput
+        self, host: Host
     ) -> tuple[Int[Tensor, "B A"], Bool[Tensor, "B A"], Float[Tensor, " B"]]:
         """Return the anchors of a batch, as trainer.drafters.anchors does."""
-        return anchors_of(output, self.anchors, drawn=self.training)
+        return anchors_of(host, self.anchors, drawn=self.training)
 
     def slots(
         self, output: TargetOutput, target: Target, at: Int[Tensor, "B A"]

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from adapters.linear import is_packed
-from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, offset_targets
+from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate
 from trainer.drafters.distilled import Distilled, taught_positions
 from trainer.drafters.layers import (
     autocast_like,
@@ -47,6 +47,7 @@ from trainer.drafters.layers import (
     run_layer,
 )
 from trainer.drafters.ragged import RaggedMemory, padded, ragged_inputs
+from trainer.models.on_host import picked
 
 NOISE = 0.005
 
@@ -166,14 +167,12 @@ class Clover(Distilled):
         total, _, numbers, drafts = self.distilled(
             output, target, chunk, self.counted_states(output, target)
         )
-        taught = taught_positions(output)
-        states = output.hidden.detach()[taught].float()
+        taught, counts = taught_positions(output, self.offsets)
+        states = picked(output.hidden.detach(), taught).float()
         distance = total.new_zeros(())
         for k, weight in enumerate(self.weights, 1):
-            where, _ = offset_targets(k, output.labels, output.positions)
-            counts = where.roll(k, dims=1)[taught]
             error = F.smooth_l1_loss(drafts[k - 1].float(), states, reduction="none").mean(-1)
-            distance = distance + weight * (error * counts).sum()
+            distance = distance + weight * (error * counts[k - 1]).sum()
         return self.feature_weight * distance + self.token_weight * total, numbers
 
     def start(self, target: Target) -> Memory:

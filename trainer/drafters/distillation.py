@@ -65,8 +65,6 @@ class _ChunkedDistillation(torch.autograd.Function):
         with autocast_like(hidden):
             for start in range(0, teacher.shape[0], chunk):
                 rows = slice(start, start + chunk)
-                if not weights[:, rows].any():
-                    continue
                 logits = how.head(teacher[rows])
                 with torch.autocast(hidden.device.type, enabled=False):
                     truth = how.truth(logits)
@@ -289,7 +287,7 @@ def chunked_distillation(
 
     `parameters` are the trained parameters of the drafter's heads. `numbers` are, for each
     position, the loss, 1 if the drafter's best guess is the teacher's, 1 if the teacher's is among
-    the `top` best, and α; zeros in chunks without weights.
+    the `top` best, and α.
     """
     parameters = tuple(p for p in parameters if p.requires_grad)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or bool(parameters))

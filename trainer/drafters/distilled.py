@@ -44,11 +44,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.drafters import DrafterError, Target, TargetOutput, offset_targets
+from trainer.drafters import DrafterError, Target, TargetOutput
 from trainer.drafters.distillation import KINDS, Distillation, chunked_distillation
 from trainer.drafters.layers import Heads, autocast_like
 from trainer.drafters.medusa import ResidualBlock
 from trainer.models.heads import Head
+from trainer.models.on_host import Host, flat, offset_mask, picked, placed, sent
 
 
 class Distilled(Heads):
@@ -140,7 +141,7 @@ class Distilled(Heads):
     def counted_states(
         self, output: TargetOutput, target: Target
     ) -> Iterator[Float[Tensor, "B T d"]]:
-        """Yield `states` for a loss that uses an offset's targets only (`offset_targets`); other
+        """Yield `states` for a loss that uses an offset's targets only (`offset_mask`); other
         positions may hold any finite value."""
         return self.states(output, target)
 
@@ -156,13 +157,8 @@ class Distilled(Heads):
         Row i of these states predicts what the target's i-th position of a trained token predicts,
         drafted k positions earlier; `taught_positions` returns these positions. The second loss is
         0 without such a head."""
-        taught = taught_positions(output)
-        drafts, counted = [], []
-        for k, hidden in enumerate(states, 1):
-            where, _ = offset_targets(k, output.labels, output.positions)
-            drafts.append(hidden.roll(k, dims=1)[taught])
-            counted.append(where.roll(k, dims=1)[taught])
-        hidden, counts = torch.stack(drafts), torch.stack(counted).float()
+        taught, counts = taught_positions(output, self.offsets)
+        hidden = torch.stack([picked(part.roll(k, 1), taught) for k, part in enumerate(states, 1)])
         how = Distillation(
             self.kind,
             target.head,
@@ -172,9 +168,9 @@ class Distilled(Heads):
             topk=self.topk,
             topk_weight=self.topk_weight,
         )
-        weights = counts * counts.new_tensor(self.weights).unsqueeze(1)
+        weights = counts * sent(torch.tensor(self.weights), counts.device).unsqueeze(1)
         total, counted_numbers = chunked_distillation(
-            hidden, output.hidden[taught], weights, how, chunk, self.head_parameters()
+            hidden, picked(output.hidden, taught), weights, how, chunk, self.head_parameters()
         )
         loss, best, among, acceptance = counted_numbers * counts
         # The j-th token of a draft is predicted at a position j earlier, so the tokens of one draft
@@ -185,7 +181,7 @@ class Distilled(Heads):
                 counts.sum(1),
                 best.sum(1),
                 among.sum(1),
-                *_unbroken(best, acceptance, taught),
+                *_unbroken(best, acceptance, taught, output.labels.shape),
             ],
             dim=1,
         )
@@ -213,27 +209,34 @@ def _acceptance_head(size: int, device: torch.device) -> nn.Sequential:
     return nn.Sequential(*(ResidualBlock(size, device) for _ in range(3)), last)
 
 
-def taught_positions(output: TargetOutput) -> Tensor:
-    """Return the mask (B, T) of positions whose next token is trained: there the target's
-    distribution teaches some offset."""
-    where = torch.zeros_like(output.labels, dtype=torch.bool)
-    where[:, :-1] = (output.labels[:, 1:] != -100) & (
-        output.positions[:, 1:] == output.positions[:, :-1] + 1
-    )
-    return where
+def taught_positions(
+    output: TargetOutput, offsets: int
+) -> tuple[Int[Tensor, " n"], Float[Tensor, "K n"]]:
+    """Return (positions, counts): the flat indices b T + t of the positions t whose next token is
+    trained, and for each offset k, 1 where this token is its target and 0 elsewhere. At these
+    positions the target's distribution teaches a draft of k positions earlier."""
+    host: Host = output.on_host()
+    taught = flat(offset_mask(0, host.labels, host.positions))
+    counts = [
+        offset_mask(k, host.labels, host.positions).roll(k, dims=1).flatten()[taught]
+        for k in range(1, offsets + 1)
+    ]
+    device = output.labels.device
+    return sent(taught, device), sent(torch.stack(counts).float(), device)
 
 
-def _unbroken(best: Tensor, acceptance: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
+def _unbroken(
+    best: Tensor, acceptance: Tensor, taught: Int[Tensor, " n"], shape: torch.Size
+) -> tuple[Tensor, Tensor]:
     """Return for each offset how often its guess and all earlier offsets' guesses were right, and
     the sum of the products of acceptances."""
-    right = best.new_ones(taught.shape)
+    right = best.new_ones(shape)
     chance = right.clone()
     sums = []
     for k in range(len(best)):
         # Both are stored at the position where the draft starts, k + 1 before the position that
         # teaches offset k + 1.
-        at, likely = torch.zeros_like(right), torch.zeros_like(right)
-        at[taught], likely[taught] = best[k], acceptance[k]
+        at, likely = (placed(part[k], taught, shape) for part in (best, acceptance))
         right = right * at.roll(-k - 1, dims=1)
         chance = chance * likely.roll(-k - 1, dims=1)
         sums.append(torch.stack([right.sum(), chance.sum()]))

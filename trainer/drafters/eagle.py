@@ -31,12 +31,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.drafters import DrafterError, Target, TargetOutput, offset_targets
+from trainer.drafters import DrafterError, Target, TargetOutput
 from trainer.drafters.distilled import taught_positions
 from trainer.drafters.families import family_of
 from trainer.drafters.layers import projection, run_layer
 from trainer.drafters.starts import pass_last
 from trainer.drafters.unrolled import Unrolled, masked_layer
+from trainer.models.on_host import picked, sent
 
 
 class Eagle(Unrolled):
@@ -93,7 +94,8 @@ class Eagle(Unrolled):
     def first_input(self, hidden: Tensor, features: Tensor | None) -> Tensor:
         if self.training and self.noise:
             # Drawn on the CPU, so that it is the same for every device.
-            hidden = hidden + ((torch.rand(hidden.shape) - 0.5) * self.noise).to(hidden)
+            noise = (torch.rand(hidden.shape) - 0.5) * self.noise
+            hidden = hidden + sent(noise, hidden.device).to(hidden.dtype)
         return hidden
 
     def step(self, embedded: Tensor, hidden: Tensor, inputs: Any) -> Tensor:
@@ -108,12 +110,10 @@ class Eagle(Unrolled):
         total, confidence, numbers, drafts = self.distilled(
             output, target, chunk, self.counted_states(output, target)
         )
-        taught = taught_positions(output)
-        states = output.hidden.detach()[taught].float()
+        taught, counts = taught_positions(output, self.offsets)
+        states = picked(output.hidden.detach(), taught).float()
         features = total.new_zeros(())
         for k, weight in enumerate(self.weights, 1):
-            where, _ = offset_targets(k, output.labels, output.positions)
-            counts = where.roll(k, dims=1)[taught]
             error = F.smooth_l1_loss(drafts[k - 1].float(), states, reduction="none").mean(-1)
-            features = features + weight * (error * counts).sum()
+            features = features + weight * (error * counts[k - 1]).sum()
         return self.feature_weight * features + self.token_weight * total + confidence, numbers

@@ -72,11 +72,13 @@ def family_of(model: Any, layer: str, init: str, keeps_biases: bool) -> Family |
     with torch.device("meta"):
         inner = _CLASSES[kind][1](settings)
     # These two compute here; they are not only built from the settings.
-    norm, rotary = type(inner.model.norm), type(inner.model.rotary_emb)
+    norm, rotary = type(inner.model.norm), type(inner.model.rotary_emb)(settings)
+    # A table on another device than the target would be copied in each step.
+    device = model.get_input_embeddings().weight.device
     decoder = SimpleNamespace(
         layers=inner.model.layers,
         norm=norm(settings.hidden_size, settings.rms_norm_eps),
-        rotary_emb=rotary(settings),
+        rotary_emb=rotary if device.type == "meta" else rotary.to(device),
     )
     return Family(model, settings, inner, decoder)
 

@@ -73,7 +73,7 @@ def after_anchors(
     sees = torch.cat([own, block.sees.expand(len(at), -1, -1)], dim=2)
     # No position with a target is behind the longest row.
     positions = (output.positions.gather(1, at).unsqueeze(2) + block.ahead).flatten(1)
-    positions = positions.clamp_max(int(output.positions.max()))
+    positions = positions.clamp_max(int(output.on_host().positions.max()))
     keys = torch.cat([output.positions, positions], dim=1)
     mask = masks(target, sees, positions, keys, dtype)
     with around:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapters.linear import features
-from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, offset_targets
+from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate
 from trainer.drafters.distillation import Distillation, chunked_distillation
 from trainer.drafters.eagle3 import Eagle3, wide_layer
 from trainer.drafters.layers import (
@@ -48,6 +48,7 @@ from trainer.drafters.layers import (
 from trainer.drafters.mask_token import check_mask, chosen_mask
 from trainer.drafters.ragged import IndependentBatch, RaggedMemory, padded
 from trainer.drafters.unrolled import Entries, masked_layer
+from trainer.models.on_host import Host, all_sent, offset_mask
 
 
 class PEagle(Eagle3):
@@ -131,24 +132,25 @@ class PEagle(Eagle3):
 
     def loss(self, output: TargetOutput, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
         output = replace(output, hidden=output.hidden.detach())
-        anchors, real = self.rollouts(output)
-        z = self.slots(output, target, anchors, real)
+        host, device = output.on_host(), output.hidden.device
+        anchors, real = self.rollouts(host)
         # Depth 0 has a slot at each position.
-        first, _ = offset_targets(1, output.labels, output.positions)
-        counts = torch.cat([first, *(where for where in real)], dim=1)
+        first = offset_mask(1, host.labels, host.positions)
+        counts = torch.cat([first, *real], dim=1)
         width = [first.shape[1], *(where.shape[1] for where in real)]
-        depth = torch.arange(self.offsets, device=z.device).repeat_interleave(
-            torch.tensor(width, device=z.device)
-        )
-        at = torch.cat([_places(output), *anchors], dim=1)
+        depth = torch.arange(self.offsets).repeat_interleave(torch.tensor(width))
+        at = torch.cat([_places(host), *anchors], dim=1)
         row, slot = counts.nonzero().unbind(1)
+        depth, at = depth[slot], at[row, slot]
+        weights = torch.tensor(self.weights)[depth]
+        depth, at, row, slot, weights = all_sent(device, depth, at, row, slot, weights)
+        z = self.slots(output, target, *(all_sent(device, *part) for part in (anchors, real)))
         how = Distillation(
             self.kind, target.head, self.draft_heads(target), self.vocabulary, self.eta
         )
-        weights = z.new_tensor(self.weights, dtype=torch.float32)[depth[slot]]
         total, numbers = chunked_distillation(
             z[row, slot][None],
-            output.hidden[row, at[row, slot] + 1 + depth[slot]],
+            output.hidden[row, at + 1 + depth],
             weights[None],
             how,
             chunk,
@@ -156,7 +158,7 @@ class PEagle(Eagle3):
         )
         # Where nothing counts, all parameters still take part, as DDP needs.
         total = total + 0.0 * (z.float().sum() + self.mask_hidden.float().sum())
-        return total, self._numbers(numbers[:, 0], row, at[row, slot], depth[slot], output.ids)
+        return total, self._numbers(numbers[:, 0], row, at, depth, output.ids)
 
     def _numbers(
         self,
@@ -178,22 +180,19 @@ class PEagle(Eagle3):
         columns = (loss, known, best, among, unbroken, acceptance, expected)
         return torch.stack([part.sum((0, 1)) for part in columns], dim=1)
 
-    def rollouts(
-        self, output: TargetOutput
-    ) -> tuple[list[Int[Tensor, "B A"]], list[Bool[Tensor, "B A"]]]:
+    def rollouts(self, host: Host) -> tuple[list[Int[Tensor, "B A"]], list[Bool[Tensor, "B A"]]]:
         """Return, for the depths 1 .. K - 1, the ascending positions that are kept, and which of
-        them are kept and not padding."""
-        alive, _ = offset_targets(1, output.labels, output.positions)
+        them are kept and not padding; on the host."""
+        alive = offset_mask(1, host.labels, host.positions)
         many = alive.sum(1)
         anchors, real = [], []
         for depth in range(1, self.offsets):
-            where, _ = offset_targets(depth + 1, output.labels, output.positions)
+            where = offset_mask(depth + 1, host.labels, host.positions)
             valid = alive & where
             share = max(self.keep**depth, self.keep_least)
             count = torch.minimum((many * share).ceil().long(), valid.sum(1)).unsqueeze(1)
             if self.training:
-                # Drawn on the CPU, so that they are the same for every device.
-                chance = torch.rand(valid.shape).to(valid.device)
+                chance = torch.rand(valid.shape)
                 alive = valid & (chance.masked_fill(~valid, 2.0).argsort(1).argsort(1) < count)
             else:
                 rank, most = valid.cumsum(1), valid.sum(1, keepdim=True).clamp_min(1)
@@ -208,8 +207,8 @@ class PEagle(Eagle3):
         self,
         output: TargetOutput,
         target: Target,
-        anchors: list[Int[Tensor, "B A"]],
-        real: list[Bool[Tensor, "B A"]],
+        anchors: Sequence[Int[Tensor, "B A"]],
+        real: Sequence[Bool[Tensor, "B A"]],
     ) -> Float[Tensor, "B S d"]:
         """Return the output head's input of all slots, in the dtype of the target's states: of
         depth 0 at each position, then of the rollouts, depth by depth."""
@@ -341,8 +340,9 @@ class PEagle(Eagle3):
         return {_numbered(name): tensor for name, tensor in own} | {"mask_token": self.mask_token}
 
 
-def _places(output: TargetOutput) -> Int[Tensor, "B T"]:
-    return torch.arange(output.ids.shape[1], device=output.ids.device).expand_as(output.ids)
+def _places(output: TargetOutput | Host) -> Int[Tensor, "B T"]:
+    positions = output.positions
+    return torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
 
 
 def _numbered(name: str) -> str:

@@ -49,6 +49,7 @@ from trainer.drafters.batch_passes import after_texts, padded, room
 from trainer.drafters.distillation import KINDS
 from trainer.drafters.layers import Heads, IndependentGrowth, decayed, layers_of
 from trainer.drafters.ragged import Entries, IndependentBatch, RaggedMemory
+from trainer.models.on_host import all_sent
 
 
 @dataclass
@@ -111,17 +112,18 @@ class PromptTokens(Heads):
                 self.prompts.copy_(some.mean(0) + torch.randn(self.prompts.shape) * some.std())
 
     def loss(self, output: TargetOutput, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
-        at, real, share = anchors_of(output, self.anchors, drawn=self.training)
+        host = output.on_host()
+        at, real, share = anchors_of(host, self.anchors, drawn=self.training)
         # The anchor's next token is the target's own, and known when the prompts are used.
         goal = goals(at, self.offsets + 1)
-        counts = counted(goal, at, real, output)[:, :, 1:]
-        states = self.looked_ahead(output, target, at)
-        weights = share.unsqueeze(1) * share.new_tensor(self.weights)
-        how = self.kind, self.eta
+        counts = counted(goal, at, real, host)[:, :, 1:]
+        weights = share.unsqueeze(1) * torch.tensor(self.weights)
+        at, counts_there = all_sent(output.hidden.device, at, counts)
+        states, how = self.looked_ahead(output, target, at), (self.kind, self.eta)
         total, numbers = distilled_slots(
             states, counts, goal[:, :, 1:], weights, output, target, how, chunk
         )
-        return total, numbers_of(counts, *numbers)
+        return total, numbers_of(counts_there, *numbers)
 
     def looked_ahead(
         self, output: TargetOutput, target: Target, at: Int[Tensor, "B A"]

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from trainer.drafters import Drafter, DrafterError, Target, TargetOutput, passes
 from trainer.models.losses import chunked_predictions
+from trainer.models.on_host import all_sent, count, flat, host_of, picked
 
 # transformers' names of layers that attend to the whole row, or to nothing
 _FULL = {"full_attention", "mlp", "moe"}
@@ -153,7 +154,8 @@ class Registers(Drafter):
                 std = float(model.get_input_embeddings()(some).float().std())
                 self.register.copy_(torch.randn(self.register.shape) * std)
         self.checked = False
-        self.placed: Places | None = None  # of the current micro-batch, between `inputs` and `loss`
+        # of the current micro-batch, on the host, between `inputs` and `loss`
+        self.placed: Places | None = None
 
     def inputs(self, batch: dict[str, Any], target: Target) -> dict[str, Tensor]:
         """Return the batch's embeddings followed by this micro-batch's registers, with their mask
@@ -166,17 +168,22 @@ class Registers(Drafter):
         if not self.checked:
             _refuse_adapter(target.model)
             self.checked = True
-        ids, labels = batch["input_ids"], batch["labels"]
-        at = torch.arange(ids.shape[1], device=ids.device)
-        positions = batch["position_ids"] if "position_ids" in batch else at.expand_as(ids)
+        ids, host = batch["input_ids"], host_of(batch)
+        start = torch.arange(ids.shape[1]) - host.positions  # of each position's row
         # Drawn on the CPU, so that they are the same for every device; each row uses the number
         # that its first token has drawn.
-        drawn = torch.randint(1, self.d_max + 1, ids.shape).to(ids.device)
-        chosen = (torch.rand(ids.shape) < self.share).to(ids.device)
-        self.placed = place_registers(labels, positions, drawn.gather(1, at - positions), chosen)
-        registers = self.register.expand(*self.placed.after.shape, -1)
+        drawn = torch.randint(1, self.d_max + 1, ids.shape)
+        chosen = torch.rand(ids.shape) < self.share
+        places = place_registers(host.labels, host.positions, drawn.gather(1, start), chosen)
+        self.placed = places
+        sides = (places.after, places.ahead, places.targets, places.positions, host.positions)
+        *there, positions = all_sent(ids.device, *sides)
         return with_registers(
-            target.embed(ids), registers, positions, self.placed, target.config._attn_implementation
+            target.embed(ids),
+            self.register.expand(*places.after.shape, -1),
+            positions,
+            Places(*there),
+            target.config._attn_implementation,
         )
 
     def loss(self, output: TargetOutput, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
@@ -187,7 +194,8 @@ class Registers(Drafter):
             DrafterError: in training, the target did not run on `inputs`.
         """
         total = output.extra.new_zeros((), dtype=torch.float32)
-        numbers = torch.zeros(self.d_max, 5, device=output.ids.device)
+        device = output.ids.device
+        numbers = torch.zeros(self.d_max, 5, device=device)
         places, self.placed = self.placed, None
         if not torch.is_grad_enabled():
             return total, numbers[1:]
@@ -196,10 +204,11 @@ class Registers(Drafter):
         head = target.model.get_output_embeddings()
         trained = tuple(p for p in head.parameters() if p.requires_grad)  # by adapter=full
         for d in range(1, self.d_max + 1):
-            where = (places.ahead == d) & (places.targets != -100)
+            here = flat((places.ahead == d) & (places.targets != -100))
+            at, targets = all_sent(device, here, places.targets.flatten()[here])
             summed, best, among = chunked_predictions(
-                output.extra[where],
-                places.targets[where],
+                picked(output.extra, at),
+                targets,
                 target.head,
                 chunk,
                 trained,
@@ -207,9 +216,7 @@ class Registers(Drafter):
                 native=target.native,
             )
             total = total + self.weight / self.share * summed
-            numbers[d - 1, :4] = torch.stack(
-                [summed.detach(), where.sum(), best.sum(), among.sum()]
-            )
+            numbers[d - 1, :4] = torch.stack([summed.detach(), count(at), best.sum(), among.sum()])
         return total, numbers[1:]
 
     def states(self, output: TargetOutput, target: Target) -> Iterator[Tensor]:

@@ -51,6 +51,7 @@ from trainer.drafters.distillation import KINDS
 from trainer.drafters.layers import Heads, IndependentGrowth, decayed, layers_of
 from trainer.drafters.lora_rows import RowLoRA
 from trainer.drafters.ragged import Entries, IndependentBatch, RaggedMemory
+from trainer.models.on_host import all_sent, sent
 
 
 @dataclass
@@ -114,25 +115,27 @@ class Uno(Heads):
         self.lora = RowLoRA(model, rank, alpha, target_modules)
 
     def loss(self, output: TargetOutput, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
-        at, real, share = anchors_of(output, self.anchors, drawn=self.training)
+        host, device = output.on_host(), output.hidden.device
+        at, real, share = anchors_of(host, self.anchors, drawn=self.training)
         goal = goals(at, self.offsets)
-        counts = counted(goal, at, real, output)
-        z = self.slots(output, target, at, self.drawn((*at.shape, self.offsets - 1), at.device))
-        weights = share.unsqueeze(1) * share.new_tensor(self.weights[1:])
+        counts = counted(goal, at, real, host)
+        weights = share.unsqueeze(1) * torch.tensor(self.weights[1:])
+        at, counts_there = all_sent(device, at, counts)
+        z = self.slots(output, target, at, self.drawn((*at.shape, self.offsets - 1), device))
         how = self.kind, self.eta
         total, numbers = distilled_slots(
             z, counts[:, :, 1:], goal[:, :, 1:], weights, output, target, how, chunk
         )
         # The first slot is the target's own: always right, at a distance of 0.
-        own = counts[:, :, :1].float()
+        own = counts_there[:, :, :1].float()
         first = torch.stack([torch.zeros_like(own), own, own, own])
-        return total, numbers_of(counts, *torch.cat([first, numbers], dim=3))
+        return total, numbers_of(counts_there, *torch.cat([first, numbers], dim=3))
 
     def drawn(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Return z: from the run's generator in training, always the same in evaluation. It is
         drawn on the CPU, and so equal on every device."""
         draw = None if self.training else torch.Generator().manual_seed(0)
-        return torch.randint(self.vocabulary_size, shape, generator=draw).to(device)
+        return sent(torch.randint(self.vocabulary_size, shape, generator=draw), device)
 
     def slots(
         self,

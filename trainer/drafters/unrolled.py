@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, offset_targets
+from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate
 from trainer.drafters.distilled import Distilled
 from trainer.drafters.families import Family
 from trainer.drafters.layers import (
@@ -36,6 +36,7 @@ from trainer.drafters.layers import (
 )
 from trainer.drafters.ragged import RaggedMemory, padded
 from trainer.drafters.unrolled_batch import UnrolledBatch
+from trainer.models.on_host import offset_mask, sent
 
 
 class Entries:
@@ -178,8 +179,8 @@ class Unrolled(Distilled):
     def states(
         self, output: TargetOutput, target: Target, later: Bool[Tensor, "B T"] | None = None
     ) -> Iterator[Float[Tensor, "B T d"]]:
-        """Yield the same as Drafter.states. From the second pass on only the slots `later` are
-        computed, and others may hold any finite value; None computes all."""
+        """Yield the same as Drafter.states. From the second pass on only the slots `later`, a mask
+        on the host, are computed, and others may hold any finite value; None computes all."""
         with autocast_like(output.hidden):
             hidden = self.first_input(
                 self.in_own_dtype(output.hidden),
@@ -194,7 +195,7 @@ class Unrolled(Distilled):
         reach = window(self.around(target))
         for k in range(self.offsets):
             embedded = embeddings_ahead(k + 1, output, target)
-            if k == 1 and later is not None and (slots := _chosen(later)) is not None:
+            if k == 1 and later is not None and (slots := _chosen(later, places)) is not None:
                 hidden, positions, causal, distance = (
                     tensor[slots] for tensor in (hidden, positions, causal, distance)
                 )
@@ -218,10 +219,8 @@ class Unrolled(Distilled):
     ) -> Iterator[Float[Tensor, "B T d"]]:
         if not self.sparing or self.offsets == 1:
             return self.states(output, target)
-        counts = [
-            offset_targets(k, output.labels, output.positions)[0]
-            for k in range(2, self.offsets + 1)
-        ]
+        host = output.on_host()
+        counts = [offset_mask(k, host.labels, host.positions) for k in range(2, self.offsets + 1)]
         return self.states(output, target, torch.stack(counts).any(0))
 
     def layer_inputs(
@@ -296,15 +295,17 @@ def _diagonals(
         yield eye if reach is None or k - j < reach else torch.zeros_like(eye)
 
 
-def _chosen(where: Bool[Tensor, "B T"]) -> tuple[Int[Tensor, "B 1"], Int[Tensor, "B n"]] | None:
-    """Return an index of n slots of each row: those of `where`, and further ones until all rows
-    have the same number. None if that would be all slots."""
+def _chosen(
+    where: Bool[Tensor, "B T"], like: Tensor
+) -> tuple[Int[Tensor, "B 1"], Int[Tensor, "B n"]] | None:
+    """Return an index of n slots of each row: those of `where`, which is on the host, and further
+    ones until all rows have the same number. None if that would be all slots."""
     count = max(1, int(where.sum(1).max()))
     count += -count % 16  # matrix products are fastest with multiples of 16
     if count >= where.shape[1]:
         return None
     slots = where.byte().sort(dim=1, descending=True, stable=True).indices[:, :count]
-    return torch.arange(len(where), device=where.device).unsqueeze(1), slots
+    return torch.arange(len(where), device=like.device).unsqueeze(1), sent(slots, like.device)
 
 
 class UnrolledGrowth:

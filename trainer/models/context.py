@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from trainer.models.base import Base, BaseError
 from trainer.models.cache_argument import cache_argument, cache_of, model_with_cache
 from trainer.models.heads import captured_hidden
+from trainer.models.on_host import host_of, sent, supervised_positions
 
 LENGTH, FIRST = 12, (1, 5, 9)  # the probe's tokens, and the first trained one of each of its rows
 
@@ -45,27 +46,31 @@ def split(batch: dict[str, Any], window: int) -> tuple[dict[str, Tensor], dict[s
     if no row has a context.
 
     context  input_ids and position_ids (B, S), padded on the left
-    rest     input_ids, position_ids, labels and, if the batch has them, weights (B, R)
+    rest     input_ids, position_ids, labels and, if the batch has them, weights (B, R);
+             trainer.models.on_host.supervised (n,)
     both     attention_mask (B, S) or (B, S + R), only if the contexts differ in length
     """
-    ids, labels = batch["input_ids"], batch["labels"]
+    ids, labels = batch["input_ids"], host_of(batch).labels
     start, end = (side.unsqueeze(1) for side in starts(labels, window))
     S, R = int(start.max()), int((end - start).max())
     if S == 0:
         return None
-    before = start - S + torch.arange(S, device=ids.device)
-    after = start + torch.arange(R, device=ids.device)
+    before = start - S + torch.arange(S)
+    after = start + torch.arange(R)
     inside = after.clamp(max=ids.shape[1] - 1)  # padding keeps within the position embeddings
     context = {"position_ids": before.clamp(min=0)}
-    context["input_ids"] = ids.gather(1, context["position_ids"])
-    rest = {"position_ids": inside, "input_ids": ids.gather(1, inside)}
+    rest = {"position_ids": inside}
     rest["labels"] = labels.gather(1, inside).masked_fill(after >= end, -100)
-    if "weights" in batch:
-        rest["weights"] = batch["weights"].gather(1, inside)
+    rest["supervised"] = supervised_positions(rest["labels"])
     if bool((start != S).any()):
         seen = (before >= 0).long()
         context["attention_mask"] = seen
         rest["attention_mask"] = torch.cat([seen, torch.ones_like(inside)], 1)
+    for part in (context, rest):
+        part.update({name: sent(tensor, ids.device) for name, tensor in part.items()})
+        part["input_ids"] = ids.gather(1, part["position_ids"])
+    if "weights" in batch:
+        rest["weights"] = batch["weights"].gather(1, rest["position_ids"])
     return context, rest
 
 

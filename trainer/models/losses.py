@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 from trainer.models.context import after_context
 from trainer.models.heads import Head, captured_hidden, captured_layers, output_head
-from trainer.speed import fused, predictions
+from trainer.models.on_host import count, flat, picked, supervised
+from trainer.speed import fused, known_rows, predictions
 
 LOGITS = 12 << 20  # logits in a chunk: 256 positions of a vocabulary of 49152
 ON_GPU = 4 * LOGITS  # on a GPU larger chunks: the output weight is read once per chunk
@@ -187,14 +188,14 @@ class CausalLoss:
         """Return (summed loss, {loss, tokens, right}); the sums are detached, and count each token
         as often as its row's weight. With a drafter there is also `offsets`, see Drafter.loss."""
         batch = self.windowed(batch)
-        labels = batch["labels"][:, 1:]  # position t predicts token t + 1
-        where = labels != -100
-        weights = batch["weights"][:, 1:][where] if "weights" in batch else None
+        at = supervised(batch)
+        targets, weights = targets_at(batch, at)
         if self.head is None:
-            logits = self.model(**_inputs(batch)).logits[:, -batch["labels"].shape[1] :]
+            with known_rows.of(batch):
+                logits = self.model(**_inputs(batch)).logits[:, -batch["labels"].shape[1] :]
             loss, right = chunked_cross_entropy(
-                logits[:, :-1][where],
-                labels[where],
+                picked(logits, at),
+                targets,
                 _identity,
                 self.chunk,
                 weights=weights,
@@ -209,15 +210,15 @@ class CausalLoss:
             hidden, features, extra = self.forward(batch, more)
             parameters = tuple(p for p in self.layer.parameters() if p.requires_grad)
             loss, right = chunked_cross_entropy(
-                hidden[:, :-1][where],
-                labels[where],
+                picked(hidden, at),
+                targets,
                 self.head,
                 self.chunk,
                 parameters,
                 weights,
                 self.native,
             )
-        tokens = where.sum() if weights is None else weights.sum()
+        tokens = count(at) if weights is None else weights.sum()
         sums = {"loss": loss.detach(), "tokens": tokens, "right": right.detach()}
         if self.drafter is not None:
             term, sums["offsets"] = self.drafted(batch, hidden, features, extra)
@@ -244,7 +245,11 @@ class CausalLoss:
         length = batch["labels"].shape[1]
         layers = self.drafter.layers if self.drafter is not None else ()
         decoder = self.target.decoder if self.drafter is not None else self.model
-        with captured_hidden(self.layer) as read, captured_layers(decoder, layers) as between:
+        with (
+            captured_hidden(self.layer) as read,
+            captured_layers(decoder, layers) as between,
+            known_rows.of(batch),
+        ):
             self.model(**(_inputs(batch) if more is None else {**more, "use_cache": False}))
         # Virtual tokens of prompt learning come before the row's tokens, those of a drafter after.
         hidden, extra = (
@@ -273,9 +278,26 @@ class CausalLoss:
                 batch["input_ids"]
             )
         output = self.drafter.output_type(
-            hidden, batch["input_ids"], batch["labels"], positions, extra, features
+            hidden,
+            batch["input_ids"],
+            batch["labels"],
+            positions,
+            extra,
+            features,
+            batch.get("host"),
         )
-        return self.drafter.loss(output, self.target, self.chunk)
+        with known_rows.of(batch):
+            return self.drafter.loss(output, self.target, self.chunk)
+
+
+def targets_at(
+    batch: dict[str, Any], at: Int[Tensor, " n"]
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"] | None]:
+    """Return the tokens after the positions of trainer.models.on_host.supervised, and their weights
+    if the batch has some."""
+    following = at + 1  # position t predicts token t + 1 of its own sequence
+    weights = picked(batch["weights"], following) if "weights" in batch else None
+    return picked(batch["labels"], following), weights
 
 
 def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
@@ -315,7 +337,7 @@ class ClassLoss:
         classes = batch["classes"]
         weights = batch["weights"][:, 0] if "weights" in batch else None
         if not self.guesses:
-            return self._of_values(logits, classes, weights)
+            return self._of_values(logits, classes, weights, batch.get("supervised"))
         loss = _weighted_sum(F.cross_entropy, logits, classes, weights)
         real, right = classes != -100, logits.argmax(-1) == classes
         sums = {
@@ -327,13 +349,15 @@ class ClassLoss:
         return loss, sums
 
     def _of_values(
-        self, logits: Tensor, values: Tensor, weights: Tensor | None
+        self, logits: Tensor, values: Tensor, weights: Tensor | None, real: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        real = ~values.isnan().any(-1)
+        if real is None:
+            real = flat(~values.isnan().any(-1))
         each = F.mse_loss if self.problem == "regression" else F.binary_cross_entropy_with_logits
-        weights = None if weights is None else weights[real]
-        loss = _weighted_sum(each, logits[real], values[real], weights) / values.shape[-1]
-        tokens = real.sum() if weights is None else weights.sum()
+        weights = None if weights is None else weights.index_select(0, real)
+        rows = logits.index_select(0, real), values.index_select(0, real)
+        loss = _weighted_sum(each, *rows, weights) / values.shape[-1]
+        tokens = count(real) if weights is None else weights.sum()
         return loss, {"loss": loss.detach(), "tokens": tokens, "scores": logits.detach()}
 
 

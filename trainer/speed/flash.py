@@ -73,7 +73,9 @@ def _with_row_bounds(attend: Callable[..., Any]) -> Callable[..., Any]:
         batch, length = query.shape[0], query.shape[2]
         positions: Tensor | None = options.get("position_ids")
         has_bounds = attention_mask is not None or "cu_seq_lens_q" in options
-        whole = batch > 1 and length > 1 and key.shape[2] == length
+        # transformers would compute those of one sequence in each layer, if they are not known.
+        several = batch > 1 or (positions is not None and _last[0]() is positions)
+        whole = several and length > 1 and key.shape[2] == length
         if (
             whole
             and not has_bounds
@@ -101,6 +103,13 @@ def rows_of_pass(positions: Int[Tensor, "B T"]) -> dict[str, Any]:
     return _last[1]
 
 
+def remember(positions: Int[Tensor, "B T"], bounds: Int[Tensor, " n"], longest: int) -> None:
+    """Note the bounds (rows + 1,) int32 of the rows in a batch's position_ids, and the length of
+    the longest, so that `rows_of_pass` does not compute them."""
+    global _last
+    _last = weakref.ref(positions), _options(bounds, longest)
+
+
 def rows_of(positions: Int[Tensor, "B T"]) -> dict[str, Any]:
     """Return where rows begin and end in a batch, in the form that transformers passes to flash
     attention.
@@ -114,8 +123,10 @@ def rows_of(positions: Int[Tensor, "B T"]) -> dict[str, Any]:
     bounds = torch.cat(
         [begins.flatten().nonzero()[:, 0], begins.new_tensor([begins.numel()], dtype=torch.int64)]
     )
-    longest = int(bounds.diff().max())
-    bounds = bounds.to(torch.int32)
+    return _options(bounds.to(torch.int32), int(bounds.diff().max()))
+
+
+def _options(bounds: Int[Tensor, " n"], longest: int) -> dict[str, Any]:
     return {
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,

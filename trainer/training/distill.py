@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from trainer.drafters import Drafter, DrafterError, Target
 from trainer.models.losses import CausalLoss
+from trainer.models.on_host import count, supervised
 from trainer.training.finetune import FineTune
 
 # From a batch: the target's states (B, T, d) that its output head reads, and the states of
@@ -52,7 +53,7 @@ class DraftLoss(CausalLoss):
         loss, offsets = self.drafted(batch, hidden, features, hidden[:, :0])
         return loss, {
             "loss": loss.detach(),
-            "tokens": (batch["labels"][:, 1:] != -100).sum(),
+            "tokens": count(supervised(batch)),
             "offsets": offsets,
         }
 

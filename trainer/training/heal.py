@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from trainer.drafters.distillation import Distillation, chunked_distillation
 from trainer.models.base import Base, BaseError
 from trainer.models.hub import from_hub
-from trainer.models.losses import CausalLoss, chunked_cross_entropy
+from trainer.models.losses import CausalLoss, chunked_cross_entropy, targets_at
+from trainer.models.on_host import count, picked, supervised
 from trainer.training.finetune import FineTune
 
 
@@ -85,24 +86,22 @@ class TeacherLoss(CausalLoss):
         assert self.head is not None
         assert self.taught.head is not None
         mine = self.windowed(batch)
-        labels = mine["labels"][:, 1:]
-        where = labels != -100
-        weights = mine["weights"][:, 1:][where] if "weights" in mine else None
-        hidden = self.forward(mine)[0][:, :-1][where]
+        at = supervised(mine)
+        targets, weights = targets_at(mine, at)
+        hidden = picked(self.forward(mine)[0], at)
         parameters = tuple(p for p in self.layer.parameters() if p.requires_grad)
         loss, right = chunked_cross_entropy(
-            hidden, labels[where], self.head, self.chunk, parameters, weights, self.native
+            hidden, targets, self.head, self.chunk, parameters, weights, self.native
         )
         with torch.no_grad():
             self.taught.model.to(hidden.device)
-            theirs = batch["labels"][:, 1:] != -100
-            states = self.taught.forward(batch)[0][:, :-1][theirs]
+            states = picked(self.taught.forward(batch)[0], supervised(batch))
         how = Distillation("kl", self.taught.head, (self.head,))
         scale = torch.ones_like(hidden[:, 0]) if weights is None else weights
         divergence, _ = chunked_distillation(
             hidden.unsqueeze(0), states, scale.unsqueeze(0), how, self.chunk, parameters
         )
-        tokens = where.sum() if weights is None else weights.sum()
+        tokens = count(at) if weights is None else weights.sum()
         sums = {"loss": loss.detach(), "tokens": tokens, "right": right.detach()}
         return (1 - self.weight) * loss + self.weight * divergence, sums
 

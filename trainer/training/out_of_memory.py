@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from trainer.models.on_host import OF_WHOLE_BATCH
+
 log = logging.getLogger("trainer")
 
 
@@ -39,6 +41,8 @@ def parts(batch: dict[str, Any], rows: int | None) -> Iterator[tuple[dict[str, A
     their shares of its rows. The first part has all of its `tokens`, which are only counted."""
     total = len(batch["input_ids"])
     rows = rows or total
+    if rows < total:
+        batch = {key: value for key, value in batch.items() if key not in OF_WHOLE_BATCH}
     for first in range(0, total, rows):
         here = slice(first, first + rows)
         part = {
