@@ -1,4 +1,4 @@
-"""What a batch brings along so that no device has to be asked for it."""
+"""Indices and bounds that a batch brings along are those that would be computed from it."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def test_masks_and_bounds_are_those_that_would_be_computed(packs, monkeypatch):
     places = places.expand_as(batch["labels"])
     expected = own(places)
     with known_rows.of(batch):
-        told = masking_utils.find_packed_sequence_indices(places)
+        given = masking_utils.find_packed_sequence_indices(places)
     assert masking_utils.find_packed_sequence_indices is own
-    assert (told is None) == (expected is None)
-    assert told is None or torch.equal(told, expected)
+    assert (given is None) == (expected is None)
+    assert given is None or torch.equal(given, expected)
     if positions is not None:
         computed = flash.rows_of(positions)
         monkeypatch.setattr(flash, "rows_of", None)

@@ -337,7 +337,7 @@ def _rows_with_values(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _known(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return what is computed here so that a device need not be asked for it."""
+    """Return a batch's indices and bounds, which nothing then has to read from a device."""
     labels, positions = batch["labels"], batch.get("position_ids")
     host = Host(labels, positions, batch["lengths"].tolist())
     known: dict[str, Any] = {"supervised": supervised_positions(labels), "host": host}

@@ -1,4 +1,4 @@
-"""What the host knows of a batch, so that no training step waits for the device.
+"""A batch's labels, positions and indices on the host, so that no step waits for the device.
 
 An index by a boolean mask, `nonzero`, `int(tensor)` and `if tensor:` need a tensor's values on the
 host. On a GPU the host then waits until the device has done all that it was sent, and the device
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 UNTRAINED = -100  # the label of a position whose token is not trained
-# What Collate adds to a batch for all its rows together. A part of the batch must not have them.
+# Keys that Collate adds for all rows of a batch together. A part of the batch must not have them.
 OF_WHOLE_BATCH = ("supervised", "row_bounds", "host")
 
 

@@ -1,5 +1,6 @@
-"""What transformers and the attention of packed rows would ask the device for in each pass of the
-model, told beforehand: whether sequences have several rows, and where these begin and end.
+"""Rows of packed sequences as they are known on the host: whether a sequence has several, and where
+they begin and end. Otherwise transformers and the attention of packed rows would read this from the
+device in each pass of the model.
 """
 
 from __future__ import annotations
