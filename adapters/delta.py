@@ -71,6 +71,8 @@ class Delta(nn.Module):
     merging, or before the base is used alone.
     """
 
+    has_weight = True  # False if the correction depends on x, so that `weight` raises
+
     def forward(self, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         """Return the corrected output, given the layer's input x and its frozen output y."""
         raise NotImplementedError

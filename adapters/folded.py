@@ -24,8 +24,9 @@ SPARE = 4  # merged weights may take a fourth of the free memory
 def folded(model: nn.Module, available: float = float("inf")) -> Iterator[int]:
     """Merge the deltas of a model's linear layers into copies of their weights, and yield how many
     layers were merged. At the end each layer has its own weight again, bit for bit: the tensor was
-    only set aside. Layers that are quantised, shared, on a GPU or switched off are not merged. No
-    layer is merged if the copies need too much of the `available` bytes of memory."""
+    only set aside. Layers that are quantised, shared, on a GPU or switched off are not merged, nor
+    are corrections that no weight holds. No layer is merged if the copies need too much of the
+    `available` bytes of memory."""
     layers = _layers(model)
     needed = sum(layer.base.weight.nbytes for layer in layers)
     if needed * SPARE > available:
@@ -59,6 +60,7 @@ def _layers(model: nn.Module) -> list[AdaptedLinear]:
         if isinstance(module, AdaptedLinear)
         and "forward" not in vars(module)
         and not getattr(module.delta, "sharded", False)
+        and module.delta.has_weight
         and type(module.base) is nn.Linear
         and _is_plain(module.base.weight)
         and uses[id(module.base.weight)] == 1

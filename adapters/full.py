@@ -29,8 +29,7 @@ class Full(Adapter):
 
     def save(self, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
         raise AdapterError(
-            "adapter=full has trained the whole model, which is no adapter. Export it with"
-            " to=merged"
+            "the run has trained the whole model, which is no adapter. Export it with to=merged"
         )
 
 

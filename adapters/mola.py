@@ -42,6 +42,8 @@ _NUMBER = re.compile(r"^(.*?)\.(\d+)\.")  # of a decoder layer, in the name of a
 class MoLA(Delta):
     """The experts of one linear layer, and their router."""
 
+    has_weight = False
+
     def __init__(
         self, linear: Any, experts: int, rank: int, top: int, scale: float, dropout: float,
         dtype: torch.dtype,

@@ -180,7 +180,9 @@ class _Expanded(io.RawIOBase):
         super().close()
 
 
-def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
+def json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
+    """Yield (place, row or what is wrong with it) of each line of a JSON lines file. A line ends at
+    a newline alone: a text may hold U+2028, which JSON does not escape."""
     with _open(file) as lines:
         for number, line in enumerate(lines, 1):
             if number == 1:
@@ -370,7 +372,7 @@ def _txt(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
 
 
 _READERS: dict[str, Any] = {
-    "jsonl": _jsonl,
+    "jsonl": json_lines,
     "json": _json,
     "csv": lambda file: _separated(file, ","),
     "tsv": lambda file: _separated(file, "\t"),

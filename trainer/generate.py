@@ -15,6 +15,7 @@ when sampling a text of the same distribution. draft=false decodes without it.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,7 +66,9 @@ def main(argv: list[str]) -> int:
         run = load_trained(options.run, "cuda" if torch.cuda.is_available() else "cpu")
         if options.prompts is not None:
             batches = answered_file.Batches(options.batch_size, options.max_new_tokens)
-            answered_file.answer_file(run, options.prompts, options, drafter, batches, _line)
+            answered_file.answer_file(
+                run, options.prompts, options, drafter, batches, functools.partial(say, flush=True)
+            )
             return 0
         prompt = sys.stdin.read() if options.prompt == "-" else str(options.prompt)
         ids, stops = streamed_answer.prompt_ids(run, prompt, options.system)
@@ -80,10 +83,6 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         return failures.report_and_exit_code(error)
     return 0
-
-
-def _line(text: str) -> None:
-    say(text, flush=True)
 
 
 def _write(text: str) -> None:

@@ -108,6 +108,7 @@ def _read(options: Options) -> Any:
 
 def _run(options: Options, study: Any, words: list[str]) -> int:
     """Check the study, run what is missing, and write its table."""
+    from trainer.config.errors import ConfigError
     from trainer.studies import board, budget, jobs, page, pieces, running
 
     say(f"study {study.name}: checking {len(study.methods)} methods", flush=True)
@@ -141,6 +142,8 @@ def _run(options: Options, study: Any, words: list[str]) -> int:
         if runner.stopping:
             say("stopped: the same command resumes the study", file=sys.stderr)
             return INTERRUPTED
+    elif not results:
+        raise ConfigError(f"table=true: no run of this study has ended in {study.folder} yet")
     say(page.write(study, results))
     say(f"{study.folder / 'study.html'}")
     if options.board is not None:

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from adapters.delta import Adapter, AdapterError, Start
+from adapters.folded import folded
 from adapters.peft_fields import config_class
 from tests.conftest import ROOT
 from tests.toys import adapters as toys
@@ -181,6 +182,13 @@ def test_merged_weights_give_the_adapters_outputs(case):
         "transformers",
     }
     assert close(case, toys.logits(merged), case.logits)
+
+
+def test_folded_for_a_while_it_answers_the_same(case):
+    """As at an evaluation that writes texts."""
+    with folded(case.model):
+        assert close(case, toys.logits(case.model), case.logits)
+    assert torch.equal(toys.logits(case.model), case.logits)
 
 
 def test_only_the_adapter_trains(case):

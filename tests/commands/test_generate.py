@@ -342,7 +342,7 @@ def test_what_cannot_be_asked_says_why(trained, capsys, kind, arguments, message
 
 
 def test_a_file_of_prompts_is_answered_in_batches(ask, tmp_path):
-    texts = ["3+4=", "12+5=", "9+9="]
+    texts = ["3+4=", "12+5\x7f\u2028=", "9+9="]
     lines = [{"prompt": texts[0]}, {"messages": [{"role": "user", "content": texts[1]}]}]
     lines.append({"prompt": texts[2]})
     file = write_rows(tmp_path / "prompts.jsonl", lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import logging
 import re
 import subprocess
@@ -18,7 +19,7 @@ from rich.text import Text
 from tests.conftest import ROOT, write_rows
 from trainer.config import shown as module
 from trainer.config.errors import bad
-from trainer.config.shown import protect_console, say, shown
+from trainer.config.shown import protect_console, say, shown, shown_json
 
 EVIL = "\x1b]0;title\x07\x1b[2J\x9b31m\r\x08\x7f\u202e"
 SENT = set("\x1b\x07\x9b\r\x08\x7f\u202e\x00")
@@ -32,6 +33,12 @@ def test_what_is_shown():
     assert shown("\ud800").encode() == rb"\ud800"
     for code in (*range(32), *range(127, 160)):
         assert (shown(chr(code)) == chr(code)) is (chr(code) in "\t\n")
+
+
+def test_printed_json_can_be_read_back():
+    text = shown(shown_json(json.dumps({"a": EVIL + "é"}, ensure_ascii=False)))
+    assert json.loads(text) == {"a": EVIL + "é"}
+    assert not SENT & set(text)
 
 
 def test_messages_and_prints_are_shown(capsys):

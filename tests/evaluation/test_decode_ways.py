@@ -510,8 +510,9 @@ def test_a_run_that_cannot_draft_is_refused_before_its_model_is_loaded(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "prompts.jsonl:1 is no JSON"),
-        ("[1]", 'a line is {"prompt": "..."}'),
+        ("{", "prompts.jsonl:1: not JSON"),
+        ("[1]", "a row must be a JSON object"),
+        ('{"prompt": "\\ud800"}', "half of a surrogate pair"),
         ('{"messages": []}', 'a line is {"prompt": "..."}'),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "has no prompt"),
         ("", "is empty"),

@@ -91,3 +91,11 @@ def test_a_prompt_that_the_template_refuses_is_no_traceback(run):
     question = Question("all", [{"role": "user", "content": "x"}], variables={"messages": 1})
     with pytest.raises(DataError, match="a prompt cannot be rendered: chat_template_kwargs sets"):
         Prompts(run).ids(question)
+
+
+def test_a_file_of_prompts_may_have_a_byte_order_mark_other_line_ends_and_any_separator(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    for text in ('{"prompt": "a\u2028b\x85c"}', '{"question_id": 1, "turns": ["a\u2028b\x85c"]}'):
+        file.write_bytes(f"\ufeff{text}\r\n".encode())
+        (question,) = read_questions(str(file))
+        assert question.messages[-1]["content"] == "a\u2028b\x85c"

@@ -50,6 +50,7 @@ SETTINGS = {
     "pissa": ["adapter=pissa", "adapter.r=4", "adapter.lora_alpha=4"],
     "prompt_tuning": ["adapter=prompt_tuning", "adapter.num_virtual_tokens=4"],
     "full": ["adapter=full"],
+    "mola": ["adapter=mola"],
 }
 RUNS: dict[str, Path] = {}  # one of each kind for all tests
 
@@ -427,6 +428,8 @@ def test_sizes_without_an_update_or_without_an_adapter(run_of, tmp_path, capsys)
     capsys.readouterr()
     assert sizes.main([f"run={run_of('full')}"]) == 2
     assert "adapter=full leaves no adapter to measure" in capsys.readouterr().err
+    assert sizes.main([f"run={run_of('mola')}"]) == 2
+    assert "adapter=mola leaves no adapter to measure" in capsys.readouterr().err
     assert exit_code(sizes.main, ["run=x", "json=no/where.json"]) == 2
     assert "there is no folder no" in capsys.readouterr().err
 

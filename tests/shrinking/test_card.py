@@ -51,6 +51,21 @@ def test_the_hub_reads_base_data_and_figures(tmp_path):
     assert 'from_pretrained("ORG/NAME")' in text  # graft push and a reader put the name there
 
 
+def test_a_base_that_code_makes_has_the_name_of_the_code(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    made = config() | {"base": {"_target_": "trainer.models.tiny.tiny"}}
+    card.write(tmp_path, "small", made, RECORD, 2e-7)
+    assert "\nThe base tiny, shrunk by wanda" in (tmp_path / "README.md").read_text("utf-8")
+
+
+def test_a_small_divergence_keeps_its_digits():
+    search = {"pattern": "unstructured", "density": 0.5, "search": "evolution", "generations": 3}
+    figures = {"divergence": 4.8928e-05, "divergence_uniform": 5.87815e-05}
+    assert "4.89e-05 on the calibration rows. It is 5.88e-05" in card.removed(
+        RECORD | search | figures
+    )
+
+
 @pytest.mark.parametrize("lineage", [None, "Qwen/Qwen3-0.6B"])
 def test_a_base_in_a_folder_passes_its_licence_on(tmp_path, lineage):
     base = tmp_path / "private" / "base"

@@ -73,7 +73,7 @@ def test_a_later_word_replaces_an_earlier_one(tmp_path):
         (
             ["adapter=dora"],
             1000,
-            "cannot be met: adapter.r=1 gives .*, and the next rank is further",
+            "cannot be met: adapter.r=1 gives .*, and no other value comes nearer",
         ),
         (["adapter=ia3"], 999, "neither rank nor density to solve for parameters=999"),
         (["adapter=none"], None, "adapter=none trains nothing"),
@@ -98,5 +98,11 @@ def test_data_without_validation_rows_are_refused(tmp_path):
     missing = replace(data, test=["task.eval_path=nothere.jsonl"])
     with pytest.raises(ConfigError, match=r"^data.sums: test: .*nothere\.jsonl"):
         budget.solve(replace(plain, data={"sums": missing}))
+    with pytest.raises(ConfigError, match=r"^data.sums: choose=los is no metric of this task"):
+        budget.solve(replace(plain, choose="los"))
+    with pytest.raises(ConfigError, match=r"^data.sums: choose=exact_match .* \(set .*generate\)"):
+        budget.solve(replace(plain, choose="exact_match", mode="max"))
+    with pytest.raises(ConfigError, match=r"^data.sums: choose=accuracy is better when higher"):
+        budget.solve(replace(plain, choose="accuracy"))
     with pytest.raises(ConfigError, match=r"^data.sums: callbacks.evaluation is null"):
         budget.solve(replace(plain, overrides=[*COMMON, "callbacks.evaluation=null"]))

@@ -52,6 +52,8 @@ def test_a_file_is_read_with_its_defaults_and_the_command_lines_changes(tmp_path
         ({"mode": "least"}, "mode is 'least', expected min or max"),
         ({"parameters": 0}, "parameters is 0, expected 1 or more"),
         ({"parameters": True}, "parameters is True, expected int or null"),
+        ({"data": {"a": {"generate": -1}}}, "data.a.generate is -1, expected 0 or more"),
+        ({"data": {"a": {"batch_size": 0}}}, "data.a.batch_size is 0, expected 1 or more"),
         ({"methods": {}}, "methods is empty: name one at least"),
         ({"methods": {"a-b": []}}, "methods.a-b: a name has letters"),
         ({"methods": {"a": 3}}, "methods.a is 3, expected a list of settings"),
@@ -88,3 +90,10 @@ def test_our_own_studies_can_be_read(name):
     study = plan.read(name, {"folder": "rows"}, [])
     assert study.parameters
     assert all(data.test and data.generate for data in study.data.values())
+
+
+def test_a_method_that_occurs_twice_is_refused_with_its_line(tmp_path):
+    file = tmp_path / "twice.yaml"
+    file.write_text("name: a\nmethods:\n  lora: [adapter=lora]\n  lora: [adapter=rosa]\n")
+    with pytest.raises(ConfigError, match=r"twice\.yaml:4: the key lora occurs twice"):
+        plan.read(str(file), {}, [])

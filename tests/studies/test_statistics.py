@@ -74,7 +74,14 @@ def ended(tmp_path):
         (run / "test_rows.jsonl").write_text(
             "".join(
                 json.dumps(
-                    {"where": f"row {n}", "loss": a, "tokens": b, "scores": {"exact_match": c}}
+                    {
+                        "where": f"row {n}",
+                        "loss": a,
+                        "tokens": b,
+                        "scores": {"exact_match": c},
+                        "answer": "a\u2028b",
+                    },
+                    ensure_ascii=False,
                 )
                 + "\n"
                 for n, (a, b, c) in enumerate(rows)

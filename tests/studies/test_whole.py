@@ -114,6 +114,7 @@ def test_faults_come_before_the_first_run(file, capsys):
         (["study.parameters=1"], "methods.lora: adapter.rank=1 has"),
         (["study.rates=[fast]"], "the rate 'fast' is no number above 0"),
         (["study.folder=nothere"], "nothere/train.jsonl"),
+        (["table=true"], "table=true: no run of this study has ended"),
         (["slurm.time=3"], "slurm.time=3: settings of SLURM need submit=true"),
         (["gpus=0", "parallel=2"], "parallel=2: 1 GPUs have room for as many runs"),
     ):

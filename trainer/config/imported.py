@@ -40,7 +40,7 @@ def read(file: Path) -> dict[str, Any]:
         ConfigError: it is no mapping, too large, or damaged.
     """
     try:
-        content = limits.load_yaml(file)
+        content = limits.load_yaml(file, unique=True)
     except (OSError, UnicodeDecodeError, limits.LimitExceeded, yaml.YAMLError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from None
     if not isinstance(content, dict) or not content:

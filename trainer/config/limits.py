@@ -82,8 +82,9 @@ def _refuse_long_number(event: yaml.ScalarEvent, where: str) -> None:
         )
 
 
-def load_yaml(file: Path) -> Any:
-    """Read the content of a run.yaml.
+def load_yaml(file: Path, unique: bool = False) -> Any:
+    """Read the content of a run.yaml, or of another file. Of a key that occurs twice YAML takes the
+    last; `unique` refuses it.
 
     Raises:
         LimitExceeded, OSError, UnicodeDecodeError, yaml.YAMLError: it cannot be read.
@@ -93,10 +94,27 @@ def load_yaml(file: Path) -> Any:
     except files.Unreadable as error:
         raise LimitExceeded(str(error)) from None
     refuse_bomb(text, str(file), RECORD)
+    if unique:
+        _refuse_repeated(yaml.compose(text, Loader=LOADER), str(file))
     try:
         return yaml.load(text, Loader=LOADER)
     except (ValueError, OverflowError, TypeError) as error:  # a date that is none, an odd key
         raise LimitExceeded(f"{file} cannot be read: {error}") from None
+
+
+def _refuse_repeated(node: Any, where: str) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeated(item, where)
+    elif isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise LimitExceeded(
+                    f"{where}:{key.start_mark.line + 1}: the key {key.value} occurs twice"
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+            _refuse_repeated(value, where)
 
 
 def strange_entry(folder: Path, passed: str = "", links: bool = False) -> str | None:

@@ -37,7 +37,7 @@ def problems(config: dict[str, Any]) -> Iterator[str]:
         yield fault
     teacher = (config.get("objective") or {}).get("teacher")
     if isinstance(teacher, str) and base_fault(teacher) is not None:
-        yield f"objective.teacher={teacher}: {NO_BASE.replace('base.path', 'it')}"
+        yield f"objective.teacher={teacher}: {NO_BASE.replace('base.path is', 'Give')}"
     branch, draft = config.get("branch"), config["target"].get("draft")
     if branch and (fault := run_fault(branch["run"])):
         yield f"branch.run={branch['run']}: {fault}"

@@ -28,6 +28,12 @@ def _escaped(character: str) -> str:
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
+def shown_json(text: str) -> str:
+    """Return JSON with the control characters of its strings as JSON's own escapes, so that what is
+    printed can be read back."""
+    return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
 def say(*parts: object, end: str = "\n", file: TextIO | None = None, flush: bool = False) -> None:
     """Print as `print` does, with control characters shown."""
     text = shown(" ".join(str(part) for part in parts))

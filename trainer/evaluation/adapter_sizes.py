@@ -18,6 +18,7 @@ from adapters import io
 from adapters.delta import AdaptedLinear, AdapterError, Pool
 from adapters.linear import float_weight
 from trainer.assembly.trained import Trained
+from trainer.storage import run_folder
 
 
 @dataclass
@@ -38,12 +39,11 @@ def sizes(run: Trained, spectrum: bool) -> list[Size]:
     single row if the adapter has no such layers.
 
     Raises:
-        AdapterError: the run has no adapter, but a model.
+        AdapterError: the run saves no adapter.
     """
     if not run.adapter.exportable:
-        raise AdapterError(
-            f"adapter={type(run.adapter).__name__.lower()} leaves no adapter to measure"
-        )
+        name = run_folder.read(str(run.folder))[1]["identity"]["choices"].get("adapter", "none")
+        raise AdapterError(f"adapter={name} leaves no adapter to measure")
     stored = _stored(run)
     parameters = {name: p.numel() for name, p in run.model.named_parameters() if p.requires_grad}
     layers = []

@@ -14,6 +14,7 @@ from tasks.reading import DataError
 from trainer.assembly.chosen_drafter import drafter_of
 from trainer.assembly.trained import Trained
 from trainer.config.decoding_options import DrafterOptions, SamplingOptions
+from trainer.config.shown import shown_json
 from trainer.decoding.sampling import Sampling
 from trainer.decoding.speculative import generate_batch
 from trainer.decoding.target_cache import allow_trees
@@ -70,7 +71,8 @@ def answer_file(
             for question, result in zip(rows[start : start + size], results, strict=True):
                 text = run.base.tokenizer.decode(result.tokens, skip_special_tokens=True)
                 answer = {"role": "assistant", "content": stops.without_end(text)}
-                write(json.dumps({"messages": [*question.messages, answer]}, ensure_ascii=False))
+                row = {"messages": [*question.messages, answer]}
+                write(shown_json(json.dumps(row, ensure_ascii=False)))
             progress.advance(len(ids))
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tasks import reading
 from tasks.reading import DataError
 from tasks.task import Conversation
 from trainer.assembly.rows import add_prompts, load_data
@@ -36,18 +37,15 @@ def read_prompts(path: str) -> list[Question]:
         DataError: the file cannot be read, or a line has neither form.
     """
     questions = []
-    for number, row in _rows(path):
-        messages = row.get("messages") if isinstance(row, dict) else None
-        if not (
-            isinstance(row, dict)
-            and (isinstance(row.get("prompt"), str) or (isinstance(messages, list) and messages))
-        ):
+    for where, row in _rows(path):
+        messages = row.get("messages")
+        if not (isinstance(row.get("prompt"), str) or (isinstance(messages, list) and messages)):
             raise DataError(
-                f'{path}:{number}: a line is {{"prompt": "..."}} or {{"messages": [...]}} with at'
+                f'{where}: a line is {{"prompt": "..."}} or {{"messages": [...]}} with at'
                 " least one message"
             )
         column = "prompt" if isinstance(row.get("prompt"), str) else "messages"
-        questions.append(_question(row, column, "all", f"{path}:{number}"))
+        questions.append(_question(row, column, "all", where))
     if not all(question.messages for question in questions):
         raise DataError(f"{path}: a conversation of one answer has no prompt")
     if not questions:
@@ -63,24 +61,23 @@ def read_questions(path: str, each: int | None = None) -> list[Question]:
         DataError: the file cannot be read, or a line has no known form.
     """
     rows = _rows(path)
-    first = rows[0][1] if rows else None
-    if not (isinstance(first, dict) and "turns" in first):
+    if not (rows and "turns" in rows[0][1]):
         return _first(read_prompts(path), each)
     questions = []
-    for number, row in rows:
-        turns = row.get("turns") if isinstance(row, dict) else None
+    for where, row in rows:
+        turns = row.get("turns")
         if not (
             isinstance(turns, list)
             and turns
             and all(isinstance(turn, str) and turn.strip() for turn in turns)
         ):
             raise DataError(
-                f'{path}:{number}: a line is {{"question_id": ..., "category": "...", "turns":'
+                f'{where}: a line is {{"question_id": ..., "category": "...", "turns":'
                 ' ["...", ...]} with at least one turn'
             )
         category = str(row.get("category", "all"))
         first_turn = row | {"turns": turns[:1]}
-        question = _question(first_turn, "turns", category, f"{path}:{number}")
+        question = _question(first_turn, "turns", category, where)
         questions.append(replace(question, further=turns[1:]))
     return _first(questions, each)
 
@@ -189,20 +186,16 @@ def prompt_ids(
     return [reader.ids(question) for question in questions], reader.stops
 
 
-def _rows(path: str) -> list[tuple[int, Any]]:
-    """Return (line number, value) of each line of a JSON lines file."""
-    try:
-        lines = Path(path).expanduser().read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"prompts={path} cannot be read: {error}") from None
+def _rows(path: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return (place, row) of each line of a JSON lines file."""
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append((number, json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number} is no JSON: {error}") from None
+    try:
+        for where, row in reading.json_lines(Path(path).expanduser()):
+            if isinstance(row, reading.Bad):
+                raise DataError(f"prompts={path}: {row.where}: {row.reason}")
+            rows.append((where, row))
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"prompts={path} cannot be read: {error}") from None
     return rows
 
 

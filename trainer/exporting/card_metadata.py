@@ -167,7 +167,8 @@ def base_text(settings: dict[str, Any], base: str | None, choice: Any) -> str:
         return f"[{base}](https://huggingface.co/{base})"
     if settings.get("base.package"):
         return f"{word(settings['base.member'])} of the package {word(settings['base.package'])}"
-    return f"the base {word(Path(str(settings.get('base.path') or choice)).name)}"
+    code = str(settings.get("base._target_", "")).rpartition(".")[2]  # tiny has no path
+    return f"the base {word(Path(str(settings.get('base.path') or choice or code)).name)}"
 
 
 def word(value: Any) -> str:

@@ -116,7 +116,8 @@ def compress(run: str, choice: Choice, out: Path | None, evaluate: bool) -> Comp
         Mismatch: the loaded adapter answers differently; nothing is left behind.
     """
     run_path, content, _ = run_folder.read(run)
-    compressible.refuse(content["config"]["adapter"], choice.method)
+    name = content["identity"]["choices"].get("adapter", "none")
+    compressible.refuse(name, content["config"]["adapter"], choice.method)
     out = out or run_path / choice.method
     quantised = content["config"]["base"].get("quantization", "none") != "none"
     device = torch.device("cuda" if torch.cuda.is_available() and not quantised else "cpu")

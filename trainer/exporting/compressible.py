@@ -19,7 +19,7 @@ COMPUTED = {
 }
 
 
-def refuse(adapter: dict[str, Any], method: str) -> None:
+def refuse(name: str, adapter: dict[str, Any], method: str) -> None:
     """Refuse an adapter without an update that the method can compress.
 
     Raises:
@@ -38,10 +38,7 @@ def refuse(adapter: dict[str, Any], method: str) -> None:
         f"Compression is for LoRA, RoSA and sparse adapters, and for PEFT's {', '.join(KINDS)}"
     )
     if adapter["_target_"].startswith("adapters.full."):
-        raise AdapterError(
-            f"adapter={adapter['_target_'].rpartition('.')[2].lower()} leaves no adapter to"
-            f" compress. {allowed}"
-        )
+        raise AdapterError(f"adapter={name} leaves no adapter to compress. {allowed}")
     if reason := COMPUTED.get(adapter["_target_"]):
         raise AdapterError(f"{reason}. {allowed}")
     if adapter["_target_"] != "adapters.peft.Peft":

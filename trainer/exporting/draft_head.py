@@ -97,7 +97,8 @@ def check(drafter: Drafter, to: str, model: Any) -> None:
     method = _METHODS.get(type(drafter))
     if method is None:
         raise DrafterError(
-            f"to={to} is for the heads of drafter=dspark, dflash, eagle, eagle3, peagle and medusa:"
+            f"to={to} is for the heads of drafter=dspark, dflash, eagle, eagle3, peagle and"
+            f" medusa{', and for drafter=uno' if to == 'sglang' else ''}:"
             f" there is no writer for {type(drafter).__name__}. {_INSTEAD}, and a layer of the"
             " base's own MTP kind is to=mtp"
         )

@@ -27,6 +27,8 @@ from trainer.storage import run_folder
 
 log = logging.getLogger("trainer")
 
+LOWER = frozenset({"loss", "perplexity", "mse"})  # metrics that are better when lower
+
 SAMPLE = 200  # conversations whose prompt is rendered a second time, as it will be at inference
 
 
@@ -264,6 +266,19 @@ def refuse_monitor(config: dict[str, Any], task: Any) -> None:
             f"{key}.monitor={monitor} is measured only where answers are generated: set"
             f" {key}.generate_every=1"
         )
+    if fault := wrong_mode(monitor, evaluation.get("mode", "min"), task):
+        log.warning("%s.monitor=%s", key, fault)
+
+
+def wrong_mode(metric: str, mode: str, task: Any) -> str | None:
+    """Say that a metric is better the other way, if its name tells."""
+    name = metric.rpartition("/")[2]
+    higher = {"accuracy", *task.metrics, *itertools.chain(*class_metrics.NAMES.values())}
+    if name in LOWER and mode == "max":
+        return f"{metric} is better when lower, and mode=max takes the highest: set mode=min"
+    if name in higher - LOWER - {"ttr"} and mode == "min":
+        return f"{metric} is better when higher, and mode=min takes the lowest: set mode=max"
+    return None
 
 
 def _evaluates(task: dict[str, Any]) -> bool:

@@ -75,8 +75,8 @@ def removed(record: dict[str, Any]) -> str:
         if "generations" in record:
             what = (
                 f"the least divergence from the base that {record['generations']} generations of a"
-                f" search have come to, {record['divergence']:.4f} on the calibration rows. It is"
-                f" {record['divergence_least_influence']:.4f} without the layers of least"
+                f" search have come to, {record['divergence']:.3g} on the calibration rows. It is"
+                f" {record['divergence_least_influence']:.3g} without the layers of least"
                 f" {record['score']} change of the states."
             )
         return (
@@ -102,8 +102,8 @@ def removed(record: dict[str, Any]) -> str:
             f"By {PAPERS[record['method']]}, {part} of the decoder layers keep {what} on average:"
             f" the other weights are zero. The share of each linear is that of the least divergence"
             f" from the base in {record['generations']} generations of a search (EvoPress, arXiv"
-            f" 2410.14649), {record['divergence']:.4f} on the calibration rows. It is"
-            f" {record['divergence_uniform']:.4f} with the same share in all."
+            f" 2410.14649), {record['divergence']:.3g} on the calibration rows. It is"
+            f" {record['divergence_uniform']:.3g} with the same share in all."
         )
     return (
         f"By {PAPERS[record['method']]}, {part} of the decoder layers have the pattern {what}: the"

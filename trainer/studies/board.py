@@ -61,7 +61,8 @@ def _answers(file: Path) -> list[tuple[str, str]]:
     """Return (answer, expected) of the rows that have one."""
     if not file.exists():
         return []
-    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    lines = file.read_text("utf-8").split("\n")[:-1]  # an answer may hold U+2028
+    rows = [json.loads(line) for line in lines]
     return [(row["answer"], row["expected"]) for row in rows if "answer" in row]
 
 

@@ -17,6 +17,7 @@ from adapters.full import Full, Nothing
 from trainer.assembly.build import instantiate, new_modules, new_tokens
 from trainer.config import compose, paths
 from trainer.config.errors import ConfigError, explain
+from trainer.session.inspect import refuse_monitor, wrong_mode
 from trainer.studies.plan import Data, Study
 
 TOLERANCE = 0.05  # of the budget, that a whole rank may miss it by
@@ -108,6 +109,22 @@ def _data_fault(study: Study, data: Data) -> str | None:
         )
     if not config["callbacks"].get("evaluation"):
         return "callbacks.evaluation is null, so nothing chooses the rate: leave it out"
+    return _choice_fault(study, data)
+
+
+def _choice_fault(study: Study, data: Data) -> str | None:
+    """Say why no rate can be chosen by the study's metric: the rules are those of a run's best
+    checkpoint."""
+    key = "callbacks.evaluation"
+    words = [f"{key}.monitor={study.choose}", f"{key}.mode={study.mode}"]
+    try:
+        config = _composed(study, next(iter(study.methods)), data, words)
+        task = instantiate(config["task"])
+        refuse_monitor(config, task)
+        if fault := wrong_mode(study.choose, study.mode, task):
+            return f"choose={fault}"
+    except (ConfigError, ValueError) as error:
+        return explain(error).replace(f"{key}.monitor", "choose").replace(f"{key}.mode", "mode")
     return None
 
 
@@ -177,8 +194,8 @@ def _solve(
     total = count(words)
     if abs(total - budget) > TOLERANCE * budget:
         raise ConfigError(
-            f"parameters={budget:,} cannot be met: {' '.join(words)} gives {total:,}, and the next"
-            " rank is further away. Choose another number, or fewer layers with"
+            f"parameters={budget:,} cannot be met: {' '.join(words)} gives {total:,}, and no other"
+            " value comes nearer. Choose another number, or fewer layers with"
             " adapter.target_modules"
         )
     return words, total

@@ -176,7 +176,7 @@ def file_fault(file: str) -> str | None:
 def _load(file: str) -> dict[str, Any]:
     path = Path(file) if Path(file).is_file() else PRESETS / f"{file}.yaml"
     try:
-        content = limits.load_yaml(path)
+        content = limits.load_yaml(path, unique=True)
     except (OSError, UnicodeDecodeError, limits.LimitExceeded, yaml.YAMLError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from None
     if not isinstance(content, dict):
@@ -233,6 +233,10 @@ def _value_faults(content: dict[str, Any]) -> Iterator[str]:
         yield f"parameters is {content['parameters']}, expected 1 or more"
     if content.get("widen", 0) < 0:
         yield f"widen is {content['widen']}, expected 0 or more"
+    for name, node in content["data"].items():
+        for key, least in (("generate", 0), ("max_new_tokens", 1), ("batch_size", 1)):
+            if isinstance(node, dict) and node.get(key, least) < least:
+                yield f"data.{name}.{key} is {node[key]}, expected {least} or more"
     baseline = content.get("baseline")
     if baseline is not None and baseline not in content["methods"]:
         yield f"baseline is {baseline}, which is none of methods: {', '.join(content['methods'])}"

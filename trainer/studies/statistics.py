@@ -150,7 +150,7 @@ def rows_of(study: Study, result: dict[str, Any]) -> Rows:
     if not path.exists():
         return {}
     rows: Rows = {}
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8").split("\n")[:-1]:  # an answer may hold U+2028
         row = json.loads(line)
         rows[row["where"]] = {"loss": row["loss"], "tokens": row["tokens"], **row["scores"]}
     return rows
