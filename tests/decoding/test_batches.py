@@ -38,13 +38,15 @@ CASES = [(name, kind) for name in [*PRESETS, "small"] for kind in KINDS]
 OWN = ("uno", "ppd", "kangaroo", "clover")
 # These run the target itself, whose layers are of two kinds.
 CASES += [(name, "gemma2, a cap and a window of 5") for name in OWN[:3]]
+CASES += [("dspark drafter.markov=rnn", "llama")]
 V, WIDTH, LENGTH = 41, 16, 9
 # the lengths of three prompts, then how many tokens each sequence gets a step
 PROMPTS, STEPS = (1, 7, 4), ((1, 3, 2), (5, 1, 1))
 
 
 def drafter_of(name, model):
-    return SmallModel(tiny("qwen2"), 5) if name == "small" else made(name, model)
+    name, *changes = name.split()
+    return SmallModel(tiny("qwen2"), 5) if name == "small" else made(name, model, *changes)
 
 
 def updates(drafter, draw):

@@ -21,6 +21,13 @@ from trainer.drafters.block import Block, context_layers
 from trainer.models.heads import captured_hidden, captured_layers, decoder_of
 
 FEATURES = 3 * SIZE
+# the changes of dspark's file that give a kind of block
+OF = {
+    "dspark": {},
+    "dflash": {"markov_rank": 0, "confidence": None, "ce": 1.0, "l1": 0.0},
+    "gated": {"markov": "gated"},
+    "rnn": {"markov": "rnn"},
+}
 TOY = {"offsets": 3, "aux_layers": [0, 1, 2], "markov_rank": 6, "draft_layers": 2}
 
 
@@ -62,6 +69,25 @@ def slots(drafter, model, context, tokens, place, anchor):
     return rms(z, w["norm.weight"], eps)
 
 
+def corrections(w, kind, u, tokens):
+    """What the Markov head adds to the logits of slots k = 0, 1 .. with the states u, whose tokens
+    before are `tokens`."""
+    y = w["markov.w1.weight"][torch.tensor(tokens)]
+    rank, found, s = y.shape[1], [], torch.zeros(y.shape[1], dtype=torch.float64)
+    for k in range(len(tokens)):
+        read = y[k]
+        if kind == "gated":
+            gate = w["markov.mix.weight"] @ torch.cat([u[k], y[k]]) + w["markov.mix.bias"]
+            read = y[k] / (1 + torch.exp(-gate))
+        if kind == "rnn":
+            out = w["markov.mix.weight"] @ torch.cat([s, y[k], u[k]]) + w["markov.mix.bias"]
+            keep = 1 / (1 + torch.exp(-out[:rank]))
+            read = torch.tanh(out[2 * rank :])
+            s = keep * s + (1 - keep) * torch.tanh(out[rank : 2 * rank])
+        found.append(w["markov.w2.weight"] @ read)
+    return found
+
+
 def naive(drafter, model, states):
     """(loss, numbers) of all anchors of all rows."""
     w = {name: tensor.double() for name, tensor in drafter.state().items()}
@@ -76,16 +102,16 @@ def naive(drafter, model, states):
                 continue
             u = slots(drafter, model, more[:anchor], ids, anchor, anchor)
             unbroken = product = 1.0
+            before = ids[anchor : anchor + drafter.offsets]
+            added = [0.0] * len(before)
+            if drafter.markov is not None:
+                added = corrections(w, drafter.markov.kind, u, before)
             for k in range(drafter.offsets):
                 goal = anchor + 1 + k
                 if goal >= len(ids):
                     break
                 p = torch.softmax(head @ hidden[goal - 1].double(), 0)
-                y = w["markov.w1.weight"][ids[goal - 1]] if drafter.markov is not None else None
-                logits = head @ u[k]
-                if y is not None:
-                    logits = logits + w["markov.w2.weight"] @ y
-                q = torch.softmax(logits, 0)
+                q = torch.softmax(head @ u[k] + added[k], 0)
                 alpha = torch.minimum(p, q).sum()
                 loss = -drafter.ce * (p * q.log()).sum() + drafter.l1 * (p - q).abs().sum()
                 weight = drafter.weights[k]
@@ -97,7 +123,7 @@ def naive(drafter, model, states):
                     [float(loss), 1, best, among, unbroken, float(alpha), product]
                 )
                 if drafter.confidence is not None:
-                    z = torch.cat([u[k], y])
+                    z = torch.cat([u[k], w["markov.w1.weight"][ids[goal - 1]]])
                     c = torch.sigmoid(w["confidence.weight"][0] @ z + w["confidence.bias"][0])
                     bce = -(alpha * c.log() + (1 - alpha) * (1 - c).log())
                     total = total + drafter.confidence_weight * weight * bce
@@ -105,18 +131,23 @@ def naive(drafter, model, states):
     return total, numbers, errors
 
 
-@pytest.mark.parametrize("packs", [APART, PACKED], ids=["apart", "packed"])
-@pytest.mark.parametrize("name", ["dspark", "dflash"])
+@pytest.mark.parametrize(
+    ("name", "packs"),
+    [
+        *((name, packs) for name in ("dspark", "dflash") for packs in (APART, PACKED)),
+        ("gated", PACKED),
+        ("rnn", PACKED),
+    ],
+)
 def test_loss_and_numbers_are_those_of_a_loop_over_anchors(name, packs):
     model = llama()
-    changes = {} if name == "dspark" else {"markov_rank": 0}
-    drafter = block(model, name, weight=0.7, **changes)
+    drafter = block(model, **OF[name], weight=0.7)
     output, states = output_of(packs, SIZE, FEATURES)
     total, numbers = drafter.eval().loss(output, Target(model), 3)
     expected, counts, errors = naive(drafter, model, states)
     torch.testing.assert_close(total.detach().double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(numbers[:, :7].double(), counts, rtol=1e-4, atol=1e-4)
-    if name == "dspark":
+    if name != "dflash":
         torch.testing.assert_close(numbers[:, 7].double(), errors, rtol=1e-4, atol=1e-4)
     assert counts[0, 1] > counts[2, 1] > 0
     trained, again = drafter.train().loss(output, Target(model), 3)  # with anchors enough for all
@@ -227,9 +258,10 @@ def test_a_context_that_grows_is_that_of_all_at_once():
 
 
 @torch.no_grad()
-def test_a_tree_is_drafted_as_blocks_are_trained():
+@pytest.mark.parametrize("name", ["dspark", "gated", "rnn"])
+def test_a_tree_is_drafted_as_blocks_are_trained(name):
     model = llama()
-    drafter, target = block(model).eval(), Target(model)
+    drafter, target = block(model, **OF[name]).eval(), Target(model)
     draw = torch.Generator().manual_seed(3)
     states = torch.randn(5, FEATURES, generator=draw)
     hidden, ids = states[:, :SIZE], torch.tensor([4, 8, 2, 9, 1, 7])
@@ -240,8 +272,8 @@ def test_a_tree_is_drafted_as_blocks_are_trained():
     u = slots(drafter, model, states, ids.tolist(), 5, 5)
     head = model.get_output_embeddings().weight.double()
 
-    def logits(k, before):
-        return head @ u[k] + w["markov.w2.weight"] @ w["markov.w1.weight"][before]
+    def logits(k, *before):
+        return head @ u[k] + corrections(w, drafter.markov.kind, u, before)[k]
 
     def sure(k, before):
         z = torch.cat([u[k], w["markov.w1.weight"][before]])
@@ -250,10 +282,10 @@ def test_a_tree_is_drafted_as_blocks_are_trained():
     torch.testing.assert_close(growth.first().double(), logits(0, 7), rtol=1e-5, atol=1e-5)
     second = growth.extend(torch.tensor([3, 5]), torch.tensor([-1, -1]))
     for row, token in enumerate((3, 5)):
-        torch.testing.assert_close(second[row].double(), logits(1, token), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(second[row].double(), logits(1, 7, token), rtol=1e-5, atol=1e-5)
     assert growth.confidence.tolist() == pytest.approx([float(sure(0, 7))] * 2, rel=1e-4)
     third = growth.extend(torch.tensor([6]), torch.tensor([1]))
-    torch.testing.assert_close(third[0].double(), logits(2, 6), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(third[0].double(), logits(2, 7, 5, 6), rtol=1e-5, atol=1e-5)
     assert growth.confidence.tolist() == pytest.approx([float(sure(1, 5))], rel=1e-4)
 
 
@@ -267,19 +299,21 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["dspark", "dflash"])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(name, shape) for name in ("dspark", "dflash") for shape in SHAPES] + [("rnn", "eagle2")],
+)
 def test_texts_are_the_targets(name, shape):
     model = llama()
-    changes = {} if name == "dspark" else {"markov_rank": 0}
-    drafter, target = block(model, name, **changes).eval(), Target(model)
+    drafter, target = block(model, **OF[name]).eval(), Target(model)
     prompts = [torch.tensor([5, 9, 13, 7]), torch.tensor([40, 41]), torch.tensor([3])]
     plain = [result.tokens for result in generate_batch(target, None, prompts, 20, [])]
     how = Strategy(SHAPES[shape])
-    alone = generate(target, drafter, prompts[0], 20, [], strategy=how).tokens
-    assert alone == plain[0]
+    alone = generate(target, drafter, prompts[0], 20, [], strategy=how)
+    assert alone.tokens == plain[0]
     together = generate_batch(target, drafter, prompts, 20, [], strategy=how)
     assert [result.tokens for result in together] == plain
+    assert together[0].drafts == alone.drafts
     sampled = generate(
         target, drafter, prompts[0], 20, [], Sampling(1.0, 1.0, seed=3), Strategy(SHAPES[shape])
     )
@@ -353,6 +387,8 @@ def test_bad_settings_are_refused_with_the_way_out():
         ({"ce": 0.0, "l1": 0.0}, "leave no loss"),
         ({"mask_token": 64}, r"the model has tokens 0 \.\. 63"),
         ({"offsets": 0}, r"drafter\.offsets=0"),
+        ({"markov": "lstm"}, "markov=lstm: one of vanilla, gated, rnn"),
+        ({**OF["dflash"], "markov": "rnn"}, "drafter.markov=rnn is a kind of Markov head, and"),
     ):
         with pytest.raises(DrafterError, match=text):
             block(model, **settings)

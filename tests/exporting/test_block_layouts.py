@@ -205,6 +205,7 @@ REFUSED = [
     ("dflash", "llama", "sglang", {}, {"aux_layers": [1, 4]}, "SGLang keeps none after the last"),
     ("dspark", "granite", "sglang", {"logits_scaling": 4.0}, {}, "a scale, a cap or a bias"),
     ("dflash", "gemma", "speculators", {}, {}, "scales its embeddings"),
+    ("dspark", "llama", "sglang", {}, {"markov": "rnn"}, "markov=rnn, of which .* to=drafter"),
 ]
 
 

@@ -70,10 +70,11 @@ def alone(model, ids, count, stops=(), **settings):
     return out[0, len(ids) :].tolist()
 
 
-def made(name, model):
-    """The drafter of conf/drafter/NAME.yaml, its weights random."""
+def made(name, model, *changes):
+    """The drafter of conf/drafter/NAME.yaml with changes, its weights random."""
     adapter = "lora" if name == "registers" else "none"
     settings = [f"drafter={name}", f"adapter={adapter}", "base=tiny", "task.path=x"]
+    settings += changes
     node = OmegaConf.to_container(compose.compose(settings).drafter)
     drafter = instantiate(node)(model=model).eval()
     draw = torch.Generator().manual_seed(1)

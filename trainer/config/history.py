@@ -28,7 +28,7 @@ _ADAPTERS: dict[str, dict[str, Any]] = {
 }
 # The same of drafters. Heads were made of the target's own layer, and blocks of random ones.
 _DRAFTERS: dict[str, dict[str, Any]] = {
-    "trainer.drafters.block.Block": {"init": "random"},
+    "trainer.drafters.block.Block": {"init": "random", "markov": "vanilla"},
     "trainer.drafters.eagle.Eagle": {"layer": "target", "topk": None, "topk_weight": 1.0},
     "trainer.drafters.eagle3.Eagle3": {"layer": "target"},
     "trainer.drafters.peagle.PEagle": {"init": "random"},

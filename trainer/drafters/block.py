@@ -6,7 +6,8 @@ its case without a Markov head.
     z <- z + Attention(norm(z); keys and values of [c_s, s < a; norm(z_0) .. norm(z_{K-1})])
     z <- z + MLP(norm(z))                                        N layers of Qwen3's kind
     u_k = norm_out(z_{k-1}),  U_k = head(u_k)                    head and emb are the target's
-    q_k(. | x_{a+k-1}) = softmax(U_k + W_2 W_1[x_{a+k-1}])       predicts x_{a+k}, k = 1 .. K
+    q_k(. | x_{a+k-1}) = softmax(U_k + W_2 W_1[x_{a+k-1}])       predicts x_{a+k}, k = 1 .. K;
+                         or another Markov head (trainer.drafters.markov)
     c_k = σ(w·[u_k ; W_1[x_{a+k-1}]] + w_0)                      whether x_{a+k} is accepted
 
     L = Σ_a Σ_k exp(-(k-1)/γ) (ce CE(p, q_k) + l1 |q_k - p|_1 + v BCE(c_k, Σ min(p, q_k)))
@@ -25,7 +26,7 @@ Every node of a tree has its own q, by its parent's token, so trees grow as with
 Differs from the paper:
     CE is against the target's distribution and not the row's token: the same mean for rows that the
     target wrote, with less variance. The acceptance head has no gradient to u and W_1, as all such
-    heads here. W_2 starts at 0. Only the vanilla Markov head is there, which engines load.
+    heads here.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ from trainer.drafters.layers import (
     requested_layers,
     rotations,
 )
+from trainer.drafters.markov import Markov
 from trainer.drafters.mask_token import check_mask, chosen_mask
 from trainer.drafters.ragged import RaggedMemory, padded
 from trainer.models.heads import Head
@@ -81,6 +83,7 @@ class Block(Heads):
         draft_layers: int,
         aux_layers: list[int] | None,
         markov_rank: int,
+        markov: str,
         init: str,
         mask_token: int | None,
         anchors: int,
@@ -97,6 +100,11 @@ class Block(Heads):
             raise DrafterError(
                 f"drafter.confidence={confidence} reads the Markov head: set drafter.markov_rank"
                 " above 0, or drafter.confidence=null"
+            )
+        if markov != "vanilla" and not markov_rank:
+            raise DrafterError(
+                f"drafter.markov={markov} is a kind of Markov head, and drafter.markov_rank=0 is"
+                " none: set a markov_rank above 0, or drafter.markov=vanilla"
             )
         if not ce + l1:
             raise DrafterError("drafter.ce=0 and drafter.l1=0 leave no loss: set one above 0")
@@ -116,14 +124,9 @@ class Block(Heads):
         if init == "last_layer":
             start_as_last_layers(model, self.fc, list(self.blocks), self.norm)
         device = self.fc.weight.device
-        self.markov: nn.ModuleDict | None = None
+        self.markov: Markov | None = None
         if markov_rank:
-            first = nn.Embedding(vocabulary, markov_rank, device=device, dtype=torch.float32)
-            second = projection(model, markov_rank, vocabulary)
-            if device.type != "meta":
-                nn.init.normal_(first.weight, std=0.02)
-                nn.init.zeros_(second.weight)
-            self.markov = nn.ModuleDict({"w1": first, "w2": second})
+            self.markov = Markov(markov, model, family, vocabulary, markov_rank)
         self.confidence_weight = confidence or 0.0
         self.confidence: nn.Linear | None = None
         if confidence is not None:
@@ -150,7 +153,13 @@ class Block(Heads):
             output.hidden.device, at, counts, row, anchor, slot, weights, ahead
         )
         u = self.slots(output, target, at)
-        z = self.head_input(u[row, anchor, slot], output.ids[row, ahead - 1])
+        before = output.ids[row, ahead - 1]
+        z = u[row, anchor, slot]
+        if self.markov is not None:
+            known = goals(at, self.offsets) - 1
+            inside = known.clamp_max(output.ids.shape[1] - 1).flatten(1)
+            tokens = output.ids.gather(1, inside).view(known.shape)
+            z = torch.cat([z, self.markov.blocks(u, tokens)[row, anchor, slot]], dim=-1)
         how = Distillation("ce_l1", target.head, (self.draft_head(target),), ce=self.ce, l1=self.l1)
         total, numbers = chunked_distillation(
             z[None],
@@ -158,7 +167,7 @@ class Block(Heads):
             weights[None],
             how,
             chunk,
-            () if self.markov is None else tuple(self.markov["w2"].parameters()),
+            () if self.markov is None else tuple(self.markov.w2.parameters()),
         )
         # Where nothing counts, all parameters still take part, as DDP needs.
         total = total + 0.0 * u.float().sum()
@@ -169,7 +178,7 @@ class Block(Heads):
         ]
         columns = list(numbers_of(counts, *spread).unbind(1))
         if self.confidence is not None:
-            logits = self.acceptance_logits(z.detach())
+            logits = self.acceptance_logits(u[row, anchor, slot].detach(), before)
             wrong = F.binary_cross_entropy_with_logits(logits, acceptance, reduction="none")
             total = total + self.confidence_weight * (weights * wrong).sum()
             error = (logits.detach().sigmoid() - acceptance).abs()
@@ -218,12 +227,17 @@ class Block(Heads):
         return embedded.to(self.fc.weight.dtype)
 
     def head_input(
-        self, u: Float[Tensor, "n d"], before: Int[Tensor, " n"]
-    ) -> Float[Tensor, "n d+r"]:
-        """Return [u ; W_1[the token before]], which `draft_head` and the acceptance head read."""
+        self, u: Float[Tensor, "*b d"], before: Int[Tensor, "*b"], s: Float[Tensor, "*b s"]
+    ) -> tuple[Float[Tensor, "*b d+r"], Float[Tensor, "*b s"]]:
+        """Return [u ; b], which `draft_head` reads, and the next slot's s of the Markov head."""
         if self.markov is None:
-            return u
-        return torch.cat([u, self.markov["w1"](before).to(u.dtype)], dim=-1)
+            return u, s
+        b, s = self.markov.step(u, before, s)
+        return torch.cat([u, b], dim=-1), s
+
+    def first_state(self, u: Float[Tensor, "*b d"]) -> Float[Tensor, "*b s"]:
+        """Return the Markov head's s of a block's first slot."""
+        return u[..., :0] if self.markov is None else self.markov.start(u)
 
     def draft_head(self, target: Target) -> Head:
         """Return the function from `head_input` to logits."""
@@ -233,14 +247,18 @@ class Block(Heads):
             logits = target.head(z[:, :size])
             if self.markov is None:
                 return logits
-            weight: Any = self.markov["w2"].weight
+            weight = self.markov.w2.weight
             return logits.float() + F.linear(z[:, size:].to(weight.dtype), weight).float()
 
         return head
 
-    def acceptance_logits(self, z: Float[Tensor, "n d+r"]) -> Float[Tensor, " n"]:
-        """Return the logits of c. There is a head."""
+    def acceptance_logits(
+        self, u: Float[Tensor, "n d"], before: Int[Tensor, " n"]
+    ) -> Float[Tensor, " n"]:
+        """Return the logits of c. There is a head. W_1 gets no gradient."""
         assert self.confidence is not None
+        assert self.markov is not None
+        z = torch.cat([u, self.markov.w1(before).detach().to(u.dtype)], dim=-1)
         with autocast_like(z):
             return self.confidence(z.to(self.confidence.weight.dtype))[:, 0].float()
 
@@ -311,26 +329,30 @@ class BlockGrowth:
     def __init__(
         self, drafter: Block, target: Target, u: Float[Tensor, "K d"], anchor: Int[Tensor, " 1"]
     ):
-        self.drafter, self.u, self.anchor = drafter, u, anchor
+        self.drafter, self.u = drafter, u
         self.head, self.depth = drafter.draft_head(target), len(u)
         self.depths = torch.zeros(1, dtype=torch.long, device=u.device)
         self.tokens = anchor
+        # the Markov head's s of the slots after the newest token and after each node
+        self.root, self.s = drafter.head_input(u[:1], anchor, drafter.first_state(u[:1]))
 
     @torch.no_grad()
     def first(self) -> Float[Tensor, " V"]:
-        return self.head(self.drafter.head_input(self.u[:1], self.anchor))[0]
+        return self.head(self.root)[0]
 
     @torch.no_grad()
     def extend(self, tokens: Int[Tensor, " m"], parents: Int[Tensor, " m"]) -> Float[Tensor, "m V"]:
         above = self.depths[parents + 1]
         if self.drafter.confidence is not None:
-            z = self.drafter.head_input(self.u[above], self.tokens[parents + 1])
-            self.confidence = self.drafter.acceptance_logits(z).sigmoid()
+            predicted = self.drafter.acceptance_logits(self.u[above], self.tokens[parents + 1])
+            self.confidence = predicted.sigmoid()
         self.depths = torch.cat([self.depths, above + 1])
         self.tokens = torch.cat([self.tokens, tokens])
         # Nothing is read of the logits after the last level.
         slot = (above + 1).clamp_max(self.depth - 1)
-        return self.head(self.drafter.head_input(self.u[slot], tokens))
+        z, s = self.drafter.head_input(self.u[slot], tokens, self.s[parents + 1])
+        self.s = torch.cat([self.s, s])
+        return self.head(z)
 
 
 def context_layers(depth: int, requested: list[int] | None) -> tuple[int, ...]:

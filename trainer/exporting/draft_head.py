@@ -122,6 +122,12 @@ def check(drafter: Drafter, to: str, model: Any) -> None:
     reason = _unlike_llama(_of_layer(drafter, model), drafter)
     if reason is None and method == "peagle" and getattr(drafter, "fc_norm", None) is not None:
         reason = "vLLM leaves out P-EAGLE's fc_norm without a message"
+    markov = getattr(getattr(drafter, "markov", None), "kind", "vanilla")
+    if reason is None and markov != "vanilla":
+        reason = (
+            f"its Markov head is drafter.markov={markov}, of which vLLM and llama.cpp load the"
+            " vanilla kind alone, and what SGLang reads for it is not verified here"
+        )
     if reason is None and to == "sglang":
         reason = _not_for_sglang(drafter, model, method)
     if reason:
