@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from trainer.config import schema
 from trainer.config.errors import ConfigError
+from trainer.config.limits import LOADER
 
 
 def root_schema(choices: dict[str, Any]) -> schema.Table:
@@ -44,10 +45,10 @@ def root_schema(choices: dict[str, Any]) -> schema.Table:
 
 def default_choices() -> dict[str, str]:
     """Return the file that conf/config.yaml uses for each group."""
-    entries: Any = OmegaConf.to_container(OmegaConf.load(schema.CONF / "config.yaml").defaults)
+    text = (schema.CONF / "config.yaml").read_text("utf-8")
     return {
         group: name
-        for entry in entries
+        for entry in yaml.load(text, Loader=LOADER)["defaults"]
         if isinstance(entry, dict)
         for group, name in entry.items()
         if " " not in group
