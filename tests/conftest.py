@@ -30,7 +30,7 @@ os.environ.pop("WANDB_API_KEY", None)
 import pytest
 from omegaconf import DictConfig
 
-from tests import marks, spreading
+from tests import marks, quick, spreading
 
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = int(os.environ["OMP_NUM_THREADS"])
@@ -73,6 +73,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of this session's own, so that no test depends on what the user's holds."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["GRAFT_CACHE"] = str(folder)
+    quick.install()
     return folder
 
 
@@ -87,6 +88,7 @@ def composed_once() -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Each test draws the same random numbers, whatever ran before it in its process."""
+    quick.between_tests()
     random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
@@ -236,6 +238,15 @@ def train(train_in: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def warm_python(warm_socket: str) -> str:
+    """What sys.executable is where processes of Graft's modules are to have the imports already,
+    also those that they start."""
+    from tests import warm
+
+    return warm.python(warm_socket)
+
+
+@pytest.fixture(scope="session")
 def warm_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where a process waits that runs commands with everything imported; see tests.warm."""
     place = str(tmp_path_factory.mktemp("warm") / "socket")
@@ -254,15 +265,13 @@ def warm_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def warm_program(
-    tmp_path: Path, warm_socket: str
+    tmp_path: Path, warm_python: str
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `graft ...` in a process that has the imports already. One that starts processes of its
-    own, as Lightning does for several devices, needs `program`."""
+    """Run `graft ...`, or with `module` `python -m ...`, in a process that has the imports already,
+    as those have that `python -m` starts."""
 
-    def ran(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        from tests import warm
-
-        command = [sys.executable, "-S", warm.__file__, warm_socket, "graft", *words]
+    def ran(*words: str, module: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [warm_python, *(["-m", module] if module else ["graft"]), *words]
         environment = os.environ | options.pop("env", {})
         options = {"timeout": 300} | options
         return subprocess.run(

@@ -262,11 +262,11 @@ def test_rows_held_out_are_never_trained(train, tmp_path):
     assert (checked["train"]["rows"], checked["eval"]["rows"]) == (40, 10)
 
 
-def test_two_processes_are_one_run(program, train, chats):
+def test_two_processes_are_one_run(warm_program, train, chats):
     settings = [f"task.path={chats}", "max_steps=4", "precision=fp32", "lightning=cpu"]
     train(*settings, "batch_size=4", "name=alone")
     two = ["batch_size=2", "name=both", "lightning.devices=2", "lightning.strategy=ddp"]
-    both = program("+experiment=smoke", *settings, *two)
+    both = warm_program("+experiment=smoke", *settings, *two, module="trainer")
     assert both.returncode == 0, both.stderr
     runs = chats.parent / "runs"
     assert sorted(path.name for path in runs.iterdir()) == ["alone", "both"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import yaml
@@ -55,7 +56,10 @@ def file(tmp_path, monkeypatch):
 
 
 @pytest.mark.run
-def test_a_study_runs_ends_in_a_table_and_is_extended(file, tmp_path, capsys):
+def test_a_study_runs_ends_in_a_table_and_is_extended(
+    file, tmp_path, capsys, monkeypatch, warm_python
+):
+    monkeypatch.setattr(sys, "executable", warm_python)  # of the processes of its runs
     assert study.main([str(file), "dry=true"]) == 0
     planned = capsys.readouterr().out
     assert planned.count("graft ") == 2
