@@ -119,11 +119,13 @@ def test_rows_of_several_steps_have_the_tokens_of_all(train, chats):
 def test_time_spent_on_evaluation_is_not_training(train, chats, monkeypatch):
     from trainer.callbacks import evaluation
 
-    whole = evaluation.losses
-    monkeypatch.setattr(evaluation, "losses", lambda *a, **k: (time.sleep(0.3), whole(*a, **k))[1])
+    whole, clock, spent = evaluation.losses, time.monotonic, []
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + 10_000 * len(spent))
+    monkeypatch.setattr(evaluation, "losses", lambda *a, **k: (spent.append(1), whole(*a, **k))[1])
     run = train(f"task.path={chats}", *COMMON, "max_steps=4", "callbacks.evaluation.every=1")
-    assert all(seconds >= 0.3 for seconds in of(run, "evaluation", "seconds"))
-    assert of(run, "step", "seconds")[-1] < 0.9  # of more than one and a half in all
+    assert len(spent) == 5
+    assert all(seconds >= 10_000 for seconds in of(run, "evaluation", "seconds"))
+    assert of(run, "step", "seconds")[-1] < 10_000  # of more than fifty thousand in all
 
 
 def spoilt(monkeypatch, steps, value=math.nan):

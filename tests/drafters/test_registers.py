@@ -668,6 +668,7 @@ SETTINGS = (
     "max_length=64",
     "callbacks.checkpoints.every=2",
     "callbacks.evaluation.every=6",
+    "callbacks.evaluation.max_new_tokens=8",
 )
 
 

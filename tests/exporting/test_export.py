@@ -29,7 +29,13 @@ from trainer.exporting import formats, mtp_layers
 from trainer.exporting.compare import Mismatch
 from trainer.storage.checkpoints import CheckpointError
 
-SHORT = ["max_steps=4", "callbacks.evaluation.every=null", "optimizer.lr=3e-2"]
+SHORT = [
+    "max_steps=4",
+    "callbacks.evaluation.every=null",
+    "callbacks.evaluation.max_new_tokens=8",
+    "optimizer.lr=3e-2",
+    "report=false",
+]
 
 
 @torch.no_grad()

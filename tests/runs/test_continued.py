@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters.delta import AdapterError
-from tests.conftest import write_rows
+from tests.conftest import sums, write_rows
 from trainer.assembly.trained import load_trained
 from trainer.exporting import formats
 from trainer.storage import journal
@@ -65,12 +65,27 @@ def test_added_tokens_are_trained_and_travel_with_the_exports(train, calls, tmp_
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("source", ["{run}", "{run}@2", "{run}/adapter"])
-def test_a_run_starts_from_an_earlier_ones_adapter(train, chats, source):
-    files = (f"task.path={chats}", f"task.eval_path={chats}", "optimizer.lr=0.01")
+def with_embeddings(rows):
+    """The settings of a run that trains the embeddings too, and keeps every checkpoint."""
+    files = (f"task.path={rows}", f"task.eval_path={rows}", "optimizer.lr=0.01")
     more = (*files, "adapter.train_modules=[embed_tokens]", "callbacks.checkpoints.every=2")
-    more += ("callbacks.checkpoints.keep=null",)
-    first = train(*more, "max_steps=4", "name=first")
+    more += ("callbacks.evaluation.max_new_tokens=8",)
+    return (*more, "callbacks.checkpoints.keep=null")
+
+
+@pytest.fixture(scope="module")
+def run_with_embeddings(tmp_path_factory, train_in):
+    folder = tmp_path_factory.mktemp("first")
+    rows = write_rows(folder / "rows.jsonl", sums(60))
+    return train_in(folder, *with_embeddings(rows), "max_steps=4", "name=first")
+
+
+@pytest.mark.parametrize("source", ["{run}", "{run}@2", "{run}/adapter"])
+def test_a_run_starts_from_an_earlier_ones_adapter(
+    train, chats, source, run_with_embeddings, tmp_path
+):
+    first = shutil.copytree(run_with_embeddings, tmp_path / "runs" / "first", symlinks=True)
+    more = with_embeddings(chats)
     step = 2 if "@" in source else 4
     evaluated = {
         row["step"]: row["loss"]

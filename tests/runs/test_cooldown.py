@@ -34,6 +34,8 @@ CONSTANT = (
     "callbacks.checkpoints.every=4",
     "callbacks.checkpoints.keep=null",
     "callbacks.evaluation.every=4",
+    "callbacks.evaluation.max_new_tokens=8",
+    "check_export=false",
     "max_epochs=null",
     "adapter.dropout=0.3",
 )
@@ -218,11 +220,10 @@ def test_the_family_is_counted(train, constant, capsys):
     assert (constant / "family.svg").read_text().count("<svg") == 1
 
 
-def test_the_verb_runs_one_branch_for_each_length(constant, program, chats):
+def test_the_verb_runs_one_branch_for_each_length(constant, warm_program, chats):
     run = constant.relative_to(chats.parent)
-    message = program(
-        f"run={run}@4,8", "steps=2", "--multirun", "callbacks.evaluation=null", verb="cooldown"
-    )
+    words = (f"run={run}@4,8", "steps=2", "--multirun", "callbacks.evaluation=null")
+    message = warm_program(*words, module="trainer.cooldown")
     assert message.returncode == 0, message.stderr
     for step in (4, 8):
         assert max(rates(constant.parent / f"constant-cooldown-{step}-2")) == step + 2

@@ -12,7 +12,13 @@ from trainer.assembly.trained import load_trained
 from trainer.drafters import DrafterError
 from trainer.storage import checkpoints, journal
 
-COMMON = ("max_steps=6", "batch_size=4", "callbacks.evaluation.every=3", "adapter.dropout=0.2")
+COMMON = (
+    "max_steps=6",
+    "batch_size=4",
+    "callbacks.evaluation.every=3",
+    "callbacks.evaluation.max_new_tokens=8",
+    "adapter.dropout=0.2",
+)
 
 
 def saved(run):

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -24,6 +23,9 @@ COMMON = (
     "callbacks.checkpoints.every=3",
     "callbacks.evaluation.every=4",
     "callbacks.evaluation.generate=1",
+    "callbacks.evaluation.max_new_tokens=8",
+    "check_export=false",
+    "report=false",
 )
 
 
@@ -178,9 +180,9 @@ def test_a_finished_run_is_left_alone(train, chats):
     assert (run / "metrics.jsonl").read_text() == before
 
 
-def start(tmp_path, rows, *extra):
+def start(python, tmp_path, rows, *extra):
     command = [
-        sys.executable,
+        python,
         "-m",
         "trainer",
         "+experiment=smoke",
@@ -215,9 +217,9 @@ def wait_for_steps(run, process):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_the_step_and_says_how_to_go_on(tmp_path, chats, number, code):
+def test_a_signal_saves_the_step_and_says_how_to_go_on(warm_python, tmp_path, chats, number, code):
     run = tmp_path / "runs" / "smoke"
-    process = start(tmp_path, chats)
+    process = start(warm_python, tmp_path, chats)
     try:
         wait_for_steps(run, process)
         process.send_signal(number)
@@ -229,9 +231,8 @@ def test_a_signal_saves_the_step_and_says_how_to_go_on(tmp_path, chats, number, 
     saved = checkpoints.newest(run / "checkpoints")
     steps = [row["step"] for row in journal.read(run / "metrics.jsonl") if row["kind"] == "step"]
     assert saved.step == steps[-1]  # no step is lost
-    again = start(
-        tmp_path, chats, f"max_steps={steps[-1] + 2}", "schedule=constant", "schedule.warmup=0"
-    )
+    other = (f"max_steps={steps[-1] + 2}", "schedule=constant", "schedule.warmup=0")
+    again = start(warm_python, tmp_path, chats, *other)
     assert again.wait(timeout=120) != 0  # another schedule: refused
     again.stdout.close()
     assert not json.loads((run / "preflight.json").read_text())["errors"]

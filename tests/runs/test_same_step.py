@@ -8,7 +8,14 @@ import torch
 from tests.toys.power_cuts import PowerCut, cut_at, outcome
 from trainer.storage.checkpoints import CheckpointError
 
-COMMON = ("max_steps=7", "callbacks.checkpoints.every=2", "callbacks.evaluation.every=3")
+COMMON = (
+    "max_steps=7",
+    "callbacks.checkpoints.every=2",
+    "callbacks.evaluation.every=3",
+    "callbacks.evaluation.max_new_tokens=8",
+    "check_export=false",
+    "report=false",
+)
 
 
 def test_the_same_rows_in_other_micro_batches_end_alike(train, chats, monkeypatch):

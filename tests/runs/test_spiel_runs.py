@@ -24,6 +24,8 @@ SETTINGS = (
     "callbacks.checkpoints.every=1",
     "callbacks.checkpoints.keep=99",
     "callbacks.evaluation.every=11",
+    "callbacks.evaluation.max_new_tokens=8",
+    "report=false",
 )
 CASES = {
     "AG": ("adapter=spiel",),
@@ -79,7 +81,7 @@ def test_it_resumes_to_the_same_bits_wherever_it_is_cut(train, chats, monkeypatc
 
 
 @pytest.mark.slow
-def test_two_processes_have_one_support(program, chats):
+def test_two_processes_have_one_support(warm_program, chats):
     settings = [
         "+experiment=smoke",
         f"task.path={chats}",
@@ -88,9 +90,8 @@ def test_two_processes_have_one_support(program, chats):
         "max_steps=7",
         "precision=fp32",
     ]
-    done = program(
-        *settings, "name=both", "lightning=cpu", "lightning.devices=2", "lightning.strategy=ddp"
-    )
+    two = ("name=both", "lightning=cpu", "lightning.devices=2", "lightning.strategy=ddp")
+    done = warm_program(*settings, *two, module="trainer")
     assert done.returncode == 0, done.stdout + done.stderr
     reported = reselections(chats.parent / "runs" / "both")
     assert [row["step"] for row in reported] == [2, 6]
