@@ -39,6 +39,7 @@ OWN = ("uno", "ppd", "kangaroo", "clover")
 # These run the target itself, whose layers are of two kinds.
 CASES += [(name, "gemma2, a cap and a window of 5") for name in OWN[:3]]
 CASES += [("dspark drafter.markov=rnn", "llama")]
+CASES += [(name, "gpt2") for name in OWN[:2]]  # layers under another name
 V, WIDTH, LENGTH = 41, 16, 9
 # the lengths of three prompts, then how many tokens each sequence gets a step
 PROMPTS, STEPS = (1, 7, 4), ((1, 3, 2), (5, 1, 1))

@@ -47,7 +47,7 @@ from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, p
 from trainer.drafters.anchors import anchors_of, counted, distilled_slots, goals, numbers_of
 from trainer.drafters.batch_passes import after_texts, padded, room
 from trainer.drafters.distillation import KINDS
-from trainer.drafters.layers import Heads, IndependentGrowth, decayed, layers_of
+from trainer.drafters.layers import Heads, IndependentGrowth, decayed
 from trainer.drafters.ragged import Entries, IndependentBatch, RaggedMemory
 from trainer.models.on_host import all_sent
 
@@ -205,7 +205,7 @@ class PromptTokens(Heads):
 
     def start_batch(self, target: Target, count: int) -> BatchMemory:
         passes.refuse_virtual_tokens(target.model, "ppd")
-        layers = [Entries() for _ in layers_of(target.model)]
+        layers = [Entries() for _ in range(target.config.num_hidden_layers)]
         return BatchMemory(layers, [0] * count, [None] * count)
 
     @torch.no_grad()

@@ -48,7 +48,7 @@ from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, p
 from trainer.drafters.anchors import anchors_of, counted, distilled_slots, goals, numbers_of
 from trainer.drafters.batch_passes import after_texts, padded, room
 from trainer.drafters.distillation import KINDS
-from trainer.drafters.layers import Heads, IndependentGrowth, decayed, layers_of
+from trainer.drafters.layers import Heads, IndependentGrowth, decayed
 from trainer.drafters.lora_rows import RowLoRA
 from trainer.drafters.ragged import Entries, IndependentBatch, RaggedMemory
 from trainer.models.on_host import all_sent, sent
@@ -177,7 +177,7 @@ class Uno(Heads):
 
     def start_batch(self, target: Target, count: int) -> BatchMemory:
         passes.refuse_virtual_tokens(target.model, "uno")
-        return BatchMemory.of(len(layers_of(target.model)), count)
+        return BatchMemory.of(target.config.num_hidden_layers, count)
 
     @torch.no_grad()
     def grow_batch(
