@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -13,6 +14,7 @@ from tests.toys.commands import exit_code
 from trainer import draft
 from trainer.config import commands
 from trainer.config.errors import ConfigError
+from trainer.drafters import DrafterError
 from trainer.evaluation import stale
 from trainer.studies import drafting, drafting_page
 
@@ -116,6 +118,27 @@ def test_bad_options_are_refused_before_anything_runs(tmp_path, more, text, caps
     assert exit_code(draft.main, options(tmp_path, *more)) == 2
     assert text in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("experiment", "fits", "refused"),
+    [
+        ("uno_chat", "drafter,sglang", "speculators"),
+        ("eagle3_chat", "drafter,speculators,sglang,gguf_draft", "medusa"),
+    ],
+)
+def test_formats_are_refused_as_an_export_refuses_them(monkeypatch, experiment, fits, refused):
+    def compose(words):
+        return composed(*[word for word in words if not word.startswith("target.")], "base=tiny")
+
+    base = composed("base=tiny", "base.layers=6", "task.path=x").base
+    content = {"config": {"base": dict(base)}, "identity": {"labels": None}}
+    monkeypatch.setattr(drafting.run_folder, "read", lambda run: (None, content, "last"))
+    monkeypatch.setattr(drafting.compose, "compose", compose)
+    asked = {"run": "r", "draft": None, "experiment": experiment, "prompts": "p", "overrides": []}
+    drafting.check(SimpleNamespace(**asked, to=fits))
+    with pytest.raises(DrafterError, match=f"to={refused} "):
+        drafting.check(SimpleNamespace(**asked, to=refused))
 
 
 def test_the_page_has_each_category_and_what_was_not_measured(tmp_path):

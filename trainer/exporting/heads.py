@@ -46,10 +46,20 @@ def check_drafter(run: str, to: str) -> None:
     if to == "drafter":
         return
     skeleton = instantiate(config["base"]).skeleton(labels)
-    drafter = instantiate(config["drafter"])(model=skeleton)
+    check_format(instantiate(config["drafter"])(model=skeleton), to, skeleton)
+
+
+def check_format(drafter: Drafter, to: str, skeleton: Any) -> None:
+    """Refuse a format that cannot hold a drafter. Drafter and target need shapes alone.
+
+    Raises:
+        DrafterError: the message says why, and which format fits.
+    """
+    if to == "drafter":
+        return
     if to == "gguf_draft":
-        return gguf_drafts.check(drafter, skeleton)
-    if isinstance(drafter, Uno):
+        gguf_drafts.check(drafter, skeleton)
+    elif isinstance(drafter, Uno):
         uno_layout.check(drafter, to, skeleton)
     elif to == "mtp":
         mtp_layers.check(drafter, skeleton)

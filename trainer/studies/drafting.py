@@ -27,7 +27,7 @@ from trainer.config.errors import ConfigError
 from trainer.config.shown import say
 from trainer.drafters import io
 from trainer.evaluation import realigned, stale
-from trainer.exporting import draft_head, mtp_layers
+from trainer.exporting import heads
 from trainer.session.branches import Branch, arguments, finished
 from trainer.storage import atomic, run_folder
 from trainer.studies import drafting_page
@@ -198,10 +198,7 @@ def check(options: Any) -> None:
     skeleton = base.skeleton(content["identity"]["labels"])
     drafter = instantiate(node)(model=skeleton)
     for to in options.to.split(","):
-        if to == "mtp":
-            mtp_layers.check(drafter, skeleton)
-        elif to != "drafter":
-            draft_head.check(drafter, to, skeleton)
+        heads.check_format(drafter, to, skeleton)
 
 
 def run(options: Any) -> int:
