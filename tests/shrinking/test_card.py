@@ -59,6 +59,9 @@ def test_a_base_that_code_makes_has_the_name_of_the_code(tmp_path):
 
 
 def test_a_small_divergence_keeps_its_digits():
+    plain = RECORD | {"pattern": "unstructured", "density": 0.5}
+    assert "layers keep 0.5 of each row: the other" in card.removed(plain)
+    assert "layers have the pattern 2:4: the other" in card.removed(RECORD)
     search = {"pattern": "unstructured", "density": 0.5, "search": "evolution", "generations": 3}
     figures = {"divergence": 4.8928e-05, "divergence_uniform": 5.87815e-05}
     assert "4.89e-05 on the calibration rows. It is 5.88e-05" in card.removed(

@@ -105,9 +105,10 @@ def removed(record: dict[str, Any]) -> str:
             f" 2410.14649), {record['divergence']:.3g} on the calibration rows. It is"
             f" {record['divergence_uniform']:.3g} with the same share in all."
         )
+    verb = "keep" if pattern == "unstructured" else "have the pattern"
     return (
-        f"By {PAPERS[record['method']]}, {part} of the decoder layers have the pattern {what}: the"
-        " other weights are zero."
+        f"By {PAPERS[record['method']]}, {part} of the decoder layers {verb} {what}: the other"
+        " weights are zero."
     )
 
 
