@@ -17,6 +17,7 @@ from tests.conftest import write_rows
 from trainer.data.batches import Collate
 from trainer.data.render import Renderer
 from trainer.data.streaming import StreamingBatches
+from trainer.models.on_host import Host
 
 SHAPES = [(2, 1, 1), (3, 2, 1), (2, 1, 3), (2, 2, 2)]  # batch_size, accumulate, ranks
 LONG = 10**6  # more steps than there are rows
@@ -80,9 +81,13 @@ def lines(built: StreamingBatches) -> list[int]:
 
 
 def same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
+    def equal(x: Any, y: Any) -> bool:
+        if torch.is_tensor(x):
+            return torch.equal(x, y)
+        return same([vars(x)], [vars(y)]) if isinstance(x, Host) else bool(x == y)
+
     return len(a) == len(b) and all(
-        x.keys() == y.keys()
-        and all(torch.equal(x[k], y[k]) if torch.is_tensor(x[k]) else x[k] == y[k] for k in x)
+        x.keys() == y.keys() and all(equal(x[k], y[k]) for k in x)
         for x, y in zip(a, b, strict=True)
     )
 

@@ -51,12 +51,12 @@ def test_questions_in_the_other_layout(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "bench.jsonl:1 is no JSON"),
-        (json.dumps(BENCH[0]) + "\n[1", "bench.jsonl:2 is no JSON"),
+        ("{", "bench.jsonl:1: not JSON"),
+        (json.dumps(BENCH[0]) + "\n[1", "bench.jsonl:2: not JSON"),
         (json.dumps(BENCH[0]) + '\n{"turns": []}', "bench.jsonl:2: a line is"),
         ('{"turns": ["x", 3]}', "bench.jsonl:1: a line is"),
         ("", "bench.jsonl is empty"),
-        ("7", "bench.jsonl:1: a line is"),
+        ("7", "bench.jsonl:1: a row must be a JSON object"),
     ],
 )
 def test_a_file_that_is_no_set_of_questions_says_why(tmp_path, text, message):

@@ -192,7 +192,7 @@ def _rows(path: str) -> list[tuple[str, dict[str, Any]]]:
     try:
         for where, row in reading.json_lines(Path(path).expanduser()):
             if isinstance(row, reading.Bad):
-                raise DataError(f"prompts={path}: {row.where}: {row.reason}")
+                raise DataError(f"prompts: {row.where}: {row.reason}")
             rows.append((where, row))
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"prompts={path} cannot be read: {error}") from None
