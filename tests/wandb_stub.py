@@ -126,13 +126,16 @@ class Stub:
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         if request.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
-        if (
-            self.dies_after is not None
-            and len(self.received) >= self.dies_after
-            and self.mode == "well"
-        ):
+        with self._lock:
+            dies = (
+                self.dies_after is not None
+                and len(self.received) >= self.dies_after
+                and self.mode == "well"
+            )
+            if dies:
+                self.mode = "error"  # before the thread, which ends with another mode
+        if dies:
             threading.Thread(target=self.become, args=("refuse",)).start()
-            self.mode = "error"
         if self.mode == "hang":
             self._released.wait()
             request.close_connection = True
