@@ -39,7 +39,7 @@ MOMENTS = {
 }
 ALONE = "nothing, in a process of its own"
 CONTROL = "no fault but other random draws after going on"
-ROUNDS = 4  # times as many rounds as a kind needs, if no aim misses
+ROUNDS = 10  # times as many rounds as a kind needs, if no aim misses; a fast machine misses some
 SIGNALLED = (75, 138)  # exit codes of a run that SIGUSR1 has stopped: requeued, or not
 
 
@@ -192,7 +192,7 @@ def strike(
     """Kill a child within a phase, in the first part `within` of its moments. Return False if the
     child ended before."""
     most, span = MOMENTS[phase]
-    count, delay = draw.randint(1, most), draw.uniform(0, span * within)
+    count, delay = draw.randint(1, max(1, round(most * within))), draw.uniform(0, span * within)
     if case == "requeue":  # what comes after the signal, and nothing that was before it
         count = child.marks.count(phase) + (phase not in ("starting", "training"))
     while reached(child, phase, count):
