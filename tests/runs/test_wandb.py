@@ -311,6 +311,7 @@ def alone(train_in, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # some wait for minutes: tests.spreading lets their file begin early
 @pytest.mark.parametrize("mode", ["well", "refuse", "error", "hang", "dies"])
 def test_a_run_has_the_same_weights_and_exit_code_whatever_the_server_does(
     program, chats, tmp_path, alone, mode
