@@ -112,19 +112,21 @@ class PEagle(Eagle3):
         _, vocabulary = features(model.get_output_embeddings())
         check_mask(mask_token, vocabulary)
         self.requested_mask = mask_token
-        source = self.family or model
-        if init == "last_layer" and draft_layers > 1:
-            self.midlayer = wide_layer(source, init, draft_layers)
-        self.more = nn.ModuleList(
-            _without_biases(masked_layer(source, init, draft_layers - number))
-            for number in range(1, draft_layers)
-        )
+        self._build_layers(self.family or model, init, draft_layers)
         device = self.fc.weight.device
         self.mask_hidden = nn.Parameter(torch.empty(1, 1, self.fc.in_features, device=device))
         if device.type != "meta":
             nn.init.normal_(self.mask_hidden)
         start = vocabulary - 1 if mask_token is None else mask_token
         self.register_buffer("mask_token", torch.tensor(start, device=device))
+
+    def _build_layers(self, source: Any, init: str, draft_layers: int) -> None:
+        if init == "last_layer" and draft_layers > 1:
+            self.midlayer = wide_layer(source, init, draft_layers)
+        self.more = nn.ModuleList(
+            _without_biases(masked_layer(source, init, draft_layers - number))
+            for number in range(1, draft_layers)
+        )
 
     def calibrate(self, counts: Callable[[], Int[Tensor, " V"]]) -> None:
         super().calibrate(counts)
