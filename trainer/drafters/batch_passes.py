@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from transformers import DynamicCache
 
 from trainer.drafters import Target, passes
 from trainer.drafters.ragged import Entries, RaggedMemory
+from trainer.drafters.tree_places import Columns
 
 
 class ModelEntries(DynamicCache):
@@ -40,22 +40,12 @@ class ModelEntries(DynamicCache):
         return self.entries[0].end
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The places, positions and visibility of a pass of m + N columns over S places."""
-
-    at: Int[Tensor, "B M"]
-    positions: Int[Tensor, "B M"]
-    keys: Int[Tensor, "B S"]  # the position of each place
-    sees: Bool[Tensor, "B M S"]
-
-
 def layout(
     lengths: Sequence[int],
     counts: Sequence[int],
     ahead: Int[Tensor, " N"],
     sees: Bool[Tensor, "N N"],
-) -> Layout:
+) -> Columns:
     """Return the layout of a pass over `counts` further tokens of sequences of `lengths` tokens,
     and over positions that are `ahead` of each text's end and see each other by `sees`."""
     device, most, further = ahead.device, max(counts), len(ahead)
@@ -79,7 +69,7 @@ def layout(
         keys = torch.where(inside, last + ahead[number], places)
         own = sees.t()[number].transpose(1, 2) & inside.unsqueeze(1)
         both = torch.cat([text, own | (places < end).unsqueeze(1)], dim=1)
-    return Layout(at, positions, keys, both)
+    return Columns(at, positions, keys, both)
 
 
 def padded(texts: Sequence[Int[Tensor, " n"]]) -> tuple[Int[Tensor, "B m"], list[int]]:

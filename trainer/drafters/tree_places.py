@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
-class NewNodes:
-    """m further nodes of each of B sequences, over S places."""
+class Columns:
+    """The m columns of a pass of B sequences over S places: nodes, text or positions behind it."""
 
     at: Int[Tensor, "B m"]
     positions: Int[Tensor, "B m"]
@@ -41,7 +41,7 @@ class TreePlaces:
         # of the newest token, then of the nodes
         self.depths = torch.zeros(rows, 1, dtype=torch.long, device=device)
 
-    def add(self, parents: Int[Tensor, "B m"]) -> NewNodes:
+    def add(self, parents: Int[Tensor, "B m"]) -> Columns:
         """Add nodes with these parents, -1 for the newest token."""
         (rows, new), old, device = parents.shape, self.above.shape[1], parents.device
         above = torch.eye(new, old + new, dtype=torch.bool, device=device).roll(old, dims=1)
@@ -62,4 +62,4 @@ class TreePlaces:
         sees = (sees & inside.unsqueeze(1)) | (places < self.base).unsqueeze(1)
         of_node = self.base - 1 + self.depths[:, 1:].gather(1, node)
         keys = torch.where(inside, of_node, places)
-        return NewNodes(at, self.base - 1 + depths, keys, sees)
+        return Columns(at, self.base - 1 + depths, keys, sees)
