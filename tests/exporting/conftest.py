@@ -12,3 +12,12 @@ def plain_cards(request, monkeypatch):
 
     if request.path.stem not in ("test_card", "test_upload"):
         monkeypatch.setattr(card, "_curves", lambda source: [])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engines_end():
+    """End the processes of engines."""
+    yield
+    from tests.exporting.engines import environments
+
+    environments.end()

@@ -19,29 +19,33 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
 )
 
+import torch
+import vllm.platforms
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from vllm.platforms.cpu import CpuPlatform
+
+vllm.platforms._current_platform = CpuPlatform()
+
+from vllm.config import (
+    CompilationConfig,
+    DeviceConfig,
+    ModelConfig,
+    ParallelConfig,
+    SpeculativeConfig,
+    VllmConfig,
+    set_current_vllm_config,
+)
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers import linear
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models import ModelRegistry, registry
+
 
 def load(target, folder, method, tokens, **more):
     """(model, its name in vLLM's registry, parameters that nothing was loaded into, vLLM's config)
     of a draft's folder."""
-    import torch
-    import vllm.platforms
-    from safetensors.torch import load_file
-    from vllm.platforms.cpu import CpuPlatform
-
-    vllm.platforms._current_platform = CpuPlatform()
-
-    from vllm.config import (
-        CompilationConfig,
-        DeviceConfig,
-        ModelConfig,
-        ParallelConfig,
-        SpeculativeConfig,
-        VllmConfig,
-        set_current_vllm_config,
-    )
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
-    from vllm.model_executor.models import ModelRegistry, registry
-
     # each would import vLLM anew, to keep CUDA out of this process
     registry._run_in_subprocess = lambda look: look()
 
@@ -87,9 +91,6 @@ def load(target, folder, method, tokens, **more):
 
 def plain_linear():
     """Without vLLM's kernels."""
-    from torch.nn import functional as F
-    from vllm.model_executor.layers import linear
-
     linear.UnquantizedLinearMethod.apply = lambda self, layer, x, bias=None: F.linear(
         x, layer.weight, bias
     )
@@ -97,8 +98,6 @@ def plain_linear():
 
 def plain_attention():
     """Causal, over the tokens of a call."""
-    from torch.nn import functional as F
-    from vllm.model_executor.layers.attention import Attention
 
     def attend(self, query, key, value, *rest, **others):
         q, k, v = (x.view(len(x), -1, self.head_size).transpose(0, 1) for x in (query, key, value))
@@ -111,13 +110,7 @@ def plain_attention():
 
 
 def main(target, folder, method, tokens, inputs, out):
-    import torch
-    from safetensors.torch import load_file, save_file
-    from torch.nn import functional as F
-
     model, architecture, empty, config = load(target, folder, method, tokens)
-    from vllm.forward_context import set_forward_context
-
     hf = config.speculative_config.draft_model_config.hf_config
     names = (
         "eagle_aux_hidden_state_layer_ids",

@@ -7,8 +7,11 @@ wheels without their dependencies, so that nothing brings another torch.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -114,8 +117,48 @@ def _pip(verb: str, *arguments: str) -> None:
         )
 
 
+MODULES = {
+    "vllm": ("by_vllm", "vllm.model_executor.models.llama_eagle3",
+             "vllm.model_executor.models.qwen3_dflash"),
+    "speculators": ("speculators", "speculators.models.dspark.core",
+                    "speculators.models.peagle.core"),
+}  # fmt: skip
+SECONDS = 1500
+_started: list[subprocess.Popen[str]] = []
+
+
+@functools.cache  # one process for each environment: its imports are the longest part of a test
+def _server(interpreter: Path) -> subprocess.Popen[str]:
+    """A process that has imported an engine and runs jobs in forks, until this one ends."""
+    engine = interpreter.parent.parent.name.partition("-")[0]
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "PYTHONHOME")
+    }
+    process = subprocess.Popen(
+        [str(interpreter), str(HERE / "forks.py"), *MODULES[engine]],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment | {"TOKENIZERS_PARALLELISM": "false"},
+    )
+    _started.append(process)
+    return process
+
+
+def end() -> None:
+    """End the processes that `run` has started."""
+    for process in _started:
+        process.communicate()  # the end of its jobs ends it
+    _started.clear()
+    _server.cache_clear()
+
+
 def run(interpreter: Path, script: str, *arguments: object, place: Path) -> str:
     """Standard output of a script of this folder, run in an environment."""
+    server = _server(interpreter)
+    log, out = place / "engine.log", place / "engine.out"
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -126,13 +169,19 @@ def run(interpreter: Path, script: str, *arguments: object, place: Path) -> str:
         "VLLM_CONFIG_ROOT": str(place),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    done = subprocess.run(
-        [str(interpreter), str(HERE / script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        env=environment,
-        cwd=place,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    job = {
+        "words": [str(HERE / script), *map(str, arguments)],
+        "environment": environment,
+        "place": str(place),
+        "log": str(log),
+        "out": str(out),
+    }
+    assert server.stdin
+    assert server.stdout
+    server.stdin.write(json.dumps(job) + "\n")
+    server.stdin.flush()
+    ready, _, _ = select.select([server.stdout], [], [], SECONDS)
+    assert ready, f"{script} took longer than {SECONDS} s"
+    code = server.stdout.readline().strip()
+    assert code == "0", log.read_text()[-4000:] if log.exists() else f"the engine ended: {code!r}"
+    return out.read_text()
