@@ -1,6 +1,6 @@
 # make quickstart   install, and teach the default base to call functions
 # make check        install, lint, and run the tests that neither train, decode nor start a process: 2 minutes
-# make test         install, and run all tests
+# make test         install, and run all tests; the slow ones in three processes, since they wait for servers half of the time
 # make test-other-cpu   run the tests that compare numbers as if on another processor
 # make docs         install, regenerate docs/cli.md and docs/knobs.md, and build the pages into site/
 # make audit        install, and ask a database of advisories about every pin; it fails if that could not be asked
@@ -29,7 +29,7 @@ check: lint
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 3 -m slow
 	$(BIN)/python -m pytest -m slurm
 
 test-other-cpu: export ATEN_CPU_CAPABILITY = default
