@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import pytest
@@ -40,6 +41,7 @@ OWN = ("uno", "ppd", "kangaroo", "clover")
 CASES += [(name, "gemma2, a cap and a window of 5") for name in OWN[:3]]
 CASES += [("dspark drafter.markov=rnn", "llama")]
 CASES += [(name, "gpt2") for name in OWN[:2]]  # layers under another name
+CASES += [("small gpt2", "llama")]  # learnt positions
 V, WIDTH, LENGTH = 41, 16, 9
 # the lengths of three prompts, then how many tokens each sequence gets a step
 PROMPTS, STEPS = (1, 7, 4), ((1, 3, 2), (5, 1, 1))
@@ -47,7 +49,9 @@ PROMPTS, STEPS = (1, 7, 4), ((1, 3, 2), (5, 1, 1))
 
 def drafter_of(name, model):
     name, *changes = name.split()
-    return SmallModel(tiny("qwen2"), 5) if name == "small" else made(name, model, *changes)
+    if name == "small":
+        return SmallModel(tiny(*changes or ["qwen2"]), 5)
+    return made(name, model, *changes)
 
 
 def updates(drafter, draw):
@@ -191,6 +195,25 @@ class Plain(Drafter):
 
     def grow(self, memory, target, update):
         raise AssertionError
+
+
+@pytest.mark.parametrize("wrong", ["masks", "positions", "context"])
+def test_a_small_model_that_misreads_several_texts_drafts_one_after_another(wrong):
+    small = tiny("qwen2")
+    forward = type(small).forward
+
+    @functools.wraps(forward)
+    def misread(self, *args, **inputs):
+        inputs.pop({"masks": "attention_mask", "positions": "position_ids"}.get(wrong), None)
+        return forward(self, *args, **inputs)
+
+    drafter = SmallModel(small, 3, "last:64" if wrong == "context" else "all")
+    small.forward = misread.__get__(small)
+    target = Target(tiny())
+    assert isinstance(drafting.drafting(drafter, target, chain(3), 2), OneByOne)
+    del small.forward
+    again = SmallModel(small, 3)
+    assert isinstance(drafting.drafting(again, target, chain(3), 2), AllAtOnce)
 
 
 def test_what_cannot_draft_in_batches_says_so(caplog):

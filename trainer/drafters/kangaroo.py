@@ -36,9 +36,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, passes
+from trainer.drafters.batch_passes import ModelEntries
 from trainer.drafters.distilled import Distilled
 from trainer.drafters.families import family_of
-from trainer.drafters.kangaroo_batch import KangarooBatch
 from trainer.drafters.layers import (
     autocast_like,
     check_states,
@@ -52,6 +52,8 @@ from trainer.drafters.layers import (
 )
 from trainer.drafters.ragged import RaggedMemory
 from trainer.drafters.small import SmallModelGrowth
+from trainer.drafters.tree_batch import TreeBatch
+from trainer.drafters.tree_places import Columns
 from trainer.drafters.unrolled import Entries
 from trainer.models.cache_argument import with_cache
 from trainer.models.heads import captured_layers
@@ -196,8 +198,14 @@ class Kangaroo(Distilled):
 
     def grow_batch(
         self, memory: RaggedMemory, target: Target, updates: Sequence[TargetUpdate]
-    ) -> KangarooBatch:
-        return KangarooBatch(self, target, memory, updates)
+    ) -> TreeBatch:
+        *first, own = memory.layers
+
+        def read(ids: Tensor, at: Columns) -> Tensor:
+            cache = ModelEntries(first)
+            return self.run(target, cache, own, ids, at.positions, at.keys, at.sees)
+
+        return TreeBatch(self.depth, memory, updates, read, target.head)
 
 
 @dataclass

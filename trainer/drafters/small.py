@@ -10,6 +10,8 @@ has twice as many tokens, that part is chosen and read again, so the cache stays
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +20,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from trainer.drafters import DrafterError, Growth, Target, TargetUpdate
+from trainer.drafters import DrafterError, Growth, Target, TargetUpdate, small_batch
 from trainer.drafters.contexts import Context
+from trainer.drafters.ragged import RaggedMemory
+from trainer.drafters.tree_batch import TreeBatch
 from trainer.drafters.untrained import Untrained
 from trainer.models.base import Base
 from trainer.models.cache_argument import model_with_cache, rolls_back
@@ -63,6 +67,24 @@ class SmallModel(Untrained):
 
     def start(self, target: Target) -> Memory:
         return Memory(self._cache())
+
+    @functools.cached_property
+    def _several(self) -> Target | None:
+        """The model as it reads several texts at once, if it can."""
+        return None if self.context.kind != "all" else small_batch.as_batch(self.model)
+
+    def start_batch(self, target: Target, count: int) -> RaggedMemory | None:
+        return None if self._several is None else small_batch.memory_of(self._several, count)
+
+    def grow_batch(
+        self, memory: RaggedMemory, target: Target, updates: Sequence[TargetUpdate]
+    ) -> TreeBatch:
+        assert self._several is not None  # start_batch gave a memory
+        growth = small_batch.tree_batch(
+            self._several, self.depth, memory, updates, target.config.vocab_size
+        )
+        growth.branches = self.branches
+        return growth
 
     def _cache(self) -> DynamicCache:
         cache = DynamicCache(config=self.model.config.get_text_config())
