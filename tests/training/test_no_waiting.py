@@ -12,6 +12,8 @@ from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from adapters.delta import Start
+from tests.adapters import test_laws as laws
 from tests.toys import adapters as toys
 from tests.toys.finetuning import adapted
 from trainer.assembly.build import instantiate
@@ -133,3 +135,47 @@ def test_without_what_the_host_knows_it_waits(way, missing):
 )  # fmt: skip
 def test_a_step_of_a_drafter_does_not_wait(name):
     step(on_device(batch_of("packed")), f"drafter={name}")
+
+
+# Presets whose step does wait, and for what.
+WAITS = {
+    "adalora": "PEFT ranks the singular values of all layers after each step",
+    "increlora": "one sum over all layers decides which of them grow",
+    "loftq": "its base is quantised, which the meta device cannot be",
+    "prefix_tuning": "PEFT copies the numbers of its virtual tokens to the device",
+    "prompt_tuning": "PEFT copies the numbers of its virtual tokens to the device",
+    "shira": "PEFT copies its indices to the device",
+    "spiel": "its window of dense gradients leaves out those that are not finite",
+    "spiel_ma": "the step chooses entries anew",
+    "sr_ste": "it counts the weights that changed sides",
+}
+
+
+def sampled_addmm(support, *products, **options):
+    """Stand in for torch's, which the meta device lacks."""
+    empty = torch.empty_like(support.values())
+    return torch.sparse_csr_tensor(
+        support.crow_indices(), support.col_indices(), empty, support.shape, check_invariants=False
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in laws.PRESETS if name not in ("none", *WAITS)])
+def test_a_step_of_an_adapter_does_not_wait(name, monkeypatch):
+    torch.manual_seed(1)
+    adapter = laws.make(name)
+    model = adapter.attach(toys.llama(torch.float32), Start(steps=6, data=toys.batches))
+    toys.train(adapter, model, range(2)).train()  # masks are chosen
+    loss = CausalLoss(model, 16)
+    model.to(META)
+    monkeypatch.setattr(torch.sparse, "sampled_addmm", sampled_addmm)
+    parameters = [p for group in adapter.parameter_groups(model) for p in group["params"]]
+    batch = on_device(batch_of("packed"))
+    with NoWaiting():
+        summed, sums = loss(batch)
+        penalty = adapter.penalty(model)
+        (summed / batch["window_tokens"] if penalty is None else summed + penalty).backward()
+        adapter.before_step(model, 1.0)
+        norm, _ = clip_gradients(parameters, None, 1.0)
+        late.skip_if([], torch.isfinite(norm) & torch.isfinite(sums["loss"]))
+        adapter.after_step(model, 3)
+    assert all(p.grad is not None for p in parameters)
