@@ -75,7 +75,8 @@ def test_it_is_stock_pefts_layer(kind):
     x, upstream = torch.randn(3, 5, 64), torch.randn(3, 5, 96)
     actual = results(ours, x, upstream, [ours.delta.A, ours.delta.B])
     for mine, wanted in zip(actual, results(theirs, x, upstream, [a, b]), strict=True):
-        torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-5)
+        # Sums in another order: one gradient of A differed by 1.1e-5, of up to 88.
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
