@@ -73,6 +73,12 @@ class Delta(nn.Module):
 
     has_weight = True  # False if the correction depends on x, so that `weight` raises
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Return whether the next backward pass also reads the gradient of the layer's output. It
+        is then that of a whole micro-batch, as the step has it."""
+        return False
+
     def forward(self, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         """Return the corrected output, given the layer's input x and its frozen output y."""
         raise NotImplementedError
@@ -107,6 +113,10 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.delta.linear(self.base, x)
+
+    @property
+    def reads_gradients(self) -> bool:
+        return self.delta.reads_gradients
 
     # Models read these of their linear layers.
     @property

@@ -69,6 +69,10 @@ class IncreLoRA(LoRA):
         self.importance: Tensor | None = None  # Σ |D ⊙ G| since the last step
 
     @property
+    def reads_gradients(self) -> bool:
+        return self.watched
+
+    @property
     def used(self) -> int:
         """The number of pieces that compute: the live ones and the reserve."""
         return self.pieces + self.reserve

@@ -23,6 +23,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -90,6 +91,7 @@ class Peft(Adapter):
         base_tensors = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
         computed = start.saved is None and next(model.parameters()).device.type != "meta"
         config = self._config(model, start, computed)
+        self._refuse_tied(model, config)
         if computed:
             with _silent():
                 peft_init.before_wrapping(self.init, model, config, start, self.data_batches)
@@ -118,6 +120,20 @@ class Peft(Adapter):
             name for name, tensor in _named_tensors(wrapped) if id(tensor) in base_tensors
         }
         return wrapped
+
+    def _refuse_tied(self, model: Any, config: Any) -> None:
+        """Refuse to take a part out of a weight that the embedding has, too."""
+        if not self.changes_base:
+            return
+        table = getattr(model.get_input_embeddings(), "weight", None)
+        for name, module in model.named_modules():
+            tied = is_linear(module) and module.weight is table
+            if tied and check_target_module_exists(config, name):
+                raise AdapterError(
+                    f"adapter.init_lora_weights={self.init} takes its part out of the weight of"
+                    f" {name}, which is the embedding's, too, and would change that: leave {name}"
+                    " out of adapter.target_modules, or set adapter=lora"
+                )
 
     def _wrapped(self, model: nn.Module, config: Any) -> Any:
         on_meta = next(model.parameters()).device.type == "meta"

@@ -92,6 +92,10 @@ class SparseDelta(Delta):
         self.packed = is_packed(linear)
         self.transposed = isinstance(linear, Conv1D)
 
+    @property
+    def reads_gradients(self) -> bool:
+        return self.watch is not None
+
     def set_support(self, indices: Int[Tensor, " k"], base: Any) -> None:
         """Use sorted flat indices as the support. The values do not change. The delta must not be
         folded in."""

@@ -60,12 +60,26 @@ def detect(row: dict[str, Any], columns: dict[str, str]) -> str:
     known = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items())
     if not fits:
         raise DataError(
-            f"the columns ({', '.join(map(str, row))}) are of no known format ({known}). Map yours"
-            " with task.columns={OURS: YOURS}"
+            f"the columns ({', '.join(map(str, row))}) are of no known format ({known})."
+            f" {_way_out(row)}"
         )
     raise DataError(
         f"the columns fit several formats ({', '.join(fits)}). Choose one with task.format"
     )
+
+
+def _way_out(row: dict[str, Any]) -> str:
+    """Return how rows of no known format can be read."""
+    if "chosen" in row and "rejected" in row:  # rows of preferences
+        ours = "messages" if isinstance(row["chosen"], list) else "completion"
+        return (
+            "Graft learns no preferences; to train the chosen answers alone, set"
+            f" task.columns={{{ours}: chosen}}"
+        )
+    only = str(next(iter(row))) if len(row) == 1 else ""
+    if separator := next((mark for mark in ";\t|" if mark in only), None):
+        return f"The file separates columns with {separator!r}: write it with commas"
+    return "Map yours with task.columns={OURS: YOURS}"
 
 
 def convert(

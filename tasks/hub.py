@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from tasks.reading import Bad, DataError, decoded, present
@@ -24,6 +25,11 @@ def _load_hub(loader: str, name: str, **settings: Any) -> Any:
     """Call a loader of `datasets`. `name` may end in a configuration: ORG/NAME:CONFIG."""
     import datasets
 
+    if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
+        raise DataError(
+            f"data set {name!r} is a folder of save_to_disk, a cache of rows. Write"
+            " them with to_parquet(FILE) or to_json(FILE), and give that file"
+        )
     repository, _, configuration = name.partition(":")
     try:
         return getattr(datasets, loader)(repository, configuration or None, **settings)

@@ -8,6 +8,7 @@ slower.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob
 import gzip
@@ -16,6 +17,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,27 @@ KINDS = ("jsonl", "json", "csv", "tsv", "parquet", "txt")
 csv.field_size_limit(2**31 - 1)  # long texts too; Python's own limit is 131072 characters
 
 
+_later: ContextVar[bool] = ContextVar("later", default=False)
+
+
 class DataError(ValueError):
     """The data cannot be used. The message says what is wrong, where, and how to fix it."""
+
+
+def is_later() -> bool:
+    """Return whether `read_later` is open."""
+    return _later.get()
+
+
+@contextlib.contextmanager
+def read_later() -> Iterator[None]:
+    """While open, a source that is made says nothing of missing files before its rows are read. The
+    model of a finished run needs none of its rows, which may be elsewhere."""
+    token = _later.set(True)
+    try:
+        yield
+    finally:
+        _later.reset(token)
 
 
 @dataclass(frozen=True)
@@ -42,7 +63,8 @@ class Source:
     """The rows of some files, or of one split of a hub data set, as (where, mapping or Bad).
 
     Raises:
-        DataError: a file is missing, empty, or of an unknown kind.
+        DataError: a file is missing, empty, or of an unknown kind; within `read_later`, when rows
+            are read.
     """
 
     def __init__(
@@ -60,14 +82,23 @@ class Source:
             for name, value in (("data_files", data_files), ("revision", revision))
             if value is not None
         }
-        patterns = [path] if isinstance(path, str) else list(path)
+        self.name = str(path)
+        self.hub: str | None = None
+        self.missing: str | None = None  # why the rows cannot be read, where that is a later matter
+        self.files: list[Path] = []
+        try:
+            self._find([path] if isinstance(path, str) else list(path), key)
+        except DataError as error:
+            if not _later.get():
+                raise
+            self.missing = str(error)
+
+    def _find(self, patterns: list[str], key: str) -> None:
         if not all(patterns) or not patterns:
             raise DataError(f"{key} is empty: it must name files, or a data set on the hub")
         self.name = (
             patterns[0] if len(patterns) == 1 else f"{patterns[0]} and {len(patterns) - 1} more"
         )
-        self.files: list[Path] = []
-        self.hub: str | None = None
         for pattern in patterns:
             expanded = Path(pattern).expanduser()
             matches = sorted(
@@ -106,7 +137,16 @@ class Source:
             if file.stat().st_size == 0:
                 raise DataError(f"{key}: {file} is empty")
 
+    def refuse_missing(self) -> None:
+        """
+        Raises:
+            DataError: the rows cannot be read, which was not said before.
+        """
+        if self.missing is not None:
+            raise DataError(self.missing)
+
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
+        self.refuse_missing()
         if self.hub is not None:
             from tasks import hub
 
@@ -119,6 +159,7 @@ class Source:
 
     def fingerprint(self) -> str:
         """Return a digest of the files' contents, or of the hub data set's version."""
+        self.refuse_missing()
         if self.hub is not None:
             from tasks import hub
 

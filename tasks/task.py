@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Iterator, Mapping
@@ -105,7 +106,7 @@ class Splits:
     eval_fraction: float
     limit: int | None
     eval_limit: int | None
-    held_out: set[int] = field(default_factory=set)
+    draws: bool = False  # whether rows of `train` are held out
     more: dict[str, tuple[reading.Source, int | None]] = field(default_factory=dict)
     total: int | None = None  # rows of `train`, where they were counted to hold some out
 
@@ -146,19 +147,28 @@ class Splits:
                 "task.eval_sets are measured next to the held-out rows: set task.eval_path, or"
                 " task.eval_fraction above 0"
             )
-        if evaluation is None and eval_fraction > 0 and not streaming:
-            rows = splits.total = sum(1 for _ in splits.train)
-            if rows < 2:
-                raise DataError(
-                    f"{source.name} has {rows} rows, too few to hold some out: set"
-                    " task.eval_fraction=0 or task.eval_path"
-                )
-            splits.held_out = set(
-                random.Random(rows).sample(
-                    range(rows), min(rows - 1, max(1, round(rows * eval_fraction)))
-                )
-            )
+        splits.draws = evaluation is None and eval_fraction > 0 and not streaming
+        if not reading.is_later():
+            assert splits.held_out is not None  # too few rows are said at once
         return splits
+
+    @functools.cached_property
+    def held_out(self) -> set[int]:
+        """The numbers of the rows of `train` that are held out.
+
+        Raises:
+            DataError: there are too few rows.
+        """
+        if not self.draws:
+            return set()
+        rows = self.total = sum(1 for _ in self.train)
+        if rows < 2:
+            raise DataError(
+                f"{self.train.name} has {rows} rows, too few to hold some out: set"
+                " task.eval_fraction=0 or task.eval_path"
+            )
+        count = min(rows - 1, max(1, round(rows * self.eval_fraction)))
+        return set(random.Random(rows).sample(range(rows), count))
 
     def rows(self, split: str) -> Iterator[tuple[str, Any]]:
         """Yield (where, row) of `train`, `eval` or `eval/NAME`; the row is a mapping or Bad."""

@@ -38,6 +38,14 @@ def make(**changes: Any) -> IncreLoRAAdapter:
     return IncreLoRAAdapter(**settings | changes)
 
 
+def test_the_layer_says_whether_the_next_backward_pass_is_read():
+    linear = nn.Linear(4, 4)
+    model = make(dtype="float32").attach(nn.ModuleDict({"q_proj": linear}), Start(steps=9))
+    assert model.q_proj.reads_gradients  # the output layer's logits then come in one piece
+    model.q_proj.delta.watched = False
+    assert not model.q_proj.reads_gradients
+
+
 @dataclass
 class Layer:
     """One layer as lists: pieces are (a, b, E)."""

@@ -482,6 +482,20 @@ def test_on_a_tied_output_layer_a_merge_leaves_the_embedding_alone():
     assert merged.config.tie_word_embeddings is False
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_taken_out_of_the_embeddings_weight_is_refused(init):
+    model = toys.llama(torch.float32)
+    before = model.get_input_embeddings().weight.clone()
+    adapter = make("LORA", target_modules=["lm_head"], init_lora_weights=init)
+    with pytest.raises(AdapterError, match="the weight of lm_head, which is the embedding's, too"):
+        attach(adapter, model)
+    assert torch.equal(model.get_input_embeddings().weight, before)
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    with pytest.raises(AdapterError, match=r"leave lm_head out of adapter\.target_modules"):
+        adapter.attach(skeleton, Start())
+
+
 def test_a_new_head_is_trained_and_saved_with_the_adapter(tmp_path):
     def classifier() -> Any:
         torch.manual_seed(0)

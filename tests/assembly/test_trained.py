@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from adapters.full import Nothing
+from tasks.reading import DataError
 from tests.toys import adapters as toys
 from trainer.assembly import trained as trained_module
+from trainer.assembly.rows import load_data
 from trainer.assembly.trained import Tuned, load_recorded_target, load_trained, load_tuned
 from trainer.models.base import BaseError
 from trainer.storage.checkpoints import CheckpointError
@@ -58,6 +60,16 @@ def test_a_target_that_was_moved_with_its_neighbour_is_found(runs, tmp_path):
     assert load_recorded_target(record, moved / "eagle3").record["id"] == record["id"]
     with pytest.raises(FolderError, match="is no run folder"):
         load_recorded_target(record, tmp_path / "other" / "eagle3")
+
+
+def test_a_model_is_loaded_without_its_rows(runs, tmp_path):
+    (tmp_path / "rows.jsonl").unlink()
+    loaded = load_trained(str(runs / "lora"))
+    assert loaded.renderer.chat([{"role": "user", "content": "1+2="}])
+    with pytest.raises(DataError, match=r"task\.path='rows\.jsonl': there is no such file"):
+        list(loaded.task.examples("eval"))
+    with pytest.raises(DataError, match="there is no such file"):
+        load_data(loaded.config, loaded.base, loaded.task, train=False)
 
 
 class Adds(Nothing):

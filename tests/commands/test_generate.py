@@ -329,6 +329,7 @@ def test_an_earlier_checkpoint_can_be_asked(train, chats, capsys):
         ("sft", ["prompt=x", "small=there"], "drafter=small and small=PATH"),
         ("sft", ["prompt=x", "drafter=small", "small=no/such/place"], "no/such/place"),
         ("completion", ["prompt="], "the prompt is empty"),
+        ("completion", ["prompt=x", "system=y"], "this run was trained on plain text"),
         ("classification", ["prompt=x"], "this run trained a classifier, which writes no text"),
     ],
 )

@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tasks.reading import DataError
 from tasks.task import Conversation, Labelled, Text
 from trainer.data.chat_template import Refused, has_markers, template
+from trainer.data.encoding import continued_ids, plain_ids
 from trainer.data.render import Renderer, Tokens
+from trainer.models.base import BaseError
 from trainer.models.tiny import CHATML
 from trainer.storage.run_folder import use_template, write_template
 
@@ -306,6 +309,26 @@ def test_a_token_within_an_answer_is_trained_whole(merging, source):
         [1, 5, 2, 5, 3, 5, 1],
         [False, False, True, True, True, False, True],
     )
+
+
+def test_a_tokenizer_that_places_no_token_takes_no_template():
+    words = ByT5Tokenizer(extra_ids=0)
+    with pytest.raises(BaseError, match="ByT5Tokenizer, which does not say where in a text"):
+        made(words, CHATML)
+    plain = Renderer(words, SimpleNamespace(kind="conversation", chat_template="none"))
+    row = plain(chat("ab", "c"))
+    assert row.ids[-2:] == [*words("c", add_special_tokens=False)["input_ids"], words.eos_token_id]
+
+
+def test_a_text_to_continue_has_no_end(tiny):
+    ends = copy.deepcopy(tiny.tokenizer)
+    ends.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", 2)]
+    )
+    assert plain_ids(ends, "ab") == [*plain_ids(tiny.tokenizer, "ab"), 2]
+    for tokenizer in (ends, tiny.tokenizer):
+        assert continued_ids(tokenizer, "ab") == plain_ids(tiny.tokenizer, "ab")
+    assert continued_ids(tiny.tokenizer, "a<|im_end|>") == plain_ids(tiny.tokenizer, "a<|im_end|>")
 
 
 def test_a_tokenizer_without_a_template_asks_for_one(tiny, tmp_path):

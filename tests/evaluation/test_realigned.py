@@ -157,7 +157,9 @@ def test_heads_that_do_not_fit_are_refused(started, rows, tmp_path, capsys):
     def message(draft, target=tuned, *more):
         words = [f"draft={draft}", f"target.run={target}", "dry=true", *more]
         assert exit_code(realign.main, words) == 2
-        return capsys.readouterr().err
+        said = capsys.readouterr()
+        assert said.out == "", "the command is shown only where it can run"
+        return said.err
 
     assert "that run has no drafter, or has not ended yet" in message(tuned)
     assert "it is no drafter's folder" in message(tmp_path)
@@ -166,6 +168,9 @@ def test_heads_that_do_not_fit_are_refused(started, rows, tmp_path, capsys):
         head, tuned, "drafter=mtp_medusa"
     )
     assert "Did you mean draft?" in message(head, tuned, "drift=3")
+    assert "optimizer.lrr" in message(head, tuned, "optimizer.lrr=1")
+    lora = ("drafter_adapter=lora", "drafter_adapter.target_modules=[nowhere]")
+    assert "drafter_adapter.target_modules has 'nowhere'" in message(head, tuned, *lora)
     folder = tmp_path / "copy"
     shutil.copytree(head / "drafter", folder)
     content = json.loads((folder / "config.json").read_text())

@@ -22,7 +22,7 @@ from trainer.assembly.trained import load_trained
 from trainer.exporting import combinable, combined
 from trainer.exporting.combined import merge
 from trainer.exporting.compare import Mismatch
-from trainer.storage.checkpoints import CheckpointError
+from trainer.storage.door import FolderError
 
 ADAPTERS = Path(__file__).parents[2] / "conf" / "adapter"
 SETTINGS = {
@@ -260,7 +260,7 @@ def test_ranks_are_those_that_are_saved():
 
 def test_an_existing_folder_stays(tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(CheckpointError, match=r"out exists\. Remove it, or choose another folder"):
+    with pytest.raises(FolderError, match=r"out exists\. Remove it, or choose another with to="):
         merge(["a", "b"], Combination("cat", (1.0, 1.0)), tmp_path / "out", False)
 
 

@@ -29,7 +29,7 @@ from trainer.exporting import adapter as adapter_module
 from trainer.exporting import compact
 from trainer.exporting.compact import Choice
 from trainer.exporting.compare import Mismatch
-from trainer.storage.checkpoints import CheckpointError
+from trainer.storage.door import FolderError
 
 COMPEFT = Choice("compeft", "both", keep=0.3, strength=1.5)
 DARE = Choice("dare", "B", drop=0.6, strength=0.4)
@@ -315,9 +315,9 @@ def test_the_verb(run_of, tmp_path, capsys):
         f"{out}\nloaded back",
     ):
         assert words in said
-    assert compress.main([f"run={run}", "method=compeft", f"out={out}"]) == 1
+    assert compress.main([f"run={run}", "method=compeft", f"out={out}"]) == 2
     assert "out exists. Remove it" in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match="exists"):
+    with pytest.raises(FolderError, match="exists"):
         compact.expand(out, out)
     assert (out / coding.FILE).exists()
 

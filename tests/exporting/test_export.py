@@ -28,6 +28,7 @@ from trainer.exporting import adapter as adapter_module
 from trainer.exporting import formats, mtp_layers
 from trainer.exporting.compare import Mismatch
 from trainer.storage.checkpoints import CheckpointError
+from trainer.storage.door import FolderError
 
 SHORT = [
     "max_steps=4",
@@ -270,7 +271,7 @@ def test_what_is_there_is_not_overwritten(run_of, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "note").write_text("kept")
     with pytest.raises(
-        CheckpointError, match=r"mine exists. Remove it, or choose another folder with out=FOLDER"
+        FolderError, match=r"mine exists. Remove it, or choose another with out=FOLDER"
     ):
         formats.export(str(run), "peft", tmp_path / "mine", "float32")
     assert (tmp_path / "mine" / "note").read_text() == "kept"

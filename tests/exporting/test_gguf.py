@@ -16,6 +16,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
@@ -197,6 +198,10 @@ def test_what_llama_cpp_cannot_read_is_refused():
     ):
         with pytest.raises(AdapterError, match=text):
             gguf_lora.check(config, tensors)
+    layers = ["model.layers.0.mlp.up_proj", "lm_head"]
+    gguf_lora.refuse_tied(layers, LlamaForCausalLM(CONFIGS["llama, own output layer"]))
+    with pytest.raises(AdapterError, match="lm_head has the embedding's weight"):
+        gguf_lora.refuse_tied(layers, LlamaForCausalLM(CONFIGS["llama"]))
 
 
 @pytest.mark.parametrize("rslora", [True, False])

@@ -21,6 +21,8 @@ from adapters.lora import LoRAAdapter
 from tasks import wheel
 from tasks.wheel import FetchError
 from trainer.assembly.trained import dequantised
+from trainer.data.chat_template import Refused
+from trainer.data.encoding import Encoder, plain_ids
 from trainer.models import base
 from trainer.models import gguf as gguf_module
 from trainer.models import tiny as tiny_module
@@ -349,14 +351,32 @@ def test_a_classifier_whose_body_lacks_weights_is_refused_too(copied):
         hub(copied).load(torch.float32, ["a", "b"])
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(copied):
-    tokenizer = hub(copied).tokenizer
-    tokenizer.add_tokens(["<more>", "<and more>"])
-    tokenizer.save_pretrained(copied)
-    with pytest.raises(
-        BaseError, match="has 261 tokens, the model 259: they do not belong together"
-    ):
+@pytest.mark.parametrize("named", [False, True])
+def test_a_tokenizer_of_another_model_is_refused(copied, named):
+    if named:  # a token of its own texts
+        tokenizer = hub(copied).tokenizer
+        tokenizer.add_special_tokens({"pad_token": "<more>"})
+        tokenizer.save_pretrained(copied)
+    else:
+        edited(copied, vocab_size=200)
+    says = "has ids up to 259, the model embeddings of 259" if named else "ids up to 258, the model"
+    with pytest.raises(BaseError, match=f"{says}.* tokens: they do not belong together"):
         hub(copied).tokenizer
+
+
+@pytest.mark.parametrize("own", [[], ["<own>"]])
+def test_added_tokens_may_lack_an_embedding_and_a_text_with_one_is_refused(copied, own):
+    """Gemma 3's text models have such a token, for images."""
+    tokenizer = hub(copied).tokenizer
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(copied)
+    base = hub(copied, add_tokens=own)
+    assert base.tokenizer.without_embedding == {259: "<image>"}
+    assert base.vocabulary == (261 if own else 259)
+    assert (260 in plain_ids(base.tokenizer, "a<own>")) == bool(own)
+    for encode in (plain_ids, lambda words, text: Encoder(words)(text)):
+        with pytest.raises(Refused, match=r"'<image>' \(259\), for which the model has no"):
+            encode(base.tokenizer, "a<image>")
 
 
 def test_a_tokenizer_without_padding_and_end_is_refused(copied):

@@ -22,10 +22,11 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from adapters.delta import Start
+from adapters.delta import AdaptedLinear, Start
 from adapters.full import Full
 from adapters.lora import LoRAAdapter
 from adapters.peft import Peft
+from adapters.rosa import RoSA
 from tests.toys import adapters as toys
 from trainer.data.batches import Collate, Pick
 from trainer.data.render import Tokens
@@ -499,6 +500,31 @@ def test_a_lora_on_the_output_layer_is_trained_and_can_be_switched_off():
     assert alone == pytest.approx(float(CausalLoss(toys.llama(), 4)(here)[0].detach()), rel=1e-6)
     assert abs(alone - float(summed.detach())) > 0.01
     assert float(loss(here)[0].detach()) == float(summed.detach())
+
+
+def test_an_adapter_reads_the_gradient_of_all_the_output_layers_rows_at_once():
+    model = toys.llama(torch.float32, tie_word_embeddings=False).requires_grad_(False)
+    delta = RoSA(model.lm_head, 3, 2, 1.0, 0.0, torch.float32, torch.float32)
+    model.lm_head = AdaptedLinear(model.lm_head, delta)  # its values have no support yet
+    here, read = batch(rows(9), rows(17)), []
+    delta.watch = lambda dy, x: read.append(dy.t() @ x)
+    (0.5 * CausalLoss(model, 4)(here)[0]).backward()
+    found = [delta.A.grad, delta.B.grad]
+    assert delta.values.grad is None
+
+    weight = model.lm_head.weight.clone().requires_grad_(True)
+    hidden = model.model(input_ids=here["input_ids"], use_cache=False).last_hidden_state
+    logits = (hidden @ weight.t())[:, :-1].flatten(0, 1)
+    naive = F.cross_entropy(logits, here["labels"][:, 1:].flatten(), reduction="sum")
+    (0.5 * naive).backward()
+    assert len(read) == 1
+    torch.testing.assert_close(read[0], weight.grad, rtol=1e-4, atol=1e-5)
+
+    delta.watch, delta.A.grad, delta.B.grad = None, None, None
+    (0.5 * CausalLoss(model, 4)(here)[0]).backward()  # in chunks
+    assert delta.values.grad is None
+    for grad, expected in zip([delta.A.grad, delta.B.grad], found, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT"])

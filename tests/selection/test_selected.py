@@ -18,7 +18,7 @@ from trainer.selection import selected
 from trainer.selection.gradients import RowLoss
 from trainer.selection.selected import Plan, select
 from trainer.storage import run_folder
-from trainer.storage.checkpoints import CheckpointError
+from trainer.storage.door import FolderError
 
 
 def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def test_what_cannot_be_chosen_from_is_refused(warm, tmp_path):
     with pytest.raises(DataError, match="has no row that is no target"):
         select(Plan(str(run), "gradient", 5, to, str(place / "targets.jsonl"), pool))
     to.touch()
-    with pytest.raises(CheckpointError, match=r"rows\.jsonl exists\. Remove it"):
+    with pytest.raises(FolderError, match=r"rows\.jsonl exists\. Remove it"):
         select(Plan(str(run), "random", 5, to))
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 

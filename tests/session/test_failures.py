@@ -18,6 +18,7 @@ from tasks.reading import DataError
 from tasks.wheel import FetchError
 from trainer import __main__
 from trainer.config.errors import ConfigError
+from trainer.data.chat_template import Refused
 from trainer.models.base import BaseError
 from trainer.models.losses import NonFinite
 from trainer.session import failures
@@ -46,6 +47,7 @@ EXPLAINED = {
     "config": (raising(ConfigError("said")), 2, "said"),
     "base": (raising(BaseError("said")), 2, "said"),
     "data": (raising(DataError("said")), 2, "said"),
+    "chat template": (raising(Refused("said")), 2, "said"),
     "adapter": (raising(AdapterError("said")), 2, "said"),
     "download": (raising(FetchError("said")), 2, "said"),
     "folder": (raising(FolderError("said")), 2, "said"),

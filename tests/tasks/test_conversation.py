@@ -332,6 +332,9 @@ def test_a_column_that_was_named_is_missed_under_that_name():
         ),
         ({}, "are of no known format"),
         ({"instruction": "a"}, "Map yours with task.columns={OURS: YOURS}"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "task.columns={completion: chosen}"),
+        ({"chosen": [{}], "rejected": [{}]}, "task.columns={messages: chosen}"),
+        ({"prompt;completion": "a;b"}, "separates columns with ';': write it with commas"),
         (
             ROWS["messages"] | ROWS["prompt_completion"],
             "fit several formats (messages, prompt_completion). Choose one with task.format",

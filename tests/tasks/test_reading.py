@@ -215,6 +215,12 @@ def test_a_split_that_a_data_set_lacks_is_named_with_those_it_has(data_set):
         list(Source("owner/name", "nope", True, "task.path"))
 
 
+def test_a_folder_of_save_to_disk_says_how_to_write_it(data_set):
+    (data_set / "state.json").write_text("{}")
+    with pytest.raises(DataError, match=r"a folder of save_to_disk.* to_parquet\(FILE\)"):
+        list(Source("owner/name", "train", False, "task.path"))
+
+
 def test_a_data_sets_digest_follows_its_content_and_split(data_set):
     def digest(split: str) -> str:
         return Source("owner/name", split, False, "task.path").fingerprint()

@@ -16,6 +16,7 @@ from torch import nn
 from adapters.delta import Adapter, Start, freeze
 from adapters.full import Nothing
 from adapters.linear import float_weight, is_linear
+from tasks import reading
 from trainer.assembly import guarded, start_heads
 from trainer.assembly.build import instantiate, new_modules, new_tokens, set_problem
 from trainer.data import ends
@@ -172,7 +173,10 @@ def load_trained(
     with Progress(f"loading {base.path}"):
         loaded = (base, torch.float32 if fp32 else dtype, identity["labels"], device)
         model = (load_base or Base.load)(*loaded)
-    task = instantiate(config["task"])
+    with reading.read_later():
+        task = instantiate(config["task"])
+    if task.kind == "label" and identity["labels"] is not None:
+        task.labels = identity["labels"]
     set_problem(model, task)
     if dequantise and (base.quantization != "none" or base.is_quantized):
         model = dequantised(model)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tasks.reading import DataError
+from trainer.data.chat_template import Refused
 
 Span = tuple[int, int]
 
@@ -33,7 +34,7 @@ class Encoder:
         spans of all ids would take half as long as tokenising."""
         known = self._known.get(text)
         ids, encoding = known if known is not None else self._all([text])[0]
-        return ids, encoding.token_to_chars
+        return embedded(self.tokenizer, ids), encoding.token_to_chars
 
     def _all(self, texts: list[str]) -> list[tuple[list[int], Any]]:
         encoded = self.tokenizer(
@@ -47,9 +48,38 @@ class Encoder:
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
     """Return the ids of a text alone. A text that brings the token that the tokenizer puts before
-    every text has it once."""
-    ids = tokenizer(text)["input_ids"]
+    every text has it once.
+
+    Raises:
+        Refused: the model has no embedding for one of them.
+    """
+    ids = embedded(tokenizer, tokenizer(text)["input_ids"])
     return ids[1:] if _begins_twice(tokenizer, text, ids) else ids
+
+
+def continued_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of a text that the model continues: without the end token that some tokenizers
+    put after every text, which the text itself does not have."""
+    ids = plain_ids(tokenizer, text)
+    ended = ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
+    return ids[:-1] if ended else ids
+
+
+def embedded(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Return ids that the model has embeddings for; see Base.tokenizer.
+
+    Raises:
+        Refused: it has none for one of them.
+    """
+    without: dict[int, str] = getattr(tokenizer, "without_embedding", {})
+    if without and (lacking := without.keys() & set(ids)):
+        index = min(lacking)
+        raise Refused(
+            f"it has the token {without[index]!r} ({index}), for which the model has no embedding:"
+            " leave it out of the text, or give a base whose embeddings were resized for its"
+            " tokenizer"
+        )
+    return ids
 
 
 def pair_ids(
@@ -61,6 +91,7 @@ def pair_ids(
 
     Raises:
         DataError: `length` leaves no room for two texts.
+        Refused: the model has no embedding for a token.
     """
     options: dict[str, Any] = {}
     if length is not None:
@@ -73,6 +104,7 @@ def pair_ids(
         options = {"truncation": "longest_first", "max_length": length}
     encoded = tokenizer(*texts, **options)
     ids, types = encoded["input_ids"], list(encoded.get("token_type_ids") or [])
+    embedded(tokenizer, ids)
     first = int(_begins_twice(tokenizer, texts[0], ids))
     return ids[first:], types[first:]
 

@@ -168,8 +168,9 @@ def recorded(content: dict[str, Any], tokenizer: Any) -> list[int] | None:
     if not isinstance(record, dict):
         return None
     known = all(
-        isinstance(token, int)
-        and 0 <= token < len(tokenizer)
+        isinstance(text, str)
+        and isinstance(token, int)
+        and tokenizer.convert_tokens_to_ids(text) == token
         and tokenizer.convert_ids_to_tokens(token) == text
         for text, token in record.items()
     )

@@ -144,10 +144,11 @@ def listing(report: Report) -> str:
     """List the first broken rows, one a line, and say how to continue."""
     lines = [f"{where}: {reason}" for where, reason in report.bad[:5]]
     more = report.skipped - len(lines)
+    least = "at least " if report.skipped >= SHOWN else ""  # reading stops there
     return "\n".join(
         [
             *lines,
-            *([f"and {more} more broken rows"] if more > 0 else []),
+            *([f"and {least}{more} more broken rows"] if more > 0 else []),
             "Fix them, or skip them with task.on_bad=skip",
         ]
     )

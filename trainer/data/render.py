@@ -18,7 +18,7 @@ from typing import Any
 from tasks.reading import Bad, DataError
 from tasks.task import Conversation, Example, Labelled, Text
 from trainer.data.chat_template import ChatTemplate, Refused, Span, template
-from trainer.data.encoding import Encoder, pair_ids, plain_ids
+from trainer.data.encoding import Encoder, embedded, pair_ids, plain_ids
 from trainer.data.lost import explained, lost
 from trainer.data.tokens import Rendered, Tokens
 from trainer.data.turns import Turn, turns
@@ -35,7 +35,8 @@ class Renderer:
 
     Raises:
         DataError: there is no chat template, which conversations need, or it cannot be used.
-        BaseError: the tokenizer has no end token, and the model would write text.
+        BaseError: the tokenizer has no end token, and the model would write text; or it does not
+            say where in a text its tokens are, which a chat template needs.
     """
 
     def __init__(self, tokenizer: Any, task: Any, decoder_start: int | None = None):
@@ -79,7 +80,18 @@ class Renderer:
 
     def use(self, chosen: str | dict[str, str] | None) -> None:
         """Take another chat template: its Jinja text, several by name, or None to join prompt and
-        answer as they are."""
+        answer as they are.
+
+        Raises:
+            BaseError: there is one, and the tokenizer does not say where in a text its tokens are.
+        """
+        if chosen is not None and not self.tokenizer.is_fast:
+            kind = type(self.tokenizer).__name__
+            raise BaseError(
+                f"the tokenizer of {self.tokenizer.name_or_path} is {kind}, which does not say"
+                " where in a text its tokens are, so a chat template's answers cannot be found. Set"
+                " task.chat_template=none, or give a base with a tokenizer.json"
+            )
         self.template = chosen
         sources = chosen if isinstance(chosen, dict) else {"default": chosen}
         added = self.tokenizer.added_tokens_decoder
@@ -226,8 +238,9 @@ class Renderer:
         """Return the ids of an answer that follows no template, with the end token."""
         end = self.tokenizer.eos_token_id
         if self.decoder_start is None:
-            return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], end]
-        ids = self.tokenizer(text_target=text)["input_ids"]
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return [*embedded(self.tokenizer, ids), end]
+        ids = embedded(self.tokenizer, self.tokenizer(text_target=text)["input_ids"])
         if ids[:1] == [self.decoder_start]:  # the batch puts it before every answer
             ids = ids[1:]
         return ids if ids[-1:] == [end] else [*ids, end]

@@ -14,7 +14,7 @@ from trainer.assembly.rows import add_prompts, load_data
 from trainer.assembly.trained import Trained
 from trainer.data import prompts
 from trainer.data.chat_template import Refused
-from trainer.data.encoding import plain_ids
+from trainer.data.encoding import continued_ids
 from trainer.data.stops import Stops
 
 
@@ -156,7 +156,7 @@ class Prompts:
         """
         messages = question.messages if messages is None else messages
         if self.renderer is None:
-            ids = plain_ids(self.tokenizer, messages[-1]["content"])
+            ids = continued_ids(self.tokenizer, messages[-1]["content"])
         else:
             answer = {"role": "assistant", "content": ""}
             example = Conversation(

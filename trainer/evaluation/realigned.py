@@ -22,8 +22,8 @@ def arguments(
     a target.
 
     Raises:
-        ConfigError, FolderError, DrafterError: the head or the target cannot be used, or they do
-        not fit each other.
+        ConfigError, FolderError, DrafterError: the head or the target cannot be used, they do not
+        fit each other, or the new run's settings cannot be used.
     """
     from trainer.assembly.build import instantiate
     from trainer.config import compose, run_name
@@ -43,7 +43,7 @@ def arguments(
     runs = runs or str(path.parent)
     compose.register_resolvers()
     run = Path(run_name.run_folder(runs, name, "never"))
-    return run, [
+    words = [
         *copied,
         *_monitor(settings, copied, requested),
         "objective=distill",
@@ -56,6 +56,30 @@ def arguments(
         f"runs={runs}",
         *more,
     ]
+    _check(words)
+    return run, words
+
+
+def _check(words: list[str]) -> None:
+    """Compose the new run's config, and put its LoRA on the head's shapes, before anything starts.
+
+    Raises:
+        ConfigError: the settings cannot be used.
+        DrafterError: the head has no layers for a LoRA.
+    """
+    from omegaconf import OmegaConf
+
+    from trainer.assembly import start_heads
+    from trainer.assembly.build import instantiate
+    from trainer.config import compose
+    from trainer.config.errors import ConfigError, explain
+
+    try:
+        config: Any = OmegaConf.to_container(compose.compose(words), resolve=True)
+    except Exception as error:  # a ConfigError, or Hydra's own: an unknown group or key
+        raise ConfigError(explain(error)) from None
+    if config["drafter_adapter"]:
+        start_heads.make(config, instantiate(config["base"]).skeleton(), None)
 
 
 def _run_of(head: Path, trained_for: dict[str, Any]) -> dict[str, Any] | None:

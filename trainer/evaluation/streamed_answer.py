@@ -18,7 +18,7 @@ from trainer.assembly.chosen_drafter import drafter_of, generation_config
 from trainer.assembly.trained import Trained
 from trainer.config.decoding_options import DrafterOptions, SamplingOptions
 from trainer.config.shown import shown
-from trainer.data.encoding import plain_ids
+from trainer.data.encoding import continued_ids
 from trainer.data.stops import Stops
 from trainer.decoding import positions
 from trainer.decoding.plugin import assist, refusal
@@ -48,7 +48,9 @@ def prompt_ids(run: Trained, prompt: str, system: str | None) -> tuple[list[int]
     """(the prompt's token ids, the stop tokens).
 
     Raises:
-        DataError: the run writes no text, or the prompt is empty.
+        DataError: the run writes no text, it has no place for a system prompt, or the prompt is
+            empty.
+        Refused: the chat template refuses the prompt.
     """
     if run.task.kind == "label":
         raise DataError("this run trained a classifier, which writes no text. Use: graft evaluate")
@@ -58,7 +60,9 @@ def prompt_ids(run: Trained, prompt: str, system: str | None) -> tuple[list[int]
         messages.append({"role": "user", "content": prompt})
         ids = run.renderer.chat(messages)
     else:
-        ids = plain_ids(tokenizer, prompt)
+        if system:
+            raise DataError("system=... has no effect: this run was trained on plain text")
+        ids = continued_ids(tokenizer, prompt)
     if not ids:
         raise DataError("the prompt is empty, and this model starts from at least one token")
     return ids, run.stops

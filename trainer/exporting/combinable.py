@@ -11,7 +11,6 @@ from adapters.errors import AdapterError
 from adapters.lora import VARIANTS
 from adapters.peft_fields import CHANGES_BASE, config_class
 from trainer.storage import run_folder
-from trainer.storage.checkpoints import CheckpointError
 
 OURS = (
     "adapters.bilora.BiLoRAAdapter",
@@ -192,12 +191,3 @@ def check_method(
             f"rank={new_rank}: the sum of the runs' updates has rank"
             f" {sum(r for r in ranks if r)} at most. Leave rank out, or use method=cat"
         )
-
-
-def refuse_existing(out: Path) -> None:
-    """
-    Raises:
-        CheckpointError: the output folder exists.
-    """
-    if out.exists():
-        raise CheckpointError(f"{out} exists. Remove it, or choose another folder with to=FOLDER")

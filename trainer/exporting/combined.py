@@ -33,7 +33,7 @@ from trainer.exporting.adapter import check_tensors, save_adapter
 from trainer.exporting.compare import compare, effect, outputs
 from trainer.exporting.serving import Serving
 from trainer.models.losses import CausalLoss
-from trainer.storage import atomic
+from trainer.storage import atomic, door
 from trainer.storage.progress import Progress
 
 RECORD = "merge.json"
@@ -67,10 +67,10 @@ def merge(runs: list[str], how: Combination, out: Path, evaluate: bool) -> Merge
     """Combine the adapters of runs of one base, write the folder, load it back and compare.
 
     Raises:
-        AdapterError, CheckpointError: the runs cannot be combined, or the folder exists.
+        AdapterError, FolderError: the runs cannot be combined, or the folder exists.
         Mismatch: the loaded folder answers differently; nothing is left behind.
     """
-    combinable.refuse_existing(out)
+    door.refuse_existing(out, "to=FOLDER")
     contents = combinable.read(runs)
     combinable.check_method(runs, contents, how.method, how.rank)
     with atomic.folder(out) as temporary, Progress(f"merging {len(runs)} runs to {out}"):

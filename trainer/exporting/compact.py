@@ -26,8 +26,7 @@ from trainer.exporting.adapter import save_adapter, verify_adapter
 from trainer.exporting.compare import compare, outputs
 from trainer.exporting.serving import Serving
 from trainer.models.losses import CausalLoss, ClassLoss
-from trainer.storage import atomic, run_folder
-from trainer.storage.checkpoints import CheckpointError
+from trainer.storage import atomic, door, run_folder
 
 ALPHAS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)  # the range that ComPEFT's authors search
 Q_STEPS = 8  # from 1 - drop to 1, in equal factors
@@ -320,10 +319,9 @@ def _appearing(out: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `out` if nothing fails.
 
     Raises:
-        CheckpointError: `out` exists.
+        FolderError: `out` exists.
     """
-    if out.exists():
-        raise CheckpointError(f"{out} exists. Remove it, or choose another folder with out=FOLDER")
+    door.refuse_existing(out, "out=FOLDER")
     with atomic.folder(out) as temporary:
         yield temporary
 

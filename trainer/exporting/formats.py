@@ -13,8 +13,7 @@ from trainer.exporting.adapter import save_adapter, verify_adapter
 from trainer.exporting.heads import check_drafter, write_drafter, write_gguf, write_head
 from trainer.exporting.merged import write_merged
 from trainer.exporting.serving import Serving
-from trainer.storage import atomic
-from trainer.storage.checkpoints import CheckpointError
+from trainer.storage import atomic, door
 from trainer.storage.progress import Progress
 
 
@@ -34,6 +33,8 @@ def export(
     """
     if to in ("drafter", "mtp", "gguf_draft", *engines.LAYOUTS):
         check_drafter(run, to)
+    if out is not None:
+        door.refuse_existing(out, "out=FOLDER")
     source = load_trained(run, fp32=True, dequantise=to in ("merged", "mtp", "gguf"))
     if to == "shira" and not hasattr(source.adapter, "save_pair"):
         raise AdapterError(
@@ -44,8 +45,7 @@ def export(
         source.adapter.refuse_merging()
     # The run's folder `drafter` holds that of its last step.
     out = out or source.folder / (f"drafter-step-{source.step}" if to == "drafter" else to)
-    if out.exists():
-        raise CheckpointError(f"{out} exists. Remove it, or choose another folder with out=FOLDER")
+    door.refuse_existing(out, "out=FOLDER")
     with atomic.folder(out) as temporary, Progress(f"exporting to {out}"):
         copied = unembedding == "copied"
         difference = _write(source, to, temporary, dtype, verifier, copied)

@@ -46,6 +46,20 @@ def check(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         )
 
 
+def refuse_tied(layers: list[str], skeleton: Any) -> None:
+    """
+    Raises:
+        AdapterError: a layer has its weight from the embedding, so the base's GGUF file has none.
+    """
+    own = {name for name, _ in skeleton.named_parameters()}  # a tied weight has one name
+    for layer in layers:
+        if f"{layer}.weight" not in own:
+            raise AdapterError(
+                f"to=gguf_lora: {layer} has the embedding's weight, and llama.cpp finds no layer of"
+                " that name in the base's file: use to=gguf, the merged model"
+            )
+
+
 @torch.no_grad()
 def write_gguf_lora(run: Trained, folder: Path) -> float:
     """Write the adapter, read the file back, and compare each layer's update with that of the
@@ -66,6 +80,7 @@ def write_gguf_lora(run: Trained, folder: Path) -> float:
         tensors = load_file(stored)
     check(config, tensors)
     pairs = _pairs(tensors, config)
+    refuse_tied(list(pairs), run.base.skeleton())
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / FILE, model.config, family, config, pairs)
     merged: Any = run.adapter.merge(run.model)

@@ -86,7 +86,7 @@ def of(tokenizer: Any, size: int) -> Vocabulary:
     words = {number: word for word, number in tokenizer.get_vocab().items()}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     tokens, kinds = [], []
-    for number in range(max(size, max(words) + 1)):
+    for number in range(max(size, max(words.keys() - special.keys(), default=0) + 1)):
         word = words.get(number)
         tokens.append(f"[PAD{number}]" if word is None else word)
         kinds.append(_type(word, special.get(number), sentencepiece))

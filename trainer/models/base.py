@@ -85,7 +85,7 @@ class Base:
 
         Raises:
             BaseError: there is no tokenizer, it has neither a pad nor an end token, or it has more
-                tokens than the model.
+                tokens than the model, other than added ones.
         """
         tokenizer = self.load_tokenizer()
         if tokenizer.pad_token_id is None:
@@ -98,14 +98,31 @@ class Base:
             tokenizer.pad_token = tokenizer.eos_token
         # Lengths are checked row by row (trainer.data); the tokenizer's warning would name no row.
         tokenizer.model_max_length = 1 << 30
-        vocabulary = self.config.get_text_config().vocab_size
-        if (own := len(tokenizer) - len(self._added)) > vocabulary:
-            raise BaseError(
-                f"the tokenizer of {self.path} has {own} tokens, the model {vocabulary}:"
-                " they do not belong together, or tokens were added without resizing the model's"
-                " embeddings."
-            )
+        tokenizer.without_embedding = self._without_embedding(tokenizer)
         return tokenizer
+
+    def _without_embedding(self, tokenizer: Any) -> dict[int, str]:
+        """Return the added tokens that the model has no embedding for, as Gemma 3's text models
+        have none for images. A text with one of them is refused (trainer.data.encoding).
+
+        Raises:
+            BaseError: there are other tokens without one, or the tokenizer itself writes such a
+                token into texts.
+        """
+        size = self.config.get_text_config().vocab_size
+        beyond = {
+            index: token
+            for token, index in tokenizer.get_vocab().items()
+            if index >= size and index not in self._added
+        }
+        named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        if beyond.keys() - tokenizer.added_tokens_decoder.keys() or beyond.keys() & named:
+            raise BaseError(
+                f"the tokenizer of {self.path} has ids up to {max(beyond)}, the model embeddings of"
+                f" {size} tokens: they do not belong together, or tokens were added without"
+                " resizing the model's embeddings"
+            )
+        return beyond
 
     def load_tokenizer(self) -> Any:
         """Return the tokenizer as exports write it: as its files have it, with its own pad token
@@ -129,7 +146,10 @@ class Base:
     def vocabulary(self) -> int:
         """The number of rows of the embedding: with added tokens, as many as they need."""
         size = self.config.get_text_config().vocab_size
-        return max(size, len(self.tokenizer)) if self.add_tokens else size
+        if not self.add_tokens:
+            return size
+        assert self.tokenizer is not None  # which numbers the added tokens
+        return max(size, *(index + 1 for index in self._added))
 
     @functools.cached_property
     def longest(self) -> int:

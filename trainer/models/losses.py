@@ -78,7 +78,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         best = torch.zeros_like(targets, dtype=torch.bool)
         among = torch.zeros_like(best)
         grad_hidden = torch.empty_like(hidden)
-        grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        grads: list[Tensor | None] = [None] * len(parameters)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             with torch.enable_grad():
@@ -89,10 +89,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             )
             loss += losses.sum()
             inputs = [part, *parameters]
-            grad_part, *chunk_grads = torch.autograd.grad(logits, inputs, slopes)
+            # A parameter may not compute yet, as RoSA's values before there is a mask.
+            grad_part, *chunk_grads = torch.autograd.grad(logits, inputs, slopes, allow_unused=True)
             grad_hidden[rows] = grad_part
-            for total, grad in zip(grads, chunk_grads, strict=True):
-                total += grad
+            for i, grad in enumerate(chunk_grads):
+                total = grads[i]
+                if grad is not None:
+                    grads[i] = (
+                        grad.to(torch.float32, copy=True) if total is None else total.add_(grad)
+                    )
             del logits, slopes, grad_part, chunk_grads
         ctx.save_for_backward(grad_hidden, *grads)
         ctx.dtypes = [p.dtype for p in parameters]
@@ -105,7 +110,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         grad_hidden, *grads = ctx.saved_tensors
         scaled = [
-            (grad * grad_loss).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+            None if grad is None else (grad * grad_loss).to(dtype)
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
         return (grad_hidden * grad_loss.to(grad_hidden.dtype), *[None] * 5, *scaled)
 
@@ -208,15 +214,9 @@ class CausalLoss:
                 else None
             )
             hidden, features, extra = self.forward(batch, more)
-            parameters = tuple(p for p in self.layer.parameters() if p.requires_grad)
+            states, head, parameters = self.readout(picked(hidden, at))
             loss, right = chunked_cross_entropy(
-                picked(hidden, at),
-                targets,
-                self.head,
-                self.chunk,
-                parameters,
-                weights,
-                self.native,
+                states, targets, head, self.chunk, parameters, weights, self.native
             )
         tokens = count(at) if weights is None else weights.sum()
         sums = {"loss": loss.detach(), "tokens": tokens, "right": right.detach()}
@@ -224,6 +224,15 @@ class CausalLoss:
             term, sums["offsets"] = self.drafted(batch, hidden, features, extra)
             loss = self.drafter.main_weight * loss + term
         return loss, sums
+
+    def readout(self, states: Float[Tensor, "n d"]) -> tuple[Tensor, Head, tuple[Tensor, ...]]:
+        """Return (states, the function from them to logits, its trained parameters). Where an
+        adapter of the output layer reads gradients, the states are the logits themselves: it reads
+        those of a whole micro-batch, and in a chunk they would be parts of another scale."""
+        assert self.head is not None
+        if torch.is_grad_enabled() and getattr(self.layer, "reads_gradients", False):
+            return self.head(states), _identity, ()
+        return states, self.head, tuple(p for p in self.layer.parameters() if p.requires_grad)
 
     def windowed(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return a batch to train on whose tokens before the window, if there is one, have run."""

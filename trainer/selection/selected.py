@@ -31,8 +31,7 @@ from trainer.selection.choose import Choice
 from trainer.selection.gradients import RowLoss, Sketch
 from trainer.selection.store import Store
 from trainer.selection.whiten import Whitening
-from trainer.storage import atomic, run_folder
-from trainer.storage.checkpoints import CheckpointError
+from trainer.storage import atomic, door, run_folder
 from trainer.storage.locks import locked
 
 log = logging.getLogger("trainer")
@@ -90,14 +89,13 @@ def select(plan: Plan) -> Selected:
     """Choose rows, and write them with their record.
 
     Raises:
-        CheckpointError: the output exists.
+        FolderError: the output exists.
         DataError: there are no rows, no targets, or too few to choose from.
         AdapterError: the run has no adapter whose gradients say anything.
     """
     record = plan.to.with_suffix(".select.json")
     for path in (plan.to, record):
-        if path.exists():
-            raise CheckpointError(f"{path} exists. Remove it, or choose another with to=FILE")
+        door.refuse_existing(path, "to=FILE")
     work = plan.to.with_name(f"{plan.to.name}.work")
     folder, content, _ = run_folder.read(plan.run)
     if plan.by != "random":

@@ -12,7 +12,7 @@ from tasks.reading import DataError
 from tasks.task import Conversation
 from trainer.config.errors import PANIC, panicked
 from trainer.data.chat_template import Refused
-from trainer.data.encoding import plain_ids
+from trainer.data.encoding import continued_ids
 from trainer.decoding.sampling import Sampling
 from trainer.serving.errors import ApiError
 from trainer.serving.models import Served
@@ -74,21 +74,24 @@ def _prompt(
     seed: int,
     text: str | Sequence[object] | None,
 ) -> Prompt:
+    setting = "messages" if isinstance(settings, ChatSettings) else "prompt"
     try:
         ids = _chat_ids(model, settings) if text is None else _text_ids(model, text)
+    except Refused as error:
+        raise ApiError(400, str(error), setting) from None
     except BaseException as error:
         if type(error).__name__ != PANIC:
             raise
-        raise ApiError(400, panicked(error), "prompt") from None
+        raise ApiError(400, panicked(error), setting) from None
     if not ids:
         raise ApiError(
-            400, "the prompt is empty, and this model starts from at least one token", "prompt"
+            400, "the prompt is empty, and this model starts from at least one token", setting
         )
     temperature = 1.0 if settings.temperature is None else settings.temperature
     sampling = Sampling(temperature, settings.top_p or 1.0, settings.top_k or 0, seed)
     return Prompt(
         ids,
-        _room(model, len(ids), settings.max_tokens, default_tokens),
+        _room(model, len(ids), settings.max_tokens, default_tokens, setting),
         sampling,
         settings.seed is not None and temperature > 0,
         (*model.stops.texts, *settings.stops),
@@ -101,7 +104,7 @@ def _prompt(
 
 def _text_ids(model: Served, text: str | Sequence[object]) -> list[int]:
     if isinstance(text, str):
-        return plain_ids(model.tokenizer, text)
+        return continued_ids(model.tokenizer, text)
     ids = [item for item in text if isinstance(item, int)]
     if largest := max((i for i in ids if i >= model.target.config.vocab_size), default=0):
         raise ApiError(
@@ -131,8 +134,8 @@ def _chat_ids(model: Served, settings: Settings) -> list[int]:
         raise ApiError(400, str(error), "messages") from None
 
 
-def _room(model: Served, length: int, limit: int | None, default: int) -> int:
-    """Return how many tokens the answer may have.
+def _room(model: Served, length: int, limit: int | None, default: int, setting: str) -> int:
+    """Return how many tokens the answer may have. `setting` holds the prompt.
 
     Raises:
         ApiError: the model has no room for that many.
@@ -145,7 +148,7 @@ def _room(model: Served, length: int, limit: int | None, default: int) -> int:
             f"the prompt has {length} tokens{answer}, and {model.name} takes {model.longest}"
             " tokens of prompt and answer together: shorten the prompt"
             + (" or lower max_tokens" if room > 0 else ""),
-            "messages" if model.kind == "chat" else "prompt",
+            setting,
             "context_length_exceeded",
         )
     return min(default, room) if limit is None else limit

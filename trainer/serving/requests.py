@@ -182,11 +182,9 @@ def parse_plain(kind: type[AnyModel], body: bytes) -> AnyModel:
 
 def _explained(kind: type[BaseModel], error: ValidationError) -> ApiError:
     """Return the first fault as a message: the setting, its value, and what was expected."""
-    fault = error.errors(include_url=False)[0]
-    # of a union pydantic names the member after the field
-    place = [part for part in fault["loc"] if isinstance(part, int) or part.isidentifier()]
-    kinds = {"str", "int", "constrained"}
-    name = ".".join(str(part) for part in place if part not in kinds)
+    faults = _of_the_nearest_form(error.errors(include_url=False))
+    fault = faults[0]
+    name = _place(fault)
     if fault["type"] == "json_invalid":
         what = str(fault["msg"]).removeprefix("Invalid JSON: ")
         return ApiError(400, f"the body is no JSON: {what}", code="invalid_json")
@@ -199,5 +197,35 @@ def _explained(kind: type[BaseModel], error: ValidationError) -> ApiError:
         hint = f"Did you mean {close[0]}?" if close else "This server does not support it."
         return ApiError(400, f"{shown(name[:60])}: there is no such setting. {hint}", name[:60])
     value = shown(repr(fault["input"])[:60])
-    expected = str(fault["msg"]).replace("Input should be", "expected")
+    more = [str(each["msg"]).removeprefix("Input should be ") for each in faults[1:]]
+    expected = " or ".join(dict.fromkeys([str(fault["msg"]), *more]))
+    expected = expected.replace("Input should be", "expected")
     return ApiError(400, f"{name}={value}: {expected[0].lower()}{expected[1:]}", name)
+
+
+def _place(fault: Any) -> str:
+    """Return the setting of a fault, with the numbers of entries, as prompt.1."""
+    # of a union pydantic names the member after the field
+    kinds = {"str", "int", "constrained"}
+    place = [part for part in fault["loc"] if isinstance(part, int) or part.isidentifier()]
+    return ".".join(str(part) for part in place if part not in kinds)
+
+
+def _of_the_nearest_form(faults: list[Any]) -> list[Any]:
+    """Return the faults of the first setting in the form that its value comes nearest to.
+
+    A setting may have several forms, as a text or a list of texts, and pydantic lists the faults of
+    each. The nearest form has a value of the right type, or the most entries before the first
+    fault. Equally near forms give a fault each.
+    """
+    forms: dict[str, Any] = {}
+    for fault in faults:
+        if fault["loc"][:1] == faults[0]["loc"][:1]:
+            forms.setdefault(str(fault["loc"][1:2]), fault)
+
+    def nearness(fault: Any) -> tuple[bool, list[int]]:
+        entries = [part for part in fault["loc"] if isinstance(part, int)]
+        return not fault["type"].endswith("_type"), entries
+
+    nearest = max(map(nearness, forms.values()))
+    return [fault for fault in forms.values() if nearness(fault) == nearest]

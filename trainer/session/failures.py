@@ -15,6 +15,7 @@ from tasks.wheel import FetchError
 from trainer.config.errors import EXIT_BAD_INPUT, PANIC, ConfigError, panicked, unwritable
 from trainer.config.secrets import redact
 from trainer.config.shown import say
+from trainer.data.chat_template import Refused
 from trainer.data.loader import LoadingError, killed
 from trainer.drafters import DrafterError
 from trainer.exporting.upload import UploadError
@@ -36,6 +37,7 @@ _BAD_INPUT = (
     FetchError,
     FolderError,
     NoSuchCheckpoint,
+    Refused,
 )
 _FAULTS = (CheckpointError, LoadingError, NonFinite, UploadError)
 

@@ -31,6 +31,16 @@ class FolderError(RuntimeError):
     """The run folder cannot be used. The message says why and how to fix it."""
 
 
+def refuse_existing(path: Path, fix: str) -> None:
+    """Refuse an output that exists already. `fix` is the option that names another.
+
+    Raises:
+        FolderError: it exists, if only as a link that leads nowhere.
+    """
+    if path.exists() or path.is_symlink():
+        raise FolderError(f"{path} exists. Remove it, or choose another with {fix}")
+
+
 def enter(folder: Path, passed: str = "wandb") -> None:
     """Refuse a folder with a symbolic link that leads out of it, or with an entry that is neither a
     file nor a folder: reading it could have no end, and writing to it would write elsewhere.

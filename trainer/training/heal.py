@@ -83,20 +83,18 @@ class TeacherLoss(CausalLoss):
         """Return (summed loss, {loss, tokens, right}), where `loss` is the cross-entropy alone."""
         if not torch.is_grad_enabled():
             return super().__call__(batch)
-        assert self.head is not None
         assert self.taught.head is not None
         mine = self.windowed(batch)
         at = supervised(mine)
         targets, weights = targets_at(mine, at)
-        hidden = picked(self.forward(mine)[0], at)
-        parameters = tuple(p for p in self.layer.parameters() if p.requires_grad)
+        hidden, head, parameters = self.readout(picked(self.forward(mine)[0], at))
         loss, right = chunked_cross_entropy(
-            hidden, targets, self.head, self.chunk, parameters, weights, self.native
+            hidden, targets, head, self.chunk, parameters, weights, self.native
         )
         with torch.no_grad():
             self.taught.model.to(hidden.device)
             states = picked(self.taught.forward(batch)[0], supervised(batch))
-        how = Distillation("kl", self.taught.head, (self.head,))
+        how = Distillation("kl", self.taught.head, (head,))
         scale = torch.ones_like(hidden[:, 0]) if weights is None else weights
         divergence, _ = chunked_distillation(
             hidden.unsqueeze(0), states, scale.unsqueeze(0), how, self.chunk, parameters
