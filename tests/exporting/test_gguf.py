@@ -182,6 +182,8 @@ def test_what_llama_cpp_cannot_read_is_refused():
     yarn = LlamaConfig(**SIZES, rope_parameters=LLAMA3 | {"rope_type": "yarn"})
     with pytest.raises(AdapterError, match="rotary scaling 'yarn'"):
         gguf_model.family_of(yarn)
+    with pytest.raises(AdapterError, match="no rotary scaling 'llama3' for qwen3"):
+        gguf_model.family_of(Qwen3Config(**SIZES, rope_parameters=LLAMA3))
     for kind in (MistralConfig, Phi3Config):
         with pytest.raises(AdapterError, match="ignores sliding_window=8 of"):
             gguf_model.family_of(kind(**SIZES, sliding_window=8))

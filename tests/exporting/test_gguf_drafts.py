@@ -17,20 +17,24 @@ from trainer.exporting.compare import Mismatch
 
 BLOCK = {"offsets": 4, "draft_layers": 2, "aux_layers": [1, 2, 3]}
 PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
 CASES = {
     "eagle3": ("llama", "eagle3", {}, {}),
     "eagle3 of all tokens": ("mistral", "eagle3", {"draft_vocab_size": None}, {}),
-    "eagle3 for Qwen": ("qwen3", "eagle3", {"layer": "llama"}, {}),
+    "eagle3 for Qwen": ("qwen3", "eagle3", {"layer": "llama"}, PLAIN),
     "dspark": ("qwen3", "dspark", BLOCK | {"markov_rank": 6}, PLAIN),
     "dflash": ("llama", "dflash", BLOCK, PLAIN),
+    "dspark, scaled": ("llama", "dspark", BLOCK | {"markov_rank": 6}, {}),
 }
 
 
 def tokenizer():
     """One over bytes, with as many words as the model has rows."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: V - 2]
-    vocab = {name: at for at, name in enumerate(["<s>", "</s>", *alphabet])}
-    built = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: V - 3]
+    merge = (alphabet[0], alphabet[1])  # llama.cpp loads none without merges
+    names = ["<s>", "</s>", *alphabet, "".join(merge)]
+    vocab = {name: at for at, name in enumerate(names)}
+    built = Tokenizer(models.BPE(vocab=vocab, merges=[merge]))
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=built, bos_token="<s>", eos_token="</s>")
@@ -133,6 +137,7 @@ def test_a_block_has_llama_cpps_names_and_keys(tmp_path, monkeypatch, case):
     assert keys["general.architecture"] == "dflash"
     assert keys["dflash.target_layers"] == [1, 2, 3]
     assert (keys["dflash.block_size"], keys["dflash.sample_from_anchor"]) == (4, True)
+    assert keys["dflash.has_confidence_head"] is (case == "dspark")
     mask = int(run.drafter.mask_token)
     assert keys["tokenizer.ggml.mask_token_id"] == keys["dflash.mask_token_id"] == mask
     if case == "dflash":  # a Markov head of zeros computes the same
@@ -150,7 +155,7 @@ def test_a_block_has_llama_cpps_names_and_keys(tmp_path, monkeypatch, case):
         ("llama", "eagle3", {"norm_output": True}, {}, "and drafter.norm_output"),
         ("llama", "eagle3", {"aux_layers": [1, 2]}, {}, "the head reads 2 states"),
         ("llama", "eagle3", {"aux_layers": [1, 2, 4]}, {}, "none after the last"),
-        ("llama", "dspark", BLOCK, {}, "the rotary scaling 'llama3'"),
+        ("llama", "dspark", BLOCK, {"rope_parameters": LINEAR}, "the rotary scaling 'linear'"),
     ],
 )
 def test_what_llama_cpp_cannot_compute_is_refused(kind, name, changes, sizes, message):

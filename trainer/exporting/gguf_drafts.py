@@ -4,10 +4,10 @@
     dflash   Qwen3 layers over a block, with or without a Markov head; rows in halves
 
 Names, keys and computation are those of llama.cpp's src/models/eagle3.cpp and dflash.cpp, of its
-converters (conversion/llama.py, conversion/qwen.py) and of src/llama-arch.cpp, as of summer 2026:
-the package gguf has neither architecture. llama.cpp itself was not run. Its layers are counted by
-their inputs, as transformers' hidden_states are and as `Drafter.layers`. Older versions have other
-names for two keys, so both are written.
+converters (conversion/llama.py, conversion/qwen.py) and of src/llama-arch.cpp, as of build 11434:
+the package gguf has neither architecture. Its layers are counted by their inputs, as transformers'
+hidden_states are and as `Drafter.layers`. The first versions have other names for two keys, so both
+are written.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from trainer.exporting.draft_head import DraftHead
 from trainer.exporting.serving import Serving
 
 FILE = "draft.gguf"
-STATES = 3  # of EAGLE-3, as llama.cpp's first versions demand
+STATES = 3  # of EAGLE-3, as llama.cpp demands
 TARGETS = ("llama", "mistral", "qwen3")  # whose layers' inputs llama.cpp gives to a draft
-ROPES = {"eagle3": ("default", "llama3"), "block": ("default",)}
+ROPES = ("default", "llama3")
 OTHERWISE = "to=sglang or to=speculators is for other engines, and to=drafter for Graft"
 MTP = "An MTP layer is part of the model: to=mtp, and llama.cpp's convert_hf_to_gguf.py on it"
 _NAMES = {
@@ -90,11 +90,10 @@ def _unlike(drafter: Block | Eagle3, model: Any) -> str | None:
             f"the head reads the states {', '.join(map(str, drafter.layers))}, and llama.cpp keeps"
             " those before a layer, so none after the last: train with other drafter.aux_layers"
         )
-    kind = "block" if isinstance(drafter, Block) else "eagle3"
     family = getattr(drafter, "family", None)
     layer = config if family is None else family.config
     rope = (layer.rope_parameters or {}).get("rope_type", "default")
-    if rope not in ROPES[kind]:
+    if rope not in ROPES:
         return f"the rotary scaling {rope!r} of the draft layer is not written here"
     if isinstance(drafter, Block):
         return None
@@ -130,6 +129,9 @@ def write(head: DraftHead, folder: Path, dtype: str, serving: Serving) -> None:
     if block:
         writer.add_uint32(f"{arch}.block_size", head.drafts)
         writer.add_bool(f"{arch}.sample_from_anchor", True)
+        # Otherwise --spec-draft-p-min would silently change nothing.
+        trained = block_layouts.CONFIDENCE in head.own
+        writer.add_bool(f"{arch}.has_confidence_head", trained)
         writer.add_uint32(f"{arch}.mask_token_id", head.mask_token)  # of older versions
         writer.add_mask_token_id(head.mask_token)
     else:

@@ -90,6 +90,8 @@ def _unlike(config: Any) -> str | None:
     kind = _rope(config).get("rope_type", "default")
     if kind not in ("default", "llama3", "linear", "longrope"):
         return f"the rotary scaling {kind!r} is not written here"
+    if kind == "llama3" and config.model_type not in ("llama", "mistral"):
+        return f"llama.cpp has no rotary scaling {kind!r} for {config.model_type}"
     if config.model_type in GEMMA:
         return _unlike_gemma(config)
     window = getattr(config, "sliding_window", None)
