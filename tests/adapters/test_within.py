@@ -17,7 +17,7 @@ from tests.adapters import test_spiel
 from tests.toys import adapters as toys
 from tests.toys.sparse import make as rosa
 from trainer.exporting.compare import Mismatch
-from trainer.exporting.merged import report_filled, zeros
+from trainer.exporting.merged import PRUNED, PRUNED_TOO, report_filled, zeros
 
 ADAMW = partial(torch.optim.AdamW, lr=0.02, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 ROSA = {"alpha": 6.0, "within": "nonzero", "restart_after_mask": False, "gradient": "gathered"}
@@ -160,12 +160,13 @@ def test_a_merged_lora_on_a_pruned_base_is_reported(caplog):
         before = zeros(model)
     merged = copy.deepcopy(adapter.merge(model))
     with caplog.at_level(logging.WARNING, "trainer"):
-        report_filled(before, zeros(merged), "all")
+        report_filled(before, zeros(merged), "all", PRUNED)
     assert "merging fills 100 % of its zeros: the pattern is lost" in caplog.text
     assert "adapter.within=nonzero" in caplog.text
     with pytest.raises(Mismatch, match=r"despite adapter.within=nonzero"):
-        report_filled(before, zeros(merged), "nonzero")
+        report_filled(before, zeros(merged), "nonzero", PRUNED)
     caplog.clear()
-    report_filled((0, 100), (0, 100), "all")
-    report_filled((50, 100), (50, 100), "nonzero")
+    report_filled((0, 100), (0, 100), "all", PRUNED)
+    report_filled((50, 100), (50, 100), "nonzero", PRUNED)
+    report_filled((8, 100), (0, 100), "all", PRUNED_TOO)
     assert not caplog.text

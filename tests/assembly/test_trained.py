@@ -14,6 +14,7 @@ from tests.toys import adapters as toys
 from trainer.assembly import trained as trained_module
 from trainer.assembly.rows import load_data
 from trainer.assembly.trained import Tuned, load_recorded_target, load_trained, load_tuned
+from trainer.config import paths
 from trainer.models.base import BaseError
 from trainer.storage.checkpoints import CheckpointError
 from trainer.storage.run_folder import FolderError
@@ -70,6 +71,12 @@ def test_a_model_is_loaded_without_its_rows(runs, tmp_path):
         list(loaded.task.examples("eval"))
     with pytest.raises(DataError, match="there is no such file"):
         load_data(loaded.config, loaded.base, loaded.task, train=False)
+
+
+def test_a_base_that_is_gone_is_named_with_the_way_out(runs, monkeypatch):
+    monkeypatch.setattr(paths, "base_fault", lambda path: "there is no such folder")
+    with pytest.raises(BaseError, match="record its new place by resuming the run"):
+        load_trained(str(runs / "lora"))
 
 
 class Adds(Nothing):

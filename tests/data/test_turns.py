@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections import Counter
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,12 +30,15 @@ from tests.toys.chat_templates import (
     trained,
 )
 from trainer.data.batches import Collate
-from trainer.data.chat_template import ChatTemplate, with_defaults
+from trainer.data.cache_key import cache_key
+from trainer.data.chat_template import ChatTemplate, use_day, with_defaults
 from trainer.data.encoding import plain_ids
 from trainer.data.packing import pack
 from trainer.data.render import Renderer
 from trainer.data.rows import Rows, tokenise
 from trainer.data.streaming import StreamingBatches
+from trainer.exporting.serving import Serving
+from trainer.models.tiny import CHATML
 
 THOUGHTS = [
     said("user", U),
@@ -199,6 +204,36 @@ def test_variables_of_the_template_reach_it_in_training_and_at_inference():
     assert prompt.endswith("assistant\n<think>\n\n</think>\n\n")
     own = Conversation([*TWO[:1], said("assistant", "x")], "here", variables={"messages": []})
     assert "chat_template_kwargs sets messages" in str(rendered_or_reason(one, own))
+
+
+def test_a_date_is_that_of_the_runs_start():
+    dated = copy.deepcopy(tokenizer("qwen-3"))
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"
+
+    def asked(*starts):
+        task = SimpleNamespace(
+            kind="conversation", chat_template=None, on_bad="raise", fingerprint=lambda split: "x"
+        )
+        use_day({"starts": [{"time": time} for time in starts]}, task)
+        one = Renderer(dated, task)
+        return dated.decode(one.chat(TWO[:1])), cache_key(task, "train", one, 9, "drop")
+
+    first, key = asked("2020-02-03T23:59:59+0000", "2021-01-01T00:00:00+0000")
+    assert first.startswith("03 Feb 2020 ")
+    today, other = asked()
+    assert today.startswith(date.today().strftime("%d %b %Y "))
+    assert asked()[1] == other != key
+
+
+def test_an_export_on_another_day_writes_that_day(tiny, tmp_path):
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    task = SimpleNamespace(
+        kind="conversation", chat_template=str(tmp_path / "dated.jinja"), day=date(2020, 2, 3)
+    )
+    one = Renderer(tiny.tokenizer, task)
+    assert tiny.tokenizer.decode(one.chat(TWO[:1])).startswith("03 Feb 2020")
+    Serving(tiny, one, [])._write_tokenizer(tmp_path / "out")  # it is loaded back and compared
+    assert "strftime_now" in (tmp_path / "out" / "chat_template.jinja").read_text()
 
 
 def rendered_or_reason(one: Renderer, example: Conversation) -> Any:

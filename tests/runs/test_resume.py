@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -14,6 +15,7 @@ import yaml
 
 from tests.conftest import ROOT, sums, write_rows
 from tests.toys.power_cuts import PowerCut, cut_at, outcome
+from trainer.session import start_point
 from trainer.storage import checkpoints, journal
 from trainer.storage.checkpoints import CheckpointError
 
@@ -159,9 +161,22 @@ def test_other_data_is_refused(train, tmp_path, monkeypatch):
         cut_at(patch, 6)
         with pytest.raises(PowerCut):
             train(f"task.path={rows}", *COMMON)
+    moved = rows.rename(tmp_path / "moved.jsonl")
+    with monkeypatch.context() as patch:
+        cut_at(patch, 8)
+        with pytest.raises(PowerCut):  # the same rows elsewhere
+            train(f"task.path={moved}", *COMMON, "resume=auto")
     write_rows(rows, sums(40, seed=1))
-    with pytest.raises(CheckpointError, match="data: the rows of train"):
+    with pytest.raises(CheckpointError, match=r"(?s)task\.path: .*data: the rows of train"):
         train(f"task.path={rows}", *COMMON, "resume=auto")
+
+
+def test_places_are_compared_by_what_they_hold():
+    config = {"task": {"parts": {"sql": {}}}}
+    assert start_point._places(config, False, True) == ("base.path",)
+    free = start_point._places(config, True, False)
+    assert {"task.path", "task.parts.sql.path", "task.parts.sql.eval_path"} <= {*free}
+    assert "base.path" not in free
 
 
 def test_a_constant_run_can_be_made_longer(train, chats):
@@ -174,9 +189,16 @@ def test_a_constant_run_can_be_made_longer(train, chats):
 
 
 def test_a_finished_run_is_left_alone(train, chats):
-    run = train(f"task.path={chats}", *COMMON)
+    settings = (*COMMON, "report=true")
+    run = train(f"task.path={chats}", *settings)
     before = (run / "metrics.jsonl").read_text()
-    assert train(f"task.path={chats}", *COMMON, "resume=auto") == run
+    recorded = yaml.safe_load((run / "run.yaml").read_text())
+    assert train(f"task.path={chats}", *settings, "resume=auto") == run
+    assert yaml.safe_load((run / "run.yaml").read_text()) == recorded
+    moved = shutil.copy(chats, chats.with_name("moved.jsonl"))  # it is found there from now on
+    train(f"task.path={moved}", *settings, "resume=auto")
+    recorded["config"]["task"]["path"] = str(moved)
+    assert yaml.safe_load((run / "run.yaml").read_text()) == recorded
     assert (run / "metrics.jsonl").read_text() == before
 
 

@@ -19,7 +19,9 @@ from adapters.linear import float_weight, is_linear
 from tasks import reading
 from trainer.assembly import guarded, start_heads
 from trainer.assembly.build import instantiate, new_modules, new_tokens, set_problem
+from trainer.config import paths
 from trainer.data import ends
+from trainer.data.chat_template import use_day
 from trainer.data.render import Renderer
 from trainer.data.stops import Stops
 from trainer.drafters import Drafter, head_lora
@@ -161,6 +163,12 @@ def load_trained(
     folder, content, which = run_folder.read(path)
     config, identity = content["config"], content["identity"]
     source = checkpoints.chosen(folder / "checkpoints", which)  # before a base is fetched
+    path = str(config["base"].get("path"))
+    if paths.base_fault(path) is not None:
+        raise BaseError(
+            f"the base of {folder} was in {path}, where it is no longer. Put it back, or record its"
+            f" new place by resuming the run with base.path=NEW resume={folder} and its settings"
+        )
     base: Base = instantiate(config["base"])
     if base.fingerprint != identity["base"]:
         raise BaseError(
@@ -190,6 +198,7 @@ def load_trained(
         guarded.load(drafter, folder, which, saved)
         head_lora.merge(drafter)
     run_folder.use_template(folder, task)
+    use_day(content, task)
     return Trained(
         folder,
         config,

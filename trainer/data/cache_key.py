@@ -69,7 +69,9 @@ def cache_key(task: Any, split: str, renderer: Renderer, max_length: int, overlo
     code = [inspect.getsource(part) for part in parts]
     modules = {kind.__module__ for kind in type(task).__mro__ if kind is not object}
     code += [inspect.getsource(sys.modules[name]) for name in sorted(modules)]
-    return _key(*code, *_settings(task, split, renderer, max_length, overlong))
+    # A stream's identity has no day: earlier versions recorded none.
+    days = {str(template.day) for template in renderer.templates.values() if template.day}
+    return _key(*code, *_settings(task, split, renderer, max_length, overlong), *sorted(days))
 
 
 def source_key(task: Any, split: str, renderer: Renderer, max_length: int, overlong: str) -> str:

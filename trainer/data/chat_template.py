@@ -6,10 +6,12 @@ content as text or as a list of parts. Rendering a probe once shows what a templ
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable
-from functools import cached_property
+from datetime import date
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,17 @@ RENDERED_WITHIN = 10.0  # processor seconds for one row: a template may come fro
 _OWN = {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"}
 
 
+_DATE = re.compile(r"""strftime_now\(\s*(?:"([^"\\\n]*)"|'([^'\\\n]*)')\s*\)""")
+
+
 class Refused(ValueError):
     """A row cannot be rendered exactly. The message is the reason."""
 
 
 class ChatTemplate:
     """One Jinja source. `special` are the texts of special tokens, which templates name,
-    `variables` are given to every row, and `ends` are the texts that may end an answer.
+    `variables` are given to every row, and `ends` are the texts that may end an answer. `day` is
+    what `strftime_now` writes, by default today.
 
     Raises:
         DataError: the template could compute forever.
@@ -47,6 +53,7 @@ class ChatTemplate:
         special: dict[str, Any],
         variables: dict[str, Any],
         ends: Iterable[str] = (),
+        day: date | None = None,
     ):
         refuse_powers(source)
         self.ends = tuple(end for end in ends if end)
@@ -58,6 +65,10 @@ class ChatTemplate:
         self.knows_tool = "tool_calls" in self.words or any(
             f"{quote}{role}{quote}" in source for role in roles for quote in "'\""
         )
+        # of a template that writes the date, as Llama 3.2's
+        self.day = (day or date.today()) if "strftime_now" in self.words else None
+        if self.day is not None and day is not None:
+            self.source = _DATE.sub(partial(_written, day), source)
         bos = special.get("bos_token")
         self.bos = bos if isinstance(bos, str) and bos else None
 
@@ -223,6 +234,19 @@ class ChatTemplate:
             return self._jinja(messages, None, {}, prompt)[0]
         except Refused:
             return None
+
+
+def _written(day: date, call: re.Match[str]) -> str:
+    """Return a template's call of strftime_now as the text that it writes on a day."""
+    return repr(day.strftime(call[1] or call[2] or ""))
+
+
+def use_day(content: dict[str, Any], task: Any) -> None:
+    """Let a task's chat template write the day of the run's first start as today's, where it writes
+    the date: the rows are then the same on every day. `content` is that of run.yaml."""
+    starts = content.get("starts") or [{}]
+    with contextlib.suppress(ValueError):
+        task.day = date.fromisoformat(str(starts[0].get("time"))[:10])
 
 
 def template(chosen: str | None, tokenizer: Any) -> str | dict[str, str] | None:

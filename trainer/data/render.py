@@ -54,6 +54,7 @@ class Renderer:
         self.on_lost = getattr(task, "on_lost", "error")
         self.may_lose = hasattr(task, "on_lost")
         self.variables = dict(getattr(task, "chat_template_kwargs", None) or {})
+        self.day = getattr(task, "day", None)  # that of the run, where it has started
         labels = task.labels if task.kind == "label" else []
         self.labels = {label: index for index, label in enumerate(labels)}
         self.special = dict(tokenizer.special_tokens_map)
@@ -97,7 +98,7 @@ class Renderer:
         added = self.tokenizer.added_tokens_decoder
         ends = [token.content for index, token in added.items() if index in self.ends]
         self.templates = {
-            name: ChatTemplate(source, self.special, self.variables, ends)
+            name: ChatTemplate(source, self.special, self.variables, ends, self.day)
             for name, source in sources.items()
             if source is not None
         }

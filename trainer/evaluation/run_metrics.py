@@ -46,8 +46,10 @@ def run_metrics(
     trained = load_trained(run, device)
     if settings:
         trained.config["task"] |= task_settings(trained.config["task"], settings)
+        day = getattr(trained.task, "day", None)
         trained.task = instantiate(trained.config["task"])
         run_folder.use_template(trained.folder, trained.task)
+        trained.task.day = day
     data = load_held_out(trained.config, trained.base, trained.task)
     if generate:
         add_prompts(data, generate, trained.stops)

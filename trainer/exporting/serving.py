@@ -112,9 +112,13 @@ class Serving:
             )
 
     def _prompt(self) -> list[int] | None:
-        """The ids of a made-up prompt, None if the template refuses it."""
+        """The ids of a made-up prompt, None if the template refuses it. A template that writes the
+        date writes today's, as other programs will."""
+        renderer = copy.copy(self.renderer)
+        renderer.day = None
+        renderer.use(renderer.template)
         try:
-            return self.renderer.chat(_PROBE)
+            return renderer.chat(_PROBE)
         except Refused:
             return None
 

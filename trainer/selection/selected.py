@@ -24,6 +24,7 @@ from tasks.reading import Bad, DataError
 from trainer.assembly.build import instantiate
 from trainer.assembly.rows import Data, load_data
 from trainer.assembly.trained import Trained, load_trained
+from trainer.data.chat_template import use_day
 from trainer.data.rows import Rows
 from trainer.evaluation.run_metrics import task_settings
 from trainer.selection import choose
@@ -162,6 +163,7 @@ def _pool(plan: Plan, folder: Path, config: dict[str, Any], base: Any) -> Pool:
 def _task(config: dict[str, Any], folder: Path) -> Any:
     task = instantiate(config["task"])
     run_folder.use_template(folder, task)
+    use_day(run_folder.read(str(folder))[1], task)
     return task
 
 

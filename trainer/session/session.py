@@ -36,6 +36,7 @@ from trainer.config import history
 from trainer.config.conflicts import schedule_free
 from trainer.data import ends
 from trainer.data.batches import Batches
+from trainer.data.chat_template import use_day
 from trainer.data.loader import Loader
 from trainer.data.streaming import StreamingBatches
 from trainer.models.losses import NonFinite
@@ -43,7 +44,12 @@ from trainer.schedules import length
 from trainer.session import kernels, report_html, results
 from trainer.session.inspect import check_before_start, refuse_monitor
 from trainer.session.model import LoadedModel, calibrate_penalty, load_model
-from trainer.session.start_point import StartPoint, drop_cooldown, find_start_point
+from trainer.session.start_point import (
+    StartPoint,
+    drop_cooldown,
+    find_start_point,
+    record_places,
+)
 from trainer.speed import cpu_load
 from trainer.storage import atomic, checkpoints, run_folder
 from trainer.storage.journal import Journal
@@ -141,12 +147,17 @@ class Session:
         if earlier is not None and history.adopt(self.config, earlier["config"]):
             self.adapter = instantiate(self.config["adapter"])
         self.earlier = earlier
+
+        def check(config: dict[str, Any], task: Any) -> None:
+            refuse_monitor(config, task)
+            use_day(earlier or {}, task)
+
         recipe = Recipe.of(
             self.config,
             self.adapter,
             trainer.strategy.root_device,
             trainer.world_size,
-            refuse_monitor,
+            check,
         )
         if earlier is not None:
             recipe.data.earlier_ends = ends.recorded(earlier, recipe.base.tokenizer) or []
@@ -181,6 +192,8 @@ class Session:
         if self.is_rank0:  # after the decision, which reads the row counts of an earlier start
             text = json.dumps(self.preflight, indent=2)
             atomic.write_text(self.run_folder.path / "preflight.json", text)
+            if start.ended is not None:
+                record_places(self.run_folder, self.config)
         if start.ended is not None:
             log.info(
                 "this run %s; nothing is left to do. Its report: %s",

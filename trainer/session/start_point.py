@@ -191,6 +191,8 @@ def _checkpoint_to_resume(
     fault = split.fault()
     free: tuple[str, ...] = same_step.KEYS if fault is None else ()
     free += same_step.LAUNCH if fault is None and split.other_ranks else ()
+    other_rows = changed(folder.path, recorded["data"], identity["data"])
+    free += _places(recipe.config, not other_rows, recorded["base"] == identity["base"])
     differences = run_folder.differences(
         earlier["config"], recipe.config, (*run_folder.FREE, *run_folder.LENGTHS, *free)
     )
@@ -198,8 +200,7 @@ def _checkpoint_to_resume(
         differences.append(fault)
     differences += _identity_differences(recorded, identity, same_ranks=fault is not None)
     differences += [
-        f"data: the rows of {rows}, or how they are tokenised, have changed"
-        for rows in changed(folder.path, recorded["data"], identity["data"])
+        f"data: the rows of {rows}, or how they are tokenised, have changed" for rows in other_rows
     ]
     checkpoint = checkpoints.newest(folder.checkpoints)
     done, steps, drops_cooldown = checkpoint.step if checkpoint else 0, recipe.steps, False
@@ -232,6 +233,26 @@ def _checkpoint_to_resume(
         if (explanation := split.explanation()) is not None:
             log.info("%s", explanation)
     return checkpoint, drops_cooldown
+
+
+def _places(config: dict[str, Any], same_rows: bool, same_base: bool) -> tuple[str, ...]:
+    """Return the settings that only say where something is, of what is compared by its content."""
+    parts = [f"parts.{name}." for name in config["task"].get("parts") or {}]
+    files = ("path", "eval_path", "chat_template")
+    rows = tuple(f"task.{part}{file}" for part in ("", *parts) for file in files)
+    return (*(rows if same_rows else ()), *(("base.path",) if same_base else ()))
+
+
+def record_places(folder: RunFolder, plain: dict[str, Any]) -> None:
+    """Record in run.yaml where the base and the rows of a finished run are now. What they hold was
+    compared when its start point was found."""
+    content: Any = folder.earlier()
+    config = content["config"]
+    moved = config | {"task": plain["task"], "base": config["base"]}
+    if "path" in plain["base"]:
+        moved["base"] = config["base"] | {"path": plain["base"]["path"]}
+    if moved != config:
+        run_folder.rewrite(folder.file, content | {"config": moved})
 
 
 def _same_rates_until(folder: RunFolder, recipe: Recipe, recorded_steps: int, done: int) -> int:

@@ -232,7 +232,7 @@ class RunFolder:
         }
         if rollbacks := rollbacks_of(earlier or {"parent": parent}):
             content["rollbacks"] = rollbacks
-        write_text(self.file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        rewrite(self.file, content)
         return content
 
     def add_rollback(self, rollback: dict[str, Any]) -> None:
@@ -240,7 +240,12 @@ class RunFolder:
         many `steps` it skips the rows."""
         content: Any = self.earlier()
         content["rollbacks"] = [*rollbacks_of(content), rollback]
-        write_text(self.file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        rewrite(self.file, content)
+
+
+def rewrite(file: Path, content: dict[str, Any]) -> None:
+    """Write a run.yaml."""
+    write_text(file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 def write_template(folder: Path, template: str | dict[str, str] | None) -> None:
