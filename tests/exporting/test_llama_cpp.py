@@ -1,7 +1,7 @@
 """llama.cpp itself reads our GGUF files: the logits, the ids and the chat template are the run's.
 
 It needs an interpreter with llama-cpp-py-sync, whose wheel holds llama.cpp: this one, or the one
-that GRAFT_LLAMA_CPP names. Without it the tests are skipped.
+that GRAFT_LLAMA_CPP names. Without it the tests are skipped. The wheel 0.11739 needs glibc 2.38.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """llama.cpp itself decodes with our draft heads: it writes the text that it writes without one, and
-drafts the tokens that the drafter drafts, with its probabilities.
+drafts the tokens that the drafter drafts, with its probabilities. Models of each family write the
+text that transformers writes.
 
 pip brings xllamacpp, whose wheel holds llama.cpp's server; without it the tests are skipped.
 """
@@ -17,7 +18,8 @@ import torch
 
 from tests.exporting.engines import environments
 from tests.exporting.test_engines import drafter_of, model_of
-from tests.exporting.test_gguf import written
+from tests.exporting.test_gguf import CONFIGS, written
+from tests.exporting.test_gguf import model_of as model_of_family
 from tests.exporting.test_gguf_drafts import CASES, tokenizer
 from trainer.decoding import speculative
 from trainer.drafters import Target, TargetOutput, TargetUpdate
@@ -146,6 +148,17 @@ def test_llama_cpp_drafts_what_the_drafter_does(case, tmp_path):
     assert len(drafting.drafts) > COUNT / (DEPTH + 1)
     assert max(len(drafted) for _, drafted in drafting.drafts) == DEPTH
     check_drafts(model, drafter, drafting.drafts)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_of_each_family_writes_its_text(name, tmp_path):
+    model = model_of_family(name)
+    with torch.no_grad():
+        for layer, parameter in model.named_parameters():
+            if re.search("q_proj|k_proj|qkv_proj", layer):
+                parameter.mul_(30)  # otherwise each position looks at all alike
+    written(model, tmp_path)
+    assert decode(tmp_path, None).tokens == greedy(model, COUNT)
 
 
 def test_a_file_of_8_bits_is_loaded_and_writes_the_same_text(tmp_path):
