@@ -60,8 +60,9 @@ class Classification:
         else:
             labels = sorted(set(self._labels_of_rows()), key=_by_value)
         if len(labels) < 2:
+            where = self.splits.train.name if self.configured is None else "task.labels"
             raise DataError(
-                f"{self.splits.train.name} has {len(labels)} classes"
+                f"{where} has {len(labels)} classes"
                 f" ({', '.join(labels) or 'none'}); classification needs two or more"
             )
         return labels

@@ -76,10 +76,10 @@ def main(argv: list[str]) -> int:
         f"{name} {count:,}" for name, count in work.folder.counts.items() if count or name == "rows"
     )
     if not work.folder.counts["rows"]:
-        text = f"{work.folder.rows}: no conversation has an answer ({counts})"
+        text = f"{work.folder.rows}: no conversation has an answer ({counts}){work.folder.why}"
         say(text, file=sys.stderr)
         return 1
-    say(f"{work.folder.rows}: {counts}")
+    say(f"{work.folder.rows}: {counts}{work.folder.why}")
     return 0
 
 

@@ -25,6 +25,7 @@ from trainer.config import answer_options
 from trainer.data.render import Renderer
 from trainer.evaluation import answers as answers_module
 from trainer.evaluation import responses
+from trainer.storage.answers import AnswersFolder
 
 ASKED = [
     "Say a.",
@@ -367,6 +368,13 @@ def test_what_has_no_answer_is_counted_and_told_apart(ask, naive):
     ]
     assert whole + len(empty) + len(cut) + 1 == 9
     assert f"rows {whole}" in dropped.out
+
+
+def test_the_first_refusal_is_said(tmp_path):
+    for _ in range(2):  # also by the command that finds all of them done
+        with AnswersFolder(tmp_path, {}, {}) as folder:
+            folder.add([{"row": 0, "why": "long"}, {"row": 1, "why": "refused", "reason": "no"}])
+        assert folder.why == f"\n{tmp_path / 'left_out.jsonl'}: no"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, None])

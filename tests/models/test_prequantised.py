@@ -69,6 +69,14 @@ def test_a_bitsandbytes_folder_is_a_base_of_4_bits(tiny, tmp_path):
     assert torch.isfinite(logits(loaded)).all()
 
 
+def test_plain_weights_under_a_config_of_4_bits_are_refused(copied):
+    file = copied / "config.json"
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": settings}))
+    with pytest.raises(BaseError, match=r"plain weights in its files, such as model\.layers\.0"):
+        hub(copied).load(torch.float32)
+
+
 def test_an_adapter_is_no_base(copied):
     (copied / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     with pytest.raises(BaseError, match=r"adapter of PEFT.*set base\.path=org/base"):

@@ -85,6 +85,7 @@ def test_a_request_is_refused(server, change, status, message):
         ([], "the prompt is empty"),
         ([999], "prompt has the token 999, expected ids below"),
         ([["a"]], "prompt"),
+        ("a" * 600, "shorten the prompt"),
         (["a"] * 65, "prompt has 65 texts, expected at most 64"),
         (["a", ""], "the prompt is empty"),
     ],
@@ -93,7 +94,9 @@ def test_a_prompt_is_refused(server, prompt, message):
     body = {"model": "lora", "prompt": prompt}
     response = post(server, body, "completions")
     assert response.status_code == 400
-    assert message in response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert message in error["message"]
+    assert error["param"].partition(".")[0] == "prompt"
 
 
 def test_other_methods_addresses_and_types(server):

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from adapters.delta import AdapterError
 from tests.conftest import write_rows
@@ -16,6 +18,7 @@ from trainer import preflight
 from trainer.assembly.build import instantiate
 from trainer.assembly.early_checks import refuse_early
 from trainer.assembly.rows import load_data, resolve_length
+from trainer.data.render import Renderer
 from trainer.models.base import Base, BaseError
 from trainer.session import inspect, preview
 from trainer.storage import journal
@@ -462,6 +465,18 @@ def test_the_text_of_a_special_token_is_noticed(check, tmp_path):
         "2 rows have the text of a special token in a message" in line
         for line in actual["warnings"]
     )
+
+
+@pytest.mark.parametrize("blank", [True, False])
+def test_a_blank_between_prompt_and_answer_is_said(blank):
+    words = Tokenizer(models.WordLevel({"▁1": 0, "1": 1, "</s>": 2}, "</s>"))
+    if blank:
+        words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+    if not blank:
+        tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+    none = Renderer(tokenizer, SimpleNamespace(kind="conversation", chat_template="none"))
+    assert len(inspect._blank(none)) == blank
 
 
 def test_an_end_that_the_tokenizer_splits_is_shown(check, rows, tmp_path):

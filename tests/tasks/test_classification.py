@@ -143,7 +143,7 @@ def test_a_line_that_is_no_json_is_bad(tmp_path):
     [
         (["a", "a"], None, r"1 classes \(a\)"),
         ([None], None, r"0 classes \(none\)"),
-        (["a", "b"], ["a"], r"1 classes \(a\)"),
+        (["a", "b"], ["a"], r"task\.labels has 1 classes \(a\)"),
     ],
 )
 def test_fewer_than_two_classes_are_refused(tmp_path, labels, arguments, message):

@@ -106,8 +106,8 @@ class Base:
         have none for images. A text with one of them is refused (trainer.data.encoding).
 
         Raises:
-            BaseError: there are other tokens without one, or the tokenizer itself writes such a
-                token into texts.
+            BaseError: there are other tokens without one, the tokenizer itself writes such a token
+                into texts, or tokens are to be added after it.
         """
         size = self.config.get_text_config().vocab_size
         beyond = {
@@ -121,6 +121,12 @@ class Base:
                 f"the tokenizer of {self.path} has ids up to {max(beyond)}, the model embeddings of"
                 f" {size} tokens: they do not belong together, or tokens were added without"
                 " resizing the model's embeddings"
+            )
+        if beyond and self.add_tokens:
+            raise BaseError(
+                f"base.add_tokens={list(self.add_tokens)}: they would come after"
+                f" {min(beyond.values())!r}, for which {self.path} has no embedding, so that row"
+                " would be random. Leave add_tokens out, or resize the model's embeddings first"
             )
         return beyond
 
@@ -209,6 +215,8 @@ class Base:
                 f"the weights of {self.path} lack {len(missing)} tensors, such as {missing[:3]}:"
                 " the files are not of this model"
             )
+        if (fault := prequantised.plain_weights(model)) is not None:
+            raise BaseError(f"base {self.path!r} {fault}")
         if self.add_tokens:
             added_tokens.resize(model, self.vocabulary, self._added)
         if "device_map" not in arguments:

@@ -33,6 +33,20 @@ def fault(config: Any) -> str | None:
     return f"is quantised by {method}, through which transformers computes no gradient. {INSTEAD}"
 
 
+def plain_weights(model: Any) -> str | None:
+    """Return what is wrong with a loaded model whose config says 4 bits while a weight in its files
+    is plain, so that no layer of bitsandbytes can compute with it; None for all others."""
+    for name, module in model.named_modules():
+        owners: tuple[Any, ...] = (module, getattr(module, "weight", None))
+        packed = any(getattr(owner, "quant_state", None) is not None for owner in owners)
+        if type(module).__name__ == "Linear4bit" and not packed:
+            return (
+                "has a quantization_config of 4 bits in its config.json, and plain weights in its"
+                f" files, such as {name}: remove the one, or give the quantised files"
+            )
+    return None
+
+
 def sharding_fault(config: Any) -> str | None:
     """Return why FSDP2 cannot shard a model with this config; None if it can. It shards plain
     weights, and the 4-bit ones of bitsandbytes (adapters.packed)."""

@@ -110,6 +110,7 @@ def _data(data: Data, warnings: list[str]) -> dict[str, Any]:
         _shared(digests, result, warnings)
     if data.renderer.kind == "conversation" and not data.task.streaming:
         result["prompts"] = _prompts(data, warnings)
+        warnings += _blank(data.renderer)
         result["special_text"] = special_text(data.task.examples("train"), data.renderer.tokenizer)
         if result["special_text"]:
             warnings.append(
@@ -117,6 +118,21 @@ def _data(data: Data, warnings: list[str]) -> dict[str, Any]:
                 " tokeniser reads it as that token"
             )
     return result
+
+
+def _blank(renderer: Renderer) -> list[str]:
+    """Say that prompt and answer are joined by a blank, where the tokenizer begins each text with
+    one, as Llama 2's does, and no chat template stands between them."""
+    if renderer.template is not None or renderer.decoder_start is not None:
+        return []
+    tokenizer = renderer.tokenizer
+    twice = 2 * tokenizer("1", add_special_tokens=False)["input_ids"]
+    if tokenizer.decode(twice).strip() == "11":
+        return []
+    return [
+        "this tokenizer begins each text with a blank, so with task.chat_template=none each answer"
+        " begins with one, in training and when the model answers"
+    ]
 
 
 def _end_in_pieces(renderer: Renderer) -> str:

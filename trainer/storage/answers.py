@@ -39,6 +39,7 @@ class AnswersFolder:
         self.have: set[tuple[int, int]] = set()  # (row, answer)
         self.done: set[int] = set()  # rows of which all answers are there
         self.counts: dict[str, int] = {}
+        self.reason: str | None = None  # why the first row that is refused is left out
         self.rows, self.left_out, self.record = (
             path / "rows.jsonl",
             path / "left_out.jsonl",
@@ -124,6 +125,11 @@ class AnswersFolder:
         for line in lines:
             self._note(line)
 
+    @property
+    def why(self) -> str:
+        """The reason of the first row that was refused, after the file that has all; or nothing."""
+        return "" if self.reason is None else f"\n{self.left_out}: {self.reason}"
+
     def describe(self) -> None:
         """Count the lines, and write provenance.json."""
         counts = self.counts = {
@@ -139,6 +145,7 @@ class AnswersFolder:
         for line in map(json.loads, whole_lines(self.left_out)):
             why = f"left out: {line['why']}"
             counts[why] = counts.get(why, 0) + 1
+            self.reason = self.reason or line.get("reason")
         content = {"settings": self.settings, **self.described, "counts": counts}
         write_text(self.record, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
