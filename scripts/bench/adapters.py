@@ -16,11 +16,8 @@ is the peak above the memory after loading the model: activations, gradients, ad
 from __future__ import annotations
 
 import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -30,6 +27,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from scripts.bench.options import parse
+from scripts.bench.processes import worker, worker_arguments
 
 DEFAULTS: dict[str, Any] = {
     "rank": 16,
@@ -225,27 +223,15 @@ def main() -> int:
     """Measure each method `repeats` times in turn; print a table of medians and of ratios to stock
     PEFT's LoRA."""
     options = parse(DEFAULTS, __doc__)
-    if "--worker" in sys.argv:
-        name, out = sys.argv[sys.argv.index("--worker") + 1 :][:2]
+    if words := worker_arguments():
+        name, out = words
         Path(out).write_text(json.dumps(measured(name, options)))
         return 0
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in options["methods"]}
     for repeat in range(options["repeats"]):
         for name in options["methods"]:
             with tempfile.NamedTemporaryFile(suffix=".json") as out:
-                command = [
-                    sys.executable,
-                    "-m",
-                    "scripts.bench.adapters",
-                    *sys.argv[1:],
-                    "--worker",
-                    name,
-                    out.name,
-                ]
-                done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-                if done.returncode:
-                    print(done.stdout[-2000:], done.stderr[-4000:], file=sys.stderr)
-                    return 1
+                worker("scripts.bench.adapters", name, out.name)
                 results[name].append(json.loads(Path(out.name).read_text()))
             print(
                 f"round {repeat + 1} {name}: {statistics.median(results[name][-1]['steps']):.3f} s"

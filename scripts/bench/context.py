@@ -16,14 +16,13 @@ from __future__ import annotations
 import json
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from scripts.bench.options import parse
+from scripts.bench.processes import worker, worker_arguments
 
 DEFAULTS: dict[str, Any] = {
     "lengths": [1024, 2048, 4096, 8192, 16384],
@@ -144,11 +143,11 @@ def compare(whole: Path, part: Path) -> dict[str, float | None]:
 def main() -> int:
     """Measure each length both ways, and print a table."""
     options = parse(DEFAULTS, __doc__)
-    if "--worker" in sys.argv:
+    if arguments := worker_arguments():
         import torch
 
         torch.set_num_threads(options["threads"])
-        length, window, out, file = sys.argv[sys.argv.index("--worker") + 1 :]
+        length, window, out, file = arguments
         result = case(options, int(length), int(window) or None, Path(file))
         Path(out).write_text(json.dumps(result))
         return 0
@@ -161,8 +160,7 @@ def main() -> int:
                 if not window and length > options["most"]:
                     continue
                 words = [str(length), str(window), f"{folder}/case.json", f"{folder}/{window}.pt"]
-                command = [sys.executable, "-m", "scripts.bench.context", *sys.argv[1:]]
-                subprocess.run([*command, "--worker", *words], check=True)
+                worker("scripts.bench.context", *words)
                 row = json.loads((folder / "case.json").read_text())
                 if window:
                     row |= compare(folder / "0.pt", folder / f"{window}.pt")

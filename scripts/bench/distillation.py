@@ -28,7 +28,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,6 +37,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from scripts.bench.options import parse
+from scripts.bench.processes import worker, worker_arguments
 
 DEFAULTS: dict[str, Any] = {
     "drafters": ["eagle3", "medusa"],
@@ -272,8 +272,8 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> int:
     """Measure each case in turn, and print a table."""
     options = parse(DEFAULTS, __doc__)
-    if "--worker" in sys.argv:
-        side, drafter, share, file = sys.argv[sys.argv.index("--worker") + 1 :]
+    if arguments := worker_arguments():
+        side, drafter, share, file = arguments
         Path(file).write_text(json.dumps(case(options, side, drafter, float(share))))
         return 0
     rows: list[dict[str, Any]] = []
@@ -289,22 +289,8 @@ def main() -> int:
         for _, drafter, share, side in itertools.product(
             range(options["repeats"]), options["drafters"], options["supervised"], options["sides"]
         ):
-            command = [
-                sys.executable,
-                "-m",
-                "scripts.bench.distillation",
-                *sys.argv[1:],
-                "--worker",
-                side,
-                drafter,
-                str(share),
-            ]
-            done = subprocess.run([*command, f"{folder}/case.json"], capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(
-                    f"{' '.join(command)} ended with"
-                    f" {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-                )
+            words = side, drafter, str(share), f"{folder}/case.json"
+            done = worker("scripts.bench.distillation", *words)
             row = {"drafter": drafter, "supervised": share, "side": side} | json.loads(
                 Path(folder, "case.json").read_text()
             )

@@ -29,8 +29,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +38,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from scripts.bench.options import parse
+from scripts.bench.processes import worker, worker_arguments
 
 DEFAULTS: dict[str, Any] = {
     "lengths": [128, 256, 512, 1024, 2048, 4096],
@@ -213,17 +212,6 @@ def case(options: dict[str, Any], way: str, length: int, vocabulary: int) -> dic
     }
 
 
-def worker(*arguments: str) -> None:
-    """Run one case in a new process; exit with its output if it fails."""
-    command = [sys.executable, "-m", "scripts.bench.growth", *sys.argv[1:], "--worker", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(
-            f"{' '.join(command)} ended with"
-            f" {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-        )
-
-
 def exponents(rows: list[dict[str, Any]], sweep: str, ways: list[str]) -> list[str]:
     """Return a line for each way, with the slope of each cost over all sizes of a sweep and over
     the larger half of them."""
@@ -300,7 +288,8 @@ def measured(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
             share = counts["attention"] / sum(counts.values())
             for way in options["ways"]:
                 if (way, length, vocabulary) not in measurements:
-                    worker(way, str(length), str(vocabulary), f"{folder}/case.json")
+                    words = str(length), str(vocabulary), f"{folder}/case.json"
+                    worker("scripts.bench.growth", way, *words)
                     measurements[way, length, vocabulary] = {
                         "length": length,
                         "vocabulary": vocabulary,
@@ -313,8 +302,8 @@ def measured(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def main() -> int:
     """Measure all cases in turn; print a table and exponents, and write a plot."""
     options = parse(DEFAULTS, __doc__)
-    if "--worker" in sys.argv:
-        way, length, vocabulary, file = sys.argv[sys.argv.index("--worker") + 1 :]
+    if words := worker_arguments():
+        way, length, vocabulary, file = words
         Path(file).write_text(json.dumps(case(options, way, int(length), int(vocabulary))))
         return 0
     rows: list[dict[str, Any]] = []

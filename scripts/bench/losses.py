@@ -31,14 +31,13 @@ import json
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from scripts.bench.options import parse
+from scripts.bench.processes import worker, worker_arguments
 
 DEFAULTS: dict[str, Any] = {
     "positions": [1024, 2048],
@@ -185,25 +184,14 @@ def case(
     }
 
 
-def worker(*arguments: str) -> None:
-    """Run a part of this program in a new process, and print its output if it fails."""
-    command = [sys.executable, "-m", "scripts.bench.losses", *sys.argv[1:], "--worker", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(
-            f"{' '.join(command)} ended with"
-            f" {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-        )
-
-
 def main() -> int:
     """Measure each case in turn, and print a table."""
     options = parse(DEFAULTS, __doc__)
-    if "--worker" in sys.argv:
+    if words := worker_arguments():
         import torch
 
         torch.set_num_threads(options["threads"])
-        file, *what = sys.argv[sys.argv.index("--worker") + 1 :]
+        file, *what = words
         if what:
             way, dtype, positions, heads, out = what
             result = case(options, way, dtype, int(positions), int(heads), file)
@@ -222,11 +210,12 @@ def main() -> int:
         f"{'peak MB':>9}{'loss error':>12}{'gradient':>10}"
     )
     with tempfile.TemporaryDirectory() as folder:
-        worker(f"{folder}/exact.pt")
+        worker("scripts.bench.losses", f"{folder}/exact.pt")
         for dtype, n, heads, way in itertools.product(
             *(options[key] for key in ("dtypes", "positions", "heads", "ways"))
         ):
-            worker(f"{folder}/exact.pt", way, dtype, str(n), str(heads), f"{folder}/case.json")
+            case_words = way, dtype, str(n), str(heads), f"{folder}/case.json"
+            worker("scripts.bench.losses", f"{folder}/exact.pt", *case_words)
             row = {
                 "dtype": dtype,
                 "positions": n,

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +24,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from scripts.bench.options import parse
+from scripts.bench.processes import worker, worker_arguments
 
 DEFAULTS: dict[str, Any] = {
     "steps": 14,
@@ -188,8 +187,8 @@ CONTESTANTS = {"ours": ours, "bare": bare, "hf": hf}
 def main() -> int:
     """Run each contestant `repeats` times in turn, and print medians and ratios."""
     options = parse(DEFAULTS, __doc__)
-    if "--worker" in sys.argv:
-        name, out = sys.argv[sys.argv.index("--worker") + 1 :][:2]
+    if words := worker_arguments():
+        name, out = words
         import resource
 
         result = CONTESTANTS[name](options)
@@ -200,19 +199,7 @@ def main() -> int:
     for repeat in range(options["repeats"]):
         for name in CONTESTANTS:
             with tempfile.NamedTemporaryFile(suffix=".json") as out:
-                command = [
-                    sys.executable,
-                    "-m",
-                    "scripts.bench.overhead",
-                    *sys.argv[1:],
-                    "--worker",
-                    name,
-                    out.name,
-                ]
-                done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-                if done.returncode:
-                    print(done.stdout[-2000:], done.stderr[-4000:], file=sys.stderr)
-                    return 1
+                worker("scripts.bench.overhead", name, out.name)
                 results[name].append(json.loads(Path(out.name).read_text()))
             median = statistics.median(results[name][-1]["steps"][options["warm"] - 1 :])
             print(

@@ -33,7 +33,6 @@ import os
 import random
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +42,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from scripts.bench import processes
 from scripts.bench.options import parse
 from scripts.bench.stages import Stages
 
@@ -238,33 +238,19 @@ def mapped(tokens: Tokens, table: Any, way: str, plain_rows: int) -> list[int]:
     return [len(ids) for ids in column]
 
 
-def per_minute(run: dict[str, Any], clock: str = "cpu_seconds") -> float:
-    """Rows a minute."""
-    return 60 * run["rows"] / run[clock]
+def per_minute(run: dict[str, Any]) -> float:
+    """Return the rows that are read in a minute of processor time."""
+    return 60 * run["rows"] / run["cpu_seconds"]
 
 
 def measured(way: str, folder: str, number: int) -> dict[str, Any]:
     """Measure one way in a new process."""
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.bench.preflight",
-        *sys.argv[1:],
-        "--worker",
-        way,
-        folder,
-    ]
     # cold has an empty cache; warm uses the cache that cold of the same round has written
     cache = (
         f"{folder}/cache{number}" if way in ("cold", "warm") else f"{folder}/cache-{way}{number}"
     )
     environment = {**os.environ, "GRAFT_CACHE_TOKENS": cache, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(
-            f"{' '.join(command)} ended with"
-            f" {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-        )
+    processes.worker("scripts.bench.preflight", way, folder, env=environment)
     return json.loads(Path(folder, "result.json").read_text())
 
 
@@ -339,8 +325,8 @@ def main() -> int:
     if options["prompts"] is None:
         print(f"prompts=FILE is missing\n\n{__doc__}", file=sys.stderr)
         return 2
-    if "--worker" in sys.argv:
-        worker(options, *sys.argv[sys.argv.index("--worker") + 1 :][:2])
+    if words := processes.worker_arguments():
+        worker(options, *words)
         return 0
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in options["ways"]}
     with tempfile.TemporaryDirectory() as folder:

@@ -18,6 +18,7 @@ from adapters.delta import AdaptedLinear, AdapterError, Start
 from adapters.lora import LoRAAdapter
 from adapters.rosa import RoSAAdapter
 from tests.toys import adapters as toys
+from tests.toys.sparse import make as rosa
 
 DENSITY = 0.05
 SCALE = 1.5
@@ -26,34 +27,8 @@ SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48}
 
 
 def make(**changes: Any) -> RoSAAdapter:
-    settings: dict[str, Any] = {
-        "rank": 4,
-        "alpha": 6.0,
-        "rslora": False,
-        "dropout": 0.0,
-        "density": DENSITY,
-        "density_pattern": {},
-        "schedule": "wl",
-        "warmup_steps": 1,
-        "mask_steps": 1,
-        "restart_after_mask": False,
-        "count_mask_steps": True,
-        "mask": "gradient",
-        "score": "squared",
-        "scores": "exact",
-        "mask_seed": 0,
-        "sparse_lr_ratio": 0.3,
-        "sparse_weight_decay": 0.0,
-        "target_modules": "all-linear",
-        "exclude_modules": [],
-        "gradient": "sampled",
-        "dtype": "float64",
-        "sparse_dtype": "float64",
-        "within": "all",
-        "target_parameters": [],
-        "train_modules": [],
-    }
-    return RoSAAdapter(**settings | changes)
+    settings = {"density": DENSITY, "warmup_steps": 1, "mask": "gradient", "sparse_lr_ratio": 0.3}
+    return rosa(**settings | changes)
 
 
 def llama() -> Any:

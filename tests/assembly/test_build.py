@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tasks.reading import DataError
+from tests.toys import tasks as toys
 from trainer.assembly.build import instantiate, new_modules, schedule
 from trainer.config.errors import ConfigError
 from trainer.data.batches import BatchOrder
@@ -22,27 +23,12 @@ COOLDOWN = {
     "shape": "linear",
     "final": 0.0,
 }
-SFT = {
+SFT = toys.SFT | {
     "_target_": "tasks.sft.SFT",
     "path": "nowhere.jsonl",
-    "split": "train",
-    "eval_path": None,
-    "eval_split": "test",
     "eval_fraction": 0.1,
-    "limit": None,
-    "eval_limit": None,
-    "format": "auto",
-    "columns": {},
-    "system": None,
-    "chat_template": None,
-    "train_on": "all",
-    "metric": "exact_match",
-    "streaming": False,
     "shuffle_block": 1,
     "on_bad": "error",
-    "on_lost": "error",
-    "weight_column": None,
-    "chat_template_kwargs": {},
 }
 
 

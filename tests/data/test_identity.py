@@ -13,6 +13,7 @@ import pytest
 
 from tasks.sft import SFT
 from tests.conftest import sums, write_rows
+from tests.toys import tasks as toys
 from trainer.data import identity
 from trainer.data.cache_key import _STREAMED, FEATURES, source_key
 from trainer.data.lengths import Report
@@ -24,27 +25,7 @@ COUNTS = {"rows": 60, "tokens": 1740, "trained_tokens": 200}
 
 
 def sft(path: Path, **changes: Any) -> SFT:
-    settings: dict[str, Any] = {
-        "split": "train",
-        "eval_path": None,
-        "eval_split": "test",
-        "eval_fraction": 0.0,
-        "limit": None,
-        "eval_limit": None,
-        "format": "auto",
-        "columns": {},
-        "system": None,
-        "chat_template": None,
-        "train_on": "all",
-        "metric": "exact_match",
-        "streaming": False,
-        "shuffle_block": 10,
-        "on_bad": "raise",
-        "on_lost": "error",
-        "chat_template_kwargs": {},
-        "weight_column": None,
-    }
-    return SFT(str(path), **(settings | changes))
+    return SFT(str(path), **toys.SFT | changes)
 
 
 def built(tiny: Any, task: Any) -> Rows:

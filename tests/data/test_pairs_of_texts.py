@@ -13,6 +13,7 @@ from tasks.multi_label import MultiLabel
 from tasks.reading import DataError
 from tasks.regression import Regression
 from tests.conftest import write_rows
+from tests.toys import tasks as toys
 from trainer.data.batches import Collate, Pick
 from trainer.data.encoding import pair_ids
 from trainer.data.lengths import Report, fit
@@ -28,21 +29,11 @@ MNLI = [
     {"premise": "Ærøskøbing", "hypothesis": "a town", "label": "neutral"},
 ]
 COLUMNS = {"text": "premise", "text_pair": "hypothesis"}
-SETTINGS: dict[str, Any] = {
-    "split": "train",
-    "eval_path": None,
-    "eval_split": "test",
-    "eval_fraction": 0.0,
-    "limit": None,
-    "eval_limit": None,
-    "on_bad": "raise",
-    "weight_column": None,
-}
 
 
 def task(folder: Any, rows: Any = MNLI, **changes: Any) -> Classification:
     path = str(write_rows(folder / "rows.jsonl", rows))
-    return Classification(path, **SETTINGS | {"columns": COLUMNS, "labels": None} | changes)
+    return Classification(path, **toys.SPLITS | {"columns": COLUMNS, "labels": None} | changes)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -108,10 +99,10 @@ def test_a_pair_without_its_second_text_is_refused(tmp_path, value, reason):
 
 def test_numbers_and_several_classes_take_pairs_too(tmp_path):
     similar = str(write_rows(tmp_path / "sts.jsonl", [MNLI[0] | {"label": 3.5}]))
-    (row,) = Regression(similar, **SETTINGS, columns=COLUMNS).examples("train")
+    (row,) = Regression(similar, **toys.SPLITS, columns=COLUMNS).examples("train")
     assert (row.second, row.label) == ("Music!", 3.5)
     tags = str(write_rows(tmp_path / "tags.jsonl", [MNLI[0] | {"labels": ["a", "b"]}]))
-    (row,) = MultiLabel(tags, **SETTINGS, columns=COLUMNS, labels=None).examples("train")
+    (row,) = MultiLabel(tags, **toys.SPLITS, columns=COLUMNS, labels=None).examples("train")
     assert (row.second, row.label) == ("Music!", ["a", "b"])
 
 

@@ -24,6 +24,7 @@ from tasks.completion import Completion
 from tasks.reading import DataError
 from tasks.sft import SFT
 from tests.conftest import sums, write_rows
+from tests.toys import tasks as toys
 from trainer.data import rows as rows_module
 from trainer.data.batches import Collate, Pick, Sequences
 from trainer.data.lengths import SHOWN
@@ -32,28 +33,6 @@ from trainer.data.render import Rendered, Renderer, Tokens
 from trainer.data.rendering import render_one, rendered, special_text
 from trainer.data.rows import Rows, tokenise
 
-SPLIT = {
-    "split": "train",
-    "eval_path": None,
-    "eval_split": "test",
-    "eval_fraction": 0.0,
-    "limit": None,
-    "eval_limit": None,
-}
-CHAT = {
-    "format": "auto",
-    "columns": {},
-    "system": None,
-    "chat_template": None,
-    "train_on": "all",
-    "metric": "exact_match",
-    "streaming": False,
-    "shuffle_block": 10,
-    "on_bad": "raise",
-    "on_lost": "error",
-    "chat_template_kwargs": {},
-    "weight_column": None,
-}
 BROKEN = '{"messages": [{"role": "user", "content": "1+1="}]}'
 
 
@@ -65,7 +44,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def sft(path: Path, **changes: Any) -> SFT:
-    return SFT(str(path), **(SPLIT | CHAT | changes))
+    return SFT(str(path), **toys.SFT | changes)
 
 
 def text_file(path: Path, lengths: list[int]) -> Path:
@@ -79,10 +58,8 @@ def texts(path: Path, **changes: Any) -> Completion:
         "columns": {},
         "streaming": False,
         "shuffle_block": 10,
-        "on_bad": "raise",
-        "weight_column": None,
     }
-    return Completion(str(path), **(SPLIT | options | changes))
+    return Completion(str(path), **toys.SPLITS | options | changes)
 
 
 def listed(rows: Rows) -> list[Tokens]:
@@ -137,11 +114,7 @@ def test_labels_are_kept_with_their_rows(tiny, tmp_path):
     listed_ = [{"text": f"row {i}", "label": ["no", "yes", "so"][i % 3]} for i in range(9)]
     task = Classification(
         str(write_rows(tmp_path / "c.jsonl", listed_)),
-        **SPLIT,
-        columns={},
-        labels=None,
-        on_bad="raise",
-        weight_column=None,
+        **toys.SPLITS | {"columns": {}, "labels": None},
     )
     assert [row.label for row in listed(built(tiny, task))] == [0, 2, 1] * 3
 
@@ -224,9 +197,7 @@ def test_a_labelled_row_that_is_cut_keeps_its_class(tiny, tmp_path):
     file = write_rows(
         tmp_path / "c.jsonl", [{"text": "x" * 30, "label": 1}, {"text": "y", "label": 0}]
     )
-    task = Classification(
-        str(file), **SPLIT, columns={}, labels=None, on_bad="raise", weight_column=None
-    )
+    task = Classification(str(file), **toys.SPLITS, columns={}, labels=None)
     rows = built(tiny, task, 10, "truncate")
     assert [(len(row.ids), row.label) for row in listed(rows)] == [(10, 1), (1, 0)]
     assert rows.report.answers_lost == 0

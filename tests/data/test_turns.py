@@ -17,6 +17,7 @@ from tasks import conversation
 from tasks.sft import SFT
 from tasks.task import Conversation, Text
 from tests.conftest import write_rows
+from tests.toys import tasks as toys
 from tests.toys.chat_templates import (
     TWO,
     A,
@@ -309,27 +310,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def task(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> SFT:
     file = write_rows(folder / "rows.jsonl", rows)
     (folder / "qwen.jinja").write_text(source("qwen-3"), "utf-8")
-    options = {
-        "split": "train",
-        "eval_path": None,
-        "eval_split": "test",
-        "eval_fraction": 0.0,
-        "limit": None,
-        "eval_limit": None,
-        "format": "auto",
-        "columns": {},
-        "system": None,
-        "chat_template": str(folder / "qwen.jinja"),
-        "train_on": "all",
-        "metric": "exact_match",
-        "streaming": False,
-        "shuffle_block": 2,
-        "on_bad": "raise",
-        "on_lost": "error",
-        "chat_template_kwargs": {},
-        "weight_column": None,
-    }
-    return SFT(str(file), **(options | changes))
+    options = {"chat_template": str(folder / "qwen.jinja"), "shuffle_block": 2}
+    return SFT(str(file), **toys.SFT | options | changes)
 
 
 def made(one: SFT) -> Rows:

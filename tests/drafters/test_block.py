@@ -10,15 +10,13 @@ import pytest
 import torch
 
 from tests.toys import adapters as toys
+from tests.toys.drafted_text import check_it_learns, check_lossless
 from tests.toys.eagle import SIZE, TINY, knobs, llama, made, rms, rotated
 from tests.toys.packed_rows import APART, PACKED, ROWS, output_of
 from trainer.decoding import trees
 from trainer.decoding.policies import refusal_policy
-from trainer.decoding.sampling import Sampling
-from trainer.decoding.speculative import Strategy, generate, generate_batch
-from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, io
+from trainer.drafters import DrafterError, Target, TargetUpdate, io
 from trainer.drafters.block import Block, context_layers
-from trainer.models.heads import captured_hidden, captured_layers, decoder_of
 
 FEATURES = 3 * SIZE
 # the changes of dspark's file that give a kind of block
@@ -306,55 +304,13 @@ SHAPES = {
 def test_texts_are_the_targets(name, shape):
     model = llama()
     drafter, target = block(model, **OF[name]).eval(), Target(model)
-    prompts = [torch.tensor([5, 9, 13, 7]), torch.tensor([40, 41]), torch.tensor([3])]
-    plain = [result.tokens for result in generate_batch(target, None, prompts, 20, [])]
-    how = Strategy(SHAPES[shape])
-    alone = generate(target, drafter, prompts[0], 20, [], strategy=how)
-    assert alone.tokens == plain[0]
-    together = generate_batch(target, drafter, prompts, 20, [], strategy=how)
-    assert [result.tokens for result in together] == plain
-    assert together[0].drafts == alone.drafts
-    sampled = generate(
-        target, drafter, prompts[0], 20, [], Sampling(1.0, 1.0, seed=3), Strategy(SHAPES[shape])
-    )
-    assert len(sampled.tokens) == 20
+    alone, together = check_lossless(drafter, target, SHAPES[shape])
+    assert together.drafts == alone.drafts
 
 
 def test_it_learns_what_the_target_does_next():
-    """Trained on one text of the target's, its measured acceptance is the training's."""
     model = llama()
-    target = Target(model)
-    prompt = torch.tensor([5, 9, 13, 7])
-    text = generate(target, None, prompt, 40, []).tokens
-    ids = torch.cat([prompt, torch.tensor(text)])
-    drafter = block(model, markov_rank=8).train()
-    labels = ids.clone()
-    labels[: len(prompt)] = -100
-    with (
-        torch.no_grad(),
-        captured_hidden(model.get_output_embeddings()) as hidden,
-        captured_layers(decoder_of(model), drafter.layers) as between,
-    ):
-        model(input_ids=ids[None])
-    output = TargetOutput(
-        hidden[0],
-        ids[None],
-        labels[None],
-        torch.arange(len(ids))[None],
-        hidden[0][:, :0],
-        torch.cat(list(between), dim=-1),
-    )
-    optimizer = torch.optim.Adam(drafter.parameters(), lr=3e-3)
-    for _ in range(120):
-        optimizer.zero_grad()
-        drafter.loss(output, target, 64)[0].backward()
-        optimizer.step()
-    numbers = drafter.eval().loss(output, target, 64)[1]
-    accepted = 1 + float((numbers[:, 4] / numbers[:, 1]).sum())
-    assert accepted > 3.5  # of 4
-    result = generate(target, drafter, prompt, 40, [])
-    assert result.tokens == text
-    assert len(result.drafts) <= math.ceil(39 / (accepted - 0.6))
+    check_it_learns(block(model, markov_rank=8), Target(model))
 
 
 def test_the_states_that_are_read():

@@ -8,15 +8,22 @@ import math
 import pytest
 import torch
 
+from tests.toys.drafted_text import (
+    PROMPTS,
+    TOKENS,
+    check_lossless,
+    tokens_of_a_step,
+    train,
+    written,
+)
 from tests.toys.eagle import MODELS, SIZE, knobs, llama, made, rms, rotated
 from tests.toys.packed_rows import APART, PACKED, ROWS, output_of
 from trainer.decoding import trees
 from trainer.decoding.policies import confidence_policy
-from trainer.decoding.sampling import Sampling
-from trainer.decoding.speculative import Strategy, generate, generate_batch
-from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, io
+from trainer.decoding.speculative import generate
+from trainer.drafters import DrafterError, Target, TargetUpdate, io
 from trainer.drafters.kangaroo import Kangaroo, first_layers
-from trainer.models.heads import captured_hidden, captured_layers, decoder_of
+from trainer.models.heads import captured_layers, decoder_of
 
 K = 3
 
@@ -122,52 +129,24 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_texts_are_the_targets(shape):
     model = llama()
-    drafter, target = kangaroo(model), Target(model)
-    prompts = [torch.tensor([5, 9, 13, 7]), torch.tensor([40, 41]), torch.tensor([3])]
-    plain = [result.tokens for result in generate_batch(target, None, prompts, 20, [])]
-    how = Strategy(SHAPES[shape])
-    assert generate(target, drafter, prompts[0], 20, [], strategy=how).tokens == plain[0]
-    together = generate_batch(target, drafter, prompts, 20, [], strategy=how)
-    assert [result.tokens for result in together] == plain
-    sampled = generate(target, drafter, prompts[0], 20, [], Sampling(1.0, 1.0, seed=3), how)
-    assert len(sampled.tokens) == 20
+    check_lossless(kangaroo(model), Target(model), SHAPES[shape])
 
 
 def test_it_learns_what_the_target_does_next():
     model = llama()
-    target, prompt = Target(model), torch.tensor([5, 9, 13, 7])
-    text = generate(target, None, prompt, 40, []).tokens
-    ids = torch.cat([prompt, torch.tensor(text)])
+    target = Target(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         drafter = Kangaroo(model, **knobs("kangaroo", offsets=K, depth=4))
-    labels = ids.clone()
-    labels[: len(prompt)] = -100
-    with (
-        torch.no_grad(),
-        captured_hidden(model.get_output_embeddings()) as hidden,
-        captured_layers(decoder_of(model), drafter.layers) as between,
-    ):
-        model(input_ids=ids[None])
-    places = torch.arange(len(ids))[None]
-    output = TargetOutput(hidden[0], ids[None], labels[None], places, hidden[0][:, :0], between[0])
-    before = _tokens_of_a_step(drafter, output, target)
-    untrained = len(generate(target, drafter.eval(), prompt, 40, []).drafts)
-    optimizer = torch.optim.Adam(drafter.train().parameters(), lr=1e-2)
-    for _ in range(80):
-        optimizer.zero_grad()
-        drafter.loss(output, target, 64)[0].backward()
-        optimizer.step()
-    after = _tokens_of_a_step(drafter.eval(), output, target)
-    result = generate(target, drafter, prompt, 40, [])
+    text, output = written(target, drafter.layers)
+    before = tokens_of_a_step(drafter, output, target)
+    untrained = len(generate(target, drafter, PROMPTS[0], TOKENS, []).drafts)
+    train(drafter, output, target, 80, 1e-2)
+    after = tokens_of_a_step(drafter, output, target)
+    result = generate(target, drafter, PROMPTS[0], TOKENS, [])
     assert after > before + 0.8
     assert result.tokens == text
     assert len(result.drafts) < untrained - 5
-
-
-def _tokens_of_a_step(drafter, output, target):
-    numbers = drafter.loss(output, target, 64)[1]
-    return 1 + float((numbers[:, 4] / numbers[:, 1]).sum())
 
 
 def test_its_folder_gives_it_back(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.toys import adapters as toys
+from tests.toys.drafted_text import check_it_learns, check_lossless
 from tests.toys.eagle import (
     MODELS,
     SIZE,
@@ -26,12 +27,9 @@ from tests.toys.eagle import (
 from tests.toys.eagle3 import COUNTS, FEATURES
 from tests.toys.packed_rows import APART, PACKED, ROWS, numbers_of, output_of
 from trainer.decoding import trees
-from trainer.decoding.sampling import Sampling
-from trainer.decoding.speculative import Strategy, generate, generate_batch
-from trainer.drafters import DrafterError, Target, TargetOutput, io
+from trainer.drafters import DrafterError, Target, io
 from trainer.drafters.eagle3 import Eagle3
 from trainer.drafters.peagle import PEagle
-from trainer.models.heads import captured_hidden, captured_layers, decoder_of
 from trainer.models.on_host import offset_mask
 
 ALL = {"keep": 1.0, "keep_least": 1.0}
@@ -227,51 +225,12 @@ SHAPES = {
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_texts_are_the_targets(kind, shape):
     model = MODELS[kind]()
-    drafter, target = peagle(model).eval(), Target(model)
-    prompts = [torch.tensor([5, 9, 13, 7]), torch.tensor([40, 41]), torch.tensor([3])]
-    plain = [result.tokens for result in generate_batch(target, None, prompts, 20, [])]
-    how = Strategy(SHAPES[shape])
-    assert generate(target, drafter, prompts[0], 20, [], strategy=how).tokens == plain[0]
-    together = generate_batch(target, drafter, prompts, 20, [], strategy=how)
-    assert [result.tokens for result in together] == plain
-    sampled = generate(target, drafter, prompts[0], 20, [], Sampling(1.0, 1.0, seed=3), how)
-    assert len(sampled.tokens) == 20
+    check_lossless(peagle(model).eval(), Target(model), SHAPES[shape])
 
 
 def test_it_learns_what_the_target_does_next():
-    """Trained on one text of the target's, its measured acceptance is the training's."""
     model = llama()
-    target, prompt = Target(model), torch.tensor([5, 9, 13, 7])
-    text = generate(target, None, prompt, 40, []).tokens
-    ids = torch.cat([prompt, torch.tensor(text)])
-    drafter = peagle(model, draft_vocab_size=None, **ALL).train()
-    labels = ids.clone()
-    labels[: len(prompt)] = -100
-    with (
-        torch.no_grad(),
-        captured_hidden(model.get_output_embeddings()) as hidden,
-        captured_layers(decoder_of(model), drafter.layers) as between,
-    ):
-        model(input_ids=ids[None])
-    output = TargetOutput(
-        hidden[0],
-        ids[None],
-        labels[None],
-        torch.arange(len(ids))[None],
-        hidden[0][:, :0],
-        torch.cat(list(between), dim=-1),
-    )
-    optimizer = torch.optim.Adam(drafter.parameters(), lr=3e-3)
-    for _ in range(120):
-        optimizer.zero_grad()
-        drafter.loss(output, target, 64)[0].backward()
-        optimizer.step()
-    numbers = drafter.eval().loss(output, target, 64)[1]
-    accepted = 1 + float((numbers[:, 4] / numbers[:, 1]).sum())
-    assert accepted > 3.5  # of 4
-    result = generate(target, drafter, prompt, 40, [])
-    assert result.tokens == text
-    assert len(result.drafts) <= math.ceil(39 / (accepted - 0.6))
+    check_it_learns(peagle(model, draft_vocab_size=None, **ALL), Target(model))
 
 
 def test_its_folder_gives_it_back(tmp_path):

@@ -12,16 +12,22 @@ from transformers import DynamicCache
 
 from adapters.delta import Start
 from tests.toys import adapters as toys
+from tests.toys.drafted_text import (
+    PROMPTS,
+    TOKENS,
+    check_lossless,
+    tokens_of_a_step,
+    train,
+    written,
+)
 from tests.toys.eagle import MODELS, SIZE, TINY, knobs, llama, made
 from tests.toys.packed_rows import APART, PACKED, ROWS, output_of
 from tests.toys.speculative import tiny
 from trainer.decoding import trees
-from trainer.decoding.sampling import Sampling
-from trainer.decoding.speculative import Strategy, generate, generate_batch
+from trainer.decoding.speculative import generate
 from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, io
 from trainer.drafters.anchors import anchors_of
 from trainer.drafters.uno import Uno
-from trainer.models.heads import captured_hidden
 
 K = 4
 TOY = {"offsets": K, "rank": 3, "alpha": 6.0, "anchors": 64}
@@ -196,57 +202,26 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_texts_are_the_targets(shape):
     model = llama()
-    drafter, target = uno(model), Target(model)
-    prompts = [torch.tensor([5, 9, 13, 7]), torch.tensor([40, 41]), torch.tensor([3])]
-    plain = [result.tokens for result in generate_batch(target, None, prompts, 20, [])]
-    how = Strategy(SHAPES[shape])
-    alone = generate(target, drafter, prompts[0], 20, [], strategy=how)
-    assert alone.tokens == plain[0]
+    alone, _ = check_lossless(uno(model), Target(model), SHAPES[shape])
     # The first token of a draft is the target's own: every step but a cut one takes it.
     assert all(taken >= 1 for proposed, taken in alone.drafts if proposed)
-    together = generate_batch(target, drafter, prompts, 20, [], strategy=how)
-    assert [result.tokens for result in together] == plain
-    drawn = Sampling(1.0, 1.0, seed=3)
-    sampled = [generate(target, drafter, prompts[0], 20, [], drawn, how).tokens for _ in range(2)]
-    assert sampled[0] == sampled[1]
-    assert len(sampled[0]) == 20
 
 
 def test_it_learns_what_the_target_does_next():
     """On one text of the target's, far more is accepted than of an untrained LoRA."""
     model = llama()
-    target, prompt = Target(model), torch.tensor([5, 9, 13, 7])
-    text = generate(target, None, prompt, 40, []).tokens
-    ids = torch.cat([prompt, torch.tensor(text)])
+    target = Target(model)
+    text, output = written(target)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        drafter = Uno(
-            model, **knobs("uno", **(TOY | {"offsets": 3, "rank": 8, "alpha": 16.0}))
-        ).train()
-        labels = ids.clone()
-        labels[: len(prompt)] = -100
-        with torch.no_grad(), captured_hidden(model.get_output_embeddings()) as hidden:
-            model(input_ids=ids[None])
-        output = TargetOutput(
-            hidden[0], ids[None], labels[None], torch.arange(len(ids))[None], hidden[0][:, :0]
-        )
-        before = _tokens_of_a_step(drafter, output, target)
-        optimizer = torch.optim.Adam(drafter.parameters(), lr=2e-2)
-        for _ in range(60):
-            optimizer.zero_grad()
-            drafter.loss(output, target, 64)[0].backward()
-            optimizer.step()
-        after = _tokens_of_a_step(drafter, output, target)
+        drafter = Uno(model, **knobs("uno", **(TOY | {"offsets": 3, "rank": 8, "alpha": 16.0})))
+        before = tokens_of_a_step(drafter, output, target)
+        train(drafter, output, target, 60, 2e-2)
+        after = tokens_of_a_step(drafter, output, target)
     assert before < 2.6
     assert after > before + 0.8
-    result = generate(target, drafter.eval(), prompt, 40, [])
+    result = generate(target, drafter, PROMPTS[0], TOKENS, [])
     assert result.tokens == text
-
-
-def _tokens_of_a_step(drafter, output, target):
-    numbers = drafter.eval().loss(output, target, 64)[1]
-    drafter.train()
-    return 1 + float((numbers[:, 4] / numbers[:, 1]).sum())
 
 
 def test_rows_without_trained_tokens_have_a_loss_of_zero_and_all_gradients():

@@ -22,6 +22,7 @@ from adapters.spiel import SpIEL
 from tests.ranks import spawn
 from tests.toys import adapters as toys
 from tests.toys import finetuning
+from tests.toys.sparse import make as make_rosa
 from trainer.models.base import Base
 
 LR, BETAS, EPS, DECAY = 0.05, (0.9, 0.99), 1e-8, 0.3
@@ -29,34 +30,8 @@ ADAMW = partial(torch.optim.AdamW, lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0
 
 
 def rosa(**changes: Any) -> RoSAAdapter:
-    settings: dict[str, Any] = {
-        "rank": 2,
-        "alpha": 2.0,
-        "rslora": False,
-        "dropout": 0.0,
-        "density": 0.2,
-        "density_pattern": {},
-        "schedule": "wl",
-        "warmup_steps": 0,
-        "mask_steps": 2,
-        "restart_after_mask": False,
-        "count_mask_steps": True,
-        "mask": "gradient",
-        "score": "squared",
-        "scores": "exact",
-        "mask_seed": 0,
-        "sparse_lr_ratio": 1.0,
-        "sparse_weight_decay": 0.0,
-        "target_modules": "all-linear",
-        "exclude_modules": [],
-        "gradient": "gathered",
-        "dtype": "float64",
-        "sparse_dtype": "float64",
-        "within": "all",
-        "target_parameters": [],
-        "train_modules": [],
-    }
-    return RoSAAdapter(**settings | changes)
+    settings = {"rank": 2, "alpha": 2.0, "density": 0.2, "mask_steps": 2, "mask": "gradient"}
+    return make_rosa(**settings | {"gradient": "gathered"} | changes)
 
 
 def spiel(**changes: Any) -> SpIEL:

@@ -11,22 +11,11 @@ from tasks.classification import Classification
 from tasks.reading import Bad, DataError
 from tasks.task import Labelled
 from tests.conftest import write_rows
+from tests.toys import tasks as toys
 
 
 def task(path: Path, **changes: Any) -> Classification:
-    settings = {
-        "split": "train",
-        "eval_path": None,
-        "eval_split": "test",
-        "eval_fraction": 0.0,
-        "limit": None,
-        "eval_limit": None,
-        "columns": {},
-        "labels": None,
-        "on_bad": "raise",
-        "weight_column": None,
-    }
-    return Classification(str(path), **settings | changes)
+    return Classification(str(path), **toys.SPLITS | {"columns": {}, "labels": None} | changes)
 
 
 def labelled(folder: Path, *labels: Any) -> Path:

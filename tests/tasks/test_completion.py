@@ -11,23 +11,12 @@ from tasks.completion import Completion
 from tasks.reading import Bad
 from tasks.task import Text
 from tests.conftest import write_rows
+from tests.toys import tasks as toys
 
 
 def task(path: Path, **changes: Any) -> Completion:
-    settings = {
-        "split": "train",
-        "eval_path": None,
-        "eval_split": "test",
-        "eval_fraction": 0.0,
-        "limit": None,
-        "eval_limit": None,
-        "columns": {},
-        "streaming": False,
-        "shuffle_block": 10,
-        "on_bad": "raise",
-        "weight_column": None,
-    }
-    return Completion(str(path), **settings | changes)
+    settings = {"columns": {}, "streaming": False, "shuffle_block": 10}
+    return Completion(str(path), **toys.SPLITS | settings | changes)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

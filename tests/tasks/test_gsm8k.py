@@ -13,28 +13,14 @@ from tasks.gsm8k import GSM8K, last, marked
 from tasks.reading import Bad, DataError
 from tasks.task import Conversation
 from tests.conftest import ROOT, write_rows
+from tests.toys import tasks as toys
 
 REAL = ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
 ROW = {"question": "What are 2 and 3?", "answer": "2+3=<<2+3=5>>5\n#### 5"}
 
 
 def task(path: Path, **changes: Any) -> GSM8K:
-    settings = {
-        "split": "train",
-        "eval_path": None,
-        "eval_split": "test",
-        "eval_fraction": 0.0,
-        "limit": None,
-        "eval_limit": None,
-        "columns": {},
-        "system": None,
-        "chat_template": None,
-        "on_bad": "raise",
-        "weight_column": None,
-        "on_lost": "error",
-        "chat_template_kwargs": {},
-    }
-    return GSM8K(str(path), **settings | changes)
+    return GSM8K(str(path), **toys.CHATS | changes)
 
 
 def test_a_row_becomes_a_question_and_its_worked_answer(tmp_path):

@@ -12,18 +12,9 @@ from tasks.reading import Bad
 from tasks.regression import Regression
 from tasks.task import Labelled
 from tests.conftest import write_rows
+from tests.toys import tasks as toys
 
-SHARED = {
-    "split": "train",
-    "eval_path": None,
-    "eval_split": "test",
-    "eval_fraction": 0.0,
-    "limit": None,
-    "eval_limit": None,
-    "columns": {},
-    "on_bad": "raise",
-    "weight_column": None,
-}
+SHARED = toys.SPLITS | {"columns": {}}
 
 
 def regression(folder: Path, *labels: Any) -> Regression:

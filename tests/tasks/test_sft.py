@@ -15,32 +15,13 @@ from tasks.reading import Bad, DataError
 from tasks.sft import SFT, score
 from tasks.task import Conversation
 from tests.conftest import sums, write_rows
+from tests.toys import tasks as toys
 
 PAIRS = [{"prompt": f"{i}?", "completion": f"{i}!"} for i in range(20)]
 
 
 def sft(path: Path | str, **changes: Any) -> SFT:
-    settings = {
-        "split": "train",
-        "eval_path": None,
-        "eval_split": "test",
-        "eval_fraction": 0.0,
-        "limit": None,
-        "eval_limit": None,
-        "format": "auto",
-        "columns": {},
-        "system": None,
-        "chat_template": None,
-        "train_on": "all",
-        "metric": "exact_match",
-        "streaming": False,
-        "shuffle_block": 10,
-        "on_bad": "raise",
-        "on_lost": "error",
-        "chat_template_kwargs": {},
-        "weight_column": None,
-    }
-    return SFT(str(path), **settings | changes)
+    return SFT(str(path), **toys.SFT | changes)
 
 
 def prompts(task: SFT, split: str) -> list[str]:

@@ -17,6 +17,7 @@ from tasks.databases import same_result
 from tasks.reading import Bad
 from tasks.sql import SQL, bare, schema, tokens
 from tests.conftest import ROOT, write_rows
+from tests.toys import tasks as toys
 from tests.toys.growth import assert_linear
 
 REAL = ROOT.parent / "shared" / "data" / "sql_train.jsonl"
@@ -36,22 +37,7 @@ TABLES = {
 
 
 def task(path: Path, **changes: Any) -> SQL:
-    settings = {
-        "split": "train",
-        "eval_path": None,
-        "eval_split": "test",
-        "eval_fraction": 0.0,
-        "limit": None,
-        "eval_limit": None,
-        "columns": {},
-        "system": None,
-        "chat_template": None,
-        "on_bad": "raise",
-        "weight_column": None,
-        "on_lost": "error",
-        "chat_template_kwargs": {},
-    }
-    return SQL(str(path), **settings | changes)
+    return SQL(str(path), **toys.CHATS | changes)
 
 
 def test_both_layouts_give_the_same_chat(tmp_path):

@@ -13,6 +13,7 @@ from tasks.reading import Bad
 from tasks.task import Conversation
 from tasks.viggo import Meaning, ViGGO, f1, parsed
 from tests.conftest import ROOT, write_rows
+from tests.toys import tasks as toys
 
 DATA = ROOT.parent / "shared" / "data"
 MEANING = "inform(name[Dirt: Showdown], genres[driving/racing, sport], available_on_steam[no])"
@@ -23,22 +24,7 @@ ROW = {
 
 
 def task(path: Path, **changes: Any) -> ViGGO:
-    settings = {
-        "split": "train",
-        "eval_path": None,
-        "eval_split": "test",
-        "eval_fraction": 0.0,
-        "limit": None,
-        "eval_limit": None,
-        "columns": {},
-        "system": None,
-        "chat_template": None,
-        "on_bad": "raise",
-        "weight_column": None,
-        "on_lost": "error",
-        "chat_template_kwargs": {},
-    }
-    return ViGGO(str(path), **settings | changes)
+    return ViGGO(str(path), **toys.CHATS | changes)
 
 
 @pytest.mark.parametrize("more", [{}, {"gem_id": "viggo-train-0", "references": [ROW["target"]]}])

@@ -1,4 +1,4 @@
-"""A sparse delta on one linear layer."""
+"""RoSA's adapter with settings of a test."""
 
 from __future__ import annotations
 

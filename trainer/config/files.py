@@ -13,8 +13,6 @@ import stat
 from pathlib import Path
 from typing import Any
 
-MEGABYTE = 1 << 20
-
 
 class Unreadable(ValueError):
     """A file is not regular, or too large. The message names it."""

@@ -15,6 +15,7 @@ from trainer.assembly.trained import Trained
 from trainer.data import prompts
 from trainer.data.chat_template import Refused
 from trainer.data.encoding import continued_ids
+from trainer.data.held_out import HeldOut
 from trainer.data.stops import Stops
 
 
@@ -99,6 +100,26 @@ def held_out_questions(run: Trained, count: int) -> list[Question]:
     Raises:
         DataError: the run has none.
     """
+    return [
+        Question(
+            "held out", example.messages[:-1], tools=example.tools, variables=example.variables
+        )
+        for example, _ in _held_out(run, count).prompts
+    ]
+
+
+def held_out_prompts(run: Trained, count: int) -> tuple[list[list[int]], Stops]:
+    """Return (the first held-out prompts of a run as token ids, stop tokens).
+
+    Raises:
+        DataError: the run has none.
+    """
+    held_out = _held_out(run, count)
+    return [ids for _, ids in held_out.prompts], held_out.stops
+
+
+def _held_out(run: Trained, count: int) -> HeldOut:
+    """Return the held-out rows of a run on conversations, with their first `count` prompts."""
     if run.task.kind != "conversation":
         raise DataError(
             "this run continues plain text and holds out no conversations: give prompts=FILE.jsonl"
@@ -110,33 +131,7 @@ def held_out_questions(run: Trained, count: int) -> list[Question]:
             " task.eval_path. Give prompts=FILE.jsonl"
         )
     add_prompts(data, count, run.stops)
-    return [
-        Question(
-            "held out", example.messages[:-1], tools=example.tools, variables=example.variables
-        )
-        for example, _ in data.held_out.prompts
-    ]
-
-
-def held_out_prompts(run: Trained, count: int) -> tuple[list[list[int]], Stops]:
-    """Return (the first held-out prompts of a run as token ids, stop tokens).
-
-    Raises:
-        DataError: the run has none.
-    """
-    if run.task.kind != "conversation":
-        raise DataError(
-            "heldout takes the prompts of conversations, and this run continues plain text: give"
-            " prompt or prompts"
-        )
-    data = load_data(run.config, run.base, run.task, train=False)
-    if data.held_out is None:
-        raise DataError(
-            "this run's task has no held-out rows: it had task.eval_fraction=0 and no"
-            " task.eval_path"
-        )
-    add_prompts(data, count, run.stops)
-    return [ids for _, ids in data.held_out.prompts], data.held_out.stops
+    return data.held_out
 
 
 class Prompts:
