@@ -30,13 +30,13 @@ def pins(text: str) -> dict[str, str]:
     Raises:
         ValueError: a line is no pin of one version.
     """
-    found = {}
+    versions = {}
     for line in filter(None, (line.partition("#")[0].strip() for line in text.splitlines())):
         match = re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9A-Za-z.!]+)(?:\+[\w.]+)?", line)
         if match is None:
             raise ValueError(f"constraints.txt: {line!r} is no pin, as in torch==2.13.0")
-        found[match[1]] = match[2]
-    return found
+        versions[match[1]] = match[2]
+    return versions
 
 
 def advisories(versions: dict[str, str], database: str = DATABASE) -> dict[str, list[str]]:

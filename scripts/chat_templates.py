@@ -55,21 +55,24 @@ def short(outcome: list[Tokens] | str) -> str:
 
 def table() -> str:
     """The table in Markdown."""
-    found = {(name, shape): short(outcome) for name, shape, outcome in cells()}
+    outcomes = {(name, shape): short(outcome) for name, shape, outcome in cells()}
     # Two shapes are refused whatever the template.
-    shapes = [shape for shape in SHAPES if len({found[name, shape] for name in NAMES}) > 1]
+    shapes = [shape for shape in SHAPES if len({outcomes[name, shape] for name in NAMES}) > 1]
     lines = [
         f"| template | {' | '.join(shapes)} |",
         f"|---|{'---|' * len(shapes)}",
-        *(f"| {name} | {' | '.join(found[name, shape] for shape in shapes)} |" for name in NAMES),
+        *(
+            f"| {name} | {' | '.join(outcomes[name, shape] for shape in shapes)} |"
+            for name in NAMES
+        ),
     ]
     alike = [shape for shape in SHAPES if shape not in shapes]
-    notes = [f"- {shape}: {found[NAMES[0], shape]}, whatever the template." for shape in alike]
+    notes = [f"- {shape}: {outcomes[NAMES[0], shape]}, whatever the template." for shape in alike]
     counts = Counter(
-        "trains" if cell.startswith("trains") else "refused" for cell in found.values()
+        "trains" if cell.startswith("trains") else "refused" for cell in outcomes.values()
     )
     total = (
-        f"{len(found)} cells: {counts['trains']} train, {counts['refused']} are refused by name."
+        f"{len(outcomes)} cells: {counts['trains']} train, {counts['refused']} are refused by name."
     )
     return "\n".join([*lines, "", *notes, "", total])
 

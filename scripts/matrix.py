@@ -89,8 +89,8 @@ def environments(available: dict[str, list[Version]]) -> Iterator[Environment]:
 
 def versions(name: str) -> list[Version]:
     """Return all versions of a package that the index has."""
-    found = _pip("index", "versions", "--pre", name).stdout
-    line = re.search(r"^Available versions: (.*)$", found, re.MULTILINE)
+    listing = _pip("index", "versions", "--pre", name).stdout
+    line = re.search(r"^Available versions: (.*)$", listing, re.MULTILINE)
     return [Version(text) for text in line[1].split(", ")] if line else []
 
 
@@ -213,8 +213,8 @@ def main(argv: list[str]) -> int:
     folder = Path(options.get("folder", ROOT / ".matrix")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     every = list(environments({name: versions(name) for name in PACKAGES}))
-    wanted = options["only"].split(",") if "only" in options else [e.name for e in every]
-    if unknown := set(wanted) - {e.name for e in every}:
+    names = options["only"].split(",") if "only" in options else [e.name for e in every]
+    if unknown := set(names) - {e.name for e in every}:
         print(f"{', '.join(sorted(unknown))}: no such environment. There are:", file=sys.stderr)
         print(", ".join(e.name for e in every), file=sys.stderr)
         return 2
@@ -223,7 +223,7 @@ def main(argv: list[str]) -> int:
             print(environment.name, *environment.pins, environment.left_out)
         return 0
     results = []
-    for environment in (e for e in every if e.name in wanted):
+    for environment in (e for e in every if e.name in names):
         results.append(run(environment, folder, suite, tests))
         print(environment.name, *environment.pins, "|", results[-1].outcome, flush=True)
     if "only" not in options or "out" in options:

@@ -39,7 +39,7 @@ SECTIONS: dict[str, list[tuple[str, list[str], bool]]] = {
 }
 
 
-def made(project: str, entity: str, title: str) -> Any:
+def make_report(project: str, entity: str, title: str) -> Any:
     """Return the report, without sending it."""
     import wandb_workspaces.reports.v2 as wr
 
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     """Run the script; see the module's text."""
     options = parse(Options, argv, __doc__, "python -m scripts.wandb_report")
     try:
-        report = made(options.project, options.entity, options.title)
+        report = make_report(options.project, options.entity, options.title)
     except ModuleNotFoundError:
         return bad("this needs a package that is not installed: pip install wandb-workspaces")
     if options.dry:

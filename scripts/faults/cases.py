@@ -158,8 +158,8 @@ def small_shards() -> None:
 
     whole = hidden_states.HiddenStates.prepare
 
-    def prepare(*given: Any, **named: Any) -> Any:
-        return whole(*given, **named | {"shard_bytes": SHARD})
+    def prepare(*args: Any, **named: Any) -> Any:
+        return whole(*args, **named | {"shard_bytes": SHARD})
 
     hidden_states.HiddenStates.prepare = prepare  # type: ignore[method-assign]
 
@@ -184,10 +184,10 @@ def start(
     cache = place.cache(case if case in commands.WRITERS else name)
     environment = cache | (commands.queue(place) if case == "requeue" else {})
     command = commands.arguments(place, case, name, EVERY)
-    module, given = command or (module, words(place, case, name))
+    module, arguments = command or (module, words(place, case, name))
     if case == "two":
-        return pairs.start([*given, *more], log, environment, broken)
-    return warm.start(module, [*given, *more], log, environment, broken)
+        return pairs.start([*arguments, *more], log, environment, broken)
+    return warm.start(module, [*arguments, *more], log, environment, broken)
 
 
 def constant(place: Place) -> None:
@@ -216,9 +216,9 @@ def reference(place: Place, case: str) -> dict[str, Any]:
 
 def plainly(place: Place, case: str, name: str) -> None:
     """Run a case in a new process, started as a user would."""
-    given = [sys.executable, "-m", "trainer", *words(place, case, name)]
+    command = [sys.executable, "-m", "trainer", *words(place, case, name)]
     environment = os.environ | warm.ENVIRONMENT | place.cache(name)
-    ended = subprocess.run(given, capture_output=True, text=True, env=environment, timeout=600)
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     if ended.returncode:
         raise Failed(f"exit code {ended.returncode}: {ended.stderr[-3000:]}")
 
@@ -234,10 +234,10 @@ def finish(child: Child | Pair, seconds: float = 300.0) -> None:
         Failed: it did not.
     """
     if (code := child.wait(seconds)) != 0:
-        raise Failed(f"exit code {code}: {child.said()[-3000:]}")
+        raise Failed(f"exit code {code}: {child.output()[-3000:]}")
 
 
-def anew(place: Place, name: str) -> str:
+def cleared(place: Place, name: str) -> str:
     """Return the name, after removing what an interrupted injection left under it."""
     for folder in (
         place.runs / name,
@@ -295,21 +295,21 @@ def outcome(place: Place, case: str, name: str) -> dict[str, Any]:
 
 def digest(*files: Path) -> str:
     """Return the sha256 of the names and contents of files."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for file in files:
         content = file.read_bytes() if file.exists() else b""
         # other files contain the run's name
         folder = f"{file.parent.name}/" if file.parent.name in ("adapter", "drafter") else ""
-        found.update(f"{folder}{file.name} {len(content)}\0".encode() + content)
-    return found.hexdigest()
+        sha256.update(f"{folder}{file.name} {len(content)}\0".encode() + content)
+    return sha256.hexdigest()
 
 
 def same(place: Place, case: str, name: str) -> dict[str, Any]:
     """Compare a disturbed run with the undisturbed one."""
-    wanted, found = reference(place, case), outcome(place, case, name)
+    expected, disturbed = reference(place, case), outcome(place, case, name)
     return {
-        "weights": wanted["weights"] == found["weights"],
-        "logged": wanted["logged"] == found["logged"],
+        "weights": expected["weights"] == disturbed["weights"],
+        "logged": expected["logged"] == disturbed["logged"],
     }
 
 

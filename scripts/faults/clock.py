@@ -40,7 +40,7 @@ def inject(place: Place, ledger: Ledger) -> None:
         for fault, hours in FAULTS.items():
             if (case in ("lora", "rosa") or hours == (0, 24)) and ledger.due("clock", case, fault):
                 cases.reference(place, case)
-                name = cases.anew(place, f"{case}-clock-{fault.replace(' ', '-')}")
+                name = cases.cleared(place, f"{case}-clock-{fault.replace(' ', '-')}")
                 limits = LIMITS if case in ("lora", "rosa") else ()
                 child = cases.start(place, case, name, *limits, before=jumping(*hours))
                 code = child.wait()
@@ -50,7 +50,7 @@ def inject(place: Place, ledger: Ledger) -> None:
                     case,
                     fault,
                     code=code,
-                    said="" if code == 0 else child.said()[-800:],
+                    said="" if code == 0 else child.output()[-800:],
                     same=same,
                     ok=same,
                 )

@@ -46,8 +46,8 @@ def arguments(place: Place, case: str, name: str, every: int) -> tuple[str, list
         return "trainer.export", [f"run={source}", "to=merged", f"out={out}"]
     if case == "compress":
         source = place.runs / "lora-alone"
-        given = [f"run={source}", "method=compeft", "alpha=auto", f"out={out}"]
-        return "trainer.compress", given
+        words = [f"run={source}", "method=compeft", "alpha=auto", f"out={out}"]
+        return "trainer.compress", words
     return None
 
 

@@ -133,7 +133,7 @@ def one(
     what: str,
     damage: Callable[[Path], None],
     files: Callable[[Place, str], list[Path]],
-    wanted: str | None,
+    expected: str | None,
     codes: tuple[int, ...] = (0,),
 ) -> None:
     """Kill a run, damage `files`, and start it again. It has to report `wanted` and exit with one
@@ -146,32 +146,32 @@ def one(
     if not ledger.due("damage", case, fault):
         return
     cases.reference(place, case)
-    name = cases.anew(place, f"{case}-{damage.__name__}-{files.__name__}")
+    name = cases.cleared(place, f"{case}-{damage.__name__}-{files.__name__}")
     own = place.path / name / "rows.jsonl"
     own.parent.mkdir(exist_ok=True)
     shutil.copyfile(place.rows, own)
     path = [f"task.path={own}"] if files is rows else []
     cases.start(place, case, name, *path, before=POINTS["mid_window"]).wait()
-    found = files(place, name)
-    kept = {file: file.read_bytes() for file in found}
-    for file in found:
+    damaged = files(place, name)
+    contents = {file: file.read_bytes() for file in damaged}
+    for file in damaged:
         damage(file)
     child = cases.start(place, case, name, *path)
-    ended, said = child.wait(), child.said()
-    line = child.told(wanted) if wanted else child.told("ERROR")
-    traced = "Traceback" in said
-    ok = (wanted is None or bool(line)) and ended in codes and not traced
+    ended, output = child.wait(), child.output()
+    line = child.message(expected) if expected else child.message("ERROR")
+    traced = "Traceback" in output
+    ok = (expected is None or bool(line)) and ended in codes and not traced
     if ended != 0:
-        for file in found:
+        for file in damaged:
             if files is shard:
                 file.unlink()  # the fix that the message names
             else:
-                file.write_bytes(kept[file])
+                file.write_bytes(contents[file])
         cases.finish(cases.start(place, case, name, *path))
     same = cases.same(place, case, name)
     identical = same["weights"] and (files is journal_end or same["logged"])
     if traced:
-        line = "a traceback: " + said.strip().splitlines()[-1]
+        line = "a traceback: " + output.strip().splitlines()[-1]
     ledger.add(
         "damage",
         case,

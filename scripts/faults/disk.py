@@ -48,9 +48,9 @@ def one(place: Place, ledger: Ledger, case: str, fault: Callable[[Path], None]) 
     """Fill a run's disk, check its message, free the space, resume the run, and compare."""
     from trainer.storage import checkpoints
 
-    told = fault.__doc__ or ""
+    described = fault.__doc__ or ""
     cases.reference(place, case)
-    name = cases.anew(place, f"{case}-{fault.__name__}")
+    name = cases.cleared(place, f"{case}-{fault.__name__}")
     run = place.runs / name
     run.mkdir(parents=True, exist_ok=True)
     try:
@@ -59,15 +59,15 @@ def one(place: Place, ledger: Ledger, case: str, fault: Callable[[Path], None]) 
             code, gone = child.wait(), cases.lost(place, name)
             saved = checkpoints.complete(run / "checkpoints")
             intact = bool(saved) and checkpoints.fault(saved[-1]) is None
-            said = child.told("disk is full")
+            message = child.message("disk is full")
             (run / "filler").unlink(missing_ok=True)
             cases.finish(cases.start(place, case, name))
             same = all(cases.same(place, case, name).values())
     except Unmounted as reason:
-        ledger.add("disk", case, told, skipped=True, said=str(reason), ok=True)
+        ledger.add("disk", case, described, skipped=True, said=str(reason), ok=True)
         return
-    ok = code == 1 and bool(said) and intact and same and gone <= EVERY
-    ledger.add("disk", case, told, code=code, lost=gone, said=said, same=same, ok=ok)
+    ok = code == 1 and bool(message) and intact and same and gone <= EVERY
+    ledger.add("disk", case, described, code=code, lost=gone, said=message, same=same, ok=ok)
 
 
 def limited(place: Place, ledger: Ledger, case: str) -> None:
@@ -75,18 +75,18 @@ def limited(place: Place, ledger: Ledger, case: str) -> None:
     from trainer.storage import checkpoints
 
     cases.reference(place, case)
-    name = cases.anew(place, f"{case}-limited")
+    name = cases.cleared(place, f"{case}-limited")
     child = cases.start(place, case, name, before=small_files)
     code, gone = child.wait(), cases.lost(place, name)
     folder = place.runs / name / "checkpoints"
     saved = checkpoints.complete(folder)
     intact = bool(saved) and checkpoints.fault(saved[-1]) is None
     left = [path.name for path in folder.glob(".*")]
-    said = child.told("could not be written")
+    message = child.message("could not be written")
     cases.finish(cases.start(place, case, name))
     same = all(cases.same(place, case, name).values())
-    ok = code == 1 and bool(said) and intact and not left and same and gone <= EVERY
-    ledger.add("disk", case, LIMITED, code=code, lost=gone, said=said, same=same, ok=ok)
+    ok = code == 1 and bool(message) and intact and not left and same and gone <= EVERY
+    ledger.add("disk", case, LIMITED, code=code, lost=gone, said=message, same=same, ok=ok)
 
 
 def command(place: Place, ledger: Ledger, case: str) -> None:
@@ -95,31 +95,31 @@ def command(place: Place, ledger: Ledger, case: str) -> None:
     folder = place.path / "full"
     folder.mkdir(exist_ok=True)
     out, log = folder / case, place.path / "logs" / f"{case}-full.log"
-    module, given = commands.arguments(place, case, case, EVERY) or ("trainer.report", [])
-    given = [word for word in given if not word.startswith("out=")]
-    given.append(f"run={out}" if case == "report" else f"out={out}")
+    module, arguments = commands.arguments(place, case, case, EVERY) or ("trainer.report", [])
+    arguments = [word for word in arguments if not word.startswith("out=")]
+    arguments.append(f"run={out}" if case == "report" else f"out={out}")
     try:
         with mounted(folder):
             if case == "report":
                 shutil.copytree(place.runs / "lora-alone", out)
             fill(folder, 12 << 10)
-            child = warm.start(module, given, log, place.cache(case))
-            code, said = child.wait(), child.told("disk is full")
+            child = warm.start(module, arguments, log, place.cache(case))
+            code, message = child.wait(), child.message("disk is full")
             left = [path.name for path in out.parent.iterdir() if path.name.startswith(".")]
             left += [path.name for path in out.glob("*.tmp")] if case == "report" else []
             torn = case != "report" and out.exists()
             (folder / "filler").unlink()
-            again = warm.start(module, given, log, place.cache(case)).wait()
+            again = warm.start(module, arguments, log, place.cache(case)).wait()
             same = again == 0 and (
                 case == "report" or files(out) == files(place.path / "answers" / f"{case}-alone")
             )
     except Unmounted as reason:
         ledger.add("disk", case, COMMAND, skipped=True, said=str(reason), ok=True)
         return
-    traced = "Traceback" in child.said()
-    ok = code == 1 and bool(said) and not left and not torn and not traced and same
-    said += f" {left} left" if left else ""
-    ledger.add("disk", case, COMMAND, code=code, said=said, same=same, ok=ok)
+    traced = "Traceback" in child.output()
+    ok = code == 1 and bool(message) and not left and not torn and not traced and same
+    message += f" {left} left" if left else ""
+    ledger.add("disk", case, COMMAND, code=code, said=message, same=same, ok=ok)
 
 
 def files(folder: Path) -> str:
@@ -140,13 +140,13 @@ def mounted(folder: Path) -> Iterator[None]:
     """
     if os.geteuid() != 0:
         raise Unmounted("mounting a file system needs root")
-    made = subprocess.run(
+    done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", folder],
         capture_output=True,
         text=True,
     )
-    if made.returncode:
-        raise Unmounted(f"a file system cannot be mounted here: {made.stderr.strip()}")
+    if done.returncode:
+        raise Unmounted(f"a file system cannot be mounted here: {done.stderr.strip()}")
     try:
         yield
     finally:
@@ -168,10 +168,10 @@ def before_save(run: Path, room: int = 0) -> None:
 
     whole = AtomicCheckpointIO.save_checkpoint
 
-    def patched(self: Any, content: dict[str, Any], *given: Any, **named: Any) -> None:
+    def patched(self: Any, content: dict[str, Any], *args: Any, **named: Any) -> None:
         if content["counters"]["step"] == STEP:
             fill(run, room)
-        whole(self, content, *given, **named)
+        whole(self, content, *args, **named)
 
     AtomicCheckpointIO.save_checkpoint = patched  # type: ignore[method-assign, assignment]
 
@@ -187,11 +187,11 @@ def small_files() -> None:
 
     whole = AtomicCheckpointIO.save_checkpoint
 
-    def patched(self: Any, content: dict[str, Any], path: Any, *given: Any, **named: Any) -> None:
+    def patched(self: Any, content: dict[str, Any], path: Any, *args: Any, **named: Any) -> None:
         if content["counters"]["step"] == STEP:
             earlier = max(Path(path).parent.glob("step-*.ckpt")).stat().st_size
             resource.setrlimit(resource.RLIMIT_FSIZE, (earlier // 2, earlier // 2))
-        whole(self, content, path, *given, **named)
+        whole(self, content, path, *args, **named)
 
     AtomicCheckpointIO.save_checkpoint = patched  # type: ignore[method-assign, assignment]
 

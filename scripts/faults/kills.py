@@ -49,7 +49,7 @@ def inject(place: Place, ledger: Ledger, kills: int, seed: int) -> None:
         process(place, ledger)
     if ledger.due("kills", "lora", CONTROL):
         control(place, ledger)
-    chosen = [case for case in PHASES_OF if ledger.asked("kills", case, "SIGKILL")]
+    chosen = [case for case in PHASES_OF if ledger.selects("kills", case, "SIGKILL")]
     ledger.expected = shares = shared(kills, chosen)
     draws = {case: random.Random(f"{seed} {case}") for case in chosen}
     # one round of each kind at a time: a harness that is stopped has killed all kinds alike
@@ -80,7 +80,7 @@ def process(place: Place, ledger: Ledger) -> None:
 def control(place: Place, ledger: Ledger) -> None:
     """Resume a run with other random draws, which the comparison has to notice: a check of the
     comparison itself."""
-    name = cases.anew(place, "lora-control")
+    name = cases.cleared(place, "lora-control")
     cases.start(place, "lora", name, before=POINTS["mid_window"]).wait()
     cases.finish(cases.start(place, "lora", name, before=other_draws))
     same = cases.same(place, "lora", name)
@@ -93,7 +93,7 @@ def other_draws() -> None:
     from trainer.training import finetune
 
     whole = finetune.reseed
-    finetune.reseed = lambda seed, *given: whole(seed + 1, *given)
+    finetune.reseed = lambda seed, *args: whole(seed + 1, *args)
 
 
 def _open(ledger: Ledger, case: str) -> bool:
@@ -123,14 +123,14 @@ def one_round(
             ended = True
             break
         if not killed and not (case == "requeue" and code in SIGNALLED):
-            said = child.said()[-1500:]
-            ledger.add("kills", case, "the start after a kill", round=number, said=said, ok=False)
+            text = child.output()[-1500:]
+            ledger.add("kills", case, "the start after a kill", round=number, said=text, ok=False)
             return
     if not ended:
         code = cases.start(place, case, name).wait()
         if code != 0:
-            said = f"exit code {code}"
-            ledger.add("kills", case, "the start after a kill", round=number, said=said, ok=False)
+            text = f"exit code {code}"
+            ledger.add("kills", case, "the start after a kill", round=number, said=text, ok=False)
             return
     same = all(cases.same(place, case, name).values())
     left = len(list(place.elsewhere.iterdir()))

@@ -52,17 +52,17 @@ class Ledger:
         print(json.dumps(row), flush=True)
         return row
 
-    def asked(self, family: str, case: str, fault: str = "") -> bool:
+    def selects(self, family: str, case: str, fault: str = "") -> bool:
         """Return whether an injection is selected."""
-        given = (family, case, fault)
+        names = (family, case, fault)
         return any(
-            all(part in value for part, value in zip(entry, given, strict=False))
+            all(part in value for part, value in zip(entry, names, strict=False))
             for entry in self.only
         )
 
     def due(self, family: str, case: str, fault: str) -> bool:
         """Return whether an injection is selected and not done yet."""
-        return self.asked(family, case, fault) and not self.of(family, case, fault)
+        return self.selects(family, case, fault) and not self.of(family, case, fault)
 
     def of(self, family: str, case: str | None = None, fault: str | None = None) -> list[Row]:
         return [
@@ -127,8 +127,8 @@ def table(rows: list[Row]) -> tuple[str, bool]:
     ]
     lines += spread(rows)
     for family, head in HEADS.items():
-        found = [row for row in rows if row["family"] == family]
-        if not found:
+        of_family = [row for row in rows if row["family"] == family]
+        if not of_family:
             continue
         lines += [
             "",
@@ -141,7 +141,7 @@ def table(rows: list[Row]) -> tuple[str, bool]:
             "|---|---|---|---|---|---|---|",
         ]
         groups: dict[tuple[str, str], list[Row]] = {}
-        for row in found:
+        for row in of_family:
             groups.setdefault((row["case"], row["fault"]), []).append(row)
         lines += [_line(case, fault, group) for (case, fault), group in groups.items()]
     return "\n".join(lines) + "\n", not bad
@@ -168,16 +168,16 @@ def spread(rows: list[Row]) -> list[str]:
 def _line(case: str, fault: str, group: list[Row]) -> str:
     lost = [row["lost"] for row in group if row.get("lost") is not None]
     same = [row["same"] for row in group if row.get("same") is not None]
-    said = next((row["said"] for row in group if row.get("said")), "")
-    told = re.sub(r"\s+", " ", said).replace("|", "\\|")
-    told = told if len(told) <= LONGEST else f"{told[:LONGEST]}…"
+    message = next((row["said"] for row in group if row.get("said")), "")
+    shown = re.sub(r"\s+", " ", message).replace("|", "\\|")
+    shown = shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}…"
     if group[0].get("skipped"):
-        return f"| {case} | {fault} | skipped | | {told} | | |"
+        return f"| {case} | {fault} | skipped | | {shown} | | |"
     identical = (
         "" if not same else "yes" if all(same) else f"**no** ({same.count(False)} of {len(same)})"
     )
     good = "yes" if all(row["ok"] for row in group) else "**no**"
     return (
         f"| {case} | {fault} | {sum(row.get('times', 1) for row in group)} |"
-        f" {max(lost) if lost else ''} | {told} | {identical} | {good} |"
+        f" {max(lost) if lost else ''} | {shown} | {identical} | {good} |"
     )

@@ -30,7 +30,7 @@ def inject(place: Place, ledger: Ledger) -> None:
 def one(place: Place, ledger: Ledger, fault: str, number: int) -> None:
     """Send a signal to the loading process after some steps."""
     cases.reference(place, "lora")
-    name = cases.anew(place, f"lora-loader-{fault.replace(' ', '-')}")
+    name = cases.cleared(place, f"lora-loader-{fault.replace(' ', '-')}")
     child = cases.start(place, "lora", name, *SETTINGS, before=slowly)
     loader = None
     while child.poll() is None and (loader is None or child.marks.count("training") < 12):
@@ -43,7 +43,7 @@ def one(place: Place, ledger: Ledger, fault: str, number: int) -> None:
             "loader",
             "lora",
             fault,
-            said=f"no loading process was seen: {child.said()[-500:]}",
+            said=f"no loading process was seen: {child.output()[-500:]}",
             ok=False,
         )
         return
@@ -54,10 +54,10 @@ def one(place: Place, ledger: Ledger, fault: str, number: int) -> None:
     if loader.is_running():
         loader.kill()
     gone = cases.lost(place, name)
-    said = child.told("loading process") or child.said()[-300:]
+    message = child.message("loading process") or child.output()[-300:]
     cases.finish(cases.start(place, "lora", name, *SETTINGS))
     same = all(cases.same(place, "lora", name).values())
-    ok = code == 1 and "loading process" in said and gone <= EVERY and same
+    ok = code == 1 and "loading process" in message and gone <= EVERY and same
     ledger.add(
         "loader",
         "lora",
@@ -65,7 +65,7 @@ def one(place: Place, ledger: Ledger, fault: str, number: int) -> None:
         code=code,
         seconds=round(seconds, 1),
         lost=gone,
-        said=f"after {seconds:.0f} s: {said}",
+        said=f"after {seconds:.0f} s: {message}",
         same=same,
         ok=ok,
     )
@@ -79,9 +79,9 @@ def slowly() -> None:
 
     whole = data.DataLoader.__init__
 
-    def short(self: Any, *given: Any, **named: Any) -> None:
+    def short(self: Any, *args: Any, **named: Any) -> None:
         if named.get("num_workers"):
             named["prefetch_factor"] = 1
-        whole(self, *given, **named)
+        whole(self, *args, **named)
 
     data.DataLoader.__init__ = short  # type: ignore[method-assign]

@@ -29,20 +29,20 @@ def inject(place: Place, ledger: Ledger) -> None:
         ("eagle3", by_torch),
         ("lora", by_python),
     ):
-        told = fault.__doc__ or ""
-        if not ledger.due("memory", case, told):
+        described = fault.__doc__ or ""
+        if not ledger.due("memory", case, described):
             continue
         cases.reference(place, case)
-        name = cases.anew(place, f"{case}-memory-{fault.__name__}")
+        name = cases.cleared(place, f"{case}-memory-{fault.__name__}")
         child = cases.start(place, case, name, before=fault)
         code, gone = child.wait(), cases.lost(place, name)
         saved = checkpoints.complete(place.runs / name / "checkpoints")
         intact = bool(saved) and checkpoints.fault(saved[-1]) is None
-        said = child.told("out of memory")
+        message = child.message("out of memory")
         cases.finish(cases.start(place, case, name))
         same = all(cases.same(place, case, name).values())
-        ok = code == 1 and "need less" in said and intact and gone <= EVERY and same
-        ledger.add("memory", case, told, code=code, lost=gone, said=said, same=same, ok=ok)
+        ok = code == 1 and "need less" in message and intact and gone <= EVERY and same
+        ledger.add("memory", case, described, code=code, lost=gone, said=message, same=same, ok=ok)
     if ledger.due("memory", "lora", SMALLER):
         repeated(place, ledger)
 
@@ -52,18 +52,18 @@ def repeated(place: Place, ledger: Ledger) -> None:
     resumed. It has to end with the bits of one that is not killed, and near one that always fits.
     """
     words = ("adapter.dropout=0",)
-    names = [cases.anew(place, f"lora-{name}") for name in ("fits", "smaller", "smaller-killed")]
+    names = [cases.cleared(place, f"lora-{name}") for name in ("fits", "smaller", "smaller-killed")]
     cases.finish(cases.start(place, "lora", names[0], *words))
     cases.finish(cases.start(place, "lora", names[1], *words, before=by_rows))
     killed = cases.start(place, "lora", names[2], *words, before=both(by_rows, killed_at))
     code = killed.wait()
     cases.finish(cases.start(place, "lora", names[2], *words))  # the parts stay small by themselves
-    said = killed.told("did not fit into memory")
+    message = killed.message("did not fit into memory")
     outcomes = [cases.outcome(place, "lora", name)["weights"] for name in names]
     apart = distance(*(place.runs / name for name in names[:2]))
     same = outcomes[1] == outcomes[2]
-    ok = same and code == -9 and bool(said) and 0 < apart < 1e-4
-    text = f"{said} [weights differ by {apart:.1e} from a run that fits]"
+    ok = same and code == -9 and bool(message) and 0 < apart < 1e-4
+    text = f"{message} [weights differ by {apart:.1e} from a run that fits]"
     ledger.add("memory", "lora", SMALLER, killed=True, said=text, same=same, ok=ok)
 
 
@@ -117,12 +117,12 @@ def _limited(ask: Callable[[], Any]) -> None:
 
     whole = FineTune.training_step
 
-    def patched(self: Any, *given: Any) -> Any:
+    def patched(self: Any, *args: Any) -> Any:
         if self.step == STEP:
             with open("/proc/self/statm") as file:
                 used = int(file.read().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + MARGIN, used + MARGIN))
             ask()
-        return whole(self, *given)
+        return whole(self, *args)
 
     FineTune.training_step = patched  # type: ignore[method-assign, assignment]

@@ -29,23 +29,23 @@ def inject(place: Place, ledger: Ledger) -> None:
 
 def passed_over(place: Place, ledger: Ledger, case: str) -> None:
     """Compare one step of NaN with a run whose optimiser does nothing at that step."""
-    names = [cases.anew(place, f"{case}-nan"), cases.anew(place, f"{case}-idle")]
+    names = [cases.cleared(place, f"{case}-nan"), cases.cleared(place, f"{case}-idle")]
     for name, patch in zip(names, (spoiling(1), idle(1)), strict=True):
         cases.finish(cases.start(place, case, name, before=both(patch, watch_base)))
-    wanted, found = (cases.outcome(place, case, name) for name in reversed(names))
+    expected, disturbed = (cases.outcome(place, case, name) for name in reversed(names))
     rows = skipped(place, names[0])
-    kept = unchanged(place, names[0])
-    same = wanted["weights"] == found["weights"]
+    base_unchanged = unchanged(place, names[0])
+    same = expected["weights"] == disturbed["weights"]
     named = len(rows) == 1 and rows[0]["step"] == STEP + 1 and len(rows[0]["rows"]) == 8
     ledger.add(
         "nonfinite",
         case,
         "one step of NaN, nonfinite_limit=3",
         same=same,
-        ok=same and named and kept,
+        ok=same and named and base_unchanged,
         said=(
             f"counted; {len(rows[0]['rows']) if rows else 0} rows named in metrics.jsonl; the"
-            f" base's weights {'untouched' if kept else 'CHANGED'}"
+            f" base's weights {'untouched' if base_unchanged else 'CHANGED'}"
         ),
     )
 
@@ -53,16 +53,16 @@ def passed_over(place: Place, ledger: Ledger, case: str) -> None:
 def ended(place: Place, ledger: Ledger, fault: str, limit: int) -> None:
     """Inject NaN until the run ends. Without NaN it resumes, and has to reach the undisturbed
     result."""
-    name = cases.anew(place, f"lora-nan-{limit}")
+    name = cases.cleared(place, f"lora-nan-{limit}")
     setting = f"objective.nonfinite_limit={limit}"
-    like = cases.anew(
+    like = cases.cleared(
         place, f"lora-idle-{limit}"
     )  # a checkpoint may lie between the bad steps: those before it stay skipped
     cases.finish(cases.start(place, "lora", like, setting, before=idle(saved_of(limit))))
     child = cases.start(place, "lora", name, setting, before=both(spoiling(limit), watch_base))
     code, gone = child.wait(), cases.lost(place, name)
-    said = child.told("in a row", "ERROR")
-    rows, kept = skipped(place, name), unchanged(place, name)
+    message = child.message("in a row", "ERROR")
+    rows, base_unchanged = skipped(place, name), unchanged(place, name)
     cases.finish(cases.start(place, "lora", name, setting))
     same = (
         cases.outcome(place, "lora", like)["weights"]
@@ -71,12 +71,12 @@ def ended(place: Place, ledger: Ledger, fault: str, limit: int) -> None:
     named = [row["step"] for row in rows] == list(range(STEP + 1, STEP + 1 + limit)) and all(
         row["rows"] for row in rows
     )
-    ok = code == 1 and bool(said) and named and kept and same
-    said += (
+    ok = code == 1 and bool(message) and named and base_unchanged and same
+    message += (
         f" [{len(rows)} of {limit} steps' rows are in metrics.jsonl; the base's weights"
-        f" {'untouched' if kept else 'CHANGED'}]"
+        f" {'untouched' if base_unchanged else 'CHANGED'}]"
     )
-    ledger.add("nonfinite", "lora", fault, code=code, lost=gone, said=said, same=same, ok=ok)
+    ledger.add("nonfinite", "lora", fault, code=code, lost=gone, said=message, same=same, ok=ok)
 
 
 def skipped(place: Place, name: str) -> list[dict[str, Any]]:
@@ -90,13 +90,15 @@ def skipped(place: Place, name: str) -> list[dict[str, Any]]:
 
 def unchanged(place: Place, name: str) -> bool:
     """Return whether the last start of a run did not change the base's weights."""
-    found = [
+    digests = [
         json.loads(line.partition("BASE ")[2])
         for line in (place.path / "logs" / f"{name}.log").read_text().splitlines()
         if line.startswith("BASE ")
     ]
-    return bool(found) and all(
-        before[key] == after[key] for before, after in found for key in before.keys() & after.keys()
+    return bool(digests) and all(
+        before[key] == after[key]
+        for before, after in digests
+        for key in before.keys() & after.keys()
     )
 
 
@@ -142,8 +144,8 @@ def idle(steps: int) -> Callable[[], None]:
 
         whole = FineTune.configure_gradient_clipping
 
-        def without(self: Any, optimizer: Any, *given: Any, **named: Any) -> None:
-            whole(self, optimizer, *given, **named)
+        def without(self: Any, optimizer: Any, *args: Any, **named: Any) -> None:
+            whole(self, optimizer, *args, **named)
             if STEP <= self.step < STEP + steps:
                 for group in optimizer.param_groups:
                     for parameter in group["params"]:
@@ -160,10 +162,10 @@ def watch_base() -> None:
 
     whole = lightning.Trainer.fit
 
-    def fit(self: Any, module: Any, *given: Any, **named: Any) -> None:
+    def fit(self: Any, module: Any, *args: Any, **named: Any) -> None:
         before = frozen(module)
         try:
-            whole(self, module, *given, **named)
+            whole(self, module, *args, **named)
         finally:
             print("BASE", json.dumps([before, frozen(module)]), flush=True)
 
@@ -180,7 +182,7 @@ def frozen(module: Any) -> dict[str, str]:
         for _, layer in layers(module.model)
         if getattr(layer.delta, "base_values", None) is not None
     }
-    found = {}
+    digests = {}
     for name, parameter in module.model.named_parameters():
         if not parameter.requires_grad and parameter.numel():
             plain = parameter.detach().clone()
@@ -188,5 +190,5 @@ def frozen(module: Any) -> dict[str, str]:
                 plain.view(-1).index_copy_(
                     0, layer.delta.base_positions(layer.base)[0], layer.delta.base_values
                 )
-            found[name] = hashlib.sha256(plain.numpy().tobytes()).hexdigest()
-    return found
+            digests[name] = hashlib.sha256(plain.numpy().tobytes()).hexdigest()
+    return digests

@@ -73,15 +73,15 @@ class Pair:
         other.wait(LIMIT)
         self.seconds = time.monotonic() - began
 
-    def said(self) -> str:
-        return self.ranks[0].said()
+    def output(self) -> str:
+        return self.ranks[0].output()
 
-    def told(self, *parts: str) -> str:
-        return self.ranks[0].told(*parts)
+    def message(self, *parts: str) -> str:
+        return self.ranks[0].message(*parts)
 
 
 def start(
-    given: list[str], log: Path, environment: dict[str, str], before: Callable[[], None]
+    arguments: list[str], log: Path, environment: dict[str, str], before: Callable[[], None]
 ) -> Pair:
     """Start both ranks of a training."""
     with socket.socket() as free:
@@ -98,7 +98,7 @@ def start(
     return Pair(
         [
             warm.start(
-                "trainer", given, log, shared | {"RANK": str(n), "LOCAL_RANK": str(n)}, before
+                "trainer", arguments, log, shared | {"RANK": str(n), "LOCAL_RANK": str(n)}, before
             )
             for n in (0, 1)
         ]

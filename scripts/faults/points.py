@@ -34,7 +34,7 @@ def inject(place: Place, ledger: Ledger) -> None:
 def one(place: Place, ledger: Ledger, case: str, point: str) -> None:
     """Kill a run at a point, resume it, and compare."""
     cases.reference(place, case)
-    name = cases.anew(place, f"{case}-{point}")
+    name = cases.cleared(place, f"{case}-{point}")
     child = cases.start(place, case, name, before=POINTS[point])
     code = child.wait()
     gone = cases.lost(place, name)
@@ -62,19 +62,19 @@ def wrapped(owner: Any, name: str, hit: Callable[..., bool], after: bool = False
     called in a child."""
     whole = getattr(owner, name)
 
-    def patched(*given: Any, **named: Any) -> Any:
-        if not after and hit(*given):
+    def patched(*args: Any, **named: Any) -> Any:
+        if not after and hit(*args):
             die()
-        made = whole(*given, **named)
-        if after and hit(*given):
+        result = whole(*args, **named)
+        if after and hit(*args):
             die()
-        return made
+        return result
 
     setattr(owner, name, patched)
 
 
 def _target(ending: str) -> Callable[..., bool]:
-    return lambda *given: str(given[1]).endswith(f"step-{SAVE:08d}.{ending}")
+    return lambda *args: str(args[1]).endswith(f"step-{SAVE:08d}.{ending}")
 
 
 def before_write() -> None:
@@ -96,9 +96,9 @@ def mid_write() -> None:
 
     whole = torch.save
 
-    def half(content: Any, file: Any, *given: Any, **named: Any) -> None:
+    def half(content: Any, file: Any, *args: Any, **named: Any) -> None:
         if not (isinstance(content, dict) and content.get("counters", {}).get("step") == SAVE):
-            return whole(content, file, *given, **named)
+            return whole(content, file, *args, **named)
         memory = io.BytesIO()
         whole(content, memory)
         file.write(memory.getvalue()[: memory.tell() // 2])

@@ -37,7 +37,7 @@ def one(place: Place, ledger: Ledger, fault: str, rank: int, number: int, torchr
     ends, and the result of the run after a resume."""
     if not (place.runs / "ranks-alone" / "report.html").exists():
         started(place, "ranks-alone", False).communicate(timeout=600)
-    name = cases.anew(place, f"ranks-{fault.replace(' ', '-').replace(',', '')}")
+    name = cases.cleared(place, f"ranks-{fault.replace(' ', '-').replace(',', '')}")
     run = place.runs / name
     process = started(
         place,
@@ -65,7 +65,7 @@ def one(place: Place, ledger: Ledger, fault: str, rank: int, number: int, torchr
         place, "lora", "ranks-alone"
     )
     explained = "Traceback" not in text or "another process" in text
-    said = next(
+    message = next(
         (
             line.strip()
             for line in text.splitlines()
@@ -74,7 +74,7 @@ def one(place: Place, ledger: Ledger, fault: str, rank: int, number: int, torchr
         text.strip().splitlines()[-1][:200],
     )
     if again.returncode:
-        said += " | resumed: " + text_again[-500:]
+        message += " | resumed: " + text_again[-500:]
     # The code may be a signal's, if the signal goes to the process that is waited for.
     ok = seconds < LIMIT and code != 0 and same and gone <= EVERY and explained
     ledger.add(
@@ -84,7 +84,7 @@ def one(place: Place, ledger: Ledger, fault: str, rank: int, number: int, torchr
         code=code,
         seconds=round(seconds, 1),
         lost=gone,
-        said=f"after {seconds:.0f} s: {said}",
+        said=f"after {seconds:.0f} s: {message}",
         same=same,
         ok=ok,
     )
@@ -104,7 +104,7 @@ def _struck(members: list[psutil.Process], rank: int, number: int) -> float:
     return time.monotonic() - began
 
 
-def started(place: Place, name: str, torchrun: bool, *given: str) -> subprocess.Popen[str]:
+def started(place: Place, name: str, torchrun: bool, *settings: str) -> subprocess.Popen[str]:
     """Start a run of two processes."""
     more = [
         "lightning=cpu",
@@ -126,7 +126,7 @@ def started(place: Place, name: str, torchrun: bool, *given: str) -> subprocess.
         if torchrun
         else ["-m", "trainer"]
     )
-    command = [sys.executable, *head, *cases.words(place, "lora", name, *more, *given)]
+    command = [sys.executable, *head, *cases.words(place, "lora", name, *more, *settings)]
     environment = os.environ | warm.ENVIRONMENT | place.cache("ranks")
     return subprocess.Popen(
         command,
@@ -140,17 +140,17 @@ def started(place: Place, name: str, torchrun: bool, *given: str) -> subprocess.
 
 def _members(pid: int) -> list[psutil.Process]:
     """Return the processes of a run in the order of their ranks."""
-    found = {}
+    by_rank = {}
     try:
         parent = psutil.Process(pid)
         for process in (parent, *parent.children(recursive=True)):
             words = process.cmdline()
             if "torch.distributed.run" in words or not {"trainer", "trainer.__main__"} & {*words}:
                 continue
-            found[int(process.environ().get("LOCAL_RANK", "0"))] = process
+            by_rank[int(process.environ().get("LOCAL_RANK", "0"))] = process
     except psutil.Error:
         return []
-    return [found[rank] for rank in sorted(found)]
+    return [by_rank[rank] for rank in sorted(by_rank)]
 
 
 def _logged(run: os.PathLike[str]) -> int:

@@ -136,16 +136,16 @@ class Child:
         while self.poll() is None:
             time.sleep(0.001)
 
-    def said(self) -> str:
+    def output(self) -> str:
         if not self.log.exists():
             return ""
         return self.log.read_bytes()[self.before :].decode("utf-8", errors="replace")
 
-    def told(self, *parts: str) -> str:
+    def message(self, *parts: str) -> str:
         """Return the message that contains all these parts, in one line; "" if there is none."""
         messages = re.split(
             r"^(?=(?:DEBUG|INFO|WARNING|ERROR|CRITICAL|Traceback) )",
-            self.said(),
+            self.output(),
             flags=re.MULTILINE,
         )
         unfolded = (" ".join(message.split()) for message in messages)
@@ -185,12 +185,12 @@ def start(
     """Run `python -m MODULE ARGUMENTS` in a fork. `before` is called in it first, to break
     something only there."""
     marks = Marks()
-    said = log.stat().st_size if log.exists() else 0  # by earlier starts
+    length = log.stat().st_size if log.exists() else 0  # by earlier starts
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid:
-        return Child(pid, log, marks, said)
+        return Child(pid, log, marks, length)
     code = 70
     try:
         os.setsid()
@@ -277,11 +277,11 @@ def note(marks: Marks) -> None:
     def within(owner: Any, name: str, phase: str) -> None:
         whole = getattr(owner, name)
 
-        def noted(*given: Any, **named: Any) -> Any:
+        def noted(*args: Any, **named: Any) -> Any:
             before = marks.phase
             marks.enter(phase)
             try:
-                return whole(*given, **named)
+                return whole(*args, **named)
             finally:
                 struct.pack_into("I", marks.memory, 0, PHASES.index(before))
 

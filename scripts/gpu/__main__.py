@@ -44,11 +44,11 @@ TESTS = "tests"
 
 def main(words: list[str]) -> int:
     """Run the parts, and write what they measured."""
-    given = dict(word.partition("=")[::2] for word in words)
-    if unknown := set(given) - set(DEFAULTS):
+    changes = dict(word.partition("=")[::2] for word in words)
+    if unknown := set(changes) - set(DEFAULTS):
         print(f"no option {', '.join(sorted(unknown))}\n\n{__doc__}", file=sys.stderr)
         return 2
-    options = DEFAULTS | given
+    options = DEFAULTS | changes
     known = [TESTS, *PARTS]
     parts = options["parts"].split(",") if options["parts"] else known
     if wrong := set(parts) - set(known):
@@ -119,9 +119,9 @@ def run(name: str, words: list[str], limit: float, out: Path) -> dict[str, Any]:
         "HF_HUB_OFFLINE": "1",
     }
     began = time.monotonic()
-    with log.open("wb") as said:
+    with log.open("wb") as output:
         process = subprocess.Popen(
-            words, cwd=ROOT, env=environment, stdout=said, stderr=said, start_new_session=True
+            words, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
         )
         try:
             code = process.wait(timeout=max(1.0, limit))

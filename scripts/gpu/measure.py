@@ -243,7 +243,7 @@ def eagle3(options: dict[str, Any]) -> dict[str, Callable[[], dict[str, Any]]]:
     del batch["attention_mask"]
     target = Target(model)
 
-    def made() -> Any:
+    def new_drafter() -> Any:
         torch.manual_seed(0)
         drafter = instantiate(plain["drafter"])(model=model).to(options["device"]).train()
         drafter.calibrate(lambda: 10**12 // torch.arange(1, vocabulary + 1) ** 2)
@@ -252,7 +252,7 @@ def eagle3(options: dict[str, Any]) -> dict[str, Callable[[], dict[str, Any]]]:
     drafters: list[Any] = []
 
     def distilled(loss_of: Callable[[Any], Any]) -> dict[str, Any]:
-        drafter = made()
+        drafter = new_drafter()
         drafters.append(drafter)
         loss = loss_of(drafter)
         count = int((batch["labels"][:, 1:] != -100).sum())
