@@ -314,9 +314,7 @@ def read(path: Path) -> dict[str, Tensor]:
         AdapterError: the file does not exist, has another format, or is damaged.
     """
     if not path.is_file():
-        raise AdapterError(
-            f"there is no {path}: python -m trainer.compress writes {FILE} next to the adapter"
-        )
+        raise AdapterError(f"there is no {path}: graft compress writes {FILE} next to the adapter")
     try:
         with safe_open(path, framework="pt") as file:
             file_format = (file.metadata() or {}).get("format")

@@ -259,17 +259,17 @@ class Adapter:
         return None
 
     def before_step(self, model: nn.Module, loss_scale: float) -> None:
-        """Called before each optimiser step and before gradients are clipped, also for steps that
-        will be skipped. Gradients that a backward hook saw are `loss_scale` times too large;
+        """Act before each optimiser step and before gradients are clipped, also in steps that are
+        skipped afterwards. Gradients that a backward hook saw are `loss_scale` times too large;
         parameters' gradients are not."""
 
     def after_clipping(self, model: nn.Module, factor: Tensor) -> None:
-        """Called after `before_step` with the factor by which the step's gradients were clipped, a
-        tensor without dimensions, at most 1. A step that is skipped does not call it."""
+        """Act after `before_step`. `factor`, a scalar tensor of at most 1, has scaled the step's
+        gradients when they were clipped. Skipped steps do not call this."""
 
     def after_step(self, model: nn.Module, step: int) -> dict[str, float] | None:
-        """Called after optimiser step number `step`, before the gradients are cleared. Returns
-        numbers to log."""
+        """Act after optimiser step number `step`, before the gradients are cleared. Return numbers
+        to log."""
         return None
 
     def ignores_skips(self) -> bool:
@@ -279,9 +279,10 @@ class Adapter:
         return all(getattr(type(self), hook) is getattr(Adapter, hook) for hook in hooks)
 
     def refuse_merging(self) -> None:
-        """
+        """Refuse to merge a correction that no weight can hold.
+
         Raises:
-            AdapterError: no weight can hold the correction.
+            AdapterError: names the adapter.
         """
         if not self.mergeable:
             raise AdapterError(

@@ -119,9 +119,10 @@ def _low_rank(matrix: Float[Tensor, "o i"], rank: int) -> Float[Tensor, "o i"]:
 def refuse_outside(
     support: Int[Tensor, " k"], allowed: Bool[Tensor, " n"] | None, name: str
 ) -> None:
-    """
+    """Refuse a support that was read from a file and has entries that are not allowed.
+
     Raises:
-        AdapterError: a support that was read from a file has entries that are not allowed.
+        AdapterError: counts these entries.
     """
     if allowed is not None and not allowed[support.long()].all():
         outside = int((~allowed[support.long()]).sum())

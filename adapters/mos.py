@@ -134,9 +134,10 @@ class MoSAdapter(LoRAAdapter):
         return torch.cat([chosen, shared + position * own + torch.arange(own)]).int()
 
     def _check_widths(self, linears: NamedLayers) -> None:
-        """
+        """Check that the rows of each layer can be cut into equal shards.
+
         Raises:
-            AdapterError: the rows of a layer cannot be cut into equal shards.
+            AdapterError: those of a layer cannot.
         """
         common = math.gcd(*(width for _, linear in linears for width in features(linear)))
         for name, linear in linears:
@@ -149,9 +150,10 @@ class MoSAdapter(LoRAAdapter):
                 )
 
     def _check_rows(self, kind: str, layers: int) -> None:
-        """
+        """Check that the pools of a kind have enough shards for its number of layers.
+
         Raises:
-            AdapterError: the pools of a kind with so many layers have too few shards.
+            AdapterError: they do not; the message has the largest rank.
         """
         e, r, p = self.pool_rank, self.rank, self.private_rank
         if p > min(e, r):

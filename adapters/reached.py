@@ -57,8 +57,8 @@ def text_part(model: Any) -> str | None:
 
 @functools.cache
 def _weight_is_read(parent: Any, child: str) -> bool:
-    """Return whether a class reads the weight of its layer `child`, otherwise than to start it or
-    to ask for its type or its shape."""
+    """Return whether a class computes with the weight of its layer `child`. To start it, or to ask
+    for its type or shape, does not count."""
     if parent.__name__.startswith(_NEVER_READ):
         return False
     layer = re.escape(child)

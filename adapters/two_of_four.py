@@ -31,9 +31,10 @@ def follows(weight: Float[Tensor, "o i"]) -> bool:
 
 
 def refuse_unfit(name: str, linear: Any, adapter: str) -> None:
-    """
+    """Refuse a linear layer that cannot have the pattern, or is no plain one.
+
     Raises:
-        AdapterError: a linear layer cannot have the pattern, or is no plain one.
+        AdapterError: names the layer.
     """
     refuse_other(name, linear, adapter)
     if linear.in_features % 4:
@@ -44,9 +45,10 @@ def refuse_unfit(name: str, linear: Any, adapter: str) -> None:
 
 
 def refuse_other(name: str, linear: Any, adapter: str) -> None:
-    """
+    """Refuse a linear layer whose weight is transposed or packed.
+
     Raises:
-        AdapterError: the weight of a linear layer is transposed or packed.
+        AdapterError: names the layer.
     """
     if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
         raise AdapterError(

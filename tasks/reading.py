@@ -138,9 +138,10 @@ class Source:
                 raise DataError(f"{key}: {file} is empty")
 
     def refuse_missing(self) -> None:
-        """
+        """Refuse to read rows whose files are missing, which the constructor lets pass.
+
         Raises:
-            DataError: the rows cannot be read, which was not said before.
+            DataError: the rows cannot be read.
         """
         if self.missing is not None:
             raise DataError(self.missing)

@@ -1,4 +1,4 @@
-"""What the benchmarks of data preparation, growth and distillation compute beside their
+"""Computations of the benchmarks of data preparation, growth and distillation, without their
 measurements."""
 
 from __future__ import annotations

@@ -169,9 +169,9 @@ def test_an_option_describes_itself_composes_and_fits_what_it_names(compose, nam
     group, _, option = name.partition("/")
     task = [] if name in ("task/bfcl", "task/mixture") else ["task.path=rows.jsonl"]
     # It goes back to a checkpoint, which the default callbacks save.
-    beside = "[default,rollback]" if name == "callbacks/rollback" else option
-    cfg = compose(f"{group}={beside}", *task, *NEEDED.get(name, []))
-    assert beside != option or cfg.hydra.runtime.choices[group] == option
+    entry = "[default,rollback]" if name == "callbacks/rollback" else option
+    cfg = compose(f"{group}={entry}", *task, *NEEDED.get(name, []))
+    assert entry != option or cfg.hydra.runtime.choices[group] == option
     assert all(
         OmegaConf.select(cfg, f"{group}.{key}") is not None
         for key, value in content(name).items()

@@ -16,10 +16,12 @@ PRODUCT = ("adapters", "tasks", "trainer")
 PARTICIPLES = {"asked", "found", "given", "kept", "made", "said", "told", "took", "wanted"}
 ARCHAIC = re.compile(
     r"\b(?:be had|for want of|want of memory|anew|mend(?:s|ed)?|told|beside|whoever|whereupon|hence"
-    r"|thence|whence|upon which|thereof|lest|hitherto)\b",
+    r"|thence|whence|upon which|thereof|lest|hitherto|goes on|otherwise than)\b",
     re.IGNORECASE,
 )
-QUESTION_WORDS = {"How", "What", "When", "Where", "Whether", "Which", "Who", "Why"}
+# A docstring starts with none of these: questions, clauses, and an error before what is done.
+QUESTIONS = {"How", "What", "When", "Where", "Whether", "Which", "Who", "Why"}
+FIRST_WORDS = QUESTIONS | {"If", "Called", "Raises:"}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 # of a command; the others' limit is below. evaluate is three commands, study has two kinds of words
 LINES = {"__main__": 200, "evaluate": 175, "study": 160}
@@ -27,7 +29,9 @@ MOST_LINES = 130
 
 
 def sources(*folders):
-    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    # two files of tests name the words that they look for
+    return [path for path in paths if path.name not in ("test_house_rules.py", "test_pages.py")]
 
 
 def assigned(tree):
@@ -65,14 +69,14 @@ def archaic(text):
     ]
 
 
-def question_words(text):
-    """Docstrings that start as a question or a clause, and not with a verb or a noun."""
+def first_words(text):
+    """Docstrings that do not start with a verb or a noun."""
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, DOCUMENTED)]
     first = {node: ((ast.get_docstring(node) or "").split() or [""])[0] for node in nodes}
     return [
         f"{getattr(node, 'lineno', 1)}: {word}"
         for node, word in first.items()
-        if word in QUESTION_WORDS
+        if word in FIRST_WORDS
     ]
 
 
@@ -90,9 +94,9 @@ def untyped_options(text):
 @pytest.mark.parametrize(
     ("rule", "folders"),
     [
-        (participles, (*PRODUCT, "scripts/bench", "scripts/zoo")),
-        (archaic, (*PRODUCT, "scripts/bench", "scripts/zoo")),
-        (question_words, (*PRODUCT, "scripts")),
+        (participles, (*PRODUCT, "scripts")),
+        (archaic, (*PRODUCT, "scripts", "tests")),
+        (first_words, (*PRODUCT, "scripts")),
         (untyped_options, PRODUCT),
     ],
 )
@@ -112,8 +116,9 @@ def test_every_file_keeps_the_rule(rule, folders):
         (archaic, "# as it cannot be had here"),
         (archaic, '"""Compute it anew."""'),
         (archaic, 'raise ValueError(f"{x} stands beside it")'),
-        (question_words, '"""What a row becomes."""'),
-        (question_words, 'def f():\n    """Whether a row is kept."""'),
+        (first_words, '"""What a row becomes."""'),
+        (first_words, 'def f():\n    """Whether a row is kept."""'),
+        (first_words, 'def f():\n    """Raises: ValueError"""'),
         (untyped_options, "def f(options: dict[str, Any]): pass"),
         (untyped_options, "def f(options): pass"),
     ],

@@ -1,5 +1,4 @@
-"""The versions that are tested, and the oldest that may be installed, are not below those that mend
-known weaknesses."""
+"""The tested versions and the oldest allowed ones are not below those that fix known weaknesses."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ UNMERGEABLE = {
     "loftq": "the base is quantised",
     "mola": "depends on the input, so no weight holds it",
 }
-# what a sparse delta works out anew from its support and the base
+# what a sparse delta computes again from its support and the base
 WORKING = (".delta.base_values", ".delta.crow", ".delta.col")
 # These take their part out of the base's weights, and PEFT finds it by an SVD or an inverse in
 # fp32.

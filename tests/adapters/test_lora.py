@@ -20,8 +20,7 @@ from adapters.linear import float_weight
 from adapters.lora import LoRA, LoRAAdapter, scaling
 from tests.toys import adapters as toys
 
-# PEFT's own, on a tied output layer that is adapted: it says that merging would be wrong, which
-# ours mends.
+# PEFT warns that merging an adapted, tied output layer would be wrong. Graft's merge is right.
 TIED = pytest.mark.filterwarnings("ignore:Model.*tie_word_embeddings=True.*:UserWarning")
 
 

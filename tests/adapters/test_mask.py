@@ -139,7 +139,7 @@ def test_the_top_is_that_of_a_plain_sort(dtype, o, i, k):
     plain = scores.flatten().tolist()
     order = sorted(range(o * i), key=lambda entry: -plain[entry])
     assert actual.tolist() == sorted(set(actual.tolist()))
-    # Scores that are equal may be told apart either way; bf16 has some.
+    # Of equal scores, which bf16 has, any may be chosen.
     assert sorted(plain[e] for e in actual.tolist()) == sorted(plain[e] for e in order[:k])
     if len(set(plain)) == o * i:
         assert actual.tolist() == sorted(order[:k])
@@ -188,7 +188,7 @@ def test_random_entries_are_sorted_and_of_their_seed(o, i, k):
     draw = torch.Generator().manual_seed(1)
     assert torch.equal(mask.random(o, i, k, draw), actual[0])
     if 1 < k < o * i:
-        # a generator goes on from layer to layer
+        # one generator draws for all layers
         assert not torch.equal(mask.random(o, i, k, draw), actual[0])
     before = torch.get_rng_state()
     mask.random(o, i, k, draw)

@@ -71,7 +71,7 @@ def make(kind: str, **changes: Any) -> Peft:
 
 
 def attach(adapter: Peft, model: Any, state: dict[str, Any] | None = None, steps: int = 6) -> Any:
-    """Attached anew, or as a checkpoint's file has it."""
+    """Attach a new adapter, or that of a checkpoint's file."""
     if state is None:
         return adapter.attach(model, Start(steps=steps, data=toys.batches)).eval()
     file = io.BytesIO()
@@ -425,7 +425,7 @@ def test_eva_spans_the_layers_inputs(tmp_path):
     assert torch.equal(toys.logits(twice), toys.logits(model))
     again.save(twice, tmp_path, "base", "CAUSAL_LM")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    # whoever loads it computes nothing anew
+    # loading it computes nothing
     assert (config["init_lora_weights"], config["eva_config"]) == (True, None)
     stock = peft.PeftModel.from_pretrained(toys.llama(torch.float32), tmp_path).eval()
     assert torch.equal(toys.logits(stock), toys.logits(model))
@@ -468,7 +468,7 @@ def test_an_initialisation_from_data_needs_data(init):
         adapter.attach(toys.llama(torch.float32), Start())
 
 
-# PEFT's own, which says that merging would be wrong; the bridge mends that.
+# PEFT warns that merging would be wrong. The bridge's merge is right.
 @pytest.mark.filterwarnings("ignore:Model.*tie_word_embeddings=True.*:UserWarning")
 def test_on_a_tied_output_layer_a_merge_leaves_the_embedding_alone():
     adapter = make("LORA", target_modules=["lm_head", "q_proj"])

@@ -731,7 +731,7 @@ def test_a_warm_up_longer_than_the_run_is_refused(model):
     ("scores", "restart"), [("exact", True), ("candidates", False), ("first", False)]
 )
 def test_a_state_of_each_phase_goes_on(tmp_path, restart, scores):
-    """Adapter and optimiser through files after each step, into a model that was attached anew."""
+    """Adapter and optimiser through files after each step, into a newly attached model."""
     changes = {"warmup_steps": 1, "mask_steps": 2, "restart_after_mask": restart, "scores": scores}
     steps = data(5, 2)
     whole, model = attached(**changes)

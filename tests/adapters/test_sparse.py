@@ -76,7 +76,7 @@ def reference(
     adapted: Any, x: Tensor, upstream: Tensor, stored: Tensor | None = None
 ) -> dict[str, Tensor]:
     """y and all gradients in float64 by autograd: W + S M with a dense S and a mask M, and the
-    low-rank branch beside it."""
+    low-rank branch."""
     delta = adapted.delta
     copied = copy.deepcopy(adapted)
     copied.delta.take_out(copied.base)

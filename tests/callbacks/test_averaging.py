@@ -1,5 +1,5 @@
-"""Averages of the weights: what they are, that they go in and out without a trace, and that a run
-that goes on has the same."""
+"""Averages of the weights: their values, that they go in and out without a trace, and that a
+resumed run has the same."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_an_average_starts_anew_where_positions_are_chosen(caplog):
 
 
 def _own(delta: RoSA, base: nn.Linear) -> torch.Tensor:
-    """The base's own weight, read entry by entry beside what it holds."""
+    """The base's own weight, entry by entry, without the values that are folded into it."""
     weight = base.weight.detach().clone()
     for index, value in zip(delta.indices.tolist(), delta.base_values.tolist(), strict=True):
         weight[index // 4, index % 4] = value

@@ -413,7 +413,7 @@ def test_tokens_end_a_stream_after_the_step_that_reaches_them(train, chats, limi
 
 
 class Run:
-    """W&B's run, that keeps what it is told."""
+    """A W&B run that records its calls."""
 
     def __init__(self, folder):
         self.dir, self.id, self.told = str(folder / "wandb" / "run-1-abcd" / "files"), "abcd", []

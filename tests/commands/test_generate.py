@@ -1,5 +1,5 @@
-"""What a run's model says is what transformers' own generation says, token by token, beside the
-base where asked."""
+"""`graft generate` writes what transformers' own generation writes, token by token, with the
+base next to it if asked."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ COMBINATIONS = {
         ["objective=distill", "adapter=none"],
         "objective=distill trains a drafter, and drafter=none is none: choose one",
     ),
-    "distilling beside an adapter": (
+    "distilling with an adapter": (
         ["objective=distill", "drafter=eagle3"],
         "objective=distill trains the drafter only: set adapter=none",
     ),
@@ -232,7 +232,7 @@ COMBINATIONS = {
         ["adapter=adalora", *FREE],
         "removes ranks, which optimizer=schedulefree's average restores",
     ),
-    "schedule-free rosa that starts anew": (
+    "schedule-free rosa that starts again": (
         ["adapter=rosa", "adapter.restart_after_mask=true", *FREE],
         "set it to false",
     ),

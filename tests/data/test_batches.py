@@ -229,7 +229,7 @@ def test_length_grouping_needs_less_padding_and_still_draws_batches_at_random():
 
     grouped, plain = plan(600, 4, group_by_length=True), plan(600, 4)
     assert padding(grouped) < 0.1 * padding(plain)
-    # More rows than one sorted part holds: rows of a part are drawn anew each epoch.
+    # More rows than one sorted part holds: each epoch draws the rows of a part again.
     pairs = [
         {frozenset(grouped._order(epoch)[i : i + 4].tolist()) for i in range(0, 600, 4)}
         for epoch in range(2)

@@ -36,7 +36,7 @@ class Struck(torch.utils.data.Dataset):
 @pytest.mark.parametrize("minutes", [0, 5])
 def test_batches_are_those_of_a_plain_loader(workers, minutes):
     loader = Loader(Struck(), batch_size=2, num_workers=workers, minutes=minutes)
-    for _ in range(2):  # a loader is iterated anew
+    for _ in range(2):  # a loader can be iterated again
         assert [batch.tolist() for batch in loader] == [
             [[0], [1]],
             [[2], [3]],

@@ -534,4 +534,4 @@ def test_a_packed_row_has_the_logits_that_it_has_alone(tiny, tmp_path, max_lengt
                 torch.testing.assert_close(packed[i, here], alone, rtol=1e-5, atol=1e-6)
                 apart = max(apart, float((ignorant[i, here] - alone).abs().max()))
                 at += int(rows.lengths[row])
-    assert apart > 1e-4  # rows that see each other would be told by this test
+    assert apart > 1e-4  # this test would notice rows that see each other

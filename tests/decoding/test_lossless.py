@@ -1,4 +1,4 @@
-"""Trees and batches on real models: the text is transformers' token by token, and drafters are told
+"""Trees and batches on real models: the text is transformers' token by token, and drafters get
 what the target computed."""
 
 from __future__ import annotations

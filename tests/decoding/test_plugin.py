@@ -53,7 +53,7 @@ def passes(model):
 
 
 class Told(Untrained):
-    """Proposes a text that it was given, wrong at some places, and keeps what it is told."""
+    """Proposes a fixed text, wrong at some places, and records its updates."""
 
     layers = (0, 2)
 

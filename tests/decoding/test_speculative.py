@@ -40,8 +40,8 @@ PRESETS = sorted(
 
 
 class Toy(Drafter):
-    """Proposes what `guess(index of the token in the text, how many)` says, and keeps what it was
-    told."""
+    """Proposes what `guess(index of the token in the text, how many)` says, and records its
+    updates."""
 
     offsets, tokens = 4, 41
 

@@ -265,7 +265,7 @@ def test_a_policy_ends_trees_too(shape):
 
 
 def test_a_policy_sees_nothing_that_is_drawn_after_it():
-    """What goes on is decided by tokens above only: with the same ones the decision is the same."""
+    """A policy decides by the tokens above only: with the same ones the decision is the same."""
     decided = {}
     for seed in range(60):
         growth = Table(2)

@@ -235,9 +235,9 @@ def test_the_adapter_learns_from_heads_only_where_it_may(kind, detach):
         CausalLoss(model, 4, *more)(batch)[0].backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
-    alone, beside = gradients(), gradients(drafter, Target(model))
+    alone, together = gradients(), gradients(drafter, Target(model))
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in drafter.parameters())
-    same = {name: torch.equal(alone[name], beside[name]) for name in alone}
+    same = {name: torch.equal(alone[name], together[name]) for name in alone}
     assert all(same.values()) if detach else not any(same.values())
 
 

@@ -74,9 +74,9 @@ def naive(w, drafter, k, state, tokens):
     """(z_k (d,), logits (V,)) at one position, where `tokens` are the k that follow it."""
     assert len(tokens) == k
     at = f"heads.{k - 1}"
-    beside = torch.cat([state, *(w["embedding"][int(token)] for token in tokens)])
-    z = w[f"{at}.0.res_connection.weight"] @ beside + w[f"{at}.0.res_connection.bias"]
-    z = z + silu(w[f"{at}.0.linear.weight"] @ beside + w[f"{at}.0.linear.bias"])
+    joined = torch.cat([state, *(w["embedding"][int(token)] for token in tokens)])
+    z = w[f"{at}.0.res_connection.weight"] @ joined + w[f"{at}.0.res_connection.bias"]
+    z = z + silu(w[f"{at}.0.linear.weight"] @ joined + w[f"{at}.0.linear.bias"])
     for j in range(1, drafter.blocks):
         z = z + silu(w[f"{at}.{j}.linear.weight"] @ z + w[f"{at}.{j}.linear.bias"])
     return z, (w[f"{at}.{drafter.blocks}.weight"] if drafter.own_head else w["head"]) @ z
@@ -306,8 +306,8 @@ def test_neither_the_adapter_nor_the_embedding_learns_from_heads(loss):
         CausalLoss(model, 4, *more)(batch_of(*PACKED))[0].backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
-    alone, beside = gradients(), gradients(drafter, Target(model))
-    assert all(torch.equal(alone[name], beside[name]) for name in alone)
+    alone, together = gradients(), gradients(drafter, Target(model))
+    assert all(torch.equal(alone[name], together[name]) for name in alone)
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in drafter.parameters())
 
 
@@ -384,7 +384,7 @@ def test_half_precision_is_computed_from_whole_weights():
         == {torch.float32}
     )
     update, actual = TargetUpdate(output.hidden[0], output.hidden[0, :, :0], output.ids[0]), []
-    for one in (drafter, drafter.bfloat16()):  # the second as whoever decodes may have it
+    for one in (drafter, drafter.bfloat16()):  # the second, in bf16, as a decoder may have it
         growth = one.grow(one.start(Target(model)), Target(model), update)
         actual.append(growth.extend(torch.tensor([1, 2]), torch.tensor([-1, -1])))
     assert {logits.dtype for logits in actual} == {torch.bfloat16}

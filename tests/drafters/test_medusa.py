@@ -215,9 +215,9 @@ def test_the_adapter_learns_from_heads_only_where_it_may(own_head, detach):
         CausalLoss(model, 4, *more)(batch_of(*PACKED))[0].backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
-    alone, beside = gradients(), gradients(drafter, Target(model))
+    alone, together = gradients(), gradients(drafter, Target(model))
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in drafter.parameters())
-    same = {name: torch.equal(alone[name], beside[name]) for name in alone}
+    same = {name: torch.equal(alone[name], together[name]) for name in alone}
     assert all(same.values()) if detach else not any(same.values())
 
 
@@ -252,7 +252,7 @@ def test_half_precision_is_computed_from_whole_weights():
     hidden = hidden_states()[0].bfloat16()
     actual = [
         one.grow(None, Target(model), TargetUpdate(hidden, hidden[:, :0], torch.arange(8))).first()
-        for one in (drafter, drafter.bfloat16())  # the second as whoever decodes may have it
+        for one in (drafter, drafter.bfloat16())  # the second, in bf16, as a decoder may have it
     ]
     assert {logits.dtype for logits in actual} == {torch.bfloat16}
     assert float((actual[0] - actual[1]).float().norm() / actual[0].float().norm()) < 0.03

@@ -120,9 +120,7 @@ def test_what_is_no_mtp_layer_of_the_family_says_why():
     model = llama()
     with pytest.raises(
         DrafterError,
-        match=(
-            r"this run has no drafter. Use to=drafter, and decode with python -m trainer.speculate"
-        ),
+        match=r"this run has no drafter. Use to=drafter, and decode with graft speculate",
     ):
         mtp_layers.check(None, model)
     with pytest.raises(

@@ -184,11 +184,11 @@ def test_an_adapter_of_the_target_stays_below_the_lora():
     output, _ = output_of(PACKED, SIZE)
     at = torch.tensor([[2, 4], [3, 6]])
     z = drafter.drawn((2, 2, K - 1), at.device)
-    beside = drafter.slots(output, Target(adapted), at, z)
+    together = drafter.slots(output, Target(adapted), at, z)
     alone = drafter.slots(output, Target(whole), at, z)
-    torch.testing.assert_close(beside, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     plain = drafter.slots(output, Target(model), at, z)
-    assert float((beside - plain).abs().max()) > 1e-2
+    assert float((together - plain).abs().max()) > 1e-2
 
 
 SHAPES = {

@@ -125,7 +125,7 @@ def test_trees_and_batches_write_the_same(trained, shown, tmp_path, tree):
 
 @pytest.fixture
 def costs(monkeypatch):
-    """Passes and drafts that take what is told."""
+    """Passes and drafts that take fixed times."""
 
     def reported(more, draft):
         def time_verification(target, context, widths, trees, layers):
@@ -486,10 +486,7 @@ def test_what_cannot_be_decoded_says_why(trained, capsys, kind, arguments, messa
     [
         (
             {"config": {"drafter": {}}, "identity": {"labels": None}},
-            (
-                "has no drafter. Train one with the adapter, python -m trainer ..."
-                " drafter=mtp_shared"
-            ),
+            "has no drafter. Train one with the adapter, graft ... drafter=mtp_shared",
         ),
         (
             {"config": {"drafter": {}}, "identity": {"labels": ["a", "b"]}},

@@ -42,8 +42,7 @@ def sharp():
 
 
 def guessed(model, count=8):
-    """Rows as the model itself goes on with, so that whatever is left out of it makes its loss
-    worse."""
+    """Rows that the model itself writes, so that leaving out any part of it raises its loss."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 64, (count, 4), generator=draw)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A head of the base, continued on the fine-tuned model: what the new run is told, and the three
+"""A head of the base, continued on the fine-tuned model: settings of the new run, and the three
 numbers."""
 
 from __future__ import annotations

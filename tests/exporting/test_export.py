@@ -419,7 +419,7 @@ def test_what_has_no_native_form_is_refused_before_weights_load(train, chats, ca
     )
     monkeypatch.setattr(formats, "load_trained", lambda *_, **__: pytest.fail("was loaded"))
     assert export.main([f"run={run}", "to=mtp"]) == 2
-    assert "Use to=drafter, and decode with python -m trainer.speculate" in capsys.readouterr().err
+    assert "Use to=drafter, and decode with graft speculate" in capsys.readouterr().err
     for to in ("drafter", "mtp"):
         with pytest.raises(DrafterError, match=r"has no drafter. Train one with the adapter"):
             formats.export(str(bare), to, None, "float32")

@@ -512,7 +512,7 @@ def test_resumed_ends_as_uninterrupted(train, chats, monkeypatch):
         cut_at(patch, 5)
         with pytest.raises(PowerCut):
             train(*settings, "name=cut", "resume=auto")
-    # What the resumed run measures comes from the checkpoint: nothing is calibrated anew.
+    # What the resumed run measures comes from the checkpoint: nothing is calibrated again.
     with monkeypatch.context() as patch:
         patch.setattr(deft, "medians", lambda *_: pytest.fail("calibrated again"))
         run = train(*settings, "name=cut", "resume=auto")

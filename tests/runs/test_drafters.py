@@ -1,4 +1,4 @@
-"""Drafters in whole runs: beside an adapter, alone, and what is left of them."""
+"""Drafters in whole runs: with an adapter, alone, and their files."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def saved(run):
 def test_a_drafter_leaves_its_adapter_as_it_is(train, chats):
     """Bit for bit: gradients, their clipping, random draws and the evaluation's loss."""
     alone = train(f"task.path={chats}", *COMMON, "name=alone")
-    beside = train(f"task.path={chats}", *COMMON, "drafter=mtp_shared", "name=beside")
-    first, second = saved(alone)["adapter"]["tensors"], saved(beside)["adapter"]["tensors"]
+    both = train(f"task.path={chats}", *COMMON, "drafter=mtp_shared", "name=both")
+    first, second = saved(alone)["adapter"]["tensors"], saved(both)["adapter"]["tensors"]
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     losses = [
         [row["loss"] for row in journal.read(run / "metrics.jsonl") if row["kind"] == "evaluation"]
-        for run in (alone, beside)
+        for run in (alone, both)
     ]
     assert losses[0] == losses[1]
     attached = train(
@@ -45,7 +45,7 @@ def test_a_drafter_leaves_its_adapter_as_it_is(train, chats):
 
 
 @pytest.mark.parametrize("adapter", ["none", "rosa"])
-def test_a_drafter_learns_beside_any_adapter_and_alone(train, chats, adapter):
+def test_a_drafter_learns_with_any_adapter_and_alone(train, chats, adapter):
     more = ["adapter.warmup_steps=2", "adapter.density=0.1"] if adapter == "rosa" else []
     run = train(
         f"task.path={chats}",

@@ -131,7 +131,7 @@ EAGLE3 = [
 ]
 # 12 rows: in the second step the second process has none that counts
 SHORT = ["max_epochs=0.2", "max_steps=null"]
-# Settings beside a batch of 8 in one process and of 4 in each of two.
+# Settings next to a batch of 8 in one process and of 4 in each of two.
 CASES = {
     "lora": ["max_epochs=1", "max_steps=null", "accumulate=2"],  # 60 rows: the last step has 12
     "packing": [
@@ -529,12 +529,13 @@ DRAFTERS: dict[str, list[str]] = {
 }
 # They begin from the first batches of a process's rows, or choose entries by the first process's;
 # all processes then have the same. Registers draw each row's offset.
-OF_FIRST = {"adapter corda", "adapter eva", "adapter spiel", "registers beside"}
+OF_FIRST = {"adapter corda", "adapter eva", "adapter spiel", "registers with lora"}
 WIDE = {
     f"adapter {name}": [f"adapter={name}", "max_steps=3", *more] for name, more in ADAPTERS.items()
 }
 WIDE |= {
-    f"{name} beside": [f"drafter={name}", "max_steps=2", *more] for name, more in DRAFTERS.items()
+    f"{name} with lora": [f"drafter={name}", "max_steps=2", *more]
+    for name, more in DRAFTERS.items()
 }
 WIDE |= {
     f"{name} alone": ["adapter=none", "objective=distill", f"drafter={name}", "max_steps=2", *more]
@@ -549,7 +550,7 @@ WIDE |= {
 }
 # With several processes SpIEL's candidates are those of the first one, so DDP is the reference.
 SPIELS = {f"{way} spiel_ag": ["adapter=spiel", *SPIEL, "max_steps=6"] for way in ("ddp", "fsdp2")}
-# A run, the same cut off after its second step, and that one gone on with.
+# A run, the same run cut off after its second step, and its resume.
 RESUMED = {}
 RESUMES = {
     "ddp": ["accumulate=2"],

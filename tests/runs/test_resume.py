@@ -1,4 +1,4 @@
-"""A run that was cut off and goes on ends with the same bits as one that was left alone."""
+"""A run that was cut off and resumed ends with the same bits as an undisturbed one."""
 
 from __future__ import annotations
 

@@ -321,7 +321,7 @@ def test_torchruns_processes_share_the_first_ones_folder(tmp_path, chats):
 
 def test_a_wandb_run_ends_with_its_fit(train, chats):
     train(f"task.path={chats}", "logger=wandb", "logger.wandb.mode=offline", "max_steps=1")
-    assert wandb.run is None  # else a sweep's next run would go on in it
+    assert wandb.run is None  # otherwise a sweep's next run would write into it
 
 
 def test_a_missing_file_is_told_without_a_traceback(program):

@@ -1,5 +1,5 @@
-"""W&B against a server that is well, refuses, answers 500 or hangs: the run goes on, and what was
-not taken is uploaded later, once."""
+"""W&B against a server that works, refuses, answers 500 or hangs: the run continues, and missing
+data are uploaded later, once."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def run(tmp_path, server):
 
 
 def uploaded(server, caplog):
-    """Run the command that was told, as a user would; returns what it said."""
+    """Run the command that the log names, as a user would. Return its output."""
     reported = [
         actual[1]
         for record in caplog.records

@@ -131,7 +131,7 @@ def test_two_machines_are_one_run(hosts, tmp_path, program):
     ended = together(
         hosts, tmp_path, "batch_size=4", "max_steps=6", "schedule=constant", "resume=auto"
     )
-    # another schedule: told on both machines, and neither waits for the other
+    # another schedule: refused on both machines, and neither waits for the other
     assert all(code != 0 for code, _ in ended)
     assert "holds another run" in ended[0][1]
 

@@ -93,7 +93,7 @@ class Cluster:
             "AuthType": "auth/munge",
             "CommunicationParameters": "NoCtldInAddrAny,NoInAddrAny",
             # A job that is queued again waits for as long as its credential lives; one that is
-            # started sooner can be refused by its node, which has just been told to end it. Lives
+            # started sooner can be refused by its node, which is just ending it. Lives
             # shorter than 5 seconds count as 120.
             "AuthInfo": f"socket={folder}/munge/sock,cred_expire=5",
             "KillWait": 10,
@@ -259,7 +259,7 @@ def _children(pid: int) -> list[int]:
 
 
 def _steps(folder: Path, node: str | None = None) -> list[int]:
-    """The slurmstepd of this cluster, of one node or of all: told from others' by what they hold
+    """The slurmstepd of this cluster, of one node or of all: those that hold its files
     open."""
     found = []
     for pid, (_, command, _) in _processes().items():

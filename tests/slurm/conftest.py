@@ -1,4 +1,4 @@
-"""The cluster, and scenarios that go on at the same time in it."""
+"""The cluster, and scenarios that run in it at the same time."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Lab:
         return file.read_text() if file.exists() else ""
 
     def step(self, job: str) -> int:
-        """The last step that a run has told of."""
+        """The last step that a run has logged."""
         return step_of(self.run(job))
 
     def reached(self, job: str, step: int, timeout: float = 300) -> None:
@@ -133,7 +133,7 @@ class Lab:
 
 
 def step_of(run: Path) -> int:
-    """The last step that a run has told of."""
+    """The last step that a run has logged."""
     file = run / "metrics.jsonl"
     text = file.read_text() if file.exists() else ""
     rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

@@ -32,7 +32,7 @@ ORDER = [
 def alone(lab: Lab) -> dict[str, Any]:
     """A run that nobody disturbs."""
     job = lab.submit("slurm.gpus=1", "slurm.memory=500M", "slurm.extra=[--comment='some words']")
-    return lab.ended(job) | {"told": lab.cluster.ask("scontrol", "show", "job", job)}
+    return lab.ended(job) | {"record": lab.cluster.ask("scontrol", "show", "job", job)}
 
 
 def time_limit(lab: Lab) -> dict[str, Any]:

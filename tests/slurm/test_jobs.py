@@ -28,7 +28,7 @@ def test_a_run_is_submitted_and_ends(lab, outcome, scenario):
         "NumNodes=1",
         "JobName=smoke",
     ):
-        assert asked in found["told"]
+        assert asked in found["record"]
     said = lab.said[found["job"]]
     assert f"runs/smoke-{found['job']}\n" in said
     assert f"scancel {found['job']}" in said

@@ -1,4 +1,4 @@
-"""What others use of the cores is told from what the run itself uses."""
+"""The load of other processes is separated from that of the run itself."""
 
 from __future__ import annotations
 

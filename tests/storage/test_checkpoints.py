@@ -356,7 +356,8 @@ def test_a_kill_in_a_save_leaves_a_good_checkpoint(tmp_path):
                 done = heard.recv()
         actual = newest(tmp_path)
         last = actual.step
-        assert last in (done, done + 1)  # the newest may be whole without its saver having told so
+        # the newest may be complete before its saver has reported it
+        assert last in (done, done + 1)
         assert torch.equal(
             checkpoints.load(actual)["adapter"]["tensors"]["a"],
             content(last, 100_000)["adapter"]["tensors"]["a"],

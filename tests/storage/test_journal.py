@@ -1,5 +1,5 @@
-"""The run's numbers: appended row by row, cut back to a step when a run goes on, whole whatever a
-kill left of the last line."""
+"""The run's numbers: appended row by row, cut back to a step when a run resumes, and complete
+whatever a kill left of the last line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ODD = 'a\u2028b\u2029c\x85d\x0be\x1ff\r\ng "h" \\n 🦙 ﷽ \u202e\x00'
 
 
 class Dashboard:
-    """Keeps what it is told, and fails at what it is said to."""
+    """Records its calls, and fails at chosen ones."""
 
     name = "a dashboard"
 

@@ -1,5 +1,5 @@
-"""One of four processes makes what all need. The others wait at its lock, whoever is killed, and
-whatever a dead host left behind."""
+"""One of four processes makes what all need. The others wait at its lock, also if one of them is
+killed, and with lock files of a dead host."""
 
 from __future__ import annotations
 

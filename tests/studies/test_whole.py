@@ -66,7 +66,7 @@ def test_a_study_runs_ends_in_a_table_and_is_extended(
     assert not (tmp_path / "runs").exists()
     assert study.main([str(file), "board=board", "threads=1"]) == 0
     shown = capsys.readouterr().out
-    assert "sums-bad-0.001-0: failed with" in shown  # and the study goes on
+    assert "sums-bad-0.001-0: failed with" in shown  # and the study continues
     folder = tmp_path / "runs" / "tiny"
     result = json.loads((folder / "pieces" / "sums-lora-0.001-0.json").read_text())
     assert result["steps"] == 3

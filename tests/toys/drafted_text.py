@@ -70,7 +70,7 @@ def tokens_of_a_step(drafter, output, target):
 def check_it_learns(drafter, target):
     """Assert that, trained on one text, the acceptance in decoding is that of training."""
     text, output = written(target, drafter.layers)
-    train(drafter, output, target, 120, 3e-3)
+    train(drafter, output, target, 60, 3e-3)
     accepted = tokens_of_a_step(drafter, output, target)
     assert accepted > 3.5  # of 4
     result = generate(target, drafter, PROMPTS[0], TOKENS, [])

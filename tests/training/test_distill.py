@@ -239,7 +239,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(chats, tuned, distil, monkey
         patch.setattr(FineTune, "on_train_batch_start", cut)
         with pytest.raises(KeyError):
             distil("name=cut", *settings)
-    # The first start counted; the one that goes on does not, and takes the weights that it finds.
+    # The first start counted tokens; the resumed one does not, and takes the weights that it finds.
     assert len(calls) == 2
     actual = distil("name=cut", "resume=auto", *settings)
     assert len(calls) == 2

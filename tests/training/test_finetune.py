@@ -235,7 +235,7 @@ def _rank(rank: int, port: int, folder: Path) -> None:
 
 
 class Long:
-    """A plan that begins anew after its last step."""
+    """An order of batches that starts again after its last step."""
 
     def __init__(self, plan: BatchOrder):
         self.plan, self.accumulate = plan, plan.accumulate
@@ -466,7 +466,7 @@ def test_mixed_precision_keeps_trained_weights_and_gradients_in_fp32(tmp_path):
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
 @pytest.mark.filterwarnings(
     "ignore:Paged optimizers are not supported on CPU:UserWarning"
-)  # bitsandbytes, which goes on without
+)  # bitsandbytes warns, and continues
 def test_every_optimiser_trains(tmp_path, name):
     # More than 4096 entries: smaller tensors keep moments of 32 bits.
     adapter, model = adapted(lora(rank=64, dtype="float32"), toys.llama(torch.float32))

@@ -146,7 +146,7 @@ WAITS = {
     "prompt_tuning": "PEFT copies the numbers of its virtual tokens to the device",
     "shira": "PEFT copies its indices to the device",
     "spiel": "its window of dense gradients leaves out those that are not finite",
-    "spiel_ma": "the step chooses entries anew",
+    "spiel_ma": "the step chooses entries again",
     "sr_ste": "it counts the weights that changed sides",
 }
 

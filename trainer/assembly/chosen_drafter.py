@@ -40,9 +40,8 @@ def check_drafter(config: dict[str, Any], run: str, options: DrafterOptions) -> 
     """
     if options.drafter.startswith("run") and not config.get("drafter"):
         raise DrafterError(
-            f"run={run} has no drafter. Train one with the adapter, python -m trainer"
-            " ... drafter=mtp_shared, or give one that needs no training, drafter=lookup or"
-            " drafter=recycling"
+            f"run={run} has no drafter. Train one with the adapter, graft ... drafter=mtp_shared,"
+            " or give one that needs no training, drafter=lookup or drafter=recycling"
         )
 
 

@@ -1,4 +1,4 @@
-"""Faults that the config shows together with the base's own config, found before rows are read."""
+"""Checks of the config against the base's own config, before rows are read."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def target_faults(config: dict[str, Any], base: Base) -> list[str]:
         ] != base.fingerprint:
             return [
                 f"target.run={run}: {base.path} is not the model that this run was trained on: its"
-                " weights have changed"
+                " weights have changed. Restore them, or train that run again"
             ]
         if config["target"]["draft"] is not None and config["drafter"]:
             io.check(io.folder_of(config["target"]["draft"]), base, config["drafter"])

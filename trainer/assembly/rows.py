@@ -135,7 +135,7 @@ def load_data(config: dict[str, Any], base: Base, task: Any, train: bool = True)
         with Progress(f"tokenising the rows of {split}", unit="rows"):
             rows = tokenise(task, split, renderer, **settings)
         if not len(rows):
-            raise DataError(f"task.eval_sets.{name} has no row")
+            raise DataError(f"task.eval_sets.{name} has no row: give other rows, or leave it out")
         identity[split] = of_rows(rows)
         log.info("%s: %s", split, rows.report.summary())
         held_out.more[name] = replace(held_out, sequences=Sequences(rows), prompts=[], more={})
@@ -158,7 +158,7 @@ def load_held_out(config: dict[str, Any], base: Base, task: Any) -> Data:
     if data.held_out is None:
         raise DataError(
             "this run's task has no held-out rows: it has task.eval_fraction=0 and no"
-            " task.eval_path"
+            " task.eval_path. Measure other rows with graft evaluate task.eval_path=FILE"
         )
     return data
 

@@ -66,7 +66,7 @@ def load_tuned(path: str, sha256: str | None = None) -> Tuned:
     if sha256 is not None and record["sha256"] != sha256:
         raise checkpoints.CheckpointError(
             f"{source.path} is not the checkpoint that the drafter was trained for: it has changed"
-            " since"
+            " since. Restore it, or train a drafter for it: graft realign"
         )
     return Tuned(
         record,
@@ -172,7 +172,8 @@ def load_trained(
     base: Base = instantiate(config["base"])
     if base.fingerprint != identity["base"]:
         raise BaseError(
-            f"{base.path} is not the model that this run was trained on: its weights have changed"
+            f"{base.path} is not the model that this run was trained on: its weights have changed."
+            " Restore them, or train again"
         )
     saved = checkpoints.load(source)
     dtype, _, _ = compute(

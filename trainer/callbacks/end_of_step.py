@@ -45,18 +45,18 @@ class EndOfStep(lightning.Callback):
             return
         best = False
         self.metrics.record(trainer, module)
-        if self.rollback is not None:  # it may end the fit, before a bad step is saved
+        if self.rollback is not None:  # first: it may end the fit, and a bad step must not be saved
             self.rollback.check(module)
         if self.evaluation is not None:
-            if self.evaluation.due(module.step):  # not of a run that this step ends
+            if self.evaluation.due(module.step):  # false if this step ends the run
                 module.settle()
             best = self.evaluation.evaluate_if_due(trainer, module)
-        if self.averaging is not None:  # it evaluates where the weights themselves were evaluated
+        if self.averaging is not None:  # after the evaluation of the weights themselves
             self.averaging.after_step(trainer, module)
-        if self.cooldown is not None:  # it may wait for a better evaluation, and end the run
+        if self.cooldown is not None:  # reads the evaluation, and may end the run
             self.cooldown.check(trainer, module)
         self.stopping.check(trainer, module)
-        if self.checkpoints is not None:  # after all callbacks whose state a checkpoint holds
+        if self.checkpoints is not None:  # last: a checkpoint holds the state of the others
             self.checkpoints.save_if_due(trainer, module, best)
         if self.progress is not None:
             self.progress.update(trainer, module)

@@ -1,5 +1,5 @@
-"""MLflow, Comet and Trackio. A thread of their own sends each row, so that a server that is slow,
-hangs or is away neither stops nor delays a run. metrics.jsonl is the record.
+"""MLflow, Comet and Trackio. A separate thread sends each row, so that a slow or unreachable server
+neither stops nor delays a run. metrics.jsonl is the record.
 
 The first failure is logged once; the rows after it are left out.
 """
@@ -209,7 +209,7 @@ def trackio_logger(
     finish_timeout: float,
 ) -> Dashboard | None:
     """Log to Trackio, a dashboard on this machine (`trackio show`), or in a Space of the hub. A
-    resumed run goes on under its name, which ends in the run's id.
+    resumed run continues under its name, which ends in the run's id.
 
     Raises:
         ConfigError: Trackio is not installed; the message says how.
@@ -233,9 +233,10 @@ def trackio_logger(
 
 
 def _needs(name: str) -> None:
-    """
+    """Check that the package of a dashboard is installed.
+
     Raises:
-        ConfigError: the package is not installed.
+        ConfigError: it is not.
     """
     from importlib.util import find_spec
 

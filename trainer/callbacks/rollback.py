@@ -2,11 +2,11 @@
 
 A step is bad if its loss or gradient is not finite, or if its loss is above `factor` times the
 median of the last `window` good steps. After `steps` bad steps in a row the run goes back to the
-newest checkpoint from before the first of them. The rows that it has read since then are skipped:
-it reads on where it had come to, as PaLM did (Chowdhery et al. 2022, arXiv 2204.02311, 5.1). PaLM
-found that the same rows do no harm from another state, so they are not removed: they come again in
-the next epoch. Drawing a new order instead would put the same rows next to others, and could bring
-them back at once. The rates and the number of steps stay as planned.
+newest checkpoint from before the first of them. The rows that it has read since then are skipped,
+as PaLM did (Chowdhery et al. 2022, arXiv 2204.02311, 5.1). PaLM found that the same rows do no harm
+from another state, so they are not removed: they come again in the next epoch. A new order would
+put the same rows next to others, and could bring them back at once. The rates and the number of
+steps stay as planned.
 
 Going back is a resume in the same process, from what is on the disk. So a run that is killed
 afterwards resumes with the same bits.

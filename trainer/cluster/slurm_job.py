@@ -122,7 +122,7 @@ def task_mismatch(settings: dict[str, Any]) -> str | None:
         return (
             f"{settings_text}, and this SLURM job has started one without srun: it would wait for"
             f" the others forever. Start it with srun, in a job of --nodes={nodes}"
-            f" --ntasks-per-node={processes // nodes}, as python -m trainer.submit does"
+            f" --ntasks-per-node={processes // nodes}, as graft submit does"
         )
     return (
         f"{settings_text}, and srun has started {tasks}. Start as many: --nodes={nodes}"

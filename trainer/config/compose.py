@@ -56,7 +56,8 @@ def install(incomplete: bool = False, reads_files: bool = False) -> None:
         recorded: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)
         if sorted(recorded["hydra"] + recorded["task"]) != sorted(overrides):
             raise ConfigError(
-                "hydra.overrides is Hydra's record of the command line, and no setting of a config"
+                "hydra.overrides is Hydra's record of the command line, and no setting of a config:"
+                " leave it out"
             )
         _take_base(config)
         # Hydra asks for the mode first, ignores an error there, and then sets the mode itself.
@@ -113,7 +114,7 @@ def _check_file(file: Path) -> None:
 
 
 def _take_base(config: DictConfig) -> None:
-    """If the config has a target run, use that run's base.
+    """Use the base of the target run, if the config has one.
 
     Raises:
         ConfigError: the run cannot be a target, or the config has another base.
@@ -195,7 +196,7 @@ def check(
         if not faults and launched and importlib.util.find_spec("submitit") is None:
             faults = [
                 "hydra/launcher=slurm needs a package that is not installed: pip install"
-                " 'hydra-submitit-launcher>=1.2,<2'. Without it: python -m trainer.submit"
+                " 'hydra-submitit-launcher>=1.2,<2'. Without it: graft submit"
                 " --multirun"
             ]
     if faults:

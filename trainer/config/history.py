@@ -21,12 +21,12 @@ MOVED = {
     "trainer.distill.Distill": "trainer.training.distill.Distill",
 }
 
-# Settings that older versions lacked, by the adapters' names, with what these versions did.
+# Settings that older versions of an adapter lacked, with the values that they acted by.
 _ADAPTERS: dict[str, dict[str, Any]] = {
     "adapters.rosa.RoSAAdapter": {"count_mask_steps": True, "within": "all"},
     "adapters.spiel.SpIEL": {"clip_moments": False, "within": "all"},
 }
-# The same of drafters. Heads were made of the target's own layer, and blocks of random ones.
+# The same of drafters: heads had the target's own layer, and blocks started at random.
 _DRAFTERS: dict[str, dict[str, Any]] = {
     "trainer.drafters.block.Block": {"init": "random", "markov": "vanilla"},
     "trainer.drafters.eagle.Eagle": {"layer": "target", "topk": None, "topk_weight": 1.0},
@@ -36,8 +36,8 @@ _DRAFTERS: dict[str, dict[str, Any]] = {
 
 
 def keep_head(drafter: Any) -> None:
-    """Give the recorded settings of a draft head of an older version, in place, the layer and the
-    start that it has, and no loss that is newer."""
+    """Complete the recorded settings of a draft head of an older version, in place: with the layer
+    and the start that it has, and without newer losses."""
     if not isinstance(drafter, dict) or not isinstance(name := drafter.get("_target_"), str):
         return
     for key, value in _DRAFTERS.get(name, {}).items():
@@ -45,8 +45,8 @@ def keep_head(drafter: Any) -> None:
 
 
 def keep_counting(adapter: Any) -> None:
-    """Give the recorded settings of a sparse method of an older version, in place, the steps and
-    moments that it has: those of the mask are part of the run, moments are not clipped."""
+    """Complete the recorded settings of a sparse method of an older version, in place: the steps of
+    the mask are part of the run, and moments are not clipped."""
     if not isinstance(adapter, dict):
         return
     for key, value in _ADAPTERS.get(adapter.get("_target_", ""), {}).items():
@@ -54,8 +54,11 @@ def keep_counting(adapter: Any) -> None:
 
 
 def adopt(config: dict[str, Any], recorded: Any) -> bool:
-    """Let a run that continues another one, of which `recorded` is the config, keep what an older
-    version meant by the same settings, in place. Return whether the adapter's settings changed."""
+    """Change `config`, in place, so that a run continues as the older version meant its settings.
+
+    `recorded` is the config of the run that is continued. Return whether the adapter's settings
+    have changed.
+    """
     adopt_layer(config, recorded)
     earlier = recorded.get("adapter") if isinstance(recorded, dict) else None
     adapter = config["adapter"]
@@ -74,8 +77,10 @@ def adopt(config: dict[str, Any], recorded: Any) -> bool:
 
 
 def adopt_layer(config: dict[str, Any], recorded: Any) -> None:
-    """Let a run that continues another one, of which `recorded` is the config, keep the layer of
-    its draft head, in place, where its own config says auto, and the start of an older version."""
+    """Change `config`, in place, so that a run keeps the draft head of the run that it continues.
+
+    `recorded` is that run's config. Its layer replaces `auto`, and an older version's start stays.
+    """
     earlier = recorded.get("drafter") if isinstance(recorded, dict) else None
     drafter = config.get("drafter")
     if not isinstance(earlier, dict) or not isinstance(drafter, dict):

@@ -17,16 +17,17 @@ NO_BASE = (
 
 
 def check(config: dict[str, Any]) -> None:
-    """
+    """Check that the files and folders of a plain config exist.
+
     Raises:
-        ConfigError: names each path of a plain config that does not exist.
+        ConfigError: names each that does not.
     """
     if missing := list(problems(config)):
         raise ConfigError("\n".join(missing))
 
 
 def problems(config: dict[str, Any]) -> Iterator[str]:
-    """The message for each path of a plain config that does not exist. `target.run` is checked
+    """Yield a message for each path of a plain config that does not exist. `target.run` is checked
     when the config is composed."""
     yield from _task_problems(config["task"])
     if (fault := cache_fault()) is not None:

@@ -125,7 +125,7 @@ class BatchOrder:
     def window(self, step: int, skipped: int = 0) -> list[tuple[int, bool]]:
         """Return (sequence, whether it trains) for all of one step: micro-batch by micro-batch, and
         in each of them rank by rank. The rows of `skipped` steps before it are left out: the order
-        goes on into the next epoch instead."""
+        continues into the next epoch instead."""
         first = (step + skipped) * self.per_step
         last = min(first + self.per_step, self.sequences + skipped * self.per_step)
         real = [(self.at(position), True) for position in range(first, last)]

@@ -1,9 +1,9 @@
 """The ends of answers: the tokens that trained answers end in, and every verb's stop set.
 
 The end tokens are measured on the rendered rows: a special token counts if the stretch of trained
-tokens ends in it. A token after which the same stretch continues (gpt-oss's <|end|> between thought
-and answer) ends no answer, so its other places are weighed: an end token continues at most once in
-100 cases. One set may have several, such as Llama 3's <|eot_id|> and <|eom_id|>.
+tokens ends in it. Some special tokens also stand within an answer, as gpt-oss's <|end|> between
+thought and answer. So the answer may continue after an end token in at most one of 100 places. One
+set may have several end tokens, such as Llama 3's <|eot_id|> and <|eom_id|>.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ ANSWER = "yes"  # of a made-up conversation
 
 
 class _Counts:
-    """For each id, how often a stretch of trained tokens ends in it, and how often one continues
-    after it."""
+    """Counts by special token: how often a stretch of trained tokens ends in it, and how often one
+    continues after it."""
 
     def __init__(self, renderer: Renderer):
         self.renderer = renderer

@@ -195,7 +195,7 @@ def tokenise(
     # A split may have no rows (nothing is held out), and datasets cannot write an empty table.
     if next(iter(task.examples(split)), None) is None:
         if split == "train":
-            raise DataError("the training data has no row")
+            raise DataError("the training data has no row: see task.path and task.limit")
         columns = features(task)
         empty = datasets.Dataset.from_dict({name: [] for name in columns}, features=columns)
         return Rows(empty, Report())

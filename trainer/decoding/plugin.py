@@ -14,8 +14,8 @@ every accepted token. stop_strings needs `assist`: transformers hands no tokeniz
 custom_generate.
 
 It takes one sequence at a time, no beams, and chains: of a tree the first child of each node is
-proposed. trainer.decoding.speculative takes more. Refused are processors of logits that depend on
-more than the text and its logits (trainer.decoding.criteria), and other ways of decoding.
+proposed. trainer.decoding.speculative takes more. Other ways of decoding are refused, and so are
+processors of logits that depend on more than the text and its logits (trainer.decoding.criteria).
 """
 
 from __future__ import annotations

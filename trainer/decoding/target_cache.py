@@ -372,7 +372,7 @@ def cannot_roll_back(target: Target) -> str:
     return (
         f"{type(target.model).__name__} has layers whose state cannot be rolled back by some tokens"
         " (a recurrence), which every refused draft needs. Decode it without its drafter:"
-        " python -m trainer.generate"
+        " graft generate"
     )
 
 

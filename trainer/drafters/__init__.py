@@ -245,7 +245,7 @@ class Drafter(nn.Module):
         )
 
     def on_step(self, step: int, steps: int) -> None:
-        """Called before each micro-batch, with its step from 0 and the planned number of steps."""
+        """Prepare for a micro-batch of the 0-based `step` of the planned `steps`."""
 
     def loss(self, output: TargetOutput, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
         """Return (weighted loss, numbers). The loss is the sum over offsets of weight times summed

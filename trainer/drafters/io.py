@@ -136,7 +136,10 @@ def check(folder: Path, base: Base, settings: dict[str, Any] | None = None) -> N
     stored, target = read(folder)
     _check_target(folder, target, base.config.get_text_config(), base.fingerprint)
     if target.get("tokenizer", digest := _digest(base.tokenizer)) != digest:
-        raise DrafterError(f"{folder} was trained for another tokenizer than that of {base.path}")
+        raise DrafterError(
+            f"{folder} was trained for another tokenizer than that of {base.path}: give the base"
+            " that it was trained for"
+        )
     expected = stored if settings is None else settings
     stored, expected = (_with_layer(some, base) for some in (stored, expected))
     different = [
@@ -145,7 +148,9 @@ def check(folder: Path, base: Base, settings: dict[str, Any] | None = None) -> N
         if key not in _OF_TRAINING and stored.get(key) != expected.get(key)
     ]
     if different:
-        raise DrafterError(f"{folder} is a drafter of other settings: {'; '.join(different)}")
+        raise DrafterError(
+            f"{folder} is a drafter of other settings: {'; '.join(different)}. Set the same ones"
+        )
 
 
 def _with_layer(settings: dict[str, Any], base: Base) -> dict[str, Any]:
@@ -175,7 +180,7 @@ def fill(drafter: Drafter, folder: Path) -> None:
     if not_finite:
         raise DrafterError(
             f"{folder / 'model.safetensors'} holds NaN or infinite values in"
-            f" {', '.join(not_finite[:5])}"
+            f" {', '.join(not_finite[:5])}: restore the folder, or train the drafter again"
         )
 
 
@@ -213,7 +218,8 @@ def _check_target(
             )
     if fingerprint is not None and target.get("fingerprint") != fingerprint:
         raise DrafterError(
-            f"{folder} was trained for {target.get('base')}, and this base has other weights"
+            f"{folder} was trained for {target.get('base')}, and this base has other"
+            " weights: give that base, or train a drafter for this one"
         )
 
 

@@ -64,7 +64,7 @@ class Memory:
 
 @dataclass
 class BatchMemory(RaggedMemory):
-    """The same of several sequences."""
+    """Memory of several sequences."""
 
     newest: list[Int[Tensor, " n"] | None] = field(default_factory=list)
 
@@ -212,7 +212,7 @@ class PromptTokens(Heads):
     def grow_batch(
         self, memory: BatchMemory, target: Target, updates: Sequence[TargetUpdate]
     ) -> IndependentBatch:
-        """As `grow`. All sequences have as many prompts as the longest one has room for."""
+        """Start trees as `grow` does. All have as many prompts as the longest one has room for."""
         extras = [update.extra for update in updates if update.extra is not None]
         if extras:  # the verifying pass has read the prompts, of all sequences
             read = torch.stack(extras).mean(1)

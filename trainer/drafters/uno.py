@@ -20,7 +20,7 @@ trained. The row's own positions have no LoRA, so one pass without a gradient gi
 values, and a second one runs the z alone. In evaluation the anchors are evenly spaced, and z is the
 same every time.
 
-In decoding the drafter keeps keys and values of the text of its own, from the target's weights. A
+In decoding the drafter has its own keys and values of the text, from the target's weights. A
 draft's pass reads the newly accepted tokens, then z, which is dropped afterwards. z is drawn from a
 generator of its own, so texts depend on the seed of sampling alone.
 
@@ -65,7 +65,7 @@ class Memory:
 
 @dataclass
 class BatchMemory(RaggedMemory):
-    """The same of several sequences, each with its own random numbers."""
+    """Memory of several sequences, each with its own random numbers."""
 
     draws: list[torch.Generator] = field(default_factory=list)
 
@@ -183,7 +183,7 @@ class Uno(Heads):
     def grow_batch(
         self, memory: BatchMemory, target: Target, updates: Sequence[TargetUpdate]
     ) -> IndependentBatch:
-        """As `grow`. All sequences have as many z as the longest one has room for."""
+        """Start trees as `grow` does. All have as many z as the longest one has room for."""
         ids, counts = padded([passes.text_of(update) for update in updates])
         more = room(target, memory, counts, self.offsets - 1)
         drawn = [

@@ -1,4 +1,5 @@
-"""Draft heads that go on from their own states: EAGLE's, in training all passes of a row at once.
+"""Draft heads that continue from their own states: EAGLE's. Training runs all passes of a row at
+once.
 
 Pass k of slot t has the token x_{t+k}, the position t + k - 1, and the output of pass k - 1 of slot
 t. It sees the first pass's slots up to t, which are made from the target's own features, and the
@@ -155,7 +156,7 @@ class Unrolled(Distilled):
         return self._depth
 
     def around(self, target: Target) -> Any:
-        """Return what the layer's inputs besides its states are made of."""
+        """Return the model that gives the layer its masks, rotations and cache."""
         return target if self.family is None else self.family
 
     def first_input(

@@ -47,7 +47,10 @@ def measure(run: str, settings: harness.Settings, compare: bool) -> Measured:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = load_trained(run, device)
     if trained.task.kind == "label":
-        raise ConfigError(f"{trained.folder} classifies: lm-eval asks models that write text")
+        raise ConfigError(
+            f"{trained.folder} classifies, and lm-eval asks models that write text. Use: graft"
+            f" evaluate run={trained.folder}"
+        )
     scores: dict[str, harness.Scores] = {}
     rows: dict[str, dict[str, Any]] = {}
     for name in ["base", "adapted"] if compare else ["adapted"]:

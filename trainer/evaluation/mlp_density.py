@@ -73,7 +73,7 @@ class Rows:
                 stack.callback(module.register_forward_pre_hook(hook(index)).remove)
             result = losses(loss, self.held_out, self.batch_size, self.device)
         if not result:
-            raise DataError("the held-out rows have no trained token")
+            raise DataError("the held-out rows have no trained token, so they have no loss")
         return result["loss"]
 
     def medians(self, layers: Layers) -> list[float]:

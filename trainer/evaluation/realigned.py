@@ -18,7 +18,7 @@ MEASURED_AT_ONCE = 16  # held-out rows
 def arguments(
     draft: str, target_run: str, name: str | None, runs: str | None, more: list[str]
 ) -> tuple[Path, list[str]]:
-    """Return (the folder of the new run, arguments of `python -m trainer`) that continue a head on
+    """Return (the folder of the new run, arguments of `graft`) that continue a head on
     a target.
 
     Raises:
@@ -230,7 +230,7 @@ def measure(run: Path, draft: Path, batch_size: int) -> list[dict[str, Any]]:
     if held_out is None:
         raise DataError(
             f"{run} has no held-out rows to measure on: it had task.eval_fraction=0 and no"
-            " task.eval_path"
+            " task.eval_path. Give rows with task.eval_path=FILE"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, _, _ = compute(identity["precision"], config["base"]["dtype"], False, False)

@@ -60,7 +60,9 @@ def make_responder(options: AnswerOptions, config: dict[str, Any], task: Any) ->
     if options.run is not None:
         run = load_trained(options.run, device)
         if run.task.kind == "label":
-            raise DataError(f"{run.folder} trained a classifier, which writes no text")
+            raise DataError(
+                f"{run.folder} trained a classifier, which writes no text: give another run="
+            )
         model, base, trained_ends = run.model, run.base, run.ends
         adapted = run.adapted or {}
         weights = {

@@ -51,13 +51,13 @@ def verify_adapter(run: Trained, folder: Path) -> float:
     check_tensors(loaded, folder)
     difference = compare(expected, outputs(loaded, run), moved)
     if moved == 0.0 and not run.adapter.only_prepares:
-        log.warning("the adapter changes no logit: was it trained?")
+        log.warning("the adapter changes no logit: did the loss fall? Or raise optimizer.lr")
     return difference
 
 
 def check_tensors(loaded: nn.Module, folder: Path) -> None:
-    """Check that PEFT has each tensor of an adapter folder, with its values, and no other: it warns
-    of missing and unexpected ones, and goes on.
+    """Check that PEFT has each tensor of an adapter folder, with its values, and no other: PEFT
+    itself only warns of missing and unexpected ones.
 
     Raises:
         Mismatch: naming some of the tensors.
@@ -85,7 +85,7 @@ def check_tensors(loaded: nn.Module, folder: Path) -> None:
     ]
     if faults:
         raise Mismatch(
-            f"stock PEFT {version('peft')} reads the adapter otherwise than it was written:"
+            f"stock PEFT {version('peft')} reads the adapter differently from what was written:"
             f" {'; '.join(faults)}. Export the merged model with to=merged"
         )
 

@@ -1,6 +1,6 @@
 """The Hub's metadata of every result, and the file README.md that has it.
 
-What a result was made from decides most of it: the base, its licence and its languages, and the
+Most of it follows from the sources of a result: the base with its licence and languages, and the
 data sets. All of it is read on this machine; nothing is fetched.
 """
 
@@ -96,8 +96,8 @@ class Origin:
         )
 
     def inherited(self) -> Origin:
-        """Return the sources of a whole model: a base in a folder, whose card says what that was
-        made from, is called so."""
+        """Return the sources of a whole model. A base in a folder is called by the base_model that
+        its card names."""
         name = getattr(self._card_of_base(), "base_model", None)
         return replace(self, base=name) if self.base is None and on_hub(name) else self
 

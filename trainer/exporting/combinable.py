@@ -164,9 +164,10 @@ def _ranks_differ(adapter: dict[str, Any]) -> bool:
 def check_method(
     runs: list[str], contents: list[dict[str, Any]], method: str, new_rank: int | None
 ) -> None:
-    """
+    """Check that a method can combine adapters of these ranks.
+
     Raises:
-        AdapterError: the method cannot combine adapters of these ranks.
+        AdapterError: it cannot; the message names one that can.
     """
     ranks = [rank(content["config"]["adapter"]) for content in contents]
     low = {r for r in ranks if r is not None}

@@ -119,7 +119,9 @@ def _taken_off(run: str, source: Trained, folder: Path, evaluate: bool) -> Sourc
         if layer.delta.has_support
     }
     if own and not sparse and adapter.rank is None:
-        raise AdapterError(f"{run} ended before its mask: its adapter has no update yet")
+        raise AdapterError(
+            f"{run} ended before its mask: it has no update yet. Train it for longer"
+        )
     low = not own or adapter.rank is not None
     if low and own:
         kind = io.task_type(source.model, False)

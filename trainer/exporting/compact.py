@@ -172,8 +172,7 @@ def expand(source: Path, out: Path) -> None:
     folders = _subfolders(source, coding.FILE) if source.is_dir() else []
     if not folders:
         raise AdapterError(
-            f"{source} has no {coding.FILE}: give a folder that python -m trainer.compress run=..."
-            " wrote"
+            f"{source} has no {coding.FILE}: give a folder that graft compress run=... wrote"
         )
     with _appearing(out) as temporary:
         for folder in folders:

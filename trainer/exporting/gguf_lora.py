@@ -47,9 +47,10 @@ def check(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 
 
 def refuse_tied(layers: list[str], skeleton: Any) -> None:
-    """
+    """Refuse an update of a layer that shares the embedding's weight.
+
     Raises:
-        AdapterError: a layer has its weight from the embedding, so the base's GGUF file has none.
+        AdapterError: there is such a layer; the base's GGUF file has no weight for it.
     """
     own = {name for name, _ in skeleton.named_parameters()}  # a tied weight has one name
     for layer in layers:

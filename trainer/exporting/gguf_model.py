@@ -1,8 +1,8 @@
 """Merged models as one GGUF file for llama.cpp and Ollama, loaded back by transformers.
 
-Names are those of the package gguf. llama.cpp keeps some tensors otherwise than transformers: the
-rows of q and k of the architecture llama are in pairs and not in halves, and Gemma's norms are
-stored plus one. Tensors of one dimension stay in F32, as in its own converter.
+Names are those of the package gguf. llama.cpp stores some tensors differently: rows of q and k of
+the architecture llama are in pairs and not in halves, and Gemma's norms are stored plus one.
+Tensors of one dimension stay in F32, as in its own converter.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def family_of(config: Any) -> Family:
 
 
 def _unlike(config: Any) -> str | None:
-    """Return what llama.cpp computes otherwise for this config."""
+    """Return what llama.cpp computes differently for this config, None if nothing."""
     kind = _rope(config).get("rope_type", "default")
     if kind not in ("default", "llama3", "linear", "longrope"):
         return f"the rotary scaling {kind!r} is not written here"
@@ -101,7 +101,7 @@ def _unlike(config: Any) -> str | None:
 
 
 def _unlike_gemma(config: Any) -> str | None:
-    """The same for a Gemma, whose layers and scale llama.cpp derives from the type and the size."""
+    """Return the same for a Gemma, whose layers and scale llama.cpp derives from type and size."""
     every, largest = GEMMA[config.model_type]
     pattern = [kind == "full_attention" for kind in config.layer_types]
     if pattern != [(at + 1) % every == 0 for at in range(len(pattern))]:

@@ -34,8 +34,7 @@ def check_drafter(run: str, to: str) -> None:
     config, labels = content["config"], content["identity"]["labels"]
     if not config["drafter"]:
         raise DrafterError(
-            f"run={run} has no drafter. Train one with the adapter: python -m trainer ..."
-            " drafter=mtp_shared"
+            f"run={run} has no drafter. Train one with the adapter: graft ... drafter=mtp_shared"
         )
     kind: Any = get_class(config["drafter"]["_target_"])
     if not kind.proposes:

@@ -67,7 +67,7 @@ _NAMES = {
         "post_norm": "norm",
     },
 }
-_INSTEAD = "Use to=drafter, and decode with python -m trainer.speculate"
+_INSTEAD = "Use to=drafter, and decode with graft speculate"
 _INDEX = "model.safetensors.index.json"
 
 

@@ -213,7 +213,7 @@ class Base:
         if missing:
             raise BaseError(
                 f"the weights of {self.path} lack {len(missing)} tensors, such as {missing[:3]}:"
-                " the files are not of this model"
+                " the files are not of this model. Fetch or copy it again"
             )
         if (fault := prequantised.plain_weights(model)) is not None:
             raise BaseError(f"base {self.path!r} {fault}")

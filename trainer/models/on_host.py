@@ -2,7 +2,7 @@
 
 An index by a boolean mask, `nonzero`, `int(tensor)` and `if tensor:` need a tensor's values on the
 host. On a GPU the host then waits until the device has done all that it was sent, and the device
-has nothing to do until the host goes on. Labels and positions are known before a batch leaves the
+has nothing to do until the host continues. Labels and positions are known before a batch leaves the
 host, so indices are made from them there, and sent without waiting.
 """
 

@@ -72,7 +72,7 @@ class PenaltyError(BaseError):
 
 
 def seen_by(layer: str, real: Real) -> Bool[Tensor, "B T"]:
-    """Return which tokens count of those that the layer of this name sees."""
+    """Return the mask of the real tokens among those that the layer of this name sees."""
     return real[-1 if "decoder" in layer.split(".") else 0]
 
 
@@ -338,7 +338,7 @@ class DensityDEFT:
         if state["layers"] != [name for name, _ in self.layers]:
             raise PenaltyError(
                 f"the checkpoint's penalty is on other layers ({state['layers'][:3]} ...) than this"
-                " model's"
+                " model's: set penalty.modules as in the run that wrote it"
             )
         self.tau, self.smoothed = state["tau"], list(state["smoothed"])
 

@@ -53,9 +53,10 @@ class Guards:
         await self.app(scope, receive, sends)
 
     def check(self, scope: Scope) -> None:
-        """
+        """Check the Host, the Origin and the key of a request.
+
         Raises:
-            ApiError: the Host, the Origin or the key is not allowed.
+            ApiError: one of them is not allowed.
         """
         headers = {key.decode("latin-1"): v.decode("latin-1") for key, v in scope["headers"]}
         host, origin = headers.get("host", ""), headers.get("origin")

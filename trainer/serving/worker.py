@@ -54,7 +54,7 @@ class Job:
 
 @dataclass(eq=False)
 class Task:
-    """Work between two requests, with the models in no one else's hands. Its last event is Done or
+    """Work between two requests, while no other thread uses the models. Its last event is Done or
     an ApiError; an error with an explanation is the client's, with status 400."""
 
     do: Callable[[], Any]
@@ -62,7 +62,7 @@ class Task:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def work(self) -> None:
-        """Do it."""
+        """Run the task, and emit its result."""
         self.emit(Done(self.do()))
 
     def explained(self, error: BaseException) -> ApiError:

@@ -53,7 +53,7 @@ def sweep(branch: Branch) -> tuple[list[Branch], str | None]:
 
 
 def arguments(branch: Branch, more: list[str]) -> tuple[str, list[str]]:
-    """Return (name, arguments of `python -m trainer`) of one branch.
+    """Return (name, arguments of `graft`) of one branch.
 
     Raises:
         ConfigError, FolderError, CheckpointError: the branch does not fit the run.

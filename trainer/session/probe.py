@@ -62,9 +62,10 @@ class StepTimes(lightning.Callback):
 
 
 def refuse(recipe: Recipe) -> None:
-    """
+    """Refuse a run without a batch that is known beforehand, or with several processes.
+
     Raises:
-        ConfigError: the run has no batch that is known beforehand, or needs more than one process.
+        ConfigError: says which it is.
     """
     config = recipe.config
     faults = {

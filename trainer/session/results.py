@@ -132,7 +132,7 @@ def save_adapter(
     needed = 2 * 4 * sum(p.numel() for p in module.model.parameters())
     if needed > psutil.virtual_memory().available / 2:
         log.info(
-            "adapter: %s. Not loaded back, since that takes %.0f GB: python -m trainer.export"
+            "adapter: %s. Not loaded back, since that takes %.0f GB: graft export"
             " run=%s to=peft does it",
             target,
             needed / 1e9,

@@ -1,5 +1,5 @@
-"""Return whether a run may be resumed with another batch_size, accumulate or number of ranks: a
-step then has the same rows, and its gradient is the same sum, up to rounding."""
+"""Checks whether a run may be resumed with another batch_size, accumulate or number of ranks: a
+step must have the same rows, and its gradient the same sum, up to rounding."""
 
 from __future__ import annotations
 

@@ -167,6 +167,7 @@ class Session:
 
     def check(self, recipe: Recipe) -> None:
         """Check the run as preflight does, and log the warnings.
+
         Raises:
             BaseError: the checks found errors.
         """
@@ -333,7 +334,9 @@ def report_end(run_state: RunState, module: FineTune) -> None:
         )
     elif module.step != run_state.steps:
         step = f"step {module.step}{progress.of(run_state.steps)}"
-        raise Unfinished(f"the run ended after {step} without a reason", 1)
+        raise Unfinished(
+            f"the run ended after {step} without a reason. Resume it with resume=auto", 1
+        )
 
 
 def _skips(earlier: dict[str, Any], branch: dict[str, Any]) -> list[tuple[int, int]]:

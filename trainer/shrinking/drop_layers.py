@@ -50,9 +50,10 @@ class Influence(Method):
 
 
 def check(count: int, layers: int) -> None:
-    """
+    """Check that a base has more than `count` layers.
+
     Raises:
-        BaseError: so many layers cannot be dropped.
+        BaseError: it has not.
     """
     if count >= layers:
         raise BaseError(f"layers={count}: the base has {layers}, so at most {layers - 1} can go")
@@ -65,7 +66,7 @@ def least(figures: list[dict[str, Any]], count: int) -> list[int]:
 
 
 def without(layers: int) -> Layers:
-    """Return which of so many layers run where those of a candidate are left out."""
+    """Return the layers that still run when those of a candidate are left out."""
 
     def stay(gone: Candidate) -> Iterator[int]:
         return (index for index in range(layers) if index not in gone)

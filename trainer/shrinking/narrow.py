@@ -76,9 +76,10 @@ class Narrow(Method):
 
 
 def check(shape: Shape, family: str) -> None:
-    """
+    """Check that the projections of a family's MLP are known.
+
     Raises:
-        BaseError: the family's MLP is not known.
+        BaseError: they are one packed weight.
     """
     if not shape.up:
         raise BaseError(

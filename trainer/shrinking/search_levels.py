@@ -115,9 +115,10 @@ def bounds(linears: list[nn.Linear], density: float, step: float) -> tuple[int, 
 
 
 def check(sparse: Sparse, layers: nn.ModuleList, step: float) -> None:
-    """
+    """Check that there are levels above and below the uniform one.
+
     Raises:
-        BaseError: there is no level above or below.
+        BaseError: there are none on one side.
     """
     linears = [
         each for layer in layers for each in linears_of(layer, sparse.shape, sparse.part).values()

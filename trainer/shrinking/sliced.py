@@ -43,9 +43,10 @@ WRITE = ("self_attn.o_proj", "mlp.down_proj")
 
 
 def check(family: str) -> None:
-    """
+    """Check that the norms and residuals of a family commute with a rotation.
+
     Raises:
-        BaseError: the family's norms or residuals do not commute with a rotation as these do.
+        BaseError: they do not.
     """
     if family not in FAMILIES:
         raise BaseError(

@@ -30,9 +30,10 @@ class Sparse(Method):
         self._inputs: dict[str, Tensor] = {}  # of the row that is running
 
     def check(self, layers: nn.ModuleList) -> None:
-        """
+        """Check that the pattern divides the sizes of the weights.
+
         Raises:
-            BaseError: a weight has a size that the pattern does not divide.
+            BaseError: it does not divide one of them.
         """
         for name, linear in linears_of(layers[0], self.shape, self.part).items():
             if (fault := self.pattern.fault(linear.in_features)) is not None:

@@ -244,5 +244,5 @@ def _do(step: Step) -> int:
         return 0
     assert step.words is not None
     words = step.words()
-    say(f"{step.name}: python -m trainer {shlex.join(words)}", flush=True)
+    say(f"{step.name}: graft {shlex.join(words)}", flush=True)
     return finished([sys.executable, "-m", "trainer", *words])

@@ -62,16 +62,17 @@ def measure(runs: list[str], rows: int, top: int | None) -> list[dict[str, Any]]
         masks = [torch.tensor(row.trained[1:]) for row in chosen]
         sets.append(HeldRows(run, [row.ids for row in chosen], masks, []))
     if not all(mask.any() for part in sets for mask in part.trained):
-        raise DataError("a held-out row has no trained token")
+        raise DataError("a held-out row has no trained token, so it has no loss: leave it out")
     for run in runs:
         _ask(run, sets)
     return [_numbers(part, position, top) for position, part in enumerate(sets)]
 
 
 def check(runs: list[str]) -> None:
-    """
+    """Check that the adapters of these runs can be mixed.
+
     Raises:
-        AdapterError: these runs have no mixture; the message says why.
+        AdapterError: they cannot; the message says why.
     """
     contents = [run_folder.read(run)[1] for run in runs]
     for run, content in zip(runs, contents, strict=True):
@@ -95,7 +96,10 @@ def _ask(run: str, sets: list[HeldRows]) -> None:
     """Add the run's log-probabilities to all rows."""
     loaded = load_trained(run, "cuda" if torch.cuda.is_available() else "cpu")
     if loaded.base.decoder_start is not None:
-        raise AdapterError(f"{run} is of an encoder-decoder: its prompts have no probability")
+        raise AdapterError(
+            f"{run} is of an encoder-decoder, whose prompts have no probability: leave it"
+            " out of runs="
+        )
     device = next(loaded.model.parameters()).device
     with Progress(f"rows under {run}", sum(len(part.ids) for part in sets), "rows") as progress:
         for part in sets:

@@ -127,8 +127,8 @@ class FineTune(lightning.LightningModule):
         )
 
     def train(self, mode: bool = True) -> FineTune:
-        """As nn.Module's. A model in which nothing is trained stays in eval mode, without
-        dropout."""
+        """Set the mode of all modules. A model in which nothing is trained stays in eval mode,
+        without dropout."""
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             self.model.eval()
@@ -188,7 +188,8 @@ class FineTune(lightning.LightningModule):
         return self.loss_of(batch) if self.repeating is None else self.repeating.forward(batch)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's. A step that does not fit into memory is repeated in smaller parts."""
+        """Run the backward pass. A step that does not fit into memory is repeated in smaller
+        parts."""
         if self.repeating is None:
             super().backward(loss, *args, **kwargs)
         else:

@@ -55,9 +55,10 @@ class Unread:
 
 
 def end_run(count: int, step: int, sequences: list[Any], numbers: dict[str, Any]) -> NoReturn:
-    """
+    """End the run after `count` bad steps in a row, of which `step` was the last.
+
     Raises:
-        NonFinite: always; `step` was the last of `count` in a row.
+        NonFinite: always.
     """
     loss, norm = float(numbers["loss"]), float(numbers["grad_norm"])
     raise NonFinite(

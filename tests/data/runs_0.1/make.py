@@ -38,7 +38,7 @@ COMMON = (
 )
 FEW = "adapter.target_modules=[q_proj,down_proj]"
 LORA = (FEW, "adapter.rank=2", "adapter.dropout=0.3")
-# Each run with the step before which it is told to stop; None lets it end.
+# Each run with the step before which it is stopped; None lets it end.
 RUNS: dict[str, tuple[int | None, tuple[str, ...]]] = {
     "lora": (4, (*LORA, "max_steps=8")),
     "rosa": (

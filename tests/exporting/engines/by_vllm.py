@@ -46,7 +46,7 @@ from vllm.model_executor.models import ModelRegistry, registry
 def load(target, folder, method, tokens, **more):
     """(model, its name in vLLM's registry, parameters that nothing was loaded into, vLLM's config)
     of a draft's folder."""
-    # each would import vLLM anew, to keep CUDA out of this process
+    # each would import vLLM again, to keep CUDA out of this process
     registry._run_in_subprocess = lambda look: look()
 
     parallel = ParallelConfig()
