@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 .PHONY: quickstart check test test-other-cpu audit test-matrix bench docs lint clean
 
 quickstart: $(VENV)/.installed
-	$(BIN)/python -m trainer +experiment=quickstart
+	$(BIN)/python -m trainer experiment=quickstart
 	@printf '%s\n' '' \
 	  'The report: runs/quickstart/report.html' \
 	  'Try next, after source $(BIN)/activate:' \

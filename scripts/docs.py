@@ -107,10 +107,10 @@ def knobs() -> str:
         "",
         "## experiment",
         "",
-        "Chosen with `+experiment=NAME`: settings that belong together.",
+        "Chosen with `experiment=NAME`: settings that belong together.",
     ]
     for choice in schema.options("experiment"):
-        lines += ["", f"### +experiment={choice}", "", _head(f"experiment/{choice}")]
+        lines += ["", f"### experiment={choice}", "", _head(f"experiment/{choice}")]
     return "\n".join(lines) + "\n"
 
 

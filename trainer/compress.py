@@ -60,7 +60,7 @@ class Options:
     q: float | Literal["auto"] | None = option(
         "darex_q: divisor, from 1 - drop to 1", None, value="auto|NUMBER"
     )
-    seed: int | None = option("dare, darex_q: of the draws", None, value="0", at_least=0)
+    seed: int | None = option("dare, darex_q: seed of the draws", None, value="0", at_least=0)
     scope: Literal["tensor", "run"] | None = option("compeft: threshold and scale of each", None)
     factors: Literal["both", "B"] | None = option(
         "what to compress of a low-rank pair: both by default for compeft, else B", None

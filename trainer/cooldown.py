@@ -42,9 +42,9 @@ class Options:
     run: str | None = option("the same as from", None, value="RUN[@STEP|last|best]")
     fraction: str | None = option("the cooldown's share of all its steps", None, value="F")
     steps: str | None = option("the cooldown's steps", None, value="N")
-    shape: str = option("of the falling rate, see conf/branch/cooldown.yaml", "1-sqrt")
+    shape: str = option("curve of the falling rate, see conf/branch/cooldown.yaml", "1-sqrt")
     final: str = option("the last rate, as a share of the rate at the branch", "0")
-    name: str | None = option("of the new run", None, value="NAME")
+    name: str | None = option("name of the new run", None, value="NAME")
     force: bool = option("branch off a rate that is falling already", False)
     dry: bool = option("print the commands and run nothing", False)
     family: str | None = option(
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
             f"name={options.name}: {len(commands)} branches cannot share a name; leave it out"
         )
     for name, arguments in commands:
-        say("python -m trainer", shlex.join(arguments), flush=True)
+        say("graft", shlex.join(arguments), flush=True)
         command = [sys.executable, "-m", "trainer", *arguments]
         if not options.dry and (code := branches.finished(command)):
             say(f"{name} ended with {code}", file=sys.stderr)

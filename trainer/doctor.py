@@ -2,9 +2,9 @@
 
     graft doctor [json=FILE]
 
-A line that is not ok has the command that changes it. It imports torch, which takes a second or
-two; it loads no model and uses no network. The exit code is 1 if something is wrong: a package that
-Graft needs is missing, or not of a version that was tested.
+Each line that is not ok names the command that fixes it. The command imports torch, which takes a
+second or two; it loads no model and uses no network. The exit code is 1 if something is wrong: a
+package that Graft needs is missing, or not of a version that was tested.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Options:
         "native_chat",
         "ppd_chat",
         "uno_chat",
-    ] = option("of a new head, as conf/experiment has it", "eagle3_chat")
+    ] = option("recipe of a new head, from conf/experiment", "eagle3_chat")
     draft: str | None = option(
         "an older head to continue instead", None, value="RUN|FOLDER", reads=paths.drafter_fault
     )
@@ -74,13 +74,15 @@ class Options:
     )
     each: int = option("questions of each category, 0 for all", 16, at_least=0)
     to: str = option("formats to export, separated by commas", "drafter", value="FORMAT,...")
-    dtype: Literal["float32", "bfloat16", "float16"] = option("of the exports", "bfloat16")
+    dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "dtype of the exported weights", "bfloat16"
+    )
     verifier: str | None = option(
         "the model that the exports name as their target", None, value="ORG/NAME"
     )
     rows: int | None = option("prompts to answer", None, value="N", at_least=1)
-    max_new_tokens: int = option("of an answer", 512, at_least=2)
-    temperature: float = option("of the answers, 0 is greedy", 0.0, at_least=0)
+    max_new_tokens: int = option("most tokens of an answer", 512, at_least=2)
+    temperature: float = option("sampling temperature of the answers; 0 is greedy", 0.0, at_least=0)
     batch_size: int = option("prompts to answer at once", 8, at_least=1)
     dry: bool = option("print the steps and run nothing", False)
     overrides: tuple[str, ...] = rest("settings of the distillation", "KEY=VALUE", is_setting)

@@ -53,7 +53,7 @@ class Options:
     compare: bool = option("evaluate the base as well", False)
     generate: int = option("answers to generate and grade", 0, at_least=0)
     batch_size: int = option("rows at once", 16, at_least=1)
-    max_new_tokens: int = option("of a generated answer", 128, at_least=1)
+    max_new_tokens: int = option("most tokens of a generated answer", 128, at_least=1)
     json: Path | None = option("write the metrics as JSON", None, value="FILE", writes=True)
     rows: Path | None = option(
         "write loss, answer and scores of each row", None, value="FILE.jsonl", writes=True
@@ -79,7 +79,7 @@ class SpeculationOptions(MeasureOptions):
     )
     heldout: int = option("held-out conversations to ask without a file", 16, at_least=1)
     each: int = option("questions of each category, 0 for all", 0, at_least=0)
-    max_new_tokens: int = option("of an answer", 128, at_least=2)
+    max_new_tokens: int = option("most tokens of an answer", 128, at_least=2)
     plot: Path | None = option("draw the result", None, value="FILE.svg", writes=True)
 
 

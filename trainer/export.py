@@ -53,7 +53,7 @@ class Options:
         "the folder to write, by default one in the run folder", None, value="FOLDER"
     )
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = option(
-        "of the weights; q8_0 for to=gguf and to=gguf_draft alone", "float32"
+        "dtype of the weights; q8_0 for to=gguf and to=gguf_draft alone", "float32"
     )
     verifier: str | None = option(
         "the model that the config of a drafter names as the one it drafts for, by default the"

@@ -38,7 +38,7 @@ class Options(DrafterOptions, SamplingOptions):
     batch_size: int = option("prompts of the file at once", 8, at_least=1)
     system: str | None = option("the system prompt", None, value="TEXT")
     compare: bool = option("show the base's answer as well", False)
-    max_new_tokens: int = option("of the answer", 256, at_least=1)
+    max_new_tokens: int = option("most tokens of the answer", 256, at_least=1)
     draft: bool = option("let a drafter draft", True)
 
     def faults(self) -> Iterator[str]:

@@ -2,8 +2,8 @@
 
     graft import FILE [out=FILE]
 
-FILE is YAML or JSON. Each key is carried, or said to have no counterpart and why, or reported as
-unknown; the experiment holds all of that as comments. Check it with graft preflight.
+FILE is YAML or JSON. Each key is converted, or listed with the reason why it has no counterpart, or
+listed as unknown. The lists are comments of the experiment. Check it with graft preflight.
 """
 
 from __future__ import annotations

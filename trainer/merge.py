@@ -48,7 +48,7 @@ class Options:
     to: Path = option("the folder to write", value="FOLDER")
     method: Method = option("how to merge", "cat")
     weights: str | None = option(
-        "of the runs, by default 1 / the number of runs; 1 for ties, which take means",
+        "weights of the runs, by default 1 / the number of runs; 1 for ties, which take means",
         None,
         value="[W,W,...]",
     )
@@ -60,7 +60,7 @@ class Options:
         "svd: the rank of the result, by default the largest of the runs", None, value="16",
         at_least=1,
     )  # fmt: skip
-    seed: int = option("dare: of the draws", 0, at_least=0)
+    seed: int = option("dare: seed of the random draws", 0, at_least=0)
     evaluate: bool = option("measure each run's held-out rows, with its adapter and merged", True)
 
     @property

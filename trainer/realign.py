@@ -43,7 +43,7 @@ class Options:
         value="FOLDER[@last|best|STEP]",
         reads=paths.run_fault,
     )
-    name: str | None = option("of the new run, DRAFT-TARGET by default", None, value="NAME")
+    name: str | None = option("name of the new run, DRAFT-TARGET by default", None, value="NAME")
     runs: str | None = option(
         "where to create it, by default next to the target's run", None, value="FOLDER"
     )
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
         run, arguments = realigned.arguments(
             options.draft, options.target_run, options.name, options.runs, list(options.overrides)
         )
-        say("python -m trainer", shlex.join(arguments), flush=True)
+        say("graft", shlex.join(arguments), flush=True)
         if options.dry:
             return 0
         if code := finished([sys.executable, "-m", "trainer", *arguments]):

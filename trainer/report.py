@@ -1,4 +1,4 @@
-"""Write a run's report.html again, a page to look at in one file.
+"""Write a run's report.html again: one page in one file.
 
     graft report run=FOLDER
 

@@ -3,13 +3,13 @@
     graft respond base=NAME|run=FOLDER[@last|best|STEP] prompts=FILE|task=NAME out=FOLDER [OPTIONS]
 
 The target is a base of conf/base, or a run's base with its adapter as it is, unmerged. prompts= is
-a file that task=sft would read, or one with a `prompt`, `question` or `turns` (Spec-Bench; each
-turn is answered in turn), or any `field`. task= takes a task's own rows.
+a file that task=sft would read, or one with a `prompt`, `question` or `turns` (Spec-Bench; turns
+are answered one after another), or any `field`. task= takes a task's own rows.
 
-answers=last writes the last answer again, all every answer except those with tool calls. Only what
-the target wrote should train a drafter, so train with task.train_on=last after answers=last.
-per=answer writes a row for every answer, to train with task.train_on=last where the template takes
-the reasoning out of earlier answers.
+answers=last replaces the last answer of a conversation, answers=all each answer without tool calls.
+A drafter should learn the target's own text only, so train with task.train_on=last after
+answers=last. per=answer writes a row for every answer, to train with task.train_on=last where the
+template takes the reasoning out of earlier answers.
 
 Each sampled answer has its own random numbers, drawn from (seed, row, turn). Its text depends
 neither on the rows of its batch nor on where a stopped command resumed, except for near ties that

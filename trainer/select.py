@@ -12,8 +12,8 @@ are written as they are, for task.path=ROWS.jsonl; ROWS.select.json says why eac
     random      drawn, to compare with
 
 Gradients are those of the run's adapter, after a warm-up of some 50 steps: graft adapter=lora
-max_steps=50 name=warm. They are sketched to `dims` numbers a row, which lie on disk while the
-command runs; the same command continues one that was stopped. Rows that are targets, too, are left
+max_steps=50 name=warm. They are sketched to `dims` numbers a row, which are on disk while the
+command runs. The same command resumes where it was stopped. Rows that are targets, too, are left
 out of the pool.
 """
 
@@ -51,7 +51,7 @@ class Options:
         "numbers that a gradient is sketched to, by default 64 to 1024 by the pool's size", None,
         value="512", at_least=2, at_most=8192,
     )  # fmt: skip
-    seed: int = option("of sketches and draws", 0, at_least=0)
+    seed: int = option("seed of sketches and draws", 0, at_least=0)
     task: tuple[str, ...] = rest(
         "the pool, as task.path=FILE", "task.KEY=VALUE", lambda key: key.startswith("task.")
     )

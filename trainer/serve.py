@@ -61,9 +61,9 @@ class Options(GrowthOptions, DrafterOptions):
     )
     draft: bool = option("let a drafter draft", True)
     host: str = option("the address to listen on", "127.0.0.1")
-    port: int = option("0 takes one that is free", 8000, at_least=0, at_most=65535)
+    port: int = option("port to listen on; 0 takes a free one", 8000, at_least=0, at_most=65535)
     api_key: str | None = option("what clients must send", None, value="KEY")
-    max_tokens: int = option("of an answer, where the request names none", 512, at_least=1)
+    max_tokens: int = option("most tokens of an answer, if the request names none", 512, at_least=1)
     queue: int = option("requests that may wait; beyond it they are refused", 64, at_least=1)
 
     def faults(self) -> Iterator[str]:

@@ -2,10 +2,10 @@
 
     graft study FILE.yaml|NAME [OPTIONS] [study.KEY=VALUE ...] [KEY=VALUE ...]
 
-The file says methods, rates, seeds and data; docs/studies.md has its keys, and NAME is one of
-Graft's own. Ranks and densities are solved for the same number of trained parameters. Each method's
-rate is searched on validation rows, beyond the given ones while the best is at an end of them. Then
-the chosen rate runs with each seed, and its loss and graded answers on the test rows are the table.
+The file lists methods, rates, seeds and data (docs/studies.md). NAME is one of Graft's own studies.
+Ranks and densities are solved for the same number of trained parameters. Each method's rate is
+searched on validation rows, beyond the listed rates while the best is the first or the last. Then
+the chosen rate runs with each seed. The table has the losses and grades on the test rows.
 
 It can be stopped at any time and resumes with the same command. Further seeds, rates and methods
 add runs and repeat none. A run that fails does not end the study.

@@ -17,8 +17,8 @@ INSTALLS = ("make quickstart", "source .venv/bin/activate", "pip install ")  # d
 GRAFT = """#!/usr/bin/env bash
 words=()
 for word in "$@"; do
-    if [ "$word" = +experiment=quickstart ]; then
-        words+=(+experiment=smoke name=quickstart task.path=chats.jsonl max_steps=6)
+    if [ "$word" = experiment=quickstart ]; then
+        words+=(experiment=smoke name=quickstart task.path=chats.jsonl max_steps=6)
         words+=(callbacks.evaluation.generate=4)
     else
         words+=("$word")

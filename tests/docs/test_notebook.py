@@ -17,7 +17,7 @@ FILE = ROOT / "docs" / "quickstart.ipynb"
 # In place of the real base and of BFCL's rows.
 SETTINGS = """
 GRAFT = {command}
-TRAIN = ["+experiment=smoke", "name=toy", "task.path=chats.jsonl", "max_steps=4", "precision=fp32",
+TRAIN = ["experiment=smoke", "name=toy", "task.path=chats.jsonl", "max_steps=4", "precision=fp32",
          "threads=1", "callbacks.evaluation.generate=2", "callbacks.evaluation.max_new_tokens=4"]
 RUN = "runs/toy"
 SYSTEM = "Add."

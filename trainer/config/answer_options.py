@@ -37,7 +37,7 @@ class PromptOptions:
 
     prompts: str | None = option("a file of prompts", None, value="FILE")
     task: str | None = option("or a task of conf/task", None, value="NAME")
-    split: Literal["train", "eval"] = option("of the task", "train")
+    split: Literal["train", "eval"] = option("split of the task", "train")
     field: str | None = option("the column of the file that holds the prompt", None, value="NAME")
     answers: Literal["last", "all"] = option("which answers to write again", "last")
     skip: int = option("rows of the file to skip", 0, at_least=0)
@@ -57,7 +57,7 @@ class PromptOptions:
 class DrawingOptions(SamplingOptions):
     """The way an answer is drawn, and its use."""
 
-    max_new_tokens: int = option("of an answer", 512, at_least=1)
+    max_new_tokens: int = option("most tokens of an answer", 512, at_least=1)
     top_k: int = option("draw from the k likeliest tokens; 0 takes all", 0, at_least=0)
     cut: Literal["keep", "drop"] = option("answers that meet max_new_tokens", "keep")
     per: Literal["conversation", "answer"] = option("what a row holds", "conversation")

@@ -20,9 +20,9 @@ RECORDED = ("max_new_tokens", "temperature", "top_p", "seed")
 class SamplingOptions:
     """The way tokens are drawn."""
 
-    temperature: float = option("0 is greedy", 0.0, at_least=0)
+    temperature: float = option("sampling temperature; 0 is greedy", 0.0, at_least=0)
     top_p: float = option("draw from the likeliest tokens of this share", 1.0, above=0, at_most=1)
-    seed: int = option("of the draws", 0, at_least=0)
+    seed: int = option("seed of the random draws", 0, at_least=0)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class MeasureOptions(GrowthOptions, DrafterOptions, SamplingOptions):
         "a file of prompts", None, value="FILE.jsonl", reads=paths.file_fault
     )
     heldout: int = option("the first N held-out conversations of the run's task", 0, at_least=0)
-    max_new_tokens: int = option("of an answer", 128, at_least=1)
+    max_new_tokens: int = option("most tokens of an answer", 128, at_least=1)
     json: Path | None = option("write the result as JSON", None, value="FILE", writes=True)
 
     def recorded(self, *more: str) -> dict[str, Any]:

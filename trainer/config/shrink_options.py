@@ -68,7 +68,7 @@ class ShrinkOptions:
         "search: layers x (those that stay) / 1.5 by default, 400 for shares", None, at_least=1
     )
     offspring: int | None = option(
-        "search: of a generation, 32 by default, 64 for shares", None, at_least=2
+        "search: candidates of a generation, 32 by default, 64 for shares", None, at_least=2
     )
     step: float | None = option(
         "pruning, search: how far shares are apart, 0.05 by default", None, value="0.05", above=0
@@ -79,7 +79,7 @@ class ShrinkOptions:
         None,
     )
     rows: int = option("calibration rows, drawn from the training rows", 128, at_least=1)
-    seed: int = option("of the draw", 0, at_least=0)
+    seed: int = option("seed of the draw", 0, at_least=0)
     evaluate: bool = option("measure the held-out loss before and after", True)
     settings: tuple[str, ...] = rest(
         "settings of the base and the rows",
