@@ -134,6 +134,7 @@ def watched(meter: Meter, target: Any, drafter: Any) -> Iterator[None]:
         verify(*arguments)
         meter.lap()
 
+    before = {module: vars(module).get("forward") for module in modules}
     for module, name in modules.items():
         module.forward = meter.timed(name, module.forward)
     speculative.Decoder.verify = timed_verify  # type: ignore[method-assign, assignment]
@@ -141,8 +142,10 @@ def watched(meter: Meter, target: Any, drafter: Any) -> Iterator[None]:
         yield
     finally:
         speculative.Decoder.verify = verify  # type: ignore[method-assign]
-        for module in modules:
-            del module.__dict__["forward"]
+        for module, own in before.items():
+            del module.forward
+            if own is not None:
+                module.forward = own
 
 
 def measured(
@@ -159,6 +162,7 @@ def measured(
 
     from trainer.decoding import speculative
     from trainer.decoding.speculative import Strategy
+    from trainer.speed.quick_passes import quick
 
     clock = time.process_time if options["clock"] == "processor" else time.perf_counter
 
@@ -170,7 +174,7 @@ def measured(
     meter = Meter(now)
     profile = cProfile.Profile() if options["profile"] else None
     tokens = passes = 0
-    with watched(meter, target, drafter):
+    with quick(target.model, drafter), watched(meter, target, drafter):
         for number, ids in enumerate([prompts[0], *prompts]):
             meter.restart()
             if profile is not None and number:

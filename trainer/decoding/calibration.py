@@ -32,6 +32,7 @@ from trainer.decoding.speculative import generate
 from trainer.decoding.target_cache import TargetCache
 from trainer.decoding.trees import LONGEST, Levels, Path, search
 from trainer.drafters import Drafter, DrafterError, Growth, Target, TargetUpdate
+from trainer.speed.quick_passes import quick
 
 # Tokens of a pass; costs between them are interpolated.
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64)
@@ -195,6 +196,18 @@ def time_verification(
     shapes: dict[str, Callable[[int], list[int]]] = {"chain": lambda n: list(range(-1, n - 2))}
     if trees:
         shapes["tree"] = lambda n: [-1] * (n - 1)
+    with quick(target.model):
+        return _timed_passes(target, context, widths, repeats, shapes, layers)
+
+
+def _timed_passes(
+    target: Target,
+    context: Int[Tensor, " L"],
+    widths: Sequence[int],
+    repeats: int,
+    shapes: Mapping[str, Callable[[int], list[int]]],
+    layers: tuple[int, ...],
+) -> dict[str, dict[int, list[float]]]:
     caches = {}
     for shape in shapes:
         caches[shape] = TargetCache(target, layers, whole=shape == "tree")
@@ -210,7 +223,7 @@ def time_verification(
             for n in widths:
                 started = now(context.device)
                 hidden, _ = cache.read([tokens[:n]], [parents(n)])[0]
-                target.head(hidden).argmax(-1).tolist()
+                target.head(hidden).max(-1).indices.tolist()  # as decoding does
                 cache.commit([[]])
                 if repeat >= 0:
                     seconds[shape][n].append(now(context.device) - started)
@@ -265,16 +278,17 @@ def time_drafting(
     for memory in memories:
         drafter.grow(memory, target, text.update(0, text.start))
     least = [float("inf")] * len(shapes)
-    for repeat in range(1 + repeats):
-        start = text.start + 2 * repeat
-        for i, (shape, memory) in enumerate(zip(shapes, memories, strict=True)):
-            started = now(text.ids.device)
-            draft = drafter.propose(
-                memory, target, text.update(start, start + 2), partial(shape, drawing=drawing)
-            )
-            draft.tokens.tolist()
-            if repeat:
-                least[i] = min(least[i], now(text.ids.device) - started)
+    with quick(target.model, drafter):
+        for repeat in range(1 + repeats):
+            start = text.start + 2 * repeat
+            for i, (shape, memory) in enumerate(zip(shapes, memories, strict=True)):
+                started = now(text.ids.device)
+                draft = drafter.propose(
+                    memory, target, text.update(start, start + 2), partial(shape, drawing=drawing)
+                )
+                draft.tokens.tolist()
+                if repeat:
+                    least[i] = min(least[i], now(text.ids.device) - started)
     return least
 
 

@@ -43,6 +43,7 @@ from trainer.decoding.verdicts import decisions_of, joined
 from trainer.decoding.verify import Verdict
 from trainer.drafters import Draft, Drafter, DrafterError, Target, TargetUpdate
 from trainer.models.cache_argument import rolls_back
+from trainer.speed.quick_passes import quick
 
 
 @dataclass(frozen=True)
@@ -212,9 +213,10 @@ class Decoder:
         longest = max(map(len, prompts))
         self.max_new_tokens = positions.new_tokens(self.target.model, longest, self.max_new_tokens)
         positions.reset_tables(self.target.model)
-        rows = self.prefill(prompts)
-        while rows := self.finish(rows):
-            self.verify(rows, self.draft(rows))
+        with quick(self.target.model, self.drafter):
+            rows = self.prefill(prompts)
+            while rows := self.finish(rows):
+                self.verify(rows, self.draft(rows))
         return [self.results[number] for number in range(len(prompts))]
 
     def prefill(self, prompts: Sequence[Int[Tensor, " n"]]) -> list[Continuation]:

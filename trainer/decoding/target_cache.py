@@ -32,6 +32,7 @@ from trainer.drafters import DrafterError, Target
 from trainer.models.cache_argument import cache_of, makes_its_own, model_with_cache, takes_a_cache
 from trainer.models.heads import captured_hidden, captured_layers
 from trainer.speed.attention import BLOCKED
+from trainer.speed.roomy_cache import RoomyLayer, roomy
 
 # The states that the output head reads, and those of further layers, concatenated.
 States = tuple[Float[Tensor, "n d"], Float[Tensor, "n f"]]
@@ -62,7 +63,7 @@ class TargetCache:
     def _empty(self) -> Any:
         if self.bare or makes_its_own(self.model):
             return None
-        return DynamicCache() if self.whole else DynamicCache(config=self.target.config)
+        return roomy(DynamicCache() if self.whole else DynamicCache(config=self.target.config))
 
     def read_again(self, ids: Int[Tensor, " n"]) -> list[States]:
         """Read the whole text of one sequence, its newest token included, in place of what was read
@@ -82,7 +83,7 @@ class TargetCache:
             self.model = self.target.model
             self.text = ids[None, :0]  # of a model without a cache
             if caches:
-                self.cache = DynamicCache()
+                self.cache = roomy(DynamicCache())
             states += self._pass(ids.unsqueeze(0))
             caches.append(self.cache)
             peft = getattr(self.model, "active_peft_config", None)
@@ -273,7 +274,7 @@ def merge_caches(caches: Sequence[DynamicCache], target: Target) -> DynamicCache
     Raises:
         DrafterError: a layer's state is not a key and a value for each token.
     """
-    merged = DynamicCache()
+    merged = roomy(DynamicCache())
     longest = max(cache.get_seq_length() for cache in caches)
     for i in range(len(caches[0].layers)):
         layers: list[Any] = [cache.layers[i] for cache in caches]
@@ -281,7 +282,7 @@ def merge_caches(caches: Sequence[DynamicCache], target: Target) -> DynamicCache
             continue
         for layer, cache in zip(layers, caches, strict=True):
             if (
-                type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+                type(layer) not in (RoomyLayer, DynamicLayer, DynamicSlidingWindowLayer)
                 or layer.keys.shape[-2] != cache.get_seq_length()
             ):
                 raise DrafterError(

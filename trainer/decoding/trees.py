@@ -179,9 +179,9 @@ class Best:
     """The `size` nodes with the largest product of draft probabilities, chosen without chance.
 
     Each level is grown below the `top_k` most likely nodes of the level above (EAGLE-2, arXiv
-    2406.16858, section 4). With top_k=None it is grown below all that are among the `size` most
-    likely so far: greedy growth by estimated acceptance, node by node (DySpec, arXiv 2410.11744),
-    in one call per level.
+    2406.16858, section 4), as far as they can be chosen. With top_k=None it is grown below all
+    that are among the `size` most likely so far: greedy growth by estimated acceptance, node by
+    node (DySpec, arXiv 2410.11744), in one call per level.
     """
 
     branches = True
@@ -249,9 +249,12 @@ class Best:
         likely, order = products.sort(dim=1, descending=True, stable=True)
         likely, order = likely[:, :width], order[:, :width]
         grows = likely > -math.inf
-        if self.top_k is None and scores.shape[1] > self.size:
+        # Children are no likelier than their parent, so that of one that is not among the `size`
+        # likeliest none is chosen. On a GPU leaving such nodes out costs a wait for it.
+        prunes = self.top_k is None or likely.device.type == "cpu"
+        if prunes and scores.shape[1] > self.size:
             grows &= likely >= scores.topk(self.size, dim=1).values[:, -1:]
-        most = int(grows.sum(1).max()) if self.top_k is None or len(products) > 1 else width
+        most = int(grows.sum(1).max()) if prunes or len(products) > 1 else width
         return order[:, :most], grows[:, :most]
 
     def _chosen(

@@ -329,15 +329,21 @@ def layer_inputs(
 def layer_cache(target: Target, cache: Any) -> dict[str, Any]:
     """Return a `decoder_layer`'s inputs that concern its cache, None for none."""
     layers: Any = target.decoder.layers
-    return with_cache(layers[-1].forward, cache) | {"use_cache": cache is not None}
+    forward = type(layers[-1]).forward  # the class has it also where C computes the layer
+    return with_cache(forward, cache) | {"use_cache": cache is not None}
 
 
 def rotations(target: Target, hidden: Float[Tensor, "B T d"], positions: Int[Tensor, "B T"]) -> Any:
     """Return a `decoder_layer`'s rotary embeddings, in the dtype of `hidden`."""
     rotary = target.decoder.rotary_emb
-    if "layer_type" in inspect.signature(rotary.forward).parameters:
+    if _takes_layer_type(type(rotary).forward):
         return rotary(hidden, positions, _kind(target.config))
     return rotary(hidden, positions)
+
+
+@functools.cache
+def _takes_layer_type(forward: Callable[..., Any]) -> bool:
+    return "layer_type" in inspect.signature(forward).parameters
 
 
 def window(target: Target) -> int | None:

@@ -7,6 +7,7 @@ transformers' caches. The name is read from the signature, whatever the version.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,11 @@ BARE = "state"  # the name of a cache that the model makes itself: the first pas
 
 def cache_argument(function: Callable[..., Any]) -> str | None:
     """Return the name of the cache among a function's arguments, None if it takes none."""
+    return _cache_argument(getattr(function, "__func__", function))
+
+
+@functools.cache
+def _cache_argument(function: Callable[..., Any]) -> str | None:
     arguments = inspect.signature(function).parameters
     return next((name for name in NAMES if name in arguments), None)
 

@@ -75,10 +75,10 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-def _shared(call: Callable[[int, int], None], rows: int, width: int) -> None:
-    """Call call(start, end) for shares of the rows. ctypes releases the GIL, so that they run in
-    parallel."""
-    threads = min(torch.get_num_threads(), max(1, rows * width // SHARE))
+def shared(call: Callable[[int, int], None], rows: int, width: int, least: int = SHARE) -> None:
+    """Call call(start, end) for shares of the rows, of `least` numbers at least. ctypes releases
+    the GIL, so that they run in parallel."""
+    threads = min(torch.get_num_threads(), max(1, rows * width // least))
     if threads == 1:
         call(0, rows)
         return
@@ -94,7 +94,7 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out, call, size = torch.empty_like(gate), _function("gated", gate.dtype), gate.element_size()
     pointers = [x.data_ptr() for x in (gate, up, out)]
-    _shared(lambda a, b: call(*(p + a * size for p in pointers), b - a), gate.numel(), 1)
+    shared(lambda a, b: call(*(p + a * size for p in pointers), b - a), gate.numel(), 1)
     return out
 
 
@@ -104,7 +104,7 @@ def gated_back(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     call, size = _function("gated_back", gate.dtype), gate.element_size()
     pointers = [x.data_ptr() for x in (dh, gate, up, dgate, dup)]
-    _shared(lambda a, b: call(*(p + a * size for p in pointers), b - a), gate.numel(), 1)
+    shared(lambda a, b: call(*(p + a * size for p in pointers), b - a), gate.numel(), 1)
     return dgate, dup
 
 
@@ -119,7 +119,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         places = x.data_ptr() + a * size, weight.data_ptr(), y.data_ptr() + a * size
         call(*places, r.data_ptr() + 4 * a, b - a, d, eps)
 
-    _shared(part, r.numel(), d)
+    shared(part, r.numel(), d)
     return y, r
 
 
@@ -133,7 +133,7 @@ def norm_back(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
         places = dy.data_ptr() + a * size, x.data_ptr() + a * size, weight.data_ptr()
         call(*places, r.data_ptr() + 4 * a, dx.data_ptr() + a * size, b - a, d)
 
-    _shared(part, r.numel(), d)
+    shared(part, r.numel(), d)
     return dx
 
 
@@ -148,7 +148,7 @@ def rotated(x: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
     shape = (ctypes.c_int64 * 7)(H, T, d, *x.stride()[:3], step)
     call = _function("rotated", x.dtype)
     pointers = [tensor.data_ptr() for tensor in (x, cosine, sine, out)]
-    _shared(lambda a, b: call(*pointers, a, b, ctypes.addressof(shape), int(back)), B * T, H * d)
+    shared(lambda a, b: call(*pointers, a, b, ctypes.addressof(shape), int(back)), B * T, H * d)
     return out.transpose(1, 2)
 
 
@@ -184,5 +184,5 @@ def entropy(
             scratch.data_ptr(),
         )
 
-    _shared(part, n, V)
+    shared(part, n, V)
     return losses, ranks, slope

@@ -52,8 +52,8 @@ def fuse(
                 module.attention_choice = choice  # type: ignore[assignment]
                 counts["attention"] += 1
     for kind, forward, fits in (
-        ("norms", partial(_norm_forward, native="norms" in native), _is_norm),
-        ("gates", partial(_gated_forward, native="gates" in native), _is_gated),
+        ("norms", partial(_norm_forward, native="norms" in native), is_norm),
+        ("gates", partial(_gated_forward, native="gates" in native), is_gated),
     ):
         tried: dict[tuple[type, Any], bool] = {}
         for module in model.modules():
@@ -61,7 +61,7 @@ def fuse(
                 continue
             key = (type(module), getattr(module, "variance_epsilon", None))
             if key not in tried:
-                tried[key] = _same(module, forward)
+                tried[key] = same(module, forward)
             if tried[key]:
                 module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
                 counts[kind] += 1
@@ -78,7 +78,7 @@ def has_native_losses(model: nn.Module) -> bool:
     return any(getattr(module, "native_losses", False) for module in model.modules())
 
 
-def _same(module: Any, forward: Callable[..., Tensor]) -> bool:
+def same(module: Any, forward: Callable[..., Tensor]) -> bool:
     """Return whether `forward` gives what the module gives, on random numbers."""
     weight = module.weight if hasattr(module, "weight") else module.gate_proj.weight
     width = weight.shape[-1]
@@ -96,7 +96,7 @@ def _same(module: Any, forward: Callable[..., Tensor]) -> bool:
     )
 
 
-def _is_norm(module: Any) -> bool:
+def is_norm(module: Any) -> bool:
     weight = getattr(module, "weight", None)
     return (
         type(module).__name__.endswith("RMSNorm")
@@ -107,7 +107,7 @@ def _is_norm(module: Any) -> bool:
     )
 
 
-def _is_gated(module: Any) -> bool:
+def is_gated(module: Any) -> bool:
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     return all(type(part) is nn.Linear for part in parts) and type(
         getattr(module, "act_fn", None)
