@@ -205,6 +205,17 @@ def gradients(model):
     return actual
 
 
+def test_8_bit_products_that_overflow_are_refused(monkeypatch):
+    def saturated(a, b):  # pairs of unsigned times signed numbers are added in 16 bits
+        pairs = ((a.int() + 128).unsqueeze(2) * b.int()).unflatten(1, (-1, 2)).sum(2)
+        return pairs.clamp(-(2**15), 2**15 - 1).sum(1) - 128 * b.int().sum(0)
+
+    built(quantization="int8")._quantization(torch.float32)
+    monkeypatch.setattr(torch, "_int_mm", saturated)
+    with pytest.raises(BaseError, match="8-bit products overflow on this CPU"):
+        built(quantization="int8").load(torch.float32)
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_quantised_base_is_near_the_plain_one(quantization):
     plain, packed = (

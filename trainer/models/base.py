@@ -329,6 +329,8 @@ class Base:
         from transformers import BitsAndBytesConfig
 
         if self.quantization == "int8":
+            if (fault := prequantised.int8_fault()) is not None:
+                raise BaseError(fault)
             return BitsAndBytesConfig(load_in_8bit=True)
         return BitsAndBytesConfig(
             load_in_4bit=True,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
+
+import torch
 
 INSTEAD = "Give the unquantised model; base.quantization=nf4 then makes 4 bits of it"
 
@@ -31,6 +34,18 @@ def fault(config: Any) -> str | None:
     if trainable:
         return None
     return f"is quantised by {method}, through which transformers computes no gradient. {INSTEAD}"
+
+
+def int8_fault() -> str | None:
+    """Return why 8-bit products give wrong numbers on this CPU, None if they do not. oneDNN adds
+    pairs of them in 16 bits where ONEDNN_MAX_CPU_ISA hides VNNI, and torch does not notice."""
+    ones = torch.full((32, 64), 127, dtype=torch.int8)
+    if bool((torch._int_mm(ones, ones.t()) == 64 * 127**2).all()):
+        return None
+    return (
+        "base.quantization=int8: 8-bit products overflow on this CPU with ONEDNN_MAX_CPU_ISA="
+        f"{os.environ.get('ONEDNN_MAX_CPU_ISA')}. Unset it, or set base.quantization=nf4"
+    )
 
 
 def plain_weights(model: Any) -> str | None:
