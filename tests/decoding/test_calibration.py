@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.toys.speculative import PROMPT, alone, tiny
-from trainer.decoding import calibration
+from trainer.decoding import calibration, clock
 from trainer.decoding.calibration import (
     acceptance,
     fastest_tree,
@@ -190,7 +190,7 @@ def test_a_pass_takes_no_longer_than_one_over_more_tokens_or_over_a_tree():
 
 def test_passes_and_drafts_are_timed(target, monkeypatch):
     clock = iter(range(10**6))
-    monkeypatch.setattr(calibration, "now", lambda device: float(next(clock)))
+    monkeypatch.setattr(calibration, "working", lambda device: float(next(clock)))
     seconds = time_verification(target, PROMPT, [1, 2, 9], 3)
     assert seconds == {shape: {n: [1.0] * 3 for n in (1, 2, 9)} for shape in ("chain", "tree")}
     assert list(time_verification(target, PROMPT, [1, 2], 1, trees=False)) == ["chain"]
@@ -261,3 +261,11 @@ def test_a_drafter_with_trees_of_its_own_is_refused():
     calibration.refuse_own_trees(Known([], []))
     with pytest.raises(DrafterError, match="Own builds its own trees"):
         calibration.refuse_own_trees(Own([], []))
+
+
+def test_one_thread_counts_processor_seconds(monkeypatch):
+    monkeypatch.setattr(clock.time, "process_time", lambda: 7.0)
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: 9.0)
+    for threads, seconds in ((1, 7.0), (2, 9.0)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert clock.working(torch.device("cpu")) == seconds

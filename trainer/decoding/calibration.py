@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trainer.decoding import profit
-from trainer.decoding.clock import now
+from trainer.decoding.clock import working
 from trainer.decoding.drawing import Drawing
 from trainer.decoding.speculative import generate
 from trainer.decoding.target_cache import TargetCache
@@ -221,12 +221,12 @@ def _timed_passes(
         for shape, parents in shapes.items():
             cache = caches[shape]
             for n in widths:
-                started = now(context.device)
+                started = working(context.device)
                 hidden, _ = cache.read([tokens[:n]], [parents(n)])[0]
                 target.head(hidden).max(-1).indices.tolist()  # as decoding does
                 cache.commit([[]])
                 if repeat >= 0:
-                    seconds[shape][n].append(now(context.device) - started)
+                    seconds[shape][n].append(working(context.device) - started)
                 # The next pass reads the newest token again, so all passes have the same context.
                 cache.cache.crop(-1)
                 cache.lengths[0] -= 1
@@ -282,13 +282,13 @@ def time_drafting(
         for repeat in range(1 + repeats):
             start = text.start + 2 * repeat
             for i, (shape, memory) in enumerate(zip(shapes, memories, strict=True)):
-                started = now(text.ids.device)
+                started = working(text.ids.device)
                 draft = drafter.propose(
                     memory, target, text.update(start, start + 2), partial(shape, drawing=drawing)
                 )
                 draft.tokens.tolist()
                 if repeat:
-                    least[i] = min(least[i], now(text.ids.device) - started)
+                    least[i] = min(least[i], working(text.ids.device) - started)
     return least
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from adapters import native
 from trainer.speed import elementwise
 
-MOST = 32  # rows of a product, or of an attention's queries
+MOST = 64  # rows of a product, or of an attention's queries
 LANES = 16  # numbers of a vector
 SHARE = 1 << 21  # weights of a thread, at least: less is read before a thread has started
 _TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
