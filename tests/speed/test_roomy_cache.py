@@ -15,7 +15,7 @@ def test_a_roomy_cache_holds_what_a_dynamic_one_holds():
     caches: list[Any] = [DynamicCache(), roomy(DynamicCache())]
     generator = torch.Generator().manual_seed(0)
     written = []
-    for count, cropped in ((5, 0), (1, 1), (3, 2), (90, 40), (4, 0), (1, 0)):
+    for count, cropped in ((5, 0), (1, 1), (3, 2), (90, 40), (4, 0), (1, 0), (200, 0)):
         keys, values = torch.randn(2, 2, 3, count, 4, generator=generator)
         for cache in caches:
             cache.update(keys, values, 0)
