@@ -177,6 +177,17 @@ def test_a_context_that_fails_leaves_the_model_plain(model, monkeypatch):
 
 
 @needs_library
+def test_a_variable_keeps_torchs_kernels(model, monkeypatch):
+    monkeypatch.setattr(quick_passes, "_is_faster", lambda module: True)
+    monkeypatch.setenv("GRAFT_PLAIN_DECODING", "1")
+    with quick_passes.quick(model):
+        assert not any("forward" in vars(module) for module in model.modules())
+    monkeypatch.delenv("GRAFT_PLAIN_DECODING")
+    with quick_passes.quick(model):
+        assert any("forward" in vars(module) for module in model.modules())
+
+
+@needs_library
 def test_a_slower_library_is_not_used(model, monkeypatch):
     monkeypatch.setattr(quick_passes, "_is_faster", lambda module: False)
     with quick_passes.quick(model):
