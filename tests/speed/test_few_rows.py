@@ -195,6 +195,18 @@ def test_a_slower_library_is_not_used(model, monkeypatch):
 
 
 @needs_library
+def test_small_models_keep_torchs_kernels(model, monkeypatch):
+    """There a measurement would decide by chance."""
+    monkeypatch.setattr(quick_passes, "_faster", lambda shape, threads: True)
+    with quick_passes.quick(model):
+        assert "forward" not in vars(model.lm_head)
+    monkeypatch.setattr(quick_passes, "SMALLEST", 1)
+    quick_passes._plans.clear()
+    with quick_passes.quick(model):
+        assert "forward" in vars(model.lm_head)
+
+
+@needs_library
 def test_decoding_is_quick(model, monkeypatch):
     monkeypatch.setattr(quick_passes, "_is_faster", lambda module: True)
     rows = []

@@ -38,6 +38,7 @@ TURNS = 5  # the shortest of so many counts
 # C is taken where it is so much faster: near 1 two starts on one machine could choose differently,
 # and a text in bf16 with them.
 MARGIN = 1.25
+SMALLEST = 1 << 16  # numbers of a weight: below, both take microseconds, and the choice is chance
 
 
 def linear(self: Any, x: Tensor) -> Tensor:
@@ -195,7 +196,9 @@ def _size(module: Any) -> int:
 
 
 def _is_faster(module: Any) -> bool:
-    return _faster(tuple(module.weight.shape), torch.get_num_threads())
+    return _size(module) >= SMALLEST and _faster(
+        tuple(module.weight.shape), torch.get_num_threads()
+    )
 
 
 @functools.cache
