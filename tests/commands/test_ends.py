@@ -117,6 +117,7 @@ def test_nothing_else_makes_a_stop_set():
     reads = re.compile(r"generation_config\W+(\w+\W+)?eos_token_id|\.eos_token_id\b")
     users = {str(file.relative_to(ROOT)) for file in files if reads.search(file.read_text("utf-8"))}
     assert users == {
+        "trainer/data/encoding.py",  # takes off the end that a tokenizer appends to a prompt
         "trainer/data/ends.py",
         "trainer/data/render.py",  # appends the tokenizer's own end to a text
         "trainer/exporting/compare.py",  # rows of classifiers that read the end token's state
