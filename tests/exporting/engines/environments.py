@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graft-tests"
 HERE = Path(__file__).parent
@@ -67,21 +68,26 @@ def python(name: str, packages: tuple[str, ...], sources: str | None = None) -> 
     written in Python only; the test is skipped where pip cannot bring them."""
     content = " ".join((*packages, sources or "", sys.version, torch.__version__, *_hosts()))
     place = CACHE / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
-    if not place.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        built = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=CACHE))
-        try:
-            venv.create(built, with_pip=False, symlinks=True)
-            site = next(built.glob("lib/python*/site-packages"))
-            (site / "host.pth").write_text("\n".join(_hosts()) + "\n")
-            _pip("install", "--target", str(site), *packages)
-            if sources is not None:
-                _unpack(sources, built / "wheel", site)
-            built.chmod(0o755)
-            built.rename(place)
-        finally:
-            shutil.rmtree(built, ignore_errors=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / f"{place.name}.lock"):  # of several test processes one makes it
+        if not place.exists():
+            _make(place, packages, sources)
     return place / "bin" / "python"
+
+
+def _make(place: Path, packages: tuple[str, ...], sources: str | None) -> None:
+    built = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=CACHE))
+    try:
+        venv.create(built, with_pip=False, symlinks=True)
+        site = next(built.glob("lib/python*/site-packages"))
+        (site / "host.pth").write_text("\n".join(_hosts()) + "\n")
+        _pip("install", "--target", str(site), *packages)
+        if sources is not None:
+            _unpack(sources, built / "wheel", site)
+        built.chmod(0o755)
+        built.rename(place)
+    finally:
+        shutil.rmtree(built, ignore_errors=True)
 
 
 def _hosts() -> list[str]:
