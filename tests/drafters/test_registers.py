@@ -560,9 +560,9 @@ def test_positions_that_hardly_matter_are_noticed_too():
             return super().forward(*args, **kwargs)
 
     model = toys.llama(torch.bfloat16)
-    with torch.no_grad():  # nearly uniform attention: positions change logits by 3 %
+    with torch.no_grad():  # nearly uniform attention: positions change logits by some percent
         for layer in model.model.layers:
-            layer.self_attn.q_proj.weight *= 0.01
+            layer.self_attn.q_proj.weight *= 0.02  # with 0.01, AVX2's rounding in bf16 is as large
     registers(model)
     model.__class__ = Deaf
     with pytest.raises(DrafterError, match="does not keep registers apart"):

@@ -166,7 +166,9 @@ def test_a_draft_is_the_served_pass_whatever_was_accepted_before(kind):
         actual = [growth.first()]
         for k in range(K - 1):
             actual.append(growth.extend(torch.tensor([k]), torch.tensor([k - 1]))[0])
-        torch.testing.assert_close(torch.stack(actual), expected, rtol=1e-9, atol=1e-9)
+        # Eager attention of transformers has its softmax in fp32: 3e-7 with 256-bit vectors.
+        close = 1e-5 if kind == "eager" else 1e-9
+        torch.testing.assert_close(torch.stack(actual), expected, rtol=close, atol=close)
     assert growth.depth == K
 
 
