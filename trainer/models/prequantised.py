@@ -38,7 +38,10 @@ def fault(config: Any) -> str | None:
 
 def int8_fault() -> str | None:
     """Return why 8-bit products give wrong numbers on this CPU, None if they do not. oneDNN adds
-    pairs of them in 16 bits where ONEDNN_MAX_CPU_ISA hides VNNI, and torch does not notice."""
+    pairs of them in 16 bits where ONEDNN_MAX_CPU_ISA hides VNNI, and torch does not notice.
+    bitsandbytes takes torch's 8-bit products with AVX-512 alone."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return None
     ones = torch.full((32, 64), 127, dtype=torch.int8)
     if bool((torch._int_mm(ones, ones.t()) == 64 * 127**2).all()):
         return None
