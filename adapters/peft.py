@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +92,7 @@ class Peft(Adapter):
         config = self._config(model, start, computed)
         self._refuse_tied(model, config)
         if computed:
-            with _silent():
+            with peft_modules.silent():
                 peft_init.before_wrapping(self.init, model, config, start, self.data_batches)
         weights = {}
         if computed and self.changes_base:
@@ -140,7 +139,7 @@ class Peft(Adapter):
         # the default, set explicitly: otherwise torch warns about SHiRA and others
         torch.sparse.check_sparse_tensor_invariants.disable()
         try:
-            with _silent():
+            with peft_modules.silent():
                 return peft.get_peft_model(model, config)
         except torch.OutOfMemoryError:
             raise
@@ -282,7 +281,7 @@ class Peft(Adapter):
         )
 
     def load_stock_folder(self, model: nn.Module, folder: Path) -> None:
-        with _silent():
+        with peft_modules.silent():
             live = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
             peft.set_peft_model_state_dict(model, stock.read_tensors(folder, live))
 
@@ -332,7 +331,7 @@ class Peft(Adapter):
 
     def save(self, model: nn.Module, folder: Path, base_name: str, task_type: str) -> None:
         live: Any = model
-        with _silent():
+        with peft_modules.silent():
             tensors = peft.get_peft_model_state_dict(live, save_embedding_layers=False)
         config = copy.copy(live.peft_config[NAME])
         if self.kind == "LORA":
@@ -382,19 +381,6 @@ class Peft(Adapter):
         finally:
             for (_, module), remainder in zip(adapted, remainders, strict=True):
                 module.get_base_layer().weight.data.copy_(remainder)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Silence PEFT's warnings that users cannot act on."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*used with low_cpu_mem_usage=False.*")  # EVA
-        # LoRA-GA, at the first layer
-        warnings.filterwarnings("ignore", message="Full backward hook is firing.*")
-        warnings.filterwarnings("ignore", message=peft_modules.TIED)
-        # AdaLoRA's layers of rank 0
-        warnings.filterwarnings("ignore", message=".*LoRA tensor.* have invalid shape.*")
-        yield
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -7,6 +7,9 @@ the two weights, the copies are tied here.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +24,19 @@ from adapters.peft_fields import NAME, classes
 
 # PEFT's, of methods that have no ensure_weight_tying; the copies are tied in `train`
 TIED = "(?s).*a tied layer is part of the adapter.*"
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Silence PEFT's warnings that users cannot act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*used with low_cpu_mem_usage=False.*")  # EVA
+        # LoRA-GA, at the first layer
+        warnings.filterwarnings("ignore", message="Full backward hook is firing.*")
+        warnings.filterwarnings("ignore", message=TIED)
+        # AdaLoRA's layers of rank 0
+        warnings.filterwarnings("ignore", message=".*LoRA tensor.* have invalid shape.*")
+        yield
 
 
 def fields(

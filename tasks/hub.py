@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks.reading import Bad, DataError, decoded, present
+from tasks.arrow_rows import decoded, present
+from tasks.reading import Bad, DataError
 
 
 def rows(

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks.arrow_rows import described, present
+
 EXPANSION = 200  # of a gzip file, at most: text shrinks to a third or so, equal rows to a hundredth
 EXPANDED = 64 << 20  # bytes that any gzip file may expand to
 KINDS = ("jsonl", "json", "csv", "tsv", "parquet", "txt")
@@ -341,52 +343,13 @@ def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
     try:
         number = 0
         table = pyarrow.parquet.ParquetFile(file)
-        features = _described(table.schema_arrow)
+        features = described(table.schema_arrow)
         for batch in table.iter_batches(1000):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{file}:row {number}", present(row, features)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"{file}: not readable as parquet: {error}") from None
-
-
-def _described(schema: Any) -> dict[str, Any]:
-    """Return the features of `datasets` that the schema of a parquet file names."""
-    try:
-        stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        return stored.get("info", {}).get("features") or {}
-    except (ValueError, AttributeError):
-        return {}
-
-
-def decoded(feature: Any) -> Any:
-    """Return a description with Json features that are not parsed again."""
-    if isinstance(feature, dict):
-        kind = {"_type": "Decoded"} if feature.get("_type") == "Json" else {}
-        return {key: decoded(item) for key, item in feature.items()} | kind
-    return feature
-
-
-def present(value: Any, feature: Any = None, top: bool = True) -> Any:
-    """Return a row of Arrow without the keys of its structs that are null: a struct has every key
-    that any row has, so null stands for a key that this row did not have.
-
-    `feature` is its description by `datasets`. A Json feature keeps its nulls, which its row had,
-    and is parsed if it is text still."""
-    kind = feature.get("_type") if isinstance(feature, dict) else None
-    if kind in ("Json", "Decoded"):
-        return json.loads(value) if kind == "Json" and isinstance(value, str) else value
-    if isinstance(value, dict):
-        known = feature if isinstance(feature, dict) else {}
-        return {
-            key: present(item, known.get(key), False)
-            for key, item in value.items()
-            if top or item is not None
-        }
-    if isinstance(value, list):
-        inner = feature.get("feature") if isinstance(feature, dict) else None
-        return [present(item, inner, False) for item in value]
-    return value
 
 
 def _txt(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:

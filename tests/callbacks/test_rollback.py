@@ -131,7 +131,7 @@ def test_a_run_that_explodes_goes_back_and_is_resumed_with_the_same_bits(
 
     # the same as a run that had never met those rows
     with monkeypatch.context() as patch:
-        patch.setattr(session, "_skips", lambda *_: [(6, 2)])
+        patch.setattr(session, "skips_of", lambda *_: [(6, 2)])
         make = session.Session.make_recipe
 
         def make_recipe(self: Any) -> Any:

@@ -23,7 +23,7 @@ from tasks.wheel import FetchError
 from trainer.assembly.trained import dequantised
 from trainer.data.chat_template import Refused
 from trainer.data.encoding import Encoder, plain_ids
-from trainer.models import base
+from trainer.models import base, folders
 from trainer.models import gguf as gguf_module
 from trainer.models import tiny as tiny_module
 from trainer.models.base import Base, BaseError
@@ -491,14 +491,14 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("socket.create_connection", closed)
-    base._hub_answers.cache_clear()
+    folders.hub_answers.cache_clear()
     try:
         sources = [
             Base("a/b", "auto", "sdpa", "none", True, revision=revision)._source()
             for revision in (None, "abc")
         ]
     finally:
-        base._hub_answers.cache_clear()
+        folders.hub_answers.cache_clear()
     assert [source["revision"] for source in sources] == ["main", "abc"]
     assert all(source["local_files_only"] for source in sources)
     assert len(requested) == 1

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tasks import reading
+from tasks import arrow_rows, reading
 from tasks.reading import Bad, DataError, Source
 
 ROWS = [
@@ -463,5 +463,5 @@ def test_json_columns_of_datasets_are_parsed_and_keep_their_nulls(tmp_path):
     file = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(table.data.table, file)
     assert rows(file) == arguments
-    decoded = reading.decoded(table.features.to_dict())
-    assert [reading.present(dict(row), decoded) for row in table] == arguments
+    decoded = arrow_rows.decoded(table.features.to_dict())
+    assert [arrow_rows.present(dict(row), decoded) for row in table] == arguments

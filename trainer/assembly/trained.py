@@ -163,18 +163,7 @@ def load_trained(
     folder, content, which = run_folder.read(path)
     config, identity = content["config"], content["identity"]
     source = checkpoints.chosen(folder / "checkpoints", which)  # before a base is fetched
-    path = str(config["base"].get("path"))
-    if paths.base_fault(path) is not None:
-        raise BaseError(
-            f"the base of {folder} was in {path}, where it is no longer. Put it back, or record its"
-            f" new place by resuming the run with base.path=NEW resume={folder} and its settings"
-        )
-    base: Base = instantiate(config["base"])
-    if base.fingerprint != identity["base"]:
-        raise BaseError(
-            f"{base.path} is not the model that this run was trained on: its weights have changed."
-            " Restore them, or train again"
-        )
+    base = _base_of(folder, config, identity["base"])
     saved = checkpoints.load(source)
     dtype, _, _ = compute(
         identity["precision"], config["base"]["dtype"], identity["trains_base"], False
@@ -213,6 +202,23 @@ def load_trained(
         ends.recorded(content, base.tokenizer),
         target_ends,
     )
+
+
+def _base_of(folder: Path, config: dict[str, Any], fingerprint: str) -> Base:
+    """Return the base of a run, which must still be where it was, and the same."""
+    path = str(config["base"].get("path"))
+    if paths.base_fault(path) is not None:
+        raise BaseError(
+            f"the base of {folder} was in {path}, where it is no longer. Put it back, or record its"
+            f" new place by resuming the run with base.path=NEW resume={folder} and its settings"
+        )
+    base: Base = instantiate(config["base"])
+    if base.fingerprint != fingerprint:
+        raise BaseError(
+            f"{base.path} is not the model that this run was trained on: its weights have changed."
+            " Restore them, or train again"
+        )
+    return base
 
 
 def _adapted(

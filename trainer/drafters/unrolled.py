@@ -6,9 +6,8 @@ t. It sees the first pass's slots up to t, which are made from the target's own 
 later passes of slot t: keys [K_1 | K_2 | .. | K_k] under the mask [causal | I | .. | I]. A draft of
 k tokens after x_{t+1} sees the same in decoding ("training-time test", arXiv 2503.01840).
 
-A pass costs the attention of one pass over the row (`attend`). Only slot t itself sees the later
-passes of slot t, so a loss computes them only for slots that have targets from the second pass on
-(`counted_states`).
+A pass costs the attention of one pass over the row (`attend`). Only slot t sees its later passes:
+a loss computes them for slots that have targets from the second pass on (`counted_states`).
 """
 
 from __future__ import annotations

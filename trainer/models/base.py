@@ -10,17 +10,12 @@ import contextlib
 import copy
 import functools
 import hashlib
-import os
 import pickle
-import re
-import socket
-import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 from torch import nn
 from transformers import (
@@ -311,7 +306,7 @@ class Base:
         return digest.hexdigest()
 
     def _refuse_fetched_code(self) -> None:
-        if fetched := _repositories(
+        if fetched := folders.implementation_elsewhere(
             PretrainedConfig.get_config_dict(self.path, **self._source())[0]
         ):
             raise BaseError(
@@ -321,7 +316,7 @@ class Base:
 
     def _source(self) -> dict[str, Any]:
         source = {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
-        if not Path(self.path).is_dir() and not _hub_answers():
+        if not Path(self.path).is_dir() and not folders.hub_answers():
             source["local_files_only"] = True  # the hub's client would retry for most of a minute
         return source
 
@@ -346,40 +341,6 @@ def _refuse_devices(path: str) -> None:
         door.refuse_devices(Path(path))
     except door.FolderError as error:
         raise BaseError(f"base {path!r}: {error}") from None
-
-
-def _repositories(node: Any) -> str | None:
-    """Return the first `key='value'` of a config.json that takes an implementation, of attention
-    or others, from a repository; None if there is none."""
-    for key, value in node.items() if isinstance(node, dict) else ():
-        if re.search("implementation", str(key)):
-            # "sdpa" names an implementation of transformers; "org/name" one in a repository
-            repositories = [
-                str(name)
-                for name in (value.values() if isinstance(value, dict) else [value])
-                if not re.fullmatch(r"\w+", str(name))
-            ]
-            if repositories:
-                return f"{key}={repositories[0]!r}"
-        elif nested := _repositories(value):
-            return nested
-    return None
-
-
-@functools.cache
-def _hub_answers() -> bool:
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    address = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
-    if any(
-        os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
-    ):
-        return True  # only the proxy can tell
-    try:
-        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
-    except OSError:
-        return False
-    return True
 
 
 @contextlib.contextmanager

@@ -1,11 +1,17 @@
-"""The class of transformers that loads a model's folder."""
+"""Facts of a model's config.json: the class that loads it, and code from elsewhere."""
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import re
+import socket
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
 
@@ -51,3 +57,38 @@ def adapter_fault(path: str) -> str | None:
         f"base.path={path!r} is an adapter of PEFT, not a model: set"
         f" base.path={named or 'its base'}, or merge the adapter into its base and give that folder"
     )
+
+
+def implementation_elsewhere(node: Any) -> str | None:
+    """Return the first `key='value'` of a config.json that takes an implementation, of attention
+    or others, from a repository; None if there is none."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if re.search("implementation", str(key)):
+            # "sdpa" names an implementation of transformers; "org/name" one in a repository
+            repositories = [
+                str(name)
+                for name in (value.values() if isinstance(value, dict) else [value])
+                if not re.fullmatch(r"\w+", str(name))
+            ]
+            if repositories:
+                return f"{key}={repositories[0]!r}"
+        elif nested := implementation_elsewhere(value):
+            return nested
+    return None
+
+
+@functools.cache
+def hub_answers() -> bool:
+    """Return whether the hub can be reached, at once."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    address = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
+    if any(
+        os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+    ):
+        return True  # only the proxy can tell
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True

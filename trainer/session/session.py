@@ -49,11 +49,12 @@ from trainer.session.start_point import (
     drop_cooldown,
     find_start_point,
     record_places,
+    skips_of,
 )
 from trainer.speed import cpu_load
 from trainer.storage import atomic, checkpoints, run_folder
 from trainer.storage.journal import Journal
-from trainer.storage.run_folder import FolderError, RunFolder, read, rollbacks_of
+from trainer.storage.run_folder import FolderError, RunFolder, read
 from trainer.training.finetune import FineTune
 from trainer.training.lightning_trainer import make_trainer
 from trainer.training.ranks import decide_on_rank0, destroy_process_group, shared_run_folder
@@ -162,7 +163,7 @@ class Session:
         if earlier is not None:
             recipe.data.earlier_ends = ends.recorded(earlier, recipe.base.tokenizer) or []
             if recipe.order is not None:
-                recipe.order.skips = _skips(earlier, self.config["branch"])
+                recipe.order.skips = skips_of(earlier, self.config["branch"])
         return recipe
 
     def check(self, recipe: Recipe) -> None:
@@ -337,16 +338,6 @@ def report_end(run_state: RunState, module: FineTune) -> None:
         raise Unfinished(
             f"the run ended after {step} without a reason. Resume it with resume=auto", 1
         )
-
-
-def _skips(earlier: dict[str, Any], branch: dict[str, Any]) -> list[tuple[int, int]]:
-    """Return the steps whose rows rollbacks have skipped, as BatchOrder.skips. `earlier` is the
-    run.yaml of the run, or of the parent of a new branch."""
-    return [
-        (back["at"], back["steps"])
-        for back in rollbacks_of(earlier)
-        if not branch or back["at"] <= branch["step"] or earlier.get("parent")
-    ]
 
 
 def _prompt_count(config: dict[str, Any]) -> int:

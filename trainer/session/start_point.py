@@ -25,7 +25,7 @@ from trainer.session import same_step
 from trainer.storage import atomic, checkpoints, run_folder
 from trainer.storage.checkpoints import Checkpoint, CheckpointError
 from trainer.storage.journal import Journal, read_lines
-from trainer.storage.run_folder import RunFolder
+from trainer.storage.run_folder import RunFolder, rollbacks_of
 
 log = logging.getLogger("trainer")
 
@@ -299,3 +299,13 @@ def _ended(folder: RunFolder, done: int, recipe: Recipe) -> str | None:
             continue
         return f"was stopped after step {row['step']}: {row['reason']}"
     return None
+
+
+def skips_of(earlier: dict[str, Any], branch: dict[str, Any]) -> list[tuple[int, int]]:
+    """Return the steps whose rows rollbacks have skipped, as BatchOrder.skips. `earlier` is the
+    run.yaml of the run, or of the parent of a new branch."""
+    return [
+        (back["at"], back["steps"])
+        for back in rollbacks_of(earlier)
+        if not branch or back["at"] <= branch["step"] or earlier.get("parent")
+    ]

@@ -1,9 +1,7 @@
 """The run folder: a run's settings, its versions, and its results.
 
-run.yaml            config, overrides, versions, git revision, identity and the tokens that end an
-                    answer; written before training
-chat_template.jinja the chat template that rendered the rows, if one did; the others of a set,
-                    such as tool_use, are in additional_chat_templates/
+run.yaml            config, overrides, versions, identity and end tokens, written before training
+chat_template.jinja the template of the rows, others of its set in additional_chat_templates/
 trainer.log         all log messages
 preflight.json      the checks of data and settings before training
 job                 the SLURM job of the last start, if there was one
@@ -236,11 +234,9 @@ class RunFolder:
         return content
 
     def add_rollback(self, rollback: dict[str, Any]) -> None:
-        """Record in run.yaml that the run has gone back: `at` which step it resumes, and over how
-        many `steps` it skips the rows."""
+        """Record that the run has gone back: `at` which step it resumes, and how many it skips."""
         content: Any = self.earlier()
-        content["rollbacks"] = [*rollbacks_of(content), rollback]
-        rewrite(self.file, content)
+        rewrite(self.file, content | {"rollbacks": [*rollbacks_of(content), rollback]})
 
 
 def rewrite(file: Path, content: dict[str, Any]) -> None:
