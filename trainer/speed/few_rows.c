@@ -114,7 +114,7 @@ void product(const half *x, const half *w, half *y, int64_t n, int64_t in, int64
     }
 }
 
-/* As in elementwise.c. */
+/* As in elementwise.c, for x up to 0. A copy: the digest of one file names its library. */
 INLINE float exponential(float x) {
     float within = x < -87.0f ? -87.0f : x;
     float n = within * 1.44269504089f + 12582912.0f;
