@@ -54,9 +54,9 @@ def _cells(row: dict[str, Any], training: dict[str, Any] | None, levels: int) ->
         *("-" if share is None else f"{share:.1%}" for share in taken),
         *[""] * (levels - len(taken)),
         *("-" if time is None else f"{time:.1f}" for time in times),
-        *(f"{rate:.1f}" for rate in ways),
+        *("-" if rate is None else f"{rate:.1f}" for rate in ways),
         interval(result["speed_up"]["transformers"]),
-        f"{result['different_texts']['drafter']} of {result['answers']}",
+        f"{result['different_texts']['drafter']} of {result.get('compared', result['answers'])}",
     ]
 
 

@@ -147,6 +147,7 @@ def test_turns_follow_the_targets_own_answers(run, tmp_path, monkeypatch, capsys
 def test_other_drafters_and_trees(run, name, tmp_path):
     out = tmp_path / "found.json"
     growth = ("tree=eagle2", "size=5", "top_k=2", "policy=refusal:0.9") if name == "run" else ()
+    compared = 2 if name == "lookup" else 0
     assert (
         evaluate.main(
             [
@@ -155,6 +156,7 @@ def test_other_drafters_and_trees(run, name, tmp_path):
                 "heldout=3",
                 "max_new_tokens=24",
                 f"drafter={name}",
+                f"compared={compared}",
                 *growth,
                 f"json={out}",
             ]
@@ -165,7 +167,7 @@ def test_other_drafters_and_trees(run, name, tmp_path):
     assert actual["tree"] == ("eagle2" if growth else "chain")
     assert actual["pass"]["nodes"] <= (5 if growth else 80)
     assert actual["different_texts"] == {"plain": 0, "drafter": 0}
-    assert actual["answers"] == 3
+    assert (actual["answers"], actual["compared"]) == (3, compared or 3)
     assert actual["drafter"] == name
     assert actual["positions"]
     assert 1 <= actual["tau"]["low"] <= actual["tau"]["value"] <= actual["tau"]["high"]

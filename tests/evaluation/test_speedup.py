@@ -10,6 +10,7 @@ import pytest
 from trainer.decoding.speculative import Result
 from trainer.evaluation.decode_ways import Answer
 from trainer.evaluation.speedup import figures, interval, summary_by_category
+from trainer.evaluation.speedup_report import categories_report
 
 
 def answer(question, category, drafts, seconds=(1.0, 2.0, 0.5), tokens=None):
@@ -94,6 +95,21 @@ def test_sampled_texts_of_other_lengths_have_a_ratio_of_rates():
     answers[1].results["transformers"].tokens.extend([1, 2, 3])
     actual = figures(answers)["speed_up"]["transformers"]["value"]
     assert actual == pytest.approx((8 / 1.0) / (11 / 2.0))
+
+
+def test_answers_of_the_drafter_alone_count_for_tau_and_not_for_speed():
+    alone = answer(2, "c", [(3, 0), (3, 1)], (1.0, 1.0, 100.0))
+    del alone.results["transformers"], alone.results["plain"]
+    before, actual = figures(ANSWERS), figures([*ANSWERS, alone])
+    assert (actual["answers"], actual["compared"]) == (4, 3)
+    for key in ("ways", "speed_up"):
+        assert actual[key] == before[key]
+    assert actual["tau"]["value"] == pytest.approx((18 + 3) / (7 + 2))
+    assert actual["pass"]["plain_ms"] == before["pass"]["plain_ms"]
+    summary = summary_by_category([*ANSWERS, alone], 0, 0.0)
+    assert summary["categories"]["c"]["speed_up"]["plain"]["value"] is None
+    assert summary["different_texts"] == {"plain": 0, "drafter": 0}
+    assert any("3 of 4 answers" in str(part) for part in categories_report(summary))
 
 
 def test_the_summary_tells_categories_apart_and_counts_different_texts():

@@ -101,15 +101,19 @@ class Ways:
         self.device = next(run.model.parameters()).device
         self.warm = False
 
-    def decode(self, prompts: Sequence[Sequence[int]], turn: int = 0) -> dict[str, list[Result]]:
-        """Decode prompts together by each way. `turn` rotates the order of the ways: the first one
-        runs with a cold cache."""
+    def decode(
+        self, prompts: Sequence[Sequence[int]], turn: int = 0, compared: bool = True
+    ) -> dict[str, list[Result]]:
+        """Decode prompts together by each way, or by the drafter alone. `turn` rotates the order of
+        the ways: the first one runs with a cold cache."""
         ids = [torch.tensor(prompt, device=self.device) for prompt in prompts]
         ways = list(reversed(WAYS))  # first the drafter: one that cannot draft fails at once
         if not self.warm:
             for way in ways:
                 self._decode(way, ids, min(WARM_UP_TOKENS, self.max_new_tokens))
             self.warm = True
+        if not compared:
+            return {"drafter": self._decode("drafter", ids, self.max_new_tokens)}
         turn %= len(ways)
         results = {
             way: self._decode(way, ids, self.max_new_tokens) for way in ways[turn:] + ways[:turn]
@@ -179,7 +183,7 @@ def decode_in_batches(
 
 @dataclass(frozen=True)
 class Answer:
-    """One turn, decoded by each of WAYS."""
+    """One turn, decoded by each of WAYS, or by the drafter alone."""
 
     question: int
     turn: int  # from 0
@@ -193,11 +197,13 @@ def answer_questions(
     questions: Sequence[Question],
     longest: int,
     report: Callable[[str], None],
+    compared: int = 0,
 ) -> tuple[list[Answer], int]:
     """Return (each turn's answer by each way, the number of turns left out because they do not fit
     into the model's `longest` tokens).
 
-    A later turn follows the target's own answers to those before.
+    A later turn follows the target's own answers to those before. All ways decode `compared`
+    questions, spread evenly, and the drafter the others; 0 compares all.
 
     Raises:
         DataError: this run cannot answer a question.
@@ -211,7 +217,8 @@ def answer_questions(
                 raise DataError(
                     "this run continues plain text, and a question of several turns needs a chat"
                 )
-            left_out += _answer_turns(ways, prompts, question, number, longest, answers)
+            together = not compared or _is_spread(number, compared, len(questions))
+            left_out += _answer_turns(ways, prompts, question, number, longest, answers, together)
             report(f"{number + 1} of {len(questions)} questions")
     if not answers:
         raise DataError(
@@ -221,6 +228,11 @@ def answer_questions(
     return answers, left_out
 
 
+def _is_spread(number: int, chosen: int, total: int) -> bool:
+    """Return whether number is one of `chosen` of 0 .. total - 1, spread evenly from 0 on."""
+    return number * chosen // total != (number - 1) * chosen // total
+
+
 def _answer_turns(
     ways: Ways,
     prompts: Prompts,
@@ -228,6 +240,7 @@ def _answer_turns(
     number: int,
     longest: int,
     answers: list[Answer],
+    compared: bool,
 ) -> int:
     """Add the answers to a question's turns. Return the number of turns that do not fit."""
     messages = list(question.messages)
@@ -236,10 +249,11 @@ def _answer_turns(
         ids = prompts.ids(question, messages)
         if len(ids) + ways.max_new_tokens > longest:
             return len(question.further) + 1 - turn
-        by_way = ways.decode([ids], turn=len(answers))
+        by_way = ways.decode([ids], turn=len(answers), compared=compared)
         results = {way: result for way, (result,) in by_way.items()}
         answers.append(Answer(number, turn, question.category, results))
-        tokens = results["transformers"].tokens
+        # the drafter's text has the target's law, and is its greedy text at temperature 0
+        tokens = results.get("transformers", results["drafter"]).tokens
         content = prompts.tokenizer.decode(tokens, skip_special_tokens=True)
         messages.append({"role": "assistant", "content": content})
     return 0

@@ -19,10 +19,10 @@ from trainer.storage import atomic
 
 
 def by_category(
-    options: MeasureOptions, each: int, report: Callable[[str], None]
+    options: MeasureOptions, each: int, report: Callable[[str], None], compared: int = 0
 ) -> dict[str, Any]:
     """Decode questions by each way; return the summary by category. `each` is the number of
-    questions of a category, 0 for all.
+    questions of a category, 0 for all; `compared` the number that all ways decode, 0 for all.
 
     Raises:
         DataError, DrafterError, and those of load_trained.
@@ -36,7 +36,7 @@ def by_category(
     if chosen is None:
         chosen = questions.held_out_questions(run, options.heldout)
     answers, left_out = decode_ways.answer_questions(
-        ways, prompts, chosen, run.base.longest, report
+        ways, prompts, chosen, run.base.longest, report, compared
     )
     summary = speedup.summary_by_category(answers, left_out, options.temperature)
     return options.recorded("drafter") | asdict(drafts) | summary

@@ -53,6 +53,8 @@ def interval(
 
 def speed_up(answers: Sequence[Answer], way: str, over: str) -> dict[str, float | None]:
     """Return tokens per second of one way over another's, with its interval."""
+    if not answers:
+        return {"value": None, "low": None, "high": None}
     rate = sum(len(answer.results[over].tokens) for answer in answers) / sum(
         answer.results[over].seconds for answer in answers
     )
@@ -71,20 +73,23 @@ def speed_up(answers: Sequence[Answer], way: str, over: str) -> dict[str, float 
 
 def figures(answers: Sequence[Answer]) -> dict[str, Any]:
     """Summarise answers: for each way tokens, target passes and seconds; for the drafter tau,
-    speed-ups, acceptance by position, and milliseconds of a pass."""
+    speed-ups, acceptance by position, and milliseconds of a pass. Ways and speed-ups are those of
+    the answers that all ways decoded."""
+    compared = all_ways(answers)
     drafted = [answer.results["drafter"] for answer in answers]
     verified = sum(proposed > 0 for result in drafted for proposed, _ in result.drafts)
     return {
         "questions": len({answer.question for answer in answers}),
         "answers": len(answers),
-        "ways": {way: _way([answer.results[way] for answer in answers]) for way in WAYS},
+        "compared": len(compared),
+        "ways": {way: _way([answer.results[way] for answer in compared]) for way in WAYS},
         "tau": interval(
             answers,
             lambda a: len(a.results["drafter"].tokens) - 1,
             lambda a: a.results["drafter"].steps,
         ),
         "speed_up": {
-            over: speed_up(answers, "drafter", over) for over in ("transformers", "plain")
+            over: speed_up(compared, "drafter", over) for over in ("transformers", "plain")
         },
         "positions": [
             {
@@ -96,18 +101,23 @@ def figures(answers: Sequence[Answer]) -> dict[str, Any]:
             }
             for counts in position_counts(drafted)
         ],
-        "pass": _pass(drafted, [answer.results["plain"] for answer in answers]),
+        "pass": _pass(drafted, [answer.results["plain"] for answer in compared]),
     }
 
 
-def _way(results: Sequence[Result]) -> dict[str, float]:
+def all_ways(answers: Sequence[Answer]) -> list[Answer]:
+    """Return the answers that were decoded by each of WAYS."""
+    return [answer for answer in answers if answer.results.keys() >= WAYS.keys()]
+
+
+def _way(results: Sequence[Result]) -> dict[str, float | None]:
     tokens = sum(len(result.tokens) for result in results)
     seconds = sum(result.seconds for result in results)
     return {
         "tokens": tokens,
         "target_passes": sum(1 + result.steps for result in results),
         "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": tokens / seconds if seconds else None,
     }
 
 
@@ -132,7 +142,7 @@ def different_texts(answers: Sequence[Answer]) -> dict[str, int]:
     return {
         way: sum(
             answer.results[way].tokens != answer.results["transformers"].tokens
-            for answer in answers
+            for answer in all_ways(answers)
         )
         for way in ("plain", "drafter")
     }

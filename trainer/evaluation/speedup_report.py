@@ -53,12 +53,13 @@ def categories_report(summary: dict[str, Any]) -> Iterator[Table | str]:
     table = Table("", "tokens", "target passes", "tokens/s", "speed-up of the drafter")
     for way, name in WAYS.items():
         row = summary["ways"][way]
+        rate = row["tokens_per_second"]
         speed_up = _interval(summary["speed_up"][way]) if way in summary["speed_up"] else ""
         table.add_row(
             name,
             f"{row['tokens']}",
             f"{row['target_passes']}",
-            f"{row['tokens_per_second']:.1f}",
+            "-" if rate is None else f"{rate:.1f}",
             speed_up,
         )
     yield table
@@ -89,7 +90,12 @@ def categories_report(summary: dict[str, Any]) -> Iterator[Table | str]:
             f"{summary['left_out']} turns were left out: with max_new_tokens they are longer than"
             " the model takes."
         )
-    yield _comparison(summary["answers"], summary.get("different_texts"))
+    if summary["compared"] < summary["answers"]:
+        yield (
+            f"{summary['compared']} of {summary['answers']} answers were decoded by all ways, and"
+            " have the speeds; tau and acceptance are of all."
+        )
+    yield _comparison(summary["compared"], summary.get("different_texts"))
 
 
 def _comparison(texts: int, different: dict[str, int] | None) -> str:
