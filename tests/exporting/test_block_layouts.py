@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.exporting.engines import environments
 from tests.exporting.test_engines import (
+    DRAFTED,
     EACH,
     ROPE,
     D,
@@ -32,6 +33,9 @@ from trainer.exporting.compare import Mismatch
 
 K, RANK = 4, 6
 SMALL = {"offsets": K, "draft_layers": 2, "aux_layers": [1, 2, 3]}
+
+
+DRAFTS = {"draft_vocab_size": DRAFTED, "coverage": 0.0}
 
 
 def block_of(name, model, **changes) -> Any:
@@ -54,11 +58,16 @@ ONE = {
 }
 
 
-def names(layers: int, states: int, rank: int, confidence: bool) -> dict[str, tuple[int, ...]]:
+def names(
+    layers: int, states: int, rank: int, confidence: bool, drafted: int = V
+) -> dict[str, tuple[int, ...]]:
     """As deepseek-ai's checkpoints and speculators' classes have them."""
     shapes = {f"layers.{n}.{name}.weight": s for n in range(layers) for name, s in ONE.items()}
     shapes |= {"fc.weight": (D, states * D), "hidden_norm.weight": (D,), "norm.weight": (D,)}
-    shapes |= {f"markov_head.markov_w{n}.weight": (V, rank) for n in (1, 2)}
+    shapes |= {"markov_head.markov_w1.weight": (V, rank)}
+    shapes |= {"markov_head.markov_w2.weight": (drafted, rank)}
+    if drafted < V:
+        shapes |= {"lm_head.weight": (drafted, D), "d2t": (drafted,), "t2d": (V,)}
     if confidence:
         shapes |= {
             "confidence_head.proj.weight": (1, D + rank),
@@ -74,6 +83,14 @@ CASES = [
     ("dspark", "mistral", "sglang", {"draft_layers": 1}, names(1, 3, RANK, True)),
     ("dflash", "mistral", "speculators", {"aux_layers": [0, 4]}, names(2, 2, 16, False)),
     ("dflash", "llama", "sglang", {"draft_layers": 3}, names(3, 3, 16, True)),
+    ("dspark", "llama", "speculators", DRAFTS, names(2, 3, RANK, True, DRAFTED)),
+    (
+        "dflash",
+        "qwen3",
+        "speculators",
+        DRAFTS | {"train_head": True},
+        names(2, 3, 16, False, DRAFTED),
+    ),
 ]
 
 
@@ -95,7 +112,7 @@ def test_names_are_the_engines_and_the_files_compute_what_the_drafter_does(
     drafted = torch.tensor([7, 1, 30])
     logits = own_logits(drafter, model, states, ids, drafted)
     got = engines.logits(tmp_path, to, model, states, ids[1:], drafted)
-    assert logits.shape == (K, V)
+    assert logits.shape == (K, config["draft_vocab_size"])
     assert logits.std() > 0.05
     torch.testing.assert_close(got, logits, rtol=0, atol=1e-5)
 
@@ -206,6 +223,7 @@ REFUSED = [
     ("dspark", "granite", "sglang", {"logits_scaling": 4.0}, {}, "a scale, a cap or a bias"),
     ("dflash", "gemma", "speculators", {}, {}, "scales its embeddings"),
     ("dspark", "llama", "sglang", {}, {"markov": "rnn"}, "markov=rnn, of which .* to=drafter"),
+    ("dspark", "llama", "sglang", {}, DRAFTS, "draft vocabulary is not verified here: to=specul"),
 ]
 
 
@@ -275,6 +293,7 @@ ENGINES = [
     ("dspark", "llama", "speculators", {}),
     ("dspark", "qwen3", "speculators", {"confidence": None, "aux_layers": [0, 2]}),
     ("dflash", "qwen2", "speculators", {"draft_layers": 3}),
+    ("dspark", "llama", "speculators", DRAFTS),
 ]
 
 
@@ -294,6 +313,7 @@ def test_speculators_own_loader_gives_the_drafters_logits(tmp_path, name, kind, 
     )  # fmt: skip
     got = load_file(tmp_path / "out.safetensors")
     _, tensors = read(tmp_path / "draft")
+    tensors.pop("lm_head.weight", None)  # not trained there, and compared by the logits
     assert {n for n in got if n.startswith("weights.")} == {f"weights.{name}" for name in tensors}
     assert all(torch.equal(got[f"weights.{name}"], tensor) for name, tensor in tensors.items())
     torch.testing.assert_close(got["logits"], expected, rtol=0, atol=1e-5)
@@ -322,8 +342,9 @@ def test_vllms_own_model_code_gives_the_drafters_logits(tmp_path, name, kind, to
     actual = json.loads(message.strip().splitlines()[-1])
     assert actual["class"] == "Qwen3DSparkForCausalLM"
     # vLLM gives a draft the target's own of these, and has a mask embedding that none uses.
+    shared = ["lm_head.weight"] if drafter.vocabulary is None else []
     assert sorted(actual["empty"]) == [
-        "lm_head.weight",
+        *shared,
         "model.embed_tokens.weight",
         "model.mask_embedding",
     ]
@@ -332,6 +353,8 @@ def test_vllms_own_model_code_gives_the_drafters_logits(tmp_path, name, kind, to
     assert actual["from_anchor"] is True
     assert actual["mask_token"] == int(drafter.mask_token)
     got = load_file(tmp_path / "out.safetensors")
+    ids = torch.arange(V) if drafter.vocabulary is None else drafter.vocabulary
+    assert torch.equal(got["ids"], ids)
     torch.testing.assert_close(got["logits"], expected, rtol=0, atol=1e-5)
     if len(sure):
         torch.testing.assert_close(got["confidence"][:, :-1], sure, rtol=0, atol=1e-5)

@@ -16,6 +16,7 @@ from trainer.exporting import gguf_drafts, gguf_model, heads
 from trainer.exporting.compare import Mismatch
 
 BLOCK = {"offsets": 4, "draft_layers": 2, "aux_layers": [1, 2, 3]}
+DRAFTS = {"draft_vocab_size": 20, "coverage": 0.0}
 PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
 LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
 CASES = {
@@ -156,6 +157,7 @@ def test_a_block_has_llama_cpps_names_and_keys(tmp_path, monkeypatch, case):
         ("llama", "eagle3", {"aux_layers": [1, 2]}, {}, "the head reads 2 states"),
         ("llama", "eagle3", {"aux_layers": [1, 2, 4]}, {}, "none after the last"),
         ("llama", "dspark", BLOCK, {"rope_parameters": LINEAR}, "the rotary scaling 'linear'"),
+        ("llama", "dspark", BLOCK | DRAFTS, {}, "its blocks draft the whole vocabulary"),
     ],
 )
 def test_what_llama_cpp_cannot_compute_is_refused(kind, name, changes, sizes, message):

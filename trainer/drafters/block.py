@@ -18,6 +18,9 @@ random positions of a row whose token and next token are trained, and their loss
 positions. A slot counts while all tokens up to it are trained, so that a block never
 reaches over the end of an answer. In evaluation the anchors are evenly spaced.
 
+With a draft vocabulary of v tokens (trainer.drafters.draft_vocabulary) head are the target's rows
+of these, W_2 is (v, r), and trainer.drafters.distillation says how p counts.
+
 With init=last_layer the block starts as the target's last layers (trainer.drafters.block_start).
 
 In decoding the context's keys and values are kept, and a block is computed once for each draft.
@@ -41,10 +44,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapters.linear import features
-from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate
+from adapters.linear import features, float_weight
+from trainer.drafters import DrafterError, Target, TargetOutput, TargetUpdate, draft_vocabulary
 from trainer.drafters.anchors import anchors_of, counted, goals, numbers_of
 from trainer.drafters.block_batch import BlockBatch
+from trainer.drafters.block_growth import BlockGrowth
 from trainer.drafters.block_layer import KeysValues, keys_values, run_block
 from trainer.drafters.block_start import start_as_last_layers
 from trainer.drafters.distillation import Distillation, chunked_distillation
@@ -75,6 +79,8 @@ class Block(Heads):
     """
 
     mask_token: Tensor
+    d2t: Tensor
+    t2d: Tensor
 
     def __init__(
         self,
@@ -82,6 +88,9 @@ class Block(Heads):
         offsets: int,
         draft_layers: int,
         aux_layers: list[int] | None,
+        draft_vocab_size: int | None,
+        coverage: float,
+        train_head: bool,
         markov_rank: int,
         markov: str,
         init: str,
@@ -124,9 +133,11 @@ class Block(Heads):
         if init == "last_layer":
             start_as_last_layers(model, self.fc, list(self.blocks), self.norm)
         device = self.fc.weight.device
+        drafted = min(draft_vocab_size or vocabulary, vocabulary)
+        self._give_vocabulary(model, drafted, coverage, train_head)
         self.markov: Markov | None = None
         if markov_rank:
-            self.markov = Markov(markov, model, family, vocabulary, markov_rank)
+            self.markov = Markov(markov, model, family, vocabulary, markov_rank, drafted)
         self.confidence_weight = confidence or 0.0
         self.confidence: nn.Linear | None = None
         if confidence is not None:
@@ -137,7 +148,39 @@ class Block(Heads):
         start = vocabulary - 1 if mask_token is None else mask_token
         self.register_buffer("mask_token", torch.tensor(start, device=device))
 
+    def _give_vocabulary(self, model: Any, drafted: int, coverage: float, train_head: bool) -> None:
+        output = model.get_output_embeddings()
+        size, vocabulary = features(output)
+        self.coverage = coverage
+        self.lm_head: nn.Linear | None = None
+        self._rows: Callable[[], Tensor] = lambda: float_weight(output)
+        if drafted == vocabulary:
+            if train_head:
+                raise DrafterError(
+                    "drafter.train_head=true trains the rows of a draft vocabulary, and there is"
+                    " none: set drafter.draft_vocab_size, or drafter.train_head=false"
+                )
+            return
+        self.lm_head = projection(model, size, drafted).requires_grad_(train_head)
+        draft_vocabulary.register(self, drafted, vocabulary, self.lm_head.weight.device)
+        self._start_head()
+
+    @property
+    def vocabulary(self) -> Int[Tensor, " v"] | None:
+        """Return the target's ids of the tokens that can be drafted; None for all."""
+        return None if self.lm_head is None else draft_vocabulary.token_ids(self)
+
+    @torch.no_grad()
+    def _start_head(self) -> None:
+        """Copy the target's rows of the draft vocabulary."""
+        if self.lm_head is not None and self.lm_head.weight.device.type != "meta":
+            rows = self._rows()[draft_vocabulary.token_ids(self)]
+            self.lm_head.weight.copy_(rows.to(self.lm_head.weight))
+
     def calibrate(self, counts: Callable[[], Int[Tensor, " V"]]) -> None:
+        if self.lm_head is not None:
+            draft_vocabulary.choose_most_frequent(self, counts(), self.coverage)
+            self._start_head()
         self.mask_token.fill_(chosen_mask(self.requested_mask, counts().cpu()))
 
     def loss(self, output: TargetOutput, target: Target, chunk: int) -> tuple[Tensor, Tensor]:
@@ -160,14 +203,15 @@ class Block(Heads):
             inside = known.clamp_max(output.ids.shape[1] - 1).flatten(1)
             tokens = output.ids.gather(1, inside).view(known.shape)
             z = torch.cat([z, self.markov.blocks(u, tokens)[row, anchor, slot]], dim=-1)
-        how = Distillation("ce_l1", target.head, (self.draft_head(target),), ce=self.ce, l1=self.l1)
+        heads = (self.draft_head(target),)
+        how = Distillation("ce_l1", target.head, heads, self.vocabulary, ce=self.ce, l1=self.l1)
         total, numbers = chunked_distillation(
             z[None],
             output.hidden[row, ahead - 1],
             weights[None],
             how,
             chunk,
-            () if self.markov is None else tuple(self.markov.w2.parameters()),
+            self.head_parameters(),
         )
         # Where nothing counts, all parameters still take part, as DDP needs.
         total = total + 0.0 * u.float().sum()
@@ -244,13 +288,24 @@ class Block(Heads):
         size = self.fc.out_features
 
         def head(z: Tensor) -> Tensor:
-            logits = target.head(z[:, :size])
+            u, own = z[:, :size], self.lm_head
+            if own is None:
+                logits = target.head(u)
+            else:
+                with autocast_like(u):
+                    logits = own(u.to(own.weight.dtype))
             if self.markov is None:
                 return logits
             weight = self.markov.w2.weight
             return logits.float() + F.linear(z[:, size:].to(weight.dtype), weight).float()
 
         return head
+
+    def head_parameters(self) -> tuple[nn.Parameter, ...]:
+        """Return the trained parameters of `draft_head`."""
+        parts = (self.lm_head, None if self.markov is None else self.markov.w2)
+        weights = [p for part in parts if part is not None for p in part.parameters()]
+        return tuple(weight for weight in weights if weight.requires_grad)
 
     def acceptance_logits(
         self, u: Float[Tensor, "n d"], before: Int[Tensor, " n"]
@@ -315,44 +370,17 @@ class Block(Heads):
         return BlockBatch(self, target, u, anchor)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the weights, and the id of the mask token."""
-        return super().state() | {"mask_token": self.mask_token}
+        """Return the weights and the id of the mask token, with a draft vocabulary also d2t, t2d
+        and the rows of the output layer."""
+        state = super().state() | {"mask_token": self.mask_token}
+        if self.lm_head is not None:
+            state |= {"lm_head.weight": self.lm_head.weight.detach()}
+            state |= {"d2t": self.d2t, "t2d": self.t2d}
+        return state
 
-
-class BlockGrowth:
-    """A trainer.drafters.Growth: a node's logits are its slot's, with the bias of its token."""
-
-    branches = True
-    vocabulary: Int[Tensor, " v"] | None = None
-    confidence: Float[Tensor, " m"] | None = None
-
-    def __init__(
-        self, drafter: Block, target: Target, u: Float[Tensor, "K d"], anchor: Int[Tensor, " 1"]
-    ):
-        self.drafter, self.u = drafter, u
-        self.head, self.depth = drafter.draft_head(target), len(u)
-        self.depths = torch.zeros(1, dtype=torch.long, device=u.device)
-        self.tokens = anchor
-        # the Markov head's s of the slots after the newest token and after each node
-        self.root, self.s = drafter.head_input(u[:1], anchor, drafter.first_state(u[:1]))
-
-    @torch.no_grad()
-    def first(self) -> Float[Tensor, " V"]:
-        return self.head(self.root)[0]
-
-    @torch.no_grad()
-    def extend(self, tokens: Int[Tensor, " m"], parents: Int[Tensor, " m"]) -> Float[Tensor, "m V"]:
-        above = self.depths[parents + 1]
-        if self.drafter.confidence is not None:
-            predicted = self.drafter.acceptance_logits(self.u[above], self.tokens[parents + 1])
-            self.confidence = predicted.sigmoid()
-        self.depths = torch.cat([self.depths, above + 1])
-        self.tokens = torch.cat([self.tokens, tokens])
-        # Nothing is read of the logits after the last level.
-        slot = (above + 1).clamp_max(self.depth - 1)
-        z, s = self.drafter.head_input(self.u[slot], tokens, self.s[parents + 1])
-        self.s = torch.cat([self.s, s])
-        return self.head(z)
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        draft_vocabulary.check_stored(state)
+        super().load_state(state)
 
 
 def context_layers(depth: int, requested: list[int] | None) -> tuple[int, ...]:

@@ -12,10 +12,9 @@ from trainer.drafters import Target
 
 
 class BlockBatch:
-    """A trainer.drafters.BatchGrowth, of block.BlockGrowth's numbers."""
+    """A trainer.drafters.BatchGrowth, of block_growth.BlockGrowth's numbers."""
 
     branches = True
-    vocabulary: Int[Tensor, " v"] | None = None
     confidence: Float[Tensor, "B m"] | None = None
 
     def __init__(
@@ -26,6 +25,7 @@ class BlockBatch:
         anchor: Int[Tensor, "B 1"],
     ):
         self.drafter, self.u, self.tokens = drafter, u, anchor
+        self.vocabulary: Int[Tensor, " v"] | None = drafter.vocabulary
         self.head, self.depth = drafter.draft_head(target), u.shape[1]
         self.depths = torch.zeros_like(anchor)
         first = u[:, :1]

@@ -34,7 +34,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from adapters.linear import features, float_weight
-from trainer.drafters import DrafterError, Target
+from trainer.drafters import DrafterError, Target, draft_vocabulary
 from trainer.drafters.families import family_of
 from trainer.drafters.layers import (
     autocast_like,
@@ -101,9 +101,7 @@ class Eagle3(Unrolled):
         self.norm = final_norm(source, init)
         drafted = vocabulary if draft_vocab_size is None else min(draft_vocab_size, vocabulary)
         self.lm_head = projection(model, size, drafted).requires_grad_(train_head)
-        device = self.lm_head.weight.device
-        self.register_buffer("d2t", torch.zeros(drafted, dtype=torch.long, device=device))
-        self.register_buffer("t2d", torch.arange(vocabulary, device=device) < drafted)
+        draft_vocabulary.register(self, drafted, vocabulary, self.lm_head.weight.device)
         self._rows: Callable[[], Tensor] = lambda: float_weight(output)
         self._start_head()
         if init == "last_layer":
@@ -114,26 +112,12 @@ class Eagle3(Unrolled):
     def vocabulary(self) -> Int[Tensor, " v"] | None:
         if len(self.d2t) == len(self.t2d):
             return None
-        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+        return draft_vocabulary.token_ids(self)
 
     def calibrate(self, counts: Callable[[], Int[Tensor, " V"]]) -> None:
         if self.vocabulary is None:
             return
-        frequency = counts().to(self.d2t.device)
-        # Tokens of equal frequency are in the order of their ids.
-        order = torch.sort(frequency, descending=True, stable=True).indices
-        shares = frequency[order].cumsum(0).double() / frequency.sum().clamp_min(1)
-        size = len(self.d2t)
-        if shares[size - 1] < self.coverage:
-            enough = int((shares < self.coverage).sum()) + 1
-            raise DrafterError(
-                f"drafter.draft_vocab_size={size}: these tokens are {float(shares[size - 1]):.1%}"
-                f" of the trained ones, and drafter.coverage requires {self.coverage:.1%}: set"
-                f" {enough} tokens, or a smaller coverage"
-            )
-        chosen = order[:size].sort().values
-        self.d2t.copy_(chosen - torch.arange(size, device=chosen.device))
-        self.t2d.zero_()[chosen] = True
+        draft_vocabulary.choose_most_frequent(self, counts(), self.coverage)
         self._start_head()
 
     def first_input(self, hidden: Tensor, features: Tensor | None) -> Tensor:
@@ -176,13 +160,7 @@ class Eagle3(Unrolled):
         return state if self.vocabulary is None else state | {"d2t": self.d2t, "t2d": self.t2d}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        if "d2t" in state and "t2d" in state:
-            ids = torch.arange(len(state["d2t"])) + state["d2t"].cpu()
-            if not torch.equal(ids, state["t2d"].cpu().nonzero()[:, 0]):
-                raise DrafterError(
-                    "d2t and t2d of these drafter weights name different tokens: target id = draft"
-                    " id + d2t[draft id]"
-                )
+        draft_vocabulary.check_stored(state)
         super().load_state(state)
 
     @torch.no_grad()

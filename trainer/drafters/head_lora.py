@@ -130,11 +130,12 @@ def chosen(
             ) from None
     head = output_layer(model)
     size = features(head)[1] if head is not None else 0
+    sizes = {size, len(getattr(drafter, "d2t", ()))}  # of logits, also over a draft vocabulary
     inner: list[tuple[str, Any]] = [
         (name, layer)
         for name, layer in linears
         if layer.weight.requires_grad
-        and features(layer)[1] != size
+        and features(layer)[1] not in sizes
         and not ends_with(name, "lm_head")
     ]
     if not inner:

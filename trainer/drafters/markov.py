@@ -6,7 +6,8 @@
     rnn       [α ; β ; ω] = J [s ; y ; u] + j,   b = tanh ω
               s' = σ(α) ⊙ s + (1 - σ(α)) ⊙ tanh β is the next slot's s, 0 at the block's first
 
-u (d,) is the slot's state, W_1 and W_2 (V, r), G (r, d + r), J (3 r, d + 2 r). W_2 starts at 0.
+u (d,) is the slot's state, W_1 (V, r), W_2 (v, r) of v drafted tokens, G (r, d + r),
+J (3 r, d + 2 r). W_2 starts at 0.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ class Markov(nn.Module):
         DrafterError: the kind is unknown.
     """
 
-    def __init__(self, kind: str, model: Any, family: Any, vocabulary: int, rank: int):
+    def __init__(
+        self, kind: str, model: Any, family: Any, vocabulary: int, rank: int, drafted: int
+    ):
         super().__init__()
         if kind not in KINDS:
             raise DrafterError(f"drafter.markov={kind}: one of {', '.join(KINDS)}")
         size, device = family.config.hidden_size, next(model.parameters()).device
         self.kind, self.width = kind, rank if kind == "rnn" else 0
         self.w1 = nn.Embedding(vocabulary, rank, device=device, dtype=torch.float32)
-        self.w2 = projection(model, rank, vocabulary)
+        self.w2 = projection(model, rank, drafted)
         if device.type != "meta":
             nn.init.normal_(self.w1.weight, std=0.02)
             nn.init.zeros_(self.w2.weight)

@@ -3,7 +3,8 @@
 speculators   DSpark as speculators 0.9 and vLLM 0.33 read it: a nested config
 sglang        DSpark flat, as SGLang 0.5.23 and vLLM 0.33 read it: a Qwen3 config
 
-Both hold neither embedding nor head, which are the target's. The anchor's slot predicts too
+Both hold neither embedding nor head, which are the target's; with a draft vocabulary speculators'
+holds the head's rows, d2t and t2d. The anchor's slot predicts too
 (`sample_from_anchor`), which both engines know for DSpark only: vLLM refuses it for DFlash. A head
 without a Markov head is therefore written as DSpark with one of zeros, which computes the same.
 SGLang's draft always has a head that predicts acceptance; where none was trained, it gets one that
@@ -37,10 +38,15 @@ def fillers(head: DraftHead, to: str) -> dict[str, Tensor]:
     size, missing = head.layer["hidden_size"], {}
     rank = _rank(head)
     if W1 not in head.own:
-        missing = {name: torch.zeros(head.layer["vocab_size"], rank) for name in (W1, W2)}
+        rows = {W1: head.layer["vocab_size"], W2: _drafted(head)}
+        missing = {name: torch.zeros(count, rank) for name, count in rows.items()}
     if to == "sglang" and CONFIDENCE not in head.own:
         missing |= {CONFIDENCE: torch.zeros(1, size + rank), BIAS: torch.full((1,), CERTAIN)}
     return missing
+
+
+def _drafted(head: DraftHead) -> int:
+    return len(head.tensors["d2t"]) if "d2t" in head.tensors else head.layer["vocab_size"]
 
 
 def _rank(head: DraftHead) -> int:
@@ -93,7 +99,7 @@ def sglang(head: DraftHead, verifier: str) -> tuple[dict[str, Tensor], dict[str,
 def _common(head: DraftHead, confidence: bool) -> dict[str, Any]:
     return {
         "block_size": head.drafts,
-        "draft_vocab_size": head.layer["vocab_size"],
+        "draft_vocab_size": _drafted(head),
         "mask_token_id": head.mask_token,
         "sample_from_anchor": True,
         "markov_rank": _rank(head),
@@ -132,7 +138,10 @@ def expected_shapes(
         for name, shape in one.items()
     }
     shapes |= {"fc.weight": (d, len(states) * d), "hidden_norm.weight": (d,), "norm.weight": (d,)}
-    shapes |= {W1: (vocabulary, rank), W2: (vocabulary, rank)}
+    drafted = config["draft_vocab_size"]
+    shapes |= {W1: (vocabulary, rank), W2: (drafted, rank)}
+    if drafted < vocabulary:
+        shapes |= {"lm_head.weight": (drafted, d), "d2t": (drafted,), "t2d": (vocabulary,)}
     if config["enable_confidence_head"]:
         shapes |= {CONFIDENCE: (1, d + rank), BIAS: (1,)}
     return shapes
@@ -145,7 +154,7 @@ def logits(
     states: Float[Tensor, "n f"],
     ids: Int[Tensor, " n"],
     drafted: Int[Tensor, " m"],
-) -> Float[Tensor, "k V"]:
+) -> Float[Tensor, "k v"]:
     """Compute, from the files alone, the logits after `ids` and after each drafted token."""
     layer = dict(config.get("transformer_layer_config", config))
     settings: Any = AutoConfig.for_model(
@@ -187,4 +196,5 @@ def logits(
         z = z + F.linear(gate, part["mlp.down_proj"])
     before = torch.cat([ids[-1:], drafted])
     u = norm(z, "norm")[: len(before)]
-    return F.linear(u, output_weight(model)) + F.linear(tensors[W1][before], tensors[W2])
+    output = tensors["lm_head.weight"] if "lm_head.weight" in tensors else output_weight(model)
+    return F.linear(u, output) + F.linear(tensors[W1][before], tensors[W2])

@@ -128,6 +128,11 @@ def check(drafter: Drafter, to: str, model: Any) -> None:
             f"its Markov head is drafter.markov={markov}, of which vLLM and llama.cpp load the"
             " vanilla kind alone, and what SGLang reads for it is not verified here"
         )
+    if reason is None and to == "sglang" and method == "block" and drafter.vocabulary is not None:
+        reason = (
+            "what SGLang reads of a block's draft vocabulary is not verified here: to=speculators,"
+            " for vLLM, has it"
+        )
     if reason is None and to == "sglang":
         reason = _not_for_sglang(drafter, model, method)
     if reason:
@@ -254,11 +259,18 @@ def canonical(drafter: Any, model: Any, copied: bool = False) -> DraftHead:
 
 def _block(drafter: Block, model: Any, target: list[str]) -> DraftHead:
     state = {name: tensor.detach().cpu() for name, tensor in drafter.state().items()}
-    tensors = {_in_engines(name): t.float() for name, t in state.items() if name != "mask_token"}
+    tensors = {
+        _in_engines(name): tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+        if name != "mask_token"
+    }
+    own = frozenset(tensors)
+    if drafter.lm_head is not None and not drafter.lm_head.weight.requires_grad:
+        own -= {"lm_head.weight"}
     return DraftHead(
         "block",
         tensors,
-        frozenset(tensors),
+        own,
         drafter.depth,
         target,
         _layer_config(drafter.family.config) | {"num_hidden_layers": len(drafter.blocks)},

@@ -96,7 +96,9 @@ def _unlike(drafter: Block | Eagle3, model: Any) -> str | None:
     if rope not in ROPES:
         return f"the rotary scaling {rope!r} of the draft layer is not written here"
     if isinstance(drafter, Block):
-        return None
+        if drafter.vocabulary is None:
+            return None
+        return "its blocks draft the whole vocabulary: train with drafter.draft_vocab_size=null"
     if len(drafter.layers) != STATES:
         return f"the head reads {len(drafter.layers)} states, and llama.cpp's EAGLE-3 {STATES}"
     if FAMILIES.get(layer.model_type) != "llama":

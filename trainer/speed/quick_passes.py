@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import os
 import time
 import types
@@ -34,7 +35,9 @@ from trainer.speed.attention import UNSUPPORTED
 
 FEW_ROWS = "few_rows"  # the attention's name in transformers
 DIAGONAL = "sdpa_and_diagonal"  # EAGLE's attention, in decoding the same as sdpa
-TURNS = 5  # the shortest of so many counts
+TURNS = 5  # the shortest of at least so many counts
+MOST_TURNS = 30  # a busy machine may slow one way down for some turns
+SECONDS = 0.1  # turns after the first TURNS start within this time
 # C is taken where it is so much faster: near 1 two starts on one machine could choose differently,
 # and a text in bf16 with them.
 MARGIN = 1.25
@@ -206,17 +209,20 @@ def _is_faster(module: Any) -> bool:
 def _faster(shape: tuple[int, int], threads: int) -> bool:
     """Return whether C multiplies a few rows with a weight of this shape faster than torch, which
     may have more threads."""
-    clock = time.process_time if threads == 1 else time.monotonic
+    # not process_time, which counts other threads, as those that load weights
+    clock = time.thread_time if threads == 1 else time.monotonic
     weight = torch.ones(shape, dtype=torch.bfloat16)
-    seconds = []
-    for call in (F.linear, few_rows.product):
-        best = 0.0
-        for rows in (1, 8):
-            x, times = weight.new_ones(rows, shape[1]), []
-            for _ in range(TURNS):
-                started = clock()
-                call(x, weight)
-                times.append(clock() - started)
-            best += min(times)
-        seconds.append(best)
-    return MARGIN * seconds[1] < seconds[0]
+    inputs = [weight.new_ones(rows, shape[1]) for rows in (1, 8)]
+    calls: list[Any] = [F.linear, few_rows.product]
+    shortest = {(call, x.shape[0]): float("inf") for call in calls for x in inputs}
+    end = time.monotonic() + SECONDS
+    for turn in range(MOST_TURNS):
+        if turn >= TURNS and time.monotonic() > end:
+            break
+        for call, x in itertools.product(calls, inputs):
+            started = clock()
+            call(x, weight)
+            way = call, x.shape[0]
+            shortest[way] = min(shortest[way], clock() - started)
+    by_torch, by_c = (sum(shortest[call, x.shape[0]] for x in inputs) for call in calls)
+    return MARGIN * by_c < by_torch

@@ -4,8 +4,9 @@ Run in its own environment:
     python block_by_vllm.py TARGET FOLDER INPUTS OUT ANCHORS TOKENS
 
 INPUTS holds states (T, f) and ids (T,); OUT gets, of the blocks at the anchors 1 .. A, logits
-(A, K, V) and, if it predicts them, acceptances (A, K). JSON on standard output says which class was
-made, which of its parameters nothing was loaded into, and what its config came to.
+(A, K, v), the target's ids of the v tokens and, if it predicts them, acceptances (A, K). JSON on
+standard output says which class was made, which of its parameters nothing was loaded into, and what
+its config came to.
 
 The loops over slots and tokens are those of vllm.v1.worker.gpu.spec_decode.dspark.speculator, which
 runs on GPUs only.
@@ -48,6 +49,8 @@ def main(target, folder, inputs, out, anchors, tokens):
     embedding = shared["model.embed_tokens.weight"]
     model.model.embed_tokens.weight.data[: len(embedding)] = embedding
     head = shared.get("lm_head.weight", embedding)
+    if model.draft_id_to_target_id is not None:
+        head = model.lm_head.weight.data[: hf.draft_vocab_size]
 
     def rms_norm(result, x, weight, eps):
         weight = weight.view(len(weight), *[1] * (x.dim() - 2), -1) if weight.dim() > 1 else weight
@@ -93,7 +96,10 @@ def main(target, folder, inputs, out, anchors, tokens):
             results["logits"].append(F.linear(hidden, head) + bias)
             if model.model.confidence_head is not None:
                 results["confidence"].append(model.compute_confidence(hidden, embeds))
-    save_file({name: torch.stack(rows) for name, rows in results.items() if rows}, out)
+    ids = model.map_draft_to_target(torch.arange(len(head)))
+    save_file(
+        {name: torch.stack(rows) for name, rows in results.items() if rows} | {"ids": ids}, out
+    )
 
 
 if __name__ == "__main__":
