@@ -20,6 +20,7 @@ from trainer.assembly.recipe import Recipe
 from trainer.assembly.rows import token_counts
 from trainer.data import hidden_states
 from trainer.data.held_out import to_device
+from trainer.decoding.trial import check_decoding
 from trainer.drafters import Drafter
 from trainer.drafters import io as drafter_io
 from trainer.models import flops
@@ -87,6 +88,8 @@ def load_model(recipe: Recipe, start: StartPoint, folder: Path | None) -> Loaded
     log.info("trained: %s", parameters(model))
     if drafter is not None:
         log.info("drafter: %s", parameters(drafter))
+        if start.fresh and not recipe.sharded:
+            check_decoding(model, drafter)
     if config["packing"]:
         check_packing_isolation(model, recipe.base)
     if config["objective"]["context_window"] is not None:
