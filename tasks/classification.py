@@ -53,12 +53,13 @@ class Classification:
         """The classes in order: those of the config, or those of the training rows.
 
         Raises:
-            DataError: there are fewer than two.
+            DataError: there are fewer than two, or two of them are one class written in two ways.
         """
         if self.configured is not None:
             labels = [str(label) for label in self.configured]
         else:
             labels = sorted(set(self._labels_of_rows()), key=_by_value)
+            _refuse_alike(labels)
         if len(labels) < 2:
             where = self.splits.train.name if self.configured is None else "task.labels"
             raise DataError(
@@ -142,6 +143,20 @@ class Classification:
 
     def grade(self, example: Labelled, completion: str) -> dict[str, float]:
         return {}
+
+
+def _refuse_alike(labels: list[str]) -> None:
+    """Refuse classes that differ by blanks alone, or are the same number, such as 1 and 1.0."""
+    first: dict[Any, str] = {}
+    for label in labels:
+        key: Any = label.strip()
+        with contextlib.suppress(ValueError):
+            key = float(key)
+        if (other := first.setdefault(key, label)) != label:
+            raise DataError(
+                f"the classes {other!r} and {label!r} are one class written in two ways: write one,"
+                " or list the classes in task.labels"
+            )
 
 
 def _by_value(label: str) -> tuple[bool, int, str]:

@@ -97,7 +97,10 @@ def convert(
         DataError: a column is missing, a value has the wrong type, or an answer is empty.
     """
     row = Read(row)
-    messages = _FORMATS[format_](row, columns)
+    try:
+        messages = _FORMATS[format_](row, columns)
+    except RecursionError:
+        raise DataError("its values are nested too deeply") from None
     first = row.get(columns.get("system", "system")) if _needs_system(messages) else None
     if first is not None and first != "":
         messages.insert(0, {"role": "system", "content": text_of(first, "system")})
@@ -148,7 +151,8 @@ def _sharegpt(row: Read, columns: dict[str, str]) -> list[dict[str, Any]]:
 
 def _alpaca(row: Read, columns: dict[str, str]) -> list[dict[str, Any]]:
     instruction = text_of(column(row, columns, "instruction"), "instruction")
-    extra = row.get(columns.get("input", "input")) or ""
+    extra = row.get(columns.get("input", "input"))
+    extra = "" if extra is None else extra
     if not isinstance(extra, str):
         raise DataError(f"input must be text, and is {type(extra).__name__}")
     question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
@@ -162,7 +166,10 @@ def _alpaca(row: Read, columns: dict[str, str]) -> list[dict[str, Any]]:
 def _history(value: Any) -> list[dict[str, Any]]:
     """Return the earlier turns of an Alpaca row, a list of [question, answer]."""
     messages = []
-    for number, pair in enumerate(parsed(value, "history") if value else [], 1):
+    pairs = parsed(value, "history") if value else []
+    if not isinstance(pairs, list):
+        raise DataError(f"history must be a list of [question, answer], and is {str(value)[:60]!r}")
+    for number, pair in enumerate(pairs, 1):
         if (
             not isinstance(pair, list | tuple)
             or len(pair) != 2
@@ -212,12 +219,19 @@ def _turn(item: Any, number: int) -> dict[str, Any]:
         raise DataError(f"turn {number} is from {item['from']!r}; known: {', '.join(_SHAREGPT)}")
     if not isinstance(item["value"], str):
         raise DataError(f"turn {number}: value must be text, and is {type(item['value']).__name__}")
-    more = {key: value for key, value in item.items() if key not in ("from", "value")}
-    more["content"] = item["value"]
+    role, value = _SHAREGPT[item["from"]], item["value"]
+    for key, same in (("role", (None, item["from"], role)), ("content", (None, value))):
+        if item.get(key) not in same:
+            raise DataError(
+                f"turn {number} has from and value, and another {key} too:"
+                f" {str(item[key])[:60]!r}. Leave one out"
+            )
+    more = {key: item[key] for key in item if key not in ("from", "value", "role", "content")}
+    more["content"] = value
     if item["from"] == "function_call":
-        calls = parsed(item["value"], f"turn {number}: function_call")
+        calls = parsed(value, f"turn {number}: function_call")
         more |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
-    return message({"role": _SHAREGPT[item["from"]]} | more, number)
+    return message({"role": role} | more, number)
 
 
 def _side(value: Any, name: str, role: str) -> list[dict[str, Any]]:

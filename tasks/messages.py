@@ -13,10 +13,10 @@ Forms that data sets write instead, and the result:
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from tasks.reading import DataError
+from tasks.strict_json import strict_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names of a message's reasoning
@@ -32,7 +32,7 @@ def parsed(value: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return strict_json(value)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name} is text that is no JSON ({error}): {value[:60]!r}") from None
 

@@ -15,14 +15,16 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tasks.arrow_rows import described, present
+from tasks.strict_json import repeated, strict_json
 
 EXPANSION = 200  # of a gzip file, at most: text shrinks to a third or so, equal rows to a hundredth
 EXPANDED = 64 << 20  # bytes that any gzip file may expand to
@@ -245,34 +247,32 @@ def _parsed(line: bytes, where: str) -> dict[str, Any] | Bad:
             where,
             f"not UTF-8 at byte {error.start + 1} of the line ({error.object[error.start]:#04x})",
         )
+    return _row(text, where)
+
+
+def _row(text: str, where: str) -> dict[str, Any] | Bad:
     try:
-        row = json.loads(text, parse_constant=_no_constant)
+        row = strict_json(text)
     except json.JSONDecodeError as error:
         return Bad(where, f"not JSON: {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:
         return Bad(where, f"not usable JSON: {error}")
-    if not isinstance(row, dict):
-        return Bad(where, f"a row must be a JSON object, and is {type(row).__name__}")
-    return _encodable(row, where) if "\\ud" in text.lower() else row
+    return _object(row, where)
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _encodable(row: dict[str, Any], where: str) -> dict[str, Any] | Bad:
-    try:
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return Bad(where, "it has half of a surrogate pair, which is no character")
-    return row
+def _object(row: Any, where: str) -> dict[str, Any] | Bad:
+    if isinstance(row, dict):
+        return row
+    return Bad(where, f"a row must be a JSON object, and is {type(row).__name__}")
 
 
 def _json(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
+    read: Callable[[Any, str], dict[str, Any] | Bad] = _object
     with _open(file) as stream:
         content = stream.read()
     try:
-        rows = json.loads(content.decode("utf-8-sig"), parse_constant=_no_constant)
+        text = content.decode("utf-8-sig")
+        rows = strict_json(text)
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
@@ -285,18 +285,26 @@ def _json(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
             f"{file}:{error.lineno}: not JSON: {error.msg} at column {error.colno}.{hint}"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: {error}") from None
-    if not isinstance(rows, list):
-        raise DataError(
-            f"{file}: a .json file must hold a list of objects, and holds {type(rows).__name__}"
-        )
-    escaped = b"\\ud" in content.lower()
+        if isinstance(error, RecursionError) or not text.lstrip().startswith("["):
+            raise DataError(f"{file}: {error}") from None
+        rows, read = _entries(text), _row  # which says what is wrong with an entry
+    else:
+        if not isinstance(rows, list):
+            raise DataError(
+                f"{file}: a .json file must hold a list of objects, and holds {type(rows).__name__}"
+            )
     for number, row in enumerate(rows, 1):
         where = f"{file}:row {number}"
-        if isinstance(row, dict):
-            yield where, _encodable(row, where) if escaped else row
-        else:
-            yield where, Bad(where, f"a row must be a JSON object, and is {type(row).__name__}")
+        yield where, read(row, where)
+
+
+def _entries(text: str) -> Iterator[str]:
+    """Yield the text of each entry of a JSON list."""
+    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
+    at = text.index("[") + 1
+    while text[at := between.match(text, at).end()] != "]":  # type: ignore[union-attr]
+        start, at = at, decoder.raw_decode(text, at)[1]
+        yield text[start:at]
 
 
 def _separated(file: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
@@ -340,15 +348,20 @@ def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any] | Bad]]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        number = 0
         table = pyarrow.parquet.ParquetFile(file)
-        features = described(table.schema_arrow)
+        names, features = table.schema_arrow.names, described(table.schema_arrow)
+        if len(set(names)) < len(names):
+            raise pyarrow.ArrowInvalid(f"it has the column {repeated(names)!r} twice")
         for batch in table.iter_batches(1000):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{file}:row {number}", present(row, features)
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: a text after row {number} is not UTF-8: {error}") from None
+    # to_pylist raises a ValueError for two fields of one name in a struct
+    except (pyarrow.ArrowInvalid, OSError, ValueError) as error:
         raise DataError(f"{file}: not readable as parquet: {error}") from None
 
 

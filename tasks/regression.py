@@ -12,6 +12,8 @@ from tasks.classification import Classification
 from tasks.reading import DataError
 from tasks.task import column
 
+LARGEST = 1e18  # the largest float32 is 3.4e38, and the loss is a sum of squares
+
 
 class Regression(Classification):
     """Texts, each with a number."""
@@ -59,4 +61,9 @@ class Regression(Classification):
             number = math.nan
         if not math.isfinite(number):
             raise DataError(f"label must be a number, and is {str(value)[:60]!r}")
+        if abs(number) >= LARGEST:
+            raise DataError(
+                f"label must be below {LARGEST:.0e}, and is {str(value)[:60]!r}: its square would"
+                " be infinite in float32. Scale the numbers"
+            )
         return number

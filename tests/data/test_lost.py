@@ -100,6 +100,27 @@ def test_each_place_that_a_template_leaves_out_is_named(tiny, place):
     assert actual.sequences
 
 
+@pytest.mark.parametrize(
+    ("shown", "row", "place"),
+    [
+        # each word is in the text: in a header, or in another message
+        ("reasoning_content", [said("assistant", "b", reasoning_content="ss")], "reasoning 'ss'"),
+        ("content", [said("assistant", "assistant")], "(assistant): content 'assistant'"),
+        (
+            "content",
+            [said("assistant", "b"), said("user", "b"), said("assistant", "b")],
+            "3 (user)",
+        ),
+    ],
+)
+def test_a_short_word_counts_only_in_its_own_place(tiny, shown, row, place):
+    row = Conversation([said("user", "zq"), *row], "here")
+    last = "loop.index > 1" if len(row.messages) == 2 else "loop.index == 3"
+    source = WHOLE.replace(f"m.{shown} }}", f"m.{shown} if not ({last}) else '-' }}")
+    with pytest.raises(Refused, match=re.escape(place)):
+        built(tiny, source).render(row)
+
+
 def test_without_a_template_calls_reasoning_and_tools_are_named(tiny):
     task = SimpleNamespace(kind="conversation", chat_template="none", train_on="all")
     row = Conversation([said("user", "a"), said("assistant", "b", reasoning_content="why")], "here")

@@ -4,6 +4,7 @@ other."""
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import random
@@ -424,6 +425,20 @@ def test_equal_settings_and_contents_share_a_cache_key(tiny, chats, tmp_path):
 )
 def test_the_cache_key_changes_with_each_setting_that_the_rows_depend_on(tiny, chats, changes):
     assert key(tiny, sft(chats, **changes)) != key(tiny, sft(chats))
+
+
+def test_the_cache_key_has_the_code_of_all_that_reads_rows():
+    from tasks import conversation, hub, messages, reading
+    from trainer.data import cache_key
+
+    used = {
+        value.__module__
+        for part in (conversation, hub, messages, reading)
+        for value in vars(part).values()
+        if str(getattr(value, "__module__", "")).startswith("tasks.")
+    }
+    known = {value.__name__ for value in vars(cache_key).values() if inspect.ismodule(value)}
+    assert used - known <= {"tasks.task"}  # imported as tasks
 
 
 def test_the_cache_key_changes_with_the_lengths_the_split_and_the_file(tiny, chats):

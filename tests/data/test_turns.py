@@ -109,6 +109,12 @@ def test_content_is_parts_where_the_template_shows_nothing_else():
         assert one.render(TWO[:2], None, {})[0] == f"{U};{A};"
 
 
+def test_a_list_that_is_printed_is_not_content_in_parts():
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content | capitalize }};{% endfor %}"
+    assert not ChatTemplate(source, {}, {}).takes_parts
+    assert not ChatTemplate(source.replace("capitalize", "tojson | upper"), {}, {}).takes_parts
+
+
 def test_thoughts_are_parts_where_the_template_reads_them_there():
     assert renderer("mistral-v13").templates["default"].takes_thoughts_in_parts
     assert not renderer("gpt-oss").templates["default"].takes_thoughts_in_parts

@@ -127,6 +127,12 @@ def test_a_line_that_is_no_json_is_bad(tmp_path):
     )
 
 
+@pytest.mark.parametrize("labels", [["yes", "yes ", "no"], [1, 1.0, 0], ["01", 1, 2]])
+def test_one_class_in_two_ways_is_refused(tmp_path, labels):
+    with pytest.raises(DataError, match="are one class written in two ways"):
+        assert task(labelled(tmp_path, *labels)).labels
+
+
 @pytest.mark.parametrize(
     ("labels", "arguments", "message"),
     [

@@ -38,6 +38,11 @@ def converted(
     return convert(row, format_, columns, system, "rows.jsonl:7")
 
 
+NESTED: list[Any] = ["x"]
+for _ in range(2000):
+    NESTED = [NESTED]
+
+
 @pytest.mark.parametrize("format_", ROWS)
 def test_every_format_gives_the_same_conversation(format_):
     assert detect(ROWS[format_], {}) == format_
@@ -270,6 +275,25 @@ def turns(*arguments: Any) -> dict[str, Any]:
             "messages",
             {"messages": TWO, "tools": "[1"},
             "tools is text that is no JSON (Expecting",
+        ),
+        ("messages", {"messages": '[{"role": "user", "role": "tool"}]'}, "the key 'role' twice"),
+        ("messages", {"messages": '["\\ud800"]'}, "half of a surrogate pair"),
+        ("messages", with_answer(NESTED), "its values are nested too deeply"),
+        (
+            "sharegpt",
+            turns({"from": "gpt", "value": "x", "role": "user"}),
+            "turn 2 has from and value, and another role too: 'user'. Leave one out",
+        ),
+        (
+            "sharegpt",
+            turns({"from": "gpt", "value": "x", "role": "assistant", "content": "y"}),
+            "turn 2 has from and value, and another content too: 'y'. Leave one out",
+        ),
+        ("alpaca", {"instruction": "a", "input": 0, "output": "5"}, "input must be text, and is"),
+        (
+            "alpaca",
+            {"instruction": "a", "output": "5", "history": 5},
+            "history must be a list of [question, answer], and is '5'",
         ),
         ("sharegpt", turns("x"), "turn 2 must be an object with from and value, and is 'x'"),
         ("sharegpt", turns({"from": "gpt"}), "turn 2 must be an object with from and value"),

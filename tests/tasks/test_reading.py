@@ -299,7 +299,7 @@ def test_an_empty_file_is_named(tmp_path, kind):
             ":2: not JSON: Expecting value at column 10",
         ),
         ("rows.json", b'[{"text": "\xff"}]', "not UTF-8 at byte 12"),
-        ("rows.json", b'[{"text": NaN}]', "NaN is not JSON"),
+        ("rows.json", b'{"text": NaN}', "NaN is not JSON"),
         ("rows.json", b"[" * 200_000, "recursion depth"),
         ("rows.csv", b"a,b,a\n1,2,3\n", ":1: the header names a column twice: a, b, a"),
         (
@@ -334,7 +334,28 @@ def test_a_truncated_parquet_file_is_named(tmp_path):
         list(source(file))
 
 
+@pytest.mark.parametrize(
+    ("columns", "names", "message"),
+    [
+        ([["a"], ["b"]], ["text", "text"], "it has the column 'text' twice"),
+        ([b"\xff\xfe"], ["text"], "a text after row 0 is not UTF-8"),
+    ],
+)
+def test_a_parquet_file_that_would_lose_a_text_is_named(tmp_path, columns, names, message):
+    if isinstance(columns[0], bytes):
+        offsets = pyarrow.py_buffer(b"\0\0\0\0\x02\0\0\0")
+        text = pyarrow.py_buffer(columns[0])
+        columns = [pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, text])]
+    file = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns, names=names), file)
+    with pytest.raises(DataError, match=re.escape(f"{file}: ") + f".*{message}"):
+        list(source(file))
+
+
 # what is wrong with a row
+
+HALF = "it has half of a surrogate pair, which is no character"
+TWICE = "it has the key 'text' twice: leave one"
 
 
 @pytest.mark.parametrize(
@@ -348,7 +369,9 @@ def test_a_truncated_parquet_file_is_named(tmp_path):
         (b"null", "a row must be a JSON object, and is NoneType"),
         (b'{"text": NaN}', "not usable JSON: NaN is not JSON"),
         (b'{"text": -Infinity}', "not usable JSON: -Infinity is not JSON"),
-        (b'{"text": "\\ud83d"}', "it has half of a surrogate pair, which is no character"),
+        (b'{"text": "\\ud83d"}', f"not usable JSON: {HALF}"),
+        (b'{"text": "a", "text": "b"}', f"not usable JSON: {TWICE}"),
+        (b'{"m": [{"text": "a", "text": "a"}]}', f"not usable JSON: {TWICE}"),
     ],
 )
 def test_a_broken_json_line_is_bad_with_its_number_and_the_others_are_read(tmp_path, line, reason):
@@ -373,10 +396,9 @@ def test_endless_nesting_is_a_bad_row(tmp_path):
     ("text", "reason"),
     [
         ('[{"a": 1}, 5]', "a row must be a JSON object, and is int"),
-        (
-            '[{"a": 1}, {"a": "\\ud83d"}]',
-            "it has half of a surrogate pair, which is no character",
-        ),
+        ('[{"a": 1}, {"a": "\\ud83d"}]', f"not usable JSON: {HALF}"),
+        (' [ {"a": 1} ,{"text": "],[{", "text": "b"}\n]', f"not usable JSON: {TWICE}"),
+        ('[{"a": 1}, {"a": NaN}]', "not usable JSON: NaN is not JSON"),
     ],
 )
 def test_a_broken_entry_of_a_json_list_is_bad_with_its_number(tmp_path, text, reason):

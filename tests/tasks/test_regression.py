@@ -46,6 +46,12 @@ def test_what_is_no_number_is_bad(tmp_path, label):
     )
 
 
+def test_a_number_whose_square_is_infinite_is_bad(tmp_path):
+    (row,) = regression(tmp_path, -1e30).examples("train")
+    assert isinstance(row, Bad)
+    assert "label must be below 1e+18, and is '-1e+30'" in row.reason
+
+
 def test_a_row_becomes_a_text_with_all_of_its_classes(tmp_path):
     task = multi_label(tmp_path, ["drama", "comedy"], [], ["comedy", 7])
     assert task.labels == ["7", "comedy", "drama"]

@@ -16,7 +16,7 @@ import tokenizers
 import transformers
 
 import tasks.task
-from tasks import conversation, hub, messages, reading
+from tasks import arrow_rows, conversation, hub, messages, reading, strict_json
 from trainer.data import chat_template, encoding, lost, render, tokens, turns
 from trainer.data.lengths import fit
 from trainer.data.render import Renderer
@@ -61,6 +61,8 @@ def cache_key(task: Any, split: str, renderer: Renderer, max_length: int, overlo
         tokens,
         fit,
         reading,
+        strict_json,
+        arrow_rows,
         hub,
         conversation,
         messages,

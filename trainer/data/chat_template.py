@@ -31,6 +31,8 @@ RENDERED_WITHIN = 10.0  # processor seconds for one row: a template may come fro
 _OWN = {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"}
 
 
+# of a template that prints a list of parts as Python or JSON writes it
+_PRINTED = re.compile(r"""["']type["']:""", re.IGNORECASE)
 _DATE = re.compile(r"""strftime_now\(\s*(?:"([^"\\\n]*)"|'([^'\\\n]*)')\s*\)""")
 
 
@@ -188,7 +190,8 @@ class ChatTemplate:
         if _all_in(words, self._probe(_chat(*words))):
             return False
         parts = [[{"type": "text", "text": word}] for word in words]
-        return _all_in(words, self._probe(_chat(*parts)))
+        shown = self._probe(_chat(*parts))
+        return _all_in(words, shown) and not _PRINTED.search(shown or "")
 
     @cached_property
     def takes_thoughts_in_parts(self) -> bool:
@@ -200,7 +203,8 @@ class ChatTemplate:
             return False
         thought = {"type": "thinking", "thinking": "zq3"}
         answer["content"] = [thought, {"type": "text", "text": "zq2"}]
-        return _all_in(["zq2", "zq3"], self._probe([question, answer]))
+        shown = self._probe([question, answer])
+        return _all_in(["zq2", "zq3"], shown) and not _PRINTED.search(shown or "")
 
     @cached_property
     def rewrites(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tasks.messages import parsed, thought_of
@@ -25,15 +25,21 @@ def lost(
     tools: list[dict[str, Any]] | None,
     text: str,
     thinking: set[int],
+    places: Mapping[int, tuple[int, int]] | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Yield (which field of which message is missing in the text, the field's kind). The reasoning
     of the messages `thinking` must occur too; that of others may be cut, as it is at inference.
+
+    `places` are the spans of answers that are known. Such an answer must occur in its span, and
+    other messages before or after it as their order says. A word such as `user` may occur in a
+    text that leaves the message out.
     """
     at = 0
     for index, message in enumerate(messages):
         start = 0 if message["role"] in ("system", "developer") else at
+        first, stop = _window(index, places or {}, len(text))
         for field, kind, value, ways in _fields(message, index in thinking):
-            end = _first(text, ways, start)
+            end = _first(text, ways, max(start, first), stop)
             if end < 0:
                 who = f"message {index + 1} ({message['role']})"
                 yield f"{who}: {field} {_short(value)}", f"{kind} of role {message['role']}"
@@ -44,6 +50,15 @@ def lost(
             if not all(_first(text, _ways(line), 0) >= 0 for line in value.splitlines()):
                 yield f"tool {number}: {field} {value[:40]!r}", "tools"
                 break
+
+
+def _window(index: int, places: Mapping[int, tuple[int, int]], length: int) -> tuple[int, int]:
+    """Return where in a text of `length` characters a message begins and ends at the outside."""
+    if index in places:
+        return places[index]
+    before = [end for other, (_, end) in places.items() if other < index]
+    after = [start for other, (start, _) in places.items() if other > index]
+    return max(before, default=0), min(after, default=length)
 
 
 def written(value: str, text: str) -> bool:
@@ -129,10 +144,10 @@ def _as_html(text: str) -> str:
     return text
 
 
-def _first(text: str, ways: Iterable[str], start: int) -> int:
-    """Return the end of the first way that occurs in the text after `start`, -1 if none does."""
+def _first(text: str, ways: Iterable[str], start: int, stop: int | None = None) -> int:
+    """Return the end of the first way that occurs in text[start:stop], -1 if none does."""
     for way in ways:
-        if (position := text.find(way, start)) >= 0:
+        if (position := text.find(way, start, stop)) >= 0:
             return position + len(way)
     return -1
 

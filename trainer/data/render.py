@@ -118,8 +118,8 @@ class Renderer:
                 continue
             try:
                 rendered = turns(chosen, example, self.train_on)
-            except Refused as refusal:
-                self._prepared[id(example)] = example, refusal
+            except (Refused, RecursionError) as refusal:
+                self._prepared[id(example)] = example, Refused(str(refusal))
                 continue
             texts += [turn.text for turn in rendered]
             self._prepared[id(example)] = example, rendered
@@ -185,7 +185,7 @@ class Renderer:
             messages = example.messages[: part.end]
             # Of the last one only: the others have fewer messages, and the same tools.
             tools = example.tools if part is parts[-1] else None
-            fields |= lost(messages, tools, part.text, part.trained)
+            fields |= lost(messages, tools, part.text, part.trained, part.places)
         if chosen is not None and not chosen.knows_tool:
             fields |= {
                 f"message {i} (tool), since it knows no such role": "role tool"

@@ -17,6 +17,7 @@ from trainer.data.chat_template import Refused
 from trainer.data.render import Rendered, Renderer
 
 TOGETHER = 256  # examples whose texts are tokenised in one call
+TOO_DEEP = "its values are nested too deeply"
 # A worker process keeps its renderer between chunks: pickling it with each chunk would take longer
 # than tokenising.
 _renderer: Renderer | None = None
@@ -42,6 +43,8 @@ def render_one(example: Example | Bad, renderer: Renderer) -> tuple[str, Rendere
         row = renderer.render(example)
     except Refused as refusal:
         return example.where, str(refusal)
+    except RecursionError:
+        return example.where, TOO_DEEP
     for sequence in row.sequences:
         if not sequence.ids:
             return example.where, "it has no tokens"

@@ -28,12 +28,14 @@ _EMPTY = re.compile(r"\s*(?:<think>\s*)?</think>\s*")
 @dataclass
 class Turn:
     """A text, the spans of its trained answers, how many of the messages it has, and the indices of
-    the answers that are trained in it."""
+    the answers that are trained in it. `places` are the spans by answer, where it is known which
+    span is whose."""
 
     text: str
     spans: list[Span]
     end: int
     trained: set[int] = field(default_factory=set)
+    places: dict[int, Span] = field(default_factory=dict)
 
 
 def turns(template: ChatTemplate, example: Conversation, train_on: str) -> list[Turn]:
@@ -111,7 +113,7 @@ class _Row:
                 continue
             if own not in spans:
                 text, spans[own] = self._spliced(own)
-            result.append(Turn(text, [spans[i] for i in sorted(spans)], end, set(spans)))
+            result.append(Turn(text, [spans[i] for i in sorted(spans)], end, set(spans), spans))
             pending = [i for i in pending if i not in spans]
             end = pending[-1] + 1 if pending else 0
         return result[::-1]
