@@ -16,6 +16,8 @@ from trainer.assembly.rows import load_data
 from trainer.assembly.trained import Tuned, load_recorded_target, load_trained, load_tuned
 from trainer.config import paths
 from trainer.models.base import BaseError
+from trainer.session import branches
+from trainer.storage import checkpoints, run_folder
 from trainer.storage.checkpoints import CheckpointError
 from trainer.storage.run_folder import FolderError
 
@@ -114,3 +116,34 @@ def test_a_base_that_has_changed_is_refused_before_it_is_loaded(runs, tmp_path, 
     monkeypatch.setattr(trained_module.Base, "fingerprint", "other")
     with pytest.raises(BaseError, match="its weights have changed"):
         load_trained(str(runs / "lora"))
+
+
+def requests_of(monkeypatch, place, content, which):
+    """Let a run be read as `content`, and return the checkpoints that are read, in a list."""
+    requests: list[str] = []
+
+    def chosen(folder, which):
+        requests.append(which)
+        raise checkpoints.NoSuchCheckpoint("none")
+
+    monkeypatch.setattr(run_folder, "read", lambda path: (place, content, which))
+    monkeypatch.setattr(checkpoints, "chosen", chosen)
+    return requests
+
+
+def test_a_run_that_continues_keeps_the_step_of_its_target(tmp_path, monkeypatch):
+    requests = requests_of(monkeypatch, tmp_path, {"id": "one"}, "best")
+    for recorded in (None, {"id": "one", "step": 4}, {"id": "other", "step": 4}):
+        with pytest.raises(checkpoints.NoSuchCheckpoint):
+            load_tuned("run", recorded=recorded)
+    assert requests == ["best", "4", "best"]
+
+
+def test_a_cooldown_continues_the_last_checkpoint_whichever_is_the_result(tmp_path, monkeypatch):
+    requests = requests_of(
+        monkeypatch, tmp_path, {"config": {"branch": None, "export": "best"}}, "best"
+    )
+    for source in ("run", "run@best", "run@4"):
+        with pytest.raises(checkpoints.NoSuchCheckpoint):
+            branches.arguments(branches.Branch(source, "0.2"), [])
+    assert requests == ["last", "best", "4"]

@@ -246,6 +246,12 @@ def test_a_folder_and_its_checkpoint(recorded, tmp_path, name, requested, which)
     assert content == yaml.safe_load((place / "run.yaml").read_text("utf-8"))
 
 
+def test_a_folder_alone_is_the_result_of_the_run(recorded):
+    place = recorded("run", export="best")
+    assert run_folder.read(str(place))[2] == "best"
+    assert run_folder.read(f"{place}@last")[2] == "last"
+
+
 def test_a_home_folder_may_be_written_short(recorded, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     place = recorded("run")

@@ -47,10 +47,12 @@ class Recipe:
         device: torch.device | None = None,
         ranks: int = 1,
         check_task: Callable[[dict[str, Any], Any], None] = lambda config, task: None,
+        recorded_target: dict[str, Any] | None = None,
     ) -> Recipe:
         """Make the parts of a run and tokenise its rows. `config` gets its max_length if it has
         none. Without `device` this is only a check, perhaps on another machine: the device is not
         checked and the target is not loaded. `check_task` is called before rows are tokenised.
+        `recorded_target` is the target's checkpoint in the run that this one continues.
 
         Raises:
             BaseError, AdapterError: a setting does not fit the base; no row was read.
@@ -64,7 +66,7 @@ class Recipe:
         target = None
         if device is not None:
             if config["target"]["run"] is not None:
-                target = load_tuned(config["target"]["run"])
+                target = load_tuned(config["target"]["run"], recorded=recorded_target)
             _check_speed(config, base, adapter, device)
         else:
             device = local_device(config)

@@ -53,14 +53,19 @@ class Tuned:
         return ends.recorded(self.content, tokenizer) or []
 
 
-def load_tuned(path: str, sha256: str | None = None) -> Tuned:
+def load_tuned(
+    path: str, sha256: str | None = None, recorded: dict[str, Any] | None = None
+) -> Tuned:
     """Load the adapter of `FOLDER` or `FOLDER@last|best|STEP`. `sha256` is that of its checkpoint.
+    A run that continues keeps the step that it `recorded`, though another one is the best now.
 
     Raises:
         FolderError, CheckpointError: the folder or its checkpoint cannot be used, or is another
         one.
     """
     folder, content, which = run_folder.read(path)
+    if which == "best" and recorded is not None and recorded["id"] == content["id"]:
+        which = str(recorded["step"])
     source = checkpoints.chosen(folder / "checkpoints", which)
     record = checkpoint_record(folder, content["id"], source)
     if sha256 is not None and record["sha256"] != sha256:

@@ -14,12 +14,13 @@ FREE = ("dtype", "attn_implementation", "trust_remote_code")
 
 
 def split(path: str) -> tuple[Path, str]:
-    """Split `FOLDER` or `FOLDER@last|best|STEP` into (folder, checkpoint)."""
+    """Split `FOLDER` or `FOLDER@last|best|STEP` into (folder, checkpoint), which is "" if the path
+    names none."""
     name, _, which = path.rpartition("@")
     # the folder's name itself may hold an @
     if not name or (Path(path).expanduser() / "run.yaml").exists():
-        return Path(path).expanduser(), "last"
-    return Path(name).expanduser(), which or "last"
+        return Path(path).expanduser(), ""
+    return Path(name).expanduser(), which
 
 
 def base_of(path: str) -> tuple[dict[str, Any], str]:

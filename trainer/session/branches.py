@@ -60,17 +60,17 @@ def arguments(branch: Branch, more: list[str]) -> tuple[str, list[str]]:
     """
     from trainer.config.errors import ConfigError
     from trainer.config.overrides import is_inherited
-    from trainer.storage import checkpoints, run_folder
+    from trainer.storage import run_folder
     from trainer.storage.run_folder import FolderError
 
-    path, content, which = run_folder.read(branch.source)
+    path, content, _ = run_folder.read(branch.source)
     config = content["config"]
     if config["branch"]:
         raise FolderError(
             f"{path} is itself a cooldown: branch off {config['branch']['run']} at another step or"
             " with another length"
         )
-    step = checkpoints.chosen(path / "checkpoints", which).step
+    step = _step(path, branch.source)
     length = _length(branch, step)
     rates = _rates(path, content, step)
     if rates[-1] <= 0:
@@ -173,6 +173,15 @@ def _length(branch: Branch, step: int) -> int:
             " fraction is above 0 and below 1"
         )
     return length
+
+
+def _step(run: Path, source: str) -> int:
+    """Return the step that a branch begins after: without @ the last one, whichever checkpoint is
+    the run's result."""
+    from trainer.config.target_base import split
+    from trainer.storage import checkpoints
+
+    return checkpoints.chosen(run / "checkpoints", split(source)[1] or "last").step
 
 
 def places(values: list[str]) -> list[str]:

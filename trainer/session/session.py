@@ -159,6 +159,7 @@ class Session:
             trainer.strategy.root_device,
             trainer.world_size,
             check,
+            ((earlier or {}).get("identity") or {}).get("target"),
         )
         if earlier is not None:
             recipe.data.earlier_ends = ends.recorded(earlier, recipe.base.tokenizer) or []

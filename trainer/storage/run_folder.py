@@ -315,8 +315,8 @@ def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def read(path: str) -> tuple[Path, dict[str, Any], str]:
-    """Return (folder, content of run.yaml, which checkpoint) of `FOLDER` or
-    `FOLDER@last|best|STEP`, the form in which commands name a run.
+    """Return (folder, content of run.yaml, which checkpoint) of `FOLDER[@last|best|STEP]`, the form
+    in which commands name a run. FOLDER alone is its result: the checkpoint that `export` names.
 
     Raises:
         FolderError: it is no run folder, or its config does not fit this version.
@@ -348,7 +348,7 @@ def read(path: str) -> tuple[Path, dict[str, Any], str]:
         raise FolderError(
             f"{folder.file} is not a run's record: {type(error).__name__}: {error}"
         ) from None
-    return folder.path, content, which
+    return folder.path, content, which or content["config"]["export"]
 
 
 def complete(content: dict[str, Any], file: Path, warn: bool = True) -> None:
